@@ -1,0 +1,94 @@
+"""Configuration: one frozen pydantic model per pipeline, read from YAML and `--set`, refused with the key's path."""
+
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from rayseg.errors import ConfigError
+
+
+class Config(BaseModel):
+    """A frozen part of a configuration; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+T = TypeVar("T", bound=Config)
+
+
+def load(kind: type[T], path: str | None = None, overrides: Sequence[str] = ()) -> T:
+    """The configuration `kind`: its defaults, then the YAML file, then `a.b=value` overrides.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key is unknown or its value not allowed.
+    """
+    values = _read(path) if path else {}
+    for override in overrides:
+        _assign(values, override)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(kind, error)) from None
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read: {error.strerror}; check --config") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"config file {path} is not YAML: {reason}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"config file {path} holds a {type(values).__name__}, expected keys and values")
+    return values
+
+
+def _assign(values: dict[str, Any], override: str) -> None:
+    key, found, text = override.partition("=")
+    if not found or not key:
+        raise ConfigError(f"--set {override!r} is not of the form key=value, for example --set predict.patch=512")
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = values.get(parent)
+        values = values.setdefault(parent, {}) if isinstance(child, dict) or child is None else values
+        if child is not None and not isinstance(child, dict):
+            raise ConfigError(f"--set {override!r}: {parent} is a value, not a group of keys")
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values[last] = text
+
+
+def _explain(kind: type[Config], error: ValidationError) -> str:
+    """The first few problems, each as one clause with the key's path."""
+    return "; ".join(_problem(kind, dict(found)) for found in error.errors()[:5])
+
+
+def _problem(kind: type[Config], found: dict[str, Any]) -> str:
+    path = ".".join(str(part) for part in found["loc"])
+    if found["type"] == "extra_forbidden":
+        return f"config key {path} is unknown, expected one of: {', '.join(_siblings(kind, found['loc']))}"
+    return f"config key {path} = {found['input']!r}: {found['msg'][0].lower()}{found['msg'][1:]}"
+
+
+def _siblings(kind: type[Config], loc: Sequence[Any]) -> list[str]:
+    """The keys that are known where `loc` is not."""
+    for part in loc[:-1]:
+        child = _config_in(kind.model_fields[part].annotation) if part in kind.model_fields else None
+        if child is None:
+            break
+        kind = child
+    return sorted(kind.model_fields)
+
+
+def _config_in(annotation: Any) -> type[Config] | None:  # noqa: ANN401 - an annotation can be anything
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return next((option for option in options if isinstance(option, type) and issubclass(option, Config)), None)

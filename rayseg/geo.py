@@ -1,0 +1,228 @@
+"""Where things are: regions, output grids, tiles and the lattice of patches.
+
+Everything is counted in whole pixels of a `Grid`, from a corner that does not depend on what is asked for,
+so a tile's id and its pixels stay the same however large or small the region is.
+Order everywhere: (row, col), (height, width), (left, bottom, right, top).
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from affine import Affine
+
+Bounds = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Window:
+    """A rectangle of grid pixels; `col` and `row` of its upper-left pixel may be negative."""
+
+    col: int
+    row: int
+    width: int
+    height: int
+
+    @property
+    def col1(self) -> int:
+        """First column right of the window."""
+        return self.col + self.width
+
+    @property
+    def row1(self) -> int:
+        """First row below the window."""
+        return self.row + self.height
+
+    @property
+    def empty(self) -> bool:
+        """Whether the window holds no pixel."""
+        return self.width <= 0 or self.height <= 0
+
+    def intersect(self, other: "Window") -> "Window":
+        """The pixels in both windows (empty when they do not meet)."""
+        col, row = max(self.col, other.col), max(self.row, other.row)
+        return Window(col, row, max(0, min(self.col1, other.col1) - col), max(0, min(self.row1, other.row1) - row))
+
+    def union(self, other: "Window") -> "Window":
+        """The smallest window around both."""
+        col, row = min(self.col, other.col), min(self.row, other.row)
+        return Window(col, row, max(self.col1, other.col1) - col, max(self.row1, other.row1) - row)
+
+    def slices(self, inside: "Window") -> tuple[slice, slice]:
+        """(rows, cols) of this window in an array that covers the window `inside`."""
+        row, col = self.row - inside.row, self.col - inside.col
+        return slice(row, row + self.height), slice(col, col + self.width)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A north-up pixel grid that covers the whole plane of a CRS, or of one image without georeference.
+
+    Attributes:
+        crs: "EPSG:n" or WKT; None for an image's own pixels (then `image` names it, y grows downward).
+        resolution: (x, y) pixel size in CRS units, both positive.
+        origin: (x, y) of the upper-left corner of pixel (0, 0), in CRS units.
+        image: the item whose own pixel grid this is; None with a CRS.
+    """
+
+    crs: str | None
+    resolution: tuple[float, float]
+    origin: tuple[float, float]
+    image: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Short name for ids: the EPSG code, `crs-<hash of WKT>`, or `<image>_px`."""
+        if self.crs is None:
+            return f"{slug(self.image or 'image')}_px"
+        if self.crs.upper().startswith("EPSG:"):
+            return self.crs[5:]
+        return f"crs-{hashlib.sha256(self.crs.encode()).hexdigest()[:8]}"
+
+    def transform(self, window: Window) -> Affine:
+        """Affine from (col, row) inside `window` to CRS coordinates; identity-like (y down) without CRS."""
+        (x, y), (rx, ry) = self.origin, self.resolution
+        if self.crs is None:
+            return Affine(rx, 0.0, x + window.col * rx, 0.0, ry, y + window.row * ry)
+        return Affine(rx, 0.0, x + window.col * rx, 0.0, -ry, y - window.row * ry)
+
+    def bounds(self, window: Window) -> Bounds:
+        """(left, bottom, right, top) of `window` in CRS units; without CRS in pixels, bottom > top."""
+        affine = self.transform(window)
+        left, top = affine * (0, 0)
+        right, bottom = affine * (window.width, window.height)
+        return left, bottom, right, top
+
+    def window_of(self, bounds: Bounds) -> Window:
+        """The smallest window that covers `bounds` (CRS units); edges within 1e-3 px of a pixel edge snap to it."""
+        left, bottom, right, top = bounds
+        affine = ~self.transform(Window(0, 0, 1, 1))
+        (c0, r0), (c1, r1) = affine * (left, top), affine * (right, bottom)
+        col, row = math.floor(c0 + 1e-3), math.floor(r0 + 1e-3)
+        return Window(col, row, math.ceil(c1 - 1e-3) - col, math.ceil(r1 - 1e-3) - row)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One block of the output grid, without halo: the unit of work, of output and of resume."""
+
+    id: str
+    grid: Grid
+    window: Window
+
+    def to_row(self) -> dict[str, Any]:
+        """The tile as one flat row of plain values."""
+        grid, window = self.grid, self.window
+        return {
+            "id": self.id,
+            "crs": grid.crs,
+            "image": grid.image,
+            "xres": grid.resolution[0],
+            "yres": grid.resolution[1],
+            "x0": grid.origin[0],
+            "y0": grid.origin[1],
+            "col": window.col,
+            "row": window.row,
+            "width": window.width,
+            "height": window.height,
+        }
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> "Tile":
+        """The tile that `to_row` made this row of (further columns are ignored)."""
+        grid = Grid(row["crs"], (row["xres"], row["yres"]), (row["x0"], row["y0"]), row["image"])
+        return cls(row["id"], grid, Window(row["col"], row["row"], row["width"], row["height"]))
+
+
+def tiles(grid: Grid, extent: Window, size: int) -> Iterator[Tile]:
+    """Tiles of `size` px that cover `extent` exactly once, row by row; those at its edge are cut to it.
+
+    Tile borders lie on multiples of `size` of the grid, so ids do not depend on `extent`.
+    """
+    for row in range(extent.row // size, -(-extent.row1 // size)):
+        for col in range(extent.col // size, -(-extent.col1 // size)):
+            window = Window(col * size, row * size, size, size).intersect(extent)
+            yield Tile(f"{grid.name}_{col}_{row}", grid, window)
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """The one global lattice of model patches of a grid.
+
+    The plane is divided into cells of `stride` px; a patch is a cell and a margin of (patch - stride) / 2 px around it.
+    Patch origins are multiples of `stride` plus `offset`. A pixel is predicted by the patch of its own cell, blended
+    with those of neighbouring cells within one margin of the cell's border. Nothing depends on the tile asked for.
+    """
+
+    patch: int
+    stride: int
+    offset: int = 0
+
+    @classmethod
+    def of(cls, grid: Grid, patch: int, stride: int) -> "Lattice":
+        """The lattice of `grid`; an image without georeference starts with a cell, not in the middle of one."""
+        return cls(patch, stride, -((patch - stride) // 2) if grid.crs is None else 0)
+
+    @property
+    def margin(self) -> int:
+        """Pixels of a patch around its cell."""
+        return (self.patch - self.stride) // 2
+
+    def cell(self, patch: Window) -> Window:
+        """The cell in the middle of a patch."""
+        return Window(patch.col + self.margin, patch.row + self.margin, self.stride, self.stride)
+
+    def patches(self, window: Window) -> list[Window]:
+        """Row by row, every patch that has a weight on some pixel of `window`."""
+        return [
+            Window(col, row, self.patch, self.patch)
+            for row in self._origins(window.row, window.row1)
+            for col in self._origins(window.col, window.col1)
+        ]
+
+    def _origins(self, start: int, stop: int) -> range:
+        first = (start - self.patch - self.offset) // self.stride + 1
+        last = (stop - 1 - self.offset) // self.stride
+        return range(first * self.stride + self.offset, last * self.stride + self.offset + 1, self.stride)
+
+    def reach(self, window: Window) -> Window:
+        """`window` with the halo that covers all its patches."""
+        patches = self.patches(window)
+        return patches[0].union(patches[-1])
+
+    def weight(self) -> np.ndarray:
+        """Blending weight of a patch, (patch, patch) float32, positive everywhere.
+
+        One in the middle, falling linearly over the 2 x margin pixels that it shares with each neighbour;
+        where two patches meet their weights add to one.
+        """
+        overlap = 2 * self.margin
+        ramp = (np.arange(self.patch, dtype=np.float32) + 0.5) / max(overlap, 1)
+        side = np.minimum(1.0, np.minimum(ramp, ramp[::-1])).astype(np.float32)
+        return np.outer(side, side)
+
+
+@dataclass(frozen=True)
+class Region:
+    """What `--region` names: an area, a catalogue of imagery, or both.
+
+    Attributes:
+        name: as typed, for messages and reports.
+        geometry: GeoJSON geometry in EPSG:4326; None for all of the imagery.
+        catalog: URI of the STAC catalogue with the imagery; None when the configuration names it.
+        collection: the collection in `catalog` that holds the imagery; None for its imagery by convention.
+    """
+
+    name: str
+    geometry: dict[str, Any] | None = None
+    catalog: str | None = None
+    collection: str | None = None
+
+
+def slug(text: str) -> str:
+    """`text` with everything but letters, digits, dot, dash and underscore replaced, for ids and file names."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-") or "x"
