@@ -1,5 +1,6 @@
 """Configuration: one frozen pydantic model per pipeline, read from YAML and `--set`, refused with the key's path."""
 
+import os
 import types
 import typing
 from collections.abc import Sequence
@@ -11,11 +12,30 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rayseg.errors import ConfigError
 
+QUIET_RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
 
 class Config(BaseModel):
     """A frozen part of a configuration; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def quiet_ray() -> None:
+    """Set, before Ray is started, the environment in which it starts without noise and without usage reports."""
+    for name, value in QUIET_RAY.items():
+        os.environ.setdefault(name, value)
+
+
+def ray_address(chosen: str | None) -> str:
+    """The Ray cluster to join: the one chosen, else RAY_ADDRESS, else "local" for a private one."""
+    return chosen or os.environ.get("RAY_ADDRESS") or "local"
 
 
 T = TypeVar("T", bound=Config)

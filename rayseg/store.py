@@ -29,7 +29,7 @@ def put(path: StorePath, data: bytes) -> None:
         return
     temporary = _beside(target)
     temporary.write_bytes(data)
-    temporary.replace(target)
+    temporary.replace(target.path)
 
 
 def put_file(path: StorePath, source: Path) -> None:
@@ -42,7 +42,7 @@ def put_file(path: StorePath, source: Path) -> None:
         return
     temporary = _beside(target)
     shutil.move(source, temporary)
-    temporary.replace(target)
+    temporary.replace(target.path)
 
 
 def put_if_absent(path: StorePath, data: bytes) -> bool:
@@ -57,7 +57,7 @@ def put_if_absent(path: StorePath, data: bytes) -> bool:
     temporary = _beside(target)
     temporary.write_bytes(data)
     try:
-        os.link(temporary, target)
+        os.link(temporary, target.path)
     except FileExistsError:
         return False
     finally:
@@ -67,7 +67,7 @@ def put_if_absent(path: StorePath, data: bytes) -> bool:
 
 def _beside(target: UPath) -> Path:
     """A fresh hidden name in the folder of `target`, which is made if need be."""
-    path = Path(target)
+    path = Path(target.path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
 

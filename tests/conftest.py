@@ -1,8 +1,15 @@
 """Fixtures that make the tests' own world."""
 
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from rayseg.config import quiet_ray
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -13,3 +20,29 @@ def shared() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip("no shared data beside this checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A private Ray with 8 logical CPUs and a logical GPU, once for all tests that need one."""
+    import ray  # noqa: PLC0415 - only tests that ask for Ray pay for it
+
+    # Ray's workers import the stages that tests define.
+    os.environ |= {"PYTHONPATH": str(Path(__file__).parent), "RAY_AUTH_MODE": "disabled"}
+    os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+    quiet_ray()
+    folder = tempfile.mkdtemp(prefix="rs-")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ray.init(
+            address="local",
+            num_cpus=8,
+            num_gpus=1,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=512 << 20,
+            _temp_dir=folder,
+        )
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,358 @@
+"""Rows through stages, in this process or on Ray Data, with every row's fate in a ledger.
+
+    rows minus ledger -> read (CPU) -> model (GPU actors) -> write (CPU) -> ledger record
+
+A stage is any picklable callable from a list of rows to a list of rows; a row is a dict with an `id`. A stage that
+gives a row a `status` settles it: later stages do not see it. An error that a row's data cause settles that row alone
+as failed. Both engines call the same guarded stages on the same batches, so they give the same bytes.
+"""
+
+import atexit
+import logging
+import math
+import pickle
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data.block import BlockMetadata
+from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from rayseg.config import quiet_ray, ray_address
+from rayseg.errors import ConfigError, RaysegError, RunIncomplete
+from rayseg.ledger import SETTLED, Account, Ledger, Record
+from rayseg.run import Engine
+
+Row = dict[str, Any]
+Stage = Callable[[list[Row]], list[Row]]
+
+# What a row's data can cause; anything else is a fault of the program and ends the run.
+DATA_ERRORS = (RaysegError, OSError, ValueError, ArithmeticError, LookupError, RuntimeError, MemoryError)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A stage and what one copy of it needs.
+
+    Attributes:
+        stage: the callable.
+        batch: rows it is given at once.
+        cpus: logical CPUs of one copy.
+        gpus: GPUs of one copy, if the machine has any; 0 for a stage that never uses one.
+        model: whether it keeps state worth keeping (a loaded model): then it lives in actors.
+        memory: heap bytes of one copy, for the scheduler.
+    """
+
+    stage: Stage
+    batch: int = 1
+    cpus: float = 0.25
+    gpus: float = 0.0
+    model: bool = False
+    memory: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The stage's name in timings and messages."""
+        return type(self.stage).__name__
+
+
+class Guarded:
+    """A stage that cannot lose a row: errors settle the row that caused them; the last one writes the ledger."""
+
+    def __init__(self, work: Work, ledger: Ledger | None, attempts: dict[str, int]) -> None:
+        self.work = work
+        self.ledger = ledger
+        self.attempts = attempts
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """The rows after the stage, in their order; settled ones pass by."""
+        started = time.perf_counter()
+        waiting = [row for row in rows if "status" not in row]
+        after = {row["id"]: row for row in self._attempt(waiting)} if waiting else {}
+        share = (time.perf_counter() - started) / max(len(waiting), 1)
+        for row in after.values():
+            row["seconds"] = row.get("seconds", {}) | {self.work.name: round(share, 4)}
+        result = [after.get(row["id"], row) for row in rows]
+        return [self._settle(row) for row in result] if self.ledger else result
+
+    def _attempt(self, rows: list[Row]) -> list[Row]:
+        """Run the stage; a batch that fails is tried row by row, to find the row at fault."""
+        try:
+            return self.work.stage(rows)
+        except DATA_ERRORS as error:
+            if len(rows) > 1:
+                return [done for row in rows for done in self._attempt([row])]
+            reason = str(error) if isinstance(error, RaysegError) else f"{type(error).__name__}: {error}"
+            kept = {key: rows[0][key] for key in ("id", "seconds") if key in rows[0]}
+            return [kept | {"status": "failed", "reason": f"{self.work.name}: {reason}"}]
+
+    def _settle(self, row: Row) -> Row:
+        assert self.ledger is not None
+        row.setdefault("status", "done")
+        attempt = self.attempts.get(row["id"], 1)
+        facts = row.get("facts", {})
+        self.ledger.write(Record(row["id"], row["status"], row.get("reason", ""), attempt, row["seconds"], facts))
+        return {"id": row["id"], "status": row["status"]}
+
+
+def run(
+    rows: Sequence[Row],
+    works: Sequence[Work],
+    ledger: Ledger,
+    engine: Engine,
+    *,
+    title: str = "tiles",
+    stall_seconds: float = 1800.0,
+) -> Account:
+    """Send the rows that the ledger does not know yet through the stages; return the account of all rows.
+
+    Args:
+        rows: one flat dict each, with a unique `id`; the order is the order of work.
+        works: the stages.
+        ledger: where each row's fate is looked up and recorded.
+        engine: inline or Ray; with `retry`, failed and quarantined rows are worked on again.
+        title: what the rows are, for the progress line.
+        stall_seconds: no row settled for so long ends the run.
+
+    Raises:
+        RunIncomplete: nothing moved for `stall_seconds`.
+        ConfigError: the stages need more CPUs than the machine or cluster has.
+    """
+    known = ledger.read()
+    again = {i for i, record in known.items() if record.status in {"failed", "quarantined"}} if engine.retry else set()
+    todo = [row for row in rows if row["id"] not in known or row["id"] in again]
+    attempts = {i: known[i].attempt + 1 for i in again}
+    guarded = [
+        Guarded(work, ledger if position == len(works) - 1 else None, attempts) for position, work in enumerate(works)
+    ]
+    if todo:
+        carry_out = {"inline": _inline, "ray": _on_ray}[engine.kind]
+        with _progress(title, len(rows), len(rows) - len(todo)) as advance:
+            for row in _ahead(carry_out(todo, guarded, engine), stall_seconds):
+                advance(row)
+    return Account.of([row["id"] for row in rows], ledger.read())
+
+
+def _inline(rows: list[Row], guarded: list[Guarded], _: Engine) -> Iterator[Row]:
+    """Every stage in a thread of its own, a few batches ahead of the next."""
+    stream: Iterable[Row] = rows
+    for guard in guarded:
+        stream = _ahead(_map(stream, guard))
+    yield from stream
+
+
+def _map(rows: Iterable[Row], guard: Guarded) -> Iterator[Row]:
+    batch: list[Row] = []
+    for row in rows:
+        batch.append(dict(row))
+        if len(batch) == guard.work.batch:
+            yield from guard(batch)
+            batch = []
+    if batch:
+        yield from guard(batch)
+
+
+def _ahead(rows: Iterator[Row], patience: float | None = None) -> Iterator[Row]:
+    """The same rows, each made in another thread while the one before is used.
+
+    Raises:
+        RunIncomplete: the next row does not come within `patience` seconds.
+    """
+    pool = ThreadPoolExecutor(1)
+    coming = pool.submit(next, rows, None)
+    try:
+        while (row := coming.result(patience)) is not None:
+            coming = pool.submit(next, rows, None)
+            yield row
+    except TimeoutError:
+        raise RunIncomplete(
+            f"nothing was finished for {patience:.0f} s; what is done is in the ledger: "
+            "look for a hanging tile, then give the same command again to go on"
+        ) from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _on_ray(rows: list[Row], guarded: list[Guarded], engine: Engine) -> Iterator[Row]:
+    """Rows through Ray Data; those lost with a dying process once more, each in a process of its own."""
+    connect(engine.address)
+    ledger = guarded[-1].ledger
+    assert ledger is not None
+    seen = set()
+    for batch in _dataset(rows, guarded).iter_batches(batch_size=None, batch_format="pyarrow"):
+        for row in _unpack(batch):
+            seen.add(row["id"])
+            yield row
+    recorded = ledger.read() if len(seen) < len(rows) else {}
+    lost = [row for row in rows if row["id"] not in seen and not _recorded(row["id"], recorded, guarded[-1].attempts)]
+    yield from _one_by_one(lost, guarded, ledger)
+
+
+def _recorded(row_id: str, recorded: dict[str, Record], attempts: dict[str, int]) -> bool:
+    return row_id in recorded and recorded[row_id].attempt >= attempts.get(row_id, 1)
+
+
+def _dataset(rows: list[Row], guarded: list[Guarded]) -> ray.data.Dataset:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.max_errored_blocks = -1
+    context.target_max_block_size = 32 << 20
+    source = _Rows(rows, guarded[0].work.batch)
+    dataset = ray.data.read_datasource(source, override_num_blocks=len(source.parts))
+    for guard, size in zip(guarded, _sizes([g.work for g in guarded], ray.cluster_resources()), strict=True):
+        needs = {"batch_size": guard.work.batch, "batch_format": "pyarrow", "num_cpus": size.cpus}
+        needs |= {"num_gpus": size.gpus} if size.gpus else {}
+        needs |= {"memory": guard.work.memory} if guard.work.memory else {}
+        if guard.work.model:
+            pool = ray.data.ActorPoolStrategy(size=size.copies)
+            needs |= {
+                "fn_constructor_args": (guard, max(1, round(size.cpus))),
+                "compute": pool,
+                "max_task_retries": 2,
+                "max_restarts": 3,
+            }
+            dataset = dataset.map_batches(Carried, **needs)
+        else:
+            dataset = dataset.map_batches(Carried(guard), max_retries=2, **needs)
+    return dataset
+
+
+class Carried:
+    """A guarded stage on Ray Data's tables: rows travel pickled in one binary column, whatever their arrays' shapes."""
+
+    def __init__(self, guard: Guarded, threads: int | None = None) -> None:
+        self.guard = guard
+        if threads:
+            import torch  # only actors with a model need it; it takes seconds to import
+
+            torch.set_num_threads(threads)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """The table of the rows after the stage."""
+        return _pack(self.guard(_unpack(table)))
+
+
+def _pack(rows: list[Row]) -> pa.Table:
+    return pa.table({"row": pa.array([pickle.dumps(row, protocol=5) for row in rows], pa.large_binary())})
+
+
+def _unpack(table: pa.Table) -> list[Row]:
+    return [pickle.loads(value.as_buffer()) for value in table["row"]]  # our own rows, from the cell before
+
+
+class _Rows(ray.data.Datasource):  # type: ignore[misc]
+    """Rows as read tasks of one batch each, so that work starts, and is lost, in small pieces."""
+
+    def __init__(self, rows: list[Row], batch: int) -> None:
+        self.parts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+
+    def get_read_tasks(self, parallelism: int, *_: object, **__: object) -> list[ray.data.ReadTask]:
+        """One task per batch, whatever parallelism is asked for."""
+        return [ray.data.ReadTask(partial(_tables, part), _metadata(part)) for part in self.parts]
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Unknown."""
+        return None
+
+
+def _tables(part: list[Row]) -> list[pa.Table]:
+    return [_pack(part)]
+
+
+def _metadata(part: list[Row]) -> BlockMetadata:
+    return BlockMetadata(num_rows=len(part), size_bytes=1000 * len(part), input_files=None, exec_stats=None)
+
+
+@dataclass(frozen=True)
+class _Size:
+    copies: int
+    cpus: float
+    gpus: float
+
+
+def _sizes(works: Sequence[Work], has: dict[str, float]) -> list[_Size]:
+    """Copies and resources of every stage: model stages share what the others leave, and never all of it.
+
+    Raises:
+        ConfigError: the machine or cluster cannot hold one copy of each; started anyway, it would wait for ever.
+    """
+    cpus, gpus = has.get("CPU", 0.0), has.get("GPU", 0.0)
+    models = [work for work in works if work.model]
+    rest = cpus - sum(work.cpus for work in works if not work.model)
+    wanted = sum(work.gpus for work in models)
+    copies = max(1, int(gpus / wanted)) if gpus and wanted else max(1, int(rest // (4 * max(len(models), 1))))
+    share = min(4.0, math.floor(100 * rest / (copies * max(len(models), 1))) / 100)
+    if rest < 0 or (models and share < 0.1):
+        needed = sum(work.cpus for work in works)
+        raise ConfigError(
+            f"the stages need {needed:g} CPUs at once, Ray has {cpus:g}; give it more, or --engine inline"
+        )
+    return [
+        _Size(copies, share, work.gpus if gpus else 0.0) if work.model else _Size(1, work.cpus, 0.0) for work in works
+    ]
+
+
+def _one_by_one(rows: list[Row], guarded: list[Guarded], ledger: Ledger) -> Iterator[Row]:
+    """Each row in a process of its own; one that kills even that is quarantined."""
+    gpus = max(guard.work.gpus for guard in guarded) if ray.cluster_resources().get("GPU") else 0.0
+    remote = ray.remote(max_retries=0, max_calls=1, num_cpus=1, num_gpus=gpus)(_through)
+    for row in rows:
+        try:
+            yield ray.get(remote.remote(row, guarded))
+        except (WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
+            reason = f"its process died twice ({type(error).__name__}); its neighbours are not affected"
+            attempt = guarded[-1].attempts.get(row["id"], 1)
+            ledger.write(Record(row["id"], "quarantined", reason, attempt))
+            yield {"id": row["id"], "status": "quarantined"}
+
+
+def _through(row: Row, guarded: list[Guarded]) -> Row:
+    rows = [row]
+    for guard in guarded:
+        rows = guard(rows)
+    return rows[0]
+
+
+def connect(address: str | None) -> None:
+    """Join the Ray cluster at `address`, or start a private one on this machine; once per process.
+
+    The address is `address`, else RAY_ADDRESS; without either a stranger's cluster is never joined.
+    """
+    if ray.is_initialized():
+        return
+    quiet_ray()
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if (chosen := ray_address(address)) != "local":
+        ray.init(address=chosen, **quiet)
+        return
+    folder = tempfile.mkdtemp(prefix="rs-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    ray.init(address="local", include_dashboard=False, object_store_memory=2 << 30, _temp_dir=folder, **quiet)
+    atexit.register(ray.shutdown)
+
+
+@contextmanager
+def _progress(title: str, total: int, done: int) -> Iterator[Callable[[Row], None]]:
+    """A progress line on stderr: rows settled, failed, time left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    failures = TextColumn("{task.fields[failed]} failed")
+    with Progress(*columns, failures, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total, completed=done, failed=0)
+
+        def advance(row: Row) -> None:
+            failed = bar.tasks[task].fields["failed"] + (row["status"] not in SETTLED)
+            bar.update(task, advance=1, failed=failed)
+
+        yield advance

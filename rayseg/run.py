@@ -1,0 +1,243 @@
+"""One execution: its output prefix, its steps, and what is remembered of them.
+
+<run>/run.json                   what was asked, with which versions, how it ended
+<run>/steps/<step>/begun.json    the step's key: its function, settings, inputs and package version
+<run>/steps/<step>/done.json     the same key and what the step returned; a step with it is not run again
+"""
+
+import fcntl
+import hashlib
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, is_dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from upath import UPath
+
+from rayseg import __version__
+from rayseg.config import Config
+from rayseg.errors import ConfigError
+from rayseg.geo import Region
+from rayseg.store import is_local, put, upath
+
+LIBRARIES = ("torch", "ray", "rasterio", "segmentation-models-pytorch", "numpy")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where the stages of a run are carried out; never changes what they give.
+
+    Attributes:
+        kind: "ray", or "inline" for this process alone.
+        address: of a Ray cluster; None starts a private one.
+        retry: whether rows that failed before are tried again.
+    """
+
+    kind: str = "ray"
+    address: str | None = None
+    retry: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a run, handed to its function and, once done, to the steps that follow.
+
+    Attributes:
+        name: of the step.
+        root: prefix of the run.
+        key: hash of everything that determines the result.
+        engine: where to carry it out.
+        value: what the function returned (JSON values).
+        seconds: how long it took, in all sessions together.
+    """
+
+    name: str
+    root: str
+    key: str
+    engine: Engine
+    value: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def prefix(self) -> UPath:
+        """Where the step keeps its files."""
+        return upath(self.root) / "steps" / self.name
+
+
+class Run:
+    """An output prefix that belongs to one pipeline, region and configuration."""
+
+    def __init__(self, root: str, asked: dict[str, Any], engine: Engine) -> None:
+        self.root = root
+        self.asked = asked
+        self.engine = engine
+        self.steps: list[Step] = []
+        self.troubles: dict[str, dict[str, str]] = {}
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls, out: str, *, pipeline: str, config: Config, region: Region, engine: Engine | None = None
+    ) -> Iterator["Run"]:
+        """Begin or go on with the run at `out`; run.json tells how it ended, also when it ends by an error.
+
+        Raises:
+            ConfigError: `out` cannot be written, belongs to another run, or is being worked on by another process.
+        """
+        asked = {"pipeline": pipeline, "region": asdict(region), "config": config.model_dump(mode="json")}
+        run = cls(out, asked, engine or Engine())
+        _claim(out, asked)
+        with _alone(out):
+            started = time.time()
+            run.save("running", started)
+            try:
+                yield run
+            except BaseException as error:
+                run.save("stopped", started, reason=f"{type(error).__name__}: {error}")
+                raise
+            run.save("incomplete" if run.troubles else "done", started)
+
+    def step(self, name: str, function: Callable[..., dict[str, Any]], *arguments: object) -> Step:
+        """What `function(step, *arguments)` returns, from its first finished execution with the same key.
+
+        The function writes below `step.prefix` (or under keys of its own that are the same each time) and returns
+        JSON values. An unfinished step is called again and goes on from what it finds there. When it returns
+        "troubles" (id -> reason), the run goes on, but the step is not taken for done.
+        """
+        key = _key(function, arguments)
+        step = Step(name, self.root, key, self.engine)
+        done = _load(step.prefix / "done.json")
+        if done.get("key") != key or (done["value"].get("troubles") and self.engine.retry):
+            done = self._carry_out(step, function, arguments)
+        step = Step(name, self.root, _hash([key, done["value"]]), self.engine, done["value"], done["seconds"])
+        if step.value.get("troubles"):
+            self.troubles[name] = step.value["troubles"]
+        self.steps.append(step)
+        return step
+
+    def _carry_out(
+        self, step: Step, function: Callable[..., dict[str, Any]], arguments: tuple[object, ...]
+    ) -> dict[str, Any]:
+        begun = _load(step.prefix / "begun.json")
+        if begun.get("key") != step.key:
+            _clear(step.prefix)
+            begun = {"key": step.key, "seconds": 0.0}
+            put(step.prefix / "begun.json", json.dumps(begun).encode())
+        started = time.perf_counter()
+        value = function(step, *arguments)
+        done = {"key": step.key, "value": value, "seconds": time.perf_counter() - started}
+        put(step.prefix / "done.json", json.dumps(done, indent=1).encode())
+        return done
+
+    def save(self, status: str, started: float, *, reason: str = "") -> None:
+        """Write run.json."""
+        content = self.asked | {
+            "status": status,
+            "reason": reason,
+            "command": " ".join(sys.argv),
+            "engine": asdict(self.engine),
+            "versions": versions(),
+            "started": started,
+            "seconds": time.time() - started,
+            "steps": {step.name: {"seconds": step.seconds} | step.value for step in self.steps},
+        }
+        put(upath(self.root) / "run.json", json.dumps(content, indent=1, default=str).encode())
+
+
+def versions() -> dict[str, str]:
+    """Versions of rayseg, Python and the libraries that shape the numbers."""
+    return {"rayseg": __version__, "python": platform.python_version()} | {n: metadata.version(n) for n in LIBRARIES}
+
+
+def read(root: str) -> dict[str, Any]:
+    """The content of a run's run.json.
+
+    Raises:
+        ConfigError: there is no run at `root`.
+    """
+    content = _load(upath(root) / "run.json")
+    if not content:
+        raise ConfigError(f"{root} is no run: it has no run.json; give the folder that was --out of `rayseg run`")
+    return content
+
+
+def _claim(out: str, asked: dict[str, Any]) -> None:
+    """Refuse an output that belongs to another run or cannot be written."""
+    try:
+        found = _load(upath(out) / "run.json")
+        foreign = not found and upath(out).is_dir() and any(not p.name.startswith(".") for p in upath(out).iterdir())
+    except OSError as error:
+        raise ConfigError(f"output {out} cannot be read: {error}; choose another --out") from None
+    if foreign:
+        raise ConfigError(f"output {out} holds files that are not of a rayseg run; choose an empty or new --out")
+    other = [key for key in asked if found and found.get(key) != json.loads(json.dumps(asked[key]))]
+    if other:
+        difference = "; ".join(_difference(key, found.get(key), json.loads(json.dumps(asked[key]))) for key in other)
+        raise ConfigError(f"output {out} belongs to another run ({difference}); choose another --out or delete it")
+    try:
+        put(upath(out) / ".writable", b"")
+        (upath(out) / ".writable").unlink()
+    except OSError as error:
+        raise ConfigError(f"output {out} cannot be written: {error.strerror or error}; choose another --out") from None
+
+
+def _difference(key: str, found: object, asked: object) -> str:
+    """The first place where two JSON values differ, as `a.b is 1 there, 2 here`."""
+    if isinstance(found, dict) and isinstance(asked, dict):
+        for inner in sorted(found.keys() | asked.keys()):
+            if found.get(inner) != asked.get(inner):
+                return _difference(f"{key}.{inner}", found.get(inner), asked.get(inner))
+    return f"{key} is {str(found)[:60]} there, {str(asked)[:60]} here"
+
+
+@contextmanager
+def _alone(out: str) -> Iterator[None]:
+    """Hold the run's lock while it is worked on; the system lets go of it when the process dies."""
+    if not is_local(out):
+        yield
+        return
+    with Path(upath(out).path, ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process is working on {out}; wait for it, or choose another --out") from None
+        yield
+
+
+def _load(path: UPath) -> dict[str, Any]:
+    try:
+        loaded: dict[str, Any] = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    return loaded
+
+
+def _clear(prefix: UPath) -> None:
+    if prefix.is_dir():
+        prefix.rmdir(recursive=True)
+
+
+def _key(function: Callable[..., object], arguments: tuple[object, ...]) -> str:
+    return _hash([function.__module__, function.__qualname__, __version__, [_plain(value) for value in arguments]])
+
+
+def _plain(value: object) -> object:
+    """What of an argument determines the result, as JSON values."""
+    if isinstance(value, Step):
+        return value.key
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return value
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,168 @@
+import os
+import pickle
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from rayseg import flow
+from rayseg.errors import ConfigError, DataError, RunIncomplete
+from rayseg.flow import Work
+from rayseg.ledger import Ledger
+from rayseg.run import Engine
+
+INLINE = Engine("inline")
+RAY = Engine("ray")
+ENGINES = [pytest.param(INLINE, id="inline"), pytest.param(RAY, id="ray", marks=[pytest.mark.ray])]
+
+
+class Draw:
+    """id -> value"""
+
+    def __init__(self, *, bad: str = "", deadly: str = "", nodata: str = "") -> None:
+        self.bad, self.deadly, self.nodata = bad, deadly, nodata
+
+    def __call__(self, rows):
+        for row in rows:
+            if row["id"] == self.bad:
+                raise DataError("the file is damaged")
+            if row["id"] == self.deadly:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if row["id"] == self.nodata:
+                row["status"] = "nodata"
+            row["value"] = np.full((3, 1 + row["n"] % 4), row["n"], np.float32)
+        return rows
+
+
+class Double:
+    """value -> value"""
+
+    def __call__(self, rows):
+        return [row | {"value": row["value"] * 2} for row in rows]
+
+
+class Keep:
+    """value -> file"""
+
+    def __init__(self, folder) -> None:
+        self.folder = folder
+
+    def __call__(self, rows):
+        for row in rows:
+            (self.folder / row["id"]).write_bytes(row["value"].tobytes())
+            row["facts"] = {"sum": float(row["value"].sum())}
+        return rows
+
+
+def rows_of(count):
+    return [{"id": f"t{n}", "n": n} for n in range(count)]
+
+
+def works(folder, **draw):
+    return [Work(Draw(**draw)), Work(Double(), batch=4, cpus=1, model=True), Work(Keep(folder))]
+
+
+@pytest.fixture(autouse=True)
+def _ray_when_asked(request):
+    if request.node.get_closest_marker("ray"):
+        request.getfixturevalue("local_ray")
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out", Ledger(str(tmp_path / "ledger"))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_row_is_accounted_for_and_a_bad_one_harms_no_neighbour(engine, place):
+    out, ledger = place
+    account = flow.run(rows_of(9), works(out, bad="t3", nodata="t5"), ledger, engine)
+    assert account.planned == 9
+    assert account.counts["done"] == 7
+    assert account.counts["nodata"] == 1
+    assert account.troubles == {"t3": "Draw: the file is damaged"}
+    assert {path.name for path in out.iterdir()} == {f"t{n}" for n in range(9)} - {"t3", "t5"}
+    assert ledger.read()["t4"].facts == {"sum": 4 * 2 * 3.0}
+    assert set(ledger.read()["t4"].seconds) == {"Draw", "Double", "Keep"}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_second_run_works_only_on_what_is_left(engine, place):
+    out, ledger = place
+    flow.run(rows_of(4), works(out), ledger, engine)
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    account = flow.run(rows_of(6), works(out), ledger, engine)
+    assert account.counts["done"] == 6
+    assert {name: (out / name).stat().st_mtime_ns for name in before} == before
+
+
+def test_failed_rows_are_tried_again_only_when_asked(place):
+    out, ledger = place
+    flow.run(rows_of(3), works(out, bad="t1"), ledger, INLINE)
+    assert not flow.run(rows_of(3), works(out), ledger, INLINE).complete
+    assert flow.run(rows_of(3), works(out), ledger, Engine("inline", retry=True)).complete
+    assert ledger.read()["t1"].attempt == 2
+
+
+@pytest.mark.ray
+def test_engines_give_the_same_bytes(tmp_path):
+    results = []
+    for name, engine in (("a", INLINE), ("b", RAY)):
+        (tmp_path / name).mkdir()
+        flow.run(rows_of(11), works(tmp_path / name), Ledger(str(tmp_path / f"ledger-{name}")), engine)
+        results.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    assert results[0] == results[1]
+    assert len(results[0]) == 11
+
+
+@pytest.mark.ray
+@pytest.mark.chaos
+def test_a_row_that_kills_its_process_is_quarantined_and_the_rest_is_done(place):
+    out, ledger = place
+    account = flow.run(rows_of(6), works(out, deadly="t2"), ledger, RAY)
+    assert account.counts["done"] == 5
+    assert account.counts["quarantined"] == 1
+    assert "process died" in account.troubles["t2"]
+
+
+def test_a_row_that_hangs_ends_the_run_with_how_to_go_on(place):
+    _, ledger = place
+
+    def hang(rows):
+        time.sleep(1.0)
+        return rows
+
+    with pytest.raises(RunIncomplete, match="same command again"):
+        flow.run(rows_of(1), [Work(hang)], ledger, INLINE, stall_seconds=0.1)
+
+
+def test_a_fault_of_the_program_is_not_taken_for_bad_data(place):
+    _, ledger = place
+
+    def wrong(rows):
+        return rows + 1
+
+    with pytest.raises(TypeError):
+        flow.run(rows_of(2), [Work(wrong)], ledger, INLINE)
+    assert ledger.read() == {}
+
+
+def test_stages_that_would_wait_for_each_other_for_ever_are_refused():
+    stages = [Work(Draw(), cpus=1), Work(Double(), cpus=1, model=True), Work(Double(), cpus=1)]
+    with pytest.raises(ConfigError, match="need 3 CPUs at once, Ray has 2"):
+        flow._sizes(stages, {"CPU": 2.0})
+
+
+def test_model_stages_share_what_reading_and_writing_leave():
+    stages = [Work(Draw(), cpus=0.25), Work(Double(), model=True, gpus=0.5), Work(Double(), model=True, gpus=0.5)]
+    cpu_only = flow._sizes(stages, {"CPU": 2.0})
+    assert sum(size.copies * size.cpus for size in cpu_only) <= 2.0
+    assert [size.gpus for size in cpu_only] == [0, 0, 0]
+    assert [size.copies for size in flow._sizes(stages, {"CPU": 64.0, "GPU": 4.0})[1:]] == [4, 4]
+
+
+def test_stages_survive_pickling(tmp_path):
+    for work in works(tmp_path):
+        assert pickle.loads(pickle.dumps(work)).name == work.name
