@@ -1,0 +1,103 @@
+"""Class activation maps: where in an image a classifier sees a class."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pytorch_grad_cam import GradCAMPlusPlus
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from torch import Tensor, nn
+
+FloatArray = NDArray[np.float32]
+
+
+def gradcam_plusplus(
+    model: nn.Module,
+    images_NCHW: Tensor,
+    *,
+    target_class: int,
+    layer: nn.Module | int = -1,
+    batch_size: int = 16,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+) -> tuple[FloatArray, FloatArray]:
+    """Grad-CAM++ (Chattopadhay et al. 2018) of one class, and how sure the model is of it.
+
+    Args:
+        model: images_NCHW -> logits_NK; put into evaluation mode meanwhile.
+        images_NCHW: normalised float32 images; they are moved to the model's device.
+        target_class: the class looked for.
+        layer: a module of the model that returns feature maps, or the number of an encoder stage of a
+            `Classifier` (-1 the last, -2 one of twice its resolution).
+        batch_size: images per pass.
+        scales: maps and scores are averaged over the images resized by each factor, in one go with `flip`.
+        flip: also average with those of the mirrored images.
+
+    Returns:
+        cams_NHW, float32 in 0..1 at the images' size, each image with its own minimum 0 and maximum 1 (all 0 where
+        nothing speaks for the class), and scores_N, float32, the softmax of the class.
+    """
+    views = [(scale, mirrored) for scale in scales for mirrored in ((False, True) if flip else (False,))]
+    device = next(model.parameters()).device
+    cams, scores = [], []
+    with _held_still(model):
+        cam = GradCAMPlusPlus(model, [_layer_of(model, layer)])  # as a context manager it would swallow errors
+        for images in torch.split(images_NCHW, batch_size):
+            seen = [_view(cam, images.to(device), target_class, scale=scale, mirrored=flag) for scale, flag in views]
+            maps, sureness = zip(*seen, strict=True)
+            cams.append(maps[0] if len(maps) == 1 else _stretched(np.mean(maps, axis=0)))
+            scores.append(np.mean(sureness, axis=0))
+        cam.activations_and_grads.release()
+    return np.concatenate(cams), np.concatenate(scores)
+
+
+def _layer_of(model: nn.Module, layer: nn.Module | int) -> nn.Module:
+    if isinstance(layer, nn.Module):
+        return layer
+    stages = model.get_submodule("stages")
+    found: nn.Module = list(stages.children())[layer]
+    return found
+
+
+@contextmanager
+def _held_still(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients for the weights, only through them; both as before afterwards."""
+    training = [(module, module.training) for module in model.modules()]
+    learning = [(weight, weight.requires_grad) for weight in model.parameters()]
+    model.eval()
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+        for weight, flag in learning:
+            weight.requires_grad_(flag)
+
+
+def _view(
+    cam: GradCAMPlusPlus, images_NCHW: Tensor, target_class: int, *, scale: float, mirrored: bool
+) -> tuple[FloatArray, FloatArray]:
+    """Maps of the images resized and mirrored, brought back to where the images are, and scores."""
+    height, width = images_NCHW.shape[2:]
+    seen = images_NCHW.flip(3) if mirrored else images_NCHW
+    if scale != 1:
+        size = [max(32, round(side * scale / 32) * 32) for side in (height, width)]
+        seen = nn.functional.interpolate(seen, size=size, mode="bilinear", antialias=scale < 1)
+    seen = seen.detach().clone().requires_grad_()
+    maps: FloatArray = cam(seen, [ClassifierOutputTarget(target_class)] * len(seen))
+    scores: FloatArray = cam.outputs.detach().softmax(dim=1)[:, target_class].cpu().numpy()
+    if scale != 1:
+        back = nn.functional.interpolate(torch.from_numpy(maps)[:, None], size=(height, width), mode="bilinear")
+        maps = back[:, 0].numpy()
+    return (np.ascontiguousarray(maps[:, :, ::-1]) if mirrored else maps), scores
+
+
+def _stretched(cams_NHW: FloatArray) -> FloatArray:
+    """Each map from its minimum 0 to its maximum 1; a flat map stays 0."""
+    low = cams_NHW.min(axis=(1, 2), keepdims=True)
+    span = cams_NHW.max(axis=(1, 2), keepdims=True) - low
+    stretched: FloatArray = ((cams_NHW - low) / np.where(span > 0, span, 1)).astype(np.float32)
+    return stretched

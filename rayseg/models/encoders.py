@@ -1,0 +1,237 @@
+"""Encoders: their names, their pretrained weights, and what keeps their batch norms sane on few chips."""
+
+import difflib
+import pickle
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from io import BytesIO
+from typing import Any
+
+import segmentation_models_pytorch as smp
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import AveragedModel
+
+from rayseg.errors import ConfigError, ModelError
+from rayseg.store import upath
+
+State = dict[str, Tensor]
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "params")
+_PREFIXES = ("module.", "_orig_mod.", "encoder.", "backbone.")
+_HEADS = {"classifier", "fc", "head", "head_fc", "last_linear", "conv_head", "bn2", "norm", "norm_head", "final_conv"}
+CANNOT_BUILD = (KeyError, ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError, AssertionError)
+
+
+def encoder_name(name: str) -> str:
+    """The name segmentation_models_pytorch knows `name` by: its own, or timm's with the prefix `tu-`.
+
+    Where both libraries have the name, segmentation_models_pytorch's encoder is meant; `tu-<name>` asks for timm's.
+
+    Raises:
+        ConfigError: neither library has it; the message offers close matches.
+    """
+    bare = name.removeprefix("timm-").removeprefix("tu-")
+    if name in smp.encoders.encoders:
+        return name
+    for candidate in (bare, f"tf_{bare}"):
+        if timm.is_model(candidate):
+            return f"tu-{candidate}"
+    known = [*smp.encoders.encoders, *timm.list_models()]
+    close = difflib.get_close_matches(bare, known, n=4, cutoff=0.5)
+    near = f"did you mean {', '.join(close)}?" if close else "see timm.list_models() for the names"
+    raise ConfigError(f"encoder {name!r} is neither in segmentation_models_pytorch nor in timm; {near}")
+
+
+def pretrained_name(encoder: str, weights: str) -> str | bool | None:
+    """The `encoder_weights` argument of segmentation_models_pytorch for `weights`; files are loaded afterwards."""
+    if weights != "imagenet":
+        return None
+    return True if encoder.startswith("tu-") else "imagenet"
+
+
+def build_encoder(encoder: str, *, channels: int = 3, depth: int = 5, weights: str = "imagenet") -> nn.Module:
+    """An encoder: images_NCHW -> list of `depth + 1` feature maps, the first being the images themselves.
+
+    Args:
+        encoder: a name of segmentation_models_pytorch or of timm.
+        channels: bands of the images.
+        depth: number of stages; stage k has 1/2^k of the images' resolution.
+        weights: "imagenet" (downloaded), "none" (random), or the path of a `.pth`, `.pt` or `.safetensors` file.
+
+    Raises:
+        ConfigError: the encoder is unknown or cannot give feature maps.
+        ModelError: the weights are not to be had or do not fit.
+    """
+    name = encoder_name(encoder)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            model: nn.Module = smp.encoders.get_encoder(
+                name, in_channels=channels, depth=depth, weights=pretrained_name(name, weights)
+            )
+    except (OSError, *CANNOT_BUILD) as error:
+        raise cannot_build(encoder, weights, error) from None
+    if weights not in {"imagenet", "none"}:
+        load_encoder_weights(model, weights)
+    return model
+
+
+def cannot_build(what: str, weights: str, error: Exception) -> ConfigError | ModelError:
+    """The error to raise where a library could not build the model `what`: no weights, or no such combination."""
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    if isinstance(error, OSError) or "pretrained" in reason.lower():
+        return ModelError(
+            f"imagenet weights of {what} could not be had ({reason}); "
+            "set weights to a local .pth or .safetensors file, or to none"
+        )
+    return ConfigError(f"{what} cannot be built with weights {weights!r}: {reason}; choose another encoder")
+
+
+def load_encoder_weights(encoder: nn.Module, path: str) -> None:
+    """Load the file `path` into `encoder`, all of it; only a classification head in the file is left out.
+
+    Keys may be torchvision's, timm's or segmentation_models_pytorch's, also those of a whole model
+    (`encoder.*`). A first convolution for 3 bands is adapted to the encoder's bands.
+
+    Raises:
+        ModelError: the file cannot be read, or is of another architecture.
+    """
+    wanted = encoder.state_dict()
+    state = max(_spellings(read_state(path)), key=lambda spelled: len(_fitting(spelled, wanted)))
+    fitting = _fitting(state, wanted)
+    missing = [key for key in wanted if key not in fitting and not key.endswith("num_batches_tracked")]
+    whole = getattr(encoder, "_depth", 5) == 5
+    surplus = [key for key in state if whole and key not in wanted and not _in_head(key)]
+    if missing or surplus:
+        first = f"{missing[0]} is missing or of another shape" if missing else f"{surplus[0]} has no place in it"
+        raise ModelError(
+            f"weights {path} fit {len(fitting)} of the {len(wanted)} tensors of {type(encoder).__name__} ({first}); "
+            "use weights of the same encoder, or none"
+        )
+    encoder.load_state_dict(fitting, strict=False)
+
+
+def read_state(path: str) -> State:
+    """The tensors by name in a `.safetensors` file or a checkpoint of torch; nothing else is unpickled.
+
+    Raises:
+        ModelError: the file is not there, damaged, or holds no tensors by name.
+    """
+    try:
+        data = upath(path).read_bytes()
+        content = load(data) if str(path).endswith(".safetensors") else _unpickle(data)
+    except OSError as error:
+        raise ModelError(f"weights {path} cannot be read: {error.strerror or error}; check the path") from None
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0][:200]
+        raise ModelError(
+            f"weights {path} ({len(data)} bytes) are damaged or not weights, 0 tensors read: {reason}; "
+            "fetch the file anew"
+        ) from None
+    for wrapper in _WRAPPERS:
+        content = content.get(wrapper, content) if isinstance(content, dict) else content
+    state = {key: value for key, value in content.items() if isinstance(value, Tensor)} if _is_named(content) else {}
+    if not state:
+        raise ModelError(f"weights {path} hold no tensors by name, expected a state dict; save model.state_dict()")
+    return state
+
+
+def _unpickle(data: bytes) -> Any:  # noqa: ANN401 - a checkpoint can hold anything
+    return torch.load(BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _is_named(content: object) -> bool:
+    return isinstance(content, dict) and all(isinstance(key, str) for key in content)
+
+
+def _spellings(state: State) -> list[State]:
+    """The ways the libraries would name the same tensors."""
+    for prefix in _PREFIXES:
+        inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        state = inner or state
+    flat = {re.sub(r"^(stages|features|layers|blocks)\.(\d+)\.", r"\1_\2.", key): t for key, t in state.items()}
+    return [state, *({f"model.{key}": value for key, value in named.items()} for named in (state, flat))]
+
+
+def _fitting(state: State, wanted: State) -> State:
+    """The tensors of `state` that `wanted` has a place for, the first convolution adapted to its bands."""
+    fitting = {}
+    for key, tensor in state.items():
+        place = wanted.get(key)
+        if place is None:
+            continue
+        if _is_rgb_of(tensor, place):
+            tensor = timm.models.adapt_input_conv(place.shape[1], tensor)  # noqa: PLW2901 - the same weight, adapted
+        if tensor.shape == place.shape:
+            fitting[key] = tensor
+    return fitting
+
+
+def _is_rgb_of(tensor: Tensor, place: Tensor) -> bool:
+    return (
+        tensor.ndim == place.ndim == 4
+        and tensor.shape[1] == 3 != place.shape[1]
+        and tensor.shape[0] == place.shape[0]
+        and tensor.shape[2:] == place.shape[2:]
+    )
+
+
+def _in_head(key: str) -> bool:
+    return key.removeprefix("model.").partition(".")[0] in _HEADS
+
+
+def freeze_batchnorm(model: nn.Module) -> None:
+    """Make every batch norm use its running statistics and leave them alone; call it after `model.train()`.
+
+    With few chips the statistics of pretraining beat those of a batch; scale and shift still learn.
+    """
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+
+
+@torch.no_grad()
+def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replace the running statistics of every batch norm by the plain average over `batches` (images_NCHW).
+
+    Everything else stays in evaluation mode, so dropout does not shift the statistics. The mode of `model` is kept.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    for images_NCHW in batches:
+        model(images_NCHW)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    for module, training in modes:
+        module.training = training
+
+
+def averaged(model: nn.Module, *, decay: float) -> AveragedModel:
+    """An exponential moving average of the weights and buffers of `model`; call `update_parameters(model)` per step.
+
+    The decay starts low, min(decay, (1 + n) / (10 + n)) at update n, so that a short training is not held
+    back by its random start.
+    """
+
+    def average(means: Sequence[Tensor], values: Sequence[Tensor], updates: Tensor | int) -> None:
+        n = float(updates)
+        kept = min(decay, (1 + n) / (10 + n))
+        for mean, value in zip(means, values, strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(value, 1 - kept)
+            else:
+                mean.copy_(value)
+
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)

@@ -1,0 +1,53 @@
+"""Segmenters: a decoder of segmentation_models_pytorch on any encoder; images in, one map of logits per class out."""
+
+import warnings
+
+import segmentation_models_pytorch as smp
+from torch import nn
+
+from rayseg.errors import ConfigError
+from rayseg.models.encoders import (
+    CANNOT_BUILD,
+    cannot_build,
+    encoder_name,
+    load_encoder_weights,
+    pretrained_name,
+)
+
+ARCHITECTURES = tuple(sorted(smp.MODEL_ARCHITECTURES_MAPPING))
+
+
+def build_segmenter(
+    architecture: str, encoder: str, *, classes: int = 1, weights: str = "imagenet", channels: int = 3
+) -> nn.Module:
+    """A network from normalised images_NCHW (float32, sides multiples of 32) to logits_NKHW of the same size.
+
+    Args:
+        architecture: one of `ARCHITECTURES`, for example "unet" or "deeplabv3plus".
+        encoder: a name of segmentation_models_pytorch or of timm, for example "regnety_040".
+        classes: number of maps K; 1 for a class against the rest (sigmoid), else one per class (softmax).
+        weights: of the encoder: "imagenet" (downloaded), "none", or a `.pth`, `.pt` or `.safetensors` file.
+        channels: bands of the images.
+
+    Raises:
+        ConfigError: the architecture or the encoder is unknown, or they do not go together.
+        ModelError: the weights are not to be had or do not fit.
+    """
+    if architecture not in ARCHITECTURES:
+        raise ConfigError(f"architecture {architecture!r} is unknown, expected one of: {', '.join(ARCHITECTURES)}")
+    name = encoder_name(encoder)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            model: nn.Module = smp.create_model(
+                architecture,
+                encoder_name=name,
+                encoder_weights=pretrained_name(name, weights),
+                in_channels=channels,
+                classes=classes,
+            )
+    except (OSError, *CANNOT_BUILD) as error:
+        raise cannot_build(f"{architecture} on encoder {encoder}", weights, error) from None
+    if weights not in {"imagenet", "none"}:
+        load_encoder_weights(model.get_submodule("encoder"), weights)
+    return model
