@@ -8,7 +8,6 @@ Order everywhere: (row, col), (height, width), (left, bottom, right, top).
 import hashlib
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,15 +137,13 @@ class Tile:
         return cls(row["id"], grid, Window(row["col"], row["row"], row["width"], row["height"]))
 
 
-def tiles(grid: Grid, extent: Window, size: int) -> Iterator[Tile]:
-    """Tiles of `size` px that cover `extent` exactly once, row by row; those at its edge are cut to it.
+def tile_at(grid: Grid, row: int, col: int, *, size: int, extent: Window) -> Tile:
+    """The tile of `size` px in tile row and column (`row`, `col`) of the grid, cut to `extent`.
 
     Tile borders lie on multiples of `size` of the grid, so ids do not depend on `extent`.
     """
-    for row in range(extent.row // size, -(-extent.row1 // size)):
-        for col in range(extent.col // size, -(-extent.col1 // size)):
-            window = Window(col * size, row * size, size, size).intersect(extent)
-            yield Tile(f"{grid.name}_{col}_{row}", grid, window)
+    window = Window(col * size, row * size, size, size).intersect(extent)
+    return Tile(f"{grid.name}_{col}_{row}", grid, window)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,111 @@
+"""Tiles through a segmentation model, patch by patch on the grid's one lattice."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from rayseg.geo import Lattice, Tile, Window
+from rayseg.models import bundle
+from rayseg.models.bundle import Bundle
+from rayseg.vision.blend import Blend
+
+Row = dict[str, Any]
+NODATA = 255
+
+
+class Predict:
+    """`image, valid, reach -> classes, scores`: blended probabilities of a bundle's model over the tile's own window.
+
+    classes: (height, width) uint8, 255 where there is no imagery.
+    scores: (bands, height, width) uint8, probability x 254 rounded, 255 where there is no imagery; one band for the
+    one class of a binary model, else one per class.
+
+    A patch is predicted only where its cell holds imagery, and batches have one fixed size (the last one is filled
+    up), so a pixel's value depends on nothing but its patches, whatever the tile.
+
+    Args:
+        prefix: of the bundle.
+        batch: patches at once; None takes 1 on a CPU and 16 on a GPU, where lack of memory halves it.
+        device: torch device; None takes the GPU if there is one.
+    """
+
+    def __init__(self, prefix: str, *, batch: int | None = None, device: str | None = None) -> None:
+        self.prefix = prefix
+        self.batch = batch
+        self.device = device
+
+    @cached_property
+    def _loaded(self) -> tuple[Bundle, torch.nn.Module]:
+        described, model = bundle.build(self.prefix)
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.batch = self.batch or (16 if self.device.startswith("cuda") else 1)
+        return described, model.to(self.device, memory_format=torch.channels_last).eval()
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """Predict each tile."""
+        return [self._tile(row) for row in rows]
+
+    def _tile(self, row: Row) -> Row:
+        described, _ = self._loaded
+        tile, reach = Tile.from_row(row), row["reach"]
+        lattice = Lattice.of(tile.grid, described.patch, described.stride)
+        valid = row["valid"]
+        patches = [p for p in lattice.patches(tile.window) if valid[_inside(lattice.cell(p), reach)].any()]
+        blend = Blend(tile.window, described.outputs, lattice)
+        cuts = [(slice(None), *patch.slices(reach)) for patch in patches]
+        for position, probabilities in enumerate(self._predict(row["image"], valid, cuts)):
+            blend.add(patches[position], probabilities)
+        classes, scores = decide(blend.result(), valid[tile.window.slices(reach)], described.threshold)
+        kept = {key: value for key, value in row.items() if key not in {"image", "valid", "reach"}}
+        return kept | {"classes": classes, "scores": scores}
+
+    def _predict(self, image: np.ndarray, valid: np.ndarray, cuts: list[tuple[slice, ...]]) -> Iterator[np.ndarray]:
+        """Probabilities of every patch cut out of the image, in order."""
+        start = 0
+        while start < len(cuts):
+            assert self.batch is not None
+            part = cuts[start : start + self.batch]
+            try:
+                results = self._forward([self._loaded[0].normalize(image[cut]) * valid[cut[1:]] for cut in part])
+            except torch.OutOfMemoryError:
+                if self.batch == 1:
+                    raise
+                torch.cuda.empty_cache()
+                self.batch //= 2
+                continue
+            yield from results
+            start += len(part)
+
+    def _forward(self, patches_CHW: list[np.ndarray]) -> np.ndarray:
+        """Probabilities (patches, outputs, height, width) of a batch, which is filled up to the fixed size."""
+        described, model = self._loaded
+        assert self.batch is not None and self.device is not None
+        count = len(patches_CHW)
+        filled = np.zeros((self.batch, *patches_CHW[0].shape), np.float32)
+        filled[:count] = patches_CHW
+        batch = torch.from_numpy(filled).to(self.device, memory_format=torch.channels_last)
+        half = self.device.startswith("cuda")
+        with torch.inference_mode(), torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=half):
+            logits = model(batch).float()
+        probabilities = logits.sigmoid() if described.outputs == 1 else logits.softmax(1)
+        return probabilities[:count].cpu().numpy()
+
+
+def decide(probabilities_CHW: np.ndarray, valid_HW: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Classes (height, width) and scores (bands, height, width), both uint8 with 255 where not valid.
+
+    One band is the probability of class 1 against 0 (1 where above `threshold`); more are one per class (the largest).
+    """
+    if len(probabilities_CHW) == 1:
+        classes = (probabilities_CHW[0] > threshold).astype(np.uint8)
+    else:
+        classes = probabilities_CHW.argmax(0).astype(np.uint8)
+    scores = np.rint(probabilities_CHW * 254).astype(np.uint8)
+    return np.where(valid_HW, classes, NODATA).astype(np.uint8), np.where(valid_HW, scores, NODATA).astype(np.uint8)
+
+
+def _inside(window: Window, reach: Window) -> tuple[slice, slice]:
+    return window.intersect(reach).slices(reach)

@@ -1,0 +1,75 @@
+"""Finished tiles, on the store."""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from rayseg.geo import Tile
+from rayseg.io import catalog, cog, regions, vectors
+from rayseg.store import upath
+from rayseg.vision.color import ClassTable
+
+Row = dict[str, Any]
+NODATA = 255
+
+
+class WriteTile:
+    """`classes, scores, <tile> -> facts`: the tile as classes.tif, scores.tif, parts.parquet and, last, its item.
+
+    Pixels outside the region become nodata; a tile left without data is settled as "nodata", one that holds nothing
+    but the background (class 0 of a binary table) as "empty". Files have the same name and bytes each time.
+
+    Args:
+        prefix: below which `<tile id>/` is written.
+        table: the classes.
+        bands: names of the score bands.
+        geometry: the region, GeoJSON in EPSG:4326, or None.
+        model: href of the model's item.
+    """
+
+    def __init__(
+        self, prefix: str, table: ClassTable, *, bands: tuple[str, ...], geometry: dict[str, Any] | None, model: str
+    ) -> None:
+        self.prefix, self.table, self.bands = prefix, table, bands
+        self.geometry, self.model = geometry, model
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """Write each tile."""
+        return [self._write(row) for row in rows]
+
+    def _write(self, row: Row) -> Row:
+        tile = Tile.from_row(row)
+        inside = regions.pixels_inside(regions.on_grid(self.geometry, tile.grid), tile.grid, tile.window)
+        classes = np.where(inside, row["classes"], NODATA).astype(np.uint8)
+        scores = np.where(inside, row["scores"], NODATA).astype(np.uint8)
+        kept = {key: row[key] for key in ("id", "seconds")}
+        facts = facts_of(classes)
+        if not facts["counts"]:
+            return kept | {"status": "nodata"}
+        folder = upath(self.prefix) / tile.id
+        cog.write_classes(folder / "classes.tif", classes, tile.grid, tile.window, self.table)
+        cog.write_scores(folder / "scores.tif", scores, tile.grid, tile.window, self.bands)
+        vectors.write_parts(folder / "parts.parquet", vectors.polygons_of(classes, scores, tile.grid, tile.window))
+        catalog.write_tile_item(folder, tile, self.table, sources=json.loads(row["sources"]), model=self.model)
+        found = set(facts["counts"]) - {"0"}
+        return kept | {"status": "done" if found else "empty", "facts": facts}
+
+
+def facts_of(classes_HW: np.ndarray) -> dict[str, Any]:
+    """Pixels per class, and how often neighbouring valid pixels differ, for the ledger.
+
+    counts: class value (text) -> pixels, nodata left out; pairs: neighbouring valid pixels; changes: those of two
+    classes.
+    """
+    values, counts = np.unique(classes_HW[classes_HW != NODATA], return_counts=True)
+    pairs = changes = 0
+    for one, other in ((classes_HW[1:], classes_HW[:-1]), (classes_HW[:, 1:], classes_HW[:, :-1])):
+        valid = (one != NODATA) & (other != NODATA)
+        pairs += int(valid.sum())
+        changes += int((valid & (one != other)).sum())
+    return {
+        "counts": {str(v): int(c) for v, c in zip(values, counts, strict=True)},
+        "pairs": pairs,
+        "changes": changes,
+    }
