@@ -1,0 +1,318 @@
+"""Bundles: a trained model with everything prediction and serving need, and nothing that runs on loading.
+
+<prefix>/model.safetensors   the weights
+<prefix>/bundle.json         what this module's `Bundle` holds
+<prefix>/item.json           a STAC item with the MLM extension; written last: where it is, the bundle is whole
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal, overload
+
+import numpy as np
+import pystac
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load as read_tensors
+from safetensors.torch import save as write_tensors
+from torch import Tensor, nn
+from upath import UPath
+
+import rayseg
+from rayseg.config import Config
+from rayseg.errors import ModelError
+from rayseg.models.classifier import build_classifier
+from rayseg.models.segmenter import build_segmenter
+from rayseg.store import StorePath, put, upath
+
+FORMAT = 1
+FACTORIES: Mapping[str, Callable[..., nn.Module]] = {"classifier": build_classifier, "segmenter": build_segmenter}
+MLM_SCHEMA = "https://stac-extensions.github.io/mlm/v1.5.2/schema.json"
+FILE_SCHEMA = "https://stac-extensions.github.io/file/v2.1.0/schema.json"
+PROCESSING_SCHEMA = "https://stac-extensions.github.io/processing/v1.2.0/schema.json"
+MLM_TASKS = {"classification": "scene-classification", "segmentation": "semantic-segmentation"}
+
+ClassRow = tuple[int, str, tuple[int, int, int]]
+
+
+class Scaling(Config):
+    """How values become the model's input: x = (value * scale + offset - mean) / std, per band."""
+
+    scale: float = 1.0
+    offset: float = 0.0
+    mean: tuple[float, ...]
+    """One per band, in units of value * scale + offset."""
+    std: tuple[float, ...]
+    """One per band, above 0."""
+
+
+class Architecture(Config):
+    """Which of the known factories builds the network, and with which options."""
+
+    factory: Literal["classifier", "segmenter"]
+    options: dict[str, str | int | float]
+    """Arguments of the factory, without its weights."""
+
+
+class Provenance(Config):
+    """Where a model comes from."""
+
+    created: datetime = Field(default_factory=lambda: datetime.now(UTC))
+    software: str = f"rayseg {rayseg.__version__}"
+    config: dict[str, Any] = Field(default_factory=dict)
+    """The resolved configuration of the training."""
+    parents: tuple[str, ...] = ()
+    """URIs of the items it was trained on."""
+
+
+class Bundle(Config):
+    """The contract between a trained model and the imagery it can be used on."""
+
+    format: Literal[1] = 1
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    task: Literal["classification", "segmentation"]
+    architecture: Architecture
+    classes: tuple[ClassRow, ...]
+    """(value in the class raster, name, (red, green, blue)) in the order of the model's outputs."""
+    bands: tuple[str, ...] = Field(min_length=1)
+    """Names of the bands in the order the model takes them."""
+    dtype: str
+    """Data type of the imagery, as numpy names it."""
+    scaling: Scaling
+    patch: int = Field(gt=0)
+    """Side of the model's input window in pixels."""
+    stride: int = Field(gt=0)
+    """Distance between neighbouring patches in pixels."""
+    threshold: float = Field(default=0.5, ge=0, le=1)
+    """Probability above which a pixel is of the class, for models of one class."""
+    metrics: dict[str, float] = Field(default_factory=dict)
+    provenance: Provenance = Field(default_factory=Provenance)
+    sha256: str = ""
+    """Of `model.safetensors`; set when the bundle is saved."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Bundle":
+        counts = {len(self.bands), len(self.scaling.mean), len(self.scaling.std)}
+        if len(counts) > 1:
+            raise ValueError(f"{len(self.bands)} bands, {len(self.scaling.mean)} means, {len(self.scaling.std)} stds")
+        if min(self.scaling.std) <= 0 or self.scaling.scale == 0:
+            raise ValueError("stds must be above 0 and the scale not 0")
+        if self.stride > self.patch:
+            raise ValueError(f"stride {self.stride} is above patch {self.patch}")
+        return self
+
+    @property
+    def outputs(self) -> int:
+        """Channels of the model's output: 1 for a binary segmenter, else one per class."""
+        return int(self.architecture.options.get("classes", len(self.classes)))
+
+    @property
+    def outputs(self) -> int:
+        """Number of the model's logits per image or pixel; 1 is a class against the rest."""
+        options, usual = self.architecture.options, {"classifier": 2, "segmenter": 1}
+        return int(options.get("classes", usual[self.architecture.factory]))
+
+    @overload
+    def normalize(self, image_CHW: NDArray[Any]) -> NDArray[np.float32]: ...
+    @overload
+    def normalize(self, image_CHW: Tensor) -> Tensor: ...
+    def normalize(self, image_CHW: NDArray[Any] | Tensor) -> NDArray[np.float32] | Tensor:
+        """The model's input, float32, of imagery as it is stored: CHW or NCHW, bands in the bundle's order."""
+        scale, offset = self.scaling.scale, self.scaling.offset
+        per_band = (self.scaling.mean, self.scaling.std)
+        if isinstance(image_CHW, Tensor):
+            mean, std = (torch.tensor(values, device=image_CHW.device)[:, None, None] for values in per_band)
+            return (image_CHW.float() * scale + offset - mean) / std
+        mean_C11, std_C11 = (np.array(values, np.float32)[:, None, None] for values in per_band)
+        scaled: NDArray[np.float32] = (image_CHW.astype(np.float32) * scale + offset - mean_C11) / std_C11
+        return scaled
+
+    def check_contract(self, bands: Sequence[str], dtype: str, *, source: str = "the imagery") -> None:
+        """Refuse imagery this model cannot be used on.
+
+        Args:
+            bands: names of the imagery's bands, in any order; more than the model needs is fine.
+            dtype: the imagery's data type, as numpy names it.
+            source: what to call the imagery in the error.
+
+        Raises:
+            ModelError: bands are missing or the data type differs; both sides are named.
+        """
+        missing = [band for band in self.bands if band not in bands]
+        if missing:
+            raise ModelError(
+                f"model {self.name} needs the bands {', '.join(self.bands)}, "
+                f"{source} has {', '.join(bands) or 'none'}: {', '.join(missing)} missing; "
+                "name the imagery's bands or use another model"
+            )
+        if np.dtype(dtype) != np.dtype(self.dtype):
+            raise ModelError(
+                f"model {self.name} was trained on {self.dtype} values, {source} has {np.dtype(dtype).name}; "
+                "convert the imagery to the model's units or use another model"
+            )
+
+
+def save(prefix: StorePath, bundle: Bundle, model: nn.Module) -> Bundle:
+    """Write the three files of a bundle under `prefix`, the item last; return the bundle with its checksum."""
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    weights = write_tensors(state)
+    whole = bundle.model_copy(update={"sha256": hashlib.sha256(weights).hexdigest()})
+    folder = upath(prefix)
+    put(folder / "model.safetensors", weights)
+    put(folder / "bundle.json", whole.model_dump_json(indent=2).encode())
+    put(folder / "item.json", json.dumps(item(whole, size=len(weights), parameters=_count(model)).to_dict()).encode())
+    return whole
+
+
+def load(prefix: StorePath) -> Bundle:
+    """The description of the model under `prefix`.
+
+    Raises:
+        ModelError: there is no bundle, it is not whole, or another version of rayseg wrote it.
+    """
+    folder = upath(prefix)
+    present = {name for name in ("model.safetensors", "bundle.json", "item.json") if (folder / name).exists()}
+    if not present:
+        raise ModelError(f"{folder} holds no model bundle (no bundle.json); give the folder a training wrote")
+    missing = {"model.safetensors", "bundle.json", "item.json"} - present
+    if missing:
+        raise ModelError(f"bundle {folder} is not whole, {', '.join(sorted(missing))} missing; run its training again")
+    return _parsed(folder)
+
+
+def _parsed(folder: UPath) -> Bundle:
+    try:
+        values = json.loads((folder / "bundle.json").read_bytes())
+    except ValueError:
+        raise ModelError(f"{folder / 'bundle.json'} is not JSON, so not a model bundle; copy the bundle anew") from None
+    found = values.get("format") if isinstance(values, dict) else None
+    if found != FORMAT:
+        raise ModelError(
+            f"{folder / 'bundle.json'} has format {found!r}, this rayseg {rayseg.__version__} reads format {FORMAT}; "
+            "use the version that wrote it, or train again"
+        )
+    try:
+        return Bundle.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise ModelError(f"{folder / 'bundle.json'}: {where}: {first['msg']}; copy the bundle anew") from None
+
+
+def build(prefix: StorePath) -> tuple[Bundle, nn.Module]:
+    """The bundle under `prefix` and its model, on the CPU and in evaluation mode.
+
+    Raises:
+        ModelError: see `load`; or the weights are damaged or not those the bundle was saved with.
+    """
+    bundle, path = load(prefix), upath(prefix) / "model.safetensors"
+    weights = path.read_bytes()
+    try:
+        state = read_tensors(weights)
+    except SafetensorError as error:
+        raise ModelError(f"weights {path} ({len(weights)} bytes) are damaged: {error}; copy the bundle anew") from None
+    if hashlib.sha256(weights).hexdigest() != bundle.sha256:
+        raise ModelError(f"weights {path} are not those of bundle.json (sha256 differs); copy the bundle anew")
+    try:
+        model = FACTORIES[bundle.architecture.factory](**bundle.architecture.options, weights="none")
+        model.load_state_dict(state)
+    except (TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"bundle {upath(prefix)} does not fit its architecture: {reason}; train again") from None
+    return bundle, model.eval()
+
+
+def item(bundle: Bundle, *, size: int, parameters: int) -> pystac.Item:
+    """The STAC item of a model, with the extensions MLM, file and processing.
+
+    Args:
+        bundle: as saved.
+        size: of the weights file in bytes.
+        parameters: number of the model's weights.
+    """
+    provenance = bundle.provenance
+    described = pystac.Item(
+        id=bundle.name,
+        geometry=None,
+        bbox=None,
+        datetime=provenance.created,
+        properties={
+            "description": f"{bundle.task} into {', '.join(name for _, name, _ in bundle.classes)}",
+            "processing:software": dict([provenance.software.rsplit(" ", 1)]),
+            "bands": [{"name": band, "data_type": bundle.dtype} for band in bundle.bands],
+            "mlm:name": bundle.name,
+            "mlm:architecture": str(bundle.architecture.options.get("architecture", bundle.architecture.factory)),
+            "mlm:tasks": [MLM_TASKS[bundle.task]],
+            "mlm:framework": "pytorch",
+            "mlm:framework_version": torch.__version__.partition("+")[0],
+            "mlm:total_parameters": parameters,
+            "mlm:accelerator_constrained": False,
+            "mlm:hyperparameters": dict(bundle.architecture.options),
+            "mlm:input": [_mlm_input(bundle)],
+            "mlm:output": [_mlm_output(bundle)],
+        },
+        stac_extensions=[MLM_SCHEMA, FILE_SCHEMA, PROCESSING_SCHEMA],
+    )
+    described.add_asset("model", _weights_asset(bundle, size))
+    described.add_asset("bundle", pystac.Asset("./bundle.json", media_type="application/json", roles=["metadata"]))
+    for parent in provenance.parents:
+        described.add_link(pystac.Link(pystac.RelType.DERIVED_FROM, parent, media_type="application/json"))
+    return described
+
+
+def _mlm_input(bundle: Bundle) -> dict[str, Any]:
+    """Scaling as one z-score per band on the values as they are stored."""
+    scaling = bundle.scaling
+    z_scores = [
+        {"type": "z-score", "mean": (mean - scaling.offset) / scaling.scale, "stddev": std / scaling.scale}
+        for mean, std in zip(scaling.mean, scaling.std, strict=True)
+    ]
+    return {
+        "name": "image",
+        "bands": list(bundle.bands),
+        "input": {
+            "shape": [-1, len(bundle.bands), bundle.patch, bundle.patch],
+            "dim_order": ["batch", "bands", "height", "width"],
+            "data_type": "float32",
+        },
+        "value_scaling": z_scores,
+    }
+
+
+def _mlm_output(bundle: Bundle) -> dict[str, Any]:
+    spatial = bundle.task == "segmentation"
+    return {
+        "name": "logits",
+        "tasks": [MLM_TASKS[bundle.task]],
+        "result": {
+            "shape": [-1, bundle.outputs, *([bundle.patch, bundle.patch] if spatial else [])],
+            "dim_order": ["batch", "classes", *(["height", "width"] if spatial else [])],
+            "data_type": "float32",
+        },
+        "classification:classes": [
+            {"value": value, "name": name, "color_hint": bytes(color).hex().upper()}
+            for value, name, color in bundle.classes
+        ],
+    }
+
+
+def _weights_asset(bundle: Bundle, size: int) -> pystac.Asset:
+    return pystac.Asset(
+        "./model.safetensors",
+        title=f"weights of {bundle.name}",
+        media_type="application/octet-stream",
+        roles=["mlm:model", "mlm:weights", "data"],
+        extra_fields={
+            "mlm:artifact_type": "safetensors.torch.save",
+            "file:size": size,
+            "file:checksum": f"1220{bundle.sha256}",
+        },
+    )
+
+
+def _count(model: nn.Module) -> int:
+    return sum(weight.numel() for weight in model.parameters())
