@@ -50,6 +50,11 @@ def load(kind: type[T], path: str | None = None, overrides: Sequence[str] = ()) 
     values = _read(path) if path else {}
     for override in overrides:
         _assign(values, override)
+    return load_values(kind, values)
+
+
+def load_values(kind: type[T], values: dict[str, Any]) -> T:
+    """The configuration `kind` from plain values, as `load` refuses them."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:

@@ -212,12 +212,14 @@ class Region:
         geometry: GeoJSON geometry in EPSG:4326; None for all of the imagery.
         catalog: URI of the STAC catalogue with the imagery; None when the configuration names it.
         collection: the collection in `catalog` that holds the imagery; None for its imagery by convention.
+        tiles: ids of the only tiles wanted; empty for all.
     """
 
     name: str
     geometry: dict[str, Any] | None = None
     catalog: str | None = None
     collection: str | None = None
+    tiles: tuple[str, ...] = ()
 
 
 def slug(text: str) -> str:

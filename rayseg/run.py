@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from pydantic import BaseModel
 from upath import UPath
 
@@ -25,6 +26,7 @@ from rayseg import __version__
 from rayseg.config import Config
 from rayseg.errors import ConfigError
 from rayseg.geo import Region
+from rayseg.ledger import Account, Ledger
 from rayseg.store import is_local, put, upath
 
 LIBRARIES = ("torch", "ray", "rasterio", "segmentation-models-pytorch", "numpy")
@@ -149,6 +151,31 @@ class Run:
             "steps": {step.name: {"seconds": step.seconds} | step.value for step in self.steps},
         }
         put(upath(self.root) / "run.json", json.dumps(content, indent=1, default=str).encode())
+
+
+def status(root: str) -> dict[str, Any]:
+    """How far a run is: its status and, for every step that works row by row, the counts of its ledger.
+
+    Returns:
+        `status` and `steps`: name -> planned, counts (status -> rows) and troubles (row -> reason).
+    """
+    asked = read(root)
+    steps = {}
+    for manifest in sorted(upath(root).glob("steps/*/manifest.parquet")):
+        with manifest.open("rb") as file:
+            ids = pq.read_table(file, columns=["id"])["id"].to_pylist()
+        account = Account.of(ids, Ledger(str(manifest.parent / "ledger")).read())
+        steps[manifest.parent.name] = asdict(account)
+    return {"run": root, "pipeline": asked["pipeline"], "status": asked["status"], "steps": steps}
+
+
+def status_text(report: dict[str, Any]) -> str:
+    """`status` in lines for people."""
+    lines = [f"{report['run']}: {report['pipeline']}, {report['status']}"]
+    for name, step in report["steps"].items():
+        lines.append(f"  {name}: {Account(**step)}")
+        lines += [f"    {row}: {reason}" for row, reason in list(step["troubles"].items())[:20]]
+    return "\n".join(lines)
 
 
 def versions() -> dict[str, str]:

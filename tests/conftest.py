@@ -25,7 +25,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A private Ray with 8 logical CPUs and a logical GPU, once for all tests that need one."""
-    import ray  # noqa: PLC0415 - only tests that ask for Ray pay for it
+    import ray
 
     # Ray's workers import the stages that tests define.
     os.environ |= {"PYTHONPATH": str(Path(__file__).parent), "RAY_AUTH_MODE": "disabled"}

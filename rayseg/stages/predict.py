@@ -82,7 +82,8 @@ class Predict:
     def _forward(self, patches_CHW: list[np.ndarray]) -> np.ndarray:
         """Probabilities (patches, outputs, height, width) of a batch, which is filled up to the fixed size."""
         described, model = self._loaded
-        assert self.batch is not None and self.device is not None
+        assert self.batch is not None
+        assert self.device is not None
         count = len(patches_CHW)
         filled = np.zeros((self.batch, *patches_CHW[0].shape), np.float32)
         filled[:count] = patches_CHW

@@ -1,0 +1,143 @@
+"""The steps that every pipeline ends with: a model over all tiles of a region, polygons, items.
+
+Each function is a step of a `Run`: it takes the step and what it builds on, and returns JSON values.
+"""
+
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayseg import flow
+from rayseg.config import Config
+from rayseg.errors import DataError
+from rayseg.flow import Row, Work
+from rayseg.geo import Region
+from rayseg.io import catalog, vectors
+from rayseg.io.sources import Source
+from rayseg.ledger import Account, Ledger, Record
+from rayseg.models import bundle
+from rayseg.run import Step
+from rayseg.stages.predict import Predict
+from rayseg.stages.read import ReadTile, tile_rows
+from rayseg.stages.write import WriteTile
+from rayseg.store import put, upath
+from rayseg.vision.color import ClassTable
+
+
+class MapConfig(Config):
+    """How a region is mapped."""
+
+    imagery: str | None = None
+    """Catalogue of the imagery (`catalog.json#collection`); by default the region's."""
+    tile: int = 2048
+    """Side of a tile in px."""
+    batch: int | None = None
+    """Patches predicted at once; by default 1 on a CPU and 16 on a GPU."""
+    stall_seconds: float = 1800.0
+    """A run in which no tile is settled for so long ends with an error."""
+
+
+def predict_region(step: Step, region: Region, model: Step, config: MapConfig) -> dict[str, Any]:
+    """Map every tile of the region; tiles/<id>/ holds the results, the step's ledger their fates."""
+    described = bundle.load(model.value["bundle"])
+    rows = manifest(step, region, described, config)
+    table = ClassTable(described.classes)
+    names = table.names if described.outputs > 1 else (table.names[-1],)
+    item = str(upath(model.value["bundle"]) / "item.json")
+    works = [
+        Work(ReadTile(described.bands, patch=described.patch, stride=described.stride)),
+        Work(Predict(model.value["bundle"], batch=config.batch), cpus=1.0, gpus=1.0, model=True),
+        Work(WriteTile(tiles_prefix(step), table, bands=names, geometry=region.geometry, model=item)),
+    ]
+    account = flow.run(rows, works, ledger_of(step), step.engine, stall_seconds=config.stall_seconds)
+    return {"bundle": model.value["bundle"], "account": account.counts, "troubles": account.troubles}
+
+
+def manifest(step: Step, region: Region, described: bundle.Bundle, config: MapConfig) -> list[Row]:
+    """The step's rows, planned once: later executions find the same items and tiles, whatever became of the catalogue.
+
+    Raises:
+        DataError: the region has no imagery.
+        ModelError: the imagery does not keep the model's contract.
+    """
+    path = step.prefix / "manifest.parquet"
+    if not path.exists():
+        sources = imagery(region, config)
+        for source in sources:
+            described.check_contract(source.bands, source.dtype, source=source.item_id)
+        halo = described.patch + described.stride
+        rows = tile_rows(sources, region.geometry, size=config.tile, halo=halo)
+        rows = [row for row in rows if row["id"] in region.tiles] if region.tiles else rows
+        if not rows:
+            raise DataError(f"region {region.name} has no tile with imagery; choose another --region or --tiles")
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows), sink)
+        put(path, sink.getvalue().to_pybytes())
+    return read_manifest(step)
+
+
+def read_manifest(step: Step) -> list[Row]:
+    """The rows that `manifest` planned."""
+    with (step.prefix / "manifest.parquet").open("rb") as file:
+        rows: list[Row] = pq.read_table(file).to_pylist()
+    return rows
+
+
+def imagery(region: Region, config: MapConfig) -> list[Source]:
+    """Sources of the region: of `config.imagery`, else of its catalogue's collection, `imagery` or `chips`."""
+    if config.imagery:
+        uri, _, collection = config.imagery.partition("#")
+        found = catalog.open_items(uri, collection or None, geometry=region.geometry)
+    elif region.catalog:
+        chosen = region.collection or catalog.imagery_collection(region.catalog)
+        found = catalog.open_items(region.catalog, chosen, geometry=region.geometry)
+    else:
+        raise DataError(
+            f"region {region.name} names no imagery; give it with --set map.imagery=catalog.json#collection"
+        )
+    return [catalog.source_of(item) for item in found]
+
+
+def tiles_prefix(step: Step) -> str:
+    """Where finished tiles are, the same for every step of a run."""
+    return str(upath(step.root) / "tiles")
+
+
+def ledger_of(step: Step) -> Ledger:
+    """The step's ledger."""
+    return Ledger(str(step.prefix / "ledger"))
+
+
+def done_tiles(predicted: Step) -> list[tuple[Row, Record]]:
+    """Manifest row and record of every tile that has files."""
+    records = ledger_of(predicted).read()
+    rows = read_manifest(predicted)
+    return [(row, records[row["id"]]) for row in rows if row["id"] in records and "counts" in records[row["id"]].facts]
+
+
+def join_polygons(step: Step, predicted: Step, product: str) -> dict[str, Any]:
+    """Polygons of all tiles, joined over tile edges, as `<run>/<product>.parquet`."""
+    rows = done_tiles(predicted)
+    described = bundle.load(predicted.value["bundle"])
+    table = ClassTable(described.classes)
+    parts = (vectors.read_parts(upath(tiles_prefix(step)) / row["id"] / "parts.parquet") for row, _ in rows)
+    joined = vectors.join(parts, table)
+    target = upath(step.root) / f"{product}.parquet"
+    vectors.write_geoparquet(joined, target)
+    area = float(joined["area_m2"].sum()) if "area_m2" in joined else None
+    return {"polygons": str(PurePosixPath(target.name)), "count": len(joined), "area_m2": area}
+
+
+def publish(step: Step, predicted: Step, title: str) -> dict[str, Any]:
+    """collection.json and items.parquet over the items of all tiles."""
+    rows = done_tiles(predicted)
+    hrefs = [str(upath(tiles_prefix(step)) / row["id"] / f"{row['id']}.json") for row, _ in rows]
+    catalog.write_collection(step.root, hrefs, title=title)
+    return {"items": len(hrefs)}
+
+
+def account_of(step: Step) -> Account:
+    """The step's rows set against its ledger."""
+    return Account.of([row["id"] for row in read_manifest(step)], ledger_of(step).read())
