@@ -107,11 +107,6 @@ class Bundle(Config):
 
     @property
     def outputs(self) -> int:
-        """Channels of the model's output: 1 for a binary segmenter, else one per class."""
-        return int(self.architecture.options.get("classes", len(self.classes)))
-
-    @property
-    def outputs(self) -> int:
         """Number of the model's logits per image or pixel; 1 is a class against the rest."""
         options, usual = self.architecture.options, {"classifier": 2, "segmenter": 1}
         return int(options.get("classes", usual[self.architecture.factory]))
