@@ -1,0 +1,249 @@
+"""Windows of pixels with their validity, read without resampling wherever the imagery is on the grid.
+
+`grids_of` says on which grid sources are worked on, `footprint` where one lies on it, `read` gives a window's pixels.
+"""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from affine import Affine
+from rasterio.enums import ColorInterp, MaskFlags, Resampling
+from rasterio.io import DatasetReader
+from rasterio.vrt import WarpedVRT
+from rasterio.windows import Window as FileWindow
+
+from rayseg.errors import DataError
+from rayseg.geo import Grid, Window
+from rayseg.io.sources import (
+    Source,
+    aligned,
+    crs_of,
+    described,
+    footprint,
+    gdal,
+    grids_of,
+    moved,
+    open_file,
+    source_of_file,
+)
+from rayseg.store import is_local, upath
+
+__all__ = ["Source", "footprint", "grids_of", "read", "source_of_file"]
+
+_OPEN_FILES = 24  # per thread; a tile touches few files, and neighbouring tiles the same ones
+_local = threading.local()
+
+
+def read(
+    sources: Sequence[Source], grid: Grid, window: Window, *, bands: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels of `window`, of the first source (in the order given) that has valid ones there.
+
+    A file whose pixels are the grid's is read as it is; any other through a bilinear warp onto the grid, whose result
+    does not depend on the window. Inside a file a pixel is valid when any of the chosen bands is: nodata, NaN, alpha,
+    internal masks and external `.msk` count, and a band without data at a valid pixel reads 0. An item in several
+    files needs valid data in every file that holds a chosen band.
+
+    Args:
+        sources: items over the window, the preferred one first.
+        grid: a grid of `grids_of`.
+        window: grid pixels; may reach beyond the imagery.
+        bands: band names in the order wanted, whichever files they are in.
+
+    Returns:
+        (image_CHW in the imagery's dtype, valid_HW bool); pixels that are not valid are 0.
+
+    Raises:
+        DataError: a band is missing, a file or block cannot be read, or sources differ in pixel type.
+    """
+    if not sources:
+        raise DataError(f"There is no imagery to read in {grid.name} {window}.")
+    for source in sources:
+        _refuse_complex(source.item_id, source.dtype)
+    image_CHW: np.ndarray | None = None
+    valid_HW = np.zeros((window.height, window.width), bool)
+    for source in sources:
+        part = footprint(source, grid).intersect(window)
+        rows_cols = part.slices(window)
+        if part.empty or valid_HW[rows_cols].all():
+            continue
+        pixels_CHW, ok_HW = _read_source(source, grid, part, bands)
+        if image_CHW is None:
+            image_CHW = np.zeros((len(bands), window.height, window.width), pixels_CHW.dtype)
+        _same_dtype(source.item_id, pixels_CHW.dtype, image_CHW.dtype)
+        np.copyto(image_CHW[:, *rows_cols], pixels_CHW, where=ok_HW & ~valid_HW[rows_cols])
+        valid_HW[rows_cols] |= ok_HW
+    if image_CHW is None:
+        image_CHW = np.zeros((len(bands), window.height, window.width), sources[0].dtype)
+    return image_CHW, valid_HW
+
+
+def _refuse_complex(name: str, dtype: str) -> None:
+    if dtype.startswith("complex"):
+        raise DataError(f"{name} has complex pixels ({dtype}): convert it to amplitude or intensity first.")
+
+
+def _same_dtype(name: str, found: np.dtype, expected: np.dtype) -> None:
+    if found != expected:
+        raise DataError(f"{name} has {found} pixels where {expected} was read before: select items of one pixel type.")
+
+
+def _read_source(source: Source, grid: Grid, part: Window, bands: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(pixels_CHW, valid_HW) of one source in `part`, which lies in its footprint."""
+    image_CHW: np.ndarray | None = None
+    valid_HW = np.ones((part.height, part.width), bool)
+    for href, wanted in _files_of(source, bands).items():
+        pixels_CHW, ok_HW = _read_file(source, href, grid, part, [index for _, index in wanted])
+        if image_CHW is None:
+            image_CHW = np.zeros((len(bands), part.height, part.width), pixels_CHW.dtype)
+        _same_dtype(href, pixels_CHW.dtype, image_CHW.dtype)
+        image_CHW[[position for position, _ in wanted]] = pixels_CHW
+        valid_HW &= ok_HW
+    if image_CHW is None:
+        raise DataError(f"No band of {source.item_id} was asked for; it has {', '.join(source.bands)}.")
+    return image_CHW, valid_HW
+
+
+def _files_of(source: Source, bands: Sequence[str]) -> dict[str, list[tuple[int, int]]]:
+    """Href -> (position in `bands`, band index in the file) of each band wanted; the first file with a name counts."""
+    places = {name: (href, i) for href, names in reversed(source.assets) for i, name in enumerate(names, 1)}
+    if missing := [name for name in bands if name not in places]:
+        raise DataError(
+            f"{source.item_id} has no band {', '.join(missing)}: wanted {', '.join(bands)}, "
+            f"found {', '.join(source.bands)}; name the bands of the imagery or select other items."
+        )
+    files: dict[str, list[tuple[int, int]]] = {}
+    for position, name in enumerate(bands):
+        href, index = places[name]
+        files.setdefault(href, []).append((position, index))
+    return files
+
+
+def _read_file(
+    source: Source, href: str, grid: Grid, part: Window, indexes: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    with gdal(href, part):
+        dataset, extent, _ = _view(source, href, grid)
+        inside = part.intersect(extent)
+        image_CHW = np.zeros((len(indexes), part.height, part.width), dataset.dtypes[indexes[0] - 1])
+        valid_HW = np.zeros((part.height, part.width), bool)
+        if not inside.empty:
+            at = FileWindow(inside.col - extent.col, inside.row - extent.row, inside.width, inside.height)
+            pixels_CHW = dataset.read(indexes, window=at)
+            ok_CHW = _valid(dataset, indexes, at, pixels_CHW, source.nodata)
+            image_CHW[:, *inside.slices(part)] = np.where(ok_CHW, pixels_CHW, 0)
+            valid_HW[inside.slices(part)] = ok_CHW.any(axis=0)
+        return image_CHW, valid_HW
+
+
+def _valid(
+    dataset: DatasetReader, indexes: list[int], at: FileWindow, pixels_CHW: np.ndarray, nodata: float | None
+) -> np.ndarray:
+    """Where each band has data, (C, H, W) bool."""
+    valid_CHW = np.ones(pixels_CHW.shape, bool)
+    flags = dataset.mask_flag_enums[indexes[0] - 1]
+    if ColorInterp.alpha in dataset.colorinterp:  # GDAL takes an alpha band for a mask in unsigned files only
+        valid_CHW &= dataset.read(dataset.colorinterp.index(ColorInterp.alpha) + 1, window=at) > 0
+    elif MaskFlags.per_dataset in flags:
+        valid_CHW &= dataset.read_masks(indexes[0], window=at) > 0
+    if MaskFlags.nodata in flags:
+        valid_CHW &= dataset.read_masks(indexes, window=at) > 0
+    if pixels_CHW.dtype.kind == "f":
+        valid_CHW &= ~np.isnan(pixels_CHW)
+    if nodata is not None and nodata != dataset.nodata:
+        valid_CHW &= pixels_CHW != nodata
+    return valid_CHW
+
+
+# -- open files -------------------------------------------------------------------------------------------------------
+
+
+_View = tuple[Any, Window, tuple[Any, ...]]
+
+
+def _view(source: Source, href: str, grid: Grid) -> _View:
+    """(dataset whose pixels are the grid's, grid window it covers, what lies beneath it), kept open for this thread."""
+    views = _views()
+    key = (href, _stamp(href), grid, replace(source, assets=(), datetime=None, href=""))
+    if key not in views:
+        views[key] = _on_grid(open_file(href), source, grid)
+        while len(views) > _OPEN_FILES:
+            _, (view, _, beneath) = views.popitem(last=False)
+            for opened in (view, *beneath):
+                opened.close()
+    views.move_to_end(key)
+    return views[key]
+
+
+def _views() -> "OrderedDict[Any, _View]":
+    """This thread's open files; a forked process starts afresh, for file positions are shared with its parent."""
+    if getattr(_local, "process", None) != os.getpid():
+        _local.process, _local.views = os.getpid(), OrderedDict()
+    views: OrderedDict[Any, _View] = _local.views
+    return views
+
+
+def _on_grid(file: DatasetReader, source: Source, grid: Grid) -> _View:
+    """The open file as it is where its pixels are the grid's, else warped onto the grid."""
+    _refuse_complex(file.name, file.dtypes[0])
+    placed, flat = _placed(file, source), file
+    if placed.gcps and grid.crs is not None:
+        # rasterio drops control points when it is given the grid to warp to, so they are flattened first, on a grid
+        # of GDAL's choice: such a file is interpolated twice.
+        flat = _warp(file, source.nodata, {"crs": crs_of(grid.crs)})
+        placed = replace(described(flat), item_id=source.item_id)
+    extent = footprint(placed, grid)
+    if grid.crs is None or aligned(placed, grid):
+        return flat, extent, (file,)
+    scale = dict(zip(("XSCALE", "YSCALE"), _scale(placed, grid), strict=True))
+    origin = {"src_crs": crs_of(str(placed.crs)), "src_transform": Affine(*placed.transform)}
+    goal = {"transform": grid.transform(extent), "width": extent.width, "height": extent.height}
+    warped = _warp(flat, source.nodata, {**origin, "crs": crs_of(grid.crs), **goal, **scale})
+    return warped, extent, (flat, file)
+
+
+def _warp(dataset: DatasetReader, nodata: float | None, place: dict[str, Any]) -> WarpedVRT:
+    """A bilinear view of the dataset, of the whole of it, exact and of one scale.
+
+    By default GDAL approximates the transformation and estimates the scale from one window to the next: then a pixel's
+    value would depend on the window it is read in.
+    """
+    nodata = dataset.nodata if nodata is None else nodata
+    bare = nodata is None and ColorInterp.alpha not in dataset.colorinterp
+    options = {"XSCALE": 1.0, "YSCALE": 1.0, "tolerance": 1e-9, "resampling": Resampling.bilinear, **place}
+    return WarpedVRT(dataset, src_nodata=nodata, nodata=nodata, add_alpha=bare, **options)
+
+
+def _scale(placed: Source, grid: Grid) -> tuple[float, float]:
+    """Grid pixels per file pixel along the grid's x and y, at the file's centre; at most 1 (1 = no smoothing)."""
+    (x, y), (xc, yc), (xr, yr) = moved(placed, str(grid.crs), [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)])
+    (rx, ry) = grid.resolution
+    step = np.linalg.inv(np.array([[(xc - x) / rx, (xr - x) / rx], [(yc - y) / ry, (yr - y) / ry]]))
+    across, down = np.hypot(step[0], step[1])  # file pixels per grid pixel
+    return min(1.0, 1.0 / float(across)), min(1.0, 1.0 / float(down))
+
+
+def _placed(dataset: DatasetReader, source: Source) -> Source:
+    """How the open file lies: by its own georeference, or the item's where the file has none."""
+    own = described(dataset)
+    if own.crs is None and source.crs is not None:
+        if (own.height, own.width) != (source.height, source.width):
+            raise DataError(f"{dataset.name} has no CRS and is not of its item's shape: give the file a georeference.")
+        own = replace(own, crs=source.crs, transform=source.transform)
+    return replace(own, item_id=source.item_id)
+
+
+def _stamp(href: str) -> tuple[int, int]:
+    """Changes when a local file is written again; files elsewhere are taken as immutable."""
+    if not is_local(href):
+        return 0, 0
+    try:
+        found = os.stat(str(upath(href)))  # noqa: PTH116 - a UPath has no cheaper one
+    except OSError as error:
+        raise DataError(f"{href} cannot be read: {error.strerror}.") from error
+    return found.st_mtime_ns, found.st_size

@@ -1,0 +1,308 @@
+"""Where imagery lies: sources as flat records, the grids they are worked on, and the one door to image files."""
+
+import math
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import rasterio
+from affine import Affine
+from rasterio.crs import CRS
+from rasterio.enums import ColorInterp
+from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
+from rasterio.io import DatasetReader
+from rasterio.warp import calculate_default_transform, transform, transform_bounds
+
+from rayseg.errors import DataError
+from rayseg.geo import Bounds, Grid, Window
+from rayseg.store import is_local
+
+SCHEMES = ("", "file", "s3", "http", "https")
+_OPTIONS = {"GDAL_CACHEMAX": 256 << 20, "GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE"}
+_REMOTE = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_HTTP_MAX_RETRY": "4", "GDAL_HTTP_RETRY_DELAY": "1"}
+_NAMELESS = (ColorInterp.undefined, ColorInterp.gray)
+_opening = threading.Lock()  # the filter for a warning while a file opens is global to the process
+
+
+@dataclass(frozen=True)
+class Source:
+    """One item of imagery: where its files are and how its pixels lie.
+
+    Attributes:
+        item_id: the item's id.
+        assets: (href, names of the bands in file order) of every image file.
+        crs: "EPSG:n" or WKT; None for an image without georeference.
+        transform: a, b, c, d, e, f of the affine from (col, row) to CRS coordinates, of the finest file.
+        height: rows of that file.
+        width: columns of that file.
+        dtype: numpy name of its pixel type.
+        nodata: value that the item (not only the file) says is no data; NaN always is, and is stored as None.
+        datetime: ISO 8601 in UTC ("2020-08-31T00:00:00Z"), None when unknown.
+        href: where the item itself is, "" when it was not read from anywhere.
+        gcps: the files have ground control points only; `transform` is then just the box around them.
+    """
+
+    item_id: str
+    assets: tuple[tuple[str, tuple[str, ...]], ...]
+    crs: str | None
+    transform: tuple[float, ...]
+    height: int
+    width: int
+    dtype: str
+    nodata: float | None = None
+    datetime: str | None = None
+    href: str = ""
+    gcps: bool = False
+
+    @property
+    def bands(self) -> tuple[str, ...]:
+        """Names of all bands, file after file."""
+        return tuple(name for _, names in self.assets for name in names)
+
+    def to_row(self) -> dict[str, Any]:
+        """The source as plain values that JSON and Arrow keep."""
+        assets = [{"href": href, "bands": list(names)} for href, names in self.assets]
+        return {**asdict(self), "assets": assets, "transform": list(self.transform)}
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> "Source":
+        """The source that `to_row` made this row of."""
+        assets = tuple((asset["href"], tuple(asset["bands"])) for asset in row["assets"])
+        return cls(**{**row, "assets": assets, "transform": tuple(row["transform"])})
+
+
+def source_of_file(
+    href: str, item_id: str, *, bands: Sequence[str] | None = None, datetime: str | None = None
+) -> Source:
+    """The image file at `href` as a source of its own.
+
+    Args:
+        href: local path, `file:`, `s3://`, `http(s)://`.
+        item_id: the id to give it.
+        bands: names of its bands in file order; otherwise the file's own (see `band_names`).
+        datetime: when it was taken, ISO 8601 in UTC.
+
+    Raises:
+        DataError: the file cannot be opened, or `bands` are not as many as the file has.
+    """
+    with gdal(href), open_file(href) as dataset:
+        names = tuple(bands) if bands is not None else band_names(dataset)
+        if len(names) != dataset.count:
+            raise DataError(f"{href} has {dataset.count} bands, {len(names)} names were given ({', '.join(names)}).")
+        return replace(described(dataset), item_id=item_id, assets=((href, names),), datetime=datetime)
+
+
+def band_names(dataset: DatasetReader) -> tuple[str, ...]:
+    """Names of an open dataset's bands in file order.
+
+    A band's description, else its colour (red, green, blue, alpha, palette); 3 or 4 uint8 bands without either are
+    red, green, blue (and nir, as aerial imagery is delivered); anything else is b1, b2, ... by position.
+    """
+    colors = [color.name if color not in _NAMELESS else "" for color in dataset.colorinterp]
+    names = [text or color for text, color in zip(dataset.descriptions, colors, strict=True)]
+    position = [f"b{index}" for index in dataset.indexes]
+    visible = [name for name in names if name != "alpha"]
+    if len(visible) in {3, 4} and set(visible) <= {"", "red", "green", "blue"} and set(dataset.dtypes) == {"uint8"}:
+        position[:4] = ["red", "green", "blue", "nir"][: len(position)]
+    unique = [name or other for name, other in zip(names, position, strict=True)]
+    return tuple(unique) if len(set(unique)) == len(unique) else tuple(f"b{index}" for index in dataset.indexes)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def described(dataset: DatasetReader) -> Source:
+    """An open dataset as a source without id and files."""
+    crs, affine, gcps = dataset.crs, dataset.transform, False
+    height, width = dataset.shape
+    if not crs and dataset.gcps[0]:
+        points, crs = dataset.gcps
+        gcps = True
+        box, columns, rows = calculate_default_transform(crs, crs, width, height, gcps=points)
+        affine = box @ Affine.scale(columns / width, rows / height)
+    nodata = None if dataset.nodata is None or math.isnan(dataset.nodata) else dataset.nodata
+    return Source("", (), crs_text(crs), tuple(affine)[:6], height, width, dataset.dtypes[0], nodata, gcps=gcps)
+
+
+def open_file(href: str) -> DatasetReader:
+    """The image file at `href`, open; inside `gdal`.
+
+    Raises:
+        DataError: the href's scheme is not one of `SCHEMES`.
+        RasterioError: GDAL cannot open it; `gdal` turns that into a DataError.
+    """
+    if urlsplit(href).scheme not in SCHEMES:
+        raise DataError(f"{href} cannot be read: expected a local path or one of {', '.join(filter(None, SCHEMES))}.")
+    if not is_local(href):
+        return rasterio.open(href)
+    with _opening, warnings.catch_warnings():  # an image without georeference is nothing to warn of here
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        return rasterio.open(href)
+
+
+@contextmanager
+def gdal(name: str, window: Window | None = None) -> Iterator[None]:
+    """GDAL's options, and its errors as DataError that names the file and the window."""
+    options = _OPTIONS if is_local(name) else {**_OPTIONS, **_REMOTE}
+    try:
+        with rasterio.Env(**options):
+            yield
+    except (RasterioError, CRSError) as error:
+        place = f" in {window}" if window else ""
+        raise DataError(f"{name} cannot be read{place}: {error.__cause__ or error}.") from error
+
+
+# -- grids ------------------------------------------------------------------------------------------------------------
+
+
+def grids_of(sources: Sequence[Source]) -> list[tuple[Grid, list[Source]]]:
+    """The grids that `sources` are worked on, each with its sources, newest first, then by id.
+
+    Images without CRS are a grid of their own each. The others keep their own grid when all of them are north-up and
+    share CRS, resolution (to 1e-9) and alignment (to 1e-3 px); if not, each goes to the UTM zone (WGS 84, standard
+    six-degree zones) of its centre, at the finest resolution in metres among the zone's sources, rounded to 6 digits.
+
+    Raises:
+        DataError: a source that has to go to UTM lies beyond 84 N or 80 S, or its georeference is impossible.
+    """
+    ordered = sorted(sorted(sources, key=lambda s: s.item_id), key=lambda s: s.datetime or "", reverse=True)
+    grids = [(Grid(None, (1.0, 1.0), (0.0, 0.0), source.item_id), [source]) for source in ordered if source.crs is None]
+    mapped = [source for source in ordered if source.crs is not None]
+    if not mapped:
+        return grids
+    if own := _own_grid(mapped):
+        return [*grids, (own, mapped)]
+    zones: dict[str, list[tuple[Source, float]]] = {}
+    for source in mapped:
+        crs, metres = _utm(source)
+        zones.setdefault(crs, []).append((source, metres))
+    for crs, members in sorted(zones.items()):
+        finest = float(f"{min(metres for _, metres in members):.6g}")
+        grids.append((Grid(crs, (finest, finest), (0.0, 0.0)), [source for source, _ in members]))
+    return grids
+
+
+def footprint(source: Source, grid: Grid) -> Window:
+    """The grid pixels that `source` touches, rounded outward; empty for another image's own pixel grid.
+
+    Raises:
+        DataError: the source cannot be placed in the grid's CRS.
+    """
+    if grid.crs is None:
+        return Window(0, 0, source.width, source.height) if source.item_id == grid.image else Window(0, 0, 0, 0)
+    if aligned(source, grid):
+        col, row = _offset(source, grid)
+        return Window(round(col), round(row), source.width, source.height)
+    window = grid.window_of(_bounds_in(source, grid.crs))
+    if window.empty:
+        raise DataError(f"{source.item_id} has no extent in {grid.name}: its georeference seems to be wrong.")
+    return window
+
+
+def _own_grid(sources: Sequence[Source]) -> Grid | None:
+    """The grid that all `sources` share, None when there is none; the first by id decides the last digits."""
+    first = min(sources, key=lambda source: source.item_id)
+    a, _, x, _, e, y = first.transform
+    if not _north_up(first) or first.crs is None:
+        return None
+    grid = Grid(first.crs, (a, -e), (_phase(x, a), _phase(y, -e)))
+    return grid if all(aligned(source, grid) for source in sources) else None
+
+
+def _phase(position: float, step: float) -> float:
+    """`position` modulo `step`, in [0, step); within 1e-6 px of a multiple it is 0."""
+    offset = position - math.floor(position / step) * step
+    return 0.0 if min(offset, step - offset) < 1e-6 * step else offset
+
+
+def _north_up(source: Source) -> bool:
+    a, b, _, d, e, _ = source.transform
+    skew = abs(b) * source.height < 1e-3 * abs(a) and abs(d) * source.width < 1e-3 * abs(e)
+    return source.crs is not None and not source.gcps and a > 0 > e and skew
+
+
+def _offset(source: Source, grid: Grid) -> tuple[float, float]:
+    """(col, row) of the source's upper-left corner on the grid, not rounded."""
+    return (
+        (source.transform[2] - grid.origin[0]) / grid.resolution[0],
+        (grid.origin[1] - source.transform[5]) / grid.resolution[1],
+    )
+
+
+def aligned(source: Source, grid: Grid) -> bool:
+    """Whether the pixels of `source` are pixels of `grid`."""
+    if source.crs is None or grid.crs is None or not _north_up(source) or not same_crs(source.crs, grid.crs):
+        return False
+    sizes = zip((source.transform[0], -source.transform[4]), grid.resolution, strict=True)
+    same_size = all(math.isclose(own, size, rel_tol=1e-9) for own, size in sizes)
+    return same_size and all(abs(offset - round(offset)) <= 1e-3 for offset in _offset(source, grid))
+
+
+@lru_cache(maxsize=256)
+def crs_of(text: str) -> CRS:
+    """The CRS of an EPSG code or WKT, parsed once."""
+    return CRS.from_user_input(text)
+
+
+@lru_cache(maxsize=256)
+def same_crs(one: str, other: str) -> bool:
+    """Whether two CRS texts (EPSG code or WKT) mean the same system."""
+    return one == other or bool(crs_of(one) == crs_of(other))
+
+
+def crs_text(crs: CRS | None) -> str | None:
+    """A rasterio CRS as "EPSG:n" where it has a code, else as WKT; None stays None."""
+    if not crs:
+        return None
+    code = crs.to_epsg()
+    return f"EPSG:{code}" if code else str(crs.to_wkt())
+
+
+def _utm(source: Source) -> tuple[str, float]:
+    """("EPSG:n" of the UTM zone of the source's centre, its finer pixel side there in metres)."""
+    lon, lat = moved(source, "EPSG:4326", [(0.0, 0.0)])[0]
+    if not -80.0 <= lat <= 84.0:
+        raise DataError(
+            f"{source.item_id} has its centre at {lon:.4g} E {lat:.4g} N, where there is no UTM zone (80 S to 84 N): "
+            "check its georeference, or bring the imagery to one grid."
+        )
+    crs = f"EPSG:{(32600 if lat >= 0 else 32700) + int((lon + 180) // 6) % 60 + 1}"
+    (x, y), *steps = moved(source, crs, [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)])
+    return crs, min(math.hypot(x1 - x, y1 - y) for x1, y1 in steps)
+
+
+def moved(source: Source, crs: str, pixels: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """(x, y) in `crs` of points given in pixels (col, row) from the source's centre."""
+    affine = Affine(*source.transform)
+    points = [affine @ (source.width / 2 + col, source.height / 2 + row) for col, row in pixels]
+    with gdal(source.item_id):
+        xs, ys = transform(crs_of(str(source.crs)), crs_of(crs), [x for x, _ in points], [y for _, y in points])
+    if not np.isfinite([*xs, *ys]).all():
+        raise DataError(f"{source.item_id} cannot be placed in {crs}: its georeference seems to be wrong.")
+    return list(zip(xs, ys, strict=True))
+
+
+def _bounds_in(source: Source, crs: str) -> Bounds:
+    """Bounds of the source in `crs`, from points along the edges."""
+    bounds = bounds_of(source)
+    if same_crs(str(source.crs), crs):
+        return bounds
+    with gdal(source.item_id):
+        moved: Bounds = transform_bounds(crs_of(str(source.crs)), crs_of(crs), *bounds, densify_pts=21)
+    if not np.isfinite(moved).all():
+        raise DataError(f"{source.item_id} with bounds {bounds} cannot be placed in {crs}: check its georeference.")
+    return moved
+
+
+def bounds_of(source: Source) -> Bounds:
+    """(left, bottom, right, top) around the source's corners, in its own CRS."""
+    affine = Affine(*source.transform)
+    corners = [affine @ (col, row) for col in (0, source.width) for row in (0, source.height)]
+    xs, ys = [x for x, _ in corners], [y for _, y in corners]
+    return min(xs), min(ys), max(xs), max(ys)
