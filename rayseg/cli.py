@@ -2,13 +2,11 @@
 
 import importlib
 import json
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -19,10 +17,12 @@ from rayseg.errors import ConfigError, RaysegError, RunIncomplete
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from rayseg.config import Config
     from rayseg.geo import Region
     from rayseg.run import Run
 
 PIPELINES = {"gpc": "rayseg.pipelines.gpc"}
+MODULES = PIPELINES | {"predict": "rayseg.pipelines.predict"}
 
 
 class _Door(TyperGroup):
@@ -49,13 +49,18 @@ app.add_typer(ingest_app, name="ingest")
 app.add_typer(models_app, name="models")
 app.add_typer(config_app, name="config")
 
+REGIONS = (
+    "demo, a name under stac/regions, a GeoJSON or GeoParquet file, west,south,east,north, or catalog.json#collection"
+)
 PipelineName = Annotated[str, typer.Argument(help=f"One of: {', '.join(PIPELINES)}.")]
 ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file with what differs from the defaults.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="One value, for example segmenter.batch=4; may be repeated.")
 ]
 Out = Annotated[str, typer.Option("--out", help="Where results go: a folder, or s3:// or another URL.")]
-EngineName = Annotated[str, typer.Option("--engine", help="ray, or inline for this process alone.")]
+EngineName = Annotated[
+    Literal["ray", "inline"], typer.Option("--engine", help="ray, or inline for this process alone.")
+]
 Address = Annotated[str | None, typer.Option("--address", help="Ray cluster to join; default: RAY_ADDRESS, else none.")]
 
 
@@ -82,9 +87,7 @@ def run_pipeline(
     *,
     region: Annotated[
         str,
-        typer.Option(
-            help="demo, a name under stac/regions, a GeoJSON or GeoParquet file, west,south,east,north, or catalog.json#collection."
-        ),
+        typer.Option(help=f"{REGIONS}."),
     ],
     config: ConfigFile = None,
     set_: Overrides = None,
@@ -141,13 +144,18 @@ def status(
 
 @contextmanager
 def _run_at(
-    out: str, pipeline: str, config: Any, region: "Region", engine: str, address: str | None, *, retry: bool = False
+    out: str,
+    pipeline: str,
+    config: "Config",
+    region: "Region",
+    engine: str,
+    address: str | None,
+    *,
+    retry: bool = False,
 ) -> "Iterator[Run]":
     """An open run; when some of its tiles failed, an error that names them ends the command."""
     from rayseg.run import Engine, Run
 
-    if engine not in {"ray", "inline"}:
-        raise ConfigError(f"engine {engine!r} is unknown, expected ray or inline")
     where = Engine(engine, address, retry)
     with Run.open(out, pipeline=pipeline, config=config, region=region, engine=where) as run:
         yield run
@@ -160,9 +168,9 @@ def _run_at(
 
 
 def _pipeline(name: str) -> "ModuleType":
-    if name not in PIPELINES:
+    if name not in MODULES:
         raise ConfigError(f"pipeline {name!r} is unknown, expected one of: {', '.join(PIPELINES)}")
-    return importlib.import_module(PIPELINES[name])
+    return importlib.import_module(MODULES[name])
 
 
 def _region(text: str) -> "Region":
@@ -200,3 +208,157 @@ def config_validate(name: PipelineName, *, config: ConfigFile = None, set_: Over
 
     load(_pipeline(name).Config, config, set_ or ())
     typer.echo("valid")
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="Prefix of a bundle, for example runs/demo/models/segmenter.")],
+    source: Annotated[str, typer.Argument(help=f"An image, a folder of images, or a region: {REGIONS}.")],
+    *,
+    out: Out,
+    set_: Overrides = None,
+    engine: EngineName = "ray",
+    address: Address = None,
+) -> None:
+    """Predict with a trained model over images, a catalogue or a region."""
+    from rayseg.config import load
+
+    module = _pipeline("predict")
+    resolved = load(module.Config, None, [f"model={model}", *(set_ or ())])
+    area = _images_or_region(source)
+    with _run_at(out, "predict", resolved, area, engine, address) as run:
+        typer.echo(module.run(resolved, run, area))
+
+
+def _images_or_region(text: str) -> "Region":
+    """Folders and image files are images, everything else is a region."""
+    from rayseg.geo import Region
+    from rayseg.io import labels
+
+    return Region(text, images=text) if labels.is_images(text) else _region(text)
+
+
+@app.command()
+def evaluate(
+    prediction: Annotated[str, typer.Argument(help="A run, a folder of masks, or catalog.json#collection.")],
+    truth: Annotated[
+        str, typer.Argument(help="A folder of masks (index, palette or RGB), or catalog.json#collection.")
+    ],
+    *,
+    classes: Annotated[str | None, typer.Option(help="YAML class table; default: the classes of the run.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Compare a prediction with reference masks: accuracy, IoU and F1 with 95 % intervals."""
+    from rayseg import evaluation
+
+    result = evaluation.evaluate(prediction, truth, classes=classes)
+    typer.echo(json.dumps(result, indent=1) if as_json else evaluation.text(result))
+
+
+@app.command()
+def polygonize(
+    raster: Annotated[str, typer.Argument(help="A class raster (one band of uint8), or a run.")],
+    *,
+    out: Annotated[str, typer.Option("--out", help="A .parquet or .geojson file.")],
+) -> None:
+    """Turn a class raster or a run's tiles into polygons in EPSG:4326 with areas in m2."""
+    from rayseg.io import vectors
+
+    typer.echo(f"{vectors.polygonize(raster, out)} polygons in {out}")
+
+
+@ingest_app.command("folder")
+def ingest_folder(
+    folder: Annotated[str, typer.Argument(help="Folder of images; with --labels folder, one folder per class.")],
+    *,
+    out: Out,
+    labels: Annotated[str | None, typer.Option(help="folder: the class is the name of the folder.")] = None,
+) -> None:
+    """Describe a folder of images, georeferenced or not, as a STAC catalogue; nothing is copied."""
+    from rayseg.io import labels as io_labels
+
+    typer.echo(io_labels.ingest_folder(folder, out, labels=labels))
+
+
+@ingest_app.command("rasters")
+def ingest_rasters(
+    paths: Annotated[list[str], typer.Argument(help="Georeferenced rasters, or folders of them.")],
+    *,
+    out: Out,
+) -> None:
+    """Describe georeferenced rasters as the imagery of a STAC catalogue; nothing is copied."""
+    from rayseg.io import labels as io_labels
+
+    typer.echo(io_labels.ingest_rasters(paths, out))
+
+
+@ingest_app.command("xyz")
+def ingest_xyz(
+    url: Annotated[str, typer.Option("--url", help="Template such as https://host/{z}/{x}/{y}.png.")],
+    *,
+    region: Annotated[str | None, typer.Option(help=f"{REGIONS}.")] = None,
+    chips: Annotated[str | None, typer.Option(help="Polygons (GeoJSON, GeoParquet): one chip for each.")] = None,
+    resolution: Annotated[float, typer.Option(help="Pixel size in metres of EPSG:3857.")] = 1.0,
+    attribution: Annotated[str | None, typer.Option(help="Whom the imagery is owed to.")] = None,
+    out: Out,
+) -> None:
+    """Fetch web-map tiles as GeoTIFF scenes or chips with STAC items; what is there already is not fetched again."""
+    from rayseg.io import xyz
+
+    area = _region(region).geometry if region else None
+    typer.echo(xyz.ingest_xyz(url, out, geometry=area, chips=chips, resolution=resolution, attribution=attribution))
+
+
+@models_app.command("list")
+def models_list(
+    prefixes: Annotated[list[str] | None, typer.Argument(help="Where to look; default: runs.")] = None,
+) -> None:
+    """List the bundles under some folders or URLs."""
+    from rayseg.models import bundle
+
+    for prefix, found in bundle.find(prefixes or ["runs"]):
+        typer.echo(
+            f"{prefix}  {found.task}  {found.architecture.options.get('encoder', '')}  {_measures(found.metrics)}"
+        )
+
+
+@models_app.command("show")
+def models_show(prefix: Annotated[str, typer.Argument(help="Prefix of the bundle.")]) -> None:
+    """Print a bundle: classes, bands, scaling, metrics, where it comes from."""
+    from rayseg.models import bundle
+
+    typer.echo(bundle.load(prefix).model_dump_json(indent=1))
+
+
+def _measures(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+
+
+@app.command()
+def regions() -> None:
+    """List what --region can name."""
+    from rayseg.io import catalog
+
+    typer.echo("demo  two drawn scenes of 2048 x 2048 px at 1 m with chips and truth")
+    for name, described in catalog.named_regions().items():
+        typer.echo(f"{name}  {described}")
+
+
+@app.command()
+def env() -> None:
+    """Print versions, devices and where things are kept, for bug reports."""
+    import os
+    import platform
+
+    import torch
+
+    from rayseg.run import versions
+    from rayseg.store import cache_dir
+
+    for name, version in versions().items():
+        typer.echo(f"{name:28} {version}")
+    gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    typer.echo(f"{'platform':28} {platform.platform()}")
+    typer.echo(f"{'CPUs':28} {os.cpu_count()}")
+    typer.echo(f"{'GPUs':28} {', '.join(gpus) or 'none'}")
+    typer.echo(f"{'cache':28} {cache_dir()}")

@@ -212,6 +212,7 @@ class Region:
         geometry: GeoJSON geometry in EPSG:4326; None for all of the imagery.
         catalog: URI of the STAC catalogue with the imagery; None when the configuration names it.
         collection: the collection in `catalog` that holds the imagery; None for its imagery by convention.
+        images: a folder of images, or one image, instead of a catalogue.
         tiles: ids of the only tiles wanted; empty for all.
     """
 
@@ -219,6 +220,7 @@ class Region:
     geometry: dict[str, Any] | None = None
     catalog: str | None = None
     collection: str | None = None
+    images: str | None = None
     tiles: tuple[str, ...] = ()
 
 

@@ -14,7 +14,7 @@ from rayseg.config import Config
 from rayseg.errors import DataError
 from rayseg.flow import Row, Work
 from rayseg.geo import Region
-from rayseg.io import catalog, vectors
+from rayseg.io import catalog, labels, vectors
 from rayseg.io.sources import Source
 from rayseg.ledger import Account, Ledger, Record
 from rayseg.models import bundle
@@ -37,6 +37,11 @@ class MapConfig(Config):
     """Patches predicted at once; by default 1 on a CPU and 16 on a GPU."""
     stall_seconds: float = 1800.0
     """A run in which no tile is settled for so long ends with an error."""
+
+
+def load_model(step: Step, prefix: str) -> dict[str, Any]:
+    """A trained model as a step, so that what follows depends on its weights and not only on its name."""
+    return {"bundle": prefix, "sha256": bundle.load(prefix).sha256}
 
 
 def predict_region(step: Step, region: Region, model: Step, config: MapConfig) -> dict[str, Any]:
@@ -86,7 +91,13 @@ def read_manifest(step: Step) -> list[Row]:
 
 
 def imagery(region: Region, config: MapConfig) -> list[Source]:
-    """Sources of the region: of `config.imagery`, else of its catalogue's collection, `imagery` or `chips`."""
+    """Sources of the region: its images, else of `config.imagery`, else of its catalogue.
+
+    Raises:
+        DataError: the region names no imagery.
+    """
+    if region.images:
+        return labels.sources_of_images(region.images)
     if config.imagery:
         uri, _, collection = config.imagery.partition("#")
         found = catalog.open_items(uri, collection or None, geometry=region.geometry)

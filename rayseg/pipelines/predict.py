@@ -1,0 +1,28 @@
+"""predict: a model that is there already over a region, a catalogue or a folder of images.
+
+model + imagery --> tiles --> polygons --> items, report
+"""
+
+from rayseg import mapping, publication
+from rayseg.config import Config as Frozen
+from rayseg.geo import Region
+from rayseg.mapping import MapConfig
+from rayseg.run import Run
+
+
+class Config(Frozen):
+    """What to predict with, and how."""
+
+    model: str
+    """Prefix of the bundle."""
+    map: MapConfig = MapConfig()
+
+
+def run(config: Config, run: Run, region: Region) -> str:
+    """Map `region` with a trained model; return where the report is and what it says in one line."""
+    model = run.step("model", mapping.load_model, config.model)
+    predicted = run.step("predict", mapping.predict_region, region, model, config.map)
+    polygons = run.step("polygons", mapping.join_polygons, predicted, "polygons")
+    run.step("publish", mapping.publish, predicted, f"{region.name} by {config.model}")
+    report = run.step("report", publication.write_report, predicted, polygons)
+    return publication.headline(report)
