@@ -27,7 +27,7 @@ SCHEMES = ("", "file", "s3", "http", "https")
 _OPTIONS = {"GDAL_CACHEMAX": 256 << 20, "GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE"}
 _REMOTE = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_HTTP_MAX_RETRY": "4", "GDAL_HTTP_RETRY_DELAY": "1"}
 _NAMELESS = (ColorInterp.undefined, ColorInterp.gray)
-_opening = threading.Lock()  # the filter for a warning while a file opens is global to the process
+_opening = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,16 @@ def open_file(href: str) -> DatasetReader:
         raise DataError(f"{href} cannot be read: expected a local path or one of {', '.join(filter(None, SCHEMES))}.")
     if not is_local(href):
         return rasterio.open(href)
-    with _opening, warnings.catch_warnings():  # an image without georeference is nothing to warn of here
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+    with unplaced():
         return rasterio.open(href)
+
+
+@contextmanager
+def unplaced() -> Iterator[None]:
+    """An image without georeference is nothing to warn of here. One thread at a time: filters are the process's."""
+    with _opening, warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        yield
 
 
 @contextmanager

@@ -1,0 +1,122 @@
+"""Results as Cloud Optimized GeoTIFF: 512 px blocks, DEFLATE, overviews, names, colours; the same bytes every time."""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import rasterio
+import rasterio.shutil
+from rasterio.io import DatasetWriter, MemoryFile
+
+from rayseg.errors import DataError
+from rayseg.geo import Grid, Window
+from rayseg.io.sources import crs_of, unplaced
+from rayseg.store import StorePath, put
+from rayseg.vision.color import ClassTable
+
+NODATA = 255
+_COG = {"driver": "COG", "compress": "DEFLATE", "blocksize": 512, "bigtiff": "IF_SAFER", "level": 6}
+
+
+def write_classes(path: StorePath, classes_HW: np.ndarray, grid: Grid, window: Window, table: ClassTable) -> None:
+    """Write class values with their colours; overviews show the most frequent class.
+
+    Args:
+        path: local path or URI; there is all of the file or none.
+        classes_HW: uint8 class values over `window`, 255 = nodata.
+        grid: their grid; without CRS the file has no georeference either.
+        window: their place on it.
+        table: the classes; names go to the band's tag `classes`, as JSON from value to name.
+
+    Raises:
+        DataError: the array is not of the window's shape, or not uint8.
+    """
+    _expect_bytes(path, classes_HW)
+    colors = {value: (*color, 255) for value, _, color in table.classes}
+    names = json.dumps({str(value): name for value, name, _ in table.classes})
+    with _in_memory(path, classes_HW[None], grid, window, nodata=NODATA) as dataset:
+        dataset.descriptions = ("class",)
+        dataset.update_tags(1, classes=names)
+        dataset.write_colormap(1, {**dict.fromkeys(range(256), (0, 0, 0, 0)), **colors})
+        _publish(path, dataset, {"overview_resampling": "MODE"})
+
+
+def write_scores(path: StorePath, scores_CHW: np.ndarray, grid: Grid, window: Window, names: Sequence[str]) -> None:
+    """Write scores, one band per name: uint8, 0..254 = probability x 254, 255 = nodata; overviews are averages.
+
+    Raises:
+        DataError: the array is not (names, height, width) of the window, or not uint8.
+    """
+    _expect_bytes(path, scores_CHW)
+    write_image(path, scores_CHW, grid, window, bands=names, nodata=NODATA)
+
+
+def write_image(
+    path: StorePath,
+    image_CHW: np.ndarray,
+    grid: Grid,
+    window: Window,
+    *,
+    bands: Sequence[str],
+    nodata: float | None = None,
+    valid_HW: np.ndarray | None = None,
+) -> None:
+    """Write an image of any pixel type; overviews are averages.
+
+    Args:
+        path: local path or URI.
+        image_CHW: pixels over `window`.
+        grid: their grid.
+        window: their place on it.
+        bands: name of each band.
+        nodata: value that means no data; pixels that are not valid get it.
+        valid_HW: where there is data; without `nodata` it becomes the file's internal mask.
+
+    Raises:
+        DataError: shapes do not fit.
+    """
+    if len(bands) != len(image_CHW):
+        raise DataError(f"{path}: {len(image_CHW)} bands were to be written, {len(bands)} names given ({bands}).")
+    if valid_HW is not None and nodata is not None:
+        image_CHW = np.where(valid_HW, image_CHW, np.asarray(nodata, image_CHW.dtype))
+    with _in_memory(path, image_CHW, grid, window, nodata=nodata) as dataset:
+        dataset.descriptions = tuple(bands)
+        if valid_HW is not None and nodata is None:
+            dataset.write_mask(valid_HW)
+        _publish(path, dataset, {"overview_resampling": "AVERAGE", "predictor": "YES"})
+
+
+def _in_memory(
+    path: StorePath, image_CHW: np.ndarray, grid: Grid, window: Window, *, nodata: float | None
+) -> DatasetWriter:
+    """A dataset in memory that holds the image; the COG driver only copies."""
+    if image_CHW.shape[1:] != (window.height, window.width):
+        raise DataError(f"{path}: pixels of shape {image_CHW.shape[1:]} do not fill {window}.")
+    place = {"crs": crs_of(grid.crs), "transform": grid.transform(window)} if grid.crs else {}
+    count, height, width = image_CHW.shape
+    with unplaced():
+        dataset = rasterio.open(
+            "",
+            "w",
+            driver="MEM",
+            count=count,
+            height=height,
+            width=width,
+            dtype=image_CHW.dtype,
+            nodata=nodata,
+            **place,
+        )
+    dataset.write(image_CHW)
+    return dataset
+
+
+def _publish(path: StorePath, dataset: DatasetWriter, options: dict[str, str]) -> None:
+    with MemoryFile(ext=".tif") as target:
+        with unplaced():
+            rasterio.shutil.copy(dataset, target.name, **_COG, **options)
+        put(path, bytes(target.getbuffer()))
+
+
+def _expect_bytes(path: StorePath, values: np.ndarray) -> None:
+    if values.dtype != np.uint8:
+        raise DataError(f"{path}: {values.dtype} values were to be written, expected uint8 with 255 for nodata.")
