@@ -1,0 +1,169 @@
+"""Augmentation of batches: images and masks alike, every image with its own luck, all of it from one generator."""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Generator, Tensor
+from torch.nn.functional import interpolate
+
+from rayseg.config import Config
+from rayseg.errors import DataError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+# luma and the two chroma axes of NTSC (FCC 1953): hue is an angle in the plane of the last two
+_YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
+
+
+class Augment(Config):
+    """What may happen to a training image, and how often."""
+
+    crop: Literal["centre", "random"] = "centre"
+    """Where the window lies that is cut out."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Smallest and largest magnification; 0.5 shows twice the ground."""
+    flip: Share = 0.5
+    """Share of the images mirrored left to right, and of those mirrored top to bottom."""
+    quadrants: Share = 0.5
+    """Share of the images whose four quadrants are shuffled."""
+    rotate: Share = 0.5
+    """Share of the images turned by 90, 180 or 270 degrees."""
+    jitter: Share = 0.0
+    """Share of the images whose colours change by the next four."""
+    brightness: Share = 0.3
+    """Largest relative change of all values."""
+    contrast: Share = 0.3
+    """Largest relative change of the distance from the image's mean."""
+    saturation: Share = 0.3
+    """Largest relative change of the distance from grey; three-band images only."""
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.05
+    """Largest turn of the hue in full circles; three-band images only."""
+
+
+def augment(
+    images_NCHW: Tensor, masks_N1HW: Tensor | None, settings: Augment, generator: Generator, *, size: int
+) -> tuple[Tensor, Tensor | None]:
+    """Cut out windows and change them; the masks follow.
+
+    Args:
+        images_NCHW: any data type; jitter assumes values 0..255.
+        masks_N1HW: class or share of every pixel; resampled by nearest neighbour.
+        settings: what may happen.
+        generator: on the CPU; decides everything.
+        size: side of the result in pixels, even.
+
+    Returns:
+        images (N, C, size, size) and masks (N, 1, size, size), float32.
+
+    Raises:
+        DataError: the images are smaller than `size`.
+    """
+    images, masks = cut(images_NCHW, masks_N1HW, settings, generator, size=size)
+    channels = images.shape[1]
+    both = images if masks is None else torch.cat([images, masks], dim=1)
+    for turn, share in ((_mirror, settings.flip), (_shuffle, settings.quadrants), (_rotate, settings.rotate)):
+        if share:
+            both = turn(both, share, generator)
+    images = both[:, :channels]
+    if settings.jitter:
+        images = _jitter(images, settings, generator)
+    return images, None if masks is None else both[:, channels:]
+
+
+def centre(images_NCHW: Tensor, masks_N1HW: Tensor | None, *, size: int) -> tuple[Tensor, Tensor | None]:
+    """The middle of the images and masks, float32: what evaluation and relabelling see."""
+    return cut(images_NCHW, masks_N1HW, Augment(), Generator(), size=size)
+
+
+def cut(
+    images_NCHW: Tensor, masks_N1HW: Tensor | None, settings: Augment, generator: Generator, *, size: int
+) -> tuple[Tensor, Tensor | None]:
+    """Windows of `size` pixels: their magnification and place as `settings` says.
+
+    Raises:
+        DataError: the images are smaller than `size`.
+    """
+    height, width = images_NCHW.shape[2:]
+    if min(height, width) < size:
+        raise DataError(
+            f"chips are {height} x {width} px, training takes {size} x {size}: read larger chips or lower size"
+        )
+    low, high = settings.scale
+    luck = torch.rand(len(images_NCHW), 3, generator=generator).tolist()
+    pieces, covers = [], []
+    for image, mask, (zoom, down, right) in zip(images_NCHW, _each(masks_N1HW, len(luck)), luck, strict=True):
+        side = min(round(size / (low + zoom * (high - low))), height, width)
+        spare = (height - side, width - side)
+        share = (down, right) if settings.crop == "random" else None
+        top, left = (room // 2 for room in spare) if share is None else map(_within, spare, share)
+        window = (..., slice(top, top + side), slice(left, left + side))
+        pieces.append(_resized(image[window].float(), size, smooth=True))
+        if mask is not None:
+            covers.append(_resized(mask[window].float(), size, smooth=False))
+    return torch.stack(pieces), torch.stack(covers) if covers else None
+
+
+def _within(room: int, share: float) -> int:
+    """One of 0..room, all equally likely for a share drawn from [0, 1)."""
+    return int(share * (room + 1))
+
+
+def _each(masks_N1HW: Tensor | None, count: int) -> list[Tensor] | list[None]:
+    return [None] * count if masks_N1HW is None else list(masks_N1HW)
+
+
+def _resized(image_CHW: Tensor, size: int, *, smooth: bool) -> Tensor:
+    if image_CHW.shape[1] == size:
+        return image_CHW
+    if smooth:
+        return interpolate(image_CHW[None], size=(size, size), mode="bilinear", antialias=True)[0]
+    return interpolate(image_CHW[None], size=(size, size), mode="nearest-exact")[0]
+
+
+def _chosen(images: Tensor, share: float, generator: Generator) -> Tensor:
+    """Which of the images it hits: (N, 1, 1, 1) bool on their device."""
+    return (torch.rand(len(images), generator=generator) < share).to(images.device)[:, None, None, None]
+
+
+def _mirror(images: Tensor, share: float, generator: Generator) -> Tensor:
+    for axis in (3, 2):
+        images = torch.where(_chosen(images, share, generator), images.flip(axis), images)
+    return images
+
+
+def _shuffle(images: Tensor, share: float, generator: Generator) -> Tensor:
+    """Shuffle the four quadrants of the images chosen."""
+    count, channels, height, width = images.shape
+    order = torch.rand(count, 4, generator=generator).argsort(dim=1).to(images.device)
+    quarters = images.reshape(count, channels, 2, height // 2, 2, width // 2).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    moved = quarters[torch.arange(count, device=images.device)[:, None], order]
+    mixed = moved.reshape(count, 2, 2, channels, height // 2, width // 2).permute(0, 3, 1, 4, 2, 5)
+    return torch.where(_chosen(images, share, generator), mixed.reshape(images.shape), images)
+
+
+def _rotate(images: Tensor, share: float, generator: Generator) -> Tensor:
+    turns = torch.randint(1, 4, (len(images),), generator=generator)
+    hit = torch.rand(len(images), generator=generator) < share
+    turns = torch.where(hit, turns, 0)
+    return torch.stack([torch.rot90(image, int(k), (1, 2)) for image, k in zip(images, turns, strict=True)])
+
+
+def _jitter(images: Tensor, settings: Augment, generator: Generator) -> Tensor:
+    """Brightness, contrast, saturation and hue, in this order, of the images chosen; values stay in 0..255."""
+    luck = (torch.rand(4, len(images), generator=generator) * 2 - 1).to(images.device)[..., None, None, None]
+    changed = images * (1 + luck[0] * settings.brightness)
+    mean = changed.mean(dim=(1, 2, 3), keepdim=True)
+    changed = (changed - mean) * (1 + luck[1] * settings.contrast) + mean
+    if images.shape[1] == 3:
+        changed = _recolour(changed, 1 + luck[2] * settings.saturation, luck[3] * settings.hue * 2 * torch.pi)
+    return torch.where(_chosen(images, settings.jitter, generator), changed.clamp(0, 255), images)
+
+
+def _recolour(images: Tensor, saturation_N111: Tensor, angle_N111: Tensor) -> Tensor:
+    """Stretch and turn the chroma plane of RGB images."""
+    to_yiq = torch.tensor(_YIQ, device=images.device)
+    luma, chroma_i, chroma_q = torch.einsum("kc,nchw->knhw", to_yiq, images)[:, :, None]
+    cos, sin = angle_N111.cos() * saturation_N111, angle_N111.sin() * saturation_N111
+    turned = torch.cat([luma, cos * chroma_i - sin * chroma_q, sin * chroma_i + cos * chroma_q], dim=1)
+    return torch.einsum("ck,nkhw->nchw", torch.linalg.inv(to_yiq), turned)
