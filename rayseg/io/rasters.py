@@ -33,14 +33,14 @@ from rayseg.io.sources import (
 )
 from rayseg.store import is_local, upath
 
-__all__ = ["Source", "footprint", "grids_of", "read", "source_of_file"]
+__all__ = ["Source", "footprint", "grids_of", "read", "source_of_file", "view"]
 
 _OPEN_FILES = 24  # per thread; a tile touches few files, and neighbouring tiles the same ones
 _local = threading.local()
 
 
 def read(
-    sources: Sequence[Source], grid: Grid, window: Window, *, bands: Sequence[str]
+    sources: Sequence[Source], grid: Grid, window: Window, *, bands: Sequence[str], categorical: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pixels of `window`, of the first source (in the order given) that has valid ones there.
 
@@ -54,6 +54,7 @@ def read(
         grid: a grid of `grids_of`.
         window: grid pixels; may reach beyond the imagery.
         bands: band names in the order wanted, whichever files they are in.
+        categorical: the values are classes: where a warp is needed, take the nearest pixel instead of a mixture.
 
     Returns:
         (image_CHW in the imagery's dtype, valid_HW bool); pixels that are not valid are 0.
@@ -72,7 +73,7 @@ def read(
         rows_cols = part.slices(window)
         if part.empty or valid_HW[rows_cols].all():
             continue
-        pixels_CHW, ok_HW = _read_source(source, grid, part, bands)
+        pixels_CHW, ok_HW = _read_source(source, grid, part, bands, categorical=categorical)
         if image_CHW is None:
             image_CHW = np.zeros((len(bands), window.height, window.width), pixels_CHW.dtype)
         _same_dtype(source.item_id, pixels_CHW.dtype, image_CHW.dtype)
@@ -93,12 +94,16 @@ def _same_dtype(name: str, found: np.dtype, expected: np.dtype) -> None:
         raise DataError(f"{name} has {found} pixels where {expected} was read before: select items of one pixel type.")
 
 
-def _read_source(source: Source, grid: Grid, part: Window, bands: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def _read_source(
+    source: Source, grid: Grid, part: Window, bands: Sequence[str], *, categorical: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """(pixels_CHW, valid_HW) of one source in `part`, which lies in its footprint."""
     image_CHW: np.ndarray | None = None
     valid_HW = np.ones((part.height, part.width), bool)
     for href, wanted in _files_of(source, bands).items():
-        pixels_CHW, ok_HW = _read_file(source, href, grid, part, [index for _, index in wanted])
+        pixels_CHW, ok_HW = _read_file(
+            source, href, grid, part, [index for _, index in wanted], categorical=categorical
+        )
         if image_CHW is None:
             image_CHW = np.zeros((len(bands), part.height, part.width), pixels_CHW.dtype)
         _same_dtype(href, pixels_CHW.dtype, image_CHW.dtype)
@@ -125,10 +130,10 @@ def _files_of(source: Source, bands: Sequence[str]) -> dict[str, list[tuple[int,
 
 
 def _read_file(
-    source: Source, href: str, grid: Grid, part: Window, indexes: list[int]
+    source: Source, href: str, grid: Grid, part: Window, indexes: list[int], *, categorical: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     with gdal(href, part):
-        dataset, extent, _ = _view(source, href, grid)
+        dataset, extent = view(source, href, grid, categorical=categorical)
         inside = part.intersect(extent)
         image_CHW = np.zeros((len(indexes), part.height, part.width), dataset.dtypes[indexes[0] - 1])
         valid_HW = np.zeros((part.height, part.width), bool)
@@ -166,18 +171,18 @@ def _valid(
 _View = tuple[Any, Window, tuple[Any, ...]]
 
 
-def _view(source: Source, href: str, grid: Grid) -> _View:
-    """(dataset whose pixels are the grid's, grid window it covers, what lies beneath it), kept open for this thread."""
+def view(source: Source, href: str, grid: Grid, *, categorical: bool = False) -> tuple[DatasetReader, Window]:
+    """(dataset whose pixels are the grid's, grid window it covers), kept open for this thread; inside `gdal`."""
     views = _views()
-    key = (href, _stamp(href), grid, replace(source, assets=(), datetime=None, href=""))
+    key = (href, _stamp(href), grid, replace(source, assets=(), datetime=None, href=""), categorical)
     if key not in views:
-        views[key] = _on_grid(open_file(href), source, grid)
+        views[key] = _on_grid(open_file(href), source, grid, categorical=categorical)
         while len(views) > _OPEN_FILES:
-            _, (view, _, beneath) = views.popitem(last=False)
-            for opened in (view, *beneath):
+            _, (oldest, _, beneath) = views.popitem(last=False)
+            for opened in (oldest, *beneath):
                 opened.close()
     views.move_to_end(key)
-    return views[key]
+    return views[key][:2]
 
 
 def _views() -> "OrderedDict[Any, _View]":
@@ -188,14 +193,14 @@ def _views() -> "OrderedDict[Any, _View]":
     return views
 
 
-def _on_grid(file: DatasetReader, source: Source, grid: Grid) -> _View:
+def _on_grid(file: DatasetReader, source: Source, grid: Grid, *, categorical: bool) -> _View:
     """The open file as it is where its pixels are the grid's, else warped onto the grid."""
     _refuse_complex(file.name, file.dtypes[0])
     placed, flat = _placed(file, source), file
     if placed.gcps and grid.crs is not None:
         # rasterio drops control points when it is given the grid to warp to, so they are flattened first, on a grid
         # of GDAL's choice: such a file is interpolated twice.
-        flat = _warp(file, source.nodata, {"crs": crs_of(grid.crs)})
+        flat = _warp(file, source.nodata, {"crs": crs_of(grid.crs)}, categorical=categorical)
         placed = replace(described(flat), item_id=source.item_id)
     extent = footprint(placed, grid)
     if grid.crs is None or aligned(placed, grid):
@@ -203,19 +208,21 @@ def _on_grid(file: DatasetReader, source: Source, grid: Grid) -> _View:
     scale = dict(zip(("XSCALE", "YSCALE"), _scale(placed, grid), strict=True))
     origin = {"src_crs": crs_of(str(placed.crs)), "src_transform": Affine(*placed.transform)}
     goal = {"transform": grid.transform(extent), "width": extent.width, "height": extent.height}
-    warped = _warp(flat, source.nodata, {**origin, "crs": crs_of(grid.crs), **goal, **scale})
+    goal |= {"crs": crs_of(grid.crs), **scale}
+    warped = _warp(flat, source.nodata, {**origin, **goal}, categorical=categorical)
     return warped, extent, (flat, file)
 
 
-def _warp(dataset: DatasetReader, nodata: float | None, place: dict[str, Any]) -> WarpedVRT:
-    """A bilinear view of the dataset, of the whole of it, exact and of one scale.
+def _warp(dataset: DatasetReader, nodata: float | None, place: dict[str, Any], *, categorical: bool) -> WarpedVRT:
+    """A bilinear (or nearest) view of the dataset, of the whole of it, exact and of one scale.
 
     By default GDAL approximates the transformation and estimates the scale from one window to the next: then a pixel's
     value would depend on the window it is read in.
     """
     nodata = dataset.nodata if nodata is None else nodata
     bare = nodata is None and ColorInterp.alpha not in dataset.colorinterp
-    options = {"XSCALE": 1.0, "YSCALE": 1.0, "tolerance": 1e-9, "resampling": Resampling.bilinear, **place}
+    kind = Resampling.nearest if categorical else Resampling.bilinear
+    options = {"XSCALE": 1.0, "YSCALE": 1.0, "tolerance": 1e-9, "resampling": kind, **place}
     return WarpedVRT(dataset, src_nodata=nodata, nodata=nodata, add_alpha=bare, **options)
 
 
