@@ -92,15 +92,15 @@ class Grid:
     def bounds(self, window: Window) -> Bounds:
         """(left, bottom, right, top) of `window` in CRS units; without CRS in pixels, bottom > top."""
         affine = self.transform(window)
-        left, top = affine * (0, 0)
-        right, bottom = affine * (window.width, window.height)
+        left, top = affine @ (0, 0)
+        right, bottom = affine @ (window.width, window.height)
         return left, bottom, right, top
 
     def window_of(self, bounds: Bounds) -> Window:
         """The smallest window that covers `bounds` (CRS units); edges within 1e-3 px of a pixel edge snap to it."""
         left, bottom, right, top = bounds
         affine = ~self.transform(Window(0, 0, 1, 1))
-        (c0, r0), (c1, r1) = affine * (left, top), affine * (right, bottom)
+        (c0, r0), (c1, r1) = affine @ (left, top), affine @ (right, bottom)
         col, row = math.floor(c0 + 1e-3), math.floor(r0 + 1e-3)
         return Window(col, row, math.ceil(c1 - 1e-3) - col, math.ceil(r1 - 1e-3) - row)
 
@@ -197,8 +197,9 @@ class Lattice:
         One in the middle, falling linearly over the 2 x margin pixels that it shares with each neighbour;
         where two patches meet their weights add to one.
         """
-        overlap = 2 * self.margin
-        ramp = (np.arange(self.patch, dtype=np.float32) + 0.5) / max(overlap, 1)
+        if not self.margin:
+            return np.ones((self.patch, self.patch), np.float32)
+        ramp = (np.arange(self.patch, dtype=np.float32) + 0.5) / (2 * self.margin)
         side = np.minimum(1.0, np.minimum(ramp, ramp[::-1])).astype(np.float32)
         return np.outer(side, side)
 

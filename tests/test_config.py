@@ -1,0 +1,61 @@
+import pytest
+
+from rayseg.config import Config, load, ray_address
+from rayseg.errors import ConfigError
+
+
+class Inner(Config):
+    patch: int = 512
+    name: str | None = None
+
+
+class Outer(Config):
+    inner: Inner = Inner()
+    other: Inner | None = None
+    rates: tuple[float, ...] = (1.0,)
+
+
+def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("inner: {patch: 64, name: x}\nrates: [0.1, 0.2]\n")
+    resolved = load(Outer, str(path), ["inner.patch=32", "other.patch=8"])
+    assert resolved == Outer(inner=Inner(patch=32, name="x"), other=Inner(patch=8), rates=(0.1, 0.2))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["inner.pach=3"], "config key inner.pach is unknown, expected one of: name, patch"),
+        (["other.pach=3"], "config key other.pach is unknown, expected one of: name, patch"),
+        (["nope=3"], "config key nope is unknown, expected one of: inner, other, rates"),
+        (["inner.patch=many"], "config key inner.patch = 'many'"),
+        (["inner"], "not of the form key=value"),
+        (["rates=1", "rates.x=2"], "rates is a value, not a group"),
+    ],
+)
+def test_what_cannot_be_meant_is_named_with_its_path(overrides, said):
+    with pytest.raises(ConfigError) as caught:
+        load(Outer, None, overrides)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "said"), [("- a\n", "expected keys and values"), ("a: [", "is not YAML")])
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, said):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        load(Outer, str(path))
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(Outer, str(tmp_path / "none.yaml"))
+
+
+def test_ray_is_joined_only_where_told(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert ray_address(None) == "local"
+    monkeypatch.setenv("RAY_ADDRESS", "ray://a:1")
+    assert ray_address(None) == "ray://a:1"
+    assert ray_address("b:2") == "b:2"

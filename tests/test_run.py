@@ -1,0 +1,154 @@
+import json
+import os
+import stat
+
+import pytest
+
+from rayseg import run as runs
+from rayseg.config import Config
+from rayseg.errors import ConfigError
+from rayseg.geo import Region
+from rayseg.ledger import Account, Ledger, Record
+from rayseg.run import Engine, Run
+
+CALLS = []
+
+
+class Options(Config):
+    rate: float = 0.1
+
+
+def work(step, options, *before):
+    CALLS.append(step.name)
+    step.prefix.mkdir(parents=True, exist_ok=True)
+    (step.prefix / "made").write_text(str(options.rate))
+    return {"rate": options.rate}
+
+
+def fall(step, options):
+    (step.prefix / "part").write_text("half")
+    raise OSError("power cut")
+
+
+def trouble(step):
+    CALLS.append(step.name)
+    return {"troubles": {} if step.engine.retry else {"t1": "damaged"}}
+
+
+@pytest.fixture(autouse=True)
+def _no_calls():
+    CALLS.clear()
+
+
+def opened(out, *, options=None, region="r", engine=None):
+    return Run.open(str(out), pipeline="p", config=options or Options(), region=Region(region), engine=engine)
+
+
+def test_a_finished_step_is_not_done_again(tmp_path):
+    for _ in range(2):
+        with opened(tmp_path / "run") as run:
+            first = run.step("a", work, Options())
+            run.step("b", work, Options(), first)
+    assert CALLS == ["a", "b"]
+    assert runs.read(str(tmp_path / "run"))["status"] == "done"
+    assert runs.read(str(tmp_path / "run"))["steps"]["a"]["rate"] == 0.1
+
+
+def test_a_step_is_done_again_when_its_settings_or_inputs_change(tmp_path):
+    for rate in (0.1, 0.2):
+        with opened(tmp_path / "run") as run:
+            first = run.step("a", work, Options(rate=rate))
+            run.step("b", work, Options(), first)
+    assert CALLS == ["a", "b", "a", "b"]
+
+
+def test_a_step_that_fell_goes_on_from_what_it_left(tmp_path):
+    with pytest.raises(OSError, match="power cut"), opened(tmp_path / "run") as run:
+        run.step("a", fall, Options())
+    assert runs.read(str(tmp_path / "run"))["status"] == "stopped"
+    assert "power cut" in runs.read(str(tmp_path / "run"))["reason"]
+    assert (tmp_path / "run/steps/a/part").exists()
+
+
+def test_leftovers_of_other_settings_are_removed(tmp_path):
+    with pytest.raises(OSError, match="power cut"), opened(tmp_path / "run") as run:
+        run.step("a", fall, Options())
+    with opened(tmp_path / "run") as run:
+        run.step("a", work, Options())
+    assert not (tmp_path / "run/steps/a/part").exists()
+
+
+def test_troubles_leave_the_run_incomplete_until_a_retry(tmp_path):
+    with opened(tmp_path / "run") as run:
+        run.step("a", trouble)
+    assert run.troubles == {"a": {"t1": "damaged"}}
+    assert runs.read(str(tmp_path / "run"))["status"] == "incomplete"
+    with opened(tmp_path / "run") as run:
+        run.step("a", trouble)
+    with opened(tmp_path / "run", engine=Engine(retry=True)) as run:
+        run.step("a", trouble)
+    assert CALLS == ["a", "a"]
+    assert runs.read(str(tmp_path / "run"))["status"] == "done"
+
+
+def test_an_output_of_other_settings_is_refused_and_left_alone(tmp_path):
+    with opened(tmp_path / "run"):
+        pass
+    before = (tmp_path / "run/run.json").read_bytes()
+    with (
+        pytest.raises(ConfigError, match=r"config.rate is 0.1 there, 0.2 here.*--out"),
+        opened(tmp_path / "run", options=Options(rate=0.2)),
+    ):
+        pass
+    assert (tmp_path / "run/run.json").read_bytes() == before
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("...")
+    with pytest.raises(ConfigError, match="not of a rayseg run"), opened(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked").chmod(stat.S_IRUSR | stat.S_IXUSR)
+    with pytest.raises(ConfigError, match="cannot be written"), opened(tmp_path / "locked" / "run"):
+        pass
+
+
+def test_an_output_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="choose another --out"), opened(tmp_path / "file" / "run"):
+        pass
+
+
+def test_two_processes_cannot_work_on_one_run(tmp_path):
+    with opened(tmp_path / "run"), pytest.raises(ConfigError, match="another process"), opened(tmp_path / "run"):
+        pass
+    with opened(tmp_path / "run"):
+        pass
+
+
+def test_no_run_no_status(tmp_path):
+    with pytest.raises(ConfigError, match="is no run"):
+        runs.status(str(tmp_path))
+
+
+def test_the_latest_attempt_counts_and_nothing_is_overwritten(tmp_path):
+    ledger = Ledger(str(tmp_path / "ledger"))
+    assert ledger.read() == {}
+    assert ledger.write(Record("t1", "failed", "bad"))
+    assert not ledger.write(Record("t1", "done"))
+    assert ledger.write(Record("t1", "done", attempt=2))
+    assert ledger.read()["t1"].status == "done"
+    assert json.loads((tmp_path / "ledger/t1.1.json").read_text())["reason"] == "bad"
+
+
+def test_an_account_adds_up():
+    records = {"a": Record("a", "done"), "b": Record("b", "failed", "x"), "z": Record("z", "done")}
+    account = Account.of(["a", "b", "c"], records)
+    assert sum(account.counts.values()) == account.planned == 3
+    assert account.troubles == {"b": "x", "c": "not processed"}
+    assert str(account) == "3 planned = 1 done + 1 failed + 1 missing"
