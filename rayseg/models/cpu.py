@@ -1,0 +1,151 @@
+"""What makes training on a CPU quick where PyTorch's defaults are slow; other devices are left alone."""
+
+import ctypes
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution, stride 1, padding 1, whose weight gradient on a CPU is a few matrix products.
+
+    oneDNN's own kernel for it takes three times as long as the forward pass when the memory format is channels_last.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Convolve (N, C, H, W) to (N, out_channels, H, W)."""
+        few_channels = self.in_channels < 16
+        if few_channels or input.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return super().forward(input)
+        output: Tensor = _Conv3x3.apply(input, self.weight, self.bias)
+        return output
+
+
+class _Conv3x3(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NCHW: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(x_NCHW, weight)
+        return F.conv2d(x_NCHW, weight, bias, padding=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:  # noqa: ANN401
+        x_NCHW, weight = ctx.saved_tensors
+        grad_NKHW = grads[0]
+        to_input = None
+        if ctx.needs_input_grad[0]:
+            to_input = conv2d_input(x_NCHW.shape, weight, grad_NKHW, padding=1)  # type: ignore[no-untyped-call]
+        return to_input, _weight_gradient(x_NCHW, grad_NKHW), grad_NKHW.sum((0, 2, 3))
+
+
+def _weight_gradient(x_NCHW: Tensor, grad_NKHW: Tensor) -> Tensor:
+    """Sum over pixels of gradient x shifted input: for each of the 9 shifts one matrix product per image row."""
+    height, width = x_NCHW.shape[2:]
+    padded = F.pad(x_NCHW, (1, 1, 1, 1)).permute(0, 2, 3, 1)
+    grad_rows = grad_NKHW.permute(0, 2, 3, 1).flatten(0, 1)
+    taps = [
+        torch.bmm(padded[:, i : i + height, j : j + width].flatten(0, 1).transpose(1, 2), grad_rows).sum(0)
+        for i in range(3)
+        for j in range(3)
+    ]
+    return torch.stack(taps).view(3, 3, *taps[0].shape).permute(3, 2, 0, 1)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation whose training on a CPU in channels_last keeps full accuracy on big images.
+
+    PyTorch's own kernel adds up all pixels one after another in float32; here parts of the image are added up first.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Normalise (N, C, H, W) by its own statistics in training, by the running ones otherwise."""
+        last = input.is_contiguous(memory_format=torch.channels_last)
+        if not (self.training and last and input.device.type == "cpu") or torch.is_autocast_enabled("cpu"):
+            return super().forward(input)
+        rows_PC = input.permute(0, 2, 3, 1).flatten(0, 2)
+        mean, variance = _statistics(rows_PC.detach())
+        self._remember(mean, variance, len(rows_PC))
+        normal_PC: Tensor = _Normalise.apply(rows_PC, self.weight, self.bias, mean, (variance + self.eps).rsqrt())
+        return normal_PC.view(input.shape[0], *input.shape[2:], -1).permute(0, 3, 1, 2)
+
+    def _remember(self, mean: Tensor, variance: Tensor, pixels: int) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * (pixels / max(pixels - 1, 1)), self.momentum)
+
+
+class _Normalise(torch.autograd.Function):
+    """(x - mean) * scale * weight + bias with mean and scale taken from x itself; gradient of Ioffe & Szegedy 2015."""
+
+    @staticmethod
+    def forward(ctx: Any, x_PC: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(x_PC, weight, mean, scale)
+        output_PC = torch.empty_like(x_PC)
+        factor = weight * scale
+        shift = bias - mean * factor
+        for x, output in zip(_parts(x_PC), _parts(output_PC), strict=True):
+            torch.addcmul(shift, x, factor, out=output)
+        return output_PC
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # noqa: ANN401
+        x_PC, weight, mean, scale = ctx.saved_tensors
+        grad_PC = grads[0]
+        pairs = list(zip(_parts(x_PC), _parts(grad_PC), strict=True))
+        to_bias = torch.stack([grad.sum(0) for _, grad in pairs]).sum(0)
+        to_weight = torch.stack([((x - mean) * grad).sum(0) for x, grad in pairs]).sum(0) * scale
+        slope = -weight * scale**2 * to_weight / len(x_PC)
+        level = -weight * scale * to_bias / len(x_PC) - slope * mean
+        to_input_PC = torch.empty_like(x_PC)
+        for (x, grad), output in zip(pairs, _parts(to_input_PC), strict=True):
+            torch.addcmul(level, x, slope, out=output).addcmul_(grad, weight * scale)
+        return to_input_PC, to_weight, to_bias, None, None
+
+
+def _statistics(x_PC: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (over P, not P - 1) of every channel."""
+    mean = torch.stack([x.sum(0) for x in _parts(x_PC)]).sum(0) / len(x_PC)
+    variance = torch.stack([(x - mean).square_().sum(0) for x in _parts(x_PC)]).sum(0) / len(x_PC)
+    return mean, variance
+
+
+def _parts(x_PC: Tensor) -> Sequence[Tensor]:
+    """Runs of pixels of about 1 MB, small enough to stay in a processor's cache between two operations."""
+    return torch.split(x_PC, max(1, 2**18 // x_PC.shape[1]))
+
+
+@contextmanager
+def reused_memory() -> Iterator[None]:
+    """Let freed memory be used again inside this block instead of going back to the system.
+
+    glibc maps every tensor over 32 MB afresh; the page faults of a training loop on a big image then cost more time
+    than its arithmetic. Affects the whole process; memory goes back when the block ends. Elsewhere it does nothing.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "gnu_get_libc_version"):
+        yield
+        return
+    assert libc is not None
+    libc.mallopt(_M_MMAP_MAX, 0)
+    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        libc.mallopt(_M_MMAP_MAX, 65536)
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 26)
+        libc.malloc_trim(0)

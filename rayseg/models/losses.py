@@ -1,0 +1,87 @@
+"""Losses of a binary segmenter: cross-entropy, structural similarity and soft intersection over union.
+
+All take the network's logits (N, 1, H, W) float32, a mask of the same shape with values 0..1, and optionally a weight
+of the same shape: how much a pixel counts, 0 = not at all.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_WINDOW, _SIGMA = 11, 1.5
+_C1, _C2 = 0.01**2, 0.03**2
+
+
+def bce(logits: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Binary cross-entropy per image (N,): the weighted mean over its pixels, 0 where no pixel counts."""
+    return _mean(F.binary_cross_entropy_with_logits(logits, mask, reduction="none"), weight)
+
+
+def ssim(probabilities: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Structural similarity index per image (N,), 1 = alike (Wang et al. 2004, IEEE TIP 13).
+
+    Gaussian window 11x11, sigma 1.5, zeros around the image, K1 = .01, K2 = .03, range 1; the mean over all pixels.
+    With `weight`, pixels count by it in the mean; they still take part in their neighbours' windows.
+    """
+    maps = torch.cat([probabilities, mask, probabilities * probabilities, mask * mask, probabilities * mask], dim=1)
+    mean_p, mean_t, mean_pp, mean_tt, mean_pt = _blur(maps).chunk(5, dim=1)
+    var_p, var_t, covariance = mean_pp - mean_p**2, mean_tt - mean_t**2, mean_pt - mean_p * mean_t
+    luminance = (2 * mean_p * mean_t + _C1) / (mean_p**2 + mean_t**2 + _C1)
+    structure = (2 * covariance + _C2) / (var_p + var_t + _C2)
+    return _mean(luminance * structure, weight, empty=1.0)
+
+
+def soft_iou(probabilities: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Intersection over union of probabilities and mask per image (N,); 0 of an empty mask."""
+    weights = torch.ones_like(mask) if weight is None else weight
+    over = (1, 2, 3)
+    both = (probabilities * mask * weights).sum(over)
+    return both / ((probabilities * weights).sum(over) + (mask * weights).sum(over) - both + 1e-8)
+
+
+def bce_ssim_iou(logits: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Cross-entropy + (1 - SSIM) + (1 - soft IoU), mean over the batch (Cao & Huang 2022, section 3.3).
+
+    Args:
+        logits: (N, 1, H, W) float32 before the sigmoid.
+        mask: (N, 1, H, W) float32, 0..1.
+        weight: (N, 1, H, W) float32, 0 or more, or None where every pixel counts 1. An image without a pixel that
+            counts adds nothing.
+
+    Returns:
+        Scalar loss.
+    """
+    logits, mask = logits.float(), mask.float()
+    probabilities = logits.sigmoid()
+    loss = bce(logits, mask, weight) + 2 - ssim(probabilities, mask, weight) - soft_iou(probabilities, mask, weight)
+    if weight is not None:
+        loss = torch.where(weight.sum((1, 2, 3)) > 0, loss, 0.0)
+    return loss.mean()
+
+
+def _mean(values: Tensor, weight: Tensor | None, *, empty: float = 0.0) -> Tensor:
+    """Weighted mean per image of (N, 1, H, W); `empty` where all weights are 0."""
+    if weight is None:
+        return values.mean((1, 2, 3))
+    total = weight.sum((1, 2, 3))
+    mean = (values * weight).sum((1, 2, 3)) / torch.where(total > 0, total, 1.0)
+    return torch.where(total > 0, mean, empty)
+
+
+def _blur(maps_NCHW: Tensor) -> Tensor:
+    """Gaussian blur of every channel, as a column and a row, with zeros around the image."""
+    line = torch.tensor(_gaussian(), dtype=maps_NCHW.dtype, device=maps_NCHW.device)
+    channels, reach = maps_NCHW.shape[1], _WINDOW // 2
+    column = line.view(1, 1, -1, 1).expand(channels, 1, -1, 1)
+    row = line.view(1, 1, 1, -1).expand(channels, 1, 1, -1)
+    blurred = F.conv2d(maps_NCHW, column, padding=(reach, 0), groups=channels)
+    return F.conv2d(blurred, row, padding=(0, reach), groups=channels)
+
+
+@lru_cache(maxsize=1)
+def _gaussian() -> list[float]:
+    distance = torch.arange(_WINDOW, dtype=torch.float64) - _WINDOW // 2
+    line = torch.exp(-(distance**2) / (2 * _SIGMA**2))
+    return [float(value) for value in line / line.sum()]

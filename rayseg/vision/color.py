@@ -1,0 +1,219 @@
+"""Classes and their colours: reading coloured masks, painting results."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayseg.errors import ConfigError, DataError
+
+RGB = tuple[int, int, int]
+IGNORE = 255
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """The classes of a mask: what each value means and which colour stands for it.
+
+    Attributes:
+        classes: (value, name, (red, green, blue)) of every class; values 0..254, all different.
+        ignore: further colours that mean "not labelled"; they become 255, as index 255 does.
+    """
+
+    classes: tuple[tuple[int, str, RGB], ...]
+    ignore: tuple[RGB, ...] = ()
+
+    def __post_init__(self) -> None:
+        values = [value for value, _, _ in self.classes]
+        colors = [*self.colors, *self.ignore]
+        if not values or len(set(values)) < len(values) or not all(0 <= value < IGNORE for value in values):
+            raise ConfigError(f"class values are {values}, expected at least one, all different and in 0..254")
+        if len(set(colors)) < len(colors):
+            twice = sorted({hex_of(color) for color in colors if colors.count(color) > 1})
+            raise ConfigError(f"colours {', '.join(twice)} stand for more than one class: give every class its own")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "ClassTable":
+        """Read `{classes: [{name, color, value?}, ...], ignore: [color, ...]}`, as a YAML file holds it.
+
+        A colour is `"#RRGGBB"` or `[red, green, blue]`; a class without `value` has its place in the list.
+
+        Raises:
+            ConfigError: a key is missing or unknown, or a colour or value cannot be meant.
+        """
+        _only(config, {"classes", "ignore"}, "a class table")
+        rows: Sequence[Mapping[str, Any]] = config.get("classes") or ()
+        return cls(
+            tuple(_class_of(row, k) for k, row in enumerate(rows)), tuple(map(rgb_of, config.get("ignore") or ()))
+        )
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """Class values in the table's order."""
+        return tuple(value for value, _, _ in self.classes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Class names in the table's order."""
+        return tuple(name for _, name, _ in self.classes)
+
+    @property
+    def colors(self) -> tuple[RGB, ...]:
+        """Class colours in the table's order."""
+        return tuple(color for _, _, color in self.classes)
+
+
+def rgb_of(color: object) -> RGB:
+    """Read `"#RRGGBB"`, `"RRGGBB"` or three numbers 0..255.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if (
+        isinstance(color, str)
+        and len(digits := color.removeprefix("#")) == 6
+        and set(digits) <= set("0123456789abcdefABCDEF")
+    ):
+        return int(digits[:2], 16), int(digits[2:4], 16), int(digits[4:], 16)
+    if isinstance(color, Sequence) and len(color) == 3 and all(isinstance(c, int) and 0 <= c <= 255 for c in color):
+        return int(color[0]), int(color[1]), int(color[2])
+    raise ConfigError(f'colour is {color!r}, expected "#RRGGBB" or [red, green, blue] with values 0..255')
+
+
+def hex_of(color: RGB) -> str:
+    """`#RRGGBB` of a colour."""
+    return "#{:02X}{:02X}{:02X}".format(*color)
+
+
+def decode(
+    mask: NDArray[np.integer], table: ClassTable, *, palette: Mapping[int, Sequence[int]] | None = None
+) -> NDArray[np.uint8]:
+    """Turn a mask as people store it into class values.
+
+    Args:
+        mask: (H, W) class values; (H, W) indices into `palette`; or (H, W, 3) or (H, W, 4) colours, of which the
+            fourth channel is not looked at.
+        table: the classes and colours that may occur.
+        palette: colour (red, green, blue, ...) of every index, for a palette image whose indices are no classes.
+
+    Returns:
+        Class values (H, W) uint8; 255 where the mask says "not labelled".
+
+    Raises:
+        DataError: a value or colour that is no class occurs (the message names it, its count and the nearest class),
+            an index is not in the palette, or the mask's shape is none of these.
+    """
+    if mask.ndim == 3 and mask.shape[2] in {3, 4}:
+        return _decode_colors(_pack(mask), table)
+    if mask.ndim != 2:
+        raise DataError(f"a mask of shape {mask.shape} was found, expected (height, width) or (height, width, 3 or 4)")
+    return _decode_values(mask, table) if palette is None else _decode_palette(mask, table, palette)
+
+
+def mean_color(image_HWC: NDArray[np.uint8], labels_HW: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """Paint every pixel with the mean colour of its label (rounded to the nearest integer).
+
+    Args:
+        image_HWC: image, uint8, any number of channels.
+        labels_HW: label of every pixel, 0 or more.
+
+    Returns:
+        The painted image (H, W, C) uint8.
+    """
+    labels = labels_HW.ravel().astype(np.intp)
+    counts = np.maximum(np.bincount(labels), 1)
+    channels = [np.bincount(labels, weights=image_HWC[..., c].ravel()) for c in range(image_HWC.shape[2])]
+    means = np.rint(np.stack(channels, axis=1) / counts[:, None]).astype(np.uint8)
+    return means[labels].reshape(image_HWC.shape)
+
+
+def overlay(
+    image_HWC: NDArray[np.uint8], mask_HW: NDArray[np.uint8], colors: Mapping[int, RGB], alpha: float = 0.5
+) -> NDArray[np.uint8]:
+    """Lay the colours of a class mask over an image.
+
+    Args:
+        image_HWC: RGB image, uint8.
+        mask_HW: class of every pixel, uint8.
+        colors: colour of every class to show; other values leave the image as it is.
+        alpha: share of the colour, 0..1.
+
+    Returns:
+        The painted image (H, W, 3) uint8.
+    """
+    shown = np.zeros(256, np.float32)
+    lut = np.zeros((256, 3), np.float32)
+    for value, color in colors.items():
+        shown[value], lut[value] = alpha, color
+    share_HW1 = shown[mask_HW][..., None]
+    return np.rint(image_HWC * (1 - share_HW1) + lut[mask_HW] * share_HW1).astype(np.uint8)
+
+
+def _only(row: Mapping[str, Any], known: set[str], what: str) -> None:
+    if unknown := sorted(set(row) - known):
+        raise ConfigError(f"{what} has the unknown keys {unknown}, expected some of {sorted(known)}")
+
+
+def _class_of(row: Mapping[str, Any], place: int) -> tuple[int, str, RGB]:
+    _only(row, {"name", "color", "value"}, f"class {place}")
+    if "name" not in row or "color" not in row:
+        raise ConfigError(f"class {place} has only {sorted(row)}, expected a name and a color: add them")
+    return int(row.get("value", place)), str(row["name"]), rgb_of(row["color"])
+
+
+def _pack(colors: NDArray[np.integer]) -> NDArray[np.int32]:
+    """One integer 0xRRGGBB for every colour of an array (..., 3 or more)."""
+    wide = colors[..., :3].astype(np.int32)
+    return (wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]
+
+
+def _decode_colors(codes_HW: NDArray[np.int32], table: ClassTable) -> NDArray[np.uint8]:
+    known = _pack(np.array([*table.colors, *table.ignore], np.int32))
+    values = np.array([*table.values, *[IGNORE] * len(table.ignore)], np.uint8)
+    order = np.argsort(known)
+    at_HW = np.searchsorted(known[order], codes_HW).clip(max=len(known) - 1)
+    wrong_HW = known[order][at_HW] != codes_HW
+    if wrong_HW.any():
+        raise DataError(_unknown_colors(codes_HW[wrong_HW], table))
+    decoded_HW: NDArray[np.uint8] = values[order][at_HW]
+    return decoded_HW
+
+
+def _decode_palette(
+    mask_HW: NDArray[np.integer], table: ClassTable, palette: Mapping[int, Sequence[int]]
+) -> NDArray[np.uint8]:
+    used, at_HW = np.unique(mask_HW, return_inverse=True)
+    if missing := [int(index) for index in used if int(index) not in palette]:
+        raise DataError(
+            f"the mask holds the indices {missing[:5]}, which its palette of {len(palette)} does not: repair it"
+        )
+    codes = _pack(np.array([list(palette[int(index)])[:3] for index in used], np.int32).reshape(-1, 3))
+    return _decode_colors(codes[at_HW].reshape(mask_HW.shape), table)
+
+
+def _decode_values(mask_HW: NDArray[np.integer], table: ClassTable) -> NDArray[np.uint8]:
+    wrong_HW = ~np.isin(mask_HW, [*table.values, IGNORE])
+    if wrong_HW.any():
+        found, counts = np.unique(mask_HW[wrong_HW], return_counts=True)
+        value, count = int(found[counts.argmax()]), int(counts.max())
+        nearest = min(table.classes, key=lambda row: abs(row[0] - value))
+        raise DataError(
+            f"mask value {value} ({count} pixels; {len(found)} unknown values in all) is no class, the nearest is "
+            f"{nearest[0]} ({nearest[1]}): add it to the classes or correct the mask"
+        )
+    return mask_HW.astype(np.uint8)
+
+
+def _unknown_colors(codes: NDArray[np.int32], table: ClassTable) -> str:
+    found, counts = np.unique(codes, return_counts=True)
+    code = int(found[counts.argmax()])
+    color = code >> 16, code >> 8 & 255, code & 255
+    value, name, near = min(
+        table.classes, key=lambda row: sum((a - b) ** 2 for a, b in zip(row[2], color, strict=True))
+    )
+    return (
+        f"mask colour {hex_of(color)} ({counts.max()} pixels; {len(found)} unknown colours in all) is no class, "
+        f"the nearest is {hex_of(near)} ({value} {name}): add it to the classes or ignored colours, or correct the mask"
+    )
