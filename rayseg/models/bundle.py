@@ -54,7 +54,7 @@ class Architecture(Config):
     """Which of the known factories builds the network, and with which options."""
 
     factory: Literal["classifier", "segmenter"]
-    options: dict[str, str | int | float]
+    options: dict[str, str | int | float | tuple[int, ...]]
     """Arguments of the factory, without its weights."""
 
 
@@ -109,7 +109,7 @@ class Bundle(Config):
     def outputs(self) -> int:
         """Number of the model's logits per image or pixel; 1 is a class against the rest."""
         options, usual = self.architecture.options, {"classifier": 2, "segmenter": 1}
-        return int(options.get("classes", usual[self.architecture.factory]))
+        return int(str(options.get("classes", usual[self.architecture.factory])))
 
     @overload
     def normalize(self, image_CHW: NDArray[Any]) -> NDArray[np.float32]: ...

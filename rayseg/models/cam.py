@@ -10,6 +10,8 @@ from pytorch_grad_cam import GradCAMPlusPlus
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
+from rayseg.models.classifier import class_probabilities
+
 FloatArray = NDArray[np.float32]
 
 
@@ -37,7 +39,8 @@ def gradcam_plusplus(
 
     Returns:
         cams_NHW, float32 in 0..1 at the images' size, each image with its own minimum 0 and maximum 1 (all 0 where
-        nothing speaks for the class), and scores_N, float32, the softmax of the class.
+        nothing speaks for the class), and scores_N, float32, the softmax of the class
+        (the sigmoid where the model has one logit).
     """
     views = [(scale, mirrored) for scale in scales for mirrored in ((False, True) if flip else (False,))]
     device = next(model.parameters()).device
@@ -88,7 +91,7 @@ def _view(
         seen = nn.functional.interpolate(seen, size=size, mode="bilinear", antialias=scale < 1)
     seen = seen.detach().clone().requires_grad_()
     maps: FloatArray = cam(seen, [ClassifierOutputTarget(target_class)] * len(seen))
-    scores: FloatArray = cam.outputs.detach().softmax(dim=1)[:, target_class].cpu().numpy()
+    scores: FloatArray = class_probabilities(cam.outputs.detach())[:, target_class].cpu().numpy()
     if scale != 1:
         back = nn.functional.interpolate(torch.from_numpy(maps)[:, None], size=(height, width), mode="bilinear")
         maps = back[:, 0].numpy()

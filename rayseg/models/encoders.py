@@ -55,13 +55,16 @@ def pretrained_name(encoder: str, weights: str) -> str | bool | None:
     return True if encoder.startswith("tu-") else "imagenet"
 
 
-def build_encoder(encoder: str, *, channels: int = 3, depth: int = 5, weights: str = "imagenet") -> nn.Module:
+def build_encoder(
+    encoder: str, *, channels: int = 3, depth: int = 5, stride: int = 32, weights: str = "imagenet"
+) -> nn.Module:
     """An encoder: images_NCHW -> list of `depth + 1` feature maps, the first being the images themselves.
 
     Args:
         encoder: a name of segmentation_models_pytorch or of timm.
         channels: bands of the images.
         depth: number of stages; stage k has 1/2^k of the images' resolution.
+        stride: pixels per position of the last stage; 16 or 8 by dilation, where the encoder can.
         weights: "imagenet" (downloaded), "none" (random), or the path of a `.pth`, `.pt` or `.safetensors` file.
 
     Raises:
@@ -73,7 +76,11 @@ def build_encoder(encoder: str, *, channels: int = 3, depth: int = 5, weights: s
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             model: nn.Module = smp.encoders.get_encoder(
-                name, in_channels=channels, depth=depth, weights=pretrained_name(name, weights)
+                name,
+                in_channels=channels,
+                depth=depth,
+                output_stride=stride,
+                weights=pretrained_name(name, weights),
             )
     except (OSError, *CANNOT_BUILD) as error:
         raise cannot_build(encoder, weights, error) from None

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from rayseg.errors import ConfigError
-from rayseg.models.classifier import build_classifier
+from rayseg.models.classifier import build_classifier, class_probabilities
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -17,16 +17,17 @@ def test_average_pooling_is_the_linear_layer_on_the_mean_features():
 
 def test_the_poolings_lie_between_mean_and_maximum():
     torch.manual_seed(0)
-    models = {name: build_classifier("resnet18", weights="none", depth=4, pooling=name).eval()
-              for name in ("average", "logsumexp", "top")}  # fmt: skip
+    names = ("average", "logsumexp", "top10", "top20")
+    models = {name: build_classifier("resnet18", weights="none", stages=(4,), pooling=name).eval() for name in names}
     for model in models.values():
         model.load_state_dict(models["average"].state_dict())
     positions = models["average"].position_logits(IMAGES)
-    mean, soft, top = (models[name](IMAGES) for name in ("average", "logsumexp", "top"))
+    mean, soft, top, wide = (models[name](IMAGES) for name in names)
     highest = positions.flatten(2).max(2).values
     assert positions.shape == (2, 2, 4, 4)
     assert (mean < soft).all()
     assert (soft < highest).all()
+    assert (wide < top).all()
     torch.testing.assert_close(top, positions.flatten(2).topk(2, dim=2).values.mean(2))
 
 
@@ -35,10 +36,29 @@ def test_logsumexp_pooling_of_equal_scores_is_that_score():
     torch.testing.assert_close(model.pool(torch.full((1, 2, 3, 3), 0.7)), torch.full((1, 2), 0.7))
 
 
-def test_fewer_stages_give_a_finer_map():
-    shallow = build_classifier("mobilenet_v2", weights="none", depth=4).eval()
+def test_earlier_stages_and_dilation_give_a_finer_map():
+    shallow = build_classifier("mobilenet_v2", weights="none", stages=(4,)).eval()
+    dilated = build_classifier("mobilenet_v2", weights="none", stride=8).eval()
     assert shallow.position_logits(IMAGES).shape[2:] == (4, 4)
+    assert dilated.position_logits(IMAGES).shape[2:] == (8, 8)
     assert len(shallow.stages) == 5
+
+
+def test_the_head_can_see_several_stages_at_the_finest_of_their_sizes():
+    model = build_classifier("resnet18", weights="none", classes=1, stages=(2, 3, 5)).eval()
+    assert model.head.in_channels == 64 + 128 + 512
+    assert model.position_logits(IMAGES).shape == (2, 1, 16, 16)
+
+
+@pytest.mark.parametrize("stages", [(), (0,), (6,)])
+def test_stages_the_encoder_lacks_are_refused(stages):
+    with pytest.raises(ConfigError, match="some of 1, 2, 3, 4, 5"):
+        build_classifier("resnet18", weights="none", stages=stages)
+
+
+def test_one_logit_is_a_probability_by_itself():
+    torch.testing.assert_close(class_probabilities(torch.zeros(2, 1)), torch.full((2, 1), 0.5))
+    torch.testing.assert_close(class_probabilities(torch.zeros(1, 4)), torch.full((1, 4), 0.25))
 
 
 def test_dropout_drops_only_in_training():
@@ -53,5 +73,5 @@ def test_images_may_have_other_bands():
 
 
 def test_an_unknown_pooling_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match="average, logsumexp, top"):
+    with pytest.raises(ConfigError, match="average, logsumexp, top1"):
         build_classifier("resnet18", weights="none", pooling="median")
