@@ -1,0 +1,131 @@
+"""Regions as people name them."""
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+import geopandas
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyogrio.errors
+import shapely
+from shapely.geometry import mapping
+from shapely.geometry.base import BaseGeometry
+
+import rayseg
+from rayseg.errors import ConfigError, DataError
+from rayseg.geo import Region
+from rayseg.store import upath
+
+_NUMBER = r"\s*[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?\s*"
+_BOX = re.compile(rf"^{_NUMBER}(?:,{_NUMBER}){{3}}$")
+
+
+def resolve_region(text: str) -> Region:
+    """What `text` names.
+
+    `west,south,east,north` in degrees (west > east crosses the antimeridian), a GeoJSON or GeoParquet file, a STAC
+    catalogue `catalog.json` or `catalog.json#collection`, or a name under stac/regions. A region's GeoJSON may have
+    the properties `catalog` (relative to the file) and `collection`.
+
+    Raises:
+        ConfigError: it is none of these.
+        DataError: a file of polygons is empty or unreadable.
+    """
+    if _BOX.match(text):
+        return Region(text, mapping(_box_geometry(text)))
+    path, _, collection = text.partition("#")
+    if PurePosixPath(path).suffix in {".json", ".geojson", ".parquet"}:
+        return _region_file(text, path, collection or None)
+    for file in _region_files():
+        if file.stem == text:
+            return _region_file(text, str(file), None)
+    raise ConfigError(
+        f"Region {text!r} is not known: expected west,south,east,north, a GeoJSON or GeoParquet file, catalog.json or "
+        f"catalog.json#collection, demo, or one of the named regions ({_known()})."
+    )
+
+
+def region_names() -> list[str]:
+    """Names under stac/regions, here and in the project."""
+    return sorted({file.stem for file in _region_files()})
+
+
+def _known() -> str:
+    return ", ".join(region_names()) or "none here"
+
+
+def _region_files() -> Iterator[Path]:
+    package = Path(rayseg.__file__).parent
+    for folder in (Path("stac/regions"), package.parent / "stac" / "regions", package / "regions"):
+        yield from sorted(folder.glob("*.geojson"))
+
+
+def _box_geometry(text: str) -> BaseGeometry:
+    west, south, east, north = (float(part) for part in text.split(","))
+    if not (-180 <= west <= 180 and -180 <= east <= 180 and -90 <= south < north <= 90 and west != east):
+        raise ConfigError(f"Region {text} is not west,south,east,north in degrees with south < north: check the order.")
+    if west < east:
+        return shapely.box(west, south, east, north)
+    return shapely.MultiPolygon([shapely.box(west, south, 180, north), shapely.box(-180, south, east, north)])
+
+
+def _region_file(name: str, path: str, collection: str | None) -> Region:
+    try:
+        data = upath(path).read_bytes()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        known = _known()
+        raise ConfigError(f"Region file {path} is not there; named regions are {known}, and demo.") from error
+    if path.endswith(".parquet"):
+        if "stac_version" in _columns(path, data):
+            return Region(name, catalog=path, collection=collection)
+        return Region(name, _area(path, geopandas.read_parquet(io.BytesIO(data))))
+    try:
+        row = json.loads(data)
+    except ValueError as error:
+        raise DataError(f"Region file {path} is not JSON: {error}.") from error
+    if "stac_version" in row or any("stac_version" in feature for feature in row.get("features", [])[:1]):
+        return Region(name, catalog=path, collection=collection)
+    try:
+        frame = geopandas.read_file(io.BytesIO(data), engine="pyogrio")
+    except pyogrio.errors.DataSourceError as error:
+        raise DataError(f"Region file {path} is neither GeoJSON nor STAC: {error}.") from error
+    return _with_imagery(Region(name, _area(path, frame)), row, path)
+
+
+def _columns(path: str, data: bytes) -> list[str]:
+    try:
+        schema = pq.read_schema(io.BytesIO(data))
+    except pa.ArrowInvalid as error:
+        raise DataError(f"Region file {path} is not Parquet: {error}.") from error
+    if "stac_version" not in schema.names and b"geo" not in (schema.metadata or {}):
+        raise DataError(f"Region file {path} is Parquet without geometries: write it as GeoParquet.")
+    return list(schema.names)
+
+
+def _area(path: str, frame: geopandas.GeoDataFrame) -> dict[str, Any]:
+    """All polygons of a file together, in EPSG:4326."""
+    if frame.empty or frame.geometry.isna().all():
+        raise DataError(f"Region file {path} is empty: a polygon was expected.")
+    lonlat = frame.geometry if frame.crs is None else frame.geometry.to_crs("EPSG:4326")
+    area = shapely.force_2d(shapely.union_all(shapely.make_valid(lonlat.dropna().to_numpy())))
+    if area.is_empty or area.area == 0:
+        raise DataError(
+            f"Region file {path} has no area ({area.geom_type} within {area.bounds}): a polygon was expected."
+        )
+    return cast(dict[str, Any], json.loads(shapely.to_geojson(area)))
+
+
+def _with_imagery(region: Region, row: dict[str, Any], path: str) -> Region:
+    """The region with the catalogue that its GeoJSON names in its (first feature's) properties."""
+    first = row.get("features") or [row]
+    properties = first[0].get("properties") or {}
+    catalog = properties.get("catalog")
+    if not catalog:
+        return region
+    if "://" not in catalog:
+        catalog = str(upath(path).parent / catalog)
+    return Region(region.name, region.geometry, catalog, properties.get("collection"))

@@ -1,0 +1,344 @@
+"""STAC in: catalogues, and items as sources of pixels. Regions are in `areas`, STAC out in `items`."""
+
+import io
+import json
+import posixpath
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pystac
+import pystac_client
+from pystac.utils import datetime_to_str
+from shapely.geometry import shape
+from shapely.geometry.base import BaseGeometry
+from stac_geoparquet.arrow import stac_table_to_items
+
+from rayseg.errors import ConfigError, DataError
+from rayseg.io.areas import region_names, resolve_region
+from rayseg.io.items import item_of, lonlat_outline, write_catalog, write_collection, write_item, write_tile_item
+from rayseg.io.sources import Source, crs_of, crs_text, source_of_file
+from rayseg.store import is_local, put, upath
+
+__all__ = [
+    "imagery_collection",
+    "item_of",
+    "lonlat_outline",
+    "open_items",
+    "region_names",
+    "resolve_region",
+    "source_of",
+    "write_catalog",
+    "write_collection",
+    "write_item",
+    "write_tile_item",
+]
+
+_PICTURES = ("thumbnail", "overview", "metadata", "visual")
+_IMAGE_SUFFIXES = {".tif", ".tiff", ".jp2", ".png", ".jpg", ".jpeg", ".vrt"}
+_STAC_TYPES = {"cint16": "complex_int16", "cint32": "complex64", "cfloat32": "complex64", "cfloat64": "complex128"}
+
+
+class _StoreIO(pystac.StacIO):
+    """Lets pystac read wherever the product reads."""
+
+    def read_text(self, source: pystac.link.HREF, *_args: Any, **_kwargs: Any) -> str:  # noqa: ANN401 - pystac's signature
+        return str(upath(str(source)).read_text(encoding="utf-8"))
+
+    def write_text(self, dest: pystac.link.HREF, txt: str, *_args: Any, **_kwargs: Any) -> None:  # noqa: ANN401
+        put(str(dest), txt.encode())
+
+
+# -- items ------------------------------------------------------------------------------------------------------------
+
+
+def open_items(uri: str, collection: str | None = None, *, geometry: dict[str, Any] | None = None) -> list[pystac.Item]:
+    """The items of a catalogue, newest first, then by id.
+
+    Args:
+        uri: a catalogue, collection, item or item collection as JSON, an `items.parquet`, or a STAC API.
+        collection: id of the collection wanted, wherever it is below; None for all.
+        geometry: GeoJSON in EPSG:4326 that items must meet; items without geometry then stay out.
+
+    Raises:
+        ConfigError: there is no such catalogue or collection.
+        DataError: no item is left; the message names the bounds of both sides.
+    """
+    items = _read_items(uri, collection, geometry)
+    area = None if geometry is None else shape(geometry)
+    found = [item for item in items if area is None or (item.geometry and area.intersects(shape(item.geometry)))]
+    if not found:
+        place = f"{uri}#{collection}" if collection else uri
+        raise DataError(_nothing(place, items, area))
+    return sorted(sorted(found, key=lambda item: item.id), key=lambda item: _time(item) or "", reverse=True)
+
+
+def imagery_collection(uri: str) -> str | None:
+    """Id of the collection that holds a catalogue's imagery: `imagery`, else `chips`, else its only one.
+
+    None where the catalogue has no collections, or is one.
+
+    Raises:
+        ConfigError: there is no such catalogue, or it has several other collections.
+    """
+    row = _read_json(uri)
+    if row.get("type") != "Catalog":
+        return None
+    names = [child.id for child in _stac(uri, row).get_all_collections()]
+    for name in ("imagery", "chips"):
+        if name in names:
+            return name
+    if len(names) > 1:
+        raise ConfigError(f"{uri} has the collections {', '.join(sorted(names))}: choose one, as {uri}#{names[0]}.")
+    return names[0] if names else None
+
+
+def _read_items(uri: str, collection: str | None, geometry: dict[str, Any] | None) -> list[pystac.Item]:
+    if uri.endswith(".parquet"):
+        return _only(_parquet_items(uri), collection, uri)
+    row = _read_json(uri)
+    kind = row.get("type")
+    if kind == "Feature":
+        return [cast(pystac.Item, _stac(uri, row))]
+    if kind == "FeatureCollection":
+        return _only([cast(pystac.Item, _stac(uri, feature)) for feature in row["features"]], collection, uri)
+    if "conformsTo" in row:
+        wanted = [collection] if collection else None
+        search = pystac_client.Client.open(uri).search(collections=wanted, intersects=geometry)
+        return list(search.items())
+    catalog = cast(pystac.Catalog, _stac(uri, row))
+    if collection and catalog.id != collection:
+        children = {child.id: child for child in catalog.get_all_collections()}
+        if collection not in children:
+            raise ConfigError(f"{uri} has no collection {collection!r}, expected one of {_listed(children)}.")
+        catalog = children[collection]
+    return list(catalog.get_items(recursive=True))
+
+
+def _only(items: list[pystac.Item], collection: str | None, uri: str) -> list[pystac.Item]:
+    names = {item.collection_id for item in items} - {None}
+    if collection and names and collection not in names:
+        raise ConfigError(f"{uri} has no collection {collection!r}, expected one of {_listed(cast(set[str], names))}.")
+    return [item for item in items if not collection or item.collection_id in {None, collection}]
+
+
+def _parquet_items(uri: str) -> list[pystac.Item]:
+    try:
+        table = pq.read_table(io.BytesIO(upath(uri).read_bytes()))
+        rows = list(stac_table_to_items(table))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ConfigError(f"Catalogue {uri} is not there.") from error
+    except (pa.ArrowException, KeyError) as error:
+        raise DataError(f"{uri} is not a table of STAC items: {error}.") from error
+    return [cast(pystac.Item, _stac(uri, row)) for row in rows]
+
+
+def _read_json(uri: str) -> dict[str, Any]:
+    try:
+        row = json.loads(upath(uri).read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise ConfigError(f"Catalogue {uri} is not there: name its JSON file or items.parquet.") from error
+    except (ValueError, OSError) as error:
+        raise DataError(f"Catalogue {uri} cannot be read as JSON: {error}.") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{uri} is not STAC: a JSON object was expected, {type(row).__name__} found.")
+    return row
+
+
+def _stac(uri: str, row: dict[str, Any]) -> Any:  # noqa: ANN401 - one of pystac's three
+    """The object that `row`, read from `uri`, describes."""
+    href = str(upath(uri).absolute()) if is_local(uri) else uri
+    try:
+        return _StoreIO().stac_object_from_dict(row, href=href)
+    except (pystac.STACError, pystac.STACTypeError, KeyError, ValueError) as error:
+        raise DataError(f"{uri} is not STAC: {error}.") from error
+
+
+def _nothing(place: str, items: Sequence[pystac.Item], area: BaseGeometry | None) -> str:
+    boxes = [item.bbox for item in items if item.bbox]
+    if area is None or not items:
+        return f"{place} holds no items."
+    if not boxes:
+        return (
+            f"The {len(items)} items of {place} have no place on Earth, so none lies in the region {_box(area.bounds)}."
+        )
+    west, south, east, north = zip(*[(box[0], box[1], box[-2], box[-1]) for box in boxes], strict=True)
+    have = _box((min(west), min(south), max(east), max(north)))
+    return (
+        f"The region {_box(area.bounds)} and the imagery of {place} {have} (degrees) do not meet: choose another one."
+    )
+
+
+def _box(bounds: Sequence[float]) -> str:
+    return "[" + ", ".join(f"{value:.6g}" for value in bounds) + "]"
+
+
+def _time(item: pystac.Item) -> str | None:
+    moment = item.datetime or item.common_metadata.start_datetime
+    return datetime_to_str(moment.replace(microsecond=0)) if moment else None
+
+
+def _listed(names: Sequence[str] | set[str] | dict[str, Any]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+# -- sources ----------------------------------------------------------------------------------------------------------
+
+
+def source_of(item: pystac.Item, *, bands: Sequence[str] | None = None) -> Source:
+    """The item's image files as a source of pixels.
+
+    CRS, transform, shape, pixel type and band names come from the item (projection, eo, raster and STAC 1.1 bands);
+    a file is opened only for what is missing. A band is called by its common name (red, nir, ...) where only one has
+    it, else by its name; the only band of one file among several without band names by its asset's key.
+    Thumbnails and the like are left out, and files that only repeat bands.
+
+    Args:
+        item: as read from somewhere, or with absolute hrefs.
+        bands: the only bands of interest, by name or common name; other files are not looked at.
+
+    Raises:
+        DataError: no image asset, no such bands, a relative href of an item from nowhere, or an unreadable file.
+    """
+    assets = _image_assets(item)
+    names = _band_names(assets, bands)
+    used = _used(names, bands)
+    if not used:
+        found = [name for names_of in names.values() for name in names_of or ()]
+        raise DataError(f"{item.id} has none of the bands {', '.join(bands or ())}: found {', '.join(found)}.")
+    hrefs = {key: _href(item, assets[key]) for key in used}
+    frames = {key: frame for key in used if (frame := _frame(item, assets[key]))}
+    dtypes = {key: dtype for key in used if (dtype := _dtype(assets[key]))}
+    unclear = {key for key in used if names[key] is None} | ({used[0]} if not frames or not dtypes else set())
+    opened = {key: source_of_file(hrefs[key], item.id) for key in used if key in unclear}
+    frames |= {key: source for key, source in opened.items() if key not in frames}
+    dtypes |= {key: source.dtype for key, source in opened.items() if key not in dtypes}
+    first = min(frames, key=lambda key: (_pixel_area(frames[key]), used.index(key)))
+    return Source(
+        item_id=item.id,
+        assets=tuple((hrefs[key], names[key] or opened[key].bands) for key in used),
+        crs=frames[first].crs,
+        transform=frames[first].transform,
+        height=frames[first].height,
+        width=frames[first].width,
+        dtype=dtypes.get(first) or next(iter(dtypes.values())),
+        nodata=_nodata([assets[key] for key in used]),
+        datetime=_time(item),
+        href=item.get_self_href() or "",
+        gcps=frames[first].gcps,
+    )
+
+
+def _image_assets(item: pystac.Item) -> dict[str, pystac.Asset]:
+    """Assets with pixels: those of role data if there are any, pictures (visual, thumbnail, ...) last or not at all."""
+    images = {key: asset for key, asset in item.assets.items() if _is_image(asset)}
+    plain = {
+        key: a for key, a in images.items() if not {key, *(a.roles or ())} & set(_PICTURES) or "data" in (a.roles or ())
+    }
+    data = {key: asset for key, asset in plain.items() if "data" in (asset.roles or ())}
+    if any(_is_map(asset) for asset in plain.values()):  # a browse picture without a role
+        plain = {key: asset for key, asset in plain.items() if _is_map(asset)}
+    chosen = data or plain or {key: a for key, a in images.items() if "visual" in {key, *(a.roles or ())}}
+    if not chosen:
+        raise DataError(f"{item.id} has no image asset: found {_listed(item.assets)}.")
+    return dict(sorted(chosen.items(), key=lambda entry: entry[0] == "visual"))
+
+
+def _is_image(asset: pystac.Asset) -> bool:
+    if asset.media_type:
+        return asset.media_type.startswith("image/")
+    return PurePosixPath(asset.href.split("?")[0]).suffix.lower() in _IMAGE_SUFFIXES
+
+
+def _is_map(asset: pystac.Asset) -> bool:
+    return (asset.media_type or "").startswith(("image/tiff", "image/jp2", "image/vnd.stac.geotiff"))
+
+
+def _rows(asset: pystac.Asset, field: str) -> list[dict[str, Any]]:
+    rows = asset.extra_fields.get(field) or []
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def _band_names(assets: dict[str, pystac.Asset], wanted: Sequence[str] | None) -> dict[str, tuple[str, ...] | None]:
+    """Names of each asset's bands; None where only the file can tell."""
+    bands = {key: _rows(asset, "bands") or _rows(asset, "eo:bands") for key, asset in assets.items()}
+    pairs = {
+        key: [(row.get("name"), row.get("eo:common_name") or row.get("common_name")) for row in rows]
+        for key, rows in bands.items()
+    }
+    holders: dict[str, set[str | None]] = {}
+    for name, common in (pair for rows in pairs.values() for pair in rows):
+        holders.setdefault(common or "", set()).add(name or common)
+    names: dict[str, tuple[str, ...] | None] = {}
+    for key, rows in pairs.items():
+        known = [
+            common if common and len(holders[common]) == 1 and name not in (wanted or ()) else name
+            for name, common in rows
+        ]
+        named = tuple(name for name in known if name)
+        lonely = (key,) if len(assets) > 1 and len(rows) <= 1 else None
+        names[key] = named if named and len(named) == len(rows) else lonely
+    return names
+
+
+def _used(names: dict[str, tuple[str, ...] | None], wanted: Sequence[str] | None) -> list[str]:
+    """Keys of the assets that bring a (wanted) band that no asset before brings."""
+    seen: set[str] = set()
+    used = []
+    for key, found in names.items():
+        fresh = set(found or ()) - seen
+        if found is None or (fresh if wanted is None else fresh & set(wanted)):
+            used.append(key)
+        seen |= fresh
+    return used
+
+
+def _frame(item: pystac.Item, asset: pystac.Asset) -> Source | None:
+    """How the asset's pixels lie according to the item, None where it does not say."""
+    fields = item.properties | asset.extra_fields
+    box, size, affine = fields.get("proj:bbox"), fields.get("proj:shape"), fields.get("proj:transform")
+    code = fields.get("proj:code") or fields.get("proj:epsg")
+    text = f"EPSG:{code}" if isinstance(code, int) else code or fields.get("proj:wkt2")
+    if not size or ("proj:code" not in fields and "proj:epsg" not in fields and not text):
+        return None
+    height, width = (int(side) for side in size)
+    if text is None:
+        affine = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+    elif not affine and box:
+        left, bottom, right, top = box
+        affine = ((right - left) / width, 0.0, left, 0.0, (bottom - top) / height, top)
+    if not affine:
+        return None
+    crs = None if text is None else text if text.upper().startswith("EPSG:") else crs_text(crs_of(text))
+    return Source(item.id, (), crs, tuple(float(value) for value in affine[:6]), height, width, "")
+
+
+def _pixel_area(frame: Source) -> float:
+    a, b, _, d, e, _ = frame.transform
+    return abs(a * e - b * d)
+
+
+def _dtype(asset: pystac.Asset) -> str | None:
+    rows = [*_rows(asset, "bands"), *_rows(asset, "raster:bands"), asset.extra_fields]
+    found = [row["data_type"] for row in rows if row.get("data_type")]
+    return _STAC_TYPES.get(found[0], found[0]) if found else None
+
+
+def _nodata(assets: Sequence[pystac.Asset]) -> float | None:
+    """The one value that all bands with any have as no data; NaN goes without saying."""
+    rows = [row for a in assets for row in (*_rows(a, "bands"), *_rows(a, "raster:bands"), a.extra_fields)]
+    values = {
+        row["nodata"] for row in rows if isinstance(row.get("nodata"), int | float) and row["nodata"] == row["nodata"]
+    }
+    return float(values.pop()) if len(values) == 1 else None
+
+
+def _href(item: pystac.Item, asset: pystac.Asset) -> str:
+    href = asset.get_absolute_href()
+    if href is None or ("://" not in href and not posixpath.isabs(href)):
+        raise DataError(
+            f"{item.id} has the relative href {asset.href}, but was not read from a file: give it absolute hrefs."
+        )
+    return href
