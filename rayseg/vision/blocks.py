@@ -38,6 +38,7 @@ from rayseg.vision.shapes import (
     Color,
     Convex,
     area,
+    axes,
     cover_share,
     distance,
     frame,
@@ -125,11 +126,12 @@ def _track(canvas: Canvas, shape: Convex, rng: np.random.Generator) -> None:
     field_HW = cover_share(edge_HW + 11)
     center, angle, along, across = frame(shape)
     angle += 0 if along >= across else np.pi / 2
+    down, _ = axes(angle)
     pitch = rectangle(center, 1.15 * (radius - 11), length + 0.6 * radius, angle)
-    mown_HW = 5 * np.sign(np.sin(view.line((np.sin(angle), np.cos(angle)), 0) * 0.55)) + 3 * fine_HW
+    mown_HW = 5 * np.sign(np.sin(view.line(down, 0) * 0.55)) + 3 * fine_HW
     canvas.paint(view, field_HW, tone(turf, mown_HW))
     line_HW = distance(view, pitch)
-    middle_HW = view.line((np.sin(angle), np.cos(angle)), float(center @ np.array([np.sin(angle), np.cos(angle)])))
+    middle_HW = view.line(down, float(center @ down))
     marks_HW = np.maximum(stripe(line_HW, 0, 1), stripe(middle_HW, 0, 1) * cover_share(line_HW))
     marks_HW = np.maximum(marks_HW, stripe(stadium(view, shape, 0, 8), 0, 1))
     canvas.paint(view, marks_HW * field_HW * 0.85, (226, 228, 222))
@@ -142,7 +144,7 @@ def _court(canvas: Canvas, shape: Convex, color: Color) -> None:
     center, angle, _, _ = frame(shape)
     edge_HW = distance(view, shape)
     canvas.paint(view, cover_share(edge_HW), tone(color, 3 * canvas.texture("fine", view)), URBAN)
-    along = np.array([np.sin(angle), np.cos(angle)])
+    along, _ = axes(angle)
     net_HW = stripe(view.line(along, float(along @ center)), 0, 1) * cover_share(edge_HW + 2)
     canvas.paint(view, np.maximum(stripe(edge_HW, -2.5, 1), net_HW) * 0.9, (228, 230, 226))
 
@@ -158,11 +160,12 @@ def _park(canvas: Canvas, inner: Convex, rng: np.random.Generator) -> None:
     view = ground(canvas, inner, grass, RANGELAND, mottle=6)
     if view is not None:
         soft_HW = canvas.texture("soft", view)
-        path_HW = view.line((np.cos(angle), -np.sin(angle)), float(np.array([np.cos(angle), -np.sin(angle)]) @ center))
+        down, over = axes(angle)
+        path_HW = view.line(over, float(over @ center))
         path_HW = path_HW + np.float32(bend) * soft_HW + np.float32(across * 0.3)
         canvas.paint(view, stripe(path_HW, 0, 2.5) * cover_share(distance(view, inner)), (190, 180, 160))
-        along_HW = view.line((np.sin(angle), np.cos(angle)), float(np.array([np.sin(angle), np.cos(angle)]) @ spot))
-        over_HW = view.line((np.cos(angle), -np.sin(angle)), float(np.array([np.cos(angle), -np.sin(angle)]) @ spot))
+        along_HW = view.line(down, float(down @ spot))
+        over_HW = view.line(over, float(over @ spot))
         shore_HW = (np.hypot(along_HW / wide, over_HW / high) - 1) * min(wide, high) + 3 * canvas.texture("lumps", view)
         shore_HW = np.asarray(shore_HW, dtype=np.float32)
         canvas.paint(view, cover_share(shore_HW - 2, 3), (140, 128, 98))
@@ -206,7 +209,7 @@ def _nets(canvas: Canvas, inner: Convex, rng: np.random.Generator) -> None:
     """A construction site whose bare earth lies largely under green netting."""
     soil = earth(canvas, inner, rng)
     color = tuple(np.array(NETS[rng.integers(len(NETS))]) + rng.normal(0, 5, 3))
-    work, covered = half(shrink(inner, 3) or inner, rng.uniform(0.2, 0.5))
+    work, covered = half(shrink(inner, 3) or inner, rng.uniform(0.18, 0.45))
     lots = piece(covered, rng, int(rng.integers(2, 5)))
     laid = rng.random(len(lots)) < 0.78
     laid[int(np.argmax([area(lot) for lot in lots]))] = True

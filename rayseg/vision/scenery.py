@@ -15,6 +15,7 @@ from rayseg.vision.shapes import (
     Floats,
     View,
     area,
+    axes,
     clip,
     convex,
     cover_share,
@@ -70,7 +71,8 @@ def ground(canvas: Canvas, shape: Convex, color: Color, cover: int, *, mottle: f
 
 def roads(canvas: Canvas, shape: Convex, rng: np.random.Generator) -> None:
     """Paint the block's half of the roads around it: pavement, asphalt or concrete, lane marks and cars."""
-    cars = [_car(shape, edge, rng) for edge in range(len(shape.margins_N)) for _ in range(rng.integers(0, 9))]
+    traffic_N = rng.integers(0, 9, len(shape.margins_N)) // np.where(shape.margins_N < 6, 4, 1)
+    cars = [_car(shape, edge, rng) for edge, count in enumerate(traffic_N) for _ in range(count)]
     inner = shrink(shape) or shape
     for normal, point, way, margin in zip(normals(shape), shape.points_N2, edges(shape), shape.margins_N, strict=True):
         ends = np.array([point, point + way, point + way - normal * (margin + 3), point - normal * (margin + 3)])
@@ -78,7 +80,7 @@ def roads(canvas: Canvas, shape: Convex, rng: np.random.Generator) -> None:
         if view is not None:
             _road(canvas, view, shape, inner, (normal, float(normal @ point), float(margin)))
     for car, color in cars:
-        box(canvas, car, 1.4, color)
+        box(canvas, car, 0, color)
 
 
 def _road(
@@ -118,11 +120,12 @@ def _car(shape: Convex, edge: int, rng: np.random.Generator) -> tuple[Convex, Co
 
 
 def box(canvas: Canvas, shape: Convex, height: float, color: Color, *, cover: int | None = None) -> None:
-    """Put a plain box of `height` metres on the ground, with its shadow."""
+    """Put a plain box of `height` metres on the ground, with its shadow if it is not flat."""
     way = np.array(canvas.shadow) * height
     view = canvas.view(shape, pad=2 + height * 1.5)
     if view is not None:
-        canvas.darken(view, cover_share(swept(view, shape, way), 1.5))
+        if height:
+            canvas.darken(view, cover_share(swept(view, shape, way), 1.5))
         canvas.paint(view, cover_share(distance(view, shape)), color, cover)
 
 
@@ -130,31 +133,26 @@ def building(
     canvas: Canvas, shape: Convex, height: float, color: Color, rng: np.random.Generator, *, style: str
 ) -> None:
     """Put up a building with a `gable`, `flat` or `ribbed` roof, its details and its shadow."""
-    center, angle, along, across = frame(shape)
-    across_way = np.array([np.cos(angle), -np.sin(angle)])
-    extras = [
-        rectangle(center + across_way * across * v + np.array([np.sin(angle), np.cos(angle)]) * along * u, 3, 4, angle)
-        for u, v in rng.uniform(-0.36, 0.36, (int(rng.integers(1, 6)), 2))
-    ]
-    box(canvas, shape, height, color, cover=URBAN)
-    view = canvas.view(shape)
+    center, angle, length, depth = frame(shape)
+    along, across = axes(angle)
+    places_K2 = rng.uniform(-0.36, 0.36, (int(rng.integers(1, 6)) if style == "flat" else 0, 2))
+    view = canvas.view(shape, pad=2 + height * 1.1)
     if view is None:
         return
-    inside_HW = distance(view, shape)
-    over_HW = view.line(across_way, float(across_way @ center))
+    canvas.darken(view, cover_share(swept(view, shape, np.array(canvas.shadow) * height), 1.5))
+    inside_HW, over_HW = distance(view, shape), view.line(across, float(across @ center))
     if style == "gable":
-        lit = float(np.dot(across_way, canvas.shadow)) * 16
+        lit = float(across @ np.array(canvas.shadow)) * 16
         shading_HW = np.where(over_HW > 0, -lit, lit).astype(np.float32) + 6 * stripe(over_HW, 0, 1)
     elif style == "ribbed":
-        shading_HW = np.asarray(5 * np.sin(view.line((np.sin(angle), np.cos(angle)), 0) * 1.6), dtype=np.float32)
+        shading_HW = np.asarray(5 * np.sin(view.line(along, 0) * 1.6), dtype=np.float32)
         shading_HW += 14 * stripe(over_HW, 0, 1.5) + 5 * np.sign(over_HW)
     else:
         shading_HW = 16 * stripe(inside_HW, -0.8, 1.2)
     shading_HW = shading_HW + 3 * canvas.texture("fine", view) + 4 * canvas.texture("cells", view)
     canvas.paint(view, cover_share(inside_HW), tone(color, shading_HW), URBAN)
-    if style == "flat":
-        for extra in extras:
-            box(canvas, extra, 2.5, (168, 166, 160))
+    for u, v in places_K2:
+        box(canvas, rectangle(center + along * (length * u) + across * (depth * v), 3, 4, angle), 2.5, (168, 166, 160))
 
 
 def trees(canvas: Canvas, points_N2: NDArray[np.float64], rng: np.random.Generator) -> None:
@@ -213,7 +211,7 @@ def crop(canvas: Canvas, shape: Convex, name: str, rng: np.random.Generator) -> 
     view = canvas.view(shape)
     if view is None:
         return
-    inside_HW, over_HW = distance(view, shape), view.line((np.cos(angle), -np.sin(angle)), 0)
+    inside_HW, over_HW = distance(view, shape), view.line(axes(angle)[1], 0)
     wave_HW = np.where(inside_HW > -7, inside_HW, over_HW + 0.4 * canvas.texture("cells", view))
     rows_HW = np.asarray(np.sin(wave_HW * (2 * np.pi / period) + phase), dtype=np.float32) * strength
     rows_HW += (5 if cultivated else 9) * canvas.texture("soft", view) + 4 * canvas.texture("fine", view)
@@ -234,8 +232,9 @@ def sheet(canvas: Canvas, shape: Convex, color: Color, soil: Color, rng: np.rand
     if view is None:
         return
     lumps_HW, cells_HW, soft_HW = (canvas.texture(name, view) for name in ("lumps", "cells", "soft"))
-    across_HW = (view.line((np.cos(angle), -np.sin(angle)), offset) + 0.8 * lumps_HW) / np.float32(strip)
-    along_HW = view.line((np.sin(angle), np.cos(angle)), 0)
+    along, across = axes(angle)
+    across_HW = (view.line(across, offset) + 0.8 * lumps_HW) / np.float32(strip)
+    along_HW = view.line(along, 0)
     seam_HW = np.abs(np.mod(across_HW, 1) - 0.5) * np.float32(strip)
     light_HW = shades_K[np.floor(across_HW).astype(int) % 64] - 16 * np.clip(1.2 - seam_HW, 0, 1)
     light_HW += 5 * np.sin(along_HW * np.float32(6.28 / fold) + 1.5 * lumps_HW + 0.7 * cells_HW)
@@ -266,7 +265,7 @@ def earth(canvas: Canvas, shape: Convex, rng: np.random.Generator) -> Color:
     canvas.paint(view, share_HW * 0.6, tone(soil, slope(canvas, lumps_HW) * 30 + 6 * canvas.texture("cells", view)))
     low, high = shape.points_N2.min(axis=0), shape.points_N2.max(axis=0)
     for angle, where in tracks:
-        normal = np.array([np.cos(angle), np.sin(angle)])
+        normal = axes(angle)[0]
         way_HW = view.line(normal, float(normal @ (low + (high - low) * where))) + 9 * canvas.texture("soft", view)
         wheels_HW = stripe(np.abs(way_HW), 1.8, 1.4)
         canvas.paint(view, share_HW * wheels_HW * 0.35, (206, 190, 164))
@@ -282,7 +281,7 @@ def stadium(view: View, shape: Convex, length: float, radius: float) -> Floats:
     """Return the signed distance to a running track's outer edge, laid along the longer side of `shape`."""
     center, angle, along, across = frame(shape)
     angle += 0 if along >= across else np.pi / 2
-    along_way, across_way = np.array([np.sin(angle), np.cos(angle)]), np.array([np.cos(angle), -np.sin(angle)])
+    along_way, across_way = axes(angle)
     along_HW = np.abs(view.line(along_way, float(along_way @ center)))
     across_HW = view.line(across_way, float(across_way @ center))
     beyond_HW = np.maximum(along_HW - np.float32(length / 2), 0)
@@ -293,7 +292,7 @@ def half(shape: Convex, at: float) -> tuple[Convex, Convex]:
     """Cut across the longer side at the share `at` of it."""
     _, angle, along, across = frame(shape)
     angle += 0 if along >= across else np.pi / 2
-    normal = np.array([np.sin(angle), np.cos(angle)])
+    normal = axes(angle)[0]
     reach = shape.points_N2 @ normal
     offset = float(reach.min() + np.ptp(reach) * at)
     return clip(shape, normal, offset, 0.0) or shape, clip(shape, -normal, -offset, 0.0) or shape

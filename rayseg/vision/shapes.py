@@ -5,6 +5,7 @@ Shapes live in plan coordinates (row, col) in which lines are straight; a canvas
 the sum of one term per row and one per column, which is what makes painting cheap.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float32]
 Color = tuple[float, float, float]
 
+_CORNERS_42 = np.array([(-1.0, -1.0), (-1.0, 1.0), (1.0, 1.0), (1.0, -1.0)])
+SLOPE = 0.12  # no bend is steeper than this
 MARGIN = 64  # the bow tables reach this many pixels beyond the world on every side
 
 
@@ -32,10 +35,13 @@ def convex(points: ArrayLike, margin: float = 0.0) -> Convex:
 
 def rectangle(center: ArrayLike, height: float, width: float, angle: float) -> Convex:
     """Return a rectangle around `center`, its width along `angle` (radians from +col towards +row)."""
-    along, across = np.array([np.sin(angle), np.cos(angle)]), np.array([np.cos(angle), -np.sin(angle)])
-    corners = [(-1, -1), (-1, 1), (1, 1), (1, -1)]
-    points = [np.asarray(center) + across * a * height / 2 + along * b * width / 2 for a, b in corners]
-    return convex(points)
+    along, across = axes(angle)
+    return convex(np.asarray(center) + _CORNERS_42 @ np.stack([across * (height / 2), along * (width / 2)]))
+
+
+def axes(angle: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the unit vectors (row, col) along `angle` and across it, a quarter turn towards +row."""
+    return np.array([math.sin(angle), math.cos(angle)]), np.array([math.cos(angle), -math.sin(angle)])
 
 
 def edges(shape: Convex) -> NDArray[np.float64]:
@@ -53,8 +59,9 @@ def normals(shape: Convex) -> NDArray[np.float64]:
 
 def area(shape: Convex) -> float:
     """Return the area in square pixels (shoelace)."""
-    row, col = shape.points_N2.T
-    return float(abs(np.sum(row * np.roll(col, -1) - col * np.roll(row, -1))) / 2)
+    points = shape.points_N2.tolist()
+    turns = [r0 * c1 - c0 * r1 for (r0, c0), (r1, c1) in zip(points, points[1:] + points[:1], strict=True)]
+    return float(abs(sum(turns))) / 2
 
 
 def frame(shape: Convex) -> tuple[NDArray[np.float64], float, float, float]:
@@ -62,24 +69,27 @@ def frame(shape: Convex) -> tuple[NDArray[np.float64], float, float, float]:
     edges_N2 = edges(shape)
     longest = edges_N2[int(np.argmax(np.hypot(edges_N2[:, 0], edges_N2[:, 1])))]
     angle = float(np.arctan2(longest[0], longest[1]))
-    along_N = shape.points_N2 @ np.array([np.sin(angle), np.cos(angle)])
-    across_N = shape.points_N2 @ np.array([np.cos(angle), -np.sin(angle)])
-    return shape.points_N2.mean(axis=0), angle, float(np.ptp(along_N)), float(np.ptp(across_N))
+    reach_N2 = shape.points_N2 @ np.stack(axes(angle), axis=1)
+    along, across = (reach_N2.max(axis=0) - reach_N2.min(axis=0)).tolist()
+    return shape.points_N2.mean(axis=0), angle, along, across
 
 
 def clip(shape: Convex, normal: NDArray[np.float64], offset: float, margin: float) -> Convex | None:
     """Keep the part with `normal . point <= offset`; the new edge gets `margin`; None where nothing is left."""
-    side_N = shape.points_N2 @ normal - offset
-    kept: list[NDArray[np.float64]] = []
+    sides, points = (shape.points_N2 @ normal - offset).tolist(), shape.points_N2.tolist()
+    if max(sides) <= 0:
+        return shape
+    kept: list[tuple[float, float]] = []
     margins: list[float] = []
-    for index, (here, side) in enumerate(zip(shape.points_N2, side_N, strict=True)):
-        following = (index + 1) % len(side_N)
+    for index, ((row, col), own) in enumerate(zip(points, shape.margins_N.tolist(), strict=True)):
+        side, following = sides[index], (index + 1) % len(sides)
         if side <= 0:
-            kept.append(here)
-            margins.append(float(shape.margins_N[index]))
-        if (side <= 0) != (side_N[following] <= 0):
-            kept.append(here + (shape.points_N2[following] - here) * (side / (side - side_N[following])))
-            margins.append(margin if side <= 0 else float(shape.margins_N[index]))
+            kept.append((row, col))
+            margins.append(own)
+        if (side <= 0) != (sides[following] <= 0):
+            share, (next_row, next_col) = side / (side - sides[following]), points[following]
+            kept.append((row + (next_row - row) * share, col + (next_col - col) * share))
+            margins.append(margin if side <= 0 else own)
     return Convex(np.array(kept), np.array(margins)) if len(kept) > 2 else None
 
 
@@ -151,9 +161,17 @@ class View(NamedTuple):
 
     def line(self, normal: ArrayLike, offset: float) -> Floats:
         """Return `normal . (row, col) - offset` for every pixel, float32 (H, W)."""
-        down, right = np.asarray(normal, dtype=np.float32)
-        per_row_H = down * self.row_H + right * self.bow_cols_H - np.float32(offset)
-        return np.asarray(per_row_H[:, None] + (down * self.bow_rows_W + right * self.col_W)[None, :], dtype=np.float32)
+        return self.highest(np.asarray(normal, dtype=np.float32)[None], np.array([offset]))
+
+    def highest(self, normals_N2: NDArray[np.floating], offsets_N: NDArray[np.floating]) -> Floats:
+        """Return the largest of `normals_N2 @ (row, col) - offsets_N` for every pixel, float32 (H, W)."""
+        down_N1, right_N1 = np.asarray(normals_N2.T[..., None], dtype=np.float32)
+        rows_NH = down_N1 * self.row_H + right_N1 * self.bow_cols_H - np.asarray(offsets_N[:, None], dtype=np.float32)
+        cols_NW = down_N1 * self.bow_rows_W + right_N1 * self.col_W
+        highest_HW: Floats = rows_NH[0][:, None] + cols_NW[0]
+        for rows_H, cols_W in zip(rows_NH[1:], cols_NW[1:], strict=True):
+            np.maximum(highest_HW, rows_H[:, None] + cols_W, out=highest_HW)
+        return highest_HW
 
 
 @dataclass(frozen=True)
@@ -171,6 +189,15 @@ class Bend:
             bow_rows, bow_cols = self.bow_rows.take(col, mode="clip"), self.bow_cols.take(row, mode="clip")
             pixels_N2 = points_N2 - np.stack([bow_rows, bow_cols], axis=1)
         return pixels_N2
+
+    def shift(self, row: float, col: float) -> tuple[float, float]:
+        """Return how far plan point (row, col) lies from its pixel: plan minus pixel, to about 0.1 pixel."""
+        down = across = 0.0
+        for _ in range(4):
+            at_col = min(max(round(col - across) + MARGIN, 0), len(self.bow_rows) - 1)
+            at_row = min(max(round(row - down) + MARGIN, 0), len(self.bow_cols) - 1)
+            down, across = float(self.bow_rows[at_col]), float(self.bow_cols[at_row])
+        return down, across
 
     def outline(self, shape: Convex, step: float = 12.0) -> NDArray[np.float64]:
         """Return the polygon's outline in pixels (N, 2) (row, col), with a point at least every `step` pixels."""
@@ -201,14 +228,13 @@ class Canvas:
 
     def view(self, shape: Convex, pad: float = 2.0) -> View | None:
         """Return the window that holds `shape` and `pad` pixels around it, None outside the canvas."""
-        (top, left), (bottom, right) = shape.points_N2.min(axis=0) - pad, shape.points_N2.max(axis=0) + pad
+        (top, left), (bottom, right) = shape.points_N2.min(axis=0).tolist(), shape.points_N2.max(axis=0).tolist()
         if right < self.left - MARGIN or left > self.left + self.cover_HW.shape[1] + MARGIN:
             return None
-        points_N2 = self.bend.to_pixels(shape.points_N2)
-        low, high = points_N2.min(axis=0), points_N2.max(axis=0)
-        reach = pad + float(np.max(high - low)) ** 2 * 2e-4
-        (top, left), (bottom, right) = np.floor(low - reach).astype(int), np.ceil(high + reach).astype(int)
-        return self.window(top, bottom, left, right)
+        down, across = self.bend.shift((top + bottom) / 2, (left + right) / 2)
+        reach = pad + SLOPE * max(bottom - top, right - left) / 2
+        rows = int(top - down - reach), int(bottom - down + reach) + 2
+        return self.window(*rows, int(left - across - reach), int(right - across + reach) + 2)
 
     def window(self, top: int, bottom: int, left: int, right: int) -> View | None:
         """Return what of the world's rows top..bottom, columns left..right lies on the canvas, None if nothing."""
@@ -245,21 +271,15 @@ class Canvas:
 
 def distance(view: View, shape: Convex) -> Floats:
     """Return the signed distance to the polygon's nearest edge line (negative inside), float32 (H, W)."""
-    result_HW = np.full((len(view.row_H), len(view.col_W)), -np.inf, dtype=np.float32)
-    for normal, point in zip(normals(shape), shape.points_N2, strict=True):
-        np.maximum(result_HW, view.line(normal, float(normal @ point)), out=result_HW)
-    return result_HW
+    outward_N2 = normals(shape)
+    return view.highest(outward_N2, (outward_N2 * shape.points_N2).sum(axis=1))
 
 
 def swept(view: View, shape: Convex, way: NDArray[np.float64]) -> Floats:
     """Return the signed distance to the area the polygon passes over when moved by `way`: its cast shadow."""
-    side = np.array([way[1], -way[0]]) / max(float(np.hypot(*way)), 1e-6)
-    outward = [*normals(shape), side, -side]
-    result_HW = np.full((len(view.row_H), len(view.col_W)), -np.inf, dtype=np.float32)
-    for normal in outward:
-        offset = float(np.max(shape.points_N2 @ normal)) + max(0.0, float(normal @ way))
-        np.maximum(result_HW, view.line(normal, offset), out=result_HW)
-    return result_HW
+    side = np.array([[way[1], -way[0]]]) / max(float(np.hypot(*way)), 1e-6)
+    outward_N2 = np.concatenate([normals(shape), side, -side])
+    return view.highest(outward_N2, (shape.points_N2 @ outward_N2.T).max(axis=0) + np.maximum(outward_N2 @ way, 0))
 
 
 def cover_share(distance_HW: Floats, softness: float = 1.0) -> Floats:
