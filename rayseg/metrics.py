@@ -156,14 +156,26 @@ def bootstrap(
     Raises:
         DataError: there is no confusion, or they count different numbers of classes.
     """
+    return interval(np.array([statistic(drawn) for drawn in resampled(confusions, n=n, seed=seed)]))
+
+
+def resampled(confusions: Sequence[Confusion], *, n: int = 1000, seed: int = 0) -> list[Confusion]:
+    """The merged counts of `n` draws of all images (or tiles) with replacement.
+
+    Raises:
+        DataError: there is no confusion, or they count different numbers of classes.
+    """
     if not confusions or len({c.matrix.shape for c in confusions}) != 1:
         raise DataError(f"found {len(confusions)} confusions, expected at least one and all of the same classes")
     matrices_NKK = np.stack([confusion.matrix for confusion in confusions])
-    draws = np.random.default_rng(seed).multinomial(
-        len(confusions), np.full(len(confusions), 1 / len(confusions)), size=n
-    )
-    values = np.array([statistic(Confusion(np.tensordot(draw, matrices_NKK, axes=1))) for draw in draws])
-    known = values[~np.isnan(values)]
+    count = len(confusions)
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=n)
+    return [Confusion(np.tensordot(draw, matrices_NKK, axes=1)) for draw in draws]
+
+
+def interval(values_N: Floats) -> tuple[float, float]:
+    """(2.5 %, 97.5 %) quantiles of the values that are not nan; nan when all are."""
+    known = values_N[~np.isnan(values_N)]
     if known.size == 0:
         return float("nan"), float("nan")
     low, high = np.quantile(known, [0.025, 0.975])

@@ -1,0 +1,290 @@
+"""A map against reference masks: confusions per tile or image, measures with 95 % intervals, seams.
+
+Prediction and truth meet by place where both are georeferenced, else by name: the stem of the file, the id of the item.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import yaml
+
+from rayseg.errors import ConfigError, DataError
+from rayseg.geo import Grid, Window
+from rayseg.io import maps, masks
+from rayseg.io.masks import Piece
+from rayseg.io.rasters import footprint
+from rayseg.io.sources import Source
+from rayseg.metrics import Confusion, interval, resampled
+from rayseg.run import Step
+from rayseg.store import put, upath
+from rayseg.vision.color import ClassTable, hex_of
+
+IGNORE = 255
+STRIP = 1024
+NAMED = 20
+OVERALL = {"overall_accuracy": "overall accuracy", "mean_iou": "mean IoU", "fw_iou": "frequency-weighted IoU"}
+PER_CLASS = ("iou", "f1", "precision", "recall")
+
+
+@dataclass(frozen=True)
+class Match:
+    """A piece of the prediction and the masks that say what is there.
+
+    Attributes:
+        piece: of the prediction.
+        truth: masks over it, the preferred one first.
+        grid: on which they are read.
+        window: where the piece lies on it.
+    """
+
+    piece: Piece
+    truth: tuple[Source, ...]
+    grid: Grid
+    window: Window
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What became of one match.
+
+    Attributes:
+        id: of the tile or image.
+        confusion: of the pixels labelled in both, classes in the table's order.
+        unseen: pixels labelled in the truth alone.
+    """
+
+    id: str
+    confusion: Confusion
+    unseen: int
+
+
+def evaluate(prediction: str, truth: str, *, classes: str | None = None) -> dict[str, Any]:
+    """Compare a prediction with its truth.
+
+    Args:
+        prediction: a run, a folder of masks (PNG or TIFF), or `catalog.json#collection`.
+        truth: a folder of masks or `catalog.json#collection`; they may hold class values, palette indices or colours.
+        classes: YAML file with a class table; by default the one stored in the prediction.
+
+    Returns:
+        JSON values: `overall` and, per class, `iou`, `f1`, `precision` and `recall`, each as value, low, high (95 %
+        bootstrap over tiles or images; None where it is not defined); `confusion` (rows truth, columns prediction);
+        `units` and `pixels` compared; `not_evaluated`, pixels with truth but without prediction; `unmatched` names of
+        both sides; `seams` of a run.
+
+    Raises:
+        DataError: nothing matches, two images differ in size, or a mask holds what is no class.
+        ConfigError: there is no class table.
+    """
+    table = _read_table(classes) if classes else None
+    if (upath(prediction) / "run.json").exists():
+        return _of_run(prediction, truth, table)[0]
+    names = table.names if table else ()
+    found = masks.masks_of(prediction, names=names)
+    table = table or _stored_table(found[0], prediction)
+    reference = masks.masks_of(truth, names=table.names)
+    placed = any(mask.crs for mask in reference)
+    compared, unmatched = _compare_all(masks.pieces_of_masks(found, placed=placed), reference, table)
+    return {"prediction": prediction, "truth": truth} | summary(compared, table) | {"unmatched": unmatched}
+
+
+def evaluate_run(step: Step, predicted: Step, truth: str) -> dict[str, Any]:
+    """Compare a run's map with its truth; `<step>/confusions.json` keeps the counts of every tile."""
+    result, compared = _of_run(predicted.root, truth, None, predicted.name)
+    tiles = {unit.id: unit.confusion.matrix.tolist() for unit in compared}
+    content = {"classes": [row["value"] for row in result["classes"]], "tiles": tiles}
+    put(step.prefix / "confusions.json", json.dumps(content).encode())
+    return result
+
+
+def _of_run(
+    root: str, truth: str, table: ClassTable | None, step: str = "predict"
+) -> tuple[dict[str, Any], list[Compared]]:
+    tiles = maps.mapped_tiles(root, step)
+    if not tiles:
+        raise DataError(f"run {root} has no mapped tile to compare: look at rayseg status {root}.")
+    pieces = masks.pieces_of_tiles(tiles)
+    table = table or _stored_table(pieces[0].source, root)
+    compared, unmatched = _compare_all(pieces, masks.masks_of(truth, names=table.names), table)
+    result = {"prediction": root, "truth": truth} | summary(compared, table) | {"unmatched": unmatched}
+    return result | {"seams": maps.seam_score(tiles)}, compared
+
+
+def _stored_table(mask: Source, where: str) -> ClassTable:
+    table = masks.table_of(mask.assets[0][0])
+    if table is None:
+        raise ConfigError(f"{where} does not say which classes its masks hold: give a class table with --classes")
+    return table
+
+
+def _read_table(path: str) -> ClassTable:
+    try:
+        content = yaml.safe_load(upath(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"class table {path} cannot be read: {error.strerror}; check --classes") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"class table {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"class table {path} holds no keys, expected classes: [{{name, color}}, ...]")
+    return ClassTable.from_config(content)
+
+
+# -- which truth belongs to what --------------------------------------------------------------------------------------
+
+
+def match(pieces: Sequence[Piece], truth: Sequence[Source]) -> list[Match]:
+    """Every piece that has truth, with it.
+
+    Raises:
+        DataError: nothing matches (the first names of both sides are given), or two images differ in size.
+    """
+    newest = sorted(sorted(truth, key=lambda mask: mask.item_id), key=lambda mask: mask.datetime or "", reverse=True)
+    placed = [mask for mask in newest if mask.crs is not None]
+    named = {mask.item_id: mask for mask in newest}
+    near: dict[Grid, list[tuple[Source, Window]]] = {}
+    found = []
+    for piece in pieces:
+        grid = piece.tile.grid
+        if grid.crs is None or not placed:
+            found += [_by_name(piece, named[piece.image])] if piece.image in named else []
+            continue
+        if grid not in near:
+            near[grid] = [(mask, footprint(mask, grid)) for mask in placed]
+        over = tuple(mask for mask, window in near[grid] if not window.intersect(piece.tile.window).empty)
+        found += [Match(piece, over, grid, piece.tile.window)] if over else []
+    if not found:
+        raise DataError(
+            f"no prediction has a truth: predicted are {_some([piece.image for piece in pieces])}, "
+            f"the truth has {_some([mask.item_id for mask in truth])}; masks without georeference must share their name"
+        )
+    return found
+
+
+def _by_name(piece: Piece, mask: Source) -> Match:
+    if piece.size != (mask.height, mask.width):
+        (height, width), window = piece.size, piece.tile.window
+        raise DataError(
+            f"{piece.image} is predicted on {height} x {width} px, its truth {mask.assets[0][0]} has "
+            f"{mask.height} x {mask.width}: give both the same size"
+        )
+    window = piece.tile.window
+    if piece.tile.grid.crs is not None:
+        window = Window(0, 0, window.width, window.height)
+    return Match(piece, (mask,), masks.pixels_of(mask), window)
+
+
+def _some(names: Sequence[str]) -> str:
+    distinct = list(dict.fromkeys(names))
+    more = f" and {len(distinct) - 5} more" if len(distinct) > 5 else ""
+    return ", ".join(distinct[:5]) + more
+
+
+# -- counting ----------------------------------------------------------------------------------------------------------
+
+
+def _compare_all(
+    pieces: Sequence[Piece], truth: Sequence[Source], table: ClassTable
+) -> tuple[list[Compared], dict[str, Any]]:
+    matches = match(pieces, truth)
+    with ThreadPoolExecutor(4) as pool:
+        compared = list(pool.map(lambda one: compare(one, table), matches))
+    known = {one.piece.tile.id for one in matches}
+    used = {mask.item_id for one in matches for mask in one.truth}
+    left = {
+        "prediction": [piece.tile.id for piece in pieces if piece.tile.id not in known],
+        "truth": [mask.item_id for mask in truth if mask.item_id not in used],
+    }
+    return compared, {side: {"count": len(names), "names": names[:NAMED]} for side, names in left.items()}
+
+
+def compare(one: Match, table: ClassTable) -> Compared:
+    """Count the pixels of a match by their classes, strip by strip."""
+    positions = np.full(256, IGNORE, np.uint8)
+    positions[list(table.values)] = np.arange(len(table.classes))
+    truth_HW = positions[masks.read_classes(one.truth, one.grid, one.window, table)]
+    predicted_HW = positions[one.piece.read(table)]
+    confusion = Confusion(np.zeros((len(table.classes),) * 2, np.int64))
+    for row in range(0, len(truth_HW), STRIP):
+        rows = slice(row, row + STRIP)
+        confusion += Confusion.from_arrays(truth_HW[rows], predicted_HW[rows], len(table.classes), ignore=IGNORE)
+    unseen = int(((truth_HW != IGNORE) & (predicted_HW == IGNORE)).sum())
+    return Compared(one.piece.tile.id, confusion, unseen)
+
+
+def summary(compared: Sequence[Compared], table: ClassTable) -> dict[str, Any]:
+    """Measures of all confusions together, with intervals over those that hold pixels."""
+    units = [unit.confusion for unit in compared if unit.confusion.pixels]
+    if not units:
+        raise DataError("prediction and truth have no labelled pixel in common: check that they show the same place")
+    total = sum(units[1:], units[0])
+    draws = resampled(units) if len(units) > 1 else []
+    overall = {name: _measures(total, draws, name)[0] for name in OVERALL}
+    per_class = {name: _measures(total, draws, name) for name in PER_CLASS}
+    rows = [
+        {"value": value, "name": name, "color": hex_of(color)}
+        | {"reference": int(total.matrix[k].sum()), "predicted": int(total.matrix[:, k].sum())}
+        | {measure: per_class[measure][k] for measure in PER_CLASS}
+        for k, (value, name, color) in enumerate(table.classes)
+    ]
+    return {
+        "units": len(units),
+        "pixels": total.pixels,
+        "not_evaluated": sum(unit.unseen for unit in compared),
+        "overall": overall,
+        "classes": rows,
+        "confusion": total.matrix.tolist(),
+    }
+
+
+def _measures(total: Confusion, draws: Sequence[Confusion], name: str) -> list[dict[str, float | None]]:
+    """value, low, high of a measure (of every class, if it has one each); no interval without draws."""
+    values_K = np.atleast_1d(getattr(total, name))
+    drawn_NK = np.array([np.atleast_1d(getattr(draw, name)) for draw in draws]).reshape(-1, len(values_K))
+    rows = [(value, *interval(drawn_N)) for value, drawn_N in zip(values_K, drawn_NK.T, strict=True)]
+    return [
+        {
+            key: None if math.isnan(part) else float(part)
+            for key, part in zip(("value", "low", "high"), row, strict=True)
+        }
+        for row in rows
+    ]
+
+
+# -- for people --------------------------------------------------------------------------------------------------------
+
+
+def text(result: dict[str, Any]) -> str:
+    """The result of `evaluate` as aligned tables."""
+    lines = [f"{result['units']} compared, {result['pixels']:,} pixels; 95 % intervals by bootstrap over them", ""]
+    lines += [f"{title:<24}{_said(result['overall'][name])}" for name, title in OVERALL.items()]
+    width = max([5, *(len(row["name"]) for row in result["classes"])]) + 2
+    lines += ["", f"{'class':<{width}}" + "".join(f"{name:<22}" for name in PER_CLASS) + f"{'truth px':>14}"]
+    for row in result["classes"]:
+        measures = "".join(f"{_said(row[name]):<22}" for name in PER_CLASS)
+        lines.append(f"{row['name']:<{width}}{measures}{row['reference']:>14,}")
+    return "\n".join([*lines, *_remarks(result)])
+
+
+def _said(measure: dict[str, float | None]) -> str:
+    if measure["value"] is None:
+        return "-"
+    interval = f" ({measure['low']:.3f}-{measure['high']:.3f})" if measure["low"] is not None else ""
+    return f"{measure['value']:.3f}{interval}"
+
+
+def _remarks(result: dict[str, Any]) -> list[str]:
+    """What the tables leave out."""
+    remarks = []
+    if result["not_evaluated"]:
+        remarks.append(f"{result['not_evaluated']:,} pixels with truth have no prediction and are not counted")
+    for side, other in (("prediction", "truth"), ("truth", "prediction")):
+        if count := result["unmatched"][side]["count"]:
+            remarks.append(f"{count} of the {side} without {other}: {_some(result['unmatched'][side]['names'])}")
+    if (seams := result.get("seams")) and seams["ratio"] is not None:
+        remarks.append(f"seams: class changes {seams['ratio']:.2f} times as often over tile borders as inside tiles")
+    return ["", *remarks] if remarks else []

@@ -1,0 +1,167 @@
+"""The class map that a run left: its tiles, how large they are on the ground, how well they fit at their borders."""
+
+import json
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pyproj import Geod, Transformer
+from rasterio.windows import Window as FileWindow
+from upath import UPath
+
+from rayseg.errors import DataError
+from rayseg.geo import Grid, Tile, Window
+from rayseg.io.sources import Source, gdal, open_file
+from rayseg.ledger import Ledger, Record
+from rayseg.store import StorePath, upath
+
+NODATA = 255
+_GEOD = Geod(ellps="WGS84")
+
+
+@dataclass(frozen=True)
+class MappedTile:
+    """A tile of a run that has a class map.
+
+    Attributes:
+        tile: where it is.
+        record: what the ledger says of it.
+        href: of its classes.tif.
+        sources: the imagery it was made of, first valid wins.
+    """
+
+    tile: Tile
+    record: Record
+    href: str
+    sources: tuple[Source, ...]
+
+    @property
+    def counts(self) -> dict[int, int]:
+        """Pixels of every class in it."""
+        return {int(value): int(count) for value, count in self.record.facts["counts"].items()}
+
+
+def mapped_tiles(root: StorePath, step: str = "predict") -> list[MappedTile]:
+    """The tiles of a run's step that have a class map, in the order of its manifest.
+
+    Raises:
+        DataError: the run has no such step.
+    """
+    prefix = upath(root) / "steps" / step
+    path = prefix / "manifest.parquet"
+    if not path.exists():
+        raise DataError(f"{root} has no tiles of a step {step!r} ({path.name} is missing): let the run get that far.")
+    with path.open("rb") as file:
+        rows = pq.read_table(file).to_pylist()
+    records = Ledger(str(prefix / "ledger")).read()
+    done = [row for row in rows if row["id"] in records and "counts" in records[row["id"]].facts]
+    return [_mapped(row, records[row["id"]], upath(root) / "tiles") for row in done]
+
+
+def _mapped(row: dict[str, Any], record: Record, tiles: UPath) -> MappedTile:
+    sources = tuple(Source.from_row(source) for source in json.loads(row["sources"]))
+    return MappedTile(Tile.from_row(row), record, str(tiles / row["id"] / "classes.tif"), sources)
+
+
+def pixel_area_m2(tile: Tile) -> float | None:
+    """Mean ground area of the tile's pixels, by the geodesic area of its outline on WGS 84; None without CRS."""
+    if tile.grid.crs is None:
+        return None
+    affine, window = tile.grid.transform(tile.window), tile.window
+    steps = np.linspace(0.0, 1.0, 9)[:-1]
+    cols = np.concatenate([steps, np.ones(8), 1 - steps, np.zeros(8)]) * window.width
+    rows = np.concatenate([np.zeros(8), steps, np.ones(8), 1 - steps]) * window.height
+    lons, lats = _to_lonlat(tile.grid.crs).transform(affine.c + affine.a * cols, affine.f + affine.e * rows)
+    area, _ = _GEOD.polygon_area_perimeter(lons, lats)
+    return abs(float(area)) / (window.width * window.height)
+
+
+def width_m(grid: Grid, window: Window) -> float | None:
+    """Length on the ground of the window's middle row; None without CRS."""
+    if grid.crs is None:
+        return None
+    left, bottom, right, top = grid.bounds(window)
+    xs = np.linspace(left, right, 9)
+    lons, lats = _to_lonlat(grid.crs).transform(xs, np.full(9, (bottom + top) / 2))
+    return float(_GEOD.line_length(lons, lats))
+
+
+@lru_cache(maxsize=64)
+def _to_lonlat(crs: str) -> Transformer:
+    return Transformer.from_crs(crs, "EPSG:4326", always_xy=True)
+
+
+# -- seams -------------------------------------------------------------------------------------------------------------
+
+
+def seam_score(tiles: Sequence[MappedTile], *, most: int = 200) -> dict[str, Any] | None:
+    """How often the class changes from a tile to the next, against how often inside tiles; 1 means no seams.
+
+    Args:
+        tiles: of one run.
+        most: borders that are read, spread evenly over all there are.
+
+    Returns:
+        borders (read), pairs and changes across them, the rates `across` and `inside` (changes per pair of
+        neighbouring pixels that both have data), and their `ratio` (None where nothing changes inside); None when no
+        two tiles touch, or no data does.
+    """
+    borders = _borders(tiles)
+    chosen = (
+        [borders[at] for at in sorted({round(p) for p in np.linspace(0, len(borders) - 1, most)})] if borders else []
+    )
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(_across, chosen))
+    pairs, changes = sum(pair for pair, _ in found), sum(change for _, change in found)
+    inside = sum(tile.record.facts["pairs"] for tile in tiles)
+    if not pairs or not inside:
+        return None
+    rate = sum(tile.record.facts["changes"] for tile in tiles) / inside
+    across = changes / pairs
+    ratio = across / rate if rate else None
+    return {
+        "borders": len(chosen),
+        "pairs": pairs,
+        "changes": changes,
+        "across": across,
+        "inside": rate,
+        "ratio": ratio,
+    }
+
+
+_Strip = tuple[str, FileWindow]
+
+
+def _borders(tiles: Iterable[MappedTile]) -> list[tuple[_Strip, _Strip]]:
+    """The last column (row) of every tile and the first of its right (lower) neighbour."""
+    corners = {(t.tile.grid, t.tile.window.row, t.tile.window.col): t for t in tiles}
+    found = []
+    for (grid, row, col), one in corners.items():
+        window = one.tile.window
+        if right := corners.get((grid, row, window.col1)):
+            height = min(window.height, right.tile.window.height)
+            last = FileWindow(window.width - 1, 0, 1, height)
+            found.append(((one.href, last), (right.href, FileWindow(0, 0, 1, height))))
+        if below := corners.get((grid, window.row1, col)):
+            width = min(window.width, below.tile.window.width)
+            last = FileWindow(0, window.height - 1, width, 1)
+            found.append(((one.href, last), (below.href, FileWindow(0, 0, width, 1))))
+    return found
+
+
+def _across(border: tuple[_Strip, _Strip]) -> tuple[int, int]:
+    """(pairs with data, those of two classes) over a border."""
+    one, other = (_strip(*side) for side in border)
+    valid = (one != NODATA) & (other != NODATA)
+    return int(valid.sum()), int((valid & (one != other)).sum())
+
+
+def _strip(href: str, at: FileWindow) -> NDArray[np.uint8]:
+    with gdal(href), open_file(href) as dataset:
+        values: NDArray[np.uint8] = dataset.read(1, window=at).ravel()
+    return values

@@ -1,0 +1,216 @@
+"""Class masks as people keep them and as runs leave them, in folders, catalogues and tiles, read on any window.
+
+Everything is read as class values of one table, uint8 with 255 for "no data" or "not labelled".
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import PurePosixPath
+
+import numpy as np
+import pystac
+from numpy.typing import NDArray
+
+from rayseg.errors import DataError
+from rayseg.geo import Grid, Tile, Window
+from rayseg.io import catalog
+from rayseg.io.maps import NODATA, MappedTile
+from rayseg.io.rasters import read, source_of_file
+from rayseg.io.sources import Source, footprint, gdal, grids_of, open_file
+from rayseg.store import upath
+from rayseg.vision.color import RGB, ClassTable, decode
+
+BLOCK = 2048
+SUFFIXES = (".png", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a class map that is compared at once: a tile of a run, a block of a mask on the ground, or an image.
+
+    Attributes:
+        tile: where it is; without CRS on the pixels of `image`.
+        source: the file with its classes, which without CRS holds the tile's window and nothing else.
+        image: by which a mask without georeference is found.
+        size: (height, width) of the whole image or file.
+    """
+
+    tile: Tile
+    source: Source
+    image: str
+    size: tuple[int, int]
+
+    def read(self, table: ClassTable) -> NDArray[np.uint8]:
+        """Its classes, (height, width) of the tile's window."""
+        tile = self.tile
+        if tile.grid.crs is not None:
+            return read_classes([self.source], tile.grid, tile.window, table)
+        own = Window(0, 0, tile.window.width, tile.window.height)
+        return read_classes([self.source], pixels_of(self.source), own, table)
+
+
+def pieces_of_tiles(tiles: Sequence[MappedTile]) -> list[Piece]:
+    """The mapped tiles of a run as pieces."""
+    return [_piece_of_tile(mapped) for mapped in tiles]
+
+
+def _piece_of_tile(mapped: MappedTile) -> Piece:
+    tile, window = mapped.tile, mapped.tile.window
+    affine = tuple(tile.grid.transform(window))[:6]
+    assets = ((mapped.href, ("class",)),)
+    source = Source(tile.id, assets, tile.grid.crs, affine, window.height, window.width, "uint8", NODATA)
+    whole = mapped.sources[0] if tile.grid.crs is None else source
+    return Piece(tile, source, tile.grid.image or tile.id, (whole.height, whole.width))
+
+
+def pieces_of_masks(masks: Sequence[Source], *, placed: bool) -> list[Piece]:
+    """Each mask as one piece; if it is to be `placed` and has a georeference, in blocks of `BLOCK` px of its grid."""
+    return [piece for mask in masks for piece in _pieces_of(mask, placed=placed)]
+
+
+def _pieces_of(mask: Source, *, placed: bool) -> list[Piece]:
+    size = (mask.height, mask.width)
+    if mask.crs is None or not placed:
+        tile = Tile(mask.item_id, pixels_of(mask), Window(0, 0, mask.width, mask.height))
+        return [Piece(tile, mask, mask.item_id, size)]
+    [(grid, _)] = grids_of([mask])
+    extent = footprint(mask, grid)
+    blocks = [
+        Window(col * BLOCK, row * BLOCK, BLOCK, BLOCK).intersect(extent)
+        for row in range(extent.row // BLOCK, -(-extent.row1 // BLOCK))
+        for col in range(extent.col // BLOCK, -(-extent.col1 // BLOCK))
+    ]
+    names = [f"{mask.item_id}_{block.col // BLOCK}_{block.row // BLOCK}" for block in blocks]
+    named = zip(names if len(blocks) > 1 else [mask.item_id], blocks, strict=True)
+    return [Piece(Tile(name, grid, block), mask, mask.item_id, size) for name, block in named]
+
+
+def pixels_of(mask: Source) -> Grid:
+    """The grid of a file's own pixels, whatever its georeference."""
+    return Grid(None, (1.0, 1.0), (0.0, 0.0), mask.item_id)
+
+
+def masks_of(location: str, *, names: Sequence[str] = ()) -> list[Source]:
+    """The masks in a folder (PNG or TIFF, called by their stem) or in `catalog.json#collection` (by their item's id).
+
+    Of an item with several rasters it is the one called `classes`, else the one whose stored class names fit `names`;
+    `catalog.json#collection/asset` says which.
+
+    Raises:
+        DataError: there are none, one cannot be opened, or an item's asset cannot be told.
+    """
+    uri, _, fragment = location.partition("#")
+    if uri.lower().endswith((".json", ".parquet")):
+        collection, _, asset = fragment.partition("/")
+        return _masks_of_catalog(uri, collection, asset, names)
+    folder = upath(location)
+    files = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES] if folder.is_dir() else []
+    if not files:
+        kinds = ", ".join(suffix.lstrip(".") for suffix in SUFFIXES)
+        raise DataError(f"{location} holds no masks: give a folder of {kinds} files, or catalog.json#collection.")
+    if twice := [stem for stem, count in Counter(path.stem for path in files).items() if count > 1]:
+        raise DataError(f"{location} holds several masks called {twice[0]}: leave one of each name.")
+    return [_mask(str(path), path.stem) for path in sorted(files, key=lambda path: str(path.name))]
+
+
+def _masks_of_catalog(uri: str, collection: str, asset: str, names: Sequence[str]) -> list[Source]:
+    masks = [_mask_of(item, asset, set(names)) for item in catalog.open_items(uri, collection or None)]
+    kept = [mask for mask in masks if mask]
+    if not kept:
+        raise DataError(f"{uri}#{collection} holds no item with a raster{f' {asset}' if asset else ''}.")
+    return kept
+
+
+def _mask_of(item: pystac.Item, asset: str, names: set[str]) -> Source | None:
+    """The item's mask; None when it has no raster (of that name)."""
+    hrefs = {
+        key: str(value.get_absolute_href())
+        for key, value in item.assets.items()
+        if PurePosixPath(value.href).suffix.lower() in SUFFIXES and (not asset or key == asset)
+    }
+    if "classes" in hrefs:
+        hrefs = {"classes": hrefs["classes"]}
+    if len(hrefs) > 1:
+        stored = {key: table_of(href) for key, href in hrefs.items()}
+        fitting = {key for key, table in stored.items() if table and _fit(set(table.names), names)}
+        hrefs = {key: href for key, href in hrefs.items() if key in fitting} if len(fitting) == 1 else hrefs
+    if len(hrefs) > 1:
+        raise DataError(
+            f"item {item.id} has the rasters {', '.join(sorted(hrefs))}: say which one with #collection/asset."
+        )
+    return _mask(next(iter(hrefs.values())), item.id, when=item) if hrefs else None
+
+
+def _fit(stored: set[str], names: set[str]) -> bool:
+    return bool(names) and (stored <= names or names <= stored)
+
+
+def _mask(href: str, name: str, *, when: pystac.Item | None = None) -> Source:
+    taken = when.datetime.isoformat() if when and when.datetime else None
+    return source_of_file(href, name, datetime=taken)
+
+
+def read_classes(masks: Sequence[Source], grid: Grid, window: Window, table: ClassTable) -> NDArray[np.uint8]:
+    """Class values of `window`, from the first mask (in the order given) that is labelled there.
+
+    A mask may hold class values, palette indices or colours; one on another grid is read by its nearest pixels.
+    A palette image that rayseg wrote holds class values, any other is read by its colours.
+
+    Raises:
+        DataError: a value or colour that is no class occurs (see `decode`), or a file cannot be read.
+    """
+    classes_HW = np.full((window.height, window.width), NODATA, np.uint8)
+    for mask in masks:
+        part = footprint(mask, grid).intersect(window)
+        target_HW = classes_HW[part.slices(window)]
+        if part.empty or (target_HW != NODATA).all():
+            continue
+        found_HW = _decoded(mask, grid, part, table)
+        np.copyto(target_HW, found_HW, where=target_HW == NODATA)
+    return classes_HW
+
+
+def _decoded(mask: Source, grid: Grid, part: Window, table: ClassTable) -> NDArray[np.uint8]:
+    bands = [name for name in mask.bands if name != "alpha"]
+    if len(bands) not in {1, 3, 4}:
+        raise DataError(f"mask {mask.item_id} has {len(bands)} bands, expected 1 (class or palette) or 3 (colours).")
+    image_CHW, valid_HW = read([mask], grid, part, bands=bands, categorical=True)
+    values_NC = image_CHW[:, valid_HW].T
+    classes_HW = np.full(valid_HW.shape, NODATA, np.uint8)
+    values = values_NC[None] if len(bands) > 1 else values_NC.T
+    if values.dtype.kind not in "ui":
+        raise DataError(f"mask {mask.item_id} has {values.dtype} values, expected whole numbers: convert it to uint8.")
+    try:
+        classes_HW[valid_HW] = decode(values, table, palette=_palette_of(mask.assets[0][0]))[0]
+    except DataError as error:
+        raise DataError(f"{mask.assets[0][0]}: {error}") from None
+    return classes_HW
+
+
+def _palette_of(href: str) -> dict[int, RGB] | None:
+    """Colours of a palette image by index; None for any other, and where the indices are class values."""
+    names, palette = _legend(href)
+    return None if names else palette
+
+
+def table_of(href: str) -> ClassTable | None:
+    """The class table that rayseg wrote into a class raster; None in any other file."""
+    names, palette = _legend(href)
+    if not names or palette is None:
+        return None
+    return ClassTable(tuple((value, name, palette[value]) for value, name in sorted(names.items())))
+
+
+@lru_cache(maxsize=4096)
+def _legend(href: str) -> tuple[dict[int, str], dict[int, RGB] | None]:
+    """(class names by value as rayseg stores them, colours of the palette by index) of a raster."""
+    with gdal(href), open_file(href) as dataset:
+        names = json.loads(dataset.tags(1).get("classes", "{}"))
+        try:
+            palette = {index: tuple(color[:3]) for index, color in dataset.colormap(1).items()}
+        except ValueError:
+            palette = None
+    return {int(value): str(name) for value, name in names.items()}, palette
