@@ -24,7 +24,11 @@ from rayseg.geo import Bounds, Grid, Window
 from rayseg.store import is_local
 
 SCHEMES = ("", "file", "s3", "http", "https")
-_OPTIONS = {"GDAL_CACHEMAX": 256 << 20, "GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE"}
+_OPTIONS = {
+    "GDAL_CACHEMAX": 256 << 20,
+    "GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE",
+    "GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO",  # its shortcut returns garbage instead of an error for a truncated PNG
+}
 _REMOTE = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_HTTP_MAX_RETRY": "4", "GDAL_HTTP_RETRY_DELAY": "1"}
 _NAMELESS = (ColorInterp.undefined, ColorInterp.gray)
 _opening = threading.Lock()

@@ -11,6 +11,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import rasterio
+import rasterio.shutil
 from affine import Affine
 from rasterio.control import GroundControlPoint
 from rasterio.enums import ColorInterp
@@ -19,7 +20,7 @@ from rasterio.errors import NotGeoreferencedWarning
 from rayseg.errors import DataError
 from rayseg.geo import Grid, Window
 from rayseg.io.rasters import Source, footprint, grids_of, read, source_of_file
-from rayseg.io.sources import crs_text, same_crs
+from rayseg.io.sources import crs_text, same_crs, unplaced
 
 UTM = "EPSG:32650"
 TEN = Affine(10, 0, 500_000, 0, -10, 4_000_000)
@@ -365,6 +366,32 @@ def test_a_damaged_block_names_file_and_window_and_spares_the_rest(tmp_path):
     assert np.array_equal(read([source], grid, upper, bands=["b1"])[0], image[:, :256])
     with pytest.raises(DataError, match=rf"{path} cannot be read in Window\(col=50000"):
         read([source], grid, window, bands=["b1"])
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+def test_a_truncated_image_is_an_error_and_not_garbage(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    write(tmp_path / "whole.tif", noise(3, 200, 200), crs=None, transform=None)
+    with unplaced(), rasterio.open(tmp_path / "whole.tif") as dataset:
+        rasterio.shutil.copy(dataset, path, driver={"png": "PNG", "jpg": "JPEG", "tif": "GTiff"}[suffix])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+    def read_it():
+        source = source_of_file(str(path), "a")
+        return read([source], *whole(source), bands=["red", "green", "blue"])
+
+    with pytest.raises(DataError, match=f"{path} cannot be read"):
+        read_it()
+
+
+def test_classes_are_warped_without_mixing_them(tmp_path):
+    image = np.random.default_rng(0).choice([10, 200], (1, 48, 64)).astype(np.uint8)
+    source = write(tmp_path / "a.tif", image, transform=TEN @ Affine.rotation(20))
+    grid = Grid(UTM, (7.0, 7.0), (0.0, 0.0))
+    window = footprint(source, grid)
+    pixels, valid = read([source], grid, window, bands=["b1"], categorical=True)
+    assert set(np.unique(pixels[0][valid])) == {10, 200}
+    assert len(np.unique(read([source], grid, window, bands=["b1"])[0])) > 50
 
 
 @pytest.mark.parametrize("href", ["gs://bucket/a.tif", "ftp://host/a.tif", "/nowhere/a.tif"])

@@ -1,0 +1,331 @@
+"""Labelled images: folders of them described as STAC, and chips as arrays.
+
+Images stay where they are; the catalogue refers to them by absolute paths.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import numpy as np
+import pystac
+import shapely
+from affine import Affine
+from numpy.typing import NDArray
+from pystac.utils import str_to_datetime
+from rasterio.io import DatasetReader
+from rasterio.windows import Window as FileWindow
+from shapely.geometry import mapping
+from upath import UPath
+
+from rayseg.errors import ConfigError, DataError
+from rayseg.geo import Window, slug
+from rayseg.io.catalog import source_of
+from rayseg.io.items import PROJECTION, lonlat_geometry, write_catalog
+from rayseg.io.masks import pixels_of, read_classes
+from rayseg.io.rasters import read
+from rayseg.io.sources import Source, crs_of, footprint, gdal, grids_of, open_file, source_of_file
+from rayseg.store import StorePath, is_local, upath
+from rayseg.vision.color import ClassTable
+
+T = TypeVar("T")
+LABEL = "rayseg:label"
+_TIFF = "image/tiff; application=geotiff"
+_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".tif": _TIFF, ".tiff": _TIFF}
+_STRIP = 1024  # rows decoded at once when an image is checked
+_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A labelled training image.
+
+    Attributes:
+        id: `<class>-<stem>` when it comes from a folder.
+        label: name of its class, None when it has none.
+        source: its file.
+        window: the whole of it on its own grid.
+    """
+
+    id: str
+    label: str | None
+    source: Source
+    window: Window
+
+    def to_row(self) -> dict[str, Any]:
+        """The chip as one flat row of plain values; the source as JSON."""
+        window = self.window
+        place = {"col": window.col, "row": window.row, "width": window.width, "height": window.height}
+        return {"id": self.id, "label": self.label, "source": json.dumps(self.source.to_row()), **place}
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> "Chip":
+        """The chip that `to_row` made this row of (further columns are ignored)."""
+        window = Window(row["col"], row["row"], row["width"], row["height"])
+        return cls(row["id"], row["label"], Source.from_row(json.loads(row["source"])), window)
+
+
+# -- ingest -----------------------------------------------------------------------------------------------------------
+
+
+def ingest_folder(folder: StorePath, out: StorePath, *, labels: str | None = None) -> str:
+    """Describe a folder of PNG, JPEG or GeoTIFF images, with or without georeference, as a STAC catalogue.
+
+    With `labels="folder"` each sub-folder is a class, its images are items `<class>-<stem>` of the collection `chips`
+    with the property `rayseg:label`; else the images of the folder are items `<stem>` of the collection `imagery`.
+    Bands are named as `sources.band_names` says. An image's time is what it says itself, taken as UTC, else its file's.
+
+    Returns:
+        Path of the catalogue.
+
+    Raises:
+        ConfigError: `labels` is neither None nor "folder".
+        DataError: no images, one class only, two images of one id, or images that cannot be decoded; nothing is
+            written then.
+    """
+    if labels not in {None, "folder"}:
+        raise ConfigError(f"labels is {labels!r}, expected folder (classes are sub-folders) or nothing.")
+    found = _by_class(upath(folder)) if labels else [(None, path) for path in _images_in(upath(folder))]
+    if not found:
+        raise DataError(f"{folder} holds no images ({_kinds()}): with classes as sub-folders, say --labels folder.")
+    names = _ids(found)
+    items = _all_of(found, lambda path, label: _item(_decoded(_path(path), names[path]), label))
+    return write_catalog(out, {"chips" if labels else "imagery": items})
+
+
+def ingest_rasters(
+    paths: StorePath | Sequence[StorePath], out: StorePath, *, bands: Sequence[str] | None = None
+) -> str:
+    """Describe georeferenced rasters as the collection `imagery` of a STAC catalogue, items `<stem>`.
+
+    Args:
+        paths: rasters, or folders of them.
+        out: folder of the catalogue.
+        bands: names of the bands in file order; otherwise as `sources.band_names` says.
+
+    Returns:
+        Path of the catalogue.
+
+    Raises:
+        DataError: no rasters, two of one name, one that cannot be opened or placed on Earth; nothing is written then.
+    """
+    found = [(None, path) for path in _rasters_in(_listed(paths))]
+    names = _ids(found)
+
+    def describe(path: UPath, _: str | None) -> pystac.Item:
+        source = _described(_path(path), names[path], bands)
+        if source.crs is None:
+            raise DataError(f"{path} has no georeference: ingest it with `ingest folder`.")
+        return _item(source, None)
+
+    return write_catalog(out, {"imagery": _all_of(found, describe)})
+
+
+def is_images(text: str) -> bool:
+    """Whether `text` is an image file or a folder, rather than a region or a catalogue."""
+    path = upath(text)
+    return path.suffix.lower() in _TYPES or path.is_dir()
+
+
+def sources_of_images(location: StorePath) -> list[Source]:
+    """The images of a folder, or one image, as sources called by their stem.
+
+    Raises:
+        DataError: there are none, two have one stem, or one cannot be opened.
+    """
+    found = [(None, path) for path in _rasters_in([location])]
+    names = _ids(found)
+    return _all_of(found, lambda path, _: _described(_path(path), names[path], None))
+
+
+def _listed(paths: StorePath | Sequence[StorePath]) -> Sequence[StorePath]:
+    return [paths] if isinstance(paths, str) or not isinstance(paths, Sequence) else paths
+
+
+def _rasters_in(paths: Sequence[StorePath]) -> list[UPath]:
+    found = []
+    for path in map(upath, paths):
+        if not path.exists():
+            raise DataError(f"{path} is not there: name an image ({_kinds()}) or a folder of them.")
+        found += _images_in(path) if path.is_dir() else [path]
+    if not found:
+        raise DataError(f"{', '.join(map(str, paths))} holds no images ({_kinds()}).")
+    return found
+
+
+def _images_in(folder: UPath) -> list[UPath]:
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder of images.")
+    images = [path for path in folder.iterdir() if path.suffix.lower() in _TYPES and not path.name.startswith(".")]
+    return sorted(images, key=lambda path: str(path.name))
+
+
+def _by_class(folder: UPath) -> list[tuple[str | None, UPath]]:
+    """(class, image) of every image in the sub-folders."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder of class folders.")
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    images = {name: _images_in(folder / name) for name in classes}
+    filled = [name for name in classes if images[name]]
+    if len(filled) < 2:
+        found = ", ".join(filled) or "none"
+        raise DataError(f"{folder} needs a sub-folder with images for each of at least two classes, found {found}.")
+    return [(name, image) for name in filled for image in images[name]]
+
+
+def _ids(found: Sequence[tuple[str | None, UPath]]) -> dict[UPath, str]:
+    """The id of each image, all different."""
+    owners: dict[str, UPath] = {}
+    for label, path in found:
+        name = slug(f"{label}-{path.stem}" if label else path.stem)
+        if name in owners:
+            raise DataError(f"{owners[name]} and {path} would both be called {name}: rename one of them.")
+        owners[name] = path
+    return {path: name for name, path in owners.items()}
+
+
+def _all_of(found: Sequence[tuple[str | None, UPath]], make: Callable[[UPath, str | None], T]) -> list[T]:
+    """`make` of every (class, image); images that fail are named together."""
+
+    def attempt(entry: tuple[str | None, UPath]) -> T | DataError:
+        try:
+            return make(entry[1], entry[0])
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        results = list(pool.map(attempt, found))
+    wrong = [result for result in results if isinstance(result, DataError)]
+    if wrong:
+        shown = " ".join(str(error) for error in wrong[:5])
+        more = f" And {len(wrong) - 5} more." if len(wrong) > 5 else ""
+        raise DataError(f"{len(wrong)} of {len(found)} images cannot be used, nothing was written: {shown}{more}")
+    return [result for result in results if not isinstance(result, DataError)]
+
+
+def _path(path: UPath) -> str:
+    return str(path.absolute()) if is_local(path) else str(path)
+
+
+def _kinds() -> str:
+    return ", ".join(suffix.lstrip(".") for suffix in _TYPES)
+
+
+def _described(href: str, name: str, bands: Sequence[str] | None) -> Source:
+    with gdal(href), open_file(href) as dataset:
+        taken = _taken(dataset, href)
+    return source_of_file(href, name, bands=bands, datetime=taken)
+
+
+def _decoded(href: str, name: str) -> Source:
+    """The image as a source; all of it is decoded once to know that it can be."""
+    source = _described(href, name, None)
+    if "palette" in source.bands:
+        raise DataError(f"{href} is a palette image, as masks are: convert it to RGB.")
+    with gdal(href), open_file(href) as dataset:
+        for row in range(0, dataset.height, _STRIP):
+            dataset.read(window=FileWindow(0, row, dataset.width, min(_STRIP, dataset.height - row)))
+    return source
+
+
+def _taken(dataset: DatasetReader, href: str) -> str:
+    """When the image was taken, ISO 8601: its own tag, which has no time zone, as UTC; else its file's time."""
+    tags = dataset.tags()
+    text = tags.get("EXIF_DateTimeOriginal") or tags.get("TIFFTAG_DATETIME") or tags.get("EXIF_DateTime") or ""
+    try:
+        moment = datetime.strptime(text.strip(), "%Y:%m:%d %H:%M:%S").replace(tzinfo=UTC)
+    except ValueError:
+        moment = datetime.fromtimestamp(upath(href).stat().st_mtime, UTC)
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _item(source: Source, label: str | None) -> pystac.Item:
+    """The item of one image file."""
+    [(href, names)] = source.assets
+    properties: dict[str, Any] = {"proj:code": None, "proj:shape": [source.height, source.width]}
+    geometry, bbox = None, None
+    if source.crs is not None:
+        geometry, bbox = lonlat_geometry(_outline(source), crs_of(source.crs), name=href)
+        code = source.crs.upper().startswith("EPSG:")
+        properties |= {"proj:code": source.crs} if code else {"proj:wkt2": source.crs}
+        properties |= {} if source.gcps else {"proj:transform": list(source.transform)}
+    if label:
+        properties[LABEL] = label
+    taken = str_to_datetime(source.datetime) if source.datetime else datetime(1970, 1, 1, tzinfo=UTC)
+    item = pystac.Item(source.item_id, geometry, bbox, taken, properties, stac_extensions=[PROJECTION])
+    nodata = {} if source.nodata is None else {"nodata": source.nodata}
+    bands = [{"name": name, "data_type": source.dtype, **nodata} for name in names]
+    kind = _TYPES.get(upath(href).suffix.lower(), _TIFF)
+    item.add_asset("image", pystac.Asset(href, media_type=kind, roles=["data"], extra_fields={"bands": bands}))
+    return item
+
+
+def _outline(source: Source) -> dict[str, Any]:
+    affine, width, height = Affine(*source.transform), source.width, source.height
+    corners = [affine @ corner for corner in ((0, 0), (0, height), (width, height), (width, 0))]
+    outline = shapely.Polygon(corners)
+    edges: dict[str, Any] = mapping(shapely.segmentize(outline, outline.length / 32))
+    return edges
+
+
+# -- chips ------------------------------------------------------------------------------------------------------------
+
+
+def chips_of(items: Iterable[pystac.Item]) -> list[Chip]:
+    """Items of training images as chips, by id; the label is the property `rayseg:label`.
+
+    Raises:
+        DataError: an image is not uint8, or cannot be opened.
+    """
+    chips = []
+    for item in sorted(items, key=lambda item: item.id):
+        source = source_of(item)
+        _expect_bytes(source)
+        [(grid, _)] = grids_of([source])
+        chips.append(Chip(item.id, item.properties.get(LABEL), source, footprint(source, grid)))
+    return chips
+
+
+def read_chip(chip: Chip, size: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """The middle of a chip in RGB.
+
+    Args:
+        chip: of `chips_of`.
+        size: height and width in px; a smaller chip is padded with zeros, a larger one cut.
+
+    Returns:
+        (image_HWC uint8 with three channels, valid_HW bool, False where padded, transparent or nodata). An image with
+        a single band is grey.
+
+    Raises:
+        DataError: the chip has no red, green and blue, is not uint8, or cannot be read.
+    """
+    source, window = chip.source, chip.window
+    _expect_bytes(source)
+    visible = [name for name in source.bands if name != "alpha"]
+    bands = visible * 3 if len(visible) == 1 else ["red", "green", "blue"]
+    [(grid, _)] = grids_of([source])
+    col, row = window.col + int((window.width - size) / 2), window.row + int((window.height - size) / 2)
+    image_CHW, valid_HW = read([source], grid, Window(col, row, size, size), bands=bands)
+    return np.ascontiguousarray(image_CHW.transpose(1, 2, 0)), valid_HW
+
+
+def read_mask(path: StorePath, table: ClassTable) -> NDArray[np.uint8]:
+    """A mask of class values, palette indices or colours as class values (height, width), 255 = not labelled.
+
+    Raises:
+        DataError: a value or colour that is no class occurs, or the file cannot be read.
+    """
+    mask = source_of_file(str(path), upath(path).stem)
+    return read_classes([mask], pixels_of(mask), Window(0, 0, mask.width, mask.height), table)
+
+
+def _expect_bytes(source: Source) -> None:
+    if source.dtype != "uint8":
+        raise DataError(
+            f"{source.item_id} has {source.dtype} pixels, chips are uint8 for now, because their objects are found in "
+            "8-bit colours: scale the image to 0..255 first."
+        )
