@@ -271,11 +271,11 @@ def _apart(corners_N2: NDArray[np.intp], wanted: int, side: int) -> list[NDArray
     return picked
 
 
-def _sums(mask_HW: NDArray[np.bool_] | NDArray[np.uint8]) -> NDArray[np.int64]:
-    return np.pad(mask_HW.astype(np.int64).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+def _sums(mask_HW: NDArray[np.bool_] | NDArray[np.uint8]) -> NDArray[np.int32]:
+    return np.pad(mask_HW.cumsum(axis=1, dtype=np.int32).cumsum(axis=0, dtype=np.int32), ((1, 0), (1, 0)))
 
 
-def _inside(sums_HW: NDArray[np.int64], corners_N2: NDArray[np.intp], side: int) -> NDArray[np.int64]:
+def _inside(sums_HW: NDArray[np.int32], corners_N2: NDArray[np.intp], side: int) -> NDArray[np.int64]:
     top, left = corners_N2.T
     bottom, right = top + side, left + side
     counts_N = sums_HW[bottom, right] - sums_HW[top, right] - sums_HW[bottom, left] + sums_HW[top, left]
