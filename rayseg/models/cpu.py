@@ -32,6 +32,19 @@ class Conv3x3(nn.Conv2d):
         return output
 
 
+class Conv1x1(nn.Conv2d):
+    """A 1x1 convolution that on a CPU is one matrix product over the pixels as they lie in channels_last."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Convolve (N, C, H, W) to (N, out_channels, H, W)."""
+        if input.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return super().forward(input)
+        return F.linear(input.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 class _Conv3x3(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NCHW: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # noqa: ANN401
@@ -72,11 +85,11 @@ class BatchNorm(nn.BatchNorm2d):
         last = input.is_contiguous(memory_format=torch.channels_last)
         if not (self.training and last and input.device.type == "cpu") or torch.is_autocast_enabled("cpu"):
             return super().forward(input)
-        rows_PC = input.permute(0, 2, 3, 1).flatten(0, 2)
-        mean, variance = _statistics(rows_PC.detach())
+        rows_PC = _rows(input.detach())
+        mean, variance = _statistics(rows_PC)
         self._remember(mean, variance, len(rows_PC))
-        normal_PC: Tensor = _Normalise.apply(rows_PC, self.weight, self.bias, mean, (variance + self.eps).rsqrt())
-        return normal_PC.view(input.shape[0], *input.shape[2:], -1).permute(0, 3, 1, 2)
+        output: Tensor = _Normalise.apply(input, self.weight, self.bias, mean, (variance + self.eps).rsqrt())
+        return output
 
     def _remember(self, mean: Tensor, variance: Tensor, pixels: int) -> None:
         assert self.running_mean is not None
@@ -92,28 +105,33 @@ class _Normalise(torch.autograd.Function):
     """(x - mean) * scale * weight + bias with mean and scale taken from x itself; gradient of Ioffe & Szegedy 2015."""
 
     @staticmethod
-    def forward(ctx: Any, x_PC: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> Tensor:  # noqa: ANN401
-        ctx.save_for_backward(x_PC, weight, mean, scale)
-        output_PC = torch.empty_like(x_PC)
+    def forward(ctx: Any, x_NCHW: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(x_NCHW, weight, mean, scale)
+        output_NCHW = torch.empty_like(x_NCHW)
         factor = weight * scale
         shift = bias - mean * factor
-        for x, output in zip(_parts(x_PC), _parts(output_PC), strict=True):
+        for x, output in zip(_parts(_rows(x_NCHW)), _parts(_rows(output_NCHW)), strict=True):
             torch.addcmul(shift, x, factor, out=output)
-        return output_PC
+        return output_NCHW
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # noqa: ANN401
-        x_PC, weight, mean, scale = ctx.saved_tensors
-        grad_PC = grads[0]
-        pairs = list(zip(_parts(x_PC), _parts(grad_PC), strict=True))
+        x_NCHW, weight, mean, scale = ctx.saved_tensors
+        pixels = x_NCHW[:, 0].numel()
+        pairs = list(zip(_parts(_rows(x_NCHW)), _parts(_rows(grads[0])), strict=True))
         to_bias = torch.stack([grad.sum(0) for _, grad in pairs]).sum(0)
         to_weight = torch.stack([((x - mean) * grad).sum(0) for x, grad in pairs]).sum(0) * scale
-        slope = -weight * scale**2 * to_weight / len(x_PC)
-        level = -weight * scale * to_bias / len(x_PC) - slope * mean
-        to_input_PC = torch.empty_like(x_PC)
-        for (x, grad), output in zip(pairs, _parts(to_input_PC), strict=True):
+        slope = -weight * scale**2 * to_weight / pixels
+        level = -weight * scale * to_bias / pixels - slope * mean
+        to_input_NCHW = torch.empty_like(x_NCHW)
+        for (x, grad), output in zip(pairs, _parts(_rows(to_input_NCHW)), strict=True):
             torch.addcmul(level, x, slope, out=output).addcmul_(grad, weight * scale)
-        return to_input_PC, to_weight, to_bias, None, None
+        return to_input_NCHW, to_weight, to_bias, None, None
+
+
+def _rows(x_NCHW: Tensor) -> Tensor:
+    """The pixels (P, C) as they lie in channels_last: a view, or a copy if they lie otherwise."""
+    return x_NCHW.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _statistics(x_PC: Tensor) -> tuple[Tensor, Tensor]:

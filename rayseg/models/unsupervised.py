@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.models.cpu import BatchNorm, Conv3x3, reused_memory
+from rayseg.models.cpu import BatchNorm, Conv1x1, Conv3x3, reused_memory
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -239,9 +239,9 @@ def _relu() -> nn.Module:
 def _build_v1(bands: int, classes: int) -> nn.Module:
     return nn.Sequential(
         *(Conv3x3(bands, 64), BatchNorm(64), _relu()),
-        *(nn.Conv2d(64, 32, 1), BatchNorm(32), _relu()),
+        *(Conv1x1(64, 32), BatchNorm(32), _relu()),
         *(Conv3x3(32, 64), BatchNorm(64), _relu()),
-        *(nn.Conv2d(64, classes, 1), BatchNorm(classes)),
+        *(Conv1x1(64, classes), BatchNorm(classes)),
     )
 
 
@@ -249,7 +249,7 @@ def _build_v2(bands: int, classes: int) -> nn.Module:
     return nn.Sequential(
         *(Conv3x3(bands, classes), _relu(), BatchNorm(classes)),
         *(Conv3x3(classes, classes), _relu(), BatchNorm(classes)),
-        *(nn.Conv2d(classes, classes, 1), BatchNorm(classes)),
+        *(Conv1x1(classes, classes), BatchNorm(classes)),
     )
 
 
