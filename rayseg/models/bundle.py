@@ -49,6 +49,20 @@ class Scaling(Config):
     std: tuple[float, ...]
     """One per band, above 0."""
 
+    @overload
+    def normalize(self, image_CHW: NDArray[Any]) -> NDArray[np.float32]: ...
+    @overload
+    def normalize(self, image_CHW: Tensor) -> Tensor: ...
+    def normalize(self, image_CHW: NDArray[Any] | Tensor) -> NDArray[np.float32] | Tensor:
+        """The model's input, float32, of imagery as it is stored: CHW or NCHW, bands in the model's order."""
+        per_band = (self.mean, self.std)
+        if isinstance(image_CHW, Tensor):
+            mean, std = (torch.tensor(values, device=image_CHW.device)[:, None, None] for values in per_band)
+            return (image_CHW.float() * self.scale + self.offset - mean) / std
+        mean_C11, std_C11 = (np.array(values, np.float32)[:, None, None] for values in per_band)
+        scaled: NDArray[np.float32] = (image_CHW.astype(np.float32) * self.scale + self.offset - mean_C11) / std_C11
+        return scaled
+
 
 class Architecture(Config):
     """Which of the known factories builds the network, and with which options."""
@@ -111,20 +125,9 @@ class Bundle(Config):
         options, usual = self.architecture.options, {"classifier": 2, "segmenter": 1}
         return int(str(options.get("classes", usual[self.architecture.factory])))
 
-    @overload
-    def normalize(self, image_CHW: NDArray[Any]) -> NDArray[np.float32]: ...
-    @overload
-    def normalize(self, image_CHW: Tensor) -> Tensor: ...
-    def normalize(self, image_CHW: NDArray[Any] | Tensor) -> NDArray[np.float32] | Tensor:
-        """The model's input, float32, of imagery as it is stored: CHW or NCHW, bands in the bundle's order."""
-        scale, offset = self.scaling.scale, self.scaling.offset
-        per_band = (self.scaling.mean, self.scaling.std)
-        if isinstance(image_CHW, Tensor):
-            mean, std = (torch.tensor(values, device=image_CHW.device)[:, None, None] for values in per_band)
-            return (image_CHW.float() * scale + offset - mean) / std
-        mean_C11, std_C11 = (np.array(values, np.float32)[:, None, None] for values in per_band)
-        scaled: NDArray[np.float32] = (image_CHW.astype(np.float32) * scale + offset - mean_C11) / std_C11
-        return scaled
+    def normalize(self, image_CHW: NDArray[Any]) -> NDArray[np.float32]:
+        """The model's input of imagery as it is stored; see `Scaling.normalize`."""
+        return self.scaling.normalize(image_CHW)
 
     def check_contract(self, bands: Sequence[str], dtype: str, *, source: str = "the imagery") -> None:
         """Refuse imagery this model cannot be used on.

@@ -75,7 +75,7 @@ def test_normalize_follows_its_formula_for_arrays_and_tensors(described):
     normalized = described.normalize(image)
     assert normalized.dtype == np.float32
     np.testing.assert_allclose(normalized, expected, rtol=1e-6)
-    batch = described.normalize(torch.from_numpy(image)[None])
+    batch = described.scaling.normalize(torch.from_numpy(image)[None])
     np.testing.assert_allclose(batch[0].numpy(), expected, rtol=1e-6)
 
 

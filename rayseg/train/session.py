@@ -1,0 +1,267 @@
+"""Training sessions: one plain loop on Ray Train's workers or in this process, resumed from one file.
+
+    <prefix>/checkpoint.pt    everything the loop needs to go on after the last whole epoch, written by worker 0
+    <prefix>/tensorboard/     scalars per epoch
+
+A loop is a function of its configuration that calls the functions below; with no workers it runs in this process
+without Ray being started. Random numbers are drawn anew for every epoch from (seed, epoch, worker), so a resumed
+training goes on exactly as the undisturbed one would have.
+"""
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.fs
+import ray
+import ray.train
+import torch
+import torch.distributed
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train.torch import TorchTrainer, get_device, prepare_model
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from rayseg.errors import ConfigError, DataError, ModelError, RaysegError
+from rayseg.store import StorePath, is_local, put, put_file, upath
+
+Loop = Callable[[dict[str, Any]], dict[str, Any]]
+State = dict[str, Any]
+
+NOTHING: State = {"order": [], "measures": {}, "weights": {}}
+"""What is kept before the first epoch is done."""
+
+
+def fit(
+    loop: Loop,
+    config: dict[str, Any],
+    *,
+    storage: StorePath,
+    name: str,
+    workers: int = 0,
+    use_gpu: bool = False,
+    max_failures: int = 2,
+) -> dict[str, Any]:
+    """Run `loop(config)` on `workers` processes of Ray Train and return what worker 0 returned.
+
+    Args:
+        loop: importable on the workers; everything it keeps, it keeps through this module.
+        config: picklable; prefixes in it must be absolute and reach the same store from every worker.
+        storage: prefix below which Ray Train keeps its own notes.
+        name: of the training, for messages.
+        workers: 0 runs the loop in this process and needs no Ray.
+        use_gpu: one GPU per worker; without workers, this machine's first GPU if it has one.
+        max_failures: how often lost workers are replaced; the loop then goes on from its checkpoint.
+
+    Raises:
+        RaysegError: raised by the loop, with or without workers.
+        ConfigError: Ray is not connected.
+        ModelError: the workers failed more than `max_failures` times.
+    """
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    if workers and not ray.is_initialized():
+        raise ConfigError(f"training {name} on {workers} workers needs Ray: connect first, or set workers to 0")
+    place, files = _ray_storage(upath(storage) / "ray")
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config={**config, "use_gpu": use_gpu},
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu and workers > 0),
+        run_config=RunConfig(
+            name=name,
+            storage_path=place,
+            storage_filesystem=files,
+            failure_config=FailureConfig(max_failures=max_failures),
+        ),
+    )
+    try:
+        result: dict[str, Any] = trainer.fit().return_value
+    except TrainingFailedError as error:
+        raise _cause(error, name) from error
+    return result
+
+
+def _ray_storage(place: Any) -> tuple[str, pyarrow.fs.FileSystem | None]:  # noqa: ANN401 - a UPath of any store
+    if is_local(place):
+        return absolute(place), None
+    return place.path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(place.fs))
+
+
+def _cause(error: Exception, name: str) -> RaysegError:
+    """The error of ours that a worker raised, or one that says what happened to the workers."""
+    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
+    for failure in failures:
+        chain: BaseException | None = failure
+        while chain is not None:
+            if isinstance(chain, RaysegError):
+                return chain
+            chain = chain.__cause__ or getattr(chain, "_base_exc", None)
+    reason = " ".join(str(error).split())[-400:]
+    return ModelError(f"training {name} failed on its workers: {reason}; start it again to go on from its checkpoint")
+
+
+def absolute(prefix: StorePath) -> str:
+    """The prefix as every worker understands it, whatever folder it works in."""
+    return str(Path(str(upath(prefix))).absolute()) if is_local(prefix) else str(upath(prefix))
+
+
+def rank() -> int:
+    """This worker's number; 0 where there is one process."""
+    return int(ray.train.get_context().get_world_rank() or 0)
+
+
+def world() -> int:
+    """Number of workers; 1 where there is one process."""
+    return int(ray.train.get_context().get_world_size() or 1)
+
+
+def device_of(config: Mapping[str, Any]) -> torch.device:
+    """Where this worker computes."""
+    gpu = config["use_gpu"] and torch.cuda.is_available()
+    return torch.device(get_device()) if gpu else torch.device("cpu")
+
+
+def distributed(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on its device, averaging gradients over the workers if there are several."""
+    prepared: nn.Module = prepare_model(model, move_to_device=device)
+    return prepared
+
+
+def seed_epoch(seed: int, epoch: int) -> torch.Generator:
+    """Seed this worker's random numbers for an epoch; return a generator of its own on the CPU for augmentation."""
+    states = np.random.SeedSequence((seed, epoch, rank())).generate_state(2)
+    torch.manual_seed(int(states[0]))
+    return torch.Generator().manual_seed(int(states[1]))
+
+
+def rate_at(schedule: Sequence[tuple[float, float]], epoch: float, *, gradual: bool = False) -> float:
+    """The learning rate at a point in time.
+
+    Args:
+        schedule: (until_epoch, rate), ascending; the last rate stays.
+        epoch: whole epochs done, plus the share of the one in work.
+        gradual: go from rate to rate in straight lines that meet each rate at its epoch, instead of in steps.
+    """
+    ends, rates = zip(*schedule, strict=True)
+    if gradual:
+        return float(np.interp(epoch, ends, rates))
+    return float(rates[min(int(np.searchsorted(ends, epoch, side="right")), len(rates) - 1)])
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over all workers."""
+    if world() > 1:
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def check_finite(losses: Sequence[Tensor], chips_of: Callable[[int], Sequence[str]], *, what: str) -> float:
+    """The mean loss of an epoch over all workers.
+
+    Looking once per epoch keeps the GPU busy; as no checkpoint has been written yet, nothing is spoilt.
+
+    Args:
+        losses: scalar of every step of this worker.
+        chips_of: step -> ids of its chips.
+        what: the training and its epoch, for the message.
+
+    Raises:
+        DataError: on every worker, if a loss of any of them is NaN or infinite; names the first such step.
+    """
+    values = torch.stack([loss.detach().float() for loss in losses]).cpu()
+    bad = torch.nonzero(~torch.isfinite(values)).flatten().tolist()
+    found = f"{what}, step {bad[0]}: loss {values[bad[0]]} on chips {', '.join(chips_of(bad[0]))}" if bad else None
+    everywhere: list[Any] = [found]
+    if world() > 1:
+        everywhere = [None] * world()
+        torch.distributed.all_gather_object(everywhere, found)
+    first = next((message for message in everywhere if message), None)
+    if first:
+        raise DataError(f"{first}; look at these chips, or lower the learning rate")
+    device = losses[0].device
+    mean = summed(values.mean().to(device)) / world()
+    return float(mean)
+
+
+def save_checkpoint(prefix: StorePath, settings: str, state: State) -> None:
+    """Worker 0 writes `<prefix>/checkpoint.pt`, whole or not at all, in place of the one before."""
+    if rank() == 0:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "checkpoint.pt"
+            torch.save({"settings": settings, **state}, path)
+            put_file(upath(prefix) / "checkpoint.pt", path)
+
+
+def load_checkpoint(prefix: StorePath, settings: str | None) -> State | None:
+    """The state after the last whole epoch, on the CPU, or None where there is none yet.
+
+    Args:
+        prefix: of the training.
+        settings: what the training was asked for, as text; must be what the checkpoint was written for. None takes any.
+
+    Raises:
+        ModelError: the file is damaged or belongs to a training with other settings.
+    """
+    path = upath(prefix) / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        state: State = torch.load(BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise ModelError(f"checkpoint {path} is damaged: {reason}; delete it to train from the start") from None
+    if state.pop("settings", None) != settings is not None:
+        raise ModelError(f"checkpoint {path} is of a training with other settings; delete it or use another prefix")
+    return state
+
+
+def best_weights(prefix: StorePath) -> dict[str, Tensor]:
+    """The weights kept by the training under `prefix`.
+
+    Raises:
+        ModelError: there is no checkpoint, or it is damaged.
+    """
+    state = load_checkpoint(prefix, None)
+    if not state or not state["best"]["weights"]:
+        raise ModelError(f"no epoch of the training under {upath(prefix)} is done; train first")
+    weights: dict[str, Tensor] = state["best"]["weights"]
+    return weights
+
+
+def better(
+    best: State, order: Sequence[float], measures: Mapping[str, float], weights: Callable[[], dict[str, Tensor]]
+) -> State:
+    """What to keep: `best`, or this epoch if its `order` is above; weights are only asked for if they are kept."""
+    if best["weights"] and tuple(order) <= tuple(best["order"]):
+        return best
+    return {"order": list(order), "measures": dict(measures), "weights": weights()}
+
+
+@contextmanager
+def scalars(prefix: StorePath) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    """A function (epoch, name -> value) by which worker 0 writes to `<prefix>/tensorboard`; others write nothing."""
+    if rank():
+        yield lambda epoch, values: None
+        return
+    target = upath(prefix) / "tensorboard"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(str(target)).absolute() if is_local(target) else Path(scratch)
+        with SummaryWriter(str(folder)) as writer:
+
+            def write(epoch: int, values: Mapping[str, float]) -> None:
+                for name, value in values.items():
+                    writer.add_scalar(name, value, epoch)
+                writer.flush()
+                for path in folder.iterdir() if not is_local(target) else ():
+                    put(target / path.name, path.read_bytes())
+
+            yield write
+
+
+def report(values: Mapping[str, float]) -> None:
+    """Tell Ray Train the measures of an epoch; every worker waits for the others here."""
+    ray.train.report(dict(values))

@@ -1,0 +1,99 @@
+import threading
+
+import numpy as np
+import pytest
+import ray
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rayseg.errors import ConfigError, DataError, ModelError
+from rayseg.train import session
+
+
+def loop_of_values(config):
+    with session.scalars(config["prefix"]) as write:
+        for epoch, value in enumerate(config["values"]):
+            write(epoch, {"loss": value})
+            session.report({"loss": value})
+    return {"rank": session.rank(), "world": session.world(), "device": str(session.device_of(config))}
+
+
+def test_without_workers_the_loop_runs_here_and_ray_is_not_started(tmp_path):
+    result = session.fit(loop_of_values, {"prefix": str(tmp_path), "values": [1.0]}, storage=tmp_path, name="t")
+    assert result == {"rank": 0, "world": 1, "device": "cpu"}
+    assert not ray.is_initialized()
+
+
+def test_workers_without_ray_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="needs Ray"):
+        session.fit(loop_of_values, {}, storage=tmp_path, name="t", workers=1)
+
+
+@pytest.mark.parametrize("prefix", ["local", "memory"])
+def test_scalars_can_be_read_by_tensorboard(tmp_path, prefix):
+    place = session.upath(tmp_path if prefix == "local" else "memory://training")
+    session.fit(loop_of_values, {"prefix": str(place), "values": [3.0, 2.0]}, storage=tmp_path, name="t")
+    files = list((place / "tensorboard").iterdir())
+    for path in files:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    events = EventAccumulator(str(tmp_path / files[0].name)).Reload()
+    assert [event.value for event in events.Scalars("loss")] == [3.0, 2.0]
+
+
+@pytest.mark.parametrize(("epoch", "rate"), [(0, 1), (39.9, 1), (40, 0.1), (60, 0.01), (99, 0.01)])
+def test_the_rate_goes_down_in_steps(epoch, rate):
+    assert session.rate_at(((40, 1), (60, 0.1), (80, 0.01)), epoch) == rate
+
+
+@pytest.mark.parametrize(("epoch", "rate"), [(0, 1), (1, 2), (2, 3), (4, 2), (6, 1), (9, 1)])
+def test_the_rate_goes_in_straight_lines_if_asked(epoch, rate):
+    assert session.rate_at(((0, 1), (2, 3), (6, 1)), epoch, gradual=True) == pytest.approx(rate)
+
+
+def in_session(tmp_path, function):
+    return session.fit(lambda config: {"value": function()}, {}, storage=tmp_path, name="t")["value"]
+
+
+def test_an_epoch_draws_the_same_numbers_whatever_came_before(tmp_path):
+    def draw(epoch):
+        generator = session.seed_epoch(3, epoch)
+        return torch.rand(3).tolist() + torch.rand(3, generator=generator).tolist()
+
+    once, again, other = in_session(tmp_path, lambda: [draw(1), draw(1), draw(2)])
+    assert once == again
+    assert not set(once) & set(other)
+    assert len(set(once)) == 6
+
+
+def test_the_first_bad_step_is_named(tmp_path):
+    losses = [torch.tensor(value) for value in (1.0, np.inf, np.nan)]
+    with pytest.raises(DataError, match="net, epoch 7, step 1: loss inf on chips a1, b1; look at these"):
+        in_session(tmp_path, lambda: session.check_finite(losses, lambda k: [f"a{k}", f"b{k}"], what="net, epoch 7"))
+    assert in_session(tmp_path, lambda: session.check_finite(losses[:1] * 3, None, what="")) == 1.0
+
+
+def test_a_checkpoint_is_there_or_not_and_a_damaged_one_is_refused(tmp_path):
+    assert session.load_checkpoint(tmp_path, "a") is None
+    in_session(tmp_path, lambda: session.save_checkpoint(tmp_path, "a", {"epoch": 1, "w": torch.ones(2000)}))
+    assert torch.equal(session.load_checkpoint(tmp_path, "a")["w"], torch.ones(2000))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(ModelError, match="damaged"):
+        session.load_checkpoint(tmp_path, "a")
+    with pytest.raises(ModelError, match="train first"):
+        session.best_weights(tmp_path / "none")
+
+
+def test_the_best_is_kept_until_a_better_comes():
+    best = session.NOTHING
+    for order in [(1, 0), (0, 9), (1, 0), (1, 1)]:
+        best = session.better(best, order, {"at": order[1]}, lambda order=order: {"w": torch.tensor(order)})
+    assert best["measures"] == {"at": 1}
+    assert best["weights"]["w"].tolist() == [1, 1]
+
+
+def test_no_thread_outlives_a_session(tmp_path):
+    before = threading.active_count()
+    session.fit(loop_of_values, {"prefix": str(tmp_path), "values": [1.0]}, storage=tmp_path, name="t")
+    assert threading.active_count() <= before
