@@ -195,7 +195,7 @@ def fmi(reference: NDArray[np.integer], prediction: NDArray[np.integer]) -> floa
 def are(reference: NDArray[np.integer], prediction: NDArray[np.integer]) -> float:
     """Adapted Rand error of two clusterings: 0 alike, 1 unlike.
 
-    Pixels with reference label 0 are not counted, the convention of the measure's inventors; AMI and FMI count them.
+    Pixels with reference label 0 are not counted, as is scikit-image's default; AMI and FMI count them.
     """
     error, _, _ = adapted_rand_error(*_flat(reference, prediction), ignore_labels=(0,))
     return float(error)

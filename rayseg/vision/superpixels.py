@@ -1,5 +1,7 @@
 """Superpixels: small patches of alike pixels, the grain in which unsupervised labels are voted."""
 
+import warnings
+
 import numpy as np
 from numpy.typing import NDArray
 from skimage import segmentation
@@ -25,7 +27,9 @@ def felzenszwalb(
         DataError: the image is not (H, W, C) or is empty.
     """
     _check_image(image_HWC)
-    labels_HW = segmentation.felzenszwalb(image_HWC, scale=scale, sigma=sigma, min_size=min_size, channel_axis=-1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Got image with third dimension", RuntimeWarning)  # bands are meant
+        labels_HW = segmentation.felzenszwalb(image_HWC, scale=scale, sigma=sigma, min_size=min_size, channel_axis=-1)
     return np.asarray(labels_HW, dtype=np.int32)
 
 
