@@ -87,6 +87,7 @@ def test_an_image_without_a_pixel_that_counts_adds_nothing(pair):
     weight[1] = 0
     loss = losses.bce_ssim_iou(logits, pair[1], weight)
     torch.testing.assert_close(loss, losses.bce_ssim_iou(logits[:1], pair[1][:1]) / 2)
+    assert losses.ssim(logits.sigmoid(), pair[1], weight)[1] == 1
     slope = gradient(loss, logits)
     assert slope.isfinite().all()
     assert (slope[1] == 0).all()

@@ -70,7 +70,11 @@ def test_labels_depend_on_nothing_but_the_call_and_leave_the_random_state_alone(
 def test_training_ends_after_the_step_that_leaves_too_few_labels(scene):
     all_at_once = segment(*scene, iterations=30, min_labels=33)
     np.testing.assert_array_equal(all_at_once, segment(*scene, iterations=1))
-    assert not np.array_equal(all_at_once, segment(*scene, iterations=30, min_labels=1))
+    left = int(all_at_once.max()) + 1
+    two = segment(*scene, iterations=2, min_labels=1)
+    assert not np.array_equal(two, all_at_once)
+    np.testing.assert_array_equal(segment(*scene, iterations=2, min_labels=left), two)
+    np.testing.assert_array_equal(segment(*scene, iterations=2, min_labels=left + 1), all_at_once)
 
 
 @pytest.mark.parametrize("bands", [1, 4, 8])
