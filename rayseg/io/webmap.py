@@ -1,0 +1,350 @@
+"""Servers of web-map tiles: which tile is where, and its pixels, asked for politely.
+
+The tiles' plane is the square of EPSG:3857 from -20037508.34 to +20037508.34 in x and y; a zoom divides it in 2**zoom
+rows and columns of tiles, counted from the upper-left corner. "Tile" is the server's word here, not `rayseg.geo.Tile`.
+"""
+
+import logging
+import math
+import random
+import re
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import cache
+from urllib.parse import urlsplit, urlunsplit
+
+import httpx
+import mercantile
+import numpy as np
+import rasterio
+from rasterio.enums import ColorInterp
+from rasterio.errors import RasterioError
+from rasterio.io import DatasetReader, MemoryFile
+
+from rayseg import __version__
+from rayseg.errors import ConfigError, DataError
+from rayseg.geo import Grid, Window
+from rayseg.io.sources import unplaced
+
+CRS = "EPSG:3857"
+_HALF_WORLD = math.pi * 6_378_137.0
+_SAME = 1e-6  # relative difference up to which a resolution is a zoom's own
+_FINEST_ZOOM = 24
+_MOST_BYTES = 8 << 20  # of one tile
+_LONGEST_WAIT = 60.0  # s
+_NO_TILE = {204, 404, 410}
+_BUSY = {408, 425, 429}
+_PLACEHOLDERS = ("{z}", "{x}", "{y}", "{-y}", "{q}", "{s}")
+_BRACED = re.compile(r"\{[^{}]*\}")
+_BRACED_ALONE = re.compile(r"(\{[^{}]*\})+")
+_DRIVERS = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"RIFF": "WEBP"}
+# GDAL's fast way through a PNG takes a truncated one for black
+_DECODING = {"GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO", "GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE"}
+
+
+@dataclass(frozen=True)
+class Fetching:
+    """How tiles are asked for.
+
+    Attributes:
+        tile_size: width and height of the server's tiles in px, 256 or 512.
+        concurrency: most requests under way at once.
+        tries: of a tile, before it counts as failed.
+        backoff: seconds before the second try, doubled before each further one, +-50 % at random, 60 at most;
+            a server's Retry-After counts where it is longer, up to 60 s.
+        timeout: seconds without a byte; a whole request may take four times as long.
+        limit: most tiles that one ingest asks for.
+    """
+
+    tile_size: int = 256
+    concurrency: int = 8
+    tries: int = 6
+    backoff: float = 0.5
+    timeout: float = 30.0
+    limit: int = 200_000
+
+    def __post_init__(self) -> None:
+        if self.tile_size not in {256, 512}:
+            raise ConfigError(f"tile_size is {self.tile_size}, expected 256 or 512: the pixels of the server's tiles.")
+        for name in ("concurrency", "tries", "timeout", "limit"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected a number above 0.")
+
+
+@dataclass(frozen=True)
+class Service:
+    """One zoom of a tile server. `template` holds keys: it goes into requests and nowhere else."""
+
+    template: str = field(repr=False)
+    zoom: int
+    fetching: Fetching
+
+    @property
+    def public(self) -> str:
+        """The template without user, password and whatever in its query is not a placeholder alone."""
+        parts = urlsplit(self.template)
+        query = [term for term in parts.query.split("&") if _BRACED_ALONE.fullmatch(term.partition("=")[2])]
+        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "&".join(query), ""))
+
+    @property
+    def tile_side(self) -> float:
+        """Width and height of a tile in units of EPSG:3857."""
+        return _native(1, self.zoom)
+
+    @property
+    def native(self) -> Grid:
+        """The tiles' own pixels: tile (x, y) starts at pixel (x, y) * tile_size."""
+        side = _native(self.fetching.tile_size, self.zoom)
+        return Grid(CRS, (side, side), (-_HALF_WORLD, _HALF_WORLD))
+
+    def url(self, tile: mercantile.Tile) -> str:
+        """Where a tile is."""
+        return _expanded(self.template, tile)
+
+    def name(self, tile: mercantile.Tile) -> str:
+        """The same, for messages."""
+        return _expanded(self.public, tile)
+
+    def span(self, window: Window) -> tuple[range, range]:
+        """(x, y) of the tiles over a window of native pixels; there are none beyond the world's edge."""
+        size, last = self.fetching.tile_size, 2**self.zoom
+        inside = window.intersect(Window(0, 0, last * size, last * size))
+        xs, ys = range(inside.col // size, -(-inside.col1 // size)), range(inside.row // size, -(-inside.row1 // size))
+        return (range(0), range(0)) if inside.empty else (xs, ys)
+
+
+def service_for(url: str, resolution: float, fetching: Fetching) -> tuple[Service, Grid]:
+    """(the server at the zoom as fine as `resolution` or next finer, the output grid with a corner at (0, 0)).
+
+    Raises:
+        ConfigError: the template or the resolution cannot be meant.
+    """
+    if not 0 < resolution < math.inf:
+        raise ConfigError(f"resolution is {resolution}, expected the side of a pixel in metres, above 0.")
+    coarsest = _native(fetching.tile_size, 0)
+    zoom = max(0, math.ceil(math.log2(coarsest / resolution * (1 - _SAME))))
+    if zoom > _FINEST_ZOOM:
+        raise ConfigError(
+            f"resolution is {resolution}, which needs zoom {zoom}: tiles end at zoom {_FINEST_ZOOM}, "
+            f"{_native(fetching.tile_size, _FINEST_ZOOM):.2g} m per pixel."
+        )
+    service = Service(url, zoom, fetching)
+    _check_template(service)
+    side = _native(fetching.tile_size, zoom)
+    side = side if math.isclose(side, resolution, rel_tol=_SAME) else resolution
+    return service, Grid(CRS, (side, side), (0.0, 0.0))
+
+
+def _native(tile_size: int, zoom: int) -> float:
+    """Pixel side of a zoom in units of EPSG:3857: 156543.03392804097 / 2**zoom for tiles of 256 px."""
+    return float(2 * _HALF_WORLD / tile_size / 2**zoom)
+
+
+def _check_template(service: Service) -> None:
+    url, known = service.template, ", ".join(_PLACEHOLDERS)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise ConfigError("The template is no valid URL: expected http(s)://host/path.") from None
+    if parts.scheme not in {"http", "https"} or not parts.netloc:
+        raise ConfigError(f"{service.public} is no address of tiles: expected http:// or https:// and a host.")
+    found = set(_BRACED.findall(url))
+    if unknown := sorted(found - set(_PLACEHOLDERS)) or re.findall(r"[{}]", _BRACED.sub("", url)):
+        raise ConfigError(f"{service.public} has {', '.join(unknown)}, which is not understood; known are {known}.")
+    if "{q}" not in found and not ({"{z}", "{x}"} <= found and found & {"{y}", "{-y}"}):
+        raise ConfigError(f"{service.public} names no tile: expected {{z}}, {{x}} and {{y}} or {{-y}}, or {{q}}.")
+    try:
+        httpx.URL(service.url(mercantile.Tile(0, 0, 0)))
+    except httpx.InvalidURL:
+        raise ConfigError(f"{service.public} is no valid URL: expected http(s)://host/path.") from None
+
+
+def _expanded(template: str, tile: mercantile.Tile) -> str:
+    values = {
+        "{z}": tile.z,
+        "{x}": tile.x,
+        "{y}": tile.y,
+        "{-y}": 2**tile.z - 1 - tile.y,
+        "{q}": mercantile.quadkey(tile),
+        "{s}": "abc"[(tile.x + tile.y) % 3],
+    }
+    return _BRACED.sub(lambda found: str(values[found.group()]), template)
+
+
+# -- fetching ----------------------------------------------------------------------------------------------------------
+
+
+class _Passing(Exception):
+    """A failure that may be gone at the next try; `wait` is the server's own wish in seconds."""
+
+    def __init__(self, reason: str, wait: float = 0.0) -> None:
+        super().__init__(reason)
+        self.wait = wait
+
+
+@dataclass(frozen=True)
+class Session:
+    """Open connections to one server, and the threads that use them."""
+
+    service: Service
+    client: httpx.Client
+    pool: ThreadPoolExecutor
+
+
+@contextmanager
+def session(service: Service) -> Iterator[Session]:
+    """Connections to the server; while they are open, httpx logs nothing below a warning, for it logs whole URLs."""
+    many, timeout = service.fetching.concurrency, httpx.Timeout(service.fetching.timeout, pool=None)
+    limits = httpx.Limits(max_connections=many, max_keepalive_connections=many)
+    headers = {"User-Agent": f"rayseg/{__version__}", "Accept": "image/png, image/jpeg, image/webp"}
+    loggers = [logging.getLogger(name) for name in ("httpx", "httpcore.http11", "httpcore.connection")]
+    for logger in loggers:
+        logger.addFilter(_is_warning)
+    try:
+        with (
+            httpx.Client(
+                verify=_trusted(), limits=limits, timeout=timeout, headers=headers, follow_redirects=True
+            ) as client,
+            ThreadPoolExecutor(many, "tiles") as pool,
+        ):
+            yield Session(service, client, pool)
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_is_warning)
+
+
+@cache
+def _trusted() -> ssl.SSLContext:
+    """The certificates that httpx trusts, read once."""
+    return httpx.create_ssl_context()
+
+
+def _is_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING
+
+
+def mosaic(session: Session, window: Window) -> np.ndarray:
+    """(4, height, width) uint8 of a window of native pixels: red, green, blue and 255 where there is data.
+
+    Raises:
+        DataError: of the first tile that failed for good; the others are not asked for any more.
+    """
+    size, (xs, ys) = session.service.fetching.tile_size, session.service.span(window)
+    mosaic_CHW = np.zeros((4, window.height, window.width), np.uint8)
+    stop = threading.Event()
+
+    def paste(tile: mercantile.Tile) -> None:
+        rgba_CHW = _tile(session, tile, stop)
+        if rgba_CHW is not None:
+            at = Window(tile.x * size, tile.y * size, size, size)
+            part = at.intersect(window)
+            mosaic_CHW[:, *part.slices(window)] = rgba_CHW[:, *part.slices(at)]
+
+    futures = [session.pool.submit(paste, mercantile.Tile(x, y, session.service.zoom)) for y in ys for x in xs]
+    try:
+        for future in as_completed(futures):
+            future.result()
+    finally:
+        stop.set()
+        for future in futures:
+            future.cancel()
+        wait(futures)
+    return mosaic_CHW
+
+
+def _tile(session: Session, tile: mercantile.Tile, stop: threading.Event) -> np.ndarray | None:
+    """(4, size, size) uint8 as in a mosaic; None where the server has no tile, or when `stop` is set."""
+    fetching, pause, reason = session.service.fetching, 0.0, ""
+    for attempt in range(fetching.tries):
+        if stop.wait(pause):
+            return None
+        try:
+            body = _ask(session, tile)
+            return None if body is None else _decoded(body, session.service.name(tile), fetching.tile_size)
+        except _Passing as failure:
+            reason = str(failure)
+            pause = max(failure.wait, fetching.backoff * 2**attempt * random.uniform(0.5, 1.5))
+            pause = min(pause, _LONGEST_WAIT)
+    raise DataError(f"{session.service.name(tile)} failed {fetching.tries} times, at last with {reason}")
+
+
+def _ask(session: Session, tile: mercantile.Tile) -> bytes | None:
+    """The body of a tile; None where the server has none."""
+    name, most = session.service.name(tile), 4 * session.service.fetching.timeout
+    body, end = bytearray(), time.monotonic() + most
+    try:
+        with session.client.stream("GET", session.service.url(tile)) as answer:
+            if answer.status_code in _NO_TILE:
+                return None
+            _expect_ok(answer, name)
+            for part in answer.iter_bytes():
+                body += part
+                if len(body) > _MOST_BYTES:
+                    raise DataError(f"{name} has more than {_MOST_BYTES} bytes, expected one tile")
+                if time.monotonic() > end:
+                    raise _Passing(f"an answer that took more than {most:g} s")
+    except httpx.RequestError as error:  # its text and context may hold the URL
+        raise _Passing(type(error).__name__) from None
+    return bytes(body)
+
+
+def _expect_ok(answer: httpx.Response, name: str) -> None:
+    status = answer.status_code
+    if status in _BUSY or status >= 500:
+        raise _Passing(f"HTTP {status}", _retry_after(answer.headers.get("Retry-After", "")))
+    if status != 200:
+        raise DataError(f"{name} was answered with HTTP {status}: check the address, the key and the terms of use")
+
+
+def _retry_after(text: str) -> float:
+    """Seconds that a Retry-After header asks for, as a number or a date; 0 when it says nothing."""
+    if text.isdecimal():
+        return float(text)
+    try:
+        return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):  # TypeError: a date without zone
+        return 0.0
+
+
+def _decoded(body: bytes, name: str, size: int) -> np.ndarray:
+    """(4, size, size) uint8: red, green, blue and 255 where there is data, all 0 elsewhere."""
+    driver = next((driver for magic, driver in _DRIVERS.items() if body.startswith(magic)), None)
+    if driver is None:
+        raise _Passing("a body that is no PNG, JPEG or WebP image")
+    try:
+        with rasterio.Env(**_DECODING), MemoryFile(body) as file:
+            with unplaced():
+                dataset = file.open(driver=driver)
+            with dataset:
+                if dataset.shape != (size, size) or dataset.dtypes[0] != "uint8":
+                    height, width = dataset.shape
+                    raise DataError(
+                        f"{name} is {width} x {height} px of {dataset.dtypes[0]}, expected {size} x {size} of uint8: "
+                        "check tile_size"
+                    )
+                rgba_CHW = _rgba(dataset)
+    except RasterioError:
+        raise _Passing(f"a broken {driver} image") from None
+    rgba_CHW[3] = np.where(rgba_CHW[3] > 0, 255, 0)
+    rgba_CHW[:3, rgba_CHW[3] == 0] = 0
+    return rgba_CHW
+
+
+def _rgba(dataset: DatasetReader) -> np.ndarray:
+    """Palette, grey or colour, with or without transparency, as four bands."""
+    pixels_CHW: np.ndarray = dataset.read()
+    if dataset.colorinterp[0] is ColorInterp.palette:
+        colors = np.zeros((256, 4), np.uint8)
+        for value, color in dataset.colormap(1).items():
+            colors[value] = color
+        rgba_HWC: np.ndarray = colors[pixels_CHW[0]]
+        return rgba_HWC.transpose(2, 0, 1)
+    color_CHW = pixels_CHW[:3] if len(pixels_CHW) >= 3 else pixels_CHW[[0, 0, 0]]
+    return np.stack([*color_CHW, dataset.dataset_mask()])
