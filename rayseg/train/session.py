@@ -25,7 +25,6 @@ import torch.distributed
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError
 from rayseg.store import StorePath, is_local, put, put_file, upath
@@ -174,14 +173,14 @@ def check_finite(losses: Sequence[Tensor], chips_of: Callable[[int], Sequence[st
     """
     values = torch.stack([loss.detach().float() for loss in losses]).cpu()
     bad = torch.nonzero(~torch.isfinite(values)).flatten().tolist()
-    found = f"{what}, step {bad[0]}: loss {values[bad[0]]} on chips {', '.join(chips_of(bad[0]))}" if bad else None
+    found = (bad[0], f"loss {values[bad[0]]} on chips {', '.join(chips_of(bad[0]))}") if bad else None
     everywhere: list[Any] = [found]
     if world() > 1:
         everywhere = [None] * world()
         torch.distributed.all_gather_object(everywhere, found)
-    first = next((message for message in everywhere if message), None)
-    if first:
-        raise DataError(f"{first}; look at these chips, or lower the learning rate")
+    if troubles := [trouble for trouble in everywhere if trouble]:
+        step, trouble = min(troubles)
+        raise DataError(f"{what}, step {step}: {trouble}; look at these chips, or lower the learning rate")
     device = losses[0].device
     mean = summed(values.mean().to(device)) / world()
     return float(mean)
@@ -247,6 +246,8 @@ def scalars(prefix: StorePath) -> Iterator[Callable[[int, Mapping[str, float]], 
     if rank():
         yield lambda epoch, values: None
         return
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, and workers start often
+
     target = upath(prefix) / "tensorboard"
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(str(target)).absolute() if is_local(target) else Path(scratch)
