@@ -81,9 +81,13 @@ def pictures_of(tiles: Sequence[MappedTile], *, size: int = 1400) -> list[Pictur
     grids: dict[Grid, list[MappedTile]] = {}
     for tile in tiles:
         grids.setdefault(tile.tile.grid, []).append(tile)
-    placed = [mosaic(found, size=size, title=grid.name) for grid, found in grids.items() if grid.crs is not None]
+    placed = [mosaic(found, size=size, title=_named(grid)) for grid, found in grids.items() if grid.crs is not None]
     images = [found for grid, found in grids.items() if grid.crs is None]
     return [*placed, contact_sheet(images, size=size)] if images else placed
+
+
+def _named(grid: Grid) -> str:
+    return grid.crs if grid.crs and grid.crs.upper().startswith("EPSG:") else grid.name
 
 
 def mosaic(tiles: Sequence[MappedTile], *, size: int, title: str) -> Picture:

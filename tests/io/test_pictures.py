@@ -27,7 +27,7 @@ def test_a_small_region_is_shown_pixel_by_pixel_with_classes_over_the_imagery(tm
     mask[:10, :10] = NODATA
     image = picture(mask % 2)
     [shown] = pictures_of(tiles_of(tmp_path, {"scene": (image, mask, (5, 7))}))
-    assert shown.title == "32650"
+    assert shown.title == "EPSG:32650"
     assert shown.step == 1
     np.testing.assert_array_equal(shown.classes_HW, mask)
     np.testing.assert_array_equal(shown.imagery()[..., :3], image.transpose(1, 2, 0))
