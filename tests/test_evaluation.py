@@ -13,7 +13,7 @@ from fake_run import GPC, NODATA, UTM, blobs, make, picture, place
 from rayseg import evaluation
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo import Grid, Window
-from rayseg.io import cog
+from rayseg.io import catalog, cog, masks
 from rayseg.io.maps import mapped_tiles, pixel_area_m2, seam_score, width_m
 from rayseg.io.sources import unplaced
 from rayseg.metrics import Confusion
@@ -81,14 +81,15 @@ def test_a_run_meets_georeferenced_truth_by_place_and_every_pixel_is_counted_onc
 
 
 def test_truth_on_another_grid_is_read_by_its_nearest_pixels(tmp_path):
-    predicted = blobs(64, 64, seed=3)
-    run_of(tmp_path, predicted)
-    finer = Grid("EPSG:32650", (1.0, 1.0), (0.0, 0.0))
-    doubled = predicted.repeat(2, 0).repeat(2, 1)
+    table = ClassTable((*GPC.classes, (2, "water", (0, 0, 255))))
+    predicted = blobs(64, 64, seed=3) * 2
+    run_of(tmp_path, predicted, table=table)
+    finer = Grid("EPSG:32650", (0.5, 0.5), (0.0, 0.0))
     window = place(predicted, -32, 64)
-    window = Window(2 * window.col, 2 * window.row, 128, 128)
-    cog.write_classes(tmp_path / "truth" / "a.tif", doubled, finer, window, GPC)
+    window = Window(4 * window.col + 1, 4 * window.row + 1, 256, 256)
+    cog.write_classes(tmp_path / "truth" / "a.tif", predicted.repeat(4, 0).repeat(4, 1), finer, window, table)
     result = evaluation.evaluate(str(tmp_path / "run"), str(tmp_path / "truth"))
+    assert result["classes"][1]["reference"] == 0  # a mixture of 0 and 2 would be 1
     assert result["overall"]["overall_accuracy"]["value"] == 1.0
     assert result["pixels"] == 64 * 64
 
@@ -305,6 +306,22 @@ def test_of_an_items_masks_the_one_with_the_maps_classes_is_taken_or_the_one_nam
         evaluation.evaluate(str(tmp_path / "run"), f"{uri}#lies")
 
 
+def test_a_runs_collection_is_a_prediction_too(tmp_path):
+    predicted, real = blobs(100, 100, seed=1), blobs(100, 100, seed=2)
+    root = run_of(tmp_path, predicted).root
+    truth_at(tmp_path / "truth" / "a.tif", real)
+    hrefs = []
+    for mapped in mapped_tiles(root):
+        folder = tmp_path / "run" / "tiles" / mapped.tile.id
+        cog.write_scores(folder / "scores.tif", predicted[None, :1, :1], mapped.tile.grid, Window(0, 0, 1, 1), ["gpc"])
+        catalog.write_tile_item(folder, mapped.tile, GPC, sources=[], model="model.json")
+        hrefs.append(str(folder / f"{mapped.tile.id}.json"))
+    catalog.write_collection(root, hrefs, title="netting")
+    as_collection = evaluation.evaluate(f"{root}/collection.json", str(tmp_path / "truth"))
+    as_run = evaluation.evaluate(root, str(tmp_path / "truth"))
+    assert as_collection["confusion"] == as_run["confusion"]
+
+
 def test_an_unfinished_run_and_a_missing_table_are_refused(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
@@ -326,6 +343,17 @@ def test_rotated_truth_is_placed_too(tmp_path):
     result = evaluation.evaluate(str(tmp_path / "run"), str(tmp_path / "truth"))
     assert result["pixels"] == pytest.approx(400, abs=25)
     assert result["overall"]["overall_accuracy"]["value"] == 1.0
+
+
+@pytest.mark.real
+def test_real_palette_masks_are_read_by_their_colours(shared):
+    [mask, *_] = masks.masks_of(str(shared / "data" / "landcover" / "masks"))
+    colors = [(0, 255, 255), (255, 255, 0), (255, 0, 255), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)]
+    backwards = ClassTable(tuple((6 - k, f"class {k}", color) for k, color in enumerate(colors)))
+    window = Window(0, 0, mask.width, mask.height)
+    classes = masks.read_classes([mask], masks.pixels_of(mask), window, backwards)
+    with unplaced(), rasterio.open(mask.assets[0][0]) as file:
+        np.testing.assert_array_equal(classes, 6 - file.read(1))
 
 
 @pytest.mark.real
