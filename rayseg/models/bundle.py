@@ -68,7 +68,7 @@ class Architecture(Config):
     """Which of the known factories builds the network, and with which options."""
 
     factory: Literal["classifier", "segmenter"]
-    options: dict[str, str | int | float | tuple[int, ...]]
+    options: dict[str, str | int | float]
     """Arguments of the factory, without its weights."""
 
 
@@ -123,7 +123,7 @@ class Bundle(Config):
     def outputs(self) -> int:
         """Number of the model's logits per image or pixel; 1 is a class against the rest."""
         options, usual = self.architecture.options, {"classifier": 2, "segmenter": 1}
-        return int(str(options.get("classes", usual[self.architecture.factory])))
+        return int(options.get("classes", usual[self.architecture.factory]))
 
     def normalize(self, image_CHW: NDArray[Any]) -> NDArray[np.float32]:
         """The model's input of imagery as it is stored; see `Scaling.normalize`."""

@@ -5,43 +5,40 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import avg_pool2d
 
 from rayseg.errors import ConfigError
 from rayseg.models.encoders import build_encoder
 
 Pooling = Callable[[Tensor], Tensor]
-Stages = tuple[int, ...]
 
 
 class Classifier(nn.Module):
-    """images_NCHW -> logits_NK, by pooling one score per class and position of the encoder's feature maps.
+    """images_NCHW -> logits_NK, by pooling one score per class and position of the encoder's last feature map.
 
     `stages[k]` passes on the encoder's k-th feature map (0 is the image, -1 the last): a place for hooks that is the
     same for every encoder, at which class activation maps are taken.
 
-    With average pooling of the last stage this is the usual average pool, dropout and linear layer in another order:
-    whole channels are dropped, and a mean of linear scores is the linear score of the mean. The other poolings come
-    from learning with many instances per label: a chip is positive because some part of it is.
+    With average pooling this is the usual average pool, dropout and linear layer in another order: whole channels are
+    dropped, and a mean of linear scores is the linear score of the mean. The other poolings come from learning with
+    many instances per label: a chip is positive because some part of it is.
     """
 
-    def __init__(self, encoder: nn.Module, *, stages: Stages, classes: int, dropout: float, pool: Pooling) -> None:
+    def __init__(self, encoder: nn.Module, *, classes: int, dropout: float, pool: Pooling, reduce: int) -> None:
         super().__init__()
         widths: list[int] = encoder.out_channels  # type: ignore[assignment]
         self.encoder = encoder
         self.stages = nn.ModuleList(nn.Identity() for _ in widths)
-        self.seen = stages
         self.dropout = nn.Dropout2d(dropout)
-        self.head = nn.Conv2d(sum(widths[stage] for stage in stages), classes, kernel_size=1)
+        self.head = nn.Conv2d(widths[-1], classes, kernel_size=1)
         self.pool = pool
+        self.reduce = reduce
 
     def position_logits(self, images_NCHW: Tensor) -> Tensor:
-        """Logits_NKHW of every class at every position of the finest stage the head sees."""
-        feature_maps = [stage(x) for stage, x in zip(self.stages, self.encoder(images_NCHW), strict=True)]
-        seen = [feature_maps[stage] for stage in self.seen]
-        finest = max(seen, key=lambda x: x.shape[2]).shape[2:]
-        alike = [x if x.shape[2:] == finest else interpolate(x, size=finest, mode="bilinear") for x in seen]
-        scores: Tensor = self.head(self.dropout(torch.cat(alike, dim=1)))
+        """Logits_NKHW of every class at every position of the last feature map."""
+        seen = avg_pool2d(images_NCHW, self.reduce) if self.reduce > 1 else images_NCHW
+        feature_maps = [stage(x) for stage, x in zip(self.stages, self.encoder(seen), strict=True)]
+        scores: Tensor = self.head(self.dropout(feature_maps[-1]))
         return scores
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
@@ -56,11 +53,11 @@ def build_classifier(
     dropout: float = 0.2,
     weights: str = "imagenet",
     channels: int = 3,
-    stages: Stages = (5,),
     stride: int = 32,
     pooling: str = "average",
+    reduce: int = 1,
 ) -> Classifier:
-    """A classifier of normalised images_NCHW (float32, sides multiples of 32) into `classes`.
+    """A classifier of normalised images_NCHW (float32, sides multiples of 32 * reduce) into `classes`.
 
     Args:
         encoder: a name of segmentation_models_pytorch or of timm, for example "regnety_040".
@@ -68,21 +65,19 @@ def build_classifier(
         dropout: share of the channels dropped before the head in training.
         weights: of the encoder: "imagenet" (downloaded), "none", or a `.pth`, `.pt` or `.safetensors` file.
         channels: bands of the images.
-        stages: of the encoder, 1..5, that the head sees; stage k has 1/2^k of the resolution, finer to localise.
-        stride: pixels per position of the last stage: 32, or 16 or 8 by dilation where the encoder can.
+        stride: pixels per position of the last feature map: 32, or 16 or 8 by dilation where the encoder can.
         pooling: one of `POOLINGS`: the mean over the positions, a soft maximum (logsumexp), or the mean of a class's
             highest 1, 5, 10 or 20 % of positions.
+        reduce: side in pixels of the squares whose mean the encoder sees as one pixel.
 
     Raises:
-        ConfigError: encoder, stages, stride or pooling are unknown or do not go together.
+        ConfigError: encoder, stride or pooling are unknown or do not go together.
         ModelError: the weights are not to be had or do not fit.
     """
     if pooling not in POOLINGS:
         raise ConfigError(f"pooling {pooling!r} is unknown, expected one of: {', '.join(POOLINGS)}")
-    if not stages or not set(stages) <= set(range(1, 6)):
-        raise ConfigError(f"the classifier's stages are {list(stages)}, expected some of 1, 2, 3, 4, 5")
-    trunk = build_encoder(encoder, channels=channels, depth=max(stages), stride=stride, weights=weights)
-    return Classifier(trunk, stages=tuple(stages), classes=classes, dropout=dropout, pool=POOLINGS[pooling])
+    trunk = build_encoder(encoder, channels=channels, stride=stride, weights=weights)
+    return Classifier(trunk, classes=classes, dropout=dropout, pool=POOLINGS[pooling], reduce=reduce)
 
 
 def class_probabilities(logits_NK: Tensor) -> Tensor:

@@ -55,16 +55,13 @@ def pretrained_name(encoder: str, weights: str) -> str | bool | None:
     return True if encoder.startswith("tu-") else "imagenet"
 
 
-def build_encoder(
-    encoder: str, *, channels: int = 3, depth: int = 5, stride: int = 32, weights: str = "imagenet"
-) -> nn.Module:
-    """An encoder: images_NCHW -> list of `depth + 1` feature maps, the first being the images themselves.
+def build_encoder(encoder: str, *, channels: int = 3, stride: int = 32, weights: str = "imagenet") -> nn.Module:
+    """An encoder: images_NCHW -> list of 6 feature maps, the first being the images, the k-th 1/2^k of their size.
 
     Args:
         encoder: a name of segmentation_models_pytorch or of timm.
         channels: bands of the images.
-        depth: number of stages; stage k has 1/2^k of the images' resolution.
-        stride: pixels per position of the last stage; 16 or 8 by dilation, where the encoder can.
+        stride: pixels per position of the last feature map; 16 or 8 by dilation, where the encoder can.
         weights: "imagenet" (downloaded), "none" (random), or the path of a `.pth`, `.pt` or `.safetensors` file.
 
     Raises:
@@ -78,7 +75,6 @@ def build_encoder(
             model: nn.Module = smp.encoders.get_encoder(
                 name,
                 in_channels=channels,
-                depth=depth,
                 output_stride=stride,
                 weights=pretrained_name(name, weights),
             )
@@ -113,8 +109,7 @@ def load_encoder_weights(encoder: nn.Module, path: str) -> None:
     state = max(_spellings(read_state(path)), key=lambda spelled: len(_fitting(spelled, wanted)))
     fitting = _fitting(state, wanted)
     missing = [key for key in wanted if key not in fitting and not key.endswith("num_batches_tracked")]
-    whole = getattr(encoder, "_depth", 5) == 5
-    surplus = [key for key in state if whole and key not in wanted and not _in_head(key)]
+    surplus = [key for key in state if key not in wanted and not _in_head(key)]
     if missing or surplus:
         first = f"{missing[0]} is missing or of another shape" if missing else f"{surplus[0]} has no place in it"
         raise ModelError(

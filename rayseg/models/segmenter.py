@@ -3,7 +3,8 @@
 import warnings
 
 import segmentation_models_pytorch as smp
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, interpolate
 
 from rayseg.errors import ConfigError
 from rayseg.models.encoders import (
@@ -17,10 +18,39 @@ from rayseg.models.encoders import (
 ARCHITECTURES = tuple(sorted(smp.MODEL_ARCHITECTURES_MAPPING))
 
 
+class Reduced(nn.Module):
+    """A segmenter that sees squares of pixels as one: means go in, logits are brought back bilinearly.
+
+    A network that has learnt from photographs of things at hand sees the ground at a coarser scale this way, and does
+    so wherever the model is used.
+    """
+
+    def __init__(self, net: nn.Module, *, reduce: int) -> None:
+        super().__init__()
+        self.net = net
+        self.reduce = reduce
+
+    @property
+    def encoder(self) -> nn.Module:
+        """That of the network inside."""
+        return self.net.get_submodule("encoder")
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """Logits_NKHW of the images' size."""
+        logits = self.net(avg_pool2d(images_NCHW, self.reduce))
+        return interpolate(logits, size=images_NCHW.shape[2:], mode="bilinear")
+
+
 def build_segmenter(
-    architecture: str, encoder: str, *, classes: int = 1, weights: str = "imagenet", channels: int = 3
+    architecture: str,
+    encoder: str,
+    *,
+    classes: int = 1,
+    weights: str = "imagenet",
+    channels: int = 3,
+    reduce: int = 1,
 ) -> nn.Module:
-    """A network from normalised images_NCHW (float32, sides multiples of 32) to logits_NKHW of the same size.
+    """A network from normalised images_NCHW (float32, sides multiples of 32 * reduce) to logits_NKHW of that size.
 
     Args:
         architecture: one of `ARCHITECTURES`, for example "unet" or "deeplabv3plus".
@@ -28,6 +58,7 @@ def build_segmenter(
         classes: number of maps K; 1 for a class against the rest (sigmoid), else one per class (softmax).
         weights: of the encoder: "imagenet" (downloaded), "none", or a `.pth`, `.pt` or `.safetensors` file.
         channels: bands of the images.
+        reduce: side in pixels of the squares whose mean the network sees as one pixel.
 
     Raises:
         ConfigError: the architecture or the encoder is unknown, or they do not go together.
@@ -50,4 +81,4 @@ def build_segmenter(
         raise cannot_build(f"{architecture} on encoder {encoder}", weights, error) from None
     if weights not in {"imagenet", "none"}:
         load_encoder_weights(model.get_submodule("encoder"), weights)
-    return model
+    return Reduced(model, reduce=reduce) if reduce > 1 else model

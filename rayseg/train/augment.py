@@ -21,6 +21,10 @@ class Augment(Config):
 
     crop: Literal["centre", "random"] = "centre"
     """Where the window lies that is cut out."""
+    covered: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a window that its mask should cover, where the mask is not empty; only random windows are drawn anew."""
+    draws: Annotated[int, Field(gt=0)] = 6
+    """Windows drawn until one is covered; the last one is taken anyway."""
     scale: tuple[float, float] = (1.0, 1.0)
     """Smallest and largest magnification; 0.5 shows twice the ground."""
     flip: Share = 0.5
@@ -30,15 +34,19 @@ class Augment(Config):
     rotate: Share = 0.5
     """Share of the images turned by 90, 180 or 270 degrees."""
     jitter: Share = 0.0
-    """Share of the images whose colours change by the next four."""
+    """Share of the images whose colours change by what follows."""
     brightness: Share = 0.3
     """Largest relative change of all values."""
+    cast: Share = 0.0
+    """Largest relative change of one band."""
     contrast: Share = 0.3
     """Largest relative change of the distance from the image's mean."""
-    saturation: Share = 0.3
-    """Largest relative change of the distance from grey; three-band images only."""
+    saturation: tuple[float, float] = (0.7, 1.3)
+    """Smallest and largest factor on the distance from grey; three-band images only."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.05
     """Largest turn of the hue in full circles; three-band images only."""
+    gamma: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (1.0, 1.0)
+    """Smallest and largest exponent on value / 255."""
 
 
 def augment(
@@ -89,19 +97,36 @@ def cut(
         raise DataError(
             f"chips are {height} x {width} px, training takes {size} x {size}: read larger chips or lower size"
         )
-    low, high = settings.scale
-    luck = torch.rand(len(images_NCHW), 3, generator=generator).tolist()
     pieces, covers = [], []
-    for image, mask, (zoom, down, right) in zip(images_NCHW, _each(masks_N1HW, len(luck)), luck, strict=True):
-        side = min(round(size / (low + zoom * (high - low))), height, width)
-        spare = (height - side, width - side)
-        share = (down, right) if settings.crop == "random" else None
-        top, left = (room // 2 for room in spare) if share is None else map(_within, spare, share)
-        window = (..., slice(top, top + side), slice(left, left + side))
+    for image, mask in zip(images_NCHW, _each(masks_N1HW, len(images_NCHW)), strict=True):
+        window = _window(image.shape[1:], mask, settings, generator, size=size)
         pieces.append(_resized(image[window].float(), size, smooth=True))
         if mask is not None:
             covers.append(_resized(mask[window].float(), size, smooth=False))
     return torch.stack(pieces), torch.stack(covers) if covers else None
+
+
+def _window(
+    shape: tuple[int, ...], mask_1HW: Tensor | None, settings: Augment, generator: Generator, *, size: int
+) -> tuple[slice, ...]:
+    """A window of the magnification and at the place that `settings` says; drawn anew while its mask is too empty."""
+    wanted = settings.covered if settings.crop == "random" and mask_1HW is not None and (mask_1HW == 1).any() else 0.0
+    for _ in range(settings.draws):
+        window = _draw(shape, settings, torch.rand(3, generator=generator).tolist(), size=size)
+        if not wanted or mask_1HW is None or (mask_1HW[window] == 1).float().mean() > wanted:
+            break
+    return window
+
+
+def _draw(shape: tuple[int, ...], settings: Augment, luck: list[float], *, size: int) -> tuple[slice, ...]:
+    low, high = settings.scale
+    side = min(round(size / (low + luck[0] * (high - low))), *shape)
+    spare = [whole - side for whole in shape]
+    if settings.crop == "random":
+        top, left = map(_within, spare, luck[1:])
+    else:
+        top, left = (room // 2 for room in spare)
+    return slice(None), slice(top, top + side), slice(left, left + side)
 
 
 def _within(room: int, share: float) -> int:
@@ -150,14 +175,25 @@ def _rotate(images: Tensor, share: float, generator: Generator) -> Tensor:
 
 
 def _jitter(images: Tensor, settings: Augment, generator: Generator) -> Tensor:
-    """Brightness, contrast, saturation and hue, in this order, of the images chosen; values stay in 0..255."""
-    luck = (torch.rand(4, len(images), generator=generator) * 2 - 1).to(images.device)[..., None, None, None]
-    changed = images * (1 + luck[0] * settings.brightness)
+    """Brightness, cast, contrast, saturation, hue and gamma, in this order, of the images chosen; within 0..255."""
+    count, bands = images.shape[:2]
+
+    def between(low: float, high: float, width: int = 1) -> Tensor:
+        return low + torch.rand(count, width, 1, 1, generator=generator).to(images.device) * (high - low)
+
+    def around_one(reach: float, width: int = 1) -> Tensor:
+        return between(1 - reach, 1 + reach, width)
+
+    changed = images * around_one(settings.brightness) * around_one(settings.cast, bands)
     mean = changed.mean(dim=(1, 2, 3), keepdim=True)
-    changed = (changed - mean) * (1 + luck[1] * settings.contrast) + mean
-    if images.shape[1] == 3:
-        changed = _recolour(changed, 1 + luck[2] * settings.saturation, luck[3] * settings.hue * 2 * torch.pi)
-    return torch.where(_chosen(images, settings.jitter, generator), changed.clamp(0, 255), images)
+    changed = (changed - mean) * around_one(settings.contrast) + mean
+    if bands == 3:
+        turn = settings.hue * 2 * torch.pi
+        changed = _recolour(changed, between(*settings.saturation), between(-turn, turn))
+    changed = changed.clamp(0, 255)
+    if settings.gamma != (1.0, 1.0):
+        changed = 255 * (changed / 255) ** between(*settings.gamma)
+    return torch.where(_chosen(images, settings.jitter, generator), changed, images)
 
 
 def _recolour(images: Tensor, saturation_N111: Tensor, angle_N111: Tensor) -> Tensor:

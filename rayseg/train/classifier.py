@@ -33,18 +33,18 @@ class ClassifierConfig(Config):
     """Of the encoder: "imagenet", "none", or a file."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Share of the channels dropped before the head."""
-    stages: tuple[int, ...] = (5,)
-    """Of the encoder, 1..5, that the head sees."""
     stride: int = 32
-    """Pixels per position of the last stage: 32, 16 or 8."""
+    """Pixels per position of the last feature map: 32, 16 or 8."""
+    reduce: Annotated[int, Field(gt=0)] = 1
+    """Side in pixels of the squares whose mean the encoder sees as one pixel."""
     pooling: str = "average"
     """How the scores of the positions become one of the chip; see rayseg.models.classifier.POOLINGS."""
     one_logit: bool = False
     """One logit for the positive class instead of one per class."""
     positive: int | None = 0
     """The class half of each batch is of; None draws all chips alike."""
-    size: Annotated[int, Field(gt=0, multiple_of=32)] = 512
-    """Side in pixels of the windows cut out of the chips."""
+    size: Annotated[int, Field(gt=0)] = 512
+    """Side in pixels of the windows cut out of the chips; a multiple of 32 times `reduce`."""
     epochs: Annotated[int, Field(gt=0)] = 80
     """One epoch is one pass over the positive chips."""
     rates: Rates = ((40, 1e-3), (60, 1e-4), (80, 1e-5))
@@ -54,16 +54,16 @@ class ClassifierConfig(Config):
     augment: Augment = Augment()
     """What happens to training chips."""
 
-    def options(self, *, classes: int, channels: int) -> dict[str, str | int | float | tuple[int, ...]]:
+    def options(self, *, classes: int, channels: int) -> dict[str, str | int | float]:
         """Arguments of `build_classifier`, as a bundle keeps them."""
         return {
             "encoder": self.encoder,
             "classes": 1 if self.one_logit else classes,
             "dropout": self.dropout,
             "channels": channels,
-            "stages": self.stages,
             "stride": self.stride,
             "pooling": self.pooling,
+            "reduce": self.reduce,
         }
 
 
@@ -116,6 +116,8 @@ def _check(settings: ClassifierConfig, chips: Chips, workers: int) -> None:
     unit = workers if settings.positive is None else 2 * workers
     if settings.learning.batch % unit:
         raise ConfigError(f"batch {settings.learning.batch} cannot be shared evenly; make it a multiple of {unit}")
+    if settings.size % (32 * settings.reduce):
+        raise ConfigError(f"size {settings.size} is no multiple of 32 x reduce = {32 * settings.reduce} px; change it")
     if settings.one_logit and (settings.positive is None or max(chips.labels) > 1):
         raise ConfigError("one_logit tells one class from another: set positive, and have labels 0 and 1 only")
 

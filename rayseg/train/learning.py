@@ -35,8 +35,8 @@ class Learning(Config):
     """Go from rate to rate of a schedule in straight lines instead of in steps."""
     clip: Annotated[float, Field(gt=0)] | None = None
     """Longest gradient; longer ones are shortened to it."""
-    freeze_batchnorm: bool = False
-    """Keep the batch norms' statistics of pretraining; for few chips or small batches."""
+    freeze_batchnorm: Literal["none", "encoder", "all"] = "none"
+    """Where batch norms keep the statistics they start with; for few chips or small batches on pretrained weights."""
     recalibrate: Annotated[int, Field(ge=0)] = 0
     """Batches from which the batch norms' statistics are taken anew before every evaluation; 0 leaves them."""
     average: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -79,8 +79,9 @@ class Learner:
     def train_mode(self) -> None:
         """Make the network ready for steps."""
         self.model.train()
-        if self.settings.freeze_batchnorm:
-            freeze_batchnorm(self.model)
+        frozen = {"none": None, "encoder": self.net.get_submodule("encoder"), "all": self.net}
+        if (part := frozen[self.settings.freeze_batchnorm]) is not None:
+            freeze_batchnorm(part)
 
     def step(self, loss: Tensor, rate: float) -> None:
         """Change the weights by the gradient of `loss` at a learning rate."""

@@ -61,9 +61,9 @@ def test_a_bundle_lives_on_any_store(described, model):
 
 
 def test_a_classifier_is_a_bundle_too(tmp_path, described):
-    options = {"encoder": "resnet18", "classes": 2, "pooling": "top20", "stages": (3, 4)}
+    options = {"encoder": "resnet18", "classes": 2, "pooling": "top20", "reduce": 2}
     update = {"task": "classification", "architecture": Architecture(factory="classifier", options=options)}
-    model = build_classifier("resnet18", weights="none", pooling="top20", stages=(3, 4)).eval()
+    model = build_classifier("resnet18", weights="none", pooling="top20", reduce=2).eval()
     save(tmp_path, described.model_copy(update=update), model)
     image = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(build(tmp_path)[1](image), model(image))

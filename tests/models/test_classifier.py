@@ -18,7 +18,7 @@ def test_average_pooling_is_the_linear_layer_on_the_mean_features():
 def test_the_poolings_lie_between_mean_and_maximum():
     torch.manual_seed(0)
     names = ("average", "logsumexp", "top10", "top20")
-    models = {name: build_classifier("resnet18", weights="none", stages=(4,), pooling=name).eval() for name in names}
+    models = {name: build_classifier("resnet18", weights="none", stride=16, pooling=name).eval() for name in names}
     for model in models.values():
         model.load_state_dict(models["average"].state_dict())
     positions = models["average"].position_logits(IMAGES)
@@ -36,24 +36,16 @@ def test_logsumexp_pooling_of_equal_scores_is_that_score():
     torch.testing.assert_close(model.pool(torch.full((1, 2, 3, 3), 0.7)), torch.full((1, 2), 0.7))
 
 
-def test_earlier_stages_and_dilation_give_a_finer_map():
-    shallow = build_classifier("mobilenet_v2", weights="none", stages=(4,)).eval()
+def test_dilation_gives_a_finer_map_and_reduction_a_coarser_one():
     dilated = build_classifier("mobilenet_v2", weights="none", stride=8).eval()
-    assert shallow.position_logits(IMAGES).shape[2:] == (4, 4)
+    reduced = build_classifier("mobilenet_v2", weights="none", reduce=2).eval()
     assert dilated.position_logits(IMAGES).shape[2:] == (8, 8)
-    assert len(shallow.stages) == 5
-
-
-def test_the_head_can_see_several_stages_at_the_finest_of_their_sizes():
-    model = build_classifier("resnet18", weights="none", classes=1, stages=(2, 3, 5)).eval()
-    assert model.head.in_channels == 64 + 128 + 512
-    assert model.position_logits(IMAGES).shape == (2, 1, 16, 16)
-
-
-@pytest.mark.parametrize("stages", [(), (0,), (6,)])
-def test_stages_the_encoder_lacks_are_refused(stages):
-    with pytest.raises(ConfigError, match="some of 1, 2, 3, 4, 5"):
-        build_classifier("resnet18", weights="none", stages=stages)
+    assert reduced.position_logits(IMAGES).shape[2:] == (1, 1)
+    coarse = torch.nn.functional.avg_pool2d(IMAGES, 2)
+    reduced.reduce = 1
+    once = reduced(coarse)
+    reduced.reduce = 2
+    torch.testing.assert_close(reduced(IMAGES), once)
 
 
 def test_one_logit_is_a_probability_by_itself():

@@ -17,6 +17,18 @@ def test_any_encoder_of_timm_will_do():
     assert model(torch.zeros(1, 4, 64, 64)).shape == (1, 1, 64, 64)
 
 
+def test_a_reduced_segmenter_sees_the_mean_of_squares_and_answers_at_full_size(tmp_path):
+    plain = build_segmenter("unet", "resnet18", weights="none").eval()
+    reduced = build_segmenter("unet", "resnet18", weights="none", reduce=2).eval()
+    reduced.net.load_state_dict(plain.state_dict())
+    coarse = torch.randn(1, 3, 64, 64)
+    logits = reduced(nn.functional.interpolate(coarse, scale_factor=2, mode="nearest"))
+    assert logits.shape == (1, 1, 128, 128)
+    torch.testing.assert_close(logits, nn.functional.interpolate(plain(coarse), scale_factor=2, mode="bilinear"))
+    assert reduced.encoder is reduced.get_submodule("encoder") is reduced.net.encoder
+    assert len(reduced.state_dict()) == len(plain.state_dict())
+
+
 def test_an_unknown_architecture_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match=", ".join(ARCHITECTURES)):
         build_segmenter("unett", "resnet18", weights="none")

@@ -76,13 +76,13 @@ def test_chips_smaller_than_the_window_are_refused(images):
 
 
 def jittered(images, **strength):
-    none = {"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0}
+    none = {"brightness": 0, "contrast": 0, "saturation": (1, 1), "hue": 0}
     return augment(images, None, Augment(**(STILL | none | {"jitter": 1} | strength)), generator(), size=8)[0]
 
 
 def test_saturation_and_hue_leave_grey_alone_and_brightness_does_not():
     grey = torch.full((4, 3, 8, 8), 90.0)
-    torch.testing.assert_close(jittered(grey, saturation=0.9, hue=0.5), grey, atol=1.0, rtol=0)
+    torch.testing.assert_close(jittered(grey, saturation=(0.1, 1.9), hue=0.5), grey, atol=1.0, rtol=0)
     assert (jittered(grey, brightness=0.5) - grey).abs().amax((1, 2, 3)).min() > 1
 
 
@@ -109,6 +109,33 @@ def test_four_bands_are_jittered_in_brightness_only_and_stay_in_range():
     assert changed.max() <= 255
     assert changed.min() >= 0
     assert changed.std(dim=1).max() == 0
+
+
+def test_saturation_zero_is_grey_and_a_cast_changes_the_bands_apart():
+    images = torch.rand(4, 3, 8, 8) * 150
+    grey = jittered(images, saturation=(0, 0))
+    torch.testing.assert_close(grey[:, 0], grey[:, 2], atol=1.0, rtol=0)
+    ratio = jittered(images, cast=0.4) / images
+    assert ratio.flatten(2).std(dim=2).max() < 1e-3
+    assert ratio[:, :, 0, 0].std(dim=1).min() > 0.01
+
+
+def test_gamma_bends_the_values_and_keeps_the_ends():
+    changed = jittered(torch.tensor([0.0, 127.5, 255.0])[None, :, None, None].repeat(5, 1, 8, 8), gamma=(2, 2))
+    torch.testing.assert_close(changed[0, :, 0, 0], torch.tensor([0.0, 63.75, 255.0]), atol=0.5, rtol=0)
+
+
+def test_windows_are_drawn_until_their_mask_covers_enough():
+    masks = torch.zeros(200, 1, 64, 64)
+    masks[:, :, :16, :16] = 1
+    masks[:, :, 40:] = 255
+    found = {}
+    for draws in (1, 30):
+        settings = Augment(**STILL, crop="random", covered=0.1, draws=draws)
+        _, windows = augment(masks, masks, settings, generator(), size=32)
+        found[draws] = (windows == 1).float().mean((1, 2, 3)) > 0.1
+    assert found[1].float().mean() < 0.3
+    assert found[30].float().mean() > 0.95
 
 
 def test_shares_beyond_one_are_refused():

@@ -43,12 +43,12 @@ def test_it_learns_to_tell_chips_apart(tmp_path, chips, held_out):
 VARIANTS = {
     "the paper's": {},
     "average, frozen norms, adamw": {
-        "learning": Learning(batch=4, average=0.9, freeze_batchnorm=True, optimizer="adamw", weight_decay=0.01)
+        "learning": Learning(batch=4, average=0.9, freeze_batchnorm="all", optimizer="adamw", weight_decay=0.01)
     },
     "one logit, top positions, recalibrated": {
         "one_logit": True,
         "pooling": "top10",
-        "stages": (3, 4),
+        "stride": 16,
         "learning": Learning(batch=4, recalibrate=2, gradual=True, clip=1.0),
     },
     "all chips alike, sgd": {
@@ -109,7 +109,7 @@ def test_the_best_epoch_is_kept_and_without_held_out_chips_the_last(tmp_path, ch
 
 
 def test_an_encoder_at_rate_zero_stays_and_frozen_norms_keep_their_statistics(tmp_path, chips):
-    learning = Learning(batch=4, encoder_rate=0, freeze_batchnorm=True)
+    learning = Learning(batch=4, encoder_rate=0, freeze_batchnorm="all")
     settings = QUICK.model_copy(update={"epochs": 1, "learning": learning})
     fit(settings, chips, tmp_path)
     torch.manual_seed(learning.seed)
@@ -131,6 +131,8 @@ def test_a_loss_that_is_no_number_stops_with_the_step_and_its_chips_and_spoils_n
 def test_settings_that_cannot_be_are_refused(tmp_path, chips):
     with pytest.raises(ConfigError, match="make it a multiple of 4"):
         fit(QUICK.model_copy(update={"learning": Learning(batch=6)}), chips, tmp_path, workers=2)
+    with pytest.raises(ConfigError, match="size 32 is no multiple of 32 x reduce = 64"):
+        fit(QUICK.model_copy(update={"reduce": 2}), chips, tmp_path)
     with pytest.raises(ConfigError, match="one_logit"):
         fit(QUICK.model_copy(update={"positive": None, "one_logit": True}), chips, tmp_path)
     with pytest.raises(DataError, match="no negative chips"):
