@@ -127,14 +127,14 @@ def test_gamma_bends_the_values_and_keeps_the_ends():
 
 def test_windows_are_drawn_until_their_mask_covers_enough():
     masks = torch.zeros(200, 1, 64, 64)
-    masks[:, :, :16, :16] = 1
+    masks[:, :, :24, :24] = 1
     masks[:, :, 40:] = 255
     found = {}
     for draws in (1, 30):
         settings = Augment(**STILL, crop="random", covered=0.1, draws=draws)
         _, windows = augment(masks, masks, settings, generator(), size=32)
         found[draws] = (windows == 1).float().mean((1, 2, 3)) > 0.1
-    assert found[1].float().mean() < 0.3
+    assert found[1].float().mean() < 0.5
     assert found[30].float().mean() > 0.95
 
 
