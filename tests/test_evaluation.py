@@ -1,6 +1,7 @@
 """A map against its truth: matched by place and by name, counted per tile, summed up with intervals."""
 
 import json
+from dataclasses import replace
 
 import matplotlib.image
 import numpy as np
@@ -103,6 +104,17 @@ def test_of_two_truths_over_one_place_the_first_labelled_one_counts(tmp_path):
     truth_at(tmp_path / "truth" / "b.tif", np.zeros((32, 32), np.uint8))
     result = evaluation.evaluate(str(tmp_path / "run"), str(tmp_path / "truth"))
     assert result["confusion"] == [[0, 32 * 22], [0, 32 * 10]]
+
+
+def test_newer_truth_comes_before_older(tmp_path):
+    run = run_of(tmp_path, np.ones((32, 32), np.uint8))
+    truth_at(tmp_path / "truth" / "a.tif", np.ones((32, 32), np.uint8))
+    [mask] = masks.masks_of(str(tmp_path / "truth"))
+    dated = [
+        replace(mask, item_id=name, datetime=f"{year}-01-01T00:00:00Z") for name, year in (("a", 2019), ("b", 2024))
+    ]
+    [matched, *_] = evaluation.match(masks.pieces_of_tiles(mapped_tiles(run.root)), dated)
+    assert [one.item_id for one in matched.truth] == ["b", "a"]
 
 
 def test_pixels_with_truth_but_without_prediction_are_reported_not_counted(tmp_path):
@@ -258,6 +270,17 @@ def test_a_map_without_seams_scores_one_and_a_cut_one_more(tmp_path):
     assert seam_score(mapped_tiles(cut.root))["across"] == 1.0
     assert seam_score(mapped_tiles(cut.root))["ratio"] > 1000
     assert seam_score(mapped_tiles(cut.root), most=5)["borders"] == 5
+
+
+def test_a_seam_is_counted_between_the_two_pixels_at_a_border(tmp_path):
+    mask = np.random.default_rng(1).integers(0, 2, (100, 150)).astype(np.uint8)
+    mask[:, 70:75] = NODATA
+    score = seam_score(mapped_tiles(make(tmp_path / "run", {"scene": (picture(mask % 2), mask, (0, 0))}).root))
+    sides = [(mask[:, 63], mask[:, 64]), (mask[:, 127], mask[:, 128]), (mask[63], mask[64])]
+    valid = [(one != NODATA) & (other != NODATA) for one, other in sides]
+    assert score["pairs"] == sum(int(ok.sum()) for ok in valid)
+    changed = [(one != other) & ok for (one, other), ok in zip(sides, valid, strict=True)]
+    assert score["changes"] == sum(int(change.sum()) for change in changed)
 
 
 def test_a_single_tile_and_images_without_neighbours_have_no_seam_score(tmp_path):

@@ -52,6 +52,14 @@ def test_a_large_region_is_decimated_to_the_size_asked_for(tmp_path):
     assert shown.metres == pytest.approx(800, rel=1e-3)
 
 
+def test_decimation_leaves_no_gaps_between_tiles_or_at_the_edge(tmp_path):
+    mask = np.ones((333, 277), np.uint8)
+    [shown] = pictures_of(tiles_of(tmp_path, {"scene": (picture(mask), mask, (3, 5))}), size=100)
+    assert shown.classes_HW.shape == (100, 84)
+    assert (shown.classes_HW == 1).all()
+    assert shown.seen_HW.all()
+
+
 def test_where_nothing_is_known_the_picture_is_see_through(tmp_path):
     mask = blobs(64, 64)
     images = {"left": (picture(mask), mask, (0, 0)), "right": (picture(mask), mask, (0, 128))}
@@ -85,6 +93,7 @@ def test_values_that_are_not_bytes_are_stretched_over_the_whole_picture(tmp_path
     assert gray[0, 0] == 0
     assert gray[-1, -1] == 255
     assert gray[32, 0] == pytest.approx(127, abs=3)
+    assert (gray == 255).mean() == pytest.approx(0.02, abs=0.005)
     assert (np.diff(gray.ravel().astype(int)) >= 0).all()
 
 
