@@ -39,7 +39,7 @@ class _Door(TyperGroup):
             raise typer.Exit(error.exit_code) from None
 
 
-app = typer.Typer(cls=_Door, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
+app = typer.Typer(cls=_Door, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 run_app = typer.Typer(no_args_is_help=True, help="Run a pipeline over a region.")
 ingest_app = typer.Typer(no_args_is_help=True, help="Describe images as a STAC catalogue.")
 models_app = typer.Typer(no_args_is_help=True, help="List and show trained models (bundles).")

@@ -119,7 +119,7 @@ class Tile:
         return {
             "id": self.id,
             "crs": grid.crs,
-            "image": grid.image,
+            "grid_image": grid.image,
             "xres": grid.resolution[0],
             "yres": grid.resolution[1],
             "x0": grid.origin[0],
@@ -133,7 +133,7 @@ class Tile:
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "Tile":
         """The tile that `to_row` made this row of (further columns are ignored)."""
-        grid = Grid(row["crs"], (row["xres"], row["yres"]), (row["x0"], row["y0"]), row["image"])
+        grid = Grid(row["crs"], (row["xres"], row["yres"]), (row["x0"], row["y0"]), row["grid_image"])
         return cls(row["id"], grid, Window(row["col"], row["row"], row["width"], row["height"]))
 
 

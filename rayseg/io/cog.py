@@ -10,7 +10,7 @@ from rasterio.io import DatasetWriter, MemoryFile
 
 from rayseg.errors import DataError
 from rayseg.geo import Grid, Window
-from rayseg.io.sources import crs_of, unplaced
+from rayseg.io.sources import crs_of, gdal, open_file, unplaced
 from rayseg.store import StorePath, put
 from rayseg.vision.color import ClassTable
 
@@ -120,3 +120,14 @@ def _publish(path: StorePath, dataset: DatasetWriter, options: dict[str, str]) -
 def _expect_bytes(path: StorePath, values: np.ndarray) -> None:
     if values.dtype != np.uint8:
         raise DataError(f"{path}: {values.dtype} values were to be written, expected uint8 with 255 for nodata.")
+
+
+def read_bands(path: StorePath) -> np.ndarray:
+    """All bands of a small raster of our own, (bands, height, width).
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    with gdal(str(path)), open_file(str(path)) as dataset:
+        pixels: np.ndarray = dataset.read()
+    return pixels

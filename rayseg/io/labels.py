@@ -303,14 +303,20 @@ def read_chip(chip: Chip, size: int) -> tuple[NDArray[np.uint8], NDArray[np.bool
     Raises:
         DataError: the chip has no red, green and blue, is not uint8, or cannot be read.
     """
-    source, window = chip.source, chip.window
+    source = chip.source
     _expect_bytes(source)
     visible = [name for name in source.bands if name != "alpha"]
     bands = visible * 3 if len(visible) == 1 else ["red", "green", "blue"]
     [(grid, _)] = grids_of([source])
-    col, row = window.col + int((window.width - size) / 2), window.row + int((window.height - size) / 2)
-    image_CHW, valid_HW = read([source], grid, Window(col, row, size, size), bands=bands)
+    image_CHW, valid_HW = read([source], grid, middle(chip, size), bands=bands)
     return np.ascontiguousarray(image_CHW.transpose(1, 2, 0)), valid_HW
+
+
+def middle(chip: Chip, size: int) -> Window:
+    """The window of `size` x `size` px in the middle of a chip; larger than the chip if that is smaller."""
+    window = chip.window
+    col, row = window.col + int((window.width - size) / 2), window.row + int((window.height - size) / 2)
+    return Window(col, row, size, size)
 
 
 def read_mask(path: StorePath, table: ClassTable) -> NDArray[np.uint8]:
