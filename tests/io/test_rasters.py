@@ -300,7 +300,7 @@ def test_a_warp_puts_pixels_where_they_are_on_the_ground(tmp_path):
     pixels, _ = read([source], grid, window, bands=["b1"])
     rows, cols = np.nonzero(pixels[0] > 100)
     found = grid.transform(window) @ (cols.mean() + 0.5, rows.mean() + 0.5)
-    assert np.allclose(found, TEN @ Affine.rotation(30) * (130, 100), atol=5)
+    assert np.allclose(found, TEN @ Affine.rotation(30) @ (130, 100), atol=5)
     assert abs(len(rows) - 400) < 40
 
 
