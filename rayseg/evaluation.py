@@ -54,11 +54,13 @@ class Compared:
 
     Attributes:
         id: of the tile or image.
+        image: without georeference, the image it is of: whole images are drawn for intervals, else tiles.
         confusion: of the pixels labelled in both, classes in the table's order.
         unseen: pixels labelled in the truth alone.
     """
 
     id: str
+    image: str | None
     confusion: Confusion
     unseen: int
 
@@ -74,8 +76,8 @@ def evaluate(prediction: str, truth: str, *, classes: str | None = None) -> dict
     Returns:
         JSON values: `overall` and, per class, `iou`, `f1`, `precision` and `recall`, each as value, low, high (95 %
         bootstrap over tiles or images; None where it is not defined); `confusion` (rows truth, columns prediction);
-        `units` and `pixels` compared; `not_evaluated`, pixels with truth but without prediction; `unmatched` names of
-        both sides; `seams` of a run.
+        `units` (each a `unit`: tile or image) and `pixels` compared; `not_evaluated`, pixels with truth but without
+        prediction; `unmatched` names of both sides; `seams` of a run.
 
     Raises:
         DataError: nothing matches, two images differ in size, or a mask holds what is no class.
@@ -96,7 +98,7 @@ def evaluate(prediction: str, truth: str, *, classes: str | None = None) -> dict
 def evaluate_run(step: Step, predicted: Step, truth: str) -> dict[str, Any]:
     """Compare a run's map with its truth; `<step>/confusions.json` keeps the counts of every tile."""
     result, compared = _of_run(predicted.root, truth, None, predicted.name)
-    tiles = {unit.id: unit.confusion.matrix.tolist() for unit in compared}
+    tiles = {part.id: part.confusion.matrix.tolist() for part in compared}
     content = {"classes": [row["value"] for row in result["classes"]], "tiles": tiles}
     put(step.prefix / "confusions.json", json.dumps(content).encode())
     return result
@@ -213,12 +215,18 @@ def compare(one: Match, table: ClassTable) -> Compared:
         rows = slice(row, row + STRIP)
         confusion += Confusion.from_arrays(truth_HW[rows], predicted_HW[rows], len(table.classes), ignore=IGNORE)
     unseen = int(((truth_HW != IGNORE) & (predicted_HW == IGNORE)).sum())
-    return Compared(one.piece.tile.id, confusion, unseen)
+    tile = one.piece.tile
+    return Compared(tile.id, None if tile.grid.crs else one.piece.image, confusion, unseen)
 
 
 def summary(compared: Sequence[Compared], table: ClassTable) -> dict[str, Any]:
-    """Measures of all confusions together, with intervals over those that hold pixels."""
-    units = [unit.confusion for unit in compared if unit.confusion.pixels]
+    """Measures of all confusions together, with intervals over the units that hold pixels."""
+    empty = Confusion(np.zeros((len(table.classes),) * 2, np.int64))
+    merged: dict[str, Confusion] = {}
+    for part in compared:
+        unit = part.image or part.id
+        merged[unit] = merged.get(unit, empty) + part.confusion
+    units = [confusion for confusion in merged.values() if confusion.pixels]
     if not units:
         raise DataError("prediction and truth have no labelled pixel in common: check that they show the same place")
     total = sum(units[1:], units[0])
@@ -232,9 +240,10 @@ def summary(compared: Sequence[Compared], table: ClassTable) -> dict[str, Any]:
         for k, (value, name, color) in enumerate(table.classes)
     ]
     return {
+        "unit": "image" if all(part.image for part in compared) else "tile",
         "units": len(units),
         "pixels": total.pixels,
-        "not_evaluated": sum(unit.unseen for unit in compared),
+        "not_evaluated": sum(part.unseen for part in compared),
         "overall": overall,
         "classes": rows,
         "confusion": total.matrix.tolist(),
@@ -260,7 +269,8 @@ def _measures(total: Confusion, draws: Sequence[Confusion], name: str) -> list[d
 
 def text(result: dict[str, Any]) -> str:
     """The result of `evaluate` as aligned tables."""
-    lines = [f"{result['units']} compared, {result['pixels']:,} pixels; 95 % intervals by bootstrap over them", ""]
+    units = f"{result['units']:,} {result['unit']}{'s' if result['units'] > 1 else ''}"
+    lines = [f"{result['pixels']:,} pixels compared in {units}; 95 % intervals by bootstrap over them", ""]
     lines += [f"{title:<24}{_said(result['overall'][name])}" for name, title in OVERALL.items()]
     width = max([5, *(len(row["name"]) for row in result["classes"])]) + 2
     lines += ["", f"{'class':<{width}}" + "".join(f"{name:<22}" for name in PER_CLASS) + f"{'truth px':>14}"]

@@ -141,7 +141,9 @@ def test_a_run_over_images_meets_plain_masks_by_name_across_its_tiles(tmp_path):
     assert result["confusion"] == expected.matrix.tolist()
     assert result["unmatched"]["truth"] == {"count": 1, "names": ["x"]}
     assert result["unmatched"]["prediction"]["count"] == 4
-    assert result["units"] == 8
+    assert (result["units"], result["unit"]) == (2, "image")
+    kept = [counted(real, predicted[name]).overall_accuracy for name in "ab"]
+    assert result["overall"]["overall_accuracy"]["low"] == pytest.approx(min(kept))
 
 
 @pytest.mark.parametrize("kind", ["index", "palette", "rgb"])

@@ -122,7 +122,11 @@ def contact_sheet(images: Sequence[Sequence[MappedTile]], *, size: int) -> Pictu
         top, left = at // across * (height + _GAP), at % across * (width + _GAP)
         place = np.s_[top : top + cell.classes_HW.shape[0], left : left + cell.classes_HW.shape[1]]
         image_HWC[place], seen_HW[place], classes_HW[place] = cell.image_HWC, cell.seen_HW, cell.classes_HW
-    title = f"{len(cells)} of {len(images)} images" if len(cells) < len(images) else "the images"
+    title = (
+        f"{len(cells)} of {len(images)} images"
+        if len(cells) < len(images)
+        else f"{len(cells)} image{'s' * (len(cells) > 1)}"
+    )
     return Picture(title, image_HWC, seen_HW, classes_HW, None, max(cell.step for cell in cells))
 
 

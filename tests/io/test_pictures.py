@@ -125,7 +125,7 @@ def test_a_lone_image_fills_the_sheet(tmp_path):
     mask = blobs(50, 80)
     [sheet] = pictures_of(tiles_of(tmp_path, {"a": (picture(mask), mask, (0, 0))}, grid=PIXELS))
     np.testing.assert_array_equal(sheet.classes_HW, mask)
-    assert sheet.title == "the images"
+    assert sheet.title == "1 image"
 
 
 def test_all_classes_are_painted_when_there_are_more_than_two(tmp_path):
