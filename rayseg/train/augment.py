@@ -50,24 +50,24 @@ class Augment(Config):
 
 
 def augment(
-    images_NCHW: Tensor, masks_N1HW: Tensor | None, settings: Augment, generator: Generator, *, size: int
+    images_NCHW: Tensor, masks_NMHW: Tensor | None, settings: Augment, generator: Generator, *, size: int
 ) -> tuple[Tensor, Tensor | None]:
     """Cut out windows and change them; the masks follow.
 
     Args:
         images_NCHW: any data type; jitter assumes values 0..255.
-        masks_N1HW: class or share of every pixel; resampled by nearest neighbour.
+        masks_NMHW: class of every pixel; resampled by nearest neighbour. The last decides whether a window is covered.
         settings: what may happen.
         generator: on the CPU; decides everything.
         size: side of the result in pixels, even.
 
     Returns:
-        images (N, C, size, size) and masks (N, 1, size, size), float32.
+        images (N, C, size, size) and masks (N, M, size, size), float32.
 
     Raises:
         DataError: the images are smaller than `size`.
     """
-    images, masks = cut(images_NCHW, masks_N1HW, settings, generator, size=size)
+    images, masks = cut(images_NCHW, masks_NMHW, settings, generator, size=size)
     channels = images.shape[1]
     both = images if masks is None else torch.cat([images, masks], dim=1)
     for turn, share in ((_mirror, settings.flip), (_shuffle, settings.quadrants), (_rotate, settings.rotate)):
@@ -79,13 +79,13 @@ def augment(
     return images, None if masks is None else both[:, channels:]
 
 
-def centre(images_NCHW: Tensor, masks_N1HW: Tensor | None, *, size: int) -> tuple[Tensor, Tensor | None]:
+def centre(images_NCHW: Tensor, masks_NMHW: Tensor | None, *, size: int) -> tuple[Tensor, Tensor | None]:
     """The middle of the images and masks, float32: what evaluation and relabelling see."""
-    return cut(images_NCHW, masks_N1HW, Augment(), Generator(), size=size)
+    return cut(images_NCHW, masks_NMHW, Augment(), Generator(), size=size)
 
 
 def cut(
-    images_NCHW: Tensor, masks_N1HW: Tensor | None, settings: Augment, generator: Generator, *, size: int
+    images_NCHW: Tensor, masks_NMHW: Tensor | None, settings: Augment, generator: Generator, *, size: int
 ) -> tuple[Tensor, Tensor | None]:
     """Windows of `size` pixels: their magnification and place as `settings` says.
 
@@ -98,7 +98,7 @@ def cut(
             f"chips are {height} x {width} px, training takes {size} x {size}: read larger chips or lower size"
         )
     pieces, covers = [], []
-    for image, mask in zip(images_NCHW, _each(masks_N1HW, len(images_NCHW)), strict=True):
+    for image, mask in zip(images_NCHW, _each(masks_NMHW, len(images_NCHW)), strict=True):
         window = _window(image.shape[1:], mask, settings, generator, size=size)
         pieces.append(_resized(image[window].float(), size, smooth=True))
         if mask is not None:
@@ -107,13 +107,15 @@ def cut(
 
 
 def _window(
-    shape: tuple[int, ...], mask_1HW: Tensor | None, settings: Augment, generator: Generator, *, size: int
+    shape: tuple[int, ...], mask_MHW: Tensor | None, settings: Augment, generator: Generator, *, size: int
 ) -> tuple[slice, ...]:
     """A window of the magnification and at the place that `settings` says; drawn anew while its mask is too empty."""
-    wanted = settings.covered if settings.crop == "random" and mask_1HW is not None and (mask_1HW == 1).any() else 0.0
+    wanted = (
+        settings.covered if settings.crop == "random" and mask_MHW is not None and (mask_MHW[-1] == 1).any() else 0.0
+    )
     for _ in range(settings.draws):
         window = _draw(shape, settings, torch.rand(3, generator=generator).tolist(), size=size)
-        if not wanted or mask_1HW is None or (mask_1HW[window] == 1).float().mean() > wanted:
+        if not wanted or mask_MHW is None or (mask_MHW[window][-1] == 1).float().mean() > wanted:
             break
     return window
 
@@ -134,8 +136,8 @@ def _within(room: int, share: float) -> int:
     return int(share * (room + 1))
 
 
-def _each(masks_N1HW: Tensor | None, count: int) -> list[Tensor] | list[None]:
-    return [None] * count if masks_N1HW is None else list(masks_N1HW)
+def _each(masks_NMHW: Tensor | None, count: int) -> list[Tensor] | list[None]:
+    return [None] * count if masks_NMHW is None else list(masks_NMHW)
 
 
 def _resized(image_CHW: Tensor, size: int, *, smooth: bool) -> Tensor:

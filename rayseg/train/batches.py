@@ -55,6 +55,10 @@ class Chips:
         """Positions of the chips of a class."""
         return np.flatnonzero(np.array(self.labels) == label)
 
+    def where_not(self, label: int) -> Indices:
+        """Positions of the chips of all other classes."""
+        return np.flatnonzero(np.array(self.labels) != label)
+
 
 def _at(arrays: Array, position: int) -> Array:
     found: Array = arrays[position]
@@ -113,9 +117,9 @@ def epoch_batches(
     Raises:
         DataError: there are fewer positives, or negatives, than workers that need some.
     """
-    shards = [_shard(chips, seed=seed, rank=rank, world=world) for chips in (positives, negatives)]
-    for shard, count, kind in zip(shards, counts, ("positive", "negative"), strict=True):
-        if count and not len(shard):
+    shards = [shard(chips, seed=seed, rank=rank, world=world) for chips in (positives, negatives)]
+    for own, count, kind in zip(shards, counts, ("positive", "negative"), strict=True):
+        if count and not len(own):
             raise DataError(f"worker {rank} of {world} has no {kind} chips; add {kind} chips or use fewer workers")
     batches = -(-_longest(len(positives), world) // counts[0])
     order = [_endless(shards[0], 0, batches * counts[0], seed=(seed, 1, rank, epoch))]
@@ -126,7 +130,8 @@ def epoch_batches(
     return list(np.concatenate(parts, axis=1))
 
 
-def _shard(chips: Indices, *, seed: int, rank: int, world: int) -> Indices:
+def shard(chips: Indices, *, seed: int, rank: int, world: int) -> Indices:
+    """The chips that are this worker's for the whole training."""
     return np.random.default_rng((seed, 0)).permutation(chips)[rank::world] if world > 1 else chips
 
 
@@ -144,17 +149,19 @@ def _endless(chips: Indices, start: int, count: int, *, seed: tuple[int, ...]) -
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch as read: images_NCHW and masks_N1HW (None without masks), in the chips' own data types."""
+    """One batch as read, in the chips' own data types; masks_NMHW is None without masks."""
 
     chips: Indices
     images_NCHW: Tensor
-    masks_N1HW: Tensor | None
+    masks_NMHW: Tensor | None
 
 
 def read_ahead(
     batches: Iterable[Indices], read: Read, read_mask: Read | None = None, *, threads: int = 2, ahead: int = 2
 ) -> Iterator[Batch]:
     """Read the batches in order, `ahead` of them while earlier ones are in use.
+
+    `read_mask` gives one mask (height, width) per chip, or several (M, height, width).
 
     Raises:
         DataError: the images of a batch have different shapes.
@@ -181,8 +188,8 @@ def _read_batch(chips: Indices, read: Read, read_mask: Read | None) -> Batch:
     images_NCHW = torch.from_numpy(_torchable(np.stack(images))).permute(0, 3, 1, 2)
     if read_mask is None:
         return Batch(chips, images_NCHW, None)
-    masks_NHW = np.stack([read_mask(int(position)) for position in chips])
-    return Batch(chips, images_NCHW, torch.from_numpy(masks_NHW)[:, None])
+    masks = torch.from_numpy(np.stack([read_mask(int(position)) for position in chips]))
+    return Batch(chips, images_NCHW, masks if masks.ndim == 4 else masks[:, None])
 
 
 def _torchable(images_NHWC: Array) -> Array:

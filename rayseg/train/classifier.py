@@ -19,7 +19,7 @@ from rayseg.store import StorePath
 from rayseg.train import session
 from rayseg.train.augment import Augment, augment, centre
 from rayseg.train.batches import Batch, Chips, Indices, Kept, Read, epoch_batches, read_ahead
-from rayseg.train.learning import Learner, Learning, Rates
+from rayseg.train.learning import Learner, Learning, Rates, precision
 
 State = dict[str, Any]
 
@@ -170,7 +170,7 @@ def _epoch(epoch: int, learner: Learner, read: Read, config: State, device: torc
     learner.train_mode()
     for step, batch in enumerate(read_ahead(order, read, threads=settings.learning.threads)):
         images, _ = augment(batch.images_NCHW.to(device), None, settings.augment, generator, size=settings.size)
-        with learner.precision(device):
+        with precision(settings.learning, device):
             logits = learner.model(config["scaling"].normalize(images))
         loss = _loss(logits.float(), _labels(chips, batch, device), settings.positive)
         rate = session.rate_at(settings.rates, epoch + step / len(order), gradual=settings.learning.gradual)
@@ -221,7 +221,7 @@ def _evaluate(learner: Learner, read: Read, config: State, device: torch.device)
     classes = max(*config["chips"].labels, *held_out.labels) + 1
     sums = torch.zeros(classes * classes + 1, dtype=torch.float64, device=device)
     for batch, images in _seen(held_out, held_out.read, config, device):
-        with learner.precision(device):
+        with precision(settings.learning, device):
             logits = model(images).float()
         labels = _labels(held_out, batch, device)
         predicted = _decided(logits, settings.positive)

@@ -117,10 +117,11 @@ class Learner:
         """A copy of the weights of `shown` on the CPU."""
         return {name: value.detach().cpu().clone() for name, value in self.shown.state_dict().items()}
 
-    def precision(self, device: torch.device) -> AbstractContextManager[Any]:
-        """The context to compute in: bfloat16 on GPUs, unless asked otherwise."""
-        wanted = device.type == "cuda" if self.settings.half is None else self.settings.half
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
+
+def precision(settings: Learning, device: torch.device) -> AbstractContextManager[Any]:
+    """The context to compute in: bfloat16 where it is safe on GPUs, unless asked otherwise."""
+    wanted = device.type == "cuda" if settings.half is None else settings.half
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
 
 
 def _optimizer(net: nn.Module, settings: Learning) -> Optimizer:

@@ -71,7 +71,7 @@ def test_reading_ahead_keeps_the_order_and_stays_two_batches_ahead():
     rest = list(stream)
     assert [int(batch.chips[0]) for batch in [first, *rest]] == list(range(0, 20, 2))
     assert first.images_NCHW.shape == (2, 3, 4, 4)
-    assert all((batch.images_NCHW[1, 0] == batch.masks_N1HW[1, 0]).all() for batch in rest)
+    assert all((batch.images_NCHW[1, 0] == batch.masks_NMHW[1, 0]).all() for batch in rest)
 
 
 def test_an_error_while_reading_reaches_the_reader():
@@ -106,7 +106,7 @@ def test_values_beyond_uint8_become_float():
     batch = next(read_ahead([np.array([0])], chips.read))
     assert batch.images_NCHW.dtype.is_floating_point
     assert batch.images_NCHW.max() == 40_000
-    assert batch.masks_N1HW is None
+    assert batch.masks_NMHW is None
 
 
 def test_chips_survive_pickle_and_know_their_classes():
