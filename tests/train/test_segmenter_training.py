@@ -102,14 +102,20 @@ def test_a_training_that_was_stopped_gives_the_same_weights_as_one_that_was_not(
 
 
 def test_each_stage_learns_from_its_own_labels(tmp_path, coarse, monkeypatch):
-    relabelled, seen = [], []
-    relabel = training._relabel
-    monkeypatch.setattr(training, "_relabel", lambda *given: (relabelled.append(given[2]["stage"]), relabel(*given))[1])
-    monkeypatch.setitem(
-        LOSSES, "bce_ssim_iou", lambda logits, mask: (seen.append(tuple(mask.shape)), logits.mean() * 0)[1]
-    )
+    teachers, seen = [], []
+    relabel, loss = training._relabel, LOSSES["bce_ssim_iou"]
+
+    def watched(masks, teacher, config):
+        teachers.append((config["stage"], {name: value.clone() for name, value in teacher.state_dict().items()}))
+        relabel(masks, teacher, config)
+
+    monkeypatch.setattr(training, "_relabel", watched)
+    monkeypatch.setitem(LOSSES, "bce_ssim_iou", lambda logits, mask: (seen.append(mask.shape), loss(logits, mask))[1])
     fit(QUICK, coarse, tmp_path)
-    assert relabelled == ["correction", "correction", "scratch"]
+    assert [stage for stage, _ in teachers] == ["correction", "correction", "scratch"]
+    assert same(teachers[0][1], net_of(tmp_path, "warm_up"))
+    assert not same(teachers[1][1], net_of(tmp_path, "warm_up"))
+    assert same(teachers[2][1], net_of(tmp_path, "correction"))
     steps = 2
     assert len(seen) == 2 * steps + 2 * steps * 2 + 2 * steps
     assert set(seen) == {(3, 1, 32, 32)}
