@@ -227,12 +227,15 @@ def _warp(dataset: DatasetReader, nodata: float | None, place: dict[str, Any], *
 
 
 def _scale(placed: Source, grid: Grid) -> tuple[float, float]:
-    """Grid pixels per file pixel along the grid's x and y, at the file's centre; at most 1 (1 = no smoothing)."""
+    """Grid pixels per file pixel along the grid's x and y, at most 1 (1 = no smoothing).
+
+    Taken at the file's centre and rounded, so that neighbouring files of one kind have the same.
+    """
     (x, y), (xc, yc), (xr, yr) = moved(placed, str(grid.crs), [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)])
     (rx, ry) = grid.resolution
     step = np.linalg.inv(np.array([[(xc - x) / rx, (xr - x) / rx], [(yc - y) / ry, (yr - y) / ry]]))
     across, down = np.hypot(step[0], step[1])  # file pixels per grid pixel
-    return min(1.0, 1.0 / float(across)), min(1.0, 1.0 / float(down))
+    return min(1.0, float(f"{1 / across:.2g}")), min(1.0, float(f"{1 / down:.2g}"))
 
 
 def _placed(dataset: DatasetReader, source: Source) -> Source:

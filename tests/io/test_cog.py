@@ -52,6 +52,15 @@ def test_classes_carry_colours_names_nodata_and_mode_overviews(tmp_path, classes
         assert set(np.unique(small)) <= {0, 1, 7, 255}
 
 
+def test_an_overview_shows_the_most_frequent_class_and_no_colour_between(tmp_path):
+    table = ClassTable(((0, "dark", (0, 0, 0)), (1, "light", (200, 200, 200)), (2, "between", (50, 50, 50))))
+    classes = np.zeros((1100, 1300), np.uint8)
+    classes[::2, ::2] = 1
+    write_classes(tmp_path / "a.tif", classes, GRID, WINDOW, table)
+    with rasterio.open(tmp_path / "a.tif", overview_level=0) as dataset:
+        assert not dataset.read(1).any()
+
+
 def test_scores_keep_zero_and_nodata_apart_and_average_below(tmp_path):
     scores = np.random.default_rng(0).integers(0, 255, (2, 1100, 1300)).astype(np.uint8)
     scores[:, :600, :600] = 255

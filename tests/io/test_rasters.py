@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -16,6 +17,7 @@ from affine import Affine
 from rasterio.control import GroundControlPoint
 from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning
+from scipy.ndimage import minimum_filter
 
 from rayseg.errors import DataError
 from rayseg.geo import Grid, Window
@@ -251,9 +253,10 @@ def test_every_file_of_an_item_must_have_data_for_a_pixel_to_count(tmp_path):
     write(tmp_path / "part.tif", image[:, :, :30])
     source = write(tmp_path / "full.tif", image)
     source = replace(source, assets=((source.assets[0][0], ("red",)), (str(tmp_path / "part.tif"), ("nir",))))
-    valid = read([source], *whole(source), bands=["red", "nir"])[1]
-    assert valid[:, :30].all()
-    assert not valid[:, 30:].any()
+    for bands in (["red", "nir"], ["nir", "red"]):
+        valid = read([source], *whole(source), bands=bands)[1]
+        assert valid[:, :30].all()
+        assert not valid[:, 30:].any()
 
 
 def test_a_coarser_band_is_brought_to_the_finest_grid(tmp_path):
@@ -283,12 +286,37 @@ def test_warped_pixels_do_not_depend_on_the_window(tmp_path, transform, resoluti
     image, valid = read([source], grid, window, bands=["red", "green", "blue"])
     assert 0.3 < valid.mean() <= 1
     for size in (13, 64):
-        for row in range(window.row, window.row1, size):
-            for col in range(window.col, window.col1, size):
+        for row in range(window.row, window.row1, 3 * size):
+            for col in range(window.col, window.col1, 2 * size):
                 part = Window(col, row, size, size).intersect(window)
-                pixels, ok = read([source], grid, part, bands=["red", "green", "blue"])
-                assert np.array_equal(pixels, image[:, *part.slices(window)])
-                assert np.array_equal(ok, valid[part.slices(window)])
+                for pixels, ok in (read_of(source, grid, part), afresh(read_of, source, grid, part)):
+                    assert np.array_equal(pixels, image[:, *part.slices(window)])
+                    assert np.array_equal(ok, valid[part.slices(window)])
+
+
+@pytest.mark.parametrize("resolution", [9.3, 31.0])
+def test_warped_pixels_do_not_depend_on_how_a_scene_is_cut_into_files(tmp_path, resolution):
+    image, turned = noise(3, 600, 500), TEN @ Affine.rotation(20)
+    scene = write(tmp_path / "scene.tif", image, transform=turned)
+    cut = write(tmp_path / "cut.tif", image[:, 77:, 130:], transform=turned @ Affine.translation(130, 77))
+    grid = Grid("EPSG:32651", (resolution, resolution), (0.0, 0.0))
+    window = footprint(cut, grid)
+    (one, _), (other, valid) = read_of(scene, grid, window), read_of(cut, grid, window)
+    inside = valid & (minimum_filter(valid, 9))
+    assert inside.mean() > 0.3
+    assert np.array_equal(one[:, inside], other[:, inside])
+    smooth = one[:, inside].std() < 0.4 * image.std()
+    assert bool(smooth) == (resolution > 20)  # a coarser grid averages
+
+
+def read_of(source, grid, window):
+    return read([source], grid, window, bands=["red", "green", "blue"])
+
+
+def afresh(function, *arguments):
+    """Call it where no file is open yet: files are kept open per thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def test_a_warp_puts_pixels_where_they_are_on_the_ground(tmp_path):
@@ -304,19 +332,26 @@ def test_a_warp_puts_pixels_where_they_are_on_the_ground(tmp_path):
     assert abs(len(rows) - 400) < 40
 
 
-def test_ground_control_points_alone_place_an_image(tmp_path):
-    image = np.zeros((1, 100, 100), np.uint8)
+@pytest.mark.parametrize("degrees", [0, 25])
+def test_ground_control_points_alone_place_an_image(tmp_path, degrees):
+    affine = TEN @ Affine.rotation(degrees)
+    image = np.full((1, 100, 100), 20, np.uint8)
     image[0, 40:60, 70:90] = 200
     corners = [(0, 0), (0, 100), (100, 0), (100, 100)]
-    gcps = [GroundControlPoint(row, col, *(TEN @ (col, row))) for row, col in corners]
+    gcps = [GroundControlPoint(row, col, *(affine @ (col, row))) for row, col in corners]
     source = write(tmp_path / "a.tif", image, gcps=gcps)
     assert source.gcps
     assert source.crs == UTM
     [(grid, _)] = grids_of([source])
-    assert grid == Grid(UTM, (10.0, 10.0), (0.0, 0.0))
-    pixels, valid = read([source], grid, Window(50_000, -400_000, 100, 100), bands=["b1"])
-    assert valid[1:-1, 1:-1].all()
-    assert np.array_equal(pixels[:, 1:-1, 1:-1], image[:, 1:-1, 1:-1])
+    assert grid.crs == UTM
+    assert 8 < grid.resolution[0] < 15
+    window = footprint(source, grid)
+    pixels, valid = read([source], grid, window, bands=["b1"])
+    share = 100 * 100 * 100 / (valid.size * grid.resolution[0] ** 2)
+    assert valid.mean() == pytest.approx(share, abs=0.02)
+    rows, cols = np.nonzero(pixels[0] > 110)
+    found = grid.transform(window) @ (cols.mean() + 0.5, rows.mean() + 0.5)
+    assert np.allclose(found, affine @ (80, 50), atol=5)
 
 
 def test_the_items_georeference_places_a_file_that_has_none(tmp_path):
