@@ -126,7 +126,7 @@ def fit_segmenter(
     """
     _check(settings, chips, max(workers, 1))
     config = {
-        "settings": settings,
+        "settings": settings.model_copy(update={"weights": session.weights_everywhere(settings.weights)}),
         "chips": chips,
         "held_out": held_out,
         "prefix": session.absolute(prefix),

@@ -108,6 +108,11 @@ def absolute(prefix: StorePath) -> str:
     return str(Path(str(upath(prefix))).absolute()) if is_local(prefix) else str(upath(prefix))
 
 
+def weights_everywhere(weights: str) -> str:
+    """The name of weights, or their file as every worker understands it."""
+    return weights if weights in {"imagenet", "none"} else absolute(weights)
+
+
 def rank() -> int:
     """This worker's number; 0 where there is one process."""
     return int(ray.train.get_context().get_world_rank() or 0)

@@ -93,6 +93,13 @@ def test_the_best_is_kept_until_a_better_comes():
     assert best["weights"]["w"].tolist() == [1, 1]
 
 
+def test_weights_of_a_relative_path_are_found_by_workers_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert session.weights_everywhere("none") == "none"
+    assert session.weights_everywhere("w/a.pth") == str(tmp_path / "w/a.pth")
+    assert session.weights_everywhere("memory://w/a.pth") == "memory://w/a.pth"
+
+
 def test_no_thread_outlives_a_session(tmp_path):
     before = threading.active_count()
     session.fit(loop_of_values, {"prefix": str(tmp_path), "values": [1.0]}, storage=tmp_path, name="t")
