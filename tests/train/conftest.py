@@ -20,6 +20,11 @@ def drawn_chips(count, *, size=32, seed=0):
     return Chips.of_arrays([f"chip{k}" for k in range(count)], labels, images, masks)
 
 
+@pytest.fixture(autouse=True)
+def _same_luck_every_time():
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def chips():
     return drawn_chips(12)
