@@ -52,6 +52,7 @@ from rayseg.train.classifier import ClassifierConfig, fit_classifier, trained_cl
 from rayseg.train.segmenter import SegmenterConfig, fit_segmenter, trained_segmenter
 from rayseg.vision import concept
 from rayseg.vision.cues import Objects
+from rayseg.vision.fill import mirrored
 
 YES, NO = "gpc", "nongpc"
 LABELS = (YES, NO)
@@ -168,7 +169,8 @@ def _as_chips(rows: list[dict[str, Any]], size: int, cues: str | None = None) ->
 
 
 def _read_image(chips: list[Chip], size: int, position: int) -> np.ndarray:
-    return labels.read_chip(chips[position], size)[0]
+    image_HWC, valid_HW = labels.read_chip(chips[position], size)
+    return mirrored(image_HWC.transpose(2, 0, 1), valid_HW).transpose(1, 2, 0) if valid_HW.any() else image_HWC
 
 
 def _read_mask(cues: str, chips: list[Chip], size: int, position: int) -> np.ndarray:

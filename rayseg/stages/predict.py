@@ -11,6 +11,7 @@ from rayseg.geo import Lattice, Tile, Window
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
 from rayseg.vision.blend import Blend
+from rayseg.vision.fill import mirrored
 
 Row = dict[str, Any]
 NODATA = 255
@@ -24,7 +25,8 @@ class Predict:
     one class of a binary model, else one per class.
 
     A patch is predicted only where its cell holds imagery, and batches have one fixed size (the last one is filled
-    up), so a pixel's value depends on nothing but its patches, whatever the tile.
+    up), so a pixel's value depends on nothing but its patches, whatever the tile. Where a patch has no imagery, the
+    model sees the mirror image of what is there.
 
     Args:
         prefix: of the bundle.
@@ -69,7 +71,7 @@ class Predict:
             assert self.batch is not None
             part = cuts[start : start + self.batch]
             try:
-                results = self._forward([self._loaded[0].normalize(image[cut]) * valid[cut[1:]] for cut in part])
+                results = self._forward([self._input(image[cut], valid[cut[1:]]) for cut in part])
             except torch.OutOfMemoryError:
                 if self.batch == 1:
                     raise
@@ -78,6 +80,9 @@ class Predict:
                 continue
             yield from results
             start += len(part)
+
+    def _input(self, patch_CHW: np.ndarray, valid_HW: np.ndarray) -> np.ndarray:
+        return self._loaded[0].normalize(mirrored(patch_CHW, valid_HW))
 
     def _forward(self, patches_CHW: list[np.ndarray]) -> np.ndarray:
         """Probabilities (patches, outputs, height, width) of a batch, which is filled up to the fixed size."""
