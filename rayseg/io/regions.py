@@ -20,7 +20,8 @@ def on_grid(geometry: dict[str, Any] | None, grid: Grid) -> BaseGeometry | None:
     if geometry is None or grid.crs is None:
         return None
     edges = shapely.segmentize(shape(geometry), _DEGREES)
-    return geopandas.GeoSeries([edges], crs="EPSG:4326").to_crs(grid.crs).iloc[0]
+    projected: BaseGeometry = geopandas.GeoSeries([edges], crs="EPSG:4326").to_crs(grid.crs).iloc[0]
+    return projected
 
 
 def tiles_inside(tiles: Sequence[Tile], area: BaseGeometry | None) -> list[Tile]:

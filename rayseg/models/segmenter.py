@@ -1,8 +1,11 @@
 """Segmenters: a decoder of segmentation_models_pytorch on any encoder; images in, one map of logits per class out."""
 
 import warnings
+from collections.abc import Sequence
+from functools import partial
 
 import segmentation_models_pytorch as smp
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate
 
@@ -41,6 +44,19 @@ class Reduced(nn.Module):
         return interpolate(logits, size=images_NCHW.shape[2:], mode="bilinear")
 
 
+class Ensemble(nn.Module):
+    """Segmenters of one architecture, trained from different seeds, that answer with the mean of their logits."""
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """Logits_NKHW."""
+        logits: Tensor = torch.stack([member(images_NCHW) for member in self.members]).mean(dim=0)
+        return logits
+
+
 def build_segmenter(
     architecture: str,
     encoder: str,
@@ -49,6 +65,7 @@ def build_segmenter(
     weights: str = "imagenet",
     channels: int = 3,
     reduce: int = 1,
+    members: int = 1,
 ) -> nn.Module:
     """A network from normalised images_NCHW (float32, sides multiples of 32 * reduce) to logits_NKHW of that size.
 
@@ -59,11 +76,15 @@ def build_segmenter(
         weights: of the encoder: "imagenet" (downloaded), "none", or a `.pth`, `.pt` or `.safetensors` file.
         channels: bands of the images.
         reduce: side in pixels of the squares whose mean the network sees as one pixel.
+        members: networks whose logits are averaged; 1 is a network by itself.
 
     Raises:
         ConfigError: the architecture or the encoder is unknown, or they do not go together.
         ModelError: the weights are not to be had or do not fit.
     """
+    if members > 1:
+        one = partial(build_segmenter, architecture, encoder, classes=classes, weights=weights, channels=channels)
+        return Ensemble([one(reduce=reduce) for _ in range(members)])
     if architecture not in ARCHITECTURES:
         raise ConfigError(f"architecture {architecture!r} is unknown, expected one of: {', '.join(ARCHITECTURES)}")
     name = encoder_name(encoder)

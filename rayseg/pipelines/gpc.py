@@ -16,22 +16,21 @@ from typing import Annotated, Any, Literal
 import matplotlib
 import matplotlib.image
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from pydantic import Field
 
-from rayseg import evaluation, flow, mapping, publication
+from rayseg import chips, evaluation, flow, mapping, publication
+from rayseg.chips import ChipsConfig, parquet
 from rayseg.config import Config as Frozen
 from rayseg.errors import DataError
 from rayseg.flow import Row, Work
 from rayseg.geo import Region
-from rayseg.io import catalog, cog, labels
-from rayseg.io.labels import Chip
+from rayseg.io import cog
 from rayseg.ledger import Account, Ledger
 from rayseg.mapping import MapConfig
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
+from rayseg.models.segmenter import Ensemble
 from rayseg.models.unsupervised import Precision
 from rayseg.run import Run, Step
 from rayseg.stages.weak import (
@@ -49,28 +48,18 @@ from rayseg.stages.weak import (
 from rayseg.store import put, upath
 from rayseg.train.batches import Chips
 from rayseg.train.classifier import ClassifierConfig, fit_classifier, trained_classifier
+from rayseg.train.labels import probabilities
 from rayseg.train.segmenter import SegmenterConfig, fit_segmenter, trained_segmenter
 from rayseg.vision import concept
 from rayseg.vision.cues import Objects
-from rayseg.vision.fill import mirrored
 
 YES, NO = "gpc", "nongpc"
 LABELS = (YES, NO)
-CLASSES = ((0, "background", (0, 0, 0)), (1, YES, (0, 158, 115)))
+COLORS = {YES: (0, 158, 115), NO: (0, 0, 0)}
+CLASSES = ((0, "background", COLORS[NO]), (1, YES, COLORS[YES]))
 BANDS = ("red", "green", "blue")
-
-
-class ChipsConfig(Frozen):
-    """The labelled chips."""
-
-    source: str | None = None
-    """Catalogue of the chips (`catalog.json#collection`); by default the collection `chips` of the region's."""
-    size: int = 512
-    """Side in px of what is used, the middle of each chip."""
-    held_out: float = 0.4
-    """Share of the chips of each class kept from training, to choose the classifier's epoch and to measure it."""
-    seed: int = 1337
-    """Of the division."""
+MOST_CALIBRATED = 500
+"""Negative chips that the threshold is taken from, at most."""
 
 
 class CuesConfig(Frozen):
@@ -111,6 +100,10 @@ class Config(Frozen):
     cues: CuesConfig = CuesConfig()
     segmenter: SegmenterConfig = SegmenterConfig()
     map: MapConfig = MapConfig()
+    members: Annotated[int, Field(gt=0)] = 1
+    """Segmenters trained from different seeds, of whose logits the map takes the mean; for few chips."""
+    marked: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the negative training chips' pixels that the map may mark: sets the threshold; by default it is .5."""
     patch: Annotated[int, Field(gt=0, multiple_of=32)] = 640
     """Side in px of the segmenter's window over the region."""
     stride: Annotated[int, Field(gt=0)] = 512
@@ -123,74 +116,35 @@ class Config(Frozen):
     """Masks to measure the map with: a folder, `catalog.json#collection`, or `#collection` of the region."""
 
 
-def list_chips(step: Step, region: Region, config: ChipsConfig) -> dict[str, Any]:
-    """Find the chips, look at each once, divide them; chips.parquet is what the other steps read."""
-    uri, _, collection = (config.source or f"{region.catalog}#chips").partition("#")
-    chips = labels.chips_of(catalog.open_items(uri, collection or None))
-    unknown = sorted({str(chip.label) for chip in chips} - set(LABELS))
-    if unknown:
-        raise DataError(f"chips of {uri} have the label {', '.join(unknown)}, expected {YES} or {NO}; correct them")
-    for label in LABELS:
-        if not any(chip.label == label for chip in chips):
-            raise DataError(f"no chip of {uri} is labelled {label}; the classifier needs chips of both, add some")
-    rows = [chip.to_row() | {"held_out": held} for chip, held in zip(chips, _held_out(chips, config), strict=True)]
-    put(step.prefix / "chips.parquet", _parquet(rows))
-    return {label: sum(chip.label == label for chip in chips) for label in LABELS}
+def _learnable(rows: list[Row], size: int, cues: str | None = None) -> Chips:
+    """Chips for training; with masks if there are cues (negative chips are empty)."""
+    mask = partial(_read_mask, cues, rows, size) if cues else None
+    return Chips(
+        tuple(row["id"] for row in rows),
+        tuple(LABELS.index(row["label"]) for row in rows),
+        partial(chips.read_image, rows, size),
+        mask,
+    )
 
 
-def _held_out(chips: list[Chip], config: ChipsConfig) -> list[bool]:
-    """Which chips are kept from training: the same share of both labels, drawn by seed."""
-    held = np.zeros(len(chips), bool)
-    for label in LABELS:
-        of_label = np.array([position for position, chip in enumerate(chips) if chip.label == label])
-        order = np.random.default_rng((config.seed, LABELS.index(label))).permutation(of_label)
-        held[order[: round(config.held_out * len(order))]] = True
-    return held.tolist()
-
-
-def _parquet(rows: list[dict[str, Any]]) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows), sink)
-    content: bytes = sink.getvalue().to_pybytes()
-    return content
-
-
-def _chip_rows(chips: Step, *, held_out: bool) -> list[dict[str, Any]]:
-    with (chips.prefix / "chips.parquet").open("rb") as file:
-        return [row for row in pq.read_table(file).to_pylist() if row["held_out"] == held_out]
-
-
-def _as_chips(rows: list[dict[str, Any]], size: int, cues: str | None = None) -> Chips:
-    """Chips for training, read when they are needed; with masks if there are cues (chips without one are empty)."""
-    found = [Chip.from_row(row) for row in rows]
-    mask = partial(_read_mask, cues, found, size) if cues else None
-    ids, values = [chip.id for chip in found], [LABELS.index(str(chip.label)) for chip in found]
-    return Chips(tuple(ids), tuple(values), partial(_read_image, found, size), mask)
-
-
-def _read_image(chips: list[Chip], size: int, position: int) -> np.ndarray:
-    image_HWC, valid_HW = labels.read_chip(chips[position], size)
-    return mirrored(image_HWC.transpose(2, 0, 1), valid_HW).transpose(1, 2, 0) if valid_HW.any() else image_HWC
-
-
-def _read_mask(cues: str, chips: list[Chip], size: int, position: int) -> np.ndarray:
-    if chips[position].label == NO:
+def _read_mask(cues: str, rows: list[Row], size: int, position: int) -> np.ndarray:
+    if rows[position]["label"] == NO:
         return np.zeros((size, size), np.uint8)
-    mask: np.ndarray = cog.read_bands(cue_path(cues, chips[position].id))[0]
+    mask: np.ndarray = cog.read_bands(cue_path(cues, rows[position]["id"]))[0]
     return mask
 
 
-def fit_yes_no(step: Step, chips: Step, config: Config) -> dict[str, Any]:
+def fit_yes_no(step: Step, listed: Step, config: Config) -> dict[str, Any]:
     """Train the classifier of chips; models/classifier is its bundle."""
     size, settings = config.chips.size, config.classifier
     _connect(step, config)
-    held = _chip_rows(chips, held_out=True)
+    held = chips.rows_of(listed, held_out=True)
     measures = fit_classifier(
         settings,
-        _as_chips(_chip_rows(chips, held_out=False), size),
+        _learnable(chips.rows_of(listed, held_out=False), size),
         prefix=step.prefix,
         scaling=config.scaling,
-        held_out=_as_chips(held, size) if held else None,
+        held_out=_learnable(held, size) if held else None,
         workers=config.workers,
         use_gpu=torch.cuda.is_available(),
     )
@@ -199,7 +153,7 @@ def fit_yes_no(step: Step, chips: Step, config: Config) -> dict[str, Any]:
         name="classifier",
         task="classification",
         architecture=Architecture(factory="classifier", options=settings.options(classes=len(LABELS), channels=3)),
-        classes=tuple((value, name, color) for (value, _, color), name in zip(CLASSES, (NO, YES), strict=True))[::-1],
+        classes=tuple((position, label, color) for position, (label, color) in enumerate(COLORS.items())),
         bands=BANDS,
         dtype="uint8",
         scaling=config.scaling,
@@ -222,7 +176,7 @@ def _connect(step: Step, config: Config) -> None:
         flow.connect(step.engine.address)
 
 
-def write_cues(step: Step, chips: Step, classifier: Step, config: CuesConfig, size: int) -> dict[str, Any]:
+def write_cues(step: Step, listed: Step, classifier: Step, config: CuesConfig, size: int) -> dict[str, Any]:
     """Coarse masks of the positive chips in training, `<step>/<chip>.tif`, by the method chosen."""
     cam = Cam(
         classifier.value["bundle"],
@@ -232,7 +186,7 @@ def write_cues(step: Step, chips: Step, classifier: Step, config: CuesConfig, si
         flip=config.flip,
     )
     seen = [Work(ReadChip(size)), Work(cam, batch=8, cpus=0.5, gpus=0.5, model=True)]
-    rows = _chip_rows(chips, held_out=False)
+    rows = chips.rows_of(listed, held_out=False)
     decide = {"cam": _decide_by_cam, "concept": _decide_by_concept}[config.method]
     works = [*seen, *decide(step, rows, seen, config), Work(WriteCue(str(step.prefix)))]
     account = _through(step, "", [row for row in rows if row["label"] == YES], works)
@@ -272,41 +226,83 @@ def _densities(prefix: str, rows: list[Row], label: str) -> Iterator[np.ndarray]
 def _through(step: Step, part: str, rows: list[Row], works: list[Work]) -> Account:
     """Chips through stages, with a ledger and a manifest of their own."""
     prefix = step.prefix / part if part else step.prefix
-    put(prefix / "manifest.parquet", _parquet(rows))
+    put(prefix / "manifest.parquet", parquet(rows))
     return flow.run(rows, works, Ledger(str(prefix / "ledger")), step.engine, title="chips")
 
 
-def fit_mask(step: Step, chips: Step, cues: Step, config: Config) -> dict[str, Any]:
+def fit_mask(step: Step, listed: Step, cues: Step, config: Config) -> dict[str, Any]:
     """Train the segmenter on the coarse masks; models/segmenter is its bundle, models/warm-up what it began with."""
-    settings, size = config.segmenter, config.chips.size
     _connect(step, config)
-    failed = cues.value["troubles"]
-    rows = [row for row in _chip_rows(chips, held_out=False) if row["id"] not in failed]
-    measures = fit_segmenter(
+    rows = [row for row in chips.rows_of(listed, held_out=False) if row["id"] not in cues.value["troubles"]]
+    learnt = _learnable(rows, config.chips.size, cues.value["cues"])
+    measures = [_fit_member(step, member, learnt, config) for member in range(config.members)]
+    kept = {}
+    for name, stage in (("warm-up", "warm_up"), ("segmenter", None)):
+        if stage is None or config.segmenter.warm_up.epochs:
+            model = _trained(step, stage, config)
+            threshold = _threshold(model, rows, config)
+            kept[name] = _keep(step, _described(name, threshold, measures[0], config), model)
+    return {"bundle": kept["segmenter"], "measures": measures}
+
+
+def _member(step: Step, member: int, config: Config) -> tuple[SegmenterConfig, str]:
+    """Settings and prefix of one of the networks that are averaged."""
+    learning = config.segmenter.learning.model_copy(update={"seed": config.segmenter.learning.seed + member})
+    settings = config.segmenter.model_copy(update={"learning": learning})
+    return settings, str(step.prefix / f"member-{member}")
+
+
+def _fit_member(step: Step, member: int, learnt: Chips, config: Config) -> dict[str, float]:
+    settings, prefix = _member(step, member, config)
+    return fit_segmenter(
         settings,
-        _as_chips(rows, size, cues.value["cues"]),
-        prefix=step.prefix,
+        learnt,
+        prefix=prefix,
         scaling=config.scaling,
         workers=config.workers,
         use_gpu=torch.cuda.is_available(),
     )
-    described = Bundle(
-        name="segmenter",
+
+
+def _trained(step: Step, stage: str | None, config: Config) -> torch.nn.Module:
+    """The network, or the mean of the networks, at the end of a stage."""
+    members = [trained_segmenter(*_member(step, k, config), stage=stage) for k in range(config.members)]
+    return Ensemble(members) if len(members) > 1 else members[0]
+
+
+def _described(name: str, threshold: float, measures: dict[str, float], config: Config) -> Bundle:
+    options = config.segmenter.options(channels=len(BANDS)) | {"members": config.members}
+    return Bundle(
+        name=name,
         task="segmentation",
-        architecture=Architecture(factory="segmenter", options=settings.options(channels=len(BANDS))),
+        architecture=Architecture(factory="segmenter", options=options),
         classes=CLASSES,
         bands=BANDS,
         dtype="uint8",
         scaling=config.scaling,
         patch=config.patch,
         stride=config.stride,
-        metrics=measures,
-        provenance=Provenance(config=settings.model_dump(mode="json")),
+        threshold=threshold,
+        metrics=measures if name == "segmenter" else {},
+        provenance=Provenance(config=config.segmenter.model_dump(mode="json")),
     )
-    if settings.warm_up.epochs:
-        warm = trained_segmenter(settings, step.prefix, stage="warm_up")
-        _keep(step, described.model_copy(update={"name": "warm-up", "metrics": {}}), warm)
-    return {"bundle": _keep(step, described, trained_segmenter(settings, step.prefix)), "measures": measures}
+
+
+@torch.inference_mode()
+def _threshold(model: torch.nn.Module, rows: list[Row], config: Config) -> float:
+    """The probability above which `config.marked` of the negative chips' pixels lie; .5 if that is not asked for."""
+    if config.marked is None:
+        return 0.5
+    size, unit = config.chips.size, 32 * config.segmenter.reduce
+    counts = np.zeros(1001, np.int64)
+    negatives = [row for row in rows if row["label"] == NO][:MOST_CALIBRATED]
+    for position in range(len(negatives)):
+        image_CHW = chips.read_image(negatives, size, position).transpose(2, 0, 1)
+        normal = config.scaling.normalize(torch.from_numpy(image_CHW.copy())[None])
+        p_HW = probabilities(model, normal, unit=unit, flip=False)[0, 0].numpy()
+        counts += np.bincount(np.rint(p_HW * 1000).astype(np.int64).ravel(), minlength=1001)
+    above = counts[::-1].cumsum()[::-1] / counts.sum()
+    return float(np.argmax(above <= config.marked)) / 1000
 
 
 def measure(step: Step, predicted: Step, region: Region, truth: str | None) -> dict[str, Any]:
@@ -316,13 +312,16 @@ def measure(step: Step, predicted: Step, region: Region, truth: str | None) -> d
     return evaluation.evaluate_run(step, predicted, f"{region.catalog}{truth}" if truth.startswith("#") else truth)
 
 
-def draw_cues(step: Step, chips: Step, cues: Step, size: int) -> dict[str, Any]:
+def draw_cues(step: Step, listed: Step, cues: Step, size: int) -> dict[str, Any]:
     """A sheet of the first positive chips: chip, CAM, coarse mask (open pixels grey)."""
-    rows = [row for row in _chip_rows(chips, held_out=False) if row["label"] == YES]
+    troubled = cues.value["troubles"]
+    rows = [row for row in chips.rows_of(listed, held_out=False) if row["label"] == YES and row["id"] not in troubled][
+        :6
+    ]
     columns = []
-    for chip in [Chip.from_row(row) for row in rows if row["id"] not in cues.value["troubles"]][:6]:
-        image_HWC, _ = labels.read_chip(chip, size)
-        mask_HW, cam_HW = cog.read_bands(cue_path(cues.value["cues"], chip.id))
+    for position, row in enumerate(rows):
+        image_HWC = chips.read_image(rows, size, position)
+        mask_HW, cam_HW = cog.read_bands(cue_path(cues.value["cues"], row["id"]))
         heat_HWC = (matplotlib.colormaps["inferno"](cam_HW / 254)[..., :3] * 255).astype(np.uint8)
         shown_HW = np.select([mask_HW == 1, mask_HW == 255], [np.uint8(255), np.uint8(110)], np.uint8(0))
         columns.append(np.concatenate([image_HWC, heat_HWC, np.repeat(shown_HW[..., None], 3, axis=2)]))
@@ -333,11 +332,11 @@ def draw_cues(step: Step, chips: Step, cues: Step, size: int) -> dict[str, Any]:
 
 
 def write_report(
-    step: Step, chips: Step, drawn: Step, predicted: Step, polygons: Step, measured: Step
+    step: Step, listed: Step, drawn: Step, predicted: Step, polygons: Step, measured: Step
 ) -> dict[str, Any]:
     """The report, with what the map was learnt from."""
     learnt = (
-        f"Learnt from {chips.value[YES]} chips labelled {YES} and {chips.value[NO]} labelled {NO}; no mask was drawn."
+        f"Learnt from {listed.value[YES]} chips labelled {YES} and {listed.value[NO]} labelled {NO}; no mask was drawn."
     )
     caption = "Chips labelled gpc, their Grad-CAM++, and the coarse masks the segmenter began with (grey: left open)."
     extras = publication.Extras(labels=learnt, pictures=(("Cues", drawn.value["picture"], caption),))
@@ -346,14 +345,14 @@ def write_report(
 
 def run(config: Config, run: Run, region: Region) -> str:
     """Map green plastic cover over `region`; return where the report is and what it says."""
-    chips = run.step("chips", list_chips, region, config.chips)
-    classifier = run.step("classifier", fit_yes_no, chips, config)
-    cues = run.step("cues", write_cues, chips, classifier, config.cues, config.chips.size)
-    segmenter = run.step("segmenter", fit_mask, chips, cues, config)
+    listed = run.step("chips", chips.list_chips, region, LABELS, config.chips)
+    classifier = run.step("classifier", fit_yes_no, listed, config)
+    cues = run.step("cues", write_cues, listed, classifier, config.cues, config.chips.size)
+    segmenter = run.step("segmenter", fit_mask, listed, cues, config)
     predicted = run.step("predict", mapping.predict_region, region, segmenter, config.map)
     polygons = run.step("polygons", mapping.join_polygons, predicted, YES)
     measured = run.step("evaluate", measure, predicted, region, config.truth)
     run.step("publish", mapping.publish, predicted, f"Green plastic cover, {region.name}")
-    drawn = run.step("pictures", draw_cues, chips, cues, config.chips.size)
-    report = run.step("report", write_report, chips, drawn, predicted, polygons, measured)
+    drawn = run.step("pictures", draw_cues, listed, cues, config.chips.size)
+    report = run.step("report", write_report, listed, drawn, predicted, polygons, measured)
     return publication.headline(report)

@@ -1,6 +1,6 @@
 """Tiles through a segmentation model, patch by patch on the grid's one lattice."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -44,7 +44,8 @@ class Predict:
         described, model = bundle.build(self.prefix)
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.batch = self.batch or (16 if self.device.startswith("cuda") else 1)
-        return described, model.to(self.device, memory_format=torch.channels_last).eval()
+        model = model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return described, model.eval()
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Predict each tile."""
@@ -64,7 +65,7 @@ class Predict:
         kept = {key: value for key, value in row.items() if key not in {"image", "valid", "reach"}}
         return kept | {"classes": classes, "scores": scores}
 
-    def _predict(self, image: np.ndarray, valid: np.ndarray, cuts: list[tuple[slice, ...]]) -> Iterator[np.ndarray]:
+    def _predict(self, image: np.ndarray, valid: np.ndarray, cuts: Sequence[tuple[slice, ...]]) -> Iterator[np.ndarray]:
         """Probabilities of every patch cut out of the image, in order."""
         start = 0
         while start < len(cuts):
@@ -97,7 +98,8 @@ class Predict:
         with torch.inference_mode(), torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=half):
             logits = model(batch).float()
         probabilities = logits.sigmoid() if described.outputs == 1 else logits.softmax(1)
-        return probabilities[:count].cpu().numpy()
+        found: np.ndarray = probabilities[:count].cpu().numpy()
+        return found
 
 
 def decide(probabilities_CHW: np.ndarray, valid_HW: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:

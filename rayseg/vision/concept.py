@@ -101,7 +101,8 @@ def concept_mask(
     bins = _bins(ab_N2)
     of_object = np.where(evidence_AB[bins] > doubtful, np.uint8(255), np.uint8(0))
     of_object[region(evidence_AB)[bins]] = 1
-    return of_object[labels_HW]
+    mask_HW: NDArray[np.uint8] = of_object[labels_HW]
+    return mask_HW
 
 
 def _bins(ab_N2: NDArray[np.floating]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

@@ -1,0 +1,94 @@
+"""Labelled chips of a run: found once, divided once, read when they are needed."""
+
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from rayseg.config import Config
+from rayseg.errors import DataError
+from rayseg.geo import Region
+from rayseg.io import catalog, labels
+from rayseg.io.labels import Chip
+from rayseg.run import Step
+from rayseg.store import put
+from rayseg.vision.fill import mirrored
+
+Row = dict[str, Any]
+
+
+class ChipsConfig(Config):
+    """The labelled chips."""
+
+    source: str | None = None
+    """Catalogue of the chips (`catalog.json#collection`); by default the collection `chips` of the region's."""
+    size: Annotated[int, Field(gt=0)] = 512
+    """Side in px of what is used, the middle of each chip."""
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.4
+    """Share of the chips of each class kept from training, to choose the classifier's epoch and to measure it."""
+    seed: int = 1337
+    """Of the division."""
+
+
+def list_chips(step: Step, region: Region, expected: tuple[str, ...], config: ChipsConfig) -> dict[str, Any]:
+    """Find the chips and divide them; `<step>/chips.parquet` is what other steps read.
+
+    Args:
+        step: this one.
+        region: in whose catalogue they are, unless the configuration names another.
+        expected: the labels there may be, each at least once.
+        config: where they are and how they are divided.
+
+    Raises:
+        DataError: there are no chips, one has another label, or a label is missing.
+    """
+    uri, _, collection = (config.source or f"{region.catalog}#chips").partition("#")
+    found = labels.chips_of(catalog.open_items(uri, collection or None))
+    unknown = sorted({str(chip.label) for chip in found} - set(expected))
+    if unknown:
+        raise DataError(
+            f"chips of {uri} are labelled {', '.join(unknown)}, expected {' or '.join(expected)}; correct them"
+        )
+    counts = {label: sum(chip.label == label for chip in found) for label in expected}
+    for label, count in counts.items():
+        if not count:
+            raise DataError(f"no chip of {uri} is labelled {label}, expected chips of every label; add some")
+    held = _held_out([str(chip.label) for chip in found], expected, config)
+    put(
+        step.prefix / "chips.parquet", parquet([c.to_row() | {"held_out": h} for c, h in zip(found, held, strict=True)])
+    )
+    return counts
+
+
+def _held_out(of: list[str], expected: tuple[str, ...], config: ChipsConfig) -> list[bool]:
+    """Which chips are kept from training: the same share of every label, drawn by seed."""
+    held = np.zeros(len(of), bool)
+    for number, label in enumerate(expected):
+        positions = np.flatnonzero(np.array(of) == label)
+        order = np.random.default_rng((config.seed, number)).permutation(positions)
+        held[order[: round(config.held_out * len(order))]] = True
+    return [bool(one) for one in held]
+
+
+def rows_of(listed: Step, *, held_out: bool) -> list[Row]:
+    """Rows of `Chip.to_row` of the chips in training, or of those held out."""
+    with (listed.prefix / "chips.parquet").open("rb") as file:
+        return [row for row in pq.read_table(file).to_pylist() if row["held_out"] == held_out]
+
+
+def read_image(rows: list[Row], size: int, position: int) -> np.ndarray:
+    """The middle of a chip, (size, size, 3) uint8; mirrored where it has no data."""
+    image_HWC, valid_HW = labels.read_chip(Chip.from_row(rows[position]), size)
+    if not valid_HW.any():
+        raise DataError(f"chip {rows[position]['id']} has no valid pixel in its middle {size} px; remove it")
+    return np.ascontiguousarray(mirrored(image_HWC.transpose(2, 0, 1), valid_HW).transpose(1, 2, 0))
+
+
+def parquet(rows: list[Row]) -> bytes:
+    """Flat rows as a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
