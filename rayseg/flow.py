@@ -14,6 +14,7 @@ import pickle
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -190,7 +191,10 @@ def _on_ray(rows: list[Row], guarded: list[Guarded], engine: Engine) -> Iterator
     ledger = guarded[-1].ledger
     assert ledger is not None
     seen = set()
-    for batch in _dataset(rows, guarded).iter_batches(batch_size=None, batch_format="pyarrow"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # named arguments for retries come with Ray 2.64, which is not supported yet
+        dataset = _dataset(rows, guarded)
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in _unpack(batch):
             seen.add(row["id"])
             yield row
@@ -210,7 +214,7 @@ def _dataset(rows: list[Row], guarded: list[Guarded]) -> ray.data.Dataset:
     context.max_errored_blocks = -1
     context.target_max_block_size = 32 << 20
     source = _Rows(rows, guarded[0].work.batch)
-    dataset = ray.data.read_datasource(source, override_num_blocks=len(source.parts))
+    dataset = ray.data.read_datasource(source, override_num_blocks=len(source.parts), num_cpus=guarded[0].work.cpus)
     for guard, size in zip(guarded, _sizes([g.work for g in guarded], ray.cluster_resources()), strict=True):
         needs = {"batch_size": guard.work.batch, "batch_format": "pyarrow", "num_cpus": size.cpus}
         needs |= {"num_gpus": size.gpus} if size.gpus else {}
@@ -290,12 +294,13 @@ def _sizes(works: Sequence[Work], has: dict[str, float]) -> list[_Size]:
     """
     cpus, gpus = has.get("CPU", 0.0), has.get("GPU", 0.0)
     models = [work for work in works if work.model]
-    rest = cpus - sum(work.cpus for work in works if not work.model)
+    # Handing out rows takes a task as large as the first stage; where both are fused this leaves a little unused.
+    rest = cpus - works[0].cpus - sum(work.cpus for work in works if not work.model)
     wanted = sum(work.gpus for work in models)
     copies = max(1, int(gpus / wanted)) if gpus and wanted else max(1, int(rest // (4 * max(len(models), 1))))
     share = min(4.0, math.floor(100 * rest / (copies * max(len(models), 1))) / 100)
     if rest < 0 or (models and share < 0.1):
-        needed = sum(work.cpus for work in works)
+        needed = works[0].cpus + sum(work.cpus for work in works)
         raise ConfigError(
             f"the stages need {needed:g} CPUs at once, Ray has {cpus:g}; give it more, or --engine inline"
         )
@@ -333,6 +338,7 @@ def connect(address: str | None) -> None:
     if ray.is_initialized():
         return
     quiet_ray()
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if (chosen := ray_address(address)) != "local":
         ray.init(address=chosen, **quiet)

@@ -151,7 +151,7 @@ def test_a_fault_of_the_program_is_not_taken_for_bad_data(place):
 
 def test_stages_that_would_wait_for_each_other_for_ever_are_refused():
     stages = [Work(Draw(), cpus=1), Work(Double(), cpus=1, model=True), Work(Double(), cpus=1)]
-    with pytest.raises(ConfigError, match="need 3 CPUs at once, Ray has 2"):
+    with pytest.raises(ConfigError, match="need 4 CPUs at once, Ray has 2"):
         flow._sizes(stages, {"CPU": 2.0})
 
 

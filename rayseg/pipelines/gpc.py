@@ -33,18 +33,17 @@ from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.segmenter import Ensemble
 from rayseg.models.unsupervised import Precision
 from rayseg.run import Run, Step
-from rayseg.stages.weak import (
-    Cam,
+from rayseg.stages.cues import (
     CamCue,
     ConceptCue,
     ReadChip,
-    Segment,
     Superpixels,
     WriteCue,
     WriteDensity,
     cue_path,
     density_path,
 )
+from rayseg.stages.weak import Cam, Segment
 from rayseg.store import put, upath
 from rayseg.train.batches import Chips
 from rayseg.train.classifier import ClassifierConfig, fit_classifier, trained_classifier

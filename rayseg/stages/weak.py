@@ -1,39 +1,17 @@
-"""From a chip's yes or no to a coarse mask: class activation maps, unsupervised objects, cues."""
+"""What networks say of a chip: class activation maps and unsupervised objects."""
 
-import io
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from skimage.transform import downscale_local_mean
-from upath import UPath
 
-from rayseg.geo import slug
-from rayseg.io import cog
-from rayseg.io.labels import Chip, middle, read_chip
-from rayseg.io.sources import grids_of
 from rayseg.models import bundle, unsupervised
 from rayseg.models.bundle import Bundle
 from rayseg.models.cam import gradcam_plusplus
-from rayseg.store import put, upath
-from rayseg.vision import concept, superpixels
-from rayseg.vision.cues import Objects, coarse_mask
+from rayseg.vision import superpixels
 
 Row = dict[str, Any]
-NODATA = 255
-
-
-class ReadChip:
-    """`<chip> -> image, valid`: the middle of the chip, (size, size, 3) uint8 RGB, and where it has data."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __call__(self, rows: list[Row]) -> list[Row]:
-        """Read each chip."""
-        read = [read_chip(Chip.from_row(row), self.size) for row in rows]
-        return [row | {"image": image, "valid": valid} for row, (image, valid) in zip(rows, read, strict=True)]
 
 
 class Cam:
@@ -107,118 +85,3 @@ class Segment:
             seed=self.seed,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
-
-
-class Superpixels:
-    """`image -> superpixels`: Felzenszwalb's, (size, size) int32, found at 1 / `reduce` of the resolution.
-
-    Args:
-        reduce: side in px of the squares that are averaged first.
-        min_size: least pixels of a superpixel, at the lower resolution.
-    """
-
-    def __init__(self, *, reduce: int = 1, min_size: int = 64) -> None:
-        self.reduce, self.min_size = reduce, min_size
-
-    def __call__(self, rows: list[Row]) -> list[Row]:
-        """Divide each chip."""
-        return [row | {"superpixels": self._divide(row["image"])} for row in rows]
-
-    def _divide(self, image_HWC: np.ndarray) -> np.ndarray:
-        height, width = image_HWC.shape[:2]
-        small = np.rint(downscale_local_mean(image_HWC, (self.reduce, self.reduce, 1))).astype(np.uint8)
-        found = superpixels.felzenszwalb(small, min_size=self.min_size)
-        return found.repeat(self.reduce, axis=0).repeat(self.reduce, axis=1)[:height, :width]
-
-
-class WriteDensity:
-    """`image, superpixels, cam -> facts`: the chip's density over chroma, kept as `<prefix>/<id>.npy`.
-
-    Superpixels count by their area times (their mean CAM + the chip's): the CAM is a hint, not a veto.
-    """
-
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
-
-    def __call__(self, rows: list[Row]) -> list[Row]:
-        """Write each chip's density."""
-        return [self._write(row) for row in rows]
-
-    def _write(self, row: Row) -> Row:
-        ab_N2, areas_N = concept.chroma(row["image"], row["superpixels"])
-        cams_N = np.bincount(row["superpixels"].ravel(), weights=row["cam"].ravel()) / np.maximum(areas_N, 1)
-        plane = concept.density(ab_N2, areas_N * (cams_N + row["cam"].mean() + 1e-6))
-        content = io.BytesIO()
-        np.save(content, plane)
-        put(density_path(self.prefix, row["id"]), content.getvalue())
-        return {"id": row["id"], "seconds": row["seconds"], "facts": {"certainty": row["certainty"]}}
-
-
-class CamCue:
-    """`cam, objects -> mask`: objects whose mean CAM is above Otsu's threshold (the paper's cue).
-
-    Args:
-        objects: whether an object is all pixels of a label or a connected component of it.
-    """
-
-    def __init__(self, *, objects: Objects) -> None:
-        self.objects = objects
-
-    def __call__(self, rows: list[Row]) -> list[Row]:
-        """Decide each chip."""
-        return [row | {"mask": coarse_mask(row["cam"], row["objects"], objects=self.objects)} for row in rows]
-
-
-class ConceptCue:
-    """`image, superpixels -> mask`: superpixels whose chroma is of the concept; 255 where the evidence is weak.
-
-    Args:
-        evidence_AB: of `concept.evidence`.
-        doubtful: evidence above which a superpixel outside the concept is left open.
-    """
-
-    def __init__(self, evidence_AB: np.ndarray, *, doubtful: float) -> None:
-        self.evidence_AB, self.doubtful = evidence_AB, doubtful
-
-    def __call__(self, rows: list[Row]) -> list[Row]:
-        """Decide each chip."""
-        return [row | {"mask": self._mask(row)} for row in rows]
-
-    def _mask(self, row: Row) -> np.ndarray:
-        ab_N2, _ = concept.chroma(row["image"], row["superpixels"])
-        return concept.concept_mask(row["superpixels"], ab_N2, self.evidence_AB, doubtful=self.doubtful)
-
-
-class WriteCue:
-    """`mask, cam, valid, <chip> -> facts`: the chip's coarse mask with its CAM, as a GeoTIFF on the chip's grid.
-
-    Bands of `<prefix>/<id>.tif`, uint8: mask (0, 1; 255 open or no data), cam (0..1 x 254).
-    """
-
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
-
-    def __call__(self, rows: list[Row]) -> list[Row]:
-        """Write each chip's cue."""
-        return [self._write(row) for row in rows]
-
-    def _write(self, row: Row) -> Row:
-        mask_HW = np.where(row["valid"], row["mask"], NODATA).astype(np.uint8)
-        bands_CHW = np.stack([mask_HW, np.rint(row["cam"] * 254).astype(np.uint8)])
-        chip = Chip.from_row(row)
-        [(grid, _)] = grids_of([chip.source])
-        cog.write_image(
-            cue_path(self.prefix, chip.id), bands_CHW, grid, middle(chip, len(mask_HW)), bands=("mask", "cam")
-        )
-        facts = {"certainty": row["certainty"], "share": float((mask_HW == 1).mean())}
-        return {"id": row["id"], "seconds": row["seconds"], "facts": facts}
-
-
-def cue_path(prefix: str, chip_id: str) -> UPath:
-    """Where `WriteCue` keeps the cue of a chip."""
-    return upath(prefix) / f"{slug(chip_id)}.tif"
-
-
-def density_path(prefix: str, chip_id: str) -> UPath:
-    """Where `WriteDensity` keeps the density of a chip."""
-    return upath(prefix) / f"{slug(chip_id)}.npy"
