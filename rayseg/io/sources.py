@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,7 +21,7 @@ from rasterio.warp import calculate_default_transform, transform, transform_boun
 
 from rayseg.errors import DataError
 from rayseg.geo import Bounds, Grid, Window
-from rayseg.store import is_local
+from rayseg.store import is_local, upath
 
 SCHEMES = ("", "file", "s3", "http", "https")
 _OPTIONS = {
@@ -160,13 +160,25 @@ def unplaced() -> Iterator[None]:
 @contextmanager
 def gdal(name: str, window: Window | None = None) -> Iterator[None]:
     """GDAL's options, and its errors as DataError that names the file and the window."""
-    options = _OPTIONS if is_local(name) else {**_OPTIONS, **_REMOTE}
+    options = _OPTIONS if is_local(name) else {**_OPTIONS, **_REMOTE, **_endpoint(urlsplit(name).scheme)}
     try:
         with rasterio.Env(**options):
             yield
     except (RasterioError, CRSError) as error:
         place = f" in {window}" if window else ""
         raise DataError(f"{name} cannot be read{place}: {error.__cause__ or error}.") from error
+
+
+@cache
+def _endpoint(scheme: str) -> dict[str, str]:
+    """The object store that s3fs is set up for (AWS_ENDPOINT_URL, its configuration) in GDAL's words."""
+    if scheme != "s3":
+        return {}
+    url = urlsplit(str(upath("s3://bucket/key").fs.s3.meta.endpoint_url))
+    if url.netloc.endswith("amazonaws.com"):
+        return {}
+    secure = "YES" if url.scheme == "https" else "NO"
+    return {"AWS_S3_ENDPOINT": url.netloc, "AWS_HTTPS": secure, "AWS_VIRTUAL_HOSTING": "FALSE"}
 
 
 # -- grids ------------------------------------------------------------------------------------------------------------
