@@ -54,6 +54,20 @@ def region_names() -> list[str]:
     return sorted({file.stem for file in _region_files()})
 
 
+def named_regions() -> dict[str, str]:
+    """The same names, each with the `description` in its file's first properties ("" without)."""
+    files = {file.stem: file for file in reversed(list(_region_files()))}
+    return {name: _description(files[name]) for name in sorted(files)}
+
+
+def _description(file: Path) -> str:
+    try:
+        row = json.loads(file.read_bytes())
+    except ValueError as error:
+        return f"not readable: {error}"
+    return str(_properties(row).get("description", ""))
+
+
 def _known() -> str:
     return ", ".join(region_names()) or "none here"
 
@@ -121,11 +135,17 @@ def _area(path: str, frame: geopandas.GeoDataFrame) -> dict[str, Any]:
 
 def _with_imagery(region: Region, row: dict[str, Any], path: str) -> Region:
     """The region with the catalogue that its GeoJSON names in its (first feature's) properties."""
-    first = row.get("features") or [row]
-    properties = first[0].get("properties") or {}
+    properties = _properties(row)
     catalog = properties.get("catalog")
     if not catalog:
         return region
     if "://" not in catalog:
         catalog = str(upath(path).parent / catalog)
     return Region(region.name, region.geometry, catalog, properties.get("collection"))
+
+
+def _properties(row: dict[str, Any]) -> dict[str, Any]:
+    """The properties of a feature, or of a collection's first."""
+    first = row.get("features") or [row]
+    found: dict[str, Any] = first[0].get("properties") or {}
+    return found

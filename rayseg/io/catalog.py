@@ -17,7 +17,7 @@ from shapely.geometry.base import BaseGeometry
 from stac_geoparquet.arrow import stac_table_to_items
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.io.areas import region_names, resolve_region
+from rayseg.io.areas import named_regions, region_names, resolve_region
 from rayseg.io.items import item_of, lonlat_outline, write_catalog, write_collection, write_item, write_tile_item
 from rayseg.io.sources import Source, crs_of, crs_text, source_of_file
 from rayseg.store import is_local, put, upath
@@ -26,6 +26,7 @@ __all__ = [
     "imagery_collection",
     "item_of",
     "lonlat_outline",
+    "named_regions",
     "open_items",
     "region_names",
     "resolve_region",
