@@ -7,7 +7,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Literal, overload
 
@@ -180,6 +181,22 @@ def load(prefix: StorePath) -> Bundle:
     if missing:
         raise ModelError(f"bundle {folder} is not whole, {', '.join(sorted(missing))} missing; run its training again")
     return _parsed(folder)
+
+
+def find(prefixes: Iterable[StorePath]) -> Iterator[tuple[str, Bundle]]:
+    """(prefix, bundle) of every whole bundle at or below some prefixes, by prefix; those that cannot be read are left.
+
+    Raises:
+        ModelError: one of the prefixes is not there.
+    """
+    folders: set[str] = set()
+    for prefix in map(upath, prefixes):
+        if not prefix.is_dir():
+            raise ModelError(f"{prefix} is no folder to look for models in; name the folder of a run")
+        folders |= {str(path.parent) for path in prefix.glob("**/bundle.json")}
+    for folder in sorted(folders):
+        with suppress(ModelError):
+            yield folder, load(folder)
 
 
 def _parsed(folder: UPath) -> Bundle:
