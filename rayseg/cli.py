@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from rayseg.run import Run
 
 PIPELINES = {"gpc": "rayseg.pipelines.gpc"}
+ORDER = (
+    "run", "status", "retry", "predict", "evaluate", "polygonize", "ingest", "models", "regions", "config", "env",
+)  # fmt: skip
 MODULES = PIPELINES | {"predict": "rayseg.pipelines.predict"}
 
 
@@ -32,11 +36,15 @@ class _Door(TyperGroup):
         """Run the command."""
         try:
             return super().invoke(ctx)
-        except RaysegError as error:
+        except (RaysegError, OSError) as error:
             if ctx.params.get("verbose"):
                 traceback.print_exc()
-            typer.echo(f"rayseg: {error}", err=True)
-            raise typer.Exit(error.exit_code) from None
+            typer.echo(f"rayseg: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(getattr(error, "exit_code", 1)) from None
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        """The commands in the order they are needed."""
+        return sorted(self.commands, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
 
 app = typer.Typer(cls=_Door, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -52,7 +60,7 @@ app.add_typer(config_app, name="config")
 REGIONS = (
     "demo, a name under stac/regions, a GeoJSON or GeoParquet file, west,south,east,north, or catalog.json#collection"
 )
-PipelineName = Annotated[str, typer.Argument(help=f"One of: {', '.join(PIPELINES)}.")]
+PipelineName = Annotated[str, typer.Argument(metavar="PIPELINE", help=f"One of: {', '.join(PIPELINES)}.")]
 ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file with what differs from the defaults.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="One value, for example segmenter.batch=4; may be repeated.")
@@ -61,6 +69,7 @@ Out = Annotated[str, typer.Option("--out", help="Where results go: a folder, or 
 EngineName = Annotated[
     Literal["ray", "inline"], typer.Option("--engine", help="ray, or inline for this process alone.")
 ]
+Tiles = Annotated[str | None, typer.Option("--tiles", help="Only these tiles: comma-separated ids.")]
 Address = Annotated[str | None, typer.Option("--address", help="Ray cluster to join; default: RAY_ADDRESS, else none.")]
 
 
@@ -94,7 +103,7 @@ def run_pipeline(
     out: Annotated[str | None, typer.Option("--out", help="Where results go; default: runs/PIPELINE-REGION.")] = None,
     engine: EngineName = "ray",
     address: Address = None,
-    tiles: Annotated[str | None, typer.Option(help="Only these tiles: comma-separated ids.")] = None,
+    tiles: Tiles = None,
 ) -> None:
     """Run a pipeline over a region; given again, it goes on where it stopped."""
     from rayseg.config import load
@@ -102,9 +111,14 @@ def run_pipeline(
 
     module = _pipeline(name)
     resolved = load(module.Config, config, set_ or ())
-    area = replace(_region(region), tiles=tuple(tiles.split(",")) if tiles else ())
+    area = _only(_region(region), tiles)
     with _run_at(out or f"runs/{name}-{slug(region)}", name, resolved, area, engine, address) as run:
         typer.echo(module.run(resolved, run, area))
+
+
+def _only(region: "Region", tiles: str | None) -> "Region":
+    """The region with the tiles that --tiles names, all of them without."""
+    return replace(region, tiles=tuple(filter(None, (tile.strip() for tile in (tiles or "").split(",")))))
 
 
 @app.command()
@@ -157,7 +171,9 @@ def _run_at(
     from rayseg.run import Engine, Run
 
     where = Engine(engine, address, retry)
-    with Run.open(out, pipeline=pipeline, config=config, region=region, engine=where) as run:
+    refuse = getattr(_pipeline(pipeline), "check", None)
+    check = partial(refuse, config, region) if refuse else None
+    with Run.open(out, pipeline=pipeline, config=config, region=region, engine=where, check=check) as run:
         yield run
     if run.troubles:
         named = [f"{step} {row} ({why})" for step, rows in run.troubles.items() for row, why in rows.items()]
@@ -219,13 +235,14 @@ def predict(
     set_: Overrides = None,
     engine: EngineName = "ray",
     address: Address = None,
+    tiles: Tiles = None,
 ) -> None:
     """Predict with a trained model over images, a catalogue or a region."""
     from rayseg.config import load
 
     module = _pipeline("predict")
     resolved = load(module.Config, None, [f"model={model}", *(set_ or ())])
-    area = _images_or_region(source)
+    area = _only(_images_or_region(source), tiles)
     with _run_at(out, "predict", resolved, area, engine, address) as run:
         typer.echo(module.run(resolved, run, area))
 
@@ -293,20 +310,35 @@ def ingest_rasters(
 
 
 @ingest_app.command("xyz")
-def ingest_xyz(
+def ingest_xyz(  # noqa: PLR0913 - these are the command's options
     url: Annotated[str, typer.Option("--url", help="Template such as https://host/{z}/{x}/{y}.png.")],
     *,
     region: Annotated[str | None, typer.Option(help=f"{REGIONS}.")] = None,
     chips: Annotated[str | None, typer.Option(help="Polygons (GeoJSON, GeoParquet): one chip for each.")] = None,
     resolution: Annotated[float, typer.Option(help="Pixel size in metres of EPSG:3857.")] = 1.0,
+    label: Annotated[
+        str | None, typer.Option(help="Column with the chips' labels; default: label, where there is one.")
+    ] = None,
     attribution: Annotated[str | None, typer.Option(help="Whom the imagery is owed to.")] = None,
+    tile_size: Annotated[int, typer.Option(help="Pixels of the server's tiles: 256 or 512.")] = 256,
+    concurrency: Annotated[int, typer.Option(help="Most requests under way at once.")] = 8,
+    limit: Annotated[int, typer.Option(help="Most tiles that are fetched; more is refused before the first.")] = 200000,
     out: Out,
 ) -> None:
     """Fetch web-map tiles as GeoTIFF scenes or chips with STAC items; what is there already is not fetched again."""
-    from rayseg.io import xyz
+    from rayseg.io import webmap, xyz
 
-    area = _region(region).geometry if region else None
-    typer.echo(xyz.ingest_xyz(url, out, geometry=area, chips=chips, resolution=resolution, attribution=attribution))
+    catalogue = xyz.ingest_xyz(
+        url,
+        out,
+        geometry=_region(region).geometry if region else None,
+        chips=chips,
+        label=label,
+        resolution=resolution,
+        attribution=attribution,
+        fetching=webmap.Fetching(tile_size=tile_size, concurrency=concurrency, limit=limit),
+    )
+    typer.echo(catalogue)
 
 
 @models_app.command("list")
@@ -316,7 +348,10 @@ def models_list(
     """List the bundles under some folders or URLs."""
     from rayseg.models import bundle
 
-    for prefix, found in bundle.find(prefixes or ["runs"]):
+    models = list(bundle.find(prefixes or ["runs"]))
+    if not models:
+        typer.echo(f"no models below {', '.join(prefixes or ['runs'])}", err=True)
+    for prefix, found in models:
         typer.echo(
             f"{prefix}  {found.task}  {found.architecture.options.get('encoder', '')}  {_measures(found.metrics)}"
         )

@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rayseg.errors import ConfigError
 
 QUIET_RAY = {
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
@@ -101,6 +101,8 @@ def _problem(kind: type[Config], found: dict[str, Any]) -> str:
     path = ".".join(str(part) for part in found["loc"])
     if found["type"] == "extra_forbidden":
         return f"config key {path} is unknown, expected one of: {', '.join(_siblings(kind, found['loc']))}"
+    if found["type"] == "missing":
+        return f"config key {path} is missing; set it"
     return f"config key {path} = {found['input']!r}: {found['msg'][0].lower()}{found['msg'][1:]}"
 
 

@@ -4,14 +4,15 @@ Each function is a step of a `Run`: it takes the step and what it builds on, and
 """
 
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from rayseg import flow
 from rayseg.config import Config
-from rayseg.errors import DataError
+from rayseg.errors import ConfigError, DataError, ModelError
 from rayseg.flow import Row, Work
 from rayseg.geo import Region
 from rayseg.io import catalog, labels, vectors
@@ -22,7 +23,7 @@ from rayseg.run import Step
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, tile_rows
 from rayseg.stages.write import WriteTile
-from rayseg.store import put, upath
+from rayseg.store import absolute, put, upath
 from rayseg.vision.color import ClassTable
 
 
@@ -31,17 +32,17 @@ class MapConfig(Config):
 
     imagery: str | None = None
     """Catalogue of the imagery (`catalog.json#collection`); by default the region's."""
-    tile: int = 2048
+    tile: Annotated[int, Field(gt=0)] = 2048
     """Side of a tile in px."""
-    batch: int | None = None
+    batch: Annotated[int, Field(gt=0)] | None = None
     """Patches predicted at once; by default 1 on a CPU and 16 on a GPU."""
-    stall_seconds: float = 1800.0
+    stall_seconds: Annotated[float, Field(gt=0)] = 1800.0
     """A run in which no tile is settled for so long ends with an error."""
 
 
 def load_model(step: Step, prefix: str) -> dict[str, Any]:
     """A trained model as a step, so that what follows depends on its weights and not only on its name."""
-    return {"bundle": prefix, "sha256": bundle.load(prefix).sha256}
+    return {"bundle": absolute(prefix), "sha256": bundle.load(prefix).sha256}
 
 
 def predict_region(step: Step, region: Region, model: Step, config: MapConfig) -> dict[str, Any]:
@@ -64,23 +65,39 @@ def manifest(step: Step, region: Region, described: bundle.Bundle, config: MapCo
     """The step's rows, planned once: later executions find the same items and tiles, whatever became of the catalogue.
 
     Raises:
-        DataError: the region has no imagery.
-        ModelError: the imagery does not keep the model's contract.
+        RaysegError: see `plan`.
     """
     path = step.prefix / "manifest.parquet"
     if not path.exists():
-        sources = imagery(region, config)
-        for source in sources:
-            described.check_contract(source.bands, source.dtype, source=source.item_id)
-        halo = described.patch + described.stride
-        rows = tile_rows(sources, region.geometry, size=config.tile, halo=halo)
-        rows = [row for row in rows if row["id"] in region.tiles] if region.tiles else rows
-        if not rows:
-            raise DataError(f"region {region.name} has no tile with imagery; choose another --region or --tiles")
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(rows), sink)
+        pq.write_table(pa.Table.from_pylist(plan(region, described, config)), sink)
         put(path, sink.getvalue().to_pybytes())
     return read_manifest(step)
+
+
+def plan(region: Region, described: bundle.Bundle, config: MapConfig) -> list[Row]:
+    """The rows of all tiles that a model is to map; of the imagery only its description is read.
+
+    Raises:
+        ConfigError: a tile that was asked for is not there.
+        DataError: the region has no imagery.
+        ModelError: the model does not map, or the imagery does not keep its contract.
+    """
+    if described.task != "segmentation":
+        raise ModelError(f"model {described.name} is for {described.task}, a map needs segmentation; give a segmenter")
+    sources = imagery(region, config)
+    for source in sources:
+        described.check_contract(source.bands, source.dtype, source=source.item_id)
+    rows = tile_rows(sources, region.geometry, size=config.tile, halo=described.patch + described.stride)
+    if not rows:
+        raise DataError(f"region {region.name} has no tile with imagery; choose another --region")
+    ids = [row["id"] for row in rows]
+    if unknown := sorted(set(region.tiles) - set(ids)):
+        raise ConfigError(
+            f"region {region.name} has no tile {', '.join(unknown[:5])}, its {len(ids)} tiles of {config.tile} px are "
+            f"{', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''}; correct --tiles"
+        )
+    return [row for row in rows if row["id"] in region.tiles] if region.tiles else rows
 
 
 def read_manifest(step: Step) -> list[Row]:

@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+from upath import UPath
 
 from rayseg import report, run
 from rayseg.io import masks
@@ -101,7 +103,13 @@ def headline(published: Step) -> str:
         said.append(f"Mean IoU {value['mean_iou']:.3f}.")
     if value["km2_per_hour"] is not None:
         said.append(f"{value['km2_per_hour']:.3g} km2/h.")
-    return f"{upath(published.root) / value['report']}: {' '.join(said)}"
+    return f"{_from_here(upath(published.root) / value['report'])}: {' '.join(said)}"
+
+
+def _from_here(path: UPath) -> str:
+    """The path as short as it can be told from the working folder."""
+    here = Path.cwd()
+    return str(Path(path.path).relative_to(here)) if is_local(path) and here in Path(path.path).parents else str(path)
 
 
 def _value(

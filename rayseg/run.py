@@ -27,8 +27,9 @@ from rayseg.config import Config
 from rayseg.errors import ConfigError
 from rayseg.geo import Region
 from rayseg.ledger import Account, Ledger
-from rayseg.store import is_local, put, upath
+from rayseg.store import absolute, is_local, put, upath
 
+NAMED = 20
 LIBRARIES = ("torch", "ray", "rasterio", "segmentation-models-pytorch", "numpy")
 
 
@@ -86,16 +87,34 @@ class Run:
     @classmethod
     @contextmanager
     def open(
-        cls, out: str, *, pipeline: str, config: Config, region: Region, engine: Engine | None = None
+        cls,
+        out: str,
+        *,
+        pipeline: str,
+        config: Config,
+        region: Region,
+        engine: Engine | None = None,
+        check: Callable[[], object] | None = None,
     ) -> Iterator["Run"]:
         """Begin or go on with the run at `out`; run.json tells how it ended, also when it ends by an error.
+
+        Args:
+            out: prefix of the run.
+            pipeline: name of the pipeline.
+            config: its configuration.
+            region: what is mapped.
+            engine: where stages are carried out; by default Ray.
+            check: called for a new run before anything is written; what it raises leaves no trace at `out`.
 
         Raises:
             ConfigError: `out` cannot be written, belongs to another run, or is being worked on by another process.
         """
+        out = absolute(out)
         asked = {"pipeline": pipeline, "region": asdict(region), "config": config.model_dump(mode="json")}
         run = cls(out, asked, engine or Engine())
-        _claim(out, asked)
+        if _is_new(out, asked) and check:
+            check()
+        _ensure_writable(out)
         with _alone(out):
             started = time.time()
             run.save("running", started)
@@ -130,11 +149,15 @@ class Run:
         begun = _load(step.prefix / "begun.json")
         if begun.get("key") != step.key:
             _clear(step.prefix)
-            begun = {"key": step.key, "seconds": 0.0}
+            begun = {"key": step.key, "at": time.time(), "seconds": 0.0}
             put(step.prefix / "begun.json", json.dumps(begun).encode())
         started = time.perf_counter()
-        value = function(step, *arguments)
-        done = {"key": step.key, "value": value, "seconds": time.perf_counter() - started}
+        try:
+            value = function(step, *arguments)
+        finally:
+            begun["seconds"] += time.perf_counter() - started
+            put(step.prefix / "begun.json", json.dumps(begun).encode())
+        done = {"key": step.key, "value": value, "seconds": begun["seconds"]}
         put(step.prefix / "done.json", json.dumps(done, indent=1).encode())
         return done
 
@@ -154,10 +177,11 @@ class Run:
 
 
 def status(root: str) -> dict[str, Any]:
-    """How far a run is: its status and, for every step that works row by row, the counts of its ledger.
+    """How far a run is: its status, its steps and, for every step that works row by row, the counts of its ledger.
 
     Returns:
-        `status` and `steps`: name -> planned, counts (status -> rows) and troubles (row -> reason).
+        `status` and, where it says so, its `reason`; `times`: name -> seconds of every finished step, None of one that
+        was begun, in order; `steps`: name -> planned, counts (status -> rows) and troubles (row -> reason).
     """
     asked = read(root)
     steps = {}
@@ -166,15 +190,37 @@ def status(root: str) -> dict[str, Any]:
             ids = pq.read_table(file, columns=["id"])["id"].to_pylist()
         account = Account.of(ids, Ledger(str(manifest.parent / "ledger")).read())
         steps[manifest.parent.name] = asdict(account)
-    return {"run": root, "pipeline": asked["pipeline"], "status": asked["status"], "steps": steps}
+    gone = asked["status"] == "running" and not _is_held(root)
+    return {
+        "run": root,
+        "pipeline": asked["pipeline"],
+        "status": "killed" if gone else asked["status"],
+        "reason": asked.get("reason", ""),
+        "times": _times(root),
+        "steps": steps,
+    }
+
+
+def _times(root: str) -> dict[str, float | None]:
+    """Seconds of every step of a run, None where it is not done, in the order they were begun."""
+    folders = [path.parent for path in upath(root).glob("steps/*/begun.json")]
+    begun = sorted((_load(folder / "begun.json").get("at", 0.0), folder.name, folder) for folder in folders)
+    return {name: _load(folder / "done.json").get("seconds") for _, name, folder in begun}
 
 
 def status_text(report: dict[str, Any]) -> str:
     """`status` in lines for people."""
     lines = [f"{report['run']}: {report['pipeline']}, {report['status']}"]
-    for name, step in report["steps"].items():
-        lines.append(f"  {name}: {Account(**step)}")
-        lines += [f"    {row}: {reason}" for row, reason in list(step["troubles"].items())[:20]]
+    lines += [f"  {report['reason']}"] if report["reason"] else []
+    steps, times = report["steps"], report["times"]
+    for name in [*times, *(steps.keys() - times.keys())]:
+        seconds = times.get(name)
+        lines.append(f"  {name}: {'not finished' if seconds is None else f'{seconds:.1f} s'}")
+        if name in steps:
+            lines[-1] += f"; {Account(**steps[name])}"
+            lines += [f"    {row}: {reason}" for row, reason in list(steps[name]["troubles"].items())[:NAMED]]
+            more = len(steps[name]["troubles"]) - NAMED
+            lines += [f"    and {more} more"] if more > 0 else []
     return "\n".join(lines)
 
 
@@ -189,14 +235,14 @@ def read(root: str) -> dict[str, Any]:
     Raises:
         ConfigError: there is no run at `root`.
     """
-    content = _load(upath(root) / "run.json")
+    content = _load(upath(root) / "run.json") if upath(root).is_dir() else {}
     if not content:
         raise ConfigError(f"{root} is no run: it has no run.json; give the folder that was --out of `rayseg run`")
     return content
 
 
-def _claim(out: str, asked: dict[str, Any]) -> None:
-    """Refuse an output that belongs to another run or cannot be written."""
+def _is_new(out: str, asked: dict[str, Any]) -> bool:
+    """Whether there is nothing at `out` yet; what belongs to another run is refused."""
     try:
         found = _load(upath(out) / "run.json")
         foreign = not found and upath(out).is_dir() and any(not p.name.startswith(".") for p in upath(out).iterdir())
@@ -208,6 +254,10 @@ def _claim(out: str, asked: dict[str, Any]) -> None:
     if other:
         difference = "; ".join(_difference(key, found.get(key), json.loads(json.dumps(asked[key]))) for key in other)
         raise ConfigError(f"output {out} belongs to another run ({difference}); choose another --out or delete it")
+    return not found
+
+
+def _ensure_writable(out: str) -> None:
     try:
         put(upath(out) / ".writable", b"")
         (upath(out) / ".writable").unlink()
@@ -238,11 +288,28 @@ def _alone(out: str) -> Iterator[None]:
         yield
 
 
+def _is_held(root: str) -> bool:
+    """Whether a process works on the run; taken for granted where that cannot be known."""
+    lock = Path(upath(root).path, ".lock")
+    if not is_local(root) or not lock.exists():
+        return not is_local(root)
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def _load(path: UPath) -> dict[str, Any]:
     try:
-        loaded: dict[str, Any] = json.loads(path.read_bytes())
+        loaded = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
+    except ValueError:
+        loaded = None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path} was not written by rayseg: it is no JSON object; remove it, or choose another --out")
     return loaded
 
 

@@ -21,6 +21,11 @@ def is_local(path: StorePath) -> bool:
     return upath(path).protocol in {"", "file", "local"}
 
 
+def absolute(path: StorePath) -> str:
+    """The path as it is understood from any working folder."""
+    return str(Path(upath(path).path).absolute()) if is_local(path) else str(upath(path))
+
+
 def put(path: StorePath, data: bytes) -> None:
     """Write `data` so that a reader sees all of it or nothing: temp + rename on disk, one PUT elsewhere."""
     target = upath(path)

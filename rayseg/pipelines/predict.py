@@ -7,6 +7,7 @@ from rayseg import mapping, publication
 from rayseg.config import Config as Frozen
 from rayseg.geo import Region
 from rayseg.mapping import MapConfig
+from rayseg.models import bundle
 from rayseg.run import Run
 
 
@@ -16,6 +17,12 @@ class Config(Frozen):
     model: str
     """Prefix of the bundle."""
     map: MapConfig = MapConfig()
+
+
+def check(config: Config, region: Region) -> None:
+    """Refuse, before anything is written, a model that is not whole and imagery that it cannot map."""
+    described, _ = bundle.build(config.model)
+    mapping.plan(region, described, config.map)
 
 
 def run(config: Config, run: Run, region: Region) -> str:
