@@ -137,15 +137,17 @@ def run(
     guarded = [
         Guarded(work, ledger if position == len(works) - 1 else None, attempts) for position, work in enumerate(works)
     ]
+    if todo and engine.kind == "ray":
+        connect(engine.address)  # here: Ray's processes end with the thread that started them
     if todo:
         carry_out = {"inline": _inline, "ray": _on_ray}[engine.kind]
         with _progress(title, len(rows), len(rows) - len(todo)) as advance:
-            for row in _ahead(carry_out(todo, guarded, engine), stall_seconds):
+            for row in _ahead(carry_out(todo, guarded), stall_seconds):
                 advance(row)
     return Account.of([row["id"] for row in rows], ledger.read())
 
 
-def _inline(rows: list[Row], guarded: list[Guarded], _: Engine) -> Iterator[Row]:
+def _inline(rows: list[Row], guarded: list[Guarded]) -> Iterator[Row]:
     """Every stage in a thread of its own, a few batches ahead of the next."""
     stream: Iterable[Row] = rows
     for guard in guarded:
@@ -185,9 +187,8 @@ def _ahead(rows: Iterator[Row], patience: float | None = None) -> Iterator[Row]:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _on_ray(rows: list[Row], guarded: list[Guarded], engine: Engine) -> Iterator[Row]:
+def _on_ray(rows: list[Row], guarded: list[Guarded]) -> Iterator[Row]:
     """Rows through Ray Data; those lost with a dying process once more, each in a process of its own."""
-    connect(engine.address)
     ledger = guarded[-1].ledger
     assert ledger is not None
     seen = set()

@@ -1,7 +1,10 @@
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,3 +169,34 @@ def test_model_stages_share_what_reading_and_writing_leave():
 def test_stages_survive_pickling(tmp_path):
     for work in works(tmp_path):
         assert pickle.loads(pickle.dumps(work)).name == work.name
+
+
+TWICE = """
+import sys
+from pathlib import Path
+from rayseg import flow
+from rayseg.ledger import Ledger
+from rayseg.run import Engine
+from test_flow import rows_of, works
+
+for name in ("first", "second"):
+    folder = Path(sys.argv[1]) / name
+    folder.mkdir()
+    account = flow.run(rows_of(3), works(folder), Ledger(f"{folder}-ledger"), Engine("ray"))
+    print(name, account)
+"""
+
+
+@pytest.mark.ray
+def test_one_private_ray_serves_all_flows_of_a_process(tmp_path):
+    """With two CPUs, as on a small machine: reading, model and writing must fit beside each other."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'}
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE, str(tmp_path)],
+        check=False,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.stdout.splitlines() == ["first 3 planned = 3 done", "second 3 planned = 3 done"], done.stderr[-2000:]

@@ -44,7 +44,7 @@ class Predict:
         described, model = bundle.build(self.prefix)
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.batch = self.batch or (16 if self.device.startswith("cuda") else 1)
-        model = model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(self.device).to(memory_format=torch.channels_last)
         return described, model.eval()
 
     def __call__(self, rows: list[Row]) -> list[Row]:
