@@ -118,12 +118,13 @@ class Run:
         with _alone(out):
             started = time.time()
             run.save("running", started)
+            ended = "stopped"
             try:
                 yield run
-            except BaseException as error:
-                run.save("stopped", started, reason=f"{type(error).__name__}: {error}")
-                raise
-            run.save("incomplete" if run.troubles else "done", started)
+                ended = "incomplete" if run.troubles else "done"
+            finally:
+                error = sys.exc_info()[1]
+                run.save(ended, started, reason=f"{type(error).__name__}: {error}" if error else "")
 
     def step(self, name: str, function: Callable[..., dict[str, Any]], *arguments: object) -> Step:
         """What `function(step, *arguments)` returns, from its first finished execution with the same key.
