@@ -52,8 +52,8 @@ class WriteTile:
         cog.write_scores(folder / "scores.tif", scores, tile.grid, tile.window, self.bands)
         vectors.write_parts(folder / "parts.parquet", vectors.polygons_of(classes, scores, tile.grid, tile.window))
         catalog.write_tile_item(folder, tile, self.table, sources=json.loads(row["sources"]), model=self.model)
-        found = set(facts["counts"]) - {"0"}
-        return kept | {"status": "done" if found else "empty", "facts": facts}
+        background = len(self.table.classes) == 2 and set(facts["counts"]) == {"0"}
+        return kept | {"status": "empty" if background else "done", "facts": facts}
 
 
 def facts_of(classes_HW: np.ndarray) -> dict[str, Any]:
