@@ -178,9 +178,8 @@ def _run_at(
     if run.troubles:
         named = [f"{step} {row} ({why})" for step, rows in run.troubles.items() for row, why in rows.items()]
         more = f" and {len(named) - 5} more" if len(named) > 5 else ""
-        raise RunIncomplete(
-            f"{len(named)} tiles failed: {'; '.join(named[:5])}{more}; mend the cause, then: rayseg retry {out}"
-        )
+        counted = f"{len(named)} tile{'s' * (len(named) > 1)} failed"
+        raise RunIncomplete(f"{counted}: {'; '.join(named[:5])}{more}; mend the cause, then: rayseg retry {out}")
 
 
 def _pipeline(name: str) -> "ModuleType":

@@ -1,6 +1,7 @@
 """Pictures of a mapped region: a mosaic of every grid, a sheet of a few images where there is no georeference."""
 
 import io
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +15,14 @@ from numpy.typing import NDArray
 from rasterio.enums import Resampling
 from rasterio.windows import Window as FileWindow
 
+from rayseg.errors import DataError
 from rayseg.geo import Grid, Window
 from rayseg.io.maps import NODATA, MappedTile, width_m
 from rayseg.io.rasters import footprint, view
 from rayseg.io.sources import Source, gdal, open_file
 from rayseg.vision.color import RGB, ClassTable, overlay
+
+_log = logging.getLogger(__name__)
 
 SHEET = 6
 _GAP = 8
@@ -168,7 +172,10 @@ def _sources(tiles: Iterable[MappedTile]) -> list[Source]:
 
 
 def _imagery(sources: Sequence[Source], grid: Grid, canvas: _Canvas) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
-    """(three bands of the imagery, where there is any) over the canvas."""
+    """(three bands of the imagery, where there is any) over the canvas; what cannot be read is left out.
+
+    A damaged file has cost its own tiles, and the ledger names them: it must not cost the rest of the run its report.
+    """
     image_CHW: NDArray[np.generic] = np.zeros((3, *canvas.shape), sources[0].dtype)
     seen_HW = np.zeros(canvas.shape, bool)
     for source in sources:
@@ -176,7 +183,11 @@ def _imagery(sources: Sequence[Source], grid: Grid, canvas: _Canvas) -> tuple[ND
         if part.empty or seen_HW[canvas.slices(part)].all():
             continue
         place = canvas.slices(part)
-        pixels_CHW, valid_HW = _decimated(source, grid, part, canvas.shape_of(part))
+        try:
+            pixels_CHW, valid_HW = _decimated(source, grid, part, canvas.shape_of(part))
+        except DataError as error:
+            _log.warning("left out of the picture: %s", error)
+            continue
         fresh_HW = valid_HW & ~seen_HW[place]
         np.copyto(image_CHW[:, *place], pixels_CHW, where=fresh_HW, casting="unsafe")
         seen_HW[place] |= fresh_HW
