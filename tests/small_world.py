@@ -1,0 +1,166 @@
+"""Scenes, catalogues and bundles small enough to run whole pipelines on, and the command line in this process."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pystac
+import rasterio
+import torch
+from fake_run import blobs, picture
+from PIL import Image
+from pystac.validation.stac_validator import JsonSchemaSTACValidator
+from typer.testing import CliRunner
+
+from rayseg.cli import app
+from rayseg.geo import Grid, Window
+from rayseg.io import cog, labels
+from rayseg.models import bundle
+from rayseg.models.bundle import Architecture, Bundle, Scaling
+from rayseg.models.classifier import build_classifier
+from rayseg.models.segmenter import build_segmenter
+
+GRID = Grid("EPSG:32650", (1.0, 1.0), (0.0, 0.0))
+CORNER = Window(2048 * 244 + 100, -2048 * 2148 + 60, 0, 0)  # inside a tile of 2048 px, near borders of 128 and 256 px
+BANDS = ("red", "green", "blue")
+HEIGHT, WIDTH = 200, 180
+SCALING = Scaling(mean=(120.0,) * 3, std=(50.0,) * 3)
+
+
+def rayseg(*words):
+    """The command line's result: exit_code, stdout, stderr; what is no error of ours is raised."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def refused(code, *words):
+    """The one sentence with which the command line refuses these words."""
+    result = rayseg(*words)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("rayseg: ")
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+def window_at(row, col, height=HEIGHT, width=WIDTH):
+    return Window(CORNER.col + col, CORNER.row + row, width, height)
+
+
+def scene(path, *, row=0, col=0, seed=0, height=HEIGHT, width=WIDTH, margin=20, bands=BANDS, dtype="uint8"):
+    """Write a picture with a slanted margin of nodata (0); return where it has data, (height, width) bool."""
+    image_CHW = picture(blobs(height, width, seed=seed), seed=seed)[: len(bands)].astype(dtype)
+    valid_HW = np.add.outer(np.arange(height), np.arange(width)) >= margin
+    where = window_at(row, col, height, width)
+    cog.write_image(path, image_CHW, GRID, where, bands=bands, nodata=0, valid_HW=valid_HW)
+    return valid_HW
+
+
+def catalogue(folder, **scenes):
+    """A catalogue of scenes: name -> arguments of `scene`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, options in scenes.items():
+        paths.append(str(folder / f"{name}.tif"))
+        scene(paths[-1], **options)
+    return labels.ingest_rasters(paths, folder / "cat")
+
+
+def segmenter(prefix, *, bands=BANDS, dtype="uint8", classes=1):
+    """Save a bundle of a network that has learnt nothing, but marks about half of a scene, in patches of 64 px."""
+    torch.manual_seed(7)
+    options = {"architecture": "unet", "encoder": "mobilenet_v2", "classes": classes, "channels": len(bands)}
+    model = build_segmenter(**options, weights="none").eval()
+    names = ("background", "gpc") if classes == 1 else tuple(f"kind-{k}" for k in range(classes))
+    colors = ((0, 0, 0), (0, 158, 115), (230, 159, 0), (86, 180, 233))
+    described = Bundle(
+        name="segmenter",
+        task="segmentation",
+        architecture=Architecture(factory="segmenter", options=options),
+        classes=tuple((value, name, colors[value]) for value, name in enumerate(names)),
+        bands=bands,
+        dtype=dtype,
+        scaling=Scaling(mean=(120.0,) * len(bands), std=(50.0,) * len(bands)),
+        patch=64,
+        stride=48,
+    )
+    head = model.get_submodule("segmentation_head")[0]
+    with torch.inference_mode():
+        sample = described.normalize(np.repeat(picture(blobs(128, 128, seed=5), seed=5)[:1], len(bands), axis=0))
+        logits_KN = model(torch.from_numpy(sample)[None])[0].flatten(1)
+        head.weight /= logits_KN.std(dim=1)[:, None, None, None]
+        head.bias.copy_((head.bias - logits_KN.median(dim=1).values) / logits_KN.std(dim=1))
+    bundle.save(prefix, described, model)
+    return str(prefix)
+
+
+def classifier(prefix):
+    """Save a bundle that tells images apart, and so cannot map."""
+    options = {"encoder": "mobilenet_v2", "classes": 2}
+    described = Bundle(
+        name="classifier",
+        task="classification",
+        architecture=Architecture(factory="classifier", options=options),
+        classes=((0, "gpc", (0, 158, 115)), (1, "nongpc", (0, 0, 0))),
+        bands=BANDS,
+        dtype="uint8",
+        scaling=SCALING,
+        patch=64,
+        stride=64,
+    )
+    bundle.save(prefix, described, build_classifier(**options, weights="none"))
+    return str(prefix)
+
+
+def chip_folder(folder, *, size=64, counts=(3, 3)):
+    """PNG chips in folders by class: `gpc` with green shapes, `nongpc` without."""
+    for label, count, share in (("gpc", counts[0], 0.3), ("nongpc", counts[1], 0.0)):
+        (folder / label).mkdir(parents=True)
+        for number in range(count):
+            image_CHW = picture(blobs(size, size, seed=number, share=share), seed=number)
+            Image.fromarray(image_CHW.transpose(1, 2, 0)).save(folder / label / f"{number}.png")
+    return folder
+
+
+def damage(path):
+    """Spoil the pixels of a file but not its header; return its bytes as they were."""
+    whole = Path(path).read_bytes()
+    with rasterio.open(path) as file:
+        start = int(file.get_tag_item("BLOCK_OFFSET_0_0", "TIFF", bidx=1))
+    Path(path).write_bytes(whole[:start] + b"\xff" * 100 + whole[start + 100 :])
+    return whole
+
+
+def files(root):
+    """File below a folder -> (time of change, bytes)."""
+    return {
+        str(path.relative_to(root)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(Path(root).rglob("*"))
+        if path.is_file()
+    }
+
+
+def mosaic(root, name="classes"):
+    """The tiles of a run put together on the window of `scene`, (bands, height, width); 255 elsewhere."""
+    whole = window_at(0, 0)
+    left, _, _, top = GRID.bounds(whole)
+    result = None
+    for path in sorted(Path(root).glob(f"tiles/*/{name}.tif")):
+        with rasterio.open(path) as file:
+            part = file.read()
+            row, col = round(top - file.bounds.top), round(file.bounds.left - left)
+        if result is None:
+            result = np.full((len(part), whole.height, whole.width), 255, np.uint8)
+        result[:, row : row + part.shape[1], col : col + part.shape[2]] = part
+    return result
+
+
+def valid_stac(path):
+    """Check a STAC file by the core schemas, which come with pystac; those of the extensions need a network."""
+    row = json.loads(Path(path).read_text())
+    kind = {"Feature": "ITEM", "Collection": "COLLECTION", "Catalog": "CATALOG"}[row["type"]]
+    JsonSchemaSTACValidator().validate_core(row, pystac.STACObjectType[kind], "1.1.0")
+    return row
