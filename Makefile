@@ -29,4 +29,4 @@ lint: setup
 check: lint test
 
 bench: setup
-	for file in benchmarks/[a-z]*.py; do $(BIN)/python $$file || exit 1; done
+	for file in $(wildcard benchmarks/*.py); do $(BIN)/python $$file || exit 1; done

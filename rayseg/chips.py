@@ -8,13 +8,13 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from rayseg.config import Config
-from rayseg.errors import DataError
-from rayseg.geo import Region
+from rayseg.errors import ConfigError, DataError
+from rayseg.geo import Region, expect_ids
 from rayseg.io import catalog, labels
 from rayseg.io.labels import Chip
 from rayseg.run import Step
 from rayseg.store import put
-from rayseg.vision.fill import mirrored
+from rayseg.vision.fill import filled
 
 Row = dict[str, Any]
 
@@ -42,24 +42,44 @@ def list_chips(step: Step, region: Region, expected: tuple[str, ...], config: Ch
         config: where they are and how they are divided.
 
     Raises:
-        DataError: there are no chips, one has another label, or a label is missing.
+        RaysegError: see `find_chips`.
     """
+    found = find_chips(region, expected, config)
+    held = _held_out([str(chip.label) for chip in found], expected, config)
+    rows = [chip.to_row() | {"held_out": kept} for chip, kept in zip(found, held, strict=True)]
+    put(step.prefix / "chips.parquet", parquet(rows))
+    return {label: sum(chip.label == label for chip in found) for label in expected}
+
+
+def find_chips(region: Region, expected: tuple[str, ...], config: ChipsConfig) -> list[Chip]:
+    """The chips of a region, by id; each has one of the labels expected, and each label a chip in training.
+
+    Raises:
+        ConfigError: neither the region nor the configuration says where they are, or there is nothing.
+        DataError: there are no chips, one has another label, a label is missing, or all of its chips are held out.
+    """
+    if not (config.source or region.catalog):
+        raise ConfigError(
+            f"region {region.name} has no catalogue with chips; name one with --set chips.source=catalog.json#chips"
+        )
     uri, _, collection = (config.source or f"{region.catalog}#chips").partition("#")
     found = labels.chips_of(catalog.open_items(uri, collection or None))
+    expect_ids([chip.id for chip in found])
     unknown = sorted({str(chip.label) for chip in found} - set(expected))
     if unknown:
         raise DataError(
             f"chips of {uri} are labelled {', '.join(unknown)}, expected {' or '.join(expected)}; correct them"
         )
-    counts = {label: sum(chip.label == label for chip in found) for label in expected}
-    for label, count in counts.items():
+    for label in expected:
+        count = sum(chip.label == label for chip in found)
         if not count:
             raise DataError(f"no chip of {uri} is labelled {label}, expected chips of every label; add some")
-    held = _held_out([str(chip.label) for chip in found], expected, config)
-    put(
-        step.prefix / "chips.parquet", parquet([c.to_row() | {"held_out": h} for c, h in zip(found, held, strict=True)])
-    )
-    return counts
+        if round(config.held_out * count) == count:
+            raise DataError(
+                f"chips.held_out {config.held_out} keeps all {count} chips of {uri} labelled {label} from training; "
+                "lower it"
+            )
+    return found
 
 
 def _held_out(of: list[str], expected: tuple[str, ...], config: ChipsConfig) -> list[bool]:
@@ -80,10 +100,7 @@ def rows_of(listed: Step, *, held_out: bool) -> list[Row]:
 
 def read_image(rows: list[Row], size: int, position: int) -> np.ndarray:
     """The middle of a chip, (size, size, 3) uint8; mirrored where it has no data."""
-    image_HWC, valid_HW = labels.read_chip(Chip.from_row(rows[position]), size)
-    if not valid_HW.any():
-        raise DataError(f"chip {rows[position]['id']} has no valid pixel in its middle {size} px; remove it")
-    return np.ascontiguousarray(mirrored(image_HWC.transpose(2, 0, 1), valid_HW).transpose(1, 2, 0))
+    return filled(*labels.read_chip(Chip.from_row(rows[position]), size))
 
 
 def parquet(rows: list[Row]) -> bytes:

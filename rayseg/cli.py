@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from rayseg import __version__
-from rayseg.errors import ConfigError, RaysegError, RunIncomplete
+from rayseg.errors import ConfigError, RaysegError, RunIncomplete, Stalled
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -40,6 +41,8 @@ class _Door(TyperGroup):
             if ctx.params.get("verbose"):
                 traceback.print_exc()
             typer.echo(f"rayseg: {' '.join(str(error).split())}", err=True)
+            if isinstance(error, Stalled):
+                os._exit(error.exit_code)  # a thread hangs; Python would wait for it for ever
             raise typer.Exit(getattr(error, "exit_code", 1)) from None
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
@@ -152,7 +155,7 @@ def status(
 
     report = runs.status(run)
     typer.echo(json.dumps(report, indent=1) if as_json else runs.status_text(report))
-    if any(step["troubles"] for step in report["steps"].values()):
+    if report["status"] != "running" and any(step["troubles"] for step in report["steps"].values()):
         raise typer.Exit(RunIncomplete.exit_code)
 
 
@@ -381,7 +384,6 @@ def regions() -> None:
 @app.command()
 def env() -> None:
     """Print versions, devices and where things are kept, for bug reports."""
-    import os
     import platform
 
     import torch

@@ -103,6 +103,8 @@ def _problem(kind: type[Config], found: dict[str, Any]) -> str:
         return f"config key {path} is unknown, expected one of: {', '.join(_siblings(kind, found['loc']))}"
     if found["type"] == "missing":
         return f"config key {path} is missing; set it"
+    if found["type"] == "value_error":
+        return f"config{f' key {path}' if path else ''}: {found['msg'].removeprefix('Value error, ')}"
     return f"config key {path} = {found['input']!r}: {found['msg'][0].lower()}{found['msg'][1:]}"
 
 

@@ -4,6 +4,7 @@
     ├── ConfigError        2   an option, a region or a configuration that cannot be meant
     ├── DataError          3   imagery, labels or masks that cannot be used
     ├── RunIncomplete      3   the run ended, but some tiles failed or are missing
+    │   └── Stalled        3   nothing was finished for too long
     └── ModelError         4   weights, checkpoints or bundles that do not fit
 
 A message is one sentence that names the thing, what was found, what was expected and what to do.
@@ -32,6 +33,10 @@ class RunIncomplete(RaysegError):
     """The run ended, but some of its tiles failed or are missing."""
 
     exit_code = 3
+
+
+class Stalled(RunIncomplete):
+    """Nothing was finished for too long; something hangs, so the process cannot end by itself."""
 
 
 class ModelError(RaysegError):

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rayseg.config import quiet_ray, ray_address
-from rayseg.errors import ConfigError, RaysegError, RunIncomplete
+from rayseg.errors import ConfigError, RaysegError, Stalled
 from rayseg.ledger import SETTLED, Account, Ledger, Record
 from rayseg.run import Engine
 
@@ -81,6 +81,8 @@ class Guarded:
         started = time.perf_counter()
         waiting = [row for row in rows if "status" not in row]
         after = {row["id"]: row for row in self._attempt(waiting)} if waiting else {}
+        if after.keys() != {row["id"] for row in waiting}:
+            raise TypeError(f"{self.work.name} did not give back the rows it was given")
         share = (time.perf_counter() - started) / max(len(waiting), 1)
         for row in after.values():
             row["seconds"] = row.get("seconds", {}) | {self.work.name: round(share, 4)}
@@ -127,7 +129,7 @@ def run(
         stall_seconds: no row settled for so long ends the run.
 
     Raises:
-        RunIncomplete: nothing moved for `stall_seconds`.
+        Stalled: nothing moved for `stall_seconds`.
         ConfigError: the stages need more CPUs than the machine or cluster has.
     """
     known = ledger.read()
@@ -170,7 +172,7 @@ def _ahead(rows: Iterator[Row], patience: float | None = None) -> Iterator[Row]:
     """The same rows, each made in another thread while the one before is used.
 
     Raises:
-        RunIncomplete: the next row does not come within `patience` seconds.
+        Stalled: the next row does not come within `patience` seconds.
     """
     pool = ThreadPoolExecutor(1)
     coming = pool.submit(next, rows, None)
@@ -179,7 +181,7 @@ def _ahead(rows: Iterator[Row], patience: float | None = None) -> Iterator[Row]:
             coming = pool.submit(next, rows, None)
             yield row
     except TimeoutError:
-        raise RunIncomplete(
+        raise Stalled(
             f"nothing was finished for {patience:.0f} s; what is done is in the ledger: "
             "look for a hanging tile, then give the same command again to go on"
         ) from None

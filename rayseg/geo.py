@@ -8,11 +8,15 @@ Order everywhere: (row, col), (height, width), (left, bottom, right, top).
 import hashlib
 import math
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from affine import Affine
+
+from rayseg.errors import DataError
 
 Bounds = tuple[float, float, float, float]
 
@@ -228,3 +232,17 @@ class Region:
 def slug(text: str) -> str:
     """`text` with everything but letters, digits, dot, dash and underscore replaced, for ids and file names."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-") or "x"
+
+
+def expect_ids(ids: Sequence[str]) -> None:
+    """Refuse ids that cannot name files, or name the same one.
+
+    Raises:
+        DataError: the first such id.
+    """
+    for row_id, count in Counter(ids).items():
+        if count > 1 or row_id != slug(row_id):
+            why = "occurs twice" if count > 1 else "cannot be a file name"
+            raise DataError(
+                f"id {row_id!r} {why}, expected different ones of letters, digits, . _ and -; rename the item"
+            )

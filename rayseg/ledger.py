@@ -9,9 +9,10 @@ from typing import Any
 
 from upath import UPath
 
-from rayseg.store import put_if_absent, upath
+from rayseg.store import is_local, put_if_absent, upath
 
 SETTLED = ("done", "empty", "nodata")
+MISSING = "not processed"
 STATUSES = (*SETTLED, "failed", "quarantined")
 
 
@@ -50,6 +51,8 @@ class Ledger:
     def read(self) -> dict[str, Record]:
         """The latest record of every id, ids sorted."""
         folder = upath(self.prefix)
+        if not is_local(folder):
+            folder.fs.invalidate_cache()  # s3fs would list what it saw before the workers wrote
         if not folder.is_dir():
             return {}
         with ThreadPoolExecutor(8) as pool:
@@ -89,4 +92,4 @@ class Account:
 
 
 def _trouble(record: Record | None) -> str:
-    return record.reason or record.status if record else "not processed"
+    return record.reason or record.status if record else MISSING

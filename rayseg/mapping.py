@@ -14,10 +14,10 @@ from rayseg import flow
 from rayseg.config import Config
 from rayseg.errors import ConfigError, DataError, ModelError
 from rayseg.flow import Row, Work
-from rayseg.geo import Region
+from rayseg.geo import Region, expect_ids
 from rayseg.io import catalog, labels, vectors
 from rayseg.io.sources import Source
-from rayseg.ledger import Account, Ledger, Record
+from rayseg.ledger import Ledger, Record
 from rayseg.models import bundle
 from rayseg.run import Step
 from rayseg.stages.predict import Predict
@@ -92,6 +92,7 @@ def plan(region: Region, described: bundle.Bundle, config: MapConfig) -> list[Ro
     if not rows:
         raise DataError(f"region {region.name} has no tile with imagery; choose another --region")
     ids = [row["id"] for row in rows]
+    expect_ids(ids)
     if unknown := sorted(set(region.tiles) - set(ids)):
         raise ConfigError(
             f"region {region.name} has no tile {', '.join(unknown[:5])}, its {len(ids)} tiles of {config.tile} px are "
@@ -164,8 +165,3 @@ def publish(step: Step, predicted: Step, title: str) -> dict[str, Any]:
     hrefs = [str(upath(tiles_prefix(step)) / row["id"] / f"{row['id']}.json") for row, _ in rows]
     catalog.write_collection(step.root, hrefs, title=title)
     return {"items": len(hrefs)}
-
-
-def account_of(step: Step) -> Account:
-    """The step's rows set against its ledger."""
-    return Account.of([row["id"] for row in read_manifest(step)], ledger_of(step).read())

@@ -26,7 +26,7 @@ from rayseg import __version__
 from rayseg.config import Config
 from rayseg.errors import ConfigError
 from rayseg.geo import Region
-from rayseg.ledger import Account, Ledger
+from rayseg.ledger import MISSING, Account, Ledger
 from rayseg.store import absolute, is_local, put, upath
 
 NAMED = 20
@@ -131,18 +131,22 @@ class Run:
 
         The function writes below `step.prefix` (or under keys of its own that are the same each time) and returns
         JSON values. An unfinished step is called again and goes on from what it finds there. When it returns
-        "troubles" (id -> reason), the run goes on, but the step is not taken for done.
+        "troubles" (id -> reason), the run goes on and ends as incomplete; `retry` calls the step again.
         """
         key = _key(function, arguments)
         step = Step(name, self.root, key, self.engine)
         done = _load(step.prefix / "done.json")
-        if done.get("key") != key or (done["value"].get("troubles") and self.engine.retry):
+        if done.get("key") != key or self._unfinished(done["value"].get("troubles", {})):
             done = self._carry_out(step, function, arguments)
         step = Step(name, self.root, _hash([key, done["value"]]), self.engine, done["value"], done["seconds"])
         if step.value.get("troubles"):
             self.troubles[name] = step.value["troubles"]
         self.steps.append(step)
         return step
+
+    def _unfinished(self, troubles: dict[str, str]) -> bool:
+        """Whether a finished step is to be called again: for rows it never came to, or for all troubles on a retry."""
+        return MISSING in troubles.values() or bool(troubles and self.engine.retry)
 
     def _carry_out(
         self, step: Step, function: Callable[..., dict[str, Any]], arguments: tuple[object, ...]

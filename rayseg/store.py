@@ -41,8 +41,7 @@ def put_file(path: StorePath, source: Path) -> None:
     """Move the local file `source` to `path`, whole or not at all."""
     target = upath(path)
     if not is_local(target):
-        with source.open("rb") as reader, target.open("wb") as writer:
-            shutil.copyfileobj(reader, writer, 1 << 20)
+        target.fs.put_file(str(source), target.path)
         source.unlink()
         return
     temporary = _beside(target)

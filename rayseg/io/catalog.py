@@ -84,6 +84,8 @@ def imagery_collection(uri: str) -> str | None:
     Raises:
         ConfigError: there is no such catalogue, or it has several other collections.
     """
+    if uri.endswith(".parquet"):
+        return None
     row = _read_json(uri)
     if row.get("type") != "Catalog":
         return None

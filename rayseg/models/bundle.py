@@ -50,6 +50,14 @@ class Scaling(Config):
     std: tuple[float, ...]
     """One per band, above 0."""
 
+    @model_validator(mode="after")
+    def _can_be_divided_by(self) -> "Scaling":
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"{len(self.mean)} means but {len(self.std)} stds, expected one of each per band")
+        if not self.scale or any(std <= 0 for std in self.std):
+            raise ValueError("stds must be above 0 and the scale not 0")
+        return self
+
     @overload
     def normalize(self, image_CHW: NDArray[Any]) -> NDArray[np.float32]: ...
     @overload
@@ -114,8 +122,9 @@ class Bundle(Config):
         counts = {len(self.bands), len(self.scaling.mean), len(self.scaling.std)}
         if len(counts) > 1:
             raise ValueError(f"{len(self.bands)} bands, {len(self.scaling.mean)} means, {len(self.scaling.std)} stds")
-        if min(self.scaling.std) <= 0 or self.scaling.scale == 0:
-            raise ValueError("stds must be above 0 and the scale not 0")
+        values = [value for value, _, _ in self.classes]
+        if self.task == "segmentation" and values != list(range(len(values))):
+            raise ValueError(f"class values are {values}, a segmenter's are 0, 1, 2, ... in the order of its outputs")
         if self.stride > self.patch:
             raise ValueError(f"stride {self.stride} is above patch {self.patch}")
         return self

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import matplotlib
 import matplotlib.image
 import numpy as np
+import ray
 import torch
 from pydantic import Field
 
@@ -30,6 +31,7 @@ from rayseg.ledger import Account, Ledger
 from rayseg.mapping import MapConfig
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
+from rayseg.models.encoders import encoder_name, read_state
 from rayseg.models.segmenter import Ensemble
 from rayseg.models.unsupervised import Precision
 from rayseg.run import Run, Step
@@ -92,7 +94,7 @@ class CuesConfig(Frozen):
 
 
 class Config(Frozen):
-    """Settings of the pipeline; the defaults are the paper's unless `configs/gpc/default.yaml` says otherwise."""
+    """Settings of the pipeline; the defaults are the paper's, `configs/gpc/default.yaml` is what we would use today."""
 
     chips: ChipsConfig = ChipsConfig()
     classifier: ClassifierConfig = ClassifierConfig()
@@ -145,7 +147,7 @@ def fit_yes_no(step: Step, listed: Step, config: Config) -> dict[str, Any]:
         scaling=config.scaling,
         held_out=_learnable(held, size) if held else None,
         workers=config.workers,
-        use_gpu=torch.cuda.is_available(),
+        use_gpu=_gpu(config),
     )
     model = trained_classifier(settings, step.prefix, classes=len(LABELS))
     described = Bundle(
@@ -173,6 +175,11 @@ def _keep(step: Step, described: Bundle, model: torch.nn.Module) -> str:
 def _connect(step: Step, config: Config) -> None:
     if config.workers:
         flow.connect(step.engine.address)
+
+
+def _gpu(config: Config) -> bool:
+    """Whether training has GPUs: those of the cluster for workers, else this machine's."""
+    return bool(ray.cluster_resources().get("GPU")) if config.workers else torch.cuda.is_available()
 
 
 def write_cues(step: Step, listed: Step, classifier: Step, config: CuesConfig, size: int) -> dict[str, Any]:
@@ -259,7 +266,7 @@ def _fit_member(step: Step, member: int, learnt: Chips, config: Config) -> dict[
         prefix=prefix,
         scaling=config.scaling,
         workers=config.workers,
-        use_gpu=torch.cuda.is_available(),
+        use_gpu=_gpu(config),
     )
 
 
@@ -300,8 +307,10 @@ def _threshold(model: torch.nn.Module, rows: list[Row], config: Config) -> float
         normal = config.scaling.normalize(torch.from_numpy(image_CHW.copy())[None])
         p_HW = probabilities(model, normal, unit=unit, flip=False)[0, 0].numpy()
         counts += np.bincount(np.rint(p_HW * 1000).astype(np.int64).ravel(), minlength=1001)
-    above = counts[::-1].cumsum()[::-1] / counts.sum()
-    return float(np.argmax(above <= config.marked)) / 1000
+    if not negatives:
+        raise DataError("no negative chip is left to set the threshold by; lower chips.held_out, or leave out `marked`")
+    low_enough = counts[::-1].cumsum()[::-1] / counts.sum() <= config.marked
+    return float(np.argmax(low_enough)) / 1000 if low_enough.any() else 1.0
 
 
 def measure(step: Step, predicted: Step, region: Region, truth: str | None) -> dict[str, Any]:
@@ -340,6 +349,16 @@ def write_report(
     caption = "Chips labelled gpc, their Grad-CAM++, and the coarse masks the segmenter began with (grey: left open)."
     extras = publication.Extras(labels=learnt, pictures=(("Cues", drawn.value["picture"], caption),))
     return publication.write_report(step, predicted, polygons, measured, extras)
+
+
+def check(config: Config, region: Region) -> None:
+    """Refuse, before anything is written, chips, imagery and weights that cannot be used."""
+    chips.find_chips(region, LABELS, config.chips)
+    mapping.plan(region, _described("segmenter", 0.5, {}, config), config.map)
+    for network in (config.classifier, config.segmenter):
+        encoder_name(network.encoder)
+        if network.weights not in {"imagenet", "none"}:
+            read_state(network.weights)
 
 
 def run(config: Config, run: Run, region: Region) -> str:

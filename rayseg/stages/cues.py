@@ -14,13 +14,17 @@ from rayseg.io.sources import grids_of
 from rayseg.store import put, upath
 from rayseg.vision import concept, superpixels
 from rayseg.vision.cues import Objects, coarse_mask
+from rayseg.vision.fill import filled
 
 Row = dict[str, Any]
 NODATA = 255
 
 
 class ReadChip:
-    """`<chip> -> image, valid`: the middle of the chip, (size, size, 3) uint8 RGB, and where it has data."""
+    """`<chip> -> image, valid`: the middle of the chip, (size, size, 3) uint8 RGB, and where it has data.
+
+    Elsewhere the image is mirrored, as in training.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -28,7 +32,7 @@ class ReadChip:
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Read each chip."""
         read = [read_chip(Chip.from_row(row), self.size) for row in rows]
-        return [row | {"image": image, "valid": valid} for row, (image, valid) in zip(rows, read, strict=True)]
+        return [row | {"image": filled(*pair), "valid": pair[1]} for row, pair in zip(rows, read, strict=True)]
 
 
 class Superpixels:

@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from rayseg.errors import DataError
+
 
 def mirrored(image_CHW: NDArray[Any], valid_HW: NDArray[np.bool_]) -> NDArray[Any]:
     """Fill what is not valid with the mirror image of what is.
@@ -31,3 +33,14 @@ def mirrored(image_CHW: NDArray[Any], valid_HW: NDArray[np.bool_]) -> NDArray[An
     use = valid_HW[row, col]
     row, col = np.where(use, row, nearest[0]), np.where(use, col, nearest[1])
     return image_CHW[:, row, col]
+
+
+def filled(image_HWC: NDArray[Any], valid_HW: NDArray[np.bool_]) -> NDArray[Any]:
+    """`mirrored` for images with the bands last.
+
+    Raises:
+        DataError: no pixel is valid.
+    """
+    if not valid_HW.any():
+        raise DataError(f"an image of {valid_HW.shape} px has no valid pixel to fill the others from; leave it out")
+    return np.ascontiguousarray(mirrored(image_HWC.transpose(2, 0, 1), valid_HW).transpose(1, 2, 0))
