@@ -44,7 +44,9 @@ class Scaling(Config):
     """How values become the model's input: x = (value * scale + offset - mean) / std, per band."""
 
     scale: float = 1.0
+    """From stored values to units."""
     offset: float = 0.0
+    """Added after the scale."""
     mean: tuple[float, ...]
     """One per band, in units of value * scale + offset."""
     std: tuple[float, ...]

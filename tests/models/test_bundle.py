@@ -21,7 +21,7 @@ def described() -> Bundle:
         name="cover",
         task="segmentation",
         architecture=Architecture(factory="segmenter", options=OPTIONS),
-        classes=((1, "cover", (0, 200, 80)),),
+        classes=((0, "background", (0, 0, 0)), (1, "cover", (0, 200, 80))),
         bands=("red", "green", "blue"),
         dtype="uint8",
         scaling=Scaling(scale=0.5, offset=1, mean=(10, 20, 30), std=(1, 2, 4)),
@@ -92,7 +92,7 @@ def test_the_item_names_model_classes_checksum_and_parents(prefix):
     assert item.properties["mlm:name"] == "cover"
     assert item.properties["mlm:tasks"] == ["semantic-segmentation"]
     assert item.properties["mlm:output"][0]["result"]["shape"] == [-1, 1, 64, 64]
-    assert item.properties["mlm:output"][0]["classification:classes"][0]["color_hint"] == "00C850"
+    assert item.properties["mlm:output"][0]["classification:classes"][1]["color_hint"] == "00C850"
     assert asset.roles == ["mlm:model", "mlm:weights", "data"]
     assert asset.extra_fields["file:size"] == (prefix / "model.safetensors").stat().st_size
     assert asset.extra_fields["file:checksum"] == f"1220{load(prefix).sha256}"
