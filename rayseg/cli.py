@@ -76,16 +76,21 @@ Tiles = Annotated[str | None, typer.Option("--tiles", help="Only these tiles: co
 Address = Annotated[str | None, typer.Option("--address", help="Ray cluster to join; default: RAY_ADDRESS, else none.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"rayseg {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
     *,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show where an error came from.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version)
+    ] = False,
 ) -> None:
     """Map a land-cover class over a whole region from little or no labelled data."""
-    if version:
-        typer.echo(f"rayseg {__version__}")
-        raise typer.Exit
 
 
 @run_app.callback()

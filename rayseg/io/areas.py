@@ -101,6 +101,8 @@ def _region_file(name: str, path: str, collection: str | None) -> Region:
         row = json.loads(data)
     except ValueError as error:
         raise DataError(f"Region file {path} is not JSON: {error}.") from error
+    if not isinstance(row, dict):
+        raise DataError(f"Region file {path} is neither GeoJSON nor STAC: it holds a {type(row).__name__}.")
     if "stac_version" in row or any("stac_version" in feature for feature in row.get("features", [])[:1]):
         return Region(name, catalog=path, collection=collection)
     try:
