@@ -1,0 +1,135 @@
+"""gpc end to end on a tiny landscape: from chips to a measured map, resumed after a kill as if there had been none."""
+
+import json
+from pathlib import Path
+
+import geopandas
+import pytest
+import rasterio
+import torch
+from small_world import files, rayseg, valid_stac
+
+from rayseg import demo
+from rayseg.models import bundle
+from rayseg.run import read
+from rayseg.train import segmenter
+
+pytestmark = pytest.mark.e2e
+
+STEPS = [
+    *("chips", "classifier", "cues", "segmenter", "predict"),
+    *("polygons", "evaluate", "publish", "pictures", "report"),
+]
+SMALL = """
+chips: {size: 128, held_out: 0.25}
+scaling: {mean: [110.0, 110.0, 95.0], std: [45.0, 40.0, 40.0]}
+classifier:
+  encoder: timm-mobilenetv3_small_minimal_100
+  weights: none
+  size: 128
+  epochs: 1
+  rates: [[1, 3.0e-3]]
+  learning: {batch: 6}
+cues: {iterations: 2, objects: components}
+segmenter:
+  encoder: timm-mobilenetv3_small_minimal_100
+  weights: none
+  size: 64
+  negatives: 0.5
+  loss: bce_iou
+  warm_up: {epochs: 2, rates: [[2, 2.0e-3]]}
+  correction: {epochs: 1, rates: [[1, 1.0e-3]], relabel: every epoch, cue_weight: 0.2}
+  scratch: {epochs: 1, rates: [[1, 2.0e-3]], restart: true, relabel: once}
+  learning: {batch: 6, average: 0.9}
+  augment: {crop: random}
+patch: 160
+stride: 128
+map: {tile: 512}
+truth: "#truth/gpc"
+"""
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """The command but for --out: a landscape of 512 x 1024 px with 8 + 8 chips, and settings for seconds."""
+    root = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYSEG_CACHE", str(root))
+        catalogue = demo.ensure(size=512, chips=(8, 8))
+    (root / "small.yaml").write_text(SMALL)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for networks this small, threads only wait for one another
+    yield "run", "pipeline", "gpc", "--region", catalogue, "--config", root / "small.yaml", "--engine", "inline"
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def whole(words, tmp_path_factory):
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    found = rayseg(*words, "--out", out)
+    assert found.exit_code == 0, found.output
+    assert found.stdout.startswith(f"{out}/report/index.html: ")
+    return out
+
+
+def test_all_steps_are_done_and_leave_what_they_should(whole):
+    said = read(str(whole))
+    assert said["status"] == "done"
+    assert list(said["steps"]) == STEPS
+    assert not any(step.get("troubles") for step in said["steps"].values())
+    for name in ("classifier", "warm-up", "segmenter"):
+        assert bundle.build(str(whole / "models" / name))[0].name == name
+    assert len(list((whole / "tiles").glob("*/classes.tif"))) >= 2
+    assert {"gpc"} >= set(geopandas.read_parquet(whole / "gpc.parquet")["name"])
+    valid_stac(whole / "collection.json")
+    page = (whole / "report" / "index.html").read_text()
+    assert "8 chips labelled gpc and 8 labelled nongpc" in page
+    assert said["steps"]["evaluate"]["pixels"] > 400_000
+
+
+def test_the_map_covers_both_scenes(whole, words):
+    imagery = sorted(Path(words[4]).parent.glob("imagery/*.tif"))
+    seen = 0
+    for path in imagery:
+        with rasterio.open(path) as file:
+            seen += int((file.read_masks(1) > 0).sum())
+    mapped = 0
+    for path in whole.glob("tiles/*/classes.tif"):
+        with rasterio.open(path) as file:
+            mapped += int((file.read(1) != 255).sum())
+    assert mapped == seen
+
+
+def test_the_second_run_does_nothing(whole, words):
+    before = files(whole)
+    assert rayseg(*words, "--out", whole).exit_code == 0
+    after = files(whole)
+    changed = [name for name, found in after.items() if before.get(name) != found and name != ".lock"]
+    assert changed == ["run.json"]
+
+
+def test_a_killed_training_goes_on_as_if_nothing_had_been(whole, words, tmp_path, monkeypatch):
+    epoch, killed = segmenter._epoch, []
+
+    def fall(number, *arguments):
+        if number == 1 and not killed:
+            killed.append(number)
+            raise KeyboardInterrupt
+        return epoch(number, *arguments)
+
+    monkeypatch.setattr(segmenter, "_epoch", fall)
+    out = tmp_path / "run"
+    assert rayseg(*words, "--out", out).exit_code == 130
+    assert killed
+    report = json.loads(rayseg("status", out, "--json").stdout)
+    assert report["status"] == "stopped"
+    assert [name for name, seconds in report["times"].items() if seconds is None] == ["segmenter"]
+    before = files(out / "steps" / "classifier") | files(out / "steps" / "cues")
+    assert rayseg(*words, "--out", out).exit_code == 0
+    assert read(str(out))["status"] == "done"
+    assert files(out / "steps" / "classifier") | files(out / "steps" / "cues") == before
+    for name in ("warm-up", "segmenter"):
+        assert bundle.load(out / "models" / name).sha256 == bundle.load(whole / "models" / name).sha256
+    for path in whole.glob("tiles/*/*.tif"):
+        assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
