@@ -20,6 +20,8 @@ from rayseg.models.bundle import Architecture, Bundle, Scaling
 from rayseg.models.classifier import build_classifier
 from rayseg.models.segmenter import build_segmenter
 
+torch.set_num_threads(1)  # tiny networks, and often a busy machine
+
 GRID = Grid("EPSG:32650", (1.0, 1.0), (0.0, 0.0))
 CORNER = Window(2048 * 244 + 100, -2048 * 2148 + 60, 0, 0)  # inside a tile of 2048 px, near borders of 128 and 256 px
 BANDS = ("red", "green", "blue")

@@ -15,7 +15,7 @@ import torch
 import yaml
 from fake_run import GPC, blobs, make, picture
 from PIL import Image
-from small_world import BANDS, GRID, catalogue, chip_folder, classifier, files, rayseg, refused, scene, segmenter
+from small_world import BANDS, GRID, catalogue, chip_folder, classifier, files, rayseg, refused, segmenter
 from small_world import window_at as window
 from typer.main import get_command
 
@@ -509,7 +509,3 @@ def test_a_wrong_pipeline_leaves_no_trace_and_trains_nothing(world, out, tmp_pat
     grey = catalogue(tmp_path / "grey", scene={"bands": BANDS[:2]})
     assert "blue missing" in refused(4, *run_gpc(world, out, *RANDOM, f"map.imagery={grey}"))
     assert not out.exists()
-
-
-def test_a_scene_is_drawn_with_its_margin(tmp_path):
-    assert not scene(tmp_path / "s.tif")[0, 0]

@@ -6,7 +6,6 @@ from pathlib import Path
 import geopandas
 import pytest
 import rasterio
-import torch
 from small_world import files, rayseg, valid_stac
 
 from rayseg import demo
@@ -57,10 +56,7 @@ def words(tmp_path_factory):
         patch.setenv("RAYSEG_CACHE", str(root))
         catalogue = demo.ensure(size=512, chips=(8, 8))
     (root / "small.yaml").write_text(SMALL)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for networks this small, threads only wait for one another
-    yield "run", "pipeline", "gpc", "--region", catalogue, "--config", root / "small.yaml", "--engine", "inline"
-    torch.set_num_threads(threads)
+    return "run", "pipeline", "gpc", "--region", catalogue, "--config", root / "small.yaml", "--engine", "inline"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,110 @@
+"""Patches through a network: the same pixels in whatever tile, batch or trouble."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from fake_run import blobs, picture
+from small_world import GRID, segmenter
+
+from rayseg.geo import Lattice, Tile, Window
+from rayseg.stages.predict import Predict, decide
+
+NODATA = 255
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory):
+    return segmenter(tmp_path_factory.mktemp("model"))
+
+
+def row_of(window):
+    """A tile's row as ReadTile leaves it, cut from one picture of the plane; imagery is in [0, 150) x [0, 170)."""
+    reach = Lattice.of(GRID, 64, 48).reach(window)
+    plane = picture(blobs(800, 800, seed=3), seed=3)
+    image_CHW = plane[:, reach.row + 300 : reach.row1 + 300, reach.col + 300 : reach.col1 + 300].copy()
+    inside = Window(0, 0, 170, 150).intersect(reach)
+    valid_HW = np.zeros(image_CHW.shape[1:], bool)
+    valid_HW[inside.slices(reach)] = True
+    hole = Window(50, 40, 40, 20).intersect(reach)
+    valid_HW[hole.slices(reach)] = False
+    image_CHW[:, ~valid_HW] = 0
+    return Tile("t", GRID, window).to_row() | {"image": image_CHW, "valid": valid_HW, "reach": reach, "seconds": {}}
+
+
+def predicted(prefix, window, **options):
+    [row] = Predict(prefix, device="cpu", **options)([row_of(window)])
+    return row["classes"], row["scores"]
+
+
+def test_a_pixel_does_not_depend_on_its_tile(prefix):
+    classes, scores = predicted(prefix, Window(0, 0, 170, 150))
+    for part in (Window(0, 0, 70, 80), Window(70, 0, 100, 80), Window(33, 80, 91, 70), Window(100, 100, 1, 1)):
+        place = part.slices(Window(0, 0, 170, 150))
+        some, their = predicted(prefix, part)
+        assert (some == classes[place]).all()
+        assert (their == scores[(slice(None), *place)]).all()
+
+
+def test_nodata_stays_nodata_and_nothing_else_becomes_it(prefix):
+    classes, scores = predicted(prefix, Window(-10, -10, 190, 170))
+    valid = np.zeros((170, 190), bool)
+    valid[10:160, 10:180] = True
+    valid[50:70, 60:100] = False
+    assert ((classes == NODATA) == ~valid).all()
+    assert ((scores[0] == NODATA) == ~valid).all()
+    assert set(np.unique(classes[valid])) == {0, 1}
+
+
+def test_the_batch_changes_no_class(prefix):
+    classes, scores = predicted(prefix, Window(0, 0, 170, 150), batch=1)
+    others, theirs = predicted(prefix, Window(0, 0, 170, 150), batch=5)
+    assert (classes != others).mean() < 1e-3
+    assert np.abs(scores.astype(int) - theirs).max() <= 1
+
+
+def test_too_little_memory_halves_the_batch_and_goes_on(prefix, monkeypatch):
+    stage, sizes = Predict(prefix, batch=4, device="cpu"), []
+    forward = stage._forward
+
+    def small(patches):
+        sizes.append(stage.batch)
+        if stage.batch > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(patches)
+
+    monkeypatch.setattr(stage, "_forward", small)
+    [row] = stage([row_of(Window(0, 0, 170, 150))])
+    assert sizes[:2] == [4, 2]
+    assert set(sizes[1:]) == {2}
+    assert (row["classes"] == predicted(prefix, Window(0, 0, 170, 150), batch=2)[0]).all()
+
+
+def test_patches_far_from_imagery_are_not_computed(prefix, monkeypatch):
+    stage, count = Predict(prefix, batch=1, device="cpu"), []
+    forward = stage._forward
+    monkeypatch.setattr(stage, "_forward", lambda patches: count.append(1) or forward(patches))
+    window = Window(-90, -90, 100, 100)
+    stage([row_of(window)])
+    assert len(Lattice.of(GRID, 64, 48).patches(window)) == 16
+    assert len(count) == 4  # those whose cells, [-40, 8) and [8, 56) either way, hold the corner of the imagery
+
+
+def test_the_stage_pickles_without_its_model(prefix):
+    stage = Predict(prefix, device="cpu")
+    assert len(pickle.dumps(stage)) < 1000
+    assert (pickle.loads(pickle.dumps(stage))([row_of(Window(0, 0, 9, 9))])[0]["classes"] != NODATA).all()
+
+
+def test_a_class_is_what_is_above_the_threshold_or_largest():
+    valid = np.array([[True, True, False]])
+    binary = np.array([[[0.5, 0.51, 0.9]]], np.float32)
+    classes, scores = decide(binary, valid, 0.5)
+    assert classes.tolist() == [[0, 1, 255]]
+    assert scores.tolist() == [[[127, 130, 255]]]
+    assert decide(binary, valid, 0.6)[0].tolist() == [[0, 0, 255]]
+    several = np.array([[[0.2, 0.5, 0.1]], [[0.3, 0.2, 0.8]], [[0.5, 0.3, 0.1]]], np.float32)
+    classes, scores = decide(several, valid, 0.5)
+    assert classes.tolist() == [[2, 0, 255]]
+    assert scores[:, 0, 0].tolist() == [51, 76, 127]

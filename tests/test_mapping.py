@@ -1,0 +1,100 @@
+"""The steps every pipeline ends with: planned once, joined, published."""
+
+import shutil
+
+import pytest
+from small_world import catalogue, classifier, segmenter
+
+from rayseg import mapping
+from rayseg.errors import ConfigError, DataError, ModelError
+from rayseg.geo import Region
+from rayseg.mapping import MapConfig
+from rayseg.models import bundle
+from rayseg.run import Engine, Step
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    scenes = {"west": {}, "east": {"col": 1000, "seed": 1}}
+    return {"root": root, "imagery": catalogue(root / "imagery", **scenes), "model": segmenter(root / "model")}
+
+
+@pytest.fixture
+def step(tmp_path):
+    return Step("predict", str(tmp_path / "run"), "key", Engine("inline"))
+
+
+def planned(world, region=None, **settings):
+    return mapping.plan(region or Region("r", catalog=world["imagery"]), described(world), MapConfig(**settings))
+
+
+def described(world):
+    return bundle.load(world["model"])
+
+
+def test_all_imagery_is_planned_and_some_of_it_by_name(world):
+    rows = planned(world, tile=256)
+    assert len(rows) == len({row["id"] for row in rows}) > 4
+    some = Region("r", catalog=world["imagery"], tiles=(rows[3]["id"], rows[1]["id"]))
+    assert planned(world, some, tile=256) == [rows[1], rows[3]]
+
+
+def test_imagery_may_be_named_by_the_configuration(world):
+    assert planned(world, Region("r"), imagery=f"{world['imagery']}#imagery") == planned(world)
+    with pytest.raises(DataError, match="names no imagery"):
+        planned(world, Region("r"))
+
+
+def test_images_are_imagery_too(world):
+    rows = planned(world, Region("r", images=str(world["root"] / "imagery" / "west.tif")))
+    assert [row["id"] for row in rows] == ["32650_244_-2148"]
+
+
+def test_a_tile_that_is_not_there_is_told(world):
+    with pytest.raises(ConfigError, match=r"no tile 32650_0_0, its .* tiles of 2048 px are 32650_244_-2148"):
+        planned(world, Region("r", catalog=world["imagery"], tiles=("32650_0_0",)))
+
+
+def test_a_model_of_images_maps_nothing(world, tmp_path):
+    other = bundle.load(classifier(tmp_path / "classifier"))
+    with pytest.raises(ModelError, match="classifier is for classification, a map needs segmentation"):
+        mapping.plan(Region("r", catalog=world["imagery"]), other, MapConfig())
+
+
+def test_a_manifest_is_planned_once(world, step, tmp_path):
+    moved = tmp_path / "imagery"
+    shutil.copytree(world["root"] / "imagery", moved)
+    region = Region("r", catalog=str(moved / "cat" / "catalog.json"))
+    first = mapping.manifest(step, region, described(world), MapConfig(tile=256))
+    shutil.rmtree(moved / "cat")
+    assert mapping.manifest(step, region, described(world), MapConfig(tile=256)) == first
+    assert mapping.read_manifest(step) == first
+
+
+def test_a_model_is_known_by_its_weights_and_from_any_folder(world, step, monkeypatch):
+    monkeypatch.chdir(world["root"])
+    loaded = mapping.load_model(step, "model")
+    assert loaded == {"bundle": world["model"], "sha256": described(world).sha256}
+
+
+def test_tiles_steps_and_joins_fit_together(world, step):
+    region, config = Region("r", catalog=world["imagery"]), MapConfig(tile=256)
+    model = Step("model", step.root, "key", step.engine, mapping.load_model(step, world["model"]))
+    value = mapping.predict_region(step, region, model, config)
+    assert value["troubles"] == {}
+    assert sum(value["account"].values()) == len(mapping.read_manifest(step))
+    predicted = Step("predict", step.root, "key", step.engine, value)
+    assert len(mapping.done_tiles(predicted)) == value["account"]["done"] + value["account"]["empty"]
+    joined = mapping.join_polygons(Step("polygons", step.root, "key", step.engine), predicted, "cover")
+    assert joined["polygons"] == "cover.parquet"
+    assert joined["count"] > 0
+    assert joined["area_m2"] > 0
+    published = mapping.publish(Step("publish", step.root, "key", step.engine), predicted, "A map")
+    assert published == {"items": len(mapping.done_tiles(predicted))}
+
+
+@pytest.mark.parametrize("wrong", [{"tile": 0}, {"batch": 0}, {"stall_seconds": 0}])
+def test_settings_that_cannot_be_meant_are_refused(wrong):
+    with pytest.raises(ValueError, match="greater than 0"):
+        MapConfig(**wrong)
