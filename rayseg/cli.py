@@ -317,7 +317,7 @@ def ingest_rasters(
 
 
 @ingest_app.command("xyz")
-def ingest_xyz(  # noqa: PLR0913 - these are the command's options
+def ingest_xyz(
     url: Annotated[str, typer.Option("--url", help="Template such as https://host/{z}/{x}/{y}.png.")],
     *,
     region: Annotated[str | None, typer.Option(help=f"{REGIONS}.")] = None,
@@ -327,12 +327,14 @@ def ingest_xyz(  # noqa: PLR0913 - these are the command's options
         str | None, typer.Option(help="Column with the chips' labels; default: label, where there is one.")
     ] = None,
     attribution: Annotated[str | None, typer.Option(help="Whom the imagery is owed to.")] = None,
-    tile_size: Annotated[int, typer.Option(help="Pixels of the server's tiles: 256 or 512.")] = 256,
-    concurrency: Annotated[int, typer.Option(help="Most requests under way at once.")] = 8,
-    limit: Annotated[int, typer.Option(help="Most tiles that are fetched; more is refused before the first.")] = 200000,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="How tiles are asked for, for example concurrency=4 or tile_size=512."),
+    ] = None,
     out: Out,
 ) -> None:
     """Fetch web-map tiles as GeoTIFF scenes or chips with STAC items; what is there already is not fetched again."""
+    from rayseg.config import load
     from rayseg.io import webmap, xyz
 
     catalogue = xyz.ingest_xyz(
@@ -343,7 +345,7 @@ def ingest_xyz(  # noqa: PLR0913 - these are the command's options
         label=label,
         resolution=resolution,
         attribution=attribution,
-        fetching=webmap.Fetching(tile_size=tile_size, concurrency=concurrency, limit=limit),
+        fetching=load(webmap.Fetching, None, set_ or ()),
     )
     typer.echo(catalogue)
 

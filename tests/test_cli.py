@@ -169,7 +169,8 @@ def test_folders_and_rasters_are_ingested(world, tmp_path):
 def test_options_of_web_map_tiles_reach_the_ingest(monkeypatch):
     asked = []
     monkeypatch.setattr(xyz, "ingest_xyz", lambda *words, **more: asked.append((words, more)) or "cat/catalog.json")
-    words = ("--label", "kind", "--tile-size", "512", "--concurrency", "3", "--limit", "9", "--chips", "p.geojson")
+    settings = ("--set", "tile_size=512", "--set", "concurrency=3", "--set", "limit=9")
+    words = ("--label", "kind", "--chips", "p.geojson", *settings)
     assert rayseg("ingest", "xyz", "--url", "u", "--out", "cat", *words).stdout == "cat/catalog.json\n"
     [((url, out), more)] = asked
     fetching = more["fetching"]
@@ -358,8 +359,8 @@ def test_other_ways_to_ingest_nothing(tmp_path, out):
     assert "no georeference" in refused(3, "ingest", "rasters", folder / "gpc", "--out", out)
     assert "give one of the two" in refused(2, "ingest", "xyz", "--url", "http://h/{z}/{x}/{y}.png", "--out", out)
     xyz_words = ("ingest", "xyz", "--url", "http://h/{z}/{x}/{y}.png", "--region", "1,2,1.1,2.1", "--out", out)
-    assert "expected 256 or 512" in refused(2, *xyz_words, "--tile-size", "300")
-    assert "the limit is 5" in refused(2, *xyz_words, "--limit", "5")
+    assert "256 or 512" in refused(2, *xyz_words, "--set", "tile_size=300")
+    assert "the limit is 5" in refused(2, *xyz_words, "--set", "limit=5")
     assert not out.exists()
 
 

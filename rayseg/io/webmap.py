@@ -18,17 +18,20 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cache
+from typing import Annotated, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 import mercantile
 import numpy as np
 import rasterio
+from pydantic import Field
 from rasterio.enums import ColorInterp
 from rasterio.errors import RasterioError
 from rasterio.io import DatasetReader, MemoryFile
 
 from rayseg import __version__
+from rayseg.config import Config
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo import Grid, Window
 from rayseg.io.sources import unplaced
@@ -49,33 +52,22 @@ _DRIVERS = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"RIFF": "WEBP
 _DECODING = {"GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO", "GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE"}
 
 
-@dataclass(frozen=True)
-class Fetching:
-    """How tiles are asked for.
+class Fetching(Config):
+    """How tiles are asked for."""
 
-    Attributes:
-        tile_size: width and height of the server's tiles in px, 256 or 512.
-        concurrency: most requests under way at once.
-        tries: of a tile, before it counts as failed.
-        backoff: seconds before the second try, doubled before each further one, +-50 % at random, 60 at most;
-            a server's Retry-After counts where it is longer, up to 60 s.
-        timeout: seconds without a byte; a whole request may take four times as long.
-        limit: most tiles that one ingest asks for.
-    """
-
-    tile_size: int = 256
-    concurrency: int = 8
-    tries: int = 6
-    backoff: float = 0.5
-    timeout: float = 30.0
-    limit: int = 200_000
-
-    def __post_init__(self) -> None:
-        if self.tile_size not in {256, 512}:
-            raise ConfigError(f"tile_size is {self.tile_size}, expected 256 or 512: the pixels of the server's tiles.")
-        for name in ("concurrency", "tries", "timeout", "limit"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected a number above 0.")
+    tile_size: Literal[256, 512] = 256
+    """Width and height of the server's tiles in px."""
+    concurrency: Annotated[int, Field(gt=0)] = 8
+    """Most requests under way at once."""
+    tries: Annotated[int, Field(gt=0)] = 6
+    """Of a tile, before it counts as failed."""
+    backoff: Annotated[float, Field(ge=0)] = 0.5
+    """Seconds before the second try, doubled before each further one, +-50 % at random, 60 at most; a server's
+    Retry-After counts where it is longer, up to 60 s."""
+    timeout: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds without a byte; a whole request may take four times as long."""
+    limit: Annotated[int, Field(gt=0)] = 200_000
+    """Most tiles that one ingest asks for; more is refused before the first."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from rio_cogeo.cogeo import cog_validate
 from shapely.geometry import Point, box, mapping
 
 import rayseg
+from rayseg.config import load_values
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo import Window
 from rayseg.io import catalog, webmap, xyz
@@ -484,7 +485,7 @@ def test_settings_that_cannot_be_meant_are_refused(tmp_path):
             ingest_xyz(url, tmp_path, geometry=area, resolution=resolution)
     for settings in ({"tile_size": 100}, {"concurrency": 0}, {"tries": 0}, {"limit": -1}, {"timeout": 0}):
         with pytest.raises(ConfigError, match=next(iter(settings))):
-            Fetching(**settings)
+            load_values(Fetching, settings)
     for choice in ({}, {"geometry": area, "chips": "a.geojson"}):
         with pytest.raises(ConfigError, match="one of the two"):
             ingest_xyz(url, tmp_path, **choice)
