@@ -41,6 +41,9 @@ def list_chips(step: Step, region: Region, expected: tuple[str, ...], config: Ch
         expected: the labels there may be, each at least once.
         config: where they are and how they are divided.
 
+    Returns:
+        `source`: where they are; and label -> how many.
+
     Raises:
         RaysegError: see `find_chips`.
     """
@@ -48,7 +51,7 @@ def list_chips(step: Step, region: Region, expected: tuple[str, ...], config: Ch
     held = _held_out([str(chip.label) for chip in found], expected, config)
     rows = [chip.to_row() | {"held_out": kept} for chip, kept in zip(found, held, strict=True)]
     put(step.prefix / "chips.parquet", parquet(rows))
-    return {label: sum(chip.label == label for chip in found) for label in expected}
+    return {"source": _source(region, config)} | {label: sum(c.label == label for c in found) for label in expected}
 
 
 def find_chips(region: Region, expected: tuple[str, ...], config: ChipsConfig) -> list[Chip]:
@@ -62,7 +65,7 @@ def find_chips(region: Region, expected: tuple[str, ...], config: ChipsConfig) -
         raise ConfigError(
             f"region {region.name} has no catalogue with chips; name one with --set chips.source=catalog.json#chips"
         )
-    uri, _, collection = (config.source or f"{region.catalog}#chips").partition("#")
+    uri, _, collection = _source(region, config).partition("#")
     found = labels.chips_of(catalog.open_items(uri, collection or None))
     expect_ids([chip.id for chip in found])
     unknown = sorted({str(chip.label) for chip in found} - set(expected))
@@ -80,6 +83,10 @@ def find_chips(region: Region, expected: tuple[str, ...], config: ChipsConfig) -
                 "lower it"
             )
     return found
+
+
+def _source(region: Region, config: ChipsConfig) -> str:
+    return config.source or f"{region.catalog}#chips"
 
 
 def _held_out(of: list[str], expected: tuple[str, ...], config: ChipsConfig) -> list[bool]:

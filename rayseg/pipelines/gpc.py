@@ -9,7 +9,7 @@ No mask is ever drawn. What is not said here is in the modules named by the step
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -161,9 +161,15 @@ def fit_yes_no(step: Step, listed: Step, config: Config) -> dict[str, Any]:
         patch=settings.size,
         stride=settings.size,
         metrics=measures,
-        provenance=Provenance(config=settings.model_dump(mode="json")),
+        provenance=Provenance(config=settings.model_dump(mode="json"), parents=(_catalog_of(listed),)),
     )
     return {"bundle": _keep(step, described, model), "measures": measures}
+
+
+def _catalog_of(listed: Step) -> str:
+    """The catalogue of the chips."""
+    source: str = listed.value["source"]
+    return source.partition("#")[0]
 
 
 def _keep(step: Step, described: Bundle, model: torch.nn.Module) -> str:
@@ -247,7 +253,9 @@ def fit_mask(step: Step, listed: Step, cues: Step, config: Config) -> dict[str, 
         if stage is None or config.segmenter.warm_up.epochs:
             model = _trained(step, stage, config)
             threshold = _threshold(model, rows, config)
-            kept[name] = _keep(step, _described(name, threshold, measures[0], config), model)
+            of_all = measures if name == "segmenter" else []
+            described = _described(config, name, threshold=threshold, measures=of_all, parents=(_catalog_of(listed),))
+            kept[name] = _keep(step, described, model)
     return {"bundle": kept["segmenter"], "measures": measures}
 
 
@@ -276,7 +284,15 @@ def _trained(step: Step, stage: str | None, config: Config) -> torch.nn.Module:
     return Ensemble(members) if len(members) > 1 else members[0]
 
 
-def _described(name: str, threshold: float, measures: dict[str, float], config: Config) -> Bundle:
+def _described(
+    config: Config,
+    name: str = "segmenter",
+    *,
+    threshold: float = 0.5,
+    measures: Sequence[dict[str, float]] = (),
+    parents: tuple[str, ...] = (),
+) -> Bundle:
+    """The bundle of the members together; its metrics are the means of theirs."""
     options = config.segmenter.options(channels=len(BANDS)) | {"members": config.members}
     return Bundle(
         name=name,
@@ -289,8 +305,8 @@ def _described(name: str, threshold: float, measures: dict[str, float], config: 
         patch=config.patch,
         stride=config.stride,
         threshold=threshold,
-        metrics=measures if name == "segmenter" else {},
-        provenance=Provenance(config=config.segmenter.model_dump(mode="json")),
+        metrics={key: float(np.mean([of_one[key] for of_one in measures])) for key in measures[0]} if measures else {},
+        provenance=Provenance(config=config.segmenter.model_dump(mode="json"), parents=parents),
     )
 
 
@@ -354,7 +370,7 @@ def write_report(
 def check(config: Config, region: Region) -> None:
     """Refuse, before anything is written, chips, imagery and weights that cannot be used."""
     chips.find_chips(region, LABELS, config.chips)
-    mapping.plan(region, _described("segmenter", 0.5, {}, config), config.map)
+    mapping.plan(region, _described(config), config.map)
     for network in (config.classifier, config.segmenter):
         encoder_name(network.encoder)
         if network.weights not in {"imagenet", "none"}:

@@ -76,6 +76,8 @@ def test_all_steps_are_done_and_leave_what_they_should(whole):
     assert not any(step.get("troubles") for step in said["steps"].values())
     for name in ("classifier", "warm-up", "segmenter"):
         assert bundle.build(str(whole / "models" / name))[0].name == name
+        links = json.loads((whole / "models" / name / "item.json").read_text())["links"]
+        assert [Path(link["href"]).name for link in links if link["rel"] == "derived_from"] == ["catalog.json"]
     assert len(list((whole / "tiles").glob("*/classes.tif"))) >= 2
     assert {"gpc"} >= set(geopandas.read_parquet(whole / "gpc.parquet")["name"])
     valid_stac(whole / "collection.json")
