@@ -27,7 +27,7 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from torch import Tensor, nn
 
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError
-from rayseg.store import StorePath, is_local, put, put_file, upath
+from rayseg.store import StorePath, is_local, put, upath
 
 Loop = Callable[[dict[str, Any]], dict[str, Any]]
 State = dict[str, Any]
@@ -194,10 +194,9 @@ def check_finite(losses: Sequence[Tensor], chips_of: Callable[[int], Sequence[st
 def save_checkpoint(prefix: StorePath, settings: str, state: State) -> None:
     """Worker 0 writes `<prefix>/checkpoint.pt`, whole or not at all, in place of the one before."""
     if rank() == 0:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "checkpoint.pt"
-            torch.save({"settings": settings, **state}, path)
-            put_file(upath(prefix) / "checkpoint.pt", path)
+        content = BytesIO()
+        torch.save({"settings": settings, **state}, content)
+        put(upath(prefix) / "checkpoint.pt", content.getbuffer())
 
 
 def load_checkpoint(prefix: StorePath, settings: str | None) -> State | None:
