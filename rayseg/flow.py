@@ -9,9 +9,12 @@ same guarded stages (`guard`) on the same batches, so they give the same bytes.
 """
 
 import atexit
+import contextlib
 import logging
 import math
+import multiprocessing
 import pickle
+import signal
 import subprocess
 import tempfile
 import warnings
@@ -19,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pyarrow as pa
@@ -34,6 +38,7 @@ from rayseg.errors import ConfigError, Stalled, StoreFull
 from rayseg.guard import STOPPED, Guarded, Row, Work, ahead
 from rayseg.ledger import SETTLED, Account, Ledger, Record
 from rayseg.run import Engine
+from rayseg.store import put, upath
 
 __all__ = ["Row", "Work", "connect", "run"]
 
@@ -100,11 +105,58 @@ def _watched(rows: Iterable[Row]) -> Iterator[Row]:
 
 
 def _inline(rows: list[Row], guarded: list[Guarded]) -> Iterator[Row]:
-    """Every stage in a thread of its own, a few batches ahead of the next."""
-    stream: Iterable[Row] = rows
-    for guard in guarded:
-        stream = ahead(_map(stream, guard))
-    yield from stream
+    """Every stage in a thread of its own, a few batches ahead of the next, in order.
+
+    If this process was killed here before, the rows that were under way then come first, in another process.
+    """
+    ledger = guarded[-1].ledger
+    assert ledger is not None
+    under_way = upath(ledger.prefix) / ".under-way"
+    suspects = rows[: sum(2 * guard.work.batch + 1 for guard in guarded) + 2] if under_way.exists() else []
+    put(under_way, b"")
+    try:
+        yield from _apart(suspects, guarded, ledger)
+        stream: Iterable[Row] = rows[len(suspects) :]
+        for guard in guarded:
+            stream = ahead(_map(stream, guard))
+        yield from stream
+    finally:
+        under_way.unlink(missing_ok=True)
+
+
+def _apart(rows: list[Row], guarded: list[Guarded], ledger: Ledger) -> Iterator[Row]:
+    """One row after the other in a child process; one that kills it is quarantined, and the next have another."""
+    child = None
+    for row in rows:
+        child = child or _child(guarded)
+        try:
+            child.send(row)
+            yield child.recv()
+        except (EOFError, ConnectionError):
+            child = None
+            yield _quarantine(row, guarded, ledger, "killed")
+
+
+def _child(guarded: list[Guarded]) -> "Connection[Row, Row]":
+    """The connection to a new process that sends back what becomes of rows; it ends with the connection."""
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    spawn.Process(target=_answer, args=(there, guarded), daemon=True).start()
+    there.close()
+    return here
+
+
+def _answer(asked: "Connection[Row, Row]", guarded: list[Guarded]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what interrupts the command reaches its children too
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            asked.send(_through(asked.recv(), guarded))
+
+
+def _quarantine(row: Row, guarded: list[Guarded], ledger: Ledger, how: str) -> Row:
+    reason = f"its process died twice ({how}); its neighbours are not affected"
+    ledger.write(Record(row["id"], "quarantined", reason, guarded[-1].attempts.get(row["id"], 1)))
+    return {"id": row["id"], "status": "quarantined"}
 
 
 def _map(rows: Iterable[Row], guard: Guarded) -> Iterator[Row]:
@@ -249,10 +301,7 @@ def _one_by_one(rows: list[Row], guarded: list[Guarded], ledger: Ledger) -> Iter
         try:
             yield ray.get(remote.remote(row, guarded))
         except (WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
-            reason = f"its process died twice ({type(error).__name__}); its neighbours are not affected"
-            attempt = guarded[-1].attempts.get(row["id"], 1)
-            ledger.write(Record(row["id"], "quarantined", reason, attempt))
-            yield {"id": row["id"], "status": "quarantined"}
+            yield _quarantine(row, guarded, ledger, type(error).__name__)
 
 
 def _through(row: Row, guarded: list[Guarded]) -> Row:

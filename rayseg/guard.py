@@ -17,10 +17,8 @@ Row = dict[str, Any]
 Stage = Callable[[list[Row]], list[Row]]
 
 # What a row's data can cause; anything else is a fault of the program and ends the run.
-DATA_ERRORS: tuple[type[Exception], ...] = (
-    *(RaysegError, *STORE_ERRORS),
-    *(ValueError, ArithmeticError, LookupError, RuntimeError, MemoryError),
-)
+BAD_DATA = (RaysegError, ValueError, ArithmeticError, LookupError, RuntimeError, MemoryError)
+DATA_ERRORS: tuple[type[Exception], ...] = BAD_DATA + STORE_ERRORS
 STOPPED = "stopped"
 """Status of a row that could not be kept for lack of room: it is in no ledger, and the run ends."""
 ENDING = 30.0
