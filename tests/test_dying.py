@@ -5,11 +5,16 @@ import random
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
+import geopandas
 import pytest
-from mortal import Command, World, records, settled, until
-from small_world import catalogue, damage, rayseg, segmenter
+from mortal import Command, World, names, records, settled, until
+from small_world import SMALL_GPC, catalogue, damage, rayseg, segmenter
+
+from rayseg import demo
+from rayseg.models import bundle
 
 ENGINES = ["inline", pytest.param("ray", marks=pytest.mark.ray)]
 SOON = ("--set", "map.stall_seconds=60")
@@ -248,3 +253,34 @@ def test_a_disk_that_is_really_full_costs_no_tile(world, small_disk, engine):
     subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
     again(world, out, engine="inline")
     assert world.is_whole(out)
+
+
+@pytest.mark.e2e
+@pytest.mark.chaos
+def test_a_pipeline_that_is_killed_in_every_step_gives_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYSEG_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "small.yaml").write_text(SMALL_GPC)
+    region = demo.ensure(size=512, chips=(8, 8))
+    words = ("run", "pipeline", "gpc", "--region", region, "--config", tmp_path / "small.yaml", "--engine", "inline")
+    whole, out, draw, kills = tmp_path / "whole", tmp_path / "run", random.Random(1), 0
+    assert rayseg(*words, "--out", whole).exit_code == 0
+    for step in ("chips", "classifier", "cues", "segmenter", "segmenter", "predict", "polygons", "report"):
+        with Command(*words, "--out", out) as command:
+            until(lambda step=step, command=command: _begun(out, step) or command.process.poll() is not None)
+            time.sleep(draw.uniform(0, 2))  # the moment is to be a random one
+            if command.process.poll() is None:
+                command.kill()
+                kills += 1
+            assert command.leaves_nothing()
+    assert kills >= 5
+    assert rayseg(*words, "--out", out).exit_code == 0
+    assert names(out) == names(whole)
+    for name in ("classifier", "warm-up", "segmenter"):
+        assert bundle.load(out / "models" / name).sha256 == bundle.load(whole / "models" / name).sha256
+    for path in [*whole.glob("tiles/*/*.tif"), *whole.glob("steps/cues/*.tif")]:
+        assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
+    assert geopandas.read_parquet(out / "gpc.parquet").equals(geopandas.read_parquet(whole / "gpc.parquet"))
+
+
+def _begun(out, step):
+    return (out / "steps" / step / "begun.json").exists()
