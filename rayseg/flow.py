@@ -319,7 +319,7 @@ def connect(address: str | None) -> None:
     if ray.is_initialized():
         return
     quiet_ray()
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # blocks lost with a process: their rows come again
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if (chosen := ray_address(address)) != "local":
         ray.init(address=chosen, **quiet)

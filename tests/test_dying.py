@@ -181,6 +181,7 @@ def test_tiles_that_always_kill_their_process_are_named_and_mended(world, tmp_pa
     assert world.is_whole(out)
 
 
+@pytest.mark.chaos
 def test_inline_a_tile_that_kills_the_command_is_named_by_the_next_one(world, tmp_path, flag):
     """There the command itself dies; given again, it tries the tiles that were under way in another process."""
     out, deadly = tmp_path / "run", world.tiles[4]

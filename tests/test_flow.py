@@ -278,6 +278,41 @@ for name in ("first", "second"):
 """
 
 
+DEADLY = """
+import sys
+from pathlib import Path
+from rayseg import flow
+from rayseg.ledger import Ledger
+from rayseg.run import Engine
+from test_flow import rows_of, works
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    ledger = Ledger(str(folder / "ledger"))
+    account = flow.run(rows_of(20), works(folder / "out", deadly="t7"), ledger, Engine("inline"))
+    print(account, account.troubles)
+"""
+
+
+def test_inline_a_row_that_kills_the_process_is_found_by_the_next(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
+    }
+    command = [sys.executable, str(tmp_path / "deadly.py"), str(tmp_path)]
+    first, second = (
+        subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=240)
+        for _ in range(2)
+    )
+    assert first.returncode == -signal.SIGKILL
+    assert second.stdout.startswith("20 planned = 19 done + 1 quarantined {'t7': 'its process died twice (killed)"), (
+        second
+    )
+    assert len(list((tmp_path / "out").iterdir())) == 19
+    assert not list((tmp_path / "ledger").glob(".*"))
+
+
 @pytest.mark.ray
 def test_one_private_ray_serves_all_flows_of_a_process(tmp_path):
     """With two CPUs, as on a small machine: reading, model and writing must fit beside each other."""
