@@ -29,7 +29,7 @@ class Config(BaseModel):
 
 
 def quiet_ray() -> None:
-    """Set, before Ray is started, the environment in which it starts without noise, usage reports and endless retries."""
+    """Set, before Ray is started, its environment: no noise, no usage reports, no endless retries."""
     for name, value in QUIET_RAY.items():
         os.environ.setdefault(name, value)
 
