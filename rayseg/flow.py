@@ -332,7 +332,7 @@ def connect(address: str | None) -> None:
 
 def _remove_afterwards(folder: str) -> None:
     """Let a shell remove the folder when this process is gone, however it ends: its end of the pipe closes then."""
-    script = 'read -r _; for _ in 1 2 3 4 5 6 7 8 9; do rm -rf "$0" && break; sleep 1; done'
+    script = 'exec >/dev/null 2>&1; read -r _; for _ in 1 2 3 4 5 6 7 8 9; do rm -rf "$0" && break; sleep 1; done'
     shell = subprocess.Popen(["sh", "-c", script, folder], stdin=subprocess.PIPE, start_new_session=True)
     _SHELLS.append(shell)
 
