@@ -19,7 +19,7 @@ from rayseg.mapping import read_manifest
 from rayseg.run import Step
 
 HERE = Path(__file__).parent
-PLENTY = 500.0
+PLENTY = 1500.0
 """Seconds that anything may take on a busy machine."""
 
 
