@@ -41,7 +41,7 @@ class Command:
         self.output = self.scratch.with_suffix(".out")
         environment = os.environ | {"TMPDIR": str(self.scratch), "MORTAL": self.mark, "OMP_NUM_THREADS": "1"}
         environment |= {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "FAULTS": " ".join(faults)}
-        environment |= {"LIMIT": str(limit)}
+        environment |= {"LIMIT": str(limit), "RAY_worker_niceness": "0"}  # else a busy machine starves the workers
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, str(HERE / "faulty.py"), *map(str, words)],

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from botocore.exceptions import NoCredentialsError
+from upath import UPath
 
 from rayseg import flow
 from rayseg.errors import ConfigError, DataError, RunIncomplete, Stalled, StoreFull
@@ -105,6 +106,13 @@ def test_a_second_run_works_only_on_what_is_left(engine, place):
     account = flow.run(rows_of(6), works(out), ledger, engine)
     assert account.counts["done"] == 6
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
+
+
+def test_a_ledger_may_be_on_an_object_store(tmp_path):
+    ledger = Ledger(f"memory://{tmp_path.name}/ledger")
+    for _ in range(2):
+        assert flow.run(rows_of(3), [Work(Draw()), Work(Double())], ledger, INLINE).complete
+    assert {path.name for path in UPath(ledger.prefix).iterdir()} == {f"t{n}.1.json" for n in range(3)}
 
 
 def test_failed_rows_are_tried_again_only_when_asked(place):
