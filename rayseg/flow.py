@@ -111,7 +111,7 @@ def _inline(rows: list[Row], guarded: list[Guarded]) -> Iterator[Row]:
     """
     ledger = guarded[-1].ledger
     assert ledger is not None
-    under_way = upath(ledger.prefix) / ".under-way"
+    under_way = upath(ledger.prefix) / ".under-way.part"  # swept with what is half written
     suspects = rows[: sum(2 * guard.work.batch + 1 for guard in guarded) + 2] if under_way.exists() else []
     put(under_way, b"")
     try:
