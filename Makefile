@@ -1,9 +1,9 @@
-# make demo | test | check | bench: each sets up .venv first, from pyproject.toml with constraints.txt.
+# make demo | test | chaos | check | bench: each sets up .venv first, from pyproject.toml with constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test check lint bench
+.PHONY: setup demo test chaos check lint bench
 
 setup: $(STAMP)
 
@@ -18,6 +18,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+chaos: setup
+	$(BIN)/python -m pytest -m chaos
 
 lint: setup
 	$(BIN)/python -m pip check

@@ -13,7 +13,7 @@ from rayseg.geo import Region, expect_ids
 from rayseg.io import catalog, labels
 from rayseg.io.labels import Chip
 from rayseg.run import Step
-from rayseg.store import put
+from rayseg.store import Location, put
 from rayseg.vision.fill import filled
 
 Row = dict[str, Any]
@@ -22,7 +22,7 @@ Row = dict[str, Any]
 class ChipsConfig(Config):
     """The labelled chips."""
 
-    source: str | None = None
+    source: Location | None = None
     """Catalogue of the chips (`catalog.json#collection`); by default the collection `chips` of the region's."""
     size: Annotated[int, Field(gt=0)] = 512
     """Side in px of what is used, the middle of each chip."""

@@ -37,10 +37,12 @@ class _Door(TyperGroup):
         """Run the command."""
         try:
             return super().invoke(ctx)
-        except (RaysegError, OSError) as error:
+        except _errors() as error:
+            from rayseg.store import sentence
+
             if ctx.params.get("verbose"):
                 traceback.print_exc()
-            typer.echo(f"rayseg: {' '.join(str(error).split())}", err=True)
+            typer.echo(f"rayseg: {' '.join(sentence(error).split())}", err=True)
             if isinstance(error, Stalled):
                 os._exit(error.exit_code)  # a thread hangs; Python would wait for it for ever
             raise typer.Exit(getattr(error, "exit_code", 1)) from None
@@ -48,6 +50,12 @@ class _Door(TyperGroup):
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         """The commands in the order they are needed."""
         return sorted(self.commands, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    from rayseg.store import STORE_ERRORS  # asked for when there is an error: it takes time to import
+
+    return RaysegError, *STORE_ERRORS
 
 
 app = typer.Typer(cls=_Door, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -125,8 +133,15 @@ def run_pipeline(
 
 
 def _only(region: "Region", tiles: str | None) -> "Region":
-    """The region with the tiles that --tiles names, all of them without."""
-    return replace(region, tiles=tuple(filter(None, (tile.strip() for tile in (tiles or "").split(",")))))
+    """The region with the tiles that --tiles names, all of them without; as it is understood from any folder."""
+    from rayseg.store import absolute
+
+    return replace(
+        region,
+        catalog=region.catalog and absolute(region.catalog),
+        images=region.images and absolute(region.images),
+        tiles=tuple(filter(None, (tile.strip() for tile in (tiles or "").split(",")))),
+    )
 
 
 @app.command()

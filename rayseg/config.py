@@ -18,6 +18,7 @@ QUIET_RAY = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_task_oom_retries": "2",  # a tile too large for the memory would else be tried for ever
 }
 
 
@@ -28,7 +29,7 @@ class Config(BaseModel):
 
 
 def quiet_ray() -> None:
-    """Set, before Ray is started, the environment in which it starts without noise and without usage reports."""
+    """Set, before Ray is started, its environment: no noise, no usage reports, no endless retries."""
     for name, value in QUIET_RAY.items():
         os.environ.setdefault(name, value)
 

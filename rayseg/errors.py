@@ -4,7 +4,8 @@
     ├── ConfigError        2   an option, a region or a configuration that cannot be meant
     ├── DataError          3   imagery, labels or masks that cannot be used
     ├── RunIncomplete      3   the run ended, but some tiles failed or are missing
-    │   └── Stalled        3   nothing was finished for too long
+    │   ├── Stalled        3   nothing was finished for too long
+    │   └── StoreFull      3   there is no room for results
     └── ModelError         4   weights, checkpoints or bundles that do not fit
 
 A message is one sentence that names the thing, what was found, what was expected and what to do.
@@ -37,6 +38,10 @@ class RunIncomplete(RaysegError):
 
 class Stalled(RunIncomplete):
     """Nothing was finished for too long; something hangs, so the process cannot end by itself."""
+
+
+class StoreFull(RunIncomplete):
+    """There is no room for results where they go; nothing that was done is lost."""
 
 
 class ModelError(RaysegError):

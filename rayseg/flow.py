@@ -3,23 +3,26 @@
     rows minus ledger -> read (CPU) -> model (GPU actors) -> write (CPU) -> ledger record
 
 A stage is any picklable callable from a list of rows to a list of rows; a row is a dict with an `id`. A stage that
-gives a row a `status` settles it: later stages do not see it. An error that a row's data cause settles that row alone
-as failed. Both engines call the same guarded stages on the same batches, so they give the same bytes.
+gives a row a `status` settles it: later stages do not see it. An error that a row's data cause, or a stage that does
+not come back from it, settles that row alone as failed; without room for results the run ends. Both engines call the
+same guarded stages (`guard`) on the same batches, so they give the same bytes.
 """
 
 import atexit
+import contextlib
 import logging
 import math
+import multiprocessing
 import pickle
-import shutil
+import signal
+import subprocess
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pyarrow as pa
@@ -31,82 +34,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rayseg.config import quiet_ray, ray_address
-from rayseg.errors import ConfigError, RaysegError, Stalled
+from rayseg.errors import ConfigError, Stalled, StoreFull
+from rayseg.guard import STOPPED, Guarded, Row, Work, ahead
 from rayseg.ledger import SETTLED, Account, Ledger, Record
 from rayseg.run import Engine
+from rayseg.store import put, upath
 
-Row = dict[str, Any]
-Stage = Callable[[list[Row]], list[Row]]
+__all__ = ["Row", "Work", "connect", "run"]
 
-# What a row's data can cause; anything else is a fault of the program and ends the run.
-DATA_ERRORS = (RaysegError, OSError, ValueError, ArithmeticError, LookupError, RuntimeError, MemoryError)
-
-
-@dataclass(frozen=True)
-class Work:
-    """A stage and what one copy of it needs.
-
-    Attributes:
-        stage: the callable.
-        batch: rows it is given at once.
-        cpus: logical CPUs of one copy.
-        gpus: GPUs of one copy, if the machine has any; 0 for a stage that never uses one.
-        model: whether it keeps state worth keeping (a loaded model): then it lives in actors.
-        memory: heap bytes of one copy, for the scheduler.
-    """
-
-    stage: Stage
-    batch: int = 1
-    cpus: float = 0.25
-    gpus: float = 0.0
-    model: bool = False
-    memory: int | None = None
-
-    @property
-    def name(self) -> str:
-        """The stage's name in timings and messages."""
-        return type(self.stage).__name__
-
-
-class Guarded:
-    """A stage that cannot lose a row: errors settle the row that caused them; the last one writes the ledger."""
-
-    def __init__(self, work: Work, ledger: Ledger | None, attempts: dict[str, int]) -> None:
-        self.work = work
-        self.ledger = ledger
-        self.attempts = attempts
-
-    def __call__(self, rows: list[Row]) -> list[Row]:
-        """The rows after the stage, in their order; settled ones pass by."""
-        started = time.perf_counter()
-        waiting = [row for row in rows if "status" not in row]
-        after = {row["id"]: row for row in self._attempt(waiting)} if waiting else {}
-        if after.keys() != {row["id"] for row in waiting}:
-            raise TypeError(f"{self.work.name} did not give back the rows it was given")
-        share = (time.perf_counter() - started) / max(len(waiting), 1)
-        for row in after.values():
-            row["seconds"] = row.get("seconds", {}) | {self.work.name: round(share, 4)}
-        result = [after.get(row["id"], row) for row in rows]
-        return [self._settle(row) for row in result] if self.ledger else result
-
-    def _attempt(self, rows: list[Row]) -> list[Row]:
-        """Run the stage; a batch that fails is tried row by row, to find the row at fault."""
-        try:
-            return self.work.stage(rows)
-        except DATA_ERRORS as error:
-            if len(rows) > 1:
-                return [done for row in rows for done in self._attempt([row])]
-            reason = str(error) if isinstance(error, RaysegError) else f"{type(error).__name__}: {error}"
-            kept = {key: rows[0][key] for key in ("id", "seconds") if key in rows[0]}
-            return [kept | {"status": "failed", "reason": f"{self.work.name}: {reason}"}]
-
-    def _settle(self, row: Row) -> Row:
-        assert self.ledger is not None
-        row.setdefault("status", "done")
-        attempt = self.attempts.get(row["id"], 1)
-        facts = row.get("facts", {})
-        self.ledger.write(Record(row["id"], row["status"], row.get("reason", ""), attempt, row["seconds"], facts))
-        return {"id": row["id"], "status": row["status"]}
+_SHELLS: list["subprocess.Popen[bytes]"] = []
+MOST_HUNG = 3
+"""Rows in succession that may hang before the run ends: what they all need does not answer."""
 
 
 def run(
@@ -126,10 +64,11 @@ def run(
         ledger: where each row's fate is looked up and recorded.
         engine: inline or Ray; with `retry`, failed and quarantined rows are worked on again.
         title: what the rows are, for the progress line.
-        stall_seconds: no row settled for so long ends the run.
+        stall_seconds: a row on which one stage works for longer is left behind and settled as failed.
 
     Raises:
-        Stalled: nothing moved for `stall_seconds`.
+        Stalled: three rows in succession hang, or the engine itself does.
+        StoreFull: there is no room for a result; what is done is in the ledger.
         ConfigError: the stages need more CPUs than the machine or cluster has.
     """
     known = ledger.read()
@@ -137,24 +76,87 @@ def run(
     todo = [row for row in rows if row["id"] not in known or row["id"] in again]
     attempts = {i: known[i].attempt + 1 for i in again}
     guarded = [
-        Guarded(work, ledger if position == len(works) - 1 else None, attempts) for position, work in enumerate(works)
+        Guarded(work, ledger if position == len(works) - 1 else None, attempts, stall_seconds)
+        for position, work in enumerate(works)
     ]
     if todo and engine.kind == "ray":
         connect(engine.address)  # here: Ray's processes end with the thread that started them
     if todo:
         carry_out = {"inline": _inline, "ray": _on_ray}[engine.kind]
         with _progress(title, len(rows), len(rows) - len(todo)) as advance:
-            for row in _ahead(carry_out(todo, guarded), stall_seconds):
+            for row in _watched(ahead(carry_out(todo, guarded), stall_seconds * (1 + len(works)))):
                 advance(row)
     return Account.of([row["id"] for row in rows], ledger.read())
 
 
+def _watched(rows: Iterable[Row]) -> Iterator[Row]:
+    """The same rows, until one says that going on is of no use."""
+    hung: list[str] = []
+    for row in rows:
+        if row["status"] == STOPPED:
+            raise StoreFull(row["reason"])
+        hung = [*hung, row["id"]] if row.get("hung") else []
+        if len(hung) == MOST_HUNG:
+            raise Stalled(
+                f"{', '.join(hung)} hang one after the other ({row['reason']}): look for what they wait for, "
+                "then give the same command again to go on"
+            )
+        yield row
+
+
 def _inline(rows: list[Row], guarded: list[Guarded]) -> Iterator[Row]:
-    """Every stage in a thread of its own, a few batches ahead of the next."""
-    stream: Iterable[Row] = rows
-    for guard in guarded:
-        stream = _ahead(_map(stream, guard))
-    yield from stream
+    """Every stage in a thread of its own, a few batches ahead of the next, in order.
+
+    If this process was killed here before, the rows that were under way then come first, in another process.
+    """
+    ledger = guarded[-1].ledger
+    assert ledger is not None
+    under_way = upath(ledger.prefix) / ".under-way.part"  # swept with what is half written
+    suspects = rows[: sum(2 * guard.work.batch + 1 for guard in guarded) + 2] if under_way.exists() else []
+    put(under_way, b"")
+    try:
+        yield from _apart(suspects, guarded, ledger)
+        stream: Iterable[Row] = rows[len(suspects) :]
+        for guard in guarded:
+            stream = ahead(_map(stream, guard))
+        yield from stream
+    finally:
+        under_way.unlink(missing_ok=True)
+
+
+def _apart(rows: list[Row], guarded: list[Guarded], ledger: Ledger) -> Iterator[Row]:
+    """One row after the other in a child process; one that kills it is quarantined, and the next have another."""
+    child = None
+    for row in rows:
+        child = child or _child(guarded)
+        try:
+            child.send(row)
+            yield child.recv()
+        except (EOFError, ConnectionError):
+            child = None
+            yield _quarantine(row, guarded, ledger, "killed")
+
+
+def _child(guarded: list[Guarded]) -> "Connection[Row, Row]":
+    """The connection to a new process that sends back what becomes of rows; it ends with the connection."""
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    spawn.Process(target=_answer, args=(there, guarded), daemon=True).start()
+    there.close()
+    return here
+
+
+def _answer(asked: "Connection[Row, Row]", guarded: list[Guarded]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what interrupts the command reaches its children too
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            asked.send(_through(asked.recv(), guarded))
+
+
+def _quarantine(row: Row, guarded: list[Guarded], ledger: Ledger, how: str) -> Row:
+    reason = f"its process died twice ({how}); its neighbours are not affected"
+    ledger.write(Record(row["id"], "quarantined", reason, guarded[-1].attempts.get(row["id"], 1)))
+    return {"id": row["id"], "status": "quarantined"}
 
 
 def _map(rows: Iterable[Row], guard: Guarded) -> Iterator[Row]:
@@ -166,27 +168,6 @@ def _map(rows: Iterable[Row], guard: Guarded) -> Iterator[Row]:
             batch = []
     if batch:
         yield from guard(batch)
-
-
-def _ahead(rows: Iterator[Row], patience: float | None = None) -> Iterator[Row]:
-    """The same rows, each made in another thread while the one before is used.
-
-    Raises:
-        Stalled: the next row does not come within `patience` seconds.
-    """
-    pool = ThreadPoolExecutor(1)
-    coming = pool.submit(next, rows, None)
-    try:
-        while (row := coming.result(patience)) is not None:
-            coming = pool.submit(next, rows, None)
-            yield row
-    except TimeoutError:
-        raise Stalled(
-            f"nothing was finished for {patience:.0f} s; what is done is in the ledger: "
-            "look for a hanging tile, then give the same command again to go on"
-        ) from None
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _on_ray(rows: list[Row], guarded: list[Guarded]) -> Iterator[Row]:
@@ -228,7 +209,7 @@ def _dataset(rows: list[Row], guarded: list[Guarded]) -> ray.data.Dataset:
                 "fn_constructor_args": (guard, max(1, round(size.cpus))),
                 "compute": pool,
                 "max_task_retries": 2,
-                "max_restarts": 3,
+                "max_restarts": -1,  # ends, as rows have two retries; an actor gone for good would take all rows along
             }
             dataset = dataset.map_batches(Carried, **needs)
         else:
@@ -320,10 +301,7 @@ def _one_by_one(rows: list[Row], guarded: list[Guarded], ledger: Ledger) -> Iter
         try:
             yield ray.get(remote.remote(row, guarded))
         except (WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
-            reason = f"its process died twice ({type(error).__name__}); its neighbours are not affected"
-            attempt = guarded[-1].attempts.get(row["id"], 1)
-            ledger.write(Record(row["id"], "quarantined", reason, attempt))
-            yield {"id": row["id"], "status": "quarantined"}
+            yield _quarantine(row, guarded, ledger, type(error).__name__)
 
 
 def _through(row: Row, guarded: list[Guarded]) -> Row:
@@ -341,15 +319,22 @@ def connect(address: str | None) -> None:
     if ray.is_initialized():
         return
     quiet_ray()
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # blocks lost with a process: their rows come again
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if (chosen := ray_address(address)) != "local":
         ray.init(address=chosen, **quiet)
         return
     folder = tempfile.mkdtemp(prefix="rs-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _remove_afterwards(folder)
     ray.init(address="local", include_dashboard=False, object_store_memory=2 << 30, _temp_dir=folder, **quiet)
     atexit.register(ray.shutdown)
+
+
+def _remove_afterwards(folder: str) -> None:
+    """Let a shell remove the folder when this process is gone, however it ends: its end of the pipe closes then."""
+    script = 'exec >/dev/null 2>&1; read -r _; for _ in 1 2 3 4 5 6 7 8 9; do rm -rf "$0" && break; sleep 1; done'
+    shell = subprocess.Popen(["sh", "-c", script, folder], stdin=subprocess.PIPE, start_new_session=True)
+    _SHELLS.append(shell)
 
 
 @contextmanager

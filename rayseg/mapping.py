@@ -23,21 +23,21 @@ from rayseg.run import Step
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, tile_rows
 from rayseg.stages.write import WriteTile
-from rayseg.store import absolute, put, upath
+from rayseg.store import Location, absolute, put, upath
 from rayseg.vision.color import ClassTable
 
 
 class MapConfig(Config):
     """How a region is mapped."""
 
-    imagery: str | None = None
+    imagery: Location | None = None
     """Catalogue of the imagery (`catalog.json#collection`); by default the region's."""
     tile: Annotated[int, Field(gt=0)] = 2048
     """Side of a tile in px."""
     batch: Annotated[int, Field(gt=0)] | None = None
     """Patches predicted at once; by default 1 on a CPU and 16 on a GPU."""
     stall_seconds: Annotated[float, Field(gt=0)] = 1800.0
-    """A run in which no tile is settled for so long ends with an error."""
+    """A tile on which reading, predicting or writing takes longer is given up and named as failed."""
 
 
 def load_model(step: Step, prefix: str) -> dict[str, Any]:

@@ -27,9 +27,11 @@ from rayseg.config import Config
 from rayseg.errors import ConfigError
 from rayseg.geo import Region
 from rayseg.ledger import MISSING, Account, Ledger
-from rayseg.store import absolute, is_local, put, upath
+from rayseg.store import STORE_ERRORS, absolute, is_local, put, sweep, upath
 
 NAMED = 20
+HERE = "<run>/"
+"""What stands in done.json for the run's own prefix, so that a run that was moved goes on."""
 LIBRARIES = ("torch", "ray", "rasterio", "segmentation-models-pytorch", "numpy")
 
 
@@ -109,7 +111,7 @@ class Run:
         Raises:
             ConfigError: `out` cannot be written, belongs to another run, or is being worked on by another process.
         """
-        out = absolute(out)
+        out = absolute(out).rstrip("/")
         asked = {"pipeline": pipeline, "region": asdict(region), "config": config.model_dump(mode="json")}
         run = cls(out, asked, engine or Engine())
         if _is_new(out, asked) and check:
@@ -121,6 +123,7 @@ class Run:
             ended = "stopped"
             try:
                 yield run
+                sweep(out)  # not after an error: others may still be writing, and miss what is removed
                 ended = "incomplete" if run.troubles else "done"
             finally:
                 error = sys.exc_info()[1]
@@ -138,7 +141,8 @@ class Run:
         done = _load(step.prefix / "done.json")
         if done.get("key") != key or self._unfinished(done["value"].get("troubles", {})):
             done = self._carry_out(step, function, arguments)
-        step = Step(name, self.root, _hash([key, done["value"]]), self.engine, done["value"], done["seconds"])
+        value = _with_prefix(done["value"], HERE, f"{self.root}/")
+        step = Step(name, self.root, _hash([key, done["value"]]), self.engine, value, done["seconds"])
         if step.value.get("troubles"):
             self.troubles[name] = step.value["troubles"]
         self.steps.append(step)
@@ -162,7 +166,8 @@ class Run:
         finally:
             begun["seconds"] += time.perf_counter() - started
             put(step.prefix / "begun.json", json.dumps(begun).encode())
-        done = {"key": step.key, "value": value, "seconds": begun["seconds"]}
+        kept = _with_prefix(value, f"{self.root}/", HERE)
+        done = {"key": step.key, "value": kept, "seconds": begun["seconds"]}
         put(step.prefix / "done.json", json.dumps(done, indent=1).encode())
         return done
 
@@ -251,7 +256,7 @@ def _is_new(out: str, asked: dict[str, Any]) -> bool:
     try:
         found = _load(upath(out) / "run.json")
         foreign = not found and upath(out).is_dir() and any(not p.name.startswith(".") for p in upath(out).iterdir())
-    except OSError as error:
+    except STORE_ERRORS as error:
         raise ConfigError(f"output {out} cannot be read: {error}; choose another --out") from None
     if foreign:
         raise ConfigError(f"output {out} holds files that are not of a rayseg run; choose an empty or new --out")
@@ -265,9 +270,10 @@ def _is_new(out: str, asked: dict[str, Any]) -> bool:
 def _ensure_writable(out: str) -> None:
     try:
         put(upath(out) / ".writable", b"")
-        (upath(out) / ".writable").unlink()
-    except OSError as error:
-        raise ConfigError(f"output {out} cannot be written: {error.strerror or error}; choose another --out") from None
+        (upath(out) / ".writable").unlink(missing_ok=True)
+    except STORE_ERRORS as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"output {out} cannot be written: {reason}; choose another --out") from None
 
 
 def _difference(key: str, found: object, asked: object) -> str:
@@ -316,6 +322,15 @@ def _load(path: UPath) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path} was not written by rayseg: it is no JSON object; remove it, or choose another --out")
     return loaded
+
+
+def _with_prefix(value: Any, old: str, new: str) -> Any:  # noqa: ANN401 - JSON values
+    """A value in which all texts that begin with `old` begin with `new` instead; keys stay."""
+    if isinstance(value, dict):
+        return {key: _with_prefix(inner, old, new) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_prefix(inner, old, new) for inner in value]
+    return new + value.removeprefix(old) if isinstance(value, str) and value.startswith(old) else value
 
 
 def _clear(prefix: UPath) -> None:

@@ -1,19 +1,37 @@
 """Files, wherever they are: whole-object writes that are there or not, on disk or on an object store."""
 
+import errno
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
+from botocore.exceptions import BotoCoreError
+from pydantic import AfterValidator
 from upath import UPath
 
+from rayseg.errors import StoreFull
+
 StorePath = str | Path | UPath
+STORE_ERRORS: tuple[type[Exception], ...] = (OSError, BotoCoreError)
+"""What file systems and object stores raise; s3fs lets the AWS client's own errors (no credentials) through."""
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def upath(path: StorePath) -> UPath:
     """The path or URI as a UPath; `file:` URIs become plain local paths."""
     text = str(path)
     return UPath(text.removeprefix("file://") if text.startswith("file://") else path)
+
+
+def sentence(error: Exception) -> str:
+    """What one of `STORE_ERRORS` says; the AWS client does not say what to do."""
+    if not isinstance(error, BotoCoreError):
+        return str(error)
+    return f"the object store cannot be used: {error}; check AWS_PROFILE or AWS_ACCESS_KEY_ID, and AWS_ENDPOINT_URL"
 
 
 def is_local(path: StorePath) -> bool:
@@ -26,54 +44,91 @@ def absolute(path: StorePath) -> str:
     return str(Path(upath(path).path).absolute()) if is_local(path) else str(upath(path))
 
 
-def put(path: StorePath, data: bytes) -> None:
-    """Write `data` so that a reader sees all of it or nothing: temp + rename on disk, one PUT elsewhere."""
+def _located(text: str) -> str:
+    uri, found, fragment = text.partition("#")
+    return (absolute(uri) if uri else "") + found + fragment
+
+
+Location = Annotated[str, AfterValidator(_located)]
+"""A path or URI in a configuration, kept as it is understood from any working folder; `#collection` may follow."""
+
+
+def put(path: StorePath, data: bytes | memoryview) -> None:
+    """Write `data` so that a reader sees all of it or nothing: temp + rename on disk, one PUT elsewhere.
+
+    Raises:
+        StoreFull: there is no room on the disk; what was at `path` is untouched.
+    """
     target = upath(path)
     if not is_local(target):
-        target.write_bytes(data)
+        target.write_bytes(bytes(data))
         return
-    temporary = _beside(target)
-    temporary.write_bytes(data)
-    temporary.replace(target.path)
+    with _beside(target) as temporary:
+        temporary.write_bytes(data)
+        temporary.replace(target.path)
 
 
 def put_file(path: StorePath, source: Path) -> None:
-    """Move the local file `source` to `path`, whole or not at all."""
+    """Move the local file `source` to `path`, whole or not at all.
+
+    Raises:
+        StoreFull: there is no room on the disk; what was at `path` is untouched.
+    """
     target = upath(path)
     if not is_local(target):
         target.fs.put_file(str(source), target.path)
         source.unlink()
         return
-    temporary = _beside(target)
-    shutil.move(source, temporary)
-    temporary.replace(target.path)
+    with _beside(target) as temporary:
+        shutil.move(source, temporary)
+        temporary.replace(target.path)
 
 
 def put_if_absent(path: StorePath, data: bytes) -> bool:
-    """Write `data` unless `path` is there already; return whether it was written. Atomic against other writers."""
+    """Write `data` unless `path` is there already; return whether it was written. Atomic against other writers.
+
+    Raises:
+        StoreFull: there is no room on the disk.
+    """
     target = upath(path)
-    if not is_local(target):
-        try:
-            target.fs.pipe_file(target.path, data, mode="create")
-        except FileExistsError:
-            return False
-        return True
-    temporary = _beside(target)
-    temporary.write_bytes(data)
     try:
-        os.link(temporary, target.path)
+        if not is_local(target):
+            target.fs.pipe_file(target.path, data, mode="create")
+            return True
+        with _beside(target) as temporary:
+            temporary.write_bytes(data)
+            os.link(temporary, target.path)
     except FileExistsError:
         return False
-    finally:
-        temporary.unlink()
     return True
 
 
-def _beside(target: UPath) -> Path:
-    """A fresh hidden name in the folder of `target`, which is made if need be."""
+@contextmanager
+def _beside(target: UPath) -> Iterator[Path]:
+    """A fresh hidden name in the folder of `target`, which is made if need be; afterwards it is gone."""
     path = Path(target.path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise StoreFull(
+            f"no room for {path} ({error.strerror}): make room, then give the same command again to go on"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sweep(prefix: StorePath) -> None:
+    """Remove what writers that were killed left half written below a folder; nobody may be writing there."""
+    if not is_local(prefix):
+        return
+    for folder, _, names in os.walk(upath(prefix).path):
+        for name in names:
+            if name.startswith(".") and name.endswith(".part"):
+                Path(folder, name).unlink(missing_ok=True)
 
 
 def cache_dir() -> Path:

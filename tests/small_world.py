@@ -27,6 +27,33 @@ CORNER = Window(2048 * 244 + 100, -2048 * 2148 + 60, 0, 0)  # inside a tile of 2
 BANDS = ("red", "green", "blue")
 HEIGHT, WIDTH = 200, 180
 SCALING = Scaling(mean=(120.0,) * 3, std=(50.0,) * 3)
+SMALL_GPC = """
+chips: {size: 128, held_out: 0.25}
+scaling: {mean: [110.0, 110.0, 95.0], std: [45.0, 40.0, 40.0]}
+classifier:
+  encoder: timm-mobilenetv3_small_minimal_100
+  weights: none
+  size: 128
+  epochs: 1
+  rates: [[1, 3.0e-3]]
+  learning: {batch: 6}
+cues: {iterations: 2, objects: components}
+segmenter:
+  encoder: timm-mobilenetv3_small_minimal_100
+  weights: none
+  size: 64
+  negatives: 0.5
+  loss: bce_iou
+  warm_up: {epochs: 2, rates: [[2, 2.0e-3]]}
+  correction: {epochs: 1, rates: [[1, 1.0e-3]], relabel: every epoch, cue_weight: 0.2}
+  scratch: {epochs: 1, rates: [[1, 2.0e-3]], restart: true, relabel: once}
+  learning: {batch: 6, average: 0.9}
+  augment: {crop: random}
+patch: 160
+stride: 128
+map: {tile: 512}
+truth: "#truth/gpc"
+"""
 
 
 def rayseg(*words):

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from botocore.exceptions import NoCredentialsError
+from upath import UPath
 
 from rayseg import flow
-from rayseg.errors import ConfigError, DataError, RunIncomplete
+from rayseg.errors import ConfigError, DataError, RunIncomplete, Stalled, StoreFull
 from rayseg.flow import Work
+from rayseg.guard import Guarded
 from rayseg.ledger import Ledger
 from rayseg.run import Engine
 
@@ -23,8 +26,8 @@ ENGINES = [pytest.param(INLINE, id="inline"), pytest.param(RAY, id="ray", marks=
 class Draw:
     """id -> value"""
 
-    def __init__(self, *, bad: str = "", deadly: str = "", nodata: str = "") -> None:
-        self.bad, self.deadly, self.nodata = bad, deadly, nodata
+    def __init__(self, *, bad: str = "", deadly: str = "", nodata: str = "", hanging: str = "") -> None:
+        self.bad, self.deadly, self.nodata, self.hanging = bad, deadly, nodata, hanging
 
     def __call__(self, rows):
         for row in rows:
@@ -32,6 +35,8 @@ class Draw:
                 raise DataError("the file is damaged")
             if row["id"] == self.deadly:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if row["id"] == self.hanging:
+                time.sleep(3600)
             if row["id"] == self.nodata:
                 row["status"] = "nodata"
             row["value"] = np.full((3, 1 + row["n"] % 4), row["n"], np.float32)
@@ -48,11 +53,13 @@ class Double:
 class Keep:
     """value -> file"""
 
-    def __init__(self, folder) -> None:
-        self.folder = folder
+    def __init__(self, folder, full: str = "") -> None:
+        self.folder, self.full = folder, full
 
     def __call__(self, rows):
         for row in rows:
+            if row["id"] == self.full:
+                raise StoreFull("no room for results")
             (self.folder / row["id"]).write_bytes(row["value"].tobytes())
             row["facts"] = {"sum": float(row["value"].sum())}
         return rows
@@ -101,6 +108,13 @@ def test_a_second_run_works_only_on_what_is_left(engine, place):
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
 
 
+def test_a_ledger_may_be_on_an_object_store(tmp_path):
+    ledger = Ledger(f"memory://{tmp_path.name}/ledger")
+    for _ in range(2):
+        assert flow.run(rows_of(3), [Work(Draw()), Work(Double())], ledger, INLINE).complete
+    assert {path.name for path in UPath(ledger.prefix).iterdir()} == {f"t{n}.1.json" for n in range(3)}
+
+
 def test_failed_rows_are_tried_again_only_when_asked(place):
     out, ledger = place
     flow.run(rows_of(3), works(out, bad="t1"), ledger, INLINE)
@@ -130,15 +144,91 @@ def test_a_row_that_kills_its_process_is_quarantined_and_the_rest_is_done(place)
     assert "process died" in account.troubles["t2"]
 
 
-def test_a_row_that_hangs_ends_the_run_with_how_to_go_on(place):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_row_that_hangs_is_failed_alone_and_mended_by_a_retry(engine, place):
+    out, ledger = place
+    stages = [Work(Draw(hanging="t1")), Work(Double(), batch=4, cpus=1, model=True), Work(Keep(out))]
+    account = flow.run(rows_of(6), stages, ledger, engine, stall_seconds=2)
+    assert account.troubles == {"t1": "Draw: no progress for 2 s"}
+    assert account.counts["done"] == 5
+    assert flow.run(rows_of(6), works(out), ledger, Engine(engine.kind, retry=True)).complete
+
+
+def test_a_row_that_hangs_in_a_batch_harms_no_neighbour(place):
+    out, ledger = place
+    account = flow.run(
+        rows_of(6), [Work(Draw(hanging="t1"), batch=4), Work(Keep(out))], ledger, INLINE, stall_seconds=1
+    )
+    assert list(account.troubles) == ["t1"]
+    assert account.counts["done"] == 5
+
+
+def test_what_a_hanging_stage_does_later_is_not_seen(place):
+    _, ledger = place
+
+    def late(rows):
+        time.sleep(0.6)
+        rows[0]["status"] = "nodata"
+        return rows
+
+    flow.run(rows_of(1), [Work(late)], ledger, INLINE, stall_seconds=0.1)
+    time.sleep(1)
+    assert ledger.read()["t0"].status == "failed"
+
+
+def test_when_every_row_hangs_the_run_ends_with_how_to_go_on(place):
     _, ledger = place
 
     def hang(rows):
-        time.sleep(1.0)
-        return rows
+        time.sleep(3600)
 
-    with pytest.raises(RunIncomplete, match="same command again"):
-        flow.run(rows_of(1), [Work(hang)], ledger, INLINE, stall_seconds=0.1)
+    with pytest.raises(Stalled, match=r"t0, t1, t2 hang .* then give the same command again"):
+        flow.run(rows_of(9), [Work(hang)], ledger, INLINE, stall_seconds=0.1)
+    assert ledger.read().keys() >= {"t0", "t1", "t2"}
+
+
+def test_an_engine_that_hangs_ends_the_run_with_how_to_go_on(monkeypatch, place):
+    _, ledger = place
+
+    def hang(rows, guarded):
+        yield rows[0] | {"status": "done"}
+        time.sleep(3600)
+
+    monkeypatch.setattr(flow, "_inline", hang)
+    with pytest.raises(RunIncomplete, match=r"nothing was finished for 0 s.*same command again"):
+        flow.run(rows_of(3), [Work(Double())], ledger, INLINE, stall_seconds=0.1)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_without_room_the_run_ends_and_no_row_is_failed(engine, place):
+    out, ledger = place
+    with pytest.raises(StoreFull, match="no room for results"):
+        flow.run(rows_of(6), [Work(Draw()), Work(Keep(out, full="t3"))], ledger, engine)
+    assert {record.status for record in ledger.read().values()} <= {"done"}
+    assert "t3" not in ledger.read()
+    assert flow.run(rows_of(6), works(out), ledger, engine).complete
+
+
+def test_without_room_for_the_ledger_the_run_ends(monkeypatch, place):
+    out, ledger = place
+
+    def full(*_):
+        raise StoreFull("no room for records")
+
+    monkeypatch.setattr(Ledger, "write", full)
+    with pytest.raises(StoreFull, match="no room for records"):
+        flow.run(rows_of(2), works(out), ledger, INLINE)
+
+
+@pytest.mark.parametrize("error", [TimeoutError("late"), NoCredentialsError()])
+def test_errors_of_stores_settle_the_row_at_fault(place, error):
+    _, ledger = place
+
+    def fail(rows):
+        raise error
+
+    account = flow.run(rows_of(1), [Work(fail)], ledger, INLINE)
+    assert account.troubles == {"t0": f"function: {type(error).__name__}: {error}"}
 
 
 def test_a_fault_of_the_program_is_not_taken_for_bad_data(place):
@@ -166,6 +256,15 @@ def test_model_stages_share_what_reading_and_writing_leave():
     assert [size.copies for size in flow._sizes(stages, {"CPU": 64.0, "GPU": 4.0})[1:]] == [4, 4]
 
 
+def test_guarded_stages_survive_pickling_before_and_after_work(place):
+    guard = Guarded(works(place[0])[1], None, {}, 60)
+    for _ in range(2):
+        again = pickle.loads(pickle.dumps(guard))
+        [row] = again([{"id": "t1", "value": 2}])
+        assert row["value"] == 4
+        guard = again
+
+
 def test_stages_survive_pickling(tmp_path):
     for work in works(tmp_path):
         assert pickle.loads(pickle.dumps(work)).name == work.name
@@ -185,6 +284,41 @@ for name in ("first", "second"):
     account = flow.run(rows_of(3), works(folder), Ledger(f"{folder}-ledger"), Engine("ray"))
     print(name, account)
 """
+
+
+DEADLY = """
+import sys
+from pathlib import Path
+from rayseg import flow
+from rayseg.ledger import Ledger
+from rayseg.run import Engine
+from test_flow import rows_of, works
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    ledger = Ledger(str(folder / "ledger"))
+    account = flow.run(rows_of(20), works(folder / "out", deadly="t7"), ledger, Engine("inline"))
+    print(account, account.troubles)
+"""
+
+
+def test_inline_a_row_that_kills_the_process_is_found_by_the_next(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
+    }
+    command = [sys.executable, str(tmp_path / "deadly.py"), str(tmp_path)]
+    first, second = (
+        subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=240)
+        for _ in range(2)
+    )
+    assert first.returncode == -signal.SIGKILL
+    assert second.stdout.startswith("20 planned = 19 done + 1 quarantined {'t7': 'its process died twice (killed)"), (
+        second
+    )
+    assert len(list((tmp_path / "out").iterdir())) == 19
+    assert not list((tmp_path / "ledger").glob(".*"))
 
 
 @pytest.mark.ray

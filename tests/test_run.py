@@ -1,6 +1,7 @@
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -128,6 +129,45 @@ def test_two_processes_cannot_work_on_one_run(tmp_path):
     with opened(tmp_path / "run"), pytest.raises(ConfigError, match="another process"), opened(tmp_path / "run"):
         pass
     with opened(tmp_path / "run"):
+        pass
+
+
+def name_files(step, *_):
+    CALLS.append(step.name)
+    return {"bundle": f"{step.root}/models/m", "other": [f"{Path(step.root).parent}/a-2/m", "/elsewhere"]}
+
+
+def test_a_run_that_was_moved_knows_its_own_files(tmp_path):
+    for place in ("a", "b"):
+        with opened(tmp_path / place) as run:
+            step = run.step("first", name_files)
+            run.step("second", name_files, step)
+        assert step.value["bundle"] == f"{tmp_path}/{place}/models/m"
+        assert step.value["other"] == [f"{tmp_path}/a-2/m", "/elsewhere"]
+        (tmp_path / place).rename(tmp_path / "b")
+    assert CALLS == ["first", "second"]
+
+
+def test_half_written_files_are_removed_when_a_run_ends_well(tmp_path):
+    with pytest.raises(OSError, match="power cut"), opened(tmp_path / "run") as run:
+        run.step("a", fall, Options())
+    half = tmp_path / "run" / "steps" / "a" / ".made.01234567.part"
+    half.touch()
+    with pytest.raises(OSError, match="power cut"), opened(tmp_path / "run") as run:
+        run.step("a", fall, Options())
+    assert half.exists()  # somebody may still be writing
+    with opened(tmp_path / "run"):
+        pass
+    assert not half.exists()
+
+
+def test_an_output_on_a_store_without_credentials_is_refused(monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(ConfigError, match="Unable to locate credentials"), opened("s3://bucket/run"):
         pass
 
 

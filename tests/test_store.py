@@ -1,9 +1,14 @@
+import errno
 import threading
+from pathlib import Path
 
 import pytest
+from botocore.exceptions import NoCredentialsError
+from pydantic import BaseModel
 from upath import UPath
 
-from rayseg.store import cache_dir, is_local, put, put_file, put_if_absent, upath
+from rayseg.errors import StoreFull
+from rayseg.store import Location, cache_dir, is_local, put, put_file, put_if_absent, sentence, sweep, upath
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -53,3 +58,47 @@ def test_file_uris_are_local_paths(tmp_path):
 def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
     monkeypatch.setenv("RAYSEG_CACHE", str(tmp_path))
     assert cache_dir() == tmp_path
+
+
+@pytest.mark.parametrize("write", [put, put_if_absent])
+@pytest.mark.parametrize(
+    ("number", "raised"), [(errno.ENOSPC, StoreFull), (errno.EDQUOT, StoreFull), (errno.EIO, OSError)]
+)
+def test_a_write_that_fails_leaves_nothing_half(monkeypatch, tmp_path, write, number, raised):
+    def half(path, data):
+        path.touch()
+        raise OSError(number, "it fails")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(raised, match="it fails"):
+        write(tmp_path / "a" / "b", b"123")
+    assert [path.name for path in tmp_path.rglob("*")] == ["a"]
+
+
+def test_a_sweep_removes_what_killed_writers_left_and_nothing_else(tmp_path):
+    for name in (".b.01234567.part", "b", ".hidden", "c.part"):
+        put(tmp_path / "a" / name, b"1")
+    sweep(tmp_path)
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"b", ".hidden", "c.part"}
+    sweep("memory://nowhere")
+
+
+def test_locations_are_understood_from_any_folder(monkeypatch, tmp_path):
+    class Places(BaseModel):
+        at: Location | None = None
+
+    monkeypatch.chdir(tmp_path)
+    for text, placed in {
+        "a/catalog.json#truth": f"{tmp_path}/a/catalog.json#truth",
+        "#truth/gpc": "#truth/gpc",
+        "s3://bucket/a#b": "s3://bucket/a#b",
+        "/a/b": "/a/b",
+    }.items():
+        assert Places(at=text).at == placed
+        assert Places(at=placed).at == placed
+    assert Places().at is None
+
+
+def test_what_the_aws_client_says_tells_what_to_do():
+    assert "Unable to locate credentials; check AWS_PROFILE" in sentence(NoCredentialsError())
+    assert sentence(OSError("gone")) == "gone"

@@ -46,7 +46,7 @@ from rayseg.stages.cues import (
     density_path,
 )
 from rayseg.stages.weak import Cam, Segment
-from rayseg.store import put, upath
+from rayseg.store import Location, put, upath
 from rayseg.train.batches import Chips
 from rayseg.train.classifier import ClassifierConfig, fit_classifier, trained_classifier
 from rayseg.train.labels import probabilities
@@ -113,7 +113,7 @@ class Config(Frozen):
     """Processes of Ray Train; 0 trains in the command's own process."""
     scaling: Scaling = Scaling(mean=(98.3519, 96.9567, 95.5713), std=(52.7343, 45.8798, 44.3465))
     """How chips and imagery become the networks' input; mean and standard deviation of the paper's chips."""
-    truth: str | None = None
+    truth: Location | None = None
     """Masks to measure the map with: a folder, `catalog.json#collection`, or `#collection` of the region."""
 
 

@@ -9,12 +9,13 @@ from rayseg.geo import Region
 from rayseg.mapping import MapConfig
 from rayseg.models import bundle
 from rayseg.run import Run
+from rayseg.store import Location
 
 
 class Config(Frozen):
     """What to predict with, and how."""
 
-    model: str
+    model: Location
     """Prefix of the bundle."""
     map: MapConfig = MapConfig()
 

@@ -15,7 +15,7 @@ from rayseg.errors import ConfigError
 from rayseg.metrics import Confusion
 from rayseg.models.bundle import Scaling
 from rayseg.models.classifier import Classifier, build_classifier
-from rayseg.store import StorePath
+from rayseg.store import StorePath, absolute
 from rayseg.train import session
 from rayseg.train.augment import Augment, augment, centre
 from rayseg.train.batches import Batch, Chips, Indices, Kept, Read, epoch_batches, read_ahead
@@ -29,7 +29,7 @@ class ClassifierConfig(Config):
 
     encoder: str = "regnety_040"
     """A name of segmentation_models_pytorch or of timm."""
-    weights: str = "imagenet"
+    weights: session.Weights = "imagenet"
     """Of the encoder: "imagenet", "none", or a file."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Share of the channels dropped before the head."""
@@ -100,10 +100,10 @@ def fit_classifier(
     """
     _check(settings, chips, max(workers, 1))
     config = {
-        "settings": settings.model_copy(update={"weights": session.weights_everywhere(settings.weights)}),
+        "settings": settings,
         "chips": chips,
         "held_out": held_out,
-        "prefix": session.absolute(prefix),
+        "prefix": absolute(prefix),
         "scaling": scaling,
         "key": key_of(settings, chips, held_out),
     }

@@ -18,7 +18,7 @@ from rayseg.errors import ConfigError, DataError
 from rayseg.metrics import Confusion
 from rayseg.models.bundle import Scaling
 from rayseg.models.segmenter import build_segmenter
-from rayseg.store import StorePath, upath
+from rayseg.store import StorePath, absolute, upath
 from rayseg.train import session
 from rayseg.train.augment import Augment, augment, centre
 from rayseg.train.batches import Chips, Indices, Kept, epoch_batches, read_ahead, shard
@@ -55,7 +55,7 @@ class SegmenterConfig(Config):
     """A name of segmentation_models_pytorch."""
     encoder: str = "regnety_040"
     """A name of segmentation_models_pytorch or of timm."""
-    weights: str = "imagenet"
+    weights: session.Weights = "imagenet"
     """Of the encoder: "imagenet", "none", or a file."""
     reduce: Annotated[int, Field(gt=0)] = 1
     """Side in pixels of the squares whose mean the network sees as one pixel."""
@@ -126,10 +126,10 @@ def fit_segmenter(
     """
     _check(settings, chips, max(workers, 1))
     config = {
-        "settings": settings.model_copy(update={"weights": session.weights_everywhere(settings.weights)}),
+        "settings": settings,
         "chips": chips,
         "held_out": held_out,
-        "prefix": session.absolute(prefix),
+        "prefix": absolute(prefix),
         "scaling": scaling,
         "key": key_of(settings, chips, held_out),
     }

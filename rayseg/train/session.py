@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow.fs
@@ -22,16 +22,24 @@ import ray
 import ray.train
 import torch
 import torch.distributed
+from pydantic import AfterValidator
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from torch import Tensor, nn
 
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError
-from rayseg.store import StorePath, is_local, put, put_file, upath
+from rayseg.store import StorePath, absolute, is_local, put, upath
 
 Loop = Callable[[dict[str, Any]], dict[str, Any]]
 State = dict[str, Any]
 
+
+def weights_everywhere(weights: str) -> str:
+    """The name of weights, or their file as every worker understands it, whatever folder it works in."""
+    return weights if weights in {"imagenet", "none"} else absolute(weights)
+
+
+Weights = Annotated[str, AfterValidator(weights_everywhere)]
 NOTHING: State = {"order": [], "measures": {}, "weights": {}}
 """What is kept before the first epoch is done."""
 
@@ -101,16 +109,6 @@ def _cause(error: Exception, name: str) -> RaysegError:
             chain = chain.__cause__ or getattr(chain, "_base_exc", None)
     reason = " ".join(str(error).split())[-400:]
     return ModelError(f"training {name} failed on its workers: {reason}; start it again to go on from its checkpoint")
-
-
-def absolute(prefix: StorePath) -> str:
-    """The prefix as every worker understands it, whatever folder it works in."""
-    return str(Path(str(upath(prefix))).absolute()) if is_local(prefix) else str(upath(prefix))
-
-
-def weights_everywhere(weights: str) -> str:
-    """The name of weights, or their file as every worker understands it."""
-    return weights if weights in {"imagenet", "none"} else absolute(weights)
 
 
 def rank() -> int:
@@ -194,10 +192,9 @@ def check_finite(losses: Sequence[Tensor], chips_of: Callable[[int], Sequence[st
 def save_checkpoint(prefix: StorePath, settings: str, state: State) -> None:
     """Worker 0 writes `<prefix>/checkpoint.pt`, whole or not at all, in place of the one before."""
     if rank() == 0:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "checkpoint.pt"
-            torch.save({"settings": settings, **state}, path)
-            put_file(upath(prefix) / "checkpoint.pt", path)
+        content = BytesIO()
+        torch.save({"settings": settings, **state}, content)
+        put(upath(prefix) / "checkpoint.pt", content.getbuffer())
 
 
 def load_checkpoint(prefix: StorePath, settings: str | None) -> State | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import geopandas
 import pytest
 import rasterio
-from small_world import files, rayseg, valid_stac
+from small_world import SMALL_GPC, files, rayseg, valid_stac
 
 from rayseg import demo
 from rayseg.models import bundle
@@ -19,33 +19,6 @@ STEPS = [
     *("chips", "classifier", "cues", "segmenter", "predict"),
     *("polygons", "evaluate", "publish", "pictures", "report"),
 ]
-SMALL = """
-chips: {size: 128, held_out: 0.25}
-scaling: {mean: [110.0, 110.0, 95.0], std: [45.0, 40.0, 40.0]}
-classifier:
-  encoder: timm-mobilenetv3_small_minimal_100
-  weights: none
-  size: 128
-  epochs: 1
-  rates: [[1, 3.0e-3]]
-  learning: {batch: 6}
-cues: {iterations: 2, objects: components}
-segmenter:
-  encoder: timm-mobilenetv3_small_minimal_100
-  weights: none
-  size: 64
-  negatives: 0.5
-  loss: bce_iou
-  warm_up: {epochs: 2, rates: [[2, 2.0e-3]]}
-  correction: {epochs: 1, rates: [[1, 1.0e-3]], relabel: every epoch, cue_weight: 0.2}
-  scratch: {epochs: 1, rates: [[1, 2.0e-3]], restart: true, relabel: once}
-  learning: {batch: 6, average: 0.9}
-  augment: {crop: random}
-patch: 160
-stride: 128
-map: {tile: 512}
-truth: "#truth/gpc"
-"""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +28,7 @@ def words(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAYSEG_CACHE", str(root))
         catalogue = demo.ensure(size=512, chips=(8, 8))
-    (root / "small.yaml").write_text(SMALL)
+    (root / "small.yaml").write_text(SMALL_GPC)
     return "run", "pipeline", "gpc", "--region", catalogue, "--config", root / "small.yaml", "--engine", "inline"
 
 

@@ -1,0 +1,176 @@
+"""Stages that cannot lose a row: what goes wrong with a row settles that row, in words, and none of its neighbours."""
+
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+from rayseg.errors import RaysegError, Stalled, StoreFull
+from rayseg.ledger import Ledger, Record
+from rayseg.store import STORE_ERRORS
+
+Row = dict[str, Any]
+Stage = Callable[[list[Row]], list[Row]]
+
+# What a row's data can cause; anything else is a fault of the program and ends the run.
+BAD_DATA = (RaysegError, ValueError, ArithmeticError, LookupError, RuntimeError, MemoryError)
+DATA_ERRORS: tuple[type[Exception], ...] = BAD_DATA + STORE_ERRORS
+STOPPED = "stopped"
+"""Status of a row that could not be kept for lack of room: it is in no ledger, and the run ends."""
+ENDING = 30.0
+"""Seconds that a stage at work has to end when the run ends early; Python does not survive some that are cut off."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A stage and what one copy of it needs.
+
+    Attributes:
+        stage: the callable.
+        batch: rows it is given at once.
+        cpus: logical CPUs of one copy.
+        gpus: GPUs of one copy, if the machine has any; 0 for a stage that never uses one.
+        model: whether it keeps state worth keeping (a loaded model): then it lives in actors.
+        memory: heap bytes of one copy, for the scheduler.
+    """
+
+    stage: Stage
+    batch: int = 1
+    cpus: float = 0.25
+    gpus: float = 0.0
+    model: bool = False
+    memory: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The stage's name in timings and messages."""
+        return type(self.stage).__name__
+
+
+class Hand:
+    """A thread that makes one call after the other; unlike an executor's, it can be left behind when one hangs."""
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None] = SimpleQueue()
+        Thread(target=_serve, args=(self._calls,), daemon=True).start()
+        weakref.finalize(self, self._calls.put, None)
+
+    def submit(self, function: Callable[..., Any], *arguments: object) -> "Future[Any]":
+        """Make the call when those before are done."""
+        future: Future[Any] = Future()
+        self._calls.put((future, function, arguments))
+        return future
+
+
+def _serve(calls: "SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None]") -> None:
+    while (call := calls.get()) is not None:
+        future, function, arguments = call
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised again where the result is asked for
+            future.set_exception(error)
+        del call, future, function, arguments  # nothing is kept alive while waiting
+
+
+class Guarded:
+    """A stage that cannot lose a row: errors settle the row that caused them; the last one writes the ledger.
+
+    Args:
+        work: the stage.
+        ledger: the last stage's; None for the others.
+        attempts: row -> number of its attempt, where that is not the first.
+        patience: seconds after which a call that has not come back is left behind and its row failed.
+    """
+
+    def __init__(self, work: Work, ledger: Ledger | None, attempts: dict[str, int], patience: float) -> None:
+        self.work = work
+        self.ledger = ledger
+        self.attempts = attempts
+        self.patience = patience
+        self._hand: Hand | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_hand": None}
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """The rows after the stage, in their order; settled ones pass by."""
+        started = time.perf_counter()
+        waiting = [row for row in rows if "status" not in row]
+        after = {row["id"]: row for row in self._attempt(waiting)} if waiting else {}
+        if after.keys() != {row["id"] for row in waiting}:
+            raise TypeError(f"{self.work.name} did not give back the rows it was given")
+        share = (time.perf_counter() - started) / max(len(waiting), 1)
+        for row in after.values():
+            row["seconds"] = row.get("seconds", {}) | {self.work.name: round(share, 4)}
+        result = [after.get(row["id"], row) for row in rows]
+        return [self._settle(row) for row in result] if self.ledger else result
+
+    def _attempt(self, rows: list[Row]) -> list[Row]:
+        """Run the stage; a batch that fails is tried row by row, to find the row at fault."""
+        try:
+            return self._in_time(rows)
+        except StoreFull as error:
+            return [_kept(row) | {"status": STOPPED, "reason": str(error)} for row in rows]
+        except DATA_ERRORS as error:
+            if len(rows) > 1:
+                return [done for row in rows for done in self._attempt([row])]
+            reason = str(error) if isinstance(error, RaysegError) else f"{type(error).__name__}: {error}"
+            fate = {"status": "failed", "reason": f"{self.work.name}: {reason}", "hung": isinstance(error, Stalled)}
+            return [_kept(rows[0]) | fate]
+
+    def _in_time(self, rows: list[Row]) -> list[Row]:
+        self._hand = self._hand or Hand()
+        call = self._hand.submit(self.work.stage, [dict(row) for row in rows])  # its own: it may go on for ever
+        wait([call], self.patience)
+        if not call.done():
+            self._hand = None
+            raise Stalled(f"no progress for {self.patience:g} s")
+        result: list[Row] = call.result()
+        return result
+
+    def _settle(self, row: Row) -> Row:
+        assert self.ledger is not None
+        status = row.setdefault("status", "done")
+        attempt = self.attempts.get(row["id"], 1)
+        settled = {"id": row["id"], "status": status, "reason": row.get("reason", ""), "hung": row.get("hung", False)}
+        if status == STOPPED:
+            return settled
+        try:
+            self.ledger.write(
+                Record(row["id"], status, settled["reason"], attempt, row["seconds"], row.get("facts", {}))
+            )
+        except StoreFull as error:
+            return settled | {"status": STOPPED, "reason": str(error)}
+        return settled
+
+
+def _kept(row: Row) -> Row:
+    return {key: row[key] for key in ("id", "seconds") if key in row}
+
+
+def ahead(rows: Iterator[Row], patience: float | None = None) -> Iterator[Row]:
+    """The same rows, each made in another thread while the one before is used.
+
+    Raises:
+        Stalled: the next row does not come within `patience` seconds.
+    """
+    hand, stalled = Hand(), False
+    coming = hand.submit(next, rows, None)
+    try:
+        while True:
+            stalled = not wait([coming], patience).done
+            if stalled:
+                raise Stalled(
+                    f"nothing was finished for {patience:.0f} s; what is done is in the ledger: "
+                    "look for a hanging tile, then give the same command again to go on"
+                )
+            if (row := coming.result()) is None:
+                return
+            coming = hand.submit(next, rows, None)
+            yield row
+    finally:
+        wait([coming], 0 if stalled else ENDING)

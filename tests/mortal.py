@@ -1,0 +1,139 @@
+"""Commands that are killed for real: started as processes, watched, and looked for afterwards."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+import geopandas
+from small_world import rayseg
+
+from rayseg.ledger import Ledger
+from rayseg.mapping import read_manifest
+from rayseg.run import Step
+
+HERE = Path(__file__).parent
+PLENTY = 1500.0
+"""Seconds that anything may take on a busy machine."""
+
+
+def until(condition, seconds=PLENTY):
+    """What `condition` gives as soon as it is true."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, f"{condition} did not come true within {seconds:.0f} s"
+        time.sleep(0.02)
+    return found
+
+
+class Command:
+    """`rayseg ...` as a process with a folder for temporary files of its own."""
+
+    def __init__(self, *words, faults=(), limit=-1):
+        self.mark = uuid.uuid4().hex
+        self.scratch = Path(tempfile.mkdtemp(prefix="k", dir="/tmp"))  # short: Ray's sockets lie below
+        self.output = self.scratch.with_suffix(".out")
+        environment = os.environ | {"TMPDIR": str(self.scratch), "MORTAL": self.mark, "OMP_NUM_THREADS": "1"}
+        environment |= {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "FAULTS": " ".join(faults)}
+        environment |= {"LIMIT": str(limit), "RAY_worker_niceness": "0"}  # else a busy machine starves the workers
+        with self.output.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, str(HERE / "faulty.py"), *map(str, words)],
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    def kill(self):
+        """kill -9 of the command itself, and of nothing else."""
+        os.kill(self.process.pid, signal.SIGKILL)
+        assert self.process.wait(PLENTY) == -signal.SIGKILL, self.said()
+
+    def ended(self):
+        """The command's exit code, once it has ended."""
+        return self.process.wait(PLENTY)
+
+    def said(self):
+        """What it wrote to stderr."""
+        return self.output.read_text()
+
+    def left(self):
+        """Processes that it started and that live."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+                if self.mark.encode() in (folder / "environ").read_bytes() and state != "Z":
+                    found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        return found
+
+    def leaves_nothing(self):
+        """Whether, given some time, neither processes nor temporary files are left."""
+        until(lambda: not self.left() and not list(self.scratch.iterdir()))
+        return True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for pid in [self.process.pid, *self.left()] if self.process.poll() is None or self.left() else []:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.output.unlink()
+
+
+class World:
+    """A scene, a model, and the run that nothing disturbed."""
+
+    def __init__(self, root, model, catalogue):
+        self.model, self.catalogue = model, catalogue
+        self.whole = root / "whole"
+        found = rayseg(*self.words(self.whole))
+        assert found.exit_code == 0, found.output
+        self.tiles = [row["id"] for row in manifest(self.whole)]
+
+    def words(self, out, *more, engine="inline"):
+        """The command that maps the scene to `out`."""
+        given = ("predict", self.model, self.catalogue, "--out", out, "--engine", engine)
+        return *given, "--set", "map.tile=128", *more
+
+    def is_whole(self, out):
+        """Whether a run has the same files with the same arrays and polygons as the undisturbed one, and no others."""
+        ledger = {row: record.status for row, record in records(out).items()}
+        assert ledger == {row: record.status for row, record in records(self.whole).items()}
+        assert names(out) == names(self.whole)
+        for path in self.whole.glob("tiles/*/*"):
+            if path.suffix != ".json":
+                assert (out / path.relative_to(self.whole)).read_bytes() == path.read_bytes(), path
+        mine, other = (geopandas.read_parquet(root / "polygons.parquet") for root in (out, self.whole))
+        assert mine.equals(other)
+        assert len(mine) > 5
+        return True
+
+
+def names(root):
+    """Files of a run but its ledger's, whose names count attempts."""
+    found = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+    return {name for name in found if "/ledger/" not in name} | {n for n in found if n.endswith(".part")}
+
+
+def manifest(root):
+    return read_manifest(Step("predict", str(root), "", None))
+
+
+def records(root):
+    return Ledger(str(root / "steps" / "predict" / "ledger")).read()
+
+
+def settled(root, count):
+    """A condition: so many tiles stand in the ledger."""
+    return lambda: len(list((root / "steps" / "predict" / "ledger").glob("[!.]*.json"))) >= count
