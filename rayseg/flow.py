@@ -203,10 +203,10 @@ def _dataset(rows: list[Row], guarded: list[Guarded]) -> ray.data.Dataset:
         needs = {"batch_size": guard.work.batch, "batch_format": "pyarrow", "num_cpus": size.cpus}
         needs |= {"num_gpus": size.gpus} if size.gpus else {}
         needs |= {"memory": guard.work.memory} if guard.work.memory else {}
-        if guard.work.model:
+        if guard.work.model or size.gpus:
             pool = ray.data.ActorPoolStrategy(size=size.copies)
             needs |= {
-                "fn_constructor_args": (guard, max(1, round(size.cpus))),
+                "fn_constructor_args": (guard,),
                 "compute": pool,
                 "max_task_retries": 2,
                 "max_restarts": -1,  # ends, as rows have two retries; an actor gone for good would take all rows along
@@ -220,12 +220,8 @@ def _dataset(rows: list[Row], guarded: list[Guarded]) -> ray.data.Dataset:
 class Carried:
     """A guarded stage on Ray Data's tables: rows travel pickled in one binary column, whatever their arrays' shapes."""
 
-    def __init__(self, guard: Guarded, threads: int | None = None) -> None:
+    def __init__(self, guard: Guarded) -> None:
         self.guard = guard
-        if threads:
-            import torch  # only actors with a model need it; it takes seconds to import
-
-            torch.set_num_threads(threads)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """The table of the rows after the stage."""
@@ -277,10 +273,10 @@ def _sizes(works: Sequence[Work], has: dict[str, float]) -> list[_Size]:
         ConfigError: the machine or cluster cannot hold one copy of each; started anyway, it would wait for ever.
     """
     cpus, gpus = has.get("CPU", 0.0), has.get("GPU", 0.0)
-    models = [work for work in works if work.model]
+    models = [work for work in works if work.model or (work.gpus and gpus)]
     # Handing out rows takes a task as large as the first stage; where both are fused this leaves a little unused.
-    rest = cpus - works[0].cpus - sum(work.cpus for work in works if not work.model)
-    wanted = sum(work.gpus for work in models)
+    rest = cpus - works[0].cpus - sum(work.cpus for work in works if work not in models)
+    wanted = sum(work.gpus for work in works)
     copies = max(1, int(gpus / wanted)) if gpus and wanted else max(1, int(rest // (4 * max(len(models), 1))))
     share = min(4.0, math.floor(100 * rest / (copies * max(len(models), 1))) / 100)
     if rest < 0 or (models and share < 0.1):
@@ -288,8 +284,10 @@ def _sizes(works: Sequence[Work], has: dict[str, float]) -> list[_Size]:
         raise ConfigError(
             f"the stages need {needed:g} CPUs at once, Ray has {cpus:g}; give it more, or --engine inline"
         )
+    given = [work.gpus if gpus else 0.0 for work in works]
     return [
-        _Size(copies, share, work.gpus if gpus else 0.0) if work.model else _Size(1, work.cpus, 0.0) for work in works
+        _Size(copies, share, part) if work in models else _Size(1, work.cpus, part)
+        for work, part in zip(works, given, strict=True)
     ]
 
 

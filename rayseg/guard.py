@@ -34,7 +34,7 @@ class Work:
         batch: rows it is given at once.
         cpus: logical CPUs of one copy.
         gpus: GPUs of one copy, if the machine has any; 0 for a stage that never uses one.
-        model: whether it keeps state worth keeping (a loaded model): then it lives in actors.
+        model: whether it keeps state worth keeping (a loaded model): then it lives in actors, as it does on a GPU.
         memory: heap bytes of one copy, for the scheduler.
     """
 

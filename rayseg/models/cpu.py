@@ -1,6 +1,7 @@
 """What makes training on a CPU quick where PyTorch's defaults are slow; other devices are left alone."""
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -167,3 +168,17 @@ def reused_memory() -> Iterator[None]:
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 26)
         libc.malloc_trim(0)
+
+
+@contextmanager
+def threads(most: int = 4) -> Iterator[None]:
+    """Compute with the machine's processors, but at most so many, whatever the process was told.
+
+    How many there are decides the order of sums, and so the last digits: it has to be the same wherever a stage runs.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(most, os.cpu_count() or 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -59,6 +59,8 @@ LABELS = (YES, NO)
 COLORS = {YES: (0, 158, 115), NO: (0, 0, 0)}
 CLASSES = ((0, "background", COLORS[NO]), (1, YES, COLORS[YES]))
 BANDS = ("red", "green", "blue")
+BATCH = 8
+"""Chips that are mapped at once; they are read together, so that a batch is the same whichever engine makes it."""
 MOST_CALIBRATED = 500
 """Negative chips that the threshold is taken from, at most."""
 
@@ -197,7 +199,7 @@ def write_cues(step: Step, listed: Step, classifier: Step, config: CuesConfig, s
         scales=config.scales,
         flip=config.flip,
     )
-    seen = [Work(ReadChip(size)), Work(cam, batch=8, cpus=0.5, gpus=0.5, model=True)]
+    seen = [Work(ReadChip(size), batch=BATCH), Work(cam, batch=BATCH, cpus=0.5, gpus=0.5, model=True)]
     rows = chips.rows_of(listed, held_out=False)
     decide = {"cam": _decide_by_cam, "concept": _decide_by_concept}[config.method]
     works = [*seen, *decide(step, rows, seen, config), Work(WriteCue(str(step.prefix)))]
@@ -213,7 +215,7 @@ def _decide_by_cam(_: Step, __: list[Row], ___: list[Work], config: CuesConfig) 
         precision=config.precision,
         seed=config.seed,
     )
-    return [Work(segment, cpus=0.5, gpus=0.5, model=True), Work(CamCue(objects=config.objects))]
+    return [Work(segment, cpus=0.5, gpus=0.5), Work(CamCue(objects=config.objects))]
 
 
 def _decide_by_concept(step: Step, rows: list[Row], seen: list[Work], config: CuesConfig) -> list[Work]:

@@ -9,6 +9,7 @@ import torch
 from rayseg.models import bundle, unsupervised
 from rayseg.models.bundle import Bundle
 from rayseg.models.cam import gradcam_plusplus
+from rayseg.models.cpu import threads
 from rayseg.vision import superpixels
 
 Row = dict[str, Any]
@@ -40,14 +41,15 @@ class Cam:
         """Map the batch in one pass."""
         described, model = self._loaded
         images_NCHW = np.stack([described.normalize(row["image"].transpose(2, 0, 1)) for row in rows])
-        cams, certainties = gradcam_plusplus(
-            model,
-            torch.from_numpy(images_NCHW),
-            target_class=self.target,
-            layer=self.layer,
-            scales=self.scales,
-            flip=self.flip,
-        )
+        with threads():
+            cams, certainties = gradcam_plusplus(
+                model,
+                torch.from_numpy(images_NCHW),
+                target_class=self.target,
+                layer=self.layer,
+                scales=self.scales,
+                flip=self.flip,
+            )
         found = zip(rows, cams, certainties, strict=True)
         return [row | {"cam": cam, "certainty": float(certainty)} for row, cam, certainty in found]
 
@@ -70,8 +72,9 @@ class Segment:
         self.precision, self.seed = precision, seed
 
     def __call__(self, rows: list[Row]) -> list[Row]:
-        """Segment each chip."""
-        return [row | {"objects": self._segment(row["image"])} for row in rows]
+        """Segment each chip; on a CPU with one thread, so that the objects are the same however many there are."""
+        with threads(most=1):
+            return [row | {"objects": self._segment(row["image"])} for row in rows]
 
     def _segment(self, image_HWC: np.ndarray) -> np.ndarray:
         votes = unsupervised.RECIPES[self.network].votes

@@ -9,8 +9,10 @@ import rasterio
 from small_world import SMALL_GPC, files, rayseg, valid_stac
 
 from rayseg import demo
+from rayseg.config import load
 from rayseg.models import bundle
-from rayseg.run import read
+from rayseg.pipelines import gpc
+from rayseg.run import Engine, Step, read
 from rayseg.train import segmenter
 
 pytestmark = pytest.mark.e2e
@@ -104,3 +106,15 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(whole, words, tmp_path
         assert bundle.load(out / "models" / name).sha256 == bundle.load(whole / "models" / name).sha256
     for path in whole.glob("tiles/*/*.tif"):
         assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_cues_are_the_same_bytes_with_both_engines(whole, words, tmp_path):
+    config = load(gpc.Config, str(words[words.index("--config") + 1]))
+    done = {name: Step(name, str(whole), "", Engine("inline"), read(str(whole))["steps"][name]) for name in STEPS[:2]}
+    step = Step("cues", str(tmp_path), "", Engine("ray"))
+    gpc.write_cues(step, done["chips"], done["classifier"], config.cues, config.chips.size)
+    expected = {path.name: path.read_bytes() for path in (whole / "steps" / "cues").glob("*.tif")}
+    assert expected
+    assert {path.name: path.read_bytes() for path in (tmp_path / "steps" / "cues").glob("*.tif")} == expected
