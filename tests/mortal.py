@@ -121,9 +121,10 @@ class World:
 
 
 def names(root):
-    """Files of a run but its ledger's, whose names count attempts."""
+    """Files of a run but those whose names count attempts or seconds."""
     found = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
-    return {name for name in found if "/ledger/" not in name} | {n for n in found if n.endswith(".part")}
+    timed = ("/ledger/", "/tensorboard/")
+    return {name for name in found if name.endswith(".part") or not any(part in name for part in timed)}
 
 
 def manifest(root):
