@@ -159,9 +159,9 @@ class Bundle(Config):
                 f"{source} has {', '.join(bands) or 'none'}: {', '.join(missing)} missing; "
                 "name the imagery's bands or use another model"
             )
-        if np.dtype(dtype) != np.dtype(self.dtype):
+        if dtype != self.dtype:
             raise ModelError(
-                f"model {self.name} was trained on {self.dtype} values, {source} has {np.dtype(dtype).name}; "
+                f"model {self.name} was trained on {self.dtype} values, {source} has {dtype}; "
                 "convert the imagery to the model's units or use another model"
             )
 

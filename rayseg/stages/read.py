@@ -6,18 +6,23 @@ from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
+import numpy as np
+
+from rayseg.errors import DataError
 from rayseg.geo import Grid, Lattice, Tile, Window, tile_at
 from rayseg.io import rasters, regions
 from rayseg.io.sources import Source
 
 Row = dict[str, Any]
+_PIECE = 256
 
 
 class ReadTile:
     """`sources, <tile> -> image, valid, reach`: the tile's pixels with the halo that its patches need.
 
     image: (bands, height, width) in the imagery's dtype over the window `reach`; valid: (height, width) bool.
-    A tile without any valid pixel in its own window is settled as "nodata".
+    A tile without any valid pixel in its own window is settled as "nodata". Where only the halo cannot be read it
+    counts as without imagery, and the column `unread` says why: a damaged neighbour costs no tile but its own.
 
     Args:
         bands: names, in the order the model takes them.
@@ -34,13 +39,47 @@ class ReadTile:
         return [self._read(row) for row in rows]
 
     def _read(self, row: Row) -> Row:
+        if row.get("refused"):
+            raise DataError(row["refused"])
         tile = Tile.from_row(row)
         reach = Lattice.of(tile.grid, self.patch, self.stride).reach(tile.window)
         sources = [Source.from_row(source) for source in json.loads(row["sources"])]
-        image, valid = rasters.read(sources, tile.grid, reach, bands=self.bands)
+        try:
+            (image, valid), unread = rasters.read(sources, tile.grid, reach, bands=self.bands), []
+        except DataError:
+            image, valid, unread = self._read_in_pieces(sources, tile, reach)
         if not valid[tile.window.slices(reach)].any():
             return row | {"status": "nodata"}
-        return row | {"image": image, "valid": valid, "reach": reach}
+        return row | {"image": image, "valid": valid, "reach": reach} | ({"unread": unread} if unread else {})
+
+    def _read_in_pieces(
+        self, sources: Sequence[Source], tile: Tile, reach: Window
+    ) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """(image, valid, reasons) of `reach`, where pieces outside the tile that cannot be read are left out."""
+        own_CHW, own_HW = rasters.read(sources, tile.grid, tile.window, bands=self.bands)
+        image_CHW = np.zeros((len(own_CHW), reach.height, reach.width), own_CHW.dtype)
+        valid_HW = np.zeros((reach.height, reach.width), bool)
+        reasons: dict[str, None] = {}
+        for piece in _pieces(reach):
+            rows_cols = piece.slices(reach)
+            try:
+                image_CHW[:, *rows_cols], valid_HW[rows_cols] = rasters.read(
+                    sources, tile.grid, piece, bands=self.bands
+                )
+            except DataError as error:
+                reasons[str(error)] = None
+        rows_cols = tile.window.slices(reach)
+        image_CHW[:, *rows_cols], valid_HW[rows_cols] = own_CHW, own_HW
+        return image_CHW, valid_HW, list(reasons)
+
+
+def _pieces(window: Window) -> list[Window]:
+    """`window` cut at multiples of `_PIECE` px of its grid."""
+    return [
+        Window(col, row, _PIECE, _PIECE).intersect(window)
+        for row in range(window.row // _PIECE * _PIECE, window.row1, _PIECE)
+        for col in range(window.col // _PIECE * _PIECE, window.col1, _PIECE)
+    ]
 
 
 def tile_rows(sources: Sequence[Source], geometry: dict[str, Any] | None, *, size: int, halo: int) -> list[Row]:

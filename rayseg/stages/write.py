@@ -18,7 +18,8 @@ class WriteTile:
     """`classes, scores, <tile> -> facts`: the tile as classes.tif, scores.tif, parts.parquet and, last, its item.
 
     Pixels outside the region become nodata; a tile left without data is settled as "nodata", one that holds nothing
-    but the background (class 0 of a binary table) as "empty". Files have the same name and bytes each time.
+    but the background (class 0 of a binary table) as "empty". Files have the same name and bytes each time. What
+    ReadTile could not read around the tile goes to the facts as `unread`.
 
     Args:
         prefix: below which `<tile id>/` is written.
@@ -44,7 +45,7 @@ class WriteTile:
         classes = np.where(inside, row["classes"], NODATA).astype(np.uint8)
         scores = np.where(inside, row["scores"], NODATA).astype(np.uint8)
         kept = {key: row[key] for key in ("id", "seconds")}
-        facts = facts_of(classes)
+        facts = facts_of(classes) | {key: row[key] for key in ("unread",) if key in row}
         if not facts["counts"]:
             return kept | {"status": "nodata"}
         folder = upath(self.prefix) / tile.id
