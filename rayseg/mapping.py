@@ -96,12 +96,13 @@ def plan(region: Region, described: bundle.Bundle, config: MapConfig) -> list[Ro
     """
     if described.task != "segmentation":
         raise ModelError(f"model {described.name} is for {described.task}, a map needs segmentation; give a segmenter")
-    found, unread = imagery(region, config)
+    halo = described.patch + described.stride
+    found, unread = imagery(region, config, halo=halo)
     sources, refused = _sorted_out(found, described, config.tile)
     refused = unread | refused
     if not sources:
         raise _none_left(region, refused)
-    tiles = tile_rows(sources, region.geometry, size=config.tile, halo=described.patch + described.stride)
+    tiles = tile_rows(sources, region.geometry, size=config.tile, halo=halo)
     rows = [row | {"refused": ""} for row in tiles] + [_refused_row(*entry) for entry in sorted(refused.items())]
     if not tiles:
         raise DataError(f"region {region.name} has no tile with imagery; choose another --region")
@@ -121,7 +122,7 @@ def _sorted_out(sources: Sequence[Source], described: bundle.Bundle, size: int) 
     for source in sources:
         try:
             expect_mappable(source, tile=size)
-            described.check_contract(source.bands, source.dtype, source=source.item_id)
+            described.check_contract(source.bands, source.dtype, units=source.units, source=source.item_id)
         except RaysegError as error:
             refused[source.item_id] = error
     left = [source for source in sources if source.item_id not in refused]
@@ -156,25 +157,29 @@ def read_manifest(step: Step) -> list[Row]:
     return rows
 
 
-def imagery(region: Region, config: MapConfig) -> tuple[list[Source], Refused]:
+def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[Source], Refused]:
     """Sources of the region: its images, else of `config.imagery`, else of its catalogue; and what cannot be read.
+
+    Scenes within `halo` px of the region count, for what is seen beyond its border.
 
     Raises:
         DataError: the region names no imagery.
     """
     if region.images:
-        return labels.sources_of_images(region.images)
+        images, wrong = labels.sources_of_images(region.images)
+        return images, dict(wrong)
     if config.imagery:
         uri, _, collection = config.imagery.partition("#")
-        found = catalog.open_items(uri, collection or None, geometry=region.geometry)
+        found = catalog.open_items(uri, collection or None, geometry=region.geometry, halo=halo)
     elif region.catalog:
         chosen = region.collection or catalog.imagery_collection(region.catalog)
-        found = catalog.open_items(region.catalog, chosen, geometry=region.geometry)
+        found = catalog.open_items(region.catalog, chosen, geometry=region.geometry, halo=halo)
     else:
         raise DataError(
             f"region {region.name} names no imagery; give it with --set map.imagery=catalog.json#collection"
         )
-    sources, unread = [], {}
+    sources: list[Source] = []
+    unread: Refused = {}
     for item in found:
         try:
             sources.append(catalog.source_of(item))

@@ -287,7 +287,9 @@ def _item(source: Source, label: str | None) -> pystac.Item:
     taken = str_to_datetime(source.datetime) if source.datetime else datetime(1970, 1, 1, tzinfo=UTC)
     item = pystac.Item(source.item_id, geometry, bbox, taken, properties, stac_extensions=[PROJECTION])
     nodata = {} if source.nodata is None else {"nodata": source.nodata}
-    bands = [{"name": name, "data_type": source.dtype, **nodata} for name in names]
+    units = [{"raster:scale": scale, "raster:offset": offset} for scale, offset in source.units] or [{}] * len(names)
+    paired = zip(names, units, strict=True)
+    bands = [{"name": name, "data_type": source.dtype, **nodata, **unit} for name, unit in paired]
     kind = _TYPES.get(upath(href).suffix.lower(), _TIFF)
     item.add_asset("image", pystac.Asset(href, media_type=kind, roles=["data"], extra_fields={"bands": bands}))
     return item
@@ -297,7 +299,9 @@ def _bare_item(path: UPath, name: str) -> pystac.Item:
     """The item of a file of which nothing is known."""
     moment = datetime.fromtimestamp(path.stat().st_mtime, UTC)
     item = pystac.Item(name, None, None, moment, {})
-    item.add_asset("image", pystac.Asset(_path(path), media_type=_TYPES.get(path.suffix.lower(), _TIFF), roles=["data"]))
+    item.add_asset(
+        "image", pystac.Asset(_path(path), media_type=_TYPES.get(path.suffix.lower(), _TIFF), roles=["data"])
+    )
     return item
 
 

@@ -33,6 +33,7 @@ _OPTIONS = {
 }
 _REMOTE = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_HTTP_MAX_RETRY": "4", "GDAL_HTTP_RETRY_DELAY": "1"}
 MOST_TILES = 1 << 22
+STORED = (1.0, 0.0)  # scale and offset of values that are units already
 _NAMELESS = (ColorInterp.undefined, ColorInterp.gray)
 _FAULTS = (RasterioError, CRSError, CPLE_BaseError)
 _opening = threading.Lock()
@@ -54,6 +55,7 @@ class Source:
         datetime: ISO 8601 in UTC ("2020-08-31T00:00:00Z"), None when unknown.
         href: where the item itself is, "" when it was not read from anywhere.
         gcps: the files have ground control points only; `transform` is then just the box around them.
+        units: (scale, offset) of each of `bands`, from stored values to units; empty where nothing is said of them.
     """
 
     item_id: str
@@ -67,6 +69,7 @@ class Source:
     datetime: str | None = None
     href: str = ""
     gcps: bool = False
+    units: tuple[tuple[float, float], ...] = ()
 
     @property
     def bands(self) -> tuple[str, ...]:
@@ -82,7 +85,8 @@ class Source:
     def from_row(cls, row: dict[str, Any]) -> "Source":
         """The source that `to_row` made this row of."""
         assets = tuple((asset["href"], tuple(asset["bands"])) for asset in row["assets"])
-        return cls(**{**row, "assets": assets, "transform": tuple(row["transform"])})
+        units = tuple((scale, offset) for scale, offset in row.get("units", ()))
+        return cls(**{**row, "assets": assets, "transform": tuple(row["transform"]), "units": units})
 
 
 def source_of_file(
@@ -135,7 +139,10 @@ def described(dataset: DatasetReader) -> Source:
         box, columns, rows = calculate_default_transform(crs, crs, width, height, gcps=points)
         affine = box @ Affine.scale(columns / width, rows / height)
     nodata = None if dataset.nodata is None or math.isnan(dataset.nodata) else dataset.nodata
-    return Source("", (), crs_text(crs), tuple(affine)[:6], height, width, dataset.dtypes[0], nodata, gcps=gcps)
+    units = tuple(zip(dataset.scales, dataset.offsets, strict=True))
+    said = units if set(units) != {STORED} else ()
+    place = (crs_text(crs), tuple(affine)[:6], height, width)
+    return Source("", (), *place, dataset.dtypes[0], nodata, gcps=gcps, units=said)
 
 
 def open_file(href: str) -> DatasetReader:
@@ -262,11 +269,12 @@ def expect_mappable(source: Source, *, tile: int) -> None:
         )
     if source.crs is None:
         return
-    (lon, lat) = moved(source, "EPSG:4326", [(0.0, 0.0)])[0]
-    if not (abs(lon) <= 360 and abs(lat) <= 90):
-        raise DataError(
-            f"{source.item_id} has its centre at {lon:.6g} E {lat:.6g} N, nowhere on Earth: check its georeference."
-        )
+    reach = (source.width / 2, source.height / 2) if crs_of(source.crs).is_geographic else (0.0, 0.0)
+    for lon, lat in moved(source, "EPSG:4326", [(-reach[0], -reach[1]), reach]):
+        if not (abs(lon) <= 180.1 and abs(lat) <= 90.1):
+            raise DataError(
+                f"{source.item_id} reaches {lon:.6g} E {lat:.6g} N, nowhere on Earth: check its georeference."
+            )
     [(grid, _)] = grids_of([source])
     footprint(source, grid)
 
