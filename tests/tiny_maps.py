@@ -5,6 +5,7 @@ import rasterio
 import torch
 from small_world import BANDS, SCALING
 
+from rayseg.errors import DataError
 from rayseg.geo import Tile
 from rayseg.io import vectors
 from rayseg.io.rasters import footprint, grids_of
@@ -55,7 +56,11 @@ def described(bands=BANDS, *, dtype="uint8", patch=64, stride=48, scaling=SCALIN
 
 
 def mapped(folder, sources, *, size, bundle=None, network=None, halo=None):
-    """(tiles, {grid: (classes_HW, scores_HW)} over the sources' extents, polygons) of a map in tiles of `size` px."""
+    """(tiles, {grid: (classes_HW, scores_HW)} over the sources' extents, polygons) of a map in tiles of `size` px.
+
+    Raises:
+        DataError: a tile failed.
+    """
     bundle, network = bundle or described(), network or Wide()
     rows = tile_rows(sources, None, size=size, halo=bundle.patch + bundle.stride if halo is None else halo)
     write = WriteTile(str(folder), TABLE, bands=("cover",), geometry=None, model="m.json")
@@ -76,7 +81,8 @@ def mapped(folder, sources, *, size, bundle=None, network=None, halo=None):
             done = [one if "status" in one else stage([one])[0] for one in done]
         if done[0]["status"] == "nodata":
             continue
-        assert done[0]["status"] in {"done", "empty"}, done
+        if done[0]["status"] == "failed":
+            raise DataError(done[0]["reason"])
         place = (slice(None), *tile.window.slices(extents[tile.grid]))
         assert (found[tile.grid][place] == 255).all(), "a pixel in two tiles"
         for band, name in enumerate(("classes", "scores")):
