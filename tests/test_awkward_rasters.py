@@ -322,8 +322,8 @@ def check_mapped(path, out):
     bands = tuple(name for name in source.bands if name != "alpha")[:3]
     expect_mappable(source, tile=2048)
     scaling = Scaling(mean=(0.0,) * len(bands), std=(1.0,) * len(bands))
-    bundle = described(bands, dtype=source.dtype, patch=256, stride=192, scaling=scaling)
-    _, found, _ = mapped(out, [source], size=512, bundle=bundle, network=Bright())
+    bundle = described(bands, dtype=source.dtype, patch=512, stride=480, scaling=scaling)
+    _, found, _ = mapped(out, [source], size=1024, bundle=bundle, network=Bright())
     [(grid, (classes_HW, _))] = found.items()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
