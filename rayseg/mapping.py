@@ -3,6 +3,8 @@
 Each function is a step of a `Run`: it takes the step and what it builds on, and returns JSON values.
 """
 
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
@@ -12,11 +14,11 @@ from pydantic import Field
 
 from rayseg import flow
 from rayseg.config import Config
-from rayseg.errors import ConfigError, DataError, ModelError
+from rayseg.errors import ConfigError, DataError, ModelError, RaysegError
 from rayseg.flow import Row, Work
-from rayseg.geo import Region, expect_ids
+from rayseg.geo import Grid, Region, Tile, Window, expect_ids, slug
 from rayseg.io import catalog, labels, vectors
-from rayseg.io.sources import Source
+from rayseg.io.sources import Source, beyond_utm, expect_mappable
 from rayseg.ledger import Ledger, Record
 from rayseg.models import bundle
 from rayseg.run import Step
@@ -25,6 +27,9 @@ from rayseg.stages.read import ReadTile, tile_rows
 from rayseg.stages.write import WriteTile
 from rayseg.store import Location, absolute, put, upath
 from rayseg.vision.color import ClassTable
+
+_log = logging.getLogger(__name__)
+Refused = dict[str, RaysegError]
 
 
 class MapConfig(Config):
@@ -69,8 +74,11 @@ def manifest(step: Step, region: Region, described: bundle.Bundle, config: MapCo
     """
     path = step.prefix / "manifest.parquet"
     if not path.exists():
+        rows = plan(region, described, config)
+        if refused := [row["id"] for row in rows if row["refused"]]:
+            _log.warning("%s cannot be mapped, the ledger says why: %s", _counted(refused), _some(refused))
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(plan(region, described, config)), sink)
+        pq.write_table(pa.Table.from_pylist(rows), sink)
         put(path, sink.getvalue().to_pybytes())
     return read_manifest(step)
 
@@ -78,27 +86,68 @@ def manifest(step: Step, region: Region, described: bundle.Bundle, config: MapCo
 def plan(region: Region, described: bundle.Bundle, config: MapConfig) -> list[Row]:
     """The rows of all tiles that a model is to map; of the imagery only its description is read.
 
+    A scene that cannot be mapped, beside others that can, is a row of its own: its column `refused` says why, and it
+    will fail alone.
+
     Raises:
         ConfigError: a tile that was asked for is not there.
-        DataError: the region has no imagery.
-        ModelError: the model does not map, or the imagery does not keep its contract.
+        DataError: the region has no imagery, or none that can be read and placed.
+        ModelError: the model does not map, or none of the imagery keeps its contract.
     """
     if described.task != "segmentation":
         raise ModelError(f"model {described.name} is for {described.task}, a map needs segmentation; give a segmenter")
-    sources = imagery(region, config)
-    for source in sources:
-        described.check_contract(source.bands, source.dtype, source=source.item_id)
-    rows = tile_rows(sources, region.geometry, size=config.tile, halo=described.patch + described.stride)
-    if not rows:
+    halo = described.patch + described.stride
+    found, unread = imagery(region, config, halo=halo)
+    sources, refused = _sorted_out(found, described, config.tile)
+    refused = unread | refused
+    if not sources:
+        raise _none_left(region, refused)
+    tiles = tile_rows(sources, region.geometry, size=config.tile, halo=halo)
+    rows = [row | {"refused": ""} for row in tiles] + [_refused_row(*entry) for entry in sorted(refused.items())]
+    if not tiles:
         raise DataError(f"region {region.name} has no tile with imagery; choose another --region")
     ids = [row["id"] for row in rows]
     expect_ids(ids)
     if unknown := sorted(set(region.tiles) - set(ids)):
         raise ConfigError(
             f"region {region.name} has no tile {', '.join(unknown[:5])}, its {len(ids)} tiles of {config.tile} px are "
-            f"{', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''}; correct --tiles"
+            f"{_some(ids)}; correct --tiles"
         )
     return [row for row in rows if row["id"] in region.tiles] if region.tiles else rows
+
+
+def _sorted_out(sources: Sequence[Source], described: bundle.Bundle, size: int) -> tuple[list[Source], Refused]:
+    """The sources that the model can map together, and why it cannot map the others."""
+    refused: Refused = {}
+    for source in sources:
+        try:
+            expect_mappable(source, tile=size)
+            described.check_contract(source.bands, source.dtype, units=source.units, source=source.item_id)
+        except RaysegError as error:
+            refused[source.item_id] = error
+    left = [source for source in sources if source.item_id not in refused]
+    refused |= beyond_utm(left)
+    return [source for source in left if source.item_id not in refused], refused
+
+
+def _none_left(region: Region, refused: Mapping[str, RaysegError]) -> RaysegError:
+    first = next(iter(refused.values()))
+    if len(refused) == 1:
+        return first
+    return type(first)(f"none of the {len(refused)} scenes of {region.name} can be mapped, the first because: {first}")
+
+
+def _refused_row(item_id: str, error: RaysegError) -> Row:
+    tile = Tile(slug(item_id), Grid(None, (1.0, 1.0), (0.0, 0.0), item_id), Window(0, 0, 0, 0))
+    return tile.to_row() | {"sources": "[]", "refused": str(error)}
+
+
+def _counted(ids: Sequence[str]) -> str:
+    return f"{len(ids)} scene{'s' * (len(ids) > 1)}"
+
+
+def _some(ids: Sequence[str]) -> str:
+    return f"{', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''}"
 
 
 def read_manifest(step: Step) -> list[Row]:
@@ -108,25 +157,35 @@ def read_manifest(step: Step) -> list[Row]:
     return rows
 
 
-def imagery(region: Region, config: MapConfig) -> list[Source]:
-    """Sources of the region: its images, else of `config.imagery`, else of its catalogue.
+def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[Source], Refused]:
+    """Sources of the region: its images, else of `config.imagery`, else of its catalogue; and what cannot be read.
+
+    Scenes within `halo` px of the region count, for what is seen beyond its border.
 
     Raises:
         DataError: the region names no imagery.
     """
     if region.images:
-        return labels.sources_of_images(region.images)
+        images, wrong = labels.sources_of_images(region.images)
+        return images, dict(wrong)
     if config.imagery:
         uri, _, collection = config.imagery.partition("#")
-        found = catalog.open_items(uri, collection or None, geometry=region.geometry)
+        found = catalog.open_items(uri, collection or None, geometry=region.geometry, halo=halo)
     elif region.catalog:
         chosen = region.collection or catalog.imagery_collection(region.catalog)
-        found = catalog.open_items(region.catalog, chosen, geometry=region.geometry)
+        found = catalog.open_items(region.catalog, chosen, geometry=region.geometry, halo=halo)
     else:
         raise DataError(
             f"region {region.name} names no imagery; give it with --set map.imagery=catalog.json#collection"
         )
-    return [catalog.source_of(item) for item in found]
+    sources: list[Source] = []
+    unread: Refused = {}
+    for item in found:
+        try:
+            sources.append(catalog.source_of(item))
+        except DataError as error:
+            unread[item.id] = error
+    return sources, unread
 
 
 def tiles_prefix(step: Step) -> str:

@@ -11,15 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pystac
 import pystac_client
+import shapely
 from pystac.utils import datetime_to_str
-from shapely.geometry import shape
+from shapely.geometry import mapping, shape
 from shapely.geometry.base import BaseGeometry
 from stac_geoparquet.arrow import stac_table_to_items
 
 from rayseg.errors import ConfigError, DataError
 from rayseg.io.areas import named_regions, region_names, resolve_region
 from rayseg.io.items import item_of, lonlat_outline, write_catalog, write_collection, write_item, write_tile_item
-from rayseg.io.sources import Source, crs_of, crs_text, source_of_file
+from rayseg.io.sources import STORED, Source, crs_of, crs_text, source_of_file
 from rayseg.store import is_local, put, upath
 
 __all__ = [
@@ -37,8 +38,10 @@ __all__ = [
     "write_tile_item",
 ]
 
+_AROUND = 0.1  # degrees around a region in which a STAC API is asked for scenes of its halo
 _PICTURES = ("thumbnail", "overview", "metadata", "visual")
 _IMAGE_SUFFIXES = {".tif", ".tiff", ".jp2", ".png", ".jpg", ".jpeg", ".vrt"}
+_USUAL_UNITS = {"scale": 1.0, "offset": 0.0}
 _STAC_TYPES = {"cint16": "complex_int16", "cint32": "complex64", "cfloat32": "complex64", "cfloat64": "complex128"}
 
 
@@ -55,22 +58,26 @@ class _StoreIO(pystac.StacIO):
 # -- items ------------------------------------------------------------------------------------------------------------
 
 
-def open_items(uri: str, collection: str | None = None, *, geometry: dict[str, Any] | None = None) -> list[pystac.Item]:
+def open_items(
+    uri: str, collection: str | None = None, *, geometry: dict[str, Any] | None = None, halo: int = 0
+) -> list[pystac.Item]:
     """The items of a catalogue, newest first, then by id.
 
     Args:
         uri: a catalogue, collection, item or item collection as JSON, an `items.parquet`, or a STAC API.
         collection: id of the collection wanted, wherever it is below; None for all.
         geometry: GeoJSON in EPSG:4326 that items must meet; items without geometry then stay out.
+        halo: of their own pixels by which items may miss it, where others meet it.
 
     Raises:
         ConfigError: there is no such catalogue or collection.
         DataError: no item is left; the message names the bounds of both sides.
     """
-    items = _read_items(uri, collection, geometry)
     area = None if geometry is None else shape(geometry)
-    found = [item for item in items if area is None or (item.geometry and area.intersects(shape(item.geometry)))]
-    if not found:
+    wide = geometry if area is None or not halo else mapping(area.buffer(_AROUND))
+    items = _read_items(uri, collection, wide)
+    found = [item for item in items if area is None or _near(item, area, halo)]
+    if not any(area is None or _near(item, area, 0) for item in found):
         place = f"{uri}#{collection}" if collection else uri
         raise DataError(_nothing(place, items, area))
     return sorted(sorted(found, key=lambda item: item.id), key=lambda item: _time(item) or "", reverse=True)
@@ -159,6 +166,24 @@ def _stac(uri: str, row: dict[str, Any]) -> Any:  # noqa: ANN401 - one of pystac
         raise DataError(f"{uri} is not STAC: {error}.") from error
 
 
+def _near(item: pystac.Item, area: BaseGeometry, halo: int) -> bool:
+    """Whether the item lies within `halo` of its pixels from the area."""
+    if not item.geometry:
+        return False
+    outline = shape(item.geometry)
+    return bool(shapely.dwithin(area, outline, halo * _pixel_degrees(item)) if halo else area.intersects(outline))
+
+
+def _pixel_degrees(item: pystac.Item) -> float:
+    """About the longer side of the item's pixels; of an item that does not say how many it has, 1/1024 of its own."""
+    fields = (item.properties, *(asset.extra_fields for asset in item.assets.values()))
+    sizes = [row["proj:shape"] for row in fields if row.get("proj:shape")]
+    height, width = max(sizes, default=(1024, 1024))
+    assert item.geometry
+    box = item.bbox or shape(item.geometry).bounds
+    return max((box[-2] - box[0]) % 360 / width, (box[-1] - box[1]) / height)
+
+
 def _nothing(place: str, items: Sequence[pystac.Item], area: BaseGeometry | None) -> str:
     boxes = [item.bbox for item in items if item.bbox]
     if area is None or not items:
@@ -231,6 +256,7 @@ def source_of(item: pystac.Item, *, bands: Sequence[str] | None = None) -> Sourc
         datetime=_time(item),
         href=item.get_self_href() or "",
         gcps=frames[first].gcps,
+        units=_units([(assets[key], len(names[key] or opened[key].bands)) for key in used]),
     )
 
 
@@ -336,6 +362,20 @@ def _nodata(assets: Sequence[pystac.Asset]) -> float | None:
         row["nodata"] for row in rows if isinstance(row.get("nodata"), int | float) and row["nodata"] == row["nodata"]
     }
     return float(values.pop()) if len(values) == 1 else None
+
+
+def _units(assets: Sequence[tuple[pystac.Asset, int]]) -> tuple[tuple[float, float], ...]:
+    """(scale, offset) of all bands of assets with so many bands each; empty where none has any."""
+    units = []
+    for asset, count in assets:
+        rows = _rows(asset, "bands") or _rows(asset, "raster:bands")
+        for row in rows if len(rows) == count else [{}] * count:
+            said = asset.extra_fields | row
+            units.append(
+                tuple(float(said.get(f"raster:{key}", row.get(key, usual))) for key, usual in _USUAL_UNITS.items())
+            )
+    found = tuple((scale, offset) for scale, offset in units)
+    return found if set(found) != {STORED} else ()
 
 
 def _href(item: pystac.Item, asset: pystac.Asset) -> str:

@@ -23,7 +23,7 @@ from stac_geoparquet.arrow import parse_stac_items_to_arrow, to_parquet
 import rayseg
 from rayseg.errors import DataError
 from rayseg.geo import Grid, Tile, Window
-from rayseg.io.sources import Source, crs_of, gdal, unplaced
+from rayseg.io.sources import Source, crs_of, placing, unplaced
 from rayseg.store import StorePath, is_local, put, put_file, upath
 from rayseg.vision.color import ClassTable, hex_of
 
@@ -133,7 +133,7 @@ def lonlat_geometry(
     Raises:
         DataError: it lies nowhere on Earth.
     """
-    with gdal(name):
+    with placing(name, crs):
         moved = shape(transform_geom(crs, CRS.from_epsg(4326), geometry, precision=9))
     west, south, east, north = moved.bounds if not moved.is_empty else (float("nan"),) * 4
     if not (-180.1 <= west <= east <= 180.1 and -90.1 <= south <= north <= 90.1):

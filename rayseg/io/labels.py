@@ -4,6 +4,7 @@ Images stay where they are; the catalogue refers to them by absolute paths.
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from rayseg.store import StorePath, is_local, upath
 from rayseg.vision.color import ClassTable
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 LABEL = "rayseg:label"
 _TIFF = "image/tiff; application=geotiff"
 _TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".tif": _TIFF, ".tiff": _TIFF}
@@ -101,6 +103,9 @@ def ingest_rasters(
 ) -> str:
     """Describe georeferenced rasters as the collection `imagery` of a STAC catalogue, items `<stem>`.
 
+    A raster that cannot be opened or placed on Earth becomes an item without a place, with a warning, if there are
+    others that can: a map of the catalogue will name it among what failed.
+
     Args:
         paths: rasters, or folders of them.
         out: folder of the catalogue.
@@ -110,7 +115,7 @@ def ingest_rasters(
         Path of the catalogue.
 
     Raises:
-        DataError: no rasters, two of one name, one that cannot be opened or placed on Earth; nothing is written then.
+        DataError: no rasters, two of one name, or none that can be opened and placed on Earth; nothing is written then.
     """
     found = [(None, path) for path in _rasters_in(_listed(paths))]
     names = _ids(found)
@@ -121,7 +126,15 @@ def ingest_rasters(
             raise DataError(f"{path} has no georeference: ingest it with `ingest folder`.")
         return _item(source, None)
 
-    return write_catalog(out, {"imagery": _all_of(found, describe)})
+    items, wrong = _each(found, describe)
+    if not items:
+        raise _unusable(wrong, len(found))
+    if wrong:
+        _log.warning(
+            "%d of %d rasters cannot be mapped, the catalogue has them without a place: %s",
+            *(len(wrong), len(found), _first_five(wrong)),
+        )
+    return write_catalog(out, {"imagery": items + [_bare_item(path, names[path]) for path in wrong]})
 
 
 def is_images(text: str) -> bool:
@@ -130,15 +143,16 @@ def is_images(text: str) -> bool:
     return path.suffix.lower() in _TYPES or path.is_dir()
 
 
-def sources_of_images(location: StorePath) -> list[Source]:
-    """The images of a folder, or one image, as sources called by their stem.
+def sources_of_images(location: StorePath) -> tuple[list[Source], dict[str, DataError]]:
+    """The images of a folder, or one image, as sources called by their stem; and why others cannot be opened.
 
     Raises:
-        DataError: there are none, two have one stem, or one cannot be opened.
+        DataError: there are none, or two have one stem.
     """
     found = [(None, path) for path in _rasters_in([location])]
     names = _ids(found)
-    return _all_of(found, lambda path, _: _described(_path(path), names[path], None))
+    sources, wrong = _each(found, lambda path, _: _described(_path(path), names[path], None))
+    return sources, {names[path]: error for path, error in wrong.items()}
 
 
 def _listed(paths: StorePath | Sequence[StorePath]) -> Sequence[StorePath]:
@@ -189,6 +203,16 @@ def _ids(found: Sequence[tuple[str | None, UPath]]) -> dict[UPath, str]:
 
 def _all_of(found: Sequence[tuple[str | None, UPath]], make: Callable[[UPath, str | None], T]) -> list[T]:
     """`make` of every (class, image); images that fail are named together."""
+    made, wrong = _each(found, make)
+    if wrong:
+        raise _unusable(wrong, len(found))
+    return made
+
+
+def _each(
+    found: Sequence[tuple[str | None, UPath]], make: Callable[[UPath, str | None], T]
+) -> tuple[list[T], dict[UPath, DataError]]:
+    """`make` of every (class, image) in order, and the errors of those that fail."""
 
     def attempt(entry: tuple[str | None, UPath]) -> T | DataError:
         try:
@@ -198,12 +222,18 @@ def _all_of(found: Sequence[tuple[str | None, UPath]], make: Callable[[UPath, st
 
     with ThreadPoolExecutor(_THREADS) as pool:
         results = list(pool.map(attempt, found))
-    wrong = [result for result in results if isinstance(result, DataError)]
-    if wrong:
-        shown = " ".join(str(error) for error in wrong[:5])
-        more = f" And {len(wrong) - 5} more." if len(wrong) > 5 else ""
-        raise DataError(f"{len(wrong)} of {len(found)} images cannot be used, nothing was written: {shown}{more}")
-    return [result for result in results if not isinstance(result, DataError)]
+    paired = zip(found, results, strict=True)
+    wrong = {path: result for (_, path), result in paired if isinstance(result, DataError)}
+    return [result for result in results if not isinstance(result, DataError)], wrong
+
+
+def _unusable(wrong: dict[UPath, DataError], count: int) -> DataError:
+    return DataError(f"{len(wrong)} of {count} images cannot be used, nothing was written: {_first_five(wrong)}")
+
+
+def _first_five(wrong: dict[UPath, DataError]) -> str:
+    more = f" And {len(wrong) - 5} more." if len(wrong) > 5 else ""
+    return " ".join(str(error) for error in list(wrong.values())[:5]) + more
 
 
 def _path(path: UPath) -> str:
@@ -257,9 +287,21 @@ def _item(source: Source, label: str | None) -> pystac.Item:
     taken = str_to_datetime(source.datetime) if source.datetime else datetime(1970, 1, 1, tzinfo=UTC)
     item = pystac.Item(source.item_id, geometry, bbox, taken, properties, stac_extensions=[PROJECTION])
     nodata = {} if source.nodata is None else {"nodata": source.nodata}
-    bands = [{"name": name, "data_type": source.dtype, **nodata} for name in names]
+    units = [{"raster:scale": scale, "raster:offset": offset} for scale, offset in source.units] or [{}] * len(names)
+    paired = zip(names, units, strict=True)
+    bands = [{"name": name, "data_type": source.dtype, **nodata, **unit} for name, unit in paired]
     kind = _TYPES.get(upath(href).suffix.lower(), _TIFF)
     item.add_asset("image", pystac.Asset(href, media_type=kind, roles=["data"], extra_fields={"bands": bands}))
+    return item
+
+
+def _bare_item(path: UPath, name: str) -> pystac.Item:
+    """The item of a file of which nothing is known."""
+    moment = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    item = pystac.Item(name, None, None, moment, {})
+    item.add_asset(
+        "image", pystac.Asset(_path(path), media_type=_TYPES.get(path.suffix.lower(), _TIFF), roles=["data"])
+    )
     return item
 
 

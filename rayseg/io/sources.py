@@ -1,6 +1,7 @@
 """Where imagery lies: sources as flat records, the grids they are worked on, and the one door to image files."""
 
 import math
+import re
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import rasterio
 from affine import Affine
+from rasterio._err import CPLE_BaseError
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp
 from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
@@ -30,7 +32,10 @@ _OPTIONS = {
     "GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO",  # its shortcut returns garbage instead of an error for a truncated PNG
 }
 _REMOTE = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_HTTP_MAX_RETRY": "4", "GDAL_HTTP_RETRY_DELAY": "1"}
+MOST_TILES = 1 << 22
+STORED = (1.0, 0.0)  # scale and offset of values that are units already
 _NAMELESS = (ColorInterp.undefined, ColorInterp.gray)
+_FAULTS = (RasterioError, CRSError, CPLE_BaseError)
 _opening = threading.Lock()
 
 
@@ -50,6 +55,7 @@ class Source:
         datetime: ISO 8601 in UTC ("2020-08-31T00:00:00Z"), None when unknown.
         href: where the item itself is, "" when it was not read from anywhere.
         gcps: the files have ground control points only; `transform` is then just the box around them.
+        units: (scale, offset) of each of `bands`, from stored values to units; empty where nothing is said of them.
     """
 
     item_id: str
@@ -63,6 +69,7 @@ class Source:
     datetime: str | None = None
     href: str = ""
     gcps: bool = False
+    units: tuple[tuple[float, float], ...] = ()
 
     @property
     def bands(self) -> tuple[str, ...]:
@@ -78,7 +85,8 @@ class Source:
     def from_row(cls, row: dict[str, Any]) -> "Source":
         """The source that `to_row` made this row of."""
         assets = tuple((asset["href"], tuple(asset["bands"])) for asset in row["assets"])
-        return cls(**{**row, "assets": assets, "transform": tuple(row["transform"])})
+        units = tuple((scale, offset) for scale, offset in row.get("units", ()))
+        return cls(**{**row, "assets": assets, "transform": tuple(row["transform"]), "units": units})
 
 
 def source_of_file(
@@ -131,7 +139,10 @@ def described(dataset: DatasetReader) -> Source:
         box, columns, rows = calculate_default_transform(crs, crs, width, height, gcps=points)
         affine = box @ Affine.scale(columns / width, rows / height)
     nodata = None if dataset.nodata is None or math.isnan(dataset.nodata) else dataset.nodata
-    return Source("", (), crs_text(crs), tuple(affine)[:6], height, width, dataset.dtypes[0], nodata, gcps=gcps)
+    units = tuple(zip(dataset.scales, dataset.offsets, strict=True))
+    said = units if set(units) != {STORED} else ()
+    place = (crs_text(crs), tuple(affine)[:6], height, width)
+    return Source("", (), *place, dataset.dtypes[0], nodata, gcps=gcps, units=said)
 
 
 def open_file(href: str) -> DatasetReader:
@@ -164,9 +175,23 @@ def gdal(name: str, window: Window | None = None) -> Iterator[None]:
     try:
         with rasterio.Env(**options):
             yield
-    except (RasterioError, CRSError) as error:
+    except _FAULTS as error:
         place = f" in {window}" if window else ""
         raise DataError(f"{name} cannot be read{place}: {error.__cause__ or error}.") from error
+
+
+@contextmanager
+def placing(name: str, crs: str | CRS) -> Iterator[None]:
+    """GDAL's errors in a transformation from or to `crs` as DataError that names what cannot be placed."""
+    try:
+        with rasterio.Env():
+            yield
+    except _FAULTS as error:
+        found = re.search(r'"([^"]+)"', str(crs))
+        raise DataError(
+            f"{name} cannot be placed on Earth by its CRS {found[1] if found else crs}: check its georeference, "
+            "and that it is not of another planet."
+        ) from error
 
 
 @cache
@@ -209,6 +234,49 @@ def grids_of(sources: Sequence[Source]) -> list[tuple[Grid, list[Source]]]:
         finest = float(f"{min(metres for _, metres in members):.6g}")
         grids.append((Grid(crs, (finest, finest), (0.0, 0.0)), [source for source, _ in members]))
     return grids
+
+
+def beyond_utm(sources: Sequence[Source]) -> dict[str, DataError]:
+    """Why some sources cannot be worked on together with the others, by id; see `grids_of`."""
+    placed = [source for source in sources if source.crs is not None]
+    bare = [source.item_id for source in sources if source.crs is None] if placed else []
+    refused = {
+        name: DataError(f"{name} has no georeference, other imagery of the region has: map it in a run of its own.")
+        for name in bare
+    }
+    for source in placed if placed and not _own_grid(placed) else ():
+        try:
+            _utm(source)
+        except DataError as error:
+            refused[source.item_id] = error
+    return refused
+
+
+def expect_mappable(source: Source, *, tile: int) -> None:
+    """Refuse, by its description alone, a source that could only fail later, tile by tile.
+
+    Raises:
+        DataError: its pixels are complex, it lies nowhere on Earth, or it claims more than `MOST_TILES` tiles.
+    """
+    if source.dtype.startswith("complex"):
+        raise DataError(
+            f"{source.item_id} has complex pixels ({source.dtype}): convert it to amplitude or intensity first."
+        )
+    if source.height * source.width > MOST_TILES * tile * tile:
+        raise DataError(
+            f"{source.item_id} claims {source.height} x {source.width} px, more than {MOST_TILES:,} tiles of {tile} "
+            "px: check its header, or set map.tile higher."
+        )
+    if source.crs is None:
+        return
+    reach = (source.width / 2, source.height / 2) if crs_of(source.crs).is_geographic else (0.0, 0.0)
+    for lon, lat in moved(source, "EPSG:4326", [(-reach[0], -reach[1]), reach]):
+        if not (abs(lon) <= 180.1 and abs(lat) <= 90.1):
+            raise DataError(
+                f"{source.item_id} reaches {lon:.6g} E {lat:.6g} N, nowhere on Earth: check its georeference."
+            )
+    [(grid, _)] = grids_of([source])
+    footprint(source, grid)
 
 
 def footprint(source: Source, grid: Grid) -> Window:
@@ -304,7 +372,7 @@ def moved(source: Source, crs: str, pixels: Sequence[tuple[float, float]]) -> li
     """(x, y) in `crs` of points given in pixels (col, row) from the source's centre."""
     affine = Affine(*source.transform)
     points = [affine @ (source.width / 2 + col, source.height / 2 + row) for col, row in pixels]
-    with gdal(source.item_id):
+    with placing(source.item_id, str(source.crs)):
         xs, ys = transform(crs_of(str(source.crs)), crs_of(crs), [x for x, _ in points], [y for _, y in points])
     if not np.isfinite([*xs, *ys]).all():
         raise DataError(f"{source.item_id} cannot be placed in {crs}: its georeference seems to be wrong.")
@@ -316,7 +384,7 @@ def _bounds_in(source: Source, crs: str) -> Bounds:
     bounds = bounds_of(source)
     if same_crs(str(source.crs), crs):
         return bounds
-    with gdal(source.item_id):
+    with placing(source.item_id, str(source.crs)):
         moved: Bounds = transform_bounds(crs_of(str(source.crs)), crs_of(crs), *bounds, densify_pts=21)
     if not np.isfinite(moved).all():
         raise DataError(f"{source.item_id} with bounds {bounds} cannot be placed in {crs}: check its georeference.")

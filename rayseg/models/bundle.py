@@ -141,16 +141,25 @@ class Bundle(Config):
         """The model's input of imagery as it is stored; see `Scaling.normalize`."""
         return self.scaling.normalize(image_CHW)
 
-    def check_contract(self, bands: Sequence[str], dtype: str, *, source: str = "the imagery") -> None:
+    def check_contract(
+        self,
+        bands: Sequence[str],
+        dtype: str,
+        *,
+        units: Sequence[tuple[float, float]] = (),
+        source: str = "the imagery",
+    ) -> None:
         """Refuse imagery this model cannot be used on.
 
         Args:
             bands: names of the imagery's bands, in any order; more than the model needs is fine.
             dtype: the imagery's data type, as numpy names it.
+            units: (scale, offset) of each of `bands`, if the imagery says so; a model that takes values as they are
+                stored takes any.
             source: what to call the imagery in the error.
 
         Raises:
-            ModelError: bands are missing or the data type differs; both sides are named.
+            ModelError: bands are missing, or the data type, scale or offset differ; both sides are named.
         """
         missing = [band for band in self.bands if band not in bands]
         if missing:
@@ -159,11 +168,18 @@ class Bundle(Config):
                 f"{source} has {', '.join(bands) or 'none'}: {', '.join(missing)} missing; "
                 "name the imagery's bands or use another model"
             )
-        if np.dtype(dtype) != np.dtype(self.dtype):
+        if dtype != self.dtype:
             raise ModelError(
-                f"model {self.name} was trained on {self.dtype} values, {source} has {np.dtype(dtype).name}; "
+                f"model {self.name} was trained on {self.dtype} values, {source} has {dtype}; "
                 "convert the imagery to the model's units or use another model"
             )
+        own = (self.scaling.scale, self.scaling.offset)
+        for band, unit in zip(bands, units, strict=False) if own != (1.0, 0.0) else ():
+            if band in self.bands and not np.allclose(unit, own, rtol=1e-6, atol=0):
+                raise ModelError(
+                    f"model {self.name} takes stored values x {own[0]:g} + {own[1]:g}, {source} says that its {band} "
+                    f"is stored x {unit[0]:g} + {unit[1]:g}; convert the imagery or use another model"
+                )
 
 
 def save(prefix: StorePath, bundle: Bundle, model: nn.Module) -> Bundle:

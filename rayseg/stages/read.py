@@ -3,21 +3,29 @@
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
+import numpy as np
+
+from rayseg.errors import DataError
 from rayseg.geo import Grid, Lattice, Tile, Window, tile_at
 from rayseg.io import rasters, regions
 from rayseg.io.sources import Source
+from rayseg.store import is_local
 
 Row = dict[str, Any]
+_PIECE = 256  # px; what is damaged is left out in squares of this side
 
 
 class ReadTile:
     """`sources, <tile> -> image, valid, reach`: the tile's pixels with the halo that its patches need.
 
     image: (bands, height, width) in the imagery's dtype over the window `reach`; valid: (height, width) bool.
-    A tile without any valid pixel in its own window is settled as "nodata".
+    A tile without any valid pixel in its own window is settled as "nodata". What cannot be read counts as without
+    imagery, so a damaged file costs nothing but its own ground: `incomplete` says why something is missing in the
+    tile's own window, `unread` why something is around it.
 
     Args:
         bands: names, in the order the model takes them.
@@ -34,13 +42,73 @@ class ReadTile:
         return [self._read(row) for row in rows]
 
     def _read(self, row: Row) -> Row:
+        if row.get("refused"):
+            raise DataError(row["refused"])
         tile = Tile.from_row(row)
         reach = Lattice.of(tile.grid, self.patch, self.stride).reach(tile.window)
         sources = [Source.from_row(source) for source in json.loads(row["sources"])]
-        image, valid = rasters.read(sources, tile.grid, reach, bands=self.bands)
+        try:
+            (image, valid), unread = rasters.read(sources, tile.grid, reach, bands=self.bands), _Unread()
+        except DataError as error:
+            image, valid, unread = self._read_in_pieces(sources, tile, reach, error)
         if not valid[tile.window.slices(reach)].any():
+            if unread.inside:
+                raise DataError(unread.inside)
             return row | {"status": "nodata"}
-        return row | {"image": image, "valid": valid, "reach": reach}
+        return row | {"image": image, "valid": valid, "reach": reach} | unread.columns()
+
+    def _read_in_pieces(
+        self, sources: Sequence[Source], tile: Tile, reach: Window, error: DataError
+    ) -> tuple[np.ndarray, np.ndarray, "_Unread"]:
+        """(image, valid, what is missing) of `reach`; raises `error` where nothing can be read."""
+        image_CHW: np.ndarray | None = None
+        valid_HW = np.zeros((reach.height, reach.width), bool)
+        unread = _Unread()
+        for source in sources:
+            for piece in _pieces(rasters.footprint(source, tile.grid).intersect(reach)):
+                rows_cols = piece.slices(reach)
+                try:
+                    pixels_CHW, ok_HW = rasters.read([source], tile.grid, piece, bands=self.bands)
+                except DataError as found:
+                    unread.note(str(found), inside=not piece.intersect(tile.window).empty)
+                    if all(is_local(href) for href, _ in source.assets):
+                        continue
+                    break  # every further try would wait for the network again
+                if image_CHW is None:
+                    image_CHW = np.zeros((len(pixels_CHW), reach.height, reach.width), pixels_CHW.dtype)
+                np.copyto(image_CHW[:, *rows_cols], pixels_CHW, where=ok_HW & ~valid_HW[rows_cols])
+                valid_HW[rows_cols] |= ok_HW
+        if image_CHW is None:
+            raise error
+        return image_CHW, valid_HW, unread
+
+
+@dataclass
+class _Unread:
+    """The first reason why something in a tile's own window, and around it, could not be read."""
+
+    inside: str = ""
+    around: str = ""
+
+    def note(self, reason: str, *, inside: bool) -> None:
+        """Keep the reason unless there is one already."""
+        if inside:
+            self.inside = self.inside or reason
+        else:
+            self.around = self.around or reason
+
+    def columns(self) -> Row:
+        """Those of a row."""
+        return {key: why for key, why in (("incomplete", self.inside), ("unread", self.around)) if why}
+
+
+def _pieces(window: Window) -> list[Window]:
+    """`window` cut at multiples of `_PIECE` px of its grid."""
+    return [
+        Window(col, row, _PIECE, _PIECE).intersect(window)
+        for row in range(window.row // _PIECE * _PIECE, window.row1, _PIECE)
+        for col in range(window.col // _PIECE * _PIECE, window.col1, _PIECE)
+    ]
 
 
 def tile_rows(sources: Sequence[Source], geometry: dict[str, Any] | None, *, size: int, halo: int) -> list[Row]:

@@ -18,7 +18,9 @@ class WriteTile:
     """`classes, scores, <tile> -> facts`: the tile as classes.tif, scores.tif, parts.parquet and, last, its item.
 
     Pixels outside the region become nodata; a tile left without data is settled as "nodata", one that holds nothing
-    but the background (class 0 of a binary table) as "empty". Files have the same name and bytes each time.
+    but the background (class 0 of a binary table) as "empty". Files have the same name and bytes each time. A tile of
+    which a part could not be read is written and settled as "failed", so that it is seen, and mended by a retry; what
+    could not be read around a tile goes to the facts as `unread`.
 
     Args:
         prefix: below which `<tile id>/` is written.
@@ -44,16 +46,18 @@ class WriteTile:
         classes = np.where(inside, row["classes"], NODATA).astype(np.uint8)
         scores = np.where(inside, row["scores"], NODATA).astype(np.uint8)
         kept = {key: row[key] for key in ("id", "seconds")}
-        facts = facts_of(classes)
+        facts = facts_of(classes) | {key: row[key] for key in ("unread",) if key in row}
+        if why := row.get("incomplete"):
+            kept |= {"status": "failed", "reason": f"ReadTile, a part of the tile: {why}"}
         if not facts["counts"]:
-            return kept | {"status": "nodata"}
+            return {"status": "nodata"} | kept
         folder = upath(self.prefix) / tile.id
         cog.write_classes(folder / "classes.tif", classes, tile.grid, tile.window, self.table)
         cog.write_scores(folder / "scores.tif", scores, tile.grid, tile.window, self.bands)
         vectors.write_parts(folder / "parts.parquet", vectors.polygons_of(classes, scores, tile.grid, tile.window))
         catalog.write_tile_item(folder, tile, self.table, sources=json.loads(row["sources"]), model=self.model)
         background = len(self.table.classes) == 2 and set(facts["counts"]) == {"0"}
-        return kept | {"status": "empty" if background else "done", "facts": facts}
+        return {"status": "empty" if background else "done", "facts": facts} | kept
 
 
 def facts_of(classes_HW: np.ndarray) -> dict[str, Any]:

@@ -186,8 +186,8 @@ def test_rasters_become_imagery_and_must_have_a_place(tmp_path):
     assert source_of(items[0]).bands == ("vv", "vh")
     c = write(tmp_path / "c.tif", picture())
     refused(
-        lambda: ingest_rasters([str(a), str(c)], tmp_path / "no"),
-        r"1 of 2 images .*c.tif has no georeference",
+        lambda: ingest_rasters(str(c), tmp_path / "no"),
+        r"1 of 1 images .*c.tif has no georeference",
         tmp_path / "no",
     )
     wrong = write(
@@ -197,13 +197,34 @@ def test_rasters_become_imagery_and_must_have_a_place(tmp_path):
     refused(lambda: ingest_rasters(str(tmp_path / "e.tif"), tmp_path / "no"), "e.tif is not there", tmp_path / "no")
 
 
+def test_rasters_that_cannot_be_used_are_items_without_a_place_beside_the_others(tmp_path, caplog):
+    place = {"crs": "EPSG:32650", "transform": Affine(1, 0, 500_000, 0, -1, 4_000_000)}
+    write(tmp_path / "in" / "a.tif", picture(), place=place)
+    write(tmp_path / "in" / "bare.tif", picture())
+    (tmp_path / "in" / "damaged.tif").write_bytes(b"II*\0nothing")
+    items = {item.id: item for item in open_items(ingest_rasters(tmp_path / "in", tmp_path / "out"))}
+    assert {name: item.geometry is not None for name, item in items.items()} == {
+        "a": True,
+        "bare": False,
+        "damaged": False,
+    }
+    assert source_of(items["bare"]).crs is None
+    with pytest.raises(DataError, match=r"damaged.tif cannot be read"):
+        source_of(items["damaged"])
+    [said] = [record.getMessage() for record in caplog.records]
+    assert said.startswith("2 of 3 rasters cannot be mapped")
+    assert "bare.tif has no georeference" in said
+    assert "damaged.tif cannot be read" in said
+
+
 def test_images_can_be_used_without_a_catalogue(folder):
     assert is_images(str(folder))
     assert is_images("x/a.TIF")
     assert not is_images("catalog.json")
     assert not is_images("1,2,3,4")
-    assert [source.item_id for source in sources_of_images(folder / "gpc")] == ["1", "2"]
-    [source] = sources_of_images(str(folder / "gpc" / "1.png"))
+    assert [source.item_id for source in sources_of_images(folder / "gpc")[0]] == ["1", "2"]
+    [source], unread = sources_of_images(str(folder / "gpc" / "1.png"))
+    assert unread == {}
     [(grid, _)] = grids_of([source])
     assert np.array_equal(
         read([source], grid, Window(0, 0, 40, 30), bands=source.bands)[0].transpose(1, 2, 0), picture(seed=4)
@@ -211,7 +232,7 @@ def test_images_can_be_used_without_a_catalogue(folder):
 
 
 def chip(path):
-    [source] = sources_of_images(path)
+    [source], _ = sources_of_images(path)
     return Chip(source.item_id, None, source, Window(0, 0, source.width, source.height))
 
 
