@@ -76,7 +76,7 @@ def moved(runs: Runs, inside: Box, *, width: int, into: int) -> Runs:
     mask_HW = decode(runs, (inside[2] - inside[0], width))
     starts, ends = _rows_of(mask_HW)
     offset = inside[0] * into + inside[1]
-    return _joined((starts // width) * into + starts % width + offset, (ends // width) * into + ends % width + offset)
+    return joined((starts // width) * into + starts % width + offset, (ends // width) * into + ends % width + offset)
 
 
 def _rows_of(mask_HW: Mask) -> tuple[Runs, Runs]:
@@ -88,7 +88,7 @@ def _rows_of(mask_HW: Mask) -> tuple[Runs, Runs]:
     return places[::2].astype(np.int64), places[1::2].astype(np.int64) - 1
 
 
-def _joined(first: Runs, last: Runs) -> Runs:
+def joined(first: Runs, last: Runs) -> Runs:
     """Runs of pixels first..last, those that touch made one."""
     apart = first[1:] > last[:-1] + 1
     starts = first[np.concatenate([[True], apart])] if len(first) else first

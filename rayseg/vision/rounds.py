@@ -238,7 +238,7 @@ def is_mixed(image_HWC: Image, mask_HW: Mask, config: Refining) -> bool:
 
 
 def edge_share(image_HWC: Image, mask_HW: Mask) -> float:
-    """Share of Canny's edges (100, 100; on grey, after a Gaussian 5 x 5) that are not under the mask's outline, 3 px thick."""
+    """Share of edges (Canny 100, 100 on grey after a Gaussian 5 x 5) not under the mask's outline, 3 px thick."""
     grey_HW = cv2.cvtColor(np.ascontiguousarray(image_HWC), cv2.COLOR_RGB2GRAY)
     edges_HW = cv2.Canny(cv2.GaussianBlur(grey_HW, (5, 5), 0), 100, 100) > 0
     outline_HW = np.zeros(mask_HW.shape, np.uint8)

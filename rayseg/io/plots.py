@@ -1,0 +1,229 @@
+"""Plots of patches, joined to plots of a region that do not depend on the tiling.
+
+A patch is a cell of the grid's lattice with a margin, so neighbouring patches see the same ground twice. Each patch
+gives pixels of its own cell only; where two patches agree in what both see, their instances are one plot. Patches, and
+not tiles, are what is joined: how they are handed out in tiles makes no difference.
+"""
+
+import io
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import geopandas
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import shapely
+from affine import Affine
+from numpy.typing import NDArray
+from rasterio.features import rasterize, shapes
+from shapely.geometry.base import BaseGeometry
+
+from rayseg.errors import DataError
+from rayseg.geo import Grid, Lattice, Window
+from rayseg.io.vectors import EQUAL_AREA, LONLAT
+from rayseg.store import StorePath, put, upath
+from rayseg.vision.instances import Labels, groups, same
+
+Row = dict[str, Any]
+Place = tuple[int, int]
+_NEIGHBOURS = ((0, 1), (1, -1), (1, 0), (1, 1))
+
+
+@dataclass(frozen=True)
+class Patches:
+    """How a grid is cut: cells of `stride` px from pixel (0, 0) on, with a margin on every side."""
+
+    patch: int
+    stride: int
+
+    @property
+    def lattice(self) -> Lattice:
+        """The lattice; a tile whose side is a multiple of `stride` is made of whole cells."""
+        return Lattice(self.patch, self.stride, -((self.patch - self.stride) // 2))
+
+    def cells(self, window: Window) -> list[Window]:
+        """The cells that `window` holds pixels of, row by row."""
+        rows = range(window.row // self.stride, -(-window.row1 // self.stride))
+        cols = range(window.col // self.stride, -(-window.col1 // self.stride))
+        return [Window(col * self.stride, row * self.stride, self.stride, self.stride) for row in rows for col in cols]
+
+    def around(self, cell: Window) -> Window:
+        """The patch of a cell."""
+        margin = self.lattice.margin
+        return Window(cell.col - margin, cell.row - margin, self.patch, self.patch)
+
+    def reach(self, window: Window) -> Window:
+        """The window around all patches of `window`."""
+        cells = self.cells(window)
+        return self.around(cells[0]).union(self.around(cells[-1]))
+
+
+def pieces_of(labels_HW: Labels, window: Window) -> Iterator[tuple[int, Row]]:
+    """(label, columns pixels, first_row, first_col and geometry in grid pixels) of every label over `window`."""
+    polygons: dict[int, list[BaseGeometry]] = {}
+    to_grid = Affine.translation(window.col, window.row)
+    for geometry, value in shapes(labels_HW, mask=labels_HW > 0, connectivity=4, transform=to_grid):
+        polygons.setdefault(int(value), []).append(shapely.geometry.shape(geometry))
+    values, first, counts = np.unique(labels_HW, return_index=True, return_counts=True)
+    for value, at, count in zip(values.tolist(), first.tolist(), counts.tolist(), strict=True):
+        if value:
+            place = {"first_row": at // window.width + window.row, "first_col": at % window.width + window.col}
+            whole = shapely.to_wkb(shapely.union_all(polygons[value]))
+            yield value, {"pixels": count, **place, "geometry": whole}
+
+
+def write_table(path: StorePath, rows: Sequence[Row]) -> None:
+    """Write flat rows as Parquet; an empty list too."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(list(rows)), sink, compression="zstd")
+    put(path, sink.getvalue().to_pybytes())
+
+
+def read_table(path: StorePath) -> list[Row]:
+    """The rows that `write_table` wrote.
+
+    Raises:
+        DataError: there are none at `path`.
+    """
+    try:
+        rows: list[Row] = pq.read_table(io.BytesIO(upath(path).read_bytes())).to_pylist()
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        raise DataError(f"{path} holds no plots ({error}): propose them again.") from error
+    return rows
+
+
+def packed(labels_HW: Labels) -> bytes:
+    """A label image in few bytes."""
+    return zlib.compress(np.ascontiguousarray(labels_HW, np.int32).tobytes(), 1)
+
+
+@lru_cache(maxsize=16)
+def _unpacked(data: bytes, height: int, width: int) -> Labels:
+    return np.frombuffer(zlib.decompress(data), np.int32).reshape(height, width)
+
+
+# -- join -------------------------------------------------------------------------------------------------------------
+
+
+def join(patches: Sequence[Row], pieces: Sequence[Row], *, least: float) -> list[Row]:
+    """The plots of one grid, by the first pixel.
+
+    Args:
+        patches: cell_row and cell_col (in cells), col, row, width, height of what was looked at, labels (`packed`).
+        pieces: cell_row, cell_col, label and what `pieces_of` says, with any further columns.
+        least: IoU over what two patches both see above which their instances are one plot.
+
+    Returns:
+        One row per plot: members (positions of its pieces), pixels, first_row, first_col, geometry (polygon or
+        multipolygon in grid pixels, corners only) and the further columns of its largest piece.
+    """
+    pieces = sorted(pieces, key=lambda row: (row["cell_row"], row["cell_col"], row["label"]))
+    known = {(row["cell_row"], row["cell_col"], row["label"]): k for k, row in enumerate(pieces)}
+    pairs = ((known[a], known[b]) for a, b in _matches(patches, least) if a in known and b in known)
+    owners = groups(len(pieces), pairs)
+    members: dict[int, list[Row]] = {}
+    for owner, row in zip(owners.tolist(), pieces, strict=True):
+        members.setdefault(owner, []).append(row)
+    return sorted((_plot(rows) for rows in members.values()), key=lambda row: (row["first_row"], row["first_col"]))
+
+
+def _matches(patches: Sequence[Row], least: float) -> Iterator[tuple[tuple[int, int, int], tuple[int, int, int]]]:
+    """((cell row, cell col, label), same of another patch) of instances that are one plot."""
+    by_cell = {(row["cell_row"], row["cell_col"]): row for row in patches}
+    for (row, col), one in sorted(by_cell.items()):
+        for down, right in _NEIGHBOURS:
+            other = by_cell.get((row + down, col + right))
+            zone = _window(one).intersect(_window(other)) if other else Window(0, 0, 0, 0)
+            if other is None or zone.empty:
+                continue
+            found = same(
+                _labels(one)[zone.slices(_window(one))], _labels(other)[zone.slices(_window(other))], least=least
+            )
+            for a, b in found.tolist():
+                yield (row, col, a), (row + down, col + right, b)
+
+
+def _window(row: Row) -> Window:
+    return Window(row["col"], row["row"], row["width"], row["height"])
+
+
+def _labels(row: Row) -> Labels:
+    return _unpacked(row["labels"], row["height"], row["width"])
+
+
+_PIECE = ("pixels", "first_row", "first_col", "geometry", "cell_row", "cell_col", "label")
+
+
+def _plot(rows: list[Row]) -> Row:
+    largest = max(rows, key=lambda row: row["pixels"])  # of equal ones the first
+    first = min(rows, key=lambda row: (row["first_row"], row["first_col"]))
+    geometry = shapely.union_all(shapely.from_wkb([row["geometry"] for row in rows]))
+    return {
+        "members": [(row["cell_row"], row["cell_col"], row["label"]) for row in rows],
+        "pixels": sum(row["pixels"] for row in rows),
+        "first_row": first["first_row"],
+        "first_col": first["first_col"],
+        "geometry": shapely.normalize(shapely.simplify(shapely.normalize(geometry), 0)),
+        **{name: value for name, value in largest.items() if name not in _PIECE},
+    }
+
+
+# -- out --------------------------------------------------------------------------------------------------------------
+
+
+def frame_of(grid: Grid, plots: Sequence[Row], *, columns: Sequence[str]) -> geopandas.GeoDataFrame:
+    """Plots of one grid in EPSG:4326 with area_m2; without CRS in pixels (col, row), with area_px and image.
+
+    Args:
+        grid: their grid.
+        plots: of `join`, with an `id`.
+        columns: names to keep, in order.
+    """
+    polygons = np.array([row["geometry"] for row in plots], object)
+    facts: dict[str, Any] = {name: [row[name] for row in plots] for name in columns}
+    if grid.crs is None:
+        facts |= {"image": [grid.image or ""] * len(plots), "area_px": [row["pixels"] for row in plots]}
+        return geopandas.GeoDataFrame(facts, geometry=list(polygons))
+    affine = grid.transform(Window(0, 0, 1, 1))
+    scale, shift = (affine.a, affine.e), (affine.c, affine.f)
+    mapped = geopandas.GeoSeries(shapely.transform(polygons, lambda points: points * scale + shift), crs=grid.crs)
+    lonlat = mapped.to_crs(LONLAT)
+    return geopandas.GeoDataFrame(facts | {"area_m2": lonlat.to_crs(EQUAL_AREA).area.to_numpy()}, geometry=lonlat)
+
+
+def mask_of(geometry: BaseGeometry, window: Window) -> NDArray[np.bool_]:
+    """Where a geometry in grid pixels covers `window`, (height, width) bool."""
+    to_grid = Affine.translation(window.col, window.row)
+    covered = rasterize([(geometry, 1)], (window.height, window.width), transform=to_grid, dtype=np.uint8)
+    return np.asarray(covered > 0)
+
+
+def numbered(labels_HW: Labels, numbers: Mapping[int, int]) -> NDArray[np.uint32]:
+    """Label image of one patch with the plots' numbers for its labels; 0 where there is none."""
+    table = np.zeros(int(labels_HW.max(initial=0)) + 1, np.uint32)
+    for label, number in numbers.items():
+        if label < len(table):
+            table[label] = number
+    return table[labels_HW]
+
+
+def labels_of(row: Row, window: Window) -> Labels:
+    """What the patch of a row of `patches` found over `window`; 0 beyond what it looked at."""
+    found = np.zeros((window.height, window.width), np.int32)
+    part = _window(row).intersect(window)
+    found[part.slices(window)] = _labels(row)[part.slices(_window(row))]
+    return found
+
+
+def place_of(row: Mapping[str, Any]) -> Place:
+    """(cell row, cell col) of a row."""
+    return row["cell_row"], row["cell_col"]
+
+
+def all_of(paths: Iterable[StorePath]) -> list[Row]:
+    """The rows of several tables."""
+    return [row for path in paths for row in read_table(path)]
