@@ -4,7 +4,7 @@ Each function is a step of a `Run`: it takes the step and what it builds on, and
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
@@ -72,10 +72,15 @@ def manifest(step: Step, region: Region, described: bundle.Bundle, config: MapCo
     Raises:
         RaysegError: see `plan`.
     """
+    return kept_manifest(step, lambda: plan(region, described, config))
+
+
+def kept_manifest(step: Step, planned: Callable[[], list[Row]]) -> list[Row]:
+    """The step's rows, planned by the first execution and read by later ones."""
     path = step.prefix / "manifest.parquet"
     if not path.exists():
-        rows = plan(region, described, config)
-        if refused := [row["id"] for row in rows if row["refused"]]:
+        rows = planned()
+        if refused := [row["id"] for row in rows if row.get("refused")]:
             _log.warning("%s cannot be mapped, the ledger says why: %s", _counted(refused), _some(refused))
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows), sink)
@@ -86,19 +91,38 @@ def manifest(step: Step, region: Region, described: bundle.Bundle, config: MapCo
 def plan(region: Region, described: bundle.Bundle, config: MapConfig) -> list[Row]:
     """The rows of all tiles that a model is to map; of the imagery only its description is read.
 
-    A scene that cannot be mapped, beside others that can, is a row of its own: its column `refused` says why, and it
-    will fail alone.
-
     Raises:
-        ConfigError: a tile that was asked for is not there.
-        DataError: the region has no imagery, or none that can be read and placed.
+        RaysegError: see `tiles_of`.
         ModelError: the model does not map, or none of the imagery keeps its contract.
     """
     if described.task != "segmentation":
         raise ModelError(f"model {described.name} is for {described.task}, a map needs segmentation; give a segmenter")
-    halo = described.patch + described.stride
+
+    def check(source: Source) -> None:
+        described.check_contract(source.bands, source.dtype, units=source.units, source=source.item_id)
+
+    return tiles_of(region, config, check, halo=described.patch + described.stride)
+
+
+def tiles_of(region: Region, config: MapConfig, check: Callable[[Source], None], *, halo: int) -> list[Row]:
+    """The rows of all tiles of a region, or of those asked for.
+
+    A scene that cannot be mapped, beside others that can, is a row of its own: its column `refused` says why, and it
+    will fail alone.
+
+    Args:
+        region: what is mapped.
+        config: where its imagery is and how large tiles are.
+        check: raises what is wrong with a source.
+        halo: px around a tile in which a source still matters to it.
+
+    Raises:
+        ConfigError: a tile that was asked for is not there.
+        DataError: the region has no imagery, or none that can be read and placed.
+        RaysegError: of `check`, where it refuses all of the imagery.
+    """
     found, unread = imagery(region, config, halo=halo)
-    sources, refused = _sorted_out(found, described, config.tile)
+    sources, refused = _sorted_out(found, check, config.tile)
     refused = unread | refused
     if not sources:
         raise _none_left(region, refused)
@@ -116,13 +140,15 @@ def plan(region: Region, described: bundle.Bundle, config: MapConfig) -> list[Ro
     return [row for row in rows if row["id"] in region.tiles] if region.tiles else rows
 
 
-def _sorted_out(sources: Sequence[Source], described: bundle.Bundle, size: int) -> tuple[list[Source], Refused]:
-    """The sources that the model can map together, and why it cannot map the others."""
+def _sorted_out(
+    sources: Sequence[Source], check: Callable[[Source], None], size: int
+) -> tuple[list[Source], Refused]:
+    """The sources that can be mapped together, and why it cannot map the others."""
     refused: Refused = {}
     for source in sources:
         try:
             expect_mappable(source, tile=size)
-            described.check_contract(source.bands, source.dtype, units=source.units, source=source.item_id)
+            check(source)
         except RaysegError as error:
             refused[source.item_id] = error
     left = [source for source in sources if source.item_id not in refused]

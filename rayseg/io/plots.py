@@ -7,13 +7,14 @@ not tiles, are what is joined: how they are handed out in tiles makes no differe
 
 import io
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import geopandas
 import numpy as np
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
@@ -23,7 +24,7 @@ from rasterio.features import rasterize, shapes
 from shapely.geometry.base import BaseGeometry
 
 from rayseg.errors import DataError
-from rayseg.geo import Grid, Lattice, Window
+from rayseg.geo import Grid, Window
 from rayseg.io.vectors import EQUAL_AREA, LONLAT
 from rayseg.store import StorePath, put, upath
 from rayseg.vision.instances import Labels, groups, same
@@ -35,15 +36,13 @@ _NEIGHBOURS = ((0, 1), (1, -1), (1, 0), (1, 1))
 
 @dataclass(frozen=True)
 class Patches:
-    """How a grid is cut: cells of `stride` px from pixel (0, 0) on, with a margin on every side."""
+    """How a grid is cut: cells of `stride` px from pixel (0, 0) on, with a margin on every side.
+
+    A tile whose side is a multiple of `stride` is made of whole cells.
+    """
 
     patch: int
     stride: int
-
-    @property
-    def lattice(self) -> Lattice:
-        """The lattice; a tile whose side is a multiple of `stride` is made of whole cells."""
-        return Lattice(self.patch, self.stride, -((self.patch - self.stride) // 2))
 
     def cells(self, window: Window) -> list[Window]:
         """The cells that `window` holds pixels of, row by row."""
@@ -53,7 +52,7 @@ class Patches:
 
     def around(self, cell: Window) -> Window:
         """The patch of a cell."""
-        margin = self.lattice.margin
+        margin = (self.patch - self.stride) // 2
         return Window(cell.col - margin, cell.row - margin, self.patch, self.patch)
 
     def reach(self, window: Window) -> Window:
@@ -180,19 +179,32 @@ def frame_of(grid: Grid, plots: Sequence[Row], *, columns: Sequence[str]) -> geo
 
     Args:
         grid: their grid.
-        plots: of `join`, with an `id`.
+        plots: of `join`, geometry as WKB, with all `columns`.
         columns: names to keep, in order.
     """
-    polygons = np.array([row["geometry"] for row in plots], object)
+    polygons = shapely.from_wkb(np.array([row["geometry"] for row in plots], object))
     facts: dict[str, Any] = {name: [row[name] for row in plots] for name in columns}
     if grid.crs is None:
         facts |= {"image": [grid.image or ""] * len(plots), "area_px": [row["pixels"] for row in plots]}
-        return geopandas.GeoDataFrame(facts, geometry=list(polygons))
+        return geopandas.GeoDataFrame(facts, geometry=polygons)
     affine = grid.transform(Window(0, 0, 1, 1))
     scale, shift = (affine.a, affine.e), (affine.c, affine.f)
     mapped = geopandas.GeoSeries(shapely.transform(polygons, lambda points: points * scale + shift), crs=grid.crs)
     lonlat = mapped.to_crs(LONLAT)
     return geopandas.GeoDataFrame(facts | {"area_m2": lonlat.to_crs(EQUAL_AREA).area.to_numpy()}, geometry=lonlat)
+
+
+def one_frame(frames: Sequence[geopandas.GeoDataFrame], *, columns: Sequence[str]) -> geopandas.GeoDataFrame:
+    """Frames of several grids as one.
+
+    Raises:
+        DataError: images with and without CRS are mixed.
+    """
+    if not frames:
+        return frame_of(Grid(LONLAT, (1.0, 1.0), (0.0, 0.0)), [], columns=columns)
+    if len({frame.crs is None for frame in frames}) > 1:
+        raise DataError("Images with and without CRS cannot be in one table of plots: map them in two runs.")
+    return pandas.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0]
 
 
 def mask_of(geometry: BaseGeometry, window: Window) -> NDArray[np.bool_]:
@@ -222,8 +234,3 @@ def labels_of(row: Row, window: Window) -> Labels:
 def place_of(row: Mapping[str, Any]) -> Place:
     """(cell row, cell col) of a row."""
     return row["cell_row"], row["cell_col"]
-
-
-def all_of(paths: Iterable[StorePath]) -> list[Row]:
-    """The rows of several tables."""
-    return [row for path in paths for row in read_table(path)]

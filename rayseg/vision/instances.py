@@ -27,10 +27,8 @@ def painted(found: Sequence[Runs], shape: tuple[int, int], *, where_HW: Mask, le
     """
     labels = np.zeros(shape[0] * shape[1], np.int32)
     for position in np.argsort(-masks.areas(found), kind="stable"):
-        runs = found[position]
-        inside = np.repeat(
-            runs[::2] - np.cumsum(runs[1::2] - runs[::2]) + (runs[1::2] - runs[::2]), runs[1::2] - runs[::2]
-        )
+        starts, lengths = found[position][::2], found[position][1::2] - found[position][::2]
+        inside = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
         labels[inside + np.arange(len(inside))] = position + 1
     labels[~where_HW.ravel()] = 0
     counts = np.bincount(labels, minlength=len(found) + 1)
@@ -51,7 +49,8 @@ def same(one_HW: Labels, other_HW: Labels, *, least: float) -> NDArray[np.int64]
     pairs, shared = np.unique(one[both].astype(np.int64) * width + other[both], return_counts=True)
     a, b = pairs // width, pairs % width
     joint = np.bincount(one)[a] + np.bincount(other)[b] - shared
-    return np.stack([a, b], axis=1)[shared > least * joint]
+    alike: NDArray[np.int64] = np.stack([a, b], axis=1)[shared > least * joint]
+    return alike
 
 
 def groups(count: int, pairs: Iterable[tuple[int, int]]) -> NDArray[np.int64]:

@@ -1,0 +1,247 @@
+"""agri: cultivated plots as labelled instances, by proposals in rounds (LiSegAgr, ICONIP).
+
+    imagery --> proposals in up to 4 rounds on what is left --> mixed masks once more --> instances of every patch
+    instances --> joined over patches --> plots --> classifier, if there is one --> polygons, label raster, items
+
+Proposals come from Segment Anything, or from superpixels where there are no weights. What a plot is does not depend on
+how the region is cut into tiles: docs/decisions/0007. The published settings are `configs/agri/paper.yaml`.
+"""
+
+from collections import defaultdict
+from dataclasses import asdict
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from rayseg import flow, mapping, publication
+from rayseg.config import Config as Frozen
+from rayseg.flow import Row, Work
+from rayseg.geo import Grid, Region, Tile
+from rayseg.io import plots, vectors
+from rayseg.io.maps import mapped_tiles
+from rayseg.io.plot_pictures import coverage_chart, overlay, size_chart
+from rayseg.io.plots import Patches
+from rayseg.mapping import MapConfig
+from rayseg.models.sam import SamConfig, checkpoint_file
+from rayseg.run import Run, Step
+from rayseg.stages import instances
+from rayseg.stages.instances import ProposePlots, ReadGround, ReadPlots, WritePieces, WritePlots, pieces_path
+from rayseg.store import upath
+from rayseg.vision.color import ClassTable
+from rayseg.vision.proposals import Superpixels
+from rayseg.vision.rounds import RoundsConfig
+
+CLASSES = ClassTable(((0, "background", (0, 0, 0)), (1, "plot", (230, 159, 0))))
+COLUMNS = ("id", "number", "class", "score", "stability", "predicted_iou", "round", "refined")
+
+
+class ImageConfig(Frozen):
+    """What the imagery is: the same for all of it, so that no tile is stretched by itself."""
+
+    bands: Annotated[tuple[str, ...], Field(min_length=1, max_length=3)] = ("red", "green", "blue")
+    """Three names, or one for grey."""
+    dtype: str = "uint8"
+    """Data type, as numpy names it."""
+    low: float = 0.0
+    """Stored value that is black."""
+    high: float = 255.0
+    """Stored value that is white."""
+
+    @model_validator(mode="after")
+    def _can_be_scaled(self) -> "ImageConfig":
+        if len(self.bands) == 2:
+            raise ValueError("2 bands are neither grey nor colour, name one or three")
+        if self.high <= self.low:
+            raise ValueError(f"high {self.high:g} must be above low {self.low:g}")
+        return self
+
+
+class SuperpixelConfig(Frozen):
+    """Proposals without weights; see rayseg.vision.proposals.Superpixels."""
+
+    scales: tuple[float, ...] = Superpixels.scales
+    """Of Felzenszwalb's method; larger means larger plots."""
+    reduce: Annotated[int, Field(gt=0)] = Superpixels.reduce
+    """Side in px of the squares averaged first."""
+    least: Annotated[int, Field(gt=0)] = Superpixels.least
+    """Pixels of a plot."""
+    contrast: Annotated[float, Field(ge=0, le=1)] = Superpixels.contrast
+    """Contrast below which nothing is proposed."""
+    overlap: Annotated[float, Field(ge=0, le=1)] = Superpixels.overlap
+    """Share of a superpixel that others may have taken before it."""
+
+
+class Config(Frozen):
+    """Settings of the pipeline; the defaults are the published ones."""
+
+    proposer: Literal["sam", "felzenszwalb"] = "sam"
+    """Segment Anything, or superpixels, which need no weights."""
+    sam: SamConfig = SamConfig()
+    superpixels: SuperpixelConfig = SuperpixelConfig()
+    rounds: RoundsConfig = RoundsConfig()
+    image: ImageConfig = ImageConfig()
+    patch: Annotated[int, Field(gt=0)] = 1152
+    """Side in px of what is looked at at once."""
+    stride: Annotated[int, Field(gt=0)] = 1024
+    """Distance of patches; what they overlap is where plots are joined."""
+    joined: Annotated[float, Field(ge=0.5, le=1)] = 0.5
+    """IoU over what two patches both see above which their instances are one plot."""
+    map: MapConfig = MapConfig()
+
+    @model_validator(mode="after")
+    def _whole_cells(self) -> "Config":
+        if self.stride >= self.patch or (self.patch - self.stride) % 2:
+            raise ValueError(f"patch {self.patch} must be above stride {self.stride} by an even number")
+        if self.map.tile % self.stride:
+            raise ValueError(f"map.tile {self.map.tile} must be a multiple of stride {self.stride}")
+        return self
+
+    @property
+    def patches(self) -> Patches:
+        """How a grid is cut."""
+        return Patches(self.patch, self.stride)
+
+
+def plan(region: Region, config: Config) -> list[Row]:
+    """The rows of all tiles; of the imagery only its description is read.
+
+    Raises:
+        RaysegError: there is no imagery, it is of another kind than configured, or a tile asked for is not there.
+    """
+    sources = mapping.imagery(region, config.map)
+    instances.check_sources(sources, config.image.bands, config.image.dtype)
+    return mapping.tiles_of(region, sources, config.map, halo=config.patch)
+
+
+def propose(step: Step, region: Region, config: Config) -> dict[str, Any]:
+    """What every patch finds; tables of patches and pieces lie below the step."""
+    rows = mapping.kept_manifest(step, partial(plan, region, config))
+    look = ProposePlots(
+        config.proposer,
+        sam=config.sam,
+        superpixels=Superpixels(**config.superpixels.model_dump()),
+        rounds=config.rounds,
+        patches=config.patches,
+        geometry=region.geometry,
+    )
+    works = [
+        Work(ReadGround(config.image.bands, config.patches, low=config.image.low, high=config.image.high)),
+        Work(look, cpus=1.0, gpus=1.0 if config.proposer == "sam" else 0.0, model=True),
+        Work(WritePieces(str(step.prefix))),
+    ]
+    ledger, patience = mapping.ledger_of(step), config.map.stall_seconds
+    account = flow.run(rows, works, ledger, step.engine, stall_seconds=patience)
+    return {"account": account.counts, "troubles": account.troubles}
+
+
+def join(step: Step, proposed: Step, config: Config) -> dict[str, Any]:
+    """Instances that patches agree on become plots: plots.parquet below the step, and numbers for every tile."""
+    found: list[Row] = []
+    members: dict[str, list[Row]] = defaultdict(list)
+    grids = _by_grid(proposed)
+    for at, (grid, rows) in enumerate(grids.items()):
+        pieces = [piece | {"tile": row["id"]} for row in rows for piece in _table(proposed, row, "pieces")]
+        tiles = {plots.place_of(piece): piece["tile"] for piece in pieces}
+        patches = [patch for row in rows for patch in _table(proposed, row, "patches")]
+        for plot in plots.join(patches, pieces, least=config.joined):
+            number = len(found) + 1
+            for cell_row, cell_col, label in plot.pop("members"):
+                place = {"cell_row": cell_row, "cell_col": cell_col, "label": label, "number": number}
+                members[tiles[cell_row, cell_col]].append(place)
+            name = f"{grid.name}_{plot['first_col']}_{plot['first_row']}"
+            found.append(plot | {"id": name, "number": number, "grid": at, "geometry": plot["geometry"].wkb})
+    for row in mapping.read_manifest(proposed):
+        plots.write_table(pieces_path(str(step.prefix), row["id"], "numbers"), members[row["id"]])
+    plots.write_table(step.prefix / "plots.parquet", found)
+    return {"plots": len(found), "grids": [asdict(grid) for grid in grids]}
+
+
+def _table(proposed: Step, row: Row, name: Literal["patches", "pieces"]) -> list[Row]:
+    return plots.read_table(pieces_path(str(proposed.prefix), row["id"], name))
+
+
+def _by_grid(proposed: Step) -> dict[Grid, list[Row]]:
+    """The tiles that were looked at, by their grid, in the order of the grids' names."""
+    records = mapping.ledger_of(proposed).read()
+    by_grid: dict[Grid, list[Row]] = defaultdict(list)
+    for row in mapping.read_manifest(proposed):
+        if row["id"] in records and "pieces" in records[row["id"]].facts:
+            by_grid[Tile.from_row(row).grid].append(row)
+    return dict(sorted(by_grid.items(), key=lambda entry: (entry[0].name, entry[0].origin)))
+
+
+def write_tiles(step: Step, region: Region, proposed: Step, joined: Step, config: Config) -> dict[str, Any]:
+    """The plots of every tile as rasters with an item; tiles/<id>/ holds them, the step's ledger their fates."""
+    records = mapping.ledger_of(proposed).read()
+    rows = [
+        row | {"stride": config.stride}
+        for row in mapping.read_manifest(proposed)
+        if row["id"] in records and "pieces" in records[row["id"]].facts
+    ]
+    mapping.kept_manifest(step, lambda: rows)
+    write = WritePlots(mapping.tiles_prefix(step), CLASSES, classes={}, geometry=region.geometry, model=None)
+    works = [
+        Work(ReadPlots(str(proposed.prefix), str(joined.prefix), config.image.bands)),
+        Work(write),
+    ]
+    account = flow.run(rows, works, mapping.ledger_of(step), step.engine, stall_seconds=config.map.stall_seconds)
+    return {"account": account.counts, "troubles": account.troubles}
+
+
+def write_plots(step: Step, joined: Step) -> dict[str, Any]:
+    """All plots as `<run>/plots.parquet` (GeoParquet)."""
+    found = plots.read_table(joined.prefix / "plots.parquet")
+    for row in found:
+        row |= {"class": None, "score": None}
+    frames = [
+        plots.frame_of(grid, [row for row in found if row["grid"] == at], columns=COLUMNS)
+        for at, grid in enumerate(_grids(joined))
+    ]
+    whole = plots.one_frame(frames, columns=COLUMNS)
+    vectors.write_geoparquet(whole, upath(step.root) / "plots.parquet")
+    area = float(whole["area_m2"].sum()) if "area_m2" in whole else None
+    return {"polygons": "plots.parquet", "count": len(whole), "area_m2": area}
+
+
+def _grids(joined: Step) -> list[Grid]:
+    return [
+        Grid(row["crs"], tuple(row["resolution"]), tuple(row["origin"]), row["image"]) for row in joined.value["grids"]
+    ]
+
+
+def write_report(step: Step, proposed: Step, joined: Step, tiles: Step, polygons: Step) -> dict[str, Any]:
+    """The report, with what every round added, how large plots are and what they look like."""
+    found = plots.read_table(joined.prefix / "plots.parquet")
+    rows = [row for grid in _by_grid(proposed).values() for row in grid]
+    coverage = [
+        (patch["width"] * patch["height"], patch["coverage"])
+        for row in rows
+        for patch in _table(proposed, row, "patches")
+    ]
+    pictures = [
+        ("Plots", overlay(mapped_tiles(step.root, tiles.name)), "Outlines of the plots; red where there is none."),
+        ("Coverage", coverage_chart(coverage), "Share of the imagery under plots after each round."),
+        ("Sizes", size_chart([row["pixels"] for row in found]), "Plots by size, in pixels."),
+    ]
+    learnt = f"{len(found):,} plots, {sum(row['refined'] for row in found):,} of them found inside mixed ones."
+    extras = publication.Extras(labels=learnt, pictures=tuple(entry for entry in pictures if entry[1]))
+    return publication.write_report(step, tiles, polygons, None, extras)
+
+
+def check(config: Config, region: Region) -> None:
+    """Refuse, before anything is written, imagery and weights that cannot be used."""
+    plan(region, config)
+    if config.proposer == "sam" and config.sam.checkpoint != "random":
+        checkpoint_file(config.sam)
+
+
+def run(config: Config, run: Run, region: Region) -> str:
+    """Find the plots of `region`; return where the report is and what it says."""
+    proposed = run.step("propose", propose, region, config)
+    joined = run.step("join", join, proposed, config)
+    tiles = run.step("tiles", write_tiles, region, proposed, joined, config)
+    polygons = run.step("plots", write_plots, joined)
+    run.step("publish", mapping.publish, tiles, f"Cultivated plots, {region.name}")
+    report = run.step("report", write_report, proposed, joined, tiles, polygons)
+    return publication.headline(report)

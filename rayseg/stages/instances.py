@@ -1,0 +1,297 @@
+"""Tiles through a proposer, patch by patch, and the plots of a whole region back into tiles."""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayseg.errors import DataError
+from rayseg.geo import Tile, Window
+from rayseg.io import cog, items, plots, rasters, regions
+from rayseg.io.plots import Patches
+from rayseg.io.sources import Source
+from rayseg.models.sam import SamConfig, load_sam
+from rayseg.stages.write import facts_of
+from rayseg.store import upath
+from rayseg.vision.color import ClassTable
+from rayseg.vision.instances import painted
+from rayseg.vision.proposals import Image, Propose, Superpixels
+from rayseg.vision.rounds import WHITE, Plots, RoundsConfig, find_plots
+
+Row = dict[str, Any]
+NODATA = 255
+UNNUMBERED = 2**32 - 1
+_SEEN = 0.01  # share of a cell with imagery from which it is looked at
+
+
+class ReadGround:
+    """`sources, <tile> -> image, valid, reach`: the tile's imagery with what its patches see around it, as 8-bit RGB.
+
+    image: (height, width, 3) uint8 over the window `reach`, scaled from low..high as it is stored, the same for every
+    tile; one band is grey. valid: (height, width) bool. A tile without valid pixels is settled as "nodata".
+
+    Args:
+        bands: three names, or one.
+        patches: how the grid is cut.
+        low: stored value that is 0.
+        high: stored value that is 255.
+    """
+
+    def __init__(self, bands: Sequence[str], patches: Patches, *, low: float, high: float) -> None:
+        self.bands, self.patches, self.low, self.high = tuple(bands), patches, low, high
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """Read each tile."""
+        return [self._read(row) for row in rows]
+
+    def _read(self, row: Row) -> Row:
+        tile = Tile.from_row(row)
+        reach = self.patches.reach(tile.window)
+        sources = [Source.from_row(source) for source in json.loads(row["sources"])]
+        image_CHW, valid_HW = rasters.read(sources, tile.grid, reach, bands=self.bands)
+        if not valid_HW[tile.window.slices(reach)].any():
+            return row | {"status": "nodata"}
+        return row | {"image": eight_bit(image_CHW, low=self.low, high=self.high), "valid": valid_HW, "reach": reach}
+
+
+def eight_bit(image_CHW: NDArray[Any], *, low: float, high: float) -> Image:
+    """Values low..high as 0..255, (height, width, 3) uint8; a single band three times."""
+    if not (image_CHW.dtype == np.uint8 and (low, high) == (0, 255)):
+        scaled = (image_CHW.astype(np.float32) - low) * (255 / (high - low))
+        image_CHW = np.rint(np.clip(np.nan_to_num(scaled), 0, 255)).astype(np.uint8)
+    return np.ascontiguousarray(image_CHW.repeat(3 // len(image_CHW), axis=0).transpose(1, 2, 0))
+
+
+class ProposePlots:
+    """`image, valid, reach, <tile> -> patches, pieces`: what each patch of the tile finds, and its cell's share of it.
+
+    patches: rows for `plots.join`, with `coverage`: share of what the patch sees covered after each round. pieces: rows
+    of `plots.pieces_of` with round, refined, predicted_iou and stability.
+
+    Args:
+        proposer: "sam" or "felzenszwalb".
+        sam: settings of the one.
+        superpixels: settings of the other.
+        rounds: settings of the method.
+        patches: how the grid is cut.
+        geometry: the region, GeoJSON in EPSG:4326, or None.
+    """
+
+    def __init__(
+        self,
+        proposer: Literal["sam", "felzenszwalb"],
+        *,
+        sam: SamConfig,
+        superpixels: Superpixels,
+        rounds: RoundsConfig,
+        patches: Patches,
+        geometry: dict[str, Any] | None,
+    ) -> None:
+        self.proposer, self.sam, self.superpixels = proposer, sam, superpixels
+        self.rounds, self.patches, self.geometry = rounds, patches, geometry
+
+    @cached_property
+    def _propose(self) -> Propose:
+        return load_sam(self.sam) if self.proposer == "sam" else self.superpixels
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """Look at each tile."""
+        return [self._tile(row) for row in rows]
+
+    def _tile(self, row: Row) -> Row:
+        tile, reach = Tile.from_row(row), row["reach"]
+        inside_HW = regions.pixels_inside(regions.on_grid(self.geometry, tile.grid), tile.grid, reach)
+        patches, pieces = [], []
+        for cell in self.patches.cells(tile.window):
+            of_cell = cell.intersect(tile.window)
+            if not row["valid"][of_cell.slices(reach)].any():
+                continue
+            window = _tight(row["valid"], self.patches.around(cell), reach)
+            cut = window.slices(reach)
+            found = find_plots(blanked(row["image"][cut], row["valid"][cut]), self._propose, self.rounds)
+            labels_HW, kept = painted(
+                found.proposals.masks, row["valid"][cut].shape, where_HW=row["valid"][cut], least=self.rounds.least
+            )
+            place = {"cell_row": cell.row // self.patches.stride, "cell_col": cell.col // self.patches.stride}
+            size = {"col": window.col, "row": window.row, "width": window.width, "height": window.height}
+            patches.append(place | size | {"labels": plots.packed(labels_HW), "coverage": list(found.coverage)})
+            own_HW = np.where(inside_HW[of_cell.slices(reach)], labels_HW[of_cell.slices(window)], 0).astype(np.int32)
+            pieces += [
+                place | {"label": label} | piece | _scores(found, kept[label - 1])
+                for label, piece in plots.pieces_of(own_HW, of_cell)
+            ]
+        rest = {key: value for key, value in row.items() if key not in {"image", "valid", "reach"}}
+        return rest | {"patches": patches, "pieces": pieces}
+
+
+def _tight(valid_HW: NDArray[np.bool_], patch: Window, reach: Window) -> Window:
+    """The part of a patch around its valid pixels: beyond the edge of the imagery there is nothing to look at."""
+    rows_cols = patch.slices(reach)
+    rows = np.flatnonzero(valid_HW[rows_cols].any(axis=1))
+    cols = np.flatnonzero(valid_HW[rows_cols].any(axis=0))
+    width, height = int(cols[-1] - cols[0] + 1), int(rows[-1] - rows[0] + 1)
+    return Window(patch.col + int(cols[0]), patch.row + int(rows[0]), width, height)
+
+
+def blanked(image_HWC: Image, valid_HW: NDArray[np.bool_]) -> Image:
+    """The image, white where there is no data, so that nothing is looked for there."""
+    return np.where(valid_HW[..., None], image_HWC, np.uint8(WHITE))
+
+
+def _scores(found: Plots, at: int) -> Row:
+    return {
+        "predicted_iou": float(found.proposals.iou_N[at]),
+        "stability": float(found.proposals.stability_N[at]),
+        "round": int(found.round_N[at]),
+        "refined": bool(found.refined_N[at]),
+    }
+
+
+class WritePieces:
+    """`patches, pieces -> facts`: kept as `<prefix>/<tile>.patches.parquet` and `.pieces.parquet`.
+
+    A tile in which nothing was found is settled as "empty".
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """Write each tile."""
+        return [self._write(row) for row in rows]
+
+    def _write(self, row: Row) -> Row:
+        for name in ("patches", "pieces"):
+            plots.write_table(pieces_path(self.prefix, row["id"], name), row[name])
+        kept = {"id": row["id"], "seconds": row["seconds"], "facts": {"pieces": len(row["pieces"])}}
+        return kept if row["pieces"] else kept | {"status": "empty"}
+
+
+def pieces_path(prefix: str, tile: str, name: Literal["patches", "pieces", "numbers"]) -> str:
+    """Where a table of a tile is."""
+    return str(upath(prefix) / f"{tile}.{name}.parquet")
+
+
+class ReadPlots:
+    """`<tile> -> numbers, valid`: the number of the plot at every pixel of the tile (0 for none), and where it is seen.
+
+    Args:
+        proposed: where the tables of patches are.
+        joined: where the tables of numbers are.
+        bands: of the imagery.
+    """
+
+    def __init__(self, proposed: str, joined: str, bands: Sequence[str]) -> None:
+        self.proposed, self.joined, self.bands = proposed, joined, tuple(bands)
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """Put each tile together."""
+        return [self._read(row) for row in rows]
+
+    def _read(self, row: Row) -> Row:
+        tile = Tile.from_row(row)
+        sources = [Source.from_row(source) for source in json.loads(row["sources"])]
+        _, valid_HW = rasters.read(sources, tile.grid, tile.window, bands=self.bands)
+        if not valid_HW.any():
+            return row | {"status": "nodata"}
+        numbers: dict[plots.Place, dict[int, int]] = {}
+        for one in plots.read_table(pieces_path(self.joined, tile.id, "numbers")):
+            numbers.setdefault(plots.place_of(one), {})[one["label"]] = one["number"]
+        numbers_HW = np.zeros((tile.window.height, tile.window.width), np.uint32)
+        for patch in plots.read_table(pieces_path(self.proposed, tile.id, "patches")):
+            stride = row["stride"]
+            cell = Window(patch["cell_col"] * stride, patch["cell_row"] * stride, stride, stride)
+            part = cell.intersect(tile.window)
+            labels_HW = plots.labels_of(patch, part)
+            numbers_HW[part.slices(tile.window)] = plots.numbered(labels_HW, numbers.get(plots.place_of(patch), {}))
+        return row | {"numbers": numbers_HW, "valid": valid_HW}
+
+
+class WritePlots:
+    """`numbers, valid, <tile> -> facts`: the tile as classes.tif, plots.tif and, last, its item.
+
+    classes.tif: 0 background, else the class of the plot, 255 no data. plots.tif: number of the plot as in the table of
+    plots, 0 for none, 2^32 - 1 for no data.
+
+    Args:
+        prefix: below which `<tile id>/` is written.
+        table: the classes.
+        classes: class of every plot number; those not named are of class 1.
+        geometry: the region, GeoJSON in EPSG:4326, or None.
+        model: href of the classifier's item, if there is one.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        table: ClassTable,
+        *,
+        classes: Mapping[int, int],
+        geometry: dict[str, Any] | None,
+        model: str | None,
+    ) -> None:
+        self.prefix, self.table, self.classes = prefix, table, dict(classes)
+        self.geometry, self.model = geometry, model
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """Write each tile."""
+        return [self._write(row) for row in rows]
+
+    def _write(self, row: Row) -> Row:
+        tile = Tile.from_row(row)
+        area = regions.on_grid(self.geometry, tile.grid)
+        valid_HW = row["valid"] & regions.pixels_inside(area, tile.grid, tile.window)
+        values, inverse = np.unique(row["numbers"], return_inverse=True)
+        named = np.array([self.classes.get(int(v), 1) if v else 0 for v in values], np.uint8)
+        classes_HW = np.where(valid_HW, named[inverse].reshape(valid_HW.shape), NODATA).astype(np.uint8)
+        numbers_HW = np.where(valid_HW, row["numbers"], np.uint32(UNNUMBERED)).astype(np.uint32)
+        kept, facts = {key: row[key] for key in ("id", "seconds")}, facts_of(classes_HW)
+        if not facts["counts"]:
+            return kept | {"status": "nodata"}
+        folder = upath(self.prefix) / tile.id
+        cog.write_classes(folder / "classes.tif", classes_HW, tile.grid, tile.window, self.table)
+        cog.write_image(
+            folder / "plots.tif",
+            numbers_HW[None],
+            tile.grid,
+            tile.window,
+            bands=("plot",),
+            nodata=UNNUMBERED,
+            overviews="MODE",
+        )
+        self._describe(tile, [Source.from_row(source) for source in json.loads(row["sources"])])
+        facts["coverage"] = 1 - facts["counts"].get("0", 0) / sum(facts["counts"].values())
+        return kept | {"status": "empty" if set(facts["counts"]) == {"0"} else "done", "facts": facts}
+
+    def _describe(self, tile: Tile, sources: list[Source]) -> None:
+        folder = upath(self.prefix) / tile.id
+        item = items.item_of(
+            tile.id,
+            tile.grid,
+            tile.window,
+            folder=folder,
+            files=("classes.tif", "plots.tif"),
+            sources=sources,
+            model=self.model,
+            table=self.table,
+        )
+        items.write_item(item, folder / f"{tile.id}.json")
+
+
+def check_sources(sources: Sequence[Source], bands: Sequence[str], dtype: str) -> None:
+    """Refuse imagery without these bands or of another data type.
+
+    Raises:
+        DataError: what was found and what to set.
+    """
+    for source in sources:
+        missing = [band for band in bands if band not in source.bands]
+        if missing or np.dtype(source.dtype) != np.dtype(dtype):
+            raise DataError(
+                f"{source.item_id} has the bands {', '.join(source.bands)} of {source.dtype}, expected "
+                f"{', '.join(bands)} of {dtype}: name one band or three with --set 'image.bands=[...]', the type with "
+                "image.dtype and the values that are black and white with image.low and image.high"
+            )
