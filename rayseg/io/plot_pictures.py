@@ -55,7 +55,9 @@ def _bytes(image_CHW: NDArray[np.generic]) -> NDArray[np.uint8]:
     if image_HWC.dtype == np.uint8:
         return image_HWC.astype(np.uint8)
     low, high = np.percentile(image_HWC.astype(np.float64), [2, 98])
-    return np.rint(np.clip((image_HWC.astype(np.float64) - low) / max(high - low, 1e-12), 0, 1) * 255).astype(np.uint8)
+    scaled = np.clip((image_HWC.astype(np.float64) - low) / max(float(high - low), 1e-12), 0, 1)
+    shown: NDArray[np.uint8] = np.rint(scaled * 255).astype(np.uint8)
+    return shown
 
 
 def coverage_chart(patches: Sequence[tuple[int, Sequence[float]]]) -> bytes:

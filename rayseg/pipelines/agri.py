@@ -173,16 +173,10 @@ def _by_grid(proposed: Step) -> dict[Grid, list[Row]]:
 
 def write_tiles(step: Step, region: Region, proposed: Step, joined: Step, config: Config) -> dict[str, Any]:
     """The plots of every tile as rasters with an item; tiles/<id>/ holds them, the step's ledger their fates."""
-    records = mapping.ledger_of(proposed).read()
-    rows = [
-        row | {"stride": config.stride}
-        for row in mapping.read_manifest(proposed)
-        if row["id"] in records and "pieces" in records[row["id"]].facts
-    ]
-    mapping.kept_manifest(step, lambda: rows)
+    rows = mapping.kept_manifest(step, lambda: mapping.read_manifest(proposed))
     write = WritePlots(mapping.tiles_prefix(step), CLASSES, classes={}, geometry=region.geometry, model=None)
     works = [
-        Work(ReadPlots(str(proposed.prefix), str(joined.prefix), config.image.bands)),
+        Work(ReadPlots(str(proposed.prefix), str(joined.prefix), config.image.bands, stride=config.stride)),
         Work(write),
     ]
     account = flow.run(rows, works, mapping.ledger_of(step), step.engine, stall_seconds=config.map.stall_seconds)

@@ -118,10 +118,10 @@ class ProposePlots:
             place = {"cell_row": cell.row // self.patches.stride, "cell_col": cell.col // self.patches.stride}
             size = {"col": window.col, "row": window.row, "width": window.width, "height": window.height}
             patches.append(place | size | {"labels": plots.packed(labels_HW), "coverage": list(found.coverage)})
-            own_HW = np.where(inside_HW[of_cell.slices(reach)], labels_HW[of_cell.slices(window)], 0).astype(np.int32)
+            own_HW = np.where(inside_HW[of_cell.slices(reach)], plots.labels_of(patches[-1], of_cell), 0)
             pieces += [
                 place | {"label": label} | piece | _scores(found, kept[label - 1])
-                for label, piece in plots.pieces_of(own_HW, of_cell)
+                for label, piece in plots.pieces_of(own_HW.astype(np.int32), of_cell)
             ]
         rest = {key: value for key, value in row.items() if key not in {"image", "valid", "reach"}}
         return rest | {"patches": patches, "pieces": pieces}
@@ -182,10 +182,11 @@ class ReadPlots:
         proposed: where the tables of patches are.
         joined: where the tables of numbers are.
         bands: of the imagery.
+        stride: of the patches.
     """
 
-    def __init__(self, proposed: str, joined: str, bands: Sequence[str]) -> None:
-        self.proposed, self.joined, self.bands = proposed, joined, tuple(bands)
+    def __init__(self, proposed: str, joined: str, bands: Sequence[str], *, stride: int) -> None:
+        self.proposed, self.joined, self.bands, self.stride = proposed, joined, tuple(bands), stride
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Put each tile together."""
@@ -202,8 +203,7 @@ class ReadPlots:
             numbers.setdefault(plots.place_of(one), {})[one["label"]] = one["number"]
         numbers_HW = np.zeros((tile.window.height, tile.window.width), np.uint32)
         for patch in plots.read_table(pieces_path(self.proposed, tile.id, "patches")):
-            stride = row["stride"]
-            cell = Window(patch["cell_col"] * stride, patch["cell_row"] * stride, stride, stride)
+            cell = Window(patch["cell_col"] * self.stride, patch["cell_row"] * self.stride, self.stride, self.stride)
             part = cell.intersect(tile.window)
             labels_HW = plots.labels_of(patch, part)
             numbers_HW[part.slices(tile.window)] = plots.numbered(labels_HW, numbers.get(plots.place_of(patch), {}))

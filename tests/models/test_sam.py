@@ -111,7 +111,14 @@ def test_the_masks_are_those_of_the_published_generator(config):
 def test_the_masks_are_those_of_the_published_generator_on_real_images(shared, layers):
     for name in ("0018", "0716"):
         image = np.array(Image.open(shared / f"data/agri/{name}.jpg"))[300:640, 200:660]
-        assert the_same(small_sam(), image, SamConfig(points=12, iou=0.05, stability=0.1, offset=0.3, nms=0.9, crop_nms=0.9, crop_layers=layers)) > 3
+        assert (
+            the_same(
+                small_sam(),
+                image,
+                SamConfig(points=12, iou=0.05, stability=0.1, offset=0.3, nms=0.9, crop_nms=0.9, crop_layers=layers),
+            )
+            > 3
+        )
 
 
 def test_the_size_of_a_batch_changes_nothing():

@@ -1,0 +1,163 @@
+"""agri end to end on drawn fields: each field one plot, whatever the tiling, the engine and the kind of imagery."""
+
+import geopandas
+import numpy as np
+import pytest
+import rasterio
+import shapely
+from small_world import GRID, files, mosaic, rayseg, refused, valid_stac, window_at
+
+from rayseg.io import cog, labels
+from rayseg.run import read
+
+pytestmark = pytest.mark.e2e
+
+HEIGHT, WIDTH = 200, 180
+SETTINGS = (
+    *("--set", "proposer=felzenszwalb", "--set", "patch=96", "--set", "stride=64"),
+    *("--set", "superpixels.least=60", "--set", "superpixels.reduce=1", "--engine", "inline"),
+)
+
+
+def fields(seed=1):
+    """Fields 50 x 45 px of flat colours with a little noise, 3 px of grey road between them; (image_CHW, field_HW)."""
+    rng = np.random.default_rng(seed)
+    rows, cols = np.arange(HEIGHT) // 50, np.arange(WIDTH) // 45
+    field_HW = rows[:, None] * 4 + cols[None] + 1
+    field_HW[(np.arange(HEIGHT) % 50 < 3), :] = 0
+    field_HW[:, np.arange(WIDTH) % 45 < 3] = 0
+    colors = np.array([(130, 130, 130), *((rng.permutation([40, 110, 190]) + k * 3) for k in range(16))])
+    image = colors[field_HW] + rng.normal(0, 3, (HEIGHT, WIDTH, 1))
+    return np.clip(image, 1, 254).astype(np.uint8).transpose(2, 0, 1), field_HW
+
+
+def imagery(folder, image_CHW, *, bands=("red", "green", "blue"), valid_HW=None):
+    folder.mkdir(parents=True)
+    cog.write_image(folder / "scene.tif", image_CHW, GRID, window_at(0, 0), bands=bands, nodata=0, valid_HW=valid_HW)
+    return f"{labels.ingest_rasters(folder / 'scene.tif', folder / 'cat')}#imagery"
+
+
+@pytest.fixture(scope="module")
+def region(tmp_path_factory):
+    return imagery(tmp_path_factory.mktemp("fields") / "in", fields()[0])
+
+
+@pytest.fixture(scope="module")
+def run(region, tmp_path_factory):
+    """Runs by their tile size."""
+    made = {}
+
+    def of(tile, *more):
+        key = (tile, more)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("run") / "run"
+            words = ("run", "pipeline", "agri", "--region", region, "--out", made[key], "--set", f"map.tile={tile}")
+            found = rayseg(*words, *SETTINGS, *more)
+            assert found.exit_code == 0, found.output
+        return made[key]
+
+    return of
+
+
+def overlaps(table, field_HW):
+    """Best IoU with a plot of every field, by pixels."""
+    left, _, _, top = GRID.bounds(window_at(0, 0))
+    plots = table.to_crs(GRID.crs).geometry
+    found = {}
+    for field in range(1, 17):
+        rows, cols = np.nonzero(field_HW == field)
+        box = shapely.box(left + cols.min(), top - rows.max() - 1, left + cols.max() + 1, top - rows.min())
+        found[field] = max(p.intersection(box).area / p.union(box).area for p in plots)
+    return found
+
+
+def test_every_field_is_one_plot_with_one_id(run):
+    table = geopandas.read_parquet(run(64) / "plots.parquet")
+    found = overlaps(table, fields()[1])
+    assert min(found.values()) > 0.75, found
+    assert table["id"].is_unique
+    assert table["number"].tolist() == list(range(1, len(table) + 1))
+    assert table["class"].isna().all()
+    assert {"id", "class", "score", "stability", "predicted_iou", "area_m2", "round", "refined"} <= set(table.columns)
+    assert table["area_m2"].sum() <= 1.01 * HEIGHT * WIDTH
+
+
+def test_plots_do_not_depend_on_the_tiling(run):
+    small, large = run(64), run(256)
+    assert len(list((small / "tiles").iterdir())) > len(list((large / "tiles").iterdir()))
+    assert (small / "plots.parquet").read_bytes() == (large / "plots.parquet").read_bytes()
+    assert np.array_equal(mosaic(small, "classes"), mosaic(large, "classes"))
+
+
+def test_the_label_raster_holds_the_numbers_of_the_table(run):
+    table = geopandas.read_parquet(run(256) / "plots.parquet").to_crs(GRID.crs)
+    for path in (run(256) / "tiles").glob("*/plots.tif"):
+        with rasterio.open(path) as file:
+            numbers_HW, affine = file.read(1), file.transform
+            assert file.overviews(1) == []
+        for number in np.unique(numbers_HW[(numbers_HW > 0) & (numbers_HW < 2**32 - 1)])[::5]:
+            row, col = np.argwhere(numbers_HW == number)[0]
+            point = shapely.Point(affine @ (col + 0.5, row + 0.5))
+            assert table.loc[table["number"] == number].geometry.iloc[0].buffer(0.01).contains(point)
+
+
+def test_the_same_command_again_does_nothing_and_items_are_valid(run, region):
+    out = run(256)
+    before = files(out / "tiles")
+    found = rayseg(*("run", "pipeline", "agri", "--region", region, "--out", out, "--set", "map.tile=256"), *SETTINGS)
+    assert found.exit_code == 0
+    assert files(out / "tiles") == before
+    assert read(str(out))["status"] == "done"
+    for path in [out / "collection.json", *(out / "tiles").glob("*/*.json")]:
+        valid_stac(path)
+    page = (out / "report/index.html").read_text()
+    assert "Coverage" in page
+    assert "Sizes" in page
+
+
+def test_nodata_is_no_plot(tmp_path):
+    valid_HW = np.ones((HEIGHT, WIDTH), bool)
+    valid_HW[:70, :100] = False
+    region = imagery(tmp_path / "in", fields()[0], valid_HW=valid_HW)
+    words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run", "--set", "map.tile=64")
+    assert rayseg(*words, *SETTINGS).exit_code == 0
+    assert np.array_equal(mosaic(tmp_path / "run", "classes")[0] != 255, valid_HW)
+
+
+@pytest.mark.parametrize("value", [1, 255, 128])
+def test_flat_imagery_has_no_plots_or_one(value, tmp_path):
+    region = imagery(tmp_path / "in", np.full((3, HEIGHT, WIDTH), value, np.uint8))
+    words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run", "--set", "map.tile=256")
+    found = rayseg(*words, *SETTINGS)
+    assert found.exit_code == 0, found.output
+    assert len(geopandas.read_parquet(tmp_path / "run/plots.parquet")) == 0
+
+
+def test_imagery_without_any_data_is_settled_as_nodata(tmp_path):
+    nothing = np.zeros((HEIGHT, WIDTH), bool)
+    region = imagery(tmp_path / "in", np.full((3, HEIGHT, WIDTH), 9, np.uint8), valid_HW=nothing)
+    words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run", "--set", "map.tile=256")
+    found = rayseg(*words, *SETTINGS)
+    assert found.exit_code == 0, found.output
+    assert "Nothing was mapped" in found.stdout
+
+
+def test_grey_and_16_bit_imagery_is_scaled_by_what_the_configuration_says(tmp_path):
+    grey_1HW = fields()[0][:1].astype(np.uint16) * 10
+    region = imagery(tmp_path / "in", grey_1HW, bands=("pan",))
+    words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run", "--set", "map.tile=256")
+    said = refused(3, *words, *SETTINGS)
+    assert "has the bands pan of uint16, expected red, green, blue of uint8" in said
+    assert not (tmp_path / "run").exists()
+    image = ("--set", "image.bands=[pan]", "--set", "image.dtype=uint16", "--set", "image.high=2550")
+    assert rayseg(*words, *SETTINGS, *image).exit_code == 0
+    assert len(geopandas.read_parquet(tmp_path / "run/plots.parquet")) >= 8
+
+
+def test_what_cannot_be_meant_is_refused_before_anything_is_written(region, tmp_path):
+    words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run")
+    assert "must be a multiple of stride" in refused(2, *words, "--set", "map.tile=1000")
+    assert "name one or three" in refused(2, *words, "--set", "image.bands=[red, green]")
+    missing = refused(4, *words, "--set", f"sam.checkpoint={tmp_path}/none.pth")
+    assert "none.pth is not there; fetch https://" in missing
+    assert not (tmp_path / "run").exists()
