@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 PIPELINES = {"gpc": "rayseg.pipelines.gpc", "agri": "rayseg.pipelines.agri"}
 ORDER = (
-    "run", "status", "retry", "predict", "evaluate", "polygonize", "ingest", "models", "regions", "config", "env",
+    "run", "status", "retry", "predict", "evaluate", "polygonize", "ingest", "labels", "models", "regions", "config", "env",
 )  # fmt: skip
 MODULES = PIPELINES | {"predict": "rayseg.pipelines.predict"}
 
@@ -66,7 +66,9 @@ config_app = typer.Typer(no_args_is_help=True, help="Show, describe and check a 
 app.add_typer(run_app, name="run")
 app.add_typer(ingest_app, name="ingest")
 app.add_typer(models_app, name="models")
+labels_app = typer.Typer(no_args_is_help=True, help="Plots out to annotation tools and back.")
 app.add_typer(config_app, name="config")
+app.add_typer(labels_app, name="labels")
 
 REGIONS = (
     "demo, a name under stac/regions, a GeoJSON or GeoParquet file, west,south,east,north, or catalog.json#collection"
@@ -363,6 +365,34 @@ def ingest_xyz(
         fetching=load(webmap.Fetching, None, set_ or ()),
     )
     typer.echo(catalogue)
+
+
+@labels_app.command("export")
+def labels_export(
+    run: Annotated[str, typer.Argument(help="A run of agri over a folder of images, or its plots.parquet.")],
+    images: Annotated[str, typer.Argument(help="The folder of these images.")],
+    *,
+    out: Out,
+) -> None:
+    """Write the plots of every image as a LabelMe JSON: label 1 (cultivated) or 0; holes are shapes flagged so."""
+    from rayseg.io import labelme
+
+    typer.echo(f"{labelme.export(run, images, out)} images in {out}")
+
+
+@labels_app.command("import")
+def labels_import(
+    folder: Annotated[str, typer.Argument(help="Folder of LabelMe or X-AnyLabeling JSONs.")],
+    images: Annotated[str, typer.Argument(help="The folder of their images.")],
+    *,
+    out: Out,
+    size: Annotated[int, typer.Option(help="Side of a crop in px.")] = 224,
+) -> None:
+    """Cut labelled plots out of their images into folders by class, ready for `ingest folder --labels folder`."""
+    from rayseg.io import labelme
+
+    counts = labelme.load(folder, images, out, size=size)
+    typer.echo(", ".join(f"{count} {name}" for name, count in counts.items()) + f" in {out}")
 
 
 @models_app.command("list")

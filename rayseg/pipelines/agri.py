@@ -7,14 +7,17 @@ Proposals come from Segment Anything, or from superpixels where there are no wei
 how the region is cut into tiles: docs/decisions/0007. The published settings are `configs/agri/paper.yaml`.
 """
 
+import json
 from collections import defaultdict
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field, model_validator
 
-from rayseg import flow, mapping, publication
+from rayseg import chips, flow, mapping, publication
+from rayseg.chips import ChipsConfig
 from rayseg.config import Config as Frozen
 from rayseg.flow import Row, Work
 from rayseg.geo import Grid, Region, Tile
@@ -22,17 +25,30 @@ from rayseg.io import plots, vectors
 from rayseg.io.maps import mapped_tiles
 from rayseg.io.plot_pictures import coverage_chart, overlay, size_chart
 from rayseg.io.plots import Patches
+from rayseg.io.sources import Source, grids_of
 from rayseg.mapping import MapConfig
+from rayseg.models import bundle
+from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.sam import SamConfig, checkpoint_file
 from rayseg.run import Run, Step
 from rayseg.stages import instances
 from rayseg.stages.instances import ProposePlots, ReadGround, ReadPlots, WritePieces, WritePlots, pieces_path
+from rayseg.stages.plots import ClassifyPlots, CutPlots, WriteClasses
 from rayseg.store import upath
+from rayseg.train.batches import Chips
+from rayseg.train.classifier import ClassifierConfig, fit_classifier, trained_classifier
+from rayseg.train.learning import Learning
 from rayseg.vision.color import ClassTable
 from rayseg.vision.proposals import Superpixels
 from rayseg.vision.rounds import RoundsConfig
 
-CLASSES = ClassTable(((0, "background", (0, 0, 0)), (1, "plot", (230, 159, 0))))
+BACKGROUND = (0, "background", (0, 0, 0))
+PLOT = (1, "plot", (230, 159, 0))
+LABELS = ("field", "nonfield")
+CLASSES = ((1, LABELS[0], (0, 158, 115)), (2, LABELS[1], (213, 94, 0)))
+GROUP = 100
+"""Plots classified as one row."""
+SCALING = Scaling(scale=1 / 255, mean=(0.0,) * 3, std=(1.0,) * 3)
 COLUMNS = ("id", "number", "class", "score", "stability", "predicted_iou", "round", "refined")
 
 
@@ -87,6 +103,23 @@ class Config(Frozen):
     """Distance of patches; what they overlap is where plots are joined."""
     joined: Annotated[float, Field(ge=0.5, le=1)] = 0.5
     """IoU over what two patches both see above which their instances are one plot."""
+    classifier: str | None = None
+    """Prefix of a trained classifier of plots; without one, and without chips, plots have no class."""
+    chips: ChipsConfig | None = None
+    """Labelled crops (field, nonfield) to train one from."""
+    training: ClassifierConfig = ClassifierConfig(
+        network="plots",
+        encoder="resnet50",
+        dropout=0.0,
+        size=224,
+        epochs=10,
+        rates=((10, 1e-4),),
+        positive=None,
+        learning=Learning(batch=32, optimizer="sgd", weight_decay=0.1),
+    )
+    """How it is trained."""
+    workers: int = 0
+    """Processes of Ray Train; 0 trains in the command's own process."""
     map: MapConfig = MapConfig()
 
     @model_validator(mode="after")
@@ -171,10 +204,110 @@ def _by_grid(proposed: Step) -> dict[Grid, list[Row]]:
     return dict(sorted(by_grid.items(), key=lambda entry: (entry[0].name, entry[0].origin)))
 
 
-def write_tiles(step: Step, region: Region, proposed: Step, joined: Step, config: Config) -> dict[str, Any]:
+def fit_plots(step: Step, region: Region, config: Config) -> dict[str, Any]:
+    """The classifier of plots: the one that is given, or one trained from labelled crops; none is fine."""
+    if config.classifier:
+        return mapping.load_model(step, config.classifier)
+    if config.chips is None:
+        return {}
+    listed = chips.list_chips(step, region, LABELS, config.chips)
+    if config.workers:
+        flow.connect(step.engine.address)
+    held = _learnable(step, config.chips, held_out=True)
+    measures = fit_classifier(
+        config.training,
+        _learnable(step, config.chips, held_out=False),
+        prefix=step.prefix,
+        scaling=SCALING,
+        held_out=held if len(held) else None,
+        workers=config.workers,
+        use_gpu=torch.cuda.is_available(),
+    )
+    described = Bundle(
+        name="plots",
+        task="classification",
+        architecture=Architecture(
+            factory="plots" if config.training.network == "plots" else "classifier",
+            options=config.training.options(classes=len(LABELS), channels=3),
+        ),
+        classes=CLASSES,
+        bands=("red", "green", "blue"),
+        dtype="uint8",
+        scaling=SCALING,
+        patch=config.training.size,
+        stride=config.training.size,
+        metrics=measures,
+        provenance=Provenance(config=config.training.model_dump(mode="json")),
+    )
+    prefix = str(upath(step.root) / "models" / described.name)
+    bundle.save(prefix, described, trained_classifier(config.training, step.prefix, classes=len(LABELS)))
+    return {"bundle": prefix, "measures": measures, "chips": listed}
+
+
+def _learnable(step: Step, config: ChipsConfig, *, held_out: bool) -> Chips:
+    rows = chips.rows_of(step, held_out=held_out)
+    labels = tuple(LABELS.index(row["label"]) for row in rows)
+    return Chips(tuple(row["id"] for row in rows), labels, partial(chips.read_image, rows, config.size))
+
+
+def classify(step: Step, proposed: Step, joined: Step, model: Step, config: Config) -> dict[str, Any]:
+    """The class of every plot, if there is a classifier."""
+    if "bundle" not in model.value:
+        return {}
+    rows = mapping.kept_manifest(step, lambda: _groups(proposed, joined))
+    image, prefix = config.image, model.value["bundle"]
+    cut = CutPlots(image.bands, low=image.low, high=image.high, size=bundle.load(prefix).patch)
+    works = [
+        Work(cut),
+        Work(ClassifyPlots(prefix), cpus=1.0, gpus=1.0, model=True),
+        Work(WriteClasses(str(step.prefix))),
+    ]
+    account = flow.run(rows, works, mapping.ledger_of(step), step.engine, title="plots")
+    return {"account": account.counts, "troubles": account.troubles, "groups": [row["id"] for row in rows]}
+
+
+def _groups(proposed: Step, joined: Step) -> list[Row]:
+    """Plots of one grid, some at a time, with the imagery they may lie in."""
+    found, rows = plots.read_table(joined.prefix / "plots.parquet"), []
+    grids = _by_grid(proposed)
+    for at, (row, tiles) in enumerate(zip(joined.value["grids"], grids.values(), strict=True)):
+        known = {json.dumps(one): Source.from_row(one) for tile in tiles for one in json.loads(tile["sources"])}
+        sources = [one.to_row() for _, ordered in grids_of(list(known.values())) for one in ordered]
+        mine = [plot for plot in found if plot["grid"] == at]
+        for start in range(0, len(mine), GROUP):
+            part = mine[start : start + GROUP]
+            rows.append(
+                {
+                    "id": f"plots-{part[0]['number']}",
+                    "grid": json.dumps(row),
+                    "sources": json.dumps(sources),
+                    "numbers": [plot["number"] for plot in part],
+                    "plots": [plot["geometry"] for plot in part],
+                }
+            )
+    return rows
+
+
+def _classes(classified: Step) -> dict[int, Row]:
+    """Class and score of every plot number that has them."""
+    done = [row for row in classified.value.get("groups", []) if row not in classified.value["troubles"]]
+    tables = (plots.read_table(classified.prefix / f"{row}.classes.parquet") for row in done)
+    return {row["number"]: row for table in tables for row in table}
+
+
+def write_tiles(
+    step: Step, region: Region, proposed: Step, joined: Step, classified: Step, model: Step, config: Config
+) -> dict[str, Any]:
     """The plots of every tile as rasters with an item; tiles/<id>/ holds them, the step's ledger their fates."""
     rows = mapping.kept_manifest(step, lambda: mapping.read_manifest(proposed))
-    write = WritePlots(mapping.tiles_prefix(step), CLASSES, classes={}, geometry=region.geometry, model=None)
+    prefix = model.value.get("bundle")
+    write = WritePlots(
+        mapping.tiles_prefix(step),
+        ClassTable((BACKGROUND, *(bundle.load(prefix).classes if prefix else (PLOT,)))),
+        classes={number: row["class"] for number, row in _classes(classified).items()},
+        geometry=region.geometry,
+        model=str(upath(prefix) / "item.json") if prefix else None,
+    )
     works = [
         Work(ReadPlots(str(proposed.prefix), str(joined.prefix), config.image.bands, stride=config.stride)),
         Work(write),
@@ -183,11 +316,14 @@ def write_tiles(step: Step, region: Region, proposed: Step, joined: Step, config
     return {"account": account.counts, "troubles": account.troubles}
 
 
-def write_plots(step: Step, joined: Step) -> dict[str, Any]:
+def write_plots(step: Step, joined: Step, classified: Step, model: Step) -> dict[str, Any]:
     """All plots as `<run>/plots.parquet` (GeoParquet)."""
     found = plots.read_table(joined.prefix / "plots.parquet")
+    prefix, classes = model.value.get("bundle"), _classes(classified)
+    names = {value: name for value, name, _ in bundle.load(prefix).classes} if prefix else {}
     for row in found:
-        row |= {"class": None, "score": None}
+        known = classes.get(row["number"], {})
+        row |= {"class": names[known["class"]] if known else None, "score": known.get("score")}
     frames = [
         plots.frame_of(grid, [row for row in found if row["grid"] == at], columns=COLUMNS)
         for at, grid in enumerate(_grids(joined))
@@ -228,14 +364,20 @@ def check(config: Config, region: Region) -> None:
     plan(region, config)
     if config.proposer == "sam" and config.sam.checkpoint != "random":
         checkpoint_file(config.sam)
+    if config.classifier:
+        bundle.build(config.classifier)
+    elif config.chips:
+        chips.find_chips(region, LABELS, config.chips)
 
 
 def run(config: Config, run: Run, region: Region) -> str:
     """Find the plots of `region`; return where the report is and what it says."""
     proposed = run.step("propose", propose, region, config)
     joined = run.step("join", join, proposed, config)
-    tiles = run.step("tiles", write_tiles, region, proposed, joined, config)
-    polygons = run.step("plots", write_plots, joined)
+    model = run.step("classifier", fit_plots, region, config)
+    classified = run.step("classify", classify, proposed, joined, model, config)
+    tiles = run.step("tiles", write_tiles, region, proposed, joined, classified, model, config)
+    polygons = run.step("plots", write_plots, joined, classified, model)
     run.step("publish", mapping.publish, tiles, f"Cultivated plots, {region.name}")
     report = run.step("report", write_report, proposed, joined, tiles, polygons)
     return publication.headline(report)

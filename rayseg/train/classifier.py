@@ -1,20 +1,21 @@
 """Training of chip classifiers: balanced batches of yes and no, the best epoch kept (Cao & Huang 2022, section 3.1)."""
 
 import hashlib
-from collections.abc import Iterator
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from rayseg.config import Config
 from rayseg.errors import ConfigError
 from rayseg.metrics import Confusion
 from rayseg.models.bundle import Scaling
-from rayseg.models.classifier import Classifier, build_classifier
+from rayseg.models.classifier import build_classifier
+from rayseg.models.plots import build_plot_classifier
 from rayseg.store import StorePath, absolute
 from rayseg.train import session
 from rayseg.train.augment import Augment, augment, centre
@@ -27,6 +28,8 @@ State = dict[str, Any]
 class ClassifierConfig(Config):
     """A classifier and how it is trained; the defaults are the paper's."""
 
+    network: Literal["chips", "plots"] = "chips"
+    """Of rayseg.models.classifier, or of rayseg.models.plots: then stride, reduce, pooling and one_logit are unused."""
     encoder: str = "regnety_040"
     """A name of segmentation_models_pytorch or of timm."""
     weights: session.Weights = "imagenet"
@@ -55,7 +58,9 @@ class ClassifierConfig(Config):
     """What happens to training chips."""
 
     def options(self, *, classes: int, channels: int) -> dict[str, str | int | float]:
-        """Arguments of `build_classifier`, as a bundle keeps them."""
+        """Arguments of the network's factory, as a bundle keeps them."""
+        if self.network == "plots":
+            return {"encoder": self.encoder, "classes": classes, "dropout": self.dropout}
         return {
             "encoder": self.encoder,
             "classes": 1 if self.one_logit else classes,
@@ -128,9 +133,12 @@ def key_of(settings: Config, chips: Chips, held_out: Chips | None) -> str:
     return f"{settings.model_dump_json()} {hashlib.sha256(repr(known).encode()).hexdigest()}"
 
 
-def trained_classifier(settings: ClassifierConfig, prefix: StorePath, *, classes: int, channels: int = 3) -> Classifier:
+NETWORKS: Mapping[str, Callable[..., nn.Module]] = {"chips": build_classifier, "plots": build_plot_classifier}
+
+
+def trained_classifier(settings: ClassifierConfig, prefix: StorePath, *, classes: int, channels: int = 3) -> nn.Module:
     """The network `fit_classifier` kept under `prefix`, in evaluation mode."""
-    model = build_classifier(**settings.options(classes=classes, channels=channels), weights="none")  # type: ignore[arg-type]
+    model = NETWORKS[settings.network](**settings.options(classes=classes, channels=channels), weights="none")
     model.load_state_dict(session.best_weights(prefix))
     return model.eval()
 
@@ -143,7 +151,7 @@ def _train(config: State) -> State:
     torch.manual_seed(settings.learning.seed)
     classes, channels = max(chips.labels) + 1, chips.read(0).shape[2]
     options = settings.options(classes=max(classes, 2), channels=channels)
-    net = build_classifier(**options, weights="none" if state else settings.weights)  # type: ignore[arg-type]
+    net = NETWORKS[settings.network](**options, weights="none" if state else settings.weights)
     learner = Learner.start(net, settings.learning, device)
     state = state or {"epoch": 0, "best": session.NOTHING}
     if state["epoch"]:

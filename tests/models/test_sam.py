@@ -45,7 +45,7 @@ def small_sam(*, side=128, width=32, seed=0):
     model.mask_threshold = 16.0  # of logits that vary by 6: masks are small then, and lie in different places
     with torch.no_grad():
         for name, weights in transformer.named_parameters():
-            weights *= 6 if "proj.weight" in name else 1
+            weights.mul_(6 if "proj.weight" in name else 1)
         for mlp in decoder.output_hypernetworks_mlps:
             mlp.layers[-1].weight *= 200
         decoder.iou_prediction_head.layers[-1].weight *= 8

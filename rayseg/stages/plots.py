@@ -1,0 +1,97 @@
+"""Plots through their classifier, some at a time."""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import shapely
+import torch
+
+from rayseg.geo import Grid, Window
+from rayseg.io import plots, rasters
+from rayseg.io.sources import Source
+from rayseg.models import bundle
+from rayseg.models.classifier import class_probabilities
+from rayseg.stages.instances import eight_bit
+from rayseg.store import upath
+from rayseg.vision.crops import square_crop
+
+Row = dict[str, Any]
+
+
+class CutPlots:
+    """`plots, grid, sources -> crops`: every plot on black, (plots, size, size, 3) uint8, whatever tiles it lies in.
+
+    Args:
+        bands: of the imagery.
+        low: stored value that is 0.
+        high: stored value that is 255.
+        size: side of a crop in px.
+    """
+
+    def __init__(self, bands: Sequence[str], *, low: float, high: float, size: int) -> None:
+        self.bands, self.low, self.high, self.size = tuple(bands), low, high, size
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """Cut each group of plots."""
+        return [row | {"crops": self._cut(row)} for row in rows]
+
+    def _cut(self, row: Row) -> np.ndarray:
+        place, sources = json.loads(row["grid"]), [Source.from_row(one) for one in json.loads(row["sources"])]
+        grid = Grid(place["crs"], tuple(place["resolution"]), tuple(place["origin"]), place["image"])
+        crops = []
+        for geometry in map(shapely.from_wkb, row["plots"]):
+            left, top, right, bottom = (round(value) for value in geometry.bounds)
+            window = Window(left, top, right - left, bottom - top)
+            image_CHW, _ = rasters.read(sources, grid, window, bands=self.bands)
+            image_HWC = eight_bit(image_CHW, low=self.low, high=self.high)
+            crops.append(square_crop(image_HWC, plots.mask_of(geometry, window), size=self.size))
+        return np.stack(crops)
+
+
+class ClassifyPlots:
+    """`crops, numbers -> classes`: rows of number, class (value) and score, the class's probability.
+
+    Args:
+        prefix: of the classifier's bundle.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+
+    @cached_property
+    def _loaded(self) -> tuple[bundle.Bundle, torch.nn.Module, str]:
+        described, model = bundle.build(self.prefix)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return described, model.to(device), device
+
+    @torch.inference_mode()
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """Classify each group of plots."""
+        return [{"id": row["id"], "seconds": row["seconds"], "classes": self._classes(row)} for row in rows]
+
+    def _classes(self, row: Row) -> list[Row]:
+        described, model, device = self._loaded
+        found = []
+        for start in range(0, len(row["crops"]), 16):
+            images = described.normalize(row["crops"][start : start + 16].transpose(0, 3, 1, 2))
+            p_NK = class_probabilities(model(torch.from_numpy(images).to(device)).float()).cpu()
+            best = p_NK.max(dim=1)
+            for k, (score, at) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True), start):
+                found.append({"number": row["numbers"][k], "class": described.classes[at][0], "score": score})
+        return found
+
+
+class WriteClasses:
+    """`classes -> facts`: kept as `<prefix>/<group>.classes.parquet`."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """Write each group."""
+        for row in rows:
+            plots.write_table(upath(self.prefix) / f"{row['id']}.classes.parquet", row["classes"])
+        return [{"id": row["id"], "seconds": row["seconds"], "facts": {"plots": len(row["classes"])}} for row in rows]

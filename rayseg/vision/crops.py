@@ -1,0 +1,29 @@
+"""Plots cut out of their image, as their classifier sees them."""
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from rayseg.vision.masks import Mask
+from rayseg.vision.proposals import Image
+
+
+def square_crop(image_HWC: Image, mask_HW: Mask, *, size: int) -> Image:
+    """What a mask covers in the middle of a black square, resized to (size, size, 3).
+
+    Args:
+        image_HWC: RGB uint8 over the box around the mask, or more.
+        mask_HW: at least one pixel.
+        size: side of the result.
+    """
+    rows, cols = np.flatnonzero(mask_HW.any(axis=1)), np.flatnonzero(mask_HW.any(axis=0))
+    box = np.s_[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
+    cut_HWC = np.where(mask_HW[box][..., None], image_HWC[box], np.uint8(0))
+    height, width = cut_HWC.shape[:2]
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    square_HWC = np.zeros((side, side, 3), np.uint8)
+    square_HWC[top : top + height, left : left + width] = cut_HWC
+    way = cv2.INTER_AREA if side > size else cv2.INTER_LINEAR
+    resized: NDArray[np.uint8] = np.asarray(cv2.resize(square_HWC, (size, size), interpolation=way), np.uint8)
+    return resized
