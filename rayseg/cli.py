@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 PIPELINES = {"gpc": "rayseg.pipelines.gpc", "agri": "rayseg.pipelines.agri"}
 ORDER = (
-    "run", "status", "retry", "predict", "evaluate", "polygonize", "ingest", "labels", "models", "regions", "config", "env",
+    "run", "status", "retry", "predict", "evaluate", "polygonize", "ingest", "labels", "models", "regions",
+    "config", "env",
 )  # fmt: skip
 MODULES = PIPELINES | {"predict": "rayseg.pipelines.predict"}
 

@@ -128,7 +128,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _plots(content: Mapping[str, Any], path: Path) -> list[tuple[str, Polygon]]:
+def _plots(content: Mapping[str, Any], path: Path) -> list[tuple[str, shapely.Geometry]]:
     """(class, polygon) of every plot of one JSON, holes taken out."""
     frame = shapely.box(0, 0, content["imageWidth"], content["imageHeight"])
     outlines: list[tuple[str, Polygon, object]] = []

@@ -42,7 +42,7 @@ class CutPlots:
         place, sources = json.loads(row["grid"]), [Source.from_row(one) for one in json.loads(row["sources"])]
         grid = Grid(place["crs"], tuple(place["resolution"]), tuple(place["origin"]), place["image"])
         crops = []
-        for geometry in map(shapely.from_wkb, row["plots"]):
+        for geometry in shapely.from_wkb(np.array(row["plots"], object)):
             left, top, right, bottom = (round(value) for value in geometry.bounds)
             window = Window(left, top, right - left, bottom - top)
             image_CHW, _ = rasters.read(sources, grid, window, bands=self.bands)

@@ -1,0 +1,95 @@
+"""Plots out to LabelMe and back: what goes out comes back, and what cannot be meant is refused with its place."""
+
+import json
+
+import geopandas
+import numpy as np
+import pytest
+import shapely
+from PIL import Image
+
+from rayseg.errors import DataError
+from rayseg.io import labelme
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("a", "b"):
+        Image.fromarray(np.full((60, 80, 3), 150, np.uint8)).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture
+def exported(tmp_path, images):
+    """The folder of JSONs of a table of three plots: one with a hole, one in two parts."""
+    holed = shapely.box(5, 5, 45, 45).difference(shapely.box(15, 15, 25, 25))
+    parts = shapely.MultiPolygon([shapely.box(50, 5, 60, 15), shapely.box(50, 20, 60, 30)])
+    columns = {"class": ["field", "nonfield", None], "image": ["a", "a", "b"]}
+    table = geopandas.GeoDataFrame(columns, geometry=[holed, parts, shapely.box(0, 0, 80, 60)])
+    table.to_parquet(tmp_path / "plots.parquet")
+    assert labelme.export(str(tmp_path), str(images), str(tmp_path / "json")) == 2
+    return tmp_path / "json"
+
+
+def change(path, **values):
+    content = json.loads(path.read_text())
+    content["shapes"][0] |= values
+    path.write_text(json.dumps(content))
+
+
+def test_the_json_is_what_annotation_tools_expect(exported):
+    content = json.loads((exported / "a.json").read_text())
+    assert {key: content[key] for key in ("imagePath", "imageData", "imageHeight", "imageWidth")} == {
+        "imagePath": "a.png",
+        "imageData": None,
+        "imageHeight": 60,
+        "imageWidth": 80,
+    }
+    shapes = content["shapes"]
+    assert [one["label"] for one in shapes] == ["1", "1", "0", "0"]
+    assert [one["flags"] for one in shapes] == [{}, {"hole": True}, {}, {}]
+    assert [one["group_id"] for one in shapes] == [0, 0, 1, 1]
+    assert len(shapes[0]["points"]) == 4
+
+
+def test_what_goes_out_comes_back_as_crops_by_class(exported, images, tmp_path):
+    counts = labelme.load(str(exported), str(images), str(tmp_path / "crops"), size=40)
+    assert counts == {"field": 2, "nonfield": 2}
+    with Image.open(tmp_path / "crops/field/a-0000.png") as opened:
+        crop = np.asarray(opened)
+    assert crop.shape == (40, 40, 3)
+    assert (crop[1:8, 1:39] == 150).all()
+    assert (crop[13:18, 13:18] == 0).all()  # the hole
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"points": [[5, 5], [40, 40], [40, 5], [5, 40]]}, "shape 0 is no simple polygon"),
+        ({"points": [[5, 5], [95, 5], [5, 40]]}, "reaches 5, 5, 95, 40, beyond the image of 80 x 60"),
+        ({"label": "maybe"}, "labelled 'maybe', expected one of 1, 0, field, nonfield"),
+        ({"points": [[5, 5], [9, 9]]}, "polygon of 2 points"),
+        ({"shape_type": "circle"}, "is a circle"),
+    ],
+)
+def test_shapes_that_cannot_be_meant_are_refused_with_their_place(exported, images, tmp_path, values, said):
+    change(exported / "b.json", **values)
+    with pytest.raises(DataError, match=said) as refused:
+        labelme.load(str(exported), str(images), str(tmp_path / "crops"))
+    assert "b.json: shape 0" in str(refused.value)
+    assert not (tmp_path / "crops").exists()
+
+
+def test_files_that_cannot_be_meant_are_refused(exported, images, tmp_path):
+    (exported / "c.json").write_text((exported / "b.json").read_text())
+    with pytest.raises(DataError, match=r"b\.json and .*c\.json are both of the image b"):
+        labelme.load(str(exported), str(images), str(tmp_path / "crops"))
+    (exported / "c.json").write_text("{}")
+    with pytest.raises(DataError, match="no annotation of LabelMe"):
+        labelme.load(str(exported), str(images), str(tmp_path / "crops"))
+    (exported / "c.json").unlink()
+    (images / "b.png").unlink()
+    with pytest.raises(DataError, match="which is not in"):
+        labelme.load(str(exported), str(images), str(tmp_path / "crops"))
