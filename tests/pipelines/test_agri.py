@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import rasterio
 import shapely
+from PIL import Image
 from small_world import GRID, files, mosaic, rayseg, refused, valid_stac, window_at
 
 from rayseg.io import cog, labels
@@ -161,3 +162,38 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_written(region, tmp_
     missing = refused(4, *words, "--set", f"sam.checkpoint={tmp_path}/none.pth")
     assert "none.pth is not there; fetch https://" in missing
     assert not (tmp_path / "run").exists()
+
+
+def test_plots_have_a_class_where_labelled_crops_are_given(region, tmp_path):
+    rng = np.random.default_rng(0)
+    for name, color in (("field", (40, 110, 190)), ("nonfield", (130, 130, 130))):
+        (tmp_path / "crops" / name).mkdir(parents=True)
+        for number in range(4):
+            image = np.clip(np.array(color) + rng.normal(0, 5, (64, 64, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(image).save(tmp_path / "crops" / name / f"{number}.png")
+    catalogue = labels.ingest_folder(tmp_path / "crops", tmp_path / "cat", labels="folder")
+    trained = (
+        *(
+            "--set",
+            f"chips.source={catalogue}#chips",
+            "--set",
+            "chips.size=64",
+            "--set",
+            "training.encoder=mobilenet_v2",
+        ),
+        *("--set", "training.weights=none", "--set", "training.size=64", "--set", "training.epochs=1"),
+        *("--set", "training.learning.batch=4", "--set", "map.tile=128"),
+    )
+    words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run")
+    found = rayseg(*words, *SETTINGS, *trained)
+    assert found.exit_code == 0, found.output
+    table = geopandas.read_parquet(tmp_path / "run/plots.parquet")
+    assert set(table["class"]) <= {"field", "nonfield"}
+    assert table["score"].between(0.5, 1).all()
+    named = {1: "field", 2: "nonfield"}
+    values = set(np.unique(mosaic(tmp_path / "run", "classes"))) - {0, 255}
+    assert {named[int(value)] for value in values} == set(table["class"])
+    again = rayseg(*words[:-1], tmp_path / "again", *SETTINGS, "--set", f"classifier={tmp_path}/run/models/plots")
+    assert again.exit_code == 0, again.output
+    other = geopandas.read_parquet(tmp_path / "again/plots.parquet")
+    assert other["class"].tolist() == table["class"].tolist()
