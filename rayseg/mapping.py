@@ -140,9 +140,7 @@ def tiles_of(region: Region, config: MapConfig, check: Callable[[Source], None],
     return [row for row in rows if row["id"] in region.tiles] if region.tiles else rows
 
 
-def _sorted_out(
-    sources: Sequence[Source], check: Callable[[Source], None], size: int
-) -> tuple[list[Source], Refused]:
+def _sorted_out(sources: Sequence[Source], check: Callable[[Source], None], size: int) -> tuple[list[Source], Refused]:
     """The sources that can be mapped together, and why it cannot map the others."""
     refused: Refused = {}
     for source in sources:

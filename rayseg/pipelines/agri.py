@@ -142,9 +142,8 @@ def plan(region: Region, config: Config) -> list[Row]:
     Raises:
         RaysegError: there is no imagery, it is of another kind than configured, or a tile asked for is not there.
     """
-    sources = mapping.imagery(region, config.map)
-    instances.check_sources(sources, config.image.bands, config.image.dtype)
-    return mapping.tiles_of(region, sources, config.map, halo=config.patch)
+    check = partial(instances.check_source, bands=config.image.bands, dtype=config.image.dtype)
+    return mapping.tiles_of(region, config.map, check, halo=config.patch)
 
 
 def propose(step: Step, region: Region, config: Config) -> dict[str, Any]:

@@ -48,6 +48,8 @@ class ReadGround:
         return [self._read(row) for row in rows]
 
     def _read(self, row: Row) -> Row:
+        if row.get("refused"):
+            raise DataError(row["refused"])
         tile = Tile.from_row(row)
         reach = self.patches.reach(tile.window)
         sources = [Source.from_row(source) for source in json.loads(row["sources"])]
@@ -193,6 +195,8 @@ class ReadPlots:
         return [self._read(row) for row in rows]
 
     def _read(self, row: Row) -> Row:
+        if row.get("refused"):
+            raise DataError(row["refused"])
         tile = Tile.from_row(row)
         sources = [Source.from_row(source) for source in json.loads(row["sources"])]
         _, valid_HW = rasters.read(sources, tile.grid, tile.window, bands=self.bands)
@@ -281,17 +285,15 @@ class WritePlots:
         items.write_item(item, folder / f"{tile.id}.json")
 
 
-def check_sources(sources: Sequence[Source], bands: Sequence[str], dtype: str) -> None:
+def check_source(source: Source, *, bands: Sequence[str], dtype: str) -> None:
     """Refuse imagery without these bands or of another data type.
 
     Raises:
         DataError: what was found and what to set.
     """
-    for source in sources:
-        missing = [band for band in bands if band not in source.bands]
-        if missing or np.dtype(source.dtype) != np.dtype(dtype):
-            raise DataError(
-                f"{source.item_id} has the bands {', '.join(source.bands)} of {source.dtype}, expected "
-                f"{', '.join(bands)} of {dtype}: name one band or three with --set 'image.bands=[...]', the type with "
-                "image.dtype and the values that are black and white with image.low and image.high"
-            )
+    if any(band not in source.bands for band in bands) or np.dtype(source.dtype) != np.dtype(dtype):
+        raise DataError(
+            f"{source.item_id} has the bands {', '.join(source.bands)} of {source.dtype}, expected "
+            f"{', '.join(bands)} of {dtype}: name one band or three with --set 'image.bands=[...]', the type with "
+            "image.dtype and the values that are black and white with image.low and image.high"
+        )
