@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rayseg.geo import Region
     from rayseg.run import Run
 
-PIPELINES = {"gpc": "rayseg.pipelines.gpc"}
+PIPELINES = {"gpc": "rayseg.pipelines.gpc", "superpixel": "rayseg.pipelines.superpixel"}
 ORDER = (
     "run", "status", "retry", "predict", "evaluate", "polygonize", "ingest", "models", "regions", "config", "env",
 )  # fmt: skip

@@ -60,8 +60,9 @@ def write_image(
     bands: Sequence[str],
     nodata: float | None = None,
     valid_HW: np.ndarray | None = None,
+    categorical: bool = False,
 ) -> None:
-    """Write an image of any pixel type; overviews are averages.
+    """Write an image of any pixel type; overviews are averages, or the nearest of `categorical` values.
 
     Args:
         path: local path or URI.
@@ -71,6 +72,7 @@ def write_image(
         bands: name of each band.
         nodata: value that means no data; pixels that are not valid get it.
         valid_HW: where there is data; without `nodata` it becomes the file's internal mask.
+        categorical: values are names, of which there is no average.
 
     Raises:
         DataError: shapes do not fit.
@@ -83,7 +85,8 @@ def write_image(
         dataset.descriptions = tuple(bands)
         if valid_HW is not None and nodata is None:
             dataset.write_mask(valid_HW)
-        _publish(path, dataset, {"overview_resampling": "AVERAGE", "predictor": "YES"})
+        how = "NEAREST" if categorical else "AVERAGE"
+        _publish(path, dataset, {"overview_resampling": how, "predictor": "YES"})
 
 
 def _in_memory(

@@ -28,10 +28,15 @@ from rayseg.config import Config
 from rayseg.errors import ModelError
 from rayseg.models.classifier import build_classifier
 from rayseg.models.segmenter import build_segmenter
+from rayseg.models.unsupervised import build_unsupervised
 from rayseg.store import StorePath, put, upath
 
 FORMAT = 1
-FACTORIES: Mapping[str, Callable[..., nn.Module]] = {"classifier": build_classifier, "segmenter": build_segmenter}
+FACTORIES: Mapping[str, Callable[..., nn.Module]] = {
+    "classifier": build_classifier,
+    "segmenter": build_segmenter,
+    "unsupervised": build_unsupervised,
+}
 MLM_SCHEMA = "https://stac-extensions.github.io/mlm/v1.5.2/schema.json"
 FILE_SCHEMA = "https://stac-extensions.github.io/file/v2.1.0/schema.json"
 PROCESSING_SCHEMA = "https://stac-extensions.github.io/processing/v1.2.0/schema.json"
@@ -78,7 +83,7 @@ class Scaling(Config):
 class Architecture(Config):
     """Which of the known factories builds the network, and with which options."""
 
-    factory: Literal["classifier", "segmenter"]
+    factory: Literal["classifier", "segmenter", "unsupervised"]
     options: dict[str, str | int | float]
     """Arguments of the factory, without its weights."""
 
@@ -134,7 +139,7 @@ class Bundle(Config):
     @property
     def outputs(self) -> int:
         """Number of the model's logits per image or pixel; 1 is a class against the rest."""
-        options, usual = self.architecture.options, {"classifier": 2, "segmenter": 1}
+        options, usual = self.architecture.options, {"classifier": 2, "segmenter": 1, "unsupervised": 32}
         return int(options.get("classes", usual[self.architecture.factory]))
 
     def normalize(self, image_CHW: NDArray[Any]) -> NDArray[np.float32]:
