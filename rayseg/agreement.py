@@ -20,7 +20,9 @@ from rayseg.vision.color import label_table, rgb_of
 Pairs = Counter[tuple[int, int]]
 
 
-def agreement_of_run(root: str, truth: str, *, step: str = "predict", unlabelled: Sequence[str | int] = ()) -> dict[str, Any]:
+def agreement_of_run(
+    root: str, truth: str, *, step: str = "predict", unlabelled: Sequence[str | int] = ()
+) -> dict[str, Any]:
     """Compare the label maps of a run with masks, scene by scene.
 
     Args:

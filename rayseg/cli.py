@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 PIPELINES = {"gpc": "rayseg.pipelines.gpc", "superpixel": "rayseg.pipelines.superpixel"}
 ORDER = (
-    "run", "status", "retry", "predict", "evaluate", "polygonize", "ingest", "models", "regions", "config", "env",
+    "run", "status", "retry", "predict", "evaluate", "polygonize", "ingest", "models", "labels", "regions", "config", "env",
 )  # fmt: skip
 MODULES = PIPELINES | {"predict": "rayseg.pipelines.predict"}
 
@@ -62,10 +62,12 @@ app = typer.Typer(cls=_Door, no_args_is_help=True, add_completion=False, pretty_
 run_app = typer.Typer(no_args_is_help=True, help="Run a pipeline over a region.")
 ingest_app = typer.Typer(no_args_is_help=True, help="Describe images as a STAC catalogue.")
 models_app = typer.Typer(no_args_is_help=True, help="List and show trained models (bundles).")
+labels_app = typer.Typer(no_args_is_help=True, help="Give the labels of an unsupervised run a meaning.")
 config_app = typer.Typer(no_args_is_help=True, help="Show, describe and check a pipeline's configuration.")
 app.add_typer(run_app, name="run")
 app.add_typer(ingest_app, name="ingest")
 app.add_typer(models_app, name="models")
+app.add_typer(labels_app, name="labels")
 app.add_typer(config_app, name="config")
 
 REGIONS = (
@@ -363,6 +365,26 @@ def ingest_xyz(
         fetching=load(webmap.Fetching, None, set_ or ()),
     )
     typer.echo(catalogue)
+
+
+@labels_app.callback()
+def _labels() -> None:
+    """Give the labels of an unsupervised run a meaning."""
+
+
+@labels_app.command("assign")
+def labels_assign(
+    run: Annotated[str, typer.Argument(help="A run of the pipeline superpixel.")],
+    *,
+    csv: Annotated[str, typer.Option("--csv", help="Table with the columns label,class (and scene, color).")],
+    out: Annotated[str | None, typer.Option("--out", help="Where the masks go; default: RUN/assigned.")] = None,
+) -> None:
+    """Write a class map from a run's labels: masks to look at, to measure with, or to train on."""
+    from rayseg.io import assigned
+
+    found = assigned.assign(run, csv, out or f"{run}/assigned")
+    said = ", ".join(f"{name} {pixels:,} px" for name, pixels in found["classes"].items())
+    typer.echo(f"{found['catalog']}#classes: {said}; {found['unassigned']:,} px without a class")
 
 
 @models_app.command("list")

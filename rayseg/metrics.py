@@ -234,7 +234,9 @@ def _ami(table_RP: NDArray[np.int64], rows_R: NDArray[np.int64], cols_P: NDArray
     expected = expected_mutual_information(table_RP, total)
     entropies = [-float(np.sum(part / total * np.log(part / total))) for part in (rows_R, cols_P)]
     spare = float(np.mean(entropies)) - expected
-    return float((shared - expected) / (min(spare, -np.finfo(float).eps) if spare < 0 else max(spare, np.finfo(float).eps)))
+    return float(
+        (shared - expected) / (min(spare, -np.finfo(float).eps) if spare < 0 else max(spare, np.finfo(float).eps))
+    )
 
 
 def _flat(a: NDArray[np.integer], b: NDArray[np.integer]) -> tuple[NDArray[np.integer], NDArray[np.integer]]:

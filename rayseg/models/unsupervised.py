@@ -208,22 +208,36 @@ def initial(recipe: Recipe, *, bands: int, seed: int) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
-class Grouped(nn.Module):
-    """A network whose labels are put together: logits of groups, whose softmax adds up that of their labels."""
+class Labeller(nn.Module):
+    """A network from imagery to logits of groups of its labels, whose softmax adds up that of the labels.
 
-    def __init__(self, net: nn.Module, groups_K: Sequence[int]) -> None:
-        """Labels of group -1 are never given."""
+    Args:
+        net: the network of a recipe, whose input it sees averaged over squares.
+        groups_K: group of every label; -1 of labels that are never given.
+        reduce: side of the squares in px; probabilities are brought back bilinearly.
+    """
+
+    def __init__(self, net: nn.Module, groups_K: Sequence[int], *, reduce: int = 1) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.reduce = net, reduce
         groups = torch.tensor(groups_K)
         one_hot_KG = F.one_hot(groups.clamp(min=0), int(groups.max()) + 1) * (groups >= 0)[:, None]
-        self.register_buffer("members_GK", one_hot_KG.T.float().contiguous(), persistent=False)
+        self.register_buffer("members_GK11", one_hot_KG.T.float()[:, :, None, None].contiguous(), persistent=False)
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
-        """Logits_NGHW."""
-        shares_NKHW = self.net(images_NCHW).float().softmax(1)
-        members_GK: Tensor = self.get_buffer("members_GK")
-        return F.conv2d(shares_NKHW, members_GK[:, :, None, None]).clamp(min=1e-12).log()
+        """Logits_NGHW; sides of the images are multiples of 4 * reduce."""
+        size = images_NCHW.shape[2:]
+        members_GK11: Tensor = self.get_buffer("members_GK11")
+        shares_NKHW = self.net(reduced(images_NCHW, self.reduce)).float().softmax(1)
+        shares_NGHW = F.conv2d(shares_NKHW, members_GK11)
+        if self.reduce > 1:
+            shares_NGHW = F.interpolate(shares_NGHW, size=size, mode="bilinear")
+        return shares_NGHW.clamp(min=1e-12).log()
+
+
+def reduced(images_NCHW: Tensor, side: int) -> Tensor:
+    """The means of squares of `side` px."""
+    return F.avg_pool2d(images_NCHW, side) if side > 1 else images_NCHW
 
 
 def build_unsupervised(
@@ -233,9 +247,10 @@ def build_unsupervised(
     labels: int,
     classes: int,
     groups: str = "",
-    weights: str = "none",  # noqa: ARG001 - what every factory takes
+    reduce: int = 1,
+    weights: str = "none",
 ) -> nn.Module:
-    """A network from images_NCHW (float32, sides multiples of 4) to logits_NKHW of that size.
+    """A network from images_NCHW (float32, sides multiples of 4 * reduce) to logits_NKHW of that size.
 
     Args:
         network: a name in `NETWORKS`.
@@ -243,6 +258,7 @@ def build_unsupervised(
         labels: outputs of the network itself.
         classes: logits that come out: groups of labels.
         groups: group of every label, as text: "0,1,0,-1"; "" leaves the labels as they are.
+        reduce: side in px of the squares whose mean the network sees as one pixel.
         weights: not looked at: there are none but those of the scene.
 
     Raises:
@@ -254,7 +270,7 @@ def build_unsupervised(
     numbers = [int(group) for group in groups.split(",")] if groups else list(range(labels))
     if len(numbers) != labels or max(numbers) + 1 != classes:
         raise ConfigError(f"groups {groups!r} do not put {labels} labels into {classes} classes; train again")
-    return Grouped(net, numbers) if groups else net
+    return Labeller(net, numbers, reduce=reduce)
 
 
 def as_input(image_HWC: NDArray[Any], device: str | torch.device = "cpu") -> Tensor:

@@ -7,8 +7,6 @@ by the steps; the settings of the paper are `configs/superpixel/paper.yaml`.
 """
 
 import json
-from collections import defaultdict
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -20,11 +18,10 @@ from rayseg.config import Config as Frozen
 from rayseg.errors import ConfigError, DataError
 from rayseg.flow import Row, Work
 from rayseg.geo import Region, Tile, Window, expect_ids, slug
-from rayseg.io import maps, pictures, rasters, segments
+from rayseg.io import maps, pictures, segments
 from rayseg.io.sources import Source
-from rayseg.ledger import SETTLED, Account, Ledger, Record
+from rayseg.ledger import SETTLED, Record
 from rayseg.mapping import MapConfig
-from rayseg.models import bundle
 from rayseg.models.bundle import Scaling
 from rayseg.run import Run, Step
 from rayseg.stages.label import LabelTile
@@ -45,14 +42,15 @@ MOST_CURVES = 6
 class SuperpixelConfig(Frozen):
     """How the scene is divided before anything is learnt."""
 
-    method: Literal["felzenszwalb", "slic", "watershed"] = "felzenszwalb"
-    """felzenszwalb is the paper's; slic and watershed are compact and quicker."""
+    method: Literal["felzenszwalb", "halved", "slic", "watershed"] = "halved"
+    """felzenszwalb is the paper's; halved is the same at half the resolution, in a fraction of the time; slic and
+    watershed give superpixels of about one size."""
     scale: Annotated[float, Field(gt=0)] = 32.0
-    """felzenszwalb: larger means larger superpixels."""
+    """felzenszwalb, halved: larger means larger superpixels."""
     sigma: Annotated[float, Field(ge=0)] = 0.5
-    """felzenszwalb: width in px of the Gaussian that smooths the scene first."""
+    """felzenszwalb, halved: width in px of the Gaussian that smooths the scene first."""
     min_size: Annotated[int, Field(gt=0)] = 64
-    """felzenszwalb: least pixels of a superpixel."""
+    """felzenszwalb, halved: least pixels of a superpixel."""
     spacing: Annotated[int, Field(gt=1)] = 14
     """slic, watershed: distance of superpixels in px."""
     overlap: Annotated[int, Field(ge=2)] = 64
@@ -61,7 +59,7 @@ class SuperpixelConfig(Frozen):
     @property
     def options(self) -> dict[str, float]:
         """Arguments of the method."""
-        if self.method == "felzenszwalb":
+        if self.method in {"felzenszwalb", "halved"}:
             return {"scale": self.scale, "sigma": self.sigma, "min_size": self.min_size}
         return {"spacing": self.spacing}
 
@@ -124,7 +122,9 @@ def _contract(sources: list[Source], config: Config) -> tuple[tuple[str, ...], s
     dtype = sources[0].dtype
     for source in sources:
         if source.dtype.startswith("complex"):
-            raise DataError(f"{source.item_id} has complex pixels ({source.dtype}), expected real values: convert it to amplitude")
+            raise DataError(
+                f"{source.item_id} has complex pixels ({source.dtype}), expected real values: convert it to amplitude"
+            )
         if source.dtype != dtype or (missing := set(bands) - set(source.bands)):
             wrong = f"{source.dtype} values" if source.dtype != dtype else f"no band {', '.join(sorted(missing))}"
             raise DataError(
@@ -182,7 +182,9 @@ def divide(step: Step, listed: Step, config: Config) -> dict[str, Any]:
     """Superpixels of all scenes, `<step>/<tile>.tif`: found tile by tile, made one where neighbours agree."""
     if not config.network.votes:
         return {"segments": None}
-    rows = [tile | {"scaling": scene["scaling"]} for scene in _scenes(listed, config) for tile in json.loads(scene["tiles"])]
+    rows = [
+        tile | {"scaling": scene["scaling"]} for scene in _scenes(listed, config) for tile in json.loads(scene["tiles"])
+    ]
     put(step.prefix / "manifest.parquet", parquet(rows or [{"id": ""}][:0]))
     overlap, prefix = config.superpixels.overlap, str(step.prefix)
     works = [
@@ -212,7 +214,10 @@ def _unite(prefix: str, found: list[tuple[Tile, int]], overlap: int) -> list[np.
     pairs = {}
     for one, (tile, _) in enumerate(found):
         window = tile.window
-        for line, place in (("col", (tile.grid, window.row, window.col1)), ("row", (tile.grid, window.row1, window.col))):
+        for line, place in (
+            ("col", (tile.grid, window.row, window.col1)),
+            ("row", (tile.grid, window.row1, window.col)),
+        ):
             if (other := corners.get(place)) is not None:
                 pairs[one, other] = _pairs(prefix, tile, found[other][0], line, overlap)
     return united([count for _, count in found], pairs)
@@ -223,7 +228,8 @@ def _pairs(prefix: str, one: Tile, other: Tile, line: str, overlap: int) -> np.n
     zone = grown(one.window, overlap).intersect(grown(other.window, overlap))
     border = np.s_[:, overlap - 1 : overlap + 1] if line == "col" else np.s_[overlap - 1 : overlap + 1, :]
     seen = [
-        segments.read_segments([(grown(tile.window, overlap), part_path(prefix, tile.id))], zone) for tile in (one, other)
+        segments.read_segments([(grown(tile.window, overlap), part_path(prefix, tile.id))], zone)
+        for tile in (one, other)
     ]
     return agreeing(*seen, border)
 
@@ -276,7 +282,9 @@ def label(step: Step, listed: Step, trained: Step, region: Region, config: Confi
     settings = config.network
     works = [
         Work(ReadAround(listed.value["bands"], margin=config.sieve, lattice=(settings.patch, settings.stride))),
-        Work(LabelTile(margin=config.sieve, sieve=config.sieve, batch=config.map.batch), cpus=1.0, gpus=1.0, model=True),
+        Work(
+            LabelTile(margin=config.sieve, sieve=config.sieve, batch=config.map.batch), cpus=1.0, gpus=1.0, model=True
+        ),
         Work(WriteTile(mapping.tiles_prefix(step), table, bands=("probability",), geometry=region.geometry, model="")),
     ]
     account = flow.run(
@@ -320,8 +328,17 @@ def draw(step: Step, listed: Step, divided: Step, predicted: Step) -> dict[str, 
     for number, picture in enumerate(pictures.pictures_of(tiles)[:2]):
         seen = picture.classes_HW != maps.NODATA
         mean_HWC = mean_color(picture.image_HWC, np.where(seen, picture.classes_HW, 254))
-        put(step.prefix / f"mean-{number}.png", pictures.encoded(np.dstack([mean_HWC, np.where(seen, 255, 0)]).astype(np.uint8)))
-        found.append([f"Mean colours, {picture.title}", f"steps/{step.name}/mean-{number}.png", "Every label in its mean colour."])
+        put(
+            step.prefix / f"mean-{number}.png",
+            pictures.encoded(np.dstack([mean_HWC, np.where(seen, 255, 0)]).astype(np.uint8)),
+        )
+        found.append(
+            [
+                f"Mean colours, {picture.title}",
+                f"steps/{step.name}/mean-{number}.png",
+                "Every label in its mean colour.",
+            ]
+        )
     if tiles and divided.value["segments"]:
         put(step.prefix / "superpixels.png", pictures.encoded(_overlay(tiles[0], divided.value["segments"])))
         caption = f"The middle of tile {tiles[0].tile.id}: labels are voted inside these."
@@ -337,7 +354,7 @@ def _overlay(mapped: maps.MappedTile, prefix: str, *, side: int = 512) -> np.nda
     return outlined(image_HWC, segments.read_segments([(window, segments_path(prefix, mapped.tile.id))], part))
 
 
-def write_report(  # noqa: PLR0913 - all that a report tells of
+def write_report(
     step: Step, trained: Step, drawn: Step, predicted: Step, polygons: Step, measured: Step
 ) -> dict[str, Any]:
     """The report: with what became of the networks, and the agreement with the truth."""

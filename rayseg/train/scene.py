@@ -17,16 +17,17 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from rayseg.config import Config
-from rayseg.geo import Lattice, Tile, Window
+from rayseg.geo import Tile, Window
 from rayseg.io import rasters, segments
 from rayseg.io.sources import Source
 from rayseg.models import bundle, unsupervised
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
+from rayseg.models.encoders import recalibrate_batchnorm
 from rayseg.models.unsupervised import RECIPES, Precision, Recipe
 from rayseg.store import put, upath
 from rayseg.train.session import load_checkpoint
@@ -56,6 +57,10 @@ class NetworkConfig(Config):
     """Side of a patch in px."""
     stride: Annotated[int, Field(gt=0)] = 448
     """Distance of patches in px."""
+    reduce: Annotated[int, Field(gt=0)] = 2
+    """Side in px of the squares whose mean the network sees as one pixel; the paper's is 1."""
+    recalibrate: bool = True
+    """Take the batch norms' statistics anew, over the whole scene, when the training is done; the paper does not."""
     patches: Annotated[int, Field(gt=0)] | None = 256
     """Patches per epoch, drawn anew from all for each; None takes all."""
     seed: int = 2021
@@ -68,6 +73,14 @@ class NetworkConfig(Config):
     """Bytes of patches that are kept; the rest is read again in every epoch."""
     stall_seconds: Annotated[float, Field(gt=0)] = 86400.0
     """A training in which no scene is finished for so long ends with an error."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "NetworkConfig":
+        if self.patch % (4 * self.reduce) or self.stride > self.patch:
+            raise ValueError(
+                f"patch {self.patch} must be a multiple of 4 x reduce ({4 * self.reduce}), stride at most the patch"
+            )
+        return self
 
     @property
     def votes(self) -> bool:
@@ -95,7 +108,8 @@ class Patches:
         self, tiles: Sequence[Row], files: dict[str, str], bands: Sequence[str], scaling: Scaling, config: NetworkConfig
     ) -> None:
         self.tiles = {row["id"]: row for row in tiles}
-        self.files, self.bands, self.scaling, self.memory = files, tuple(bands), scaling, config.memory
+        self.files, self.bands, self.scaling = files, tuple(bands), scaling
+        self.memory, self.reduce = config.memory, config.reduce
         self.windows = list(_windows([Tile.from_row(row) for row in tiles], config))
         self._kept: dict[int, tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.uint32]]] = {}
         self._bytes = 0
@@ -106,12 +120,15 @@ class Patches:
     def read(self, number: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(image_1CHW float32, superpixel of every pixel, positions of pixels with data or None for all).
 
-        Where a patch has no data the image is mirrored.
+        Where a patch has no data the image is mirrored. All are reduced: a square of pixels counts as one, which is in
+        the superpixel of its first pixel.
         """
         image_CHW, seen_HW, segments_HW = self._raw(number)
         normal_CHW = self.scaling.normalize(mirrored(image_CHW, seen_HW) if seen_HW.any() else image_CHW)
+        seen_HW, segments_HW = (array[:: self.reduce, :: self.reduce] for array in (seen_HW, segments_HW))
         _, compact = np.unique(segments_HW, return_inverse=True)
-        image = torch.from_numpy(normal_CHW)[None].contiguous(memory_format=torch.channels_last)
+        image = unsupervised.reduced(torch.from_numpy(normal_CHW)[None], self.reduce)
+        image = image.contiguous(memory_format=torch.channels_last)
         seen = None if seen_HW.all() else torch.from_numpy(np.flatnonzero(seen_HW))
         return image, torch.from_numpy(compact.ravel()) if self.files else None, seen
 
@@ -124,9 +141,7 @@ class Patches:
             self._kept[number] = raw
         return self._kept[number]
 
-    def _from_files(
-        self, tile_id: str, window: Window
-    ) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.uint32]]:
+    def _from_files(self, tile_id: str, window: Window) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.uint32]]:
         row = self.tiles[tile_id]
         tile = Tile.from_row(row)
         sources = [Source.from_row(source) for source in json.loads(row["sources"])]
@@ -146,7 +161,8 @@ def _windows(tiles: Sequence[Tile], config: NetworkConfig) -> Iterator[tuple[str
             extent = extent.union(tile.window)
         for row in _origins(extent.row, extent.height, config):
             for col in _origins(extent.col, extent.width, config):
-                size = [max(8, -(-min(config.patch, side) // 4) * 4) for side in (extent.width, extent.height)]
+                unit = 4 * config.reduce
+                size = [max(2, -(-min(config.patch, side) // unit)) * unit for side in (extent.width, extent.height)]
                 window = Window(col, row, *size)
                 middle = Window(col + min(size[0], extent.width) // 2, row + min(size[1], extent.height) // 2, 1, 1)
                 holder = [tile.id for tile in mine if not tile.window.intersect(middle).empty]
@@ -223,6 +239,7 @@ class TrainScene:
             "labels": labels,
             "classes": classes,
             "groups": ",".join(map(str, groups)),
+            "reduce": self.config.reduce,
         }
         described = Bundle(
             name=f"labels-{scene}",
@@ -237,7 +254,7 @@ class TrainScene:
             provenance=Provenance(config=self.config.model_dump(mode="json")),
         )
         prefix = str(upath(self.models) / scene)
-        bundle.save(prefix, described, unsupervised.Grouped(net.cpu(), groups.tolist()))
+        bundle.save(prefix, described, unsupervised.Labeller(net.cpu(), groups.tolist(), reduce=self.config.reduce))
         return prefix
 
 
@@ -266,10 +283,14 @@ def fit(
             content = BytesIO()
             torch.save({"settings": settings, **state}, content)
             put(upath(prefix) / "checkpoint.pt", content.getvalue())
+        if config.recalibrate:
+            # A short training leaves running averages that still remember where they began.
+            with torch.no_grad():
+                recalibrate_batchnorm(net, (patches.read(k)[0].to(device) for k in _spread(patches, MOST_MEASURED)))
     return net, history
 
 
-def epoch(  # noqa: PLR0913 - all that an epoch depends on
+def epoch(
     number: int,
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -312,9 +333,7 @@ def _spread(patches: Patches, most: int) -> list[int]:
 
 
 @torch.inference_mode()
-def measured(
-    net: nn.Module, patches: Patches, device: torch.device
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def measured(net: nn.Module, patches: Patches, device: torch.device) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """(mean feature (K, D), number of pixels (K,)) of every label as the network gives them, from some patches.
 
     Features are what its last convolution sees; for a network of one layer, the values themselves.

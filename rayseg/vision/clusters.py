@@ -7,7 +7,7 @@ from scipy.spatial.distance import cdist
 Floats = NDArray[np.float64]
 
 
-def isodata(  # noqa: PLR0913 - the method's own parameters
+def isodata(
     samples_NC: NDArray[np.floating],
     *,
     clusters: int,

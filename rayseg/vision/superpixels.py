@@ -104,6 +104,25 @@ def _check_image(image_HWC: NDArray[Any]) -> None:
         )
 
 
+def halved(image_HWC: NDArray[Any], *, scale: float = 32, sigma: float = 0.5, min_size: int = 64) -> NDArray[np.int32]:
+    """`felzenszwalb` on the means of squares of 2 x 2 pixels: the same superpixels but for their jagged outlines.
+
+    Args:
+        image_HWC: as `felzenszwalb` takes it.
+        scale: the same.
+        sigma: width of the Gaussian in pixels of the half resolution.
+        min_size: smallest superpixel in pixels of the image.
+    """
+    _check_image(image_HWC)
+    height, width = image_HWC.shape[:2]
+    padded_HWC = np.pad(image_HWC, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge").astype(np.float32)
+    if image_HWC.dtype.kind in "ui":
+        padded_HWC /= np.float32(np.iinfo(image_HWC.dtype).max)
+    means_HWC = (padded_HWC[::2] + padded_HWC[1::2]).reshape(-1, padded_HWC.shape[1] // 2, 2, image_HWC.shape[2])
+    found = felzenszwalb(means_HWC.sum(axis=2) / 4, scale=scale, sigma=sigma, min_size=max(1, min_size // 4))
+    return found.repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
+
+
 def outlined(image_HWC: NDArray[np.uint8], segments_HW: NDArray[np.integer]) -> NDArray[np.uint8]:
     """The image (height, width, 3) with the borders of its superpixels in yellow."""
     shown = segmentation.mark_boundaries(image_HWC, segments_HW.astype(np.int64), color=(1, 1, 0), mode="inner")
@@ -118,6 +137,7 @@ def _evenly(image_HWC: NDArray[Any], *, spacing: int) -> NDArray[np.int32]:
 
 METHODS: Mapping[str, Callable[..., NDArray[np.int32]]] = {
     "felzenszwalb": felzenszwalb,
+    "halved": halved,
     "slic": _evenly,
     "watershed": watershed,
 }
