@@ -1,6 +1,6 @@
 """Speed and quality of the pipeline `superpixel`; docs/superpixel.md shows the tables.
 
-    python benchmarks/superpixel.py quality IMAGES MASKS --out DIR [--epochs 4] [--seeds 2021 2022 2023] [--only NAME ...]
+    python benchmarks/superpixel.py quality IMAGES MASKS --out DIR [--epochs 4] [--seeds ...] [--only NAME ...]
     python benchmarks/superpixel.py speed IMAGE --out DIR [--epochs 1] [--size 2048] [--mask MASK]
     python benchmarks/superpixel.py memory --out DIR [--side 20000] [--tile 2048]
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 PIPELINES = {"gpc": "rayseg.pipelines.gpc", "superpixel": "rayseg.pipelines.superpixel"}
 ORDER = (
-    "run", "status", "retry", "predict", "evaluate", "polygonize", "ingest", "models", "labels", "regions", "config", "env",
+    "run", "status", "retry", "predict", "evaluate", "polygonize", "ingest", "models", "labels", "regions",
+    "config", "env",
 )  # fmt: skip
 MODULES = PIPELINES | {"predict": "rayseg.pipelines.predict"}
 

@@ -90,7 +90,7 @@ def _key(row: Mapping[str, Any], where: str) -> Key:
 
 
 def _lookup(assigned: Assigned, table: ClassTable, scene: str) -> np.ndarray:
-    """Class value of every label of a scene, (256,) uint8; what is said of the scene goes before what is said of all."""
+    """Class value of every label, (256,) uint8; what is said of the scene goes before what is said of all scenes."""
     values = dict(zip(table.names, table.values, strict=True))
     lookup = np.full(256, NODATA, np.uint8)
     for (named, label), name in sorted(assigned.items()):

@@ -71,7 +71,7 @@ class Config(Frozen):
     network: NetworkConfig = NetworkConfig()
     map: MapConfig = MapConfig()
     shared: bool = False
-    """One network over all scenes, so that a label means the same everywhere; else one for each, with its own labels."""
+    """One network over all scenes, so that a label means the same everywhere; else one each, with its own labels."""
     bands: tuple[str, ...] = ()
     """Names of the bands to look at; by default all that the first scene has."""
     scaling: Literal["auto", "range", "percentiles"] | Scaling = "auto"
@@ -149,10 +149,9 @@ def list_scenes(step: Step, region: Region, config: Config) -> dict[str, Any]:
         put(step.prefix / "contract.json", json.dumps({"bands": bands, "dtype": dtype}).encode())
         put(path, parquet(rows))
     contract = json.loads((step.prefix / "contract.json").read_bytes())
-    account = flow.run(
-        mapping.read_manifest(step), [Work(Survey(contract["bands"]), cpus=0.5)], mapping.ledger_of(step), step.engine, title="scenes"
-    )  # fmt: skip
-    return contract | {"account": account.counts, "troubles": account.troubles}
+    rows, works = mapping.read_manifest(step), [Work(Survey(contract["bands"]), cpus=0.5)]
+    account = flow.run(rows, works, mapping.ledger_of(step), step.engine, title="scenes")
+    return {**contract, "account": account.counts, "troubles": account.troubles}
 
 
 def _scaling(config: Config, facts: dict[str, Any], dtype: str, bands: int) -> Scaling:
@@ -185,7 +184,7 @@ def divide(step: Step, listed: Step, config: Config) -> dict[str, Any]:
     rows = [
         tile | {"scaling": scene["scaling"]} for scene in _scenes(listed, config) for tile in json.loads(scene["tiles"])
     ]
-    put(step.prefix / "manifest.parquet", parquet(rows or [{"id": ""}][:0]))
+    put(step.prefix / "manifest.parquet", parquet(rows))
     overlap, prefix = config.superpixels.overlap, str(step.prefix)
     works = [
         Work(ReadAround(listed.value["bands"], margin=overlap)),
@@ -196,8 +195,8 @@ def divide(step: Step, listed: Step, config: Config) -> dict[str, Any]:
     tables = _unite(prefix, found, overlap)
     for (tile, _), table in zip(found, tables, strict=True):
         if not (path := segments_path(prefix, tile.id)).exists():
-            parts = [(grown(tile.window, overlap), part_path(prefix, tile.id))]
-            segments.write_segments(path, table[segments.read_segments(parts, tile.window)], tile.grid, tile.window)
+            numbers = table[_part_of(prefix, tile, tile.window, overlap)]
+            segments.write_segments(path, numbers, tile.grid, tile.window)
     return {"segments": prefix, "account": account.counts, "troubles": account.troubles}
 
 
@@ -227,11 +226,13 @@ def _pairs(prefix: str, one: Tile, other: Tile, line: str, overlap: int) -> np.n
     """Segments that two neighbours found alike around their border: a column or a row of the grid."""
     zone = grown(one.window, overlap).intersect(grown(other.window, overlap))
     border = np.s_[:, overlap - 1 : overlap + 1] if line == "col" else np.s_[overlap - 1 : overlap + 1, :]
-    seen = [
-        segments.read_segments([(grown(tile.window, overlap), part_path(prefix, tile.id))], zone)
-        for tile in (one, other)
-    ]
-    return agreeing(*seen, border)
+    one_HW, other_HW = (_part_of(prefix, tile, zone, overlap) for tile in (one, other))
+    return agreeing(one_HW, other_HW, border)
+
+
+def _part_of(prefix: str, tile: Tile, window: Window, overlap: int) -> np.ndarray:
+    """Segments of `window` as the tile alone numbers them."""
+    return segments.read_segments([(grown(tile.window, overlap), part_path(prefix, tile.id))], window)
 
 
 # -- networks and maps -------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ class Survey:
     def _survey(self, row: Row) -> Row:
         kept = {key: row[key] for key in ("id", "seconds") if key in row}
         tiles = json.loads(row["tiles"])
-        values_CN = self._values([block for block in _blocks(tiles)])
+        values_CN = self._values(list(_blocks(tiles)))
         if values_CN.shape[1] == 0 or (values_CN == values_CN[:, :1]).all():
             values_CN = self._first_two(tiles, values_CN)
         if values_CN.shape[1] == 0:

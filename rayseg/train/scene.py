@@ -125,7 +125,8 @@ class Patches:
         """
         image_CHW, seen_HW, segments_HW = self._raw(number)
         normal_CHW = self.scaling.normalize(mirrored(image_CHW, seen_HW) if seen_HW.any() else image_CHW)
-        seen_HW, segments_HW = (array[:: self.reduce, :: self.reduce] for array in (seen_HW, segments_HW))
+        first = np.s_[:: self.reduce, :: self.reduce]
+        seen_HW, segments_HW = seen_HW[first], segments_HW[first]
         _, compact = np.unique(segments_HW, return_inverse=True)
         image = unsupervised.reduced(torch.from_numpy(normal_CHW)[None], self.reduce)
         image = image.contiguous(memory_format=torch.channels_last)
@@ -308,10 +309,16 @@ def epoch(
     for image, superpixels, seen in _ahead(patches, order):
         if seen is not None and not len(seen):
             continue
-        on_device = [part if part is None else part.to(device) for part in (superpixels, seen)]
+        segments, places = (part if part is None else part.to(device) for part in (superpixels, seen))
         targets, loss = unsupervised.step(
-            net, optimizer, image.to(device), on_device[0], recipe=config.recipe, precision=config.precision, seen=on_device[1]
-        )  # fmt: skip
+            net,
+            optimizer,
+            image.to(device),
+            segments,
+            recipe=config.recipe,
+            precision=config.precision,
+            seen=places,
+        )
         counts += torch.bincount(targets[targets >= 0], minlength=config.labels)
         losses.append(loss)
     mean = float(torch.stack(losses).mean()) if losses else float("nan")

@@ -72,14 +72,15 @@ def _split(samples_NC: Floats, centres_KC: Floats, own_N: NDArray[np.intp], spre
 
 def _joined(centres_KC: Floats, sizes_K: NDArray[np.intp], nearest: float, clusters: int) -> Floats:
     """The nearest centres merged while they are too near, or while there are more than wanted."""
-    centres, sizes = centres_KC.copy(), sizes_K.astype(np.float64)
+    centres: Floats = centres_KC.copy()
+    sizes: Floats = sizes_K.astype(np.float64)
     while len(centres) > 1:
         distances = cdist(centres, centres)
         np.fill_diagonal(distances, np.inf)
         one, other = np.unravel_index(distances.argmin(), distances.shape)
         if distances[one, other] > nearest and len(centres) <= clusters:
             break
-        weight = max(sizes[one] + sizes[other], 1.0)
+        weight = max(float(sizes[one] + sizes[other]), 1.0)
         centres[one] = (centres[one] * sizes[one] + centres[other] * sizes[other]) / weight
         sizes[one] = weight
         centres, sizes = np.delete(centres, other, axis=0), np.delete(sizes, other)

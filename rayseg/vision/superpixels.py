@@ -42,7 +42,8 @@ def slic(
     """SLIC superpixels (Achanta et al. 2012, TPAMI 34): compact and of nearly equal size.
 
     Args:
-        image_HWC: image, uint8 or floats 0..1; three channels are taken as RGB and compared in CIELAB, any other number as they are.
+        image_HWC: image, uint8 or floats 0..1; three channels are taken as RGB and compared in CIELAB, any other
+            number as they are.
         segments: superpixels aimed at.
         compactness: weight of nearness against likeness of colour.
         sigma: width in pixels of the Gaussian that smooths the image first.
@@ -67,7 +68,7 @@ def slic(
     return np.asarray(gapless_HW, dtype=np.int32) - np.int32(1)
 
 
-def watershed(image_HWC: NDArray[Any], *, spacing: int = 12, compactness: float = 0.0) -> NDArray[np.int32]:
+def watershed(image_HWC: NDArray[Any], *, spacing: int = 14, compactness: float = 0.0) -> NDArray[np.int32]:
     """Superpixels flooded over the gradient from a regular grid of seeds (after Neubert & Protzel 2014, ICPR).
 
     Args:
@@ -129,7 +130,7 @@ def outlined(image_HWC: NDArray[np.uint8], segments_HW: NDArray[np.integer]) -> 
     return np.rint(shown * 255).astype(np.uint8)
 
 
-def _evenly(image_HWC: NDArray[Any], *, spacing: int) -> NDArray[np.int32]:
+def _evenly(image_HWC: NDArray[Any], *, spacing: int = 14) -> NDArray[np.int32]:
     """SLIC with superpixels `spacing` px apart, whatever the image's size."""
     height, width = image_HWC.shape[:2]
     return slic(image_HWC, segments=max(1, height * width // spacing**2))
