@@ -33,36 +33,6 @@ class Conv3x3(nn.Conv2d):
         return output
 
 
-class UpConv3x3(nn.Conv2d):
-    """Twice the size by repeating pixels, then a 3x3 convolution: computed without ever making the larger input.
-
-    An output pixel sees only 2 x 2 different input pixels, so the nine weights fall into four for each of the four
-    positions in a 2 x 2 block: 4/9 of the arithmetic, on every device. The result is the same but for rounding.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1)
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """Convolve (N, C, H, W) to (N, out_channels, 2 H, 2 W)."""
-        height, width = input.shape[2:]
-        padded = F.pad(input, (1, 1, 1, 1))
-        rows = []
-        for down, weight_2KCW in enumerate(_folded(self.weight.movedim(2, 0))):
-            part = padded[:, :, down : down + height + 1]
-            found = [
-                F.conv2d(part[..., across : across + width + 1], weight_22KC.permute(2, 3, 1, 0), self.bias)
-                for across, weight_22KC in enumerate(_folded(weight_2KCW.movedim(3, 0)))
-            ]
-            rows.append(torch.stack(found, dim=-1).flatten(3))
-        return torch.stack(rows, dim=3).flatten(2, 3).contiguous(memory_format=torch.channels_last)
-
-
-def _folded(taps: Tensor) -> tuple[Tensor, Tensor]:
-    """Three taps along a line of pairs of equal pixels as two, for the first and for the second pixel of a pair."""
-    return torch.stack([taps[0], taps[1] + taps[2]]), torch.stack([taps[0] + taps[1], taps[2]])
-
-
 class Conv1x1(nn.Conv2d):
     """A 1x1 convolution that on a CPU is one matrix product over the pixels as they lie in channels_last."""
 

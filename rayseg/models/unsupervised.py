@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.models.cpu import BatchNorm, Conv1x1, Conv3x3, UpConv3x3, reused_memory
+from rayseg.models.cpu import BatchNorm, Conv1x1, Conv3x3, reused_memory
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -361,8 +361,8 @@ def _build_deepnet(bands: int, classes: int) -> nn.Module:
         *(Conv3x3(bands, 64), BatchNorm(64), _relu(), nn.MaxPool2d(2)),
         *(Conv3x3(64, 64), BatchNorm(64), _relu(), nn.MaxPool2d(2)),
         *(Conv3x3(64, 64), BatchNorm(64), _relu()),
-        *(UpConv3x3(64, 64), BatchNorm(64), _relu()),
-        *(UpConv3x3(64, 64), BatchNorm(64), _relu()),
+        *(nn.Upsample(scale_factor=2), Conv3x3(64, 64), BatchNorm(64), _relu()),
+        *(nn.Upsample(scale_factor=2), Conv3x3(64, 64), BatchNorm(64), _relu()),
         *(Conv1x1(64, classes), BatchNorm(classes)),
     )
 

@@ -60,5 +60,5 @@ def united(counts: Sequence[int], pairs: Mapping[tuple[int, int], NDArray[np.int
     total = int(starts[-1])
     graph = coo_array((np.ones(len(from_N), bool), (from_N, to_N)), shape=(total, total))
     _, names = connected_components(graph, directed=False)
-    parts = np.split(names.astype(np.uint32) + np.uint32(1), starts[1:-1])
+    parts = np.split(names.astype(np.uint32) + np.uint32(1), starts[1:])[:-1]
     return [np.concatenate([np.zeros(1, np.uint32), part]) for part in parts]

@@ -4,12 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from rayseg.errors import ConfigError, DataError
 from rayseg.io.segments import without_specks
 from rayseg.models import unsupervised
-from rayseg.models.cpu import UpConv3x3
 from rayseg.models.unsupervised import RECIPES, segment, vote
 
 
@@ -174,20 +172,6 @@ def test_v2_follows_the_reference_step_by_step(shared: Path):
     with torch.no_grad():
         final = model(image).argmax(1)[0].numpy()
     assert (final == golden["final_argmax_raw"]).mean() >= 0.95
-
-
-def test_up_and_convolve_equals_the_two_one_after_the_other():
-    torch.manual_seed(0)
-    layer = UpConv3x3(5, 7)
-    image = torch.randn(2, 5, 6, 8, requires_grad=True)
-    weights = [image, layer.weight, layer.bias]
-    expected = F.conv2d(F.interpolate(image, scale_factor=2), layer.weight, layer.bias, padding=1)
-    factor = torch.randn_like(expected)
-    wanted = torch.autograd.grad((expected * factor).sum(), weights)
-    found = layer(image)
-    torch.testing.assert_close(found, expected)
-    for one, other in zip(torch.autograd.grad((found * factor).sum(), weights), wanted, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 def test_pixels_without_data_have_no_vote_and_no_part_in_the_loss(scene):
