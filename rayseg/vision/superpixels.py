@@ -89,7 +89,7 @@ def watershed(image_HWC: NDArray[Any], *, spacing: int = 14, compactness: float 
         smooth_HW = ndimage.gaussian_filter(image_HWC[..., channel].astype(np.float32) * scale, 1.0)
         down_HW, across_HW = ndimage.sobel(smooth_HW, axis=0), ndimage.sobel(smooth_HW, axis=1)
         np.maximum(steepest_HW, np.hypot(down_HW, across_HW), out=steepest_HW)
-    height, width = steepest_HW.shape
+    height, width = image_HWC.shape[:2]
     seeds_HW = np.zeros((height, width), np.int32)
     rows, cols = (np.arange(min(spacing // 2, side - 1), side, spacing) for side in (height, width))
     seeds_HW[np.ix_(rows, cols)] = np.arange(1, len(rows) * len(cols) + 1).reshape(len(rows), len(cols))
@@ -126,8 +126,8 @@ def halved(image_HWC: NDArray[Any], *, scale: float = 32, sigma: float = 0.5, mi
 
 def outlined(image_HWC: NDArray[np.uint8], segments_HW: NDArray[np.integer]) -> NDArray[np.uint8]:
     """The image (height, width, 3) with the borders of its superpixels in yellow."""
-    shown = segmentation.mark_boundaries(image_HWC, segments_HW.astype(np.int64), color=(1, 1, 0), mode="inner")
-    return np.rint(shown * 255).astype(np.uint8)
+    at_border_HW = segmentation.find_boundaries(segments_HW, mode="inner")
+    return np.where(at_border_HW[..., None], np.array([255, 255, 0], np.uint8), image_HWC)
 
 
 def _evenly(image_HWC: NDArray[Any], *, spacing: int = 14) -> NDArray[np.int32]:
