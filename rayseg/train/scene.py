@@ -287,7 +287,8 @@ def fit(
         if config.recalibrate:
             # A short training leaves running averages that still remember where they began.
             with torch.no_grad():
-                recalibrate_batchnorm(net, (patches.read(k)[0].to(device) for k in _spread(patches, MOST_MEASURED)))
+                read = map(patches.read, _spread(patches, MOST_MEASURED))
+                recalibrate_batchnorm(net, (image.to(device) for image, _, seen in read if seen is None or len(seen)))
     return net, history
 
 

@@ -21,7 +21,7 @@ def isodata(
 
     Args:
         samples_NC: values of `samples` pixels, bands scaled to about 0..1.
-        clusters: how many are wanted; between half and twice as many are found.
+        clusters: so many are left at most.
         iterations: most rounds of assigning, dropping, splitting or merging.
         fewest: share of the samples below which a cluster is dropped.
         spread: standard deviation in a band above which a cluster may be split.
@@ -33,7 +33,7 @@ def isodata(
     """
     samples = np.asarray(samples_NC, np.float64)
     centres = samples[np.random.default_rng(seed).choice(len(samples), min(clusters, len(samples)), replace=False)]
-    for turn in range(iterations):
+    for turn in range(iterations):  # splits and merges take turns; an even number of rounds ends with a merge
         centres, own_N = _assigned(samples, np.unique(centres, axis=0), round(fewest * len(samples)))
         if len(centres) < 2 * clusters and (len(centres) <= clusters / 2 or turn % 2 == 0):
             centres = _split(samples, centres, own_N, spread)[: 2 * clusters]

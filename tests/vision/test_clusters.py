@@ -11,9 +11,9 @@ def heaps():
 
 
 def test_isodata_finds_the_heaps_whatever_it_was_told(heaps):
-    for clusters in (2, 3, 5):
+    for clusters in (3, 5, 9):
         centres = isodata(heaps, clusters=clusters, seed=1)
-        assert 1 <= len(centres) <= 2 * clusters
+        assert len(centres) <= clusters
         nearest = np.linalg.norm(centres[:, None] - np.array([(0.1, 0.1), (0.9, 0.1), (0.5, 0.9)]), axis=2).min(axis=0)
         assert (nearest < 0.05).all(), clusters
 
