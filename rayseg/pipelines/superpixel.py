@@ -29,7 +29,7 @@ from rayseg.stages.read import tile_rows
 from rayseg.stages.superpixels import Divide, ReadAround, grown, part_path, segments_path
 from rayseg.stages.survey import Survey
 from rayseg.stages.write import WriteTile
-from rayseg.store import put, upath
+from rayseg.store import Location, put, upath
 from rayseg.train.scene import NetworkConfig, TrainScene
 from rayseg.vision.color import label_table, mean_color
 from rayseg.vision.segments import agreeing, united
@@ -79,7 +79,7 @@ class Config(Frozen):
     the range of 8-bit imagery and percentiles of any other."""
     sieve: Annotated[int, Field(ge=0)] = 20
     """Patches of a label of fewer px become part of their largest neighbour."""
-    truth: str | None = None
+    truth: Location | None = None
     """Masks to measure the map with: a folder, `catalog.json#collection[/asset]`, or `#collection` of the region."""
     unlabelled: tuple[str | int, ...] = ()
     """Values or colours of the masks that are not counted."""

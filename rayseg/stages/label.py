@@ -13,6 +13,7 @@ from rayseg.geo import Lattice, Tile, Window
 from rayseg.io.segments import without_specks
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
+from rayseg.models.cpu import threads
 from rayseg.stages.superpixels import grown
 from rayseg.vision.fill import mirrored
 
@@ -44,7 +45,8 @@ class LabelTile:
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Label each tile."""
-        return [self._tile(row) for row in rows]
+        with threads():
+            return [self._tile(row) for row in rows]
 
     def _loaded(self, prefix: str) -> tuple[Bundle, torch.nn.Module]:
         """The scene's network; the last few stay."""

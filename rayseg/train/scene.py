@@ -27,6 +27,7 @@ from rayseg.io import rasters, segments
 from rayseg.io.sources import Source
 from rayseg.models import bundle, unsupervised
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
+from rayseg.models.cpu import threads
 from rayseg.models.encoders import recalibrate_batchnorm
 from rayseg.models.unsupervised import RECIPES, Precision, Recipe
 from rayseg.store import put, upath
@@ -208,8 +209,9 @@ class TrainScene:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def __call__(self, rows: list[Row]) -> list[Row]:
-        """Train on each scene."""
-        return [self._train(row) for row in rows]
+        """Train on each scene; with the machine's threads, so that both engines give the same networks."""
+        with threads():
+            return [self._train(row) for row in rows]
 
     def _train(self, row: Row) -> Row:
         kept = {key: row[key] for key in ("id", "seconds") if key in row}
