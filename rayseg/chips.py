@@ -111,8 +111,8 @@ def read_image(rows: list[Row], size: int, position: int) -> np.ndarray:
 
 
 def parquet(rows: list[Row]) -> bytes:
-    """Flat rows as a Parquet file."""
+    """Flat rows as a Parquet file; without rows it has the one column `id`."""
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows), sink)
+    pq.write_table(pa.Table.from_pylist(rows) if rows else pa.table({"id": pa.array([], pa.string())}), sink)
     content: bytes = sink.getvalue().to_pybytes()
     return content

@@ -69,7 +69,7 @@ class Grid:
         crs: "EPSG:n" or WKT; None for an image's own pixels (then `image` names it, y grows downward).
         resolution: (x, y) pixel size in CRS units, both positive.
         origin: (x, y) of the upper-left corner of pixel (0, 0), in CRS units.
-        image: the item whose own pixel grid this is; None with a CRS.
+        image: the item whose own pixel grid this is; with a CRS, the scene that is mapped on it alone, if any.
     """
 
     crs: str | None

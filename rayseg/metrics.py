@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from skimage.metrics import adapted_rand_error
-from sklearn.metrics import adjusted_mutual_info_score, fowlkes_mallows_score
+from sklearn.metrics import adjusted_mutual_info_score, fowlkes_mallows_score, mutual_info_score
+from sklearn.metrics.cluster import expected_mutual_information
 
 from rayseg.errors import DataError
 
@@ -199,6 +200,43 @@ def are(reference: NDArray[np.integer], prediction: NDArray[np.integer]) -> floa
     """
     error, _, _ = adapted_rand_error(*_flat(reference, prediction), ignore_labels=(0,))
     return float(error)
+
+
+def agreement(table_RP: NDArray[np.integer]) -> dict[str, float]:
+    """`ami`, `fmi` and `are` of two clusterings by how many pixels each pair of labels shares; every pixel counts.
+
+    The same as of the pixels themselves, without holding them: a scene's table is added up tile by tile.
+
+    Args:
+        table_RP: pixels by reference label (rows) and predicted label (columns).
+    """
+    table = np.asarray(table_RP, np.int64)
+    table = table[table.sum(1) > 0][:, table.sum(0) > 0]
+    total = int(table.sum())
+    if not total:
+        raise DataError("two clusterings without a pixel in common cannot be compared: give two of the same pixels")
+    rows, cols = table.sum(1), table.sum(0)
+    same, pairs_R, pairs_P = (float((part.astype(np.float64) ** 2).sum()) for part in (table, rows, cols))
+    both, ours, theirs = same - total, pairs_P - total, pairs_R - total
+    return {
+        "ami": _ami(table, rows, cols),
+        "fmi": both / np.sqrt(ours * theirs) if ours and theirs else 0.0,
+        "are": 1 - 2 * both / (ours + theirs) if ours + theirs else 0.0,
+    }
+
+
+def _ami(table_RP: NDArray[np.int64], rows_R: NDArray[np.int64], cols_P: NDArray[np.int64]) -> float:
+    """Vinh et al. 2010, arithmetic mean of the entropies, as scikit-learn has it."""
+    if len(rows_R) == 1 and len(cols_P) == 1:
+        return 1.0
+    total = table_RP.sum()
+    shared = mutual_info_score(None, None, contingency=table_RP)
+    expected = expected_mutual_information(table_RP, total)
+    entropies = [-float(np.sum(part / total * np.log(part / total))) for part in (rows_R, cols_P)]
+    spare = float(np.mean(entropies)) - expected
+    return float(
+        (shared - expected) / (min(spare, -np.finfo(float).eps) if spare < 0 else max(spare, np.finfo(float).eps))
+    )
 
 
 def _flat(a: NDArray[np.integer], b: NDArray[np.integer]) -> tuple[NDArray[np.integer], NDArray[np.integer]]:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from rayseg.errors import DataError
-from rayseg.metrics import Confusion, ami, are, bootstrap, fmi
+from rayseg.metrics import Confusion, agreement, ami, are, bootstrap, fmi
 
 REFERENCE = np.array([[0, 0, 1, 1], [0, 255, 1, 2]], np.uint8)
 PREDICTION = np.array([[0, 1, 1, 1], [0, 1, 255, 0]], np.uint8)
@@ -143,3 +143,18 @@ def test_clustering_scores_equal_the_reference(shared: Path, case):
     golden = np.load(shared / "golden/superpixel/eval_metrics.npz")
     pair = golden[f"{case}.gt"], golden[f"{case}.pred"]
     np.testing.assert_allclose([are(*pair), ami(*pair), fmi(*pair)], golden[f"{case}.values"], atol=1e-9)
+
+
+def test_agreement_by_counts_equals_that_of_the_pixels():
+    rng = np.random.default_rng(4)
+    reference, prediction = rng.integers(1, 5, 3000), rng.integers(0, 7, 3000)
+    prediction = np.where(rng.random(3000) < 0.6, reference, prediction)
+    table = np.zeros((9, 9), int)
+    np.add.at(table, (reference, prediction), 1)
+    found = agreement(table)
+    assert found["ami"] == pytest.approx(ami(reference, prediction), abs=1e-9)
+    assert found["fmi"] == pytest.approx(fmi(reference, prediction), abs=1e-9)
+    assert found["are"] == pytest.approx(are(reference, prediction), abs=1e-9)
+    assert agreement(np.array([[7]])) == {"ami": 1.0, "fmi": 1.0, "are": 0.0}
+    with pytest.raises(DataError, match="without a pixel"):
+        agreement(np.zeros((2, 2), int))

@@ -134,6 +134,12 @@ def contact_sheet(images: Sequence[Sequence[MappedTile]], *, size: int) -> Pictu
     return Picture(title, image_HWC, seen_HW, classes_HW, None, max(cell.step for cell in cells))
 
 
+def shown(sources: Sequence[Source], grid: Grid, window: Window) -> NDArray[np.uint8]:
+    """The imagery of a small window at its own resolution, RGB (height, width, 3)."""
+    image_CHW, seen_HW = _imagery(sources, grid, _Canvas(window, 1.0))
+    return _painted(image_CHW, seen_HW)
+
+
 @dataclass(frozen=True)
 class _Canvas:
     """The pixels of a picture over `extent`, each `step` grid pixels wide."""

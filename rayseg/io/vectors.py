@@ -163,7 +163,8 @@ def join(parts: Iterable[pa.Table], table: ClassTable) -> geopandas.GeoDataFrame
     Returns:
         Sorted by grid, class and first pixel: class, name, score_mean (0..1, mean probability of the class over the
         polygon's pixels, missing without scores), pixels, area_m2 (in the equal-area projection EPSG:6933) and
-        geometry. Of images without CRS: pixel coordinates (col, row), area_px instead, image, and no CRS.
+        geometry; image, where scenes have grids of their own. Of images without CRS: pixel coordinates (col, row),
+        area_px instead, image, and no CRS.
 
     Raises:
         DataError: images with and without CRS are mixed, or a grid lies nowhere on Earth.
@@ -298,6 +299,7 @@ def _frame(
     if len(lonlat) and not np.isfinite(shapely.total_bounds(lonlat)).all():
         raise DataError(f"Polygons on the grid {grid.name} have no place on Earth: check the imagery's georeference.")
     cut = geopandas.GeoSeries(_cut(lonlat), crs=LONLAT)
+    facts |= {"image": [grid.image] * len(pixels)} if grid.image else {}
     facts["area_m2"] = cut.to_crs(EQUAL_AREA).area.to_numpy()
     return geopandas.GeoDataFrame(facts, geometry=cut)
 

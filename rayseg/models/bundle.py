@@ -29,6 +29,7 @@ from rayseg.errors import ModelError
 from rayseg.models.classifier import build_classifier
 from rayseg.models.plots import build_plot_classifier
 from rayseg.models.segmenter import build_segmenter
+from rayseg.models.unsupervised import build_unsupervised
 from rayseg.store import StorePath, put, upath
 
 FORMAT = 1
@@ -36,6 +37,7 @@ FACTORIES: Mapping[str, Callable[..., nn.Module]] = {
     "classifier": build_classifier,
     "plots": build_plot_classifier,
     "segmenter": build_segmenter,
+    "unsupervised": build_unsupervised,
 }
 MLM_SCHEMA = "https://stac-extensions.github.io/mlm/v1.5.2/schema.json"
 FILE_SCHEMA = "https://stac-extensions.github.io/file/v2.1.0/schema.json"
@@ -83,7 +85,7 @@ class Scaling(Config):
 class Architecture(Config):
     """Which of the known factories builds the network, and with which options."""
 
-    factory: Literal["classifier", "plots", "segmenter"]
+    factory: Literal["classifier", "plots", "segmenter", "unsupervised"]
     options: dict[str, str | int | float]
     """Arguments of the factory, without its weights."""
 
@@ -139,7 +141,7 @@ class Bundle(Config):
     @property
     def outputs(self) -> int:
         """Number of the model's logits per image or pixel; 1 is a class against the rest."""
-        options, usual = self.architecture.options, {"classifier": 2, "plots": 2, "segmenter": 1}
+        options, usual = self.architecture.options, {"classifier": 2, "plots": 2, "segmenter": 1, "unsupervised": 32}
         return int(options.get("classes", usual[self.architecture.factory]))
 
     def normalize(self, image_CHW: NDArray[Any]) -> NDArray[np.float32]:

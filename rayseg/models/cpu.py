@@ -96,10 +96,11 @@ class BatchNorm(nn.BatchNorm2d):
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        assert self.momentum is not None
         self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance * (pixels / max(pixels - 1, 1)), self.momentum)
+        # None is PyTorch's word for the plain average over all batches.
+        momentum = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(variance * (pixels / max(pixels - 1, 1)), momentum)
 
 
 class _Normalise(torch.autograd.Function):

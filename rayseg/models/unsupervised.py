@@ -1,16 +1,17 @@
-"""Unsupervised segmentation of one image by a small network that is trained on this image alone.
+"""Unsupervised segmentation by a small network that is trained on the very imagery it segments.
 
     image --> network --> argmax --> labels --(majority vote in each superpixel)--> targets --> one training step, again
 
 Networks and their training are recipes by name, all run by one loop:
     v1        4 layers, labels voted in superpixels (Cao & Huang 2022, ISPRS 188; after Kanezaki 2018, ICASSP)
     v2        3 layers, no superpixels, a continuity term instead (Kim, Kanezaki & Tanaka 2020, IEEE TIP 29)
+    deepnet   6 layers that see 4 x 4 px as one in their middle, for scenes in patches (Chen et al. 2022, IEEE GRSL 19)
 
 Nothing depends on the global random state or changes it: initial weights are drawn from a generator of their own.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -84,7 +85,7 @@ def segment(
     image = as_input(image_HWC, device)
     segments = _segments(superpixels_HW, image, votes=recipe.votes)
     model = initial(recipe, bands=image.shape[1], seed=seed).to(image.device)
-    with _quick_and_reproducible(image.device, precision):
+    with quick_and_reproducible(image.device, precision):
         labels = torch.empty(0)
         for labels, _ in train(model, image, segments, recipe=recipe, iterations=iterations, precision=precision):
             if int(torch.bincount(labels, minlength=recipe.classes).count_nonzero()) < min_labels:
@@ -122,14 +123,51 @@ def train(
     optimizer = recipe.optimizer(model.parameters())
     model.train()
     for _ in range(iterations):
-        optimizer.zero_grad()
-        logits_1KHW = _forward(model, image_1CHW, precision)
-        labels = logits_1KHW.detach().argmax(1).flatten()
-        targets = labels if segments is None else vote(labels, segments, recipe.classes)
-        loss = _loss(logits_1KHW, targets, recipe.continuity)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        yield targets, loss.detach()
+        yield step(model, optimizer, image_1CHW, segments, recipe=recipe, precision=precision)
+
+
+def step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    image_1CHW: Tensor,
+    segments: Tensor | None,
+    *,
+    recipe: Recipe,
+    precision: Precision = "float32",
+    seen: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One training step on one image: towards the labels it has now, voted inside its superpixels.
+
+    Args:
+        model: network of the recipe, in training mode.
+        optimizer: of its weights.
+        image_1CHW: float32 image.
+        segments: superpixel of every pixel (H * W,) int64, 0 or more; None without a vote.
+        recipe: how to train.
+        precision: of the network's arithmetic.
+        seen: positions of the pixels that have data; None for all. Others have no vote and cost nothing.
+
+    Returns:
+        (targets (H * W,) int64, -100 where there is no data; loss before the step, a scalar).
+    """
+    optimizer.zero_grad()
+    logits_1KHW = _forward(model, image_1CHW, precision)
+    labels = logits_1KHW.detach().argmax(1).flatten()
+    targets = _targets(labels, segments, seen, recipe)
+    loss = _loss(logits_1KHW, targets, recipe.continuity)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return targets, loss.detach()
+
+
+def _targets(labels: Tensor, segments: Tensor | None, seen: Tensor | None, recipe: Recipe) -> Tensor:
+    if not recipe.votes:
+        segments = None
+    if seen is None:
+        return labels if segments is None else vote(labels, segments, recipe.classes)
+    targets = torch.full_like(labels, -100)
+    targets[seen] = labels[seen] if segments is None else vote(labels[seen], segments[seen], recipe.classes)
+    return targets
 
 
 def vote(labels: Tensor, segments: Tensor, classes: int) -> Tensor:
@@ -168,6 +206,71 @@ def initial(recipe: Recipe, *, bands: int, seed: int) -> nn.Module:
         elif isinstance(layer, nn.BatchNorm2d):
             layer.reset_parameters()
     return model.to(memory_format=torch.channels_last)
+
+
+class Labeller(nn.Module):
+    """A network from imagery to logits of groups of its labels, whose softmax adds up that of the labels.
+
+    Args:
+        net: the network of a recipe, whose input it sees averaged over squares.
+        groups_K: group of every label; -1 of labels that are never given.
+        reduce: side of the squares in px; probabilities are brought back bilinearly.
+    """
+
+    def __init__(self, net: nn.Module, groups_K: Sequence[int], *, reduce: int = 1) -> None:
+        super().__init__()
+        self.net, self.reduce = net, reduce
+        groups = torch.tensor(groups_K)
+        one_hot_KG = F.one_hot(groups.clamp(min=0), int(groups.max()) + 1) * (groups >= 0)[:, None]
+        self.register_buffer("members_GK11", one_hot_KG.T.float()[:, :, None, None].contiguous(), persistent=False)
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """Logits_NGHW; sides of the images are multiples of 4 * reduce."""
+        size = images_NCHW.shape[2:]
+        members_GK11: Tensor = self.get_buffer("members_GK11")
+        shares_NKHW = self.net(reduced(images_NCHW, self.reduce)).float().softmax(1)
+        shares_NGHW = F.conv2d(shares_NKHW, members_GK11)
+        if self.reduce > 1:
+            shares_NGHW = F.interpolate(shares_NGHW, size=size, mode="bilinear")
+        return shares_NGHW.clamp(min=1e-12).log()
+
+
+def reduced(images_NCHW: Tensor, side: int) -> Tensor:
+    """The means of squares of `side` px."""
+    return F.avg_pool2d(images_NCHW, side) if side > 1 else images_NCHW
+
+
+def build_unsupervised(
+    network: str,
+    *,
+    channels: int,
+    labels: int,
+    classes: int,
+    groups: str = "",
+    reduce: int = 1,
+    weights: str = "none",
+) -> nn.Module:
+    """A network from images_NCHW (float32, sides multiples of 4 * reduce) to logits_NKHW of that size.
+
+    Args:
+        network: a name in `NETWORKS`.
+        channels: bands of the images.
+        labels: outputs of the network itself.
+        classes: logits that come out: groups of labels.
+        groups: group of every label, as text: "0,1,0,-1"; "" leaves the labels as they are.
+        reduce: side in px of the squares whose mean the network sees as one pixel.
+        weights: not looked at: there are none but those of the scene.
+
+    Raises:
+        ConfigError: the network is unknown, or the groups are not as many as said.
+    """
+    if network not in NETWORKS:
+        raise ConfigError(f"network is {network!r}, expected one of {sorted(NETWORKS)}: choose one of them")
+    net = NETWORKS[network](channels, labels)
+    numbers = [int(group) for group in groups.split(",")] if groups else list(range(labels))
+    if len(numbers) != labels or max(numbers) + 1 != classes:
+        raise ConfigError(f"groups {groups!r} do not put {labels} labels into {classes} classes; train again")
+    return Labeller(net, numbers, reduce=reduce)
 
 
 def as_input(image_HWC: NDArray[Any], device: str | torch.device = "cpu") -> Tensor:
@@ -221,8 +324,8 @@ def _segments(superpixels_HW: NDArray[np.integer] | None, image_1CHW: Tensor, *,
     return torch.from_numpy(superpixels_HW.astype(np.int64).ravel()).to(image_1CHW.device)
 
 
-def _quick_and_reproducible(device: torch.device, precision: Precision) -> ExitStack:
-    """The settings the loop runs under; they end with the `with` block."""
+def quick_and_reproducible(device: torch.device, precision: Precision) -> ExitStack:
+    """The settings training runs under; they end with the `with` block."""
     stack = ExitStack()
     if device.type == "cpu":
         stack.enter_context(reused_memory())
@@ -253,11 +356,41 @@ def _build_v2(bands: int, classes: int) -> nn.Module:
     )
 
 
+def _build_deepnet(bands: int, classes: int) -> nn.Module:
+    return nn.Sequential(
+        *(Conv3x3(bands, 64), BatchNorm(64), _relu(), nn.MaxPool2d(2)),
+        *(Conv3x3(64, 64), BatchNorm(64), _relu(), nn.MaxPool2d(2)),
+        *(Conv3x3(64, 64), BatchNorm(64), _relu()),
+        *(nn.Upsample(scale_factor=2), Conv3x3(64, 64), BatchNorm(64), _relu()),
+        *(nn.Upsample(scale_factor=2), Conv3x3(64, 64), BatchNorm(64), _relu()),
+        *(Conv1x1(64, classes), BatchNorm(classes)),
+    )
+
+
 def _sgd(lr: float) -> Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]:
     return lambda parameters: torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+
+
+def _adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=1e-3)
 
 
 RECIPES = {
     "v1": Recipe(_build_v1, classes=32, votes=True, optimizer=_sgd(0.05)),
     "v2": Recipe(_build_v2, classes=100, votes=False, optimizer=_sgd(0.1), continuity=1.0, last_pass=True),
+    "deepnet": Recipe(_build_deepnet, classes=32, votes=True, optimizer=_adam),
 }
+
+NETWORKS: Mapping[str, Callable[[int, int], nn.Module]] = {
+    **{name: recipe.build for name, recipe in RECIPES.items()},
+    "nearest": Conv1x1,  # the nearest of some centres: see `nearest`
+}
+
+
+def nearest(centres_KC: NDArray[np.floating]) -> nn.Module:
+    """The network "nearest" whose largest logit is that of the nearest centre: -|x - c|^2 + |x|^2."""
+    count, bands = centres_KC.shape
+    net = Conv1x1(bands, count)
+    centres = torch.from_numpy(np.asarray(centres_KC, np.float32))
+    net.load_state_dict({"weight": 2 * centres[:, :, None, None], "bias": -centres.square().sum(1)})
+    return net

@@ -25,9 +25,10 @@ class WriteTile:
     Args:
         prefix: below which `<tile id>/` is written.
         table: the classes.
-        bands: names of the score bands.
+        bands: names of the score bands: one per class; or one alone, of class 1 against 0 in a binary table, of each
+            pixel's own class in a larger one.
         geometry: the region, GeoJSON in EPSG:4326, or None.
-        model: href of the model's item.
+        model: href of the model's item; a row's `model_item` goes before it.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class WriteTile:
     ) -> None:
         self.prefix, self.table, self.bands = prefix, table, bands
         self.geometry, self.model = geometry, model
+        self._of_top = len(bands) == 1 and len(table.classes) > 2
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Write each tile."""
@@ -54,8 +56,10 @@ class WriteTile:
         folder = upath(self.prefix) / tile.id
         cog.write_classes(folder / "classes.tif", classes, tile.grid, tile.window, self.table)
         cog.write_scores(folder / "scores.tif", scores, tile.grid, tile.window, self.bands)
-        vectors.write_parts(folder / "parts.parquet", vectors.polygons_of(classes, scores, tile.grid, tile.window))
-        catalog.write_tile_item(folder, tile, self.table, sources=json.loads(row["sources"]), model=self.model)
+        per_class = np.broadcast_to(scores, (len(self.table.classes), *classes.shape)) if self._of_top else scores
+        vectors.write_parts(folder / "parts.parquet", vectors.polygons_of(classes, per_class, tile.grid, tile.window))
+        model = row.get("model_item", self.model)
+        catalog.write_tile_item(folder, tile, self.table, sources=json.loads(row["sources"]), model=model)
         background = len(self.table.classes) == 2 and set(facts["counts"]) == {"0"}
         return {"status": "empty" if background else "done", "facts": facts} | kept
 

@@ -1,5 +1,6 @@
 """Classes and their colours: reading coloured masks, painting results."""
 
+import colorsys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,19 @@ def rgb_of(color: object) -> RGB:
 def hex_of(color: RGB) -> str:
     """`#RRGGBB` of a colour."""
     return "#{:02X}{:02X}{:02X}".format(*color)
+
+
+def label_table(count: int) -> ClassTable:
+    """Labels without a meaning, "label 0", "label 1", ..., each in a colour of its own, always the same.
+
+    At least three, as two classes would be one against a background.
+    """
+    colors = [
+        colorsys.hsv_to_rgb(k * 0.618034 % 1, (0.85, 0.55, 0.7)[k % 3], (0.95, 0.78, 0.6, 0.42)[k // 3 % 4])
+        for k in range(max(count, 3))
+    ]
+    rows = [(k, f"label {k}", tuple(round(255 * part) for part in color)) for k, color in enumerate(colors)]
+    return ClassTable(tuple((k, name, (color[0], color[1], color[2])) for k, name, color in rows))
 
 
 def decode(

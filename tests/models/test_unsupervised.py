@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rayseg.errors import ConfigError, DataError
+from rayseg.io.segments import without_specks
 from rayseg.models import unsupervised
 from rayseg.models.unsupervised import RECIPES, segment, vote
 
@@ -171,3 +172,80 @@ def test_v2_follows_the_reference_step_by_step(shared: Path):
     with torch.no_grad():
         final = model(image).argmax(1)[0].numpy()
     assert (final == golden["final_argmax_raw"]).mean() >= 0.95
+
+
+def test_pixels_without_data_have_no_vote_and_no_part_in_the_loss(scene):
+    image, superpixels = scene
+    segments = torch.from_numpy(np.zeros_like(superpixels).astype(np.int64).ravel())
+    seen_HW = np.zeros((32, 40), bool)
+    seen_HW[:, :10] = True
+    seen = torch.from_numpy(np.flatnonzero(seen_HW))
+    results = []
+    for spoilt in (0, 255):
+        other = image.copy()
+        other[:, 20:] = spoilt  # far enough for no receptive field
+        model = unsupervised.initial(RECIPES["v1"], bands=3, seed=3).eval()
+        optimizer = RECIPES["v1"].optimizer(model.parameters())
+        results.append(
+            unsupervised.step(model, optimizer, unsupervised.as_input(other), segments, recipe=RECIPES["v1"], seen=seen)
+        )
+    (targets, loss), (others, other_loss) = results
+    assert (targets.view(32, 40)[:, 10:] == -100).all()
+    assert len(targets[seen].unique()) == 1
+    assert torch.equal(targets, others)
+    torch.testing.assert_close(loss, other_loss)
+
+
+def test_a_labeller_adds_up_the_shares_of_grouped_labels():
+    net = unsupervised.nearest(np.array([[0.0], [0.4], [1.0], [5.0]]))
+    labeller = unsupervised.Labeller(net, [0, 0, 1, -1], reduce=1)
+    image = torch.tensor([[[[0.1, 0.5, 0.9, 0.2]]]])
+    shares = net(image).softmax(1)[0, :, 0]
+    grouped = labeller(image).exp()[0, :, 0]
+    torch.testing.assert_close(grouped, torch.stack([shares[0] + shares[1], shares[2]]))
+    halved = unsupervised.Labeller(net, [0, 1, 2, 3], reduce=2)
+    assert halved(torch.rand(1, 1, 8, 16)).shape == (1, 4, 8, 16)
+
+
+def test_the_nearest_centre_has_the_largest_logit():
+    rng = np.random.default_rng(0)
+    centres, values = rng.random((6, 3)), rng.random((3, 5, 7)).astype(np.float32)
+    found = unsupervised.nearest(centres)(torch.from_numpy(values)[None]).argmax(1)[0].numpy()
+    distances = np.linalg.norm(values[None] - centres[:, :, None, None], axis=1)
+    np.testing.assert_array_equal(found, distances.argmin(0))
+
+
+@pytest.mark.real
+def test_deepnet_follows_the_reference_step_by_step(shared: Path):
+    golden, recipe = np.load(shared / "golden/superpixel/deepnet_6steps.npz"), RECIPES["deepnet"]
+    model = unsupervised.initial(recipe, bands=3, seed=2021)
+    for ours, theirs in zip(model.state_dict().values(), stored(golden, "init.").values(), strict=True):
+        assert torch.equal(ours, theirs)
+    image = unsupervised.as_input(golden["image_rgb"])
+    with torch.no_grad():
+        logits = unsupervised.initial(recipe, bands=3, seed=2021).train()(image[..., :128])[0].permute(1, 2, 0)
+    np.testing.assert_allclose(logits[::16, ::16], golden["logits_train_stride16"], atol=1e-4)
+    optimizer = recipe.optimizer(model.train().parameters())
+    for k, col in enumerate(golden["patch_x"]):
+        part = image[..., col : col + 128].contiguous(memory_format=torch.channels_last)
+        segments = torch.from_numpy(golden["felzenszwalb"][:, col : col + 128].astype(np.int64).ravel())
+        targets, loss = unsupervised.step(model, optimizer, part, segments, recipe=recipe)
+        agreement = (targets.view(128, 128).numpy() == golden["voted"][k]).mean()
+        assert agreement == 1 if k < 2 else agreement >= 0.95
+        assert loss.item() == pytest.approx(golden["loss"][k], abs=[1e-5, 1e-4][k] if k < 2 else 2e-2)
+
+
+@pytest.mark.real
+def test_deepnet_labels_as_the_reference_does_and_specks_go_as_in_gdal(shared: Path):
+    golden = np.load(shared / "golden/superpixel/deepnet_validate.npz")
+    model = unsupervised.initial(RECIPES["deepnet"], bands=3, seed=0)
+    model.load_state_dict(dict(zip(model.state_dict(), stored(golden, "sd.").values(), strict=True)))
+    image = unsupervised.as_input(golden["image_rgb"])
+    sums = np.zeros((32, 128, 240), np.uint8)
+    with torch.no_grad():
+        for col in (0, 112):
+            shares = model.eval()(image[..., col : col + 128])[0].softmax(0).numpy()
+            sums[..., col : col + 128] += (shares * 63).astype(np.uint8)
+    assert (sums.argmax(0) == golden["label_map"]).mean() >= 0.999
+    seen = np.ones((128, 240), bool)
+    np.testing.assert_array_equal(without_specks(golden["label_map"], seen, size=20), golden["label_map_sieved"])

@@ -1,0 +1,254 @@
+"""Speed and quality of the pipeline `superpixel`; docs/superpixel.md shows the tables.
+
+    python benchmarks/superpixel.py quality IMAGES MASKS --out DIR [--epochs 4] [--seeds ...] [--only NAME ...]
+    python benchmarks/superpixel.py speed IMAGE --out DIR [--epochs 1] [--size 2048] [--mask MASK]
+    python benchmarks/superpixel.py memory --out DIR [--side 20000] [--tile 2048]
+
+IMAGES and MASKS are folders of RGB files of the same names. `speed` compares the whole process with a straight port of
+the published loop (a list of pixels per superpixel, a vote in Python, one patch a step, the image read at every step,
+softmax summed as uint8 for all classes of the scene), on the same network in plain PyTorch.
+"""
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import rasterio
+import torch
+from torch import nn
+
+from rayseg.config import load_values
+from rayseg.geo import Region
+from rayseg.pipelines import superpixel
+from rayseg.run import Engine, Run
+
+PAPER = {
+    "superpixels": {"method": "felzenszwalb"},
+    "network": {"reduce": 1, "recalibrate": False, "patches": None},
+    "scaling": "range",
+}
+SETTINGS = {
+    "default": {},
+    "paper": PAPER,
+    "default merged to 8": {"network": {"merge_to": 8}},
+    "kmeans 8": {"network": {"network": "kmeans", "labels": 8, "reduce": 1}},
+    "isodata 8": {"network": {"network": "isodata", "labels": 8, "reduce": 1}},
+    "kmeans 32": {"network": {"network": "kmeans", "labels": 32, "reduce": 1}},
+    "isodata 32": {"network": {"network": "isodata", "labels": 32, "reduce": 1}},
+    "slic": {"superpixels": {"method": "slic"}},
+    "watershed": {"superpixels": {"method": "watershed"}},
+    "felzenszwalb": {"superpixels": {"method": "felzenszwalb"}},
+}
+
+
+def mapped(
+    out: Path, values: dict, images: str, truth: str | None = None, unlabelled: tuple = ()
+) -> tuple[dict, float]:
+    """(the run's steps, seconds) of the pipeline over a folder of images."""
+    config = load_values(superpixel.Config, values | {"truth": truth, "unlabelled": unlabelled})
+    region = Region(images, images=images)
+    started = time.perf_counter()
+    with Run.open(str(out), pipeline="superpixel", config=config, region=region, engine=Engine("inline")) as run:
+        superpixel.run(config, run, region)
+    return {step.name: step for step in run.steps}, time.perf_counter() - started
+
+
+# -- quality -----------------------------------------------------------------------------------------------------------
+
+
+def quality(asked: argparse.Namespace) -> None:
+    """AMI, FMI and ARE of every setting: mean over scenes and seeds, 95 % bootstrap over scenes."""
+    for name in asked.only or SETTINGS:
+        for seed in asked.seeds:
+            values = json.loads(json.dumps(SETTINGS[name]))
+            values["network"] = {"epochs": asked.epochs, "seed": seed} | values.get("network", {})
+            out = asked.out / f"{name.replace(' ', '-')}-{seed}"
+            steps, _ = mapped(out, values, asked.images, asked.masks, tuple(asked.unlabelled))
+            print(name, seed, json.dumps(steps["evaluate"].value["mean"]), flush=True)
+    table(asked)
+
+
+def table(asked: argparse.Namespace) -> None:
+    """What the runs that are there say, as a Markdown table."""
+    print("| setting | AMI | FMI | ARE | superpixels s | training s |\n|---|---|---|---|---|---|")
+    for name in SETTINGS:
+        found = sorted(asked.out.glob(f"{name.replace(' ', '-')}-[0-9]*/steps/evaluate/agreement.json"))
+        if not found:
+            continue
+        scenes = [json.loads(path.read_text())["scenes"] for path in found]
+        cells = [
+            _interval(np.array([[one[m] for one in run.values()] for run in scenes])) for m in ("ami", "fmi", "are")
+        ]
+        times = [
+            np.mean([json.loads((path.parents[1] / step / "done.json").read_text())["seconds"] for path in found])
+            for step in ("superpixels", "networks")
+        ]
+        print(f"| {name} ({len(found)} seeds) | {' | '.join(cells)} | {times[0]:.1f} | {times[1]:.1f} |")
+
+
+def _interval(values_SN: np.ndarray) -> str:
+    mean_N = values_SN.mean(axis=0)
+    draws = np.random.default_rng(0).integers(0, len(mean_N), (2000, len(mean_N)))
+    low, high = np.quantile(mean_N[draws].mean(axis=1), [0.025, 0.975])
+    return f"{mean_N.mean():.3f} ({low:.3f}-{high:.3f})"
+
+
+# -- speed -------------------------------------------------------------------------------------------------------------
+
+
+def speed(asked: argparse.Namespace) -> None:
+    """Seconds of the whole process, and of the straight port; on a busy machine those of the CPU say more."""
+    asked.out.mkdir(parents=True, exist_ok=True)
+    image = str(asked.out / "scene.tif")
+    _cut(asked.image, image, asked.size)
+    network = {"epochs": asked.epochs, "patches": None}
+    settings = {"default": {"network": network}, "paper": PAPER | {"network": PAPER["network"] | network}}
+    for name, values in list(settings.items())[: 1 if asked.only_default else 2]:
+        before = time.process_time()
+        steps, seconds = mapped(asked.out / name, values, image)
+        parts = {step.name: round(step.seconds, 1) for step in steps.values()}
+        spent = time.process_time() - before
+        print(f"{name}: {seconds:.1f} s in all, {spent:.1f} s of CPU {json.dumps(parts)}", flush=True)
+    before = time.process_time()
+    parts = port(image, epochs=asked.epochs)
+    print(f"straight port: {time.process_time() - before:.1f} s of CPU {json.dumps(parts)}", flush=True)
+
+
+def _cut(source: str, target: str, size: int) -> None:
+    with rasterio.open(source) as file:
+        pixels = file.read(window=rasterio.windows.Window(0, 0, size, size))
+    profile = {"driver": "GTiff", "count": len(pixels), "dtype": pixels.dtype, "compress": "lzw"}
+    with rasterio.open(target, "w", height=pixels.shape[1], width=pixels.shape[2], **profile) as file:
+        file.write(pixels)
+
+
+class DeepNet(nn.Sequential):
+    """The published network in PyTorch's own layers."""
+
+    def __init__(self, bands: int, classes: int) -> None:
+        layers: list[nn.Module] = []
+        for inside, before, after in ((bands, 0, 1), (64, 0, 1), (64, 0, 0), (64, 1, 0), (64, 1, 0)):
+            layers += [nn.Upsample(scale_factor=2)] * before
+            layers += [nn.Conv2d(inside, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(inplace=True)]
+            layers += [nn.MaxPool2d(2)] * after
+        super().__init__(*layers, nn.Conv2d(64, classes, 1), nn.BatchNorm2d(classes))
+
+
+def port(path: str, *, epochs: int, classes: int = 32, patch: int = 512, stride: int = 448) -> dict[str, float]:
+    """The published process, step by step; returns seconds of its parts."""
+    from skimage.segmentation import felzenszwalb
+
+    started = time.perf_counter()
+    with rasterio.open(path) as file:
+        image = file.read().transpose(1, 2, 0)
+    segments = felzenszwalb(image, scale=32, sigma=0.5, min_size=64)
+    divided = time.perf_counter()
+    height, width = segments.shape
+    rows, cols = ([*range(0, side - patch, stride), side - patch] for side in (height, width))
+    corners = [(row, col) for row in rows for col in cols]
+    torch.manual_seed(2021)
+    net = DeepNet(image.shape[2], classes).train()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    loss_of = nn.CrossEntropyLoss()
+    rng = np.random.default_rng(2021)
+    for _ in range(epochs):
+        for number in rng.permutation(len(corners)):
+            row, col = corners[number]
+            optimizer.zero_grad()
+            logits = net(_read(path, row, col, patch))[0].permute(1, 2, 0).reshape(-1, classes)
+            labels = logits.detach().argmax(1).numpy()
+            inside = segments[row : row + patch, col : col + patch].ravel()
+            for one in [np.where(inside == number)[0] for number in np.unique(inside)]:
+                values, counts = np.unique(labels[one], return_counts=True)
+                labels[one] = values[counts.argmax()]
+            loss_of(logits, torch.from_numpy(labels)).backward()
+            optimizer.step()
+    trained = time.perf_counter()
+    sums = np.zeros((classes, height, width), np.uint8)
+    net.eval()
+    with torch.no_grad():
+        for row, col in corners:
+            shares = net(_read(path, row, col, patch)).softmax(1)[0].numpy()
+            sums[:, row : row + patch, col : col + patch] += (shares * 63).astype(np.uint8)
+    rasterio.features.sieve(sums.argmax(0).astype(np.uint8), 20, connectivity=4)
+    ended = time.perf_counter()
+    parts = {"superpixels": divided - started, "training": trained - divided, "map": ended - trained}
+    return {name: round(seconds, 1) for name, seconds in {**parts, "in all": ended - started}.items()}
+
+
+def _read(path: str, row: int, col: int, patch: int) -> torch.Tensor:
+    with rasterio.open(path) as file:
+        image = file.read()[:, row : row + patch, col : col + patch]
+    return torch.from_numpy(image.astype(np.float32) / 255)[None]
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def memory(asked: argparse.Namespace) -> None:
+    """Peak memory of the process on a made scene of `side` px."""
+    asked.out.mkdir(parents=True, exist_ok=True)
+    image = asked.out / f"made-{asked.side}.tif"
+    if not image.exists():
+        _made(image, asked.side)
+    print(f"before: {_peak():.2f} GiB", flush=True)
+    values = {
+        "network": {"epochs": 1, "patches": asked.patches, "memory": 128 << 20},
+        "map": {"tile": asked.tile},
+        "superpixels": {"method": asked.method},
+    }
+    _, seconds = mapped(asked.out / f"run-{asked.side}", values, str(image))
+    print(f"{asked.side} x {asked.side}: peak {_peak():.2f} GiB, {seconds:.0f} s", flush=True)
+
+
+def _made(path: Path, side: int) -> None:
+    """Fields of 300 px in one of nine colours, with noise, row of blocks by row of blocks."""
+    rng = np.random.default_rng(0)
+    colors = rng.integers(30, 220, (9, 3))
+    place = {"height": side, "width": side, "count": 3, "dtype": "uint8", "tiled": True, "compress": "deflate"}
+    with rasterio.open(path, "w", driver="GTiff", **place) as file:
+        for row in range(0, side, 300):
+            height = min(300, side - row)
+            kinds = rng.integers(0, 9, -(-side // 300)).repeat(300)[:side]
+            pixels = colors[kinds].T[:, None] + rng.integers(-12, 12, (3, height, side))
+            window = rasterio.windows.Window(0, row, side, height)
+            file.write(pixels.clip(1, 255).astype(np.uint8), window=window)
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for name, function in (("quality", quality), ("table", table), ("speed", speed), ("memory", memory)):
+        command = commands.add_parser(name)
+        command.set_defaults(function=function)
+        command.add_argument("--out", type=Path, required=True)
+        command.add_argument("--epochs", type=int, default=4)
+        if name == "quality":
+            command.add_argument("images")
+            command.add_argument("masks")
+            command.add_argument("--seeds", type=int, nargs="+", default=[2021, 2022, 2023])
+            command.add_argument("--only", nargs="*", choices=list(SETTINGS))
+            command.add_argument("--unlabelled", nargs="*", default=["#9B9B9B", "#000000"])
+        if name == "speed":
+            command.add_argument("image")
+            command.add_argument("--size", type=int, default=2048)
+            command.add_argument("--only-default", action="store_true")
+        if name == "memory":
+            command.add_argument("--side", type=int, default=20000)
+            command.add_argument("--tile", type=int, default=2048)
+            command.add_argument("--patches", type=int, default=16)
+            command.add_argument("--method", default="halved")
+    asked = parser.parse_args()
+    asked.function(asked)
+
+
+if __name__ == "__main__":
+    main()

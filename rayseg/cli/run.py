@@ -1,0 +1,147 @@
+"""`rayseg run`, `retry`, `status`, `predict`: commands that work on a run."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rayseg.cli.words import (
+    REGIONS,
+    Address,
+    ConfigFile,
+    EngineName,
+    Out,
+    Overrides,
+    PipelineName,
+    Tiles,
+    images_or_region,
+    only,
+    pipeline_of,
+    region_of,
+)
+from rayseg.errors import RunIncomplete
+
+if TYPE_CHECKING:
+    from rayseg.config import Config
+    from rayseg.geo import Region
+    from rayseg.run import Run
+
+app = typer.Typer()
+run_app = typer.Typer(no_args_is_help=True, help="Run a pipeline over a region.")
+app.add_typer(run_app, name="run")
+
+
+@run_app.callback()
+def _run() -> None:
+    """Run a pipeline over a region."""
+
+
+@run_app.command("pipeline")
+def run_pipeline(
+    name: PipelineName,
+    *,
+    region: Annotated[
+        str,
+        typer.Option(help=f"{REGIONS}."),
+    ],
+    config: ConfigFile = None,
+    set_: Overrides = None,
+    out: Annotated[str | None, typer.Option("--out", help="Where results go; default: runs/PIPELINE-REGION.")] = None,
+    engine: EngineName = "ray",
+    address: Address = None,
+    tiles: Tiles = None,
+) -> None:
+    """Run a pipeline over a region; given again, it goes on where it stopped."""
+    from rayseg.config import load
+    from rayseg.geo import slug
+
+    module = pipeline_of(name)
+    resolved = load(module.Config, config, set_ or ())
+    area = only(region_of(region), tiles)
+    with _run_at(out or f"runs/{name}-{slug(region)}", name, resolved, area, engine, address) as run:
+        typer.echo(module.run(resolved, run, area))
+
+
+@app.command()
+def retry(
+    run: Annotated[str, typer.Argument(help="The run's folder or URL.")],
+    *,
+    engine: EngineName = "ray",
+    address: Address = None,
+) -> None:
+    """Try the failed and quarantined tiles of a run again, then what depends on them."""
+    from rayseg import run as runs
+    from rayseg.config import load_values
+    from rayseg.geo import Region
+
+    found = runs.read(run)
+    module = pipeline_of(found["pipeline"])
+    resolved = load_values(module.Config, found["config"])
+    area = Region(**found["region"] | {"tiles": tuple(found["region"]["tiles"])})
+    with _run_at(run, found["pipeline"], resolved, area, engine, address, retry=True) as again:
+        typer.echo(module.run(resolved, again, area))
+
+
+@app.command()
+def status(
+    run: Annotated[str, typer.Argument(help="The run's folder or URL.")],
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Say how far a run is, from its ledgers; exit code 3 when something failed."""
+    from rayseg import run as runs
+
+    report = runs.status(run)
+    typer.echo(json.dumps(report, indent=1) if as_json else runs.status_text(report))
+    if report["status"] != "running" and any(step["troubles"] for step in report["steps"].values()):
+        raise typer.Exit(RunIncomplete.exit_code)
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="Prefix of a bundle, for example runs/demo/models/segmenter.")],
+    source: Annotated[str, typer.Argument(help=f"An image, a folder of images, or a region: {REGIONS}.")],
+    *,
+    out: Out,
+    set_: Overrides = None,
+    engine: EngineName = "ray",
+    address: Address = None,
+    tiles: Tiles = None,
+) -> None:
+    """Predict with a trained model over images, a catalogue or a region."""
+    from rayseg.config import load
+
+    module = pipeline_of("predict")
+    resolved = load(module.Config, None, [f"model={model}", *(set_ or ())])
+    area = only(images_or_region(source), tiles)
+    with _run_at(out, "predict", resolved, area, engine, address) as run:
+        typer.echo(module.run(resolved, run, area))
+
+
+@contextmanager
+def _run_at(
+    out: str,
+    pipeline: str,
+    config: "Config",
+    region: "Region",
+    engine: str,
+    address: str | None,
+    *,
+    retry: bool = False,
+) -> "Iterator[Run]":
+    """An open run; when some of its tiles failed, an error that names them ends the command."""
+    from rayseg.run import Engine, Run
+
+    where = Engine(engine, address, retry)
+    refuse = getattr(pipeline_of(pipeline), "check", None)
+    check = partial(refuse, config, region) if refuse else None
+    with Run.open(out, pipeline=pipeline, config=config, region=region, engine=where, check=check) as run:
+        yield run
+    if run.troubles:
+        named = [f"{step} {row} ({why})" for step, rows in run.troubles.items() for row, why in rows.items()]
+        more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+        counted = f"{len(named)} tile{'s' * (len(named) > 1)} failed"
+        raise RunIncomplete(f"{counted}: {'; '.join(named[:5])}{more}; mend the cause, then: rayseg retry {out}")

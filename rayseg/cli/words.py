@@ -1,0 +1,79 @@
+"""What the commands share: their words, and what these name."""
+
+import importlib
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from rayseg.errors import ConfigError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from rayseg.geo import Region
+
+PIPELINES = {
+    "gpc": "rayseg.pipelines.gpc",
+    "agri": "rayseg.pipelines.agri",
+    "superpixel": "rayseg.pipelines.superpixel",
+}
+MODULES = PIPELINES | {"predict": "rayseg.pipelines.predict"}
+
+REGIONS = (
+    "demo, a name under stac/regions, a GeoJSON or GeoParquet file, west,south,east,north, or catalog.json#collection"
+)
+PipelineName = Annotated[str, typer.Argument(metavar="PIPELINE", help=f"One of: {', '.join(PIPELINES)}.")]
+ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file with what differs from the defaults.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="One value, for example segmenter.batch=4; may be repeated.")
+]
+Out = Annotated[str, typer.Option("--out", help="Where results go: a folder, or s3:// or another URL.")]
+EngineName = Annotated[
+    Literal["ray", "inline"], typer.Option("--engine", help="ray, or inline for this process alone.")
+]
+Tiles = Annotated[str | None, typer.Option("--tiles", help="Only these tiles: comma-separated ids.")]
+Address = Annotated[str | None, typer.Option("--address", help="Ray cluster to join; default: RAY_ADDRESS, else none.")]
+
+
+def pipeline_of(name: str) -> "ModuleType":
+    """The module of a pipeline.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in MODULES:
+        raise ConfigError(f"pipeline {name!r} is unknown, expected one of: {', '.join(PIPELINES)}")
+    return importlib.import_module(MODULES[name])
+
+
+def region_of(text: str) -> "Region":
+    """What --region names."""
+    from rayseg.geo import Region
+    from rayseg.io import catalog
+
+    if text == "demo":
+        from rayseg import demo
+
+        return Region("demo", catalog=demo.ensure())
+    return catalog.resolve_region(text)
+
+
+def images_or_region(text: str) -> "Region":
+    """Folders and image files are images, everything else is a region."""
+    from rayseg.geo import Region
+    from rayseg.io import labels
+
+    return Region(text, images=text) if labels.is_images(text) else region_of(text)
+
+
+def only(region: "Region", tiles: str | None) -> "Region":
+    """The region with the tiles that --tiles names, all of them without; as it is understood from any folder."""
+    from rayseg.store import absolute
+
+    return replace(
+        region,
+        catalog=region.catalog and absolute(region.catalog),
+        images=region.images and absolute(region.images),
+        tiles=tuple(filter(None, (tile.strip() for tile in (tiles or "").split(",")))),
+    )

@@ -1,0 +1,118 @@
+"""Labels without a meaning given one by a person: a class map from a run and a table of labels and classes."""
+
+import csv
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from rayseg.errors import DataError
+from rayseg.io import cog, items, masks
+from rayseg.io.maps import NODATA, MappedTile, mapped_tiles
+from rayseg.store import StorePath, upath
+from rayseg.vision.color import ClassTable, label_table, rgb_of
+
+Key = tuple[str, int]  # scene ("" for every scene), label
+Assigned = dict[Key, str]
+
+
+def assign(run: str, table: str, out: str) -> dict[str, Any]:
+    """Write the class map of a run of labels as a catalogue whose masks training and evaluation read.
+
+    Args:
+        run: with label maps in `tiles/`.
+        table: CSV file with the columns `label` and `class`, and if labels differ by scene `scene`; `color` (#RRGGBB)
+            may give a class its colour. Labels that are not in it become 255, "not labelled".
+        out: where `catalog.json` and its collection `classes` go.
+
+    Returns:
+        `catalog`; `tiles`; `classes`: name -> pixels; `unassigned`: pixels of labels that are not in the table.
+
+    Raises:
+        DataError: the table cannot be read, has no such columns, names a scene or label that is not there, or gives a
+            label two classes.
+    """
+    assigned, classes = read_table(table)
+    tiles = mapped_tiles(run)
+    _expect_known(assigned, tiles, run)
+    folder, pixels, found = upath(out) / "classes", dict.fromkeys(classes.names, 0), []
+    unassigned = 0
+    for tile in tiles:
+        lookup = _lookup(assigned, classes, tile.tile.grid.image or "")
+        labels_HW = masks.pieces_of_tiles([tile])[0].read(label_table(NODATA - 1))
+        classes_HW = lookup[labels_HW]
+        cog.write_classes(folder / tile.tile.id / "classes.tif", classes_HW, tile.tile.grid, tile.tile.window, classes)
+        for value, name, _ in classes.classes:
+            pixels[name] += int((classes_HW == value).sum())
+        unassigned += int(((classes_HW == NODATA) & (labels_HW != NODATA)).sum())
+        item = items.item_of(
+            tile.tile.id, tile.tile.grid, tile.tile.window,
+            folder=folder / tile.tile.id, files=["classes.tif"], sources=tile.sources, table=classes,
+        )  # fmt: skip
+        item.assets["classes"].href = f"./{tile.tile.id}/classes.tif"
+        found.append(item)
+    catalogue = items.write_catalog(
+        out, {"classes": found}, titles={"classes": f"Classes given to the labels of {run}"}
+    )
+    return {"catalog": catalogue, "tiles": len(tiles), "classes": pixels, "unassigned": unassigned}
+
+
+def read_table(path: StorePath) -> tuple[Assigned, ClassTable]:
+    """(class of every label, the classes in the order in which they first occur) of a CSV file."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(upath(path).read_text())))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"label table {path} cannot be read: {error}; give a CSV file with label,class") from None
+    if not rows or not {"label", "class"} <= set(rows[0]):
+        has = ", ".join(name for name in rows[0] if name) if rows else "no rows"
+        raise DataError(f"label table {path} has {has}, expected the columns label and class: add them")
+    assigned: Assigned = {}
+    colors: dict[str, str] = {}
+    for number, row in enumerate(rows, 2):
+        key, name = _key(row, f"{path} line {number}"), (row["class"] or "").strip()
+        if not name or assigned.get(key, name) != name:
+            raise DataError(
+                f"label table {path} line {number} gives label {key[1]} the class {name!r}, expected one class"
+            )
+        assigned[key] = name
+        colors[name] = colors.get(name) or (row.get("color") or "").strip()
+    own = label_table(len(colors)).colors
+    table = tuple((k, name, rgb_of(text) if text else own[k]) for k, (name, text) in enumerate(colors.items()))
+    return assigned, ClassTable(table)
+
+
+def _key(row: Mapping[str, Any], where: str) -> Key:
+    text = (row["label"] or "").strip().removeprefix("label").strip()
+    if not text.isdigit() or int(text) >= NODATA:
+        raise DataError(f"{where} has the label {row['label']!r}, expected a number from 0 to {NODATA - 1}: correct it")
+    return (row.get("scene") or "").strip(), int(text)
+
+
+def _lookup(assigned: Assigned, table: ClassTable, scene: str) -> np.ndarray:
+    """Class value of every label, (256,) uint8; what is said of the scene goes before what is said of all scenes."""
+    values = dict(zip(table.names, table.values, strict=True))
+    lookup = np.full(256, NODATA, np.uint8)
+    for (named, label), name in sorted(assigned.items()):
+        if named in {"", scene}:
+            lookup[label] = values[name]
+    return lookup
+
+
+def _expect_known(assigned: Assigned, tiles: list[MappedTile], run: str) -> None:
+    scenes = {tile.tile.grid.image or "" for tile in tiles}
+    labels = {value for tile in tiles for value in tile.counts}
+    for scene, label in assigned:
+        if scene and scene not in scenes:
+            raise DataError(
+                f"run {run} has no scene {scene!r}, it has {', '.join(sorted(scenes)[:5])}: correct the table"
+            )
+        if label not in labels:
+            raise DataError(
+                f"run {run} has no label {label}, it has {', '.join(map(str, sorted(labels)))}: correct the table"
+            )
+    if len(scenes) > 1 and not all(scene for scene, _ in assigned):
+        raise DataError(
+            f"labels of {run} mean something else in each of its {len(scenes)} scenes, the table has rows without "
+            "scene: add the column scene, or map with --set shared=true"
+        )

@@ -1,0 +1,49 @@
+"""Superpixels on files, and specks of a label map taken out: what of unsupervised segmentation needs GDAL."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from rasterio.features import sieve
+from rasterio.windows import Window as FileWindow
+
+from rayseg.geo import Grid, Window
+from rayseg.io import cog
+from rayseg.io.sources import gdal, open_file, unplaced
+from rayseg.store import StorePath
+
+
+def write_segments(path: StorePath, segments_HW: NDArray[np.uint32], grid: Grid, window: Window) -> None:
+    """Write the number of every pixel's segment over `window` as a COG of uint32; 0 is no data."""
+    cog.write_image(path, segments_HW[None], grid, window, bands=("superpixel",), nodata=0, overviews="NEAREST")
+
+
+def read_segments(files: Sequence[tuple[Window, StorePath]], window: Window) -> NDArray[np.uint32]:
+    """Segments of `window` from files of one grid that do not overlap; 0 where there is none.
+
+    Args:
+        files: (what the file covers, its path).
+        window: grid pixels.
+    """
+    segments_HW = np.zeros((window.height, window.width), np.uint32)
+    for covers, path in files:
+        part = covers.intersect(window)
+        if part.empty:
+            continue
+        at = FileWindow(part.col - covers.col, part.row - covers.row, part.width, part.height)
+        with gdal(str(path), part), open_file(str(path)) as dataset:
+            segments_HW[part.slices(window)] = dataset.read(1, window=at)
+    return segments_HW
+
+
+def without_specks(classes_HW: NDArray[np.uint8], valid_HW: NDArray[np.bool_], *, size: int) -> NDArray[np.uint8]:
+    """Every 4-connected patch of fewer than `size` px takes the class of its largest neighbour (GDAL's sieve).
+
+    Pixels that are not valid neither change nor give their class to others.
+    """
+    if size < 2 or not valid_HW.any():
+        return classes_HW
+    whole = bool(valid_HW.all())
+    with unplaced():
+        cleaned: NDArray[np.uint8] = sieve(classes_HW, size, mask=None if whole else valid_HW, connectivity=4)
+    return cleaned

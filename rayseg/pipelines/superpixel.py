@@ -1,0 +1,393 @@
+"""superpixel: a scene segmented without any label (Chen et al. 2022, IEEE GRSL 19; after Kanezaki 2018, ICASSP).
+
+    scene --> superpixels --> vote <--> small network, trained on this scene alone --> label map
+
+Every scene has labels of its own, unless one network is `shared` by all. What is not said here is in the modules named
+by the steps; the settings of the paper are `configs/superpixel/paper.yaml`.
+"""
+
+import json
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from rayseg import agreement, flow, mapping, publication
+from rayseg.chips import parquet
+from rayseg.config import Config as Frozen
+from rayseg.errors import ConfigError, DataError
+from rayseg.flow import Row, Work
+from rayseg.geo import Region, Tile, Window, expect_ids, slug
+from rayseg.io import maps, pictures, segments
+from rayseg.io.sources import Source
+from rayseg.ledger import SETTLED, Record
+from rayseg.mapping import MapConfig
+from rayseg.models.bundle import Scaling
+from rayseg.run import Run, Step
+from rayseg.stages.label import LabelTile
+from rayseg.stages.read import tile_rows
+from rayseg.stages.superpixels import Divide, ReadAround, grown, part_path, segments_path
+from rayseg.stages.survey import Survey
+from rayseg.stages.write import WriteTile
+from rayseg.store import Location, put, upath
+from rayseg.train.scene import NetworkConfig, TrainScene
+from rayseg.vision.color import label_table, mean_color
+from rayseg.vision.segments import agreeing, united
+from rayseg.vision.superpixels import outlined
+
+SHARED = "all-scenes"
+MOST_CURVES = 6
+
+
+class SuperpixelConfig(Frozen):
+    """How the scene is divided before anything is learnt."""
+
+    method: Literal["felzenszwalb", "halved", "slic", "watershed"] = "halved"
+    """felzenszwalb is the paper's; halved is the same at half the resolution, in a fraction of the time; slic and
+    watershed give superpixels of about one size."""
+    scale: Annotated[float, Field(gt=0)] = 32.0
+    """felzenszwalb, halved: larger means larger superpixels."""
+    sigma: Annotated[float, Field(ge=0)] = 0.5
+    """felzenszwalb, halved: width in px of the Gaussian that smooths the scene first."""
+    min_size: Annotated[int, Field(gt=0)] = 64
+    """felzenszwalb, halved: least pixels of a superpixel."""
+    spacing: Annotated[int, Field(gt=1)] = 14
+    """slic, watershed: distance of superpixels in px."""
+    overlap: Annotated[int, Field(ge=2)] = 64
+    """Pixels around a tile in which it is compared with its neighbours."""
+
+    @property
+    def options(self) -> dict[str, float]:
+        """Arguments of the method."""
+        if self.method in {"felzenszwalb", "halved"}:
+            return {"scale": self.scale, "sigma": self.sigma, "min_size": self.min_size}
+        return {"spacing": self.spacing}
+
+
+class Config(Frozen):
+    """Settings of the pipeline."""
+
+    superpixels: SuperpixelConfig = SuperpixelConfig()
+    network: NetworkConfig = NetworkConfig()
+    map: MapConfig = MapConfig()
+    shared: bool = False
+    """One network over all scenes, so that a label means the same everywhere; else one each, with its own labels."""
+    bands: tuple[str, ...] = ()
+    """Names of the bands to look at; by default all that the first scene has."""
+    scaling: Literal["auto", "range", "percentiles"] | Scaling = "auto"
+    """From values to 0..1: by the range of their type, by the scene's 1st and 99th percentile, or as given; auto takes
+    the range of 8-bit imagery and percentiles of any other."""
+    sieve: Annotated[int, Field(ge=0)] = 20
+    """Patches of a label of fewer px become part of their largest neighbour."""
+    truth: Location | None = None
+    """Masks to measure the map with: a folder, `catalog.json#collection[/asset]`, or `#collection` of the region."""
+    unlabelled: tuple[str | int, ...] = ()
+    """Values or colours of the masks that are not counted."""
+
+
+# -- scenes ------------------------------------------------------------------------------------------------------------
+
+
+def plan(region: Region, config: Config) -> tuple[list[Row], tuple[str, ...], str]:
+    """(a row per network with its tiles as JSON, names of the bands, type of the values).
+
+    Raises:
+        DataError: there is no imagery, it is complex, or scenes differ in bands or type.
+        ConfigError: a tile or band that was asked for is not there.
+    """
+    sources, unread = mapping.imagery(region, config.map)
+    for error in unread.values():
+        raise error
+    bands, dtype = _contract(sources, config)
+    halo = config.network.patch + config.network.stride + config.sieve
+    groups = [sources] if config.shared else [[source] for source in sources]
+    rows = []
+    for group in groups:
+        tiles = tile_rows(group, region.geometry, size=config.map.tile, halo=halo)
+        if not config.shared:
+            tiles = [_of_scene(row, group[0].item_id) for row in tiles]
+        tiles = [row for row in tiles if not region.tiles or row["id"] in region.tiles]
+        name = SHARED if config.shared else slug(group[0].item_id)
+        rows += [{"id": name, "tiles": json.dumps(tiles)}] if tiles else []
+    ids = [row["id"] for one in rows for row in json.loads(one["tiles"])]
+    if unknown := sorted(set(region.tiles) - set(ids)):
+        raise ConfigError(f"region {region.name} has no tile {', '.join(unknown[:5])}; correct --tiles")
+    if not ids:
+        raise DataError(f"region {region.name} has no tile with imagery; choose another --region")
+    expect_ids([row["id"] for row in rows])
+    expect_ids(ids)
+    return rows, bands, dtype
+
+
+def _contract(sources: list[Source], config: Config) -> tuple[tuple[str, ...], str]:
+    bands = config.bands or tuple(name for name in sources[0].bands if name != "alpha")
+    dtype = sources[0].dtype
+    for source in sources:
+        if source.dtype.startswith("complex"):
+            raise DataError(
+                f"{source.item_id} has complex pixels ({source.dtype}), expected real values: convert it to amplitude"
+            )
+        if source.dtype != dtype or (missing := set(bands) - set(source.bands)):
+            wrong = f"{source.dtype} values" if source.dtype != dtype else f"no band {', '.join(sorted(missing))}"
+            raise DataError(
+                f"{source.item_id} has {wrong}, expected {', '.join(bands)} of {dtype} as {sources[0].item_id} has: "
+                "name the common bands with --set bands, or map the scenes in two runs"
+            )
+    return bands, dtype
+
+
+def _of_scene(row: Row, scene: str) -> Row:
+    """A tile on a grid that is this scene's alone: where scenes overlap, each keeps its own labels."""
+    if row["crs"] is None:
+        return row
+    return row | {"grid_image": scene, "id": f"{slug(scene)}_{row['id']}"}
+
+
+def list_scenes(step: Step, region: Region, config: Config) -> dict[str, Any]:
+    """Which scenes there are, and how their values become 0..1."""
+    path = step.prefix / "manifest.parquet"
+    if not path.exists():
+        rows, bands, dtype = plan(region, config)
+        put(step.prefix / "contract.json", json.dumps({"bands": bands, "dtype": dtype}).encode())
+        put(path, parquet(rows))
+    contract = json.loads((step.prefix / "contract.json").read_bytes())
+    rows, works = mapping.read_manifest(step), [Work(Survey(contract["bands"]), cpus=0.5)]
+    account = flow.run(rows, works, mapping.ledger_of(step), step.engine, title="scenes")
+    return {**contract, "account": account.counts, "troubles": account.troubles}
+
+
+def _scaling(config: Config, facts: dict[str, Any], dtype: str, bands: int) -> Scaling:
+    """To 0..1: (value - low) / (high - low)."""
+    if isinstance(config.scaling, Scaling):
+        return config.scaling
+    if config.scaling == "percentiles" or (config.scaling == "auto" and dtype != "uint8"):
+        low, high = facts["low"], facts["high"]
+        return Scaling(mean=tuple(low), std=tuple(b - a for a, b in zip(low, high, strict=True)))
+    whole = np.dtype(dtype).kind in "ui"
+    return Scaling(mean=(0.0,) * bands, std=(float(np.iinfo(dtype).max) if whole else 1.0,) * bands)
+
+
+def _scenes(listed: Step, config: Config) -> list[Row]:
+    """Rows of the scenes that show something, with their scaling as JSON."""
+    records = mapping.ledger_of(listed).read()
+    rows = [row for row in mapping.read_manifest(listed) if records[row["id"]].status == "done"]
+    value = listed.value
+    scalings = [_scaling(config, records[row["id"]].facts, value["dtype"], len(value["bands"])) for row in rows]
+    return [row | {"scaling": scaling.model_dump_json()} for row, scaling in zip(rows, scalings, strict=True)]
+
+
+# -- superpixels -------------------------------------------------------------------------------------------------------
+
+
+def divide(step: Step, listed: Step, config: Config) -> dict[str, Any]:
+    """Superpixels of all scenes, `<step>/<tile>.tif`: found tile by tile, made one where neighbours agree."""
+    if not config.network.votes:
+        return {"segments": None}
+    rows = [
+        tile | {"scaling": scene["scaling"]} for scene in _scenes(listed, config) for tile in json.loads(scene["tiles"])
+    ]
+    put(step.prefix / "manifest.parquet", parquet(rows))
+    overlap, prefix = config.superpixels.overlap, str(step.prefix)
+    works = [
+        Work(ReadAround(listed.value["bands"], margin=overlap)),
+        Work(Divide(prefix, config.superpixels.method, config.superpixels.options), cpus=0.5),
+    ]
+    account = flow.run(rows, works, mapping.ledger_of(step), step.engine, stall_seconds=config.map.stall_seconds)
+    found = _divided(step)
+    tables = _unite(prefix, found, overlap)
+    for (tile, _), table in zip(found, tables, strict=True):
+        if not (path := segments_path(prefix, tile.id)).exists():
+            numbers = table[_part_of(prefix, tile, tile.window, overlap)]
+            segments.write_segments(path, numbers, tile.grid, tile.window)
+    return {"segments": prefix, "account": account.counts, "troubles": account.troubles}
+
+
+def _divided(step: Step) -> list[tuple[Tile, int]]:
+    """Tiles that have superpixels, and how many."""
+    records = mapping.ledger_of(step).read()
+    rows = [row for row in mapping.read_manifest(step) if "segments" in records[row["id"]].facts]
+    return [(Tile.from_row(row), records[row["id"]].facts["segments"]) for row in rows]
+
+
+def _unite(prefix: str, found: list[tuple[Tile, int]], overlap: int) -> list[np.ndarray]:
+    """For every tile the numbers of its segments, gapless over all tiles."""
+    corners = {(tile.grid, tile.window.row, tile.window.col): at for at, (tile, _) in enumerate(found)}
+    pairs = {}
+    for one, (tile, _) in enumerate(found):
+        window = tile.window
+        for line, place in (
+            ("col", (tile.grid, window.row, window.col1)),
+            ("row", (tile.grid, window.row1, window.col)),
+        ):
+            if (other := corners.get(place)) is not None:
+                pairs[one, other] = _pairs(prefix, tile, found[other][0], line, overlap)
+    return united([count for _, count in found], pairs)
+
+
+def _pairs(prefix: str, one: Tile, other: Tile, line: str, overlap: int) -> np.ndarray:
+    """Segments that two neighbours found alike around their border: a column or a row of the grid."""
+    zone = grown(one.window, overlap).intersect(grown(other.window, overlap))
+    border = np.s_[:, overlap - 1 : overlap + 1] if line == "col" else np.s_[overlap - 1 : overlap + 1, :]
+    one_HW, other_HW = (_part_of(prefix, tile, zone, overlap) for tile in (one, other))
+    return agreeing(one_HW, other_HW, border)
+
+
+def _part_of(prefix: str, tile: Tile, window: Window, overlap: int) -> np.ndarray:
+    """Segments of `window` as the tile alone numbers them."""
+    return segments.read_segments([(grown(tile.window, overlap), part_path(prefix, tile.id))], window)
+
+
+# -- networks and maps -------------------------------------------------------------------------------------------------
+
+
+def train(step: Step, listed: Step, divided: Step, config: Config) -> dict[str, Any]:
+    """A network for every scene, each on an actor of its own; models/<scene> is its bundle."""
+    known = {tile.id for tile, _ in _divided(divided)} if config.network.votes else None
+    rows = [_trainable(row, known) for row in _scenes(listed, config)]
+    put(step.prefix / "manifest.parquet", parquet([{"id": row["id"]} for row in rows]))
+    stage = TrainScene(
+        config.network,
+        prefix=str(step.prefix),
+        models=str(upath(step.root) / "models"),
+        segments=divided.value["segments"],
+        bands=listed.value["bands"],
+        dtype=listed.value["dtype"],
+    )
+    works = [Work(stage, cpus=1.0, gpus=1.0, model=True)]
+    account = flow.run(
+        rows, works, mapping.ledger_of(step), step.engine, title="scenes", stall_seconds=config.network.stall_seconds
+    )
+    return {"account": account.counts, "troubles": account.troubles}
+
+
+def _trainable(row: Row, known: set[str] | None) -> Row:
+    """The scene with the tiles that have superpixels; a scene without any is settled as failed."""
+    tiles = json.loads(row["tiles"])
+    kept = [tile for tile in tiles if known is None or tile["id"] in known]
+    return row | {"tiles": json.dumps(kept)} | ({} if kept else _settled("failed", "none of its tiles could be read"))
+
+
+def _settled(status: str, reason: str) -> Row:
+    """What makes a row pass every stage by."""
+    return {"status": status, "reason": reason, "seconds": {}}
+
+
+def label(step: Step, listed: Step, trained: Step, region: Region, config: Config) -> dict[str, Any]:
+    """Map every tile by its scene's network; tiles/<id>/ holds the results, the step's ledger their fates."""
+    fates = mapping.ledger_of(listed).read() | mapping.ledger_of(trained).read()
+    rows = [
+        tile | {"scene": scene["id"]} for scene in mapping.read_manifest(listed) for tile in json.loads(scene["tiles"])
+    ]
+    put(step.prefix / "manifest.parquet", parquet(rows))
+    bundles = [record.facts for record in fates.values() if "bundle" in record.facts]
+    most = max(bundles, key=lambda facts: facts["labels"], default=None)
+    table = label_table(most["labels"] if most else 0)
+    settings = config.network
+    works = [
+        Work(ReadAround(listed.value["bands"], margin=config.sieve, lattice=(settings.patch, settings.stride))),
+        Work(
+            LabelTile(margin=config.sieve, sieve=config.sieve, batch=config.map.batch), cpus=1.0, gpus=1.0, model=True
+        ),
+        Work(WriteTile(mapping.tiles_prefix(step), table, bands=("probability",), geometry=region.geometry, model="")),
+    ]
+    account = flow.run(
+        [row | _with_network(fates[row["scene"]]) for row in rows], works, mapping.ledger_of(step), step.engine,
+        stall_seconds=config.map.stall_seconds,
+    )  # fmt: skip
+    kept = most["bundle"] if most else None
+    return {"bundle": kept, "account": account.counts, "troubles": account.troubles}
+
+
+def _with_network(fate: Record) -> Row:
+    """What a tile needs of its scene's network; without one it shares the scene's fate."""
+    if "bundle" in fate.facts:
+        prefix = fate.facts["bundle"]
+        return {"bundle": prefix, "model_item": str(upath(prefix) / "item.json")}
+    return _settled(fate.status if fate.status in SETTLED else "failed", f"scene {fate.id}: {fate.reason}")
+
+
+# -- for people --------------------------------------------------------------------------------------------------------
+
+
+def join_polygons(step: Step, predicted: Step) -> dict[str, Any]:
+    """labels.parquet; nothing when no scene has a map."""
+    return mapping.join_polygons(step, predicted, "labels") if predicted.value["bundle"] else {"count": 0}
+
+
+def measure(step: Step, predicted: Step, region: Region, config: Config) -> dict[str, Any]:
+    """Compare the labels with the truth, if there is one."""
+    if not config.truth or not predicted.value["bundle"]:
+        return {}
+    truth = f"{region.catalog}{config.truth}" if config.truth.startswith("#") else config.truth
+    found = agreement.agreement_of_run(predicted.root, truth, step=predicted.name, unlabelled=config.unlabelled)
+    put(step.prefix / "agreement.json", json.dumps(found, indent=1).encode())
+    return found
+
+
+def draw(step: Step, listed: Step, divided: Step, predicted: Step) -> dict[str, Any]:
+    """Pictures: the map in the mean colour of each label, and superpixels over a part of the first scene."""
+    tiles = maps.mapped_tiles(predicted.root, predicted.name)
+    found = []
+    for number, picture in enumerate(pictures.pictures_of(tiles)[:2]):
+        seen = picture.classes_HW != maps.NODATA
+        mean_HWC = mean_color(picture.image_HWC, np.where(seen, picture.classes_HW, 254))
+        put(
+            step.prefix / f"mean-{number}.png",
+            pictures.encoded(np.dstack([mean_HWC, np.where(seen, 255, 0)]).astype(np.uint8)),
+        )
+        found.append(
+            [
+                f"Mean colours, {picture.title}",
+                f"steps/{step.name}/mean-{number}.png",
+                "Every label in its mean colour.",
+            ]
+        )
+    if tiles and divided.value["segments"]:
+        put(step.prefix / "superpixels.png", pictures.encoded(_overlay(tiles[0], divided.value["segments"])))
+        caption = f"The middle of tile {tiles[0].tile.id}: labels are voted inside these."
+        found.append(["Superpixels", f"steps/{step.name}/superpixels.png", caption])
+    return {"pictures": found}
+
+
+def _overlay(mapped: maps.MappedTile, prefix: str, *, side: int = 512) -> np.ndarray:
+    window = mapped.tile.window
+    middle = Window(window.col + (window.width - side) // 2, window.row + (window.height - side) // 2, side, side)
+    part = middle.intersect(window)
+    image_HWC = pictures.shown(mapped.sources, mapped.tile.grid, part)
+    return outlined(image_HWC, segments.read_segments([(window, segments_path(prefix, mapped.tile.id))], part))
+
+
+def write_report(
+    step: Step, trained: Step, drawn: Step, predicted: Step, polygons: Step, measured: Step
+) -> dict[str, Any]:
+    """The report: with what became of the networks, and the agreement with the truth."""
+    records = mapping.ledger_of(trained).read().values()
+    histories = {f"network of {one.id}": one.facts["history"] for one in records if one.facts.get("history")}
+    said = "Learnt from the imagery alone: labels have no meaning yet; `rayseg labels assign` gives them one."
+    if "mean" in measured.value:
+        said += f" {agreement.text(measured.value)}"
+    extras = publication.Extras(
+        labels=said,
+        pictures=tuple((title, image, caption) for title, image, caption in drawn.value["pictures"]),
+        histories=dict(list(histories.items())[:MOST_CURVES]),
+    )
+    return publication.write_report(step, predicted, polygons, extras=extras)
+
+
+def check(config: Config, region: Region) -> None:
+    """Refuse, before anything is written, imagery that cannot be segmented."""
+    plan(region, config)
+
+
+def run(config: Config, run: Run, region: Region) -> str:
+    """Segment the scenes of `region`; return where the report is and what it says."""
+    listed = run.step("scenes", list_scenes, region, config)
+    divided = run.step("superpixels", divide, listed, config)
+    trained = run.step("networks", train, listed, divided, config)
+    predicted = run.step("predict", label, listed, trained, region, config)
+    polygons = run.step("polygons", join_polygons, predicted)
+    measured = run.step("evaluate", measure, predicted, region, config)
+    run.step("publish", mapping.publish, predicted, f"Labels of {region.name}, found without any")
+    drawn = run.step("pictures", draw, listed, divided, predicted)
+    report = run.step("report", write_report, trained, drawn, predicted, polygons, measured)
+    return publication.headline(report)

@@ -1,0 +1,154 @@
+"""Tiles through a network that was trained on their scene, one row of patches at a time."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayseg.geo import Lattice, Tile, Window
+from rayseg.io.segments import without_specks
+from rayseg.models import bundle
+from rayseg.models.bundle import Bundle
+from rayseg.models.cpu import threads
+from rayseg.stages.superpixels import grown
+from rayseg.vision.fill import mirrored
+
+Row = dict[str, Any]
+NODATA = 255
+_KEPT = 4
+
+
+class LabelTile:
+    """`image, valid, reach, bundle -> classes, scores`: the most probable label of every pixel and its probability.
+
+    classes: (height, width) uint8, 255 where there is no imagery.
+    scores: (1, height, width) uint8, probability x 254 rounded, 255 where there is no imagery.
+
+    Probabilities are blended on the grid's lattice of patches as `Predict` does it, but never held for more than one
+    row of patches: memory grows with labels x patch x tile width, not with labels x tile.
+
+    Args:
+        margin: px around the tile that are labelled too, so that specks at its border are seen whole.
+        sieve: patches of fewer px become part of their largest neighbour.
+        batch: patches at once; None takes 1 on a CPU and 8 on a GPU.
+        device: torch device; None takes the GPU if there is one.
+    """
+
+    def __init__(self, *, margin: int, sieve: int, batch: int | None = None, device: str | None = None) -> None:
+        self.margin, self.sieve = margin, sieve
+        self.batch, self.device = batch, device
+        self._models: OrderedDict[str, tuple[Bundle, torch.nn.Module]] = OrderedDict()
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """Label each tile."""
+        with threads():
+            return [self._tile(row) for row in rows]
+
+    def _loaded(self, prefix: str) -> tuple[Bundle, torch.nn.Module]:
+        """The scene's network; the last few stay."""
+        if prefix not in self._models:
+            self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+            self.batch = self.batch or (8 if self.device.startswith("cuda") else 1)
+            described, model = bundle.build(prefix)
+            model = model.to(self.device).to(memory_format=torch.channels_last).eval()
+            self._models[prefix] = described, model
+            while len(self._models) > _KEPT:
+                self._models.popitem(last=False)
+        self._models.move_to_end(prefix)
+        return self._models[prefix]
+
+    def _tile(self, row: Row) -> Row:
+        described, model = self._loaded(row["bundle"])
+        tile, valid, reach = Tile.from_row(row), row["valid"], row["reach"]
+        window = grown(tile.window, self.margin)
+        lattice = Lattice.of(tile.grid, described.patch, described.stride)
+        patches = [p for p in lattice.patches(window) if valid[lattice.cell(p).intersect(reach).slices(reach)].any()]
+        classes = np.zeros((window.height, window.width), np.uint8)
+        scores = np.zeros_like(classes)
+        assert self.device is not None
+        found = blended(
+            partial(self._predict, described, model, row),
+            patches, window, lattice, classes=described.outputs, device=self.device,
+        )  # fmt: skip
+        for part, labels, tops in found:
+            classes[part.slices(window)], scores[part.slices(window)] = labels, tops
+        seen = valid[window.slices(reach)]
+        classes = without_specks(classes, seen, size=self.sieve)
+        inner = tile.window.slices(window)
+        kept = {key: value for key, value in row.items() if key not in {"image", "valid", "reach"}}
+        shown = [np.where(seen, values, NODATA).astype(np.uint8)[inner] for values in (classes, scores)]
+        return kept | {"classes": shown[0], "scores": shown[1][None]}
+
+    @torch.inference_mode()
+    def _predict(
+        self, described: Bundle, model: torch.nn.Module, row: Row, patches: Sequence[Window]
+    ) -> Iterator[tuple[Window, Tensor]]:
+        """(patch, its probabilities (K, patch, patch) on the device), in order; batches are filled up to one size."""
+        assert self.batch is not None
+        assert self.device is not None
+        image, valid, reach = row["image"], row["valid"], row["reach"]
+        for start in range(0, len(patches), self.batch):
+            part = patches[start : start + self.batch]
+            cuts = [patch.slices(reach) for patch in part]
+            inputs = [described.normalize(mirrored(image[:, *cut], valid[cut])) for cut in cuts]
+            inputs += [np.zeros_like(inputs[0])] * (self.batch - len(inputs))
+            batch = torch.from_numpy(np.stack(inputs)).to(self.device, memory_format=torch.channels_last)
+            half = self.device.startswith("cuda")
+            with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=half):
+                logits = model(batch).float()
+            yield from zip(part, logits[: len(part)].softmax(1), strict=True)
+
+
+@torch.inference_mode()
+def blended(
+    predict: Callable[[Sequence[Window]], Iterator[tuple[Window, Tensor]]],
+    patches: Sequence[Window],
+    window: Window,
+    lattice: Lattice,
+    *,
+    classes: int,
+    device: str,
+) -> Iterator[tuple[Window, np.ndarray, np.ndarray]]:
+    """The weighted mean of patch probabilities, row of patches by row of patches.
+
+    Args:
+        predict: patches -> each with its probabilities (classes, patch, patch) on the device, in order.
+        patches: those of the lattice that are predicted.
+        window: what is wanted.
+        lattice: gives the patches' weight.
+        classes: number of channels.
+        device: torch device of the sums.
+
+    Yields:
+        (part of the window, most probable class (height, width) uint8, its probability x 254 uint8), from the top;
+        class and probability are 0 where no patch lies.
+    """
+    patch, stride = lattice.patch, lattice.stride
+    weight_HW = torch.from_numpy(lattice.weight()).to(device)
+    sums_CHW = torch.zeros(classes + 1, patch, window.width, device=device)  # the last channel sums the weights
+    for row in sorted({one.row for one in lattice.patches(window)}):
+        strip = Window(window.col, row, window.width, patch)
+        for at, probabilities_CHW in predict([one for one in patches if one.row == row]):
+            part = at.intersect(strip)
+            rows, cols = part.slices(at)
+            target_CHW = sums_CHW[:, rows, part.slices(strip)[1]]
+            target_CHW[:-1] += weight_HW[rows, cols] * probabilities_CHW[:, rows, cols]
+            target_CHW[-1] += weight_HW[rows, cols]
+        yield from _decided(sums_CHW, Window(window.col, row, window.width, stride), window)
+        rest_CHW = sums_CHW[:, stride:].clone()
+        sums_CHW.zero_()
+        sums_CHW[:, : patch - stride] = rest_CHW
+
+
+def _decided(sums_CHW: Tensor, at: Window, window: Window) -> Iterator[tuple[Window, np.ndarray, np.ndarray]]:
+    part = at.intersect(window)
+    if part.empty:
+        return
+    rows, _ = part.slices(at)
+    tops_HW, labels_HW = sums_CHW[:-1, rows].max(0)
+    shares_HW = tops_HW / sums_CHW[-1, rows].clamp(min=1e-12) * 254
+    yield part, labels_HW.to(torch.uint8).cpu().numpy(), shares_HW.round().to(torch.uint8).cpu().numpy()

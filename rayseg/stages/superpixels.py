@@ -1,0 +1,93 @@
+"""Tiles of a scene in, superpixels out: each tile with an overlap by which neighbours are made one afterwards."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from upath import UPath
+
+from rayseg.geo import Lattice, Tile, Window
+from rayseg.io import rasters, segments
+from rayseg.io.sources import Source
+from rayseg.models.bundle import Scaling
+from rayseg.store import upath
+from rayseg.vision.fill import mirrored
+from rayseg.vision.superpixels import METHODS
+
+Row = dict[str, Any]
+
+
+class ReadAround:
+    """`sources, <tile> -> image, valid, reach`: the tile's pixels and those around it.
+
+    As `ReadTile`, over a window with a margin; with a lattice, over all its patches on that window.
+
+    Args:
+        bands: names, in order.
+        margin: px around the tile.
+        lattice: (patch, stride) of patches that must be whole.
+    """
+
+    def __init__(self, bands: Sequence[str], *, margin: int, lattice: tuple[int, int] | None = None) -> None:
+        self.bands = tuple(bands)
+        self.margin, self.lattice = margin, lattice
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """Read each tile."""
+        return [self._read(row) for row in rows]
+
+    def _read(self, row: Row) -> Row:
+        tile = Tile.from_row(row)
+        reach = grown(tile.window, self.margin)
+        if self.lattice:
+            reach = Lattice.of(tile.grid, *self.lattice).reach(reach)
+        sources = [Source.from_row(source) for source in json.loads(row["sources"])]
+        image, valid = rasters.read(sources, tile.grid, reach, bands=self.bands)
+        if not valid[tile.window.slices(reach)].any():
+            return row | {"status": "nodata"}
+        return row | {"image": image, "valid": valid, "reach": reach}
+
+
+class Divide:
+    """`image, valid, reach, scaling -> facts`: superpixels of the tile and its overlap, kept as `part_path`.
+
+    They are numbered from 1 in the tile; 0 is no data. `scaling` is the JSON of the scene's `Scaling` to 0..1.
+
+    Args:
+        prefix: where they are kept.
+        method: a name in `METHODS`.
+        options: its arguments.
+    """
+
+    def __init__(self, prefix: str, method: str, options: Mapping[str, float]) -> None:
+        self.prefix, self.method, self.options = prefix, method, dict(options)
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """Divide each tile."""
+        return [self._divide(row) for row in rows]
+
+    def _divide(self, row: Row) -> Row:
+        tile, valid = Tile.from_row(row), row["valid"]
+        scaling = Scaling.model_validate_json(row["scaling"])
+        image_CHW = np.clip(scaling.normalize(mirrored(row["image"], valid)), 0, 1)
+        found = METHODS[self.method](image_CHW.transpose(1, 2, 0), **self.options)
+        _, gapless = np.unique(np.where(valid, found + 1, 0), return_inverse=True)
+        numbers = gapless.reshape(valid.shape).astype(np.uint32) + np.uint32(valid.all())
+        segments.write_segments(part_path(self.prefix, tile.id), numbers, tile.grid, row["reach"])
+        return {"id": row["id"], "seconds": row["seconds"], "facts": {"segments": int(numbers.max())}}
+
+
+def grown(window: Window, margin: int) -> Window:
+    """The window with a margin on every side."""
+    return Window(window.col - margin, window.row - margin, window.width + 2 * margin, window.height + 2 * margin)
+
+
+def part_path(prefix: str, tile_id: str) -> UPath:
+    """Where `Divide` keeps the superpixels of a tile with its overlap."""
+    return upath(prefix) / "parts" / f"{tile_id}.tif"
+
+
+def segments_path(prefix: str, tile_id: str) -> UPath:
+    """Where the superpixels of a tile are once its neighbours agree."""
+    return upath(prefix) / f"{tile_id}.tif"

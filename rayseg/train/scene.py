@@ -1,0 +1,383 @@
+"""Train a network on one scene alone (or one on all of them), without labels: Chen et al. 2022.
+
+    patches of all tiles, in random order --> step towards the labels voted in superpixels --> checkpoint per epoch
+    mean features of the labels --> groups of labels, the largest first --> bundle
+
+`kmeans` and `isodata` go the same way: what they give is a network too, of one layer.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from io import BytesIO
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from sklearn.cluster import KMeans
+from torch import Tensor, nn
+
+from rayseg.config import Config
+from rayseg.geo import Tile, Window
+from rayseg.io import rasters, segments
+from rayseg.io.sources import Source
+from rayseg.models import bundle, unsupervised
+from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
+from rayseg.models.cpu import threads
+from rayseg.models.encoders import recalibrate_batchnorm
+from rayseg.models.unsupervised import RECIPES, Precision, Recipe
+from rayseg.store import put, upath
+from rayseg.train.session import load_checkpoint
+from rayseg.vision.clusters import grouped, isodata
+from rayseg.vision.color import label_table
+from rayseg.vision.fill import mirrored
+
+Row = dict[str, Any]
+ATTEMPTS = 3
+"""Seeds that are tried before a network that keeps one label is reported."""
+MOST_MEASURED = 32
+"""Patches from which features and sizes of the labels are taken, at most."""
+MOST_SAMPLES = 200_000
+"""Pixels that k-means and ISODATA look at, at most."""
+
+
+class NetworkConfig(Config):
+    """The network of a scene, and its training."""
+
+    network: Literal["deepnet", "v1", "v2", "kmeans", "isodata"] = "deepnet"
+    """deepnet is the paper's; v1 and v2 are those of single images; kmeans and isodata are there to compare with."""
+    labels: Annotated[int, Field(gt=1, le=254)] = 32
+    """Labels the network can tell apart; clusters of k-means and ISODATA."""
+    epochs: Annotated[int, Field(gt=0)] = 10
+    """Passes over all patches."""
+    patch: Annotated[int, Field(gt=0, multiple_of=4)] = 512
+    """Side of a patch in px."""
+    stride: Annotated[int, Field(gt=0)] = 448
+    """Distance of patches in px."""
+    reduce: Annotated[int, Field(gt=0)] = 2
+    """Side in px of the squares whose mean the network sees as one pixel; the paper's is 1."""
+    recalibrate: bool = True
+    """Take the batch norms' statistics anew, over the whole scene, when the training is done; the paper does not."""
+    patches: Annotated[int, Field(gt=0)] | None = 256
+    """Patches per epoch, drawn anew from all for each; None takes all."""
+    seed: int = 2021
+    """Of the first weights and of the order of patches."""
+    merge_to: Annotated[int, Field(gt=1)] | None = None
+    """Labels are merged to so many by the distance of their features; None keeps all."""
+    precision: Precision = "float32"
+    """bfloat16 is faster where the machine has it."""
+    memory: Annotated[int, Field(ge=0)] = 1 << 30
+    """Bytes of patches that are kept; the rest is read again in every epoch."""
+    stall_seconds: Annotated[float, Field(gt=0)] = 86400.0
+    """A training in which no scene is finished for so long ends with an error."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "NetworkConfig":
+        if self.patch % (4 * self.reduce) or self.stride > self.patch:
+            raise ValueError(
+                f"patch {self.patch} must be a multiple of 4 x reduce ({4 * self.reduce}), stride at most the patch"
+            )
+        return self
+
+    @property
+    def votes(self) -> bool:
+        """Whether it needs superpixels."""
+        return self.network in RECIPES and RECIPES[self.network].votes
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the network is built and trained."""
+        return dataclasses.replace(RECIPES[self.network], classes=self.labels)
+
+
+class Patches:
+    """The patches of a scene: windows of one size on the lattice's stride, the last ones pushed back inside.
+
+    Args:
+        tiles: rows of the scene's tiles.
+        files: superpixels of the tiles by their id; empty when they are not needed.
+        bands: names, in order.
+        scaling: of the values.
+        config: sizes and memory.
+    """
+
+    def __init__(
+        self, tiles: Sequence[Row], files: dict[str, str], bands: Sequence[str], scaling: Scaling, config: NetworkConfig
+    ) -> None:
+        self.tiles = {row["id"]: row for row in tiles}
+        self.files, self.bands, self.scaling = files, tuple(bands), scaling
+        self.memory, self.reduce = config.memory, config.reduce
+        self.windows = list(_windows([Tile.from_row(row) for row in tiles], config))
+        self._kept: dict[int, tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.uint32]]] = {}
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def read(self, number: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(image_1CHW float32, superpixel of every pixel, positions of pixels with data or None for all).
+
+        Where a patch has no data the image is mirrored. All are reduced: a square of pixels counts as one, which is in
+        the superpixel of its first pixel.
+        """
+        image_CHW, seen_HW, segments_HW = self._raw(number)
+        normal_CHW = self.scaling.normalize(mirrored(image_CHW, seen_HW) if seen_HW.any() else image_CHW)
+        first = np.s_[:: self.reduce, :: self.reduce]
+        seen_HW, segments_HW = seen_HW[first], segments_HW[first]
+        _, compact = np.unique(segments_HW, return_inverse=True)
+        image = unsupervised.reduced(torch.from_numpy(normal_CHW)[None], self.reduce)
+        image = image.contiguous(memory_format=torch.channels_last)
+        seen = None if seen_HW.all() else torch.from_numpy(np.flatnonzero(seen_HW))
+        return image, torch.from_numpy(compact.ravel()) if self.files else None, seen
+
+    def _raw(self, number: int) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.uint32]]:
+        if number not in self._kept:
+            raw = self._from_files(*self.windows[number])
+            self._bytes += sum(array.nbytes for array in raw)
+            if self._bytes > self.memory:
+                return raw
+            self._kept[number] = raw
+        return self._kept[number]
+
+    def _from_files(self, tile_id: str, window: Window) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.uint32]]:
+        row = self.tiles[tile_id]
+        tile = Tile.from_row(row)
+        sources = [Source.from_row(source) for source in json.loads(row["sources"])]
+        image_CHW, seen_HW = rasters.read(sources, tile.grid, window, bands=self.bands)
+        files = [(Tile.from_row(self.tiles[name]), path) for name, path in self.files.items()]
+        near = [(other.window, path) for other, path in files if other.grid == tile.grid]
+        segments_HW = segments.read_segments(near, window)
+        return image_CHW, seen_HW & (segments_HW > 0) if self.files else seen_HW, segments_HW
+
+
+def _windows(tiles: Sequence[Tile], config: NetworkConfig) -> Iterator[tuple[str, Window]]:
+    """(tile that holds the middle, window) of every patch, grid by grid."""
+    for grid in dict.fromkeys(tile.grid for tile in tiles):
+        mine = [tile for tile in tiles if tile.grid == grid]
+        extent = mine[0].window
+        for tile in mine:
+            extent = extent.union(tile.window)
+        for row in _origins(extent.row, extent.height, config):
+            for col in _origins(extent.col, extent.width, config):
+                unit = 4 * config.reduce
+                size = [max(2, -(-min(config.patch, side) // unit)) * unit for side in (extent.width, extent.height)]
+                window = Window(col, row, *size)
+                middle = Window(col + min(size[0], extent.width) // 2, row + min(size[1], extent.height) // 2, 1, 1)
+                holder = [tile.id for tile in mine if not tile.window.intersect(middle).empty]
+                yield from [(name, window) for name in holder]
+
+
+def _origins(start: int, length: int, config: NetworkConfig) -> list[int]:
+    last = max(0, length - config.patch)
+    return sorted({*(start + at for at in range(0, last, config.stride)), start + last})
+
+
+class TrainScene:
+    """`tiles, scaling -> facts`: a network trained on a scene's tiles, kept as the bundle `<models>/<scene>`.
+
+    A network that keeps one label is trained again from another seed, twice; then the scene is settled as failed.
+
+    Args:
+        config: the network and its training.
+        prefix: below which checkpoints are kept.
+        models: below which bundles are kept.
+        segments: the superpixels: path of a tile's file is `<segments>/<tile id>.tif`; None when not needed.
+        bands: names, in order.
+        dtype: of the imagery.
+    """
+
+    def __init__(
+        self,
+        config: NetworkConfig,
+        *,
+        prefix: str,
+        models: str,
+        segments: str | None,
+        bands: Sequence[str],
+        dtype: str,
+    ) -> None:
+        self.config, self.prefix, self.models, self.segments = config, prefix, models, segments
+        self.bands, self.dtype = tuple(bands), dtype
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """Train on each scene; with the machine's threads, so that both engines give the same networks."""
+        with threads():
+            return [self._train(row) for row in rows]
+
+    def _train(self, row: Row) -> Row:
+        kept = {key: row[key] for key in ("id", "seconds") if key in row}
+        tiles, scaling = json.loads(row["tiles"]), Scaling.model_validate_json(row["scaling"])
+        files = {tile["id"]: f"{self.segments}/{tile['id']}.tif" for tile in tiles} if self.segments else {}
+        patches = Patches(tiles, files, self.bands, scaling, self.config)
+        seeds = [self.config.seed + attempt for attempt in range(ATTEMPTS)]
+        for seed in seeds:
+            net, history = self._fitted(patches, f"{self.prefix}/{row['id']}/{seed}", seed)
+            features_KD, sizes_K = measured(net, patches, self.device)
+            groups = grouped(features_KD, sizes_K, most=self.config.merge_to)
+            if (labels := int(groups.max()) + 1) > 1:
+                prefix = self._keep(row["id"], net, groups, scaling)
+                return kept | {"facts": {"bundle": prefix, "labels": labels, "seed": seed, "history": history}}
+        said = f"the network kept one label from each of the seeds {', '.join(map(str, seeds))}"
+        return kept | {"status": "failed", "reason": f"{said}: choose another network, more labels or fewer epochs"}
+
+    def _fitted(self, patches: Patches, prefix: str, seed: int) -> tuple[nn.Module, list[dict[str, float]]]:
+        if self.config.network in RECIPES:
+            return fit(patches, self.config, prefix=prefix, seed=seed, device=self.device)
+        return nearest(patches, self.config, seed=seed).to(self.device), []
+
+    def _keep(self, scene: str, net: nn.Module, groups: NDArray[np.intp], scaling: Scaling) -> str:
+        labels, classes = len(groups), int(groups.max()) + 1
+        options: dict[str, str | int | float] = {
+            "network": self.config.network if self.config.network in RECIPES else "nearest",
+            "channels": len(self.bands),
+            "labels": labels,
+            "classes": classes,
+            "groups": ",".join(map(str, groups)),
+            "reduce": self.config.reduce,
+        }
+        described = Bundle(
+            name=f"labels-{scene}",
+            task="segmentation",
+            architecture=Architecture(factory="unsupervised", options=options),
+            classes=label_table(classes).classes[:classes],
+            bands=self.bands,
+            dtype=self.dtype,
+            scaling=scaling,
+            patch=self.config.patch,
+            stride=self.config.stride,
+            provenance=Provenance(config=self.config.model_dump(mode="json")),
+        )
+        prefix = str(upath(self.models) / scene)
+        bundle.save(prefix, described, unsupervised.Labeller(net.cpu(), groups.tolist(), reduce=self.config.reduce))
+        return prefix
+
+
+def fit(
+    patches: Patches, config: NetworkConfig, *, prefix: str, seed: int, device: torch.device
+) -> tuple[nn.Module, list[dict[str, float]]]:
+    """Train on all patches, one a step; goes on from `<prefix>/checkpoint.pt`, written after every epoch.
+
+    It ends early when an epoch's targets were one label throughout, for then nothing is left to learn.
+
+    Returns:
+        (network on the device, mean loss and number of labels of every epoch).
+    """
+    recipe, settings = config.recipe, f"{config.model_dump_json()} {seed}"
+    net = unsupervised.initial(recipe, bands=len(patches.bands), seed=seed).to(device)
+    optimizer = recipe.optimizer(net.parameters())
+    state = load_checkpoint(prefix, settings) or {"history": []}
+    if state["history"]:
+        net.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
+    history: list[dict[str, float]] = list(state["history"])
+    with unsupervised.quick_and_reproducible(device, config.precision):
+        while len(history) < config.epochs and not (history and history[-1]["labels"] == 1):
+            history.append(epoch(len(history), net, optimizer, patches, config, seed=seed))
+            state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
+            content = BytesIO()
+            torch.save({"settings": settings, **state}, content)
+            put(upath(prefix) / "checkpoint.pt", content.getvalue())
+        if config.recalibrate:
+            # A short training leaves running averages that still remember where they began.
+            with torch.no_grad():
+                read = map(patches.read, _spread(patches, MOST_MEASURED))
+                recalibrate_batchnorm(net, (image.to(device) for image, _, seen in read if seen is None or len(seen)))
+    return net, history
+
+
+def epoch(
+    number: int,
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    patches: Patches,
+    config: NetworkConfig,
+    *,
+    seed: int,
+) -> dict[str, float]:
+    """One pass over the patches in an order drawn from (seed, number); returns loss and labels."""
+    order = np.random.default_rng((seed, number)).permutation(len(patches))[: config.patches]
+    device = next(net.parameters()).device
+    counts = torch.zeros(config.labels, dtype=torch.int64, device=device)
+    losses = []
+    net.train()
+    for image, superpixels, seen in _ahead(patches, order):
+        if seen is not None and not len(seen):
+            continue
+        segments, places = (part if part is None else part.to(device) for part in (superpixels, seen))
+        targets, loss = unsupervised.step(
+            net,
+            optimizer,
+            image.to(device),
+            segments,
+            recipe=config.recipe,
+            precision=config.precision,
+            seen=places,
+        )
+        counts += torch.bincount(targets[targets >= 0], minlength=config.labels)
+        losses.append(loss)
+    mean = float(torch.stack(losses).mean()) if losses else float("nan")
+    return {"epoch": float(number + 1), "loss": mean, "labels": float(counts.count_nonzero())}
+
+
+def _ahead(patches: Patches, order: NDArray[np.intp]) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+    """Patches in order, the next one read while the network works."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = [pool.submit(patches.read, int(number)) for number in order[:1]]
+        for number in [*order[1:], None]:
+            ready = coming.pop()
+            coming += [pool.submit(patches.read, int(number))] if number is not None else []
+            yield ready.result()
+
+
+def _spread(patches: Patches, most: int) -> list[int]:
+    return sorted({round(at) for at in np.linspace(0, len(patches) - 1, min(most, len(patches)))})
+
+
+@torch.inference_mode()
+def measured(net: nn.Module, patches: Patches, device: torch.device) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """(mean feature (K, D), number of pixels (K,)) of every label as the network gives them, from some patches.
+
+    Features are what its last convolution sees; for a network of one layer, the values themselves.
+    """
+    net.eval()
+    body, head = (net[:-2], net[-2:]) if isinstance(net, nn.Sequential) else (nn.Identity(), net)
+    sums = sizes = np.zeros(0)
+    for number in _spread(patches, MOST_MEASURED):
+        image, _, seen = patches.read(number)
+        features = body(image.to(device))
+        labels = head(features).argmax(1).flatten()
+        classes = head(features[..., :1, :1]).shape[1]
+        flat = features.permute(0, 2, 3, 1).flatten(0, 2).float()
+        if seen is not None:
+            labels, flat = labels[seen.to(device)], flat[seen.to(device)]
+        found = torch.zeros(classes, flat.shape[1], device=device).index_add_(0, labels, flat).double().cpu().numpy()
+        counts = torch.bincount(labels, minlength=classes).cpu().numpy()
+        sums, sizes = (found, counts) if not len(sums) else (sums + found, sizes + counts)
+    return sums / np.maximum(sizes, 1)[:, None], sizes.astype(np.int64)
+
+
+def nearest(patches: Patches, config: NetworkConfig, *, seed: int) -> nn.Module:
+    """The centres that k-means or ISODATA finds in pixels of some patches, as a network of one layer."""
+    chosen = _spread(patches, MOST_MEASURED)
+    rng = np.random.default_rng(seed)
+    parts = []
+    for number in chosen:
+        image, _, seen = patches.read(number)
+        pixels_NC = image[0].flatten(1).T.numpy()
+        pixels_NC = pixels_NC if seen is None else pixels_NC[seen.numpy()]
+        parts.append(pixels_NC[rng.permutation(len(pixels_NC))[: MOST_SAMPLES // len(chosen)]])
+    samples_NC = np.concatenate(parts)
+    if config.network == "isodata":
+        return unsupervised.nearest(isodata(samples_NC, clusters=config.labels, seed=seed))
+    clusters = min(config.labels, len(np.unique(samples_NC, axis=0)))
+    found = KMeans(clusters, n_init=1, random_state=seed).fit(samples_NC)
+    return unsupervised.nearest(found.cluster_centers_)

@@ -1,0 +1,64 @@
+"""Superpixels found tile by tile, made one partition: segments that two tiles agree on become one."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+AGREED = 0.5
+
+
+def agreeing(
+    one_HW: NDArray[np.integer], other_HW: NDArray[np.integer], border: tuple[slice, slice]
+) -> NDArray[np.int64]:
+    """The pairs of segments that two tiles found alike where they overlap, and that their border cuts.
+
+    Two segments are alike when they share more than half of the pixels that either has in the overlap (IoU > 0.5); so
+    each has one partner at most.
+
+    Args:
+        one_HW: segments of the first tile over the overlap, 1 or more; 0 is no data.
+        other_HW: those of the second tile over the same pixels.
+        border: rows and columns of the overlap's pixels on both sides of the border.
+
+    Returns:
+        (pairs, 2): segment of the first tile, segment of the second.
+    """
+    pairs_N2, shared_N = _counted(one_HW, other_HW)
+    ones, others = np.bincount(one_HW.ravel()), np.bincount(other_HW.ravel())
+    either_N = ones[pairs_N2[:, 0]] + others[pairs_N2[:, 1]] - shared_N
+    alike_N2 = pairs_N2[(shared_N > AGREED * either_N) & (pairs_N2 > 0).all(axis=1)]
+    cut_N2, _ = _counted(one_HW[border], other_HW[border])
+    at_border = np.isin(alike_N2[:, 0], cut_N2[:, 0]) & np.isin(alike_N2[:, 1], cut_N2[:, 1])
+    found: NDArray[np.int64] = alike_N2[at_border]
+    return found
+
+
+def _counted(one_HW: NDArray[np.integer], other_HW: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(different pairs of values at the same pixel (pairs, 2), how often each occurs)."""
+    width = int(other_HW.max(initial=0)) + 1
+    codes, counts = np.unique(one_HW.ravel().astype(np.int64) * width + other_HW.ravel(), return_counts=True)
+    return np.stack(np.divmod(codes, width), axis=1), counts.astype(np.int64)
+
+
+def united(counts: Sequence[int], pairs: Mapping[tuple[int, int], NDArray[np.int64]]) -> list[NDArray[np.uint32]]:
+    """Numbers of the segments of all tiles together, 1..n without gaps.
+
+    Args:
+        counts: segments of every tile; a tile's own numbers are 1..count.
+        pairs: (tile, tile) -> the segments (pairs, 2) of both that are one.
+
+    Returns:
+        For every tile the number of each of its segments, (count + 1,) uint32; 0 stays 0.
+    """
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    links = [np.empty((0, 2), np.int64)]
+    links += [found_N2 - 1 + starts[[one, other]] for (one, other), found_N2 in pairs.items()]
+    from_N, to_N = np.concatenate(links).T
+    total = int(starts[-1])
+    graph = coo_array((np.ones(len(from_N), bool), (from_N, to_N)), shape=(total, total))
+    _, names = connected_components(graph, directed=False)
+    parts = np.split(names.astype(np.uint32) + np.uint32(1), starts[1:])[:-1]
+    return [np.concatenate([np.zeros(1, np.uint32), part]) for part in parts]

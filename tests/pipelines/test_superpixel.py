@@ -1,0 +1,255 @@
+"""superpixel end to end on scenes of a hundred pixels: what it leaves, what it refuses, how it goes on after a kill."""
+
+import json
+import shutil
+
+import geopandas
+import numpy as np
+import pytest
+import rasterio
+from fake_run import blobs, picture
+from small_world import GRID, catalogue, files, rayseg, refused, valid_stac, window_at
+
+from rayseg.io import cog, labels, masks
+from rayseg.ledger import Ledger
+from rayseg.models import bundle
+from rayseg.run import read
+from rayseg.train import scene as training
+
+pytestmark = pytest.mark.e2e
+
+STEPS = ["scenes", "superpixels", "networks", "predict", "polygons", "evaluate", "publish", "pictures", "report"]
+SMALL = """
+network: {epochs: 2, patch: 64, stride: 48, labels: 8, reduce: 1}
+superpixels: {min_size: 16, overlap: 16}
+map: {tile: 128}
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two scenes that overlap, and truth of the first."""
+    root = tmp_path_factory.mktemp("world")
+    catalogue(root, one={"seed": 1}, two={"seed": 2, "col": 120})
+    (root / "small.yaml").write_text(SMALL)
+    (root / "truth").mkdir()
+    cog.write_image(
+        root / "truth" / "one.tif",
+        blobs(200, 180, seed=1)[None].astype(np.uint8),
+        GRID,
+        window_at(0, 0),
+        bands=("kind",),
+    )
+    return root
+
+
+def words(world, *more):
+    """The command but for --out."""
+    region = f"{world}/cat/catalog.json#imagery"
+    given = [
+        "run",
+        "pipeline",
+        "superpixel",
+        "--region",
+        region,
+        "--config",
+        world / "small.yaml",
+        "--engine",
+        "inline",
+    ]
+    return [*given, *[word for value in more for word in ("--set", value)]]
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    found = rayseg(*words(world, f"truth={world}/truth"), "--out", out)
+    assert found.exit_code == 0, found.output
+    return out
+
+
+def records(out, step):
+    return Ledger(str(out / "steps" / step / "ledger")).read()
+
+
+def test_all_steps_are_done_and_leave_what_they_should(whole):
+    said = read(str(whole))
+    assert said["status"] == "done"
+    assert list(said["steps"]) == STEPS
+    assert {fate.status for fate in records(whole, "predict").values()} == {"done"}
+    for name in ("one", "two"):
+        described, _ = bundle.build(str(whole / "models" / name))
+        assert described.outputs == records(whole, "networks")[name].facts["labels"]
+    frame = geopandas.read_parquet(whole / "labels.parquet")
+    assert set(frame["name"]) <= {f"label {k}" for k in range(8)}
+    assert frame["score_mean"].between(0, 1).all()
+    valid_stac(whole / "collection.json")
+    page = (whole / "report" / "index.html").read_text()
+    assert "AMI" in page
+    assert "Superpixels" in page
+    assert said["steps"]["evaluate"]["scenes"]["one"]["pixels"] > 30_000
+
+
+def test_each_scene_is_labelled_where_it_has_data_even_where_they_overlap(whole, world):
+    for name, col in (("one", 0), ("two", 120)):
+        with rasterio.open(world / f"{name}.tif") as file:
+            seen = file.read_masks(1) > 0
+            left, top = file.bounds.left, file.bounds.top
+        found = np.zeros(seen.shape, bool)
+        for path in whole.glob(f"tiles/{name}_*/classes.tif"):
+            with rasterio.open(path) as file:
+                row, at = round(top - file.bounds.top), round(file.bounds.left - left)
+                found[row : row + file.height, at : at + file.width] = file.read(1) != 255
+        np.testing.assert_array_equal(found, seen, err_msg=f"{name} {col}")
+
+
+def test_superpixels_have_one_number_each_over_all_tiles_of_the_scene(whole):
+    segments = {path.stem: rasterio.open(path).read(1) for path in (whole / "steps/superpixels").glob("one_*.tif")}
+    assert len(segments) > 1
+    numbers = [set(np.unique(part)) - {0} for part in segments.values()]
+    assert any(one & other for k, one in enumerate(numbers) for other in numbers[k + 1 :])
+    assert all(part.dtype == np.uint32 for part in segments.values())
+
+
+def test_the_second_run_does_nothing(whole, world):
+    before = files(whole)
+    assert rayseg(*words(world, f"truth={world}/truth"), "--out", whole).exit_code == 0
+    after = files(whole)
+    assert [name for name, found in after.items() if before.get(name) != found and name != ".lock"] == ["run.json"]
+
+
+def test_a_training_killed_in_the_middle_goes_on_as_if_nothing_had_been(whole, world, tmp_path, monkeypatch):
+    epoch, seen = training.epoch, []
+
+    def fall(number, *arguments, **named):
+        seen.append(number)
+        if seen == [0, 1]:
+            raise KeyboardInterrupt
+        return epoch(number, *arguments, **named)
+
+    monkeypatch.setattr(training, "epoch", fall)
+    out = tmp_path / "run"
+    assert rayseg(*words(world, f"truth={world}/truth"), "--out", out).exit_code == 130
+    assert rayseg(*words(world, f"truth={world}/truth"), "--out", out).exit_code == 0
+    assert seen == [0, 1, 1, 0, 1]  # the first scene's second epoch again, then the second scene
+    for name in ("one", "two"):
+        assert bundle.load(out / "models" / name).sha256 == bundle.load(whole / "models" / name).sha256
+    for path in whole.glob("tiles/*/*.tif"):
+        assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
+
+
+def test_one_network_over_all_scenes_gives_one_mosaic(world, tmp_path):
+    assert rayseg(*words(world, "shared=true", "network.merge_to=3"), "--out", tmp_path / "run").exit_code == 0
+    assert list(records(tmp_path / "run", "networks")) == ["all-scenes"]
+    assert bundle.load(tmp_path / "run/models/all-scenes").outputs <= 3
+    assert all(path.name.startswith("32650_") for path in (tmp_path / "run/tiles").iterdir())
+
+
+@pytest.mark.parametrize("network", ["v1", "v2", "kmeans", "isodata"])
+def test_every_network_maps_by_the_same_path(world, tmp_path, network):
+    assert rayseg(*words(world, f"network.network={network}"), "--out", tmp_path / "run").exit_code == 0
+    assert {fate.status for fate in records(tmp_path / "run", "predict").values()} == {"done"}
+
+
+def test_labels_become_classes_by_a_table(whole, world, tmp_path):
+    found = [f"{name},{k},{'field' if k else 'water'}" for name in ("one", "two") for k in labels_of(whole, name)]
+    (tmp_path / "table.csv").write_text("\n".join(["scene,label,class", *found]))
+    said = rayseg("labels", "assign", whole, "--csv", tmp_path / "table.csv", "--out", tmp_path / "classes")
+    assert said.exit_code == 0, said.output
+    assert ", 0 px" in said.stdout.replace(";", ",")
+    valid_stac(tmp_path / "classes/catalog.json")
+    sources = masks.masks_of(f"{tmp_path}/classes/catalog.json#classes")
+    assert len(sources) == len(list(whole.glob("tiles/*")))
+    assert masks.table_of(sources[0].assets[0][0]).names == ("water", "field")
+    (tmp_path / "table.csv").write_text("label,class\n0,water\n")
+    assert "column scene" in refused(3, "labels", "assign", whole, "--csv", tmp_path / "table.csv")
+    (tmp_path / "table.csv").write_text("scene,label,class\none,77,water\n")
+    assert "no label 77" in refused(3, "labels", "assign", whole, "--csv", tmp_path / "table.csv")
+    (tmp_path / "table.csv").write_text("name\none\n")
+    assert "columns label and class" in refused(3, "labels", "assign", whole, "--csv", tmp_path / "table.csv")
+
+
+def labels_of(out, scene):
+    return range(records(out, "networks")[scene].facts["labels"])
+
+
+def single(folder, image_CHW, **options):
+    """The command on one scene of given pixels."""
+    folder.mkdir(exist_ok=True)
+    height, width = image_CHW.shape[1:]
+    names = tuple(f"b{k}" for k in range(len(image_CHW)))
+    cog.write_image(folder / "odd.tif", image_CHW, GRID, window_at(0, 0, height, width), bands=names, **options)
+    labels.ingest_rasters([str(folder / "odd.tif")], folder / "cat")
+    (folder / "small.yaml").write_text(SMALL)
+    return [*words(folder), "--out", folder / "run"]
+
+
+RNG = np.random.default_rng(0)
+ODD = {
+    "ten bands of uint16": (RNG.integers(0, 9000, (10, 70, 90)).astype(np.uint16), "done"),
+    "one band": (picture(blobs(70, 90, seed=1), seed=1)[:1], "done"),
+    "floats with NaN": (
+        np.where(RNG.random((2, 70, 90)) < 0.3, np.nan, RNG.random((2, 70, 90))).astype(np.float32),
+        "done",
+    ),
+    "smaller than a patch": (picture(blobs(20, 13, seed=2), seed=2), "done"),
+    "two pixels": (np.array([[[3, 200]]] * 3, np.uint8), "failed"),  # no network tells them apart
+    "one pixel": (np.full((3, 1, 1), 9, np.uint8), "empty"),
+    "constant": (np.full((3, 70, 90), 9, np.uint8), "empty"),
+    "all nodata": (np.zeros((3, 70, 90), np.uint8), "nodata"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_scenes_end_as_they_should(tmp_path, kind):
+    image_CHW, fate = ODD[kind]
+    found = rayseg(*single(tmp_path, image_CHW, nodata=None if image_CHW.dtype.kind == "f" else 0))
+    assert found.exit_code == (3 if fate == "failed" else 0), found.output
+    assert {record.status for record in records(tmp_path / "run", "predict").values()} == {fate}
+    if fate != "done":
+        [record] = records(tmp_path / "run", "networks" if fate == "failed" else "scenes").values()
+        assert record.status == fate
+        assert "one label" in record.reason if fate == "failed" else "scene" in record.reason
+    for path in (tmp_path / "run").glob("tiles/*/classes.tif"):
+        with rasterio.open(path) as file:
+            unseen = np.isnan(image_CHW).all(axis=0) if image_CHW.dtype.kind == "f" else (image_CHW == 0).all(axis=0)
+            assert (file.read(1)[unseen[: file.height, : file.width]] == 255).all() or file.height < len(unseen)
+
+
+def test_complex_pixels_are_refused_and_nothing_is_left(tmp_path):
+    command = single(tmp_path, np.ones((1, 20, 20), np.float32))
+    where = window_at(0, 0, 20, 20)
+    place = {"height": 20, "width": 20, "count": 1, "crs": GRID.crs, "transform": GRID.transform(where)}
+    with rasterio.open(tmp_path / "odd.tif", "w", driver="GTiff", dtype="complex64", **place) as file:
+        file.write(np.ones((1, 20, 20), np.complex64))
+    shutil.rmtree(tmp_path / "cat")
+    labels.ingest_rasters([str(tmp_path / "odd.tif")], tmp_path / "cat")
+    assert "complex" in refused(3, *command)
+    assert not (tmp_path / "run").exists()
+
+
+def test_scenes_of_other_bands_are_refused_by_both_names(tmp_path):
+    catalogue(tmp_path, one={"seed": 1}, two={"seed": 2, "bands": ("red", "green")})
+    (tmp_path / "small.yaml").write_text(SMALL)
+    said = refused(3, *words(tmp_path), "--out", tmp_path / "run")
+    assert "two has no band blue" in said
+    assert "as one has" in said
+
+
+def test_a_network_that_keeps_one_label_is_tried_from_three_seeds_and_then_reported(tmp_path, monkeypatch):
+    tried = []
+
+    def collapsed(net, patches, device):
+        tried.append(1)
+        return np.ones((8, 4)), np.array([0, 5, *[0] * 6])
+
+    monkeypatch.setattr(training, "measured", collapsed)
+    found = rayseg(*single(tmp_path, picture(blobs(70, 90, seed=1), seed=1), nodata=0))
+    assert found.exit_code == 3
+    assert len(tried) == 3
+    [record] = records(tmp_path / "run", "networks").values()
+    assert record.status == "failed"
+    assert "seeds 2021, 2022, 2023" in record.reason
+    assert {fate.status for fate in records(tmp_path / "run", "predict").values()} == {"failed"}
+    assert "seeds 2021" in json.dumps(read(str(tmp_path / "run")))
