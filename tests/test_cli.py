@@ -19,7 +19,8 @@ from small_world import BANDS, GRID, catalogue, chip_folder, classifier, files, 
 from small_world import window_at as window
 from typer.main import get_command
 
-from rayseg.cli import PIPELINES, app
+from rayseg.cli import app
+from rayseg.cli.words import PIPELINES
 from rayseg.io import cog, labels, xyz
 from rayseg.models.encoders import build_encoder
 from rayseg.pipelines import gpc
