@@ -23,7 +23,7 @@ def _compiler_deferred() -> Iterator[None]:
         yield
         return
     disable = torch.compiler.disable
-    torch.compiler.disable = torch._compile._disable_dynamo  # torch's own decorator for the same, lazy  # type: ignore[assignment]
+    torch.compiler.disable = torch._compile._disable_dynamo  # type: ignore[assignment] # torch's own lazy one
     sys.modules[_ASKED] = stand_in = ModuleType(_ASKED)
     stand_in.is_compile_supported = _is_compile_supported  # type: ignore[attr-defined]
     try:
