@@ -188,7 +188,8 @@ def read_manifest(step: Step) -> list[Row]:
 def _values(column: pa.ChunkedArray) -> Sequence[Any]:
     """The column's values; equal ones are one object where the file says which are equal."""
     if not pa.types.is_dictionary(column.type):
-        return column.to_numpy().tolist()
+        plain: list[Any] = column.to_numpy().tolist()
+        return plain
     whole = column.unify_dictionaries().combine_chunks()
     known = [*whole.dictionary.to_pylist(), None]
     return [known[index] for index in whole.indices.fill_null(len(known) - 1).to_pylist()]
