@@ -74,16 +74,17 @@ def _text(value: object) -> str:
 
 def tree_seconds(pid: int | None = None) -> float:
     """User and system seconds of a process and all below it that live, and of those they have waited for."""
-    tick, children = os.sysconf("SC_CLK_TCK"), {}
+    tick, seconds, children = os.sysconf("SC_CLK_TCK"), {}, {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = path.read_text().rpartition(") ")[2].split()
         except OSError:
             continue  # it has ended meanwhile
-        children.setdefault(int(fields[1]), []).append((int(path.parent.name), sum(map(int, fields[11:15])) / tick))
-    found, waiting = processor_seconds() if pid is None else 0.0, [pid or os.getpid()]
+        seconds[int(path.parent.name)] = sum(map(int, fields[11:15])) / tick
+        children.setdefault(int(fields[1]), []).append(int(path.parent.name))
+    found, waiting = 0.0, [pid or os.getpid()]
     while waiting:
-        below = children.get(waiting.pop(), [])
-        waiting += [child for child, _ in below]
-        found += sum(seconds for _, seconds in below)
+        one = waiting.pop()
+        waiting += children.get(one, [])
+        found += seconds.get(one, 0.0)
     return found

@@ -61,7 +61,7 @@ def write_world(folder: Path, *, columns: int, rows: int, architecture: str, enc
 
 
 def _landscape(height: int, width: int) -> np.ndarray:
-    """Plain fields of 128 px, (3, height, width) uint8: what an untrained network makes of them is as calm as a map."""
+    """Plain fields of 128 px, (3, height, width) uint8: what an untrained network makes of them is nearly as calm as a map."""
     colors = np.random.default_rng(1).integers(60, 180, (3, height // 128, width // 128), np.uint8)
     return colors.repeat(128, axis=1).repeat(128, axis=2)
 
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=5, help="tiles of 2048 px across (quick: 2)")
     parser.add_argument("--rows", type=int, default=3, help="tiles down (quick: 1)")
     parser.add_argument("--rounds", type=int, default=3, help="how often each is measured (quick: 1)")
-    parser.add_argument("--architecture", default="linknet", help="of segmentation_models_pytorch")
+    parser.add_argument("--architecture", default="deeplabv3plus", help="of segmentation_models_pytorch")
     parser.add_argument("--encoder", default="mobilenet_v2", help="of segmentation_models_pytorch or timm")
     parser.add_argument("--child", nargs=3, metavar=("KIND", "FOLDER", "OUT"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
