@@ -61,7 +61,7 @@ def write_world(folder: Path, *, columns: int, rows: int, architecture: str, enc
 
 
 def _landscape(height: int, width: int) -> np.ndarray:
-    """Plain fields of 128 px, (3, height, width) uint8: what an untrained network makes of them is nearly as calm as a map."""
+    """Plain fields of 128 px, (3, height, width) uint8: an untrained network makes a calm map of them."""
     colors = np.random.default_rng(1).integers(60, 180, (3, height // 128, width // 128), np.uint8)
     return colors.repeat(128, axis=1).repeat(128, axis=2)
 
