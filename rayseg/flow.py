@@ -23,13 +23,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import ray
-import ray.data
-from ray.data.block import BlockMetadata
-from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -39,6 +35,9 @@ from rayseg.guard import STOPPED, Guarded, Row, Work, ahead
 from rayseg.ledger import SETTLED, Account, Ledger, Record
 from rayseg.run import Engine
 from rayseg.store import put, upath
+
+if TYPE_CHECKING:  # Ray takes a second to import; the inline engine does without
+    import ray.data
 
 __all__ = ["Row", "Work", "connect", "run"]
 
@@ -191,14 +190,18 @@ def _recorded(row_id: str, recorded: dict[str, Record], attempts: dict[str, int]
     return row_id in recorded and recorded[row_id].attempt >= attempts.get(row_id, 1)
 
 
-def _dataset(rows: list[Row], guarded: list[Guarded]) -> ray.data.Dataset:
+def _dataset(rows: list[Row], guarded: list[Guarded]) -> "ray.data.Dataset":
+    import ray.data
+
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.max_errored_blocks = -1
     context.target_max_block_size = 32 << 20
-    source = _Rows(rows, guarded[0].work.batch)
-    dataset = ray.data.read_datasource(source, override_num_blocks=len(source.parts), num_cpus=guarded[0].work.cpus)
+    batch = guarded[0].work.batch
+    source = _source([rows[start : start + batch] for start in range(0, len(rows), batch)])
+    count = -(-len(rows) // batch)
+    dataset = ray.data.read_datasource(source, override_num_blocks=count, num_cpus=guarded[0].work.cpus)
     for guard, size in zip(guarded, _sizes([g.work for g in guarded], ray.cluster_resources()), strict=True):
         needs = {"batch_size": guard.work.batch, "batch_format": "pyarrow", "num_cpus": size.cpus}
         needs |= {"num_gpus": size.gpus} if size.gpus else {}
@@ -236,27 +239,28 @@ def _unpack(table: pa.Table) -> list[Row]:
     return [pickle.loads(value.as_buffer()) for value in table["row"]]  # our own rows, from the cell before
 
 
-class _Rows(ray.data.Datasource):  # type: ignore[misc]
+def _source(parts: list[list[Row]]) -> "ray.data.Datasource":
     """Rows as read tasks of one batch each, so that work starts, and is lost, in small pieces."""
+    import ray.data
+    from ray.data.block import BlockMetadata
 
-    def __init__(self, rows: list[Row], batch: int) -> None:
-        self.parts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+    class Rows(ray.data.Datasource):  # type: ignore[misc]
+        def get_read_tasks(self, parallelism: int, *_: object, **__: object) -> list[ray.data.ReadTask]:
+            """One task per batch, whatever parallelism is asked for."""
+            return [ray.data.ReadTask(partial(_tables, part), metadata(part)) for part in parts]
 
-    def get_read_tasks(self, parallelism: int, *_: object, **__: object) -> list[ray.data.ReadTask]:
-        """One task per batch, whatever parallelism is asked for."""
-        return [ray.data.ReadTask(partial(_tables, part), _metadata(part)) for part in self.parts]
+        def estimate_inmemory_data_size(self) -> int | None:
+            """Unknown."""
+            return None
 
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown."""
-        return None
+    def metadata(part: list[Row]) -> BlockMetadata:
+        return BlockMetadata(num_rows=len(part), size_bytes=1000 * len(part), input_files=None, exec_stats=None)
+
+    return Rows()
 
 
 def _tables(part: list[Row]) -> list[pa.Table]:
     return [_pack(part)]
-
-
-def _metadata(part: list[Row]) -> BlockMetadata:
-    return BlockMetadata(num_rows=len(part), size_bytes=1000 * len(part), input_files=None, exec_stats=None)
 
 
 @dataclass(frozen=True)
@@ -293,6 +297,9 @@ def _sizes(works: Sequence[Work], has: dict[str, float]) -> list[_Size]:
 
 def _one_by_one(rows: list[Row], guarded: list[Guarded], ledger: Ledger) -> Iterator[Row]:
     """Each row in a process of its own; one that kills even that is quarantined."""
+    import ray
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
+
     gpus = max(guard.work.gpus for guard in guarded) if ray.cluster_resources().get("GPU") else 0.0
     remote = ray.remote(max_retries=0, max_calls=1, num_cpus=1, num_gpus=gpus)(_through)
     for row in rows:
@@ -314,6 +321,8 @@ def connect(address: str | None) -> None:
 
     The address is `address`, else RAY_ADDRESS; without either a stranger's cluster is never joined.
     """
+    import ray
+
     if ray.is_initialized():
         return
     quiet_ray()

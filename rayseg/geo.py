@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ class Grid:
     origin: tuple[float, float]
     image: str | None = None
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Short name for ids: the EPSG code, `crs-<hash of WKT>`, or `<image>_px`."""
         if self.crs is None:

@@ -83,7 +83,8 @@ def kept_manifest(step: Step, planned: Callable[[], list[Row]]) -> list[Row]:
         if refused := [row["id"] for row in rows if row.get("refused")]:
             _log.warning("%s cannot be mapped, the ledger says why: %s", _counted(refused), _some(refused))
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(rows), sink)
+        pq.write_table(pa.table({name: [row[name] for row in rows] for name in rows[0]}), sink)
+        rows.clear()  # a country's are as large as all that is read back
         put(path, sink.getvalue().to_pybytes())
     return read_manifest(step)
 
@@ -127,7 +128,9 @@ def tiles_of(region: Region, config: MapConfig, check: Callable[[Source], None],
     if not sources:
         raise _none_left(region, refused)
     tiles = tile_rows(sources, region.geometry, size=config.tile, halo=halo)
-    rows = [row | {"refused": ""} for row in tiles] + [_refused_row(*entry) for entry in sorted(refused.items())]
+    for row in tiles:
+        row["refused"] = ""
+    rows = tiles + [_refused_row(*entry) for entry in sorted(refused.items())]
     if not tiles:
         raise DataError(f"region {region.name} has no tile with imagery; choose another --region")
     ids = [row["id"] for row in rows]
@@ -177,8 +180,19 @@ def _some(ids: Sequence[str]) -> str:
 def read_manifest(step: Step) -> list[Row]:
     """The rows that `manifest` planned."""
     with (step.prefix / "manifest.parquet").open("rb") as file:
-        rows: list[Row] = pq.read_table(file).to_pylist()
-    return rows
+        table = pq.read_table(file, read_dictionary=["crs", "grid_image", "sources", "refused"])
+    columns = [_values(column) for column in table.columns]
+    return [dict(zip(table.column_names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _values(column: pa.ChunkedArray) -> Sequence[Any]:
+    """The column's values; equal ones are one object where the file says which are equal."""
+    if not pa.types.is_dictionary(column.type):
+        plain: list[Any] = column.to_numpy().tolist()
+        return plain
+    whole = column.unify_dictionaries().combine_chunks()
+    known = [*whole.dictionary.to_pylist(), None]
+    return [known[index] for index in whole.indices.fill_null(len(known) - 1).to_pylist()]
 
 
 def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[Source], Refused]:

@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 from upath import UPath
 
 from rayseg import report, run
@@ -260,6 +259,8 @@ def histories(root: str) -> dict[str, list[dict[str, float]]]:
     """What the trainings of a local run wrote for TensorBoard: step -> values of every epoch, the last ones written."""
     if not is_local(root):
         return {}
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator  # slow to import
+
     found = {}
     for folder in sorted(upath(root).glob("steps/**/tensorboard")):
         events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()

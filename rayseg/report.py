@@ -9,9 +9,6 @@ from typing import Any, TypedDict
 
 import jinja2
 import yaml
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 _INK = "#80868b"  # reads on light and on dark
 _MAGIC = {b"\x89PNG": "image/png", b"RIFF": "image/webp", b"\xff\xd8": "image/jpeg", b"<": "image/svg+xml"}
@@ -178,6 +175,10 @@ def curves(history: Sequence[Mapping[str, float]]) -> list[bytes]:
 
 
 def _drawn(history: Sequence[Mapping[str, float]], names: Sequence[str]) -> bytes:
+    from matplotlib import rc_context  # drawn at the end of a run, imported then
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     figure = Figure(figsize=(4.8, 2.8), layout="constrained")
     axes = figure.subplots()
     for name in names:

@@ -161,7 +161,7 @@ def _stac(uri: str, row: dict[str, Any]) -> Any:  # noqa: ANN401 - one of pystac
     """The object that `row`, read from `uri`, describes."""
     href = str(upath(uri).absolute()) if is_local(uri) else uri
     try:
-        return _StoreIO().stac_object_from_dict(row, href=href)
+        return _StoreIO().stac_object_from_dict(row, href=href, preserve_dict=False)
     except (pystac.STACError, pystac.STACTypeError, KeyError, ValueError) as error:
         raise DataError(f"{uri} is not STAC: {error}.") from error
 

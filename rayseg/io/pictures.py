@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Literal
 
-import matplotlib.image
 import numpy as np
 from numpy.typing import NDArray
 from rasterio.enums import Resampling
@@ -69,6 +68,8 @@ def shown_colors(table: ClassTable) -> dict[int, RGB]:
 
 def encoded(image_HWC: NDArray[np.uint8], kind: Literal["png", "webp"] = "png") -> bytes:
     """The image (height, width, 3 or 4) uint8 as a PNG file, or as a lossy WebP file a tenth of its size."""
+    import matplotlib.image  # drawn at the end of a run, imported then
+
     sink = io.BytesIO()
     options = {"quality": 82, "method": 4} if kind == "webp" else {"optimize": True}
     matplotlib.image.imsave(sink, image_HWC, format=kind, pil_kwargs=options)

@@ -1,6 +1,5 @@
 """A region's geometry on a grid: which tiles and which pixels lie in it."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import geopandas
@@ -10,7 +9,7 @@ from rasterio.features import geometry_mask
 from shapely.geometry import shape
 from shapely.geometry.base import BaseGeometry
 
-from rayseg.geo import Grid, Tile, Window
+from rayseg.geo import Grid, Window
 
 _DEGREES = 0.01  # edges are cut this fine before they are projected, so straight lines may become curves
 
@@ -24,14 +23,19 @@ def on_grid(geometry: dict[str, Any] | None, grid: Grid) -> BaseGeometry | None:
     return projected
 
 
-def tiles_inside(tiles: Sequence[Tile], area: BaseGeometry | None) -> list[Tile]:
-    """The tiles that share some ground with `area` (CRS of their grid)."""
+def windows_inside(area: BaseGeometry | None, grid: Grid, corners_N4: np.ndarray) -> np.ndarray:
+    """(N,) bool: windows of `grid`, as (col, row, col1, row1), that share some ground with `area` (CRS of the grid)."""
     if area is None:
-        return list(tiles)
+        return np.ones(len(corners_N4), bool)
     shapely.prepare(area)
-    boxes = shapely.box(*np.array([_ordered(tile.grid.bounds(tile.window)) for tile in tiles]).reshape(-1, 4).T)
-    touches = shapely.intersects(area, boxes) & ~shapely.touches(area, boxes)
-    return [tile for tile, inside in zip(tiles, touches, strict=True) if inside]
+    affine = grid.transform(Window(0, 0, 1, 1))
+    col, row, col1, row1 = corners_N4.T
+    (left, right), ys = affine.c + affine.a * np.stack([col, col1]), affine.f + affine.e * np.stack([row, row1])
+    boxes = shapely.box(left, ys.min(axis=0), right, ys.max(axis=0))
+    inside: np.ndarray = shapely.contains_properly(area, boxes)
+    at = np.flatnonzero(~inside)  # few, and slower to decide
+    inside[at] = shapely.intersects(area, boxes[at]) & ~shapely.touches(area, boxes[at])
+    return inside
 
 
 def pixels_inside(area: BaseGeometry | None, grid: Grid, window: Window) -> np.ndarray:

@@ -7,37 +7,33 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any, Literal, overload
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import pystac
-import torch
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError, model_validator
-from safetensors import SafetensorError
-from safetensors.torch import load as read_tensors
-from safetensors.torch import save as write_tensors
-from torch import Tensor, nn
+from safetensors import SafetensorError, deserialize
 from upath import UPath
 
 import rayseg
 from rayseg.config import Config
 from rayseg.errors import ModelError
-from rayseg.models.classifier import build_classifier
-from rayseg.models.plots import build_plot_classifier
-from rayseg.models.segmenter import build_segmenter
-from rayseg.models.unsupervised import build_unsupervised
 from rayseg.store import StorePath, put, upath
 
+if TYPE_CHECKING:  # a bundle is described, and a run planned, without the seconds that torch takes to import
+    from torch import Tensor, nn
+
 FORMAT = 1
-FACTORIES: Mapping[str, Callable[..., nn.Module]] = {
-    "classifier": build_classifier,
-    "plots": build_plot_classifier,
-    "segmenter": build_segmenter,
-    "unsupervised": build_unsupervised,
+FACTORIES = {
+    "classifier": ("rayseg.models.classifier", "build_classifier"),
+    "plots": ("rayseg.models.plots", "build_plot_classifier"),
+    "segmenter": ("rayseg.models.segmenter", "build_segmenter"),
+    "unsupervised": ("rayseg.models.unsupervised", "build_unsupervised"),
 }
 MLM_SCHEMA = "https://stac-extensions.github.io/mlm/v1.5.2/schema.json"
 FILE_SCHEMA = "https://stac-extensions.github.io/file/v2.1.0/schema.json"
@@ -70,16 +66,18 @@ class Scaling(Config):
     @overload
     def normalize(self, image_CHW: NDArray[Any]) -> NDArray[np.float32]: ...
     @overload
-    def normalize(self, image_CHW: Tensor) -> Tensor: ...
-    def normalize(self, image_CHW: NDArray[Any] | Tensor) -> NDArray[np.float32] | Tensor:
+    def normalize(self, image_CHW: "Tensor") -> "Tensor": ...
+    def normalize(self, image_CHW: "NDArray[Any] | Tensor") -> "NDArray[np.float32] | Tensor":
         """The model's input, float32, of imagery as it is stored: CHW or NCHW, bands in the model's order."""
         per_band = (self.mean, self.std)
-        if isinstance(image_CHW, Tensor):
-            mean, std = (torch.tensor(values, device=image_CHW.device)[:, None, None] for values in per_band)
-            return (image_CHW.float() * self.scale + self.offset - mean) / std
-        mean_C11, std_C11 = (np.array(values, np.float32)[:, None, None] for values in per_band)
-        scaled: NDArray[np.float32] = (image_CHW.astype(np.float32) * self.scale + self.offset - mean_C11) / std_C11
-        return scaled
+        if isinstance(image_CHW, np.ndarray):
+            mean_C11, std_C11 = (np.array(values, np.float32)[:, None, None] for values in per_band)
+            scaled: NDArray[np.float32] = (image_CHW.astype(np.float32) * self.scale + self.offset - mean_C11) / std_C11
+            return scaled
+        import torch
+
+        mean, std = (torch.tensor(values, device=image_CHW.device)[:, None, None] for values in per_band)
+        return (image_CHW.float() * self.scale + self.offset - mean) / std
 
 
 class Architecture(Config):
@@ -189,8 +187,10 @@ class Bundle(Config):
                 )
 
 
-def save(prefix: StorePath, bundle: Bundle, model: nn.Module) -> Bundle:
+def save(prefix: StorePath, bundle: Bundle, model: "nn.Module") -> Bundle:
     """Write the three files of a bundle under `prefix`, the item last; return the bundle with its checksum."""
+    from safetensors.torch import save as write_tensors
+
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     weights = write_tensors(state)
     whole = bundle.model_copy(update={"sha256": hashlib.sha256(weights).hexdigest()})
@@ -252,24 +252,37 @@ def _parsed(folder: UPath) -> Bundle:
         raise ModelError(f"{folder / 'bundle.json'}: {where}: {first['msg']}; copy the bundle anew") from None
 
 
-def build(prefix: StorePath) -> tuple[Bundle, nn.Module]:
-    """The bundle under `prefix` and its model, on the CPU and in evaluation mode.
+def whole(prefix: StorePath) -> tuple[Bundle, bytes]:
+    """The bundle under `prefix` and the bytes of its weights, both as they were saved.
 
     Raises:
         ModelError: see `load`; or the weights are damaged or not those the bundle was saved with.
     """
     bundle, path = load(prefix), upath(prefix) / "model.safetensors"
     weights = path.read_bytes()
+    if hashlib.sha256(weights).hexdigest() == bundle.sha256:
+        return bundle, weights
     try:
-        state = read_tensors(weights)
+        deserialize(weights)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
         raise ModelError(f"weights {path} ({len(weights)} bytes) are damaged: {error}; copy the bundle anew") from None
-    if hashlib.sha256(weights).hexdigest() != bundle.sha256:
-        raise ModelError(f"weights {path} are not those of bundle.json (sha256 differs); copy the bundle anew")
+    raise ModelError(f"weights {path} are not those of bundle.json (sha256 differs); copy the bundle anew")
+
+
+def build(prefix: StorePath) -> tuple[Bundle, "nn.Module"]:
+    """The bundle under `prefix` and its model, on the CPU and in evaluation mode.
+
+    Raises:
+        ModelError: see `whole`; or the weights do not fit the architecture.
+    """
+    from safetensors.torch import load as read_tensors
+
+    bundle, weights = whole(prefix)
+    module, factory = FACTORIES[bundle.architecture.factory]
     try:
-        model = FACTORIES[bundle.architecture.factory](**bundle.architecture.options, weights="none")
-        model.load_state_dict(state)
-    except (TypeError, RuntimeError) as error:
+        model: nn.Module = getattr(import_module(module), factory)(**bundle.architecture.options, weights="none")
+        model.load_state_dict(read_tensors(weights))
+    except (TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"bundle {upath(prefix)} does not fit its architecture: {reason}; train again") from None
     return bundle, model.eval()
@@ -297,7 +310,7 @@ def item(bundle: Bundle, *, size: int, parameters: int) -> pystac.Item:
             "mlm:architecture": str(bundle.architecture.options.get("architecture", bundle.architecture.factory)),
             "mlm:tasks": [MLM_TASKS[bundle.task]],
             "mlm:framework": "pytorch",
-            "mlm:framework_version": torch.__version__.partition("+")[0],
+            "mlm:framework_version": metadata.version("torch").partition("+")[0],
             "mlm:total_parameters": parameters,
             "mlm:accelerator_constrained": False,
             "mlm:hyperparameters": dict(bundle.architecture.options),
@@ -363,5 +376,5 @@ def _weights_asset(bundle: Bundle, size: int) -> pystac.Asset:
     )
 
 
-def _count(model: nn.Module) -> int:
+def _count(model: "nn.Module") -> int:
     return sum(weight.numel() for weight in model.parameters())

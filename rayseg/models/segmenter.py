@@ -4,6 +4,9 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 
+import rayseg.models.deferred  # noqa: F401 - before timm and torchvision
+
+# isort: split
 import segmentation_models_pytorch as smp
 import torch
 from torch import Tensor, nn

@@ -22,7 +22,7 @@ class Config(Frozen):
 
 def check(config: Config, region: Region) -> None:
     """Refuse, before anything is written, a model that is not whole and imagery that it cannot map."""
-    described, _ = bundle.build(config.model)
+    described, _ = bundle.whole(config.model)
     mapping.plan(region, described, config.map)
 
 

@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from rayseg.geo import Lattice, Tile, Window
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
 from rayseg.vision.blend import Blend
 from rayseg.vision.fill import mirrored
+
+if TYPE_CHECKING:  # a run is planned, and its driver works, without torch
+    import torch
 
 Row = dict[str, Any]
 NODATA = 255
@@ -40,7 +42,9 @@ class Predict:
         self.device = device
 
     @cached_property
-    def _loaded(self) -> tuple[Bundle, torch.nn.Module]:
+    def _loaded(self) -> "tuple[Bundle, torch.nn.Module]":
+        import torch
+
         described, model = bundle.build(self.prefix)
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.batch = self.batch or (16 if self.device.startswith("cuda") else 1)
@@ -67,6 +71,8 @@ class Predict:
 
     def _predict(self, image: np.ndarray, valid: np.ndarray, cuts: Sequence[tuple[slice, ...]]) -> Iterator[np.ndarray]:
         """Probabilities of every patch cut out of the image, in order."""
+        import torch
+
         start = 0
         while start < len(cuts):
             assert self.batch is not None
@@ -87,6 +93,8 @@ class Predict:
 
     def _forward(self, patches_CHW: list[np.ndarray]) -> np.ndarray:
         """Probabilities (patches, outputs, height, width) of a batch, which is filled up to the fixed size."""
+        import torch
+
         described, model = self._loaded
         assert self.batch is not None
         assert self.device is not None

@@ -1,7 +1,6 @@
 """Tiles of a region, and their pixels."""
 
 import json
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -129,24 +128,36 @@ def tile_rows(sources: Sequence[Source], geometry: dict[str, Any] | None, *, siz
 def _rows_on(grid: Grid, sources: Sequence[Source], geometry: dict[str, Any] | None, size: int, halo: int) -> list[Row]:
     footprints = [rasters.footprint(source, grid) for source in sources]
     extent = reduce(Window.union, footprints)
+    core_N2 = np.unique(np.concatenate([_touched(window, size, 0) for window in footprints]), axis=0)
+    low_N2 = np.maximum(core_N2 * size, (extent.row, extent.col))
+    high_N2 = np.minimum((core_N2 + 1) * size, (extent.row1, extent.col1))
+    corners_N4 = np.concatenate([low_N2[:, ::-1], high_N2[:, ::-1]], axis=1)
+    inside_N = regions.windows_inside(regions.on_grid(geometry, grid), grid, corners_N4)
     near = _indices_by_tile(footprints, size, halo)
-    core = sorted(_indices_by_tile(footprints, size, 0))
-    candidates = [tile_at(grid, row, col, size=size, extent=extent) for row, col in core]
+    described = [json.dumps(source.to_row()) for source in sources]
     texts: dict[tuple[int, ...], str] = {}
     rows = []
-    for tile in regions.tiles_inside(candidates, regions.on_grid(geometry, grid)):
-        indices = tuple(near[tile.window.row // size, tile.window.col // size])
+    for row, col in core_N2[inside_N].tolist():
+        indices = near[row, col]
         if indices not in texts:
-            texts[indices] = json.dumps([sources[index].to_row() for index in indices])
-        rows.append(tile.to_row() | {"sources": texts[indices]})
+            texts[indices] = f"[{', '.join(described[index] for index in indices)}]"
+        rows.append(tile_at(grid, row, col, size=size, extent=extent).to_row() | {"sources": texts[indices]})
     return rows
 
 
-def _indices_by_tile(footprints: Sequence[Window], size: int, halo: int) -> dict[tuple[int, int], list[int]]:
+def _touched(window: Window, size: int, halo: int) -> np.ndarray:
+    """(N, 2) tile row and column of every tile that `window` and `halo` px around it reach into."""
+    rows = np.arange((window.row - halo) // size, -(-(window.row1 + halo) // size))
+    cols = np.arange((window.col - halo) // size, -(-(window.col1 + halo) // size))
+    return np.stack(np.meshgrid(rows, cols, indexing="ij"), axis=-1).reshape(-1, 2)
+
+
+def _indices_by_tile(footprints: Sequence[Window], size: int, halo: int) -> dict[tuple[int, int], tuple[int, ...]]:
     """(tile row, tile col) -> positions of the footprints that reach into the tile and `halo` px around it."""
-    found: dict[tuple[int, int], list[int]] = defaultdict(list)
+    found: dict[tuple[int, int], tuple[int, ...]] = {}
     for index, window in enumerate(footprints):
-        for row in range((window.row - halo) // size, -(-(window.row1 + halo) // size)):
-            for col in range((window.col - halo) // size, -(-(window.col1 + halo) // size)):
-                found[row, col].append(index)
+        alone = (index,)
+        for row, col in map(tuple, _touched(window, size, halo).tolist()):
+            before = found.get((row, col))
+            found[row, col] = alone if before is None else (*before, index)
     return found
