@@ -53,7 +53,10 @@ class Predict:
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Predict each tile."""
-        return [self._tile(row) for row in rows]
+        from rayseg.models.cpu import threads
+
+        with threads():
+            return [self._tile(row) for row in rows]
 
     def _tile(self, row: Row) -> Row:
         described, _ = self._loaded
