@@ -101,7 +101,8 @@ def _lookup(assigned: Assigned, table: ClassTable, scene: str) -> np.ndarray:
 
 def _expect_known(assigned: Assigned, tiles: list[MappedTile], run: str) -> None:
     scenes = {tile.tile.grid.image or "" for tile in tiles}
-    labels = {value for tile in tiles for value in tile.counts}
+    table = masks.table_of(tiles[0].href) if tiles else None
+    labels = set(table.values) if table else set()
     for scene, label in assigned:
         if scene and scene not in scenes:
             raise DataError(
@@ -109,7 +110,7 @@ def _expect_known(assigned: Assigned, tiles: list[MappedTile], run: str) -> None
             )
         if label not in labels:
             raise DataError(
-                f"run {run} has no label {label}, it has {', '.join(map(str, sorted(labels)))}: correct the table"
+                f"run {run} has no label {label}, its labels are 0 to {max(labels, default=0)}: correct the table"
             )
     if len(scenes) > 1 and not all(scene for scene, _ in assigned):
         raise DataError(

@@ -30,7 +30,7 @@ from rayseg.geo import Grid, Window
 from rayseg.io.maps import mapped_tiles
 from rayseg.io.masks import table_of
 from rayseg.io.rasters import read
-from rayseg.io.sources import Source, footprint, grids_of, source_of_file
+from rayseg.io.sources import Source, footprint, grids_of, source_of_file, unplaced
 from rayseg.store import StorePath, put, upath
 from rayseg.vision.color import ClassTable
 
@@ -101,7 +101,9 @@ def _outlines(labels_HW: np.ndarray, window: Window) -> NDArray[np.object_]:
     points: list[tuple[float, float]] = []
     lengths, owners = [], []
     to_grid = Affine.translation(window.col, window.row)
-    for geometry, value in shapes(labels_HW, mask=labels_HW > 0, connectivity=4, transform=to_grid):
+    with unplaced():
+        found = list(shapes(labels_HW, mask=labels_HW > 0, connectivity=4, transform=to_grid))
+    for geometry, value in found:
         for ring in geometry["coordinates"]:
             points += ring
             lengths.append(len(ring))

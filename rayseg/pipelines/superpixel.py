@@ -73,7 +73,7 @@ class Config(Frozen):
     shared: bool = False
     """One network over all scenes, so that a label means the same everywhere; else one each, with its own labels."""
     bands: tuple[str, ...] = ()
-    """Names of the bands to look at; by default all that the first scene has."""
+    """Names of the bands to look at; by default all, which then must be those of every scene."""
     scaling: Literal["auto", "range", "percentiles"] | Scaling = "auto"
     """From values to 0..1: by the range of their type, by the scene's 1st and 99th percentile, or as given; auto takes
     the range of 8-bit imagery and percentiles of any other."""
@@ -120,20 +120,24 @@ def plan(region: Region, config: Config) -> tuple[list[Row], tuple[str, ...], st
 
 
 def _contract(sources: list[Source], config: Config) -> tuple[tuple[str, ...], str]:
-    bands = config.bands or tuple(name for name in sources[0].bands if name != "alpha")
-    dtype = sources[0].dtype
+    first = min(sources, key=lambda source: source.item_id)
+    bands, dtype = config.bands or _bands(first), first.dtype
     for source in sources:
         if source.dtype.startswith("complex"):
             raise DataError(
                 f"{source.item_id} has complex pixels ({source.dtype}), expected real values: convert it to amplitude"
             )
-        if source.dtype != dtype or (missing := set(bands) - set(source.bands)):
-            wrong = f"{source.dtype} values" if source.dtype != dtype else f"no band {', '.join(sorted(missing))}"
+        fits = set(bands) <= set(source.bands) if config.bands else set(bands) == set(_bands(source))
+        if source.dtype != dtype or not fits:
             raise DataError(
-                f"{source.item_id} has {wrong}, expected {', '.join(bands)} of {dtype} as {sources[0].item_id} has: "
-                "name the common bands with --set bands, or map the scenes in two runs"
+                f"{source.item_id} has {', '.join(_bands(source))} of {source.dtype}, expected {', '.join(bands)} of "
+                f"{dtype} as {first.item_id} has: name common bands with --set bands=[...], or map them in two runs"
             )
     return bands, dtype
+
+
+def _bands(source: Source) -> tuple[str, ...]:
+    return tuple(name for name in source.bands if name != "alpha")
 
 
 def _of_scene(row: Row, scene: str) -> Row:

@@ -233,8 +233,7 @@ def test_scenes_of_other_bands_are_refused_by_both_names(tmp_path):
     catalogue(tmp_path, one={"seed": 1}, two={"seed": 2, "bands": ("red", "green")})
     (tmp_path / "small.yaml").write_text(SMALL)
     said = refused(3, *words(tmp_path), "--out", tmp_path / "run")
-    assert "two has no band blue" in said
-    assert "as one has" in said
+    assert "two has red, green of uint8, expected red, green, blue of uint8 as one has" in said
 
 
 def test_a_network_that_keeps_one_label_is_tried_from_three_seeds_and_then_reported(tmp_path, monkeypatch):
