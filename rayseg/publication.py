@@ -101,7 +101,8 @@ def headline(published: Step) -> str:
     if value["mean_iou"] is not None:
         said.append(f"Mean IoU {value['mean_iou']:.3f}.")
     if value["km2_per_hour"] is not None:
-        said.append(f"{value['km2_per_hour']:.3g} km2/h.")
+        rate = value["km2_per_hour"]
+        said.append(f"{rate:,.0f} km²/h." if rate >= 10 else f"{rate:.2g} km²/h.")
     return f"{_from_here(upath(published.root) / value['report'])}: {' '.join(said)}"
 
 

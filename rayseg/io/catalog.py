@@ -10,12 +10,10 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pystac
-import pystac_client
 import shapely
 from pystac.utils import datetime_to_str
 from shapely.geometry import mapping, shape
 from shapely.geometry.base import BaseGeometry
-from stac_geoparquet.arrow import stac_table_to_items
 
 from rayseg.errors import ConfigError, DataError
 from rayseg.io.areas import named_regions, region_names, resolve_region
@@ -115,6 +113,8 @@ def _read_items(uri: str, collection: str | None, geometry: dict[str, Any] | Non
     if kind == "FeatureCollection":
         return _only([cast(pystac.Item, _stac(uri, feature)) for feature in row["features"]], collection, uri)
     if "conformsTo" in row:
+        import pystac_client  # only APIs need it
+
         wanted = [collection] if collection else None
         search = pystac_client.Client.open(uri).search(collections=wanted, intersects=geometry)
         return list(search.items())
@@ -135,6 +135,8 @@ def _only(items: list[pystac.Item], collection: str | None, uri: str) -> list[py
 
 
 def _parquet_items(uri: str) -> list[pystac.Item]:
+    from stac_geoparquet.arrow import stac_table_to_items  # takes time to import, and few catalogues are tables
+
     try:
         table = pq.read_table(io.BytesIO(upath(uri).read_bytes()))
         rows = list(stac_table_to_items(table))

@@ -18,7 +18,6 @@ from rasterio.crs import CRS
 from rasterio.io import MemoryFile
 from rasterio.warp import transform_geom
 from shapely.geometry import mapping, shape
-from stac_geoparquet.arrow import parse_stac_items_to_arrow, to_parquet
 
 import rayseg
 from rayseg.errors import DataError
@@ -245,6 +244,8 @@ def write_collection(root: StorePath, hrefs: Iterable[str], *, title: str) -> No
 
 def write_items_parquet(path: StorePath, items: Sequence[dict[str, Any]]) -> None:
     """Write items (as dicts, each with a geometry) as stac-geoparquet."""
+    from stac_geoparquet.arrow import parse_stac_items_to_arrow, to_parquet  # takes time to import; needed at the end
+
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "items.parquet"
         to_parquet(parse_stac_items_to_arrow(items), made)
