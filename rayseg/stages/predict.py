@@ -1,5 +1,6 @@
 """Tiles through a segmentation model, patch by patch on the grid's one lattice."""
 
+import importlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,11 @@ class Predict:
         self.prefix = prefix
         self.batch = batch
         self.device = device
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Arrive in an actor: import what the model needs while the first tile is still read elsewhere."""
+        self.__dict__.update(state)
+        importlib.import_module("rayseg.models.segmenter")
 
     @cached_property
     def _loaded(self) -> "tuple[Bundle, torch.nn.Module]":
