@@ -26,13 +26,12 @@ from rayseg.models.bundle import Scaling
 from rayseg.run import Run, Step
 from rayseg.stages.label import LabelTile
 from rayseg.stages.read import tile_rows
-from rayseg.stages.superpixels import Divide, ReadAround, grown, part_path, segments_path
+from rayseg.stages.superpixels import Divide, ReadAround, segments_path, unite
 from rayseg.stages.survey import Survey
 from rayseg.stages.write import WriteTile
 from rayseg.store import Location, put, upath
 from rayseg.train.scene import NetworkConfig, TrainScene
 from rayseg.vision.color import label_table, mean_color
-from rayseg.vision.segments import agreeing, united
 from rayseg.vision.superpixels import outlined
 
 SHARED = "all-scenes"
@@ -197,12 +196,7 @@ def divide(step: Step, listed: Step, config: Config) -> dict[str, Any]:
         Work(Divide(prefix, config.superpixels.method, config.superpixels.options), cpus=0.5),
     ]
     account = flow.run(rows, works, mapping.ledger_of(step), step.engine, stall_seconds=config.map.stall_seconds)
-    found = _divided(step)
-    tables = _unite(prefix, found, overlap)
-    for (tile, _), table in zip(found, tables, strict=True):
-        if not (path := segments_path(prefix, tile.id)).exists():
-            numbers = table[_part_of(prefix, tile, tile.window, overlap)]
-            segments.write_segments(path, numbers, tile.grid, tile.window)
+    unite(prefix, _divided(step), overlap)
     return {"segments": prefix, "account": account.counts, "troubles": account.troubles}
 
 
@@ -211,34 +205,6 @@ def _divided(step: Step) -> list[tuple[Tile, int]]:
     records = mapping.ledger_of(step).read()
     rows = [row for row in mapping.read_manifest(step) if "segments" in records[row["id"]].facts]
     return [(Tile.from_row(row), records[row["id"]].facts["segments"]) for row in rows]
-
-
-def _unite(prefix: str, found: list[tuple[Tile, int]], overlap: int) -> list[np.ndarray]:
-    """For every tile the numbers of its segments, gapless over all tiles."""
-    corners = {(tile.grid, tile.window.row, tile.window.col): at for at, (tile, _) in enumerate(found)}
-    pairs = {}
-    for one, (tile, _) in enumerate(found):
-        window = tile.window
-        for line, place in (
-            ("col", (tile.grid, window.row, window.col1)),
-            ("row", (tile.grid, window.row1, window.col)),
-        ):
-            if (other := corners.get(place)) is not None:
-                pairs[one, other] = _pairs(prefix, tile, found[other][0], line, overlap)
-    return united([count for _, count in found], pairs)
-
-
-def _pairs(prefix: str, one: Tile, other: Tile, line: str, overlap: int) -> np.ndarray:
-    """Segments that two neighbours found alike around their border: a column or a row of the grid."""
-    zone = grown(one.window, overlap).intersect(grown(other.window, overlap))
-    border = np.s_[:, overlap - 1 : overlap + 1] if line == "col" else np.s_[overlap - 1 : overlap + 1, :]
-    one_HW, other_HW = (_part_of(prefix, tile, zone, overlap) for tile in (one, other))
-    return agreeing(one_HW, other_HW, border)
-
-
-def _part_of(prefix: str, tile: Tile, window: Window, overlap: int) -> np.ndarray:
-    """Segments of `window` as the tile alone numbers them."""
-    return segments.read_segments([(grown(tile.window, overlap), part_path(prefix, tile.id))], window)
 
 
 # -- networks and maps -------------------------------------------------------------------------------------------------
@@ -329,7 +295,7 @@ def measure(step: Step, predicted: Step, region: Region, config: Config) -> dict
 
 
 def draw(step: Step, listed: Step, divided: Step, predicted: Step) -> dict[str, Any]:
-    """Pictures: the map in the mean colour of each label, and superpixels over a part of the first scene."""
+    """Pictures: the map in the mean colour of each label, and superpixels over a part of the first tile with both."""
     tiles = maps.mapped_tiles(predicted.root, predicted.name)
     found = []
     for number, picture in enumerate(pictures.pictures_of(tiles)[:2]):
@@ -346,9 +312,10 @@ def draw(step: Step, listed: Step, divided: Step, predicted: Step) -> dict[str, 
                 "Every label in its mean colour.",
             ]
         )
-    if tiles and divided.value["segments"]:
-        put(step.prefix / "superpixels.png", pictures.encoded(_overlay(tiles[0], divided.value["segments"])))
-        caption = f"The middle of tile {tiles[0].tile.id}: labels are voted inside these."
+    known = {tile.id for tile, _ in _divided(divided)} if divided.value["segments"] else set()
+    if both := [mapped for mapped in tiles if mapped.tile.id in known][:1]:
+        put(step.prefix / "superpixels.png", pictures.encoded(_overlay(both[0], divided.value["segments"])))
+        caption = f"The middle of tile {both[0].tile.id}: labels are voted inside these."
         found.append(["Superpixels", f"steps/{step.name}/superpixels.png", caption])
     return {"pictures": found}
 

@@ -5,15 +5,18 @@ import shutil
 
 import geopandas
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import rasterio
 from fake_run import blobs, picture
 from small_world import GRID, catalogue, files, rayseg, refused, valid_stac, window_at
 
+from rayseg.errors import DataError
 from rayseg.io import cog, labels, masks
 from rayseg.ledger import Ledger
 from rayseg.models import bundle
 from rayseg.run import read
+from rayseg.stages.superpixels import Divide
 from rayseg.train import scene as training
 
 pytestmark = pytest.mark.e2e
@@ -137,6 +140,35 @@ def test_a_training_killed_in_the_middle_goes_on_as_if_nothing_had_been(whole, w
         assert bundle.load(out / "models" / name).sha256 == bundle.load(whole / "models" / name).sha256
     for path in whole.glob("tiles/*/*.tif"):
         assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
+
+
+def test_a_tile_that_failed_once_is_seen_in_the_report_and_leaves_the_superpixels_of_an_undisturbed_run(
+    whole, world, tmp_path, monkeypatch
+):
+    divide, first = Divide._divide, json.loads(mapping_rows(whole)[0]["tiles"])[0]["id"]
+
+    def fall(stage, row):
+        if row["id"] == first:
+            raise DataError("not today")
+        return divide(stage, row)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Divide, "_divide", fall)
+        said = rayseg(*words(world, f"truth={world}/truth"), "--out", out)
+    assert said.exit_code == 3
+    assert "not today" in said.stderr
+    assert (out / "report" / "index.html").exists()
+    assert (out / "tiles" / first).exists()
+    assert rayseg("retry", out, "--engine", "inline").exit_code == 0
+    paths = sorted((whole / "steps/superpixels").glob("*.tif"))
+    assert len(paths) > 4
+    for path in paths:
+        assert (out / "steps/superpixels" / path.name).read_bytes() == path.read_bytes()
+
+
+def mapping_rows(out):
+    return pq.read_table(out / "steps/scenes/manifest.parquet").to_pylist()
 
 
 def test_one_network_over_all_scenes_gives_one_mosaic(world, tmp_path):
