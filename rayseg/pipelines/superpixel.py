@@ -7,6 +7,9 @@ by the steps; the settings of the paper are `configs/superpixel/paper.yaml`.
 """
 
 import json
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -90,15 +93,16 @@ class Config(Frozen):
 def plan(region: Region, config: Config) -> tuple[list[Row], tuple[str, ...], str]:
     """(a row per network with its tiles as JSON, names of the bands, type of the values).
 
+    A scene that cannot be mapped beside others that can is a row without tiles; its column `refused` says why.
+
     Raises:
-        DataError: there is no imagery, it is complex, or scenes differ in bands or type.
+        DataError: there is no imagery, or none that can be mapped.
         ConfigError: a tile or band that was asked for is not there.
     """
-    sources, unread = mapping.imagery(region, config.map)
-    for error in unread.values():
-        raise error
-    bands, dtype = _contract(sources, config)
     halo = config.network.patch + config.network.stride + config.sieve
+    found = mapping.imagery(region, config.map, halo=halo if config.shared else 0)
+    first = _commonest(found[0], config)
+    sources, refused = mapping.mappable(region, found, partial(_expect_alike, first, config), size=config.map.tile)
     groups = [sources] if config.shared else [[source] for source in sources]
     rows = []
     for group in groups:
@@ -107,32 +111,41 @@ def plan(region: Region, config: Config) -> tuple[list[Row], tuple[str, ...], st
             tiles = [_of_scene(row, group[0].item_id) for row in tiles]
         tiles = [row for row in tiles if not region.tiles or row["id"] in region.tiles]
         name = SHARED if config.shared else slug(group[0].item_id)
-        rows += [{"id": name, "tiles": json.dumps(tiles)}] if tiles else []
+        rows += [{"id": name, "tiles": json.dumps(tiles), "refused": ""}] if tiles else []
     ids = [row["id"] for one in rows for row in json.loads(one["tiles"])]
     if unknown := sorted(set(region.tiles) - set(ids)):
         raise ConfigError(f"region {region.name} has no tile {', '.join(unknown[:5])}; correct --tiles")
     if not ids:
         raise DataError(f"region {region.name} has no tile with imagery; choose another --region")
+    if not region.tiles:
+        rows += [{"id": slug(name), "tiles": "[]", "refused": str(why)} for name, why in sorted(refused.items())]
     expect_ids([row["id"] for row in rows])
     expect_ids(ids)
-    return rows, bands, dtype
+    named = min(sources, key=lambda source: source.item_id)
+    return rows, config.bands or _bands(named), named.dtype
 
 
-def _contract(sources: list[Source], config: Config) -> tuple[tuple[str, ...], str]:
-    first = min(sources, key=lambda source: source.item_id)
-    bands, dtype = config.bands or _bands(first), first.dtype
-    for source in sources:
-        if source.dtype.startswith("complex"):
-            raise DataError(
-                f"{source.item_id} has complex pixels ({source.dtype}), expected real values: convert it to amplitude"
-            )
-        fits = set(bands) <= set(source.bands) if config.bands else set(bands) == set(_bands(source))
-        if source.dtype != dtype or not fits:
-            raise DataError(
-                f"{source.item_id} has {', '.join(_bands(source))} of {source.dtype}, expected {', '.join(bands)} of "
-                f"{dtype} as {first.item_id} has: name common bands with --set bands=[...], or map them in two runs"
-            )
-    return bands, dtype
+def _commonest(sources: Sequence[Source], config: Config) -> Source | None:
+    """The first of the scenes of the most frequent kind."""
+    usable = [one for one in sources if not one.dtype.startswith("complex") and set(config.bands) <= set(one.bands)]
+    kinds = Counter(_kind(source, config) for source in usable)
+    ordered = sorted(usable, key=lambda source: source.item_id)
+    return max(ordered or sources, key=lambda source: kinds[_kind(source, config)], default=None)
+
+
+def _kind(source: Source, config: Config) -> tuple[frozenset[str], str]:
+    return frozenset(config.bands or _bands(source)), source.dtype
+
+
+def _expect_alike(first: Source | None, config: Config, source: Source) -> None:
+    """Refuse a scene of other bands or another type than the first has."""
+    fits = set(config.bands) <= set(source.bands)
+    if first is not None and not (fits and _kind(source, config) == _kind(first, config)):
+        bands = config.bands or _bands(first)
+        raise DataError(
+            f"{source.item_id} has {', '.join(_bands(source))} of {source.dtype}, expected {', '.join(bands)} of "
+            f"{first.dtype} as {first.item_id} has: name common bands with --set bands=[...], or map them in two runs"
+        )
 
 
 def _bands(source: Source) -> tuple[str, ...]:
@@ -154,8 +167,11 @@ def list_scenes(step: Step, region: Region, config: Config) -> dict[str, Any]:
         put(step.prefix / "contract.json", json.dumps({"bands": bands, "dtype": dtype}).encode())
         put(path, parquet(rows))
     contract = json.loads((step.prefix / "contract.json").read_bytes())
-    rows, works = mapping.read_manifest(step), [Work(Survey(contract["bands"]), cpus=0.5)]
-    account = flow.run(rows, works, mapping.ledger_of(step), step.engine, title="scenes")
+    rows = [row | (_settled("failed", row["refused"]) if row["refused"] else {}) for row in mapping.read_manifest(step)]
+    account = flow.run(
+        rows, [Work(Survey(contract["bands"]), cpus=0.5)], mapping.ledger_of(step), step.engine, title="scenes",
+        stall_seconds=config.map.stall_seconds,
+    )  # fmt: skip
     return {**contract, "account": account.counts, "troubles": account.troubles}
 
 

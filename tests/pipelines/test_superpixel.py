@@ -12,10 +12,12 @@ from fake_run import blobs, picture
 from small_world import GRID, catalogue, files, rayseg, refused, valid_stac, window_at
 
 from rayseg.errors import DataError
+from rayseg.geo import Region
 from rayseg.io import cog, labels, masks
 from rayseg.ledger import Ledger
 from rayseg.models import bundle
-from rayseg.run import read
+from rayseg.pipelines import superpixel
+from rayseg.run import Engine, Step, read
 from rayseg.stages.superpixels import Divide
 from rayseg.train import scene as training
 
@@ -261,11 +263,31 @@ def test_complex_pixels_are_refused_and_nothing_is_left(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_scenes_of_other_bands_are_refused_by_both_names(tmp_path):
-    catalogue(tmp_path, one={"seed": 1}, two={"seed": 2, "bands": ("red", "green")})
-    (tmp_path / "small.yaml").write_text(SMALL)
-    said = refused(3, *words(tmp_path), "--out", tmp_path / "run")
-    assert "two has red, green of uint8, expected red, green, blue of uint8 as one has" in said
+@pytest.mark.parametrize("shared", [False, True])
+def test_scenes_that_cannot_be_mapped_fail_alone_and_by_name(tmp_path, shared):
+    """Of other bands, without georeference, unreadable: beside two that can be mapped."""
+    scenes = {name: {"seed": seed} for name, seed in (("one", 1), ("two", 2), ("gone", 3), ("bare", 4))}
+    catalogue(tmp_path, odd={"bands": ("red", "green")}, **scenes)
+    change(tmp_path, "gone", assets={})
+    change(tmp_path, "bare", properties={"proj:code": None})
+    region = Region("r", catalog=f"{tmp_path}/cat/catalog.json")
+    step = Step("scenes", str(tmp_path / "run"), "key", Engine("inline"))
+    listed = superpixel.list_scenes(step, region, superpixel.Config(shared=shared))
+    found = records(tmp_path / "run", "scenes")
+    assert listed["troubles"].keys() == {"odd", "gone", "bare"}
+    assert {name for name, one in found.items() if one.status == "done"} == (
+        {"all-scenes"} if shared else {"one", "two"}
+    )
+    assert "odd has red, green of uint8, expected red, green, blue of uint8 as bare has" in found["odd"].reason
+    assert "bare has no georeference" in found["bare"].reason
+    assert listed["bands"] == ["red", "green", "blue"]
+
+
+def change(folder, name, *, properties=None, **fields):
+    """Change an item of a catalogue."""
+    [path] = folder.glob(f"cat/**/{name}.json")
+    item = json.loads(path.read_text())
+    path.write_text(json.dumps(item | fields | {"properties": item["properties"] | (properties or {})}))
 
 
 def test_a_network_that_keeps_one_label_is_tried_from_three_seeds_and_then_reported(tmp_path, monkeypatch):
