@@ -18,6 +18,7 @@ from rayseg.metrics import agreement
 from rayseg.vision.color import label_table, rgb_of
 
 Pairs = Counter[tuple[int, int]]
+_UNSEEN = -1  # no colour's code: that of pure blue is 255
 
 
 def agreement_of_run(
@@ -29,7 +30,8 @@ def agreement_of_run(
         root: the run.
         truth: a folder of masks or `catalog.json#collection`; masks of one band hold any values, of three any colours.
         step: the step that mapped.
-        unlabelled: values or colours ("#RRGGBB") of the masks that are not counted, as 255 and nodata are not.
+        unlabelled: values or colours ("#RRGGBB") of the masks that are not counted, as nodata is not, nor 255 in masks
+            of one band.
 
     Returns:
         JSON values: `scenes`: name -> `pixels`, `ami`, `fmi`, `are`; and `mean` of the three over the scenes.
@@ -39,7 +41,7 @@ def agreement_of_run(
     """
     tiles = mapped_tiles(root, step)
     sources = masks.masks_of(truth, names=("landcover",))
-    skipped = {value if isinstance(value, int) else _code(rgb_of(value)) for value in unlabelled} | {NODATA}
+    skipped = {value if isinstance(value, int) else _code(rgb_of(value)) for value in unlabelled} | {_UNSEEN}
     counts: dict[str, Pairs] = defaultdict(Counter)
     for found in match(masks.pieces_of_tiles(tiles), sources):
         counts[found.piece.tile.grid.image or found.piece.tile.grid.name] += _pairs(found, skipped)
@@ -61,15 +63,20 @@ def _measured(pairs: Pairs) -> dict[str, float]:
 def _pairs(found: Match, skipped: set[int]) -> Pairs:
     """(value in the mask, label) -> pixels."""
     labels_HW = found.piece.read(label_table(NODATA - 1))
-    codes_HW = np.full(labels_HW.shape, NODATA, np.int64)
+    codes_HW = np.full(labels_HW.shape, _UNSEEN, np.int64)
     for mask in reversed(found.truth):
         bands = [name for name in mask.bands if name != "alpha"]
         image_CHW, valid_HW = rasters.read([mask], found.grid, found.window, bands=bands[:3], categorical=True)
-        codes_HW = np.where(valid_HW, _code(image_CHW) if len(image_CHW) == 3 else image_CHW[0], codes_HW)
+        of_mask_HW = _code(image_CHW) if len(image_CHW) == 3 else _values(image_CHW[0])
+        codes_HW = np.where(valid_HW, of_mask_HW, codes_HW)
     seen = (labels_HW != NODATA) & ~np.isin(codes_HW, list(skipped))
     both, counts = np.unique(codes_HW[seen] * (NODATA + 1) + labels_HW[seen], return_counts=True)
     keys = zip(*np.divmod(both, NODATA + 1), strict=True)
     return Counter({(int(code), int(label)): int(count) for (code, label), count in zip(keys, counts, strict=True)})
+
+
+def _values(mask_HW: NDArray[Any]) -> NDArray[np.int64]:
+    return np.where(mask_HW == NODATA, _UNSEEN, mask_HW.astype(np.int64))
 
 
 def _code(color: Sequence[int] | NDArray[np.integer]) -> Any:  # noqa: ANN401 - a number for each pixel given

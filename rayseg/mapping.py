@@ -122,11 +122,7 @@ def tiles_of(region: Region, config: MapConfig, check: Callable[[Source], None],
         DataError: the region has no imagery, or none that can be read and placed.
         RaysegError: of `check`, where it refuses all of the imagery.
     """
-    found, unread = imagery(region, config, halo=halo)
-    sources, refused = _sorted_out(found, check, config.tile)
-    refused = unread | refused
-    if not sources:
-        raise _none_left(region, refused)
+    sources, refused = mappable(region, imagery(region, config, halo=halo), check, size=config.tile)
     tiles = tile_rows(sources, region.geometry, size=config.tile, halo=halo)
     for row in tiles:
         row["refused"] = ""
@@ -143,9 +139,22 @@ def tiles_of(region: Region, config: MapConfig, check: Callable[[Source], None],
     return [row for row in rows if row["id"] in region.tiles] if region.tiles else rows
 
 
-def _sorted_out(sources: Sequence[Source], check: Callable[[Source], None], size: int) -> tuple[list[Source], Refused]:
-    """The sources that can be mapped together, and why it cannot map the others."""
-    refused: Refused = {}
+def mappable(
+    region: Region, found: tuple[Sequence[Source], Refused], check: Callable[[Source], None], *, size: int
+) -> tuple[list[Source], Refused]:
+    """The sources that can be mapped together, and why the others cannot, by id.
+
+    Args:
+        region: what is mapped.
+        found: its `imagery`.
+        check: raises what is wrong with a source.
+        size: side of a tile in px.
+
+    Raises:
+        RaysegError: none can be mapped; of `check`, `imagery` or the sources' own.
+    """
+    sources, unread = found
+    refused = dict(unread)
     for source in sources:
         try:
             expect_mappable(source, tile=size)
@@ -154,7 +163,9 @@ def _sorted_out(sources: Sequence[Source], check: Callable[[Source], None], size
             refused[source.item_id] = error
     left = [source for source in sources if source.item_id not in refused]
     refused |= beyond_utm(left)
-    return [source for source in left if source.item_id not in refused], refused
+    if not (kept := [source for source in left if source.item_id not in refused]):
+        raise _none_left(region, refused)
+    return kept, refused
 
 
 def _none_left(region: Region, refused: Mapping[str, RaysegError]) -> RaysegError:

@@ -7,6 +7,9 @@ by the steps; the settings of the paper are `configs/superpixel/paper.yaml`.
 """
 
 import json
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -26,13 +29,12 @@ from rayseg.models.bundle import Scaling
 from rayseg.run import Run, Step
 from rayseg.stages.label import LabelTile
 from rayseg.stages.read import tile_rows
-from rayseg.stages.superpixels import Divide, ReadAround, grown, part_path, segments_path
+from rayseg.stages.superpixels import Divide, ReadAround, segments_path, unite
 from rayseg.stages.survey import Survey
 from rayseg.stages.write import WriteTile
 from rayseg.store import Location, put, upath
 from rayseg.train.scene import NetworkConfig, TrainScene
 from rayseg.vision.color import label_table, mean_color
-from rayseg.vision.segments import agreeing, united
 from rayseg.vision.superpixels import outlined
 
 SHARED = "all-scenes"
@@ -91,15 +93,16 @@ class Config(Frozen):
 def plan(region: Region, config: Config) -> tuple[list[Row], tuple[str, ...], str]:
     """(a row per network with its tiles as JSON, names of the bands, type of the values).
 
+    A scene that cannot be mapped beside others that can is a row without tiles; its column `refused` says why.
+
     Raises:
-        DataError: there is no imagery, it is complex, or scenes differ in bands or type.
+        DataError: there is no imagery, or none that can be mapped.
         ConfigError: a tile or band that was asked for is not there.
     """
-    sources, unread = mapping.imagery(region, config.map)
-    for error in unread.values():
-        raise error
-    bands, dtype = _contract(sources, config)
     halo = config.network.patch + config.network.stride + config.sieve
+    found = mapping.imagery(region, config.map, halo=halo if config.shared else 0)
+    first = _commonest(found[0], config)
+    sources, refused = mapping.mappable(region, found, partial(_expect_alike, first, config), size=config.map.tile)
     groups = [sources] if config.shared else [[source] for source in sources]
     rows = []
     for group in groups:
@@ -108,32 +111,41 @@ def plan(region: Region, config: Config) -> tuple[list[Row], tuple[str, ...], st
             tiles = [_of_scene(row, group[0].item_id) for row in tiles]
         tiles = [row for row in tiles if not region.tiles or row["id"] in region.tiles]
         name = SHARED if config.shared else slug(group[0].item_id)
-        rows += [{"id": name, "tiles": json.dumps(tiles)}] if tiles else []
+        rows += [{"id": name, "tiles": json.dumps(tiles), "refused": ""}] if tiles else []
     ids = [row["id"] for one in rows for row in json.loads(one["tiles"])]
     if unknown := sorted(set(region.tiles) - set(ids)):
         raise ConfigError(f"region {region.name} has no tile {', '.join(unknown[:5])}; correct --tiles")
     if not ids:
         raise DataError(f"region {region.name} has no tile with imagery; choose another --region")
+    if not region.tiles:
+        rows += [{"id": slug(name), "tiles": "[]", "refused": str(why)} for name, why in sorted(refused.items())]
     expect_ids([row["id"] for row in rows])
     expect_ids(ids)
-    return rows, bands, dtype
+    named = min(sources, key=lambda source: source.item_id)
+    return rows, config.bands or _bands(named), named.dtype
 
 
-def _contract(sources: list[Source], config: Config) -> tuple[tuple[str, ...], str]:
-    first = min(sources, key=lambda source: source.item_id)
-    bands, dtype = config.bands or _bands(first), first.dtype
-    for source in sources:
-        if source.dtype.startswith("complex"):
-            raise DataError(
-                f"{source.item_id} has complex pixels ({source.dtype}), expected real values: convert it to amplitude"
-            )
-        fits = set(bands) <= set(source.bands) if config.bands else set(bands) == set(_bands(source))
-        if source.dtype != dtype or not fits:
-            raise DataError(
-                f"{source.item_id} has {', '.join(_bands(source))} of {source.dtype}, expected {', '.join(bands)} of "
-                f"{dtype} as {first.item_id} has: name common bands with --set bands=[...], or map them in two runs"
-            )
-    return bands, dtype
+def _commonest(sources: Sequence[Source], config: Config) -> Source | None:
+    """The first of the scenes of the most frequent kind."""
+    usable = [one for one in sources if not one.dtype.startswith("complex") and set(config.bands) <= set(one.bands)]
+    kinds = Counter(_kind(source, config) for source in usable)
+    ordered = sorted(usable, key=lambda source: source.item_id)
+    return max(ordered or sources, key=lambda source: kinds[_kind(source, config)], default=None)
+
+
+def _kind(source: Source, config: Config) -> tuple[frozenset[str], str]:
+    return frozenset(config.bands or _bands(source)), source.dtype
+
+
+def _expect_alike(first: Source | None, config: Config, source: Source) -> None:
+    """Refuse a scene of other bands or another type than the first has."""
+    fits = set(config.bands) <= set(source.bands)
+    if first is not None and not (fits and _kind(source, config) == _kind(first, config)):
+        bands = config.bands or _bands(first)
+        raise DataError(
+            f"{source.item_id} has {', '.join(_bands(source))} of {source.dtype}, expected {', '.join(bands)} of "
+            f"{first.dtype} as {first.item_id} has: name common bands with --set bands=[...], or map them in two runs"
+        )
 
 
 def _bands(source: Source) -> tuple[str, ...]:
@@ -155,8 +167,11 @@ def list_scenes(step: Step, region: Region, config: Config) -> dict[str, Any]:
         put(step.prefix / "contract.json", json.dumps({"bands": bands, "dtype": dtype}).encode())
         put(path, parquet(rows))
     contract = json.loads((step.prefix / "contract.json").read_bytes())
-    rows, works = mapping.read_manifest(step), [Work(Survey(contract["bands"]), cpus=0.5)]
-    account = flow.run(rows, works, mapping.ledger_of(step), step.engine, title="scenes")
+    rows = [row | (_settled("failed", row["refused"]) if row["refused"] else {}) for row in mapping.read_manifest(step)]
+    account = flow.run(
+        rows, [Work(Survey(contract["bands"]), cpus=0.5)], mapping.ledger_of(step), step.engine, title="scenes",
+        stall_seconds=config.map.stall_seconds,
+    )  # fmt: skip
     return {**contract, "account": account.counts, "troubles": account.troubles}
 
 
@@ -197,12 +212,7 @@ def divide(step: Step, listed: Step, config: Config) -> dict[str, Any]:
         Work(Divide(prefix, config.superpixels.method, config.superpixels.options), cpus=0.5),
     ]
     account = flow.run(rows, works, mapping.ledger_of(step), step.engine, stall_seconds=config.map.stall_seconds)
-    found = _divided(step)
-    tables = _unite(prefix, found, overlap)
-    for (tile, _), table in zip(found, tables, strict=True):
-        if not (path := segments_path(prefix, tile.id)).exists():
-            numbers = table[_part_of(prefix, tile, tile.window, overlap)]
-            segments.write_segments(path, numbers, tile.grid, tile.window)
+    unite(prefix, _divided(step), overlap)
     return {"segments": prefix, "account": account.counts, "troubles": account.troubles}
 
 
@@ -211,34 +221,6 @@ def _divided(step: Step) -> list[tuple[Tile, int]]:
     records = mapping.ledger_of(step).read()
     rows = [row for row in mapping.read_manifest(step) if "segments" in records[row["id"]].facts]
     return [(Tile.from_row(row), records[row["id"]].facts["segments"]) for row in rows]
-
-
-def _unite(prefix: str, found: list[tuple[Tile, int]], overlap: int) -> list[np.ndarray]:
-    """For every tile the numbers of its segments, gapless over all tiles."""
-    corners = {(tile.grid, tile.window.row, tile.window.col): at for at, (tile, _) in enumerate(found)}
-    pairs = {}
-    for one, (tile, _) in enumerate(found):
-        window = tile.window
-        for line, place in (
-            ("col", (tile.grid, window.row, window.col1)),
-            ("row", (tile.grid, window.row1, window.col)),
-        ):
-            if (other := corners.get(place)) is not None:
-                pairs[one, other] = _pairs(prefix, tile, found[other][0], line, overlap)
-    return united([count for _, count in found], pairs)
-
-
-def _pairs(prefix: str, one: Tile, other: Tile, line: str, overlap: int) -> np.ndarray:
-    """Segments that two neighbours found alike around their border: a column or a row of the grid."""
-    zone = grown(one.window, overlap).intersect(grown(other.window, overlap))
-    border = np.s_[:, overlap - 1 : overlap + 1] if line == "col" else np.s_[overlap - 1 : overlap + 1, :]
-    one_HW, other_HW = (_part_of(prefix, tile, zone, overlap) for tile in (one, other))
-    return agreeing(one_HW, other_HW, border)
-
-
-def _part_of(prefix: str, tile: Tile, window: Window, overlap: int) -> np.ndarray:
-    """Segments of `window` as the tile alone numbers them."""
-    return segments.read_segments([(grown(tile.window, overlap), part_path(prefix, tile.id))], window)
 
 
 # -- networks and maps -------------------------------------------------------------------------------------------------
@@ -329,7 +311,7 @@ def measure(step: Step, predicted: Step, region: Region, config: Config) -> dict
 
 
 def draw(step: Step, listed: Step, divided: Step, predicted: Step) -> dict[str, Any]:
-    """Pictures: the map in the mean colour of each label, and superpixels over a part of the first scene."""
+    """Pictures: the map in the mean colour of each label, and superpixels over a part of the first tile with both."""
     tiles = maps.mapped_tiles(predicted.root, predicted.name)
     found = []
     for number, picture in enumerate(pictures.pictures_of(tiles)[:2]):
@@ -346,9 +328,10 @@ def draw(step: Step, listed: Step, divided: Step, predicted: Step) -> dict[str, 
                 "Every label in its mean colour.",
             ]
         )
-    if tiles and divided.value["segments"]:
-        put(step.prefix / "superpixels.png", pictures.encoded(_overlay(tiles[0], divided.value["segments"])))
-        caption = f"The middle of tile {tiles[0].tile.id}: labels are voted inside these."
+    known = {tile.id for tile, _ in _divided(divided)} if divided.value["segments"] else set()
+    if both := [mapped for mapped in tiles if mapped.tile.id in known][:1]:
+        put(step.prefix / "superpixels.png", pictures.encoded(_overlay(both[0], divided.value["segments"])))
+        caption = f"The middle of tile {both[0].tile.id}: labels are voted inside these."
         found.append(["Superpixels", f"steps/{step.name}/superpixels.png", caption])
     return {"pictures": found}
 

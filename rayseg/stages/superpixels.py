@@ -13,6 +13,7 @@ from rayseg.io.sources import Source
 from rayseg.models.bundle import Scaling
 from rayseg.store import upath
 from rayseg.vision.fill import mirrored
+from rayseg.vision.segments import agreeing, united
 from rayseg.vision.superpixels import METHODS
 
 Row = dict[str, Any]
@@ -91,3 +92,47 @@ def part_path(prefix: str, tile_id: str) -> UPath:
 def segments_path(prefix: str, tile_id: str) -> UPath:
     """Where the superpixels of a tile are once its neighbours agree."""
     return upath(prefix) / f"{tile_id}.tif"
+
+
+def unite(prefix: str, found: Sequence[tuple[Tile, int]], overlap: int) -> None:
+    """Write the superpixels of all tiles, `segments_path`, gapless over all of them; neighbours that agree are one.
+
+    Every file is written each time: a tile that has come since shifts the numbers of those behind it.
+
+    Args:
+        prefix: where `Divide` kept its parts.
+        found: tiles, each with the number of its superpixels.
+        overlap: px around each that its part holds too.
+    """
+    tables = united([count for _, count in found], _agreed(prefix, found, overlap))
+    for (tile, _), table in zip(found, tables, strict=True):
+        numbers = table[_part_of(prefix, tile, tile.window, overlap)]
+        segments.write_segments(segments_path(prefix, tile.id), numbers, tile.grid, tile.window)
+
+
+def _agreed(prefix: str, found: Sequence[tuple[Tile, int]], overlap: int) -> dict[tuple[int, int], np.ndarray]:
+    """(position of a tile, of the one right of or below it) -> the pairs that are one."""
+    corners = {(tile.grid, tile.window.row, tile.window.col): at for at, (tile, _) in enumerate(found)}
+    pairs = {}
+    for one, (tile, _) in enumerate(found):
+        window = tile.window
+        for line, place in (
+            ("col", (tile.grid, window.row, window.col1)),
+            ("row", (tile.grid, window.row1, window.col)),
+        ):
+            if (other := corners.get(place)) is not None:
+                pairs[one, other] = _pairs(prefix, tile, found[other][0], line, overlap)
+    return pairs
+
+
+def _pairs(prefix: str, one: Tile, other: Tile, line: str, overlap: int) -> np.ndarray:
+    """Segments that two neighbours found alike around their border: a column or a row of the grid."""
+    zone = grown(one.window, overlap).intersect(grown(other.window, overlap))
+    border = np.s_[:, overlap - 1 : overlap + 1] if line == "col" else np.s_[overlap - 1 : overlap + 1, :]
+    one_HW, other_HW = (_part_of(prefix, tile, zone, overlap) for tile in (one, other))
+    return agreeing(one_HW, other_HW, border)
+
+
+def _part_of(prefix: str, tile: Tile, window: Window, overlap: int) -> np.ndarray:
+    """Segments of `window` as the tile alone numbers them."""
+    return segments.read_segments([(grown(tile.window, overlap), part_path(prefix, tile.id))], window)

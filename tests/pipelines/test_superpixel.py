@@ -5,15 +5,20 @@ import shutil
 
 import geopandas
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import rasterio
 from fake_run import blobs, picture
 from small_world import GRID, catalogue, files, rayseg, refused, valid_stac, window_at
 
+from rayseg.errors import DataError
+from rayseg.geo import Region
 from rayseg.io import cog, labels, masks
 from rayseg.ledger import Ledger
 from rayseg.models import bundle
-from rayseg.run import read
+from rayseg.pipelines import superpixel
+from rayseg.run import Engine, Step, read
+from rayseg.stages.superpixels import Divide
 from rayseg.train import scene as training
 
 pytestmark = pytest.mark.e2e
@@ -139,6 +144,35 @@ def test_a_training_killed_in_the_middle_goes_on_as_if_nothing_had_been(whole, w
         assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
 
 
+def test_a_tile_that_failed_once_is_seen_in_the_report_and_leaves_the_superpixels_of_an_undisturbed_run(
+    whole, world, tmp_path, monkeypatch
+):
+    divide, first = Divide._divide, json.loads(mapping_rows(whole)[0]["tiles"])[0]["id"]
+
+    def fall(stage, row):
+        if row["id"] == first:
+            raise DataError("not today")
+        return divide(stage, row)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Divide, "_divide", fall)
+        said = rayseg(*words(world, f"truth={world}/truth"), "--out", out)
+    assert said.exit_code == 3
+    assert "not today" in said.stderr
+    assert (out / "report" / "index.html").exists()
+    assert (out / "tiles" / first).exists()
+    assert rayseg("retry", out, "--engine", "inline").exit_code == 0
+    paths = sorted((whole / "steps/superpixels").glob("*.tif"))
+    assert len(paths) > 4
+    for path in paths:
+        assert (out / "steps/superpixels" / path.name).read_bytes() == path.read_bytes()
+
+
+def mapping_rows(out):
+    return pq.read_table(out / "steps/scenes/manifest.parquet").to_pylist()
+
+
 def test_one_network_over_all_scenes_gives_one_mosaic(world, tmp_path):
     assert rayseg(*words(world, "shared=true", "network.merge_to=3"), "--out", tmp_path / "run").exit_code == 0
     assert list(records(tmp_path / "run", "networks")) == ["all-scenes"]
@@ -229,11 +263,31 @@ def test_complex_pixels_are_refused_and_nothing_is_left(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_scenes_of_other_bands_are_refused_by_both_names(tmp_path):
-    catalogue(tmp_path, one={"seed": 1}, two={"seed": 2, "bands": ("red", "green")})
-    (tmp_path / "small.yaml").write_text(SMALL)
-    said = refused(3, *words(tmp_path), "--out", tmp_path / "run")
-    assert "two has red, green of uint8, expected red, green, blue of uint8 as one has" in said
+@pytest.mark.parametrize("shared", [False, True])
+def test_scenes_that_cannot_be_mapped_fail_alone_and_by_name(tmp_path, shared):
+    """Of other bands, without georeference, unreadable: beside two that can be mapped."""
+    scenes = {name: {"seed": seed} for name, seed in (("one", 1), ("two", 2), ("gone", 3), ("bare", 4))}
+    catalogue(tmp_path, odd={"bands": ("red", "green")}, **scenes)
+    change(tmp_path, "gone", assets={})
+    change(tmp_path, "bare", properties={"proj:code": None})
+    region = Region("r", catalog=f"{tmp_path}/cat/catalog.json")
+    step = Step("scenes", str(tmp_path / "run"), "key", Engine("inline"))
+    listed = superpixel.list_scenes(step, region, superpixel.Config(shared=shared))
+    found = records(tmp_path / "run", "scenes")
+    assert listed["troubles"].keys() == {"odd", "gone", "bare"}
+    assert {name for name, one in found.items() if one.status == "done"} == (
+        {"all-scenes"} if shared else {"one", "two"}
+    )
+    assert "odd has red, green of uint8, expected red, green, blue of uint8 as bare has" in found["odd"].reason
+    assert "bare has no georeference" in found["bare"].reason
+    assert listed["bands"] == ["red", "green", "blue"]
+
+
+def change(folder, name, *, properties=None, **fields):
+    """Change an item of a catalogue."""
+    [path] = folder.glob(f"cat/**/{name}.json")
+    item = json.loads(path.read_text())
+    path.write_text(json.dumps(item | fields | {"properties": item["properties"] | (properties or {})}))
 
 
 def test_a_network_that_keeps_one_label_is_tried_from_three_seeds_and_then_reported(tmp_path, monkeypatch):

@@ -1,0 +1,57 @@
+"""Labels without names against masks: which pixels of a mask count, whatever its values or colours."""
+
+import numpy as np
+import pytest
+import rasterio
+from fake_run import UTM, make, picture, place
+from small_world import BANDS
+
+from rayseg.agreement import agreement_of_run
+from rayseg.io import cog
+
+KINDS_HW = np.repeat([[0, 1, 2]], 48, axis=0).repeat(16, axis=1)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run whose labels are three stripes of 16 px on a scene of 48 x 48 px."""
+    make(tmp_path / "run", {"scene": (picture(KINDS_HW % 2), KINDS_HW.astype(np.uint8), (0, 0))})
+    return str(tmp_path / "run")
+
+
+def measured(run, tmp_path, values, **options):
+    """The scene's agreement with a mask in which the stripes have these values or colours."""
+    folder = tmp_path / "truth"
+    folder.mkdir()
+    values_HW = np.array(values, np.uint8)[KINDS_HW]
+    bands_CHW, bands = (values_HW.transpose(2, 0, 1), BANDS) if values_HW.ndim == 3 else (values_HW[None], ("kind",))
+    cog.write_image(folder / "scene.tif", bands_CHW, UTM, place(KINDS_HW, 0, 0), bands=bands)
+    [found] = agreement_of_run(run, str(folder), **options)["scenes"].values()
+    return found
+
+
+def test_pure_blue_is_a_colour_like_any_other(run, tmp_path):
+    found = measured(run, tmp_path, [(0, 0, 255), (0, 255, 255), (0, 0, 0)])
+    assert found["pixels"] == KINDS_HW.size
+    assert found["ami"] == pytest.approx(1)
+
+
+def test_255_in_a_mask_of_one_band_does_not_count(run, tmp_path):
+    assert measured(run, tmp_path, [255, 0, 1])["pixels"] == KINDS_HW.size * 2 // 3
+
+
+@pytest.mark.parametrize(("values", "unlabelled"), [([(0, 0, 255), (0, 255, 0), (9, 9, 9)], "#0000FF"), ([7, 0, 1], 7)])
+def test_what_is_said_to_be_unlabelled_does_not_count(run, tmp_path, values, unlabelled):
+    assert measured(run, tmp_path, values, unlabelled=[unlabelled])["pixels"] == KINDS_HW.size * 2 // 3
+
+
+def test_nodata_of_a_mask_does_not_count(run, tmp_path):
+    folder = tmp_path / "truth"
+    folder.mkdir()
+    with rasterio.open(
+        folder / "scene.tif", "w", driver="GTiff", dtype="uint8", count=1, height=48, width=48, nodata=2,
+        crs=UTM.crs, transform=UTM.transform(place(KINDS_HW, 0, 0)),
+    ) as file:  # fmt: skip
+        file.write(KINDS_HW.astype(np.uint8), 1)
+    [found] = agreement_of_run(run, str(folder))["scenes"].values()
+    assert found["pixels"] == KINDS_HW.size * 2 // 3
