@@ -9,6 +9,10 @@ from PIL import Image
 from small_world import GRID, files, mosaic, rayseg, refused, valid_stac, window_at
 
 from rayseg.io import cog, labels
+from rayseg.models import bundle
+from rayseg.models.bundle import Architecture, Bundle
+from rayseg.models.plots import build_plot_classifier
+from rayseg.pipelines.agri import CLASSES, SCALING
 from rayseg.run import read
 
 pytestmark = pytest.mark.e2e
@@ -36,6 +40,24 @@ def imagery(folder, image_CHW, *, bands=("red", "green", "blue"), valid_HW=None)
     folder.mkdir(parents=True)
     cog.write_image(folder / "scene.tif", image_CHW, GRID, window_at(0, 0), bands=bands, nodata=0, valid_HW=valid_HW)
     return f"{labels.ingest_rasters(folder / 'scene.tif', folder / 'cat')}#imagery"
+
+
+def classifier(prefix, **different):
+    """Save a classifier of plots that has learnt nothing; return its prefix."""
+    options = {"encoder": "mobilenet_v2", "classes": 2, "channels": 3}
+    values = {
+        "name": "plots",
+        "task": "classification",
+        "architecture": Architecture(factory="plots", options=options),
+        "classes": CLASSES,
+        "bands": ("red", "green", "blue"),
+        "dtype": "uint8",
+        "scaling": SCALING,
+        "patch": 64,
+        "stride": 64,
+    }
+    bundle.save(prefix, Bundle(**(values | different)), build_plot_classifier(**options, weights="none").eval())
+    return prefix
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +152,14 @@ def test_flat_imagery_has_no_plots_or_one(value, tmp_path):
     region = imagery(tmp_path / "in", np.full((3, HEIGHT, WIDTH), value, np.uint8))
     words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run", "--set", "map.tile=256")
     found = rayseg(*words, *SETTINGS)
+    assert found.exit_code == 0, found.output
+    assert len(geopandas.read_parquet(tmp_path / "run/plots.parquet")) == 0
+
+
+def test_where_there_are_no_plots_there_is_nothing_to_classify(tmp_path):
+    region = imagery(tmp_path / "in", np.full((3, HEIGHT, WIDTH), 128, np.uint8))
+    words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run", "--set", "map.tile=256")
+    found = rayseg(*words, *SETTINGS, "--set", f"classifier={classifier(tmp_path / 'model')}")
     assert found.exit_code == 0, found.output
     assert len(geopandas.read_parquet(tmp_path / "run/plots.parquet")) == 0
 
