@@ -44,7 +44,7 @@ def imagery(folder, image_CHW, *, bands=("red", "green", "blue"), valid_HW=None)
 
 def classifier(prefix, **different):
     """Save a classifier of plots that has learnt nothing; return its prefix."""
-    options = {"encoder": "mobilenet_v2", "classes": 2, "channels": 3}
+    options = {"encoder": "mobilenet_v2", "classes": 2}
     values = {
         "name": "plots",
         "task": "classification",
