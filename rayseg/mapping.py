@@ -76,14 +76,15 @@ def manifest(step: Step, region: Region, described: bundle.Bundle, config: MapCo
 
 
 def kept_manifest(step: Step, planned: Callable[[], list[Row]]) -> list[Row]:
-    """The step's rows, planned by the first execution and read by later ones."""
+    """The step's rows, planned by the first execution and read by later ones; there may be none."""
     path = step.prefix / "manifest.parquet"
     if not path.exists():
         rows = planned()
         if refused := [row["id"] for row in rows if row.get("refused")]:
             _log.warning("%s cannot be mapped, the ledger says why: %s", _counted(refused), _some(refused))
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.table({name: [row[name] for row in rows] for name in rows[0]}), sink)
+        columns = {name: [row[name] for row in rows] for name in rows[0]} if rows else {"id": pa.array([], pa.string())}
+        pq.write_table(pa.table(columns), sink)
         rows.clear()  # a country's are as large as all that is read back
         put(path, sink.getvalue().to_pybytes())
     return read_manifest(step)

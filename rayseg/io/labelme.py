@@ -17,16 +17,17 @@ from PIL import Image as Picture
 from shapely.geometry import Polygon
 
 from rayseg.errors import DataError
+from rayseg.geo import slug
 from rayseg.vision.crops import square_crop
 
 VERSION = "5.5.0"
 NAMES = {"1": "field", "0": "nonfield", "field": "field", "nonfield": "nonfield"}
 """Labels in a JSON -> class; a person sets 1 (cultivated) or 0 (not)."""
-_KINDS = (".jpg", ".jpeg", ".png")
+_KINDS = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 
 
 def export(plots: str, images: str, out: str) -> int:
-    """Write `<out>/<image>.json` for every image of a run's plots.parquet that is in a folder; return how many.
+    """Write `<out>/<image>.json` for every image of a run's plots.parquet; return how many.
 
     Args:
         plots: a run, or its plots.parquet, of images without georeference.
@@ -34,7 +35,7 @@ def export(plots: str, images: str, out: str) -> int:
         out: folder of the JSONs; a copy of nothing else.
 
     Raises:
-        DataError: the plots are of georeferenced imagery, or none of the images is there.
+        DataError: the plots are of georeferenced imagery, or an image cannot be found or read; nothing is written then.
     """
     path = Path(plots) / "plots.parquet" if Path(plots).is_dir() else Path(plots)
     if not path.is_file():
@@ -42,22 +43,27 @@ def export(plots: str, images: str, out: str) -> int:
     table = geopandas.read_parquet(path)
     if "image" not in table:
         raise DataError(f"{path} is of georeferenced imagery, JSONs are of single images; run agri on a folder of them")
-    files, written = _files(Path(images)), 0
-    for name, rows in table.groupby("image"):
-        if str(name) in files:
-            content = document(files[str(name)], rows.geometry, rows["class"].tolist())
-            Path(out).mkdir(parents=True, exist_ok=True)
-            (Path(out) / f"{name}.json").write_text(json.dumps(content, indent=1))
-            written += 1
-    if not written:
-        raise DataError(f"{images} has none of the images {', '.join(table['image'].unique()[:5])}; give their folder")
-    return written
+    files, named = _files(Path(images)), table["image"].unique().tolist()
+    if missing := [name for name in named if slug(name) not in files]:
+        few = ", ".join(missing[:5])
+        raise DataError(f"{images} lacks {len(missing)} of the {len(named)} images ({few}); give the folder of all")
+    found = {
+        str(name): document(files[slug(str(name))], rows.geometry, rows["class"].tolist())
+        for name, rows in table.groupby("image")
+    }
+    Path(out).mkdir(parents=True, exist_ok=True)
+    for name, content in found.items():
+        (Path(out) / f"{name}.json").write_text(json.dumps(content, indent=1))
+    return len(found)
 
 
 def document(image: Path, polygons: Sequence[shapely.Geometry], classes: Sequence[str | None]) -> dict[str, Any]:
-    """The JSON of an image: one shape per ring, labelled 1 for a field, else 0; plots without a class are 1."""
-    with Picture.open(image) as opened:
-        width, height = opened.size
+    """The JSON of an image: one shape per ring, labelled 1 for a field, else 0; plots without a class are 1.
+
+    Raises:
+        DataError: the image cannot be read.
+    """
+    height, width = _picture(image).shape[:2]
     shapes = [
         _shape(ring, "0" if kind == "nonfield" else "1", group, hole=hole)
         for group, (geometry, kind) in enumerate(zip(polygons, classes, strict=True))
@@ -101,7 +107,7 @@ def load(folder: str, images: str, out: str, *, size: int = 224) -> dict[str, in
     files, found = _files(Path(images)), []
     for path in paths:
         content = _read(path)
-        image = Path(str(content["imagePath"]).replace("\\", "/")).stem
+        image = slug(Path(str(content["imagePath"]).replace("\\", "/")).stem)
         if image in owners:
             raise DataError(f"{owners[image]} and {path} are both of the image {image}; keep one of them")
         if image not in files:
@@ -112,8 +118,7 @@ def load(folder: str, images: str, out: str, *, size: int = 224) -> dict[str, in
     for file, image, plots in found:
         image_HWC = _picture(file)
         for number, (kind, polygon) in enumerate(plots):
-            _write(image_HWC, polygon, Path(out) / kind / f"{image}-{number:04d}.png", size=size)
-            counts[kind] += 1
+            counts[kind] += _write(image_HWC, polygon, Path(out) / kind / f"{image}-{number:04d}.png", size=size)
     return counts
 
 
@@ -163,7 +168,14 @@ def _polygon(one: Mapping[str, Any], frame: Polygon, what: str) -> Polygon:
 def _files(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder of images; give the one the plots were found in")
-    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in _KINDS}
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in _KINDS and not path.name.startswith("."):
+            name = slug(path.stem)
+            if name in found:
+                raise DataError(f"{found[name]} and {path} are both called {name}; rename one of them")
+            found[name] = path
+    return found
 
 
 def _picture(path: Path) -> np.ndarray:
@@ -174,11 +186,14 @@ def _picture(path: Path) -> np.ndarray:
         raise DataError(f"{path} cannot be read: {error}; copy the image anew") from None
 
 
-def _write(image_HWC: np.ndarray, polygon: shapely.Geometry, path: Path, *, size: int) -> None:
+def _write(image_HWC: np.ndarray, polygon: shapely.Geometry, path: Path, *, size: int) -> bool:
+    """Write what the polygon covers; return whether it covers anything, as one that its holes take up does not."""
     mask_HW = np.zeros(image_HWC.shape[:2], np.uint8)
-    for part in getattr(polygon, "geoms", [polygon]):
+    for part in [] if polygon.is_empty else getattr(polygon, "geoms", [polygon]):
         rings = [np.rint(np.asarray(ring.coords) - 0.5).astype(np.int32) for ring in (part.exterior, *part.interiors)]
         cv2.fillPoly(mask_HW, rings, 1)
-    if mask_HW.any():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Picture.fromarray(square_crop(image_HWC, mask_HW > 0, size=size)).save(path)
+    if not mask_HW.any():
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Picture.fromarray(square_crop(image_HWC, mask_HW > 0, size=size)).save(path)
+    return True

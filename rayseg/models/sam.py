@@ -5,6 +5,7 @@ enlarged, and what stability, the crop's border or box NMS rule out never leaves
 """
 
 import hashlib
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import httpx
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 from segment_anything.utils import amg
@@ -25,12 +26,13 @@ from torchvision.ops import nms
 from rayseg.config import Config
 from rayseg.errors import ModelError
 from rayseg.models.encoders import read_state
-from rayseg.store import cache_dir, put_file
+from rayseg.store import absolute, cache_dir, put_file
 from rayseg.vision import masks
 from rayseg.vision.masks import Mask, Runs
 from rayseg.vision.proposals import Image, Proposals
 
 Variant = Literal["vit_b", "vit_l", "vit_h"]
+WEB = ("http://", "https://")
 ORIGIN = "https://dl.fbaipublicfiles.com/segment_anything"
 OFFICIAL: dict[Variant, tuple[str, str]] = {
     "vit_b": ("sam_vit_b_01ec64.pth", "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),
@@ -42,12 +44,18 @@ _WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
 _ENLARGED = 32  # masks enlarged to the image's size at once on a CPU
 
 
+def checkpoint_everywhere(checkpoint: str) -> str:
+    """The name of a checkpoint, or its file as it is understood from any working folder."""
+    named = checkpoint in {"", "random"} or checkpoint.startswith(WEB)
+    return checkpoint if named else absolute(checkpoint)
+
+
 class SamConfig(Config):
     """Automatic masks; the defaults are those of segment-anything."""
 
     variant: Variant = "vit_h"
     """Size of the image encoder."""
-    checkpoint: str = ""
+    checkpoint: Annotated[str, AfterValidator(checkpoint_everywhere)] = ""
     """Weights: a file, a URL of one of the published files, or "random" to try the path; empty is the published one."""
     points: Annotated[int, Field(gt=0)] = 32
     """Points per side of the grid of prompts."""
@@ -286,7 +294,7 @@ def checkpoint_file(config: SamConfig) -> Path:
     """
     name, digest = OFFICIAL[config.variant]
     wanted = config.checkpoint or f"{ORIGIN}/{name}"
-    if not wanted.startswith(("http://", "https://")):
+    if not wanted.startswith(WEB):
         if not Path(wanted).is_file():
             raise ModelError(
                 f"SAM checkpoint {wanted} is not there; fetch {ORIGIN}/{name} (SHA-256 {digest}) and give its path, "
@@ -306,8 +314,8 @@ def checkpoint_file(config: SamConfig) -> Path:
 
 
 def _fetch(url: str, path: Path, digest: str) -> None:
-    part, found = path.with_name(f".{path.name}.part"), hashlib.sha256()
     path.parent.mkdir(parents=True, exist_ok=True)
+    part, found = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part"), hashlib.sha256()  # others may fetch too
     try:
         with httpx.stream("GET", url, follow_redirects=True, timeout=60) as answer, part.open("wb") as file:
             answer.raise_for_status()

@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from rayseg import chips, flow, mapping, publication
 from rayseg.chips import ChipsConfig
 from rayseg.config import Config as Frozen
+from rayseg.errors import ModelError
 from rayseg.flow import Row, Work
 from rayseg.geo import Grid, Region, Tile
 from rayseg.io import plots, vectors
@@ -34,7 +35,7 @@ from rayseg.run import Run, Step
 from rayseg.stages import instances
 from rayseg.stages.instances import ProposePlots, ReadGround, ReadPlots, WritePieces, WritePlots, pieces_path
 from rayseg.stages.plots import ClassifyPlots, CutPlots, WriteClasses
-from rayseg.store import upath
+from rayseg.store import Location, upath
 from rayseg.train.batches import Chips
 from rayseg.train.classifier import ClassifierConfig, fit_classifier, trained_classifier
 from rayseg.train.learning import Learning
@@ -44,6 +45,8 @@ from rayseg.vision.rounds import RoundsConfig
 
 BACKGROUND = (0, "background", (0, 0, 0))
 PLOT = (1, "plot", (230, 159, 0))
+UNCLASSIFIED = ("unclassified", (154, 160, 166))
+"""Plots that the classifier could not be asked about."""
 LABELS = ("field", "nonfield")
 CLASSES = ((1, LABELS[0], (0, 158, 115)), (2, LABELS[1], (213, 94, 0)))
 GROUP = 100
@@ -103,7 +106,7 @@ class Config(Frozen):
     """Distance of patches; what they overlap is where plots are joined."""
     joined: Annotated[float, Field(ge=0.5, le=1)] = 0.5
     """IoU over what two patches both see above which their instances are one plot."""
-    classifier: str | None = None
+    classifier: Location | None = None
     """Prefix of a trained classifier of plots; without one, and without chips, plots have no class."""
     chips: ChipsConfig | None = None
     """Labelled crops (field, nonfield) to train one from."""
@@ -288,9 +291,9 @@ def _groups(proposed: Step, joined: Step) -> list[Row]:
 
 
 def _classes(classified: Step) -> dict[int, Row]:
-    """Class and score of every plot number that has them."""
-    done = [row for row in classified.value.get("groups", []) if row not in classified.value["troubles"]]
-    tables = (plots.read_table(classified.prefix / f"{row}.classes.parquet") for row in done)
+    """Class and score of every plot number that has them; in a group that failed, some may."""
+    paths = (classified.prefix / f"{row}.classes.parquet" for row in classified.value.get("groups", []))
+    tables = (plots.read_table(path) for path in paths if path.exists())
     return {row["number"]: row for table in tables for row in table}
 
 
@@ -300,10 +303,13 @@ def write_tiles(
     """The plots of every tile as rasters with an item; tiles/<id>/ holds them, the step's ledger their fates."""
     rows = mapping.kept_manifest(step, lambda: mapping.read_manifest(proposed))
     prefix = model.value.get("bundle")
+    classes = {number: row["class"] for number, row in _classes(classified).items()}
+    known, unclassified = _legend(bundle.load(prefix) if prefix else None, whole=len(classes) == joined.value["plots"])
     write = WritePlots(
         mapping.tiles_prefix(step),
-        ClassTable((BACKGROUND, *(bundle.load(prefix).classes if prefix else (PLOT,)))),
-        classes={number: row["class"] for number, row in _classes(classified).items()},
+        known,
+        classes=classes,
+        unclassified=unclassified,
         geometry=region.geometry,
         model=str(upath(prefix) / "item.json") if prefix else None,
     )
@@ -313,6 +319,15 @@ def write_tiles(
     ]
     account = flow.run(rows, works, mapping.ledger_of(step), step.engine, stall_seconds=config.map.stall_seconds)
     return {"account": account.counts, "troubles": account.troubles}
+
+
+def _legend(described: Bundle | None, *, whole: bool) -> tuple[ClassTable, int]:
+    """The classes of the map and the one of plots without any: a class of its own, if there are such (not `whole`)."""
+    if described is None:
+        return ClassTable((BACKGROUND, PLOT)), PLOT[0]
+    value = max(value for value, _, _ in described.classes) + 1
+    more = () if whole else ((value, *UNCLASSIFIED),)
+    return ClassTable((BACKGROUND, *described.classes, *more)), value
 
 
 def write_plots(step: Step, joined: Step, classified: Step, model: Step) -> dict[str, Any]:
@@ -358,13 +373,28 @@ def write_report(step: Step, proposed: Step, joined: Step, tiles: Step, polygons
     return publication.write_report(step, tiles, polygons, None, extras)
 
 
+def expect_classifier(described: Bundle) -> None:
+    """Refuse a model that cannot tell plots apart.
+
+    Raises:
+        ModelError: it is no classifier of RGB uint8 images, or one of its class values is 0, the background's.
+    """
+    values = [value for value, _, _ in described.classes]
+    found = (described.task, len(described.bands), described.dtype)
+    if found != ("classification", 3, "uint8") or min(values) < 1:
+        raise ModelError(
+            f"model {described.name} is for {described.task} of {len(described.bands)} bands of {described.dtype} into "
+            f"the values {values}, plots need classification of 3 bands of uint8 into values above 0; give such a one"
+        )
+
+
 def check(config: Config, region: Region) -> None:
     """Refuse, before anything is written, imagery and weights that cannot be used."""
     plan(region, config)
     if config.proposer == "sam" and config.sam.checkpoint != "random":
         checkpoint_file(config.sam)
     if config.classifier:
-        bundle.build(config.classifier)
+        expect_classifier(bundle.build(config.classifier)[0])
     elif config.chips:
         chips.find_chips(region, LABELS, config.chips)
 

@@ -13,6 +13,7 @@ from rayseg.geo import Tile, Window
 from rayseg.io import cog, items, plots, rasters, regions
 from rayseg.io.plots import Patches
 from rayseg.io.sources import Source
+from rayseg.models.cpu import threads
 from rayseg.models.sam import SamConfig, load_sam
 from rayseg.stages.write import facts_of
 from rayseg.store import upath
@@ -24,7 +25,6 @@ from rayseg.vision.rounds import WHITE, Plots, RoundsConfig, find_plots
 Row = dict[str, Any]
 NODATA = 255
 UNNUMBERED = 2**32 - 1
-_SEEN = 0.01  # share of a cell with imagery from which it is looked at
 
 
 class ReadGround:
@@ -101,7 +101,8 @@ class ProposePlots:
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Look at each tile."""
-        return [self._tile(row) for row in rows]
+        with threads():
+            return [self._tile(row) for row in rows]
 
     def _tile(self, row: Row) -> Row:
         tile, reach = Tile.from_row(row), row["reach"]
@@ -223,7 +224,8 @@ class WritePlots:
     Args:
         prefix: below which `<tile id>/` is written.
         table: the classes.
-        classes: class of every plot number; those not named are of class 1.
+        classes: class of every plot number that has one.
+        unclassified: class of the others.
         geometry: the region, GeoJSON in EPSG:4326, or None.
         model: href of the classifier's item, if there is one.
     """
@@ -234,11 +236,12 @@ class WritePlots:
         table: ClassTable,
         *,
         classes: Mapping[int, int],
+        unclassified: int,
         geometry: dict[str, Any] | None,
         model: str | None,
     ) -> None:
         self.prefix, self.table, self.classes = prefix, table, dict(classes)
-        self.geometry, self.model = geometry, model
+        self.unclassified, self.geometry, self.model = unclassified, geometry, model
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Write each tile."""
@@ -249,7 +252,7 @@ class WritePlots:
         area = regions.on_grid(self.geometry, tile.grid)
         valid_HW = row["valid"] & regions.pixels_inside(area, tile.grid, tile.window)
         values, inverse = np.unique(row["numbers"], return_inverse=True)
-        named = np.array([self.classes.get(int(v), 1) if v else 0 for v in values], np.uint8)
+        named = np.array([self.classes.get(int(v), self.unclassified) if v else 0 for v in values], np.uint8)
         classes_HW = np.where(valid_HW, named[inverse].reshape(valid_HW.shape), NODATA).astype(np.uint8)
         numbers_HW = np.where(valid_HW, row["numbers"], np.uint32(UNNUMBERED)).astype(np.uint32)
         kept, facts = {key: row[key] for key in ("id", "seconds")}, facts_of(classes_HW)

@@ -9,11 +9,13 @@ import numpy as np
 import shapely
 import torch
 
+from rayseg.errors import DataError
 from rayseg.geo import Grid, Window
 from rayseg.io import plots, rasters
 from rayseg.io.sources import Source
 from rayseg.models import bundle
 from rayseg.models.classifier import class_probabilities
+from rayseg.models.cpu import threads
 from rayseg.stages.instances import eight_bit
 from rayseg.store import upath
 from rayseg.vision.crops import square_crop
@@ -22,7 +24,9 @@ Row = dict[str, Any]
 
 
 class CutPlots:
-    """`plots, grid, sources -> crops`: every plot on black, (plots, size, size, 3) uint8, whatever tiles it lies in.
+    """`plots, numbers, grid, sources -> crops, numbers`: plots on black, (plots, size, size, 3) uint8, across tiles.
+
+    `numbers` are those of the plots that could be read; `unread` says of the others why, if there are any.
 
     Args:
         bands: of the imagery.
@@ -36,19 +40,29 @@ class CutPlots:
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Cut each group of plots."""
-        return [row | {"crops": self._cut(row)} for row in rows]
+        return [row | self._cut(row) for row in rows]
 
-    def _cut(self, row: Row) -> np.ndarray:
+    def _cut(self, row: Row) -> Row:
         place, sources = json.loads(row["grid"]), [Source.from_row(one) for one in json.loads(row["sources"])]
         grid = Grid(place["crs"], tuple(place["resolution"]), tuple(place["origin"]), place["image"])
-        crops = []
-        for geometry in shapely.from_wkb(np.array(row["plots"], object)):
-            left, top, right, bottom = (round(value) for value in geometry.bounds)
-            window = Window(left, top, right - left, bottom - top)
-            image_CHW, _ = rasters.read(sources, grid, window, bands=self.bands)
-            image_HWC = eight_bit(image_CHW, low=self.low, high=self.high)
-            crops.append(square_crop(image_HWC, plots.mask_of(geometry, window), size=self.size))
-        return np.stack(crops)
+        crops: dict[int, np.ndarray] = {}
+        unread: dict[int, DataError] = {}
+        for number, geometry in zip(row["numbers"], shapely.from_wkb(np.array(row["plots"], object)), strict=True):
+            try:
+                crops[number] = self._crop(geometry, sources, grid)
+            except DataError as error:
+                unread[number] = error
+        if not crops:
+            raise next(iter(unread.values()))
+        told = f"{len(unread)} plots, the first because: {next(iter(unread.values()))}" if unread else ""
+        return {"crops": np.stack(list(crops.values())), "numbers": list(crops), "unread": told}
+
+    def _crop(self, geometry: shapely.Geometry, sources: Sequence[Source], grid: Grid) -> np.ndarray:
+        left, top, right, bottom = (round(value) for value in geometry.bounds)
+        window = Window(left, top, right - left, bottom - top)
+        image_CHW, _ = rasters.read(sources, grid, window, bands=self.bands)
+        image_HWC = eight_bit(image_CHW, low=self.low, high=self.high)
+        return square_crop(image_HWC, plots.mask_of(geometry, window), size=self.size)
 
 
 class ClassifyPlots:
@@ -70,7 +84,10 @@ class ClassifyPlots:
     @torch.inference_mode()
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Classify each group of plots."""
-        return [{"id": row["id"], "seconds": row["seconds"], "classes": self._classes(row)} for row in rows]
+        with threads():
+            return [
+                {key: row[key] for key in ("id", "seconds", "unread")} | {"classes": self._classes(row)} for row in rows
+            ]
 
     def _classes(self, row: Row) -> list[Row]:
         described, model, device = self._loaded
@@ -85,13 +102,16 @@ class ClassifyPlots:
 
 
 class WriteClasses:
-    """`classes -> facts`: kept as `<prefix>/<group>.classes.parquet`."""
+    """`classes, unread -> facts`: kept as `<prefix>/<group>.classes.parquet`; with `unread` the group has failed."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Write each group."""
-        for row in rows:
-            plots.write_table(upath(self.prefix) / f"{row['id']}.classes.parquet", row["classes"])
-        return [{"id": row["id"], "seconds": row["seconds"], "facts": {"plots": len(row["classes"])}} for row in rows]
+        return [self._write(row) for row in rows]
+
+    def _write(self, row: Row) -> Row:
+        plots.write_table(upath(self.prefix) / f"{row['id']}.classes.parquet", row["classes"])
+        kept = {"id": row["id"], "seconds": row["seconds"], "facts": {"plots": len(row["classes"])}}
+        return kept | {"status": "failed", "reason": f"CutPlots, {row['unread']}"} if row["unread"] else kept

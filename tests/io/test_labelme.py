@@ -93,3 +93,32 @@ def test_files_that_cannot_be_meant_are_refused(exported, images, tmp_path):
     (images / "b.png").unlink()
     with pytest.raises(DataError, match="which is not in"):
         labelme.load(str(exported), str(images), str(tmp_path / "crops"))
+
+
+def test_images_are_found_by_the_names_that_plots_have_of_them(tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("my field.jpg", "other.tif"):
+        Image.fromarray(np.full((60, 80, 3), 150, np.uint8)).save(tmp_path / "images" / name)
+    columns = {"class": ["field", "field"], "image": ["my-field", "other"]}
+    geopandas.GeoDataFrame(columns, geometry=[shapely.box(5, 5, 45, 45)] * 2).to_parquet(tmp_path / "plots.parquet")
+    assert labelme.export(str(tmp_path), str(tmp_path / "images"), str(tmp_path / "json")) == 2
+    assert json.loads((tmp_path / "json/my-field.json").read_text())["imagePath"] == "my field.jpg"
+    counts = labelme.load(str(tmp_path / "json"), str(tmp_path / "images"), str(tmp_path / "crops"))
+    assert counts == {"field": 2, "nonfield": 0}
+    (tmp_path / "images/other.tif").unlink()
+    with pytest.raises(DataError, match=r"lacks 1 of the 2 images \(other\)"):
+        labelme.export(str(tmp_path), str(tmp_path / "images"), str(tmp_path / "again"))
+    assert not (tmp_path / "again").exists()
+    Image.fromarray(np.full((60, 80, 3), 150, np.uint8)).save(tmp_path / "images/my-field.png")
+    with pytest.raises(DataError, match="are both called my-field"):
+        labelme.export(str(tmp_path), str(tmp_path / "images"), str(tmp_path / "again"))
+
+
+def test_only_crops_that_are_written_are_counted(exported, images, tmp_path):
+    content = json.loads((exported / "b.json").read_text())
+    cut_out = {"flags": {"hole": True}, "group_id": 0}
+    content["shapes"] = [content["shapes"][0], content["shapes"][0] | cut_out]
+    (exported / "b.json").write_text(json.dumps(content))
+    counts = labelme.load(str(exported), str(images), str(tmp_path / "crops"))
+    assert counts == {"field": 1, "nonfield": 2}
+    assert len(list((tmp_path / "crops").rglob("*.png"))) == 3

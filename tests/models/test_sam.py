@@ -217,3 +217,30 @@ def test_a_download_is_checked_and_kept(tmp_path, monkeypatch):
     assert len(served) == 2
     with pytest.raises(ModelError, match="none of the published files"):
         sams.checkpoint_file(SamConfig(variant="vit_b", checkpoint="https://example.org/my.pth"))
+
+
+def test_two_downloads_at_once_do_not_write_into_one_file(tmp_path, monkeypatch):
+    content = b"weights" * 1000
+    client = httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(200, content=content)))
+    under_way = []
+
+    def answer(_, url, **__):
+        under_way.append(len(under_way))
+        if len(under_way) == 1:  # another process fetches the same file meanwhile
+            sams.checkpoint_file(SamConfig(variant="vit_b"))
+        return client.stream("GET", url)
+
+    parts = []
+    put_file = sams.put_file
+
+    def noted(path, part):
+        parts.append(part)
+        put_file(path, part)
+
+    monkeypatch.setenv("RAYSEG_CACHE", str(tmp_path))
+    monkeypatch.setattr(sams.httpx, "stream", answer)
+    monkeypatch.setattr(sams, "put_file", noted)
+    monkeypatch.setattr(sams, "OFFICIAL", {"vit_b": ("sam_vit_b_01ec64.pth", hashlib.sha256(content).hexdigest())})
+    assert sams.checkpoint_file(SamConfig(variant="vit_b")).read_bytes() == content
+    assert len(set(parts)) == 2
+    assert [path.name for path in (tmp_path / "sam").iterdir()] == ["sam_vit_b_01ec64.pth"]

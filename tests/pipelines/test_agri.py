@@ -1,15 +1,32 @@
 """agri end to end on drawn fields: each field one plot, whatever the tiling, the engine and the kind of imagery."""
 
+import json
+import os
+from pathlib import Path
+
 import geopandas
 import numpy as np
 import pytest
 import rasterio
 import shapely
+import torch
 from PIL import Image
 from small_world import GRID, files, mosaic, rayseg, refused, valid_stac, window_at
 
+from rayseg.errors import DataError
+from rayseg.geo import Grid, Tile, Window
 from rayseg.io import cog, labels
+from rayseg.io.plots import Patches
+from rayseg.models import bundle
+from rayseg.models.bundle import Architecture, Bundle, Scaling
+from rayseg.models.plots import build_plot_classifier
+from rayseg.models.sam import SamConfig
+from rayseg.pipelines.agri import CLASSES, SCALING, Config
 from rayseg.run import read
+from rayseg.stages import plots as stages
+from rayseg.stages.instances import ProposePlots
+from rayseg.vision.proposals import Proposals, Superpixels
+from rayseg.vision.rounds import RoundsConfig
 
 pytestmark = pytest.mark.e2e
 
@@ -36,6 +53,24 @@ def imagery(folder, image_CHW, *, bands=("red", "green", "blue"), valid_HW=None)
     folder.mkdir(parents=True)
     cog.write_image(folder / "scene.tif", image_CHW, GRID, window_at(0, 0), bands=bands, nodata=0, valid_HW=valid_HW)
     return f"{labels.ingest_rasters(folder / 'scene.tif', folder / 'cat')}#imagery"
+
+
+def classifier(prefix, **different):
+    """Save a classifier of plots that has learnt nothing; return its prefix."""
+    options = {"encoder": "mobilenet_v2", "classes": 2}
+    values = {
+        "name": "plots",
+        "task": "classification",
+        "architecture": Architecture(factory="plots", options=options),
+        "classes": CLASSES,
+        "bands": ("red", "green", "blue"),
+        "dtype": "uint8",
+        "scaling": SCALING,
+        "patch": 64,
+        "stride": 64,
+    }
+    bundle.save(prefix, Bundle(**(values | different)), build_plot_classifier(**options, weights="none").eval())
+    return prefix
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +167,83 @@ def test_flat_imagery_has_no_plots_or_one(value, tmp_path):
     found = rayseg(*words, *SETTINGS)
     assert found.exit_code == 0, found.output
     assert len(geopandas.read_parquet(tmp_path / "run/plots.parquet")) == 0
+
+
+def test_where_there_are_no_plots_there_is_nothing_to_classify(tmp_path):
+    region = imagery(tmp_path / "in", np.full((3, HEIGHT, WIDTH), 128, np.uint8))
+    words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run", "--set", "map.tile=256")
+    found = rayseg(*words, *SETTINGS, "--set", f"classifier={classifier(tmp_path / 'model')}")
+    assert found.exit_code == 0, found.output
+    assert len(geopandas.read_parquet(tmp_path / "run/plots.parquet")) == 0
+
+
+def test_a_plot_that_cannot_be_read_is_left_unclassified_alone(region, tmp_path, monkeypatch):
+    mask_of, asked = stages.plots.mask_of, []
+
+    def troubled(geometry, window):
+        asked.append(window)
+        if len(asked) == 3:
+            raise DataError("the disk is scratched")
+        return mask_of(geometry, window)
+
+    monkeypatch.setattr(stages.plots, "mask_of", troubled)
+    words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run", "--set", "map.tile=256")
+    found = rayseg(*words, *SETTINGS, "--set", f"classifier={classifier(tmp_path / 'model')}")
+    assert found.exit_code == 3, found.output
+    assert "the disk is scratched" in found.stderr + json.dumps(read(str(tmp_path / "run")))
+    table = geopandas.read_parquet(tmp_path / "run/plots.parquet")
+    assert table.loc[table["class"].isna(), "number"].tolist() == [3]
+    numbers_HW, classes_HW = (mosaic(tmp_path / "run", name)[0] for name in ("plots", "classes"))
+    assert set(np.unique(classes_HW[numbers_HW == 3])) == {3}
+    assert 3 not in classes_HW[numbers_HW != 3]
+
+
+@pytest.mark.parametrize(
+    "different",
+    [
+        {"classes": ((0, "nonfield", (0, 0, 0)), (1, "field", (0, 158, 115)))},
+        {"dtype": "uint16"},
+        {"bands": ("nir",), "scaling": Scaling(mean=(0.0,), std=(1.0,))},
+    ],
+)
+def test_a_model_that_cannot_tell_plots_apart_is_refused(region, tmp_path, different):
+    model = classifier(tmp_path / "model", **different)
+    words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run", *SETTINGS)
+    said = refused(4, *words, "--set", "map.tile=256", "--set", f"classifier={model}")
+    assert "plots need classification of 3 bands of uint8 into values above 0" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_are_kept_as_they_are_found_from_any_folder():
+    config = Config(classifier="models/plots", sam={"checkpoint": "sam.pth"})
+    assert Path(config.classifier) == Path("models/plots").absolute()
+    assert Path(config.sam.checkpoint) == Path("sam.pth").absolute()
+    for name in ("", "random", "https://example.org/sam.pth"):
+        assert Config(sam={"checkpoint": name}).sam.checkpoint == name
+
+
+def test_proposing_uses_the_threads_of_the_machine_whatever_the_process_was_told(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    seen, tile = [], Tile("a", Grid(None, (1.0, 1.0), (0.0, 0.0), "a"), Window(0, 0, 32, 32))
+    look = ProposePlots(
+        "felzenszwalb",
+        sam=SamConfig(),
+        superpixels=Superpixels(),
+        rounds=RoundsConfig(),
+        patches=Patches(32, 16),
+        geometry=None,
+    )
+
+    def propose(image_HWC, _):
+        seen.append(torch.get_num_threads())
+        return Proposals.joined([])
+
+    look._propose = propose
+    reach = look.patches.reach(tile.window)
+    size = (reach.height, reach.width)
+    row = {"image": np.full((*size, 3), 9, np.uint8), "valid": np.ones(size, bool), "reach": reach}
+    look([tile.to_row() | row])
+    assert set(seen) == {3}
 
 
 def test_imagery_without_any_data_is_settled_as_nodata(tmp_path):
