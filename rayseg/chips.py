@@ -1,5 +1,7 @@
 """Labelled chips of a run: found once, divided once, read when they are needed."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from rayseg.io import catalog, labels
 from rayseg.io.labels import Chip
 from rayseg.run import Step
 from rayseg.store import Location, put
+from rayseg.train.batches import Chips
 from rayseg.vision.fill import filled
 
 Row = dict[str, Any]
@@ -108,6 +111,21 @@ def rows_of(listed: Step, *, held_out: bool) -> list[Row]:
 def read_image(rows: list[Row], size: int, position: int) -> np.ndarray:
     """The middle of a chip, (size, size, 3) uint8; mirrored where it has no data."""
     return filled(*labels.read_chip(Chip.from_row(rows[position]), size))
+
+
+def learnable(
+    rows: list[Row], labels: Sequence[str], size: int, *, read_mask: Callable[[int], np.ndarray] | None = None
+) -> Chips:
+    """Chips for training.
+
+    Args:
+        rows: of `rows_of`.
+        labels: what the chips may be labelled, in the order of the classes.
+        size: side of what is used, in px.
+        read_mask: position -> mask (size, size) uint8, where there are masks.
+    """
+    ids, classes = tuple(row["id"] for row in rows), tuple(labels.index(row["label"]) for row in rows)
+    return Chips(ids, classes, partial(read_image, rows, size), read_mask)
 
 
 def parquet(rows: list[Row]) -> bytes:

@@ -39,7 +39,7 @@ from rayseg.store import put, upath
 if TYPE_CHECKING:  # Ray takes a second to import; the inline engine does without
     import ray.data
 
-__all__ = ["Row", "Work", "connect", "run"]
+__all__ = ["Row", "Work", "connect", "connect_training", "run"]
 
 _SHELLS: list["subprocess.Popen[bytes]"] = []
 MOST_HUNG = 3
@@ -342,6 +342,21 @@ def _remove_afterwards(folder: str) -> None:
     script = 'exec >/dev/null 2>&1; read -r _; for _ in 1 2 3 4 5 6 7 8 9; do rm -rf "$0" && break; sleep 1; done'
     shell = subprocess.Popen(["sh", "-c", script, folder], stdin=subprocess.PIPE, start_new_session=True)
     _SHELLS.append(shell)
+
+
+def connect_training(address: str | None, *, workers: int) -> bool:
+    """Join Ray as `connect` does if there are workers to train on; return whether training has GPUs.
+
+    They are the cluster's for workers, else this machine's.
+    """
+    if not workers:
+        import torch  # as slow as Ray
+
+        return torch.cuda.is_available()
+    import ray
+
+    connect(address)
+    return bool(ray.cluster_resources().get("GPU"))
 
 
 @contextmanager

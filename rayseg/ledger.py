@@ -81,11 +81,6 @@ class Account:
         troubles = {i: _trouble(records.get(i)) for i in ids if i not in records or records[i].status not in SETTLED}
         return cls(len(ids), {status: counts[status] for status in (*STATUSES, "missing")}, troubles)
 
-    @property
-    def complete(self) -> bool:
-        """Whether every planned row is done, empty or nodata."""
-        return not self.troubles
-
     def __str__(self) -> str:
         parts = [f"{count} {status}" for status, count in self.counts.items() if count]
         return f"{self.planned} planned = {' + '.join(parts) or '0'}"

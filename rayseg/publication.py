@@ -22,7 +22,17 @@ from rayseg.run import Step
 from rayseg.store import is_local, put, upath
 from rayseg.vision.color import ClassTable, hex_of
 
-STAGES = {"ReadTile": "read", "Predict": "model", "WriteTile": "write"}
+STAGES = {
+    "ReadTile": "read",
+    "ReadGround": "read",
+    "ReadAround": "read",
+    "Predict": "model",
+    "LabelTile": "model",
+    "ProposePlots": "model",
+    "WriteTile": "write",
+    "WritePieces": "write",
+}
+"""Stage -> what a report calls it."""
 MOST_MAPS = 4
 
 
@@ -36,6 +46,7 @@ class Extras:
         pictures: (title, image file or its path below the run, caption).
         histories: training -> values of every epoch; by default what the run's steps wrote for TensorBoard.
         workers: copies of all stages together that the map was made with; by default one of each.
+        timed: the step that looked at the imagery, if it is not the one that wrote the tiles.
     """
 
     title: str = ""
@@ -43,6 +54,7 @@ class Extras:
     pictures: tuple[tuple[str, bytes | str, str], ...] = ()
     histories: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
     workers: int | None = None
+    timed: Step | None = None
 
 
 def write_report(
@@ -66,7 +78,8 @@ def write_report(
     table = masks.table_of(tiles[0].href) if tiles else None
     classes = class_shares(tiles, table) if table else []
     evaluation = measured.value if measured and "overall" in measured.value else None
-    timing, seams = timing_of(predicted, tiles, workers=extras.workers), seam_score(tiles)
+    timing = timing_of(extras.timed or predicted, tiles, workers=extras.workers)
+    seams = seam_score(tiles)
     pictures = pictures_of(tiles)[:MOST_MAPS]
     ledgers = run.status(step.root)["steps"]
     figures = _figures(classes, evaluation, timing, ledgers[predicted.name], polygons)
@@ -164,8 +177,8 @@ def timing_of(predicted: Step, tiles: Sequence[MappedTile], *, workers: int | No
     """Where the time of the mapping step went, by its ledger and its own clock.
 
     Args:
-        predicted: the step.
-        tiles: its tiles, for pixels and area.
+        predicted: the step that looked at the imagery.
+        tiles: what was made of it, for pixels and area.
         workers: copies of all stages together; None for one of each. Idle is None when the stages worked for longer
             than so many could.
     """

@@ -111,15 +111,15 @@ def test_a_second_run_works_only_on_what_is_left(engine, place):
 def test_a_ledger_may_be_on_an_object_store(tmp_path):
     ledger = Ledger(f"memory://{tmp_path.name}/ledger")
     for _ in range(2):
-        assert flow.run(rows_of(3), [Work(Draw()), Work(Double())], ledger, INLINE).complete
+        assert not flow.run(rows_of(3), [Work(Draw()), Work(Double())], ledger, INLINE).troubles
     assert {path.name for path in UPath(ledger.prefix).iterdir()} == {f"t{n}.1.json" for n in range(3)}
 
 
 def test_failed_rows_are_tried_again_only_when_asked(place):
     out, ledger = place
     flow.run(rows_of(3), works(out, bad="t1"), ledger, INLINE)
-    assert not flow.run(rows_of(3), works(out), ledger, INLINE).complete
-    assert flow.run(rows_of(3), works(out), ledger, Engine("inline", retry=True)).complete
+    assert flow.run(rows_of(3), works(out), ledger, INLINE).troubles
+    assert not flow.run(rows_of(3), works(out), ledger, Engine("inline", retry=True)).troubles
     assert ledger.read()["t1"].attempt == 2
 
 
@@ -151,7 +151,7 @@ def test_a_row_that_hangs_is_failed_alone_and_mended_by_a_retry(engine, place):
     account = flow.run(rows_of(6), stages, ledger, engine, stall_seconds=2)
     assert account.troubles == {"t1": "Draw: no progress for 2 s"}
     assert account.counts["done"] == 5
-    assert flow.run(rows_of(6), works(out), ledger, Engine(engine.kind, retry=True)).complete
+    assert not flow.run(rows_of(6), works(out), ledger, Engine(engine.kind, retry=True)).troubles
 
 
 def test_a_row_that_hangs_in_a_batch_harms_no_neighbour(place):
@@ -206,7 +206,7 @@ def test_without_room_the_run_ends_and_no_row_is_failed(engine, place):
         flow.run(rows_of(6), [Work(Draw()), Work(Keep(out, full="t3"))], ledger, engine)
     assert {record.status for record in ledger.read().values()} <= {"done"}
     assert "t3" not in ledger.read()
-    assert flow.run(rows_of(6), works(out), ledger, engine).complete
+    assert not flow.run(rows_of(6), works(out), ledger, engine).troubles
 
 
 def test_without_room_for_the_ledger_the_run_ends(monkeypatch, place):
@@ -334,3 +334,14 @@ def test_one_private_ray_serves_all_flows_of_a_process(tmp_path):
         timeout=240,
     )
     assert done.stdout.splitlines() == ["first 3 planned = 3 done", "second 3 planned = 3 done"], done.stderr[-2000:]
+
+
+def test_training_has_the_gpus_of_the_cluster_for_workers_and_else_those_of_this_machine(monkeypatch):
+    joined = []
+    monkeypatch.setattr(flow, "connect", joined.append)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "GPU": 2.0})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert not flow.connect_training("local", workers=0)
+    assert joined == []
+    assert flow.connect_training("local", workers=2)
+    assert joined == ["local"]

@@ -15,6 +15,7 @@ import numpy as np
 import shapely
 from PIL import Image as Picture
 from shapely.geometry import Polygon
+from shapely.geometry.base import BaseGeometry
 
 from rayseg.errors import DataError
 from rayseg.geo import slug
@@ -133,7 +134,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _plots(content: Mapping[str, Any], path: Path) -> list[tuple[str, shapely.Geometry]]:
+def _plots(content: Mapping[str, Any], path: Path) -> list[tuple[str, BaseGeometry]]:
     """(class, polygon) of every plot of one JSON, holes taken out."""
     frame = shapely.box(0, 0, content["imageWidth"], content["imageHeight"])
     outlines: list[tuple[str, Polygon, object]] = []
@@ -186,7 +187,7 @@ def _picture(path: Path) -> np.ndarray:
         raise DataError(f"{path} cannot be read: {error}; copy the image anew") from None
 
 
-def _write(image_HWC: np.ndarray, polygon: shapely.Geometry, path: Path, *, size: int) -> bool:
+def _write(image_HWC: np.ndarray, polygon: BaseGeometry, path: Path, *, size: int) -> bool:
     """Write what the polygon covers; return whether it covers anything, as one that its holes take up does not."""
     mask_HW = np.zeros(image_HWC.shape[:2], np.uint8)
     for part in [] if polygon.is_empty else getattr(polygon, "geoms", [polygon]):

@@ -6,24 +6,23 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from skimage.segmentation import find_boundaries
 
+from rayseg.geo import Window
 from rayseg.io import cog
 from rayseg.io.maps import MappedTile
-from rayseg.io.pictures import encoded
-from rayseg.io.rasters import read
+from rayseg.io.pictures import encoded, shown
+from rayseg.vision.superpixels import outlined
 
 _INK = "#80868b"
-_OUTLINE, _BARE = (255, 214, 0), (200, 30, 30)
+_BARE = (200, 30, 30)
 _SHOWN = 3
-NODATA = 255
 
 
 def overlay(tiles: Sequence[MappedTile], *, size: int = 1000) -> bytes:
     """A few tiles side by side, each with its plots outlined, as a WebP file; nothing without tiles.
 
     Args:
-        tiles: of one run; those of the most plots are shown.
+        tiles: of one run; those with the largest share under plots are shown.
         size: px of each tile at most, cut from its upper left.
     """
     chosen = sorted(tiles, key=lambda tile: -tile.record.facts.get("coverage", 0))[:_SHOWN]
@@ -36,28 +35,14 @@ def overlay(tiles: Sequence[MappedTile], *, size: int = 1000) -> bytes:
 
 
 def _outlined(tile: MappedTile, size: int) -> NDArray[np.uint8]:
-    window = tile.tile.window
-    numbers_HW = cog.read_bands(tile.href.replace("classes.tif", "plots.tif"))[0]
-    classes_HW = cog.read_bands(tile.href)[0]
-    bands = [name for name in tile.sources[0].bands if name != "alpha"]
-    shown = ["red", "green", "blue"] if {"red", "green", "blue"} <= set(bands) else bands[:1] * 3
-    image_CHW, _ = read(tile.sources, tile.tile.grid, window, bands=shown)
-    image_HWC = _bytes(image_CHW)
-    bare_HW = classes_HW == 0
+    whole = tile.tile.window
+    window = Window(whole.col, whole.row, min(size, whole.width), min(size, whole.height))
+    cut = window.slices(whole)
+    numbers_HW = cog.read_bands(tile.href.replace("classes.tif", "plots.tif"))[0][cut]
+    bare_HW = cog.read_bands(tile.href)[0][cut] == 0
+    image_HWC = shown(tile.sources, tile.tile.grid, window)
     image_HWC[bare_HW] = image_HWC[bare_HW] // 2 + np.array(_BARE, np.uint8) // 2
-    image_HWC[find_boundaries(numbers_HW, mode="inner")] = _OUTLINE
-    cut: NDArray[np.uint8] = image_HWC[:size, :size]
-    return cut
-
-
-def _bytes(image_CHW: NDArray[np.generic]) -> NDArray[np.uint8]:
-    image_HWC = np.ascontiguousarray(image_CHW.transpose(1, 2, 0))
-    if image_HWC.dtype == np.uint8:
-        return image_HWC.astype(np.uint8)
-    low, high = np.percentile(image_HWC.astype(np.float64), [2, 98])
-    scaled = np.clip((image_HWC.astype(np.float64) - low) / max(float(high - low), 1e-12), 0, 1)
-    shown: NDArray[np.uint8] = np.rint(scaled * 255).astype(np.uint8)
-    return shown
+    return outlined(image_HWC, numbers_HW)
 
 
 def coverage_chart(patches: Sequence[tuple[int, Sequence[float]]]) -> bytes:

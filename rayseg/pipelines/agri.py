@@ -13,13 +13,11 @@ from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field, model_validator
 
 from rayseg import chips, flow, mapping, publication
 from rayseg.chips import ChipsConfig
 from rayseg.config import Config as Frozen
-from rayseg.errors import ModelError
 from rayseg.flow import Row, Work
 from rayseg.geo import Grid, Region, Tile
 from rayseg.io import plots, vectors
@@ -34,9 +32,8 @@ from rayseg.models.sam import SamConfig, checkpoint_file
 from rayseg.run import Run, Step
 from rayseg.stages import instances
 from rayseg.stages.instances import ProposePlots, ReadGround, ReadPlots, WritePieces, WritePlots, pieces_path
-from rayseg.stages.plots import ClassifyPlots, CutPlots, WriteClasses
+from rayseg.stages.plots import ClassifyPlots, CutPlots, WriteClasses, check_classifier
 from rayseg.store import Location, upath
-from rayseg.train.batches import Chips
 from rayseg.train.classifier import ClassifierConfig, fit_classifier, trained_classifier
 from rayseg.train.learning import Learning
 from rayseg.vision.color import ClassTable
@@ -213,17 +210,17 @@ def fit_plots(step: Step, region: Region, config: Config) -> dict[str, Any]:
     if config.chips is None:
         return {}
     listed = chips.list_chips(step, region, LABELS, config.chips)
-    if config.workers:
-        flow.connect(step.engine.address)
-    held = _learnable(step, config.chips, held_out=True)
+    learnt, held = (
+        chips.learnable(chips.rows_of(step, held_out=part), LABELS, config.chips.size) for part in (False, True)
+    )
     measures = fit_classifier(
         config.training,
-        _learnable(step, config.chips, held_out=False),
+        learnt,
         prefix=step.prefix,
         scaling=SCALING,
         held_out=held if len(held) else None,
         workers=config.workers,
-        use_gpu=torch.cuda.is_available(),
+        use_gpu=flow.connect_training(step.engine.address, workers=config.workers),
     )
     described = Bundle(
         name="plots",
@@ -244,12 +241,6 @@ def fit_plots(step: Step, region: Region, config: Config) -> dict[str, Any]:
     prefix = str(upath(step.root) / "models" / described.name)
     bundle.save(prefix, described, trained_classifier(config.training, step.prefix, classes=len(LABELS)))
     return {"bundle": prefix, "measures": measures, "chips": listed}
-
-
-def _learnable(step: Step, config: ChipsConfig, *, held_out: bool) -> Chips:
-    rows = chips.rows_of(step, held_out=held_out)
-    labels = tuple(LABELS.index(row["label"]) for row in rows)
-    return Chips(tuple(row["id"] for row in rows), labels, partial(chips.read_image, rows, config.size))
 
 
 def classify(step: Step, proposed: Step, joined: Step, model: Step, config: Config) -> dict[str, Any]:
@@ -369,23 +360,8 @@ def write_report(step: Step, proposed: Step, joined: Step, tiles: Step, polygons
         ("Sizes", size_chart([row["pixels"] for row in found]), "Plots by size, in pixels."),
     ]
     learnt = f"{len(found):,} plots, {sum(row['refined'] for row in found):,} of them found inside mixed ones."
-    extras = publication.Extras(labels=learnt, pictures=tuple(entry for entry in pictures if entry[1]))
+    extras = publication.Extras(labels=learnt, pictures=tuple(entry for entry in pictures if entry[1]), timed=proposed)
     return publication.write_report(step, tiles, polygons, None, extras)
-
-
-def expect_classifier(described: Bundle) -> None:
-    """Refuse a model that cannot tell plots apart.
-
-    Raises:
-        ModelError: it is no classifier of RGB uint8 images, or one of its class values is 0, the background's.
-    """
-    values = [value for value, _, _ in described.classes]
-    found = (described.task, len(described.bands), described.dtype)
-    if found != ("classification", 3, "uint8") or min(values) < 1:
-        raise ModelError(
-            f"model {described.name} is for {described.task} of {len(described.bands)} bands of {described.dtype} into "
-            f"the values {values}, plots need classification of 3 bands of uint8 into values above 0; give such a one"
-        )
 
 
 def check(config: Config, region: Region) -> None:
@@ -394,7 +370,7 @@ def check(config: Config, region: Region) -> None:
     if config.proposer == "sam" and config.sam.checkpoint != "random":
         checkpoint_file(config.sam)
     if config.classifier:
-        expect_classifier(bundle.build(config.classifier)[0])
+        check_classifier(bundle.build(config.classifier)[0])
     elif config.chips:
         chips.find_chips(region, LABELS, config.chips)
 

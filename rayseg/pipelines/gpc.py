@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 import matplotlib
 import matplotlib.image
 import numpy as np
-import ray
 import torch
 from pydantic import Field
 
@@ -119,18 +118,8 @@ class Config(Frozen):
     """Masks to measure the map with: a folder, `catalog.json#collection`, or `#collection` of the region."""
 
 
-def _learnable(rows: list[Row], size: int, cues: str | None = None) -> Chips:
-    """Chips for training; with masks if there are cues (negative chips are empty)."""
-    mask = partial(_read_mask, cues, rows, size) if cues else None
-    return Chips(
-        tuple(row["id"] for row in rows),
-        tuple(LABELS.index(row["label"]) for row in rows),
-        partial(chips.read_image, rows, size),
-        mask,
-    )
-
-
 def _read_mask(cues: str, rows: list[Row], size: int, position: int) -> np.ndarray:
+    """The coarse mask of a chip; that of a negative one is empty."""
     if rows[position]["label"] == NO:
         return np.zeros((size, size), np.uint8)
     mask: np.ndarray = cog.read_bands(cue_path(cues, rows[position]["id"]))[0]
@@ -140,16 +129,15 @@ def _read_mask(cues: str, rows: list[Row], size: int, position: int) -> np.ndarr
 def fit_yes_no(step: Step, listed: Step, config: Config) -> dict[str, Any]:
     """Train the classifier of chips; models/classifier is its bundle."""
     size, settings = config.chips.size, config.classifier
-    _connect(step, config)
     held = chips.rows_of(listed, held_out=True)
     measures = fit_classifier(
         settings,
-        _learnable(chips.rows_of(listed, held_out=False), size),
+        chips.learnable(chips.rows_of(listed, held_out=False), LABELS, size),
         prefix=step.prefix,
         scaling=config.scaling,
-        held_out=_learnable(held, size) if held else None,
+        held_out=chips.learnable(held, LABELS, size) if held else None,
         workers=config.workers,
-        use_gpu=_gpu(config),
+        use_gpu=flow.connect_training(step.engine.address, workers=config.workers),
     )
     model = trained_classifier(settings, step.prefix, classes=len(LABELS))
     described = Bundle(
@@ -178,16 +166,6 @@ def _keep(step: Step, described: Bundle, model: torch.nn.Module) -> str:
     prefix = str(upath(step.root) / "models" / described.name)
     bundle.save(prefix, described, model)
     return prefix
-
-
-def _connect(step: Step, config: Config) -> None:
-    if config.workers:
-        flow.connect(step.engine.address)
-
-
-def _gpu(config: Config) -> bool:
-    """Whether training has GPUs: those of the cluster for workers, else this machine's."""
-    return bool(ray.cluster_resources().get("GPU")) if config.workers else torch.cuda.is_available()
 
 
 def write_cues(step: Step, listed: Step, classifier: Step, config: CuesConfig, size: int) -> dict[str, Any]:
@@ -246,9 +224,9 @@ def _through(step: Step, part: str, rows: list[Row], works: list[Work]) -> Accou
 
 def fit_mask(step: Step, listed: Step, cues: Step, config: Config) -> dict[str, Any]:
     """Train the segmenter on the coarse masks; models/segmenter is its bundle, models/warm-up what it began with."""
-    _connect(step, config)
     rows = [row for row in chips.rows_of(listed, held_out=False) if row["id"] not in cues.value["troubles"]]
-    learnt = _learnable(rows, config.chips.size, cues.value["cues"])
+    read_mask = partial(_read_mask, cues.value["cues"], rows, config.chips.size)
+    learnt = chips.learnable(rows, LABELS, config.chips.size, read_mask=read_mask)
     measures = [_fit_member(step, member, learnt, config) for member in range(config.members)]
     kept = {}
     for name, stage in (("warm-up", "warm_up"), ("segmenter", None)):
@@ -276,7 +254,7 @@ def _fit_member(step: Step, member: int, learnt: Chips, config: Config) -> dict[
         prefix=prefix,
         scaling=config.scaling,
         workers=config.workers,
-        use_gpu=_gpu(config),
+        use_gpu=flow.connect_training(step.engine.address, workers=config.workers),
     )
 
 

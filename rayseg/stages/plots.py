@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import shapely
 import torch
+from shapely.geometry.base import BaseGeometry
 
-from rayseg.errors import DataError
+from rayseg.errors import DataError, ModelError
 from rayseg.geo import Grid, Window
 from rayseg.io import plots, rasters
 from rayseg.io.sources import Source
@@ -57,7 +58,7 @@ class CutPlots:
         told = f"{len(unread)} plots, the first because: {next(iter(unread.values()))}" if unread else ""
         return {"crops": np.stack(list(crops.values())), "numbers": list(crops), "unread": told}
 
-    def _crop(self, geometry: shapely.Geometry, sources: Sequence[Source], grid: Grid) -> np.ndarray:
+    def _crop(self, geometry: BaseGeometry, sources: Sequence[Source], grid: Grid) -> np.ndarray:
         left, top, right, bottom = (round(value) for value in geometry.bounds)
         window = Window(left, top, right - left, bottom - top)
         image_CHW, _ = rasters.read(sources, grid, window, bands=self.bands)
@@ -115,3 +116,18 @@ class WriteClasses:
         plots.write_table(upath(self.prefix) / f"{row['id']}.classes.parquet", row["classes"])
         kept = {"id": row["id"], "seconds": row["seconds"], "facts": {"plots": len(row["classes"])}}
         return kept | {"status": "failed", "reason": f"CutPlots, {row['unread']}"} if row["unread"] else kept
+
+
+def check_classifier(described: bundle.Bundle) -> None:
+    """Refuse a model that cannot tell plots apart.
+
+    Raises:
+        ModelError: it is no classifier of RGB uint8 images, or one of its class values is 0, the background's.
+    """
+    values = [value for value, _, _ in described.classes]
+    found = (described.task, len(described.bands), described.dtype)
+    if found != ("classification", 3, "uint8") or min(values) < 1:
+        raise ModelError(
+            f"model {described.name} is for {described.task} of {len(described.bands)} bands of {described.dtype} into "
+            f"the values {values}, plots need classification of 3 bands of uint8 into values above 0; give such a one"
+        )
