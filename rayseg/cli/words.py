@@ -26,7 +26,7 @@ REGIONS = (
 PipelineName = Annotated[str, typer.Argument(metavar="PIPELINE", help=f"One of: {', '.join(PIPELINES)}.")]
 ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file with what differs from the defaults.")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="One value, for example segmenter.batch=4; may be repeated.")
+    list[str] | None, typer.Option("--set", help="One value, for example segmenter.learning.batch=4; may be repeated.")
 ]
 Out = Annotated[str, typer.Option("--out", help="Where results go: a folder, or s3:// or another URL.")]
 EngineName = Annotated[

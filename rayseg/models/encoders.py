@@ -45,7 +45,7 @@ def encoder_name(name: str) -> str:
     for candidate in (bare, f"tf_{bare}"):
         if timm.is_model(candidate):
             return f"tu-{candidate}"
-    known = [*smp.encoders.encoders, *timm.list_models()]
+    known = sorted({*smp.encoders.encoders, *timm.list_models()})
     close = difflib.get_close_matches(bare, known, n=4, cutoff=0.5)
     near = f"did you mean {', '.join(close)}?" if close else "see timm.list_models() for the names"
     raise ConfigError(f"encoder {name!r} is neither in segmentation_models_pytorch nor in timm; {near}")

@@ -25,7 +25,7 @@ from rayseg.config import Config as Frozen
 from rayseg.errors import DataError
 from rayseg.flow import Row, Work
 from rayseg.geo import Region
-from rayseg.io import cog
+from rayseg.io import cog, masks
 from rayseg.ledger import Account, Ledger
 from rayseg.mapping import MapConfig
 from rayseg.models import bundle
@@ -47,7 +47,7 @@ from rayseg.stages.cues import (
 from rayseg.stages.weak import Cam, Segment
 from rayseg.store import Location, put, upath
 from rayseg.train.batches import Chips
-from rayseg.train.classifier import ClassifierConfig, fit_classifier, trained_classifier
+from rayseg.train.classifier import ClassifierConfig, expect_trainable, fit_classifier, trained_classifier
 from rayseg.train.labels import probabilities
 from rayseg.train.segmenter import SegmenterConfig, fit_segmenter, trained_segmenter
 from rayseg.vision import concept
@@ -313,7 +313,11 @@ def measure(step: Step, predicted: Step, region: Region, truth: str | None) -> d
     """Compare the map with its truth, if there is one."""
     if not truth:
         return {}
-    return evaluation.evaluate_run(step, predicted, f"{region.catalog}{truth}" if truth.startswith("#") else truth)
+    return evaluation.evaluate_run(step, predicted, _truth(region, truth))
+
+
+def _truth(region: Region, truth: str | None) -> str:
+    return f"{region.catalog}{truth}" if truth and truth.startswith("#") else truth or ""
 
 
 def draw_cues(step: Step, listed: Step, cues: Step, size: int) -> dict[str, Any]:
@@ -351,6 +355,9 @@ def check(config: Config, region: Region) -> None:
     """Refuse, before anything is written, chips, imagery and weights that cannot be used."""
     chips.find_chips(region, LABELS, config.chips)
     mapping.plan(region, _described(config), config.map)
+    expect_trainable(config.classifier, workers=config.workers)
+    if truth := _truth(region, config.truth):
+        masks.masks_of(truth, names=[name for _, name, _ in CLASSES])
     for network in (config.classifier, config.segmenter):
         encoder_name(network.encoder)
         if network.weights not in {"imagenet", "none"}:

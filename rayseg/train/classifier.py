@@ -117,12 +117,23 @@ def fit_classifier(
     )
 
 
-def _check(settings: ClassifierConfig, chips: Chips, workers: int) -> None:
-    unit = workers if settings.positive is None else 2 * workers
+def expect_trainable(settings: ClassifierConfig, *, workers: int) -> None:
+    """Raise ConfigError if batch or size cannot be meant."""
+    unit = max(workers, 1) * (1 if settings.positive is None else 2)
     if settings.learning.batch % unit:
-        raise ConfigError(f"batch {settings.learning.batch} cannot be shared evenly; make it a multiple of {unit}")
+        raise ConfigError(
+            f"the classifier's learning.batch {settings.learning.batch} cannot be shared evenly; "
+            f"make it a multiple of {unit}"
+        )
     if settings.size % (32 * settings.reduce):
-        raise ConfigError(f"size {settings.size} is no multiple of 32 x reduce = {32 * settings.reduce} px; change it")
+        raise ConfigError(
+            f"the classifier's size {settings.size} is no multiple of 32 x reduce = {32 * settings.reduce} px; "
+            "change it"
+        )
+
+
+def _check(settings: ClassifierConfig, chips: Chips, workers: int) -> None:
+    expect_trainable(settings, workers=workers)
     if settings.one_logit and (settings.positive is None or max(chips.labels) > 1):
         raise ConfigError("one_logit tells one class from another: set positive, and have labels 0 and 1 only")
 
