@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import matplotlib.image
@@ -208,6 +209,17 @@ def test_idle_is_what_the_clock_has_left_of_its_workers(tmp_path):
     hurried = later(predicted, "predict", seconds=1.0)
     assert timing_of(hurried, tiles)["idle"] is None
     assert sum(stage["share"] for stage in timing_of(hurried, tiles)["stages"]) == pytest.approx(1)
+
+
+def test_speed_is_that_of_the_step_that_looked_at_the_imagery(tmp_path):
+    mask = blobs(64, 64)
+    predicted = make(tmp_path / "run", {"scene": (picture(mask), mask, (0, 0))})
+    ledger = Ledger(str(tmp_path / "run/steps/propose/ledger"))
+    ledger.write(Record("a", "done", seconds={"ReadGround": 1.0, "ProposePlots": 40.0, "WritePieces": 2.0}))
+    looked = replace(predicted, name="propose", seconds=50.0)
+    value = write_report(replace(predicted, name="report"), predicted, extras=Extras(timed=looked))
+    assert value["pixels_per_second"] == pytest.approx(64 * 64 / 50)
+    assert {stage["name"] for stage in timing_of(looked, [])["stages"]} == {"read", "model", "write"}
 
 
 def test_pictures_and_training_are_found_below_the_run(tmp_path):
