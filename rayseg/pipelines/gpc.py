@@ -168,7 +168,9 @@ def _keep(step: Step, described: Bundle, model: torch.nn.Module) -> str:
     return prefix
 
 
-def write_cues(step: Step, listed: Step, classifier: Step, config: CuesConfig, size: int) -> dict[str, Any]:
+def write_cues(
+    step: Step, listed: Step, classifier: Step, config: CuesConfig, size: int, patience: float
+) -> dict[str, Any]:
     """Coarse masks of the positive chips in training, `<step>/<chip>.tif`, by the method chosen."""
     cam = Cam(
         classifier.value["bundle"],
@@ -180,12 +182,12 @@ def write_cues(step: Step, listed: Step, classifier: Step, config: CuesConfig, s
     seen = [Work(ReadChip(size), batch=BATCH), Work(cam, batch=BATCH, cpus=0.5, gpus=0.5, model=True)]
     rows = chips.rows_of(listed, held_out=False)
     decide = {"cam": _decide_by_cam, "concept": _decide_by_concept}[config.method]
-    works = [*seen, *decide(step, rows, seen, config), Work(WriteCue(str(step.prefix)))]
-    account = _through(step, "", [row for row in rows if row["label"] == YES], works)
+    works = [*seen, *decide(step, rows, seen, config, patience), Work(WriteCue(str(step.prefix)))]
+    account = _through(step, "", [row for row in rows if row["label"] == YES], works, patience)
     return {"cues": str(step.prefix), "account": account.counts, "troubles": account.troubles}
 
 
-def _decide_by_cam(_: Step, __: list[Row], ___: list[Work], config: CuesConfig) -> list[Work]:
+def _decide_by_cam(_: Step, __: list[Row], ___: list[Work], config: CuesConfig, ____: float) -> list[Work]:
     segment = Segment(
         config.network,
         iterations=config.iterations,
@@ -196,11 +198,13 @@ def _decide_by_cam(_: Step, __: list[Row], ___: list[Work], config: CuesConfig) 
     return [Work(segment, cpus=0.5, gpus=0.5), Work(CamCue(objects=config.objects))]
 
 
-def _decide_by_concept(step: Step, rows: list[Row], seen: list[Work], config: CuesConfig) -> list[Work]:
+def _decide_by_concept(
+    step: Step, rows: list[Row], seen: list[Work], config: CuesConfig, patience: float
+) -> list[Work]:
     """Learn the concept from all chips first."""
     prefix = str(step.prefix / "densities")
     divide = Work(Superpixels(reduce=config.reduce, min_size=32))
-    account = _through(step, "densities", rows, [*seen, divide, Work(WriteDensity(prefix))])
+    account = _through(step, "densities", rows, [*seen, divide, Work(WriteDensity(prefix))], patience)
     if account.troubles:
         raise DataError(
             f"{len(account.troubles)} chips could not be read, first {next(iter(account.troubles.items()))}"
@@ -215,11 +219,11 @@ def _densities(prefix: str, rows: list[Row], label: str) -> Iterator[np.ndarray]
             yield np.load(io.BytesIO(density_path(prefix, row["id"]).read_bytes()), allow_pickle=False)
 
 
-def _through(step: Step, part: str, rows: list[Row], works: list[Work]) -> Account:
+def _through(step: Step, part: str, rows: list[Row], works: list[Work], patience: float) -> Account:
     """Chips through stages, with a ledger and a manifest of their own."""
     prefix = step.prefix / part if part else step.prefix
     put(prefix / "manifest.parquet", parquet(rows))
-    return flow.run(rows, works, Ledger(str(prefix / "ledger")), step.engine, title="chips")
+    return flow.run(rows, works, Ledger(str(prefix / "ledger")), step.engine, title="chips", stall_seconds=patience)
 
 
 def fit_mask(step: Step, listed: Step, cues: Step, config: Config) -> dict[str, Any]:
@@ -368,7 +372,7 @@ def run(config: Config, run: Run, region: Region) -> str:
     """Map green plastic cover over `region`; return where the report is and what it says."""
     listed = run.step("chips", chips.list_chips, region, LABELS, config.chips)
     classifier = run.step("classifier", fit_yes_no, listed, config)
-    cues = run.step("cues", write_cues, listed, classifier, config.cues, config.chips.size)
+    cues = run.step("cues", write_cues, listed, classifier, config.cues, config.chips.size, config.map.stall_seconds)
     segmenter = run.step("segmenter", fit_mask, listed, cues, config)
     predicted = run.step("predict", mapping.predict_region, region, segmenter, config.map)
     polygons = run.step("polygons", mapping.join_polygons, predicted, YES)

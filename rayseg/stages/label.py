@@ -11,11 +11,9 @@ from torch import Tensor
 
 from rayseg.geo import Lattice, Tile, Window
 from rayseg.io.segments import without_specks
-from rayseg.models import bundle
-from rayseg.models.bundle import Bundle
 from rayseg.models.cpu import threads
+from rayseg.stages.predict import Predict
 from rayseg.stages.superpixels import grown
-from rayseg.vision.fill import mirrored
 
 Row = dict[str, Any]
 NODATA = 255
@@ -34,36 +32,34 @@ class LabelTile:
     Args:
         margin: px around the tile that are labelled too, so that specks at its border are seen whole.
         sieve: patches of fewer px become part of their largest neighbour.
-        batch: patches at once; None takes 1 on a CPU and 8 on a GPU.
+        batch: patches at once; None takes 1 on a CPU and 8 on a GPU, where lack of memory halves it.
         device: torch device; None takes the GPU if there is one.
     """
 
     def __init__(self, *, margin: int, sieve: int, batch: int | None = None, device: str | None = None) -> None:
         self.margin, self.sieve = margin, sieve
         self.batch, self.device = batch, device
-        self._models: OrderedDict[str, tuple[Bundle, torch.nn.Module]] = OrderedDict()
+        self._models: OrderedDict[str, Predict] = OrderedDict()
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Label each tile."""
         with threads():
             return [self._tile(row) for row in rows]
 
-    def _loaded(self, prefix: str) -> tuple[Bundle, torch.nn.Module]:
+    def _loaded(self, prefix: str) -> Predict:
         """The scene's network; the last few stay."""
         if prefix not in self._models:
             self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-            self.batch = self.batch or (8 if self.device.startswith("cuda") else 1)
-            described, model = bundle.build(prefix)
-            model = model.to(self.device).to(memory_format=torch.channels_last).eval()
-            self._models[prefix] = described, model
+            batch = self.batch or (8 if self.device.startswith("cuda") else 1)
+            self._models[prefix] = Predict(prefix, batch=batch, device=self.device)
             while len(self._models) > _KEPT:
                 self._models.popitem(last=False)
         self._models.move_to_end(prefix)
         return self._models[prefix]
 
     def _tile(self, row: Row) -> Row:
-        described, model = self._loaded(row["bundle"])
-        tile, valid, reach = Tile.from_row(row), row["valid"], row["reach"]
+        network = self._loaded(row["bundle"])
+        described, tile, valid, reach = network.bundle, Tile.from_row(row), row["valid"], row["reach"]
         window = grown(tile.window, self.margin)
         lattice = Lattice.of(tile.grid, described.patch, described.stride)
         patches = [p for p in lattice.patches(window) if valid[lattice.cell(p).intersect(reach).slices(reach)].any()]
@@ -71,7 +67,7 @@ class LabelTile:
         scores = np.zeros_like(classes)
         assert self.device is not None
         found = blended(
-            partial(self._predict, described, model, row),
+            partial(_predicted, network, row),
             patches, window, lattice, classes=described.outputs, device=self.device,
         )  # fmt: skip
         for part, labels, tops in found:
@@ -83,24 +79,12 @@ class LabelTile:
         shown = [np.where(seen, values, NODATA).astype(np.uint8)[inner] for values in (classes, scores)]
         return kept | {"classes": shown[0], "scores": shown[1][None]}
 
-    @torch.inference_mode()
-    def _predict(
-        self, described: Bundle, model: torch.nn.Module, row: Row, patches: Sequence[Window]
-    ) -> Iterator[tuple[Window, Tensor]]:
-        """(patch, its probabilities (K, patch, patch) on the device), in order; batches are filled up to one size."""
-        assert self.batch is not None
-        assert self.device is not None
-        image, valid, reach = row["image"], row["valid"], row["reach"]
-        for start in range(0, len(patches), self.batch):
-            part = patches[start : start + self.batch]
-            cuts = [patch.slices(reach) for patch in part]
-            inputs = [described.normalize(mirrored(image[:, *cut], valid[cut])) for cut in cuts]
-            inputs += [np.zeros_like(inputs[0])] * (self.batch - len(inputs))
-            batch = torch.from_numpy(np.stack(inputs)).to(self.device, memory_format=torch.channels_last)
-            half = self.device.startswith("cuda")
-            with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=half):
-                logits = model(batch).float()
-            yield from zip(part, logits[: len(part)].softmax(1), strict=True)
+
+def _predicted(network: Predict, row: Row, patches: Sequence[Window]) -> Iterator[tuple[Window, Tensor]]:
+    """(patch, its probabilities (K, patch, patch) on the device), in order."""
+    cuts = [(slice(None), *patch.slices(row["reach"])) for patch in patches]
+    batches = network.probabilities(row["image"], row["valid"], cuts)
+    yield from zip(patches, (one for batch in batches for one in batch), strict=True)
 
 
 @torch.inference_mode()

@@ -47,6 +47,11 @@ class Predict:
         self.__dict__.update(state)
         importlib.import_module("rayseg.models.segmenter")
 
+    @property
+    def bundle(self) -> Bundle:
+        """What the model is."""
+        return self._loaded[0]
+
     @cached_property
     def _loaded(self) -> "tuple[Bundle, torch.nn.Module]":
         import torch
@@ -65,21 +70,33 @@ class Predict:
             return [self._tile(row) for row in rows]
 
     def _tile(self, row: Row) -> Row:
-        described, _ = self._loaded
+        described = self.bundle
         tile, reach = Tile.from_row(row), row["reach"]
         lattice = Lattice.of(tile.grid, described.patch, described.stride)
         valid = row["valid"]
         patches = [p for p in lattice.patches(tile.window) if valid[_inside(lattice.cell(p), reach)].any()]
         blend = Blend(tile.window, described.outputs, lattice)
         cuts = [(slice(None), *patch.slices(reach)) for patch in patches]
-        for position, probabilities in enumerate(self._predict(row["image"], valid, cuts)):
-            blend.add(patches[position], probabilities)
+        batches = (batch.cpu().numpy() for batch in self.probabilities(row["image"], valid, cuts))
+        for patch, found in zip(patches, (one for batch in batches for one in batch), strict=True):
+            blend.add(patch, found)
         classes, scores = decide(blend.result(), valid[tile.window.slices(reach)], described.threshold)
         kept = {key: value for key, value in row.items() if key not in {"image", "valid", "reach"}}
         return kept | {"classes": classes, "scores": scores}
 
-    def _predict(self, image: np.ndarray, valid: np.ndarray, cuts: Sequence[tuple[slice, ...]]) -> Iterator[np.ndarray]:
-        """Probabilities of every patch cut out of the image, in order."""
+    def probabilities(
+        self, image_CHW: np.ndarray, valid_HW: np.ndarray, cuts: Sequence[tuple[slice, ...]]
+    ) -> "Iterator[torch.Tensor]":
+        """Probabilities of every patch cut out of the image, in order.
+
+        Args:
+            image_CHW: values as the bundle's contract has them.
+            valid_HW: bool, where there is imagery; elsewhere the model sees its mirror image.
+            cuts: of the patches, (all, rows, columns).
+
+        Yields:
+            (patches, outputs, height, width) float32 on the device, of one batch.
+        """
         import torch
 
         start = 0
@@ -87,20 +104,20 @@ class Predict:
             assert self.batch is not None
             part = cuts[start : start + self.batch]
             try:
-                results = self._forward([self._input(image[cut], valid[cut[1:]]) for cut in part])
+                results = self._forward([self._input(image_CHW[cut], valid_HW[cut[1:]]) for cut in part])
             except torch.OutOfMemoryError:
                 if self.batch == 1:
                     raise
                 torch.cuda.empty_cache()
                 self.batch //= 2
                 continue
-            yield from results
+            yield results
             start += len(part)
 
     def _input(self, patch_CHW: np.ndarray, valid_HW: np.ndarray) -> np.ndarray:
-        return self._loaded[0].normalize(mirrored(patch_CHW, valid_HW))
+        return self.bundle.normalize(mirrored(patch_CHW, valid_HW))
 
-    def _forward(self, patches_CHW: list[np.ndarray]) -> np.ndarray:
+    def _forward(self, patches_CHW: list[np.ndarray]) -> "torch.Tensor":
         """Probabilities (patches, outputs, height, width) of a batch, which is filled up to the fixed size."""
         import torch
 
@@ -114,9 +131,7 @@ class Predict:
         half = self.device.startswith("cuda")
         with torch.inference_mode(), torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=half):
             logits = model(batch).float()
-        probabilities = logits.sigmoid() if described.outputs == 1 else logits.softmax(1)
-        found: np.ndarray = probabilities[:count].cpu().numpy()
-        return found
+        return (logits.sigmoid() if described.outputs == 1 else logits.softmax(1))[:count]
 
 
 def decide(probabilities_CHW: np.ndarray, valid_HW: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:

@@ -73,7 +73,7 @@ class NetworkConfig(Config):
     memory: Annotated[int, Field(ge=0)] = 1 << 30
     """Bytes of patches that are kept; the rest is read again in every epoch."""
     stall_seconds: Annotated[float, Field(gt=0)] = 86400.0
-    """A training in which no scene is finished for so long ends with an error."""
+    """A scene whose training takes longer is left behind and named as failed."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "NetworkConfig":

@@ -114,7 +114,7 @@ def test_cues_are_the_same_bytes_with_both_engines(whole, words, tmp_path):
     config = load(gpc.Config, str(words[words.index("--config") + 1]))
     done = {name: Step(name, str(whole), "", Engine("inline"), read(str(whole))["steps"][name]) for name in STEPS[:2]}
     step = Step("cues", str(tmp_path), "", Engine("ray"))
-    gpc.write_cues(step, done["chips"], done["classifier"], config.cues, config.chips.size)
+    gpc.write_cues(step, done["chips"], done["classifier"], config.cues, config.chips.size, 1800.0)
     expected = {path.name: path.read_bytes() for path in (whole / "steps" / "cues").glob("*.tif")}
     assert expected
     assert {path.name: path.read_bytes() for path in (tmp_path / "steps" / "cues").glob("*.tif")} == expected

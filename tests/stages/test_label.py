@@ -11,6 +11,7 @@ from rayseg.models import bundle, unsupervised
 from rayseg.models.bundle import Architecture, Bundle, Scaling
 from rayseg.stages import label
 from rayseg.stages.label import LabelTile
+from rayseg.stages.predict import Predict
 from rayseg.vision.blend import Blend
 from rayseg.vision.color import label_table
 
@@ -79,7 +80,7 @@ def labelled(model, windows, *, sieve):
     image = rng.integers(1, 255, (3, 9, 10)).repeat(10, axis=1).repeat(10, axis=2)[:, :80, :70].astype(np.uint8)
     there = np.add.outer(np.arange(80), np.arange(70)) > 25
     result = np.zeros((80, 70), np.uint8)
-    stage = LabelTile(margin=sieve, sieve=sieve)
+    stage = label.LabelTile(margin=sieve, sieve=sieve)
     for number, window in enumerate(windows):
         wide = Window(window.col - sieve, window.row - sieve, window.width + 2 * sieve, window.height + 2 * sieve)
         reach = LATTICE.reach(wide)
@@ -103,6 +104,23 @@ def test_labels_do_not_depend_on_how_the_scene_is_cut_and_nodata_gets_none(model
     assert len(np.unique(whole)) > 2
     tiles = [Window(col, row, 35, 40) for row in (0, 40) for col in (0, 35)]
     np.testing.assert_array_equal(cut(tiles)[0], whole)
+
+
+def test_too_little_memory_halves_the_batch_and_changes_no_label(model, monkeypatch):
+    whole = labelled(model, [Window(0, 0, 70, 80)], sieve=0)[0]
+    forward, sizes = Predict._forward, []
+
+    def small(stage, patches):
+        sizes.append(stage.batch)
+        if stage.batch > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(stage, patches)
+
+    monkeypatch.setattr(Predict, "_forward", small)
+    monkeypatch.setattr(label, "LabelTile", partial(LabelTile, batch=4))
+    np.testing.assert_array_equal(labelled(model, [Window(0, 0, 70, 80)], sieve=0)[0], whole)
+    assert sizes[:2] == [4, 2]
+    assert set(sizes[1:]) == {2}
 
 
 def test_specks_go_and_nodata_stays(model):
