@@ -130,7 +130,7 @@ class Predict:
         batch = torch.from_numpy(filled).to(self.device, memory_format=torch.channels_last)
         half = self.device.startswith("cuda")
         with torch.inference_mode(), torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=half):
-            logits = model(batch).float()
+            logits: torch.Tensor = model(batch).float()
         return (logits.sigmoid() if described.outputs == 1 else logits.softmax(1))[:count]
 
 
