@@ -10,8 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -206,9 +205,17 @@ def cover(images: Sequence[LabelledImage], *, size: int, batch: int, rank: int =
 
 @dataclass
 class Waiting:
-    """Seconds that a loop waited for its data."""
+    """How long a loop has waited for its data, since when."""
 
     seconds: float = 0.0
+    since: float = field(default_factory=time.perf_counter)
+
+    def share(self) -> float:
+        """Share of the time that was waiting; from here on it is counted anew."""
+        now = time.perf_counter()
+        share = self.seconds / max(now - self.since, 1e-9)
+        self.seconds, self.since = 0.0, now
+        return share
 
 
 def stream(
@@ -301,7 +308,7 @@ def _unpacked(packed: pa.LargeBinaryScalar) -> list[Cut]:
 
 def _ahead(batches: Iterator[list[Cut]], count: int) -> Iterator[list[Cut]]:
     """The same batches, made in another thread, `count` of them before they are asked for."""
-    with ThreadPoolExecutor(1) as hand, closing(batches):
+    with ThreadPoolExecutor(1) as hand:
         coming = deque(hand.submit(next, batches, None) for _ in range(count))
         try:
             while (batch := coming.popleft().result()) is not None:
@@ -330,6 +337,12 @@ def to_device(cuts: Sequence[Cut], augmenting: Augment, device: torch.device, *,
     changed, masks = augment(images, classes, still, luck, size=size)
     assert masks is not None
     return changed, masks[:, 0].long()
+
+
+def as_read(cuts: Sequence[Cut], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The same of windows of one size, as they are."""
+    images = torch.stack([_sent(cut.image_CHW, device).float() for cut in cuts])
+    return images, torch.stack([_sent(cut.classes_HW, device) for cut in cuts]).long()
 
 
 def _sent(array: Pixels, device: torch.device) -> Tensor:
