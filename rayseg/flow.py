@@ -333,6 +333,8 @@ def connect(address: str | None) -> None:
         return
     folder = tempfile.mkdtemp(prefix="rs-")
     _remove_afterwards(folder)
+    # An idle process is soon of use again, and a new one takes seconds to import what the stages need.
+    quiet["_system_config"] = {"idle_worker_killing_time_threshold_ms": 30_000}
     ray.init(address="local", include_dashboard=False, object_store_memory=2 << 30, _temp_dir=folder, **quiet)
     atexit.register(ray.shutdown)
 
