@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import pickle
 import signal
+import socket
 import subprocess
 import tempfile
 import warnings
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 from rich.console import Console
@@ -39,7 +41,7 @@ from rayseg.store import put, upath
 if TYPE_CHECKING:  # Ray takes a second to import; the inline engine does without
     import ray.data
 
-__all__ = ["Row", "Work", "connect", "connect_training", "run"]
+__all__ = ["Row", "Work", "connect", "connect_training", "expect_reachable", "run"]
 
 _SHELLS: list["subprocess.Popen[bytes]"] = []
 MOST_HUNG = 3
@@ -316,6 +318,24 @@ def _through(row: Row, guarded: list[Guarded]) -> Row:
     for guard in guarded:
         rows = guard(rows)
     return rows[0]
+
+
+def expect_reachable(address: str | None) -> None:
+    """Refuse an address at which nothing answers, as Ray itself would after a minute and a half.
+
+    Raises:
+        ConfigError: there is no host and port in it, or nobody answers there within five seconds.
+    """
+    if (chosen := ray_address(address)) in {"local", "auto"}:
+        return
+    parts = urlsplit(chosen if "://" in chosen else f"ray://{chosen}")
+    try:
+        socket.create_connection((parts.hostname or "", parts.port or 0), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {chosen} ({error}), expected the host and port of its head, such as "
+            "10.0.0.1:6379; correct --address or RAY_ADDRESS, or leave both out for a private one"
+        ) from None
 
 
 def connect(address: str | None) -> None:

@@ -107,7 +107,10 @@ def _region_file(name: str, path: str, collection: str | None) -> Region:
         raise DataError(f"Region file {path} is not JSON: {error}.") from error
     if not isinstance(row, dict):
         raise DataError(f"Region file {path} is neither GeoJSON nor STAC: it holds a {type(row).__name__}.")
-    if "stac_version" in row or any("stac_version" in feature for feature in row.get("features", [])[:1]):
+    first = (row.get("features") or [{}])[0]
+    if not isinstance(first, dict):
+        raise DataError(f"Region file {path} has {first!r} for a feature: a GeoJSON Feature was expected.")
+    if "stac_version" in row or "stac_version" in first:
         return Region(name, catalog=path, collection=collection)
     try:
         frame = geopandas.read_file(io.BytesIO(data), engine="pyogrio")
