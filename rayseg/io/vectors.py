@@ -21,8 +21,6 @@ import shapely
 from affine import Affine
 from numpy.typing import NDArray
 from rasterio.features import shapes
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from skimage.measure import label
 
 from rayseg.errors import ConfigError, DataError
@@ -33,6 +31,7 @@ from rayseg.io.rasters import read
 from rayseg.io.sources import Source, footprint, grids_of, source_of_file, unplaced
 from rayseg.store import StorePath, put, upath
 from rayseg.vision.color import ClassTable
+from rayseg.vision.segments import groups
 
 NODATA = 255
 TOP = 254  # the score that stands for probability 1
@@ -226,10 +225,7 @@ def _owners(columns: dict[str, np.ndarray], polygons: NDArray[np.object_]) -> np
         after, before = line == columns[low][owner], line == columns[high][owner]
         keys = np.stack([line, columns["class"][owner].astype(np.int64)])
         pairs.append(_touching(keys, along, owner, before=before, after=after))
-    one, other = np.concatenate(pairs, axis=1)
-    graph = coo_array((np.ones(len(one), bool), (one, other)), shape=(len(polygons), len(polygons)))
-    owners: np.ndarray = connected_components(graph, directed=False)[1]
-    return owners
+    return groups(len(polygons), np.concatenate(pairs, axis=1).T)
 
 
 def _touching(

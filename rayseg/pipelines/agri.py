@@ -19,11 +19,10 @@ from rayseg import chips, flow, mapping, publication
 from rayseg.chips import ChipsConfig
 from rayseg.config import Config as Frozen
 from rayseg.flow import Row, Work
-from rayseg.geo import Grid, Region, Tile
+from rayseg.geo import Grid, Lattice, Region, Tile
 from rayseg.io import plots, vectors
 from rayseg.io.maps import mapped_tiles
 from rayseg.io.plot_pictures import coverage_chart, overlay, size_chart
-from rayseg.io.plots import Patches
 from rayseg.io.sources import Source, grids_of
 from rayseg.mapping import MapConfig
 from rayseg.models import bundle
@@ -37,7 +36,7 @@ from rayseg.store import Location, upath
 from rayseg.train.classifier import ClassifierConfig, fit_classifier, trained_classifier
 from rayseg.train.learning import Learning
 from rayseg.vision.color import ClassTable
-from rayseg.vision.proposals import Superpixels
+from rayseg.vision.proposals import SuperpixelProposer
 from rayseg.vision.rounds import RoundsConfig
 
 BACKGROUND = (0, "background", (0, 0, 0))
@@ -73,28 +72,13 @@ class ImageConfig(Frozen):
         return self
 
 
-class SuperpixelConfig(Frozen):
-    """Proposals without weights; see rayseg.vision.proposals.Superpixels."""
-
-    scales: tuple[float, ...] = Superpixels.scales
-    """Of Felzenszwalb's method; larger means larger plots."""
-    reduce: Annotated[int, Field(gt=0)] = Superpixels.reduce
-    """Side in px of the squares averaged first."""
-    least: Annotated[int, Field(gt=0)] = Superpixels.least
-    """Pixels of a plot."""
-    contrast: Annotated[float, Field(ge=0, le=1)] = Superpixels.contrast
-    """Contrast below which nothing is proposed."""
-    overlap: Annotated[float, Field(ge=0, le=1)] = Superpixels.overlap
-    """Share of a superpixel that others may have taken before it."""
-
-
 class Config(Frozen):
     """Settings of the pipeline; the defaults are the published ones."""
 
     proposer: Literal["sam", "felzenszwalb"] = "sam"
     """Segment Anything, or superpixels, which need no weights."""
     sam: SamConfig = SamConfig()
-    superpixels: SuperpixelConfig = SuperpixelConfig()
+    superpixels: SuperpixelProposer = SuperpixelProposer()
     rounds: RoundsConfig = RoundsConfig()
     image: ImageConfig = ImageConfig()
     patch: Annotated[int, Field(gt=0)] = 1152
@@ -131,9 +115,9 @@ class Config(Frozen):
         return self
 
     @property
-    def patches(self) -> Patches:
+    def patches(self) -> Lattice:
         """How a grid is cut."""
-        return Patches(self.patch, self.stride)
+        return Lattice.of_cells(self.patch, self.stride)
 
 
 def plan(region: Region, config: Config) -> list[Row]:
@@ -152,7 +136,7 @@ def propose(step: Step, region: Region, config: Config) -> dict[str, Any]:
     look = ProposePlots(
         config.proposer,
         sam=config.sam,
-        superpixels=Superpixels(**config.superpixels.model_dump()),
+        superpixels=config.superpixels,
         rounds=config.rounds,
         patches=config.patches,
         geometry=region.geometry,

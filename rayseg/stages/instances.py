@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayseg.errors import DataError
-from rayseg.geo import Tile, Window
+from rayseg.geo import Lattice, Tile, Window
 from rayseg.io import cog, items, plots, rasters, regions
-from rayseg.io.plots import Patches
 from rayseg.io.sources import Source
 from rayseg.models.cpu import threads
 from rayseg.models.sam import SamConfig, load_sam
@@ -19,7 +18,7 @@ from rayseg.stages.write import facts_of
 from rayseg.store import upath
 from rayseg.vision.color import ClassTable
 from rayseg.vision.instances import painted
-from rayseg.vision.proposals import Image, Propose, Superpixels
+from rayseg.vision.proposals import Image, Propose, SuperpixelProposer
 from rayseg.vision.rounds import WHITE, Plots, RoundsConfig, find_plots
 
 Row = dict[str, Any]
@@ -40,7 +39,7 @@ class ReadGround:
         high: stored value that is 255.
     """
 
-    def __init__(self, bands: Sequence[str], patches: Patches, *, low: float, high: float) -> None:
+    def __init__(self, bands: Sequence[str], patches: Lattice, *, low: float, high: float) -> None:
         self.bands, self.patches, self.low, self.high = tuple(bands), patches, low, high
 
     def __call__(self, rows: list[Row]) -> list[Row]:
@@ -51,7 +50,8 @@ class ReadGround:
         if row.get("refused"):
             raise DataError(row["refused"])
         tile = Tile.from_row(row)
-        reach = self.patches.reach(tile.window)
+        cells = self.patches.cells(tile.window)
+        reach = self.patches.around(cells[0]).union(self.patches.around(cells[-1]))
         sources = [Source.from_row(source) for source in json.loads(row["sources"])]
         image_CHW, valid_HW = rasters.read(sources, tile.grid, reach, bands=self.bands)
         if not valid_HW[tile.window.slices(reach)].any():
@@ -87,9 +87,9 @@ class ProposePlots:
         proposer: Literal["sam", "felzenszwalb"],
         *,
         sam: SamConfig,
-        superpixels: Superpixels,
+        superpixels: SuperpixelProposer,
         rounds: RoundsConfig,
-        patches: Patches,
+        patches: Lattice,
         geometry: dict[str, Any] | None,
     ) -> None:
         self.proposer, self.sam, self.superpixels = proposer, sam, superpixels

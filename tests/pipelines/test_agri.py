@@ -14,9 +14,8 @@ from PIL import Image
 from small_world import GRID, files, mosaic, rayseg, refused, valid_stac, window_at
 
 from rayseg.errors import DataError
-from rayseg.geo import Grid, Tile, Window
+from rayseg.geo import Grid, Lattice, Tile, Window
 from rayseg.io import cog, labels
-from rayseg.io.plots import Patches
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Scaling
 from rayseg.models.plots import build_plot_classifier
@@ -25,7 +24,7 @@ from rayseg.pipelines.agri import CLASSES, SCALING, Config
 from rayseg.run import read
 from rayseg.stages import plots as stages
 from rayseg.stages.instances import ProposePlots
-from rayseg.vision.proposals import Proposals, Superpixels
+from rayseg.vision.proposals import Proposals, SuperpixelProposer
 from rayseg.vision.rounds import RoundsConfig
 
 pytestmark = pytest.mark.e2e
@@ -228,9 +227,9 @@ def test_proposing_uses_the_threads_of_the_machine_whatever_the_process_was_told
     look = ProposePlots(
         "felzenszwalb",
         sam=SamConfig(),
-        superpixels=Superpixels(),
+        superpixels=SuperpixelProposer(),
         rounds=RoundsConfig(),
-        patches=Patches(32, 16),
+        patches=Lattice.of_cells(32, 16),
         geometry=None,
     )
 
@@ -239,7 +238,7 @@ def test_proposing_uses_the_threads_of_the_machine_whatever_the_process_was_told
         return Proposals.joined([])
 
     look._propose = propose
-    reach = look.patches.reach(tile.window)
+    reach = look.patches.around(tile.window)
     size = (reach.height, reach.width)
     row = {"image": np.full((*size, 3), 9, np.uint8), "valid": np.ones(size, bool), "reach": reach}
     look([tile.to_row() | row])
