@@ -365,7 +365,7 @@ def run(config: Config, run: Run, region: Region) -> str:
     joined = run.step("join", join, proposed, config)
     model = run.step("classifier", fit_plots, region, config)
     classified = run.step("classify", classify, proposed, joined, model, config)
-    tiles = run.step("tiles", write_tiles, region, proposed, joined, classified, model, config)
+    tiles = run.step("predict", write_tiles, region, proposed, joined, classified, model, config)
     polygons = run.step("plots", write_plots, joined, classified, model)
     run.step("publish", mapping.publish, tiles, f"Cultivated plots, {region.name}")
     report = run.step("report", write_report, proposed, joined, tiles, polygons)
