@@ -96,9 +96,14 @@ def document(image: Path, polygons: Sequence[shapely.Geometry], classes: Sequenc
     """The JSON of an image: one shape per ring, labelled 1 for a field, else 0; plots without a class are 1.
 
     Raises:
-        DataError: the image cannot be read.
+        DataError: the image cannot be read, or is smaller than its plots.
     """
     height, width = _picture(image).shape[:2]
+    if any(geometry.bounds[2] > width or geometry.bounds[3] > height for geometry in polygons):
+        raise DataError(
+            f"a plot reaches beyond {image}, {width} x {height} px; give the images it was found in, of a run with "
+            "enlarge those in RUN/enlarged"
+        )
     shapes = [
         _shape(ring, "0" if kind == "nonfield" else "1", group, hole=hole)
         for group, (geometry, kind) in enumerate(zip(polygons, classes, strict=True))
