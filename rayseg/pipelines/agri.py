@@ -28,7 +28,7 @@ from rayseg.mapping import MapConfig
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.enlarge import EnlargeConfig, load_enlarger
-from rayseg.models.sam import SamConfig, checkpoint_file
+from rayseg.models.sam import SamConfig, checkpoint_state
 from rayseg.run import Run, Step
 from rayseg.stages.ground import ImageConfig, ReadGround, check_source
 from rayseg.stages.instances import ProposePlots, ReadPlots, WritePieces, WritePlots, pieces_path
@@ -124,7 +124,8 @@ def propose(step: Step, larger: Step, region: Region, config: Config) -> dict[st
 
     It is planned anew when the `larger` imagery has become more.
     """
-    rows = mapping.kept_manifest(step, partial(plan, region, config))
+    bare = larger.value.get("items") == 0  # nothing but nodata was there to be enlarged
+    rows = mapping.kept_manifest(step, lambda: [] if bare else plan(region, config))
     look = ProposePlots(
         config.proposer,
         sam=config.sam,
@@ -268,7 +269,10 @@ def write_tiles(
     step: Step, region: Region, proposed: Step, joined: Step, classified: Step, model: Step, config: Config
 ) -> dict[str, Any]:
     """The plots of every tile as rasters with an item; tiles/<id>/ holds them, the step's ledger their fates."""
-    rows = mapping.kept_manifest(step, lambda: mapping.read_manifest(proposed))
+    unseen = proposed.value["troubles"]
+    told = {row_id: f"no plots were looked for, because: {why}" for row_id, why in unseen.items()}
+    planned = mapping.read_manifest(proposed)
+    rows = mapping.kept_manifest(step, lambda: [row | {"refused": told.get(row["id"], "")} for row in planned])
     prefix = model.value.get("bundle")
     classes = {number: row["class"] for number, row in _classes(classified).items()}
     known, unclassified = _legend(bundle.load(prefix) if prefix else None, whole=len(classes) == joined.value["plots"])
@@ -348,7 +352,7 @@ def check(config: Config, region: Region) -> None:
     else:
         plan(region, config)
     if config.proposer == "sam" and config.sam.checkpoint != "random":
-        checkpoint_file(config.sam)
+        checkpoint_state(config.sam)
     if config.classifier:
         check_classifier(bundle.build(config.classifier)[0])
     elif config.chips:
