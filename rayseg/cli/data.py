@@ -92,7 +92,7 @@ def labels_import(
     images: Annotated[str, typer.Argument(help="The folder of their images.")],
     *,
     out: Out,
-    size: Annotated[int, typer.Option(help="Side of a crop in px.")] = 224,
+    size: Annotated[int, typer.Option(min=1, help="Side of a crop in px.")] = 224,
 ) -> None:
     """Cut labelled plots out of their images into folders by class, ready for `ingest folder --labels folder`."""
     from rayseg.io import labelme
