@@ -17,13 +17,18 @@ from pathlib import Path
 
 import numpy as np
 import rasterio
+import rasterio.features
 import torch
+from PIL import Image
+from sklearn.metrics.cluster import contingency_matrix
 from torch import nn
 
 from rayseg.config import load_values
 from rayseg.geo import Region
+from rayseg.metrics import agreement
 from rayseg.pipelines import superpixel
 from rayseg.run import Engine, Run
+from rayseg.vision.color import rgb_of
 
 PAPER = {
     "superpixels": {"method": "felzenszwalb"},
@@ -31,6 +36,7 @@ PAPER = {
     "scaling": "range",
 }
 SETTINGS = {
+    "port": None,
     "default": {},
     "paper": PAPER,
     "default merged to 8": {"network": {"merge_to": 8}},
@@ -56,6 +62,19 @@ def mapped(
     return {step.name: step for step in run.steps}, time.perf_counter() - started
 
 
+def scenes(asked: argparse.Namespace) -> None:
+    """Cut the scenes of the table: one image of each of Dubai's six, the upper left of each of DeepGlobe's."""
+    for kind in ("images", "masks"):
+        (asked.out / kind).mkdir(parents=True, exist_ok=True)
+        suffix = "jpg" if kind == "images" else "png"
+        for number in range(1, 7):
+            source = asked.data / f"dubai/tile{number}/{kind}/image_part_00{number}.{suffix}"
+            Image.open(source).convert("RGB").save(asked.out / kind / f"dubai{number}.png")
+        for number in (1, 3, 4):
+            whole = Image.open(asked.data / f"landcover/{kind}/{number}.{suffix}").convert("RGB")
+            whole.crop((0, 0, asked.side, asked.side)).save(asked.out / kind / f"landcover{number}.png")
+
+
 # -- quality -----------------------------------------------------------------------------------------------------------
 
 
@@ -63,12 +82,46 @@ def quality(asked: argparse.Namespace) -> None:
     """AMI, FMI and ARE of every setting: mean over scenes and seeds, 95 % bootstrap over scenes."""
     for name in asked.only or SETTINGS:
         for seed in asked.seeds:
+            if name == "port":
+                _ported(asked, seed)
+                continue
             values = json.loads(json.dumps(SETTINGS[name]))
             values["network"] = {"epochs": asked.epochs, "seed": seed} | values.get("network", {})
             out = asked.out / f"{name.replace(' ', '-')}-{seed}"
             steps, _ = mapped(out, values, asked.images, asked.masks, tuple(asked.unlabelled))
             print(name, seed, json.dumps(steps["evaluate"].value["mean"]), flush=True)
     table(asked)
+
+
+def _ported(asked: argparse.Namespace, seed: int) -> None:
+    """What the straight port's maps measure, kept where those of a run are."""
+    skipped = [_code(np.array(rgb_of(value))) for value in asked.unlabelled]
+    scenes, spent = {}, {"superpixels": 0.0, "networks": 0.0}
+    for path in sorted(Path(asked.images).iterdir()):
+        labels_HW, parts = port(str(path), epochs=asked.epochs, seed=seed)
+        with rasterio.open(Path(asked.masks) / path.name) as file:
+            codes_HW = _code(file.read()[:3])
+        seen = ~np.isin(codes_HW, skipped)
+        scenes[path.stem] = {"pixels": int(seen.sum())} | agreement(contingency_matrix(codes_HW[seen], labels_HW[seen]))
+        spent = {
+            name: spent[name] + parts[part] for name, part in (("superpixels", "superpixels"), ("networks", "training"))
+        }
+    mean = {name: float(np.mean([scene[name] for scene in scenes.values()])) for name in ("ami", "fmi", "are")}
+    steps = asked.out / f"port-{seed}" / "steps"
+    for name, seconds in spent.items():
+        _kept(steps / name / "done.json", {"seconds": seconds})
+    _kept(steps / "evaluate" / "agreement.json", {"scenes": scenes, "mean": mean})
+    print("port", seed, json.dumps(mean), flush=True)
+
+
+def _code(image_CHW: np.ndarray) -> np.ndarray:
+    red, green, blue = image_CHW.astype(np.int64)
+    return (red << 16) | (green << 8) | blue
+
+
+def _kept(path: Path, value: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
 
 
 def table(asked: argparse.Namespace) -> None:
@@ -113,7 +166,7 @@ def speed(asked: argparse.Namespace) -> None:
         spent = time.process_time() - before
         print(f"{name}: {seconds:.1f} s in all, {spent:.1f} s of CPU {json.dumps(parts)}", flush=True)
     before = time.process_time()
-    parts = port(image, epochs=asked.epochs)
+    _, parts = port(image, epochs=asked.epochs)
     print(f"straight port: {time.process_time() - before:.1f} s of CPU {json.dumps(parts)}", flush=True)
 
 
@@ -137,8 +190,10 @@ class DeepNet(nn.Sequential):
         super().__init__(*layers, nn.Conv2d(64, classes, 1), nn.BatchNorm2d(classes))
 
 
-def port(path: str, *, epochs: int, classes: int = 32, patch: int = 512, stride: int = 448) -> dict[str, float]:
-    """The published process, step by step; returns seconds of its parts."""
+def port(
+    path: str, *, epochs: int, seed: int = 2021, classes: int = 32, patch: int = 512, stride: int = 448
+) -> tuple[np.ndarray, dict[str, float]]:
+    """(label map, seconds of its parts) of the published process, step by step; patches fit into small scenes."""
     from skimage.segmentation import felzenszwalb
 
     started = time.perf_counter()
@@ -147,13 +202,14 @@ def port(path: str, *, epochs: int, classes: int = 32, patch: int = 512, stride:
     segments = felzenszwalb(image, scale=32, sigma=0.5, min_size=64)
     divided = time.perf_counter()
     height, width = segments.shape
+    patch = min(patch, height // 4 * 4, width // 4 * 4)
     rows, cols = ([*range(0, side - patch, stride), side - patch] for side in (height, width))
     corners = [(row, col) for row in rows for col in cols]
-    torch.manual_seed(2021)
+    torch.manual_seed(seed)
     net = DeepNet(image.shape[2], classes).train()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     loss_of = nn.CrossEntropyLoss()
-    rng = np.random.default_rng(2021)
+    rng = np.random.default_rng(seed)
     for _ in range(epochs):
         for number in rng.permutation(len(corners)):
             row, col = corners[number]
@@ -173,10 +229,10 @@ def port(path: str, *, epochs: int, classes: int = 32, patch: int = 512, stride:
         for row, col in corners:
             shares = net(_read(path, row, col, patch)).softmax(1)[0].numpy()
             sums[:, row : row + patch, col : col + patch] += (shares * 63).astype(np.uint8)
-    rasterio.features.sieve(sums.argmax(0).astype(np.uint8), 20, connectivity=4)
+    labels_HW = rasterio.features.sieve(sums.argmax(0).astype(np.uint8), 20, connectivity=4)
     ended = time.perf_counter()
     parts = {"superpixels": divided - started, "training": trained - divided, "map": ended - trained}
-    return {name: round(seconds, 1) for name, seconds in {**parts, "in all": ended - started}.items()}
+    return labels_HW, {name: round(seconds, 1) for name, seconds in {**parts, "in all": ended - started}.items()}
 
 
 def _read(path: str, row: int, col: int, patch: int) -> torch.Tensor:
@@ -226,11 +282,20 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for name, function in (("quality", quality), ("table", table), ("speed", speed), ("memory", memory)):
+    for name, function in (
+        ("scenes", scenes),
+        ("quality", quality),
+        ("table", table),
+        ("speed", speed),
+        ("memory", memory),
+    ):
         command = commands.add_parser(name)
         command.set_defaults(function=function)
         command.add_argument("--out", type=Path, required=True)
         command.add_argument("--epochs", type=int, default=4)
+        if name == "scenes":
+            command.add_argument("data", type=Path)
+            command.add_argument("--side", type=int, default=768)
         if name == "quality":
             command.add_argument("images")
             command.add_argument("masks")
