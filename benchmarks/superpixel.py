@@ -1,10 +1,11 @@
 """Speed and quality of the pipeline `superpixel`; docs/superpixel.md shows the tables.
 
+    python benchmarks/superpixel.py scenes DATA --out DIR [--side 768]
     python benchmarks/superpixel.py quality IMAGES MASKS --out DIR [--epochs 4] [--seeds ...] [--only NAME ...]
-    python benchmarks/superpixel.py speed IMAGE --out DIR [--epochs 1] [--size 2048] [--mask MASK]
+    python benchmarks/superpixel.py speed IMAGE --out DIR [--epochs 1] [--size 2048] [--only-default]
     python benchmarks/superpixel.py memory --out DIR [--side 20000] [--tile 2048]
 
-IMAGES and MASKS are folders of RGB files of the same names. `speed` compares the whole process with a straight port of
+IMAGES and MASKS are folders of RGB files of the same names, as `scenes` cuts them from Dubai's and DeepGlobe's imagery. `speed` compares the whole process with a straight port of
 the published loop (a list of pixels per superpixel, a vote in Python, one patch a step, the image read at every step,
 softmax summed as uint8 for all classes of the scene), on the same network in plain PyTorch.
 """
@@ -12,6 +13,7 @@ softmax summed as uint8 for all classes of the scene), on the same network in pl
 import argparse
 import json
 import resource
+import shutil
 import time
 from pathlib import Path
 
@@ -27,27 +29,30 @@ from rayseg.config import load_values
 from rayseg.geo import Region
 from rayseg.metrics import agreement
 from rayseg.pipelines import superpixel
-from rayseg.run import Engine, Run
+from rayseg.run import Engine, Run, Step
 from rayseg.vision.color import rgb_of
 
 PAPER = {
     "superpixels": {"method": "felzenszwalb"},
-    "network": {"reduce": 1, "recalibrate": False, "patches": None},
+    "network": {"reduce": 1, "recalibrate": False, "patches": None, "merge_to": None},
     "scaling": "range",
 }
-SETTINGS = {
-    "port": None,
+BASELINE = {"reduce": 1, "merge_to": None}
+SETTINGS: dict[str, dict] = {
+    "port": {},
+    "unmerged": {"network": {"merge_to": None}},
     "default": {},
+    "merged to 6": {"network": {"merge_to": 6}},
     "paper": PAPER,
-    "default merged to 8": {"network": {"merge_to": 8}},
-    "kmeans 8": {"network": {"network": "kmeans", "labels": 8, "reduce": 1}},
-    "isodata 8": {"network": {"network": "isodata", "labels": 8, "reduce": 1}},
-    "kmeans 32": {"network": {"network": "kmeans", "labels": 32, "reduce": 1}},
-    "isodata 32": {"network": {"network": "isodata", "labels": 32, "reduce": 1}},
-    "slic": {"superpixels": {"method": "slic"}},
-    "watershed": {"superpixels": {"method": "watershed"}},
-    "felzenszwalb": {"superpixels": {"method": "felzenszwalb"}},
+    **{
+        f"{network} {labels}": {"network": {"network": network, "labels": labels, **BASELINE}}
+        for labels in (6, 8, 32)
+        for network in ("kmeans", "isodata")
+    },
+    **{name: {"superpixels": {"method": name}} for name in ("felzenszwalb", "slic", "watershed")},
 }
+SAME_NETWORKS = {"default": "unmerged", "merged to 6": "unmerged"}
+"""Settings that differ in merging alone take the networks of another where they are."""
 
 
 def mapped(
@@ -87,10 +92,35 @@ def quality(asked: argparse.Namespace) -> None:
                 continue
             values = json.loads(json.dumps(SETTINGS[name]))
             values["network"] = {"epochs": asked.epochs, "seed": seed} | values.get("network", {})
-            out = asked.out / f"{name.replace(' ', '-')}-{seed}"
-            steps, _ = mapped(out, values, asked.images, asked.masks, tuple(asked.unlabelled))
-            print(name, seed, json.dumps(steps["evaluate"].value["mean"]), flush=True)
+            out = _folder(asked, name, seed)
+            lender = _folder(asked, SAME_NETWORKS[name], seed) if name in SAME_NETWORKS else None
+            config = load_values(superpixel.Config, values | {"truth": asked.masks, "unlabelled": asked.unlabelled})
+            print(name, seed, json.dumps(_measured(out, config, asked.images, lender)), flush=True)
     table(asked)
+
+
+def _folder(asked: argparse.Namespace, name: str, seed: int) -> Path:
+    return asked.out / f"{name.replace(' ', '-')}-{seed}"
+
+
+def _measured(out: Path, config: superpixel.Config, images: str, lender: Path | None = None) -> dict:
+    """Mean agreement with the truth by the pipeline's own steps, those for people left out."""
+    region = Region(images, images=images)
+    with Run.open(str(out), pipeline="superpixel", config=config, region=region, engine=Engine("inline")) as run:
+        listed = run.step("scenes", superpixel.list_scenes, region, config)
+        divided = run.step("superpixels", superpixel.divide, listed, config)
+        trained = run.step("networks", _trained, listed, divided, config, str(lender or ""))
+        predicted = run.step("predict", superpixel.label, listed, trained, region, config)
+        return run.step("evaluate", superpixel.measure, predicted, region, config).value["mean"]
+
+
+def _trained(step: Step, listed: Step, divided: Step, config: superpixel.Config, lender: str) -> dict:
+    """Train, going on from the checkpoints of another run where they are of the same training."""
+    for path in Path(lender).glob("steps/networks/*/*/checkpoint.pt") if lender else []:
+        target = Path(str(step.prefix), *path.parts[-3:])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    return superpixel.train(step, listed, divided, config)
 
 
 def _ported(asked: argparse.Namespace, seed: int) -> None:
@@ -128,7 +158,7 @@ def table(asked: argparse.Namespace) -> None:
     """What the runs that are there say, as a Markdown table."""
     print("| setting | AMI | FMI | ARE | superpixels s | training s |\n|---|---|---|---|---|---|")
     for name in SETTINGS:
-        found = sorted(asked.out.glob(f"{name.replace(' ', '-')}-[0-9]*/steps/evaluate/agreement.json"))
+        found = sorted(asked.out.glob(f"{name.replace(' ', '-')}-20[0-9]*/steps/evaluate/agreement.json"))
         if not found:
             continue
         scenes = [json.loads(path.read_text())["scenes"] for path in found]
