@@ -291,11 +291,12 @@ def memory(asked: argparse.Namespace) -> None:
         _made(image, asked.side)
     print(f"before: {_peak():.2f} GiB", flush=True)
     values = {
-        "network": {"epochs": 1, "patches": asked.patches, "memory": 128 << 20},
+        "network": {"epochs": 1, "patches": asked.patches, "memory": 128 << 20, "reduce": asked.reduce},
         "map": {"tile": asked.tile},
         "superpixels": {"method": asked.method},
     }
-    _, seconds = mapped(asked.out / f"run-{asked.side}", values, str(image))
+    steps, seconds = mapped(asked.out / f"run-{asked.side}", values, str(image))
+    print(json.dumps({step.name: round(step.seconds, 1) for step in steps.values()}))
     print(f"{asked.side} x {asked.side}: peak {_peak():.2f} GiB, {seconds:.0f} s", flush=True)
 
 
@@ -349,6 +350,7 @@ def main() -> None:
             command.add_argument("--side", type=int, default=20000)
             command.add_argument("--tile", type=int, default=2048)
             command.add_argument("--patches", type=int, default=16)
+            command.add_argument("--reduce", type=int, default=2)
             command.add_argument("--method", default="halved")
     asked = parser.parse_args()
     asked.function(asked)
