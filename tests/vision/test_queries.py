@@ -8,7 +8,8 @@ from rayseg.vision.queries import STRATEGIES, Pool, budget
 
 def pool_of(p_NK, *, features=None, labelled=None):
     p = np.asarray(p_NK, np.float64)
-    return Pool(p, np.zeros((len(p), 1)) if features is None else features, np.zeros((0, 1)) if labelled is None else labelled)
+    nothing = np.zeros((0, 1))
+    return Pool(p, np.zeros((len(p), 1)) if features is None else features, nothing if labelled is None else labelled)
 
 
 def chosen(strategy, pool, count, seed=0):
