@@ -71,7 +71,8 @@ def evaluate(prediction: str, truth: str, *, classes: str | None = None) -> dict
     Args:
         prediction: a run, a folder of masks (PNG or TIFF), or `catalog.json#collection`.
         truth: a folder of masks or `catalog.json#collection`; they may hold class values, palette indices or colours.
-        classes: YAML file with a class table, or its name under configs/classes; by default the one in the prediction.
+        classes: YAML file with a class table, or its name under configs/classes; by default the one stored in the
+            prediction.
 
     Returns:
         JSON values: `overall` and, per class, `iou`, `f1`, `precision` and `recall`, each as value, low, high (95 %

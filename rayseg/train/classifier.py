@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -180,13 +181,14 @@ def _train(config: State) -> State:
             measures = {"loss": loss, **_evaluate(learner, read, config, device)}
             order = (measures["accuracy"], -measures["held_out_loss"]) if config["held_out"] else (epoch, 0)
             state = {"epoch": epoch + 1, "best": session.better(state["best"], order, measures, learner.weights)}
-            session.save_checkpoint(config["prefix"], config["key"], state | {"learner": learner.state()})
+            learner.keep(config["prefix"], config["key"], state)
             write(epoch, measures)
             session.report(measures)
     return dict(state["best"]["measures"])
 
 
 def _epoch(epoch: int, learner: Learner, read: Read, config: State, device: torch.device) -> float:
+    """The mean loss of an epoch."""
     settings: ClassifierConfig = config["settings"]
     chips: Chips = config["chips"]
     generator = session.seed_epoch(settings.learning.seed, epoch)
@@ -195,15 +197,25 @@ def _epoch(epoch: int, learner: Learner, read: Read, config: State, device: torc
     learner.train_mode()
     for step, batch in enumerate(read_ahead(order, read, threads=settings.learning.threads)):
         images, _ = augment(batch.images_NCHW.to(device), None, settings.augment, generator, size=settings.size)
-        with precision(settings.learning, device):
-            logits = learner.model(config["scaling"].normalize(images))
-        loss = _loss(logits.float(), _labels(chips, batch, device), settings.positive)
+        labels = _labels(chips, batch, device)
         rate = session.rate_at(settings.rates, epoch + step / len(order), gradual=settings.learning.gradual)
-        learner.step(loss, rate)
-        losses.append(loss.detach())
-    return session.check_finite(
-        losses, lambda step: [chips.ids[k] for k in order[step]], what=f"classifier, epoch {epoch}"
-    )
+        loss_of = partial(_loss_of, learner, config["scaling"].normalize(images), labels, settings)
+        said = partial(names_of, chips, batch.chips)
+        what = f"classifier, epoch {epoch}, step {step}"
+        losses.append(learner.step(loss_of, len(labels), rate, items=said, what=what))
+    return float(np.mean(losses))
+
+
+def _loss_of(learner: Learner, images: Tensor, labels: Tensor, settings: ClassifierConfig, part: slice) -> Tensor:
+    """What a part of a batch adds to its loss."""
+    with precision(settings.learning, images.device):
+        logits = learner.net(images[part])
+    return _loss(logits.float(), labels[part], settings.positive) * (len(labels[part]) / len(labels))
+
+
+def names_of(chips: Chips, positions: Indices) -> str:
+    """The ids of some chips, for messages."""
+    return f"chips {', '.join(chips.ids[k] for k in positions)}"
 
 
 def _order(epoch: int, settings: ClassifierConfig, chips: Chips) -> list[Indices]:
