@@ -1,7 +1,7 @@
 """Active learning: a classifier says which chips are worth a mask (Desai & Ghose 2022, WACV, section 3).
 
-Each function is a step of a `Run`. `<step>/labelled.parquet` holds every chip chosen so far, in the order of choice: its
-round, the strategy's score, what the classifier took it for, and how sure it was.
+Each function is a step of a `Run`. `<step>/labelled.parquet` holds every chip chosen so far, in the order of choice:
+its round, the strategy's score, what the classifier took it for, and how sure it was.
 """
 
 import io
@@ -106,8 +106,11 @@ def query(
     found = _learnt(step, listed, chosen, rest, config, common) if common.classifies else None
     scores = found or {}
     picks = _choose(step, rest, [row["id"] for row in chosen], scores, config, count, number, common)
-    rows_picked = [_picked(rest[at], len(chosen) + k, number, config.strategy, score=score, p=scores.get(rest[at]["id"]),
-                           classes=listed.value["classes"]) for k, (at, score) in enumerate(picks)]  # fmt: skip
+    rows_picked = [
+        _picked(rest[at], len(chosen) + k, number, config.strategy, score=score, classes=listed.value["classes"],
+                p=scores.get(rest[at]["id"]))
+        for k, (at, score) in enumerate(picks)
+    ]  # fmt: skip
     measured = _accuracy(listed, scores) if found else {}
     return _keep(step, chosen + rows_picked) | {"before": len(chosen)} | measured
 

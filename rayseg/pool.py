@@ -68,7 +68,7 @@ def list_pool(step: Step, region: Region, config: PoolConfig, table: ClassTable,
     path = step.prefix / "pool.parquet"
     rows, classes = find(region, config, table, seed=seed)
     put(path, parquet(rows))
-    counts = {part: sum(row["part"] == part for row in rows) for part in PARTS}
+    counts = {str(part): sum(row["part"] == part for row in rows) for part in PARTS}
     oracle = all(row["label"] for row in rows if row["part"] == "pool")
     return {"classes": list(classes), "oracle": oracle, "masks": any(row["masks"] != "[]" for row in rows), **counts}
 

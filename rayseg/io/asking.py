@@ -37,10 +37,10 @@ _PAGE = """<!doctype html>
 <style>body{{font:16px/1.5 system-ui,sans-serif;margin:2rem;color-scheme:light dark}}
 .chips{{display:grid;grid-template-columns:repeat(auto-fill,minmax(180px,1fr));gap:1rem}}
 figure{{margin:0}}img{{width:100%;image-rendering:pixelated}}figcaption{{font-size:.8rem;overflow-wrap:anywhere}}
-li span{{display:inline-block;width:1em;height:1em;margin-right:.5em;vertical-align:-.1em;border:1px solid #8888}}</style>
+li span{{display:inline-block;width:1em;height:1em;margin-right:.5em;border:1px solid #8888}}</style>
 <h1>{count} chips to label</h1>
-<p>Draw a mask for each image of the folder <code>images</code>: a PNG of the same name and size, in the colours below or
-with their numbers as pixel values; 255 leaves a pixel open. Then: <code>rayseg labels import MASKS RUN</code>.</p>
+<p>Draw a mask for each image of the folder <code>images</code>: a PNG of the same name and size, in the colours below
+or with their numbers as pixel values; 255 leaves a pixel open. Then: <code>rayseg labels import MASKS RUN</code>.</p>
 <ul>{classes}</ul>
 <div class="chips">{figures}</div>
 </html>
@@ -141,8 +141,8 @@ def _checked(path: Any, size: Sequence[int], table: ClassTable, run: str) -> NDA
     mask_HW = read_mask(str(path), table)
     if mask_HW.shape != tuple(size):
         raise DataError(
-            f"mask {path} is {mask_HW.shape[0]} x {mask_HW.shape[1]} px, its chip {size[0]} x {size[1]}; draw it anew on "
-            f"{run}/to-label/images/{path.stem}.png"
+            f"mask {path} is {mask_HW.shape[0]} x {mask_HW.shape[1]} px, its chip {size[0]} x {size[1]}; draw it anew "
+            f"on {run}/to-label/images/{path.stem}.png"
         )
     if (mask_HW == cog.NODATA).all():
         raise DataError(f"mask {path} has no labelled pixel; draw the classes that the chip shows")

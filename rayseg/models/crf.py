@@ -7,12 +7,14 @@ Sums run over all pixels within four standard deviations of the place: beyond, a
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import EllipsisType
 
 import torch
 from torch import Tensor, nn
 
 from rayseg.errors import ConfigError
 
+Place = tuple[EllipsisType, slice, slice]
 WIDEST = 8.0
 """Largest standard deviation of place in px: the sums are plain ones, (8 s + 1)^2 terms for each pixel."""
 
@@ -83,7 +85,7 @@ class _Kernel:
             total[there] += weight * q_NKHW[here]
         return total
 
-    def _pairs(self, like: Tensor) -> Iterator[tuple[tuple[tuple[slice, ...], tuple[slice, ...]], Tensor]]:
+    def _pairs(self, like: Tensor) -> Iterator[tuple[tuple[Place, Place], Tensor]]:
         reach, (height, width) = self._reach, like.shape[2:]
         for down in range(min(reach + 1, height)):
             for right in range(-min(reach, width - 1) if down else 1, min(reach + 1, width)):

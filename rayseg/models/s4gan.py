@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rayseg.errors import ConfigError
+from rayseg.models.losses import IGNORE
 
-IGNORE = 255
 SMALLEST = 16
 """Least side in px of what the discriminator can look at: it is halved four times."""
 
@@ -46,23 +46,9 @@ def expect_seen(size: int) -> None:
         raise ConfigError(f"windows of {size} px are too small for the discriminator, expected {SMALLEST} or more")
 
 
-def cross_entropy(logits_NKHW: Tensor, labels_NHW: Tensor, weights_K: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy of the labelled pixels; 0 where none is labelled, so that such a batch teaches nothing.
-
-    Args:
-        logits_NKHW: float32.
-        labels_NHW: int64; 255 and negative values are not labelled.
-        weights_K: how much pixels of each class count.
-    """
-    labels = torch.where((labels_NHW < 0) | (labels_NHW == IGNORE), IGNORE, labels_NHW)
-    if not (labels != IGNORE).any():
-        return logits_NKHW.sum() * 0.0
-    return F.cross_entropy(logits_NKHW, labels, weights_K, ignore_index=IGNORE)
-
-
 def one_hot(labels_NHW: Tensor, classes: int) -> Tensor:
     """Maps (N, K, H, W) float32 with 1 at the class of a pixel; all 0 where it is not labelled."""
-    known = (labels_NHW >= 0) & (labels_NHW != IGNORE)
+    known = labels_NHW != IGNORE
     maps = F.one_hot(torch.where(known, labels_NHW, 0), classes).permute(0, 3, 1, 2).float()
     return maps * known[:, None]
 

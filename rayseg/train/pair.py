@@ -1,19 +1,17 @@
 """Segmenter and discriminator in training: their settings, their optimisers, and what a checkpoint must hold."""
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim.swa_utils import AveragedModel
+from torch import nn
 
 from rayseg.config import Config
-from rayseg.models.encoders import averaged, freeze_batchnorm
 from rayseg.models.s4gan import Discriminator, poly
 from rayseg.train import session
 from rayseg.train.augment import Augment
-from rayseg.train.learning import Learning
+from rayseg.train.learning import Learner, Learning
 
 State = dict[str, Any]
 Positive = Annotated[float, Field(gt=0)]
@@ -84,105 +82,62 @@ class S4ganConfig(Config):
         }
 
 
+@dataclass
 class Pair:
-    """Segmenter and discriminator in training, with all that must be remembered to go on.
+    """Segmenter and discriminator in training."""
 
-    Gradients are averaged over workers by hand: both networks are used several times in a step, which torch's wrapper
-    for distributed training does not allow for.
-    """
+    settings: S4ganConfig
+    segmenter: Learner
+    judge: Learner | None
 
-    def __init__(self, net: nn.Module, settings: S4ganConfig, *, classes: int, channels: int) -> None:
-        self.settings = settings
-        self.net = net
-        self.optimizer = _optimizer(net, settings)
-        self.average: AveragedModel | None = None
-        self.judge: Discriminator | None = None
-        if settings.learning.average:
-            self.average = averaged(net, decay=settings.learning.average)
+    @classmethod
+    def start(
+        cls, net: nn.Module, settings: S4ganConfig, device: torch.device, *, classes: int, channels: int
+    ) -> "Pair":
+        """A pair of `net` and, if it is asked for, a discriminator of its answers."""
+        segmenter = Learner.start(net, settings.learning, device, _groups(net, settings))
+        judge = None
         if (chosen := settings.discriminator) is not None:
-            options = {"width": chosen.width, "dropout": chosen.dropout}
-            device = next(net.parameters()).device
-            self.judge = Discriminator(classes=classes, channels=channels, **options).to(device)  # type: ignore[arg-type]
-            self.judging = Adam(self.judge.parameters(), lr=chosen.rate, betas=(0.9, 0.99))
-
-    @property
-    def shown(self) -> nn.Module:
-        """What is measured and kept."""
-        return self.average.module if self.average else self.net
+            judged = Discriminator(classes=classes, channels=channels, width=chosen.width, dropout=chosen.dropout)
+            groups = [{"params": list(judged.parameters()), "factor": 1.0, "betas": (0.9, 0.99)}]
+            judge = Learner.start(judged, Learning(optimizer="adam"), device, groups)
+        return cls(settings, segmenter, judge)
 
     def train_mode(self) -> None:
         """Make both ready for steps."""
-        self.net.train()
-        frozen = {"none": None, "encoder": self.net.get_submodule("encoder"), "all": self.net}
-        if (part := frozen[self.settings.learning.freeze_batchnorm]) is not None:
-            freeze_batchnorm(part)
+        self.segmenter.train_mode()
+        if self.judge:
+            self.judge.net.train()
 
-    def learn(self, loss: Tensor, step: int) -> None:
-        """Change the segmenter by the gradient of `loss`."""
+    def rates(self, step: int) -> tuple[float, float]:
+        """Learning rates of both at a step."""
         settings = self.settings
-        rate = poly(settings.rate, step, settings.steps, power=settings.power, every=settings.every)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        _average_gradients(self.net)
-        if settings.learning.clip:
-            nn.utils.clip_grad_norm_(self.net.parameters(), settings.learning.clip)
-        self.optimizer.step()
-        if self.average:
-            self.average.update_parameters(self.net)
-
-    def judge_better(self, loss: Tensor, step: int) -> None:
-        """Change the discriminator by the gradient of `loss`."""
-        assert self.judge is not None
-        assert self.settings.discriminator is not None
-        for group in self.judging.param_groups:
-            group["lr"] = poly(self.settings.discriminator.rate, step, self.settings.steps, power=self.settings.power)
-        self.judging.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        _average_gradients(self.judge)
-        self.judging.step()
+        own = poly(settings.rate, step, settings.steps, power=settings.power, every=settings.every)
+        if settings.discriminator is None:
+            return own, 0.0
+        return own, poly(settings.discriminator.rate, step, settings.steps, power=settings.power)
 
     def state(self) -> State:
-        """All that must be remembered."""
-        return {name: part.state_dict() if part else None for name, part in self._parts().items()}
+        """What must be remembered of the discriminator, besides the segmenter."""
+        return {"judge": self.judge.state() if self.judge else None}
 
     def resume(self, state: State) -> None:
-        """Go on from `state()` of another pair with the same settings."""
-        for name, part in self._parts().items():
-            if part:
-                part.load_state_dict(state[name])
-
-    def _parts(self) -> dict[str, Any]:
-        judging = self.judging if self.judge else None
-        parts = {"net": self.net, "optimizer": self.optimizer, "average": self.average}
-        return parts | {"judge": self.judge, "judging": judging}
-
-    def weights(self) -> dict[str, Tensor]:
-        """A copy of the weights of `shown` on the CPU."""
-        return {name: value.detach().cpu().clone() for name, value in self.shown.state_dict().items()}
+        """Go on from a checkpoint of another pair with the same settings."""
+        self.segmenter.resume(state["learner"])
+        if self.judge:
+            self.judge.resume(state["judge"])
 
 
-def _optimizer(net: nn.Module, settings: S4ganConfig) -> Optimizer:
+def _groups(net: nn.Module, settings: S4ganConfig) -> list[dict[str, Any]]:
     """The encoder's weights at the rate itself, the others' and their biases at multiples of it."""
-    inside = {id(weight) for weight in net.get_submodule("encoder").parameters()}
+    encoder = list(net.get_submodule("encoder").parameters())
+    inside = {id(weight) for weight in encoder}
     rest = [(name, weight) for name, weight in net.named_parameters() if id(weight) not in inside]
-    learning = settings.learning
-    groups: list[dict[str, Any]] = [
-        {"params": list(net.get_submodule("encoder").parameters()), "factor": learning.encoder_rate},
-        {"params": [w for name, w in rest if not name.endswith("bias")], "factor": settings.head_rate},
-        {"params": [w for name, w in rest if name.endswith("bias")], "factor": settings.bias_rate, "weight_decay": 0.0},
+    biases = [weight for name, weight in rest if name.endswith("bias")]
+    others = [weight for name, weight in rest if not name.endswith("bias")]
+    trained = [weight for weight in encoder if settings.learning.encoder_rate]
+    return [
+        {"params": trained, "factor": settings.learning.encoder_rate},
+        {"params": others, "factor": settings.head_rate},
+        {"params": biases, "factor": settings.bias_rate, "weight_decay": 0.0},
     ]
-    if learning.optimizer == "sgd":
-        return SGD(groups, lr=0.0, momentum=0.9, weight_decay=learning.weight_decay)
-    return {"adam": Adam, "adamw": AdamW}[learning.optimizer](groups, lr=0.0, weight_decay=learning.weight_decay)
-
-
-def _average_gradients(net: nn.Module) -> None:
-    """The mean of all workers' gradients."""
-    if session.world() == 1:
-        return
-    for weight in net.parameters():
-        if weight.requires_grad:
-            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            weight.grad = session.summed(weight.grad) / session.world()

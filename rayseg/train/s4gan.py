@@ -6,9 +6,10 @@ Every checkpoint is measured on the validation chips. Random numbers and batches
 so a training that goes on from a checkpoint is the one that was not disturbed.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,21 +19,15 @@ from torch.nn.functional import pad
 from rayseg.errors import ConfigError, DataError
 from rayseg.metrics import Confusion
 from rayseg.models.bundle import Scaling
-from rayseg.models.s4gan import (
-    cross_entropy,
-    discriminator_loss,
-    expect_seen,
-    feature_matching,
-    one_hot,
-    self_training,
-)
+from rayseg.models.losses import cross_entropy_sum, mass
+from rayseg.models.s4gan import discriminator_loss, expect_seen, feature_matching, one_hot, self_training
 from rayseg.models.segmenter import build_segmenter
 from rayseg.store import StorePath, absolute
 from rayseg.train import session
-from rayseg.train.augment import augment
+from rayseg.train.augment import augment, centre
 from rayseg.train.batches import Batch, Chips, Indices, Kept, endless, read_ahead, shard
-from rayseg.train.classifier import key_of
-from rayseg.train.learning import Learning, precision
+from rayseg.train.classifier import key_of, names_of
+from rayseg.train.learning import Learning, expect_batch, precision
 from rayseg.train.pair import Pair, S4ganConfig
 
 State = dict[str, Any]
@@ -85,14 +80,7 @@ def fit_s4gan(
 
 def expect_trainable(settings: S4ganConfig, *, workers: int) -> None:
     """Raise ConfigError if batch or size cannot be meant."""
-    workers, batch = max(workers, 1), settings.learning.batch
-    if batch % workers:
-        raise ConfigError(f"the segmenter's learning.batch {batch} cannot be shared by {workers} workers; make it even")
-    if batch // workers == 1 and settings.learning.freeze_batchnorm != "all":
-        raise ConfigError(
-            "a batch of one chip has no statistics for batch norms; make segmenter.learning.batch at least "
-            f"{2 * workers}, or set segmenter.learning.freeze_batchnorm to all"
-        )
+    expect_batch(settings.learning, workers=workers, what="segmenter")
     if settings.size % (32 * settings.reduce):
         raise ConfigError(
             f"the segmenter's size {settings.size} is no multiple of 32 x reduce = {32 * settings.reduce} px; change it"
@@ -116,7 +104,7 @@ def _train(config: State) -> State:
     device = session.device_of(config)
     state = session.load_checkpoint(config["prefix"], config["key"])
     pair = _pair(state, config, device)
-    state = state or {"step": 0, "best": session.NOTHING}
+    state = state or {"step": 0, "epoch": 0, "best": session.NOTHING}
     config = config | {"device": device, "read": _reading(config["data"], settings)}
     with session.scalars(config["prefix"]) as write:
         while state["step"] < settings.steps:
@@ -124,9 +112,10 @@ def _train(config: State) -> State:
             step = min(state["step"] + settings.checkpoint, settings.steps)
             order = (measures["mean_iou"],) if config["data"].validation else (step,)
             measured = {"step": float(step), **measures}
-            state = {"step": step, "best": session.better(state["best"], order, measured, pair.weights)}
-            session.save_checkpoint(config["prefix"], config["key"], state | {"pair": pair.state()})
-            write(step // settings.checkpoint, measures)
+            best = session.better(state["best"], order, measured, pair.segmenter.weights)
+            state = {"step": step, "epoch": state["epoch"] + 1, "best": best}
+            pair.segmenter.keep(config["prefix"], config["key"], state | pair.state())
+            write(state["epoch"] - 1, measures)
             session.report(measures)
     return dict(state["best"]["measures"])
 
@@ -136,10 +125,10 @@ def _pair(state: State | None, config: State, device: torch.device) -> Pair:
     torch.manual_seed(settings.learning.seed)
     channels = labelled.read(0).shape[2]
     options = settings.options(classes=labelled.count, channels=channels)
-    net = build_segmenter(**options, weights="none" if state else settings.weights).to(device)
-    pair = Pair(net, settings, classes=labelled.count, channels=channels)
+    net = build_segmenter(**options, weights="none" if state else settings.weights)
+    pair = Pair.start(net, settings, device, classes=labelled.count, channels=channels)
     if state:
-        pair.resume(state["pair"])
+        pair.resume(state)
     return pair
 
 
@@ -184,18 +173,19 @@ def _steps(first: int, pair: Pair, config: State) -> dict[str, float]:
     names = list(STREAMS) if pair.judge and config["data"].unlabelled else ["labelled"]
     streams = [_stream(name, first, last, config) for name in names]
     pair.train_mode()
-    losses: dict[str, list[Tensor]] = {}
+    losses: dict[str, list[float]] = {}
     for step, batches in enumerate(zip(*streams, strict=True), first):
         given = [_changed(batch, generator, config) for batch in batches]
-        for name, loss in _step(step, given, pair, config).items():
+        for name, loss in _step(step, Given(*given), pair, config, partial(_named, batches, config)).items():
             losses.setdefault(name, []).append(loss)
-    labelled: Chips = config["data"].labelled
-    order = _order("labelled", len(labelled), first, last, settings.learning)
-    for name in losses:
-        session.check_finite(
-            losses[name], lambda step: [labelled.ids[k] for k in order[step]], what=f"s4gan, steps from {first}, {name}"
-        )
-    return {name: float(torch.stack(values).mean()) for name, values in losses.items()}
+    return {name: float(np.mean(values)) for name, values in losses.items()}
+
+
+def _named(batches: Sequence[Batch], config: State) -> str:
+    """The ids of the chips of a step, for messages."""
+    data: Data = config["data"]
+    parts = [data.labelled, data.unlabelled, data.labelled]
+    return "; ".join(names_of(part, batch.chips) for part, batch in zip(parts, batches, strict=False) if part)
 
 
 def _changed(batch: Batch, generator: torch.Generator, config: State) -> tuple[Tensor, Tensor | None]:
@@ -208,38 +198,80 @@ def _changed(batch: Batch, generator: torch.Generator, config: State) -> tuple[T
     return images, None if masks is None else masks[:, 0].long()
 
 
-def _step(step: int, given: list[tuple[Tensor, Tensor | None]], pair: Pair, config: State) -> dict[str, Tensor]:
+class Given(NamedTuple):
+    """What a step is given: (images, masks) of a labelled batch, an unlabelled one, and one to compare with."""
+
+    labelled: tuple[Tensor, Tensor | None]
+    unlabelled: tuple[Tensor, Tensor | None] | None = None
+    drawn: tuple[Tensor, Tensor | None] | None = None
+
+
+def _step(step: int, given: Given, pair: Pair, config: State, items: Callable[[], str]) -> dict[str, float]:
     """One step of both networks; return the losses."""
-    images, masks = given[0]
+    rate, judging_rate = pair.rates(step)
+    what, count = f"s4gan, step {step}", len(given.labelled[0])
+    told: list[Told] = []
+    loss_of = partial(_loss_of, step, given, pair, config, told)
+    loss = pair.segmenter.step(loss_of, count, rate, items=items, what=what)
+    if pair.judge is None or given.unlabelled is None:
+        return {"loss": loss}
+    pair.judge.net.requires_grad_(True)
+    fake, real = (torch.cat([getattr(one, side) for one in told]) for side in ("fake", "real"))
+    judged = partial(_judged, pair.judge.net, fake, real)
+    said = {name: float(np.mean([one.said[name] for one in told])) for name in told[0].said}
+    return {"loss": loss, **said} | {
+        "discriminator_loss": pair.judge.step(judged, count, judging_rate, items=items, what=f"{what}, discriminator")
+    }
+
+
+class Told(NamedTuple):
+    """What the segmenter's part of a step leaves for the discriminator's: its inputs, and figures to be written."""
+
+    fake: Tensor
+    real: Tensor
+    said: dict[str, float]
+
+
+def _loss_of(step: int, given: Given, pair: Pair, config: State, told: list[Told], part: slice) -> Tensor:
+    """What a part of the batches adds to the segmenter's loss; matching and self-training are of the part alone."""
+    images, masks = given.labelled
     assert masks is not None
-    labelled = cross_entropy(_logits(pair.net, images, config), masks)
-    if len(given) == 1:
-        pair.learn(labelled, step)
-        return {"loss": labelled.detach()}
-    assert pair.judge is not None
-    (unlabelled, _), (shown, drawn) = given[1:]
-    assert drawn is not None
-    settings = pair.settings.discriminator
+    known = mass(masks).clamp(min=1.0)
+    own: Tensor = cross_entropy_sum(_logits(pair.segmenter.net, images[part], config), masks[part]) / known
+    if pair.judge is None or given.unlabelled is None or given.drawn is None:
+        return own
+    settings, judge = pair.settings.discriminator, pair.judge.net
     assert settings is not None
-    logits = _logits(pair.net, unlabelled, config)
+    assert given.drawn[1] is not None
+    unlabelled = given.unlabelled[0][part]
+    logits = _logits(pair.segmenter.net, unlabelled, config)
     fake = torch.cat([logits.softmax(dim=1), unlabelled / 255], dim=1)
-    real = torch.cat([one_hot(drawn, logits.shape[1]), shown / 255], dim=1)
-    pair.judge.requires_grad_(False)
-    answers, features = pair.judge(fake)
-    matching = feature_matching(pair.judge(real)[1], features)
-    pair.judge.requires_grad_(True)
+    real = torch.cat([one_hot(given.drawn[1][part], logits.shape[1]), given.drawn[0][part] / 255], dim=1)
+    judge.requires_grad_(False)
+    answers, features = judge(fake)
+    matching = feature_matching(judge(real)[1], features)
     teaching, count = self_training(logits, answers.detach().sigmoid(), settings.threshold)
+    said = {
+        "ce_loss": own,
+        "matching_loss": matching,
+        "self_training_loss": teaching,
+        "score": answers.sigmoid().mean(),
+    }
+    figures = {name: float(value.detach()) for name, value in said.items()} | {"taught": count / len(logits)}
+    told.append(Told(fake.detach(), real, figures))
     taught = settings.teach * teaching if step >= settings.after else 0.0
-    pair.learn(labelled + settings.match * matching + taught, step)
-    judged = discriminator_loss(pair.judge(real)[0], pair.judge(fake.detach())[0])
-    pair.judge_better(judged, step)
-    parts = {"loss": labelled, "matching_loss": matching, "self_training_loss": teaching, "discriminator_loss": judged}
-    found = {"taught": torch.tensor(count / len(logits)), "score": answers.sigmoid().mean()}
-    return {name: value.detach().cpu() for name, value in (parts | found).items()}
+    added: Tensor = own + (settings.match * matching + taught) * (len(logits) / len(images))
+    return added
+
+
+def _judged(judge: nn.Module, fake: Tensor, real: Tensor, part: slice) -> Tensor:
+    """What a part of both batches adds to the discriminator's loss."""
+    loss = discriminator_loss(judge(real[part])[0], judge(fake[part])[0])
+    return loss * (len(fake[part]) / len(fake))
 
 
 def _logits(net: nn.Module, images: Tensor, config: State) -> Tensor:
-    with precision(config["settings"].learning, config["device"]):
+    with precision(config["settings"].learning, images.device):
         logits: Tensor = net(config["scaling"].normalize(images))
     return logits.float()
 
@@ -255,10 +287,20 @@ def _measure(pair: Pair, config: State) -> dict[str, float]:
         return {}
     counts = torch.zeros(chips.count**2, dtype=torch.float64)
     mine = range(session.rank(), len(chips), session.world())
-    for confusion in confusions(pair.shown, chips, mine, config["scaling"], unit=32 * pair.settings.reduce):
+    net = pair.segmenter.show_mode(_as_seen(config))
+    for confusion in confusions(net, chips, mine, config["scaling"], unit=32 * pair.settings.reduce):
         counts += torch.from_numpy(confusion.matrix.ravel())
     total = session.summed(counts.to(config["device"])).cpu().numpy().astype(np.int64)
     return measures_of(Confusion(total.reshape(chips.count, chips.count)))
+
+
+def _as_seen(config: State) -> Iterator[Tensor]:
+    """The labelled chips as the network sees them, not augmented."""
+    settings: S4ganConfig = config["settings"]
+    order = _order("labelled", len(config["data"].labelled), 0, settings.learning.recalibrate, settings.learning)
+    for batch in read_ahead(order, config["read"]["labelled"]):
+        images, _ = centre(batch.images_NCHW.to(config["device"]), None, size=settings.size)
+        yield config["scaling"].normalize(images)
 
 
 @torch.no_grad()

@@ -134,7 +134,8 @@ def _k_center(pool: Pool, count: int, rng: np.random.Generator) -> Choice:
     """Greedy k-centre (Sener & Savarese 2018): again and again the image farthest from all labelled and chosen."""
     features = np.asarray(pool.features_NF, np.float64)
     gaps = _squares(features, np.asarray(pool.labelled_MF, np.float64)).min(axis=1, initial=np.inf)
-    positions, scores = [], []
+    positions: list[int] = []
+    scores: list[float] = []
     for _ in range(min(count, len(features))):
         farthest = int(np.argmax(gaps))
         positions.append(farthest)
@@ -160,7 +161,9 @@ def _badge(pool: Pool, count: int, rng: np.random.Generator) -> Choice:
     residual[np.arange(len(residual)), residual.argmax(axis=1)] -= 1.0
     features = np.asarray(pool.features_NF, np.float64)
     lengths = (residual**2).sum(axis=1) * (features**2).sum(axis=1)
-    gaps, positions, scores = np.full(len(features), np.inf), [], []
+    gaps = np.full(len(features), np.inf)
+    positions: list[int] = []
+    scores: list[float] = []
     for number in range(min(count, len(features))):
         at = int(np.argmax(lengths)) if number == 0 else _drawn(gaps, positions, rng)
         positions.append(at)
