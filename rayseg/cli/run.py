@@ -20,7 +20,6 @@ from rayseg.cli.words import (
     images_or_region,
     only,
     pipeline_of,
-    region_of,
 )
 from rayseg.errors import RunIncomplete
 
@@ -60,7 +59,7 @@ def run_pipeline(
 
     module = pipeline_of(name)
     resolved = load(module.Config, config, set_ or ())
-    area = only(region_of(region), tiles)
+    area = only(images_or_region(region), tiles)
     with _run_at(out or f"runs/{name}-{slug(region)}", name, resolved, area, engine, address) as run:
         typer.echo(module.run(resolved, run, area))
 
@@ -103,7 +102,7 @@ def status(
 @app.command()
 def predict(
     model: Annotated[str, typer.Argument(help="Prefix of a bundle, for example runs/demo/models/segmenter.")],
-    source: Annotated[str, typer.Argument(help=f"An image, a folder of images, or a region: {REGIONS}.")],
+    source: Annotated[str, typer.Argument(help=f"An image, or what --region can name: {REGIONS}.")],
     *,
     out: Out,
     set_: Overrides = None,

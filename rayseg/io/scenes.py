@@ -10,7 +10,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from rayseg.errors import DataError
 from rayseg.geo import Grid, Window, expect_ids, slug
 from rayseg.io import catalog
-from rayseg.io.labels import sources_of_images
-from rayseg.io.masks import NODATA, masks_of, pixels_of, read_classes
+from rayseg.io.labels import image_folders, sources_of_images
+from rayseg.io.maps import NODATA
+from rayseg.io.masks import masks_of, pixels_of, read_classes
 from rayseg.io.rasters import footprint, grids_of, read
 from rayseg.io.sources import Source
-from rayseg.store import upath
 from rayseg.vision.color import ClassTable
 from rayseg.vision.fill import mirrored
 
@@ -86,21 +86,20 @@ def labelled_images(images: str, masks: str | None = None, *, names: Sequence[st
 
 
 def _placed(image_id: str, scene: str, image: Source, masks: tuple[Source, ...]) -> LabelledImage:
+    image = replace(image, item_id=image_id)
     grid = grids_of([image])[0][0] if any(mask.crs for mask in masks) and image.crs else pixels_of(image)
     return LabelledImage(image_id, scene, image, masks, grid, footprint(image, grid))
 
 
 def _of_folder(folder: str) -> list[LabelledImage]:
-    root = upath(folder)
-    pairs = sorted(path.parent for path in [root / "images", *root.glob("**/images")] if path.is_dir())
-    if not pairs:
+    folders = image_folders(folder)
+    if not folders:
         raise DataError(
             f"{folder} has no folder called images, expected images and masks side by side in it or in each of its "
             "scenes' folders; rename them, or name a catalogue"
         )
-    scenes = {str(path.relative_to(root)) if path != root else "": path for path in dict.fromkeys(pairs)}
     with ThreadPoolExecutor(_THREADS) as pool:
-        return [image for part in pool.map(_of_scene, scenes, scenes.values()) for image in part]
+        return [image for part in pool.map(_of_scene, folders, folders.values()) for image in part]
 
 
 def _of_scene(scene: str, folder: Any) -> list[LabelledImage]:  # noqa: ANN401 - a UPath
@@ -174,11 +173,11 @@ def read_window(
     if table is None or not one.masks:
         classes_HW = np.full(valid_HW.shape, NODATA, np.uint8)
     else:
-        classes_HW = np.where(valid_HW, read_classes(_on(one), one.grid, window, table), NODATA).astype(np.uint8)
+        classes_HW = np.where(valid_HW, read_classes(masks_on(one), one.grid, window, table), NODATA).astype(np.uint8)
     return mirrored(image_CHW, valid_HW) if valid_HW.any() else image_CHW, classes_HW
 
 
-def _on(one: LabelledImage) -> Sequence[Source]:
+def masks_on(one: LabelledImage) -> Sequence[Source]:
     """The masks as they lie on the image's own pixels, if neither says where on Earth it is."""
     if one.grid.crs is not None:
         return one.masks
@@ -186,8 +185,7 @@ def _on(one: LabelledImage) -> Sequence[Source]:
 
 
 def _called(mask: Source, grid: Grid) -> Source:
-    values = {**mask.to_row(), "item_id": grid.image, "crs": None}
-    return Source.from_row(values)
+    return replace(mask, item_id=grid.image or "", crs=None)
 
 
 def count_classes(one: LabelledImage, table: ClassTable, *, cell: int) -> NDArray[np.int64]:
@@ -199,7 +197,7 @@ def count_classes(one: LabelledImage, table: ClassTable, *, cell: int) -> NDArra
     whole, step = one.window, max(1, _ROWS // cell) * cell
     return np.concatenate(
         [
-            _counted(read_classes(_on(one), one.grid, rows.intersect(whole), table), table, cell)
+            _counted(read_classes(masks_on(one), one.grid, rows.intersect(whole), table), table, cell)
             for top in range(whole.row, whole.row1, step)
             for rows in [Window(whole.col, top, whole.width, step)]
         ]

@@ -107,9 +107,9 @@ def cut(
     each = zip(images_NCHW, _each(masks_NMHW, len(images_NCHW)), _generators(luck, len(images_NCHW)), strict=True)
     for image, mask, generator in each:
         window = _window(image.shape[1:], mask, settings, generator, size=size)
-        pieces.append(_resized(image[window].float(), size, smooth=True))
+        pieces.append(resized(image[window].float(), size, smooth=True))
         if mask is not None:
-            covers.append(_resized(mask[window].float(), size, smooth=False))
+            covers.append(resized(mask[window].float(), size, smooth=False))
     return torch.stack(pieces), torch.stack(covers) if covers else None
 
 
@@ -158,8 +158,9 @@ def _drawn(luck: Luck, count: int, width: int = 1) -> Tensor:
     return torch.stack([torch.rand(width, generator=generator) for generator in luck])
 
 
-def _resized(image_CHW: Tensor, size: int, *, smooth: bool) -> Tensor:
-    if image_CHW.shape[1] == size:
+def resized(image_CHW: Tensor, size: int, *, smooth: bool) -> Tensor:
+    """The image (or mask, not `smooth`) at (size, size), float32 as it is given."""
+    if image_CHW.shape[1:] == (size, size):
         return image_CHW
     if smooth:
         return interpolate(image_CHW[None], size=(size, size), mode="bilinear", antialias=True)[0]

@@ -47,7 +47,7 @@ class Schedule(Config):
     def at(self, done: float, whole: float) -> float:
         """The rate after `done` of `whole` epochs (or of whatever both and `every` and `warm_up` are counted in)."""
         share = min(done / whole, 1.0)
-        fallen = {
+        fallen: float = {
             "poly": (1 - share) ** self.power,
             "cos": (1 + math.cos(math.pi * share)) / 2,
             "step": self.factor ** math.floor(done / self.every + 1e-9),
@@ -116,7 +116,7 @@ class Learner:
         if not settings.encoder_rate:
             net.get_submodule("encoder").requires_grad_(False)
         if settings.sync_batchnorm and device.type == "cuda" and session.world() > 1:
-            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
         net = session.alike(net.to(device))
         average = averaged(net, decay=settings.average) if settings.average else None
         return cls(settings, net, _optimizer(net, settings, groups), average, settings.micro)

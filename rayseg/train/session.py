@@ -122,6 +122,11 @@ def world() -> int:
     return int(ray.train.get_context().get_world_size() or 1)
 
 
+def spare_cpus(workers: int) -> float:
+    """CPUs of the connected Ray that training on `workers` processes leaves to others; 0 without Ray."""
+    return float(ray.cluster_resources().get("CPU", 0)) - workers if ray.is_initialized() else 0.0
+
+
 def device_of(config: Mapping[str, Any]) -> torch.device:
     """Where this worker computes."""
     gpu = config["use_gpu"] and torch.cuda.is_available()
