@@ -126,6 +126,7 @@ class Common(Config):
     """What all rounds share."""
 
     table: tuple[tuple[int, str, tuple[int, int, int]], ...] = ()
+    ignore: tuple[tuple[int, int, int], ...] = ()
     scaling: Scaling
     seed: int
     workers: int = 0
@@ -136,7 +137,7 @@ class Common(Config):
     @property
     def classes(self) -> ClassTable:
         """The table of the masks' classes."""
-        return ClassTable(self.table)
+        return ClassTable(self.table, self.ignore) if self.table else label_table(1)
 
 
 def labelled(step: Step) -> list[Row]:
@@ -158,6 +159,19 @@ def known_labels(root: str, rows: Sequence[Row], table: ClassTable) -> list[str]
     if waiting:
         ask(root, waiting, table)
     return found
+
+
+def expect_masks(root: str, rows: Sequence[Row], table: ClassTable) -> None:
+    """Refuse to learn from chips whose masks are still to be drawn.
+
+    Raises:
+        RunIncomplete: there are some; their images are ready to be drawn on.
+    """
+    waiting = [
+        row for row in rows if row["masks"] == "[]" and not pool.drawn_path(drawn_prefix(root), row["id"]).exists()
+    ]
+    if waiting:
+        ask(root, waiting, table)
 
 
 def drawn_prefix(root: str) -> str:
@@ -241,7 +255,7 @@ def _seeded(settings: ClassifierConfig, seed: int) -> ClassifierConfig:
 
 
 def _described(settings: ClassifierConfig, classes: Sequence[str], common: Common) -> Bundle:
-    colors = dict(zip(common.classes.names, common.classes.colors, strict=True)) if common.table else {}
+    colors = {name: color for _, name, color in common.table}
     palette = label_table(len(classes)).colors
     return Bundle(
         name="classifier",

@@ -6,13 +6,15 @@ Sums run over all pixels within four standard deviations of the place: beyond, a
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import EllipsisType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rayseg.errors import ConfigError
+from rayseg.models.segmenter import build_segmenter
 
 Place = tuple[EllipsisType, slice, slice]
 WIDEST = 8.0
@@ -124,3 +126,21 @@ class Refined(nn.Module):
         logits = self.net(images_NCHW).float()
         colors = images_NCHW.float() * self.std[:, None, None]
         return mean_field(logits.log_softmax(dim=1), colors, self.kernels)
+
+
+def build_refined(
+    *, classes: int, channels: int = 3, weights: str = "imagenet", **options: str | int | float
+) -> Refined:
+    """A segmenter and the random field over it.
+
+    Args:
+        classes: number of maps K, one per class.
+        channels: bands of the images.
+        weights: of the encoder.
+        options: of `Kernels`; the others are arguments of `build_segmenter`.
+    """
+    own = {field.name for field in fields(Kernels)}
+    kernels = Kernels(**{name: value for name, value in options.items() if name in own})  # type: ignore[arg-type]
+    rest: Any = {name: value for name, value in options.items() if name not in own}
+    net = build_segmenter(**rest, classes=classes, channels=channels, weights=weights)
+    return Refined(net, channels=channels, kernels=kernels)
