@@ -12,7 +12,6 @@ from upath import UPath
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
 from rayseg.models.classifier import class_probabilities
-from rayseg.models.cpu import threads
 from rayseg.store import put, upath
 
 Row = dict[str, Any]
@@ -51,9 +50,8 @@ class Score:
         described, model = self._loaded
         images = [_middle(row["image"], described.patch).transpose(2, 0, 1) for row in rows]
         device = next(model.parameters()).device
-        with threads():
-            seen = torch.from_numpy(np.stack([described.normalize(image) for image in images])).to(device)
-            logits, features = model.embed(seen)  # type: ignore[operator]
+        seen = torch.from_numpy(np.stack([described.normalize(image) for image in images])).to(device)
+        logits, features = model.embed(seen)  # type: ignore[operator]
         p_NK = class_probabilities(logits.double()).cpu().numpy()
         for row, feature in zip(rows, features.cpu().numpy(), strict=True):
             self._keep(row["id"], feature)
