@@ -123,8 +123,8 @@ def write_page(
         figures: (label, value, note).
         asked: what run.json says, for `root`s without one.
     """
+    ledgers = {} if asked else run.status(root)["steps"]
     asked = asked or run.read(root)
-    has_run = "versions" in asked
     content = report.Content(
         title=extras.title or f"{asked['pipeline']}: {asked['region']['name']}",
         lead=extras.labels,
@@ -136,7 +136,7 @@ def write_page(
         pictures=[(title, _image(root, image), caption) for title, image, caption in extras.pictures],
         tables=list(extras.tables),
         curves=[],
-        ledgers=run.status(root)["steps"] if has_run else {},
+        ledgers=ledgers,
         timing=None,
         config=asked["config"],
         versions=asked.get("versions", {}),

@@ -244,6 +244,17 @@ def learn(config: Config, run: Run, region: Region) -> tuple[Step, list[Step], S
     return listed, rounds, segmenter, run.step("measure", measure, listed, segmenter, config)
 
 
+def tried(config: Config, run: Run, region: Region) -> dict[str, Any]:
+    """What a trial of a sweep finds: `curve`, points (labels, measure), and all measures; nothing is mapped."""
+    if config.segmenter is None:
+        listed, rounds = choose(config, run, region)
+        last = run.step("last", measure_last, listed, rounds[-1], config.active, config.common)
+        return {"curve": _accuracies([*rounds, last]), "part": "validation"}
+    _, _, segmenter, measured = learn(config, run, region)
+    found = measured.value["mean_iou"] if "mean_iou" in measured.value else float("nan")
+    return {"curve": [(segmenter.value["masks"], found)], **measured.value}
+
+
 def evaluate(step: Step, predicted: Step, region: Region, truth: str | None) -> dict[str, Any]:
     """Compare the map with its truth, if there is one."""
     return evaluation.evaluate_run(step, predicted, _of_region(region, truth)) if truth else {}

@@ -7,7 +7,7 @@ so a training that goes on from a checkpoint is the one that was not disturbed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -105,7 +105,7 @@ def _train(config: State) -> State:
     state = session.load_checkpoint(config["prefix"], config["key"])
     pair = _pair(state, config, device)
     state = state or {"step": 0, "epoch": 0, "best": session.NOTHING}
-    config = config | {"device": device, "read": _reading(config["data"], settings)}
+    config = config | {"device": device, "read": _reading(config["data"], settings), "held": _held(config["data"])}
     with session.scalars(config["prefix"]) as write:
         while state["step"] < settings.steps:
             measures = _steps(state["step"], pair, config) | _measure(pair, config)
@@ -140,6 +140,14 @@ def _reading(data: Data, settings: S4ganConfig) -> dict[str, Kept]:
     if data.unlabelled:
         readers["unlabelled"] = Kept(data.unlabelled.read, limit=2 * limit)
     return readers
+
+
+def _held(data: Data) -> Chips | None:
+    """The validation chips, kept in memory as far as they fit: every checkpoint looks at all of them."""
+    chips = data.validation
+    if chips is None or chips.read_mask is None:
+        return None
+    return replace(chips, read=Kept(chips.read, limit=1 << 30), read_mask=Kept(chips.read_mask, limit=1 << 28))
 
 
 STREAMS = {"labelled": 1, "unlabelled": 2, "drawn": 3}
@@ -282,7 +290,7 @@ def _logits(net: nn.Module, images: Tensor, config: State) -> Tensor:
 @torch.no_grad()
 def _measure(pair: Pair, config: State) -> dict[str, float]:
     """Measures of all workers together on the validation chips; none without them."""
-    chips: Chips | None = config["data"].validation
+    chips: Chips | None = config["held"]
     if chips is None:
         return {}
     counts = torch.zeros(chips.count**2, dtype=torch.float64)
