@@ -18,6 +18,7 @@ from rayseg.chips import parquet
 from rayseg.config import Config
 from rayseg.errors import RunIncomplete
 from rayseg.flow import Work
+from rayseg.io.tables import Classes
 from rayseg.ledger import Ledger, Record
 from rayseg.metrics import Confusion
 from rayseg.models import bundle
@@ -28,7 +29,7 @@ from rayseg.stages.score import ReadWith, Score, features_path
 from rayseg.store import put, upath
 from rayseg.train.augment import Augment
 from rayseg.train.classifier import ClassifierConfig, fit_classifier, trained_classifier
-from rayseg.train.learning import Learning
+from rayseg.train.learning import Learning, Rates
 from rayseg.vision import queries
 from rayseg.vision.color import ClassTable, label_table
 from rayseg.vision.queries import Budget
@@ -37,6 +38,27 @@ Strategy = Literal["margin", "entropy", "least-confidence", "random", "k-center"
 Share = Annotated[float, Field(gt=0, le=1)]
 AT_ONCE = 8
 """Chips that are scored at once."""
+
+
+class ChipsClassifierConfig(ClassifierConfig):
+    """A classifier of chips into many classes; the defaults are the paper's for UC Merced."""
+
+    network: Literal["chips", "plots", "over-imagenet"] = "over-imagenet"
+    """over-imagenet: a head on the 1000 outputs of a whole network of timm; chips: a head on an encoder."""
+    encoder: str = "resnet101"
+    """A name of timm; of segmentation_models_pytorch too for `network: chips`."""
+    positive: int | None = None
+    """None draws all chips alike."""
+    size: Annotated[int, Field(gt=0)] = 256
+    """Side in pixels of the windows cut out of the chips; a multiple of 32 times `reduce`."""
+    epochs: Annotated[int, Field(gt=0)] = 50
+    """One epoch is one pass over the labelled chips."""
+    rates: Rates = ((50, 1e-3),)
+    """(until epoch, learning rate)."""
+    learning: Learning = Learning(batch=4, optimizer="sgd")
+    """How weights are changed."""
+    augment: Augment = Augment(quadrants=0.0, rotate=0.0)
+    """What happens to training chips."""
 
 
 class ActiveConfig(Config):
@@ -53,16 +75,7 @@ class ActiveConfig(Config):
     """Size of a query relative to that."""
     count_pool: bool = True
     """The first ones count and are learnt from; without, the list is of queried chips alone, as published."""
-    classifier: ClassifierConfig = ClassifierConfig(
-        network="over-imagenet",
-        encoder="resnet101",
-        positive=None,
-        size=256,
-        epochs=50,
-        rates=((50, 1e-3),),
-        learning=Learning(batch=4, optimizer="sgd"),
-        augment=Augment(quadrants=0.0, rotate=0.0),
-    )
+    classifier: ChipsClassifierConfig = ChipsClassifierConfig()
     """Of whole chips; begins anew in each round."""
 
     def budget(self, chips: int) -> Budget:
@@ -125,8 +138,8 @@ def measure_last(step: Step, listed: Step, before: Step, config: ActiveConfig, *
 class Common(Config):
     """What all rounds share."""
 
-    table: tuple[tuple[int, str, tuple[int, int, int]], ...] = ()
-    ignore: tuple[tuple[int, int, int], ...] = ()
+    kinds: Classes = Classes()
+    """Classes of the masks; labelled images need none."""
     scaling: Scaling
     seed: int
     workers: int = 0
@@ -137,7 +150,7 @@ class Common(Config):
     @property
     def classes(self) -> ClassTable:
         """The table of the masks' classes."""
-        return ClassTable(self.table, self.ignore) if self.table else label_table(1)
+        return self.kinds.table
 
 
 def labelled(step: Step) -> list[Row]:
@@ -255,7 +268,7 @@ def _seeded(settings: ClassifierConfig, seed: int) -> ClassifierConfig:
 
 
 def _described(settings: ClassifierConfig, classes: Sequence[str], common: Common) -> Bundle:
-    colors = {name: color for _, name, color in common.table}
+    colors = dict(zip(common.classes.names, common.classes.colors, strict=True))
     palette = label_table(len(classes)).colors
     return Bundle(
         name="classifier",

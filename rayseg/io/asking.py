@@ -57,7 +57,8 @@ def export(folder: str, chips: Sequence[Asked], table: ClassTable) -> str:
     asked = {row["id"]: [window.height, window.width] for row, _, window, _ in chips}
     classes = [{"value": value, "name": name, "color": hex_of(color)} for value, name, color in table.classes]
     ignore = [hex_of(color) for color in table.ignore]
-    content = {"chips": asked, "classes": classes, "ignore": ignore, "rows": [row for row, *_ in chips]}
+    masks = {"classes": classes, "ignore": ignore, "threshold": table.threshold}
+    content = {"chips": asked, "masks": masks, "rows": [row for row, *_ in chips]}
     put(root / "index.html", _page(chips, table).encode())
     put(root / "request.json", json.dumps(content).encode())
     return str(root / "index.html")
@@ -113,7 +114,7 @@ def load(folder: StorePath, run: str) -> tuple[int, list[str]]:
             classes, or holds a value or colour that is no class; nothing is written then.
     """
     asked = _asked(run)
-    table = ClassTable.from_config({"classes": asked["classes"], "ignore": asked["ignore"]})
+    table = ClassTable.from_config(asked["masks"])
     files = sorted(path for path in upath(folder).iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
     if not files:
         raise DataError(f"{folder} holds no masks, expected PNG or TIFF files called by the chips' ids; draw some")

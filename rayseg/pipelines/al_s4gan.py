@@ -96,8 +96,7 @@ class Config(Frozen):
     def common(self) -> Common:
         """What all rounds share."""
         return Common(
-            table=() if self.pool.chips else self.table.classes,
-            ignore=self.table.ignore,
+            kinds=self.classes,
             scaling=self.scaling,
             seed=self.seed,
             workers=self.workers,
