@@ -27,15 +27,15 @@ active:
   ratio: 0.35
   classifier:
     network: chips
-    encoder: timm-mobilenetv3_small_minimal_100
+    encoder: test_resnet
     weights: none
     size: 64
     epochs: 1
     rates: [[1, 3.0e-3]]
     learning: {batch: 3, optimizer: adamw, average: 0.9}
 segmenter:
-  architecture: linknet
-  encoder: timm-mobilenetv3_small_minimal_100
+  architecture: unet
+  encoder: test_resnet
   weights: none
   size: 64
   steps: 4

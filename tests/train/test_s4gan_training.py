@@ -14,7 +14,7 @@ from rayseg.train.s4gan import Data, fit_s4gan, trained_s4gan
 SCALING = Scaling(mean=(110.0, 100.0, 90.0), std=(40.0, 40.0, 40.0))
 QUICK = S4ganConfig(
     architecture="unet",
-    encoder="mobilenet_v2",
+    encoder="test_resnet",
     weights="none",
     size=32,
     steps=6,
