@@ -88,6 +88,34 @@ def build_encoder(encoder: str, *, channels: int = 3, stride: int = 32, weights:
     return model
 
 
+def build_imagenet(name: str, *, channels: int = 3, weights: str = "imagenet") -> nn.Module:
+    """A whole network of timm: images_NCHW -> the 1000 logits of ImageNet.
+
+    Args:
+        name: of timm, with or without its prefixes here (`tu-`, `timm-`).
+        channels: bands of the images.
+        weights: "imagenet" (downloaded), "none" (random), or the path of a file with all of its tensors.
+
+    Raises:
+        ConfigError: timm has no such network.
+        ModelError: the weights are not to be had or do not fit.
+    """
+    bare = name.removeprefix("timm-").removeprefix("tu-")
+    if not timm.is_model(bare):
+        close = difflib.get_close_matches(bare, timm.list_models(), n=4, cutoff=0.5)
+        near = f"did you mean {', '.join(close)}?" if close else "see timm.list_models() for the names"
+        raise ConfigError(f"network {name!r} is not in timm; {near}")
+    try:
+        model: nn.Module = timm.create_model(
+            bare, pretrained=weights == "imagenet", num_classes=1000, in_chans=channels
+        )
+    except (OSError, *CANNOT_BUILD) as error:
+        raise cannot_build(name, weights, error) from None
+    if weights not in {"imagenet", "none"}:
+        load_encoder_weights(model, weights)
+    return model
+
+
 def cannot_build(what: str, weights: str, error: Exception) -> ConfigError | ModelError:
     """The error to raise where a library could not build the model `what`: no weights, or no such combination."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
