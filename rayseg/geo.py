@@ -9,7 +9,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -136,7 +136,7 @@ class Tile:
         }
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> "Tile":
+    def from_row(cls, row: Mapping[str, Any]) -> "Tile":
         """The tile that `to_row` made this row of (further columns are ignored)."""
         grid = Grid(row["crs"], (row["xres"], row["yres"]), (row["x0"], row["y0"]), row["grid_image"])
         return cls(row["id"], grid, Window(row["col"], row["row"], row["width"], row["height"]))

@@ -99,7 +99,7 @@ def document(image: Path, polygons: Sequence[shapely.Geometry], classes: Sequenc
         DataError: the image cannot be read, or is smaller than its plots.
     """
     height, width = _picture(image).shape[:2]
-    if any(geometry.bounds[2] > width or geometry.bounds[3] > height for geometry in polygons):
+    if (shapely.total_bounds(polygons)[2:] > (width, height)).any():  # of no plots it is nan
         raise DataError(
             f"a plot reaches beyond {image}, {width} x {height} px; give the images it was found in, of a run with "
             "enlarge those in RUN/enlarged"
