@@ -18,6 +18,7 @@ PIPELINES = {
     "agri": "rayseg.pipelines.agri",
     "superpixel": "rayseg.pipelines.superpixel",
     "landcover": "rayseg.pipelines.landcover",
+    "al-s4gan": "rayseg.pipelines.al_s4gan",
 }
 MODULES = PIPELINES | {"predict": "rayseg.pipelines.predict"}
 

@@ -15,7 +15,7 @@ from rayseg.config import Config
 from rayseg.errors import ConfigError
 from rayseg.metrics import Confusion
 from rayseg.models.bundle import Scaling
-from rayseg.models.classifier import build_classifier
+from rayseg.models.classifier import build_classifier, build_over_imagenet
 from rayseg.models.plots import build_plot_classifier
 from rayseg.store import StorePath, absolute
 from rayseg.train import session
@@ -29,8 +29,9 @@ State = dict[str, Any]
 class ClassifierConfig(Config):
     """A classifier and how it is trained; the defaults are the paper's."""
 
-    network: Literal["chips", "plots"] = "chips"
-    """Of rayseg.models.classifier, or of rayseg.models.plots: then stride, reduce, pooling and one_logit are unused."""
+    network: Literal["chips", "plots", "over-imagenet"] = "chips"
+    """chips: a head on an encoder; over-imagenet: a head on the 1000 outputs of a whole network of timm, where dropout,
+    stride, pooling and one_logit are unused; plots: of rayseg.models.plots, where these and reduce are."""
     encoder: str = "regnety_040"
     """A name of segmentation_models_pytorch or of timm."""
     weights: session.Weights = "imagenet"
@@ -62,6 +63,8 @@ class ClassifierConfig(Config):
         """Arguments of the network's factory, as a bundle keeps them."""
         if self.network == "plots":
             return {"encoder": self.encoder, "classes": classes, "dropout": self.dropout}
+        if self.network == "over-imagenet":
+            return {"encoder": self.encoder, "classes": classes, "channels": channels, "reduce": self.reduce}
         return {
             "encoder": self.encoder,
             "classes": 1 if self.one_logit else classes,
@@ -145,7 +148,11 @@ def key_of(settings: Config, chips: Chips, held_out: Chips | None) -> str:
     return f"{settings.model_dump_json()} {hashlib.sha256(repr(known).encode()).hexdigest()}"
 
 
-NETWORKS: Mapping[str, Callable[..., nn.Module]] = {"chips": build_classifier, "plots": build_plot_classifier}
+NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
+    "chips": build_classifier,
+    "over-imagenet": build_over_imagenet,
+    "plots": build_plot_classifier,
+}
 
 
 def trained_classifier(settings: ClassifierConfig, prefix: StorePath, *, classes: int, channels: int = 3) -> nn.Module:
@@ -161,8 +168,7 @@ def _train(config: State) -> State:
     device = session.device_of(config)
     state = session.load_checkpoint(config["prefix"], config["key"])
     torch.manual_seed(settings.learning.seed)
-    classes, channels = max(chips.labels) + 1, chips.read(0).shape[2]
-    options = settings.options(classes=max(classes, 2), channels=channels)
+    options = settings.options(classes=max(chips.count, 2), channels=chips.read(0).shape[2])
     net = NETWORKS[settings.network](**options, weights="none" if state else settings.weights)
     learner = Learner.start(net, settings.learning, device)
     state = state or {"epoch": 0, "best": session.NOTHING}
@@ -249,7 +255,7 @@ def _evaluate(learner: Learner, read: Read, config: State, device: torch.device)
     held_out: Chips | None = config["held_out"]
     if held_out is None:
         return {}
-    classes = max(*config["chips"].labels, *held_out.labels) + 1
+    classes = max(config["chips"].count, held_out.count)
     sums = torch.zeros(classes * classes + 1, dtype=torch.float64, device=device)
     for batch, images in _seen(held_out, held_out.read, config, device):
         with precision(settings.learning, device):
