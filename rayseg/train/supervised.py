@@ -110,7 +110,7 @@ class Labelled:
     @property
     def pixels_K(self) -> Counts:
         """Labelled pixels of each class."""
-        return np.sum([found.sum(axis=(0, 1)) for found in self.counts], axis=0).astype(np.int64)
+        return np.asarray(sum(found.sum(axis=(0, 1)) for found in self.counts), np.int64)
 
 
 def fit_supervised(
