@@ -28,9 +28,9 @@ from rayseg.run import Step
 from rayseg.stages.score import ReadWith, Score, features_path
 from rayseg.store import put, upath
 from rayseg.train.augment import Augment
-from rayseg.train.classifier import ClassifierConfig, fit_classifier, trained_classifier
+from rayseg.train.classifier import NETWORKS, ClassifierConfig, fit_classifier, trained_classifier
 from rayseg.train.learning import Learning, Rates
-from rayseg.vision import queries
+from rayseg.vision import linear, queries
 from rayseg.vision.color import ClassTable, label_table
 from rayseg.vision.queries import Budget
 
@@ -77,6 +77,9 @@ class ActiveConfig(Config):
     """The first ones count and are learnt from; without, the list is of queried chips alone, as published."""
     classifier: ChipsClassifierConfig = ChipsClassifierConfig()
     """Of whole chips; begins anew in each round."""
+    frozen: bool = False
+    """The network stays as its weights are and sees every chip once; a round then fits a logistic regression to its
+    features, in a second."""
 
     def budget(self, chips: int) -> Budget:
         """How many of `chips` are asked for when."""
@@ -91,14 +94,26 @@ def draw_first(step: Step, listed: Step, config: ActiveConfig, *, seed: int) -> 
     return _keep(step, [_picked(rows[at], rank, 0, "first") for rank, at in enumerate(drawn)])
 
 
+def see(step: Step, listed: Step, config: ActiveConfig, *, common: "Common") -> dict[str, Any]:
+    """The features of all chips by a network that stays as it is, `<step>/features/<chip>.npy`."""
+    settings, classes = config.classifier, listed.value["classes"]
+    options = settings.options(classes=len(classes), channels=len(pool.BANDS))
+    model = NETWORKS[settings.network](**options, weights=settings.weights).eval()
+    prefix = str(step.prefix / "classifier")
+    bundle.save(prefix, _described(settings, classes, common), model)
+    rows = pool.rows_of(listed, "pool") + pool.rows_of(listed, "validation")
+    return {"chips": len(_scored(step, rows, Score(prefix, str(step.prefix / "features")), common))}
+
+
 def query(
-    step: Step, listed: Step, before: Step, config: ActiveConfig, *, number: int, common: "Common"
+    step: Step, listed: Step, seen: Step | None, before: Step, config: ActiveConfig, *, number: int, common: "Common"
 ) -> dict[str, Any]:
     """Train on what is labelled, score the rest, choose.
 
     Args:
         step: this one.
         listed: the pool.
+        seen: the step that has the features of all chips, where the network stays as it is.
         before: the step that chose last.
         config: how.
         number: of this round, from 1.
@@ -116,9 +131,10 @@ def query(
     budget = config.budget(len(rows))
     last = budget.target + (0 if config.count_pool else budget.initial)
     count = min(budget.query, last - len(chosen))
-    found = _learnt(step, listed, chosen, rest, config, common) if common.classifies else None
+    found = _told(step, listed, seen, chosen, rest, config, common) if common.classifies else None
     scores = found or {}
-    picks = _choose(step, rest, [row["id"] for row in chosen], scores, config, count, number, common)
+    features = seen or step
+    picks = _choose(features, rest, [row["id"] for row in chosen], scores, config, count, number, common)
     rows_picked = [
         _picked(rest[at], len(chosen) + k, number, config.strategy, score=score, classes=listed.value["classes"],
                 p=scores.get(rest[at]["id"]))
@@ -128,10 +144,12 @@ def query(
     return _keep(step, chosen + rows_picked) | {"before": len(chosen)} | measured
 
 
-def measure_last(step: Step, listed: Step, before: Step, config: ActiveConfig, *, common: "Common") -> dict[str, Any]:
+def measure_last(
+    step: Step, listed: Step, seen: Step | None, before: Step, config: ActiveConfig, *, common: "Common"
+) -> dict[str, Any]:
     """The accuracy of a classifier that learnt from all chips chosen."""
     chosen = labelled(before)
-    scores = _learnt(step, listed, chosen, [], config, common)
+    scores = _told(step, listed, seen, chosen, [], config, common)
     return {"before": len(chosen), "labelled": len(chosen)} | _accuracy(listed, scores)
 
 
@@ -235,6 +253,28 @@ def _keep(step: Step, rows: list[Row]) -> dict[str, Any]:
 
 
 # -- learning and scoring ----------------------------------------------------------------------------------------------
+
+
+def _told(
+    step: Step,
+    listed: Step,
+    seen: Step | None,
+    chosen: list[Row],
+    rest: list[Row],
+    config: ActiveConfig,
+    common: Common,
+) -> dict[str, list[float]]:
+    """Probabilities of the rest and of the validation chips, by id."""
+    if seen is None:
+        return _learnt(step, listed, chosen, rest, config, common)
+    by_id = {row["id"]: row for row in pool.rows_of(listed, "pool")}
+    classes = listed.value["classes"]
+    labels = known_labels(step.root, [by_id[row["id"]] for row in chosen], common.classes)
+    asked = [row["id"] for row in rest + pool.rows_of(listed, "validation")]
+    known_NF, asked_MF = (_features(seen, ids, wanted=True) for ids in ([row["id"] for row in chosen], asked))
+    numbers = np.array([classes.index(label) for label in labels])
+    p_MK = linear.class_probabilities(known_NF, numbers, asked_MF, classes=len(classes))
+    return {chip: p.tolist() for chip, p in zip(asked, p_MK, strict=True)}
 
 
 def _learnt(

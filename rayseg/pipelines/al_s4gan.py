@@ -118,24 +118,37 @@ def draw_first(step: Step, listed: Step, config: ActiveConfig, seed: int) -> dic
     return active.draw_first(step, listed, config, seed=seed)
 
 
-def query(step: Step, listed: Step, before: Step, config: ActiveConfig, common: Common, number: int) -> dict[str, Any]:
+def see(step: Step, listed: Step, config: ActiveConfig, common: Common) -> dict[str, Any]:
+    """The features of all chips by a network that stays as it is."""
+    return active.see(step, listed, config, common=common)
+
+
+def query(
+    step: Step, listed: Step, seen: Step | None, before: Step, config: ActiveConfig, common: Common, number: int
+) -> dict[str, Any]:
     """One round: train, score, choose."""
-    return active.query(step, listed, before, config, number=number, common=common)
+    return active.query(step, listed, seen, before, config, number=number, common=common)
 
 
-def measure_last(step: Step, listed: Step, before: Step, config: ActiveConfig, common: Common) -> dict[str, Any]:
+def measure_last(
+    step: Step, listed: Step, seen: Step | None, before: Step, config: ActiveConfig, common: Common
+) -> dict[str, Any]:
     """What a classifier is worth that has learnt from all chips chosen."""
-    return active.measure_last(step, listed, before, config, common=common)
+    return active.measure_last(step, listed, seen, before, config, common=common)
 
 
 def choose(config: Config, run: Run, region: Region) -> tuple[Step, list[Step]]:
-    """(the pool, the steps of active learning)."""
+    """(the pool, the steps of active learning); without a segmenter the last one measures what was reached."""
+    settings, common = config.active, config.common
     listed = run.step("pool", list_chips, region, config.pool, config.classes, config.seed)
-    budget = config.active.budget(listed.value["pool"])
-    steps = [run.step("round-0", draw_first, listed, config.active, config.seed)]
+    budget = settings.budget(listed.value["pool"])
+    steps = [run.step("round-0", draw_first, listed, settings, config.seed)]
+    frozen = settings.frozen and common.classifies
+    seen = run.step("features", see, listed, settings, common) if frozen else None
     for number in range(1, budget.queries + 1):
-        name = f"round-{number}"
-        steps.append(run.step(name, query, listed, steps[-1], config.active, config.common, number))
+        steps.append(run.step(f"round-{number}", query, listed, seen, steps[-1], settings, common, number))
+    if config.segmenter is None:
+        steps.append(run.step("last", measure_last, listed, seen, steps[-1], settings, common))
     return listed, steps
 
 
@@ -246,9 +259,8 @@ def learn(config: Config, run: Run, region: Region) -> tuple[Step, list[Step], S
 def tried(config: Config, run: Run, region: Region) -> dict[str, Any]:
     """What a trial of a sweep finds: `curve`, points (labels, measure), and all measures; nothing is mapped."""
     if config.segmenter is None:
-        listed, rounds = choose(config, run, region)
-        last = run.step("last", measure_last, listed, rounds[-1], config.active, config.common)
-        return {"curve": _accuracies([*rounds, last]), "part": "validation"}
+        _, rounds = choose(config, run, region)
+        return {"curve": _accuracies(rounds), "part": "validation"}
     _, _, segmenter, measured = learn(config, run, region)
     found = measured.value["mean_iou"] if "mean_iou" in measured.value else float("nan")
     return {"curve": [(segmenter.value["masks"], found)], **measured.value}
@@ -363,7 +375,6 @@ def run(config: Config, run: Run, region: Region) -> str:
     """Choose chips, learn, map `region`; return where the report is and what it says."""
     if config.segmenter is None:
         listed, rounds = choose(config, run, region)
-        rounds.append(run.step("last", measure_last, listed, rounds[-1], config.active, config.common))
         told = run.step("report", write_choice, listed, rounds, config)
         return f"{upath(run.root) / told.value['report']}: {told.value['summary']}"
     listed, rounds, segmenter, measured = learn(config, run, region)

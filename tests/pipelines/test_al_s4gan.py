@@ -175,7 +175,9 @@ def test_people_draw_what_is_asked_for_round_by_round(tmp_path):
     words += ["--engine", "inline", "--out", out, "--set", "map.tile=256"]
     asked = []
     for number in (3, 3, 1):
-        said = refused(3, *words)
+        stopped = rayseg(*words)
+        assert stopped.exit_code == 3
+        said = stopped.stderr.splitlines()[-1]
         assert f"{number} chips wait for masks, see {out}/to-label/index.html" in said
         wanted = json.loads((out / "to-label" / "request.json").read_text())["chips"]
         fresh = [chip for chip in wanted if chip not in asked]
