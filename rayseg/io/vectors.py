@@ -10,11 +10,9 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import geopandas
 import numpy as np
-import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
@@ -33,6 +31,9 @@ from rayseg.io.sources import Source, footprint, grids_of, source_of_file, unpla
 from rayseg.store import StorePath, put, upath
 from rayseg.vision.color import ClassTable
 from rayseg.vision.segments import groups
+
+if TYPE_CHECKING:  # whoever cuts tiles into parts does without tables of geometries, which take long to import
+    import geopandas
 
 NODATA = 255
 TOP = 254  # the score that stands for probability 1
@@ -155,7 +156,7 @@ def _score_sums(classes_HW: np.ndarray, scores_CHW: np.ndarray, labels: np.ndarr
 # -- join -------------------------------------------------------------------------------------------------------------
 
 
-def join(parts: Iterable[pa.Table], table: ClassTable) -> geopandas.GeoDataFrame:
+def join(parts: Iterable[pa.Table], table: ClassTable) -> "geopandas.GeoDataFrame":
     """Polygons of the parts of all tiles, joined over tile borders, in EPSG:4326 and cut at the antimeridian.
 
     Args:
@@ -171,6 +172,8 @@ def join(parts: Iterable[pa.Table], table: ClassTable) -> geopandas.GeoDataFrame
     Raises:
         DataError: images with and without CRS are mixed, or a grid lies nowhere on Earth.
     """
+    import pandas
+
     by_grid: dict[Grid, list[pa.Table]] = defaultdict(list)
     for one in parts:
         by_grid[_grid_of(one)].append(one)
@@ -279,7 +282,9 @@ def _canonical(polygons: NDArray[np.object_]) -> NDArray[np.object_]:
 
 def _frame(
     grid: Grid, columns: dict[str, np.ndarray], polygons: NDArray[np.object_], table: ClassTable
-) -> geopandas.GeoDataFrame:
+) -> "geopandas.GeoDataFrame":
+    import geopandas
+
     names = dict(zip(table.values, table.names, strict=True))
     pixels = columns["pixels"].astype(np.int64)
     facts: dict[str, Any] = {
@@ -316,14 +321,14 @@ def _cut(lonlat: NDArray[np.object_]) -> NDArray[np.object_]:
     return lonlat
 
 
-def write_geoparquet(frame: geopandas.GeoDataFrame, path: StorePath) -> None:
+def write_geoparquet(frame: "geopandas.GeoDataFrame", path: StorePath) -> None:
     """Write GeoParquet 1.1 with the covering of bounding boxes."""
     sink = io.BytesIO()
     frame.to_parquet(sink, compression="zstd", write_covering_bbox=True, schema_version="1.1.0", index=False)
     put(path, sink.getvalue())
 
 
-def write_geojson(frame: geopandas.GeoDataFrame, path: StorePath) -> None:
+def write_geojson(frame: "geopandas.GeoDataFrame", path: StorePath) -> None:
     """Write GeoJSON; pixel coordinates (y downward) where there is no CRS."""
     put(path, frame.to_json(drop_id=True).encode())
 
@@ -349,7 +354,7 @@ def polygonize(raster: str, out: str) -> int:
     return len(frame)
 
 
-def _polygons_of_run(root: str) -> geopandas.GeoDataFrame:
+def _polygons_of_run(root: str) -> "geopandas.GeoDataFrame":
     tiles = mapped_tiles(root)
     table = table_of(tiles[0].href) if tiles else None
     return join((_parts_of(tile) for tile in tiles), table or ClassTable(((0, "0", (0, 0, 0)),)))
@@ -363,7 +368,7 @@ def _parts_of(mapped: MappedTile) -> pa.Table:
     return polygons_of(read_bands(mapped.href)[0], None, mapped.tile.grid, mapped.tile.window)
 
 
-def _polygons_of_raster(path: str) -> geopandas.GeoDataFrame:
+def _polygons_of_raster(path: str) -> "geopandas.GeoDataFrame":
     source = source_of_file(path, upath(path).stem)
     if len(source.bands) != 1 or source.dtype != "uint8":
         found = f"{len(source.bands)} bands of {source.dtype}"

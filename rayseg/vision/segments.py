@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 AGREED = 0.5
 
@@ -73,5 +71,8 @@ def united(counts: Sequence[int], pairs: Mapping[tuple[int, int], NDArray[np.int
 
 def groups(count: int, pairs_N2: NDArray[np.integer]) -> NDArray[np.int64]:
     """Number of the group of each of `count` things, of which those in `pairs_N2` belong together, in order."""
+    from scipy.sparse import coo_array  # takes time to import, and whoever looks for tiles does without
+    from scipy.sparse.csgraph import connected_components
+
     graph = coo_array((np.ones(len(pairs_N2), bool), pairs_N2.T), shape=(count, count))
     return np.asarray(connected_components(graph, directed=False)[1], np.int64)
