@@ -92,7 +92,7 @@ def export(plots: str, images: str, out: str) -> int:
     return len(found)
 
 
-def document(image: Path, polygons: Sequence[shapely.Geometry], classes: Sequence[str | None]) -> dict[str, Any]:
+def document(image: Path, polygons: Sequence[BaseGeometry], classes: Sequence[str | None]) -> dict[str, Any]:
     """The JSON of an image: one shape per ring, labelled 1 for a field, else 0; plots without a class are 1.
 
     Raises:
