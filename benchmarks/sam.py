@@ -3,11 +3,12 @@
     python benchmarks/sam.py IMAGE [--what generator|rounds|refined|split] [--points 32] [--side 1000]
                                    [--checkpoint FILE --variant vit_b] [--threads 1]
 
-Without a checkpoint the model is a SAM of one small encoder block with the full mask decoder and random weights, and
-thresholds are set by what it says of the image: half of its masks pass each, a mask is 1 % of the image. What is
-compared is the same work by the same weights. `rounds` is timed twice: asking every point in every round, which gives
-the masks of the port, and asking none that is white already, as it is used. `split` only says how long embedding,
-decoding and filtering take; `--checkpoint random` is a vit_b or larger that has learnt nothing.
+Without a checkpoint the model is a SAM of one small encoder block and the full mask decoder, which does all that it
+would do with random weights; what comes out of it is then replaced so that the masks are blobs of three sizes around
+each point, of which half pass the predicted IoU and two sizes the stability. What is compared is the same work by the
+same weights. `rounds` is timed twice: asking every point in every round, which gives the masks of the port, and asking
+none that is white already, as it is used. `split` only says how long embedding, decoding and filtering take;
+`--checkpoint random` is a vit_b or larger that has learnt nothing.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from PIL import Image
 from scipy import ndimage
 from segment_anything import SamAutomaticMaskGenerator
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from torch import nn
 
 from rayseg.models import sam as sams
 from rayseg.models.sam import SamConfig, SamProposer, load_sam
@@ -30,7 +32,52 @@ from rayseg.vision import masks
 from rayseg.vision.rounds import Refining, RoundsConfig, alone, find_plots, is_mixed, is_white, whitened
 
 
-def random_sam() -> Sam:
+class PointKept(nn.Module):
+    """A decoder's transformer; its mask tokens then say where the point is, by the point's own encoding."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, image, place, tokens):
+        found, image = self.inner(image, place, tokens)
+        found[:, 1:5] = tokens[:, 5:6]
+        return found, image
+
+
+class PlaceShown(nn.Module):
+    """A decoder's upscaling; its channels then say where each pixel is."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        x, y = torch.meshgrid(*[(torch.arange(256) + 0.5) / 256] * 2, indexing="xy")
+        self.register_buffer("place", torch.cat([waves(x, y), torch.zeros(7, 256, 256)]))
+
+    def forward(self, image):
+        return self.inner(image).copy_(self.place)
+
+
+def waves(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """25 functions of a place (0..1), whose products with those of another sum up to a bump around it."""
+    one = [
+        torch.stack(
+            [
+                torch.ones_like(v),
+                *(2**0.5 * w * f(4.2 * k * v) for k, w in ((1, 0.9), (2, 0.6)) for f in (torch.cos, torch.sin)),
+            ]
+        )
+        for v in (x, y)
+    ]
+    return (one[0][:, None] * one[1][None]).flatten(0, 1)
+
+
+MASKS = ((0.5, 60), (0.8, 60), (1.2, 30))
+"""Of the three masks of a point: radius in distances of points, and how many steps of the stability's offset it is."""
+
+
+def random_sam(points: int) -> Sam:
+    """A SAM whose decoder works as it would, and finds blobs of three sizes around every point."""
     torch.manual_seed(0)
     encoder = ImageEncoderViT(
         depth=1,
@@ -45,25 +92,36 @@ def random_sam() -> Sam:
         embed_dim=256, image_embedding_size=(64, 64), input_image_size=(1024, 1024), mask_in_chans=16
     )
     transformer = TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8)
-    model = Sam(encoder, prompts, MaskDecoder(transformer_dim=256, transformer=transformer)).eval()
+    decoder = MaskDecoder(transformer_dim=256, transformer=transformer)
+    decoder.transformer, decoder.output_upscaling = PointKept(transformer), PlaceShown(decoder.output_upscaling)
+    model = Sam(encoder, prompts, decoder).eval()
     with torch.no_grad():
-        for name, weights in transformer.named_parameters():
-            weights.mul_(6 if "proj.weight" in name else 1)  # so that points differ in what they mark
+        sides = (torch.arange(48) + 0.5) / 48
+        xy = torch.stack(torch.meshgrid(sides, sides, indexing="xy"), dim=-1).reshape(-1, 2)
+        seen = prompts._embed_points(xy[:, None] * 1024 - 0.5, torch.ones(len(xy), 1), pad=True)[:, 0]
+        seen = torch.cat([seen, torch.ones(len(seen), 1)], dim=1).double()
+        wanted = waves(*xy.T).T.double()
+        solved = torch.linalg.lstsq(seen, wanted).solution.float()
+        top = float((wanted**2).sum(dim=1).mean())
+        for k, (radius, steps) in enumerate(MASKS, 1):
+            depth = 11.7 * (radius / points) ** 2  # how far the bump has fallen there
+            weights = torch.cat([solved * steps / depth / top, torch.zeros(257, 7)], dim=1)
+            weights[256, 0] -= (1 - depth) * steps / depth  # channel 0 is one everywhere
+            place = nn.Linear(256, 32)
+            place.weight.copy_(weights[:256].T)
+            place.bias.copy_(weights[256])
+            decoder.output_hypernetworks_mlps[k] = place
     return model
 
 
 @torch.inference_mode()
-def thresholds(model: Sam, image: np.ndarray) -> dict[str, float]:
-    """Set the model's threshold so that a mask is 1 % of the image; those that half of the masks pass."""
+def half_of_them(model: Sam, image: np.ndarray) -> float:
+    """The predicted IoU that half of the masks of an image have."""
     proposer = SamProposer(model, SamConfig(half=False))
-    resized = sams.ResizeLongestSide(1024).apply_image(image)
-    sides = np.linspace(60, 960, 8)
-    points = torch.as_tensor(np.stack(np.meshgrid(sides, sides), axis=-1).reshape(-1, 2), device=model.device)
-    logits, ious = sams.decode(model, proposer._embedded(resized), points, least_iou=0.0)
-    model.mask_threshold = float(torch.quantile(logits.flatten()[::97].cpu(), 0.99))
-    offset = float(logits.std()) / 10
-    stable = sams.amg.calculate_stability_score(logits, model.mask_threshold, offset)
-    return {"iou": float(ious.median()), "stability": float(stable.nan_to_num().median()), "offset": offset}
+    sides = torch.linspace(64, 960, 6, device=model.device)
+    points = torch.stack(torch.meshgrid(sides, sides, indexing="xy"), dim=-1).reshape(-1, 2)
+    embedding = proposer._embedded(sams.ResizeLongestSide(1024).apply_image(image))
+    return float(sams.decode(model, embedding, points, least_iou=0.0)[1].median())
 
 
 def generator_of(model: Sam, config: SamConfig) -> SamAutomaticMaskGenerator:
@@ -79,7 +137,7 @@ def generator_of(model: Sam, config: SamConfig) -> SamAutomaticMaskGenerator:
 
 def published(generator: SamAutomaticMaskGenerator, image: np.ndarray, rounds: RoundsConfig) -> list[np.ndarray]:
     """The published rounds: every point of every round, masks as arrays, IoU pixel by pixel."""
-    whole, found = image, []
+    whole, found, began = image, [], time.process_time()
     for number, one in enumerate(rounds.rounds, 1):
         white = is_white(image)
         if number > 1 and 1 - white.mean() < rounds.left:
@@ -90,6 +148,7 @@ def published(generator: SamAutomaticMaskGenerator, image: np.ndarray, rounds: R
         found += kept
         image = whitened(image, [masks.encode(mask) for mask in kept], edges=one.edges)
         print(f"    published, round {number}: {len(kept)} masks, {1 - is_white(image).mean():.0%} left", flush=True)
+    print(f"    published, rounds: {time.process_time() - began:.1f} s of CPU; then {len(found)} masks are compared")
     plots = parted(survivors(found, rounds.duplicate), rounds.least)
     return refined(generator, whole, plots, rounds.refining, rounds.least) if rounds.refining else plots
 
@@ -186,11 +245,9 @@ def main() -> None:
         image = np.asarray(opened.convert("RGB").resize((asked.side, asked.side), Image.Resampling.LANCZOS))
     config = SamConfig(variant=asked.variant, checkpoint=asked.checkpoint or "", points=asked.points)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    proposer = load_sam(config) if asked.checkpoint else SamProposer(random_sam().to(device), config)
+    proposer = load_sam(config) if asked.checkpoint else SamProposer(random_sam(asked.points).to(device), config)
     if asked.checkpoint in {None, "random"}:
-        limits = thresholds(proposer.sam, image)
-        print({name: round(value, 3) for name, value in limits.items()}, round(proposer.sam.mask_threshold, 3))
-        proposer = replace(proposer, config=config.model_copy(update=limits))
+        proposer = replace(proposer, config=config.model_copy(update={"iou": half_of_them(proposer.sam, image)}))
     if asked.what == "split":
         split(proposer, image)
         return

@@ -219,9 +219,8 @@ def decode(sam: Sam, embedding: Tensor, points_P2: Tensor, *, least_iou: float) 
     sparse, dense = sam.prompt_encoder(points=(points_P2[:, None], labels_P1), boxes=None, masks=None)
     fixed = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     tokens = torch.cat([fixed.expand(len(points_P2), -1, -1), sparse], dim=1)
-    image = embedding.expand(len(points_P2), -1, -1, -1) + dense
-    place = sam.prompt_encoder.get_dense_pe().expand(len(points_P2), -1, -1, -1)
-    tokens, image_PNC = decoder.transformer(image, place, tokens)
+    image, place = embedding + dense[:1], sam.prompt_encoder.get_dense_pe()  # one for all points: the first layer's
+    tokens, image_PNC = decoder.transformer(image, place, tokens)  # projections of the image are then computed once
     iou_P3 = decoder.iou_prediction_head(tokens[:, 0])[:, 1:]
     kept_P3 = iou_P3 > least_iou if least_iou > 0 else torch.ones_like(iou_P3, dtype=torch.bool)
     asked = kept_P3.any(dim=1)
