@@ -204,7 +204,12 @@ def every_point(proposer: SamProposer):
 
 
 def alike(one: list[bytes], other: list[bytes]) -> str:
-    return f"{len(set(one) & set(other))} of {len(set(one))} and {len(set(other))} the same"
+    """How many are the same to the last pixel, and how much the worst of all differs from the one it is most like."""
+    if not one or not other:
+        return f"{len(one)} and {len(other)}"
+    ious = masks.ious([np.frombuffer(runs, np.int64) for runs in [*one, *other]])[: len(one), len(one) :]
+    worst = min(ious.max(axis=1).min(), ious.max(axis=0).min())
+    return f"{len(set(one) & set(other))} of {len(set(other))} the same, IoU of the others {worst:.4f} or more"
 
 
 def split(proposer: SamProposer, image: np.ndarray) -> None:
