@@ -12,7 +12,7 @@ from rayseg.cli import about, data, run
 from rayseg.errors import RaysegError, Stalled
 
 ORDER = (
-    "run", "status", "retry", "predict", "evaluate", "polygonize", "ingest", "labels", "models", "regions",
+    "run", "plan", "status", "retry", "predict", "evaluate", "polygonize", "ingest", "labels", "models", "regions",
     "config", "env",
 )  # fmt: skip
 INTERRUPTED = 130
