@@ -316,10 +316,15 @@ def _through(row: Row, guarded: list[Guarded]) -> Row:
     return rows[0]
 
 
-def connect(address: str | None) -> None:
+def connect(address: str | None, *, dashboard: bool = False, to_driver: bool = False) -> None:
     """Join the Ray cluster at `address`, or start a private one on this machine; once per process.
 
     The address is `address`, else RAY_ADDRESS; without either a stranger's cluster is never joined.
+
+    Args:
+        address: of the cluster.
+        dashboard: whether a private one takes jobs (on loopback).
+        to_driver: whether what workers print comes out here.
     """
     import ray
 
@@ -327,13 +332,13 @@ def connect(address: str | None) -> None:
         return
     quiet_ray()
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # blocks lost with a process: their rows come again
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    quiet: dict[str, Any] = {"log_to_driver": to_driver, "logging_level": logging.ERROR}
     if (chosen := ray_address(address)) != "local":
         ray.init(address=chosen, **quiet)
         return
     folder = tempfile.mkdtemp(prefix="rs-")
     _remove_afterwards(folder)
-    ray.init(address="local", include_dashboard=False, object_store_memory=2 << 30, _temp_dir=folder, **quiet)
+    ray.init(address="local", include_dashboard=dashboard, object_store_memory=2 << 30, _temp_dir=folder, **quiet)
     atexit.register(ray.shutdown)
 
 

@@ -8,12 +8,12 @@ import typer
 from typer.core import TyperGroup
 
 from rayseg import __version__
-from rayseg.cli import about, data, run
+from rayseg.cli import about, data, run, serve
 from rayseg.errors import RaysegError, Stalled
 
 ORDER = (
-    "run", "status", "retry", "predict", "evaluate", "polygonize", "ingest", "labels", "models", "regions",
-    "config", "env",
+    "run", "status", "retry", "predict", "evaluate", "polygonize", "ingest", "labels", "serve", "view", "models",
+    "regions", "config", "env",
 )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def _errors() -> tuple[type[Exception], ...]:
 
 
 app = typer.Typer(cls=_Door, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for part in (run, data, about):
+for part in (run, data, serve, about):
     app.add_typer(part.app)
 
 

@@ -206,7 +206,7 @@ def _decimated(
 ) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
     """Three bands of a source over `part` of its footprint, averaged down to `shape`, and where they have data."""
     bands, valid_HW = [], np.ones(shape, bool)
-    for href, index in _places(source):
+    for href, index in bands_shown(source):
         with gdal(href, part):
             dataset, extent = view(source, href, grid)
             at = FileWindow(part.col - extent.col, part.row - extent.row, part.width, part.height)
@@ -218,7 +218,7 @@ def _decimated(
     return np.stack(bands), valid_HW & np.isfinite(bands).all(axis=0)
 
 
-def _places(source: Source) -> list[tuple[str, int]]:
+def bands_shown(source: Source) -> list[tuple[str, int]]:
     """(href, band) to show as red, green and blue: by these names, else the first three, else the first as grey."""
     where = {name: (href, at) for href, names in reversed(source.assets) for at, name in enumerate(names, 1)}
     names = [name for name in source.bands if name != "alpha"]

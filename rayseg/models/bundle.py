@@ -32,13 +32,18 @@ FORMAT = 1
 FACTORIES = {
     "classifier": ("rayseg.models.classifier", "build_classifier"),
     "plots": ("rayseg.models.plots", "build_plot_classifier"),
+    "sam": ("rayseg.models.sam_bundle", "build_sam"),
     "segmenter": ("rayseg.models.segmenter", "build_segmenter"),
     "unsupervised": ("rayseg.models.unsupervised", "build_unsupervised"),
 }
 MLM_SCHEMA = "https://stac-extensions.github.io/mlm/v1.5.2/schema.json"
 FILE_SCHEMA = "https://stac-extensions.github.io/file/v2.1.0/schema.json"
 PROCESSING_SCHEMA = "https://stac-extensions.github.io/processing/v1.2.0/schema.json"
-MLM_TASKS = {"classification": "scene-classification", "segmentation": "semantic-segmentation"}
+MLM_TASKS = {
+    "classification": "scene-classification",
+    "segmentation": "semantic-segmentation",
+    "instances": "instance-segmentation",
+}
 
 ClassRow = tuple[int, str, tuple[int, int, int]]
 
@@ -83,7 +88,7 @@ class Scaling(Config):
 class Architecture(Config):
     """Which of the known factories builds the network, and with which options."""
 
-    factory: Literal["classifier", "plots", "segmenter", "unsupervised"]
+    factory: Literal["classifier", "plots", "sam", "segmenter", "unsupervised"]
     options: dict[str, str | int | float]
     """Arguments of the factory, without its weights."""
 
@@ -104,7 +109,7 @@ class Bundle(Config):
 
     format: Literal[1] = 1
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    task: Literal["classification", "segmentation"]
+    task: Literal["classification", "segmentation", "instances"]
     architecture: Architecture
     classes: tuple[ClassRow, ...]
     """(value in the class raster, name, (red, green, blue)) in the order of the model's outputs."""
@@ -139,8 +144,8 @@ class Bundle(Config):
     @property
     def outputs(self) -> int:
         """Number of the model's logits per image or pixel; 1 is a class against the rest."""
-        options, usual = self.architecture.options, {"classifier": 2, "plots": 2, "segmenter": 1, "unsupervised": 32}
-        return int(options.get("classes", usual[self.architecture.factory]))
+        options, usual = self.architecture.options, {"segmenter": 1, "sam": 1, "unsupervised": 32}
+        return int(options.get("classes", usual.get(self.architecture.factory, 2)))
 
     def normalize(self, image_CHW: NDArray[Any]) -> NDArray[np.float32]:
         """The model's input of imagery as it is stored; see `Scaling.normalize`."""
