@@ -316,7 +316,7 @@ def _through(row: Row, guarded: list[Guarded]) -> Row:
     return rows[0]
 
 
-def connect(address: str | None, *, dashboard: bool = False, to_driver: bool = False) -> None:
+def connect(address: str | None, *, dashboard: bool = False) -> None:
     """Join the Ray cluster at `address`, or start a private one on this machine; once per process.
 
     The address is `address`, else RAY_ADDRESS; without either a stranger's cluster is never joined.
@@ -324,7 +324,6 @@ def connect(address: str | None, *, dashboard: bool = False, to_driver: bool = F
     Args:
         address: of the cluster.
         dashboard: whether a private one takes jobs (on loopback).
-        to_driver: whether what workers print comes out here.
     """
     import ray
 
@@ -332,7 +331,7 @@ def connect(address: str | None, *, dashboard: bool = False, to_driver: bool = F
         return
     quiet_ray()
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # blocks lost with a process: their rows come again
-    quiet: dict[str, Any] = {"log_to_driver": to_driver, "logging_level": logging.ERROR}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if (chosen := ray_address(address)) != "local":
         ray.init(address=chosen, **quiet)
         return

@@ -109,7 +109,7 @@ def mosaic(tiles: Sequence[MappedTile], *, size: int, title: str) -> Picture:
             classes_HW[canvas.slices(tile.tile.window)] = found_HW
     image_CHW, seen_HW = _imagery(_sources(tiles), grid, canvas)
     metres = width_m(grid, extent)
-    return Picture(title, _painted(image_CHW, seen_HW), seen_HW, classes_HW, metres, canvas.step)
+    return Picture(title, painted(image_CHW, seen_HW), seen_HW, classes_HW, metres, canvas.step)
 
 
 def contact_sheet(images: Sequence[Sequence[MappedTile]], *, size: int) -> Picture:
@@ -138,7 +138,7 @@ def contact_sheet(images: Sequence[Sequence[MappedTile]], *, size: int) -> Pictu
 def shown(sources: Sequence[Source], grid: Grid, window: Window) -> NDArray[np.uint8]:
     """The imagery of a small window at its own resolution, RGB (height, width, 3)."""
     image_CHW, seen_HW = _imagery(sources, grid, _Canvas(window, 1.0))
-    return _painted(image_CHW, seen_HW)
+    return painted(image_CHW, seen_HW)
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def bands_shown(source: Source) -> list[tuple[str, int]]:
     return [where[name] for name in chosen]
 
 
-def _painted(image_CHW: NDArray[np.generic], seen_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
+def painted(image_CHW: NDArray[np.generic], seen_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """Bands as RGB (height, width, 3) uint8, 0 where there is no imagery."""
     if image_CHW.dtype != np.uint8 and seen_HW.any():
         image_CHW = np.stack([_stretched(band_HW.astype(np.float64), seen_HW) for band_HW in image_CHW])

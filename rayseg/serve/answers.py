@@ -12,7 +12,7 @@ import PIL.Image
 from rayseg.geo import Tile
 from rayseg.io import cog, vectors
 from rayseg.io.maps import pixel_area_m2
-from rayseg.io.pictures import shown_colors
+from rayseg.io.pictures import painted, shown_colors
 from rayseg.vision.color import ClassTable, hex_of
 
 NODATA = 255
@@ -53,6 +53,15 @@ def palette_png(values_HW: np.ndarray, colors: Mapping[int, tuple[int, int, int]
     image.putpalette([part for value in range(256) for part in colors.get(value, (0, 0, 0))])
     seen = bytes(255 if value in opaque else 0 for value in range(256))
     image.save(sink, "PNG", transparency=seen, compress_level=3)
+    return sink.getvalue()
+
+
+def picture(image_CHW: np.ndarray, valid_HW: np.ndarray) -> bytes:
+    """The first three bands (or the first alone, as grey) as a PNG, see-through where not valid."""
+    bands_CHW = image_CHW[:3] if len(image_CHW) >= 3 else np.repeat(image_CHW[:1], 3, axis=0)
+    shown_HW4 = np.dstack([painted(bands_CHW, valid_HW), np.where(valid_HW, 255, 0).astype(np.uint8)])
+    sink = io.BytesIO()
+    PIL.Image.fromarray(shown_HW4).save(sink, "PNG", compress_level=1)
     return sink.getvalue()
 
 
@@ -115,10 +124,10 @@ def mean_score(result: Result, value: int) -> float | None:
 
 
 WRITERS: dict[str, Callable[[Result], bytes]] = {
+    JSON: lambda result: json.dumps(summary(result)).encode(),
     PNG: png,
     TIFF: tiff,
     GEOJSON: geojson,
-    JSON: lambda result: json.dumps(summary(result)).encode(),
 }
 
 

@@ -166,6 +166,12 @@ class _Desk:
         seconds = time.perf_counter() - began
         return await _written(Result("unsupervised", image.tile, table, labels_HW, None, seconds), media)
 
+    async def preview(self, request: Request) -> Response:
+        asked = await self._asked(request)
+        _, image = await asyncio.to_thread(self.readers.read, asked.image)
+        assert image is not None
+        return Response(await asyncio.to_thread(answers.picture, image.image_CHW, image.valid_HW), media_type=PNG)
+
     async def sam(self, request: Request, accept: str, *, prompted: bool) -> Response:
         from rayseg.serve import masks
 
@@ -203,6 +209,11 @@ def _add_questions(app: FastAPI, desk: _Desk) -> None:
     async def predict(name: Name, request: Request, accept: Accept = JSON) -> Response:
         """Map an image with a model: the pixels of `rayseg predict` for the same image."""
         return await desk.predict(name, request, accept)
+
+    @app.post("/v1/preview", tags=["models"], responses=many, openapi_extra=one(questions.IMAGE))
+    async def preview(request: Request) -> Response:
+        """The first three bands of an image as a PNG: what a browser can show of a GeoTIFF."""
+        return await desk.preview(request)
 
     @app.post("/v1/unsupervised", tags=["models"], responses=many, openapi_extra=one(questions.UNSUPERVISED))
     async def unsupervised(request: Request, accept: Accept = JSON) -> Response:

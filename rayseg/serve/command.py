@@ -43,7 +43,7 @@ def serve_models(config: ServeConfig, *, host: str, port: int, address: str | No
     stop = threading.Event()
     for what in (signal.SIGTERM, signal.SIGINT):
         signal.signal(what, lambda *_: stop.set())
-    flow.connect(address, dashboard=config.jobs is not None, to_driver=True)
+    flow.connect(address, dashboard=config.jobs is not None)
 
     from ray import serve
 
@@ -99,6 +99,7 @@ def view(run: str, *, port: int, browser: bool, say: Callable[[str], None]) -> N
 
     from rayseg.run import read
     from rayseg.serve.app import api
+    from rayseg.serve.door import keep_log
 
     read(run)
     config = named(ServeConfig(runs=(run,)), "127.0.0.1")
@@ -108,5 +109,6 @@ def view(run: str, *, port: int, browser: bool, say: Callable[[str], None]) -> N
     say(f"{address}; stop with Ctrl-C")
     if browser:
         threading.Timer(1.0, webbrowser.open, [address]).start()
+    keep_log(config.log_file)
     app = api(config, Here(Shelf({})), Shelf({}))
     uvicorn.run(app, host="127.0.0.1", port=port, log_config=None, timeout_graceful_shutdown=30)  # type: ignore[arg-type]

@@ -65,8 +65,8 @@ class Models:
     """A replica: models by name, loaded when asked for; all computing in one thread, so answers keep coming."""
 
     def __init__(self, values: dict[str, Any]) -> None:
-        door.log_to_stderr()
         self._config = ServeConfig.model_validate(values)
+        door.keep_log(self._config.log_file)
         self._shelf = Shelf.of(self._config.models)
         self._pool = ThreadPoolExecutor(1)
         self._probabilities.set_max_batch_size(self._config.batch)
@@ -163,8 +163,8 @@ class Api:
     """The replica that clients talk to."""
 
     def __init__(self, values: dict[str, Any], models: DeploymentHandle) -> None:
-        door.log_to_stderr()
         config = ServeConfig.model_validate(values)
+        door.keep_log(config.log_file)
         self._door = api(config, _Replicas(models, config.timeout_seconds), Shelf.of(config.models))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

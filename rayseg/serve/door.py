@@ -6,6 +6,7 @@ import hmac
 import json
 import logging
 import re
+import sys
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -220,10 +221,11 @@ class JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
-def log_to_stderr() -> None:
-    """Send what the server says to stderr as lines of JSON."""
+def keep_log(path: str | None) -> None:
+    """Send what the server says, as lines of JSON, to a file or to stderr."""
     if not any(isinstance(one.formatter, JsonLines) for one in _log.handlers):
-        lines = logging.StreamHandler()
+        # Serve puts a logger of its own in place of sys.stderr.
+        lines = logging.FileHandler(path) if path else logging.StreamHandler(sys.__stderr__)
         lines.setFormatter(JsonLines())
         _log.addHandler(lines)
     _log.setLevel(logging.INFO)

@@ -51,6 +51,8 @@ class ServeConfig(Config):
     """After which a request is given up."""
     imagery_hosts: tuple[str, ...] = ()
     """Hosts from which imagery of runs may be read over http(s); others are not asked."""
+    log_file: Location | None = None
+    """File on every node to which a line of JSON is added for each request; else they go to the replicas' stderr."""
     jobs: Location | None = None
     """Prefix for runs that clients start; none may without it."""
     jobs_catalog: Location | None = None
