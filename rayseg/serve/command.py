@@ -40,12 +40,13 @@ def serve_models(config: ServeConfig, *, host: str, port: int, address: str | No
     config.token()
     shelf = Shelf.of(config.models)
     _expect_free(host, port)
-    stop = threading.Event()
-    for what in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(what, lambda *_: stop.set())
     flow.connect(address, dashboard=config.jobs is not None)
 
     from ray import serve
+    from ray._private.worker import get_dashboard_url  # Ray says it in no other way after it was joined
+
+    if config.jobs and not config.jobs_address:
+        config = config.model_copy(update={"jobs_address": f"http://{get_dashboard_url()}"})
 
     from rayseg.serve.deployment import NAME, application
 
@@ -53,6 +54,9 @@ def serve_models(config: ServeConfig, *, host: str, port: int, address: str | No
     serve.start(http_options={"host": host, "port": port, "request_timeout_s": config.timeout_seconds + 60})
     app = application(named(config, host))
     serve.run(app, name=NAME, route_prefix="/")
+    stop = threading.Event()
+    for what in (signal.SIGTERM, signal.SIGINT):  # after Ray's start, which puts handlers of its own
+        signal.signal(what, lambda *_: stop.set())
     say(f"http://{_shown(host)}:{port}/ with {_counted(shelf)}; stop with Ctrl-C")
     stop.wait()
     say("stopping: what was accepted is finished first")

@@ -112,7 +112,7 @@ def describe(name: str, root: str) -> dict[str, Any]:
     return {
         "name": name,
         "pipeline": asked["pipeline"],
-        "region": asked["region"]["name"],
+        "region": asked["region"]["name"].rpartition("/")[2],
         "status": state["status"],
         "reason": state["reason"],
         "bounds": [*placed[:, :2].min(axis=0), *placed[:, 2:].max(axis=0)] if len(placed) else None,

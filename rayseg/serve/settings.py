@@ -57,6 +57,10 @@ class ServeConfig(Config):
     """Prefix for runs that clients start; none may without it."""
     jobs_catalog: Location | None = None
     """Imagery of those runs: `catalog.json#collection`."""
+    jobs_configs: dict[str, Location] = Field(default_factory=dict)
+    """Pipeline -> YAML file that its jobs start from."""
+    jobs_address: str | None = None
+    """Address of the cluster's dashboard, which takes jobs; `rayseg serve` finds it."""
 
     def token(self) -> str:
         """The token that requests must carry, "" if none is asked for.

@@ -123,8 +123,10 @@ class Readers:
         """A child that nobody else asks meanwhile."""
         one = self._idle.get()
         try:
-            if one is None or one.process.poll() is not None:
-                one = _Child(self._environment)
+            if one and one.process.poll() is not None:
+                one.end()
+                one = None
+            one = one or _Child(self._environment)
             yield one
         finally:
             self._idle.put(one)

@@ -51,7 +51,6 @@ async function load() {
 function fresh(options) {
   shown.map?.remove();
   shown.map = L.map("map", { zoomControl: true, keyboard: true, attributionControl: false, ...options });
-  L.control.scale({ imperial: false }).addTo(shown.map);
 }
 
 function layered(options) {
@@ -64,6 +63,7 @@ function layered(options) {
 function onEarth(run) {
   const [west, south, east, north] = run.bounds;
   fresh({ maxZoom: 22 });
+  L.control.scale({ imperial: false }).addTo(shown.map);
   shown.map.fitBounds([[south, west], [north, east]]);
   layered({ maxZoom: 22, maxNativeZoom: 22, bounds: [[south, west], [north, east]] });
   for (const one of run.troubles.filter((row) => row.bounds)) {
