@@ -151,7 +151,7 @@ def _part(
         return None
     box = (left - own.col, bottom - own.row, right - own.col, top - own.row)
     part = reader.part(box, indexes=bands, width=col1 - col0, height=row1 - row0, max_size=None)
-    whole = np.ma.masked_all((len(bands), SIDE, SIDE), part.array.dtype)
+    whole: Any = np.ma.masked_all((len(bands), SIDE, SIDE), part.array.dtype)  # type: ignore[no-untyped-call]
     whole[:, row0:row1, col0:col1] = part.array
     return ImageData(whole)
 

@@ -21,7 +21,7 @@ from rayseg.serve.questions import Asked
 from rayseg.serve.settings import ServeConfig
 from rayseg.serve.uploads import Readers
 from rayseg.store import upath
-from rayseg.vision.color import ClassTable, label_table
+from rayseg.vision.color import ClassTable, hex_of, label_table
 
 Accept = Annotated[str, Header(description="Media type of the answer.")]
 Name = Annotated[str, Path(max_length=200, pattern=r"^[A-Za-z0-9._-]+$")]
@@ -103,7 +103,7 @@ def _add_models(app: FastAPI, shelf: Shelf) -> None:
 def described(shelf: Shelf, name: str) -> dict[str, Any]:
     """What a list of models says of one."""
     _, found = shelf.entries[name]
-    classes = [{"value": value, "name": title, "color": answers.hex_of(color)} for value, title, color in found.classes]
+    classes = [{"value": value, "name": title, "color": hex_of(color)} for value, title, color in found.classes]
     return {
         "name": name,
         "task": found.task,

@@ -9,7 +9,7 @@ import struct
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from rayseg.io.untrusted import Pixels, TooLarge, read_image
 _MEMORY = 6 << 30
 
 
-def send(stream: BinaryIO, header: dict[str, Any], *parts: bytes | memoryview) -> None:
+def send(stream: IO[bytes], header: dict[str, Any], *parts: bytes | memoryview) -> None:
     """Write one message: a header, and what follows it as one run of bytes."""
     text = json.dumps(header).encode()
     stream.write(struct.pack(">QQ", len(text), sum(len(part) for part in parts)) + text)
@@ -28,7 +28,7 @@ def send(stream: BinaryIO, header: dict[str, Any], *parts: bytes | memoryview) -
     stream.flush()
 
 
-def receive(stream: BinaryIO) -> tuple[dict[str, Any], bytearray]:
+def receive(stream: IO[bytes]) -> tuple[dict[str, Any], bytearray]:
     """Read one message.
 
     Raises:
@@ -44,7 +44,7 @@ def receive(stream: BinaryIO) -> tuple[dict[str, Any], bytearray]:
     return json.loads(text), data
 
 
-def _read_into(stream: BinaryIO, data: bytearray) -> int:
+def _read_into(stream: IO[bytes], data: bytearray) -> int:
     view, done = memoryview(data), 0
     while done < len(data):
         count = stream.readinto(view[done:])  # type: ignore[attr-defined]
@@ -54,7 +54,7 @@ def _read_into(stream: BinaryIO, data: bytearray) -> int:
     return done
 
 
-def _answer(path: Path, asked: dict[str, Any], data: bytearray, out: BinaryIO) -> None:
+def _answer(path: Path, asked: dict[str, Any], data: bytearray, out: IO[bytes]) -> None:
     path.write_bytes(data)
     try:
         found = read_image(str(path), asked["kind"], bands=asked["bands"], max_pixels=asked["max_pixels"])
@@ -69,7 +69,7 @@ def _answer(path: Path, asked: dict[str, Any], data: bytearray, out: BinaryIO) -
         path.unlink()
 
 
-def _send_pixels(found: Pixels, out: BinaryIO) -> None:
+def _send_pixels(found: Pixels, out: IO[bytes]) -> None:
     header: dict[str, Any] = {
         "source": found.source.to_row() | {"assets": [{"href": "", "bands": list(found.source.bands)}]},
         "grid": asdict(found.grid),

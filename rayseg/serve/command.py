@@ -115,4 +115,4 @@ def view(run: str, *, port: int, browser: bool, say: Callable[[str], None]) -> N
         threading.Timer(1.0, webbrowser.open, [address]).start()
     keep_log(config.log_file)
     app = api(config, Here(Shelf({})), Shelf({}))
-    uvicorn.run(app, host="127.0.0.1", port=port, log_config=None, timeout_graceful_shutdown=30)  # type: ignore[arg-type]
+    uvicorn.run(app, host="127.0.0.1", port=port, log_config=None, timeout_graceful_shutdown=30)

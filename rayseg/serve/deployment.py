@@ -49,7 +49,7 @@ def application(config: ServeConfig, *, draining: bool = False) -> serve.Applica
         "max_replicas": config.replicas,
         "target_ongoing_requests": config.batch,
     }
-    models = Models.options(
+    models = Models.options(  # type: ignore[attr-defined]
         autoscaling_config=scaling,
         max_ongoing_requests=2 * config.batch,
         max_queued_requests=config.queue,
@@ -57,7 +57,8 @@ def application(config: ServeConfig, *, draining: bool = False) -> serve.Applica
     )
     values = config.model_dump(mode="json")
     state = {"draining": draining}
-    return Api.options(max_ongoing_requests=config.queue + 64, user_config=state).bind(values, models.bind(values))
+    api_ = Api.options(max_ongoing_requests=config.queue + 64, user_config=state)  # type: ignore[attr-defined]
+    return api_.bind(values, models.bind(values))
 
 
 @serve.deployment(graceful_shutdown_timeout_s=60, graceful_shutdown_wait_loop_s=0.2)
@@ -72,7 +73,7 @@ class Models:
         self._probabilities.set_max_batch_size(self._config.batch)
         self._probabilities.set_batch_wait_timeout_s(self._config.wait_seconds)
 
-    @serve.multiplexed(max_num_models_per_replica=3)
+    @serve.multiplexed(max_num_models_per_replica=3)  # type: ignore[untyped-decorator]
     async def _model(self, name: str) -> Any:  # noqa: ANN401 - a model of any kind
         prefix, found = self._shelf.entries[name]
         if found.architecture.factory == "sam":
@@ -82,7 +83,7 @@ class Models:
         most, exact = self._config.batch, self._config.exact
         return await self._in_turn(lambda: Segmenter(prefix, most=most, exact=exact))
 
-    @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.0)
+    @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.0)  # type: ignore[untyped-decorator]
     async def _probabilities(self, patches_CHW: list[np.ndarray]) -> list[np.ndarray]:
         """Patches of any requests for one model together; Serve keeps models apart."""
         model = await self._model(serve.get_multiplexed_model_id())
@@ -94,7 +95,8 @@ class Models:
         model = await self._model(name)
 
         async def ask(inputs: list[np.ndarray]) -> Sequence[np.ndarray]:
-            return await asyncio.gather(*(self._probabilities(one) for one in inputs))
+            found: list[np.ndarray] = await asyncio.gather(*(self._probabilities(one) for one in inputs))
+            return found
 
         return await segmented(model.bundle, image, model.predict.input, ask, ahead=4 * self._config.batch)
 

@@ -115,7 +115,8 @@ class Door:
         async def answered(message: Message) -> None:
             if message["type"] == "http.response.start":
                 visit.status = message["status"]
-                message = message | {"headers": [*message["headers"], *self._headers(visit, message["headers"])]}
+                added = self._headers(visit, message["headers"])
+                message = {**message, "headers": [*message["headers"], *added]}
             visit.sent += len(message.get("body", b""))
             await send(message)
 

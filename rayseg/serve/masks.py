@@ -34,7 +34,7 @@ def load(prefix: str) -> SamProposer:
     described, model = bundle.build(prefix)
     variant: Any = described.architecture.options["variant"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return SamProposer(model.to(device), SamConfig(variant=variant, checkpoint="random"))  # type: ignore[arg-type]
+    return SamProposer(model.to(device), SamConfig(variant=variant, checkpoint="random"))
 
 
 def found(model: SamProposer, image: Image, asked: dict[str, Any]) -> list[dict[str, Any]]:

@@ -100,7 +100,7 @@ class Segmenter:
     def _keeps_bits(self, size: int) -> bool:
         """Whether patches come out of a batch of `size` as out of those before, in every place."""
         side, bands = self.bundle.patch, len(self.bundle.bands)
-        inputs = np.random.default_rng(0).normal(size=(size, bands, side, side)).astype(np.float32)
+        inputs = list(np.random.default_rng(0).normal(size=(size, bands, side, side)).astype(np.float32))
         return bool((self._run(inputs, size) == np.stack(self.probabilities(inputs))).all())
 
     def _run(self, inputs: Sequence[np.ndarray], size: int) -> np.ndarray:
@@ -124,7 +124,7 @@ async def segmented(
     described: Bundle,
     image: Image,
     see: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    ask: Callable[[list[np.ndarray]], Awaitable[list[np.ndarray]]],
+    ask: Callable[[list[np.ndarray]], Awaitable[Sequence[np.ndarray]]],
     *,
     ahead: int,
 ) -> Answer:
@@ -176,7 +176,8 @@ class Here:
         model = await self._in_turn(self._model, name, lambda prefix: Segmenter(prefix, most=self._batch))
 
         async def ask(inputs: list[np.ndarray]) -> list[np.ndarray]:
-            return await self._in_turn(model.probabilities, inputs)
+            found: list[np.ndarray] = await self._in_turn(model.probabilities, inputs)
+            return found
 
         return await segmented(model.bundle, image, model.predict.input, ask, ahead=_AHEAD * self._batch)
 
@@ -185,13 +186,15 @@ class Here:
         from rayseg.serve import masks
 
         model = await self._in_turn(self._model, name, masks.load)
-        return await self._in_turn(masks.found, model, image, asked)
+        found: list[dict[str, Any]] = await self._in_turn(masks.found, model, image, asked)
+        return found
 
     async def labels(self, image: Image, asked: dict[str, Any]) -> np.ndarray:
         """See `Backend`."""
         from rayseg.serve import masks
 
-        return await self._in_turn(masks.labels, image, asked)
+        found: np.ndarray = await self._in_turn(masks.labels, image, asked)
+        return found
 
     def _model(self, name: str, load: Callable[[str], Any]) -> Any:  # noqa: ANN401 - a model of any kind
         if name not in self._loaded:

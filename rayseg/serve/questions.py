@@ -155,8 +155,6 @@ def problems_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The answer, in the type that Accept asks for.",
-        "content": {media: {} for media in (JSON, PNG, TIFF, GEOJSON)},
-    }
-} | problems_of(400, 401, 403, 404, 406, 413, 415, 421, 422, 503)
+    200: {"description": "The answer as Accept asks for it.", "content": {m: {} for m in (JSON, PNG, TIFF, GEOJSON)}},
+    **problems_of(400, 401, 403, 404, 406, 413, 415, 421, 422, 503),
+}

@@ -29,6 +29,11 @@ from rayseg.vision.color import ClassTable
 
 _FRESH = 5.0  # seconds for which a run that may be going on is not looked at again
 _MOST_TROUBLES = 500
+_TILE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"image/png": {}}},
+    204: {"description": "Nothing is there."},
+    **problems_of(404, 422),
+}
 Name = Annotated[str, Path(max_length=200)]
 Zoom = Annotated[int, Path(ge=0, le=24)]
 Place = Annotated[int, Path(ge=0, lt=1 << 24)]
@@ -212,8 +217,7 @@ def router(config: ServeConfig) -> APIRouter:
     @routes.get(
         "/v1/runs/{name}/tiles/{z}/{x}/{y}.png",
         response_class=Response,
-        responses={200: {"content": {"image/png": {}}}, 204: {"description": "Nothing is there."}}
-        | problems_of(404, 422),
+        responses=_TILE,
     )
     async def tile(
         name: Name,

@@ -37,8 +37,6 @@ class ServeConfig(Config):
     off, and a CPU answers more requests."""
     wait_seconds: Annotated[float, Field(ge=0)] = 0.0
     """How long a batch waits for more patches."""
-    loaded: Annotated[int, Field(gt=0)] = 3
-    """Models that a replica keeps in memory."""
     replicas: Annotated[int, Field(gt=0)] = 4
     """Most replicas of the models; how many there are follows the load."""
     least_replicas: Annotated[int, Field(gt=0)] = 1

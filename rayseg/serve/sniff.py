@@ -80,7 +80,8 @@ def _walk_png(data: bytes, max_pixels: int) -> None:
         if first:
             if name != b"IHDR" or size != 13:
                 raise Refused(422, "the PNG does not begin with its header; save the image anew")
-            _expect_few(*struct.unpack(">II", data[at + 8 : at + 16]), max_pixels)
+            width, height = struct.unpack(">II", data[at + 8 : at + 16])
+            _expect_few(width, height, max_pixels)
             first = False
         at += 12 + size
         if name == b"IEND":

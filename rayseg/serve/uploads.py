@@ -91,9 +91,8 @@ class Readers:
         source = Source.from_row(header["source"])
         if "dtype" not in header:
             return source, None
-        grid = Grid(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in header["grid"].items()}
-        )
+        row = header["grid"]
+        grid = Grid(row["crs"], tuple(row["resolution"]), tuple(row["origin"]), row["image"])
         shape, dtype = tuple(header["shape"]), np.dtype(header["dtype"])
         size = int(np.prod(shape)) * dtype.itemsize
         image_CHW = np.frombuffer(body, dtype, count=int(np.prod(shape))).reshape(shape)

@@ -44,11 +44,14 @@ def server(models):
     for line in process.stderr:
         if "stop with Ctrl-C" in line:
             break
-    threading.Thread(target=process.stderr.read, daemon=True).start()
+    rest = threading.Thread(target=process.stderr.read)
+    rest.start()
     yield process, f"http://127.0.0.1:{port}"
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+    rest.join()
+    process.stderr.close()
 
 
 def ask(address, name="one", image=None, timeout=120):
