@@ -100,7 +100,7 @@ def free_port() -> int:
 @contextmanager
 def server(words: list[str], port: int):
     """A server in a process of its own that answers; ended afterwards."""
-    process = subprocess.Popen([sys.executable, *words], stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen([sys.executable, *words], stderr=subprocess.DEVNULL)
     try:
         for _ in range(240):
             with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/openapi.json", timeout=5):  # a 404 is an OSError

@@ -23,6 +23,7 @@ from rayseg.serve.settings import ServeConfig
 from rayseg.serve.uploads import Image
 
 NAME = "rayseg"
+_AT_ONCE = 2  # batches: while one is brought to the device or waits for its threads, the other computes
 _LOST = (RayActorError, WorkerCrashedError, DeploymentUnavailableError)
 
 
@@ -63,13 +64,13 @@ def application(config: ServeConfig, *, draining: bool = False) -> serve.Applica
 
 @serve.deployment(graceful_shutdown_timeout_s=60, graceful_shutdown_wait_loop_s=0.2)
 class Models:
-    """A replica: models by name, loaded when asked for; all computing in one thread, so answers keep coming."""
+    """A replica: models by name, loaded when asked for; computing happens in threads, so answers keep coming."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self._config = ServeConfig.model_validate(values)
         door.keep_log(self._config.log_file)
         self._shelf = Shelf.of(self._config.models)
-        self._pool = ThreadPoolExecutor(1)
+        self._pool = ThreadPoolExecutor(_AT_ONCE)
         self._probabilities.set_max_batch_size(self._config.batch)
         self._probabilities.set_batch_wait_timeout_s(self._config.wait_seconds)
 
@@ -83,7 +84,7 @@ class Models:
         most, exact = self._config.batch, self._config.exact
         return await self._in_turn(lambda: Segmenter(prefix, most=most, exact=exact))
 
-    @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.0)  # type: ignore[untyped-decorator]
+    @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.0, max_concurrent_batches=_AT_ONCE)  # type: ignore[untyped-decorator]
     async def _probabilities(self, patches_CHW: list[np.ndarray]) -> list[np.ndarray]:
         """Patches of any requests for one model together; Serve keeps models apart."""
         model = await self._model(serve.get_multiplexed_model_id())
@@ -94,8 +95,14 @@ class Models:
         """See `rayseg.serve.models.Backend`."""
         model = await self._model(name)
 
+        async def alone(patch_CHW: np.ndarray) -> np.ndarray:
+            found: np.ndarray = (await self._in_turn(model.probabilities, [patch_CHW]))[0]
+            return found
+
+        each = self._probabilities if model.sizes[-1] > 1 else alone
+
         async def ask(inputs: list[np.ndarray]) -> Sequence[np.ndarray]:
-            found: list[np.ndarray] = await asyncio.gather(*(self._probabilities(one) for one in inputs))
+            found: list[np.ndarray] = await asyncio.gather(*map(each, inputs))
             return found
 
         return await segmented(model.bundle, image, model.predict.input, ask, ahead=4 * self._config.batch)
