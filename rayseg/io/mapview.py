@@ -12,9 +12,8 @@ from urllib.parse import urlsplit
 
 import mercantile
 import numpy as np
-from rasterio.errors import NotGeoreferencedWarning
 from rasterio.warp import transform_bounds
-from rio_tiler.errors import RioTilerError
+from rio_tiler.errors import NoOverviewWarning, RioTilerError
 from rio_tiler.io import ImageReader, Reader
 from rio_tiler.models import ImageData
 
@@ -22,7 +21,7 @@ from rayseg.errors import DataError
 from rayseg.geo import Grid, Window
 from rayseg.io.maps import NODATA, MappedTile
 from rayseg.io.pictures import bands_shown
-from rayseg.io.sources import Source, crs_of, gdal
+from rayseg.io.sources import Source, crs_of, gdal, unplaced
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -111,10 +110,11 @@ def _byte(values_HW: np.ndarray, low: float, high: float) -> np.ndarray:
 @contextmanager
 def _open(href: str, *, local: bool, nodata: float | None) -> "Iterator[Reader]":
     options: Any = {} if nodata is None else {"nodata": nodata}
-    with gdal(href), warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        warnings.filterwarnings("ignore", "The dataset has no Overviews")
-        with (ImageReader if local else Reader)(href, options=options) as reader:
+    with gdal(href):
+        with unplaced():
+            warnings.simplefilter("ignore", NoOverviewWarning)
+            reader = (ImageReader if local else Reader)(href, options=options)
+        with reader:
             yield reader
 
 

@@ -1,6 +1,7 @@
 """What `rayseg serve` and `rayseg view` do: start a server, say where it is, end it in good order."""
 
 import logging
+import os
 import signal
 import socket
 import threading
@@ -40,6 +41,7 @@ def serve_models(config: ServeConfig, *, host: str, port: int, address: str | No
     config.token()
     shelf = Shelf.of(config.models)
     _expect_free(host, port)
+    os.environ.setdefault("RAY_worker_niceness", "0")  # by default Ray's workers give way to everything else
     flow.connect(address, dashboard=config.jobs is not None)
 
     from ray import serve

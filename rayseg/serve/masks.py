@@ -53,6 +53,7 @@ def found(model: SamProposer, image: Image, asked: dict[str, Any]) -> list[dict[
     return [
         {"runs": runs, "iou": float(iou), "stability": float(stability)}
         for runs, iou, stability in zip(proposals.masks, proposals.iou_N, proposals.stability_N, strict=True)
+        if len(runs)
     ]
 
 

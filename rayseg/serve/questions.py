@@ -102,9 +102,7 @@ def prompts(fields: Mapping[str, str]) -> dict[str, Any]:
     """
     found = load_values(Prompts, _parsed(fields, set()))
     if not found.points and not found.boxes:
-        raise Refused(
-            422, "there are no points and no boxes; send points [[x, y], ...] or boxes [[x0, y0, x1, y1], ...]"
-        )
+        raise Refused(422, "there is neither a point nor a box; send points [[x, y]] or boxes [[x0, y0, x1, y1]]")
     if found.labels and len(found.labels) != len(found.points):
         raise Refused(422, f"{len(found.points)} points have {len(found.labels)} labels; send one for each")
     return found.model_copy(update={"labels": found.labels or (1,) * len(found.points)}).model_dump()

@@ -71,7 +71,7 @@ def page(browser, address):
 def mapped(page, address):
     """The page with an image that was mapped."""
     page.goto(address)
-    page.wait_for_function("document.querySelectorAll('#model option').length === 2")
+    playwright.expect(page.locator("#model option")).to_have_count(2)
     page.set_input_files("#file", {"name": "field.png", "mimeType": "image/png", "buffer": encoded(image_HWC())})
     page.wait_for_selector("#shown:not([hidden])")
     page.click("#go")
@@ -114,7 +114,7 @@ def test_results_are_downloaded(mapped, tmp_path, button, start):
 
 def test_errors_are_told_in_words(mapped):
     mapped.set_input_files("#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"hello"})
-    mapped.wait_for_function("document.getElementById('error').textContent.includes('send a PNG')")
+    playwright.expect(mapped.locator("#error")).to_contain_text("send a PNG")
 
 
 def test_without_the_token_the_page_asks_for_it(browser, address):
@@ -124,20 +124,18 @@ def test_without_the_token_the_page_asks_for_it(browser, address):
     opened.wait_for_selector("#token-row:not([hidden])")
     opened.fill("#token", TOKEN)
     opened.keyboard.press("Tab")
-    opened.wait_for_function("document.querySelectorAll('#model option').length === 2")
+    playwright.expect(opened.locator("#model option")).to_have_count(2)
     context.close()
 
 
 def test_a_run_is_shown_on_a_map_that_can_be_moved(page, address):
     page.goto(f"{address}/runs/map")
-    page.wait_for_function(
-        "[...document.querySelectorAll('#map img')].filter((one) => one.naturalWidth === 256).length > 1"
-    )
+    playwright.expect(page.locator("#map img.leaflet-tile-loaded[src^=blob]").first).to_be_visible(timeout=20_000)
     assert "gpc" in page.inner_text("#legend")
     assert "1 failed" in page.inner_text("#ledger")
     assert "its file is damaged" in page.inner_text("#troubles")
     assert page.locator("#map path.leaflet-interactive").count() == 1
-    before = page.evaluate("document.querySelector('.leaflet-map-pane').style.transform")
+    before = page.get_attribute(".leaflet-map-pane", "style")
     page.focus("#map")
     page.keyboard.press("ArrowRight")
-    page.wait_for_function(f"document.querySelector('.leaflet-map-pane').style.transform !== {before!r}")
+    playwright.expect(page.locator(".leaflet-map-pane")).not_to_have_attribute("style", before)
