@@ -31,7 +31,9 @@ if TYPE_CHECKING:  # a bundle is described, and a run planned, without the secon
 FORMAT = 1
 FACTORIES = {
     "classifier": ("rayseg.models.classifier", "build_classifier"),
+    "over-imagenet": ("rayseg.models.classifier", "build_over_imagenet"),
     "plots": ("rayseg.models.plots", "build_plot_classifier"),
+    "refined": ("rayseg.models.crf", "build_refined"),
     "sam": ("rayseg.models.sam_bundle", "build_sam"),
     "segmenter": ("rayseg.models.segmenter", "build_segmenter"),
     "unsupervised": ("rayseg.models.unsupervised", "build_unsupervised"),
@@ -88,7 +90,7 @@ class Scaling(Config):
 class Architecture(Config):
     """Which of the known factories builds the network, and with which options."""
 
-    factory: Literal["classifier", "plots", "sam", "segmenter", "unsupervised"]
+    factory: Literal["classifier", "over-imagenet", "plots", "refined", "sam", "segmenter", "unsupervised"]
     options: dict[str, str | int | float]
     """Arguments of the factory, without its weights."""
 
@@ -144,8 +146,8 @@ class Bundle(Config):
     @property
     def outputs(self) -> int:
         """Number of the model's logits per image or pixel; 1 is a class against the rest."""
-        options, usual = self.architecture.options, {"segmenter": 1, "sam": 1, "unsupervised": 32}
-        return int(options.get("classes", usual.get(self.architecture.factory, 2)))
+        usual = {"refined": 1, "sam": 1, "segmenter": 1, "unsupervised": 32}
+        return int(self.architecture.options.get("classes", usual.get(self.architecture.factory, 2)))
 
     def normalize(self, image_CHW: NDArray[Any]) -> NDArray[np.float32]:
         """The model's input of imagery as it is stored; see `Scaling.normalize`."""

@@ -28,7 +28,7 @@ from rayseg.serve.questions import problems_of
 from rayseg.serve.settings import ServeConfig
 from rayseg.store import STORE_ERRORS, Location, upath
 
-Pipeline = Literal["gpc", "agri", "superpixel"]
+Pipeline = Literal["gpc", "agri", "superpixel", "landcover", "al-s4gan"]
 _LOCATED = get_args(Location)[1]
 _WORDS = re.compile(r"[A-Za-z0-9_ -]*")
 _ID = r"^job-[0-9a-f]{12}$"
@@ -52,7 +52,7 @@ def entrypoint(job: Job, config: ServeConfig, name: str) -> str:
         Refused: 422, the region or a value of the configuration is not allowed.
     """
     area = region(job.region)
-    module = importlib.import_module(f"rayseg.pipelines.{job.pipeline}")
+    module = importlib.import_module(f"rayseg.pipelines.{job.pipeline.replace('-', '_')}")
     words = [f"{key}={json.dumps(value)}" for key, value in _settings(job.config)]
     _expect_no_files(module.Config, job.config)
     if config.jobs_catalog:
