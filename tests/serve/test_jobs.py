@@ -15,7 +15,7 @@ from rayseg.serve.settings import ServeConfig
 
 @pytest.fixture
 def config(tmp_path):
-    (tmp_path / "gpc.yaml").write_text("seed: 5\nchips: {source: chips.json#chips}\n")
+    (tmp_path / "gpc.yaml").write_text("members: 1\nchips: {source: chips.json#chips}\n")
     return ServeConfig(
         jobs=str(tmp_path / "runs"), jobs_catalog="cat.json#a", jobs_configs={"gpc": str(tmp_path / "gpc.yaml")}
     )
