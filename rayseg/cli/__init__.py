@@ -12,8 +12,8 @@ from rayseg.cli import about, data, run, serve
 from rayseg.errors import RaysegError, Stalled
 
 ORDER = (
-    "run", "plan", "status", "retry", "predict", "evaluate", "polygonize", "ingest", "labels", "serve", "view", "models",
-    "regions", "config", "env",
+    "run", "plan", "status", "retry", "predict", "evaluate", "polygonize", "ingest", "labels", "serve", "view",
+    "models", "regions", "config", "env",
 )  # fmt: skip
 INTERRUPTED = 130
 """Exit code of a command that was ended by SIGINT, as shells have it."""
