@@ -39,7 +39,6 @@ def server(models):
         env=os.environ | {"OMP_WAIT_POLICY": "passive"},
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
     )
     for line in process.stderr:
         if "stop with Ctrl-C" in line:
