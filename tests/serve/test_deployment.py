@@ -108,7 +108,7 @@ def test_more_than_the_queue_holds_is_refused_at_once_and_the_rest_is_answered(s
 def replica_pids(process):
     """Processes of the deployment Models that belong to the server."""
     below = psutil.Process(process.pid).children(recursive=True)
-    return [one.pid for one in below if one.name().startswith("ray::ServeRepl") and "Models" in one.cmdline()[0]]
+    return [one.pid for one in below if "ray::ServeReplica:rayseg:Models" in " ".join(one.cmdline())]
 
 
 def test_a_replica_that_is_killed_costs_only_what_it_worked_on(server):
