@@ -176,6 +176,8 @@ class Api:
         door.keep_log(config.log_file)
         self._door = api(config, _Replicas(models, config.timeout_seconds), Shelf.of(config.models))
 
+        self._door.names_requests = False
+
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._door
 

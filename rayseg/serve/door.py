@@ -86,6 +86,7 @@ class Door:
         self.app, self.config, self.metrics = app, config, metrics
         self._token = token.encode()
         self.draining, self.busy = False, 0
+        self.names_requests = True  # Serve's proxy says the id by itself
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request in, or refuse it."""
@@ -171,7 +172,9 @@ class Door:
     def _headers(self, visit: _Visit, present: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         names = {name.lower() for name, _ in present}
         own = (
-            HEADERS | {"x-request-id": visit.id} | ({} if b"cache-control" in names else {"cache-control": "no-store"})
+            HEADERS
+            | ({"x-request-id": visit.id} if self.names_requests else {})
+            | ({} if b"cache-control" in names else {"cache-control": "no-store"})
         )
         return [(name.encode(), value.encode("latin-1")) for name, value in own.items() if name.encode() not in names]
 

@@ -10,9 +10,11 @@ import numpy as np
 import pandas
 import PIL.Image
 
+from rayseg.errors import DataError
 from rayseg.geo import Tile, Window
 from rayseg.io import vectors
 from rayseg.io.maps import pixel_area_m2
+from rayseg.io.untrusted import TooLarge
 from rayseg.models import bundle
 from rayseg.models.sam import SamConfig, SamProposer
 from rayseg.models.sam_bundle import prompted
@@ -24,6 +26,8 @@ from rayseg.vision.color import label_table
 from rayseg.vision.instances import painted
 from rayseg.vision.superpixels import halved
 
+_LEAST_SIDE, _MULTIPLE = 16, 4  # px; deepnet halves an image twice
+_MOST_TRAINED = 1 << 20
 _COLORS = np.array(label_table(60).colors, np.uint8)
 
 
@@ -58,11 +62,25 @@ def found(model: SamProposer, image: Image, asked: dict[str, Any]) -> list[dict[
 
 
 def labels(image: Image, asked: dict[str, Any]) -> np.ndarray:
-    """Labels (height, width) uint8 of an image by a network trained on it, 255 where not valid."""
-    image_HWC = np.ascontiguousarray(image.image_CHW.transpose(1, 2, 0))
-    options = {"scale": 32.0, "sigma": 0.5, "min_size": 64}
-    superpixels_HW = None if asked["network"] == "v2" else halved(image_HWC, **options)  # type: ignore[arg-type]
-    labels_HW = segment(image_HWC, superpixels_HW, **asked)
+    """Labels (height, width) uint8 of an image by a network trained on it, 255 where not valid.
+
+    Raises:
+        DataError: the image is too small for the network's layers.
+        TooLarge: training on so many pixels would take more memory than a server should.
+    """
+    height, width = image.valid_HW.shape
+    if min(height, width) < _LEAST_SIDE:
+        raise DataError(
+            f"the image has {width} x {height} px, labels need {_LEAST_SIDE} on each side; send a larger one"
+        )
+    if height * width > _MOST_TRAINED:
+        raise TooLarge(
+            f"the image has {width} x {height} px, labels are made of {_MOST_TRAINED:,} at most; send a part"
+        )
+    beyond = ((0, -height % _MULTIPLE), (0, -width % _MULTIPLE), (0, 0))
+    image_HWC = np.pad(image.image_CHW.transpose(1, 2, 0), beyond, mode="symmetric")
+    superpixels_HW = None if asked["network"] == "v2" else halved(image_HWC)
+    labels_HW = segment(image_HWC, superpixels_HW, **asked)[:height, :width]
     return np.where(image.valid_HW, labels_HW, NODATA).astype(np.uint8)
 
 

@@ -10,6 +10,7 @@ import time
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from small_world import segmenter
 from tiny_server import client, encoded, form, image_HWC
@@ -39,7 +40,6 @@ def server(models):
         env=os.environ | {"OMP_WAIT_POLICY": "passive"},
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
     )
     for line in process.stderr:
         if "stop with Ctrl-C" in line:
@@ -107,8 +107,8 @@ def test_more_than_the_queue_holds_is_refused_at_once_and_the_rest_is_answered(s
 
 def replica_pids(process):
     """Processes of the deployment Models that belong to the server."""
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    return [int(line.split()[0]) for line in listed.splitlines() if "ray::ServeReplica:rayseg:Models" in line]
+    below = psutil.Process(process.pid).children(recursive=True)
+    return [one.pid for one in below if "ray::ServeReplica:rayseg:Models" in " ".join(one.cmdline())]
 
 
 def test_a_replica_that_is_killed_costs_only_what_it_worked_on(server):

@@ -102,3 +102,19 @@ def test_an_image_is_labelled_without_a_model(asked):
     shapes = json.loads(ask(asked, "/v1/unsupervised", "application/geo+json", **fields).content)
     assert sum(row["properties"]["pixels"] for row in shapes["features"]) == 160 * 120
     assert ask(asked, "/v1/unsupervised", iterations="100000").status_code == 422
+
+
+@pytest.mark.parametrize("network", ["v1", "v2", "deepnet"])
+def test_images_of_any_sides_are_labelled_and_tiny_ones_refused(asked, network):
+    fields = {"network": network, "iterations": "1"}
+    odd = asked.post("/v1/unsupervised", data=fields, **form(encoded(picture()[:33, :41])))
+    assert odd.status_code == 200, odd.text
+    assert (odd.json()["width"], odd.json()["height"]) == (41, 33)
+    tiny = asked.post("/v1/unsupervised", data=fields, **form(encoded(picture()[:1, :1])))
+    assert tiny.status_code == 422
+    assert "16 on each side" in tiny.json()["detail"]
+
+
+def test_labels_of_an_image_that_is_too_large_to_train_on_are_refused(asked):
+    found = asked.post("/v1/unsupervised", **form(encoded(np.zeros((1025, 1025, 3), np.uint8))))
+    assert found.status_code == 413
