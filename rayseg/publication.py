@@ -280,13 +280,17 @@ def _summary(tiles: Sequence[MappedTile], classes: Sequence[ClassShare]) -> str:
         return "Nothing was mapped."
     areas = [row["area_m2"] for row in classes if row["area_m2"] is not None]
     images = {tile.tile.grid.image for tile in tiles} - {None}
-    where = f"{len(images):,} images" if images else f"{len(tiles):,} tiles"
+    where = _counted(len(images), "image") if images else _counted(len(tiles), "tile")
     size = report.area(sum(areas)) if areas else f"{report.count(sum(row['pixels'] for row in classes))} pixels"
     parts = [
         f"{report.percent(row['share'])} {row['name']}" + (f" ({report.area(row['area_m2'])})" if areas else "")
         for row in _shown(classes)[:3]
     ]
     return f"{size} mapped in {where}: {', '.join(parts)}."
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 # -- pictures and histories --------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ ORDER = (
     "run", "status", "retry", "predict", "evaluate", "polygonize", "ingest", "labels", "models", "regions",
     "config", "env",
 )  # fmt: skip
+INTERRUPTED = 130
+"""Exit code of a command that was ended by SIGINT, as shells have it."""
 
 
 class _Door(TyperGroup):
@@ -33,6 +35,9 @@ class _Door(TyperGroup):
             if isinstance(error, Stalled):
                 os._exit(error.exit_code)  # a thread hangs; Python would wait for it for ever
             raise typer.Exit(getattr(error, "exit_code", 1)) from None
+        except KeyboardInterrupt:
+            typer.echo("rayseg: interrupted; what was finished is kept, the same command goes on from there", err=True)
+            raise typer.Exit(INTERRUPTED) from None
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         """The commands in the order they are needed."""

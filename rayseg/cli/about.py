@@ -52,9 +52,14 @@ def models_list(
     if not models:
         typer.echo(f"no models below {', '.join(prefixes or ['runs'])}", err=True)
     for prefix, found in models:
-        typer.echo(
-            f"{prefix}  {found.task}  {found.architecture.options.get('encoder', '')}  {_measures(found.metrics)}"
+        parts = (
+            prefix,
+            found.task,
+            str(found.architecture.options.get("encoder", "")),
+            "/".join(name for _, name, _ in found.classes),
+            _measures(found.metrics),
         )
+        typer.echo("  ".join(filter(None, parts)))
 
 
 @models_app.command("show")

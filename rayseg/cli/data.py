@@ -94,7 +94,7 @@ def labels_import(
     ],
     *,
     out: Annotated[str | None, typer.Option("--out", help="Where the plots of JSONs go.")] = None,
-    size: Annotated[int, typer.Option(help="Side of a plot's crop in px.")] = 224,
+    size: Annotated[int, typer.Option(min=1, help="Side of a plot's crop in px.")] = 224,
 ) -> None:
     """Take labels back: masks into the run that asked for them, or labelled plots cut out of their images."""
     from rayseg.errors import ConfigError

@@ -178,8 +178,11 @@ def _run_at(
     retry: bool = False,
 ) -> "Iterator[Run]":
     """An open run; when some of its tiles failed, an error that names them ends the command."""
+    from rayseg import flow
     from rayseg.run import Engine, Run
 
+    if engine == "ray":
+        flow.expect_reachable(address)
     where = Engine(engine, address, retry)
     refuse = getattr(pipeline_of(pipeline), "check", None)
     check = partial(refuse, config, region) if refuse else None

@@ -7,6 +7,7 @@ Or two collections of STAC catalogues. Images of one scene show neighbouring gro
 """
 
 import json
+import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +30,14 @@ from rayseg.vision.color import ClassTable
 from rayseg.vision.fill import mirrored
 
 SCENE = "rayseg:scene"
+Pixels = tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.uint8]]
+"""image_CHW, where it is valid, its classes."""
 _THREADS = 4
 _ROWS = 4096  # of a mask that are decoded at once
+_WHOLE = 1 << 24  # px of an image without georeference that is decoded as a whole
+_ROOM = 512 << 20  # bytes of such images that a process keeps
+_kept: dict[Any, Pixels] = {}
+_keeping = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -151,8 +158,7 @@ def _of_catalog(images: str, masks: str, names: Sequence[str]) -> list[LabelledI
 
 
 def _named_item(image_id: str, scene: str, source: Source, mask: Source | None) -> LabelledImage:
-    named = _named(scene, source, mask)
-    return LabelledImage(image_id, scene, source, named.masks, named.grid, named.window)
+    return _placed(image_id, scene, source, _named(scene, source, mask).masks)
 
 
 # -- pixels -----------------------------------------------------------------------------------------------------------
@@ -169,12 +175,43 @@ def read_window(
     Raises:
         DataError: a file cannot be read, or a value or colour of a mask is no class.
     """
+    if one.grid.crs is None and one.window.height * one.window.width <= _WHOLE:
+        image_CHW, valid_HW, classes_HW = _cut(_whole(one, tuple(bands), table), one.window, window)
+    else:
+        image_CHW, valid_HW, classes_HW = _read(one, window, bands, table)
+    return mirrored(image_CHW, valid_HW) if valid_HW.any() else image_CHW, classes_HW
+
+
+def _read(one: LabelledImage, window: Window, bands: Sequence[str], table: ClassTable | None) -> Pixels:
     image_CHW, valid_HW = read([one.image], one.grid, window, bands=bands)
     if table is None or not one.masks:
-        classes_HW = np.full(valid_HW.shape, NODATA, np.uint8)
-    else:
-        classes_HW = np.where(valid_HW, read_classes(masks_on(one), one.grid, window, table), NODATA).astype(np.uint8)
-    return mirrored(image_CHW, valid_HW) if valid_HW.any() else image_CHW, classes_HW
+        return image_CHW, valid_HW, np.full(valid_HW.shape, NODATA, np.uint8)
+    classes_HW = read_classes(masks_on(one), one.grid, window, table)
+    return image_CHW, valid_HW, np.where(valid_HW, classes_HW, NODATA).astype(np.uint8)
+
+
+def _whole(one: LabelledImage, bands: tuple[str, ...], table: ClassTable | None) -> Pixels:
+    """All of an image that has to be decoded as a whole anyway (PNG, JPEG); kept while there is room."""
+    key = (one, bands, table)
+    if (found := _kept.get(key)) is None:
+        found = _read(one, one.window, bands, table)
+        size = sum(array.nbytes for array in found)
+        with _keeping:
+            if key not in _kept and size + sum(array.nbytes for kept in _kept.values() for array in kept) <= _ROOM:
+                _kept[key] = found
+    return found
+
+
+def _cut(pixels: Pixels, whole: Window, window: Window) -> Pixels:
+    """The part in a window, which may reach beyond; nothing is valid there."""
+    inside = window.intersect(whole)
+    cut: list[NDArray[Any]] = []
+    for array, empty in zip(pixels, (0, False, NODATA), strict=True):
+        part = np.full((*array.shape[:-2], window.height, window.width), empty, array.dtype)
+        if not inside.empty:
+            part[..., *inside.slices(window)] = array[..., *inside.slices(whole)]
+        cut.append(part)
+    return cut[0], cut[1], cut[2]
 
 
 def masks_on(one: LabelledImage) -> Sequence[Source]:

@@ -25,7 +25,7 @@ from rayseg.store import upath
 
 State = dict[str, Tensor]
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "params")
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "params", "params_ema")
 _PREFIXES = ("module.", "_orig_mod.", "encoder.", "backbone.")
 _HEADS = {"classifier", "fc", "head", "head_fc", "last_linear", "conv_head", "bn2", "norm", "norm_head", "final_conv"}
 CANNOT_BUILD = (KeyError, ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError, AssertionError)
