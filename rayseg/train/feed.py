@@ -268,9 +268,7 @@ def _by_ray(steps: Sequence[Step], read: Read, _threads: int, _ahead: int) -> It
     import ray.data
 
     numbers = ray.data.range(len(steps), override_num_blocks=len(steps))
-    table = numbers.map_batches(
-        _ReadSteps(read, steps), batch_size=None, batch_format="pyarrow", num_cpus=0.5, max_retries=3
-    )
+    table = numbers.map_batches(_ReadSteps(read, steps), batch_size=None, batch_format="pyarrow", num_cpus=0.5)
     table.context.enable_progress_bars = False  # of this dataset alone: what is set in the process is others'
     table.context.print_on_execution_start = False
     table.context.max_errored_blocks = 0
