@@ -298,11 +298,13 @@ def write_report(
         )
         for one in validated.value["worst"]
     )
-    learnt = " and ".join(
-        f"{_number(listed.value[part]['images'], 'image')} of {_number(len(listed.value[part]['scenes']), 'scene')} {what}"
-        for part, what in zip(PARTS, ("to learn from", "to choose the epoch by and to measure"), strict=True)
+    learnt, chosen = (
+        f"{_number(part['images'], 'image')} of {_number(len(part['scenes']), 'scene')}"
+        for part in (listed.value[name] for name in PARTS)
     )
-    extras = publication.Extras(labels=f"Labelled: {learnt}.", pictures=pictures)
+    extras = publication.Extras(
+        labels=f"Labelled: {learnt} to learn from, {chosen} to choose the epoch by.", pictures=pictures
+    )
     shown = measured if "overall" in measured.value else validated
     return publication.write_report(step, predicted, polygons, shown, extras)
 
