@@ -21,7 +21,7 @@ from rayseg.cli.words import (
     only,
     pipeline_of,
 )
-from rayseg.errors import RunIncomplete
+from rayseg.errors import ConfigError, RunIncomplete
 
 if TYPE_CHECKING:
     from rayseg.config import Config
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 app = typer.Typer()
 run_app = typer.Typer(no_args_is_help=True, help="Run a pipeline over a region.")
 app.add_typer(run_app, name="run")
+plan_app = typer.Typer(no_args_is_help=True, help="Say what a run would do and cost, before it is begun.")
+app.add_typer(plan_app, name="plan")
 
 
 @run_app.callback()
@@ -108,6 +110,39 @@ def _share(text: str) -> float:
         return float(text)
     except ValueError:
         raise ConfigError(f"--ratios holds {text!r}, expected shares such as .02,.05,.125") from None
+
+
+@plan_app.callback()
+def _plan() -> None:
+    """Say what a run would do and cost, before it is begun."""
+
+
+@plan_app.command("pipeline")
+def plan_pipeline(
+    name: PipelineName,
+    *,
+    region: Annotated[str, typer.Option(help=f"{REGIONS}.")],
+    config: ConfigFile = None,
+    set_: Overrides = None,
+    workers: Annotated[int, typer.Option(min=1, help="Machines like this one.")] = 1,
+    gpu_hour: Annotated[float, typer.Option(min=0, help="Price of a GPU for an hour.")] = 0.0,
+    cpu_hour: Annotated[float, typer.Option(min=0, help="Price of a CPU for an hour.")] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Say what a run would do and cost, from the imagery's description and a few tiles; nothing is kept.
+
+    With a model that is there: `rayseg plan pipeline predict --set model=PREFIX --region ...`.
+    """
+    from rayseg import planning
+    from rayseg.config import load
+
+    module = pipeline_of(name)
+    if not hasattr(module, "forecast"):
+        raise ConfigError(f"pipeline {name} cannot be planned; plan `predict` with a model of its kind instead")
+    area = only(images_or_region(region), None)
+    forecast = module.forecast(load(module.Config, config, set_ or ()), area)
+    found = planning.plan(forecast, area, rates=planning.Rates(workers, gpu_hour, cpu_hour))
+    typer.echo(json.dumps(found, indent=1) if as_json else planning.text(found))
 
 
 @app.command()

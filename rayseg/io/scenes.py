@@ -158,8 +158,7 @@ def _of_catalog(images: str, masks: str, names: Sequence[str]) -> list[LabelledI
 
 
 def _named_item(image_id: str, scene: str, source: Source, mask: Source | None) -> LabelledImage:
-    named = _named(scene, source, mask)
-    return LabelledImage(image_id, scene, source, named.masks, named.grid, named.window)
+    return _placed(image_id, scene, source, _named(scene, source, mask).masks)
 
 
 # -- pixels -----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rayseg import chips, enlarging, flow, mapping, publication
+from rayseg import chips, enlarging, flow, mapping, planning, publication
 from rayseg.chips import ChipsConfig
 from rayseg.config import Config as Frozen
 from rayseg.flow import Row, Work
@@ -357,6 +357,14 @@ def check(config: Config, region: Region) -> None:
         check_classifier(bundle.build(config.classifier)[0])
     elif config.chips:
         chips.find_chips(region, LABELS, config.chips)
+
+
+def forecast(config: Config, region: Region) -> planning.Forecast:
+    """What is known of a run before it is begun."""
+    trained = config.chips is not None and not config.classifier
+    alone = config.model_copy(update={"chips": None}) if trained else config
+    unknown = ("training the classifier of plots, and classifying them",) if trained else ()
+    return planning.Forecast(plan(region, config), config.patch, unknown, trial=partial(run, alone))
 
 
 def run(config: Config, run: Run, region: Region) -> str:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayseg import evaluation, flow, mapping, publication
 from rayseg.chips import parquet
@@ -92,6 +92,16 @@ class Config(Frozen):
     """How imagery becomes the network's input; mean and standard deviation of ImageNet."""
     truth: Location | None = None
     """Masks to measure the map with: a folder, `catalog.json#collection`, or `#collection` of the region."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config":
+        if self.stride > self.patch:
+            raise ValueError(f"stride {self.stride} is above patch {self.patch}: windows would leave gaps; lower it")
+        if self.patch % (32 * self.segmenter.reduce):
+            raise ValueError(f"patch {self.patch} is no multiple of 32 x segmenter.reduce {self.segmenter.reduce}")
+        if len(self.bands) != len(self.scaling.mean):
+            raise ValueError(f"{len(self.bands)} bands but scaling of {len(self.scaling.mean)}: give one for each")
+        return self
 
 
 def _masks_of_region(region: Region, location: str | None) -> str:
@@ -288,20 +298,24 @@ def write_report(
         )
         for one in validated.value["worst"]
     )
-    learnt = " and ".join(
-        f"{listed.value[part]['images']} images of {len(listed.value[part]['scenes'])} scenes {what}"
-        for part, what in zip(PARTS, ("to learn from", "to choose the epoch by and to measure"), strict=True)
+    learnt, chosen = (
+        f"{_number(part['images'], 'image')} of {_number(len(part['scenes']), 'scene')}"
+        for part in (listed.value[name] for name in PARTS)
     )
-    extras = publication.Extras(labels=f"Labelled: {learnt}.", pictures=pictures)
+    extras = publication.Extras(
+        labels=f"Labelled: {learnt} to learn from, {chosen} to choose the epoch by.", pictures=pictures
+    )
     shown = measured if "overall" in measured.value else validated
     return publication.write_report(step, predicted, polygons, shown, extras)
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def check(config: Config, region: Region) -> None:
     """Refuse, before anything is written, scenes, imagery and weights that cannot be used."""
     described = _described(config)
-    if config.patch % (32 * config.segmenter.reduce):
-        raise ConfigError(f"patch {config.patch} is no multiple of 32 x segmenter.reduce; change it")
     expect_supervisable(config.segmenter, classes=len(described.classes), workers=config.workers)
     encoder_name(config.segmenter.encoder)
     if config.segmenter.weights not in {"imagenet", "none"}:

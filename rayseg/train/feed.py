@@ -267,14 +267,12 @@ def _by_ray(steps: Sequence[Step], read: Read, _threads: int, _ahead: int) -> It
     """One block of one dataset per batch, in order; it is read by tasks of half a CPU each."""
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_options.preserve_order = True
     numbers = ray.data.range(len(steps), override_num_blocks=len(steps))
-    table = numbers.map_batches(
-        _ReadSteps(read, steps), batch_size=None, batch_format="pyarrow", num_cpus=0.5, max_retries=3
-    )
+    table = numbers.map_batches(_ReadSteps(read, steps), batch_size=None, batch_format="pyarrow", num_cpus=0.5)
+    table.context.enable_progress_bars = False  # of this dataset alone: what is set in the process is others'
+    table.context.print_on_execution_start = False
+    table.context.max_errored_blocks = 0
+    table.context.execution_options.preserve_order = True
     for block in table.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
         for packed in block["cuts"]:
             yield _unpacked(packed)

@@ -83,7 +83,7 @@ class SegmenterConfig(Config):
     augment: Augment = Augment()
     """What happens to training chips and their masks."""
 
-    def options(self, *, channels: int) -> dict[str, str | int | float]:
+    def options(self, *, channels: int) -> dict[str, Any]:
         """Arguments of `build_segmenter`, as a bundle keeps them."""
         return {
             "architecture": self.architecture,
@@ -176,7 +176,7 @@ def _counts(settings: SegmenterConfig, workers: int) -> tuple[int, int]:
 
 def _network(settings: SegmenterConfig, *, channels: int, weights: str) -> nn.Module:
     options = settings.options(channels=channels)
-    return build_segmenter(**options, weights=weights)  # type: ignore[arg-type]
+    return build_segmenter(**options, weights=weights)
 
 
 def _train(config: State) -> State:

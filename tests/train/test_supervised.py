@@ -108,7 +108,9 @@ def _whole(part, position):
     return Draw(position, part.images[position].window)
 
 
-def test_a_training_that_fell_goes_on_as_if_nothing_had_been(tmp_path, parts, monkeypatch):
+@pytest.mark.parametrize("store", ["local", "memory"])
+def test_a_training_that_fell_goes_on_as_if_nothing_had_been(tmp_path, parts, monkeypatch, store):
+    fallen = tmp_path / "fallen" if store == "local" else f"memory://{tmp_path.name}/fallen"
     fit(QUICK, parts, tmp_path / "whole")
     epoch = supervised._epoch
 
@@ -119,12 +121,12 @@ def test_a_training_that_fell_goes_on_as_if_nothing_had_been(tmp_path, parts, mo
 
     monkeypatch.setattr(supervised, "_epoch", fall)
     with pytest.raises(KeyboardInterrupt):
-        fit(QUICK, parts, tmp_path / "fallen")
+        fit(QUICK, parts, fallen)
     monkeypatch.setattr(supervised, "_epoch", epoch)
-    assert session.load_checkpoint(tmp_path / "fallen", None)["epoch"] == 2
-    fit(QUICK, parts, tmp_path / "fallen")
-    whole, fallen = (weights_of(tmp_path / name) for name in ("whole", "fallen"))
-    assert all(torch.equal(whole[name], fallen[name]) for name in whole)
+    assert session.load_checkpoint(fallen, None)["epoch"] == 2
+    fit(QUICK, parts, fallen)
+    whole, again = weights_of(tmp_path / "whole"), weights_of(fallen)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def test_parts_of_a_batch_teach_what_the_whole_does(tmp_path, parts):
