@@ -15,15 +15,17 @@ import math
 import multiprocessing
 import pickle
 import signal
+import socket
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 from rich.console import Console
@@ -31,7 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rayseg.config import quiet_ray, ray_address
 from rayseg.errors import ConfigError, Stalled, StoreFull
-from rayseg.guard import STOPPED, Guarded, Row, Work, ahead
+from rayseg.guard import STOPPED, Guarded, Row, Rows, Work, ahead
 from rayseg.ledger import SETTLED, Account, Ledger, Record
 from rayseg.run import Engine
 from rayseg.store import put, upath
@@ -39,7 +41,7 @@ from rayseg.store import put, upath
 if TYPE_CHECKING:  # Ray takes a second to import; the inline engine does without
     import ray.data
 
-__all__ = ["Row", "Work", "connect", "connect_training", "run"]
+__all__ = ["Row", "Work", "connect", "connect_training", "expect_reachable", "run"]
 
 _SHELLS: list["subprocess.Popen[bytes]"] = []
 MOST_HUNG = 3
@@ -82,13 +84,14 @@ def run(
         connect(engine.address)  # here: Ray's processes end with the thread that started them
     if todo:
         carry_out = {"inline": _inline, "ray": _on_ray}[engine.kind]
-        with _progress(title, len(rows), len(rows) - len(todo)) as advance:
-            for row in _watched(ahead(carry_out(todo, guarded), stall_seconds * (1 + len(works)))):
+        settled = ahead(carry_out(todo, guarded), stall_seconds * (1 + len(works)))
+        with _progress(title, len(rows), len(rows) - len(todo)) as advance, contextlib.closing(settled):
+            for row in _watched(settled):
                 advance(row)
     return Account.of([row["id"] for row in rows], ledger.read())
 
 
-def _watched(rows: Iterable[Row]) -> Iterator[Row]:
+def _watched(rows: Rows) -> Rows:
     """The same rows, until one says that going on is of no use."""
     hung: list[str] = []
     for row in rows:
@@ -103,7 +106,7 @@ def _watched(rows: Iterable[Row]) -> Iterator[Row]:
         yield row
 
 
-def _inline(rows: list[Row], guarded: list[Guarded]) -> Iterator[Row]:
+def _inline(rows: list[Row], guarded: list[Guarded]) -> Rows:
     """Every stage in a thread of its own, a few batches ahead of the next, in order.
 
     If this process was killed here before, the rows that were under way then come first, in another process.
@@ -115,7 +118,7 @@ def _inline(rows: list[Row], guarded: list[Guarded]) -> Iterator[Row]:
     put(under_way, b"")
     try:
         yield from _apart(suspects, guarded, ledger)
-        stream: Iterable[Row] = rows[len(suspects) :]
+        stream = (row for row in rows[len(suspects) :])
         for guard in guarded:
             stream = ahead(_map(stream, guard))
         yield from stream
@@ -123,7 +126,7 @@ def _inline(rows: list[Row], guarded: list[Guarded]) -> Iterator[Row]:
         under_way.unlink(missing_ok=True)
 
 
-def _apart(rows: list[Row], guarded: list[Guarded], ledger: Ledger) -> Iterator[Row]:
+def _apart(rows: list[Row], guarded: list[Guarded], ledger: Ledger) -> Rows:
     """One row after the other in a child process; one that kills it is quarantined, and the next have another."""
     child = None
     for row in rows:
@@ -158,18 +161,19 @@ def _quarantine(row: Row, guarded: list[Guarded], ledger: Ledger, how: str) -> R
     return {"id": row["id"], "status": "quarantined"}
 
 
-def _map(rows: Iterable[Row], guard: Guarded) -> Iterator[Row]:
+def _map(rows: Rows, guard: Guarded) -> Rows:
     batch: list[Row] = []
-    for row in rows:
-        batch.append(dict(row))
-        if len(batch) == guard.work.batch:
+    with contextlib.closing(rows):
+        for row in rows:
+            batch.append(dict(row))
+            if len(batch) == guard.work.batch:
+                yield from guard(batch)
+                batch = []
+        if batch:
             yield from guard(batch)
-            batch = []
-    if batch:
-        yield from guard(batch)
 
 
-def _on_ray(rows: list[Row], guarded: list[Guarded]) -> Iterator[Row]:
+def _on_ray(rows: list[Row], guarded: list[Guarded]) -> Rows:
     """Rows through Ray Data; those lost with a dying process once more, each in a process of its own."""
     ledger = guarded[-1].ledger
     assert ledger is not None
@@ -295,7 +299,7 @@ def _sizes(works: Sequence[Work], has: dict[str, float]) -> list[_Size]:
     ]
 
 
-def _one_by_one(rows: list[Row], guarded: list[Guarded], ledger: Ledger) -> Iterator[Row]:
+def _one_by_one(rows: list[Row], guarded: list[Guarded], ledger: Ledger) -> Rows:
     """Each row in a process of its own; one that kills even that is quarantined."""
     import ray
     from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
@@ -316,10 +320,29 @@ def _through(row: Row, guarded: list[Guarded]) -> Row:
     return rows[0]
 
 
-def connect(address: str | None) -> None:
+def expect_reachable(address: str | None) -> None:
+    """Refuse an address at which nothing answers, as Ray itself would after a minute and a half.
+
+    Raises:
+        ConfigError: there is no host and port in it, or nobody answers there within five seconds.
+    """
+    if (chosen := ray_address(address)) in {"local", "auto"}:
+        return
+    parts = urlsplit(chosen if "://" in chosen else f"ray://{chosen}")
+    try:
+        socket.create_connection((parts.hostname or "", parts.port or 0), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {chosen} ({error}), expected the host and port of its head, such as "
+            "10.0.0.1:6379; correct --address or RAY_ADDRESS, or leave both out for a private one"
+        ) from None
+
+
+def connect(address: str | None, *, dashboard: bool = False) -> None:
     """Join the Ray cluster at `address`, or start a private one on this machine; once per process.
 
-    The address is `address`, else RAY_ADDRESS; without either a stranger's cluster is never joined.
+    The address is `address`, else RAY_ADDRESS; without either a stranger's cluster is never joined. With `dashboard`
+    a private one takes jobs, on loopback.
     """
     import ray
 
@@ -333,7 +356,9 @@ def connect(address: str | None) -> None:
         return
     folder = tempfile.mkdtemp(prefix="rs-")
     _remove_afterwards(folder)
-    ray.init(address="local", include_dashboard=False, object_store_memory=2 << 30, _temp_dir=folder, **quiet)
+    # An idle process is soon of use again, and a new one takes seconds to import what the stages need.
+    quiet["_system_config"] = {"idle_worker_killing_time_threshold_ms": 30_000}
+    ray.init(address="local", include_dashboard=dashboard, object_store_memory=2 << 30, _temp_dir=folder, **quiet)
     atexit.register(ray.shutdown)
 
 

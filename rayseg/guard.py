@@ -2,7 +2,7 @@
 
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -14,6 +14,7 @@ from rayseg.ledger import Ledger, Record
 from rayseg.store import STORE_ERRORS
 
 Row = dict[str, Any]
+Rows = Generator[Row, None, None]
 Stage = Callable[[list[Row]], list[Row]]
 
 # What a row's data can cause; anything else is a fault of the program and ends the run.
@@ -152,8 +153,10 @@ def _kept(row: Row) -> Row:
     return {key: row[key] for key in ("id", "seconds") if key in row}
 
 
-def ahead(rows: Iterator[Row], patience: float | None = None) -> Iterator[Row]:
+def ahead(rows: Rows, patience: float | None = None) -> Rows:
     """The same rows, each made in another thread while the one before is used.
+
+    Closed early, it waits for what is under way: no stage is at work any more when the process ends.
 
     Raises:
         Stalled: the next row does not come within `patience` seconds.
@@ -173,4 +176,5 @@ def ahead(rows: Iterator[Row], patience: float | None = None) -> Iterator[Row]:
             coming = hand.submit(next, rows, None)
             yield row
     finally:
-        wait([coming], 0 if stalled else ENDING)
+        if wait([coming], 0 if stalled else ENDING).done:
+            rows.close()

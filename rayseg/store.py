@@ -28,7 +28,9 @@ def upath(path: StorePath) -> UPath:
 
 
 def sentence(error: Exception) -> str:
-    """What one of `STORE_ERRORS` says; the AWS client does not say what to do."""
+    """What one of `STORE_ERRORS` says; neither Python nor the AWS client says what to do."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename} cannot be used ({error.strerror}); choose a path that can be read or written there"
     if not isinstance(error, BotoCoreError):
         return str(error)
     return f"the object store cannot be used: {error}; check AWS_PROFILE or AWS_ACCESS_KEY_ID, and AWS_ENDPOINT_URL"

@@ -145,10 +145,10 @@ def test_models_are_listed_and_shown(world, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "bundle.json").write_text("{")
     rows = rayseg("models", "list", tmp_path, world["root"]).stdout.splitlines()
-    assert [row.split()[:3] for row in rows] == sorted(
+    assert [row.split()[:4] for row in rows] == sorted(
         [
-            [str(tmp_path / "a" / "models" / "classifier"), "classification", "mobilenet_v2"],
-            [world["model"], "segmentation", "mobilenet_v2"],
+            [str(tmp_path / "a" / "models" / "classifier"), "classification", "mobilenet_v2", "gpc/nongpc"],
+            [world["model"], "segmentation", "mobilenet_v2", "background/gpc"],
         ]
     )
     shown = json.loads(rayseg("models", "show", world["model"]).stdout)
@@ -268,6 +268,7 @@ def test_a_scaling_that_cannot_be_is_told_in_words():
         ('{"type": "Feature", "properties": {}, "geometry": {"type": "Point", "coordinates": [1, 2]}}', 3, "no area"),
         ('{"type": "Feature", "properties": {}, "geometry": null}', 3, "is empty"),
         ("[1]", 3, "neither GeoJSON nor STAC"),
+        ('{"type": "FeatureCollection", "features": [1]}', 3, "a GeoJSON Feature was expected"),
     ],
 )
 def test_region_files_without_an_area(world, out, tmp_path, content, code, words):
@@ -418,7 +419,7 @@ def test_an_output_below_a_file(world, tmp_path):
         ("ingest", "folder", world["root"] / "chips", "--labels", "folder", "--out", tmp_path / "file" / "cat"),
         ("ingest", "rasters", world["root"] / "imagery" / "scene.tif", "--out", tmp_path / "file" / "cat"),
     ):
-        assert "file" in refused(rayseg(*words).exit_code, *words)
+        assert "cannot be used (Not a directory)" in refused(1, *words)
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -427,6 +428,22 @@ def test_an_output_that_is_not_writable(world, tmp_path):
     (tmp_path / "locked").mkdir()
     (tmp_path / "locked").chmod(stat.S_IRUSR | stat.S_IXUSR)
     assert "--out" in refused(2, *predict(world, tmp_path / "locked" / "run"))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere"])
+def test_a_cluster_that_does_not_answer(world, out, address):
+    words = [str(word) for word in predict(world, out, "--address", address)]
+    words[words.index("inline")] = "ray"
+    assert f"no Ray cluster answers at {address}" in refused(2, *words)
+    assert not out.exists()
+
+
+def test_a_command_that_is_interrupted_says_how_to_go_on(monkeypatch, world, out):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rayseg.pipelines.predict.run", interrupt)
+    assert "the same command goes on from there" in refused(130, *predict(world, out))
 
 
 def test_an_output_that_belongs_to_another_run_or_to_nobody(world, tmp_path):

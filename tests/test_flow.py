@@ -220,6 +220,22 @@ def test_without_room_for_the_ledger_the_run_ends(monkeypatch, place):
         flow.run(rows_of(2), works(out), ledger, INLINE)
 
 
+def test_when_a_run_ends_early_no_stage_is_at_work_any_more(place):
+    out, ledger = place
+    at_work = []
+
+    def slow(rows):
+        at_work.append(rows[0]["id"])
+        time.sleep(0.1)
+        at_work.remove(rows[0]["id"])
+        return rows
+
+    with pytest.raises(StoreFull) as ended:  # keeps the traceback, and with it every generator of the run
+        flow.run(rows_of(9), [Work(Draw()), Work(slow), Work(slow), Work(Keep(out, full="t1"))], ledger, INLINE)
+    assert at_work == []
+    assert ended.traceback
+
+
 @pytest.mark.parametrize("error", [TimeoutError("late"), NoCredentialsError()])
 def test_errors_of_stores_settle_the_row_at_fault(place, error):
     _, ledger = place

@@ -8,13 +8,15 @@ import typer
 from typer.core import TyperGroup
 
 from rayseg import __version__
-from rayseg.cli import about, data, run
+from rayseg.cli import about, data, run, serve
 from rayseg.errors import RaysegError, Stalled
 
 ORDER = (
-    "run", "status", "retry", "predict", "evaluate", "polygonize", "ingest", "labels", "models", "regions",
-    "config", "env",
+    "run", "plan", "status", "retry", "predict", "evaluate", "polygonize", "ingest", "labels", "serve", "view",
+    "models", "regions", "config", "env",
 )  # fmt: skip
+INTERRUPTED = 130
+"""Exit code of a command that was ended by SIGINT, as shells have it."""
 
 
 class _Door(TyperGroup):
@@ -33,6 +35,9 @@ class _Door(TyperGroup):
             if isinstance(error, Stalled):
                 os._exit(error.exit_code)  # a thread hangs; Python would wait for it for ever
             raise typer.Exit(getattr(error, "exit_code", 1)) from None
+        except KeyboardInterrupt:
+            typer.echo("rayseg: interrupted; what was finished is kept, the same command goes on from there", err=True)
+            raise typer.Exit(INTERRUPTED) from None
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         """The commands in the order they are needed."""
@@ -46,7 +51,7 @@ def _errors() -> tuple[type[Exception], ...]:
 
 
 app = typer.Typer(cls=_Door, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for part in (run, data, about):
+for part in (run, data, serve, about):
     app.add_typer(part.app)
 
 

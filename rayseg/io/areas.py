@@ -5,12 +5,10 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import geopandas
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pyogrio.errors
 import shapely
 from shapely.geometry import mapping
 from shapely.geometry.base import BaseGeometry
@@ -19,6 +17,9 @@ import rayseg
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo import Region
 from rayseg.store import upath
+
+if TYPE_CHECKING:  # takes long to import, and a region is seldom a file
+    import geopandas
 
 _NUMBER = r"\s*[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?\s*"
 _BOX = re.compile(rf"^{_NUMBER}(?:,{_NUMBER}){{3}}$")
@@ -88,6 +89,9 @@ def _box_geometry(text: str) -> BaseGeometry:
 
 
 def _region_file(name: str, path: str, collection: str | None) -> Region:
+    import geopandas
+    import pyogrio.errors
+
     try:
         data = upath(path).read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
@@ -103,7 +107,10 @@ def _region_file(name: str, path: str, collection: str | None) -> Region:
         raise DataError(f"Region file {path} is not JSON: {error}.") from error
     if not isinstance(row, dict):
         raise DataError(f"Region file {path} is neither GeoJSON nor STAC: it holds a {type(row).__name__}.")
-    if "stac_version" in row or any("stac_version" in feature for feature in row.get("features", [])[:1]):
+    first = (row.get("features") or [{}])[0]
+    if not isinstance(first, dict):
+        raise DataError(f"Region file {path} has {first!r} for a feature: a GeoJSON Feature was expected.")
+    if "stac_version" in row or "stac_version" in first:
         return Region(name, catalog=path, collection=collection)
     try:
         frame = geopandas.read_file(io.BytesIO(data), engine="pyogrio")
@@ -122,7 +129,7 @@ def _columns(path: str, data: bytes) -> list[str]:
     return list(schema.names)
 
 
-def _area(path: str, frame: geopandas.GeoDataFrame) -> dict[str, Any]:
+def _area(path: str, frame: "geopandas.GeoDataFrame") -> dict[str, Any]:
     """All polygons of a file together, in EPSG:4326."""
     if frame.empty or frame.geometry.isna().all():
         raise DataError(f"Region file {path} is empty: a polygon was expected.")

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import geopandas
 import numpy as np
 import shapely
 from rasterio.features import geometry_mask
@@ -18,6 +17,8 @@ def on_grid(geometry: dict[str, Any] | None, grid: Grid) -> BaseGeometry | None:
     """A GeoJSON geometry in EPSG:4326 in the CRS of `grid`; None for everything, and on grids without CRS."""
     if geometry is None or grid.crs is None:
         return None
+    import geopandas  # takes long, and most regions are all of their imagery
+
     edges = shapely.segmentize(shape(geometry), _DEGREES)
     projected: BaseGeometry = geopandas.GeoSeries([edges], crs="EPSG:4326").to_crs(grid.crs).iloc[0]
     return projected

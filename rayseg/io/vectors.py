@@ -10,29 +10,30 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import geopandas
 import numpy as np
-import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
 from affine import Affine
 from numpy.typing import NDArray
 from rasterio.features import shapes
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from skimage.measure import label
 
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo import Grid, Window
-from rayseg.io.maps import mapped_tiles
+from rayseg.io.cog import read_bands
+from rayseg.io.maps import MappedTile, mapped_tiles
 from rayseg.io.masks import table_of
 from rayseg.io.rasters import read
 from rayseg.io.sources import Source, footprint, grids_of, source_of_file, unplaced
 from rayseg.store import StorePath, put, upath
 from rayseg.vision.color import ClassTable
+from rayseg.vision.segments import groups
+
+if TYPE_CHECKING:  # whoever cuts tiles into parts does without tables of geometries, which take long to import
+    import geopandas
 
 NODATA = 255
 TOP = 254  # the score that stands for probability 1
@@ -155,7 +156,7 @@ def _score_sums(classes_HW: np.ndarray, scores_CHW: np.ndarray, labels: np.ndarr
 # -- join -------------------------------------------------------------------------------------------------------------
 
 
-def join(parts: Iterable[pa.Table], table: ClassTable) -> geopandas.GeoDataFrame:
+def join(parts: Iterable[pa.Table], table: ClassTable) -> "geopandas.GeoDataFrame":
     """Polygons of the parts of all tiles, joined over tile borders, in EPSG:4326 and cut at the antimeridian.
 
     Args:
@@ -171,6 +172,8 @@ def join(parts: Iterable[pa.Table], table: ClassTable) -> geopandas.GeoDataFrame
     Raises:
         DataError: images with and without CRS are mixed, or a grid lies nowhere on Earth.
     """
+    import pandas
+
     by_grid: dict[Grid, list[pa.Table]] = defaultdict(list)
     for one in parts:
         by_grid[_grid_of(one)].append(one)
@@ -226,10 +229,7 @@ def _owners(columns: dict[str, np.ndarray], polygons: NDArray[np.object_]) -> np
         after, before = line == columns[low][owner], line == columns[high][owner]
         keys = np.stack([line, columns["class"][owner].astype(np.int64)])
         pairs.append(_touching(keys, along, owner, before=before, after=after))
-    one, other = np.concatenate(pairs, axis=1)
-    graph = coo_array((np.ones(len(one), bool), (one, other)), shape=(len(polygons), len(polygons)))
-    owners: np.ndarray = connected_components(graph, directed=False)[1]
-    return owners
+    return groups(len(polygons), np.concatenate(pairs, axis=1).T)
 
 
 def _touching(
@@ -282,7 +282,9 @@ def _canonical(polygons: NDArray[np.object_]) -> NDArray[np.object_]:
 
 def _frame(
     grid: Grid, columns: dict[str, np.ndarray], polygons: NDArray[np.object_], table: ClassTable
-) -> geopandas.GeoDataFrame:
+) -> "geopandas.GeoDataFrame":
+    import geopandas
+
     names = dict(zip(table.values, table.names, strict=True))
     pixels = columns["pixels"].astype(np.int64)
     facts: dict[str, Any] = {
@@ -319,14 +321,14 @@ def _cut(lonlat: NDArray[np.object_]) -> NDArray[np.object_]:
     return lonlat
 
 
-def write_geoparquet(frame: geopandas.GeoDataFrame, path: StorePath) -> None:
+def write_geoparquet(frame: "geopandas.GeoDataFrame", path: StorePath) -> None:
     """Write GeoParquet 1.1 with the covering of bounding boxes."""
     sink = io.BytesIO()
     frame.to_parquet(sink, compression="zstd", write_covering_bbox=True, schema_version="1.1.0", index=False)
     put(path, sink.getvalue())
 
 
-def write_geojson(frame: geopandas.GeoDataFrame, path: StorePath) -> None:
+def write_geojson(frame: "geopandas.GeoDataFrame", path: StorePath) -> None:
     """Write GeoJSON; pixel coordinates (y downward) where there is no CRS."""
     put(path, frame.to_json(drop_id=True).encode())
 
@@ -352,14 +354,21 @@ def polygonize(raster: str, out: str) -> int:
     return len(frame)
 
 
-def _polygons_of_run(root: str) -> geopandas.GeoDataFrame:
+def _polygons_of_run(root: str) -> "geopandas.GeoDataFrame":
     tiles = mapped_tiles(root)
     table = table_of(tiles[0].href) if tiles else None
-    parts = (read_parts(upath(tile.href).parent / "parts.parquet") for tile in tiles)
-    return join(parts, table or ClassTable(((0, "0", (0, 0, 0)),)))
+    return join((_parts_of(tile) for tile in tiles), table or ClassTable(((0, "0", (0, 0, 0)),)))
 
 
-def _polygons_of_raster(path: str) -> geopandas.GeoDataFrame:
+def _parts_of(mapped: MappedTile) -> pa.Table:
+    """The parts that the run left of a tile, or else those of its class map."""
+    path = upath(mapped.href).parent / "parts.parquet"
+    if path.exists():
+        return read_parts(path)
+    return polygons_of(read_bands(mapped.href)[0], None, mapped.tile.grid, mapped.tile.window)
+
+
+def _polygons_of_raster(path: str) -> "geopandas.GeoDataFrame":
     source = source_of_file(path, upath(path).stem)
     if len(source.bands) != 1 or source.dtype != "uint8":
         found = f"{len(source.bands)} bands of {source.dtype}"

@@ -13,6 +13,7 @@ from pytorch_grad_cam import GradCAMPlusPlus
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
+from rayseg.errors import ConfigError
 from rayseg.models.classifier import class_probabilities
 
 FloatArray = NDArray[np.float32]
@@ -62,9 +63,12 @@ def gradcam_plusplus(
 def _layer_of(model: nn.Module, layer: nn.Module | int) -> nn.Module:
     if isinstance(layer, nn.Module):
         return layer
-    stages = model.get_submodule("stages")
-    found: nn.Module = list(stages.children())[layer]
-    return found
+    stages: list[nn.Module] = list(model.get_submodule("stages").children())
+    if not -len(stages) <= layer < len(stages):
+        raise ConfigError(
+            f"layer {layer} is no stage of the encoder, which has {len(stages)}: choose -1 (the last) to {-len(stages)}"
+        )
+    return stages[layer]
 
 
 @contextmanager

@@ -122,7 +122,7 @@ class _Normalise(torch.autograd.Function):
         pixels = x_NCHW[:, 0].numel()
         pairs = list(zip(_parts(_rows(x_NCHW)), _parts(_rows(grads[0])), strict=True))
         to_bias = torch.stack([grad.sum(0) for _, grad in pairs]).sum(0)
-        to_weight = torch.stack([((x - mean) * grad).sum(0) for x, grad in pairs]).sum(0) * scale
+        to_weight = torch.stack([(x - mean).mul_(grad).sum(0) for x, grad in pairs]).sum(0) * scale
         slope = -weight * scale**2 * to_weight / pixels
         level = -weight * scale * to_bias / pixels - slope * mean
         to_input_NCHW = torch.empty_like(x_NCHW)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from rayseg import chips, evaluation, flow, mapping, publication
+from rayseg import chips, evaluation, flow, mapping, planning, publication
 from rayseg.chips import ChipsConfig, parquet
 from rayseg.config import Config as Frozen
 from rayseg.errors import DataError
@@ -31,7 +31,7 @@ from rayseg.mapping import MapConfig
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.encoders import encoder_name, read_state
-from rayseg.models.segmenter import Ensemble
+from rayseg.models.segmenter import Ensemble, build_segmenter
 from rayseg.models.unsupervised import Precision
 from rayseg.run import Run, Step
 from rayseg.stages.cues import (
@@ -366,6 +366,21 @@ def check(config: Config, region: Region) -> None:
         encoder_name(network.encoder)
         if network.weights not in {"imagenet", "none"}:
             read_state(network.weights)
+
+
+def forecast(config: Config, region: Region) -> planning.Forecast:
+    """What is known of a run before it is begun; what training takes shows only while it is done."""
+    found = chips.find_chips(region, LABELS, config.chips)
+    stages = (config.segmenter.warm_up, config.segmenter.correction, config.segmenter.scratch)
+    epochs = sum(stage.epochs for stage in stages)
+    unknown = [
+        f"training: {config.classifier.epochs} epochs of a classifier and {epochs} of {config.members} segmenters on "
+        f"{len(found)} chips, and their cues; the share of an epoch that is done stands in the run's progress"
+    ]
+    network = config.segmenter.options(channels=len(BANDS))
+    members = [build_segmenter(**network, weights="none") for _ in range(config.members)]
+    model = Ensemble(members) if len(members) > 1 else members[0]
+    return planning.by_untrained(_described(config), model, region, config.map, unknown=unknown)
 
 
 def run(config: Config, run: Run, region: Region) -> str:

@@ -3,7 +3,7 @@
 model + imagery --> tiles --> polygons --> items, report
 """
 
-from rayseg import mapping, publication
+from rayseg import mapping, planning, publication
 from rayseg.config import Config as Frozen
 from rayseg.geo import Region
 from rayseg.mapping import MapConfig
@@ -24,6 +24,11 @@ def check(config: Config, region: Region) -> None:
     """Refuse, before anything is written, a model that is not whole and imagery that it cannot map."""
     described, _ = bundle.whole(config.model)
     mapping.plan(region, described, config.map)
+
+
+def forecast(config: Config, region: Region) -> planning.Forecast:
+    """What is known of a run before it is begun."""
+    return planning.by_model(config.model, region, config.map)
 
 
 def run(config: Config, run: Run, region: Region) -> str:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from rayseg import agreement, flow, mapping, publication
+from rayseg import agreement, flow, mapping, planning, publication
 from rayseg.chips import parquet
 from rayseg.config import Config as Frozen
 from rayseg.errors import ConfigError, DataError
@@ -374,6 +374,16 @@ def check(config: Config, region: Region) -> None:
         agreement.expect_truth(
             [piece_of_row(tile) for tile in tiles], _truth(region, config.truth), unlabelled=config.unlabelled
         )
+
+
+def forecast(config: Config, region: Region) -> planning.Forecast:
+    """What is known of a run before it is begun; networks are trained in the probe, as they are in the run."""
+    rows, _, _ = plan(region, config)
+    tiles = [tile for row in rows for tile in json.loads(row["tiles"])]
+    margin = config.network.patch + config.network.stride + config.sieve
+    count = sum(row["tiles"] != "[]" for row in rows)
+    unknown = ("a network is timed on some tiles of its scene: on all of them it may take more or fewer epochs",)
+    return planning.Forecast(tiles, margin, unknown, {"networks": count}, partial(run, config))
 
 
 def run(config: Config, run: Run, region: Region) -> str:

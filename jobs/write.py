@@ -1,0 +1,115 @@
+"""Write the jobs and the service from the one cluster they run on: `python jobs/write.py` after changing either.
+
+Every manifest is whole, so that `kubectl apply -f jobs/gpc.rayjob.yaml` needs nothing else.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGERY = "--region s3://bucket/catalog/catalog.json#imagery"
+COMMANDS = {
+    "gpc": f"{IMAGERY} --config /opt/rayseg/configs/gpc/default.yaml "
+    "--set chips.source=s3://bucket/labelled/catalog.json#chips",
+    "agri": f"{IMAGERY} --config /opt/rayseg/configs/agri/default.yaml --set sam.checkpoint=vit_h",
+    "superpixel": f"{IMAGERY} --config /opt/rayseg/configs/superpixel/default.yaml",
+    "landcover": f"{IMAGERY} --set classes=deepglobe --set labelled.source=s3://bucket/masked/catalog.json#imagery "
+    "--set labelled.masks=s3://bucket/masked/catalog.json#masks",
+    "al-s4gan": f"{IMAGERY} --config /opt/rayseg/configs/al-s4gan/default.yaml "
+    "--set pool.images=s3://bucket/masked/catalog.json#imagery --set pool.masks=s3://bucket/masked/catalog.json#masks",
+}
+TRAINED = {"gpc", "agri", "landcover", "al-s4gan"}
+"""Pipelines with a training of their own: the head has no GPU, so it is done by a worker."""
+SERVE = """\
+http_options:
+  request_timeout_s: 360
+applications:
+  - name: rayseg
+    route_prefix: /
+    import_path: rayseg.serve.deployment:build
+    args:
+      models: [s3://bucket/runs]
+      runs: [s3://bucket/runs]
+      token_file: /etc/rayseg/token
+      hosts: [maps.example.org]
+      gpus: 0.5
+      replicas: 4
+      batch: 16
+      queue: 64
+"""
+
+
+def entrypoint(pipeline: str) -> str:
+    """The line a person would type on the head."""
+    trained = " --set workers=1" if pipeline in TRAINED else ""
+    return (
+        f"rayseg run pipeline {pipeline} {COMMANDS[pipeline]}{trained} --out s3://bucket/runs/{pipeline} --address auto"
+    )
+
+
+def job(pipeline: str, cluster: dict[str, Any]) -> dict[str, Any]:
+    """A RayJob: a cluster of its own, the run, and the end of the cluster; after a loss a new one goes on."""
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": {"name": pipeline, "namespace": "rayseg"},
+        "spec": {
+            "entrypoint": entrypoint(pipeline),
+            "submissionMode": "K8sJobMode",
+            "backoffLimit": 3,
+            "shutdownAfterJobFinishes": True,
+            "ttlSecondsAfterFinished": 600,
+            "rayClusterSpec": cluster["spec"],
+        },
+    }
+
+
+def service(cluster: dict[str, Any]) -> dict[str, Any]:
+    """A RayService: the server of models, whose token is the Secret rayseg-serve (key token) on every node."""
+    spec = copy.deepcopy(cluster["spec"])
+    for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+        pod = group["template"]["spec"]
+        pod["volumes"].append({"name": "token", "secret": {"secretName": "rayseg-serve"}})
+        (container,) = pod["containers"]
+        container["volumeMounts"].append({"name": "token", "mountPath": "/etc/rayseg", "readOnly": True})
+        container["ports"] = [*container.get("ports", []), {"containerPort": 8000, "name": "serve"}]
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayService",
+        "metadata": {"name": "rayseg-serve", "namespace": "rayseg"},
+        "spec": {"serveConfigV2": SERVE, "rayClusterConfig": spec},
+    }
+
+
+def manifests() -> dict[str, str]:
+    """Path below the repository -> the text of the manifest."""
+    cluster = yaml.safe_load((ROOT / "cluster/kuberay/raycluster.yaml").read_text())
+    found = {f"jobs/{name}.rayjob.yaml": _text(job(name, cluster)) for name in COMMANDS}
+    return found | {"cluster/kuberay/rayservice.yaml": _text(service(cluster))}
+
+
+def _text(manifest: dict[str, Any]) -> str:
+    plain = copy.deepcopy(manifest)
+    return f"# Written by jobs/write.py from cluster/kuberay/raycluster.yaml.\n{_dumped(plain)}"
+
+
+def _dumped(manifest: dict[str, Any]) -> str:
+    class Plain(yaml.SafeDumper):
+        def ignore_aliases(self, data: object) -> bool:
+            """Say everything where it stands: others than YAML readers look at manifests too."""
+            return True
+
+        def represent_text(self, text: str) -> yaml.Node:
+            return self.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+    Plain.add_representer(str, Plain.represent_text)
+    written: str = yaml.dump(manifest, Dumper=Plain, sort_keys=False, width=1000)
+    return written
+
+
+if __name__ == "__main__":
+    for path, text in manifests().items():
+        (ROOT / path).write_text(text)

@@ -1,0 +1,352 @@
+"""What a run would do and cost, before it is begun: counted from descriptions, timed on a few tiles.
+
+A probe is the pipeline itself (or `predict` with its model) over some tiles, inline, in a scratch folder. The times in
+its ledgers grow with the pixels of the tiles, those of steps without a ledger too; the first tile of a step warms up
+and is left out. A worker is a machine like the one that the probe ran on.
+"""
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+
+from rayseg import mapping, publication
+from rayseg.geo import Region, Tile, Window
+from rayseg.io import rasters
+from rayseg.io.sources import Source
+from rayseg.ledger import Ledger, Record
+from rayseg.mapping import MapConfig
+from rayseg.models import bundle
+from rayseg.models.bundle import Bundle
+from rayseg.run import Engine, Run, Step
+from rayseg.store import STORE_ERRORS, upath
+
+if TYPE_CHECKING:
+    import torch
+
+Row = dict[str, Any]
+GPU_STAGES = ("Predict", "LabelTile", "ProposePlots", "ClassifyPlots", "Cam", "Segment")
+MOST_SIZES = 32
+"""Files that are asked for their size."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a pipeline knows of a run before it is begun.
+
+    Attributes:
+        tiles: rows of all tiles, with their sources as JSON.
+        margin: px around a tile that are read with it.
+        unknown: what the plan does not time, as sentences.
+        counts: step -> rows, of steps whose rows are no tiles.
+        trial: carries a probe out: called with an open run and the region of the probe's tiles; None without a model.
+    """
+
+    tiles: list[Row]
+    margin: int = 0
+    unknown: tuple[str, ...] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
+    trial: Callable[[Run, Region], object] | None = None
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What is asked of a price: workers, and money for an hour of a GPU and of a CPU."""
+
+    workers: int = 1
+    gpu_hour: float = 0.0
+    cpu_hour: float = 0.0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Seconds of the whole run on one worker, told from a few tiles.
+
+    Attributes:
+        tiles: ids of the tiles that were looked at.
+        seconds: stage -> seconds of all tiles together.
+        spread: seconds that workers share between them: the slowest stage of every step.
+        alone: seconds that more workers do not make less: starting, joining, reporting.
+        bytes_written: of the whole run.
+        cpus: of the machine.
+        gpus: of the machine.
+    """
+
+    tiles: tuple[str, ...]
+    seconds: dict[str, float]
+    spread: float
+    alone: float
+    bytes_written: int
+    cpus: int
+    gpus: int
+
+    @property
+    def gpu_seconds(self) -> float | None:
+        """Seconds of a GPU; None if the machine has none."""
+        return sum(self.seconds.get(stage, 0.0) for stage in GPU_STAGES) if self.gpus else None
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Seconds in which stages keep a CPU busy (or all CPUs, where a model has no GPU)."""
+        return sum(self.seconds.values()) - (self.gpu_seconds or 0.0)
+
+
+def plan(forecast: Forecast, region: Region, *, rates: Rates, probe: int = 3) -> dict[str, Any]:
+    """The plan as JSON values.
+
+    Args:
+        forecast: what the pipeline knows.
+        region: what is mapped.
+        rates: workers and prices.
+        probe: tiles to time, one more is taken to warm up; 0 for none.
+
+    Returns:
+        `items`, `tiles`, `pixels`, `bytes_read` (None where sizes cannot be asked), and of a probe `bytes_written`,
+        `seconds` by stage, `cpu_seconds`, `gpu_seconds`, `wall_seconds` with `workers`, `price`; else None for these;
+        `unknown`: what is not in these figures.
+    """
+    tiles = [row for row in forecast.tiles if not row.get("refused")]
+    found: dict[str, Any] = {
+        "region": region.name,
+        "items": len({source["item_id"] for row in tiles for source in json.loads(row["sources"])}),
+        "tiles": len(tiles),
+        "refused": len(forecast.tiles) - len(tiles),
+        "pixels": sum(_pixels(row) for row in tiles),
+        "bytes_read": bytes_read(tiles, margin=forecast.margin),
+    }
+    timed = timed_on(forecast, region, tiles, count=probe) if probe and forecast.trial else None
+    return found | _costs(timed, rates) | {"unknown": list(forecast.unknown)}
+
+
+def _costs(timed: Probe | None, rates: Rates) -> dict[str, Any]:
+    if timed is None:
+        none = ("bytes_written", "seconds", "cpu_seconds", "gpu_seconds", "wall_seconds", "price", "probe")
+        return dict.fromkeys(none) | {"workers": rates.workers}
+    wall = timed.alone + timed.spread / rates.workers
+    hours = wall * rates.workers / 3600
+    return {
+        "bytes_written": timed.bytes_written,
+        "seconds": timed.seconds,
+        "cpu_seconds": timed.cpu_seconds,
+        "gpu_seconds": timed.gpu_seconds,
+        "workers": rates.workers,
+        "wall_seconds": wall,
+        "price": hours * (timed.gpus * rates.gpu_hour + timed.cpus * rates.cpu_hour),
+        "probe": asdict(timed),
+    }
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def by_model(prefix: str, region: Region, config: MapConfig, *, unknown: Sequence[str] = ()) -> Forecast:
+    """The forecast of mapping a region with a model that is there.
+
+    Raises:
+        RaysegError: the model is not whole, or cannot map the imagery.
+    """
+    described, _ = bundle.whole(prefix)
+    rows = mapping.plan(region, described, config)
+    return Forecast(rows, described.patch, tuple(unknown), trial=partial(_map, config, prefix))
+
+
+def by_untrained(
+    described: Bundle, model: "torch.nn.Module", region: Region, config: MapConfig, *, unknown: Sequence[str] = ()
+) -> Forecast:
+    """The forecast of mapping a region with a model that is yet to be trained: the same network, which finds nothing.
+
+    Raises:
+        RaysegError: it could not map the imagery.
+    """
+    rows = mapping.plan(region, described, config)
+    blank = described.model_copy(update={"threshold": 1.0})
+    said = "the network was timed before it has learnt anything: maps with many small shapes take longer to write"
+    return Forecast(rows, described.patch, (*unknown, said), trial=partial(_map_untrained, config, blank, model))
+
+
+def _map_untrained(config: MapConfig, described: Bundle, model: "torch.nn.Module", run: Run, region: Region) -> None:
+    with tempfile.TemporaryDirectory(prefix="rayseg-plan-") as folder:
+        bundle.save(folder, described, model)
+        _map(config, folder, run, region)
+
+
+def _map(config: MapConfig, prefix: str, run: Run, region: Region) -> None:
+    """What every pipeline ends with."""
+    model = run.step("model", mapping.load_model, prefix)
+    predicted = run.step("predict", mapping.predict_region, region, model, config)
+    polygons = run.step("polygons", mapping.join_polygons, predicted, "polygons")
+    run.step("publish", mapping.publish, predicted, region.name)
+    run.step("report", publication.write_report, predicted, polygons)
+
+
+# -- bytes -------------------------------------------------------------------------------------------------------------
+
+
+def bytes_read(tiles: Sequence[Row], *, margin: int) -> int | None:
+    """Bytes of the files that the tiles and `margin` px around them touch, from the sizes of some of the files.
+
+    A pixel that several scenes hold counts once for each: which is read is known only when it is.
+    """
+    pixels: Counter[Source] = Counter()
+    known: dict[str, Source] = {}
+    for row in tiles:
+        tile = Tile.from_row(row)
+        around = _around(tile.window, margin)
+        for text in map(json.dumps, json.loads(row["sources"])):
+            source = known.setdefault(text, Source.from_row(json.loads(text)))
+            part = rasters.footprint(source, tile.grid)
+            share = _area(part.intersect(around)) / max(_area(part), 1)
+            pixels[source] += round(share * source.height * source.width)
+    every = max(1, len(pixels) // MOST_SIZES)
+    sample = [source for at, source in enumerate(pixels) if at % every == 0]
+    sizes = [_size(source) for source in sample]
+    if not sample or None in sizes:
+        return None
+    of_files = sum(size for size in sizes if size is not None)
+    return round(of_files / sum(source.height * source.width for source in sample) * pixels.total())
+
+
+UNSIZED: tuple[type[Exception], ...] = (ValueError, TypeError, *STORE_ERRORS)
+"""What asking for the size of a file raises where nobody says it."""
+
+
+def _size(source: Source) -> int | None:
+    try:
+        return sum(int(upath(href).stat().st_size) for href, _ in source.assets)
+    except UNSIZED:
+        return None
+
+
+def _around(window: Window, margin: int) -> Window:
+    side = 2 * margin
+    return Window(window.col - margin, window.row - margin, window.width + side, window.height + side)
+
+
+def _area(window: Window) -> int:
+    return 0 if window.empty else window.width * window.height
+
+
+def _pixels(row: Row) -> int:
+    return _area(Tile.from_row(row).window)
+
+
+# -- seconds -----------------------------------------------------------------------------------------------------------
+
+
+def timed_on(forecast: Forecast, region: Region, tiles: Sequence[Row], *, count: int) -> Probe:
+    """Carry the trial out on some of the tiles and tell from it what all of them take."""
+    chosen = spread(tiles, count + 1)
+    part = replace(region, tiles=tuple(row["id"] for row in chosen))
+    trial = forecast.trial
+    assert trial is not None
+    with tempfile.TemporaryDirectory(prefix="rayseg-plan-") as folder:
+        run = Run(folder, {"pipeline": "plan", "region": asdict(part), "config": {}}, Engine("inline"))
+        run.save("running", 0.0)
+        trial(run, part)
+        written = sum(path.stat().st_size for path in upath(folder).rglob("*") if path.is_file())
+        steps = {step.name: _timed(step) for step in run.steps}
+    whole, probed = sum(map(_pixels, tiles)), sum(map(_pixels, chosen))
+    sizes = {row["id"]: _pixels(row) for row in chosen}
+    told = [_scaled(rows, seconds, sizes, whole, forecast.counts.get(name)) for name, (rows, seconds) in steps.items()]
+    stages: Counter[str] = Counter()
+    for by_stage, _ in told:
+        stages.update(by_stage)
+    return Probe(
+        tiles=part.tiles,
+        seconds={stage: round(seconds, 3) for stage, seconds in stages.items()},
+        spread=sum(max(by_stage.values(), default=0.0) for by_stage, _ in told),
+        alone=sum(rest if by_stage else rest * whole / probed for by_stage, rest in told),
+        bytes_written=round(written * whole / probed),
+        cpus=len(os.sched_getaffinity(0)),
+        gpus=_gpus(),
+    )
+
+
+def spread(tiles: Sequence[Row], count: int) -> list[Row]:
+    """`count` of the tiles, at equal distances in their order; all where there are not as many."""
+    if len(tiles) <= count:
+        return list(tiles)
+    return [tiles[(2 * at + 1) * len(tiles) // (2 * count)] for at in range(count)]
+
+
+def _timed(step: Step) -> tuple[list[Record], float]:
+    """(records in the order of the work, seconds) of a step; no records where it does not work row by row."""
+    manifest = step.prefix / "manifest.parquet"
+    records = Ledger(str(step.prefix / "ledger")).read() if manifest.exists() else {}
+    if not records:
+        return [], step.seconds
+    with manifest.open("rb") as file:
+        ids = pq.read_table(file, columns=["id"])["id"].to_pylist()
+    return [records[row] for row in ids if row in records], step.seconds
+
+
+def _scaled(
+    records: Sequence[Record], seconds: float, sizes: Mapping[str, int], whole: int, count: int | None
+) -> tuple[dict[str, float], float]:
+    """(stage -> seconds of the whole run, seconds of the probe that are of no stage).
+
+    Args:
+        records: of the probe's step, in order.
+        seconds: the step took.
+        sizes: tile -> its pixels.
+        whole: pixels of all tiles.
+        count: rows of the whole run where they are no tiles.
+    """
+    if not records:
+        return {}, seconds
+    warm = records[1:] or records
+    weights = [1 if count else sizes.get(record.id, sum(sizes.values()) // len(records)) for record in warm]
+    grown = (count or whole) / max(sum(weights), 1)
+    spent: Counter[str] = Counter()
+    for record in warm:
+        spent.update(record.seconds)
+    slowest = max(spent.values(), default=0.0)
+    share = sum(weights) + (1 if count else sizes.get(records[0].id, 0)) * (records[1:] != [])
+    rest = max(0.0, seconds - slowest * share / max(sum(weights), 1))
+    return {stage: value * grown for stage, value in spent.items()}, rest
+
+
+def _gpus() -> int:
+    import torch
+
+    return int(torch.cuda.device_count())
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """A plan in lines for people."""
+    lines = [
+        f"{found['region']}: {found['items']:,} items, {found['tiles']:,} tiles, {found['pixels'] / 1e6:,.1f} Mpx",
+        f"  read     {_bytes(found['bytes_read'])}",
+        f"  written  {_bytes(found['bytes_written'])}",
+    ]
+    if found["refused"]:
+        lines.append(f"  {found['refused']} scenes cannot be mapped; `rayseg run` names them and why")
+    if found["probe"]:
+        probe = found["probe"]
+        gpu = "no GPU here to time" if found["gpu_seconds"] is None else f"{found['gpu_seconds']:,.0f} s"
+        stages = ", ".join(f"{stage} {seconds:,.1f} s" for stage, seconds in found["seconds"].items())
+        lines += [
+            f"  CPU      {found['cpu_seconds']:,.0f} s     GPU  {gpu}     ({stages})",
+            f"  wall     {found['wall_seconds']:,.0f} s with {found['workers']} x {probe['cpus']} CPUs and "
+            f"{probe['gpus']} GPUs, told from {len(probe['tiles'])} tiles",
+            f"  price    {found['price']:,.2f}",
+        ]
+    return "\n".join(lines + [f"  not in these figures: {line}" for line in found["unknown"]])
+
+
+def _bytes(count: int | None) -> str:
+    if count is None:
+        return "unknown"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count} bytes"

@@ -1,0 +1,266 @@
+"""The manifests, held against the fields that KubeRay v1.7, Kubernetes and the cluster launcher know."""
+
+import importlib
+import json
+import shlex
+from pathlib import Path
+
+import jsonschema
+import pytest
+import typer
+import yaml
+
+from rayseg import config
+from rayseg.cli import app
+from rayseg.cli.words import PIPELINES, pipeline_of
+
+ROOT = Path(__file__).resolve().parents[2]
+JOBS = sorted((ROOT / "jobs").glob("*.rayjob.yaml"))
+KUBERAY = sorted((ROOT / "cluster/kuberay").glob("*.yaml"))
+ANY = object()
+
+# The fields of ray.io/v1 (KubeRay v1.7) and of Kubernetes that the manifests rely on; a dict's "*" is any key.
+PROBE = {
+    "httpGet": {"path": str, "port": int},
+    "initialDelaySeconds": int,
+    "periodSeconds": int,
+    "timeoutSeconds": int,
+    "failureThreshold": int,
+}
+LOCKED = {"allowPrivilegeEscalation": bool, "capabilities": {"drop": [str]}}
+RESOURCES = {"requests": {"*": str}, "limits": {"*": str}}
+CONTAINER = {
+    "name": str,
+    "image": str,
+    "ports": [{"containerPort": int, "name": str}],
+    "resources": RESOURCES,
+    "securityContext": LOCKED,
+    "livenessProbe": PROBE,
+    "readinessProbe": PROBE,
+    "volumeMounts": [{"name": str, "mountPath": str, "readOnly": bool}],
+}
+POD = {
+    "serviceAccountName": str,
+    "securityContext": {
+        "runAsNonRoot": bool,
+        "runAsUser": int,
+        "runAsGroup": int,
+        "fsGroup": int,
+        "seccompProfile": {"type": str},
+    },
+    "terminationGracePeriodSeconds": int,
+    "nodeSelector": {"*": str},
+    "tolerations": [{"key": str, "operator": str, "effect": str}],
+    "containers": [CONTAINER],
+    "volumes": [{"name": str, "emptyDir": {"sizeLimit": str}, "secret": {"secretName": str}}],
+}
+TEMPLATE = {"spec": POD}
+HEAD_GROUP = {"serviceType": str, "rayStartParams": {"*": str}, "template": TEMPLATE}
+WORKER_GROUP = {
+    "groupName": str,
+    "minReplicas": int,
+    "maxReplicas": int,
+    "rayStartParams": {"*": str},
+    "template": TEMPLATE,
+}
+CLUSTER = {
+    "rayVersion": str,
+    "authOptions": {"mode": ("disabled", "token")},
+    "enableInTreeAutoscaling": bool,
+    "autoscalerOptions": {
+        "upscalingMode": ("Default", "Aggressive", "Conservative"),
+        "idleTimeoutSeconds": int,
+        "resources": RESOURCES,
+        "securityContext": LOCKED,
+    },
+    "headGroupSpec": HEAD_GROUP,
+    "workerGroupSpecs": [WORKER_GROUP],
+}
+JOB = {
+    "entrypoint": str,
+    "submissionMode": ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"),
+    "backoffLimit": int,
+    "shutdownAfterJobFinishes": bool,
+    "ttlSecondsAfterFinished": int,
+    "rayClusterSpec": CLUSTER,
+}
+SERVICE = {"serveConfigV2": str, "rayClusterConfig": CLUSTER}
+PEERS = [
+    {
+        "podSelector": {"matchLabels": {"*": str}},
+        "namespaceSelector": {"matchLabels": {"*": str}},
+        "ipBlock": {"cidr": str, "except": [str]},
+    }
+]
+PORTS = [{"port": int, "protocol": ("TCP", "UDP")}]
+POLICY = {
+    "podSelector": {"matchLabels": {"*": str}},
+    "policyTypes": [("Ingress", "Egress")],
+    "ingress": [{"from": PEERS, "ports": PORTS}],
+    "egress": [{"to": PEERS, "ports": PORTS}],
+}
+KINDS = {
+    ("ray.io/v1", "RayCluster"): CLUSTER,
+    ("ray.io/v1", "RayJob"): JOB,
+    ("ray.io/v1", "RayService"): SERVICE,
+    ("networking.k8s.io/v1", "NetworkPolicy"): POLICY,
+    ("v1", "Namespace"): None,
+    ("v1", "ServiceAccount"): None,
+}
+NEEDED = {"RayCluster": {"headGroupSpec"}, "RayJob": {"entrypoint", "rayClusterSpec"}, "RayService": {"serveConfigV2"}}
+
+
+def wrong(value, known, path):
+    """What of a value the fields do not allow, with its path."""
+    if isinstance(known, dict):
+        if not isinstance(value, dict):
+            return [f"{path} is no object"]
+        found = [f"{path}.{key} is unknown" for key in value if key not in known and "*" not in known]
+        allowed = {key: known.get(key, known.get("*")) for key in value if key in known or "*" in known}
+        return found + [line for key, kind in allowed.items() for line in wrong(value[key], kind, f"{path}.{key}")]
+    if isinstance(known, list):
+        if not isinstance(value, list):
+            return [f"{path} is no list"]
+        return [line for at, one in enumerate(value) for line in wrong(one, known[0], f"{path}[{at}]")]
+    if isinstance(known, tuple):
+        return [] if value in known else [f"{path} = {value!r} is none of {known}"]
+    return [] if type(value) is known else [f"{path} = {value!r} is no {known.__name__}"]
+
+
+def documents(path):
+    return [document for document in yaml.safe_load_all(path.read_text()) if document]
+
+
+def clusters():
+    for path in [*JOBS, *KUBERAY]:
+        for document in documents(path):
+            spec = document.get("spec", {})
+            found = {"RayCluster": spec, **{k: spec.get(v) for k, v in CLUSTERS.items()}}.get(document["kind"])
+            if found:
+                yield path.name, found
+
+
+CLUSTERS = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
+
+
+@pytest.mark.parametrize("path", [*JOBS, *KUBERAY], ids=lambda path: path.name)
+def test_manifests_use_the_fields_that_kuberay_and_kubernetes_know(path):
+    for document in documents(path):
+        assert document.keys() <= {"apiVersion", "kind", "metadata", "spec"}
+        known = KINDS[document["apiVersion"], document["kind"]]
+        assert NEEDED.get(document["kind"], set()) <= document.get("spec", {}).keys()
+        assert known is None or wrong(document["spec"], known, document["kind"]) == []
+
+
+def test_the_check_of_fields_finds_what_is_wrong():
+    assert wrong({"entrypont": "x"}, JOB, "RayJob") == ["RayJob.entrypont is unknown"]
+    assert wrong({"backoffLimit": "3"}, JOB, "RayJob") == ["RayJob.backoffLimit = '3' is no int"]
+    assert wrong({"submissionMode": "Http"}, JOB, "RayJob") != []
+    group = {"groupName": "gpu", "template": {"spec": {"containers": [{"resources": {"limits": {"cpu": 8}}}]}}}
+    assert wrong({"workerGroupSpecs": [group]}, CLUSTER, "c") == [
+        "c.workerGroupSpecs[0].template.spec.containers[0].resources.limits.cpu = 8 is no str"
+    ]
+
+
+def test_written_manifests_are_those_that_the_script_writes():
+    spec = importlib.util.spec_from_file_location("write", ROOT / "jobs/write.py")
+    write = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(write)
+    for path, text in write.manifests().items():
+        assert (ROOT / path).read_text() == text, f"{path}: run python jobs/write.py"
+    assert {path.name.split(".")[0] for path in JOBS} == set(write.COMMANDS) >= set(PIPELINES)
+
+
+@pytest.mark.parametrize(("name", "spec"), list(clusters()), ids=lambda value: value if isinstance(value, str) else "")
+def test_clusters_are_closed_and_nothing_in_them_is_root(name, spec):
+    assert spec["authOptions"] == {"mode": "token"}
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert spec["rayVersion"] in (ROOT / "constraints.txt").read_text()
+    groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
+    assert groups.keys() == {"cpu", "gpu", "gpu-spot"}
+    assert all(group["minReplicas"] < group["maxReplicas"] for group in groups.values())
+    assert groups["gpu-spot"]["template"]["spec"]["nodeSelector"] == {"karpenter.sh/capacity-type": "spot"}
+    for group in [spec["headGroupSpec"], *groups.values()]:
+        pod = group["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"]
+        mounted = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+        for container in pod["containers"]:
+            assert container["resources"]["requests"] == container["resources"]["limits"]
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+            assert {"livenessProbe", "readinessProbe"} <= container.keys()
+        sizes = [container["resources"]["limits"].get("nvidia.com/gpu") for container in pod["containers"]]
+        assert sizes == (["1"] if group.get("groupName", "").startswith("gpu") else [None])
+
+
+def test_only_rays_own_pods_the_operator_and_submitters_reach_the_dashboard():
+    policies = {d["metadata"]["name"]: d["spec"] for p in KUBERAY for d in documents(p) if d["kind"] == "NetworkPolicy"}
+    peers = [
+        (set(peer), port["port"])
+        for spec in policies.values()
+        for rule in spec["ingress"]
+        for peer in rule["from"]
+        for port in rule.get("ports", [{"port": 0}])
+    ]
+    assert ({"ipBlock"}, 8265) not in peers
+    assert {port for kinds, port in peers if "namespaceSelector" in kinds} == {8265, 8000, 52365}
+    assert all("from" in rule for spec in policies.values() for rule in spec["ingress"])
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
+def test_entrypoints_are_lines_that_the_command_line_takes(path):
+    (job,) = documents(path)
+    words = shlex.split(job["spec"]["entrypoint"])
+    assert words[:3] == ["rayseg", "run", "pipeline"]
+    if words[3] not in PIPELINES:
+        pytest.skip(f"{words[3]} is not here yet")
+    given = options_of(words[1:])
+    assert given["address"] == "auto"
+    assert given["out"].startswith("s3://")
+    assert words[3] == path.name.split(".")[0]
+    file = (given["config"] or "").replace("/opt/rayseg", str(ROOT))
+    config.load(pipeline_of(words[3]).Config, file or None, given["set_"])
+    assert ("--set workers=1" in job["spec"]["entrypoint"]) == ("workers" in pipeline_of(words[3]).Config.model_fields)
+
+
+def options_of(words):
+    """What the command line understands; it refuses options it does not know."""
+    command = typer.main.get_command(app)
+    context = typer.Context(command)
+    for word in ("run", "pipeline"):
+        command = command.get_command(context, word)
+        context = typer.Context(command, parent=context, info_name=word)
+    return command.make_context("pipeline", words[2:]).params
+
+
+def test_the_cluster_launcher_takes_its_file():
+    import ray.autoscaler
+
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    asked = yaml.safe_load((ROOT / "cluster/aws.yaml").read_text())
+    jsonschema.validate(asked, schema)
+    assert asked["head_node_type"] in asked["available_node_types"]
+    assert asked["available_node_types"]["head"]["resources"]["CPU"] == 0
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(asked | {"min_workers": 1}, schema)
+
+
+def test_the_service_serves_what_the_serve_file_names():
+    (service,) = documents(ROOT / "cluster/kuberay/rayservice.yaml")
+    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    if not (ROOT / "cluster/serve.yaml").exists():
+        pytest.skip("the server is not here yet")
+    (served,) = yaml.safe_load((ROOT / "cluster/serve.yaml").read_text())["applications"]
+    assert application["import_path"] == served["import_path"]
+    module, name = served["import_path"].split(":")
+    assert hasattr(importlib.import_module(module), name)
+
+
+def test_the_image_is_pinned_not_root_and_has_what_jobs_name():
+    lines = (ROOT / "cluster/Dockerfile").read_text().splitlines()
+    assert [line for line in lines if line.startswith("USER")] == ["USER 10001"]
+    assert all("--constraint constraints.txt" in line for line in lines if "pip install" in line)
+    copied = {word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]}
+    assert copied >= {"constraints.txt", "pyproject.toml", "rayseg", "configs", "stac"}
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert {f"!{name}" for name in copied} <= set(ignored)

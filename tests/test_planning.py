@@ -1,0 +1,95 @@
+"""Plans: what is counted from descriptions is exact, what is told from a few tiles is near what a run takes."""
+
+import json
+
+import pytest
+from small_world import HEIGHT, WIDTH, catalogue, files, rayseg, refused, segmenter
+
+from rayseg import planning
+from rayseg.ledger import Record
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    scenes = {"one": {}, "two": {"row": 0, "col": WIDTH, "seed": 1}}
+    return {"catalogue": catalogue(root / "imagery", **scenes), "model": segmenter(root / "model"), "root": root}
+
+
+def planned(world, *more):
+    words = ("--set", f"model={world['model']}", "--set", "map.tile=64", *more)
+    found = rayseg("plan", "pipeline", "predict", "--region", world["catalogue"], *words, "--json")
+    assert found.exit_code == 0, found.output
+    return json.loads(found.stdout)
+
+
+def test_a_plan_is_near_the_run_and_leaves_nothing(world, tmp_path):
+    before = files(world["root"])
+    plan = planned(world, "--workers", "1", "--cpu-hour", "3600")
+    assert files(world["root"]) == before
+    assert (plan["items"], plan["pixels"]) == (2, 2 * HEIGHT * WIDTH)
+    found = rayseg(
+        "predict", world["model"], world["catalogue"], "--out", tmp_path / "run", "--engine", "inline",
+        "--set", "map.tile=64",
+    )  # fmt: skip
+    assert found.exit_code == 0, found.output
+    status = json.loads(rayseg("status", tmp_path / "run", "--json").stdout)
+    assert plan["tiles"] == status["steps"]["predict"]["planned"]
+    written = sum(len(content) for _, content in files(tmp_path / "run").values())
+    assert 0.5 < plan["bytes_written"] / written < 2
+    assert plan["price"] == pytest.approx(plan["wall_seconds"] * plan["probe"]["cpus"])
+    assert set(plan["seconds"]) == {"ReadTile", "Predict", "WriteTile"}
+    assert plan["gpu_seconds"] is None
+    assert plan["unknown"] == []
+
+
+def test_bytes_to_read_are_those_of_the_files_and_of_what_is_around_tiles(world):
+    sizes = sum(path.stat().st_size for path in (world["root"] / "imagery").glob("*.tif"))
+    plan = planned(world, "--set", "map.tile=2048")
+    assert sizes <= plan["bytes_read"] <= 2.5 * sizes  # tiles of the grid's lattice cut the scene in two or four
+    assert planned(world)["bytes_read"] > plan["bytes_read"]
+
+
+def test_more_workers_share_only_what_can_be_shared():
+    rates = [planning.Rates(workers=count, cpu_hour=1.0) for count in (1, 10)]
+    probe = planning.Probe(("a",), {"Predict": 1000.0}, 1000.0, 100.0, 10, 2, 0)
+    one, ten = (planning._costs(probe, rate) for rate in rates)
+    assert (one["wall_seconds"], ten["wall_seconds"]) == (1100, 200)
+    assert (one["price"], ten["price"]) == (pytest.approx(1100 * 2 / 3600), pytest.approx(2000 * 2 / 3600))
+
+
+def test_seconds_grow_with_pixels_and_the_first_tile_warms_up():
+    records = [
+        Record("a", "done", seconds={"Read": 1.0, "Predict": 9.0}),
+        Record("b", "done", seconds={"Read": 0.5, "Predict": 2.0}),
+        Record("c", "done", seconds={"Read": 0.5, "Predict": 2.0}),
+    ]
+    seconds, rest = planning._scaled(records, 13.5, {"a": 100, "b": 100, "c": 100}, 1000, None)
+    assert seconds == {"Read": 5.0, "Predict": 20.0}
+    assert rest == pytest.approx(13.5 - 6.0)
+    assert planning._scaled([], 3.0, {}, 1000, None) == ({}, 3.0)
+    by_rows, _ = planning._scaled(records, 13.5, {}, 1000, 30)
+    assert by_rows["Predict"] == 60.0
+
+
+def test_probes_are_spread_over_all_tiles():
+    rows = [{"id": str(number)} for number in range(100)]
+    assert [row["id"] for row in planning.spread(rows, 4)] == ["12", "37", "62", "87"]
+    assert planning.spread(rows[:3], 4) == rows[:3]
+
+
+def test_a_plan_refuses_what_a_run_would_refuse(world, tmp_path):
+    words = ("plan", "pipeline", "predict", "--region", world["catalogue"], "--set", f"model={tmp_path}")
+    assert str(tmp_path) in refused(4, *words)
+    assert "no-such" in refused(2, "plan", "pipeline", "no-such", "--region", world["catalogue"])
+
+
+def test_what_is_unknown_before_training_is_said():
+    found = {
+        "region": "demo", "items": 2, "tiles": 6, "pixels": 10**7, "bytes_read": None, "bytes_written": None,
+        "refused": 1, "probe": None, "unknown": ["training: 80 epochs"],
+    }  # fmt: skip
+    said = planning.text(found)
+    assert "read     unknown" in said
+    assert "not in these figures: training: 80 epochs" in said
+    assert "1 scenes cannot be mapped" in said
