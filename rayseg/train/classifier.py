@@ -174,6 +174,7 @@ def _train(config: State) -> State:
     state = state or {"epoch": 0, "best": session.NOTHING}
     if state["epoch"]:
         learner.resume(state["learner"])
+        learner.is_kept(config["prefix"], state["epoch"])
     read = Kept(chips.read, limit=settings.learning.memory)
     with session.scalars(config["prefix"]) as write:
         for epoch in range(state["epoch"], settings.epochs):

@@ -203,8 +203,12 @@ class Learner:
     def keep(self, prefix: StorePath, key: str, state: State) -> None:
         """Write the checkpoint after an epoch: `state` (with `epoch`, how many are done) and all of this."""
         session.save_checkpoint(prefix, key, state | {"learner": self.state()})
+        self.is_kept(prefix, state["epoch"])
+
+    def is_kept(self, prefix: StorePath, epochs: int) -> None:
+        """Remember, for messages, which checkpoint is the last good one."""
         path = upath(prefix) / "checkpoint.pt"
-        self.kept = f"the last good checkpoint is {path}, of {state['epoch']} epoch{'s' * (state['epoch'] > 1)}"
+        self.kept = f"the last good checkpoint is {path}, of {epochs} epoch{'s' * (epochs > 1)}"
 
     def show_mode(self, batches: Iterable[Tensor]) -> nn.Module:
         """`shown`, ready to predict, alike on all workers; its batch norms taken anew from `batches` if asked for."""

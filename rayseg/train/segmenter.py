@@ -230,6 +230,7 @@ def _learner(before: dict[str, Tensor], state: State, config: State) -> Learner:
     learner = Learner.start(net, settings.learning, config["device"])
     if state["epoch"]:
         learner.resume(state["learner"])
+        learner.is_kept(config["prefix"], state["epoch"])
     return learner
 
 

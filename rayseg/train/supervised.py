@@ -200,6 +200,7 @@ def _train(config: State) -> State:
     state = state or {"epoch": 0, "best": session.NOTHING}
     if state["epoch"]:
         learner.resume(state["learner"])
+        learner.is_kept(config["prefix"], state["epoch"])
     epochs = range(state["epoch"], settings.epochs)
     waiting = Waiting()
     batches = feed.timed(
