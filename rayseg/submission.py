@@ -80,7 +80,8 @@ def inlined(path: str) -> list[str]:
     """
     values = read_values(path)
     written = {key: yaml.safe_dump(value, default_flow_style=True, width=math.inf) for key, value in values.items()}
-    return [word for key, text in written.items() for word in ("--set", f"{key}={text.removesuffix('...\n').strip()}")]
+    plain = {key: text.removesuffix("...\n").strip() for key, text in written.items()}
+    return [word for key, text in plain.items() for word in ("--set", f"{key}={text}")]
 
 
 def submission_id(out: str, line: str) -> str:

@@ -112,7 +112,7 @@ def test_heads_elsewhere_need_a_token(monkeypatch, tmp_path, address, mode, allo
     if allowed:
         submission.expect_closed(address)
     else:
-        with pytest.raises(ConfigError, match="address|token"):
+        with pytest.raises(ConfigError, match=r"address|token"):
             submission.expect_closed(address)
 
 
