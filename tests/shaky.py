@@ -21,7 +21,7 @@ class Proxy(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, target, *, faults=FAULTS, every=5, patience=2.0):
+    def __init__(self, target, *, faults=FAULTS, every=5, patience=0.5):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.target, self.every, self.patience = target, every, patience
         self.faults, self.turn, self.met = itertools.cycle(faults), itertools.count(1), []
