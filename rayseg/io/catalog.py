@@ -16,10 +16,11 @@ from shapely.geometry import mapping, shape
 from shapely.geometry.base import BaseGeometry
 
 from rayseg.errors import ConfigError, DataError
+from rayseg.io import stac_api
 from rayseg.io.areas import named_regions, region_names, resolve_region
 from rayseg.io.items import item_of, lonlat_outline, write_catalog, write_collection, write_item, write_tile_item
 from rayseg.io.sources import STORED, Source, crs_of, crs_text, source_of_file
-from rayseg.store import is_local, public, put, upath
+from rayseg.store import is_local, put, upath
 
 __all__ = [
     "imagery_collection",
@@ -36,9 +37,6 @@ __all__ = [
     "write_tile_item",
 ]
 
-MOST_ITEMS = 500_000
-MOST_STALE = 3
-"""Pages in succession without a new item, after which a STAC API is taken to have no end."""
 _AROUND = 0.1  # degrees around a region in which a STAC API is asked for scenes of its halo
 _PICTURES = ("thumbnail", "overview", "metadata", "visual")
 _IMAGE_SUFFIXES = {".tif", ".tiff", ".jp2", ".png", ".jpg", ".jpeg", ".vrt"}
@@ -117,7 +115,7 @@ def _read_items(uri: str, collection: str | None, geometry: dict[str, Any] | Non
     if kind == "FeatureCollection":
         return _only([cast(pystac.Item, _stac(uri, feature)) for feature in row["features"]], collection, uri)
     if "conformsTo" in row:
-        return _search(uri, collection, geometry)
+        return stac_api.search(uri, collection, geometry)
     catalog = cast(pystac.Catalog, _stac(uri, row))
     if collection and catalog.id != collection:
         children = {child.id: child for child in catalog.get_all_collections()}
@@ -125,57 +123,6 @@ def _read_items(uri: str, collection: str | None, geometry: dict[str, Any] | Non
             raise ConfigError(f"{uri} has no collection {collection!r}, expected one of {_listed(children)}.")
         catalog = children[collection]
     return list(catalog.get_items(recursive=True))
-
-
-def _search(uri: str, question: str | None, geometry: dict[str, Any] | None) -> list[pystac.Item]:
-    """The items that a STAC API finds, page by page, each once.
-
-    Args:
-        uri: of the API.
-        question: `a,b&datetime=2020-01-01/2020-12-31&query=eo:cloud_cover<20`: collections, and of the search's other
-            words `datetime`, `query` (several, with commas) and `limit` (items of a page).
-        geometry: GeoJSON that they must meet.
-
-    Raises:
-        ConfigError: the question has other words.
-        DataError: the API fails, comes to no end, or gives the same page again.
-    """
-    import pystac_client  # only APIs need it
-    from pystac_client.exceptions import APIError
-    from pystac_client.stac_api_io import StacApiIO
-
-    names, asked = _asked(question or "")
-    stale = 0
-    found: dict[tuple[str | None, str], pystac.Item] = {}
-    try:
-        client = pystac_client.Client.open(uri, stac_io=StacApiIO(max_retries=5, timeout=60))
-        search = client.search(collections=names or None, intersects=geometry, **asked)
-        for number, page in enumerate(search.pages_as_dicts(), 1):
-            before = len(found)
-            for row in page["features"]:
-                item = pystac.Item.from_dict(row)
-                found.setdefault((item.collection_id, item.id), item)
-            stale = stale + 1 if len(found) == before else 0
-            if len(found) > MOST_ITEMS or stale == MOST_STALE:
-                raise DataError(
-                    f"the STAC API {public(uri)} comes to no end: {number} pages with {len(found)} different items, at "
-                    f"most {MOST_ITEMS} are taken; ask for a smaller region, or a datetime"
-                )
-    except (APIError, KeyError, pystac.STACError) as error:
-        raise DataError(f"the STAC API {public(uri)} cannot be searched: {public(str(error))[:300]}") from None
-    return list(found.values())
-
-
-def _asked(question: str) -> tuple[list[str], dict[str, Any]]:
-    """(collections, other words of the search) of a question to an API."""
-    names, *words = question.split("&")
-    asked: dict[str, Any] = {}
-    for word in words:
-        key, _, value = word.partition("=")
-        if key not in {"datetime", "query", "limit"} or not value:
-            raise ConfigError(f"{word!r} is no word of a search, expected datetime=..., query=... or limit=...")
-        asked[key] = value.split(",") if key == "query" else int(value) if key == "limit" else value
-    return [name for name in names.split(",") if name], asked
 
 
 def _only(items: list[pystac.Item], collection: str | None, uri: str) -> list[pystac.Item]:

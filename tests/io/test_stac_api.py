@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.io import catalog
+from rayseg.io import catalog, stac_api
 
 CORE = "https://api.stacspec.org/v1.0.0/"
 CONFORMS = [CORE + part for part in ("core", "item-search", "item-search#query", "collections")]
@@ -93,7 +93,7 @@ def test_an_api_without_an_end_is_left(api):
 
 
 def test_an_api_with_more_items_than_can_be_mapped_is_left(api, monkeypatch):
-    monkeypatch.setattr(catalog, "MOST_ITEMS", 15)
+    monkeypatch.setattr(stac_api, "MOST_ITEMS", 15)
     with pytest.raises(DataError, match="at most 15 are taken"):
         catalog.open_items(api.url, "scenes", geometry=SQUARE)
 
