@@ -1,5 +1,6 @@
 """Catalogues behind a STAC API: searches that come to an end."""
 
+import re
 from typing import Any
 
 import pystac
@@ -7,6 +8,9 @@ import pystac
 from rayseg.errors import ConfigError, DataError
 from rayseg.store import public
 
+_SIGNS = {"<=": "lte", ">=": "gte", "<": "lt", ">": "gt", "!=": "neq", "=": "eq"}
+_CONDITION = re.compile(r"([^<>=!]+)(<=|>=|!=|<|>|=)([^<>=!]+)")
+_NUMBER = re.compile(r"-?\d+(\.\d+)?")
 MOST_ITEMS = 500_000
 MOST_STALE = 3
 """Pages in succession without a new item, after which a STAC API is taken to have no end."""
@@ -57,7 +61,21 @@ def _asked(question: str) -> tuple[list[str], dict[str, Any]]:
     asked: dict[str, Any] = {}
     for word in words:
         key, _, value = word.partition("=")
-        if key not in {"datetime", "query", "limit"} or not value:
+        if key not in {"datetime", "query", "limit"} or not value or (key == "limit" and not value.isdigit()):
             raise ConfigError(f"{word!r} is no word of a search, expected datetime=..., query=... or limit=...")
-        asked[key] = value.split(",") if key == "query" else int(value) if key == "limit" else value
+        asked[key] = _conditions(value) if key == "query" else int(value) if key == "limit" else value
     return [name for name in names.split(",") if name], asked
+
+
+def _conditions(text: str) -> dict[str, dict[str, Any]]:
+    """`eo:cloud_cover<20,platform=landsat-8` in the words of the query extension; numbers are numbers."""
+    found: dict[str, dict[str, Any]] = {}
+    for part in text.split(","):
+        if not (parts := _CONDITION.fullmatch(part)):
+            raise ConfigError(f"query {part!r} is no condition, expected one such as eo:cloud_cover<20")
+        name, sign, value = parts.groups()
+        number = float(value) if _NUMBER.fullmatch(value) else value
+        found.setdefault(name, {})[_SIGNS[sign]] = (
+            int(number) if isinstance(number, float) and number % 1 == 0 else number
+        )
+    return found

@@ -74,14 +74,14 @@ def api():
 
 
 def test_all_pages_are_followed_and_the_question_is_asked_whole(api):
-    question = "scenes&datetime=2020-01-01/2020-02-01&query=eo:cloud_cover<20&limit=10"
+    question = "scenes&datetime=2020-01-01/2020-02-01&query=eo:cloud_cover<20,eo:cloud_cover>=0.5,platform=s2a&limit=10"
     found = catalog.open_items(api.url, question, geometry=SQUARE)
     assert {item.id for item in found} == {f"item-{n}" for n in range(25)}
     first = api.asked[0]
     assert first["collections"] == ["scenes"]
     assert first["intersects"]["type"] == "Polygon"
     assert first["datetime"].startswith("2020-01-01T00:00:00Z/2020-02-01")
-    assert first["query"] == {"eo:cloud_cover": {"lt": 20}}
+    assert first["query"] == {"eo:cloud_cover": {"lt": 20, "gte": 0.5}, "platform": {"eq": "s2a"}}
     assert len(api.asked) == 3
 
 
@@ -109,3 +109,5 @@ def test_a_region_without_items_and_words_that_are_none_are_refused(api):
         catalog.open_items(api.url, "scenes", geometry=SQUARE)
     with pytest.raises(ConfigError, match="no word of a search"):
         catalog.open_items(api.url, "scenes&clouds=3", geometry=SQUARE)
+    with pytest.raises(ConfigError, match="no condition"):
+        catalog.open_items(api.url, "scenes&query=cloudless", geometry=SQUARE)
