@@ -11,6 +11,7 @@ from rayseg.store import public
 _SIGNS = {"<=": "lte", ">=": "gte", "<": "lt", ">": "gt", "!=": "neq", "=": "eq"}
 _CONDITION = re.compile(r"([^<>=!]+)(<=|>=|!=|<|>|=)([^<>=!]+)")
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
+BUSY = (429, 500, 502, 503, 504)
 MOST_ITEMS = 500_000
 MOST_STALE = 3
 """Pages in succession without a new item, after which a STAC API is taken to have no end."""
@@ -32,12 +33,14 @@ def search(uri: str, question: str | None, geometry: dict[str, Any] | None) -> l
     import pystac_client  # only APIs need it
     from pystac_client.exceptions import APIError
     from pystac_client.stac_api_io import StacApiIO
+    from urllib3 import Retry
 
     names, asked = _asked(question or "")
     stale = 0
     found: dict[tuple[str | None, str], pystac.Item] = {}
     try:
-        client = pystac_client.Client.open(uri, stac_io=StacApiIO(max_retries=5, timeout=60))
+        patient = Retry(5, backoff_factor=0.5, status_forcelist=BUSY, allowed_methods=None)  # a search is a POST
+        client = pystac_client.Client.open(uri, stac_io=StacApiIO(max_retries=patient, timeout=60))
         search = client.search(collections=names or None, intersects=geometry, **asked)
         for number, page in enumerate(search.pages_as_dicts(), 1):
             before = len(found)
