@@ -32,4 +32,4 @@ lint: setup
 check: lint test
 
 bench: setup
-	for name in tiles start cam objects predict; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in tiles start cam objects predict train_feed; do $(BIN)/python benchmarks/$$name.py || exit 1; done

@@ -1,26 +1,33 @@
-"""Four rounds of SAM on one image: ours against the published generator and a straight port of its rounds.
+"""SAM's automatic masks on one image, and plots by rounds: ours against the published generator and a straight port.
 
-    python benchmarks/sam.py IMAGE [--checkpoint FILE --variant vit_b] [--side 1000] [--points 32] [--split]
+    python benchmarks/sam.py IMAGE [--what generator|rounds|refined|split] [--points 32] [--side 1000]
+                                   [--checkpoint FILE --variant vit_b] [--threads 1]
 
-Without a checkpoint the model is a SAM of one small encoder block with the full mask decoder and random weights,
-whose predicted IoU and stability mean nothing: thresholds are set so that some masks pass. What is compared is the
-same work on the same weights. `--split` only says how long embedding, decoding and filtering take.
+Without a checkpoint the model is a SAM of one small encoder block with the full mask decoder and random weights, and
+thresholds are set by what it says of the image: half of its masks pass each, a mask is 1 % of the image. What is
+compared is the same work by the same weights. `rounds` is timed twice: asking every point in every round, which gives
+the masks of the port, and asking none that is white already, as it is used. `split` only says how long embedding,
+decoding and filtering take; `--checkpoint random` is a vit_b or larger that has learnt nothing.
 """
 
 import argparse
 import time
+from dataclasses import replace
 from functools import partial
 
+import cv2
 import numpy as np
 import torch
+from measure import Cost, measured, show
 from PIL import Image
+from scipy import ndimage
 from segment_anything import SamAutomaticMaskGenerator
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
 from rayseg.models import sam as sams
 from rayseg.models.sam import SamConfig, SamProposer, load_sam
 from rayseg.vision import masks
-from rayseg.vision.rounds import RoundsConfig, find_plots, in_rounds, is_white, whitened
+from rayseg.vision.rounds import Refining, RoundsConfig, alone, find_plots, is_mixed, is_white, whitened
 
 
 def random_sam() -> Sam:
@@ -40,21 +47,39 @@ def random_sam() -> Sam:
     transformer = TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8)
     model = Sam(encoder, prompts, MaskDecoder(transformer_dim=256, transformer=transformer)).eval()
     with torch.no_grad():
-        for mlp in model.mask_decoder.output_hypernetworks_mlps:
-            mlp.layers[-1].weight.mul_(100)
+        for name, weights in transformer.named_parameters():
+            weights.mul_(6 if "proj.weight" in name else 1)  # so that points differ in what they mark
     return model
 
 
-def published(model: Sam, image: np.ndarray, config: SamConfig, rounds: RoundsConfig) -> int:
-    """The published rounds: every point of every round, masks as arrays, IoU pixel by pixel. Returns masks left."""
-    generator = SamAutomaticMaskGenerator(
+@torch.inference_mode()
+def thresholds(model: Sam, image: np.ndarray) -> dict[str, float]:
+    """Set the model's threshold so that a mask is 1 % of the image; those that half of the masks pass."""
+    proposer = SamProposer(model, SamConfig(half=False))
+    resized = sams.ResizeLongestSide(1024).apply_image(image)
+    sides = np.linspace(60, 960, 8)
+    points = torch.as_tensor(np.stack(np.meshgrid(sides, sides), axis=-1).reshape(-1, 2), device=model.device)
+    logits, ious = sams.decode(model, proposer._embedded(resized), points, least_iou=0.0)
+    model.mask_threshold = float(torch.quantile(logits.flatten()[::97].cpu(), 0.99))
+    offset = float(logits.std()) / 10
+    stable = sams.amg.calculate_stability_score(logits, model.mask_threshold, offset)
+    return {"iou": float(ious.median()), "stability": float(stable.nan_to_num().median()), "offset": offset}
+
+
+def generator_of(model: Sam, config: SamConfig) -> SamAutomaticMaskGenerator:
+    return SamAutomaticMaskGenerator(
         model,
         points_per_side=config.points,
         pred_iou_thresh=config.iou,
         stability_score_thresh=config.stability,
+        stability_score_offset=config.offset,
         box_nms_thresh=config.nms,
     )
-    found: list[np.ndarray] = []
+
+
+def published(generator: SamAutomaticMaskGenerator, image: np.ndarray, rounds: RoundsConfig) -> list[np.ndarray]:
+    """The published rounds: every point of every round, masks as arrays, IoU pixel by pixel."""
+    whole, found = image, []
     for number, one in enumerate(rounds.rounds, 1):
         white = is_white(image)
         if number > 1 and 1 - white.mean() < rounds.left:
@@ -64,11 +89,32 @@ def published(model: Sam, image: np.ndarray, config: SamConfig, rounds: RoundsCo
             kept = [mask for mask in kept if white[mask].mean() < one.white]
         found += kept
         image = whitened(image, [masks.encode(mask) for mask in kept], edges=one.edges)
-        print(f"    published, round {number}: {len(kept)} masks")
-    return len(_survivors(found, rounds.duplicate))
+        print(f"    published, round {number}: {len(kept)} masks, {1 - is_white(image).mean():.0%} left", flush=True)
+    plots = parted(survivors(found, rounds.duplicate), rounds.least)
+    return refined(generator, whole, plots, rounds.refining, rounds.least) if rounds.refining else plots
 
 
-def _survivors(found: list[np.ndarray], threshold: float) -> list[int]:
+def refined(
+    generator: SamAutomaticMaskGenerator, image: np.ndarray, plots: list[np.ndarray], how: Refining, least: int
+) -> list[np.ndarray]:
+    """The published refinement: automatic masks once more inside masks that look mixed."""
+    fresh = []
+    for mask in plots:
+        if mask.sum() <= how.least or not is_mixed(alone(image, mask), mask, how):
+            continue
+        left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
+        cut = np.s_[top : top + height, left : left + width]
+        crop = np.ascontiguousarray(alone(image[cut], mask[cut]))
+        for one in generator.generate(crop):
+            if is_white(crop)[one["segmentation"]].mean() < how.white:
+                placed = np.zeros_like(mask)
+                placed[cut] = one["segmentation"]
+                fresh.append(placed)
+    fresh = parted(survivors(fresh, how.duplicate), 1)
+    return parted(survivors(plots + fresh, how.overlap), least)
+
+
+def survivors(found: list[np.ndarray], threshold: float) -> list[np.ndarray]:
     left, again = list(range(len(found))), True
     while again:
         again, dropped = False, set()
@@ -83,7 +129,23 @@ def _survivors(found: list[np.ndarray], threshold: float) -> list[int]:
                         break
                     dropped.add(j)
         left = [k for k in left if k not in dropped]
-    return left
+    return [found[k] for k in left]
+
+
+def parted(found: list[np.ndarray], least: int) -> list[np.ndarray]:
+    parts = []
+    for mask in found:
+        labels, count = ndimage.label(mask)
+        parts += [labels == k for k in range(1, count + 1) if (labels == k).sum() >= least]
+    return parts
+
+
+def every_point(proposer: SamProposer):
+    return lambda image, open_HW: proposer(image, np.ones_like(open_HW))
+
+
+def alike(one: list[bytes], other: list[bytes]) -> str:
+    return f"{len(set(one) & set(other))} of {len(set(one))} and {len(set(other))} the same"
 
 
 def split(proposer: SamProposer, image: np.ndarray) -> None:
@@ -111,31 +173,58 @@ def split(proposer: SamProposer, image: np.ndarray) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image")
+    parser.add_argument("--what", choices=("generator", "rounds", "refined", "split"), default="rounds")
     parser.add_argument("--checkpoint")
     parser.add_argument("--variant", default="vit_b")
     parser.add_argument("--side", type=int, default=1000)
     parser.add_argument("--points", type=int, default=32)
-    parser.add_argument("--split", action="store_true")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    cv2.setNumThreads(asked.threads)
     with Image.open(asked.image) as opened:
         image = np.asarray(opened.convert("RGB").resize((asked.side, asked.side), Image.Resampling.LANCZOS))
-    limits = {} if asked.checkpoint not in {None, "random"} else {"iou": 0.0, "stability": 0.5}
-    config = SamConfig(variant=asked.variant, checkpoint=asked.checkpoint or "", points=asked.points, **limits)
-    proposer = load_sam(config) if asked.checkpoint else SamProposer(random_sam(), config)
-    if asked.split:
+    config = SamConfig(variant=asked.variant, checkpoint=asked.checkpoint or "", points=asked.points)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    proposer = load_sam(config) if asked.checkpoint else SamProposer(random_sam().to(device), config)
+    if asked.checkpoint in {None, "random"}:
+        limits = thresholds(proposer.sam, image)
+        print({name: round(value, 3) for name, value in limits.items()}, round(proposer.sam.mask_threshold, 3))
+        proposer = replace(proposer, config=config.model_copy(update=limits))
+    if asked.what == "split":
         split(proposer, image)
         return
-    rounds = RoundsConfig(refining=None)
-    began = time.process_time()
-    plots = find_plots(image, proposer, rounds)
-    ours = time.process_time() - began
-    print(f"ours: {ours:.1f} s of CPU, {len(plots.proposals)} plots, {np.bincount(plots.round_N)[1:]} by round")
-    first = in_rounds(image, proposer, rounds.rounds[:1], left=0.0)
-    print(f"    ours, round 1: {len(first.proposals)} masks")
-    began = time.process_time()
-    left = published(proposer.sam, image, config, rounds)
-    theirs = time.process_time() - began
-    print(f"published: {theirs:.1f} s of CPU, {left} masks; {theirs / ours:.1f} times as long")
+    proposer(image, np.ones(image.shape[:2], bool)) if device == "cuda" else None  # compiled, and warm
+    compare(proposer, image, asked.what)
+
+
+def compare(proposer: SamProposer, image: np.ndarray, what: str) -> None:
+    generator = generator_of(proposer.sam, proposer.config)
+    rounds = RoundsConfig() if what == "refined" else RoundsConfig(refining=None)
+    rows: list[tuple[str, Cost, list[bytes]]] = []
+
+    def timed(name, work):
+        with measured() as cost:
+            found = work()
+        rows.append((name, cost, [runs.tobytes() for runs in found]))
+
+    if what == "generator":
+        timed("ours", lambda: proposer(image, np.ones(image.shape[:2], bool)).masks)
+        timed("published", lambda: [masks.encode(one["segmentation"]) for one in generator.generate(image)])
+    else:
+        timed("ours", lambda: find_plots(image, proposer, rounds).proposals.masks)
+        timed("ours, every point", lambda: find_plots(image, every_point(proposer), rounds).proposals.masks)
+        timed("published", lambda: [masks.encode(mask) for mask in published(generator, image, rounds)])
+    _, last, expected = rows[-1]
+    table = [
+        (name, len(found), f"{cost.wall:.1f}", f"{cost.cpu:.1f}", f"{last.wall / cost.wall:.2f}",
+         f"{last.cpu / cost.cpu:.2f}", alike(found, expected))
+        for name, cost, found in rows
+    ]  # fmt: skip
+    size = f"{image.shape[1]} x {image.shape[0]} px, {proposer.config.points} points a side"
+    show(f"{what}, {size}", ("which", "masks", "s", "CPU s", "x", "x by CPU", "masks against the published"), table)
+    size = 500 * np.mean([len(runs) for runs in rows[0][2]]) / 2**20 if rows[0][2] else 0.0
+    print(f"500 such masks are {size:.1f} MiB as runs, {500 * image.shape[0] * image.shape[1] / 2**20:.0f} as arrays")
 
 
 if __name__ == "__main__":

@@ -1,47 +1,60 @@
 """Speed and quality of the pipeline `superpixel`; docs/superpixel.md shows the tables.
 
+    python benchmarks/superpixel.py scenes DATA --out DIR [--side 768]
     python benchmarks/superpixel.py quality IMAGES MASKS --out DIR [--epochs 4] [--seeds ...] [--only NAME ...]
-    python benchmarks/superpixel.py speed IMAGE --out DIR [--epochs 1] [--size 2048] [--mask MASK]
+    python benchmarks/superpixel.py speed IMAGE --out DIR [--epochs 1] [--size 2048] [--only-default]
     python benchmarks/superpixel.py memory --out DIR [--side 20000] [--tile 2048]
 
-IMAGES and MASKS are folders of RGB files of the same names. `speed` compares the whole process with a straight port of
-the published loop (a list of pixels per superpixel, a vote in Python, one patch a step, the image read at every step,
-softmax summed as uint8 for all classes of the scene), on the same network in plain PyTorch.
+IMAGES and MASKS are folders of RGB files of the same names, as `scenes` cuts them from its data.
+`speed` compares the whole process with a straight port of the published loop (a list of pixels per superpixel, a vote
+in Python, one patch a step, the image read at every step, softmax summed as uint8 for all classes), on the same
+network in plain PyTorch; `port` is its quality.
 """
 
 import argparse
 import json
 import resource
+import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import rasterio
+import rasterio.features
 import torch
+from PIL import Image
+from sklearn.metrics.cluster import contingency_matrix
 from torch import nn
 
 from rayseg.config import load_values
 from rayseg.geo import Region
+from rayseg.metrics import agreement
+from rayseg.models import unsupervised
 from rayseg.pipelines import superpixel
-from rayseg.run import Engine, Run
+from rayseg.run import Engine, Run, Step
+from rayseg.vision.color import rgb_of
 
 PAPER = {
     "superpixels": {"method": "felzenszwalb"},
-    "network": {"reduce": 1, "recalibrate": False, "patches": None},
+    "network": {"reduce": 1, "recalibrate": False, "patches": None, "merge_to": None},
     "scaling": "range",
 }
-SETTINGS = {
+BASELINE = {"reduce": 1, "merge_to": None}
+SETTINGS: dict[str, dict] = {
+    "port": {},
+    "unmerged": {"network": {"merge_to": None}},
     "default": {},
+    "merged to 6": {"network": {"merge_to": 6}},
     "paper": PAPER,
-    "default merged to 8": {"network": {"merge_to": 8}},
-    "kmeans 8": {"network": {"network": "kmeans", "labels": 8, "reduce": 1}},
-    "isodata 8": {"network": {"network": "isodata", "labels": 8, "reduce": 1}},
-    "kmeans 32": {"network": {"network": "kmeans", "labels": 32, "reduce": 1}},
-    "isodata 32": {"network": {"network": "isodata", "labels": 32, "reduce": 1}},
-    "slic": {"superpixels": {"method": "slic"}},
-    "watershed": {"superpixels": {"method": "watershed"}},
-    "felzenszwalb": {"superpixels": {"method": "felzenszwalb"}},
+    **{
+        f"{network} {labels}": {"network": {"network": network, "labels": labels, **BASELINE}}
+        for labels in (6, 8, 32)
+        for network in ("kmeans", "isodata")
+    },
+    **{name: {"superpixels": {"method": name}} for name in ("felzenszwalb", "slic", "watershed")},
 }
+SAME_NETWORKS = {"default": "unmerged", "merged to 6": "unmerged"}
+"""Settings that differ in merging alone take the networks of another where they are."""
 
 
 def mapped(
@@ -56,6 +69,19 @@ def mapped(
     return {step.name: step for step in run.steps}, time.perf_counter() - started
 
 
+def scenes(asked: argparse.Namespace) -> None:
+    """Cut the scenes of the table: one image of each of Dubai's six, the upper left of each of DeepGlobe's."""
+    for kind in ("images", "masks"):
+        (asked.out / kind).mkdir(parents=True, exist_ok=True)
+        suffix = "jpg" if kind == "images" else "png"
+        for number in range(1, 7):
+            source = asked.data / f"dubai/tile{number}/{kind}/image_part_00{number}.{suffix}"
+            Image.open(source).convert("RGB").save(asked.out / kind / f"dubai{number}.png")
+        for number in (1, 3, 4):
+            whole = Image.open(asked.data / f"landcover/{kind}/{number}.{suffix}").convert("RGB")
+            whole.crop((0, 0, asked.side, asked.side)).save(asked.out / kind / f"landcover{number}.png")
+
+
 # -- quality -----------------------------------------------------------------------------------------------------------
 
 
@@ -63,19 +89,78 @@ def quality(asked: argparse.Namespace) -> None:
     """AMI, FMI and ARE of every setting: mean over scenes and seeds, 95 % bootstrap over scenes."""
     for name in asked.only or SETTINGS:
         for seed in asked.seeds:
+            if name == "port":
+                _ported(asked, seed)
+                continue
             values = json.loads(json.dumps(SETTINGS[name]))
             values["network"] = {"epochs": asked.epochs, "seed": seed} | values.get("network", {})
-            out = asked.out / f"{name.replace(' ', '-')}-{seed}"
-            steps, _ = mapped(out, values, asked.images, asked.masks, tuple(asked.unlabelled))
-            print(name, seed, json.dumps(steps["evaluate"].value["mean"]), flush=True)
+            out = _folder(asked, name, seed)
+            lender = _folder(asked, SAME_NETWORKS[name], seed) if name in SAME_NETWORKS else None
+            config = load_values(superpixel.Config, values | {"truth": asked.masks, "unlabelled": asked.unlabelled})
+            print(name, seed, json.dumps(_measured(out, config, asked.images, lender)), flush=True)
     table(asked)
+
+
+def _folder(asked: argparse.Namespace, name: str, seed: int) -> Path:
+    return asked.out / f"{name.replace(' ', '-')}-{seed}"
+
+
+def _measured(out: Path, config: superpixel.Config, images: str, lender: Path | None = None) -> dict:
+    """Mean agreement with the truth by the pipeline's own steps, those for people left out."""
+    region = Region(images, images=images)
+    with Run.open(str(out), pipeline="superpixel", config=config, region=region, engine=Engine("inline")) as run:
+        listed = run.step("scenes", superpixel.list_scenes, region, config)
+        divided = run.step("superpixels", superpixel.divide, listed, config)
+        trained = run.step("networks", _trained, listed, divided, config, str(lender or ""))
+        predicted = run.step("predict", superpixel.label, listed, trained, region, config)
+        return run.step("evaluate", superpixel.measure, predicted, region, config).value["mean"]
+
+
+def _trained(step: Step, listed: Step, divided: Step, config: superpixel.Config, lender: str) -> dict:
+    """Train, going on from the checkpoints of another run where they are of the same training."""
+    for path in Path(lender).glob("steps/networks/*/*/checkpoint.pt") if lender else []:
+        target = Path(str(step.prefix), *path.parts[-3:])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    return superpixel.train(step, listed, divided, config)
+
+
+def _ported(asked: argparse.Namespace, seed: int) -> None:
+    """What the straight port's maps measure, kept where those of a run are."""
+    skipped = [_code(np.array(rgb_of(value))) for value in asked.unlabelled]
+    scenes, spent = {}, {"superpixels": 0.0, "networks": 0.0}
+    for path in sorted(Path(asked.images).iterdir()):
+        labels_HW, parts = port(str(path), epochs=asked.epochs, seed=seed, quick=True)
+        with rasterio.open(Path(asked.masks) / path.name) as file:
+            codes_HW = _code(file.read()[:3])
+        seen = ~np.isin(codes_HW, skipped)
+        scenes[path.stem] = {"pixels": int(seen.sum())} | agreement(contingency_matrix(codes_HW[seen], labels_HW[seen]))
+        spent = {
+            name: spent[name] + parts[part] for name, part in (("superpixels", "superpixels"), ("networks", "training"))
+        }
+    mean = {name: float(np.mean([scene[name] for scene in scenes.values()])) for name in ("ami", "fmi", "are")}
+    steps = asked.out / f"port-{seed}" / "steps"
+    for name, seconds in spent.items():
+        _kept(steps / name / "done.json", {"seconds": seconds})
+    _kept(steps / "evaluate" / "agreement.json", {"scenes": scenes, "mean": mean})
+    print("port", seed, json.dumps(mean), flush=True)
+
+
+def _code(image_CHW: np.ndarray) -> np.ndarray:
+    red, green, blue = image_CHW.astype(np.int64)
+    return (red << 16) | (green << 8) | blue
+
+
+def _kept(path: Path, value: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
 
 
 def table(asked: argparse.Namespace) -> None:
     """What the runs that are there say, as a Markdown table."""
     print("| setting | AMI | FMI | ARE | superpixels s | training s |\n|---|---|---|---|---|---|")
     for name in SETTINGS:
-        found = sorted(asked.out.glob(f"{name.replace(' ', '-')}-[0-9]*/steps/evaluate/agreement.json"))
+        found = sorted(asked.out.glob(f"{name.replace(' ', '-')}-20[0-9]*/steps/evaluate/agreement.json"))
         if not found:
             continue
         scenes = [json.loads(path.read_text())["scenes"] for path in found]
@@ -113,7 +198,7 @@ def speed(asked: argparse.Namespace) -> None:
         spent = time.process_time() - before
         print(f"{name}: {seconds:.1f} s in all, {spent:.1f} s of CPU {json.dumps(parts)}", flush=True)
     before = time.process_time()
-    parts = port(image, epochs=asked.epochs)
+    _, parts = port(image, epochs=asked.epochs)
     print(f"straight port: {time.process_time() - before:.1f} s of CPU {json.dumps(parts)}", flush=True)
 
 
@@ -137,8 +222,13 @@ class DeepNet(nn.Sequential):
         super().__init__(*layers, nn.Conv2d(64, classes, 1), nn.BatchNorm2d(classes))
 
 
-def port(path: str, *, epochs: int, classes: int = 32, patch: int = 512, stride: int = 448) -> dict[str, float]:
-    """The published process, step by step; returns seconds of its parts."""
+def port(
+    path: str, *, epochs: int, seed: int = 2021, quick: bool = False, classes: int = 32, patch: int = 512
+) -> tuple[np.ndarray, dict[str, float]]:
+    """(label map, seconds of its parts) of the published process, step by step; patches fit into small scenes.
+
+    `quick` votes by a segment reduction instead, which gives the same labels: where quality is asked for, not speed.
+    """
     from skimage.segmentation import felzenszwalb
 
     started = time.perf_counter()
@@ -147,13 +237,14 @@ def port(path: str, *, epochs: int, classes: int = 32, patch: int = 512, stride:
     segments = felzenszwalb(image, scale=32, sigma=0.5, min_size=64)
     divided = time.perf_counter()
     height, width = segments.shape
-    rows, cols = ([*range(0, side - patch, stride), side - patch] for side in (height, width))
+    patch = min(patch, height // 4 * 4, width // 4 * 4)
+    rows, cols = ([*range(0, side - patch, 448), side - patch] for side in (height, width))
     corners = [(row, col) for row in rows for col in cols]
-    torch.manual_seed(2021)
+    torch.manual_seed(seed)
     net = DeepNet(image.shape[2], classes).train()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     loss_of = nn.CrossEntropyLoss()
-    rng = np.random.default_rng(2021)
+    rng = np.random.default_rng(seed)
     for _ in range(epochs):
         for number in rng.permutation(len(corners)):
             row, col = corners[number]
@@ -161,9 +252,13 @@ def port(path: str, *, epochs: int, classes: int = 32, patch: int = 512, stride:
             logits = net(_read(path, row, col, patch))[0].permute(1, 2, 0).reshape(-1, classes)
             labels = logits.detach().argmax(1).numpy()
             inside = segments[row : row + patch, col : col + patch].ravel()
-            for one in [np.where(inside == number)[0] for number in np.unique(inside)]:
-                values, counts = np.unique(labels[one], return_counts=True)
-                labels[one] = values[counts.argmax()]
+            if quick:
+                segment = torch.from_numpy(np.unique(inside, return_inverse=True)[1])
+                labels = unsupervised.vote(torch.from_numpy(labels), segment, classes).numpy()
+            else:
+                for one in [np.where(inside == number)[0] for number in np.unique(inside)]:
+                    values, counts = np.unique(labels[one], return_counts=True)
+                    labels[one] = values[counts.argmax()]
             loss_of(logits, torch.from_numpy(labels)).backward()
             optimizer.step()
     trained = time.perf_counter()
@@ -173,10 +268,10 @@ def port(path: str, *, epochs: int, classes: int = 32, patch: int = 512, stride:
         for row, col in corners:
             shares = net(_read(path, row, col, patch)).softmax(1)[0].numpy()
             sums[:, row : row + patch, col : col + patch] += (shares * 63).astype(np.uint8)
-    rasterio.features.sieve(sums.argmax(0).astype(np.uint8), 20, connectivity=4)
+    labels_HW = rasterio.features.sieve(sums.argmax(0).astype(np.uint8), 20, connectivity=4)
     ended = time.perf_counter()
     parts = {"superpixels": divided - started, "training": trained - divided, "map": ended - trained}
-    return {name: round(seconds, 1) for name, seconds in {**parts, "in all": ended - started}.items()}
+    return labels_HW, {name: round(seconds, 1) for name, seconds in {**parts, "in all": ended - started}.items()}
 
 
 def _read(path: str, row: int, col: int, patch: int) -> torch.Tensor:
@@ -196,11 +291,12 @@ def memory(asked: argparse.Namespace) -> None:
         _made(image, asked.side)
     print(f"before: {_peak():.2f} GiB", flush=True)
     values = {
-        "network": {"epochs": 1, "patches": asked.patches, "memory": 128 << 20},
+        "network": {"epochs": 1, "patches": asked.patches, "memory": 128 << 20, "reduce": asked.reduce},
         "map": {"tile": asked.tile},
         "superpixels": {"method": asked.method},
     }
-    _, seconds = mapped(asked.out / f"run-{asked.side}", values, str(image))
+    steps, seconds = mapped(asked.out / f"run-{asked.side}", values, str(image))
+    print(json.dumps({step.name: round(step.seconds, 1) for step in steps.values()}))
     print(f"{asked.side} x {asked.side}: peak {_peak():.2f} GiB, {seconds:.0f} s", flush=True)
 
 
@@ -226,11 +322,20 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for name, function in (("quality", quality), ("table", table), ("speed", speed), ("memory", memory)):
+    for name, function in (
+        ("scenes", scenes),
+        ("quality", quality),
+        ("table", table),
+        ("speed", speed),
+        ("memory", memory),
+    ):
         command = commands.add_parser(name)
         command.set_defaults(function=function)
         command.add_argument("--out", type=Path, required=True)
         command.add_argument("--epochs", type=int, default=4)
+        if name == "scenes":
+            command.add_argument("data", type=Path)
+            command.add_argument("--side", type=int, default=768)
         if name == "quality":
             command.add_argument("images")
             command.add_argument("masks")
@@ -245,6 +350,7 @@ def main() -> None:
             command.add_argument("--side", type=int, default=20000)
             command.add_argument("--tile", type=int, default=2048)
             command.add_argument("--patches", type=int, default=16)
+            command.add_argument("--reduce", type=int, default=2)
             command.add_argument("--method", default="halved")
     asked = parser.parse_args()
     asked.function(asked)

@@ -14,6 +14,8 @@ from rayseg.errors import DataError
 from rayseg.evaluation import Match, match
 from rayseg.io import masks, rasters
 from rayseg.io.maps import NODATA, mapped_tiles
+from rayseg.io.masks import Piece
+from rayseg.io.sources import Source
 from rayseg.metrics import agreement
 from rayseg.vision.color import label_table, rgb_of
 
@@ -40,8 +42,7 @@ def agreement_of_run(
         DataError: nothing matches, or no pixel is labelled in both.
     """
     tiles = mapped_tiles(root, step)
-    sources = masks.masks_of(truth, names=("landcover",))
-    skipped = {value if isinstance(value, int) else _code(rgb_of(value)) for value in unlabelled} | {_UNSEEN}
+    sources, skipped = _truth(truth, unlabelled)
     counts: dict[str, Pairs] = defaultdict(Counter)
     for found in match(masks.pieces_of_tiles(tiles), sources):
         counts[found.piece.tile.grid.image or found.piece.tile.grid.name] += _pairs(found, skipped)
@@ -50,6 +51,28 @@ def agreement_of_run(
         raise DataError(f"{truth} and the map have no labelled pixel in common: check that they show the same place")
     mean = {name: float(np.mean([scene[name] for scene in scenes.values()])) for name in ("ami", "fmi", "are")}
     return {"scenes": scenes, "mean": mean}
+
+
+def expect_truth(pieces: Sequence[Piece], truth: str, *, unlabelled: Sequence[str | int] = ()) -> None:
+    """Refuse, before there is a map, a truth with which it could not be compared.
+
+    Args:
+        pieces: of the map to be.
+        truth: as `agreement_of_run` takes it.
+        unlabelled: the same.
+
+    Raises:
+        DataError: there are no masks, one cannot be opened, none is of a piece, or one has another size than its image.
+        ConfigError: a colour that is not counted is none.
+    """
+    sources, _ = _truth(truth, unlabelled)
+    match(pieces, sources)
+
+
+def _truth(truth: str, unlabelled: Sequence[str | int]) -> tuple[list[Source], set[int]]:
+    """(the masks, the codes of their values or colours that are not counted)."""
+    skipped = {value if isinstance(value, int) else _code(rgb_of(value)) for value in unlabelled} | {_UNSEEN}
+    return masks.masks_of(truth, names=("landcover",)), skipped
 
 
 def _measured(pairs: Pairs) -> dict[str, float]:

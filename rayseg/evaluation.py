@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import yaml
 
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo import Grid, Window
@@ -19,6 +18,7 @@ from rayseg.io import maps, masks
 from rayseg.io.masks import Piece
 from rayseg.io.rasters import footprint
 from rayseg.io.sources import Source
+from rayseg.io.tables import read_table
 from rayseg.metrics import Confusion, interval, resampled
 from rayseg.run import Step
 from rayseg.store import put, upath
@@ -71,7 +71,8 @@ def evaluate(prediction: str, truth: str, *, classes: str | None = None) -> dict
     Args:
         prediction: a run, a folder of masks (PNG or TIFF), or `catalog.json#collection`.
         truth: a folder of masks or `catalog.json#collection`; they may hold class values, palette indices or colours.
-        classes: YAML file with a class table; by default the one stored in the prediction.
+        classes: YAML file with a class table, or its name under configs/classes; by default the one stored in the
+            prediction.
 
     Returns:
         JSON values: `overall` and, per class, `iou`, `f1`, `precision` and `recall`, each as value, low, high (95 %
@@ -83,7 +84,7 @@ def evaluate(prediction: str, truth: str, *, classes: str | None = None) -> dict
         DataError: nothing matches, two images differ in size, or a mask holds what is no class.
         ConfigError: there is no class table.
     """
-    table = _read_table(classes) if classes else None
+    table = read_table(classes) if classes else None
     if (upath(prediction) / "run.json").exists():
         return _of_run(prediction, truth, table)[0]
     names = table.names if table else ()
@@ -122,18 +123,6 @@ def _stored_table(mask: Source, where: str) -> ClassTable:
     if table is None:
         raise ConfigError(f"{where} does not say which classes its masks hold: give a class table with --classes")
     return table
-
-
-def _read_table(path: str) -> ClassTable:
-    try:
-        content = yaml.safe_load(upath(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"class table {path} cannot be read: {error.strerror}; check --classes") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"class table {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"class table {path} holds no keys, expected classes: [{{name, color}}, ...]")
-    return ClassTable.from_config(content)
 
 
 # -- which truth belongs to what --------------------------------------------------------------------------------------

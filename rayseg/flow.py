@@ -338,10 +338,11 @@ def expect_reachable(address: str | None) -> None:
         ) from None
 
 
-def connect(address: str | None) -> None:
+def connect(address: str | None, *, dashboard: bool = False) -> None:
     """Join the Ray cluster at `address`, or start a private one on this machine; once per process.
 
-    The address is `address`, else RAY_ADDRESS; without either a stranger's cluster is never joined.
+    The address is `address`, else RAY_ADDRESS; without either a stranger's cluster is never joined. With `dashboard`
+    a private one takes jobs, on loopback.
     """
     import ray
 
@@ -358,7 +359,7 @@ def connect(address: str | None) -> None:
     _remove_afterwards(folder)
     # An idle process is soon of use again, and a new one takes seconds to import what the stages need.
     quiet["_system_config"] = {"idle_worker_killing_time_threshold_ms": 30_000}
-    ray.init(address="local", include_dashboard=False, object_store_memory=2 << 30, _temp_dir=folder, **quiet)
+    ray.init(address="local", include_dashboard=dashboard, object_store_memory=2 << 30, _temp_dir=folder, **quiet)
     atexit.register(ray.shutdown)
 
 

@@ -9,7 +9,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -136,7 +136,7 @@ class Tile:
         }
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> "Tile":
+    def from_row(cls, row: Mapping[str, Any]) -> "Tile":
         """The tile that `to_row` made this row of (further columns are ignored)."""
         grid = Grid(row["crs"], (row["xres"], row["yres"]), (row["x0"], row["y0"]), row["grid_image"])
         return cls(row["id"], grid, Window(row["col"], row["row"], row["width"], row["height"]))
@@ -167,12 +167,25 @@ class Lattice:
     @classmethod
     def of(cls, grid: Grid, patch: int, stride: int) -> "Lattice":
         """The lattice of `grid`; an image without georeference starts with a cell, not in the middle of one."""
-        return cls(patch, stride, -((patch - stride) // 2) if grid.crs is None else 0)
+        return cls.of_cells(patch, stride) if grid.crs is None else cls(patch, stride)
+
+    @classmethod
+    def of_cells(cls, patch: int, stride: int) -> "Lattice":
+        """The lattice whose cells begin at pixel (0, 0): a tile whose side is a multiple of `stride` is whole cells."""
+        return cls(patch, stride, -((patch - stride) // 2))
 
     @property
     def margin(self) -> int:
         """Pixels of a patch around its cell."""
         return (self.patch - self.stride) // 2
+
+    def cells(self, window: Window) -> list[Window]:
+        """Row by row, every cell that `window` holds pixels of."""
+        return [self.cell(patch) for patch in self.patches(window) if not self.cell(patch).intersect(window).empty]
+
+    def around(self, cell: Window) -> Window:
+        """The patch of a cell."""
+        return Window(cell.col - self.margin, cell.row - self.margin, self.patch, self.patch)
 
     def cell(self, patch: Window) -> Window:
         """The cell in the middle of a patch."""

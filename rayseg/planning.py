@@ -213,10 +213,14 @@ def bytes_read(tiles: Sequence[Row], *, margin: int) -> int | None:
     return round(of_files / sum(source.height * source.width for source in sample) * pixels.total())
 
 
+UNSIZED: tuple[type[Exception], ...] = (ValueError, TypeError, *STORE_ERRORS)
+"""What asking for the size of a file raises where nobody says it."""
+
+
 def _size(source: Source) -> int | None:
     try:
         return sum(int(upath(href).stat().st_size) for href, _ in source.assets)
-    except (*STORE_ERRORS, ValueError, TypeError):
+    except UNSIZED:
         return None
 
 

@@ -34,6 +34,8 @@ STAGES = {
 }
 """Stage -> what a report calls it."""
 MOST_MAPS = 4
+Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
+"""(title, header, rows) of what a report lists."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Extras:
         title: of the page; by default the pipeline and the region.
         labels: what the model learnt from, as a sentence ("Learnt from 96 chips labelled gpc or not.").
         pictures: (title, image file or its path below the run, caption).
+        tables: (title, header, rows).
         histories: training -> values of every epoch; by default what the run's steps wrote for TensorBoard.
         workers: copies of all stages together that the map was made with; by default one of each.
         timed: the step that looked at the imagery, if it is not the one that wrote the tiles.
@@ -52,6 +55,7 @@ class Extras:
     title: str = ""
     labels: str = ""
     pictures: tuple[tuple[str, bytes | str, str], ...] = ()
+    tables: tuple[Table, ...] = ()
     histories: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
     workers: int | None = None
     timed: Step | None = None
@@ -93,6 +97,7 @@ def write_report(
         evaluation=evaluation,
         seams=seams,
         pictures=[(title, _image(step.root, image), caption) for title, image, caption in extras.pictures],
+        tables=list(extras.tables),
         curves=[(name, report.curves(rows)) for name, rows in (extras.histories or histories(step.root)).items()],
         ledgers=ledgers,
         timing=timing,
@@ -105,6 +110,40 @@ def write_report(
     if pictures and table:
         put(upath(step.root) / "report" / "map.png", encoded(pictures[0].map(table)))
     return _value(summary, classes, evaluation, timing, seams)
+
+
+def write_page(
+    root: str, extras: Extras, *, figures: Sequence[tuple[str, str, str]] = (), asked: Mapping[str, Any] | None = None
+) -> None:
+    """Write the report of work that mapped nothing.
+
+    Args:
+        root: prefix of the run, or of what else was done.
+        extras: what there is to tell.
+        figures: (label, value, note).
+        asked: what run.json says, for `root`s without one.
+    """
+    ledgers = {} if asked else run.status(root)["steps"]
+    asked = asked or run.read(root)
+    content = report.Content(
+        title=extras.title or f"{asked['pipeline']}: {asked['region']['name']}",
+        lead=extras.labels,
+        figures=list(figures),
+        maps=[],
+        classes=[],
+        evaluation=None,
+        seams=None,
+        pictures=[(title, _image(root, image), caption) for title, image, caption in extras.pictures],
+        tables=list(extras.tables),
+        curves=[],
+        ledgers=ledgers,
+        timing=None,
+        config=asked["config"],
+        versions=asked.get("versions", {}),
+        command=asked.get("command", ""),
+        footer=_footer(asked),
+    )
+    put(upath(root) / "report" / "index.html", report.render(content).encode())
 
 
 def headline(published: Step) -> str:

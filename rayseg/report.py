@@ -58,9 +58,9 @@ class Timing(TypedDict):
 class Content(TypedDict):
     """What a report shows; what is None or empty is left out.
 
-    `lead` is a sentence or two, `figures` are (label, value, note), `pictures` (title, image file, caption), `curves`
-    (title, drawings), `ledgers` the steps of `rayseg.run.status`, `evaluation` the result of
-    `rayseg.evaluation.evaluate`, `seams` that of `rayseg.io.maps.seam_score`.
+    `lead` is a sentence or two, `figures` are (label, value, note), `pictures` (title, image file, caption), `tables`
+    (title, header, rows), `curves` (title, drawings), `ledgers` the steps of `rayseg.run.status`, `evaluation` the
+    result of `rayseg.evaluation.evaluate`, `seams` that of `rayseg.io.maps.seam_score`.
     """
 
     title: str
@@ -71,6 +71,7 @@ class Content(TypedDict):
     evaluation: dict[str, Any] | None
     seams: dict[str, Any] | None
     pictures: list[tuple[str, bytes, str]]
+    tables: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]
     curves: list[tuple[str, list[bytes]]]
     ledgers: dict[str, dict[str, Any]]
     timing: Timing | None
@@ -175,8 +176,7 @@ def curves(history: Sequence[Mapping[str, float]]) -> list[bytes]:
 
 
 def _drawn(history: Sequence[Mapping[str, float]], names: Sequence[str]) -> bytes:
-    from matplotlib import rc_context  # drawn at the end of a run, imported then
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # drawn at the end of a run, imported then
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(4.8, 2.8), layout="constrained")
@@ -185,10 +185,39 @@ def _drawn(history: Sequence[Mapping[str, float]], names: Sequence[str]) -> byte
         points = [(row.get("epoch", at), row[name]) for at, row in enumerate(history, 1) if name in row]
         axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), linewidth=1.6, marker=".", markersize=4)
     axes.set_xlabel("epoch", color=_INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _finished(figure, axes)
+
+
+def learning_curves(lines: Mapping[str, Sequence[tuple[float, ...]]], *, across: str, up: str) -> bytes:
+    """Lines of a measure over the number of labels, as an SVG drawing.
+
+    Args:
+        lines: name -> points (x, y), or (x, y, low, high) where there is an interval.
+        across: what x is.
+        up: what y is.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name, points in lines.items():
+        x, y, *bounds = zip(*sorted(points), strict=True)
+        [line] = axes.plot(x, y, label=name, linewidth=1.6, marker=".", markersize=6)
+        if bounds:
+            axes.fill_between(x, bounds[0], bounds[1], color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set_xlabel(across, color=_INK)
+    axes.set_ylabel(up, color=_INK)
+    return _finished(figure, axes)
+
+
+def _finished(figure: Any, axes: Any) -> bytes:  # noqa: ANN401 - matplotlib's own
+    """The drawing in the report's colours, as SVG."""
+    from matplotlib import rc_context
+
     axes.tick_params(colors=_INK, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_INK)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, labelcolor=_INK, fontsize=9)
     sink = io.BytesIO()
     with rc_context({"svg.hashsalt": "rayseg"}):

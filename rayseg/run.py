@@ -365,6 +365,8 @@ def _plain(value: object) -> object:
         return value.key
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     return value

@@ -36,7 +36,8 @@ def upath(path: StorePath) -> UPath:
     """The path or URI as a UPath; `file:` URIs become plain local paths, s3 is asked as `s3_options` say."""
     text = str(path)
     if text.startswith("s3://"):
-        return UPath(text, **s3_options())
+        found: UPath = UPath(text, **s3_options())
+        return found
     return UPath(text.removeprefix("file://") if text.startswith("file://") else path)
 
 

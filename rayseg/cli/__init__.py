@@ -8,12 +8,12 @@ import typer
 from typer.core import TyperGroup
 
 from rayseg import __version__
-from rayseg.cli import about, data, run
+from rayseg.cli import about, data, run, serve
 from rayseg.errors import RaysegError, Stalled
 
 ORDER = (
-    "run", "plan", "status", "retry", "predict", "evaluate", "polygonize", "ingest", "labels", "models", "regions",
-    "config", "env",
+    "run", "plan", "status", "retry", "predict", "evaluate", "polygonize", "ingest", "labels", "serve", "view",
+    "models", "regions", "config", "env",
 )  # fmt: skip
 INTERRUPTED = 130
 """Exit code of a command that was ended by SIGINT, as shells have it."""
@@ -51,7 +51,7 @@ def _errors() -> tuple[type[Exception], ...]:
 
 
 app = typer.Typer(cls=_Door, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for part in (run, data, about):
+for part in (run, data, serve, about):
     app.add_typer(part.app)
 
 

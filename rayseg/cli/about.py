@@ -2,11 +2,11 @@
 
 import json
 import os
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from rayseg.cli.words import ConfigFile, Overrides, PipelineName, pipeline_of
+from rayseg.cli.words import ConfigFile, Out, Overrides, PipelineName, pipeline_of
 
 app = typer.Typer()
 models_app = typer.Typer(no_args_is_help=True, help="List and show trained models (bundles).")
@@ -68,6 +68,20 @@ def models_show(prefix: Annotated[str, typer.Argument(help="Prefix of the bundle
     from rayseg.models import bundle
 
     typer.echo(bundle.load(prefix).model_dump_json(indent=1))
+
+
+@models_app.command("import-sam")
+def models_import_sam(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint of segment-anything, or random to try the path.")],
+    *,
+    out: Out,
+    variant: Annotated[Literal["vit_b", "vit_l", "vit_h"], typer.Option(help="Which model it is.")] = "vit_h",
+) -> None:
+    """Write a checkpoint of Segment Anything as a bundle, for `rayseg serve`."""
+    from rayseg.models.sam import SamConfig
+    from rayseg.models.sam_bundle import save_sam
+
+    typer.echo(f"{save_sam(SamConfig(variant=variant, checkpoint=checkpoint), out).name} in {out}")
 
 
 def _measures(metrics: dict[str, float]) -> str:

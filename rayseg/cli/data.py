@@ -88,15 +88,26 @@ def labels_export(
 
 @labels_app.command("import")
 def labels_import(
-    folder: Annotated[str, typer.Argument(help="Folder of LabelMe or X-AnyLabeling JSONs.")],
-    images: Annotated[str, typer.Argument(help="The folder of their images.")],
+    folder: Annotated[str, typer.Argument(help="Folder of LabelMe or X-AnyLabeling JSONs, or of masks for a run.")],
+    images: Annotated[
+        str, typer.Argument(help="The folder of the JSONs' images, or the run of al-s4gan that waits for the masks.")
+    ],
     *,
-    out: Out,
-    size: Annotated[int, typer.Option(help="Side of a crop in px.")] = 224,
+    out: Annotated[str | None, typer.Option("--out", help="Where the plots of JSONs go.")] = None,
+    size: Annotated[int, typer.Option(min=1, help="Side of a plot's crop in px.")] = 224,
 ) -> None:
-    """Cut labelled plots out of their images into folders by class, ready for `ingest folder --labels folder`."""
-    from rayseg.io import labelme
+    """Take labels back: masks into the run that asked for them, or labelled plots cut out of their images."""
+    from rayseg.errors import ConfigError
+    from rayseg.io import asking, labelme
+    from rayseg.store import upath
 
+    if (upath(images) / "run.json").exists():
+        taken, waiting = asking.load(folder, images)
+        more = f", {len(waiting)} chips still wait: {', '.join(waiting[:5])}" if waiting else ", none is missing"
+        typer.echo(f"{taken} masks taken into {images}{more}")
+        return
+    if out is None:
+        raise ConfigError(f"{images} is no run, so these are labelled plots: say with --out where they go")
     counts = labelme.load(folder, images, out, size=size)
     typer.echo(", ".join(f"{count} {name}" for name, count in counts.items()) + f" in {out}")
 

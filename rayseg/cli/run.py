@@ -20,7 +20,6 @@ from rayseg.cli.words import (
     images_or_region,
     only,
     pipeline_of,
-    region_of,
 )
 from rayseg.errors import ConfigError, RunIncomplete
 
@@ -73,7 +72,7 @@ def run_pipeline(  # noqa: PLR0913 - the options of the command
         where = absolute(out or f"runs/{name}-{slug(region)}")
         submission.submit(_words(name, region, config, set_, tiles, where), where, address)
         return
-    area = only(region_of(region), tiles)
+    area = only(images_or_region(region), tiles)
     with _run_at(out or f"runs/{name}-{slug(region)}", name, resolved, area, engine, address) as run:
         typer.echo(module.run(resolved, run, area))
 
@@ -87,6 +86,52 @@ def _words(
     words = ["run", "pipeline", name, "--region", region, *(submission.inlined(config) if config else ())]
     words += [word for value in set_ or () for word in ("--set", value)]
     return [*words, *(("--tiles", tiles) if tiles else ()), "--out", out]
+
+
+@run_app.command("sweep")
+def run_sweep(  # noqa: PLR0913 - the options of a command line
+    name: Annotated[str, typer.Argument(metavar="PIPELINE", help="al-s4gan.")],
+    *,
+    region: Annotated[str, typer.Option(help=f"{REGIONS}.")],
+    ratios: Annotated[str, typer.Option(help="Shares of the pool that get masks.")] = ".02,.05,.125",
+    strategies: Annotated[str, typer.Option(help="Ways to choose them.")] = "entropy,margin,random",
+    learners: Annotated[str, typer.Option(help="s4gan, supervised, or both.")] = "s4gan",
+    seeds: Annotated[int, typer.Option(help="Repetitions of each.")] = 3,
+    config: ConfigFile = None,
+    set_: Overrides = None,
+    out: Annotated[str | None, typer.Option("--out", help="Default: runs/sweep-al-s4gan-REGION.")] = None,
+    engine: EngineName = "ray",
+    address: Address = None,
+) -> None:
+    """Try shares of masks, strategies and seeds beside each other; given again, it goes on where it stopped."""
+    from rayseg import sweep
+    from rayseg.config import load
+    from rayseg.errors import ConfigError
+    from rayseg.geo import slug
+    from rayseg.run import Engine
+
+    if name != "al-s4gan":
+        raise ConfigError(f"there is no sweep of {name!r}, expected al-s4gan; use `rayseg run pipeline {name}`")
+    resolved = load(pipeline_of(name).Config, config, set_ or ())
+    shares = [_share(text) for text in _listed(ratios)]
+    trials = sweep.plan(
+        resolved, ratios=shares, strategies=_listed(strategies), learners=_listed(learners), seeds=seeds
+    )
+    where = out or f"runs/sweep-{name}-{slug(region)}"
+    typer.echo(sweep.run(resolved, only(images_or_region(region), None), trials, where, Engine(engine, address)))
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _share(text: str) -> float:
+    from rayseg.errors import ConfigError
+
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"--ratios holds {text!r}, expected shares such as .02,.05,.125") from None
 
 
 @plan_app.callback()
@@ -116,7 +161,7 @@ def plan_pipeline(
     module = pipeline_of(name)
     if not hasattr(module, "forecast"):
         raise ConfigError(f"pipeline {name} cannot be planned; plan `predict` with a model of its kind instead")
-    area = only(region_of(region), None)
+    area = only(images_or_region(region), None)
     forecast = module.forecast(load(module.Config, config, set_ or ()), area)
     found = planning.plan(forecast, area, rates=planning.Rates(workers, gpu_hour, cpu_hour))
     typer.echo(json.dumps(found, indent=1) if as_json else planning.text(found))
@@ -160,7 +205,7 @@ def status(
 @app.command()
 def predict(
     model: Annotated[str, typer.Argument(help="Prefix of a bundle, for example runs/demo/models/segmenter.")],
-    source: Annotated[str, typer.Argument(help=f"An image, a folder of images, or a region: {REGIONS}.")],
+    source: Annotated[str, typer.Argument(help=f"An image, or what --region can name: {REGIONS}.")],
     *,
     out: Out,
     set_: Overrides = None,

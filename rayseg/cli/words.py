@@ -17,11 +17,14 @@ PIPELINES = {
     "gpc": "rayseg.pipelines.gpc",
     "agri": "rayseg.pipelines.agri",
     "superpixel": "rayseg.pipelines.superpixel",
+    "landcover": "rayseg.pipelines.landcover",
+    "al-s4gan": "rayseg.pipelines.al_s4gan",
 }
 MODULES = PIPELINES | {"predict": "rayseg.pipelines.predict"}
 
 REGIONS = (
-    "demo, a name under stac/regions, a GeoJSON or GeoParquet file, west,south,east,north, or catalog.json#collection"
+    "demo, a name under stac/regions, a GeoJSON or GeoParquet file, west,south,east,north, catalog.json#collection, "
+    "or a folder of images"
 )
 PipelineName = Annotated[str, typer.Argument(metavar="PIPELINE", help=f"One of: {', '.join(PIPELINES)}.")]
 ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file with what differs from the defaults.")]
@@ -60,11 +63,12 @@ def region_of(text: str) -> "Region":
 
 
 def images_or_region(text: str) -> "Region":
-    """Folders and image files are images, everything else is a region."""
+    """Folders and image files are images, everything else is a region; so is a folder with a region's name."""
     from rayseg.geo import Region
-    from rayseg.io import labels
+    from rayseg.io import areas, labels
 
-    return Region(text, images=text) if labels.is_images(text) else region_of(text)
+    named = text == "demo" or text in areas.region_names()
+    return Region(text, images=text) if labels.is_images(text) and not named else region_of(text)
 
 
 def only(region: "Region", tiles: str | None) -> "Region":

@@ -30,12 +30,13 @@ def assign(run: str, table: str, out: str) -> dict[str, Any]:
         `catalog`; `tiles`; `classes`: name -> pixels; `unassigned`: pixels of labels that are not in the table.
 
     Raises:
-        DataError: the table cannot be read, has no such columns, names a scene or label that is not there, or gives a
-            label two classes.
+        DataError: the run maps classes that have names, or nothing; the table cannot be read, has no such columns,
+            names a scene or label that is not there, or gives a label two classes.
     """
-    assigned, classes = read_table(table)
     tiles = mapped_tiles(run)
-    _expect_known(assigned, tiles, run)
+    labels = _labels_of(tiles, run)
+    assigned, classes = read_table(table)
+    _expect_known(assigned, tiles, labels, run)
     folder, pixels, found = upath(out) / "classes", dict.fromkeys(classes.names, 0), []
     unassigned = 0
     for tile in tiles:
@@ -99,10 +100,21 @@ def _lookup(assigned: Assigned, table: ClassTable, scene: str) -> np.ndarray:
     return lookup
 
 
-def _expect_known(assigned: Assigned, tiles: list[MappedTile], run: str) -> None:
-    scenes = {tile.tile.grid.image or "" for tile in tiles}
+def _labels_of(tiles: list[MappedTile], run: str) -> set[int]:
+    """The labels that a run's maps may hold."""
     table = masks.table_of(tiles[0].href) if tiles else None
-    labels = set(table.values) if table else set()
+    if table is None:
+        raise DataError(f"run {run} has no tile with a label: let it get that far, or give another run")
+    if table.names != label_table(len(table.names)).names:
+        raise DataError(
+            f"run {run} maps {', '.join(table.names[:5])}, expected labels without a meaning: "
+            "give a run of the pipeline superpixel"
+        )
+    return set(table.values)
+
+
+def _expect_known(assigned: Assigned, tiles: list[MappedTile], labels: set[int], run: str) -> None:
+    scenes = {tile.tile.grid.image or "" for tile in tiles}
     for scene, label in assigned:
         if scene and scene not in scenes:
             raise DataError(

@@ -112,11 +112,33 @@ def _in_memory(
     return dataset
 
 
+def scored_classes(
+    classes_HW: np.ndarray,
+    scores_CHW: np.ndarray,
+    grid: Grid,
+    window: Window,
+    *,
+    table: ClassTable,
+    names: Sequence[str],
+) -> bytes:
+    """One file with the classes as band `class` and the scores after them, as `write_classes` and `write_scores`."""
+    layers_CHW = np.concatenate([classes_HW[None], scores_CHW])
+    legend = json.dumps({str(value): name for value, name, _ in table.classes})
+    with _in_memory("the answer", layers_CHW, grid, window, nodata=NODATA) as dataset:
+        dataset.descriptions = ("class", *names)
+        dataset.update_tags(1, classes=legend)
+        return _encoded(dataset, {"overview_resampling": "MODE"})
+
+
 def _publish(path: StorePath, dataset: DatasetWriter, options: dict[str, str]) -> None:
+    put(path, _encoded(dataset, options))
+
+
+def _encoded(dataset: DatasetWriter, options: dict[str, str]) -> bytes:
     with MemoryFile(ext=".tif") as target:
         with unplaced():
             rasterio.shutil.copy(dataset, target.name, **_COG, **options)
-        put(path, bytes(target.getbuffer()))
+        return bytes(target.getbuffer())
 
 
 def _expect_bytes(path: StorePath, values: np.ndarray) -> None:

@@ -5,26 +5,55 @@ have the flag `hole`; tools that do not know it show them as polygons of their o
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import cv2
 import geopandas
 import numpy as np
 import shapely
 from PIL import Image as Picture
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 from shapely.geometry import Polygon
 from shapely.geometry.base import BaseGeometry
 
 from rayseg.errors import DataError
-from rayseg.geo import slug
+from rayseg.geo import Window, slug
+from rayseg.io.plots import mask_of
 from rayseg.vision.crops import square_crop
 
 VERSION = "5.5.0"
 NAMES = {"1": "field", "0": "nonfield", "field": "field", "nonfield": "nonfield"}
 """Labels in a JSON -> class; a person sets 1 (cultivated) or 0 (not)."""
 _KINDS = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
+
+
+class _Shape(BaseModel):
+    label: str | int | None = None
+    points: list[tuple[FiniteFloat, FiniteFloat]] = []
+    group_id: str | int | None = None
+    shape_type: str = "polygon"
+    flags: dict[str, Any] | None = None
+
+
+class _Document(BaseModel):
+    """What is read of a JSON; it holds more."""
+
+    shapes: list[_Shape]
+    imagePath: Annotated[str, Field(min_length=1)]
+    imageHeight: int | None = None
+    imageWidth: int | None = None
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """An image and its plots: (class, polygon) each."""
+
+    name: str
+    file: Path
+    plots: list[tuple[str, BaseGeometry]]
 
 
 def export(plots: str, images: str, out: str) -> int:
@@ -36,7 +65,8 @@ def export(plots: str, images: str, out: str) -> int:
         out: folder of the JSONs; a copy of nothing else.
 
     Raises:
-        DataError: the plots are of georeferenced imagery, or an image cannot be found or read; nothing is written then.
+        DataError: the plots are of georeferenced imagery, an image cannot be found or read, or a JSON is there already
+            that is another, for someone may have labelled it; nothing is written then.
     """
     path = Path(plots) / "plots.parquet" if Path(plots).is_dir() else Path(plots)
     if not path.is_file():
@@ -49,22 +79,31 @@ def export(plots: str, images: str, out: str) -> int:
         few = ", ".join(missing[:5])
         raise DataError(f"{images} lacks {len(missing)} of the {len(named)} images ({few}); give the folder of all")
     found = {
-        str(name): document(files[slug(str(name))], rows.geometry, rows["class"].tolist())
+        Path(out) / f"{name}.json": json.dumps(
+            document(files[slug(str(name))], rows.geometry, rows["class"].tolist()), indent=1
+        )
         for name, rows in table.groupby("image")
     }
+    if there := [path for path, text in found.items() if path.exists() and path.read_text() != text]:
+        raise DataError(f"{there[0]} is there already and may hold labels; give another --out")
     Path(out).mkdir(parents=True, exist_ok=True)
-    for name, content in found.items():
-        (Path(out) / f"{name}.json").write_text(json.dumps(content, indent=1))
+    for path, text in found.items():
+        path.write_text(text)
     return len(found)
 
 
-def document(image: Path, polygons: Sequence[shapely.Geometry], classes: Sequence[str | None]) -> dict[str, Any]:
+def document(image: Path, polygons: Sequence[BaseGeometry], classes: Sequence[str | None]) -> dict[str, Any]:
     """The JSON of an image: one shape per ring, labelled 1 for a field, else 0; plots without a class are 1.
 
     Raises:
-        DataError: the image cannot be read.
+        DataError: the image cannot be read, or is smaller than its plots.
     """
     height, width = _picture(image).shape[:2]
+    if (shapely.total_bounds(polygons)[2:] > (width, height)).any():  # of no plots it is nan
+        raise DataError(
+            f"a plot reaches beyond {image}, {width} x {height} px; give the images it was found in, of a run with "
+            "enlarge those in RUN/enlarged"
+        )
     shapes = [
         _shape(ring, "0" if kind == "nonfield" else "1", group, hole=hole)
         for group, (geometry, kind) in enumerate(zip(polygons, classes, strict=True))
@@ -98,8 +137,9 @@ def load(folder: str, images: str, out: str, *, size: int = 224) -> dict[str, in
         size: side of a crop in px.
 
     Raises:
-        DataError: a JSON or image cannot be read, two JSONs are of one image, a polygon crosses itself or lies outside
-            the image, or a label is unknown; nothing is written then.
+        DataError: a JSON or image cannot be read, two JSONs are of one image, an image is not of the size its JSON
+            says, a polygon crosses itself or lies outside the image, a label is unknown, or there are crops of an image
+            already; nothing is written then.
     """
     paths = sorted(Path(folder).glob("*.json"))
     if not paths:
@@ -108,56 +148,68 @@ def load(folder: str, images: str, out: str, *, size: int = 224) -> dict[str, in
     files, found = _files(Path(images)), []
     for path in paths:
         content = _read(path)
-        image = slug(Path(str(content["imagePath"]).replace("\\", "/")).stem)
+        image = slug(Path(content.imagePath.replace("\\", "/")).stem)
         if image in owners:
             raise DataError(f"{owners[image]} and {path} are both of the image {image}; keep one of them")
         if image not in files:
-            raise DataError(f"{path} is of the image {content['imagePath']}, which is not in {images}; add it")
+            raise DataError(f"{path} is of the image {content.imagePath}, which is not in {images}; add it")
         owners[image] = path
-        found.append((files[image], image, _plots(content, path)))
-    counts = dict.fromkeys(sorted(set(NAMES.values())), 0)
-    for file, image, plots in found:
-        image_HWC = _picture(file)
-        for number, (kind, polygon) in enumerate(plots):
-            counts[kind] += _write(image_HWC, polygon, Path(out) / kind / f"{image}-{number:04d}.png", size=size)
+        found.append(_Labelled(image, files[image], _plots(content, path, files[image])))
+    kinds = sorted(set(NAMES.values()))
+    there = [old for one in found for kind in kinds for old in (Path(out) / kind).glob(f"{one.name}-[0-9]*.png")]
+    if there:
+        raise DataError(f"{there[0]} is there already, maybe of other labels; remove it or give another --out")
+    counts = dict.fromkeys(kinds, 0)
+    for one in found:
+        image_HWC = _picture(one.file)
+        for number, (kind, polygon) in enumerate(one.plots):
+            counts[kind] += _write(image_HWC, polygon, Path(out) / kind / f"{one.name}-{number:04d}.png", size=size)
     return counts
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read(path: Path) -> _Document:
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}; export it anew") from None
-    wanted = ("shapes", "imagePath", "imageHeight", "imageWidth")
-    if not isinstance(content, dict) or any(key not in content for key in wanted):
-        raise DataError(f"{path} is no annotation of LabelMe, expected the keys {', '.join(wanted)}; export it anew")
-    return content
+        return _Document.model_validate(json.loads(path.read_bytes()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = " ".join(str(part) for part in first["loc"]) or "its content"
+        raise DataError(
+            f"{path} is no annotation of LabelMe: {place}, {first['msg'][0].lower()}{first['msg'][1:]}; mend it or "
+            "export it anew"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not JSON that can be read: {error}; export it anew") from None
 
 
-def _plots(content: Mapping[str, Any], path: Path) -> list[tuple[str, BaseGeometry]]:
+def _plots(content: _Document, path: Path, image: Path) -> list[tuple[str, BaseGeometry]]:
     """(class, polygon) of every plot of one JSON, holes taken out."""
-    frame = shapely.box(0, 0, content["imageWidth"], content["imageHeight"])
+    height, width = _picture(image).shape[:2]  # decoded here too, so that a damaged one is known before any writing
+    if (content.imageHeight or height, content.imageWidth or width) != (height, width):
+        raise DataError(
+            f"{path} is of an image of {content.imageWidth} x {content.imageHeight} px, {image} has {width} x "
+            f"{height}; give the image it was drawn on"
+        )
+    frame = shapely.box(0, 0, width, height)
     outlines: list[tuple[str, Polygon, object]] = []
     holes: dict[object, list[Polygon]] = {}
-    for number, one in enumerate(content["shapes"]):
+    for number, one in enumerate(content.shapes):
         what = f"{path}: shape {number}"
         polygon = _polygon(one, frame, what)
-        if (one.get("flags") or {}).get("hole"):
-            holes.setdefault(one.get("group_id"), []).append(polygon)
+        if (one.flags or {}).get("hole"):
+            holes.setdefault(one.group_id, []).append(polygon)
             continue
-        label = str(one.get("label"))
-        if label not in NAMES:
-            raise DataError(f"{what} is labelled {label!r}, expected one of {', '.join(NAMES)}; correct it")
-        outlines.append((NAMES[label], polygon, one.get("group_id")))
+        if str(one.label) not in NAMES:
+            raise DataError(f"{what} is labelled {str(one.label)!r}, expected one of {', '.join(NAMES)}; correct it")
+        outlines.append((NAMES[str(one.label)], polygon, one.group_id))
     return [(kind, polygon.difference(shapely.union_all(holes.get(group, [])))) for kind, polygon, group in outlines]
 
 
-def _polygon(one: Mapping[str, Any], frame: Polygon, what: str) -> Polygon:
-    points = one.get("points", [])
-    if one.get("shape_type", "polygon") != "polygon" or len(points) < 3:
-        kind = one.get("shape_type", "polygon")
-        raise DataError(f"{what} is a {kind} of {len(points)} points, expected a polygon of 3 or more; redraw it")
-    polygon = Polygon(points)
+def _polygon(one: _Shape, frame: Polygon, what: str) -> Polygon:
+    if one.shape_type != "polygon" or len(one.points) < 3:
+        raise DataError(
+            f"{what} is a {one.shape_type} of {len(one.points)} points, expected a polygon of 3 or more; redraw it"
+        )
+    polygon = Polygon(one.points)
     if not polygon.is_valid:
         raise DataError(f"{what} is no simple polygon ({shapely.is_valid_reason(polygon)}); redraw it")
     if not frame.buffer(0.5).covers(polygon):
@@ -182,19 +234,25 @@ def _files(folder: Path) -> dict[str, Path]:
 def _picture(path: Path) -> np.ndarray:
     try:
         with Picture.open(path) as opened:
+            if opened.mode[0] in "IF":  # 16 bits or more, which Pillow cuts off at 255
+                raise DataError(f"{path} has pixels of kind {opened.mode}, crops are of 8 bits; give 8-bit images")
             return np.asarray(opened.convert("RGB"))
-    except OSError as error:
+    except (OSError, SyntaxError, Picture.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read: {error}; copy the image anew") from None
 
 
 def _write(image_HWC: np.ndarray, polygon: BaseGeometry, path: Path, *, size: int) -> bool:
     """Write what the polygon covers; return whether it covers anything, as one that its holes take up does not."""
-    mask_HW = np.zeros(image_HWC.shape[:2], np.uint8)
-    for part in [] if polygon.is_empty else getattr(polygon, "geoms", [polygon]):
-        rings = [np.rint(np.asarray(ring.coords) - 0.5).astype(np.int32) for ring in (part.exterior, *part.interiors)]
-        cv2.fillPoly(mask_HW, rings, 1)
+    if polygon.is_empty:
+        return False
+    left, top, right, bottom = polygon.bounds
+    col, row = math.floor(left), math.floor(top)
+    height, width = image_HWC.shape[:2]
+    window = Window(col, row, math.ceil(right) - col, math.ceil(bottom) - row).intersect(Window(0, 0, width, height))
+    mask_HW = mask_of(polygon, window)
     if not mask_HW.any():
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    Picture.fromarray(square_crop(image_HWC, mask_HW > 0, size=size)).save(path)
+    cut_HWC = image_HWC[window.slices(Window(0, 0, width, height))]
+    Picture.fromarray(square_crop(cut_HWC, mask_HW, size=size)).save(path)
     return True

@@ -146,13 +146,27 @@ def is_images(text: str) -> bool:
 def sources_of_images(location: StorePath) -> tuple[list[Source], dict[str, DataError]]:
     """The images of a folder, or one image, as sources called by their stem; and why others cannot be opened.
 
+    A folder of scenes (see `image_folders`) gives the images of all of them, called `<scene>-<stem>`.
+
     Raises:
-        DataError: there are none, or two have one stem.
+        DataError: there are none, or two have one name.
     """
-    found = [(None, path) for path in _rasters_in([location])]
+    folders = image_folders(location)
+    found: list[tuple[str | None, UPath]] = [
+        (scene.replace("/", "-") or None, path)
+        for scene, folder in folders.items()
+        for path in _images_in(folder / "images")
+    ] or [(None, path) for path in _rasters_in([location])]
     names = _ids(found)
     sources, wrong = _each(found, lambda path, _: _described(_path(path), names[path], None))
     return sources, {names[path]: error for path, error in wrong.items()}
+
+
+def image_folders(location: StorePath) -> dict[str, UPath]:
+    """Scene -> its folder, for every folder at or below a place that has a folder `images`; "" is the place itself."""
+    root = upath(location)
+    found = sorted((path.parent for path in root.glob("**/images")), key=str) if root.is_dir() else []
+    return {str(path.relative_to(root)) if path != root else "": path for path in found}
 
 
 def _listed(paths: StorePath | Sequence[StorePath]) -> Sequence[StorePath]:

@@ -47,7 +47,7 @@ class MappedTile:
 
 
 def mapped_tiles(root: StorePath, step: str = "predict") -> list[MappedTile]:
-    """The tiles of a run's step that have a class map, in the order of its manifest.
+    """The tiles of a run's step that have a class map, in the order of its manifest; every pipeline calls it `predict`.
 
     Raises:
         DataError: the run has no such step.

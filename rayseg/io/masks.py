@@ -5,10 +5,11 @@ Everything is read as class values of one table, uint8 with 255 for "no data" or
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 import pystac
@@ -64,6 +65,15 @@ def _piece_of_tile(mapped: MappedTile) -> Piece:
     source = Source(tile.id, assets, tile.grid.crs, affine, window.height, window.width, "uint8", NODATA)
     whole = mapped.sources[0] if tile.grid.crs is None else source
     return Piece(tile, source, tile.grid.image or tile.id, (whole.height, whole.width))
+
+
+def piece_of_row(row: Mapping[str, Any]) -> Piece:
+    """The piece that the map of a tile will be, of which `source` is the imagery."""
+    tile = Tile.from_row(row)
+    sources = [Source.from_row(source) for source in json.loads(row["sources"])]
+    alone = tile.grid.crs is None
+    size = (sources[0].height, sources[0].width) if alone else (tile.window.height, tile.window.width)
+    return Piece(tile, sources[0], tile.grid.image or tile.id, size)
 
 
 def pieces_of_masks(masks: Sequence[Source], *, placed: bool) -> list[Piece]:

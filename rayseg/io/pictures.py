@@ -109,7 +109,7 @@ def mosaic(tiles: Sequence[MappedTile], *, size: int, title: str) -> Picture:
             classes_HW[canvas.slices(tile.tile.window)] = found_HW
     image_CHW, seen_HW = _imagery(_sources(tiles), grid, canvas)
     metres = width_m(grid, extent)
-    return Picture(title, _painted(image_CHW, seen_HW), seen_HW, classes_HW, metres, canvas.step)
+    return Picture(title, painted(image_CHW, seen_HW), seen_HW, classes_HW, metres, canvas.step)
 
 
 def contact_sheet(images: Sequence[Sequence[MappedTile]], *, size: int) -> Picture:
@@ -138,7 +138,7 @@ def contact_sheet(images: Sequence[Sequence[MappedTile]], *, size: int) -> Pictu
 def shown(sources: Sequence[Source], grid: Grid, window: Window) -> NDArray[np.uint8]:
     """The imagery of a small window at its own resolution, RGB (height, width, 3)."""
     image_CHW, seen_HW = _imagery(sources, grid, _Canvas(window, 1.0))
-    return _painted(image_CHW, seen_HW)
+    return painted(image_CHW, seen_HW)
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _decimated(
 ) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
     """Three bands of a source over `part` of its footprint, averaged down to `shape`, and where they have data."""
     bands, valid_HW = [], np.ones(shape, bool)
-    for href, index in _places(source):
+    for href, index in bands_shown(source):
         with gdal(href, part):
             dataset, extent = view(source, href, grid)
             at = FileWindow(part.col - extent.col, part.row - extent.row, part.width, part.height)
@@ -218,7 +218,7 @@ def _decimated(
     return np.stack(bands), valid_HW & np.isfinite(bands).all(axis=0)
 
 
-def _places(source: Source) -> list[tuple[str, int]]:
+def bands_shown(source: Source) -> list[tuple[str, int]]:
     """(href, band) to show as red, green and blue: by these names, else the first three, else the first as grey."""
     where = {name: (href, at) for href, names in reversed(source.assets) for at, name in enumerate(names, 1)}
     names = [name for name in source.bands if name != "alpha"]
@@ -227,7 +227,7 @@ def _places(source: Source) -> list[tuple[str, int]]:
     return [where[name] for name in chosen]
 
 
-def _painted(image_CHW: NDArray[np.generic], seen_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
+def painted(image_CHW: NDArray[np.generic], seen_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """Bands as RGB (height, width, 3) uint8, 0 where there is no imagery."""
     if image_CHW.dtype != np.uint8 and seen_HW.any():
         image_CHW = np.stack([_stretched(band_HW.astype(np.float64), seen_HW) for band_HW in image_CHW])

@@ -8,7 +8,6 @@ not tiles, are what is joined: how they are handed out in tiles makes no differe
 import io
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -27,38 +26,12 @@ from rayseg.errors import DataError
 from rayseg.geo import Grid, Window
 from rayseg.io.vectors import EQUAL_AREA, LONLAT
 from rayseg.store import StorePath, put, upath
-from rayseg.vision.instances import Labels, groups, same
+from rayseg.vision.instances import Labels
+from rayseg.vision.segments import alike, groups
 
 Row = dict[str, Any]
 Place = tuple[int, int]
 _NEIGHBOURS = ((0, 1), (1, -1), (1, 0), (1, 1))
-
-
-@dataclass(frozen=True)
-class Patches:
-    """How a grid is cut: cells of `stride` px from pixel (0, 0) on, with a margin on every side.
-
-    A tile whose side is a multiple of `stride` is made of whole cells.
-    """
-
-    patch: int
-    stride: int
-
-    def cells(self, window: Window) -> list[Window]:
-        """The cells that `window` holds pixels of, row by row."""
-        rows = range(window.row // self.stride, -(-window.row1 // self.stride))
-        cols = range(window.col // self.stride, -(-window.col1 // self.stride))
-        return [Window(col * self.stride, row * self.stride, self.stride, self.stride) for row in rows for col in cols]
-
-    def around(self, cell: Window) -> Window:
-        """The patch of a cell."""
-        margin = (self.patch - self.stride) // 2
-        return Window(cell.col - margin, cell.row - margin, self.patch, self.patch)
-
-    def reach(self, window: Window) -> Window:
-        """The window around all patches of `window`."""
-        cells = self.cells(window)
-        return self.around(cells[0]).union(self.around(cells[-1]))
 
 
 def pieces_of(labels_HW: Labels, window: Window) -> Iterator[tuple[int, Row]]:
@@ -122,8 +95,8 @@ def join(patches: Sequence[Row], pieces: Sequence[Row], *, least: float) -> list
     """
     pieces = sorted(pieces, key=lambda row: (row["cell_row"], row["cell_col"], row["label"]))
     known = {(row["cell_row"], row["cell_col"], row["label"]): k for k, row in enumerate(pieces)}
-    pairs = ((known[a], known[b]) for a, b in _matches(patches, least) if a in known and b in known)
-    owners = groups(len(pieces), pairs)
+    pairs = [(known[a], known[b]) for a, b in _matches(patches, least) if a in known and b in known]
+    owners = groups(len(pieces), np.array(pairs, np.int64).reshape(-1, 2))
     members: dict[int, list[Row]] = {}
     for owner, row in zip(owners.tolist(), pieces, strict=True):
         members.setdefault(owner, []).append(row)
@@ -139,9 +112,8 @@ def _matches(patches: Sequence[Row], least: float) -> Iterator[tuple[tuple[int, 
             zone = _window(one).intersect(_window(other)) if other else Window(0, 0, 0, 0)
             if other is None or zone.empty:
                 continue
-            found = same(
-                _labels(one)[zone.slices(_window(one))], _labels(other)[zone.slices(_window(other))], least=least
-            )
+            seen = (_labels(patch)[zone.slices(_window(patch))] for patch in (one, other))
+            found = alike(*seen, least=least)
             for a, b in found.tolist():
                 yield (row, col, a), (row + down, col + right, b)
 

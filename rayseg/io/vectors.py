@@ -23,12 +23,14 @@ from skimage.measure import label
 
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo import Grid, Window
-from rayseg.io.maps import mapped_tiles
+from rayseg.io.cog import read_bands
+from rayseg.io.maps import MappedTile, mapped_tiles
 from rayseg.io.masks import table_of
 from rayseg.io.rasters import read
 from rayseg.io.sources import Source, footprint, grids_of, source_of_file, unplaced
 from rayseg.store import StorePath, put, upath
 from rayseg.vision.color import ClassTable
+from rayseg.vision.segments import groups
 
 if TYPE_CHECKING:  # whoever cuts tiles into parts does without tables of geometries, which take long to import
     import geopandas
@@ -227,13 +229,7 @@ def _owners(columns: dict[str, np.ndarray], polygons: NDArray[np.object_]) -> np
         after, before = line == columns[low][owner], line == columns[high][owner]
         keys = np.stack([line, columns["class"][owner].astype(np.int64)])
         pairs.append(_touching(keys, along, owner, before=before, after=after))
-    one, other = np.concatenate(pairs, axis=1)
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    graph = coo_array((np.ones(len(one), bool), (one, other)), shape=(len(polygons), len(polygons)))
-    owners: np.ndarray = connected_components(graph, directed=False)[1]
-    return owners
+    return groups(len(polygons), np.concatenate(pairs, axis=1).T)
 
 
 def _touching(
@@ -361,8 +357,15 @@ def polygonize(raster: str, out: str) -> int:
 def _polygons_of_run(root: str) -> "geopandas.GeoDataFrame":
     tiles = mapped_tiles(root)
     table = table_of(tiles[0].href) if tiles else None
-    parts = (read_parts(upath(tile.href).parent / "parts.parquet") for tile in tiles)
-    return join(parts, table or ClassTable(((0, "0", (0, 0, 0)),)))
+    return join((_parts_of(tile) for tile in tiles), table or ClassTable(((0, "0", (0, 0, 0)),)))
+
+
+def _parts_of(mapped: MappedTile) -> pa.Table:
+    """The parts that the run left of a tile, or else those of its class map."""
+    path = upath(mapped.href).parent / "parts.parquet"
+    if path.exists():
+        return read_parts(path)
+    return polygons_of(read_bands(mapped.href)[0], None, mapped.tile.grid, mapped.tile.window)
 
 
 def _polygons_of_raster(path: str) -> "geopandas.GeoDataFrame":

@@ -31,14 +31,21 @@ if TYPE_CHECKING:  # a bundle is described, and a run planned, without the secon
 FORMAT = 1
 FACTORIES = {
     "classifier": ("rayseg.models.classifier", "build_classifier"),
+    "over-imagenet": ("rayseg.models.classifier", "build_over_imagenet"),
     "plots": ("rayseg.models.plots", "build_plot_classifier"),
+    "refined": ("rayseg.models.crf", "build_refined"),
+    "sam": ("rayseg.models.sam_bundle", "build_sam"),
     "segmenter": ("rayseg.models.segmenter", "build_segmenter"),
     "unsupervised": ("rayseg.models.unsupervised", "build_unsupervised"),
 }
 MLM_SCHEMA = "https://stac-extensions.github.io/mlm/v1.5.2/schema.json"
 FILE_SCHEMA = "https://stac-extensions.github.io/file/v2.1.0/schema.json"
 PROCESSING_SCHEMA = "https://stac-extensions.github.io/processing/v1.2.0/schema.json"
-MLM_TASKS = {"classification": "scene-classification", "segmentation": "semantic-segmentation"}
+MLM_TASKS = {
+    "classification": "scene-classification",
+    "segmentation": "semantic-segmentation",
+    "instances": "instance-segmentation",
+}
 
 ClassRow = tuple[int, str, tuple[int, int, int]]
 
@@ -83,7 +90,7 @@ class Scaling(Config):
 class Architecture(Config):
     """Which of the known factories builds the network, and with which options."""
 
-    factory: Literal["classifier", "plots", "segmenter", "unsupervised"]
+    factory: Literal["classifier", "over-imagenet", "plots", "refined", "sam", "segmenter", "unsupervised"]
     options: dict[str, str | int | float]
     """Arguments of the factory, without its weights."""
 
@@ -104,7 +111,7 @@ class Bundle(Config):
 
     format: Literal[1] = 1
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    task: Literal["classification", "segmentation"]
+    task: Literal["classification", "segmentation", "instances"]
     architecture: Architecture
     classes: tuple[ClassRow, ...]
     """(value in the class raster, name, (red, green, blue)) in the order of the model's outputs."""
@@ -139,8 +146,8 @@ class Bundle(Config):
     @property
     def outputs(self) -> int:
         """Number of the model's logits per image or pixel; 1 is a class against the rest."""
-        options, usual = self.architecture.options, {"classifier": 2, "plots": 2, "segmenter": 1, "unsupervised": 32}
-        return int(options.get("classes", usual[self.architecture.factory]))
+        usual = {"refined": 1, "sam": 1, "segmenter": 1, "unsupervised": 32}
+        return int(self.architecture.options.get("classes", usual.get(self.architecture.factory, 2)))
 
     def normalize(self, image_CHW: NDArray[Any]) -> NDArray[np.float32]:
         """The model's input of imagery as it is stored; see `Scaling.normalize`."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from rayseg.errors import ConfigError
-from rayseg.models.encoders import build_encoder
+from rayseg.models.encoders import build_encoder, build_imagenet
 
 Pooling = Callable[[Tensor], Tensor]
 
@@ -36,10 +36,18 @@ class Classifier(nn.Module):
 
     def position_logits(self, images_NCHW: Tensor) -> Tensor:
         """Logits_NKHW of every class at every position of the last feature map."""
-        seen = avg_pool2d(images_NCHW, self.reduce) if self.reduce > 1 else images_NCHW
-        feature_maps = [stage(x) for stage, x in zip(self.stages, self.encoder(seen), strict=True)]
-        scores: Tensor = self.head(self.dropout(feature_maps[-1]))
+        scores: Tensor = self.head(self.dropout(self._last_map(images_NCHW)))
         return scores
+
+    def embed(self, images_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits_NK, features_NF): the features are the means of the last feature map."""
+        last = self._last_map(images_NCHW)
+        return self.pool(self.head(self.dropout(last)).float()), last.float().mean(dim=(2, 3))
+
+    def _last_map(self, images_NCHW: Tensor) -> Tensor:
+        seen = avg_pool2d(images_NCHW, self.reduce) if self.reduce > 1 else images_NCHW
+        feature_maps: list[Tensor] = [stage(x) for stage, x in zip(self.stages, self.encoder(seen), strict=True)]
+        return feature_maps[-1]
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Logits_NK."""
@@ -78,6 +86,48 @@ def build_classifier(
         raise ConfigError(f"pooling {pooling!r} is unknown, expected one of: {', '.join(POOLINGS)}")
     trunk = build_encoder(encoder, channels=channels, stride=stride, weights=weights)
     return Classifier(trunk, classes=classes, dropout=dropout, pool=POOLINGS[pooling], reduce=reduce)
+
+
+class OverImageNet(nn.Module):
+    """images_NCHW -> logits_NK: the 1000 outputs of a whole network through one more linear layer (Desai & Ghose 2022).
+
+    The network is called `encoder`, as in the other classifiers, though it has its own head.
+    """
+
+    def __init__(self, net: nn.Module, *, classes: int, reduce: int) -> None:
+        super().__init__()
+        self.encoder = net
+        self.head = nn.Linear(1000, classes)
+        self.reduce = reduce
+
+    def embed(self, images_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits_NK, features_NF): the features are the 1000 outputs."""
+        seen = avg_pool2d(images_NCHW, self.reduce) if self.reduce > 1 else images_NCHW
+        features = self.encoder(seen).float()
+        return self.head(features), features
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """Logits_NK."""
+        return self.embed(images_NCHW)[0]
+
+
+def build_over_imagenet(
+    encoder: str, *, classes: int = 2, weights: str = "imagenet", channels: int = 3, reduce: int = 1
+) -> OverImageNet:
+    """A classifier of normalised images_NCHW into `classes` over any network of timm that has ImageNet's 1000.
+
+    Args:
+        encoder: a name of timm, for example "vgg16", "resnet50" or "vit_tiny_patch16_224".
+        classes: number of logits K.
+        weights: "imagenet" (downloaded), "none", or a file with timm's names.
+        channels: bands of the images.
+        reduce: side in pixels of the squares whose mean the network sees as one pixel.
+
+    Raises:
+        ConfigError: timm has no such network.
+        ModelError: the weights are not to be had or do not fit.
+    """
+    return OverImageNet(build_imagenet(encoder, channels=channels, weights=weights), classes=classes, reduce=reduce)
 
 
 def class_probabilities(logits_NK: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from rayseg.store import upath
 
 State = dict[str, Tensor]
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "params")
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "params", "params_ema")
 _PREFIXES = ("module.", "_orig_mod.", "encoder.", "backbone.")
 _HEADS = {"classifier", "fc", "head", "head_fc", "last_linear", "conv_head", "bn2", "norm", "norm_head", "final_conv"}
 CANNOT_BUILD = (KeyError, ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError, AssertionError)
@@ -83,6 +83,34 @@ def build_encoder(encoder: str, *, channels: int = 3, stride: int = 32, weights:
             )
     except (OSError, *CANNOT_BUILD) as error:
         raise cannot_build(encoder, weights, error) from None
+    if weights not in {"imagenet", "none"}:
+        load_encoder_weights(model, weights)
+    return model
+
+
+def build_imagenet(name: str, *, channels: int = 3, weights: str = "imagenet") -> nn.Module:
+    """A whole network of timm: images_NCHW -> the 1000 logits of ImageNet.
+
+    Args:
+        name: of timm, with or without its prefixes here (`tu-`, `timm-`).
+        channels: bands of the images.
+        weights: "imagenet" (downloaded), "none" (random), or the path of a file with all of its tensors.
+
+    Raises:
+        ConfigError: timm has no such network.
+        ModelError: the weights are not to be had or do not fit.
+    """
+    bare = name.removeprefix("timm-").removeprefix("tu-")
+    if not timm.is_model(bare):
+        close = difflib.get_close_matches(bare, timm.list_models(), n=4, cutoff=0.5)
+        near = f"did you mean {', '.join(close)}?" if close else "see timm.list_models() for the names"
+        raise ConfigError(f"network {name!r} is not in timm; {near}")
+    try:
+        model: nn.Module = timm.create_model(
+            bare, pretrained=weights == "imagenet", num_classes=1000, in_chans=channels
+        )
+    except (OSError, *CANNOT_BUILD) as error:
+        raise cannot_build(name, weights, error) from None
     if weights not in {"imagenet", "none"}:
         load_encoder_weights(model, weights)
     return model

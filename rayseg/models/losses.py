@@ -1,7 +1,12 @@
-"""Losses of a binary segmenter: cross-entropy, structural similarity and soft intersection over union.
+"""Losses of segmenters.
 
-All take the network's logits (N, 1, H, W) float32, a mask of the same shape with values 0..1, and optionally a weight
-of the same shape: how much a pixel counts, 0 = not at all.
+Of one class against the rest: cross-entropy, structural similarity and soft intersection over union. They take the
+network's logits (N, 1, H, W) float32, a mask of the same shape with values 0..1, and optionally a weight of the same
+shape: how much a pixel counts, 0 = not at all.
+
+Of K classes: cross-entropy and focal loss as sums over pixels, and the mass to divide them by, so that the loss of a
+batch is the same whichever parts it is computed in. They take logits (N, K, H, W) float32 and the class of every pixel
+(N, H, W) int64, 255 = left out.
 """
 
 from functools import lru_cache
@@ -10,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+IGNORE = 255
 _WINDOW, _SIGMA = 11, 1.5
 _C1, _C2 = 0.01**2, 0.03**2
 
@@ -59,6 +65,47 @@ def bce_ssim_iou(logits: Tensor, mask: Tensor, weight: Tensor | None = None) -> 
     if weight is not None:
         loss = torch.where(weight.sum((1, 2, 3)) > 0, loss, 0.0)
     return loss.mean()
+
+
+def cross_entropy_sum(logits_NKHW: Tensor, classes_NHW: Tensor, weights_K: Tensor | None = None) -> Tensor:
+    """Sum of -log p(class) x the class's weight over all labelled pixels."""
+    return F.cross_entropy(logits_NKHW.float(), classes_NHW, weights_K, ignore_index=IGNORE, reduction="sum")
+
+
+def focal_sum(
+    logits_NKHW: Tensor,
+    classes_NHW: Tensor,
+    weights_K: Tensor | None = None,
+    *,
+    gamma: float = 2.0,
+    alpha: float = 0.5,
+) -> Tensor:
+    """Sum of -alpha (1 - p)^gamma log p x the class's weight over all labelled pixels (Lin et al. 2017)."""
+    surprise_NHW = F.cross_entropy(logits_NKHW.float(), classes_NHW, ignore_index=IGNORE, reduction="none")
+    focus_NHW = (1 - torch.exp(-surprise_NHW)) ** gamma
+    return alpha * (focus_NHW * surprise_NHW * _weight_of(classes_NHW, weights_K)).sum()
+
+
+def mass(classes_NHW: Tensor, weights_K: Tensor | None = None) -> Tensor:
+    """Sum of the weights of all labelled pixels, float32: their number without weights; 0 where nothing is labelled."""
+    return _weight_of(classes_NHW, weights_K).sum()
+
+
+def cross_entropy(logits_NKHW: Tensor, classes_NHW: Tensor, weights_K: Tensor | None = None) -> Tensor:
+    """Weighted mean of -log p(class) over all labelled pixels; 0 where nothing is labelled."""
+    return cross_entropy_sum(logits_NKHW, classes_NHW, weights_K) / mass(classes_NHW, weights_K).clamp(min=1e-12)
+
+
+def published_focal(mean: Tensor, *, gamma: float = 2.0, alpha: float = 0.5) -> Tensor:
+    """Focal loss as the landcover prototype has it, of the mean cross-entropy instead of every pixel's."""
+    return alpha * (1 - torch.exp(-mean)) ** gamma * mean
+
+
+def _weight_of(classes_NHW: Tensor, weights_K: Tensor | None) -> Tensor:
+    known_NHW = classes_NHW != IGNORE
+    if weights_K is None:
+        return known_NHW.float()
+    return torch.where(known_NHW, weights_K[torch.where(known_NHW, classes_NHW, 0)], 0.0)
 
 
 def _mean(values: Tensor, weight: Tensor | None, *, empty: float = 0.0) -> Tensor:

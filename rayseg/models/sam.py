@@ -277,9 +277,10 @@ def load_sam(config: SamConfig, *, device: str | None = None) -> SamProposer:
         ModelError: there are no such weights, they are damaged or of another variant.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    state = None if config.checkpoint == "random" else checkpoint_state(config)
     model: Sam = sam_model_registry[config.variant]()
-    if config.checkpoint != "random":
-        _load(model, checkpoint_file(config), config.variant)
+    if state is not None:
+        model.load_state_dict(state)
     model = model.to(device).eval()
     if config.compiled or (config.compiled is None and device.startswith("cuda")):
         model.image_encoder.compile()
@@ -334,16 +335,24 @@ def _fetch(url: str, path: Path, digest: str) -> None:
     put_file(path, part)
 
 
-def _load(model: Sam, path: Path, variant: Variant) -> None:
-    """Put the tensors of a checkpoint of that variant into a model."""
+def checkpoint_state(config: SamConfig) -> dict[str, Tensor]:
+    """The tensors of the checkpoint, all that the variant has and no others.
+
+    Raises:
+        ModelError: it is not to be had, damaged or of another variant.
+    """
+    path = checkpoint_file(config)
     state = read_state(str(path))
     patch = state.get("image_encoder.patch_embed.proj.weight")
     found = _WIDTHS.get(len(patch), f"a SAM of width {len(patch)}") if patch is not None else "no SAM of these kinds"
-    if found != variant:
-        raise ModelError(f"SAM checkpoint {path} is of {found}, expected {variant}; set sam.variant or another file")
-    wanted = model.state_dict()
+    if found != config.variant:
+        raise ModelError(
+            f"SAM checkpoint {path} is of {found}, expected {config.variant}; set sam.variant or another file"
+        )
+    with torch.device("meta"):
+        wanted = sam_model_registry[config.variant]().state_dict()
     wrong = [key for key in wanted if key not in state or state[key].shape != wanted[key].shape]
     if wrong:
         lacking = f"lacks {len(wrong)} of {len(wanted)} tensors ({wrong[0]})"
         raise ModelError(f"SAM checkpoint {path} {lacking}; fetch it anew")
-    model.load_state_dict({key: state[key] for key in wanted})
+    return {key: state[key] for key in wanted}

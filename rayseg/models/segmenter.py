@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate
 
 from rayseg.errors import ConfigError
+from rayseg.models.deeplab import DeepLab
 from rayseg.models.encoders import (
     CANNOT_BUILD,
     cannot_build,
@@ -21,7 +22,7 @@ from rayseg.models.encoders import (
     pretrained_name,
 )
 
-ARCHITECTURES = tuple(sorted(smp.MODEL_ARCHITECTURES_MAPPING))
+ARCHITECTURES = tuple(sorted([*smp.MODEL_ARCHITECTURES_MAPPING, "deeplab"]))
 
 
 class Reduced(nn.Module):
@@ -73,7 +74,7 @@ def build_segmenter(
     """A network from normalised images_NCHW (float32, sides multiples of 32 * reduce) to logits_NKHW of that size.
 
     Args:
-        architecture: one of `ARCHITECTURES`, for example "unet" or "deeplabv3plus".
+        architecture: one of `ARCHITECTURES`, for example "unet" or "deeplabv3plus"; "deeplab" is ours.
         encoder: a name of segmentation_models_pytorch or of timm, for example "regnety_040".
         classes: number of maps K; 1 for a class against the rest (sigmoid), else one per class (softmax).
         weights: of the encoder: "imagenet" (downloaded), "none", or a `.pth`, `.pt` or `.safetensors` file.
@@ -90,6 +91,9 @@ def build_segmenter(
         return Ensemble([one(reduce=reduce) for _ in range(members)])
     if architecture not in ARCHITECTURES:
         raise ConfigError(f"architecture {architecture!r} is unknown, expected one of: {', '.join(ARCHITECTURES)}")
+    if architecture == "deeplab":
+        deeplab = DeepLab(encoder, classes=classes, channels=channels, weights=weights)
+        return Reduced(deeplab, reduce=reduce) if reduce > 1 else deeplab
     name = encoder_name(encoder)
     try:
         with warnings.catch_warnings():

@@ -1,6 +1,6 @@
 """agri: cultivated plots as labelled instances, by proposals in rounds (LiSegAgr, ICONIP).
 
-    imagery --> proposals in up to 4 rounds on what is left --> mixed masks once more --> instances of every patch
+    imagery --> [x4 larger] --> proposals in up to 4 rounds on what is left --> mixed masks once more --> instances
     instances --> joined over patches --> plots --> classifier, if there is one --> polygons, label raster, items
 
 Proposals come from Segment Anything, or from superpixels where there are no weights. What a plot is does not depend on
@@ -9,35 +9,35 @@ how the region is cut into tiles: docs/decisions/0007. The published settings ar
 
 import json
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rayseg import chips, flow, mapping, planning, publication
+from rayseg import chips, enlarging, flow, mapping, planning, publication
 from rayseg.chips import ChipsConfig
 from rayseg.config import Config as Frozen
 from rayseg.flow import Row, Work
-from rayseg.geo import Grid, Region, Tile
+from rayseg.geo import Grid, Lattice, Region, Tile
 from rayseg.io import plots, vectors
 from rayseg.io.maps import mapped_tiles
 from rayseg.io.plot_pictures import coverage_chart, overlay, size_chart
-from rayseg.io.plots import Patches
 from rayseg.io.sources import Source, grids_of
 from rayseg.mapping import MapConfig
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
-from rayseg.models.sam import SamConfig, checkpoint_file
+from rayseg.models.enlarge import EnlargeConfig, load_enlarger
+from rayseg.models.sam import SamConfig, checkpoint_state
 from rayseg.run import Run, Step
-from rayseg.stages import instances
-from rayseg.stages.instances import ProposePlots, ReadGround, ReadPlots, WritePieces, WritePlots, pieces_path
+from rayseg.stages.ground import ImageConfig, ReadGround, check_source
+from rayseg.stages.instances import ProposePlots, ReadPlots, WritePieces, WritePlots, pieces_path
 from rayseg.stages.plots import ClassifyPlots, CutPlots, WriteClasses, check_classifier
 from rayseg.store import Location, upath
 from rayseg.train.classifier import ClassifierConfig, fit_classifier, trained_classifier
 from rayseg.train.learning import Learning
 from rayseg.vision.color import ClassTable
-from rayseg.vision.proposals import Superpixels
+from rayseg.vision.proposals import SuperpixelProposer
 from rayseg.vision.rounds import RoundsConfig
 
 BACKGROUND = (0, "background", (0, 0, 0))
@@ -52,51 +52,17 @@ SCALING = Scaling(scale=1 / 255, mean=(0.0,) * 3, std=(1.0,) * 3)
 COLUMNS = ("id", "number", "class", "score", "stability", "predicted_iou", "round", "refined")
 
 
-class ImageConfig(Frozen):
-    """What the imagery is: the same for all of it, so that no tile is stretched by itself."""
-
-    bands: Annotated[tuple[str, ...], Field(min_length=1, max_length=3)] = ("red", "green", "blue")
-    """Three names, or one for grey."""
-    dtype: str = "uint8"
-    """Data type, as numpy names it."""
-    low: float = 0.0
-    """Stored value that is black."""
-    high: float = 255.0
-    """Stored value that is white."""
-
-    @model_validator(mode="after")
-    def _can_be_scaled(self) -> "ImageConfig":
-        if len(self.bands) == 2:
-            raise ValueError("2 bands are neither grey nor colour, name one or three")
-        if self.high <= self.low:
-            raise ValueError(f"high {self.high:g} must be above low {self.low:g}")
-        return self
-
-
-class SuperpixelConfig(Frozen):
-    """Proposals without weights; see rayseg.vision.proposals.Superpixels."""
-
-    scales: tuple[float, ...] = Superpixels.scales
-    """Of Felzenszwalb's method; larger means larger plots."""
-    reduce: Annotated[int, Field(gt=0)] = Superpixels.reduce
-    """Side in px of the squares averaged first."""
-    least: Annotated[int, Field(gt=0)] = Superpixels.least
-    """Pixels of a plot."""
-    contrast: Annotated[float, Field(ge=0, le=1)] = Superpixels.contrast
-    """Contrast below which nothing is proposed."""
-    overlap: Annotated[float, Field(ge=0, le=1)] = Superpixels.overlap
-    """Share of a superpixel that others may have taken before it."""
-
-
 class Config(Frozen):
     """Settings of the pipeline; the defaults are the published ones."""
 
     proposer: Literal["sam", "felzenszwalb"] = "sam"
     """Segment Anything, or superpixels, which need no weights."""
     sam: SamConfig = SamConfig()
-    superpixels: SuperpixelConfig = SuperpixelConfig()
+    superpixels: SuperpixelProposer = SuperpixelProposer()
     rounds: RoundsConfig = RoundsConfig()
     image: ImageConfig = ImageConfig()
+    enlarge: EnlargeConfig | None = None
+    """Whether imagery is made larger before anything is looked for, and how; what follows counts the small pixels."""
     patch: Annotated[int, Field(gt=0)] = 1152
     """Side in px of what is looked at at once."""
     stride: Annotated[int, Field(gt=0)] = 1024
@@ -131,9 +97,9 @@ class Config(Frozen):
         return self
 
     @property
-    def patches(self) -> Patches:
+    def patches(self) -> Lattice:
         """How a grid is cut."""
-        return Patches(self.patch, self.stride)
+        return Lattice.of_cells(self.patch, self.stride)
 
 
 def plan(region: Region, config: Config) -> list[Row]:
@@ -142,23 +108,34 @@ def plan(region: Region, config: Config) -> list[Row]:
     Raises:
         RaysegError: there is no imagery, it is of another kind than configured, or a tile asked for is not there.
     """
-    check = partial(instances.check_source, bands=config.image.bands, dtype=config.image.dtype)
-    return mapping.tiles_of(region, config.map, check, halo=config.patch)
+    return mapping.tiles_of(region, config.map, partial(check_source, kind=config.image), halo=config.patch)
 
 
-def propose(step: Step, region: Region, config: Config) -> dict[str, Any]:
-    """What every patch finds; tables of patches and pieces lie below the step."""
-    rows = mapping.kept_manifest(step, partial(plan, region, config))
+def on_larger(larger: Step, region: Region, config: Config) -> tuple[Region, Config]:
+    """The region and what is asked of it on the larger imagery, if there is any."""
+    if "imagery" not in larger.value:
+        return region, config
+    imagery = config.map.model_copy(update={"imagery": larger.value["imagery"]})
+    return replace(region, images=None), config.model_copy(update={"map": imagery, "image": ImageConfig()})
+
+
+def propose(step: Step, larger: Step, region: Region, config: Config) -> dict[str, Any]:
+    """What every patch finds; tables of patches and pieces lie below the step.
+
+    It is planned anew when the `larger` imagery has become more.
+    """
+    bare = larger.value.get("items") == 0  # nothing but nodata was there to be enlarged
+    rows = mapping.kept_manifest(step, lambda: [] if bare else plan(region, config))
     look = ProposePlots(
         config.proposer,
         sam=config.sam,
-        superpixels=Superpixels(**config.superpixels.model_dump()),
+        superpixels=config.superpixels,
         rounds=config.rounds,
         patches=config.patches,
         geometry=region.geometry,
     )
     works = [
-        Work(ReadGround(config.image.bands, config.patches, low=config.image.low, high=config.image.high)),
+        Work(ReadGround(config.image, config.patches)),
         Work(look, cpus=1.0, gpus=1.0 if config.proposer == "sam" else 0.0, model=True),
         Work(WritePieces(str(step.prefix))),
     ]
@@ -248,8 +225,8 @@ def classify(step: Step, proposed: Step, joined: Step, model: Step, config: Conf
     if "bundle" not in model.value:
         return {}
     rows = mapping.kept_manifest(step, lambda: _groups(proposed, joined))
-    image, prefix = config.image, model.value["bundle"]
-    cut = CutPlots(image.bands, low=image.low, high=image.high, size=bundle.load(prefix).patch)
+    prefix = model.value["bundle"]
+    cut = CutPlots(config.image, size=bundle.load(prefix).patch)
     works = [
         Work(cut),
         Work(ClassifyPlots(prefix), cpus=1.0, gpus=1.0, model=True),
@@ -292,7 +269,10 @@ def write_tiles(
     step: Step, region: Region, proposed: Step, joined: Step, classified: Step, model: Step, config: Config
 ) -> dict[str, Any]:
     """The plots of every tile as rasters with an item; tiles/<id>/ holds them, the step's ledger their fates."""
-    rows = mapping.kept_manifest(step, lambda: mapping.read_manifest(proposed))
+    unseen = proposed.value["troubles"]
+    told = {row_id: f"no plots were looked for, because: {why}" for row_id, why in unseen.items()}
+    planned = mapping.read_manifest(proposed)
+    rows = mapping.kept_manifest(step, lambda: [row | {"refused": told.get(row["id"], "")} for row in planned])
     prefix = model.value.get("bundle")
     classes = {number: row["class"] for number, row in _classes(classified).items()}
     known, unclassified = _legend(bundle.load(prefix) if prefix else None, whole=len(classes) == joined.value["plots"])
@@ -366,9 +346,13 @@ def write_report(step: Step, proposed: Step, joined: Step, tiles: Step, polygons
 
 def check(config: Config, region: Region) -> None:
     """Refuse, before anything is written, imagery and weights that cannot be used."""
-    plan(region, config)
+    if config.enlarge:
+        enlarging.plan(region, config.enlarge, config.image, config.map)
+        load_enlarger(config.enlarge, device="cpu")
+    else:
+        plan(region, config)
     if config.proposer == "sam" and config.sam.checkpoint != "random":
-        checkpoint_file(config.sam)
+        checkpoint_state(config.sam)
     if config.classifier:
         check_classifier(bundle.build(config.classifier)[0])
     elif config.chips:
@@ -380,18 +364,18 @@ def forecast(config: Config, region: Region) -> planning.Forecast:
     trained = config.chips is not None and not config.classifier
     alone = config.model_copy(update={"chips": None}) if trained else config
     unknown = ("training the classifier of plots, and classifying them",) if trained else ()
-    return planning.Forecast(
-        plan(region, config), config.patch, unknown, trial=lambda opened, part: run(alone, opened, part)
-    )
+    return planning.Forecast(plan(region, config), config.patch, unknown, trial=partial(run, alone))
 
 
 def run(config: Config, run: Run, region: Region) -> str:
     """Find the plots of `region`; return where the report is and what it says."""
-    proposed = run.step("propose", propose, region, config)
+    larger = run.step("enlarge", enlarging.enlarge, region, config.enlarge, config.image, config.map)
+    region, config = on_larger(larger, region, config)
+    proposed = run.step("propose", propose, larger, region, config)
     joined = run.step("join", join, proposed, config)
     model = run.step("classifier", fit_plots, region, config)
     classified = run.step("classify", classify, proposed, joined, model, config)
-    tiles = run.step("tiles", write_tiles, region, proposed, joined, classified, model, config)
+    tiles = run.step("predict", write_tiles, region, proposed, joined, classified, model, config)
     polygons = run.step("plots", write_plots, joined, classified, model)
     run.step("publish", mapping.publish, tiles, f"Cultivated plots, {region.name}")
     report = run.step("report", write_report, proposed, joined, tiles, polygons)

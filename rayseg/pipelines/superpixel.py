@@ -22,6 +22,7 @@ from rayseg.errors import ConfigError, DataError
 from rayseg.flow import Row, Work
 from rayseg.geo import Region, Tile, Window, expect_ids, slug
 from rayseg.io import maps, pictures, segments
+from rayseg.io.masks import piece_of_row
 from rayseg.io.sources import Source
 from rayseg.ledger import SETTLED, Record
 from rayseg.mapping import MapConfig
@@ -304,10 +305,14 @@ def measure(step: Step, predicted: Step, region: Region, config: Config) -> dict
     """Compare the labels with the truth, if there is one."""
     if not config.truth or not predicted.value["bundle"]:
         return {}
-    truth = f"{region.catalog}{config.truth}" if config.truth.startswith("#") else config.truth
+    truth = _truth(region, config.truth)
     found = agreement.agreement_of_run(predicted.root, truth, step=predicted.name, unlabelled=config.unlabelled)
     put(step.prefix / "agreement.json", json.dumps(found, indent=1).encode())
     return found
+
+
+def _truth(region: Region, truth: str) -> str:
+    return f"{region.catalog}{truth}" if truth.startswith("#") else truth
 
 
 def draw(step: Step, listed: Step, divided: Step, predicted: Step) -> dict[str, Any]:
@@ -362,8 +367,13 @@ def write_report(
 
 
 def check(config: Config, region: Region) -> None:
-    """Refuse, before anything is written, imagery that cannot be segmented."""
-    plan(region, config)
+    """Refuse, before anything is written, imagery that cannot be segmented and a truth that cannot be compared."""
+    rows, _, _ = plan(region, config)
+    if config.truth:
+        tiles = [tile for row in rows for tile in json.loads(row["tiles"])]
+        agreement.expect_truth(
+            [piece_of_row(tile) for tile in tiles], _truth(region, config.truth), unlabelled=config.unlabelled
+        )
 
 
 def forecast(config: Config, region: Region) -> planning.Forecast:
@@ -373,9 +383,7 @@ def forecast(config: Config, region: Region) -> planning.Forecast:
     margin = config.network.patch + config.network.stride + config.sieve
     count = sum(row["tiles"] != "[]" for row in rows)
     unknown = ("a network is timed on some tiles of its scene: on all of them it may take more or fewer epochs",)
-    return planning.Forecast(
-        tiles, margin, unknown, {"networks": count}, lambda opened, part: run(config, opened, part)
-    )
+    return planning.Forecast(tiles, margin, unknown, {"networks": count}, partial(run, config))
 
 
 def run(config: Config, run: Run, region: Region) -> str:

@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayseg.errors import DataError
-from rayseg.geo import Tile, Window
+from rayseg.geo import Lattice, Tile, Window
 from rayseg.io import cog, items, plots, rasters, regions
-from rayseg.io.plots import Patches
 from rayseg.io.sources import Source
 from rayseg.models.cpu import threads
 from rayseg.models.sam import SamConfig, load_sam
@@ -19,52 +18,12 @@ from rayseg.stages.write import facts_of
 from rayseg.store import upath
 from rayseg.vision.color import ClassTable
 from rayseg.vision.instances import painted
-from rayseg.vision.proposals import Image, Propose, Superpixels
+from rayseg.vision.proposals import Image, Propose, SuperpixelProposer
 from rayseg.vision.rounds import WHITE, Plots, RoundsConfig, find_plots
 
 Row = dict[str, Any]
 NODATA = 255
 UNNUMBERED = 2**32 - 1
-
-
-class ReadGround:
-    """`sources, <tile> -> image, valid, reach`: the tile's imagery with what its patches see around it, as 8-bit RGB.
-
-    image: (height, width, 3) uint8 over the window `reach`, scaled from low..high as it is stored, the same for every
-    tile; one band is grey. valid: (height, width) bool. A tile without valid pixels is settled as "nodata".
-
-    Args:
-        bands: three names, or one.
-        patches: how the grid is cut.
-        low: stored value that is 0.
-        high: stored value that is 255.
-    """
-
-    def __init__(self, bands: Sequence[str], patches: Patches, *, low: float, high: float) -> None:
-        self.bands, self.patches, self.low, self.high = tuple(bands), patches, low, high
-
-    def __call__(self, rows: list[Row]) -> list[Row]:
-        """Read each tile."""
-        return [self._read(row) for row in rows]
-
-    def _read(self, row: Row) -> Row:
-        if row.get("refused"):
-            raise DataError(row["refused"])
-        tile = Tile.from_row(row)
-        reach = self.patches.reach(tile.window)
-        sources = [Source.from_row(source) for source in json.loads(row["sources"])]
-        image_CHW, valid_HW = rasters.read(sources, tile.grid, reach, bands=self.bands)
-        if not valid_HW[tile.window.slices(reach)].any():
-            return row | {"status": "nodata"}
-        return row | {"image": eight_bit(image_CHW, low=self.low, high=self.high), "valid": valid_HW, "reach": reach}
-
-
-def eight_bit(image_CHW: NDArray[Any], *, low: float, high: float) -> Image:
-    """Values low..high as 0..255, (height, width, 3) uint8; a single band three times."""
-    if not (image_CHW.dtype == np.uint8 and (low, high) == (0, 255)):
-        scaled = (image_CHW.astype(np.float32) - low) * (255 / (high - low))
-        image_CHW = np.rint(np.clip(np.nan_to_num(scaled), 0, 255)).astype(np.uint8)
-    return np.ascontiguousarray(image_CHW.repeat(3 // len(image_CHW), axis=0).transpose(1, 2, 0))
 
 
 class ProposePlots:
@@ -87,9 +46,9 @@ class ProposePlots:
         proposer: Literal["sam", "felzenszwalb"],
         *,
         sam: SamConfig,
-        superpixels: Superpixels,
+        superpixels: SuperpixelProposer,
         rounds: RoundsConfig,
-        patches: Patches,
+        patches: Lattice,
         geometry: dict[str, Any] | None,
     ) -> None:
         self.proposer, self.sam, self.superpixels = proposer, sam, superpixels
@@ -286,17 +245,3 @@ class WritePlots:
             table=self.table,
         )
         items.write_item(item, folder / f"{tile.id}.json")
-
-
-def check_source(source: Source, *, bands: Sequence[str], dtype: str) -> None:
-    """Refuse imagery without these bands or of another data type.
-
-    Raises:
-        DataError: what was found and what to set.
-    """
-    if any(band not in source.bands for band in bands) or np.dtype(source.dtype) != np.dtype(dtype):
-        raise DataError(
-            f"{source.item_id} has the bands {', '.join(source.bands)} of {source.dtype}, expected "
-            f"{', '.join(bands)} of {dtype}: name one band or three with --set 'image.bands=[...]', the type with "
-            "image.dtype and the values that are black and white with image.low and image.high"
-        )

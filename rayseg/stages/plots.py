@@ -17,7 +17,7 @@ from rayseg.io.sources import Source
 from rayseg.models import bundle
 from rayseg.models.classifier import class_probabilities
 from rayseg.models.cpu import threads
-from rayseg.stages.instances import eight_bit
+from rayseg.stages.ground import ImageConfig, eight_bit
 from rayseg.store import upath
 from rayseg.vision.crops import square_crop
 
@@ -30,14 +30,12 @@ class CutPlots:
     `numbers` are those of the plots that could be read; `unread` says of the others why, if there are any.
 
     Args:
-        bands: of the imagery.
-        low: stored value that is 0.
-        high: stored value that is 255.
+        image: what the imagery is.
         size: side of a crop in px.
     """
 
-    def __init__(self, bands: Sequence[str], *, low: float, high: float, size: int) -> None:
-        self.bands, self.low, self.high, self.size = tuple(bands), low, high, size
+    def __init__(self, image: ImageConfig, *, size: int) -> None:
+        self.image, self.size = image, size
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Cut each group of plots."""
@@ -61,8 +59,8 @@ class CutPlots:
     def _crop(self, geometry: BaseGeometry, sources: Sequence[Source], grid: Grid) -> np.ndarray:
         left, top, right, bottom = (round(value) for value in geometry.bounds)
         window = Window(left, top, right - left, bottom - top)
-        image_CHW, _ = rasters.read(sources, grid, window, bands=self.bands)
-        image_HWC = eight_bit(image_CHW, low=self.low, high=self.high)
+        image_CHW, _ = rasters.read(sources, grid, window, bands=self.image.bands)
+        image_HWC = eight_bit(image_CHW, self.image)
         return square_crop(image_HWC, plots.mask_of(geometry, window), size=self.size)
 
 

@@ -70,17 +70,15 @@ class Predict:
             return [self._tile(row) for row in rows]
 
     def _tile(self, row: Row) -> Row:
-        described = self.bundle
         tile, reach = Tile.from_row(row), row["reach"]
-        lattice = Lattice.of(tile.grid, described.patch, described.stride)
         valid = row["valid"]
-        patches = [p for p in lattice.patches(tile.window) if valid[_inside(lattice.cell(p), reach)].any()]
-        blend = Blend(tile.window, described.outputs, lattice)
+        patches = patches_of(self.bundle, tile, valid, reach)
         cuts = [(slice(None), *patch.slices(reach)) for patch in patches]
         batches = (batch.cpu().numpy() for batch in self.probabilities(row["image"], valid, cuts))
+        blend = Blend(tile.window, self.bundle.outputs, lattice_of(self.bundle, tile))
         for patch, found in zip(patches, (one for batch in batches for one in batch), strict=True):
             blend.add(patch, found)
-        classes, scores = decide(blend.result(), valid[tile.window.slices(reach)], described.threshold)
+        classes, scores = decide(blend.result(), valid[tile.window.slices(reach)], self.bundle.threshold)
         kept = {key: value for key, value in row.items() if key not in {"image", "valid", "reach"}}
         return kept | {"classes": classes, "scores": scores}
 
@@ -104,7 +102,7 @@ class Predict:
             assert self.batch is not None
             part = cuts[start : start + self.batch]
             try:
-                results = self._forward([self._input(image_CHW[cut], valid_HW[cut[1:]]) for cut in part])
+                results = self.forward([self.input(image_CHW[cut], valid_HW[cut[1:]]) for cut in part])
             except torch.OutOfMemoryError:
                 if self.batch == 1:
                     raise
@@ -114,18 +112,22 @@ class Predict:
             yield results
             start += len(part)
 
-    def _input(self, patch_CHW: np.ndarray, valid_HW: np.ndarray) -> np.ndarray:
+    def input(self, patch_CHW: np.ndarray, valid_HW: np.ndarray) -> np.ndarray:
+        """What the model sees of a patch, float32, with the mirror image of it where it is not valid."""
         return self.bundle.normalize(mirrored(patch_CHW, valid_HW))
 
-    def _forward(self, patches_CHW: list[np.ndarray]) -> "torch.Tensor":
-        """Probabilities (patches, outputs, height, width) of a batch, which is filled up to the fixed size."""
+    def forward(self, patches_CHW: Sequence[np.ndarray], *, size: int | None = None) -> "torch.Tensor":
+        """Probabilities (patches, outputs, height, width) of a batch of inputs.
+
+        It is filled up to `size`, by default the fixed one. In another size a patch may differ in its last bits.
+        """
         import torch
 
         described, model = self._loaded
         assert self.batch is not None
         assert self.device is not None
         count = len(patches_CHW)
-        filled = np.zeros((self.batch, *patches_CHW[0].shape), np.float32)
+        filled = np.zeros((size or self.batch, *patches_CHW[0].shape), np.float32)
         filled[:count] = patches_CHW
         batch = torch.from_numpy(filled).to(self.device, memory_format=torch.channels_last)
         half = self.device.startswith("cuda")
@@ -145,6 +147,24 @@ def decide(probabilities_CHW: np.ndarray, valid_HW: np.ndarray, threshold: float
         classes = probabilities_CHW.argmax(0).astype(np.uint8)
     scores = np.rint(probabilities_CHW * 254).astype(np.uint8)
     return np.where(valid_HW, classes, NODATA).astype(np.uint8), np.where(valid_HW, scores, NODATA).astype(np.uint8)
+
+
+def lattice_of(described: Bundle, tile: Tile) -> Lattice:
+    """The lattice of a bundle's patches on the tile's grid."""
+    return Lattice.of(tile.grid, described.patch, described.stride)
+
+
+def patches_of(described: Bundle, tile: Tile, valid_HW: np.ndarray, reach: Window) -> list[Window]:
+    """The patches that give a tile its pixels, row by row: those whose cell holds imagery.
+
+    Args:
+        described: the bundle whose patches they are.
+        tile: what is predicted.
+        valid_HW: bool, where there is imagery in `reach`.
+        reach: the window of `valid_HW`, which covers all patches of the tile.
+    """
+    lattice = lattice_of(described, tile)
+    return [p for p in lattice.patches(tile.window) if valid_HW[_inside(lattice.cell(p), reach)].any()]
 
 
 def _inside(window: Window, reach: Window) -> tuple[slice, slice]:

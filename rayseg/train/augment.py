@@ -1,5 +1,10 @@
-"""Augmentation of batches: images and masks alike, every image with its own luck, all of it from one generator."""
+"""Augmentation of batches: images and masks alike, every image with its own luck.
 
+Luck comes from one generator for all images, or from one for each, so that an image meets the same whatever batch it
+is in.
+"""
+
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -10,6 +15,7 @@ from torch.nn.functional import interpolate
 from rayseg.config import Config
 from rayseg.errors import DataError
 
+Luck = Generator | Sequence[Generator]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 # luma and the two chroma axes of NTSC (FCC 1953): hue is an angle in the plane of the last two
@@ -50,7 +56,7 @@ class Augment(Config):
 
 
 def augment(
-    images_NCHW: Tensor, masks_NMHW: Tensor | None, settings: Augment, generator: Generator, *, size: int
+    images_NCHW: Tensor, masks_NMHW: Tensor | None, settings: Augment, luck: Luck, *, size: int
 ) -> tuple[Tensor, Tensor | None]:
     """Cut out windows and change them; the masks follow.
 
@@ -58,7 +64,7 @@ def augment(
         images_NCHW: any data type; jitter assumes values 0..255.
         masks_NMHW: class of every pixel; resampled by nearest neighbour. The last decides whether a window is covered.
         settings: what may happen.
-        generator: on the CPU; decides everything.
+        luck: on the CPU; decides everything.
         size: side of the result in pixels, even.
 
     Returns:
@@ -67,15 +73,15 @@ def augment(
     Raises:
         DataError: the images are smaller than `size`.
     """
-    images, masks = cut(images_NCHW, masks_NMHW, settings, generator, size=size)
+    images, masks = cut(images_NCHW, masks_NMHW, settings, luck, size=size)
     channels = images.shape[1]
     both = images if masks is None else torch.cat([images, masks], dim=1)
     for turn, share in ((_mirror, settings.flip), (_shuffle, settings.quadrants), (_rotate, settings.rotate)):
         if share:
-            both = turn(both, share, generator)
+            both = turn(both, share, luck)
     images = both[:, :channels]
     if settings.jitter:
-        images = _jitter(images, settings, generator)
+        images = _jitter(images, settings, luck)
     return images, None if masks is None else both[:, channels:]
 
 
@@ -85,7 +91,7 @@ def centre(images_NCHW: Tensor, masks_NMHW: Tensor | None, *, size: int) -> tupl
 
 
 def cut(
-    images_NCHW: Tensor, masks_NMHW: Tensor | None, settings: Augment, generator: Generator, *, size: int
+    images_NCHW: Tensor, masks_NMHW: Tensor | None, settings: Augment, luck: Luck, *, size: int
 ) -> tuple[Tensor, Tensor | None]:
     """Windows of `size` pixels: their magnification and place as `settings` says.
 
@@ -98,11 +104,12 @@ def cut(
             f"chips are {height} x {width} px, training takes {size} x {size}: read larger chips or lower size"
         )
     pieces, covers = [], []
-    for image, mask in zip(images_NCHW, _each(masks_NMHW, len(images_NCHW)), strict=True):
+    each = zip(images_NCHW, _each(masks_NMHW, len(images_NCHW)), _generators(luck, len(images_NCHW)), strict=True)
+    for image, mask, generator in each:
         window = _window(image.shape[1:], mask, settings, generator, size=size)
-        pieces.append(_resized(image[window].float(), size, smooth=True))
+        pieces.append(resized(image[window].float(), size, smooth=True))
         if mask is not None:
-            covers.append(_resized(mask[window].float(), size, smooth=False))
+            covers.append(resized(mask[window].float(), size, smooth=False))
     return torch.stack(pieces), torch.stack(covers) if covers else None
 
 
@@ -140,48 +147,66 @@ def _each(masks_NMHW: Tensor | None, count: int) -> list[Tensor] | list[None]:
     return [None] * count if masks_NMHW is None else list(masks_NMHW)
 
 
-def _resized(image_CHW: Tensor, size: int, *, smooth: bool) -> Tensor:
-    if image_CHW.shape[1] == size:
+def _generators(luck: Luck, count: int) -> Sequence[Generator]:
+    return [luck] * count if isinstance(luck, Generator) else luck
+
+
+def _drawn(luck: Luck, count: int, width: int = 1) -> Tensor:
+    """(count, width) numbers in [0, 1), a row for every image."""
+    if isinstance(luck, Generator):
+        return torch.rand(count, width, generator=luck)
+    return torch.stack([torch.rand(width, generator=generator) for generator in luck])
+
+
+def resized(image_CHW: Tensor, size: int, *, smooth: bool) -> Tensor:
+    """The image (or mask, not `smooth`) at (size, size), float32 as it is given."""
+    if image_CHW.shape[1:] == (size, size):
         return image_CHW
     if smooth:
         return interpolate(image_CHW[None], size=(size, size), mode="bilinear", antialias=True)[0]
     return interpolate(image_CHW[None], size=(size, size), mode="nearest-exact")[0]
 
 
-def _chosen(images: Tensor, share: float, generator: Generator) -> Tensor:
+def _chosen(images: Tensor, share: float, luck: Luck) -> Tensor:
     """Which of the images it hits: (N, 1, 1, 1) bool on their device."""
-    return (torch.rand(len(images), generator=generator) < share).to(images.device)[:, None, None, None]
+    return (_drawn(luck, len(images)) < share).to(images.device)[..., None, None]
 
 
-def _mirror(images: Tensor, share: float, generator: Generator) -> Tensor:
+def _mirror(images: Tensor, share: float, luck: Luck) -> Tensor:
     for axis in (3, 2):
-        images = torch.where(_chosen(images, share, generator), images.flip(axis), images)
+        images = torch.where(_chosen(images, share, luck), images.flip(axis), images)
     return images
 
 
-def _shuffle(images: Tensor, share: float, generator: Generator) -> Tensor:
+def _shuffle(images: Tensor, share: float, luck: Luck) -> Tensor:
     """Shuffle the four quadrants of the images chosen."""
     count, channels, height, width = images.shape
-    order = torch.rand(count, 4, generator=generator).argsort(dim=1).to(images.device)
+    order = _drawn(luck, count, 4).argsort(dim=1).to(images.device)
     quarters = images.reshape(count, channels, 2, height // 2, 2, width // 2).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
     moved = quarters[torch.arange(count, device=images.device)[:, None], order]
     mixed = moved.reshape(count, 2, 2, channels, height // 2, width // 2).permute(0, 3, 1, 4, 2, 5)
-    return torch.where(_chosen(images, share, generator), mixed.reshape(images.shape), images)
+    return torch.where(_chosen(images, share, luck), mixed.reshape(images.shape), images)
 
 
-def _rotate(images: Tensor, share: float, generator: Generator) -> Tensor:
-    turns = torch.randint(1, 4, (len(images),), generator=generator)
-    hit = torch.rand(len(images), generator=generator) < share
-    turns = torch.where(hit, turns, 0)
+def _rotate(images: Tensor, share: float, luck: Luck) -> Tensor:
+    turns = _turns(luck, len(images))
+    turns = torch.where(_drawn(luck, len(images))[:, 0] < share, turns, 0)
     return torch.stack([torch.rot90(image, int(k), (1, 2)) for image, k in zip(images, turns, strict=True)])
 
 
-def _jitter(images: Tensor, settings: Augment, generator: Generator) -> Tensor:
+def _turns(luck: Luck, count: int) -> Tensor:
+    """(count,) of 1, 2 and 3."""
+    if isinstance(luck, Generator):
+        return torch.randint(1, 4, (count,), generator=luck)
+    return torch.cat([torch.randint(1, 4, (1,), generator=generator) for generator in luck])
+
+
+def _jitter(images: Tensor, settings: Augment, luck: Luck) -> Tensor:
     """Brightness, cast, contrast, saturation, hue and gamma, in this order, of the images chosen; within 0..255."""
     count, bands = images.shape[:2]
 
     def between(low: float, high: float, width: int = 1) -> Tensor:
-        return low + torch.rand(count, width, 1, 1, generator=generator).to(images.device) * (high - low)
+        return low + _drawn(luck, count, width)[..., None, None].to(images.device) * (high - low)
 
     def around_one(reach: float, width: int = 1) -> Tensor:
         return between(1 - reach, 1 + reach, width)
@@ -195,7 +220,7 @@ def _jitter(images: Tensor, settings: Augment, generator: Generator) -> Tensor:
     changed = changed.clamp(0, 255)
     if settings.gamma != (1.0, 1.0):
         changed = 255 * (changed / 255) ** between(*settings.gamma)
-    return torch.where(_chosen(images, settings.jitter, generator), changed, images)
+    return torch.where(_chosen(images, settings.jitter, luck), changed, images)
 
 
 def _recolour(images: Tensor, saturation_N111: Tensor, angle_N111: Tensor) -> Tensor:

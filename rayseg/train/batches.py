@@ -29,12 +29,14 @@ class Chips:
         labels: class of every chip, 0..K-1.
         read: position -> image (height, width, bands), all of one shape and data type.
         read_mask: position -> mask (height, width), uint8, of the images' size; None where there are none.
+        classes: K, where not every class need be among the labels.
     """
 
     ids: tuple[str, ...]
     labels: tuple[int, ...]
     read: Read
     read_mask: Read | None = None
+    classes: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.labels):
@@ -42,6 +44,11 @@ class Chips:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def count(self) -> int:
+        """Number of classes."""
+        return self.classes or max(self.labels) + 1
 
     @classmethod
     def of_arrays(
@@ -122,10 +129,10 @@ def epoch_batches(
         if count and not len(own):
             raise DataError(f"worker {rank} of {world} has no {kind} chips; add {kind} chips or use fewer workers")
     batches = -(-_longest(len(positives), world) // counts[0])
-    order = [_endless(shards[0], 0, batches * counts[0], seed=(seed, 1, rank, epoch))]
+    order = [endless(shards[0], 0, batches * counts[0], seed=(seed, 1, rank, epoch))]
     if counts[1]:
         needed = batches * counts[1]
-        order.append(_endless(shards[1], epoch * needed, needed, seed=(seed, 2, rank)))
+        order.append(endless(shards[1], epoch * needed, needed, seed=(seed, 2, rank)))
     parts = [chips.reshape(batches, -1) for chips in order]
     return list(np.concatenate(parts, axis=1))
 
@@ -139,8 +146,11 @@ def _longest(chips: int, world: int) -> int:
     return -(-chips // world)
 
 
-def _endless(chips: Indices, start: int, count: int, *, seed: tuple[int, ...]) -> Indices:
-    """`count` members from position `start` of an endless row of shuffled passes over `chips`."""
+def endless(chips: Indices, start: int, count: int, *, seed: tuple[int, ...]) -> Indices:
+    """`count` members from position `start` of an endless row of shuffled passes over `chips`.
+
+    The row depends on `seed` and `chips` alone, so a training that goes on at a position meets what it would have met.
+    """
     first, last = start // len(chips), (start + count - 1) // len(chips)
     passes = [np.random.default_rng((*seed, number)).permutation(chips) for number in range(first, last + 1)]
     offset = start - first * len(chips)

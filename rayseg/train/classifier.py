@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from rayseg.config import Config
 from rayseg.errors import ConfigError
 from rayseg.metrics import Confusion
 from rayseg.models.bundle import Scaling
-from rayseg.models.classifier import build_classifier
+from rayseg.models.classifier import build_classifier, build_over_imagenet
 from rayseg.models.plots import build_plot_classifier
 from rayseg.store import StorePath, absolute
 from rayseg.train import session
@@ -28,8 +29,9 @@ State = dict[str, Any]
 class ClassifierConfig(Config):
     """A classifier and how it is trained; the defaults are the paper's."""
 
-    network: Literal["chips", "plots"] = "chips"
-    """Of rayseg.models.classifier, or of rayseg.models.plots: then stride, reduce, pooling and one_logit are unused."""
+    network: Literal["chips", "plots", "over-imagenet"] = "chips"
+    """chips: a head on an encoder; over-imagenet: a head on the 1000 outputs of a whole network of timm, where dropout,
+    stride, pooling and one_logit are unused; plots: of rayseg.models.plots, where these and reduce are."""
     encoder: str = "regnety_040"
     """A name of segmentation_models_pytorch or of timm."""
     weights: session.Weights = "imagenet"
@@ -61,6 +63,8 @@ class ClassifierConfig(Config):
         """Arguments of the network's factory, as a bundle keeps them."""
         if self.network == "plots":
             return {"encoder": self.encoder, "classes": classes, "dropout": self.dropout}
+        if self.network == "over-imagenet":
+            return {"encoder": self.encoder, "classes": classes, "channels": channels, "reduce": self.reduce}
         return {
             "encoder": self.encoder,
             "classes": 1 if self.one_logit else classes,
@@ -144,7 +148,11 @@ def key_of(settings: Config, chips: Chips, held_out: Chips | None) -> str:
     return f"{settings.model_dump_json()} {hashlib.sha256(repr(known).encode()).hexdigest()}"
 
 
-NETWORKS: Mapping[str, Callable[..., nn.Module]] = {"chips": build_classifier, "plots": build_plot_classifier}
+NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
+    "chips": build_classifier,
+    "over-imagenet": build_over_imagenet,
+    "plots": build_plot_classifier,
+}
 
 
 def trained_classifier(settings: ClassifierConfig, prefix: StorePath, *, classes: int, channels: int = 3) -> nn.Module:
@@ -160,8 +168,7 @@ def _train(config: State) -> State:
     device = session.device_of(config)
     state = session.load_checkpoint(config["prefix"], config["key"])
     torch.manual_seed(settings.learning.seed)
-    classes, channels = max(chips.labels) + 1, chips.read(0).shape[2]
-    options = settings.options(classes=max(classes, 2), channels=channels)
+    options = settings.options(classes=max(chips.count, 2), channels=chips.read(0).shape[2])
     net = NETWORKS[settings.network](**options, weights="none" if state else settings.weights)
     learner = Learner.start(net, settings.learning, device)
     state = state or {"epoch": 0, "best": session.NOTHING}
@@ -174,13 +181,14 @@ def _train(config: State) -> State:
             measures = {"loss": loss, **_evaluate(learner, read, config, device)}
             order = (measures["accuracy"], -measures["held_out_loss"]) if config["held_out"] else (epoch, 0)
             state = {"epoch": epoch + 1, "best": session.better(state["best"], order, measures, learner.weights)}
-            session.save_checkpoint(config["prefix"], config["key"], state | {"learner": learner.state()})
+            learner.keep(config["prefix"], config["key"], state)
             write(epoch, measures)
             session.report(measures)
     return dict(state["best"]["measures"])
 
 
 def _epoch(epoch: int, learner: Learner, read: Read, config: State, device: torch.device) -> float:
+    """The mean loss of an epoch."""
     settings: ClassifierConfig = config["settings"]
     chips: Chips = config["chips"]
     generator = session.seed_epoch(settings.learning.seed, epoch)
@@ -189,15 +197,25 @@ def _epoch(epoch: int, learner: Learner, read: Read, config: State, device: torc
     learner.train_mode()
     for step, batch in enumerate(read_ahead(order, read, threads=settings.learning.threads)):
         images, _ = augment(batch.images_NCHW.to(device), None, settings.augment, generator, size=settings.size)
-        with precision(settings.learning, device):
-            logits = learner.model(config["scaling"].normalize(images))
-        loss = _loss(logits.float(), _labels(chips, batch, device), settings.positive)
+        labels = _labels(chips, batch, device)
         rate = session.rate_at(settings.rates, epoch + step / len(order), gradual=settings.learning.gradual)
-        learner.step(loss, rate)
-        losses.append(loss.detach())
-    return session.check_finite(
-        losses, lambda step: [chips.ids[k] for k in order[step]], what=f"classifier, epoch {epoch}"
-    )
+        loss_of = partial(_loss_of, learner, config["scaling"].normalize(images), labels, settings)
+        said = partial(names_of, chips, batch.chips)
+        what = f"classifier, epoch {epoch}, step {step}"
+        losses.append(learner.step(loss_of, len(labels), rate, items=said, what=what))
+    return float(np.mean(losses))
+
+
+def _loss_of(learner: Learner, images: Tensor, labels: Tensor, settings: ClassifierConfig, part: slice) -> Tensor:
+    """What a part of a batch adds to its loss."""
+    with precision(settings.learning, images.device):
+        logits = learner.net(images[part])
+    return _loss(logits.float(), labels[part], settings.positive) * (len(labels[part]) / len(labels))
+
+
+def names_of(chips: Chips, positions: Indices) -> str:
+    """The ids of some chips, for messages."""
+    return f"chips {', '.join(chips.ids[k] for k in positions)}"
 
 
 def _order(epoch: int, settings: ClassifierConfig, chips: Chips) -> list[Indices]:
@@ -237,7 +255,7 @@ def _evaluate(learner: Learner, read: Read, config: State, device: torch.device)
     held_out: Chips | None = config["held_out"]
     if held_out is None:
         return {}
-    classes = max(*config["chips"].labels, *held_out.labels) + 1
+    classes = max(config["chips"].count, held_out.count)
     sums = torch.zeros(classes * classes + 1, dtype=torch.float64, device=device)
     for batch, images in _seen(held_out, held_out.read, config, device):
         with precision(settings.learning, device):

@@ -1,6 +1,8 @@
 """What every training loop does with a network: how its weights are changed, averaged and kept."""
 
-from collections.abc import Iterable
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
@@ -9,15 +11,48 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from rayseg.config import Config
+from rayseg.errors import ConfigError, ModelError
 from rayseg.models.encoders import averaged, freeze_batchnorm, recalibrate_batchnorm
+from rayseg.store import StorePath, upath
 from rayseg.train import session
 
 State = dict[str, Any]
 Rates = tuple[tuple[float, float], ...]
+Groups = Sequence[dict[str, Any]]
+"""Of an optimizer: `params`, `factor` on the learning rate, and what else the optimizer knows."""
+_log = logging.getLogger(__name__)
+
+
+class Schedule(Config):
+    """How the learning rate falls."""
+
+    kind: Literal["poly", "cos", "step"] = "poly"
+    """rate x (1 - t)^power, rate x (1 + cos(pi t)) / 2 at the share t of the training, or x `factor` every `every`."""
+    rate: Annotated[float, Field(gt=0)] = 0.1
+    """Of the head at its highest; the encoder's is `learning.encoder_rate` of it."""
+    power: Annotated[float, Field(gt=0)] = 0.9
+    """poly: 1 is a straight line."""
+    every: Annotated[float, Field(gt=0)] = 30.0
+    """step: epochs from drop to drop."""
+    factor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """step: what each drop leaves."""
+    warm_up: Annotated[float, Field(ge=0)] = 0.0
+    """Epochs in which the rate rises from 0 to what it would be."""
+
+    def at(self, done: float, whole: float) -> float:
+        """The rate after `done` of `whole` epochs (or of whatever both and `every` and `warm_up` are counted in)."""
+        share = min(done / whole, 1.0)
+        fallen: float = {
+            "poly": (1 - share) ** self.power,
+            "cos": (1 + math.cos(math.pi * share)) / 2,
+            "step": self.factor ** math.floor(done / self.every + 1e-9),
+        }[self.kind]
+        return self.rate * fallen * min(1.0, done / self.warm_up if self.warm_up else 1.0)
 
 
 class Learning(Config):
@@ -33,6 +68,10 @@ class Learning(Config):
     """Learning rate of the encoder relative to the rest; 0 leaves it as it is."""
     gradual: bool = False
     """Go from rate to rate of a schedule in straight lines instead of in steps."""
+    micro: Annotated[int, Field(gt=0)] | None = None
+    """Images of each worker that are computed at once, their gradients added up; by default all of a step."""
+    sync_batchnorm: bool = False
+    """On several GPUs: batch norms see the images of all workers together."""
     clip: Annotated[float, Field(gt=0)] | None = None
     """Longest gradient; longer ones are shortened to it."""
     freeze_batchnorm: Literal["none", "encoder", "all"] = "none"
@@ -57,19 +96,30 @@ class Learner:
 
     settings: Learning
     net: nn.Module
-    model: nn.Module
-    """`net`, wrapped if there are several workers."""
     optimizer: Optimizer
     average: AveragedModel | None
+    micro: int | None = None
+    """Images computed at once; falls where memory is short."""
+    kept: str = "no epoch has been kept yet"
+    """Where the last good checkpoint is, for messages."""
 
     @classmethod
-    def start(cls, net: nn.Module, settings: Learning, device: torch.device) -> "Learner":
-        """A learner of `net`, whose part `encoder` may learn at its own rate."""
+    def start(cls, net: nn.Module, settings: Learning, device: torch.device, groups: Groups | None = None) -> "Learner":
+        """A learner of `net`, the same on every worker.
+
+        Args:
+            net: its part `encoder` may learn at its own rate.
+            settings: how it learns.
+            device: where.
+            groups: of its weights; by default the encoder and the rest.
+        """
         if not settings.encoder_rate:
             net.get_submodule("encoder").requires_grad_(False)
-        net = net.to(device)
+        if settings.sync_batchnorm and device.type == "cuda" and session.world() > 1:
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
+        net = session.alike(net.to(device))
         average = averaged(net, decay=settings.average) if settings.average else None
-        return cls(settings, net, session.distributed(net, device), _optimizer(net, settings), average)
+        return cls(settings, net, _optimizer(net, settings, groups), average, settings.micro)
 
     @property
     def shown(self) -> nn.Module:
@@ -78,25 +128,87 @@ class Learner:
 
     def train_mode(self) -> None:
         """Make the network ready for steps."""
-        self.model.train()
+        self.net.train()
         frozen = {"none": None, "encoder": self.net.get_submodule("encoder"), "all": self.net}
         if (part := frozen[self.settings.freeze_batchnorm]) is not None:
             freeze_batchnorm(part)
 
-    def step(self, loss: Tensor, rate: float) -> None:
-        """Change the weights by the gradient of `loss` at a learning rate."""
+    def step(
+        self, loss_of: Callable[[slice], Tensor], count: int, rate: float, *, items: Callable[[], str], what: str
+    ) -> float:
+        """Change the weights by the gradient of a batch's loss at a learning rate; return the mean over all workers.
+
+        The batch is computed in parts of `micro` images, or half as many where the GPU's memory does not hold them.
+        A loss or gradient that is no number changes nothing.
+
+        Args:
+            loss_of: part of this worker's images -> its share of the loss; shares add up to the loss.
+            count: this worker's images.
+            rate: the learning rate.
+            items: names them, for the message.
+            what: the training and how far it is, for the message.
+
+        Raises:
+            DataError: on every worker, if a loss of any of them is no number.
+            ModelError: the GPU's memory does not hold the smallest part.
+        """
+        loss = self._backward(loss_of, count)
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        mean, finite = session.together(loss, [weight.grad for weight in weights if weight.grad is not None])
+        if not finite:
+            session.refuse_loss(loss, items, what=what, kept=self.kept)
+        self.descend(rate)
+        return mean
+
+    def _backward(self, loss_of: Callable[[slice], Tensor], count: int) -> float:
+        """Gradients of the whole batch, and its loss."""
+        self.micro = min(self.micro or count, count)
+        while True:
+            self.optimizer.zero_grad()
+            total = torch.zeros(())
+            try:
+                for start in range(0, count, self.micro):
+                    loss = loss_of(slice(start, min(start + self.micro, count)))
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    total = total + loss.detach()
+                return float(total)
+            except torch.OutOfMemoryError:
+                self._halve()
+
+    def _halve(self) -> None:
+        assert self.micro is not None
+        least = 2 if feeds_batchnorm(self.net) else 1
+        if self.micro // 2 < least:
+            why = ", and batch norms need more than one; freeze them," if least == 2 else ";"
+            raise ModelError(
+                f"the GPU's memory does not hold {self.micro} image{'s' * (self.micro > 1)} in training{why} "
+                "lower size, or take a smaller network"
+            )
+        self.micro //= 2
+        _log.warning(
+            "the GPU's memory is short: images are computed %d at a time and their gradients added", self.micro
+        )
+        torch.cuda.empty_cache()
+
+    def descend(self, rate: float) -> None:
+        """Change the weights by the gradients that they have."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
         if self.settings.clip:
             nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.clip)
         self.optimizer.step()
         if self.average:
             self.average.update_parameters(self.net)
 
+    def keep(self, prefix: StorePath, key: str, state: State) -> None:
+        """Write the checkpoint after an epoch: `state` (with `epoch`, how many are done) and all of this."""
+        session.save_checkpoint(prefix, key, state | {"learner": self.state()})
+        path = upath(prefix) / "checkpoint.pt"
+        self.kept = f"the last good checkpoint is {path}, of {state['epoch']} epoch{'s' * (state['epoch'] > 1)}"
+
     def show_mode(self, batches: Iterable[Tensor]) -> nn.Module:
-        """`shown`, ready to predict; its batch norms taken anew from the first of `batches` if that is asked for."""
+        """`shown`, ready to predict, alike on all workers; its batch norms taken anew from `batches` if asked for."""
+        session.alike_buffers(self.shown)
         if self.settings.recalibrate:
             recalibrate_batchnorm(self.shown, islice(batches, self.settings.recalibrate))
         return self.shown.eval()
@@ -118,19 +230,48 @@ class Learner:
         return {name: value.detach().cpu().clone() for name, value in self.shown.state_dict().items()}
 
 
+def feeds_batchnorm(net: nn.Module) -> bool:
+    """Whether a batch norm of a network in training takes its statistics from the batch."""
+    return any(isinstance(module, _BatchNorm) and module.training for module in net.modules())
+
+
+def expect_batch(settings: Learning, *, workers: int, what: str) -> None:
+    """Refuse a batch that the workers cannot share, or of which batch norms would see one image at a time.
+
+    Raises:
+        ConfigError: what is wrong with `learning.batch` or `learning.micro`.
+    """
+    share, left = divmod(settings.batch, max(workers, 1))
+    if left or not share:
+        raise ConfigError(
+            f"the {what}'s learning.batch {settings.batch} cannot be shared by {workers} workers; "
+            "make it a multiple of them"
+        )
+    seen = min(settings.micro or share, share)
+    if (seen == 1 or share % seen == 1) and settings.freeze_batchnorm != "all" and not settings.sync_batchnorm:
+        raise ConfigError(
+            f"the {what}'s batch norms would see one image at a time (learning.batch {settings.batch}, {workers or 1} "
+            f"worker{'s' * (workers > 1)}, learning.micro {settings.micro}), of which no statistics can be taken; "
+            "raise learning.batch, or set learning.freeze_batchnorm=all"
+        )
+
+
 def precision(settings: Learning, device: torch.device) -> AbstractContextManager[Any]:
     """The context to compute in: bfloat16 where it is safe on GPUs, unless asked otherwise."""
     wanted = device.type == "cuda" if settings.half is None else settings.half
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
 
 
-def _optimizer(net: nn.Module, settings: Learning) -> Optimizer:
-    encoder = [weight for weight in net.get_submodule("encoder").parameters() if weight.requires_grad]
-    inside = {id(weight) for weight in encoder}
-    rest = [weight for weight in net.parameters() if weight.requires_grad and id(weight) not in inside]
-    groups = [{"params": encoder, "factor": settings.encoder_rate}, {"params": rest, "factor": 1.0}]
-    groups = [group for group in groups if group["params"]]
+def _optimizer(net: nn.Module, settings: Learning, groups: Groups | None = None) -> Optimizer:
+    groups = [dict(group) for group in groups or _groups(net, settings) if group["params"]]
     if settings.optimizer == "sgd":
         return SGD(groups, lr=0.0, momentum=0.9, weight_decay=settings.weight_decay)
     kind = Adam if settings.optimizer == "adam" else AdamW
     return kind(groups, lr=0.0, weight_decay=settings.weight_decay)
+
+
+def _groups(net: nn.Module, settings: Learning) -> Groups:
+    encoder = [weight for weight in net.get_submodule("encoder").parameters() if weight.requires_grad]
+    inside = {id(weight) for weight in encoder}
+    rest = [weight for weight in net.parameters() if weight.requires_grad and id(weight) not in inside]
+    return [{"params": encoder, "factor": settings.encoder_rate}, {"params": rest, "factor": 1.0}]

@@ -52,7 +52,7 @@ class NetworkConfig(Config):
     """deepnet is the paper's; v1 and v2 are those of single images; kmeans and isodata are there to compare with."""
     labels: Annotated[int, Field(gt=1, le=254)] = 32
     """Labels the network can tell apart; clusters of k-means and ISODATA."""
-    epochs: Annotated[int, Field(gt=0)] = 10
+    epochs: Annotated[int, Field(gt=0)] = 4
     """Passes over all patches."""
     patch: Annotated[int, Field(gt=0, multiple_of=4)] = 512
     """Side of a patch in px."""
@@ -66,7 +66,7 @@ class NetworkConfig(Config):
     """Patches per epoch, drawn anew from all for each; None takes all."""
     seed: int = 2021
     """Of the first weights and of the order of patches."""
-    merge_to: Annotated[int, Field(gt=1)] | None = None
+    merge_to: Annotated[int, Field(gt=1)] | None = 8
     """Labels are merged to so many by the distance of their features; None keeps all."""
     precision: Precision = "float32"
     """bfloat16 is faster where the machine has it."""
@@ -271,7 +271,8 @@ def fit(
     Returns:
         (network on the device, mean loss and number of labels of every epoch).
     """
-    recipe, settings = config.recipe, f"{config.model_dump_json()} {seed}"
+    recipe = config.recipe
+    settings = f"{config.model_dump_json(exclude={'seed', 'merge_to', 'memory', 'stall_seconds'})} {seed}"
     net = unsupervised.initial(recipe, bands=len(patches.bands), seed=seed).to(device)
     optimizer = recipe.optimizer(net.parameters())
     state = load_checkpoint(prefix, settings) or {"history": []}

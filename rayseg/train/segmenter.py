@@ -6,6 +6,7 @@ One loop serves all three: they differ in where the labels of an epoch come from
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -22,7 +23,7 @@ from rayseg.store import StorePath, absolute, upath
 from rayseg.train import session
 from rayseg.train.augment import Augment, augment, centre
 from rayseg.train.batches import Chips, Indices, Kept, epoch_batches, read_ahead, shard
-from rayseg.train.classifier import key_of
+from rayseg.train.classifier import key_of, names_of
 from rayseg.train.labels import LOSSES, Labelling, Masks, labelled, probabilities
 from rayseg.train.learning import Learner, Learning, Rates, precision
 
@@ -82,7 +83,7 @@ class SegmenterConfig(Config):
     augment: Augment = Augment()
     """What happens to training chips and their masks."""
 
-    def options(self, *, channels: int) -> dict[str, str | int | float]:
+    def options(self, *, channels: int) -> dict[str, Any]:
         """Arguments of `build_segmenter`, as a bundle keeps them."""
         return {
             "architecture": self.architecture,
@@ -175,7 +176,7 @@ def _counts(settings: SegmenterConfig, workers: int) -> tuple[int, int]:
 
 def _network(settings: SegmenterConfig, *, channels: int, weights: str) -> nn.Module:
     options = settings.options(channels=channels)
-    return build_segmenter(**options, weights=weights)  # type: ignore[arg-type]
+    return build_segmenter(**options, weights=weights)
 
 
 def _train(config: State) -> State:
@@ -208,7 +209,7 @@ def _stage(before: dict[str, Tensor], config: State) -> State:
             measures = {"loss": loss, **_evaluate(learner, config)}
             order = _order_of(stage.best if config["held_out"] else "last", epoch, measures)
             state = {"epoch": epoch + 1, "best": session.better(state["best"], order, measures, learner.weights)}
-            session.save_checkpoint(config["prefix"], config["key"], state | {"learner": learner.state()})
+            learner.keep(config["prefix"], config["key"], state)
             write(epoch, measures)
             session.report(measures)
     return dict(state["best"])
@@ -244,6 +245,7 @@ def _restored(weights: dict[str, Tensor], config: State) -> nn.Module:
 
 
 def _epoch(epoch: int, learner: Learner, masks: Masks, config: State) -> float:
+    """The mean loss of an epoch."""
     settings: SegmenterConfig = config["settings"]
     stage: StageConfig = getattr(settings, config["stage"])
     chips: Chips = config["chips"]
@@ -256,16 +258,23 @@ def _epoch(epoch: int, learner: Learner, masks: Masks, config: State) -> float:
         given = (batch.images_NCHW.to(config["device"]), batch.masks_NMHW.to(config["device"]))
         images, targets = augment(*given, settings.augment, generator, size=settings.size)
         assert targets is not None
-        with precision(settings.learning, config["device"]):
-            logits = learner.model(config["scaling"].normalize(images))
-        loss = LOSSES[settings.loss](logits.float(), targets[:, -1:])
-        if stage.relabel != "never" and stage.cue_weight:
-            loss = loss + stage.cue_weight * LOSSES[settings.loss](logits.float(), targets[:, :1])
-        learner.step(loss, session.rate_at(stage.rates, epoch + step / len(order), gradual=settings.learning.gradual))
-        step_losses.append(loss.detach())
-    return session.check_finite(
-        step_losses, lambda step: [chips.ids[k] for k in order[step]], what=f"{config['stage']}, epoch {epoch}"
-    )
+        rate = session.rate_at(stage.rates, epoch + step / len(order), gradual=settings.learning.gradual)
+        loss_of = partial(_loss_of, learner, config["scaling"].normalize(images), targets, config)
+        said, what = partial(names_of, chips, batch.chips), f"{config['stage']}, epoch {epoch}, step {step}"
+        step_losses.append(learner.step(loss_of, len(images), rate, items=said, what=what))
+    return float(np.mean(step_losses))
+
+
+def _loss_of(learner: Learner, images: Tensor, targets: Tensor, config: State, part: slice) -> Tensor:
+    """What a part of a batch adds to its loss."""
+    settings: SegmenterConfig = config["settings"]
+    stage: StageConfig = getattr(settings, config["stage"])
+    with precision(settings.learning, images.device):
+        logits = learner.net(images[part]).float()
+    loss = LOSSES[settings.loss](logits, targets[part, -1:])
+    if stage.relabel != "never" and stage.cue_weight:
+        loss = loss + stage.cue_weight * LOSSES[settings.loss](logits, targets[part, :1])
+    return loss * (len(logits) / len(images))
 
 
 def _order(epoch: int, config: State) -> list[Indices]:

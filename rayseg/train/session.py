@@ -9,12 +9,13 @@ training goes on exactly as the undisturbed one would have.
 """
 
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import numpy as np
 import pyarrow.fs
@@ -24,7 +25,7 @@ import torch
 import torch.distributed
 from pydantic import AfterValidator
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
-from ray.train.torch import TorchTrainer, get_device, prepare_model
+from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor, nn
 
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError
@@ -121,16 +122,75 @@ def world() -> int:
     return int(ray.train.get_context().get_world_size() or 1)
 
 
+def spare_cpus(workers: int) -> float:
+    """CPUs of the connected Ray that training on `workers` processes leaves to others; 0 without Ray."""
+    return float(ray.cluster_resources().get("CPU", 0)) - workers if ray.is_initialized() else 0.0
+
+
 def device_of(config: Mapping[str, Any]) -> torch.device:
     """Where this worker computes."""
     gpu = config["use_gpu"] and torch.cuda.is_available()
     return torch.device(get_device()) if gpu else torch.device("cpu")
 
 
-def distributed(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model on its device, averaging gradients over the workers if there are several."""
-    prepared: nn.Module = prepare_model(model, move_to_device=device)
-    return prepared
+@torch.no_grad()
+def alike(net: nn.Module) -> nn.Module:
+    """The network with the weights and buffers of worker 0."""
+    for value in (*net.parameters(), *net.buffers()) if world() > 1 else ():
+        torch.distributed.broadcast(value, 0)
+    return net
+
+
+@torch.no_grad()
+def alike_buffers(net: nn.Module) -> None:
+    """Give every worker's network the mean of their buffers, such as the statistics of batch norms."""
+    for value in net.buffers() if world() > 1 else ():
+        if value.is_floating_point():
+            torch.distributed.all_reduce(value)
+            value.div_(world())
+
+
+@torch.no_grad()
+def together(loss: float, gradients: Sequence[Tensor]) -> tuple[float, bool]:
+    """Replace gradients by their mean over all workers; return the mean loss, and whether all of it are numbers.
+
+    Gradients are averaged after the whole backward pass, not during it: a worker that runs out of memory on the way
+    can begin again without the others knowing, and networks may be run any number of times in a step.
+    """
+    if world() == 1:
+        norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        return loss, bool(torch.isfinite(norm)) and math.isfinite(loss)
+    device = gradients[0].device
+    flat = torch.cat([*(gradient.flatten().float() for gradient in gradients), torch.tensor([loss], device=device)])
+    torch.distributed.all_reduce(flat)
+    flat /= world()
+    start = 0
+    for gradient in gradients:
+        gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
+        start += gradient.numel()
+    return float(flat[-1]), bool(torch.isfinite(flat).all())
+
+
+def refuse_loss(loss: float, items: Callable[[], str], *, what: str, kept: str) -> NoReturn:
+    """End the training on every worker because a loss, or its gradient, is no number.
+
+    Args:
+        loss: this worker's.
+        items: names what this worker computed it of.
+        what: the training and how far it is.
+        kept: where the last good checkpoint is.
+
+    Raises:
+        DataError: always; names the first worker's items whose loss is no number.
+    """
+    found = (not math.isfinite(loss), rank(), f"loss {loss} on {items()}")
+    everywhere: list[Any] = [found]
+    if world() > 1:
+        everywhere = [None] * world()
+        torch.distributed.all_gather_object(everywhere, found)
+    bad = [trouble for trouble in everywhere if trouble[0]]
+    said = min(bad)[2] if bad else f"a gradient that is no number, {everywhere[0][2]}"
+    raise DataError(f"{what}: {said}; {kept}; look at these, or lower the learning rate")
 
 
 def seed_epoch(seed: int, epoch: int) -> torch.Generator:
@@ -159,34 +219,6 @@ def summed(values: Tensor) -> Tensor:
     if world() > 1:
         torch.distributed.all_reduce(values)
     return values
-
-
-def check_finite(losses: Sequence[Tensor], chips_of: Callable[[int], Sequence[str]], *, what: str) -> float:
-    """The mean loss of an epoch over all workers.
-
-    Looking once per epoch keeps the GPU busy; as no checkpoint has been written yet, nothing is spoilt.
-
-    Args:
-        losses: scalar of every step of this worker.
-        chips_of: step -> ids of its chips.
-        what: the training and its epoch, for the message.
-
-    Raises:
-        DataError: on every worker, if a loss of any of them is NaN or infinite; names the first such step.
-    """
-    values = torch.stack([loss.detach().float() for loss in losses]).cpu()
-    bad = torch.nonzero(~torch.isfinite(values)).flatten().tolist()
-    found = (bad[0], f"loss {values[bad[0]]} on chips {', '.join(chips_of(bad[0]))}") if bad else None
-    everywhere: list[Any] = [found]
-    if world() > 1:
-        everywhere = [None] * world()
-        torch.distributed.all_gather_object(everywhere, found)
-    if troubles := [trouble for trouble in everywhere if trouble]:
-        step, trouble = min(troubles)
-        raise DataError(f"{what}, step {step}: {trouble}; look at these chips, or lower the learning rate")
-    device = losses[0].device
-    mean = summed(values.mean().to(device)) / world()
-    return float(mean)
 
 
 def save_checkpoint(prefix: StorePath, settings: str, state: State) -> None:

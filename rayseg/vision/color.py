@@ -21,10 +21,12 @@ class ClassTable:
     Attributes:
         classes: (value, name, (red, green, blue)) of every class; values 0..254, all different.
         ignore: further colours that mean "not labelled"; they become 255, as index 255 does.
+        threshold: of masks whose colours are not pure: a channel is taken as 255 from this value on, else as 0.
     """
 
     classes: tuple[tuple[int, str, RGB], ...]
     ignore: tuple[RGB, ...] = ()
+    threshold: int | None = None
 
     def __post_init__(self) -> None:
         values = [value for value, _, _ in self.classes]
@@ -37,18 +39,17 @@ class ClassTable:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ClassTable":
-        """Read `{classes: [{name, color, value?}, ...], ignore: [color, ...]}`, as a YAML file holds it.
+        """Read `{classes: [{name, color, value?}, ...], ignore: [color, ...], threshold: n}`, as a YAML file holds it.
 
         A colour is `"#RRGGBB"` or `[red, green, blue]`; a class without `value` has its place in the list.
 
         Raises:
             ConfigError: a key is missing or unknown, or a colour or value cannot be meant.
         """
-        _only(config, {"classes", "ignore"}, "a class table")
+        _only(config, {"classes", "ignore", "threshold"}, "a class table")
         rows: Sequence[Mapping[str, Any]] = config.get("classes") or ()
-        return cls(
-            tuple(_class_of(row, k) for k, row in enumerate(rows)), tuple(map(rgb_of, config.get("ignore") or ()))
-        )
+        ignored = tuple(map(rgb_of, config.get("ignore") or ()))
+        return cls(tuple(_class_of(row, k) for k, row in enumerate(rows)), ignored, config.get("threshold"))
 
     @property
     def values(self) -> tuple[int, ...]:
@@ -120,7 +121,7 @@ def decode(
             an index is not in the palette, or the mask's shape is none of these.
     """
     if mask.ndim == 3 and mask.shape[2] in {3, 4}:
-        return _decode_colors(_pack(mask), table)
+        return _decode_colors(_pack(_pure(mask, table)), table)
     if mask.ndim != 2:
         raise DataError(f"a mask of shape {mask.shape} was found, expected (height, width) or (height, width, 3 or 4)")
     return _decode_values(mask, table) if palette is None else _decode_palette(mask, table, palette)
@@ -183,6 +184,10 @@ def _pack(colors: NDArray[np.integer]) -> NDArray[np.int32]:
     return (wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]
 
 
+def _pure(colors: NDArray[np.integer], table: ClassTable) -> NDArray[np.integer]:
+    return colors if table.threshold is None else np.where(colors >= table.threshold, 255, 0)
+
+
 def _decode_colors(codes_HW: NDArray[np.int32], table: ClassTable) -> NDArray[np.uint8]:
     known = _pack(np.array([*table.colors, *table.ignore], np.int32))
     values = np.array([*table.values, *[IGNORE] * len(table.ignore)], np.uint8)
@@ -203,7 +208,8 @@ def _decode_palette(
         raise DataError(
             f"the mask holds the indices {missing[:5]}, which its palette of {len(palette)} does not: repair it"
         )
-    codes = _pack(np.array([list(palette[int(index)])[:3] for index in used], np.int32).reshape(-1, 3))
+    colors = np.array([list(palette[int(index)])[:3] for index in used], np.int32).reshape(-1, 3)
+    codes = _pack(_pure(colors, table))
     return _decode_colors(codes[at_HW].reshape(mask_HW.shape), table)
 
 

@@ -1,11 +1,9 @@
-"""Instances of one image as one label image, and which instances of two overlapping images are the same thing."""
+"""Instances of one image as one label image."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from rayseg.vision import masks
 from rayseg.vision.masks import Mask, Runs
@@ -36,25 +34,3 @@ def painted(found: Sequence[Runs], shape: tuple[int, int], *, where_HW: Mask, le
     number = np.zeros(len(found) + 1, np.int32)
     number[kept + 1] = np.arange(1, len(kept) + 1)
     return number[labels].reshape(shape), [int(k) for k in kept]
-
-
-def same(one_HW: Labels, other_HW: Labels, *, least: float) -> NDArray[np.int64]:
-    """(n, 2) labels of two label images of the same ground whose IoU is above `least`, ascending.
-
-    With `least` of a half or more, none is the same as two others.
-    """
-    one, other = one_HW.ravel(), other_HW.ravel()
-    both = (one > 0) & (other > 0)
-    width = int(other.max(initial=0)) + 1
-    pairs, shared = np.unique(one[both].astype(np.int64) * width + other[both], return_counts=True)
-    a, b = pairs // width, pairs % width
-    joint = np.bincount(one)[a] + np.bincount(other)[b] - shared
-    alike: NDArray[np.int64] = np.stack([a, b], axis=1)[shared > least * joint]
-    return alike
-
-
-def groups(count: int, pairs: Iterable[tuple[int, int]]) -> NDArray[np.int64]:
-    """Number of the group of each of `count` things, of which those in `pairs` belong together."""
-    at = np.array(list(pairs), np.int64).reshape(-1, 2).T
-    graph = coo_array((np.ones(at.shape[1], bool), (at[0], at[1])), shape=(count, count))
-    return np.asarray(connected_components(graph, directed=False)[1], np.int64)

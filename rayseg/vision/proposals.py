@@ -1,17 +1,20 @@
 """Proposals: masks of things in an image, and how sure their proposer is of each.
 
 A proposer is any callable `(image_HWC, open_HW) -> Proposals`: an RGB uint8 image, and where it may be asked what lies
-there (bool; elsewhere is already known). `Superpixels` is one that needs no weights; `rayseg.models.sam` has another.
+there (bool; elsewhere is already known). `SuperpixelProposer` needs no weights; `rayseg.models.sam` has another.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 from scipy import ndimage
 from skimage.transform import downscale_local_mean
 
+from rayseg.config import Config
 from rayseg.vision import masks
 from rayseg.vision.masks import Mask, Runs
 from rayseg.vision.superpixels import felzenszwalb
@@ -66,28 +69,25 @@ _Level = tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.float64]]
 """Labels of one scale, and contrast and stability of each."""
 
 
-@dataclass(frozen=True)
-class Superpixels:
+class SuperpixelProposer(Config):
     """Proposes Felzenszwalb's superpixels of several scales that stand out against what is around them.
 
     The contrast of a superpixel is b / (b + s): b is the mean difference of colours over its outline, between pixels
     `reach` px apart, s their standard deviation inside it, so that several fields in one score below each of them. It
     stands for the predicted IoU; stability is the smaller contrast of two reaches over the larger. Superpixels of all
     scales compete: of two that overlap the one of more contrast is taken, the other only for what is left of it.
-
-    Args:
-        scales: of `superpixels.felzenszwalb`, on the reduced image.
-        reduce: side in px of the squares that are averaged first.
-        least: px of a superpixel.
-        contrast: below it a superpixel is not offered.
-        overlap: share of a superpixel that others may have taken before it; above, it is left out.
     """
 
-    scales: tuple[float, ...] = (60.0, 150.0, 400.0)
-    reduce: int = 2
-    least: int = 400
-    contrast: float = 0.4
-    overlap: float = 0.3
+    scales: Annotated[tuple[float, ...], Field(min_length=1)] = (60.0, 150.0, 400.0)
+    """Of `superpixels.felzenszwalb`, on the reduced image; larger means larger plots."""
+    reduce: Annotated[int, Field(gt=0)] = 2
+    """Side in px of the squares that are averaged first."""
+    least: Annotated[int, Field(gt=0)] = 400
+    """Pixels of a plot."""
+    contrast: Annotated[float, Field(ge=0, le=1)] = 0.4
+    """Contrast below which a superpixel is not offered."""
+    overlap: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """Share of a superpixel that others may have taken before it; above, it is left out."""
 
     def __call__(self, image_HWC: Image, open_HW: Mask) -> Proposals:
         """Superpixels that do not overlap, of what is open."""

@@ -1,13 +1,24 @@
-"""Superpixels found tile by tile, made one partition: segments that two tiles agree on become one."""
+"""Segments found piece by piece, made one partition: those that two pieces agree on where they overlap become one."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 AGREED = 0.5
+
+
+def alike(one_HW: NDArray[np.integer], other_HW: NDArray[np.integer], *, least: float = AGREED) -> NDArray[np.int64]:
+    """The pairs of segments of two label images of the same ground whose IoU is above `least`, (pairs, 2) ascending.
+
+    0 is no segment. With `least` of a half or more, each has one partner at most.
+    """
+    both_HW = (one_HW > 0) & (other_HW > 0)
+    pairs_N2, shared_N = _counted(one_HW[both_HW], other_HW[both_HW])
+    ones, others = np.bincount(one_HW.ravel()), np.bincount(other_HW.ravel())
+    either_N = ones[pairs_N2[:, 0]] + others[pairs_N2[:, 1]] - shared_N
+    found: NDArray[np.int64] = pairs_N2[shared_N > least * either_N]
+    return found
 
 
 def agreeing(
@@ -26,10 +37,7 @@ def agreeing(
     Returns:
         (pairs, 2): segment of the first tile, segment of the second.
     """
-    pairs_N2, shared_N = _counted(one_HW, other_HW)
-    ones, others = np.bincount(one_HW.ravel()), np.bincount(other_HW.ravel())
-    either_N = ones[pairs_N2[:, 0]] + others[pairs_N2[:, 1]] - shared_N
-    alike_N2 = pairs_N2[(shared_N > AGREED * either_N) & (pairs_N2 > 0).all(axis=1)]
+    alike_N2 = alike(one_HW, other_HW)
     cut_N2, _ = _counted(one_HW[border], other_HW[border])
     at_border = np.isin(alike_N2[:, 0], cut_N2[:, 0]) & np.isin(alike_N2[:, 1], cut_N2[:, 1])
     found: NDArray[np.int64] = alike_N2[at_border]
@@ -56,9 +64,15 @@ def united(counts: Sequence[int], pairs: Mapping[tuple[int, int], NDArray[np.int
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     links = [np.empty((0, 2), np.int64)]
     links += [found_N2 - 1 + starts[[one, other]] for (one, other), found_N2 in pairs.items()]
-    from_N, to_N = np.concatenate(links).T
-    total = int(starts[-1])
-    graph = coo_array((np.ones(len(from_N), bool), (from_N, to_N)), shape=(total, total))
-    _, names = connected_components(graph, directed=False)
+    names = groups(int(starts[-1]), np.concatenate(links))
     parts = np.split(names.astype(np.uint32) + np.uint32(1), starts[1:])[:-1]
     return [np.concatenate([np.zeros(1, np.uint32), part]) for part in parts]
+
+
+def groups(count: int, pairs_N2: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Number of the group of each of `count` things, of which those in `pairs_N2` belong together, in order."""
+    from scipy.sparse import coo_array  # slow to import, and what only cuts tiles does without
+    from scipy.sparse.csgraph import connected_components
+
+    graph = coo_array((np.ones(len(pairs_N2), bool), pairs_N2.T), shape=(count, count))
+    return np.asarray(connected_components(graph, directed=False)[1], np.int64)

@@ -72,6 +72,7 @@ def test_what_goes_out_comes_back_as_crops_by_class(exported, images, tmp_path):
         ({"label": "maybe"}, "labelled 'maybe', expected one of 1, 0, field, nonfield"),
         ({"points": [[5, 5], [9, 9]]}, "polygon of 2 points"),
         ({"shape_type": "circle"}, "is a circle"),
+        ({"label": None}, "labelled 'None', expected one of"),
     ],
 )
 def test_shapes_that_cannot_be_meant_are_refused_with_their_place(exported, images, tmp_path, values, said):
@@ -122,3 +123,71 @@ def test_only_crops_that_are_written_are_counted(exported, images, tmp_path):
     counts = labelme.load(str(exported), str(images), str(tmp_path / "crops"))
     assert counts == {"field": 1, "nonfield": 2}
     assert len(list((tmp_path / "crops").rglob("*.png"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"points": [["left", 5], [9, 9], [5, 9]]}, r"shapes 0 points 0 0, input should be a valid number"),
+        ({"points": [[float("nan"), 5], [9, 9], [5, 9]]}, r"shapes 0 points 0 0, input should be a finite number"),
+        ({"points": None}, r"shapes 0 points, input should be a valid list"),
+        ({"group_id": [1]}, r"shapes 0 group_id"),
+        ({"flags": ["hole"]}, r"shapes 0 flags"),
+    ],
+)
+def test_values_of_another_kind_are_refused_with_their_place(exported, images, tmp_path, values, said):
+    change(exported / "b.json", **values)
+    with pytest.raises(DataError, match=said) as refused:
+        labelme.load(str(exported), str(images), str(tmp_path / "crops"))
+    assert "b.json is no annotation of LabelMe" in str(refused.value)
+
+
+def test_a_json_may_leave_out_how_large_its_image_is_but_not_be_wrong(exported, images, tmp_path):
+    content = json.loads((exported / "b.json").read_text())
+    (exported / "b.json").write_text(json.dumps(content | {"imageHeight": None, "imageWidth": None}))
+    assert labelme.load(str(exported), str(images), str(tmp_path / "crops")) == {"field": 2, "nonfield": 2}
+    (exported / "b.json").write_text(json.dumps(content | {"imageHeight": 30}))
+    with pytest.raises(DataError, match=r"is of an image of 80 x 30 px, .*b\.png has 80 x 60"):
+        labelme.load(str(exported), str(images), str(tmp_path / "more"))
+
+
+def test_a_later_image_that_is_damaged_leaves_no_crops_of_the_others(exported, images, tmp_path):
+    whole = (images / "b.png").read_bytes()
+    (images / "b.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"b\.png cannot be read"):
+        labelme.load(str(exported), str(images), str(tmp_path / "crops"))
+    assert not (tmp_path / "crops").exists()
+    Image.fromarray(np.full((60, 80), 3000, np.uint16)).save(images / "b.png")
+    with pytest.raises(DataError, match=r"b\.png has pixels of kind I;16, crops are of 8 bits"):
+        labelme.load(str(exported), str(images), str(tmp_path / "crops"))
+
+
+def test_labels_that_a_person_set_are_not_written_over(exported, images, tmp_path):
+    words = (str(tmp_path), str(images), str(exported))
+    assert labelme.export(*words) == 2  # the same again
+    change(exported / "b.json", label="0")
+    before = {path.name: path.read_text() for path in exported.iterdir()}
+    with pytest.raises(DataError, match=r"b\.json is there already and may hold labels"):
+        labelme.export(*words)
+    assert {path.name: path.read_text() for path in exported.iterdir()} == before
+
+
+def test_crops_of_earlier_labels_are_not_mixed_with_new_ones(exported, images, tmp_path):
+    labelme.load(str(exported), str(images), str(tmp_path / "crops"))
+    change(exported / "b.json", label="0")
+    with pytest.raises(DataError, match=r"a-0000\.png is there already, maybe of other labels"):
+        labelme.load(str(exported), str(images), str(tmp_path / "crops"))
+
+
+def test_a_crop_holds_exactly_the_pixels_of_its_plot(images, tmp_path):
+    image = np.random.default_rng(0).integers(1, 256, (60, 80, 3)).astype(np.uint8)
+    Image.fromarray(image).save(images / "a.png")
+    for left in (10, 11):
+        table = geopandas.GeoDataFrame(
+            {"class": ["field"], "image": ["a"]}, geometry=[shapely.box(left, 7, left + 20, 27)]
+        )
+        table.to_parquet(tmp_path / "plots.parquet")
+        labelme.export(str(tmp_path), str(images), str(tmp_path / f"json{left}"))
+        labelme.load(str(tmp_path / f"json{left}"), str(images), str(tmp_path / f"crops{left}"), size=20)
+        with Image.open(tmp_path / f"crops{left}/field/a-0000.png") as opened:
+            assert np.array_equal(np.asarray(opened), image[7:27, left : left + 20])

@@ -112,3 +112,72 @@ def test_losses_and_gradients_equal_the_reference(shared: Path):
         slope = torch.autograd.grad(part.mean(), logits, retain_graph=True)[0]
         np.testing.assert_allclose(slope, golden[f"grad_{name}"], atol=1e-6)
     np.testing.assert_allclose(gradient(total, logits), golden["grad_BCE_SSIM_IOU"], atol=1e-6)
+
+
+# -- many classes -----------------------------------------------------------------------------------------------------
+
+
+def many(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(4, 5, 6, 7, generator=generator)
+    classes = torch.randint(0, 5, (4, 6, 7), generator=generator)
+    classes[torch.rand(4, 6, 7, generator=generator) < 0.3] = 255
+    return logits, classes
+
+
+WEIGHTS = torch.tensor([0.5, 2.0, 1.0, 0.1, 3.0])
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_the_loss_of_a_batch_is_the_sum_of_its_parts_over_its_mass(weights):
+    logits, classes = many()
+    whole = torch.nn.functional.cross_entropy(logits, classes, weights, ignore_index=255)
+    parts = [losses.cross_entropy_sum(logits[k : k + 1], classes[k : k + 1], weights) for k in range(4)]
+    assert sum(parts) / losses.mass(classes, weights) == pytest.approx(float(whole))
+    assert losses.cross_entropy(logits, classes, weights) == pytest.approx(float(whole))
+
+
+def test_focal_loss_without_focus_is_cross_entropy_and_focus_is_per_pixel():
+    logits, classes = many()
+    flat = losses.focal_sum(logits, classes, WEIGHTS, gamma=0.0, alpha=1.0)
+    assert flat == pytest.approx(float(losses.cross_entropy_sum(logits, classes, WEIGHTS)))
+    p = logits.softmax(1)
+    expected = 0.0
+    for n, row, col in (classes != 255).nonzero().tolist():
+        right = float(p[n, classes[n, row, col], row, col])
+        expected += -0.5 * (1 - right) ** 2 * np.log(right)
+    assert losses.focal_sum(logits, classes) == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_nobody_labelled_teaches_nothing():
+    logits = torch.randn(2, 5, 4, 4, requires_grad=True)
+    classes = torch.full((2, 4, 4), 255)
+    for weights in (None, WEIGHTS):
+        loss = losses.cross_entropy(logits, classes, weights)
+        loss.backward()
+        assert loss == 0
+    assert not logits.grad.any()
+    assert losses.focal_sum(logits, classes) == 0
+
+
+@pytest.mark.real
+def test_losses_of_many_classes_are_the_published_ones(shared):
+    golden = np.load(shared / "golden" / "landcover" / "losses.npz", allow_pickle=False)
+    logits, target = torch.from_numpy(golden["logits"]).requires_grad_(), torch.from_numpy(golden["target"])
+    weight, images = torch.from_numpy(golden["weight"]), len(target)
+    mean = losses.cross_entropy(logits, target)
+    assert float(mean) == pytest.approx(float(golden["ce_nobatch"]), abs=1e-6)
+    assert float(mean) / images == pytest.approx(float(golden["ce"]), abs=1e-6)
+    weighted = losses.cross_entropy(logits, target, weight)
+    assert float(weighted) / images == pytest.approx(float(golden["ce_weight"]), abs=1e-6)
+    np.testing.assert_allclose(
+        torch.autograd.grad(mean / images, logits, retain_graph=True)[0], golden["ce_grad"], atol=1e-7
+    )
+    focal = losses.published_focal(mean)
+    assert float(focal) == pytest.approx(float(golden["focal_nobatch"]), abs=1e-6)
+    np.testing.assert_allclose(torch.autograd.grad(focal / images, logits)[0], golden["focal_grad"], atol=1e-7)
+    assert float(losses.published_focal(weighted)) / images == pytest.approx(float(golden["focal_weight"]), abs=1e-6)
+    no_alpha = losses.published_focal(mean, gamma=3.0, alpha=1.0) / images
+    assert float(no_alpha) == pytest.approx(float(golden["focal_g3_noalpha"]), abs=1e-6)
+    per_pixel = losses.focal_sum(logits, target) / losses.mass(target) / images
+    assert float(per_pixel) == pytest.approx(float(golden["focal_per_pixel_not_reference"]), abs=1e-6)

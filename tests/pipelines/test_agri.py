@@ -14,9 +14,9 @@ from PIL import Image
 from small_world import GRID, files, mosaic, rayseg, refused, valid_stac, window_at
 
 from rayseg.errors import DataError
-from rayseg.geo import Grid, Tile, Window
+from rayseg.geo import Grid, Lattice, Tile, Window
 from rayseg.io import cog, labels
-from rayseg.io.plots import Patches
+from rayseg.io.maps import mapped_tiles
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Scaling
 from rayseg.models.plots import build_plot_classifier
@@ -25,7 +25,8 @@ from rayseg.pipelines.agri import CLASSES, SCALING, Config
 from rayseg.run import read
 from rayseg.stages import plots as stages
 from rayseg.stages.instances import ProposePlots
-from rayseg.vision.proposals import Proposals, Superpixels
+from rayseg.vision.color import ClassTable
+from rayseg.vision.proposals import Proposals, SuperpixelProposer
 from rayseg.vision.rounds import RoundsConfig
 
 pytestmark = pytest.mark.e2e
@@ -116,6 +117,79 @@ def test_every_field_is_one_plot_with_one_id(run):
     assert table["class"].isna().all()
     assert {"id", "class", "score", "stability", "predicted_iou", "area_m2", "round", "refined"} <= set(table.columns)
     assert table["area_m2"].sum() <= 1.01 * HEIGHT * WIDTH
+
+
+@pytest.mark.ray
+def test_ray_gives_the_same_bytes(run, region, tmp_path):
+    words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run", "--set", "map.tile=64")
+    found = rayseg(*words, *SETTINGS[:-2], "--engine", "ray")
+    assert found.exit_code == 0, found.output
+    assert files(tmp_path / "run/tiles") == files(run(64) / "tiles")
+    assert (tmp_path / "run/plots.parquet").read_bytes() == (run(64) / "plots.parquet").read_bytes()
+
+
+def test_its_map_is_measured_and_made_polygons_like_any_other(run, tmp_path):
+    truth_HW = (fields()[1] > 0).astype(np.uint8)
+    (tmp_path / "truth").mkdir()
+    table = ClassTable(((0, "background", (0, 0, 0)), (1, "plot", (230, 159, 0))))
+    cog.write_classes(tmp_path / "truth/scene.tif", truth_HW, GRID, window_at(0, 0), table)
+    said = rayseg("evaluate", run(64), tmp_path / "truth", "--json")
+    assert said.exit_code == 0, said.output
+    [measured] = [row for row in json.loads(said.stdout)["classes"] if row["name"] == "plot"]
+    assert measured["iou"]["value"] > 0.8
+    made = rayseg("polygonize", run(64), "--out", tmp_path / "plots.geojson")
+    assert made.exit_code == 0, made.output
+    found = geopandas.read_file(tmp_path / "plots.geojson")
+    assert set(found["class"]) == {"plot"}
+    assert found["area_m2"].sum() == pytest.approx(geopandas.read_parquet(run(64) / "plots.parquet")["area_m2"].sum())
+
+
+ENLARGED = (
+    *("--set", "proposer=felzenszwalb", "--set", "patch=384", "--set", "stride=256", "--set", "enlarge={}"),
+    *("--set", "superpixels.least=960", "--engine", "inline"),
+)
+
+
+def test_enlarged_imagery_keeps_its_place_and_gives_the_same_plots_whatever_the_tiling(region, tmp_path):
+    for tile in (256, 512):
+        words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / f"{tile}")
+        found = rayseg(*words, "--set", f"map.tile={tile}", *ENLARGED)
+        assert found.exit_code == 0, found.output
+    one, other = (tmp_path / f"{tile}/plots.parquet" for tile in (256, 512))
+    assert one.read_bytes() == other.read_bytes()
+    found = overlaps(geopandas.read_parquet(one), fields()[1])
+    assert min(found.values()) > 0.75, found
+    with rasterio.open(next((tmp_path / "512/tiles").glob("*/plots.tif"))) as file:
+        assert file.res == (GRID.resolution[0] / 4, GRID.resolution[1] / 4)
+    counts = [tile.counts for tile in mapped_tiles(tmp_path / "512")]
+    assert sum(sum(one.values()) for one in counts) == 16 * HEIGHT * WIDTH
+    for path in [*(tmp_path / "512/enlarged").glob("*.json")]:
+        valid_stac(path)
+
+
+def test_an_image_without_georeference_is_enlarged_whole(tmp_path):
+    (tmp_path / "in").mkdir()
+    image_CHW, field_HW = fields()
+    Image.fromarray(image_CHW[:, :90, :90].transpose(1, 2, 0)).save(tmp_path / "in/my field.png")
+    catalogue = labels.ingest_folder(tmp_path / "in", tmp_path / "cat")
+    words = ("run", "pipeline", "agri", "--region", catalogue, "--out", tmp_path / "run", "--set", "map.tile=256")
+    found = rayseg(*words, *ENLARGED)
+    assert found.exit_code == 0, found.output
+    table = geopandas.read_parquet(tmp_path / "run/plots.parquet")
+    assert set(table["image"]) == {"my-field"}
+    assert table["area_px"].max() > 16 * 0.7 * (field_HW == 1).sum()
+    said = refused(3, "labels", "export", tmp_path / "run", tmp_path / "in", "--out", tmp_path / "json")
+    assert "a plot reaches beyond" in said
+    found = rayseg("labels", "export", tmp_path / "run", tmp_path / "run/enlarged", "--out", tmp_path / "json")
+    assert found.exit_code == 0, found.output
+
+
+def test_a_network_that_cannot_enlarge_is_refused_before_anything_is_written(region, tmp_path):
+    (tmp_path / "other.pth").write_bytes(b"not weights")
+    words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run", "--set", "map.tile=256")
+    said = refused(4, *words, *ENLARGED, "--set", f"enlarge.weights={tmp_path}/other.pth")
+    assert "other.pth (11 bytes) are damaged" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_plots_do_not_depend_on_the_tiling(run):
@@ -228,9 +302,9 @@ def test_proposing_uses_the_threads_of_the_machine_whatever_the_process_was_told
     look = ProposePlots(
         "felzenszwalb",
         sam=SamConfig(),
-        superpixels=Superpixels(),
+        superpixels=SuperpixelProposer(),
         rounds=RoundsConfig(),
-        patches=Patches(32, 16),
+        patches=Lattice.of_cells(32, 16),
         geometry=None,
     )
 
@@ -239,7 +313,8 @@ def test_proposing_uses_the_threads_of_the_machine_whatever_the_process_was_told
         return Proposals.joined([])
 
     look._propose = propose
-    reach = look.patches.reach(tile.window)
+    first, *_, last = look.patches.cells(tile.window)
+    reach = look.patches.around(first).union(look.patches.around(last))
     size = (reach.height, reach.width)
     row = {"image": np.full((*size, 3), 9, np.uint8), "valid": np.ones(size, bool), "reach": reach}
     look([tile.to_row() | row])

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import rasterio
-from fake_run import blobs, picture
+from fake_run import blobs, make, picture
 from small_world import GRID, catalogue, files, rayseg, refused, valid_stac, window_at
 
 from rayseg.errors import DataError
@@ -204,6 +204,15 @@ def test_labels_become_classes_by_a_table(whole, world, tmp_path):
     assert "columns label and class" in refused(3, "labels", "assign", whole, "--csv", tmp_path / "table.csv")
 
 
+def test_classes_that_have_names_are_not_given_others(tmp_path):
+    mask_HW = blobs(48, 48).astype(np.uint8)
+    make(tmp_path / "run", {"scene": (picture(mask_HW), mask_HW, (0, 0))})
+    (tmp_path / "table.csv").write_text("label,class\n0,water\n")
+    said = refused(3, "labels", "assign", tmp_path / "run", "--csv", tmp_path / "table.csv")
+    assert "maps background, gpc, expected labels without a meaning" in said
+    assert not (tmp_path / "run" / "assigned").exists()
+
+
 def labels_of(out, scene):
     return range(records(out, "networks")[scene].facts["labels"])
 
@@ -260,6 +269,24 @@ def test_complex_pixels_are_refused_and_nothing_is_left(tmp_path):
     shutil.rmtree(tmp_path / "cat")
     labels.ingest_rasters([str(tmp_path / "odd.tif")], tmp_path / "cat")
     assert "complex" in refused(3, *command)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "said"),
+    [
+        ("truth={}/none", 3, "holds no masks"),
+        ("truth={}/other", 3, "no prediction has a truth"),
+        ("unlabelled=[grey]", 2, "colour is 'grey'"),
+    ],
+)
+def test_a_truth_that_cannot_be_compared_is_refused_and_nothing_is_left(world, tmp_path, given, code, said):
+    other = tmp_path / "other"
+    other.mkdir()
+    ones = np.ones((1, 20, 20), np.uint8)
+    cog.write_image(other / "far.tif", ones, GRID, window_at(90000, 90000, 20, 20), bands=("kind",))
+    more = [given.format(tmp_path), *([] if given.startswith("truth") else [f"truth={world}/truth"])]
+    assert said in refused(code, *words(world, *more), "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -108,7 +108,7 @@ def test_labels_do_not_depend_on_how_the_scene_is_cut_and_nodata_gets_none(model
 
 def test_too_little_memory_halves_the_batch_and_changes_no_label(model, monkeypatch):
     whole = labelled(model, [Window(0, 0, 70, 80)], sieve=0)[0]
-    forward, sizes = Predict._forward, []
+    forward, sizes = Predict.forward, []
 
     def small(stage, patches):
         sizes.append(stage.batch)
@@ -116,7 +116,7 @@ def test_too_little_memory_halves_the_batch_and_changes_no_label(model, monkeypa
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(stage, patches)
 
-    monkeypatch.setattr(Predict, "_forward", small)
+    monkeypatch.setattr(Predict, "forward", small)
     monkeypatch.setattr(label, "LabelTile", partial(LabelTile, batch=4))
     np.testing.assert_array_equal(labelled(model, [Window(0, 0, 70, 80)], sieve=0)[0], whole)
     assert sizes[:2] == [4, 2]

@@ -66,7 +66,7 @@ def test_the_batch_changes_no_class(prefix):
 
 def test_too_little_memory_halves_the_batch_and_goes_on(prefix, monkeypatch):
     stage, sizes = Predict(prefix, batch=4, device="cpu"), []
-    forward = stage._forward
+    forward = stage.forward
 
     def small(patches):
         sizes.append(stage.batch)
@@ -74,7 +74,7 @@ def test_too_little_memory_halves_the_batch_and_goes_on(prefix, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(patches)
 
-    monkeypatch.setattr(stage, "_forward", small)
+    monkeypatch.setattr(stage, "forward", small)
     [row] = stage([row_of(Window(0, 0, 170, 150))])
     assert sizes[:2] == [4, 2]
     assert set(sizes[1:]) == {2}
@@ -83,8 +83,8 @@ def test_too_little_memory_halves_the_batch_and_goes_on(prefix, monkeypatch):
 
 def test_patches_far_from_imagery_are_not_computed(prefix, monkeypatch):
     stage, count = Predict(prefix, batch=1, device="cpu"), []
-    forward = stage._forward
-    monkeypatch.setattr(stage, "_forward", lambda patches: count.append(1) or forward(patches))
+    forward = stage.forward
+    monkeypatch.setattr(stage, "forward", lambda patches: count.append(1) or forward(patches))
     window = Window(-90, -90, 100, 100)
     stage([row_of(window)])
     assert len(Lattice.of(GRID, 64, 48).patches(window)) == 16

@@ -4,7 +4,7 @@ import numpy as np
 
 from rayseg.vision import masks
 from rayseg.vision.crops import square_crop
-from rayseg.vision.instances import groups, painted, same
+from rayseg.vision.instances import painted
 
 
 def test_small_masks_lie_on_large_ones_and_scraps_go():
@@ -17,20 +17,6 @@ def test_small_masks_lie_on_large_ones_and_scraps_go():
     assert kept == [0, 2]
     assert np.array_equal(labels_HW == 1, small)
     assert np.array_equal(labels_HW == 2, large & ~small & where_HW)
-
-
-def test_instances_are_the_same_when_more_than_half_of_both_is():
-    one, other = np.zeros((2, 10, 20), np.int32)
-    one[:, 0:5], one[:, 10:16] = 1, 2
-    other[:, 0:4], other[:, 4:13], other[:, 13:16] = 7, 8, 9
-    assert same(one, other, least=0.5).tolist() == [[1, 7]]
-    assert same(one, np.zeros_like(one), least=0.5).tolist() == []
-
-
-def test_groups_follow_chains():
-    assert groups(5, [(0, 3), (3, 4)]).tolist() == [0, 1, 2, 0, 0]
-    assert groups(3, []).tolist() == [0, 1, 2]
-    assert groups(0, []).tolist() == []
 
 
 def test_a_crop_is_the_plot_in_the_middle_of_a_black_square():

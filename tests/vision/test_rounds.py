@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rayseg.vision import masks, rounds
-from rayseg.vision.proposals import Proposals, Superpixels
+from rayseg.vision.proposals import Proposals, SuperpixelProposer
 from rayseg.vision.rounds import Refining, Round, RoundsConfig, find_plots, in_rounds
 
 SHAPE = (60, 80)
@@ -113,7 +113,7 @@ def test_one_colour_is_not_mixed_and_has_no_entropy():
 
 @pytest.mark.parametrize("value", [0, 128, 255])
 def test_flat_images_have_no_plots(value):
-    plots = find_plots(np.full((*SHAPE, 3), value, np.uint8), Superpixels(), RoundsConfig())
+    plots = find_plots(np.full((*SHAPE, 3), value, np.uint8), SuperpixelProposer(), RoundsConfig())
     assert len(plots.proposals) == 0
 
 
@@ -122,13 +122,13 @@ def test_superpixels_find_fields_and_overlap_nothing():
     image[10:50, 10:50], image[10:50, 60:110], image[60:110, 10:110] = (30, 90, 30), (160, 120, 60), (60, 60, 20)
     open_HW = np.ones((120, 120), bool)
     open_HW[:, 100:] = False
-    found = Superpixels(reduce=1)(image, open_HW)
+    found = SuperpixelProposer(reduce=1)(image, open_HW)
     assert masks.areas(found.masks).sum() == masks.union(found.masks, (120, 120)).sum()
     assert not (masks.union(found.masks, (120, 120)) & ~open_HW).any()
     field = masks.encode(np.pad(np.ones((40, 40), bool), ((10, 70), (10, 70))))
     assert max(masks.ious([field, runs])[0, 1] for runs in found.masks) > 0.9
     assert ((found.iou_N >= 0.5) & (found.iou_N <= 1) & (found.stability_N <= 1)).all()
-    assert len(Superpixels()(image, np.zeros((120, 120), bool))) == 0
+    assert len(SuperpixelProposer()(image, np.zeros((120, 120), bool))) == 0
 
 
 @pytest.mark.real

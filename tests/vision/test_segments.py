@@ -1,6 +1,8 @@
 import numpy as np
 
-from rayseg.vision.segments import agreeing, united
+from rayseg.vision.segments import agreeing, alike, groups, united
+
+NONE = np.zeros((0, 2), int)
 
 
 def test_segments_that_both_tiles_found_alike_are_paired_where_their_border_cuts_them():
@@ -21,3 +23,17 @@ def test_what_is_united_has_one_number_over_all_tiles_and_numbers_have_no_gaps()
 def test_tiles_without_neighbours_or_segments_keep_their_own_numbers():
     assert [table.tolist() for table in united([2, 0, 1], {})] == [[0, 1, 2], [0], [0, 3]]
     assert united([], {}) == []
+
+
+def test_instances_are_the_same_when_more_than_half_of_both_is():
+    one, other = np.zeros((2, 10, 20), np.int32)
+    one[:, 0:5], one[:, 10:16] = 1, 2
+    other[:, 0:4], other[:, 4:13], other[:, 13:16] = 7, 8, 9
+    assert alike(one, other, least=0.5).tolist() == [[1, 7]]
+    assert alike(one, np.zeros_like(one), least=0.5).tolist() == []
+
+
+def test_groups_follow_chains():
+    assert groups(5, np.array([(0, 3), (3, 4)])).tolist() == [0, 1, 2, 0, 0]
+    assert groups(3, NONE).tolist() == [0, 1, 2]
+    assert groups(0, NONE).tolist() == []

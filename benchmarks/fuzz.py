@@ -1,0 +1,122 @@
+"""Damaged, random and lying uploads at a running `rayseg serve`: no 500, no hang, no dead replica, memory flat.
+
+python benchmarks/fuzz.py --files FOLDER_OF_DAMAGED_FILES --requests 5000
+schemathesis run http://127.0.0.1:PORT/openapi.json       while --hold keeps the server up
+"""
+
+import argparse
+import asyncio
+import io
+import random
+import struct
+import tempfile
+import time
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from measure import show
+from serve import ours, tree_mib, write_world
+
+PATHS = ("/v1/preview", "/v1/models/bench/predict", "/v1/unsupervised")
+
+
+def lying(kind: str, chance: random.Random, whole: dict[str, bytes]) -> bytes:
+    """An image whose header, middle or end is not what it should be."""
+    data = bytearray(whole[kind])
+    if kind == "png" and chance.random() < 0.5:
+        size = struct.pack(">II", chance.choice([0, 1, 65, 1 << 20, (1 << 31) - 1]), chance.choice([0, 1, 1 << 24]))
+        data[16:24] = size
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    for _ in range(chance.choice([1, 4, 32])):
+        data[chance.randrange(len(data))] = chance.randrange(256)
+    return bytes(data[: chance.randrange(len(data))] if chance.random() < 0.2 else data)
+
+
+def whole_images() -> dict[str, bytes]:
+    """A PNG, a JPEG and a TIFF that are as they should be."""
+    from PIL import Image
+
+    image, found = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)), {}
+    for kind in ("png", "jpeg", "tiff"):
+        sink = io.BytesIO()
+        image.save(sink, kind, **({"compression": "tiff_adobe_deflate"} if kind == "tiff" else {}))
+        found[kind] = sink.getvalue()
+    return found
+
+
+async def attack(port: int, uploads: list[tuple[str, bytes]]) -> tuple[Counter, float, list[str]]:
+    """(answers by kind of upload and status, slowest seconds, what failed with 5xx other than 503)."""
+    import aiohttp
+
+    found, slowest, wrong = Counter(), 0.0, []
+    queue = iter(enumerate(uploads))
+
+    async def client(session):
+        nonlocal slowest
+        for number, (kind, data) in queue:
+            form = aiohttp.FormData()
+            form.add_field("image", data, filename="image")
+            form.add_field("iterations", "1") if PATHS[number % 10 % 3] == PATHS[2] else None
+            began = time.perf_counter()
+            path = PATHS[2] if number % 50 == 0 else PATHS[number % 2]
+            try:
+                async with session.post(f"http://127.0.0.1:{port}{path}", data=form) as answer:
+                    body = await answer.read()
+                    status = answer.status
+            except (aiohttp.ClientError, TimeoutError) as error:
+                status, body = 0, repr(error).encode()
+            slowest = max(slowest, time.perf_counter() - began)
+            found[kind, status] += 1
+            if status == 0 or (status >= 500 and status != 503):
+                wrong.append(f"{kind} {path} {status} {body[:200]!r}")
+
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(120)) as session:
+        await asyncio.gather(*(client(session) for _ in range(6)))
+    return found, slowest, wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--files", type=Path)
+    parser.add_argument("--requests", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hold", type=float, default=0.0, help="Seconds to stay up afterwards, for schemathesis.")
+    asked = parser.parse_args()
+    chance, images = random.Random(asked.seed), whole_images()
+    damaged = [path.read_bytes() for path in sorted(asked.files.iterdir())] if asked.files else []
+    uploads = [("damaged file", data) for data in damaged]
+    while len(uploads) < asked.requests:
+        kind = chance.choice(["random bytes", "lying png", "lying jpeg", "lying tiff", "whole"])
+        if kind == "random bytes":
+            start = chance.choice(
+                [b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"II*\0", b"MM\0*", b"<svg", b"PK\x03\x04"]
+            )
+            uploads.append((kind, start + chance.randbytes(chance.choice([0, 10, 1000, 100_000]))))
+        elif kind == "whole":
+            uploads.append((kind, images[chance.choice(list(images))]))
+        else:
+            uploads.append((kind, lying(kind.split()[1], chance, images)))
+    chance.shuffle(uploads)
+    with tempfile.TemporaryDirectory() as name:
+        write_world(Path(name), "mobilenet_v2")
+        with ours(Path(name), "max_pixels=1000000") as (port, process):
+            asyncio.run(attack(port, uploads[:100]))
+            before, began = tree_mib(process.pid), time.perf_counter()
+            found, slowest, wrong = asyncio.run(attack(port, uploads))
+            seconds, after = time.perf_counter() - began, tree_mib(process.pid)
+            rows = [[kind, status, count] for (kind, status), count in sorted(found.items())]
+            show(
+                f"{len(uploads)} uploads in {seconds:.0f} s, slowest {slowest:.1f} s",
+                ["upload", "status", "count"],
+                rows,
+            )
+            print(f"memory before / after: {before:.0f} / {after:.0f} MiB; wrong: {wrong[:5] or 'none'}")
+            if asked.hold:
+                print(f"http://127.0.0.1:{port}/openapi.json for {asked.hold:g} s", flush=True)
+                time.sleep(asked.hold)
+
+
+if __name__ == "__main__":
+    main()

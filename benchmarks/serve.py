@@ -1,0 +1,286 @@
+"""`rayseg serve` against a bare FastAPI with the same model in one process; then three times more than it can answer.
+
+Both servers get the same PNG of one patch, and answer with its mask as PNG. Closed loops of 1, 8 and 32 clients take
+turns at them. The overload is an open loop: requests come at random, at three times the rate that was measured,
+whatever becomes of those before.
+Targets: images/s 1.0 x at 8 and 32, median at 1 at most 10 ms longer; overloaded, p99 of what is accepted at most 3 x
+that of a server at rest, and memory flat.
+"""
+
+import argparse
+import asyncio
+import io
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.request import urlopen
+
+import numpy as np
+from measure import show
+
+PATCH, MEAN, STD = 256, 120.0, 50.0
+
+
+def write_world(folder: Path, encoder: str) -> None:
+    """The bundle of a network that marks about half of an image, and a PNG of one patch."""
+    import torch
+    from PIL import Image
+
+    from rayseg.models import bundle
+    from rayseg.models.bundle import Architecture, Bundle, Scaling
+    from rayseg.models.segmenter import build_segmenter
+
+    image_HWC = np.random.default_rng(1).integers(60, 180, (8, 8, 3), np.uint8).repeat(32, 0).repeat(32, 1)
+    Image.fromarray(image_HWC).save(folder / "image.png")
+    torch.manual_seed(7)
+    options = {"architecture": "unet", "encoder": encoder, "classes": 1, "channels": 3}
+    model = build_segmenter(**options, weights="none").eval()
+    head = model.get_submodule("segmentation_head")[0]
+    with torch.inference_mode():
+        logits = model((torch.from_numpy(image_HWC.transpose(2, 0, 1)[None].copy()).float() - MEAN) / STD)
+        head.weight /= logits.std()
+        head.bias.copy_((head.bias - logits.median()) / logits.std())
+    described = Bundle(
+        name="bench",
+        task="segmentation",
+        architecture=Architecture(factory="segmenter", options=options),
+        classes=((0, "background", (0, 0, 0)), (1, "found", (0, 158, 115))),
+        bands=("red", "green", "blue"),
+        dtype="uint8",
+        scaling=Scaling(mean=(MEAN,) * 3, std=(STD,) * 3),
+        patch=PATCH,
+        stride=PATCH,
+    )
+    bundle.save(folder / "bench", described, model)
+
+
+def bare(folder: Path, port: int) -> None:
+    """What one would write in ten minutes: FastAPI, PIL, PyTorch."""
+    import torch
+    import uvicorn
+    from fastapi import FastAPI, Response, UploadFile
+    from PIL import Image
+
+    from rayseg.models import bundle
+
+    _, model = bundle.build(folder / "bench")
+    model = model.to(memory_format=torch.channels_last)
+    app = FastAPI()
+
+    @app.post("/v1/models/bench/predict")
+    def predict(image: UploadFile):
+        pixels_HWC = np.array(Image.open(image.file).convert("RGB"))
+        batch = (torch.from_numpy(pixels_HWC.transpose(2, 0, 1)[None].copy()).float() - MEAN) / STD
+        with torch.inference_mode():
+            mask_HW = (model(batch.contiguous(memory_format=torch.channels_last))[0, 0].sigmoid() > 0.5).numpy()
+        sink = io.BytesIO()
+        Image.fromarray(mask_HW.astype(np.uint8) * 255).save(sink, "PNG")
+        return Response(sink.getvalue(), media_type="image/png")
+
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="error")
+
+
+# -- servers ----------------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def server(words: list[str], port: int):
+    """A server in a process of its own that answers; ended afterwards."""
+    process = subprocess.Popen([sys.executable, *words], stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(240):
+            with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/openapi.json", timeout=5):  # a 404 is an OSError
+                break
+            time.sleep(0.5)
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(90)
+
+
+@contextmanager
+def ours(folder: Path, *settings: str):
+    port = free_port()
+    words = ["-m", "rayseg", "serve", "--models", str(folder / "bench"), "--port", str(port)]
+    words += [part for text in ("replicas=1", "queue=64", *settings) for part in ("--set", text)]
+    with server(words, port) as process:
+        yield port, process
+
+
+@contextmanager
+def theirs(folder: Path):
+    port = free_port()
+    with server([__file__, "--bare", str(folder), "--port", str(port)], port) as process:
+        yield port, process
+
+
+def tree_mib(pid: int) -> float:
+    """Memory that a process and all below it hold alone (PSS), MiB."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            children.setdefault(int(path.read_text().rpartition(") ")[2].split()[1]), []).append(int(path.parent.name))
+        except OSError:
+            continue
+    held, waiting = 0, [pid]
+    while waiting:
+        one = waiting.pop()
+        waiting += children.get(one, [])
+        try:
+            text = Path(f"/proc/{one}/smaps_rollup").read_text()
+            held += int(next(line for line in text.splitlines() if line.startswith("Pss:")).split()[1])
+        except (OSError, StopIteration):
+            continue
+    return held / 1024
+
+
+# -- clients ----------------------------------------------------------------------------------------------------------
+
+
+async def one(session, url: str, data: bytes) -> tuple[int, float]:
+    """(status, seconds) of a request."""
+    import aiohttp
+
+    form = aiohttp.FormData()
+    form.add_field("image", data, filename="image.png", content_type="image/png")
+    began = time.perf_counter()
+    try:
+        async with session.post(url, data=form, headers={"Accept": "image/png"}) as answer:
+            await answer.read()
+            return answer.status, time.perf_counter() - began
+    except aiohttp.ClientError:
+        return 0, time.perf_counter() - began
+
+
+async def closed(port: int, data: bytes, clients: int, seconds: float) -> tuple[list[float], float]:
+    """(seconds of every answer, images per second) of a few clients that ask again when answered."""
+    import aiohttp
+
+    url, found, end = f"http://127.0.0.1:{port}/v1/models/bench/predict", [], time.perf_counter() + seconds
+
+    async def client(session):
+        while time.perf_counter() < end:
+            found.append(await one(session, url, data))
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        await asyncio.gather(*(one(session, url, data) for _ in range(2)))
+        began = time.perf_counter()
+        await asyncio.gather(*(client(session) for _ in range(clients)))
+        spent = time.perf_counter() - began
+    wrong = Counter(status for status, _ in found if status != 200)
+    if wrong:
+        print(f"  answers that are no 200: {dict(wrong)}")
+    good = [took for status, took in found if status == 200]
+    return good, len(good) / spent
+
+
+async def opened(port: int, data: bytes, rate: float, seconds: float) -> list[tuple[int, float]]:
+    """(status, seconds) of requests that come at random at some rate."""
+    import aiohttp
+
+    url, tasks, end = f"http://127.0.0.1:{port}/v1/models/bench/predict", [], time.perf_counter() + seconds
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        due = time.perf_counter()
+        while due < end:
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            tasks.append(asyncio.create_task(one(session, url, data)))
+            due += random.expovariate(rate)
+        return await asyncio.gather(*tasks)
+
+
+def ms(values: list[float], share: float) -> float:
+    return float(np.quantile(values, share) * 1000) if values else float("nan")
+
+
+def compare(folder: Path, data: bytes, seconds: float, rounds: int) -> None:
+    """Closed loops at both servers in turn."""
+    found: dict[tuple[str, int], tuple[list[float], list[float]]] = {}
+    names = {"FastAPI": theirs, "rayseg": ours, "rayseg, exact=false": lambda folder: ours(folder, "exact=false")}
+    for name, start in names.items():
+        with start(folder) as (port, _):
+            asyncio.run(closed(port, data, 1, 5))
+            for _ in range(rounds):
+                for clients in (1, 8, 32):
+                    took, rate = asyncio.run(closed(port, data, clients, seconds))
+                    kept = found.setdefault((name, clients), ([], []))
+                    kept[0].extend(took)
+                    kept[1].append(rate)
+    rows = []
+    for clients in (1, 8, 32):
+        base = float(np.median(found["FastAPI", clients][1]))
+        for name in names:
+            took, rates = found[name, clients]
+            rate = float(np.median(rates))
+            rows.append(
+                [clients, name, f"{ms(took, 0.5):.1f}", f"{ms(took, 0.99):.1f}", f"{rate:.1f}", f"{rate / base:.2f}"]
+            )
+    show("closed loop, one patch", ["clients", "server", "p50 ms", "p99 ms", "images/s", "x FastAPI"], rows)
+
+
+def overload(folder: Path, data: bytes, seconds: float, queue: int) -> None:
+    """Three times the capacity, at random."""
+    with ours(folder, f"queue={queue}") as (port, process):
+        rest, _ = asyncio.run(closed(port, data, 1, 10))
+        _, capacity = asyncio.run(closed(port, data, queue, 8))
+        before = tree_mib(process.pid)
+        found = asyncio.run(opened(port, data, 3 * capacity, seconds))
+        after = tree_mib(process.pid)
+        again, _ = asyncio.run(closed(port, data, 1, 5))
+    good = [took for status, took in found if status == 200]
+    refused = [took for status, took in found if status == 503]
+    rows = [
+        ["capacity, images/s", f"{capacity:.1f}"],
+        ["asked, images/s", f"{len(found) / seconds:.1f}"],
+        ["answers", str(dict(Counter(status for status, _ in found)))],
+        ["at rest, p50 / p99 ms", f"{ms(rest, 0.5):.1f} / {ms(rest, 0.99):.1f}"],
+        ["accepted, p50 / p99 ms", f"{ms(good, 0.5):.1f} / {ms(good, 0.99):.1f}"],
+        ["accepted p99 / at rest p99", f"{ms(good, 0.99) / ms(rest, 0.99):.2f}"],
+        ["refused, p50 / p99 ms", f"{ms(refused, 0.5):.1f} / {ms(refused, 0.99):.1f}"],
+        ["accepted, images/s", f"{len(good) / seconds:.1f}"],
+        ["memory before / after, MiB", f"{before:.0f} / {after:.0f}"],
+        ["afterwards at rest, p50 ms", f"{ms(again, 0.5):.1f}"],
+    ]
+    show(f"open loop at 3 x capacity for {seconds:g} s, queue={queue}", ["", ""], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--encoder", default="mobilenet_v2")
+    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--overload", type=float, default=60.0)
+    parser.add_argument("--queue", type=int, default=2)
+    parser.add_argument("--only", choices=["compare", "overload"])
+    asked = parser.parse_args()
+    if asked.bare:
+        bare(asked.bare, asked.port)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_world(folder, asked.encoder)
+        data = (folder / "image.png").read_bytes()
+        if asked.only != "overload":
+            compare(folder, data, asked.seconds, asked.rounds)
+        if asked.only != "compare":
+            overload(folder, data, asked.overload, asked.queue)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("RAYSEG_CACHE", tempfile.gettempdir())
+    main()

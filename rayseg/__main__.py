@@ -1,0 +1,5 @@
+"""`python -m rayseg`: the command line."""
+
+from rayseg.cli import app
+
+app()

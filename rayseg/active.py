@@ -1,0 +1,383 @@
+"""Active learning: a classifier says which chips are worth a mask (Desai & Ghose 2022, WACV, section 3).
+
+Each function is a step of a `Run`. `<step>/labelled.parquet` holds every chip chosen so far, in the order of choice:
+its round, the strategy's score, what the classifier took it for, and how sure it was.
+"""
+
+import io
+from collections.abc import Sequence
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from rayseg import flow, pool
+from rayseg.chips import parquet
+from rayseg.config import Config
+from rayseg.errors import RunIncomplete
+from rayseg.flow import Work
+from rayseg.io.tables import Classes
+from rayseg.ledger import Ledger, Record
+from rayseg.metrics import Confusion
+from rayseg.models import bundle
+from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
+from rayseg.pool import Row
+from rayseg.run import Step
+from rayseg.stages.score import ReadWith, Score, features_path
+from rayseg.store import put, upath
+from rayseg.train.augment import Augment
+from rayseg.train.classifier import NETWORKS, ClassifierConfig, fit_classifier, trained_classifier
+from rayseg.train.learning import Learning, Rates
+from rayseg.vision import linear, queries
+from rayseg.vision.color import ClassTable, label_table
+from rayseg.vision.queries import Budget
+
+Strategy = Literal["margin", "entropy", "least-confidence", "random", "k-center", "badge"]
+Share = Annotated[float, Field(gt=0, le=1)]
+AT_ONCE = 8
+"""Chips that are scored at once."""
+
+
+class ChipsClassifierConfig(ClassifierConfig):
+    """A classifier of chips into many classes; the defaults are the paper's for UC Merced."""
+
+    network: Literal["chips", "plots", "over-imagenet"] = "over-imagenet"
+    """over-imagenet: a head on the 1000 outputs of a whole network of timm; chips: a head on an encoder."""
+    encoder: str = "resnet101"
+    """A name of timm; of segmentation_models_pytorch too for `network: chips`."""
+    positive: int | None = None
+    """None draws all chips alike."""
+    size: Annotated[int, Field(gt=0)] = 256
+    """Side in pixels of the windows cut out of the chips; a multiple of 32 times `reduce`."""
+    epochs: Annotated[int, Field(gt=0)] = 50
+    """One epoch is one pass over the labelled chips."""
+    rates: Rates = ((50, 1e-3),)
+    """(until epoch, learning rate)."""
+    learning: Learning = Learning(batch=4, optimizer="sgd")
+    """How weights are changed."""
+    augment: Augment = Augment(quadrants=0.0, rotate=0.0)
+    """What happens to training chips."""
+
+
+class ActiveConfig(Config):
+    """How chips are chosen; the defaults are the paper's for UC Merced."""
+
+    strategy: Strategy = "entropy"
+    """margin, entropy, least-confidence: the least certain; k-center, badge: different ones too; random: none is
+    better than another, and nothing is trained to choose."""
+    ratio: Share = 0.125
+    """Share of the pool that gets masks."""
+    alpha: Share = 0.5
+    """Share of these that is drawn at random first."""
+    beta: Share = 0.9
+    """Size of a query relative to that."""
+    count_pool: bool = True
+    """The first ones count and are learnt from; without, the list is of queried chips alone, as published."""
+    classifier: ChipsClassifierConfig = ChipsClassifierConfig()
+    """Of whole chips; begins anew in each round."""
+    frozen: bool = False
+    """The network stays as its weights are and sees every chip once; a round then fits a logistic regression to its
+    features, in a second."""
+
+    def budget(self, chips: int) -> Budget:
+        """How many of `chips` are asked for when."""
+        return queries.budget(chips, self.ratio, alpha=self.alpha, beta=self.beta, count_pool=self.count_pool)
+
+
+def draw_first(step: Step, listed: Step, config: ActiveConfig, *, seed: int) -> dict[str, Any]:
+    """The chips that are labelled before anything is learnt, at random."""
+    rows = pool.rows_of(listed, "pool")
+    count = config.budget(len(rows)).initial
+    drawn = np.random.default_rng((seed, 0)).permutation(len(rows))[:count]
+    return _keep(step, [_picked(rows[at], rank, 0, "first") for rank, at in enumerate(drawn)])
+
+
+def see(step: Step, listed: Step, config: ActiveConfig, *, common: "Common") -> dict[str, Any]:
+    """The features of all chips by a network that stays as it is, `<step>/features/<chip>.npy`."""
+    settings, classes = config.classifier, listed.value["classes"]
+    options = settings.options(classes=len(classes), channels=len(pool.BANDS))
+    model = NETWORKS[settings.network](**options, weights=settings.weights).eval()
+    prefix = str(step.prefix / "classifier")
+    bundle.save(prefix, _described(settings, classes, common), model)
+    rows = pool.rows_of(listed, "pool") + pool.rows_of(listed, "validation")
+    return {"chips": len(_scored(step, rows, Score(prefix, str(step.prefix / "features")), common))}
+
+
+def query(
+    step: Step, listed: Step, seen: Step | None, before: Step, config: ActiveConfig, *, number: int, common: "Common"
+) -> dict[str, Any]:
+    """Train on what is labelled, score the rest, choose.
+
+    Args:
+        step: this one.
+        listed: the pool.
+        seen: the step that has the features of all chips, where the network stays as it is.
+        before: the step that chose last.
+        config: how.
+        number: of this round, from 1.
+        common: what all rounds share.
+
+    Returns:
+        `labelled`: chips chosen so far; with a classifier its `measures`, accuracy on the validation chips among them.
+
+    Raises:
+        RunIncomplete: chips chosen before have no label yet.
+    """
+    rows, chosen = pool.rows_of(listed, "pool"), labelled(before)
+    taken = {row["id"] for row in chosen}
+    rest = [row for row in rows if row["id"] not in taken]
+    budget = config.budget(len(rows))
+    last = budget.target + (0 if config.count_pool else budget.initial)
+    count = min(budget.query, last - len(chosen))
+    found = _told(step, listed, seen, chosen, rest, config, common) if common.classifies else None
+    scores = found or {}
+    features = seen or step
+    picks = _choose(features, rest, [row["id"] for row in chosen], scores, config, count, number, common)
+    rows_picked = [
+        _picked(rest[at], len(chosen) + k, number, config.strategy, score=score, classes=listed.value["classes"],
+                p=scores.get(rest[at]["id"]))
+        for k, (at, score) in enumerate(picks)
+    ]  # fmt: skip
+    measured = _accuracy(listed, scores) if found else {}
+    return _keep(step, chosen + rows_picked) | {"before": len(chosen)} | measured
+
+
+def measure_last(
+    step: Step, listed: Step, seen: Step | None, before: Step, config: ActiveConfig, *, common: "Common"
+) -> dict[str, Any]:
+    """The accuracy of a classifier that learnt from all chips chosen."""
+    chosen = labelled(before)
+    scores = _told(step, listed, seen, chosen, [], config, common)
+    return {"before": len(chosen), "labelled": len(chosen)} | _accuracy(listed, scores)
+
+
+class Common(Config):
+    """What all rounds share."""
+
+    kinds: Classes = Classes()
+    """Classes of the masks; labelled images need none."""
+    scaling: Scaling
+    seed: int
+    workers: int = 0
+    patience: float = 1800.0
+    classifies: bool = True
+    """Whether a classifier is trained; the random strategy needs none to choose by."""
+
+    @property
+    def classes(self) -> ClassTable:
+        """The table of the masks' classes."""
+        return self.kinds.table
+
+
+def labelled(step: Step) -> list[Row]:
+    """Chips chosen up to a step, in the order of choice, and why."""
+    with (step.prefix / "labelled.parquet").open("rb") as file:
+        rows: list[Row] = pq.read_table(file).to_pylist()
+    return rows
+
+
+def known_labels(root: str, rows: Sequence[Row], table: ClassTable) -> list[str]:
+    """Labels of chips.
+
+    Raises:
+        RunIncomplete: some have none; their images are ready to be drawn on.
+    """
+    drawn = drawn_prefix(root)
+    found = [pool.label_of(row, table, drawn) for row in rows]
+    waiting = [row for row, label in zip(rows, found, strict=True) if not label]
+    if waiting:
+        ask(root, waiting, table)
+    return found
+
+
+def expect_masks(root: str, rows: Sequence[Row], table: ClassTable) -> None:
+    """Refuse to learn from chips whose masks are still to be drawn.
+
+    Raises:
+        RunIncomplete: there are some; their images are ready to be drawn on.
+    """
+    waiting = [
+        row for row in rows if row["masks"] == "[]" and not pool.drawn_path(drawn_prefix(root), row["id"]).exists()
+    ]
+    if waiting:
+        ask(root, waiting, table)
+
+
+def drawn_prefix(root: str) -> str:
+    """Where a run keeps masks that people drew."""
+    return str(upath(root) / "masks")
+
+
+def ask(root: str, rows: Sequence[Row], table: ClassTable) -> None:
+    """Export chips to be drawn on, and stop.
+
+    Raises:
+        RunIncomplete: always; the message says where they are and how masks come back.
+    """
+    from rayseg.io import asking
+
+    page = asking.export(f"{root}/to-label", [(row, *pool.placed(row), pool.image_of(row)) for row in rows], table)
+    raise RunIncomplete(
+        f"{len(rows)} chips wait for masks, see {page}; draw them, then: rayseg labels import MASKS {root}, and give "
+        "the same command again to go on"
+    )
+
+
+def _picked(
+    row: Row,
+    rank: int,
+    number: int,
+    why: str,
+    *,
+    score: float | None = None,
+    p: Sequence[float] | None = None,
+    classes: Sequence[str] = (),
+) -> Row:
+    best = int(np.argmax(p)) if p is not None else None
+    return {
+        "id": row["id"],
+        "rank": rank,
+        "round": number,
+        "why": why,
+        "score": score,
+        "taken_for": None if best is None else classes[best],
+        "probability": None if best is None or p is None else float(p[best]),
+    }
+
+
+def _keep(step: Step, rows: list[Row]) -> dict[str, Any]:
+    put(step.prefix / "labelled.parquet", parquet(rows))
+    return {"labelled": len(rows), "table": f"steps/{step.name}/labelled.parquet"}
+
+
+# -- learning and scoring ----------------------------------------------------------------------------------------------
+
+
+def _told(
+    step: Step,
+    listed: Step,
+    seen: Step | None,
+    chosen: list[Row],
+    rest: list[Row],
+    config: ActiveConfig,
+    common: Common,
+) -> dict[str, list[float]]:
+    """Probabilities of the rest and of the validation chips, by id."""
+    if seen is None:
+        return _learnt(step, listed, chosen, rest, config, common)
+    by_id = {row["id"]: row for row in pool.rows_of(listed, "pool")}
+    classes = listed.value["classes"]
+    labels = known_labels(step.root, [by_id[row["id"]] for row in chosen], common.classes)
+    asked = [row["id"] for row in rest + pool.rows_of(listed, "validation")]
+    known_NF, asked_MF = (_features(seen, ids, wanted=True) for ids in ([row["id"] for row in chosen], asked))
+    numbers = np.array([classes.index(label) for label in labels])
+    p_MK = linear.class_probabilities(known_NF, numbers, asked_MF, classes=len(classes))
+    return {chip: p.tolist() for chip, p in zip(asked, p_MK, strict=True)}
+
+
+def _learnt(
+    step: Step, listed: Step, chosen: list[Row], rest: list[Row], config: ActiveConfig, common: Common
+) -> dict[str, list[float]]:
+    """Probabilities of the rest, of the labelled where features are wanted, and of the validation chips, by id."""
+    by_id = {row["id"]: row for row in pool.rows_of(listed, "pool")}
+    own = [by_id[row["id"]] for row in chosen]
+    labels = known_labels(step.root, own, common.classes)
+    classes = listed.value["classes"]
+    settings = _seeded(config.classifier, common.seed)
+    fit_classifier(
+        settings,
+        pool.labelled_chips(own, labels, classes),
+        prefix=step.prefix / "training",
+        scaling=common.scaling,
+        workers=common.workers,
+        use_gpu=flow.connect_training(step.engine.address, workers=common.workers),
+    )
+    prefix = str(step.prefix / "classifier")
+    model = trained_classifier(settings, step.prefix / "training", classes=len(classes))
+    bundle.save(prefix, _described(settings, classes, common), model)
+    features = str(step.prefix / "features") if config.strategy in queries.FEATURES else None
+    scored = rest + (own if features else []) + pool.rows_of(listed, "validation")
+    return _scored(step, scored, Score(prefix, features), common)
+
+
+def _seeded(settings: ClassifierConfig, seed: int) -> ClassifierConfig:
+    learning = settings.learning.model_copy(update={"seed": seed})
+    return settings.model_copy(update={"learning": learning})
+
+
+def _described(settings: ClassifierConfig, classes: Sequence[str], common: Common) -> Bundle:
+    colors = dict(zip(common.classes.names, common.classes.colors, strict=True))
+    palette = label_table(len(classes)).colors
+    return Bundle(
+        name="classifier",
+        task="classification",
+        architecture=Architecture(
+            factory="over-imagenet" if settings.network == "over-imagenet" else "classifier",
+            options=settings.options(classes=len(classes), channels=len(pool.BANDS)),
+        ),
+        classes=tuple((k, name, colors.get(name, palette[k])) for k, name in enumerate(classes)),
+        bands=pool.BANDS,
+        dtype="uint8",
+        scaling=common.scaling,
+        patch=settings.size,
+        stride=settings.size,
+        provenance=Provenance(config=settings.model_dump(mode="json")),
+    )
+
+
+def _scored(step: Step, rows: list[Row], score: Score, common: Common) -> dict[str, list[float]]:
+    put(step.prefix / "manifest.parquet", parquet(rows))
+    ledger = Ledger(str(step.prefix / "ledger"))
+    works = [Work(ReadWith(pool.image_of), batch=AT_ONCE), Work(score, batch=AT_ONCE, cpus=0.5, gpus=0.5, model=True)]
+    flow.run(rows, works, ledger, step.engine, title="chips", stall_seconds=common.patience)
+    return {chip: _probabilities(record) for chip, record in ledger.read().items()}
+
+
+def _probabilities(record: Record) -> list[float]:
+    if record.status != "done":
+        raise RunIncomplete(
+            f"chip {record.id} could not be scored ({record.reason}); mend it and give the command again"
+        )
+    return list(record.facts["p"])
+
+
+def _choose(
+    step: Step,
+    rest: list[Row],
+    taken: list[str],
+    scores: dict[str, list[float]],
+    config: ActiveConfig,
+    count: int,
+    number: int,
+    common: Common,
+) -> list[tuple[int, float]]:
+    """(position among the rest, score) of the chips chosen."""
+    p_NK = np.array([scores.get(row["id"], [0.0]) for row in rest])
+    features = partial(_features, step, wanted=config.strategy in queries.FEATURES)
+    found = queries.STRATEGIES[config.strategy](
+        queries.Pool(p_NK, features([row["id"] for row in rest]), features(taken)),
+        count,
+        np.random.default_rng((common.seed, number)),
+    )
+    return [(int(at), float(score)) for at, score in zip(found.positions, found.scores, strict=True)]
+
+
+def _features(step: Step, chips: Sequence[str], *, wanted: bool) -> np.ndarray:
+    if not wanted:
+        return np.zeros((len(chips), 1))
+    prefix = str(step.prefix / "features")
+    contents = [features_path(prefix, chip).read_bytes() for chip in chips]
+    return np.stack([np.load(io.BytesIO(content), allow_pickle=False) for content in contents])
+
+
+def _accuracy(listed: Step, scores: dict[str, list[float]]) -> dict[str, Any]:
+    """How well the validation chips are told apart; nothing without them."""
+    rows, classes = pool.rows_of(listed, "validation"), listed.value["classes"]
+    if not rows:
+        return {}
+    truth = np.array([classes.index(row["label"]) for row in rows])
+    told = np.array([int(np.argmax(scores[row["id"]])) for row in rows])
+    confusion = Confusion.from_arrays(truth, told, len(classes))
+    return {"accuracy": confusion.overall_accuracy, "class_accuracy": confusion.class_accuracy}

@@ -1,0 +1,328 @@
+"""Labelled scenes: images with their masks, which belong together, and the pixels of both on any window.
+
+    <folder>/images, <folder>/masks               each image is a scene of its own
+    <folder>/<scene>/images, <folder>/<scene>/masks
+
+Or two collections of STAC catalogues. Images of one scene show neighbouring ground: a split keeps them together.
+"""
+
+import json
+import threading
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayseg.errors import DataError
+from rayseg.geo import Grid, Window, expect_ids, slug
+from rayseg.io import catalog
+from rayseg.io.labels import image_folders, sources_of_images
+from rayseg.io.maps import NODATA
+from rayseg.io.masks import masks_of, pixels_of, read_classes
+from rayseg.io.rasters import footprint, grids_of, read
+from rayseg.io.sources import Source
+from rayseg.vision.color import ClassTable
+from rayseg.vision.fill import mirrored
+
+SCENE = "rayseg:scene"
+Pixels = tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.uint8]]
+"""image_CHW, where it is valid, its classes."""
+_THREADS = 4
+_ROWS = 4096  # of a mask that are decoded at once
+_WHOLE = 1 << 24  # px of an image without georeference that is decoded as a whole
+_ROOM = 512 << 20  # bytes of such images that a process keeps
+_kept: dict[Any, Pixels] = {}
+_keeping = threading.Lock()
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """An image and what is known of its pixels.
+
+    Attributes:
+        id: of the image.
+        scene: what it belongs to.
+        image: its file.
+        masks: over it, the preferred one first; none where nothing is labelled.
+        grid: on which both are read.
+        window: the whole image.
+    """
+
+    id: str
+    scene: str
+    image: Source
+    masks: tuple[Source, ...]
+    grid: Grid
+    window: Window
+
+    def to_row(self) -> dict[str, Any]:
+        """The image as one flat row of plain values."""
+        masks = json.dumps([mask.to_row() for mask in self.masks])
+        return {"id": self.id, "scene": self.scene, "image": json.dumps(self.image.to_row()), "masks": masks}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "LabelledImage":
+        """The image that `to_row` made this row of (further columns are ignored)."""
+        image, masks = Source.from_row(json.loads(row["image"])), map(Source.from_row, json.loads(row["masks"]))
+        return _placed(row["id"], row["scene"], image, tuple(masks))
+
+
+def labelled_images(images: str, masks: str | None = None, *, names: Sequence[str] = ()) -> list[LabelledImage]:
+    """The images of all scenes, by id, each with its masks; one without a mask has none.
+
+    Args:
+        images: a folder as above, or `catalog.json#collection`; an item's scene is its property `rayseg:scene`, else
+            the item itself.
+        masks: with a catalogue, where its masks are, as `masks_of` takes it.
+        names: of the classes, by which the right one of several rasters of an item is told.
+
+    Raises:
+        DataError: there are no images, one cannot be opened, or a mask is of another size than its image.
+    """
+    if images.partition("#")[0].lower().endswith((".json", ".parquet")):
+        found = _of_catalog(images, masks or "", names)
+    else:
+        found = _of_folder(images)
+    expect_ids([image.id for image in found])
+    return sorted(found, key=lambda image: image.id)
+
+
+def _placed(image_id: str, scene: str, image: Source, masks: tuple[Source, ...]) -> LabelledImage:
+    image = replace(image, item_id=image_id)
+    grid = grids_of([image])[0][0] if any(mask.crs for mask in masks) and image.crs else pixels_of(image)
+    return LabelledImage(image_id, scene, image, masks, grid, footprint(image, grid))
+
+
+def _of_folder(folder: str) -> list[LabelledImage]:
+    folders = image_folders(folder)
+    if not folders:
+        raise DataError(
+            f"{folder} has no folder called images, expected images and masks side by side in it or in each of its "
+            "scenes' folders; rename them, or name a catalogue"
+        )
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return [image for part in pool.map(_of_scene, folders, folders.values()) for image in part]
+
+
+def _of_scene(scene: str, folder: Any) -> list[LabelledImage]:  # noqa: ANN401 - a UPath
+    sources, wrong = sources_of_images(folder / "images")
+    if wrong:
+        raise DataError(f"{len(wrong)} of the images in {folder / 'images'} cannot be opened: {first_of(wrong)}")
+    masks = {mask.item_id: mask for mask in masks_of(str(folder / "masks"))} if (folder / "masks").is_dir() else {}
+    masks = {slug(stem): mask for stem, mask in masks.items()}
+    if lost := sorted(set(masks) - {source.item_id for source in sources}):
+        raise DataError(
+            f"masks {', '.join(lost[:5])} in {folder / 'masks'} have no image of their name; "
+            "rename them, or take them away"
+        )
+    return [_named(scene, source, masks.get(source.item_id)) for source in sources]
+
+
+def _named(scene: str, source: Source, mask: Source | None) -> LabelledImage:
+    own = f"{scene}-{source.item_id}" if scene else source.item_id
+    if mask and (mask.height, mask.width) != (source.height, source.width):
+        raise DataError(
+            f"image {source.assets[0][0]} is {source.height} x {source.width} px but its mask {mask.assets[0][0]} "
+            f"{mask.height} x {mask.width}; give both the same size"
+        )
+    return _placed(slug(own), slug(scene or source.item_id), source, (mask,) if mask else ())
+
+
+def first_of(wrong: Mapping[str, DataError]) -> str:
+    """The first trouble of several, with its name."""
+    name, error = next(iter(wrong.items()))
+    return f"{name}: {error}"
+
+
+def _of_catalog(images: str, masks: str, names: Sequence[str]) -> list[LabelledImage]:
+    uri, _, collection = images.partition("#")
+    found = masks_of(masks, names=names) if masks else []
+    by_id = {mask.item_id: mask for mask in found}
+    placed = [mask for mask in found if mask.crs]
+    labelled = []
+    for item in catalog.open_items(uri, collection or None):
+        source, scene = catalog.source_of(item), slug(str(item.properties.get(SCENE, item.id)))
+        if source.crs and placed:
+            [(grid, _)] = grids_of([source])
+            over = footprint(source, grid)
+            near = tuple(mask for mask in placed if not footprint(mask, grid).intersect(over).empty)
+            labelled.append(_placed(item.id, scene, source, near))
+        else:
+            labelled.append(_named_item(item.id, scene, source, by_id.get(item.id)))
+    return labelled
+
+
+def _named_item(image_id: str, scene: str, source: Source, mask: Source | None) -> LabelledImage:
+    return _placed(image_id, scene, source, _named(scene, source, mask).masks)
+
+
+# -- pixels -----------------------------------------------------------------------------------------------------------
+
+
+def read_window(
+    one: LabelledImage, window: Window, *, bands: Sequence[str], table: ClassTable | None
+) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+    """(image_CHW in the imagery's dtype, classes_HW uint8, 255 where not labelled) of a window.
+
+    Without a table nothing is labelled. Where there is no imagery, the image is the mirror of what is there and
+    nothing is labelled; a window without any imagery is 0.
+
+    Raises:
+        DataError: a file cannot be read, or a value or colour of a mask is no class.
+    """
+    if one.grid.crs is None and one.window.height * one.window.width <= _WHOLE:
+        image_CHW, valid_HW, classes_HW = _cut(_whole(one, tuple(bands), table), one.window, window)
+    else:
+        image_CHW, valid_HW, classes_HW = _read(one, window, bands, table)
+    return mirrored(image_CHW, valid_HW) if valid_HW.any() else image_CHW, classes_HW
+
+
+def _read(one: LabelledImage, window: Window, bands: Sequence[str], table: ClassTable | None) -> Pixels:
+    image_CHW, valid_HW = read([one.image], one.grid, window, bands=bands)
+    if table is None or not one.masks:
+        return image_CHW, valid_HW, np.full(valid_HW.shape, NODATA, np.uint8)
+    classes_HW = read_classes(masks_on(one), one.grid, window, table)
+    return image_CHW, valid_HW, np.where(valid_HW, classes_HW, NODATA).astype(np.uint8)
+
+
+def _whole(one: LabelledImage, bands: tuple[str, ...], table: ClassTable | None) -> Pixels:
+    """All of an image that has to be decoded as a whole anyway (PNG, JPEG); kept while there is room."""
+    key = (one, bands, table)
+    if (found := _kept.get(key)) is None:
+        found = _read(one, one.window, bands, table)
+        size = sum(array.nbytes for array in found)
+        with _keeping:
+            if key not in _kept and size + sum(array.nbytes for kept in _kept.values() for array in kept) <= _ROOM:
+                _kept[key] = found
+    return found
+
+
+def _cut(pixels: Pixels, whole: Window, window: Window) -> Pixels:
+    """The part in a window, which may reach beyond; nothing is valid there."""
+    inside = window.intersect(whole)
+    cut: list[NDArray[Any]] = []
+    for array, empty in zip(pixels, (0, False, NODATA), strict=True):
+        part = np.full((*array.shape[:-2], window.height, window.width), empty, array.dtype)
+        if not inside.empty:
+            part[..., *inside.slices(window)] = array[..., *inside.slices(whole)]
+        cut.append(part)
+    return cut[0], cut[1], cut[2]
+
+
+def masks_on(one: LabelledImage) -> Sequence[Source]:
+    """The masks as they lie on the image's own pixels, if neither says where on Earth it is."""
+    if one.grid.crs is not None:
+        return one.masks
+    return [_called(mask, one.grid) for mask in one.masks]
+
+
+def _called(mask: Source, grid: Grid) -> Source:
+    return replace(mask, item_id=grid.image or "", crs=None)
+
+
+def count_classes(one: LabelledImage, table: ClassTable, *, cell: int) -> NDArray[np.int64]:
+    """Pixels of each class in each cell of an image, (rows, cols, classes); cells of `cell` px from its corner.
+
+    Raises:
+        DataError: a mask cannot be read, or a value or colour in it is no class.
+    """
+    whole, step = one.window, max(1, _ROWS // cell) * cell
+    return np.concatenate(
+        [
+            _counted(read_classes(masks_on(one), one.grid, rows.intersect(whole), table), table, cell)
+            for top in range(whole.row, whole.row1, step)
+            for rows in [Window(whole.col, top, whole.width, step)]
+        ]
+    )
+
+
+def _counted(classes_HW: NDArray[np.uint8], table: ClassTable, cell: int) -> NDArray[np.int64]:
+    height, width = classes_HW.shape
+    rows, cols = -(-height // cell), -(-width // cell)
+    places_HW = (np.arange(height) // cell)[:, None] * cols + np.arange(width) // cell
+    counts = [
+        np.bincount(places_HW[classes_HW == value], minlength=rows * cols).reshape(rows, cols) for value in table.values
+    ]
+    return np.stack(counts, axis=-1).astype(np.int64)
+
+
+def count_all(images: Sequence[LabelledImage], table: ClassTable, *, cell: int) -> list[NDArray[np.int64]]:
+    """`count_classes` of every image."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(partial(count_classes, table=table, cell=cell), images))
+
+
+# -- split ------------------------------------------------------------------------------------------------------------
+
+
+def split(
+    images: Sequence[LabelledImage], *, validation: Sequence[str] = (), share: float = 0.2, seed: int = 0
+) -> tuple[list[LabelledImage], list[LabelledImage]]:
+    """(images to learn from, images to choose by), whole scenes each.
+
+    Args:
+        images: all of them.
+        validation: scenes to choose by; by default some are drawn.
+        share: of the scenes that are drawn, at least one.
+        seed: of the draw.
+
+    Raises:
+        DataError: a scene is not there, or none is left to learn from.
+    """
+    scenes = sorted({image.scene for image in images})
+    if unknown := sorted(set(validation) - set(scenes)):
+        raise DataError(f"there is no scene {', '.join(unknown)}, the scenes are {some(scenes)}; correct the split")
+    drawn = np.random.default_rng(seed).permutation(scenes)[: max(1, round(share * len(scenes)))].tolist()
+    held = set(validation or drawn)
+    if held >= set(scenes):
+        raise DataError(
+            f"all {len(scenes)} scenes ({some(scenes)}) are for validation, none is left to learn from; hold out fewer"
+        )
+    parts: dict[bool, list[LabelledImage]] = defaultdict(list)
+    for image in images:
+        parts[image.scene in held].append(image)
+    return parts[False], parts[True]
+
+
+def some(names: Sequence[str]) -> str:
+    """The first five names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def expect_classes(
+    counts: Mapping[str, NDArray[np.int64]],
+    table: ClassTable,
+    scenes: Mapping[str, Sequence[str]],
+    absent: Sequence[str],
+) -> None:
+    """Refuse classes without pixels, and a split whose part to learn from lacks a class.
+
+    Args:
+        counts: "training" and "validation" -> pixels of each class.
+        table: the classes.
+        scenes: the same parts -> names of their scenes.
+        absent: classes that may be without pixels.
+
+    Raises:
+        DataError: the first such class.
+    """
+    if unknown := sorted(set(absent) - set(table.names)):
+        raise DataError(f"absent names {', '.join(unknown)}, the classes are {', '.join(table.names)}; correct it")
+    for position, name in enumerate(table.names):
+        here, there = (int(counts[part][position]) for part in ("training", "validation"))
+        if name in absent or here:
+            continue
+        if not there:
+            raise DataError(
+                f"class {name} has no pixel in any mask; take it out of the classes, add masks that show it, or name "
+                "it under `absent`"
+            )
+        raise DataError(
+            f"the split leaves class {name} out: none of its {there} pixels is in the training scenes "
+            f"({some(scenes['training'])}), all are in {some(scenes['validation'])}; divide the scenes otherwise"
+        )

@@ -1,0 +1,146 @@
+"""A fully connected conditional random field over a segmenter's answer (Krähenbühl & Koltun 2011, NIPS 24).
+
+Mean-field iterations with two Gaussian kernels, of place alone and of place and colour, each normalised symmetrically.
+Sums run over all pixels within four standard deviations of the place: beyond, a pixel's weight is below exp(-8).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from types import EllipsisType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rayseg.errors import ConfigError
+from rayseg.models.segmenter import build_segmenter
+
+Place = tuple[EllipsisType, slice, slice]
+WIDEST = 8.0
+"""Largest standard deviation of place in px: the sums are plain ones, (8 s + 1)^2 terms for each pixel."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What makes neighbours agree; the defaults are those of Desai & Ghose 2022.
+
+    Attributes:
+        iterations: of the mean field; 0 leaves the answer as it is.
+        near: standard deviation in px of the kernel of place.
+        near_weight: its weight.
+        alike: standard deviation in px of the kernel of place and colour.
+        color: its standard deviation in colour, in values 0..255.
+        alike_weight: its weight.
+    """
+
+    iterations: int = 10
+    near: float = 1.0
+    near_weight: float = 3.0
+    alike: float = 1.0
+    color: float = 67.0
+    alike_weight: float = 4.0
+
+    def __post_init__(self) -> None:
+        if max(self.near, self.alike) > WIDEST:
+            raise ConfigError(
+                f"standard deviations of place {self.near:g} and {self.alike:g} px were asked for, expected {WIDEST:g} "
+                "at most; lower them"
+            )
+
+
+@torch.no_grad()
+def mean_field(log_p_NKHW: Tensor, colors_NCHW: Tensor, kernels: Kernels) -> Tensor:
+    """Log probabilities_NKHW after the iterations, with Potts' compatibility.
+
+    Args:
+        log_p_NKHW: log probabilities, float32.
+        colors_NCHW: the image, values 0..255.
+        kernels: which pixels agree, and how much.
+    """
+    near = _Kernel(None, log_p_NKHW, deviation=kernels.near, color=kernels.color)
+    alike = _Kernel(colors_NCHW, log_p_NKHW, deviation=kernels.alike, color=kernels.color)
+    log_q = log_p_NKHW
+    for _ in range(kernels.iterations):
+        q = log_q.softmax(dim=1)
+        log_q = log_p_NKHW + kernels.near_weight * near(q) + kernels.alike_weight * alike(q)
+    return log_q.log_softmax(dim=1)
+
+
+class _Kernel:
+    """q_NKHW -> its Gaussian sums D^-1/2 K D^-1/2 q, where D are the sums of ones."""
+
+    def __init__(self, colors_NCHW: Tensor | None, like_NKHW: Tensor, *, deviation: float, color: float) -> None:
+        self._colors, self._deviation, self._color = colors_NCHW, deviation, color
+        self._reach = max(1, math.ceil(4 * deviation))
+        ones = torch.ones_like(like_NKHW[:, :1])
+        self._norm = self._sum(ones).rsqrt()
+
+    def __call__(self, q_NKHW: Tensor) -> Tensor:
+        return self._norm * self._sum(q_NKHW * self._norm)
+
+    def _sum(self, q_NKHW: Tensor) -> Tensor:
+        """Every pair of pixels once: what one gives the other, it gets back."""
+        total = q_NKHW.clone()  # of the pixel itself
+        for (here, there), weight in self._pairs(q_NKHW):
+            total[here] += weight * q_NKHW[there]
+            total[there] += weight * q_NKHW[here]
+        return total
+
+    def _pairs(self, like: Tensor) -> Iterator[tuple[tuple[Place, Place], Tensor]]:
+        reach, (height, width) = self._reach, like.shape[2:]
+        for down in range(min(reach + 1, height)):
+            for right in range(-min(reach, width - 1) if down else 1, min(reach + 1, width)):
+                rows = slice(0, height - down), slice(down, height)
+                cols = slice(max(0, -right), width - max(0, right)), slice(max(0, right), width - max(0, -right))
+                here, there = (..., rows[0], cols[0]), (..., rows[1], cols[1])
+                exponent = torch.tensor((down**2 + right**2) / (2 * self._deviation**2), device=like.device)
+                if self._colors is not None:
+                    apart = self._colors[here] - self._colors[there]
+                    exponent = exponent + apart.square().sum(dim=1, keepdim=True) / (2 * self._color**2)
+                yield (here, there), (-exponent).exp()
+
+
+class Refined(nn.Module):
+    """A segmenter whose logits pass the random field; the colours are got back from its normalised input.
+
+    Attributes:
+        std: what the input was divided by, per band; a buffer, so it travels with the weights.
+    """
+
+    std: Tensor
+
+    def __init__(self, net: nn.Module, *, channels: int, kernels: Kernels) -> None:
+        super().__init__()
+        self.net = net
+        self.kernels = kernels
+        self.register_buffer("std", torch.ones(channels))
+
+    @property
+    def encoder(self) -> nn.Module:
+        """That of the network inside."""
+        return self.net.get_submodule("encoder")
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """Logits_NKHW; only differences of colour matter, so the mean need not be known."""
+        logits = self.net(images_NCHW).float()
+        colors = images_NCHW.float() * self.std[:, None, None]
+        return mean_field(logits.log_softmax(dim=1), colors, self.kernels)
+
+
+def build_refined(
+    *, classes: int, channels: int = 3, weights: str = "imagenet", **options: str | int | float
+) -> Refined:
+    """A segmenter and the random field over it.
+
+    Args:
+        classes: number of maps K, one per class.
+        channels: bands of the images.
+        weights: of the encoder.
+        options: of `Kernels`; the others are arguments of `build_segmenter`.
+    """
+    own = {field.name for field in fields(Kernels)}
+    kernels = Kernels(**{name: value for name, value in options.items() if name in own})  # type: ignore[arg-type]
+    rest: Any = {name: value for name, value in options.items() if name not in own}
+    net = build_segmenter(**rest, classes=classes, channels=channels, weights=weights)
+    return Refined(net, channels=channels, kernels=kernels)

@@ -1,0 +1,89 @@
+"""Images made larger: by a super-resolution network, or by bicubic interpolation."""
+
+from collections.abc import Callable
+from typing import Annotated
+
+import cv2
+import numpy as np
+import torch
+from pydantic import Field
+from torch import nn
+
+from rayseg.config import Config
+from rayseg.errors import ModelError
+from rayseg.models.encoders import read_state
+from rayseg.store import Location
+from rayseg.vision.proposals import Image
+
+Enlarge = Callable[[Image], Image]
+
+
+class EnlargeConfig(Config):
+    """How imagery is made larger."""
+
+    weights: Location | None = None
+    """File of a super-resolution network that spandrel knows, such as Real-ESRGAN's; without, it is interpolated."""
+    factor: Annotated[int, Field(ge=2, le=8)] = 4
+    """Pixels that one pixel becomes, across and down; a network's own factor must be this one."""
+    stride: Annotated[int, Field(gt=0)] = 192
+    """Side in px of what is enlarged at once."""
+    margin: Annotated[int, Field(ge=2)] = 40
+    """Pixels around it that are seen too; Real-ESRGAN's general x4v3 sees 34 px far."""
+
+
+def load_enlarger(config: EnlargeConfig, *, device: str | None = None) -> Enlarge:
+    """A callable that makes an RGB uint8 image (H, W, 3) `config.factor` times larger.
+
+    Args:
+        config: by what, and how much.
+        device: torch device; by default the GPU if there is one.
+
+    Raises:
+        ModelError: the file is missing or damaged, or no network for RGB images with this factor.
+    """
+    if config.weights is None:
+        factor = config.factor
+
+        def interpolated(image_HWC: Image) -> Image:
+            size = (image_HWC.shape[1] * factor, image_HWC.shape[0] * factor)
+            return np.asarray(cv2.resize(image_HWC, size, interpolation=cv2.INTER_CUBIC), np.uint8)
+
+        return interpolated
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    network = load_network(config.weights, config.factor).to(chosen)
+
+    @torch.inference_mode()
+    def enlarged(image_HWC: Image) -> Image:
+        pixels = torch.from_numpy(image_HWC).to(chosen).permute(2, 0, 1)[None].float() / 255
+        larger_CHW = network(pixels)[0].clamp(0, 1).mul(255).round().byte()
+        return np.ascontiguousarray(larger_CHW.permute(1, 2, 0).cpu().numpy())
+
+    return enlarged
+
+
+def load_network(path: str, factor: int) -> nn.Module:
+    """The network in a file, in evaluation mode.
+
+    Raises:
+        ModelError: the file is missing or damaged, or no network for RGB images with this factor.
+    """
+    from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError  # dozens of networks, seldom needed
+
+    state = read_state(path)
+    try:
+        found = ModelLoader(device="cpu").load_from_state_dict(state)
+    except (UnsupportedModelError, RuntimeError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{path} holds no network that spandrel knows ({reason}); give one such as realesr-general-x4v3.pth, or "
+            "leave enlarge.weights out to interpolate"
+        ) from None
+    channels = (found.input_channels, found.output_channels)
+    if not isinstance(found, ImageModelDescriptor) or channels != (3, 3) or found.scale != factor:
+        raise ModelError(
+            f"{path} is a {found.architecture.name} that makes {found.output_channels} channels of "
+            f"{found.input_channels}, {found.scale} times larger, expected 3 of 3, {factor} times; give another "
+            "file or set enlarge.factor"
+        )
+    network: nn.Module = found.model.eval().float()
+    return network

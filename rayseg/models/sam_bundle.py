@@ -1,0 +1,82 @@
+"""Segment Anything as a bundle that can be served, and what it sees at points and in boxes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from segment_anything import SamPredictor, sam_model_registry
+from segment_anything.modeling import Sam
+from segment_anything.utils import amg
+
+from rayseg.models.bundle import Architecture, Bundle, Scaling, save
+from rayseg.models.sam import SamConfig, Variant, load_sam
+from rayseg.store import StorePath
+from rayseg.vision import masks
+from rayseg.vision.proposals import Image, Proposals
+
+
+def build_sam(variant: Variant, *, weights: str = "none") -> Sam:
+    """The network of a bundle of Segment Anything; its weights are the bundle's."""
+    assert weights == "none"
+    model: Sam = sam_model_registry[variant]()
+    return model
+
+
+def save_sam(config: SamConfig, prefix: StorePath) -> Bundle:
+    """Write a checkpoint of segment-anything as a bundle, so that it can be served.
+
+    Raises:
+        ModelError: see `load_sam`.
+    """
+    model = load_sam(config, device="cpu").sam
+    mean, std = (tuple(float(value) for value in part.flatten()) for part in (model.pixel_mean, model.pixel_std))
+    side = int(model.image_encoder.img_size)
+    described = Bundle(
+        name=f"sam-{config.variant.replace('_', '-')}",
+        task="instances",
+        architecture=Architecture(factory="sam", options={"variant": config.variant}),
+        classes=((0, "none", (0, 0, 0)), (1, "thing", (0, 158, 115))),
+        bands=("red", "green", "blue"),
+        dtype="uint8",
+        scaling=Scaling(mean=mean, std=std),
+        patch=side,
+        stride=side,
+    )
+    return save(prefix, described, model)
+
+
+@torch.inference_mode()
+def prompted(
+    sam: Sam,
+    image_HWC: Image,
+    *,
+    points: Sequence[tuple[float, float]] = (),
+    labels: Sequence[int] = (),
+    boxes: Sequence[tuple[float, float, float, float]] = (),
+) -> Proposals:
+    """The thing that some points mark together, then the thing in each box, as `SamPredictor` gives them.
+
+    Args:
+        sam: the model, on its device.
+        image_HWC: RGB uint8.
+        points: (x, y) in pixels of the image.
+        labels: of every point: 1 on the thing, 0 beside it.
+        boxes: (left, top, right, bottom).
+    """
+    predictor = SamPredictor(sam)
+    predictor.set_image(image_HWC)
+    asked: list[dict[str, Any]] = [{"box": np.array(box)} for box in boxes]
+    if points:
+        asked.insert(0, {"point_coords": np.array(points, float), "point_labels": np.array(labels)})
+    return Proposals.joined([_best(predictor, one, several=len(points) == 1 and not k) for k, one in enumerate(asked)])
+
+
+def _best(predictor: SamPredictor, asked: dict[str, Any], *, several: bool) -> Proposals:
+    """The mask of highest predicted IoU; a single point is ambiguous, so the best of three."""
+    logits_NHW, iou_N, _ = predictor.predict(**asked, multimask_output=several, return_logits=True)
+    best = int(iou_N.argmax())
+    logits_1HW, threshold = torch.from_numpy(logits_NHW[best : best + 1]), predictor.model.mask_threshold
+    stability = amg.calculate_stability_score(logits_1HW, threshold, 1.0).double().numpy()
+    runs = masks.encode((logits_1HW[0] > threshold).numpy())
+    return Proposals((runs,), iou_N[best : best + 1].astype(np.float64), np.nan_to_num(stability))

@@ -1,0 +1,386 @@
+"""al-s4gan: few masks, well chosen, and many images without (Desai & Ghose 2022, WACV; Mittal et al. 2019, TPAMI).
+
+    all chips --> rounds of active learning with a classifier of chips --> the chips that are worth a mask
+    those with masks + all others without --> S4GAN, best checkpoint by mean IoU --> segmenter
+    segmenter + region --> class map --> polygons, items, report
+
+Masks come from an oracle, where there are some already, or from people: the run exports the chips that wait for one and
+goes on when `rayseg labels import` has brought them. What is not said here is in the modules named by the steps; the
+settings of the paper are `configs/al-s4gan/paper.yaml`.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from rayseg import active, evaluation, flow, mapping, pool, publication, report
+from rayseg.active import ActiveConfig, Common
+from rayseg.config import Config as Frozen
+from rayseg.errors import ConfigError
+from rayseg.geo import Region
+from rayseg.io import masks
+from rayseg.io.tables import Classes
+from rayseg.mapping import MapConfig
+from rayseg.metrics import Confusion, bootstrap
+from rayseg.models import bundle
+from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
+from rayseg.models.crf import Kernels, Refined
+from rayseg.models.encoders import encoder_name, read_state
+from rayseg.pool import PoolConfig, Row
+from rayseg.run import Run, Step
+from rayseg.store import Location, upath
+from rayseg.train.batches import Chips
+from rayseg.train.classifier import expect_trainable as expect_classifier
+from rayseg.train.pair import S4ganConfig
+from rayseg.train.s4gan import Data, confusions, expect_trainable, fit_s4gan, measures_of, trained_s4gan
+from rayseg.vision.color import ClassTable
+from rayseg.vision.queries import SCORES, expect_enough
+
+PRODUCT = "landcover"
+
+
+class CrfConfig(Frozen):
+    """The random field over the segmenter's answer."""
+
+    iterations: Annotated[int, Field(gt=0)] = 10
+    """Of the mean field."""
+    near: float = 1.0
+    """Standard deviation in px of the kernel of place alone."""
+    near_weight: float = 3.0
+    """Its weight."""
+    alike: float = 1.0
+    """Standard deviation in px of the kernel of place and colour."""
+    color: float = 67.0
+    """Its standard deviation in colour."""
+    alike_weight: float = 4.0
+    """Its weight."""
+
+    @property
+    def kernels(self) -> Kernels:
+        """As the model takes them."""
+        return Kernels(**self.model_dump())
+
+
+class Config(Frozen):
+    """Settings of the pipeline; the defaults are the paper's where the machine allows."""
+
+    pool: PoolConfig = PoolConfig()
+    classes: Classes = Classes.model_validate("deepglobe")
+    """The classes of the masks: a YAML file, its name under configs/classes, or its content."""
+    active: ActiveConfig = ActiveConfig()
+    segmenter: S4ganConfig | None = S4ganConfig()
+    """None ends after active learning, with the accuracy of the classifier at each number of labels."""
+    crf: CrfConfig | None = None
+    """A random field over the segmenter's answer, in measures and map."""
+    map: MapConfig = MapConfig()
+    patch: Annotated[int, Field(gt=0, multiple_of=32)] = 640
+    """Side in px of the segmenter's window over the region."""
+    stride: Annotated[int, Field(gt=0)] = 512
+    """Distance of these windows; the rest of a window is margin."""
+    workers: int = 0
+    """Processes of Ray Train; 0 trains in the command's own process."""
+    seed: int = 1234
+    """Of everything random."""
+    scaling: Scaling = Scaling(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
+    """How imagery becomes the networks' input; mean and standard deviation of ImageNet."""
+    truth: Location | None = None
+    """Masks to measure the map with: a folder, `catalog.json#collection`, or `#collection` of the region."""
+
+    @property
+    def table(self) -> ClassTable:
+        """Classes of the masks; without a segmenter the chips' own labels are all there is."""
+        return self.classes.table
+
+    @property
+    def common(self) -> Common:
+        """What all rounds share."""
+        return Common(
+            kinds=self.classes,
+            scaling=self.scaling,
+            seed=self.seed,
+            workers=self.workers,
+            patience=self.map.stall_seconds,
+            classifies=self.active.strategy != "random" or self.segmenter is None,
+        )
+
+
+# -- steps -------------------------------------------------------------------------------------------------------------
+
+
+def list_chips(step: Step, region: Region, config: PoolConfig, classes: Classes, seed: int) -> dict[str, Any]:
+    """Find the chips and divide them by scene."""
+    return pool.list_pool(step, region, config, classes.table, seed=seed)
+
+
+def draw_first(step: Step, listed: Step, config: ActiveConfig, seed: int) -> dict[str, Any]:
+    """The chips that are labelled before anything is learnt."""
+    return active.draw_first(step, listed, config, seed=seed)
+
+
+def see(step: Step, listed: Step, config: ActiveConfig, common: Common) -> dict[str, Any]:
+    """The features of all chips by a network that stays as it is."""
+    return active.see(step, listed, config, common=common)
+
+
+def query(
+    step: Step, listed: Step, seen: Step | None, before: Step, config: ActiveConfig, common: Common, number: int
+) -> dict[str, Any]:
+    """One round: train, score, choose."""
+    return active.query(step, listed, seen, before, config, number=number, common=common)
+
+
+def measure_last(
+    step: Step, listed: Step, seen: Step | None, before: Step, config: ActiveConfig, common: Common
+) -> dict[str, Any]:
+    """What a classifier is worth that has learnt from all chips chosen."""
+    return active.measure_last(step, listed, seen, before, config, common=common)
+
+
+def choose(config: Config, run: Run, region: Region) -> tuple[Step, list[Step]]:
+    """(the pool, the steps of active learning); without a segmenter the last one measures what was reached."""
+    settings, common = config.active, config.common
+    listed = run.step("pool", list_chips, region, config.pool, config.classes, config.seed)
+    budget = settings.budget(listed.value["pool"])
+    steps = [run.step("round-0", draw_first, listed, settings, config.seed)]
+    frozen = settings.frozen and common.classifies
+    seen = run.step("features", see, listed, settings, common) if frozen else None
+    for number in range(1, budget.queries + 1):
+        steps.append(run.step(f"round-{number}", query, listed, seen, steps[-1], settings, common, number))
+    if config.segmenter is None:
+        steps.append(run.step("last", measure_last, listed, seen, steps[-1], settings, common))
+    return listed, steps
+
+
+def fit(step: Step, listed: Step, chosen: Step, config: Config) -> dict[str, Any]:
+    """Train the segmenter on the chips chosen and all others; models/segmenter is its bundle."""
+    assert config.segmenter is not None
+    data = _data(step.root, listed, chosen, config)
+    settings = _seeded(config.segmenter, config.seed)
+    measures = fit_s4gan(
+        settings,
+        data,
+        prefix=step.prefix,
+        scaling=config.scaling,
+        workers=config.workers,
+        use_gpu=flow.connect_training(step.engine.address, workers=config.workers),
+    )
+    model: Any = trained_s4gan(settings, step.prefix, classes=len(config.table.classes))
+    if config.crf:
+        model = Refined(model, channels=len(pool.BANDS), kernels=config.crf.kernels)
+        model.std.copy_(model.std.new_tensor(config.scaling.std) / config.scaling.scale)
+    described = _described(config, measures)
+    prefix = str(upath(step.root) / "models" / described.name)
+    bundle.save(prefix, described, model)
+    return {"bundle": prefix, "measures": measures, "masks": len(data.labelled)}
+
+
+def _seeded(settings: S4ganConfig, seed: int) -> S4ganConfig:
+    return settings.model_copy(update={"learning": settings.learning.model_copy(update={"seed": seed})})
+
+
+def _data(root: str, listed: Step, chosen: Step, config: Config) -> Data:
+    """Chips with masks, without, and to choose by.
+
+    Raises:
+        RunIncomplete: masks of chips that were chosen are still to be drawn.
+    """
+    asked = [row["id"] for row in active.labelled(chosen)]
+    if not config.active.count_pool:
+        asked = asked[config.active.budget(listed.value["pool"]).initial :]
+    rows = {row["id"]: row for row in pool.rows_of(listed, "pool")}
+    labelled = [rows[chip] for chip in asked]
+    active.expect_masks(root, labelled, config.common.classes)
+    rest = [row for chip, row in rows.items() if chip not in set(asked)]
+    held = pool.rows_of(listed, "validation")
+    return Data(
+        _masked(root, labelled, config),
+        _masked(root, rest, config) if rest else None,
+        _masked(root, held, config) if held else None,
+    )
+
+
+def _masked(root: str, rows: Sequence[Row], config: Config) -> Chips:
+    return pool.masked_chips(rows, config.table, active.drawn_prefix(root))
+
+
+def _described(config: Config, measures: dict[str, float] | None = None) -> Bundle:
+    table = config.table
+    if table.values != tuple(range(len(table.values))):
+        raise ConfigError(f"class values are {list(table.values)}, a segmenter's are 0, 1, 2, ...; number them so")
+    assert config.segmenter is not None
+    options = config.segmenter.options(classes=len(table.classes), channels=len(pool.BANDS))
+    if config.crf:
+        options |= config.crf.model_dump()
+    return Bundle(
+        name="segmenter",
+        task="segmentation",
+        architecture=Architecture(factory="refined" if config.crf else "segmenter", options=options),
+        classes=table.classes,
+        bands=pool.BANDS,
+        dtype="uint8",
+        scaling=config.scaling,
+        patch=config.patch,
+        stride=config.stride,
+        metrics=measures or {},
+        provenance=Provenance(config=config.segmenter.model_dump(mode="json")),
+    )
+
+
+def measure(step: Step, listed: Step, segmenter: Step, config: Config) -> dict[str, Any]:
+    """The segmenter on the test chips, or on those it was chosen by where there are none; none without masks."""
+    assert config.segmenter is not None
+    part: pool.Part = "test" if listed.value["test"] else "validation"
+    rows = pool.rows_of(listed, part)
+    if not rows:
+        return {"part": "none"}
+    _, model = bundle.build(segmenter.value["bundle"])
+    chips = _masked(step.root, rows, config)
+    found = confusions(model, chips, range(len(chips)), config.scaling, unit=32 * config.segmenter.reduce)
+    total = sum(found[1:], found[0])
+    scenes = [sum(own[1:], own[0]) for own in _by_scene(rows, found)]
+    low, high = bootstrap(scenes, lambda c: c.mean_iou_of_reference) if len(scenes) > 1 else (None, None)
+    per_class = dict(zip(config.table.names, map(float, total.iou), strict=True))
+    return {"part": part, "chips": len(rows), **measures_of(total), "low": low, "high": high, "iou": per_class}
+
+
+def _by_scene(rows: Sequence[Row], found: Sequence[Confusion]) -> list[list[Confusion]]:
+    names = sorted({row["scene"] for row in rows})
+    return [[one for row, one in zip(rows, found, strict=True) if row["scene"] == name] for name in names]
+
+
+def learn(config: Config, run: Run, region: Region) -> tuple[Step, list[Step], Step, Step]:
+    """All but the map: (the pool, the rounds, the segmenter, its measures)."""
+    listed, rounds = choose(config, run, region)
+    segmenter = run.step("segmenter", fit, listed, rounds[-1], config)
+    return listed, rounds, segmenter, run.step("measure", measure, listed, segmenter, config)
+
+
+def tried(config: Config, run: Run, region: Region) -> dict[str, Any]:
+    """What a trial of a sweep finds: `curve`, points (labels, measure), and all measures; nothing is mapped."""
+    if config.segmenter is None:
+        _, rounds = choose(config, run, region)
+        return {"curve": _accuracies(rounds), "part": "validation"}
+    _, _, segmenter, measured = learn(config, run, region)
+    found = measured.value["mean_iou"] if "mean_iou" in measured.value else float("nan")
+    return {"curve": [(segmenter.value["masks"], found)], **measured.value}
+
+
+def evaluate(step: Step, predicted: Step, region: Region, truth: str | None) -> dict[str, Any]:
+    """Compare the map with its truth, if there is one."""
+    return evaluation.evaluate_run(step, predicted, _of_region(region, truth)) if truth else {}
+
+
+def _of_region(region: Region, location: str | None) -> str:
+    return f"{region.catalog}{location}" if location and location.startswith("#") else location or ""
+
+
+# -- reports -----------------------------------------------------------------------------------------------------------
+
+
+def write_report(
+    step: Step, parts: Sequence[Step], predicted: Step, polygons: Step, evaluated: Step, config: Config
+) -> dict[str, Any]:
+    """The report of a map: what it was learnt from, and how the chips were chosen."""
+    listed, segmenter, measured, *rounds = parts
+    value, where = measured.value, measured.value["part"]
+    said = (
+        f"Learnt from {segmenter.value['masks']} masks, chosen by {config.active.strategy}, and "
+        f"{listed.value['pool'] - segmenter.value['masks']} chips without."
+    )
+    if where != "none":
+        chosen = ", by which the checkpoint was chosen too" if where == "validation" else ""
+        said += f" Mean IoU on the {value['chips']} {where} chips{chosen}: {value['mean_iou']:.3f}."
+    extras = publication.Extras(labels=said, pictures=_curve(rounds), tables=(_picks(rounds[-1], config),))
+    return publication.write_report(step, predicted, polygons, evaluated, extras)
+
+
+def write_choice(step: Step, listed: Step, rounds: Sequence[Step], config: Config) -> dict[str, Any]:
+    """The report of active learning alone."""
+    curve, last = _accuracies(rounds), rounds[-1].value
+    said = (
+        f"{rounds[-2].value['labelled']} of {listed.value['pool']} images labelled, chosen by {config.active.strategy}."
+    )
+    if curve:
+        said += f" Accuracy on {listed.value['validation']} other images: {last['accuracy']:.3f}."
+    figures = [("labels", str(n), f"accuracy {accuracy:.3f}") for n, accuracy in curve]
+    page = publication.Extras(labels=said, pictures=_curve(rounds), tables=(_picks(rounds[-2], config),))
+    publication.write_page(step.root, page, figures=figures)
+    return {"report": "report/index.html", "summary": said, "curve": curve}
+
+
+def _accuracies(rounds: Sequence[Step]) -> list[tuple[int, float]]:
+    """(labels, accuracy) of every classifier that was measured."""
+    return [(step.value["before"], step.value["accuracy"]) for step in rounds if "accuracy" in step.value]
+
+
+def _curve(rounds: Sequence[Step]) -> tuple[tuple[str, bytes | str, str], ...]:
+    points = [(float(labels), accuracy) for labels, accuracy in _accuracies(rounds)]
+    if len(points) < 2:
+        return ()
+    drawn = report.learning_curves({"classifier": points}, across="labels", up="accuracy")
+    return (("Learning curve", drawn, "Accuracy of the classifier of chips on the validation chips."),)
+
+
+def _picks(chosen: Step, config: Config) -> publication.Table:
+    """What was chosen and why."""
+    rows: list[tuple[str, ...]] = [
+        (
+            str(row["id"]),
+            str(row["round"]),
+            "drawn at random first" if row["why"] == "first" else f"{SCORES[row['why']]} {row['score']:.3f}",
+            f"{row['taken_for']} ({row['probability']:.2f})" if row["taken_for"] else "",
+        )
+        for row in active.labelled(chosen)
+    ]
+    return f"Chips chosen by {config.active.strategy}", ("chip", "round", "why", "taken for"), rows
+
+
+# -- the pipeline ------------------------------------------------------------------------------------------------------
+
+
+def check(config: Config, region: Region) -> None:
+    """Refuse, before anything is written, chips, imagery, settings and weights that cannot be used."""
+    learners: list[Any] = [config.active.classifier]
+    if config.segmenter:
+        if config.pool.chips:
+            raise ConfigError("labelled images have no masks to learn a segmenter from; set segmenter to null")
+        _described(config)
+        expect_trainable(config.segmenter, workers=config.workers)
+        encoder_name(config.segmenter.encoder)
+        learners.append(config.segmenter)
+    if config.common.classifies:
+        expect_classifier(config.active.classifier, workers=config.workers)
+    _expect_sizes(config)
+    for learner in learners:
+        if learner.weights not in {"imagenet", "none"}:
+            read_state(learner.weights)
+    rows, classes = pool.find(region, config.pool, config.table, seed=config.seed)
+    count = sum(row["part"] == "pool" for row in rows)
+    expect_enough(count, config.active.ratio, len(set(classes) - set(config.pool.absent)))
+    if truth := _of_region(region, config.truth):
+        masks.masks_of(truth, names=config.table.names)
+
+
+def _expect_sizes(config: Config) -> None:
+    sizes = {"active.classifier.size": config.active.classifier.size}
+    if config.segmenter:
+        sizes["segmenter.size"] = config.segmenter.size
+    for name, size in sizes.items():
+        if size > config.pool.size:
+            raise ConfigError(f"{name} {size} exceeds the chips' {config.pool.size} px; lower it, or raise pool.size")
+
+
+def run(config: Config, run: Run, region: Region) -> str:
+    """Choose chips, learn, map `region`; return where the report is and what it says."""
+    if config.segmenter is None:
+        listed, rounds = choose(config, run, region)
+        told = run.step("report", write_choice, listed, rounds, config)
+        return f"{upath(run.root) / told.value['report']}: {told.value['summary']}"
+    listed, rounds, segmenter, measured = learn(config, run, region)
+    predicted = run.step("predict", mapping.predict_region, region, segmenter, config.map)
+    polygons = run.step("polygons", mapping.join_polygons, predicted, PRODUCT)
+    evaluated = run.step("evaluate", evaluate, predicted, region, config.truth)
+    run.step("publish", mapping.publish, predicted, f"Land cover, {region.name}")
+    parts = [listed, segmenter, measured, *rounds]
+    return publication.headline(run.step("report", write_report, parts, predicted, polygons, evaluated, config))

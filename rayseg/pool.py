@@ -1,0 +1,287 @@
+"""The chips that active learning chooses from: cells of scenes, or whole labelled images, divided by scene.
+
+Nothing is cut out beforehand: a chip is a window of its scene's files, read when it is needed.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import Field
+
+from rayseg.chips import parquet
+from rayseg.config import Config
+from rayseg.errors import ConfigError, DataError
+from rayseg.geo import Region, Window, expect_ids
+from rayseg.io import catalog, cog, labels, rasters, scenes
+from rayseg.io.masks import pixels_of
+from rayseg.io.scenes import LabelledImage
+from rayseg.run import Step
+from rayseg.store import Location, put, upath
+from rayseg.train.batches import Chips
+from rayseg.vision.color import IGNORE, ClassTable
+
+Row = dict[str, Any]
+Part = Literal["pool", "validation", "test"]
+PARTS: tuple[Part, ...] = ("pool", "validation", "test")
+BANDS = ("red", "green", "blue")
+
+
+class PoolConfig(Config):
+    """Where chips come from and how they are divided."""
+
+    images: Location | None = None
+    """A folder of scenes with images and masks side by side, or `catalog.json#collection`; by default the region's
+    imagery."""
+    masks: Location | None = None
+    """With a catalogue: masks that answer in place of a person: a folder, `catalog.json#collection/asset`, or
+    `#collection/asset` of the region. Without, people are asked, see `rayseg labels import`."""
+    chips: Location | None = None
+    """Instead of scenes: whole images with a label each, as `catalog.json#chips` of `ingest folder --labels folder`."""
+    size: Annotated[int, Field(gt=0)] = 320
+    """Side of a chip in px: a cell of a scene, or the middle of a labelled image."""
+    covered: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Least share of a cell with imagery."""
+    validation: tuple[str, ...] = ()
+    """Scenes to choose checkpoints by; by default some are drawn."""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the scenes, or of the labelled images of each class, that are drawn for validation."""
+    test: tuple[str, ...] = ()
+    """Scenes that nothing is chosen by, to measure with; without, the measures are those of the validation scenes."""
+    absent: tuple[str, ...] = ()
+    """Classes that may have no pixel."""
+
+
+def list_pool(step: Step, region: Region, config: PoolConfig, table: ClassTable, *, seed: int) -> dict[str, Any]:
+    """Find the chips; `<step>/pool.parquet` is what other steps read.
+
+    Returns:
+        `classes`: names; `oracle`: whether all chips of the pool have labels; part -> how many.
+
+    Raises:
+        RaysegError: see `find`.
+    """
+    path = step.prefix / "pool.parquet"
+    rows, classes = find(region, config, table, seed=seed)
+    put(path, parquet(rows))
+    counts = {str(part): sum(row["part"] == part for row in rows) for part in PARTS}
+    oracle = all(row["label"] for row in rows if row["part"] == "pool")
+    return {"classes": list(classes), "oracle": oracle, "masks": any(row["masks"] != "[]" for row in rows), **counts}
+
+
+def rows_of(listed: Step, part: Part) -> list[Row]:
+    """Rows of the chips of a part, by id."""
+    with (listed.prefix / "pool.parquet").open("rb") as file:
+        return [row for row in pq.read_table(file).to_pylist() if row["part"] == part]
+
+
+def find(region: Region, config: PoolConfig, table: ClassTable, *, seed: int) -> tuple[list[Row], tuple[str, ...]]:
+    """(rows of all chips, names of the classes).
+
+    Raises:
+        ConfigError: neither the region nor the configuration names images.
+        DataError: there are no chips, images or masks cannot be read, or a class is without pixels.
+    """
+    rows, classes = _images(config, seed) if config.chips else (_cells(region, config, table, seed), table.names)
+    expect_ids([row["id"] for row in rows])
+    if not any(row["part"] == "pool" for row in rows):
+        raise DataError(f"no chip of {config.size} px is left to choose from; lower pool.size, or add imagery")
+    return sorted(rows, key=lambda row: str(row["id"])), classes
+
+
+def _images(config: PoolConfig, seed: int) -> tuple[list[Row], tuple[str, ...]]:
+    """Whole labelled images; of every class some are for validation."""
+    uri, _, collection = str(config.chips).partition("#")
+    found = labels.chips_of(catalog.open_items(uri, collection or None))
+    classes = tuple(sorted({str(chip.label) for chip in found if chip.label}))
+    if len(classes) < 2 or not all(chip.label for chip in found):
+        raise DataError(
+            f"{config.chips} has images of {len(classes)} classes, expected a label on each and two or more"
+        )
+    rows = []
+    for number, name in enumerate(classes):
+        of_class = [chip for chip in found if chip.label == name]
+        order = np.random.default_rng((seed, number)).permutation(len(of_class))
+        held = set(order[: max(1, round(config.share * len(of_class)))].tolist())
+        for at, chip in enumerate(of_class):
+            source, size = chip.source, config.size
+            window = Window(int((source.width - size) / 2), int((source.height - size) / 2), size, size)
+            one = LabelledImage(chip.id, chip.id, source, (), pixels_of(source), window)
+            rows.append(_row(one, window, "validation" if at in held else "pool", name))
+    return rows, classes
+
+
+def _row(one: LabelledImage, window: Window, part: str, label: str, name: str = "") -> Row:
+    place = {"col": window.col, "row": window.row, "width": window.width, "height": window.height}
+    return one.to_row() | place | {"id": name or one.id, "of": one.id, "part": part, "label": label}
+
+
+def _cells(region: Region, config: PoolConfig, table: ClassTable, seed: int) -> list[Row]:
+    """Whole cells of all scenes; of those with masks, the ones with a labelled pixel."""
+    images = _scenes(region, config, table)
+    parts = _parts(images, config, seed)
+    masked = [one for one in images if one.masks]
+    counts = dict(zip([one.id for one in masked], scenes.count_all(masked, table, cell=config.size), strict=True))
+    if counts:
+        _expect_classes(images, parts, counts, table, config)
+    with ThreadPoolExecutor(4) as threads:
+        found = threads.map(lambda one: _cells_of(one, parts[one.id], counts.get(one.id), table, config), images)
+        return [row for rows in found for row in rows]
+
+
+def _scenes(region: Region, config: PoolConfig, table: ClassTable) -> list[LabelledImage]:
+    images = config.images or region.images
+    if not images and region.catalog:
+        chosen = region.collection or catalog.imagery_collection(region.catalog)
+        images = f"{region.catalog}#{chosen}" if chosen else region.catalog
+    if not images:
+        raise ConfigError(f"region {region.name} names no imagery; give it with --set pool.images=catalog.json#imagery")
+    masks = f"{region.catalog}{config.masks}" if config.masks and config.masks.startswith("#") else config.masks
+    return scenes.labelled_images(images, masks, names=table.names)
+
+
+def _parts(images: Sequence[LabelledImage], config: PoolConfig, seed: int) -> dict[str, Part]:
+    """Part of every image, whole scenes each."""
+    known = {image.scene for image in images}
+    if unknown := sorted(set(config.test) - known):
+        raise ConfigError(
+            f"pool.test names {', '.join(unknown)}, the scenes are {scenes.some(sorted(known))}; correct it"
+        )
+    rest = [one for one in images if one.scene not in config.test]
+    if not rest:
+        raise ConfigError("pool.test names every scene, none is left to learn from; name fewer")
+    learnt, held = scenes.split(rest, validation=config.validation, share=config.share, seed=seed)
+    parts: dict[str, Part] = {one.id: "test" for one in images}
+    return parts | {one.id: "pool" for one in learnt} | {one.id: "validation" for one in held}
+
+
+def _expect_classes(
+    images: Sequence[LabelledImage],
+    parts: dict[str, Part],
+    counts: dict[str, NDArray[np.int64]],
+    table: ClassTable,
+    config: PoolConfig,
+) -> None:
+    """Refuse classes without pixels, and those that only scenes outside the pool show."""
+    if not any(parts[name] == "pool" for name in counts):
+        return
+    pixels = {name: np.zeros(len(table.classes), np.int64) for name in ("training", "validation")}
+    named: dict[str, list[str]] = {name: [] for name in pixels}
+    for one in images:
+        part = "training" if parts[one.id] == "pool" else "validation"
+        named[part].append(one.scene)
+        if one.id in counts:
+            pixels[part] += counts[one.id].sum(axis=(0, 1))
+    scenes.expect_classes(pixels, table, {part: sorted(set(found)) for part, found in named.items()}, config.absent)
+
+
+def _cells_of(
+    one: LabelledImage, part: Part, counts: NDArray[np.int64] | None, table: ClassTable, config: PoolConfig
+) -> list[Row]:
+    size, rows = config.size, []
+    for down in range(one.window.height // size):
+        for right in range(one.window.width // size):
+            window = Window(one.window.col + right * size, one.window.row + down * size, size, size)
+            label = ""
+            if counts is not None and not (label := _dominant(counts[down, right], table)):
+                continue
+            if rasters.read([one.image], one.grid, window, bands=BANDS)[1].mean() >= config.covered:
+                rows.append(_row(one, window, part, label, f"{one.id}_{right}_{down}"))
+    return [row for row in rows if row["label"] or part == "pool"]
+
+
+def _dominant(pixels_K: NDArray[np.int64], table: ClassTable) -> str:
+    """The class of most pixels, the first of equals; "" where nothing is labelled."""
+    return table.names[int(pixels_K.argmax())] if pixels_K.sum() else ""
+
+
+# -- pixels ------------------------------------------------------------------------------------------------------------
+
+
+def image_of(row: Row) -> NDArray[np.uint8]:
+    """The chip in RGB, (height, width, 3) uint8; mirrored where it has no data."""
+    image_CHW, _ = scenes.read_window(_one(row), _window(row), bands=BANDS, table=None)
+    if image_CHW.dtype != np.uint8:
+        raise DataError(f"{row['of']} has {image_CHW.dtype} pixels, chips are uint8 for now: scale it to 0..255 first")
+    return np.ascontiguousarray(image_CHW.transpose(1, 2, 0))
+
+
+def mask_of(row: Row, table: ClassTable, drawn: str) -> NDArray[np.uint8] | None:
+    """Class of every pixel of a chip, 255 = not labelled; from its scene's masks, else from those drawn for the run.
+
+    Args:
+        row: of `rows_of`.
+        table: the classes.
+        drawn: prefix of the masks that were imported.
+
+    Returns:
+        (height, width) uint8, or None where there is no mask.
+    """
+    if row["masks"] != "[]":
+        return scenes.read_window(_one(row), _window(row), bands=BANDS, table=table)[1]
+    path = drawn_path(drawn, row["id"])
+    return cog.read_bands(path)[0] if path.exists() else None
+
+
+def drawn_path(drawn: str, chip: str) -> Any:  # noqa: ANN401 - a UPath
+    """Where the mask of a chip is kept that a person drew."""
+    return upath(drawn) / f"{chip}.tif"
+
+
+def label_of(row: Row, table: ClassTable, drawn: str) -> str:
+    """The class of a chip: its own, else the one that most pixels of its drawn mask have; "" where neither is known."""
+    if row["label"]:
+        return str(row["label"])
+    mask_HW = mask_of(row, table, drawn)
+    if mask_HW is None:
+        return ""
+    pixels = np.bincount(mask_HW[mask_HW != IGNORE], minlength=256)[list(table.values)]
+    return _dominant(pixels.astype(np.int64), table)
+
+
+def _one(row: Row) -> LabelledImage:
+    return LabelledImage.from_row(row | {"id": row["of"]})
+
+
+def _window(row: Row) -> Window:
+    return Window(row["col"], row["row"], row["width"], row["height"])
+
+
+def placed(row: Row) -> tuple[LabelledImage, Window]:
+    """The scene of a chip, and the chip's window on the scene's grid."""
+    return _one(row), _window(row)
+
+
+def labelled_chips(rows: Sequence[Row], found: Sequence[str], classes: Sequence[str]) -> Chips:
+    """Chips for the training of a classifier; `found` are their labels."""
+    rows = list(rows)
+    return Chips(_ids(rows), tuple(classes.index(name) for name in found), _reader(rows), None, len(classes))
+
+
+def masked_chips(rows: Sequence[Row], table: ClassTable, drawn: str) -> Chips:
+    """Chips with masks for the training of a segmenter, or without if `rows` have none."""
+    rows = list(rows)
+    return Chips(_ids(rows), (0,) * len(rows), _reader(rows), partial(_mask_at, rows, table, drawn), len(table.classes))
+
+
+def _ids(rows: Sequence[Row]) -> tuple[str, ...]:
+    return tuple(str(row["id"]) for row in rows)
+
+
+def _reader(rows: list[Row]) -> Callable[[int], NDArray[np.uint8]]:
+    return partial(_image_at, rows)
+
+
+def _image_at(rows: list[Row], position: int) -> NDArray[np.uint8]:
+    return image_of(rows[position])
+
+
+def _mask_at(rows: list[Row], table: ClassTable, drawn: str, position: int) -> NDArray[np.uint8]:
+    mask_HW = mask_of(rows[position], table, drawn)
+    if mask_HW is None:
+        raise DataError(f"chip {rows[position]['id']} has no mask; draw one and import it")
+    return mask_HW

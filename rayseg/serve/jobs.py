@@ -1,0 +1,187 @@
+"""Runs that clients start: each a Ray job on the server's own cluster, below one prefix, over one catalogue.
+
+A request names a pipeline, a region by name or bounds, and numbers and words of the configuration; nothing in it can
+name a file, for that the configuration of the server's keeper is there.
+"""
+
+import asyncio
+import importlib
+import json
+import math
+import re
+import shlex
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, get_args
+
+from fastapi import APIRouter, Body, Path
+from pydantic import Field
+from ray.job_submission import JobSubmissionClient
+
+from rayseg import run
+from rayseg.config import Config, load
+from rayseg.errors import ConfigError
+from rayseg.io import catalog
+from rayseg.serve.problems import Refused, busy
+from rayseg.serve.questions import problems_of
+from rayseg.serve.settings import ServeConfig
+from rayseg.store import STORE_ERRORS, Location, upath
+
+Pipeline = Literal["gpc", "agri", "superpixel", "landcover", "al-s4gan"]
+_LOCATED = get_args(Location)[1]
+_WORDS = re.compile(r"[A-Za-z0-9_ -]*")
+_ID = r"^job-[0-9a-f]{12}$"
+
+
+class Job(Config):
+    """What is to be run."""
+
+    pipeline: Pipeline
+    """Which pipeline."""
+    region: Annotated[str, Field(max_length=200)]
+    """A name that `rayseg regions` lists, or west,south,east,north in degrees."""
+    config: dict[str, Any] = Field(default_factory=dict, max_length=100)
+    """What differs from the server's configuration, `{"segmenter": {"learning": {"batch": 4}}}`."""
+
+
+def entrypoint(job: Job, config: ServeConfig, name: str) -> str:
+    """The command line of a job, as a person would type it.
+
+    Raises:
+        Refused: 422, the region or a value of the configuration is not allowed.
+    """
+    area = region(job.region)
+    module = importlib.import_module(f"rayseg.pipelines.{job.pipeline.replace('-', '_')}")
+    words = [f"{key}={json.dumps(value)}" for key, value in _settings(job.config)]
+    _expect_no_files(module.Config, job.config)
+    if config.jobs_catalog:
+        words.append(f"map.imagery={json.dumps(config.jobs_catalog)}")
+    base = config.jobs_configs.get(job.pipeline)
+    try:
+        load(module.Config, base, words)
+    except ConfigError as error:
+        raise Refused(422, f"config: {error}") from None
+    said = [sys.executable, "-m", "rayseg", "run", "pipeline", job.pipeline, f"--region={area}"]
+    said += [f"--out={upath(str(config.jobs)) / name}", "--address=auto"]
+    said += [f"--config={base}"] if base else []
+    return shlex.join([*said, *(part for word in words for part in ("--set", word))])
+
+
+def region(text: str) -> str:
+    """The region of a job, once it is known to be a name or bounds.
+
+    Raises:
+        Refused: 422, it is neither.
+    """
+    if text == "demo" or text in catalog.named_regions():
+        return text
+    try:
+        west, south, east, north = (float(part) for part in text.split(","))
+    except ValueError:
+        names = ", ".join(["demo", *catalog.named_regions()])
+        raise Refused(422, f"region is {text[:60]!r}, expected west,south,east,north or one of: {names}") from None
+    if not (-180 <= west < east <= 180 and -90 <= south < north <= 90) or not math.isfinite(west + east):
+        raise Refused(422, f"region is {text[:60]!r}, expected west < east and south < north in degrees")
+    return f"{west!r},{south!r},{east!r},{north!r}"
+
+
+def _settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything in a nested configuration, checked for words that could name files."""
+    for key, value in values.items():
+        if not re.fullmatch(r"[a-z_0-9]{1,40}", key) or prefix.count(".") > 8:
+            raise Refused(
+                422, f"config key {(prefix + key)[:60]!r} is no key of a configuration; see rayseg config show"
+            )
+        if isinstance(value, dict):
+            yield from _settings(value, f"{prefix}{key}.")
+            continue
+        for text in _texts(value):
+            if not _WORDS.fullmatch(text):
+                raise Refused(
+                    422, f"config key {prefix}{key} is {text[:40]!r}; words here are letters, digits, _ and -"
+                )
+        yield prefix + key, value
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _texts(inner)
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _texts(inner)
+
+
+def _expect_no_files(kind: type[Config], values: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse values for keys that name files, and weights that are no name."""
+    for key, value in values.items():
+        field = kind.model_fields.get(key)
+        if field is None:
+            continue  # unknown keys are refused with the whole configuration
+        if _LOCATED in (*field.metadata, *_metadata(field.annotation)) or key == "checkpoint":
+            raise Refused(
+                422, f"config key {prefix}{key} names a file, which only the server's keeper can; leave it out"
+            )
+        if key == "weights" and value not in {"none", "imagenet"}:
+            raise Refused(422, f"config key {prefix}{key} is {str(value)[:40]!r}, expected none or imagenet")
+        inner = [one for one in (field.annotation, *get_args(field.annotation)) if isinstance(one, type)]
+        for one in inner:
+            if issubclass(one, Config) and isinstance(value, dict):
+                _expect_no_files(one, value, f"{prefix}{key}.")
+
+
+def _metadata(annotation: object) -> Iterator[object]:
+    """Everything that an annotation carries, however deep."""
+    for part in get_args(annotation):
+        yield part
+        yield from _metadata(part)
+
+
+def router(config: ServeConfig) -> APIRouter:
+    """Routes of the jobs."""
+    routes = APIRouter(tags=["jobs"])
+
+    def client() -> JobSubmissionClient:
+        try:
+            return JobSubmissionClient(config.jobs_address)
+        except (ConnectionError, RuntimeError) as error:
+            raise busy("the cluster takes no jobs now; ask again later", seconds=30) from error
+
+    @routes.post("/v1/jobs", status_code=202, responses=problems_of(400, 401, 413, 422, 503))
+    async def start(job: Annotated[Job, Body()]) -> dict[str, str]:
+        """Start a run of a pipeline over a region, as a Ray job."""
+        name = f"job-{uuid.uuid4().hex[:12]}"
+        line = await asyncio.to_thread(entrypoint, job, config, name)
+        await asyncio.to_thread(lambda: client().submit_job(entrypoint=line, submission_id=name))
+        return {"id": name, "status": "pending", "href": f"/v1/jobs/{name}"}
+
+    @routes.get("/v1/jobs/{name}", responses=problems_of(404))
+    async def look(name: Annotated[str, Path(pattern=_ID)]) -> dict[str, Any]:
+        """How far a job is, from the ledgers of its run."""
+        return await asyncio.to_thread(summary, client(), config, name)
+
+    return routes
+
+
+def summary(client: JobSubmissionClient, config: ServeConfig, name: str) -> dict[str, Any]:
+    """A job's state as Ray has it, and its run's ledgers.
+
+    Raises:
+        Refused: 404, there is no such job.
+    """
+    states = {job.submission_id: str(job.status.value).lower() for job in client.list_jobs()}
+    try:
+        runs = {path.name for path in upath(str(config.jobs)).iterdir()}
+    except STORE_ERRORS:
+        runs = set()
+    if name not in states and name not in runs:
+        raise Refused(404, f"there is no job {name!r}; those that were started say their id")
+    state = states.get(name, "unknown")
+    if name not in runs or not (upath(str(config.jobs)) / name / "run.json").exists():
+        return {"id": name, "status": state, "steps": {}}
+    found = run.status(str(upath(str(config.jobs)) / name))
+    steps = {step: {"planned": one["planned"], "counts": one["counts"]} for step, one in found["steps"].items()}
+    return {"id": name, "status": state, "run": found["status"], "reason": found["reason"], "steps": steps}

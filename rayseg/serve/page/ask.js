@@ -1,0 +1,64 @@
+// Questions to the server: the token, problems in words, figures as people read them.
+
+export const token = {
+  get: () => sessionStorage.getItem("rayseg-token") ?? "",
+  set: (text) => sessionStorage.setItem("rayseg-token", text.trim()),
+};
+
+export class Problem extends Error {
+  constructor(status, detail) {
+    super(detail);
+    this.status = status;
+  }
+}
+
+export async function ask(path, options = {}) {
+  const headers = { ...options.headers };
+  if (token.get()) headers.Authorization = `Bearer ${token.get()}`;
+  let answer;
+  try {
+    answer = await fetch(path, { ...options, headers });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Problem(0, "The server cannot be reached; see whether it is still running.");
+  }
+  if (answer.ok) return answer;
+  let detail = `The server answered ${answer.status}.`;
+  try {
+    const said = (await answer.json()).detail;
+    detail = said.charAt(0).toUpperCase() + said.slice(1) + ".";
+  } catch { /* no problem document: the status has to do */ }
+  throw new Problem(answer.status, detail);
+}
+
+export const element = (id) => document.getElementById(id);
+
+export function node(name, content = "", attributes = {}) {
+  const made = document.createElement(name);
+  made.append(content);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  return made;
+}
+
+export function area(m2) {
+  if (m2 === null || m2 === undefined) return "–";
+  if (m2 >= 1e5) return `${(m2 / 1e6).toPrecision(3)} km²`;
+  if (m2 >= 1e4) return `${(m2 / 1e4).toPrecision(3)} ha`;
+  return `${m2.toFixed(0)} m²`;
+}
+
+export const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
+
+export function swatch(color) {
+  const made = node("span", "", { class: "swatch", "aria-hidden": "true" });
+  if (color) made.style.background = color;
+  return made;
+}
+
+export function legendRow(row, cells) {
+  const line = node("tr");
+  const head = node("th", swatch(row.painted === false ? null : row.color), { scope: "row" });
+  head.append(row.name);
+  line.append(head, ...cells.map((text) => node("td", text, { class: "n" })));
+  return line;
+}

@@ -1,0 +1,112 @@
+// The page of a run: the map over the imagery, legend, ledger, what failed and where.
+import { Problem, area, ask, element, legendRow, node, percent, token } from "./ask.js";
+
+const name = decodeURIComponent(location.pathname.split("/").pop());
+const base = `/v1/runs/${encodeURIComponent(name)}`;
+const shown = { map: null, layers: null, run: null };
+
+// Tiles are fetched, for a token can only be sent that way.
+const Tiles = L.GridLayer.extend({
+  createTile(coords, done) {
+    const image = node("img", "", { alt: "", role: "presentation" });
+    const { z, x, y } = coords;
+    const query = new URLSearchParams({ layer: this.options.layer, ...(this.options.image && { image: this.options.image }) });
+    ask(`${base}/tiles/${z}/${x}/${y}.png?${query}`)
+      .then(async (answer) => {
+        if (answer.status === 204) return done(null, image);
+        image.onload = () => { URL.revokeObjectURL(image.src); done(null, image); };
+        image.src = URL.createObjectURL(await answer.blob());
+      })
+      .catch((error) => done(error, image));
+    return image;
+  },
+});
+
+async function load() {
+  const run = await (await ask(base)).json();
+  shown.run = run;
+  element("token-row").hidden = true;
+  element("title").textContent = document.title = `${run.name}: ${run.pipeline} of ${run.region}`;
+  element("state").textContent = run.reason ? `${run.status}: ${run.reason}` : run.status;
+  const rows = run.classes.map((row) => legendRow(row, [percent(row.share), row.area_m2 === null ? `${row.pixels.toLocaleString()} px` : area(row.area_m2)]));
+  element("legend").replaceChildren(...(rows.length ? rows : [node("tr", node("td", "Nothing is mapped yet."))]));
+  element("ledger").replaceChildren(...Object.entries(run.ledger).map(([step, one]) => {
+    const counts = Object.entries(one.counts).filter(([, count]) => count).map(([status, count]) => `${count} ${status}`);
+    const line = node("tr", node("th", step, { scope: "row" }));
+    line.append(node("td", `${one.planned} planned = ${counts.join(" + ") || 0}`, { class: "wrap" }));
+    return line;
+  }));
+  element("failed").hidden = !run.troubles.length;
+  element("troubles").replaceChildren(...run.troubles.map((one) => {
+    const line = node("tr", node("th", one.id, { scope: "row" }));
+    line.append(node("td", one.reason, { class: "wrap" }));
+    return line;
+  }));
+  const images = run.images.map((one) => node("option", one.id, { value: one.id }));
+  element("image").replaceChildren(...images);
+  element("image-row").hidden = !images.length;
+  run.bounds ? onEarth(run) : onImage();
+}
+
+function fresh(options) {
+  shown.map?.remove();
+  shown.map = L.map("map", { zoomControl: true, keyboard: true, attributionControl: false, ...options });
+}
+
+function layered(options) {
+  const imagery = new Tiles({ layer: "imagery", tileSize: 256, ...options }).addTo(shown.map);
+  const classes = new Tiles({ layer: "classes", tileSize: 256, ...options }).addTo(shown.map);
+  shown.layers = { imagery, classes };
+  fade();
+}
+
+function onEarth(run) {
+  const [west, south, east, north] = run.bounds;
+  fresh({ maxZoom: 22 });
+  L.control.scale({ imperial: false }).addTo(shown.map);
+  shown.map.fitBounds([[south, west], [north, east]]);
+  layered({ maxZoom: 22, maxNativeZoom: 22, bounds: [[south, west], [north, east]] });
+  for (const one of run.troubles.filter((row) => row.bounds)) {
+    const [w, s, e, n] = one.bounds;
+    failed([[s, w], [n, e]], one);
+  }
+}
+
+function onImage() {
+  const one = shown.run.images.find((row) => row.id === element("image").value);
+  if (!one) return;
+  const scale = 256 / Math.max(one.width, one.height);
+  const deepest = Math.ceil(Math.log2(Math.max(one.width, one.height) / 256));
+  const corners = (left, top, right, bottom) => [[-bottom * scale, left * scale], [-top * scale, right * scale]];
+  fresh({ crs: L.CRS.Simple, minZoom: -2, maxZoom: deepest + 3 });
+  shown.map.fitBounds(corners(0, 0, one.width, one.height));
+  layered({ image: one.id, minZoom: -2, minNativeZoom: 0, maxZoom: deepest + 3, maxNativeZoom: Math.max(0, deepest), bounds: corners(0, 0, one.width, one.height) });
+  for (const row of shown.run.troubles.filter((row) => row.image === one.id && row.box)) failed(corners(...row.box), row);
+}
+
+function failed(corners, one) {
+  L.rectangle(corners, { color: "#c0341d", weight: 2, dashArray: "6 4", fillOpacity: 0.12 })
+    .bindTooltip(node("span", `${one.id}: ${one.reason}`))
+    .addTo(shown.map);
+}
+
+function fade() {
+  const value = element("opacity").value;
+  element("percent").textContent = `${value} %`;
+  shown.layers?.classes.setOpacity(value / 100);
+}
+
+async function start() {
+  element("error").textContent = "";
+  try {
+    await load();
+  } catch (error) {
+    element("error").textContent = error instanceof Problem ? error.message : `The page failed: ${error.message}`;
+    if (error.status === 401) element("token-row").hidden = false;
+  }
+}
+
+element("opacity").addEventListener("input", fade);
+element("image").addEventListener("change", onImage);
+element("token").addEventListener("change", () => { token.set(element("token").value); start(); });
+start();

@@ -1,0 +1,260 @@
+// The page at /: an image, a model, the mask over the image.
+import { Problem, area, ask, element, legendRow, node, percent, token } from "./ask.js";
+
+const FREE = { name: "unsupervised", kind: "free", task: "labels without a model", classes: [] };
+const state = { file: null, models: [], question: null, classes: [], pixels: null, points: [], cross: null, things: null };
+
+async function start() {
+  wire();
+  await guarded(load);
+}
+
+async function load() {
+  const found = await (await ask("/v1/models")).json();
+  element("token-row").hidden = true;
+  const sam = found.models.filter((one) => one.kind === "sam").slice(0, 1);
+  const maps = found.models.filter((one) => one.task === "segmentation");
+  state.models = [...maps, ...sam.flatMap((one) => [{ ...one, kind: "prompt" }, { ...one, kind: "auto" }]), FREE];
+  element("model").replaceChildren(...state.models.map((one, at) => node("option", titled(one), { value: at })));
+  choose();
+  const { runs } = await (await ask("/v1/runs")).json();
+  const links = runs.slice(0, 6).map((run) => node("a", run.name, { href: `/runs/${encodeURIComponent(run.name)}` }));
+  element("runs").replaceChildren(...(links.length ? ["Runs: ", ...links.flatMap((link) => [link, " "])] : []));
+}
+
+const titled = (one) =>
+  ({ prompt: `${one.name}: click on things`, auto: `${one.name}: find everything`, free: "no model: labels by likeness" })[one.kind] ??
+  `${one.name} (${one.classes.map((row) => row.name).join(", ")})`;
+
+const model = () => state.models[element("model").value];
+
+function choose() {
+  const one = model();
+  if (!one) return;
+  element("prompting").hidden = one.kind !== "prompt";
+  element("view").classList.toggle("prompting", one.kind === "prompt");
+  const scores = Object.entries(one.metrics ?? {}).map(([name, value]) => `${name} ${value.toFixed(3)}`);
+  element("about").textContent = [one.bands && `Takes ${one.bands.join(", ")} (${one.dtype}).`, ...scores].filter(Boolean).join(" ");
+  forget();
+  ready();
+}
+
+function ready() {
+  const one = model();
+  element("go").disabled = !state.file || !one || (one.kind === "prompt" && !state.points.length);
+}
+
+function forget() {
+  Object.assign(state, { points: [], pixels: null, classes: [], things: null });
+  element("result").hidden = true;
+  element("said").textContent = "";
+  for (const id of ["mask", "marks"]) element(id).getContext("2d").clearRect(0, 0, element(id).width, element(id).height);
+}
+
+async function take(file) {
+  if (!file) return;
+  state.file = file;
+  element("chosen").textContent = `${file.name} (${(file.size / 1e6).toFixed(1)} MB)`;
+  await guarded(async () => {
+    const shows = /image\/(png|jpeg)/.test(file.type);
+    const picture = shows ? file : await (await ask("/v1/preview", { method: "POST", body: form() })).blob();
+    const image = element("image");
+    URL.revokeObjectURL(image.src);
+    image.src = URL.createObjectURL(picture);
+    try {
+      await image.decode();
+    } catch {
+      throw new Problem(0, "This file cannot be shown as an image; choose a PNG, a JPEG or a GeoTIFF.");
+    }
+    for (const id of ["mask", "marks"]) Object.assign(element(id), { width: image.naturalWidth, height: image.naturalHeight });
+    element("none").hidden = true;
+    element("shown").hidden = false;
+    state.cross = [image.naturalWidth / 2, image.naturalHeight / 2];
+  });
+  forget();
+  ready();
+}
+
+function form() {
+  const made = new FormData();
+  made.set("image", state.file);
+  if (model()?.kind === "prompt") {
+    made.set("points", JSON.stringify(state.points.map(([x, y]) => [x, y])));
+    made.set("labels", JSON.stringify(state.points.map(([, , on]) => on)));
+  }
+  return made;
+}
+
+const address = (one) =>
+  ({ prompt: "/v1/sam/prompt", auto: "/v1/sam/auto", free: "/v1/unsupervised" })[one.kind] ??
+  `/v1/models/${encodeURIComponent(one.name)}/predict`;
+
+const question = (media) => ask(address(model()), { method: "POST", body: form(), headers: { Accept: media } });
+
+async function map() {
+  element("go").disabled = true;
+  element("said").textContent = "Working…";
+  await guarded(async () => {
+    const [said, mask] = await Promise.all([question("application/json"), question("image/png")]);
+    const [found, picture] = [await said.json(), await createImageBitmap(await mask.blob())];
+    const pen = element("mask").getContext("2d", { willReadFrequently: true });
+    pen.clearRect(0, 0, picture.width, picture.height);
+    pen.drawImage(picture, 0, 0);
+    state.pixels = pen.getImageData(0, 0, picture.width, picture.height);
+    tell(found);
+  });
+  if (element("said").textContent === "Working…") element("said").textContent = "";
+  ready();
+}
+
+function tell(found) {
+  state.things = found.things ?? null;
+  state.classes = found.classes ?? [];
+  const rows = state.things
+    ? [{ name: `${state.things.length} thing${state.things.length === 1 ? "" : "s"}`, color: null, painted: false }]
+    : state.classes;
+  element("legend").replaceChildren(...rows.map((row) => legendRow(row, state.things ? things(found) : figures(row))));
+  element("result").hidden = false;
+  document.querySelector('[data-media="image/tiff"]').hidden = Boolean(state.things);
+  element("said").textContent = found.seconds ? `Done in ${found.seconds.toFixed(1)} s. Point at the image to read its classes.` : "Done.";
+}
+
+const figures = (row) => [
+  percent(row.share),
+  row.area_m2 === null ? `${row.pixels.toLocaleString()} px` : area(row.area_m2),
+  row.score_mean === null ? "–" : row.score_mean.toFixed(2),
+];
+
+function things(found) {
+  const pixels = found.things.reduce((sum, one) => sum + one.pixels, 0);
+  const mean = found.things.reduce((sum, one) => sum + one.predicted_iou, 0) / Math.max(found.things.length, 1);
+  const metres = found.things.every((one) => one.area_m2 !== null) ? found.things.reduce((sum, one) => sum + one.area_m2, 0) : null;
+  return [percent(pixels / (found.width * found.height)), metres === null ? `${pixels.toLocaleString()} px` : area(metres), mean.toFixed(2)];
+}
+
+// -- the image ---------------------------------------------------------------------------------------------------------
+
+function place(event) {
+  const box = element("image").getBoundingClientRect();
+  const image = element("image");
+  return [((event.clientX - box.left) / box.width) * image.naturalWidth, ((event.clientY - box.top) / box.height) * image.naturalHeight];
+}
+
+function read([x, y]) {
+  if (!state.pixels) return;
+  const [col, row] = [Math.floor(x), Math.floor(y)];
+  if (col < 0 || row < 0 || col >= state.pixels.width || row >= state.pixels.height) return;
+  const [r, g, b, a] = state.pixels.data.slice(4 * (row * state.pixels.width + col), 4 * (row * state.pixels.width + col) + 4);
+  const color = `#${[r, g, b].map((part) => part.toString(16).padStart(2, "0")).join("")}`.toUpperCase();
+  const found = state.classes.find((one) => (a ? one.painted && one.color === color : !one.painted));
+  const name = found?.name ?? (a && state.things ? "a thing" : "nothing here");
+  element("said").textContent = `${name} at column ${col}, row ${row}`;
+}
+
+function mark([x, y], on) {
+  state.points.push([Math.round(x), Math.round(y), on]);
+  draw();
+  ready();
+  if (model().kind === "prompt") map();
+}
+
+function draw(cross = false) {
+  const marks = element("marks");
+  const pen = marks.getContext("2d");
+  const size = Math.max(4, marks.width / 110);
+  pen.clearRect(0, 0, marks.width, marks.height);
+  pen.lineWidth = size / 3;
+  for (const [x, y, on] of state.points) {
+    pen.beginPath();
+    pen.arc(x, y, size, 0, 7);
+    pen.fillStyle = on ? "#0b6e5b" : "#a8321d";
+    pen.strokeStyle = "#ffffff";
+    pen.fill();
+    pen.stroke();
+  }
+  if (!cross) return;
+  const [x, y] = state.cross;
+  for (const [color, width] of [["#000000", size / 1.5], ["#ffffff", size / 4]]) {
+    pen.strokeStyle = color;
+    pen.lineWidth = width;
+    pen.beginPath();
+    pen.moveTo(x - 3 * size, y);
+    pen.lineTo(x + 3 * size, y);
+    pen.moveTo(x, y - 3 * size);
+    pen.lineTo(x, y + 3 * size);
+    pen.stroke();
+  }
+}
+
+function key(event) {
+  const step = Math.max(1, Math.round(element("image").naturalWidth / (event.shiftKey ? 20 : 160)));
+  const moves = { ArrowLeft: [-step, 0], ArrowRight: [step, 0], ArrowUp: [0, -step], ArrowDown: [0, step] };
+  const prompts = model()?.kind === "prompt";
+  if (event.key in moves) {
+    const limits = [element("image").naturalWidth - 1, element("image").naturalHeight - 1];
+    state.cross = state.cross.map((part, at) => Math.min(limits[at], Math.max(0, part + moves[event.key][at])));
+    draw(true);
+    read(state.cross);
+  } else if (event.key === "Enter" && prompts) {
+    mark(state.cross, event.shiftKey ? 0 : 1);
+  } else if (event.key === "Backspace" && prompts) {
+    state.points.pop();
+    draw(true);
+    ready();
+  } else return;
+  event.preventDefault();
+}
+
+async function download(button) {
+  await guarded(async () => {
+    const link = node("a", "", { download: `${state.file.name.replace(/\.[^.]*$/, "")}-${model().name}.${button.dataset.ending}` });
+    link.href = URL.createObjectURL(await (await question(button.dataset.media)).blob());
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  });
+}
+
+// -- wiring ------------------------------------------------------------------------------------------------------------
+
+async function guarded(work) {
+  element("error").textContent = "";
+  try {
+    await work();
+  } catch (error) {
+    element("error").textContent = error instanceof Problem ? error.message : `The page failed: ${error.message}`;
+    if (error.status === 401) {
+      element("token-row").hidden = false;
+      element("token").focus();
+    }
+  }
+}
+
+function wire() {
+  const drop = element("drop");
+  element("file").addEventListener("change", (event) => take(event.target.files[0]));
+  for (const kind of ["dragover", "dragenter"]) {
+    drop.addEventListener(kind, (event) => { event.preventDefault(); drop.classList.add("over"); });
+  }
+  for (const kind of ["dragleave", "drop"]) drop.addEventListener(kind, () => drop.classList.remove("over"));
+  drop.addEventListener("drop", (event) => { event.preventDefault(); take(event.dataTransfer.files[0]); });
+  element("model").addEventListener("change", choose);
+  element("form").addEventListener("submit", (event) => { event.preventDefault(); map(); });
+  element("token").addEventListener("change", () => { token.set(element("token").value); guarded(load); });
+  element("opacity").addEventListener("input", fade);
+  element("clear").addEventListener("click", () => { forget(); ready(); });
+  const view = element("view");
+  view.addEventListener("pointermove", (event) => read(place(event)));
+  view.addEventListener("click", (event) => (model()?.kind === "prompt" ? mark(place(event), event.shiftKey ? 0 : 1) : read(place(event))));
+  view.addEventListener("keydown", key);
+  view.addEventListener("blur", () => draw());
+  for (const button of document.querySelectorAll("[data-media]")) button.addEventListener("click", () => download(button));
+  fade();
+}
+
+function fade() {
+  const value = element("opacity").value;
+  element("percent").textContent = `${value} %`;
+  element("mask").style.opacity = value / 100;
+}
+
+start();

@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+import torch
+
+from rayseg.models.segmenter import build_segmenter
+
+torch.set_num_threads(1)
+
+PLACES = {
+    "backbone.": "encoder.",
+    "aspp.aspp1.atrous_conv": "aspp.branches.0.0", "aspp.aspp1.bn": "aspp.branches.0.1",
+    "aspp.aspp2.atrous_conv": "aspp.branches.1.0", "aspp.aspp2.bn": "aspp.branches.1.1",
+    "aspp.aspp3.atrous_conv": "aspp.branches.2.0", "aspp.aspp3.bn": "aspp.branches.2.1",
+    "aspp.aspp4.atrous_conv": "aspp.branches.3.0", "aspp.aspp4.bn": "aspp.branches.3.1",
+    "aspp.global_avg_pool.1": "aspp.pooled.1.0", "aspp.global_avg_pool.2": "aspp.pooled.1.1",
+    "aspp.conv1": "aspp.joined.0.0", "aspp.bn1": "aspp.joined.0.1",
+    "decoder.conv1": "decoder.low.0", "decoder.bn1": "decoder.low.1",
+    "decoder.last_conv.0": "decoder.mixed.0.0", "decoder.last_conv.1": "decoder.mixed.0.1",
+    "decoder.last_conv.4": "decoder.mixed.2.0", "decoder.last_conv.5": "decoder.mixed.2.1",
+    "decoder.my_classify": "decoder.classify",
+}  # fmt: skip
+
+
+def drawn(number, key, shape):
+    """The weights the golden values were made with."""
+    g = np.random.RandomState(1000 + number).standard_normal(shape)
+    if len(shape) == 4:
+        return g * np.sqrt(2 / np.prod(shape[1:]))
+    kind = key.rpartition(".")[2]
+    if kind == "weight":
+        return (0.3 if ".bn3." in key else 1.0) * (1 + 0.1 * g)
+    return {"running_var": 1 + 0.2 * np.abs(g), "running_mean": 0.1 * g, "bias": 0.1 * g}.get(kind, np.zeros(shape))
+
+
+def placed(key):
+    old = next(old for old in PLACES if key.startswith(old))
+    return PLACES[old] + key.removeprefix(old)
+
+
+@pytest.mark.real
+def test_it_is_the_published_network(shared):
+    golden = np.load(shared / "golden" / "landcover" / "deeplab.npz", allow_pickle=False)
+    model = build_segmenter("deeplab", "resnet50", classes=7, weights="none").eval()
+    wanted = {}
+    for number, (key, text) in enumerate(zip(golden["keys"], golden["shapes"], strict=True)):
+        shape = tuple(int(part) for part in str(text).split(",") if part)
+        wanted[placed(str(key))] = torch.from_numpy(np.asarray(drawn(number, str(key), shape), np.float32))
+    model.load_state_dict(wanted)
+    encoder = sum(weight.numel() for weight in model.encoder.parameters())
+    everything = sum(weight.numel() for weight in model.parameters())
+    assert [everything, encoder, everything - encoder] == golden["param_counts"].tolist()
+    with torch.inference_mode():
+        image = torch.from_numpy(golden["input"])
+        features = model.encoder(image)
+        pyramid = model.aspp(features[-1])
+        logits, decoded = model(image), model.decoder(features[2], pyramid)
+    found = {
+        "backbone_high_c16": features[-1][:, ::16],
+        "backbone_low_c16": features[2][:, ::16, ::4, ::4],
+        "aspp_c8": pyramid[:, ::8],
+        "decoder": decoded,
+        "logits": logits[..., ::2, ::2],
+    }
+    for name, values in found.items():
+        np.testing.assert_allclose(values.numpy(), golden[name], rtol=0, atol=1e-4 * golden[name].std(), err_msg=name)
+    np.testing.assert_array_equal(logits.argmax(1)[0].numpy(), golden["argmax"])
+
+
+def test_any_encoder_serves_and_logits_have_the_images_size():
+    model = build_segmenter("deeplab", "mobilenet_v2", classes=3, channels=4, weights="none").eval()
+    with torch.inference_mode():
+        assert model(torch.zeros(1, 4, 64, 96)).shape == (1, 3, 64, 96)
+        assert model.encoder(torch.zeros(1, 4, 64, 96))[-1].shape[2:] == (4, 6)
+    reduced = build_segmenter("deeplab", "mobilenet_v2", classes=3, weights="none", reduce=2).eval()
+    with torch.inference_mode():
+        assert reduced(torch.zeros(1, 3, 64, 64)).shape == (1, 3, 64, 64)

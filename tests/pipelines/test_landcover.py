@@ -1,0 +1,186 @@
+"""landcover end to end on a tiny landscape: from scenes with masks to a measured map, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from PIL import Image
+from small_world import files, rayseg, refused, valid_stac
+
+from rayseg import demo
+from rayseg.models import bundle
+from rayseg.run import read
+
+pytestmark = pytest.mark.e2e
+
+STEPS = ["scenes", "segmenter", "validation", "predict", "polygons", "evaluate", "publish", "report"]
+SMALL = """
+labelled: {masks: "#truth/landcover", validation: [demo-east], absent: [unknown]}
+classes: deepglobe
+segmenter:
+  architecture: linknet
+  encoder: test_resnet
+  weights: none
+  reduce: 2
+  epochs: 2
+  schedule: {rate: 3.0e-3}
+  sampling: {size: 128, rare: 0.3, windows: 16}
+  learning: {batch: 4, optimizer: adamw}
+patch: 192
+stride: 128
+map: {tile: 512}
+truth: "#truth/landcover"
+"""
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """The command but for --out, on a landscape of 512 x 1024 px."""
+    root = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYSEG_CACHE", str(root))
+        catalogue = demo.ensure(size=512, chips=(2, 2))
+    (root / "small.yaml").write_text(SMALL)
+    return "run", "pipeline", "landcover", "--region", catalogue, "--config", root / "small.yaml", "--engine", "inline"
+
+
+@pytest.fixture(scope="module")
+def whole(words, tmp_path_factory):
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    found = rayseg(*words, "--out", out)
+    assert found.exit_code == 0, found.output
+    assert found.stdout.startswith(f"{out}/report/index.html: ")
+    return out
+
+
+def test_all_steps_are_done_and_leave_what_they_should(whole):
+    said = read(str(whole))
+    assert said["status"] == "done"
+    assert list(said["steps"]) == STEPS
+    listed = said["steps"]["scenes"]
+    assert [listed[part]["scenes"] for part in ("training", "validation")] == [["demo-west"], ["demo-east"]]
+    described = bundle.build(str(whole / "models" / "segmenter"))[0]
+    assert [name for _, name, _ in described.classes][:2] == ["urban", "agriculture"]
+    assert 0 < described.metrics["mean_iou"] < 1
+    valid_stac(whole / "collection.json")
+
+
+def test_the_validation_scenes_are_measured_apart_from_the_map(whole):
+    said = read(str(whole))["steps"]
+    validated, measured = said["validation"], said["evaluate"]
+    assert validated["truth"] == "the validation scenes demo-east"
+    assert 200_000 < validated["pixels"] < measured["pixels"]
+    assert np.array(validated["confusion"]).shape == (7, 7)
+    assert len(validated["worst"]) == min(6, validated["units"])
+    rights = [one["right"] for one in validated["worst"]]
+    assert rights == sorted(rights)
+    page = (whole / "report" / "index.html").read_text()
+    assert "1 image of 1 scene to learn from" in page
+    assert "Among the worst" in page
+    for one in validated["worst"]:
+        with Image.open(whole / one["picture"]) as picture:
+            assert picture.width % 3 == 0
+            assert 32 <= picture.height <= 512
+
+
+def test_the_map_has_the_imagerys_pixels_and_the_tables_colours(whole, words):
+    seen = mapped = 0
+    for path in Path(words[4]).parent.glob("imagery/*.tif"):
+        with rasterio.open(path) as file:
+            seen += int((file.read_masks(1) > 0).sum())
+    for path in whole.glob("tiles/*/classes.tif"):
+        with rasterio.open(path) as file:
+            mapped += int((file.read(1) != 255).sum())
+            assert file.colormap(1)[1][:3] == (255, 255, 0)
+            assert file.res == (1.0, 1.0)
+    assert mapped == seen
+
+
+def test_the_second_run_does_nothing(whole, words):
+    before = files(whole)
+    assert rayseg(*words, "--out", whole).exit_code == 0
+    changed = [name for name, found in files(whole).items() if before.get(name) != found and name != ".lock"]
+    assert changed == ["run.json"]
+
+
+# -- what is refused, before anything is written ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two scenes of two images each; their masks hold the first two classes, as colours."""
+    colors = np.array([(0, 255, 255), (255, 255, 0)], np.uint8)
+    for scene in ("a", "b"):
+        for sub in ("images", "masks"):
+            (tmp_path / "scenes" / scene / sub).mkdir(parents=True)
+        for number in range(2):
+            classes = np.indices((96, 96)).sum(0) // 48 % 2
+            rng = np.random.default_rng(number)
+            image = rng.integers(1, 255, (96, 96, 3)).astype(np.uint8)
+            Image.fromarray(image).save(tmp_path / "scenes" / scene / "images" / f"{number}.png")
+            Image.fromarray(colors[classes]).save(tmp_path / "scenes" / scene / "masks" / f"{number}.png")
+    return tmp_path / "scenes"
+
+
+ABSENT = "labelled.absent=[rangeland, forest, water, barren, unknown]"
+NET = ("--set", "segmenter.weights=none", "--set", "segmenter.encoder=mobilenet_v2", "--engine", "inline")
+
+
+def words_for(folder, *settings):
+    given = [part for setting in settings for part in ("--set", setting)]
+    return ("run", "pipeline", "landcover", "--region", folder, *NET, *given, "--out", folder.parent / "run")
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    ((), "class rangeland has no pixel in any mask"),
+    ((ABSENT, "labelled.validation=[c]"), "there is no scene c, the scenes are a, b"),
+    ((ABSENT, "labelled.validation=[a, b]"), "none is left to learn from"),
+    ((ABSENT, "classes=dubai", "labelled.absent=[]"), "mask colour #"),
+    ((ABSENT, "segmenter.learning.batch=1"), "batch norms would see one image at a time"),
+    ((ABSENT, "workers=3"), "cannot be shared by 3 workers"),
+    ((ABSENT, "patch=96", "segmenter.reduce=2", "segmenter.sampling.size=64"), "patch 96 is no multiple"),
+    ((ABSENT, "stride=2048"), "stride 2048 is above patch 1024"),
+    ((ABSENT, "bands=[red]"), "1 bands but scaling of 3"),
+    ((ABSENT, "segmenter.loss.weights=[1, 1]"), "loss.weights are 2, there are 7 classes"),
+])  # fmt: skip
+def test_settings_that_do_not_fit_the_scenes_are_refused(folder, settings, said):
+    assert said in refused(3 if "labelled" in str(settings[1:]) or not settings else 2, *words_for(folder, *settings))
+    assert not (folder.parent / "run").exists()
+
+
+def test_masks_that_do_not_fit_are_refused(folder):
+    wrong = folder / "b" / "masks" / "1.png"
+    whole = wrong.read_bytes()
+    Image.fromarray(np.zeros((96, 95, 3), np.uint8)).save(wrong)
+    assert "is 96 x 96 px but its mask" in refused(3, *words_for(folder, ABSENT))
+    image = np.zeros((96, 96, 3), np.uint8)
+    image[..., 0] = 255
+    Image.fromarray(image).save(wrong)
+    assert "mask colour #FF0000 (9216 pixels" in refused(3, *words_for(folder, ABSENT))
+    wrong.write_bytes(whole)
+    shutil.rmtree(folder / "a" / "masks")
+    shutil.rmtree(folder / "b" / "masks")
+    assert "none of the 4 images of" in refused(3, *words_for(folder, ABSENT))
+    assert not (folder.parent / "run").exists()
+
+
+def test_a_split_that_leaves_a_class_out_is_refused(folder):
+    for path in (folder / "a" / "masks").iterdir():
+        Image.fromarray(np.full((96, 96, 3), (0, 255, 255), np.uint8)).save(path)
+    said = refused(3, *words_for(folder, ABSENT, "labelled.validation=[b]"))
+    assert "the split leaves class agriculture out" in said
+    assert "(a), all are in b" in said
+
+
+def test_a_region_without_scenes_says_how_to_name_some(tmp_path):
+    (tmp_path / "area.geojson").write_text(
+        json.dumps({"type": "Polygon", "coordinates": [[[0, 0], [0, 1], [1, 1], [0, 0]]]})
+    )
+    said = refused(
+        2, "run", "pipeline", "landcover", "--region", tmp_path / "area.geojson", *NET, "--out", tmp_path / "r"
+    )
+    assert "has no labelled scenes; name some with --set labelled.source=FOLDER" in said

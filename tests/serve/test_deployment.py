@@ -1,0 +1,139 @@
+"""The application on Ray Serve: the same pixels, batches over requests, a replica that dies, an end in good order."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from small_world import segmenter
+from tiny_server import client, encoded, form, image_HWC
+
+pytestmark = pytest.mark.ray
+TIFF = {"Accept": "image/tiff"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    segmenter(root / "one")
+    segmenter(root / "three", classes=3)
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(models):
+    """`rayseg serve` in a process of its own: (process, address)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = ["serve", "--models", str(models), "--port", str(port), "--set", "replicas=1", "--set", "queue=6"]
+    words += ["--set", f"log_file={models / 'log'}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rayseg", *words],
+        env=os.environ | {"OMP_WAIT_POLICY": "passive"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if "stop with Ctrl-C" in line:
+            break
+    rest = threading.Thread(target=process.stderr.read)
+    rest.start()
+    yield process, f"http://127.0.0.1:{port}"
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    rest.join()
+    process.stderr.close()
+
+
+def ask(address, name="one", image=None, timeout=120):
+    path = f"{address}/v1/models/{name}/predict"
+    return httpx.post(path, headers=TIFF, timeout=timeout, **form(encoded(image_HWC() if image is None else image)))
+
+
+def together(count, function):
+    """What `function(k)` returns for every k < count, called at once."""
+    found = [None] * count
+    workers = [threading.Thread(target=lambda k=k: found.__setitem__(k, function(k))) for k in range(count)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return found
+
+
+def test_requests_that_share_batches_get_the_pixels_they_get_alone(server, models):
+    _, address = server
+    here = client(models)
+    images = [image_HWC(150, 170, seed=k) for k in range(4)]
+    names = ["one", "three", "one", "three"]
+    found = together(4, lambda k: ask(address, names[k], images[k]))
+    assert [one.status_code for one in found] == [200] * 4
+    for name, image, one in zip(names, images, found, strict=True):
+        alone = here.post(f"/v1/models/{name}/predict", headers=TIFF, **form(encoded(image)))
+        assert one.content == alone.content
+
+
+def test_an_error_of_the_contract_is_the_same_problem(server):
+    _, address = server
+    grey = ask(address, image=np.zeros((40, 40), np.uint8))
+    assert grey.status_code == 422
+    assert "needs the bands" in grey.json()["detail"]
+    assert httpx.get(f"{address}/nothing").headers["content-type"] == "application/problem+json"
+
+
+def test_more_than_the_queue_holds_is_refused_at_once_and_the_rest_is_answered(server):
+    _, address = server
+    big = image_HWC(600, 600)
+    found = together(14, lambda _: ask(address, image=big))
+    codes = sorted(one.status_code for one in found)
+    assert codes.count(200) >= 6
+    assert set(codes) == {200, 503}
+    refused = [one for one in found if one.status_code == 503]
+    assert all(int(one.headers["retry-after"]) >= 1 for one in refused)
+    assert all(one.headers["content-type"] == "application/problem+json" for one in refused)
+    assert max(one.elapsed.total_seconds() for one in refused) < min(
+        one.elapsed.total_seconds() for one in found if one.status_code == 200
+    )
+
+
+def replica_pids(process):
+    """Processes of the deployment Models that belong to the server."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    return [one.pid for one in below if "ray::ServeReplica:rayseg:Models" in " ".join(one.cmdline())]
+
+
+def test_a_replica_that_is_killed_costs_only_what_it_worked_on(server):
+    process, address = server
+    [before] = replica_pids(process)
+    big = image_HWC(900, 900)
+    killer = threading.Timer(0.7, os.kill, (before, signal.SIGKILL))
+    killer.start()
+    found = together(3, lambda _: ask(address, image=big))
+    killer.join()
+    assert {one.status_code for one in found} <= {200, 503}
+    assert any(one.status_code == 503 and "ask again" in one.json()["detail"] for one in found)
+    deadline = time.monotonic() + 60
+    while (again := ask(address)).status_code != 200:
+        assert time.monotonic() < deadline, again.text
+        time.sleep(0.5)
+
+
+def test_sigterm_finishes_what_was_accepted(server):
+    process, address = server
+    found = []
+    worker = threading.Thread(target=lambda: found.append(ask(address, image=image_HWC(900, 900))))
+    worker.start()
+    time.sleep(0.7)
+    process.send_signal(signal.SIGTERM)
+    worker.join()
+    assert found[0].status_code == 200
+    assert process.wait(60) == 0

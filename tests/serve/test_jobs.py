@@ -1,0 +1,81 @@
+"""Jobs from strangers: what their command line may hold."""
+
+import shlex
+
+import pytest
+from starlette.testclient import TestClient
+
+from rayseg.serve import jobs
+from rayseg.serve.app import api
+from rayseg.serve.jobs import Job, entrypoint
+from rayseg.serve.models import Here, Shelf
+from rayseg.serve.problems import Refused
+from rayseg.serve.settings import ServeConfig
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "gpc.yaml").write_text("members: 1\nchips: {source: chips.json#chips}\n")
+    return ServeConfig(
+        jobs=str(tmp_path / "runs"), jobs_catalog="cat.json#a", jobs_configs={"gpc": str(tmp_path / "gpc.yaml")}
+    )
+
+
+def test_the_command_line_is_one_a_person_would_type(config, tmp_path):
+    line = shlex.split(entrypoint(Job(pipeline="gpc", region="1,2,3,4", config={"patch": 640}), config, "job-1"))
+    assert line[1:6] == ["-m", "rayseg", "run", "pipeline", "gpc"]
+    assert "--region=1.0,2.0,3.0,4.0" in line
+    assert f"--out={tmp_path}/runs/job-1" in line
+    assert f"--config={tmp_path}/gpc.yaml" in line
+    assert "patch=640" in line
+    assert any(word.startswith("map.imagery=") for word in line)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"region": "/etc/passwd"}, "region is '/etc/passwd'"),
+        ({"region": "s3://bucket/catalog.json#x"}, "expected west,south,east,north"),
+        ({"region": "9,2,3,4"}, "west < east"),
+        ({"region": "nan,2,3,4"}, "west < east"),
+        ({"config": {"truth": "masks"}}, "names a file"),
+        ({"config": {"chips": {"source": "chips"}}}, "names a file"),
+        ({"config": {"map": {"imagery": "x"}}}, "names a file"),
+        ({"config": {"segmenter": {"weights": "secret"}}}, "expected none or imagenet"),
+        ({"config": {"segmenter": {"encoder": "../../x.pth"}}}, "words here are letters"),
+        ({"config": {"a b": 1}}, "is no key"),
+        ({"config": {"nothing": 1}}, "config key nothing is unknown"),
+        ({"config": {"patch": -1}}, "config key patch"),
+    ],
+)
+def test_what_could_reach_a_file_or_cannot_be_meant_is_refused(config, asked, words):
+    job = Job(**{"pipeline": "gpc", "region": "1,2,3,4"} | asked)
+    with pytest.raises(Refused, match=words):
+        entrypoint(job, config, "job-1")
+
+
+def test_a_job_is_submitted_and_looked_up_by_its_id(config, monkeypatch):
+    submitted = {}
+
+    class Client:
+        def __init__(self, address):
+            assert address == config.jobs_address
+
+        def submit_job(self, *, entrypoint, submission_id):
+            submitted[submission_id] = entrypoint
+
+        def list_jobs(self):
+            status = type("S", (), {"value": "RUNNING"})
+            return [type("J", (), {"submission_id": name, "status": status}) for name in submitted]
+
+    monkeypatch.setattr(jobs, "JobSubmissionClient", Client)
+    asked = TestClient(api(config, Here(Shelf({})), Shelf({})))
+    found = asked.post("/v1/jobs", json={"pipeline": "gpc", "region": "demo"})
+    assert found.status_code == 202, found.text
+    name = found.json()["id"]
+    assert list(submitted) == [name]
+    assert asked.get(f"/v1/jobs/{name}").json() == {"id": name, "status": "running", "steps": {}}
+    assert asked.get("/v1/jobs/job-000000000000").status_code == 404
+    assert asked.get("/v1/jobs/..").status_code in {404, 422}
+    assert asked.post("/v1/jobs", json={"pipeline": "rm", "region": "demo"}).status_code == 422
+    assert asked.post("/v1/jobs", content=b"{" * 100).status_code == 422

@@ -1,0 +1,141 @@
+"""The pages in a real browser: an image dropped, its mask, classes under the pointer, downloads, keys, a run's map."""
+
+import shutil
+import threading
+import time
+
+import pytest
+import uvicorn
+from fake_run import blobs, make, picture
+from small_world import segmenter
+from tiny_server import encoded, image_HWC
+
+from rayseg.io.maps import mapped_tiles
+from rayseg.serve.app import api
+from rayseg.serve.models import Here, Shelf
+from rayseg.serve.settings import ServeConfig
+
+CHROMIUM = shutil.which("chromium")
+TOKEN = "a-token-of-more-than-16-characters"
+playwright = pytest.importorskip("playwright.sync_api")
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here")]
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """A server with a model, a run with a failed tile, and a token."""
+    root = tmp_path_factory.mktemp("world")
+    segmenter(root / "cover")
+    mask = blobs(128, 192)
+    (root / "runs").mkdir()
+    scene = {"scene": (picture(mask), mask, (0, 0))}
+    make(root / "whole/map", scene)
+    [*_, last] = mapped_tiles(root / "whole/map")
+    make(root / "runs/map", scene, fates={last.tile.id: ("failed", "its file is damaged")})
+    (root / "token").write_text(TOKEN)
+    config = ServeConfig(models=(str(root / "cover"),), runs=(str(root / "runs"),), token_file=str(root / "token"))
+    shelf = Shelf.of(config.models)
+    door = api(config, Here(shelf), shelf)
+    server = uvicorn.Server(uvicorn.Config(door, host="127.0.0.1", port=0, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        found = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    """A page that was given the token; what it complains of fails the test."""
+    context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme="dark")
+    context.add_init_script(f"sessionStorage.setItem('rayseg-token', '{TOKEN}')")
+    opened, complaints = context.new_page(), []
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    opened.on("console", lambda said: complaints.append(said.text) if "Content Security Policy" in said.text else None)
+    yield opened
+    context.close()
+    assert complaints == []
+
+
+@pytest.fixture
+def mapped(page, address):
+    """The page with an image that was mapped."""
+    page.goto(address)
+    playwright.expect(page.locator("#model option")).to_have_count(2)
+    page.set_input_files("#file", {"name": "field.png", "mimeType": "image/png", "buffer": encoded(image_HWC())})
+    page.wait_for_selector("#shown:not([hidden])")
+    page.click("#go")
+    page.wait_for_selector("#result:not([hidden])")
+    return page
+
+
+def test_an_image_is_mapped_and_its_classes_are_told(mapped):
+    assert "gpc" in mapped.inner_text("#legend")
+    assert "%" in mapped.inner_text("#legend")
+    mapped.hover("#view", position={"x": 60, "y": 40})
+    assert mapped.inner_text("#said").split(" at ")[0] in {"gpc", "background"}
+    assert mapped.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_the_mask_is_seen_through_as_the_slider_says(mapped):
+    mapped.fill("#opacity", "25")
+    assert mapped.evaluate("document.getElementById('mask').style.opacity") == "0.25"
+    assert mapped.inner_text("#percent") == "25 %"
+
+
+def test_the_keyboard_alone_reads_classes_and_moves_the_slider(mapped):
+    mapped.focus("#view")
+    mapped.keyboard.press("ArrowRight")
+    assert "at column 66, row 45" in mapped.inner_text("#said")
+    mapped.focus("#opacity")
+    mapped.keyboard.press("ArrowLeft")
+    assert mapped.inner_text("#percent") == "59 %"
+
+
+@pytest.mark.parametrize(("button", "start"), [("PNG", b"\x89PNG"), ("GeoTIFF", b"II*\0"), ("GeoJSON", b'{"type"')])
+def test_results_are_downloaded(mapped, tmp_path, button, start):
+    with mapped.expect_download() as download:
+        mapped.click(f"text=Download {button}")
+    path = tmp_path / "file"
+    download.value.save_as(path)
+    assert path.read_bytes().startswith(start)
+    assert download.value.suggested_filename.startswith("field-")
+
+
+def test_errors_are_told_in_words(mapped):
+    mapped.set_input_files("#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"hello"})
+    playwright.expect(mapped.locator("#error")).to_contain_text("send a PNG")
+
+
+def test_without_the_token_the_page_asks_for_it(browser, address):
+    context = browser.new_context()
+    opened = context.new_page()
+    opened.goto(address)
+    opened.wait_for_selector("#token-row:not([hidden])")
+    opened.fill("#token", TOKEN)
+    opened.keyboard.press("Tab")
+    playwright.expect(opened.locator("#model option")).to_have_count(2)
+    context.close()
+
+
+def test_a_run_is_shown_on_a_map_that_can_be_moved(page, address):
+    page.goto(f"{address}/runs/map")
+    playwright.expect(page.locator("#map img.leaflet-tile-loaded[src^=blob]").first).to_be_visible(timeout=20_000)
+    assert "gpc" in page.inner_text("#legend")
+    assert "1 failed" in page.inner_text("#ledger")
+    assert "its file is damaged" in page.inner_text("#troubles")
+    assert page.locator("#map path.leaflet-interactive").count() == 1
+    before = page.get_attribute(".leaflet-map-pane", "style")
+    page.focus("#map")
+    page.keyboard.press("ArrowRight")
+    playwright.expect(page.locator(".leaflet-map-pane")).not_to_have_attribute("style", before)

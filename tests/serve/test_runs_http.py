@@ -1,0 +1,127 @@
+"""Runs over HTTP: what they say, and their map as tiles."""
+
+import io
+
+import mercantile
+import numpy as np
+import pytest
+from fake_run import GPC, NODATA, UTM, blobs, make, picture
+from PIL import Image
+from tiny_server import client
+
+from rayseg.geo import Grid
+from rayseg.io import mapview
+from rayseg.io.maps import mapped_tiles
+from rayseg.serve import runs
+
+SHAPE = (128, 192)
+
+
+@pytest.fixture(scope="module")
+def mask():
+    return blobs(*SHAPE)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, mask):
+    """A run of six tiles on Earth, of which one failed, and one over an image without georeference."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "earth").mkdir()
+    (root / "flat").mkdir()
+    make(root / "earth/map", {"scene": (picture(mask), mask, (0, 0))})
+    [*_, last] = mapped_tiles(root / "earth/map")
+    make(
+        root / "earth/broken",
+        {"scene": (picture(mask), mask, (0, 0))},
+        fates={last.tile.id: ("failed", "its file is damaged")},
+    )
+    make(root / "flat/photo", {"photo": (picture(mask), mask, (0, 0))}, grid=Grid(None, (1.0, 1.0), (0.0, 0.0)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def asked(root):
+    return client(runs=(str(root / "earth"), str(root / "flat/photo")))
+
+
+def image_of(answer):
+    assert answer.status_code == 200, answer.text
+    return np.array(Image.open(io.BytesIO(answer.content)))
+
+
+def test_runs_are_listed_by_name(asked):
+    assert {row["name"] for row in asked.get("/v1/runs").json()["runs"]} == {"map", "broken", "photo"}
+    found = asked.get("/v1/runs/none")
+    assert found.status_code == 404
+    assert "no run 'none'" in found.json()["detail"]
+
+
+def test_a_run_says_what_it_covers_and_what_failed(asked, mask):
+    said = asked.get("/v1/runs/map").json()
+    rows = {row["name"]: row for row in said["classes"]}
+    assert rows["gpc"]["share"] == pytest.approx((mask == 1).mean())
+    assert rows["gpc"]["area_m2"] == pytest.approx((mask == 1).sum() * 4, rel=2e-3)
+    assert said["troubles"] == []
+    west, south, east, north = said["bounds"]
+    assert west < east
+    assert south < north
+    [trouble] = asked.get("/v1/runs/broken").json()["troubles"]
+    assert trouble["reason"] == "its file is damaged"
+    assert west <= trouble["bounds"][0] < trouble["bounds"][2] <= east + 1e-9
+
+
+def test_tiles_show_the_classes_and_the_imagery_where_they_are(asked, root, mask):
+    """Every pixel of a map tile is that of the map at its place."""
+    west, south, east, north = asked.get("/v1/runs/map").json()["bounds"]
+    place = mercantile.tile((west + east) / 2, (south + north) / 2, 17)
+    classes_HW = image_of(asked.get(f"/v1/runs/map/tiles/17/{place.x}/{place.y}.png"))
+    imagery_HWC = image_of(asked.get(f"/v1/runs/map/tiles/17/{place.x}/{place.y}.png?layer=imagery"))
+    seen = classes_HW != NODATA
+    assert 0.02 < seen.mean() < 1
+    assert (seen == (imagery_HWC[..., 3] > 0)).mean() > 0.99
+    both = seen & (imagery_HWC[..., 3] > 0)
+    green = imagery_HWC[..., 1].astype(int) > imagery_HWC[..., 0].astype(int)
+    assert (green[both] == (classes_HW[both] == 1)).mean() > 0.9
+    assert (classes_HW[seen] == 1).mean() == pytest.approx((mask == 1).mean(), abs=0.15)
+
+
+def test_a_tile_beside_the_map_holds_nothing(asked):
+    assert asked.get("/v1/runs/map/tiles/10/0/0.png").status_code == 204
+    assert asked.get("/v1/runs/map/tiles/2/9/0.png").status_code == 404
+    assert asked.get("/v1/runs/map/tiles/99/0/0.png").status_code == 422
+    assert asked.get("/v1/runs/map/tiles/0/0/0.png?layer=secret").status_code == 422
+
+
+def test_an_image_without_georeference_has_a_pyramid_of_its_own(asked, mask):
+    said = asked.get("/v1/runs/photo").json()
+    assert said["bounds"] is None
+    assert said["images"] == [{"id": "photo", "width": SHAPE[1], "height": SHAPE[0]}]
+    whole = image_of(asked.get("/v1/runs/photo/tiles/0/0/0.png?image=photo"))
+    height = round(256 * SHAPE[0] / SHAPE[1])
+    assert (whole[height + 1 :] == NODATA).all()
+    rows = (np.arange(height) + 0.5) * SHAPE[0] / height
+    cols = (np.arange(256) + 0.5) * SHAPE[1] / 256
+    expected = mask[rows.astype(int)][:, cols.astype(int)]
+    assert (whole[:height] == expected).mean() > 0.97
+    part = image_of(asked.get("/v1/runs/photo/tiles/1/1/0.png?image=photo"))
+    assert (part[:, 1:-1] != NODATA).any()
+    assert asked.get("/v1/runs/photo/tiles/0/0/0.png?image=other").status_code == 204
+
+
+def test_imagery_of_hosts_that_are_not_named_is_not_asked_for():
+    assert mapview._allowed("/data/a.tif", ())
+    assert mapview._allowed("s3://bucket/a.tif", ())
+    assert not mapview._allowed("https://169.254.169.254/a.tif", ())
+    assert not mapview._allowed("gs://bucket/a.tif", ("bucket",))
+    assert not mapview._allowed("/vsicurl/http://a/b.tif".replace("/vsicurl/", "vsicurl://"), ())
+    assert mapview._allowed("https://tiles.example/a.tif", ("tiles.example",))
+
+
+def test_models_below_a_run_lead_to_it(root):
+    (root / "earth/map/models").mkdir()
+    assert runs.found([str(root / "earth/map/models")]) == {"map": str(root / "earth/map")}
+
+
+def test_the_world_of_these_tests_is_what_they_say():
+    assert GPC.names == ("background", "gpc")
+    assert UTM.crs == "EPSG:32650"

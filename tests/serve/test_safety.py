@@ -1,0 +1,344 @@
+"""What is kept out: strangers, pages of other sites, too much of anything, files that are not what they seem."""
+
+import io
+import json
+import logging
+import struct
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+import rasterio
+from PIL import Image
+from small_world import segmenter
+from tiny_server import client, encoded, form, image_HWC
+
+from rayseg.errors import ConfigError, DataError
+from rayseg.serve import door
+from rayseg.serve.problems import Refused
+from rayseg.serve.settings import ServeConfig, expect_closed
+from rayseg.serve.sniff import kind_of
+from rayseg.serve.uploads import Readers
+
+TOKEN = "a-token-of-more-than-16-characters"
+PREVIEW = "/v1/preview"
+
+
+@pytest.fixture(scope="module")
+def readers():
+    found = Readers(1, max_pixels=1 << 20, seconds=20)
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def asked():
+    return client(max_pixels=1 << 16, max_bytes=1 << 18, queue=2)
+
+
+@pytest.fixture
+def guarded(tmp_path):
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    return client(token_file=str(tmp_path / "token"))
+
+
+def problem(found, status):
+    """The detail of a problem of this status."""
+    assert found.status_code == status, found.text
+    assert found.headers["content-type"] == "application/problem+json"
+    body = found.json()
+    assert set(body) >= {"type", "title", "status", "detail", "request_id"}
+    assert "Traceback" not in found.text
+    return body["detail"]
+
+
+# -- who ---------------------------------------------------------------------------------------------------------------
+
+
+def test_without_the_token_there_is_only_the_page_and_health(guarded):
+    for path in ("/", "/docs", "/healthz", "/page/style.css", "/runs/any"):
+        assert guarded.get(path).status_code == 200, path
+    for path in ("/v1/models", "/v1/runs", "/metrics", "/openapi.json", "/v1/nothing"):
+        found = guarded.get(path)
+        assert "a token is needed" in problem(found, 401)
+        assert found.headers["www-authenticate"].startswith("Bearer")
+    for wrong in ("Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer", f"Bearer {TOKEN[:-1]}"):
+        problem(guarded.get("/v1/models", headers={"Authorization": wrong}), 401)
+    assert guarded.get("/v1/models", headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org"])
+def test_another_host_demands_a_token(host):
+    with pytest.raises(ConfigError, match="--token-file"):
+        expect_closed(host, None)
+    expect_closed(host, "token")
+    for own in ("127.0.0.1", "localhost", "::1"):
+        expect_closed(own, None)
+
+
+def test_a_token_that_can_be_guessed_is_refused(tmp_path):
+    (tmp_path / "short").write_text("secret\n")
+    with pytest.raises(ConfigError, match="holds 6 characters"):
+        ServeConfig(token_file=str(tmp_path / "short")).token()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        ServeConfig(token_file=str(tmp_path / "none")).token()
+
+
+def test_pages_of_other_sites_are_not_answered():
+    named = client(hosts=("testserver",))
+    assert named.get("/v1/models").status_code == 200
+    assert "not called evil.example" in problem(named.get("/v1/models", headers={"Host": "evil.example"}), 421)
+    found = named.post(PREVIEW, headers={"Origin": "https://evil.example"}, **form(encoded(image_HWC())))
+    assert "pages of other sites" in problem(found, 403)
+    own = named.post(PREVIEW, headers={"Origin": "http://testserver"}, **form(encoded(image_HWC())))
+    assert own.status_code == 200
+    asked = named.options(
+        "/v1/models", headers={"Origin": "http://testserver", "Access-Control-Request-Method": "POST"}
+    )
+    assert not [name for name in asked.headers if name.startswith("access-control")]
+
+
+def test_every_answer_has_the_headers_of_caution(asked):
+    for path in ("/", "/v1/models", "/nothing"):
+        headers = asked.get(path).headers
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["x-frame-options"] == "DENY"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/page/../app.py", "/page/%2e%2e/app.py", "/page//etc/passwd", "/v1/models/..%2f..%2fetc", "/v1/runs/..%2f"],
+)
+def test_no_path_of_a_request_leads_to_a_file(asked, path):
+    assert asked.get(path).status_code in {404, 422}
+    assert asked.get(path).headers["content-type"] == "application/problem+json"
+
+
+# -- how much ----------------------------------------------------------------------------------------------------------
+
+
+def test_too_many_bytes_are_refused_by_their_number_and_while_they_come(asked):
+    big = b"x" * (1 << 19)
+    assert "more than 262,144 bytes" in problem(asked.post(PREVIEW, **form(big)), 413)
+    taken = []
+
+    def endless():
+        head = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+        for part in [head, *[b"x" * 65536] * 1000]:
+            taken.append(len(part))
+            yield part
+
+    found = asked.post(PREVIEW, content=endless(), headers={"Content-Type": "multipart/form-data; boundary=b"})
+    assert "more than 262,144 bytes" in problem(found, 413)
+    problem(asked.post(PREVIEW, content=b"x", headers={"Content-Length": "many"}), 400)
+
+
+def lying_png(width, height):
+    """A PNG of one row whose header names another size."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 30)) + chunk(b"IEND", b"")
+    )
+
+
+def test_too_many_pixels_are_refused_by_the_header(asked):
+    detail = problem(asked.post(PREVIEW, **form(lying_png(60_000, 60_000))), 413)
+    assert "60000 x 60000 px, 65,536 px are allowed" in detail
+    problem(asked.post(PREVIEW, **form(encoded(np.zeros((300, 300, 3), np.uint8)))), 413)
+    problem(asked.post(PREVIEW, **form(encoded(np.zeros((300, 300, 3), np.uint8), "JPEG"))), 413)
+    problem(
+        asked.post(PREVIEW, **form(encoded(np.zeros((300, 300, 3), np.uint8), "TIFF", compression="tiff_lzw"))), 413
+    )
+
+
+def test_a_header_that_lies_is_a_problem_and_not_a_crash(asked):
+    assert "cannot be read" in problem(asked.post(PREVIEW, **form(lying_png(200, 200))), 422)
+
+
+def test_more_requests_than_the_queue_holds_are_refused_at_once(asked):
+    asked.app.busy = 2
+    try:
+        found = asked.post(PREVIEW, **form(encoded(image_HWC())))
+    finally:
+        asked.app.busy = 0
+    assert "2 requests are being worked on" in problem(found, 503)
+    assert int(found.headers["retry-after"]) >= 1
+    assert asked.post(PREVIEW, **form(encoded(image_HWC()))).status_code == 200
+
+
+def test_a_server_that_stops_takes_nothing_more(asked):
+    asked.app.draining = True
+    try:
+        assert asked.get("/healthz").status_code == 503
+        assert "about to stop" in problem(asked.post(PREVIEW, **form(encoded(image_HWC()))), 503)
+    finally:
+        asked.app.draining = False
+
+
+# -- what --------------------------------------------------------------------------------------------------------------
+
+
+def zipped(data):
+    """The data with a ZIP archive behind it."""
+    sink = io.BytesIO(data)
+    with zipfile.ZipFile(sink, "a") as archive:
+        archive.writestr("a.txt", "hidden")
+    return sink.getvalue()
+
+
+def tiff(path, **options):
+    """Write a small GeoTIFF; return its path."""
+    image_CHW = image_HWC(40, 50).transpose(2, 0, 1)
+    place = {"crs": "EPSG:32650", "transform": rasterio.Affine(1, 0, 500_000, 0, -1, 4_000_000)}
+    with rasterio.open(
+        path, "w", driver="GTiff", width=50, height=40, count=3, dtype="uint8", **place, **options
+    ) as file:
+        file.write(image_CHW)
+    return path
+
+
+VRT = b'<VRTDataset rasterXSize="9" rasterYSize="9"><VRTRasterBand dataType="Byte" band="1"/></VRTDataset>'
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "empty"),
+        (b"hello", "no kind that is known"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG"),
+        (VRT, "a VRT"),
+        (b"<?xml version='1.0'?><VRTDataset/>", "XML"),
+        (b"%PDF-1.7", "a PDF"),
+        (b"GIF89a", "a GIF"),
+        (b"RIFF    WEBP", "a WebP"),
+        (zipped(b""), "a ZIP archive"),
+        (zipped(encoded(image_HWC())), "ZIP archive at once"),
+        (zipped(encoded(image_HWC(), "JPEG")), "ZIP archive at once"),
+        (zipped(encoded(image_HWC(), "TIFF")), "ZIP archive at once"),
+        (encoded(image_HWC()) + b"<script>alert(1)</script>", "bytes before the upload does"),
+        (encoded(image_HWC(), "JPEG") + b"<html>", "bytes before the upload does"),
+        (b"II*\0" + b"%PDF-1.7" + b"\0" * 100, "a PDF at once"),
+        (b"II*\0<script>alert(1)</script>" + b"\0" * 100, "markup at once"),
+    ],
+)
+def test_what_is_no_image_or_more_than_one_is_refused(data, words):
+    with pytest.raises(Refused, match=words) as refusal:
+        kind_of(data, max_pixels=1 << 20)
+    assert refusal.value.status == 415
+
+
+def test_previews_that_cameras_append_are_no_second_file():
+    jpeg = encoded(image_HWC(), "JPEG")
+    assert kind_of(jpeg + jpeg + b"\0\0", max_pixels=1 << 20) == "jpeg"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_images_that_are_cut_off_are_refused(kind):
+    with pytest.raises(Refused, match="cut off"):
+        kind_of(encoded(image_HWC(), kind)[:-40], max_pixels=1 << 20)
+
+
+def test_a_tiff_that_names_other_files_is_refused(readers, tmp_path):
+    secret = tiff(tmp_path / "secret.tif")
+    path = tiff(tmp_path / "points.tif")
+    with rasterio.open(path, "r+") as file:
+        file.update_tags(ns="OVERVIEWS", OVERVIEW_FILE=str(secret))
+    with pytest.raises(DataError, match="points to other files"):
+        readers.read(path.read_bytes())
+
+
+def test_files_beside_an_upload_are_not_looked_at(readers, tmp_path):
+    """GDAL in the reader's process knows three drivers, no network and no sidecars."""
+    source, image = readers.read(tiff(tmp_path / "plain.tif").read_bytes())
+    assert (source.crs, image.image_CHW.shape) == ("EPSG:32650", (3, 40, 50))
+    np.testing.assert_array_equal(image.image_CHW, image_HWC(40, 50).transpose(2, 0, 1))
+    environment = readers._environment
+    assert {"VRT", "HTTP", "WMS", "PDF", "STACIT"} <= set(environment["GDAL_SKIP"].split(","))
+    assert not {"PNG", "JPEG", "GTiff"} & set(environment["GDAL_SKIP"].split(","))
+    assert environment["GDAL_DISABLE_READDIR_ON_OPEN"] == "EMPTY_DIR"
+    assert not [name for name in environment if name.startswith("AWS")]
+
+
+def test_a_palette_image_is_refused_as_a_mask(readers):
+    sink = io.BytesIO()
+    Image.fromarray(image_HWC()).quantize(8).save(sink, "PNG")
+    with pytest.raises(DataError, match="palette"):
+        readers.read(sink.getvalue())
+
+
+def test_a_reader_that_dies_or_hangs_is_replaced(tmp_path):
+    data = encoded(image_HWC())
+    readers = Readers(1, max_pixels=1 << 20, seconds=20)
+    readers.read(data)
+    child = readers._idle.get()
+    child.process.kill()
+    child.process.wait()
+    readers._idle.put(child)
+    assert readers.read(data)[1].image_CHW.shape == (3, 90, 130)
+    readers.seconds = 0.0
+    with pytest.raises(DataError, match="could not be read within"):
+        readers.read(data)
+    readers.seconds = 20
+    assert readers.read(data)[1] is not None
+    readers.close()
+
+
+# -- what is written down ----------------------------------------------------------------------------------------------
+
+
+def test_every_request_is_a_line_with_its_id(asked, caplog):
+    caplog.set_level(logging.INFO, logger="rayseg.serve")
+    logging.getLogger("rayseg.serve").propagate = True
+    found = asked.get("/v1/models", headers={"X-Request-ID": "mine-1"})
+    assert found.headers["x-request-id"] == "mine-1"
+    line = json.loads(door.JsonLines().format(caplog.records[-1]))
+    assert (line["event"], line["path"], line["status"]) == ("request", "/v1/models", 200)
+    odd = asked.get("/v1/models", headers={"X-Request-ID": "a b\tc"}).headers["x-request-id"]
+    assert len(odd) == 32
+
+
+def test_what_was_not_foreseen_is_told_without_a_trace(asked, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="rayseg.serve")
+    monkeypatch.setattr("rayseg.serve.answers.picture", lambda *_: 1 / 0)
+    found = asked.post(PREVIEW, **form(encoded(image_HWC())))
+    assert "written down why" in problem(found, 500)
+    assert "ZeroDivisionError" not in found.text
+    assert [record for record in caplog.records if record.exc_info]
+
+
+def test_requests_are_counted_by_route(asked):
+    asked.get("/v1/models/none-1")
+    text = asked.get("/metrics").text
+    assert 'rayseg_requests_total{method="GET",route="/v1/models/{name}",status="404"}' in text
+    assert "rayseg_request_seconds_bucket" in text
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/none", 404), ("DELETE", "/v1/models", 405)])
+def test_the_framework_refuses_in_the_same_words(asked, method, path, status):
+    assert "/docs" in problem(asked.request(method, path), status)
+
+
+def test_a_form_without_an_image_is_told_what_is_missing(asked):
+    assert "expected multipart/form-data" in problem(asked.post(PREVIEW, json={}), 415)
+    assert "a file named image" in problem(asked.post(PREVIEW, files={"picture": b"x"}), 422)
+    problem(asked.post(PREVIEW, content=b"junk", headers={"Content-Type": "multipart/form-data; boundary=b"}), 400)
+    problem(asked.post(PREVIEW, content=b"junk", headers={"Content-Type": "multipart/form-data"}), 400)
+
+
+def test_jobs_are_refused_unless_they_are_enabled(asked):
+    assert "--jobs" in problem(asked.post("/v1/jobs", json={"pipeline": "gpc", "region": "demo"}), 403)
+
+
+def test_bundles_of_one_name_are_not_mixed_up(tmp_path):
+    segmenter(tmp_path / "a/models/segmenter")
+    segmenter(tmp_path / "b/models/segmenter")
+    names = [row["name"] for row in client(tmp_path).get("/v1/models").json()["models"]]
+    assert names == ["a-segmenter", "b-segmenter"]
+    with pytest.raises(ConfigError, match="would both be segmenter"):
+        client(tmp_path / "a", tmp_path / "b")

@@ -1,0 +1,37 @@
+"""How a server is set up: the file for clusters, what is refused before anything starts."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from small_world import refused
+
+from rayseg.errors import ConfigError
+from rayseg.serve.command import named
+from rayseg.serve.settings import ServeConfig
+
+DEPLOYED = Path(__file__).parents[2] / "cluster/serve.yaml"
+
+
+def test_the_file_for_clusters_is_understood_and_asks_for_a_token():
+    from rayseg.serve.deployment import build
+
+    [app] = yaml.safe_load(DEPLOYED.read_text())["applications"]
+    assert app["import_path"] == "rayseg.serve.deployment:build"
+    config = ServeConfig.model_validate(app["args"])
+    assert build(config) is not None
+    with pytest.raises(ConfigError, match="token_file is not set"):
+        build(config.model_copy(update={"token_file": None}))
+
+
+def test_the_command_refuses_an_open_host_a_missing_prefix_and_an_unknown_setting(tmp_path):
+    assert "--token-file" in refused(2, "serve", "--models", tmp_path, "--host", "0.0.0.0")
+    assert "is no folder" in refused(4, "serve", "--models", tmp_path / "none")
+    assert "config key quue is unknown" in refused(2, "serve", "--models", tmp_path, "--set", "quue=3")
+    assert "is no run" in refused(2, "view", tmp_path)
+
+
+def test_on_loopback_the_server_has_the_names_of_loopback_alone():
+    assert named(ServeConfig(), "127.0.0.1").hosts == ("127.0.0.1", "localhost", "::1")
+    assert named(ServeConfig(hosts=("maps",)), "127.0.0.1").hosts == ("maps",)
+    assert named(ServeConfig(), "0.0.0.0").hosts == ()

@@ -1,0 +1,120 @@
+"""Segment Anything and labels without a model, over HTTP."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from segment_anything import sam_model_registry
+from tiny_server import client, encoded, form
+
+from rayseg.models import bundle, sam_bundle
+from rayseg.models.sam import SamConfig
+from rayseg.vision import masks
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+from test_sam import picture, small_sam
+
+
+def untrained(checkpoint=None):
+    """A SAM that marks about half of an image, whatever it is shown."""
+    model = small_sam()
+    model.mask_threshold = 0.0
+    return model
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """A server with a tiny SAM of no training."""
+    before = sam_model_registry["vit_b"]
+    sam_model_registry["vit_b"] = untrained
+    prefix = tmp_path_factory.mktemp("sam") / "sam"
+    sam_bundle.save_sam(SamConfig(variant="vit_b", checkpoint="random"), prefix)
+    assert bundle.load(prefix).task == "instances"
+    yield client(prefix)
+    sam_model_registry["vit_b"] = before
+
+
+def ask(asked, path, accept="application/json", **fields):
+    return asked.post(path, data=fields, headers={"Accept": accept}, **form(encoded(picture())))
+
+
+def test_points_and_boxes_give_one_thing_each(asked):
+    fields = {"points": "[[40, 30], [50, 35]]", "labels": "[1, 0]", "boxes": "[[10, 10, 80, 60]]"}
+    found = ask(asked, "/v1/sam/prompt", **fields)
+    assert found.status_code == 200, found.text
+    said = found.json()
+    assert (said["width"], said["height"]) == (160, 120)
+    assert len(said["things"]) == 2
+    for one in said["things"]:
+        inside = masks.decode(np.array(one["runs"]), (120, 160))
+        assert inside.sum() == one["pixels"]
+    painted = np.array(Image.open(io.BytesIO(ask(asked, "/v1/sam/prompt", "image/png", **fields).content)))
+    shown = sum(masks.decode(np.array(one["runs"]), (120, 160)) for one in said["things"]) > 0
+    np.testing.assert_array_equal(painted[..., 3] > 0, shown)
+
+
+def test_everything_is_what_the_proposer_finds(asked):
+    fields = {"points": "8", "iou": "0", "stability": "0"}
+    said = ask(asked, "/v1/sam/auto", **fields).json()
+    assert said["things"]
+    shapes = json.loads(ask(asked, "/v1/sam/auto", "application/geo+json", **fields).content)
+    assert {row["properties"]["id"] for row in shapes["features"]} == set(range(1, len(said["things"]) + 1))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, "neither a point nor a box"),
+        ({"points": "[[500, 3]]"}, "beside the image"),
+        ({"points": "[[5, 3]]", "labels": "[1, 1]"}, "1 points have 2 labels"),
+        ({"points": "[5, 3]"}, "config key points"),
+        ({"points": "rm -rf"}, "expected JSON"),
+        ({"points": "[" * 5000}, "expected JSON"),
+        ({"boxes": "[[9, 9, 3, 3]]"}, "holds nothing"),
+        ({"points": "[[NaN, 3]]"}, "beside the image"),
+        ({"depth": "1"}, "config key depth is unknown"),
+    ],
+)
+def test_prompts_that_cannot_be_meant_are_refused(asked, fields, words):
+    found = ask(asked, "/v1/sam/prompt", **fields)
+    assert found.status_code == 422, found.text
+    assert words in found.json()["detail"]
+
+
+def test_without_a_sam_bundle_there_is_no_sam():
+    found = ask(client(), "/v1/sam/auto")
+    assert found.status_code == 404
+    assert "no Segment Anything" in found.json()["detail"]
+
+
+def test_an_image_is_labelled_without_a_model(asked):
+    fields = {"network": "v1", "iterations": "3"}
+    said = ask(asked, "/v1/unsupervised", **fields).json()
+    assert sum(row["pixels"] for row in said["classes"]) == 160 * 120
+    assert all(row["score_mean"] is None for row in said["classes"])
+    labels = np.array(Image.open(io.BytesIO(ask(asked, "/v1/unsupervised", "image/png", **fields).content)))
+    counts = {row["value"]: row["pixels"] for row in said["classes"] if row["pixels"]}
+    assert counts == dict(zip(*(part.tolist() for part in np.unique(labels, return_counts=True)), strict=True))
+    shapes = json.loads(ask(asked, "/v1/unsupervised", "application/geo+json", **fields).content)
+    assert sum(row["properties"]["pixels"] for row in shapes["features"]) == 160 * 120
+    assert ask(asked, "/v1/unsupervised", iterations="100000").status_code == 422
+
+
+@pytest.mark.parametrize("network", ["v1", "v2", "deepnet"])
+def test_images_of_any_sides_are_labelled_and_tiny_ones_refused(asked, network):
+    fields = {"network": network, "iterations": "1"}
+    odd = asked.post("/v1/unsupervised", data=fields, **form(encoded(picture()[:33, :41])))
+    assert odd.status_code == 200, odd.text
+    assert (odd.json()["width"], odd.json()["height"]) == (41, 33)
+    tiny = asked.post("/v1/unsupervised", data=fields, **form(encoded(picture()[:1, :1])))
+    assert tiny.status_code == 422
+    assert "16 on each side" in tiny.json()["detail"]
+
+
+def test_labels_of_an_image_that_is_too_large_to_train_on_are_refused(asked):
+    found = asked.post("/v1/unsupervised", **form(encoded(np.zeros((1025, 1025, 3), np.uint8))))
+    assert found.status_code == 413

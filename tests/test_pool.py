@@ -1,0 +1,91 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_world import GRID, catalogue, window_at
+
+from rayseg import active, pool
+from rayseg.errors import ConfigError, DataError, RunIncomplete
+from rayseg.geo import Region
+from rayseg.io import asking, cog
+from rayseg.pool import PoolConfig
+from rayseg.vision.color import ClassTable
+
+TABLE = ClassTable(((0, "ground", (130, 100, 70)), (1, "wood", (50, 170, 80))))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three scenes of 70 x 130 px; the left half is wood, the right ground, 255 at the bottom."""
+    for name in ("a", "b", "c"):
+        classes = np.zeros((70, 130), np.uint8)
+        classes[:, :40], classes[60:] = 1, 255
+        image = np.random.default_rng(ord(name)).integers(0, 255, (70, 130, 3)).astype(np.uint8)
+        for part, pixels in (("images", image), ("masks", classes)):
+            (tmp_path / name / part).mkdir(parents=True)
+            Image.fromarray(pixels).save(tmp_path / name / part / "one.png")
+    return tmp_path
+
+
+def found(folder, **settings):
+    config = PoolConfig(images=str(folder), size=64, **settings)
+    return pool.find(Region("r"), config, TABLE, seed=1)[0]
+
+
+def test_chips_are_whole_cells_with_the_class_of_most_of_their_pixels(folder):
+    rows = found(folder, validation=["c"], test=["b"])
+    assert [(row["id"], row["part"], row["label"]) for row in rows] == [
+        (f"{scene}-one_{cell}_0", part, label)
+        for scene, part in (("a", "pool"), ("b", "test"), ("c", "validation"))
+        for cell, label in ((0, "wood"), (1, "ground"))
+    ]
+    image = np.asarray(Image.open(folder / "a" / "images" / "one.png"))
+    assert np.array_equal(pool.image_of(rows[1]), image[:64, 64:128])
+    mask = np.asarray(Image.open(folder / "a" / "masks" / "one.png"))
+    assert np.array_equal(pool.mask_of(rows[1], TABLE, ""), mask[:64, 64:128])
+    chips = pool.masked_chips(rows, TABLE, "")
+    assert (chips.count, len(chips), chips.read(0).shape) == (2, 6, (64, 64, 3))
+
+
+def test_scenes_are_never_divided(folder):
+    for seed in range(4):
+        rows = pool.find(Region("r"), PoolConfig(images=str(folder), size=32), TABLE, seed=seed)[0]
+        parts = {row["scene"]: set() for row in rows}
+        for row in rows:
+            parts[row["scene"]].add(row["part"])
+        assert all(len(own) == 1 for own in parts.values())
+        assert {part for own in parts.values() for part in own} == {"pool", "validation"}
+
+
+def test_what_cannot_be_is_refused(folder):
+    with pytest.raises(ConfigError, match=r"pool.test names z, the scenes are a, b, c"):
+        found(folder, test=["z"])
+    with pytest.raises(ConfigError, match="none is left to learn from"):
+        found(folder, test=["a", "b", "c"])
+    with pytest.raises(DataError, match="no chip of 90 px is left"):
+        pool.find(Region("r"), PoolConfig(images=str(folder), size=90), TABLE, seed=0)
+    three = ClassTable((*TABLE.classes, (2, "water", (0, 0, 255))))
+    with pytest.raises(DataError, match="class water has no pixel in any mask"):
+        pool.find(Region("r"), PoolConfig(images=str(folder), size=64), three, seed=0)
+
+
+def test_chips_of_placed_scenes_are_exported_where_they_lie_and_their_masks_come_back_placed(tmp_path):
+    path = catalogue(tmp_path / "world", one={"margin": 0}, two={"margin": 0, "col": 400})
+    config = PoolConfig(size=96, validation=("two",))
+    rows = pool.find(Region("r", catalog=str(path)), config, TABLE, seed=0)[0]
+    assert [row["id"] for row in rows] == ["one_0_0", "one_0_1"]
+    run = tmp_path / "run"
+    with pytest.raises(RunIncomplete, match="2 chips wait for masks"):
+        active.expect_masks(str(run), rows, TABLE)
+    first, second = json.loads((run / "to-label" / "chips.geojson").read_text())["features"]
+    tops = [max(y for _, y in one["geometry"]["coordinates"][0]) for one in (first, second)]
+    assert tops[0] - tops[1] == pytest.approx(96 / 111_000, rel=0.02)
+    (tmp_path / "drawn").mkdir()
+    for row in rows:
+        Image.fromarray(np.full((96, 96), 1, np.uint8)).save(tmp_path / "drawn" / f"{row['id']}.png")
+    assert asking.load(tmp_path / "drawn", str(run)) == (2, [])
+    assert active.known_labels(str(run), rows, TABLE) == ["wood", "wood"]
+    active.expect_masks(str(run), rows, TABLE)
+    assert np.array_equal(cog.read_bands(run / "masks" / "one_0_0.tif")[0], np.ones((96, 96)))
+    assert GRID.bounds(window_at(0, 0))

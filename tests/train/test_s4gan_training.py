@@ -1,0 +1,205 @@
+import numpy as np
+import pytest
+import torch
+
+from rayseg.errors import ConfigError, DataError, ModelError
+from rayseg.models.bundle import Scaling
+from rayseg.train import s4gan, session
+from rayseg.train.augment import Augment
+from rayseg.train.batches import Chips
+from rayseg.train.learning import Learning
+from rayseg.train.pair import DiscriminatorConfig, Pair, S4ganConfig
+from rayseg.train.s4gan import Data, fit_s4gan, trained_s4gan
+
+SCALING = Scaling(mean=(110.0, 100.0, 90.0), std=(40.0, 40.0, 40.0))
+QUICK = S4ganConfig(
+    architecture="unet",
+    encoder="test_resnet",
+    weights="none",
+    size=32,
+    steps=6,
+    checkpoint=2,
+    rate=1e-3,
+    head_rate=3.0,
+    bias_rate=3.0,
+    discriminator=DiscriminatorConfig(width=8, after=2, threshold=0.3),
+    learning=Learning(batch=4, optimizer="adamw", average=0.9),
+    augment=Augment(crop="random"),
+)
+
+
+def scenes(count, *, seed, masks=True, size=48):
+    """Brown ground with a green and a blue square each; 0 ground, 1 green, 2 blue, 255 along the left edge."""
+    rng = np.random.default_rng(seed)
+    images = rng.normal((130, 100, 70), 10, (count, size, size, 3))
+    classes = np.zeros((count, size, size), np.uint8)
+    for k in range(count):
+        for value, color in ((1, (50, 170, 80)), (2, (40, 80, 200))):
+            top, left = rng.integers(0, size // 2, 2)
+            classes[k, top : top + size // 3, left : left + size // 3] = value
+            images[k][classes[k] == value] = color
+    classes[:, :, :2] = 255
+    images_NHWC = images.clip(0, 255).astype(np.uint8)
+    read_mask = classes.__getitem__ if masks else None
+    ids = tuple(f"s{seed}-{k}" for k in range(count))
+    return Chips(ids, (0,) * count, images_NHWC.__getitem__, read_mask, classes=3)
+
+
+@pytest.fixture
+def data():
+    return Data(scenes(4, seed=1), scenes(8, seed=2, masks=False), scenes(3, seed=3))
+
+
+def fit(settings, data, prefix, **more):
+    return fit_s4gan(settings, data, prefix=prefix, scaling=SCALING, **more)
+
+
+def changed(settings, **values):
+    return settings.model_copy(update=values)
+
+
+def test_it_learns_and_keeps_the_best_checkpoint(tmp_path, data):
+    settings = changed(QUICK, steps=60, checkpoint=15, rate=3e-3)
+    measures = fit(settings, data, tmp_path)
+    assert measures["mean_iou"] > 0.5
+    net = trained_s4gan(settings, tmp_path, classes=3)
+    found = s4gan.confusions(net, data.validation, range(3), SCALING, unit=32)
+    assert s4gan.measures_of(sum(found[1:], found[0]))["mean_iou"] == pytest.approx(measures["mean_iou"])
+    pixels = 3 * 48 * 46
+    assert sum(one.pixels for one in found) == pixels
+
+
+@pytest.mark.parametrize("variant", [{}, {"discriminator": None}, {"checkpoint": 4}])
+def test_a_training_that_was_stopped_gives_the_same_weights_as_one_that_was_not(tmp_path, data, variant, monkeypatch):
+    settings = changed(QUICK, **variant)
+    whole = fit(settings, data, tmp_path / "whole")
+    steps, calls = s4gan._steps, []
+
+    def dies(*arguments):
+        calls.append(arguments[0])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return steps(*arguments)
+
+    monkeypatch.setattr(s4gan, "_steps", dies)
+    with pytest.raises(KeyboardInterrupt):
+        fit(settings, data, tmp_path / "parts")
+    assert fit(settings, data, tmp_path / "parts") == whole
+    assert calls[1] == calls[2] == settings.checkpoint
+    first, second = (session.load_checkpoint(tmp_path / name, None) for name in ("whole", "parts"))
+    for part in ("learner", "judge"):
+        nets = [state[part]["net"] if state[part] else {} for state in (first, second)]
+        assert all(torch.equal(nets[0][key], nets[1][key]) for key in nets[0])
+
+
+def test_images_without_masks_teach_only_after_a_while_and_only_by_good_maps(tmp_path, data, monkeypatch):
+    rows = []
+    step = s4gan._step
+
+    def recorded(number, *arguments):
+        losses = step(number, *arguments)
+        rows.append((number, losses))
+        return losses
+
+    monkeypatch.setattr(s4gan, "_step", recorded)
+    fit(QUICK, data, tmp_path)
+    for number, losses in rows:
+        expected = losses["ce_loss"] + 0.1 * losses["matching_loss"]
+        expected += losses["self_training_loss"] if number >= 2 else 0
+        assert losses["loss"] == pytest.approx(expected, rel=1e-5)
+    assert [number for number, _ in rows] == list(range(6))
+    assert all(losses["taught"] > 0 for _, losses in rows)
+
+
+@pytest.fixture
+def _alone(monkeypatch):
+    """One worker, outside of a training session."""
+    monkeypatch.setattr(session, "world", lambda: 1)
+    monkeypatch.setattr(session, "rank", lambda: 0)
+
+
+@pytest.mark.usefixtures("_alone")
+def test_each_network_learns_from_its_own_loss_alone(monkeypatch):
+    torch.manual_seed(0)
+    net = s4gan.build_segmenter(**QUICK.options(classes=3, channels=3), weights="none")
+    pair = Pair.start(net, QUICK, torch.device("cpu"), classes=3, channels=3)
+    images, masks = torch.rand(4, 3, 32, 32) * 255, torch.randint(0, 3, (4, 32, 32))
+    given = s4gan.Given((images, masks), (images, None), (images, masks))
+    nets = {"segmenter": net, "judge": pair.judge.net}
+
+    def change(frozen):
+        before = {name: [weight.clone() for weight in one.parameters()] for name, one in nets.items()}
+        with monkeypatch.context() as patch:
+            patch.setattr(getattr(pair, frozen), "descend", lambda _: None)
+            s4gan._step(0, given, pair, {"settings": QUICK, "scaling": SCALING}, str)
+        return {
+            name: not all(torch.equal(a, b) for a, b in zip(before[name], one.parameters(), strict=True))
+            for name, one in nets.items()
+        }
+
+    assert change("judge") == {"segmenter": True, "judge": False}
+    assert change("segmenter") == {"segmenter": False, "judge": True}
+
+
+@pytest.mark.usefixtures("_alone")
+def test_rates_and_decay_are_those_of_the_paper():
+    settings = changed(QUICK, rate=2.5e-4, head_rate=10.0, bias_rate=20.0, steps=20_000)
+    settings = changed(settings, learning=Learning(batch=4, optimizer="sgd", weight_decay=5e-4))
+    net = s4gan.build_segmenter(**settings.options(classes=3, channels=3), weights="none")
+    pair = Pair.start(net, settings, torch.device("cpu"), classes=3, channels=3)
+    for learner, rate in zip((pair.segmenter, pair.judge), pair.rates(11), strict=True):
+        learner.descend(rate)
+    groups = pair.segmenter.optimizer.param_groups
+    rate = 2.5e-4 * (1 - 10 / 20_000) ** 0.9
+    assert [group["lr"] for group in groups] == pytest.approx([rate, 10 * rate, 20 * rate])
+    assert [group["weight_decay"] for group in groups] == [5e-4, 5e-4, 0]
+    assert sum(len(group["params"]) for group in groups) == len(list(net.parameters()))
+    [judging] = pair.judge.optimizer.param_groups
+    assert judging["lr"] == pytest.approx(1e-4 * (1 - 11 / 20_000) ** 0.9)
+    assert judging["betas"] == (0.9, 0.99)
+
+
+def test_a_mask_without_a_labelled_pixel_does_no_harm(tmp_path, data):
+    blank = Chips(("a", "b"), (0, 0), data.labelled.read, lambda k: np.full((48, 48), 255, np.uint8), classes=3)
+    measures = fit(QUICK, Data(blank, data.unlabelled, None), tmp_path)
+    assert measures["ce_loss"] == 0
+    assert np.isfinite(measures["loss"])
+    assert measures["step"] == 6
+
+
+def test_a_loss_that_is_no_number_stops_with_the_step_and_its_chips_and_spoils_nothing(tmp_path, data):
+    bad = Chips(
+        data.labelled.ids,
+        data.labelled.labels,
+        lambda k: data.labelled.read(k).astype(np.float32) * (np.nan if k == 2 else 1),
+        data.labelled.read_mask,
+        classes=3,
+    )
+    with pytest.raises(DataError, match=r"s4gan, step \d: loss nan on chips .*s1-2.*; chips s2-"):
+        fit(QUICK, Data(bad, data.unlabelled, None), tmp_path)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_settings_that_cannot_be_are_refused(tmp_path, data):
+    one = changed(QUICK, learning=Learning(batch=1))
+    with pytest.raises(ConfigError, match="batch norms would see one image at a time"):
+        fit(one, data, tmp_path)
+    with pytest.raises(ConfigError, match="size 48 is no multiple of 32 x reduce = 32"):
+        fit(changed(QUICK, size=48), data, tmp_path)
+    with pytest.raises(ConfigError, match="cannot be shared by 3 workers"):
+        fit(QUICK, data, tmp_path, workers=3)
+    with pytest.raises(DataError, match="no chip has a mask"):
+        fit(QUICK, Data(data.unlabelled, None, None), tmp_path)
+    fit(changed(QUICK, steps=1), data, tmp_path / "done")
+    with pytest.raises(ModelError, match="other settings"):
+        fit(changed(QUICK, steps=2), data, tmp_path / "done")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_two_workers_learn_as_one(tmp_path, data):
+    settings = changed(QUICK, steps=2, learning=Learning(batch=4, optimizer="adamw"))
+    fit(settings, data, tmp_path, workers=2)
+    state = session.load_checkpoint(tmp_path, None)
+    assert state["step"] == 2
+    assert np.isfinite(state["best"]["measures"]["loss"])
