@@ -48,7 +48,7 @@ def load(kind: type[T], path: str | None = None, overrides: Sequence[str] = ()) 
     Raises:
         ConfigError: the file cannot be read, or a key is unknown or its value not allowed.
     """
-    values = _read(path) if path else {}
+    values = read_values(path) if path else {}
     for override in overrides:
         _assign(values, override)
     return load_values(kind, values)
@@ -62,7 +62,12 @@ def load_values(kind: type[T], values: dict[str, Any]) -> T:
         raise ConfigError(_explain(kind, error)) from None
 
 
-def _read(path: str) -> dict[str, Any]:
+def read_values(path: str) -> dict[str, Any]:
+    """What a YAML file says.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else than keys and values.
+    """
     try:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:

@@ -36,7 +36,7 @@ from rayseg.errors import ConfigError, Stalled, StoreFull
 from rayseg.guard import STOPPED, Guarded, Row, Rows, Work, ahead
 from rayseg.ledger import SETTLED, Account, Ledger, Record
 from rayseg.run import Engine
-from rayseg.store import put, upath
+from rayseg.store import access, put, upath
 
 if TYPE_CHECKING:  # Ray takes a second to import; the inline engine does without
     import ray.data
@@ -352,7 +352,8 @@ def connect(address: str | None, *, dashboard: bool = False) -> None:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # blocks lost with a process: their rows come again
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if (chosen := ray_address(address)) != "local":
-        ray.init(address=chosen, **quiet)
+        known = {"runtime_env": {"env_vars": access()}} if access() else {}  # where stores are; keys each node has
+        ray.init(address=chosen, **known, **quiet)
         return
     folder = tempfile.mkdtemp(prefix="rs-")
     _remove_afterwards(folder)

@@ -11,7 +11,7 @@ from typing import Any
 
 from rayseg.errors import RaysegError, Stalled, StoreFull
 from rayseg.ledger import Ledger, Record
-from rayseg.store import STORE_ERRORS
+from rayseg.store import STORE_ERRORS, public
 
 Row = dict[str, Any]
 Rows = Generator[Row, None, None]
@@ -120,7 +120,11 @@ class Guarded:
             if len(rows) > 1:
                 return [done for row in rows for done in self._attempt([row])]
             reason = str(error) if isinstance(error, RaysegError) else f"{type(error).__name__}: {error}"
-            fate = {"status": "failed", "reason": f"{self.work.name}: {reason}", "hung": isinstance(error, Stalled)}
+            fate = {
+                "status": "failed",
+                "reason": public(f"{self.work.name}: {reason}"),
+                "hung": isinstance(error, Stalled),
+            }
             return [_kept(rows[0]) | fate]
 
     def _in_time(self, rows: list[Row]) -> list[Row]:

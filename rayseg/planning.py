@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
@@ -249,7 +250,8 @@ def timed_on(forecast: Forecast, region: Region, tiles: Sequence[Row], *, count:
         run = Run(folder, {"pipeline": "plan", "region": asdict(part), "config": {}}, Engine("inline"))
         run.save("running", 0.0)
         trial(run, part)
-        written = sum(path.stat().st_size for path in upath(folder).rglob("*") if path.is_file())
+        once = _bytes_below(f"{folder}/report")
+        written = _bytes_below(folder) - once
         steps = {step.name: _timed(step) for step in run.steps}
     whole, probed = sum(map(_pixels, tiles)), sum(map(_pixels, chosen))
     sizes = {row["id"]: _pixels(row) for row in chosen}
@@ -261,8 +263,8 @@ def timed_on(forecast: Forecast, region: Region, tiles: Sequence[Row], *, count:
         tiles=part.tiles,
         seconds={stage: round(seconds, 3) for stage, seconds in stages.items()},
         spread=sum(max(by_stage.values(), default=0.0) for by_stage, _ in told),
-        alone=sum(rest if by_stage else rest * whole / probed for by_stage, rest in told),
-        bytes_written=round(written * whole / probed),
+        alone=_alone(dict(zip(steps, told, strict=True)), whole / probed),
+        bytes_written=round(written * whole / probed) + once,
         cpus=len(os.sched_getaffinity(0)),
         gpus=_gpus(),
     )
@@ -310,6 +312,20 @@ def _scaled(
     share = sum(weights) + (1 if count else sizes.get(records[0].id, 0)) * (records[1:] != [])
     rest = max(0.0, seconds - slowest * share / max(sum(weights), 1))
     return {stage: value * grown for stage, value in spent.items()}, rest
+
+
+def _alone(told: Mapping[str, tuple[dict[str, float], float]], growth: float) -> float:
+    """Seconds that no stage works; steps that gather what tiles left take longer with more of them."""
+    seconds, gathers = 0.0, False
+    for name, (by_stage, rest) in told.items():
+        gathers = gathers or bool(by_stage)
+        grows = gathers and not by_stage and name != "report"
+        seconds += rest * (growth if grows else 1.0)
+    return seconds
+
+
+def _bytes_below(folder: str) -> int:
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
 def _gpus() -> int:

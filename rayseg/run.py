@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from rayseg.config import Config
 from rayseg.errors import ConfigError
 from rayseg.geo import Region
 from rayseg.ledger import MISSING, Account, Ledger
-from rayseg.store import STORE_ERRORS, absolute, is_local, put, sweep, upath
+from rayseg.store import STORE_ERRORS, absolute, is_local, public, put, sweep, upath
 
 NAMED = 20
 HERE = "<run>/"
@@ -113,8 +114,12 @@ class Run:
         """
         out = absolute(out).rstrip("/")
         asked = {"pipeline": pipeline, "region": asdict(region), "config": config.model_dump(mode="json")}
+        _expect_no_secret(asked | {"out": out})
         run = cls(out, asked, engine or Engine())
-        if _is_new(out, asked) and check:
+        new = _is_new(out, asked)
+        if not is_local(out):
+            _ensure_writable(out)  # a bucket keeps no trace of it, and planning can take long
+        if new and check:
             check()
         _ensure_writable(out)
         with _alone(out):
@@ -175,8 +180,8 @@ class Run:
         """Write run.json."""
         content = self.asked | {
             "status": status,
-            "reason": reason,
-            "command": " ".join(sys.argv),
+            "reason": public(reason),
+            "command": public(" ".join(sys.argv)),
             "engine": asdict(self.engine),
             "versions": versions(),
             "started": started,
@@ -251,6 +256,17 @@ def read(root: str) -> dict[str, Any]:
     return content
 
 
+def _expect_no_secret(asked: dict[str, Any]) -> None:
+    """Refuse URLs with keys or logins in them: run.json would tell everybody who reads the results."""
+    text = json.dumps(asked, default=str)
+    if public(text) != text:
+        found = next(word for word in re.findall(r'[^"\s]*://[^"\s]*', text) if public(word) != word)
+        raise ConfigError(
+            f"{public(found)} has a secret in it, which run.json would keep; sign with RAYSEG_SIGN, or give keys by "
+            "AWS_PROFILE"
+        )
+
+
 def _is_new(out: str, asked: dict[str, Any]) -> bool:
     """Whether there is nothing at `out` yet; what belongs to another run is refused."""
     try:
@@ -272,8 +288,9 @@ def _ensure_writable(out: str) -> None:
         put(upath(out) / ".writable", b"")
         (upath(out) / ".writable").unlink(missing_ok=True)
     except STORE_ERRORS as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"output {out} cannot be written: {reason}; choose another --out") from None
+        reason = getattr(error, "strerror", None) or str(error)
+        remedy = "choose another --out" if is_local(out) else "check the bucket's name and that you may write there"
+        raise ConfigError(f"output {out} cannot be written: {public(reason)}; {remedy}") from None
 
 
 def _difference(key: str, found: object, asked: object) -> str:

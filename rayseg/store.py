@@ -2,12 +2,13 @@
 
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from botocore.exceptions import BotoCoreError
 from pydantic import AfterValidator
@@ -18,13 +19,58 @@ from rayseg.errors import StoreFull
 StorePath = str | Path | UPath
 STORE_ERRORS: tuple[type[Exception], ...] = (OSError, BotoCoreError)
 """What file systems and object stores raise; s3fs lets the AWS client's own errors (no credentials) through."""
+ACCESS = (
+    "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_NO_SIGN_REQUEST",
+    "AWS_CA_BUNDLE", "RAYSEG_SIGN", "RAYSEG_SIGN_HOSTS",
+)  # fmt: skip
+"""Variables that say where object stores are and who asks; keys are not among them: every machine has its own."""
+_SECRET = re.compile(
+    r"(?i)([?&](?:sig|signature|token|access_token|api_?key|key|password|subscription-key"
+    r"|x-amz-(?:signature|credential|security-token)|awsaccesskeyid)=)[^&\s\"'#]+"
+)
+_LOGIN = re.compile(r"(://)[^/\s@\"']+@")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def upath(path: StorePath) -> UPath:
-    """The path or URI as a UPath; `file:` URIs become plain local paths."""
+    """The path or URI as a UPath; `file:` URIs become plain local paths, s3 is asked as `s3_options` say."""
     text = str(path)
+    if text.startswith("s3://"):
+        found: UPath = UPath(text, **s3_options())
+        return found
     return UPath(text.removeprefix("file://") if text.startswith("file://") else path)
+
+
+def s3_options() -> dict[str, Any]:
+    """How object stores are asked, from the usual variables; keys are found by the AWS client when they are needed.
+
+    Returns:
+        s3fs's `endpoint_url`, `profile` and `anon`, those that are set.
+    """
+    found: dict[str, Any] = {}
+    if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
+        found["endpoint_url"] = endpoint
+    if profile := os.environ.get("AWS_PROFILE"):
+        found["profile"] = profile
+    if os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in {"1", "yes", "true", "on"}:
+        found["anon"] = True
+    return found
+
+
+def access() -> dict[str, str]:
+    """What of the environment other machines of a run need to know; no keys."""
+    return {name: os.environ[name] for name in ACCESS if name in os.environ}
+
+
+def signer() -> tuple[str, tuple[str, ...]]:
+    """(URL of the service that signs `{href}`, names of the hosts whose files want it), from RAYSEG_SIGN and _HOSTS."""
+    hosts = os.environ.get("RAYSEG_SIGN_HOSTS") or "blob.core.windows.net"
+    return os.environ.get("RAYSEG_SIGN", ""), tuple(filter(None, (host.strip() for host in hosts.split(","))))
+
+
+def public(text: str) -> str:
+    """The text without what signs or opens a URL: for messages, logs and what a run keeps."""
+    return _LOGIN.sub(r"\1***@", _SECRET.sub(r"\1***", text))
 
 
 def sentence(error: Exception) -> str:
@@ -32,7 +78,7 @@ def sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename} cannot be used ({error.strerror}); choose a path that can be read or written there"
     if not isinstance(error, BotoCoreError):
-        return str(error)
+        return public(str(error))
     return f"the object store cannot be used: {error}; check AWS_PROFILE or AWS_ACCESS_KEY_ID, and AWS_ENDPOINT_URL"
 
 

@@ -41,7 +41,7 @@ def _run() -> None:
 
 
 @run_app.command("pipeline")
-def run_pipeline(
+def run_pipeline(  # noqa: PLR0913 - the options of the command
     name: PipelineName,
     *,
     region: Annotated[
@@ -54,6 +54,10 @@ def run_pipeline(
     engine: EngineName = "ray",
     address: Address = None,
     tiles: Tiles = None,
+    submit: Annotated[
+        bool,
+        typer.Option("--submit", help="As a job of the cluster whose dashboard --address names, http://HEAD:8265."),
+    ] = False,
 ) -> None:
     """Run a pipeline over a region; given again, it goes on where it stopped."""
     from rayseg.config import load
@@ -61,9 +65,27 @@ def run_pipeline(
 
     module = pipeline_of(name)
     resolved = load(module.Config, config, set_ or ())
+    if submit:
+        from rayseg import submission
+        from rayseg.store import absolute
+
+        where = absolute(out or f"runs/{name}-{slug(region)}")
+        submission.submit(_words(name, region, config, set_, tiles, where), where, address)
+        return
     area = only(images_or_region(region), tiles)
     with _run_at(out or f"runs/{name}-{slug(region)}", name, resolved, area, engine, address) as run:
         typer.echo(module.run(resolved, run, area))
+
+
+def _words(
+    name: str, region: str, config: str | None, set_: list[str] | None, tiles: str | None, out: str
+) -> list[str]:
+    """The command line of a run, as it is understood on any machine."""
+    from rayseg import submission
+
+    words = ["run", "pipeline", name, "--region", region, *(submission.inlined(config) if config else ())]
+    words += [word for value in set_ or () for word in ("--set", value)]
+    return [*words, *(("--tiles", tiles) if tiles else ()), "--out", out]
 
 
 @run_app.command("sweep")

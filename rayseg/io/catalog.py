@@ -16,6 +16,7 @@ from shapely.geometry import mapping, shape
 from shapely.geometry.base import BaseGeometry
 
 from rayseg.errors import ConfigError, DataError
+from rayseg.io import stac_api
 from rayseg.io.areas import named_regions, region_names, resolve_region
 from rayseg.io.items import item_of, lonlat_outline, write_catalog, write_collection, write_item, write_tile_item
 from rayseg.io.sources import STORED, Source, crs_of, crs_text, source_of_file
@@ -63,7 +64,8 @@ def open_items(
 
     Args:
         uri: a catalogue, collection, item or item collection as JSON, an `items.parquet`, or a STAC API.
-        collection: id of the collection wanted, wherever it is below; None for all.
+        collection: id of the collection wanted, wherever it is below; None for all. Of an API also a question, as
+            `a,b&datetime=2020-01-01/2020-12-31&query=eo:cloud_cover<20`.
         geometry: GeoJSON in EPSG:4326 that items must meet; items without geometry then stay out.
         halo: of their own pixels by which items may miss it, where others meet it.
 
@@ -113,11 +115,7 @@ def _read_items(uri: str, collection: str | None, geometry: dict[str, Any] | Non
     if kind == "FeatureCollection":
         return _only([cast(pystac.Item, _stac(uri, feature)) for feature in row["features"]], collection, uri)
     if "conformsTo" in row:
-        import pystac_client  # only APIs need it
-
-        wanted = [collection] if collection else None
-        search = pystac_client.Client.open(uri).search(collections=wanted, intersects=geometry)
-        return list(search.items())
+        return stac_api.search(uri, collection, geometry)
     catalog = cast(pystac.Catalog, _stac(uri, row))
     if collection and catalog.id != collection:
         children = {child.id: child for child in catalog.get_all_collections()}

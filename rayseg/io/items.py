@@ -23,7 +23,7 @@ import rayseg
 from rayseg.errors import DataError
 from rayseg.geo import Grid, Tile, Window
 from rayseg.io.sources import Source, crs_of, placing, unplaced
-from rayseg.store import StorePath, is_local, put, put_file, upath
+from rayseg.store import StorePath, is_local, public, put, put_file, upath
 from rayseg.vision.color import ClassTable, hex_of
 
 _EXTENSION = "https://stac-extensions.github.io/{}/schema.json"
@@ -83,7 +83,9 @@ def item_of(
         item.add_asset(Path(name).stem, _asset(upath(folder) / name, table))
     for source in sources:
         if source.href:
-            item.add_link(pystac.Link(pystac.RelType.DERIVED_FROM, source.href, "application/geo+json", source.item_id))
+            item.add_link(
+                pystac.Link(pystac.RelType.DERIVED_FROM, public(source.href), "application/geo+json", source.item_id)
+            )
     if model:
         relative = _relative(model, str(upath(folder)))
         item.add_link(pystac.Link(pystac.RelType.DERIVED_FROM, relative, "application/geo+json", "model"))

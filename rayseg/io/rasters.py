@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from rasterio.windows import Window as FileWindow
 
 from rayseg.errors import DataError
 from rayseg.geo import Grid, Window
+from rayseg.io import remote
 from rayseg.io.sources import (
     Source,
     aligned,
@@ -101,9 +103,9 @@ def _read_source(
     image_CHW: np.ndarray | None = None
     valid_HW = np.ones((part.height, part.width), bool)
     for href, wanted in _files_of(source, bands).items():
-        pixels_CHW, ok_HW = _read_file(
-            source, href, grid, part, [index for _, index in wanted], categorical=categorical
-        )
+        indexes = [index for _, index in wanted]
+        read_it = partial(_read_file, source, href, grid, part, indexes, categorical=categorical)
+        pixels_CHW, ok_HW = remote.patiently(href, read_it, again=partial(_forget, href))
         if image_CHW is None:
             image_CHW = np.zeros((len(bands), part.height, part.width), pixels_CHW.dtype)
         _same_dtype(href, pixels_CHW.dtype, image_CHW.dtype)
@@ -185,6 +187,15 @@ def view(source: Source, href: str, grid: Grid, *, categorical: bool = False) ->
     return views[key][:2]
 
 
+def _forget(href: str) -> None:
+    """Close this thread's files of `href`: what they know of it may be why it cannot be read."""
+    views = _views()
+    for key in [key for key in views if key[0] == href]:
+        opened, _, beneath = views.pop(key)
+        for file in (opened, *beneath):
+            file.close()
+
+
 def _views() -> "OrderedDict[Any, _View]":
     """This thread's open files; a forked process starts afresh, for file positions are shared with its parent."""
     if getattr(_local, "process", None) != os.getpid():
@@ -249,9 +260,9 @@ def _placed(dataset: DatasetReader, source: Source) -> Source:
 
 
 def _stamp(href: str) -> tuple[int, int]:
-    """Changes when a local file is written again; files elsewhere are taken as immutable."""
+    """Changes when a local file is written again; files elsewhere are taken as immutable, their signatures are not."""
     if not is_local(href):
-        return 0, 0
+        return remote.stamp(href), 0
     try:
         found = os.stat(str(upath(href)))  # noqa: PTH116 - a UPath has no cheaper one
     except OSError as error:

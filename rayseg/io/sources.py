@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,7 +23,8 @@ from rasterio.warp import calculate_default_transform, transform, transform_boun
 
 from rayseg.errors import DataError
 from rayseg.geo import Bounds, Grid, Window
-from rayseg.store import is_local, upath
+from rayseg.io import remote
+from rayseg.store import is_local, public
 
 SCHEMES = ("", "file", "s3", "http", "https")
 _OPTIONS = {
@@ -31,7 +32,6 @@ _OPTIONS = {
     "GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE",
     "GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO",  # its shortcut returns garbage instead of an error for a truncated PNG
 }
-_REMOTE = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_HTTP_MAX_RETRY": "4", "GDAL_HTTP_RETRY_DELAY": "1"}
 MOST_TILES = 1 << 22
 STORED = (1.0, 0.0)  # scale and offset of values that are units already
 _NAMELESS = (ColorInterp.undefined, ColorInterp.gray)
@@ -155,7 +155,7 @@ def open_file(href: str) -> DatasetReader:
     if urlsplit(href).scheme not in SCHEMES:
         raise DataError(f"{href} cannot be read: expected a local path or one of {', '.join(filter(None, SCHEMES))}.")
     if not is_local(href):
-        return rasterio.open(href)
+        return rasterio.open(remote.signed(href))
     with unplaced():
         return rasterio.open(href)
 
@@ -171,13 +171,13 @@ def unplaced() -> Iterator[None]:
 @contextmanager
 def gdal(name: str, window: Window | None = None) -> Iterator[None]:
     """GDAL's options, and its errors as DataError that names the file and the window."""
-    options = _OPTIONS if is_local(name) else {**_OPTIONS, **_REMOTE, **_endpoint(urlsplit(name).scheme)}
+    options = _OPTIONS if is_local(name) else {**_OPTIONS, **remote.settings(name)}
     try:
         with rasterio.Env(**options):
             yield
     except _FAULTS as error:
         place = f" in {window}" if window else ""
-        raise DataError(f"{name} cannot be read{place}: {error.__cause__ or error}.") from error
+        raise DataError(public(f"{name} cannot be read{place}: {error.__cause__ or error}.")) from None
 
 
 @contextmanager
@@ -192,18 +192,6 @@ def placing(name: str, crs: str | CRS) -> Iterator[None]:
             f"{name} cannot be placed on Earth by its CRS {found[1] if found else crs}: check its georeference, "
             "and that it is not of another planet."
         ) from error
-
-
-@cache
-def _endpoint(scheme: str) -> dict[str, str]:
-    """The object store that s3fs is set up for (AWS_ENDPOINT_URL, its configuration) in GDAL's words."""
-    if scheme != "s3":
-        return {}
-    url = urlsplit(str(upath("s3://bucket/key").fs.s3.meta.endpoint_url))
-    if url.netloc.endswith("amazonaws.com"):
-        return {}
-    secure = "YES" if url.scheme == "https" else "NO"
-    return {"AWS_S3_ENDPOINT": url.netloc, "AWS_HTTPS": secure, "AWS_VIRTUAL_HOSTING": "FALSE"}
 
 
 # -- grids ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,103 @@
+import json
+import threading
+import time
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from rayseg.errors import DataError
+from rayseg.io import remote
+from rayseg.store import access, public
+
+
+@pytest.fixture
+def service(monkeypatch):
+    """A service that signs, as Planetary Computer's does; `lasts` is how long a signature holds."""
+
+    class Sign(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.server.asked += 1
+            href = parse_qs(urlsplit(self.path).query)["href"][0]
+            ends = datetime.fromtimestamp(time.time() + self.server.lasts, UTC).isoformat()
+            row = {"href": f"{href}?sig=S{self.server.asked}", "msft:expiry": ends}
+            content = json.dumps(row if self.server.lasts else {}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Sign)
+    server.asked, server.lasts = 0, 3600
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("RAYSEG_SIGN", f"http://127.0.0.1:{server.server_port}/sign?href={{href}}")
+    monkeypatch.setattr(remote, "_signatures", {})
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+HREF = "https://one.blob.core.windows.net/a/b.tif"
+
+
+def test_hrefs_of_hosts_that_want_it_are_signed_and_others_are_not(service):
+    assert remote.signed(HREF) == f"{HREF}?sig=S1"
+    assert remote.signed(HREF) == f"{HREF}?sig=S1"
+    for other in ("https://example.org/b.tif", "s3://b/k", "/a/b.tif", "https://evilblob.core.windows.net.org/x"):
+        assert remote.signed(other) == other
+    assert service.asked == 1
+
+
+def test_a_signature_near_its_end_is_renewed_and_files_opened_anew(service):
+    service.lasts = remote.EARLY - 10
+    first, stamped = remote.signed(HREF), remote.stamp(HREF)
+    service.lasts = 2 * remote.EARLY
+    assert remote.signed(HREF) != first
+    assert remote.stamp(HREF) != stamped
+
+
+def test_a_service_that_does_not_sign_is_named_without_the_secret(service):
+    service.lasts = 0
+    with pytest.raises(DataError, match=r"cannot be signed by 127\.0\.0\.1") as told:
+        remote.signed(f"{HREF}?sig=OLD")
+    assert "OLD" not in str(told.value)
+
+
+def test_reading_is_tried_again_only_where_it_helps(monkeypatch):
+    monkeypatch.setattr(remote, "WAITS", (0.0, 0.0))
+    calls = []
+
+    def read(reason, times):
+        calls.append(reason)
+        if len(calls) <= times:
+            raise DataError(reason)
+        return "pixels"
+
+    def forget():
+        calls.append("closed")
+
+    assert remote.patiently("s3://b/k", lambda: read("HTTP 503", 3), again=forget) == "pixels"
+    assert calls == ["HTTP 503", "closed", "HTTP 503", "closed", "HTTP 503"]
+    for name, reason in (("s3://b/k", "response code 404"), ("/a/b.tif", "HTTP 503")):
+        calls.clear()
+        with pytest.raises(DataError):
+            remote.patiently(name, lambda why=reason: read(why, 9), again=forget)
+        assert calls == [reason]
+
+
+def test_texts_for_others_hold_no_secrets():
+    told = public("GET https://u:pw@h/x?a=1&sig=AbC%2F&X-Amz-Credential=K&b=2#f failed")
+    assert told == "GET https://***@h/x?a=1&sig=***&X-Amz-Credential=***&b=2#f failed"
+    assert public("s3://bucket/catalog.json#imagery") == "s3://bucket/catalog.json#imagery"
+
+
+def test_other_machines_are_told_where_stores_are_but_no_keys(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://h")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "K")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "T")
+    assert access()["AWS_ENDPOINT_URL"] == "http://h"
+    assert not {"K", "T"} & set(access().values())

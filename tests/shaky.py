@@ -1,0 +1,94 @@
+"""A proxy before an object store that fails by plan: busy, broken, reset, stalled and cut short."""
+
+import http.client
+import itertools
+import socket
+import struct
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+FAULTS = ("busy", "broken", "reset", "lost", "cut", "stall")
+
+
+class Proxy(ThreadingHTTPServer):
+    """Every request whose turn it is fails first: of `every` requests one, by one fault after the other.
+
+    busy: 503 SlowDown; broken: 500; reset: the connection is reset; lost: the store does what it is asked, then the
+    connection is reset before the answer; cut: half of the answer; stall: nothing for `patience` seconds, then the end.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, target, *, faults=FAULTS, every=5, patience=0.5):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.target, self.every, self.patience = target, every, patience
+        self.faults, self.turn, self.met = itertools.cycle(faults), itertools.count(1), []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return "http://{}:{}".format(*self.server_address)
+
+    def handle_error(self, *_):
+        pass
+
+    def end(self):
+        self.shutdown()
+        self.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def _pass_on(self):
+        server = self.server
+        fault = next(server.faults) if next(server.turn) % server.every == 0 else ""
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if fault:
+            server.met.append((fault, self.command))
+        if fault in {"busy", "broken"}:
+            return self._answer(503 if fault == "busy" else 500, {"Content-Type": "application/xml"}, BUSY)
+        if fault == "stall":
+            time.sleep(server.patience)
+        if fault in {"reset", "stall"}:
+            return self._reset()
+        connection = http.client.HTTPConnection(server.target, timeout=30)
+        connection.request(self.command, self.path, body, dict(self.headers))
+        found = connection.getresponse()
+        content = found.read()
+        connection.close()
+        if fault == "lost":
+            return self._reset()
+        kept = {
+            k: v
+            for k, v in found.getheaders()
+            if k.lower() not in {"connection", "transfer-encoding", "server", "date"}
+        }
+        return self._answer(found.status, kept, content, cut=fault == "cut")
+
+    def _answer(self, status, headers, content, *, cut=False):
+        self.send_response(status)
+        length = headers.pop("Content-Length", headers.pop("content-length", None))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        head = self.command == "HEAD"
+        self.send_header("Content-Length", length if head and length else str(len(content)))
+        self.end_headers()
+        if head:
+            return
+        self.wfile.write(content[: len(content) // 2] if cut else content)
+        if cut and content:
+            self.wfile.flush()
+            self._reset()
+
+    def _reset(self):
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _pass_on

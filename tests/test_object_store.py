@@ -1,0 +1,174 @@
+"""Runs and files on a real S3 server process, alone and behind a proxy that fails.
+
+The same against any other server, such as MinIO: RAYSEG_TEST_S3=http://127.0.0.1:9000, with AWS_ACCESS_KEY_ID and
+AWS_SECRET_ACCESS_KEY.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from urllib.parse import urlsplit
+
+import pytest
+from shaky import FAULTS, Proxy
+from small_world import catalogue, files, rayseg, refused, segmenter
+
+from rayseg.io import remote
+from rayseg.ledger import Ledger, Record
+from rayseg.store import put_if_absent, s3_options, upath
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning",
+    "ignore::pytest.PytestUnraisableExceptionWarning",  # s3fs leaves its connections open
+)
+
+
+@pytest.fixture(scope="module")
+def server():
+    if given := os.environ.get("RAYSEG_TEST_S3"):
+        yield given
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(600):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            break
+        time.sleep(0.1)
+    yield f"http://127.0.0.1:{port}"
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def bucket(server, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+    for name, value in (("ACCESS_KEY_ID", "k"), ("SECRET_ACCESS_KEY", "s"), ("DEFAULT_REGION", "us-east-1")):
+        if f"AWS_{name}" not in os.environ:
+            monkeypatch.setenv(f"AWS_{name}", value)
+    name = f"b{uuid.uuid4().hex[:12]}"
+    upath(f"s3://{name}").fs.mkdir(name)
+    return f"s3://{name}"
+
+
+def upload(folder, prefix):
+    for name, (_, content) in files(folder).items():
+        (upath(prefix) / name).write_bytes(content)
+
+
+def below(prefix):
+    """Name -> bytes of everything that a run keeps but run.json and done.json, which hold times."""
+    root = upath(prefix)
+    root.fs.invalidate_cache()
+    names = root.fs.find(root.path)
+    kept = [n for n in names if n.endswith((".tif", "parts.parquet", "polygons.parquet")) or "/tiles/" in n]
+    return {name.removeprefix(root.path): root.fs.cat_file(name) for name in kept}
+
+
+def test_only_one_of_many_writers_puts_a_record(bucket):
+    won = []
+    writers = [
+        threading.Thread(target=lambda n=n: won.append(n) if put_if_absent(f"{bucket}/record", bytes([n])) else None)
+        for n in range(8)
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert len(won) == 1
+    assert upath(f"{bucket}/record").read_bytes() == bytes(won)
+
+
+def test_a_ledger_behind_a_failing_proxy_loses_and_doubles_nothing(server, bucket, monkeypatch):
+    proxy = Proxy(urlsplit(server).netloc, every=3)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    ledger = Ledger(f"{bucket}/ledger")
+    for number in range(24):
+        ledger.write(Record(f"t{number}", "done", facts={"n": number}))
+    found = ledger.read()
+    assert {fault for fault, _ in proxy.met} == set(FAULTS)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+    assert {record.facts["n"] for record in found.values()} == set(range(24))
+    assert len(list(upath(f"{bucket}/ledger").iterdir())) == 24
+    proxy.end()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    catalogue(root / "imagery", scene={})
+    segmenter(root / "model")
+    return root
+
+
+@pytest.fixture
+def placed(world, bucket):
+    """Imagery, catalogue and model in the bucket; the catalogue made there."""
+    upload(world / "imagery", f"{bucket}/imagery")
+    upload(world / "model", f"{bucket}/model")
+    found = rayseg("ingest", "rasters", f"{bucket}/imagery/scene.tif", "--out", f"{bucket}/cat")
+    assert found.exit_code == 0, found.output
+    return bucket
+
+
+def predict(bucket, out, *more):
+    words = ("--engine", "inline", "--set", "map.tile=128", *more)
+    return rayseg("predict", f"{bucket}/model", f"{bucket}/cat/catalog.json#imagery", "--out", out, *words)
+
+
+def test_a_run_from_bucket_to_bucket_is_that_on_a_disk_also_behind_a_failing_proxy(
+    server, world, placed, tmp_path, monkeypatch
+):
+    plain = predict(placed, f"{placed}/run")
+    assert plain.exit_code == 0, plain.output
+    proxy = Proxy(urlsplit(server).netloc, every=7)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    shaken = predict(placed, f"{placed}/shaken")
+    assert shaken.exit_code == 0, shaken.output
+    assert {fault for fault, _ in proxy.met} == set(FAULTS)
+    proxy.end()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+    found = {name: content for name, content in below(f"{placed}/run").items() if not name.endswith(".json")}
+    again = {name: content for name, content in below(f"{placed}/shaken").items() if not name.endswith(".json")}
+    assert again == found
+    assert any(name.endswith("classes.tif") for name in found)
+    status = json.loads(rayseg("status", f"{placed}/shaken", "--json").stdout)["steps"]["predict"]
+    assert status["counts"]["done"] == status["planned"] == len([n for n in found if n.endswith("classes.tif")])
+    local = rayseg("predict", world / "model", world / "imagery/cat/catalog.json#imagery", "--out", tmp_path / "run",
+                   "--engine", "inline", "--set", "map.tile=128")  # fmt: skip
+    assert local.exit_code == 0, local.output
+    for path in (tmp_path / "run").glob("tiles/*/*.tif"):
+        assert found[f"/{path.relative_to(tmp_path / 'run')}"] == path.read_bytes()
+
+
+def test_a_bucket_that_is_not_there_is_found_before_any_work(world, bucket):
+    words = ("predict", world / "model", world / "imagery/cat/catalog.json#imagery", "--engine", "inline")
+    said = refused(2, *words, "--out", "s3://no-such-bucket-here/run")
+    assert "output s3://no-such-bucket-here/run cannot be" in said
+    assert "bucket" in said.replace("no-such-bucket-here", "")
+
+
+def test_urls_with_secrets_are_refused_and_not_repeated(world, tmp_path):
+    words = ("predict", world / "model", "--engine", "inline", "--out", tmp_path / "run")
+    said = refused(2, *words, "https://127.0.0.1:9/catalog.json?sig=SECRET#imagery")
+    assert "SECRET" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_stores_are_asked_alike_by_gdal_and_s3fs(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "YES")
+    assert s3_options() == {"endpoint_url": "http://127.0.0.1:9", "anon": True}
+    assert upath("s3://b/k").storage_options == s3_options()
+    asked = remote.settings("s3://b/k")
+    assert asked["AWS_S3_ENDPOINT"] == "127.0.0.1:9"
+    assert (asked["AWS_HTTPS"], asked["AWS_NO_SIGN_REQUEST"]) == ("NO", "YES")
+    assert "AWS_S3_ENDPOINT" not in remote.settings("https://example.org/a.tif")

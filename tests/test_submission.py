@@ -1,0 +1,143 @@
+"""Runs as jobs of a cluster: one job for one run, followed to its end by whoever asks."""
+
+import shlex
+
+import pytest
+import yaml
+from small_world import refused
+
+from rayseg import submission
+from rayseg.config import load
+from rayseg.errors import ConfigError, RunIncomplete
+from rayseg.pipelines import gpc
+
+LINE = "rayseg run pipeline gpc --region demo --out s3://b/r --address auto"
+
+
+class Head:
+    """A head that remembers jobs and answers as Ray's client does; a job runs for `looks` looks at it."""
+
+    def __init__(self, *, looks=3, ends="SUCCEEDED"):
+        self.jobs, self.submitted, self.looks, self.ends = {}, [], looks, ends
+
+    def submit_job(self, *, entrypoint, submission_id, runtime_env):
+        if submission_id in self.jobs:
+            raise RuntimeError(f"Job with submission_id {submission_id} already exists.")
+        self.submitted.append((entrypoint, submission_id, runtime_env))
+        self.jobs[submission_id] = 0
+        return submission_id
+
+    def get_job_status(self, job_id):
+        if job_id not in self.jobs:
+            raise RuntimeError(f"Request failed with status code 404: Job {job_id} does not exist.")
+        self.jobs[job_id] += 1
+        return self.ends if self.jobs[job_id] > self.looks else "RUNNING"
+
+    def get_job_logs(self, job_id):
+        return "".join(f"tiles {n}\n" for n in range(min(self.jobs[job_id], self.looks)))
+
+    def get_job_info(self, job_id):
+        return type("Info", (), {"message": "exit code 3"})()
+
+    def delete_job(self, job_id):
+        del self.jobs[job_id]
+        return True
+
+
+def followed(head, job="r-1"):
+    said = []
+    submission.carry_out(head, LINE, job, say=said.append, poll=0)
+    return "".join(said)
+
+
+def test_progress_is_told_once_and_to_the_end():
+    head = Head()
+    assert followed(head) == "submitted r-1\ntiles 0\ntiles 1\ntiles 2\n"
+    assert [entrypoint for entrypoint, _, _ in head.submitted] == [LINE]
+
+
+def test_a_second_command_attaches_and_one_after_the_end_goes_on():
+    head = Head()
+    head.submit_job(entrypoint=LINE, submission_id="r-1", runtime_env={})
+    assert followed(head).startswith("attached to r-1, which is running\n")
+    assert len(head.submitted) == 1
+    assert followed(head).startswith("submitted r-1\n")
+    assert len(head.submitted) == 2
+
+
+def test_two_commands_at_once_make_one_job():
+    head = Head()
+
+    def none_yet(job_id):
+        head.submit_job(entrypoint=LINE, submission_id=job_id, runtime_env={})  # somebody else, in between
+        del head.get_job_status
+        raise RuntimeError(f"Job {job_id} does not exist")
+
+    head.get_job_status = none_yet
+    followed(head)
+    assert len(head.submitted) == 1
+
+
+def test_a_job_that_fails_says_why():
+    with pytest.raises(RunIncomplete, match="job r-1 failed: exit code 3"):
+        followed(Head(ends="FAILED"))
+
+
+def test_the_same_run_has_the_same_id_and_another_has_not():
+    one = submission.submission_id("s3://b/runs/gpc", LINE)
+    assert one == submission.submission_id("s3://b/runs/gpc", LINE)
+    assert one.startswith("gpc-")
+    assert one != submission.submission_id("s3://b/runs/other", LINE)
+    assert one != submission.submission_id("s3://b/runs/gpc", f"{LINE} --set members=2")
+
+
+@pytest.mark.parametrize(
+    ("address", "mode", "allowed"),
+    [
+        ("http://127.0.0.1:8265", "", True),
+        ("http://localhost:8265", "", True),
+        ("http://[::1]:8265", "", True),
+        ("http://10.0.0.1:8265", "", False),
+        ("https://head.example.org", "disabled", False),
+        ("http://10.0.0.1:8265", "token", True),
+        ("10.0.0.1:6379", "token", False),
+        ("auto", "token", False),
+        (None, "token", False),
+    ],
+)
+def test_heads_elsewhere_need_a_token(monkeypatch, tmp_path, address, mode, allowed):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 32 if mode == "token" else "")
+    if allowed:
+        submission.expect_closed(address)
+    else:
+        with pytest.raises(ConfigError, match=r"address|token"):
+            submission.expect_closed(address)
+
+
+def test_a_file_of_settings_travels_in_the_line(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "patch: 320\nstride: 256\nsegmenter: {negatives: 0.5, learning: {batch: 3}}\ncues: {scales: [1.0, 2.0]}\n"
+    )
+    words = submission.inlined(str(file))
+    assert load(gpc.Config, None, words[1::2]) == load(gpc.Config, str(file))
+    line = submission.entrypoint(["run", "pipeline", "gpc", *words])
+    assert shlex.split(line)[-2:] == ["--address", "auto"]
+    assert yaml.safe_load(shlex.split(line)[5].partition("=")[2]) == 320
+
+
+def test_secrets_and_disks_of_this_machine_do_not_travel(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 32)
+    words = ("run", "pipeline", "gpc", "--submit", "--address", "http://10.0.0.1:8265", "--region")
+    assert "is on this machine" in refused(2, *words, "demo", "--out", tmp_path)
+    said = refused(2, *words, "https://h/c.json?sig=SECRET", "--out", "s3://b/r")
+    assert "SECRET" not in said
+    assert "no token" in _unset(monkeypatch, *words, "demo", "--out", "s3://b/r")
+
+
+def _unset(monkeypatch, *words):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    return refused(2, *words)
