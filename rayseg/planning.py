@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -27,9 +27,6 @@ from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
 from rayseg.run import Engine, Run, Step
 from rayseg.store import STORE_ERRORS, upath
-
-if TYPE_CHECKING:
-    import torch
 
 Row = dict[str, Any]
 GPU_STAGES = ("Predict", "LabelTile", "ProposePlots", "ClassifyPlots", "Cam", "Segment")
@@ -157,23 +154,20 @@ def by_model(prefix: str, region: Region, config: MapConfig, *, unknown: Sequenc
     return Forecast(rows, described.patch, tuple(unknown), trial=partial(_map, config, prefix))
 
 
-def by_untrained(
-    described: Bundle, model: "torch.nn.Module", region: Region, config: MapConfig, *, unknown: Sequence[str] = ()
-) -> Forecast:
+def by_untrained(described: Bundle, region: Region, config: MapConfig, *, unknown: Sequence[str] = ()) -> Forecast:
     """The forecast of mapping a region with a model that is yet to be trained: the same network, which finds nothing.
 
     Raises:
         RaysegError: it could not map the imagery.
     """
     rows = mapping.plan(region, described, config)
-    blank = described.model_copy(update={"threshold": 1.0})
     said = "the network was timed before it has learnt anything: maps with many small shapes take longer to write"
-    return Forecast(rows, described.patch, (*unknown, said), trial=partial(_map_untrained, config, blank, model))
+    return Forecast(rows, described.patch, (*unknown, said), trial=partial(_map_untrained, config, described))
 
 
-def _map_untrained(config: MapConfig, described: Bundle, model: "torch.nn.Module", run: Run, region: Region) -> None:
+def _map_untrained(config: MapConfig, described: Bundle, run: Run, region: Region) -> None:
     with tempfile.TemporaryDirectory(prefix="rayseg-plan-") as folder:
-        bundle.save(folder, described, model)
+        bundle.save(folder, described.model_copy(update={"threshold": 1.0}), bundle.blank(described))
         _map(config, folder, run, region)
 
 

@@ -106,7 +106,6 @@ def run_sweep(  # noqa: PLR0913 - the options of a command line
     """Try shares of masks, strategies and seeds beside each other; given again, it goes on where it stopped."""
     from rayseg import sweep
     from rayseg.config import load
-    from rayseg.errors import ConfigError
     from rayseg.geo import slug
     from rayseg.run import Engine
 
@@ -126,7 +125,6 @@ def _listed(text: str) -> list[str]:
 
 
 def _share(text: str) -> float:
-    from rayseg.errors import ConfigError
 
     try:
         return float(text)
@@ -159,8 +157,6 @@ def plan_pipeline(
     from rayseg.config import load
 
     module = pipeline_of(name)
-    if not hasattr(module, "forecast"):
-        raise ConfigError(f"pipeline {name} cannot be planned; plan `predict` with a model of its kind instead")
     area = only(images_or_region(region), None)
     forecast = module.forecast(load(module.Config, config, set_ or ()), area)
     found = planning.plan(forecast, area, rates=planning.Rates(workers, gpu_hour, cpu_hour))

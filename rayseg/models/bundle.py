@@ -295,6 +295,15 @@ def build(prefix: StorePath) -> tuple[Bundle, "nn.Module"]:
     return bundle, model.eval()
 
 
+def blank(bundle: Bundle) -> "nn.Module":
+    """The model that the bundle describes with weights of nothing but zeros: as slow as a trained one, and as large."""
+    module, factory = FACTORIES[bundle.architecture.factory]
+    model: nn.Module = getattr(import_module(module), factory)(**bundle.architecture.options, weights="none")
+    for weight in model.parameters():
+        weight.data.zero_()
+    return model.eval()
+
+
 def item(bundle: Bundle, *, size: int, parameters: int) -> pystac.Item:
     """The STAC item of a model, with the extensions MLM, file and processing.
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from rayseg import active, evaluation, flow, mapping, pool, publication, report
+from rayseg import active, evaluation, flow, mapping, planning, pool, publication, report
 from rayseg.active import ActiveConfig, Common
 from rayseg.config import Config as Frozen
 from rayseg.errors import ConfigError
@@ -369,6 +369,16 @@ def _expect_sizes(config: Config) -> None:
     for name, size in sizes.items():
         if size > config.pool.size:
             raise ConfigError(f"{name} {size} exceeds the chips' {config.pool.size} px; lower it, or raise pool.size")
+
+
+def forecast(config: Config, region: Region) -> planning.Forecast:
+    """What is known of a run before it is begun; what choosing and training take shows only while they are done."""
+    rows, _ = pool.find(region, config.pool, config.table, seed=config.seed)
+    count = sum(row["part"] == "pool" for row in rows)
+    unknown = (f"choosing from {count} chips in rounds, and training on them",)
+    if not config.segmenter:
+        return planning.Forecast([], unknown=(*unknown, "nothing is mapped without a segmenter"))
+    return planning.by_untrained(_described(config), region, config.map, unknown=unknown)
 
 
 def run(config: Config, run: Run, region: Region) -> str:

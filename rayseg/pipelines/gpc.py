@@ -31,7 +31,7 @@ from rayseg.mapping import MapConfig
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.encoders import encoder_name, read_state
-from rayseg.models.segmenter import Ensemble, build_segmenter
+from rayseg.models.segmenter import Ensemble
 from rayseg.models.unsupervised import Precision
 from rayseg.run import Run, Step
 from rayseg.stages.cues import (
@@ -377,10 +377,7 @@ def forecast(config: Config, region: Region) -> planning.Forecast:
         f"training: {config.classifier.epochs} epochs of a classifier and {epochs} of {config.members} segmenters on "
         f"{len(found)} chips, and their cues; the share of an epoch that is done stands in the run's progress"
     ]
-    network = config.segmenter.options(channels=len(BANDS))
-    members = [build_segmenter(**network, weights="none") for _ in range(config.members)]
-    model = Ensemble(members) if len(members) > 1 else members[0]
-    return planning.by_untrained(_described(config), model, region, config.map, unknown=unknown)
+    return planning.by_untrained(_described(config), region, config.map, unknown=unknown)
 
 
 def run(config: Config, run: Run, region: Region) -> str:

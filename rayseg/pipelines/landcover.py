@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
-from rayseg import evaluation, flow, mapping, publication
+from rayseg import evaluation, flow, mapping, planning, publication
 from rayseg.chips import parquet
 from rayseg.config import Config as Frozen
 from rayseg.errors import ConfigError, DataError
@@ -325,6 +325,14 @@ def check(config: Config, region: Region) -> None:
     mapping.plan(region, described.model_copy(update={"dtype": dtype}), config.map)
     if truth := _masks_of_region(region, config.truth):
         masks.masks_of(truth, names=config.classes.table.names)
+
+
+def forecast(config: Config, region: Region) -> planning.Forecast:
+    """What is known of a run before it is begun; what training takes shows only while it is done."""
+    training = _divided(region, config)["training"]
+    unknown = (f"training: {config.segmenter.epochs} epochs on {len(training)} scenes, and their validation",)
+    described = _described(config, dtype=training[0][0].image.dtype)
+    return planning.by_untrained(described, region, config.map, unknown=unknown)
 
 
 def run(config: Config, run: Run, region: Region) -> str:
