@@ -86,7 +86,7 @@ def test_every_command_and_option_says_what_it_is_for(words, command):
 
 def test_the_commands_come_in_the_order_they_are_needed():
     names = get_command(app).list_commands(None)
-    assert names[:3] == ["run", "status", "retry"]
+    assert names[:4] == ["run", "plan", "status", "retry"]
     assert set(names) == set(get_command(app).commands)
 
 

@@ -20,7 +20,7 @@ def serve(  # noqa: PLR0913 - the flags of a command
     ] = None,
     runs: Annotated[list[str] | None, typer.Option(help="Run, or prefix of runs, to be looked at.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; any but loopback needs --token-file.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     token_file: Annotated[str | None, typer.Option(help="File with the token that requests must carry.")] = None,
     max_pixels: Annotated[int | None, typer.Option(min=1, help="Most pixels of an upload.")] = None,
     max_bytes: Annotated[int | None, typer.Option(min=1, help="Most bytes of a request.")] = None,
@@ -43,7 +43,7 @@ def serve(  # noqa: PLR0913 - the flags of a command
 def view(
     run: Annotated[str, typer.Argument(help="The run's folder or URL.")],
     *,
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8001,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8001,
     browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
 ) -> None:
     """Look at a run: its map over the imagery, legend, ledger and what failed."""

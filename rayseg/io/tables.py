@@ -17,6 +17,7 @@ class ClassRow(Config):
     """One class."""
 
     name: str
+    """As it stands in maps and legends."""
     color: str | tuple[int, int, int]
     """#RRGGBB, or red, green and blue."""
     value: int | None = None
