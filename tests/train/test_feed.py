@@ -161,11 +161,17 @@ def test_a_window_that_cannot_be_read_ends_the_stream():
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_ray_data_reads_the_same_in_the_same_order():
+    def read_there(draw):
+        if draw.luck == 7:
+            raise DataError("c.tif cannot be read: it is damaged")
+        pixels = np.full((3, draw.window.height, draw.window.width), draw.window.row % 250, np.uint8)
+        return Cut(draw, pixels, pixels[0])
+
     epochs = [drawn(epoch=epoch) for epoch in range(2)]
-    here, there = (list(feed.stream(iter(epochs), read, on_ray=on_ray)) for on_ray in (False, True))
+    here, there = (list(feed.stream(iter(epochs), read_there, on_ray=on_ray)) for on_ray in (False, True))
     assert same(here, there)
     with pytest.raises(DataError, match=r"c\.tif cannot be read: it is damaged"):
-        list(feed.stream([drawn()], fails, on_ray=True))
+        list(feed.stream([[(Draw(0, Window(0, 0, 8, 8), luck),) for luck in range(9)]], read_there, on_ray=True))
 
 
 def test_the_time_that_is_waited_is_told():
