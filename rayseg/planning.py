@@ -30,6 +30,8 @@ from rayseg.store import STORE_ERRORS, upath
 
 Row = dict[str, Any]
 GPU_STAGES = ("Predict", "LabelTile", "ProposePlots", "ClassifyPlots", "Cam", "Segment")
+FRAME = 64 << 10
+"""Bytes of a file beside the tiles that are taken to be there however many tiles there are."""
 MOST_SIZES = 32
 """Files that are asked for their size."""
 
@@ -244,8 +246,7 @@ def timed_on(forecast: Forecast, region: Region, tiles: Sequence[Row], *, count:
         run = Run(folder, {"pipeline": "plan", "region": asdict(part), "config": {}}, Engine("inline"))
         run.save("running", 0.0)
         trial(run, part)
-        once = _bytes_below(f"{folder}/report")
-        written = _bytes_below(folder) - once
+        written, once = _bytes_below(Path(folder))
         steps = {step.name: _timed(step) for step in run.steps}
     whole, probed = sum(map(_pixels, tiles)), sum(map(_pixels, chosen))
     sizes = {row["id"]: _pixels(row) for row in chosen}
@@ -318,8 +319,15 @@ def _alone(told: Mapping[str, tuple[dict[str, float], float]], growth: float) ->
     return seconds
 
 
-def _bytes_below(folder: str) -> int:
-    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+def _bytes_below(root: Path) -> tuple[int, int]:
+    """(bytes that grow with the tiles, bytes that do not: the report, and the frames of the files beside the tiles)."""
+    grows = once = 0
+    for path in root.rglob("*"):
+        size = path.stat().st_size if path.is_file() else 0
+        part = path.relative_to(root).parts[0]
+        fixed = 0 if part == "tiles" else size if part == "report" else min(size, FRAME)
+        grows, once = grows + size - fixed, once + fixed
+    return grows, once
 
 
 def _gpus() -> int:
