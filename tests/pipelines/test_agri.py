@@ -120,6 +120,7 @@ def test_every_field_is_one_plot_with_one_id(run):
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 def test_ray_gives_the_same_bytes(run, region, tmp_path):
     words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run", "--set", "map.tile=64")
     found = rayseg(*words, *SETTINGS[:-2], "--engine", "ray")
