@@ -104,6 +104,8 @@ def _train(config: State) -> State:
     device = session.device_of(config)
     state = session.load_checkpoint(config["prefix"], config["key"])
     pair = _pair(state, config, device)
+    if state:
+        pair.segmenter.is_kept(config["prefix"], state["epoch"])
     state = state or {"step": 0, "epoch": 0, "best": session.NOTHING}
     config = config | {"device": device, "read": _reading(config["data"], settings), "held": _held(config["data"])}
     with session.scalars(config["prefix"]) as write:
