@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -155,9 +155,22 @@ def open_file(href: str) -> DatasetReader:
     if urlsplit(href).scheme not in SCHEMES:
         raise DataError(f"{href} cannot be read: expected a local path or one of {', '.join(filter(None, SCHEMES))}.")
     if not is_local(href):
-        return rasterio.open(remote.signed(href))
+        return remote.patiently(href, partial(_open_remote, href))
     with unplaced():
         return rasterio.open(href)
+
+
+def _open_remote(href: str) -> DatasetReader:
+    """The file, open, with all of its header: where an answer was cut short GDAL only logs which tags it leaves out."""
+    try:
+        with remote.complaints() as said, unplaced():
+            dataset = rasterio.open(remote.signed(href))
+    except _FAULTS as error:
+        raise DataError(public(f"{href} cannot be read: {error.__cause__ or error}.")) from None
+    if said:
+        dataset.close()
+        raise DataError(public(f"{href} cannot be read: {said[0]}."))
+    return dataset
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 import json
+import logging
 import threading
 import time
 from datetime import UTC, datetime
@@ -101,3 +102,17 @@ def test_other_machines_are_told_where_stores_are_but_no_keys(monkeypatch):
     monkeypatch.setenv("AWS_SESSION_TOKEN", "T")
     assert access()["AWS_ENDPOINT_URL"] == "http://h"
     assert not {"K", "T"} & set(access().values())
+
+
+def test_only_lost_data_that_this_thread_is_told_of_counts():
+    logger = logging.getLogger("rasterio._env")
+    with remote.complaints() as said:
+        logger.warning(
+            "CPLE_AppDefined in a.tif: TIFFReadDirectory:IO error during reading of GeoKeyDirectory; ignored"
+        )
+        logger.warning("CPLE_AppDefined in a.tif: something else")
+        other = threading.Thread(target=logger.warning, args=("IO error in another file",))
+        other.start()
+        other.join()
+    logger.warning("IO error, later")
+    assert [text[:27] for text in said] == ["CPLE_AppDefined in a.tif: T"]
