@@ -1,8 +1,8 @@
 """What a run would do and cost, before it is begun: counted from descriptions, timed on a few tiles.
 
 A probe is the pipeline itself (or `predict` with its model) over some tiles, inline, in a scratch folder. The times in
-its ledgers grow with the size of the tiles and their margins, those of steps without a ledger with their pixels; the first tile of a step warms up
-and is left out. A worker is a machine like the one that the probe ran on.
+its ledgers grow with the size of the tiles and their margins, those of steps without a ledger with their pixels; the
+first tile of a step warms up and is left out. A worker is a machine like the one that the probe ran on.
 """
 
 import json
