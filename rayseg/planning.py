@@ -1,8 +1,8 @@
 """What a run would do and cost, before it is begun: counted from descriptions, timed on a few tiles.
 
 A probe is the pipeline itself (or `predict` with its model) over some tiles, inline, in a scratch folder. The times in
-its ledgers grow with the pixels of the tiles, those of steps without a ledger too; the first tile of a step warms up
-and is left out. A worker is a machine like the one that the probe ran on.
+its ledgers grow with the size of the tiles and their margins, those of steps without a ledger with their pixels; the
+first tile of a step warms up and is left out. A worker is a machine like the one that the probe ran on.
 """
 
 import json
@@ -229,6 +229,12 @@ def _area(window: Window) -> int:
     return 0 if window.empty else window.width * window.height
 
 
+def _effort(row: Row, *, margin: int) -> int:
+    """What a tile takes, in px: with what is around it, for a patch that it only touches is looked at as a whole."""
+    window = Tile.from_row(row).window
+    return (window.width + margin) * (window.height + margin)
+
+
 def _pixels(row: Row) -> int:
     return _area(Tile.from_row(row).window)
 
@@ -248,8 +254,9 @@ def timed_on(forecast: Forecast, region: Region, tiles: Sequence[Row], *, count:
         trial(run, part)
         written, once = _bytes_below(Path(folder))
         steps = {step.name: _timed(step) for step in run.steps}
-    whole, probed = sum(map(_pixels, tiles)), sum(map(_pixels, chosen))
-    sizes = {row["id"]: _pixels(row) for row in chosen}
+    growth = sum(map(_pixels, tiles)) / sum(map(_pixels, chosen))
+    effort = partial(_effort, margin=forecast.margin)
+    sizes, whole = {row["id"]: effort(row) for row in chosen}, sum(map(effort, tiles))
     told = [_scaled(rows, seconds, sizes, whole, forecast.counts.get(name)) for name, (rows, seconds) in steps.items()]
     stages: Counter[str] = Counter()
     for by_stage, _ in told:
@@ -258,8 +265,8 @@ def timed_on(forecast: Forecast, region: Region, tiles: Sequence[Row], *, count:
         tiles=part.tiles,
         seconds={stage: round(seconds, 3) for stage, seconds in stages.items()},
         spread=sum(max(by_stage.values(), default=0.0) for by_stage, _ in told),
-        alone=_alone(dict(zip(steps, told, strict=True)), whole / probed),
-        bytes_written=round(written * whole / probed) + once,
+        alone=_alone(dict(zip(steps, told, strict=True)), growth),
+        bytes_written=round(written * growth) + once,
         cpus=len(os.sched_getaffinity(0)),
         gpus=_gpus(),
     )
@@ -291,8 +298,8 @@ def _scaled(
     Args:
         records: of the probe's step, in order.
         seconds: the step took.
-        sizes: tile -> its pixels.
-        whole: pixels of all tiles.
+        sizes: tile -> its effort.
+        whole: effort of all tiles.
         count: rows of the whole run where they are no tiles.
     """
     if not records:

@@ -141,7 +141,9 @@ def test_a_run_from_bucket_to_bucket_is_that_on_a_disk_also_behind_a_failing_pro
     assert again == found
     assert any(name.endswith("classes.tif") for name in found)
     status = json.loads(rayseg("status", f"{placed}/shaken", "--json").stdout)["steps"]["predict"]
-    assert status["counts"]["done"] == status["planned"] == len([n for n in found if n.endswith("classes.tif")])
+    assert status["troubles"] == {}
+    assert sum(status["counts"][kind] for kind in ("done", "empty", "nodata")) == status["planned"]
+    assert status["counts"]["done"] == len([name for name in found if name.endswith("classes.tif")])
     local = rayseg("predict", world / "model", world / "imagery/cat/catalog.json#imagery", "--out", tmp_path / "run",
                    "--engine", "inline", "--set", "map.tile=128")  # fmt: skip
     assert local.exit_code == 0, local.output
