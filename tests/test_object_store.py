@@ -87,6 +87,7 @@ def test_only_one_of_many_writers_puts_a_record(bucket):
     assert upath(f"{bucket}/record").read_bytes() == bytes(won)
 
 
+@pytest.mark.chaos
 def test_a_ledger_behind_a_failing_proxy_loses_and_doubles_nothing(server, bucket, monkeypatch):
     proxy = Proxy(urlsplit(server).netloc, every=3)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
@@ -124,6 +125,7 @@ def predict(bucket, out, *more):
     return rayseg("predict", f"{bucket}/model", f"{bucket}/cat/catalog.json#imagery", "--out", out, *words)
 
 
+@pytest.mark.chaos
 def test_a_run_from_bucket_to_bucket_is_that_on_a_disk_also_behind_a_failing_proxy(
     server, world, placed, tmp_path, monkeypatch
 ):
