@@ -140,7 +140,9 @@ def ingest_rasters(
 def is_images(text: str) -> bool:
     """Whether `text` is an image file or a folder, rather than a region or a catalogue."""
     path = upath(text)
-    return path.suffix.lower() in _TYPES or path.is_dir()
+    if path.suffix.lower() in _TYPES:
+        return True
+    return path.protocol not in {"http", "https"} and path.is_dir()  # the web has no folders
 
 
 def sources_of_images(location: StorePath) -> tuple[list[Source], dict[str, DataError]]:
