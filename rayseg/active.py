@@ -43,7 +43,7 @@ AT_ONCE = 8
 class ChipsClassifierConfig(ClassifierConfig):
     """A classifier of chips into many classes; the defaults are the paper's for UC Merced."""
 
-    network: Literal["chips", "plots", "over-imagenet"] = "over-imagenet"
+    network: Literal["chips", "over-imagenet"] = "over-imagenet"
     """over-imagenet: a head on the 1000 outputs of a whole network of timm; chips: a head on an encoder."""
     encoder: str = "resnet101"
     """A name of timm; of segmentation_models_pytorch too for `network: chips`."""
@@ -314,7 +314,7 @@ def _described(settings: ClassifierConfig, classes: Sequence[str], common: Commo
         name="classifier",
         task="classification",
         architecture=Architecture(
-            factory="over-imagenet" if settings.network == "over-imagenet" else "classifier",
+            factory=settings.factory,
             options=settings.options(classes=len(classes), channels=len(pool.BANDS)),
         ),
         classes=tuple((k, name, colors.get(name, palette[k])) for k, name in enumerate(classes)),

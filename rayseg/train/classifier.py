@@ -59,6 +59,11 @@ class ClassifierConfig(Config):
     augment: Augment = Augment()
     """What happens to training chips."""
 
+    @property
+    def factory(self) -> Literal["classifier", "over-imagenet", "plots"]:
+        """Name of the network's factory, as a bundle keeps it."""
+        return "classifier" if self.network == "chips" else self.network
+
     def options(self, *, classes: int, channels: int) -> dict[str, str | int | float]:
         """Arguments of the network's factory, as a bundle keeps them."""
         if self.network == "plots":
