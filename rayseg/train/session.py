@@ -221,6 +221,15 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
+def share_of(mass: Tensor) -> Tensor:
+    """What sums over this worker's pixels are multiplied by, so that the workers' mean is that of the whole batch.
+
+    Args:
+        mass: number, or weight, of this worker's labelled pixels; where no worker has any, sums are 0 anyway.
+    """
+    return world() / summed(mass).clamp(min=1e-12)
+
+
 def save_checkpoint(prefix: StorePath, settings: str, state: State) -> None:
     """Worker 0 writes `<prefix>/checkpoint.pt`, whole or not at all, in place of the one before."""
     if rank() == 0:
@@ -268,10 +277,14 @@ def best_weights(prefix: StorePath) -> dict[str, Tensor]:
 def better(
     best: State, order: Sequence[float], measures: Mapping[str, float], weights: Callable[[], dict[str, Tensor]]
 ) -> State:
-    """What to keep: `best`, or this epoch if its `order` is above; weights are only asked for if they are kept."""
-    if best["weights"] and tuple(order) <= tuple(best["order"]):
+    """What to keep: `best`, or this epoch if its `order` is above; weights are only asked for if they are kept.
+
+    What is no number is below all numbers.
+    """
+    numbers = [-math.inf if math.isnan(value) else float(value) for value in order]
+    if best["weights"] and numbers <= best["order"]:
         return best
-    return {"order": list(order), "measures": dict(measures), "weights": weights()}
+    return {"order": numbers, "measures": dict(measures), "weights": weights()}
 
 
 @contextmanager

@@ -270,10 +270,9 @@ def _step(learner: Learner, cuts: Sequence[Cut], rate: float, config: State, *, 
 
 
 def _share(classes_NHW: Tensor, weights_K: Tensor | None, loss: PixelLoss) -> Tensor:
-    """What the sum over this worker's pixels is multiplied by, so that the mean of all workers' is the batch's mean."""
-    total = session.summed(losses.mass(classes_NHW, weights_K))
+    """What the sum over this worker's pixels is multiplied by, so that the mean of all workers' is the batch's loss."""
     images = len(classes_NHW) * session.world() if loss.published and loss.kind == "ce" else 1
-    return session.world() / (total.clamp(min=1e-12) * images)
+    return session.share_of(losses.mass(classes_NHW, weights_K)) / images
 
 
 def _loss_of(
