@@ -88,7 +88,7 @@ class ActiveConfig(Config):
         return queries.budget(chips, self.ratio, alpha=self.alpha, beta=self.beta, count_pool=self.count_pool)
 
 
-def draw_first(step: Step, listed: Step, config: ActiveConfig, *, seed: int) -> dict[str, Any]:
+def draw_first(step: Step, listed: Step, config: ActiveConfig, seed: int) -> dict[str, Any]:
     """The chips that are labelled before anything is learnt, at random."""
     rows = pool.rows_of(listed, "pool")
     count = config.budget(len(rows)).initial
@@ -96,7 +96,7 @@ def draw_first(step: Step, listed: Step, config: ActiveConfig, *, seed: int) -> 
     return _keep(step, [_picked(rows[at], rank, 0, "first") for rank, at in enumerate(drawn)])
 
 
-def see(step: Step, listed: Step, config: ActiveConfig, *, common: "Common") -> dict[str, Any]:
+def see(step: Step, listed: Step, config: ActiveConfig, common: "Common") -> dict[str, Any]:
     """The features of all chips by a network that stays as it is, `<step>/features/<chip>.npy`."""
     settings, classes = config.classifier, listed.value["classes"]
     options = settings.options(classes=len(classes), channels=len(pool.BANDS))
@@ -109,7 +109,7 @@ def see(step: Step, listed: Step, config: ActiveConfig, *, common: "Common") -> 
 
 
 def query(
-    step: Step, listed: Step, seen: Step | None, before: Step, config: ActiveConfig, *, number: int, common: "Common"
+    step: Step, listed: Step, seen: Step | None, before: Step, config: ActiveConfig, common: "Common", number: int
 ) -> dict[str, Any]:
     """Train on what is labelled, score the rest, choose.
 
@@ -119,8 +119,8 @@ def query(
         seen: the step that has the features of all chips, where the network stays as it is.
         before: the step that chose last.
         config: how.
-        number: of this round, from 1.
         common: what all rounds share.
+        number: of this round, from 1.
 
     Returns:
         `labelled`: chips chosen so far; with a classifier its `measures`, accuracy on the validation chips among them.
@@ -148,7 +148,7 @@ def query(
 
 
 def measure_last(
-    step: Step, listed: Step, seen: Step | None, before: Step, config: ActiveConfig, *, common: "Common"
+    step: Step, listed: Step, seen: Step | None, before: Step, config: ActiveConfig, common: "Common"
 ) -> dict[str, Any]:
     """The accuracy of a classifier that learnt from all chips chosen."""
     chosen = labelled(before)

@@ -61,7 +61,7 @@ def test_a_network_that_stays_as_it_is_is_the_same_when_its_step_goes_on(listed,
     sums = []
     for name in ("first", "second"):
         torch.rand(len(name))  # whatever was drawn before
-        active.see(step_of(listed, name), listed, CONFIG, common=COMMON)
+        active.see(step_of(listed, name), listed, CONFIG, COMMON)
         sums.append(bundle.load(step_of(listed, name).prefix / "classifier").sha256)
     assert sums[0] == sums[1]
 
@@ -70,5 +70,5 @@ def test_a_network_that_stays_as_it_is_is_the_same_when_its_step_goes_on(listed,
 def test_without_chips_for_validation_nothing_is_measured(listed, frozen):
     before, seen = step_of(listed, "round-1"), step_of(listed, "features") if frozen else None
     active._keep(before, [active._picked(row, 0, 0, "first") for row in pool.rows_of(listed, "pool")])
-    found = active.measure_last(step_of(listed, "last"), listed, seen, before, CONFIG, common=COMMON)
+    found = active.measure_last(step_of(listed, "last"), listed, seen, before, CONFIG, COMMON)
     assert found == {"before": 2, "labelled": 2}
