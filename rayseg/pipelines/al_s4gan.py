@@ -249,15 +249,18 @@ def write_report(
     """The report of a map: what it was learnt from, and how the chips were chosen."""
     listed, segmenter, measured, *rounds = parts
     value, where = measured.value, measured.value["part"]
-    said = f"Learnt from {segmenter.value['masks']} masks, chosen by {config.active.strategy}"
-    if config.segmenter and config.segmenter.discriminator:
-        said += f", and {listed.value['pool'] - segmenter.value['masks']} chips without"
-    said += "."
+    said = _learnt_from(config, masks=segmenter.value["masks"], chips=listed.value["pool"])
     if where != "none":
         chosen = ", by which the checkpoint was chosen too" if where == "validation" else ""
         said += f" Mean IoU on the {value['chips']} {where} chips{chosen}: {value['mean_iou']:.3f}."
     extras = publication.Extras(labels=said, pictures=_curve(rounds), tables=(_picks(rounds[-1], config),))
     return publication.write_report(step, predicted, polygons, evaluated, extras)
+
+
+def _learnt_from(config: Config, *, masks: int, chips: int) -> str:
+    assert config.segmenter is not None
+    without = f", and {chips - masks} chips without" if config.segmenter.discriminator else ""
+    return f"Learnt from {masks} masks, chosen by {config.active.strategy}{without}."
 
 
 def write_choice(step: Step, listed: Step, rounds: Sequence[Step], config: Config) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from small_world import files, rayseg, refused
 
 from rayseg import active
 from rayseg.models import bundle
+from rayseg.pipelines import al_s4gan
 from rayseg.run import read
 from rayseg.train import s4gan
 
@@ -267,9 +268,17 @@ REFUSALS = {
 def test_what_cannot_be_meant_is_refused_before_anything_is_written(words, tmp_path, setting):
     more = ["--set", "active.classifier.size=32"] if setting == "segmenter.size=96" else []
     found = rayseg(*words, "--set", setting, *more, "--out", tmp_path / "run")
-    assert found.exit_code in {2, 3}
+    assert found.exit_code in {2, 3, 4}
     assert REFUSALS[setting] in found.stderr
     assert not Path(tmp_path / "run").exists()
+
+
+def test_a_report_counts_chips_without_masks_only_where_they_taught():
+    config = al_s4gan.Config()
+    alone = config.model_copy(update={"segmenter": config.segmenter.model_copy(update={"discriminator": None})})
+    told = [al_s4gan._learnt_from(settings, masks=7, chips=18) for settings in (config, alone)]
+    assert told[0] == "Learnt from 7 masks, chosen by entropy, and 11 chips without."
+    assert told[1] == "Learnt from 7 masks, chosen by entropy."
 
 
 def test_what_cannot_be_mapped_is_refused_before_anything_is_learnt(words, tmp_path):
