@@ -27,7 +27,6 @@ from rayseg.metrics import Confusion, bootstrap
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.crf import Kernels, Refined
-from rayseg.models.segmenter import build_segmenter
 from rayseg.pool import PoolConfig, Row
 from rayseg.run import Run, Step
 from rayseg.store import Location, upath
@@ -337,7 +336,7 @@ def expect_settings(config: Config) -> None:
     if config.common.classifies:
         NETWORKS[settings.network](**settings.options(classes=classes, channels=channels), weights=settings.weights)
     if segmenter:
-        build_segmenter(**segmenter.options(classes=classes, channels=channels), weights=segmenter.weights)  # type: ignore[arg-type]
+        segmenter.build(classes=classes, channels=channels)
 
 
 def _expect_sizes(config: Config) -> None:

@@ -21,7 +21,6 @@ from rayseg.metrics import Confusion
 from rayseg.models.bundle import Scaling
 from rayseg.models.losses import cross_entropy_sum, mass
 from rayseg.models.s4gan import discriminator_loss, expect_seen, feature_matching, one_hot, self_training
-from rayseg.models.segmenter import build_segmenter
 from rayseg.store import StorePath, absolute
 from rayseg.train import session
 from rayseg.train.augment import augment, centre
@@ -91,7 +90,7 @@ def expect_trainable(settings: S4ganConfig, *, workers: int) -> None:
 
 def trained_s4gan(settings: S4ganConfig, prefix: StorePath, *, classes: int, channels: int = 3) -> nn.Module:
     """The segmenter `fit_s4gan` kept under `prefix`, in evaluation mode."""
-    net = build_segmenter(**settings.options(classes=classes, channels=channels), weights="none")  # type: ignore[arg-type]
+    net = settings.build(classes=classes, channels=channels, weights="none")
     net.load_state_dict(session.best_weights(prefix))
     return net.eval()
 
@@ -130,8 +129,7 @@ def _pair(state: State | None, config: State, device: torch.device) -> Pair:
     settings, labelled = config["settings"], config["data"].labelled
     torch.manual_seed(settings.learning.seed)
     channels = labelled.read(0).shape[2]
-    options = settings.options(classes=labelled.count, channels=channels)
-    net = build_segmenter(**options, weights="none" if state else settings.weights)
+    net = settings.build(classes=labelled.count, channels=channels, weights="none" if state else None)
     pair = Pair.start(net, settings, device, classes=labelled.count, channels=channels)
     if state:
         pair.resume(state)

@@ -58,6 +58,11 @@ def changed(settings, **values):
     return settings.model_copy(update=values)
 
 
+def drawn_pair(settings):
+    net = settings.build(classes=3, channels=3)
+    return Pair.start(net, settings, torch.device("cpu"), classes=3, channels=3)
+
+
 def test_it_learns_and_keeps_the_best_checkpoint(tmp_path, data):
     settings = changed(QUICK, steps=60, checkpoint=15, rate=3e-3)
     measures = fit(settings, data, tmp_path)
@@ -121,11 +126,10 @@ def _alone(monkeypatch):
 @pytest.mark.usefixtures("_alone")
 def test_each_network_learns_from_its_own_loss_alone(monkeypatch):
     torch.manual_seed(0)
-    net = s4gan.build_segmenter(**QUICK.options(classes=3, channels=3), weights="none")
-    pair = Pair.start(net, QUICK, torch.device("cpu"), classes=3, channels=3)
+    pair = drawn_pair(QUICK)
     images, masks = torch.rand(4, 3, 32, 32) * 255, torch.randint(0, 3, (4, 32, 32))
     given = s4gan.Given((images, masks), (images, None), (images, masks))
-    nets = {"segmenter": net, "judge": pair.judge.net}
+    nets = {"segmenter": pair.segmenter.net, "judge": pair.judge.net}
 
     def change(frozen):
         before = {name: [weight.clone() for weight in one.parameters()] for name, one in nets.items()}
@@ -139,11 +143,6 @@ def test_each_network_learns_from_its_own_loss_alone(monkeypatch):
 
     assert change("judge") == {"segmenter": True, "judge": False}
     assert change("segmenter") == {"segmenter": False, "judge": True}
-
-
-def drawn_pair(settings):
-    net = s4gan.build_segmenter(**settings.options(classes=3, channels=3), weights="none")
-    return Pair.start(net, settings, torch.device("cpu"), classes=3, channels=3)
 
 
 @pytest.mark.usefixtures("_alone")
@@ -200,15 +199,14 @@ def test_no_more_is_kept_than_the_memory_asked_for(data):
 def test_rates_and_decay_are_those_of_the_paper():
     settings = changed(QUICK, rate=2.5e-4, head_rate=10.0, bias_rate=20.0, steps=20_000)
     settings = changed(settings, learning=Learning(batch=4, optimizer="sgd", weight_decay=5e-4))
-    net = s4gan.build_segmenter(**settings.options(classes=3, channels=3), weights="none")
-    pair = Pair.start(net, settings, torch.device("cpu"), classes=3, channels=3)
+    pair = drawn_pair(settings)
     for learner, rate in zip((pair.segmenter, pair.judge), pair.rates(11), strict=True):
         learner.descend(rate)
     groups = pair.segmenter.optimizer.param_groups
     rate = 2.5e-4 * (1 - 10 / 20_000) ** 0.9
     assert [group["lr"] for group in groups] == pytest.approx([rate, 10 * rate, 20 * rate])
     assert [group["weight_decay"] for group in groups] == [5e-4, 5e-4, 0]
-    assert sum(len(group["params"]) for group in groups) == len(list(net.parameters()))
+    assert sum(len(group["params"]) for group in groups) == len(list(pair.segmenter.net.parameters()))
     [judging] = pair.judge.optimizer.param_groups
     assert judging["lr"] == pytest.approx(1e-4 * (1 - 11 / 20_000) ** 0.9)
     assert judging["betas"] == (0.9, 0.99)
