@@ -9,7 +9,6 @@
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from io import BytesIO
 from typing import Annotated, Any, Literal
@@ -31,6 +30,7 @@ from rayseg.models.cpu import threads
 from rayseg.models.encoders import recalibrate_batchnorm
 from rayseg.models.unsupervised import RECIPES, Precision, Recipe
 from rayseg.store import put, upath
+from rayseg.train.batches import made_ahead
 from rayseg.train.session import load_checkpoint
 from rayseg.vision.clusters import grouped, isodata
 from rayseg.vision.color import label_table
@@ -310,7 +310,7 @@ def epoch(
     counts = torch.zeros(config.labels, dtype=torch.int64, device=device)
     losses = []
     net.train()
-    for image, superpixels, seen in _ahead(patches, order):
+    for image, superpixels, seen in made_ahead(patches.read, map(int, order), threads=1, count=1):
         if seen is not None and not len(seen):
             continue
         segments, places = (part if part is None else part.to(device) for part in (superpixels, seen))
@@ -327,16 +327,6 @@ def epoch(
         losses.append(loss)
     mean = float(torch.stack(losses).mean()) if losses else float("nan")
     return {"epoch": float(number + 1), "loss": mean, "labels": float(counts.count_nonzero())}
-
-
-def _ahead(patches: Patches, order: NDArray[np.intp]) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
-    """Patches in order, the next one read while the network works."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = [pool.submit(patches.read, int(number)) for number in order[:1]]
-        for number in [*order[1:], None]:
-            ready = coming.pop()
-            coming += [pool.submit(patches.read, int(number))] if number is not None else []
-            yield ready.result()
 
 
 def _spread(patches: Patches, most: int) -> list[int]:
