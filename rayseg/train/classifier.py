@@ -21,7 +21,7 @@ from rayseg.store import StorePath, absolute
 from rayseg.train import session
 from rayseg.train.augment import Augment, augment, centre
 from rayseg.train.batches import Batch, Chips, Indices, Kept, Read, epoch_batches, read_ahead
-from rayseg.train.learning import Learner, Learning, Rates, precision
+from rayseg.train.learning import Learner, Learning, Rates, expect_size, precision
 
 State = dict[str, Any]
 
@@ -134,11 +134,7 @@ def expect_trainable(settings: ClassifierConfig, *, workers: int) -> None:
             f"the classifier's learning.batch {settings.learning.batch} cannot be shared evenly; "
             f"make it a multiple of {unit}"
         )
-    if settings.size % (32 * settings.reduce):
-        raise ConfigError(
-            f"the classifier's size {settings.size} is no multiple of 32 x reduce = {32 * settings.reduce} px; "
-            "change it"
-        )
+    expect_size(settings.size, reduce=settings.reduce, what="the classifier's size")
 
 
 def _check(settings: ClassifierConfig, chips: Chips, workers: int) -> None:

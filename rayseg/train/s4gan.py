@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from rayseg.errors import ConfigError, DataError
+from rayseg.errors import DataError
 from rayseg.metrics import Confusion
 from rayseg.models.bundle import Scaling
 from rayseg.models.losses import cross_entropy_sum, mass
@@ -26,7 +26,7 @@ from rayseg.train import session
 from rayseg.train.augment import augment, centre
 from rayseg.train.batches import Batch, Chips, Indices, Kept, endless, read_ahead, shard
 from rayseg.train.classifier import key_of, names_of
-from rayseg.train.learning import Learning, expect_batch, precision
+from rayseg.train.learning import Learning, expect_batch, expect_size, precision
 from rayseg.train.pair import Pair, S4ganConfig
 
 State = dict[str, Any]
@@ -80,10 +80,7 @@ def fit_s4gan(
 def expect_trainable(settings: S4ganConfig, *, workers: int) -> None:
     """Raise ConfigError if batch or size cannot be meant."""
     expect_batch(settings.learning, workers=workers, what="segmenter")
-    if settings.size % (32 * settings.reduce):
-        raise ConfigError(
-            f"the segmenter's size {settings.size} is no multiple of 32 x reduce = {32 * settings.reduce} px; change it"
-        )
+    expect_size(settings.size, reduce=settings.reduce, what="the segmenter's size")
     if settings.discriminator:
         expect_seen(settings.size)
 

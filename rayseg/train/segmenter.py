@@ -24,7 +24,7 @@ from rayseg.train.augment import Augment, augment, centre
 from rayseg.train.batches import Chips, Indices, Kept, epoch_batches, read_ahead, shard
 from rayseg.train.classifier import key_of, names_of
 from rayseg.train.labels import LOSSES, Labelling, Masks, labelled, probabilities
-from rayseg.train.learning import Learner, Learning, Rates, precision
+from rayseg.train.learning import Learner, Learning, Rates, expect_size, precision
 from rayseg.train.network import NetworkConfig
 
 State = dict[str, Any]
@@ -140,8 +140,7 @@ def _check(settings: SegmenterConfig, chips: Chips, workers: int) -> None:
             f"batch {settings.learning.batch} with {settings.negatives:.0%} negatives cannot be shared by {workers} "
             "workers; make it a larger multiple of them"
         )
-    if settings.size % (32 * settings.reduce):
-        raise ConfigError(f"size {settings.size} is no multiple of 32 x reduce = {32 * settings.reduce} px; change it")
+    expect_size(settings.size, reduce=settings.reduce, what="the segmenter's size")
     stages = _stages(settings)
     if not stages or getattr(settings, stages[0]).relabel != "never":
         raise ConfigError("the segmenter's first stage with epochs must learn from the coarse masks: relabel never")

@@ -29,6 +29,7 @@ from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor, nn
 
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError
+from rayseg.models.encoders import NO_FILES
 from rayseg.store import StorePath, absolute, is_local, put, upath
 
 Loop = Callable[[dict[str, Any]], dict[str, Any]]
@@ -37,7 +38,7 @@ State = dict[str, Any]
 
 def weights_everywhere(weights: str) -> str:
     """The name of weights, or their file as every worker understands it, whatever folder it works in."""
-    return weights if weights in {"imagenet", "none"} else absolute(weights)
+    return weights if weights in NO_FILES else absolute(weights)
 
 
 Weights = Annotated[str, AfterValidator(weights_everywhere)]
@@ -256,7 +257,8 @@ def load_checkpoint(prefix: StorePath, settings: str | None) -> State | None:
     except (RuntimeError, ValueError, EOFError) as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise ModelError(f"checkpoint {path} is damaged: {reason}; delete it to train from the start") from None
-    if state.pop("settings", None) != settings is not None:
+    found = state.pop("settings", None)
+    if settings is not None and found != settings:
         raise ModelError(f"checkpoint {path} is of a training with other settings; delete it or use another prefix")
     return state
 

@@ -24,7 +24,7 @@ from rayseg.store import StorePath, absolute
 from rayseg.train import feed, session
 from rayseg.train.augment import Augment
 from rayseg.train.feed import Counts, Cut, Sampling, Step, Waiting, Windows
-from rayseg.train.learning import Learner, Learning, Schedule, expect_batch, precision
+from rayseg.train.learning import Learner, Learning, Schedule, expect_batch, expect_size, precision
 from rayseg.train.network import NetworkConfig
 
 State = dict[str, Any]
@@ -145,7 +145,7 @@ def fit_supervised(
 def expect_supervisable(settings: SupervisedConfig, *, classes: int, workers: int) -> None:
     """Raise ConfigError if batch, size or loss cannot be meant."""
     expect_batch(settings.learning, workers=workers, what="segmenter")
-    loss, size = settings.loss, settings.sampling.size
+    loss = settings.loss
     if loss.weights is not None and len(loss.weights) != classes:
         raise ConfigError(f"loss.weights are {len(loss.weights)}, there are {classes} classes; give one for each")
     if loss.published and loss.kind == "focal" and (settings.learning.micro or workers > 1):
@@ -153,8 +153,7 @@ def expect_supervisable(settings: SupervisedConfig, *, classes: int, workers: in
             "the published focal loss is of a whole batch's mean, which parts and workers do not know; "
             "leave learning.micro out and take one worker, or set loss.published=false"
         )
-    if size % (32 * settings.reduce):
-        raise ConfigError(f"sampling.size {size} is no multiple of 32 x reduce = {32 * settings.reduce} px; change it")
+    expect_size(settings.sampling.size, reduce=settings.reduce, what="sampling.size")
 
 
 def _key(settings: SupervisedConfig, *parts: Labelled) -> str:
