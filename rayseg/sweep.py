@@ -125,7 +125,7 @@ def run(base: al_s4gan.Config, region: Region, trials: Sequence[Trial], out: str
 def _checked(base: al_s4gan.Config, region: Region, trials: Sequence[Trial]) -> pool.Surveyed:
     """The chips, once there is no trial that could not use them or its settings."""
     fewest_last = sorted(trials, key=lambda trial: -trial.ratio)
-    for trial in {(trial.strategy, trial.learner): trial for trial in trials}.values():
+    for trial in {(trial.strategy == "random", trial.learner): trial for trial in trials}.values():
         al_s4gan.expect_settings(trial.config(base))
     surveyed = pool.survey(region, base.pool, base.table)
     for trial in {trial.seed: trial for trial in fewest_last}.values():
