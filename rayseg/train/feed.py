@@ -30,6 +30,8 @@ from rayseg.vision.color import ClassTable
 
 Pixels = NDArray[Any]
 Counts = NDArray[np.int64]
+PER_BLOCK = 4
+"""Batches that one of Ray Data's tasks reads: a block costs it some 20 ms, whatever is in it."""
 
 
 class Sampling(Config):
@@ -258,10 +260,10 @@ def _by_threads(steps: Sequence[Step], read: Read, threads: int, ahead: int) -> 
 
 
 def _by_ray(steps: Sequence[Step], read: Read, _threads: int, _ahead: int) -> Iterator[list[Cut]]:
-    """One block of one dataset per batch, in order; it is read by tasks of half a CPU each."""
+    """Blocks of some batches, in order; each is read by a task of half a CPU."""
     import ray.data
 
-    numbers = ray.data.range(len(steps), override_num_blocks=len(steps))
+    numbers = ray.data.range(len(steps), override_num_blocks=-(-len(steps) // PER_BLOCK))
     table = numbers.map_batches(_ReadSteps(read, steps), batch_size=None, batch_format="pyarrow", num_cpus=0.5)
     table.context.enable_progress_bars = False  # of this dataset alone: what is set in the process is others'
     table.context.print_on_execution_start = False
