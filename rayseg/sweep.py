@@ -34,7 +34,14 @@ Point = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep."""
+    """One run of a sweep.
+
+    Attributes:
+        ratio: share of the pool that gets masks, 0..1.
+        strategy: by which chips are chosen, one of `STRATEGIES`.
+        learner: one of `LEARNERS`; "classifier" where there is no segmenter.
+        seed: from 0, added to that of the configuration.
+    """
 
     ratio: float
     strategy: str

@@ -70,7 +70,13 @@ class S4ganConfig(NetworkConfig):
 
 @dataclass
 class Pair:
-    """Segmenter and discriminator in training."""
+    """Segmenter and discriminator in training.
+
+    Attributes:
+        settings: of both.
+        segmenter: maps of classes from images.
+        judge: the discriminator; None where the segmenter learns from masks alone.
+    """
 
     settings: S4ganConfig
     segmenter: Learner
