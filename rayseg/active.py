@@ -30,7 +30,7 @@ from rayseg.run import Step
 from rayseg.stages.score import ReadWith, Score, features_path
 from rayseg.store import put, upath
 from rayseg.train.augment import Augment
-from rayseg.train.classifier import NETWORKS, ClassifierConfig, fit_classifier, trained_classifier
+from rayseg.train.classifier import ClassifierConfig, fit_classifier, trained_classifier
 from rayseg.train.learning import Learning, Rates
 from rayseg.vision import linear, queries
 from rayseg.vision.color import ClassTable, label_table
@@ -99,9 +99,8 @@ def draw_first(step: Step, listed: Step, config: ActiveConfig, seed: int) -> dic
 def see(step: Step, listed: Step, config: ActiveConfig, common: "Common") -> dict[str, Any]:
     """The features of all chips by a network that stays as it is, `<step>/features/<chip>.npy`."""
     settings, classes = config.classifier, listed.value["classes"]
-    options = settings.options(classes=len(classes), channels=len(pool.BANDS))
     torch.manual_seed(common.seed)  # what weights leave open is the same when the step goes on
-    model = NETWORKS[settings.network](**options, weights=settings.weights).eval()
+    model = settings.build(classes=len(classes), channels=len(pool.BANDS)).eval()
     prefix = str(step.prefix / "classifier")
     bundle.save(prefix, _described(settings, classes, common), model)
     rows = pool.rows_of(listed, "pool") + pool.rows_of(listed, "validation")

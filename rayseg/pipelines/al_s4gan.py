@@ -31,7 +31,6 @@ from rayseg.pool import PoolConfig, Row
 from rayseg.run import Run, Step
 from rayseg.store import Location, upath
 from rayseg.train.batches import Chips
-from rayseg.train.classifier import NETWORKS
 from rayseg.train.classifier import expect_trainable as expect_classifier
 from rayseg.train.pair import S4ganConfig
 from rayseg.train.s4gan import Data, confusions, expect_trainable, fit_s4gan, measures_of, trained_s4gan
@@ -334,7 +333,7 @@ def expect_settings(config: Config) -> None:
     _expect_sizes(config)
     classes, channels = len(config.table.classes), len(pool.BANDS)
     if config.common.classifies:
-        NETWORKS[settings.network](**settings.options(classes=classes, channels=channels), weights=settings.weights)
+        settings.build(classes=classes, channels=channels)
     if segmenter:
         segmenter.build(classes=classes, channels=channels)
 

@@ -80,6 +80,16 @@ class ClassifierConfig(Config):
             "reduce": self.reduce,
         }
 
+    def build(self, *, classes: int, channels: int, weights: str | None = None) -> nn.Module:
+        """The network, in training mode; `weights` take the place of its own.
+
+        Raises:
+            ConfigError: encoder, stride or pooling are unknown or do not go together.
+            ModelError: the weights are not to be had or do not fit.
+        """
+        options = self.options(classes=classes, channels=channels)
+        return NETWORKS[self.network](**options, weights=weights or self.weights)
+
 
 def fit_classifier(
     settings: ClassifierConfig,
@@ -158,7 +168,7 @@ NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
 
 def trained_classifier(settings: ClassifierConfig, prefix: StorePath, *, classes: int, channels: int = 3) -> nn.Module:
     """The network `fit_classifier` kept under `prefix`, in evaluation mode."""
-    model = NETWORKS[settings.network](**settings.options(classes=classes, channels=channels), weights="none")
+    model = settings.build(classes=classes, channels=channels, weights="none")
     model.load_state_dict(session.best_weights(prefix))
     return model.eval()
 
@@ -169,8 +179,8 @@ def _train(config: State) -> State:
     device = session.device_of(config)
     state = session.load_checkpoint(config["prefix"], config["key"])
     torch.manual_seed(settings.learning.seed)
-    options = settings.options(classes=max(chips.count, 2), channels=chips.read(0).shape[2])
-    net = NETWORKS[settings.network](**options, weights="none" if state else settings.weights)
+    classes, channels = max(chips.count, 2), chips.read(0).shape[2]
+    net = settings.build(classes=classes, channels=channels, weights="none" if state else None)
     learner = Learner.start(net, settings.learning, device)
     state = state or {"epoch": 0, "best": session.NOTHING}
     if state["epoch"]:
