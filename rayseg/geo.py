@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from affine import Affine
 
-from rayseg.errors import DataError
+from rayseg.errors import ConfigError, DataError
 
 Bounds = tuple[float, float, float, float]
 
@@ -241,6 +241,21 @@ class Region:
     collection: str | None = None
     images: str | None = None
     tiles: tuple[str, ...] = ()
+
+    def located(self, location: str | None) -> str | None:
+        """Where a location is: `#collection` alone is in the region's catalogue; None where there is none.
+
+        Raises:
+            ConfigError: the region has no catalogue.
+        """
+        if not location or not location.startswith("#"):
+            return location or None
+        if self.catalog is None:
+            raise ConfigError(
+                f"{location} is of the catalogue of region {self.name}, which has none; name it whole, as "
+                f"catalog.json{location}"
+            )
+        return f"{self.catalog}{location}"
 
 
 def slug(text: str) -> str:

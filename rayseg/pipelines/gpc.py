@@ -315,13 +315,8 @@ def _threshold(model: torch.nn.Module, rows: list[Row], config: Config) -> float
 
 def measure(step: Step, predicted: Step, region: Region, truth: str | None) -> dict[str, Any]:
     """Compare the map with its truth, if there is one."""
-    if not truth:
-        return {}
-    return evaluation.evaluate_run(step, predicted, _truth(region, truth))
-
-
-def _truth(region: Region, truth: str | None) -> str:
-    return f"{region.catalog}{truth}" if truth and truth.startswith("#") else truth or ""
+    located = region.located(truth)
+    return evaluation.evaluate_run(step, predicted, located) if located else {}
 
 
 def draw_cues(step: Step, listed: Step, cues: Step, size: int) -> dict[str, Any]:
@@ -360,7 +355,7 @@ def check(config: Config, region: Region) -> None:
     chips.find_chips(region, LABELS, config.chips)
     mapping.plan(region, _described(config), config.map)
     expect_trainable(config.classifier, workers=config.workers)
-    if truth := _truth(region, config.truth):
+    if truth := region.located(config.truth):
         masks.masks_of(truth, names=[name for _, name, _ in CLASSES])
     for network in (config.classifier, config.segmenter):
         encoder_name(network.encoder)

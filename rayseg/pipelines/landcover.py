@@ -104,10 +104,6 @@ class Config(Frozen):
         return self
 
 
-def _masks_of_region(region: Region, location: str | None) -> str:
-    return f"{region.catalog}{location}" if location and location.startswith("#") else location or ""
-
-
 def _find(region: Region, config: Config) -> tuple[LabelledImage, ...]:
     """All labelled images, with masks.
 
@@ -124,7 +120,7 @@ def _find(region: Region, config: Config) -> tuple[LabelledImage, ...]:
             f"region {region.name} has no labelled scenes; name some with --set labelled.source=FOLDER, which holds "
             "images and masks, or catalog.json#collection"
         )
-    found = scenes.labelled_images(source, _masks_of_region(region, settings.masks), names=config.classes.table.names)
+    found = scenes.labelled_images(source, region.located(settings.masks), names=config.classes.table.names)
     kept = tuple(image for image in found if image.masks)
     if not kept:
         raise DataError(
@@ -283,7 +279,8 @@ def _worst(
 
 def measure(step: Step, predicted: Step, region: Region, truth: str | None) -> dict[str, Any]:
     """Compare the map with its truth, if there is one."""
-    return evaluation.evaluate_run(step, predicted, _masks_of_region(region, truth)) if truth else {}
+    located = region.located(truth)
+    return evaluation.evaluate_run(step, predicted, located) if located else {}
 
 
 def write_report(
@@ -323,7 +320,7 @@ def check(config: Config, region: Region) -> None:
     divided = _divided(region, config)
     dtype = divided["training"][0][0].image.dtype
     mapping.plan(region, described.model_copy(update={"dtype": dtype}), config.map)
-    if truth := _masks_of_region(region, config.truth):
+    if truth := region.located(config.truth):
         masks.masks_of(truth, names=config.classes.table.names)
 
 

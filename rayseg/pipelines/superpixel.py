@@ -303,16 +303,12 @@ def join_polygons(step: Step, predicted: Step) -> dict[str, Any]:
 
 def measure(step: Step, predicted: Step, region: Region, config: Config) -> dict[str, Any]:
     """Compare the labels with the truth, if there is one."""
-    if not config.truth or not predicted.value["bundle"]:
+    truth = region.located(config.truth)
+    if not truth or not predicted.value["bundle"]:
         return {}
-    truth = _truth(region, config.truth)
     found = agreement.agreement_of_run(predicted.root, truth, step=predicted.name, unlabelled=config.unlabelled)
     put(step.prefix / "agreement.json", json.dumps(found, indent=1).encode())
     return found
-
-
-def _truth(region: Region, truth: str) -> str:
-    return f"{region.catalog}{truth}" if truth.startswith("#") else truth
 
 
 def draw(step: Step, listed: Step, divided: Step, predicted: Step) -> dict[str, Any]:
@@ -369,11 +365,9 @@ def write_report(
 def check(config: Config, region: Region) -> None:
     """Refuse, before anything is written, imagery that cannot be segmented and a truth that cannot be compared."""
     rows, _, _ = plan(region, config)
-    if config.truth:
+    if truth := region.located(config.truth):
         tiles = [tile for row in rows for tile in json.loads(row["tiles"])]
-        agreement.expect_truth(
-            [piece_of_row(tile) for tile in tiles], _truth(region, config.truth), unlabelled=config.unlabelled
-        )
+        agreement.expect_truth([piece_of_row(tile) for tile in tiles], truth, unlabelled=config.unlabelled)
 
 
 def forecast(config: Config, region: Region) -> planning.Forecast:
