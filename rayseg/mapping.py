@@ -208,19 +208,19 @@ def _values(column: pa.ChunkedArray) -> Sequence[Any]:
 
 
 def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[Source], Refused]:
-    """Sources of the region: its images, else of `config.imagery`, else of its catalogue; and what cannot be read.
+    """Sources of the region: of `config.imagery`, else its images, else of its catalogue; and what cannot be read.
 
     Scenes within `halo` px of the region count, for what is seen beyond its border.
 
     Raises:
         DataError: the region names no imagery.
     """
-    if region.images:
-        images, wrong = labels.sources_of_images(region.images)
-        return images, dict(wrong)
     if config.imagery:
         uri, _, collection = config.imagery.partition("#")
         found = catalog.open_items(uri, collection or None, geometry=region.geometry, halo=halo)
+    elif region.images:
+        images, wrong = labels.sources_of_images(region.images)
+        return images, dict(wrong)
     elif region.catalog:
         chosen = region.collection or catalog.imagery_collection(region.catalog)
         found = catalog.open_items(region.catalog, chosen, geometry=region.geometry, halo=halo)

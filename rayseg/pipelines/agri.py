@@ -9,7 +9,7 @@ how the region is cut into tiles: docs/decisions/0007. The published settings ar
 
 import json
 from collections import defaultdict
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -111,12 +111,12 @@ def plan(region: Region, config: Config) -> list[Row]:
     return mapping.tiles_of(region, config.map, partial(check_source, kind=config.image), halo=config.patch)
 
 
-def on_larger(larger: Step, region: Region, config: Config) -> tuple[Region, Config]:
-    """The region and what is asked of it on the larger imagery, if there is any."""
+def on_larger(larger: Step, config: Config) -> Config:
+    """What is asked of the larger imagery, if there is any."""
     if "imagery" not in larger.value:
-        return region, config
+        return config
     imagery = config.map.model_copy(update={"imagery": larger.value["imagery"]})
-    return replace(region, images=None), config.model_copy(update={"map": imagery, "image": ImageConfig()})
+    return config.model_copy(update={"map": imagery, "image": ImageConfig()})
 
 
 def propose(step: Step, larger: Step, region: Region, config: Config) -> dict[str, Any]:
@@ -370,7 +370,7 @@ def forecast(config: Config, region: Region) -> planning.Forecast:
 def run(config: Config, run: Run, region: Region) -> str:
     """Find the plots of `region`; return where the report is and what it says."""
     larger = run.step("enlarge", enlarging.enlarge, region, config.enlarge, config.image, config.map)
-    region, config = on_larger(larger, region, config)
+    config = on_larger(larger, config)
     proposed = run.step("propose", propose, larger, region, config)
     joined = run.step("join", join, proposed, config)
     model = run.step("classifier", fit_plots, region, config)

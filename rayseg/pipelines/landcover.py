@@ -234,9 +234,8 @@ def validate(step: Step, listed: Step, model: Step, config: Config) -> dict[str,
     images, table = _labelled(listed, "validation", config).images, config.classes.table
     described = bundle.load(model.value["bundle"])
     halo = described.patch + described.stride
-    rows = [
-        row | {"refused": ""} for row in tile_rows([one.image for one in images], None, size=config.map.tile, halo=halo)
-    ]
+    seen = [scenes.image_on(one) for one in images]
+    rows = [row | {"refused": ""} for row in tile_rows(seen, None, size=config.map.tile, halo=halo)]
     put(step.prefix / "manifest.parquet", parquet(rows))
     works = [
         Work(ReadTile(described.bands, patch=described.patch, stride=described.stride)),
