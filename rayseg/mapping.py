@@ -21,6 +21,7 @@ from rayseg.io import catalog, labels, vectors
 from rayseg.io.sources import Source, beyond_utm, expect_mappable
 from rayseg.ledger import Ledger, Record
 from rayseg.models import bundle
+from rayseg.models.bundle import Scaling
 from rayseg.run import Step
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, tile_rows
@@ -43,6 +44,27 @@ class MapConfig(Config):
     """Patches predicted at once; by default 1 on a CPU and 16 on a GPU."""
     stall_seconds: Annotated[float, Field(gt=0)] = 1800.0
     """A tile on which reading, predicting or writing takes longer is given up and named as failed."""
+
+
+def expect_windows(bands: Sequence[str], scaling: Scaling, *, patch: int, stride: int, reduce: int) -> None:
+    """Refuse windows and values with which a segmenter that is to be trained could not map.
+
+    Args:
+        bands: the network takes.
+        scaling: of their values.
+        patch: side of a window in px.
+        stride: distance of windows in px.
+        reduce: side in px of the squares that the network sees as one pixel.
+
+    Raises:
+        ValueError: as validators of configurations do.
+    """
+    if stride > patch:
+        raise ValueError(f"stride {stride} is above patch {patch}: windows would leave gaps; lower it")
+    if patch % (32 * reduce):
+        raise ValueError(f"patch {patch} is no multiple of 32 x segmenter.reduce {reduce}")
+    if len(bands) != len(scaling.mean):
+        raise ValueError(f"{len(bands)} bands but scaling of {len(scaling.mean)}: give one for each")
 
 
 def load_model(step: Step, prefix: str) -> dict[str, Any]:

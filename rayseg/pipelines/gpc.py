@@ -17,7 +17,7 @@ import matplotlib
 import matplotlib.image
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayseg import chips, evaluation, flow, mapping, planning, publication
 from rayseg.chips import ChipsConfig, parquet
@@ -94,11 +94,18 @@ class CuesConfig(Frozen):
     """concept: evidence (log ratio) above which a superpixel outside the concept is left open."""
 
 
+class YesNoConfig(ClassifierConfig):
+    """The classifier of chips; the defaults are the paper's."""
+
+    network: Literal["chips"] = "chips"
+    """A head on an encoder, at whose stages Grad-CAM++ looks."""
+
+
 class Config(Frozen):
     """Settings of the pipeline; the defaults are the paper's, `configs/gpc/default.yaml` is what we would use today."""
 
     chips: ChipsConfig = ChipsConfig()
-    classifier: ClassifierConfig = ClassifierConfig()
+    classifier: YesNoConfig = YesNoConfig()
     cues: CuesConfig = CuesConfig()
     segmenter: SegmenterConfig = SegmenterConfig()
     map: MapConfig = MapConfig()
@@ -116,6 +123,12 @@ class Config(Frozen):
     """How chips and imagery become the networks' input; mean and standard deviation of the paper's chips."""
     truth: Location | None = None
     """Masks to measure the map with: a folder, `catalog.json#collection`, or `#collection` of the region."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config":
+        reduce = self.segmenter.reduce
+        mapping.expect_windows(BANDS, self.scaling, patch=self.patch, stride=self.stride, reduce=reduce)
+        return self
 
 
 def _read_mask(cues: str, rows: list[Row], size: int, position: int) -> np.ndarray:
@@ -143,7 +156,7 @@ def fit_yes_no(step: Step, listed: Step, config: Config) -> dict[str, Any]:
     described = Bundle(
         name="classifier",
         task="classification",
-        architecture=Architecture(factory="classifier", options=settings.options(classes=len(LABELS), channels=3)),
+        architecture=Architecture(factory=settings.factory, options=settings.options(classes=len(LABELS), channels=3)),
         classes=tuple((position, label, color) for position, (label, color) in enumerate(COLORS.items())),
         bands=BANDS,
         dtype="uint8",
@@ -206,8 +219,10 @@ def _decide_by_concept(
     divide = Work(Superpixels(reduce=config.reduce, min_size=32))
     account = _through(step, "densities", rows, [*seen, divide, Work(WriteDensity(prefix))], patience)
     if account.troubles:
+        chip, why = next(iter(account.troubles.items()))
         raise DataError(
-            f"{len(account.troubles)} chips could not be read, first {next(iter(account.troubles.items()))}"
+            f"{len(account.troubles)} of {len(rows)} chips cannot be used, first {chip} ({why}); all are needed to "
+            f"learn the concept: mend them, then: rayseg retry {step.root}"
         )
     evidence_AB = concept.evidence(*(_densities(prefix, rows, label) for label in LABELS))
     return [divide, Work(ConceptCue(evidence_AB, doubtful=config.doubtful))]

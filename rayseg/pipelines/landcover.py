@@ -95,12 +95,8 @@ class Config(Frozen):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
-        if self.stride > self.patch:
-            raise ValueError(f"stride {self.stride} is above patch {self.patch}: windows would leave gaps; lower it")
-        if self.patch % (32 * self.segmenter.reduce):
-            raise ValueError(f"patch {self.patch} is no multiple of 32 x segmenter.reduce {self.segmenter.reduce}")
-        if len(self.bands) != len(self.scaling.mean):
-            raise ValueError(f"{len(self.bands)} bands but scaling of {len(self.scaling.mean)}: give one for each")
+        reduce = self.segmenter.reduce
+        mapping.expect_windows(self.bands, self.scaling, patch=self.patch, stride=self.stride, reduce=reduce)
         return self
 
 

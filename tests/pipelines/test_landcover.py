@@ -147,15 +147,15 @@ def test_georeferenced_scenes_are_validated_whether_their_masks_say_where_they_a
 def folder(tmp_path):
     """Two scenes of two images each; their masks hold the first two classes, as colours."""
     colors = np.array([(0, 255, 255), (255, 255, 0)], np.uint8)
-    for scene in ("a", "b"):
+    for name in ("a", "b"):
         for sub in ("images", "masks"):
-            (tmp_path / "scenes" / scene / sub).mkdir(parents=True)
+            (tmp_path / "scenes" / name / sub).mkdir(parents=True)
         for number in range(2):
             classes = np.indices((96, 96)).sum(0) // 48 % 2
             rng = np.random.default_rng(number)
             image = rng.integers(1, 255, (96, 96, 3)).astype(np.uint8)
-            Image.fromarray(image).save(tmp_path / "scenes" / scene / "images" / f"{number}.png")
-            Image.fromarray(colors[classes]).save(tmp_path / "scenes" / scene / "masks" / f"{number}.png")
+            Image.fromarray(image).save(tmp_path / "scenes" / name / "images" / f"{number}.png")
+            Image.fromarray(colors[classes]).save(tmp_path / "scenes" / name / "masks" / f"{number}.png")
     return tmp_path / "scenes"
 
 
