@@ -152,11 +152,26 @@ def tiles_of(region: Region, config: MapConfig, check: Callable[[Source], None],
     rows = tiles + [_refused_row(*entry) for entry in sorted(refused.items())]
     if not tiles:
         raise DataError(f"region {region.name} has no tile with imagery; choose another --region")
+    return asked_for(rows, region, size=config.tile)
+
+
+def asked_for(rows: list[Row], region: Region, *, size: int) -> list[Row]:
+    """The rows of the tiles that the region names; all, where it names none.
+
+    Args:
+        rows: of all tiles.
+        region: names tiles by their ids.
+        size: side of a tile in px.
+
+    Raises:
+        ConfigError: a tile that was asked for is not there.
+        DataError: ids cannot name files, or two are the same.
+    """
     ids = [row["id"] for row in rows]
     expect_ids(ids)
     if unknown := sorted(set(region.tiles) - set(ids)):
         raise ConfigError(
-            f"region {region.name} has no tile {', '.join(unknown[:5])}, its {len(ids)} tiles of {config.tile} px are "
+            f"region {region.name} has no tile {', '.join(unknown[:5])}, its {len(ids)} tiles of {size} px are "
             f"{_some(ids)}; correct --tiles"
         )
     return [row for row in rows if row["id"] in region.tiles] if region.tiles else rows

@@ -8,6 +8,7 @@
 
 import io
 import json
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -110,8 +111,8 @@ def load(folder: StorePath, run: str) -> tuple[int, list[str]]:
 
     Raises:
         ConfigError: the run has asked for nothing.
-        DataError: there are no masks, one is of no chip that was asked for, of another size, already there with other
-            classes, or holds a value or colour that is no class; nothing is written then.
+        DataError: there are no masks, one is of no chip that was asked for, called as another is, of another size,
+            already there with other classes, or holds a value or colour that is no class; nothing is written then.
     """
     asked = _asked(run)
     table = ClassTable.from_config(asked["masks"])
@@ -123,6 +124,8 @@ def load(folder: StorePath, run: str) -> tuple[int, list[str]]:
             f"{len(unknown)} masks in {folder} are of no chip that the run asked for ({', '.join(unknown[:5])}); "
             f"take them away, the ids are in {run}/to-label/chips.geojson"
         )
+    if twice := [stem for stem, count in Counter(path.stem for path in files).items() if count > 1]:
+        raise DataError(f"{folder} holds several masks called {twice[0]}; leave one of each name")
     rows = {row["id"]: row for row in asked["rows"]}
     checked = {path.stem: _checked(path, asked["chips"][path.stem], table, run) for path in files}
     for chip, mask_HW in checked.items():

@@ -98,7 +98,7 @@ def plan(region: Region, config: Config) -> tuple[list[Row], tuple[str, ...], st
 
     Raises:
         DataError: there is no imagery, or none that can be mapped.
-        ConfigError: a tile or band that was asked for is not there.
+        ConfigError: a tile or band that was asked for is not there, or the scaling is of other bands.
     """
     halo = config.network.patch + config.network.stride + config.sieve
     found = mapping.imagery(region, config.map, halo=halo if config.shared else 0)
@@ -123,7 +123,13 @@ def plan(region: Region, config: Config) -> tuple[list[Row], tuple[str, ...], st
     expect_ids([row["id"] for row in rows])
     expect_ids(ids)
     named = min(sources, key=lambda source: source.item_id)
-    return rows, config.bands or _bands(named), named.dtype
+    bands = config.bands or _bands(named)
+    if isinstance(config.scaling, Scaling) and len(config.scaling.mean) != len(bands):
+        raise ConfigError(
+            f"scaling is of {len(config.scaling.mean)} bands, the imagery has {', '.join(bands)}; give one mean and "
+            "std for each, or choose with --set bands=[...]"
+        )
+    return rows, bands, named.dtype
 
 
 def _commonest(sources: Sequence[Source], config: Config) -> Source | None:
@@ -315,7 +321,7 @@ def draw(step: Step, listed: Step, divided: Step, predicted: Step) -> dict[str, 
     """Pictures: the map in the mean colour of each label, and superpixels over a part of the first tile with both."""
     tiles = maps.mapped_tiles(predicted.root, predicted.name)
     found = []
-    for number, picture in enumerate(pictures.pictures_of(tiles)[:2]):
+    for number, picture in enumerate(pictures.pictures_of(tiles, most=2)):
         seen = picture.classes_HW != maps.NODATA
         mean_HWC = mean_color(picture.image_HWC, np.where(seen, picture.classes_HW, 254))
         put(
@@ -374,10 +380,11 @@ def forecast(config: Config, region: Region) -> planning.Forecast:
     """What is known of a run before it is begun; networks are trained in the probe, as they are in the run."""
     rows, _, _ = plan(region, config)
     tiles = [tile for row in rows for tile in json.loads(row["tiles"])]
+    refused = [row for row in rows if row["refused"]]
     margin = config.network.patch + config.network.stride + config.sieve
     count = sum(row["tiles"] != "[]" for row in rows)
     unknown = ("a network is timed on some tiles of its scene: on all of them it may take more or fewer epochs",)
-    return planning.Forecast(tiles, margin, unknown, {"networks": count}, partial(run, config))
+    return planning.Forecast(tiles + refused, margin, unknown, {"networks": count}, partial(run, config))
 
 
 def run(config: Config, run: Run, region: Region) -> str:

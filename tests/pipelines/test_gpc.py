@@ -101,7 +101,9 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(whole, words, tmp_path
     out = tmp_path / "run"
     assert rayseg(*words, "--out", out).exit_code == 130
     assert killed
-    report = json.loads(rayseg("status", out, "--json").stdout)
+    said = rayseg("status", out, "--json")
+    assert said.exit_code == 3
+    report = json.loads(said.stdout)
     assert report["status"] == "stopped"
     assert [name for name, seconds in report["times"].items() if seconds is None] == ["segmenter"]
     before = files(out / "steps" / "classifier") | files(out / "steps" / "cues")
