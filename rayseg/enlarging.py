@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from rayseg import flow, mapping
+from rayseg import mapping
 from rayseg.errors import DataError
 from rayseg.flow import Row, Work
 from rayseg.geo import Region, Tile
@@ -68,14 +68,13 @@ def enlarge(
     if how is None:
         return {}
     rows = mapping.kept_manifest(step, lambda: plan(region, how, image, config, halo=halo)[0])
-    folder, ledger = upath(step.root) / "enlarged", mapping.ledger_of(step)
+    folder = upath(step.root) / "enlarged"
     works = [
         Work(ReadGround(image, lattice_of(how))),
         Work(EnlargeTiles(how), cpus=1.0, gpus=1.0 if how.weights else 0.0, model=True),
         Work(WriteLarger(str(folder), factor=how.factor)),
     ]
-    account = flow.run(rows, works, ledger, step.engine, stall_seconds=config.stall_seconds)
-    made = [str(folder / record.facts["item"]) for record in ledger.read().values() if record.facts]
+    found = mapping.through(step, rows, works, patience=config.stall_seconds)
+    made = [str(folder / record.facts["item"]) for record in mapping.ledger_of(step).read().values() if record.facts]
     items.write_collection(folder, sorted(made), title=f"{region.name}, {how.factor} times larger")
-    found = {"imagery": str(folder / "collection.json"), "items": len(made)}
-    return found | {"account": account.counts, "troubles": account.troubles}
+    return {"imagery": str(folder / "collection.json"), "items": len(made), **found}

@@ -84,8 +84,27 @@ def predict_region(step: Step, region: Region, model: Step, config: MapConfig) -
         Work(Predict(model.value["bundle"], batch=config.batch), cpus=1.0, gpus=1.0, model=True),
         Work(WriteTile(tiles_prefix(step), table, bands=names, geometry=region.geometry, model=item)),
     ]
-    account = flow.run(rows, works, ledger_of(step), step.engine, stall_seconds=config.stall_seconds)
-    return {"bundle": model.value["bundle"], "account": account.counts, "troubles": account.troubles}
+    return {"bundle": model.value["bundle"], **through(step, rows, works, patience=config.stall_seconds)}
+
+
+def through(
+    step: Step, rows: Sequence[Row], works: Sequence[Work], *, patience: float, title: str = "tiles"
+) -> dict[str, Any]:
+    """Rows through stages, with the step's ledger.
+
+    Args:
+        step: whose manifest holds the rows.
+        rows: see `flow.run`.
+        works: the stages.
+        patience: seconds after which a row is given up on which one stage works.
+        title: what the rows are.
+
+    Returns:
+        `account`: status -> rows; `troubles`: row -> reason; `on_gpu`: names of the stages that ask for GPUs.
+    """
+    account = flow.run(rows, works, ledger_of(step), step.engine, title=title, stall_seconds=patience)
+    on_gpu = [work.name for work in works if work.gpus]
+    return {"account": account.counts, "troubles": account.troubles, "on_gpu": on_gpu}
 
 
 def manifest(step: Step, region: Region, described: bundle.Bundle, config: MapConfig) -> list[Row]:

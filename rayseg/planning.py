@@ -29,11 +29,12 @@ from rayseg.run import Engine, Run, Step
 from rayseg.store import STORE_ERRORS, upath
 
 Row = dict[str, Any]
-GPU_STAGES = ("Predict", "LabelTile", "ProposePlots", "ClassifyPlots", "Cam", "Segment")
 FRAME = 64 << 10
 """Bytes of a file beside the tiles that are taken to be there however many tiles there are."""
 MADE = {"enlarge": "enlarged"}
 """Step whose rows are no tiles -> the folder of the run that it fills."""
+TIMED = 3
+"""Tiles that a probe times; one more is taken to warm up."""
 MOST_SIZES = 32
 """Files that are asked for their size."""
 
@@ -80,6 +81,7 @@ class Probe:
         bytes_written: of the whole run.
         cpus: of the machine.
         gpus: of the machine.
+        on_gpu: names of the stages that ask for one.
     """
 
     tiles: tuple[str, ...]
@@ -89,11 +91,12 @@ class Probe:
     bytes_written: int
     cpus: int
     gpus: int
+    on_gpu: tuple[str, ...] = ()
 
     @property
     def gpu_seconds(self) -> float | None:
         """Seconds of a GPU; None if the machine has none."""
-        return sum(self.seconds.get(stage, 0.0) for stage in GPU_STAGES) if self.gpus else None
+        return sum(self.seconds.get(stage, 0.0) for stage in self.on_gpu) if self.gpus else None
 
     @property
     def cpu_seconds(self) -> float:
@@ -101,14 +104,13 @@ class Probe:
         return sum(self.seconds.values()) - (self.gpu_seconds or 0.0)
 
 
-def plan(forecast: Forecast, region: Region, *, rates: Rates, probe: int = 3) -> dict[str, Any]:
+def plan(forecast: Forecast, region: Region, *, rates: Rates) -> dict[str, Any]:
     """The plan as JSON values.
 
     Args:
         forecast: what the pipeline knows.
         region: what is mapped.
         rates: workers and prices.
-        probe: tiles to time, one more is taken to warm up; 0 for none.
 
     Returns:
         `items`, `tiles`, `pixels`, `bytes_read` (None where sizes cannot be asked), and of a probe `bytes_written`,
@@ -125,7 +127,7 @@ def plan(forecast: Forecast, region: Region, *, rates: Rates, probe: int = 3) ->
         "pixels": sum(_pixels(row) for row in tiles),
         "bytes_read": bytes_read(read, margin=first.margin),
     }
-    timed = timed_on(forecast, region, tiles, count=probe) if probe and forecast.trial else None
+    timed = timed_on(forecast, region, tiles, count=TIMED) if forecast.trial else None
     return found | _costs(timed, rates) | {"unknown": list(forecast.unknown)}
 
 
@@ -150,7 +152,7 @@ def _costs(timed: Probe | None, rates: Rates) -> dict[str, Any]:
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
-def by_model(prefix: str, region: Region, config: MapConfig, *, unknown: Sequence[str] = ()) -> Forecast:
+def by_model(prefix: str, region: Region, config: MapConfig) -> Forecast:
     """The forecast of mapping a region with a model that is there.
 
     Raises:
@@ -158,7 +160,7 @@ def by_model(prefix: str, region: Region, config: MapConfig, *, unknown: Sequenc
     """
     described, _ = bundle.whole(prefix)
     rows = mapping.plan(region, described, config)
-    return Forecast(rows, described.patch, tuple(unknown), trial=partial(_map, config, prefix))
+    return Forecast(rows, described.patch, trial=partial(_map, config, prefix))
 
 
 def by_untrained(described: Bundle, region: Region, config: MapConfig, *, unknown: Sequence[str] = ()) -> Forecast:
@@ -275,6 +277,7 @@ def timed_on(forecast: Forecast, region: Region, tiles: Sequence[Row], *, count:
         bytes_written=written,
         cpus=len(os.sched_getaffinity(0)),
         gpus=_gpus(),
+        on_gpu=tuple(sorted({stage for step in run.steps for stage in step.value.get("on_gpu", ())})),
     )
 
 

@@ -154,9 +154,7 @@ def propose(step: Step, larger: Step, region: Region, config: Config) -> dict[st
         Work(look, cpus=1.0, gpus=1.0 if config.proposer == "sam" else 0.0, model=True),
         Work(WritePieces(str(step.prefix))),
     ]
-    ledger, patience = mapping.ledger_of(step), config.map.stall_seconds
-    account = flow.run(rows, works, ledger, step.engine, stall_seconds=patience)
-    return {"account": account.counts, "troubles": account.troubles}
+    return mapping.through(step, rows, works, patience=config.map.stall_seconds)
 
 
 def join(step: Step, proposed: Step, config: Config) -> dict[str, Any]:
@@ -248,9 +246,8 @@ def classify(step: Step, proposed: Step, joined: Step, model: Step, config: Conf
         Work(ClassifyPlots(prefix), cpus=1.0, gpus=1.0, model=True),
         Work(WriteClasses(str(step.prefix))),
     ]
-    ledger, patience = mapping.ledger_of(step), config.map.stall_seconds
-    account = flow.run(rows, works, ledger, step.engine, title="plots", stall_seconds=patience)
-    return {"account": account.counts, "troubles": account.troubles, "groups": [row["id"] for row in rows]}
+    groups = [row["id"] for row in rows]
+    return {**mapping.through(step, rows, works, title="plots", patience=config.map.stall_seconds), "groups": groups}
 
 
 def _groups(proposed: Step, joined: Step) -> list[Row]:
@@ -305,8 +302,7 @@ def write_tiles(
         Work(ReadPlots(str(proposed.prefix), str(joined.prefix), config.image.bands, stride=config.stride)),
         Work(write),
     ]
-    account = flow.run(rows, works, mapping.ledger_of(step), step.engine, stall_seconds=config.map.stall_seconds)
-    return {"account": account.counts, "troubles": account.troubles}
+    return mapping.through(step, rows, works, patience=config.map.stall_seconds)
 
 
 def _legend(described: Bundle | None, *, whole: bool) -> tuple[ClassTable, int]:

@@ -10,6 +10,7 @@ No mask is ever drawn. What is not said here is in the modules named by the step
 
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -26,7 +27,6 @@ from rayseg.errors import DataError
 from rayseg.flow import Row, Work
 from rayseg.geo import Region
 from rayseg.io import cog, masks
-from rayseg.ledger import Account, Ledger
 from rayseg.mapping import MapConfig
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
@@ -196,8 +196,8 @@ def write_cues(
     rows = chips.rows_of(listed, held_out=False)
     decide = {"cam": _decide_by_cam, "concept": _decide_by_concept}[config.method]
     works = [*seen, *decide(step, rows, seen, config, patience), Work(WriteCue(str(step.prefix)))]
-    account = _through(step, "", [row for row in rows if row["label"] == YES], works, patience)
-    return {"cues": str(step.prefix), "account": account.counts, "troubles": account.troubles}
+    found = _through(step, [row for row in rows if row["label"] == YES], works, patience)
+    return {"cues": str(step.prefix), **found}
 
 
 def _decide_by_cam(_: Step, __: list[Row], ___: list[Work], config: CuesConfig, ____: float) -> list[Work]:
@@ -215,13 +215,13 @@ def _decide_by_concept(
     step: Step, rows: list[Row], seen: list[Work], config: CuesConfig, patience: float
 ) -> list[Work]:
     """Learn the concept from all chips first."""
-    prefix = str(step.prefix / "densities")
-    divide = Work(Superpixels(reduce=config.reduce, min_size=32))
-    account = _through(step, "densities", rows, [*seen, divide, Work(WriteDensity(prefix))], patience)
-    if account.troubles:
-        chip, why = next(iter(account.troubles.items()))
+    before = replace(step, name=f"{step.name}/densities")
+    prefix, divide = str(before.prefix), Work(Superpixels(reduce=config.reduce, min_size=32))
+    troubles = _through(before, rows, [*seen, divide, Work(WriteDensity(prefix))], patience)["troubles"]
+    if troubles:
+        chip, why = next(iter(troubles.items()))
         raise DataError(
-            f"{len(account.troubles)} of {len(rows)} chips cannot be used, first {chip} ({why}); all are needed to "
+            f"{len(troubles)} of {len(rows)} chips cannot be used, first {chip} ({why}); all are needed to "
             f"learn the concept: mend them, then: rayseg retry {step.root}"
         )
     evidence_AB = concept.evidence(*(_densities(prefix, rows, label) for label in LABELS))
@@ -234,11 +234,9 @@ def _densities(prefix: str, rows: list[Row], label: str) -> Iterator[np.ndarray]
             yield np.load(io.BytesIO(density_path(prefix, row["id"]).read_bytes()), allow_pickle=False)
 
 
-def _through(step: Step, part: str, rows: list[Row], works: list[Work], patience: float) -> Account:
-    """Chips through stages, with a ledger and a manifest of their own."""
-    prefix = step.prefix / part if part else step.prefix
-    put(prefix / "manifest.parquet", parquet(rows))
-    return flow.run(rows, works, Ledger(str(prefix / "ledger")), step.engine, title="chips", stall_seconds=patience)
+def _through(step: Step, rows: list[Row], works: list[Work], patience: float) -> dict[str, Any]:
+    put(step.prefix / "manifest.parquet", parquet(rows))
+    return mapping.through(step, rows, works, title="chips", patience=patience)
 
 
 def fit_mask(step: Step, listed: Step, cues: Step, config: Config) -> dict[str, Any]:

@@ -238,9 +238,8 @@ def validate(step: Step, listed: Step, model: Step, config: Config) -> dict[str,
         Work(Predict(model.value["bundle"], batch=config.map.batch), cpus=1.0, gpus=1.0, model=True),
         Work(CompareTile(str(step.prefix / "tiles"), images, table)),
     ]
-    ledger = mapping.ledger_of(step)
-    account = flow.run(rows, works, ledger, step.engine, stall_seconds=config.map.stall_seconds)
-    records = ledger.read()
+    done = mapping.through(step, rows, works, patience=config.map.stall_seconds)
+    records = mapping.ledger_of(step).read()
     compared = [
         Compared(row["id"], row["grid_image"], Confusion(np.array(records[row["id"]].facts["confusion"])), 0)
         for row in rows
@@ -250,7 +249,7 @@ def validate(step: Step, listed: Step, model: Step, config: Config) -> dict[str,
     found = evaluation.summary(compared, table) | {"prediction": "", "truth": f"the validation scenes {named}"}
     none = {"count": 0, "names": []}
     worst = _worst(step, compared, rows, images, table)
-    return found | {"unmatched": {"prediction": none, "truth": none}, "worst": worst, "troubles": account.troubles}
+    return found | done | {"unmatched": {"prediction": none, "truth": none}, "worst": worst}
 
 
 def _worst(

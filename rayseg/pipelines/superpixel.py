@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from rayseg import agreement, flow, mapping, planning, publication
+from rayseg import agreement, mapping, planning, publication
 from rayseg.chips import parquet
 from rayseg.config import Config as Frozen
 from rayseg.errors import ConfigError, DataError
@@ -175,11 +175,8 @@ def list_scenes(step: Step, region: Region, config: Config) -> dict[str, Any]:
         put(path, parquet(rows))
     contract = json.loads((step.prefix / "contract.json").read_bytes())
     rows = [row | (_settled("failed", row["refused"]) if row["refused"] else {}) for row in mapping.read_manifest(step)]
-    account = flow.run(
-        rows, [Work(Survey(contract["bands"]), cpus=0.5)], mapping.ledger_of(step), step.engine, title="scenes",
-        stall_seconds=config.map.stall_seconds,
-    )  # fmt: skip
-    return {**contract, "account": account.counts, "troubles": account.troubles}
+    works = [Work(Survey(contract["bands"]), cpus=0.5)]
+    return {**contract, **mapping.through(step, rows, works, title="scenes", patience=config.map.stall_seconds)}
 
 
 def _scaling(config: Config, facts: dict[str, Any], dtype: str, bands: int) -> Scaling:
@@ -218,9 +215,9 @@ def divide(step: Step, listed: Step, config: Config) -> dict[str, Any]:
         Work(ReadAround(listed.value["bands"], margin=overlap)),
         Work(Divide(prefix, config.superpixels.method, config.superpixels.options), cpus=0.5),
     ]
-    account = flow.run(rows, works, mapping.ledger_of(step), step.engine, stall_seconds=config.map.stall_seconds)
+    found = mapping.through(step, rows, works, patience=config.map.stall_seconds)
     unite(prefix, _divided(step), overlap)
-    return {"segments": prefix, "account": account.counts, "troubles": account.troubles}
+    return {"segments": prefix, **found}
 
 
 def _divided(step: Step) -> list[tuple[Tile, int]]:
@@ -247,10 +244,7 @@ def train(step: Step, listed: Step, divided: Step, config: Config) -> dict[str, 
         dtype=listed.value["dtype"],
     )
     works = [Work(stage, cpus=1.0, gpus=1.0, model=True)]
-    account = flow.run(
-        rows, works, mapping.ledger_of(step), step.engine, title="scenes", stall_seconds=config.network.stall_seconds
-    )
-    return {"account": account.counts, "troubles": account.troubles}
+    return mapping.through(step, rows, works, title="scenes", patience=config.network.stall_seconds)
 
 
 def _trainable(row: Row, known: set[str] | None) -> Row:
@@ -283,12 +277,9 @@ def label(step: Step, listed: Step, trained: Step, region: Region, config: Confi
         ),
         Work(WriteTile(mapping.tiles_prefix(step), table, bands=("probability",), geometry=region.geometry, model="")),
     ]
-    account = flow.run(
-        [row | _with_network(fates[row["scene"]]) for row in rows], works, mapping.ledger_of(step), step.engine,
-        stall_seconds=config.map.stall_seconds,
-    )  # fmt: skip
-    kept = most["bundle"] if most else None
-    return {"bundle": kept, "account": account.counts, "troubles": account.troubles}
+    known = [row | _with_network(fates[row["scene"]]) for row in rows]
+    found = mapping.through(step, known, works, patience=config.map.stall_seconds)
+    return {"bundle": most["bundle"] if most else None, **found}
 
 
 def _with_network(fate: Record) -> Row:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import geopandas
 import numpy as np
@@ -320,12 +321,8 @@ def test_scenes_that_cannot_be_mapped_fail_alone_and_by_name(tmp_path, shared):
     assert "odd has red, green of uint8, expected red, green, blue of uint8 as bare has" in found["odd"].reason
     assert "bare has no georeference" in found["bare"].reason
     assert listed["bands"] == ["red", "green", "blue"]
-    assert (
-        planning.plan(
-            superpixel.forecast(superpixel.Config(shared=shared), region), region, rates=planning.Rates(), probe=0
-        )["refused"]
-        == 3
-    )
+    forecast = replace(superpixel.forecast(superpixel.Config(shared=shared), region), trial=None)
+    assert planning.plan(forecast, region, rates=planning.Rates())["refused"] == 3
 
 
 def change(folder, name, *, properties=None, **fields):
