@@ -19,7 +19,7 @@ from shapely.geometry import Polygon, box, mapping
 from shapely.ops import unary_union
 
 from rayseg.errors import ConfigError
-from rayseg.geo import Grid, Window
+from rayseg.geo import NODATA, Grid, Window
 from rayseg.io import cog, items
 from rayseg.io.sources import crs_of
 from rayseg.store import cache_dir
@@ -171,10 +171,10 @@ def _truth(folder: Path, half: Half) -> pystac.Item:
     item.stac_extensions.append(items.CLASSIFICATION)
     masks = {"gpc": (half.scene.netting_HW, GPC), "landcover": (half.scene.cover_HW, LANDCOVER)}
     for key, (classes_HW, table) in masks.items():
-        seen_HW = np.where(half.seen_HW, classes_HW, np.uint8(cog.NODATA))
+        seen_HW = np.where(half.seen_HW, classes_HW, np.uint8(NODATA))
         cog.write_classes(folder / "truth" / f"{item.id}-{key}.tif", seen_HW, GRID, half.window, table)
         fields = {
-            "bands": [{"name": "class", "data_type": "uint8", "nodata": cog.NODATA}],
+            "bands": [{"name": "class", "data_type": "uint8", "nodata": NODATA}],
             "classification:classes": items.classes_field(table),
         }
         href = f"./{item.id}-{key}.tif"

@@ -20,6 +20,8 @@ from affine import Affine
 from rayseg.errors import ConfigError, DataError
 
 Bounds = tuple[float, float, float, float]
+NODATA = 255
+"""In rasters of classes and scores: no imagery, or beyond the region."""
 
 
 @dataclass(frozen=True)

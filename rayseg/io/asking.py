@@ -20,7 +20,7 @@ from PIL import Image
 from shapely.geometry import box, mapping
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo import Window
+from rayseg.geo import NODATA, Window
 from rayseg.io import cog
 from rayseg.io.items import lonlat_geometry
 from rayseg.io.labels import read_mask
@@ -148,7 +148,7 @@ def _checked(path: Any, size: Sequence[int], table: ClassTable, run: str) -> NDA
             f"mask {path} is {mask_HW.shape[0]} x {mask_HW.shape[1]} px, its chip {size[0]} x {size[1]}; draw it anew "
             f"on {run}/to-label/images/{path.stem}.png"
         )
-    if (mask_HW == cog.NODATA).all():
+    if (mask_HW == NODATA).all():
         raise DataError(f"mask {path} has no labelled pixel; draw the classes that the chip shows")
     there = _place(run, path.stem)
     if there.exists() and not np.array_equal(cog.read_bands(there)[0], mask_HW):

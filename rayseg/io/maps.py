@@ -15,12 +15,11 @@ from rasterio.windows import Window as FileWindow
 from upath import UPath
 
 from rayseg.errors import DataError
-from rayseg.geo import Grid, Tile, Window
+from rayseg.geo import NODATA, Grid, Tile, Window
 from rayseg.io.sources import Source, gdal, open_file
 from rayseg.ledger import Ledger, Record
 from rayseg.store import StorePath, upath
 
-NODATA = 255
 _GEOD = Geod(ellps="WGS84")
 
 

@@ -16,9 +16,9 @@ import pystac
 from numpy.typing import NDArray
 
 from rayseg.errors import DataError
-from rayseg.geo import Grid, Tile, Window
+from rayseg.geo import NODATA, Grid, Tile, Window
 from rayseg.io import catalog
-from rayseg.io.maps import NODATA, MappedTile
+from rayseg.io.maps import MappedTile
 from rayseg.io.rasters import read, source_of_file
 from rayseg.io.sources import Source, footprint, gdal, grids_of, open_file
 from rayseg.store import upath

@@ -15,8 +15,8 @@ from rasterio.enums import Resampling
 from rasterio.windows import Window as FileWindow
 
 from rayseg.errors import DataError
-from rayseg.geo import Grid, Window
-from rayseg.io.maps import NODATA, MappedTile, width_m
+from rayseg.geo import NODATA, Grid, Window
+from rayseg.io.maps import MappedTile, width_m
 from rayseg.io.rasters import footprint, view
 from rayseg.io.sources import Source, gdal, open_file
 from rayseg.vision.color import RGB, ClassTable, overlay

@@ -19,10 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayseg.errors import DataError
-from rayseg.geo import Grid, Window, expect_ids, slug
+from rayseg.geo import NODATA, Grid, Window, expect_ids, slug
 from rayseg.io import catalog
 from rayseg.io.labels import image_folders, sources_of_images
-from rayseg.io.maps import NODATA
 from rayseg.io.masks import masks_of, pixels_of, read_classes
 from rayseg.io.rasters import footprint, grids_of, read
 from rayseg.io.sources import Source

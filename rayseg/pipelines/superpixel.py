@@ -20,7 +20,7 @@ from rayseg.chips import parquet
 from rayseg.config import Config as Frozen
 from rayseg.errors import ConfigError, DataError
 from rayseg.flow import Row, Work
-from rayseg.geo import Region, Tile, Window, expect_ids, slug
+from rayseg.geo import NODATA, Region, Tile, Window, expect_ids, slug
 from rayseg.io import maps, pictures, segments
 from rayseg.io.masks import piece_of_row
 from rayseg.io.sources import Source
@@ -313,7 +313,7 @@ def draw(step: Step, listed: Step, divided: Step, predicted: Step) -> dict[str, 
     tiles = maps.mapped_tiles(predicted.root, predicted.name)
     found = []
     for number, picture in enumerate(pictures.pictures_of(tiles, most=2)):
-        seen = picture.classes_HW != maps.NODATA
+        seen = picture.classes_HW != NODATA
         mean_HWC = mean_color(picture.image_HWC, np.where(seen, picture.classes_HW, 254))
         put(
             step.prefix / f"mean-{number}.png",

@@ -15,7 +15,6 @@ from rayseg.store import upath
 from rayseg.vision.color import ClassTable
 
 Row = dict[str, Any]
-NODATA = 255
 _SIDE = 512  # px of a picture's panels at most
 
 

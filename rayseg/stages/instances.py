@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayseg.errors import DataError
-from rayseg.geo import Lattice, Tile, Window
+from rayseg.geo import NODATA, Lattice, Tile, Window
 from rayseg.io import cog, items, plots, rasters, regions
 from rayseg.io.sources import Source
 from rayseg.models.cpu import threads
@@ -22,7 +22,6 @@ from rayseg.vision.proposals import Image, Propose, SuperpixelProposer
 from rayseg.vision.rounds import WHITE, Plots, RoundsConfig, find_plots
 
 Row = dict[str, Any]
-NODATA = 255
 UNNUMBERED = 2**32 - 1
 
 

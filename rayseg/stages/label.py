@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayseg.geo import Lattice, Tile, Window
+from rayseg.geo import NODATA, Lattice, Tile, Window
 from rayseg.io.segments import without_specks
 from rayseg.models.cpu import threads
 from rayseg.stages.predict import Predict
 from rayseg.stages.superpixels import grown
 
 Row = dict[str, Any]
-NODATA = 255
 _KEPT = 4
 
 

@@ -5,13 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from rayseg.geo import Tile
+from rayseg.geo import NODATA, Tile
 from rayseg.io import catalog, cog, regions, vectors
 from rayseg.store import upath
 from rayseg.vision.color import ClassTable
 
 Row = dict[str, Any]
-NODATA = 255
 
 
 class WriteTile:
