@@ -19,14 +19,15 @@ from rayseg.flow import Row, Work
 from rayseg.geo import Grid, Region, Tile, Window, expect_ids, slug
 from rayseg.io import catalog, labels, vectors
 from rayseg.io.sources import Source, beyond_utm, expect_mappable
-from rayseg.ledger import Ledger, Record
+from rayseg.ledger import Ledger, Record, with_fact
 from rayseg.models import bundle
 from rayseg.models.bundle import Scaling
+from rayseg.rowfile import write_rows
 from rayseg.run import Step
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, tile_rows
 from rayseg.stages.write import WriteTile
-from rayseg.store import Location, absolute, put, upath
+from rayseg.store import Location, absolute, upath
 from rayseg.vision.color import ClassTable
 
 _log = logging.getLogger(__name__)
@@ -123,11 +124,8 @@ def kept_manifest(step: Step, planned: Callable[[], list[Row]]) -> list[Row]:
         rows = planned()
         if refused := [row["id"] for row in rows if row.get("refused")]:
             _log.warning("%s cannot be mapped, the ledger says why: %s", _counted(refused), _some(refused))
-        sink = pa.BufferOutputStream()
-        columns = {name: [row[name] for row in rows] for name in rows[0]} if rows else {"id": pa.array([], pa.string())}
-        pq.write_table(pa.table(columns), sink)
+        write_rows(path, rows)
         rows.clear()  # a country's are as large as all that is read back
-        put(path, sink.getvalue().to_pybytes())
     return read_manifest(step)
 
 
@@ -304,11 +302,14 @@ def ledger_of(step: Step) -> Ledger:
     return Ledger(str(step.prefix / "ledger"))
 
 
+def rows_with(step: Step, fact: str) -> list[tuple[Row, Record]]:
+    """(manifest row, record) of every row of a step of whose result its ledger says `fact`."""
+    return with_fact(read_manifest(step), ledger_of(step).read(), fact)
+
+
 def done_tiles(predicted: Step) -> list[tuple[Row, Record]]:
     """Manifest row and record of every tile that has files."""
-    records = ledger_of(predicted).read()
-    rows = read_manifest(predicted)
-    return [(row, records[row["id"]]) for row in rows if row["id"] in records and "counts" in records[row["id"]].facts]
+    return rows_with(predicted, "counts")
 
 
 def join_polygons(step: Step, predicted: Step, product: str) -> dict[str, Any]:

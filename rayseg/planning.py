@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from rayseg import mapping, publication
 from rayseg.geo import Region, Tile, Window
 from rayseg.io import rasters
@@ -25,6 +23,7 @@ from rayseg.ledger import Ledger, Record
 from rayseg.mapping import MapConfig
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
+from rayseg.rowfile import read_ids
 from rayseg.run import Engine, Run, Step
 from rayseg.store import STORE_ERRORS, upath
 
@@ -294,9 +293,7 @@ def _timed(step: Step) -> tuple[list[Record], float]:
     records = Ledger(str(step.prefix / "ledger")).read() if manifest.exists() else {}
     if not records:
         return [], step.seconds
-    with manifest.open("rb") as file:
-        ids = pq.read_table(file, columns=["id"])["id"].to_pylist()
-    return [records[row] for row in ids if row in records], step.seconds
+    return [records[row] for row in read_ids(manifest) if row in records], step.seconds
 
 
 def _scaled(

@@ -238,8 +238,7 @@ def _run_at(
     if engine == "ray":
         flow.expect_reachable(address)
     where = Engine(engine, address, retry)
-    refuse = getattr(pipeline_of(pipeline), "check", None)
-    check = partial(refuse, config, region) if refuse else None
+    check = partial(pipeline_of(pipeline).check, config, region)
     with Run.open(out, pipeline=pipeline, config=config, region=region, engine=where, check=check) as run:
         yield run
     if run.troubles:

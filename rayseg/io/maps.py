@@ -8,7 +8,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyproj import Geod, Transformer
 from rasterio.windows import Window as FileWindow
@@ -17,7 +16,8 @@ from upath import UPath
 from rayseg.errors import DataError
 from rayseg.geo import NODATA, Grid, Tile, Window
 from rayseg.io.sources import Source, gdal, open_file
-from rayseg.ledger import Ledger, Record
+from rayseg.ledger import Ledger, Record, with_fact
+from rayseg.rowfile import read_rows
 from rayseg.store import StorePath, upath
 
 _GEOD = Geod(ellps="WGS84")
@@ -55,11 +55,8 @@ def mapped_tiles(root: StorePath, step: str = "predict") -> list[MappedTile]:
     path = prefix / "manifest.parquet"
     if not path.exists():
         raise DataError(f"{root} has no tiles of a step {step!r} ({path.name} is missing): let the run get that far.")
-    with path.open("rb") as file:
-        rows = pq.read_table(file).to_pylist()
     records = Ledger(str(prefix / "ledger")).read()
-    done = [row for row in rows if row["id"] in records and "counts" in records[row["id"]].facts]
-    return [_mapped(row, records[row["id"]], upath(root) / "tiles") for row in done]
+    return [_mapped(*found, upath(root) / "tiles") for found in with_fact(read_rows(path), records, "counts")]
 
 
 def _mapped(row: dict[str, Any], record: Record, tiles: UPath) -> MappedTile:

@@ -30,6 +30,7 @@ from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.encoders import read_state
 from rayseg.models.enlarge import EnlargeConfig, load_enlarger
 from rayseg.models.sam import SamConfig, checkpoint_state
+from rayseg.rowfile import write_rows
 from rayseg.run import Run, Step
 from rayseg.stages.enlarge import lattice_of
 from rayseg.stages.ground import ImageConfig, ReadGround, check_source
@@ -174,8 +175,8 @@ def join(step: Step, proposed: Step, config: Config) -> dict[str, Any]:
             name = f"{grid.name}_{plot['first_col']}_{plot['first_row']}"
             found.append(plot | {"id": name, "number": number, "grid": at, "geometry": plot["geometry"].wkb})
     for row in mapping.read_manifest(proposed):
-        plots.write_table(pieces_path(str(step.prefix), row["id"], "numbers"), members[row["id"]])
-    plots.write_table(step.prefix / "plots.parquet", found)
+        write_rows(pieces_path(str(step.prefix), row["id"], "numbers"), members[row["id"]])
+    write_rows(step.prefix / "plots.parquet", found)
     return {"plots": len(found), "grids": [asdict(grid) for grid in grids]}
 
 
@@ -185,11 +186,9 @@ def _table(proposed: Step, row: Row, name: Literal["patches", "pieces"]) -> list
 
 def _by_grid(proposed: Step) -> dict[Grid, list[Row]]:
     """The tiles that were looked at, by their grid, in the order of the grids' names."""
-    records = mapping.ledger_of(proposed).read()
     by_grid: dict[Grid, list[Row]] = defaultdict(list)
-    for row in mapping.read_manifest(proposed):
-        if row["id"] in records and "pieces" in records[row["id"]].facts:
-            by_grid[Tile.from_row(row).grid].append(row)
+    for row, _ in mapping.rows_with(proposed, "pieces"):
+        by_grid[Tile.from_row(row).grid].append(row)
     return dict(sorted(by_grid.items(), key=lambda entry: (entry[0].name, entry[0].origin)))
 
 

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, model_validator
 
 from rayseg import chips, evaluation, flow, mapping, planning, publication
-from rayseg.chips import ChipsConfig, parquet
+from rayseg.chips import ChipsConfig
 from rayseg.config import Config as Frozen
 from rayseg.errors import DataError
 from rayseg.flow import Row, Work
@@ -33,6 +33,7 @@ from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.encoders import encoder_name, read_state
 from rayseg.models.segmenter import Ensemble
 from rayseg.models.unsupervised import Precision
+from rayseg.rowfile import write_rows
 from rayseg.run import Run, Step
 from rayseg.stages.cues import (
     CamCue,
@@ -235,7 +236,7 @@ def _densities(prefix: str, rows: list[Row], label: str) -> Iterator[np.ndarray]
 
 
 def _through(step: Step, rows: list[Row], works: list[Work], patience: float) -> dict[str, Any]:
-    put(step.prefix / "manifest.parquet", parquet(rows))
+    write_rows(step.prefix / "manifest.parquet", rows)
     return mapping.through(step, rows, works, title="chips", patience=patience)
 
 

@@ -14,11 +14,9 @@ from functools import lru_cache
 from typing import Annotated, Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from rayseg import evaluation, flow, mapping, planning, publication
-from rayseg.chips import parquet
 from rayseg.config import Config as Frozen
 from rayseg.errors import ConfigError, DataError
 from rayseg.evaluation import Compared
@@ -34,6 +32,7 @@ from rayseg.metrics import Confusion
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.encoders import encoder_name, read_state
+from rayseg.rowfile import read_rows, write_rows
 from rayseg.run import Run, Step
 from rayseg.stages.compare import CompareTile, pictured
 from rayseg.stages.predict import Predict
@@ -162,7 +161,7 @@ def list_scenes(step: Step, region: Region, config: Config) -> dict[str, Any]:
         for name, part in divided.items()
         for image, found in part
     ]
-    put(step.prefix / "images.parquet", parquet(rows))
+    write_rows(step.prefix / "images.parquet", rows)
     return {
         name: {
             "scenes": sorted({image.scene for image, _ in part}),
@@ -174,8 +173,7 @@ def list_scenes(step: Step, region: Region, config: Config) -> dict[str, Any]:
 
 
 def _labelled(listed: Step, part: str, config: Config) -> Labelled:
-    with (listed.prefix / "images.parquet").open("rb") as file:
-        rows = [row for row in pq.read_table(file).to_pylist() if row["part"] == part]
+    rows = [row for row in read_rows(listed.prefix / "images.parquet") if row["part"] == part]
     read = Windows(tuple(map(LabelledImage.from_row, rows)), config.bands, config.classes.table)
     return Labelled(read, tuple(np.array(json.loads(row["counts"]), np.int64) for row in rows))
 
@@ -232,18 +230,16 @@ def validate(step: Step, listed: Step, model: Step, config: Config) -> dict[str,
     halo = described.patch + described.stride
     seen = [scenes.image_on(one) for one in images]
     rows = [row | {"refused": ""} for row in tile_rows(seen, None, size=config.map.tile, halo=halo)]
-    put(step.prefix / "manifest.parquet", parquet(rows))
+    write_rows(step.prefix / "manifest.parquet", rows)
     works = [
         Work(ReadTile(described.bands, patch=described.patch, stride=described.stride)),
         Work(Predict(model.value["bundle"], batch=config.map.batch), cpus=1.0, gpus=1.0, model=True),
         Work(CompareTile(str(step.prefix / "tiles"), images, table)),
     ]
     done = mapping.through(step, rows, works, patience=config.map.stall_seconds)
-    records = mapping.ledger_of(step).read()
     compared = [
-        Compared(row["id"], row["grid_image"], Confusion(np.array(records[row["id"]].facts["confusion"])), 0)
-        for row in rows
-        if "confusion" in records[row["id"]].facts
+        Compared(row["id"], row["grid_image"], Confusion(np.array(record.facts["confusion"])), 0)
+        for row, record in mapping.rows_with(step, "confusion")
     ]
     named = ", ".join(listed.value["validation"]["scenes"])
     found = evaluation.summary(compared, table) | {"prediction": "", "truth": f"the validation scenes {named}"}

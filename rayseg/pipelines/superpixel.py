@@ -16,7 +16,6 @@ import numpy as np
 from pydantic import Field
 
 from rayseg import agreement, mapping, planning, publication
-from rayseg.chips import parquet
 from rayseg.config import Config as Frozen
 from rayseg.errors import ConfigError, DataError
 from rayseg.flow import Row, Work
@@ -27,6 +26,7 @@ from rayseg.io.sources import Source
 from rayseg.ledger import SETTLED, Record
 from rayseg.mapping import MapConfig
 from rayseg.models.bundle import Scaling
+from rayseg.rowfile import write_rows
 from rayseg.run import Run, Step
 from rayseg.stages.label import LabelTile
 from rayseg.stages.read import tile_rows
@@ -172,7 +172,7 @@ def list_scenes(step: Step, region: Region, config: Config) -> dict[str, Any]:
     if not path.exists():
         rows, bands, dtype = plan(region, config)
         put(step.prefix / "contract.json", json.dumps({"bands": bands, "dtype": dtype}).encode())
-        put(path, parquet(rows))
+        write_rows(path, rows)
     contract = json.loads((step.prefix / "contract.json").read_bytes())
     rows = [row | (_settled("failed", row["refused"]) if row["refused"] else {}) for row in mapping.read_manifest(step)]
     works = [Work(Survey(contract["bands"]), cpus=0.5)]
@@ -192,11 +192,11 @@ def _scaling(config: Config, facts: dict[str, Any], dtype: str, bands: int) -> S
 
 def _scenes(listed: Step, config: Config) -> list[Row]:
     """Rows of the scenes that show something, with their scaling as JSON."""
-    records = mapping.ledger_of(listed).read()
-    rows = [row for row in mapping.read_manifest(listed) if records[row["id"]].status == "done"]
-    value = listed.value
-    scalings = [_scaling(config, records[row["id"]].facts, value["dtype"], len(value["bands"])) for row in rows]
-    return [row | {"scaling": scaling.model_dump_json()} for row, scaling in zip(rows, scalings, strict=True)]
+    bands, dtype = len(listed.value["bands"]), listed.value["dtype"]
+    return [
+        row | {"scaling": _scaling(config, record.facts, dtype, bands).model_dump_json()}
+        for row, record in mapping.rows_with(listed, "low")
+    ]
 
 
 # -- superpixels -------------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def divide(step: Step, listed: Step, config: Config) -> dict[str, Any]:
     rows = [
         tile | {"scaling": scene["scaling"]} for scene in _scenes(listed, config) for tile in json.loads(scene["tiles"])
     ]
-    put(step.prefix / "manifest.parquet", parquet(rows))
+    write_rows(step.prefix / "manifest.parquet", rows)
     overlap, prefix = config.superpixels.overlap, str(step.prefix)
     works = [
         Work(ReadAround(listed.value["bands"], margin=overlap)),
@@ -222,9 +222,7 @@ def divide(step: Step, listed: Step, config: Config) -> dict[str, Any]:
 
 def _divided(step: Step) -> list[tuple[Tile, int]]:
     """Tiles that have superpixels, and how many."""
-    records = mapping.ledger_of(step).read()
-    rows = [row for row in mapping.read_manifest(step) if "segments" in records[row["id"]].facts]
-    return [(Tile.from_row(row), records[row["id"]].facts["segments"]) for row in rows]
+    return [(Tile.from_row(row), record.facts["segments"]) for row, record in mapping.rows_with(step, "segments")]
 
 
 # -- networks and maps -------------------------------------------------------------------------------------------------
@@ -234,7 +232,7 @@ def train(step: Step, listed: Step, divided: Step, config: Config) -> dict[str, 
     """A network for every scene, each on an actor of its own; models/<scene> is its bundle."""
     known = {tile.id for tile, _ in _divided(divided)} if config.network.votes else None
     rows = [_trainable(row, known) for row in _scenes(listed, config)]
-    put(step.prefix / "manifest.parquet", parquet([{"id": row["id"]} for row in rows]))
+    write_rows(step.prefix / "manifest.parquet", [{"id": row["id"]} for row in rows])
     stage = TrainScene(
         config.network,
         prefix=str(step.prefix),
@@ -265,7 +263,7 @@ def label(step: Step, listed: Step, trained: Step, region: Region, config: Confi
     rows = [
         tile | {"scene": scene["id"]} for scene in mapping.read_manifest(listed) for tile in json.loads(scene["tiles"])
     ]
-    put(step.prefix / "manifest.parquet", parquet(rows))
+    write_rows(step.prefix / "manifest.parquet", rows)
     bundles = [record.facts for record in fates.values() if "bundle" in record.facts]
     most = max(bundles, key=lambda facts: facts["labels"], default=None)
     table = label_table(most["labels"] if most else 0)

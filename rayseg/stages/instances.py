@@ -14,6 +14,7 @@ from rayseg.io import cog, items, plots, rasters, regions
 from rayseg.io.sources import Source
 from rayseg.models.cpu import threads
 from rayseg.models.sam import SamConfig, load_sam
+from rayseg.rowfile import write_rows
 from rayseg.stages.write import facts_of
 from rayseg.store import upath
 from rayseg.vision.color import ClassTable
@@ -126,7 +127,7 @@ class WritePieces:
 
     def _write(self, row: Row) -> Row:
         for name in ("patches", "pieces"):
-            plots.write_table(pieces_path(self.prefix, row["id"], name), row[name])
+            write_rows(pieces_path(self.prefix, row["id"], name), row[name])
         kept = {"id": row["id"], "seconds": row["seconds"], "facts": {"pieces": len(row["pieces"])}}
         return kept if row["pieces"] else kept | {"status": "empty"}
 

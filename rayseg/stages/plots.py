@@ -17,6 +17,7 @@ from rayseg.io.sources import Source
 from rayseg.models import bundle
 from rayseg.models.classifier import class_probabilities
 from rayseg.models.cpu import threads
+from rayseg.rowfile import write_rows
 from rayseg.stages.ground import ImageConfig, eight_bit
 from rayseg.store import upath
 from rayseg.vision.crops import square_crop
@@ -111,7 +112,7 @@ class WriteClasses:
         return [self._write(row) for row in rows]
 
     def _write(self, row: Row) -> Row:
-        plots.write_table(upath(self.prefix) / f"{row['id']}.classes.parquet", row["classes"])
+        write_rows(upath(self.prefix) / f"{row['id']}.classes.parquet", row["classes"])
         kept = {"id": row["id"], "seconds": row["seconds"], "facts": {"plots": len(row["classes"])}}
         return kept | {"status": "failed", "reason": f"CutPlots, {row['unread']}"} if row["unread"] else kept
 
