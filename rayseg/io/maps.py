@@ -1,6 +1,5 @@
 """The class map that a run left: its tiles, how large they are on the ground, how well they fit at their borders."""
 
-import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from upath import UPath
 
 from rayseg.errors import DataError
 from rayseg.geo import NODATA, Grid, Tile, Window
-from rayseg.io.sources import Source, gdal, open_file
+from rayseg.io.sources import Source, from_json, gdal, open_file
 from rayseg.ledger import Ledger, Record, with_fact
 from rayseg.rowfile import read_rows
 from rayseg.store import StorePath, upath
@@ -60,7 +59,7 @@ def mapped_tiles(root: StorePath, step: str = "predict") -> list[MappedTile]:
 
 
 def _mapped(row: dict[str, Any], record: Record, tiles: UPath) -> MappedTile:
-    sources = tuple(Source.from_row(source) for source in json.loads(row["sources"]))
+    sources = tuple(from_json(row["sources"]))
     return MappedTile(Tile.from_row(row), record, str(tiles / row["id"] / "classes.tif"), sources)
 
 

@@ -1,5 +1,6 @@
 """Where imagery lies: sources as flat records, the grids they are worked on, and the one door to image files."""
 
+import json
 import math
 import re
 import threading
@@ -87,6 +88,11 @@ class Source:
         assets = tuple((asset["href"], tuple(asset["bands"])) for asset in row["assets"])
         units = tuple((scale, offset) for scale, offset in row.get("units", ()))
         return cls(**{**row, "assets": assets, "transform": tuple(row["transform"]), "units": units})
+
+
+def from_json(text: str) -> list[Source]:
+    """The sources of which a row holds the JSON list."""
+    return [Source.from_row(row) for row in json.loads(text)]
 
 
 def source_of_file(

@@ -23,7 +23,7 @@ from rayseg.geo import NODATA, Region, Tile, Window, expect_ids, slug
 from rayseg.io import maps, pictures, segments
 from rayseg.io.masks import piece_of_row
 from rayseg.io.sources import Source
-from rayseg.ledger import SETTLED, Record
+from rayseg.ledger import MISSING, SETTLED, Record
 from rayseg.mapping import MapConfig
 from rayseg.models.bundle import Scaling
 from rayseg.rowfile import write_rows
@@ -275,17 +275,19 @@ def label(step: Step, listed: Step, trained: Step, region: Region, config: Confi
         ),
         Work(WriteTile(mapping.tiles_prefix(step), table, bands=("probability",), geometry=region.geometry, model="")),
     ]
-    known = [row | _with_network(fates[row["scene"]]) for row in rows]
+    known = [row | _with_network(row["scene"], fates.get(row["scene"])) for row in rows]
     found = mapping.through(step, known, works, patience=config.map.stall_seconds)
     return {"bundle": most["bundle"] if most else None, **found}
 
 
-def _with_network(fate: Record) -> Row:
+def _with_network(scene: str, fate: Record | None) -> Row:
     """What a tile needs of its scene's network; without one it shares the scene's fate."""
+    if fate is None or (fate.status == "done" and "bundle" not in fate.facts):
+        return _settled("failed", f"scene {scene}: {MISSING}")
     if "bundle" in fate.facts:
         prefix = fate.facts["bundle"]
         return {"bundle": prefix, "model_item": str(upath(prefix) / "item.json")}
-    return _settled(fate.status if fate.status in SETTLED else "failed", f"scene {fate.id}: {fate.reason}")
+    return _settled(fate.status if fate.status in SETTLED else "failed", f"scene {scene}: {fate.reason}")
 
 
 # -- for people --------------------------------------------------------------------------------------------------------

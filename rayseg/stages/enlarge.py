@@ -1,6 +1,5 @@
 """Tiles of imagery made larger, as imagery of its own."""
 
-import json
 from functools import cached_property
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from rayseg.geo import Grid, Lattice, Tile, Window
 from rayseg.io import cog, items
-from rayseg.io.sources import Source
+from rayseg.io.sources import from_json
 from rayseg.models.cpu import threads
 from rayseg.models.enlarge import Enlarge, EnlargeConfig, load_enlarger
 from rayseg.store import upath
@@ -96,7 +95,7 @@ class WriteLarger:
         file, valid_HW = f"{fine.id}.tif", row["larger_valid"]
         image_CHW = np.ascontiguousarray(row["larger"].transpose(2, 0, 1))
         cog.write_image(folder / file, image_CHW, fine.grid, fine.window, bands=BANDS, valid_HW=valid_HW)
-        sources = [Source.from_row(source) for source in json.loads(row["sources"])]
+        sources = from_json(row["sources"])
         item = items.item_of(fine.id, fine.grid, fine.window, folder=folder, files=[file], sources=sources)
         items.write_item(item, folder / f"{fine.id}.json")
         return {"id": row["id"], "seconds": row["seconds"], "facts": {"item": f"{fine.id}.json"}}

@@ -13,7 +13,7 @@ from shapely.geometry.base import BaseGeometry
 from rayseg.errors import DataError, ModelError
 from rayseg.geo import Grid, Window
 from rayseg.io import plots, rasters
-from rayseg.io.sources import Source
+from rayseg.io.sources import Source, from_json
 from rayseg.models import bundle
 from rayseg.models.classifier import class_probabilities
 from rayseg.models.cpu import threads
@@ -43,7 +43,7 @@ class CutPlots:
         return [row | self._cut(row) for row in rows]
 
     def _cut(self, row: Row) -> Row:
-        place, sources = json.loads(row["grid"]), [Source.from_row(one) for one in json.loads(row["sources"])]
+        place, sources = json.loads(row["grid"]), from_json(row["sources"])
         grid = Grid(place["crs"], tuple(place["resolution"]), tuple(place["origin"]), place["image"])
         crops: dict[int, np.ndarray] = {}
         unread: dict[int, DataError] = {}

@@ -11,7 +11,7 @@ import numpy as np
 from rayseg.errors import DataError
 from rayseg.geo import Grid, Lattice, Tile, Window, tile_at
 from rayseg.io import rasters, regions
-from rayseg.io.sources import Source
+from rayseg.io.sources import Source, from_json
 from rayseg.store import is_local
 
 Row = dict[str, Any]
@@ -45,7 +45,7 @@ class ReadTile:
             raise DataError(row["refused"])
         tile = Tile.from_row(row)
         reach = Lattice.of(tile.grid, self.patch, self.stride).reach(tile.window)
-        sources = [Source.from_row(source) for source in json.loads(row["sources"])]
+        sources = from_json(row["sources"])
         try:
             (image, valid), unread = rasters.read(sources, tile.grid, reach, bands=self.bands), _Unread()
         except DataError as error:

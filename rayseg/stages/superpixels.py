@@ -1,6 +1,5 @@
 """Tiles of a scene in, superpixels out: each tile with an overlap by which neighbours are made one afterwards."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ from upath import UPath
 
 from rayseg.geo import Lattice, Tile, Window
 from rayseg.io import rasters, segments
-from rayseg.io.sources import Source
+from rayseg.io.sources import from_json
 from rayseg.models.bundle import Scaling
 from rayseg.store import upath
 from rayseg.vision.fill import mirrored
@@ -43,7 +42,7 @@ class ReadAround:
         reach = grown(tile.window, self.margin)
         if self.lattice:
             reach = Lattice.of(tile.grid, *self.lattice).reach(reach)
-        sources = [Source.from_row(source) for source in json.loads(row["sources"])]
+        sources = from_json(row["sources"])
         image, valid = rasters.read(sources, tile.grid, reach, bands=self.bands)
         if not valid[tile.window.slices(reach)].any():
             return row | {"status": "nodata"}

@@ -16,7 +16,7 @@ from rayseg import planning
 from rayseg.errors import DataError
 from rayseg.geo import Region
 from rayseg.io import cog, labels, masks
-from rayseg.ledger import Ledger
+from rayseg.ledger import Ledger, Record
 from rayseg.models import bundle
 from rayseg.pipelines import superpixel
 from rayseg.run import Engine, Step, read
@@ -330,6 +330,19 @@ def change(folder, name, *, properties=None, **fields):
     [path] = folder.glob(f"cat/**/{name}.json")
     item = json.loads(path.read_text())
     path.write_text(json.dumps(item | fields | {"properties": item["properties"] | (properties or {})}))
+
+
+def test_tiles_of_a_scene_without_a_network_share_its_fate():
+    made = Record("one", "done", facts={"bundle": "/run/models/one"})
+    assert superpixel._with_network("one", made)["model_item"] == "/run/models/one/item.json"
+    for fate, status, why in (
+        (Record("one", "empty", "all alike"), "empty", "scene one: all alike"),
+        (Record("one", "failed", "damaged"), "failed", "scene one: damaged"),
+        (Record("one", "done", facts={"low": [0]}), "failed", "scene one: not processed"),  # no record of its network
+        (None, "failed", "scene one: not processed"),
+    ):
+        row = superpixel._with_network("one", fate)
+        assert (row["status"], row["reason"]) == (status, why)
 
 
 def test_a_network_that_keeps_one_label_is_tried_from_three_seeds_and_then_reported(tmp_path, monkeypatch):
