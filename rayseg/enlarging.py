@@ -1,6 +1,5 @@
 """Imagery made larger before anything is looked for in it, as a step of a pipeline."""
 
-import json
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,7 +9,7 @@ from rayseg.errors import DataError
 from rayseg.flow import Row, Work
 from rayseg.geo import Region, Tile
 from rayseg.io import items
-from rayseg.io.sources import Source
+from rayseg.io.sources import Source, from_json
 from rayseg.mapping import MapConfig
 from rayseg.models.enlarge import EnlargeConfig
 from rayseg.run import Step
@@ -45,14 +44,14 @@ def plan(
     size = max(config.tile // how.factor, 1 if any(source.crs for source in sources) else side)
     sized, check = config.model_copy(update={"tile": size}), partial(check_source, kind=image)
     rows = mapping.tiles_of(replace(region, tiles=()), sized, check, halo=lattice_of(how).patch)
-    made = {tile.id: row for row in rows if not row["refused"] for tile in [larger(Tile.from_row(row), how.factor)]}
-    coming = [_source(larger(Tile.from_row(row), how.factor)) for row in made.values()]
+    kept = [row for row in rows if not row["refused"]]
+    coming = [_source(larger(Tile.from_row(row), how.factor)) for row in kept]
     tiles = tile_rows(coming, region.geometry, size=config.tile, halo=halo)
     if not region.tiles:
         return rows, tiles
     tiles = mapping.asked_for(tiles, region, size=config.tile)
-    needed = {source["item_id"] for tile in tiles for source in json.loads(tile["sources"])}
-    return [row for name, row in made.items() if name in needed], tiles
+    needed = {source.item_id for tile in tiles for source in from_json(tile["sources"])}
+    return [row for row, source in zip(kept, coming, strict=True) if source.item_id in needed], tiles
 
 
 def _source(tile: Tile) -> Source:

@@ -6,7 +6,7 @@ Each function is a step of a `Run`: it takes the step and what it builds on, and
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,6 +29,9 @@ from rayseg.stages.read import ReadTile, tile_rows
 from rayseg.stages.write import WriteTile
 from rayseg.store import Location, absolute, upath
 from rayseg.vision.color import ClassTable
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _log = logging.getLogger(__name__)
 Refused = dict[str, RaysegError]
@@ -66,6 +69,13 @@ def expect_windows(bands: Sequence[str], scaling: Scaling, *, patch: int, stride
         raise ValueError(f"patch {patch} is no multiple of 32 x segmenter.reduce {reduce}")
     if len(bands) != len(scaling.mean):
         raise ValueError(f"{len(bands)} bands but scaling of {len(scaling.mean)}: give one for each")
+
+
+def keep_model(step: Step, described: bundle.Bundle, model: "nn.Module") -> str:
+    """Save a trained model as `models/<its name>` below the run; return its prefix."""
+    prefix = str(upath(step.root) / "models" / described.name)
+    bundle.save(prefix, described, model)
+    return prefix
 
 
 def load_model(step: Step, prefix: str) -> dict[str, Any]:

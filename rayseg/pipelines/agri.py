@@ -59,8 +59,7 @@ class PlotsClassifierConfig(ClassifierConfig):
     """A classifier of plots; the defaults are the published ones."""
 
     network: Literal["chips", "plots", "over-imagenet"] = "plots"
-    """plots: features and two numbers about colour; chips: a head on an encoder; over-imagenet: a head on the 1000
-    outputs of a whole network of timm."""
+    """plots: features and two numbers about colour; for the others see gpc and al-s4gan."""
     encoder: str = "resnet50"
     """A name of segmentation_models_pytorch or of timm."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -211,9 +210,8 @@ def fit_plots(step: Step, region: Region, config: Config) -> dict[str, Any]:
         workers=config.workers,
         use_gpu=flow.connect_training(step.engine.address, workers=config.workers),
     )
-    described = _described(config.training, measures)
-    prefix = str(upath(step.root) / "models" / described.name)
-    bundle.save(prefix, described, trained_classifier(config.training, step.prefix, classes=len(LABELS)))
+    model = trained_classifier(config.training, step.prefix, classes=len(LABELS))
+    prefix = mapping.keep_model(step, _described(config.training, measures), model)
     return {"bundle": prefix, "measures": measures, "chips": listed}
 
 

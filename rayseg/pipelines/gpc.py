@@ -28,7 +28,6 @@ from rayseg.flow import Row, Work
 from rayseg.geo import Region
 from rayseg.io import cog, masks
 from rayseg.mapping import MapConfig
-from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.encoders import encoder_name, read_state
 from rayseg.models.segmenter import Ensemble
@@ -46,7 +45,7 @@ from rayseg.stages.cues import (
     density_path,
 )
 from rayseg.stages.weak import Cam, Segment
-from rayseg.store import Location, put, upath
+from rayseg.store import Location, put
 from rayseg.train.batches import Chips
 from rayseg.train.classifier import ClassifierConfig, expect_trainable, fit_classifier, trained_classifier
 from rayseg.train.labels import probabilities
@@ -167,19 +166,13 @@ def fit_yes_no(step: Step, listed: Step, config: Config) -> dict[str, Any]:
         metrics=measures,
         provenance=Provenance(config=settings.model_dump(mode="json"), parents=(_catalog_of(listed),)),
     )
-    return {"bundle": _keep(step, described, model), "measures": measures}
+    return {"bundle": mapping.keep_model(step, described, model), "measures": measures}
 
 
 def _catalog_of(listed: Step) -> str:
     """The catalogue of the chips."""
     source: str = listed.value["source"]
     return source.partition("#")[0]
-
-
-def _keep(step: Step, described: Bundle, model: torch.nn.Module) -> str:
-    prefix = str(upath(step.root) / "models" / described.name)
-    bundle.save(prefix, described, model)
-    return prefix
 
 
 def write_cues(
@@ -253,7 +246,7 @@ def fit_mask(step: Step, listed: Step, cues: Step, config: Config) -> dict[str, 
             threshold = _threshold(model, rows, config)
             of_all = measures if name == "segmenter" else []
             described = _described(config, name, threshold=threshold, measures=of_all, parents=(_catalog_of(listed),))
-            kept[name] = _keep(step, described, model)
+            kept[name] = mapping.keep_model(step, described, model)
     return {"bundle": kept["segmenter"], "measures": measures}
 
 

@@ -37,7 +37,7 @@ from rayseg.run import Run, Step
 from rayseg.stages.compare import CompareTile, pictured
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, tile_rows
-from rayseg.store import Location, put, upath
+from rayseg.store import Location, put
 from rayseg.train.feed import Windows
 from rayseg.train.supervised import (
     Labelled,
@@ -198,9 +198,7 @@ def fit(step: Step, listed: Step, config: Config) -> dict[str, Any]:
         config.segmenter, step.prefix, classes=len(config.classes.table.classes), channels=len(config.bands)
     )
     described = _described(config, dtype=training.images[0].image.dtype, measures=measures)
-    prefix = str(upath(step.root) / "models" / described.name)
-    bundle.save(prefix, described, model)
-    return {"bundle": prefix, "measures": measures}
+    return {"bundle": mapping.keep_model(step, described, model), "measures": measures}
 
 
 def _described(config: Config, *, dtype: str = "uint8", measures: dict[str, float] | None = None) -> Bundle:
