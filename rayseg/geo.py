@@ -80,6 +80,11 @@ class Grid:
     origin: tuple[float, float]
     image: str | None = None
 
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "Grid":
+        """The grid that `asdict`, and perhaps JSON, made this row of."""
+        return cls(row["crs"], tuple(row["resolution"]), tuple(row["origin"]), row["image"])
+
     @cached_property
     def name(self) -> str:
         """Short name for ids: the EPSG code, `crs-<hash of WKT>`, or `<image>_px`."""

@@ -1,4 +1,6 @@
+import json
 import pickle
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -88,6 +90,11 @@ def test_a_small_image_without_georeference_is_one_cell():
     lattice = Lattice.of(PIXELS, 64, 48)
     image = Window(0, 0, 48, 48)
     assert sum(not lattice.cell(p).intersect(image).empty for p in lattice.patches(image)) == 1
+
+
+def test_a_grid_survives_json():
+    for grid in (UTM, PIXELS):
+        assert Grid.from_row(json.loads(json.dumps(asdict(grid)))) == grid
 
 
 def test_a_collection_alone_is_in_the_regions_catalogue():

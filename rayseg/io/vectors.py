@@ -138,8 +138,7 @@ def _schema(grid: Grid) -> pa.Schema:
 
 
 def _grid_of(parts: pa.Table) -> Grid:
-    row = json.loads(parts.schema.metadata[b"grid"])
-    return Grid(row["crs"], tuple(row["resolution"]), tuple(row["origin"]), row["image"])
+    return Grid.from_row(json.loads(parts.schema.metadata[b"grid"]))
 
 
 def _score_sums(classes_HW: np.ndarray, scores_CHW: np.ndarray, labels: np.ndarray) -> np.ndarray:

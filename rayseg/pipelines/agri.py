@@ -320,19 +320,13 @@ def write_plots(step: Step, joined: Step, classified: Step, model: Step) -> dict
         known = classes.get(row["number"], {})
         row |= {"class": names[known["class"]] if known else None, "score": known.get("score")}
     frames = [
-        plots.frame_of(grid, [row for row in found if row["grid"] == at], columns=COLUMNS)
-        for at, grid in enumerate(_grids(joined))
+        plots.frame_of(Grid.from_row(grid), [row for row in found if row["grid"] == at], columns=COLUMNS)
+        for at, grid in enumerate(joined.value["grids"])
     ]
     whole = plots.one_frame(frames, columns=COLUMNS)
     vectors.write_geoparquet(whole, upath(step.root) / "plots.parquet")
     area = float(whole["area_m2"].sum()) if "area_m2" in whole else None
     return {"polygons": "plots.parquet", "count": len(whole), "area_m2": area}
-
-
-def _grids(joined: Step) -> list[Grid]:
-    return [
-        Grid(row["crs"], tuple(row["resolution"]), tuple(row["origin"]), row["image"]) for row in joined.value["grids"]
-    ]
 
 
 def write_report(step: Step, proposed: Step, joined: Step, tiles: Step, polygons: Step) -> dict[str, Any]:

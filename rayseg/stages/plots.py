@@ -43,8 +43,7 @@ class CutPlots:
         return [row | self._cut(row) for row in rows]
 
     def _cut(self, row: Row) -> Row:
-        place, sources = json.loads(row["grid"]), from_json(row["sources"])
-        grid = Grid(place["crs"], tuple(place["resolution"]), tuple(place["origin"]), place["image"])
+        grid, sources = Grid.from_row(json.loads(row["grid"])), from_json(row["sources"])
         crops: dict[int, np.ndarray] = {}
         unread: dict[int, DataError] = {}
         for number, geometry in zip(row["numbers"], shapely.from_wkb(np.array(row["plots"], object)), strict=True):
