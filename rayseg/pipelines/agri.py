@@ -27,7 +27,7 @@ from rayseg.io.sources import Source, grids_of
 from rayseg.mapping import MapConfig
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
-from rayseg.models.encoders import read_state
+from rayseg.models.encoders import NO_FILES, read_state
 from rayseg.models.enlarge import EnlargeConfig, load_enlarger
 from rayseg.models.sam import SamConfig, checkpoint_state
 from rayseg.rowfile import write_rows
@@ -361,7 +361,7 @@ def check(config: Config, region: Region) -> None:
         chips.find_chips(region, LABELS, config.chips)
         expect_trainable(config.training, workers=config.workers)
         bundle.blank(_described(config.training))
-        if config.training.weights not in {"imagenet", "none"}:
+        if config.training.weights not in NO_FILES:
             read_state(config.training.weights)
 
 

@@ -29,7 +29,7 @@ from rayseg.geo import Region
 from rayseg.io import cog, masks
 from rayseg.mapping import MapConfig
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
-from rayseg.models.encoders import encoder_name, read_state
+from rayseg.models.encoders import NO_FILES, encoder_name, read_state
 from rayseg.models.segmenter import Ensemble
 from rayseg.models.unsupervised import Precision
 from rayseg.rowfile import write_rows
@@ -366,7 +366,7 @@ def check(config: Config, region: Region) -> None:
         masks.masks_of(truth, names=[name for _, name, _ in CLASSES])
     for network in (config.classifier, config.segmenter):
         encoder_name(network.encoder)
-        if network.weights not in {"imagenet", "none"}:
+        if network.weights not in NO_FILES:
             read_state(network.weights)
 
 

@@ -31,7 +31,7 @@ from rayseg.mapping import MapConfig
 from rayseg.metrics import Confusion
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
-from rayseg.models.encoders import encoder_name, read_state
+from rayseg.models.encoders import NO_FILES, encoder_name, read_state
 from rayseg.rowfile import read_rows, write_rows
 from rayseg.run import Run, Step
 from rayseg.stages.compare import CompareTile, pictured
@@ -303,7 +303,7 @@ def check(config: Config, region: Region) -> None:
     described = _described(config)
     expect_supervisable(config.segmenter, classes=len(described.classes), workers=config.workers)
     encoder_name(config.segmenter.encoder)
-    if config.segmenter.weights not in {"imagenet", "none"}:
+    if config.segmenter.weights not in NO_FILES:
         read_state(config.segmenter.weights)
     divided = _divided(region, config)
     dtype = divided["training"][0][0].image.dtype
