@@ -1,8 +1,10 @@
 """Jobs from strangers: what their command line may hold."""
 
 import shlex
+from types import SimpleNamespace
 
 import pytest
+from ray.job_submission import JobStatus
 from starlette.testclient import TestClient
 
 from rayseg.serve import jobs
@@ -65,17 +67,31 @@ def test_a_job_is_submitted_and_looked_up_by_its_id(config, monkeypatch):
             submitted[submission_id] = entrypoint
 
         def list_jobs(self):
-            status = type("S", (), {"value": "RUNNING"})
-            return [type("J", (), {"submission_id": name, "status": status}) for name in submitted]
+            return [SimpleNamespace(submission_id=name, status=JobStatus.RUNNING) for name in [None, *submitted]]
 
     monkeypatch.setattr(jobs, "JobSubmissionClient", Client)
-    asked = TestClient(api(config, Here(Shelf({})), Shelf({})))
+    asked = TestClient(api(config.model_copy(update={"jobs_at_once": 1}), Here(Shelf({})), Shelf({})))
     found = asked.post("/v1/jobs", json={"pipeline": "gpc", "region": "demo"})
     assert found.status_code == 202, found.text
     name = found.json()["id"]
     assert list(submitted) == [name]
     assert asked.get(f"/v1/jobs/{name}").json() == {"id": name, "status": "running", "steps": {}}
+    refused = asked.post("/v1/jobs", json={"pipeline": "gpc", "region": "demo"})
+    assert (refused.status_code, list(submitted)) == (429, [name])
+    assert refused.headers["retry-after"] == "60"
+    assert "1 jobs are under way, 1 may be" in refused.json()["detail"]
     assert asked.get("/v1/jobs/job-000000000000").status_code == 404
     assert asked.get("/v1/jobs/..").status_code in {404, 422}
     assert asked.post("/v1/jobs", json={"pipeline": "rm", "region": "demo"}).status_code == 422
     assert asked.post("/v1/jobs", content=b"{" * 100).status_code == 422
+
+
+def test_a_cluster_that_does_not_answer_is_a_503(config):
+    away = config.model_copy(update={"jobs_address": "http://127.0.0.1:9"})
+    asked = TestClient(api(away, Here(Shelf({})), Shelf({})))
+    for found in (
+        asked.post("/v1/jobs", json={"pipeline": "gpc", "region": "demo"}),
+        asked.get("/v1/jobs/job-0123456789ab"),
+    ):
+        assert (found.status_code, found.headers["retry-after"]) == (503, "30")
+        assert "takes no jobs now" in found.json()["detail"]

@@ -1,13 +1,17 @@
 """Runs over HTTP: what they say, and their map as tiles."""
 
 import io
+import signal
+import subprocess
+import sys
 
+import httpx
 import mercantile
 import numpy as np
 import pytest
 from fake_run import GPC, NODATA, UTM, blobs, make, picture
 from PIL import Image
-from tiny_server import client
+from tiny_server import client, free_port
 
 from rayseg.geo import Grid
 from rayseg.io import mapview
@@ -125,3 +129,17 @@ def test_models_below_a_run_lead_to_it(root):
 def test_the_world_of_these_tests_is_what_they_say():
     assert GPC.names == ("background", "gpc")
     assert UTM.crs == "EPSG:32650"
+
+
+def test_view_shows_a_run_until_it_is_stopped(root):
+    port = free_port()
+    words = ["view", str(root / "earth/broken"), "--port", str(port), "--no-browser"]
+    with subprocess.Popen([sys.executable, "-m", "rayseg", *words], stderr=subprocess.PIPE, text=True) as process:
+        said = process.stderr.readline()
+        address = said.split(";")[0]
+        assert address == f"http://127.0.0.1:{port}/runs/broken"
+        asked = httpx.Client(transport=httpx.HTTPTransport(retries=5))
+        assert "leaflet" in asked.get(address).text
+        assert asked.get(f"http://127.0.0.1:{port}/v1/runs/broken").json()["ledger"]["predict"]["counts"]["failed"] == 1
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) in {0, -signal.SIGTERM}

@@ -1,15 +1,29 @@
 """A server in this process over tiny bundles, asked through Starlette's client."""
 
 import io
+import socket
+import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
+import pytest
 from fake_run import blobs, picture
 from PIL import Image
+from segment_anything import sam_model_registry
 from starlette.testclient import TestClient
 
+from rayseg.models import sam_bundle
+from rayseg.models.sam import SamConfig
 from rayseg.serve.app import api
 from rayseg.serve.models import Here, Shelf
 from rayseg.serve.settings import ServeConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+from test_sam import picture as sam_picture
+from test_sam import small_sam
+
+__all__ = ["client", "encoded", "form", "free_port", "image_HWC", "sam_picture", "untrained_sam"]
 
 
 def client(*models, **settings):
@@ -35,3 +49,25 @@ def encoded(pixels, kind="PNG", **options):
 def form(data, name="image.png"):
     """The form that carries an image."""
     return {"files": {"image": (name, data)}}
+
+
+def free_port():
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def untrained_sam(prefix):
+    """A bundle of a tiny SAM that marks about half of an image, whatever it is shown; it can be loaded inside."""
+
+    def build(checkpoint=None):
+        model = small_sam()
+        model.mask_threshold = 0.0
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sam_model_registry, "vit_b", build)
+        sam_bundle.save_sam(SamConfig(variant="vit_b", checkpoint="random"), prefix)
+        yield prefix

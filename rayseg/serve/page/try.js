@@ -2,7 +2,7 @@
 import { Problem, area, ask, element, legendRow, node, percent, token } from "./ask.js";
 
 const FREE = { name: "unsupervised", kind: "free", task: "labels without a model", classes: [] };
-const state = { file: null, models: [], question: null, classes: [], pixels: null, points: [], cross: null, things: null };
+const state = { file: null, models: [], question: null, classes: [], pixels: null, points: [], cross: null, things: null, turn: 0 };
 
 async function start() {
   wire();
@@ -41,11 +41,14 @@ function choose() {
 
 function ready() {
   const one = model();
+  const count = state.points.length;
+  element("points").textContent = count ? `${count} point${count === 1 ? "" : "s"}` : "No points yet";
+  element("back").disabled = element("clear").disabled = !count;
   element("go").disabled = !state.file || !one || (one.kind === "prompt" && !state.points.length);
 }
 
 function forget() {
-  Object.assign(state, { points: [], pixels: null, classes: [], things: null });
+  Object.assign(state, { points: [], pixels: null, classes: [], things: null, turn: state.turn + 1 });
   element("result").hidden = true;
   element("said").textContent = "";
   for (const id of ["mask", "marks"]) element(id).getContext("2d").clearRect(0, 0, element(id).width, element(id).height);
@@ -91,18 +94,22 @@ const address = (one) =>
 
 const question = (media) => ask(address(model()), { method: "POST", body: form(), headers: { Accept: media } });
 
+// Of several questions under way, only the last one's answer is shown.
 async function map() {
+  const turn = ++state.turn;
   element("go").disabled = true;
   element("said").textContent = "Working…";
   await guarded(async () => {
     const [said, mask] = await Promise.all([question("application/json"), question("image/png")]);
     const [found, picture] = [await said.json(), await createImageBitmap(await mask.blob())];
+    if (turn !== state.turn) return;
     const pen = element("mask").getContext("2d", { willReadFrequently: true });
     pen.clearRect(0, 0, picture.width, picture.height);
     pen.drawImage(picture, 0, 0);
     state.pixels = pen.getImageData(0, 0, picture.width, picture.height);
     tell(found);
   });
+  if (turn !== state.turn) return;
   if (element("said").textContent === "Working…") element("said").textContent = "";
   ready();
 }
@@ -151,11 +158,22 @@ function read([x, y]) {
   element("said").textContent = `${name} at column ${col}, row ${row}`;
 }
 
+const beside = (event) => (document.querySelector('input[name="on"][value="0"]').checked !== event.shiftKey ? 0 : 1);
+
 function mark([x, y], on) {
+  if (!state.file) return;
   state.points.push([Math.round(x), Math.round(y), on]);
   draw();
   ready();
-  if (model().kind === "prompt") map();
+  map();
+}
+
+function back() {
+  state.points.pop();
+  if (!state.points.length) forget();
+  draw();
+  ready();
+  if (state.points.length) map();
 }
 
 function draw(cross = false) {
@@ -196,11 +214,11 @@ function key(event) {
     draw(true);
     read(state.cross);
   } else if (event.key === "Enter" && prompts) {
-    mark(state.cross, event.shiftKey ? 0 : 1);
-  } else if (event.key === "Backspace" && prompts) {
-    state.points.pop();
+    mark(state.cross, beside(event));
     draw(true);
-    ready();
+  } else if (event.key === "Backspace" && prompts) {
+    back();
+    draw(true);
   } else return;
   event.preventDefault();
 }
@@ -242,9 +260,10 @@ function wire() {
   element("token").addEventListener("change", () => { token.set(element("token").value); guarded(load); });
   element("opacity").addEventListener("input", fade);
   element("clear").addEventListener("click", () => { forget(); ready(); });
+  element("back").addEventListener("click", back);
   const view = element("view");
   view.addEventListener("pointermove", (event) => read(place(event)));
-  view.addEventListener("click", (event) => (model()?.kind === "prompt" ? mark(place(event), event.shiftKey ? 0 : 1) : read(place(event))));
+  view.addEventListener("click", (event) => (model()?.kind === "prompt" ? mark(place(event), beside(event)) : read(place(event))));
   view.addEventListener("keydown", key);
   view.addEventListener("blur", () => draw());
   for (const button of document.querySelectorAll("[data-media]")) button.addEventListener("click", () => download(button));
