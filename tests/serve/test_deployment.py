@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 from small_world import segmenter
-from tiny_server import client, encoded, form, free_port, image_HWC
+from tiny_server import client, encoded, form, free_port, image_HWC, serving
 
 from rayseg.config import QUIET_RAY
 
@@ -36,27 +36,9 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(models):
-    """`rayseg serve` in a process of its own: (process, address)."""
-    port = free_port()
-    words = ["serve", "--models", str(models), "--port", str(port), "--set", "replicas=1", "--set", "queue=6"]
-    words += ["--set", f"log_file={models / 'log'}"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rayseg", *words],
-        env=os.environ | {"OMP_WAIT_POLICY": "passive"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stderr:
-        if "stop with Ctrl-C" in line:
-            break
-    rest = threading.Thread(target=process.stderr.read)
-    rest.start()
-    yield process, f"http://127.0.0.1:{port}"
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-    rest.join()
-    process.stderr.close()
+    """(process, address)."""
+    with serving(models, "replicas=1", "queue=6", f"log_file={models / 'log'}") as started:
+        yield started
 
 
 def ask(address, name="one", image=None, timeout=120):

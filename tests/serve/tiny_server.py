@@ -1,8 +1,12 @@
 """A server in this process over tiny bundles, asked through Starlette's client."""
 
 import io
+import os
+import signal
 import socket
+import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from test_sam import picture as sam_picture
 from test_sam import small_sam
 
-__all__ = ["client", "encoded", "form", "free_port", "image_HWC", "sam_picture", "untrained_sam"]
+__all__ = ["client", "encoded", "form", "free_port", "image_HWC", "sam_picture", "serving", "untrained_sam"]
 
 
 def client(*models, **settings):
@@ -56,6 +60,32 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@contextmanager
+def serving(models, *settings):
+    """`rayseg serve` of the bundles below a prefix in a process of its own: (process, address)."""
+    port = free_port()
+    words = ["--models", str(models), *(part for text in settings for part in ("--set", text))]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rayseg", "serve", "--port", str(port), *words],
+        env=os.environ | {"OMP_WAIT_POLICY": "passive"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if "stop with Ctrl-C" in line:
+            break
+    rest = threading.Thread(target=process.stderr.read)
+    rest.start()
+    try:
+        yield process, f"http://127.0.0.1:{port}"
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+        rest.join()
+        process.stderr.close()
 
 
 @contextmanager
