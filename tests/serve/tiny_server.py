@@ -27,15 +27,19 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from test_sam import picture as sam_picture
 from test_sam import small_sam
 
-__all__ = ["client", "encoded", "form", "free_port", "image_HWC", "sam_picture", "serving", "untrained_sam"]
+__all__ = ["client", "encoded", "form", "free_port", "image_HWC", "sam_picture", "served", "serving", "untrained_sam"]
 
 
 def client(*models, **settings):
     """A client of a server with these bundles."""
+    return TestClient(served(*models, **settings), raise_server_exceptions=False)
+
+
+def served(*models, **settings):
+    """The ASGI application of a server with these bundles."""
     config = ServeConfig(models=tuple(map(str, models)), **settings)
     shelf = Shelf.of(config.models)
-    door = api(config, Here(shelf, batch=4), shelf)
-    return TestClient(door, raise_server_exceptions=False)
+    return api(config, Here(shelf, batch=4), shelf)
 
 
 def image_HWC(height=90, width=130, seed=0):
