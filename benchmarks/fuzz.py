@@ -104,10 +104,11 @@ def fuzz(port: int, pid: int, uploads: list[tuple[str, bytes]], rounds: int) -> 
     for _ in range(rounds):
         began = time.perf_counter()
         found, slowest, wrong = asyncio.run(attack(port, uploads))
-        print(f"{len(uploads)} uploads in {time.perf_counter() - began:.0f} s, slowest {slowest:.1f} s", flush=True)
         all_found += found
         all_wrong += wrong
         memory.append(held(pid))
+        said = f"{len(uploads)} uploads in {time.perf_counter() - began:.0f} s, slowest {slowest:.1f} s"
+        print(f"{said}; {len(wrong)} wrong, {sum(memory[-1].values()):.0f} MiB", flush=True)
     show("answers", ["upload", "status", "count"], [[*what, count] for what, count in sorted(all_found.items())])
     rows = [[name, *(f"{one.get(name, 0):.0f}" for one in memory)] for name in sorted(set().union(*memory))]
     rows.append(["all", *(f"{sum(one.values()):.0f}" for one in memory)])

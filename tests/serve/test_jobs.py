@@ -119,11 +119,8 @@ def test_a_job_runs_to_its_end_on_the_servers_own_cluster(tmp_path):
     settings = [f"jobs={tmp_path}/runs", f"jobs_catalog={tmp_path}/cat/catalog.json#imagery", "jobs_at_once=1"]
     settings += [f"jobs_configs={{superpixel: {tmp_path}/small.yaml}}"]
     (tmp_path / "none").mkdir()
-    with serving("--models", tmp_path / "none", *(part for text in settings for part in ("--set", text))) as (
-        _,
-        address,
-    ):
-        asked = httpx.Client(base_url=address, timeout=60)
+    server = serving(tmp_path / "none", *settings)
+    with server as (_, address), httpx.Client(base_url=address, timeout=60) as asked:
         started = asked.post("/v1/jobs", json={"pipeline": "superpixel", "region": "116.9,-90,117.1,90"})
         assert started.status_code == 202, started.text
         assert asked.post("/v1/jobs", json={"pipeline": "superpixel", "region": "demo"}).status_code == 429

@@ -138,8 +138,9 @@ def test_view_shows_a_run_until_it_is_stopped(root):
         said = process.stderr.readline()
         address = said.split(";")[0]
         assert address == f"http://127.0.0.1:{port}/runs/broken"
-        asked = httpx.Client(transport=httpx.HTTPTransport(retries=5))
-        assert "leaflet" in asked.get(address).text
-        assert asked.get(f"http://127.0.0.1:{port}/v1/runs/broken").json()["ledger"]["predict"]["counts"]["failed"] == 1
+        with httpx.Client(transport=httpx.HTTPTransport(retries=5), timeout=30) as asked:
+            assert "leaflet" in asked.get(address).text
+            said = asked.get(f"http://127.0.0.1:{port}/v1/runs/broken").json()
+            assert said["ledger"]["predict"]["counts"]["failed"] == 1
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) in {0, -signal.SIGTERM}
