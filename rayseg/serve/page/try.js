@@ -34,7 +34,7 @@ function choose() {
   element("prompting").hidden = one.kind !== "prompt";
   element("view").classList.toggle("prompting", one.kind === "prompt");
   const scores = Object.entries(one.metrics ?? {}).map(([name, value]) => `${name} ${value.toFixed(3)}`);
-  element("about").textContent = [one.bands && `Takes ${one.bands.join(", ")} (${one.dtype}).`, ...scores].filter(Boolean).join(" ");
+  element("about").textContent = [one.bands && `Takes ${one.bands.join(", ")} (${one.dtype}).`, scores.length && `Measured in training: ${scores.join(", ")}.`].filter(Boolean).join(" ");
   forget();
   ready();
 }
