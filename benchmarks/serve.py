@@ -223,6 +223,7 @@ def compare(folder: Path, data: bytes, seconds: float, rounds: int) -> None:
             for _ in range(rounds):
                 for clients in (1, 8, 32):
                     took, rate = asyncio.run(closed(port, data, clients, seconds))
+                    print(f"  {name}, {clients} clients: {rate:.2f} images/s, p50 {ms(took, 0.5):.1f} ms", flush=True)
                     kept = found.setdefault((name, clients), ([], []))
                     kept[0].extend(took)
                     kept[1].append(rate)

@@ -52,20 +52,36 @@ def mapped_tiles(root: StorePath, step: str = "predict") -> list[MappedTile]:
     Raises:
         DataError: the run has no such step.
     """
-    prefix = upath(root) / "steps" / step
-    path = prefix / "manifest.parquet"
-    if not path.exists():
-        raise DataError(f"{root} has no tiles of a step {step!r} ({path.name} is missing): let the run get that far.")
-    with path.open("rb") as file:
-        rows = pq.read_table(file).to_pylist()
-    records = Ledger(str(prefix / "ledger")).read()
+    rows = _manifest(root, step)
+    records = Ledger(str(upath(root) / "steps" / step / "ledger")).read()
     done = [row for row in rows if row["id"] in records and "counts" in records[row["id"]].facts]
     return [_mapped(row, records[row["id"]], upath(root) / "tiles") for row in done]
 
 
+def planned_tiles(root: StorePath, step: str = "predict") -> list[tuple[Tile, tuple[Source, ...]]]:
+    """Every tile of a run's step and the imagery that it shows, whatever became of it.
+
+    Raises:
+        DataError: the run has no such step.
+    """
+    return [(Tile.from_row(row), _sources(row)) for row in _manifest(root, step)]
+
+
+def _manifest(root: StorePath, step: str) -> list[dict[str, Any]]:
+    path = upath(root) / "steps" / step / "manifest.parquet"
+    if not path.exists():
+        raise DataError(f"{root} has no tiles of a step {step!r} ({path.name} is missing): let the run get that far.")
+    with path.open("rb") as file:
+        rows: list[dict[str, Any]] = pq.read_table(file).to_pylist()
+    return rows
+
+
 def _mapped(row: dict[str, Any], record: Record, tiles: UPath) -> MappedTile:
-    sources = tuple(Source.from_row(source) for source in json.loads(row["sources"]))
-    return MappedTile(Tile.from_row(row), record, str(tiles / row["id"] / "classes.tif"), sources)
+    return MappedTile(Tile.from_row(row), record, str(tiles / row["id"] / "classes.tif"), _sources(row))
+
+
+def _sources(row: dict[str, Any]) -> tuple[Source, ...]:
+    return tuple(Source.from_row(source) for source in json.loads(row["sources"]))
 
 
 def pixel_area_m2(tile: Tile) -> float | None:

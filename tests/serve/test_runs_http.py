@@ -89,6 +89,15 @@ def test_tiles_show_the_classes_and_the_imagery_where_they_are(asked, root, mask
     assert (classes_HW[seen] == 1).mean() == pytest.approx((mask == 1).mean(), abs=0.15)
 
 
+def test_imagery_is_shown_where_a_tile_failed_too(asked, root):
+    west, south, east, north = asked.get("/v1/runs/broken").json()["troubles"][0]["bounds"]
+    place = mercantile.tile((west + east) / 2, (south + north) / 2, 22)
+    path = f"/v1/runs/broken/tiles/22/{place.x}/{place.y}.png"
+    assert asked.get(path).status_code == 204
+    assert (image_of(asked.get(f"{path}?layer=imagery"))[..., 3] == 255).all()
+    assert asked.get("/v1/runs/broken").json()["bounds"] == asked.get("/v1/runs/map").json()["bounds"]
+
+
 def test_a_tile_beside_the_map_holds_nothing(asked):
     assert asked.get("/v1/runs/map/tiles/10/0/0.png").status_code == 204
     assert asked.get("/v1/runs/map/tiles/2/9/0.png").status_code == 404

@@ -1,5 +1,5 @@
 // The page at /: an image, a model, the mask over the image.
-import { Problem, area, ask, element, legendRow, node, percent, token } from "./ask.js";
+import { Problem, area, ask, bytes, element, legendRow, node, percent, token } from "./ask.js";
 
 const FREE = { name: "unsupervised", kind: "free", task: "labels without a model", classes: [] };
 const state = { file: null, models: [], question: null, classes: [], pixels: null, points: [], cross: null, things: null, turn: 0 };
@@ -57,8 +57,8 @@ function forget() {
 async function take(file) {
   if (!file) return;
   state.file = file;
-  element("chosen").textContent = `${file.name} (${(file.size / 1e6).toFixed(1)} MB)`;
-  await guarded(async () => {
+  element("chosen").textContent = `${file.name} (${bytes(file.size)})`;
+  const good = await guarded(async () => {
     const shows = /image\/(png|jpeg)/.test(file.type);
     const picture = shows ? file : await (await ask("/v1/preview", { method: "POST", body: form() })).blob();
     const image = element("image");
@@ -70,10 +70,11 @@ async function take(file) {
       throw new Problem(0, "This file cannot be shown as an image; choose a PNG, a JPEG or a GeoTIFF.");
     }
     for (const id of ["mask", "marks"]) Object.assign(element(id), { width: image.naturalWidth, height: image.naturalHeight });
-    element("none").hidden = true;
-    element("shown").hidden = false;
     state.cross = [image.naturalWidth / 2, image.naturalHeight / 2];
   });
+  if (!good) state.file = null;
+  element("none").hidden = good;
+  element("shown").hidden = !good;
   forget();
   ready();
 }
@@ -121,6 +122,7 @@ function tell(found) {
     ? [{ name: `${state.things.length} thing${state.things.length === 1 ? "" : "s"}`, color: null, painted: false }]
     : state.classes;
   element("legend").replaceChildren(...rows.map((row) => legendRow(row, state.things ? things(found) : figures(row))));
+  element("score").textContent = state.things ? "predicted IoU" : "mean score";
   element("result").hidden = false;
   document.querySelector('[data-media="image/tiff"]').hidden = Boolean(state.things);
   element("said").textContent = found.seconds ? `Done in ${found.seconds.toFixed(1)} s. Point at the image to read its classes.` : "Done.";
@@ -238,12 +240,14 @@ async function guarded(work) {
   element("error").textContent = "";
   try {
     await work();
+    return true;
   } catch (error) {
     element("error").textContent = error instanceof Problem ? error.message : `The page failed: ${error.message}`;
     if (error.status === 401) {
       element("token-row").hidden = false;
       element("token").focus();
     }
+    return false;
   }
 }
 
