@@ -36,15 +36,16 @@ from rayseg.vision.color import rgb_of
 
 PAPER = {
     "superpixels": {"method": "felzenszwalb"},
-    "network": {"reduce": 1, "recalibrate": False, "patches": None, "merge_to": None},
+    "network": {"reduce": 1, "recalibrate": False, "patches": None, "start": None, "merge_to": None},
     "scaling": "range",
 }
-BASELINE = {"reduce": 1, "merge_to": None}
+BASELINE = {"reduce": 1, "start": None, "merge_to": None}
 SETTINGS: dict[str, dict] = {
     "port": {},
     "unmerged": {"network": {"merge_to": None}},
     "default": {},
     "merged to 6": {"network": {"merge_to": 6}},
+    "own start": {"network": {"start": None}},
     "paper": PAPER,
     **{
         f"{network} {labels}": {"network": {"network": network, "labels": labels, **BASELINE}}

@@ -6,11 +6,13 @@ its round, the strategy's score, what the classifier took it for, and how sure i
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 from pydantic import Field
 
 from rayseg import flow, pool
@@ -28,7 +30,7 @@ from rayseg.run import Step
 from rayseg.stages.score import ReadWith, Score, features_path
 from rayseg.store import put, upath
 from rayseg.train.augment import Augment
-from rayseg.train.classifier import NETWORKS, ClassifierConfig, fit_classifier, trained_classifier
+from rayseg.train.classifier import ClassifierConfig, fit_classifier, trained_classifier
 from rayseg.train.learning import Learning, Rates
 from rayseg.vision import linear, queries
 from rayseg.vision.color import ClassTable, label_table
@@ -43,7 +45,7 @@ AT_ONCE = 8
 class ChipsClassifierConfig(ClassifierConfig):
     """A classifier of chips into many classes; the defaults are the paper's for UC Merced."""
 
-    network: Literal["chips", "plots", "over-imagenet"] = "over-imagenet"
+    network: Literal["chips", "over-imagenet"] = "over-imagenet"
     """over-imagenet: a head on the 1000 outputs of a whole network of timm; chips: a head on an encoder."""
     encoder: str = "resnet101"
     """A name of timm; of segmentation_models_pytorch too for `network: chips`."""
@@ -86,7 +88,7 @@ class ActiveConfig(Config):
         return queries.budget(chips, self.ratio, alpha=self.alpha, beta=self.beta, count_pool=self.count_pool)
 
 
-def draw_first(step: Step, listed: Step, config: ActiveConfig, *, seed: int) -> dict[str, Any]:
+def draw_first(step: Step, listed: Step, config: ActiveConfig, seed: int) -> dict[str, Any]:
     """The chips that are labelled before anything is learnt, at random."""
     rows = pool.rows_of(listed, "pool")
     count = config.budget(len(rows)).initial
@@ -94,11 +96,11 @@ def draw_first(step: Step, listed: Step, config: ActiveConfig, *, seed: int) -> 
     return _keep(step, [_picked(rows[at], rank, 0, "first") for rank, at in enumerate(drawn)])
 
 
-def see(step: Step, listed: Step, config: ActiveConfig, *, common: "Common") -> dict[str, Any]:
+def see(step: Step, listed: Step, config: ActiveConfig, common: "Common") -> dict[str, Any]:
     """The features of all chips by a network that stays as it is, `<step>/features/<chip>.npy`."""
     settings, classes = config.classifier, listed.value["classes"]
-    options = settings.options(classes=len(classes), channels=len(pool.BANDS))
-    model = NETWORKS[settings.network](**options, weights=settings.weights).eval()
+    torch.manual_seed(common.seed)  # what weights leave open is the same when the step goes on
+    model = settings.build(classes=len(classes), channels=len(pool.BANDS)).eval()
     prefix = str(step.prefix / "classifier")
     bundle.save(prefix, _described(settings, classes, common), model)
     rows = pool.rows_of(listed, "pool") + pool.rows_of(listed, "validation")
@@ -106,7 +108,7 @@ def see(step: Step, listed: Step, config: ActiveConfig, *, common: "Common") -> 
 
 
 def query(
-    step: Step, listed: Step, seen: Step | None, before: Step, config: ActiveConfig, *, number: int, common: "Common"
+    step: Step, listed: Step, seen: Step | None, before: Step, config: ActiveConfig, common: "Common", number: int
 ) -> dict[str, Any]:
     """Train on what is labelled, score the rest, choose.
 
@@ -116,8 +118,8 @@ def query(
         seen: the step that has the features of all chips, where the network stays as it is.
         before: the step that chose last.
         config: how.
-        number: of this round, from 1.
         common: what all rounds share.
+        number: of this round, from 1.
 
     Returns:
         `labelled`: chips chosen so far; with a classifier its `measures`, accuracy on the validation chips among them.
@@ -145,7 +147,7 @@ def query(
 
 
 def measure_last(
-    step: Step, listed: Step, seen: Step | None, before: Step, config: ActiveConfig, *, common: "Common"
+    step: Step, listed: Step, seen: Step | None, before: Step, config: ActiveConfig, common: "Common"
 ) -> dict[str, Any]:
     """The accuracy of a classifier that learnt from all chips chosen."""
     chosen = labelled(before)
@@ -156,12 +158,16 @@ def measure_last(
 class Common(Config):
     """What all rounds share."""
 
-    kinds: Classes = Classes()
-    """Classes of the masks; labelled images need none."""
+    kinds: Classes
+    """Classes of the masks; whole labelled images bring their own, and their masks are not looked at."""
     scaling: Scaling
+    """How chips become the classifier's input."""
     seed: int
+    """Of everything random."""
     workers: int = 0
+    """Processes of Ray Train; 0 trains in the command's own process."""
     patience: float = 1800.0
+    """Seconds after which a chip that cannot be read or scored is given up."""
     classifies: bool = True
     """Whether a classifier is trained; the random strategy needs none to choose by."""
 
@@ -264,26 +270,32 @@ def _told(
     config: ActiveConfig,
     common: Common,
 ) -> dict[str, list[float]]:
-    """Probabilities of the rest and of the validation chips, by id."""
-    if seen is None:
-        return _learnt(step, listed, chosen, rest, config, common)
-    by_id = {row["id"]: row for row in pool.rows_of(listed, "pool")}
-    classes = listed.value["classes"]
-    labels = known_labels(step.root, [by_id[row["id"]] for row in chosen], common.classes)
-    asked = [row["id"] for row in rest + pool.rows_of(listed, "validation")]
-    known_NF, asked_MF = (_features(seen, ids, wanted=True) for ids in ([row["id"] for row in chosen], asked))
-    numbers = np.array([classes.index(label) for label in labels])
-    p_MK = linear.class_probabilities(known_NF, numbers, asked_MF, classes=len(classes))
-    return {chip: p.tolist() for chip, p in zip(asked, p_MK, strict=True)}
-
-
-def _learnt(
-    step: Step, listed: Step, chosen: list[Row], rest: list[Row], config: ActiveConfig, common: Common
-) -> dict[str, list[float]]:
-    """Probabilities of the rest, of the labelled where features are wanted, and of the validation chips, by id."""
+    """Probabilities of the rest and of the validation chips, by id; of the labelled too where features are wanted."""
     by_id = {row["id"]: row for row in pool.rows_of(listed, "pool")}
     own = [by_id[row["id"]] for row in chosen]
     labels = known_labels(step.root, own, common.classes)
+    asked = rest + pool.rows_of(listed, "validation")
+    if not asked:
+        return {}
+    if seen is None:
+        return _learnt(step, listed, own, labels, asked, config, common)
+    classes, ids = listed.value["classes"], [row["id"] for row in asked]
+    known_NF, asked_MF = (_features(seen, part, wanted=True) for part in ([row["id"] for row in own], ids))
+    numbers = np.array([classes.index(label) for label in labels])
+    p_MK = linear.class_probabilities(known_NF, numbers, asked_MF, classes=len(classes))
+    return {chip: p.tolist() for chip, p in zip(ids, p_MK, strict=True)}
+
+
+def _learnt(
+    step: Step,
+    listed: Step,
+    own: list[Row],
+    labels: list[str],
+    asked: list[Row],
+    config: ActiveConfig,
+    common: Common,
+) -> dict[str, list[float]]:
+    """The same by a classifier that learns from the labelled chips, `own`."""
     classes = listed.value["classes"]
     settings = _seeded(config.classifier, common.seed)
     fit_classifier(
@@ -298,8 +310,7 @@ def _learnt(
     model = trained_classifier(settings, step.prefix / "training", classes=len(classes))
     bundle.save(prefix, _described(settings, classes, common), model)
     features = str(step.prefix / "features") if config.strategy in queries.FEATURES else None
-    scored = rest + (own if features else []) + pool.rows_of(listed, "validation")
-    return _scored(step, scored, Score(prefix, features), common)
+    return _scored(step, asked + (own if features else []), Score(prefix, features), common)
 
 
 def _seeded(settings: ClassifierConfig, seed: int) -> ClassifierConfig:
@@ -314,7 +325,7 @@ def _described(settings: ClassifierConfig, classes: Sequence[str], common: Commo
         name="classifier",
         task="classification",
         architecture=Architecture(
-            factory="over-imagenet" if settings.network == "over-imagenet" else "classifier",
+            factory=settings.factory,
             options=settings.options(classes=len(classes), channels=len(pool.BANDS)),
         ),
         classes=tuple((k, name, colors.get(name, palette[k])) for k, name in enumerate(classes)),
@@ -331,14 +342,15 @@ def _scored(step: Step, rows: list[Row], score: Score, common: Common) -> dict[s
     put(step.prefix / "manifest.parquet", parquet(rows))
     ledger = Ledger(str(step.prefix / "ledger"))
     works = [Work(ReadWith(pool.image_of), batch=AT_ONCE), Work(score, batch=AT_ONCE, cpus=0.5, gpus=0.5, model=True)]
-    flow.run(rows, works, ledger, step.engine, title="chips", stall_seconds=common.patience)
+    engine = replace(step.engine, retry=True)  # nothing can be chosen without all of them
+    flow.run(rows, works, ledger, engine, title="chips", stall_seconds=common.patience)
     return {chip: _probabilities(record) for chip, record in ledger.read().items()}
 
 
 def _probabilities(record: Record) -> list[float]:
     if record.status != "done":
         raise RunIncomplete(
-            f"chip {record.id} could not be scored ({record.reason}); mend it and give the command again"
+            f"chip {record.id} could not be scored ({record.reason}); mend the cause, then give the same command again"
         )
     return list(record.facts["p"])
 

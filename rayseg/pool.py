@@ -3,9 +3,10 @@
 Nothing is cut out beforehand: a chip is a window of its scene's files, read when it is needed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from rayseg.geo import Region, Window, expect_ids
 from rayseg.io import catalog, cog, labels, rasters, scenes
 from rayseg.io.masks import pixels_of
 from rayseg.io.scenes import LabelledImage
+from rayseg.io.tables import Classes
 from rayseg.run import Step
 from rayseg.store import Location, put, upath
 from rayseg.train.batches import Chips
@@ -56,21 +58,41 @@ class PoolConfig(Config):
     """Classes that may have no pixel."""
 
 
-def list_pool(step: Step, region: Region, config: PoolConfig, table: ClassTable, *, seed: int) -> dict[str, Any]:
-    """Find the chips; `<step>/pool.parquet` is what other steps read.
+@dataclass(frozen=True)
+class Surveyed:
+    """The chips of a pool before they are divided: all that their files are read for.
+
+    Attributes:
+        rows: of the chips, of no part yet.
+        classes: names.
+        images: what the chips are windows of.
+        pixels: id of every image with masks -> its labelled pixels of each class, in order.
+    """
+
+    rows: tuple[Row, ...]
+    classes: tuple[str, ...]
+    images: tuple[LabelledImage, ...]
+    pixels: Mapping[str, Sequence[int]]
+
+
+def list_pool(
+    step: Step, region: Region, config: PoolConfig, classes: Classes, seed: int, surveyed: Surveyed | None
+) -> dict[str, Any]:
+    """Find the chips, unless they are given, and divide them; `<step>/pool.parquet` is what other steps read.
 
     Returns:
         `classes`: names; `oracle`: whether all chips of the pool have labels; part -> how many.
 
     Raises:
-        RaysegError: see `find`.
+        RaysegError: see `survey` and `divide`.
     """
-    path = step.prefix / "pool.parquet"
-    rows, classes = find(region, config, table, seed=seed)
-    put(path, parquet(rows))
+    found = surveyed or survey(region, config, classes.table)
+    rows = divide(found, config, classes.table, seed=seed)
+    put(step.prefix / "pool.parquet", parquet(rows))
     counts = {str(part): sum(row["part"] == part for row in rows) for part in PARTS}
     oracle = all(row["label"] for row in rows if row["part"] == "pool")
-    return {"classes": list(classes), "oracle": oracle, "masks": any(row["masks"] != "[]" for row in rows), **counts}
+    masks = any(row["masks"] != "[]" for row in rows)
+    return {"classes": list(found.classes), "oracle": oracle, "masks": masks, **counts}
 
 
 def rows_of(listed: Step, part: Part) -> list[Row]:
@@ -79,22 +101,45 @@ def rows_of(listed: Step, part: Part) -> list[Row]:
         return [row for row in pq.read_table(file).to_pylist() if row["part"] == part]
 
 
-def find(region: Region, config: PoolConfig, table: ClassTable, *, seed: int) -> tuple[list[Row], tuple[str, ...]]:
-    """(rows of all chips, names of the classes).
+def survey(region: Region, config: PoolConfig, table: ClassTable) -> Surveyed:
+    """All chips; the same again is remembered.
 
     Raises:
         ConfigError: neither the region nor the configuration names images.
-        DataError: there are no chips, images or masks cannot be read, or a class is without pixels.
+        DataError: images or masks cannot be read, or images are not RGB of 8 bits.
     """
-    rows, classes = _images(config, seed) if config.chips else (_cells(region, config, table, seed), table.names)
+    if config.chips:
+        return _labelled_images(config)
+    images = tuple(_scenes(region, config, table))
+    _parts(images, config, seed=0)  # what is named wrongly is refused before anything is read
+    _expect_rgb(images)
+    return _cells(images, table, config.size, config.covered)
+
+
+def divide(surveyed: Surveyed, config: PoolConfig, table: ClassTable, *, seed: int) -> list[Row]:
+    """Rows of all chips with their parts, by id.
+
+    Raises:
+        ConfigError: scenes are named that are not there, or leave none to learn from.
+        DataError: no chips are left to choose from, or a class is without pixels or images to learn from.
+    """
+    rows = _by_class(surveyed, config, seed) if config.chips else _by_scene(surveyed, config, table, seed)
     expect_ids([row["id"] for row in rows])
     if not any(row["part"] == "pool" for row in rows):
         raise DataError(f"no chip of {config.size} px is left to choose from; lower pool.size, or add imagery")
-    return sorted(rows, key=lambda row: str(row["id"])), classes
+    return sorted(rows, key=lambda row: str(row["id"]))
 
 
-def _images(config: PoolConfig, seed: int) -> tuple[list[Row], tuple[str, ...]]:
-    """Whole labelled images; of every class some are for validation."""
+def _expect_rgb(images: Sequence[LabelledImage]) -> None:
+    for one in images:
+        missing = [band for band in BANDS if band not in one.image.bands]
+        if missing or one.image.dtype != "uint8":
+            found = f"{', '.join(one.image.bands) or 'no bands'} of {one.image.dtype}"
+            raise DataError(f"{one.id} has {found}, chips are {', '.join(BANDS)} of uint8; convert it to 0..255")
+
+
+def _labelled_images(config: PoolConfig) -> Surveyed:
+    """Whole labelled images."""
     uri, _, collection = str(config.chips).partition("#")
     found = labels.chips_of(catalog.open_items(uri, collection or None))
     classes = tuple(sorted({str(chip.label) for chip in found if chip.label}))
@@ -102,35 +147,55 @@ def _images(config: PoolConfig, seed: int) -> tuple[list[Row], tuple[str, ...]]:
         raise DataError(
             f"{config.chips} has images of {len(classes)} classes, expected a label on each and two or more"
         )
+    rows, images, size = [], [], config.size
+    for chip in found:
+        window = Window(int((chip.source.width - size) / 2), int((chip.source.height - size) / 2), size, size)
+        images.append(LabelledImage(chip.id, chip.id, chip.source, (), pixels_of(chip.source), window))
+        rows.append(_row(images[-1], window, str(chip.label)))
+    _expect_rgb(images)
+    return Surveyed(tuple(rows), classes, tuple(images), {})
+
+
+def _by_class(surveyed: Surveyed, config: PoolConfig, seed: int) -> list[Row]:
+    """Of the images of every class some are for validation."""
     rows = []
-    for number, name in enumerate(classes):
-        of_class = [chip for chip in found if chip.label == name]
+    for number, name in enumerate(surveyed.classes):
+        of_class = [row for row in surveyed.rows if row["label"] == name]
         order = np.random.default_rng((seed, number)).permutation(len(of_class))
         held = set(order[: max(1, round(config.share * len(of_class)))].tolist())
-        for at, chip in enumerate(of_class):
-            source, size = chip.source, config.size
-            window = Window(int((source.width - size) / 2), int((source.height - size) / 2), size, size)
-            one = LabelledImage(chip.id, chip.id, source, (), pixels_of(source), window)
-            rows.append(_row(one, window, "validation" if at in held else "pool", name))
-    return rows, classes
+        if len(held) == len(of_class):
+            raise DataError(
+                f"pool.share {config.share:g} keeps all {len(of_class)} images labelled {name} for validation; lower "
+                "it, or add some"
+            )
+        rows += [row | {"part": "validation" if at in held else "pool"} for at, row in enumerate(of_class)]
+    return rows
 
 
-def _row(one: LabelledImage, window: Window, part: str, label: str, name: str = "") -> Row:
+def _row(one: LabelledImage, window: Window, label: str, name: str = "") -> Row:
     place = {"col": window.col, "row": window.row, "width": window.width, "height": window.height}
-    return one.to_row() | place | {"id": name or one.id, "of": one.id, "part": part, "label": label}
+    return one.to_row() | place | {"id": name or one.id, "of": one.id, "label": label}
 
 
-def _cells(region: Region, config: PoolConfig, table: ClassTable, seed: int) -> list[Row]:
+@lru_cache(maxsize=1)
+def _cells(images: tuple[LabelledImage, ...], table: ClassTable, size: int, covered: float) -> Surveyed:
     """Whole cells of all scenes; of those with masks, the ones with a labelled pixel."""
-    images = _scenes(region, config, table)
-    parts = _parts(images, config, seed)
     masked = [one for one in images if one.masks]
-    counts = dict(zip([one.id for one in masked], scenes.count_all(masked, table, cell=config.size), strict=True))
-    if counts:
-        _expect_classes(images, parts, counts, table, config)
+    counts = dict(zip([one.id for one in masked], scenes.count_all(masked, table, cell=size), strict=True))
     with ThreadPoolExecutor(4) as threads:
-        found = threads.map(lambda one: _cells_of(one, parts[one.id], counts.get(one.id), table, config), images)
-        return [row for rows in found for row in rows]
+        found = threads.map(lambda one: _cells_of(one, counts.get(one.id), table, size, covered), images)
+        rows = tuple(row for rows in found for row in rows)
+    pixels = {name: tuple(found.sum(axis=(0, 1)).tolist()) for name, found in counts.items()}
+    return Surveyed(rows, table.names, images, pixels)
+
+
+def _by_scene(surveyed: Surveyed, config: PoolConfig, table: ClassTable, seed: int) -> list[Row]:
+    """Whole scenes are for validation and test; there only chips with masks are of use."""
+    parts = _parts(surveyed.images, config, seed)
+    if surveyed.pixels:
+        _expect_classes(surveyed, parts, table, config)
+    rows = [row | {"part": parts[row["of"]]} for row in surveyed.rows]
+    return [row for row in rows if row["label"] or row["part"] == "pool"]
 
 
 def _scenes(region: Region, config: PoolConfig, table: ClassTable) -> list[LabelledImage]:
@@ -159,39 +224,32 @@ def _parts(images: Sequence[LabelledImage], config: PoolConfig, seed: int) -> di
     return parts | {one.id: "pool" for one in learnt} | {one.id: "validation" for one in held}
 
 
-def _expect_classes(
-    images: Sequence[LabelledImage],
-    parts: dict[str, Part],
-    counts: dict[str, NDArray[np.int64]],
-    table: ClassTable,
-    config: PoolConfig,
-) -> None:
+def _expect_classes(surveyed: Surveyed, parts: dict[str, Part], table: ClassTable, config: PoolConfig) -> None:
     """Refuse classes without pixels, and those that only scenes outside the pool show."""
-    if not any(parts[name] == "pool" for name in counts):
+    if not any(parts[name] == "pool" for name in surveyed.pixels):
         return
     pixels = {name: np.zeros(len(table.classes), np.int64) for name in ("training", "validation")}
     named: dict[str, list[str]] = {name: [] for name in pixels}
-    for one in images:
+    for one in surveyed.images:
         part = "training" if parts[one.id] == "pool" else "validation"
         named[part].append(one.scene)
-        if one.id in counts:
-            pixels[part] += counts[one.id].sum(axis=(0, 1))
+        pixels[part] += surveyed.pixels.get(one.id, 0)
     scenes.expect_classes(pixels, table, {part: sorted(set(found)) for part, found in named.items()}, config.absent)
 
 
 def _cells_of(
-    one: LabelledImage, part: Part, counts: NDArray[np.int64] | None, table: ClassTable, config: PoolConfig
+    one: LabelledImage, counts: NDArray[np.int64] | None, table: ClassTable, size: int, covered: float
 ) -> list[Row]:
-    size, rows = config.size, []
+    rows = []
     for down in range(one.window.height // size):
         for right in range(one.window.width // size):
             window = Window(one.window.col + right * size, one.window.row + down * size, size, size)
             label = ""
             if counts is not None and not (label := _dominant(counts[down, right], table)):
                 continue
-            if rasters.read([one.image], one.grid, window, bands=BANDS)[1].mean() >= config.covered:
-                rows.append(_row(one, window, part, label, f"{one.id}_{right}_{down}"))
-    return [row for row in rows if row["label"] or part == "pool"]
+            if rasters.read([one.image], one.grid, window, bands=BANDS)[1].mean() >= covered:
+                rows.append(_row(one, window, label, f"{one.id}_{right}_{down}"))
+    return rows
 
 
 def _dominant(pixels_K: NDArray[np.int64], table: ClassTable) -> str:

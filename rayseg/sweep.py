@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-from rayseg import flow, publication, report
+from rayseg import flow, pool, publication, report
 from rayseg.config import load_values
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError, RunIncomplete
 from rayseg.geo import Region
@@ -34,7 +34,14 @@ Point = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep."""
+    """One run of a sweep.
+
+    Attributes:
+        ratio: share of the pool that gets masks, 0..1.
+        strategy: by which chips are chosen, one of `STRATEGIES`.
+        learner: one of `LEARNERS`; "classifier" where there is no segmenter.
+        seed: from 0, added to that of the configuration.
+    """
 
     ratio: float
     strategy: str
@@ -68,7 +75,7 @@ def plan(
     learners: Sequence[str],
     seeds: int,
 ) -> list[Trial]:
-    """All trials; those without a segmenter need no learners, and the largest ratio shows the others.
+    """All trials, each once; those without a segmenter need no learners, and the largest ratio shows the others.
 
     Raises:
         ConfigError: a name is unknown, or there is nothing to try.
@@ -89,7 +96,7 @@ def plan(
     ]
     for trial in trials:
         trial.config(base)
-    return trials
+    return list({trial.name: trial for trial in trials}.values())
 
 
 def run(base: al_s4gan.Config, region: Region, trials: Sequence[Trial], out: str, engine: Engine) -> str:
@@ -100,12 +107,16 @@ def run(base: al_s4gan.Config, region: Region, trials: Sequence[Trial], out: str
         RunIncomplete: some trials failed; what the others found is in the table.
     """
     out = absolute(out).rstrip("/")
-    least = min(trials, key=lambda trial: trial.ratio)
     _expect_same(out, base, region)
-    al_s4gan.check(least.config(base), region)
+    if engine.kind == "ray" and base.workers:
+        raise ConfigError(
+            f"trials run beside each other and would wait for the CPUs of {base.workers} workers each; set workers=0, "
+            "or take --engine inline"
+        )
+    surveyed = _checked(base, region, trials)
     put(upath(out) / "sweep.json", json.dumps(_asked(base, region)).encode())
     found: dict[Trial, dict[str, Any]] = {}
-    for trial, value in _carried_out(base, region, trials, out, engine):
+    for trial, value in _carried_out(base, region, trials, out, engine, surveyed):
         found[trial] = value
         _write(out, base, region, {one: found[one] for one in trials if one in found})
     wrong = {trial.name: value["failed"] for trial, value in found.items() if "failed" in value}
@@ -116,6 +127,17 @@ def run(base: al_s4gan.Config, region: Region, trials: Sequence[Trial], out: str
             "mend the cause, then give the same command again"
         )
     return f"{_text(*_table(found))}\n{out}/report/index.html"
+
+
+def _checked(base: al_s4gan.Config, region: Region, trials: Sequence[Trial]) -> pool.Surveyed:
+    """The chips, once there is no trial that could not use them or its settings."""
+    fewest_last = sorted(trials, key=lambda trial: -trial.ratio)
+    for trial in {(trial.strategy == "random", trial.learner): trial for trial in trials}.values():
+        al_s4gan.expect_settings(trial.config(base))
+    surveyed = pool.survey(region, base.pool, base.table)
+    for trial in {trial.seed: trial for trial in fewest_last}.values():
+        al_s4gan.expect_chips(trial.config(base), surveyed)
+    return surveyed
 
 
 def _asked(base: al_s4gan.Config, region: Region) -> dict[str, Any]:
@@ -129,35 +151,42 @@ def _expect_same(out: str, base: al_s4gan.Config, region: Region) -> None:
 
 
 def _carried_out(
-    base: al_s4gan.Config, region: Region, trials: Sequence[Trial], out: str, engine: Engine
+    base: al_s4gan.Config,
+    region: Region,
+    trials: Sequence[Trial],
+    out: str,
+    engine: Engine,
+    surveyed: pool.Surveyed,
 ) -> Iterator[tuple[Trial, dict[str, Any]]]:
     """(trial, what it found) as they are finished."""
     if engine.kind == "inline":
-        yield from ((trial, carry_out(trial, base, region, out)) for trial in trials)
+        yield from ((trial, carry_out(trial, base, region, out, surveyed)) for trial in trials)
         return
     import ray
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
     flow.connect(engine.address)
     gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(carry_out)
-    waiting = {remote.remote(trial, base, region, out): trial for trial in trials}
+    chips = ray.put(surveyed)
+    waiting = {remote.remote(trial, base, region, out, chips): trial for trial in trials}
     while waiting:
         [done], _ = ray.wait(list(waiting), num_returns=1)
         trial = waiting.pop(done)
         try:
             yield trial, ray.get(done)
-        except ray.exceptions.RayError as error:
+        except (WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
             yield trial, {"failed": f"its process was lost ({type(error).__name__})"}
 
 
-def carry_out(trial: Trial, base: al_s4gan.Config, region: Region, out: str) -> dict[str, Any]:
+def carry_out(trial: Trial, base: al_s4gan.Config, region: Region, out: str, surveyed: pool.Surveyed) -> dict[str, Any]:
     """What a trial found: `curve`, points (labels, measure), and its measures; or why it `failed`."""
     config = trial.config(base)
     try:
         with Run.open(
             f"{out}/trials/{trial.name}", pipeline="al-s4gan", config=config, region=region, engine=Engine("inline")
         ) as opened:
-            return al_s4gan.tried(config, opened, region)
+            return al_s4gan.tried(config, opened, region, surveyed)
     except (ConfigError, DataError, ModelError, RunIncomplete) as error:
         return {"failed": _said(error)}
 

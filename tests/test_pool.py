@@ -3,15 +3,16 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from small_world import GRID, catalogue, window_at
+from small_world import catalogue, chip_folder
 
 from rayseg import active, pool
 from rayseg.errors import ConfigError, DataError, RunIncomplete
 from rayseg.geo import Region
-from rayseg.io import asking, cog
+from rayseg.io import asking, cog, labels
 from rayseg.pool import PoolConfig
 from rayseg.vision.color import ClassTable
 
+REGION = Region("r")
 TABLE = ClassTable(((0, "ground", (130, 100, 70)), (1, "wood", (50, 170, 80))))
 
 
@@ -30,7 +31,11 @@ def folder(tmp_path):
 
 def found(folder, **settings):
     config = PoolConfig(images=str(folder), size=64, **settings)
-    return pool.find(Region("r"), config, TABLE, seed=1)[0]
+    return chips(config)
+
+
+def chips(config, *, region=REGION, table=TABLE, seed=1):
+    return pool.divide(pool.survey(region, config, table), config, table, seed=seed)
 
 
 def test_chips_are_whole_cells_with_the_class_of_most_of_their_pixels(folder):
@@ -50,7 +55,7 @@ def test_chips_are_whole_cells_with_the_class_of_most_of_their_pixels(folder):
 
 def test_scenes_are_never_divided(folder):
     for seed in range(4):
-        rows = pool.find(Region("r"), PoolConfig(images=str(folder), size=32), TABLE, seed=seed)[0]
+        rows = chips(PoolConfig(images=str(folder), size=32), seed=seed)
         parts = {row["scene"]: set() for row in rows}
         for row in rows:
             parts[row["scene"]].add(row["part"])
@@ -64,16 +69,43 @@ def test_what_cannot_be_is_refused(folder):
     with pytest.raises(ConfigError, match="none is left to learn from"):
         found(folder, test=["a", "b", "c"])
     with pytest.raises(DataError, match="no chip of 90 px is left"):
-        pool.find(Region("r"), PoolConfig(images=str(folder), size=90), TABLE, seed=0)
+        chips(PoolConfig(images=str(folder), size=90))
     three = ClassTable((*TABLE.classes, (2, "water", (0, 0, 255))))
     with pytest.raises(DataError, match="class water has no pixel in any mask"):
-        pool.find(Region("r"), PoolConfig(images=str(folder), size=64), three, seed=0)
+        chips(PoolConfig(images=str(folder), size=64), table=three)
 
 
-def test_chips_of_placed_scenes_are_exported_where_they_lie_and_their_masks_come_back_placed(tmp_path):
+def test_pixels_are_read_once_however_often_they_are_divided(folder, monkeypatch):
+    read, windows = pool.rasters.read, []
+    monkeypatch.setattr(pool.rasters, "read", lambda *given, **more: windows.append(given[2]) or read(*given, **more))
+    assert [len({row["part"] for row in chips(PoolConfig(images=str(folder), size=50), seed=k)}) for k in (1, 2)] == [
+        2,
+        2,
+    ]
+    assert len(windows) == 3 * 2
+
+
+def test_imagery_that_chips_cannot_be_cut_from_is_refused(tmp_path):
+    deep = catalogue(tmp_path / "deep", one={"dtype": "uint16"}, two={"dtype": "uint16", "col": 400})
+    with pytest.raises(DataError, match=r"one has red, green, blue of uint16, chips are red, green, blue of uint8"):
+        chips(PoolConfig(size=96), region=Region("r", catalog=str(deep)))
+    narrow = catalogue(
+        tmp_path / "narrow", one={"bands": ("red", "green")}, two={"bands": ("red", "green"), "col": 400}
+    )
+    with pytest.raises(DataError, match="one has red, green of uint8"):
+        chips(PoolConfig(size=96), region=Region("r", catalog=str(narrow)))
+
+
+def test_no_class_of_labelled_images_is_held_out_as_a_whole(tmp_path):
+    path = labels.ingest_folder(str(chip_folder(tmp_path / "chips", counts=(3, 1))), tmp_path / "cat", labels="folder")
+    with pytest.raises(DataError, match=r"pool.share 0.2 keeps all 1 images labelled nongpc for validation"):
+        chips(PoolConfig(chips=f"{path}#chips", size=64))
+
+
+def test_chips_of_placed_scenes_are_exported_where_they_lie_and_their_masks_come_back(tmp_path):
     path = catalogue(tmp_path / "world", one={"margin": 0}, two={"margin": 0, "col": 400})
     config = PoolConfig(size=96, validation=("two",))
-    rows = pool.find(Region("r", catalog=str(path)), config, TABLE, seed=0)[0]
+    rows = chips(config, region=Region("r", catalog=str(path)))
     assert [row["id"] for row in rows] == ["one_0_0", "one_0_1"]
     run = tmp_path / "run"
     with pytest.raises(RunIncomplete, match="2 chips wait for masks"):
@@ -88,4 +120,3 @@ def test_chips_of_placed_scenes_are_exported_where_they_lie_and_their_masks_come
     assert active.known_labels(str(run), rows, TABLE) == ["wood", "wood"]
     active.expect_masks(str(run), rows, TABLE)
     assert np.array_equal(cog.read_bands(run / "masks" / "one_0_0.tif")[0], np.ones((96, 96)))
-    assert GRID.bounds(window_at(0, 0))

@@ -1,9 +1,16 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import ray
+from ray.exceptions import RayTaskError, WorkerCrashedError
 
 from rayseg import sweep
+from rayseg.config import load_values
 from rayseg.errors import ConfigError
+from rayseg.geo import Region
 from rayseg.pipelines.al_s4gan import Config
+from rayseg.run import Engine
 from rayseg.sweep import Trial
 
 
@@ -52,3 +59,45 @@ def test_unknown_names_are_refused():
         sweep.plan(Config(), ratios=[], strategies=["margin"], learners=["s4gan"], seeds=1)
     with pytest.raises(ConfigError, match=r"active.ratio = 2"):
         sweep.plan(Config(), ratios=[2.0], strategies=["margin"], learners=["s4gan"], seeds=1)
+
+
+def test_equal_trials_are_tried_once():
+    trials = sweep.plan(Config(), ratios=[0.02, 0.02], strategies=["margin", "margin"], learners=["s4gan"], seeds=1)
+    assert trials == [Trial(0.02, "margin", "s4gan", 0)]
+
+
+def test_what_any_trial_could_not_use_is_refused(tmp_path):
+    network = {"encoder": "test_resnet", "weights": "none"}
+    active = {"classifier": network | {"network": "chips", "size": 100}}
+    base = load_values(Config, {"active": active, "segmenter": network | {"architecture": "unet"}})
+    trials = [Trial(0.1, strategy, "s4gan", 0) for strategy in ("random", "margin")]
+    with pytest.raises(ConfigError, match="classifier's size 100 is no multiple of 32"):
+        sweep.run(base, Region("r"), trials, str(tmp_path / "out"), Engine("inline"))
+
+
+def test_trials_beside_each_other_have_no_workers_of_their_own(tmp_path):
+    with pytest.raises(ConfigError, match="set workers=0, or take --engine inline"):
+        sweep.run(Config(workers=2), Region("r"), [Trial(0.1, "random", "s4gan", 0)], str(tmp_path), Engine("ray"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (WorkerCrashedError(), "its process was lost (WorkerCrashedError)"),
+    (RayTaskError("carry_out", "", KeyError("ours")), None),
+])  # fmt: skip
+def test_only_a_process_that_was_lost_is_called_so(monkeypatch, error, said):
+    def fails(_):
+        raise error
+
+    told = SimpleNamespace(remote=lambda *_: "task")
+    fakes = {"cluster_resources": dict, "remote": lambda **_: lambda _: told, "put": str, "get": fails}
+    for name, fake in (fakes | {"wait": lambda tasks, **_: (tasks, [])}).items():
+        monkeypatch.setattr(ray, name, fake)
+    monkeypatch.setattr(sweep.flow, "connect", str)
+    trial = Trial(0.1, "random", "s4gan", 0)
+    found = sweep._carried_out(Config(), Region("r"), [trial], "out", Engine("ray", "there"), None)
+    if said:
+        assert list(found) == [(trial, {"failed": said})]
+    else:
+        with pytest.raises(RayTaskError):
+            list(found)

@@ -188,15 +188,19 @@ def _decoded(mask: Source, grid: Grid, part: Window, table: ClassTable) -> NDArr
     if len(bands) not in {1, 3, 4}:
         raise DataError(f"mask {mask.item_id} has {len(bands)} bands, expected 1 (class or palette) or 3 (colours).")
     image_CHW, valid_HW = read([mask], grid, part, bands=bands, categorical=True)
-    values_NC = image_CHW[:, valid_HW].T
-    classes_HW = np.full(valid_HW.shape, NODATA, np.uint8)
-    values = values_NC[None] if len(bands) > 1 else values_NC.T
+    whole = bool(valid_HW.all())  # as most are: then nothing is gathered and spread again
+    values_CN = image_CHW if whole else image_CHW[:, None, valid_HW]
+    values = values_CN.transpose(1, 2, 0) if len(bands) > 1 else values_CN[0]
     if values.dtype.kind not in "ui":
         raise DataError(f"mask {mask.item_id} has {values.dtype} values, expected whole numbers: convert it to uint8.")
     try:
-        classes_HW[valid_HW] = decode(values, table, palette=_palette_of(mask.assets[0][0]))[0]
+        found = decode(values, table, palette=_palette_of(mask.assets[0][0]))
     except DataError as error:
         raise DataError(f"{mask.assets[0][0]}: {error}") from None
+    if whole:
+        return found
+    classes_HW = np.full(valid_HW.shape, NODATA, np.uint8)
+    classes_HW[valid_HW] = found[0]
     return classes_HW
 
 

@@ -6,47 +6,37 @@ Sums run over all pixels within four standard deviations of the place: beyond, a
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
 from types import EllipsisType
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from rayseg.errors import ConfigError
+from rayseg.config import Config, load_values
 from rayseg.models.segmenter import build_segmenter
 
 Place = tuple[EllipsisType, slice, slice]
 WIDEST = 8.0
 """Largest standard deviation of place in px: the sums are plain ones, (8 s + 1)^2 terms for each pixel."""
+Deviation = Annotated[float, Field(gt=0, le=WIDEST)]
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """What makes neighbours agree; the defaults are those of Desai & Ghose 2022.
+class Kernels(Config):
+    """What makes neighbours agree; the defaults are those of Desai & Ghose 2022."""
 
-    Attributes:
-        iterations: of the mean field; 0 leaves the answer as it is.
-        near: standard deviation in px of the kernel of place.
-        near_weight: its weight.
-        alike: standard deviation in px of the kernel of place and colour.
-        color: its standard deviation in colour, in values 0..255.
-        alike_weight: its weight.
-    """
-
-    iterations: int = 10
-    near: float = 1.0
+    iterations: Annotated[int, Field(ge=0)] = 10
+    """Of the mean field; 0 leaves the answer as it is."""
+    near: Deviation = 1.0
+    """Standard deviation in px of the kernel of place alone."""
     near_weight: float = 3.0
-    alike: float = 1.0
-    color: float = 67.0
+    """Its weight."""
+    alike: Deviation = 1.0
+    """Standard deviation in px of the kernel of place and colour."""
+    color: Annotated[float, Field(gt=0)] = 67.0
+    """Its standard deviation in colour, in values 0..255."""
     alike_weight: float = 4.0
-
-    def __post_init__(self) -> None:
-        if max(self.near, self.alike) > WIDEST:
-            raise ConfigError(
-                f"standard deviations of place {self.near:g} and {self.alike:g} px were asked for, expected {WIDEST:g} "
-                "at most; lower them"
-            )
+    """Its weight."""
 
 
 @torch.no_grad()
@@ -139,8 +129,7 @@ def build_refined(
         weights: of the encoder.
         options: of `Kernels`; the others are arguments of `build_segmenter`.
     """
-    own = {field.name for field in fields(Kernels)}
-    kernels = Kernels(**{name: value for name, value in options.items() if name in own})  # type: ignore[arg-type]
-    rest: Any = {name: value for name, value in options.items() if name not in own}
+    kernels = load_values(Kernels, {name: value for name, value in options.items() if name in Kernels.model_fields})
+    rest: Any = {name: value for name, value in options.items() if name not in Kernels.model_fields}
     net = build_segmenter(**rest, classes=classes, channels=channels, weights=weights)
     return Refined(net, channels=channels, kernels=kernels)

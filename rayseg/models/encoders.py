@@ -28,6 +28,8 @@ State = dict[str, Tensor]
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "params", "params_ema")
 _PREFIXES = ("module.", "_orig_mod.", "encoder.", "backbone.")
 _HEADS = {"classifier", "fc", "head", "head_fc", "last_linear", "conv_head", "bn2", "norm", "norm_head", "final_conv"}
+NO_FILES = frozenset({"imagenet", "none"})
+"""Weights that libraries have or that are drawn; any others are a file."""
 CANNOT_BUILD = (KeyError, ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError, AssertionError)
 
 
@@ -83,8 +85,7 @@ def build_encoder(encoder: str, *, channels: int = 3, stride: int = 32, weights:
             )
     except (OSError, *CANNOT_BUILD) as error:
         raise cannot_build(encoder, weights, error) from None
-    if weights not in {"imagenet", "none"}:
-        load_encoder_weights(model, weights)
+    load_encoder_weights(model, weights)
     return model
 
 
@@ -111,8 +112,7 @@ def build_imagenet(name: str, *, channels: int = 3, weights: str = "imagenet") -
         )
     except (OSError, *CANNOT_BUILD) as error:
         raise cannot_build(name, weights, error) from None
-    if weights not in {"imagenet", "none"}:
-        load_encoder_weights(model, weights)
+    load_encoder_weights(model, weights)
     return model
 
 
@@ -127,8 +127,10 @@ def cannot_build(what: str, weights: str, error: Exception) -> ConfigError | Mod
     return ConfigError(f"{what} cannot be built with weights {weights!r}: {reason}; choose another encoder")
 
 
-def load_encoder_weights(encoder: nn.Module, path: str) -> None:
-    """Load the file `path` into `encoder`, all of it; only a classification head in the file is left out.
+def load_encoder_weights(encoder: nn.Module, weights: str) -> None:
+    """Load the file `weights` into `encoder`, all of it; only a classification head in the file is left out.
+
+    "imagenet" and "none" are no files: such an encoder is built as it is to be.
 
     Keys may be torchvision's, timm's or segmentation_models_pytorch's, also those of a whole model
     (`encoder.*`). A first convolution for 3 bands is adapted to the encoder's bands.
@@ -136,15 +138,17 @@ def load_encoder_weights(encoder: nn.Module, path: str) -> None:
     Raises:
         ModelError: the file cannot be read, or is of another architecture.
     """
+    if weights in NO_FILES:
+        return
     wanted = encoder.state_dict()
-    state = max(_spellings(read_state(path)), key=lambda spelled: len(_fitting(spelled, wanted)))
+    state = max(_spellings(read_state(weights)), key=lambda spelled: len(_fitting(spelled, wanted)))
     fitting = _fitting(state, wanted)
     missing = [key for key in wanted if key not in fitting and not key.endswith("num_batches_tracked")]
     surplus = [key for key in state if key not in wanted and not _in_head(key)]
     if missing or surplus:
         first = f"{missing[0]} is missing or of another shape" if missing else f"{surplus[0]} has no place in it"
         raise ModelError(
-            f"weights {path} fit {len(fitting)} of the {len(wanted)} tensors of {type(encoder).__name__} ({first}); "
+            f"weights {weights} fit {len(fitting)} of the {len(wanted)} tensors of {type(encoder).__name__} ({first}); "
             "use weights of the same encoder, or none"
         )
     encoder.load_state_dict(fitting, strict=False)

@@ -107,6 +107,5 @@ def build_segmenter(
             )
     except (OSError, *CANNOT_BUILD) as error:
         raise cannot_build(f"{architecture} on encoder {encoder}", weights, error) from None
-    if weights not in {"imagenet", "none"}:
-        load_encoder_weights(model.get_submodule("encoder"), weights)
+    load_encoder_weights(model.get_submodule("encoder"), weights)
     return Reduced(model, reduce=reduce) if reduce > 1 else model

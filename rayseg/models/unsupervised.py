@@ -135,6 +135,7 @@ def step(
     recipe: Recipe,
     precision: Precision = "float32",
     seen: Tensor | None = None,
+    teacher: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One training step on one image: towards the labels it has now, voted inside its superpixels.
 
@@ -146,14 +147,15 @@ def step(
         recipe: how to train.
         precision: of the network's arithmetic.
         seen: positions of the pixels that have data; None for all. Others have no vote and cost nothing.
+        teacher: network whose labels are voted on instead of the model's own.
 
     Returns:
         (targets (H * W,) int64, -100 where there is no data; loss before the step, a scalar).
     """
     optimizer.zero_grad()
     logits_1KHW = _forward(model, image_1CHW, precision)
-    labels = logits_1KHW.detach().argmax(1).flatten()
-    targets = _targets(labels, segments, seen, recipe)
+    given_1KHW = logits_1KHW.detach() if teacher is None else teacher(image_1CHW)
+    targets = _targets(given_1KHW.argmax(1).flatten(), segments, seen, recipe)
     loss = _loss(logits_1KHW, targets, recipe.continuity)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()

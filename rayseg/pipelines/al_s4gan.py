@@ -12,7 +12,8 @@ settings of the paper are `configs/al-s4gan/paper.yaml`.
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import Field
+import torch
+from pydantic import Field, model_validator
 
 from rayseg import active, evaluation, flow, mapping, planning, pool, publication, report
 from rayseg.active import ActiveConfig, Common
@@ -26,7 +27,6 @@ from rayseg.metrics import Confusion, bootstrap
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.crf import Kernels, Refined
-from rayseg.models.encoders import encoder_name, read_state
 from rayseg.pool import PoolConfig, Row
 from rayseg.run import Run, Step
 from rayseg.store import Location, upath
@@ -40,28 +40,6 @@ from rayseg.vision.queries import SCORES, expect_enough
 PRODUCT = "landcover"
 
 
-class CrfConfig(Frozen):
-    """The random field over the segmenter's answer."""
-
-    iterations: Annotated[int, Field(gt=0)] = 10
-    """Of the mean field."""
-    near: float = 1.0
-    """Standard deviation in px of the kernel of place alone."""
-    near_weight: float = 3.0
-    """Its weight."""
-    alike: float = 1.0
-    """Standard deviation in px of the kernel of place and colour."""
-    color: float = 67.0
-    """Its standard deviation in colour."""
-    alike_weight: float = 4.0
-    """Its weight."""
-
-    @property
-    def kernels(self) -> Kernels:
-        """As the model takes them."""
-        return Kernels(**self.model_dump())
-
-
 class Config(Frozen):
     """Settings of the pipeline; the defaults are the paper's where the machine allows."""
 
@@ -71,7 +49,7 @@ class Config(Frozen):
     active: ActiveConfig = ActiveConfig()
     segmenter: S4ganConfig | None = S4ganConfig()
     """None ends after active learning, with the accuracy of the classifier at each number of labels."""
-    crf: CrfConfig | None = None
+    crf: Kernels | None = None
     """A random field over the segmenter's answer, in measures and map."""
     map: MapConfig = MapConfig()
     patch: Annotated[int, Field(gt=0, multiple_of=32)] = 640
@@ -81,11 +59,21 @@ class Config(Frozen):
     workers: int = 0
     """Processes of Ray Train; 0 trains in the command's own process."""
     seed: int = 1234
-    """Of everything random."""
+    """Of everything random; it takes the place of `active.classifier.learning.seed` and `segmenter.learning.seed`."""
     scaling: Scaling = Scaling(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
     """How imagery becomes the networks' input; mean and standard deviation of ImageNet."""
     truth: Location | None = None
     """Masks to measure the map with: a folder, `catalog.json#collection`, or `#collection` of the region."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config":
+        if len(self.scaling.mean) != len(pool.BANDS):
+            raise ValueError(f"scaling is of {len(self.scaling.mean)} bands, chips have {', '.join(pool.BANDS)}")
+        if self.segmenter and self.stride > self.patch:
+            raise ValueError(f"stride {self.stride} is above patch {self.patch}: windows would leave gaps; lower it")
+        if self.segmenter and self.patch % (32 * self.segmenter.reduce):
+            raise ValueError(f"patch {self.patch} is no multiple of 32 x segmenter.reduce {self.segmenter.reduce}")
+        return self
 
     @property
     def table(self) -> ClassTable:
@@ -108,47 +96,18 @@ class Config(Frozen):
 # -- steps -------------------------------------------------------------------------------------------------------------
 
 
-def list_chips(step: Step, region: Region, config: PoolConfig, classes: Classes, seed: int) -> dict[str, Any]:
-    """Find the chips and divide them by scene."""
-    return pool.list_pool(step, region, config, classes.table, seed=seed)
-
-
-def draw_first(step: Step, listed: Step, config: ActiveConfig, seed: int) -> dict[str, Any]:
-    """The chips that are labelled before anything is learnt."""
-    return active.draw_first(step, listed, config, seed=seed)
-
-
-def see(step: Step, listed: Step, config: ActiveConfig, common: Common) -> dict[str, Any]:
-    """The features of all chips by a network that stays as it is."""
-    return active.see(step, listed, config, common=common)
-
-
-def query(
-    step: Step, listed: Step, seen: Step | None, before: Step, config: ActiveConfig, common: Common, number: int
-) -> dict[str, Any]:
-    """One round: train, score, choose."""
-    return active.query(step, listed, seen, before, config, number=number, common=common)
-
-
-def measure_last(
-    step: Step, listed: Step, seen: Step | None, before: Step, config: ActiveConfig, common: Common
-) -> dict[str, Any]:
-    """What a classifier is worth that has learnt from all chips chosen."""
-    return active.measure_last(step, listed, seen, before, config, common=common)
-
-
-def choose(config: Config, run: Run, region: Region) -> tuple[Step, list[Step]]:
+def choose(config: Config, run: Run, region: Region, surveyed: pool.Surveyed | None = None) -> tuple[Step, list[Step]]:
     """(the pool, the steps of active learning); without a segmenter the last one measures what was reached."""
     settings, common = config.active, config.common
-    listed = run.step("pool", list_chips, region, config.pool, config.classes, config.seed)
+    listed = run.step("pool", pool.list_pool, region, config.pool, config.classes, config.seed, surveyed)
     budget = settings.budget(listed.value["pool"])
-    steps = [run.step("round-0", draw_first, listed, settings, config.seed)]
+    steps = [run.step("round-0", active.draw_first, listed, settings, config.seed)]
     frozen = settings.frozen and common.classifies
-    seen = run.step("features", see, listed, settings, common) if frozen else None
+    seen = run.step("features", active.see, listed, settings, common) if frozen else None
     for number in range(1, budget.queries + 1):
-        steps.append(run.step(f"round-{number}", query, listed, seen, steps[-1], settings, common, number))
+        steps.append(run.step(f"round-{number}", active.query, listed, seen, steps[-1], settings, common, number))
     if config.segmenter is None:
-        steps.append(run.step("last", measure_last, listed, seen, steps[-1], settings, common))
+        steps.append(run.step("last", active.measure_last, listed, seen, steps[-1], settings, common))
     return listed, steps
 
 
@@ -167,7 +126,7 @@ def fit(step: Step, listed: Step, chosen: Step, config: Config) -> dict[str, Any
     )
     model: Any = trained_s4gan(settings, step.prefix, classes=len(config.table.classes))
     if config.crf:
-        model = Refined(model, channels=len(pool.BANDS), kernels=config.crf.kernels)
+        model = Refined(model, channels=len(pool.BANDS), kernels=config.crf)
         model.std.copy_(model.std.new_tensor(config.scaling.std) / config.scaling.scale)
     described = _described(config, measures)
     prefix = str(upath(step.root) / "models" / described.name)
@@ -191,7 +150,8 @@ def _data(root: str, listed: Step, chosen: Step, config: Config) -> Data:
     rows = {row["id"]: row for row in pool.rows_of(listed, "pool")}
     labelled = [rows[chip] for chip in asked]
     active.expect_masks(root, labelled, config.common.classes)
-    rest = [row for chip, row in rows.items() if chip not in set(asked)]
+    chosen_ids = set(asked)
+    rest = [row for chip, row in rows.items() if chip not in chosen_ids]
     held = pool.rows_of(listed, "validation")
     return Data(
         _masked(root, labelled, config),
@@ -235,6 +195,7 @@ def measure(step: Step, listed: Step, segmenter: Step, config: Config) -> dict[s
     if not rows:
         return {"part": "none"}
     _, model = bundle.build(segmenter.value["bundle"])
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     chips = _masked(step.root, rows, config)
     found = confusions(model, chips, range(len(chips)), config.scaling, unit=32 * config.segmenter.reduce)
     total = sum(found[1:], found[0])
@@ -249,19 +210,21 @@ def _by_scene(rows: Sequence[Row], found: Sequence[Confusion]) -> list[list[Conf
     return [[one for row, one in zip(rows, found, strict=True) if row["scene"] == name] for name in names]
 
 
-def learn(config: Config, run: Run, region: Region) -> tuple[Step, list[Step], Step, Step]:
+def learn(
+    config: Config, run: Run, region: Region, surveyed: pool.Surveyed | None = None
+) -> tuple[Step, list[Step], Step, Step]:
     """All but the map: (the pool, the rounds, the segmenter, its measures)."""
-    listed, rounds = choose(config, run, region)
+    listed, rounds = choose(config, run, region, surveyed)
     segmenter = run.step("segmenter", fit, listed, rounds[-1], config)
     return listed, rounds, segmenter, run.step("measure", measure, listed, segmenter, config)
 
 
-def tried(config: Config, run: Run, region: Region) -> dict[str, Any]:
+def tried(config: Config, run: Run, region: Region, surveyed: pool.Surveyed) -> dict[str, Any]:
     """What a trial of a sweep finds: `curve`, points (labels, measure), and all measures; nothing is mapped."""
     if config.segmenter is None:
-        _, rounds = choose(config, run, region)
+        _, rounds = choose(config, run, region, surveyed)
         return {"curve": _accuracies(rounds), "part": "validation"}
-    _, _, segmenter, measured = learn(config, run, region)
+    _, _, segmenter, measured = learn(config, run, region, surveyed)
     found = measured.value["mean_iou"] if "mean_iou" in measured.value else float("nan")
     return {"curve": [(segmenter.value["masks"], found)], **measured.value}
 
@@ -284,15 +247,18 @@ def write_report(
     """The report of a map: what it was learnt from, and how the chips were chosen."""
     listed, segmenter, measured, *rounds = parts
     value, where = measured.value, measured.value["part"]
-    said = (
-        f"Learnt from {segmenter.value['masks']} masks, chosen by {config.active.strategy}, and "
-        f"{listed.value['pool'] - segmenter.value['masks']} chips without."
-    )
+    said = _learnt_from(config, masks=segmenter.value["masks"], chips=listed.value["pool"])
     if where != "none":
         chosen = ", by which the checkpoint was chosen too" if where == "validation" else ""
         said += f" Mean IoU on the {value['chips']} {where} chips{chosen}: {value['mean_iou']:.3f}."
     extras = publication.Extras(labels=said, pictures=_curve(rounds), tables=(_picks(rounds[-1], config),))
     return publication.write_report(step, predicted, polygons, evaluated, extras)
+
+
+def _learnt_from(config: Config, *, masks: int, chips: int) -> str:
+    assert config.segmenter is not None
+    without = f", and {chips - masks} chips without" if config.segmenter.discriminator else ""
+    return f"Learnt from {masks} masks, chosen by {config.active.strategy}{without}."
 
 
 def write_choice(step: Step, listed: Step, rounds: Sequence[Step], config: Config) -> dict[str, Any]:
@@ -341,29 +307,39 @@ def _picks(chosen: Step, config: Config) -> publication.Table:
 
 def check(config: Config, region: Region) -> None:
     """Refuse, before anything is written, chips, imagery, settings and weights that cannot be used."""
-    learners: list[Any] = [config.active.classifier]
+    expect_settings(config)
     if config.segmenter:
+        mapping.plan(region, _described(config), config.map)
+    if truth := _of_region(region, config.truth):
+        masks.masks_of(truth, names=config.table.names)
+    expect_chips(config, pool.survey(region, config.pool, config.table))
+
+
+def expect_settings(config: Config) -> None:
+    """Refuse settings and weights that cannot be learnt with: all networks are built once.
+
+    Raises:
+        ConfigError: a setting cannot be meant.
+        ModelError: weights cannot be had, or do not fit.
+    """
+    settings, segmenter = config.active.classifier, config.segmenter
+    if segmenter:
         if config.pool.chips:
             raise ConfigError("labelled images have no masks to learn a segmenter from; set segmenter to null")
         _described(config)
-        expect_trainable(config.segmenter, workers=config.workers)
-        encoder_name(config.segmenter.encoder)
-        learners.append(config.segmenter)
+        expect_trainable(segmenter, workers=config.workers)
     if config.common.classifies:
-        expect_classifier(config.active.classifier, workers=config.workers)
+        expect_classifier(settings, workers=config.workers)
     _expect_sizes(config)
-    for learner in learners:
-        if learner.weights not in {"imagenet", "none"}:
-            read_state(learner.weights)
-    rows, classes = pool.find(region, config.pool, config.table, seed=config.seed)
-    count = sum(row["part"] == "pool" for row in rows)
-    expect_enough(count, config.active.ratio, len(set(classes) - set(config.pool.absent)))
-    if truth := _of_region(region, config.truth):
-        masks.masks_of(truth, names=config.table.names)
+    classes, channels = len(config.table.classes), len(pool.BANDS)
+    if config.common.classifies:
+        settings.build(classes=classes, channels=channels)
+    if segmenter:
+        segmenter.build(classes=classes, channels=channels)
 
 
 def _expect_sizes(config: Config) -> None:
-    sizes = {"active.classifier.size": config.active.classifier.size}
+    sizes = {"active.classifier.size": config.active.classifier.size} if config.common.classifies else {}
     if config.segmenter:
         sizes["segmenter.size"] = config.segmenter.size
     for name, size in sizes.items():
@@ -371,10 +347,22 @@ def _expect_sizes(config: Config) -> None:
             raise ConfigError(f"{name} {size} exceeds the chips' {config.pool.size} px; lower it, or raise pool.size")
 
 
+def expect_chips(config: Config, surveyed: pool.Surveyed) -> int:
+    """Refuse chips that cannot be divided as asked for, or are too few; return how many are in the pool.
+
+    Raises:
+        ConfigError: fewer chips are asked for than there are classes.
+        RaysegError: see `pool.divide`.
+    """
+    rows = pool.divide(surveyed, config.pool, config.table, seed=config.seed)
+    count = len([row for row in rows if row["part"] == "pool"])
+    expect_enough(count, config.active.ratio, len(set(surveyed.classes) - set(config.pool.absent)))
+    return count
+
+
 def forecast(config: Config, region: Region) -> planning.Forecast:
     """What is known of a run before it is begun; what choosing and training take shows only while they are done."""
-    rows, _ = pool.find(region, config.pool, config.table, seed=config.seed)
-    count = sum(row["part"] == "pool" for row in rows)
+    count = expect_chips(config, pool.survey(region, config.pool, config.table))
     unknown = (f"choosing from {count} chips in rounds, and training on them",)
     if not config.segmenter:
         return planning.Forecast([], unknown=(*unknown, "nothing is mapped without a segmenter"))

@@ -2,11 +2,11 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from rayseg.errors import DataError
 Array = NDArray[Any]
 Read = Callable[[int], Array]
 Indices = NDArray[np.int64]
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -176,12 +178,17 @@ def read_ahead(
     Raises:
         DataError: the images of a batch have different shapes.
     """
-    waiting: deque[Future[Batch]] = deque()
+    return made_ahead(partial(_read_batch, read, read_mask), batches, threads=threads, count=ahead)
+
+
+def made_ahead(make: Callable[[T], R], items: Iterable[T], *, threads: int, count: int) -> Generator[R, None, None]:
+    """What `make` gives of every item, in order; `count` are ready, or in work, before they are asked for."""
+    waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for chips in batches:
-                waiting.append(pool.submit(_read_batch, chips, read, read_mask))
-                if len(waiting) > ahead:
+            for item in items:
+                waiting.append(pool.submit(make, item))
+                if len(waiting) > count:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -190,7 +197,7 @@ def read_ahead(
                 future.cancel()
 
 
-def _read_batch(chips: Indices, read: Read, read_mask: Read | None) -> Batch:
+def _read_batch(read: Read, read_mask: Read | None, chips: Indices) -> Batch:
     images = [read(int(position)) for position in chips]
     shapes = sorted({image.shape for image in images})
     if len(shapes) > 1:

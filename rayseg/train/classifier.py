@@ -21,7 +21,7 @@ from rayseg.store import StorePath, absolute
 from rayseg.train import session
 from rayseg.train.augment import Augment, augment, centre
 from rayseg.train.batches import Batch, Chips, Indices, Kept, Read, epoch_batches, read_ahead
-from rayseg.train.learning import Learner, Learning, Rates, precision
+from rayseg.train.learning import Learner, Learning, Rates, expect_size, precision
 
 State = dict[str, Any]
 
@@ -59,6 +59,11 @@ class ClassifierConfig(Config):
     augment: Augment = Augment()
     """What happens to training chips."""
 
+    @property
+    def factory(self) -> Literal["classifier", "over-imagenet", "plots"]:
+        """Name of the network's factory, as a bundle keeps it."""
+        return "classifier" if self.network == "chips" else self.network
+
     def options(self, *, classes: int, channels: int) -> dict[str, str | int | float]:
         """Arguments of the network's factory, as a bundle keeps them."""
         if self.network == "plots":
@@ -74,6 +79,16 @@ class ClassifierConfig(Config):
             "pooling": self.pooling,
             "reduce": self.reduce,
         }
+
+    def build(self, *, classes: int, channels: int, weights: str | None = None) -> nn.Module:
+        """The network, in training mode; `weights` take the place of its own.
+
+        Raises:
+            ConfigError: encoder, stride or pooling are unknown or do not go together.
+            ModelError: the weights are not to be had or do not fit.
+        """
+        options = self.options(classes=classes, channels=channels)
+        return NETWORKS[self.network](**options, weights=weights or self.weights)
 
 
 def fit_classifier(
@@ -129,11 +144,7 @@ def expect_trainable(settings: ClassifierConfig, *, workers: int) -> None:
             f"the classifier's learning.batch {settings.learning.batch} cannot be shared evenly; "
             f"make it a multiple of {unit}"
         )
-    if settings.size % (32 * settings.reduce):
-        raise ConfigError(
-            f"the classifier's size {settings.size} is no multiple of 32 x reduce = {32 * settings.reduce} px; "
-            "change it"
-        )
+    expect_size(settings.size, reduce=settings.reduce, what="the classifier's size")
 
 
 def _check(settings: ClassifierConfig, chips: Chips, workers: int) -> None:
@@ -157,7 +168,7 @@ NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
 
 def trained_classifier(settings: ClassifierConfig, prefix: StorePath, *, classes: int, channels: int = 3) -> nn.Module:
     """The network `fit_classifier` kept under `prefix`, in evaluation mode."""
-    model = NETWORKS[settings.network](**settings.options(classes=classes, channels=channels), weights="none")
+    model = settings.build(classes=classes, channels=channels, weights="none")
     model.load_state_dict(session.best_weights(prefix))
     return model.eval()
 
@@ -168,8 +179,8 @@ def _train(config: State) -> State:
     device = session.device_of(config)
     state = session.load_checkpoint(config["prefix"], config["key"])
     torch.manual_seed(settings.learning.seed)
-    options = settings.options(classes=max(chips.count, 2), channels=chips.read(0).shape[2])
-    net = NETWORKS[settings.network](**options, weights="none" if state else settings.weights)
+    classes, channels = max(chips.count, 2), chips.read(0).shape[2]
+    net = settings.build(classes=classes, channels=channels, weights="none" if state else None)
     learner = Learner.start(net, settings.learning, device)
     state = state or {"epoch": 0, "best": session.NOTHING}
     if state["epoch"]:

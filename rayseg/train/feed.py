@@ -7,10 +7,10 @@ Data's tasks anywhere in the cluster or by threads of this process; nothing is w
 
 import pickle
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice, repeat, takewhile
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -25,10 +25,13 @@ from rayseg.errors import DataError
 from rayseg.geo import Window
 from rayseg.io.scenes import LabelledImage, read_window
 from rayseg.train.augment import Augment, augment, resized
+from rayseg.train.batches import made_ahead
 from rayseg.vision.color import ClassTable
 
 Pixels = NDArray[Any]
 Counts = NDArray[np.int64]
+PER_BLOCK = 4
+"""Batches that one of Ray Data's tasks reads: a block costs it some 20 ms, whatever is in it."""
 
 
 class Sampling(Config):
@@ -249,25 +252,18 @@ def timed(batches: Iterator[list[Cut]], waiting: Waiting) -> Iterator[list[Cut]]
 
 
 def _by_threads(steps: Sequence[Step], read: Read, threads: int, ahead: int) -> Iterator[list[Cut]]:
-    waiting: deque[list[Future[Cut]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for step in steps:
-                waiting.append([pool.submit(read, draw) for draw in step])
-                if len(waiting) > ahead:
-                    yield [cut.result() for cut in waiting.popleft()]
-            while waiting:
-                yield [cut.result() for cut in waiting.popleft()]
-        finally:
-            for future in (future for step in waiting for future in step):
-                future.cancel()
+    draws = (draw for step in steps for draw in step)
+    count = ahead * max(map(len, steps), default=0)
+    with closing(made_ahead(read, draws, threads=threads, count=count)) as cuts:
+        for step in steps:
+            yield list(islice(cuts, len(step)))
 
 
 def _by_ray(steps: Sequence[Step], read: Read, _threads: int, _ahead: int) -> Iterator[list[Cut]]:
-    """One block of one dataset per batch, in order; it is read by tasks of half a CPU each."""
+    """Blocks of some batches, in order; each is read by a task of half a CPU."""
     import ray.data
 
-    numbers = ray.data.range(len(steps), override_num_blocks=len(steps))
+    numbers = ray.data.range(len(steps), override_num_blocks=-(-len(steps) // PER_BLOCK))
     table = numbers.map_batches(_ReadSteps(read, steps), batch_size=None, batch_format="pyarrow", num_cpus=0.5)
     table.context.enable_progress_bars = False  # of this dataset alone: what is set in the process is others'
     table.context.print_on_execution_start = False
@@ -306,15 +302,8 @@ def _unpacked(packed: pa.LargeBinaryScalar) -> list[Cut]:
 
 def _ahead(batches: Iterator[list[Cut]], count: int) -> Iterator[list[Cut]]:
     """The same batches, made in another thread, `count` of them before they are asked for."""
-    with ThreadPoolExecutor(1) as hand:
-        coming = deque(hand.submit(next, batches, None) for _ in range(count))
-        try:
-            while (batch := coming.popleft().result()) is not None:
-                coming.append(hand.submit(next, batches, None))
-                yield batch
-        finally:
-            for future in coming:
-                future.cancel()
+    with closing(made_ahead(lambda _: next(batches, None), repeat(None), threads=1, count=count)) as coming:
+        yield from takewhile(lambda batch: batch is not None, coming)
 
 
 # -- on the device ----------------------------------------------------------------------------------------------------

@@ -260,6 +260,16 @@ def expect_batch(settings: Learning, *, workers: int, what: str) -> None:
         )
 
 
+def expect_size(size: int, *, reduce: int, what: str) -> None:
+    """Refuse windows of `size` px that a network with `reduce` cannot halve five times.
+
+    Raises:
+        ConfigError: what is wrong, of the size called `what`.
+    """
+    if size % (32 * reduce):
+        raise ConfigError(f"{what} {size} is no multiple of 32 x reduce = {32 * reduce} px; change it")
+
+
 def precision(settings: Learning, device: torch.device) -> AbstractContextManager[Any]:
     """The context to compute in: bfloat16 where it is safe on GPUs, unless asked otherwise."""
     wanted = device.type == "cuda" if settings.half is None else settings.half

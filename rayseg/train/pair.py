@@ -9,9 +9,9 @@ from torch import nn
 
 from rayseg.config import Config
 from rayseg.models.s4gan import Discriminator, poly
-from rayseg.train import session
 from rayseg.train.augment import Augment
 from rayseg.train.learning import Learner, Learning
+from rayseg.train.network import NetworkConfig
 
 State = dict[str, Any]
 Positive = Annotated[float, Field(gt=0)]
@@ -37,17 +37,13 @@ class DiscriminatorConfig(Config):
     """Steps before any does."""
 
 
-class S4ganConfig(Config):
+class S4ganConfig(NetworkConfig):
     """A segmenter and how it is trained; the defaults are the paper's but for the architecture, which is DeepLab v2."""
 
     architecture: str = "deeplabv3plus"
     """A name of segmentation_models_pytorch."""
     encoder: str = "resnet101"
     """A name of segmentation_models_pytorch or of timm."""
-    weights: session.Weights = "imagenet"
-    """Of the encoder: "imagenet", "none", or a file."""
-    reduce: Annotated[int, Field(gt=0)] = 1
-    """Side in pixels of the squares whose mean the network sees as one pixel."""
     size: Annotated[int, Field(gt=0)] = 320
     """Side in pixels of the windows cut out of the chips; a multiple of 32 times `reduce`."""
     steps: Annotated[int, Field(gt=0)] = 20_000
@@ -71,20 +67,16 @@ class S4ganConfig(Config):
     augment: Augment = Augment(crop="random", scale=(0.5, 1.6), quadrants=0.0, rotate=0.0)
     """What happens to training chips and their masks."""
 
-    def options(self, *, classes: int, channels: int) -> dict[str, str | int | float]:
-        """Arguments of `build_segmenter`, as a bundle keeps them."""
-        return {
-            "architecture": self.architecture,
-            "encoder": self.encoder,
-            "classes": classes,
-            "channels": channels,
-            "reduce": self.reduce,
-        }
-
 
 @dataclass
 class Pair:
-    """Segmenter and discriminator in training."""
+    """Segmenter and discriminator in training.
+
+    Attributes:
+        settings: of both.
+        segmenter: maps of classes from images.
+        judge: the discriminator; None where the segmenter learns from masks alone.
+    """
 
     settings: S4ganConfig
     segmenter: Learner

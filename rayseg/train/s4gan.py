@@ -16,18 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from rayseg.errors import ConfigError, DataError
+from rayseg.errors import DataError
 from rayseg.metrics import Confusion
 from rayseg.models.bundle import Scaling
 from rayseg.models.losses import cross_entropy_sum, mass
 from rayseg.models.s4gan import discriminator_loss, expect_seen, feature_matching, one_hot, self_training
-from rayseg.models.segmenter import build_segmenter
 from rayseg.store import StorePath, absolute
 from rayseg.train import session
 from rayseg.train.augment import augment, centre
 from rayseg.train.batches import Batch, Chips, Indices, Kept, endless, read_ahead, shard
 from rayseg.train.classifier import key_of, names_of
-from rayseg.train.learning import Learning, expect_batch, precision
+from rayseg.train.learning import Learning, expect_batch, expect_size, precision
 from rayseg.train.pair import Pair, S4ganConfig
 
 State = dict[str, Any]
@@ -81,17 +80,14 @@ def fit_s4gan(
 def expect_trainable(settings: S4ganConfig, *, workers: int) -> None:
     """Raise ConfigError if batch or size cannot be meant."""
     expect_batch(settings.learning, workers=workers, what="segmenter")
-    if settings.size % (32 * settings.reduce):
-        raise ConfigError(
-            f"the segmenter's size {settings.size} is no multiple of 32 x reduce = {32 * settings.reduce} px; change it"
-        )
+    expect_size(settings.size, reduce=settings.reduce, what="the segmenter's size")
     if settings.discriminator:
         expect_seen(settings.size)
 
 
 def trained_s4gan(settings: S4ganConfig, prefix: StorePath, *, classes: int, channels: int = 3) -> nn.Module:
     """The segmenter `fit_s4gan` kept under `prefix`, in evaluation mode."""
-    net = build_segmenter(**settings.options(classes=classes, channels=channels), weights="none")  # type: ignore[arg-type]
+    net = settings.build(classes=classes, channels=channels, weights="none")
     net.load_state_dict(session.best_weights(prefix))
     return net.eval()
 
@@ -107,7 +103,11 @@ def _train(config: State) -> State:
     if state:
         pair.segmenter.is_kept(config["prefix"], state["epoch"])
     state = state or {"step": 0, "epoch": 0, "best": session.NOTHING}
-    config = config | {"device": device, "read": _reading(config["data"], settings), "held": _held(config["data"])}
+    config = config | {
+        "device": device,
+        "read": _reading(config["data"], settings),
+        "held": _held(config["data"], settings),
+    }
     with session.scalars(config["prefix"]) as write:
         while state["step"] < settings.steps:
             measures = _steps(state["step"], pair, config) | _measure(pair, config)
@@ -126,8 +126,7 @@ def _pair(state: State | None, config: State, device: torch.device) -> Pair:
     settings, labelled = config["settings"], config["data"].labelled
     torch.manual_seed(settings.learning.seed)
     channels = labelled.read(0).shape[2]
-    options = settings.options(classes=labelled.count, channels=channels)
-    net = build_segmenter(**options, weights="none" if state else settings.weights)
+    net = settings.build(classes=labelled.count, channels=channels, weights="none" if state else None)
     pair = Pair.start(net, settings, device, classes=labelled.count, channels=channels)
     if state:
         pair.resume(state)
@@ -135,21 +134,25 @@ def _pair(state: State | None, config: State, device: torch.device) -> Pair:
 
 
 def _reading(data: Data, settings: S4ganConfig) -> dict[str, Kept]:
-    """Readers that keep what fits into memory: most of it for images."""
-    limit = settings.learning.memory // 4
+    """Readers that keep what fits into their part of the memory, most of it for images."""
+    limit = settings.learning.memory // 8
     assert data.labelled.read_mask is not None
-    readers = {"labelled": Kept(data.labelled.read, limit=limit), "masks": Kept(data.labelled.read_mask, limit=limit)}
+    readers = {
+        "labelled": Kept(data.labelled.read, limit=2 * limit),
+        "masks": Kept(data.labelled.read_mask, limit=limit),
+    }
     if data.unlabelled:
-        readers["unlabelled"] = Kept(data.unlabelled.read, limit=2 * limit)
+        readers["unlabelled"] = Kept(data.unlabelled.read, limit=3 * limit)
     return readers
 
 
-def _held(data: Data) -> Chips | None:
-    """The validation chips, kept in memory as far as they fit: every checkpoint looks at all of them."""
+def _held(data: Data, settings: S4ganConfig) -> Chips | None:
+    """The validation chips, kept in the rest of the memory: every checkpoint looks at all of them."""
     chips = data.validation
     if chips is None or chips.read_mask is None:
         return None
-    return replace(chips, read=Kept(chips.read, limit=1 << 30), read_mask=Kept(chips.read_mask, limit=1 << 28))
+    limit = settings.learning.memory // 8
+    return replace(chips, read=Kept(chips.read, limit=limit), read_mask=Kept(chips.read_mask, limit=limit))
 
 
 STREAMS = {"labelled": 1, "unlabelled": 2, "drawn": 3}
@@ -221,7 +224,9 @@ def _step(step: int, given: Given, pair: Pair, config: State, items: Callable[[]
     rate, judging_rate = pair.rates(step)
     what, count = f"s4gan, step {step}", len(given.labelled[0])
     told: list[Told] = []
-    loss_of = partial(_loss_of, step, given, pair, config, told)
+    assert given.labelled[1] is not None
+    share = session.share_of(mass(given.labelled[1]))
+    loss_of = partial(_loss_of, step, given, share, pair, config, told)
     loss = pair.segmenter.step(loss_of, count, rate, items=items, what=what)
     if pair.judge is None or given.unlabelled is None:
         return {"loss": loss}
@@ -242,12 +247,15 @@ class Told(NamedTuple):
     said: dict[str, float]
 
 
-def _loss_of(step: int, given: Given, pair: Pair, config: State, told: list[Told], part: slice) -> Tensor:
+def _loss_of(
+    step: int, given: Given, share: Tensor, pair: Pair, config: State, told: list[Told], part: slice
+) -> Tensor:
     """What a part of the batches adds to the segmenter's loss; matching and self-training are of the part alone."""
+    if not part.start:
+        told.clear()  # where memory was short, a step begins again
     images, masks = given.labelled
     assert masks is not None
-    known = mass(masks).clamp(min=1.0)
-    own: Tensor = cross_entropy_sum(_logits(pair.segmenter.net, images[part], config), masks[part]) / known
+    own: Tensor = cross_entropy_sum(_logits(pair.segmenter.net, images[part], config), masks[part]) * share
     if pair.judge is None or given.unlabelled is None or given.drawn is None:
         return own
     settings, judge = pair.settings.discriminator, pair.judge.net

@@ -9,7 +9,6 @@
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from io import BytesIO
 from typing import Annotated, Any, Literal
@@ -31,6 +30,7 @@ from rayseg.models.cpu import threads
 from rayseg.models.encoders import recalibrate_batchnorm
 from rayseg.models.unsupervised import RECIPES, Precision, Recipe
 from rayseg.store import put, upath
+from rayseg.train.batches import made_ahead
 from rayseg.train.session import load_checkpoint
 from rayseg.vision.clusters import grouped, isodata
 from rayseg.vision.color import label_table
@@ -66,6 +66,9 @@ class NetworkConfig(Config):
     """Patches per epoch, drawn anew from all for each; None takes all."""
     seed: int = 2021
     """Of the first weights and of the order of patches."""
+    start: Annotated[int, Field(gt=1)] | None = 16
+    """The first epoch learns so many clusters of colours (k-means; never more than labels); None starts from what the
+    network happens to see, as the paper does."""
     merge_to: Annotated[int, Field(gt=1)] | None = 8
     """Labels are merged to so many by the distance of their features; None keeps all."""
     precision: Precision = "float32"
@@ -232,7 +235,8 @@ class TrainScene:
     def _fitted(self, patches: Patches, prefix: str, seed: int) -> tuple[nn.Module, list[dict[str, float]]]:
         if self.config.network in RECIPES:
             return fit(patches, self.config, prefix=prefix, seed=seed, device=self.device)
-        return nearest(patches, self.config, seed=seed).to(self.device), []
+        clusters = nearest(patches, self.config.labels, seed=seed, by_isodata=self.config.network == "isodata")
+        return clusters.to(self.device), []
 
     def _keep(self, scene: str, net: nn.Module, groups: NDArray[np.intp], scaling: Scaling) -> str:
         labels, classes = len(groups), int(groups.max()) + 1
@@ -280,9 +284,13 @@ def fit(
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
     history: list[dict[str, float]] = list(state["history"])
+    teacher = None
+    if config.start and not history:
+        teacher = nearest(patches, min(config.start, config.labels), seed=seed).to(device)
     with unsupervised.quick_and_reproducible(device, config.precision):
         while len(history) < config.epochs and not (history and history[-1]["labels"] == 1):
-            history.append(epoch(len(history), net, optimizer, patches, config, seed=seed))
+            history.append(epoch(len(history), net, optimizer, patches, config, seed=seed, teacher=teacher))
+            teacher = None
             state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
             content = BytesIO()
             torch.save({"settings": settings, **state}, content)
@@ -303,14 +311,18 @@ def epoch(
     config: NetworkConfig,
     *,
     seed: int,
+    teacher: nn.Module | None = None,
 ) -> dict[str, float]:
-    """One pass over the patches in an order drawn from (seed, number); returns loss and labels."""
+    """One pass over the patches in an order drawn from (seed, number); returns loss and labels.
+
+    It goes towards the labels of `teacher`, or the network's own, voted in superpixels.
+    """
     order = np.random.default_rng((seed, number)).permutation(len(patches))[: config.patches]
     device = next(net.parameters()).device
     counts = torch.zeros(config.labels, dtype=torch.int64, device=device)
     losses = []
     net.train()
-    for image, superpixels, seen in _ahead(patches, order):
+    for image, superpixels, seen in made_ahead(patches.read, map(int, order), threads=1, count=1):
         if seen is not None and not len(seen):
             continue
         segments, places = (part if part is None else part.to(device) for part in (superpixels, seen))
@@ -322,21 +334,12 @@ def epoch(
             recipe=config.recipe,
             precision=config.precision,
             seen=places,
+            teacher=teacher,
         )
         counts += torch.bincount(targets[targets >= 0], minlength=config.labels)
         losses.append(loss)
     mean = float(torch.stack(losses).mean()) if losses else float("nan")
     return {"epoch": float(number + 1), "loss": mean, "labels": float(counts.count_nonzero())}
-
-
-def _ahead(patches: Patches, order: NDArray[np.intp]) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
-    """Patches in order, the next one read while the network works."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = [pool.submit(patches.read, int(number)) for number in order[:1]]
-        for number in [*order[1:], None]:
-            ready = coming.pop()
-            coming += [pool.submit(patches.read, int(number))] if number is not None else []
-            yield ready.result()
 
 
 def _spread(patches: Patches, most: int) -> list[int]:
@@ -366,7 +369,7 @@ def measured(net: nn.Module, patches: Patches, device: torch.device) -> tuple[ND
     return sums / np.maximum(sizes, 1)[:, None], sizes.astype(np.int64)
 
 
-def nearest(patches: Patches, config: NetworkConfig, *, seed: int) -> nn.Module:
+def nearest(patches: Patches, clusters: int, *, seed: int, by_isodata: bool = False) -> nn.Module:
     """The centres that k-means or ISODATA finds in pixels of some patches, as a network of one layer."""
     chosen = _spread(patches, MOST_MEASURED)
     rng = np.random.default_rng(seed)
@@ -377,8 +380,8 @@ def nearest(patches: Patches, config: NetworkConfig, *, seed: int) -> nn.Module:
         pixels_NC = pixels_NC if seen is None else pixels_NC[seen.numpy()]
         parts.append(pixels_NC[rng.permutation(len(pixels_NC))[: MOST_SAMPLES // len(chosen)]])
     samples_NC = np.concatenate(parts)
-    if config.network == "isodata":
-        return unsupervised.nearest(isodata(samples_NC, clusters=config.labels, seed=seed))
-    clusters = min(config.labels, len(np.unique(samples_NC, axis=0)))
+    if by_isodata:
+        return unsupervised.nearest(isodata(samples_NC, clusters=clusters, seed=seed))
+    clusters = min(clusters, len(np.unique(samples_NC, axis=0)))
     found = KMeans(clusters, n_init=1, random_state=seed).fit(samples_NC)
     return unsupervised.nearest(found.cluster_centers_)

@@ -18,14 +18,14 @@ from rayseg.config import Config
 from rayseg.errors import ConfigError, DataError
 from rayseg.metrics import Confusion
 from rayseg.models.bundle import Scaling
-from rayseg.models.segmenter import build_segmenter
 from rayseg.store import StorePath, absolute, upath
 from rayseg.train import session
 from rayseg.train.augment import Augment, augment, centre
 from rayseg.train.batches import Chips, Indices, Kept, epoch_batches, read_ahead, shard
 from rayseg.train.classifier import key_of, names_of
 from rayseg.train.labels import LOSSES, Labelling, Masks, labelled, probabilities
-from rayseg.train.learning import Learner, Learning, Rates, precision
+from rayseg.train.learning import Learner, Learning, Rates, expect_size, precision
+from rayseg.train.network import NetworkConfig
 
 State = dict[str, Any]
 
@@ -49,17 +49,13 @@ class StageConfig(Config):
     """Which epoch is kept, if there are chips with masks to measure on; else the last."""
 
 
-class SegmenterConfig(Config):
+class SegmenterConfig(NetworkConfig):
     """A segmenter and how it is trained; the defaults are the paper's."""
 
     architecture: str = "unet"
     """A name of segmentation_models_pytorch."""
     encoder: str = "regnety_040"
     """A name of segmentation_models_pytorch or of timm."""
-    weights: session.Weights = "imagenet"
-    """Of the encoder: "imagenet", "none", or a file."""
-    reduce: Annotated[int, Field(gt=0)] = 1
-    """Side in pixels of the squares whose mean the network sees as one pixel."""
     loss: Literal["bce_ssim_iou", "bce_iou", "bce"] = "bce_ssim_iou"
     """Sum of cross-entropy, 1 - SSIM and 1 - soft IoU; see rayseg.train.labels.LOSSES."""
     size: Annotated[int, Field(gt=0)] = 512
@@ -82,16 +78,6 @@ class SegmenterConfig(Config):
     """How weights are changed."""
     augment: Augment = Augment()
     """What happens to training chips and their masks."""
-
-    def options(self, *, channels: int) -> dict[str, Any]:
-        """Arguments of `build_segmenter`, as a bundle keeps them."""
-        return {
-            "architecture": self.architecture,
-            "encoder": self.encoder,
-            "classes": 1,
-            "channels": channels,
-            "reduce": self.reduce,
-        }
 
 
 def fit_segmenter(
@@ -143,7 +129,7 @@ def trained_segmenter(
     settings: SegmenterConfig, prefix: StorePath, *, stage: str | None = None, channels: int = 3
 ) -> nn.Module:
     """The network `fit_segmenter` kept under `prefix` at the end of a stage (the last one), in evaluation mode."""
-    model = _network(settings, channels=channels, weights="none")
+    model = settings.build(channels=channels, weights="none")
     model.load_state_dict(session.best_weights(upath(prefix) / (stage or _stages(settings)[-1])))
     return model.eval()
 
@@ -154,8 +140,7 @@ def _check(settings: SegmenterConfig, chips: Chips, workers: int) -> None:
             f"batch {settings.learning.batch} with {settings.negatives:.0%} negatives cannot be shared by {workers} "
             "workers; make it a larger multiple of them"
         )
-    if settings.size % (32 * settings.reduce):
-        raise ConfigError(f"size {settings.size} is no multiple of 32 x reduce = {32 * settings.reduce} px; change it")
+    expect_size(settings.size, reduce=settings.reduce, what="the segmenter's size")
     stages = _stages(settings)
     if not stages or getattr(settings, stages[0]).relabel != "never":
         raise ConfigError("the segmenter's first stage with epochs must learn from the coarse masks: relabel never")
@@ -172,11 +157,6 @@ def _counts(settings: SegmenterConfig, workers: int) -> tuple[int, int]:
     batch = settings.learning.batch // workers
     negatives = round(batch * settings.negatives)
     return batch - negatives, negatives
-
-
-def _network(settings: SegmenterConfig, *, channels: int, weights: str) -> nn.Module:
-    options = settings.options(channels=channels)
-    return build_segmenter(**options, weights=weights)
 
 
 def _train(config: State) -> State:
@@ -220,11 +200,8 @@ def _learner(before: dict[str, Tensor], state: State, config: State) -> Learner:
     settings: SegmenterConfig = config["settings"]
     fresh = not before or getattr(settings, config["stage"]).restart
     torch.manual_seed(_seed(config))
-    net = _network(
-        settings,
-        channels=config["chips"].read(0).shape[2],
-        weights=settings.weights if fresh and not state["epoch"] else "none",
-    )
+    channels = config["chips"].read(0).shape[2]
+    net = settings.build(channels=channels, weights=None if fresh and not state["epoch"] else "none")
     if not fresh:
         net.load_state_dict(before)
     learner = Learner.start(net, settings.learning, config["device"])
@@ -240,7 +217,8 @@ def _seed(config: State) -> int:
 
 
 def _restored(weights: dict[str, Tensor], config: State) -> nn.Module:
-    net = _network(config["settings"], channels=config["chips"].read(0).shape[2], weights="none")
+    settings: SegmenterConfig = config["settings"]
+    net = settings.build(channels=config["chips"].read(0).shape[2], weights="none")
     net.load_state_dict(weights)
     return net.to(config["device"])
 

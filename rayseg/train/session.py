@@ -29,6 +29,7 @@ from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor, nn
 
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError
+from rayseg.models.encoders import NO_FILES
 from rayseg.store import StorePath, absolute, is_local, put, upath
 
 Loop = Callable[[dict[str, Any]], dict[str, Any]]
@@ -37,7 +38,7 @@ State = dict[str, Any]
 
 def weights_everywhere(weights: str) -> str:
     """The name of weights, or their file as every worker understands it, whatever folder it works in."""
-    return weights if weights in {"imagenet", "none"} else absolute(weights)
+    return weights if weights in NO_FILES else absolute(weights)
 
 
 Weights = Annotated[str, AfterValidator(weights_everywhere)]
@@ -221,6 +222,15 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
+def share_of(mass: Tensor) -> Tensor:
+    """What sums over this worker's pixels are multiplied by, so that the workers' mean is that of the whole batch.
+
+    Args:
+        mass: number, or weight, of this worker's labelled pixels; where no worker has any, sums are 0 anyway.
+    """
+    return world() / summed(mass).clamp(min=1e-12)
+
+
 def save_checkpoint(prefix: StorePath, settings: str, state: State) -> None:
     """Worker 0 writes `<prefix>/checkpoint.pt`, whole or not at all, in place of the one before."""
     if rank() == 0:
@@ -247,7 +257,8 @@ def load_checkpoint(prefix: StorePath, settings: str | None) -> State | None:
     except (RuntimeError, ValueError, EOFError) as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise ModelError(f"checkpoint {path} is damaged: {reason}; delete it to train from the start") from None
-    if state.pop("settings", None) != settings is not None:
+    found = state.pop("settings", None)
+    if settings is not None and found != settings:
         raise ModelError(f"checkpoint {path} is of a training with other settings; delete it or use another prefix")
     return state
 
@@ -268,10 +279,14 @@ def best_weights(prefix: StorePath) -> dict[str, Tensor]:
 def better(
     best: State, order: Sequence[float], measures: Mapping[str, float], weights: Callable[[], dict[str, Tensor]]
 ) -> State:
-    """What to keep: `best`, or this epoch if its `order` is above; weights are only asked for if they are kept."""
-    if best["weights"] and tuple(order) <= tuple(best["order"]):
+    """What to keep: `best`, or this epoch if its `order` is above; weights are only asked for if they are kept.
+
+    What is no number is below all numbers.
+    """
+    numbers = [-math.inf if math.isnan(value) else float(value) for value in order]
+    if best["weights"] and numbers <= best["order"]:
         return best
-    return {"order": list(order), "measures": dict(measures), "weights": weights()}
+    return {"order": numbers, "measures": dict(measures), "weights": weights()}
 
 
 @contextmanager

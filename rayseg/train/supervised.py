@@ -20,12 +20,12 @@ from rayseg.io.scenes import LabelledImage
 from rayseg.metrics import Confusion
 from rayseg.models import losses
 from rayseg.models.bundle import Scaling
-from rayseg.models.segmenter import build_segmenter
 from rayseg.store import StorePath, absolute
 from rayseg.train import feed, session
 from rayseg.train.augment import Augment
 from rayseg.train.feed import Counts, Cut, Sampling, Step, Waiting, Windows
-from rayseg.train.learning import Learner, Learning, Schedule, expect_batch, precision
+from rayseg.train.learning import Learner, Learning, Schedule, expect_batch, expect_size, precision
+from rayseg.train.network import NetworkConfig
 
 State = dict[str, Any]
 
@@ -53,17 +53,13 @@ class PixelLoss(Config):
         return self
 
 
-class SupervisedConfig(Config):
+class SupervisedConfig(NetworkConfig):
     """A segmenter of many classes and how it is trained; the defaults are the prototype's, but for its faults."""
 
     architecture: str = "deeplab"
     """deeplab is the prototype's DeepLabv3+; else a name of segmentation_models_pytorch, such as deeplabv3plus."""
     encoder: str = "resnet50"
     """A name of segmentation_models_pytorch or of timm."""
-    weights: session.Weights = "imagenet"
-    """Of the encoder: "imagenet", "none", or a file."""
-    reduce: Annotated[int, Field(gt=0)] = 1
-    """Side in pixels of the squares whose mean the network sees as one pixel."""
     epochs: Annotated[int, Field(gt=0)] = 400
     """An epoch shows `sampling.windows` windows."""
     schedule: Schedule = Schedule()
@@ -78,16 +74,6 @@ class SupervisedConfig(Config):
     """What happens to windows."""
     every: Annotated[int, Field(gt=0)] = 1
     """Epochs from validation to validation; the last one is always validated."""
-
-    def options(self, *, classes: int, channels: int) -> dict[str, str | int | float]:
-        """Arguments of `build_segmenter`, as a bundle keeps them."""
-        return {
-            "architecture": self.architecture,
-            "encoder": self.encoder,
-            "classes": classes,
-            "channels": channels,
-            "reduce": self.reduce,
-        }
 
 
 @dataclass(frozen=True)
@@ -159,7 +145,7 @@ def fit_supervised(
 def expect_supervisable(settings: SupervisedConfig, *, classes: int, workers: int) -> None:
     """Raise ConfigError if batch, size or loss cannot be meant."""
     expect_batch(settings.learning, workers=workers, what="segmenter")
-    loss, size = settings.loss, settings.sampling.size
+    loss = settings.loss
     if loss.weights is not None and len(loss.weights) != classes:
         raise ConfigError(f"loss.weights are {len(loss.weights)}, there are {classes} classes; give one for each")
     if loss.published and loss.kind == "focal" and (settings.learning.micro or workers > 1):
@@ -167,8 +153,7 @@ def expect_supervisable(settings: SupervisedConfig, *, classes: int, workers: in
             "the published focal loss is of a whole batch's mean, which parts and workers do not know; "
             "leave learning.micro out and take one worker, or set loss.published=false"
         )
-    if size % (32 * settings.reduce):
-        raise ConfigError(f"sampling.size {size} is no multiple of 32 x reduce = {32 * settings.reduce} px; change it")
+    expect_size(settings.sampling.size, reduce=settings.reduce, what="sampling.size")
 
 
 def _key(settings: SupervisedConfig, *parts: Labelled) -> str:
@@ -178,8 +163,7 @@ def _key(settings: SupervisedConfig, *parts: Labelled) -> str:
 
 def trained_supervised(settings: SupervisedConfig, prefix: StorePath, *, classes: int, channels: int = 3) -> nn.Module:
     """The network `fit_supervised` kept under `prefix`, in evaluation mode."""
-    options = settings.options(classes=classes, channels=channels)
-    model = build_segmenter(**options, weights="none")  # type: ignore[arg-type]
+    model = settings.build(classes=classes, channels=channels, weights="none")
     model.load_state_dict(session.best_weights(prefix))
     return model.eval()
 
@@ -193,8 +177,8 @@ def _train(config: State) -> State:
     device = session.device_of(config)
     state = session.load_checkpoint(config["prefix"], config["key"])
     torch.manual_seed(settings.learning.seed)
-    options = settings.options(classes=len(training.pixels_K), channels=len(training.read.bands))
-    net = build_segmenter(**options, weights="none" if state else settings.weights)  # type: ignore[arg-type]
+    classes, channels = len(training.pixels_K), len(training.read.bands)
+    net = settings.build(classes=classes, channels=channels, weights="none" if state else None)
     learner = Learner.start(net, settings.learning, device)
     config = config | {"device": device, "weights_K": class_weights(settings.loss, training.pixels_K)}
     state = state or {"epoch": 0, "best": session.NOTHING}
@@ -270,10 +254,9 @@ def _step(learner: Learner, cuts: Sequence[Cut], rate: float, config: State, *, 
 
 
 def _share(classes_NHW: Tensor, weights_K: Tensor | None, loss: PixelLoss) -> Tensor:
-    """What the sum over this worker's pixels is multiplied by, so that the mean of all workers' is the batch's mean."""
-    total = session.summed(losses.mass(classes_NHW, weights_K))
+    """What the sum over this worker's pixels is multiplied by, so that the mean of all workers' is the batch's loss."""
     images = len(classes_NHW) * session.world() if loss.published and loss.kind == "ce" else 1
-    return session.world() / (total.clamp(min=1e-12) * images)
+    return session.share_of(losses.mass(classes_NHW, weights_K)) / images
 
 
 def _loss_of(

@@ -24,15 +24,16 @@ def mirrored(image_CHW: NDArray[Any], valid_HW: NDArray[np.bool_]) -> NDArray[An
     """
     if valid_HW.all():
         return image_CHW
-    here = np.indices(valid_HW.shape)
     nearest = ndimage.distance_transform_edt(~valid_HW, return_distances=False, return_indices=True)
+    here = np.array(np.nonzero(~valid_HW))
+    nearest = nearest[:, *here]
     beyond = 2 * nearest - here
-    size = np.array(valid_HW.shape)[:, None, None]
-    inside = ((beyond >= 0) & (beyond < size)).all(axis=0)
-    row, col = np.where(inside, beyond, nearest)
-    use = valid_HW[row, col]
-    row, col = np.where(use, row, nearest[0]), np.where(use, col, nearest[1])
-    return image_CHW[:, row, col]
+    inside = ((beyond >= 0) & (beyond < np.array(valid_HW.shape)[:, None])).all(axis=0)
+    taken = np.where(inside, beyond, nearest)
+    taken = np.where(valid_HW[*taken], taken, nearest)
+    image_CHW = image_CHW.copy()
+    image_CHW[:, *here] = image_CHW[:, *taken]
+    return image_CHW
 
 
 def filled(image_HWC: NDArray[Any], valid_HW: NDArray[np.bool_]) -> NDArray[Any]:

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from rayseg.config import load_values
 from rayseg.errors import ConfigError
 from rayseg.models.crf import Kernels, Refined, mean_field
 
@@ -67,5 +68,5 @@ def test_a_patch_is_refined_as_the_batch_it_is_in_and_colours_are_got_back():
 
 
 def test_kernels_too_wide_for_plain_sums_are_refused():
-    with pytest.raises(ConfigError, match=r"standard deviations of place 3 and 49 px .* expected 8 at most"):
-        Kernels(near=3.0, alike=49.0)
+    with pytest.raises(ConfigError, match=r"alike = 49.0: input should be less than or equal to 8"):
+        load_values(Kernels, {"near": 3.0, "alike": 49.0})

@@ -1,9 +1,11 @@
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
 
 from rayseg.errors import ConfigError, DataError, ModelError
-from rayseg.models.bundle import Scaling
+from rayseg.models.bundle import FACTORIES, Scaling
 from rayseg.train import classifier as training
 from rayseg.train import session
 from rayseg.train.augment import Augment
@@ -153,3 +155,9 @@ def test_bfloat16_is_used_where_it_is_asked_for(tmp_path, chips):
     )
     assert half["loss"] != full
     assert half["loss"] == pytest.approx(full, rel=0.1)
+
+
+@pytest.mark.parametrize("network", training.NETWORKS)
+def test_the_factory_of_a_bundle_is_the_one_that_was_trained(network):
+    module, name = FACTORIES[ClassifierConfig(network=network).factory]
+    assert getattr(import_module(module), name) is training.NETWORKS[network]

@@ -58,6 +58,11 @@ def changed(settings, **values):
     return settings.model_copy(update=values)
 
 
+def drawn_pair(settings):
+    net = settings.build(classes=3, channels=3)
+    return Pair.start(net, settings, torch.device("cpu"), classes=3, channels=3)
+
+
 def test_it_learns_and_keeps_the_best_checkpoint(tmp_path, data):
     settings = changed(QUICK, steps=60, checkpoint=15, rate=3e-3)
     measures = fit(settings, data, tmp_path)
@@ -121,11 +126,10 @@ def _alone(monkeypatch):
 @pytest.mark.usefixtures("_alone")
 def test_each_network_learns_from_its_own_loss_alone(monkeypatch):
     torch.manual_seed(0)
-    net = s4gan.build_segmenter(**QUICK.options(classes=3, channels=3), weights="none")
-    pair = Pair.start(net, QUICK, torch.device("cpu"), classes=3, channels=3)
+    pair = drawn_pair(QUICK)
     images, masks = torch.rand(4, 3, 32, 32) * 255, torch.randint(0, 3, (4, 32, 32))
     given = s4gan.Given((images, masks), (images, None), (images, masks))
-    nets = {"segmenter": net, "judge": pair.judge.net}
+    nets = {"segmenter": pair.segmenter.net, "judge": pair.judge.net}
 
     def change(frozen):
         before = {name: [weight.clone() for weight in one.parameters()] for name, one in nets.items()}
@@ -142,18 +146,67 @@ def test_each_network_learns_from_its_own_loss_alone(monkeypatch):
 
 
 @pytest.mark.usefixtures("_alone")
+def test_pixels_count_alike_whichever_worker_has_them(monkeypatch):
+    settings = changed(QUICK, discriminator=None)
+    pair = drawn_pair(settings)
+    pair.segmenter.net.eval()
+    monkeypatch.setattr(pair.segmenter, "step", lambda loss_of, count, *_, **__: loss_of(slice(0, count)).item())
+    images, masks = torch.rand(4, 3, 32, 32) * 255, torch.randint(0, 3, (4, 32, 32))
+    masks[2:, 1:] = 255
+
+    def loss(*shown):
+        given = s4gan.Given((images[list(shown)], masks[list(shown)]))
+        return s4gan._step(0, given, pair, {"settings": settings, "scaling": SCALING}, str)["loss"]
+
+    whole = loss(0, 1, 2, 3)
+    monkeypatch.setattr(session, "world", lambda: 2)
+    monkeypatch.setattr(session, "summed", lambda _: (masks != 255).sum().float())
+    assert (loss(0, 1) + loss(2, 3)) / 2 == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.usefixtures("_alone")
+def test_the_discriminator_sees_a_step_that_began_again_once(monkeypatch):
+    settings = changed(QUICK, learning=Learning(batch=8, micro=4))
+    pair = drawn_pair(settings)
+    images, masks = torch.rand(8, 3, 32, 32) * 255, torch.randint(0, 3, (8, 32, 32))
+    given = s4gan.Given((images, masks), (images, None), (images, masks))
+    loss_of, parts, judged = s4gan._loss_of, [], []
+
+    def short(*arguments):
+        parts.append(arguments[-1].stop - arguments[-1].start)
+        if len(parts) == 2:
+            raise torch.OutOfMemoryError
+        return loss_of(*arguments)
+
+    def seen(net, fake, real, part, own=s4gan._judged):
+        judged.append((len(fake), len(real)))
+        return own(net, fake, real, part)
+
+    monkeypatch.setattr(s4gan, "_loss_of", short)
+    monkeypatch.setattr(s4gan, "_judged", seen)
+    s4gan._step(0, given, pair, {"settings": settings, "scaling": SCALING}, str)
+    assert parts == [4, 4, 2, 2, 2, 2]
+    assert set(judged) == {(8, 8)}
+
+
+def test_no_more_is_kept_than_the_memory_asked_for(data):
+    settings = changed(QUICK, learning=Learning(memory=800))
+    held, kept = s4gan._held(data, settings), s4gan._reading(data, settings)
+    assert sum(one._limit for one in (held.read, held.read_mask, *kept.values())) == 800
+
+
+@pytest.mark.usefixtures("_alone")
 def test_rates_and_decay_are_those_of_the_paper():
     settings = changed(QUICK, rate=2.5e-4, head_rate=10.0, bias_rate=20.0, steps=20_000)
     settings = changed(settings, learning=Learning(batch=4, optimizer="sgd", weight_decay=5e-4))
-    net = s4gan.build_segmenter(**settings.options(classes=3, channels=3), weights="none")
-    pair = Pair.start(net, settings, torch.device("cpu"), classes=3, channels=3)
+    pair = drawn_pair(settings)
     for learner, rate in zip((pair.segmenter, pair.judge), pair.rates(11), strict=True):
         learner.descend(rate)
     groups = pair.segmenter.optimizer.param_groups
     rate = 2.5e-4 * (1 - 10 / 20_000) ** 0.9
     assert [group["lr"] for group in groups] == pytest.approx([rate, 10 * rate, 20 * rate])
     assert [group["weight_decay"] for group in groups] == [5e-4, 5e-4, 0]
-    assert sum(len(group["params"]) for group in groups) == len(list(net.parameters()))
+    assert sum(len(group["params"]) for group in groups) == len(list(pair.segmenter.net.parameters()))
     [judging] = pair.judge.optimizer.param_groups
     assert judging["lr"] == pytest.approx(1e-4 * (1 - 11 / 20_000) ** 0.9)
     assert judging["betas"] == (0.9, 0.99)

@@ -86,6 +86,13 @@ def test_the_best_is_kept_until_a_better_comes():
     assert best["weights"]["w"].tolist() == [1, 1]
 
 
+def test_what_is_no_number_is_never_better():
+    best = session.NOTHING
+    for order in [(float("nan"),), (0.5,), (float("nan"),), (0.4,)]:
+        best = session.better(best, order, {"at": order[0]}, lambda: {"w": torch.ones(1)})
+    assert best["measures"] == {"at": 0.5}
+
+
 def test_weights_of_a_relative_path_are_found_by_workers_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert session.weights_everywhere("none") == "none"

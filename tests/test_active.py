@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+import torch
+
+from rayseg import active, pool
+from rayseg.active import ActiveConfig, ChipsClassifierConfig, Common
+from rayseg.chips import parquet
+from rayseg.config import load
+from rayseg.errors import ConfigError, DataError, RunIncomplete
+from rayseg.io.tables import Classes
+from rayseg.models import bundle
+from rayseg.models.bundle import Scaling
+from rayseg.run import Engine, Step
+from rayseg.store import put
+
+KINDS = Classes.model_validate(
+    {"classes": [{"name": "ground", "color": "#826446"}, {"name": "wood", "color": "#32AA50"}]}
+)
+COMMON = Common(kinds=KINDS, scaling=Scaling(mean=(100.0,) * 3, std=(50.0,) * 3), seed=3)
+CONFIG = ActiveConfig(
+    frozen=True, classifier=ChipsClassifierConfig(network="chips", encoder="test_resnet", weights="none", size=32)
+)
+
+
+@pytest.fixture
+def listed(tmp_path):
+    """A pool of two labelled chips and none for validation."""
+    step = Step("pool", str(tmp_path), "key", Engine("inline"), {"classes": ["ground", "wood"]})
+    rows = [{"id": name, "part": "pool", "label": label} for name, label in (("a", "ground"), ("b", "wood"))]
+    put(step.prefix / "pool.parquet", parquet(rows))
+    return step
+
+
+def step_of(listed, name):
+    return Step(name, listed.root, "key", Engine("inline"))
+
+
+def test_networks_that_give_no_features_are_refused():
+    with pytest.raises(ConfigError, match=r"classifier.network = 'plots': input should be 'chips' or 'over-imagenet'"):
+        load(ActiveConfig, None, ["classifier.network=plots"])
+
+
+def test_a_chip_that_could_not_be_scored_is_tried_again_by_the_same_command(listed, monkeypatch):
+    def broken(_):
+        raise DataError("torn")
+
+    def score(rows):
+        return [{"id": row["id"], "seconds": row["seconds"], "facts": {"p": [0.5, 0.5]}} for row in rows]
+
+    rows = pool.rows_of(listed, "pool")
+    monkeypatch.setattr(pool, "image_of", broken)
+    with pytest.raises(RunIncomplete, match=r"chip a could not be scored \(.*torn"):
+        active._scored(step_of(listed, "round-1"), rows, score, COMMON)
+    monkeypatch.setattr(pool, "image_of", lambda _: np.zeros((32, 32, 3), np.uint8))
+    found = active._scored(step_of(listed, "round-1"), rows, score, COMMON)
+    assert found == {"a": [0.5, 0.5], "b": [0.5, 0.5]}
+
+
+def test_a_network_that_stays_as_it_is_is_the_same_when_its_step_goes_on(listed, monkeypatch):
+    monkeypatch.setattr(active, "_scored", lambda *_: {})
+    sums = []
+    for name in ("first", "second"):
+        torch.rand(len(name))  # whatever was drawn before
+        active.see(step_of(listed, name), listed, CONFIG, COMMON)
+        sums.append(bundle.load(step_of(listed, name).prefix / "classifier").sha256)
+    assert sums[0] == sums[1]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_without_chips_for_validation_nothing_is_measured(listed, frozen):
+    before, seen = step_of(listed, "round-1"), step_of(listed, "features") if frozen else None
+    active._keep(before, [active._picked(row, 0, 0, "first") for row in pool.rows_of(listed, "pool")])
+    found = active.measure_last(step_of(listed, "last"), listed, seen, before, CONFIG, COMMON)
+    assert found == {"before": 2, "labelled": 2}
