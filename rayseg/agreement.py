@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from rayseg.errors import DataError
 from rayseg.evaluation import Match, match
+from rayseg.geo import NODATA
 from rayseg.io import masks, rasters
-from rayseg.io.maps import NODATA, mapped_tiles
+from rayseg.io.maps import mapped_tiles
 from rayseg.io.masks import Piece
 from rayseg.io.sources import Source
 from rayseg.metrics import agreement

@@ -14,8 +14,9 @@ from rayseg.errors import ConfigError, DataError
 from rayseg.geo import Region, expect_ids
 from rayseg.io import catalog, labels
 from rayseg.io.labels import Chip
+from rayseg.rowfile import read_rows, write_rows
 from rayseg.run import Step
-from rayseg.store import Location, put
+from rayseg.store import Location
 from rayseg.train.batches import Chips
 from rayseg.vision.fill import filled
 
@@ -53,7 +54,7 @@ def list_chips(step: Step, region: Region, expected: tuple[str, ...], config: Ch
     found = find_chips(region, expected, config)
     held = _held_out([str(chip.label) for chip in found], expected, config)
     rows = [chip.to_row() | {"held_out": kept} for chip, kept in zip(found, held, strict=True)]
-    put(step.prefix / "chips.parquet", parquet(rows))
+    write_rows(step.prefix / "chips.parquet", rows)
     return {"source": _source(region, config)} | {label: sum(c.label == label for c in found) for label in expected}
 
 
@@ -104,8 +105,7 @@ def _held_out(of: list[str], expected: tuple[str, ...], config: ChipsConfig) -> 
 
 def rows_of(listed: Step, *, held_out: bool) -> list[Row]:
     """Rows of `Chip.to_row` of the chips in training, or of those held out."""
-    with (listed.prefix / "chips.parquet").open("rb") as file:
-        return [row for row in pq.read_table(file).to_pylist() if row["held_out"] == held_out]
+    return [row for row in read_rows(listed.prefix / "chips.parquet") if row["held_out"] == held_out]
 
 
 def read_image(rows: list[Row], size: int, position: int) -> np.ndarray:

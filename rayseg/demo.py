@@ -19,7 +19,7 @@ from shapely.geometry import Polygon, box, mapping
 from shapely.ops import unary_union
 
 from rayseg.errors import ConfigError
-from rayseg.geo import Grid, Window
+from rayseg.geo import NODATA, Grid, Window
 from rayseg.io import cog, items
 from rayseg.io.sources import crs_of
 from rayseg.store import cache_dir
@@ -29,6 +29,8 @@ from rayseg.vision.scenery import CROPS
 from rayseg.vision.shapes import Convex, convex, normals
 
 VERSION = 1
+SEED = 7
+"""Of the landscape."""
 GRID = Grid("EPSG:32650", (1.0, 1.0), (500_000.0, 4_400_000.0))
 SCENES = ("west", "east")
 DATES = ("2024-05-12T03:10:00Z", "2024-09-21T06:40:00Z")
@@ -75,12 +77,11 @@ class Spot(NamedTuple):
     number: int
 
 
-def ensure(*, size: int = 2048, seed: int = 7, chips: tuple[int, int] = (48, 48)) -> str:
+def ensure(*, size: int = 2048, chips: tuple[int, int] = (48, 48)) -> str:
     """Return the path of the demo's catalogue; draw and write it first when it is not in the cache yet.
 
     Args:
         size: height and width of each of the two scenes in pixels (metres), at least 512.
-        seed: what landscape to draw; the same seed gives the same files.
         chips: how many chips with and without netting.
 
     Raises:
@@ -88,14 +89,14 @@ def ensure(*, size: int = 2048, seed: int = 7, chips: tuple[int, int] = (48, 48)
     """
     if size < 512:
         raise ConfigError(f"The demo's scenes were asked to be {size} px wide, but need at least 512; raise `size`.")
-    folder = cache_dir() / f"demo-v{VERSION}-{size}-{seed}-{chips[0]}x{chips[1]}"
+    folder = cache_dir() / f"demo-v{VERSION}-{size}-{SEED}-{chips[0]}x{chips[1]}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         _sweep(folder)
         with tempfile.TemporaryDirectory(
             prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
         ) as made:
-            _build(Path(made) / "demo", size=size, seed=seed, chips=chips)
+            _build(Path(made) / "demo", size=size, chips=chips)
             _publish(Path(made) / "demo", folder)
     return str(folder / "catalog.json")
 
@@ -116,9 +117,9 @@ def _sweep(folder: Path, *, older_than_s: float = 3600) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _build(folder: Path, *, size: int, seed: int, chips: tuple[int, int]) -> None:
+def _build(folder: Path, *, size: int, chips: tuple[int, int]) -> None:
     """Draw both scenes and write catalogue, collections and files under `folder`."""
-    world, side = plan(size=size, seed=seed), min(256, size // 4)
+    world, side = plan(size=size, seed=SEED), min(256, size // 4)
     found: dict[str, list[pystac.Item]] = {"imagery": [], "chips": [], "truth": []}
     for index in (0, 1):
         half = _half(world, index)
@@ -171,10 +172,10 @@ def _truth(folder: Path, half: Half) -> pystac.Item:
     item.stac_extensions.append(items.CLASSIFICATION)
     masks = {"gpc": (half.scene.netting_HW, GPC), "landcover": (half.scene.cover_HW, LANDCOVER)}
     for key, (classes_HW, table) in masks.items():
-        seen_HW = np.where(half.seen_HW, classes_HW, np.uint8(cog.NODATA))
+        seen_HW = np.where(half.seen_HW, classes_HW, np.uint8(NODATA))
         cog.write_classes(folder / "truth" / f"{item.id}-{key}.tif", seen_HW, GRID, half.window, table)
         fields = {
-            "bands": [{"name": "class", "data_type": "uint8", "nodata": cog.NODATA}],
+            "bands": [{"name": "class", "data_type": "uint8", "nodata": NODATA}],
             "classification:classes": items.classes_field(table),
         }
         href = f"./{item.id}-{key}.tif"

@@ -4,27 +4,35 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from rayseg import flow, mapping
+from rayseg import mapping
 from rayseg.errors import DataError
 from rayseg.flow import Row, Work
-from rayseg.geo import Region
+from rayseg.geo import Region, Tile
 from rayseg.io import items
+from rayseg.io.sources import Source, from_json
 from rayseg.mapping import MapConfig
 from rayseg.models.enlarge import EnlargeConfig
 from rayseg.run import Step
-from rayseg.stages.enlarge import EnlargeTiles, WriteLarger, lattice_of
+from rayseg.stages.enlarge import BANDS, EnlargeTiles, WriteLarger, larger, lattice_of
 from rayseg.stages.ground import ImageConfig, ReadGround, check_source
+from rayseg.stages.read import tile_rows
 from rayseg.store import upath
 
 MOST = 400_000_000
 """Pixels of the largest image that is kept in one piece."""
 
 
-def plan(region: Region, how: EnlargeConfig, image: ImageConfig, config: MapConfig) -> list[Row]:
-    """The rows of all that is to be enlarged: tiles that come out at `tile` px, images without georeference whole.
+def plan(
+    region: Region, how: EnlargeConfig, image: ImageConfig, config: MapConfig, *, halo: int
+) -> tuple[list[Row], list[Row]]:
+    """(rows of all that is to be enlarged, rows of the tiles on what it becomes).
+
+    Tiles are enlarged that come out at `tile` px, images without georeference whole; where the region names tiles of
+    the larger imagery, what they and `halo` px around them need. A tile's sources are what will be there.
 
     Raises:
-        RaysegError: there is no imagery, it is of another kind than configured, or an image is too large.
+        RaysegError: there is no imagery, it is of another kind than configured, an image is too large, or a tile asked
+            for is not there.
     """
     sources, _ = mapping.imagery(region, config)
     side = max([1, *(max(source.height, source.width) for source in sources if source.crs is None)])
@@ -35,24 +43,37 @@ def plan(region: Region, how: EnlargeConfig, image: ImageConfig, config: MapConf
         )
     size = max(config.tile // how.factor, 1 if any(source.crs for source in sources) else side)
     sized, check = config.model_copy(update={"tile": size}), partial(check_source, kind=image)
-    return mapping.tiles_of(replace(region, tiles=()), sized, check, halo=lattice_of(how).patch)
+    rows = mapping.tiles_of(replace(region, tiles=()), sized, check, halo=lattice_of(how).patch)
+    kept = [row for row in rows if not row["refused"]]
+    coming = [_source(larger(Tile.from_row(row), how.factor)) for row in kept]
+    tiles = tile_rows(coming, region.geometry, size=config.tile, halo=halo)
+    if not region.tiles:
+        return rows, tiles
+    tiles = mapping.asked_for(tiles, region, size=config.tile)
+    needed = {source.item_id for tile in tiles for source in from_json(tile["sources"])}
+    return [row for row, source in zip(kept, coming, strict=True) if source.item_id in needed], tiles
+
+
+def _source(tile: Tile) -> Source:
+    """The imagery that a tile will be."""
+    affine, window = tuple(tile.grid.transform(tile.window))[:6], tile.window
+    return Source(tile.id, ((f"{tile.id}.tif", BANDS),), tile.grid.crs, affine, window.height, window.width, "uint8")
 
 
 def enlarge(
-    step: Step, region: Region, how: EnlargeConfig | None, image: ImageConfig, config: MapConfig
+    step: Step, region: Region, how: EnlargeConfig | None, image: ImageConfig, config: MapConfig, halo: int
 ) -> dict[str, Any]:
     """The imagery made larger, if it is to be, as a collection `enlarged` below the run."""
     if how is None:
         return {}
-    rows = mapping.kept_manifest(step, partial(plan, region, how, image, config))
-    folder, ledger = upath(step.root) / "enlarged", mapping.ledger_of(step)
+    rows = mapping.kept_manifest(step, lambda: plan(region, how, image, config, halo=halo)[0])
+    folder = upath(step.root) / "enlarged"
     works = [
         Work(ReadGround(image, lattice_of(how))),
         Work(EnlargeTiles(how), cpus=1.0, gpus=1.0 if how.weights else 0.0, model=True),
         Work(WriteLarger(str(folder), factor=how.factor)),
     ]
-    account = flow.run(rows, works, ledger, step.engine, stall_seconds=config.stall_seconds)
-    made = [str(folder / record.facts["item"]) for record in ledger.read().values() if record.facts]
+    found = mapping.through(step, rows, works, patience=config.stall_seconds)
+    made = [str(folder / record.facts["item"]) for record in mapping.ledger_of(step).read().values() if record.facts]
     items.write_collection(folder, sorted(made), title=f"{region.name}, {how.factor} times larger")
-    found = {"imagery": str(folder / "collection.json"), "items": len(made)}
-    return found | {"account": account.counts, "troubles": account.troubles}
+    return {"imagery": str(folder / "collection.json"), "items": len(made), **found}

@@ -22,9 +22,8 @@ from rayseg.io.tables import read_table
 from rayseg.metrics import Confusion, interval, resampled
 from rayseg.run import Step
 from rayseg.store import put, upath
-from rayseg.vision.color import ClassTable, hex_of
+from rayseg.vision.color import IGNORE, ClassTable, hex_of
 
-IGNORE = 255
 STRIP = 1024
 NAMED = 20
 OVERALL = {"overall_accuracy": "overall accuracy", "mean_iou": "mean IoU", "fw_iou": "frequency-weighted IoU"}

@@ -209,7 +209,6 @@ def _dataset(rows: list[Row], guarded: list[Guarded]) -> "ray.data.Dataset":
     for guard, size in zip(guarded, _sizes([g.work for g in guarded], ray.cluster_resources()), strict=True):
         needs = {"batch_size": guard.work.batch, "batch_format": "pyarrow", "num_cpus": size.cpus}
         needs |= {"num_gpus": size.gpus} if size.gpus else {}
-        needs |= {"memory": guard.work.memory} if guard.work.memory else {}
         if guard.work.model or size.gpus:
             pool = ray.data.ActorPoolStrategy(size=size.copies)
             needs |= {

@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 from affine import Affine
 
-from rayseg.errors import DataError
+from rayseg.errors import ConfigError, DataError
 
 Bounds = tuple[float, float, float, float]
+NODATA = 255
+"""In rasters of classes and scores: no imagery, or beyond the region."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ class Grid:
     resolution: tuple[float, float]
     origin: tuple[float, float]
     image: str | None = None
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "Grid":
+        """The grid that `asdict`, and perhaps JSON, made this row of."""
+        return cls(row["crs"], tuple(row["resolution"]), tuple(row["origin"]), row["image"])
 
     @cached_property
     def name(self) -> str:
@@ -241,6 +248,21 @@ class Region:
     collection: str | None = None
     images: str | None = None
     tiles: tuple[str, ...] = ()
+
+    def located(self, location: str | None) -> str | None:
+        """Where a location is: `#collection` alone is in the region's catalogue; None where there is none.
+
+        Raises:
+            ConfigError: the region has no catalogue.
+        """
+        if not location or not location.startswith("#"):
+            return location or None
+        if self.catalog is None:
+            raise ConfigError(
+                f"{location} is of the catalogue of region {self.name}, which has none; name it whole, as "
+                f"catalog.json{location}"
+            )
+        return f"{self.catalog}{location}"
 
 
 def slug(text: str) -> str:

@@ -36,7 +36,6 @@ class Work:
         cpus: logical CPUs of one copy.
         gpus: GPUs of one copy, if the machine has any; 0 for a stage that never uses one.
         model: whether it keeps state worth keeping (a loaded model): then it lives in actors, as it does on a GPU.
-        memory: heap bytes of one copy, for the scheduler.
     """
 
     stage: Stage
@@ -44,7 +43,6 @@ class Work:
     cpus: float = 0.25
     gpus: float = 0.0
     model: bool = False
-    memory: int | None = None
 
     @property
     def name(self) -> str:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -59,6 +59,13 @@ class Ledger:
             found = list(pool.map(_load, (path for path in folder.iterdir() if path.suffix == ".json")))
         found.sort(key=lambda record: (record.id, record.attempt))
         return {record.id: record for record in found}
+
+
+def with_fact(
+    rows: Iterable[dict[str, Any]], records: Mapping[str, Record], fact: str
+) -> list[tuple[dict[str, Any], Record]]:
+    """(row, its record) of every row of whose result the ledger says `fact`."""
+    return [(row, records[row["id"]]) for row in rows if row["id"] in records and fact in records[row["id"]].facts]
 
 
 def _load(path: UPath) -> Record:

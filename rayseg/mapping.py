@@ -6,7 +6,7 @@ Each function is a step of a `Run`: it takes the step and what it builds on, and
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,14 +19,19 @@ from rayseg.flow import Row, Work
 from rayseg.geo import Grid, Region, Tile, Window, expect_ids, slug
 from rayseg.io import catalog, labels, vectors
 from rayseg.io.sources import Source, beyond_utm, expect_mappable
-from rayseg.ledger import Ledger, Record
+from rayseg.ledger import Ledger, Record, with_fact
 from rayseg.models import bundle
+from rayseg.models.bundle import Scaling
+from rayseg.rowfile import write_rows
 from rayseg.run import Step
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, tile_rows
 from rayseg.stages.write import WriteTile
-from rayseg.store import Location, absolute, put, upath
+from rayseg.store import Location, absolute, upath
 from rayseg.vision.color import ClassTable
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _log = logging.getLogger(__name__)
 Refused = dict[str, RaysegError]
@@ -43,6 +48,34 @@ class MapConfig(Config):
     """Patches predicted at once; by default 1 on a CPU and 16 on a GPU."""
     stall_seconds: Annotated[float, Field(gt=0)] = 1800.0
     """A tile on which reading, predicting or writing takes longer is given up and named as failed."""
+
+
+def expect_windows(bands: Sequence[str], scaling: Scaling, *, patch: int, stride: int, reduce: int) -> None:
+    """Refuse windows and values with which a segmenter that is to be trained could not map.
+
+    Args:
+        bands: the network takes.
+        scaling: of their values.
+        patch: side of a window in px.
+        stride: distance of windows in px.
+        reduce: side in px of the squares that the network sees as one pixel.
+
+    Raises:
+        ValueError: as validators of configurations do.
+    """
+    if stride > patch:
+        raise ValueError(f"stride {stride} is above patch {patch}: windows would leave gaps; lower it")
+    if patch % (32 * reduce):
+        raise ValueError(f"patch {patch} is no multiple of 32 x segmenter.reduce {reduce}")
+    if len(bands) != len(scaling.mean):
+        raise ValueError(f"{len(bands)} bands but scaling of {len(scaling.mean)}: give one for each")
+
+
+def keep_model(step: Step, described: bundle.Bundle, model: "nn.Module") -> str:
+    """Save a trained model as `models/<its name>` below the run; return its prefix."""
+    prefix = str(upath(step.root) / "models" / described.name)
+    bundle.save(prefix, described, model)
+    return prefix
 
 
 def load_model(step: Step, prefix: str) -> dict[str, Any]:
@@ -62,8 +95,27 @@ def predict_region(step: Step, region: Region, model: Step, config: MapConfig) -
         Work(Predict(model.value["bundle"], batch=config.batch), cpus=1.0, gpus=1.0, model=True),
         Work(WriteTile(tiles_prefix(step), table, bands=names, geometry=region.geometry, model=item)),
     ]
-    account = flow.run(rows, works, ledger_of(step), step.engine, stall_seconds=config.stall_seconds)
-    return {"bundle": model.value["bundle"], "account": account.counts, "troubles": account.troubles}
+    return {"bundle": model.value["bundle"], **through(step, rows, works, patience=config.stall_seconds)}
+
+
+def through(
+    step: Step, rows: Sequence[Row], works: Sequence[Work], *, patience: float, title: str = "tiles"
+) -> dict[str, Any]:
+    """Rows through stages, with the step's ledger.
+
+    Args:
+        step: whose manifest holds the rows.
+        rows: see `flow.run`.
+        works: the stages.
+        patience: seconds after which a row is given up on which one stage works.
+        title: what the rows are.
+
+    Returns:
+        `account`: status -> rows; `troubles`: row -> reason; `on_gpu`: names of the stages that ask for GPUs.
+    """
+    account = flow.run(rows, works, ledger_of(step), step.engine, title=title, stall_seconds=patience)
+    on_gpu = [work.name for work in works if work.gpus]
+    return {"account": account.counts, "troubles": account.troubles, "on_gpu": on_gpu}
 
 
 def manifest(step: Step, region: Region, described: bundle.Bundle, config: MapConfig) -> list[Row]:
@@ -82,11 +134,8 @@ def kept_manifest(step: Step, planned: Callable[[], list[Row]]) -> list[Row]:
         rows = planned()
         if refused := [row["id"] for row in rows if row.get("refused")]:
             _log.warning("%s cannot be mapped, the ledger says why: %s", _counted(refused), _some(refused))
-        sink = pa.BufferOutputStream()
-        columns = {name: [row[name] for row in rows] for name in rows[0]} if rows else {"id": pa.array([], pa.string())}
-        pq.write_table(pa.table(columns), sink)
+        write_rows(path, rows)
         rows.clear()  # a country's are as large as all that is read back
-        put(path, sink.getvalue().to_pybytes())
     return read_manifest(step)
 
 
@@ -130,11 +179,26 @@ def tiles_of(region: Region, config: MapConfig, check: Callable[[Source], None],
     rows = tiles + [_refused_row(*entry) for entry in sorted(refused.items())]
     if not tiles:
         raise DataError(f"region {region.name} has no tile with imagery; choose another --region")
+    return asked_for(rows, region, size=config.tile)
+
+
+def asked_for(rows: list[Row], region: Region, *, size: int) -> list[Row]:
+    """The rows of the tiles that the region names; all, where it names none.
+
+    Args:
+        rows: of all tiles.
+        region: names tiles by their ids.
+        size: side of a tile in px.
+
+    Raises:
+        ConfigError: a tile that was asked for is not there.
+        DataError: ids cannot name files, or two are the same.
+    """
     ids = [row["id"] for row in rows]
     expect_ids(ids)
     if unknown := sorted(set(region.tiles) - set(ids)):
         raise ConfigError(
-            f"region {region.name} has no tile {', '.join(unknown[:5])}, its {len(ids)} tiles of {config.tile} px are "
+            f"region {region.name} has no tile {', '.join(unknown[:5])}, its {len(ids)} tiles of {size} px are "
             f"{_some(ids)}; correct --tiles"
         )
     return [row for row in rows if row["id"] in region.tiles] if region.tiles else rows
@@ -208,19 +272,19 @@ def _values(column: pa.ChunkedArray) -> Sequence[Any]:
 
 
 def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[Source], Refused]:
-    """Sources of the region: its images, else of `config.imagery`, else of its catalogue; and what cannot be read.
+    """Sources of the region: of `config.imagery`, else its images, else of its catalogue; and what cannot be read.
 
     Scenes within `halo` px of the region count, for what is seen beyond its border.
 
     Raises:
         DataError: the region names no imagery.
     """
-    if region.images:
-        images, wrong = labels.sources_of_images(region.images)
-        return images, dict(wrong)
     if config.imagery:
         uri, _, collection = config.imagery.partition("#")
         found = catalog.open_items(uri, collection or None, geometry=region.geometry, halo=halo)
+    elif region.images:
+        images, wrong = labels.sources_of_images(region.images)
+        return images, dict(wrong)
     elif region.catalog:
         chosen = region.collection or catalog.imagery_collection(region.catalog)
         found = catalog.open_items(region.catalog, chosen, geometry=region.geometry, halo=halo)
@@ -248,11 +312,14 @@ def ledger_of(step: Step) -> Ledger:
     return Ledger(str(step.prefix / "ledger"))
 
 
+def rows_with(step: Step, fact: str) -> list[tuple[Row, Record]]:
+    """(manifest row, record) of every row of a step of whose result its ledger says `fact`."""
+    return with_fact(read_manifest(step), ledger_of(step).read(), fact)
+
+
 def done_tiles(predicted: Step) -> list[tuple[Row, Record]]:
     """Manifest row and record of every tile that has files."""
-    records = ledger_of(predicted).read()
-    rows = read_manifest(predicted)
-    return [(row, records[row["id"]]) for row in rows if row["id"] in records and "counts" in records[row["id"]].facts]
+    return rows_with(predicted, "counts")
 
 
 def join_polygons(step: Step, predicted: Step, product: str) -> dict[str, Any]:

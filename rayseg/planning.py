@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from rayseg import mapping, publication
 from rayseg.geo import Region, Tile, Window
 from rayseg.io import rasters
@@ -25,13 +23,17 @@ from rayseg.ledger import Ledger, Record
 from rayseg.mapping import MapConfig
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
+from rayseg.rowfile import read_ids
 from rayseg.run import Engine, Run, Step
 from rayseg.store import STORE_ERRORS, upath
 
 Row = dict[str, Any]
-GPU_STAGES = ("Predict", "LabelTile", "ProposePlots", "ClassifyPlots", "Cam", "Segment")
 FRAME = 64 << 10
 """Bytes of a file beside the tiles that are taken to be there however many tiles there are."""
+MADE = {"enlarge": "enlarged"}
+"""Step whose rows are no tiles -> the folder of the run that it fills."""
+TIMED = 3
+"""Tiles that a probe times; one more is taken to warm up."""
 MOST_SIZES = 32
 """Files that are asked for their size."""
 
@@ -46,6 +48,7 @@ class Forecast:
         unknown: what the plan does not time, as sentences.
         counts: step -> rows, of steps whose rows are no tiles.
         trial: carries a probe out: called with an open run and the region of the probe's tiles; None without a model.
+        before: of what is made of the imagery first, where that is what is mapped; else None.
     """
 
     tiles: list[Row]
@@ -53,6 +56,7 @@ class Forecast:
     unknown: tuple[str, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
     trial: Callable[[Run, Region], object] | None = None
+    before: "Forecast | None" = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Probe:
         bytes_written: of the whole run.
         cpus: of the machine.
         gpus: of the machine.
+        on_gpu: names of the stages that ask for one.
     """
 
     tiles: tuple[str, ...]
@@ -85,11 +90,12 @@ class Probe:
     bytes_written: int
     cpus: int
     gpus: int
+    on_gpu: tuple[str, ...] = ()
 
     @property
     def gpu_seconds(self) -> float | None:
         """Seconds of a GPU; None if the machine has none."""
-        return sum(self.seconds.get(stage, 0.0) for stage in GPU_STAGES) if self.gpus else None
+        return sum(self.seconds.get(stage, 0.0) for stage in self.on_gpu) if self.gpus else None
 
     @property
     def cpu_seconds(self) -> float:
@@ -97,30 +103,30 @@ class Probe:
         return sum(self.seconds.values()) - (self.gpu_seconds or 0.0)
 
 
-def plan(forecast: Forecast, region: Region, *, rates: Rates, probe: int = 3) -> dict[str, Any]:
+def plan(forecast: Forecast, region: Region, *, rates: Rates) -> dict[str, Any]:
     """The plan as JSON values.
 
     Args:
         forecast: what the pipeline knows.
         region: what is mapped.
         rates: workers and prices.
-        probe: tiles to time, one more is taken to warm up; 0 for none.
 
     Returns:
         `items`, `tiles`, `pixels`, `bytes_read` (None where sizes cannot be asked), and of a probe `bytes_written`,
         `seconds` by stage, `cpu_seconds`, `gpu_seconds`, `wall_seconds` with `workers`, `price`; else None for these;
         `unknown`: what is not in these figures.
     """
-    tiles = [row for row in forecast.tiles if not row.get("refused")]
+    first = forecast.before or forecast
+    tiles, read = ([row for row in rows if not row.get("refused")] for rows in (forecast.tiles, first.tiles))
     found: dict[str, Any] = {
         "region": region.name,
-        "items": len({source["item_id"] for row in tiles for source in json.loads(row["sources"])}),
+        "items": len({source["item_id"] for row in read for source in json.loads(row["sources"])}),
         "tiles": len(tiles),
-        "refused": len(forecast.tiles) - len(tiles),
+        "refused": len(first.tiles) - len(read),
         "pixels": sum(_pixels(row) for row in tiles),
-        "bytes_read": bytes_read(tiles, margin=forecast.margin),
+        "bytes_read": bytes_read(read, margin=first.margin),
     }
-    timed = timed_on(forecast, region, tiles, count=probe) if probe and forecast.trial else None
+    timed = timed_on(forecast, region, tiles, count=TIMED) if forecast.trial else None
     return found | _costs(timed, rates) | {"unknown": list(forecast.unknown)}
 
 
@@ -145,7 +151,7 @@ def _costs(timed: Probe | None, rates: Rates) -> dict[str, Any]:
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
-def by_model(prefix: str, region: Region, config: MapConfig, *, unknown: Sequence[str] = ()) -> Forecast:
+def by_model(prefix: str, region: Region, config: MapConfig) -> Forecast:
     """The forecast of mapping a region with a model that is there.
 
     Raises:
@@ -153,7 +159,7 @@ def by_model(prefix: str, region: Region, config: MapConfig, *, unknown: Sequenc
     """
     described, _ = bundle.whole(prefix)
     rows = mapping.plan(region, described, config)
-    return Forecast(rows, described.patch, tuple(unknown), trial=partial(_map, config, prefix))
+    return Forecast(rows, described.patch, trial=partial(_map, config, prefix))
 
 
 def by_untrained(described: Bundle, region: Region, config: MapConfig, *, unknown: Sequence[str] = ()) -> Forecast:
@@ -252,9 +258,10 @@ def timed_on(forecast: Forecast, region: Region, tiles: Sequence[Row], *, count:
         run = Run(folder, {"pipeline": "plan", "region": asdict(part), "config": {}}, Engine("inline"))
         run.save("running", 0.0)
         trial(run, part)
-        written, once = _bytes_below(Path(folder))
         steps = {step.name: _timed(step) for step in run.steps}
-    growth = sum(map(_pixels, tiles)) / sum(map(_pixels, chosen))
+        growth = sum(map(_pixels, tiles)) / sum(map(_pixels, chosen))
+        growths = {MADE[name]: count / len(steps[name][0]) for name, count in forecast.counts.items() if name in MADE}
+        written = _written(Path(folder), growth, growths)
     effort = partial(_effort, margin=forecast.margin)
     sizes, whole = {row["id"]: effort(row) for row in chosen}, sum(map(effort, tiles))
     told = [_scaled(rows, seconds, sizes, whole, forecast.counts.get(name)) for name, (rows, seconds) in steps.items()]
@@ -266,9 +273,10 @@ def timed_on(forecast: Forecast, region: Region, tiles: Sequence[Row], *, count:
         seconds={stage: round(seconds, 3) for stage, seconds in stages.items()},
         spread=sum(max(by_stage.values(), default=0.0) for by_stage, _ in told),
         alone=_alone(dict(zip(steps, told, strict=True)), growth),
-        bytes_written=round(written * growth) + once,
+        bytes_written=written,
         cpus=len(os.sched_getaffinity(0)),
         gpus=_gpus(),
+        on_gpu=tuple(sorted({stage for step in run.steps for stage in step.value.get("on_gpu", ())})),
     )
 
 
@@ -285,9 +293,7 @@ def _timed(step: Step) -> tuple[list[Record], float]:
     records = Ledger(str(step.prefix / "ledger")).read() if manifest.exists() else {}
     if not records:
         return [], step.seconds
-    with manifest.open("rb") as file:
-        ids = pq.read_table(file, columns=["id"])["id"].to_pylist()
-    return [records[row] for row in ids if row in records], step.seconds
+    return [records[row] for row in read_ids(manifest) if row in records], step.seconds
 
 
 def _scaled(
@@ -326,15 +332,21 @@ def _alone(told: Mapping[str, tuple[dict[str, float], float]], growth: float) ->
     return seconds
 
 
-def _bytes_below(root: Path) -> tuple[int, int]:
-    """(bytes that grow with the tiles, bytes that do not: the report, and the frames of the files beside the tiles)."""
-    grows = once = 0
+def _written(root: Path, growth: float, growths: Mapping[str, float]) -> int:
+    """Bytes of the whole run, told from a probe's: all grow but the report and the frames of files beside the tiles.
+
+    Args:
+        root: of the probe.
+        growth: tiles of the run for each of the probe, by their pixels.
+        growths: the same of folders that grow otherwise.
+    """
+    total = 0.0
     for path in root.rglob("*"):
         size = path.stat().st_size if path.is_file() else 0
         part = path.relative_to(root).parts[0]
-        fixed = 0 if part == "tiles" else size if part == "report" else min(size, FRAME)
-        grows, once = grows + size - fixed, once + fixed
-    return grows, once
+        fixed = 0 if part in {"tiles", *growths} else size if part == "report" else min(size, FRAME)
+        total += fixed + (size - fixed) * growths.get(part, growth)
+    return round(total)
 
 
 def _gpus() -> int:

@@ -84,7 +84,7 @@ def write_report(
     evaluation = measured.value if measured and "overall" in measured.value else None
     timing = timing_of(extras.timed or predicted, tiles, workers=extras.workers)
     seams = seam_score(tiles)
-    pictures = pictures_of(tiles)[:MOST_MAPS]
+    pictures = pictures_of(tiles, most=MOST_MAPS)
     ledgers = run.status(step.root)["steps"]
     figures = _figures(classes, evaluation, timing, ledgers[predicted.name], polygons)
     summary = _summary(tiles, classes)

@@ -19,7 +19,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from pydantic import BaseModel
 from upath import UPath
 
@@ -28,6 +27,7 @@ from rayseg.config import Config
 from rayseg.errors import ConfigError
 from rayseg.geo import Region
 from rayseg.ledger import MISSING, Account, Ledger
+from rayseg.rowfile import read_ids
 from rayseg.store import STORE_ERRORS, absolute, is_local, public, put, sweep, upath
 
 NAMED = 20
@@ -201,9 +201,7 @@ def status(root: str) -> dict[str, Any]:
     asked = read(root)
     steps = {}
     for manifest in sorted(upath(root).glob("steps/*/manifest.parquet")):
-        with manifest.open("rb") as file:
-            ids = pq.read_table(file, columns=["id"])["id"].to_pylist()
-        account = Account.of(ids, Ledger(str(manifest.parent / "ledger")).read())
+        account = Account.of(read_ids(manifest), Ledger(str(manifest.parent / "ledger")).read())
         steps[manifest.parent.name] = asdict(account)
     gone = asked["status"] == "running" and not _is_held(root)
     return {

@@ -117,8 +117,9 @@ def run(base: al_s4gan.Config, region: Region, trials: Sequence[Trial], out: str
     put(upath(out) / "sweep.json", json.dumps(_asked(base, region)).encode())
     found: dict[Trial, dict[str, Any]] = {}
     for trial, value in _carried_out(base, region, trials, out, engine, surveyed):
-        found[trial] = value
-        _write(out, base, region, {one: found[one] for one in trials if one in found})
+        done = found | {trial: value}
+        found = {one: done[one] for one in trials if one in done}
+        _write(out, base, region, found)
     wrong = {trial.name: value["failed"] for trial, value in found.items() if "failed" in value}
     if wrong:
         name, why = next(iter(wrong.items()))

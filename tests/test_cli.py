@@ -478,6 +478,18 @@ def test_the_segmenters_encoder_is_looked_at_before_the_classifier_is_trained(wo
     assert not out.exists()
 
 
+@pytest.mark.parametrize(("override", "said"), [
+    ("stride=700", "stride 700 is above patch 64"),
+    ("segmenter.reduce=3", "patch 64 is no multiple of 32 x segmenter.reduce 3"),
+    ("scaling={mean: [1.0], std: [1.0]}", "3 bands but scaling of 1"),
+    ("classifier.network=plots", "classifier.network = 'plots': input should be 'chips'"),
+])  # fmt: skip
+def test_windows_scalings_and_networks_that_gpc_cannot_map_with(world, out, override, said):
+    sizes = ("segmenter.size=288",) if "reduce" in override else ()
+    assert said in refused(2, *run_gpc(world, out, *RANDOM, *sizes, override))
+    assert not out.exists()
+
+
 def test_truncated_weights(world, out, tmp_path):
     path = tmp_path / "encoder.pth"
     torch.save(build_encoder("mobilenet_v2", weights="none").state_dict(), path)

@@ -1,9 +1,12 @@
+import json
 import pickle
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
-from rayseg.geo import Grid, Lattice, Tile, Window, slug, tile_at
+from rayseg.errors import ConfigError
+from rayseg.geo import Grid, Lattice, Region, Tile, Window, slug, tile_at
 
 UTM = Grid("EPSG:32650", (0.5, 0.5), (0.25, 0.0))
 PIXELS = Grid(None, (1.0, 1.0), (0.0, 0.0), "a b.png")
@@ -87,3 +90,18 @@ def test_a_small_image_without_georeference_is_one_cell():
     lattice = Lattice.of(PIXELS, 64, 48)
     image = Window(0, 0, 48, 48)
     assert sum(not lattice.cell(p).intersect(image).empty for p in lattice.patches(image)) == 1
+
+
+def test_a_grid_survives_json():
+    for grid in (UTM, PIXELS):
+        assert Grid.from_row(json.loads(json.dumps(asdict(grid)))) == grid
+
+
+def test_a_collection_alone_is_in_the_regions_catalogue():
+    placed, bare = Region("demo", catalog="/x/catalog.json"), Region("folder", images="/y")
+    assert placed.located("#truth/gpc") == "/x/catalog.json#truth/gpc"
+    for region in (placed, bare):
+        assert region.located("/z/masks") == "/z/masks"
+        assert region.located(None) is None
+    with pytest.raises(ConfigError, match="#truth is of the catalogue of region folder, which has none"):
+        bare.located("#truth")

@@ -1,6 +1,7 @@
 """Plans: what is counted from descriptions is exact, what is told from a few tiles is near what a run takes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from small_world import HEIGHT, WIDTH, catalogue, files, rayseg, refused, segmenter
@@ -40,6 +41,7 @@ def test_a_plan_is_near_the_run_and_leaves_nothing(world, tmp_path):
     assert plan["price"] == pytest.approx(plan["wall_seconds"] * plan["probe"]["cpus"])
     assert set(plan["seconds"]) == {"ReadTile", "Predict", "WriteTile"}
     assert plan["gpu_seconds"] is None
+    assert plan["probe"]["on_gpu"] == ["Predict"]
     assert plan["unknown"] == []
 
 
@@ -56,6 +58,13 @@ def test_more_workers_share_only_what_can_be_shared():
     one, ten = (planning._costs(probe, rate) for rate in rates)
     assert (one["wall_seconds"], ten["wall_seconds"]) == (1100, 200)
     assert (one["price"], ten["price"]) == (pytest.approx(1100 * 2 / 3600), pytest.approx(2000 * 2 / 3600))
+
+
+def test_seconds_of_stages_that_ask_for_a_gpu_are_the_gpus():
+    seconds = {"TrainScene": 30.0, "ReadAround": 2.0}
+    probe = planning.Probe(("a",), seconds, 32.0, 1.0, 10, 2, 1, on_gpu=("Predict", "TrainScene"))
+    assert (probe.gpu_seconds, probe.cpu_seconds) == (30, 2)
+    assert replace(probe, gpus=0).gpu_seconds is None
 
 
 def test_seconds_grow_with_pixels_and_the_first_tile_warms_up():

@@ -116,6 +116,11 @@ def test_chips_of_placed_scenes_are_exported_where_they_lie_and_their_masks_come
     (tmp_path / "drawn").mkdir()
     for row in rows:
         Image.fromarray(np.full((96, 96), 1, np.uint8)).save(tmp_path / "drawn" / f"{row['id']}.png")
+    other = tmp_path / "drawn" / "one_0_0.tif"
+    Image.fromarray(np.full((96, 96), 0, np.uint8)).save(other)
+    with pytest.raises(DataError, match="holds several masks called one_0_0; leave one of each name"):
+        asking.load(tmp_path / "drawn", str(run))
+    other.unlink()
     assert asking.load(tmp_path / "drawn", str(run)) == (2, [])
     assert active.known_labels(str(run), rows, TABLE) == ["wood", "wood"]
     active.expect_masks(str(run), rows, TABLE)

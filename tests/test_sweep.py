@@ -101,3 +101,12 @@ def test_only_a_process_that_was_lost_is_called_so(monkeypatch, error, said):
     else:
         with pytest.raises(RayTaskError):
             list(found)
+
+
+def test_a_table_is_in_the_order_of_the_trials_whichever_ends_first(tmp_path, monkeypatch):
+    trials = [Trial(0.1, strategy, "s4gan", 0) for strategy in ("random", "margin")]
+    monkeypatch.setattr(sweep, "_checked", lambda *_: None)
+    monkeypatch.setattr(sweep, "_carried_out", lambda *_: ((one, {"curve": [(4, 0.5)]}) for one in trials[::-1]))
+    told = sweep.run(Config(), Region("r"), trials, str(tmp_path), Engine("inline"))
+    assert told.splitlines()[0].split("  ") == ["labels", "random, s4gan", "margin, s4gan"]
+    assert (tmp_path / "table.csv").read_text().startswith('labels,"random, s4gan","margin, s4gan"')

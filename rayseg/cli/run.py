@@ -189,12 +189,13 @@ def status(
     *,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """Say how far a run is, from its ledgers; exit code 3 when something failed."""
+    """Say how far a run is, from its ledgers; exit code 3 when something failed, or it ended before it was done."""
     from rayseg import run as runs
 
     report = runs.status(run)
     typer.echo(json.dumps(report, indent=1) if as_json else runs.status_text(report))
-    if report["status"] != "running" and any(step["troubles"] for step in report["steps"].values()):
+    troubled = any(step["troubles"] for step in report["steps"].values())
+    if report["status"] != "running" and (report["status"] != "done" or troubled):
         raise typer.Exit(RunIncomplete.exit_code)
 
 
@@ -237,8 +238,7 @@ def _run_at(
     if engine == "ray":
         flow.expect_reachable(address)
     where = Engine(engine, address, retry)
-    refuse = getattr(pipeline_of(pipeline), "check", None)
-    check = partial(refuse, config, region) if refuse else None
+    check = partial(pipeline_of(pipeline).check, config, region)
     with Run.open(out, pipeline=pipeline, config=config, region=region, engine=where, check=check) as run:
         yield run
     if run.troubles:

@@ -8,6 +8,7 @@
 
 import io
 import json
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -19,7 +20,7 @@ from PIL import Image
 from shapely.geometry import box, mapping
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo import Window
+from rayseg.geo import NODATA, Window
 from rayseg.io import cog
 from rayseg.io.items import lonlat_geometry
 from rayseg.io.labels import read_mask
@@ -110,8 +111,8 @@ def load(folder: StorePath, run: str) -> tuple[int, list[str]]:
 
     Raises:
         ConfigError: the run has asked for nothing.
-        DataError: there are no masks, one is of no chip that was asked for, of another size, already there with other
-            classes, or holds a value or colour that is no class; nothing is written then.
+        DataError: there are no masks, one is of no chip that was asked for, called as another is, of another size,
+            already there with other classes, or holds a value or colour that is no class; nothing is written then.
     """
     asked = _asked(run)
     table = ClassTable.from_config(asked["masks"])
@@ -123,6 +124,8 @@ def load(folder: StorePath, run: str) -> tuple[int, list[str]]:
             f"{len(unknown)} masks in {folder} are of no chip that the run asked for ({', '.join(unknown[:5])}); "
             f"take them away, the ids are in {run}/to-label/chips.geojson"
         )
+    if twice := [stem for stem, count in Counter(path.stem for path in files).items() if count > 1]:
+        raise DataError(f"{folder} holds several masks called {twice[0]}; leave one of each name")
     rows = {row["id"]: row for row in asked["rows"]}
     checked = {path.stem: _checked(path, asked["chips"][path.stem], table, run) for path in files}
     for chip, mask_HW in checked.items():
@@ -145,7 +148,7 @@ def _checked(path: Any, size: Sequence[int], table: ClassTable, run: str) -> NDA
             f"mask {path} is {mask_HW.shape[0]} x {mask_HW.shape[1]} px, its chip {size[0]} x {size[1]}; draw it anew "
             f"on {run}/to-label/images/{path.stem}.png"
         )
-    if (mask_HW == cog.NODATA).all():
+    if (mask_HW == NODATA).all():
         raise DataError(f"mask {path} has no labelled pixel; draw the classes that the chip shows")
     there = _place(run, path.stem)
     if there.exists() and not np.array_equal(cog.read_bands(there)[0], mask_HW):

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from rayseg.errors import DataError
+from rayseg.geo import NODATA
 from rayseg.io import cog, items, masks
-from rayseg.io.maps import NODATA, MappedTile, mapped_tiles
+from rayseg.io.maps import MappedTile, mapped_tiles
 from rayseg.store import StorePath, upath
 from rayseg.vision.color import ClassTable, label_table, rgb_of
 

@@ -9,12 +9,11 @@ import rasterio.shutil
 from rasterio.io import DatasetWriter, MemoryFile
 
 from rayseg.errors import DataError
-from rayseg.geo import Grid, Window
+from rayseg.geo import NODATA, Grid, Window
 from rayseg.io.sources import crs_of, gdal, open_file, unplaced
 from rayseg.store import StorePath, put
 from rayseg.vision.color import ClassTable
 
-NODATA = 255
 _COG = {"driver": "COG", "compress": "DEFLATE", "blocksize": 512, "bigtiff": "IF_SAFER", "level": 6}
 
 

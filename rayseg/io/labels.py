@@ -98,9 +98,7 @@ def ingest_folder(folder: StorePath, out: StorePath, *, labels: str | None = Non
     return write_catalog(out, {"chips" if labels else "imagery": items})
 
 
-def ingest_rasters(
-    paths: StorePath | Sequence[StorePath], out: StorePath, *, bands: Sequence[str] | None = None
-) -> str:
+def ingest_rasters(paths: StorePath | Sequence[StorePath], out: StorePath) -> str:
     """Describe georeferenced rasters as the collection `imagery` of a STAC catalogue, items `<stem>`.
 
     A raster that cannot be opened or placed on Earth becomes an item without a place, with a warning, if there are
@@ -109,7 +107,6 @@ def ingest_rasters(
     Args:
         paths: rasters, or folders of them.
         out: folder of the catalogue.
-        bands: names of the bands in file order; otherwise as `sources.band_names` says.
 
     Returns:
         Path of the catalogue.
@@ -121,7 +118,7 @@ def ingest_rasters(
     names = _ids(found)
 
     def describe(path: UPath, _: str | None) -> pystac.Item:
-        source = _described(_path(path), names[path], bands)
+        source = _described(_path(path), names[path])
         if source.crs is None:
             raise DataError(f"{path} has no georeference: ingest it with `ingest folder`.")
         return _item(source, None)
@@ -160,7 +157,7 @@ def sources_of_images(location: StorePath) -> tuple[list[Source], dict[str, Data
         for path in _images_in(folder / "images")
     ] or [(None, path) for path in _rasters_in([location])]
     names = _ids(found)
-    sources, wrong = _each(found, lambda path, _: _described(_path(path), names[path], None))
+    sources, wrong = _each(found, lambda path, _: _described(_path(path), names[path]))
     return sources, {names[path]: error for path, error in wrong.items()}
 
 
@@ -260,15 +257,15 @@ def _kinds() -> str:
     return ", ".join(suffix.lstrip(".") for suffix in _TYPES)
 
 
-def _described(href: str, name: str, bands: Sequence[str] | None) -> Source:
+def _described(href: str, name: str) -> Source:
     with gdal(href), open_file(href) as dataset:
         taken = _taken(dataset, href)
-    return source_of_file(href, name, bands=bands, datetime=taken)
+    return source_of_file(href, name, datetime=taken)
 
 
 def _decoded(href: str, name: str) -> Source:
     """The image as a source; all of it is decoded once to know that it can be."""
-    source = _described(href, name, None)
+    source = _described(href, name)
     if "palette" in source.bands:
         raise DataError(f"{href} is a palette image, as masks are: convert it to RGB.")
     with gdal(href), open_file(href) as dataset:

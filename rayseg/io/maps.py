@@ -1,6 +1,5 @@
 """The class map that a run left: its tiles, how large they are on the ground, how well they fit at their borders."""
 
-import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,19 +7,18 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyproj import Geod, Transformer
 from rasterio.windows import Window as FileWindow
 from upath import UPath
 
 from rayseg.errors import DataError
-from rayseg.geo import Grid, Tile, Window
-from rayseg.io.sources import Source, gdal, open_file
-from rayseg.ledger import Ledger, Record
+from rayseg.geo import NODATA, Grid, Tile, Window
+from rayseg.io.sources import Source, from_json, gdal, open_file
+from rayseg.ledger import Ledger, Record, with_fact
+from rayseg.rowfile import read_rows
 from rayseg.store import StorePath, upath
 
-NODATA = 255
 _GEOD = Geod(ellps="WGS84")
 
 
@@ -52,10 +50,8 @@ def mapped_tiles(root: StorePath, step: str = "predict") -> list[MappedTile]:
     Raises:
         DataError: the run has no such step.
     """
-    rows = _manifest(root, step)
-    records = Ledger(str(upath(root) / "steps" / step / "ledger")).read()
-    done = [row for row in rows if row["id"] in records and "counts" in records[row["id"]].facts]
-    return [_mapped(row, records[row["id"]], upath(root) / "tiles") for row in done]
+    rows, records = _manifest(root, step), Ledger(str(upath(root) / "steps" / step / "ledger")).read()
+    return [_mapped(*found, upath(root) / "tiles") for found in with_fact(rows, records, "counts")]
 
 
 def planned_tiles(root: StorePath, step: str = "predict") -> list[tuple[Tile, tuple[Source, ...]]]:
@@ -64,24 +60,19 @@ def planned_tiles(root: StorePath, step: str = "predict") -> list[tuple[Tile, tu
     Raises:
         DataError: the run has no such step.
     """
-    return [(Tile.from_row(row), _sources(row)) for row in _manifest(root, step)]
+    return [(Tile.from_row(row), tuple(from_json(row["sources"]))) for row in _manifest(root, step)]
 
 
 def _manifest(root: StorePath, step: str) -> list[dict[str, Any]]:
     path = upath(root) / "steps" / step / "manifest.parquet"
     if not path.exists():
         raise DataError(f"{root} has no tiles of a step {step!r} ({path.name} is missing): let the run get that far.")
-    with path.open("rb") as file:
-        rows: list[dict[str, Any]] = pq.read_table(file).to_pylist()
-    return rows
+    return read_rows(path)
 
 
 def _mapped(row: dict[str, Any], record: Record, tiles: UPath) -> MappedTile:
-    return MappedTile(Tile.from_row(row), record, str(tiles / row["id"] / "classes.tif"), _sources(row))
-
-
-def _sources(row: dict[str, Any]) -> tuple[Source, ...]:
-    return tuple(Source.from_row(source) for source in json.loads(row["sources"]))
+    sources = tuple(from_json(row["sources"]))
+    return MappedTile(Tile.from_row(row), record, str(tiles / row["id"] / "classes.tif"), sources)
 
 
 def pixel_area_m2(tile: Tile) -> float | None:

@@ -16,11 +16,11 @@ import pystac
 from numpy.typing import NDArray
 
 from rayseg.errors import DataError
-from rayseg.geo import Grid, Tile, Window
+from rayseg.geo import NODATA, Grid, Tile, Window
 from rayseg.io import catalog
-from rayseg.io.maps import NODATA, MappedTile
+from rayseg.io.maps import MappedTile
 from rayseg.io.rasters import read, source_of_file
-from rayseg.io.sources import Source, footprint, gdal, grids_of, open_file
+from rayseg.io.sources import Source, footprint, from_json, gdal, grids_of, open_file
 from rayseg.store import upath
 from rayseg.vision.color import RGB, ClassTable, decode
 
@@ -70,7 +70,7 @@ def _piece_of_tile(mapped: MappedTile) -> Piece:
 def piece_of_row(row: Mapping[str, Any]) -> Piece:
     """The piece that the map of a tile will be, of which `source` is the imagery."""
     tile = Tile.from_row(row)
-    sources = [Source.from_row(source) for source in json.loads(row["sources"])]
+    sources = from_json(row["sources"])
     alone = tile.grid.crs is None
     size = (sources[0].height, sources[0].width) if alone else (tile.window.height, tile.window.width)
     return Piece(tile, sources[0], tile.grid.image or tile.id, size)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Literal
 
 import numpy as np
@@ -15,8 +15,8 @@ from rasterio.enums import Resampling
 from rasterio.windows import Window as FileWindow
 
 from rayseg.errors import DataError
-from rayseg.geo import Grid, Window
-from rayseg.io.maps import NODATA, MappedTile, width_m
+from rayseg.geo import NODATA, Grid, Window
+from rayseg.io.maps import MappedTile, width_m
 from rayseg.io.rasters import footprint, view
 from rayseg.io.sources import Source, gdal, open_file
 from rayseg.vision.color import RGB, ClassTable, overlay
@@ -76,19 +76,21 @@ def encoded(image_HWC: NDArray[np.uint8], kind: Literal["png", "webp"] = "png") 
     return sink.getvalue()
 
 
-def pictures_of(tiles: Sequence[MappedTile], *, size: int = 1400) -> list[Picture]:
+def pictures_of(tiles: Sequence[MappedTile], *, size: int = 1400, most: int | None = None) -> list[Picture]:
     """One picture per grid with CRS, then one sheet of at most six of the images without.
 
     Args:
         tiles: of one run.
         size: the longer side of a picture in px, at most.
+        most: pictures that are made, the first ones; None for all.
     """
     grids: dict[Grid, list[MappedTile]] = {}
     for tile in tiles:
         grids.setdefault(tile.tile.grid, []).append(tile)
-    placed = [mosaic(found, size=size, title=_named(grid)) for grid, found in grids.items() if grid.crs is not None]
-    images = [found for grid, found in grids.items() if grid.crs is None]
-    return [*placed, contact_sheet(images, size=size)] if images else placed
+    placed = [partial(mosaic, found, size=size, title=_named(grid)) for grid, found in grids.items() if grid.crs]
+    images = [found for grid, found in grids.items() if not grid.crs]
+    sheets = [partial(contact_sheet, images, size=size)] if images else []
+    return [draw() for draw in [*placed, *sheets][:most]]
 
 
 def _named(grid: Grid) -> str:

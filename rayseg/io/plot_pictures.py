@@ -16,17 +16,16 @@ from rayseg.vision.superpixels import outlined
 _INK = "#80868b"
 _BARE = (200, 30, 30)
 _SHOWN = 3
+_SIDE = 1000  # px of a tile at most
 
 
-def overlay(tiles: Sequence[MappedTile], *, size: int = 1000) -> bytes:
-    """A few tiles side by side, each with its plots outlined, as a WebP file; nothing without tiles.
+def overlay(tiles: Sequence[MappedTile]) -> bytes:
+    """The tiles of a run with the largest share under plots, cut from the upper left, as WebP; nothing without tiles.
 
-    Args:
-        tiles: of one run; those with the largest share under plots are shown.
-        size: px of each tile at most, cut from its upper left.
+    They are side by side, each with its plots outlined.
     """
     chosen = sorted(tiles, key=lambda tile: -tile.record.facts.get("coverage", 0))[:_SHOWN]
-    cells = [_outlined(tile, size) for tile in chosen]
+    cells = [_outlined(tile) for tile in chosen]
     if not cells:
         return b""
     height = max(len(cell) for cell in cells)
@@ -34,9 +33,9 @@ def overlay(tiles: Sequence[MappedTile], *, size: int = 1000) -> bytes:
     return encoded(np.concatenate(padded, axis=1), "webp")
 
 
-def _outlined(tile: MappedTile, size: int) -> NDArray[np.uint8]:
+def _outlined(tile: MappedTile) -> NDArray[np.uint8]:
     whole = tile.tile.window
-    window = Window(whole.col, whole.row, min(size, whole.width), min(size, whole.height))
+    window = Window(whole.col, whole.row, min(_SIDE, whole.width), min(_SIDE, whole.height))
     cut = window.slices(whole)
     numbers_HW = cog.read_bands(tile.href.replace("classes.tif", "plots.tif"))[0][cut]
     bare_HW = cog.read_bands(tile.href)[0][cut] == 0

@@ -5,7 +5,6 @@ gives pixels of its own cell only; where two patches agree in what both see, the
 not tiles, are what is joined: how they are handed out in tiles makes no difference.
 """
 
-import io
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -15,7 +14,6 @@ import geopandas
 import numpy as np
 import pandas
 import pyarrow as pa
-import pyarrow.parquet as pq
 import shapely
 from affine import Affine
 from numpy.typing import NDArray
@@ -25,7 +23,8 @@ from shapely.geometry.base import BaseGeometry
 from rayseg.errors import DataError
 from rayseg.geo import Grid, Window
 from rayseg.io.vectors import EQUAL_AREA, LONLAT
-from rayseg.store import StorePath, put, upath
+from rayseg.rowfile import read_rows
+from rayseg.store import StorePath
 from rayseg.vision.instances import Labels
 from rayseg.vision.segments import alike, groups
 
@@ -48,24 +47,16 @@ def pieces_of(labels_HW: Labels, window: Window) -> Iterator[tuple[int, Row]]:
             yield value, {"pixels": count, **place, "geometry": whole}
 
 
-def write_table(path: StorePath, rows: Sequence[Row]) -> None:
-    """Write flat rows as Parquet; an empty list too."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(list(rows)), sink, compression="zstd")
-    put(path, sink.getvalue().to_pybytes())
-
-
 def read_table(path: StorePath) -> list[Row]:
-    """The rows that `write_table` wrote.
+    """The rows of patches, pieces or plots in a file.
 
     Raises:
         DataError: there are none at `path`.
     """
     try:
-        rows: list[Row] = pq.read_table(io.BytesIO(upath(path).read_bytes())).to_pylist()
+        return read_rows(path)
     except (FileNotFoundError, pa.ArrowInvalid) as error:
         raise DataError(f"{path} holds no plots ({error}): propose them again.") from error
-    return rows
 
 
 def packed(labels_HW: Labels) -> bytes:

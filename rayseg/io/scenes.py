@@ -19,10 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayseg.errors import DataError
-from rayseg.geo import Grid, Window, expect_ids, slug
+from rayseg.geo import NODATA, Grid, Window, expect_ids, slug
 from rayseg.io import catalog
 from rayseg.io.labels import image_folders, sources_of_images
-from rayseg.io.maps import NODATA
 from rayseg.io.masks import masks_of, pixels_of, read_classes
 from rayseg.io.rasters import footprint, grids_of, read
 from rayseg.io.sources import Source
@@ -214,15 +213,16 @@ def _cut(pixels: Pixels, whole: Window, window: Window) -> Pixels:
     return cut[0], cut[1], cut[2]
 
 
+def image_on(one: LabelledImage) -> Source:
+    """The image as it lies on its grid: nowhere on Earth, if its masks do not say where they are."""
+    return one.image if one.grid.crs is not None else replace(one.image, crs=None)
+
+
 def masks_on(one: LabelledImage) -> Sequence[Source]:
-    """The masks as they lie on the image's own pixels, if neither says where on Earth it is."""
+    """The masks as they lie on the image's grid."""
     if one.grid.crs is not None:
         return one.masks
-    return [_called(mask, one.grid) for mask in one.masks]
-
-
-def _called(mask: Source, grid: Grid) -> Source:
-    return replace(mask, item_id=grid.image or "", crs=None)
+    return [replace(mask, item_id=one.grid.image or "", crs=None) for mask in one.masks]
 
 
 def count_classes(one: LabelledImage, table: ClassTable, *, cell: int) -> NDArray[np.int64]:

@@ -1,5 +1,6 @@
 """Where imagery lies: sources as flat records, the grids they are worked on, and the one door to image files."""
 
+import json
 import math
 import re
 import threading
@@ -89,25 +90,25 @@ class Source:
         return cls(**{**row, "assets": assets, "transform": tuple(row["transform"]), "units": units})
 
 
-def source_of_file(
-    href: str, item_id: str, *, bands: Sequence[str] | None = None, datetime: str | None = None
-) -> Source:
-    """The image file at `href` as a source of its own.
+def from_json(text: str) -> list[Source]:
+    """The sources of which a row holds the JSON list."""
+    return [Source.from_row(row) for row in json.loads(text)]
+
+
+def source_of_file(href: str, item_id: str, *, datetime: str | None = None) -> Source:
+    """The image file at `href` as a source of its own; its bands are called as `band_names` says.
 
     Args:
         href: local path, `file:`, `s3://`, `http(s)://`.
         item_id: the id to give it.
-        bands: names of its bands in file order; otherwise the file's own (see `band_names`).
         datetime: when it was taken, ISO 8601 in UTC.
 
     Raises:
-        DataError: the file cannot be opened, or `bands` are not as many as the file has.
+        DataError: the file cannot be opened.
     """
     with gdal(href), open_file(href) as dataset:
-        names = tuple(bands) if bands is not None else band_names(dataset)
-        if len(names) != dataset.count:
-            raise DataError(f"{href} has {dataset.count} bands, {len(names)} names were given ({', '.join(names)}).")
-        return replace(described(dataset), item_id=item_id, assets=((href, names),), datetime=datetime)
+        assets = ((href, band_names(dataset)),)
+        return replace(described(dataset), item_id=item_id, assets=assets, datetime=datetime)
 
 
 def band_names(dataset: DatasetReader) -> tuple[str, ...]:
@@ -395,6 +396,5 @@ def _bounds_in(source: Source, crs: str) -> Bounds:
 def bounds_of(source: Source) -> Bounds:
     """(left, bottom, right, top) around the source's corners, in its own CRS."""
     affine = Affine(*source.transform)
-    corners = [affine @ (col, row) for col in (0, source.width) for row in (0, source.height)]
-    xs, ys = [x for x, _ in corners], [y for _, y in corners]
+    xs, ys = zip(*(affine @ (col, row) for col in (0, source.width) for row in (0, source.height)), strict=True)
     return min(xs), min(ys), max(xs), max(ys)

@@ -22,7 +22,7 @@ from rasterio.features import shapes
 from skimage.measure import label
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo import Grid, Window
+from rayseg.geo import NODATA, Grid, Window
 from rayseg.io.cog import read_bands
 from rayseg.io.maps import MappedTile, mapped_tiles
 from rayseg.io.masks import table_of
@@ -35,7 +35,6 @@ from rayseg.vision.segments import groups
 if TYPE_CHECKING:  # whoever cuts tiles into parts does without tables of geometries, which take long to import
     import geopandas
 
-NODATA = 255
 TOP = 254  # the score that stands for probability 1
 LONLAT = "EPSG:4326"
 EQUAL_AREA = "EPSG:6933"
@@ -139,8 +138,7 @@ def _schema(grid: Grid) -> pa.Schema:
 
 
 def _grid_of(parts: pa.Table) -> Grid:
-    row = json.loads(parts.schema.metadata[b"grid"])
-    return Grid(row["crs"], tuple(row["resolution"]), tuple(row["origin"]), row["image"])
+    return Grid.from_row(json.loads(parts.schema.metadata[b"grid"]))
 
 
 def _score_sums(classes_HW: np.ndarray, scores_CHW: np.ndarray, labels: np.ndarray) -> np.ndarray:

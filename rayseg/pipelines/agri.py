@@ -9,7 +9,7 @@ how the region is cut into tiles: docs/decisions/0007. The published settings ar
 
 import json
 from collections import defaultdict
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -27,15 +27,18 @@ from rayseg.io.sources import Source, grids_of
 from rayseg.mapping import MapConfig
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
+from rayseg.models.encoders import NO_FILES, read_state
 from rayseg.models.enlarge import EnlargeConfig, load_enlarger
 from rayseg.models.sam import SamConfig, checkpoint_state
+from rayseg.rowfile import write_rows
 from rayseg.run import Run, Step
+from rayseg.stages.enlarge import lattice_of
 from rayseg.stages.ground import ImageConfig, ReadGround, check_source
 from rayseg.stages.instances import ProposePlots, ReadPlots, WritePieces, WritePlots, pieces_path
 from rayseg.stages.plots import ClassifyPlots, CutPlots, WriteClasses, check_classifier
 from rayseg.store import Location, upath
-from rayseg.train.classifier import ClassifierConfig, fit_classifier, trained_classifier
-from rayseg.train.learning import Learning
+from rayseg.train.classifier import ClassifierConfig, expect_trainable, fit_classifier, trained_classifier
+from rayseg.train.learning import Learning, Rates
 from rayseg.vision.color import ClassTable
 from rayseg.vision.proposals import SuperpixelProposer
 from rayseg.vision.rounds import RoundsConfig
@@ -50,6 +53,27 @@ GROUP = 100
 """Plots classified as one row."""
 SCALING = Scaling(scale=1 / 255, mean=(0.0,) * 3, std=(1.0,) * 3)
 COLUMNS = ("id", "number", "class", "score", "stability", "predicted_iou", "round", "refined")
+
+
+class PlotsClassifierConfig(ClassifierConfig):
+    """A classifier of plots; the defaults are the published ones."""
+
+    network: Literal["chips", "plots", "over-imagenet"] = "plots"
+    """plots: features and two numbers about colour; for the others see gpc and al-s4gan."""
+    encoder: str = "resnet50"
+    """A name of segmentation_models_pytorch or of timm."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the features dropped before the head."""
+    positive: int | None = None
+    """None draws all crops alike."""
+    size: Annotated[int, Field(gt=0)] = 224
+    """Side in pixels of the windows cut out of the crops; a multiple of 32 times `reduce`."""
+    epochs: Annotated[int, Field(gt=0)] = 10
+    """One epoch is one pass over the crops."""
+    rates: Rates = ((10, 1e-4),)
+    """(until epoch, learning rate)."""
+    learning: Learning = Learning(batch=32, optimizer="sgd", weight_decay=0.1)
+    """How weights are changed."""
 
 
 class Config(Frozen):
@@ -73,16 +97,7 @@ class Config(Frozen):
     """Prefix of a trained classifier of plots; without one, and without chips, plots have no class."""
     chips: ChipsConfig | None = None
     """Labelled crops (field, nonfield) to train one from."""
-    training: ClassifierConfig = ClassifierConfig(
-        network="plots",
-        encoder="resnet50",
-        dropout=0.0,
-        size=224,
-        epochs=10,
-        rates=((10, 1e-4),),
-        positive=None,
-        learning=Learning(batch=32, optimizer="sgd", weight_decay=0.1),
-    )
+    training: PlotsClassifierConfig = PlotsClassifierConfig()
     """How it is trained."""
     workers: int = 0
     """Processes of Ray Train; 0 trains in the command's own process."""
@@ -111,12 +126,12 @@ def plan(region: Region, config: Config) -> list[Row]:
     return mapping.tiles_of(region, config.map, partial(check_source, kind=config.image), halo=config.patch)
 
 
-def on_larger(larger: Step, region: Region, config: Config) -> tuple[Region, Config]:
-    """The region and what is asked of it on the larger imagery, if there is any."""
+def on_larger(larger: Step, config: Config) -> Config:
+    """What is asked of the larger imagery, if there is any."""
     if "imagery" not in larger.value:
-        return region, config
+        return config
     imagery = config.map.model_copy(update={"imagery": larger.value["imagery"]})
-    return replace(region, images=None), config.model_copy(update={"map": imagery, "image": ImageConfig()})
+    return config.model_copy(update={"map": imagery, "image": ImageConfig()})
 
 
 def propose(step: Step, larger: Step, region: Region, config: Config) -> dict[str, Any]:
@@ -139,9 +154,7 @@ def propose(step: Step, larger: Step, region: Region, config: Config) -> dict[st
         Work(look, cpus=1.0, gpus=1.0 if config.proposer == "sam" else 0.0, model=True),
         Work(WritePieces(str(step.prefix))),
     ]
-    ledger, patience = mapping.ledger_of(step), config.map.stall_seconds
-    account = flow.run(rows, works, ledger, step.engine, stall_seconds=patience)
-    return {"account": account.counts, "troubles": account.troubles}
+    return mapping.through(step, rows, works, patience=config.map.stall_seconds)
 
 
 def join(step: Step, proposed: Step, config: Config) -> dict[str, Any]:
@@ -161,8 +174,8 @@ def join(step: Step, proposed: Step, config: Config) -> dict[str, Any]:
             name = f"{grid.name}_{plot['first_col']}_{plot['first_row']}"
             found.append(plot | {"id": name, "number": number, "grid": at, "geometry": plot["geometry"].wkb})
     for row in mapping.read_manifest(proposed):
-        plots.write_table(pieces_path(str(step.prefix), row["id"], "numbers"), members[row["id"]])
-    plots.write_table(step.prefix / "plots.parquet", found)
+        write_rows(pieces_path(str(step.prefix), row["id"], "numbers"), members[row["id"]])
+    write_rows(step.prefix / "plots.parquet", found)
     return {"plots": len(found), "grids": [asdict(grid) for grid in grids]}
 
 
@@ -172,11 +185,9 @@ def _table(proposed: Step, row: Row, name: Literal["patches", "pieces"]) -> list
 
 def _by_grid(proposed: Step) -> dict[Grid, list[Row]]:
     """The tiles that were looked at, by their grid, in the order of the grids' names."""
-    records = mapping.ledger_of(proposed).read()
     by_grid: dict[Grid, list[Row]] = defaultdict(list)
-    for row in mapping.read_manifest(proposed):
-        if row["id"] in records and "pieces" in records[row["id"]].facts:
-            by_grid[Tile.from_row(row).grid].append(row)
+    for row, _ in mapping.rows_with(proposed, "pieces"):
+        by_grid[Tile.from_row(row).grid].append(row)
     return dict(sorted(by_grid.items(), key=lambda entry: (entry[0].name, entry[0].origin)))
 
 
@@ -199,25 +210,25 @@ def fit_plots(step: Step, region: Region, config: Config) -> dict[str, Any]:
         workers=config.workers,
         use_gpu=flow.connect_training(step.engine.address, workers=config.workers),
     )
-    described = Bundle(
+    model = trained_classifier(config.training, step.prefix, classes=len(LABELS))
+    prefix = mapping.keep_model(step, _described(config.training, measures), model)
+    return {"bundle": prefix, "measures": measures, "chips": listed}
+
+
+def _described(training: ClassifierConfig, measures: dict[str, float] | None = None) -> Bundle:
+    return Bundle(
         name="plots",
         task="classification",
-        architecture=Architecture(
-            factory="plots" if config.training.network == "plots" else "classifier",
-            options=config.training.options(classes=len(LABELS), channels=3),
-        ),
+        architecture=Architecture(factory=training.factory, options=training.options(classes=len(LABELS), channels=3)),
         classes=CLASSES,
         bands=("red", "green", "blue"),
         dtype="uint8",
         scaling=SCALING,
-        patch=config.training.size,
-        stride=config.training.size,
-        metrics=measures,
-        provenance=Provenance(config=config.training.model_dump(mode="json")),
+        patch=training.size,
+        stride=training.size,
+        metrics=measures or {},
+        provenance=Provenance(config=training.model_dump(mode="json")),
     )
-    prefix = str(upath(step.root) / "models" / described.name)
-    bundle.save(prefix, described, trained_classifier(config.training, step.prefix, classes=len(LABELS)))
-    return {"bundle": prefix, "measures": measures, "chips": listed}
 
 
 def classify(step: Step, proposed: Step, joined: Step, model: Step, config: Config) -> dict[str, Any]:
@@ -232,8 +243,8 @@ def classify(step: Step, proposed: Step, joined: Step, model: Step, config: Conf
         Work(ClassifyPlots(prefix), cpus=1.0, gpus=1.0, model=True),
         Work(WriteClasses(str(step.prefix))),
     ]
-    account = flow.run(rows, works, mapping.ledger_of(step), step.engine, title="plots")
-    return {"account": account.counts, "troubles": account.troubles, "groups": [row["id"] for row in rows]}
+    groups = [row["id"] for row in rows]
+    return {**mapping.through(step, rows, works, title="plots", patience=config.map.stall_seconds), "groups": groups}
 
 
 def _groups(proposed: Step, joined: Step) -> list[Row]:
@@ -288,8 +299,7 @@ def write_tiles(
         Work(ReadPlots(str(proposed.prefix), str(joined.prefix), config.image.bands, stride=config.stride)),
         Work(write),
     ]
-    account = flow.run(rows, works, mapping.ledger_of(step), step.engine, stall_seconds=config.map.stall_seconds)
-    return {"account": account.counts, "troubles": account.troubles}
+    return mapping.through(step, rows, works, patience=config.map.stall_seconds)
 
 
 def _legend(described: Bundle | None, *, whole: bool) -> tuple[ClassTable, int]:
@@ -310,19 +320,13 @@ def write_plots(step: Step, joined: Step, classified: Step, model: Step) -> dict
         known = classes.get(row["number"], {})
         row |= {"class": names[known["class"]] if known else None, "score": known.get("score")}
     frames = [
-        plots.frame_of(grid, [row for row in found if row["grid"] == at], columns=COLUMNS)
-        for at, grid in enumerate(_grids(joined))
+        plots.frame_of(Grid.from_row(grid), [row for row in found if row["grid"] == at], columns=COLUMNS)
+        for at, grid in enumerate(joined.value["grids"])
     ]
     whole = plots.one_frame(frames, columns=COLUMNS)
     vectors.write_geoparquet(whole, upath(step.root) / "plots.parquet")
     area = float(whole["area_m2"].sum()) if "area_m2" in whole else None
     return {"polygons": "plots.parquet", "count": len(whole), "area_m2": area}
-
-
-def _grids(joined: Step) -> list[Grid]:
-    return [
-        Grid(row["crs"], tuple(row["resolution"]), tuple(row["origin"]), row["image"]) for row in joined.value["grids"]
-    ]
 
 
 def write_report(step: Step, proposed: Step, joined: Step, tiles: Step, polygons: Step) -> dict[str, Any]:
@@ -346,17 +350,27 @@ def write_report(step: Step, proposed: Step, joined: Step, tiles: Step, polygons
 
 def check(config: Config, region: Region) -> None:
     """Refuse, before anything is written, imagery and weights that cannot be used."""
+    _planned(region, config)
     if config.enlarge:
-        enlarging.plan(region, config.enlarge, config.image, config.map)
         load_enlarger(config.enlarge, device="cpu")
-    else:
-        plan(region, config)
     if config.proposer == "sam" and config.sam.checkpoint != "random":
         checkpoint_state(config.sam)
     if config.classifier:
         check_classifier(bundle.build(config.classifier)[0])
     elif config.chips:
         chips.find_chips(region, LABELS, config.chips)
+        expect_trainable(config.training, workers=config.workers)
+        bundle.blank(_described(config.training))
+        if config.training.weights not in NO_FILES:
+            read_state(config.training.weights)
+
+
+def _planned(region: Region, config: Config) -> tuple[planning.Forecast | None, list[Row]]:
+    """(what is done to the imagery before, rows of the tiles in which plots are looked for)."""
+    if config.enlarge is None:
+        return None, plan(region, config)
+    rows, tiles = enlarging.plan(region, config.enlarge, config.image, config.map, halo=config.patch)
+    return planning.Forecast(rows, lattice_of(config.enlarge).patch), tiles
 
 
 def forecast(config: Config, region: Region) -> planning.Forecast:
@@ -364,16 +378,18 @@ def forecast(config: Config, region: Region) -> planning.Forecast:
     trained = config.chips is not None and not config.classifier
     alone = config.model_copy(update={"chips": None}) if trained else config
     unknown = ("training the classifier of plots, and classifying them",) if trained else ()
-    return planning.Forecast(plan(region, config), config.patch, unknown, trial=partial(run, alone))
+    before, tiles = _planned(region, config)
+    counts = {"enlarge": len(before.tiles)} if before else {}
+    return planning.Forecast(tiles, config.patch, unknown, counts, partial(run, alone), before)
 
 
 def run(config: Config, run: Run, region: Region) -> str:
     """Find the plots of `region`; return where the report is and what it says."""
-    larger = run.step("enlarge", enlarging.enlarge, region, config.enlarge, config.image, config.map)
-    region, config = on_larger(larger, region, config)
+    model = run.step("classifier", fit_plots, region, config)
+    larger = run.step("enlarge", enlarging.enlarge, region, config.enlarge, config.image, config.map, config.patch)
+    config = on_larger(larger, config)
     proposed = run.step("propose", propose, larger, region, config)
     joined = run.step("join", join, proposed, config)
-    model = run.step("classifier", fit_plots, region, config)
     classified = run.step("classify", classify, proposed, joined, model, config)
     tiles = run.step("predict", write_tiles, region, proposed, joined, classified, model, config)
     polygons = run.step("plots", write_plots, joined, classified, model)

@@ -10,6 +10,7 @@ No mask is ever drawn. What is not said here is in the modules named by the step
 
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -17,22 +18,21 @@ import matplotlib
 import matplotlib.image
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayseg import chips, evaluation, flow, mapping, planning, publication
-from rayseg.chips import ChipsConfig, parquet
+from rayseg.chips import ChipsConfig
 from rayseg.config import Config as Frozen
 from rayseg.errors import DataError
 from rayseg.flow import Row, Work
 from rayseg.geo import Region
 from rayseg.io import cog, masks
-from rayseg.ledger import Account, Ledger
 from rayseg.mapping import MapConfig
-from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
-from rayseg.models.encoders import encoder_name, read_state
+from rayseg.models.encoders import NO_FILES, encoder_name, read_state
 from rayseg.models.segmenter import Ensemble
 from rayseg.models.unsupervised import Precision
+from rayseg.rowfile import write_rows
 from rayseg.run import Run, Step
 from rayseg.stages.cues import (
     CamCue,
@@ -45,7 +45,7 @@ from rayseg.stages.cues import (
     density_path,
 )
 from rayseg.stages.weak import Cam, Segment
-from rayseg.store import Location, put, upath
+from rayseg.store import Location, put
 from rayseg.train.batches import Chips
 from rayseg.train.classifier import ClassifierConfig, expect_trainable, fit_classifier, trained_classifier
 from rayseg.train.labels import probabilities
@@ -94,11 +94,18 @@ class CuesConfig(Frozen):
     """concept: evidence (log ratio) above which a superpixel outside the concept is left open."""
 
 
+class YesNoConfig(ClassifierConfig):
+    """The classifier of chips; the defaults are the paper's."""
+
+    network: Literal["chips"] = "chips"
+    """A head on an encoder, at whose stages Grad-CAM++ looks."""
+
+
 class Config(Frozen):
     """Settings of the pipeline; the defaults are the paper's, `configs/gpc/default.yaml` is what we would use today."""
 
     chips: ChipsConfig = ChipsConfig()
-    classifier: ClassifierConfig = ClassifierConfig()
+    classifier: YesNoConfig = YesNoConfig()
     cues: CuesConfig = CuesConfig()
     segmenter: SegmenterConfig = SegmenterConfig()
     map: MapConfig = MapConfig()
@@ -116,6 +123,12 @@ class Config(Frozen):
     """How chips and imagery become the networks' input; mean and standard deviation of the paper's chips."""
     truth: Location | None = None
     """Masks to measure the map with: a folder, `catalog.json#collection`, or `#collection` of the region."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config":
+        reduce = self.segmenter.reduce
+        mapping.expect_windows(BANDS, self.scaling, patch=self.patch, stride=self.stride, reduce=reduce)
+        return self
 
 
 def _read_mask(cues: str, rows: list[Row], size: int, position: int) -> np.ndarray:
@@ -143,7 +156,7 @@ def fit_yes_no(step: Step, listed: Step, config: Config) -> dict[str, Any]:
     described = Bundle(
         name="classifier",
         task="classification",
-        architecture=Architecture(factory="classifier", options=settings.options(classes=len(LABELS), channels=3)),
+        architecture=Architecture(factory=settings.factory, options=settings.options(classes=len(LABELS), channels=3)),
         classes=tuple((position, label, color) for position, (label, color) in enumerate(COLORS.items())),
         bands=BANDS,
         dtype="uint8",
@@ -153,19 +166,13 @@ def fit_yes_no(step: Step, listed: Step, config: Config) -> dict[str, Any]:
         metrics=measures,
         provenance=Provenance(config=settings.model_dump(mode="json"), parents=(_catalog_of(listed),)),
     )
-    return {"bundle": _keep(step, described, model), "measures": measures}
+    return {"bundle": mapping.keep_model(step, described, model), "measures": measures}
 
 
 def _catalog_of(listed: Step) -> str:
     """The catalogue of the chips."""
     source: str = listed.value["source"]
     return source.partition("#")[0]
-
-
-def _keep(step: Step, described: Bundle, model: torch.nn.Module) -> str:
-    prefix = str(upath(step.root) / "models" / described.name)
-    bundle.save(prefix, described, model)
-    return prefix
 
 
 def write_cues(
@@ -183,8 +190,8 @@ def write_cues(
     rows = chips.rows_of(listed, held_out=False)
     decide = {"cam": _decide_by_cam, "concept": _decide_by_concept}[config.method]
     works = [*seen, *decide(step, rows, seen, config, patience), Work(WriteCue(str(step.prefix)))]
-    account = _through(step, "", [row for row in rows if row["label"] == YES], works, patience)
-    return {"cues": str(step.prefix), "account": account.counts, "troubles": account.troubles}
+    found = _through(step, [row for row in rows if row["label"] == YES], works, patience)
+    return {"cues": str(step.prefix), **found}
 
 
 def _decide_by_cam(_: Step, __: list[Row], ___: list[Work], config: CuesConfig, ____: float) -> list[Work]:
@@ -202,12 +209,14 @@ def _decide_by_concept(
     step: Step, rows: list[Row], seen: list[Work], config: CuesConfig, patience: float
 ) -> list[Work]:
     """Learn the concept from all chips first."""
-    prefix = str(step.prefix / "densities")
-    divide = Work(Superpixels(reduce=config.reduce, min_size=32))
-    account = _through(step, "densities", rows, [*seen, divide, Work(WriteDensity(prefix))], patience)
-    if account.troubles:
+    before = replace(step, name=f"{step.name}/densities")
+    prefix, divide = str(before.prefix), Work(Superpixels(reduce=config.reduce, min_size=32))
+    troubles = _through(before, rows, [*seen, divide, Work(WriteDensity(prefix))], patience)["troubles"]
+    if troubles:
+        chip, why = next(iter(troubles.items()))
         raise DataError(
-            f"{len(account.troubles)} chips could not be read, first {next(iter(account.troubles.items()))}"
+            f"{len(troubles)} of {len(rows)} chips cannot be used, first {chip} ({why}); all are needed to "
+            f"learn the concept: mend them, then: rayseg retry {step.root}"
         )
     evidence_AB = concept.evidence(*(_densities(prefix, rows, label) for label in LABELS))
     return [divide, Work(ConceptCue(evidence_AB, doubtful=config.doubtful))]
@@ -219,11 +228,9 @@ def _densities(prefix: str, rows: list[Row], label: str) -> Iterator[np.ndarray]
             yield np.load(io.BytesIO(density_path(prefix, row["id"]).read_bytes()), allow_pickle=False)
 
 
-def _through(step: Step, part: str, rows: list[Row], works: list[Work], patience: float) -> Account:
-    """Chips through stages, with a ledger and a manifest of their own."""
-    prefix = step.prefix / part if part else step.prefix
-    put(prefix / "manifest.parquet", parquet(rows))
-    return flow.run(rows, works, Ledger(str(prefix / "ledger")), step.engine, title="chips", stall_seconds=patience)
+def _through(step: Step, rows: list[Row], works: list[Work], patience: float) -> dict[str, Any]:
+    write_rows(step.prefix / "manifest.parquet", rows)
+    return mapping.through(step, rows, works, title="chips", patience=patience)
 
 
 def fit_mask(step: Step, listed: Step, cues: Step, config: Config) -> dict[str, Any]:
@@ -239,7 +246,7 @@ def fit_mask(step: Step, listed: Step, cues: Step, config: Config) -> dict[str, 
             threshold = _threshold(model, rows, config)
             of_all = measures if name == "segmenter" else []
             described = _described(config, name, threshold=threshold, measures=of_all, parents=(_catalog_of(listed),))
-            kept[name] = _keep(step, described, model)
+            kept[name] = mapping.keep_model(step, described, model)
     return {"bundle": kept["segmenter"], "measures": measures}
 
 
@@ -315,13 +322,8 @@ def _threshold(model: torch.nn.Module, rows: list[Row], config: Config) -> float
 
 def measure(step: Step, predicted: Step, region: Region, truth: str | None) -> dict[str, Any]:
     """Compare the map with its truth, if there is one."""
-    if not truth:
-        return {}
-    return evaluation.evaluate_run(step, predicted, _truth(region, truth))
-
-
-def _truth(region: Region, truth: str | None) -> str:
-    return f"{region.catalog}{truth}" if truth and truth.startswith("#") else truth or ""
+    located = region.located(truth)
+    return evaluation.evaluate_run(step, predicted, located) if located else {}
 
 
 def draw_cues(step: Step, listed: Step, cues: Step, size: int) -> dict[str, Any]:
@@ -360,11 +362,11 @@ def check(config: Config, region: Region) -> None:
     chips.find_chips(region, LABELS, config.chips)
     mapping.plan(region, _described(config), config.map)
     expect_trainable(config.classifier, workers=config.workers)
-    if truth := _truth(region, config.truth):
+    if truth := region.located(config.truth):
         masks.masks_of(truth, names=[name for _, name, _ in CLASSES])
     for network in (config.classifier, config.segmenter):
         encoder_name(network.encoder)
-        if network.weights not in {"imagenet", "none"}:
+        if network.weights not in NO_FILES:
             read_state(network.weights)
 
 

@@ -14,11 +14,9 @@ from functools import lru_cache
 from typing import Annotated, Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from rayseg import evaluation, flow, mapping, planning, publication
-from rayseg.chips import parquet
 from rayseg.config import Config as Frozen
 from rayseg.errors import ConfigError, DataError
 from rayseg.evaluation import Compared
@@ -33,12 +31,13 @@ from rayseg.mapping import MapConfig
 from rayseg.metrics import Confusion
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
-from rayseg.models.encoders import encoder_name, read_state
+from rayseg.models.encoders import NO_FILES, encoder_name, read_state
+from rayseg.rowfile import read_rows, write_rows
 from rayseg.run import Run, Step
 from rayseg.stages.compare import CompareTile, pictured
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, tile_rows
-from rayseg.store import Location, put, upath
+from rayseg.store import Location, put
 from rayseg.train.feed import Windows
 from rayseg.train.supervised import (
     Labelled,
@@ -95,17 +94,9 @@ class Config(Frozen):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
-        if self.stride > self.patch:
-            raise ValueError(f"stride {self.stride} is above patch {self.patch}: windows would leave gaps; lower it")
-        if self.patch % (32 * self.segmenter.reduce):
-            raise ValueError(f"patch {self.patch} is no multiple of 32 x segmenter.reduce {self.segmenter.reduce}")
-        if len(self.bands) != len(self.scaling.mean):
-            raise ValueError(f"{len(self.bands)} bands but scaling of {len(self.scaling.mean)}: give one for each")
+        reduce = self.segmenter.reduce
+        mapping.expect_windows(self.bands, self.scaling, patch=self.patch, stride=self.stride, reduce=reduce)
         return self
-
-
-def _masks_of_region(region: Region, location: str | None) -> str:
-    return f"{region.catalog}{location}" if location and location.startswith("#") else location or ""
 
 
 def _find(region: Region, config: Config) -> tuple[LabelledImage, ...]:
@@ -124,7 +115,7 @@ def _find(region: Region, config: Config) -> tuple[LabelledImage, ...]:
             f"region {region.name} has no labelled scenes; name some with --set labelled.source=FOLDER, which holds "
             "images and masks, or catalog.json#collection"
         )
-    found = scenes.labelled_images(source, _masks_of_region(region, settings.masks), names=config.classes.table.names)
+    found = scenes.labelled_images(source, region.located(settings.masks), names=config.classes.table.names)
     kept = tuple(image for image in found if image.masks)
     if not kept:
         raise DataError(
@@ -170,7 +161,7 @@ def list_scenes(step: Step, region: Region, config: Config) -> dict[str, Any]:
         for name, part in divided.items()
         for image, found in part
     ]
-    put(step.prefix / "images.parquet", parquet(rows))
+    write_rows(step.prefix / "images.parquet", rows)
     return {
         name: {
             "scenes": sorted({image.scene for image, _ in part}),
@@ -182,8 +173,7 @@ def list_scenes(step: Step, region: Region, config: Config) -> dict[str, Any]:
 
 
 def _labelled(listed: Step, part: str, config: Config) -> Labelled:
-    with (listed.prefix / "images.parquet").open("rb") as file:
-        rows = [row for row in pq.read_table(file).to_pylist() if row["part"] == part]
+    rows = [row for row in read_rows(listed.prefix / "images.parquet") if row["part"] == part]
     read = Windows(tuple(map(LabelledImage.from_row, rows)), config.bands, config.classes.table)
     return Labelled(read, tuple(np.array(json.loads(row["counts"]), np.int64) for row in rows))
 
@@ -208,9 +198,7 @@ def fit(step: Step, listed: Step, config: Config) -> dict[str, Any]:
         config.segmenter, step.prefix, classes=len(config.classes.table.classes), channels=len(config.bands)
     )
     described = _described(config, dtype=training.images[0].image.dtype, measures=measures)
-    prefix = str(upath(step.root) / "models" / described.name)
-    bundle.save(prefix, described, model)
-    return {"bundle": prefix, "measures": measures}
+    return {"bundle": mapping.keep_model(step, described, model), "measures": measures}
 
 
 def _described(config: Config, *, dtype: str = "uint8", measures: dict[str, float] | None = None) -> Bundle:
@@ -238,28 +226,24 @@ def validate(step: Step, listed: Step, model: Step, config: Config) -> dict[str,
     images, table = _labelled(listed, "validation", config).images, config.classes.table
     described = bundle.load(model.value["bundle"])
     halo = described.patch + described.stride
-    rows = [
-        row | {"refused": ""} for row in tile_rows([one.image for one in images], None, size=config.map.tile, halo=halo)
-    ]
-    put(step.prefix / "manifest.parquet", parquet(rows))
+    seen = [scenes.image_on(one) for one in images]
+    rows = [row | {"refused": ""} for row in tile_rows(seen, None, size=config.map.tile, halo=halo)]
+    write_rows(step.prefix / "manifest.parquet", rows)
     works = [
         Work(ReadTile(described.bands, patch=described.patch, stride=described.stride)),
         Work(Predict(model.value["bundle"], batch=config.map.batch), cpus=1.0, gpus=1.0, model=True),
         Work(CompareTile(str(step.prefix / "tiles"), images, table)),
     ]
-    ledger = mapping.ledger_of(step)
-    account = flow.run(rows, works, ledger, step.engine, stall_seconds=config.map.stall_seconds)
-    records = ledger.read()
+    done = mapping.through(step, rows, works, patience=config.map.stall_seconds)
     compared = [
-        Compared(row["id"], row["grid_image"], Confusion(np.array(records[row["id"]].facts["confusion"])), 0)
-        for row in rows
-        if "confusion" in records[row["id"]].facts
+        Compared(row["id"], row["grid_image"], Confusion(np.array(record.facts["confusion"])), 0)
+        for row, record in mapping.rows_with(step, "confusion")
     ]
     named = ", ".join(listed.value["validation"]["scenes"])
     found = evaluation.summary(compared, table) | {"prediction": "", "truth": f"the validation scenes {named}"}
     none = {"count": 0, "names": []}
     worst = _worst(step, compared, rows, images, table)
-    return found | {"unmatched": {"prediction": none, "truth": none}, "worst": worst, "troubles": account.troubles}
+    return found | done | {"unmatched": {"prediction": none, "truth": none}, "worst": worst}
 
 
 def _worst(
@@ -283,7 +267,8 @@ def _worst(
 
 def measure(step: Step, predicted: Step, region: Region, truth: str | None) -> dict[str, Any]:
     """Compare the map with its truth, if there is one."""
-    return evaluation.evaluate_run(step, predicted, _masks_of_region(region, truth)) if truth else {}
+    located = region.located(truth)
+    return evaluation.evaluate_run(step, predicted, located) if located else {}
 
 
 def write_report(
@@ -318,12 +303,12 @@ def check(config: Config, region: Region) -> None:
     described = _described(config)
     expect_supervisable(config.segmenter, classes=len(described.classes), workers=config.workers)
     encoder_name(config.segmenter.encoder)
-    if config.segmenter.weights not in {"imagenet", "none"}:
+    if config.segmenter.weights not in NO_FILES:
         read_state(config.segmenter.weights)
     divided = _divided(region, config)
     dtype = divided["training"][0][0].image.dtype
     mapping.plan(region, described.model_copy(update={"dtype": dtype}), config.map)
-    if truth := _masks_of_region(region, config.truth):
+    if truth := region.located(config.truth):
         masks.masks_of(truth, names=config.classes.table.names)
 
 

@@ -15,18 +15,18 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from rayseg import agreement, flow, mapping, planning, publication
-from rayseg.chips import parquet
+from rayseg import agreement, mapping, planning, publication
 from rayseg.config import Config as Frozen
 from rayseg.errors import ConfigError, DataError
 from rayseg.flow import Row, Work
-from rayseg.geo import Region, Tile, Window, expect_ids, slug
+from rayseg.geo import NODATA, Region, Tile, Window, expect_ids, slug
 from rayseg.io import maps, pictures, segments
 from rayseg.io.masks import piece_of_row
 from rayseg.io.sources import Source
-from rayseg.ledger import SETTLED, Record
+from rayseg.ledger import MISSING, SETTLED, Record
 from rayseg.mapping import MapConfig
 from rayseg.models.bundle import Scaling
+from rayseg.rowfile import write_rows
 from rayseg.run import Run, Step
 from rayseg.stages.label import LabelTile
 from rayseg.stages.read import tile_rows
@@ -98,7 +98,7 @@ def plan(region: Region, config: Config) -> tuple[list[Row], tuple[str, ...], st
 
     Raises:
         DataError: there is no imagery, or none that can be mapped.
-        ConfigError: a tile or band that was asked for is not there.
+        ConfigError: a tile or band that was asked for is not there, or the scaling is of other bands.
     """
     halo = config.network.patch + config.network.stride + config.sieve
     found = mapping.imagery(region, config.map, halo=halo if config.shared else 0)
@@ -123,7 +123,13 @@ def plan(region: Region, config: Config) -> tuple[list[Row], tuple[str, ...], st
     expect_ids([row["id"] for row in rows])
     expect_ids(ids)
     named = min(sources, key=lambda source: source.item_id)
-    return rows, config.bands or _bands(named), named.dtype
+    bands = config.bands or _bands(named)
+    if isinstance(config.scaling, Scaling) and len(config.scaling.mean) != len(bands):
+        raise ConfigError(
+            f"scaling is of {len(config.scaling.mean)} bands, the imagery has {', '.join(bands)}; give one mean and "
+            "std for each, or choose with --set bands=[...]"
+        )
+    return rows, bands, named.dtype
 
 
 def _commonest(sources: Sequence[Source], config: Config) -> Source | None:
@@ -166,14 +172,11 @@ def list_scenes(step: Step, region: Region, config: Config) -> dict[str, Any]:
     if not path.exists():
         rows, bands, dtype = plan(region, config)
         put(step.prefix / "contract.json", json.dumps({"bands": bands, "dtype": dtype}).encode())
-        put(path, parquet(rows))
+        write_rows(path, rows)
     contract = json.loads((step.prefix / "contract.json").read_bytes())
     rows = [row | (_settled("failed", row["refused"]) if row["refused"] else {}) for row in mapping.read_manifest(step)]
-    account = flow.run(
-        rows, [Work(Survey(contract["bands"]), cpus=0.5)], mapping.ledger_of(step), step.engine, title="scenes",
-        stall_seconds=config.map.stall_seconds,
-    )  # fmt: skip
-    return {**contract, "account": account.counts, "troubles": account.troubles}
+    works = [Work(Survey(contract["bands"]), cpus=0.5)]
+    return {**contract, **mapping.through(step, rows, works, title="scenes", patience=config.map.stall_seconds)}
 
 
 def _scaling(config: Config, facts: dict[str, Any], dtype: str, bands: int) -> Scaling:
@@ -189,11 +192,11 @@ def _scaling(config: Config, facts: dict[str, Any], dtype: str, bands: int) -> S
 
 def _scenes(listed: Step, config: Config) -> list[Row]:
     """Rows of the scenes that show something, with their scaling as JSON."""
-    records = mapping.ledger_of(listed).read()
-    rows = [row for row in mapping.read_manifest(listed) if records[row["id"]].status == "done"]
-    value = listed.value
-    scalings = [_scaling(config, records[row["id"]].facts, value["dtype"], len(value["bands"])) for row in rows]
-    return [row | {"scaling": scaling.model_dump_json()} for row, scaling in zip(rows, scalings, strict=True)]
+    bands, dtype = len(listed.value["bands"]), listed.value["dtype"]
+    return [
+        row | {"scaling": _scaling(config, record.facts, dtype, bands).model_dump_json()}
+        for row, record in mapping.rows_with(listed, "low")
+    ]
 
 
 # -- superpixels -------------------------------------------------------------------------------------------------------
@@ -206,22 +209,20 @@ def divide(step: Step, listed: Step, config: Config) -> dict[str, Any]:
     rows = [
         tile | {"scaling": scene["scaling"]} for scene in _scenes(listed, config) for tile in json.loads(scene["tiles"])
     ]
-    put(step.prefix / "manifest.parquet", parquet(rows))
+    write_rows(step.prefix / "manifest.parquet", rows)
     overlap, prefix = config.superpixels.overlap, str(step.prefix)
     works = [
         Work(ReadAround(listed.value["bands"], margin=overlap)),
         Work(Divide(prefix, config.superpixels.method, config.superpixels.options), cpus=0.5),
     ]
-    account = flow.run(rows, works, mapping.ledger_of(step), step.engine, stall_seconds=config.map.stall_seconds)
+    found = mapping.through(step, rows, works, patience=config.map.stall_seconds)
     unite(prefix, _divided(step), overlap)
-    return {"segments": prefix, "account": account.counts, "troubles": account.troubles}
+    return {"segments": prefix, **found}
 
 
 def _divided(step: Step) -> list[tuple[Tile, int]]:
     """Tiles that have superpixels, and how many."""
-    records = mapping.ledger_of(step).read()
-    rows = [row for row in mapping.read_manifest(step) if "segments" in records[row["id"]].facts]
-    return [(Tile.from_row(row), records[row["id"]].facts["segments"]) for row in rows]
+    return [(Tile.from_row(row), record.facts["segments"]) for row, record in mapping.rows_with(step, "segments")]
 
 
 # -- networks and maps -------------------------------------------------------------------------------------------------
@@ -231,7 +232,7 @@ def train(step: Step, listed: Step, divided: Step, config: Config) -> dict[str, 
     """A network for every scene, each on an actor of its own; models/<scene> is its bundle."""
     known = {tile.id for tile, _ in _divided(divided)} if config.network.votes else None
     rows = [_trainable(row, known) for row in _scenes(listed, config)]
-    put(step.prefix / "manifest.parquet", parquet([{"id": row["id"]} for row in rows]))
+    write_rows(step.prefix / "manifest.parquet", [{"id": row["id"]} for row in rows])
     stage = TrainScene(
         config.network,
         prefix=str(step.prefix),
@@ -241,10 +242,7 @@ def train(step: Step, listed: Step, divided: Step, config: Config) -> dict[str, 
         dtype=listed.value["dtype"],
     )
     works = [Work(stage, cpus=1.0, gpus=1.0, model=True)]
-    account = flow.run(
-        rows, works, mapping.ledger_of(step), step.engine, title="scenes", stall_seconds=config.network.stall_seconds
-    )
-    return {"account": account.counts, "troubles": account.troubles}
+    return mapping.through(step, rows, works, title="scenes", patience=config.network.stall_seconds)
 
 
 def _trainable(row: Row, known: set[str] | None) -> Row:
@@ -265,7 +263,7 @@ def label(step: Step, listed: Step, trained: Step, region: Region, config: Confi
     rows = [
         tile | {"scene": scene["id"]} for scene in mapping.read_manifest(listed) for tile in json.loads(scene["tiles"])
     ]
-    put(step.prefix / "manifest.parquet", parquet(rows))
+    write_rows(step.prefix / "manifest.parquet", rows)
     bundles = [record.facts for record in fates.values() if "bundle" in record.facts]
     most = max(bundles, key=lambda facts: facts["labels"], default=None)
     table = label_table(most["labels"] if most else 0)
@@ -277,20 +275,19 @@ def label(step: Step, listed: Step, trained: Step, region: Region, config: Confi
         ),
         Work(WriteTile(mapping.tiles_prefix(step), table, bands=("probability",), geometry=region.geometry, model="")),
     ]
-    account = flow.run(
-        [row | _with_network(fates[row["scene"]]) for row in rows], works, mapping.ledger_of(step), step.engine,
-        stall_seconds=config.map.stall_seconds,
-    )  # fmt: skip
-    kept = most["bundle"] if most else None
-    return {"bundle": kept, "account": account.counts, "troubles": account.troubles}
+    known = [row | _with_network(row["scene"], fates.get(row["scene"])) for row in rows]
+    found = mapping.through(step, known, works, patience=config.map.stall_seconds)
+    return {"bundle": most["bundle"] if most else None, **found}
 
 
-def _with_network(fate: Record) -> Row:
+def _with_network(scene: str, fate: Record | None) -> Row:
     """What a tile needs of its scene's network; without one it shares the scene's fate."""
+    if fate is None or (fate.status == "done" and "bundle" not in fate.facts):
+        return _settled("failed", f"scene {scene}: {MISSING}")
     if "bundle" in fate.facts:
         prefix = fate.facts["bundle"]
         return {"bundle": prefix, "model_item": str(upath(prefix) / "item.json")}
-    return _settled(fate.status if fate.status in SETTLED else "failed", f"scene {fate.id}: {fate.reason}")
+    return _settled(fate.status if fate.status in SETTLED else "failed", f"scene {scene}: {fate.reason}")
 
 
 # -- for people --------------------------------------------------------------------------------------------------------
@@ -303,24 +300,20 @@ def join_polygons(step: Step, predicted: Step) -> dict[str, Any]:
 
 def measure(step: Step, predicted: Step, region: Region, config: Config) -> dict[str, Any]:
     """Compare the labels with the truth, if there is one."""
-    if not config.truth or not predicted.value["bundle"]:
+    truth = region.located(config.truth)
+    if not truth or not predicted.value["bundle"]:
         return {}
-    truth = _truth(region, config.truth)
     found = agreement.agreement_of_run(predicted.root, truth, step=predicted.name, unlabelled=config.unlabelled)
     put(step.prefix / "agreement.json", json.dumps(found, indent=1).encode())
     return found
-
-
-def _truth(region: Region, truth: str) -> str:
-    return f"{region.catalog}{truth}" if truth.startswith("#") else truth
 
 
 def draw(step: Step, listed: Step, divided: Step, predicted: Step) -> dict[str, Any]:
     """Pictures: the map in the mean colour of each label, and superpixels over a part of the first tile with both."""
     tiles = maps.mapped_tiles(predicted.root, predicted.name)
     found = []
-    for number, picture in enumerate(pictures.pictures_of(tiles)[:2]):
-        seen = picture.classes_HW != maps.NODATA
+    for number, picture in enumerate(pictures.pictures_of(tiles, most=2)):
+        seen = picture.classes_HW != NODATA
         mean_HWC = mean_color(picture.image_HWC, np.where(seen, picture.classes_HW, 254))
         put(
             step.prefix / f"mean-{number}.png",
@@ -369,21 +362,20 @@ def write_report(
 def check(config: Config, region: Region) -> None:
     """Refuse, before anything is written, imagery that cannot be segmented and a truth that cannot be compared."""
     rows, _, _ = plan(region, config)
-    if config.truth:
+    if truth := region.located(config.truth):
         tiles = [tile for row in rows for tile in json.loads(row["tiles"])]
-        agreement.expect_truth(
-            [piece_of_row(tile) for tile in tiles], _truth(region, config.truth), unlabelled=config.unlabelled
-        )
+        agreement.expect_truth([piece_of_row(tile) for tile in tiles], truth, unlabelled=config.unlabelled)
 
 
 def forecast(config: Config, region: Region) -> planning.Forecast:
     """What is known of a run before it is begun; networks are trained in the probe, as they are in the run."""
     rows, _, _ = plan(region, config)
     tiles = [tile for row in rows for tile in json.loads(row["tiles"])]
+    refused = [row for row in rows if row["refused"]]
     margin = config.network.patch + config.network.stride + config.sieve
     count = sum(row["tiles"] != "[]" for row in rows)
     unknown = ("a network is timed on some tiles of its scene: on all of them it may take more or fewer epochs",)
-    return planning.Forecast(tiles, margin, unknown, {"networks": count}, partial(run, config))
+    return planning.Forecast(tiles + refused, margin, unknown, {"networks": count}, partial(run, config))
 
 
 def run(config: Config, run: Run, region: Region) -> str:

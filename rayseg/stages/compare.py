@@ -9,13 +9,12 @@ from numpy.typing import NDArray
 from rayseg.geo import Grid, Tile, Window
 from rayseg.io import cog, pictures
 from rayseg.io.masks import read_classes
-from rayseg.io.scenes import LabelledImage, masks_on
+from rayseg.io.scenes import LabelledImage, image_on, masks_on
 from rayseg.metrics import Confusion
 from rayseg.store import upath
 from rayseg.vision.color import ClassTable
 
 Row = dict[str, Any]
-NODATA = 255
 _SIDE = 512  # px of a picture's panels at most
 
 
@@ -47,8 +46,12 @@ class CompareTile:
 
 def truth_of(images: Sequence[LabelledImage], grid: Grid, window: Window, table: ClassTable) -> NDArray[np.uint8]:
     """The masks of all images on a window, (height, width) uint8, 255 where none is labelled."""
-    near = [mask for one in images if one.grid == grid or grid.crs for mask in masks_on(one)]
-    return read_classes(near, grid, window, table)
+    return read_classes([mask for one in _on(images, grid) for mask in masks_on(one)], grid, window, table)
+
+
+def _on(images: Sequence[LabelledImage], grid: Grid) -> list[LabelledImage]:
+    """The images that may lie on a grid: one without CRS is a single image's."""
+    return [one for one in images if (one.grid.crs if grid.crs else one.grid == grid)]
 
 
 def pictured(prefix: str, row: Row, images: Sequence[LabelledImage], table: ClassTable) -> NDArray[np.uint8]:
@@ -57,8 +60,7 @@ def pictured(prefix: str, row: Row, images: Sequence[LabelledImage], table: Clas
     step = max(1, -(-max(tile.window.width, tile.window.height) // _SIDE))
     colors_K3 = np.full((256, 3), 110, np.uint8)
     colors_K3[list(table.values)] = table.colors
-    near = [one.image for one in images if one.grid == tile.grid or tile.grid.crs]
-    image_HWC = pictures.shown(near, tile.grid, tile.window)
+    image_HWC = pictures.shown([image_on(one) for one in _on(images, tile.grid)], tile.grid, tile.window)
     truth_HW = truth_of(images, tile.grid, tile.window, table)
     [found_HW] = cog.read_bands(upath(prefix) / f"{tile.id}.tif")
     panels = [image_HWC, colors_K3[truth_HW], colors_K3[found_HW]]

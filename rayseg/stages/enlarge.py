@@ -1,6 +1,5 @@
 """Tiles of imagery made larger, as imagery of its own."""
 
-import json
 from functools import cached_property
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from rayseg.geo import Grid, Lattice, Tile, Window
 from rayseg.io import cog, items
-from rayseg.io.sources import Source
+from rayseg.io.sources import from_json
 from rayseg.models.cpu import threads
 from rayseg.models.enlarge import Enlarge, EnlargeConfig, load_enlarger
 from rayseg.store import upath
@@ -61,6 +60,14 @@ class EnlargeTiles:
         return rest | {"larger": larger_HWC, "larger_valid": valid_HW}
 
 
+def larger(tile: Tile, factor: int) -> Tile:
+    """What a tile becomes: its ground on a finer grid; without georeference it takes the name of its image."""
+    grid = tile.grid
+    finer = (grid.resolution[0] / factor, grid.resolution[1] / factor) if grid.crs else grid.resolution
+    name = tile.id if grid.crs else str(grid.image)
+    return Tile(name, Grid(grid.crs, finer, grid.origin, grid.image), scaled(tile.window, factor))
+
+
 def scaled(window: Window, factor: int) -> Window:
     """The window on a grid of pixels `factor` times smaller."""
     return Window(window.col * factor, window.row * factor, window.width * factor, window.height * factor)
@@ -84,13 +91,11 @@ class WriteLarger:
         return [self._write(row) for row in rows]
 
     def _write(self, row: Row) -> Row:
-        tile, folder, factor = Tile.from_row(row), upath(self.prefix), self.factor
-        grid, window = tile.grid, scaled(tile.window, factor)
-        finer = (grid.resolution[0] / factor, grid.resolution[1] / factor) if grid.crs else grid.resolution
-        fine, name = Grid(grid.crs, finer, grid.origin, grid.image), tile.id if grid.crs else str(grid.image)
+        folder, fine = upath(self.prefix), larger(Tile.from_row(row), self.factor)
+        file, valid_HW = f"{fine.id}.tif", row["larger_valid"]
         image_CHW = np.ascontiguousarray(row["larger"].transpose(2, 0, 1))
-        cog.write_image(folder / f"{name}.tif", image_CHW, fine, window, bands=BANDS, valid_HW=row["larger_valid"])
-        sources = [Source.from_row(source) for source in json.loads(row["sources"])]
-        item = items.item_of(name, fine, window, folder=folder, files=[f"{name}.tif"], sources=sources)
-        items.write_item(item, folder / f"{name}.json")
-        return {"id": row["id"], "seconds": row["seconds"], "facts": {"item": f"{name}.json"}}
+        cog.write_image(folder / file, image_CHW, fine.grid, fine.window, bands=BANDS, valid_HW=valid_HW)
+        sources = from_json(row["sources"])
+        item = items.item_of(fine.id, fine.grid, fine.window, folder=folder, files=[file], sources=sources)
+        items.write_item(item, folder / f"{fine.id}.json")
+        return {"id": row["id"], "seconds": row["seconds"], "facts": {"item": f"{fine.id}.json"}}

@@ -1,6 +1,5 @@
 """Imagery as what looks for plots sees it: 8-bit RGB, scaled the same everywhere."""
 
-import json
 from typing import Annotated, Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from rayseg.config import Config
 from rayseg.errors import DataError
 from rayseg.geo import Lattice, Tile
 from rayseg.io import rasters
-from rayseg.io.sources import Source
+from rayseg.io.sources import Source, from_json
 from rayseg.vision.proposals import Image
 
 Row = dict[str, Any]
@@ -62,7 +61,7 @@ class ReadGround:
         tile = Tile.from_row(row)
         cells = self.patches.cells(tile.window)
         reach = self.patches.around(cells[0]).union(self.patches.around(cells[-1]))
-        sources = [Source.from_row(source) for source in json.loads(row["sources"])]
+        sources = from_json(row["sources"])
         image_CHW, valid_HW = rasters.read(sources, tile.grid, reach, bands=self.image.bands)
         if not valid_HW[tile.window.slices(reach)].any():
             return row | {"status": "nodata"}

@@ -1,6 +1,5 @@
 """Tiles through a proposer, patch by patch, and the plots of a whole region back into tiles."""
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -9,11 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayseg.errors import DataError
-from rayseg.geo import Lattice, Tile, Window
+from rayseg.geo import NODATA, Lattice, Tile, Window
 from rayseg.io import cog, items, plots, rasters, regions
-from rayseg.io.sources import Source
+from rayseg.io.sources import Source, from_json
 from rayseg.models.cpu import threads
 from rayseg.models.sam import SamConfig, load_sam
+from rayseg.rowfile import write_rows
 from rayseg.stages.write import facts_of
 from rayseg.store import upath
 from rayseg.vision.color import ClassTable
@@ -22,7 +22,6 @@ from rayseg.vision.proposals import Image, Propose, SuperpixelProposer
 from rayseg.vision.rounds import WHITE, Plots, RoundsConfig, find_plots
 
 Row = dict[str, Any]
-NODATA = 255
 UNNUMBERED = 2**32 - 1
 
 
@@ -127,7 +126,7 @@ class WritePieces:
 
     def _write(self, row: Row) -> Row:
         for name in ("patches", "pieces"):
-            plots.write_table(pieces_path(self.prefix, row["id"], name), row[name])
+            write_rows(pieces_path(self.prefix, row["id"], name), row[name])
         kept = {"id": row["id"], "seconds": row["seconds"], "facts": {"pieces": len(row["pieces"])}}
         return kept if row["pieces"] else kept | {"status": "empty"}
 
@@ -158,7 +157,7 @@ class ReadPlots:
         if row.get("refused"):
             raise DataError(row["refused"])
         tile = Tile.from_row(row)
-        sources = [Source.from_row(source) for source in json.loads(row["sources"])]
+        sources = from_json(row["sources"])
         _, valid_HW = rasters.read(sources, tile.grid, tile.window, bands=self.bands)
         if not valid_HW.any():
             return row | {"status": "nodata"}
@@ -228,7 +227,7 @@ class WritePlots:
             nodata=UNNUMBERED,
             overviews="MODE",
         )
-        self._describe(tile, [Source.from_row(source) for source in json.loads(row["sources"])])
+        self._describe(tile, from_json(row["sources"]))
         facts["coverage"] = 1 - facts["counts"].get("0", 0) / sum(facts["counts"].values())
         return kept | {"status": "empty" if set(facts["counts"]) == {"0"} else "done", "facts": facts}
 

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayseg.geo import Lattice, Tile, Window
+from rayseg.geo import NODATA, Lattice, Tile, Window
 from rayseg.io.segments import without_specks
 from rayseg.models.cpu import threads
 from rayseg.stages.predict import Predict
 from rayseg.stages.superpixels import grown
 
 Row = dict[str, Any]
-NODATA = 255
 _KEPT = 4
 
 
@@ -33,12 +32,10 @@ class LabelTile:
         margin: px around the tile that are labelled too, so that specks at its border are seen whole.
         sieve: patches of fewer px become part of their largest neighbour.
         batch: patches at once; None takes 1 on a CPU and 8 on a GPU, where lack of memory halves it.
-        device: torch device; None takes the GPU if there is one.
     """
 
-    def __init__(self, *, margin: int, sieve: int, batch: int | None = None, device: str | None = None) -> None:
-        self.margin, self.sieve = margin, sieve
-        self.batch, self.device = batch, device
+    def __init__(self, *, margin: int, sieve: int, batch: int | None = None) -> None:
+        self.margin, self.sieve, self.batch = margin, sieve, batch
         self._models: OrderedDict[str, Predict] = OrderedDict()
 
     def __call__(self, rows: list[Row]) -> list[Row]:
@@ -49,9 +46,8 @@ class LabelTile:
     def _loaded(self, prefix: str) -> Predict:
         """The scene's network; the last few stay."""
         if prefix not in self._models:
-            self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-            batch = self.batch or (8 if self.device.startswith("cuda") else 1)
-            self._models[prefix] = Predict(prefix, batch=batch, device=self.device)
+            batch = self.batch or (8 if torch.cuda.is_available() else 1)
+            self._models[prefix] = Predict(prefix, batch=batch)
             while len(self._models) > _KEPT:
                 self._models.popitem(last=False)
         self._models.move_to_end(prefix)
@@ -65,11 +61,9 @@ class LabelTile:
         patches = [p for p in lattice.patches(window) if valid[lattice.cell(p).intersect(reach).slices(reach)].any()]
         classes = np.zeros((window.height, window.width), np.uint8)
         scores = np.zeros_like(classes)
-        assert self.device is not None
-        found = blended(
-            partial(_predicted, network, row),
-            patches, window, lattice, classes=described.outputs, device=self.device,
-        )  # fmt: skip
+        assert network.device is not None
+        predict = partial(_predicted, network, row)
+        found = blended(predict, patches, window, lattice, classes=described.outputs, device=network.device)
         for part, labels, tops in found:
             classes[part.slices(window)], scores[part.slices(window)] = labels, tops
         seen = valid[window.slices(reach)]

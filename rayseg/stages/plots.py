@@ -13,10 +13,11 @@ from shapely.geometry.base import BaseGeometry
 from rayseg.errors import DataError, ModelError
 from rayseg.geo import Grid, Window
 from rayseg.io import plots, rasters
-from rayseg.io.sources import Source
+from rayseg.io.sources import Source, from_json
 from rayseg.models import bundle
 from rayseg.models.classifier import class_probabilities
 from rayseg.models.cpu import threads
+from rayseg.rowfile import write_rows
 from rayseg.stages.ground import ImageConfig, eight_bit
 from rayseg.store import upath
 from rayseg.vision.crops import square_crop
@@ -42,8 +43,7 @@ class CutPlots:
         return [row | self._cut(row) for row in rows]
 
     def _cut(self, row: Row) -> Row:
-        place, sources = json.loads(row["grid"]), [Source.from_row(one) for one in json.loads(row["sources"])]
-        grid = Grid(place["crs"], tuple(place["resolution"]), tuple(place["origin"]), place["image"])
+        grid, sources = Grid.from_row(json.loads(row["grid"])), from_json(row["sources"])
         crops: dict[int, np.ndarray] = {}
         unread: dict[int, DataError] = {}
         for number, geometry in zip(row["numbers"], shapely.from_wkb(np.array(row["plots"], object)), strict=True):
@@ -111,7 +111,7 @@ class WriteClasses:
         return [self._write(row) for row in rows]
 
     def _write(self, row: Row) -> Row:
-        plots.write_table(upath(self.prefix) / f"{row['id']}.classes.parquet", row["classes"])
+        write_rows(upath(self.prefix) / f"{row['id']}.classes.parquet", row["classes"])
         kept = {"id": row["id"], "seconds": row["seconds"], "facts": {"plots": len(row["classes"])}}
         return kept | {"status": "failed", "reason": f"CutPlots, {row['unread']}"} if row["unread"] else kept
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rayseg.geo import Lattice, Tile, Window
+from rayseg.geo import NODATA, Lattice, Tile, Window
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
 from rayseg.vision.blend import Blend
@@ -17,7 +17,6 @@ if TYPE_CHECKING:  # a run is planned, and its driver works, without torch
     import torch
 
 Row = dict[str, Any]
-NODATA = 255
 
 
 class Predict:

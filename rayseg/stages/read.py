@@ -11,7 +11,7 @@ import numpy as np
 from rayseg.errors import DataError
 from rayseg.geo import Grid, Lattice, Tile, Window, tile_at
 from rayseg.io import rasters, regions
-from rayseg.io.sources import Source
+from rayseg.io.sources import Source, from_json
 from rayseg.store import is_local
 
 Row = dict[str, Any]
@@ -44,42 +44,57 @@ class ReadTile:
         if row.get("refused"):
             raise DataError(row["refused"])
         tile = Tile.from_row(row)
-        reach = Lattice.of(tile.grid, self.patch, self.stride).reach(tile.window)
-        sources = [Source.from_row(source) for source in json.loads(row["sources"])]
-        try:
-            (image, valid), unread = rasters.read(sources, tile.grid, reach, bands=self.bands), _Unread()
-        except DataError as error:
-            image, valid, unread = self._read_in_pieces(sources, tile, reach, error)
-        if not valid[tile.window.slices(reach)].any():
-            if unread.inside:
-                raise DataError(unread.inside)
-            return row | {"status": "nodata"}
-        return row | {"image": image, "valid": valid, "reach": reach} | unread.columns()
+        return read_reach(row, Lattice.of(tile.grid, self.patch, self.stride).reach(tile.window), self.bands)
 
-    def _read_in_pieces(
-        self, sources: Sequence[Source], tile: Tile, reach: Window, error: DataError
-    ) -> tuple[np.ndarray, np.ndarray, "_Unread"]:
-        """(image, valid, what is missing) of `reach`; raises `error` where nothing can be read."""
-        image_CHW: np.ndarray | None = None
-        valid_HW = np.zeros((reach.height, reach.width), bool)
-        unread = _Unread()
-        for source in sources:
-            for piece in _pieces(rasters.footprint(source, tile.grid).intersect(reach)):
-                rows_cols = piece.slices(reach)
-                try:
-                    pixels_CHW, ok_HW = rasters.read([source], tile.grid, piece, bands=self.bands)
-                except DataError as found:
-                    unread.note(str(found), inside=not piece.intersect(tile.window).empty)
-                    if all(is_local(href) for href, _ in source.assets):
-                        continue
-                    break  # every further try would wait for the network again
-                if image_CHW is None:
-                    image_CHW = np.zeros((len(pixels_CHW), reach.height, reach.width), pixels_CHW.dtype)
-                np.copyto(image_CHW[:, *rows_cols], pixels_CHW, where=ok_HW & ~valid_HW[rows_cols])
-                valid_HW[rows_cols] |= ok_HW
-        if image_CHW is None:
-            raise error
-        return image_CHW, valid_HW, unread
+
+def read_reach(row: Row, reach: Window, bands: Sequence[str]) -> Row:
+    """A tile's row with image, valid, reach, and `incomplete` and `unread` if something is missing, as `ReadTile` says.
+
+    Raises:
+        DataError: nothing can be read.
+    """
+    tile, sources = Tile.from_row(row), from_json(row["sources"])
+    try:
+        (image_CHW, valid_HW), unread = rasters.read(sources, tile.grid, reach, bands=bands), _Unread()
+    except DataError as error:
+        image_CHW, valid_HW, unread = _read_in_pieces(sources, tile, reach, bands, error)
+    if not valid_HW[tile.window.slices(reach)].any():
+        if unread.inside:
+            raise DataError(unread.inside)
+        return row | {"status": "nodata"}
+    return row | {"image": image_CHW, "valid": valid_HW, "reach": reach} | unread.columns()
+
+
+def _read_in_pieces(
+    sources: Sequence[Source], tile: Tile, reach: Window, bands: Sequence[str], error: DataError
+) -> tuple[np.ndarray, np.ndarray, "_Unread"]:
+    """(image, valid, what is missing) of `reach`; raises `error` where nothing can be read."""
+    image_CHW: np.ndarray | None = None
+    valid_HW = np.zeros((reach.height, reach.width), bool)
+    unread = _Unread()
+    for source in sources:
+        for piece in _pieces(rasters.footprint(source, tile.grid).intersect(reach)):
+            rows_cols = piece.slices(reach)
+            try:
+                pixels_CHW, ok_HW = rasters.read([source], tile.grid, piece, bands=bands)
+            except DataError as found:
+                unread.note(str(found), inside=not piece.intersect(tile.window).empty)
+                if all(is_local(href) for href, _ in source.assets):
+                    continue
+                break  # every further try would wait for the network again
+            if image_CHW is None:
+                image_CHW = np.zeros((len(pixels_CHW), reach.height, reach.width), pixels_CHW.dtype)
+            np.copyto(image_CHW[:, *rows_cols], pixels_CHW, where=ok_HW & ~valid_HW[rows_cols])
+            valid_HW[rows_cols] |= ok_HW
+    if image_CHW is None:
+        raise error
+    return image_CHW, valid_HW, unread
+
+
+def incomplete(row: Row) -> Row:
+    """The fate of a tile of which a part could not be read: failed, so that it is seen, and mended by a retry."""
+    why = row.get("incomplete")
+    return {"status": "failed", "reason": f"a part of the tile cannot be read: {why}"} if why else {}
 
 
 @dataclass

@@ -1,16 +1,16 @@
 """Tiles of a scene in, superpixels out: each tile with an overlap by which neighbours are made one afterwards."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from upath import UPath
 
+from rayseg.errors import DataError
 from rayseg.geo import Lattice, Tile, Window
-from rayseg.io import rasters, segments
-from rayseg.io.sources import Source
+from rayseg.io import segments
 from rayseg.models.bundle import Scaling
+from rayseg.stages.read import read_reach
 from rayseg.store import upath
 from rayseg.vision.fill import mirrored
 from rayseg.vision.segments import agreeing, united
@@ -43,17 +43,14 @@ class ReadAround:
         reach = grown(tile.window, self.margin)
         if self.lattice:
             reach = Lattice.of(tile.grid, *self.lattice).reach(reach)
-        sources = [Source.from_row(source) for source in json.loads(row["sources"])]
-        image, valid = rasters.read(sources, tile.grid, reach, bands=self.bands)
-        if not valid[tile.window.slices(reach)].any():
-            return row | {"status": "nodata"}
-        return row | {"image": image, "valid": valid, "reach": reach}
+        return read_reach(row, reach, self.bands)
 
 
 class Divide:
     """`image, valid, reach, scaling -> facts`: superpixels of the tile and its overlap, kept as `part_path`.
 
-    They are numbered from 1 in the tile; 0 is no data. `scaling` is the JSON of the scene's `Scaling` to 0..1.
+    They are numbered from 1 in the tile; 0 is no data. `scaling` is the JSON of the scene's `Scaling` to 0..1. A tile
+    of which, or around which, something could not be read is refused: neighbours would not agree once it is mended.
 
     Args:
         prefix: where they are kept.
@@ -69,6 +66,8 @@ class Divide:
         return [self._divide(row) for row in rows]
 
     def _divide(self, row: Row) -> Row:
+        if why := row.get("incomplete") or row.get("unread"):
+            raise DataError(why)
         tile, valid = Tile.from_row(row), row["valid"]
         scaling = Scaling.model_validate_json(row["scaling"])
         image_CHW = np.clip(scaling.normalize(mirrored(row["image"], valid)), 0, 1)

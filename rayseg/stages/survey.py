@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from rayseg.geo import Tile, Window
 from rayseg.io import rasters
-from rayseg.io.sources import Source
+from rayseg.io.sources import from_json
 
 Row = dict[str, Any]
 BLOCK = 256
@@ -62,7 +62,7 @@ class Survey:
         return values_CN[:, :1]
 
     def _read(self, row: Row, window: Window) -> NDArray[Any]:
-        sources = [Source.from_row(source) for source in json.loads(row["sources"])]
+        sources = from_json(row["sources"])
         image_CHW, valid_HW = rasters.read(sources, Tile.from_row(row).grid, window, bands=self.bands)
         return image_CHW[:, valid_HW]
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from rayseg.geo import Tile
+from rayseg.geo import NODATA, Tile
 from rayseg.io import catalog, cog, regions, vectors
+from rayseg.stages.read import incomplete
 from rayseg.store import upath
 from rayseg.vision.color import ClassTable
 
 Row = dict[str, Any]
-NODATA = 255
 
 
 class WriteTile:
@@ -49,8 +49,7 @@ class WriteTile:
         scores = np.where(inside, row["scores"], NODATA).astype(np.uint8)
         kept = {key: row[key] for key in ("id", "seconds")}
         facts = facts_of(classes) | {key: row[key] for key in ("unread",) if key in row}
-        if why := row.get("incomplete"):
-            kept |= {"status": "failed", "reason": f"ReadTile, a part of the tile: {why}"}
+        kept |= incomplete(row)
         if not facts["counts"]:
             return {"status": "nodata"} | kept
         folder = upath(self.prefix) / tile.id

@@ -109,9 +109,9 @@ def test_pixels_without_crs_are_written_without_georeference(tmp_path):
     grid = Grid(None, (1.0, 1.0), (0.0, 0.0), "photo")
     classes = np.eye(60, 80, dtype=np.uint8)
     write_classes(tmp_path / "a.tif", classes, grid, Window(512, 0, 80, 60), TABLE)
-    source = source_of_file(str(tmp_path / "a.tif"), "photo", bands=["class"])
+    source = source_of_file(str(tmp_path / "a.tif"), "photo")
     assert source.crs is None
-    assert np.array_equal(read([source], grid, Window(0, 0, 80, 60), bands=["class"])[0][0], classes)
+    assert np.array_equal(read([source], grid, Window(0, 0, 80, 60), bands=source.bands)[0][0], classes)
 
 
 def test_a_wkt_grid_keeps_its_crs(tmp_path):

@@ -180,10 +180,10 @@ def test_rasters_become_imagery_and_must_have_a_place(tmp_path):
     place = {"crs": "EPSG:32650", "transform": Affine(1, 0, 500_000, 0, -1, 4_000_000)}
     a = write(tmp_path / "in" / "a.tif", picture(bands=2).astype(np.uint16), place=place)
     write(tmp_path / "more" / "b.tif", picture(bands=2).astype(np.uint16), place=place)
-    path = ingest_rasters([str(a), str(tmp_path / "more")], tmp_path / "out", bands=["vv", "vh"])
+    path = ingest_rasters([str(a), str(tmp_path / "more")], tmp_path / "out")
     items = open_items(path, "imagery")
     assert [item.id for item in items] in (["a", "b"], ["b", "a"])
-    assert source_of(items[0]).bands == ("vv", "vh")
+    assert source_of(items[0]).bands == ("b1", "b2")
     c = write(tmp_path / "c.tif", picture())
     refused(
         lambda: ingest_rasters(str(c), tmp_path / "no"),

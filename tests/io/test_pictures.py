@@ -9,7 +9,7 @@ import pytest
 from fake_run import CORNER, GPC, NODATA, blobs, make, picture, place
 
 from rayseg.geo import Grid, Window
-from rayseg.io import cog
+from rayseg.io import cog, pictures
 from rayseg.io.maps import mapped_tiles
 from rayseg.io.pictures import encoded, pictures_of
 from rayseg.io.rasters import source_of_file
@@ -119,6 +119,17 @@ def test_images_without_georeference_become_a_sheet_of_six(tmp_path):
     assert sheet.classes_HW.shape[1] <= 300
     assert sheet.metres is None
     assert set(np.unique(sheet.image_HWC)) == {0, 100, 101, 103, 104, 106, 107}
+
+
+def test_no_more_pictures_are_made_than_asked_for(tmp_path, monkeypatch):
+    images = {name: (picture(blobs(20, 20)), blobs(20, 20), (0, 0)) for name in "abc"}
+    tiles = tiles_of(tmp_path, images)
+    grids = [replace(tiles[0].tile.grid, image=name) for name in "abc"]
+    alone = [replace(tiles[0], tile=replace(tiles[0].tile, grid=grid)) for grid in grids]
+    made, mosaic = [], pictures.mosaic
+    monkeypatch.setattr(pictures, "mosaic", lambda *found, **named: made.append(found) or mosaic(*found, **named))
+    assert len(pictures.pictures_of(alone, most=2)) == len(made) == 2
+    assert len(pictures_of(alone)) == 3
 
 
 def test_a_lone_image_fills_the_sheet(tmp_path):

@@ -493,9 +493,6 @@ def test_bands_are_named_by_description_then_colour_then_position(tmp_path):
     assert write(tmp_path / "b.tif", noise(4), colors="gray").bands == ("red", "green", "blue", "nir")
     assert write(tmp_path / "c.tif", noise(2)).bands == ("b1", "b2")
     assert write(tmp_path / "d.tif", noise(5, dtype="uint16")).bands == ("b1", "b2", "b3", "b4", "b5")
-    assert source_of_file(str(tmp_path / "c.tif"), "c", bands=["vv", "vh"]).bands == ("vv", "vh")
-    with pytest.raises(DataError, match="has 2 bands, 1 names"):
-        source_of_file(str(tmp_path / "c.tif"), "c", bands=["vv"])
 
 
 _ON_S3 = """

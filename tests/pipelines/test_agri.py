@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import geopandas
@@ -11,20 +12,28 @@ import rasterio
 import shapely
 import torch
 from PIL import Image
-from small_world import GRID, files, mosaic, rayseg, refused, valid_stac, window_at
+from small_world import GRID, chip_folder, files, mosaic, rayseg, refused, valid_stac, window_at
 
-from rayseg.errors import DataError
-from rayseg.geo import Grid, Lattice, Tile, Window
+from rayseg import enlarging, flow
+from rayseg.config import load
+from rayseg.errors import ConfigError, DataError
+from rayseg.geo import Grid, Lattice, Region, Tile, Window
 from rayseg.io import cog, labels
 from rayseg.io.maps import mapped_tiles
+from rayseg.ledger import Account
+from rayseg.mapping import MapConfig
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Scaling
+from rayseg.models.enlarge import EnlargeConfig
 from rayseg.models.plots import build_plot_classifier
 from rayseg.models.sam import SamConfig
+from rayseg.pipelines import agri
 from rayseg.pipelines.agri import CLASSES, SCALING, Config
-from rayseg.run import read
+from rayseg.run import Engine, Step, read
 from rayseg.stages import plots as stages
+from rayseg.stages.ground import ImageConfig
 from rayseg.stages.instances import ProposePlots
+from rayseg.train.classifier import NETWORKS, ClassifierConfig
 from rayseg.vision.color import ClassTable
 from rayseg.vision.proposals import Proposals, SuperpixelProposer
 from rayseg.vision.rounds import RoundsConfig
@@ -164,6 +173,7 @@ def test_enlarged_imagery_keeps_its_place_and_gives_the_same_plots_whatever_the_
         assert found.exit_code == 0, found.output
     one, other = (tmp_path / f"{tile}/plots.parquet" for tile in (256, 512))
     assert one.read_bytes() == other.read_bytes()
+    is_foretold(tmp_path / "256", region, "map.tile=256")
     found = overlaps(geopandas.read_parquet(one), fields()[1])
     assert min(found.values()) > 0.75, found
     with rasterio.open(next((tmp_path / "512/tiles").glob("*/plots.tif"))) as file:
@@ -172,6 +182,33 @@ def test_enlarged_imagery_keeps_its_place_and_gives_the_same_plots_whatever_the_
     assert sum(sum(one.values()) for one in counts) == 16 * HEIGHT * WIDTH
     for path in [*(tmp_path / "512/enlarged").glob("*.json")]:
         valid_stac(path)
+
+
+def is_foretold(out, region, *settings):
+    """Check the plan of a run of `ENLARGED` against what it did."""
+    words = [word for setting in settings for word in ("--set", setting)]
+    found = rayseg("plan", "pipeline", "agri", "--region", region, *ENLARGED[:-2], *words, "--json")
+    assert found.exit_code == 0, found.output
+    plan, status = json.loads(found.stdout), json.loads(rayseg("status", out, "--json").stdout)
+    assert (plan["items"], plan["tiles"]) == (1, status["steps"]["predict"]["planned"])
+    assert plan["pixels"] == 16 * HEIGHT * WIDTH
+    assert plan["bytes_read"] > 0
+    written = sum(len(content) for _, content in files(out).values())
+    assert 0.5 < plan["bytes_written"] / written < 2
+    assert {"EnlargeTiles", "ProposePlots"} <= set(plan["seconds"])
+
+
+def test_of_tiles_of_the_larger_imagery_only_what_they_need_is_enlarged(region):
+    config = MapConfig(imagery=region, tile=256)
+    rows, tiles = enlarging.plan(Region("r"), EnlargeConfig(), ImageConfig(), config, halo=384)
+    assert len(rows) == len(tiles) > 9
+    [corner] = [row for row in tiles if (row["col"], row["row"]) == (tiles[0]["col"], tiles[0]["row"])]
+    some = Region("r", tiles=(corner["id"],))
+    part, asked = enlarging.plan(some, EnlargeConfig(), ImageConfig(), config, halo=64)
+    assert asked[0]["id"] == corner["id"]
+    assert len(part) == 4  # its own and its neighbours'
+    with pytest.raises(ConfigError, match="has no tile elsewhere"):
+        enlarging.plan(Region("r", tiles=("elsewhere",)), EnlargeConfig(), ImageConfig(), config, halo=64)
 
 
 def test_an_image_without_georeference_is_enlarged_whole(tmp_path):
@@ -184,6 +221,7 @@ def test_an_image_without_georeference_is_enlarged_whole(tmp_path):
     assert found.exit_code == 0, found.output
     table = geopandas.read_parquet(tmp_path / "run/plots.parquet")
     assert set(table["image"]) == {"my-field"}
+    assert table["area_px"].sum() <= 16 * 90 * 90
     assert table["area_px"].max() > 16 * 0.7 * (field_HW == 1).sum()
     said = refused(3, "labels", "export", tmp_path / "run", tmp_path / "in", "--out", tmp_path / "json")
     assert "a plot reaches beyond" in said
@@ -358,6 +396,51 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_written(region, tmp_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("setting", "code", "said"), [
+    ("workers=3", 2, "learning.batch 32 cannot be shared evenly"),
+    ("training.encoder=resnet1000", 2, "resnet1000"),
+    ("training.weights={}/none.pth", 4, "none.pth cannot be read"),
+])  # fmt: skip
+def test_a_classifier_that_cannot_be_trained_is_refused_before_plots_are_looked_for(
+    region, tmp_path, setting, code, said
+):
+    folder = chip_folder(tmp_path / "crops")
+    for old, new in (("gpc", "field"), ("nongpc", "nonfield")):
+        (folder / old).rename(folder / new)
+    crops = labels.ingest_folder(folder, tmp_path / "cat", labels="folder")
+    words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run", *SETTINGS)
+    more = ("map.tile=256", f"chips.source={crops}#chips", "chips.size=64", "training.weights=none")
+    settings = [word for one in (*more, setting.format(tmp_path)) for word in ("--set", one)]
+    assert said in refused(code, *words, *settings)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("network", "encoder"), [("chips", "mobilenet_v2"), ("plots", "mobilenet_v2"), ("over-imagenet", "mobilenetv2_035")]
+)
+def test_every_network_of_the_classifier_has_a_bundle_that_can_be_built(tmp_path, network, encoder):
+    settings = ClassifierConfig(network=network, encoder=encoder, weights="none")
+    made = NETWORKS[network](**settings.options(classes=2, channels=3), weights="none")
+    bundle.save(tmp_path / "model", agri._described(settings), made)
+    assert type(bundle.build(tmp_path / "model")[1]) is type(made)
+
+
+def test_one_setting_of_the_classifier_leaves_the_others_as_published():
+    settings = load(Config, overrides=["training.encoder=mobilenet_v2"]).training
+    assert settings == Config().training.model_copy(update={"encoder": "mobilenet_v2"})
+    assert (settings.network, settings.size, settings.learning.batch) == ("plots", 224, 32)
+
+
+def test_classifying_has_the_patience_of_the_map(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(flow, "run", lambda *_, **named: seen.append(named) or Account.of([], {}))
+    monkeypatch.setattr(agri, "_groups", lambda *_: [])
+    step = Step("classify", str(tmp_path), "", Engine("inline"))
+    model = replace(step, value={"bundle": str(classifier(tmp_path / "model"))})
+    agri.classify(step, step, step, model, Config(map={"stall_seconds": 7}))
+    assert [named["stall_seconds"] for named in seen] == [7]
+
+
 def test_plots_have_a_class_where_labelled_crops_are_given(region, tmp_path):
     rng = np.random.default_rng(0)
     for name, color in (("field", (40, 110, 190)), ("nonfield", (130, 130, 130))):
@@ -381,6 +464,7 @@ def test_plots_have_a_class_where_labelled_crops_are_given(region, tmp_path):
     words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run")
     found = rayseg(*words, *SETTINGS, *trained)
     assert found.exit_code == 0, found.output
+    assert next(iter(read(str(tmp_path / "run"))["steps"])) == "classifier"  # what may fail soonest
     table = geopandas.read_parquet(tmp_path / "run/plots.parquet")
     assert set(table["class"]) <= {"field", "nonfield"}
     assert table["score"].between(0.5, 1).all()

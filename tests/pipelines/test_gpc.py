@@ -1,18 +1,24 @@
 """gpc end to end on a tiny landscape: from chips to a measured map, resumed after a kill as if there had been none."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import geopandas
+import pystac
 import pytest
 import rasterio
-from small_world import SMALL_GPC, files, rayseg, valid_stac
+from small_world import SMALL_GPC, damage, files, rayseg, scene, valid_stac
 
 from rayseg import demo
 from rayseg.config import load
+from rayseg.errors import DataError
+from rayseg.flow import Work
+from rayseg.io import labels
 from rayseg.models import bundle
 from rayseg.pipelines import gpc
 from rayseg.run import Engine, Step, read
+from rayseg.stages.cues import ReadChip
 from rayseg.train import segmenter
 
 pytestmark = pytest.mark.e2e
@@ -95,7 +101,9 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(whole, words, tmp_path
     out = tmp_path / "run"
     assert rayseg(*words, "--out", out).exit_code == 130
     assert killed
-    report = json.loads(rayseg("status", out, "--json").stdout)
+    said = rayseg("status", out, "--json")
+    assert said.exit_code == 3
+    report = json.loads(said.stdout)
     assert report["status"] == "stopped"
     assert [name for name, seconds in report["times"].items() if seconds is None] == ["segmenter"]
     before = files(out / "steps" / "classifier") | files(out / "steps" / "cues")
@@ -106,6 +114,26 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(whole, words, tmp_path
         assert bundle.load(out / "models" / name).sha256 == bundle.load(whole / "models" / name).sha256
     for path in whole.glob("tiles/*/*.tif"):
         assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
+
+
+def test_chips_that_cannot_be_read_say_how_to_go_on_when_they_are_mended(tmp_path):
+    path = tmp_path / "chip.tif"
+    scene(path, height=64, width=64)
+    [chip] = labels.chips_of([*pystac.Catalog.from_file(labels.ingest_rasters([path], tmp_path / "cat")).get_items(
+        recursive=True
+    )])  # fmt: skip
+    whole = damage(path)
+    rows, settings = [chip.to_row() | {"label": "gpc"}], gpc.CuesConfig(method="concept")
+    step = Step("cues", str(tmp_path / "run"), "", Engine("inline"))
+    said = rf"1 of 1 chips cannot be used, first chip \(.*rayseg retry {tmp_path}/run"
+    for _ in range(2):
+        with pytest.raises(DataError, match=said):
+            gpc._decide_by_concept(step, rows, [Work(ReadChip(64))], settings, 60.0)
+    path.write_bytes(whole)
+    with pytest.raises(DataError, match=r"KeyError: 'cam'"):  # it was read this time
+        gpc._decide_by_concept(
+            replace(step, engine=Engine("inline", retry=True)), rows, [Work(ReadChip(64))], settings, 60.0
+        )
 
 
 @pytest.mark.ray

@@ -7,12 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+from fake_run import blobs
 from PIL import Image
-from small_world import files, rayseg, refused, valid_stac
+from small_world import GRID, HEIGHT, WIDTH, files, rayseg, refused, scene, segmenter, valid_stac, window_at
 
 from rayseg import demo
+from rayseg.chips import parquet
+from rayseg.io import cog, scenes
 from rayseg.models import bundle
-from rayseg.run import read
+from rayseg.pipelines import landcover
+from rayseg.run import Engine, Step, read
+from rayseg.store import put
+from rayseg.vision.color import ClassTable, hex_of
 
 pytestmark = pytest.mark.e2e
 
@@ -107,6 +113,33 @@ def test_the_second_run_does_nothing(whole, words):
     assert changed == ["run.json"]
 
 
+@pytest.mark.parametrize("masks", ["png", "tif", "both"])
+def test_georeferenced_scenes_are_validated_whether_their_masks_say_where_they_are_or_not(tmp_path, masks):
+    table = ClassTable(((0, "wood", (0, 99, 0)), (1, "field", (230, 159, 0))))
+    (tmp_path / "scenes/masks").mkdir(parents=True)
+    for number, name in enumerate(("east", "west")):
+        scene(tmp_path / "scenes/images" / f"{name}.tif", col=WIDTH * number, seed=number, margin=0)
+        mask_HW = blobs(HEIGHT, WIDTH, seed=number)
+        if masks == "png" or (masks == "both" and number):
+            Image.fromarray(mask_HW).save(tmp_path / "scenes/masks" / f"{name}.png")
+        else:
+            place = window_at(0, WIDTH * number)
+            cog.write_classes(tmp_path / "scenes/masks" / f"{name}.tif", mask_HW, GRID, place, table)
+    rows = [{"name": name, "color": hex_of(color)} for _, name, color in table.classes]
+    config = landcover.Config(classes={"classes": rows}, map={"tile": 128})
+    images = scenes.labelled_images(str(tmp_path / "scenes"), names=table.names)
+    listed = Step("scenes", str(tmp_path / "run"), "", Engine("inline"), {"validation": {"scenes": ["east", "west"]}})
+    rows = [one.to_row() | {"part": "validation", "counts": "[]"} for one in images]
+    put(listed.prefix / "images.parquet", parquet(rows))
+    model = Step("model", listed.root, "", listed.engine, {"bundle": segmenter(tmp_path / "model", classes=2)})
+    found = landcover.validate(Step("validation", listed.root, "", listed.engine), listed, model, config)
+    assert found["troubles"] == {}
+    assert found["pixels"] == 2 * HEIGHT * WIDTH
+    truth = np.bincount(np.concatenate([blobs(HEIGHT, WIDTH, seed=number).ravel() for number in (0, 1)]))
+    assert np.array(found["confusion"]).sum(axis=1).tolist() == truth.tolist()
+    assert found["worst"]
+
+
 # -- what is refused, before anything is written ----------------------------------------------------------------------
 
 
@@ -114,15 +147,15 @@ def test_the_second_run_does_nothing(whole, words):
 def folder(tmp_path):
     """Two scenes of two images each; their masks hold the first two classes, as colours."""
     colors = np.array([(0, 255, 255), (255, 255, 0)], np.uint8)
-    for scene in ("a", "b"):
+    for name in ("a", "b"):
         for sub in ("images", "masks"):
-            (tmp_path / "scenes" / scene / sub).mkdir(parents=True)
+            (tmp_path / "scenes" / name / sub).mkdir(parents=True)
         for number in range(2):
             classes = np.indices((96, 96)).sum(0) // 48 % 2
             rng = np.random.default_rng(number)
             image = rng.integers(1, 255, (96, 96, 3)).astype(np.uint8)
-            Image.fromarray(image).save(tmp_path / "scenes" / scene / "images" / f"{number}.png")
-            Image.fromarray(colors[classes]).save(tmp_path / "scenes" / scene / "masks" / f"{number}.png")
+            Image.fromarray(image).save(tmp_path / "scenes" / name / "images" / f"{number}.png")
+            Image.fromarray(colors[classes]).save(tmp_path / "scenes" / name / "masks" / f"{number}.png")
     return tmp_path / "scenes"
 
 

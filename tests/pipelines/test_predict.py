@@ -151,9 +151,13 @@ def test_a_killed_run_is_told_from_a_running_one(runs_by_tile, tmp_path, world):
     out = tmp_path / "killed"
     out.mkdir()
     (out / "run.json").write_text(json.dumps(read(str(runs_by_tile[128])) | {"status": "running"}))
-    assert "killed" in rayseg("status", out).stdout
+    said = rayseg("status", out)
+    assert "killed" in said.stdout
+    assert said.exit_code == 3
     with runs._alone(str(out)):
-        assert "running" in rayseg("status", out).stdout
+        said = rayseg("status", out)
+    assert "running" in said.stdout
+    assert said.exit_code == 0
 
 
 def test_only_some_tiles(world, tmp_path, runs_by_tile):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import geopandas
 import numpy as np
@@ -11,10 +12,11 @@ import rasterio
 from fake_run import blobs, make, picture
 from small_world import GRID, catalogue, files, rayseg, refused, valid_stac, window_at
 
+from rayseg import planning
 from rayseg.errors import DataError
 from rayseg.geo import Region
 from rayseg.io import cog, labels, masks
-from rayseg.ledger import Ledger
+from rayseg.ledger import Ledger, Record
 from rayseg.models import bundle
 from rayseg.pipelines import superpixel
 from rayseg.run import Engine, Step, read
@@ -254,10 +256,21 @@ def test_odd_scenes_end_as_they_should(tmp_path, kind):
         [record] = records(tmp_path / "run", "networks" if fate == "failed" else "scenes").values()
         assert record.status == fate
         assert "one label" in record.reason if fate == "failed" else "scene" in record.reason
+    seen_HW = (~np.isnan(image_CHW) if image_CHW.dtype.kind == "f" else image_CHW != 0).any(axis=0)
+    where, found_HW = window_at(0, 0, *seen_HW.shape), np.full(seen_HW.shape, 255, np.uint8)
     for path in (tmp_path / "run").glob("tiles/*/classes.tif"):
         with rasterio.open(path) as file:
-            unseen = np.isnan(image_CHW).all(axis=0) if image_CHW.dtype.kind == "f" else (image_CHW == 0).all(axis=0)
-            assert (file.read(1)[unseen[: file.height, : file.width]] == 255).all() or file.height < len(unseen)
+            tile = GRID.window_of(tuple(file.bounds))
+            found_HW[tile.slices(where)] = file.read(1)
+    np.testing.assert_array_equal(found_HW != 255, seen_HW if fate == "done" else np.zeros_like(seen_HW))
+
+
+@pytest.mark.parametrize(("bands", "said"), [("", "red, green, blue"), ("bands=[red, blue]", "red, blue")])
+def test_a_scaling_of_other_bands_than_the_imagerys_is_refused(world, tmp_path, bands, said):
+    given = words(world, "scaling={mean: [1.0], std: [1.0]}", *([bands] if bands else []))
+    found = refused(2, *given, "--out", tmp_path / "run")
+    assert f"scaling is of 1 bands, the imagery has {said}; give one mean and std for each" in found
+    assert not (tmp_path / "run").exists()
 
 
 def test_complex_pixels_are_refused_and_nothing_is_left(tmp_path):
@@ -308,6 +321,8 @@ def test_scenes_that_cannot_be_mapped_fail_alone_and_by_name(tmp_path, shared):
     assert "odd has red, green of uint8, expected red, green, blue of uint8 as bare has" in found["odd"].reason
     assert "bare has no georeference" in found["bare"].reason
     assert listed["bands"] == ["red", "green", "blue"]
+    forecast = replace(superpixel.forecast(superpixel.Config(shared=shared), region), trial=None)
+    assert planning.plan(forecast, region, rates=planning.Rates())["refused"] == 3
 
 
 def change(folder, name, *, properties=None, **fields):
@@ -315,6 +330,19 @@ def change(folder, name, *, properties=None, **fields):
     [path] = folder.glob(f"cat/**/{name}.json")
     item = json.loads(path.read_text())
     path.write_text(json.dumps(item | fields | {"properties": item["properties"] | (properties or {})}))
+
+
+def test_tiles_of_a_scene_without_a_network_share_its_fate():
+    made = Record("one", "done", facts={"bundle": "/run/models/one"})
+    assert superpixel._with_network("one", made)["model_item"] == "/run/models/one/item.json"
+    for fate, status, why in (
+        (Record("one", "empty", "all alike"), "empty", "scene one: all alike"),
+        (Record("one", "failed", "damaged"), "failed", "scene one: damaged"),
+        (Record("one", "done", facts={"low": [0]}), "failed", "scene one: not processed"),  # no record of its network
+        (None, "failed", "scene one: not processed"),
+    ):
+        row = superpixel._with_network("one", fate)
+        assert (row["status"], row["reason"]) == (status, why)
 
 
 def test_a_network_that_keeps_one_label_is_tried_from_three_seeds_and_then_reported(tmp_path, monkeypatch):

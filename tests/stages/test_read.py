@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from small_world import BANDS, CORNER, GRID, scene
+from small_world import BANDS, CORNER, GRID, damage, scene
 from small_world import window_at as window
 
 from rayseg.errors import DataError
@@ -13,6 +13,7 @@ from rayseg.geo import Lattice, Tile
 from rayseg.io.rasters import source_of_file
 from rayseg.io.sources import Source
 from rayseg.stages.read import ReadTile, tile_rows
+from rayseg.stages.superpixels import Divide, ReadAround
 
 STAGE = ReadTile(BANDS, patch=64, stride=48)
 
@@ -82,3 +83,18 @@ def test_a_tile_without_data_is_settled(sources, tmp_path):
 def test_a_band_that_is_missing_is_an_error_of_the_data(sources):
     with pytest.raises(DataError, match="nir"):
         ReadTile(("nir",), patch=64, stride=48)(tile_rows(sources, None, size=4096, halo=0))
+
+
+def test_of_a_damaged_file_labels_miss_no_more_than_maps_and_superpixels_wait_for_the_whole(tmp_path):
+    scene(tmp_path / "a.tif", margin=0, height=900, width=900)
+    rows = tile_rows([source_of_file(str(tmp_path / "a.tif"), "a")], None, size=4096, halo=0)
+    whole = ReadAround(BANDS, margin=8)(rows)[0]
+    damage(tmp_path / "a.tif")
+    [row] = ReadAround(BANDS, margin=8)(rows)
+    missing_HW = whole["valid"] & ~row["valid"]
+    assert 0 < missing_HW.sum() < 0.8 * whole["valid"].sum()
+    assert np.array_equal(row["image"][:, row["valid"]], whole["image"][:, row["valid"]])
+    assert "cannot be read" in row["incomplete"]
+    for damaged in (row, {key: value for key, value in row.items() if key != "incomplete"} | {"unread": "a.tif"}):
+        with pytest.raises(DataError, match=r"a\.tif"):
+            Divide(str(tmp_path / "parts"), "slic", {"spacing": 40})([damaged])
