@@ -77,18 +77,19 @@ def serving(models, *settings):
         stderr=subprocess.PIPE,
         text=True,
     )
-    for line in process.stderr:
-        if "stop with Ctrl-C" in line:
-            break
-    rest = threading.Thread(target=process.stderr.read)
-    rest.start()
+    rest = threading.Thread(target=process.stderr.read)  # or the pipe would fill up
     try:
+        for line in process.stderr:
+            if "stop with Ctrl-C" in line:
+                break
+        rest.start()
         yield process, f"http://127.0.0.1:{port}"
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
-        rest.join()
+        if rest.ident:
+            rest.join()
         process.stderr.close()
 
 
