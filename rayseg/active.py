@@ -11,12 +11,10 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from pydantic import Field
 
 from rayseg import flow, pool
-from rayseg.chips import parquet
 from rayseg.config import Config
 from rayseg.errors import RunIncomplete
 from rayseg.flow import Work
@@ -26,9 +24,10 @@ from rayseg.metrics import Confusion
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.pool import Row
+from rayseg.rowfile import read_rows, write_rows
 from rayseg.run import Step
 from rayseg.stages.score import ReadWith, Score, features_path
-from rayseg.store import put, upath
+from rayseg.store import upath
 from rayseg.train.augment import Augment
 from rayseg.train.classifier import ClassifierConfig, fit_classifier, trained_classifier
 from rayseg.train.learning import Learning, Rates
@@ -179,9 +178,7 @@ class Common(Config):
 
 def labelled(step: Step) -> list[Row]:
     """Chips chosen up to a step, in the order of choice, and why."""
-    with (step.prefix / "labelled.parquet").open("rb") as file:
-        rows: list[Row] = pq.read_table(file).to_pylist()
-    return rows
+    return read_rows(step.prefix / "labelled.parquet")
 
 
 def known_labels(root: str, rows: Sequence[Row], table: ClassTable) -> list[str]:
@@ -254,7 +251,7 @@ def _picked(
 
 
 def _keep(step: Step, rows: list[Row]) -> dict[str, Any]:
-    put(step.prefix / "labelled.parquet", parquet(rows))
+    write_rows(step.prefix / "labelled.parquet", rows)
     return {"labelled": len(rows), "table": f"steps/{step.name}/labelled.parquet"}
 
 
@@ -339,7 +336,7 @@ def _described(settings: ClassifierConfig, classes: Sequence[str], common: Commo
 
 
 def _scored(step: Step, rows: list[Row], score: Score, common: Common) -> dict[str, list[float]]:
-    put(step.prefix / "manifest.parquet", parquet(rows))
+    write_rows(step.prefix / "manifest.parquet", rows)
     ledger = Ledger(str(step.prefix / "ledger"))
     works = [Work(ReadWith(pool.image_of), batch=AT_ONCE), Work(score, batch=AT_ONCE, cpus=0.5, gpus=0.5, model=True)]
     engine = replace(step.engine, retry=True)  # nothing can be chosen without all of them

@@ -5,8 +5,6 @@ from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from rayseg.config import Config
@@ -126,11 +124,3 @@ def learnable(
     """
     ids, classes = tuple(row["id"] for row in rows), tuple(labels.index(row["label"]) for row in rows)
     return Chips(ids, classes, partial(read_image, rows, size), read_mask)
-
-
-def parquet(rows: list[Row]) -> bytes:
-    """Flat rows as a Parquet file; without rows it has the one column `id`."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows) if rows else pa.table({"id": pa.array([], pa.string())}), sink)
-    content: bytes = sink.getvalue().to_pybytes()
-    return content

@@ -10,11 +10,9 @@ from functools import lru_cache, partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field
 
-from rayseg.chips import parquet
 from rayseg.config import Config
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo import Region, Window, expect_ids
@@ -22,8 +20,9 @@ from rayseg.io import catalog, cog, labels, rasters, scenes
 from rayseg.io.masks import pixels_of
 from rayseg.io.scenes import LabelledImage
 from rayseg.io.tables import Classes
+from rayseg.rowfile import read_rows, write_rows
 from rayseg.run import Step
-from rayseg.store import Location, put, upath
+from rayseg.store import Location, upath
 from rayseg.train.batches import Chips
 from rayseg.vision.color import IGNORE, ClassTable
 
@@ -88,7 +87,7 @@ def list_pool(
     """
     found = surveyed or survey(region, config, classes.table)
     rows = divide(found, config, classes.table, seed=seed)
-    put(step.prefix / "pool.parquet", parquet(rows))
+    write_rows(step.prefix / "pool.parquet", rows)
     counts = {str(part): sum(row["part"] == part for row in rows) for part in PARTS}
     oracle = all(row["label"] for row in rows if row["part"] == "pool")
     masks = any(row["masks"] != "[]" for row in rows)
@@ -97,8 +96,7 @@ def list_pool(
 
 def rows_of(listed: Step, part: Part) -> list[Row]:
     """Rows of the chips of a part, by id."""
-    with (listed.prefix / "pool.parquet").open("rb") as file:
-        return [row for row in pq.read_table(file).to_pylist() if row["part"] == part]
+    return [row for row in read_rows(listed.prefix / "pool.parquet") if row["part"] == part]
 
 
 def survey(region: Region, config: PoolConfig, table: ClassTable) -> Surveyed:

@@ -4,14 +4,13 @@ import torch
 
 from rayseg import active, pool
 from rayseg.active import ActiveConfig, ChipsClassifierConfig, Common
-from rayseg.chips import parquet
 from rayseg.config import load
 from rayseg.errors import ConfigError, DataError, RunIncomplete
 from rayseg.io.tables import Classes
 from rayseg.models import bundle
 from rayseg.models.bundle import Scaling
+from rayseg.rowfile import write_rows
 from rayseg.run import Engine, Step
-from rayseg.store import put
 
 KINDS = Classes.model_validate(
     {"classes": [{"name": "ground", "color": "#826446"}, {"name": "wood", "color": "#32AA50"}]}
@@ -27,7 +26,7 @@ def listed(tmp_path):
     """A pool of two labelled chips and none for validation."""
     step = Step("pool", str(tmp_path), "key", Engine("inline"), {"classes": ["ground", "wood"]})
     rows = [{"id": name, "part": "pool", "label": label} for name, label in (("a", "ground"), ("b", "wood"))]
-    put(step.prefix / "pool.parquet", parquet(rows))
+    write_rows(step.prefix / "pool.parquet", rows)
     return step
 
 

@@ -12,12 +12,11 @@ from PIL import Image
 from small_world import GRID, HEIGHT, WIDTH, files, rayseg, refused, scene, segmenter, valid_stac, window_at
 
 from rayseg import demo
-from rayseg.chips import parquet
 from rayseg.io import cog, scenes
 from rayseg.models import bundle
 from rayseg.pipelines import landcover
+from rayseg.rowfile import write_rows
 from rayseg.run import Engine, Step, read
-from rayseg.store import put
 from rayseg.vision.color import ClassTable, hex_of
 
 pytestmark = pytest.mark.e2e
@@ -130,7 +129,7 @@ def test_georeferenced_scenes_are_validated_whether_their_masks_say_where_they_a
     images = scenes.labelled_images(str(tmp_path / "scenes"), names=table.names)
     listed = Step("scenes", str(tmp_path / "run"), "", Engine("inline"), {"validation": {"scenes": ["east", "west"]}})
     rows = [one.to_row() | {"part": "validation", "counts": "[]"} for one in images]
-    put(listed.prefix / "images.parquet", parquet(rows))
+    write_rows(listed.prefix / "images.parquet", rows)
     model = Step("model", listed.root, "", listed.engine, {"bundle": segmenter(tmp_path / "model", classes=2)})
     found = landcover.validate(Step("validation", listed.root, "", listed.engine), listed, model, config)
     assert found["troubles"] == {}
