@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from measure import show
-from serve import ours, tree_mib, write_world
+from serve import held, ours, write_world
 
 PATHS = ("/v1/preview", "/v1/models/bench/predict", "/v1/unsupervised")
 
@@ -58,9 +58,10 @@ async def attack(port: int, uploads: list[tuple[str, bytes]]) -> tuple[Counter, 
         for number, (kind, data) in queue:
             form = aiohttp.FormData()
             form.add_field("image", data, filename="image")
-            form.add_field("iterations", "1") if PATHS[number % 10 % 3] == PATHS[2] else None
-            began = time.perf_counter()
             path = PATHS[2] if number % 50 == 0 else PATHS[number % 2]
+            if path == PATHS[2]:
+                form.add_field("iterations", "2")
+            began = time.perf_counter()
             try:
                 async with session.post(f"http://127.0.0.1:{port}{path}", data=form) as answer:
                     body = await answer.read()
@@ -77,17 +78,11 @@ async def attack(port: int, uploads: list[tuple[str, bytes]]) -> tuple[Counter, 
     return found, slowest, wrong
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--files", type=Path)
-    parser.add_argument("--requests", type=int, default=5000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--hold", type=float, default=0.0, help="Seconds to stay up afterwards, for schemathesis.")
-    asked = parser.parse_args()
-    chance, images = random.Random(asked.seed), whole_images()
-    damaged = [path.read_bytes() for path in sorted(asked.files.iterdir())] if asked.files else []
+def made(count: int, seed: int, damaged: list[bytes]) -> list[tuple[str, bytes]]:
+    """Kind and bytes of the uploads, in random order."""
+    chance, images = random.Random(seed), whole_images()
     uploads = [("damaged file", data) for data in damaged]
-    while len(uploads) < asked.requests:
+    while len(uploads) < count:
         kind = chance.choice(["random bytes", "lying png", "lying jpeg", "lying tiff", "whole"])
         if kind == "random bytes":
             start = chance.choice(
@@ -99,20 +94,41 @@ def main() -> None:
         else:
             uploads.append((kind, lying(kind.split()[1], chance, images)))
     chance.shuffle(uploads)
+    return uploads
+
+
+def fuzz(port: int, pid: int, uploads: list[tuple[str, bytes]], rounds: int) -> None:
+    """The same uploads again and again; what was answered, and what each process holds after each round."""
+    asyncio.run(attack(port, uploads[:100]))
+    memory, all_found, all_wrong = [held(pid)], Counter(), []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        found, slowest, wrong = asyncio.run(attack(port, uploads))
+        all_found += found
+        all_wrong += wrong
+        memory.append(held(pid))
+        said = f"{len(uploads)} uploads in {time.perf_counter() - began:.0f} s, slowest {slowest:.1f} s"
+        print(f"{said}; {len(wrong)} wrong, {sum(memory[-1].values()):.0f} MiB", flush=True)
+    show("answers", ["upload", "status", "count"], [[*what, count] for what, count in sorted(all_found.items())])
+    rows = [[name, *(f"{one.get(name, 0):.0f}" for one in memory)] for name in sorted(set().union(*memory))]
+    rows.append(["all", *(f"{sum(one.values()):.0f}" for one in memory)])
+    show("memory, MiB", ["process", *(f"after {k * len(uploads)}" for k in range(rounds + 1))], rows)
+    print(f"wrong: {all_wrong[:5] or 'none'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--files", type=Path, help="Folder of damaged rasters.")
+    parser.add_argument("--requests", type=int, default=5000)
+    parser.add_argument("--rounds", type=int, default=1, help="How often all of them are sent.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hold", type=float, default=0.0, help="Seconds to stay up afterwards, for schemathesis.")
+    asked = parser.parse_args()
+    damaged = [path.read_bytes() for path in sorted(asked.files.iterdir())] if asked.files else []
     with tempfile.TemporaryDirectory() as name:
         write_world(Path(name), "mobilenet_v2")
         with ours(Path(name), "max_pixels=1000000") as (port, process):
-            asyncio.run(attack(port, uploads[:100]))
-            before, began = tree_mib(process.pid), time.perf_counter()
-            found, slowest, wrong = asyncio.run(attack(port, uploads))
-            seconds, after = time.perf_counter() - began, tree_mib(process.pid)
-            rows = [[kind, status, count] for (kind, status), count in sorted(found.items())]
-            show(
-                f"{len(uploads)} uploads in {seconds:.0f} s, slowest {slowest:.1f} s",
-                ["upload", "status", "count"],
-                rows,
-            )
-            print(f"memory before / after: {before:.0f} / {after:.0f} MiB; wrong: {wrong[:5] or 'none'}")
+            fuzz(port, process.pid, made(asked.requests, asked.seed, damaged), asked.rounds)
             if asked.hold:
                 print(f"http://127.0.0.1:{port}/openapi.json for {asked.hold:g} s", flush=True)
                 time.sleep(asked.hold)

@@ -128,24 +128,31 @@ def theirs(folder: Path):
         yield port, process
 
 
-def tree_mib(pid: int) -> float:
-    """Memory that a process and all below it hold alone (PSS), MiB."""
+def held(pid: int) -> dict[str, float]:
+    """Memory that a process and all below it hold alone (PSS), MiB, by what they are."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
+        with suppress(OSError):
             children.setdefault(int(path.read_text().rpartition(") ")[2].split()[1]), []).append(int(path.parent.name))
-        except OSError:
-            continue
-    held, waiting = 0, [pid]
+    found, waiting = Counter(), [pid]
     while waiting:
         one = waiting.pop()
         waiting += children.get(one, [])
-        try:
-            text = Path(f"/proc/{one}/smaps_rollup").read_text()
-            held += int(next(line for line in text.splitlines() if line.startswith("Pss:")).split()[1])
-        except (OSError, StopIteration):
-            continue
-    return held / 1024
+        with suppress(OSError, StopIteration):
+            lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
+            found[_called(one)] += int(next(line for line in lines if line.startswith("Pss:")).split()[1]) / 1024
+    return dict(found)
+
+
+def _called(pid: int) -> str:
+    words = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
+    known = ("Models", "Api", "ProxyActor", "ServeController", "rayseg.serve.child", "rayseg serve")
+    return next((name for name in known if name in words), "the rest of Ray")
+
+
+def tree_mib(pid: int) -> float:
+    """Memory that a process and all below it hold alone (PSS), MiB."""
+    return sum(held(pid).values())
 
 
 # -- clients ----------------------------------------------------------------------------------------------------------
@@ -216,6 +223,7 @@ def compare(folder: Path, data: bytes, seconds: float, rounds: int) -> None:
             for _ in range(rounds):
                 for clients in (1, 8, 32):
                     took, rate = asyncio.run(closed(port, data, clients, seconds))
+                    print(f"  {name}, {clients} clients: {rate:.2f} images/s, p50 {ms(took, 0.5):.1f} ms", flush=True)
                     kept = found.setdefault((name, clients), ([], []))
                     kept[0].extend(took)
                     kept[1].append(rate)

@@ -50,12 +50,24 @@ def mapped_tiles(root: StorePath, step: str = "predict") -> list[MappedTile]:
     Raises:
         DataError: the run has no such step.
     """
-    prefix = upath(root) / "steps" / step
-    path = prefix / "manifest.parquet"
+    rows, records = _manifest(root, step), Ledger(str(upath(root) / "steps" / step / "ledger")).read()
+    return [_mapped(*found, upath(root) / "tiles") for found in with_fact(rows, records, "counts")]
+
+
+def planned_tiles(root: StorePath, step: str = "predict") -> list[tuple[Tile, tuple[Source, ...]]]:
+    """Every tile of a run's step and the imagery that it shows, whatever became of it.
+
+    Raises:
+        DataError: the run has no such step.
+    """
+    return [(Tile.from_row(row), tuple(from_json(row["sources"]))) for row in _manifest(root, step)]
+
+
+def _manifest(root: StorePath, step: str) -> list[dict[str, Any]]:
+    path = upath(root) / "steps" / step / "manifest.parquet"
     if not path.exists():
         raise DataError(f"{root} has no tiles of a step {step!r} ({path.name} is missing): let the run get that far.")
-    records = Ledger(str(prefix / "ledger")).read()
-    return [_mapped(*found, upath(root) / "tiles") for found in with_fact(read_rows(path), records, "counts")]
+    return read_rows(path)
 
 
 def _mapped(row: dict[str, Any], record: Record, tiles: UPath) -> MappedTile:

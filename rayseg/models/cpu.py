@@ -1,17 +1,21 @@
 """What makes training on a CPU quick where PyTorch's defaults are slow; other devices are left alone."""
 
+import copy
 import ctypes
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+_FOLDED_WITHIN = 1e-3  # of the largest output; rounding makes 1e-6 of it, a wrong order of layers 1e-1 and more
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
@@ -129,6 +133,38 @@ class _Normalise(torch.autograd.Function):
         for (x, grad), output in zip(pairs, _parts(_rows(to_input_NCHW)), strict=True):
             torch.addcmul(level, x, slope, out=output).addcmul_(grad, weight * scale)
         return to_input_NCHW, to_weight, to_bias, None, None
+
+
+def folded(model: nn.Module, channels: int) -> nn.Module:
+    """The model with its batch normalisations folded into the convolutions before them, a tenth quicker on a CPU.
+
+    Which convolution comes before which normalisation is told by their order in a module, and then tried out: a model
+    that gives something else folded is returned as it was.
+
+    Args:
+        model: on the CPU, in evaluation mode; it is not changed.
+        channels: of its input.
+    """
+    quicker = copy.deepcopy(model)
+    pairs = [pair for parent in quicker.modules() for pair in _pairs(parent)]
+    for parent, conv, norm in pairs:
+        setattr(parent, conv, fuse_conv_bn_eval(getattr(parent, conv), getattr(parent, norm)))
+        setattr(parent, norm, nn.Identity())
+    return quicker if pairs and _agree(model, quicker, channels) else model
+
+
+def _pairs(parent: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """Names of each convolution and the normalisation right behind it."""
+    for (conv, one), (norm, other) in pairwise(list(parent.named_children())):
+        if type(one) is nn.Conv2d and type(other) is nn.BatchNorm2d:
+            yield parent, conv, norm
+
+
+def _agree(one: nn.Module, other: nn.Module, channels: int) -> bool:
+    sample = torch.randn((1, channels, 64, 64), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, found = one(sample), other(sample)
+    return bool((found - expected).abs().max() < _FOLDED_WITHIN * expected.abs().max())
 
 
 def _rows(x_NCHW: Tensor) -> Tensor:

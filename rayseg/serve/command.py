@@ -15,6 +15,11 @@ from rayseg.serve.runs import found
 from rayseg.serve.settings import ServeConfig, expect_closed, is_loopback
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_RAY = {
+    "RAY_worker_niceness": "0",  # by default Ray's workers give way to everything else
+    "RAY_max_direct_call_object_size": str(1 << 20),  # pixels of a patch go with the message, not beside it
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+}
 
 
 def named(config: ServeConfig, host: str) -> ServeConfig:
@@ -41,7 +46,8 @@ def serve_models(config: ServeConfig, *, host: str, port: int, address: str | No
     config.token()
     shelf = Shelf.of(config.models)
     _expect_free(host, port)
-    os.environ.setdefault("RAY_worker_niceness", "0")  # by default Ray's workers give way to everything else
+    for name, value in _RAY.items():
+        os.environ.setdefault(name, value)
     flow.connect(address, dashboard=config.jobs is not None)
 
     from ray import serve
@@ -53,7 +59,8 @@ def serve_models(config: ServeConfig, *, host: str, port: int, address: str | No
     from rayseg.serve.deployment import NAME, application
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options={"host": host, "port": port, "request_timeout_s": config.timeout_seconds + 60})
+    http = {"host": host, "port": port, "request_timeout_s": config.timeout_seconds + 60}
+    serve.start(http_options=http, logging_config={"log_level": "WARNING", "enable_access_log": False})
     app = application(named(config, host))
     serve.run(app, name=NAME, route_prefix="/")
     stop = threading.Event()

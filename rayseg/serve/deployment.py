@@ -24,6 +24,14 @@ from rayseg.serve.uploads import Image
 
 NAME = "rayseg"
 _AT_ONCE = 2  # batches: while one is brought to the device or waits for its threads, the other computes
+_ENVIRONMENT = {
+    # Threads that wait for one another do not spin: the others of a busy machine would wait for them.
+    "OMP_WAIT_POLICY": "passive",
+    # What is awaited is in threads already; loops of Serve's own would only hand it on.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
+_QUIET = {"log_level": "WARNING", "enable_access_log": False}  # each request is a line of the door's own log
 _LOST = (RayActorError, WorkerCrashedError, DeploymentUnavailableError)
 
 
@@ -54,11 +62,18 @@ def application(config: ServeConfig, *, draining: bool = False) -> serve.Applica
         autoscaling_config=scaling,
         max_ongoing_requests=2 * config.batch,
         max_queued_requests=config.queue,
-        ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},
+        ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus, "runtime_env": {"env_vars": _ENVIRONMENT}},
+        logging_config=_QUIET,
     )
     values = config.model_dump(mode="json")
     state = {"draining": draining}
-    api_ = Api.options(max_ongoing_requests=config.queue + 64, user_config=state)  # type: ignore[attr-defined]
+    api_ = Api.options(  # type: ignore[attr-defined]
+        max_ongoing_requests=config.queue + 64,
+        max_queued_requests=4 * config.queue + 256,
+        user_config=state,
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _ENVIRONMENT}},
+        logging_config=_QUIET,
+    )
     return api_.bind(values, models.bind(values))
 
 
@@ -166,7 +181,7 @@ class _Replicas:
             raise problems.busy("the model's process was lost while it worked; ask again") from error
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=60, graceful_shutdown_wait_loop_s=0.2)
+@serve.deployment(graceful_shutdown_timeout_s=60, graceful_shutdown_wait_loop_s=0.2)
 @serve.ingress()
 class Api:
     """The replica that clients talk to."""

@@ -13,11 +13,12 @@ import shlex
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal, get_args
 
 from fastapi import APIRouter, Body, Path
 from pydantic import Field
-from ray.job_submission import JobSubmissionClient
+from ray.job_submission import JobStatus, JobSubmissionClient
 
 from rayseg import run
 from rayseg.config import Config, load
@@ -32,6 +33,7 @@ Pipeline = Literal["gpc", "agri", "superpixel", "landcover", "al-s4gan"]
 _LOCATED = get_args(Location)[1]
 _WORDS = re.compile(r"[A-Za-z0-9_ -]*")
 _ID = r"^job-[0-9a-f]{12}$"
+_GOING = {JobStatus.PENDING, JobStatus.RUNNING}
 
 
 class Job(Config):
@@ -145,35 +147,57 @@ def router(config: ServeConfig) -> APIRouter:
     """Routes of the jobs."""
     routes = APIRouter(tags=["jobs"])
 
-    def client() -> JobSubmissionClient:
-        try:
-            return JobSubmissionClient(config.jobs_address)
-        except (ConnectionError, RuntimeError) as error:
-            raise busy("the cluster takes no jobs now; ask again later", seconds=30) from error
+    one_by_one = asyncio.Lock()
 
-    @routes.post("/v1/jobs", status_code=202, responses=problems_of(400, 401, 413, 422, 503))
+    @routes.post("/v1/jobs", status_code=202, responses=problems_of(400, 401, 413, 422, 429, 503))
     async def start(job: Annotated[Job, Body()]) -> dict[str, str]:
         """Start a run of a pipeline over a region, as a Ray job."""
         name = f"job-{uuid.uuid4().hex[:12]}"
         line = await asyncio.to_thread(entrypoint, job, config, name)
-        await asyncio.to_thread(lambda: client().submit_job(entrypoint=line, submission_id=name))
+        async with one_by_one:
+            await asyncio.to_thread(submit, config, line, name)
         return {"id": name, "status": "pending", "href": f"/v1/jobs/{name}"}
 
     @routes.get("/v1/jobs/{name}", responses=problems_of(404))
     async def look(name: Annotated[str, Path(pattern=_ID)]) -> dict[str, Any]:
         """How far a job is, from the ledgers of its run."""
-        return await asyncio.to_thread(summary, client(), config, name)
+        return await asyncio.to_thread(summary, config, name)
 
     return routes
 
 
-def summary(client: JobSubmissionClient, config: ServeConfig, name: str) -> dict[str, Any]:
+@contextmanager
+def _cluster(config: ServeConfig) -> Iterator[JobSubmissionClient]:
+    try:
+        yield JobSubmissionClient(config.jobs_address)
+    except (OSError, RuntimeError) as error:  # both are raised for a head that does not answer
+        raise busy("the cluster takes no jobs now; ask again later", seconds=30) from error
+
+
+def submit(config: ServeConfig, line: str, name: str) -> None:
+    """Have the cluster carry a line out.
+
+    Raises:
+        Refused: 429, as many jobs are under way as may be; 503, the cluster does not answer.
+    """
+    with _cluster(config) as cluster:
+        going = [
+            job for job in cluster.list_jobs() if job.status in _GOING and re.fullmatch(_ID, str(job.submission_id))
+        ]
+        if len(going) >= config.jobs_at_once:
+            detail = f"{len(going)} jobs are under way, {config.jobs_at_once} may be; ask again when one has ended"
+            raise Refused(429, detail, headers={"Retry-After": "60"})
+        cluster.submit_job(entrypoint=line, submission_id=name)
+
+
+def summary(config: ServeConfig, name: str) -> dict[str, Any]:
     """A job's state as Ray has it, and its run's ledgers.
 
     Raises:
-        Refused: 404, there is no such job.
+        Refused: 404, there is no such job; 503, the cluster does not answer.
     """
-    states = {job.submission_id: str(job.status.value).lower() for job in client.list_jobs()}
+    with _cluster(config) as cluster:
+        states = {job.submission_id: str(job.status.value).lower() for job in cluster.list_jobs()}
     try:
         runs = {path.name for path in upath(str(config.jobs)).iterdir()}
     except STORE_ERRORS:

@@ -18,7 +18,7 @@ from rayseg import publication, run
 from rayseg.errors import DataError, RaysegError
 from rayseg.geo import Tile, Window, slug
 from rayseg.io import mapview, masks
-from rayseg.io.maps import MappedTile, mapped_tiles
+from rayseg.io.maps import MappedTile, mapped_tiles, planned_tiles
 from rayseg.io.pictures import shown_colors
 from rayseg.io.sources import Source
 from rayseg.serve import answers
@@ -47,27 +47,44 @@ class View:
     Attributes:
         root: its prefix.
         tiles: those with a map.
-        bounds_N4: (west, south, east, north) of each, NaN without CRS.
+        planned: every tile, and the imagery it shows.
+        bounds_N4: (west, south, east, north) of each of `tiles`, NaN without CRS.
+        planned_N4: the same of each of `planned`.
         table: the classes; None while nothing is mapped.
         step: that made the map.
     """
 
     root: str
     tiles: tuple[MappedTile, ...]
+    planned: tuple[tuple[Tile, tuple[Source, ...]], ...]
     bounds_N4: np.ndarray
+    planned_N4: np.ndarray
     table: ClassTable | None
     step: str
 
-    def near(self, bounds: mapview.Bounds) -> list[MappedTile]:
-        """The tiles that meet (west, south, east, north)."""
-        west, south, east, north = bounds
-        own = self.bounds_N4
-        meets = (own[:, 0] < east) & (own[:, 2] > west) & (own[:, 1] < north) & (own[:, 3] > south)
-        return [self.tiles[at] for at in np.flatnonzero(meets)]
+    def mapped(self, bounds: mapview.Bounds, image: str | None) -> list[MappedTile]:
+        """The tiles that meet (west, south, east, north), or those of an image without CRS."""
+        if image is not None:
+            return [tile for tile in self.tiles if _of_image(tile.tile, image)]
+        return [self.tiles[at] for at in _meeting(self.bounds_N4, bounds)]
 
-    def of_image(self, name: str) -> list[MappedTile]:
-        """The tiles of an image without CRS."""
-        return [tile for tile in self.tiles if tile.tile.grid.crs is None and tile.tile.grid.image == name]
+    def sources(self, bounds: mapview.Bounds, image: str | None) -> list[Source]:
+        """The imagery of all tiles that meet (west, south, east, north), or an image without CRS."""
+        if image is not None:
+            near = [sources for tile, sources in self.planned if _of_image(tile, image)]
+        else:
+            near = [self.planned[at][1] for at in _meeting(self.planned_N4, bounds)]
+        found = {source.item_id: source for sources in near for source in sources}
+        return [source for name, source in found.items() if image in {None, name}]
+
+
+def _of_image(tile: Tile, image: str) -> bool:
+    return tile.grid.crs is None and tile.grid.image == image
+
+
+def _meeting(own: np.ndarray, bounds: mapview.Bounds) -> np.ndarray:
+    west, south, east, north = bounds
+    return np.flatnonzero((own[:, 0] < east) & (own[:, 2] > west) & (own[:, 1] < north) & (own[:, 3] > south))
 
 
 def found(prefixes: Sequence[StorePath]) -> dict[str, str]:
@@ -101,9 +118,10 @@ def _view(root: str, _moment: int) -> View:
     for step in _steps(root):
         tiles = tuple(mapped_tiles(root, step))
         if tiles and upath(tiles[0].href).exists():
-            bounds = [_bounds(tile.tile) for tile in tiles]
-            return View(root, tiles, np.array(bounds), masks.table_of(tiles[0].href), step)
-    return View(root, (), np.empty((0, 4)), None, "")
+            planned = tuple(planned_tiles(root, step))
+            bounds = _bounds([one.tile for one in tiles]), _bounds([tile for tile, _ in planned])
+            return View(root, tiles, planned, *bounds, masks.table_of(tiles[0].href), step)
+    return View(root, (), (), np.empty((0, 4)), np.empty((0, 4)), None, "")
 
 
 def _steps(root: str) -> list[str]:
@@ -112,8 +130,9 @@ def _steps(root: str) -> list[str]:
     return sorted(names, key=lambda name: (name != "predict", name))
 
 
-def _bounds(tile: Tile) -> mapview.Bounds:
-    return mapview.lonlat_bounds(tile.grid, tile.window) if tile.grid.crs else (np.nan,) * 4
+def _bounds(tiles: Sequence[Tile]) -> np.ndarray:
+    """(west, south, east, north) of each, NaN without CRS."""
+    return np.array([mapview.lonlat_bounds(one.grid, one.window) if one.grid.crs else (np.nan,) * 4 for one in tiles])
 
 
 def describe(name: str, root: str) -> dict[str, Any]:
@@ -121,7 +140,7 @@ def describe(name: str, root: str) -> dict[str, Any]:
     asked, state, shown = run.read(root), run.status(root), view(root)
     shares = publication.class_shares(shown.tiles, shown.table) if shown.table else []
     values = shown.table.values if shown.table else ()
-    placed = shown.bounds_N4[~np.isnan(shown.bounds_N4).any(axis=1)]
+    placed = shown.planned_N4[~np.isnan(shown.planned_N4).any(axis=1)]
     return {
         "name": name,
         "pipeline": asked["pipeline"],
@@ -129,19 +148,19 @@ def describe(name: str, root: str) -> dict[str, Any]:
         "status": state["status"],
         "reason": state["reason"],
         "bounds": [*placed[:, :2].min(axis=0), *placed[:, 2:].max(axis=0)] if len(placed) else None,
-        "images": _images(shown.tiles),
+        "images": _images(shown.planned),
         "classes": [{"value": value, **row} for value, row in zip(values, shares, strict=True)],
         "ledger": {step: {"planned": one["planned"], "counts": one["counts"]} for step, one in state["steps"].items()},
         "troubles": _troubles(root, state["steps"]),
     }
 
 
-def _images(tiles: Sequence[MappedTile]) -> list[dict[str, Any]]:
+def _images(tiles: Sequence[tuple[Tile, Sequence[Source]]]) -> list[dict[str, Any]]:
     """Images without CRS, with their sizes."""
     sizes: dict[str, tuple[int, int]] = {}
-    for one in tiles:
-        if one.tile.grid.crs is None and one.tile.grid.image:
-            sizes[one.tile.grid.image] = _size(one.sources, one.tile.grid.image)
+    for tile, sources in tiles:
+        if tile.grid.crs is None and tile.grid.image:
+            sizes[tile.grid.image] = _size(sources, tile.grid.image)
     return [{"id": name, "width": width, "height": height} for name, (width, height) in sizes.items()]
 
 
@@ -179,20 +198,24 @@ def tile_png(
     shown: View, place: tuple[int, int, int], layer: str, *, image: str | None, hosts: Sequence[str]
 ) -> bytes | None:
     """A web tile (z, x, y) of a run as PNG; None where there is nothing."""
-    tiles = shown.near(mapview.bounds_of_tile(*place)) if image is None else shown.of_image(image)
-    if not tiles or shown.table is None:
+    bounds = mapview.bounds_of_tile(*place)
+    sources = shown.sources(bounds, image)
+    if not sources or shown.table is None:
         return None
-    whole = Window(0, 0, *_size(tiles[0].sources, image)) if image is not None else None
-    if layer == "classes":
-        classes_HW = mapview.classes_tile(tiles, *place, image=whole)
-        colors = {value: color for value, _, color in shown.table.classes}
-        return answers.palette_png(classes_HW, colors, opaque=set(shown_colors(shown.table)))
-    sources = {source.item_id: source for tile in tiles for source in tile.sources}
-    if image is not None:
-        sources = {image: sources[image]}
+    whole = Window(0, 0, *_size(sources, image)) if image is not None else None
+    if layer == "imagery":
+        imagery_HWC = mapview.imagery_tile(sources, *place, image=whole, hosts=hosts)
+        return _rgba_png(imagery_HWC)
+    if not (tiles := shown.mapped(bounds, image)):
+        return None
+    classes_HW = mapview.classes_tile(tiles, *place, image=whole)
+    colors = {value: color for value, _, color in shown.table.classes}
+    return answers.palette_png(classes_HW, colors, opaque=set(shown_colors(shown.table)))
+
+
+def _rgba_png(image_HWC: np.ndarray) -> bytes:
     sink = io.BytesIO()
-    imagery_HWC = mapview.imagery_tile(list(sources.values()), *place, image=whole, hosts=hosts)
-    PIL.Image.fromarray(imagery_HWC).save(sink, "PNG", compress_level=1)
+    PIL.Image.fromarray(image_HWC).save(sink, "PNG", compress_level=1)
     return sink.getvalue()
 
 

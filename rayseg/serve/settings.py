@@ -57,6 +57,8 @@ class ServeConfig(Config):
     """Imagery of those runs: `catalog.json#collection`."""
     jobs_configs: dict[str, Location] = Field(default_factory=dict)
     """Pipeline -> YAML file that its jobs start from."""
+    jobs_at_once: Annotated[int, Field(gt=0)] = 2
+    """Jobs of clients that may be under way at once; more are answered 429."""
     jobs_address: str | None = None
     """Address of the cluster's dashboard, which takes jobs; `rayseg serve` finds it."""
 

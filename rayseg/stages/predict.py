@@ -55,11 +55,13 @@ class Predict:
     def _loaded(self) -> "tuple[Bundle, torch.nn.Module]":
         import torch
 
+        from rayseg.models.cpu import folded
+
         described, model = bundle.build(self.prefix)
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.batch = self.batch or (16 if self.device.startswith("cuda") else 1)
-        model = model.to(self.device).to(memory_format=torch.channels_last)
-        return described, model.eval()
+        model = model.eval() if self.device.startswith("cuda") else folded(model.eval(), len(described.bands))
+        return described, model.to(self.device).to(memory_format=torch.channels_last)
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Predict each tile."""

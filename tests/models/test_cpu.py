@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from rayseg.models.cpu import BatchNorm, Conv1x1, Conv3x3, reused_memory
+from rayseg.models.cpu import BatchNorm, Conv1x1, Conv3x3, folded, reused_memory
+from rayseg.models.segmenter import build_segmenter
 
 PAIRS = [
     (Conv3x3(20, 6), nn.Conv2d(20, 6, 3, padding=1)),
@@ -63,3 +64,40 @@ def test_freed_memory_goes_back_to_the_system_when_the_block_ends():
         for _ in range(2):
             assert torch.ones(64 << 18).sum() == 64 << 18
     assert resident_mib() < before + 32
+
+
+def test_normalisations_are_folded_into_what_comes_before_and_change_nothing_but_rounding():
+    torch.manual_seed(0)
+    model = build_segmenter(architecture="unet", encoder="mobilenet_v2", classes=2, channels=3, weights="none")
+    for norm in (one for one in model.modules() if isinstance(one, nn.BatchNorm2d)):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        norm.weight.data.uniform_(0.5, 2)
+    quicker = folded(model.eval(), 3)
+    assert not [one for one in quicker.modules() if isinstance(one, nn.BatchNorm2d)]
+    assert [one for one in model.modules() if isinstance(one, nn.BatchNorm2d)]
+    x = torch.randn(1, 3, 96, 96)
+    with torch.inference_mode():
+        expected = model(x)
+        torch.testing.assert_close(quicker(x), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+class Crossed(nn.Module):
+    """Layers that are not passed in the order they are named in."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 1, 1)
+        self.norm.running_mean.fill_(2.0)
+        self.norm.running_var.fill_(9.0)
+
+    def forward(self, x):
+        return self.last(self.conv(self.norm(x)))
+
+
+def test_a_model_whose_layers_lie_in_another_order_is_left_as_it_is():
+    torch.manual_seed(0)
+    model = Crossed().eval()
+    assert folded(model, 3) is model
+    plain = nn.Sequential(nn.Conv2d(3, 1, 1)).eval()
+    assert folded(plain, 3) is plain

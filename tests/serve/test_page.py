@@ -8,7 +8,7 @@ import pytest
 import uvicorn
 from fake_run import blobs, make, picture
 from small_world import segmenter
-from tiny_server import encoded, image_HWC
+from tiny_server import encoded, image_HWC, sam_picture, untrained_sam
 
 from rayseg.io.maps import mapped_tiles
 from rayseg.serve.app import api
@@ -33,7 +33,12 @@ def address(tmp_path_factory):
     [*_, last] = mapped_tiles(root / "whole/map")
     make(root / "runs/map", scene, fates={last.tile.id: ("failed", "its file is damaged")})
     (root / "token").write_text(TOKEN)
-    config = ServeConfig(models=(str(root / "cover"),), runs=(str(root / "runs"),), token_file=str(root / "token"))
+    with untrained_sam(root / "sam") as sam:
+        yield from serving(root, models=(str(root / "cover"), str(sam)))
+
+
+def serving(root, *, models):
+    config = ServeConfig(models=models, runs=(str(root / "runs"),), token_file=str(root / "token"))
     shelf = Shelf.of(config.models)
     door = api(config, Here(shelf), shelf)
     server = uvicorn.Server(uvicorn.Config(door, host="127.0.0.1", port=0, log_config=None))
@@ -71,7 +76,7 @@ def page(browser, address):
 def mapped(page, address):
     """The page with an image that was mapped."""
     page.goto(address)
-    playwright.expect(page.locator("#model option")).to_have_count(2)
+    playwright.expect(page.locator("#model option")).to_have_count(4)
     page.set_input_files("#file", {"name": "field.png", "mimeType": "image/png", "buffer": encoded(image_HWC())})
     page.wait_for_selector("#shown:not([hidden])")
     page.click("#go")
@@ -124,7 +129,7 @@ def test_without_the_token_the_page_asks_for_it(browser, address):
     opened.wait_for_selector("#token-row:not([hidden])")
     opened.fill("#token", TOKEN)
     opened.keyboard.press("Tab")
-    playwright.expect(opened.locator("#model option")).to_have_count(2)
+    playwright.expect(opened.locator("#model option")).to_have_count(4)
     context.close()
 
 
@@ -139,3 +144,29 @@ def test_a_run_is_shown_on_a_map_that_can_be_moved(page, address):
     page.focus("#map")
     page.keyboard.press("ArrowRight")
     playwright.expect(page.locator(".leaflet-map-pane")).not_to_have_attribute("style", before)
+
+
+def test_things_are_clicked_on_and_points_taken_back(page, address):
+    page.goto(address)
+    page.select_option("#model", label="sam-vit-b: click on things")
+    page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": encoded(sam_picture())})
+    page.wait_for_selector("#shown:not([hidden])")
+    assert page.is_disabled("#go")
+    page.click("#view", position={"x": 40, "y": 30})
+    playwright.expect(page.locator("#legend")).to_contain_text("1 thing")
+    page.click("#view", position={"x": 90, "y": 60}, modifiers=["Shift"])
+    playwright.expect(page.locator("#points")).to_have_text("2 points")
+    page.focus("#view")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    playwright.expect(page.locator("#points")).to_have_text("3 points")
+    page.keyboard.press("Backspace")
+    playwright.expect(page.locator("#points")).to_have_text("2 points")
+    playwright.expect(page.locator("#said")).to_contain_text("Done")
+    assert page.locator('[data-media="image/tiff"]').is_hidden()
+    page.click("#clear")
+    assert page.is_disabled("#go")
+    assert page.locator("#result").is_hidden()
+    page.select_option("#model", label="sam-vit-b: find everything")
+    page.click("#go")
+    playwright.expect(page.locator("#legend")).to_contain_text("thing")

@@ -1,13 +1,17 @@
 """Runs over HTTP: what they say, and their map as tiles."""
 
 import io
+import signal
+import subprocess
+import sys
 
+import httpx
 import mercantile
 import numpy as np
 import pytest
 from fake_run import GPC, NODATA, UTM, blobs, make, picture
 from PIL import Image
-from tiny_server import client
+from tiny_server import client, free_port
 
 from rayseg.geo import Grid
 from rayseg.io import mapview
@@ -87,6 +91,15 @@ def test_tiles_show_the_classes_and_the_imagery_where_they_are(asked, root, mask
     assert (classes_HW[seen] == 1).mean() == pytest.approx((mask == 1).mean(), abs=0.15)
 
 
+def test_imagery_is_shown_where_a_tile_failed_too(asked, root):
+    west, south, east, north = asked.get("/v1/runs/broken").json()["troubles"][0]["bounds"]
+    place = mercantile.tile((west + east) / 2, (south + north) / 2, 22)
+    path = f"/v1/runs/broken/tiles/22/{place.x}/{place.y}.png"
+    assert asked.get(path).status_code == 204
+    assert (image_of(asked.get(f"{path}?layer=imagery"))[..., 3] == 255).all()
+    assert asked.get("/v1/runs/broken").json()["bounds"] == asked.get("/v1/runs/map").json()["bounds"]
+
+
 def test_a_tile_beside_the_map_holds_nothing(asked):
     assert asked.get("/v1/runs/map/tiles/10/0/0.png").status_code == 204
     assert asked.get("/v1/runs/map/tiles/2/9/0.png").status_code == 404
@@ -127,3 +140,18 @@ def test_models_below_a_run_lead_to_it(root):
 def test_the_world_of_these_tests_is_what_they_say():
     assert GPC.names == ("background", "gpc")
     assert UTM.crs == "EPSG:32650"
+
+
+def test_view_shows_a_run_until_it_is_stopped(root):
+    port = free_port()
+    words = ["view", str(root / "earth/broken"), "--port", str(port), "--no-browser"]
+    with subprocess.Popen([sys.executable, "-m", "rayseg", *words], stderr=subprocess.PIPE, text=True) as process:
+        said = process.stderr.readline()
+        address = said.split(";")[0]
+        assert address == f"http://127.0.0.1:{port}/runs/broken"
+        with httpx.Client(transport=httpx.HTTPTransport(retries=5), timeout=30) as asked:
+            assert "leaflet" in asked.get(address).text
+            said = asked.get(f"http://127.0.0.1:{port}/v1/runs/broken").json()
+            assert said["ledger"]["predict"]["counts"]["failed"] == 1
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) in {0, -signal.SIGTERM}

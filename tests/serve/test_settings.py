@@ -13,15 +13,19 @@ from rayseg.serve.settings import ServeConfig
 DEPLOYED = Path(__file__).parents[2] / "cluster/serve.yaml"
 
 
-def test_the_file_for_clusters_is_understood_and_asks_for_a_token():
-    from rayseg.serve.deployment import build
+def test_the_file_for_clusters_is_understood_by_serve_and_asks_for_a_token():
+    from ray._common.utils import import_attr
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+    from ray.serve.schema import ServeDeploySchema
 
-    [app] = yaml.safe_load(DEPLOYED.read_text())["applications"]
-    assert app["import_path"] == "rayseg.serve.deployment:build"
-    config = ServeConfig.model_validate(app["args"])
-    assert build(config) is not None
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(DEPLOYED.read_text()))
+    assert schema.proxy_location.value == "EveryNode"
+    [app] = schema.applications
+    built = call_user_app_builder_with_args_if_necessary(import_attr(app.import_path), app.args)
+    assert built._bound_deployment.name == "Api"
+    assert ServeConfig.model_validate(app.args).gpus == 0.5
     with pytest.raises(ConfigError, match="token_file is not set"):
-        build(config.model_copy(update={"token_file": None}))
+        call_user_app_builder_with_args_if_necessary(import_attr(app.import_path), app.args | {"token_file": None})
 
 
 def test_the_command_refuses_an_open_host_a_missing_prefix_and_an_unknown_setting(tmp_path):

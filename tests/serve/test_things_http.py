@@ -2,44 +2,26 @@
 
 import io
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from segment_anything import sam_model_registry
-from tiny_server import client, encoded, form
+from tiny_server import client, encoded, form, sam_picture, untrained_sam
 
-from rayseg.models import bundle, sam_bundle
-from rayseg.models.sam import SamConfig
+from rayseg.models import bundle
 from rayseg.vision import masks
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from test_sam import picture, small_sam
-
-
-def untrained(checkpoint=None):
-    """A SAM that marks about half of an image, whatever it is shown."""
-    model = small_sam()
-    model.mask_threshold = 0.0
-    return model
 
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
     """A server with a tiny SAM of no training."""
-    before = sam_model_registry["vit_b"]
-    sam_model_registry["vit_b"] = untrained
-    prefix = tmp_path_factory.mktemp("sam") / "sam"
-    sam_bundle.save_sam(SamConfig(variant="vit_b", checkpoint="random"), prefix)
-    assert bundle.load(prefix).task == "instances"
-    yield client(prefix)
-    sam_model_registry["vit_b"] = before
+    with untrained_sam(tmp_path_factory.mktemp("sam") / "sam") as prefix:
+        assert bundle.load(prefix).task == "instances"
+        yield client(prefix)
 
 
 def ask(asked, path, accept="application/json", **fields):
-    return asked.post(path, data=fields, headers={"Accept": accept}, **form(encoded(picture())))
+    return asked.post(path, data=fields, headers={"Accept": accept}, **form(encoded(sam_picture())))
 
 
 def test_points_and_boxes_give_one_thing_each(asked):
@@ -107,10 +89,10 @@ def test_an_image_is_labelled_without_a_model(asked):
 @pytest.mark.parametrize("network", ["v1", "v2", "deepnet"])
 def test_images_of_any_sides_are_labelled_and_tiny_ones_refused(asked, network):
     fields = {"network": network, "iterations": "1"}
-    odd = asked.post("/v1/unsupervised", data=fields, **form(encoded(picture()[:33, :41])))
+    odd = asked.post("/v1/unsupervised", data=fields, **form(encoded(sam_picture()[:33, :41])))
     assert odd.status_code == 200, odd.text
     assert (odd.json()["width"], odd.json()["height"]) == (41, 33)
-    tiny = asked.post("/v1/unsupervised", data=fields, **form(encoded(picture()[:1, :1])))
+    tiny = asked.post("/v1/unsupervised", data=fields, **form(encoded(sam_picture()[:1, :1])))
     assert tiny.status_code == 422
     assert "16 on each side" in tiny.json()["detail"]
 

@@ -47,6 +47,8 @@ export function area(m2) {
   return `${m2.toFixed(0)} m²`;
 }
 
+export const bytes = (count) => (count < 1e5 ? `${Math.ceil(count / 1e3)} kB` : `${(count / 1e6).toFixed(1)} MB`);
+
 export const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
 
 export function swatch(color) {

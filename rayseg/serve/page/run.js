@@ -5,6 +5,8 @@ const name = decodeURIComponent(location.pathname.split("/").pop());
 const base = `/v1/runs/${encodeURIComponent(name)}`;
 const shown = { map: null, layers: null, run: null };
 
+const NOTHING = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7";
+
 // Tiles are fetched, for a token can only be sent that way.
 const Tiles = L.GridLayer.extend({
   createTile(coords, done) {
@@ -13,9 +15,8 @@ const Tiles = L.GridLayer.extend({
     const query = new URLSearchParams({ layer: this.options.layer, ...(this.options.image && { image: this.options.image }) });
     ask(`${base}/tiles/${z}/${x}/${y}.png?${query}`)
       .then(async (answer) => {
-        if (answer.status === 204) return done(null, image);
         image.onload = () => { URL.revokeObjectURL(image.src); done(null, image); };
-        image.src = URL.createObjectURL(await answer.blob());
+        image.src = answer.status === 204 ? NOTHING : URL.createObjectURL(await answer.blob());
       })
       .catch((error) => done(error, image));
     return image;
@@ -26,6 +27,7 @@ async function load() {
   const run = await (await ask(base)).json();
   shown.run = run;
   element("token-row").hidden = true;
+  element("told").hidden = false;
   element("title").textContent = document.title = `${run.name}: ${run.pipeline} of ${run.region}`;
   element("state").textContent = run.reason ? `${run.status}: ${run.reason}` : run.status;
   const rows = run.classes.map((row) => legendRow(row, [percent(row.share), row.area_m2 === null ? `${row.pixels.toLocaleString()} px` : area(row.area_m2)]));

@@ -1,8 +1,8 @@
 // The page at /: an image, a model, the mask over the image.
-import { Problem, area, ask, element, legendRow, node, percent, token } from "./ask.js";
+import { Problem, area, ask, bytes, element, legendRow, node, percent, token } from "./ask.js";
 
 const FREE = { name: "unsupervised", kind: "free", task: "labels without a model", classes: [] };
-const state = { file: null, models: [], question: null, classes: [], pixels: null, points: [], cross: null, things: null };
+const state = { file: null, models: [], question: null, classes: [], pixels: null, points: [], cross: null, things: null, turn: 0 };
 
 async function start() {
   wire();
@@ -34,18 +34,21 @@ function choose() {
   element("prompting").hidden = one.kind !== "prompt";
   element("view").classList.toggle("prompting", one.kind === "prompt");
   const scores = Object.entries(one.metrics ?? {}).map(([name, value]) => `${name} ${value.toFixed(3)}`);
-  element("about").textContent = [one.bands && `Takes ${one.bands.join(", ")} (${one.dtype}).`, ...scores].filter(Boolean).join(" ");
+  element("about").textContent = [one.bands && `Takes ${one.bands.join(", ")} (${one.dtype}).`, scores.length && `Measured in training: ${scores.join(", ")}.`].filter(Boolean).join(" ");
   forget();
   ready();
 }
 
 function ready() {
   const one = model();
+  const count = state.points.length;
+  element("points").textContent = count ? `${count} point${count === 1 ? "" : "s"}` : "No points yet";
+  element("back").disabled = element("clear").disabled = !count;
   element("go").disabled = !state.file || !one || (one.kind === "prompt" && !state.points.length);
 }
 
 function forget() {
-  Object.assign(state, { points: [], pixels: null, classes: [], things: null });
+  Object.assign(state, { points: [], pixels: null, classes: [], things: null, turn: state.turn + 1 });
   element("result").hidden = true;
   element("said").textContent = "";
   for (const id of ["mask", "marks"]) element(id).getContext("2d").clearRect(0, 0, element(id).width, element(id).height);
@@ -54,8 +57,8 @@ function forget() {
 async function take(file) {
   if (!file) return;
   state.file = file;
-  element("chosen").textContent = `${file.name} (${(file.size / 1e6).toFixed(1)} MB)`;
-  await guarded(async () => {
+  element("chosen").textContent = `${file.name} (${bytes(file.size)})`;
+  const good = await guarded(async () => {
     const shows = /image\/(png|jpeg)/.test(file.type);
     const picture = shows ? file : await (await ask("/v1/preview", { method: "POST", body: form() })).blob();
     const image = element("image");
@@ -67,10 +70,11 @@ async function take(file) {
       throw new Problem(0, "This file cannot be shown as an image; choose a PNG, a JPEG or a GeoTIFF.");
     }
     for (const id of ["mask", "marks"]) Object.assign(element(id), { width: image.naturalWidth, height: image.naturalHeight });
-    element("none").hidden = true;
-    element("shown").hidden = false;
     state.cross = [image.naturalWidth / 2, image.naturalHeight / 2];
   });
+  if (!good) state.file = null;
+  element("none").hidden = good;
+  element("shown").hidden = !good;
   forget();
   ready();
 }
@@ -91,18 +95,22 @@ const address = (one) =>
 
 const question = (media) => ask(address(model()), { method: "POST", body: form(), headers: { Accept: media } });
 
+// Of several questions under way, only the last one's answer is shown.
 async function map() {
+  const turn = ++state.turn;
   element("go").disabled = true;
   element("said").textContent = "Working…";
   await guarded(async () => {
     const [said, mask] = await Promise.all([question("application/json"), question("image/png")]);
     const [found, picture] = [await said.json(), await createImageBitmap(await mask.blob())];
+    if (turn !== state.turn) return;
     const pen = element("mask").getContext("2d", { willReadFrequently: true });
     pen.clearRect(0, 0, picture.width, picture.height);
     pen.drawImage(picture, 0, 0);
     state.pixels = pen.getImageData(0, 0, picture.width, picture.height);
     tell(found);
   });
+  if (turn !== state.turn) return;
   if (element("said").textContent === "Working…") element("said").textContent = "";
   ready();
 }
@@ -114,6 +122,7 @@ function tell(found) {
     ? [{ name: `${state.things.length} thing${state.things.length === 1 ? "" : "s"}`, color: null, painted: false }]
     : state.classes;
   element("legend").replaceChildren(...rows.map((row) => legendRow(row, state.things ? things(found) : figures(row))));
+  element("score").textContent = state.things ? "predicted IoU" : "mean score";
   element("result").hidden = false;
   document.querySelector('[data-media="image/tiff"]').hidden = Boolean(state.things);
   element("said").textContent = found.seconds ? `Done in ${found.seconds.toFixed(1)} s. Point at the image to read its classes.` : "Done.";
@@ -151,11 +160,22 @@ function read([x, y]) {
   element("said").textContent = `${name} at column ${col}, row ${row}`;
 }
 
+const beside = (event) => (document.querySelector('input[name="on"][value="0"]').checked !== event.shiftKey ? 0 : 1);
+
 function mark([x, y], on) {
+  if (!state.file) return;
   state.points.push([Math.round(x), Math.round(y), on]);
   draw();
   ready();
-  if (model().kind === "prompt") map();
+  map();
+}
+
+function back() {
+  state.points.pop();
+  if (!state.points.length) forget();
+  draw();
+  ready();
+  if (state.points.length) map();
 }
 
 function draw(cross = false) {
@@ -196,11 +216,11 @@ function key(event) {
     draw(true);
     read(state.cross);
   } else if (event.key === "Enter" && prompts) {
-    mark(state.cross, event.shiftKey ? 0 : 1);
-  } else if (event.key === "Backspace" && prompts) {
-    state.points.pop();
+    mark(state.cross, beside(event));
     draw(true);
-    ready();
+  } else if (event.key === "Backspace" && prompts) {
+    back();
+    draw(true);
   } else return;
   event.preventDefault();
 }
@@ -220,12 +240,14 @@ async function guarded(work) {
   element("error").textContent = "";
   try {
     await work();
+    return true;
   } catch (error) {
     element("error").textContent = error instanceof Problem ? error.message : `The page failed: ${error.message}`;
     if (error.status === 401) {
       element("token-row").hidden = false;
       element("token").focus();
     }
+    return false;
   }
 }
 
@@ -242,9 +264,10 @@ function wire() {
   element("token").addEventListener("change", () => { token.set(element("token").value); guarded(load); });
   element("opacity").addEventListener("input", fade);
   element("clear").addEventListener("click", () => { forget(); ready(); });
+  element("back").addEventListener("click", back);
   const view = element("view");
   view.addEventListener("pointermove", (event) => read(place(event)));
-  view.addEventListener("click", (event) => (model()?.kind === "prompt" ? mark(place(event), event.shiftKey ? 0 : 1) : read(place(event))));
+  view.addEventListener("click", (event) => (model()?.kind === "prompt" ? mark(place(event), beside(event)) : read(place(event))));
   view.addEventListener("keydown", key);
   view.addEventListener("blur", () => draw());
   for (const button of document.querySelectorAll("[data-media]")) button.addEventListener("click", () => download(button));
