@@ -12,7 +12,7 @@ from botocore.exceptions import NoCredentialsError
 from upath import UPath
 
 from rayseg import flow
-from rayseg.errors import ConfigError, DataError, RunIncomplete, Stalled, StoreFull
+from rayseg.errors import DataError, RunIncomplete, Stalled, StoreFull
 from rayseg.flow import Work
 from rayseg.guard import Guarded
 from rayseg.ledger import Ledger
@@ -256,20 +256,6 @@ def test_a_fault_of_the_program_is_not_taken_for_bad_data(place):
     with pytest.raises(TypeError):
         flow.run(rows_of(2), [Work(wrong)], ledger, INLINE)
     assert ledger.read() == {}
-
-
-def test_stages_that_would_wait_for_each_other_for_ever_are_refused():
-    stages = [Work(Draw(), cpus=1), Work(Double(), cpus=1, model=True), Work(Double(), cpus=1)]
-    with pytest.raises(ConfigError, match="need 4 CPUs at once, Ray has 2"):
-        flow._sizes(stages, {"CPU": 2.0})
-
-
-def test_model_stages_share_what_reading_and_writing_leave():
-    stages = [Work(Draw(), cpus=0.25), Work(Double(), model=True, gpus=0.5), Work(Double(), model=True, gpus=0.5)]
-    cpu_only = flow._sizes(stages, {"CPU": 2.0})
-    assert sum(size.copies * size.cpus for size in cpu_only) <= 2.0
-    assert [size.gpus for size in cpu_only] == [0, 0, 0]
-    assert [size.copies for size in flow._sizes(stages, {"CPU": 64.0, "GPU": 4.0})[1:]] == [4, 4]
 
 
 def test_guarded_stages_survive_pickling_before_and_after_work(place):
