@@ -32,7 +32,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rayseg.config import quiet_ray, ray_address
 from rayseg.errors import ConfigError, Stalled, StoreFull
 from rayseg.guard import STOPPED, Guarded, Row, Rows, Work, ahead
-from rayseg.ledger import SETTLED, Account, Fate, Fates, Ledger, Record
+from rayseg.ledger import SETTLED, Account, Fate, Ledger, Record
+from rayseg.manifest import Manifest
 from rayseg.placement import sizes
 from rayseg.run import Engine
 from rayseg.store import access, put, upath
@@ -76,41 +77,42 @@ def run(
     ids, fates = [], ledger.fates()
     with _progress(title, len(rows)) as settled:
         for start in range(0, len(rows), PART):
-            part = rows[start : start + PART]
-            ids.append(pa.array([row["id"] for row in part], pa.string()))
-            _run_part(part, fates, works, ledger, engine, stall_seconds, settled)
+            ids.append(_ids(rows, start))
+            known = fates.among(ids[-1].to_pylist())
+            attempts = {i: fate.attempt + 1 for i, fate in known.items() if engine.retry and fate.status not in SETTLED}
+            passed = len(known) - len(attempts)
+            settled(passed, 0)
+            if passed < len(ids[-1]):
+                part = rows[start : start + PART]
+                todo = [row for row in part if row["id"] not in known or row["id"] in attempts]
+                guarded = _guarded(works, ledger, attempts, stall_seconds)
+                _run_part(todo, guarded, engine, stall_seconds * (1 + len(works)), settled)
+                ledger.compact()
     return ledger.account(ids)
 
 
+def _ids(rows: Sequence[Row], start: int) -> pa.StringArray:
+    """Ids of the rows of a part, without the rows where that is possible."""
+    if isinstance(rows, Manifest):
+        return rows.ids.slice(start, PART).combine_chunks()
+    return pa.array([row["id"] for row in rows[start : start + PART]], pa.string())
+
+
+def _guarded(works: Sequence[Work], ledger: Ledger, attempts: dict[str, int], patience: float) -> list[Guarded]:
+    last = len(works) - 1
+    return [Guarded(work, ledger if at == last else None, attempts, patience) for at, work in enumerate(works)]
+
+
 def _run_part(
-    part: Sequence[Row],
-    fates: Fates,
-    works: Sequence[Work],
-    ledger: Ledger,
-    engine: Engine,
-    stall_seconds: float,
-    settled: Callable[[int, int], None],
+    rows: list[Row], guarded: list[Guarded], engine: Engine, patience: float, settled: Callable[[int, int], None]
 ) -> None:
-    """Work on those of some rows that need it, and put their records together."""
-    known = fates.among(row["id"] for row in part)
-    again = {i for i, fate in known.items() if fate.status not in SETTLED} if engine.retry else set()
-    todo = [row for row in part if row["id"] not in known or row["id"] in again]
-    settled(len(part) - len(todo), 0)
-    if not todo:
-        return
-    attempts = {i: known[i].attempt + 1 for i in again}
-    guarded = [
-        Guarded(work, ledger if position == len(works) - 1 else None, attempts, stall_seconds)
-        for position, work in enumerate(works)
-    ]
     if engine.kind == "ray":
         connect(engine.address)  # here: Ray's processes end with the thread that started them
     carry_out = {"inline": _inline, "ray": _on_ray}[engine.kind]
-    coming = ahead(carry_out(todo, guarded), stall_seconds * (1 + len(works)))
+    coming = ahead(carry_out(rows, guarded), patience)
     with contextlib.closing(coming):
         for row in _watched(coming):
             settled(1, row["status"] not in SETTLED)
-    ledger.compact()
 
 
 def _watched(rows: Rows) -> Rows:

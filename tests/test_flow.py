@@ -108,6 +108,18 @@ def test_a_second_run_works_only_on_what_is_left(engine, place):
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
 
 
+def test_rows_are_worked_on_in_parts_and_their_records_put_together(monkeypatch, place):
+    out, ledger = place
+    monkeypatch.setattr(flow, "PART", 4)
+    monkeypatch.setattr(Ledger.compact, "__defaults__", (2,))
+    account = flow.run(rows_of(10), works(out, bad="t3"), ledger, INLINE)
+    assert (account.planned, account.counts["done"]) == (10, 9)
+    assert account.troubles == {"t3": "Draw: the file is damaged"}
+    assert sorted(path.suffix for path in UPath(ledger.prefix).iterdir()) == [".json", ".json", ".parquet", ".parquet"]
+    assert flow.run(rows_of(10), works(out), ledger, Engine("inline", retry=True)).counts["done"] == 10
+    assert ledger.read()["t3"].attempt == 2
+
+
 def test_a_ledger_may_be_on_an_object_store(tmp_path):
     ledger = Ledger(f"memory://{tmp_path.name}/ledger")
     for _ in range(2):

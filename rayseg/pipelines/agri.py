@@ -9,6 +9,7 @@ how the region is cut into tiles: docs/decisions/0007. The published settings ar
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -117,7 +118,7 @@ class Config(Frozen):
         return Lattice.of_cells(self.patch, self.stride)
 
 
-def plan(region: Region, config: Config) -> list[Row]:
+def plan(region: Region, config: Config) -> Sequence[Row]:
     """The rows of all tiles; of the imagery only its description is read.
 
     Raises:
