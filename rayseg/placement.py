@@ -67,7 +67,10 @@ def _of_models(models: Sequence[Work], others: float, machines: Sequence[Machine
         return max(1, sum(counts)), min([MOST_CPUS, *widths])
     width = min(MOST_CPUS, max((_room(machine, others) / stages for machine in hosts), default=0.0))
     fitting = sum(int(_room(machine, others) / (width * stages) + 1e-6) for machine in hosts) if width else 0
-    return max(1, fitting), math.floor(100 * width + 1e-6) / 100
+    # Of several machines each has room for the copies of another one: those of a machine that dies start again there,
+    # and what they were given is not held back until a new machine comes.
+    asked = max(LEAST_CPUS, width / 2) if len(hosts) > 1 else width
+    return max(1, fitting), math.floor(100 * asked + 1e-6) / 100
 
 
 def _room(machine: Machine, others: float) -> float:

@@ -32,6 +32,13 @@ def test_a_copy_fits_on_any_machine_beside_the_other_stages(cpus, count):
     assert found[1].cpus + 3 * SMALL.cpus <= cpus
 
 
+@pytest.mark.parametrize("cpus", [2.0, 4.0, 8.0])
+def test_half_of_the_machines_hold_all_copies(cpus):
+    """Those of a machine that dies would else wait for another one, with what they were given."""
+    found = sizes(STAGES, [{"CPU": cpus}] * 4)[1]
+    assert found.copies / 2 * found.cpus <= cpus - 3 * SMALL.cpus
+
+
 def test_a_copy_fits_beside_every_gpu():
     found = sizes(STAGES, [{"CPU": 0.0}, *[{"CPU": 4.0, "GPU": 2.0}] * 3, {"CPU": 16.0}])
     assert (found[1].copies, found[1].gpus) == (6, 1.0)
