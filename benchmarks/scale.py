@@ -84,7 +84,7 @@ def _ends(folder: str) -> list[float]:
 
 
 def planet(tiles: int, out: Path) -> dict[str, float]:
-    """Lay out so many tiles in 60 zones, one scene each, keep them as a manifest and read it back."""
+    """Lay out so many tiles in 60 zones, one scene each, and keep them as a manifest."""
     from rayseg.io.sources import Source
     from rayseg.manifest import Manifest
     from rayseg.stages.read import rows_by_grid

@@ -183,13 +183,11 @@ DEATHS = {
     "a node of two, which reads": ("ReadTile", _node, [0]),
 }
 """What is killed while which stage works, and the exit codes of the command, given until it ends well."""
-SHORT = ["a node of two, with the actor"]
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(
-    "killed", [pytest.param(name, marks=[] if name in SHORT else pytest.mark.chaos) for name in DEATHS]
-)
+@pytest.mark.chaos
+@pytest.mark.parametrize("killed", DEATHS)
 def test_on_a_cluster_that_loses_what_it_has_the_result_is_the_same(world, nodes, tmp_path, flag, killed):
     stage, kill, codes = DEATHS[killed]
     out, seen, happened = tmp_path / "run", Counter(), []

@@ -366,7 +366,7 @@ def check(config: Config, region: Region) -> None:
             read_state(config.training.weights)
 
 
-def _planned(region: Region, config: Config) -> tuple[planning.Forecast | None, list[Row]]:
+def _planned(region: Region, config: Config) -> tuple[planning.Forecast | None, Sequence[Row]]:
     """(what is done to the imagery before, rows of the tiles in which plots are looked for)."""
     if config.enlarge is None:
         return None, plan(region, config)
