@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from measure import measured, peak_mib, show
 
 SIDE = 10_000.0
@@ -40,8 +41,8 @@ def _ring(radii_m: np.ndarray, angles: np.ndarray) -> list[list[float]]:
     return [*points, points[0]]
 
 
-def write_catalogue(folder: Path, geometry: dict) -> tuple[str, int]:
-    """`items.parquet` over the scenes that touch the border's box, each in its zone; (path, how many)."""
+def write_catalogue(folder: Path, geometry: dict, *, count: int) -> tuple[str, int]:
+    """`items.parquet` over the scenes that touch the border's box, each in its zone, and others; (path, how many)."""
     import shapely
     from rasterio.warp import transform_bounds
     from stac_geoparquet.arrow import parse_stac_items_to_arrow, to_parquet
@@ -58,8 +59,22 @@ def write_catalogue(folder: Path, geometry: dict) -> tuple[str, int]:
                 box = transform_bounds(code, "EPSG:4326", x, y, x + SIDE, y + SIDE, densify_pts=5)
                 if area.intersects(shapely.box(*box)) and edges[0] <= (box[0] + box[2]) / 2 < edges[2]:
                     items.append(_item(f"{code[5:]}_{x:.0f}_{y:.0f}", code, x, y + SIDE, box))
-    to_parquet(parse_stac_items_to_arrow(items), folder / "items.parquet")
-    return str(folder / "items.parquet"), len(items)
+    table = pa.table(parse_stac_items_to_arrow(items))
+    copies = [table] + [_elsewhere(table, at) for at in range(1, -(-count // len(table)))]
+    to_parquet(pa.concat_tables(copies), folder / "items.parquet")
+    return str(folder / "items.parquet"), sum(map(len, copies))
+
+
+def _elsewhere(table: pa.Table, at: int) -> pa.Table:
+    """The same scenes south of the equator, under other ids."""
+    import pyarrow.compute as pc
+
+    ids = pc.binary_join_element_wise(table["id"], str(at), "-")
+    edges = {name: pc.struct_field(table["bbox"], name) for name in ("xmin", "ymin", "xmax", "ymax")}
+    edges |= {"ymin": pc.negate(edges["ymax"]), "ymax": pc.negate(edges["ymin"])}
+    boxes = [pa.StructArray.from_arrays([column.combine_chunks() for column in edges.values()], list(edges))]
+    table = table.set_column(table.column_names.index("id"), "id", ids)
+    return table.set_column(table.column_names.index("bbox"), "bbox", boxes)
 
 
 def _item(item_id: str, code: str, left: float, top: float, box: tuple[float, ...]) -> dict:
@@ -117,6 +132,7 @@ def main() -> None:
     """Write the catalogue, plan in a fresh process, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiles", type=int, default=600_000, help="about how many (quick: 6000)")
+    parser.add_argument("--items", type=int, default=0, help="about how many in the catalogue, others are elsewhere")
     parser.add_argument("--plan", nargs=3, metavar=("CATALOGUE", "REGION", "OUT"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.plan:
@@ -124,7 +140,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder, geometry = Path(name), border(asked.tiles)
-        catalogue, scenes = write_catalogue(folder, geometry)
+        catalogue, scenes = write_catalogue(folder, geometry, count=asked.items)
         (folder / "region.json").write_text(json.dumps(geometry))
         words = [sys.executable, __file__, "--plan", catalogue, str(folder / "region.json"), str(folder / "run")]
         found = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)

@@ -1,5 +1,6 @@
 """Imagery made larger before anything is looked for in it, as a step of a pipeline."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ from rayseg.flow import Row, Work
 from rayseg.geo import Region, Tile
 from rayseg.io import items
 from rayseg.io.sources import Source, from_json
+from rayseg.manifest import Manifest
 from rayseg.mapping import MapConfig
 from rayseg.models.enlarge import EnlargeConfig
 from rayseg.run import Step
@@ -24,7 +26,7 @@ MOST = 400_000_000
 
 def plan(
     region: Region, how: EnlargeConfig, image: ImageConfig, config: MapConfig, *, halo: int
-) -> tuple[list[Row], list[Row]]:
+) -> tuple[Sequence[Row], Sequence[Row]]:
     """(rows of all that is to be enlarged, rows of the tiles on what it becomes).
 
     Tiles are enlarged that come out at `tile` px, images without georeference whole; where the region names tiles of
@@ -46,7 +48,7 @@ def plan(
     rows = mapping.tiles_of(replace(region, tiles=()), sized, check, halo=lattice_of(how).patch)
     kept = [row for row in rows if not row["refused"]]
     coming = [_source(larger(Tile.from_row(row), how.factor)) for row in kept]
-    tiles = tile_rows(coming, region.geometry, size=config.tile, halo=halo)
+    tiles = Manifest.of([tile_rows(coming, region.geometry, size=config.tile, halo=halo)])
     if not region.tiles:
         return rows, tiles
     tiles = mapping.asked_for(tiles, region, size=config.tile)

@@ -11,7 +11,6 @@ same guarded stages (`guard`) on the same batches, so they give the same bytes.
 import atexit
 import contextlib
 import logging
-import math
 import multiprocessing
 import pickle
 import signal
@@ -21,7 +20,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -34,7 +32,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rayseg.config import quiet_ray, ray_address
 from rayseg.errors import ConfigError, Stalled, StoreFull
 from rayseg.guard import STOPPED, Guarded, Row, Rows, Work, ahead
-from rayseg.ledger import SETTLED, Account, Ledger, Record
+from rayseg.ledger import SETTLED, Account, Fate, Ledger, Record
+from rayseg.manifest import Manifest
+from rayseg.placement import sizes
 from rayseg.run import Engine
 from rayseg.store import access, put, upath
 
@@ -46,6 +46,8 @@ __all__ = ["Row", "Work", "connect", "connect_training", "expect_reachable", "ru
 _SHELLS: list["subprocess.Popen[bytes]"] = []
 MOST_HUNG = 3
 """Rows in succession that may hang before the run ends: what they all need does not answer."""
+PART = 20_000
+"""Rows that are handed to an engine at once; what it keeps of each is gone before the next ones."""
 
 
 def run(
@@ -72,23 +74,45 @@ def run(
         StoreFull: there is no room for a result; what is done is in the ledger.
         ConfigError: the stages need more CPUs than the machine or cluster has.
     """
-    known = ledger.read()
-    again = {i for i, record in known.items() if record.status in {"failed", "quarantined"}} if engine.retry else set()
-    todo = [row for row in rows if row["id"] not in known or row["id"] in again]
-    attempts = {i: known[i].attempt + 1 for i in again}
-    guarded = [
-        Guarded(work, ledger if position == len(works) - 1 else None, attempts, stall_seconds)
-        for position, work in enumerate(works)
-    ]
-    if todo and engine.kind == "ray":
+    ids, fates = [], ledger.fates()
+    with _progress(title, len(rows)) as settled:
+        for start in range(0, len(rows), PART):
+            ids.append(_ids(rows, start))
+            known = fates.among(ids[-1].to_pylist())
+            attempts = {i: fate.attempt + 1 for i, fate in known.items() if engine.retry and fate.status not in SETTLED}
+            passed = len(known) - len(attempts)
+            settled(passed, 0)
+            if passed < len(ids[-1]):
+                part = rows[start : start + PART]
+                todo = [row for row in part if row["id"] not in known or row["id"] in attempts]
+                guarded = _guarded(works, ledger, attempts, stall_seconds)
+                _run_part(todo, guarded, engine, stall_seconds * (1 + len(works)), settled)
+                ledger.compact()
+    return ledger.account(ids)
+
+
+def _ids(rows: Sequence[Row], start: int) -> pa.StringArray:
+    """Ids of the rows of a part, without the rows where that is possible."""
+    if isinstance(rows, Manifest):
+        return rows.ids.slice(start, PART).combine_chunks()
+    return pa.array([row["id"] for row in rows[start : start + PART]], pa.string())
+
+
+def _guarded(works: Sequence[Work], ledger: Ledger, attempts: dict[str, int], patience: float) -> list[Guarded]:
+    last = len(works) - 1
+    return [Guarded(work, ledger if at == last else None, attempts, patience) for at, work in enumerate(works)]
+
+
+def _run_part(
+    rows: list[Row], guarded: list[Guarded], engine: Engine, patience: float, settled: Callable[[int, int], None]
+) -> None:
+    if engine.kind == "ray":
         connect(engine.address)  # here: Ray's processes end with the thread that started them
-    if todo:
-        carry_out = {"inline": _inline, "ray": _on_ray}[engine.kind]
-        settled = ahead(carry_out(todo, guarded), stall_seconds * (1 + len(works)))
-        with _progress(title, len(rows), len(rows) - len(todo)) as advance, contextlib.closing(settled):
-            for row in _watched(settled):
-                advance(row)
-    return Account.of([row["id"] for row in rows], ledger.read())
+    carry_out = {"inline": _inline, "ray": _on_ray}[engine.kind]
+    coming = ahead(carry_out(rows, guarded), patience)
+    with contextlib.closing(coming):
+        for row in _watched(coming):
+            settled(1, row["status"] not in SETTLED)
 
 
 def _watched(rows: Rows) -> Rows:
@@ -185,12 +209,13 @@ def _on_ray(rows: list[Row], guarded: list[Guarded]) -> Rows:
         for row in _unpack(batch):
             seen.add(row["id"])
             yield row
-    recorded = ledger.read() if len(seen) < len(rows) else {}
-    lost = [row for row in rows if row["id"] not in seen and not _recorded(row["id"], recorded, guarded[-1].attempts)]
+    unseen = [row for row in rows if row["id"] not in seen]
+    recorded = ledger.fates().among(row["id"] for row in unseen) if unseen else {}
+    lost = [row for row in unseen if not _recorded(row["id"], recorded, guarded[-1].attempts)]
     yield from _one_by_one(lost, guarded, ledger)
 
 
-def _recorded(row_id: str, recorded: dict[str, Record], attempts: dict[str, int]) -> bool:
+def _recorded(row_id: str, recorded: dict[str, Fate], attempts: dict[str, int]) -> bool:
     return row_id in recorded and recorded[row_id].attempt >= attempts.get(row_id, 1)
 
 
@@ -206,7 +231,7 @@ def _dataset(rows: list[Row], guarded: list[Guarded]) -> "ray.data.Dataset":
     source = _source([rows[start : start + batch] for start in range(0, len(rows), batch)])
     count = -(-len(rows) // batch)
     dataset = ray.data.read_datasource(source, override_num_blocks=count, num_cpus=guarded[0].work.cpus)
-    for guard, size in zip(guarded, _sizes([g.work for g in guarded], ray.cluster_resources()), strict=True):
+    for guard, size in zip(guarded, sizes([g.work for g in guarded], _machines()), strict=True):
         needs = {"batch_size": guard.work.batch, "batch_format": "pyarrow", "num_cpus": size.cpus}
         needs |= {"num_gpus": size.gpus} if size.gpus else {}
         if guard.work.model or size.gpus:
@@ -266,36 +291,10 @@ def _tables(part: list[Row]) -> list[pa.Table]:
     return [_pack(part)]
 
 
-@dataclass(frozen=True)
-class _Size:
-    copies: int
-    cpus: float
-    gpus: float
+def _machines() -> list[dict[str, float]]:
+    import ray
 
-
-def _sizes(works: Sequence[Work], has: dict[str, float]) -> list[_Size]:
-    """Copies and resources of every stage: model stages share what the others leave, and never all of it.
-
-    Raises:
-        ConfigError: the machine or cluster cannot hold one copy of each; started anyway, it would wait for ever.
-    """
-    cpus, gpus = has.get("CPU", 0.0), has.get("GPU", 0.0)
-    models = [work for work in works if work.model or (work.gpus and gpus)]
-    # Handing out rows takes a task as large as the first stage; where both are fused this leaves a little unused.
-    rest = cpus - works[0].cpus - sum(work.cpus for work in works if work not in models)
-    wanted = sum(work.gpus for work in works)
-    copies = max(1, int(gpus / wanted)) if gpus and wanted else max(1, int(rest // (4 * max(len(models), 1))))
-    share = min(4.0, math.floor(100 * rest / (copies * max(len(models), 1))) / 100)
-    if rest < 0 or (models and share < 0.1):
-        needed = works[0].cpus + sum(work.cpus for work in works)
-        raise ConfigError(
-            f"the stages need {needed:g} CPUs at once, Ray has {cpus:g}; give it more, or --engine inline"
-        )
-    given = [work.gpus if gpus else 0.0 for work in works]
-    return [
-        _Size(copies, share, part) if work in models else _Size(1, work.cpus, part)
-        for work, part in zip(works, given, strict=True)
-    ]
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _one_by_one(rows: list[Row], guarded: list[Guarded], ledger: Ledger) -> Rows:
@@ -385,15 +384,14 @@ def connect_training(address: str | None, *, workers: int) -> bool:
 
 
 @contextmanager
-def _progress(title: str, total: int, done: int) -> Iterator[Callable[[Row], None]]:
-    """A progress line on stderr: rows settled, failed, time left."""
+def _progress(title: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    """A progress line on stderr: rows settled, failed, time left; called with how many more there are of both."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     failures = TextColumn("{task.fields[failed]} failed")
     with Progress(*columns, failures, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total, completed=done, failed=0)
+        task = bar.add_task(title, total=total, failed=0)
 
-        def advance(row: Row) -> None:
-            failed = bar.tasks[task].fields["failed"] + (row["status"] not in SETTLED)
-            bar.update(task, advance=1, failed=failed)
+        def settled(rows: int, failed: int) -> None:
+            bar.update(task, advance=rows, failed=bar.tasks[task].fields["failed"] + failed)
 
-        yield advance
+        yield settled

@@ -4,28 +4,26 @@ Each function is a step of a `Run`: it takes the step and what it builds on, and
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from rayseg import flow
 from rayseg.config import Config
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError
 from rayseg.flow import Row, Work
-from rayseg.geo import Grid, Region, Tile, Window, expect_ids, slug
+from rayseg.geo import Grid, Region, Tile, Window, slug
 from rayseg.io import catalog, labels, vectors
 from rayseg.io.sources import Source, beyond_utm, expect_mappable
 from rayseg.ledger import Ledger, Record, with_fact
+from rayseg.manifest import Manifest
 from rayseg.models import bundle
 from rayseg.models.bundle import Scaling
-from rayseg.rowfile import write_rows
 from rayseg.run import Step
 from rayseg.stages.predict import Predict
-from rayseg.stages.read import ReadTile, tile_rows
+from rayseg.stages.read import ReadTile, rows_by_grid
 from rayseg.stages.write import WriteTile
 from rayseg.store import Location, absolute, upath
 from rayseg.vision.color import ClassTable
@@ -118,7 +116,7 @@ def through(
     return {"account": account.counts, "troubles": account.troubles, "on_gpu": on_gpu}
 
 
-def manifest(step: Step, region: Region, described: bundle.Bundle, config: MapConfig) -> list[Row]:
+def manifest(step: Step, region: Region, described: bundle.Bundle, config: MapConfig) -> Manifest:
     """The step's rows, planned once: later executions find the same items and tiles, whatever became of the catalogue.
 
     Raises:
@@ -127,19 +125,19 @@ def manifest(step: Step, region: Region, described: bundle.Bundle, config: MapCo
     return kept_manifest(step, lambda: plan(region, described, config))
 
 
-def kept_manifest(step: Step, planned: Callable[[], list[Row]]) -> list[Row]:
+def kept_manifest(step: Step, planned: Callable[[], Sequence[Row]]) -> Manifest:
     """The step's rows, planned by the first execution and read by later ones; there may be none."""
     path = step.prefix / "manifest.parquet"
     if not path.exists():
         rows = planned()
-        if refused := [row["id"] for row in rows if row.get("refused")]:
+        rows = rows if isinstance(rows, Manifest) else Manifest.of([rows])
+        if refused := rows.refused():
             _log.warning("%s cannot be mapped, the ledger says why: %s", _counted(refused), _some(refused))
-        write_rows(path, rows)
-        rows.clear()  # a country's are as large as all that is read back
+        rows.save(path)
     return read_manifest(step)
 
 
-def plan(region: Region, described: bundle.Bundle, config: MapConfig) -> list[Row]:
+def plan(region: Region, described: bundle.Bundle, config: MapConfig) -> Manifest:
     """The rows of all tiles that a model is to map; of the imagery only its description is read.
 
     Raises:
@@ -155,7 +153,7 @@ def plan(region: Region, described: bundle.Bundle, config: MapConfig) -> list[Ro
     return tiles_of(region, config, check, halo=described.patch + described.stride)
 
 
-def tiles_of(region: Region, config: MapConfig, check: Callable[[Source], None], *, halo: int) -> list[Row]:
+def tiles_of(region: Region, config: MapConfig, check: Callable[[Source], None], *, halo: int) -> Manifest:
     """The rows of all tiles of a region, or of those asked for.
 
     A scene that cannot be mapped, beside others that can, is a row of its own: its column `refused` says why, and it
@@ -173,16 +171,13 @@ def tiles_of(region: Region, config: MapConfig, check: Callable[[Source], None],
         RaysegError: of `check`, where it refuses all of the imagery.
     """
     sources, refused = mappable(region, imagery(region, config, halo=halo), check, size=config.tile)
-    tiles = tile_rows(sources, region.geometry, size=config.tile, halo=halo)
-    for row in tiles:
-        row["refused"] = ""
-    rows = tiles + [_refused_row(*entry) for entry in sorted(refused.items())]
-    if not tiles:
+    rows = Manifest.of(_parts(sources, refused, region, size=config.tile, halo=halo))
+    if len(rows) == len(refused):
         raise DataError(f"region {region.name} has no tile with imagery; choose another --region")
     return asked_for(rows, region, size=config.tile)
 
 
-def asked_for(rows: list[Row], region: Region, *, size: int) -> list[Row]:
+def asked_for(rows: Manifest, region: Region, *, size: int) -> Manifest:
     """The rows of the tiles that the region names; all, where it names none.
 
     Args:
@@ -194,14 +189,21 @@ def asked_for(rows: list[Row], region: Region, *, size: int) -> list[Row]:
         ConfigError: a tile that was asked for is not there.
         DataError: ids cannot name files, or two are the same.
     """
-    ids = [row["id"] for row in rows]
-    expect_ids(ids)
-    if unknown := sorted(set(region.tiles) - set(ids)):
+    rows.expect_ids()
+    if unknown := sorted(set(region.tiles) - set(rows.only(region.tiles).ids.to_pylist())):
+        ids = rows.ids[:6].to_pylist()
         raise ConfigError(
-            f"region {region.name} has no tile {', '.join(unknown[:5])}, its {len(ids)} tiles of {size} px are "
+            f"region {region.name} has no tile {', '.join(unknown[:5])}, its {len(rows)} tiles of {size} px are "
             f"{_some(ids)}; correct --tiles"
         )
-    return [row for row in rows if row["id"] in region.tiles] if region.tiles else rows
+    return rows.only(region.tiles) if region.tiles else rows
+
+
+def _parts(sources: Sequence[Source], refused: Refused, region: Region, *, size: int, halo: int) -> Iterator[list[Row]]:
+    """Rows of the tiles of one grid after the other, then those of the scenes that cannot be mapped."""
+    for rows in rows_by_grid(sources, region.geometry, size=size, halo=halo):
+        yield [row | {"refused": ""} for row in rows]
+    yield [_refused_row(*entry) for entry in sorted(refused.items())]
 
 
 def mappable(
@@ -253,22 +255,9 @@ def _some(ids: Sequence[str]) -> str:
     return f"{', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''}"
 
 
-def read_manifest(step: Step) -> list[Row]:
+def read_manifest(step: Step) -> Manifest:
     """The rows that `manifest` planned."""
-    with (step.prefix / "manifest.parquet").open("rb") as file:
-        table = pq.read_table(file, read_dictionary=["crs", "grid_image", "sources", "refused"])
-    columns = [_values(column) for column in table.columns]
-    return [dict(zip(table.column_names, values, strict=True)) for values in zip(*columns, strict=True)]
-
-
-def _values(column: pa.ChunkedArray) -> Sequence[Any]:
-    """The column's values; equal ones are one object where the file says which are equal."""
-    if not pa.types.is_dictionary(column.type):
-        plain: list[Any] = column.to_numpy().tolist()
-        return plain
-    whole = column.unify_dictionaries().combine_chunks()
-    known = [*whole.dictionary.to_pylist(), None]
-    return [known[index] for index in whole.indices.fill_null(len(known) - 1).to_pylist()]
+    return Manifest.read(step.prefix / "manifest.parquet")
 
 
 def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[Source], Refused]:

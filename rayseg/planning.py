@@ -51,7 +51,7 @@ class Forecast:
         before: of what is made of the imagery first, where that is what is mapped; else None.
     """
 
-    tiles: list[Row]
+    tiles: Sequence[Row]
     margin: int = 0
     unknown: tuple[str, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)

@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from pydantic import BaseModel
 from upath import UPath
 
@@ -27,7 +28,6 @@ from rayseg.config import Config
 from rayseg.errors import ConfigError
 from rayseg.geo import Region
 from rayseg.ledger import MISSING, Account, Ledger
-from rayseg.rowfile import read_ids
 from rayseg.store import STORE_ERRORS, absolute, is_local, public, put, sweep, upath
 
 NAMED = 20
@@ -201,7 +201,9 @@ def status(root: str) -> dict[str, Any]:
     asked = read(root)
     steps = {}
     for manifest in sorted(upath(root).glob("steps/*/manifest.parquet")):
-        account = Account.of(read_ids(manifest), Ledger(str(manifest.parent / "ledger")).read())
+        with manifest.open("rb") as file:
+            ids = pq.read_table(file, columns=["id"])["id"]
+        account = Ledger(str(manifest.parent / "ledger")).account(ids.chunks)
         steps[manifest.parent.name] = asdict(account)
     gone = asked["status"] == "running" and not _is_held(root)
     return {

@@ -22,6 +22,14 @@ def shared() -> Path:
     return SHARED
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what was killed, and what came of it."""
+    from mortal import TABLE
+
+    for row in TABLE and [("killed", "happened", "computed again"), *TABLE]:
+        terminalreporter.write_line(f"| {' | '.join(map(str, row))} |")
+
+
 @pytest.fixture(scope="session")
 def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A private Ray with 8 logical CPUs and a logical GPU, once for all tests that need one."""

@@ -4,8 +4,10 @@ FAULTS holds `stage:tile:kind:flag` words. As long as the file `flag` is there, 
     kill   kills its own process (SIGKILL)
     hang   never comes back
     pause  writes its process id to `<flag>.pid` and waits until `flag` is gone
+    back   has its process's clock a day earlier from then on; `ahead`: later
 
-LIMIT is the most bytes of a file that the command may write, -1 for any.
+SEEN is a file to which every stage appends `<stage> <tile>` when it comes to a tile. Both travel with the stages to
+other machines. LIMIT is the most bytes of a file that the command may write, -1 for any.
 """
 
 import os
@@ -19,11 +21,13 @@ from rayseg import mapping
 from rayseg.stages import predict, read, write
 
 
-def meet(stage, tile):
-    for word in os.environ["FAULTS"].split():
+def meet(stage, row):
+    with Path(stage.seen).open("a") as seen:
+        seen.write(f"{type(stage).__name__} {row['id']}\n")
+    for word in stage.faults.split():
         where, which, kind, flag = word.split(":")
-        if (where, which) == (stage, tile) and Path(flag).exists():
-            {"kill": kill, "hang": hang, "pause": pause}[kind](flag)
+        if (where, which) == (type(stage).__name__, row["id"]) and Path(flag).exists():
+            {"kill": kill, "hang": hang, "pause": pause, "back": back, "ahead": ahead}[kind](flag)
 
 
 def kill(_):
@@ -41,21 +45,38 @@ def pause(flag):
         time.sleep(0.05)
 
 
-class ReadTile(read.ReadTile):
+def back(_, *, seconds=-86400.0):
+    told = time.time
+    time.time = lambda: told() + seconds
+
+
+def ahead(flag):
+    back(flag, seconds=86400.0)
+
+
+class Told:
+    """A stage that knows its faults wherever it is carried."""
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self.faults, self.seen = os.environ["FAULTS"], os.environ["SEEN"]
+
+
+class ReadTile(Told, read.ReadTile):
     def _read(self, row):
-        meet("ReadTile", row["id"])
+        meet(self, row)
         return super()._read(row)
 
 
-class Predict(predict.Predict):
+class Predict(Told, predict.Predict):
     def _tile(self, row):
-        meet("Predict", row["id"])
+        meet(self, row)
         return super()._tile(row)
 
 
-class WriteTile(write.WriteTile):
+class WriteTile(Told, write.WriteTile):
     def _write(self, row):
-        meet("WriteTile", row["id"])
+        meet(self, row)
         return super()._write(row)
 
 

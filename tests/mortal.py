@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections import Counter
 from pathlib import Path
 
 import geopandas
@@ -19,6 +20,8 @@ from rayseg.mapping import read_manifest
 from rayseg.run import Step
 
 HERE = Path(__file__).parent
+TABLE = []
+"""(what was killed, what happened, tiles computed again) of the tests that died; shown at the end."""
 PLENTY = 1500.0
 """Seconds that anything may take on a busy machine."""
 
@@ -38,9 +41,11 @@ class Command:
     def __init__(self, *words, faults=(), limit=-1):
         self.mark = uuid.uuid4().hex
         self.scratch = Path(tempfile.mkdtemp(prefix="k", dir="/tmp"))  # short: Ray's sockets lie below
-        self.output = self.scratch.with_suffix(".out")
+        self.output, self.seen = self.scratch.with_suffix(".out"), self.scratch.with_suffix(".seen")
+        self.seen.touch()
         environment = os.environ | {"TMPDIR": str(self.scratch), "MORTAL": self.mark, "OMP_NUM_THREADS": "1"}
         environment |= {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "FAULTS": " ".join(faults)}
+        environment |= {"SEEN": str(self.seen)}
         environment |= {"LIMIT": str(limit), "RAY_worker_niceness": "0"}  # else a busy machine starves the workers
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
@@ -74,6 +79,10 @@ class Command:
                     found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         return found
 
+    def met(self, stage):
+        """How often a stage came to each tile."""
+        return Counter(line.split()[1] for line in self.seen.read_text().splitlines() if line.split()[0] == stage)
+
     def leaves_nothing(self):
         """Whether, given some time, neither processes nor temporary files are left."""
         until(lambda: not self.left() and not list(self.scratch.iterdir()))
@@ -89,6 +98,45 @@ class Command:
         self.process.wait()
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.output.unlink()
+        self.seen.unlink()
+
+
+class Nodes:
+    """A Ray cluster on this machine: a head without CPUs, which drivers join, and nodes that can be killed."""
+
+    def __init__(self, **has):
+        from ray.cluster_utils import Cluster
+
+        here = {"object_store_memory": 256 << 20}
+        self.has = here | {"num_cpus": 2} | has
+        self.scratch = Path(tempfile.mkdtemp(prefix="c", dir="/tmp"))  # short: sockets lie below
+        quick = {f"health_check_{name}_ms": 1000 for name in ("initial_delay", "period")}
+        head = here | {"num_cpus": 0, "num_gpus": 0, "include_dashboard": False, "temp_dir": str(self.scratch)}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head | {"_system_config": quick})
+        self.address = self.cluster.address
+
+    def grow(self, count):
+        """Have so many nodes."""
+        while len(self.cluster.worker_nodes) < count:
+            self.cluster.add_node(**self.has)
+
+    def kill(self, node):
+        """kill -9 of the node's own processes; those of its workers end with them."""
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def of(self, pid):
+        """The node that a worker belongs to."""
+        parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        return next(node for node in self.all() if node.all_processes["raylet"][0].process.pid == parent)
+
+    def all(self):
+        """Those that live, the head aside."""
+        return list(self.cluster.worker_nodes)
+
+    def end(self):
+        """End the cluster."""
+        self.cluster.shutdown()
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 class World:

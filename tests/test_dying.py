@@ -6,12 +6,13 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
 import geopandas
 import pytest
-from mortal import Command, World, names, records, settled, until
-from small_world import SMALL_GPC, catalogue, damage, rayseg, segmenter
+from mortal import HERE, TABLE, Command, Nodes, World, names, records, settled, until
+from small_world import SMALL_GPC, catalogue, damage, rayseg, refused, segmenter
 
 from rayseg import demo
 from rayseg.models import bundle
@@ -124,6 +125,107 @@ def test_a_run_that_was_moved_goes_on(world, tmp_path, monkeypatch):
     assert rayseg("retry", "../b", "--engine", "inline").exit_code == 0
     assert rayseg("status", tmp_path / "b").exit_code == 0
     assert not (tmp_path / "a").exists()
+
+
+# -- clusters ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    with pytest.MonkeyPatch.context() as patched:  # workers import the stages of `faulty`
+        patched.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent)]))
+        patched.setenv("RAY_AUTH_MODE", "disabled")
+        patched.setenv("OMP_NUM_THREADS", "1")
+        cluster = Nodes()
+        yield cluster
+        cluster.end()
+
+
+def _process(nodes, command, worker):
+    os.kill(worker, signal.SIGKILL)
+
+
+def _node(nodes, command, worker):
+    nodes.kill(nodes.of(worker))
+
+
+def _one_back(nodes, command, worker):
+    for node in nodes.all():
+        nodes.kill(node)
+    nodes.grow(1)
+
+
+def _none_back(nodes, command, worker):
+    for node in nodes.all():
+        nodes.kill(node)
+
+
+def _driver(nodes, command, worker):
+    command.kill()
+
+
+def _second(nodes, command, worker):
+    """Nothing dies, but the same command is given once more."""
+    words = command.process.args[2:]
+    said = refused(2, *words)
+    assert "another process is working on" in said
+
+
+DEATHS = {
+    "a node of two, with the actor": ("Predict", _node, [0]),
+    "both nodes, one comes back": ("Predict", _one_back, [0]),
+    "the actor": ("Predict", _process, [0]),
+    "both nodes, none comes back": ("Predict", _none_back, [3, 0]),
+    "the driver": ("Predict", _driver, [-signal.SIGKILL, 0]),
+    "nothing; a second driver": ("Predict", _second, [0]),
+    "a worker that reads": ("ReadTile", _process, [0]),
+    "a worker that writes": ("WriteTile", _process, [0]),
+    "a node of two, which reads": ("ReadTile", _node, [0]),
+}
+"""What is killed while which stage works, and the exit codes of the command, given until it ends well."""
+
+
+@pytest.mark.ray
+@pytest.mark.chaos
+@pytest.mark.parametrize("killed", DEATHS)
+def test_on_a_cluster_that_loses_what_it_has_the_result_is_the_same(world, nodes, tmp_path, flag, killed):
+    stage, kill, codes = DEATHS[killed]
+    out, seen, happened = tmp_path / "run", Counter(), []
+    faults, hang = [f"{stage}:{world.tiles[5]}:pause:{flag}"], 30 if 3 in codes else 60
+    words = world.words(out, "--address", nodes.address, "--set", f"map.stall_seconds={hang}", engine="ray")
+    for _ in codes:
+        nodes.grow(2)
+        with Command(*words, faults=faults) as command:
+            if flag.exists():
+                worker = paused(flag)
+                known = records(out)
+                begun = command.met("ReadTile").keys() - known.keys()
+                kill(nodes, command, worker)
+                flag.unlink()
+            happened.append(command.ended())
+            seen.update(command.met("Predict"))
+            said = command.said().splitlines()
+            assert happened[-1] != 3 or "then give the same command again to go on" in said[-1]
+    assert happened == codes, said
+    assert world.is_whole(out)
+    again = {tile: count - 1 for tile, count in seen.items() if count > 1}
+    TABLE.append(
+        (killed, f"exit {', then '.join(map(str, codes))}", f"{sum(again.values())} of {len(begun)} under way")
+    )
+    assert again.keys() <= begun
+    assert sum(again.values()) <= len(begun)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("jump", ["back", "ahead"])
+def test_a_clock_that_jumps_a_day_changes_nothing(world, tmp_path, flag, jump):
+    out = tmp_path / "run"
+    with Command(*world.words(out), faults=[f"Predict:{world.tiles[4]}:{jump}:{flag}"]) as command:
+        assert command.ended() == 0, command.said()
+        assert max(command.met("Predict").values()) == 1
+    assert world.is_whole(out)
+    assert rayseg("status", out).exit_code == 0
+    TABLE.append((f"nothing; the clock jumps a day {jump}", "exit 0", "0"))
 
 
 @pytest.mark.chaos
@@ -256,17 +358,37 @@ def test_a_disk_that_is_really_full_costs_no_tile(world, small_disk, engine):
     assert world.is_whole(out)
 
 
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """The words of a pipeline with training in it, and the run that nothing disturbed."""
+    root = tmp_path_factory.mktemp("gpc")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("RAYSEG_CACHE", str(root / "cache"))
+        (root / "small.yaml").write_text(SMALL_GPC)
+        region = demo.ensure(size=512, chips=(8, 8))
+        words = ("run", "pipeline", "gpc", "--region", region, "--config", root / "small.yaml")
+        assert rayseg(*words, "--engine", "inline", "--out", root / "whole").exit_code == 0
+        yield words, root / "whole"
+
+
+def same(out, whole):
+    """Whether two runs of the pipeline have the same files, weights, rasters and polygons."""
+    assert names(out) == names(whole)
+    for name in ("classifier", "warm-up", "segmenter"):
+        assert bundle.load(out / "models" / name).sha256 == bundle.load(whole / "models" / name).sha256
+    for path in [*whole.glob("tiles/*/*.tif"), *whole.glob("steps/cues/*.tif")]:
+        assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
+    assert geopandas.read_parquet(out / "gpc.parquet").equals(geopandas.read_parquet(whole / "gpc.parquet"))
+    return True
+
+
 @pytest.mark.e2e
 @pytest.mark.chaos
-def test_a_pipeline_that_is_killed_in_every_step_gives_the_same(tmp_path, monkeypatch):
-    monkeypatch.setenv("RAYSEG_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "small.yaml").write_text(SMALL_GPC)
-    region = demo.ensure(size=512, chips=(8, 8))
-    words = ("run", "pipeline", "gpc", "--region", region, "--config", tmp_path / "small.yaml", "--engine", "inline")
-    whole, out, draw, kills = tmp_path / "whole", tmp_path / "run", random.Random(1), 0
-    assert rayseg(*words, "--out", whole).exit_code == 0
+def test_a_pipeline_that_is_killed_in_every_step_gives_the_same(pipeline, tmp_path):
+    words, whole = pipeline
+    out, draw, kills = tmp_path / "run", random.Random(1), 0
     for step in ("chips", "classifier", "cues", "segmenter", "segmenter", "predict", "polygons", "report"):
-        with Command(*words, "--out", out) as command:
+        with Command(*words, "--engine", "inline", "--out", out) as command:
             until(lambda step=step, command=command: _begun(out, step) or command.process.poll() is not None)
             time.sleep(draw.uniform(0, 2))  # the moment is to be a random one
             if command.process.poll() is None:
@@ -274,13 +396,27 @@ def test_a_pipeline_that_is_killed_in_every_step_gives_the_same(tmp_path, monkey
                 kills += 1
             assert command.leaves_nothing()
     assert kills >= 5
-    assert rayseg(*words, "--out", out).exit_code == 0
-    assert names(out) == names(whole)
-    for name in ("classifier", "warm-up", "segmenter"):
-        assert bundle.load(out / "models" / name).sha256 == bundle.load(whole / "models" / name).sha256
-    for path in [*whole.glob("tiles/*/*.tif"), *whole.glob("steps/cues/*.tif")]:
-        assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
-    assert geopandas.read_parquet(out / "gpc.parquet").equals(geopandas.read_parquet(whole / "gpc.parquet"))
+    assert rayseg(*words, "--engine", "inline", "--out", out).exit_code == 0
+    assert same(out, whole)
+
+
+@pytest.mark.ray
+@pytest.mark.e2e
+@pytest.mark.chaos
+def test_a_pipeline_on_a_cluster_that_loses_a_node_in_every_step_gives_the_same(pipeline, nodes, tmp_path):
+    words, whole = pipeline
+    out, killed = tmp_path / "run", []
+    with Command(*words, "--address", nodes.address, "--out", out) as command:
+        for step in ("chips", "cues", "predict"):
+            nodes.grow(2)
+            until(lambda step=step: _begun(out, step) or command.process.poll() is not None)
+            if command.process.poll() is None:
+                nodes.kill(nodes.all()[-1])
+                killed.append(step)
+        assert command.ended() == 0, command.said()
+    TABLE.append((f"gpc: a node of two in {', '.join(killed)}", "exit 0", "not counted"))
+    assert len(killed) >= 2
+    assert same(out, whole)
 
 
 def _begun(out, step):

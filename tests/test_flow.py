@@ -12,7 +12,7 @@ from botocore.exceptions import NoCredentialsError
 from upath import UPath
 
 from rayseg import flow
-from rayseg.errors import ConfigError, DataError, RunIncomplete, Stalled, StoreFull
+from rayseg.errors import DataError, RunIncomplete, Stalled, StoreFull
 from rayseg.flow import Work
 from rayseg.guard import Guarded
 from rayseg.ledger import Ledger
@@ -106,6 +106,18 @@ def test_a_second_run_works_only_on_what_is_left(engine, place):
     account = flow.run(rows_of(6), works(out), ledger, engine)
     assert account.counts["done"] == 6
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
+
+
+def test_rows_are_worked_on_in_parts_and_their_records_put_together(monkeypatch, place):
+    out, ledger = place
+    monkeypatch.setattr(flow, "PART", 4)
+    monkeypatch.setattr(Ledger.compact, "__defaults__", (2,))
+    account = flow.run(rows_of(10), works(out, bad="t3"), ledger, INLINE)
+    assert (account.planned, account.counts["done"]) == (10, 9)
+    assert account.troubles == {"t3": "Draw: the file is damaged"}
+    assert sorted(path.suffix for path in UPath(ledger.prefix).iterdir()) == [".json", ".json", ".parquet", ".parquet"]
+    assert flow.run(rows_of(10), works(out), ledger, Engine("inline", retry=True)).counts["done"] == 10
+    assert ledger.read()["t3"].attempt == 2
 
 
 def test_a_ledger_may_be_on_an_object_store(tmp_path):
@@ -256,20 +268,6 @@ def test_a_fault_of_the_program_is_not_taken_for_bad_data(place):
     with pytest.raises(TypeError):
         flow.run(rows_of(2), [Work(wrong)], ledger, INLINE)
     assert ledger.read() == {}
-
-
-def test_stages_that_would_wait_for_each_other_for_ever_are_refused():
-    stages = [Work(Draw(), cpus=1), Work(Double(), cpus=1, model=True), Work(Double(), cpus=1)]
-    with pytest.raises(ConfigError, match="need 4 CPUs at once, Ray has 2"):
-        flow._sizes(stages, {"CPU": 2.0})
-
-
-def test_model_stages_share_what_reading_and_writing_leave():
-    stages = [Work(Draw(), cpus=0.25), Work(Double(), model=True, gpus=0.5), Work(Double(), model=True, gpus=0.5)]
-    cpu_only = flow._sizes(stages, {"CPU": 2.0})
-    assert sum(size.copies * size.cpus for size in cpu_only) <= 2.0
-    assert [size.gpus for size in cpu_only] == [0, 0, 0]
-    assert [size.copies for size in flow._sizes(stages, {"CPU": 64.0, "GPU": 4.0})[1:]] == [4, 4]
 
 
 def test_guarded_stages_survive_pickling_before_and_after_work(place):

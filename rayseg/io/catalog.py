@@ -1,14 +1,11 @@
 """STAC in: catalogues, and items as sources of pixels. Regions are in `areas`, STAC out in `items`."""
 
-import io
 import json
 import posixpath
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any, cast
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pystac
 import shapely
 from pystac.utils import datetime_to_str
@@ -16,8 +13,9 @@ from shapely.geometry import mapping, shape
 from shapely.geometry.base import BaseGeometry
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.io import stac_api
+from rayseg.io import item_tables, stac_api
 from rayseg.io.areas import named_regions, region_names, resolve_region
+from rayseg.io.item_tables import Box
 from rayseg.io.items import item_of, lonlat_outline, write_catalog, write_collection, write_item, write_tile_item
 from rayseg.io.sources import STORED, Source, crs_of, crs_text, source_of_file
 from rayseg.store import is_local, put, upath
@@ -37,6 +35,7 @@ __all__ = [
     "write_tile_item",
 ]
 
+_COARSE = 0.01  # degrees: no pixel of a table's items is taken to be larger than about a kilometre
 _AROUND = 0.1  # degrees around a region in which a STAC API is asked for scenes of its halo
 _PICTURES = ("thumbnail", "overview", "metadata", "visual")
 _IMAGE_SUFFIXES = {".tif", ".tiff", ".jp2", ".png", ".jpg", ".jpeg", ".vrt"}
@@ -75,11 +74,13 @@ def open_items(
     """
     area = None if geometry is None else shape(geometry)
     wide = geometry if area is None or not halo else mapping(area.buffer(_AROUND))
-    items = _read_items(uri, collection, wide)
+    box = None if area is None else (area.buffer(_COARSE * halo) if halo else area).bounds
+    items = _read_items(uri, collection, wide, box)
     found = [item for item in items if area is None or _near(item, area, halo)]
     if not any(area is None or _near(item, area, 0) for item in found):
         place = f"{uri}#{collection}" if collection else uri
-        raise DataError(_nothing(place, items, area))
+        everything = _read_items(uri, collection, wide, None) if uri.endswith(".parquet") else items
+        raise DataError(_nothing(place, everything, area))
     return sorted(sorted(found, key=lambda item: item.id), key=lambda item: _time(item) or "", reverse=True)
 
 
@@ -105,9 +106,13 @@ def imagery_collection(uri: str) -> str | None:
     return names[0] if names else None
 
 
-def _read_items(uri: str, collection: str | None, geometry: dict[str, Any] | None) -> list[pystac.Item]:
+def _read_items(
+    uri: str, collection: str | None, geometry: dict[str, Any] | None, box: Box | None
+) -> list[pystac.Item]:
+    """The items of a catalogue; those of tables that miss the box, and of APIs the geometry, may be left out."""
     if uri.endswith(".parquet"):
-        return _only(_parquet_items(uri), collection, uri)
+        items = [cast(pystac.Item, _stac(uri, row)) for row in item_tables.items_of(uri, box)]
+        return _only(items, collection, uri)
     row = _read_json(uri)
     kind = row.get("type")
     if kind == "Feature":
@@ -130,19 +135,6 @@ def _only(items: list[pystac.Item], collection: str | None, uri: str) -> list[py
     if collection and names and collection not in names:
         raise ConfigError(f"{uri} has no collection {collection!r}, expected one of {_listed(cast(set[str], names))}.")
     return [item for item in items if not collection or item.collection_id in {None, collection}]
-
-
-def _parquet_items(uri: str) -> list[pystac.Item]:
-    from stac_geoparquet.arrow import stac_table_to_items  # takes time to import, and few catalogues are tables
-
-    try:
-        table = pq.read_table(io.BytesIO(upath(uri).read_bytes()))
-        rows = list(stac_table_to_items(table))
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise ConfigError(f"Catalogue {uri} is not there.") from error
-    except (pa.ArrowException, KeyError) as error:
-        raise DataError(f"{uri} is not a table of STAC items: {error}.") from error
-    return [cast(pystac.Item, _stac(uri, row)) for row in rows]
 
 
 def _read_json(uri: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ how the region is cut into tiles: docs/decisions/0007. The published settings ar
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -117,7 +118,7 @@ class Config(Frozen):
         return Lattice.of_cells(self.patch, self.stride)
 
 
-def plan(region: Region, config: Config) -> list[Row]:
+def plan(region: Region, config: Config) -> Sequence[Row]:
     """The rows of all tiles; of the imagery only its description is read.
 
     Raises:
@@ -365,7 +366,7 @@ def check(config: Config, region: Region) -> None:
             read_state(config.training.weights)
 
 
-def _planned(region: Region, config: Config) -> tuple[planning.Forecast | None, list[Row]]:
+def _planned(region: Region, config: Config) -> tuple[planning.Forecast | None, Sequence[Row]]:
     """(what is done to the imagery before, rows of the tiles in which plots are looked for)."""
     if config.enlarge is None:
         return None, plan(region, config)

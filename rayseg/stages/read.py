@@ -1,7 +1,7 @@
 """Tiles of a region, and their pixels."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -137,7 +137,15 @@ def tile_rows(sources: Sequence[Source], geometry: dict[str, Any] | None, *, siz
     Returns:
         The columns of `Tile.to_row`, and `sources`: the tile's sources as JSON, in order.
     """
-    return [row for grid, its in rasters.grids_of(sources) for row in _rows_on(grid, its, geometry, size, halo)]
+    return [row for rows in rows_by_grid(sources, geometry, size=size, halo=halo) for row in rows]
+
+
+def rows_by_grid(
+    sources: Sequence[Source], geometry: dict[str, Any] | None, *, size: int, halo: int
+) -> Iterator[list[Row]]:
+    """`tile_rows` of one grid after the other: of a planet, a zone at a time."""
+    for grid, its in rasters.grids_of(sources):
+        yield _rows_on(grid, its, geometry, size, halo)
 
 
 def _rows_on(grid: Grid, sources: Sequence[Source], geometry: dict[str, Any] | None, size: int, halo: int) -> list[Row]:

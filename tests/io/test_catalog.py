@@ -234,6 +234,24 @@ def test_items_come_from_collections_features_and_parquet_alike(tmp_path):
         assert found[0].assets["image"].get_absolute_href() == str(tmp_path / "imagery" / "a.tif")
 
 
+def test_items_of_a_table_that_miss_the_region_are_not_looked_at(tmp_path, monkeypatch):
+    """But for those that do not say where they are, or lie on both sides of the antimeridian."""
+    from rayseg.io.items import write_items_parquet
+
+    rows = [item("here").to_dict(), item("there", where=Window(50_000, -300_000, 64, 48)).to_dict()]
+    around = item("around").to_dict() | {"bbox": [179.0, -10.0, -179.0, 60.0]}
+    write_items_parquet(tmp_path / "items.parquet", [*rows, around])
+    seen = []
+    monkeypatch.setattr(catalog, "_near", lambda one, area, halo: seen.append(one.id) or True)
+    geometry = mapping(box(*rows[0]["bbox"]))
+    catalog.open_items(str(tmp_path / "items.parquet"), geometry=geometry)
+    assert set(seen) == {"here", "around"}
+    monkeypatch.undo()
+    far = mapping(box(10, 10, 11, 11))
+    with pytest.raises(DataError, match=r"The region \[10, 10, 11, 11\] and the imagery of .* do not meet"):
+        catalog.open_items(str(tmp_path / "items.parquet"), geometry=far)
+
+
 # -- results
 
 

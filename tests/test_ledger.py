@@ -1,0 +1,80 @@
+"""Records of rows: each once, whether they lie one by one or together."""
+
+import pyarrow as pa
+import pytest
+
+from rayseg.ledger import Account, Fate, Ledger, Record
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    found = Ledger(str(tmp_path / "ledger"))
+    for number in range(20):
+        found.write(Record(f"t{number}", "done", seconds={"Read": 0.5}, facts={"counts": {"1": number}}))
+    found.write(Record("bad", "failed", "the file is damaged"))
+    return found
+
+
+def files(ledger, pattern):
+    return sorted(path.name for path in ledger._paths(pattern))
+
+
+def test_records_that_were_put_together_are_the_same_records(ledger):
+    before = ledger.read()
+    ledger.compact(most=20)
+    assert files(ledger, ".json") == []
+    assert len(files(ledger, ".parquet")) == 1
+    assert ledger.read() == before
+    assert before["t7"].facts == {"counts": {"1": 7}}
+
+
+def test_few_records_are_left_as_they_are(ledger):
+    ledger.compact(most=21)
+    assert len(files(ledger, ".json")) == 21
+
+
+def test_the_latest_attempt_counts_wherever_it_lies(ledger):
+    ledger.compact(most=0)
+    ledger.write(Record("bad", "done", attempt=2))
+    for _ in range(2):
+        assert ledger.read()["bad"].attempt == 2
+        assert ledger.fates().among(["bad", "t1", "other"]) == {"bad": Fate("done", "", 2), "t1": Fate("done", "", 1)}
+        ledger.compact(most=0)
+    assert len(files(ledger, ".parquet")) == 2
+
+
+def test_a_record_that_comes_again_after_all_counts_once(ledger):
+    ledger.compact(most=0)
+    ledger.write(Record("t3", "done"))
+    assert len(ledger.fates()) == 21
+    assert len(ledger.read()) == 21
+
+
+def test_readers_find_records_that_are_put_together_meanwhile(ledger, monkeypatch):
+    paths = ledger._paths
+
+    def late(suffix):
+        found = paths(suffix)
+        if suffix == ".json":
+            monkeypatch.setattr(ledger, "_paths", paths)
+            ledger.compact(most=0)
+        return found
+
+    monkeypatch.setattr(ledger, "_paths", late)
+    assert len(ledger.read()) == 21
+
+
+def test_accounts_of_parts_add_up(ledger):
+    ids = [f"t{number}" for number in range(22)] + ["bad"]
+    parts = [pa.array(ids[:9]), pa.array(ids[9:])]
+    found = ledger.account(parts)
+    assert found == Account.of(ids, ledger.read())
+    assert str(found) == "23 planned = 20 done + 1 failed + 2 missing"
+    assert found.troubles == {"t20": "not processed", "t21": "not processed", "bad": "the file is damaged"}
+
+
+def test_an_empty_ledger_has_no_fates(tmp_path):
+    empty = Ledger(str(tmp_path / "none"))
+    assert empty.fates().among(["a"]) == {}
+    assert empty.read() == {}
+    assert empty.account([]).planned == 0

@@ -1,0 +1,51 @@
+"""Rows in columns are the same rows."""
+
+import pytest
+from upath import UPath
+
+from rayseg import manifest
+from rayseg.errors import DataError
+from rayseg.manifest import Manifest
+
+
+def row(number, **more):
+    return {"id": f"t{number}", "crs": "EPSG:32631", "col": number, "xres": 0.5, "sources": "[]", "refused": ""} | more
+
+
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch):
+    monkeypatch.setattr(manifest, "PART", 3)
+
+
+def test_rows_come_back_as_they_were_given(tmp_path):
+    parts = [[row(n) for n in range(5)], [], [row(5, crs=None), row(6, sources="[{}]", refused="no bands")]]
+    rows = [one for part in parts for one in part]
+    found = Manifest.of(parts)
+    found.save(UPath(tmp_path / "manifest.parquet"))
+    for kept in (found, Manifest.read(UPath(tmp_path / "manifest.parquet"))):
+        assert len(kept) == 7
+        assert list(kept) == rows
+        assert kept == rows
+        assert (kept[6], kept[-1], kept[2:6], kept[5:]) == (rows[6], rows[6], rows[2:6], rows[5:])
+        assert kept.refused() == ["t6"]
+        assert list(kept.only(["t3", "t9"])) == [rows[3]]
+
+
+def test_equal_texts_are_one_object():
+    kept = Manifest.of([[row(n, sources="[1, 2]") for n in range(3)]])
+    assert len({id(one["sources"]) for one in kept[0:3]}) == 1
+
+
+def test_there_may_be_no_rows():
+    assert list(Manifest.of([[]])) == []
+    assert Manifest.of([]).refused() == []
+
+
+@pytest.mark.parametrize(("ids", "why"), [(("a", "a"), "occurs twice"), (("a", "b/c"), "cannot be a file name")])
+def test_ids_that_cannot_be_files_are_refused(ids, why):
+    with pytest.raises(DataError, match=why):
+        Manifest.of([[{"id": name} for name in ids]]).expect_ids()
+
+
+def test_ids_that_can_be_files_are_not():
+    Manifest.of([[{"id": name} for name in ("EPSG-32631_1_-2", "_x", "a.b-c")]]).expect_ids()

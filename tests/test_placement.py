@@ -1,0 +1,45 @@
+import pytest
+
+from rayseg.errors import ConfigError
+from rayseg.guard import Work
+from rayseg.placement import sizes
+
+SMALL = Work(list, cpus=0.25)
+MODEL = Work(list, cpus=1.0, gpus=1.0, model=True)
+STAGES = [SMALL, MODEL, SMALL]
+
+
+def test_stages_that_would_wait_for_each_other_for_ever_are_refused():
+    stages = [Work(list, cpus=1), Work(list, cpus=1, model=True), Work(list, cpus=1)]
+    with pytest.raises(ConfigError, match="need 4 CPUs at once, Ray has 2"):
+        sizes(stages, [{"CPU": 2.0}])
+
+
+def test_model_stages_share_what_reading_and_writing_leave():
+    stages = [Work(list, cpus=0.25), Work(list, model=True, gpus=0.5), Work(list, model=True, gpus=0.5)]
+    cpu_only = sizes(stages, [{"CPU": 2.0}])
+    assert sum(size.copies * size.cpus for size in cpu_only) <= 2.0
+    assert [size.gpus for size in cpu_only] == [0, 0, 0]
+    assert [size.copies for size in sizes(stages, [{"CPU": 64.0, "GPU": 4.0}])[1:]] == [4, 4]
+
+
+@pytest.mark.parametrize("cpus", [1.0, 2.0, 3.0, 8.0])
+@pytest.mark.parametrize("count", [1, 2, 5, 64])
+def test_a_copy_fits_on_any_machine_beside_the_other_stages(cpus, count):
+    """Else it is never started where the cluster has enough CPUs, but no machine of it."""
+    found = sizes(STAGES, [{"CPU": 0.0}, *[{"CPU": cpus}] * count])
+    assert found[1].copies >= count
+    assert found[1].cpus + 3 * SMALL.cpus <= cpus
+
+
+@pytest.mark.parametrize("cpus", [2.0, 4.0, 8.0])
+def test_half_of_the_machines_hold_all_copies(cpus):
+    """Those of a machine that dies would else wait for another one, with what they were given."""
+    found = sizes(STAGES, [{"CPU": cpus}] * 4)[1]
+    assert found.copies / 2 * found.cpus <= cpus - 3 * SMALL.cpus
+
+
+def test_a_copy_fits_beside_every_gpu():
+    found = sizes(STAGES, [{"CPU": 0.0}, *[{"CPU": 4.0, "GPU": 2.0}] * 3, {"CPU": 16.0}])
+    assert (found[1].copies, found[1].gpus) == (6, 1.0)
+    assert 2 * found[1].cpus + 3 * SMALL.cpus <= 4.0
