@@ -33,9 +33,9 @@ def serve(  # noqa: PLR0913 - the flags of a command
     from rayseg.serve.settings import ServeConfig
 
     flags = {"token_file": token_file, "max_pixels": max_pixels, "max_bytes": max_bytes, "runs": runs}
-    given = {name: value for name, value in flags.items() if value is not None} | {"models": models or ["runs"]}
+    given = {name: value for name, value in flags.items() if value}
     config = load(ServeConfig, None, set_ or ())
-    config = ServeConfig.model_validate(config.model_dump() | given)
+    config = ServeConfig.model_validate({**config.model_dump(), **given, "models": models or config.models or ["runs"]})
     serve_models(config, host=host, port=port, address=address, say=lambda line: typer.echo(line, err=True))
 
 

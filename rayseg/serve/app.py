@@ -191,8 +191,12 @@ class _Desk:
         return Response(await asyncio.to_thread(masks.WRITERS[media], image.tile, rows), media_type=media)
 
     async def _asked(self, request: Request) -> Asked:
-        async with asyncio.timeout(self.config.timeout_seconds):
-            return await questions.read(request)
+        seconds = self.config.timeout_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                return await questions.read(request)
+        except TimeoutError:
+            raise Refused(408, f"the upload was not whole after {seconds:g} s; send it faster, or less") from None
 
 
 async def _written(result: Result, media: str) -> Response:

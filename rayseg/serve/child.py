@@ -5,6 +5,7 @@ A message is two lengths (8 bytes each), a header as JSON, and bytes: the file, 
 
 import json
 import resource
+import shutil
 import struct
 import sys
 from dataclasses import asdict
@@ -84,14 +85,14 @@ def _send_pixels(found: Pixels, out: IO[bytes]) -> None:
 
 
 def main(folder: str) -> None:
-    """Answer requests until stdin ends."""
+    """Answer requests until stdin ends; then whoever asked is gone, and the folder goes too."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     while True:
         try:
             asked, data = receive(sys.stdin.buffer)
         except EOFError:
-            return
+            return shutil.rmtree(folder, ignore_errors=True)
         _answer(Path(folder) / f"upload.{asked['kind']}", asked, data, sys.stdout.buffer)
 
 

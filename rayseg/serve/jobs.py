@@ -123,11 +123,12 @@ def _expect_no_files(kind: type[Config], values: Mapping[str, Any], prefix: str 
         field = kind.model_fields.get(key)
         if field is None:
             continue  # unknown keys are refused with the whole configuration
-        if _LOCATED in (*field.metadata, *_metadata(field.annotation)) or key == "checkpoint":
+        located = _LOCATED in (*field.metadata, *_metadata(field.annotation))
+        if located or (key == "checkpoint" and isinstance(value, str)):
             raise Refused(
                 422, f"config key {prefix}{key} names a file, which only the server's keeper can; leave it out"
             )
-        if key == "weights" and value not in {"none", "imagenet"}:
+        if key == "weights" and isinstance(value, str) and value not in {"none", "imagenet"}:
             raise Refused(422, f"config key {prefix}{key} is {str(value)[:40]!r}, expected none or imagenet")
         inner = [one for one in (field.annotation, *get_args(field.annotation)) if isinstance(one, type)]
         for one in inner:

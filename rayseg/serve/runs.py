@@ -3,7 +3,8 @@
 import asyncio
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Literal
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 from fastapi import APIRouter, Path, Query, Response
 
 from rayseg import publication, run
-from rayseg.errors import DataError
+from rayseg.errors import DataError, RaysegError
 from rayseg.geo import Tile, Window, slug
 from rayseg.io import mapview, masks
 from rayseg.io.maps import MappedTile, mapped_tiles, planned_tiles
@@ -98,6 +99,13 @@ def found(prefixes: Sequence[StorePath]) -> dict[str, str]:
                     name, number = f"{slug(folder.name)}-{number}", number + 1
                 runs[name] = str(folder)
     return runs
+
+
+def _listed(there: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Name and pipeline of the runs whose run.json can be read; the others are shown when they are asked for."""
+    for name, root in there.items():
+        with suppress(RaysegError, ValueError):
+            yield {"name": name, "pipeline": run.read(root)["pipeline"]}
 
 
 def view(root: str) -> View:
@@ -227,9 +235,7 @@ def router(config: ServeConfig) -> APIRouter:
     @routes.get("/v1/runs")
     async def runs() -> dict[str, list[dict[str, Any]]]:
         """The runs that can be looked at."""
-        there = await asyncio.to_thread(known)
-        rows = [{"name": name, "pipeline": run.read(root)["pipeline"]} for name, root in there.items()]
-        return {"runs": rows}
+        return {"runs": await asyncio.to_thread(lambda: [*_listed(known())])}
 
     @routes.get("/v1/runs/{name}", responses=problems_of(404))
     async def one(name: Name) -> dict[str, Any]:

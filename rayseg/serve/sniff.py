@@ -32,6 +32,7 @@ _OTHERS = {
 }
 _MARKUP = re.compile(rb"<(?:svg|html|script|\?xml|\?php|!doctype|vrtdataset)", re.IGNORECASE)
 _AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+_JPEG_AFTER = re.compile(rb"\x00*\xff\xd8(?=\xff)")
 _SIZES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _WANTED = "send a PNG, a JPEG or a GeoTIFF"
 
@@ -91,8 +92,15 @@ def _walk_png(data: bytes, max_pixels: int) -> None:
 
 
 def _walk_jpeg(data: bytes, max_pixels: int) -> None:
-    """From marker to marker; further JPEGs behind the first are what cameras append as previews."""
-    at = 2
+    """Image by image: further JPEGs behind the first are what cameras append as previews."""
+    end = _end_of_jpeg(data, 2, max_pixels)
+    while found := _JPEG_AFTER.match(data, end):
+        end = _end_of_jpeg(data, found.end(), max_pixels)
+    _expect_end(data, end, "JPEG")
+
+
+def _end_of_jpeg(data: bytes, at: int, max_pixels: int) -> int:
+    """Where the image ends whose first marker is at `at`, from marker to marker."""
     while at + 4 <= len(data):
         if data[at] != 0xFF:
             raise Refused(422, "the JPEG is damaged; save the image anew")
@@ -111,11 +119,7 @@ def _walk_jpeg(data: bytes, max_pixels: int) -> None:
     end = data.find(b"\xff\xd9", at)
     if end < 0:
         raise Refused(422, "the JPEG is cut off; send all of it")
-    rest = data[end + 2 :].lstrip(b"\x00")
-    if rest.startswith(b"\xff\xd8\xff"):
-        _walk_jpeg(rest, max_pixels)
-    elif rest:
-        _expect_end(data, end + 2, "JPEG")
+    return end + 2
 
 
 def _after_scan(data: bytes, at: int) -> int:

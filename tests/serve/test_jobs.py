@@ -70,6 +70,19 @@ def test_what_could_reach_a_file_or_cannot_be_meant_is_refused(config, asked, wo
         entrypoint(job, config, "job-1")
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "values"),
+    [("landcover", {"segmenter": {"loss": {"weights": [1.0, 2.0]}}}), ("al-s4gan", {"segmenter": {"checkpoint": 50}})],
+)
+def test_numbers_under_names_that_elsewhere_are_files_are_taken(tmp_path, pipeline, values):
+    (tmp_path / "base.yaml").write_text("classes: deepglobe\n")
+    config = ServeConfig(
+        jobs=str(tmp_path), jobs_catalog="cat.json#a", jobs_configs={pipeline: str(tmp_path / "base.yaml")}
+    )
+    line = shlex.split(entrypoint(Job(pipeline=pipeline, region="1,2,3,4", config=values), config, "job-1"))
+    assert any("=50" in word or "=[1.0" in word for word in line)
+
+
 def test_a_job_is_submitted_and_looked_up_by_its_id(config, monkeypatch):
     submitted = {}
 

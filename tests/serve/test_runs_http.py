@@ -39,6 +39,8 @@ def root(tmp_path_factory, mask):
         {"scene": (picture(mask), mask, (0, 0))},
         fates={last.tile.id: ("failed", "its file is damaged")},
     )
+    (root / "earth/torn").mkdir()
+    (root / "earth/torn/run.json").write_text("{")
     make(root / "flat/photo", {"photo": (picture(mask), mask, (0, 0))}, grid=Grid(None, (1.0, 1.0), (0.0, 0.0)))
     return root
 
@@ -53,7 +55,7 @@ def image_of(answer):
     return np.array(Image.open(io.BytesIO(answer.content)))
 
 
-def test_runs_are_listed_by_name(asked):
+def test_runs_are_listed_by_name_but_for_those_that_cannot_be_read(asked):
     assert {row["name"] for row in asked.get("/v1/runs").json()["runs"]} == {"map", "broken", "photo"}
     found = asked.get("/v1/runs/none")
     assert found.status_code == 404

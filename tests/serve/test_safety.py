@@ -236,6 +236,7 @@ def test_what_is_no_image_or_more_than_one_is_refused(data, words):
 def test_previews_that_cameras_append_are_no_second_file():
     jpeg = encoded(image_HWC(), "JPEG")
     assert kind_of(jpeg + jpeg + b"\0\0", max_pixels=1 << 20) == "jpeg"
+    assert kind_of(jpeg + b"\xff\xd8\xff\xda\x00\x02\xff\xd9" * 20_000, max_pixels=1 << 20) == "jpeg"
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
