@@ -1,29 +1,19 @@
 """The application on Ray Serve: the same pixels, batches over requests, a replica that dies, an end in good order."""
 
-import contextlib
 import os
-import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-from pathlib import Path
 
 import httpx
 import numpy as np
 import psutil
 import pytest
-import yaml
 from small_world import segmenter
-from tiny_server import client, encoded, form, free_port, image_HWC, serving
-
-from rayseg.config import QUIET_RAY
+from tiny_server import client, encoded, form, image_HWC, serving
 
 pytestmark = pytest.mark.ray
 TIFF = {"Accept": "image/tiff"}
-TOKEN = "a-token-of-more-than-16-characters"
 
 
 @pytest.fixture(scope="module")
@@ -124,44 +114,3 @@ def test_sigterm_finishes_what_was_accepted(server):
     worker.join()
     assert found[0].status_code == 200
     assert process.wait(60) == 0
-
-
-def test_the_file_for_clusters_runs_as_serve_runs_it(models, tmp_path):
-    """`serve run` of cluster/serve.yaml over small models, without a GPU: the token, and the pixels."""
-    port = free_port()
-    file = yaml.safe_load((Path(__file__).parents[2] / "cluster/serve.yaml").read_text())
-    file["http_options"] |= {"host": "127.0.0.1", "port": port}
-    (tmp_path / "token").write_text(TOKEN)
-    here = {"models": [str(models)], "runs": [], "token_file": str(tmp_path / "token"), "hosts": ["127.0.0.1"]}
-    file["applications"][0]["args"] |= here | {"gpus": 0, "replicas": 1}
-    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(file))
-    folder = tempfile.mkdtemp(prefix="rs-")
-    words = ["-m", "ray.serve.scripts", "run", "--address", "local", str(tmp_path / "serve.yaml")]
-    with (tmp_path / "said").open("w") as said:
-        environment = os.environ | QUIET_RAY | {"RAY_TMPDIR": folder}
-        process = subprocess.Popen([sys.executable, *words], env=environment, stdout=said, stderr=said)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        wait_for(f"{address}/healthz", process)
-        image, path = image_HWC(), f"{address}/v1/models/one/predict"
-        assert httpx.post(path, headers=TIFF, **form(encoded(image))).status_code == 401
-        bearer = TIFF | {"Authorization": f"Bearer {TOKEN}"}
-        found = httpx.post(path, headers=bearer, timeout=120, **form(encoded(image)))
-        assert found.status_code == 200, found.text
-        alone = client(models).post("/v1/models/one/predict", headers=TIFF, **form(encoded(image)))
-        assert found.content == alone.content
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def wait_for(address, process):
-    """Until there is a 200."""
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(address).status_code == 200:
-                return
-        time.sleep(0.5)
-    raise AssertionError(f"{address} does not answer, exit code {process.poll()}")
