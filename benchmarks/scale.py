@@ -116,17 +116,16 @@ def settle(rest: int, out: Path) -> dict[str, float]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from rayseg import flow
     from rayseg.ledger import COLUMNS, Ledger
-    from rayseg.manifest import Manifest
+    from rayseg.manifest import PART, Manifest
 
     ledger = Ledger(str(out / "ledger"))
     ids = Manifest.read(_path(out)).ids
     known, seconds = len(ledger.fates()), json.dumps({"Nothing": 0.0001})
     facts = json.dumps({"counts": {"0": 4_000_000, "1": 194_304}, "pairs": 8_384_512, "changes": 12_345})
     Path(ledger.prefix).mkdir(exist_ok=True)
-    for start in range(known, len(ids) - rest, flow.PART):
-        names = ids[start : min(start + flow.PART, len(ids) - rest)].to_pylist()
+    for start in range(known, len(ids) - rest, PART):
+        names = ids[start : min(start + PART, len(ids) - rest)].to_pylist()
         columns = [names, *([value] * len(names) for value in ("done", "", 1, seconds, facts))]
         pq.write_table(pa.table(columns, schema=COLUMNS), f"{ledger.prefix}/records-{start:08d}.parquet")
     return {"records": len(ledger.fates()), "driver MiB": peak_mib()}

@@ -33,7 +33,7 @@ from rayseg.config import quiet_ray, ray_address
 from rayseg.errors import ConfigError, Stalled, StoreFull
 from rayseg.guard import STOPPED, Guarded, Row, Rows, Work, ahead
 from rayseg.ledger import SETTLED, Account, Fate, Ledger, Record
-from rayseg.manifest import Manifest
+from rayseg.manifest import PART, Manifest
 from rayseg.placement import sizes
 from rayseg.run import Engine
 from rayseg.store import access, put, upath
@@ -46,8 +46,6 @@ __all__ = ["Row", "Work", "connect", "connect_training", "expect_reachable", "ru
 _SHELLS: list["subprocess.Popen[bytes]"] = []
 MOST_HUNG = 3
 """Rows in succession that may hang before the run ends: what they all need does not answer."""
-PART = 20_000
-"""Rows that are handed to an engine at once; what it keeps of each is gone before the next ones."""
 
 
 def run(

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -131,7 +131,7 @@ class Ledger:
         content = hashlib.sha256("\n".join(sorted(path.name for path in loose)).encode()).hexdigest()[:16]
         sink = pa.BufferOutputStream()
         pq.write_table(_loaded(loose), sink)
-        put(upath(self.prefix) / f"records-{content}.parquet", sink.getvalue())
+        put(upath(self.prefix) / f"records-{content}.parquet", memoryview(sink.getvalue()))
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(_remove, loose))
 
@@ -189,13 +189,6 @@ def _remove(path: UPath) -> None:
     path.unlink(missing_ok=True)
 
 
-class _Fate(Protocol):
-    @property
-    def status(self) -> str: ...
-    @property
-    def reason(self) -> str: ...
-
-
 @dataclass(frozen=True)
 class Account:
     """A step's rows set against its ledger: done + empty + nodata + failed + quarantined + missing = planned."""
@@ -205,7 +198,7 @@ class Account:
     troubles: dict[str, str]
 
     @classmethod
-    def of(cls, planned: Iterable[str], records: Mapping[str, _Fate]) -> "Account":
+    def of(cls, planned: Iterable[str], records: Mapping[str, Record] | Mapping[str, Fate]) -> "Account":
         """Count the records of the planned ids; `troubles` maps each id that is not settled to the reason."""
         ids = list(planned)
         counts = Counter(records[i].status if i in records else "missing" for i in ids)
@@ -221,5 +214,5 @@ class Account:
         return f"{self.planned} planned = {' + '.join(parts) or '0'}"
 
 
-def _trouble(record: _Fate | None) -> str:
+def _trouble(record: Record | Fate | None) -> str:
     return record.reason or record.status if record else MISSING

@@ -18,7 +18,7 @@ REPEATED = ("crs", "grid_image", "sources", "refused")
 _NAME = "^[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?$"
 """What `geo.slug` leaves as it is."""
 PART = 20_000
-"""Rows that are made into dicts at once."""
+"""Rows that are made into dicts, and handed to an engine, at once; what it keeps of each is gone before the next."""
 
 
 class Manifest(Sequence[Row]):

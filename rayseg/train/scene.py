@@ -1,6 +1,7 @@
 """Train a network on one scene alone (or one on all of them), without labels: Chen et al. 2022.
 
     patches of all tiles, in random order --> step towards the labels voted in superpixels --> checkpoint per epoch
+    (in the first epoch those of clusters of colours, then the network's own)
     mean features of the labels --> groups of labels, the largest first --> bundle
 
 `kmeans` and `isodata` go the same way: what they give is a network too, of one layer.

@@ -1,5 +1,6 @@
 """What is kept out: strangers, pages of other sites, too much of anything, files that are not what they seem."""
 
+import asyncio
 import io
 import json
 import logging
@@ -15,7 +16,7 @@ from small_world import segmenter
 from tiny_server import client, encoded, form, image_HWC
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.serve import door
+from rayseg.serve import door, questions
 from rayseg.serve.problems import Refused
 from rayseg.serve.settings import ServeConfig, expect_closed
 from rayseg.serve.sniff import kind_of
@@ -237,6 +238,15 @@ def test_previews_that_cameras_append_are_no_second_file():
     jpeg = encoded(image_HWC(), "JPEG")
     assert kind_of(jpeg + jpeg + b"\0\0", max_pixels=1 << 20) == "jpeg"
     assert kind_of(jpeg + b"\xff\xd8\xff\xda\x00\x02\xff\xd9" * 20_000, max_pixels=1 << 20) == "jpeg"
+
+
+def test_an_upload_that_takes_too_long_is_told_so(monkeypatch):
+    async def slow(_):
+        await asyncio.sleep(5)
+
+    monkeypatch.setattr(questions, "read", slow)
+    told = client(timeout_seconds=0.1).post(PREVIEW, **form(encoded(image_HWC())))
+    assert "not whole after 0.1 s" in problem(told, 408)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
