@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from rayseg.errors import ConfigError
 
@@ -23,9 +23,35 @@ QUIET_RAY = {
 
 
 class Config(BaseModel):
-    """A frozen part of a configuration; unknown keys are errors."""
+    """A frozen part of a configuration; unknown keys are errors.
+
+    Where a group of keys has defaults of its own (`learning: Learning = Learning(batch=4)`), one that is given in part
+    keeps the rest of them.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_defaults(cls, values: Any) -> Any:  # noqa: ANN401 - pydantic gives whatever was given
+        if not isinstance(values, dict):
+            return values
+        own = {name: field.default for name, field in cls.model_fields.items() if isinstance(field.default, Config)}
+        return values | {
+            name: _over(default.model_dump(exclude_unset=True), values[name])
+            for name, default in own.items()
+            if isinstance(values.get(name), dict)
+        }
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested values, those of `above` where both have one."""
+    both = {
+        key: _over(below[key], above[key])
+        for key in below.keys() & above.keys()
+        if isinstance(below[key], dict) and isinstance(above[key], dict)
+    }
+    return below | above | both
 
 
 def quiet_ray() -> None:

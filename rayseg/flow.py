@@ -34,7 +34,7 @@ from rayseg.errors import ConfigError, Stalled, StoreFull
 from rayseg.guard import STOPPED, Guarded, Row, Rows, Work, ahead
 from rayseg.ledger import SETTLED, Account, Fate, Ledger, Record
 from rayseg.manifest import PART, Manifest
-from rayseg.placement import sizes
+from rayseg.placement import sizes_now
 from rayseg.run import Engine
 from rayseg.store import access, put, upath
 
@@ -220,6 +220,7 @@ def _recorded(row_id: str, recorded: dict[str, Fate], attempts: dict[str, int]) 
 def _dataset(rows: list[Row], guarded: list[Guarded]) -> "ray.data.Dataset":
     import ray.data
 
+    placed = sizes_now([guard.work for guard in guarded], guarded[0].patience)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -229,7 +230,7 @@ def _dataset(rows: list[Row], guarded: list[Guarded]) -> "ray.data.Dataset":
     source = _source([rows[start : start + batch] for start in range(0, len(rows), batch)])
     count = -(-len(rows) // batch)
     dataset = ray.data.read_datasource(source, override_num_blocks=count, num_cpus=guarded[0].work.cpus)
-    for guard, size in zip(guarded, sizes([g.work for g in guarded], _machines()), strict=True):
+    for guard, size in zip(guarded, placed, strict=True):
         needs = {"batch_size": guard.work.batch, "batch_format": "pyarrow", "num_cpus": size.cpus}
         needs |= {"num_gpus": size.gpus} if size.gpus else {}
         if guard.work.model or size.gpus:
@@ -287,12 +288,6 @@ def _source(parts: list[list[Row]]) -> "ray.data.Datasource":
 
 def _tables(part: list[Row]) -> list[pa.Table]:
     return [_pack(part)]
-
-
-def _machines() -> list[dict[str, float]]:
-    import ray
-
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _one_by_one(rows: list[Row], guarded: list[Guarded], ledger: Ledger) -> Rows:

@@ -1,10 +1,11 @@
 """How many copies of a stage a machine or cluster holds, and what each is given."""
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rayseg.errors import ConfigError
+from rayseg.errors import ConfigError, Stalled
 from rayseg.guard import Work
 
 MOST_CPUS = 4.0
@@ -12,6 +13,8 @@ MOST_CPUS = 4.0
 LEAST_CPUS = 0.1
 Machine = Mapping[str, float]
 """What one machine has: CPU, GPU, ..."""
+SETTLED = 2.0
+"""Seconds after which what is held of a cluster is held by others, not by the step before."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,52 @@ class Size:
     copies: int
     cpus: float
     gpus: float
+
+
+def sizes_now(works: Sequence[Work], patience: float) -> list[Size]:
+    """Copies and resources of every stage in what others leave of the cluster; waits while that is too little.
+
+    Args:
+        works: the stages, in order.
+        patience: seconds that others may hold what is needed.
+
+    Raises:
+        ConfigError: the cluster cannot hold one copy of each, even if nobody else is at work.
+        Stalled: others hold too much of it for longer.
+    """
+    sizes(works, whole := _machines())
+    for _ in range(round(SETTLED / 0.1)):
+        if _free() == whole:
+            break
+        time.sleep(0.1)
+    given_up = time.monotonic() + patience
+    while True:
+        try:
+            return sizes(works, _free())
+        except ConfigError as error:
+            if time.monotonic() > given_up:
+                raise Stalled(f"{error}; others hold the rest of it: give the same command again later") from None
+        time.sleep(0.5)
+
+
+def _machines() -> list[Machine]:
+    """Those that are alive, with all that they have."""
+    import ray
+
+    return [_counted(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def _free() -> list[Machine]:
+    """Those that are alive, with what nobody holds of them."""
+    import ray
+    from ray._private.state import available_resources_per_node
+
+    free = available_resources_per_node()
+    return [_counted(free.get(node["NodeID"], {})) for node in ray.nodes() if node["Alive"]]
+
+
+def _counted(resources: Machine) -> Machine:
+    return {name: float(resources.get(name, 0.0)) for name in ("CPU", "GPU")}
 
 
 def sizes(works: Sequence[Work], machines: Sequence[Machine]) -> list[Size]:

@@ -4,6 +4,8 @@ import http.client
 import itertools
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,31 +14,43 @@ BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce
 FAULTS = ("busy", "broken", "reset", "lost", "cut", "stall")
 
 
-class Proxy(ThreadingHTTPServer):
+class Proxy:
     """Every request whose turn it is fails first: of `every` requests one, by one fault after the other.
 
     busy: 503 SlowDown; broken: 500; reset: the connection is reset; lost: the store does what it is asked, then the
     connection is reset before the answer; cut: half of the answer; stall: nothing for `patience` seconds, then the end.
+
+    It is a process of its own: what asks it may hold the interpreter while it waits for the answer, as GDAL does.
+
+    Attributes:
+        url: where it listens.
+        met: fault and method of every request that failed, once it has ended.
     """
 
+    def __init__(self, target, *, every=5, patience=0.5):
+        words = [sys.executable, __file__, target, str(every), str(patience)]
+        self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.url = self._process.stdout.readline().strip()
+        self.met = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        said, _ = self._process.communicate()
+        self.met = [tuple(line.split()) for line in said.splitlines()]
+
+
+class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, target, *, faults=FAULTS, every=5, patience=0.5):
+    def __init__(self, target, every, patience):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.target, self.every, self.patience = target, every, patience
-        self.faults, self.turn, self.met = itertools.cycle(faults), itertools.count(1), []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self):
-        return "http://{}:{}".format(*self.server_address)
+        self.faults, self.turn = itertools.cycle(FAULTS), itertools.count(1)
 
     def handle_error(self, *_):
         pass
-
-    def end(self):
-        self.shutdown()
-        self.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -50,7 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
         fault = next(server.faults) if next(server.turn) % server.every == 0 else ""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if fault:
-            server.met.append((fault, self.command))
+            print(fault, self.command, flush=True)
         if fault in {"busy", "broken"}:
             return self._answer(503 if fault == "busy" else 500, {"Content-Type": "application/xml"}, BUSY)
         if fault == "stall":
@@ -92,3 +106,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.close()
 
     do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _pass_on
+
+
+def _main(target, every, patience):
+    server = _Server(target, int(every), float(patience))
+    print("http://{}:{}".format(*server.server_address), flush=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    sys.stdin.read()  # ends with the one who asked for it
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -22,6 +22,19 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path):
     assert resolved == Outer(inner=Inner(patch=32, name="x"), other=Inner(patch=8), rates=(0.1, 0.2))
 
 
+class Grouped(Config):
+    """With defaults of its own for a group, and for one inside of it."""
+
+    outer: Outer = Outer(inner=Inner(patch=7, name="x"), rates=(2.0,))
+
+
+def test_a_group_that_is_given_in_part_keeps_its_other_defaults():
+    assert load(Grouped, None, ["outer.inner.patch=3"]).outer == Outer(inner=Inner(patch=3, name="x"), rates=(2.0,))
+    assert load(Grouped, None, ["outer.rates=[5.0]"]).outer == Outer(inner=Inner(patch=7, name="x"), rates=(5.0,))
+    assert load(Grouped, None, ["outer.other.name=y"]).outer.other == Inner(name="y")
+    assert load(Outer, None, ["inner.name=y"]).inner == Inner(name="y")
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

@@ -89,17 +89,16 @@ def test_only_one_of_many_writers_puts_a_record(bucket):
 
 @pytest.mark.chaos
 def test_a_ledger_behind_a_failing_proxy_loses_and_doubles_nothing(server, bucket, monkeypatch):
-    proxy = Proxy(urlsplit(server).netloc, every=3)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     ledger = Ledger(f"{bucket}/ledger")
-    for number in range(24):
-        ledger.write(Record(f"t{number}", "done", facts={"n": number}))
-    found = ledger.read()
+    with Proxy(urlsplit(server).netloc, every=3) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        for number in range(24):
+            ledger.write(Record(f"t{number}", "done", facts={"n": number}))
+        found = ledger.read()
     assert {fault for fault, _ in proxy.met} == set(FAULTS)
     monkeypatch.setenv("AWS_ENDPOINT_URL", server)
     assert {record.facts["n"] for record in found.values()} == set(range(24))
     assert len(list(upath(f"{bucket}/ledger").iterdir())) == 24
-    proxy.end()
 
 
 @pytest.fixture(scope="module")
@@ -131,12 +130,11 @@ def test_a_run_from_bucket_to_bucket_is_that_on_a_disk_also_behind_a_failing_pro
 ):
     plain = predict(placed, f"{placed}/run")
     assert plain.exit_code == 0, plain.output
-    proxy = Proxy(urlsplit(server).netloc, every=11)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-    shaken = predict(placed, f"{placed}/shaken")
+    with Proxy(urlsplit(server).netloc, every=11) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        shaken = predict(placed, f"{placed}/shaken")
     assert shaken.exit_code == 0, shaken.output
     assert {fault for fault, _ in proxy.met} == set(FAULTS)
-    proxy.end()
     monkeypatch.setenv("AWS_ENDPOINT_URL", server)
     found = {name: content for name, content in below(f"{placed}/run").items() if not name.endswith(".json")}
     again = {name: content for name, content in below(f"{placed}/shaken").items() if not name.endswith(".json")}

@@ -1,6 +1,9 @@
+import threading
+
 import pytest
 
-from rayseg.errors import ConfigError
+from rayseg import placement
+from rayseg.errors import ConfigError, Stalled
 from rayseg.guard import Work
 from rayseg.placement import sizes
 
@@ -43,3 +46,34 @@ def test_a_copy_fits_beside_every_gpu():
     found = sizes(STAGES, [{"CPU": 0.0}, *[{"CPU": 4.0, "GPU": 2.0}] * 3, {"CPU": 16.0}])
     assert (found[1].copies, found[1].gpus) == (6, 1.0)
     assert 2 * found[1].cpus + 3 * SMALL.cpus <= 4.0
+
+
+@pytest.mark.ray
+def test_what_others_hold_of_a_cluster_is_left_to_them(local_ray, monkeypatch):
+    """Without it actors would be asked for that never start."""
+    import ray
+
+    monkeypatch.setattr(placement, "SETTLED", 0.2)
+    before = placement.sizes_now(STAGES, 0.0)
+    holders = [ray.remote(num_cpus=3, num_gpus=gpus)(Holder).remote() for gpus in (1, 0)]
+    ray.get([holder.ready.remote() for holder in holders])
+    try:
+        beside = placement.sizes_now([SMALL, Work(list, cpus=1.0, model=True), SMALL], 0.0)
+        with pytest.raises(Stalled, match=r"need 5 CPUs at once, Ray has 2; .* others hold the rest"):
+            placement.sizes_now([Work(list, cpus=2), Work(list, cpus=1, model=True)], 0.5)
+        threading.Timer(1.0, ray.kill, [holders[0]]).start()
+        assert placement.sizes_now([Work(list, cpus=2), Work(list, cpus=1, model=True)], 60.0)[0].cpus == 2
+    finally:
+        for holder in holders:
+            ray.kill(holder)
+    assert sum(size.copies * size.cpus for size in beside) + SMALL.cpus <= 2.0
+    assert before[1].copies * before[1].cpus > 2.0
+    with pytest.raises(ConfigError, match=r"need 9.* Ray has 8"):
+        placement.sizes_now([Work(list, cpus=4), Work(list, cpus=1, model=True)], 60.0)
+
+
+class Holder:
+    """Somebody else's actor."""
+
+    def ready(self):
+        """Once it holds what it asked for."""

@@ -281,7 +281,8 @@ def write_tiles(
     step: Step, region: Region, proposed: Step, joined: Step, classified: Step, model: Step, config: Config
 ) -> dict[str, Any]:
     """The plots of every tile as rasters with an item; tiles/<id>/ holds them, the step's ledger their fates."""
-    unseen = proposed.value["troubles"]
+    seen = {row["id"] for row, _ in mapping.rows_with(proposed, "pieces")}
+    unseen = {row_id: why for row_id, why in proposed.value["troubles"].items() if row_id not in seen}
     told = {row_id: f"no plots were looked for, because: {why}" for row_id, why in unseen.items()}
     planned = mapping.read_manifest(proposed)
     rows = mapping.kept_manifest(step, lambda: [row | {"refused": told.get(row["id"], "")} for row in planned])

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from rayseg.errors import DataError
 from rayseg.geo import Grid, Lattice, Tile, Window
 from rayseg.io import cog, items
 from rayseg.io.sources import from_json
@@ -44,6 +45,8 @@ class EnlargeTiles:
             return [self._tile(row) for row in rows]
 
     def _tile(self, row: Row) -> Row:
+        if why := row.get("incomplete") or row.get("unread"):
+            raise DataError(why)
         tile, reach, factor = Tile.from_row(row), row["reach"], self.config.factor
         larger_HWC = np.zeros((tile.window.height * factor, tile.window.width * factor, 3), np.uint8)
         whole = scaled(tile.window, factor)

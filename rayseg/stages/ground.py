@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 from rayseg.config import Config
 from rayseg.errors import DataError
 from rayseg.geo import Lattice, Tile
-from rayseg.io import rasters
-from rayseg.io.sources import Source, from_json
+from rayseg.io.sources import Source
+from rayseg.stages.read import read_reach
 from rayseg.vision.proposals import Image
 
 Row = dict[str, Any]
@@ -41,7 +41,8 @@ class ReadGround:
     """`sources, <tile> -> image, valid, reach`: the tile's imagery with what its patches see around it, as 8-bit RGB.
 
     image: (height, width, 3) uint8 over the window `reach`, scaled from low..high as it is stored, the same for every
-    tile; one band is grey. valid: (height, width) bool. A tile without valid pixels is settled as "nodata".
+    tile; one band is grey. valid: (height, width) bool. A tile without valid pixels is settled as "nodata"; what cannot
+    be read counts as without imagery, as in `ReadTile`.
 
     Args:
         image: what the imagery is.
@@ -58,14 +59,10 @@ class ReadGround:
     def _read(self, row: Row) -> Row:
         if row.get("refused"):
             raise DataError(row["refused"])
-        tile = Tile.from_row(row)
-        cells = self.patches.cells(tile.window)
+        cells = self.patches.cells(Tile.from_row(row).window)
         reach = self.patches.around(cells[0]).union(self.patches.around(cells[-1]))
-        sources = from_json(row["sources"])
-        image_CHW, valid_HW = rasters.read(sources, tile.grid, reach, bands=self.image.bands)
-        if not valid_HW[tile.window.slices(reach)].any():
-            return row | {"status": "nodata"}
-        return row | {"image": eight_bit(image_CHW, self.image), "valid": valid_HW, "reach": reach}
+        found = read_reach(row, reach, self.image.bands)
+        return found if "status" in found else found | {"image": eight_bit(found["image"], self.image)}
 
 
 def eight_bit(image_CHW: NDArray[Any], kind: ImageConfig) -> Image:

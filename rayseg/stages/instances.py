@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 
 from rayseg.errors import DataError
 from rayseg.geo import NODATA, Lattice, Tile, Window
-from rayseg.io import cog, items, plots, rasters, regions
+from rayseg.io import cog, items, plots, regions
 from rayseg.io.sources import Source, from_json
 from rayseg.models.cpu import threads
 from rayseg.models.sam import SamConfig, load_sam
 from rayseg.rowfile import write_rows
+from rayseg.stages.read import incomplete, read_reach
 from rayseg.stages.write import facts_of
 from rayseg.store import upath
 from rayseg.vision.color import ClassTable
@@ -128,7 +129,7 @@ class WritePieces:
         for name in ("patches", "pieces"):
             write_rows(pieces_path(self.prefix, row["id"], name), row[name])
         kept = {"id": row["id"], "seconds": row["seconds"], "facts": {"pieces": len(row["pieces"])}}
-        return kept if row["pieces"] else kept | {"status": "empty"}
+        return kept | ({} if row["pieces"] else {"status": "empty"}) | incomplete(row)
 
 
 def pieces_path(prefix: str, tile: str, name: Literal["patches", "pieces", "numbers"]) -> str:
@@ -157,10 +158,9 @@ class ReadPlots:
         if row.get("refused"):
             raise DataError(row["refused"])
         tile = Tile.from_row(row)
-        sources = from_json(row["sources"])
-        _, valid_HW = rasters.read(sources, tile.grid, tile.window, bands=self.bands)
-        if not valid_HW.any():
-            return row | {"status": "nodata"}
+        row = read_reach(row, tile.window, self.bands)
+        if "status" in row:
+            return row
         numbers: dict[plots.Place, dict[int, int]] = {}
         for one in plots.read_table(pieces_path(self.joined, tile.id, "numbers")):
             numbers.setdefault(plots.place_of(one), {})[one["label"]] = one["number"]
@@ -170,7 +170,7 @@ class ReadPlots:
             part = cell.intersect(tile.window)
             labels_HW = plots.labels_of(patch, part)
             numbers_HW[part.slices(tile.window)] = plots.numbered(labels_HW, numbers.get(plots.place_of(patch), {}))
-        return row | {"numbers": numbers_HW, "valid": valid_HW}
+        return {key: value for key, value in row.items() if key != "image"} | {"numbers": numbers_HW}
 
 
 class WritePlots:
@@ -215,7 +215,7 @@ class WritePlots:
         numbers_HW = np.where(valid_HW, row["numbers"], np.uint32(UNNUMBERED)).astype(np.uint32)
         kept, facts = {key: row[key] for key in ("id", "seconds")}, facts_of(classes_HW)
         if not facts["counts"]:
-            return kept | {"status": "nodata"}
+            return kept | {"status": "nodata"} | incomplete(row)
         folder = upath(self.prefix) / tile.id
         cog.write_classes(folder / "classes.tif", classes_HW, tile.grid, tile.window, self.table)
         cog.write_image(
@@ -229,7 +229,8 @@ class WritePlots:
         )
         self._describe(tile, from_json(row["sources"]))
         facts["coverage"] = 1 - facts["counts"].get("0", 0) / sum(facts["counts"].values())
-        return kept | {"status": "empty" if set(facts["counts"]) == {"0"} else "done", "facts": facts}
+        kept |= {"status": "empty" if set(facts["counts"]) == {"0"} else "done", "facts": facts}
+        return kept | incomplete(row)
 
     def _describe(self, tile: Tile, sources: list[Source]) -> None:
         folder = upath(self.prefix) / tile.id

@@ -12,7 +12,7 @@ import rasterio
 import shapely
 import torch
 from PIL import Image
-from small_world import GRID, chip_folder, files, mosaic, rayseg, refused, valid_stac, window_at
+from small_world import GRID, chip_folder, damage, files, mosaic, rayseg, refused, valid_stac, window_at
 
 from rayseg import enlarging, flow
 from rayseg.config import load
@@ -61,7 +61,8 @@ def fields(seed=1):
 
 def imagery(folder, image_CHW, *, bands=("red", "green", "blue"), valid_HW=None):
     folder.mkdir(parents=True)
-    cog.write_image(folder / "scene.tif", image_CHW, GRID, window_at(0, 0), bands=bands, nodata=0, valid_HW=valid_HW)
+    window = window_at(0, 0, *image_CHW.shape[1:])
+    cog.write_image(folder / "scene.tif", image_CHW, GRID, window, bands=bands, nodata=0, valid_HW=valid_HW)
     return f"{labels.ingest_rasters(folder / 'scene.tif', folder / 'cat')}#imagery"
 
 
@@ -268,6 +269,26 @@ def test_the_same_command_again_does_nothing_and_items_are_valid(run, region):
     page = (out / "report/index.html").read_text()
     assert "Coverage" in page
     assert "Sizes" in page
+
+
+def test_a_damaged_block_costs_its_own_ground_alone_and_is_mended_by_a_retry(tmp_path):
+    region = imagery(tmp_path / "in", fields()[0].repeat(5, axis=1).repeat(5, axis=2))
+    whole = damage(tmp_path / "in/scene.tif")
+    words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run", *SETTINGS)
+    sizes = ("map.tile=1024", "patch=768", "stride=512", "superpixels.reduce=8")
+    found = rayseg(*words, *(word for size in sizes for word in ("--set", size)))
+    assert found.exit_code == 3, found.output
+    assert "a part of the tile cannot be read" in found.output
+    ground = 25 * HEIGHT * WIDTH
+    assert 0.3 * ground < mapped_pixels(tmp_path / "run") < 0.8 * ground
+    (tmp_path / "in/scene.tif").write_bytes(whole)
+    assert rayseg("retry", tmp_path / "run").exit_code == 0
+    assert mapped_pixels(tmp_path / "run") == ground
+
+
+def mapped_pixels(root):
+    """How many pixels of the tiles of a run are not without data."""
+    return sum(int((rasterio.open(path).read(1) != 255).sum()) for path in root.glob("tiles/*/classes.tif"))
 
 
 def test_nodata_is_no_plot(tmp_path):

@@ -1,11 +1,19 @@
 """Jobs from strangers: what their command line may hold."""
 
+import io
 import shlex
+import time
 from types import SimpleNamespace
 
+import httpx
+import mercantile
+import numpy as np
 import pytest
+from PIL import Image
 from ray.job_submission import JobStatus
+from small_world import catalogue
 from starlette.testclient import TestClient
+from tiny_server import serving
 
 from rayseg.serve import jobs
 from rayseg.serve.app import api
@@ -13,6 +21,12 @@ from rayseg.serve.jobs import Job, entrypoint
 from rayseg.serve.models import Here, Shelf
 from rayseg.serve.problems import Refused
 from rayseg.serve.settings import ServeConfig
+
+SMALL = """
+network: {epochs: 2, patch: 64, stride: 48, labels: 8, reduce: 1}
+superpixels: {min_size: 16, overlap: 16}
+map: {tile: 128}
+"""
 
 
 @pytest.fixture
@@ -108,3 +122,35 @@ def test_a_cluster_that_does_not_answer_is_a_503(config):
     ):
         assert (found.status_code, found.headers["retry-after"]) == (503, "30")
         assert "takes no jobs now" in found.json()["detail"]
+
+
+@pytest.mark.e2e
+def test_a_job_runs_to_its_end_on_the_servers_own_cluster(tmp_path):
+    """Started, followed, refused a second one meanwhile; then its map is there to be looked at."""
+    catalogue(tmp_path, one={"seed": 1})
+    (tmp_path / "small.yaml").write_text(SMALL)
+    settings = [f"jobs={tmp_path}/runs", f"jobs_catalog={tmp_path}/cat/catalog.json#imagery", "jobs_at_once=1"]
+    settings += [f"jobs_configs={{superpixel: {tmp_path}/small.yaml}}"]
+    (tmp_path / "none").mkdir()
+    server = serving(tmp_path / "none", *settings)
+    with server as (_, address), httpx.Client(base_url=address, timeout=60) as asked:
+        started = asked.post("/v1/jobs", json={"pipeline": "superpixel", "region": "116.9,-90,117.1,90"})
+        assert started.status_code == 202, started.text
+        assert asked.post("/v1/jobs", json={"pipeline": "superpixel", "region": "demo"}).status_code == 429
+        said = ended(asked, started.json()["href"])
+        assert (said["status"], said["run"]) == ("succeeded", "complete"), said
+        assert said["steps"]["predict"]["counts"]["done"] == said["steps"]["predict"]["planned"] > 0
+        run = asked.get(f"/v1/runs/{said['id']}").json()
+        west, south, east, north = run["bounds"]
+        place = mercantile.tile((west + east) / 2, (south + north) / 2, 16)
+        tile = asked.get(f"/v1/runs/{said['id']}/tiles/16/{place.x}/{place.y}.png")
+        assert (np.array(Image.open(io.BytesIO(tile.content))) != 255).any()
+
+
+def ended(asked, href):
+    """What a job says of itself when it has ended."""
+    deadline = time.monotonic() + 300
+    while (said := asked.get(href).json())["status"] in {"pending", "running"}:
+        assert time.monotonic() < deadline, said
+        time.sleep(1)
+    return said
