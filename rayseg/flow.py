@@ -34,7 +34,7 @@ from rayseg.errors import ConfigError, Stalled, StoreFull
 from rayseg.guard import STOPPED, Guarded, Row, Rows, Work, ahead
 from rayseg.ledger import SETTLED, Account, Fate, Ledger, Record
 from rayseg.manifest import PART, Manifest
-from rayseg.placement import sizes_now
+from rayseg.placement import handing_out, sizes_now
 from rayseg.run import Engine
 from rayseg.store import access, put, upath
 
@@ -220,7 +220,8 @@ def _recorded(row_id: str, recorded: dict[str, Fate], attempts: dict[str, int]) 
 def _dataset(rows: list[Row], guarded: list[Guarded]) -> "ray.data.Dataset":
     import ray.data
 
-    placed = sizes_now([guard.work for guard in guarded], guarded[0].patience)
+    works = [guard.work for guard in guarded]
+    placed = sizes_now(works, guarded[0].patience)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -229,7 +230,7 @@ def _dataset(rows: list[Row], guarded: list[Guarded]) -> "ray.data.Dataset":
     batch = guarded[0].work.batch
     source = _source([rows[start : start + batch] for start in range(0, len(rows), batch)])
     count = -(-len(rows) // batch)
-    dataset = ray.data.read_datasource(source, override_num_blocks=count, num_cpus=guarded[0].work.cpus)
+    dataset = ray.data.read_datasource(source, override_num_blocks=count, num_cpus=handing_out(works))
     for guard, size in zip(guarded, placed, strict=True):
         needs = {"batch_size": guard.work.batch, "batch_format": "pyarrow", "num_cpus": size.cpus}
         needs |= {"num_gpus": size.gpus} if size.gpus else {}

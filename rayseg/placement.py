@@ -84,16 +84,15 @@ def sizes(works: Sequence[Work], machines: Sequence[Machine]) -> list[Size]:
     Raises:
         ConfigError: they cannot hold one copy of each; started anyway, it would wait for ever.
     """
-    # Handing out rows takes a task as large as the first stage; where both are fused this leaves a little unused.
     gpus = sum(machine.get("GPU", 0.0) for machine in machines)
     models = [work for work in works if work.model or (work.gpus and gpus)]
-    others = works[0].cpus + sum(work.cpus for work in works if work not in models)
+    others = handing_out(works) + sum(work.cpus for work in works if work not in models)
     copies, share = _of_models(models, others, [m for m in machines if m.get("CPU")], gpus > 0)
     cpus = sum(machine.get("CPU", 0.0) for machine in machines)
     rest = cpus - others
     share = min(share, math.floor(100 * rest / (copies * max(len(models), 1)) + 1e-6) / 100)
     if rest < 0 or (models and share < LEAST_CPUS):
-        needed = works[0].cpus + sum(work.cpus for work in works)
+        needed = handing_out(works) + sum(work.cpus for work in works)
         raise ConfigError(
             f"the stages need {needed:g} CPUs at once, Ray has {cpus:g}; give it more, or --engine inline"
         )
@@ -103,6 +102,11 @@ def sizes(works: Sequence[Work], machines: Sequence[Machine]) -> list[Size]:
         else Size(1, work.cpus, work.gpus if gpus else 0.0)
         for work in works
     ]
+
+
+def handing_out(works: Sequence[Work]) -> float:
+    """CPUs of the tasks that hand out rows: as the first stage, which they are fused with unless it lives in actors."""
+    return LEAST_CPUS if works[0].model else works[0].cpus
 
 
 def _of_models(models: Sequence[Work], others: float, machines: Sequence[Machine], on_gpus: bool) -> tuple[int, float]:

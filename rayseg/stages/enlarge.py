@@ -1,7 +1,7 @@
 """Tiles of imagery made larger, as imagery of its own."""
 
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -9,16 +9,17 @@ from rayseg.errors import DataError
 from rayseg.geo import Grid, Lattice, Tile, Window
 from rayseg.io import cog, items
 from rayseg.io.sources import from_json
-from rayseg.models.cpu import threads
-from rayseg.models.enlarge import Enlarge, EnlargeConfig, load_enlarger
 from rayseg.store import upath
 from rayseg.vision.fill import filled
+
+if TYPE_CHECKING:
+    from rayseg.models.enlarge import Enlarge, EnlargeConfig
 
 Row = dict[str, Any]
 BANDS = ("red", "green", "blue")
 
 
-def lattice_of(config: EnlargeConfig) -> Lattice:
+def lattice_of(config: "EnlargeConfig") -> Lattice:
     """What is enlarged at once, whatever the tiling."""
     return Lattice.of_cells(config.stride + 2 * config.margin, config.stride)
 
@@ -32,15 +33,19 @@ class EnlargeTiles:
         config: how.
     """
 
-    def __init__(self, config: EnlargeConfig) -> None:
+    def __init__(self, config: "EnlargeConfig") -> None:
         self.config, self.lattice = config, lattice_of(config)
 
     @cached_property
-    def _enlarge(self) -> Enlarge:
+    def _enlarge(self) -> "Enlarge":
+        from rayseg.models.enlarge import load_enlarger
+
         return load_enlarger(self.config)
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Enlarge each tile."""
+        from rayseg.models.cpu import threads
+
         with threads():
             return [self._tile(row) for row in rows]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +11,6 @@ from rayseg.errors import DataError
 from rayseg.geo import NODATA, Lattice, Tile, Window
 from rayseg.io import cog, items, plots, regions
 from rayseg.io.sources import Source, from_json
-from rayseg.models.cpu import threads
-from rayseg.models.sam import SamConfig, load_sam
 from rayseg.rowfile import write_rows
 from rayseg.stages.read import incomplete, read_reach
 from rayseg.stages.write import facts_of
@@ -21,6 +19,9 @@ from rayseg.vision.color import ClassTable
 from rayseg.vision.instances import painted
 from rayseg.vision.proposals import Image, Propose, SuperpixelProposer
 from rayseg.vision.rounds import WHITE, Plots, RoundsConfig, find_plots
+
+if TYPE_CHECKING:  # torch takes seconds to import; who reads and writes does without
+    from rayseg.models.sam import SamConfig
 
 Row = dict[str, Any]
 UNNUMBERED = 2**32 - 1
@@ -45,7 +46,7 @@ class ProposePlots:
         self,
         proposer: Literal["sam", "felzenszwalb"],
         *,
-        sam: SamConfig,
+        sam: "SamConfig",
         superpixels: SuperpixelProposer,
         rounds: RoundsConfig,
         patches: Lattice,
@@ -56,10 +57,16 @@ class ProposePlots:
 
     @cached_property
     def _propose(self) -> Propose:
-        return load_sam(self.sam) if self.proposer == "sam" else self.superpixels
+        if self.proposer == "felzenszwalb":
+            return self.superpixels
+        from rayseg.models.sam import load_sam
+
+        return load_sam(self.sam)
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Look at each tile."""
+        from rayseg.models.cpu import threads
+
         with threads():
             return [self._tile(row) for row in rows]
 

@@ -3,11 +3,10 @@
 import json
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import shapely
-import torch
 from shapely.geometry.base import BaseGeometry
 
 from rayseg.errors import DataError, ModelError
@@ -15,12 +14,13 @@ from rayseg.geo import Grid, Window
 from rayseg.io import plots, rasters
 from rayseg.io.sources import Source, from_json
 from rayseg.models import bundle
-from rayseg.models.classifier import class_probabilities
-from rayseg.models.cpu import threads
 from rayseg.rowfile import write_rows
 from rayseg.stages.ground import ImageConfig, eight_bit
 from rayseg.store import upath
 from rayseg.vision.crops import square_crop
+
+if TYPE_CHECKING:
+    import torch
 
 Row = dict[str, Any]
 
@@ -75,20 +75,29 @@ class ClassifyPlots:
         self.prefix = prefix
 
     @cached_property
-    def _loaded(self) -> tuple[bundle.Bundle, torch.nn.Module, str]:
+    def _loaded(self) -> "tuple[bundle.Bundle, torch.nn.Module, str]":
+        import torch
+
         described, model = bundle.build(self.prefix)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return described, model.to(device), device
 
-    @torch.inference_mode()
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Classify each group of plots."""
-        with threads():
+        import torch
+
+        from rayseg.models.cpu import threads
+
+        with threads(), torch.inference_mode():
             return [
                 {key: row[key] for key in ("id", "seconds", "unread")} | {"classes": self._classes(row)} for row in rows
             ]
 
     def _classes(self, row: Row) -> list[Row]:
+        import torch
+
+        from rayseg.models.classifier import class_probabilities
+
         described, model, device = self._loaded
         found = []
         for start in range(0, len(row["crops"]), 16):

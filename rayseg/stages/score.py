@@ -3,16 +3,17 @@
 import io
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from upath import UPath
 
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
-from rayseg.models.classifier import class_probabilities
 from rayseg.store import put, upath
+
+if TYPE_CHECKING:
+    import torch
 
 Row = dict[str, Any]
 
@@ -40,19 +41,25 @@ class Score:
         self.prefix, self.features = prefix, features
 
     @cached_property
-    def _loaded(self) -> tuple[Bundle, torch.nn.Module]:
+    def _loaded(self) -> "tuple[Bundle, torch.nn.Module]":
+        import torch
+
         described, model = bundle.build(self.prefix)
         return described, model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    @torch.inference_mode()
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Score the batch in one pass."""
+        import torch
+
+        from rayseg.models.classifier import class_probabilities
+
         described, model = self._loaded
         images = [_middle(row["image"], described.patch).transpose(2, 0, 1) for row in rows]
         device = next(model.parameters()).device
         seen = torch.from_numpy(np.stack([described.normalize(image) for image in images])).to(device)
-        logits, features = model.embed(seen)  # type: ignore[operator]
-        p_NK = class_probabilities(logits.double()).cpu().numpy()
+        with torch.inference_mode():
+            logits, features = model.embed(seen)  # type: ignore[operator]
+            p_NK = class_probabilities(logits.double()).cpu().numpy()
         for row, feature in zip(rows, features.cpu().numpy(), strict=True):
             self._keep(row["id"], feature)
         return [

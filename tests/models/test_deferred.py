@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch._dynamo.utils import is_compile_supported
 
@@ -15,6 +16,14 @@ def test_planning_a_run_imports_neither_torch_nor_ray():
     )
     done = subprocess.run([sys.executable, "-c", found], check=True, capture_output=True, text=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("stages", ["read", "ground", "instances", "enlarge", "plots", "score", "write", "cues"])
+def test_processes_that_read_and_write_do_not_import_torch(stages):
+    """Each would take seconds, and hundreds of megabytes, of its own."""
+    found = f"import sys, rayseg.stages.{stages}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", found], check=True, capture_output=True, text=True)
+    assert done.stdout == "False\n"
 
 
 def test_a_segmenter_is_built_without_torchs_compiler():

@@ -125,6 +125,7 @@ def test_a_cluster_that_does_not_answer_is_a_503(config):
 
 
 @pytest.mark.e2e
+@pytest.mark.ray
 def test_a_job_runs_to_its_end_on_the_servers_own_cluster(tmp_path):
     """Started, followed, refused a second one meanwhile; then its map is there to be looked at."""
     catalogue(tmp_path, one={"seed": 1})
@@ -138,7 +139,7 @@ def test_a_job_runs_to_its_end_on_the_servers_own_cluster(tmp_path):
         assert started.status_code == 202, started.text
         assert asked.post("/v1/jobs", json={"pipeline": "superpixel", "region": "demo"}).status_code == 429
         said = ended(asked, started.json()["href"])
-        assert (said["status"], said["run"]) == ("succeeded", "complete"), said
+        assert (said["status"], said["run"]) == ("succeeded", "done"), said
         assert said["steps"]["predict"]["counts"]["done"] == said["steps"]["predict"]["planned"] > 0
         run = asked.get(f"/v1/runs/{said['id']}").json()
         west, south, east, north = run["bounds"]
