@@ -30,11 +30,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rayseg.config import quiet_ray, ray_address
-from rayseg.errors import ConfigError, Stalled, StoreFull
+from rayseg.errors import ConfigError, Stalled
 from rayseg.guard import STOPPED, Guarded, Row, Rows, Work, ahead
 from rayseg.ledger import SETTLED, Account, Fate, Ledger, Record
 from rayseg.manifest import PART, Manifest
-from rayseg.placement import handing_out, sizes_now
+from rayseg.placement import Size, handing_out, sizes_now
 from rayseg.run import Engine
 from rayseg.store import access, put, upath
 
@@ -106,8 +106,12 @@ def _run_part(
 ) -> None:
     if engine.kind == "ray":
         connect(engine.address)  # here: Ray's processes end with the thread that started them
-    carry_out = {"inline": _inline, "ray": _on_ray}[engine.kind]
-    coming = ahead(carry_out(rows, guarded), patience)
+        shared = ray_address(engine.address) != "local"
+        placed = sizes_now([guard.work for guard in guarded], shared=shared, patience=patience)
+        made = _on_ray(rows, guarded, placed)
+    else:
+        made = _inline(rows, guarded)
+    coming = ahead(made, patience)
     with contextlib.closing(coming):
         for row in _watched(coming):
             settled(1, row["status"] not in SETTLED)
@@ -118,7 +122,7 @@ def _watched(rows: Rows) -> Rows:
     hung: list[str] = []
     for row in rows:
         if row["status"] == STOPPED:
-            raise StoreFull(row["reason"])
+            raise row["error"]
         hung = [*hung, row["id"]] if row.get("hung") else []
         if len(hung) == MOST_HUNG:
             raise Stalled(
@@ -195,14 +199,14 @@ def _map(rows: Rows, guard: Guarded) -> Rows:
             yield from guard(batch)
 
 
-def _on_ray(rows: list[Row], guarded: list[Guarded]) -> Rows:
+def _on_ray(rows: list[Row], guarded: list[Guarded], placed: list[Size]) -> Rows:
     """Rows through Ray Data; those lost with a dying process once more, each in a process of its own."""
     ledger = guarded[-1].ledger
     assert ledger is not None
     seen = set()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # named arguments for retries come with Ray 2.64, which is not supported yet
-        dataset = _dataset(rows, guarded)
+        dataset = _dataset(rows, guarded, placed)
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in _unpack(batch):
             seen.add(row["id"])
@@ -210,18 +214,16 @@ def _on_ray(rows: list[Row], guarded: list[Guarded]) -> Rows:
     unseen = [row for row in rows if row["id"] not in seen]
     recorded = ledger.fates().among(row["id"] for row in unseen) if unseen else {}
     lost = [row for row in unseen if not _recorded(row["id"], recorded, guarded[-1].attempts)]
-    yield from _one_by_one(lost, guarded, ledger)
+    yield from _one_by_one(lost, guarded, ledger, placed)
 
 
 def _recorded(row_id: str, recorded: dict[str, Fate], attempts: dict[str, int]) -> bool:
     return row_id in recorded and recorded[row_id].attempt >= attempts.get(row_id, 1)
 
 
-def _dataset(rows: list[Row], guarded: list[Guarded]) -> "ray.data.Dataset":
+def _dataset(rows: list[Row], guarded: list[Guarded], placed: list[Size]) -> "ray.data.Dataset":
     import ray.data
 
-    works = [guard.work for guard in guarded]
-    placed = sizes_now(works, guarded[0].patience)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -230,7 +232,7 @@ def _dataset(rows: list[Row], guarded: list[Guarded]) -> "ray.data.Dataset":
     batch = guarded[0].work.batch
     source = _source([rows[start : start + batch] for start in range(0, len(rows), batch)])
     count = -(-len(rows) // batch)
-    dataset = ray.data.read_datasource(source, override_num_blocks=count, num_cpus=handing_out(works))
+    dataset = ray.data.read_datasource(source, override_num_blocks=count, num_cpus=handing_out(guarded[0].work))
     for guard, size in zip(guarded, placed, strict=True):
         needs = {"batch_size": guard.work.batch, "batch_format": "pyarrow", "num_cpus": size.cpus}
         needs |= {"num_gpus": size.gpus} if size.gpus else {}
@@ -291,18 +293,23 @@ def _tables(part: list[Row]) -> list[pa.Table]:
     return [_pack(part)]
 
 
-def _one_by_one(rows: list[Row], guarded: list[Guarded], ledger: Ledger) -> Rows:
-    """Each row in a process of its own; one that kills even that is quarantined."""
+def _one_by_one(rows: list[Row], guarded: list[Guarded], ledger: Ledger, placed: list[Size]) -> Rows:
+    """Each row in a process of its own; one that kills even that is quarantined, unless its machine went with it."""
     import ray
     from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
-    gpus = max(guard.work.gpus for guard in guarded) if ray.cluster_resources().get("GPU") else 0.0
-    remote = ray.remote(max_retries=0, max_calls=1, num_cpus=1, num_gpus=gpus)(_through)
-    for row in rows:
+    cpus, gpus = max(size.cpus for size in placed), max(size.gpus for size in placed)
+    remote = ray.remote(max_retries=0, max_calls=1, num_cpus=cpus, num_gpus=gpus)(_through)
+    coming = [(row, 2) for row in rows]
+    while coming:
+        row, machines = coming.pop(0)
         try:
             yield ray.get(remote.remote(row, guarded))
         except (WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
-            yield _quarantine(row, guarded, ledger, type(error).__name__)
+            if machines > 1 and isinstance(error, NodeDiedError):
+                coming.append((row, machines - 1))
+            else:
+                yield _quarantine(row, guarded, ledger, type(error).__name__)
 
 
 def _through(row: Row, guarded: list[Guarded]) -> Row:

@@ -1,6 +1,7 @@
 """Stages that cannot lose a row: what goes wrong with a row settles that row, in words, and none of its neighbours."""
 
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, wait
@@ -21,7 +22,7 @@ Stage = Callable[[list[Row]], list[Row]]
 BAD_DATA = (RaysegError, ValueError, ArithmeticError, LookupError, RuntimeError, MemoryError)
 DATA_ERRORS: tuple[type[Exception], ...] = BAD_DATA + STORE_ERRORS
 STOPPED = "stopped"
-"""Status of a row that could not be kept for lack of room: it is in no ledger, and the run ends."""
+"""Status of a row after which the run ends, with `error`: no room, or a fault of the program. No ledger has it."""
 ENDING = 30.0
 """Seconds that a stage at work has to end when the run ends early; Python does not survive some that are cut off."""
 
@@ -100,8 +101,6 @@ class Guarded:
         started = time.perf_counter()
         waiting = [row for row in rows if "status" not in row]
         after = {row["id"]: row for row in self._attempt(waiting)} if waiting else {}
-        if after.keys() != {row["id"] for row in waiting}:
-            raise TypeError(f"{self.work.name} did not give back the rows it was given")
         share = (time.perf_counter() - started) / max(len(waiting), 1)
         for row in after.values():
             row["seconds"] = row.get("seconds", {}) | {self.work.name: round(share, 4)}
@@ -110,44 +109,55 @@ class Guarded:
 
     def _attempt(self, rows: list[Row]) -> list[Row]:
         """Run the stage; a batch that fails is tried row by row, to find the row at fault."""
-        try:
-            return self._in_time(rows)
-        except StoreFull as error:
-            return [_kept(row) | {"status": STOPPED, "reason": str(error)} for row in rows]
-        except DATA_ERRORS as error:
-            if len(rows) > 1:
-                return [done for row in rows for done in self._attempt([row])]
-            reason = str(error) if isinstance(error, RaysegError) else f"{type(error).__name__}: {error}"
-            fate = {
-                "status": "failed",
-                "reason": public(f"{self.work.name}: {reason}"),
-                "hung": isinstance(error, Stalled),
-            }
-            return [_kept(rows[0]) | fate]
+        found = self._in_time(rows)
+        if not isinstance(found, BaseException):
+            return found
+        if isinstance(found, StoreFull) or not isinstance(found, DATA_ERRORS):
+            return [_kept(row) | {"status": STOPPED, "error": self._portable(found)} for row in rows]
+        if len(rows) > 1:
+            return [done for row in rows for done in self._attempt([row])]
+        reason = str(found) if isinstance(found, RaysegError) else f"{type(found).__name__}: {found}"
+        told = {"reason": public(f"{self.work.name}: {reason}"), "hung": isinstance(found, Stalled)}
+        return [_kept(rows[0]) | {"status": "failed"} | told]
 
-    def _in_time(self, rows: list[Row]) -> list[Row]:
+    def _in_time(self, rows: list[Row]) -> list[Row] | BaseException:
+        """What the stage makes of the rows, or what it raises."""
         self._hand = self._hand or Hand()
         call = self._hand.submit(self.work.stage, [dict(row) for row in rows])  # its own: it may go on for ever
         wait([call], self.patience)
         if not call.done():
             self._hand = None
-            raise Stalled(f"no progress for {self.patience:g} s")
+            return Stalled(f"no progress for {self.patience:g} s")
+        if error := call.exception():
+            return error
         result: list[Row] = call.result()
+        if {row["id"] for row in result} != {row["id"] for row in rows}:
+            return TypeError(f"{self.work.name} did not give back the rows it was given")
         return result
+
+    def _portable(self, error: BaseException) -> BaseException:
+        """The error as it can be raised in another process, where it came from as a note."""
+        if isinstance(error, RaysegError):
+            return error
+        trace = "".join(traceback.format_exception(error))
+        known = type(error).__module__ == "builtins"
+        told = error if known else RuntimeError(f"{type(error).__name__}: {error}")
+        told.add_note(f"in {self.work.name}:\n{trace}")
+        return told
 
     def _settle(self, row: Row) -> Row:
         assert self.ledger is not None
         status = row.setdefault("status", "done")
         attempt = self.attempts.get(row["id"], 1)
-        settled = {"id": row["id"], "status": status, "reason": row.get("reason", ""), "hung": row.get("hung", False)}
         if status == STOPPED:
-            return settled
+            return row
+        settled = {"id": row["id"], "status": status, "reason": row.get("reason", ""), "hung": row.get("hung", False)}
         try:
             self.ledger.write(
                 Record(row["id"], status, settled["reason"], attempt, row["seconds"], row.get("facts", {}))
             )
         except StoreFull as error:
-            return settled | {"status": STOPPED, "reason": str(error)}
+            return {"id": row["id"], "status": STOPPED, "error": error}
         return settled
 
 

@@ -1,8 +1,10 @@
 """How many copies of a stage a machine or cluster holds, and what each is given."""
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from rayseg.errors import ConfigError, Stalled
@@ -13,8 +15,9 @@ MOST_CPUS = 4.0
 LEAST_CPUS = 0.1
 Machine = Mapping[str, float]
 """What one machine has: CPU, GPU, ..."""
-SETTLED = 2.0
+LETTING_GO = 2.0
 """Seconds after which what is held of a cluster is held by others, not by the step before."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,30 +29,57 @@ class Size:
     gpus: float
 
 
-def sizes_now(works: Sequence[Work], patience: float) -> list[Size]:
-    """Copies and resources of every stage in what others leave of the cluster; waits while that is too little.
+def sizes_now(works: Sequence[Work], *, shared: bool, patience: float) -> list[Size]:
+    """Copies and resources of every stage on the Ray that this process has joined.
+
+    Of a shared cluster they are what others leave. While that is too little, what is needed is asked of an autoscaler
+    and waited for: as long as others hold it, and `patience` seconds where the cluster itself is too small.
 
     Args:
         works: the stages, in order.
-        patience: seconds that others may hold what is needed.
+        shared: whether others may be at work there.
+        patience: seconds.
 
     Raises:
-        ConfigError: the cluster cannot hold one copy of each, even if nobody else is at work.
-        Stalled: others hold too much of it for longer.
+        ConfigError: a Ray of one's own cannot hold one copy of each.
+        Stalled: the cluster cannot, and did not grow.
     """
-    sizes(works, whole := _machines())
-    for _ in range(round(SETTLED / 0.1)):
-        if _free() == whole:
-            break
-        time.sleep(0.1)
-    given_up = time.monotonic() + patience
-    while True:
-        try:
-            return sizes(works, _free())
-        except ConfigError as error:
-            if time.monotonic() > given_up:
-                raise Stalled(f"{error}; others hold the rest of it: give the same command again later") from None
-        time.sleep(0.5)
+    if not shared:
+        return sizes(works, _machines())
+    began, told = time.monotonic(), False
+    try:
+        while True:
+            whole, free = _machines(), _free()
+            gpus = any(machine["GPU"] for machine in whole)
+            waited = time.monotonic() - began
+            if free == whole or waited > LETTING_GO:
+                try:
+                    return sizes(works, free, gpus=gpus)
+                except ConfigError as error:
+                    if waited > patience and not _hold(works, whole, gpus=gpus):
+                        raise Stalled(f"{error}; the cluster did not grow: then give the same command again") from None
+                    if not told:
+                        _log.warning("waiting for room on the cluster: %s", error)
+                        _ask_for(works)
+                    told = True
+            time.sleep(1.0 if told else 0.1)
+    finally:
+        if told:
+            _ask_for(())
+
+
+def _hold(works: Sequence[Work], machines: Sequence[Machine], *, gpus: bool) -> bool:
+    with suppress(ConfigError):
+        return bool(sizes(works, machines, gpus=gpus))
+    return False
+
+
+def _ask_for(works: Sequence[Work]) -> None:
+    """Have an autoscaler, if there is one, bring the cluster to where it holds the stages; none takes that back."""
+    from ray.autoscaler.sdk import request_resources
+
+    needs = [{"CPU": max(work.cpus, LEAST_CPUS)} | ({"GPU": work.gpus} if work.gpus else {}) for work in works]
+    request_resources(bundles=needs)
 
 
 def _machines() -> list[Machine]:
@@ -72,57 +102,69 @@ def _counted(resources: Machine) -> Machine:
     return {name: float(resources.get(name, 0.0)) for name in ("CPU", "GPU")}
 
 
-def sizes(works: Sequence[Work], machines: Sequence[Machine]) -> list[Size]:
+def sizes(works: Sequence[Work], machines: Sequence[Machine], *, gpus: bool | None = None) -> list[Size]:
     """Copies and resources of every stage: model stages share what the others leave of each machine.
 
     A copy fits on a machine beside one of every other stage, so that a cluster that loses machines goes on with one.
 
     Args:
         works: the stages, in order.
-        machines: those that are alive.
+        machines: those that are alive, with what can be had of them.
+        gpus: whether stages that ask for GPUs get them; None where a machine has one.
 
     Raises:
         ConfigError: they cannot hold one copy of each; started anyway, it would wait for ever.
     """
-    gpus = sum(machine.get("GPU", 0.0) for machine in machines)
-    models = [work for work in works if work.model or (work.gpus and gpus)]
-    others = handing_out(works) + sum(work.cpus for work in works if work not in models)
-    copies, share = _of_models(models, others, [m for m in machines if m.get("CPU")], gpus > 0)
+    on_gpus = any(machine.get("GPU") for machine in machines) if gpus is None else gpus
+    models = [work for work in works if work.model or (work.gpus and on_gpus)]
+    small = [work for work in works if work not in models]
+    others = handing_out(works[0]) + sum(work.cpus for work in small)
+    wanted = sum(work.gpus for work in models) if on_gpus else 0.0
+    copies, share = _of_models(models, others, [m for m in machines if m.get("CPU")], wanted)
     cpus = sum(machine.get("CPU", 0.0) for machine in machines)
     rest = cpus - others
-    share = min(share, math.floor(100 * rest / (copies * max(len(models), 1)) + 1e-6) / 100)
-    if rest < 0 or (models and share < LEAST_CPUS):
-        needed = handing_out(works) + sum(work.cpus for work in works)
+    share = min(share, math.floor(100 * rest / (max(copies, 1) * max(len(models), 1)) + 1e-6) / 100)
+    widest = max((machine.get("CPU", 0.0) for machine in machines), default=0.0)
+    if rest < 0 or any(work.cpus > widest for work in small) or (models and (share < LEAST_CPUS or not copies)):
+        needed = others + sum(work.cpus for work in models)
+        with_gpus = f" beside {wanted:g} GPUs of one machine" if wanted else ""
         raise ConfigError(
-            f"the stages need {needed:g} CPUs at once, Ray has {cpus:g}; give it more, or --engine inline"
+            f"the stages need {needed:g} CPUs at once{with_gpus}, Ray has {cpus:g} free; give it more, or "
+            "--engine inline"
         )
     return [
-        Size(copies, share, work.gpus if gpus else 0.0)
+        Size(copies, share, work.gpus if on_gpus else 0.0)
         if work in models
-        else Size(1, work.cpus, work.gpus if gpus else 0.0)
+        else Size(1, work.cpus, work.gpus if on_gpus else 0.0)
         for work in works
     ]
 
 
-def handing_out(works: Sequence[Work]) -> float:
+def handing_out(first: Work) -> float:
     """CPUs of the tasks that hand out rows: as the first stage, which they are fused with unless it lives in actors."""
-    return LEAST_CPUS if works[0].model else works[0].cpus
+    return LEAST_CPUS if first.model else first.cpus
 
 
-def _of_models(models: Sequence[Work], others: float, machines: Sequence[Machine], on_gpus: bool) -> tuple[int, float]:
-    """(copies of every model stage, CPUs of one), as wide as the machine with the most room allows."""
-    wanted = sum(work.gpus for work in models) if on_gpus else 0.0
-    hosts = [machine for machine in machines if not wanted or machine.get("GPU", 0.0) >= wanted] or list(machines)
+def _of_models(models: Sequence[Work], others: float, machines: Sequence[Machine], gpus: float) -> tuple[int, float]:
+    """(copies of every model stage, CPUs of one), as wide as the machine with the most room allows.
+
+    Args:
+        models: the stages.
+        others: CPUs that the other stages need.
+        machines: those with CPUs.
+        gpus: what one copy of all models needs; 0 without.
+    """
     stages = max(len(models), 1)
-    if wanted:
-        counts = [max(1, int(machine.get("GPU", 0.0) / wanted)) for machine in hosts]
-        widths = [_room(machine, others) / (count * stages) for machine, count in zip(hosts, counts, strict=True)]
-        return max(1, sum(counts)), min([MOST_CPUS, *widths])
-    width = min(MOST_CPUS, max((_room(machine, others) / stages for machine in hosts), default=0.0))
-    fitting = sum(int(_room(machine, others) / (width * stages) + 1e-6) for machine in hosts) if width else 0
+    if gpus:
+        widest = [int(_room(machine, others) / (stages * LEAST_CPUS) + 1e-6) for machine in machines]
+        counts = [min(int(m.get("GPU", 0.0) / gpus + 1e-6), most) for m, most in zip(machines, widest, strict=True)]
+        hosts = [(machine, count) for machine, count in zip(machines, counts, strict=True) if count]
+        return sum(counts), min([MOST_CPUS, *(_room(m, others) / (count * stages) for m, count in hosts)])
+    width = min(MOST_CPUS, max((_room(machine, others) / stages for machine in machines), default=0.0))
+    fitting = sum(int(_room(machine, others) / (width * stages) + 1e-6) for machine in machines) if width else 0
     # Of several machines each has room for the copies of another one: those of a machine that dies start again there,
     # and what they were given is not held back until a new machine comes.
-    asked = max(LEAST_CPUS, width / 2) if len(hosts) > 1 else width
+    asked = max(LEAST_CPUS, width / 2) if len(machines) > 1 else width
     return max(1, fitting), math.floor(100 * asked + 1e-6) / 100
 
 

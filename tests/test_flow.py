@@ -17,6 +17,7 @@ from rayseg.flow import Work
 from rayseg.guard import Guarded
 from rayseg.ledger import Ledger
 from rayseg.run import Engine
+from rayseg.store import upath
 
 INLINE = Engine("inline")
 RAY = Engine("ray")
@@ -259,14 +260,29 @@ def test_errors_of_stores_settle_the_row_at_fault(place, error):
     assert account.troubles == {"t0": f"function: {type(error).__name__}: {error}"}
 
 
-def test_a_fault_of_the_program_is_not_taken_for_bad_data(place):
-    _, ledger = place
+class Wrong:
+    """A stage with a fault."""
 
-    def wrong(rows):
+    def __call__(self, rows):
         return rows + 1
 
-    with pytest.raises(TypeError):
-        flow.run(rows_of(2), [Work(wrong)], ledger, INLINE)
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_fault_of_the_program_is_not_taken_for_bad_data_and_ends_the_run_at_once(place, engine):
+    out, ledger = place
+    with pytest.raises(TypeError, match="can only concatenate list") as ended:
+        flow.run(rows_of(40), [*works(out)[:2], Work(Wrong())], ledger, engine)
+    assert "in Wrong:" in ended.value.__notes__[0]
+    assert "return rows + 1" in ended.value.__notes__[0]
+    assert ledger.read() == {}
+
+
+def test_rows_that_were_under_way_are_not_blamed_for_a_fault_of_the_program(place):
+    out, ledger = place
+    (upath(ledger.prefix) / ".under-way.part").parent.mkdir(parents=True, exist_ok=True)
+    (upath(ledger.prefix) / ".under-way.part").touch()
+    with pytest.raises(TypeError, match="can only concatenate list"):
+        flow.run(rows_of(2), [*works(out)[:2], Work(Wrong())], ledger, INLINE)
     assert ledger.read() == {}
 
 

@@ -1,4 +1,5 @@
 import threading
+import time
 
 import pytest
 
@@ -14,7 +15,7 @@ STAGES = [SMALL, MODEL, SMALL]
 
 def test_stages_that_would_wait_for_each_other_for_ever_are_refused():
     stages = [Work(list, cpus=1), Work(list, cpus=1, model=True), Work(list, cpus=1)]
-    with pytest.raises(ConfigError, match="need 4 CPUs at once, Ray has 2"):
+    with pytest.raises(ConfigError, match="need 4 CPUs at once, Ray has 2 free"):
         sizes(stages, [{"CPU": 2.0}])
 
 
@@ -48,28 +49,55 @@ def test_a_copy_fits_beside_every_gpu():
     assert 2 * found[1].cpus + 3 * SMALL.cpus <= 4.0
 
 
+def test_what_cannot_be_had_is_no_size():
+    """Asked for anyway it would wait for ever, or take CPUs in place of the GPUs that others hold for a while."""
+    for machines in (
+        [{"CPU": 14.0, "GPU": 0.0}],
+        [{"CPU": 14.0, "GPU": 0.5}],
+        [{"CPU": 0.0, "GPU": 1.0}, {"CPU": 16.0, "GPU": 0.0}],
+    ):
+        with pytest.raises(ConfigError, match="beside 1 GPUs of one machine"):
+            sizes(STAGES, machines, gpus=True)
+    for machines in ([{"CPU": 0.2}] * 10, []):
+        with pytest.raises(ConfigError, match="CPUs at once"):
+            sizes(STAGES, machines)
+
+
+def test_a_crowded_machine_does_not_keep_the_others_from_work():
+    found = sizes(STAGES, [{"CPU": 0.05, "GPU": 1.0}, {"CPU": 16.0, "GPU": 2.0}])
+    assert (found[1].copies, found[1].cpus, found[1].gpus) == (2, 4.0, 1.0)
+
+
+def test_on_a_ray_of_ones_own_what_does_not_fit_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr(placement, "_machines", lambda: [{"CPU": 2.0, "GPU": 0.0}])
+    assert placement.sizes_now(STAGES, shared=False, patience=0.0)[1].cpus == 1.25
+    with pytest.raises(ConfigError, match="need 8"):
+        placement.sizes_now([Work(list, cpus=4)], shared=False, patience=100.0)
+
+
 @pytest.mark.ray
-def test_what_others_hold_of_a_cluster_is_left_to_them(local_ray, monkeypatch):
+def test_what_others_hold_of_a_cluster_is_left_to_them_and_waited_for(local_ray, monkeypatch, caplog):
     """Without it actors would be asked for that never start."""
     import ray
 
-    monkeypatch.setattr(placement, "SETTLED", 0.2)
-    before = placement.sizes_now(STAGES, 0.0)
+    monkeypatch.setattr(placement, "LETTING_GO", 0.2)
+    before = placement.sizes_now(STAGES, shared=True, patience=0.0)
     holders = [ray.remote(num_cpus=3, num_gpus=gpus)(Holder).remote() for gpus in (1, 0)]
     ray.get([holder.ready.remote() for holder in holders])
     try:
-        beside = placement.sizes_now([SMALL, Work(list, cpus=1.0, model=True), SMALL], 0.0)
-        with pytest.raises(Stalled, match=r"need 5 CPUs at once, Ray has 2; .* others hold the rest"):
-            placement.sizes_now([Work(list, cpus=2), Work(list, cpus=1, model=True)], 0.5)
+        beside = placement.sizes_now([SMALL, Work(list, model=True), SMALL], shared=True, patience=0.0)
+        with pytest.raises(Stalled, match=r"need 17.* Ray has 2 free; .* then give the same command again"):
+            placement.sizes_now([Work(list, cpus=8.5), SMALL], shared=True, patience=0.3)
+        began = time.monotonic()
         threading.Timer(1.0, ray.kill, [holders[0]]).start()
-        assert placement.sizes_now([Work(list, cpus=2), Work(list, cpus=1, model=True)], 60.0)[0].cpus == 2
+        after = placement.sizes_now(STAGES, shared=True, patience=0.0)
     finally:
         for holder in holders:
             ray.kill(holder)
     assert sum(size.copies * size.cpus for size in beside) + SMALL.cpus <= 2.0
-    assert before[1].copies * before[1].cpus > 2.0
-    with pytest.raises(ConfigError, match=r"need 9.* Ray has 8"):
-        placement.sizes_now([Work(list, cpus=4), Work(list, cpus=1, model=True)], 60.0)
+    assert time.monotonic() - began > 1.0
+    assert (before[1].gpus, after[1].gpus) == (1.0, 1.0)
+    assert "waiting for room on the cluster: the stages need" in caplog.text
 
 
 class Holder:
