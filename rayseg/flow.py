@@ -68,7 +68,7 @@ def run(
         stall_seconds: a row on which one stage works for longer is left behind and settled as failed.
 
     Raises:
-        Stalled: three rows in succession hang, or the engine itself does.
+        Stalled: three rows in succession hang, the engine itself does, or the cluster stays too small for the stages.
         StoreFull: there is no room for a result; what is done is in the ledger.
         ConfigError: the stages need more CPUs than the machine or cluster has.
     """

@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +31,8 @@ from rayseg.ledger import MISSING, Account, Ledger
 from rayseg.store import STORE_ERRORS, absolute, is_local, public, put, sweep, upath
 
 NAMED = 20
+LOOKS = 20
+"""How often a lock that is held is asked for before it is taken for another driver's, a twentieth of a second apart."""
 HERE = "<run>/"
 """What stands in done.json for the run's own prefix, so that a run that was moved goes on."""
 LIBRARIES = ("torch", "ray", "rasterio", "segmentation-models-pytorch", "numpy")
@@ -309,10 +311,13 @@ def _alone(out: str) -> Iterator[None]:
         yield
         return
     with Path(upath(out).path, ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another process is working on {out}; wait for it, or choose another --out") from None
+        for _ in range(LOOKS):  # who asks for the state of a run holds the lock for a moment
+            with suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.05)
+        else:
+            raise ConfigError(f"another process is working on {out}; wait for it, or choose another --out")
         yield
 
 

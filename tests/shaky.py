@@ -24,7 +24,7 @@ class Proxy:
 
     Attributes:
         url: where it listens.
-        met: fault and method of every request that failed, once it has ended.
+        met: fault and method of every request that failed.
     """
 
     def __init__(self, target, *, every=5, patience=0.5):
@@ -32,13 +32,20 @@ class Proxy:
         self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.url = self._process.stdout.readline().strip()
         self.met = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self):
+        self.met.extend(tuple(line.split()) for line in self._process.stdout)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        said, _ = self._process.communicate()
-        self.met = [tuple(line.split()) for line in said.splitlines()]
+        self._process.stdin.close()
+        self._process.wait()
+        self._reader.join()
+        self._process.stdout.close()
 
 
 class _Server(ThreadingHTTPServer):
@@ -47,7 +54,12 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, target, every, patience):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.target, self.every, self.patience = target, every, patience
-        self.faults, self.turn = itertools.cycle(FAULTS), itertools.count(1)
+        self.faults, self.turn, self.lock = itertools.cycle(FAULTS), itertools.count(1), threading.Lock()
+
+    def note(self, line):
+        with self.lock:
+            sys.stdout.write(line)
+            sys.stdout.flush()
 
     def handle_error(self, *_):
         pass
@@ -64,7 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
         fault = next(server.faults) if next(server.turn) % server.every == 0 else ""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if fault:
-            print(fault, self.command, flush=True)
+            server.note(f"{fault} {self.command}\n")
         if fault in {"busy", "broken"}:
             return self._answer(503 if fault == "busy" else 500, {"Content-Type": "application/xml"}, BUSY)
         if fault == "stall":

@@ -27,7 +27,9 @@ def lattice_of(config: "EnlargeConfig") -> Lattice:
 class EnlargeTiles:
     """`image, valid, reach, <tile> -> larger, larger_valid`: the tile's own pixels, each `factor` x `factor` then.
 
-    Where there is no data the network sees the mirror image of what is there.
+    Where there is no data the network sees the mirror image of what is there. What is made is imagery like any other,
+    which says of no pixel that it was made from half of what there is; so a tile fails if anything in its reach cannot
+    be read.
 
     Args:
         config: how.

@@ -122,7 +122,8 @@ def _scores(found: Plots, at: int) -> Row:
 class WritePieces:
     """`patches, pieces -> facts`: kept as `<prefix>/<tile>.patches.parquet` and `.pieces.parquet`.
 
-    A tile in which nothing was found is settled as "empty".
+    A tile in which nothing was found is settled as "empty"; what could not be read around it goes to the facts as
+    `unread`.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -135,7 +136,8 @@ class WritePieces:
     def _write(self, row: Row) -> Row:
         for name in ("patches", "pieces"):
             write_rows(pieces_path(self.prefix, row["id"], name), row[name])
-        kept = {"id": row["id"], "seconds": row["seconds"], "facts": {"pieces": len(row["pieces"])}}
+        facts = {"pieces": len(row["pieces"])} | {key: row[key] for key in ("unread",) if key in row}
+        kept = {"id": row["id"], "seconds": row["seconds"], "facts": facts}
         return kept | ({} if row["pieces"] else {"status": "empty"}) | incomplete(row)
 
 
