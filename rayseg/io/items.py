@@ -4,7 +4,7 @@ import hashlib
 import json
 import mimetypes
 import posixpath
-import tempfile
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import pystac
 import shapely
+from fsspec.implementations.memory import MemoryFileSystem
 from pystac.utils import datetime_to_str, str_to_datetime
 from rasterio.crs import CRS
 from rasterio.io import MemoryFile
@@ -23,7 +24,7 @@ import rayseg
 from rayseg.errors import DataError
 from rayseg.geo import Grid, Tile, Window
 from rayseg.io.sources import Source, crs_of, placing, unplaced
-from rayseg.store import StorePath, is_local, public, put, put_file, upath
+from rayseg.store import StorePath, is_local, public, put, upath
 from rayseg.vision.color import ClassTable, hex_of
 
 _EXTENSION = "https://stac-extensions.github.io/{}/schema.json"
@@ -246,12 +247,15 @@ def write_collection(root: StorePath, hrefs: Iterable[str], *, title: str) -> No
 
 def write_items_parquet(path: StorePath, items: Sequence[dict[str, Any]]) -> None:
     """Write items (as dicts, each with a geometry) as stac-geoparquet."""
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
     from stac_geoparquet.arrow import parse_stac_items_to_arrow, to_parquet  # takes time to import; needed at the end
 
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "items.parquet"
-        to_parquet(parse_stac_items_to_arrow(items), made)
-        put_file(path, made)
+    memory, name = MemoryFileSystem(), f"/{uuid.uuid4().hex}"  # a temporary file would stay if this process were killed
+    try:
+        to_parquet(parse_stac_items_to_arrow(items), name, filesystem=PyFileSystem(FSSpecHandler(memory)))
+        put(path, memory.cat_file(name))
+    finally:
+        memory.store.pop(name, None)
 
 
 def write_catalog(

@@ -12,7 +12,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -298,15 +298,16 @@ def scalars(prefix: StorePath) -> Iterator[Callable[[int, Mapping[str, float]], 
     from torch.utils.tensorboard import SummaryWriter  # slow to import, and workers start often
 
     target = upath(prefix) / "tensorboard"
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(str(target)).absolute() if is_local(target) else Path(scratch)
+    here = Path(str(target)).absolute() if is_local(target) else None
+    with nullcontext(str(here)) if here else tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         with SummaryWriter(str(folder)) as writer:
 
             def write(epoch: int, values: Mapping[str, float]) -> None:
                 for name, value in values.items():
                     writer.add_scalar(name, value, epoch)
                 writer.flush()
-                for path in folder.iterdir() if not is_local(target) else ():
+                for path in () if here else folder.iterdir():
                     put(target / path.name, path.read_bytes())
 
             yield write
