@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import logging
 import multiprocessing
+import os
 import pickle
 import signal
 import socket
@@ -104,13 +105,11 @@ def _guarded(works: Sequence[Work], ledger: Ledger, attempts: dict[str, int], pa
 def _run_part(
     rows: list[Row], guarded: list[Guarded], engine: Engine, patience: float, settled: Callable[[int, int], None]
 ) -> None:
+    made = _inline(rows, guarded)
     if engine.kind == "ray":
         connect(engine.address)  # here: Ray's processes end with the thread that started them
         shared = ray_address(engine.address) != "local"
-        placed = sizes_now([guard.work for guard in guarded], shared=shared, patience=patience)
-        made = _on_ray(rows, guarded, placed)
-    else:
-        made = _inline(rows, guarded)
+        made = _on_ray(rows, guarded, sizes_now([guard.work for guard in guarded], shared=shared, patience=patience))
     coming = ahead(made, patience)
     with contextlib.closing(coming):
         for row in _watched(coming):
@@ -225,8 +224,7 @@ def _dataset(rows: list[Row], guarded: list[Guarded], placed: list[Size]) -> "ra
     import ray.data
 
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    context.enable_progress_bars = context.print_on_execution_start = False
     context.max_errored_blocks = -1
     context.target_max_block_size = 32 << 20
     batch = guarded[0].work.batch
@@ -306,10 +304,10 @@ def _one_by_one(rows: list[Row], guarded: list[Guarded], ledger: Ledger, placed:
         try:
             yield ray.get(remote.remote(row, guarded))
         except (WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
-            if machines > 1 and isinstance(error, NodeDiedError):
-                coming.append((row, machines - 1))
-            else:
+            if machines == 1 or not isinstance(error, NodeDiedError):
                 yield _quarantine(row, guarded, ledger, type(error).__name__)
+                continue
+            coming.append((row, machines - 1))
 
 
 def _through(row: Row, guarded: list[Guarded]) -> Row:
@@ -354,8 +352,7 @@ def connect(address: str | None, *, dashboard: bool = False) -> None:
         known = {"runtime_env": {"env_vars": access()}} if access() else {}  # where stores are; keys each node has
         ray.init(address=chosen, **known, **quiet)
         return
-    folder = tempfile.mkdtemp(prefix="rs-")
-    _remove_afterwards(folder)
+    _remove_afterwards(folder := tempfile.mkdtemp(prefix="rs-"))
     # An idle process is soon of use again, and a new one takes seconds to import what the stages need.
     quiet["_system_config"] = {"idle_worker_killing_time_threshold_ms": 30_000}
     ray.init(address="local", include_dashboard=dashboard, object_store_memory=2 << 30, _temp_dir=folder, **quiet)
@@ -363,9 +360,14 @@ def connect(address: str | None, *, dashboard: bool = False) -> None:
 
 
 def _remove_afterwards(folder: str) -> None:
-    """Let a shell remove the folder when this process is gone, however it ends: its end of the pipe closes then."""
-    script = 'exec >/dev/null 2>&1; read -r _; for _ in 1 2 3 4 5 6 7 8 9; do rm -rf "$0" && break; sleep 1; done'
-    shell = subprocess.Popen(["sh", "-c", script, folder], stdin=subprocess.PIPE, start_new_session=True)
+    """Let a shell remove the folder when this process is gone, however it ends: its end of the pipe closes then.
+
+    Ray's own processes, whose command lines name it, live on for a while, and some begin to write only then.
+    """
+    named = 'printf %s "$FOLDER" | grep -qsFf - /proc/[0-9]*/cmdline'
+    script = f'exec >/dev/null 2>&1; read -r _; while {named}; do sleep 1; done; rm -rf "$FOLDER"'
+    told = os.environ | {"FOLDER": folder}  # no argument: the shell would wait for itself
+    shell = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, start_new_session=True, env=told)
     _SHELLS.append(shell)
 
 
