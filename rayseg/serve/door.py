@@ -11,10 +11,11 @@ import time
 import uuid
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from fastapi import Request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayseg.serve import problems
@@ -33,6 +34,7 @@ HEADERS = {
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
 }
 _OPEN = re.compile(r"/(?:$|healthz$|docs$|page/|runs/[^/]+$)")
+_SIZE = re.compile(r"[0-9]{1,18}")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 _log = logging.getLogger("rayseg.serve")
@@ -121,13 +123,16 @@ class Door:
             visit.sent += len(message.get("body", b""))
             await send(message)
 
-        try:
-            self._admit(visit.scope, works=works)
-        except Refused as error:
-            refusal = problems.response(error.status, error.detail, request_id=visit.id, headers=error.headers)
-            await refusal(visit.scope, receive, answered)
-            return
-        await self.app(visit.scope, counted, answered)
+        async def admitted(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                self._admit(scope, works=works)
+            except Refused as error:
+                refusal = problems.response(error.status, error.detail, request_id=visit.id, headers=error.headers)
+                await refusal(scope, receive, send)
+            else:
+                await self.app(scope, receive, send)
+
+        await ServerErrorMiddleware(admitted, handler=explain)(visit.scope, counted, answered)
 
     def _admit(self, scope: Scope, *, works: bool) -> None:
         """Refuse what can be refused by its headers."""
@@ -136,7 +141,7 @@ class Door:
         if not _OPEN.match(scope["path"]):
             self._expect_token(headers.get("authorization", ""))
         size = headers.get("content-length", "0")
-        if not size.isdecimal():
+        if not _SIZE.fullmatch(size):
             raise Refused(400, f"Content-Length is {size[:40]!r}, expected a number of bytes")
         if int(size) > self.config.max_bytes:
             raise self._too_many_bytes()
@@ -148,11 +153,11 @@ class Door:
     def _expect_host(self, headers: dict[str, str]) -> None:
         """Stop pages of other sites: by the name they call the server, and by where they come from."""
         host = headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname or ""
+        name = _split("Host", f"//{host}").hostname or ""
         if self.config.hosts and name not in self.config.hosts:
             raise Refused(421, f"the server is not called {name or 'nothing'}; call it {self.config.hosts[0]}")
         origin = headers.get("origin", "")
-        if origin and urlsplit(origin).netloc != host:
+        if origin and _split("Origin", origin).netloc != host:
             raise Refused(403, "requests from pages of other sites are not answered; ask from the server's own page")
 
     def _expect_token(self, authorization: str) -> None:
@@ -195,6 +200,18 @@ class Door:
             await asyncio.sleep(0.05)
 
 
+def _split(name: str, address: str) -> SplitResult:
+    """The parts of the address in a header of that name.
+
+    Raises:
+        Refused: 400, it is none.
+    """
+    try:
+        return urlsplit(address)
+    except ValueError:
+        raise Refused(400, f"{name} is {address[:60]!r}, expected the address of a server") from None
+
+
 def _request_id(scope: Scope) -> str:
     """The client's own id if it is one, else a new one."""
     found = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
@@ -203,7 +220,7 @@ def _request_id(scope: Scope) -> str:
 
 async def explain(request: Request, error: Exception) -> Any:  # noqa: ANN401 - a response
     """Anything that was not foreseen: written down with its trace here, one sentence for the client."""
-    _log.error("unforeseen", exc_info=error, extra={"facts": {"path": request.url.path[:200]}})
+    _log.error("unforeseen", exc_info=error, extra={"facts": {"path": request.scope["path"][:200]}})
     detail = "the server failed, and has written down why under this request's id; ask its keeper"
     return problems.response(500, detail, request_id=REQUEST_ID.get())
 
