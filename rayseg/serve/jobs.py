@@ -12,7 +12,7 @@ import re
 import shlex
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, get_args
 
@@ -33,6 +33,7 @@ Pipeline = Literal["gpc", "agri", "superpixel", "landcover", "al-s4gan"]
 _LOCATED = get_args(Location)[1]
 _WORDS = re.compile(r"[A-Za-z0-9_ -]*")
 _ID = r"^job-[0-9a-f]{12}$"
+_DEEPEST = 10  # groups and lists inside one another
 _GOING = {JobStatus.PENDING, JobStatus.RUNNING}
 
 
@@ -54,6 +55,7 @@ def entrypoint(job: Job, config: ServeConfig, name: str) -> str:
         Refused: 422, the region or a value of the configuration is not allowed.
     """
     area = region(job.region)
+    _expect_shallow(job.config)
     module = importlib.import_module(f"rayseg.pipelines.{job.pipeline.replace('-', '_')}")
     words = [f"{key}={json.dumps(value)}" for key, value in _settings(job.config)]
     _expect_no_files(module.Config, job.config)
@@ -88,10 +90,23 @@ def region(text: str) -> str:
     return f"{west!r},{south!r},{east!r},{north!r}"
 
 
+def _expect_shallow(values: dict[str, Any]) -> None:
+    """Refuse what is nested deeper than any configuration; what follows goes down into it."""
+    level: list[object] = [values]
+    for _ in range(_DEEPEST):
+        level = [inner for one in level for inner in _inside(one)]
+    if any(isinstance(one, (dict, list)) for one in level):
+        raise Refused(422, f"config is nested deeper than {_DEEPEST} groups and lists; see rayseg config show")
+
+
+def _inside(value: object) -> Iterable[object]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
 def _settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted key and value of everything in a nested configuration, checked for words that could name files."""
     for key, value in values.items():
-        if not re.fullmatch(r"[a-z_0-9]{1,40}", key) or prefix.count(".") > 8:
+        if not re.fullmatch(r"[a-z_0-9]{1,40}", key):
             raise Refused(
                 422, f"config key {(prefix + key)[:60]!r} is no key of a configuration; see rayseg config show"
             )
@@ -109,12 +124,8 @@ def _settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 def _texts(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from _texts(inner)
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _texts(inner)
+    for inner in _inside(value):
+        yield from _texts(inner)
 
 
 def _expect_no_files(kind: type[Config], values: Mapping[str, Any], prefix: str = "") -> None:

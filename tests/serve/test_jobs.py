@@ -1,6 +1,7 @@
 """Jobs from strangers: what their command line may hold."""
 
 import io
+import json
 import shlex
 import time
 from types import SimpleNamespace
@@ -68,6 +69,24 @@ def test_what_could_reach_a_file_or_cannot_be_meant_is_refused(config, asked, wo
     job = Job(**{"pipeline": "gpc", "region": "1,2,3,4"} | asked)
     with pytest.raises(Refused, match=words):
         entrypoint(job, config, "job-1")
+
+
+@pytest.mark.parametrize(("start", "end"), [("[", "]"), ('{"a":', "}"), ('{"a":[', "]}")])
+@pytest.mark.parametrize("depth", [12, 300, 600, 750, 900])
+def test_what_is_nested_deeper_than_any_configuration_is_refused(config, depth, start, end):
+    asked = TestClient(api(config, Here(Shelf({})), Shelf({})), raise_server_exceptions=False)
+    times = depth // len(end)
+    values = f'{{"patch": {start * times}1{end * times}}}'
+    body = f'{{"pipeline": "gpc", "region": "demo", "config": {values}}}'
+    found = asked.post("/v1/jobs", content=body, headers={"Content-Type": "application/json"})
+    assert found.status_code == 422, found.text
+    assert "nested deeper than 10 groups and lists" in found.json()["detail"]
+
+
+def test_what_is_nested_too_deep_to_be_read_is_refused(config):
+    asked = TestClient(api(config, Here(Shelf({})), Shelf({})), raise_server_exceptions=False)
+    body = f'{{"pipeline": "gpc", "region": "demo", "config": {{"patch": {"[" * 50_000}{"]" * 50_000}}}}}'
+    assert asked.post("/v1/jobs", content=body, headers={"Content-Type": "application/json"}).status_code == 400
 
 
 @pytest.mark.parametrize(

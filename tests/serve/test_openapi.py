@@ -1,5 +1,7 @@
 """Whatever the OpenAPI allows, and what it does not, is answered without a 5xx."""
 
+from unittest.mock import Mock, patch
+
 import pytest
 import schemathesis
 from fake_run import blobs, make, picture
@@ -9,19 +11,22 @@ from schemathesis import GenerationMode
 from small_world import segmenter
 from tiny_server import served, untrained_sam
 
+from rayseg.serve import jobs
+
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
 NAMES = ["cover", "sam-vit-b", "map", "segmenter"]
 
 
 @pytest.fixture(scope="module")
 def operations(tmp_path_factory):
-    """Of a server with a model, Segment Anything and a run."""
+    """Of a server with a model, Segment Anything, a run, and jobs that a cluster takes but does not carry out."""
     root = tmp_path_factory.mktemp("world")
     segmenter(root / "cover")
     mask = blobs(128, 192)
     make(root / "map", {"scene": (picture(mask), mask, (0, 0))})
-    with untrained_sam(root / "sam") as sam:
-        app = served(root / "cover", sam, runs=(str(root / "map"),))
+    cluster = Mock(**{"list_jobs.return_value": []})
+    with untrained_sam(root / "sam") as sam, patch.object(jobs, "JobSubmissionClient", return_value=cluster):
+        app = served(root / "cover", sam, runs=(str(root / "map"),), jobs=str(root / "jobs"))
         schema = schemathesis.openapi.from_asgi("/openapi.json", app)
         yield [found.ok() for found in schema.get_all_operations()]
 
