@@ -1,7 +1,6 @@
 """Jobs from strangers: what their command line may hold."""
 
 import io
-import json
 import shlex
 import time
 from types import SimpleNamespace

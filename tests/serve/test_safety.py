@@ -11,7 +11,9 @@ import zlib
 import numpy as np
 import pytest
 import rasterio
-from PIL import Image
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
 from small_world import segmenter
 from tiny_server import client, encoded, form, image_HWC
 
@@ -100,12 +102,55 @@ def test_pages_of_other_sites_are_not_answered():
     assert not [name for name in asked.headers if name.startswith("access-control")]
 
 
+def cautious(found):
+    """The answer, once it is known to have the headers of caution."""
+    assert "default-src 'none'" in found.headers["content-security-policy"]
+    assert found.headers["x-content-type-options"] == "nosniff"
+    assert found.headers["x-frame-options"] == "DENY"
+    return found
+
+
 def test_every_answer_has_the_headers_of_caution(asked):
     for path in ("/", "/v1/models", "/nothing"):
-        headers = asked.get(path).headers
-        assert "default-src 'none'" in headers["content-security-policy"]
-        assert headers["x-content-type-options"] == "nosniff"
-        assert headers["x-frame-options"] == "DENY"
+        cautious(asked.get(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("Host", "["),
+        ("Host", "[::1"),
+        ("Origin", "http://["),
+        ("Content-Length", "9" * 5000),
+        ("Content-Length", "-1"),
+    ],
+)
+def test_headers_that_mean_nothing_are_a_problem_and_not_a_crash(asked, name, value):
+    assert f"{name} is" in problem(cautious(asked.get("/v1/models", headers={name: value})), 400)
+
+
+@given(
+    name=st.sampled_from(["host", "origin", "authorization", "content-length", "x-request-id"]),
+    value=st.one_of(st.binary(max_size=40), st.from_regex(rb"[a-z0-9:/@\[\]%.\xbc-\xbe-]{0,20}", fullmatch=True)),
+)
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+def test_whatever_a_header_holds_the_door_has_an_answer(guarded, name, value):
+    scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": [(name.encode(), value)]}
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": b""}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(guarded.app(scope, receive, send))
+    assert sent[0]["status"] < 500
+
+
+def test_what_the_door_did_not_foresee_is_told_without_a_trace(asked, monkeypatch):
+    monkeypatch.setattr(type(asked.app), "_admit", lambda *_, **__: 1 / 0)
+    assert "written down why" in problem(cautious(asked.get("/v1/models")), 500)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +238,13 @@ def zipped(data):
     return sink.getvalue()
 
 
+def noted(text):
+    """A text that a PNG holds beside its pixels."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("note", text)
+    return info
+
+
 def tiff(path, **options):
     """Write a small GeoTIFF; return its path."""
     image_CHW = image_HWC(40, 50).transpose(2, 0, 1)
@@ -224,7 +276,16 @@ VRT = b'<VRTDataset rasterXSize="9" rasterYSize="9"><VRTRasterBand dataType="Byt
         (zipped(encoded(image_HWC(), "TIFF")), "ZIP archive at once"),
         (encoded(image_HWC()) + b"<script>alert(1)</script>", "bytes before the upload does"),
         (encoded(image_HWC(), "JPEG") + b"<html>", "bytes before the upload does"),
+        (zipped(encoded(image_HWC(), "TIFF")) + b"\0", "ZIP archive at once"),
+        (zipped(encoded(image_HWC(), "TIFF")) + b"x" * 65_535, "ZIP archive at once"),
+        (zipped(encoded(image_HWC(), "TIFF")) + b"PK\5\6" + b"x" * 40, "ZIP archive at once"),
+        (zipped(encoded(image_HWC(), "JPEG")) + b"\0", "ZIP archive at once"),
+        (encoded(image_HWC(), "TIFF") + b"PK\5\6" + b"\0" * 18, "ZIP archive at once"),
+        (encoded(image_HWC(), "PNG", pnginfo=noted(zipped(b"").decode("latin-1"))), "ZIP archive at once"),
+        (encoded(image_HWC(), "JPEG", comment=zipped(b"")), "ZIP archive at once"),
         (b"II*\0" + b"%PDF-1.7" + b"\0" * 100, "a PDF at once"),
+        (b"II*\0".ljust(1023, b"\0") + b"%PDF-1.7", "a PDF at once"),
+        (b"II*\0".ljust(1400, b"\0") + b"<html>", "markup at once"),
         (b"II*\0<script>alert(1)</script>" + b"\0" * 100, "markup at once"),
     ],
 )
@@ -232,6 +293,31 @@ def test_what_is_no_image_or_more_than_one_is_refused(data, words):
     with pytest.raises(Refused, match=words) as refusal:
         kind_of(data, max_pixels=1 << 20)
     assert refusal.value.status == 415
+
+
+@pytest.mark.parametrize(("kind", "options"), [("TIFF", {}), ("PNG", {"compress_level": 1}), ("JPEG", {"quality": 95})])
+def test_images_are_not_taken_for_something_else(kind, options):
+    """Noise holds any few bytes at some time."""
+    for seed in range(10):
+        noise_HWC = np.random.default_rng(seed).integers(0, 256, (600, 700, 3), np.uint8)
+        assert kind_of(encoded(noise_HWC, kind, **options), max_pixels=1 << 20) == kind.lower()
+
+
+def test_an_image_may_carry_its_description_as_xml():
+    told = '<?xml version="1.0" encoding="UTF-8"?><OME><Image ID="Image:0"/></OME>'
+    assert kind_of(encoded(image_HWC(), "TIFF", description=told), max_pixels=1 << 20) == "tiff"
+    assert kind_of(encoded(image_HWC(), "PNG", pnginfo=noted(told)), max_pixels=1 << 20) == "png"
+
+
+@pytest.mark.parametrize("chance", [b"PK\5\6", b"PK\1\2", b"<svg", b"<xml", b"%PDF"])
+def test_a_few_bytes_make_no_other_file(chance):
+    """Those by which one begins or ends are in noise, too; nothing could open it by them."""
+    data = encoded(np.random.default_rng(0).integers(1, 256, (300, 300, 3), np.uint8), "TIFF")
+    for at in (100, len(data) - 60_000, len(data) - 21, len(data) - 4):
+        there = data[:at] + chance + data[at + len(chance) :]
+        assert kind_of(there, max_pixels=1 << 20) == "tiff"
+        with pytest.raises(zipfile.BadZipFile):
+            zipfile.ZipFile(io.BytesIO(there))
 
 
 def test_previews_that_cameras_append_are_no_second_file():
