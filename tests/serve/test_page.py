@@ -1,12 +1,15 @@
 """The pages in a real browser: an image dropped, its mask, classes under the pointer, downloads, keys, a run's map."""
 
+import io
 import shutil
 import threading
 import time
 
+import numpy as np
 import pytest
 import uvicorn
 from fake_run import blobs, make, picture
+from PIL import ExifTags, Image
 from small_world import segmenter
 from tiny_server import encoded, image_HWC, sam_picture, untrained_sam
 
@@ -115,6 +118,33 @@ def test_results_are_downloaded(mapped, tmp_path, button, start):
     download.value.save_as(path)
     assert path.read_bytes().startswith(start)
     assert download.value.suggested_filename.startswith("field-")
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_an_image_that_wants_to_be_turned_is_shown_and_mapped_as_it_is_stored(page, address, orientation):
+    """So that the mask, what the pointer says and the clicks lie on it; the server's pixels are the file's."""
+    picture_HWC = np.zeros((60, 120, 3), np.uint8)
+    picture_HWC[:, :60], picture_HWC[:, 60:] = (220, 30, 30), (30, 30, 220)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = encoded(picture_HWC, "JPEG", quality=95, exif=exif)
+    page.goto(address)
+    playwright.expect(page.locator("#model option")).to_have_count(4)
+    page.set_input_files("#file", {"name": "turned.jpg", "mimeType": "image/jpeg", "buffer": data})
+    page.wait_for_selector("#shown:not([hidden])")
+    assert page.evaluate("[mask.width, mask.height]") == [120, 60]
+    page.click("#go")
+    page.wait_for_selector("#result:not([hidden])")
+    page.fill("#opacity", "0")
+    box = page.locator("#view").bounding_box()
+    assert box["width"] == pytest.approx(2 * box["height"], abs=1)
+    page.hover("#view", position={"x": box["width"] * 108.5 / 120, "y": box["height"] * 6.5 / 60})
+    assert "at column 108, row 6" in page.inner_text("#said")
+    shown_HWC = np.asarray(Image.open(io.BytesIO(page.locator("#view").screenshot())).convert("RGB"), int)
+    height, width = shown_HWC.shape[:2]
+    red, blue = (shown_HWC[height // 2, int(width * share)] for share in (0.2, 0.8))
+    assert red[0] > 180 > 80 > red[2]
+    assert blue[2] > 180 > 80 > blue[0]
 
 
 def test_errors_are_told_in_words(mapped):

@@ -69,8 +69,10 @@ async function take(file) {
     } catch {
       throw new Problem(0, "This file cannot be shown as an image; choose a PNG, a JPEG or a GeoTIFF.");
     }
-    for (const id of ["mask", "marks"]) Object.assign(element(id), { width: image.naturalWidth, height: image.naturalHeight });
-    state.cross = [image.naturalWidth / 2, image.naturalHeight / 2];
+    element("shown").hidden = false;
+    const [width, height] = stored(image);
+    for (const id of ["mask", "marks"]) Object.assign(element(id), { width, height });
+    state.cross = [width / 2, height / 2];
   });
   if (!good) state.file = null;
   element("none").hidden = good;
@@ -143,10 +145,18 @@ function things(found) {
 
 // -- the image ---------------------------------------------------------------------------------------------------------
 
+// Width and height as the file stores its pixels, which is how the style shows them and how the server counts them;
+// the natural ones are those of the image turned as its EXIF orientation says.
+function stored(image) {
+  const box = image.getBoundingClientRect();
+  const turned = box.width > box.height !== image.naturalWidth > image.naturalHeight;
+  return turned ? [image.naturalHeight, image.naturalWidth] : [image.naturalWidth, image.naturalHeight];
+}
+
 function place(event) {
   const box = element("image").getBoundingClientRect();
-  const image = element("image");
-  return [((event.clientX - box.left) / box.width) * image.naturalWidth, ((event.clientY - box.top) / box.height) * image.naturalHeight];
+  const { width, height } = element("marks");
+  return [((event.clientX - box.left) / box.width) * width, ((event.clientY - box.top) / box.height) * height];
 }
 
 function read([x, y]) {
@@ -207,11 +217,12 @@ function draw(cross = false) {
 }
 
 function key(event) {
-  const step = Math.max(1, Math.round(element("image").naturalWidth / (event.shiftKey ? 20 : 160)));
+  const { width, height } = element("marks");
+  const step = Math.max(1, Math.round(width / (event.shiftKey ? 20 : 160)));
   const moves = { ArrowLeft: [-step, 0], ArrowRight: [step, 0], ArrowUp: [0, -step], ArrowDown: [0, step] };
   const prompts = model()?.kind === "prompt";
   if (event.key in moves) {
-    const limits = [element("image").naturalWidth - 1, element("image").naturalHeight - 1];
+    const limits = [width - 1, height - 1];
     state.cross = state.cross.map((part, at) => Math.min(limits[at], Math.max(0, part + moves[event.key][at])));
     draw(true);
     read(state.cross);
