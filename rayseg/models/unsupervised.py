@@ -53,6 +53,7 @@ def segment(
     image_HWC: NDArray[Any],
     superpixels_HW: NDArray[np.integer] | None = None,
     *,
+    valid_HW: NDArray[np.bool_] | None = None,
     network: str | Recipe = "v1",
     iterations: int = 64,
     min_labels: int = 4,
@@ -66,6 +67,8 @@ def segment(
         image_HWC: any number of bands in any order; integers are divided by the largest value of their type
             (uint8: x/255), floats are taken as they are.
         superpixels_HW: superpixel of every pixel, 0 or more; needed by networks that vote.
+        valid_HW: where there is data, by default everywhere; other pixels should be `filled`: the network sees them,
+            but they have no vote, no target and count for no label.
         network: a name in `RECIPES`, or a recipe.
         iterations: most training steps, one on the whole image each.
         min_labels: training ends after the first step with fewer labels than this.
@@ -75,7 +78,7 @@ def segment(
             it is several times slower); labels differ from `float32`.
 
     Returns:
-        Labels (H, W) uint8, 0..k-1 without gaps, in the order of the network's channels.
+        Labels (H, W) uint8, 0..k-1 without gaps, in the order of the network's channels; 0 where not valid.
 
     Raises:
         ConfigError: unknown network or precision, or no iteration.
@@ -84,17 +87,22 @@ def segment(
     recipe = _recipe(network, iterations, precision)
     image = as_input(image_HWC, device)
     segments = _segments(superpixels_HW, image, votes=recipe.votes)
+    seen = None if valid_HW is None or valid_HW.all() else torch.from_numpy(np.flatnonzero(valid_HW)).to(image.device)
+    known = slice(None) if seen is None else seen
     model = initial(recipe, bands=image.shape[1], seed=seed).to(image.device)
+    steps = train(model, image, segments, recipe=recipe, iterations=iterations, precision=precision, seen=seen)
     with quick_and_reproducible(image.device, precision):
         labels = torch.empty(0)
-        for labels, _ in train(model, image, segments, recipe=recipe, iterations=iterations, precision=precision):
-            if int(torch.bincount(labels, minlength=recipe.classes).count_nonzero()) < min_labels:
+        for labels, _ in steps:
+            if int(torch.bincount(labels[known], minlength=recipe.classes).count_nonzero()) < min_labels:
                 break
         if recipe.last_pass:
             with torch.no_grad():
-                labels = _forward(model, image, precision).argmax(1)
-    _, gapless = torch.unique(labels, return_inverse=True)
-    labels_HW: NDArray[np.uint8] = gapless.view(image.shape[2:]).to(torch.uint8).cpu().numpy()
+                labels = _forward(model, image, precision).argmax(1).flatten()
+    _, gapless = torch.unique(labels[known], return_inverse=True)
+    labels_N = torch.zeros_like(labels, dtype=torch.uint8)
+    labels_N[known] = gapless.to(torch.uint8)
+    labels_HW: NDArray[np.uint8] = labels_N.view(image.shape[2:]).cpu().numpy()
     return labels_HW
 
 
@@ -106,6 +114,7 @@ def train(
     recipe: Recipe,
     iterations: int,
     precision: Precision = "float32",
+    seen: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Train on one image, yielding after every step.
 
@@ -116,14 +125,15 @@ def train(
         recipe: how to train.
         iterations: number of steps.
         precision: of the network's arithmetic.
+        seen: as `step` takes it.
 
     Yields:
-        (targets (H * W,) int64, the labels this step was trained towards; loss before the step, a scalar).
+        What `step` returns.
     """
     optimizer = recipe.optimizer(model.parameters())
     model.train()
     for _ in range(iterations):
-        yield step(model, optimizer, image_1CHW, segments, recipe=recipe, precision=precision)
+        yield step(model, optimizer, image_1CHW, segments, recipe=recipe, precision=precision, seen=seen)
 
 
 def step(
@@ -146,7 +156,8 @@ def step(
         segments: superpixel of every pixel (H * W,) int64, 0 or more; None without a vote.
         recipe: how to train.
         precision: of the network's arithmetic.
-        seen: positions of the pixels that have data; None for all. Others have no vote and cost nothing.
+        seen: positions of the pixels that have data; None for all. Others have no vote and no target; a continuity
+            term counts everywhere.
         teacher: network whose labels are voted on instead of the model's own.
 
     Returns:

@@ -23,6 +23,7 @@ from rayseg.serve.answers import GEOJSON, JSON, NODATA, PNG
 from rayseg.serve.uploads import Image
 from rayseg.vision import masks
 from rayseg.vision.color import label_table
+from rayseg.vision.fill import filled
 from rayseg.vision.instances import painted
 from rayseg.vision.superpixels import halved
 
@@ -64,8 +65,10 @@ def found(model: SamProposer, image: Image, asked: dict[str, Any]) -> list[dict[
 def labels(image: Image, asked: dict[str, Any]) -> np.ndarray:
     """Labels (height, width) uint8 of an image by a network trained on it, 255 where not valid.
 
+    What is not valid is filled with the mirror image of what is, has no vote and no target, as in `superpixel`.
+
     Raises:
-        DataError: the image is too small for the network's layers.
+        DataError: the image is too small for the network's layers, or nothing of it is valid.
         TooLarge: training on so many pixels would take more memory than a server should.
     """
     height, width = image.valid_HW.shape
@@ -77,10 +80,11 @@ def labels(image: Image, asked: dict[str, Any]) -> np.ndarray:
         raise TooLarge(
             f"the image has {width} x {height} px, labels are made of {_MOST_TRAINED:,} at most; send a part"
         )
-    beyond = ((0, -height % _MULTIPLE), (0, -width % _MULTIPLE), (0, 0))
-    image_HWC = np.pad(image.image_CHW.transpose(1, 2, 0), beyond, mode="symmetric")
+    beyond = ((0, -height % _MULTIPLE), (0, -width % _MULTIPLE))
+    valid_HW = np.pad(image.valid_HW, beyond)
+    image_HWC = filled(np.pad(image.image_CHW.transpose(1, 2, 0), (*beyond, (0, 0))), valid_HW)
     superpixels_HW = None if asked["network"] == "v2" else halved(image_HWC)
-    labels_HW = segment(image_HWC, superpixels_HW, **asked)[:height, :width]
+    labels_HW = segment(image_HWC, superpixels_HW, valid_HW=valid_HW, **asked)[:height, :width]
     return np.where(image.valid_HW, labels_HW, NODATA).astype(np.uint8)
 
 

@@ -49,6 +49,20 @@ def test_v1_gives_one_label_to_a_superpixel_and_different_ones_to_different_fiel
     assert len({int(np.bincount(labels[:, c].ravel()).argmax()) for c in (4, 20, 36)}) > 1
 
 
+@pytest.mark.parametrize("network", ["v1", "v2"])
+def test_pixels_without_data_have_no_vote_and_count_for_no_label(scene, network):
+    image, superpixels = scene
+    valid = np.ones(image.shape[:2], bool)
+    valid[:, 18:] = False
+    labels = segment(image, superpixels, valid_HW=valid, network=network, iterations=3)
+    assert set(np.unique(labels[valid])) == set(range(labels.max() + 1))
+    assert (labels[~valid] == 0).all()
+    others = np.where(valid, superpixels, superpixels % 7)
+    np.testing.assert_array_equal(segment(image, others, valid_HW=valid, network=network, iterations=3), labels)
+    everywhere = segment(image, superpixels, valid_HW=np.ones_like(valid), network=network, iterations=3)
+    np.testing.assert_array_equal(everywhere, segment(image, superpixels, network=network, iterations=3))
+
+
 def test_v2_needs_no_superpixels_and_smooths(scene):
     labels = segment(scene[0], network="v2", iterations=3)
     rough = segment(scene[0], network=dataclasses.replace(RECIPES["v2"], continuity=0.0), iterations=3)

@@ -9,7 +9,10 @@ from PIL import Image
 from tiny_server import client, encoded, form, sam_picture, untrained_sam
 
 from rayseg.models import bundle
+from rayseg.models.unsupervised import segment
 from rayseg.vision import masks
+from rayseg.vision.fill import filled
+from rayseg.vision.superpixels import halved
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +98,34 @@ def test_images_of_any_sides_are_labelled_and_tiny_ones_refused(asked, network):
     tiny = asked.post("/v1/unsupervised", data=fields, **form(encoded(sam_picture()[:1, :1])))
     assert tiny.status_code == 422
     assert "16 on each side" in tiny.json()["detail"]
+
+
+@pytest.mark.parametrize("network", ["v1", "v2", "deepnet"])
+def test_labels_do_not_depend_on_what_has_no_data(asked, network):
+    """They are those that training gives which leaves it out, over the mirror image of what there is."""
+    fields = {"network": network, "iterations": "4", "min_labels": "2"}
+    picture_HWC = sam_picture()[:64, :80]
+    valid_HW = np.zeros((64, 160), bool)
+    valid_HW[:, :80] = True
+    image_HWA = np.dstack([np.pad(picture_HWC, ((0, 0), (0, 80), (0, 0))), valid_HW * np.uint8(255)])
+    said = asked.post("/v1/unsupervised", data=fields, **form(encoded(image_HWA)))
+    assert said.status_code == 200, said.text
+    assert all(row["pixels"] for row in said.json()["classes"])
+    assert sum(row["pixels"] for row in said.json()["classes"]) == valid_HW.sum()
+    mask = asked.post("/v1/unsupervised", data=fields, headers={"Accept": "image/png"}, **form(encoded(image_HWA)))
+    labels_HW = np.array(Image.open(io.BytesIO(mask.content)))
+    assert (labels_HW[~valid_HW] == 255).all()
+    whole_HWC = filled(image_HWA[..., :3], valid_HW)
+    superpixels_HW = None if network == "v2" else halved(whole_HWC)
+    expected_HW = segment(whole_HWC, superpixels_HW, valid_HW=valid_HW, network=network, iterations=4, min_labels=2)
+    np.testing.assert_array_equal(labels_HW[valid_HW], expected_HW[valid_HW])
+
+
+def test_labels_of_an_image_without_any_data_are_refused(asked):
+    empty = encoded(np.zeros((40, 40, 4), np.uint8))
+    found = asked.post("/v1/unsupervised", **form(empty))
+    assert found.status_code == 422
+    assert "no valid pixel" in found.json()["detail"]
 
 
 def test_labels_of_an_image_that_is_too_large_to_train_on_are_refused(asked):
