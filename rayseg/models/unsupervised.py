@@ -53,7 +53,6 @@ def segment(
     image_HWC: NDArray[Any],
     superpixels_HW: NDArray[np.integer] | None = None,
     *,
-    valid_HW: NDArray[np.bool_] | None = None,
     network: str | Recipe = "v1",
     iterations: int = 64,
     min_labels: int = 4,
@@ -66,9 +65,8 @@ def segment(
     Args:
         image_HWC: any number of bands in any order; integers are divided by the largest value of their type
             (uint8: x/255), floats are taken as they are.
-        superpixels_HW: superpixel of every pixel, 0 or more; needed by networks that vote.
-        valid_HW: where there is data, by default everywhere; other pixels should be `filled`: the network sees them,
-            but they have no vote, no target and count for no label.
+        superpixels_HW: superpixel of every pixel, 0 or more; needed by networks that vote. -1 is no data: the network
+            sees what the image is `filled` with, but it has no vote, no target and counts for no label.
         network: a name in `RECIPES`, or a recipe.
         iterations: most training steps, one on the whole image each.
         min_labels: training ends after the first step with fewer labels than this.
@@ -78,7 +76,7 @@ def segment(
             it is several times slower); labels differ from `float32`.
 
     Returns:
-        Labels (H, W) uint8, 0..k-1 without gaps, in the order of the network's channels; 0 where not valid.
+        Labels (H, W) uint8, 0..k-1 without gaps, in the order of the network's channels; 0 where no data.
 
     Raises:
         ConfigError: unknown network or precision, or no iteration.
@@ -87,7 +85,7 @@ def segment(
     recipe = _recipe(network, iterations, precision)
     image = as_input(image_HWC, device)
     segments = _segments(superpixels_HW, image, votes=recipe.votes)
-    seen = None if valid_HW is None or valid_HW.all() else torch.from_numpy(np.flatnonzero(valid_HW)).to(image.device)
+    seen = None if segments is None or bool((segments >= 0).all()) else (segments >= 0).nonzero()[:, 0]
     known = slice(None) if seen is None else seen
     model = initial(recipe, bands=image.shape[1], seed=seed).to(image.device)
     steps = train(model, image, segments, recipe=recipe, iterations=iterations, precision=precision, seen=seen)
@@ -327,12 +325,12 @@ def _recipe(network: str | Recipe, iterations: int, precision: str) -> Recipe:
 
 
 def _segments(superpixels_HW: NDArray[np.integer] | None, image_1CHW: Tensor, *, votes: bool) -> Tensor | None:
-    """Superpixels as (H * W,) int64 on the image's device; None when the network does not vote."""
-    if not votes:
+    """Superpixels as (H * W,) int64 on the image's device; None when there are none, and none are needed."""
+    if superpixels_HW is None and not votes:
         return None
     size = tuple(image_1CHW.shape[2:])
-    if superpixels_HW is None or superpixels_HW.shape != size or superpixels_HW.min() < 0:
-        found = "none" if superpixels_HW is None else f"{superpixels_HW.shape} from {superpixels_HW.min()}"
+    if superpixels_HW is None or superpixels_HW.shape != size or superpixels_HW.max() < 0:
+        found = "none" if superpixels_HW is None else f"{superpixels_HW.shape} up to {superpixels_HW.max()}"
         raise DataError(f"this network votes in superpixels of shape {size} from 0, found {found}: make them first")
     return torch.from_numpy(superpixels_HW.astype(np.int64).ravel()).to(image_1CHW.device)
 

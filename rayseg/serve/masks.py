@@ -83,8 +83,8 @@ def labels(image: Image, asked: dict[str, Any]) -> np.ndarray:
     beyond = ((0, -height % _MULTIPLE), (0, -width % _MULTIPLE))
     valid_HW = np.pad(image.valid_HW, beyond)
     image_HWC = filled(np.pad(image.image_CHW.transpose(1, 2, 0), (*beyond, (0, 0))), valid_HW)
-    superpixels_HW = None if asked["network"] == "v2" else halved(image_HWC)
-    labels_HW = segment(image_HWC, superpixels_HW, valid_HW=valid_HW, **asked)[:height, :width]
+    superpixels_HW = np.where(valid_HW, 0 if asked["network"] == "v2" else halved(image_HWC), -1)
+    labels_HW = segment(image_HWC, superpixels_HW, **asked)[:height, :width]
     return np.where(image.valid_HW, labels_HW, NODATA).astype(np.uint8)
 
 
