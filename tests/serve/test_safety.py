@@ -14,8 +14,10 @@ import rasterio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
+from ray.serve._private.http_util import RequestIdMiddleware
 from small_world import segmenter
-from tiny_server import client, encoded, form, image_HWC
+from starlette.testclient import TestClient
+from tiny_server import client, encoded, form, image_HWC, served
 
 from rayseg.errors import ConfigError, DataError
 from rayseg.serve import door, questions
@@ -396,8 +398,34 @@ def test_every_request_is_a_line_with_its_id(asked, caplog):
     assert found.headers["x-request-id"] == "mine-1"
     line = json.loads(door.JsonLines().format(caplog.records[-1]))
     assert (line["event"], line["path"], line["status"]) == ("request", "/v1/models", 200)
-    odd = asked.get("/v1/models", headers={"X-Request-ID": "a b\tc"}).headers["x-request-id"]
-    assert len(odd) == 32
+    assert len(asked.get("/v1/models").headers["x-request-id"]) == 32
+
+
+@pytest.fixture
+def lines():
+    """() -> what was written down meanwhile."""
+    sink = io.StringIO()
+    handler = logging.StreamHandler(sink)
+    handler.setFormatter(door.JsonLines())
+    logging.getLogger("rayseg.serve").addHandler(handler)
+    logging.getLogger("rayseg.serve").setLevel(logging.INFO)
+    yield lambda: [json.loads(line) for line in sink.getvalue().splitlines()]
+    logging.getLogger("rayseg.serve").removeHandler(handler)
+
+
+@pytest.mark.parametrize("under_serve", [False, True])
+@pytest.mark.parametrize("name", ["a b", "a\tb", "x" * 129])
+def test_an_id_that_is_none_is_refused_and_everything_agrees_on_it(name, under_serve, lines):
+    """Serve's own middleware returns the client's id whatever it is."""
+    app = served()
+    app.names_requests = not under_serve
+    asked = TestClient(RequestIdMiddleware(app) if under_serve else app, raise_server_exceptions=False)
+    found = asked.get("/v1/models", headers={"X-Request-ID": name})
+    assert "X-Request-ID is no name" in problem(found, 400)
+    assert found.json()["request_id"] == name
+    assert found.headers.get_list("x-request-id") == [name]
+    [line] = lines()
+    assert (line["request_id"], line["status"]) == (name, 400)
 
 
 def test_what_was_not_foreseen_is_told_without_a_trace(asked, monkeypatch, caplog):
