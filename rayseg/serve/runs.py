@@ -33,7 +33,7 @@ _MOST_TROUBLES = 500
 _TILE: dict[int | str, dict[str, Any]] = {
     200: {"content": {"image/png": {}}},
     204: {"description": "Nothing is there."},
-    **problems_of(404, 422),
+    **problems_of(404, 422, 503),
 }
 Name = Annotated[str, Path(max_length=200)]
 Zoom = Annotated[int, Path(ge=0, le=24)]
@@ -232,12 +232,12 @@ def router(config: ServeConfig) -> APIRouter:
             raise Refused(404, f"there is no run {name!r}; those shown are: {', '.join(list(there)[:10]) or 'none'}")
         return there[name]
 
-    @routes.get("/v1/runs")
+    @routes.get("/v1/runs", responses=problems_of(503))
     async def runs() -> dict[str, list[dict[str, Any]]]:
         """The runs that can be looked at."""
         return {"runs": await asyncio.to_thread(lambda: [*_listed(known())])}
 
-    @routes.get("/v1/runs/{name}", responses=problems_of(404))
+    @routes.get("/v1/runs/{name}", responses=problems_of(404, 503))
     async def one(name: Name) -> dict[str, Any]:
         """A run: classes and what they cover, ledger, what failed and where."""
         root = await looked_up(name)

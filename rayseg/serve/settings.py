@@ -29,7 +29,7 @@ class ServeConfig(Config):
     max_bytes: Annotated[int, Field(gt=0)] = 67_108_864
     """Most bytes of a request."""
     queue: Annotated[int, Field(gt=0)] = 32
-    """Requests that are worked on or wait, in each replica of the API; more are answered 503 at once."""
+    """Requests below /v1 that are worked on or wait, in each replica of the API; more are answered 503 at once."""
     batch: Annotated[int, Field(gt=0)] = 8
     """Most patches predicted at once, of all requests for one model together."""
     exact: bool = True

@@ -176,6 +176,21 @@ def test_a_run_is_shown_on_a_map_that_can_be_moved(page, address):
     playwright.expect(page.locator(".leaflet-map-pane")).not_to_have_attribute("style", before)
 
 
+def test_tiles_that_a_busy_server_refused_are_asked_for_again(page, address):
+    refused = set()
+
+    def once_busy(route):
+        if route.request.url in refused:
+            return route.continue_()
+        refused.add(route.request.url)
+        return route.fulfill(status=503, headers={"Retry-After": "1"}, json={"detail": "busy"})
+
+    page.route("**/tiles/**", once_busy)
+    page.goto(f"{address}/runs/map")
+    playwright.expect(page.locator("#map img.leaflet-tile-loaded[src^=blob]").first).to_be_visible(timeout=20_000)
+    assert refused
+
+
 def test_things_are_clicked_on_and_points_taken_back(page, address):
     page.goto(address)
     page.select_option("#model", label="sam-vit-b: click on things")

@@ -1,9 +1,11 @@
 """Runs over HTTP: what they say, and their map as tiles."""
 
+import asyncio
 import io
 import signal
 import subprocess
 import sys
+import time
 
 import httpx
 import mercantile
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from fake_run import GPC, NODATA, UTM, blobs, make, picture
 from PIL import Image
-from tiny_server import client, free_port
+from tiny_server import client, free_port, served
 
 from rayseg.geo import Grid
 from rayseg.io import mapview
@@ -98,6 +100,23 @@ def test_imagery_is_shown_where_a_tile_failed_too(asked, root):
     assert asked.get(path).status_code == 204
     assert (image_of(asked.get(f"{path}?layer=imagery"))[..., 3] == 255).all()
     assert asked.get("/v1/runs/broken").json()["bounds"] == asked.get("/v1/runs/map").json()["bounds"]
+
+
+def test_more_tiles_than_the_queue_holds_are_refused_at_once(root, monkeypatch):
+    """Threads draw few tiles at a time; the others would wait, however many there are."""
+    monkeypatch.setattr(runs, "tile_png", lambda *_, **__: time.sleep(0.3))
+    app = served(runs=(str(root / "earth/map"),), queue=3)
+
+    async def together():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://testserver") as asked:
+            return await asyncio.gather(*[asked.get(f"/v1/runs/map/tiles/9/{x}/0.png") for x in range(20)])
+
+    found = asyncio.run(together())
+    assert sorted(one.status_code for one in found) == [204] * 3 + [503] * 17
+    refused = [one for one in found if one.status_code == 503]
+    assert all(int(one.headers["retry-after"]) >= 1 for one in refused)
+    assert all("3 requests are being worked on" in one.json()["detail"] for one in refused)
+    assert app.busy == 0
 
 
 def test_a_tile_beside_the_map_holds_nothing(asked):

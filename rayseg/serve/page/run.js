@@ -7,13 +7,24 @@ const shown = { map: null, layers: null, run: null };
 
 const NOTHING = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7";
 
+// A server that has too much to do says so at once; most maps want many tiles together.
+async function patiently(path, tries = 8) {
+  try {
+    return await ask(path);
+  } catch (error) {
+    if (error.status !== 503 || !tries) throw error;
+    await new Promise((done) => { setTimeout(done, 1000 * (1 + Math.random())); });
+    return patiently(path, tries - 1);
+  }
+}
+
 // Tiles are fetched, for a token can only be sent that way.
 const Tiles = L.GridLayer.extend({
   createTile(coords, done) {
     const image = node("img", "", { alt: "", role: "presentation" });
     const { z, x, y } = coords;
     const query = new URLSearchParams({ layer: this.options.layer, ...(this.options.image && { image: this.options.image }) });
-    ask(`${base}/tiles/${z}/${x}/${y}.png?${query}`)
+    patiently(`${base}/tiles/${z}/${x}/${y}.png?${query}`)
       .then(async (answer) => {
         image.onload = () => { URL.revokeObjectURL(image.src); done(null, image); };
         image.src = answer.status === 204 ? NOTHING : URL.createObjectURL(await answer.blob());
