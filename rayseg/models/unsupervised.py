@@ -65,8 +65,7 @@ def segment(
     Args:
         image_HWC: any number of bands in any order; integers are divided by the largest value of their type
             (uint8: x/255), floats are taken as they are.
-        superpixels_HW: superpixel of every pixel, 0 or more; needed by networks that vote. -1 is no data: the network
-            sees what the image is `filled` with, but it has no vote, no target and counts for no label.
+        superpixels_HW: superpixel of every pixel, needed to vote; -1 is no data, which has no vote, target or label.
         network: a name in `RECIPES`, or a recipe.
         iterations: most training steps, one on the whole image each.
         min_labels: training ends after the first step with fewer labels than this.
@@ -85,22 +84,18 @@ def segment(
     recipe = _recipe(network, iterations, precision)
     image = as_input(image_HWC, device)
     segments = _segments(superpixels_HW, image, votes=recipe.votes)
-    seen = None if segments is None or bool((segments >= 0).all()) else (segments >= 0).nonzero()[:, 0]
-    known = slice(None) if seen is None else seen
     model = initial(recipe, bands=image.shape[1], seed=seed).to(image.device)
-    steps = train(model, image, segments, recipe=recipe, iterations=iterations, precision=precision, seen=seen)
     with quick_and_reproducible(image.device, precision):
         labels = torch.empty(0)
-        for labels, _ in steps:
-            if int(torch.bincount(labels[known], minlength=recipe.classes).count_nonzero()) < min_labels:
+        for labels, _ in train(model, image, segments, recipe=recipe, iterations=iterations, precision=precision):
+            if int(torch.bincount(labels[labels >= 0], minlength=recipe.classes).count_nonzero()) < min_labels:
                 break
         if recipe.last_pass:
             with torch.no_grad():
-                labels = _forward(model, image, precision).argmax(1).flatten()
-    _, gapless = torch.unique(labels[known], return_inverse=True)
-    labels_N = torch.zeros_like(labels, dtype=torch.uint8)
-    labels_N[known] = gapless.to(torch.uint8)
-    labels_HW: NDArray[np.uint8] = labels_N.view(image.shape[2:]).cpu().numpy()
+                labels = labels.where(labels < 0, _forward(model, image, precision).argmax(1).flatten())
+    known = labels >= 0
+    labels[known] = torch.unique(labels[known], return_inverse=True)[1]
+    labels_HW: NDArray[np.uint8] = labels.clamp(min=0).view(image.shape[2:]).to(torch.uint8).cpu().numpy()
     return labels_HW
 
 
@@ -112,24 +107,23 @@ def train(
     recipe: Recipe,
     iterations: int,
     precision: Precision = "float32",
-    seen: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Train on one image, yielding after every step.
 
     Args:
         model: network of the recipe, on the image's device; trained in place.
         image_1CHW: float32 image.
-        segments: superpixel of every pixel (H * W,) int64, 0 or more; None without a vote.
+        segments: superpixel of every pixel (H * W,) int64, 0 or more, -1 where there is no data; None without a vote.
         recipe: how to train.
         iterations: number of steps.
         precision: of the network's arithmetic.
-        seen: as `step` takes it.
 
     Yields:
         What `step` returns.
     """
     optimizer = recipe.optimizer(model.parameters())
     model.train()
+    seen = None if segments is None or bool((segments >= 0).all()) else (segments >= 0).nonzero()[:, 0]
     for _ in range(iterations):
         yield step(model, optimizer, image_1CHW, segments, recipe=recipe, precision=precision, seen=seen)
 
@@ -154,8 +148,7 @@ def step(
         segments: superpixel of every pixel (H * W,) int64, 0 or more; None without a vote.
         recipe: how to train.
         precision: of the network's arithmetic.
-        seen: positions of the pixels that have data; None for all. Others have no vote and no target; a continuity
-            term counts everywhere.
+        seen: positions of the pixels that have data; None for all. Others have no vote; only continuity counts them.
         teacher: network whose labels are voted on instead of the model's own.
 
     Returns:
