@@ -80,8 +80,9 @@ def _holds_zip(data: bytes) -> bool:
 
     The record's four letters alone are in the noise of one image in 65,000.
     """
-    ends = _ZIP_END.finditer(data, max(0, len(data) - _ZIP_END_WITHIN))
-    return any(not any(end[1]) or data.find(b"PK\x01\x02", 0, end.start()) >= 0 for end in ends)
+    ends = [*_ZIP_END.finditer(data, max(0, len(data) - _ZIP_END_WITHIN))]
+    directory = data.find(b"PK\x01\x02") if ends else -1
+    return any(not any(end[1]) or 0 <= directory < end.start() for end in ends)
 
 
 def _walk_png(data: bytes, max_pixels: int) -> None:
