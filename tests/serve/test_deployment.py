@@ -67,6 +67,16 @@ def test_an_error_of_the_contract_is_the_same_problem(server):
     assert httpx.get(f"{address}/nothing").headers["content-type"] == "application/problem+json"
 
 
+def test_headers_that_mean_nothing_are_told_so_under_one_id(server, models):
+    _, address = server
+    for headers in ({"Host": "["}, {"Origin": "http://["}, {"X-Request-ID": "a b"}):
+        found = httpx.get(f"{address}/v1/models", headers=headers)
+        assert (found.status_code, found.headers["x-frame-options"]) == (400, "DENY"), found.text
+        [name] = found.headers.get_list("x-request-id")
+        assert found.json()["request_id"] == name
+        assert f'"request_id": "{name}"' in (models / "log").read_text()
+
+
 def test_more_than_the_queue_holds_is_refused_at_once_and_the_rest_is_answered(server):
     _, address = server
     big = image_HWC(600, 600)
