@@ -17,7 +17,7 @@ from measure import show
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from rayseg import demo, flow
+from rayseg import cluster, demo
 from rayseg.io import scenes, tables
 from rayseg.train import feed
 from rayseg.train.augment import Augment
@@ -109,7 +109,7 @@ def main() -> None:
     ways = [("COG windows by threads", False)] + ([] if asked.no_ray else [("COG windows by Ray Data", True)])
     for name, on_ray in ways:
         if on_ray:
-            flow.connect(None)
+            cluster.connect(None)
         found = rate(fed(epochs, read, size=asked.size, on_ray=on_ray, threads=asked.processes), skip=skip)
         rows.append((name, asked.processes, f"{found:.1f}", f"{found / plain:.2f}"))
     show(f"{asked.size} px, batches of {asked.batch}", ("feed", "processes or threads", "samples/s", "ratio"), rows)

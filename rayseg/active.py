@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from rayseg import flow, pool
+from rayseg import cluster, flow, pool
 from rayseg.config import Config
 from rayseg.errors import RunIncomplete
 from rayseg.flow import Work
@@ -301,7 +301,7 @@ def _learnt(
         prefix=step.prefix / "training",
         scaling=common.scaling,
         workers=common.workers,
-        use_gpu=flow.connect_training(step.engine.address, workers=common.workers),
+        use_gpu=cluster.connect_training(step.engine.address, workers=common.workers),
     )
     prefix = str(step.prefix / "classifier")
     model = trained_classifier(settings, step.prefix / "training", classes=len(classes))

@@ -8,43 +8,36 @@ not come back from it, settles that row alone as failed; without room for result
 same guarded stages (`guard`) on the same batches, so they give the same bytes.
 """
 
-import atexit
 import contextlib
-import logging
 import multiprocessing
-import os
 import pickle
 import signal
-import socket
-import subprocess
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from rayseg.config import quiet_ray, ray_address
-from rayseg.errors import ConfigError, Stalled
+from rayseg import cluster
+from rayseg.config import ray_address
+from rayseg.errors import Stalled
 from rayseg.guard import STOPPED, Guarded, Row, Rows, Work, ahead
 from rayseg.ledger import SETTLED, Account, Fate, Ledger, Record
 from rayseg.manifest import PART, Manifest
 from rayseg.placement import Size, handing_out, sizes_now
 from rayseg.run import Engine
-from rayseg.store import access, put, upath
+from rayseg.store import put, upath
 
 if TYPE_CHECKING:  # Ray takes a second to import; the inline engine does without
     import ray.data
 
-__all__ = ["Row", "Work", "connect", "connect_training", "expect_reachable", "run"]
+__all__ = ["Row", "Work", "run"]
 
-_SHELLS: list["subprocess.Popen[bytes]"] = []
 MOST_HUNG = 3
 """Rows in succession that may hang before the run ends: what they all need does not answer."""
 
@@ -107,7 +100,7 @@ def _run_part(
 ) -> None:
     made = _inline(rows, guarded)
     if engine.kind == "ray":
-        connect(engine.address)  # here: Ray's processes end with the thread that started them
+        cluster.connect(engine.address)  # here: Ray's processes end with the thread that started them
         shared = ray_address(engine.address) != "local"
         made = _on_ray(rows, guarded, sizes_now([guard.work for guard in guarded], shared=shared, patience=patience))
     coming = ahead(made, patience)
@@ -315,75 +308,6 @@ def _through(row: Row, guarded: list[Guarded]) -> Row:
     for guard in guarded:
         rows = guard(rows)
     return rows[0]
-
-
-def expect_reachable(address: str | None) -> None:
-    """Refuse an address at which nothing answers, as Ray itself would after a minute and a half.
-
-    Raises:
-        ConfigError: there is no host and port in it, or nobody answers there within five seconds.
-    """
-    if (chosen := ray_address(address)) in {"local", "auto"}:
-        return
-    parts = urlsplit(chosen if "://" in chosen else f"ray://{chosen}")
-    try:
-        socket.create_connection((parts.hostname or "", parts.port or 0), timeout=5).close()
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"no Ray cluster answers at {chosen} ({error}), expected the host and port of its head, such as "
-            "10.0.0.1:6379; correct --address or RAY_ADDRESS, or leave both out for a private one"
-        ) from None
-
-
-def connect(address: str | None, *, dashboard: bool = False) -> None:
-    """Join the Ray cluster at `address`, or start a private one on this machine; once per process.
-
-    The address is `address`, else RAY_ADDRESS; without either a stranger's cluster is never joined. With `dashboard`
-    a private one takes jobs, on loopback.
-    """
-    import ray
-
-    if ray.is_initialized():
-        return
-    quiet_ray()
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # blocks lost with a process: their rows come again
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if (chosen := ray_address(address)) != "local":
-        known = {"runtime_env": {"env_vars": access()}} if access() else {}  # where stores are; keys each node has
-        ray.init(address=chosen, **known, **quiet)
-        return
-    _remove_afterwards(folder := tempfile.mkdtemp(prefix="rs-"))
-    # An idle process is soon of use again, and a new one takes seconds to import what the stages need.
-    quiet["_system_config"] = {"idle_worker_killing_time_threshold_ms": 30_000}
-    ray.init(address="local", include_dashboard=dashboard, object_store_memory=2 << 30, _temp_dir=folder, **quiet)
-    atexit.register(ray.shutdown)
-
-
-def _remove_afterwards(folder: str) -> None:
-    """Let a shell remove the folder when this process is gone, however it ends: its end of the pipe closes then.
-
-    Ray's own processes, whose command lines name it, live on for a while, and some begin to write only then.
-    """
-    named = 'printf %s "$FOLDER" | grep -qsFf - /proc/[0-9]*/cmdline'
-    script = f'exec >/dev/null 2>&1; read -r _; while {named}; do sleep 1; done; rm -rf "$FOLDER"'
-    told = os.environ | {"FOLDER": folder}  # no argument: the shell would wait for itself
-    shell = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, start_new_session=True, env=told)
-    _SHELLS.append(shell)
-
-
-def connect_training(address: str | None, *, workers: int) -> bool:
-    """Join Ray as `connect` does if there are workers to train on; return whether training has GPUs.
-
-    They are the cluster's for workers, else this machine's.
-    """
-    if not workers:
-        import torch  # as slow as Ray
-
-        return torch.cuda.is_available()
-    import ray
-
-    connect(address)
-    return bool(ray.cluster_resources().get("GPU"))
 
 
 @contextmanager

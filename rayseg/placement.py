@@ -3,18 +3,18 @@
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from rayseg import cluster
+from rayseg.cluster import Machine
 from rayseg.errors import ConfigError, Stalled
 from rayseg.guard import Work
 
 MOST_CPUS = 4.0
 """CPUs of one copy of a model without need of more."""
 LEAST_CPUS = 0.1
-Machine = Mapping[str, float]
-"""What one machine has: CPU, GPU, ..."""
 LETTING_GO = 2.0
 """Seconds after which what is held of a cluster is held by others, not by the step before."""
 _log = logging.getLogger(__name__)
@@ -45,11 +45,11 @@ def sizes_now(works: Sequence[Work], *, shared: bool, patience: float) -> list[S
         Stalled: the cluster cannot, and did not grow.
     """
     if not shared:
-        return sizes(works, _machines())
+        return sizes(works, cluster.machines())
     began, told = time.monotonic(), False
     try:
         while True:
-            whole, free = _machines(), _free()
+            whole, free = cluster.machines(), cluster.free()
             gpus = any(machine["GPU"] for machine in whole)
             waited = time.monotonic() - began
             if free == whole or waited > LETTING_GO:
@@ -80,26 +80,6 @@ def _ask_for(works: Sequence[Work]) -> None:
 
     needs = [{"CPU": max(work.cpus, LEAST_CPUS)} | ({"GPU": work.gpus} if work.gpus else {}) for work in works]
     request_resources(bundles=needs)
-
-
-def _machines() -> list[Machine]:
-    """Those that are alive, with all that they have."""
-    import ray
-
-    return [_counted(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-
-
-def _free() -> list[Machine]:
-    """Those that are alive, with what nobody holds of them."""
-    import ray
-    from ray._private.state import available_resources_per_node
-
-    free = available_resources_per_node()
-    return [_counted(free.get(node["NodeID"], {})) for node in ray.nodes() if node["Alive"]]
-
-
-def _counted(resources: Machine) -> Machine:
-    return {name: float(resources.get(name, 0.0)) for name in ("CPU", "GPU")}
 
 
 def sizes(works: Sequence[Work], machines: Sequence[Machine], *, gpus: bool | None = None) -> list[Size]:

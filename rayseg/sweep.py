@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-from rayseg import flow, pool, publication, report
+from rayseg import cluster, pool, publication, report
 from rayseg.config import load_values
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError, RunIncomplete
 from rayseg.geo import Region
@@ -166,7 +166,7 @@ def _carried_out(
     import ray
     from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
-    flow.connect(engine.address)
+    cluster.connect(engine.address)
     gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(carry_out)
     chips = ray.put(surveyed)

@@ -364,14 +364,3 @@ def test_one_private_ray_serves_all_flows_of_a_process(tmp_path):
         timeout=240,
     )
     assert done.stdout.splitlines() == ["first 3 planned = 3 done", "second 3 planned = 3 done"], done.stderr[-2000:]
-
-
-def test_training_has_the_gpus_of_the_cluster_for_workers_and_else_those_of_this_machine(monkeypatch):
-    joined = []
-    monkeypatch.setattr(flow, "connect", joined.append)
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "GPU": 2.0})
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert not flow.connect_training("local", workers=0)
-    assert joined == []
-    assert flow.connect_training("local", workers=2)
-    assert joined == ["local"]

@@ -69,7 +69,7 @@ def test_a_crowded_machine_does_not_keep_the_others_from_work():
 
 
 def test_on_a_ray_of_ones_own_what_does_not_fit_is_refused_at_once(monkeypatch):
-    monkeypatch.setattr(placement, "_machines", lambda: [{"CPU": 2.0, "GPU": 0.0}])
+    monkeypatch.setattr(placement.cluster, "machines", lambda: [{"CPU": 2.0, "GPU": 0.0}])
     assert placement.sizes_now(STAGES, shared=False, patience=0.0)[1].cpus == 1.25
     with pytest.raises(ConfigError, match="need 8"):
         placement.sizes_now([Work(list, cpus=4)], shared=False, patience=100.0)

@@ -93,7 +93,7 @@ def test_only_a_process_that_was_lost_is_called_so(monkeypatch, error, said):
     fakes = {"cluster_resources": dict, "remote": lambda **_: lambda _: told, "put": str, "get": fails}
     for name, fake in (fakes | {"wait": lambda tasks, **_: (tasks, [])}).items():
         monkeypatch.setattr(ray, name, fake)
-    monkeypatch.setattr(sweep.flow, "connect", str)
+    monkeypatch.setattr(sweep.cluster, "connect", str)
     trial = Trial(0.1, "random", "s4gan", 0)
     found = sweep._carried_out(Config(), Region("r"), [trial], "out", Engine("ray", "there"), None)
     if said:

@@ -232,11 +232,11 @@ def _run_at(
     retry: bool = False,
 ) -> "Iterator[Run]":
     """An open run; when some of its tiles failed, an error that names them ends the command."""
-    from rayseg import flow
+    from rayseg import cluster
     from rayseg.run import Engine, Run
 
     if engine == "ray":
-        flow.expect_reachable(address)
+        cluster.expect_reachable(address)
     where = Engine(engine, address, retry)
     check = partial(pipeline_of(pipeline).check, config, region)
     with Run.open(out, pipeline=pipeline, config=config, region=region, engine=where, check=check) as run:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rayseg import chips, enlarging, flow, mapping, planning, publication
+from rayseg import chips, cluster, enlarging, mapping, planning, publication
 from rayseg.chips import ChipsConfig
 from rayseg.config import Config as Frozen
 from rayseg.flow import Row, Work
@@ -209,7 +209,7 @@ def fit_plots(step: Step, region: Region, config: Config) -> dict[str, Any]:
         scaling=SCALING,
         held_out=held if len(held) else None,
         workers=config.workers,
-        use_gpu=flow.connect_training(step.engine.address, workers=config.workers),
+        use_gpu=cluster.connect_training(step.engine.address, workers=config.workers),
     )
     model = trained_classifier(config.training, step.prefix, classes=len(LABELS))
     prefix = mapping.keep_model(step, _described(config.training, measures), model)

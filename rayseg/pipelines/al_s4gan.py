@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, model_validator
 
-from rayseg import active, evaluation, flow, mapping, planning, pool, publication, report
+from rayseg import active, cluster, evaluation, mapping, planning, pool, publication, report
 from rayseg.active import ActiveConfig, Common
 from rayseg.config import Config as Frozen
 from rayseg.errors import ConfigError
@@ -122,7 +122,7 @@ def fit(step: Step, listed: Step, chosen: Step, config: Config) -> dict[str, Any
         prefix=step.prefix,
         scaling=config.scaling,
         workers=config.workers,
-        use_gpu=flow.connect_training(step.engine.address, workers=config.workers),
+        use_gpu=cluster.connect_training(step.engine.address, workers=config.workers),
     )
     model: Any = trained_s4gan(settings, step.prefix, classes=len(config.table.classes))
     if config.crf:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from rayseg import chips, evaluation, flow, mapping, planning, publication
+from rayseg import chips, cluster, evaluation, mapping, planning, publication
 from rayseg.chips import ChipsConfig
 from rayseg.config import Config as Frozen
 from rayseg.errors import DataError
@@ -150,7 +150,7 @@ def fit_yes_no(step: Step, listed: Step, config: Config) -> dict[str, Any]:
         scaling=config.scaling,
         held_out=chips.learnable(held, LABELS, size) if held else None,
         workers=config.workers,
-        use_gpu=flow.connect_training(step.engine.address, workers=config.workers),
+        use_gpu=cluster.connect_training(step.engine.address, workers=config.workers),
     )
     model = trained_classifier(settings, step.prefix, classes=len(LABELS))
     described = Bundle(
@@ -265,7 +265,7 @@ def _fit_member(step: Step, member: int, learnt: Chips, config: Config) -> dict[
         prefix=prefix,
         scaling=config.scaling,
         workers=config.workers,
-        use_gpu=flow.connect_training(step.engine.address, workers=config.workers),
+        use_gpu=cluster.connect_training(step.engine.address, workers=config.workers),
     )
 
 

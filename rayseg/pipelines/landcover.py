@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, model_validator
 
-from rayseg import evaluation, flow, mapping, planning, publication
+from rayseg import cluster, evaluation, flow, mapping, planning, publication
 from rayseg.config import Config as Frozen
 from rayseg.errors import ConfigError, DataError
 from rayseg.evaluation import Compared
@@ -181,9 +181,9 @@ def _labelled(listed: Step, part: str, config: Config) -> Labelled:
 def fit(step: Step, listed: Step, config: Config) -> dict[str, Any]:
     """Train the segmenter; models/segmenter is its bundle."""
     training, validation = (_labelled(listed, part, config) for part in PARTS)
-    use_gpu = flow.connect_training(step.engine.address, workers=config.workers)
+    use_gpu = cluster.connect_training(step.engine.address, workers=config.workers)
     if step.engine.kind == "ray":
-        flow.connect(step.engine.address)
+        cluster.connect(step.engine.address)
     measures = fit_supervised(
         config.segmenter,
         training,

@@ -8,7 +8,7 @@ import threading
 import webbrowser
 from collections.abc import Callable
 
-from rayseg import flow
+from rayseg import cluster
 from rayseg.errors import ConfigError
 from rayseg.serve.models import Here, Shelf
 from rayseg.serve.runs import found
@@ -48,7 +48,7 @@ def serve_models(config: ServeConfig, *, host: str, port: int, address: str | No
     _expect_free(host, port)
     for name, value in _RAY.items():
         os.environ.setdefault(name, value)
-    flow.connect(address, dashboard=config.jobs is not None)
+    cluster.connect(address, dashboard=config.jobs is not None)
 
     from ray import serve
     from ray._private.worker import get_dashboard_url  # Ray says it in no other way after it was joined
