@@ -188,6 +188,20 @@ def test_every_network_maps_by_the_same_path(world, tmp_path, network):
     assert {fate.status for fate in records(tmp_path / "run", "predict").values()} == {"done"}
 
 
+@pytest.mark.parametrize("network", ["deepnet", "v2", "kmeans", "isodata"])
+def test_a_scene_with_data_in_one_small_place_is_mapped_there(tmp_path, network):
+    """None of the 32 patches that lie evenly over the scene meets the place."""
+    image_CHW = np.zeros((3, 700, 700), np.uint8)
+    image_CHW[:, 300:330, 410:440] = picture(blobs(30, 30, seed=3), seed=3)
+    more = (f"network.network={network}", *(["network.start=null"] if network == "v2" else []))
+    words = [word for value in more for word in ("--set", value)]
+    found = rayseg(*single(tmp_path, image_CHW, nodata=0), *words)
+    assert found.exit_code == 0, found.output
+    counts = [fate.facts["counts"] for fate in records(tmp_path / "run", "predict").values() if "counts" in fate.facts]
+    assert sum(int(count) for one in counts for count in one.values()) == 900
+    assert len({label for one in counts for label in one}) > 1
+
+
 def test_labels_become_classes_by_a_table(whole, world, tmp_path):
     found = [f"{name},{k},{'field' if k else 'water'}" for name in ("one", "two") for k in labels_of(whole, name)]
     (tmp_path / "table.csv").write_text("\n".join(["scene,label,class", *found]))
