@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import rasterio
 from fake_run import blobs, make, picture
+from PIL import Image
 from small_world import GRID, catalogue, files, rayseg, refused, valid_stac, window_at
 
 from rayseg import planning
@@ -218,6 +219,30 @@ def test_labels_become_classes_by_a_table(whole, world, tmp_path):
     assert "no label 77" in refused(3, "labels", "assign", whole, "--csv", tmp_path / "table.csv")
     (tmp_path / "table.csv").write_text("name\none\n")
     assert "columns label and class" in refused(3, "labels", "assign", whole, "--csv", tmp_path / "table.csv")
+
+
+def test_one_network_over_images_without_georeference_needs_one_row_per_label(tmp_path):
+    (tmp_path / "in").mkdir()
+    for seed, name in enumerate(("a", "b")):
+        Image.fromarray(picture(blobs(90, 90, seed=seed), seed=seed).transpose(1, 2, 0)).save(
+            tmp_path / f"in/{name}.png"
+        )
+    catalogue = labels.ingest_folder(tmp_path / "in", tmp_path / "cat")
+    (tmp_path / "small.yaml").write_text(SMALL)
+    given = ("run", "pipeline", "superpixel", "--region", catalogue, "--config", tmp_path / "small.yaml")
+    for shared in ("true", "false"):
+        out = tmp_path / shared
+        said = rayseg(*given, "--engine", "inline", "--set", f"shared={shared}", "--out", out)
+        assert said.exit_code == 0, said.output
+    rows = [f"{k},{'field' if k else 'water'}" for k in labels_of(tmp_path / "true", "all-scenes")]
+    (tmp_path / "table.csv").write_text("\n".join(["label,class", *rows]))
+    said = rayseg("labels", "assign", tmp_path / "true", "--csv", tmp_path / "table.csv")
+    assert said.exit_code == 0, said.output
+    assert "; 0 px without a class" in said.stdout
+    found = masks.masks_of(f"{tmp_path}/true/assigned/catalog.json#classes")
+    assert {source.item_id.split("_")[0] for source in found} == {"a", "b"}
+    (tmp_path / "table.csv").write_text("label,class\n0,water\n")
+    assert "column scene" in refused(3, "labels", "assign", tmp_path / "false", "--csv", tmp_path / "table.csv")
 
 
 def test_classes_that_have_names_are_not_given_others(tmp_path):
