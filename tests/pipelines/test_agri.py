@@ -7,6 +7,7 @@ from pathlib import Path
 
 import geopandas
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import rasterio
 import shapely
@@ -34,6 +35,7 @@ from rayseg.stages import plots as stages
 from rayseg.stages.ground import ImageConfig
 from rayseg.stages.instances import ProposePlots
 from rayseg.train.classifier import NETWORKS, ClassifierConfig
+from rayseg.vision import masks
 from rayseg.vision.color import ClassTable
 from rayseg.vision.proposals import Proposals, SuperpixelProposer
 from rayseg.vision.rounds import RoundsConfig
@@ -298,6 +300,27 @@ def test_nodata_is_no_plot(tmp_path):
     words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run", "--set", "map.tile=64")
     assert rayseg(*words, *SETTINGS).exit_code == 0
     assert np.array_equal(mosaic(tmp_path / "run", "classes")[0] != 255, valid_HW)
+
+
+def test_coverage_is_of_the_valid_pixels_whatever_patches_see_of_nodata(tmp_path, monkeypatch):
+    """An image that is half without data, slantwise, and covered wholly where it has some: 100 %."""
+    valid_HW = np.add.outer(np.arange(HEIGHT), np.arange(WIDTH)) < 190
+    region = imagery(tmp_path / "in", fields()[0], valid_HW=valid_HW)
+    shown = []
+    monkeypatch.setattr(agri, "coverage_chart", lambda patches: shown.extend(patches) or b"")
+
+    def everything(image_HWC, open_HW):
+        return Proposals((masks.encode(open_HW),), np.ones(1), np.ones(1)) if open_HW.any() else Proposals.none()
+
+    monkeypatch.setattr(ProposePlots, "_propose", staticmethod(everything))
+    words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run", "--set", "map.tile=128")
+    assert rayseg(*words, *SETTINGS).exit_code == 0
+    assert len(shown) > 4
+    assert {shares[-1] for _, shares in shown} == {1.0}
+    tables = [pq.read_table(path).to_pylist() for path in (tmp_path / "run/steps/propose").glob("*.patches.parquet")]
+    windows = [Window(*(one[key] for key in ("col", "row", "width", "height"))) for rows in tables for one in rows]
+    there = [int(valid_HW[window.intersect(window_at(0, 0)).slices(window_at(0, 0))].sum()) for window in windows]
+    assert sorted(pixels for pixels, _ in shown) == sorted(there)
 
 
 @pytest.mark.parametrize("value", [1, 255, 128])
