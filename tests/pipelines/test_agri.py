@@ -21,6 +21,7 @@ from rayseg.errors import ConfigError, DataError
 from rayseg.geo import Grid, Lattice, Region, Tile, Window
 from rayseg.io import cog, labels
 from rayseg.io.maps import mapped_tiles
+from rayseg.io.plots import mask_of as plot_mask
 from rayseg.ledger import Account
 from rayseg.mapping import MapConfig
 from rayseg.models import bundle
@@ -245,6 +246,20 @@ def test_plots_do_not_depend_on_the_tiling(run):
     assert len(list((small / "tiles").iterdir())) > len(list((large / "tiles").iterdir()))
     assert (small / "plots.parquet").read_bytes() == (large / "plots.parquet").read_bytes()
     assert np.array_equal(mosaic(small, "classes"), mosaic(large, "classes"))
+
+
+def test_plots_of_a_georeferenced_region_go_out_per_image_and_come_back(run, region, tmp_path):
+    folder = Path(region).parent.parent
+    found = rayseg("labels", "export", run(256), folder, "--out", tmp_path / "json")
+    assert found.exit_code == 0, found.output
+    shapes = json.loads((tmp_path / "json/scene.json").read_text())["shapes"]
+    mask_HW = np.zeros((HEIGHT, WIDTH), bool)
+    for shape in shapes:  # a hole comes after its outline
+        mask_HW[plot_mask(shapely.Polygon(shape["points"]), Window(0, 0, WIDTH, HEIGHT))] = not shape["flags"]
+    assert np.array_equal(mask_HW, mosaic(run(256), "classes")[0] == 1)
+    found = rayseg("labels", "import", tmp_path / "json", folder, "--out", tmp_path / "crops", "--size", 32)
+    assert found.exit_code == 0, found.output
+    assert f"{len(geopandas.read_parquet(run(256) / 'plots.parquet'))} field, 0 nonfield" in found.stdout
 
 
 def test_the_label_raster_holds_the_numbers_of_the_table(run):
