@@ -75,8 +75,8 @@ def ingest_xyz(
 
 @labels_app.command("export")
 def labels_export(
-    run: Annotated[str, typer.Argument(help="A run of agri over a folder of images, or its plots.parquet.")],
-    images: Annotated[str, typer.Argument(help="The folder of these images.")],
+    run: Annotated[str, typer.Argument(help="A run of agri, or its plots.parquet.")],
+    images: Annotated[str, typer.Argument(help="The folder of the images it was run on.")],
     *,
     out: Out,
 ) -> None:

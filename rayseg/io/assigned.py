@@ -11,6 +11,7 @@ from rayseg.errors import DataError
 from rayseg.geo import NODATA
 from rayseg.io import cog, items, masks
 from rayseg.io.maps import MappedTile, mapped_tiles
+from rayseg.run import read
 from rayseg.store import StorePath, upath
 from rayseg.vision.color import ClassTable, label_table, rgb_of
 
@@ -23,7 +24,8 @@ def assign(run: str, table: str, out: str) -> dict[str, Any]:
 
     Args:
         run: with label maps in `tiles/`.
-        table: CSV file with the columns `label` and `class`, and if labels differ by scene `scene`; `color` (#RRGGBB)
+        table: CSV file with the columns `label` and `class`, and if labels differ by scene (unless the run is `shared`)
+            `scene`; `color` (#RRGGBB)
             may give a class its colour. Labels that are not in it become 255, "not labelled".
         out: where `catalog.json` and its collection `classes` go.
 
@@ -125,7 +127,8 @@ def _expect_known(assigned: Assigned, tiles: list[MappedTile], labels: set[int],
             raise DataError(
                 f"run {run} has no label {label}, its labels are 0 to {max(labels, default=0)}: correct the table"
             )
-    if len(scenes) > 1 and not all(scene for scene, _ in assigned):
+    apart = len(scenes) > 1 and not read(run)["config"]["shared"]
+    if apart and not all(scene for scene, _ in assigned):
         raise DataError(
             f"labels of {run} mean something else in each of its {len(scenes)} scenes, the table has rows without "
             "scene: add the column scene, or map with --set shared=true"

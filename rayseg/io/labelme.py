@@ -22,6 +22,7 @@ from shapely.geometry.base import BaseGeometry
 from rayseg.errors import DataError
 from rayseg.geo import Window, slug
 from rayseg.io.plots import mask_of
+from rayseg.io.sources import gdal, open_file
 from rayseg.vision.crops import square_crop
 
 VERSION = "5.5.0"
@@ -60,29 +61,25 @@ def export(plots: str, images: str, out: str) -> int:
     """Write `<out>/<image>.json` for every image of a run's plots.parquet; return how many.
 
     Args:
-        plots: a run, or its plots.parquet, of images without georeference.
-        images: folder of these images.
+        plots: a run, or its plots.parquet.
+        images: folder of the images it was run on; georeferenced ones get the plots on their ground, cut at their edge.
         out: folder of the JSONs; a copy of nothing else.
 
     Raises:
-        DataError: the plots are of georeferenced imagery, an image cannot be found or read, or a JSON is there already
-            that is another, for someone may have labelled it; nothing is written then.
+        DataError: the image of a plot cannot be found or read, or a JSON is there already that is another, for someone
+            may have labelled it; nothing is written then.
     """
     path = Path(plots) / "plots.parquet" if Path(plots).is_dir() else Path(plots)
     if not path.is_file():
         raise DataError(f"{plots} has no plots.parquet, expected a finished run of agri; run it first")
     table = geopandas.read_parquet(path)
-    if "image" not in table:
-        raise DataError(f"{path} is of georeferenced imagery, JSONs are of single images; run agri on a folder of them")
-    files, named = _files(Path(images)), table["image"].unique().tolist()
-    if missing := [name for name in named if slug(name) not in files]:
-        few = ", ".join(missing[:5])
-        raise DataError(f"{images} lacks {len(missing)} of the {len(named)} images ({few}); give the folder of all")
+    files = _files(Path(images))
+    by_image = _by_name(table, files, images) if "image" in table else _by_ground(table, files, images)
     found = {
         Path(out) / f"{name}.json": json.dumps(
-            document(files[slug(str(name))], rows.geometry, rows["class"].tolist()), indent=1
+            document(files[slug(name)], rows.geometry, rows["class"].tolist()), indent=1
         )
-        for name, rows in table.groupby("image")
+        for name, rows in by_image.items()
     }
     if there := [path for path, text in found.items() if path.exists() and path.read_text() != text]:
         raise DataError(f"{there[0]} is there already and may hold labels; give another --out")
@@ -90,6 +87,36 @@ def export(plots: str, images: str, out: str) -> int:
     for path, text in found.items():
         path.write_text(text)
     return len(found)
+
+
+def _by_name(table: geopandas.GeoDataFrame, files: dict[str, Path], images: str) -> dict[str, geopandas.GeoDataFrame]:
+    """Image -> its plots, as the table names it."""
+    found = {str(name): rows for name, rows in table.groupby("image")}
+    if missing := [name for name in found if slug(name) not in files]:
+        few = ", ".join(missing[:5])
+        raise DataError(f"{images} lacks {len(missing)} of the {len(found)} images ({few}); give the folder of all")
+    return found
+
+
+def _by_ground(table: geopandas.GeoDataFrame, files: dict[str, Path], images: str) -> dict[str, geopandas.GeoDataFrame]:
+    """Image -> the plots on its ground; a plot on the ground of several is in each."""
+    found = {name: rows for name, file in files.items() if len(rows := _on_image(table, file))}
+    if missing := set(table.index).difference(*(rows.index for rows in found.values())):
+        count = f"{len(missing)} of the {len(table)} plots"
+        raise DataError(f"{count} are on the ground of no image in {images}; give the folder of all images")
+    return found
+
+
+def _on_image(table: geopandas.GeoDataFrame, file: Path) -> geopandas.GeoDataFrame:
+    """What of georeferenced plots lies in an image, in its pixels to a thousandth; of a plot at least one pixel."""
+    with gdal(str(file)), open_file(str(file)) as image:
+        crs, to_pixels, frame = image.crs, ~image.transform, shapely.box(0, 0, image.width, image.height)
+    if crs is None:
+        return table.iloc[:0]
+    pixels = table.to_crs(crs.to_wkt()).geometry.affine_transform(to_pixels.to_shapely()).set_precision(1e-3)
+    placed = table.set_geometry(pixels.set_crs(None, allow_override=True))
+    cut = geopandas.clip(placed, frame, keep_geom_type=True).sort_index()
+    return cut[cut.area >= 1]
 
 
 def document(image: Path, polygons: Sequence[BaseGeometry], classes: Sequence[str | None]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def coverage_chart(patches: Sequence[tuple[int, Sequence[float]]]) -> bytes:
     """Mean share of the imagery under plots after each round, as SVG; a patch that needed fewer rounds keeps its share.
 
     Args:
-        patches: (pixels, share after each round) of every patch.
+        patches: (valid pixels, share of these after each round) of every patch.
     """
     patches = [(pixels, shares) for pixels, shares in patches if shares]
     if not patches:

@@ -335,11 +335,8 @@ def write_report(step: Step, proposed: Step, joined: Step, tiles: Step, polygons
     """The report, with what every round added, how large plots are and what they look like."""
     found = plots.read_table(joined.prefix / "plots.parquet")
     rows = [row for grid in _by_grid(proposed).values() for row in grid]
-    coverage = [
-        (patch["width"] * patch["height"], patch["coverage"])
-        for row in rows
-        for patch in _table(proposed, row, "patches")
-    ]
+    patches = [patch for row in rows for patch in _table(proposed, row, "patches")]
+    coverage = [(patch["pixels"], patch["coverage"]) for patch in patches]
     pictures = [
         ("Plots", overlay(mapped_tiles(step.root, tiles.name)), "Outlines of the plots; red where there is none."),
         ("Coverage", coverage_chart(coverage), "Share of the imagery under plots after each round."),

@@ -87,6 +87,11 @@ class Config(Frozen):
     unlabelled: tuple[str | int, ...] = ()
     """Values or colours of the masks that are not counted."""
 
+    @property
+    def margin(self) -> int:
+        """Pixels around a tile that are labelled too, so that specks at its border find the neighbours they go to."""
+        return 3 * self.sieve
+
 
 # -- scenes ------------------------------------------------------------------------------------------------------------
 
@@ -100,7 +105,7 @@ def plan(region: Region, config: Config) -> tuple[list[Row], tuple[str, ...], st
         DataError: there is no imagery, or none that can be mapped.
         ConfigError: a tile or band that was asked for is not there, or the scaling is of other bands.
     """
-    halo = config.network.patch + config.network.stride + config.sieve
+    halo = config.network.patch + config.network.stride + config.margin
     found = mapping.imagery(region, config.map, halo=halo if config.shared else 0)
     first = _commonest(found[0], config)
     sources, refused = mapping.mappable(region, found, partial(_expect_alike, first, config), size=config.map.tile)
@@ -269,9 +274,9 @@ def label(step: Step, listed: Step, trained: Step, region: Region, config: Confi
     table = label_table(most["labels"] if most else 0)
     settings = config.network
     works = [
-        Work(ReadAround(listed.value["bands"], margin=config.sieve, lattice=(settings.patch, settings.stride))),
+        Work(ReadAround(listed.value["bands"], margin=config.margin, lattice=(settings.patch, settings.stride))),
         Work(
-            LabelTile(margin=config.sieve, sieve=config.sieve, batch=config.map.batch), cpus=1.0, gpus=1.0, model=True
+            LabelTile(margin=config.margin, sieve=config.sieve, batch=config.map.batch), cpus=1.0, gpus=1.0, model=True
         ),
         Work(WriteTile(mapping.tiles_prefix(step), table, bands=("probability",), geometry=region.geometry, model="")),
     ]
@@ -372,7 +377,7 @@ def forecast(config: Config, region: Region) -> planning.Forecast:
     rows, _, _ = plan(region, config)
     tiles = [tile for row in rows for tile in json.loads(row["tiles"])]
     refused = [row for row in rows if row["refused"]]
-    margin = config.network.patch + config.network.stride + config.sieve
+    margin = config.network.patch + config.network.stride + config.margin
     count = sum(row["tiles"] != "[]" for row in rows)
     unknown = ("a network is timed on some tiles of its scene: on all of them it may take more or fewer epochs",)
     return planning.Forecast(tiles + refused, margin, unknown, {"networks": count}, partial(run, config))

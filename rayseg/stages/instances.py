@@ -17,8 +17,8 @@ from rayseg.stages.write import facts_of
 from rayseg.store import upath
 from rayseg.vision.color import ClassTable
 from rayseg.vision.instances import painted
-from rayseg.vision.proposals import Image, Propose, SuperpixelProposer
-from rayseg.vision.rounds import WHITE, Plots, RoundsConfig, find_plots
+from rayseg.vision.proposals import Propose, SuperpixelProposer
+from rayseg.vision.rounds import Plots, RoundsConfig, find_plots
 
 if TYPE_CHECKING:  # torch takes seconds to import; who reads and writes does without
     from rayseg.models.sam import SamConfig
@@ -30,8 +30,8 @@ UNNUMBERED = 2**32 - 1
 class ProposePlots:
     """`image, valid, reach, <tile> -> patches, pieces`: what each patch of the tile finds, and its cell's share of it.
 
-    patches: rows for `plots.join`, with `coverage`: share of what the patch sees covered after each round. pieces: rows
-    of `plots.pieces_of` with round, refined, predicted_iou and stability.
+    patches: rows for `plots.join`, with `pixels`: valid ones that the patch sees, and `coverage`: share of these that
+    is covered after each round. pieces: rows of `plots.pieces_of` with round, refined, predicted_iou and stability.
 
     Args:
         proposer: "sam" or "felzenszwalb".
@@ -80,13 +80,13 @@ class ProposePlots:
                 continue
             window = _tight(row["valid"], self.patches.around(cell), reach)
             cut = window.slices(reach)
-            found = find_plots(blanked(row["image"][cut], row["valid"][cut]), self._propose, self.rounds)
-            labels_HW, kept = painted(
-                found.proposals.masks, row["valid"][cut].shape, where_HW=row["valid"][cut], least=self.rounds.least
-            )
+            valid_HW = row["valid"][cut]
+            found = find_plots(row["image"][cut], self._propose, self.rounds, valid_HW)
+            labels_HW, kept = painted(found.proposals.masks, valid_HW.shape, where_HW=valid_HW, least=self.rounds.least)
             place = {"cell_row": cell.row // self.patches.stride, "cell_col": cell.col // self.patches.stride}
             size = {"col": window.col, "row": window.row, "width": window.width, "height": window.height}
-            patches.append(place | size | {"labels": plots.packed(labels_HW), "coverage": list(found.coverage)})
+            counted = {"pixels": int(valid_HW.sum()), "coverage": list(found.coverage)}
+            patches.append(place | size | {"labels": plots.packed(labels_HW)} | counted)
             own_HW = np.where(inside_HW[of_cell.slices(reach)], plots.labels_of(patches[-1], of_cell), 0)
             pieces += [
                 place | {"label": label} | piece | _scores(found, kept[label - 1])
@@ -103,11 +103,6 @@ def _tight(valid_HW: NDArray[np.bool_], patch: Window, reach: Window) -> Window:
     cols = np.flatnonzero(valid_HW[rows_cols].any(axis=0))
     width, height = int(cols[-1] - cols[0] + 1), int(rows[-1] - rows[0] + 1)
     return Window(patch.col + int(cols[0]), patch.row + int(rows[0]), width, height)
-
-
-def blanked(image_HWC: Image, valid_HW: NDArray[np.bool_]) -> Image:
-    """The image, white where there is no data, so that nothing is looked for there."""
-    return np.where(valid_HW[..., None], image_HWC, np.uint8(WHITE))
 
 
 def _scores(found: Plots, at: int) -> Row:

@@ -9,9 +9,10 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from io import BytesIO
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -22,9 +23,10 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from rayseg.config import Config
+from rayseg.errors import DataError
 from rayseg.geo import Tile, Window
 from rayseg.io import rasters, segments
-from rayseg.io.sources import Source
+from rayseg.io.sources import from_json
 from rayseg.models import bundle, unsupervised
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.cpu import threads
@@ -38,6 +40,8 @@ from rayseg.vision.color import label_table
 from rayseg.vision.fill import mirrored
 
 Row = dict[str, Any]
+Patch = tuple[Tensor, Tensor | None, Tensor | None]
+Raw = tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.uint32]]
 ATTEMPTS = 3
 """Seeds that are tried before a network that keeps one label is reported."""
 MOST_MEASURED = 32
@@ -116,20 +120,22 @@ class Patches:
         self.files, self.bands, self.scaling = files, tuple(bands), scaling
         self.memory, self.reduce = config.memory, config.reduce
         self.windows = list(_windows([Tile.from_row(row) for row in tiles], config))
-        self._kept: dict[int, tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.uint32]]] = {}
+        self._kept: dict[int, Raw | None] = {}
         self._bytes = 0
 
     def __len__(self) -> int:
         return len(self.windows)
 
-    def read(self, number: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def read(self, number: int) -> Patch | None:
         """(image_1CHW float32, superpixel of every pixel, positions of pixels with data or None for all).
 
-        Where a patch has no data the image is mirrored. All are reduced: a square of pixels counts as one, which is in
-        the superpixel of its first pixel.
+        None where no pixel has data; where some have none the image is mirrored. All are reduced: a square of pixels
+        counts as one, whose superpixel and data are those of its first pixel.
         """
-        image_CHW, seen_HW, segments_HW = self._raw(number)
-        normal_CHW = self.scaling.normalize(mirrored(image_CHW, seen_HW) if seen_HW.any() else image_CHW)
+        if (raw := self._raw(number)) is None:
+            return None
+        image_CHW, seen_HW, segments_HW = raw
+        normal_CHW = self.scaling.normalize(mirrored(image_CHW, seen_HW))
         first = np.s_[:: self.reduce, :: self.reduce]
         seen_HW, segments_HW = seen_HW[first], segments_HW[first]
         _, compact = np.unique(segments_HW, return_inverse=True)
@@ -138,19 +144,18 @@ class Patches:
         seen = None if seen_HW.all() else torch.from_numpy(np.flatnonzero(seen_HW))
         return image, torch.from_numpy(compact.ravel()) if self.files else None, seen
 
-    def _raw(self, number: int) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.uint32]]:
+    def _raw(self, number: int) -> Raw | None:
         if number not in self._kept:
-            raw = self._from_files(*self.windows[number])
-            self._bytes += sum(array.nbytes for array in raw)
-            if self._bytes > self.memory:
+            found = self._from_files(*self.windows[number])
+            raw = found if found[1][:: self.reduce, :: self.reduce].any() else None
+            self._bytes += sum(array.nbytes for array in raw or ())
+            if raw and self._bytes > self.memory:
                 return raw
             self._kept[number] = raw
         return self._kept[number]
 
-    def _from_files(self, tile_id: str, window: Window) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.uint32]]:
-        row = self.tiles[tile_id]
-        tile = Tile.from_row(row)
-        sources = [Source.from_row(source) for source in json.loads(row["sources"])]
+    def _from_files(self, tile_id: str, window: Window) -> Raw:
+        tile, sources = Tile.from_row(self.tiles[tile_id]), from_json(self.tiles[tile_id]["sources"])
         image_CHW, seen_HW = rasters.read(sources, tile.grid, window, bands=self.bands)
         files = [(Tile.from_row(self.tiles[name]), path) for name, path in self.files.items()]
         near = [(other.window, path) for other, path in files if other.grid == tile.grid]
@@ -222,6 +227,8 @@ class TrainScene:
         tiles, scaling = json.loads(row["tiles"]), Scaling.model_validate_json(row["scaling"])
         files = {tile["id"]: f"{self.segments}/{tile['id']}.tif" for tile in tiles} if self.segments else {}
         patches = Patches(tiles, files, self.bands, scaling, self.config)
+        if next(_some(patches, most=1), None) is None:
+            raise DataError("no patch of the scene shows a pixel with data, so there is nothing to learn from")
         seeds = [self.config.seed + attempt for attempt in range(ATTEMPTS)]
         for seed in seeds:
             net, history = self._fitted(patches, f"{self.prefix}/{row['id']}/{seed}", seed)
@@ -299,8 +306,7 @@ def fit(
         if config.recalibrate:
             # A short training leaves running averages that still remember where they began.
             with torch.no_grad():
-                read = map(patches.read, _spread(patches, MOST_MEASURED))
-                recalibrate_batchnorm(net, (image.to(device) for image, _, seen in read if seen is None or len(seen)))
+                recalibrate_batchnorm(net, (image.to(device) for image, _, _ in _some(patches)))
     return net, history
 
 
@@ -314,18 +320,17 @@ def epoch(
     seed: int,
     teacher: nn.Module | None = None,
 ) -> dict[str, float]:
-    """One pass over the patches in an order drawn from (seed, number); returns loss and labels.
+    """One pass over the patches with data in an order drawn from (seed, number); returns loss and labels.
 
     It goes towards the labels of `teacher`, or the network's own, voted in superpixels.
     """
-    order = np.random.default_rng((seed, number)).permutation(len(patches))[: config.patches]
+    order = np.random.default_rng((seed, number)).permutation(len(patches)).tolist()
     device = next(net.parameters()).device
     counts = torch.zeros(config.labels, dtype=torch.int64, device=device)
     losses = []
     net.train()
-    for image, superpixels, seen in made_ahead(patches.read, map(int, order), threads=1, count=1):
-        if seen is not None and not len(seen):
-            continue
+    read = made_ahead(patches.read, order, threads=1, count=1)
+    for image, superpixels, seen in _with_data(read, most=config.patches):
         segments, places = (part if part is None else part.to(device) for part in (superpixels, seen))
         targets, loss = unsupervised.step(
             net,
@@ -339,12 +344,21 @@ def epoch(
         )
         counts += torch.bincount(targets[targets >= 0], minlength=config.labels)
         losses.append(loss)
-    mean = float(torch.stack(losses).mean()) if losses else float("nan")
+    mean = float(torch.stack(losses).mean())
     return {"epoch": float(number + 1), "loss": mean, "labels": float(counts.count_nonzero())}
 
 
-def _spread(patches: Patches, most: int) -> list[int]:
-    return sorted({round(at) for at in np.linspace(0, len(patches) - 1, min(most, len(patches)))})
+def _with_data(read: Iterable[Patch | None], *, most: int | None) -> Iterator[Patch]:
+    """The first patches that have data, at most `most`."""
+    return islice((patch for patch in read if patch is not None), most)
+
+
+def _some(patches: Patches, *, most: int = MOST_MEASURED) -> Iterator[Patch]:
+    """Patches that have data: evenly spread ones, and in place of those without any others, drawn."""
+    count = len(patches)
+    spread = sorted({round(at) for at in np.linspace(0, count - 1, min(MOST_MEASURED, count))})
+    others = np.random.default_rng(0).permutation(np.setdiff1d(np.arange(count), spread))
+    return _with_data(map(patches.read, [*spread, *others.tolist()]), most=most)
 
 
 @torch.inference_mode()
@@ -356,8 +370,7 @@ def measured(net: nn.Module, patches: Patches, device: torch.device) -> tuple[ND
     net.eval()
     body, head = (net[:-2], net[-2:]) if isinstance(net, nn.Sequential) else (nn.Identity(), net)
     sums = sizes = np.zeros(0)
-    for number in _spread(patches, MOST_MEASURED):
-        image, _, seen = patches.read(number)
+    for image, _, seen in _some(patches):
         features = body(image.to(device))
         labels = head(features).argmax(1).flatten()
         classes = head(features[..., :1, :1]).shape[1]
@@ -372,14 +385,12 @@ def measured(net: nn.Module, patches: Patches, device: torch.device) -> tuple[ND
 
 def nearest(patches: Patches, clusters: int, *, seed: int, by_isodata: bool = False) -> nn.Module:
     """The centres that k-means or ISODATA finds in pixels of some patches, as a network of one layer."""
-    chosen = _spread(patches, MOST_MEASURED)
-    rng = np.random.default_rng(seed)
-    parts = []
-    for number in chosen:
-        image, _, seen = patches.read(number)
+    rng, parts = np.random.default_rng(seed), []
+    for image, _, seen in _some(patches):
         pixels_NC = image[0].flatten(1).T.numpy()
         pixels_NC = pixels_NC if seen is None else pixels_NC[seen.numpy()]
-        parts.append(pixels_NC[rng.permutation(len(pixels_NC))[: MOST_SAMPLES // len(chosen)]])
+        most = MOST_SAMPLES // min(MOST_MEASURED, len(patches))
+        parts.append(pixels_NC[rng.permutation(len(pixels_NC))[:most]])
     samples_NC = np.concatenate(parts)
     if by_isodata:
         return unsupervised.nearest(isodata(samples_NC, clusters=clusters, seed=seed))

@@ -63,7 +63,7 @@ class RoundsConfig(Config):
     rounds: tuple[Round, ...] = (Round(), Round(white=0.5), Round(white=0.9, edges=True), Round(white=0.9, edges=True))
     """At most so many."""
     left: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """Share of pixels that must not be white for another round."""
+    """Share of the valid pixels that must not be white for another round."""
     duplicate: Annotated[float, Field(gt=0, le=1)] = 0.8
     """IoU above which the smaller of two masks goes."""
     least: Annotated[int, Field(gt=0)] = 50
@@ -80,7 +80,7 @@ class Plots:
         proposals: masks, one connected part each, and their scores.
         round_N: round in which each was found, from 1.
         refined_N: whether it was found inside a mixed mask.
-        coverage: share of the image under all masks after each round.
+        coverage: share of the valid pixels under all masks after each round.
     """
 
     proposals: Proposals
@@ -94,10 +94,19 @@ class Plots:
         return replace(self, proposals=self.proposals.take(at), round_N=self.round_N[at], refined_N=self.refined_N[at])
 
 
-def find_plots(image_HWC: Image, propose: Propose, config: RoundsConfig) -> Plots:
-    """All plots of an RGB uint8 image; what is white in it counts as known."""
+def find_plots(image_HWC: Image, propose: Propose, config: RoundsConfig, valid_HW: Mask | None = None) -> Plots:
+    """All plots of an RGB uint8 image; what is white in it counts as known, what is not valid is not looked at.
+
+    Args:
+        image_HWC: RGB uint8.
+        propose: gives masks of an image.
+        config: the rounds.
+        valid_HW: where there is data, at least one pixel; None for everywhere.
+    """
     shape = image_HWC.shape[:2]
-    found = in_rounds(image_HWC, propose, config.rounds, left=config.left)
+    if valid_HW is not None:
+        image_HWC = alone(image_HWC, valid_HW)
+    found = in_rounds(image_HWC, propose, config.rounds, left=config.left, valid_HW=valid_HW)
     plots = _apart(found, shape, config.duplicate, config.least)
     if config.refining is None:
         return plots
@@ -107,28 +116,32 @@ def find_plots(image_HWC: Image, propose: Propose, config: RoundsConfig) -> Plot
     return replace(_apart(both, shape, config.refining.overlap, config.least), coverage=found.coverage)
 
 
-def in_rounds(image_HWC: Image, propose: Propose, rounds: Sequence[Round], *, left: float) -> Plots:
+def in_rounds(
+    image_HWC: Image, propose: Propose, rounds: Sequence[Round], *, left: float, valid_HW: Mask | None = None
+) -> Plots:
     """The masks of all rounds, as they were proposed: the one loop of the method.
 
     Args:
         image_HWC: RGB uint8.
         propose: gives masks of an image; asked only where the image is not white.
         rounds: at most so many.
-        left: share of pixels that must not be white for another round.
+        left: share of the valid pixels that must not be white for another round.
+        valid_HW: where there is data, at least one pixel; None for everywhere. Elsewhere the image is white.
     """
     shape = image_HWC.shape[:2]
+    valid_HW = np.ones(shape, bool) if valid_HW is None else valid_HW
     found, coverage = [], []
     known_HW = np.zeros(shape, bool)
     for number, round_ in enumerate(rounds, 1):
         white_HW = is_white(image_HWC)
-        if number > 1 and 1 - white_HW.mean() < left:
+        if number > 1 and 1 - white_HW[valid_HW].mean() < left:
             break
         proposals = propose(image_HWC, ~white_HW)
         if round_.white is not None:
             proposals = proposals.take(np.flatnonzero(masks.shares(proposals.masks, white_HW) < round_.white))
         found.append(_plots(proposals, number))
         known_HW |= masks.union(proposals.masks, shape)
-        coverage.append(float(known_HW.mean()))
+        coverage.append(float(known_HW[valid_HW].mean()))
         if number < len(rounds):
             image_HWC = whitened(image_HWC, proposals.masks, edges=round_.edges)
     return replace(_concatenated(found), coverage=tuple(coverage))

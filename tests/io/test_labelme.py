@@ -9,7 +9,8 @@ import shapely
 from PIL import Image
 
 from rayseg.errors import DataError
-from rayseg.io import labelme
+from rayseg.geo import Grid, Window
+from rayseg.io import cog, labelme
 
 
 @pytest.fixture
@@ -191,3 +192,53 @@ def test_a_crop_holds_exactly_the_pixels_of_its_plot(images, tmp_path):
         labelme.load(str(tmp_path / f"json{left}"), str(images), str(tmp_path / f"crops{left}"), size=20)
         with Image.open(tmp_path / f"crops{left}/field/a-0000.png") as opened:
             assert np.array_equal(np.asarray(opened), image[7:27, left : left + 20])
+
+
+@pytest.fixture
+def ground(tmp_path):
+    """Two georeferenced images side by side, 60 x 80 px of half a metre, and a table of two plots, one in both."""
+    grid = Grid("EPSG:32650", (0.5, 0.5), (0.0, 0.0))
+    (tmp_path / "ground").mkdir()
+    image = np.random.default_rng(0).integers(1, 256, (3, 60, 160)).astype(np.uint8)
+    for name, col in (("west", 0), ("east", 80)):
+        where = Window(1_000_000 + col, -8_000_000, 80, 60)
+        path = tmp_path / "ground" / f"{name}.tif"
+        cog.write_image(path, image[:, :, col : col + 80], grid, where, bands=("red", "green", "blue"))
+    corner = (1_000_000 / 2, 8_000_000 / 2)
+    boxes = [shapely.box(10, 5, 40, 45).difference(shapely.box(20, 15, 30, 25)), shapely.box(60, 10, 100, 30)]
+    placed = [shapely.transform(one, lambda xy: xy * (0.5, -0.5) + corner) for one in boxes]
+    columns = {"id": ["a", "b"], "class": ["field", None]}
+    table = geopandas.GeoDataFrame(columns, geometry=placed, crs=grid.crs).to_crs("EPSG:4326")
+    table.to_parquet(tmp_path / "plots.parquet")
+    return tmp_path / "ground", image
+
+
+def test_plots_on_the_ground_go_out_in_the_pixels_of_each_image_and_come_back(ground, tmp_path):
+    images, image_CHW = ground
+    assert labelme.export(str(tmp_path), str(images), str(tmp_path / "json")) == 2
+    west, east = (json.loads((tmp_path / f"json/{name}.json").read_text()) for name in ("west", "east"))
+    boxes = [shapely.Polygon(one["points"]).bounds for one in west["shapes"]]
+    assert boxes == [(10, 5, 40, 45), (20, 15, 30, 25), (60, 10, 80, 30)]
+    assert [one["flags"] for one in west["shapes"]] == [{}, {"hole": True}, {}]
+    assert [shapely.Polygon(one["points"]).bounds for one in east["shapes"]] == [(0, 10, 20, 30)]
+    change(tmp_path / "json/east.json", label="0")
+    counts = labelme.load(str(tmp_path / "json"), str(images), str(tmp_path / "crops"), size=20)
+    assert counts == {"field": 2, "nonfield": 1}
+    with Image.open(tmp_path / "crops/nonfield/east-0000.png") as opened:
+        assert np.array_equal(np.asarray(opened), image_CHW[:, 10:30, 80:100].transpose(1, 2, 0))
+
+
+def test_plots_on_the_ground_of_no_image_are_refused(ground, images, tmp_path):
+    folder, _ = ground
+    for given, said in ((images, "2 of the 2 plots are on the ground of no image"), (folder, "1 of the 2 plots")):
+        (folder / "west.tif").unlink(missing_ok=True)
+        with pytest.raises(DataError, match=said):
+            labelme.export(str(tmp_path), str(given), str(tmp_path / "json"))
+    assert not (tmp_path / "json").exists()
+
+
+@pytest.mark.parametrize("path", ["..\\images\\b.png", "C:\\fields\\b.png", "../images/b.png"])
+def test_images_are_named_as_any_system_writes_paths(exported, images, tmp_path, path):
+    content = json.loads((exported / "b.json").read_text())
+    (exported / "b.json").write_text(json.dumps(content | {"imagePath": path}))
+    assert labelme.load(str(exported), str(images), str(tmp_path / "crops")) == {"field": 2, "nonfield": 2}

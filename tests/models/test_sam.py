@@ -244,3 +244,22 @@ def test_two_downloads_at_once_do_not_write_into_one_file(tmp_path, monkeypatch)
     assert sams.checkpoint_file(SamConfig(variant="vit_b")).read_bytes() == content
     assert len(set(parts)) == 2
     assert [path.name for path in (tmp_path / "sam").iterdir()] == ["sam_vit_b_01ec64.pth"]
+
+
+def test_half_precision_is_for_who_asks_for_it_on_a_cpu_and_finds_nearly_the_same(monkeypatch):
+    model, image = small_sam(), picture()
+    halves, embedded = [], SamProposer._embedded
+
+    def noted(*given):
+        halves.append(torch.is_autocast_enabled("cpu"))
+        return embedded(*given)
+
+    monkeypatch.setattr(SamProposer, "_embedded", noted)
+    plain, half = (
+        SamProposer(model, SamConfig(points=6, iou=0, stability=0, nms=1, half=half))(image, np.ones((120, 160), bool))
+        for half in (None, True)
+    )
+    assert halves == [False, True]
+    assert len(plain) == len(half) > 0
+    assert not np.array_equal(plain.iou_N, half.iou_N)
+    np.testing.assert_allclose(np.sort(plain.iou_N), np.sort(half.iou_N), atol=0.2)  # they lie from -1.2 to 0.3

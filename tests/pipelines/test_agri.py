@@ -7,6 +7,7 @@ from pathlib import Path
 
 import geopandas
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import rasterio
 import shapely
@@ -20,6 +21,7 @@ from rayseg.errors import ConfigError, DataError
 from rayseg.geo import Grid, Lattice, Region, Tile, Window
 from rayseg.io import cog, labels
 from rayseg.io.maps import mapped_tiles
+from rayseg.io.plots import mask_of as plot_mask
 from rayseg.ledger import Account
 from rayseg.mapping import MapConfig
 from rayseg.models import bundle
@@ -34,6 +36,7 @@ from rayseg.stages import plots as stages
 from rayseg.stages.ground import ImageConfig
 from rayseg.stages.instances import ProposePlots
 from rayseg.train.classifier import NETWORKS, ClassifierConfig
+from rayseg.vision import masks
 from rayseg.vision.color import ClassTable
 from rayseg.vision.proposals import Proposals, SuperpixelProposer
 from rayseg.vision.rounds import RoundsConfig
@@ -245,6 +248,20 @@ def test_plots_do_not_depend_on_the_tiling(run):
     assert np.array_equal(mosaic(small, "classes"), mosaic(large, "classes"))
 
 
+def test_plots_of_a_georeferenced_region_go_out_per_image_and_come_back(run, region, tmp_path):
+    folder = Path(region).parent.parent
+    found = rayseg("labels", "export", run(256), folder, "--out", tmp_path / "json")
+    assert found.exit_code == 0, found.output
+    shapes = json.loads((tmp_path / "json/scene.json").read_text())["shapes"]
+    mask_HW = np.zeros((HEIGHT, WIDTH), bool)
+    for shape in shapes:  # a hole comes after its outline
+        mask_HW[plot_mask(shapely.Polygon(shape["points"]), Window(0, 0, WIDTH, HEIGHT))] = not shape["flags"]
+    assert np.array_equal(mask_HW, mosaic(run(256), "classes")[0] == 1)
+    found = rayseg("labels", "import", tmp_path / "json", folder, "--out", tmp_path / "crops", "--size", 32)
+    assert found.exit_code == 0, found.output
+    assert f"{len(geopandas.read_parquet(run(256) / 'plots.parquet'))} field, 0 nonfield" in found.stdout
+
+
 def test_the_label_raster_holds_the_numbers_of_the_table(run):
     table = geopandas.read_parquet(run(256) / "plots.parquet").to_crs(GRID.crs)
     for path in (run(256) / "tiles").glob("*/plots.tif"):
@@ -298,6 +315,27 @@ def test_nodata_is_no_plot(tmp_path):
     words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run", "--set", "map.tile=64")
     assert rayseg(*words, *SETTINGS).exit_code == 0
     assert np.array_equal(mosaic(tmp_path / "run", "classes")[0] != 255, valid_HW)
+
+
+def test_coverage_is_of_the_valid_pixels_whatever_patches_see_of_nodata(tmp_path, monkeypatch):
+    """An image that is half without data, slantwise, and covered wholly where it has some: 100 %."""
+    valid_HW = np.add.outer(np.arange(HEIGHT), np.arange(WIDTH)) < 190
+    region = imagery(tmp_path / "in", fields()[0], valid_HW=valid_HW)
+    shown = []
+    monkeypatch.setattr(agri, "coverage_chart", lambda patches: shown.extend(patches) or b"")
+
+    def everything(image_HWC, open_HW):
+        return Proposals((masks.encode(open_HW),), np.ones(1), np.ones(1)) if open_HW.any() else Proposals.none()
+
+    monkeypatch.setattr(ProposePlots, "_propose", staticmethod(everything))
+    words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run", "--set", "map.tile=128")
+    assert rayseg(*words, *SETTINGS).exit_code == 0
+    assert len(shown) > 4
+    assert {shares[-1] for _, shares in shown} == {1.0}
+    tables = [pq.read_table(path).to_pylist() for path in (tmp_path / "run/steps/propose").glob("*.patches.parquet")]
+    windows = [Window(*(one[key] for key in ("col", "row", "width", "height"))) for rows in tables for one in rows]
+    there = [int(valid_HW[window.intersect(window_at(0, 0)).slices(window_at(0, 0))].sum()) for window in windows]
+    assert sorted(pixels for pixels, _ in shown) == sorted(there)
 
 
 @pytest.mark.parametrize("value", [1, 255, 128])

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import rasterio
 from fake_run import blobs, make, picture
+from PIL import Image
 from small_world import GRID, catalogue, files, rayseg, refused, valid_stac, window_at
 
 from rayseg import planning
@@ -188,6 +189,20 @@ def test_every_network_maps_by_the_same_path(world, tmp_path, network):
     assert {fate.status for fate in records(tmp_path / "run", "predict").values()} == {"done"}
 
 
+@pytest.mark.parametrize("network", ["deepnet", "v2", "kmeans", "isodata"])
+def test_a_scene_with_data_in_one_small_place_is_mapped_there(tmp_path, network):
+    """None of the 32 patches that lie evenly over the scene meets the place."""
+    image_CHW = np.zeros((3, 700, 700), np.uint8)
+    image_CHW[:, 300:330, 410:440] = picture(blobs(30, 30, seed=3), seed=3)
+    more = (f"network.network={network}", *(["network.start=null"] if network == "v2" else []))
+    words = [word for value in more for word in ("--set", value)]
+    found = rayseg(*single(tmp_path, image_CHW, nodata=0), *words)
+    assert found.exit_code == 0, found.output
+    counts = [fate.facts["counts"] for fate in records(tmp_path / "run", "predict").values() if "counts" in fate.facts]
+    assert sum(int(count) for one in counts for count in one.values()) == 900
+    assert len({label for one in counts for label in one}) > 1
+
+
 def test_labels_become_classes_by_a_table(whole, world, tmp_path):
     found = [f"{name},{k},{'field' if k else 'water'}" for name in ("one", "two") for k in labels_of(whole, name)]
     (tmp_path / "table.csv").write_text("\n".join(["scene,label,class", *found]))
@@ -204,6 +219,30 @@ def test_labels_become_classes_by_a_table(whole, world, tmp_path):
     assert "no label 77" in refused(3, "labels", "assign", whole, "--csv", tmp_path / "table.csv")
     (tmp_path / "table.csv").write_text("name\none\n")
     assert "columns label and class" in refused(3, "labels", "assign", whole, "--csv", tmp_path / "table.csv")
+
+
+def test_one_network_over_images_without_georeference_needs_one_row_per_label(tmp_path):
+    (tmp_path / "in").mkdir()
+    for seed, name in enumerate(("a", "b")):
+        Image.fromarray(picture(blobs(90, 90, seed=seed), seed=seed).transpose(1, 2, 0)).save(
+            tmp_path / f"in/{name}.png"
+        )
+    catalogue = labels.ingest_folder(tmp_path / "in", tmp_path / "cat")
+    (tmp_path / "small.yaml").write_text(SMALL)
+    given = ("run", "pipeline", "superpixel", "--region", catalogue, "--config", tmp_path / "small.yaml")
+    for shared in ("true", "false"):
+        out = tmp_path / shared
+        said = rayseg(*given, "--engine", "inline", "--set", f"shared={shared}", "--out", out)
+        assert said.exit_code == 0, said.output
+    rows = [f"{k},{'field' if k else 'water'}" for k in labels_of(tmp_path / "true", "all-scenes")]
+    (tmp_path / "table.csv").write_text("\n".join(["label,class", *rows]))
+    said = rayseg("labels", "assign", tmp_path / "true", "--csv", tmp_path / "table.csv")
+    assert said.exit_code == 0, said.output
+    assert "; 0 px without a class" in said.stdout
+    found = masks.masks_of(f"{tmp_path}/true/assigned/catalog.json#classes")
+    assert {source.item_id.split("_")[0] for source in found} == {"a", "b"}
+    (tmp_path / "table.csv").write_text("label,class\n0,water\n")
+    assert "column scene" in refused(3, "labels", "assign", tmp_path / "false", "--csv", tmp_path / "table.csv")
 
 
 def test_classes_that_have_names_are_not_given_others(tmp_path):

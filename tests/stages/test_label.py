@@ -5,13 +5,17 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from rayseg.geo import Grid, Lattice, Tile, Window
+from rayseg.io.segments import without_specks
 from rayseg.models import bundle, unsupervised
 from rayseg.models.bundle import Architecture, Bundle, Scaling
+from rayseg.pipelines.superpixel import Config as SuperpixelConfig
 from rayseg.stages import label
 from rayseg.stages.label import LabelTile
 from rayseg.stages.predict import Predict
+from rayseg.stages.superpixels import grown
 from rayseg.vision.blend import Blend
 from rayseg.vision.color import label_table
 
@@ -132,3 +136,19 @@ def test_specks_go_and_nodata_stays(model):
     sizes = [np.bincount(components(found, background=255, connectivity=1).ravel())[1:] for found in (rough, clean)]
     assert sizes[0].min() < 20
     assert sizes[1].min() >= 20
+
+
+def test_specks_go_as_they_do_from_the_whole_map_however_it_is_cut():
+    margin, size, side = SuperpixelConfig().margin, SuperpixelConfig().sieve, 256
+    whole = Window(0, 0, side, side)
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        waves = [ndimage.gaussian_filter(rng.normal(size=(side, side)), 3) for _ in range(6)]
+        rough_HW = np.argmax(waves, axis=0).astype(np.uint8)
+        found_HW = np.zeros_like(rough_HW)
+        for tile in (Window(col, row, 64, 64) for row in range(0, side, 64) for col in range(0, side, 64)):
+            reach = grown(tile, margin).intersect(whole)
+            cut_HW = np.ascontiguousarray(rough_HW[reach.slices(whole)])
+            clean_HW = without_specks(cut_HW, np.ones(cut_HW.shape, bool), size=size)
+            found_HW[tile.slices(whole)] = clean_HW[tile.slices(reach)]
+        np.testing.assert_array_equal(found_HW, without_specks(rough_HW, np.ones(rough_HW.shape, bool), size=size))

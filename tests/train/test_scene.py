@@ -4,20 +4,26 @@ import numpy as np
 import pytest
 import torch
 
-from rayseg.train.scene import NetworkConfig, fit
+from rayseg.train.scene import MOST_MEASURED, NetworkConfig, fit, measured, nearest
 
 COLOURS = torch.tensor([[0.1, 0.8, 0.3], [0.9, 0.2, 0.1], [0.2, 0.2, 0.9]])
 
 
 class Fields:
-    """Two patches of 64 x 64 px: squares of three colours, each square a superpixel."""
+    """Patches of 64 x 64 px: squares of three colours, each square a superpixel; `held` alone have data."""
 
     bands = ("red", "green", "blue")
 
+    def __init__(self, count=2, held=None):
+        self.count, self.held, self.asked = count, held, []
+
     def __len__(self):
-        return 2
+        return self.count
 
     def read(self, number):
+        if self.held is not None and number not in self.held:
+            return None
+        self.asked.append(number)
         segments_HW = np.arange(16).reshape(4, 4).repeat(16, axis=0).repeat(16, axis=1)
         colours = torch.from_numpy((segments_HW + number) % 3)
         noise = torch.rand((3, 64, 64), generator=torch.Generator().manual_seed(number)) / 20
@@ -38,3 +44,31 @@ def test_without_clusters_it_starts_from_its_own_labels_and_few_labels_mean_few_
     few = NetworkConfig(epochs=1, patch=64, stride=64, reduce=1, labels=2)
     _, history = fit(Fields(), few, prefix=str(tmp_path / "few"), seed=1, device=torch.device("cpu"))
     assert history[0]["labels"] == 2
+
+
+CPU = torch.device("cpu")
+
+
+def test_patches_without_data_are_neither_measured_nor_clustered_nor_learnt_from():
+    held = (3, 77, 78, 410)  # none of the 32 that lie evenly among 500
+    patches = Fields(500, held)
+    net = nearest(patches, 3, seed=1)
+    assert sorted(patches.asked) == list(held)
+    patches.asked.clear()
+    _, sizes_K = measured(net, patches, CPU)
+    assert sizes_K.sum() == len(held) * 64 * 64
+    assert (sizes_K > 0).all()
+
+
+def test_the_same_patches_are_looked_at_as_ever_where_all_have_data():
+    patches = Fields(500)
+    nearest(patches, 3, seed=1)
+    assert patches.asked == sorted({round(at) for at in np.linspace(0, 499, MOST_MEASURED)})
+
+
+def test_an_epoch_takes_as_many_patches_with_data_as_it_is_told_to(tmp_path):
+    patches = Fields(500, range(100, 120))
+    config = NetworkConfig(epochs=1, patch=64, stride=64, reduce=1, patches=5, start=None, recalibrate=False)
+    _, [said] = fit(patches, config, prefix=str(tmp_path), seed=1, device=CPU)
+    assert len(patches.asked) in {5, 6}  # one is read ahead
+    assert np.isfinite(said["loss"])

@@ -71,6 +71,18 @@ def test_rounds_end_when_little_is_left():
     assert found.coverage == (1.0,)
 
 
+def test_pixels_without_data_count_neither_as_bare_nor_as_left():
+    valid_HW = np.zeros(SHAPE, bool)
+    valid_HW[:, :40] = True
+    propose = Told(proposals(box(0, 0, 60, 15)), proposals(box(0, 10, 60, 50)))
+    config = RoundsConfig(rounds=(Round(), Round(), Round()), left=0.4, refining=None)
+    plots = find_plots(dark(), propose, config, valid_HW)
+    assert plots.coverage == (0.375, 1.0)  # 22 of 40 columns were left for the second round, then none
+    assert (propose.shown[0][0][:, 40:] == 255).all()
+    assert not propose.shown[0][1][:, 40:].any()
+    assert find_plots(dark(), Told(proposals(box(0, 0, 60, 15))), config).coverage[0] == 0.1875
+
+
 def test_plots_are_connected_of_some_size_and_no_duplicates():
     mask_HW = np.zeros(SHAPE, bool)
     mask_HW[2:20, 2:20] = mask_HW[30:50, 2:20] = mask_HW[55:57, 2:20] = True
