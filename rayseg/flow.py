@@ -180,12 +180,15 @@ def _quarantine(row: Row, guarded: list[Guarded], ledger: Ledger, how: str) -> R
 
 
 def _map(rows: Rows, guard: Guarded) -> Rows:
+    """The rows after a stage; none are taken any more after one that ends the run."""
     batch: list[Row] = []
     with contextlib.closing(rows):
         for row in rows:
             batch.append(dict(row))
             if len(batch) == guard.work.batch:
-                yield from guard(batch)
+                yield from (done := guard(batch))
+                if any(row.get("status") == STOPPED for row in done):
+                    return
                 batch = []
         if batch:
             yield from guard(batch)
