@@ -38,20 +38,15 @@ class Config(BaseModel):
             return values
         own = {name: field.default for name, field in cls.model_fields.items() if isinstance(field.default, Config)}
         return values | {
-            name: _over(default.model_dump(exclude_unset=True), values[name])
-            for name, default in own.items()
-            if isinstance(values.get(name), dict)
+            name: _over(default, values[name]) for name, default in own.items() if isinstance(values.get(name), dict)
         }
 
 
-def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Nested values, those of `above` where both have one."""
-    both = {
-        key: _over(below[key], above[key])
-        for key in below.keys() & above.keys()
-        if isinstance(below[key], dict) and isinstance(above[key], dict)
-    }
-    return below | above | both
+def _over(default: Config, given: dict[str, Any]) -> dict[str, Any]:
+    """What is given over what a default sets; groups inside of it likewise, other values as a whole."""
+    groups = {name: value for name, value in default if isinstance(value, Config) and isinstance(given.get(name), dict)}
+    inner = {name: _over(group, given[name]) for name, group in groups.items()}
+    return default.model_dump(exclude_unset=True) | given | inner
 
 
 def quiet_ray() -> None:

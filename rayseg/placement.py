@@ -75,7 +75,7 @@ def _hold(works: Sequence[Work], machines: Sequence[Machine], *, gpus: bool) -> 
 
 
 def _ask_for(works: Sequence[Work]) -> None:
-    """Have an autoscaler, if there is one, bring the cluster to where it holds the stages; none takes that back."""
+    """Have an autoscaler, if there is one, bring the cluster to where it holds them; an empty list ends that."""
     from ray.autoscaler.sdk import request_resources
 
     needs = [{"CPU": max(work.cpus, LEAST_CPUS)} | ({"GPU": work.gpus} if work.gpus else {}) for work in works]
@@ -113,9 +113,7 @@ def sizes(works: Sequence[Work], machines: Sequence[Machine], *, gpus: bool | No
             "--engine inline"
         )
     return [
-        Size(copies, share, work.gpus if on_gpus else 0.0)
-        if work in models
-        else Size(1, work.cpus, work.gpus if on_gpus else 0.0)
+        Size(copies, share, work.gpus if on_gpus else 0.0) if work in models else Size(1, work.cpus, 0.0)
         for work in works
     ]
 
