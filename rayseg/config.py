@@ -3,9 +3,9 @@
 import os
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -26,27 +26,28 @@ class Config(BaseModel):
     """A frozen part of a configuration; unknown keys are errors.
 
     Where a group of keys has defaults of its own (`learning: Learning = Learning(batch=4)`), one that is given in part
-    keeps the rest of them.
+    keeps the rest of them; not so where its keys make one value, as the classes of a class table do.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    one_value: ClassVar[bool] = False
 
     @model_validator(mode="before")
     @classmethod
     def _over_defaults(cls, values: Any) -> Any:  # noqa: ANN401 - pydantic gives whatever was given
         if not isinstance(values, dict):
             return values
-        own = {name: field.default for name, field in cls.model_fields.items() if isinstance(field.default, Config)}
-        return values | {
-            name: _over(default, values[name]) for name, default in own.items() if isinstance(values.get(name), dict)
-        }
+        return values | _groups_over(((name, field.default) for name, field in cls.model_fields.items()), values)
 
 
 def _over(default: Config, given: dict[str, Any]) -> dict[str, Any]:
     """What is given over what a default sets; groups inside of it likewise, other values as a whole."""
-    groups = {name: value for name, value in default if isinstance(value, Config) and isinstance(given.get(name), dict)}
-    inner = {name: _over(group, given[name]) for name, group in groups.items()}
-    return default.model_dump(exclude_unset=True) | given | inner
+    return default.model_dump(exclude_unset=True) | given | _groups_over(default, given)
+
+
+def _groups_over(defaults: Iterable[tuple[str, Any]], given: dict[str, Any]) -> dict[str, Any]:
+    groups = {name: default for name, default in defaults if isinstance(default, Config) and not default.one_value}
+    return {name: _over(group, given[name]) for name, group in groups.items() if isinstance(given.get(name), dict)}
 
 
 def quiet_ray() -> None:

@@ -2,6 +2,7 @@ import pytest
 
 from rayseg.config import Config, load, ray_address
 from rayseg.errors import ConfigError
+from rayseg.pipelines import al_s4gan
 
 
 class Inner(Config):
@@ -33,6 +34,23 @@ def test_a_group_that_is_given_in_part_keeps_its_other_defaults():
     assert load(Grouped, None, ["outer.rates=[5.0]"]).outer == Outer(inner=Inner(patch=7, name="x"), rates=(5.0,))
     assert load(Grouped, None, ["outer.other.name=y"]).outer.other == Inner(name="y")
     assert load(Outer, None, ["inner.name=y"]).inner == Inner(name="y")
+
+
+class Pair(Config):
+    one_value = True
+
+    low: int = 0
+    high: int = 9
+
+
+class Paired(Config):
+    pair: Pair = Pair(low=5)
+
+
+def test_a_group_that_is_one_value_is_given_as_a_whole():
+    assert load(Paired, None, ["pair.high=7"]).pair == Pair(low=0, high=7)
+    own = "classes: {classes: [{name: ground, color: '#826446'}]}"
+    assert load(al_s4gan.Config, None, [own.replace(": ", "=", 1)]).table.threshold is None
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ class ClassRow(Config):
 class Classes(Config):
     """The classes of masks; in a configuration also the path of a YAML file, or its name under configs/classes."""
 
+    one_value = True
+
     classes: tuple[ClassRow, ...] = ()
     ignore: tuple[str | tuple[int, int, int], ...] = ()
     """Colours that mean "not labelled"; the value 255 does so too."""

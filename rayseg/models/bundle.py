@@ -53,6 +53,8 @@ ClassRow = tuple[int, str, tuple[int, int, int]]
 class Scaling(Config):
     """How values become the model's input: x = (value * scale + offset - mean) / std, per band."""
 
+    one_value = True
+
     scale: float = 1.0
     """From stored values to units."""
     offset: float = 0.0

@@ -7,6 +7,7 @@ name a file, for that the configuration of the server's keeper is there.
 import asyncio
 import importlib
 import json
+import logging
 import math
 import re
 import shlex
@@ -33,6 +34,7 @@ Pipeline = Literal["gpc", "agri", "superpixel", "landcover", "al-s4gan"]
 _LOCATED = get_args(Location)[1]
 _WORDS = re.compile(r"[A-Za-z0-9_ -]*")
 _ID = r"^job-[0-9a-f]{12}$"
+_log = logging.getLogger("rayseg.serve")
 _DEEPEST = 10  # groups and lists inside one another
 _GOING = {JobStatus.PENDING, JobStatus.RUNNING}
 
@@ -181,7 +183,8 @@ def router(config: ServeConfig) -> APIRouter:
 def _cluster(config: ServeConfig) -> Iterator[JobSubmissionClient]:
     try:
         yield JobSubmissionClient(config.jobs_address)
-    except (OSError, RuntimeError) as error:  # both are raised for a head that does not answer
+    except (OSError, RuntimeError) as error:  # for a head that does not answer, and one without agents yet
+        _log.warning("the cluster takes no jobs: %s", " ".join(str(error).split())[:500])
         raise busy("the cluster takes no jobs now; ask again later", seconds=30) from error
 
 
