@@ -6,7 +6,8 @@
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -105,7 +106,7 @@ def _read_source(
     for href, wanted in _files_of(source, bands).items():
         indexes = [index for _, index in wanted]
         read_it = partial(_read_file, source, href, grid, part, indexes, categorical=categorical)
-        pixels_CHW, ok_HW = remote.patiently(href, read_it, again=partial(_forget, href))
+        pixels_CHW, ok_HW = remote.patiently(href, read_it)
         if image_CHW is None:
             image_CHW = np.zeros((len(bands), part.height, part.width), pixels_CHW.dtype)
         _same_dtype(href, pixels_CHW.dtype, image_CHW.dtype)
@@ -134,7 +135,7 @@ def _files_of(source: Source, bands: Sequence[str]) -> dict[str, list[tuple[int,
 def _read_file(
     source: Source, href: str, grid: Grid, part: Window, indexes: list[int], *, categorical: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    with gdal(href, part):
+    with _forgotten_if_it_fails(href), gdal(href, part):
         dataset, extent = view(source, href, grid, categorical=categorical)
         inside = part.intersect(extent)
         image_CHW = np.zeros((len(indexes), part.height, part.width), dataset.dtypes[indexes[0] - 1])
@@ -187,13 +188,18 @@ def view(source: Source, href: str, grid: Grid, *, categorical: bool = False) ->
     return views[key][:2]
 
 
-def _forget(href: str) -> None:
-    """Close this thread's files of `href`: what they know of it may be why it cannot be read."""
-    views = _views()
-    for key in [key for key in views if key[0] == href]:
-        opened, _, beneath = views.pop(key)
-        for file in (opened, *beneath):
-            file.close()
+@contextmanager
+def _forgotten_if_it_fails(href: str) -> Iterator[None]:
+    """Closes this thread's files of `href` that fail to be read: what they know of it may be why, and stay wrong."""
+    try:
+        yield
+    except DataError:
+        views = _views()
+        for key in [key for key in views if key[0] == href]:
+            opened, _, beneath = views.pop(key)
+            for file in (opened, *beneath):
+                file.close()
+        raise
 
 
 def _views() -> "OrderedDict[Any, _View]":

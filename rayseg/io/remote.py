@@ -1,11 +1,9 @@
 """Imagery behind a network: GDAL's settings, signatures that run out, and patience with stores that are busy."""
 
-import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import datetime
 from functools import cache
 from typing import TypeVar
@@ -57,31 +55,8 @@ def _store(options: tuple[tuple[str, object], ...]) -> dict[str, str]:
     return words | {"AWS_S3_ENDPOINT": url.netloc, "AWS_HTTPS": secure, "AWS_VIRTUAL_HOSTING": "FALSE"}
 
 
-class _Listener(logging.Handler):
-    """Keeps what GDAL says in this thread of data that did not come."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.thread, self.said = threading.get_ident(), list[str]()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.thread == self.thread and "IO error" in record.getMessage():
-            self.said.append(record.getMessage())
-
-
-@contextmanager
-def complaints() -> Iterator[list[str]]:
-    """What GDAL complains of meanwhile: data of a header that did not come, without which it would go on."""
-    listener, logger = _Listener(), logging.getLogger("rasterio._env")
-    logger.addHandler(listener)
-    try:
-        yield listener.said
-    finally:
-        logger.removeHandler(listener)
-
-
-def patiently(name: str, read: Callable[[], T], *, again: Callable[[], None] | None = None) -> T:
-    """What `read` returns, tried again after `again` where a store that failed may answer later.
+def patiently(name: str, read: Callable[[], T]) -> T:
+    """What `read` returns, tried again where a store that failed may answer later.
 
     Raises:
         DataError: of `read`, the last time, or at once where another attempt is of no use.
@@ -92,8 +67,6 @@ def patiently(name: str, read: Callable[[], T], *, again: Callable[[], None] | N
         except DataError as error:
             if urlsplit(name).scheme not in {"s3", "http", "https"} or _FINAL.search(str(error)):
                 raise
-        if again:
-            again()
         time.sleep(wait)
     return read()
 

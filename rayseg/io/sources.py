@@ -25,6 +25,7 @@ from rasterio.warp import calculate_default_transform, transform, transform_boun
 from rayseg.errors import DataError
 from rayseg.geo import Bounds, Grid, Window
 from rayseg.io import remote
+from rayseg.io.complaints import complaints
 from rayseg.store import is_local, public
 
 SCHEMES = ("", "file", "s3", "http", "https")
@@ -150,28 +151,17 @@ def open_file(href: str) -> DatasetReader:
     """The image file at `href`, open; inside `gdal`.
 
     Raises:
-        DataError: the href's scheme is not one of `SCHEMES`.
-        RasterioError: GDAL cannot open it; `gdal` turns that into a DataError.
+        DataError: the href's scheme is not one of `SCHEMES`, or GDAL cannot open it, with all of its header.
     """
     if urlsplit(href).scheme not in SCHEMES:
         raise DataError(f"{href} cannot be read: expected a local path or one of {', '.join(filter(None, SCHEMES))}.")
-    if not is_local(href):
-        return remote.patiently(href, partial(_open_remote, href))
-    with unplaced():
-        return rasterio.open(href)
+    return remote.patiently(href, partial(_open_whole, href))
 
 
-def _open_remote(href: str) -> DatasetReader:
-    """The file, open, with all of its header: where an answer was cut short GDAL only logs which tags it leaves out."""
-    try:
-        with remote.complaints() as said, unplaced():
-            dataset = rasterio.open(remote.signed(href))
-    except _FAULTS as error:
-        raise DataError(public(f"{href} cannot be read: {error.__cause__ or error}.")) from None
-    if said:
-        dataset.close()
-        raise DataError(public(f"{href} cannot be read: {said[0]}."))
-    return dataset
+def _open_whole(href: str) -> DatasetReader:
+    """The file, open, with all of its header."""
+    with _refused(href), unplaced():
+        return rasterio.open(remote.signed(href))
 
 
 @contextmanager
@@ -184,14 +174,21 @@ def unplaced() -> Iterator[None]:
 
 @contextmanager
 def gdal(name: str, window: Window | None = None) -> Iterator[None]:
-    """GDAL's options, and its errors as DataError that names the file and the window."""
+    """GDAL's options, and its errors, those that it only logs included, as DataError that names file and window."""
     options = _OPTIONS if is_local(name) else {**_OPTIONS, **remote.settings(name)}
+    with _refused(name, f" in {window}" if window else ""), rasterio.Env(**options):
+        yield
+
+
+@contextmanager
+def _refused(name: str, place: str = "") -> Iterator[None]:
     try:
-        with rasterio.Env(**options):
+        with complaints() as said:
             yield
     except _FAULTS as error:
-        place = f" in {window}" if window else ""
         raise DataError(public(f"{name} cannot be read{place}: {error.__cause__ or error}.")) from None
+    if said:
+        raise DataError(public(f"{name} cannot be read{place}: {said[0]}."))
 
 
 @contextmanager

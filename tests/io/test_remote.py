@@ -1,15 +1,25 @@
 import json
 import logging
+import subprocess
+import sys
 import threading
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+import numpy as np
 import pytest
+import rasterio
+from rasterio.transform import from_origin
 
 from rayseg.errors import DataError
 from rayseg.io import remote
+from rayseg.io.complaints import complaints
+from rayseg.io.rasters import read
+from rayseg.io.sources import footprint, grids_of, source_of_file
 from rayseg.store import access, public
 
 
@@ -78,15 +88,12 @@ def test_reading_is_tried_again_only_where_it_helps(monkeypatch):
             raise DataError(reason)
         return "pixels"
 
-    def forget():
-        calls.append("closed")
-
-    assert remote.patiently("s3://b/k", lambda: read("HTTP 503", 3), again=forget) == "pixels"
-    assert calls == ["HTTP 503", "closed", "HTTP 503", "closed", "HTTP 503"]
+    assert remote.patiently("s3://b/k", lambda: read("HTTP 503", 2)) == "pixels"
+    assert calls == ["HTTP 503"] * 3
     for name, reason in (("s3://b/k", "response code 404"), ("/a/b.tif", "HTTP 503")):
         calls.clear()
         with pytest.raises(DataError):
-            remote.patiently(name, lambda why=reason: read(why, 9), again=forget)
+            remote.patiently(name, lambda why=reason: read(why, 9))
         assert calls == [reason]
 
 
@@ -105,14 +112,66 @@ def test_other_machines_are_told_where_stores_are_but_no_keys(monkeypatch):
 
 
 def test_only_lost_data_that_this_thread_is_told_of_counts():
-    logger = logging.getLogger("rasterio._env")
-    with remote.complaints() as said:
-        logger.warning(
-            "CPLE_AppDefined in a.tif: TIFFReadDirectory:IO error during reading of GeoKeyDirectory; ignored"
-        )
-        logger.warning("CPLE_AppDefined in a.tif: something else")
-        other = threading.Thread(target=logger.warning, args=("IO error in another file",))
+    tags, errors = logging.getLogger("rasterio._env"), logging.getLogger("rasterio._err")
+    signalled = "GDAL signalled an error: err_no=1, msg="
+    with complaints() as said:
+        tags.warning("CPLE_AppDefined in a.tif: TIFFReadDirectory:IO error during reading of GeoKeyDirectory; ignored")
+        tags.warning("CPLE_AppDefined in a.tif: something else")
+        errors.info(f"{signalled}'a block that cannot be read'")
+        errors.info(f"{signalled}'PROJ: utm: Invalid latitude'")
+        with complaints() as inner:
+            errors.info(f"{signalled}'an attempt'")
+        other = threading.Thread(target=tags.warning, args=("IO error in another file",))
         other.start()
         other.join()
-    logger.warning("IO error, later")
-    assert [text[:27] for text in said] == ["CPLE_AppDefined in a.tif: T"]
+    tags.warning("IO error, later")
+    assert [text[:27] for text in said] == ["CPLE_AppDefined in a.tif: T", "'a block that cannot be rea"]
+    assert inner == ["'an attempt'"]
+
+
+@pytest.fixture
+def cutting():
+    """Address of a server of a file, of whose first answer at /<n>/... only n bytes come."""
+    servers = []
+
+    def address(path):
+        if not servers:
+            words = [sys.executable, str(Path(__file__).with_name("cut_server.py")), str(path)]
+            servers.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True))
+            address.port = servers[0].stdout.readline().strip()
+        return f"http://127.0.0.1:{address.port}"
+
+    yield address
+    for server in servers:
+        server.terminate()
+        server.communicate()
+
+
+def test_an_answer_that_is_cut_short_is_never_taken_for_pixels(tmp_path, monkeypatch, cutting):
+    """Some tags and block offsets GDAL does without, if it cannot have them."""
+    monkeypatch.setattr(remote, "WAITS", ())
+    image = np.random.default_rng(0).integers(1, 255, (3, 512, 512), np.uint8)
+    profile = {"width": 512, "height": 512, "count": 3, "dtype": "uint8", "blocksize": 64, "compress": "deflate"}
+    place = {"crs": "EPSG:32633", "transform": from_origin(5e5, 5e6, 1, 1), "nodata": 0}
+    with rasterio.open(tmp_path / "a.tif", "w", driver="COG", **profile, **place) as file:
+        file.write(image)
+    source = source_of_file(str(tmp_path / "a.tif"), "a")
+    [(grid, _)] = grids_of([source])
+    failed = 0
+    for cut in range(100, 3000, 25):
+        href = f"{cutting(tmp_path / 'a.tif')}/{cut}/a.tif"
+        try:
+            opened = source_of_file(href, "a")
+        except DataError:
+            failed += 1
+        else:
+            assert (opened.crs, opened.nodata) == ("EPSG:32633", 0), cut
+        there = replace(source, assets=((href.replace("a.tif", "b.tif"), source.bands),))
+        try:
+            found, valid = read([there], grid, footprint(there, grid), bands=["red"])
+        except DataError:
+            failed += 1
+        else:
+            assert valid.all(), cut
+            assert np.array_equal(found, image[:1]), cut
+    assert 40 < failed < 232
