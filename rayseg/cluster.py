@@ -6,7 +6,9 @@ import os
 import socket
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -61,7 +63,10 @@ def connect(address: str | None, *, dashboard: bool = False) -> None:
     # An idle process is soon of use again, and a new one takes seconds to import what the stages need.
     quiet["_system_config"] = {"idle_worker_killing_time_threshold_ms": 30_000}
     try:
-        ray.init(address="local", include_dashboard=dashboard, object_store_memory=2 << 30, _temp_dir=folder, **quiet)
+        with _agents_anywhere():
+            ray.init(
+                address="local", include_dashboard=dashboard, object_store_memory=2 << 30, _temp_dir=folder, **quiet
+            )
     except Exception as error:
         if "timed out during startup" not in str(error):  # Ray has no type for it
             raise
@@ -70,6 +75,23 @@ def connect(address: str | None, *, dashboard: bool = False) -> None:
             "command again later, or --engine inline"
         ) from None
     atexit.register(ray.shutdown)
+
+
+@contextmanager
+def _agents_anywhere() -> Iterator[None]:
+    """Let agents of a Ray that is started meanwhile listen at any free port.
+
+    At Ray's own, the same for every cluster, only the first cluster of a machine takes jobs; `ray start` has an option
+    for it, `ray.init` has none.
+    """
+    from ray._private import parameter
+
+    own = parameter.RayParams
+    parameter.RayParams = partial(own, dashboard_agent_listen_port=0)
+    try:
+        yield
+    finally:
+        parameter.RayParams = own
 
 
 def _remove_afterwards(folder: str) -> None:
