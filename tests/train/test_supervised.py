@@ -207,9 +207,9 @@ def losses_of(prefix):
 def test_two_workers_see_the_losses_that_one_sees(tmp_path, parts):
     settings = of_learning(freeze_batchnorm="all", optimizer="sgd").model_copy(
         update={
-            "epochs": 20,  # of one step each
-            "every": 20,
-            "sampling": Sampling(size=32, windows=4, rare=0.5, cell=16),
+            "epochs": 5,  # of four steps each
+            "every": 5,
+            "sampling": Sampling(size=32, windows=16, rare=0.5, cell=16),
             "schedule": Schedule(rate=0.05),
             "loss": PixelLoss(balance=0.5),
         }
@@ -217,11 +217,12 @@ def test_two_workers_see_the_losses_that_one_sees(tmp_path, parts):
     for name, workers in (("one", 0), ("two", 2)):
         fit(settings, parts, tmp_path / name, workers=workers, on_ray=workers > 0)
     one, two = (losses_of(tmp_path / name) for name in ("one", "two"))
-    assert len(one) == 20
-    assert sum(one[-5:]) < sum(one[:5])
+    assert len(one) == 5
+    assert one[-1] < one[0]
     np.testing.assert_allclose(one, two, atol=1e-4)
 
 
+@pytest.mark.chaos
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_a_killed_worker_is_replaced_and_the_training_goes_on(tmp_path, parts):

@@ -51,6 +51,7 @@ def test_a_training_begun_here_goes_on_with_workers_after_one_was_killed(local_r
     assert result["epochs"] == [1, 2, 2, 2]
 
 
+@pytest.mark.chaos
 def test_a_worker_that_keeps_dying_ends_the_training_with_what_to_do(local_ray, tmp_path):
     def loop(config):
         os.kill(os.getpid(), signal.SIGKILL)
