@@ -25,10 +25,15 @@ def expect_reachable(address: str | None) -> None:
     """Refuse an address at which nothing answers, as Ray itself would after a minute and a half.
 
     Raises:
-        ConfigError: there is no host and port in it, or nobody answers there within five seconds.
+        ConfigError: it is Ray Client's, there is no host and port in it, or nobody answers within five seconds.
     """
     if (chosen := ray_address(address)) in {"local", "auto"}:
         return
+    if chosen.startswith("ray://"):
+        raise ConfigError(
+            f"{chosen} is an address of Ray Client, which cannot place stages; give the head's own, HOST:6379, or "
+            "send the run there with --submit"
+        )
     parts = urlsplit(chosen if "://" in chosen else f"ray://{chosen}")
     try:
         socket.create_connection((parts.hostname or "", parts.port or 0), timeout=5).close()

@@ -113,7 +113,8 @@ class Guarded:
         if not isinstance(found, BaseException):
             return found
         if isinstance(found, StoreFull) or not isinstance(found, DATA_ERRORS):
-            return [_kept(row) | {"status": STOPPED, "error": self._portable(found)} for row in rows]
+            error = self._portable(found)
+            return [_kept(row) | {"status": STOPPED, "error": error} for row in rows]
         if len(rows) > 1:
             return [done for row in rows for done in self._attempt([row])]
         reason = str(found) if isinstance(found, RaysegError) else f"{type(found).__name__}: {found}"
@@ -140,7 +141,8 @@ class Guarded:
         if isinstance(error, RaysegError):
             return error
         trace = "".join(traceback.format_exception(error))
-        known = type(error).__module__ == "builtins"
+        plain = isinstance(error, Exception) and all(isinstance(part, str | int | float) for part in error.args)
+        known = plain and type(error).__module__ == "builtins"
         told = error if known else RuntimeError(f"{type(error).__name__}: {error}")
         told.add_note(f"in {self.work.name}:\n{trace}")
         return told

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -32,8 +32,9 @@ class Size:
 def sizes_now(works: Sequence[Work], *, shared: bool, patience: float) -> list[Size]:
     """Copies and resources of every stage on the Ray that this process has joined.
 
-    Of a shared cluster they are what others leave. While that is too little, what is needed is asked of an autoscaler
-    and waited for: as long as others hold it, and `patience` seconds where the cluster itself is too small.
+    Of a shared cluster they are what others leave. While that is too little, an autoscaler is asked for what is needed
+    beside what is held, and it is waited for: `patience` seconds where the cluster itself is too small, four times as
+    long where others hold what is needed.
 
     Args:
         works: the stages, in order.
@@ -42,7 +43,7 @@ def sizes_now(works: Sequence[Work], *, shared: bool, patience: float) -> list[S
 
     Raises:
         ConfigError: a Ray of one's own cannot hold one copy of each.
-        Stalled: the cluster cannot, and did not grow.
+        Stalled: the cluster cannot, and did not grow; or others did not let go of it.
     """
     if not shared:
         return sizes(works, cluster.machines())
@@ -56,11 +57,13 @@ def sizes_now(works: Sequence[Work], *, shared: bool, patience: float) -> list[S
                 try:
                     return sizes(works, free, gpus=gpus)
                 except ConfigError as error:
-                    if waited > patience and not _hold(works, whole, gpus=gpus):
-                        raise Stalled(f"{error}; the cluster did not grow: then give the same command again") from None
+                    held = _hold(works, whole, gpus=gpus)
+                    if waited > patience * (4 if held else 1):
+                        why = "others did not let go of it" if held else "the cluster did not grow"
+                        raise Stalled(f"{error}; {why}: then give the same command again") from None
                     if not told:
                         _log.warning("waiting for room on the cluster: %s", error)
-                        _ask_for(works)
+                    _ask_for(_needs(works, gpus=gpus) + _held(whole, free))
                     told = True
             time.sleep(1.0 if told else 0.1)
     finally:
@@ -74,12 +77,21 @@ def _hold(works: Sequence[Work], machines: Sequence[Machine], *, gpus: bool) -> 
     return False
 
 
-def _ask_for(works: Sequence[Work]) -> None:
-    """Have an autoscaler, if there is one, bring the cluster to where it holds them; an empty list ends that."""
+def _needs(works: Sequence[Work], *, gpus: bool) -> list[dict[str, float]]:
+    return [{"CPU": max(work.cpus, LEAST_CPUS)} | ({"GPU": work.gpus} if gpus and work.gpus else {}) for work in works]
+
+
+def _held(whole: Sequence[Machine], free: Sequence[Machine]) -> list[dict[str, float]]:
+    """What others have of each machine."""
+    held = ({name: all_[name] - left[name] for name in all_} for all_, left in zip(whole, free, strict=True))
+    return [{name: amount for name, amount in one.items() if amount > 0} for one in held if any(one.values())]
+
+
+def _ask_for(bundles: Sequence[Mapping[str, float]]) -> None:
+    """Have an autoscaler, if there is one, bring the cluster to where it holds these in all; none ends that."""
     from ray.autoscaler.sdk import request_resources
 
-    needs = [{"CPU": max(work.cpus, LEAST_CPUS)} | ({"GPU": work.gpus} if work.gpus else {}) for work in works]
-    request_resources(bundles=needs)
+    request_resources(bundles=[dict(one) for one in bundles])
 
 
 def sizes(works: Sequence[Work], machines: Sequence[Machine], *, gpus: bool | None = None) -> list[Size]:

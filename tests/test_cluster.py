@@ -1,9 +1,10 @@
 """Ray joined or started."""
 
 import pytest
+from ray._private import parameter
 
 from rayseg import cluster
-from rayseg.errors import Stalled
+from rayseg.errors import ConfigError, Stalled
 
 
 def test_training_has_the_gpus_of_the_cluster_for_workers_and_else_those_of_this_machine(monkeypatch):
@@ -30,3 +31,26 @@ def test_a_machine_too_busy_to_start_ray_is_told_in_words(monkeypatch, tmp_path)
     monkeypatch.setattr("ray.init", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cluster.connect("local")
+
+
+def test_agents_of_a_private_ray_listen_at_any_free_port(monkeypatch, tmp_path):
+    """So that a server's takes jobs beside others."""
+    own, given = parameter.RayParams, []
+
+    def init(**_):
+        given.append(parameter.RayParams().dashboard_agent_listen_port)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr(cluster, "_remove_afterwards", lambda folder: None)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(ZeroDivisionError):
+        cluster.connect("local")
+    assert given == [0]
+    assert parameter.RayParams is own
+
+
+def test_an_address_of_ray_client_is_refused_with_what_to_give():
+    with pytest.raises(ConfigError, match="give the head's own, HOST:6379"):
+        cluster.expect_reachable("ray://127.0.0.1:10001")

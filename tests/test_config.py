@@ -1,6 +1,8 @@
+import importlib
+
 import pytest
 
-from rayseg.config import Config, load, ray_address
+from rayseg.config import Config, load, load_values, ray_address
 from rayseg.errors import ConfigError
 from rayseg.pipelines import al_s4gan
 
@@ -34,6 +36,25 @@ def test_a_group_that_is_given_in_part_keeps_its_other_defaults():
     assert load(Grouped, None, ["outer.rates=[5.0]"]).outer == Outer(inner=Inner(patch=7, name="x"), rates=(5.0,))
     assert load(Grouped, None, ["outer.other.name=y"]).outer.other == Inner(name="y")
     assert load(Outer, None, ["inner.name=y"]).inner == Inner(name="y")
+
+
+@pytest.mark.parametrize("pipeline", ["agri", "al_s4gan", "gpc", "landcover", "superpixel"])
+def test_a_key_set_to_its_own_default_changes_nothing_else(pipeline):
+    kind = importlib.import_module(f"rayseg.pipelines.{pipeline}").Config
+    whole = kind()
+    for keys, value in leaves(whole):
+        given = value
+        for key in reversed(keys):
+            given = {key: given}
+        assert load_values(kind, given) == whole, keys
+
+
+def leaves(group, above=()):
+    for name, value in group:
+        if isinstance(value, Config) and not value.one_value:
+            yield from leaves(value, (*above, name))
+        elif not isinstance(value, Config):
+            yield (*above, name), value
 
 
 class Pair(Config):

@@ -75,6 +75,18 @@ def test_on_a_ray_of_ones_own_what_does_not_fit_is_refused_at_once(monkeypatch):
         placement.sizes_now([Work(list, cpus=4)], shared=False, patience=100.0)
 
 
+def test_an_autoscaler_is_asked_for_what_is_needed_beside_what_is_held_and_no_longer_than_that(monkeypatch):
+    """It counts what a cluster has in all, not what is free of it."""
+    asked, left = [], iter([{"CPU": 0.5, "GPU": 0.0}, {"CPU": 4.0, "GPU": 1.0}])
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda *, bundles: asked.append(bundles))
+    monkeypatch.setattr(placement.cluster, "machines", lambda: [{"CPU": 4.0, "GPU": 1.0}])
+    monkeypatch.setattr(placement.cluster, "free", lambda: [next(left)])
+    monkeypatch.setattr(placement, "LETTING_GO", -1.0)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    placement.sizes_now([Work(list, cpus=1.0), Work(list, cpus=1.0, gpus=1.0, model=True)], shared=True, patience=9.0)
+    assert asked == [[{"CPU": 1.0}, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 3.5, "GPU": 1.0}], []]
+
+
 @pytest.mark.ray
 def test_what_others_hold_of_a_cluster_is_left_to_them_and_waited_for(local_ray, monkeypatch, caplog):
     """Without it actors would be asked for that never start."""
@@ -88,9 +100,11 @@ def test_what_others_hold_of_a_cluster_is_left_to_them_and_waited_for(local_ray,
         beside = placement.sizes_now([SMALL, Work(list, model=True), SMALL], shared=True, patience=0.0)
         with pytest.raises(Stalled, match=r"need 17.* Ray has 2 free; .* then give the same command again"):
             placement.sizes_now([Work(list, cpus=8.5), SMALL], shared=True, patience=0.3)
+        with pytest.raises(Stalled, match="others did not let go of it: then give the same command again"):
+            placement.sizes_now(STAGES, shared=True, patience=0.1)
         began = time.monotonic()
         threading.Timer(1.0, ray.kill, [holders[0]]).start()
-        after = placement.sizes_now(STAGES, shared=True, patience=0.0)
+        after = placement.sizes_now(STAGES, shared=True, patience=5.0)
     finally:
         for holder in holders:
             ray.kill(holder)

@@ -18,6 +18,7 @@ from rayseg.errors import DataError
 from rayseg.geo import NODATA, Grid, Window
 from rayseg.io.maps import MappedTile, width_m
 from rayseg.io.rasters import footprint, view
+from rayseg.io.remote import patiently
 from rayseg.io.sources import Source, gdal, open_file
 from rayseg.vision.color import RGB, ClassTable, overlay
 
@@ -209,15 +210,21 @@ def _decimated(
     """Three bands of a source over `part` of its footprint, averaged down to `shape`, and where they have data."""
     bands, valid_HW = [], np.ones(shape, bool)
     for href, index in bands_shown(source):
-        with gdal(href, part):
-            dataset, extent = view(source, href, grid)
-            at = FileWindow(part.col - extent.col, part.row - extent.row, part.width, part.height)
-            band_HW = dataset.read(index, window=at, out_shape=shape, resampling=Resampling.average)
-            valid_HW &= dataset.dataset_mask(window=at, out_shape=shape) > 0
+        band_HW, ok_HW = patiently(href, partial(_averaged, source, href, index, grid, part, shape))
+        valid_HW &= ok_HW
         bands.append(band_HW)
     if source.nodata is not None:
         valid_HW &= np.any([band_HW != source.nodata for band_HW in bands], axis=0)
     return np.stack(bands), valid_HW & np.isfinite(bands).all(axis=0)
+
+
+def _averaged(
+    source: Source, href: str, index: int, grid: Grid, part: Window, shape: tuple[int, int]
+) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
+    with view(source, href, grid, part) as (dataset, extent):
+        at = FileWindow(part.col - extent.col, part.row - extent.row, part.width, part.height)
+        band_HW = dataset.read(index, window=at, out_shape=shape, resampling=Resampling.average)
+        return band_HW, dataset.dataset_mask(window=at, out_shape=shape) > 0
 
 
 def bands_shown(source: Source) -> list[tuple[str, int]]:

@@ -135,8 +135,7 @@ def _files_of(source: Source, bands: Sequence[str]) -> dict[str, list[tuple[int,
 def _read_file(
     source: Source, href: str, grid: Grid, part: Window, indexes: list[int], *, categorical: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    with _forgotten_if_it_fails(href), gdal(href, part):
-        dataset, extent = view(source, href, grid, categorical=categorical)
+    with view(source, href, grid, part, categorical=categorical) as (dataset, extent):
         inside = part.intersect(extent)
         image_CHW = np.zeros((len(indexes), part.height, part.width), dataset.dtypes[indexes[0] - 1])
         valid_HW = np.zeros((part.height, part.width), bool)
@@ -174,32 +173,42 @@ def _valid(
 _View = tuple[Any, Window, tuple[Any, ...]]
 
 
-def view(source: Source, href: str, grid: Grid, *, categorical: bool = False) -> tuple[DatasetReader, Window]:
-    """(dataset whose pixels are the grid's, grid window it covers), kept open for this thread; inside `gdal`."""
+@contextmanager
+def view(
+    source: Source, href: str, grid: Grid, part: Window, *, categorical: bool = False
+) -> Iterator[tuple[DatasetReader, Window]]:
+    """(dataset whose pixels are the grid's, grid window it covers) to read `part` from; this thread keeps it open.
+
+    Where reading fails the thread's files of `href` are closed: what they know of it may be why, and stay wrong.
+
+    Raises:
+        DataError: the file, or what is read of it, cannot be read.
+    """
+    try:
+        with gdal(href, part):
+            yield _opened(source, href, grid, categorical=categorical)
+    except DataError:
+        views = _views()
+        for key in [key for key in views if key[0] == href]:
+            _close(views.pop(key))
+        raise
+
+
+def _opened(source: Source, href: str, grid: Grid, *, categorical: bool) -> tuple[DatasetReader, Window]:
     views = _views()
     key = (href, _stamp(href), grid, replace(source, assets=(), datetime=None, href=""), categorical)
     if key not in views:
         views[key] = _on_grid(open_file(href), source, grid, categorical=categorical)
         while len(views) > _OPEN_FILES:
-            _, (oldest, _, beneath) = views.popitem(last=False)
-            for opened in (oldest, *beneath):
-                opened.close()
+            _close(views.popitem(last=False)[1])
     views.move_to_end(key)
     return views[key][:2]
 
 
-@contextmanager
-def _forgotten_if_it_fails(href: str) -> Iterator[None]:
-    """Closes this thread's files of `href` that fail to be read: what they know of it may be why, and stay wrong."""
-    try:
-        yield
-    except DataError:
-        views = _views()
-        for key in [key for key in views if key[0] == href]:
-            opened, _, beneath = views.pop(key)
-            for file in (opened, *beneath):
-                file.close()
-        raise
+def _close(viewed: _View) -> None:
+    opened, _, beneath = viewed
+    for file in (opened, *beneath):
+        file.close()
 
 
 def _views() -> "OrderedDict[Any, _View]":

@@ -159,7 +159,7 @@ def open_file(href: str) -> DatasetReader:
 
 
 def _open_whole(href: str) -> DatasetReader:
-    """The file, open, with all of its header."""
+    """The file, open, with all of its header that describes it."""
     with _refused(href), unplaced():
         return rasterio.open(remote.signed(href))
 

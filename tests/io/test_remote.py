@@ -4,6 +4,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,7 +18,7 @@ import rasterio
 from rasterio.transform import from_origin
 
 from rayseg.errors import DataError
-from rayseg.io import remote
+from rayseg.io import pictures, remote
 from rayseg.io.complaints import complaints
 from rayseg.io.rasters import read
 from rayseg.io.sources import footprint, grids_of, source_of_file
@@ -119,14 +121,25 @@ def test_only_lost_data_that_this_thread_is_told_of_counts():
         tags.warning("CPLE_AppDefined in a.tif: something else")
         errors.info(f"{signalled}'a block that cannot be read'")
         errors.info(f"{signalled}'PROJ: utm: Invalid latitude'")
+        errors.info(f"{signalled}'Error reading EXIF Directory count at 60030'")
         with complaints() as inner:
-            errors.info(f"{signalled}'an attempt'")
+            errors.info(f"{signalled}'Read error'")
         other = threading.Thread(target=tags.warning, args=("IO error in another file",))
         other.start()
         other.join()
     tags.warning("IO error, later")
-    assert [text[:27] for text in said] == ["CPLE_AppDefined in a.tif: T", "'a block that cannot be rea"]
-    assert inner == ["'an attempt'"]
+    assert [text[:26] for text in said] == ["CPLE_AppDefined in a.tif: ", "a block that cannot be rea"]
+    assert inner == ["Read error"]
+
+
+def test_what_is_lost_is_heard_whatever_a_program_does_to_loggers(caplog):
+    logger = logging.getLogger("rasterio._err")
+    logger.setLevel(logging.ERROR)
+    logger.disabled = True
+    with complaints() as said:
+        logger.info("GDAL signalled an error: err_no=1, msg='Read error'")
+    assert said == ["Read error"]
+    assert caplog.text == ""
 
 
 @pytest.fixture
@@ -157,21 +170,29 @@ def test_an_answer_that_is_cut_short_is_never_taken_for_pixels(tmp_path, monkeyp
         file.write(image)
     source = source_of_file(str(tmp_path / "a.tif"), "a")
     [(grid, _)] = grids_of([source])
-    failed = 0
+    refused = Counter()
     for cut in range(100, 3000, 25):
-        href = f"{cutting(tmp_path / 'a.tif')}/{cut}/a.tif"
-        try:
-            opened = source_of_file(href, "a")
-        except DataError:
-            failed += 1
-        else:
+        hrefs = [f"{cutting(tmp_path / 'a.tif')}/{cut}/{name}.tif" for name in "abc"]
+        there = [replace(source, assets=((href, source.bands),)) for href in hrefs]
+        with refusals(refused, "opened"):
+            opened = source_of_file(hrefs[0], "a")
             assert (opened.crs, opened.nodata) == ("EPSG:32633", 0), cut
-        there = replace(source, assets=((href.replace("a.tif", "b.tif"), source.bands),))
-        try:
-            found, valid = read([there], grid, footprint(there, grid), bands=["red"])
-        except DataError:
-            failed += 1
-        else:
-            assert valid.all(), cut
-            assert np.array_equal(found, image[:1]), cut
-    assert 40 < failed < 232
+        place = footprint(source, grid)
+        with refusals(refused, "pictures"):
+            pixels_CHW, valid_HW = pictures._decimated(there[1], grid, place, (512, 512))
+            assert valid_HW.all(), cut
+            assert np.array_equal(pixels_CHW, image), cut
+        for one in (*there[1:], there[2]):
+            with refusals(refused, "read"):
+                found, valid = read([one], grid, place, bands=["red"])
+                assert valid.all(), cut
+                assert np.array_equal(found, image[:1]), cut
+    assert all(refused[name] > 20 for name in ("opened", "pictures", "read")), refused
+
+
+@contextmanager
+def refusals(count, name):
+    try:
+        yield
+    except DataError:
+        count[name] += 1
