@@ -1,6 +1,12 @@
 """Ray joined or started."""
 
+import os
+import subprocess
+import sys
+import time
+
 import pytest
+from mortal import until
 from ray._private import parameter
 
 from rayseg import cluster
@@ -54,3 +60,15 @@ def test_agents_of_a_private_ray_listen_at_any_free_port(monkeypatch, tmp_path):
 def test_an_address_of_ray_client_is_refused_with_what_to_give():
     with pytest.raises(ConfigError, match="give the head's own, HOST:6379"):
         cluster.expect_reachable("ray://127.0.0.1:10001")
+
+
+def test_rays_folder_goes_when_no_process_is_left_that_was_begun_for_it(tmp_path):
+    """One whose command line no longer names it, as those of Ray's agents, may still write into it."""
+    folder = tmp_path / "ray"
+    folder.mkdir()
+    with subprocess.Popen(["sleep", "2"], env=os.environ | {cluster._FOLDER: str(folder)}) as late:
+        driver = f"from rayseg import cluster; cluster._remove_afterwards({str(folder)!r})"
+        subprocess.run([sys.executable, "-c", driver], check=True)
+        time.sleep(0.3)
+        assert folder.exists() or late.poll() is not None
+    until(lambda: not folder.exists(), seconds=60)
