@@ -98,11 +98,12 @@ def _guarded(works: Sequence[Work], ledger: Ledger, attempts: dict[str, int], pa
 def _run_part(
     rows: list[Row], guarded: list[Guarded], engine: Engine, patience: float, settled: Callable[[int, int], None]
 ) -> None:
-    made = _inline(rows, guarded)
     if engine.kind == "ray":
         cluster.connect(engine.address)  # here: Ray's processes end with the thread that started them
         shared = ray_address(engine.address) != "local"
         made = _on_ray(rows, guarded, sizes_now([guard.work for guard in guarded], shared=shared, patience=patience))
+    else:
+        made = _inline(rows, guarded)
     coming = ahead(made, patience)
     with contextlib.closing(coming):
         for row in _watched(coming):
@@ -296,14 +297,14 @@ def _one_by_one(rows: list[Row], guarded: list[Guarded], ledger: Ledger, placed:
     remote = ray.remote(max_retries=0, max_calls=1, num_cpus=cpus, num_gpus=gpus)(_through)
     coming = [(row, 2) for row in rows]
     while coming:
-        row, machines = coming.pop(0)
+        row, tries = coming.pop(0)
         try:
             yield ray.get(remote.remote(row, guarded))
         except (WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
-            if machines == 1 or not isinstance(error, NodeDiedError):
+            if tries == 1 or not isinstance(error, NodeDiedError):
                 yield _quarantine(row, guarded, ledger, type(error).__name__)
                 continue
-            coming.append((row, machines - 1))
+            coming.append((row, tries - 1))
 
 
 def _through(row: Row, guarded: list[Guarded]) -> Row:
