@@ -107,7 +107,7 @@ def read_values(path: str) -> dict[str, Any]:
 def _assign(values: dict[str, Any], override: str) -> None:
     key, found, text = override.partition("=")
     if not found or not key:
-        raise ConfigError(f"--set {override!r} is not of the form key=value, for example --set predict.patch=512")
+        raise ConfigError(f"--set {override!r} is not of the form key=value, for example --set map.tile=1024")
     *parents, last = key.split(".")
     for parent in parents:
         child = values.get(parent)

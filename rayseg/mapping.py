@@ -244,7 +244,12 @@ def _none_left(region: Region, refused: Mapping[str, RaysegError]) -> RaysegErro
 
 def _refused_row(item_id: str, error: RaysegError) -> Row:
     tile = Tile(slug(item_id), Grid(None, (1.0, 1.0), (0.0, 0.0), item_id), Window(0, 0, 0, 0))
-    return tile.to_row() | {"sources": "[]", "refused": str(error)}
+    return tile.to_row() | {"sources": "[]", "refused": refusal(error)}
+
+
+def refusal(error: RaysegError) -> str:
+    """Why a scene is a row that fails, for as long as its run lives: what is to be mapped is laid down at its begin."""
+    return f"{error} This was so when the run was planned; map it into another folder once it is mended"
 
 
 def _counted(ids: Sequence[str]) -> str:

@@ -70,6 +70,8 @@ class Paired(Config):
 
 def test_a_group_that_is_one_value_is_given_as_a_whole():
     assert load(Paired, None, ["pair.high=7"]).pair == Pair(low=0, high=7)
+    with pytest.raises(ConfigError, match="give a class table as a whole"):
+        load(al_s4gan.Config, None, ["classes.ignore=[]"])
     own = "classes: {classes: [{name: ground, color: '#826446'}]}"
     assert load(al_s4gan.Config, None, [own.replace(": ", "=", 1)]).table.threshold is None
 

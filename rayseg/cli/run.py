@@ -244,5 +244,6 @@ def _run_at(
     if run.troubles:
         named = [f"{step} {row} ({why})" for step, rows in run.troubles.items() for row, why in rows.items()]
         more = f" and {len(named) - 5} more" if len(named) > 5 else ""
-        counted = f"{len(named)} tile{'s' * (len(named) > 1)} failed"
+        kind = "row" if len(run.troubles) > 1 else "tile"  # scenes and tiles, or the tiles of two steps
+        counted = f"{len(named)} {kind}{'s' * (len(named) > 1)} failed"
         raise RunIncomplete(f"{counted}: {'; '.join(named[:5])}{more}; mend the cause, then: rayseg retry {out}")

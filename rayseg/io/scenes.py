@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayseg.errors import DataError
+from rayseg.errors import ConfigError, DataError
 from rayseg.geo import NODATA, Grid, Window, expect_ids, slug
 from rayseg.io import catalog
 from rayseg.io.labels import image_folders, sources_of_images
@@ -309,10 +309,11 @@ def expect_classes(
         absent: classes that may be without pixels.
 
     Raises:
+        ConfigError: `absent` names what is no class.
         DataError: the first such class.
     """
     if unknown := sorted(set(absent) - set(table.names)):
-        raise DataError(f"absent names {', '.join(unknown)}, the classes are {', '.join(table.names)}; correct it")
+        raise ConfigError(f"absent names {', '.join(unknown)}, the classes are {', '.join(table.names)}; correct it")
     for position, name in enumerate(table.names):
         here, there = (int(counts[part][position]) for part in ("training", "validation"))
         if name in absent or here:

@@ -186,9 +186,9 @@ def _refused(name: str, place: str = "") -> Iterator[None]:
         with complaints() as said:
             yield
     except _FAULTS as error:
-        raise DataError(public(f"{name} cannot be read{place}: {error.__cause__ or error}.")) from None
+        raise DataError(public(f"{name} cannot be read{place}: {str(error.__cause__ or error).rstrip('.')}.")) from None
     if said:
-        raise DataError(public(f"{name} cannot be read{place}: {said[0]}."))
+        raise DataError(public(f"{name} cannot be read{place}: {said[0].rstrip('.')}."))
 
 
 @contextmanager

@@ -40,6 +40,11 @@ class Classes(Config):
     def _read(cls, given: Any) -> Any:  # noqa: ANN401 - what a configuration holds
         return _content(given) if isinstance(given, str) else given
 
+    @model_validator(mode="after")
+    def _can_be_meant(self) -> "Classes":
+        _ = self.table
+        return self
+
     @property
     def table(self) -> ClassTable:
         """The classes as masks are read by them.

@@ -124,7 +124,9 @@ def plan(region: Region, config: Config) -> tuple[list[Row], tuple[str, ...], st
     if not ids:
         raise DataError(f"region {region.name} has no tile with imagery; choose another --region")
     if not region.tiles:
-        rows += [{"id": slug(name), "tiles": "[]", "refused": str(why)} for name, why in sorted(refused.items())]
+        rows += [
+            {"id": slug(name), "tiles": "[]", "refused": mapping.refusal(why)} for name, why in sorted(refused.items())
+        ]
     expect_ids([row["id"] for row in rows])
     expect_ids(ids)
     named = min(sources, key=lambda source: source.item_id)

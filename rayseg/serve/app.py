@@ -80,7 +80,7 @@ def _add_no_jobs(app: FastAPI) -> None:
     @app.post("/v1/jobs", tags=["jobs"], responses=questions.problems_of(403))
     async def refuse() -> None:
         """Refused: the server was not started with --jobs."""
-        raise Refused(403, "this server starts no runs; start it with --jobs PREFIX to let clients do so")
+        raise Refused(403, "this server starts no runs; start it with --set jobs=PREFIX to let clients do so")
 
 
 # -- models ------------------------------------------------------------------------------------------------------------

@@ -159,13 +159,14 @@ def _images(tiles: Sequence[tuple[Tile, Sequence[Source]]]) -> list[dict[str, An
     """Images without CRS, with their sizes."""
     sizes: dict[str, tuple[int, int]] = {}
     for tile, sources in tiles:
-        if tile.grid.crs is None and tile.grid.image:
-            sizes[tile.grid.image] = _size(sources, tile.grid.image)
+        if tile.grid.crs is None and tile.grid.image and (size := _size(sources, tile.grid.image)):
+            sizes[tile.grid.image] = size
     return [{"id": name, "width": width, "height": height} for name, (width, height) in sizes.items()]
 
 
-def _size(sources: Sequence[Source], image: str) -> tuple[int, int]:
-    return next((source.width, source.height) for source in sources if source.item_id == image)
+def _size(sources: Sequence[Source], image: str) -> tuple[int, int] | None:
+    """(width, height) of an image; None for one that could not be opened."""
+    return next(((source.width, source.height) for source in sources if source.item_id == image), None)
 
 
 def _troubles(root: str, steps: dict[str, Any]) -> list[dict[str, Any]]:
@@ -200,9 +201,10 @@ def tile_png(
     """A web tile (z, x, y) of a run as PNG; None where there is nothing."""
     bounds = mapview.bounds_of_tile(*place)
     sources = shown.sources(bounds, image)
-    if not sources or shown.table is None:
+    size = _size(sources, image) if image is not None else None
+    if not sources or shown.table is None or (image is not None and size is None):
         return None
-    whole = Window(0, 0, *_size(sources, image)) if image is not None else None
+    whole = Window(0, 0, *size) if size else None
     if layer == "imagery":
         imagery_HWC = mapview.imagery_tile(sources, *place, image=whole, hosts=hosts)
         return _rgba_png(imagery_HWC)

@@ -2,9 +2,9 @@
 
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rayseg.config import Config
 from rayseg.errors import ConfigError
@@ -61,6 +61,11 @@ class ServeConfig(Config):
     """Jobs of clients that may be under way at once; more are answered 429."""
     jobs_address: str | None = None
     """Address of the cluster's dashboard, which takes jobs; `rayseg serve` finds it."""
+
+    @field_validator("models", "runs", "hosts", "imagery_hosts", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, given: Any) -> Any:  # noqa: ANN401 - what a configuration holds
+        return (given,) if isinstance(given, str) else given
 
     def token(self) -> str:
         """The token that requests must carry, "" if none is asked for.

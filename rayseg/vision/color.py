@@ -32,7 +32,10 @@ class ClassTable:
         values = [value for value, _, _ in self.classes]
         colors = [*self.colors, *self.ignore]
         if not values or len(set(values)) < len(values) or not all(0 <= value < IGNORE for value in values):
-            raise ConfigError(f"class values are {values}, expected at least one, all different and in 0..254")
+            raise ConfigError(
+                f"class values are {values}, expected at least one, all different and in 0..254; give a class table as "
+                "a whole"
+            )
         if len(set(colors)) < len(colors):
             twice = sorted({hex_of(color) for color in colors if colors.count(color) > 1})
             raise ConfigError(f"colours {', '.join(twice)} stand for more than one class: give every class its own")

@@ -182,7 +182,7 @@ def test_classes_without_pixels_and_splits_that_leave_one_out_are_refused():
     with pytest.raises(DataError, match=r"leaves class water out: none of its 7 pixels .*\(a\), all are in b"):
         expect([1, 0], [1, 7])
     expect([1, 0], [1, 0], absent=["water"])
-    with pytest.raises(DataError, match="absent names mud, the classes are land, water"):
+    with pytest.raises(ConfigError, match="absent names mud, the classes are land, water"):
         expect([1, 1], [1, 1], absent=["mud"])
 
 

@@ -14,10 +14,14 @@ import pytest
 from fake_run import GPC, NODATA, UTM, blobs, make, picture
 from PIL import Image
 from tiny_server import client, free_port, served
+from upath import UPath
 
+from rayseg import mapping
+from rayseg.errors import DataError
 from rayseg.geo import Grid
 from rayseg.io import mapview
 from rayseg.io.maps import mapped_tiles
+from rayseg.manifest import Manifest
 from rayseg.serve import runs
 
 SHAPE = (128, 192)
@@ -140,6 +144,16 @@ def test_an_image_without_georeference_has_a_pyramid_of_its_own(asked, mask):
     part = image_of(asked.get("/v1/runs/photo/tiles/1/1/0.png?image=photo"))
     assert (part[:, 1:-1] != NODATA).any()
     assert asked.get("/v1/runs/photo/tiles/0/0/0.png?image=other").status_code == 204
+
+
+def test_a_run_whose_files_could_not_all_be_opened_is_shown_without_those(root, mask, tmp_path):
+    make(tmp_path / "part", {"photo": (picture(mask), mask, (0, 0))}, grid=Grid(None, (1.0, 1.0), (0.0, 0.0)))
+    path = UPath(tmp_path / "part/steps/predict/manifest.parquet")
+    rows = [row | {"refused": ""} for row in Manifest.read(path)]
+    Manifest.of([[*rows, mapping._refused_row("lost", DataError("lost.tif cannot be read."))]]).save(path)
+    asked = client(runs=(str(tmp_path / "part"),))
+    assert [image["id"] for image in asked.get("/v1/runs/part").json()["images"]] == ["photo"]
+    assert asked.get("/v1/runs/part/tiles/0/0/0.png?image=lost").status_code == 204
 
 
 def test_imagery_of_hosts_that_are_not_named_is_not_asked_for():

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from small_world import refused
 
+from rayseg.config import load
 from rayseg.errors import ConfigError
 from rayseg.serve.command import named
 from rayseg.serve.settings import ServeConfig
@@ -39,3 +40,8 @@ def test_on_loopback_the_server_has_the_names_of_loopback_alone():
     assert named(ServeConfig(), "127.0.0.1").hosts == ("127.0.0.1", "localhost", "::1")
     assert named(ServeConfig(hosts=("maps",)), "127.0.0.1").hosts == ("maps",)
     assert named(ServeConfig(), "0.0.0.0").hosts == ()
+
+
+def test_one_prefix_need_not_be_a_list():
+    found = load(ServeConfig, None, ["models=s3://b/a", "hosts=maps.example.org"])
+    assert (found.models, found.hosts) == (("s3://b/a",), ("maps.example.org",))
