@@ -141,8 +141,8 @@ class Guarded:
         if isinstance(error, RaysegError):
             return error
         trace = "".join(traceback.format_exception(error))
-        plain = isinstance(error, Exception) and all(isinstance(part, str | int | float) for part in error.args)
-        known = plain and type(error).__module__ == "builtins"
+        plain = all(isinstance(part, str | int | float) for part in error.args)
+        known = plain and type(error).__module__ == "builtins" and not isinstance(error, SystemExit)
         told = error if known else RuntimeError(f"{type(error).__name__}: {error}")
         told.add_note(f"in {self.work.name}:\n{trace}")
         return told

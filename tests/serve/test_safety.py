@@ -363,7 +363,7 @@ def test_a_form_without_an_image_is_told_what_is_missing(asked):
 
 
 def test_jobs_are_refused_unless_they_are_enabled(asked):
-    assert "--jobs" in problem(asked.post("/v1/jobs", json={"pipeline": "gpc", "region": "demo"}), 403)
+    assert "--set jobs=PREFIX" in problem(asked.post("/v1/jobs", json={"pipeline": "gpc", "region": "demo"}), 403)
 
 
 def test_bundles_of_one_name_are_not_mixed_up(tmp_path):
