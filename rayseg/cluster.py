@@ -18,8 +18,6 @@ from rayseg.store import access
 
 Machine = Mapping[str, float]
 """What one machine has: CPU, GPU."""
-_FOLDER = "RAYSEG_RAY_FOLDER"
-"""By which Ray's processes are known to have begun for a folder: some change their command lines."""
 _SHELLS: list["subprocess.Popen[bytes]"] = []
 
 
@@ -69,7 +67,6 @@ def connect(address: str | None, *, dashboard: bool = False) -> None:
     _remove_afterwards(folder := tempfile.mkdtemp(prefix="rs-"))
     # An idle process is soon of use again, and a new one takes seconds to import what the stages need.
     quiet["_system_config"] = {"idle_worker_killing_time_threshold_ms": 30_000}
-    os.environ[_FOLDER] = folder
     try:
         with _agents_anywhere():
             ray.init(
@@ -82,8 +79,6 @@ def connect(address: str | None, *, dashboard: bool = False) -> None:
             "Ray did not start within the 30 s it gives itself: other work keeps this machine busy; give the same "
             "command again later, or --engine inline"
         ) from None
-    finally:
-        del os.environ[_FOLDER]
     atexit.register(ray.shutdown)
 
 
@@ -107,11 +102,13 @@ def _agents_anywhere() -> Iterator[None]:
 def _remove_afterwards(folder: str) -> None:
     """Let a shell remove the folder when this process is gone, however it ends: its end of the pipe closes then.
 
-    Ray's own processes, whose environments name it, live on for a while, and some begin to write only then.
+    Ray's own processes live on for a while, and some begin to write only then. Their command lines name the folder, or,
+    once they call themselves something else, their open logs lie in it.
     """
-    named = f'grep -qsaF "{_FOLDER}=$FOLDER" /proc/[0-9]*/environ'
-    script = f'exec >/dev/null 2>&1; read -r _; while {named}; do sleep 1; done; rm -rf "$FOLDER"'
-    told = os.environ | {"FOLDER": folder}  # under another name: the shell would wait for itself
+    named = 'printf %s "$FOLDER" | grep -qsFf - /proc/[0-9]*/cmdline'
+    logs = 'ls -l /proc/[0-9]*/fd | grep -qF "$FOLDER"'
+    script = f'exec >/dev/null 2>&1; read -r _; while {named} || {logs}; do sleep 1; done; rm -rf "$FOLDER"'
+    told = os.environ | {"FOLDER": folder}  # no argument: the shell would wait for itself
     shell = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, start_new_session=True, env=told)
     _SHELLS.append(shell)
 

@@ -1,6 +1,5 @@
 """Ray joined or started."""
 
-import os
 import subprocess
 import sys
 import time
@@ -66,7 +65,8 @@ def test_rays_folder_goes_when_no_process_is_left_that_was_begun_for_it(tmp_path
     """One whose command line no longer names it, as those of Ray's agents, may still write into it."""
     folder = tmp_path / "ray"
     folder.mkdir()
-    with subprocess.Popen(["sleep", "2"], env=os.environ | {cluster._FOLDER: str(folder)}) as late:
+    with (folder / "log").open("w") as log, subprocess.Popen(["sleep", "2"], stdout=log) as late:
+        log.close()
         driver = f"from rayseg import cluster; cluster._remove_afterwards({str(folder)!r})"
         subprocess.run([sys.executable, "-c", driver], check=True)
         time.sleep(0.3)
