@@ -249,7 +249,9 @@ def _refused_row(item_id: str, error: RaysegError) -> Row:
 
 def refusal(error: RaysegError) -> str:
     """Why a scene is a row that fails, for as long as its run lives: what is to be mapped is laid down at its begin."""
-    return f"{error} This was so when the run was planned; map it into another folder once it is mended"
+    return (
+        f"{str(error).rstrip('.')}; so it was when the run was planned: once it is mended, map it into another folder"
+    )
 
 
 def _counted(ids: Sequence[str]) -> str:

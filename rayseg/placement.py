@@ -82,9 +82,10 @@ def _needs(works: Sequence[Work], *, gpus: bool) -> list[dict[str, float]]:
 
 
 def _held(whole: Sequence[Machine], free: Sequence[Machine]) -> list[dict[str, float]]:
-    """What others have of each machine."""
-    held = ({name: all_[name] - left[name] for name in all_} for all_, left in zip(whole, free, strict=True))
-    return [{name: amount for name, amount in one.items() if amount > 0} for one in held if any(one.values())]
+    """What others have of each machine; one that came or went between the two questions counts when next asked."""
+    held = ({name: all_[name] - left[name] for name in all_} for all_, left in zip(whole, free, strict=False))
+    some = ({name: amount for name, amount in one.items() if amount > 0} for one in held)
+    return [one for one in some if one]
 
 
 def _ask_for(bundles: Sequence[Mapping[str, float]]) -> None:

@@ -79,8 +79,9 @@ def test_an_autoscaler_is_asked_for_what_is_needed_beside_what_is_held_and_no_lo
     """It counts what a cluster has in all, not what is free of it."""
     asked, left = [], iter([{"CPU": 0.5, "GPU": 0.0}, {"CPU": 4.0, "GPU": 1.0}])
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda *, bundles: asked.append(bundles))
+    new = {"CPU": 8.0, "GPU": 0.0}  # came when what is there had been looked at
     monkeypatch.setattr(placement.cluster, "machines", lambda: [{"CPU": 4.0, "GPU": 1.0}])
-    monkeypatch.setattr(placement.cluster, "free", lambda: [next(left)])
+    monkeypatch.setattr(placement.cluster, "free", lambda: [next(left), new][: 2 if not asked else 1])
     monkeypatch.setattr(placement, "LETTING_GO", -1.0)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     placement.sizes_now([Work(list, cpus=1.0), Work(list, cpus=1.0, gpus=1.0, model=True)], shared=True, patience=9.0)

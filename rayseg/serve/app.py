@@ -79,7 +79,7 @@ def _add_server(app: FastAPI, closed: Door, metrics: Metrics) -> None:
 def _add_no_jobs(app: FastAPI) -> None:
     @app.post("/v1/jobs", tags=["jobs"], responses=questions.problems_of(403))
     async def refuse() -> None:
-        """Refused: the server was not started with --jobs."""
+        """Refused: the server was started without a prefix for jobs."""
         raise Refused(403, "this server starts no runs; start it with --set jobs=PREFIX to let clients do so")
 
 
