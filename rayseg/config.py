@@ -1,7 +1,6 @@
 """Configuration: one frozen pydantic model per pipeline, read from YAML and `--set`, refused with the key's path."""
 
 import os
-import types
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -121,8 +120,23 @@ def _assign(values: dict[str, Any], override: str) -> None:
 
 
 def _explain(kind: type[Config], error: ValidationError) -> str:
-    """The first few problems, each as one clause with the key's path."""
-    return "; ".join(_problem(kind, dict(found)) for found in error.errors()[:5])
+    """The first few problems, each as one clause with the key's path.
+
+    What fits no alternative of a key is refused by each: the one that looked deepest, or else the first, has the word.
+    """
+    problems: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for found in error.errors():
+        typed = found["loc"][-1:] if found["type"] == "extra_forbidden" else ()  # by a person, whatever it looks like
+        path = found["loc"][: len(found["loc"]) - len(typed)]
+        keys = (*(part for part in path if not _names_alternative(part)), *typed)
+        problems.setdefault(keys, {**found, "loc": keys})
+    deepest = [keys for keys in problems if not any(other[: len(keys)] == keys != other for other in problems)]
+    return "; ".join(_problem(kind, problems[keys]) for keys in deepest[:5])
+
+
+def _names_alternative(part: int | str) -> bool:
+    """Whether pydantic put the name of a type in the path: keys are lower-case words."""
+    return isinstance(part, str) and ("[" in part or part[:1].isupper() or part in {"str", "int", "float", "bool"})
 
 
 def _problem(kind: type[Config], found: dict[str, Any]) -> str:
@@ -147,5 +161,5 @@ def _siblings(kind: type[Config], loc: Sequence[Any]) -> list[str]:
 
 
 def _config_in(annotation: Any) -> type[Config] | None:  # noqa: ANN401 - an annotation can be anything
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    options = typing.get_args(annotation) or (annotation,)
     return next((option for option in options if isinstance(option, type) and issubclass(option, Config)), None)

@@ -13,7 +13,7 @@ from rayseg.errors import ConfigError, Stalled
 from rayseg.guard import Work
 
 MOST_CPUS = 4.0
-"""CPUs of one copy of a model without need of more."""
+"""CPUs of one copy of a model that computes on them; one on a GPU gets what its stage asks for."""
 LEAST_CPUS = 0.1
 LETTING_GO = 2.0
 """Seconds after which what is held of a cluster is held by others, not by the step before."""
@@ -137,7 +137,7 @@ def handing_out(first: Work) -> float:
 
 
 def _of_models(models: Sequence[Work], others: float, machines: Sequence[Machine], gpus: float) -> tuple[int, float]:
-    """(copies of every model stage, CPUs of one), as wide as the machine with the most room allows.
+    """(copies of every model stage, CPUs of one): without GPUs as wide as the machine with the most room allows.
 
     Args:
         models: the stages.
@@ -150,7 +150,8 @@ def _of_models(models: Sequence[Work], others: float, machines: Sequence[Machine
         widest = [int(_room(machine, others) / (stages * LEAST_CPUS) + 1e-6) for machine in machines]
         counts = [min(int(m.get("GPU", 0.0) / gpus + 1e-6), most) for m, most in zip(machines, widest, strict=True)]
         hosts = [(machine, count) for machine, count in zip(machines, counts, strict=True) if count]
-        return sum(counts), min([MOST_CPUS, *(_room(m, others) / (count * stages) for m, count in hosts)])
+        asked = max(work.cpus for work in models)
+        return sum(counts), min([asked, *(_room(m, others) / (count * stages) for m, count in hosts)])
     width = min(MOST_CPUS, max((_room(machine, others) / stages for machine in machines), default=0.0))
     fitting = sum(int(_room(machine, others) / (width * stages) + 1e-6) for machine in machines) if width else 0
     # Of several machines each has room for the copies of another one: those of a machine that dies start again there,

@@ -1,4 +1,6 @@
 import importlib
+import re
+from typing import Literal
 
 import pytest
 
@@ -100,6 +102,22 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, said):
     path.write_text(text)
     with pytest.raises(ConfigError, match=said):
         load(Outer, str(path))
+
+
+def test_what_fits_no_alternative_of_a_key_is_refused_by_one_of_them():
+    """Not by each, with names that pydantic gives them."""
+
+    class Scaled(Config):
+        scaling: Literal["auto", "range"] | Pair = "auto"
+
+    for given, said in (
+        ("scaling.low=x", "config key scaling.low = 'x': input should be a valid integer"),
+        ("scaling.X=1", "config key scaling.X is unknown, expected one of: high, low"),
+        ("scaling=robustly", "config key scaling = 'robustly': input should be 'auto' or 'range'"),
+        ("Scaling=1", "config key Scaling is unknown, expected one of: scaling"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{re.escape(said)}[^;]*$"):
+            load(Scaled, None, [given])
 
 
 def test_a_missing_file_is_refused(tmp_path):

@@ -65,7 +65,13 @@ def test_what_cannot_be_had_is_no_size():
 
 def test_a_crowded_machine_does_not_keep_the_others_from_work():
     found = sizes(STAGES, [{"CPU": 0.05, "GPU": 1.0}, {"CPU": 16.0, "GPU": 2.0}])
-    assert (found[1].copies, found[1].cpus, found[1].gpus) == (2, 4.0, 1.0)
+    assert (found[1].copies, found[1].cpus, found[1].gpus) == (2, 1.0, 1.0)
+
+
+def test_beside_models_on_gpus_the_processors_read_and_write():
+    """They would else wait for tiles on a machine with few processors for each GPU."""
+    assert sizes(STAGES, [{"CPU": 4.0, "GPU": 1.0}])[1].cpus == 1.0
+    assert sizes(STAGES, [{"CPU": 4.0}])[1].cpus == 3.25
 
 
 def test_on_a_ray_of_ones_own_what_does_not_fit_is_refused_at_once(monkeypatch):
