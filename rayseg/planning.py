@@ -8,10 +8,12 @@ first tile of a step warms up and is left out. A worker is a machine like the on
 import json
 import os
 import tempfile
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,8 @@ from rayseg.store import STORE_ERRORS, upath
 Row = dict[str, Any]
 FRAME = 64 << 10
 """Bytes of a file beside the tiles that are taken to be there however many tiles there are."""
-MADE = {"enlarge": "enlarged"}
-"""Step whose rows are no tiles -> the folder of the run that it fills."""
+MADE = {"enlarge": ("enlarged",), "networks": ("models", "steps/networks")}
+"""Step whose rows are no tiles -> the folders of the run that it fills."""
 TIMED = 3
 """Tiles that a probe times; one more is taken to warm up."""
 MOST_SIZES = 32
@@ -47,6 +49,8 @@ class Forecast:
         margin: px around a tile that are read with it.
         unknown: what the plan does not time, as sentences.
         counts: step -> rows, of steps whose rows are no tiles.
+        efforts: step -> what these take in all, in units of which each row says its own as the fact `effort`; without,
+            one row takes as long as another.
         trial: carries a probe out: called with an open run and the region of the probe's tiles; None without a model.
         before: of what is made of the imagery first, where that is what is mapped; else None.
     """
@@ -55,6 +59,7 @@ class Forecast:
     margin: int = 0
     unknown: tuple[str, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
+    efforts: Mapping[str, int] = field(default_factory=dict)
     trial: Callable[[Run, Region], object] | None = None
     before: "Forecast | None" = None
 
@@ -242,7 +247,7 @@ def _effort(row: Row, *, margin: int) -> int:
 
 
 def _pixels(row: Row) -> int:
-    return _area(Tile.from_row(row).window)
+    return int(row["width"] * row["height"])
 
 
 # -- seconds -----------------------------------------------------------------------------------------------------------
@@ -260,11 +265,14 @@ def timed_on(forecast: Forecast, region: Region, tiles: Sequence[Row], *, count:
         trial(run, part)
         steps = {step.name: _timed(step) for step in run.steps}
         growth = sum(map(_pixels, tiles)) / sum(map(_pixels, chosen))
-        growths = {MADE[name]: count / len(steps[name][0]) for name, count in forecast.counts.items() if name in MADE}
+        growths = {
+            made: rows / len(steps[name][0]) for name, rows in forecast.counts.items() for made in MADE.get(name, ())
+        }
         written = _written(Path(folder), growth, growths)
     effort = partial(_effort, margin=forecast.margin)
     sizes, whole = {row["id"]: effort(row) for row in chosen}, sum(map(effort, tiles))
-    told = [_scaled(rows, seconds, sizes, whole, forecast.counts.get(name)) for name, (rows, seconds) in steps.items()]
+    counts = {**forecast.counts, **forecast.efforts}
+    told = [_scaled(rows, seconds, sizes, whole, counts.get(name)) for name, (rows, seconds) in steps.items()]
     stages: Counter[str] = Counter()
     for by_stage, _ in told:
         stages.update(by_stage)
@@ -281,10 +289,15 @@ def timed_on(forecast: Forecast, region: Region, tiles: Sequence[Row], *, count:
 
 
 def spread(tiles: Sequence[Row], count: int) -> list[Row]:
-    """`count` of the tiles, at equal distances in their order; all where there are not as many."""
+    """At most `count` of the tiles, at equal distances in the pixels of all; all where there are not as many.
+
+    So a large tile is rather taken than a sliver at a border, of which a pixel takes longer.
+    """
     if len(tiles) <= count:
         return list(tiles)
-    return [tiles[(2 * at + 1) * len(tiles) // (2 * count)] for at in range(count)]
+    ends = list(accumulate(map(_pixels, tiles)))
+    places = [bisect_right(ends, (2 * at + 1) * ends[-1] // (2 * count)) for at in range(count)]
+    return [tiles[place] for place in dict.fromkeys(places)]
 
 
 def _timed(step: Step) -> tuple[list[Record], float]:
@@ -306,18 +319,20 @@ def _scaled(
         seconds: the step took.
         sizes: tile -> its effort.
         whole: effort of all tiles.
-        count: rows of the whole run where they are no tiles.
+        count: effort of all rows where they are no tiles.
     """
     if not records:
         return {}, seconds
     warm = records[1:] or records
-    weights = [1 if count else sizes.get(record.id, sum(sizes.values()) // len(records)) for record in warm]
+    usual = 1 if count else sum(sizes.values()) // len(records)
+    weight = {record.id: record.facts.get("effort", 1) if count else sizes.get(record.id, usual) for record in records}
+    weights = [weight[record.id] for record in warm]
     grown = (count or whole) / max(sum(weights), 1)
     spent: Counter[str] = Counter()
     for record in warm:
         spent.update(record.seconds)
     slowest = max(spent.values(), default=0.0)
-    share = sum(weights) + (1 if count else sizes.get(records[0].id, 0)) * (records[1:] != [])
+    share = sum(weight.values())
     rest = max(0.0, seconds - slowest * share / max(sum(weights), 1))
     return {stage: value * grown for stage, value in spent.items()}, rest
 
@@ -343,9 +358,10 @@ def _written(root: Path, growth: float, growths: Mapping[str, float]) -> int:
     total = 0.0
     for path in root.rglob("*"):
         size = path.stat().st_size if path.is_file() else 0
-        part = path.relative_to(root).parts[0]
-        fixed = 0 if part in {"tiles", *growths} else size if part == "report" else min(size, FRAME)
-        total += fixed + (size - fixed) * growths.get(part, growth)
+        part = path.relative_to(root)
+        made = next((folder for folder in growths if part.is_relative_to(folder)), part.parts[0])
+        fixed = 0 if made in {"tiles", *growths} else size if made == "report" else min(size, FRAME)
+        total += fixed + (size - fixed) * growths.get(made, growth)
     return round(total)
 
 

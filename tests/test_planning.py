@@ -79,12 +79,23 @@ def test_seconds_grow_with_pixels_and_the_first_tile_warms_up():
     assert planning._scaled([], 3.0, {}, 1000, None) == ({}, 3.0)
     by_rows, _ = planning._scaled(records, 13.5, {}, 1000, 30)
     assert by_rows["Predict"] == 60.0
+    told = [replace(record, facts={"effort": effort}) for record, effort in zip(records, (1, 10, 30), strict=True)]
+    by_effort, rest = planning._scaled(told, 13.5, {}, 1000, 400)
+    assert by_effort["Predict"] == 40.0
+    assert rest == pytest.approx(13.5 - 4.1)
 
 
-def test_probes_are_spread_over_all_tiles():
-    rows = [{"id": str(number)} for number in range(100)]
+def test_probes_are_spread_over_all_pixels():
+    def row(number, side):
+        window = dict(zip(("col", "row", "width", "height"), (0, 0, side, side), strict=True))
+        return {"id": str(number)} | window
+
+    rows = [row(number, 10) for number in range(100)]
     assert [row["id"] for row in planning.spread(rows, 4)] == ["12", "37", "62", "87"]
     assert planning.spread(rows[:3], 4) == rows[:3]
+    rows = [row(number, 100 if number % 2 else 1) for number in range(8)]  # every other one is a sliver
+    assert [row["id"] for row in planning.spread(rows, 4)] == ["1", "3", "5", "7"]
+    assert [row["id"] for row in planning.spread([row(0, 1), row(1, 1), row(2, 100)], 2)] == ["2"]
 
 
 def test_a_plan_refuses_what_a_run_would_refuse(world, tmp_path):

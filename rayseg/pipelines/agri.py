@@ -379,7 +379,9 @@ def forecast(config: Config, region: Region) -> planning.Forecast:
     unknown = ("training the classifier of plots, and classifying them",) if trained else ()
     before, tiles = _planned(region, config)
     counts = {"enlarge": len(before.tiles)} if before else {}
-    return planning.Forecast(tiles, config.patch, unknown, counts, partial(run, alone), before)
+    return planning.Forecast(
+        tiles, margin=config.patch, unknown=unknown, counts=counts, trial=partial(run, alone), before=before
+    )
 
 
 def run(config: Config, run: Run, region: Region) -> str:

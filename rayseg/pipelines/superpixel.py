@@ -34,7 +34,7 @@ from rayseg.stages.superpixels import Divide, ReadAround, segments_path, unite
 from rayseg.stages.survey import Survey
 from rayseg.stages.write import WriteTile
 from rayseg.store import Location, put, upath
-from rayseg.train.scene import NetworkConfig, TrainScene
+from rayseg.train.scene import NetworkConfig, TrainScene, effort
 from rayseg.vision.color import label_table, mean_color
 from rayseg.vision.superpixels import outlined
 
@@ -377,12 +377,15 @@ def check(config: Config, region: Region) -> None:
 def forecast(config: Config, region: Region) -> planning.Forecast:
     """What is known of a run before it is begun; networks are trained in the probe, as they are in the run."""
     rows, _, _ = plan(region, config)
-    tiles = [tile for row in rows for tile in json.loads(row["tiles"])]
-    refused = [row for row in rows if row["refused"]]
-    margin = config.network.patch + config.network.stride + config.margin
-    count = sum(row["tiles"] != "[]" for row in rows)
-    unknown = ("a network is timed on some tiles of its scene: on all of them it may take more or fewer epochs",)
-    return planning.Forecast(tiles + refused, margin, unknown, {"networks": count}, partial(run, config))
+    scenes = [tiles for row in rows if (tiles := json.loads(row["tiles"]))]
+    return planning.Forecast(
+        [*(tile for tiles in scenes for tile in tiles), *(row for row in rows if row["refused"])],
+        margin=config.network.patch + config.network.stride + config.margin,
+        unknown=("a network of which nothing is left to learn ends early, on some tiles as on all",),
+        counts={"networks": len(scenes)},
+        efforts={"networks": sum(effort(tiles, config.network) for tiles in scenes)},
+        trial=partial(run, config),
+    )
 
 
 def run(config: Config, run: Run, region: Region) -> str:

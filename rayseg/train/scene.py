@@ -9,6 +9,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from io import BytesIO
@@ -185,6 +186,11 @@ def _origins(start: int, length: int, config: NetworkConfig) -> list[int]:
     return sorted({*(start + at for at in range(0, last, config.stride)), start + last})
 
 
+def effort(tiles: Sequence[Row], config: NetworkConfig) -> int:
+    """Patches that an epoch on these tiles looks at, as far as is known before they are read."""
+    return min(sum(1 for _ in _windows([Tile.from_row(row) for row in tiles], config)), config.patches or sys.maxsize)
+
+
 class TrainScene:
     """`tiles, scaling -> facts`: a network trained on a scene's tiles, kept as the bundle `<models>/<scene>`.
 
@@ -236,7 +242,8 @@ class TrainScene:
             groups = grouped(features_KD, sizes_K, most=self.config.merge_to)
             if (labels := int(groups.max()) + 1) > 1:
                 prefix = self._keep(row["id"], net, groups, scaling)
-                return kept | {"facts": {"bundle": prefix, "labels": labels, "seed": seed, "history": history}}
+                facts = {"labels": labels, "seed": seed, "history": history, "effort": effort(tiles, self.config)}
+                return kept | {"facts": {"bundle": prefix, **facts}}
         said = f"the network kept one label from each of the seeds {', '.join(map(str, seeds))}"
         return kept | {"status": "failed", "reason": f"{said}: choose another network, more labels or fewer epochs"}
 
