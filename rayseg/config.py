@@ -3,6 +3,7 @@
 import os
 import typing
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -80,7 +81,7 @@ def load_values(kind: type[T], values: dict[str, Any]) -> T:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(kind, error)) from None
+        raise ConfigError(_explain(kind, values, error)) from None
 
 
 def read_values(path: str) -> dict[str, Any]:
@@ -119,35 +120,40 @@ def _assign(values: dict[str, Any], override: str) -> None:
         values[last] = text
 
 
-def _explain(kind: type[Config], error: ValidationError) -> str:
+def _explain(kind: type[Config], values: dict[str, Any], error: ValidationError) -> str:
     """The first few problems, each as one clause with the key's path.
 
-    What fits no alternative of a key is refused by each: the one that looked deepest, or else the first, has the word.
+    What fits no alternative of a key is refused by each: those that looked deepest have the word.
     """
-    problems: dict[tuple[Any, ...], dict[str, Any]] = {}
+    problems: dict[tuple[Any, ...], list[str]] = {}
     for found in error.errors():
-        typed = found["loc"][-1:] if found["type"] == "extra_forbidden" else ()  # by a person, whatever it looks like
-        path = found["loc"][: len(found["loc"]) - len(typed)]
-        keys = (*(part for part in path if not _names_alternative(part)), *typed)
-        problems.setdefault(keys, {**found, "loc": keys})
+        keys = _path(found["loc"], values, missing=found["type"] == "missing")
+        said = _problem(kind, dict(found), keys, again=keys in problems)
+        problems[keys] = list(dict.fromkeys([*problems.get(keys, ()), said]))
     deepest = [keys for keys in problems if not any(other[: len(keys)] == keys != other for other in problems)]
-    return "; ".join(_problem(kind, problems[keys]) for keys in deepest[:5])
+    return "; ".join(" or ".join(problems[keys]) for keys in deepest[:5])
 
 
-def _names_alternative(part: int | str) -> bool:
-    """Whether pydantic put the name of a type in the path: keys are lower-case words."""
-    return isinstance(part, str) and ("[" in part or part[:1].isupper() or part in {"str", "int", "float", "bool"})
+def _path(loc: Sequence[Any], values: Any, *, missing: bool) -> tuple[Any, ...]:  # noqa: ANN401 - as YAML gives them
+    """The keys of a problem's place, without the names of types that pydantic puts between them."""
+    path = []
+    for part in loc[: len(loc) - missing]:
+        with suppress(KeyError, IndexError, TypeError):
+            values = values[part]
+            path.append(part)
+    return (*path, *loc[len(loc) - missing :])
 
 
-def _problem(kind: type[Config], found: dict[str, Any]) -> str:
-    path = ".".join(str(part) for part in found["loc"])
+def _problem(kind: type[Config], found: dict[str, Any], keys: Sequence[Any], *, again: bool) -> str:
+    path = ".".join(map(str, keys))
+    said = f"{found['msg'][0].lower()}{found['msg'][1:]}"
     if found["type"] == "extra_forbidden":
-        return f"config key {path} is unknown, expected one of: {', '.join(_siblings(kind, found['loc']))}"
+        return f"config key {path} is unknown, expected one of: {', '.join(_siblings(kind, keys))}"
     if found["type"] == "missing":
         return f"config key {path} is missing; set it"
     if found["type"] == "value_error":
         return f"config{f' key {path}' if path else ''}: {found['msg'].removeprefix('Value error, ')}"
-    return f"config key {path} = {found['input']!r}: {found['msg'][0].lower()}{found['msg'][1:]}"
+    return said.removeprefix("input should be ") if again else f"config key {path} = {found['input']!r}: {said}"
 
 
 def _siblings(kind: type[Config], loc: Sequence[Any]) -> list[str]:

@@ -13,7 +13,7 @@ from rayseg.errors import ConfigError, Stalled
 from rayseg.guard import Work
 
 MOST_CPUS = 4.0
-"""CPUs of one copy of a model that computes on them; one on a GPU gets what its stage asks for."""
+"""CPUs of one copy of a model that computes on them; on a GPU, the most that any stage with a model asks for."""
 LEAST_CPUS = 0.1
 LETTING_GO = 2.0
 """Seconds after which what is held of a cluster is held by others, not by the step before."""
@@ -150,7 +150,7 @@ def _of_models(models: Sequence[Work], others: float, machines: Sequence[Machine
         widest = [int(_room(machine, others) / (stages * LEAST_CPUS) + 1e-6) for machine in machines]
         counts = [min(int(m.get("GPU", 0.0) / gpus + 1e-6), most) for m, most in zip(machines, widest, strict=True)]
         hosts = [(machine, count) for machine, count in zip(machines, counts, strict=True) if count]
-        asked = max(work.cpus for work in models)
+        asked = max(LEAST_CPUS, *(work.cpus for work in models))
         return sum(counts), min([asked, *(_room(m, others) / (count * stages) for m, count in hosts)])
     width = min(MOST_CPUS, max((_room(machine, others) / stages for machine in machines), default=0.0))
     fitting = sum(int(_room(machine, others) / (width * stages) + 1e-6) for machine in machines) if width else 0

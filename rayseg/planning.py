@@ -1,8 +1,9 @@
 """What a run would do and cost, before it is begun: counted from descriptions, timed on a few tiles.
 
 A probe is the pipeline itself (or `predict` with its model) over some tiles, inline, in a scratch folder. The times in
-its ledgers grow with the size of the tiles and their margins, those of steps without a ledger with their pixels; the
-first tile of a step warms up and is left out. A worker is a machine like the one that the probe ran on.
+its ledgers grow with the size of the tiles and their margins, or with the effort of rows that are no tiles, those of
+steps without a ledger with their pixels; the first row of a step warms up and is left out. A worker is a machine like
+the one that the probe ran on.
 """
 
 import json
@@ -265,14 +266,13 @@ def timed_on(forecast: Forecast, region: Region, tiles: Sequence[Row], *, count:
         trial(run, part)
         steps = {step.name: _timed(step) for step in run.steps}
         growth = sum(map(_pixels, tiles)) / sum(map(_pixels, chosen))
-        growths = {
-            made: rows / len(steps[name][0]) for name, rows in forecast.counts.items() for made in MADE.get(name, ())
-        }
+        counts = {made: (rows, name) for name, rows in forecast.counts.items() for made in MADE.get(name, ())}
+        growths = {made: rows / max(len(steps[name][0]), 1) for made, (rows, name) in counts.items()}
         written = _written(Path(folder), growth, growths)
     effort = partial(_effort, margin=forecast.margin)
     sizes, whole = {row["id"]: effort(row) for row in chosen}, sum(map(effort, tiles))
-    counts = {**forecast.counts, **forecast.efforts}
-    told = [_scaled(rows, seconds, sizes, whole, counts.get(name)) for name, (rows, seconds) in steps.items()]
+    others = {**forecast.counts, **forecast.efforts}
+    told = [_scaled(rows, seconds, sizes, whole, others.get(name)) for name, (rows, seconds) in steps.items()]
     stages: Counter[str] = Counter()
     for by_stage, _ in told:
         stages.update(by_stage)
@@ -310,7 +310,7 @@ def _timed(step: Step) -> tuple[list[Record], float]:
 
 
 def _scaled(
-    records: Sequence[Record], seconds: float, sizes: Mapping[str, int], whole: int, count: int | None
+    records: Sequence[Record], seconds: float, sizes: Mapping[str, int], whole: int, other: int | None
 ) -> tuple[dict[str, float], float]:
     """(stage -> seconds of the whole run, seconds of the probe that are of no stage).
 
@@ -319,15 +319,17 @@ def _scaled(
         seconds: the step took.
         sizes: tile -> its effort.
         whole: effort of all tiles.
-        count: effort of all rows where they are no tiles.
+        other: effort of all rows where they are no tiles.
     """
     if not records:
         return {}, seconds
     warm = records[1:] or records
-    usual = 1 if count else sum(sizes.values()) // len(records)
-    weight = {record.id: record.facts.get("effort", 1) if count else sizes.get(record.id, usual) for record in records}
+    said = {record.id: record.facts["effort"] for record in records if "effort" in record.facts}
+    known = sizes if other is None else said or {record.id: 1 for record in records}
+    usual = sum(known.values()) / len(known)
+    weight = {record.id: known.get(record.id, usual) for record in records}
     weights = [weight[record.id] for record in warm]
-    grown = (count or whole) / max(sum(weights), 1)
+    grown = (whole if other is None else other) / max(sum(weights), 1)
     spent: Counter[str] = Counter()
     for record in warm:
         spent.update(record.seconds)
@@ -369,37 +371,3 @@ def _gpus() -> int:
     import torch
 
     return int(torch.cuda.device_count())
-
-
-# -- words -------------------------------------------------------------------------------------------------------------
-
-
-def text(found: Mapping[str, Any]) -> str:
-    """A plan in lines for people."""
-    lines = [
-        f"{found['region']}: {found['items']:,} items, {found['tiles']:,} tiles, {found['pixels'] / 1e6:,.1f} Mpx",
-        f"  read     {_bytes(found['bytes_read'])}",
-        f"  written  {_bytes(found['bytes_written'])}",
-    ]
-    if found["refused"]:
-        lines.append(f"  {found['refused']} scenes cannot be mapped; `rayseg run` names them and why")
-    if found["probe"]:
-        probe = found["probe"]
-        gpu = "no GPU here to time" if found["gpu_seconds"] is None else f"{found['gpu_seconds']:,.0f} s"
-        stages = ", ".join(f"{stage} {seconds:,.1f} s" for stage, seconds in found["seconds"].items())
-        lines += [
-            f"  CPU      {found['cpu_seconds']:,.0f} s     GPU  {gpu}     ({stages})",
-            f"  wall     {found['wall_seconds']:,.0f} s with {found['workers']} x {probe['cpus']} CPUs and "
-            f"{probe['gpus']} GPUs, told from {len(probe['tiles'])} tiles",
-            f"  price    {found['price']:,.2f}",
-        ]
-    return "\n".join(lines + [f"  not in these figures: {line}" for line in found["unknown"]])
-
-
-def _bytes(count: int | None) -> str:
-    if count is None:
-        return "unknown"
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count} bytes"

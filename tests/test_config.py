@@ -104,8 +104,12 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, said):
         load(Outer, str(path))
 
 
-def test_what_fits_no_alternative_of_a_key_is_refused_by_one_of_them():
-    """Not by each, with names that pydantic gives them."""
+class Mapped(Config):
+    of: dict[str, int]
+
+
+def test_what_fits_no_alternative_of_a_key_is_refused_once():
+    """In one clause, without the names that pydantic gives them."""
 
     class Scaled(Config):
         scaling: Literal["auto", "range"] | Pair = "auto"
@@ -113,11 +117,16 @@ def test_what_fits_no_alternative_of_a_key_is_refused_by_one_of_them():
     for given, said in (
         ("scaling.low=x", "config key scaling.low = 'x': input should be a valid integer"),
         ("scaling.X=1", "config key scaling.X is unknown, expected one of: high, low"),
-        ("scaling=robustly", "config key scaling = 'robustly': input should be 'auto' or 'range'"),
+        (
+            "scaling=robustly",
+            "config key scaling = 'robustly': input should be 'auto' or 'range' or a valid dictionary",
+        ),
         ("Scaling=1", "config key Scaling is unknown, expected one of: scaling"),
     ):
         with pytest.raises(ConfigError, match=f"^{re.escape(said)}[^;]*$"):
             load(Scaled, None, [given])
+    with pytest.raises(ConfigError, match=r"config key of\.Water = 'x'.*; config key of\.Land = 'y'"):
+        load_values(Mapped, {"of": {"Water": "x", "Land": "y"}})
 
 
 def test_a_missing_file_is_refused(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from small_world import HEIGHT, WIDTH, catalogue, files, rayseg, refused, segmenter
 
 from rayseg import planning
+from rayseg.cli import run
 from rayseg.ledger import Record
 
 
@@ -85,6 +86,23 @@ def test_seconds_grow_with_pixels_and_the_first_tile_warms_up():
     assert rest == pytest.approx(13.5 - 4.1)
 
 
+def test_rows_that_do_not_say_their_effort_have_the_usual_one():
+    """Of a network that could not be trained no effort is known."""
+    records = [Record(str(number), "done", facts=facts, seconds={"Train": 3.0}) for number, facts in enumerate(EFFORTS)]
+    by_effort, _ = planning._scaled(records, 9.0, {}, 1000, 200)
+    assert by_effort["Train"] == pytest.approx(6.0 * 200 / (20 + 15))
+
+
+EFFORTS = ({"effort": 10}, {"effort": 20}, {})
+
+
+def test_folders_grow_by_the_rows_that_fill_them(tmp_path):
+    for name, size in (("tiles/a.tif", 100), ("steps/networks/b.pt", 100), ("steps/c.json", 100), ("report/d", 100)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * size)
+    assert planning._written(tmp_path, 10.0, {"models": 3.0, "steps/networks": 3.0}) == 1000 + 300 + 100 + 100
+
+
 def test_probes_are_spread_over_all_pixels():
     def row(number, side):
         window = dict(zip(("col", "row", "width", "height"), (0, 0, side, side), strict=True))
@@ -109,7 +127,7 @@ def test_what_is_unknown_before_training_is_said():
         "region": "demo", "items": 2, "tiles": 6, "pixels": 10**7, "bytes_read": None, "bytes_written": None,
         "refused": 1, "probe": None, "unknown": ["training: 80 epochs"],
     }  # fmt: skip
-    said = planning.text(found)
+    said = run._plan_text(found)
     assert "read     unknown" in said
     assert "not in these figures: training: 80 epochs" in said
     assert "1 scenes cannot be mapped" in said

@@ -1,10 +1,10 @@
 """`rayseg run`, `retry`, `status`, `predict`: commands that work on a run."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -160,7 +160,7 @@ def plan_pipeline(
     area = only(images_or_region(region), None)
     forecast = module.forecast(load(module.Config, config, set_ or ()), area)
     found = planning.plan(forecast, area, rates=planning.Rates(workers, gpu_hour, cpu_hour))
-    typer.echo(json.dumps(found, indent=1) if as_json else planning.text(found))
+    typer.echo(json.dumps(found, indent=1) if as_json else _plan_text(found))
 
 
 @app.command()
@@ -247,3 +247,34 @@ def _run_at(
         kind = "row" if len(run.troubles) > 1 else "tile"  # scenes and tiles, or the tiles of two steps
         counted = f"{len(named)} {kind}{'s' * (len(named) > 1)} failed"
         raise RunIncomplete(f"{counted}: {'; '.join(named[:5])}{more}; mend the cause, then: rayseg retry {out}")
+
+
+def _plan_text(found: Mapping[str, Any]) -> str:
+    """A plan in lines for people."""
+    lines = [
+        f"{found['region']}: {found['items']:,} items, {found['tiles']:,} tiles, {found['pixels'] / 1e6:,.1f} Mpx",
+        f"  read     {_bytes(found['bytes_read'])}",
+        f"  written  {_bytes(found['bytes_written'])}",
+    ]
+    if found["refused"]:
+        lines.append(f"  {found['refused']} scenes cannot be mapped; `rayseg run` names them and why")
+    if found["probe"]:
+        probe = found["probe"]
+        gpu = "no GPU here to time" if found["gpu_seconds"] is None else f"{found['gpu_seconds']:,.0f} s"
+        stages = ", ".join(f"{stage} {seconds:,.1f} s" for stage, seconds in found["seconds"].items())
+        lines += [
+            f"  CPU      {found['cpu_seconds']:,.0f} s     GPU  {gpu}     ({stages})",
+            f"  wall     {found['wall_seconds']:,.0f} s with {found['workers']} x {probe['cpus']} CPUs and "
+            f"{probe['gpus']} GPUs, told from {len(probe['tiles'])} tiles",
+            f"  price    {found['price']:,.2f}",
+        ]
+    return "\n".join(lines + [f"  not in these figures: {line}" for line in found["unknown"]])
+
+
+def _bytes(count: int | None) -> str:
+    if count is None:
+        return "unknown"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count} bytes"

@@ -34,7 +34,7 @@ from rayseg.stages.superpixels import Divide, ReadAround, segments_path, unite
 from rayseg.stages.survey import Survey
 from rayseg.stages.write import WriteTile
 from rayseg.store import Location, put, upath
-from rayseg.train.scene import NetworkConfig, TrainScene, effort
+from rayseg.train.scene import NetworkConfig, TrainScene, patches_of_epoch
 from rayseg.vision.color import label_table, mean_color
 from rayseg.vision.superpixels import outlined
 
@@ -322,17 +322,10 @@ def draw(step: Step, listed: Step, divided: Step, predicted: Step) -> dict[str, 
     for number, picture in enumerate(pictures.pictures_of(tiles, most=2)):
         seen = picture.classes_HW != NODATA
         mean_HWC = mean_color(picture.image_HWC, np.where(seen, picture.classes_HW, 254))
-        put(
-            step.prefix / f"mean-{number}.png",
-            pictures.encoded(np.dstack([mean_HWC, np.where(seen, 255, 0)]).astype(np.uint8)),
-        )
-        found.append(
-            [
-                f"Mean colours, {picture.title}",
-                f"steps/{step.name}/mean-{number}.png",
-                "Every label in its mean colour.",
-            ]
-        )
+        mean_HWA = np.dstack([mean_HWC, np.where(seen, 255, 0)]).astype(np.uint8)
+        put(step.prefix / (name := f"mean-{number}.png"), pictures.encoded(mean_HWA))
+        caption = "Every label in its mean colour."
+        found.append([f"Mean colours, {picture.title}", f"steps/{step.name}/{name}", caption])
     known = {tile.id for tile, _ in _divided(divided)} if divided.value["segments"] else set()
     if both := [mapped for mapped in tiles if mapped.tile.id in known][:1]:
         put(step.prefix / "superpixels.png", pictures.encoded(_overlay(both[0], divided.value["segments"])))
@@ -379,11 +372,11 @@ def forecast(config: Config, region: Region) -> planning.Forecast:
     rows, _, _ = plan(region, config)
     scenes = [tiles for row in rows if (tiles := json.loads(row["tiles"]))]
     return planning.Forecast(
-        [*(tile for tiles in scenes for tile in tiles), *(row for row in rows if row["refused"])],
+        sum(scenes, [row for row in rows if row["refused"]]),
         margin=config.network.patch + config.network.stride + config.margin,
-        unknown=("a network of which nothing is left to learn ends early, on some tiles as on all",),
+        unknown=("a network with nothing left to learn ends early: on all tiles it may take more or fewer epochs",),
         counts={"networks": len(scenes)},
-        efforts={"networks": sum(effort(tiles, config.network) for tiles in scenes)},
+        efforts={"networks": sum(patches_of_epoch(tiles, config.network) for tiles in scenes)},
         trial=partial(run, config),
     )
 

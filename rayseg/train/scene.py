@@ -9,10 +9,8 @@
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from io import BytesIO
 from itertools import islice
 from typing import Annotated, Any, Literal
 
@@ -33,9 +31,9 @@ from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.cpu import threads
 from rayseg.models.encoders import recalibrate_batchnorm
 from rayseg.models.unsupervised import RECIPES, Precision, Recipe
-from rayseg.store import put, upath
+from rayseg.store import upath
 from rayseg.train.batches import made_ahead
-from rayseg.train.session import load_checkpoint
+from rayseg.train.session import load_checkpoint, write_checkpoint
 from rayseg.vision.clusters import grouped, isodata
 from rayseg.vision.color import label_table
 from rayseg.vision.fill import mirrored
@@ -186,9 +184,9 @@ def _origins(start: int, length: int, config: NetworkConfig) -> list[int]:
     return sorted({*(start + at for at in range(0, last, config.stride)), start + last})
 
 
-def effort(tiles: Sequence[Row], config: NetworkConfig) -> int:
+def patches_of_epoch(tiles: Sequence[Row], config: NetworkConfig) -> int:
     """Patches that an epoch on these tiles looks at, as far as is known before they are read."""
-    return min(sum(1 for _ in _windows([Tile.from_row(row) for row in tiles], config)), config.patches or sys.maxsize)
+    return sum(1 for _ in islice(_windows([Tile.from_row(row) for row in tiles], config), config.patches))
 
 
 class TrainScene:
@@ -229,12 +227,13 @@ class TrainScene:
             return [self._train(row) for row in rows]
 
     def _train(self, row: Row) -> Row:
-        kept = {key: row[key] for key in ("id", "seconds") if key in row}
         tiles, scaling = json.loads(row["tiles"]), Scaling.model_validate_json(row["scaling"])
         files = {tile["id"]: f"{self.segments}/{tile['id']}.tif" for tile in tiles} if self.segments else {}
         patches = Patches(tiles, files, self.bands, scaling, self.config)
         if next(_some(patches, most=1), None) is None:
             raise DataError("no patch of the scene shows a pixel with data, so there is nothing to learn from")
+        kept = {key: row[key] for key in ("id", "seconds") if key in row}
+        effort = {"effort": min(len(patches), self.config.patches or len(patches))}
         seeds = [self.config.seed + attempt for attempt in range(ATTEMPTS)]
         for seed in seeds:
             net, history = self._fitted(patches, f"{self.prefix}/{row['id']}/{seed}", seed)
@@ -242,10 +241,10 @@ class TrainScene:
             groups = grouped(features_KD, sizes_K, most=self.config.merge_to)
             if (labels := int(groups.max()) + 1) > 1:
                 prefix = self._keep(row["id"], net, groups, scaling)
-                facts = {"labels": labels, "seed": seed, "history": history, "effort": effort(tiles, self.config)}
-                return kept | {"facts": {"bundle": prefix, **facts}}
+                return kept | {"facts": effort | {"bundle": prefix, "labels": labels, "seed": seed, "history": history}}
         said = f"the network kept one label from each of the seeds {', '.join(map(str, seeds))}"
-        return kept | {"status": "failed", "reason": f"{said}: choose another network, more labels or fewer epochs"}
+        said += ": choose another network, more labels or fewer epochs"
+        return kept | {"status": "failed", "reason": said, "facts": effort}
 
     def _fitted(self, patches: Patches, prefix: str, seed: int) -> tuple[nn.Module, list[dict[str, float]]]:
         if self.config.network in RECIPES:
@@ -275,20 +274,18 @@ class TrainScene:
             stride=self.config.stride,
             provenance=Provenance(config=self.config.model_dump(mode="json")),
         )
-        prefix = str(upath(self.models) / scene)
-        bundle.save(prefix, described, unsupervised.Labeller(net.cpu(), groups.tolist(), reduce=self.config.reduce))
+        labeller = unsupervised.Labeller(net.cpu(), groups.tolist(), reduce=self.config.reduce)
+        bundle.save(prefix := str(upath(self.models) / scene), described, labeller)
         return prefix
 
 
 def fit(
     patches: Patches, config: NetworkConfig, *, prefix: str, seed: int, device: torch.device
 ) -> tuple[nn.Module, list[dict[str, float]]]:
-    """Train on all patches, one a step; goes on from `<prefix>/checkpoint.pt`, written after every epoch.
+    """(network on the device, loss and labels of every epoch), trained on all patches, one a step.
 
-    It ends early when an epoch's targets were one label throughout, for then nothing is left to learn.
-
-    Returns:
-        (network on the device, mean loss and number of labels of every epoch).
+    It goes on from `<prefix>/checkpoint.pt`, written after every epoch, and ends early when an epoch's targets were one
+    label throughout, for then nothing is left to learn.
     """
     recipe = config.recipe
     settings = f"{config.model_dump_json(exclude={'seed', 'merge_to', 'memory', 'stall_seconds'})} {seed}"
@@ -307,9 +304,7 @@ def fit(
             history.append(epoch(len(history), net, optimizer, patches, config, seed=seed, teacher=teacher))
             teacher = None
             state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
-            content = BytesIO()
-            torch.save({"settings": settings, **state}, content)
-            put(upath(prefix) / "checkpoint.pt", content.getvalue())
+            write_checkpoint(prefix, settings, state)
         if config.recalibrate:
             # A short training leaves running averages that still remember where they began.
             with torch.no_grad():
@@ -396,8 +391,7 @@ def nearest(patches: Patches, clusters: int, *, seed: int, by_isodata: bool = Fa
     for image, _, seen in _some(patches):
         pixels_NC = image[0].flatten(1).T.numpy()
         pixels_NC = pixels_NC if seen is None else pixels_NC[seen.numpy()]
-        most = MOST_SAMPLES // min(MOST_MEASURED, len(patches))
-        parts.append(pixels_NC[rng.permutation(len(pixels_NC))[:most]])
+        parts.append(pixels_NC[rng.permutation(len(pixels_NC))[: MOST_SAMPLES // min(MOST_MEASURED, len(patches))]])
     samples_NC = np.concatenate(parts)
     if by_isodata:
         return unsupervised.nearest(isodata(samples_NC, clusters=clusters, seed=seed))

@@ -232,11 +232,16 @@ def share_of(mass: Tensor) -> Tensor:
 
 
 def save_checkpoint(prefix: StorePath, settings: str, state: State) -> None:
-    """Worker 0 writes `<prefix>/checkpoint.pt`, whole or not at all, in place of the one before."""
+    """Worker 0 writes the checkpoint of a training."""
     if rank() == 0:
-        content = BytesIO()
-        torch.save({"settings": settings, **state}, content)
-        put(upath(prefix) / "checkpoint.pt", content.getbuffer())
+        write_checkpoint(prefix, settings, state)
+
+
+def write_checkpoint(prefix: StorePath, settings: str, state: State) -> None:
+    """`<prefix>/checkpoint.pt`, whole or not at all, in place of the one before."""
+    content = BytesIO()
+    torch.save({"settings": settings, **state}, content)
+    put(upath(prefix) / "checkpoint.pt", content.getbuffer())
 
 
 def load_checkpoint(prefix: StorePath, settings: str | None) -> State | None:

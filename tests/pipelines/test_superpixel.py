@@ -14,6 +14,7 @@ from PIL import Image
 from small_world import GRID, catalogue, files, rayseg, refused, valid_stac, window_at
 
 from rayseg import planning
+from rayseg.config import load
 from rayseg.errors import DataError
 from rayseg.geo import Region
 from rayseg.io import cog, labels, masks
@@ -302,6 +303,23 @@ def test_odd_scenes_end_as_they_should(tmp_path, kind):
             tile = GRID.window_of(tuple(file.bounds))
             found_HW[tile.slices(where)] = file.read(1)
     np.testing.assert_array_equal(found_HW != 255, seen_HW if fate == "done" else np.zeros_like(seen_HW))
+
+
+def test_a_plan_knows_how_many_patches_networks_will_see(tmp_path):
+    given = single(tmp_path, ODD["one band"][0], nodata=0)
+    assert rayseg(*given).exit_code == 0
+    region = Region("r", catalog=f"{tmp_path}/cat/catalog.json")
+    [record] = records(tmp_path / "run", "networks").values()
+    config = load(superpixel.Config, str(tmp_path / "small.yaml"), [])
+    assert superpixel.forecast(config, region).efforts == {"networks": record.facts["effort"]}
+    assert record.facts["effort"] > 1
+    few = config.network.model_copy(update={"patches": 1})
+    assert superpixel.forecast(config.model_copy(update={"network": few}), region).efforts == {"networks": 1}
+
+
+def test_what_shows_nothing_can_be_planned(tmp_path):
+    _, *given = single(tmp_path, ODD["all nodata"][0], nodata=0)[:-4]
+    assert "1 items, 4 tiles" in rayseg("plan", *given).output
 
 
 @pytest.mark.parametrize(("bands", "said"), [("", "red, green, blue"), ("bands=[red, blue]", "red, blue")])
