@@ -59,9 +59,10 @@ def actors(count: int, tiles: int, seconds: float, out: Path) -> dict[str, float
     ledger = Ledger(str(out / "ledger"))
     here = {"object_store_memory": 128 << 20}
     quiet = here | {"include_dashboard": False, "temp_dir": str(out / "ray"), "num_cpus": 0}
+    quiet["_system_config"] = {"idle_worker_killing_time_threshold_ms": 30_000}  # as cluster/Dockerfile has it
     cluster = Cluster(initialize_head=True, head_node_args=quiet)
     for start in range(0, count, 8):
-        cluster.add_node(num_cpus=2, num_gpus=min(8, count - start), **here)
+        cluster.add_node(num_cpus=8, num_gpus=min(8, count - start), **here)
     started = time.time()
     with measured() as whole:
         account = flow.run(rows, works, ledger, Engine("ray", cluster.address), stall_seconds=600)

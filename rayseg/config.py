@@ -2,7 +2,7 @@
 
 import os
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -20,6 +20,9 @@ QUIET_RAY = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_task_oom_retries": "2",  # a tile too large for the memory would else be tried for ever
 }
+
+MOST_TOLD = 5
+"""Wrong keys that a refusal names."""
 
 
 class Config(BaseModel):
@@ -125,13 +128,12 @@ def _explain(kind: type[Config], values: dict[str, Any], error: ValidationError)
 
     What fits no alternative of a key is refused by each: those that looked deepest have the word.
     """
-    problems: dict[tuple[Any, ...], list[str]] = {}
+    problems: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for found in error.errors():
-        keys = _path(found["loc"], values, missing=found["type"] == "missing")
-        said = _problem(kind, dict(found), keys, again=keys in problems)
-        problems[keys] = list(dict.fromkeys([*problems.get(keys, ()), said]))
+        problems.setdefault(_path(found["loc"], values, missing=found["type"] == "missing"), []).append(dict(found))
     deepest = [keys for keys in problems if not any(other[: len(keys)] == keys != other for other in problems)]
-    return "; ".join(" or ".join(problems[keys]) for keys in deepest[:5])
+    said = [_problem(kind, keys, problems[keys]) for keys in deepest[:MOST_TOLD]]
+    return "; ".join(said) + (f"; and {len(deepest) - MOST_TOLD} more" if len(deepest) > MOST_TOLD else "")
 
 
 def _path(loc: Sequence[Any], values: Any, *, missing: bool) -> tuple[Any, ...]:  # noqa: ANN401 - as YAML gives them
@@ -144,16 +146,29 @@ def _path(loc: Sequence[Any], values: Any, *, missing: bool) -> tuple[Any, ...]:
     return (*path, *loc[len(loc) - missing :])
 
 
-def _problem(kind: type[Config], found: dict[str, Any], keys: Sequence[Any], *, again: bool) -> str:
-    path = ".".join(map(str, keys))
-    said = f"{found['msg'][0].lower()}{found['msg'][1:]}"
-    if found["type"] == "extra_forbidden":
+def _problem(kind: type[Config], keys: Sequence[Any], found: Sequence[dict[str, Any]]) -> str:
+    """What is wrong with the value of one key, which each of its types may have refused."""
+    path, types = ".".join(map(str, keys)), {one["type"]: one for one in found}
+    if "extra_forbidden" in types:
         return f"config key {path} is unknown, expected one of: {', '.join(_siblings(kind, keys))}"
-    if found["type"] == "missing":
+    if "missing" in types:
         return f"config key {path} is missing; set it"
-    if found["type"] == "value_error":
-        return f"config{f' key {path}' if path else ''}: {found['msg'].removeprefix('Value error, ')}"
-    return said.removeprefix("input should be ") if again else f"config key {path} = {found['input']!r}: {said}"
+    if "value_error" in types:  # of the right type
+        said = types["value_error"]["msg"].removeprefix("Value error, ")
+        return f"config{f' key {path}' if path else ''}: {said}"
+    first, *others = dict.fromkeys(map(_expected, found))
+    said = " or ".join([first, *(one.removeprefix("input should be ") for one in others)])
+    return f"config key {path} = {found[0]['input']!r}: {said}"
+
+
+def _expected(found: Mapping[str, Any]) -> str:
+    """What pydantic says, in words of YAML."""
+    if found["type"] in {"model_type", "dict_type"}:
+        return "input should be keys and values"
+    if found["type"] in {"tuple_type", "list_type"}:
+        return "input should be a list"
+    said = found["msg"].replace("Tuple", "list").replace(" after validation", "")
+    return f"{said[0].lower()}{said[1:]}"
 
 
 def _siblings(kind: type[Config], loc: Sequence[Any]) -> list[str]:

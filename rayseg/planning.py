@@ -87,6 +87,7 @@ class Probe:
         cpus: of the machine.
         gpus: of the machine.
         on_gpu: names of the stages that ask for one.
+        troubles: row -> why it failed in the probe; its tiles count as if they took nothing.
     """
 
     tiles: tuple[str, ...]
@@ -97,6 +98,7 @@ class Probe:
     cpus: int
     gpus: int
     on_gpu: tuple[str, ...] = ()
+    troubles: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def gpu_seconds(self) -> float | None:
@@ -285,6 +287,7 @@ def timed_on(forecast: Forecast, region: Region, tiles: Sequence[Row], *, count:
         cpus=len(os.sched_getaffinity(0)),
         gpus=_gpus(),
         on_gpu=tuple(sorted({stage for step in run.steps for stage in step.value.get("on_gpu", ())})),
+        troubles={row: why for step in run.steps for row, why in step.value.get("troubles", {}).items()},
     )
 
 
@@ -328,15 +331,13 @@ def _scaled(
     known = sizes if other is None else said or {record.id: 1 for record in records}
     usual = sum(known.values()) / len(known)
     weight = {record.id: known.get(record.id, usual) for record in records}
-    weights = [weight[record.id] for record in warm]
-    grown = (whole if other is None else other) / max(sum(weights), 1)
-    spent: Counter[str] = Counter()
-    for record in warm:
-        spent.update(record.seconds)
-    slowest = max(spent.values(), default=0.0)
-    share = sum(weight.values())
-    rest = max(0.0, seconds - slowest * share / max(sum(weights), 1))
-    return {stage: value * grown for stage, value in spent.items()}, rest
+    pace = {}
+    for stage in dict.fromkeys(stage for record in records for stage in record.seconds):
+        timed = warm if any(stage in record.seconds for record in warm) else records  # the only one that came so far
+        effort = sum(weight[record.id] for record in timed)
+        pace[stage] = sum(record.seconds.get(stage, 0.0) for record in timed) / max(effort, 1)
+    rest = max(0.0, seconds - max(pace.values(), default=0.0) * sum(weight.values()))
+    return {stage: value * (whole if other is None else other) for stage, value in pace.items()}, rest
 
 
 def _alone(told: Mapping[str, tuple[dict[str, float], float]], growth: float) -> float:

@@ -3,6 +3,7 @@ import re
 from typing import Literal
 
 import pytest
+from pydantic import model_validator
 
 from rayseg.config import Config, load, load_values, ray_address
 from rayseg.errors import ConfigError
@@ -65,6 +66,12 @@ class Pair(Config):
     low: int = 0
     high: int = 9
 
+    @model_validator(mode="after")
+    def _in_order(self):
+        if self.low >= self.high:
+            raise ValueError("low must be below high")
+        return self
+
 
 class Paired(Config):
     pair: Pair = Pair(low=5)
@@ -87,6 +94,9 @@ def test_a_group_that_is_one_value_is_given_as_a_whole():
         (["inner.patch=many"], "config key inner.patch = 'many'"),
         (["inner"], "not of the form key=value"),
         (["rates=1", "rates.x=2"], "rates is a value, not a group"),
+        (["rates=1"], "config key rates = 1: input should be a list"),
+        (["inner=7"], "config key inner = 7: input should be keys and values"),
+        ([f"wrong{number}=1" for number in range(7)], "; and 2 more"),
     ],
 )
 def test_what_cannot_be_meant_is_named_with_its_path(overrides, said):
@@ -119,9 +129,10 @@ def test_what_fits_no_alternative_of_a_key_is_refused_once():
         ("scaling.X=1", "config key scaling.X is unknown, expected one of: high, low"),
         (
             "scaling=robustly",
-            "config key scaling = 'robustly': input should be 'auto' or 'range' or a valid dictionary",
+            "config key scaling = 'robustly': input should be 'auto' or 'range' or keys and values",
         ),
         ("Scaling=1", "config key Scaling is unknown, expected one of: scaling"),
+        ("scaling={low: 3, high: 1}", "config key scaling: low must be below high"),
     ):
         with pytest.raises(ConfigError, match=f"^{re.escape(said)}[^;]*$"):
             load(Scaled, None, [given])

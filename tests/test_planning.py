@@ -86,6 +86,17 @@ def test_seconds_grow_with_pixels_and_the_first_tile_warms_up():
     assert rest == pytest.approx(13.5 - 4.1)
 
 
+def test_a_stage_that_only_the_first_tile_came_to_is_timed_on_it():
+    """Where the others show nothing, or could not be read."""
+    records = [
+        Record("a", "done", seconds={"Read": 1.0, "Predict": 9.0}),
+        Record("b", "nodata", seconds={"Read": 0.5}),
+        Record("c", "failed", seconds={"Read": 0.5}),
+    ]
+    seconds, _ = planning._scaled(records, 13.5, {"a": 100, "b": 100, "c": 100}, 900, None)
+    assert seconds == {"Read": 4.5, "Predict": 27.0}
+
+
 def test_rows_that_do_not_say_their_effort_have_the_usual_one():
     """Of a network that could not be trained no effort is known."""
     records = [Record(str(number), "done", facts=facts, seconds={"Train": 3.0}) for number, facts in enumerate(EFFORTS)]
@@ -128,6 +139,9 @@ def test_what_is_unknown_before_training_is_said():
         "refused": 1, "probe": None, "unknown": ["training: 80 epochs"],
     }  # fmt: skip
     said = run._plan_text(found)
+    probe = {"tiles": ["a", "b"], "cpus": 2, "gpus": 0, "troubles": {"b": "b.tif is cut short"}}
+    costs = dict.fromkeys(("cpu_seconds", "wall_seconds", "price"), 1.0) | {"seconds": {}, "gpu_seconds": None}
+    assert "failed when tried: b: b.tif is cut short" in run._plan_text(found | costs | {"workers": 1, "probe": probe})
     assert "read     unknown" in said
     assert "not in these figures: training: 80 epochs" in said
     assert "1 scenes cannot be mapped" in said

@@ -21,6 +21,7 @@ from rayseg.cli.words import (
     only,
     pipeline_of,
 )
+from rayseg.config import MOST_TOLD
 from rayseg.errors import ConfigError, RunIncomplete
 
 if TYPE_CHECKING:
@@ -268,6 +269,7 @@ def _plan_text(found: Mapping[str, Any]) -> str:
             f"{probe['gpus']} GPUs, told from {len(probe['tiles'])} tiles",
             f"  price    {found['price']:,.2f}",
         ]
+        lines += [f"  failed when tried: {row}: {why}" for row, why in list(probe["troubles"].items())[:MOST_TOLD]]
     return "\n".join(lines + [f"  not in these figures: {line}" for line in found["unknown"]])
 
 

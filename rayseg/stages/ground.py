@@ -1,6 +1,6 @@
 """Imagery as what looks for plots sees it: 8-bit RGB, scaled the same everywhere."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ class ImageConfig(Config):
 
     bands: Annotated[tuple[str, ...], Field(min_length=1, max_length=3)] = ("red", "green", "blue")
     """Three names, or one for grey."""
-    dtype: str = "uint8"
+    dtype: Literal["uint8", "int8", "uint16", "int16", "uint32", "int32", "float16", "float32", "float64"] = "uint8"
     """Data type, as numpy names it."""
     low: float = 0.0
     """Stored value that is black."""
