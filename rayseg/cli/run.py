@@ -21,13 +21,15 @@ from rayseg.cli.words import (
     only,
     pipeline_of,
 )
-from rayseg.config import MOST_TOLD
 from rayseg.errors import ConfigError, RunIncomplete
 
 if TYPE_CHECKING:
     from rayseg.config import Config
     from rayseg.geo import Region
     from rayseg.run import Run
+
+MOST_FAILED = 5
+"""Rows that failed in a probe which a plan names."""
 
 app = typer.Typer()
 run_app = typer.Typer(no_args_is_help=True, help="Run a pipeline over a region.")
@@ -269,7 +271,7 @@ def _plan_text(found: Mapping[str, Any]) -> str:
             f"{probe['gpus']} GPUs, told from {len(probe['tiles'])} tiles",
             f"  price    {found['price']:,.2f}",
         ]
-        lines += [f"  failed when tried: {row}: {why}" for row, why in list(probe["troubles"].items())[:MOST_TOLD]]
+        lines += [f"  failed when tried: {row}: {why}" for row, why in list(probe["troubles"].items())[:MOST_FAILED]]
     return "\n".join(lines + [f"  not in these figures: {line}" for line in found["unknown"]])
 
 
