@@ -99,12 +99,10 @@ def test_a_stage_that_only_the_first_tile_came_to_is_timed_on_it():
 
 def test_rows_that_do_not_say_their_effort_have_the_usual_one():
     """Of a network that could not be trained no effort is known."""
-    records = [Record(str(number), "done", facts=facts, seconds={"Train": 3.0}) for number, facts in enumerate(EFFORTS)]
+    facts = {"a": {"effort": 10}, "b": {"effort": 20}, "c": {}}
+    records = [Record(name, "done", facts=one, seconds={"Train": 3.0}) for name, one in facts.items()]
     by_effort, _ = planning._scaled(records, 9.0, {}, 1000, 200)
     assert by_effort["Train"] == pytest.approx(6.0 * 200 / (20 + 15))
-
-
-EFFORTS = ({"effort": 10}, {"effort": 20}, {})
 
 
 def test_folders_grow_by_the_rows_that_fill_them(tmp_path):

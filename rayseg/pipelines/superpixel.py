@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -372,7 +373,7 @@ def forecast(config: Config, region: Region) -> planning.Forecast:
     rows, _, _ = plan(region, config)
     scenes = [tiles for row in rows if (tiles := json.loads(row["tiles"]))]
     return planning.Forecast(
-        sum(scenes, [row for row in rows if row["refused"]]),
+        [*chain.from_iterable(scenes), *(row for row in rows if row["refused"])],
         margin=config.network.patch + config.network.stride + config.margin,
         unknown=("a network with nothing left to learn ends early: on all tiles it may take more or fewer epochs",),
         counts={"networks": len(scenes)},
