@@ -45,7 +45,7 @@ class Sleep:
 # -- actors -----------------------------------------------------------------------------------------------------------
 
 
-def actors(count: int, tiles: int, seconds: float, out: Path) -> dict[str, float]:
+def actors(count: int, tiles: int, seconds: float, per_node: int, out: Path) -> dict[str, float]:
     """Seconds until the first record, from it to the last, and the driver's peak MiB."""
     from ray.cluster_utils import Cluster
 
@@ -61,8 +61,8 @@ def actors(count: int, tiles: int, seconds: float, out: Path) -> dict[str, float
     quiet = here | {"include_dashboard": False, "temp_dir": str(out / "ray"), "num_cpus": 0}
     quiet["_system_config"] = {"idle_worker_killing_time_threshold_ms": 30_000}  # as cluster/Dockerfile has it
     cluster = Cluster(initialize_head=True, head_node_args=quiet)
-    for start in range(0, count, 8):
-        cluster.add_node(num_cpus=8, num_gpus=min(8, count - start), **here)
+    for start in range(0, count, per_node):
+        cluster.add_node(num_cpus=8, num_gpus=min(per_node, count - start), **here)
     started = time.time()
     with measured() as whole:
         account = flow.run(rows, works, ledger, Engine("ray", cluster.address), stall_seconds=600)
@@ -169,18 +169,18 @@ def part(name: str, *values: float, out: Path) -> dict[str, float]:
     return found
 
 
-def show_actors(counts: list[int], tiles: int, seconds: float) -> None:
+def show_actors(counts: list[int], tiles: int, seconds: float, per_node: int) -> None:
     """A row for every number of actors."""
     rows = []
     for count in counts:
         given = tiles * count // max(counts)
         with tempfile.TemporaryDirectory(dir="/tmp", prefix="sc") as name:
-            found = part("actors", count, given, seconds, out=Path(name))
+            found = part("actors", count, given, seconds, per_node, out=Path(name))
         ideal = (given - 1) * seconds / count
         rows.append([count, given, found["start"], found["span"], given / found["span"], ideal / found["span"],
                      found["driver MiB"]])  # fmt: skip
     columns = ("actors", "tiles", "s to the first", "s from it to the last", "tiles/s", "efficiency", "driver MiB")
-    show(f"Tiles of {seconds:g} s", columns, rows)
+    show(f"Tiles of {seconds:g} s, nodes of {per_node} actors", columns, rows)
 
 
 def show_planet(tiles: int, run: int) -> None:
@@ -210,6 +210,7 @@ def main() -> None:
     parser.add_argument("--actors", type=int, nargs="+", default=[1, 8, 64], help="numbers of model actors")
     parser.add_argument("--tiles", type=int, default=20_000, help="for the most actors, fewer for fewer (quick: 600)")
     parser.add_argument("--seconds", type=float, default=2.0, help="that a tile takes an actor")
+    parser.add_argument("--per-node", type=int, default=8, help="logical GPUs of a node")
     parser.add_argument("--planet", type=int, default=5_000_000, help="about how many tiles (quick: 50000)")
     parser.add_argument("--run", type=int, default=60_000, help="of these are run, twice (quick: 5000)")
     parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
@@ -220,7 +221,7 @@ def main() -> None:
         print(json.dumps(PARTS[name](*numbers, Path(out))))
         return
     if asked.only != "planet":
-        show_actors(asked.actors, asked.tiles, asked.seconds)
+        show_actors(asked.actors, asked.tiles, asked.seconds, asked.per_node)
     if asked.only != "actors":
         show_planet(asked.planet, asked.run)
 

@@ -216,17 +216,16 @@ def ms(values: list[float], share: float) -> float:
 def compare(folder: Path, data: bytes, seconds: float, rounds: int) -> None:
     """Closed loops at both servers in turn."""
     found: dict[tuple[str, int], tuple[list[float], list[float]]] = {}
-    names = {"FastAPI": theirs, "rayseg": ours, "rayseg, exact=false": lambda folder: ours(folder, "exact=false")}
-    for name, start in names.items():
+    names = {"FastAPI": theirs, "rayseg": ours}
+    for name, start in rounds * [*names.items()]:
         with start(folder) as (port, _):
             asyncio.run(closed(port, data, 1, 5))
-            for _ in range(rounds):
-                for clients in (1, 8, 32):
-                    took, rate = asyncio.run(closed(port, data, clients, seconds))
-                    print(f"  {name}, {clients} clients: {rate:.2f} images/s, p50 {ms(took, 0.5):.1f} ms", flush=True)
-                    kept = found.setdefault((name, clients), ([], []))
-                    kept[0].extend(took)
-                    kept[1].append(rate)
+            for clients in (1, 8, 32):
+                took, rate = asyncio.run(closed(port, data, clients, seconds))
+                print(f"  {name}, {clients} clients: {rate:.2f} images/s, p50 {ms(took, 0.5):.1f} ms", flush=True)
+                kept = found.setdefault((name, clients), ([], []))
+                kept[0].extend(took)
+                kept[1].append(rate)
     rows = []
     for clients in (1, 8, 32):
         base = float(np.median(found["FastAPI", clients][1]))

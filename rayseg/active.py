@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 
 from rayseg import cluster, flow, pool
-from rayseg.config import Config
+from rayseg.config import Config, Workers
 from rayseg.errors import RunIncomplete
 from rayseg.flow import Work
 from rayseg.io.tables import Classes
@@ -163,7 +163,7 @@ class Common(Config):
     """How chips become the classifier's input."""
     seed: int
     """Of everything random."""
-    workers: int = 0
+    workers: Workers = 0
     """Processes of Ray Train; 0 trains in the command's own process."""
     patience: float = 1800.0
     """Seconds after which a chip that cannot be read or scored is given up."""

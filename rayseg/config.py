@@ -5,10 +5,10 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rayseg.errors import ConfigError
 
@@ -64,6 +64,31 @@ def ray_address(chosen: str | None) -> str:
     return chosen or os.environ.get("RAY_ADDRESS") or "local"
 
 
+def _ordered(given: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= given[0] <= given[1]:
+        raise ValueError(f"[{given[0]:g}, {given[1]:g}] is no range; give the smaller number first, none below 0")
+    return given
+
+
+def _above_0(given: tuple[float, float]) -> tuple[float, float]:
+    if not given[0]:
+        raise ValueError(f"[0, {given[1]:g}] begins at 0; give a number above it")
+    return given
+
+
+def _different(given: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(given)) < len(given):
+        raise ValueError(f"{', '.join(given)}: one is named twice; name each once")
+    return given
+
+
+Workers = Annotated[int, Field(ge=0)]
+Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
+"""(smallest, largest), from 0."""
+Factors = Annotated[Range, AfterValidator(_above_0)]
+"""The same, above 0."""
+Bands = Annotated[tuple[str, ...], AfterValidator(_different)]
+"""Names of bands, in the order a model takes them."""
 T = TypeVar("T", bound=Config)
 
 

@@ -43,7 +43,7 @@ class MapConfig(Config):
     tile: Annotated[int, Field(gt=0)] = 2048
     """Side of a tile in px."""
     batch: Annotated[int, Field(gt=0)] | None = None
-    """Patches predicted at once; by default 1 on a CPU and 16 on a GPU."""
+    """Patches predicted at once; by default as many as there are processors, at most 4, and 16 on a GPU."""
     stall_seconds: Annotated[float, Field(gt=0)] = 1800.0
     """A tile on which reading, predicting or writing takes longer is given up and named as failed."""
 

@@ -1,6 +1,7 @@
 """What a run would do and cost, before it is begun: counted from descriptions, timed on a few tiles.
 
-A probe is the pipeline itself (or `predict` with its model) over some tiles, inline, in a scratch folder. The times in
+A probe is the pipeline itself over some tiles, inline, in a scratch folder; where a model is learnt first, its
+trainings are cut short (`train.sample`), and the map follows with what they leave or a network of zeros. The times in
 its ledgers grow with the size of the tiles and their margins, or with the effort of rows that are no tiles, those of
 steps without a ledger with their pixels; the first row of a step warms up and is left out. A worker is a machine like
 the one that the probe ran on.
@@ -19,26 +20,21 @@ from pathlib import Path
 from typing import Any
 
 from rayseg import mapping, publication
-from rayseg.geo import Region, Tile, Window
-from rayseg.io import rasters
-from rayseg.io.sources import Source
+from rayseg.geo import Region, Tile
 from rayseg.ledger import Ledger, Record
 from rayseg.mapping import MapConfig
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
 from rayseg.rowfile import read_ids
 from rayseg.run import Engine, Run, Step
-from rayseg.store import STORE_ERRORS, upath
+from rayseg.train import sample
+from rayseg.volume import bytes_read, bytes_written
 
 Row = dict[str, Any]
-FRAME = 64 << 10
-"""Bytes of a file beside the tiles that are taken to be there however many tiles there are."""
-MADE = {"enlarge": ("enlarged",), "networks": ("models", "steps/networks")}
-"""Step whose rows are no tiles -> the folders of the run that it fills."""
+MADE = {"enlarge": ("enlarged",), "networks": ("models",)}
+"""Step whose rows are no tiles -> the folders of the run that it fills beside its own."""
 TIMED = 3
 """Tiles that a probe times; one more is taken to warm up."""
-MOST_SIZES = 32
-"""Files that are asked for their size."""
 
 
 @dataclass(frozen=True)
@@ -170,18 +166,60 @@ def by_model(prefix: str, region: Region, config: MapConfig) -> Forecast:
     return Forecast(rows, described.patch, trial=partial(_map, config, prefix))
 
 
-def by_untrained(described: Bundle, region: Region, config: MapConfig, *, unknown: Sequence[str] = ()) -> Forecast:
-    """The forecast of mapping a region with a model that is yet to be trained: the same network, which finds nothing.
+def by_untrained(
+    described: Bundle,
+    region: Region,
+    config: MapConfig,
+    *,
+    learn: Callable[[Run], Step | None],
+    counts: Mapping[str, int] | None = None,
+    unknown: Sequence[str] = (),
+) -> Forecast:
+    """The forecast of mapping a region with a model that is yet to be trained.
+
+    Args:
+        described: the model.
+        region: what is mapped.
+        config: how.
+        learn: the steps before the map, their trainings by `training`; returns the one with the model, or None for the
+            same network that finds nothing.
+        counts: see `Forecast`.
+        unknown: see `Forecast`.
 
     Raises:
         RaysegError: it could not map the imagery.
     """
     rows = mapping.plan(region, described, config)
-    said = "the network was timed before it has learnt anything: maps with many small shapes take longer to write"
-    return Forecast(rows, described.patch, (*unknown, said), trial=partial(_map_untrained, config, described))
+    said = (
+        "the network was timed before it has learnt much: maps of more or fewer small shapes take other times and bytes"
+    )
+    trial = partial(_learn_and_map, learn, config, described)
+    return Forecast(rows, described.patch, (*unknown, said), counts=counts or {}, trial=trial)
 
 
-def _map_untrained(config: MapConfig, described: Bundle, run: Run, region: Region) -> None:
+def by_workers(workers: int) -> tuple[str, ...]:
+    """What is not known of trainings by several processes of Ray Train."""
+    return (f"trainings were timed in one process, not in {workers}",) if workers > 1 else ()
+
+
+def _learn_and_map(
+    learn: Callable[[Run], Step | None], config: MapConfig, described: Bundle, run: Run, region: Region
+) -> None:
+    model = learn(run)
+    if model is not None:
+        _map(config, model.value["bundle"], run, region)
+    else:
+        _map_blank(config, described, run, region)
+
+
+def training(step: Step, fit: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
+    """What `fit(step, *arguments)` returns of a training that is cut short, if it is one, with `left_out` (seconds)."""
+    with sample.taken() as taken:
+        value = fit(step, *arguments)
+    return {**value, "left_out": taken.left_out} if taken.epochs else value
+
+
+def _map_blank(config: MapConfig, described: Bundle, run: Run, region: Region) -> None:
     with tempfile.TemporaryDirectory(prefix="rayseg-plan-") as folder:
         bundle.save(folder, described.model_copy(update={"threshold": 1.0}), bundle.blank(described))
         _map(config, folder, run, region)
@@ -194,53 +232,6 @@ def _map(config: MapConfig, prefix: str, run: Run, region: Region) -> None:
     polygons = run.step("polygons", mapping.join_polygons, predicted, "polygons")
     run.step("publish", mapping.publish, predicted, region.name)
     run.step("report", publication.write_report, predicted, polygons)
-
-
-# -- bytes -------------------------------------------------------------------------------------------------------------
-
-
-def bytes_read(tiles: Sequence[Row], *, margin: int) -> int | None:
-    """Bytes of the files that the tiles and `margin` px around them touch, from the sizes of some of the files.
-
-    A pixel that several scenes hold counts once for each: which is read is known only when it is.
-    """
-    pixels: Counter[Source] = Counter()
-    known: dict[str, Source] = {}
-    for row in tiles:
-        tile = Tile.from_row(row)
-        around = _around(tile.window, margin)
-        for text in map(json.dumps, json.loads(row["sources"])):
-            source = known.setdefault(text, Source.from_row(json.loads(text)))
-            part = rasters.footprint(source, tile.grid)
-            share = _area(part.intersect(around)) / max(_area(part), 1)
-            pixels[source] += round(share * source.height * source.width)
-    every = max(1, len(pixels) // MOST_SIZES)
-    sample = [source for at, source in enumerate(pixels) if at % every == 0]
-    sizes = [_size(source) for source in sample]
-    if not sample or None in sizes:
-        return None
-    of_files = sum(size for size in sizes if size is not None)
-    return round(of_files / sum(source.height * source.width for source in sample) * pixels.total())
-
-
-UNSIZED: tuple[type[Exception], ...] = (ValueError, TypeError, *STORE_ERRORS)
-"""What asking for the size of a file raises where nobody says it."""
-
-
-def _size(source: Source) -> int | None:
-    try:
-        return sum(int(upath(href).stat().st_size) for href, _ in source.assets)
-    except UNSIZED:
-        return None
-
-
-def _around(window: Window, margin: int) -> Window:
-    side = 2 * margin
-    return Window(window.col - margin, window.row - margin, window.width + side, window.height + side)
-
-
-def _area(window: Window) -> int:
-    return 0 if window.empty else window.width * window.height
 
 
 def _effort(row: Row, *, margin: int) -> int:
@@ -268,25 +259,35 @@ def timed_on(forecast: Forecast, region: Region, tiles: Sequence[Row], *, count:
         trial(run, part)
         steps = {step.name: _timed(step) for step in run.steps}
         growth = sum(map(_pixels, tiles)) / sum(map(_pixels, chosen))
-        counts = {made: (rows, name) for name, rows in forecast.counts.items() for made in MADE.get(name, ())}
+        counts = {
+            made: (rows, name)
+            for name, rows in forecast.counts.items()
+            for made in (f"steps/{name}", *MADE.get(name, ()))
+        }
+        trained = {step.name: step.seconds + step.value["left_out"] for step in run.steps if "left_out" in step.value}
         growths = {made: rows / max(len(steps[name][0]), 1) for made, (rows, name) in counts.items()}
-        written = _written(Path(folder), growth, growths)
+        growths |= dict.fromkeys([*(f"steps/{name}" for name in trained), "models"] if trained else (), 1.0)
+        written = bytes_written(Path(folder), growth, growths)
     effort = partial(_effort, margin=forecast.margin)
     sizes, whole = {row["id"]: effort(row) for row in chosen}, sum(map(effort, tiles))
     others = {**forecast.counts, **forecast.efforts}
-    told = [_scaled(rows, seconds, sizes, whole, others.get(name)) for name, (rows, seconds) in steps.items()]
-    stages: Counter[str] = Counter()
-    for by_stage, _ in told:
+    told = {
+        name: _scaled(rows, seconds, sizes, whole, others.get(name))
+        for name, (rows, seconds) in steps.items()
+        if name not in trained
+    }
+    stages: Counter[str] = Counter({name: seconds for name, seconds in trained.items() if seconds > 0})
+    for by_stage, _ in told.values():
         stages.update(by_stage)
     return Probe(
         tiles=part.tiles,
         seconds={stage: round(seconds, 3) for stage, seconds in stages.items()},
-        spread=sum(max(by_stage.values(), default=0.0) for by_stage, _ in told),
-        alone=_alone(dict(zip(steps, told, strict=True)), growth),
+        spread=sum(max(by_stage.values(), default=0.0) for by_stage, _ in told.values()),
+        alone=_alone(told, growth, others) + sum(trained.values()),
         bytes_written=written,
         cpus=len(os.sched_getaffinity(0)),
         gpus=_gpus(),
-        on_gpu=tuple(sorted({stage for step in run.steps for stage in step.value.get("on_gpu", ())})),
+        on_gpu=tuple(sorted({*trained, *(stage for step in run.steps for stage in step.value.get("on_gpu", ()))})),
         troubles={row: why for step in run.steps for row, why in step.value.get("troubles", {}).items()},
     )
 
@@ -340,32 +341,14 @@ def _scaled(
     return {stage: value * (whole if other is None else other) for stage, value in pace.items()}, rest
 
 
-def _alone(told: Mapping[str, tuple[dict[str, float], float]], growth: float) -> float:
-    """Seconds that no stage works; steps that gather what tiles left take longer with more of them."""
+def _alone(told: Mapping[str, tuple[dict[str, float], float]], growth: float, others: Mapping[str, int]) -> float:
+    """Seconds that no stage works; steps that gather what tiles (not `others`) left take longer with more of them."""
     seconds, gathers = 0.0, False
     for name, (by_stage, rest) in told.items():
-        gathers = gathers or bool(by_stage)
+        gathers = gathers or bool(by_stage and name not in others)
         grows = gathers and not by_stage and name != "report"
         seconds += rest * (growth if grows else 1.0)
     return seconds
-
-
-def _written(root: Path, growth: float, growths: Mapping[str, float]) -> int:
-    """Bytes of the whole run, told from a probe's: all grow but the report and the frames of files beside the tiles.
-
-    Args:
-        root: of the probe.
-        growth: tiles of the run for each of the probe, by their pixels.
-        growths: the same of folders that grow otherwise.
-    """
-    total = 0.0
-    for path in root.rglob("*"):
-        size = path.stat().st_size if path.is_file() else 0
-        part = path.relative_to(root)
-        made = next((folder for folder in growths if part.is_relative_to(folder)), part.parts[0])
-        fixed = 0 if made in {"tiles", *growths} else size if made == "report" else min(size, FRAME)
-        total += fixed + (size - fixed) * growths.get(made, growth)
-    return round(total)
 
 
 def _gpus() -> int:

@@ -1,5 +1,6 @@
 import importlib
 import re
+from importlib import import_module
 from typing import Literal
 
 import pytest
@@ -104,6 +105,30 @@ def test_what_cannot_be_meant_is_named_with_its_path(overrides, said):
         load(Outer, None, overrides)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "override", "said"),
+    [
+        ("gpc", "workers=-1", "config key workers = -1: input should be greater than or equal to 0"),
+        ("gpc", "cues.scales=[0]", "config key cues.scales.0 = 0: input should be greater than 0"),
+        ("gpc", "cues.scales=[]", "config key cues.scales = []"),
+        ("gpc", "classifier.rates=[]", "config key classifier.rates: [] is no schedule"),
+        ("gpc", "classifier.rates=[[8, 0.1], [4, 0.2]]", "rising epochs"),
+        ("gpc", "classifier.augment.saturation=[2, 1]", "[2, 1] is no range; give the smaller number first"),
+        ("gpc", "scaling={mean: [], std: []}", "there is neither a mean nor a std"),
+        ("landcover", "bands=[red, red, blue]", "red, red, blue: one is named twice"),
+        ("superpixel", "bands=[red, red]", "red, red: one is named twice"),
+        ("landcover", "segmenter.augment.scale=[-1, 1]", "[-1, 1] is no range"),
+        ("landcover", "segmenter.augment.scale=[0, 1]", "[0, 1] begins at 0; give a number above it"),
+        ("landcover", "segmenter.augment.gamma=[0, 0]", "[0, 0] begins at 0"),
+    ],
+)
+def test_settings_that_only_a_run_could_fail_on_are_refused_when_they_are_read(pipeline, override, said):
+    module = import_module(f"rayseg.pipelines.{pipeline}")
+    with pytest.raises(ConfigError) as caught:
+        load(module.Config, None, [override])
+    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize(("text", "said"), [("- a\n", "expected keys and values"), ("a: [", "is not YAML")])

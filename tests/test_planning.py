@@ -7,8 +7,12 @@ import pytest
 from small_world import HEIGHT, WIDTH, catalogue, files, rayseg, refused, segmenter
 
 from rayseg import planning
+from rayseg import run as runs
 from rayseg.cli import run
-from rayseg.ledger import Record
+from rayseg.geo import Region
+from rayseg.ledger import Ledger, Record
+from rayseg.rowfile import write_rows
+from rayseg.volume import bytes_written
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +113,54 @@ def test_folders_grow_by_the_rows_that_fill_them(tmp_path):
     for name, size in (("tiles/a.tif", 100), ("steps/networks/b.pt", 100), ("steps/c.json", 100), ("report/d", 100)):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x" * size)
-    assert planning._written(tmp_path, 10.0, {"models": 3.0, "steps/networks": 3.0}) == 1000 + 300 + 100 + 100
+    assert bytes_written(tmp_path, 10.0, {"models": 3.0, "steps/networks": 3.0}) == 1000 + 300 + 100 + 100
+
+
+class Dawdling:
+    """A training that was cut short, a stage of tiles, and gathering what they left."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(runs.time, "perf_counter", lambda: self.now)
+
+    def learn(self, step):
+        self.now += 10.0
+        return {"left_out": 90.0}
+
+    def tiles(self, step, region):
+        rows = [{"id": name} for name in region.tiles]
+        write_rows(step.prefix / "manifest.parquet", rows)
+        ledger = Ledger(str(step.prefix / "ledger"))
+        for row in rows:
+            ledger.write(Record(row["id"], "done", seconds={"Predict": 2.0}))
+        self.now += 2.0 * len(rows) + 1.0
+        return {"on_gpu": ["Predict"]}
+
+    def gather(self, step):
+        self.now += 3.0
+        return {}
+
+    def __call__(self, run, region):
+        run.step("segmenter", self.learn)
+        run.step("predict", self.tiles, region)
+        run.step("polygons", self.gather)
+
+
+def test_a_training_counts_once_however_many_tiles_and_workers(monkeypatch):
+    sides = {"col": 0, "row": 0, "width": 100, "height": 100, "grid": "", "sources": "[]"}
+    rows = [{"id": f"t{number}", **sides} for number in range(40)]
+    monkeypatch.setattr(planning, "_effort", lambda row, *, margin: 1)
+    forecast = planning.Forecast(rows, trial=Dawdling(monkeypatch))
+    probe = planning.timed_on(forecast, Region("r"), rows, count=3)
+    assert probe.seconds == {"segmenter": 100.0, "Predict": 80.0}
+    assert probe.spread == 80.0
+    assert probe.alone == pytest.approx(100.0 + 1.0 + 3.0 * 40 / 4)
+    assert probe.on_gpu == ("Predict", "segmenter")
+
+
+def test_trainings_by_several_processes_are_not_timed_as_such():
+    assert planning.by_workers(0) == planning.by_workers(1) == ()
+    assert planning.by_workers(2) == ("trainings were timed in one process, not in 2",)
 
 
 def test_probes_are_spread_over_all_pixels():
@@ -129,6 +180,8 @@ def test_a_plan_refuses_what_a_run_would_refuse(world, tmp_path):
     words = ("plan", "pipeline", "predict", "--region", world["catalogue"], "--set", f"model={tmp_path}")
     assert str(tmp_path) in refused(4, *words)
     assert "no-such" in refused(2, "plan", "pipeline", "no-such", "--region", world["catalogue"])
+    words = ("plan", "pipeline", "agri", "--region", world["catalogue"], "--set", f"sam.checkpoint={tmp_path / 'x.pt'}")
+    assert "x.pt" in refused(4, *words)
 
 
 def test_what_is_unknown_before_training_is_said():

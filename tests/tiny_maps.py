@@ -11,6 +11,7 @@ from rayseg.io import vectors
 from rayseg.io.rasters import footprint, grids_of
 from rayseg.io.sources import unplaced
 from rayseg.models.bundle import Architecture, Bundle
+from rayseg.models.probabilities import Probabilities
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, tile_rows
 from rayseg.stages.write import WriteTile
@@ -65,7 +66,7 @@ def mapped(folder, sources, *, size, bundle=None, network=None, halo=None):
     rows = tile_rows(sources, None, size=size, halo=bundle.patch + bundle.stride if halo is None else halo)
     write = WriteTile(str(folder), TABLE, bands=("cover",), geometry=None, model="m.json")
     predict = Predict("", batch=2, device="cpu")
-    predict.__dict__["_loaded"] = (bundle, network.eval().to(memory_format=torch.channels_last))
+    predict.__dict__["_loaded"] = (bundle, Probabilities(network).eval().to(memory_format=torch.channels_last))
     stages = (ReadTile(bundle.bands, patch=bundle.patch, stride=bundle.stride), predict, write)
     extents, found, parts = {}, {}, []
     for grid, its in grids_of(sources):

@@ -161,8 +161,9 @@ def plan_pipeline(
 
     module = pipeline_of(name)
     area = only(images_or_region(region), None)
-    forecast = module.forecast(load(module.Config, config, set_ or ()), area)
-    found = planning.plan(forecast, area, rates=planning.Rates(workers, gpu_hour, cpu_hour))
+    settings = load(module.Config, config, set_ or ())
+    module.check(settings, area)
+    found = planning.plan(module.forecast(settings, area), area, rates=planning.Rates(workers, gpu_hour, cpu_hour))
     typer.echo(json.dumps(found, indent=1) if as_json else _plan_text(found))
 
 

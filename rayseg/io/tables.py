@@ -65,6 +65,7 @@ def read_table(path: str) -> ClassTable:
 
 
 def _content(path: str) -> dict[str, Any]:
+    """What the file holds, which makes a class table."""
     file = upath(_named(path) or path)
     try:
         content = yaml.safe_load(file.read_text())
@@ -77,6 +78,10 @@ def _content(path: str) -> dict[str, Any]:
         raise ConfigError(f"class table {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"class table {path} holds no keys, expected classes: [{{name, color}}, ...]")
+    try:
+        ClassTable.from_config(content)
+    except ConfigError as error:
+        raise ConfigError(f"class table {path}: {error}") from None
     return content
 
 

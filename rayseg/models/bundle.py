@@ -68,6 +68,8 @@ class Scaling(Config):
     def _can_be_divided_by(self) -> "Scaling":
         if len(self.mean) != len(self.std):
             raise ValueError(f"{len(self.mean)} means but {len(self.std)} stds, expected one of each per band")
+        if not self.mean:
+            raise ValueError("there is neither a mean nor a std, expected one of each per band")
         if not self.scale or any(std <= 0 for std in self.std):
             raise ValueError("stds must be above 0 and the scale not 0")
         return self

@@ -1,10 +1,12 @@
-"""What makes training on a CPU quick where PyTorch's defaults are slow; other devices are left alone."""
+"""What makes a CPU quick where PyTorch's defaults are slow; other devices are left alone."""
 
 import copy
 import ctypes
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+MOST_THREADS = 4
 _FOLDED_WITHIN = 1e-3  # of the largest output; rounding makes 1e-6 of it, a wrong order of layers 1e-1 and more
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
 
@@ -135,11 +138,80 @@ class _Normalise(torch.autograd.Function):
         return to_input_NCHW, to_weight, to_bias, None, None
 
 
+class Apart(nn.Module):
+    """A model of images, in evaluation mode, that computes each image of a batch in one thread, several at a time.
+
+    An image then has the same bits in whatever batch it comes and however many processors there are, and nobody waits
+    for the slowest thread of a layer.
+
+    Args:
+        model: (1, C, H, W) -> tensor of one image.
+        most: threads.
+    """
+
+    def __init__(self, model: nn.Module, *, most: int = MOST_THREADS) -> None:
+        super().__init__()
+        self.model = model
+        self.count = min(most, os.cpu_count() or 1)
+        self._pool = _single_threads(self.count)
+        self._lock, self._under_way = threading.Lock(), 0
+        self._helped = 1  # threads of an image that comes by itself
+
+    @torch.inference_mode()
+    def help_one(self, x_NCHW: Tensor) -> None:
+        """From now on have all threads compute an image that comes by itself, if these images keep their bits so.
+
+        A power of two of them, as elementwise kernels treat the ends of other parts of an image otherwise.
+        """
+        most = 1 << (self.count.bit_length() - 1)
+        alone = torch.cat(list(self._pool.map(self._one, torch.split(x_NCHW, 1))))
+        with threads(most):
+            helped = torch.cat([self._one(x_1CHW) for x_1CHW in torch.split(x_NCHW, 1)])
+        self._helped = most if bool((alone == helped).all()) else 1
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """The model's outputs, one behind the other."""
+        with self._lock:
+            self._under_way += len(x_NCHW)
+            helped = self._helped > 1 and self._under_way == 1
+        try:
+            if helped:
+                with threads(self._helped):
+                    return self._one(x_NCHW)
+            return torch.cat(list(self._pool.map(self._one, torch.split(x_NCHW, 1))))
+        finally:
+            with self._lock:
+                self._under_way -= len(x_NCHW)
+
+    def _one(self, x_1CHW: Tensor) -> Tensor:
+        with torch.inference_mode():
+            found: Tensor = self.model(x_1CHW)
+        return found
+
+
+def _single_threads(count: int) -> ThreadPoolExecutor:
+    """A pool whose threads have no helpers of their own; other threads keep theirs."""
+    all_there, before = threading.Barrier(count + 1), torch.get_num_threads()
+
+    def alone() -> None:
+        torch.get_num_threads()  # a new thread takes over the process's number when it is first asked, not before
+        torch.set_num_threads(1)
+        all_there.wait()
+
+    pool = ThreadPoolExecutor(count, initializer=alone)
+    for _ in range(count):
+        pool.submit(int)
+    all_there.wait()
+    torch.set_num_threads(before)  # the process's number is what was set last, in whatever thread
+    return pool
+
+
 def folded(model: nn.Module, channels: int) -> nn.Module:
-    """The model with its batch normalisations folded into the convolutions before them, a tenth quicker on a CPU.
+    """The model for inference: its batch normalisations folded into the convolutions before them, a tenth quicker.
 
     Which convolution comes before which normalisation is told by their order in a module, and then tried out: a model
-    that gives something else folded is returned as it was.
+    that gives something else folded is left as it is. Convolutions (`nn.Conv2d` itself, not what derives from it) are
+    computed by one kernel, however many threads there are: PyTorch takes another one for 1x1 when there is one.
 
     Args:
         model: on the CPU, in evaluation mode; it is not changed.
@@ -150,7 +222,19 @@ def folded(model: nn.Module, channels: int) -> nn.Module:
     for parent, conv, norm in pairs:
         setattr(parent, conv, fuse_conv_bn_eval(getattr(parent, conv), getattr(parent, norm)))
         setattr(parent, norm, nn.Identity())
-    return quicker if pairs and _agree(model, quicker, channels) else model
+    for one in quicker.modules():
+        if type(one) is nn.Conv2d and one.kernel_size == (1, 1) and one.padding == (0, 0):
+            one.__class__ = _Steady1x1
+    return quicker if _agree(model, quicker, channels) else model
+
+
+class _Steady1x1(nn.Conv2d):
+    """A 1x1 convolution by oneDNN, which adds up in the same order for any number of threads."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+            return super().forward(input)
+        return torch.mkldnn_convolution(input, self.weight, self.bias, (0, 0), self.stride, self.dilation, self.groups)
 
 
 def _pairs(parent: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
@@ -208,7 +292,7 @@ def reused_memory() -> Iterator[None]:
 
 
 @contextmanager
-def threads(most: int = 4) -> Iterator[None]:
+def threads(most: int = MOST_THREADS) -> Iterator[None]:
     """Compute with the machine's processors, but at most so many, whatever the process was told.
 
     How many there are decides the order of sums, and so the last digits: it has to be the same wherever a stage runs.

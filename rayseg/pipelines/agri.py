@@ -9,7 +9,7 @@ how the region is cut into tiles: docs/decisions/0007. The published settings ar
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from rayseg import chips, cluster, enlarging, mapping, planning, publication
 from rayseg.chips import ChipsConfig
 from rayseg.config import Config as Frozen
+from rayseg.config import Workers
 from rayseg.flow import Row, Work
 from rayseg.geo import Grid, Lattice, Region, Tile
 from rayseg.io import plots, vectors
@@ -100,7 +101,7 @@ class Config(Frozen):
     """Labelled crops (field, nonfield) to train one from."""
     training: PlotsClassifierConfig = PlotsClassifierConfig()
     """How it is trained."""
-    workers: int = 0
+    workers: Workers = 0
     """Processes of Ray Train; 0 trains in the command's own process."""
     map: MapConfig = MapConfig()
 
@@ -374,19 +375,16 @@ def _planned(region: Region, config: Config) -> tuple[planning.Forecast | None, 
 
 def forecast(config: Config, region: Region) -> planning.Forecast:
     """What is known of a run before it is begun."""
-    trained = config.chips is not None and not config.classifier
-    alone = config.model_copy(update={"chips": None}) if trained else config
-    unknown = ("training the classifier of plots, and classifying them",) if trained else ()
     before, tiles = _planned(region, config)
     counts = {"enlarge": len(before.tiles)} if before else {}
-    return planning.Forecast(
-        tiles, margin=config.patch, unknown=unknown, counts=counts, trial=partial(run, alone), before=before
-    )
+    trial = partial(run, config.model_copy(update={"workers": 0}), learn=(planning.training, fit_plots))
+    unknown = planning.by_workers(config.workers) if config.chips else ()
+    return planning.Forecast(tiles, margin=config.patch, unknown=unknown, counts=counts, trial=trial, before=before)
 
 
-def run(config: Config, run: Run, region: Region) -> str:
-    """Find the plots of `region`; return where the report is and what it says."""
-    model = run.step("classifier", fit_plots, region, config)
+def run(config: Config, run: Run, region: Region, *, learn: Sequence[Callable[..., Any]] = (fit_plots,)) -> str:
+    """Find the plots of `region`, after `learn` with region and config; return where the report is and what it says."""
+    model = run.step("classifier", *learn, region, config)
     larger = run.step("enlarge", enlarging.enlarge, region, config.enlarge, config.image, config.map, config.patch)
     config = on_larger(larger, config)
     proposed = run.step("propose", propose, larger, region, config)

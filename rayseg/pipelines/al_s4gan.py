@@ -10,14 +10,16 @@ settings of the paper are `configs/al-s4gan/paper.yaml`.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field, model_validator
 
-from rayseg import active, cluster, evaluation, mapping, planning, pool, publication, report
+from rayseg import active, choosing, cluster, evaluation, mapping, planning, pool, publication
 from rayseg.active import ActiveConfig, Common
 from rayseg.config import Config as Frozen
+from rayseg.config import Workers
 from rayseg.errors import ConfigError
 from rayseg.geo import Region
 from rayseg.io import masks
@@ -35,7 +37,7 @@ from rayseg.train.classifier import expect_trainable as expect_classifier
 from rayseg.train.pair import S4ganConfig
 from rayseg.train.s4gan import Data, confusions, expect_trainable, fit_s4gan, measures_of, trained_s4gan
 from rayseg.vision.color import ClassTable
-from rayseg.vision.queries import SCORES, expect_enough
+from rayseg.vision.queries import expect_enough
 
 PRODUCT = "landcover"
 
@@ -56,7 +58,7 @@ class Config(Frozen):
     """Side in px of the segmenter's window over the region."""
     stride: Annotated[int, Field(gt=0)] = 512
     """Distance of these windows; the rest of a window is margin."""
-    workers: int = 0
+    workers: Workers = 0
     """Processes of Ray Train; 0 trains in the command's own process."""
     seed: int = 1234
     """Of everything random; it takes the place of `active.classifier.learning.seed` and `segmenter.learning.seed`."""
@@ -113,8 +115,11 @@ def choose(config: Config, run: Run, region: Region, surveyed: pool.Surveyed | N
 
 def fit(step: Step, listed: Step, chosen: Step, config: Config) -> dict[str, Any]:
     """Train the segmenter on the chips chosen and all others; models/segmenter is its bundle."""
+    return _fit(step, _data(step.root, listed, chosen, config), config)
+
+
+def _fit(step: Step, data: Data, config: Config) -> dict[str, Any]:
     assert config.segmenter is not None
-    data = _data(step.root, listed, chosen, config)
     settings = _seeded(config.segmenter, config.seed)
     measures = fit_s4gan(
         settings,
@@ -150,8 +155,13 @@ def _data(root: str, listed: Step, chosen: Step, config: Config) -> Data:
     rows = {row["id"]: row for row in pool.rows_of(listed, "pool")}
     labelled = [rows[chip] for chip in asked]
     active.expect_masks(root, labelled, config.common.classes)
-    chosen_ids = set(asked)
-    rest = [row for chip, row in rows.items() if chip not in chosen_ids]
+    return _divided(root, listed, labelled, config)
+
+
+def _divided(root: str, listed: Step, labelled: Sequence[Row], config: Config) -> Data:
+    """Chips whose masks are shown, all others of the pool, and those to choose by."""
+    shown = {row["id"] for row in labelled}
+    rest = [row for row in pool.rows_of(listed, "pool") if row["id"] not in shown]
     held = pool.rows_of(listed, "validation")
     return Data(
         _masked(root, labelled, config),
@@ -223,7 +233,7 @@ def tried(config: Config, run: Run, region: Region, surveyed: pool.Surveyed) -> 
     """What a trial of a sweep finds: `curve`, points (labels, measure), and all measures; nothing is mapped."""
     if config.segmenter is None:
         _, rounds = choose(config, run, region, surveyed)
-        return {"curve": _accuracies(rounds), "part": "validation"}
+        return {"curve": choosing.accuracies(rounds), "part": "validation"}
     _, _, segmenter, measured = learn(config, run, region, surveyed)
     found = measured.value["mean_iou"] if "mean_iou" in measured.value else float("nan")
     return {"curve": [(segmenter.value["masks"], found)], **measured.value}
@@ -231,11 +241,8 @@ def tried(config: Config, run: Run, region: Region, surveyed: pool.Surveyed) -> 
 
 def evaluate(step: Step, predicted: Step, region: Region, truth: str | None) -> dict[str, Any]:
     """Compare the map with its truth, if there is one."""
-    return evaluation.evaluate_run(step, predicted, _of_region(region, truth)) if truth else {}
-
-
-def _of_region(region: Region, location: str | None) -> str:
-    return f"{region.catalog}{location}" if location and location.startswith("#") else location or ""
+    located = region.located(truth)
+    return evaluation.evaluate_run(step, predicted, located) if located else {}
 
 
 # -- reports -----------------------------------------------------------------------------------------------------------
@@ -251,7 +258,9 @@ def write_report(
     if where != "none":
         chosen = ", by which the checkpoint was chosen too" if where == "validation" else ""
         said += f" Mean IoU on the {value['chips']} {where} chips{chosen}: {value['mean_iou']:.3f}."
-    extras = publication.Extras(labels=said, pictures=_curve(rounds), tables=(_picks(rounds[-1], config),))
+    extras = publication.Extras(
+        labels=said, pictures=choosing.curve(rounds), tables=(choosing.picks(rounds[-1], config.active.strategy),)
+    )
     return publication.write_report(step, predicted, polygons, evaluated, extras)
 
 
@@ -263,43 +272,18 @@ def _learnt_from(config: Config, *, masks: int, chips: int) -> str:
 
 def write_choice(step: Step, listed: Step, rounds: Sequence[Step], config: Config) -> dict[str, Any]:
     """The report of active learning alone."""
-    curve, last = _accuracies(rounds), rounds[-1].value
+    curve, last = choosing.accuracies(rounds), rounds[-1].value
     said = (
         f"{rounds[-2].value['labelled']} of {listed.value['pool']} images labelled, chosen by {config.active.strategy}."
     )
     if curve:
         said += f" Accuracy on {listed.value['validation']} other images: {last['accuracy']:.3f}."
     figures = [("labels", str(n), f"accuracy {accuracy:.3f}") for n, accuracy in curve]
-    page = publication.Extras(labels=said, pictures=_curve(rounds), tables=(_picks(rounds[-2], config),))
+    page = publication.Extras(
+        labels=said, pictures=choosing.curve(rounds), tables=(choosing.picks(rounds[-2], config.active.strategy),)
+    )
     publication.write_page(step.root, page, figures=figures)
     return {"report": "report/index.html", "summary": said, "curve": curve}
-
-
-def _accuracies(rounds: Sequence[Step]) -> list[tuple[int, float]]:
-    """(labels, accuracy) of every classifier that was measured."""
-    return [(step.value["before"], step.value["accuracy"]) for step in rounds if "accuracy" in step.value]
-
-
-def _curve(rounds: Sequence[Step]) -> tuple[tuple[str, bytes | str, str], ...]:
-    points = [(float(labels), accuracy) for labels, accuracy in _accuracies(rounds)]
-    if len(points) < 2:
-        return ()
-    drawn = report.learning_curves({"classifier": points}, across="labels", up="accuracy")
-    return (("Learning curve", drawn, "Accuracy of the classifier of chips on the validation chips."),)
-
-
-def _picks(chosen: Step, config: Config) -> publication.Table:
-    """What was chosen and why."""
-    rows: list[tuple[str, ...]] = [
-        (
-            str(row["id"]),
-            str(row["round"]),
-            "drawn at random first" if row["why"] == "first" else f"{SCORES[row['why']]} {row['score']:.3f}",
-            f"{row['taken_for']} ({row['probability']:.2f})" if row["taken_for"] else "",
-        )
-        for row in active.labelled(chosen)
-    ]
-    return f"Chips chosen by {config.active.strategy}", ("chip", "round", "why", "taken for"), rows
 
 
 # -- the pipeline ------------------------------------------------------------------------------------------------------
@@ -310,7 +294,7 @@ def check(config: Config, region: Region) -> None:
     expect_settings(config)
     if config.segmenter:
         mapping.plan(region, _described(config), config.map)
-    if truth := _of_region(region, config.truth):
+    if truth := region.located(config.truth):
         masks.masks_of(truth, names=config.table.names)
     expect_chips(config, pool.survey(region, config.pool, config.table))
 
@@ -361,12 +345,33 @@ def expect_chips(config: Config, surveyed: pool.Surveyed) -> int:
 
 
 def forecast(config: Config, region: Region) -> planning.Forecast:
-    """What is known of a run before it is begun; what choosing and training take shows only while they are done."""
-    count = expect_chips(config, pool.survey(region, config.pool, config.table))
-    unknown = (f"choosing from {count} chips in rounds, and training on them",)
+    """What is known of a run before it is begun; what choosing takes shows only while it is done."""
+    surveyed = pool.survey(region, config.pool, config.table)
+    count = expect_chips(config, surveyed)
+    said = f"choosing from {count} chips in rounds, and training if their masks are still to be drawn"
+    unknown = (said, *planning.by_workers(config.workers))
     if not config.segmenter:
         return planning.Forecast([], unknown=(*unknown, "nothing is mapped without a segmenter"))
-    return planning.by_untrained(_described(config), region, config.map, unknown=unknown)
+    learn = partial(_learn, config.model_copy(update={"workers": 0}), region, surveyed)
+    return planning.by_untrained(_described(config), region, config.map, learn=learn, unknown=unknown)
+
+
+def _learn(config: Config, region: Region, surveyed: pool.Surveyed, run: Run) -> Step | None:
+    """The segmenter's training, cut short, on chips that are drawn."""
+    listed = run.step("pool", pool.list_pool, region, config.pool, config.classes, config.seed, surveyed)
+    if not _masked_rows(listed):
+        return None
+    return run.step("segmenter", planning.training, _fit_drawn, listed, config)
+
+
+def _fit_drawn(step: Step, listed: Step, config: Config) -> dict[str, Any]:
+    """The segmenter, from as many masks as will be shown to it."""
+    count = config.active.budget(listed.value["pool"]).target
+    return _fit(step, _divided(step.root, listed, _masked_rows(listed)[:count], config), config)
+
+
+def _masked_rows(listed: Step) -> list[Row]:
+    return [row for row in pool.rows_of(listed, "pool") if row["masks"] != "[]"]
 
 
 def run(config: Config, run: Run, region: Region) -> str:

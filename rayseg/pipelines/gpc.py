@@ -8,14 +8,10 @@ No mask is ever drawn. What is not said here is in the modules named by the step
 `configs/gpc/paper.yaml`.
 """
 
-import io
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
-import matplotlib
-import matplotlib.image
 import numpy as np
 import torch
 from pydantic import Field, model_validator
@@ -23,75 +19,30 @@ from pydantic import Field, model_validator
 from rayseg import chips, cluster, evaluation, mapping, planning, publication
 from rayseg.chips import ChipsConfig
 from rayseg.config import Config as Frozen
+from rayseg.config import Workers
+from rayseg.cues import LABELS, NO, YES, CuesConfig, draw_cues, make_cues, read_mask
 from rayseg.errors import DataError
-from rayseg.flow import Row, Work
+from rayseg.flow import Row
 from rayseg.geo import Region
-from rayseg.io import cog, masks
+from rayseg.io import masks
 from rayseg.mapping import MapConfig
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.encoders import NO_FILES, encoder_name, read_state
 from rayseg.models.segmenter import Ensemble
-from rayseg.models.unsupervised import Precision
 from rayseg.rowfile import write_rows
 from rayseg.run import Run, Step
-from rayseg.stages.cues import (
-    CamCue,
-    ConceptCue,
-    ReadChip,
-    Superpixels,
-    WriteCue,
-    WriteDensity,
-    cue_path,
-    density_path,
-)
-from rayseg.stages.weak import Cam, Segment
-from rayseg.store import Location, put
+from rayseg.store import Location
+from rayseg.train import sample
 from rayseg.train.batches import Chips
 from rayseg.train.classifier import ClassifierConfig, expect_trainable, fit_classifier, trained_classifier
 from rayseg.train.labels import probabilities
 from rayseg.train.segmenter import SegmenterConfig, fit_segmenter, trained_segmenter
-from rayseg.vision import concept
-from rayseg.vision.cues import Objects
 
-YES, NO = "gpc", "nongpc"
-LABELS = (YES, NO)
 COLORS = {YES: (0, 158, 115), NO: (0, 0, 0)}
 CLASSES = ((0, "background", COLORS[NO]), (1, YES, COLORS[YES]))
 BANDS = ("red", "green", "blue")
-BATCH = 8
-"""Chips that are mapped at once; they are read together, so that a batch is the same whichever engine makes it."""
 MOST_CALIBRATED = 500
 """Negative chips that the threshold is taken from, at most."""
-
-
-class CuesConfig(Frozen):
-    """From labels to coarse masks."""
-
-    method: Literal["cam", "concept"] = "cam"
-    """cam: objects whose mean Grad-CAM++ is above Otsu's threshold (the paper's). concept: superpixels of the colours
-    that all positive chips share and no negative chip has (diverse density), with the CAM as a hint; for few chips."""
-    layer: int = -1
-    """Encoder stage at which Grad-CAM++ is taken; -1 is the last."""
-    scales: tuple[float, ...] = (1.0,)
-    """The map is averaged over the chip at these scales."""
-    flip: bool = False
-    """And over its mirror image."""
-    network: Literal["v1", "v2"] = "v1"
-    """cam: how objects are found; v1 votes in superpixels (the paper's), v2 (Kim et al. 2020) does without."""
-    iterations: int = 64
-    """cam: training steps of the object network on each chip."""
-    min_labels: int = 4
-    """cam: they end when fewer labels remain."""
-    precision: Precision = "float32"
-    """cam: bfloat16 is faster where the machine has it."""
-    seed: int = 1943
-    """cam: of the object network's initial weights."""
-    objects: Objects = "labels"
-    """cam: an object is all pixels of a label, or a connected component of it."""
-    reduce: int = 2
-    """concept: side in px of the squares averaged before superpixels are found."""
-    doubtful: float = -1.0
-    """concept: evidence (log ratio) above which a superpixel outside the concept is left open."""
 
 
 class YesNoConfig(ClassifierConfig):
@@ -117,7 +68,7 @@ class Config(Frozen):
     """Side in px of the segmenter's window over the region."""
     stride: Annotated[int, Field(gt=0)] = 512
     """Distance of these windows; the rest of a window is margin."""
-    workers: int = 0
+    workers: Workers = 0
     """Processes of Ray Train; 0 trains in the command's own process."""
     scaling: Scaling = Scaling(mean=(98.3519, 96.9567, 95.5713), std=(52.7343, 45.8798, 44.3465))
     """How chips and imagery become the networks' input; mean and standard deviation of the paper's chips."""
@@ -129,14 +80,6 @@ class Config(Frozen):
         reduce = self.segmenter.reduce
         mapping.expect_windows(BANDS, self.scaling, patch=self.patch, stride=self.stride, reduce=reduce)
         return self
-
-
-def _read_mask(cues: str, rows: list[Row], size: int, position: int) -> np.ndarray:
-    """The coarse mask of a chip; that of a negative one is empty."""
-    if rows[position]["label"] == NO:
-        return np.zeros((size, size), np.uint8)
-    mask: np.ndarray = cog.read_bands(cue_path(cues, rows[position]["id"]))[0]
-    return mask
 
 
 def fit_yes_no(step: Step, listed: Step, config: Config) -> dict[str, Any]:
@@ -175,69 +118,16 @@ def _catalog_of(listed: Step) -> str:
     return source.partition("#")[0]
 
 
-def write_cues(
-    step: Step, listed: Step, classifier: Step, config: CuesConfig, size: int, patience: float
-) -> dict[str, Any]:
-    """Coarse masks of the positive chips in training, `<step>/<chip>.tif`, by the method chosen."""
-    cam = Cam(
-        classifier.value["bundle"],
-        target=LABELS.index(YES),
-        layer=config.layer,
-        scales=config.scales,
-        flip=config.flip,
-    )
-    seen = [Work(ReadChip(size), batch=BATCH), Work(cam, batch=BATCH, cpus=0.5, gpus=0.5, model=True)]
-    rows = chips.rows_of(listed, held_out=False)
-    decide = {"cam": _decide_by_cam, "concept": _decide_by_concept}[config.method]
-    works = [*seen, *decide(step, rows, seen, config, patience), Work(WriteCue(str(step.prefix)))]
-    found = _through(step, [row for row in rows if row["label"] == YES], works, patience)
-    return {"cues": str(step.prefix), **found}
-
-
-def _decide_by_cam(_: Step, __: list[Row], ___: list[Work], config: CuesConfig, ____: float) -> list[Work]:
-    segment = Segment(
-        config.network,
-        iterations=config.iterations,
-        min_labels=config.min_labels,
-        precision=config.precision,
-        seed=config.seed,
-    )
-    return [Work(segment, cpus=0.5, gpus=0.5), Work(CamCue(objects=config.objects))]
-
-
-def _decide_by_concept(
-    step: Step, rows: list[Row], seen: list[Work], config: CuesConfig, patience: float
-) -> list[Work]:
-    """Learn the concept from all chips first."""
-    before = replace(step, name=f"{step.name}/densities")
-    prefix, divide = str(before.prefix), Work(Superpixels(reduce=config.reduce, min_size=32))
-    troubles = _through(before, rows, [*seen, divide, Work(WriteDensity(prefix))], patience)["troubles"]
-    if troubles:
-        chip, why = next(iter(troubles.items()))
-        raise DataError(
-            f"{len(troubles)} of {len(rows)} chips cannot be used, first {chip} ({why}); all are needed to "
-            f"learn the concept: mend them, then: rayseg retry {step.root}"
-        )
-    evidence_AB = concept.evidence(*(_densities(prefix, rows, label) for label in LABELS))
-    return [divide, Work(ConceptCue(evidence_AB, doubtful=config.doubtful))]
-
-
-def _densities(prefix: str, rows: list[Row], label: str) -> Iterator[np.ndarray]:
-    for row in rows:
-        if row["label"] == label:
-            yield np.load(io.BytesIO(density_path(prefix, row["id"]).read_bytes()), allow_pickle=False)
-
-
-def _through(step: Step, rows: list[Row], works: list[Work], patience: float) -> dict[str, Any]:
-    write_rows(step.prefix / "manifest.parquet", rows)
-    return mapping.through(step, rows, works, title="chips", patience=patience)
-
-
 def fit_mask(step: Step, listed: Step, cues: Step, config: Config) -> dict[str, Any]:
     """Train the segmenter on the coarse masks; models/segmenter is its bundle, models/warm-up what it began with."""
     rows = [row for row in chips.rows_of(listed, held_out=False) if row["id"] not in cues.value["troubles"]]
-    read_mask = partial(_read_mask, cues.value["cues"], rows, config.chips.size)
-    learnt = chips.learnable(rows, LABELS, config.chips.size, read_mask=read_mask)
+    return _fit_members(step, listed, rows, partial(read_mask, cues.value["cues"], rows, config.chips.size), config)
+
+
+def _fit_members(
+    step: Step, listed: Step, rows: list[Row], masks_of: Callable[[int], np.ndarray], config: Config
+) -> dict[str, Any]:
+    learnt = chips.learnable(rows, LABELS, config.chips.size, read_mask=masks_of)
     measures = [_fit_member(step, member, learnt, config) for member in range(config.members)]
     kept = {}
     for name, stage in (("warm-up", "warm_up"), ("segmenter", None)):
@@ -309,7 +199,7 @@ def _threshold(model: torch.nn.Module, rows: list[Row], config: Config) -> float
     size, unit = config.chips.size, 32 * config.segmenter.reduce
     counts = np.zeros(1001, np.int64)
     negatives = [row for row in rows if row["label"] == NO][:MOST_CALIBRATED]
-    for position in range(len(negatives)):
+    for position in sample.batches(range(len(negatives)), len(negatives)):
         image_CHW = chips.read_image(negatives, size, position).transpose(2, 0, 1)
         normal = config.scaling.normalize(torch.from_numpy(image_CHW.copy())[None])
         p_HW = probabilities(model, normal, unit=unit, flip=False)[0, 0].numpy()
@@ -324,25 +214,6 @@ def measure(step: Step, predicted: Step, region: Region, truth: str | None) -> d
     """Compare the map with its truth, if there is one."""
     located = region.located(truth)
     return evaluation.evaluate_run(step, predicted, located) if located else {}
-
-
-def draw_cues(step: Step, listed: Step, cues: Step, size: int) -> dict[str, Any]:
-    """A sheet of the first positive chips: chip, CAM, coarse mask (open pixels grey)."""
-    troubled = cues.value["troubles"]
-    rows = [row for row in chips.rows_of(listed, held_out=False) if row["label"] == YES and row["id"] not in troubled][
-        :6
-    ]
-    columns = []
-    for position, row in enumerate(rows):
-        image_HWC = chips.read_image(rows, size, position)
-        mask_HW, cam_HW = cog.read_bands(cue_path(cues.value["cues"], row["id"]))
-        heat_HWC = (matplotlib.colormaps["inferno"](cam_HW / 254)[..., :3] * 255).astype(np.uint8)
-        shown_HW = np.select([mask_HW == 1, mask_HW == 255], [np.uint8(255), np.uint8(110)], np.uint8(0))
-        columns.append(np.concatenate([image_HWC, heat_HWC, np.repeat(shown_HW[..., None], 3, axis=2)]))
-    content = io.BytesIO()
-    matplotlib.image.imsave(content, np.concatenate(columns, axis=1)[:: max(1, size // 256), :: max(1, size // 256)])
-    put(step.prefix / "cues.png", content.getvalue())
-    return {"picture": f"steps/{step.name}/cues.png"}
 
 
 def write_report(
@@ -371,22 +242,52 @@ def check(config: Config, region: Region) -> None:
 
 
 def forecast(config: Config, region: Region) -> planning.Forecast:
-    """What is known of a run before it is begun; what training takes shows only while it is done."""
-    found = chips.find_chips(region, LABELS, config.chips)
-    stages = (config.segmenter.warm_up, config.segmenter.correction, config.segmenter.scratch)
-    epochs = sum(stage.epochs for stage in stages)
-    unknown = [
-        f"training: {config.classifier.epochs} epochs of a classifier and {epochs} of {config.members} segmenters on "
-        f"{len(found)} chips, and their cues; the share of an epoch that is done stands in the run's progress"
-    ]
-    return planning.by_untrained(_described(config), region, config.map, unknown=unknown)
+    """What is known of a run before it is begun."""
+    found = [chip.label for chip in chips.find_chips(region, LABELS, config.chips)]
+    learnt = 1 - config.chips.held_out
+    counts = {"cues": round(learnt * found.count(YES))}
+    if config.cues.method == "concept":
+        counts["densities"] = round(learnt * len(found))
+    learn = partial(_learn, config.model_copy(update={"workers": 0}), region)
+    return planning.by_untrained(
+        _described(config), region, config.map, learn=learn, counts=counts, unknown=planning.by_workers(config.workers)
+    )
+
+
+def _learn(config: Config, region: Region, run: Run) -> None:
+    """All before the map, with trainings that are cut short, cues of a few chips, and masks that are empty.
+
+    The map is then timed with a network of zeros, for what is learnt from such masks is of no use.
+    """
+    listed = run.step("chips", chips.list_chips, region, LABELS, config.chips)
+    classifier = run.step("classifier", planning.training, fit_yes_no, listed, config)
+    few = run.step("few", _list_few, listed)
+    _cues(run, few, classifier, config)
+    run.step("segmenter", planning.training, _fit_blank, listed, config)
+
+
+def _list_few(step: Step, listed: Step) -> dict[str, Any]:
+    rows = chips.rows_of(listed, held_out=False)
+    few = [row for label in LABELS for row in [row for row in rows if row["label"] == label][: planning.TIMED + 1]]
+    write_rows(step.prefix / "chips.parquet", few)
+    return {}
+
+
+def _fit_blank(step: Step, listed: Step, config: Config) -> dict[str, Any]:
+    size = config.chips.size
+    rows = chips.rows_of(listed, held_out=False)
+    return _fit_members(step, listed, rows, lambda _: np.zeros((size, size), np.uint8), config)
+
+
+def _cues(run: Run, listed: Step, classifier: Step, config: Config) -> Step:
+    return make_cues(run, listed, classifier, config.cues, size=config.chips.size, patience=config.map.stall_seconds)
 
 
 def run(config: Config, run: Run, region: Region) -> str:
     """Map green plastic cover over `region`; return where the report is and what it says."""
     listed = run.step("chips", chips.list_chips, region, LABELS, config.chips)
     classifier = run.step("classifier", fit_yes_no, listed, config)
-    cues = run.step("cues", write_cues, listed, classifier, config.cues, config.chips.size, config.map.stall_seconds)
+    cues = _cues(run, listed, classifier, config)
     segmenter = run.step("segmenter", fit_mask, listed, cues, config)
     predicted = run.step("predict", mapping.predict_region, region, segmenter, config.map)
     polygons = run.step("polygons", mapping.join_polygons, predicted, YES)

@@ -10,13 +10,14 @@ What is not said here is in the modules named by the steps; the settings of the 
 
 import json
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from rayseg import cluster, evaluation, flow, mapping, planning, publication
+from rayseg.config import Bands, Workers
 from rayseg.config import Config as Frozen
 from rayseg.errors import ConfigError, DataError
 from rayseg.evaluation import Compared
@@ -79,13 +80,13 @@ class Config(Frozen):
     """The classes of the masks: a YAML file, its name under configs/classes, or its content."""
     segmenter: SupervisedConfig = SupervisedConfig()
     map: MapConfig = MapConfig()
-    bands: tuple[str, ...] = ("red", "green", "blue")
+    bands: Bands = ("red", "green", "blue")
     """Of the imagery, in the order the model takes them."""
     patch: Annotated[int, Field(gt=0, multiple_of=32)] = 1024
     """Side in px of the segmenter's window over the region."""
     stride: Annotated[int, Field(gt=0)] = 768
     """Distance of these windows; the rest of a window is margin."""
-    workers: int = 0
+    workers: Workers = 0
     """Processes of Ray Train; 0 trains in the command's own process."""
     scaling: Scaling = Scaling(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
     """How imagery becomes the network's input; mean and standard deviation of ImageNet."""
@@ -221,13 +222,12 @@ def _described(config: Config, *, dtype: str = "uint8", measures: dict[str, floa
     )
 
 
-def validate(step: Step, listed: Step, model: Step, config: Config) -> dict[str, Any]:
-    """Predict the validation images as a region is predicted, and compare them with their masks."""
+def validate(step: Step, listed: Step, model: Step, config: Config, count: int | None = None) -> dict[str, Any]:
+    """Predict the validation images, or `count` of their tiles, as a region is, and compare them with their masks."""
     images, table = _labelled(listed, "validation", config).images, config.classes.table
     described = bundle.load(model.value["bundle"])
-    halo = described.patch + described.stride
-    seen = [scenes.image_on(one) for one in images]
-    rows = [row | {"refused": ""} for row in tile_rows(seen, None, size=config.map.tile, halo=halo)]
+    rows = _tiles_of(images, described, config)
+    rows = planning.spread(rows, count) if count else rows
     write_rows(step.prefix / "manifest.parquet", rows)
     works = [
         Work(ReadTile(described.bands, patch=described.patch, stride=described.stride)),
@@ -244,6 +244,12 @@ def validate(step: Step, listed: Step, model: Step, config: Config) -> dict[str,
     none = {"count": 0, "names": []}
     worst = _worst(step, compared, rows, images, table)
     return found | done | {"unmatched": {"prediction": none, "truth": none}, "worst": worst}
+
+
+def _tiles_of(images: Sequence[LabelledImage], described: Bundle, config: Config) -> list[flow.Row]:
+    seen = [scenes.image_on(one) for one in images]
+    rows = tile_rows(seen, None, size=config.map.tile, halo=described.patch + described.stride)
+    return [row | {"refused": ""} for row in rows]
 
 
 def _worst(
@@ -313,11 +319,20 @@ def check(config: Config, region: Region) -> None:
 
 
 def forecast(config: Config, region: Region) -> planning.Forecast:
-    """What is known of a run before it is begun; what training takes shows only while it is done."""
-    training = _divided(region, config)["training"]
-    unknown = (f"training: {config.segmenter.epochs} epochs on {len(training)} scenes, and their validation",)
+    """What is known of a run before it is begun."""
+    training, validation = _divided(region, config).values()
     described = _described(config, dtype=training[0][0].image.dtype)
-    return planning.by_untrained(described, region, config.map, unknown=unknown)
+    counts = {"validation": len(_tiles_of([image for image, _ in validation], described, config))}
+    learn = partial(_learn, config.model_copy(update={"workers": 0}), region)
+    unknown = planning.by_workers(config.workers)
+    return planning.by_untrained(described, region, config.map, learn=learn, counts=counts, unknown=unknown)
+
+
+def _learn(config: Config, region: Region, run: Run) -> Step:
+    listed = run.step("scenes", list_scenes, region, config)
+    segmenter = run.step("segmenter", planning.training, fit, listed, config)
+    run.step("validation", validate, listed, segmenter, config, planning.TIMED + 1)
+    return segmenter
 
 
 def run(config: Config, run: Run, region: Region) -> str:

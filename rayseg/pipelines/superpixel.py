@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import Field
 
 from rayseg import agreement, mapping, planning, publication
+from rayseg.config import Bands
 from rayseg.config import Config as Frozen
 from rayseg.errors import ConfigError, DataError
 from rayseg.flow import Row, Work
@@ -76,7 +77,7 @@ class Config(Frozen):
     map: MapConfig = MapConfig()
     shared: bool = False
     """One network over all scenes, so that a label means the same everywhere; else one each, with its own labels."""
-    bands: tuple[str, ...] = ()
+    bands: Bands = ()
     """Names of the bands to look at; by default all, which then must be those of every scene."""
     scaling: Literal["auto", "range", "percentiles"] | Scaling = "auto"
     """From values to 0..1: by the range of their type, by the scene's 1st and 99th percentile, or as given; auto takes

@@ -6,6 +6,7 @@
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,6 @@ from rayseg.serve.uploads import Image
 NAME = "rayseg"
 _AT_ONCE = 2  # batches: while one is brought to the device or waits for its threads, the other computes
 _ENVIRONMENT = {
-    # Threads that wait for one another do not spin: the others of a busy machine would wait for them.
-    "OMP_WAIT_POLICY": "passive",
     # What is awaited is in threads already; loops of Serve's own would only hand it on.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
@@ -96,8 +95,7 @@ class Models:
             from rayseg.serve import masks
 
             return await self._in_turn(masks.load, prefix)
-        most, exact = self._config.batch, self._config.exact
-        return await self._in_turn(lambda: Segmenter(prefix, most=most, exact=exact))
+        return await self._in_turn(partial(Segmenter, prefix, exact=self._config.exact))
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.0, max_concurrent_batches=_AT_ONCE)  # type: ignore[untyped-decorator]
     async def _probabilities(self, patches_CHW: list[np.ndarray]) -> list[np.ndarray]:
@@ -110,14 +108,8 @@ class Models:
         """See `rayseg.serve.models.Backend`."""
         model = await self._model(name)
 
-        async def alone(patch_CHW: np.ndarray) -> np.ndarray:
-            found: np.ndarray = (await self._in_turn(model.probabilities, [patch_CHW]))[0]
-            return found
-
-        each = self._probabilities if model.sizes[-1] > 1 else alone
-
         async def ask(inputs: list[np.ndarray]) -> Sequence[np.ndarray]:
-            found: list[np.ndarray] = await asyncio.gather(*map(each, inputs))
+            found: list[np.ndarray] = await asyncio.gather(*map(self._probabilities, inputs))
             return found
 
         return await segmented(model.bundle, image, model.predict.input, ask, ahead=4 * self._config.batch)

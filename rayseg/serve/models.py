@@ -76,48 +76,22 @@ def _name(prefix: StorePath, folder: str) -> str:
 class Segmenter:
     """A bundle's model that predicts patches of any number of images together, in the pixels of `rayseg predict`.
 
-    A patch has the same bits in whatever batch it comes, for only sizes of batches are used in which it has: that of
-    `Predict`, and further ones that keep them when they are tried out while the model is loaded. `exact` = False takes
-    any size: a score may then be one step of 254 off, here and there, and a CPU answers more requests.
-
     Args:
         prefix: of the bundle.
-        most: patches at once.
-        exact: whether the bits are to be those of `Predict`.
+        exact: whether the bits are to be those of `Predict`; a GPU then fills up its batches.
     """
 
-    def __init__(self, prefix: str, *, most: int, exact: bool = True) -> None:
+    def __init__(self, prefix: str, *, exact: bool = True) -> None:
         self.predict = Predict(prefix)
-        self.bundle = self.predict.bundle
-        assert self.predict.batch is not None
-        self.sizes = [self.predict.batch]
-        for size in (2**k for k in range(1, 8)):
-            if self.sizes[-1] < size <= most:
-                if exact and not self._keeps_bits(size):
-                    break
-                self.sizes.append(size)
-
-    def _keeps_bits(self, size: int) -> bool:
-        """Whether patches come out of a batch of `size` as out of those before, in every place."""
-        side, bands = self.bundle.patch, len(self.bundle.bands)
-        inputs = list(np.random.default_rng(0).normal(size=(size, bands, side, side)).astype(np.float32))
-        return bool((self._run(inputs, size) == np.stack(self.probabilities(inputs))).all())
-
-    def _run(self, inputs: Sequence[np.ndarray], size: int) -> np.ndarray:
-        from rayseg.models.cpu import threads
-
-        with threads():
-            found: np.ndarray = self.predict.forward(inputs, size=size).cpu().numpy()
-        return found
+        self.predict.help_one()
+        self.bundle, self._exact = self.predict.bundle, exact
 
     def probabilities(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Probabilities of each of some inputs, in the largest batches that are not filled up in vain."""
-        found: list[np.ndarray] = []
-        while len(found) < len(inputs):
-            left = len(inputs) - len(found)
-            size = max((size for size in self.sizes if size <= left), default=self.sizes[0])
-            found += list(self._run(inputs[len(found) : len(found) + size], size))
-        return found
+        """Probabilities of each of some inputs."""
+        most = self.predict.batch
+        assert most is not None
+        parts = [inputs[start : start + most] for start in range(0, len(inputs), most)]
+        return [one for part in parts for one in self.predict.forward(part, exact=self._exact).cpu().numpy()]
 
 
 async def segmented(
@@ -173,7 +147,7 @@ class Here:
 
     async def segment(self, name: str, image: Image) -> Answer:
         """See `Backend`."""
-        model = await self._in_turn(self._model, name, lambda prefix: Segmenter(prefix, most=self._batch))
+        model = await self._in_turn(self._model, name, Segmenter)
 
         async def ask(inputs: list[np.ndarray]) -> list[np.ndarray]:
             found: list[np.ndarray] = await self._in_turn(model.probabilities, inputs)

@@ -33,8 +33,8 @@ class ServeConfig(Config):
     batch: Annotated[int, Field(gt=0)] = 8
     """Most patches predicted at once, of all requests for one model together."""
     exact: bool = True
-    """Give the bits of `rayseg predict`, which allows only some sizes of batches; otherwise a score may be one of 254
-    off, and a CPU answers more requests."""
+    """Give the bits of `rayseg predict`, for which a GPU fills up its batches; otherwise a score may be one of 254 off
+    there. A CPU gives them either way."""
     wait_seconds: Annotated[float, Field(ge=0)] = 0.0
     """How long a batch waits for more patches."""
     replicas: Annotated[int, Field(gt=0)] = 4

@@ -31,7 +31,8 @@ class LabelTile:
     Args:
         margin: px around the tile that are labelled too, so that specks at its border are seen whole.
         sieve: patches of fewer px become part of their largest neighbour.
-        batch: patches at once; None takes 1 on a CPU and 8 on a GPU, where lack of memory halves it.
+        batch: patches at once; None takes as many as there are threads on a CPU, and 8 on a GPU, where lack of memory
+            halves it.
     """
 
     def __init__(self, *, margin: int, sieve: int, batch: int | None = None) -> None:
@@ -46,7 +47,7 @@ class LabelTile:
     def _loaded(self, prefix: str) -> Predict:
         """The scene's network; the last few stay."""
         if prefix not in self._models:
-            batch = self.batch or (8 if torch.cuda.is_available() else 1)
+            batch = self.batch or (8 if torch.cuda.is_available() else None)
             self._models[prefix] = Predict(prefix, batch=batch)
             while len(self._models) > _KEPT:
                 self._models.popitem(last=False)

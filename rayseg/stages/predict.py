@@ -26,13 +26,15 @@ class Predict:
     scores: (bands, height, width) uint8, probability x 254 rounded, 255 where there is no imagery; one band for the
     one class of a binary model, else one per class.
 
-    A patch is predicted only where its cell holds imagery, and batches have one fixed size (the last one is filled
-    up), so a pixel's value depends on nothing but its patches, whatever the tile. Where a patch has no imagery, the
-    model sees the mirror image of what is there.
+    A patch is predicted only where its cell holds imagery, and its bits depend on nothing but the patch: a GPU's
+    batches have one fixed size (the last one is filled up), a CPU computes each patch in a thread (`cpu.Apart`). So a
+    pixel's value depends on nothing but its patches, whatever the tile. Where a patch has no imagery, the model sees
+    the mirror image of what is there.
 
     Args:
         prefix: of the bundle.
-        batch: patches at once; None takes 1 on a CPU and 16 on a GPU, where lack of memory halves it.
+        batch: patches at once; None takes as many as there are threads on a CPU, and 16 on a GPU, where lack of memory
+            halves it.
         device: torch device; None takes the GPU if there is one.
     """
 
@@ -55,20 +57,22 @@ class Predict:
     def _loaded(self) -> "tuple[Bundle, torch.nn.Module]":
         import torch
 
-        from rayseg.models.cpu import folded
+        from rayseg.models.cpu import Apart, folded
+        from rayseg.models.probabilities import Probabilities
 
         described, model = bundle.build(self.prefix)
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.batch = self.batch or (16 if self.device.startswith("cuda") else 1)
-        model = model.eval() if self.device.startswith("cuda") else folded(model.eval(), len(described.bands))
-        return described, model.to(self.device).to(memory_format=torch.channels_last)
+        if self.device.startswith("cuda"):
+            self.batch = self.batch or 16
+            return described, Probabilities(model).eval().to(self.device).to(memory_format=torch.channels_last)
+        quick = folded(model.eval(), len(described.bands))
+        apart = Apart(Probabilities(quick).eval().to(memory_format=torch.channels_last))
+        self.batch = self.batch or apart.count
+        return described, apart
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Predict each tile."""
-        from rayseg.models.cpu import threads
-
-        with threads():
-            return [self._tile(row) for row in rows]
+        return [self._tile(row) for row in rows]
 
     def _tile(self, row: Row) -> Row:
         tile, reach = Tile.from_row(row), row["reach"]
@@ -117,24 +121,35 @@ class Predict:
         """What the model sees of a patch, float32, with the mirror image of it where it is not valid."""
         return self.bundle.normalize(mirrored(patch_CHW, valid_HW))
 
-    def forward(self, patches_CHW: Sequence[np.ndarray], *, size: int | None = None) -> "torch.Tensor":
+    def forward(self, patches_CHW: Sequence[np.ndarray], *, exact: bool = True) -> "torch.Tensor":
         """Probabilities (patches, outputs, height, width) of a batch of inputs.
 
-        It is filled up to `size`, by default the fixed one. In another size a patch may differ in its last bits.
+        On a GPU it is filled up to the fixed size; if it need not be `exact`, it is not.
         """
         import torch
 
-        described, model = self._loaded
+        _, model = self._loaded
         assert self.batch is not None
         assert self.device is not None
-        count = len(patches_CHW)
-        filled = np.zeros((size or self.batch, *patches_CHW[0].shape), np.float32)
+        count, half = len(patches_CHW), self.device.startswith("cuda")
+        filled = np.zeros((self.batch if half and exact else count, *patches_CHW[0].shape), np.float32)
         filled[:count] = patches_CHW
         batch = torch.from_numpy(filled).to(self.device, memory_format=torch.channels_last)
-        half = self.device.startswith("cuda")
         with torch.inference_mode(), torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=half):
-            logits: torch.Tensor = model(batch).float()
-        return (logits.sigmoid() if described.outputs == 1 else logits.softmax(1))[:count]
+            found: torch.Tensor = model(batch)
+        return found[:count]
+
+    def help_one(self) -> None:
+        """Have all processors compute a patch that comes by itself, where they give the bits of one."""
+        import torch
+
+        from rayseg.models.cpu import Apart
+
+        described, model = self._loaded
+        if isinstance(model, Apart):
+            shape = (3, len(described.bands), described.patch, described.patch)
+            samples = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            model.help_one(samples.contiguous(memory_format=torch.channels_last))
 
 
 def decide(probabilities_CHW: np.ndarray, valid_HW: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:

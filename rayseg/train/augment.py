@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Generator, Tensor
 from torch.nn.functional import interpolate
 
-from rayseg.config import Config
+from rayseg.config import Config, Factors, Range
 from rayseg.errors import DataError
 
 Luck = Generator | Sequence[Generator]
@@ -31,7 +31,7 @@ class Augment(Config):
     """Share of a window that its mask should cover, where the mask is not empty; only random windows are drawn anew."""
     draws: Annotated[int, Field(gt=0)] = 6
     """Windows drawn until one is covered; the last one is taken anyway."""
-    scale: tuple[float, float] = (1.0, 1.0)
+    scale: Factors = (1.0, 1.0)
     """Smallest and largest magnification; 0.5 shows twice the ground."""
     flip: Share = 0.5
     """Share of the images mirrored left to right, and of those mirrored top to bottom."""
@@ -47,11 +47,11 @@ class Augment(Config):
     """Largest relative change of one band."""
     contrast: Share = 0.3
     """Largest relative change of the distance from the image's mean."""
-    saturation: tuple[float, float] = (0.7, 1.3)
+    saturation: Range = (0.7, 1.3)
     """Smallest and largest factor on the distance from grey; three-band images only."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.05
     """Largest turn of the hue in full circles; three-band images only."""
-    gamma: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (1.0, 1.0)
+    gamma: Factors = (1.0, 1.0)
     """Smallest and largest exponent on value / 255."""
 
 

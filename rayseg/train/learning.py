@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -22,7 +22,19 @@ from rayseg.store import StorePath, upath
 from rayseg.train import session
 
 State = dict[str, Any]
-Rates = tuple[tuple[float, float], ...]
+
+
+def _rising(rates: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+    ends = [end for end, _ in rates]
+    if not rates or sorted(set(ends)) != ends or min(min(pair) for pair in rates) < 0:
+        raise ValueError(
+            f"{[list(pair) for pair in rates]} is no schedule; give [until epoch, learning rate], at least one, with "
+            "rising epochs and nothing below 0"
+        )
+    return rates
+
+
+Rates = Annotated[tuple[tuple[float, float], ...], AfterValidator(_rising)]
 Groups = Sequence[dict[str, Any]]
 """Of an optimizer: `params`, `factor` on the learning rate, and what else the optimizer knows."""
 _log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from rayseg.models.bundle import Scaling
 from rayseg.models.losses import cross_entropy_sum, mass
 from rayseg.models.s4gan import discriminator_loss, expect_seen, feature_matching, one_hot, self_training
 from rayseg.store import StorePath, absolute
-from rayseg.train import session
+from rayseg.train import sample, session
 from rayseg.train.augment import augment, centre
 from rayseg.train.batches import Batch, Chips, Indices, Kept, endless, read_ahead, shard
 from rayseg.train.classifier import key_of, names_of
@@ -109,9 +109,10 @@ def _train(config: State) -> State:
         "held": _held(config["data"], settings),
     }
     with session.scalars(config["prefix"]) as write:
-        while state["step"] < settings.steps:
-            measures = _steps(state["step"], pair, config) | _measure(pair, config)
-            step = min(state["step"] + settings.checkpoint, settings.steps)
+        begins = range(state["step"], settings.steps, settings.checkpoint)
+        for first in sample.epochs(begins, count=(settings.steps - state["step"]) / settings.checkpoint):
+            measures = _steps(first, pair, config) | _measure(pair, config)
+            step = min(first + settings.checkpoint, settings.steps)
             order = (measures["mean_iou"],) if config["data"].validation else (step,)
             measured = {"step": float(step), **measures}
             best = session.better(state["best"], order, measured, pair.segmenter.weights)
@@ -187,7 +188,7 @@ def _steps(first: int, pair: Pair, config: State) -> dict[str, float]:
     streams = [_stream(name, first, last, config) for name in names]
     pair.train_mode()
     losses: dict[str, list[float]] = {}
-    for step, batches in enumerate(zip(*streams, strict=True), first):
+    for step, batches in enumerate(sample.batches(zip(*streams, strict=True), last - first), first):
         given = [_changed(batch, generator, config) for batch in batches]
         for name, loss in _step(step, Given(*given), pair, config, partial(_named, batches, config)).items():
             losses.setdefault(name, []).append(loss)
@@ -330,7 +331,8 @@ def confusions(
     net.eval()
     device = next(net.parameters()).device
     found = []
-    for batch in read_ahead([np.array([at]) for at in positions], chips.read, chips.read_mask):
+    ones = [np.array([at]) for at in positions]
+    for batch in sample.batches(read_ahead(ones, chips.read, chips.read_mask), len(ones)):
         assert batch.masks_NMHW is not None
         images = scaling.normalize(batch.images_NCHW.to(device))
         height, width = images.shape[2:]

@@ -19,7 +19,7 @@ from rayseg.errors import ConfigError, DataError
 from rayseg.metrics import Confusion
 from rayseg.models.bundle import Scaling
 from rayseg.store import StorePath, absolute, upath
-from rayseg.train import session
+from rayseg.train import sample, session
 from rayseg.train.augment import Augment, augment, centre
 from rayseg.train.batches import Chips, Indices, Kept, epoch_batches, read_ahead, shard
 from rayseg.train.classifier import key_of, names_of
@@ -181,7 +181,7 @@ def _stage(before: dict[str, Tensor], config: State) -> State:
     learner = _learner(before, state, config)
     masks = Masks(config["chips"], settings.positive, kept=settings.learning.memory // 4)
     with session.scalars(config["prefix"]) as write:
-        for epoch in range(state["epoch"], stage.epochs):
+        for epoch in sample.epochs(range(state["epoch"], stage.epochs)):
             if stage.relabel == "every epoch" or (stage.relabel == "once" and not masks.relabelled):
                 teacher = learner.shown if epoch and stage.relabel == "every epoch" else _restored(before, config)
                 _relabel(masks, teacher, config)
@@ -232,7 +232,8 @@ def _epoch(epoch: int, learner: Learner, masks: Masks, config: State) -> float:
     order = _order(epoch, config)
     step_losses = []
     learner.train_mode()
-    for step, batch in enumerate(read_ahead(order, config["read"], masks, threads=settings.learning.threads)):
+    coming = read_ahead(order, config["read"], masks, threads=settings.learning.threads)
+    for step, batch in enumerate(sample.batches(coming, len(order))):
         assert batch.masks_NMHW is not None
         given = (batch.images_NCHW.to(config["device"]), batch.masks_NMHW.to(config["device"]))
         images, targets = augment(*given, settings.augment, generator, size=settings.size)
@@ -284,7 +285,10 @@ def _relabel(masks: Masks, teacher: nn.Module, config: State) -> None:
     """New labels of this worker's positive chips, not augmented, by a network."""
     settings: SegmenterConfig = config["settings"]
     teacher.eval()
-    for batch in read_ahead(_mine(config), config["read"], masks.coarse, threads=settings.learning.threads):
+    stage: StageConfig = getattr(settings, config["stage"])
+    mine = _mine(config)
+    coming = read_ahead(mine, config["read"], masks.coarse, threads=settings.learning.threads)
+    for batch in sample.batches(coming, len(mine), once=stage.relabel == "once"):
         assert batch.masks_NMHW is not None
         p = _predict(teacher, batch.images_NCHW, config, flip=settings.labelling.flip)
         masks.relabel(batch.chips, labelled(p, batch.masks_NMHW.to(p.device), settings.labelling))
@@ -308,7 +312,8 @@ def _evaluate(learner: Learner, config: State) -> dict[str, float]:
         return {}
     mine = np.arange(session.rank(), len(held_out), session.world()).reshape(-1, 1)
     sums = torch.zeros(5, dtype=torch.float64)
-    for batch in read_ahead(mine, held_out.read, held_out.read_mask, threads=settings.learning.threads):
+    coming = read_ahead(mine, held_out.read, held_out.read_mask, threads=settings.learning.threads)
+    for batch in sample.batches(coming, len(mine)):
         assert batch.masks_NMHW is not None
         p, truth = _predict(model, batch.images_NCHW, config).cpu(), batch.masks_NMHW
         counts = Confusion.from_arrays(truth.numpy(), (p > settings.labelling.above).numpy().astype(np.uint8), 2)

@@ -21,7 +21,7 @@ from rayseg.metrics import Confusion
 from rayseg.models import losses
 from rayseg.models.bundle import Scaling
 from rayseg.store import StorePath, absolute
-from rayseg.train import feed, session
+from rayseg.train import feed, sample, session
 from rayseg.train.augment import Augment
 from rayseg.train.feed import Counts, Cut, Sampling, Step, Waiting, Windows
 from rayseg.train.learning import Learner, Learning, Schedule, expect_batch, expect_size, precision
@@ -197,10 +197,10 @@ def _train(config: State) -> State:
         waiting,
     )
     with session.scalars(config["prefix"]) as write:
-        for epoch in epochs:
+        for epoch in sample.epochs(epochs):
             measures = _epoch(epoch, learner, batches, waiting, config)
             best = state["best"]
-            if (epoch + 1) % settings.every == 0 or epoch + 1 == settings.epochs:
+            if (epoch + 1) % settings.every == 0 or epoch + 1 == settings.epochs or sample.is_taken():
                 measures |= _validate(learner, config)
                 best = session.better(best, (measures["mean_iou"],), measures | {"epoch": epoch + 1}, learner.weights)
             state = {"epoch": epoch + 1, "best": best}
@@ -236,7 +236,8 @@ def _epoch(
     waiting.share()
     step_losses = []
     learner.train_mode()
-    for step in range(count // settings.learning.batch):
+    steps = range(count // settings.learning.batch)
+    for step in sample.batches(steps, len(steps)):
         cuts = next(batches)
         rate = settings.schedule.at(epoch + step * settings.learning.batch / count, settings.epochs)
         step_losses.append(_step(learner, cuts, rate, config, what=f"segmenter, epoch {epoch}, step {step}"))
@@ -299,9 +300,12 @@ def class_weights(loss: PixelLoss, pixels_K: Counts) -> Tensor | None:
 def _validate(learner: Learner, config: State) -> dict[str, float]:
     """Measures of all workers together on the whole validation images."""
     settings: SupervisedConfig = config["settings"]
-    model = learner.show_mode(_as_seen(config))
+    seen = sample.batches(_as_seen(config), settings.learning.recalibrate, share=1 / settings.every)
+    model = learner.show_mode(seen)
     matrix = torch.zeros((len(config["training"].pixels_K),) * 2, dtype=torch.float64, device=config["device"])
-    for images, classes_NHW in _seen(config["validation"], config):
+    steps = _covering(config["validation"], config)
+    coming = _seen(config["validation"], steps, config)
+    for images, classes_NHW in sample.batches(coming, len(steps), share=1 / settings.every):
         with precision(settings.learning, config["device"]):
             found_NHW = model(images).argmax(dim=1)
         known = classes_NHW != losses.IGNORE
@@ -316,18 +320,24 @@ def _validate(learner: Learner, config: State) -> dict[str, float]:
     }
 
 
-def _seen(labelled: Labelled, config: State) -> Iterator[tuple[Tensor, Tensor]]:
-    """(input, classes (N, H, W) int64) of this worker's share of windows that cover images once, not augmented."""
+def _covering(labelled: Labelled, config: State) -> list[Step]:
+    """This worker's share of windows that cover images once, in batches."""
     settings: SupervisedConfig = config["settings"]
     share = -(-settings.learning.batch // session.world())
-    steps = feed.cover(
+    return feed.cover(
         labelled.images, size=settings.sampling.size, batch=share, rank=session.rank(), world=session.world()
     )
-    for cuts in feed.stream([steps], labelled.read, on_ray=config["on_ray"], threads=settings.learning.threads):
+
+
+def _seen(labelled: Labelled, steps: Sequence[Step], config: State) -> Iterator[tuple[Tensor, Tensor]]:
+    """(input, classes (N, H, W) int64) of windows, not augmented."""
+    threads = config["settings"].learning.threads
+    for cuts in feed.stream([steps], labelled.read, on_ray=config["on_ray"], threads=threads):
         images, classes_NHW = feed.as_read(cuts, config["device"])
         yield config["scaling"].normalize(images), classes_NHW
 
 
 def _as_seen(config: State) -> Iterator[Tensor]:
-    for images, _ in _seen(config["training"], config):
+    training: Labelled = config["training"]
+    for images, _ in _seen(training, _covering(training, config), config):
         yield images

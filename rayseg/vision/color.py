@@ -178,7 +178,12 @@ def _class_of(row: Mapping[str, Any], place: int) -> tuple[int, str, RGB]:
     _only(row, {"name", "color", "value"}, f"class {place}")
     if "name" not in row or "color" not in row:
         raise ConfigError(f"class {place} has only {sorted(row)}, expected a name and a color: add them")
-    return int(row.get("value", place)), str(row["name"]), rgb_of(row["color"])
+    try:
+        color = rgb_of(row["color"])
+    except ConfigError as error:
+        unquoted = "" if row["color"] is not None else "; YAML takes # for a comment: put the colour in quotes"
+        raise ConfigError(f"class {row['name']}: {error}{unquoted}") from None
+    return int(row.get("value", place)), str(row["name"]), color
 
 
 def _pack(colors: NDArray[np.integer]) -> NDArray[np.int32]:

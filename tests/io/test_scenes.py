@@ -199,6 +199,11 @@ def test_class_tables_are_found_by_name_by_path_or_given_whole(tmp_path):
     assert tables.Classes.model_validate(given.model_dump(mode="json")) == given
     with pytest.raises(ConfigError, match=r"class table nowhere cannot be read: .*or one of deepglobe, dubai, ucm"):
         tables.read_table("nowhere")
+    (tmp_path / "t.yaml").write_text("classes:\n- name: field\n  color: #010203\n")
+    said = r"class table .*t.yaml: class field: colour is None.*put the colour in quotes"
+    for read in (tables.read_table, tables.Classes.model_validate):
+        with pytest.raises(ConfigError, match=said):
+            read(str(tmp_path / "t.yaml"))
 
 
 def test_impure_colours_are_taken_as_the_nearest_corner():

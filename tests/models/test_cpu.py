@@ -1,12 +1,15 @@
+import os
 import resource
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from rayseg.models.cpu import BatchNorm, Conv1x1, Conv3x3, folded, reused_memory
+from rayseg.models.cpu import Apart, BatchNorm, Conv1x1, Conv3x3, folded, reused_memory
 from rayseg.models.segmenter import build_segmenter
 
 PAIRS = [
@@ -99,5 +102,77 @@ def test_a_model_whose_layers_lie_in_another_order_is_left_as_it_is():
     torch.manual_seed(0)
     model = Crossed().eval()
     assert folded(model, 3) is model
-    plain = nn.Sequential(nn.Conv2d(3, 1, 1)).eval()
-    assert folded(plain, 3) is plain
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("encoder", ["mobilenet_v2", "resnet18"])
+def test_an_image_has_the_same_bits_in_any_batch_and_by_any_number_of_threads(encoder, two_threads):
+    torch.manual_seed(0)
+    model = build_segmenter(architecture="unet", encoder=encoder, classes=2, channels=3, weights="none").eval()
+    quick = folded(model, 3).to(memory_format=torch.channels_last)
+    x_NCHW = torch.randn(5, 3, 128, 128).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        expected = torch.cat([quick(x_NCHW[n : n + 1]) for n in range(5)])
+        for most in (1, 2, 4):
+            apart = Apart(quick, most=most)
+            assert (apart(x_NCHW) == expected).all()
+            apart.help_one(torch.randn_like(x_NCHW))
+            assert all((apart(x_NCHW[n : n + 1]) == expected[n]).all() for n in range(5))
+    assert torch.get_num_threads() == 2
+
+
+class Counted(nn.Module):
+    """A model whose output is how many threads it may have, unless it hides it."""
+
+    shown = True
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.go_on, self.waits = [], threading.Event(), threading.Event()
+
+    def forward(self, x):
+        self.seen.append(torch.get_num_threads())
+        if x.max() == 7:
+            self.waits.set()
+            assert self.go_on.wait(20)
+        return torch.full_like(x, self.seen[-1] if self.shown else 0)
+
+
+def test_threads_are_one_where_more_of_them_change_the_bits(two_threads):
+    x_NCHW, apart = torch.zeros(3, 1, 2, 2), Apart(Counted(), most=2)
+    apart.help_one(x_NCHW)
+    assert (apart(x_NCHW) == 1).all()
+    assert (apart(x_NCHW[:1]) == 1).all()
+
+
+def test_an_image_by_itself_gets_all_threads_if_asked_and_one_beside_others_does_not(two_threads):
+    apart, x_NCHW = Apart(Counted(), most=2), torch.zeros(1, 1, 2, 2)
+    apart.model.shown, most = False, min(2, os.cpu_count())
+    apart(x_NCHW)
+    apart.help_one(x_NCHW)
+    apart.model.seen.clear()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(apart, torch.full_like(x_NCHW, 7))
+        assert apart.model.waits.wait(20)
+        apart(x_NCHW)
+        apart.model.go_on.set()
+        first.result()
+    apart(x_NCHW)
+    assert apart.model.seen == [most, 1, most]
+
+
+def test_three_threads_are_used_as_two_for_one_image(monkeypatch, two_threads):
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    apart, x_NCHW = Apart(Counted()), torch.zeros(1, 1, 2, 2)
+    apart.model.shown = False
+    apart.help_one(x_NCHW)
+    apart.model.seen.clear()
+    apart(x_NCHW)
+    assert apart.model.seen == [2]

@@ -103,6 +103,14 @@ def whole(words, tmp_path_factory):
     return out
 
 
+def test_a_plan_times_the_segmenter_and_says_what_it_does_not(words):
+    found = rayseg("plan", *words[1 : words.index("--engine")], "--json")
+    assert found.exit_code == 0, found.output
+    plan = json.loads(found.stdout)
+    assert {"segmenter", "Predict", "WriteTile"} <= set(plan["seconds"])
+    assert "choosing from" in plan["unknown"][0]
+
+
 def table(run, step):
     return pq.read_table(run / "steps" / step / "labelled.parquet").to_pylist()
 

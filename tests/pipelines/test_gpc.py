@@ -10,15 +10,14 @@ import pytest
 import rasterio
 from small_world import SMALL_GPC, damage, files, rayseg, scene, valid_stac
 
-from rayseg import demo
+from rayseg import cues, demo
 from rayseg.config import load
 from rayseg.errors import DataError
-from rayseg.flow import Work
 from rayseg.io import labels
 from rayseg.models import bundle
 from rayseg.pipelines import gpc
+from rayseg.rowfile import write_rows
 from rayseg.run import Engine, Step, read
-from rayseg.stages.cues import ReadChip
 from rayseg.train import segmenter
 
 pytestmark = pytest.mark.e2e
@@ -80,6 +79,16 @@ def test_the_map_covers_both_scenes(whole, words):
     assert mapped == seen
 
 
+def test_a_plan_times_all_that_comes_before_the_map(words):
+    at = words.index("--engine")
+    for method, more in (("cam", set()), ("concept", {"Superpixels", "WriteDensity", "ConceptCue"})):
+        found = rayseg("plan", *words[1:at], "--set", f"cues.method={method}", "--json")
+        assert found.exit_code == 0, found.output
+        plan = json.loads(found.stdout)
+        assert {"classifier", "Cam", "WriteCue", "segmenter", "Predict", *more} <= set(plan["seconds"])
+        assert plan["wall_seconds"] > plan["seconds"]["classifier"] + plan["seconds"]["segmenter"]
+
+
 def test_the_second_run_does_nothing(whole, words):
     before = files(whole)
     assert rayseg(*words, "--out", whole).exit_code == 0
@@ -123,17 +132,17 @@ def test_chips_that_cannot_be_read_say_how_to_go_on_when_they_are_mended(tmp_pat
         recursive=True
     )])  # fmt: skip
     whole = damage(path)
-    rows, settings = [chip.to_row() | {"label": "gpc"}], gpc.CuesConfig(method="concept")
-    step = Step("cues", str(tmp_path / "run"), "", Engine("inline"))
+    engine, settings = Engine("inline"), cues.CuesConfig(method="concept")
+    step, listed = (Step(name, str(tmp_path / "run"), "", engine) for name in ("densities", "chips"))
+    write_rows(listed.prefix / "chips.parquet", [chip.to_row() | {"label": "gpc", "held_out": False}])
+    classifier = replace(listed, value={"bundle": str(tmp_path / "none")})
     said = rf"1 of 1 chips cannot be used, first chip \(.*rayseg retry {tmp_path}/run"
     for _ in range(2):
         with pytest.raises(DataError, match=said):
-            gpc._decide_by_concept(step, rows, [Work(ReadChip(64))], settings, 60.0)
+            cues.write_densities(step, listed, classifier, settings, 64, 60.0)
     path.write_bytes(whole)
-    with pytest.raises(DataError, match=r"KeyError: 'cam'"):  # it was read this time
-        gpc._decide_by_concept(
-            replace(step, engine=Engine("inline", retry=True)), rows, [Work(ReadChip(64))], settings, 60.0
-        )
+    with pytest.raises(DataError, match=rf"first chip \(Cam: .*{tmp_path}/none"):  # it was read this time
+        cues.write_densities(replace(step, engine=replace(engine, retry=True)), listed, classifier, settings, 64, 60.0)
 
 
 @pytest.mark.ray
@@ -142,7 +151,7 @@ def test_cues_are_the_same_bytes_with_both_engines(whole, words, tmp_path):
     config = load(gpc.Config, str(words[words.index("--config") + 1]))
     done = {name: Step(name, str(whole), "", Engine("inline"), read(str(whole))["steps"][name]) for name in STEPS[:2]}
     step = Step("cues", str(tmp_path), "", Engine("ray"))
-    gpc.write_cues(step, done["chips"], done["classifier"], config.cues, config.chips.size, 1800.0)
+    cues.write_cues(step, done["chips"], done["classifier"], None, config.cues, config.chips.size, 1800.0)
     expected = {path.name: path.read_bytes() for path in (whole / "steps" / "cues").glob("*.tif")}
     assert expected
     assert {path.name: path.read_bytes() for path in (tmp_path / "steps" / "cues").glob("*.tif")} == expected

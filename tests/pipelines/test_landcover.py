@@ -62,6 +62,14 @@ def whole(words, tmp_path_factory):
     return out
 
 
+def test_a_plan_times_training_and_validation(words):
+    found = rayseg("plan", *words[1 : words.index("--engine")], "--json")
+    assert found.exit_code == 0, found.output
+    plan = json.loads(found.stdout)
+    assert {"segmenter", "CompareTile", "Predict", "WriteTile"} <= set(plan["seconds"])
+    assert plan["wall_seconds"] > plan["seconds"]["segmenter"] + plan["seconds"]["Predict"]
+
+
 def test_all_steps_are_done_and_leave_what_they_should(whole):
     said = read(str(whole))
     assert said["status"] == "done"

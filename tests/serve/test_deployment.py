@@ -102,7 +102,7 @@ def test_a_replica_that_is_killed_costs_only_what_it_worked_on(server):
     process, address = server
     [before] = replica_pids(process)
     big = image_HWC(900, 900)
-    killer = threading.Timer(0.7, os.kill, (before, signal.SIGKILL))
+    killer = threading.Timer(2.0, os.kill, (before, signal.SIGKILL))
     killer.start()
     found = together(3, lambda _: ask(address, image=big))
     killer.join()

@@ -9,7 +9,7 @@ from fake_run import blobs, picture
 from small_world import GRID, segmenter
 
 from rayseg.geo import Lattice, Tile, Window
-from rayseg.stages.predict import Predict, decide
+from rayseg.stages.predict import Predict, decide, patches_of
 
 NODATA = 255
 
@@ -57,11 +57,18 @@ def test_nodata_stays_nodata_and_nothing_else_becomes_it(prefix):
     assert set(np.unique(classes[valid])) == {0, 1}
 
 
-def test_the_batch_changes_no_class(prefix):
-    classes, scores = predicted(prefix, Window(0, 0, 170, 150), batch=1)
-    others, theirs = predicted(prefix, Window(0, 0, 170, 150), batch=5)
-    assert (classes != others).mean() < 1e-3
-    assert np.abs(scores.astype(int) - theirs).max() <= 1
+def test_the_batch_and_the_number_of_threads_change_no_bit(prefix):
+    stages = [Predict(prefix, device="cpu", batch=batch) for batch in (1, 5, None)]
+    assert all(stage.bundle.patch == 64 for stage in stages)
+    row = row_of(Window(0, 0, 170, 150))
+    cuts = [
+        (slice(None), *p.slices(row["reach"]))
+        for p in patches_of(stages[0].bundle, Tile.from_row(row), row["valid"], row["reach"])
+    ]
+    found = [torch.cat([*stage.probabilities(row["image"], row["valid"], cuts)]) for stage in stages]
+    stages[0].help_one()
+    found += [torch.cat([*stages[0].probabilities(row["image"], row["valid"], cuts)])]
+    assert all((one == found[0]).all() for one in found)
 
 
 def test_too_little_memory_halves_the_batch_and_goes_on(prefix, monkeypatch):

@@ -1,8 +1,12 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from rayseg.train import sample
 from rayseg.train.batches import Chips
+from rayseg.train.learning import Learner
 
 torch.set_num_threads(1)  # tiny networks, and often a busy machine
 
@@ -33,3 +37,21 @@ def chips():
 @pytest.fixture
 def held_out():
     return drawn_chips(8, seed=1)
+
+
+@pytest.fixture
+def stood_for(monkeypatch):
+    """A function: training -> (steps made, steps that it stands for) when it is cut short; time is told in steps."""
+    made = []
+    step = Learner.step
+    monkeypatch.setattr(Learner, "step", lambda *given, **named: made.append(1) or step(*given, **named))
+    monkeypatch.setattr(sample, "time", SimpleNamespace(perf_counter=lambda: float(len(made))))
+
+    def count(train):
+        made.clear()
+        with sample.taken() as taken:
+            train()
+        return len(made), len(made) + taken.left_out
+
+    count.also = lambda: made.append(1)
+    return count

@@ -161,3 +161,11 @@ def test_bfloat16_is_used_where_it_is_asked_for(tmp_path, chips):
 def test_the_factory_of_a_bundle_is_the_one_that_was_trained(network):
     module, name = FACTORIES[ClassifierConfig(network=network).factory]
     assert getattr(import_module(module), name) is training.NETWORKS[network]
+
+
+def test_a_sample_stands_for_all_steps(tmp_path, chips, held_out, stood_for):
+    made, all_of_them = stood_for(lambda: fit(QUICK, chips, tmp_path / "sample", held_out=held_out))
+    batches = len(training._order(0, QUICK, chips))
+    assert made == (7 if batches > 7 else 2 * batches)
+    assert all_of_them == pytest.approx(6 * batches)
+    assert trained_classifier(QUICK, tmp_path / "sample", classes=2)

@@ -256,3 +256,10 @@ def test_two_workers_learn_as_one(tmp_path, data):
     state = session.load_checkpoint(tmp_path, None)
     assert state["step"] == 2
     assert np.isfinite(state["best"]["measures"]["loss"])
+
+
+def test_a_sample_stands_for_all_steps_of_both_networks(tmp_path, data, stood_for):
+    settings = QUICK.model_copy(update={"steps": 35, "checkpoint": 10})
+    made, all_of_them = stood_for(lambda: fit(settings, data, tmp_path))
+    assert made == 2 * 7
+    assert all_of_them == pytest.approx(2 * 35)

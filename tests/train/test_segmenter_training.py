@@ -167,3 +167,16 @@ def test_settings_that_cannot_be_are_refused(tmp_path, coarse, update, message):
 def test_chips_without_masks_are_refused(tmp_path, coarse):
     with pytest.raises(DataError, match="no masks"):
         fit(QUICK, Chips(coarse.ids, coarse.labels, coarse.read), tmp_path)
+
+
+def test_a_sample_stands_for_all_steps_of_all_stages(tmp_path, coarse, stood_for, monkeypatch):
+    settings = QUICK.model_copy(update={"learning": Learning(batch=2, seed=5)})
+    epochs = {"correction": 4, "scratch": 5}
+    stages = {name: getattr(settings, name).model_copy(update={"epochs": count}) for name, count in epochs.items()}
+    settings = settings.model_copy(update=stages)
+    predict = training._predict
+    monkeypatch.setattr(training, "_predict", lambda *given, **named: stood_for.also() or predict(*given, **named))
+    made, all_of_them = stood_for(lambda: fit(settings, coarse, tmp_path))
+    batches = (np.array(coarse.labels) == 0).sum() // 2
+    assert made == 3 * 2 * batches + 2 * batches + batches  # two epochs of each stage, and what they label
+    assert all_of_them == pytest.approx((2 + 4 + 5) * batches + (4 + 1) * batches)

@@ -242,3 +242,11 @@ def test_a_killed_worker_is_replaced_and_the_training_goes_on(tmp_path, parts):
     fit(frozen, parts, tmp_path / "whole")
     whole, fallen = (weights_of(tmp_path / name) for name in ("whole", "fallen"))
     assert all(torch.allclose(whole[name].float(), fallen[name].float(), atol=1e-3) for name in whole)
+
+
+def test_a_sample_stands_for_all_steps(tmp_path, parts, stood_for):
+    settings = QUICK.model_copy(update={"sampling": Sampling(size=32, windows=40, cell=16), "every": 2})
+    made, all_of_them = stood_for(lambda: fit(settings, parts, tmp_path))
+    assert made == 7
+    assert all_of_them == pytest.approx(3 * 40 // 4)
+    assert trained_supervised(settings, tmp_path, classes=3)

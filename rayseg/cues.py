@@ -1,0 +1,178 @@
+"""From a yes or no per chip to coarse masks of those with a yes: the steps of gpc between classifier and segmenter."""
+
+import io
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+import matplotlib
+import matplotlib.image
+import numpy as np
+from pydantic import Field
+
+from rayseg import chips, mapping
+from rayseg.config import Config
+from rayseg.errors import DataError
+from rayseg.flow import Row, Work
+from rayseg.io import cog
+from rayseg.models.unsupervised import Precision
+from rayseg.rowfile import write_rows
+from rayseg.run import Run, Step
+from rayseg.stages.cues import (
+    CamCue,
+    ConceptCue,
+    ReadChip,
+    Superpixels,
+    WriteCue,
+    WriteDensity,
+    cue_path,
+    density_path,
+)
+from rayseg.stages.weak import Cam, Segment
+from rayseg.store import put
+from rayseg.vision import concept
+from rayseg.vision.cues import Objects
+
+YES, NO = "gpc", "nongpc"
+LABELS = (YES, NO)
+BATCH = 8
+"""Chips that are mapped at once; they are read together, so that a batch is the same whichever engine makes it."""
+
+
+class CuesConfig(Config):
+    """From labels to coarse masks."""
+
+    method: Literal["cam", "concept"] = "cam"
+    """cam: objects whose mean Grad-CAM++ is above Otsu's threshold (the paper's). concept: superpixels of the colours
+    that all positive chips share and no negative chip has (diverse density), with the CAM as a hint; for few chips."""
+    layer: int = -1
+    """Encoder stage at which Grad-CAM++ is taken; -1 is the last."""
+    scales: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (1.0,)
+    """The map is averaged over the chip at these scales."""
+    flip: bool = False
+    """And over its mirror image."""
+    network: Literal["v1", "v2"] = "v1"
+    """cam: how objects are found; v1 votes in superpixels (the paper's), v2 (Kim et al. 2020) does without."""
+    iterations: Annotated[int, Field(gt=0)] = 64
+    """cam: training steps of the object network on each chip."""
+    min_labels: Annotated[int, Field(gt=1)] = 4
+    """cam: they end when fewer labels remain."""
+    precision: Precision = "float32"
+    """cam: bfloat16 is faster where the machine has it."""
+    seed: int = 1943
+    """cam: of the object network's initial weights."""
+    objects: Objects = "labels"
+    """cam: an object is all pixels of a label, or a connected component of it."""
+    reduce: Annotated[int, Field(gt=0)] = 2
+    """concept: side in px of the squares averaged before superpixels are found."""
+    doubtful: float = -1.0
+    """concept: evidence (log ratio) above which a superpixel outside the concept is left open."""
+
+
+def make_cues(run: Run, listed: Step, classifier: Step, settings: CuesConfig, *, size: int, patience: float) -> Step:
+    """The steps from labels to coarse masks: `densities` where there is a concept to learn, and `cues`."""
+    if settings.method == "cam":
+        return run.step("cues", write_cues, listed, classifier, None, settings, size, patience)
+    densities = run.step("densities", write_densities, listed, classifier, settings, size, patience)
+    return run.step("cues", write_cues, listed, classifier, densities, settings, size, patience)
+
+
+def write_densities(
+    step: Step, listed: Step, classifier: Step, config: CuesConfig, size: int, patience: float
+) -> dict[str, Any]:
+    """Colours of the superpixels of all chips in training, `<step>/<chip>.npy`, from which the concept is learnt."""
+    rows = chips.rows_of(listed, held_out=False)
+    works = [*_seen(classifier, config, size), _divide(config), Work(WriteDensity(str(step.prefix)))]
+    troubles = _through(step, rows, works, patience)["troubles"]
+    if troubles:
+        chip, why = next(iter(troubles.items()))
+        raise DataError(
+            f"{len(troubles)} of {len(rows)} chips cannot be used, first {chip} ({why}); all are needed to "
+            f"learn the concept: mend them, then: rayseg retry {step.root}"
+        )
+    return {}
+
+
+def write_cues(
+    step: Step,
+    listed: Step,
+    classifier: Step,
+    densities: Step | None,
+    config: CuesConfig,
+    size: int,
+    patience: float,
+) -> dict[str, Any]:
+    """Coarse masks of the positive chips in training, `<step>/<chip>.tif`; by the concept if there are densities."""
+    rows = chips.rows_of(listed, held_out=False)
+    decide = _decide_by_concept(densities, rows, config) if densities else _decide_by_cam(config)
+    works = [*_seen(classifier, config, size), *decide, Work(WriteCue(str(step.prefix)))]
+    found = _through(step, [row for row in rows if row["label"] == YES], works, patience)
+    return {"cues": str(step.prefix), **found}
+
+
+def _seen(classifier: Step, config: CuesConfig, size: int) -> list[Work]:
+    cam = Cam(
+        classifier.value["bundle"],
+        target=LABELS.index(YES),
+        layer=config.layer,
+        scales=config.scales,
+        flip=config.flip,
+    )
+    return [Work(ReadChip(size), batch=BATCH), Work(cam, batch=BATCH, cpus=0.5, gpus=0.5, model=True)]
+
+
+def _divide(config: CuesConfig) -> Work:
+    return Work(Superpixels(reduce=config.reduce, min_size=32))
+
+
+def _decide_by_cam(config: CuesConfig) -> list[Work]:
+    segment = Segment(
+        config.network,
+        iterations=config.iterations,
+        min_labels=config.min_labels,
+        precision=config.precision,
+        seed=config.seed,
+    )
+    return [Work(segment, cpus=0.5, gpus=0.5), Work(CamCue(objects=config.objects))]
+
+
+def _decide_by_concept(densities: Step, rows: list[Row], config: CuesConfig) -> list[Work]:
+    evidence_AB = concept.evidence(*(_densities(str(densities.prefix), rows, label) for label in LABELS))
+    return [_divide(config), Work(ConceptCue(evidence_AB, doubtful=config.doubtful))]
+
+
+def _densities(prefix: str, rows: list[Row], label: str) -> Iterator[np.ndarray]:
+    for row in rows:
+        if row["label"] == label:
+            yield np.load(io.BytesIO(density_path(prefix, row["id"]).read_bytes()), allow_pickle=False)
+
+
+def _through(step: Step, rows: list[Row], works: list[Work], patience: float) -> dict[str, Any]:
+    write_rows(step.prefix / "manifest.parquet", rows)
+    return mapping.through(step, rows, works, title="chips", patience=patience)
+
+
+def read_mask(cues: str, rows: list[Row], size: int, position: int) -> np.ndarray:
+    """The coarse mask of a chip; that of a negative one is empty."""
+    if rows[position]["label"] == NO:
+        return np.zeros((size, size), np.uint8)
+    mask: np.ndarray = cog.read_bands(cue_path(cues, rows[position]["id"]))[0]
+    return mask
+
+
+def draw_cues(step: Step, listed: Step, cues: Step, size: int) -> dict[str, Any]:
+    """A sheet of the first positive chips: chip, CAM, coarse mask (open pixels grey)."""
+    troubled = cues.value["troubles"]
+    rows = [row for row in chips.rows_of(listed, held_out=False) if row["label"] == YES and row["id"] not in troubled][
+        :6
+    ]
+    columns = []
+    for position, row in enumerate(rows):
+        image_HWC = chips.read_image(rows, size, position)
+        mask_HW, cam_HW = cog.read_bands(cue_path(cues.value["cues"], row["id"]))
+        heat_HWC = (matplotlib.colormaps["inferno"](cam_HW / 254)[..., :3] * 255).astype(np.uint8)
+        shown_HW = np.select([mask_HW == 1, mask_HW == 255], [np.uint8(255), np.uint8(110)], np.uint8(0))
+        columns.append(np.concatenate([image_HWC, heat_HWC, np.repeat(shown_HW[..., None], 3, axis=2)]))
+    content = io.BytesIO()
+    matplotlib.image.imsave(content, np.concatenate(columns, axis=1)[:: max(1, size // 256), :: max(1, size // 256)])
+    put(step.prefix / "cues.png", content.getvalue())
+    return {"picture": f"steps/{step.name}/cues.png"}
