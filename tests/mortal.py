@@ -11,6 +11,7 @@ import time
 import uuid
 from collections import Counter
 from pathlib import Path
+from unittest.mock import patch
 
 import geopandas
 from small_world import rayseg
@@ -111,8 +112,9 @@ class Nodes:
         self.has = here | {"num_cpus": 2} | has
         self.scratch = Path(tempfile.mkdtemp(prefix="c", dir="/tmp"))  # short: sockets lie below
         quick = {f"health_check_{name}_ms": 1000 for name in ("initial_delay", "period")}
-        head = here | {"num_cpus": 0, "num_gpus": 0, "include_dashboard": False, "temp_dir": str(self.scratch)}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head | {"_system_config": quick})
+        head = here | {"num_cpus": 0, "num_gpus": 0, "include_dashboard": False, "temp_dir": str(self.scratch / "ray")}
+        with patch.dict(os.environ, RAY_TMPDIR=str(self.scratch)):  # or every Ray of this machine finds its address
+            self.cluster = Cluster(initialize_head=True, head_node_args=head | {"_system_config": quick})
         self.address = self.cluster.address
 
     def grow(self, count):
