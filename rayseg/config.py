@@ -32,7 +32,7 @@ class Config(BaseModel):
     keeps the rest of them; not so where its keys make one value, as the classes of a class table do.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
     one_value: ClassVar[bool] = False
 
     @model_validator(mode="before")
@@ -119,7 +119,7 @@ def read_values(path: str) -> dict[str, Any]:
         ConfigError: it cannot be read, or holds something else than keys and values.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.load(Path(path).read_text(), _EachKeyOnce)
     except OSError as error:
         raise ConfigError(f"config file {path} cannot be read: {error.strerror}; check --config") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -132,10 +132,22 @@ def read_values(path: str) -> dict[str, Any]:
     return values
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML's own loader keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A group of keys."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for at, key in enumerate(keys) if key in keys[:at]]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _assign(values: dict[str, Any], override: str) -> None:
     key, found, text = override.partition("=")
     if not found or not key:
-        raise ConfigError(f"--set {override!r} is not of the form key=value, for example --set map.tile=1024")
+        raise ConfigError(f"--set {override!r} is not of the form key=value or group.key=value")
     *parents, last = key.split(".")
     for parent in parents:
         child = values.get(parent)

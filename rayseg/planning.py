@@ -130,8 +130,17 @@ def plan(forecast: Forecast, region: Region, *, rates: Rates) -> dict[str, Any]:
         "pixels": sum(_pixels(row) for row in tiles),
         "bytes_read": bytes_read(read, margin=first.margin),
     }
+    busy = _busy()
     timed = timed_on(forecast, region, tiles, count=TIMED) if forecast.trial else None
-    return found | _costs(timed, rates) | {"unknown": list(forecast.unknown)}
+    return found | _costs(timed, rates) | {"unknown": [*forecast.unknown, *busy]}
+
+
+def _busy() -> list[str]:
+    """What to say of a machine that has other work."""
+    load, cpus = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load <= cpus / 2:
+        return []
+    return [f"how much sooner it ends where nothing else is at work: the load was {load:.1f} on {cpus} CPUs before"]
 
 
 def _costs(timed: Probe | None, rates: Rates) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import pytest
 
 from rayseg.config import quiet_ray
 
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as commands have it; PyTorch reads it when it is imported
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -257,7 +257,7 @@ def test_keys_of_a_file_are_named_by_their_path(tmp_path):
 
 def test_a_scaling_that_cannot_be_is_told_in_words():
     said = refused(2, "config", "validate", "gpc", *options("scaling.mean=[1, 2, 3]", "scaling.std=[1, 0, 1]"))
-    assert said == "rayseg: config key scaling: stds must be above 0 and the scale not 0\n"
+    assert said == "rayseg: config key scaling: scale 1 and std [1.0, 0.0, 1.0] must be above 0\n"
 
 
 @pytest.mark.parametrize(
@@ -284,6 +284,8 @@ def test_regions_without_imagery(world, out):
     assert "do not meet" in refused(3, *predict(world, out, *more, source=box))
     assert "map.imagery" in refused(3, *predict(world, out, source=box))
     assert "is not there" in refused(2, *predict(world, out, source="nowhere.json"))
+    assert "the region is empty, expected demo" in refused(2, *predict(world, out, source=" "))
+    assert "longitudes are -180 to 180" in refused(2, *predict(world, out, source="200,10,205,15"))
     assert "south < north" in refused(2, *predict(world, out, source="10,51,11,50"))
     assert "no collection 'nope', expected one of imagery" in refused(
         2, *predict(world, out, source=f"{world['imagery']}#nope")

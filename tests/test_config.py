@@ -117,6 +117,11 @@ def test_what_cannot_be_meant_is_named_with_its_path(overrides, said):
         ("gpc", "classifier.rates=[[8, 0.1], [4, 0.2]]", "rising epochs"),
         ("gpc", "classifier.augment.saturation=[2, 1]", "[2, 1] is no range; give the smaller number first"),
         ("gpc", "scaling={mean: [], std: []}", "there is neither a mean nor a std"),
+        ("landcover", "scaling={mean: [1, 1, 1], std: [1, 1, 1], scale: -1}", "scale -1 and std"),
+        ("landcover", "scaling.scale=.inf", "config key scaling.scale = inf: input should be a finite number"),
+        ("landcover", "scaling.std=[.nan, 1, 1]", "config key scaling.std.0 = nan: input should be a finite number"),
+        ("landcover", "segmenter.loss={weights: [1, 2], balance: 0.5}", "weights [1.0, 2.0] and balance 0.5 are both"),
+        ("landcover", "segmenter.loss.weights=[0, 0]", "weights are all 0"),
         ("landcover", "bands=[red, red, blue]", "red, red, blue: one is named twice"),
         ("superpixel", "bands=[red, red]", "red, red: one is named twice"),
         ("landcover", "segmenter.augment.scale=[-1, 1]", "[-1, 1] is no range"),
@@ -131,7 +136,15 @@ def test_settings_that_only_a_run_could_fail_on_are_refused_when_they_are_read(p
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "said"), [("- a\n", "expected keys and values"), ("a: [", "is not YAML")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- a\n", "expected keys and values"),
+        ("a: [", "is not YAML"),
+        ("patch: 1\nstride: 2\npatch: 3\n", "key patch is given twice"),
+        ("inner: {name: a, name: b}\n", "key name is given twice"),
+    ],
+)
 def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, said):
     path = tmp_path / "c.yaml"
     path.write_text(text)

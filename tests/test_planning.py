@@ -29,7 +29,8 @@ def planned(world, *more):
     return json.loads(found.stdout)
 
 
-def test_a_plan_is_near_the_run_and_leaves_nothing(world, tmp_path):
+def test_a_plan_is_near_the_run_and_leaves_nothing(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.getloadavg", lambda: (0.1, 9.0, 9.0))
     before = files(world["root"])
     plan = planned(world, "--workers", "1", "--cpu-hour", "3600")
     assert files(world["root"]) == before
@@ -48,6 +49,12 @@ def test_a_plan_is_near_the_run_and_leaves_nothing(world, tmp_path):
     assert plan["gpu_seconds"] is None
     assert plan["probe"]["on_gpu"] == ["Predict"]
     assert plan["unknown"] == []
+
+
+def test_a_plan_made_on_a_busy_machine_says_so(world, monkeypatch):
+    monkeypatch.setattr("os.getloadavg", lambda: (100.0, 0.0, 0.0))
+    [said] = planned(world)["unknown"]
+    assert "the load was 100.0" in said
 
 
 def test_bytes_to_read_are_those_of_the_files_and_of_what_is_around_tiles(world):
@@ -196,3 +203,7 @@ def test_what_is_unknown_before_training_is_said():
     assert "read     unknown" in said
     assert "not in these figures: training: 80 epochs" in said
     assert "1 scenes cannot be mapped" in said
+
+
+def test_prices_below_a_hundredth_are_told():
+    assert [run._price(amount) for amount in (0.0, 0.00266, 0.25, 1234.5)] == ["0.00", "0.0027", "0.25", "1,234.50"]

@@ -54,6 +54,9 @@ def _errors() -> tuple[type[Exception], ...]:
 # A command begins with seconds of imports, which make objects by the million and drop none: looking for garbage after
 # every 700 of them, as Python does by default, takes a sixth of that time.
 gc.set_threshold(50_000)
+# PyTorch's threads ask 300,000 times whether the others are ready before they sleep. Beside another process that is
+# what keeps the others from it: trainings took ten times as long. So few are as quick alone (docs/decisions/0012).
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 app = typer.Typer(cls=_Door, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for part in (run, data, serve, about):
     app.add_typer(part.app)

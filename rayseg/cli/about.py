@@ -34,7 +34,10 @@ def config_schema(name: PipelineName) -> None:
 
 @config_app.command("validate")
 def config_validate(name: PipelineName, *, config: ConfigFile = None, set_: Overrides = None) -> None:
-    """Check a configuration; exit code 2 and the key's path when something is wrong."""
+    """Check a configuration's keys and values; exit code 2 and the key's path when something is wrong.
+
+    Names of networks, weights and what has to fit the imagery are looked at by `plan` and `run`, before any work.
+    """
     from rayseg.config import load
 
     load(pipeline_of(name).Config, config, set_ or ())

@@ -148,8 +148,8 @@ def plan_pipeline(
     config: ConfigFile = None,
     set_: Overrides = None,
     workers: Annotated[int, typer.Option(min=1, help="Machines like this one.")] = 1,
-    gpu_hour: Annotated[float, typer.Option(min=0, help="Price of a GPU for an hour.")] = 0.0,
-    cpu_hour: Annotated[float, typer.Option(min=0, help="Price of a CPU for an hour.")] = 0.0,
+    gpu_hour: Annotated[float, typer.Option(min=0, max=1e9, help="Price of a GPU for an hour.")] = 0.0,
+    cpu_hour: Annotated[float, typer.Option(min=0, max=1e9, help="Price of a CPU for an hour.")] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Say what a run would do and cost, from the imagery's description and a few tiles; nothing is kept.
@@ -261,7 +261,7 @@ def _plan_text(found: Mapping[str, Any]) -> str:
         f"  written  {_bytes(found['bytes_written'])}",
     ]
     if found["refused"]:
-        lines.append(f"  {found['refused']} scenes cannot be mapped; `rayseg run` names them and why")
+        lines.append(f"  {found['refused']} scenes cannot be mapped; the run names them and why")
     if found["probe"]:
         probe = found["probe"]
         gpu = "no GPU here to time" if found["gpu_seconds"] is None else f"{found['gpu_seconds']:,.0f} s"
@@ -270,10 +270,15 @@ def _plan_text(found: Mapping[str, Any]) -> str:
             f"  CPU      {found['cpu_seconds']:,.0f} s     GPU  {gpu}     ({stages})",
             f"  wall     {found['wall_seconds']:,.0f} s with {found['workers']} x {probe['cpus']} CPUs and "
             f"{probe['gpus']} GPUs, told from {len(probe['tiles'])} tiles",
-            f"  price    {found['price']:,.2f}",
+            f"  price    {_price(found['price'])}",
         ]
         lines += [f"  failed when tried: {row}: {why}" for row, why in list(probe["troubles"].items())[:MOST_FAILED]]
     return "\n".join(lines + [f"  not in these figures: {line}" for line in found["unknown"]])
+
+
+def _price(amount: float) -> str:
+    """To the hundredth, and small ones to two digits."""
+    return f"{amount:,.2f}" if amount >= 0.1 or not amount else f"{amount:.2g}"
 
 
 def _bytes(count: int | None) -> str:

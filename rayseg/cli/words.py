@@ -29,7 +29,7 @@ REGIONS = (
 PipelineName = Annotated[str, typer.Argument(metavar="PIPELINE", help=f"One of: {', '.join(PIPELINES)}.")]
 ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file with what differs from the defaults.")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="One value, for example segmenter.learning.batch=4; may be repeated.")
+    list[str] | None, typer.Option("--set", help="One value, for example map.tile=1024; may be repeated.")
 ]
 Out = Annotated[str, typer.Option("--out", help="Where results go: a folder, or s3:// or another URL.")]
 EngineName = Annotated[
@@ -55,6 +55,8 @@ def region_of(text: str) -> "Region":
     from rayseg.geo import Region
     from rayseg.io import catalog
 
+    if not text.strip():
+        raise ConfigError(f"the region is empty, expected {REGIONS}")
     if text == "demo":
         from rayseg import demo
 
@@ -68,7 +70,8 @@ def images_or_region(text: str) -> "Region":
     from rayseg.io import areas, labels
 
     named = text == "demo" or text in areas.region_names()
-    return Region(text, images=text) if labels.is_images(text) and not named else region_of(text)
+    images = text.strip() and labels.is_images(text)
+    return Region(text, images=text) if images and not named else region_of(text)
 
 
 def only(region: "Region", tiles: str | None) -> "Region":

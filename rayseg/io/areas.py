@@ -82,7 +82,10 @@ def _region_files() -> Iterator[Path]:
 def _box_geometry(text: str) -> BaseGeometry:
     west, south, east, north = (float(part) for part in text.split(","))
     if not (-180 <= west <= 180 and -180 <= east <= 180 and -90 <= south < north <= 90 and west != east):
-        raise ConfigError(f"Region {text} is not west,south,east,north in degrees with south < north: check the order.")
+        raise ConfigError(
+            f"Region {text} is not west,south,east,north in degrees: longitudes are -180 to 180 and differ, latitudes "
+            "-90 to 90 with south < north."
+        )
     if west < east:
         return shapely.box(west, south, east, north)
     return shapely.MultiPolygon([shapely.box(west, south, 180, north), shapely.box(-180, south, east, north)])

@@ -56,7 +56,7 @@ class Scaling(Config):
     one_value = True
 
     scale: float = 1.0
-    """From stored values to units."""
+    """From stored values to units, above 0."""
     offset: float = 0.0
     """Added after the scale."""
     mean: tuple[float, ...]
@@ -70,8 +70,8 @@ class Scaling(Config):
             raise ValueError(f"{len(self.mean)} means but {len(self.std)} stds, expected one of each per band")
         if not self.mean:
             raise ValueError("there is neither a mean nor a std, expected one of each per band")
-        if not self.scale or any(std <= 0 for std in self.std):
-            raise ValueError("stds must be above 0 and the scale not 0")
+        if self.scale <= 0 or any(std <= 0 for std in self.std):
+            raise ValueError(f"scale {self.scale:g} and std {list(self.std)} must be above 0")
         return self
 
     @overload

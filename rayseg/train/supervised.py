@@ -48,8 +48,10 @@ class PixelLoss(Config):
 
     @model_validator(mode="after")
     def _meant(self) -> "PixelLoss":
-        if self.weights is not None and (self.balance or not sum(self.weights)):
-            raise ValueError("give weights that are not all 0, or balance, not both")
+        if self.weights is not None and self.balance:
+            raise ValueError(f"weights {list(self.weights)} and balance {self.balance:g} are both set; leave one out")
+        if self.weights is not None and not sum(self.weights):
+            raise ValueError("weights are all 0: no pixel would count")
         return self
 
 

@@ -36,6 +36,8 @@ class ClassTable:
                 f"class values are {values}, expected at least one, all different and in 0..254; give a class table as "
                 "a whole"
             )
+        if len(set(self.names)) < len(self.names):
+            raise ConfigError(f"classes are named {', '.join(self.names)}: give every class a name of its own")
         if len(set(colors)) < len(colors):
             twice = sorted({hex_of(color) for color in colors if colors.count(color) > 1})
             raise ConfigError(f"colours {', '.join(twice)} stand for more than one class: give every class its own")

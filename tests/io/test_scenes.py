@@ -204,6 +204,9 @@ def test_class_tables_are_found_by_name_by_path_or_given_whole(tmp_path):
     for read in (tables.read_table, tables.Classes.model_validate):
         with pytest.raises(ConfigError, match=said):
             read(str(tmp_path / "t.yaml"))
+    (tmp_path / "t.yaml").write_text("classes: [{name: a, color: '#010203'}, {name: a, color: '#010204'}]")
+    with pytest.raises(ConfigError, match="named a, a: give every class a name of its own"):
+        tables.read_table(str(tmp_path / "t.yaml"))
 
 
 def test_impure_colours_are_taken_as_the_nearest_corner():
