@@ -160,7 +160,7 @@ def _write_cog(
 
 def engine(kind: str, folder: Path, out: Path) -> None:
     """The steps of `rayseg predict` up to the mapped tiles."""
-    from rayseg import mapping
+    from rayseg import mapping, process
     from rayseg.geo import Region
     from rayseg.pipelines.predict import Config
     from rayseg.run import Engine, Run
@@ -174,6 +174,7 @@ def engine(kind: str, folder: Path, out: Path) -> None:
             Path(mark).touch(exist_ok=True)
             return super().__call__(rows)
 
+    process.prepare()
     mark = str(out / "begun")
     mapping.Predict = Marked
     config = Config(model=str(folder / "model"))

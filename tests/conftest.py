@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from rayseg import process
 from rayseg.config import quiet_ray
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as commands have it; PyTorch reads it when it is imported
+process.prepare()  # as commands begin
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -1,6 +1,5 @@
 """The command line. Results go to stdout, everything else to stderr; heavy imports happen inside the commands."""
 
-import gc
 import os
 import traceback
 from typing import Annotated, Any
@@ -8,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from rayseg import __version__
+from rayseg import __version__, process
 from rayseg.cli import about, data, run, serve
 from rayseg.errors import RaysegError, Stalled
 
@@ -51,12 +50,7 @@ def _errors() -> tuple[type[Exception], ...]:
     return RaysegError, *STORE_ERRORS
 
 
-# A command begins with seconds of imports, which make objects by the million and drop none: looking for garbage after
-# every 700 of them, as Python does by default, takes a sixth of that time.
-gc.set_threshold(50_000)
-# PyTorch's threads ask 300,000 times whether the others are ready before they sleep. Beside another process that is
-# what keeps the others from it: trainings took ten times as long. So few are as quick alone (docs/decisions/0012).
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+process.prepare()
 app = typer.Typer(cls=_Door, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for part in (run, data, serve, about):
     app.add_typer(part.app)

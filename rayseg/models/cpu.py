@@ -1,9 +1,7 @@
 """What makes a CPU quick where PyTorch's defaults are slow; other devices are left alone."""
 
 import copy
-import ctypes
 import os
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +17,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 MOST_THREADS = 4
 _FOLDED_WITHIN = 1e-3  # of the largest output; rounding makes 1e-6 of it, a wrong order of layers 1e-1 and more
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
 class Conv3x3(nn.Conv2d):
@@ -266,29 +263,6 @@ def _statistics(x_PC: Tensor) -> tuple[Tensor, Tensor]:
 def _parts(x_PC: Tensor) -> Sequence[Tensor]:
     """Runs of pixels of about 4 MB: near a processor's cache, yet few enough for threads to meet seldom."""
     return torch.split(x_PC, max(1, 2**20 // x_PC.shape[1]))
-
-
-@contextmanager
-def reused_memory() -> Iterator[None]:
-    """Let freed memory be used again inside this block instead of going back to the system.
-
-    glibc maps every tensor over 32 MB afresh; the page faults of a training loop on a big image then cost more time
-    than its arithmetic. Affects the whole process; memory goes back when the block ends. Elsewhere it does nothing.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(libc, "gnu_get_libc_version"):
-        yield
-        return
-    assert libc is not None
-    libc.mallopt(_M_MMAP_MAX, 0)
-    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    try:
-        yield
-    finally:
-        libc.mallopt(_M_MMAP_MAX, 65536)
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)
-        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 26)
-        libc.malloc_trim(0)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from torchvision.ops import nms
 from rayseg.config import Config
 from rayseg.errors import ModelError
 from rayseg.models.encoders import read_state
+from rayseg.process import reused_memory
 from rayseg.store import absolute, cache_dir, put_file
 from rayseg.vision import masks
 from rayseg.vision.masks import Mask, Runs
@@ -105,6 +106,7 @@ class SamProposer:
     sam: Sam
     config: SamConfig
 
+    @reused_memory()
     @torch.inference_mode()
     def __call__(self, image_HWC: Image, open_HW: Mask) -> Proposals:
         """The masks, in the order of the crops and within one by predicted IoU."""

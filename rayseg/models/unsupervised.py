@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.models.cpu import BatchNorm, Conv1x1, Conv3x3, reused_memory
+from rayseg.models.cpu import BatchNorm, Conv1x1, Conv3x3
+from rayseg.process import reused_memory
 
 Precision = Literal["float32", "bfloat16"]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from rayseg.geo import NODATA, Lattice, Tile, Window
 from rayseg.io.segments import without_specks
 from rayseg.models.cpu import threads
+from rayseg.process import reused_memory
 from rayseg.stages.predict import Predict
 from rayseg.stages.superpixels import grown
 
@@ -41,7 +42,7 @@ class LabelTile:
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Label each tile."""
-        with threads():
+        with threads(), reused_memory():
             return [self._tile(row) for row in rows]
 
     def _loaded(self, prefix: str) -> Predict:

@@ -10,6 +10,7 @@ import numpy as np
 from rayseg.geo import NODATA, Lattice, Tile, Window
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
+from rayseg.process import reused_memory
 from rayseg.vision.blend import Blend
 from rayseg.vision.fill import mirrored
 
@@ -72,7 +73,8 @@ class Predict:
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Predict each tile."""
-        return [self._tile(row) for row in rows]
+        with reused_memory():
+            return [self._tile(row) for row in rows]
 
     def _tile(self, row: Row) -> Row:
         tile, reach = Tile.from_row(row), row["reach"]

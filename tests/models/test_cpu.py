@@ -1,15 +1,12 @@
 import os
-import resource
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from rayseg.models.cpu import Apart, BatchNorm, Conv1x1, Conv3x3, folded, reused_memory
+from rayseg.models.cpu import Apart, BatchNorm, Conv1x1, Conv3x3, folded
 from rayseg.models.segmenter import build_segmenter
 
 PAIRS = [
@@ -53,20 +50,6 @@ def test_running_statistics_equal_those_of_torch_and_serve_in_evaluation():
         torchs(x)
     torch.testing.assert_close(dict(ours.state_dict()), dict(torchs.state_dict()))
     torch.testing.assert_close(ours.eval()(x), torchs.eval()(x))
-
-
-def resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_freed_memory_goes_back_to_the_system_when_the_block_ends():
-    before = resident_mib()
-    with reused_memory():
-        for _ in range(2):
-            assert torch.ones(64 << 18).sum() == 64 << 18
-    assert resident_mib() < before + 32
 
 
 def test_normalisations_are_folded_into_what_comes_before_and_change_nothing_but_rounding():
