@@ -138,7 +138,7 @@ def plan(forecast: Forecast, region: Region, *, rates: Rates) -> dict[str, Any]:
 def _busy() -> list[str]:
     """What to say of a machine that has other work."""
     load, cpus = os.getloadavg()[0], len(os.sched_getaffinity(0))
-    if load <= cpus / 2:
+    if load <= 0.75 * cpus:
         return []
     return [f"how much sooner it ends where nothing else is at work: the load was {load:.1f} on {cpus} CPUs before"]
 

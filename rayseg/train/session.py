@@ -13,6 +13,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError
 from rayseg.models.encoders import NO_FILES
+from rayseg.process import reused_memory
 from rayseg.store import StorePath, absolute, is_local, put, upath
 
 Loop = Callable[[dict[str, Any]], dict[str, Any]]
@@ -77,7 +79,7 @@ def fit(
         raise ConfigError(f"training {name} on {workers} workers needs Ray: connect first, or set workers to 0")
     place, files = _ray_storage(upath(storage) / "ray")
     trainer = TorchTrainer(
-        loop,
+        partial(_in_reused_memory, loop),
         train_loop_config={**config, "use_gpu": use_gpu},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu and workers > 0),
         run_config=RunConfig(
@@ -92,6 +94,11 @@ def fit(
     except TrainingFailedError as error:
         raise _cause(error, name) from error
     return result
+
+
+def _in_reused_memory(loop: Loop, config: dict[str, Any]) -> dict[str, Any]:
+    with reused_memory():
+        return loop(config)
 
 
 def _ray_storage(place: Any) -> tuple[str, pyarrow.fs.FileSystem | None]:  # noqa: ANN401 - a UPath of any store
