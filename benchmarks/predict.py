@@ -160,7 +160,7 @@ def _write_cog(
 
 def engine(kind: str, folder: Path, out: Path) -> None:
     """The steps of `rayseg predict` up to the mapped tiles."""
-    from rayseg import mapping, process
+    from rayseg import mapping
     from rayseg.geo import Region
     from rayseg.pipelines.predict import Config
     from rayseg.run import Engine, Run
@@ -174,7 +174,6 @@ def engine(kind: str, folder: Path, out: Path) -> None:
             Path(mark).touch(exist_ok=True)
             return super().__call__(rows)
 
-    process.prepare()
     mark = str(out / "begun")
     mapping.Predict = Marked
     config = Config(model=str(folder / "model"))
@@ -186,6 +185,9 @@ def engine(kind: str, folder: Path, out: Path) -> None:
 
 def child(kind: str, folder: Path, out: Path) -> dict[str, float]:
     """Wall and processor seconds from the first tile's begin to the last one's end, in this fresh process."""
+    from rayseg import process
+
+    process.prepare()
     marks: list[tuple[float, float]] = []
 
     def watch() -> None:

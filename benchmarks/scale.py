@@ -68,7 +68,7 @@ def actors(count: int, tiles: int, seconds: float, per_node: int, out: Path) -> 
     with measured() as whole:
         account = flow.run(rows, works, ledger, Engine("ray", cluster.address), stall_seconds=600)
     assert account.counts["done"] == tiles, account
-    ends = ledger.ends
+    ends = sorted(ledger.written.values())
     early, late = (ends[len(ends) * tenth // 10] for tenth in (2, 8))
     result = {
         "start": ends[0] - started, "span": ends[-1] - ends[0], "middle": 0.6 * tiles / (late - early),
@@ -82,13 +82,15 @@ def actors(count: int, tiles: int, seconds: float, per_node: int, out: Path) -> 
 
 
 def timed(prefix: str):
-    """A ledger whose `ends` are the times when its records were written, kept before they are put together."""
+    """A ledger that knows by file when its records were written, before they are put together."""
     from rayseg.ledger import Ledger
 
     class Timed(Ledger):
+        written: dict[str, float] = {}  # noqa: RUF012 - there is one
+
         def compact(self, *most: int) -> None:
             files = (entry for entry in os.scandir(self.prefix) if entry.name.endswith(".json"))
-            self.ends = sorted(entry.stat().st_mtime for entry in files)
+            self.written |= {entry.name: entry.stat().st_mtime for entry in files}
             super().compact(*most)
 
     return Timed(prefix)

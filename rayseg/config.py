@@ -119,7 +119,7 @@ def read_values(path: str) -> dict[str, Any]:
         ConfigError: it cannot be read, or holds something else than keys and values.
     """
     try:
-        values = yaml.load(Path(path).read_text(), _EachKeyOnce)
+        values = yaml.load(Path(path).read_text(), EachKeyOnce)
     except OSError as error:
         raise ConfigError(f"config file {path} cannot be read: {error.strerror}; check --config") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -132,16 +132,18 @@ def read_values(path: str) -> dict[str, Any]:
     return values
 
 
-class _EachKeyOnce(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML's own loader keeps the last."""
+class EachKeyOnce(yaml.SafeLoader):
+    """Refuses a key that is given twice in a group, of which YAML's own loader keeps the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A group of keys."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for at, key in enumerate(keys) if key in keys[:at]]
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # noqa: ANN401 - as PyYAML has it
+        """A group as it is written, before others are merged into it."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value} is given twice", key.start_mark)
+            seen.add((key.tag, str(key.value)))
+        return node
 
 
 def _assign(values: dict[str, Any], override: str) -> None:

@@ -130,17 +130,19 @@ def plan(forecast: Forecast, region: Region, *, rates: Rates) -> dict[str, Any]:
         "pixels": sum(_pixels(row) for row in tiles),
         "bytes_read": bytes_read(read, margin=first.margin),
     }
-    busy = _busy()
+    busy = _busy() if forecast.trial else []
     timed = timed_on(forecast, region, tiles, count=TIMED) if forecast.trial else None
     return found | _costs(timed, rates) | {"unknown": [*forecast.unknown, *busy]}
 
 
 def _busy() -> list[str]:
     """What to say of a machine that has other work."""
-    load, cpus = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    load, cpus = os.getloadavg()[0], os.cpu_count() or 1
     if load <= 0.75 * cpus:
         return []
-    return [f"how much sooner it ends where nothing else is at work: the load was {load:.1f} on {cpus} CPUs before"]
+    return [
+        f"that the machine was busy before it was timed (load {load:.1f} on {cpus} CPUs): alone the run ends sooner"
+    ]
 
 
 def _costs(timed: Probe | None, rates: Rates) -> dict[str, Any]:

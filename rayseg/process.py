@@ -8,7 +8,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-FOR_CHILDREN = {"GOMP_SPINCOUNT": "3000", "MALLOC_ARENA_MAX": "1"}
+SPINS = ("GOMP_SPINCOUNT", "3000")
+ARENAS = ("MALLOC_ARENA_MAX", "1")
 """What processes find in their environment when they begin (docs/decisions/0012 and 0013)."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8  # malloc.h
 
@@ -20,14 +21,16 @@ def prepare() -> None:
     every 700 of them, as Python does by default, takes a sixth of that time.
     """
     gc.set_threshold(50_000)
-    for name, value in FOR_CHILDREN.items():
-        os.environ.setdefault(name, value)
-    if libc := _glibc():
-        libc.mallopt(_ARENA_MAX, int(os.environ["MALLOC_ARENA_MAX"]))
+    if "OMP_WAIT_POLICY" not in os.environ:  # which says the same, and would no longer be heard
+        os.environ.setdefault(*SPINS)
+    libc = _glibc()
+    if libc and ARENAS[0] not in os.environ:  # else this process has been told when it began
+        os.environ.setdefault(*ARENAS)
+        libc.mallopt(_ARENA_MAX, int(ARENAS[1]))
 
 
 class _Users:
-    """How many blocks reuse memory just now, in whatever threads."""
+    """How many blocks reuse memory just now, in whatever threads; one for the process, as its heap is."""
 
     def __init__(self) -> None:
         self.count, self.lock = 0, threading.Lock()

@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 from pydantic import model_validator
 
-from rayseg.config import Config, load, load_values, ray_address
+from rayseg.config import Config, load, load_values, ray_address, read_values
 from rayseg.errors import ConfigError
 from rayseg.pipelines import al_s4gan
 
@@ -136,6 +136,18 @@ def test_settings_that_only_a_run_could_fail_on_are_refused_when_they_are_read(p
     assert said in str(caught.value)
 
 
+def test_groups_that_were_merged_before_they_were_made_have_no_key_twice(tmp_path):
+    text = "b: &b {name: a}\nouter: {one: &one {<<: *b, name: x}}\ntwo: {<<: *one}\n"
+    (tmp_path / "c.yaml").write_text(text)
+    assert read_values(str(tmp_path / "c.yaml"))["two"] == {"name": "x"}
+
+
+def test_groups_of_a_file_can_be_merged(tmp_path):
+    (tmp_path / "c.yaml").write_text("inner: &one {name: a, patch: 3}\nother: {<<: *one, patch: 4}\n")
+    values = read_values(str(tmp_path / "c.yaml"))
+    assert values == {"inner": {"name": "a", "patch": 3}, "other": {"name": "a", "patch": 4}}
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -143,6 +155,7 @@ def test_settings_that_only_a_run_could_fail_on_are_refused_when_they_are_read(p
         ("a: [", "is not YAML"),
         ("patch: 1\nstride: 2\npatch: 3\n", "key patch is given twice"),
         ("inner: {name: a, name: b}\n", "key name is given twice"),
+        ("inner: !!map text\n", "is not YAML"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, said):

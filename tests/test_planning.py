@@ -54,7 +54,7 @@ def test_a_plan_is_near_the_run_and_leaves_nothing(world, tmp_path, monkeypatch)
 def test_a_plan_made_on_a_busy_machine_says_so(world, monkeypatch):
     monkeypatch.setattr("os.getloadavg", lambda: (100.0, 0.0, 0.0))
     [said] = planned(world)["unknown"]
-    assert "the load was 100.0" in said
+    assert "busy before it was timed (load 100.0 on" in said
 
 
 def test_bytes_to_read_are_those_of_the_files_and_of_what_is_around_tiles(world):
@@ -203,6 +203,12 @@ def test_what_is_unknown_before_training_is_said():
     assert "read     unknown" in said
     assert "not in these figures: training: 80 epochs" in said
     assert "1 scenes cannot be mapped" in said
+
+
+@pytest.mark.parametrize("rate", ["-1", "nan", "inf"])
+def test_rates_are_numbers(world, rate):
+    words = ("--set", f"model={world['model']}", "--cpu-hour", rate)
+    assert rayseg("plan", "pipeline", "predict", "--region", world["catalogue"], *words).exit_code == 2
 
 
 def test_prices_below_a_hundredth_are_told():

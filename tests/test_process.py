@@ -4,12 +4,18 @@ import os
 import resource
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from rayseg.process import FOR_CHILDREN, reused_memory
+from rayseg.models.sam import SamConfig, SamProposer, _nothing
+from rayseg.process import _USERS, ARENAS, SPINS, reused_memory
+from rayseg.stages.label import LabelTile
+from rayseg.stages.predict import Predict
+from rayseg.train import session
 
 
 def resident_mib() -> float:
@@ -28,29 +34,63 @@ def test_freed_memory_goes_back_to_the_system_when_the_block_ends():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_kept_until_the_last_of_several_blocks_ends():
-    size, other = 256 << 18, reused_memory()
-    other.__enter__()
-    before = resident_mib()
-    with reused_memory():
-        torch.ones(size)
-    assert resident_mib() > before + 200
-    other.__exit__(None, None, None)
-    assert resident_mib() < before + 32
+    with ExitStack() as first, ExitStack() as last:
+        first.enter_context(reused_memory())
+        last.enter_context(reused_memory())
+        before = resident_mib()
+        first.close()
+        torch.ones(256 << 18)
+        assert resident_mib() > before + 200
+        last.close()
+        assert resident_mib() < before + 32
+
+
+def in_a_block(seen):
+    """Something to call instead of the work, which notes how many blocks there are."""
+
+    def note(*_, **__):
+        seen.append(_USERS.count)
+        return {}
+
+    return note
+
+
+def test_tiles_sam_and_trainings_reuse_their_memory(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Predict, "_tile", in_a_block(seen))
+    monkeypatch.setattr(LabelTile, "_tile", in_a_block(seen))
+    Predict("")([{}])
+    LabelTile(margin=0, sieve=0)([{}])
+    monkeypatch.setattr("rayseg.models.sam.amg.generate_crop_boxes", lambda *_: ([[0, 0, 1, 1]], [0]))
+    monkeypatch.setattr("rayseg.models.sam.amg.build_all_layer_point_grids", lambda *_: [None])
+    monkeypatch.setattr(SamProposer, "_crop", lambda *_: in_a_block(seen)() or _nothing("cpu"))
+    SamProposer(None, SamConfig())(np.zeros((1, 1, 3), np.uint8), np.ones((1, 1), bool))
+    session.fit(in_a_block(seen), {}, storage=str(tmp_path), name="x")
+    assert seen == [1, 1, 1, 1]
+    assert _USERS.count == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
-def test_threads_of_a_command_share_one_heap_and_children_are_told():
+def test_a_command_has_one_heap_and_tells_its_children():
+    told, arenas = begun({})
+    assert told == ["1", "3000", "False"]
+    assert arenas == 1
+    assert begun({"GOMP_SPINCOUNT": "7", "MALLOC_ARENA_MAX": "odd"})[0] == ["odd", "7", "False"]
+    assert begun({"OMP_WAIT_POLICY": "passive"})[0] == ["1", "-", "False"]
+
+
+def begun(environment):
+    """(what children are told and whether PyTorch is there, heaps of a process that has begun as commands do)."""
     code = """
-import ctypes, os, threading
-from rayseg import process
-process.prepare()
+import ctypes, os, sys, threading
+import rayseg.cli
 threads = [threading.Thread(target=lambda: [bytes(10_000) for _ in range(100)]) for _ in range(4)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
 ctypes.CDLL(None).malloc_stats()
-print(os.environ["MALLOC_ARENA_MAX"], os.environ["GOMP_SPINCOUNT"])
+print(os.environ["MALLOC_ARENA_MAX"], os.environ.get("GOMP_SPINCOUNT", "-"), "torch" in sys.modules)
 """
-    outside = {name: value for name, value in os.environ.items() if name not in FOR_CHILDREN}
-    done = subprocess.run([sys.executable, "-c", code], env=outside, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["1", "3000"]
-    assert done.stderr.count("Arena ") == 1
+    outside = {name: value for name, value in os.environ.items() if name not in {SPINS[0], ARENAS[0]}}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=outside | environment, capture_output=True, text=True, check=True)
+    return done.stdout.split(), done.stderr.count("Arena ")

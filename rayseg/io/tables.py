@@ -7,7 +7,7 @@ import yaml
 from pydantic import model_validator
 
 import rayseg
-from rayseg.config import Config
+from rayseg.config import Config, EachKeyOnce
 from rayseg.errors import ConfigError
 from rayseg.store import upath
 from rayseg.vision.color import ClassTable
@@ -68,7 +68,7 @@ def _content(path: str) -> dict[str, Any]:
     """What the file holds, which makes a class table."""
     file = upath(_named(path) or path)
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.load(file.read_text(), EachKeyOnce)
     except OSError as error:
         known = ", ".join(sorted({found.stem for found in _shipped()})) or "none here"
         raise ConfigError(

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import import_module, metadata
-from typing import TYPE_CHECKING, Any, Literal, overload
+from math import isfinite
+from typing import TYPE_CHECKING, Annotated, Any, Literal, overload
 
 import numpy as np
 import pystac
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from safetensors import SafetensorError, deserialize
 from upath import UPath
 
@@ -48,6 +49,16 @@ MLM_TASKS = {
 }
 
 ClassRow = tuple[int, str, tuple[int, int, int]]
+
+
+def _numbers(values: Any) -> Any:  # noqa: ANN401 - pydantic gives whatever was given
+    """The values without those that are no number."""
+    if not isinstance(values, dict):
+        return values
+    return {name: value for name, value in values.items() if not isinstance(value, float) or isfinite(value)}
+
+
+Metrics = Annotated[dict[str, float], BeforeValidator(_numbers)]
 
 
 class Scaling(Config):
@@ -130,7 +141,8 @@ class Bundle(Config):
     """Distance between neighbouring patches in pixels."""
     threshold: float = Field(default=0.5, ge=0, le=1)
     """Probability above which a pixel is of the class, for models of one class."""
-    metrics: dict[str, float] = Field(default_factory=dict)
+    metrics: Metrics = Field(default_factory=dict)
+    """Of the training; those that are no number, as the IoU of what does not occur, are left out."""
     provenance: Provenance = Field(default_factory=Provenance)
     sha256: str = ""
     """Of `model.safetensors`; set when the bundle is saved."""

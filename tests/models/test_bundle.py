@@ -44,6 +44,11 @@ def prefix(tmp_path, described, model):
     return tmp_path / "cover"
 
 
+def test_measures_that_are_no_number_are_left_out(described):
+    measured = Bundle.model_validate(described.model_dump() | {"metrics": {"iou": float("nan"), "loss": 0.5}})
+    assert measured.metrics == {"loss": 0.5}
+
+
 def test_what_is_saved_is_what_is_built(prefix, described, model):
     bundle, built = build(str(prefix))
     image = torch.randn(1, 3, 64, 64)

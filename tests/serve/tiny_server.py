@@ -1,7 +1,6 @@
 """A server in this process over tiny bundles, asked through Starlette's client."""
 
 import io
-import os
 import signal
 import socket
 import subprocess
@@ -73,7 +72,6 @@ def serving(models, *settings):
     words = ["--models", str(models), *(part for text in settings for part in ("--set", text))]
     process = subprocess.Popen(
         [sys.executable, "-m", "rayseg", "serve", "--port", str(port), *words],
-        env=os.environ | {"OMP_WAIT_POLICY": "passive"},
         stderr=subprocess.PIPE,
         text=True,
     )
