@@ -60,7 +60,7 @@ def test_everything_is_what_the_proposer_finds(asked):
         ({"points": "rm -rf"}, "expected JSON"),
         ({"points": "[" * 5000}, "expected JSON"),
         ({"boxes": "[[9, 9, 3, 3]]"}, "holds nothing"),
-        ({"points": "[[NaN, 3]]"}, "beside the image"),
+        ({"points": "[[NaN, 3]]"}, "should be a finite number"),
         ({"depth": "1"}, "config key depth is unknown"),
     ],
 )
