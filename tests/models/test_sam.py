@@ -89,9 +89,7 @@ def the_same(model, image, config):
     one, other = (sorted(rows, key=lambda row: (row[0].tobytes(), row[1])) for rows in (expected, got))
     assert [runs.tobytes() for runs, _, _ in one] == [runs.tobytes() for runs, _, _ in other]
     for (runs, *expected_scores), (_, *scores) in zip(one, other, strict=True):
-        pixel = 1 / max(
-            int(np.diff(runs)[::2].sum()), 1
-        )  # a share of pixels: rounding may bring one over the threshold
+        pixel = 1 / max(masks.area(runs), 1)  # a share of pixels: rounding may bring one over the threshold
         np.testing.assert_allclose(scores, expected_scores, rtol=0, atol=1e-4 + pixel)  # NaN, of no mask, equals NaN
     return len({runs.tobytes() for runs, _, _ in one})
 
