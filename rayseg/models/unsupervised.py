@@ -332,9 +332,8 @@ def _segments(superpixels_HW: NDArray[np.integer] | None, image_1CHW: Tensor, *,
 def quick_and_reproducible(device: torch.device, precision: Precision) -> ExitStack:
     """The settings training runs under; they end with the `with` block."""
     stack = ExitStack()
-    if device.type == "cpu":
-        stack.enter_context(reused_memory())
-    elif device.type == "cuda":
+    stack.enter_context(reused_memory())
+    if device.type == "cuda":
         tf32 = precision == "bfloat16"
         stack.enter_context(torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=tf32))
     return stack
