@@ -161,7 +161,7 @@ def _write_cog(
 def engine(kind: str, folder: Path, out: Path) -> None:
     """The steps of `rayseg predict` up to the mapped tiles."""
     from rayseg import mapping
-    from rayseg.geo import Region
+    from rayseg.geo.region import Region
     from rayseg.pipelines.predict import Config
     from rayseg.run import Engine, Run
     from rayseg.stages.predict import Predict

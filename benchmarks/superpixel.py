@@ -27,7 +27,7 @@ from sklearn.metrics.cluster import contingency_matrix
 from torch import nn
 
 from rayseg.config import load_values
-from rayseg.geo import Region
+from rayseg.geo.region import Region
 from rayseg.metrics import agreement
 from rayseg.models import unsupervised
 from rayseg.pipelines import superpixel

@@ -105,7 +105,7 @@ def plan(catalogue: str, region: str, out: str) -> dict[str, float]:
     """Plan as a run does; seconds (of planning, and with the imports), processor seconds, peak MiB, tiles."""
     with measured() as whole:
         from rayseg import mapping
-        from rayseg.geo import Region
+        from rayseg.geo.region import Region
         from rayseg.models.bundle import Architecture, Bundle, Scaling
         from rayseg.run import Engine, Step
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rayseg.errors import DataError
 from rayseg.evaluation import Match, match
-from rayseg.geo import NODATA
+from rayseg.geo.grid import NODATA
 from rayseg.io import masks, rasters
 from rayseg.io.maps import mapped_tiles
 from rayseg.io.masks import Piece

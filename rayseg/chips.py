@@ -9,7 +9,8 @@ from pydantic import Field
 
 from rayseg.config import Config
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo import Region, expect_ids
+from rayseg.geo.grid import expect_ids
+from rayseg.geo.region import Region
 from rayseg.io import catalog, labels
 from rayseg.io.labels import Chip
 from rayseg.rowfile import read_rows, write_rows

@@ -19,7 +19,7 @@ from shapely.geometry import Polygon, box, mapping
 from shapely.ops import unary_union
 
 from rayseg.errors import ConfigError
-from rayseg.geo import NODATA, Grid, Window
+from rayseg.geo.grid import NODATA, Grid, Window
 from rayseg.io import cog, items
 from rayseg.io.sources import crs_of
 from rayseg.store import cache_dir

@@ -8,7 +8,8 @@ from typing import Any
 from rayseg import mapping
 from rayseg.errors import DataError
 from rayseg.flow import Row, Work
-from rayseg.geo import Region, Tile
+from rayseg.geo.grid import Tile
+from rayseg.geo.region import Region
 from rayseg.io import items
 from rayseg.io.sources import Source, from_json
 from rayseg.manifest import Manifest

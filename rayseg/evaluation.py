@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo import Grid, Window
+from rayseg.geo.grid import Grid, Window
 from rayseg.io import maps, masks
 from rayseg.io.masks import Piece
 from rayseg.io.rasters import footprint

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from upath import UPath
 
-from rayseg.geo import expect_ids
+from rayseg.geo.grid import expect_ids
 from rayseg.store import put
 
 Row = dict[str, Any]

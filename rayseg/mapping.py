@@ -14,7 +14,8 @@ from rayseg import flow
 from rayseg.config import Config
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError
 from rayseg.flow import Row, Work
-from rayseg.geo import Grid, Region, Tile, Window, slug
+from rayseg.geo.grid import Grid, Tile, Window, slug
+from rayseg.geo.region import Region
 from rayseg.io import catalog, labels, vectors
 from rayseg.io.sources import Source, beyond_utm, expect_mappable
 from rayseg.ledger import Ledger, Record, with_fact

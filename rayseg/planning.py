@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from rayseg import mapping, publication
-from rayseg.geo import Region, Tile
+from rayseg.geo.grid import Tile
+from rayseg.geo.region import Region
 from rayseg.ledger import Ledger, Record
 from rayseg.mapping import MapConfig
 from rayseg.models import bundle

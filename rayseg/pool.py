@@ -15,7 +15,8 @@ from pydantic import Field
 
 from rayseg.config import Config
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo import Region, Window, expect_ids
+from rayseg.geo.grid import Window, expect_ids
+from rayseg.geo.region import Region
 from rayseg.io import catalog, cog, labels, rasters, scenes
 from rayseg.io.masks import pixels_of
 from rayseg.io.scenes import LabelledImage

@@ -26,7 +26,7 @@ from upath import UPath
 from rayseg import __version__
 from rayseg.config import Config
 from rayseg.errors import ConfigError
-from rayseg.geo import Region
+from rayseg.geo.region import Region
 from rayseg.ledger import MISSING, Account, Ledger
 from rayseg.store import STORE_ERRORS, absolute, is_local, public, put, sweep, upath
 

@@ -19,7 +19,7 @@ import yaml
 
 from rayseg.config import read_values
 from rayseg.errors import ConfigError, RunIncomplete
-from rayseg.geo import slug
+from rayseg.geo.grid import slug
 from rayseg.store import access, is_local, public
 
 POLL = 2.0

@@ -21,7 +21,7 @@ from scipy.stats import t as student
 from rayseg import cluster, pool, publication, report
 from rayseg.config import load_values
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError, RunIncomplete
-from rayseg.geo import Region
+from rayseg.geo.region import Region
 from rayseg.pipelines import al_s4gan
 from rayseg.run import Engine, Run, versions
 from rayseg.store import absolute, put, upath

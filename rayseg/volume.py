@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rayseg.geo import Tile, Window
+from rayseg.geo.grid import Tile, Window
 from rayseg.io import rasters
 from rayseg.io.sources import Source
 from rayseg.store import STORE_ERRORS, upath

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayseg.geo import Grid, Tile, Window
+from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.io import cog
 from rayseg.io.rasters import source_of_file
 from rayseg.ledger import Ledger, Record

@@ -13,7 +13,7 @@ from pystac.validation.stac_validator import JsonSchemaSTACValidator
 from typer.testing import CliRunner
 
 from rayseg.cli import app
-from rayseg.geo import Grid, Window
+from rayseg.geo.grid import Grid, Window
 from rayseg.io import cog, labels
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Scaling

@@ -19,7 +19,7 @@ from tiny_maps import Bright, described, mapped
 
 from rayseg import mapping
 from rayseg.errors import DataError, ModelError, RaysegError
-from rayseg.geo import Region
+from rayseg.geo.region import Region
 from rayseg.io import labels
 from rayseg.io.catalog import open_items, source_of
 from rayseg.io.rasters import grids_of, source_of_file

@@ -13,7 +13,7 @@ from fake_run import GPC, NODATA, UTM, blobs, make, picture, place
 
 from rayseg import evaluation
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo import Grid, Window
+from rayseg.geo.grid import Grid, Window
 from rayseg.io import catalog, cog, masks
 from rayseg.io.maps import mapped_tiles, pixel_area_m2, seam_score, width_m
 from rayseg.io.sources import unplaced

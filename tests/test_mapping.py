@@ -7,7 +7,7 @@ from small_world import catalogue, classifier, segmenter
 
 from rayseg import mapping
 from rayseg.errors import ConfigError, DataError, ModelError
-from rayseg.geo import Region
+from rayseg.geo.region import Region
 from rayseg.mapping import MapConfig
 from rayseg.models import bundle
 from rayseg.run import Engine, Step

@@ -9,7 +9,7 @@ from small_world import HEIGHT, WIDTH, catalogue, files, rayseg, refused, segmen
 from rayseg import planning
 from rayseg import run as runs
 from rayseg.cli import run
-from rayseg.geo import Region
+from rayseg.geo.region import Region
 from rayseg.ledger import Ledger, Record
 from rayseg.rowfile import write_rows
 from rayseg.volume import bytes_written

@@ -7,7 +7,7 @@ from small_world import catalogue, chip_folder
 
 from rayseg import active, pool
 from rayseg.errors import ConfigError, DataError, RunIncomplete
-from rayseg.geo import Region
+from rayseg.geo.region import Region
 from rayseg.io import asking, cog, labels
 from rayseg.pool import PoolConfig
 from rayseg.vision.color import ClassTable

@@ -14,7 +14,7 @@ from fake_run import GPC, NODATA, blobs, make, picture, place
 from torch.utils.tensorboard import SummaryWriter
 
 from rayseg import evaluation, publication, report
-from rayseg.geo import Grid
+from rayseg.geo.grid import Grid
 from rayseg.io import cog
 from rayseg.io.maps import mapped_tiles
 from rayseg.io.pictures import encoded

@@ -8,7 +8,7 @@ import pytest
 from rayseg import run as runs
 from rayseg.config import Config
 from rayseg.errors import ConfigError
-from rayseg.geo import Region
+from rayseg.geo.region import Region
 from rayseg.ledger import Account, Ledger, Record
 from rayseg.run import Engine, Run
 

@@ -9,7 +9,7 @@ from fake_run import blobs, picture
 from small_world import BANDS, GRID, window_at
 from tiny_maps import described, mapped
 
-from rayseg.geo import Grid, Window
+from rayseg.geo.grid import Grid, Window
 from rayseg.io import cog
 from rayseg.io.rasters import footprint, grids_of, read, source_of_file
 from rayseg.stages.read import tile_rows

@@ -6,7 +6,7 @@ import torch
 from small_world import BANDS, SCALING
 
 from rayseg.errors import DataError
-from rayseg.geo import Tile
+from rayseg.geo.grid import Tile
 from rayseg.io import vectors
 from rayseg.io.rasters import footprint, grids_of
 from rayseg.io.sources import unplaced

@@ -25,7 +25,7 @@ from rayseg.errors import ConfigError, RunIncomplete
 
 if TYPE_CHECKING:
     from rayseg.config import Config
-    from rayseg.geo import Region
+    from rayseg.geo.region import Region
     from rayseg.run import Run
 
 MOST_FAILED = 5
@@ -64,7 +64,7 @@ def run_pipeline(  # noqa: PLR0913 - the options of the command
 ) -> None:
     """Run a pipeline over a region; given again, it goes on where it stopped."""
     from rayseg.config import load
-    from rayseg.geo import slug
+    from rayseg.geo.grid import slug
 
     module = pipeline_of(name)
     resolved = load(module.Config, config, set_ or ())
@@ -109,7 +109,7 @@ def run_sweep(  # noqa: PLR0913 - the options of a command line
     """Try shares of masks, strategies and seeds beside each other; given again, it goes on where it stopped."""
     from rayseg import sweep
     from rayseg.config import load
-    from rayseg.geo import slug
+    from rayseg.geo.grid import slug
     from rayseg.run import Engine
 
     if name != "al-s4gan":
@@ -177,7 +177,7 @@ def retry(
     """Try the failed and quarantined tiles of a run again, then what depends on them."""
     from rayseg import run as runs
     from rayseg.config import load_values
-    from rayseg.geo import Region
+    from rayseg.geo.region import Region
 
     found = runs.read(run)
     module = pipeline_of(found["pipeline"])

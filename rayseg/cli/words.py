@@ -11,7 +11,7 @@ from rayseg.errors import ConfigError
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from rayseg.geo import Region
+    from rayseg.geo.region import Region
 
 PIPELINES = {
     "gpc": "rayseg.pipelines.gpc",
@@ -52,7 +52,7 @@ def pipeline_of(name: str) -> "ModuleType":
 
 def region_of(text: str) -> "Region":
     """What --region names."""
-    from rayseg.geo import Region
+    from rayseg.geo.region import Region
     from rayseg.io import catalog
 
     if not text.strip():
@@ -66,10 +66,11 @@ def region_of(text: str) -> "Region":
 
 def images_or_region(text: str) -> "Region":
     """Folders and image files are images, everything else is a region; so is a folder with a region's name."""
-    from rayseg.geo import Region
-    from rayseg.io import areas, labels
+    from rayseg.geo import region
+    from rayseg.geo.region import Region
+    from rayseg.io import labels
 
-    named = text == "demo" or text in areas.region_names()
+    named = text == "demo" or text in region.region_names()
     images = text.strip() and labels.is_images(text)
     return Region(text, images=text) if images and not named else region_of(text)
 

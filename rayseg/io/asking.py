@@ -20,7 +20,7 @@ from PIL import Image
 from shapely.geometry import box, mapping
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo import NODATA, Window
+from rayseg.geo.grid import NODATA, Window
 from rayseg.io import cog
 from rayseg.io.items import lonlat_geometry
 from rayseg.io.labels import read_mask

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rayseg.errors import DataError
-from rayseg.geo import NODATA
+from rayseg.geo.grid import NODATA
 from rayseg.io import cog, items, masks
 from rayseg.io.maps import MappedTile, mapped_tiles
 from rayseg.run import read

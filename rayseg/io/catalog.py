@@ -13,8 +13,8 @@ from shapely.geometry import mapping, shape
 from shapely.geometry.base import BaseGeometry
 
 from rayseg.errors import ConfigError, DataError
+from rayseg.geo.region import named_regions, region_names, resolve_region
 from rayseg.io import item_tables, stac_api
-from rayseg.io.areas import named_regions, region_names, resolve_region
 from rayseg.io.item_tables import Box
 from rayseg.io.items import item_of, lonlat_outline, write_catalog, write_collection, write_item, write_tile_item
 from rayseg.io.sources import STORED, Source, crs_of, crs_text, source_of_file

@@ -9,7 +9,7 @@ import rasterio.shutil
 from rasterio.io import DatasetWriter, MemoryFile
 
 from rayseg.errors import DataError
-from rayseg.geo import NODATA, Grid, Window
+from rayseg.geo.grid import NODATA, Grid, Window
 from rayseg.io.sources import crs_of, gdal, open_file, unplaced
 from rayseg.store import StorePath, put
 from rayseg.vision.color import ClassTable

@@ -22,7 +22,7 @@ from shapely.geometry import mapping, shape
 
 import rayseg
 from rayseg.errors import DataError
-from rayseg.geo import Grid, Tile, Window
+from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.io.sources import Source, crs_of, placing, unplaced
 from rayseg.store import StorePath, is_local, public, put, upath
 from rayseg.vision.color import ClassTable, hex_of

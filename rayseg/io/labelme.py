@@ -20,7 +20,7 @@ from shapely.geometry import Polygon
 from shapely.geometry.base import BaseGeometry
 
 from rayseg.errors import DataError
-from rayseg.geo import Window, slug
+from rayseg.geo.grid import Window, slug
 from rayseg.io.plots import mask_of
 from rayseg.io.sources import gdal, open_file
 from rayseg.vision.crops import square_crop

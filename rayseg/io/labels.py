@@ -23,7 +23,7 @@ from shapely.geometry import mapping
 from upath import UPath
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo import Window, slug
+from rayseg.geo.grid import Window, slug
 from rayseg.io.catalog import source_of
 from rayseg.io.items import PROJECTION, lonlat_geometry, write_catalog
 from rayseg.io.masks import pixels_of, read_classes

@@ -13,7 +13,7 @@ from rasterio.windows import Window as FileWindow
 from upath import UPath
 
 from rayseg.errors import DataError
-from rayseg.geo import NODATA, Grid, Tile, Window
+from rayseg.geo.grid import NODATA, Grid, Tile, Window
 from rayseg.io.sources import Source, from_json, gdal, open_file
 from rayseg.ledger import Ledger, Record, with_fact
 from rayseg.rowfile import read_rows

@@ -18,7 +18,7 @@ from rio_tiler.io import ImageReader, Reader
 from rio_tiler.models import ImageData
 
 from rayseg.errors import DataError
-from rayseg.geo import NODATA, Grid, Window
+from rayseg.geo.grid import NODATA, Grid, Window
 from rayseg.io.maps import MappedTile
 from rayseg.io.pictures import bands_shown
 from rayseg.io.sources import Source, crs_of, gdal, unplaced

@@ -16,7 +16,7 @@ import pystac
 from numpy.typing import NDArray
 
 from rayseg.errors import DataError
-from rayseg.geo import NODATA, Grid, Tile, Window
+from rayseg.geo.grid import NODATA, Grid, Tile, Window
 from rayseg.io import catalog
 from rayseg.io.maps import MappedTile
 from rayseg.io.rasters import read, source_of_file

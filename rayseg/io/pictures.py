@@ -15,7 +15,7 @@ from rasterio.enums import Resampling
 from rasterio.windows import Window as FileWindow
 
 from rayseg.errors import DataError
-from rayseg.geo import NODATA, Grid, Window
+from rayseg.geo.grid import NODATA, Grid, Window
 from rayseg.io.maps import MappedTile, width_m
 from rayseg.io.rasters import footprint, view
 from rayseg.io.remote import patiently

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from rayseg.geo import Window
+from rayseg.geo.grid import Window
 from rayseg.io import cog
 from rayseg.io.maps import MappedTile
 from rayseg.io.pictures import encoded, shown

@@ -21,7 +21,7 @@ from rasterio.features import rasterize, shapes
 from shapely.geometry.base import BaseGeometry
 
 from rayseg.errors import DataError
-from rayseg.geo import Grid, Window
+from rayseg.geo.grid import Grid, Window
 from rayseg.io.vectors import EQUAL_AREA, LONLAT
 from rayseg.rowfile import read_rows
 from rayseg.store import StorePath

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo import NODATA, Grid, Window, expect_ids, slug
+from rayseg.geo.grid import NODATA, Grid, Window, expect_ids, slug
 from rayseg.io import catalog
 from rayseg.io.labels import image_folders, sources_of_images
 from rayseg.io.masks import masks_of, pixels_of, read_classes

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from rasterio.features import sieve
 from rasterio.windows import Window as FileWindow
 
-from rayseg.geo import Grid, Window
+from rayseg.geo.grid import Grid, Window
 from rayseg.io import cog
 from rayseg.io.sources import gdal, open_file, unplaced
 from rayseg.store import StorePath

@@ -23,7 +23,7 @@ from rasterio.io import DatasetReader
 from rasterio.warp import calculate_default_transform, transform, transform_bounds
 
 from rayseg.errors import DataError
-from rayseg.geo import Bounds, Grid, Window
+from rayseg.geo.grid import Bounds, Grid, Window
 from rayseg.io import remote
 from rayseg.io.complaints import complaints
 from rayseg.store import is_local, public

@@ -12,7 +12,7 @@ import rasterio
 from rasterio.io import DatasetReader
 
 from rayseg.errors import DataError
-from rayseg.geo import Grid, Window
+from rayseg.geo.grid import Grid, Window
 from rayseg.io.rasters import read
 from rayseg.io.sources import Source, footprint, gdal, grids_of, source_of_file, unplaced
 

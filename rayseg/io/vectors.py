@@ -22,7 +22,7 @@ from rasterio.features import shapes
 from skimage.measure import label
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo import NODATA, Grid, Window
+from rayseg.geo.grid import NODATA, Grid, Window
 from rayseg.io.cog import read_bands
 from rayseg.io.maps import MappedTile, mapped_tiles
 from rayseg.io.masks import table_of

@@ -33,7 +33,7 @@ from rasterio.io import DatasetReader, MemoryFile
 from rayseg import __version__
 from rayseg.config import Config
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo import Grid, Window
+from rayseg.geo.grid import Grid, Window
 from rayseg.io.sources import unplaced
 
 CRS = "EPSG:3857"

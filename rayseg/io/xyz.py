@@ -33,10 +33,10 @@ from shapely.geometry.base import BaseGeometry
 from upath import UPath
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo import Grid, Window, slug
+from rayseg.geo.grid import Grid, Window, slug
+from rayseg.geo.region import on_grid
 from rayseg.io import cog, items
 from rayseg.io.labels import LABEL
-from rayseg.io.regions import on_grid
 from rayseg.io.sources import crs_of
 from rayseg.io.webmap import CRS, Fetching, Service, Session, mosaic, service_for, session
 from rayseg.store import StorePath, is_local, put, upath

@@ -21,7 +21,8 @@ from rayseg.chips import ChipsConfig
 from rayseg.config import Config as Frozen
 from rayseg.config import Workers
 from rayseg.flow import Row, Work
-from rayseg.geo import Grid, Lattice, Region, Tile
+from rayseg.geo.grid import Grid, Lattice, Tile
+from rayseg.geo.region import Region
 from rayseg.io import plots, vectors
 from rayseg.io.maps import mapped_tiles
 from rayseg.io.plot_pictures import coverage_chart, overlay, size_chart

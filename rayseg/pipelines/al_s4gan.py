@@ -21,7 +21,7 @@ from rayseg.active import ActiveConfig, Common
 from rayseg.config import Config as Frozen
 from rayseg.config import Workers
 from rayseg.errors import ConfigError
-from rayseg.geo import Region
+from rayseg.geo.region import Region
 from rayseg.io import masks
 from rayseg.io.tables import Classes
 from rayseg.mapping import MapConfig

@@ -23,7 +23,7 @@ from rayseg.config import Workers
 from rayseg.cues import LABELS, NO, YES, CuesConfig, draw_cues, make_cues, read_mask
 from rayseg.errors import DataError
 from rayseg.flow import Row
-from rayseg.geo import Region
+from rayseg.geo.region import Region
 from rayseg.io import masks
 from rayseg.mapping import MapConfig
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling

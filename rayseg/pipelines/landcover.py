@@ -22,7 +22,7 @@ from rayseg.config import Config as Frozen
 from rayseg.errors import ConfigError, DataError
 from rayseg.evaluation import Compared
 from rayseg.flow import Work
-from rayseg.geo import Region
+from rayseg.geo.region import Region
 from rayseg.io import masks, scenes
 from rayseg.io.catalog import imagery_collection
 from rayseg.io.pictures import encoded

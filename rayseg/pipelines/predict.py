@@ -5,7 +5,7 @@ model + imagery --> tiles --> polygons --> items, report
 
 from rayseg import mapping, planning, publication
 from rayseg.config import Config as Frozen
-from rayseg.geo import Region
+from rayseg.geo.region import Region
 from rayseg.mapping import MapConfig
 from rayseg.models import bundle
 from rayseg.run import Run

@@ -21,7 +21,8 @@ from rayseg.config import Bands
 from rayseg.config import Config as Frozen
 from rayseg.errors import ConfigError, DataError
 from rayseg.flow import Row, Work
-from rayseg.geo import NODATA, Region, Tile, Window, expect_ids, slug
+from rayseg.geo.grid import NODATA, Tile, Window, expect_ids, slug
+from rayseg.geo.region import Region
 from rayseg.io import maps, pictures, segments
 from rayseg.io.masks import piece_of_row
 from rayseg.io.sources import Source

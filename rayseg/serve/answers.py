@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from rayseg.geo import Tile
+from rayseg.geo.grid import Tile
 from rayseg.io import cog, vectors
 from rayseg.io.maps import pixel_area_m2
 from rayseg.io.pictures import painted, shown_colors

@@ -11,7 +11,7 @@ import pandas
 import PIL.Image
 
 from rayseg.errors import DataError
-from rayseg.geo import Tile, Window
+from rayseg.geo.grid import Tile, Window
 from rayseg.io import vectors
 from rayseg.io.maps import pixel_area_m2
 from rayseg.io.untrusted import TooLarge

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rayseg.errors import ConfigError
-from rayseg.geo import Window, slug
+from rayseg.geo.grid import Window, slug
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
 from rayseg.serve.uploads import Image

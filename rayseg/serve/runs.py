@@ -16,7 +16,7 @@ from fastapi import APIRouter, Path, Query, Response
 
 from rayseg import publication, run
 from rayseg.errors import DataError, RaysegError
-from rayseg.geo import Tile, Window, slug
+from rayseg.geo.grid import Tile, Window, slug
 from rayseg.io import mapview, masks
 from rayseg.io.maps import MappedTile, mapped_tiles, planned_tiles
 from rayseg.io.pictures import shown_colors

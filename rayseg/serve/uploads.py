@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rayseg.errors import DataError
-from rayseg.geo import Grid, Tile, Window
+from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.io.sources import Source
 from rayseg.io.untrusted import TooLarge, closed
 from rayseg.serve import child, sniff

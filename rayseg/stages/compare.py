@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayseg.geo import Grid, Tile, Window
+from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.io import cog, pictures
 from rayseg.io.masks import read_classes
 from rayseg.io.scenes import LabelledImage, image_on, masks_on

@@ -7,7 +7,7 @@ import numpy as np
 from skimage.transform import downscale_local_mean
 from upath import UPath
 
-from rayseg.geo import NODATA, slug
+from rayseg.geo.grid import NODATA, slug
 from rayseg.io import cog
 from rayseg.io.labels import Chip, middle, read_chip
 from rayseg.io.sources import grids_of

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rayseg.errors import DataError
-from rayseg.geo import Grid, Lattice, Tile, Window
+from rayseg.geo.grid import Grid, Lattice, Tile, Window
 from rayseg.io import cog, items
 from rayseg.io.sources import from_json
 from rayseg.store import upath

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from rayseg.config import Config
 from rayseg.errors import DataError
-from rayseg.geo import Lattice, Tile
+from rayseg.geo.grid import Lattice, Tile
 from rayseg.io.sources import Source
 from rayseg.stages.read import read_reach
 from rayseg.vision.proposals import Image

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayseg.errors import DataError
-from rayseg.geo import NODATA, Lattice, Tile, Window
-from rayseg.io import cog, items, plots, regions
+from rayseg.geo import region
+from rayseg.geo.grid import NODATA, Lattice, Tile, Window
+from rayseg.io import cog, items, plots
 from rayseg.io.sources import Source, from_json
 from rayseg.rowfile import write_rows
 from rayseg.stages.read import incomplete, read_reach
@@ -72,7 +73,7 @@ class ProposePlots:
 
     def _tile(self, row: Row) -> Row:
         tile, reach = Tile.from_row(row), row["reach"]
-        inside_HW = regions.pixels_inside(regions.on_grid(self.geometry, tile.grid), tile.grid, reach)
+        inside_HW = region.pixels_inside(region.on_grid(self.geometry, tile.grid), tile.grid, reach)
         patches, pieces = [], []
         for cell in self.patches.cells(tile.window):
             of_cell = cell.intersect(tile.window)
@@ -211,8 +212,8 @@ class WritePlots:
 
     def _write(self, row: Row) -> Row:
         tile = Tile.from_row(row)
-        area = regions.on_grid(self.geometry, tile.grid)
-        valid_HW = row["valid"] & regions.pixels_inside(area, tile.grid, tile.window)
+        area = region.on_grid(self.geometry, tile.grid)
+        valid_HW = row["valid"] & region.pixels_inside(area, tile.grid, tile.window)
         values, inverse = np.unique(row["numbers"], return_inverse=True)
         named = np.array([self.classes.get(int(v), self.unclassified) if v else 0 for v in values], np.uint8)
         classes_HW = np.where(valid_HW, named[inverse].reshape(valid_HW.shape), NODATA).astype(np.uint8)

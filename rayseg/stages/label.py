@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayseg.geo import NODATA, Lattice, Tile, Window
+from rayseg.geo.grid import NODATA, Lattice, Tile, Window
 from rayseg.io.segments import without_specks
 from rayseg.models.cpu import threads
 from rayseg.process import reused_memory

@@ -10,7 +10,7 @@ import shapely
 from shapely.geometry.base import BaseGeometry
 
 from rayseg.errors import DataError, ModelError
-from rayseg.geo import Grid, Window
+from rayseg.geo.grid import Grid, Window
 from rayseg.io import plots, rasters
 from rayseg.io.sources import Source, from_json
 from rayseg.models import bundle

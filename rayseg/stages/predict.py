@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rayseg.geo import NODATA, Lattice, Tile, Window
+from rayseg.geo.grid import NODATA, Lattice, Tile, Window
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
 from rayseg.process import reused_memory

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from rayseg.errors import DataError
-from rayseg.geo import Grid, Lattice, Tile, Window, tile_at
-from rayseg.io import rasters, regions
+from rayseg.geo import region
+from rayseg.geo.grid import Grid, Lattice, Tile, Window, tile_at
+from rayseg.io import rasters
 from rayseg.io.sources import Source, from_json
 from rayseg.store import is_local
 
@@ -155,7 +156,7 @@ def _rows_on(grid: Grid, sources: Sequence[Source], geometry: dict[str, Any] | N
     low_N2 = np.maximum(core_N2 * size, (extent.row, extent.col))
     high_N2 = np.minimum((core_N2 + 1) * size, (extent.row1, extent.col1))
     corners_N4 = np.concatenate([low_N2[:, ::-1], high_N2[:, ::-1]], axis=1)
-    inside_N = regions.windows_inside(regions.on_grid(geometry, grid), grid, corners_N4)
+    inside_N = region.windows_inside(region.on_grid(geometry, grid), grid, corners_N4)
     near = _indices_by_tile(footprints, size, halo)
     described = [json.dumps(source.to_row()) for source in sources]
     texts: dict[tuple[int, ...], str] = {}

@@ -7,7 +7,7 @@ import numpy as np
 from upath import UPath
 
 from rayseg.errors import DataError
-from rayseg.geo import Lattice, Tile, Window
+from rayseg.geo.grid import Lattice, Tile, Window
 from rayseg.io import segments
 from rayseg.models.bundle import Scaling
 from rayseg.stages.read import read_reach

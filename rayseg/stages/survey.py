@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayseg.geo import Tile, Window
+from rayseg.geo.grid import Tile, Window
 from rayseg.io import rasters
 from rayseg.io.sources import from_json
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from rayseg.geo import NODATA, Tile
-from rayseg.io import catalog, cog, regions, vectors
+from rayseg.geo import region
+from rayseg.geo.grid import NODATA, Tile
+from rayseg.io import catalog, cog, vectors
 from rayseg.stages.read import incomplete
 from rayseg.store import upath
 from rayseg.vision.color import ClassTable
@@ -44,7 +45,7 @@ class WriteTile:
 
     def _write(self, row: Row) -> Row:
         tile = Tile.from_row(row)
-        inside = regions.pixels_inside(regions.on_grid(self.geometry, tile.grid), tile.grid, tile.window)
+        inside = region.pixels_inside(region.on_grid(self.geometry, tile.grid), tile.grid, tile.window)
         classes = np.where(inside, row["classes"], NODATA).astype(np.uint8)
         scores = np.where(inside, row["scores"], NODATA).astype(np.uint8)
         kept = {key: row[key] for key in ("id", "seconds")}

@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 
 from rayseg.config import Config
 from rayseg.errors import DataError
-from rayseg.geo import Window
+from rayseg.geo.grid import Window
 from rayseg.io.scenes import LabelledImage, read_window
 from rayseg.train.augment import Augment, augment, resized
 from rayseg.train.batches import made_ahead

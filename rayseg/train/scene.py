@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from rayseg.config import Config
 from rayseg.errors import DataError
-from rayseg.geo import Tile, Window
+from rayseg.geo.grid import Tile, Window
 from rayseg.io import rasters, segments
 from rayseg.io.sources import from_json
 from rayseg.models import bundle, unsupervised

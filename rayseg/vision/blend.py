@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayseg.errors import DataError
-from rayseg.geo import Lattice, Window
+from rayseg.geo.grid import Lattice, Window
 
 
 class Blend:

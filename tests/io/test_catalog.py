@@ -15,7 +15,7 @@ from shapely.geometry import box, mapping, shape
 
 import rayseg
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo import Grid, Tile, Window
+from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.io import catalog, cog
 from rayseg.io.rasters import Source, footprint, grids_of, read
 from rayseg.vision.color import ClassTable

@@ -10,7 +10,7 @@ from rasterio.shutil import exists
 from rio_cogeo.cogeo import cog_validate
 
 from rayseg.errors import DataError
-from rayseg.geo import Grid, Window
+from rayseg.geo.grid import Grid, Window
 from rayseg.io.cog import write_classes, write_image, write_scores
 from rayseg.io.rasters import footprint, grids_of, read, source_of_file
 from rayseg.vision.color import ClassTable

@@ -9,7 +9,7 @@ import shapely
 from PIL import Image
 
 from rayseg.errors import DataError
-from rayseg.geo import Grid, Window
+from rayseg.geo.grid import Grid, Window
 from rayseg.io import cog, labelme
 
 

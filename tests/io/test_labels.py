@@ -13,7 +13,7 @@ from affine import Affine
 from rasterio.enums import ColorInterp
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo import Window
+from rayseg.geo.grid import Window
 from rayseg.io.catalog import open_items, source_of
 from rayseg.io.labels import (
     Chip,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from fake_run import CORNER, GPC, NODATA, blobs, make, picture, place
 
-from rayseg.geo import Grid, Window
+from rayseg.geo.grid import Grid, Window
 from rayseg.io import cog, pictures
 from rayseg.io.maps import mapped_tiles
 from rayseg.io.pictures import encoded, pictures_of

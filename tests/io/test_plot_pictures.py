@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rayseg.geo import Grid, Tile, Window
+from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.io import cog, plot_pictures
 from rayseg.io.maps import MappedTile
 from rayseg.io.rasters import source_of_file

@@ -23,7 +23,7 @@ from rasterio.errors import NotGeoreferencedWarning
 from scipy.ndimage import minimum_filter
 
 from rayseg.errors import DataError
-from rayseg.geo import Grid, Window
+from rayseg.geo.grid import Grid, Window
 from rayseg.io.rasters import Source, footprint, grids_of, read, source_of_file
 from rayseg.io.sources import crs_text, same_crs, unplaced
 

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo import Grid, Window
+from rayseg.geo.grid import Grid, Window
 from rayseg.io import cog, labels, scenes, tables
 from rayseg.io.scenes import LabelledImage
 from rayseg.vision.color import ClassTable, decode

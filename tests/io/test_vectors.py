@@ -14,7 +14,7 @@ from pyproj import Geod
 from scipy.ndimage import gaussian_filter
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo import Grid, Window
+from rayseg.geo.grid import Grid, Window
 from rayseg.io import cog
 from rayseg.io.vectors import (
     join,

@@ -29,7 +29,7 @@ from shapely.geometry import Point, box, mapping
 import rayseg
 from rayseg.config import load_values
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo import Window
+from rayseg.geo.grid import Window
 from rayseg.io import catalog, webmap, xyz
 from rayseg.io.labels import chips_of
 from rayseg.io.rasters import grids_of, read

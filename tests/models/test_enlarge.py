@@ -8,7 +8,7 @@ from PIL import Image
 from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 
 from rayseg.errors import ModelError
-from rayseg.geo import Grid, Tile, Window
+from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.models.enlarge import EnlargeConfig, load_enlarger
 from rayseg.stages.enlarge import EnlargeTiles
 

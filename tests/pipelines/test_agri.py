@@ -18,7 +18,8 @@ from small_world import GRID, chip_folder, damage, files, mosaic, rayseg, refuse
 from rayseg import enlarging, flow
 from rayseg.config import load
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo import Grid, Lattice, Region, Tile, Window
+from rayseg.geo.grid import Grid, Lattice, Tile, Window
+from rayseg.geo.region import Region
 from rayseg.io import cog, labels
 from rayseg.io.maps import mapped_tiles
 from rayseg.io.plots import mask_of as plot_mask

@@ -16,7 +16,7 @@ from small_world import GRID, catalogue, files, rayseg, refused, valid_stac, win
 from rayseg import planning
 from rayseg.config import load
 from rayseg.errors import DataError
-from rayseg.geo import Region
+from rayseg.geo.region import Region
 from rayseg.io import cog, labels, masks
 from rayseg.ledger import Ledger, Record
 from rayseg.models import bundle

@@ -18,7 +18,7 @@ from upath import UPath
 
 from rayseg import mapping
 from rayseg.errors import DataError
-from rayseg.geo import Grid
+from rayseg.geo.grid import Grid
 from rayseg.io import mapview
 from rayseg.io.maps import mapped_tiles
 from rayseg.manifest import Manifest

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from rayseg.geo import Grid, Lattice, Tile, Window
+from rayseg.geo.grid import Grid, Lattice, Tile, Window
 from rayseg.io.segments import without_specks
 from rayseg.models import bundle, unsupervised
 from rayseg.models.bundle import Architecture, Bundle, Scaling

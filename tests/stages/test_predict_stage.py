@@ -8,7 +8,7 @@ import torch
 from fake_run import blobs, picture
 from small_world import GRID, segmenter
 
-from rayseg.geo import Lattice, Tile, Window
+from rayseg.geo.grid import Lattice, Tile, Window
 from rayseg.stages.predict import Predict, decide, patches_of
 
 NODATA = 255

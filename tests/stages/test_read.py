@@ -9,7 +9,7 @@ from small_world import BANDS, CORNER, GRID, damage, scene
 from small_world import window_at as window
 
 from rayseg.errors import DataError
-from rayseg.geo import Lattice, Tile
+from rayseg.geo.grid import Lattice, Tile
 from rayseg.io.rasters import source_of_file
 from rayseg.io.sources import Source
 from rayseg.stages.read import ReadTile, tile_rows

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rayseg.geo import Grid, Tile, Window
+from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.io import segments
 from rayseg.stages.superpixels import grown, part_path, segments_path, unite
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from rayseg.geo import Grid, Window
+from rayseg.geo.grid import Grid, Window
 from rayseg.io import cog
 from rayseg.io.rasters import source_of_file
 from rayseg.models.bundle import Scaling

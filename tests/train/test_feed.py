@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from rayseg.errors import DataError
-from rayseg.geo import Grid, Window
+from rayseg.geo.grid import Grid, Window
 from rayseg.io.scenes import LabelledImage
 from rayseg.train import feed
 from rayseg.train.augment import Augment

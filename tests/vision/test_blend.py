@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from rayseg.errors import DataError
-from rayseg.geo import Lattice, Window
+from rayseg.geo.grid import Lattice, Window
 from rayseg.vision.blend import Blend
 
 LATTICES = [Lattice(16, 12), Lattice(16, 16), Lattice(16, 8, offset=-4), Lattice(12, 8, offset=5)]

@@ -1,25 +1,107 @@
-"""Regions as people name them."""
+"""Regions: what `--region` names, and which tiles and pixels of a grid lie inside."""
 
 import io
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
-from shapely.geometry import mapping
+from rasterio.features import geometry_mask
+from shapely.geometry import mapping, shape
 from shapely.geometry.base import BaseGeometry
 
 import rayseg
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo import Region
+from rayseg.geo.grid import Grid, Window
 from rayseg.store import upath
 
 if TYPE_CHECKING:  # takes long to import, and a region is seldom a file
     import geopandas
+
+
+@dataclass(frozen=True)
+class Region:
+    """What `--region` names: an area, a catalogue of imagery, or both.
+
+    Attributes:
+        name: as typed, for messages and reports.
+        geometry: GeoJSON geometry in EPSG:4326; None for all of the imagery.
+        catalog: URI of the STAC catalogue with the imagery; None when the configuration names it.
+        collection: the collection in `catalog` that holds the imagery; None for its imagery by convention.
+        images: a folder of images, or one image, instead of a catalogue.
+        tiles: ids of the only tiles wanted; empty for all.
+    """
+
+    name: str
+    geometry: dict[str, Any] | None = None
+    catalog: str | None = None
+    collection: str | None = None
+    images: str | None = None
+    tiles: tuple[str, ...] = ()
+
+    def located(self, location: str | None) -> str | None:
+        """Where a location is: `#collection` alone is in the region's catalogue; None where there is none.
+
+        Raises:
+            ConfigError: the region has no catalogue.
+        """
+        if not location or not location.startswith("#"):
+            return location or None
+        if self.catalog is None:
+            raise ConfigError(
+                f"{location} is of the catalogue of region {self.name}, which has none; name it whole, as "
+                f"catalog.json{location}"
+            )
+        return f"{self.catalog}{location}"
+
+
+_DEGREES = 0.01  # edges are cut this fine before they are projected, so straight lines may become curves
+
+
+def on_grid(geometry: dict[str, Any] | None, grid: Grid) -> BaseGeometry | None:
+    """A GeoJSON geometry in EPSG:4326 in the CRS of `grid`; None for everything, and on grids without CRS."""
+    if geometry is None or grid.crs is None:
+        return None
+    import geopandas  # takes long, and most regions are all of their imagery
+
+    edges = shapely.segmentize(shape(geometry), _DEGREES)
+    projected: BaseGeometry = geopandas.GeoSeries([edges], crs="EPSG:4326").to_crs(grid.crs).iloc[0]
+    return projected
+
+
+def windows_inside(area: BaseGeometry | None, grid: Grid, corners_N4: np.ndarray) -> np.ndarray:
+    """(N,) bool: windows of `grid`, as (col, row, col1, row1), that share some ground with `area` (CRS of the grid)."""
+    if area is None:
+        return np.ones(len(corners_N4), bool)
+    shapely.prepare(area)
+    affine = grid.transform(Window(0, 0, 1, 1))
+    col, row, col1, row1 = corners_N4.T
+    (left, right), ys = affine.c + affine.a * np.stack([col, col1]), affine.f + affine.e * np.stack([row, row1])
+    boxes = shapely.box(left, ys.min(axis=0), right, ys.max(axis=0))
+    inside: np.ndarray = shapely.contains_properly(area, boxes)
+    at = np.flatnonzero(~inside)  # few, and slower to decide
+    inside[at] = shapely.intersects(area, boxes[at]) & ~shapely.touches(area, boxes[at])
+    return inside
+
+
+def pixels_inside(area: BaseGeometry | None, grid: Grid, window: Window) -> np.ndarray:
+    """(height, width) bool: pixels of `window` whose centre lies in `area`."""
+    size = (window.height, window.width)
+    if area is None or area.contains(shapely.box(*_ordered(grid.bounds(window)))):
+        return np.ones(size, bool)
+    return np.asarray(geometry_mask([area], size, grid.transform(window), invert=True))
+
+
+def _ordered(bounds: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    left, bottom, right, top = bounds
+    return left, min(bottom, top), right, max(bottom, top)
+
 
 _NUMBER = r"\s*[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?\s*"
 _BOX = re.compile(rf"^{_NUMBER}(?:,{_NUMBER}){{3}}$")

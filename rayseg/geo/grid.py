@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from affine import Affine
 
-from rayseg.errors import ConfigError, DataError
+from rayseg.errors import DataError
 
 Bounds = tuple[float, float, float, float]
 NODATA = 255
@@ -227,42 +227,6 @@ class Lattice:
         ramp = (np.arange(self.patch, dtype=np.float32) + 0.5) / (2 * self.margin)
         side = np.minimum(1.0, np.minimum(ramp, ramp[::-1])).astype(np.float32)
         return np.outer(side, side)
-
-
-@dataclass(frozen=True)
-class Region:
-    """What `--region` names: an area, a catalogue of imagery, or both.
-
-    Attributes:
-        name: as typed, for messages and reports.
-        geometry: GeoJSON geometry in EPSG:4326; None for all of the imagery.
-        catalog: URI of the STAC catalogue with the imagery; None when the configuration names it.
-        collection: the collection in `catalog` that holds the imagery; None for its imagery by convention.
-        images: a folder of images, or one image, instead of a catalogue.
-        tiles: ids of the only tiles wanted; empty for all.
-    """
-
-    name: str
-    geometry: dict[str, Any] | None = None
-    catalog: str | None = None
-    collection: str | None = None
-    images: str | None = None
-    tiles: tuple[str, ...] = ()
-
-    def located(self, location: str | None) -> str | None:
-        """Where a location is: `#collection` alone is in the region's catalogue; None where there is none.
-
-        Raises:
-            ConfigError: the region has no catalogue.
-        """
-        if not location or not location.startswith("#"):
-            return location or None
-        if self.catalog is None:
-            raise ConfigError(
-                f"{location} is of the catalogue of region {self.name}, which has none; name it whole, as "
-                f"catalog.json{location}"
-            )
-        return f"{self.catalog}{location}"
 
 
 def slug(text: str) -> str:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rayseg.errors import ConfigError
-from rayseg.geo import Grid, Lattice, Region, Tile, Window, slug, tile_at
+from rayseg.geo.grid import Grid, Lattice, Tile, Window, slug, tile_at
+from rayseg.geo.region import Region
 
 UTM = Grid("EPSG:32650", (0.5, 0.5), (0.25, 0.0))
 PIXELS = Grid(None, (1.0, 1.0), (0.0, 0.0), "a b.png")
