@@ -161,9 +161,9 @@ def _write_cog(
 def engine(kind: str, folder: Path, out: Path) -> None:
     """The steps of `rayseg predict` up to the mapped tiles."""
     from rayseg import mapping
+    from rayseg.engine.run import Engine, Run
     from rayseg.geo.region import Region
     from rayseg.pipelines.predict import Config
-    from rayseg.run import Engine, Run
     from rayseg.stages.predict import Predict
 
     class Marked(Predict):
@@ -185,9 +185,9 @@ def engine(kind: str, folder: Path, out: Path) -> None:
 
 def child(kind: str, folder: Path, out: Path) -> dict[str, float]:
     """Wall and processor seconds from the first tile's begin to the last one's end, in this fresh process."""
-    from rayseg import process
+    from rayseg.engine import tuning
 
-    process.prepare()
+    tuning.prepare()
     marks: list[tuple[float, float]] = []
 
     def watch() -> None:

@@ -50,9 +50,9 @@ def actors(count: int, tiles: int, seconds: float, per_node: int, out: Path) -> 
     """Seconds until the first record, from it to the last, and the driver's peak MiB."""
     from ray.cluster_utils import Cluster
 
-    from rayseg import flow
-    from rayseg.guard import Work
-    from rayseg.run import Engine
+    from rayseg.engine import flow
+    from rayseg.engine.run import Engine
+    from rayseg.engine.work import Work
 
     rows = [{"id": f"t{number}", "sources": "x" * 1000} for number in range(tiles)]
     works = [Work(Nothing()), Work(Sleep(seconds), cpus=0.1, gpus=1.0, model=True), Work(Nothing())]
@@ -83,7 +83,7 @@ def actors(count: int, tiles: int, seconds: float, per_node: int, out: Path) -> 
 
 def timed(prefix: str):
     """A ledger that knows by file when its records were written, before they are put together."""
-    from rayseg.ledger import Ledger
+    from rayseg.engine.ledger import Ledger
 
     class Timed(Ledger):
         written: dict[str, float] = {}  # noqa: RUF012 - there is one
@@ -101,8 +101,8 @@ def timed(prefix: str):
 
 def planet(tiles: int, out: Path) -> dict[str, float]:
     """Lay out so many tiles in 60 zones, one scene each, and keep them as a manifest."""
+    from rayseg.engine.manifest import Manifest
     from rayseg.io.sources import Source
-    from rayseg.manifest import Manifest
     from rayseg.stages.read import rows_by_grid
 
     side = int(np.ceil(np.sqrt(tiles / 60)))
@@ -132,8 +132,8 @@ def settle(rest: int, out: Path) -> dict[str, float]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from rayseg.ledger import COLUMNS, Ledger
-    from rayseg.manifest import PART, Manifest
+    from rayseg.engine.ledger import COLUMNS, Ledger
+    from rayseg.engine.manifest import PART, Manifest
 
     ledger = Ledger(str(out / "ledger"))
     ids = Manifest.read(_path(out)).ids
@@ -149,11 +149,11 @@ def settle(rest: int, out: Path) -> dict[str, float]:
 
 def resume(count: int, out: Path) -> dict[str, float]:
     """The tiles of the manifest, or its first `count`, through stages that do nothing, minus what is in the ledger."""
-    from rayseg import flow
-    from rayseg.guard import Work
-    from rayseg.ledger import Ledger
-    from rayseg.manifest import Manifest
-    from rayseg.run import Engine
+    from rayseg.engine import flow
+    from rayseg.engine.ledger import Ledger
+    from rayseg.engine.manifest import Manifest
+    from rayseg.engine.run import Engine
+    from rayseg.engine.work import Work
 
     with measured() as reading:
         rows = Manifest.read(_path(out))

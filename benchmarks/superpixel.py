@@ -27,11 +27,11 @@ from sklearn.metrics.cluster import contingency_matrix
 from torch import nn
 
 from rayseg.config import load_values
+from rayseg.engine.run import Engine, Run, Step
 from rayseg.geo.region import Region
 from rayseg.metrics import agreement
 from rayseg.models import unsupervised
 from rayseg.pipelines import superpixel
-from rayseg.run import Engine, Run, Step
 from rayseg.vision.color import rgb_of
 
 PAPER = {

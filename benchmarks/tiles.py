@@ -105,9 +105,9 @@ def plan(catalogue: str, region: str, out: str) -> dict[str, float]:
     """Plan as a run does; seconds (of planning, and with the imports), processor seconds, peak MiB, tiles."""
     with measured() as whole:
         from rayseg import mapping
+        from rayseg.engine.run import Engine, Step
         from rayseg.geo.region import Region
         from rayseg.models.bundle import Architecture, Bundle, Scaling
-        from rayseg.run import Engine, Step
 
         described = Bundle(
             name="segmenter",

@@ -17,7 +17,8 @@ from measure import show
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from rayseg import cluster, demo
+from rayseg import demo
+from rayseg.engine import cluster
 from rayseg.io import scenes, tables
 from rayseg.train import feed
 from rayseg.train.augment import Augment

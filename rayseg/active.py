@@ -14,18 +14,19 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from rayseg import cluster, flow, pool
+from rayseg import pool
 from rayseg.config import Config, Workers
+from rayseg.engine import cluster, flow
+from rayseg.engine.flow import Work
+from rayseg.engine.ledger import Ledger, Record
+from rayseg.engine.manifest import read_rows, write_rows
+from rayseg.engine.run import Step
 from rayseg.errors import RunIncomplete
-from rayseg.flow import Work
 from rayseg.io.tables import Classes
-from rayseg.ledger import Ledger, Record
 from rayseg.metrics import Confusion
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.pool import Row
-from rayseg.rowfile import read_rows, write_rows
-from rayseg.run import Step
 from rayseg.stages.score import ReadWith, Score, features_path
 from rayseg.store import upath
 from rayseg.train.augment import Augment

@@ -8,13 +8,13 @@ import numpy as np
 from pydantic import Field
 
 from rayseg.config import Config
+from rayseg.engine.manifest import read_rows, write_rows
+from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import expect_ids
 from rayseg.geo.region import Region
 from rayseg.io import catalog, labels
 from rayseg.io.labels import Chip
-from rayseg.rowfile import read_rows, write_rows
-from rayseg.run import Step
 from rayseg.store import Location
 from rayseg.train.batches import Chips
 from rayseg.vision.fill import filled

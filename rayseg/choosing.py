@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from rayseg import active, publication, report
-from rayseg.run import Step
+from rayseg.engine.run import Step
 from rayseg.vision.queries import SCORES
 
 

@@ -11,12 +11,12 @@ from pydantic import Field
 
 from rayseg import chips, mapping
 from rayseg.config import Config
+from rayseg.engine.flow import Row, Work
+from rayseg.engine.manifest import write_rows
+from rayseg.engine.run import Run, Step
 from rayseg.errors import DataError
-from rayseg.flow import Row, Work
 from rayseg.io import cog
 from rayseg.models.unsupervised import Precision
-from rayseg.rowfile import write_rows
-from rayseg.run import Run, Step
 from rayseg.stages.cues import (
     CamCue,
     ConceptCue,

@@ -6,16 +6,16 @@ from functools import partial
 from typing import Any
 
 from rayseg import mapping
+from rayseg.engine.flow import Row, Work
+from rayseg.engine.manifest import Manifest
+from rayseg.engine.run import Step
 from rayseg.errors import DataError
-from rayseg.flow import Row, Work
 from rayseg.geo.grid import Tile
 from rayseg.geo.region import Region
 from rayseg.io import items
 from rayseg.io.sources import Source, from_json
-from rayseg.manifest import Manifest
 from rayseg.mapping import MapConfig
 from rayseg.models.enlarge import EnlargeConfig
-from rayseg.run import Step
 from rayseg.stages.enlarge import BANDS, EnlargeTiles, WriteLarger, larger, lattice_of
 from rayseg.stages.ground import ImageConfig, ReadGround, check_source
 from rayseg.stages.read import tile_rows

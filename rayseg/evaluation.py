@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Grid, Window
 from rayseg.io import maps, masks
@@ -20,7 +21,6 @@ from rayseg.io.rasters import footprint
 from rayseg.io.sources import Source
 from rayseg.io.tables import read_table
 from rayseg.metrics import Confusion, interval, resampled
-from rayseg.run import Step
 from rayseg.store import put, upath
 from rayseg.vision.color import IGNORE, ClassTable, hex_of
 

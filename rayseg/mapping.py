@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from rayseg import flow
 from rayseg.config import Config
+from rayseg.engine import flow
+from rayseg.engine.flow import Row, Work
+from rayseg.engine.ledger import Ledger, Record, with_fact
+from rayseg.engine.manifest import Manifest
+from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError
-from rayseg.flow import Row, Work
 from rayseg.geo.grid import Grid, Tile, Window, slug
 from rayseg.geo.region import Region
 from rayseg.io import catalog, labels, vectors
 from rayseg.io.sources import Source, beyond_utm, expect_mappable
-from rayseg.ledger import Ledger, Record, with_fact
-from rayseg.manifest import Manifest
 from rayseg.models import bundle
 from rayseg.models.bundle import Scaling
-from rayseg.run import Step
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, rows_by_grid
 from rayseg.stages.write import WriteTile

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from rayseg import mapping, publication
+from rayseg.engine.ledger import Ledger, Record
+from rayseg.engine.manifest import read_ids
+from rayseg.engine.run import Engine, Run, Step
 from rayseg.geo.grid import Tile
 from rayseg.geo.region import Region
-from rayseg.ledger import Ledger, Record
 from rayseg.mapping import MapConfig
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
-from rayseg.rowfile import read_ids
-from rayseg.run import Engine, Run, Step
 from rayseg.train import sample
 from rayseg.volume import bytes_read, bytes_written
 

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from rayseg.config import Config
+from rayseg.engine.manifest import read_rows, write_rows
+from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Window, expect_ids
 from rayseg.geo.region import Region
@@ -21,8 +23,6 @@ from rayseg.io import catalog, cog, labels, rasters, scenes
 from rayseg.io.masks import pixels_of
 from rayseg.io.scenes import LabelledImage
 from rayseg.io.tables import Classes
-from rayseg.rowfile import read_rows, write_rows
-from rayseg.run import Step
 from rayseg.store import Location, upath
 from rayseg.train.batches import Chips
 from rayseg.vision.color import IGNORE, ClassTable

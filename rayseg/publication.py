@@ -12,13 +12,14 @@ from typing import Any
 
 from upath import UPath
 
-from rayseg import report, run
+from rayseg import report
+from rayseg.engine import run as runs
+from rayseg.engine.ledger import Ledger
+from rayseg.engine.run import Step
 from rayseg.io import masks
 from rayseg.io.maps import MappedTile, mapped_tiles, pixel_area_m2, seam_score
 from rayseg.io.pictures import Picture, encoded, pictures_of, shown_colors
-from rayseg.ledger import Ledger
 from rayseg.report import ClassShare, MapPicture, Stage, Timing
-from rayseg.run import Step
 from rayseg.store import is_local, put, upath
 from rayseg.vision.color import ClassTable, hex_of
 
@@ -78,14 +79,14 @@ def write_report(
         extras: what only the pipeline can tell.
     """
     extras = extras or Extras()
-    asked, tiles = run.read(step.root), mapped_tiles(predicted.root, predicted.name)
+    asked, tiles = runs.read(step.root), mapped_tiles(predicted.root, predicted.name)
     table = masks.table_of(tiles[0].href) if tiles else None
     classes = class_shares(tiles, table) if table else []
     evaluation = measured.value if measured and "overall" in measured.value else None
     timing = timing_of(extras.timed or predicted, tiles, workers=extras.workers)
     seams = seam_score(tiles)
     pictures = pictures_of(tiles, most=MOST_MAPS)
-    ledgers = run.status(step.root)["steps"]
+    ledgers = runs.status(step.root)["steps"]
     figures = _figures(classes, evaluation, timing, ledgers[predicted.name], polygons)
     summary = _summary(tiles, classes)
     content = report.Content(
@@ -123,8 +124,8 @@ def write_page(
         figures: (label, value, note).
         asked: what run.json says, for `root`s without one.
     """
-    ledgers = {} if asked else run.status(root)["steps"]
-    asked = asked or run.read(root)
+    ledgers = {} if asked else runs.status(root)["steps"]
+    asked = asked or runs.read(root)
     content = report.Content(
         title=extras.title or f"{asked['pipeline']}: {asked['region']['name']}",
         lead=extras.labels,

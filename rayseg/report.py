@@ -59,7 +59,7 @@ class Content(TypedDict):
     """What a report shows; what is None or empty is left out.
 
     `lead` is a sentence or two, `figures` are (label, value, note), `pictures` (title, image file, caption), `tables`
-    (title, header, rows), `curves` (title, drawings), `ledgers` the steps of `rayseg.run.status`, `evaluation` the
+    (title, header, rows), `curves` (title, drawings), `ledgers` the steps of `run.status`, `evaluation` the
     result of `rayseg.evaluation.evaluate`, `seams` that of `rayseg.io.maps.seam_score`.
     """
 

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-from rayseg import cluster, pool, publication, report
+from rayseg import pool, publication, report
 from rayseg.config import load_values
+from rayseg.engine import cluster
+from rayseg.engine.run import Engine, Run, versions
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError, RunIncomplete
 from rayseg.geo.region import Region
 from rayseg.pipelines import al_s4gan
-from rayseg.run import Engine, Run, versions
 from rayseg.store import absolute, put, upath
 from rayseg.vision.queries import STRATEGIES
 

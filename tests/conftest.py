@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from rayseg import process
 from rayseg.config import quiet_ray
+from rayseg.engine import tuning
 
-process.prepare()  # as commands begin
+tuning.prepare()  # as commands begin
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

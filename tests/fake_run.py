@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rayseg.engine.ledger import Ledger, Record
+from rayseg.engine.run import Engine, Step
 from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.io import cog
 from rayseg.io.rasters import source_of_file
-from rayseg.ledger import Ledger, Record
-from rayseg.run import Engine, Step
 from rayseg.stages.read import tile_rows
 from rayseg.vision.color import ClassTable
 

@@ -16,9 +16,9 @@ from unittest.mock import patch
 import geopandas
 from small_world import rayseg
 
-from rayseg.ledger import Ledger
+from rayseg.engine.ledger import Ledger
+from rayseg.engine.run import Step
 from rayseg.mapping import read_manifest
-from rayseg.run import Step
 
 HERE = Path(__file__).parent
 TABLE = []

@@ -5,12 +5,12 @@ import torch
 from rayseg import active, pool
 from rayseg.active import ActiveConfig, ChipsClassifierConfig, Common
 from rayseg.config import load
+from rayseg.engine.manifest import write_rows
+from rayseg.engine.run import Engine, Step
 from rayseg.errors import ConfigError, DataError, RunIncomplete
 from rayseg.io.tables import Classes
 from rayseg.models import bundle
 from rayseg.models.bundle import Scaling
-from rayseg.rowfile import write_rows
-from rayseg.run import Engine, Step
 
 KINDS = Classes.model_validate(
     {"classes": [{"name": "ground", "color": "#826446"}, {"name": "wood", "color": "#32AA50"}]}

@@ -12,13 +12,13 @@ from affine import Affine
 from fake_run import GPC, NODATA, UTM, blobs, make, picture, place
 
 from rayseg import evaluation
+from rayseg.engine.run import Engine, Step
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Grid, Window
 from rayseg.io import catalog, cog, masks
 from rayseg.io.maps import mapped_tiles, pixel_area_m2, seam_score, width_m
 from rayseg.io.sources import unplaced
 from rayseg.metrics import Confusion
-from rayseg.run import Engine, Step
 from rayseg.vision.color import ClassTable
 
 ROOFS = ClassTable(((3, "roof", (255, 0, 0)), (7, "field", (0, 255, 0))), ignore=((9, 9, 9),))

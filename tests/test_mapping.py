@@ -6,11 +6,11 @@ import pytest
 from small_world import catalogue, classifier, segmenter
 
 from rayseg import mapping
+from rayseg.engine.run import Engine, Step
 from rayseg.errors import ConfigError, DataError, ModelError
 from rayseg.geo.region import Region
 from rayseg.mapping import MapConfig
 from rayseg.models import bundle
-from rayseg.run import Engine, Step
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ import pytest
 from shaky import FAULTS, Proxy
 from small_world import catalogue, files, rayseg, refused, segmenter
 
+from rayseg.engine.ledger import Ledger, Record
 from rayseg.io import remote
-from rayseg.ledger import Ledger, Record
 from rayseg.store import put_if_absent, s3_options, upath
 
 pytestmark = pytest.mark.filterwarnings(

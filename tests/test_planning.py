@@ -7,11 +7,11 @@ import pytest
 from small_world import HEIGHT, WIDTH, catalogue, files, rayseg, refused, segmenter
 
 from rayseg import planning
-from rayseg import run as runs
 from rayseg.cli import run
+from rayseg.engine import run as runs
+from rayseg.engine.ledger import Ledger, Record
+from rayseg.engine.manifest import write_rows
 from rayseg.geo.region import Region
-from rayseg.ledger import Ledger, Record
-from rayseg.rowfile import write_rows
 from rayseg.volume import bytes_written
 
 

@@ -14,13 +14,13 @@ from fake_run import GPC, NODATA, blobs, make, picture, place
 from torch.utils.tensorboard import SummaryWriter
 
 from rayseg import evaluation, publication, report
+from rayseg.engine.ledger import Ledger, Record
+from rayseg.engine.run import Engine, Step
 from rayseg.geo.grid import Grid
 from rayseg.io import cog
 from rayseg.io.maps import mapped_tiles
 from rayseg.io.pictures import encoded
-from rayseg.ledger import Ledger, Record
 from rayseg.publication import Extras, headline, timing_of, write_report
-from rayseg.run import Engine, Step
 
 VOID = {"meta", "img", "br", "line", "circle"}
 

@@ -7,10 +7,10 @@ from ray.exceptions import RayTaskError, WorkerCrashedError
 
 from rayseg import sweep
 from rayseg.config import load_values
+from rayseg.engine.run import Engine
 from rayseg.errors import ConfigError
 from rayseg.geo.region import Region
 from rayseg.pipelines.al_s4gan import Config
-from rayseg.run import Engine
 from rayseg.sweep import Trial
 
 

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from rayseg import __version__, process
+from rayseg import __version__
 from rayseg.cli import about, data, run, serve
+from rayseg.engine import tuning
 from rayseg.errors import RaysegError, Stalled
 
 ORDER = (
@@ -50,7 +51,7 @@ def _errors() -> tuple[type[Exception], ...]:
     return RaysegError, *STORE_ERRORS
 
 
-process.prepare()
+tuning.prepare()
 app = typer.Typer(cls=_Door, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for part in (run, data, serve, about):
     app.add_typer(part.app)

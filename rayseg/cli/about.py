@@ -108,7 +108,7 @@ def env() -> None:
 
     import torch
 
-    from rayseg.run import versions
+    from rayseg.engine.run import versions
     from rayseg.store import cache_dir
 
     for name, version in versions().items():

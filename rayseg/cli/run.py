@@ -25,8 +25,8 @@ from rayseg.errors import ConfigError, RunIncomplete
 
 if TYPE_CHECKING:
     from rayseg.config import Config
+    from rayseg.engine.run import Run
     from rayseg.geo.region import Region
-    from rayseg.run import Run
 
 MOST_FAILED = 5
 """Rows that failed in a probe which a plan names."""
@@ -69,11 +69,11 @@ def run_pipeline(  # noqa: PLR0913 - the options of the command
     module = pipeline_of(name)
     resolved = load(module.Config, config, set_ or ())
     if submit:
-        from rayseg import submission
+        from rayseg.engine import submit as jobs
         from rayseg.store import absolute
 
         where = absolute(out or f"runs/{name}-{slug(region)}")
-        submission.submit(_words(name, region, config, set_, tiles, where), where, address)
+        jobs.submit(_words(name, region, config, set_, tiles, where), where, address)
         return
     area = only(images_or_region(region), tiles)
     with _run_at(out or f"runs/{name}-{slug(region)}", name, resolved, area, engine, address) as run:
@@ -84,9 +84,9 @@ def _words(
     name: str, region: str, config: str | None, set_: list[str] | None, tiles: str | None, out: str
 ) -> list[str]:
     """The command line of a run, as it is understood on any machine."""
-    from rayseg import submission
+    from rayseg.engine import submit as jobs
 
-    words = ["run", "pipeline", name, "--region", region, *(submission.inlined(config) if config else ())]
+    words = ["run", "pipeline", name, "--region", region, *(jobs.inlined(config) if config else ())]
     words += [word for value in set_ or () for word in ("--set", value)]
     return [*words, *(("--tiles", tiles) if tiles else ()), "--out", out]
 
@@ -109,8 +109,8 @@ def run_sweep(  # noqa: PLR0913 - the options of a command line
     """Try shares of masks, strategies and seeds beside each other; given again, it goes on where it stopped."""
     from rayseg import sweep
     from rayseg.config import load
+    from rayseg.engine.run import Engine
     from rayseg.geo.grid import slug
-    from rayseg.run import Engine
 
     if name != "al-s4gan":
         raise ConfigError(f"there is no sweep of {name!r}, expected al-s4gan; use `rayseg run pipeline {name}`")
@@ -175,8 +175,8 @@ def retry(
     address: Address = None,
 ) -> None:
     """Try the failed and quarantined tiles of a run again, then what depends on them."""
-    from rayseg import run as runs
     from rayseg.config import load_values
+    from rayseg.engine import run as runs
     from rayseg.geo.region import Region
 
     found = runs.read(run)
@@ -194,7 +194,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Say how far a run is, from its ledgers; exit code 3 when something failed, or it ended before it was done."""
-    from rayseg import run as runs
+    from rayseg.engine import run as runs
 
     report = runs.status(run)
     typer.echo(json.dumps(report, indent=1) if as_json else runs.status_text(report))
@@ -236,8 +236,8 @@ def _run_at(
     retry: bool = False,
 ) -> "Iterator[Run]":
     """An open run; when some of its tiles failed, an error that names them ends the command."""
-    from rayseg import cluster
-    from rayseg.run import Engine, Run
+    from rayseg.engine import cluster
+    from rayseg.engine.run import Engine, Run
 
     if engine == "ray":
         cluster.expect_reachable(address)

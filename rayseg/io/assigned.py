@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from rayseg.engine.run import read
 from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA
 from rayseg.io import cog, items, masks
 from rayseg.io.maps import MappedTile, mapped_tiles
-from rayseg.run import read
 from rayseg.store import StorePath, upath
 from rayseg.vision.color import ClassTable, label_table, rgb_of
 

@@ -12,11 +12,11 @@ from pyproj import Geod, Transformer
 from rasterio.windows import Window as FileWindow
 from upath import UPath
 
+from rayseg.engine.ledger import Ledger, Record, with_fact
+from rayseg.engine.manifest import read_rows
 from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Tile, Window
 from rayseg.io.sources import Source, from_json, gdal, open_file
-from rayseg.ledger import Ledger, Record, with_fact
-from rayseg.rowfile import read_rows
 from rayseg.store import StorePath, upath
 
 _GEOD = Geod(ellps="WGS84")

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from rasterio.features import rasterize, shapes
 from shapely.geometry.base import BaseGeometry
 
+from rayseg.engine.manifest import read_rows
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window
 from rayseg.io.vectors import EQUAL_AREA, LONLAT
-from rayseg.rowfile import read_rows
 from rayseg.store import StorePath
 from rayseg.vision.instances import Labels
 from rayseg.vision.segments import alike, groups

@@ -24,9 +24,9 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from rayseg.config import Config
+from rayseg.engine.tuning import reused_memory
 from rayseg.errors import ModelError
 from rayseg.models.encoders import read_state
-from rayseg.process import reused_memory
 from rayseg.store import absolute, cache_dir, put_file
 from rayseg.vision import masks
 from rayseg.vision.masks import Mask, Runs

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rayseg.engine.tuning import reused_memory
 from rayseg.errors import ConfigError, DataError
 from rayseg.models.cpu import BatchNorm, Conv1x1, Conv3x3
-from rayseg.process import reused_memory
 
 Precision = Literal["float32", "bfloat16"]
 

@@ -16,11 +16,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rayseg import chips, cluster, enlarging, mapping, planning, publication
+from rayseg import chips, enlarging, mapping, planning, publication
 from rayseg.chips import ChipsConfig
 from rayseg.config import Config as Frozen
 from rayseg.config import Workers
-from rayseg.flow import Row, Work
+from rayseg.engine import cluster
+from rayseg.engine.flow import Row, Work
+from rayseg.engine.manifest import write_rows
+from rayseg.engine.run import Run, Step
 from rayseg.geo.grid import Grid, Lattice, Tile
 from rayseg.geo.region import Region
 from rayseg.io import plots, vectors
@@ -33,8 +36,6 @@ from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.encoders import NO_FILES, read_state
 from rayseg.models.enlarge import EnlargeConfig, load_enlarger
 from rayseg.models.sam import SamConfig, checkpoint_state
-from rayseg.rowfile import write_rows
-from rayseg.run import Run, Step
 from rayseg.stages.enlarge import lattice_of
 from rayseg.stages.ground import ImageConfig, ReadGround, check_source
 from rayseg.stages.instances import ProposePlots, ReadPlots, WritePieces, WritePlots, pieces_path

@@ -16,10 +16,12 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, model_validator
 
-from rayseg import active, choosing, cluster, evaluation, mapping, planning, pool, publication
+from rayseg import active, choosing, evaluation, mapping, planning, pool, publication
 from rayseg.active import ActiveConfig, Common
 from rayseg.config import Config as Frozen
 from rayseg.config import Workers
+from rayseg.engine import cluster
+from rayseg.engine.run import Run, Step
 from rayseg.errors import ConfigError
 from rayseg.geo.region import Region
 from rayseg.io import masks
@@ -30,7 +32,6 @@ from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.crf import Kernels, Refined
 from rayseg.pool import PoolConfig, Row
-from rayseg.run import Run, Step
 from rayseg.store import Location, upath
 from rayseg.train.batches import Chips
 from rayseg.train.classifier import expect_trainable as expect_classifier

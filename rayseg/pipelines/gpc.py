@@ -16,21 +16,22 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from rayseg import chips, cluster, evaluation, mapping, planning, publication
+from rayseg import chips, evaluation, mapping, planning, publication
 from rayseg.chips import ChipsConfig
 from rayseg.config import Config as Frozen
 from rayseg.config import Workers
 from rayseg.cues import LABELS, NO, YES, CuesConfig, draw_cues, make_cues, read_mask
+from rayseg.engine import cluster
+from rayseg.engine.flow import Row
+from rayseg.engine.manifest import write_rows
+from rayseg.engine.run import Run, Step
 from rayseg.errors import DataError
-from rayseg.flow import Row
 from rayseg.geo.region import Region
 from rayseg.io import masks
 from rayseg.mapping import MapConfig
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.encoders import NO_FILES, encoder_name, read_state
 from rayseg.models.segmenter import Ensemble
-from rayseg.rowfile import write_rows
-from rayseg.run import Run, Step
 from rayseg.store import Location
 from rayseg.train import sample
 from rayseg.train.batches import Chips

@@ -16,12 +16,15 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, model_validator
 
-from rayseg import cluster, evaluation, flow, mapping, planning, publication
+from rayseg import evaluation, mapping, planning, publication
 from rayseg.config import Bands, Workers
 from rayseg.config import Config as Frozen
+from rayseg.engine import cluster, flow
+from rayseg.engine.flow import Work
+from rayseg.engine.manifest import read_rows, write_rows
+from rayseg.engine.run import Run, Step
 from rayseg.errors import ConfigError, DataError
 from rayseg.evaluation import Compared
-from rayseg.flow import Work
 from rayseg.geo.region import Region
 from rayseg.io import masks, scenes
 from rayseg.io.catalog import imagery_collection
@@ -33,8 +36,6 @@ from rayseg.metrics import Confusion
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.encoders import NO_FILES, encoder_name, read_state
-from rayseg.rowfile import read_rows, write_rows
-from rayseg.run import Run, Step
 from rayseg.stages.compare import CompareTile, pictured
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, tile_rows

@@ -5,10 +5,10 @@ model + imagery --> tiles --> polygons --> items, report
 
 from rayseg import mapping, planning, publication
 from rayseg.config import Config as Frozen
+from rayseg.engine.run import Run
 from rayseg.geo.region import Region
 from rayseg.mapping import MapConfig
 from rayseg.models import bundle
-from rayseg.run import Run
 from rayseg.store import Location
 
 

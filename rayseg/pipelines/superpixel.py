@@ -19,18 +19,18 @@ from pydantic import Field
 from rayseg import agreement, mapping, planning, publication
 from rayseg.config import Bands
 from rayseg.config import Config as Frozen
+from rayseg.engine.flow import Row, Work
+from rayseg.engine.ledger import MISSING, SETTLED, Record
+from rayseg.engine.manifest import write_rows
+from rayseg.engine.run import Run, Step
 from rayseg.errors import ConfigError, DataError
-from rayseg.flow import Row, Work
 from rayseg.geo.grid import NODATA, Tile, Window, expect_ids, slug
 from rayseg.geo.region import Region
 from rayseg.io import maps, pictures, segments
 from rayseg.io.masks import piece_of_row
 from rayseg.io.sources import Source
-from rayseg.ledger import MISSING, SETTLED, Record
 from rayseg.mapping import MapConfig
 from rayseg.models.bundle import Scaling
-from rayseg.rowfile import write_rows
-from rayseg.run import Run, Step
 from rayseg.stages.label import LabelTile
 from rayseg.stages.read import tile_rows
 from rayseg.stages.superpixels import Divide, ReadAround, segments_path, unite

@@ -8,7 +8,7 @@ import threading
 import webbrowser
 from collections.abc import Callable
 
-from rayseg import cluster
+from rayseg.engine import cluster
 from rayseg.errors import ConfigError
 from rayseg.serve.models import Here, Shelf
 from rayseg.serve.runs import found
@@ -110,7 +110,7 @@ def view(run: str, *, port: int, browser: bool, say: Callable[[str], None]) -> N
     """
     import uvicorn
 
-    from rayseg.run import read
+    from rayseg.engine.run import read
     from rayseg.serve.app import api
     from rayseg.serve.door import keep_log
 

@@ -21,8 +21,8 @@ from fastapi import APIRouter, Body, Path
 from pydantic import Field
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from rayseg import run
 from rayseg.config import Config, load
+from rayseg.engine import run as runs
 from rayseg.errors import ConfigError
 from rayseg.io import catalog
 from rayseg.serve.problems import Refused, busy
@@ -213,14 +213,14 @@ def summary(config: ServeConfig, name: str) -> dict[str, Any]:
     with _cluster(config) as cluster:
         states = {job.submission_id: str(job.status.value).lower() for job in cluster.list_jobs()}
     try:
-        runs = {path.name for path in upath(str(config.jobs)).iterdir()}
+        begun = {path.name for path in upath(str(config.jobs)).iterdir()}
     except STORE_ERRORS:
-        runs = set()
-    if name not in states and name not in runs:
+        begun = set()
+    if name not in states and name not in begun:
         raise Refused(404, f"there is no job {name!r}; those that were started say their id")
     state = states.get(name, "unknown")
-    if name not in runs or not (upath(str(config.jobs)) / name / "run.json").exists():
+    if name not in begun or not (upath(str(config.jobs)) / name / "run.json").exists():
         return {"id": name, "status": state, "steps": {}}
-    found = run.status(str(upath(str(config.jobs)) / name))
+    found = runs.status(str(upath(str(config.jobs)) / name))
     steps = {step: {"planned": one["planned"], "counts": one["counts"]} for step, one in found["steps"].items()}
     return {"id": name, "status": state, "run": found["status"], "reason": found["reason"], "steps": steps}

@@ -14,7 +14,8 @@ import PIL.Image
 import pyarrow.parquet as pq
 from fastapi import APIRouter, Path, Query, Response
 
-from rayseg import publication, run
+from rayseg import publication
+from rayseg.engine import run as runs
 from rayseg.errors import DataError, RaysegError
 from rayseg.geo.grid import Tile, Window, slug
 from rayseg.io import mapview, masks
@@ -89,23 +90,23 @@ def _meeting(own: np.ndarray, bounds: mapview.Bounds) -> np.ndarray:
 
 def found(prefixes: Sequence[StorePath]) -> dict[str, str]:
     """Name -> prefix of the runs at, directly below, or directly above some prefixes (`RUN/models` names RUN)."""
-    runs: dict[str, str] = {}
+    prefixes_by_name: dict[str, str] = {}
     for prefix in map(upath, prefixes):
         beside = [path.parent for path in sorted(prefix.glob("*/run.json"))] if prefix.is_dir() else []
         for folder in (prefix, prefix.parent, *beside):
-            if (folder / "run.json").exists() and str(folder) not in runs.values():
+            if (folder / "run.json").exists() and str(folder) not in prefixes_by_name.values():
                 name, number = slug(folder.name), 2
-                while name in runs:
+                while name in prefixes_by_name:
                     name, number = f"{slug(folder.name)}-{number}", number + 1
-                runs[name] = str(folder)
-    return runs
+                prefixes_by_name[name] = str(folder)
+    return prefixes_by_name
 
 
 def _listed(there: dict[str, str]) -> Iterator[dict[str, Any]]:
     """Name and pipeline of the runs whose run.json can be read; the others are shown when they are asked for."""
     for name, root in there.items():
         with suppress(RaysegError, ValueError):
-            yield {"name": name, "pipeline": run.read(root)["pipeline"]}
+            yield {"name": name, "pipeline": runs.read(root)["pipeline"]}
 
 
 def view(root: str) -> View:
@@ -137,7 +138,7 @@ def _bounds(tiles: Sequence[Tile]) -> np.ndarray:
 
 def describe(name: str, root: str) -> dict[str, Any]:
     """What the page shows of a run besides its tiles."""
-    asked, state, shown = run.read(root), run.status(root), view(root)
+    asked, state, shown = runs.read(root), runs.status(root), view(root)
     shares = publication.class_shares(shown.tiles, shown.table) if shown.table else []
     values = shown.table.values if shown.table else ()
     placed = shown.planned_N4[~np.isnan(shown.planned_N4).any(axis=1)]

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rayseg.engine.manifest import write_rows
 from rayseg.errors import DataError
 from rayseg.geo import region
 from rayseg.geo.grid import NODATA, Lattice, Tile, Window
 from rayseg.io import cog, items, plots
 from rayseg.io.sources import Source, from_json
-from rayseg.rowfile import write_rows
 from rayseg.stages.read import incomplete, read_reach
 from rayseg.stages.write import facts_of
 from rayseg.store import upath

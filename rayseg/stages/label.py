@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rayseg.engine.tuning import reused_memory
 from rayseg.geo.grid import NODATA, Lattice, Tile, Window
 from rayseg.io.segments import without_specks
 from rayseg.models.cpu import threads
-from rayseg.process import reused_memory
 from rayseg.stages.predict import Predict
 from rayseg.stages.superpixels import grown
 

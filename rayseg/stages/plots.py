@@ -9,12 +9,12 @@ import numpy as np
 import shapely
 from shapely.geometry.base import BaseGeometry
 
+from rayseg.engine.manifest import write_rows
 from rayseg.errors import DataError, ModelError
 from rayseg.geo.grid import Grid, Window
 from rayseg.io import plots, rasters
 from rayseg.io.sources import Source, from_json
 from rayseg.models import bundle
-from rayseg.rowfile import write_rows
 from rayseg.stages.ground import ImageConfig, eight_bit
 from rayseg.store import upath
 from rayseg.vision.crops import square_crop

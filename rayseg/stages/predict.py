@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rayseg.engine.tuning import reused_memory
 from rayseg.geo.grid import NODATA, Lattice, Tile, Window
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
-from rayseg.process import reused_memory
 from rayseg.vision.blend import Blend
 from rayseg.vision.fill import mirrored
 

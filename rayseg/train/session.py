@@ -29,9 +29,9 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor, nn
 
+from rayseg.engine.tuning import reused_memory
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError
 from rayseg.models.encoders import NO_FILES
-from rayseg.process import reused_memory
 from rayseg.store import StorePath, absolute, is_local, put, upath
 
 Loop = Callable[[dict[str, Any]], dict[str, Any]]

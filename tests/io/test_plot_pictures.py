@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
+from rayseg.engine.ledger import Record
 from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.io import cog, plot_pictures
 from rayseg.io.maps import MappedTile
 from rayseg.io.rasters import source_of_file
-from rayseg.ledger import Record
 from rayseg.stages.instances import UNNUMBERED
 from rayseg.vision.color import ClassTable
 

@@ -15,15 +15,17 @@ import torch
 from PIL import Image
 from small_world import GRID, chip_folder, damage, files, mosaic, rayseg, refused, valid_stac, window_at
 
-from rayseg import enlarging, flow
+from rayseg import enlarging
 from rayseg.config import load
+from rayseg.engine import flow
+from rayseg.engine.ledger import Account
+from rayseg.engine.run import Engine, Step, read
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Grid, Lattice, Tile, Window
 from rayseg.geo.region import Region
 from rayseg.io import cog, labels
 from rayseg.io.maps import mapped_tiles
 from rayseg.io.plots import mask_of as plot_mask
-from rayseg.ledger import Account
 from rayseg.mapping import MapConfig
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Scaling
@@ -32,7 +34,6 @@ from rayseg.models.plots import build_plot_classifier
 from rayseg.models.sam import SamConfig
 from rayseg.pipelines import agri
 from rayseg.pipelines.agri import CLASSES, SCALING, Config
-from rayseg.run import Engine, Step, read
 from rayseg.stages import plots as stages
 from rayseg.stages.ground import ImageConfig
 from rayseg.stages.instances import ProposePlots

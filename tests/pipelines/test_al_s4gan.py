@@ -11,9 +11,9 @@ from PIL import Image
 from small_world import files, rayseg, refused
 
 from rayseg import active
+from rayseg.engine.run import read
 from rayseg.models import bundle
 from rayseg.pipelines import al_s4gan
-from rayseg.run import read
 from rayseg.train import s4gan
 
 pytestmark = pytest.mark.e2e

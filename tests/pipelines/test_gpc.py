@@ -12,12 +12,12 @@ from small_world import SMALL_GPC, damage, files, rayseg, scene, valid_stac
 
 from rayseg import cues, demo
 from rayseg.config import load
+from rayseg.engine.manifest import write_rows
+from rayseg.engine.run import Engine, Step, read
 from rayseg.errors import DataError
 from rayseg.io import labels
 from rayseg.models import bundle
 from rayseg.pipelines import gpc
-from rayseg.rowfile import write_rows
-from rayseg.run import Engine, Step, read
 from rayseg.train import segmenter
 
 pytestmark = pytest.mark.e2e

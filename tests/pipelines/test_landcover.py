@@ -12,11 +12,11 @@ from PIL import Image
 from small_world import GRID, HEIGHT, WIDTH, files, rayseg, refused, scene, segmenter, valid_stac, window_at
 
 from rayseg import demo
+from rayseg.engine.manifest import write_rows
+from rayseg.engine.run import Engine, Step, read
 from rayseg.io import cog, scenes
 from rayseg.models import bundle
 from rayseg.pipelines import landcover
-from rayseg.rowfile import write_rows
-from rayseg.run import Engine, Step, read
 from rayseg.vision.color import ClassTable, hex_of
 
 pytestmark = pytest.mark.e2e

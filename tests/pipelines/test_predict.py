@@ -13,9 +13,9 @@ from rio_cogeo.cogeo import cog_validate
 from small_world import CORNER, GRID, HEIGHT, WIDTH, catalogue, damage, files, mosaic, rayseg, segmenter, valid_stac
 from small_world import window_at as window
 
-from rayseg import run as runs
+from rayseg.engine import run as runs
+from rayseg.engine.run import read
 from rayseg.io.sources import unplaced
-from rayseg.run import read
 
 
 @pytest.fixture(scope="module")

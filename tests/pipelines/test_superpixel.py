@@ -15,13 +15,13 @@ from small_world import GRID, catalogue, files, rayseg, refused, valid_stac, win
 
 from rayseg import planning
 from rayseg.config import load
+from rayseg.engine.ledger import Ledger, Record
+from rayseg.engine.run import Engine, Step, read
 from rayseg.errors import DataError
 from rayseg.geo.region import Region
 from rayseg.io import cog, labels, masks
-from rayseg.ledger import Ledger, Record
 from rayseg.models import bundle
 from rayseg.pipelines import superpixel
-from rayseg.run import Engine, Step, read
 from rayseg.stages.superpixels import Divide
 from rayseg.train import scene as training
 

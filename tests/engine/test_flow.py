@@ -11,12 +11,12 @@ import pytest
 from botocore.exceptions import NoCredentialsError
 from upath import UPath
 
-from rayseg import flow
+from rayseg.engine import flow
+from rayseg.engine.flow import Work
+from rayseg.engine.ledger import Ledger
+from rayseg.engine.run import Engine
+from rayseg.engine.work import Guarded
 from rayseg.errors import DataError, RunIncomplete, Stalled, StoreFull
-from rayseg.flow import Work
-from rayseg.guard import Guarded
-from rayseg.ledger import Ledger
-from rayseg.run import Engine
 from rayseg.store import upath
 
 INLINE = Engine("inline")
@@ -336,7 +336,7 @@ def test_inline_a_row_that_kills_the_process_is_found_by_the_next(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "deadly.py").write_text(DEADLY)
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parents[1])])
     }
     command = [sys.executable, str(tmp_path / "deadly.py"), str(tmp_path)]
     first, second = (
@@ -355,7 +355,7 @@ def test_inline_a_row_that_kills_the_process_is_found_by_the_next(tmp_path):
 @pytest.mark.ray
 def test_one_private_ray_serves_all_flows_of_a_process(tmp_path):
     """With two CPUs, as on a small machine: reading, model and writing must fit beside each other."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'}
     done = subprocess.run(
         [sys.executable, "-c", TWICE, str(tmp_path)],
         check=False,

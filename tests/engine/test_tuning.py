@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from rayseg.engine.tuning import _USERS, ARENAS, SPINS, reused_memory
 from rayseg.models.sam import SamConfig, SamProposer, _nothing
-from rayseg.process import _USERS, ARENAS, SPINS, reused_memory
 from rayseg.stages.label import LabelTile
 from rayseg.stages.predict import Predict
 from rayseg.train import session

@@ -8,7 +8,7 @@ import pytest
 from mortal import until
 from ray._private import parameter
 
-from rayseg import cluster
+from rayseg.engine import cluster
 from rayseg.errors import ConfigError, Stalled
 
 

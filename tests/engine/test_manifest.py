@@ -3,9 +3,9 @@
 import pytest
 from upath import UPath
 
-from rayseg import manifest
+from rayseg.engine import manifest
+from rayseg.engine.manifest import Manifest
 from rayseg.errors import DataError
-from rayseg.manifest import Manifest
 
 
 def row(number, **more):

@@ -10,8 +10,8 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
+from rayseg.engine.ledger import Ledger, Record
 from rayseg.errors import RaysegError, Stalled, StoreFull
-from rayseg.ledger import Ledger, Record
 from rayseg.store import STORE_ERRORS, public
 
 Row = dict[str, Any]

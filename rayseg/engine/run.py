@@ -25,9 +25,9 @@ from upath import UPath
 
 from rayseg import __version__
 from rayseg.config import Config
+from rayseg.engine.ledger import MISSING, Account, Ledger
 from rayseg.errors import ConfigError
 from rayseg.geo.region import Region
-from rayseg.ledger import MISSING, Account, Ledger
 from rayseg.store import STORE_ERRORS, absolute, is_local, public, put, sweep, upath
 
 NAMED = 20
@@ -35,6 +35,19 @@ LOOKS = 20
 """How often a lock that is held is asked for before it is taken for another driver's, a twentieth of a second apart."""
 HERE = "<run>/"
 """What stands in done.json for the run's own prefix, so that a run that was moved goes on."""
+KEYS_OF_MODULES = {
+    "rayseg.pipelines.al_s4gan.chip_pool": "rayseg.pool",
+    "rayseg.pipelines.al_s4gan.pipeline": "rayseg.pipelines.al_s4gan",
+    "rayseg.pipelines.al_s4gan.queries": "rayseg.active",
+    "rayseg.steps.chips": "rayseg.chips",
+    "rayseg.steps.cues": "rayseg.cues",
+    "rayseg.steps.evaluate": "rayseg.evaluation",
+    "rayseg.steps.map": "rayseg.mapping",
+    "rayseg.steps.report": "rayseg.publication",
+    "rayseg.steps.super_resolution": "rayseg.enlarging",
+}
+"""Names by which the step functions of a module enter the keys of steps: where they stood when keys were first made,
+so that a run goes on after its code has moved."""
 LIBRARIES = ("torch", "ray", "rasterio", "segmentation-models-pytorch", "numpy")
 
 
@@ -361,7 +374,8 @@ def _clear(prefix: UPath) -> None:
 
 
 def _key(function: Callable[..., object], arguments: tuple[object, ...]) -> str:
-    return _hash([function.__module__, function.__qualname__, __version__, [_plain(value) for value in arguments]])
+    module = KEYS_OF_MODULES.get(function.__module__, function.__module__)
+    return _hash([module, function.__qualname__, __version__, [_plain(value) for value in arguments]])
 
 
 def _plain(value: object) -> object:

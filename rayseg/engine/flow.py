@@ -23,14 +23,14 @@ import pyarrow as pa
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from rayseg import cluster
 from rayseg.config import ray_address
+from rayseg.engine import cluster
+from rayseg.engine.cluster import Size, handing_out, sizes_now
+from rayseg.engine.ledger import SETTLED, Account, Fate, Ledger, Record
+from rayseg.engine.manifest import PART, Manifest
+from rayseg.engine.run import Engine
+from rayseg.engine.work import STOPPED, Guarded, Row, Rows, Work, ahead
 from rayseg.errors import Stalled
-from rayseg.guard import STOPPED, Guarded, Row, Rows, Work, ahead
-from rayseg.ledger import SETTLED, Account, Fate, Ledger, Record
-from rayseg.manifest import PART, Manifest
-from rayseg.placement import Size, handing_out, sizes_now
-from rayseg.run import Engine
 from rayseg.store import put, upath
 
 if TYPE_CHECKING:  # Ray takes a second to import; the inline engine does without

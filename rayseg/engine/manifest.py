@@ -1,5 +1,6 @@
-"""Rows of work in columns: those of a planet fit into memory, and equal texts are there once."""
+"""Rows in Parquet files; `Manifest` holds those of a step in columns, so that millions of tiles fit into memory."""
 
+import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, overload
 
@@ -10,9 +11,35 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from rayseg.geo.grid import expect_ids
-from rayseg.store import put
+from rayseg.store import StorePath, put, upath
 
 Row = dict[str, Any]
+
+
+def write_rows(path: StorePath, rows: Sequence[Row]) -> None:
+    """Write rows that have the same columns; without any the file has the one column `id`."""
+    sink = pa.BufferOutputStream()
+    table = pa.Table.from_pylist(list(rows)) if rows else pa.table({"id": pa.array([], pa.string())})
+    pq.write_table(table, sink, compression="zstd")
+    put(path, sink.getvalue().to_pybytes())
+
+
+def read_rows(path: StorePath, *, columns: Sequence[str] | None = None) -> list[Row]:
+    """The rows of a file, all of their columns or some.
+
+    Raises:
+        FileNotFoundError: there is none.
+        pyarrow.ArrowInvalid: it is no Parquet file.
+    """
+    found: list[Row] = pq.read_table(io.BytesIO(upath(path).read_bytes()), columns=columns).to_pylist()
+    return found
+
+
+def read_ids(path: StorePath) -> list[str]:
+    """The column `id` of a file."""
+    return [row["id"] for row in read_rows(path, columns=["id"])]
+
+
 REPEATED = ("crs", "grid_image", "sources", "refused")
 """Columns in which many rows have the same text."""
 _NAME = "^[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?$"

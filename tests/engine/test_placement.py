@@ -3,10 +3,10 @@ import time
 
 import pytest
 
-from rayseg import placement
+from rayseg.engine import cluster
+from rayseg.engine.cluster import sizes
+from rayseg.engine.work import Work
 from rayseg.errors import ConfigError, Stalled
-from rayseg.guard import Work
-from rayseg.placement import sizes
 
 SMALL = Work(list, cpus=0.25)
 MODEL = Work(list, cpus=1.0, gpus=1.0, model=True)
@@ -75,10 +75,10 @@ def test_beside_models_on_gpus_the_processors_read_and_write():
 
 
 def test_on_a_ray_of_ones_own_what_does_not_fit_is_refused_at_once(monkeypatch):
-    monkeypatch.setattr(placement.cluster, "machines", lambda: [{"CPU": 2.0, "GPU": 0.0}])
-    assert placement.sizes_now(STAGES, shared=False, patience=0.0)[1].cpus == 1.25
+    monkeypatch.setattr(cluster, "machines", lambda: [{"CPU": 2.0, "GPU": 0.0}])
+    assert cluster.sizes_now(STAGES, shared=False, patience=0.0)[1].cpus == 1.25
     with pytest.raises(ConfigError, match="need 8"):
-        placement.sizes_now([Work(list, cpus=4)], shared=False, patience=100.0)
+        cluster.sizes_now([Work(list, cpus=4)], shared=False, patience=100.0)
 
 
 def test_an_autoscaler_is_asked_for_what_is_needed_beside_what_is_held_and_no_longer_than_that(monkeypatch):
@@ -86,11 +86,11 @@ def test_an_autoscaler_is_asked_for_what_is_needed_beside_what_is_held_and_no_lo
     asked, left = [], iter([{"CPU": 0.5, "GPU": 0.0}, {"CPU": 4.0, "GPU": 1.0}])
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda *, bundles: asked.append(bundles))
     new = {"CPU": 8.0, "GPU": 0.0}  # came when what is there had been looked at
-    monkeypatch.setattr(placement.cluster, "machines", lambda: [{"CPU": 4.0, "GPU": 1.0}])
-    monkeypatch.setattr(placement.cluster, "free", lambda: [next(left), new][: 2 if not asked else 1])
-    monkeypatch.setattr(placement, "LETTING_GO", -1.0)
+    monkeypatch.setattr(cluster, "machines", lambda: [{"CPU": 4.0, "GPU": 1.0}])
+    monkeypatch.setattr(cluster, "available", lambda: [next(left), new][: 2 if not asked else 1])
+    monkeypatch.setattr(cluster, "LETTING_GO", -1.0)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    placement.sizes_now([Work(list, cpus=1.0), Work(list, cpus=1.0, gpus=1.0, model=True)], shared=True, patience=9.0)
+    cluster.sizes_now([Work(list, cpus=1.0), Work(list, cpus=1.0, gpus=1.0, model=True)], shared=True, patience=9.0)
     assert asked == [[{"CPU": 1.0}, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 3.5, "GPU": 1.0}], []]
 
 
@@ -99,19 +99,19 @@ def test_what_others_hold_of_a_cluster_is_left_to_them_and_waited_for(local_ray,
     """Without it actors would be asked for that never start."""
     import ray
 
-    monkeypatch.setattr(placement, "LETTING_GO", 0.2)
-    before = placement.sizes_now(STAGES, shared=True, patience=0.0)
+    monkeypatch.setattr(cluster, "LETTING_GO", 0.2)
+    before = cluster.sizes_now(STAGES, shared=True, patience=0.0)
     holders = [ray.remote(num_cpus=3, num_gpus=gpus)(Holder).remote() for gpus in (1, 0)]
     ray.get([holder.ready.remote() for holder in holders])
     try:
-        beside = placement.sizes_now([SMALL, Work(list, model=True), SMALL], shared=True, patience=0.0)
+        beside = cluster.sizes_now([SMALL, Work(list, model=True), SMALL], shared=True, patience=0.0)
         with pytest.raises(Stalled, match=r"need 17.* Ray has 2 free; .* then give the same command again"):
-            placement.sizes_now([Work(list, cpus=8.5), SMALL], shared=True, patience=0.3)
+            cluster.sizes_now([Work(list, cpus=8.5), SMALL], shared=True, patience=0.3)
         with pytest.raises(Stalled, match="others did not let go of it: then give the same command again"):
-            placement.sizes_now(STAGES, shared=True, patience=0.1)
+            cluster.sizes_now(STAGES, shared=True, patience=0.1)
         began = time.monotonic()
         threading.Timer(1.0, ray.kill, [holders[0]]).start()
-        after = placement.sizes_now(STAGES, shared=True, patience=5.0)
+        after = cluster.sizes_now(STAGES, shared=True, patience=5.0)
     finally:
         for holder in holders:
             ray.kill(holder)

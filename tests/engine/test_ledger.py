@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pytest
 
-from rayseg.ledger import Account, Fate, Ledger, Record
+from rayseg.engine.ledger import Account, Fate, Ledger, Record
 
 
 @pytest.fixture

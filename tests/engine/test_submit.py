@@ -6,8 +6,8 @@ import pytest
 import yaml
 from small_world import refused
 
-from rayseg import submission
 from rayseg.config import load
+from rayseg.engine import submit
 from rayseg.errors import ConfigError, RunIncomplete
 from rayseg.pipelines import gpc
 
@@ -46,7 +46,7 @@ class Head:
 
 def followed(head, job="r-1"):
     said = []
-    submission.carry_out(head, LINE, job, say=said.append, poll=0)
+    submit.carry_out(head, LINE, job, say=said.append, poll=0)
     return "".join(said)
 
 
@@ -84,11 +84,11 @@ def test_a_job_that_fails_says_why():
 
 
 def test_the_same_run_has_the_same_id_and_another_has_not():
-    one = submission.submission_id("s3://b/runs/gpc", LINE)
-    assert one == submission.submission_id("s3://b/runs/gpc", LINE)
+    one = submit.submission_id("s3://b/runs/gpc", LINE)
+    assert one == submit.submission_id("s3://b/runs/gpc", LINE)
     assert one.startswith("gpc-")
-    assert one != submission.submission_id("s3://b/runs/other", LINE)
-    assert one != submission.submission_id("s3://b/runs/gpc", f"{LINE} --set members=2")
+    assert one != submit.submission_id("s3://b/runs/other", LINE)
+    assert one != submit.submission_id("s3://b/runs/gpc", f"{LINE} --set members=2")
 
 
 @pytest.mark.parametrize(
@@ -110,10 +110,10 @@ def test_heads_elsewhere_need_a_token(monkeypatch, tmp_path, address, mode, allo
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 32 if mode == "token" else "")
     if allowed:
-        submission.expect_closed(address)
+        submit.expect_closed(address)
     else:
         with pytest.raises(ConfigError, match=r"address|token"):
-            submission.expect_closed(address)
+            submit.expect_closed(address)
 
 
 def test_a_file_of_settings_travels_in_the_line(tmp_path):
@@ -121,9 +121,9 @@ def test_a_file_of_settings_travels_in_the_line(tmp_path):
     file.write_text(
         "patch: 320\nstride: 256\nsegmenter: {negatives: 0.5, learning: {batch: 3}}\ncues: {scales: [1.0, 2.0]}\n"
     )
-    words = submission.inlined(str(file))
+    words = submit.inlined(str(file))
     assert load(gpc.Config, None, words[1::2]) == load(gpc.Config, str(file))
-    line = submission.entrypoint(["run", "pipeline", "gpc", *words])
+    line = submit.entrypoint(["run", "pipeline", "gpc", *words])
     assert shlex.split(line)[-2:] == ["--address", "auto"]
     assert yaml.safe_load(shlex.split(line)[5].partition("=")[2]) == 320
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from rayseg import run as runs
 from rayseg.config import Config
+from rayseg.engine import run as runs
+from rayseg.engine.ledger import Account, Ledger, Record
+from rayseg.engine.run import Engine, Run
 from rayseg.errors import ConfigError
 from rayseg.geo.region import Region
-from rayseg.ledger import Account, Ledger, Record
-from rayseg.run import Engine, Run
 
 CALLS = []
 
