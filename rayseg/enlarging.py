@@ -15,7 +15,7 @@ from rayseg.geo.region import Region
 from rayseg.io import items
 from rayseg.io.sources import Source, from_json
 from rayseg.mapping import MapConfig
-from rayseg.models.enlarge import EnlargeConfig
+from rayseg.models.super_resolution import EnlargeConfig
 from rayseg.stages.enlarge import BANDS, EnlargeTiles, WriteLarger, larger, lattice_of
 from rayseg.stages.ground import ImageConfig, ReadGround, check_source
 from rayseg.stages.read import tile_rows

@@ -11,7 +11,7 @@ from rayseg.io import vectors
 from rayseg.io.rasters import footprint, grids_of
 from rayseg.io.sources import unplaced
 from rayseg.models.bundle import Architecture, Bundle
-from rayseg.models.probabilities import Probabilities
+from rayseg.models.segmenter import Probabilities
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, tile_rows
 from rayseg.stages.write import WriteTile

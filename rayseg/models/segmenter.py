@@ -4,14 +4,12 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 
-import rayseg.models.deferred  # noqa: F401 - before timm and torchvision
-
-# isort: split
 import segmentation_models_pytorch as smp
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate
 
+import rayseg.models.deferred  # noqa: F401 - before timm and torchvision
 from rayseg.errors import ConfigError
 from rayseg.models.deeplab import DeepLab
 from rayseg.models.encoders import (
@@ -21,6 +19,24 @@ from rayseg.models.encoders import (
     load_encoder_weights,
     pretrained_name,
 )
+
+
+class Probabilities(nn.Module):
+    """A model's logits (N, K, H, W) as probabilities, float32: of class 1 where K is 1, else of all, adding up to one.
+
+    Args:
+        model: gives the logits.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Probabilities of images."""
+        logits: Tensor = self.model(x_NCHW).float()
+        return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+
 
 ARCHITECTURES = tuple(sorted([*smp.MODEL_ARCHITECTURES_MAPPING, "deeplab"]))
 

@@ -34,8 +34,8 @@ from rayseg.mapping import MapConfig
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.encoders import NO_FILES, read_state
-from rayseg.models.enlarge import EnlargeConfig, load_enlarger
 from rayseg.models.sam import SamConfig, checkpoint_state
+from rayseg.models.super_resolution import EnlargeConfig, load_enlarger
 from rayseg.stages.enlarge import lattice_of
 from rayseg.stages.ground import ImageConfig, ReadGround, check_source
 from rayseg.stages.instances import ProposePlots, ReadPlots, WritePieces, WritePlots, pieces_path

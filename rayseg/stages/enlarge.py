@@ -13,7 +13,7 @@ from rayseg.store import upath
 from rayseg.vision.fill import filled
 
 if TYPE_CHECKING:
-    from rayseg.models.enlarge import Enlarge, EnlargeConfig
+    from rayseg.models.super_resolution import Enlarge, EnlargeConfig
 
 Row = dict[str, Any]
 BANDS = ("red", "green", "blue")
@@ -40,7 +40,7 @@ class EnlargeTiles:
 
     @cached_property
     def _enlarge(self) -> "Enlarge":
-        from rayseg.models.enlarge import load_enlarger
+        from rayseg.models.super_resolution import load_enlarger
 
         return load_enlarger(self.config)
 

@@ -59,7 +59,7 @@ class Predict:
         import torch
 
         from rayseg.models.cpu import Apart, folded
-        from rayseg.models.probabilities import Probabilities
+        from rayseg.models.segmenter import Probabilities
 
         described, model = bundle.build(self.prefix)
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")

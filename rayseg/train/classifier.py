@@ -16,7 +16,7 @@ from rayseg.errors import ConfigError
 from rayseg.metrics import Confusion
 from rayseg.models.bundle import Scaling
 from rayseg.models.classifier import build_classifier, build_over_imagenet
-from rayseg.models.plots import build_plot_classifier
+from rayseg.models.plot_classifier import build_plot_classifier
 from rayseg.store import StorePath, absolute
 from rayseg.train import sample, session
 from rayseg.train.augment import Augment, augment, centre
@@ -31,7 +31,7 @@ class ClassifierConfig(Config):
 
     network: Literal["chips", "plots", "over-imagenet"] = "chips"
     """chips: a head on an encoder; over-imagenet: a head on the 1000 outputs of a whole network of timm, where dropout,
-    stride, pooling and one_logit are unused; plots: of rayseg.models.plots, where these and reduce are."""
+    stride, pooling and one_logit are unused; plots: of rayseg.models.plot_classifier, where these and reduce are."""
     encoder: str = "regnety_040"
     """A name of segmentation_models_pytorch or of timm."""
     weights: session.Weights = "imagenet"

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import nn
 
 from rayseg.config import Config
-from rayseg.models.s4gan import Discriminator, poly
+from rayseg.models.discriminator import Discriminator, poly
 from rayseg.train.augment import Augment
 from rayseg.train.learning import Learner, Learning
 from rayseg.train.network import NetworkConfig

@@ -19,8 +19,8 @@ from torch.nn.functional import pad
 from rayseg.errors import DataError
 from rayseg.metrics import Confusion
 from rayseg.models.bundle import Scaling
+from rayseg.models.discriminator import discriminator_loss, expect_seen, feature_matching, one_hot, self_training
 from rayseg.models.losses import cross_entropy_sum, mass
-from rayseg.models.s4gan import discriminator_loss, expect_seen, feature_matching, one_hot, self_training
 from rayseg.store import StorePath, absolute
 from rayseg.train import sample, session
 from rayseg.train.augment import augment, centre

@@ -29,9 +29,9 @@ from rayseg.io.plots import mask_of as plot_mask
 from rayseg.mapping import MapConfig
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Scaling
-from rayseg.models.enlarge import EnlargeConfig
-from rayseg.models.plots import build_plot_classifier
+from rayseg.models.plot_classifier import build_plot_classifier
 from rayseg.models.sam import SamConfig
+from rayseg.models.super_resolution import EnlargeConfig
 from rayseg.pipelines import agri
 from rayseg.pipelines.agri import CLASSES, SCALING, Config
 from rayseg.stages import plots as stages

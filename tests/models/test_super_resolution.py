@@ -9,7 +9,7 @@ from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 
 from rayseg.errors import ModelError
 from rayseg.geo.grid import Grid, Tile, Window
-from rayseg.models.enlarge import EnlargeConfig, load_enlarger
+from rayseg.models.super_resolution import EnlargeConfig, load_enlarger
 from rayseg.stages.enlarge import EnlargeTiles
 
 torch.set_num_threads(1)

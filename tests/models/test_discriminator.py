@@ -4,8 +4,7 @@ import torch
 from torch.nn.functional import cross_entropy as plain
 
 from rayseg.errors import ConfigError
-from rayseg.models.losses import cross_entropy
-from rayseg.models.s4gan import (
+from rayseg.models.discriminator import (
     Discriminator,
     discriminator_loss,
     expect_seen,
@@ -14,6 +13,7 @@ from rayseg.models.s4gan import (
     poly,
     self_training,
 )
+from rayseg.models.losses import cross_entropy
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch
 
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Scaling
-from rayseg.models.plots import AttendedHue, build_plot_classifier, hue, richness
+from rayseg.models.plot_classifier import AttendedHue, build_plot_classifier, hue, richness
 
 
 def test_hue_is_that_of_the_colour_circle():
