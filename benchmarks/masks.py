@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from rayseg.vision import masks
+from rayseg.vision import rle
 
 
 def ellipses(count: int, side: int) -> np.ndarray:
@@ -54,17 +54,17 @@ def main() -> None:
     parser.add_argument("--loops", type=int, default=24)
     asked = parser.parse_args()
     masks_NHW = ellipses(asked.count, asked.side)
-    runs = [masks.encode(mask_HW) for mask_HW in masks_NHW]
+    runs = [rle.encode(mask_HW) for mask_HW in masks_NHW]
     size = sum(one.nbytes for one in runs) * 500 / len(runs)
     began = time.process_time()
-    kept = masks.survivors(runs, 0.8)
+    kept = rle.survivors(runs, 0.8)
     ours = time.process_time() - began
 
     part = asked.loops or asked.count
     began = time.process_time()
     expected, compared = by_loops(masks_NHW[:part], 0.8)
     loops = time.process_time() - began
-    assert expected == masks.survivors(runs[:part], 0.8), "the survivors differ"
+    assert expected == rle.survivors(runs[:part], 0.8), "the survivors differ"
     whole = len(kept) * (len(kept) - 1) + asked.count - len(kept)  # every pair of the last pass, at least
     print(f"{asked.count} masks of {asked.side} x {asked.side}: {len(kept)} survive")
     print(f"runs and one product: {ours:.3f} s; 500 such masks take {size / 2**20:.2f} MiB")

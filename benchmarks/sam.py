@@ -28,7 +28,7 @@ from torch import nn
 
 from rayseg.models import sam as sams
 from rayseg.models.sam import SamConfig, SamProposer, load_sam
-from rayseg.vision import masks
+from rayseg.vision import rle
 from rayseg.vision.rounds import Refining, RoundsConfig, alone, find_plots, is_mixed, is_white, whitened
 
 
@@ -146,7 +146,7 @@ def published(generator: SamAutomaticMaskGenerator, image: np.ndarray, rounds: R
         if one.white is not None:
             kept = [mask for mask in kept if white[mask].mean() < one.white]
         found += kept
-        image = whitened(image, [masks.encode(mask) for mask in kept], edges=one.edges)
+        image = whitened(image, [rle.encode(mask) for mask in kept], edges=one.edges)
         print(f"    published, round {number}: {len(kept)} masks, {1 - is_white(image).mean():.0%} left", flush=True)
     print(f"    published, rounds: {time.process_time() - began:.1f} s of CPU; then {len(found)} masks are compared")
     plots = parted(survivors(found, rounds.duplicate), rounds.least)
@@ -207,7 +207,7 @@ def alike(one: list[bytes], other: list[bytes]) -> str:
     """How many are the same to the last pixel, and how much the worst of all differs from the one it is most like."""
     if not one or not other:
         return f"{len(one)} and {len(other)}"
-    ious = masks.ious([np.frombuffer(runs, np.int64) for runs in [*one, *other]])[: len(one), len(one) :]
+    ious = rle.ious([np.frombuffer(runs, np.int64) for runs in [*one, *other]])[: len(one), len(one) :]
     worst = min(ious.max(axis=1).min(), ious.max(axis=0).min())
     return f"{len(set(one) & set(other))} of {len(set(other))} the same, IoU of the others {worst:.4f} or more"
 
@@ -272,11 +272,11 @@ def compare(proposer: SamProposer, image: np.ndarray, what: str) -> None:
 
     if what == "generator":
         timed("ours", lambda: proposer(image, np.ones(image.shape[:2], bool)).masks)
-        timed("published", lambda: [masks.encode(one["segmentation"]) for one in generator.generate(image)])
+        timed("published", lambda: [rle.encode(one["segmentation"]) for one in generator.generate(image)])
     else:
         timed("ours", lambda: find_plots(image, proposer, rounds).proposals.masks)
         timed("ours, every point", lambda: find_plots(image, every_point(proposer), rounds).proposals.masks)
-        timed("published", lambda: [masks.encode(mask) for mask in published(generator, image, rounds)])
+        timed("published", lambda: [rle.encode(mask) for mask in published(generator, image, rounds)])
     _, last, expected = rows[-1]
     table = [
         (name, len(found), f"{cost.wall:.1f}", f"{cost.cpu:.1f}", f"{last.wall / cost.wall:.2f}",

@@ -17,7 +17,7 @@ from measure import show
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from rayseg import demo
+from rayseg.demo import make
 from rayseg.engine import cluster
 from rayseg.io import scenes, tables
 from rayseg.train import feed
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--classes", default="deepglobe")
     parser.add_argument("--no-ray", action="store_true")
     asked = parser.parse_args()
-    catalogue = "" if asked.labelled else demo.ensure()
+    catalogue = "" if asked.labelled else make.ensure()
     given = (asked.labelled, None) if asked.labelled else (f"{catalogue}#imagery", f"{catalogue}#truth/landcover")
     images = tuple(scenes.labelled_images(*given))
     read = Windows(images, ("red", "green", "blue"), tables.read_table(asked.classes))

@@ -32,9 +32,9 @@ from rayseg.store import upath
 from rayseg.train.augment import Augment
 from rayseg.train.classifier import ClassifierConfig, fit_classifier, trained_classifier
 from rayseg.train.learning import Learning, Rates
-from rayseg.vision import linear, queries
+from rayseg.vision import linear, query_strategies
 from rayseg.vision.color import ClassTable, label_table
-from rayseg.vision.queries import Budget
+from rayseg.vision.query_strategies import Budget
 
 Strategy = Literal["margin", "entropy", "least-confidence", "random", "k-center", "badge"]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -85,7 +85,7 @@ class ActiveConfig(Config):
 
     def budget(self, chips: int) -> Budget:
         """How many of `chips` are asked for when."""
-        return queries.budget(chips, self.ratio, alpha=self.alpha, beta=self.beta, count_pool=self.count_pool)
+        return query_strategies.budget(chips, self.ratio, alpha=self.alpha, beta=self.beta, count_pool=self.count_pool)
 
 
 def draw_first(step: Step, listed: Step, config: ActiveConfig, seed: int) -> dict[str, Any]:
@@ -307,7 +307,7 @@ def _learnt(
     prefix = str(step.prefix / "classifier")
     model = trained_classifier(settings, step.prefix / "training", classes=len(classes))
     bundle.save(prefix, _described(settings, classes, common), model)
-    features = str(step.prefix / "features") if config.strategy in queries.FEATURES else None
+    features = str(step.prefix / "features") if config.strategy in query_strategies.FEATURES else None
     return _scored(step, asked + (own if features else []), Score(prefix, features), common)
 
 
@@ -365,9 +365,9 @@ def _choose(
 ) -> list[tuple[int, float]]:
     """(position among the rest, score) of the chips chosen."""
     p_NK = np.array([scores.get(row["id"], [0.0]) for row in rest])
-    features = partial(_features, step, wanted=config.strategy in queries.FEATURES)
-    found = queries.STRATEGIES[config.strategy](
-        queries.Pool(p_NK, features([row["id"] for row in rest]), features(taken)),
+    features = partial(_features, step, wanted=config.strategy in query_strategies.FEATURES)
+    found = query_strategies.STRATEGIES[config.strategy](
+        query_strategies.Pool(p_NK, features([row["id"] for row in rest]), features(taken)),
         count,
         np.random.default_rng((common.seed, number)),
     )

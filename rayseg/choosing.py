@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rayseg import active, publication, report
 from rayseg.engine.run import Step
-from rayseg.vision.queries import SCORES
+from rayseg.vision.query_strategies import SCORES
 
 
 def accuracies(rounds: Sequence[Step]) -> list[tuple[int, float]]:

@@ -30,7 +30,7 @@ from rayseg.stages.cues import (
 from rayseg.stages.weak import Cam, Segment
 from rayseg.store import put
 from rayseg.vision import concept
-from rayseg.vision.cues import Objects
+from rayseg.vision.coarse_masks import Objects
 
 YES, NO = "gpc", "nongpc"
 LABELS = (YES, NO)

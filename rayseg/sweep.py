@@ -26,7 +26,7 @@ from rayseg.errors import ConfigError, DataError, ModelError, RaysegError, RunIn
 from rayseg.geo.region import Region
 from rayseg.pipelines import al_s4gan
 from rayseg.store import absolute, put, upath
-from rayseg.vision.queries import STRATEGIES
+from rayseg.vision.query_strategies import STRATEGIES
 
 LEARNERS = ("s4gan", "supervised")
 """s4gan learns from all chips; supervised from those with masks alone."""

@@ -14,7 +14,7 @@ import pytest
 from mortal import HERE, TABLE, Command, Nodes, World, names, records, settled, until
 from small_world import SMALL_GPC, catalogue, damage, rayseg, refused, segmenter
 
-from rayseg import demo
+from rayseg.demo import make
 from rayseg.models import bundle
 
 ENGINES = ["inline", pytest.param("ray", marks=pytest.mark.ray)]
@@ -365,7 +365,7 @@ def pipeline(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("RAYSEG_CACHE", str(root / "cache"))
         (root / "small.yaml").write_text(SMALL_GPC)
-        region = demo.ensure(size=512, chips=(8, 8))
+        region = make.ensure(size=512, chips=(8, 8))
         words = ("run", "pipeline", "gpc", "--region", region, "--config", root / "small.yaml")
         assert rayseg(*words, "--engine", "inline", "--out", root / "whole").exit_code == 0
         yield words, root / "whole"

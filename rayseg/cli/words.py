@@ -58,9 +58,9 @@ def region_of(text: str) -> "Region":
     if not text.strip():
         raise ConfigError(f"the region is empty, expected {REGIONS}")
     if text == "demo":
-        from rayseg import demo
+        from rayseg.demo import make
 
-        return Region("demo", catalog=demo.ensure())
+        return Region("demo", catalog=make.ensure())
     return catalog.resolve_region(text)
 
 

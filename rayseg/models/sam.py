@@ -28,9 +28,9 @@ from rayseg.engine.tuning import reused_memory
 from rayseg.errors import ModelError
 from rayseg.models.encoders import read_state
 from rayseg.store import absolute, cache_dir, put_file
-from rayseg.vision import masks
-from rayseg.vision.masks import Mask, Runs
+from rayseg.vision import rle
 from rayseg.vision.proposals import Image, Proposals
+from rayseg.vision.rle import Mask, Runs
 
 Variant = Literal["vit_b", "vit_l", "vit_h"]
 WEB = ("http://", "https://")
@@ -260,7 +260,7 @@ def _nothing(device: torch.device) -> _Found:
 def _proposals(found: _Found) -> Proposals:
     changes_M, counts_N = found.changes_M.cpu().numpy(), found.counts_N.cpu().numpy()
     pieces = np.split(changes_M, np.cumsum(counts_N)[:-1]) if len(counts_N) else []
-    runs: list[Runs] = [masks.joined(piece[::2], piece[1::2] - 1) for piece in pieces]
+    runs: list[Runs] = [rle.joined(piece[::2], piece[1::2] - 1) for piece in pieces]
     return Proposals(tuple(runs), found.iou_N.double().cpu().numpy(), found.stability_N.double().cpu().numpy())
 
 

@@ -12,7 +12,7 @@ from segment_anything.utils import amg
 from rayseg.models.bundle import Architecture, Bundle, Scaling, save
 from rayseg.models.sam import SamConfig, Variant, load_sam
 from rayseg.store import StorePath
-from rayseg.vision import masks
+from rayseg.vision import rle
 from rayseg.vision.proposals import Image, Proposals
 
 
@@ -78,5 +78,5 @@ def _best(predictor: SamPredictor, asked: dict[str, Any], *, several: bool) -> P
     best = int(iou_N.argmax())
     logits_1HW, threshold = torch.from_numpy(logits_NHW[best : best + 1]), predictor.model.mask_threshold
     stability = amg.calculate_stability_score(logits_1HW, threshold, 1.0).double().numpy()
-    runs = masks.encode((logits_1HW[0] > threshold).numpy())
+    runs = rle.encode((logits_1HW[0] > threshold).numpy())
     return Proposals((runs,), iou_N[best : best + 1].astype(np.float64), np.nan_to_num(stability))

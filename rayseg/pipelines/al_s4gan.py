@@ -38,7 +38,7 @@ from rayseg.train.classifier import expect_trainable as expect_classifier
 from rayseg.train.pair import S4ganConfig
 from rayseg.train.s4gan import Data, confusions, expect_trainable, fit_s4gan, measures_of, trained_s4gan
 from rayseg.vision.color import ClassTable
-from rayseg.vision.queries import expect_enough
+from rayseg.vision.query_strategies import expect_enough
 
 PRODUCT = "landcover"
 

@@ -21,7 +21,7 @@ from rayseg.models.sam_bundle import prompted
 from rayseg.models.unsupervised import segment
 from rayseg.serve.answers import GEOJSON, JSON, NODATA, PNG
 from rayseg.serve.uploads import Image
-from rayseg.vision import masks
+from rayseg.vision import rle
 from rayseg.vision.color import label_table
 from rayseg.vision.fill import filled
 from rayseg.vision.instances import painted
@@ -111,9 +111,9 @@ def _json(tile: Tile, rows: Sequence[dict[str, Any]]) -> bytes:
     things = [
         {
             "id": number,
-            "bbox": list(masks.box(row["runs"], width)),
-            "pixels": masks.area(row["runs"]),
-            "area_m2": None if area is None else masks.area(row["runs"]) * area,
+            "bbox": list(rle.box(row["runs"], width)),
+            "pixels": rle.area(row["runs"]),
+            "area_m2": None if area is None else rle.area(row["runs"]) * area,
             "predicted_iou": round(row["iou"], 4),
             "stability": round(row["stability"], 4),
             "runs": row["runs"].tolist(),
@@ -128,7 +128,7 @@ def _geojson(tile: Tile, rows: Sequence[dict[str, Any]]) -> bytes:
     shape = (tile.window.height, tile.window.width)
     frames = []
     for number, row in enumerate(rows, 1):
-        classes_HW = masks.decode(row["runs"], shape).astype(np.uint8)
+        classes_HW = rle.decode(row["runs"], shape).astype(np.uint8)
         frame = vectors.join([vectors.polygons_of(classes_HW, None, tile.grid, tile.window)], label_table(3))
         frame = frame.drop(columns=["class", "name", "score_mean"])
         frames.append(frame.assign(id=number, predicted_iou=row["iou"], stability=row["stability"]))

@@ -13,7 +13,7 @@ from rayseg.io.labels import Chip, middle, read_chip
 from rayseg.io.sources import grids_of
 from rayseg.store import put, upath
 from rayseg.vision import concept, superpixels
-from rayseg.vision.cues import Objects, coarse_mask
+from rayseg.vision.coarse_masks import Objects, coarse_mask
 from rayseg.vision.fill import filled
 
 Row = dict[str, Any]

@@ -4,8 +4,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from rayseg.vision.masks import Mask
 from rayseg.vision.proposals import Image
+from rayseg.vision.rle import Mask
 
 
 def square_crop(image_HWC: Image, mask_HW: Mask, *, size: int) -> Image:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from rayseg.vision import masks
-from rayseg.vision.masks import Mask, Runs
+from rayseg.vision import rle
+from rayseg.vision.rle import Mask, Runs
 
 Labels = NDArray[np.int32]
 
@@ -24,7 +24,7 @@ def painted(found: Sequence[Runs], shape: tuple[int, int], *, where_HW: Mask, le
         (labels_HW, kept): 0 for none, k + 1 for the mask at position kept[k]; `kept` ascends.
     """
     labels = np.zeros(shape[0] * shape[1], np.int32)
-    for position in np.argsort(-masks.areas(found), kind="stable"):
+    for position in np.argsort(-rle.areas(found), kind="stable"):
         starts, lengths = found[position][::2], found[position][1::2] - found[position][::2]
         inside = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
         labels[inside + np.arange(len(inside))] = position + 1

@@ -15,8 +15,8 @@ from scipy import ndimage
 from skimage.transform import downscale_local_mean
 
 from rayseg.config import Config
-from rayseg.vision import masks
-from rayseg.vision.masks import Mask, Runs
+from rayseg.vision import rle
+from rayseg.vision.rle import Mask, Runs
 from rayseg.vision.superpixels import felzenszwalb
 
 Image = NDArray[np.uint8]
@@ -136,7 +136,7 @@ class SuperpixelProposer(Config):
         height, width = mask_HW.shape
         inside = (top, left, top + height, left + width)
         cut_HW = mask_HW & open_HW[top : top + height, left : left + width]
-        return masks.moved(masks.encode(cut_HW), inside, width=width, into=open_HW.shape[1])
+        return rle.moved(rle.encode(cut_HW), inside, width=width, into=open_HW.shape[1])
 
 
 def _contrasts(image_HWC: NDArray[np.float32], labels_HW: NDArray[np.int32], reach: int) -> NDArray[np.float64]:

@@ -19,9 +19,9 @@ from skimage.color import rgb2gray
 from skimage.filters import threshold_otsu
 
 from rayseg.config import Config
-from rayseg.vision import masks
-from rayseg.vision.masks import Mask, Runs
+from rayseg.vision import rle
 from rayseg.vision.proposals import Image, Proposals, Propose
+from rayseg.vision.rle import Mask, Runs
 
 WHITE = 255
 _CROSS = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], np.uint8)
@@ -138,9 +138,9 @@ def in_rounds(
             break
         proposals = propose(image_HWC, ~white_HW)
         if round_.white is not None:
-            proposals = proposals.take(np.flatnonzero(masks.shares(proposals.masks, white_HW) < round_.white))
+            proposals = proposals.take(np.flatnonzero(rle.shares(proposals.masks, white_HW) < round_.white))
         found.append(_plots(proposals, number))
-        known_HW |= masks.union(proposals.masks, shape)
+        known_HW |= rle.union(proposals.masks, shape)
         coverage.append(float(known_HW[valid_HW].mean()))
         if number < len(rounds):
             image_HWC = whitened(image_HWC, proposals.masks, edges=round_.edges)
@@ -161,8 +161,8 @@ def _concatenated(several: Sequence[Plots]) -> Plots:
 
 def _apart(plots: Plots, shape: tuple[int, int], duplicate: float, least: int) -> Plots:
     """Without duplicates, then split into connected parts of at least `least` pixels."""
-    plots = plots.take(masks.survivors(plots.proposals.masks, duplicate))
-    split = [masks.parts(runs, shape, least=least) for runs in plots.proposals.masks]
+    plots = plots.take(rle.survivors(plots.proposals.masks, duplicate))
+    split = [rle.parts(runs, shape, least=least) for runs in plots.proposals.masks]
     owners = np.repeat(np.arange(len(split)), [len(part) for part in split])
     taken = plots.take([int(k) for k in owners])
     return replace(taken, proposals=taken.proposals.with_masks([runs for part in split for runs in part]))
@@ -180,7 +180,7 @@ def is_white(image_HWC: Image) -> Mask:
 def whitened(image_HWC: Image, found: Sequence[Runs], *, edges: bool) -> Image:
     """What is left to look at: the masks, grown by 3 px, the strong edges if asked for, and specks become white."""
     image_HWC = image_HWC.copy()
-    grown_HW = cv2.dilate(masks.union(found, image_HWC.shape[:2]).astype(np.uint8), _CROSS, iterations=3)
+    grown_HW = cv2.dilate(rle.union(found, image_HWC.shape[:2]).astype(np.uint8), _CROSS, iterations=3)
     image_HWC[grown_HW > 0] = WHITE
     if edges:
         image_HWC = without_edges(image_HWC)
@@ -225,16 +225,16 @@ def _without_specks(image_HWC: Image) -> Image:
 def _refined(image_HWC: Image, plots: Plots, at: int, propose: Propose, config: Refining) -> Plots:
     """What one round finds in the crop of a mask, if that looks mixed."""
     runs, width = plots.proposals.masks[at], image_HWC.shape[1]
-    if masks.area(runs) <= config.least:
+    if rle.area(runs) <= config.least:
         return _plots(Proposals.none(), 0)
-    row, col, row1, col1 = masks.box(runs, width)
-    mask_HW = masks.decode(runs, image_HWC.shape[:2])
+    row, col, row1, col1 = rle.box(runs, width)
+    mask_HW = rle.decode(runs, image_HWC.shape[:2])
     around = np.s_[max(row - _AROUND, 0) : row1 + _AROUND, max(col - _AROUND, 0) : col1 + _AROUND]
     if not is_mixed(alone(image_HWC[around], mask_HW[around]), mask_HW[around], config):
         return _plots(Proposals.none(), 0)
     crop_HWC = alone(image_HWC[row:row1, col:col1], mask_HW[row:row1, col:col1])
     found = in_rounds(crop_HWC, propose, [Round(white=config.white)], left=0.0)
-    placed = [masks.moved(one, (row, col, row1, col1), width=col1 - col, into=width) for one in found.proposals.masks]
+    placed = [rle.moved(one, (row, col, row1, col1), width=col1 - col, into=width) for one in found.proposals.masks]
     count = len(placed)
     number = np.full(count, plots.round_N[at])
     return Plots(found.proposals.with_masks(placed), number, np.ones(count, bool))

@@ -14,7 +14,7 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from rayseg.errors import ModelError
 from rayseg.models import sam as sams
 from rayseg.models.sam import SamConfig, SamProposer
-from rayseg.vision import masks
+from rayseg.vision import rle
 
 torch.set_num_threads(1)
 
@@ -74,7 +74,7 @@ def published(model, image, config):
         crop_n_points_downscale_factor=config.crop_points,
     )
     return [
-        (masks.encode(one["segmentation"]), one["predicted_iou"], one["stability_score"])
+        (rle.encode(one["segmentation"]), one["predicted_iou"], one["stability_score"])
         for one in generator.generate(image)
     ]
 
@@ -89,7 +89,7 @@ def the_same(model, image, config):
     one, other = (sorted(rows, key=lambda row: (row[0].tobytes(), row[1])) for rows in (expected, got))
     assert [runs.tobytes() for runs, _, _ in one] == [runs.tobytes() for runs, _, _ in other]
     for (runs, *expected_scores), (_, *scores) in zip(one, other, strict=True):
-        pixel = 1 / max(masks.area(runs), 1)  # a share of pixels: rounding may bring one over the threshold
+        pixel = 1 / max(rle.area(runs), 1)  # a share of pixels: rounding may bring one over the threshold
         np.testing.assert_allclose(scores, expected_scores, rtol=0, atol=1e-4 + pixel)  # NaN, of no mask, equals NaN
     return len({runs.tobytes() for runs, _, _ in one})
 

@@ -38,7 +38,7 @@ from rayseg.stages import plots as stages
 from rayseg.stages.ground import ImageConfig
 from rayseg.stages.instances import ProposePlots
 from rayseg.train.classifier import NETWORKS, ClassifierConfig
-from rayseg.vision import masks
+from rayseg.vision import rle
 from rayseg.vision.color import ClassTable
 from rayseg.vision.proposals import Proposals, SuperpixelProposer
 from rayseg.vision.rounds import RoundsConfig
@@ -327,7 +327,7 @@ def test_coverage_is_of_the_valid_pixels_whatever_patches_see_of_nodata(tmp_path
     monkeypatch.setattr(agri, "coverage_chart", lambda patches: shown.extend(patches) or b"")
 
     def everything(image_HWC, open_HW):
-        return Proposals((masks.encode(open_HW),), np.ones(1), np.ones(1)) if open_HW.any() else Proposals.none()
+        return Proposals((rle.encode(open_HW),), np.ones(1), np.ones(1)) if open_HW.any() else Proposals.none()
 
     monkeypatch.setattr(ProposePlots, "_propose", staticmethod(everything))
     words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run", "--set", "map.tile=128")

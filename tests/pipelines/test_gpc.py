@@ -10,8 +10,9 @@ import pytest
 import rasterio
 from small_world import SMALL_GPC, damage, files, rayseg, scene, valid_stac
 
-from rayseg import cues, demo
+from rayseg import cues
 from rayseg.config import load
+from rayseg.demo import make
 from rayseg.engine.manifest import write_rows
 from rayseg.engine.run import Engine, Step, read
 from rayseg.errors import DataError
@@ -34,7 +35,7 @@ def words(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAYSEG_CACHE", str(root))
-        catalogue = demo.ensure(size=512, chips=(8, 8))
+        catalogue = make.ensure(size=512, chips=(8, 8))
     (root / "small.yaml").write_text(SMALL_GPC)
     return "run", "pipeline", "gpc", "--region", catalogue, "--config", root / "small.yaml", "--engine", "inline"
 

@@ -11,7 +11,7 @@ from fake_run import blobs
 from PIL import Image
 from small_world import GRID, HEIGHT, WIDTH, files, rayseg, refused, scene, segmenter, valid_stac, window_at
 
-from rayseg import demo
+from rayseg.demo import make
 from rayseg.engine.manifest import write_rows
 from rayseg.engine.run import Engine, Step, read
 from rayseg.io import cog, scenes
@@ -47,7 +47,7 @@ def words(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAYSEG_CACHE", str(root))
-        catalogue = demo.ensure(size=512, chips=(2, 2))
+        catalogue = make.ensure(size=512, chips=(2, 2))
     (root / "small.yaml").write_text(SMALL)
     return "run", "pipeline", "landcover", "--region", catalogue, "--config", root / "small.yaml", "--engine", "inline"
 

@@ -10,7 +10,7 @@ from tiny_server import client, encoded, form, sam_picture, untrained_sam
 
 from rayseg.models import bundle
 from rayseg.models.unsupervised import segment
-from rayseg.vision import masks
+from rayseg.vision import rle
 from rayseg.vision.fill import filled
 from rayseg.vision.superpixels import halved
 
@@ -35,10 +35,10 @@ def test_points_and_boxes_give_one_thing_each(asked):
     assert (said["width"], said["height"]) == (160, 120)
     assert len(said["things"]) == 2
     for one in said["things"]:
-        inside = masks.decode(np.array(one["runs"]), (120, 160))
+        inside = rle.decode(np.array(one["runs"]), (120, 160))
         assert inside.sum() == one["pixels"]
     painted = np.array(Image.open(io.BytesIO(ask(asked, "/v1/sam/prompt", "image/png", **fields).content)))
-    shown = sum(masks.decode(np.array(one["runs"]), (120, 160)) for one in said["things"]) > 0
+    shown = sum(rle.decode(np.array(one["runs"]), (120, 160)) for one in said["things"]) > 0
     np.testing.assert_array_equal(painted[..., 3] > 0, shown)
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from rayseg.vision import masks
+from rayseg.vision import rle
 from rayseg.vision.crops import square_crop
 from rayseg.vision.instances import painted
 
@@ -12,7 +12,7 @@ def test_small_masks_lie_on_large_ones_and_scraps_go():
     large[2:18, 2:18], small[4:10, 4:10], scrap[0:2, 0:3] = True, True, True
     where_HW = np.ones((20, 20), bool)
     where_HW[:, 16:] = False
-    found = [masks.encode(m) for m in (small, scrap, large)]
+    found = [rle.encode(m) for m in (small, scrap, large)]
     labels_HW, kept = painted(found, (20, 20), where_HW=where_HW, least=10)
     assert kept == [0, 2]
     assert np.array_equal(labels_HW == 1, small)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rayseg.vision import masks, rounds
+from rayseg.vision import rle, rounds
 from rayseg.vision.proposals import Proposals, SuperpixelProposer
 from rayseg.vision.rounds import Refining, Round, RoundsConfig, find_plots, in_rounds
 
@@ -13,7 +13,7 @@ SHAPE = (60, 80)
 def box(row, col, row1, col1, shape=SHAPE):
     mask_HW = np.zeros(shape, bool)
     mask_HW[row:row1, col:col1] = True
-    return masks.encode(mask_HW)
+    return rle.encode(mask_HW)
 
 
 def proposals(*runs):
@@ -60,7 +60,7 @@ def test_masks_that_are_mostly_white_already_are_dropped():
 def test_masks_of_different_rounds_are_not_stacked():
     one, other = box(5, 5, 40, 30), box(45, 40, 58, 60)
     plots = find_plots(dark(), Told(proposals(one), proposals(other)), RoundsConfig(refining=None))
-    assert sorted(map(masks.area, plots.proposals.masks)) == sorted([masks.area(one), masks.area(other)])
+    assert sorted(map(rle.area, plots.proposals.masks)) == sorted([rle.area(one), rle.area(other)])
     assert plots.round_N.tolist() == [1, 2]
 
 
@@ -86,9 +86,9 @@ def test_pixels_without_data_count_neither_as_bare_nor_as_left():
 def test_plots_are_connected_of_some_size_and_no_duplicates():
     mask_HW = np.zeros(SHAPE, bool)
     mask_HW[2:20, 2:20] = mask_HW[30:50, 2:20] = mask_HW[55:57, 2:20] = True
-    propose = Told(proposals(masks.encode(mask_HW), box(2, 2, 20, 20), box(30, 40, 50, 60), box(30, 40, 50, 61)))
+    propose = Told(proposals(rle.encode(mask_HW), box(2, 2, 20, 20), box(30, 40, 50, 60), box(30, 40, 50, 61)))
     plots = find_plots(dark(), propose, RoundsConfig(rounds=(Round(),), refining=None))
-    assert sorted(map(masks.area, plots.proposals.masks)) == [324, 324, 360, 420]
+    assert sorted(map(rle.area, plots.proposals.masks)) == [324, 324, 360, 420]
 
 
 def checkered(shape=(160, 160)):
@@ -135,10 +135,10 @@ def test_superpixels_find_fields_and_overlap_nothing():
     open_HW = np.ones((120, 120), bool)
     open_HW[:, 100:] = False
     found = SuperpixelProposer(reduce=1)(image, open_HW)
-    assert masks.areas(found.masks).sum() == masks.union(found.masks, (120, 120)).sum()
-    assert not (masks.union(found.masks, (120, 120)) & ~open_HW).any()
-    field = masks.encode(np.pad(np.ones((40, 40), bool), ((10, 70), (10, 70))))
-    assert max(masks.ious([field, runs])[0, 1] for runs in found.masks) > 0.9
+    assert rle.areas(found.masks).sum() == rle.union(found.masks, (120, 120)).sum()
+    assert not (rle.union(found.masks, (120, 120)) & ~open_HW).any()
+    field = rle.encode(np.pad(np.ones((40, 40), bool), ((10, 70), (10, 70))))
+    assert max(rle.ious([field, runs])[0, 1] for runs in found.masks) > 0.9
     assert ((found.iou_N >= 0.5) & (found.iou_N <= 1) & (found.stability_N <= 1)).all()
     assert len(SuperpixelProposer()(image, np.zeros((120, 120), bool))) == 0
 
@@ -146,12 +146,12 @@ def test_superpixels_find_fields_and_overlap_nothing():
 @pytest.mark.real
 def test_rounds_are_the_published_ones(shared):
     golden = np.load(shared / "golden/agri/rounds_pipeline.npz")
-    answers = [proposals(*(masks.encode(m > 0) for m in golden[f"r{k}.masks_in"])) for k in (1, 2, 3, 4)]
+    answers = [proposals(*(rle.encode(m > 0) for m in golden[f"r{k}.masks_in"])) for k in (1, 2, 3, 4)]
     propose = Told(*answers)
     found = in_rounds(golden["image_bgr"][..., ::-1].copy(), propose, RoundsConfig().rounds, left=0.05)
     for k in (1, 2, 3, 4):
         assert np.array_equal(propose.shown[k - 1][0], golden[f"r{k}.sam_input_rgb"])
-        kept = [masks.decode(found.proposals.masks[at], (128, 128)) for at in np.flatnonzero(found.round_N == k)]
+        kept = [rle.decode(found.proposals.masks[at], (128, 128)) for at in np.flatnonzero(found.round_N == k)]
         assert np.array_equal(kept, golden[f"r{k}.masks_kept"] > 0)
 
 

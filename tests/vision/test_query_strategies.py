@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from rayseg.errors import ConfigError
-from rayseg.vision import queries
-from rayseg.vision.queries import STRATEGIES, Pool, budget
+from rayseg.vision import query_strategies
+from rayseg.vision.query_strategies import STRATEGIES, Pool, budget
 
 
 def pool_of(p_NK, *, features=None, labelled=None):
@@ -24,9 +24,11 @@ def table():
 
 def test_uncertainty_is_what_its_definition_says():
     p = [[0.25, 0.25, 0.25, 0.25], [1, 0, 0, 0], [0.5, 0.4, 0.1, 0]]
-    assert queries.entropy(p) == pytest.approx([np.log(4), 0, 0.5 * np.log(2) - 0.4 * np.log(0.4) - 0.1 * np.log(0.1)])
-    assert queries.margin(p) == pytest.approx([0, 1, 0.1])
-    assert queries.confidence(p) == pytest.approx([0.25, 1, 0.5])
+    assert query_strategies.entropy(p) == pytest.approx(
+        [np.log(4), 0, 0.5 * np.log(2) - 0.4 * np.log(0.4) - 0.1 * np.log(0.1)]
+    )
+    assert query_strategies.margin(p) == pytest.approx([0, 1, 0.1])
+    assert query_strategies.confidence(p) == pytest.approx([0.25, 1, 0.5])
 
 
 @pytest.mark.parametrize(("strategy", "first"), [("entropy", [2, 0]), ("margin", [1, 2]), ("least-confidence", [2, 0])])
@@ -84,8 +86,8 @@ def test_badge_leaves_copies_of_what_it_has_taken(table):
 @pytest.mark.real
 def test_scores_and_picks_are_those_of_the_reference(shared):
     golden = np.load(shared / "golden/als4gan/al_picks.npz")
-    assert queries.entropy(golden["proba"]) == pytest.approx(golden["entropy"], abs=1e-5)
-    assert queries.margin(golden["proba"]) == pytest.approx(golden["margin"], abs=1e-5)
+    assert query_strategies.entropy(golden["proba"]) == pytest.approx(golden["entropy"], abs=1e-5)
+    assert query_strategies.margin(golden["proba"]) == pytest.approx(golden["margin"], abs=1e-5)
     for strategy in ("entropy", "margin"):
         for count in (1, 5, 16, 60):
             picks = chosen(strategy, pool_of(golden["proba"]), count).positions
@@ -101,9 +103,9 @@ def test_the_numbers_of_images_are_those_of_the_reference(shared):
 
 
 def test_the_first_images_count_as_labelled_unless_the_published_list_is_wanted():
-    assert budget(1679, 0.02, alpha=0.5, beta=0.9) == queries.Budget(34, 17, 16, 2)
-    assert budget(1679, 0.02, alpha=0.5, beta=0.9, count_pool=False) == queries.Budget(34, 17, 16, 3)
-    assert budget(40, 0.1, alpha=0.1, beta=0.9) == queries.Budget(4, 1, 1, 3)
+    assert budget(1679, 0.02, alpha=0.5, beta=0.9) == query_strategies.Budget(34, 17, 16, 2)
+    assert budget(1679, 0.02, alpha=0.5, beta=0.9, count_pool=False) == query_strategies.Budget(34, 17, 16, 3)
+    assert budget(40, 0.1, alpha=0.1, beta=0.9) == query_strategies.Budget(4, 1, 1, 3)
     assert budget(10, 1.0, alpha=1.0, beta=0.9).queries == 0
 
 
@@ -111,10 +113,10 @@ def test_the_first_images_count_as_labelled_unless_the_published_list_is_wanted(
 @pytest.mark.parametrize("classes", [2, 6, 21])
 def test_too_small_a_share_is_refused_with_the_least_that_is_possible(images, classes):
     with pytest.raises(ConfigError, match="fewer than one for each of") as refusal:
-        queries.expect_enough(images, 0.5 / images, classes)
+        query_strategies.expect_enough(images, 0.5 / images, classes)
     least = float(str(refusal.value).rsplit(" ", 1)[1])
-    queries.expect_enough(images, least, classes)
+    query_strategies.expect_enough(images, least, classes)
     with pytest.raises(ConfigError):
-        queries.expect_enough(images, least - 2e-4, classes)
+        query_strategies.expect_enough(images, least - 2e-4, classes)
     with pytest.raises(ConfigError, match="expected one per class"):
-        queries.expect_enough(1, 1.0, 2)
+        query_strategies.expect_enough(1, 1.0, 2)

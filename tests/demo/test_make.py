@@ -10,7 +10,7 @@ import rasterio
 from rasterio.features import geometry_mask
 from rasterio.windows import from_bounds
 
-from rayseg import demo
+from rayseg.demo import make
 from rayseg.errors import ConfigError
 from rayseg.io.catalog import open_items, source_of
 from rayseg.io.masks import masks_of
@@ -23,7 +23,7 @@ CHIPS = (7, 6)
 def catalog(tmp_path_factory) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAYSEG_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return demo.ensure(size=512, chips=CHIPS)
+        return make.ensure(size=512, chips=CHIPS)
 
 
 def pixels(item, key="image"):
@@ -33,7 +33,7 @@ def pixels(item, key="image"):
 
 def test_the_same_seed_writes_the_same_bytes(catalog, tmp_path, monkeypatch):
     monkeypatch.setenv("RAYSEG_CACHE", str(tmp_path))
-    first, second = Path(catalog).parent, Path(demo.ensure(size=512, chips=CHIPS)).parent
+    first, second = Path(catalog).parent, Path(make.ensure(size=512, chips=CHIPS)).parent
     names = {path.relative_to(first) for path in first.rglob("*") if path.is_file()}
     assert names == {path.relative_to(second) for path in second.rglob("*") if path.is_file()}
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
@@ -41,8 +41,8 @@ def test_the_same_seed_writes_the_same_bytes(catalog, tmp_path, monkeypatch):
 
 def test_a_second_call_draws_nothing(catalog, monkeypatch):
     monkeypatch.setenv("RAYSEG_CACHE", str(Path(catalog).parents[1]))
-    monkeypatch.setattr(demo, "plan", lambda **_: pytest.fail("drawn again"))
-    assert demo.ensure(size=512, chips=CHIPS) == catalog
+    monkeypatch.setattr(make, "plan", lambda **_: pytest.fail("drawn again"))
+    assert make.ensure(size=512, chips=CHIPS) == catalog
 
 
 def test_scenes_abut_on_one_grid_and_share_the_rows_where_they_meet(catalog):
@@ -139,14 +139,14 @@ def test_farm_plots_lie_on_farmland(catalog):
 def test_a_broken_generation_leaves_nothing_and_the_next_one_works(tmp_path, monkeypatch):
     monkeypatch.setenv("RAYSEG_CACHE", str(tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "_farm", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(make, "_farm", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            demo.ensure(size=512, chips=(2, 2))
+            make.ensure(size=512, chips=(2, 2))
     assert list(tmp_path.iterdir()) == []
     killed = tmp_path / ".demo-v1-512-7-2x2.abc"
     killed.mkdir()
     os.utime(killed, (0, 0))
-    assert Path(demo.ensure(size=512, chips=(2, 2))).exists()
+    assert Path(make.ensure(size=512, chips=(2, 2))).exists()
     assert [path.name for path in tmp_path.iterdir()] == ["demo-v1-512-7-2x2"]
 
 
@@ -154,7 +154,7 @@ def test_the_slower_of_two_processes_keeps_the_faster_ones_demo(tmp_path):
     for name in ("made", "there"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "catalog.json").write_text(name)
-    demo._publish(tmp_path / "made", tmp_path / "there")
+    make._publish(tmp_path / "made", tmp_path / "there")
     assert (tmp_path / "there" / "catalog.json").read_text() == "there"
 
 
@@ -162,4 +162,4 @@ def test_the_slower_of_two_processes_keeps_the_faster_ones_demo(tmp_path):
 def test_what_has_no_room_is_refused(tmp_path, monkeypatch, size, chips):
     monkeypatch.setenv("RAYSEG_CACHE", str(tmp_path))
     with pytest.raises(ConfigError, match=r"512|room for"):
-        demo.ensure(size=size, chips=chips)
+        make.ensure(size=size, chips=chips)

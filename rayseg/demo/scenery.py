@@ -8,7 +8,7 @@ values are `URBAN` .. `UNKNOWN` below.
 import numpy as np
 from numpy.typing import NDArray
 
-from rayseg.vision.shapes import (
+from rayseg.demo.shapes import (
     Canvas,
     Color,
     Convex,

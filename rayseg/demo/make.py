@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 from shapely.geometry import Polygon, box, mapping
 from shapely.ops import unary_union
 
+from rayseg.demo.landscape import Scene, World, draw, plan
+from rayseg.demo.scenery import CROPS
+from rayseg.demo.shapes import Convex, convex, normals
 from rayseg.errors import ConfigError
 from rayseg.geo.grid import NODATA, Grid, Window
 from rayseg.io import cog, items
 from rayseg.io.sources import crs_of
 from rayseg.store import cache_dir
 from rayseg.vision.color import ClassTable
-from rayseg.vision.landscape import Scene, World, draw, plan
-from rayseg.vision.scenery import CROPS
-from rayseg.vision.shapes import Convex, convex, normals
 
 VERSION = 1
 SEED = 7

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rayseg.vision.scenery import (
+from rayseg.demo.scenery import (
     BARREN,
     COURTS,
     FLATS,
@@ -33,7 +33,7 @@ from rayseg.vision.scenery import (
     tone,
     trees,
 )
-from rayseg.vision.shapes import (
+from rayseg.demo.shapes import (
     Canvas,
     Color,
     Convex,

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from rayseg.vision import blocks
-from rayseg.vision.scenery import BARREN, CROPS, RANGELAND, UNKNOWN, WATER, roads, tone
-from rayseg.vision.shapes import (
+from rayseg.demo import blocks
+from rayseg.demo.scenery import BARREN, CROPS, RANGELAND, UNKNOWN, WATER, roads, tone
+from rayseg.demo.shapes import (
     MARGIN,
     Bend,
     Canvas,

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from rayseg.vision import landscape, shapes
-from rayseg.vision.landscape import KINDS, World, draw, plan
+from rayseg.demo import landscape, shapes
+from rayseg.demo.landscape import KINDS, World, draw, plan
 
 
 @pytest.fixture(scope="module")
