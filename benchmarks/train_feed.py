@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from rayseg.demo import make
 from rayseg.engine import cluster
-from rayseg.io import scenes, tables
-from rayseg.train import feed
+from rayseg.io import class_tables, scenes
+from rayseg.train import windows
 from rayseg.train.augment import Augment
-from rayseg.train.feed import Sampling, Step, Windows
+from rayseg.train.windows import Sampling, Step, Windows
 
 AUGMENT = Augment(crop="random")
 
@@ -44,7 +44,7 @@ class Chips(Dataset):
 
 def cut_chips(folder: Path, steps: list[Step], read: Windows) -> int:
     """Write the windows of an epoch as chips; return how many."""
-    cuts = [cut for batch in feed.stream([steps], read, on_ray=False) for cut in batch]
+    cuts = [cut for batch in windows.stream([steps], read, on_ray=False) for cut in batch]
     for number, cut in enumerate(cuts):
         Image.fromarray(cut.image_CHW.transpose(1, 2, 0)).save(folder / f"{number}.png")
         Image.fromarray(cut.classes_HW).save(folder / f"{number}-mask.png")
@@ -63,7 +63,7 @@ def loaded(folder: Path, count: int, *, batch: int, epochs: int, processes: int)
 
 def fed(epochs: list[list[Step]], read: Windows, *, size: int, on_ray: bool, threads: int) -> Iterator[int]:
     """Images of each batch that the feed gives, stacked as the DataLoader's are."""
-    for cuts in feed.stream(iter(epochs), read, on_ray=on_ray, threads=threads):
+    for cuts in windows.stream(iter(epochs), read, on_ray=on_ray, threads=threads):
         images = torch.stack([torch.from_numpy(cut.image_CHW) for cut in cuts])
         torch.stack([torch.from_numpy(cut.classes_HW) for cut in cuts])
         assert images.shape[2:] == (size, size)
@@ -95,10 +95,10 @@ def main() -> None:
     catalogue = "" if asked.labelled else make.ensure()
     given = (asked.labelled, None) if asked.labelled else (f"{catalogue}#imagery", f"{catalogue}#truth/landcover")
     images = tuple(scenes.labelled_images(*given))
-    read = Windows(images, ("red", "green", "blue"), tables.read_table(asked.classes))
+    read = Windows(images, ("red", "green", "blue"), class_tables.read_table(asked.classes))
     sampling = Sampling(size=asked.size, windows=asked.windows)
     epochs = [
-        feed.draw_epoch(images, (), sampling, AUGMENT, batch=asked.batch, seed=0, epoch=epoch)
+        windows.draw_epoch(images, (), sampling, AUGMENT, batch=asked.batch, seed=0, epoch=epoch)
         for epoch in range(asked.epochs)
     ]
     skip, rows = max(2, len(epochs[0]) // 2), []

@@ -22,7 +22,7 @@ from rayseg.engine.ledger import Ledger, Record
 from rayseg.engine.manifest import read_rows, write_rows
 from rayseg.engine.run import Step
 from rayseg.errors import RunIncomplete
-from rayseg.io.tables import Classes
+from rayseg.io.class_tables import Classes
 from rayseg.metrics import Confusion
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
@@ -220,9 +220,11 @@ def ask(root: str, rows: Sequence[Row], table: ClassTable) -> None:
     Raises:
         RunIncomplete: always; the message says where they are and how masks come back.
     """
-    from rayseg.io import asking
+    from rayseg.io import annotation_requests
 
-    page = asking.export(f"{root}/to-label", [(row, *pool.placed(row), pool.image_of(row)) for row in rows], table)
+    page = annotation_requests.export(
+        f"{root}/to-label", [(row, *pool.placed(row), pool.image_of(row)) for row in rows], table
+    )
     raise RunIncomplete(
         f"{len(rows)} chips wait for masks, see {page}; draw them, then: rayseg labels import MASKS {root}, and give "
         "the same command again to go on"

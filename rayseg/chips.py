@@ -13,7 +13,7 @@ from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import expect_ids
 from rayseg.geo.region import Region
-from rayseg.io import catalog, labels
+from rayseg.io import labels, stac_read
 from rayseg.io.labels import Chip
 from rayseg.store import Location
 from rayseg.train.batches import Chips
@@ -69,7 +69,7 @@ def find_chips(region: Region, expected: tuple[str, ...], config: ChipsConfig) -
             f"region {region.name} has no catalogue with chips; name one with --set chips.source=catalog.json#chips"
         )
     uri, _, collection = _source(region, config).partition("#")
-    found = labels.chips_of(catalog.open_items(uri, collection or None))
+    found = labels.chips_of(stac_read.open_items(uri, collection or None))
     expect_ids([chip.id for chip in found])
     unknown = sorted({str(chip.label) for chip in found} - set(expected))
     if unknown:

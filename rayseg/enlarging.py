@@ -12,7 +12,7 @@ from rayseg.engine.run import Step
 from rayseg.errors import DataError
 from rayseg.geo.grid import Tile
 from rayseg.geo.region import Region
-from rayseg.io import items
+from rayseg.io import stac_write
 from rayseg.io.sources import Source, from_json
 from rayseg.mapping import MapConfig
 from rayseg.models.super_resolution import EnlargeConfig
@@ -78,5 +78,5 @@ def enlarge(
     ]
     found = mapping.through(step, rows, works, patience=config.stall_seconds)
     made = [str(folder / record.facts["item"]) for record in mapping.ledger_of(step).read().values() if record.facts]
-    items.write_collection(folder, sorted(made), title=f"{region.name}, {how.factor} times larger")
+    stac_write.write_collection(folder, sorted(made), title=f"{region.name}, {how.factor} times larger")
     return {"imagery": str(folder / "collection.json"), "items": len(made), **found}

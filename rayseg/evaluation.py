@@ -16,10 +16,10 @@ from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Grid, Window
 from rayseg.io import maps, masks
+from rayseg.io.class_tables import read_table
 from rayseg.io.masks import Piece
 from rayseg.io.rasters import footprint
 from rayseg.io.sources import Source
-from rayseg.io.tables import read_table
 from rayseg.metrics import Confusion, interval, resampled
 from rayseg.store import put, upath
 from rayseg.vision.color import IGNORE, ClassTable, hex_of

@@ -19,7 +19,7 @@ from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError
 from rayseg.geo.grid import Grid, Tile, Window, slug
 from rayseg.geo.region import Region
-from rayseg.io import catalog, labels, vectors
+from rayseg.io import labels, stac_read, stac_write, vectors
 from rayseg.io.sources import Source, beyond_utm, expect_mappable
 from rayseg.models import bundle
 from rayseg.models.bundle import Scaling
@@ -278,13 +278,13 @@ def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[S
     """
     if config.imagery:
         uri, _, collection = config.imagery.partition("#")
-        found = catalog.open_items(uri, collection or None, geometry=region.geometry, halo=halo)
+        found = stac_read.open_items(uri, collection or None, geometry=region.geometry, halo=halo)
     elif region.images:
         images, wrong = labels.sources_of_images(region.images)
         return images, dict(wrong)
     elif region.catalog:
-        chosen = region.collection or catalog.imagery_collection(region.catalog)
-        found = catalog.open_items(region.catalog, chosen, geometry=region.geometry, halo=halo)
+        chosen = region.collection or stac_read.imagery_collection(region.catalog)
+        found = stac_read.open_items(region.catalog, chosen, geometry=region.geometry, halo=halo)
     else:
         raise DataError(
             f"region {region.name} names no imagery; give it with --set map.imagery=catalog.json#collection"
@@ -293,7 +293,7 @@ def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[S
     unread: Refused = {}
     for item in found:
         try:
-            sources.append(catalog.source_of(item))
+            sources.append(stac_read.source_of(item))
         except DataError as error:
             unread[item.id] = error
     return sources, unread
@@ -336,5 +336,5 @@ def publish(step: Step, predicted: Step, title: str) -> dict[str, Any]:
     """collection.json and items.parquet over the items of all tiles."""
     rows = done_tiles(predicted)
     hrefs = [str(upath(tiles_prefix(step)) / row["id"] / f"{row['id']}.json") for row, _ in rows]
-    catalog.write_collection(step.root, hrefs, title=title)
+    stac_write.write_collection(step.root, hrefs, title=title)
     return {"items": len(hrefs)}

@@ -28,7 +28,7 @@ from rayseg.geo.region import Region
 from rayseg.mapping import MapConfig
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
-from rayseg.train import sample
+from rayseg.train import probe
 from rayseg.volume import bytes_read, bytes_written
 
 Row = dict[str, Any]
@@ -226,7 +226,7 @@ def _learn_and_map(
 
 def training(step: Step, fit: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
     """What `fit(step, *arguments)` returns of a training that is cut short, if it is one, with `left_out` (seconds)."""
-    with sample.taken() as taken:
+    with probe.taken() as taken:
         value = fit(step, *arguments)
     return {**value, "left_out": taken.left_out} if taken.epochs else value
 

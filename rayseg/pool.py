@@ -19,10 +19,10 @@ from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Window, expect_ids
 from rayseg.geo.region import Region
-from rayseg.io import catalog, cog, labels, rasters, scenes
+from rayseg.io import cog, labels, rasters, scenes, stac_read
+from rayseg.io.class_tables import Classes
 from rayseg.io.masks import pixels_of
 from rayseg.io.scenes import LabelledImage
-from rayseg.io.tables import Classes
 from rayseg.store import Location, upath
 from rayseg.train.batches import Chips
 from rayseg.vision.color import IGNORE, ClassTable
@@ -140,7 +140,7 @@ def _expect_rgb(images: Sequence[LabelledImage]) -> None:
 def _labelled_images(config: PoolConfig) -> Surveyed:
     """Whole labelled images."""
     uri, _, collection = str(config.chips).partition("#")
-    found = labels.chips_of(catalog.open_items(uri, collection or None))
+    found = labels.chips_of(stac_read.open_items(uri, collection or None))
     classes = tuple(sorted({str(chip.label) for chip in found if chip.label}))
     if len(classes) < 2 or not all(chip.label for chip in found):
         raise DataError(
@@ -200,7 +200,7 @@ def _by_scene(surveyed: Surveyed, config: PoolConfig, table: ClassTable, seed: i
 def _scenes(region: Region, config: PoolConfig, table: ClassTable) -> list[LabelledImage]:
     images = config.images or region.images
     if not images and region.catalog:
-        chosen = region.collection or catalog.imagery_collection(region.catalog)
+        chosen = region.collection or stac_read.imagery_collection(region.catalog)
         images = f"{region.catalog}#{chosen}" if chosen else region.catalog
     if not images:
         raise ConfigError(f"region {region.name} names no imagery; give it with --set pool.images=catalog.json#imagery")

@@ -8,7 +8,7 @@ from rayseg.config import load
 from rayseg.engine.manifest import write_rows
 from rayseg.engine.run import Engine, Step
 from rayseg.errors import ConfigError, DataError, RunIncomplete
-from rayseg.io.tables import Classes
+from rayseg.io.class_tables import Classes
 from rayseg.models import bundle
 from rayseg.models.bundle import Scaling
 

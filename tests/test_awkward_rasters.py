@@ -21,9 +21,9 @@ from rayseg import mapping
 from rayseg.errors import DataError, ModelError, RaysegError
 from rayseg.geo.region import Region
 from rayseg.io import labels
-from rayseg.io.catalog import open_items, source_of
 from rayseg.io.rasters import grids_of, source_of_file
 from rayseg.io.sources import beyond_utm, expect_mappable
+from rayseg.io.stac_read import open_items, source_of
 from rayseg.mapping import MapConfig
 from rayseg.models.bundle import Scaling
 

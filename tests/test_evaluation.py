@@ -15,7 +15,7 @@ from rayseg import evaluation
 from rayseg.engine.run import Engine, Step
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Grid, Window
-from rayseg.io import catalog, cog, masks
+from rayseg.io import cog, masks, stac_write
 from rayseg.io.maps import mapped_tiles, pixel_area_m2, seam_score, width_m
 from rayseg.io.sources import unplaced
 from rayseg.metrics import Confusion
@@ -339,9 +339,9 @@ def test_a_runs_collection_is_a_prediction_too(tmp_path):
     for mapped in mapped_tiles(root):
         folder = tmp_path / "run" / "tiles" / mapped.tile.id
         cog.write_scores(folder / "scores.tif", predicted[None, :1, :1], mapped.tile.grid, Window(0, 0, 1, 1), ["gpc"])
-        catalog.write_tile_item(folder, mapped.tile, GPC, sources=[], model="model.json")
+        stac_write.write_tile_item(folder, mapped.tile, GPC, sources=[], model="model.json")
         hrefs.append(str(folder / f"{mapped.tile.id}.json"))
-    catalog.write_collection(root, hrefs, title="netting")
+    stac_write.write_collection(root, hrefs, title="netting")
     as_collection = evaluation.evaluate(f"{root}/collection.json", str(tmp_path / "truth"))
     as_run = evaluation.evaluate(root, str(tmp_path / "truth"))
     assert as_collection["confusion"] == as_run["confusion"]

@@ -8,7 +8,7 @@ from small_world import catalogue, chip_folder
 from rayseg import active, pool
 from rayseg.errors import ConfigError, DataError, RunIncomplete
 from rayseg.geo.region import Region
-from rayseg.io import asking, cog, labels
+from rayseg.io import annotation_requests, cog, labels
 from rayseg.pool import PoolConfig
 from rayseg.vision.color import ClassTable
 
@@ -119,9 +119,9 @@ def test_chips_of_placed_scenes_are_exported_where_they_lie_and_their_masks_come
     other = tmp_path / "drawn" / "one_0_0.tif"
     Image.fromarray(np.full((96, 96), 0, np.uint8)).save(other)
     with pytest.raises(DataError, match="holds several masks called one_0_0; leave one of each name"):
-        asking.load(tmp_path / "drawn", str(run))
+        annotation_requests.load(tmp_path / "drawn", str(run))
     other.unlink()
-    assert asking.load(tmp_path / "drawn", str(run)) == (2, [])
+    assert annotation_requests.load(tmp_path / "drawn", str(run)) == (2, [])
     assert active.known_labels(str(run), rows, TABLE) == ["wood", "wood"]
     active.expect_masks(str(run), rows, TABLE)
     assert np.array_equal(cog.read_bands(run / "masks" / "one_0_0.tif")[0], np.ones((96, 96)))

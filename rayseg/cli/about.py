@@ -94,10 +94,10 @@ def _measures(metrics: dict[str, float]) -> str:
 @app.command()
 def regions() -> None:
     """List what --region can name."""
-    from rayseg.io import catalog
+    from rayseg.geo.region import named_regions
 
     typer.echo("demo  two drawn scenes of 2048 x 2048 px at 1 m with chips and truth")
-    for name, described in catalog.named_regions().items():
+    for name, described in named_regions().items():
         typer.echo(f"{name}  {described}")
 
 

@@ -98,11 +98,11 @@ def labels_import(
 ) -> None:
     """Take labels back: masks into the run that asked for them, or labelled plots cut out of their images."""
     from rayseg.errors import ConfigError
-    from rayseg.io import asking, labelme
+    from rayseg.io import annotation_requests, labelme
     from rayseg.store import upath
 
     if (upath(images) / "run.json").exists():
-        taken, waiting = asking.load(folder, images)
+        taken, waiting = annotation_requests.load(folder, images)
         more = f", {len(waiting)} chips still wait: {', '.join(waiting[:5])}" if waiting else ", none is missing"
         typer.echo(f"{taken} masks taken into {images}{more}")
         return
@@ -120,9 +120,9 @@ def labels_assign(
     out: Annotated[str | None, typer.Option("--out", help="Where the masks go; default: RUN/assigned.")] = None,
 ) -> None:
     """Write a class map from a run's labels: masks to look at, to measure with, or to train on."""
-    from rayseg.io import assigned
+    from rayseg.io import label_names
 
-    found = assigned.assign(run, csv, out or f"{run}/assigned")
+    found = label_names.assign(run, csv, out or f"{run}/assigned")
     said = ", ".join(f"{name} {pixels:,} px" for name, pixels in found["classes"].items())
     typer.echo(f"{found['catalog']}#classes: {said}; {found['unassigned']:,} px without a class")
 

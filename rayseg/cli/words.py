@@ -52,8 +52,7 @@ def pipeline_of(name: str) -> "ModuleType":
 
 def region_of(text: str) -> "Region":
     """What --region names."""
-    from rayseg.geo.region import Region
-    from rayseg.io import catalog
+    from rayseg.geo.region import Region, resolve_region
 
     if not text.strip():
         raise ConfigError(f"the region is empty, expected {REGIONS}")
@@ -61,16 +60,15 @@ def region_of(text: str) -> "Region":
         from rayseg.demo import make
 
         return Region("demo", catalog=make.ensure())
-    return catalog.resolve_region(text)
+    return resolve_region(text)
 
 
 def images_or_region(text: str) -> "Region":
     """Folders and image files are images, everything else is a region; so is a folder with a region's name."""
-    from rayseg.geo import region
-    from rayseg.geo.region import Region
+    from rayseg.geo.region import Region, region_names
     from rayseg.io import labels
 
-    named = text == "demo" or text in region.region_names()
+    named = text == "demo" or text in region_names()
     images = text.strip() and labels.is_images(text)
     return Region(text, images=text) if images and not named else region_of(text)
 

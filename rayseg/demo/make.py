@@ -23,7 +23,7 @@ from rayseg.demo.scenery import CROPS
 from rayseg.demo.shapes import Convex, convex, normals
 from rayseg.errors import ConfigError
 from rayseg.geo.grid import NODATA, Grid, Window
-from rayseg.io import cog, items
+from rayseg.io import cog, stac_write
 from rayseg.io.sources import crs_of
 from rayseg.store import cache_dir
 from rayseg.vision.color import ClassTable
@@ -128,12 +128,12 @@ def _build(folder: Path, *, size: int, chips: tuple[int, int]) -> None:
         found["chips"] += [_chip(folder, half, spot, side) for spot in _spots(world, half, side, counts)]
         found["truth"].append(_truth(folder, half))
     found["truth"].append(_farm(folder, world))
-    items.write_catalog(folder, found, titles=TITLES)
+    stac_write.write_catalog(folder, found, titles=TITLES)
 
 
 def _item(item_id: str, window: Window, area: Polygon, taken: str) -> pystac.Item:
     """Return an item over `window` of `GRID` whose footprint is `area` (CRS of the grid)."""
-    geometry, bbox = items.lonlat_geometry(mapping(area), crs_of(str(GRID.crs)), name=item_id)
+    geometry, bbox = stac_write.lonlat_geometry(mapping(area), crs_of(str(GRID.crs)), name=item_id)
     item = pystac.Item(item_id, geometry, bbox, datetime.fromisoformat(taken), {"gsd": 1.0})
     item.ext.add("proj")
     item.ext.proj.apply(code=GRID.crs, shape=[window.height, window.width], transform=list(GRID.transform(window))[:6])
@@ -162,24 +162,24 @@ def _add_image(
     image_CHW = image_HWC.transpose(2, 0, 1)
     cog.write_image(folder / f"{item.id}.tif", image_CHW, GRID, window, bands=BANDS, nodata=0, valid_HW=seen_HW)
     fields = {"bands": [{"name": name, "data_type": "uint8", "nodata": 0} for name in BANDS]}
-    asset = pystac.Asset(f"./{item.id}.tif", media_type=items.COG_TYPE, roles=["data"], extra_fields=fields)
+    asset = pystac.Asset(f"./{item.id}.tif", media_type=stac_write.COG_TYPE, roles=["data"], extra_fields=fields)
     item.add_asset("image", asset)
 
 
 def _truth(folder: Path, half: Half) -> pystac.Item:
     """Write what a scene really shows: netting and land cover, 255 where the scene has no data."""
     item = _item(f"truth-{half.name}", half.window, _ground(half.corners.points_N2), half.taken)
-    item.stac_extensions.append(items.CLASSIFICATION)
+    item.stac_extensions.append(stac_write.CLASSIFICATION)
     masks = {"gpc": (half.scene.netting_HW, GPC), "landcover": (half.scene.cover_HW, LANDCOVER)}
     for key, (classes_HW, table) in masks.items():
         seen_HW = np.where(half.seen_HW, classes_HW, np.uint8(NODATA))
         cog.write_classes(folder / "truth" / f"{item.id}-{key}.tif", seen_HW, GRID, half.window, table)
         fields = {
             "bands": [{"name": "class", "data_type": "uint8", "nodata": NODATA}],
-            "classification:classes": items.classes_field(table),
+            "classification:classes": stac_write.classes_field(table),
         }
         href = f"./{item.id}-{key}.tif"
-        item.add_asset(key, pystac.Asset(href, media_type=items.COG_TYPE, roles=["labels"], extra_fields=fields))
+        item.add_asset(key, pystac.Asset(href, media_type=stac_write.COG_TYPE, roles=["labels"], extra_fields=fields))
     return item
 
 
@@ -189,7 +189,7 @@ def _farm(folder: Path, world: World) -> pystac.Item:
     item = _item("truth-plots", Window(0, 0, 2 * world.size, world.size), box(*plots.total_bounds), DATES[0])
     plots.to_parquet(folder / "truth" / "plots.parquet")
     plots.to_crs("EPSG:4326").to_file(folder / "truth" / "plots.geojson", driver="GeoJSON")
-    item.add_asset("plots", pystac.Asset("./plots.parquet", media_type=items.PARQUET_TYPE, roles=["labels"]))
+    item.add_asset("plots", pystac.Asset("./plots.parquet", media_type=stac_write.PARQUET_TYPE, roles=["labels"]))
     geojson = pystac.Asset("./plots.geojson", media_type=pystac.MediaType.GEOJSON, roles=["labels"])
     item.add_asset("plots_geojson", geojson)
     return item

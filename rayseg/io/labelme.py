@@ -21,7 +21,7 @@ from shapely.geometry.base import BaseGeometry
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import Window, slug
-from rayseg.io.plots import mask_of
+from rayseg.io.plot_joins import mask_of
 from rayseg.io.sources import gdal, open_file
 from rayseg.vision.crops import square_crop
 

@@ -24,11 +24,11 @@ from upath import UPath
 
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Window, slug
-from rayseg.io.catalog import source_of
-from rayseg.io.items import PROJECTION, lonlat_geometry, write_catalog
 from rayseg.io.masks import pixels_of, read_classes
 from rayseg.io.rasters import read
 from rayseg.io.sources import Source, crs_of, footprint, gdal, grids_of, open_file, source_of_file
+from rayseg.io.stac_read import source_of
+from rayseg.io.stac_write import PROJECTION, lonlat_geometry, write_catalog
 from rayseg.store import StorePath, is_local, upath
 from rayseg.vision.color import ClassTable
 

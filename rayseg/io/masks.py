@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Tile, Window
-from rayseg.io import catalog
+from rayseg.io import stac_read
 from rayseg.io.maps import MappedTile
 from rayseg.io.rasters import read, source_of_file
 from rayseg.io.sources import Source, footprint, from_json, gdal, grids_of, open_file
@@ -127,7 +127,7 @@ def masks_of(location: str, *, names: Sequence[str] = ()) -> list[Source]:
 
 
 def _masks_of_catalog(uri: str, collection: str, asset: str, names: Sequence[str]) -> list[Source]:
-    masks = [_mask_of(item, asset, set(names)) for item in catalog.open_items(uri, collection or None)]
+    masks = [_mask_of(item, asset, set(names)) for item in stac_read.open_items(uri, collection or None)]
     kept = [mask for mask in masks if mask]
     if not kept:
         raise DataError(f"{uri}#{collection} holds no item with a raster{f' {asset}' if asset else ''}.")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import NODATA, Grid, Window, expect_ids, slug
-from rayseg.io import catalog
+from rayseg.io import stac_read
 from rayseg.io.labels import image_folders, sources_of_images
 from rayseg.io.masks import masks_of, pixels_of, read_classes
 from rayseg.io.rasters import footprint, grids_of, read
@@ -144,8 +144,8 @@ def _of_catalog(images: str, masks: str, names: Sequence[str]) -> list[LabelledI
     by_id = {mask.item_id: mask for mask in found}
     placed = [mask for mask in found if mask.crs]
     labelled = []
-    for item in catalog.open_items(uri, collection or None):
-        source, scene = catalog.source_of(item), slug(str(item.properties.get(SCENE, item.id)))
+    for item in stac_read.open_items(uri, collection or None):
+        source, scene = stac_read.source_of(item), slug(str(item.properties.get(SCENE, item.id)))
         if source.crs and placed:
             [(grid, _)] = grids_of([source])
             over = footprint(source, grid)

@@ -35,7 +35,7 @@ from upath import UPath
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Grid, Window, slug
 from rayseg.geo.region import on_grid
-from rayseg.io import cog, items
+from rayseg.io import cog, stac_write
 from rayseg.io.labels import LABEL
 from rayseg.io.sources import crs_of
 from rayseg.io.webmap import CRS, Fetching, Service, Session, mosaic, service_for, session
@@ -331,7 +331,7 @@ def _fetch(job: _Job, server: Session, unit: _Unit) -> list[_Unit]:
     cog.write_image(
         job.folder / f"{unit.id}.tif", rgba_CHW[:3], job.grid, unit.window, bands=BANDS, valid_HW=partly
     )  # fmt: skip
-    items.write_item(_item(job, unit), job.folder / f"{unit.id}.json")
+    stac_write.write_item(_item(job, unit), job.folder / f"{unit.id}.json")
     return [unit]
 
 
@@ -361,7 +361,7 @@ def _item(job: _Job, unit: _Unit) -> pystac.Item:
 
     Its time is that of fetching: when the imagery was taken is not known.
     """
-    item = items.item_of(unit.id, job.grid, unit.window, folder=job.folder, files=[f"{unit.id}.tif"])
+    item = stac_write.item_of(unit.id, job.grid, unit.window, folder=job.folder, files=[f"{unit.id}.tif"])
     item.assets = {"image": item.assets[unit.id]}
     item.datetime = datetime.now(UTC).replace(microsecond=0)
     site = urlsplit(job.service.public)
@@ -391,4 +391,4 @@ def _link(out: StorePath, job: _Job, fetched: Sequence[_Unit], old: Sequence[_Un
     new = [*fetched, *(unit for unit in old if f"./{unit.id}.json" not in linked)]
     rows = [json.loads((job.folder / f"{unit.id}.json").read_text()) for unit in new]
     found = [pystac.Item.from_dict(row, preserve_dict=False) for row in rows]
-    return items.write_catalog(out, {job.folder.name: found})
+    return stac_write.write_catalog(out, {job.folder.name: found})

@@ -26,9 +26,9 @@ from rayseg.engine.manifest import write_rows
 from rayseg.engine.run import Run, Step
 from rayseg.geo.grid import Grid, Lattice, Tile
 from rayseg.geo.region import Region
-from rayseg.io import plots, vectors
+from rayseg.io import plot_joins, vectors
 from rayseg.io.maps import mapped_tiles
-from rayseg.io.plot_pictures import coverage_chart, overlay, size_chart
+from rayseg.io.pictures import coverage_chart, plots_over_imagery, size_chart
 from rayseg.io.sources import Source, grids_of
 from rayseg.mapping import MapConfig
 from rayseg.models import bundle
@@ -168,9 +168,9 @@ def join(step: Step, proposed: Step, config: Config) -> dict[str, Any]:
     grids = _by_grid(proposed)
     for at, (grid, rows) in enumerate(grids.items()):
         pieces = [piece | {"tile": row["id"]} for row in rows for piece in _table(proposed, row, "pieces")]
-        tiles = {plots.place_of(piece): piece["tile"] for piece in pieces}
+        tiles = {plot_joins.place_of(piece): piece["tile"] for piece in pieces}
         patches = [patch for row in rows for patch in _table(proposed, row, "patches")]
-        for plot in plots.join(patches, pieces, least=config.joined):
+        for plot in plot_joins.join(patches, pieces, least=config.joined):
             number = len(found) + 1
             for cell_row, cell_col, label in plot.pop("members"):
                 place = {"cell_row": cell_row, "cell_col": cell_col, "label": label, "number": number}
@@ -184,7 +184,7 @@ def join(step: Step, proposed: Step, config: Config) -> dict[str, Any]:
 
 
 def _table(proposed: Step, row: Row, name: Literal["patches", "pieces"]) -> list[Row]:
-    return plots.read_table(pieces_path(str(proposed.prefix), row["id"], name))
+    return plot_joins.read_table(pieces_path(str(proposed.prefix), row["id"], name))
 
 
 def _by_grid(proposed: Step) -> dict[Grid, list[Row]]:
@@ -253,7 +253,7 @@ def classify(step: Step, proposed: Step, joined: Step, model: Step, config: Conf
 
 def _groups(proposed: Step, joined: Step) -> list[Row]:
     """Plots of one grid, some at a time, with the imagery they may lie in."""
-    found, rows = plots.read_table(joined.prefix / "plots.parquet"), []
+    found, rows = plot_joins.read_table(joined.prefix / "plots.parquet"), []
     grids = _by_grid(proposed)
     for at, (row, tiles) in enumerate(zip(joined.value["grids"], grids.values(), strict=True)):
         known = {json.dumps(one): Source.from_row(one) for tile in tiles for one in json.loads(tile["sources"])}
@@ -276,7 +276,7 @@ def _groups(proposed: Step, joined: Step) -> list[Row]:
 def _classes(classified: Step) -> dict[int, Row]:
     """Class and score of every plot number that has them; in a group that failed, some may."""
     paths = (classified.prefix / f"{row}.classes.parquet" for row in classified.value.get("groups", []))
-    tables = (plots.read_table(path) for path in paths if path.exists())
+    tables = (plot_joins.read_table(path) for path in paths if path.exists())
     return {row["number"]: row for table in tables for row in table}
 
 
@@ -318,17 +318,17 @@ def _legend(described: Bundle | None, *, whole: bool) -> tuple[ClassTable, int]:
 
 def write_plots(step: Step, joined: Step, classified: Step, model: Step) -> dict[str, Any]:
     """All plots as `<run>/plots.parquet` (GeoParquet)."""
-    found = plots.read_table(joined.prefix / "plots.parquet")
+    found = plot_joins.read_table(joined.prefix / "plots.parquet")
     prefix, classes = model.value.get("bundle"), _classes(classified)
     names = {value: name for value, name, _ in bundle.load(prefix).classes} if prefix else {}
     for row in found:
         known = classes.get(row["number"], {})
         row |= {"class": names[known["class"]] if known else None, "score": known.get("score")}
     frames = [
-        plots.frame_of(Grid.from_row(grid), [row for row in found if row["grid"] == at], columns=COLUMNS)
+        plot_joins.frame_of(Grid.from_row(grid), [row for row in found if row["grid"] == at], columns=COLUMNS)
         for at, grid in enumerate(joined.value["grids"])
     ]
-    whole = plots.one_frame(frames, columns=COLUMNS)
+    whole = plot_joins.one_frame(frames, columns=COLUMNS)
     vectors.write_geoparquet(whole, upath(step.root) / "plots.parquet")
     area = float(whole["area_m2"].sum()) if "area_m2" in whole else None
     return {"polygons": "plots.parquet", "count": len(whole), "area_m2": area}
@@ -336,12 +336,16 @@ def write_plots(step: Step, joined: Step, classified: Step, model: Step) -> dict
 
 def write_report(step: Step, proposed: Step, joined: Step, tiles: Step, polygons: Step) -> dict[str, Any]:
     """The report, with what every round added, how large plots are and what they look like."""
-    found = plots.read_table(joined.prefix / "plots.parquet")
+    found = plot_joins.read_table(joined.prefix / "plots.parquet")
     rows = [row for grid in _by_grid(proposed).values() for row in grid]
     patches = [patch for row in rows for patch in _table(proposed, row, "patches")]
     coverage = [(patch["pixels"], patch["coverage"]) for patch in patches]
     pictures = [
-        ("Plots", overlay(mapped_tiles(step.root, tiles.name)), "Outlines of the plots; red where there is none."),
+        (
+            "Plots",
+            plots_over_imagery(mapped_tiles(step.root, tiles.name)),
+            "Outlines of the plots; red where there is none.",
+        ),
         ("Coverage", coverage_chart(coverage), "Share of the imagery under plots after each round."),
         ("Sizes", size_chart([row["pixels"] for row in found]), "Plots by size, in pixels."),
     ]

@@ -25,7 +25,7 @@ from rayseg.engine.run import Run, Step
 from rayseg.errors import ConfigError
 from rayseg.geo.region import Region
 from rayseg.io import masks
-from rayseg.io.tables import Classes
+from rayseg.io.class_tables import Classes
 from rayseg.mapping import MapConfig
 from rayseg.metrics import Confusion, bootstrap
 from rayseg.models import bundle
@@ -35,8 +35,7 @@ from rayseg.pool import PoolConfig, Row
 from rayseg.store import Location, upath
 from rayseg.train.batches import Chips
 from rayseg.train.classifier import expect_trainable as expect_classifier
-from rayseg.train.pair import S4ganConfig
-from rayseg.train.s4gan import Data, confusions, expect_trainable, fit_s4gan, measures_of, trained_s4gan
+from rayseg.train.s4gan import Data, S4ganConfig, confusions, expect_trainable, fit_s4gan, measures_of, trained_s4gan
 from rayseg.vision.color import ClassTable
 from rayseg.vision.query_strategies import expect_enough
 

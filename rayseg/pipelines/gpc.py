@@ -33,7 +33,7 @@ from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.encoders import NO_FILES, encoder_name, read_state
 from rayseg.models.segmenter import Ensemble
 from rayseg.store import Location
-from rayseg.train import sample
+from rayseg.train import probe
 from rayseg.train.batches import Chips
 from rayseg.train.classifier import ClassifierConfig, expect_trainable, fit_classifier, trained_classifier
 from rayseg.train.labels import probabilities
@@ -200,7 +200,7 @@ def _threshold(model: torch.nn.Module, rows: list[Row], config: Config) -> float
     size, unit = config.chips.size, 32 * config.segmenter.reduce
     counts = np.zeros(1001, np.int64)
     negatives = [row for row in rows if row["label"] == NO][:MOST_CALIBRATED]
-    for position in sample.batches(range(len(negatives)), len(negatives)):
+    for position in probe.batches(range(len(negatives)), len(negatives)):
         image_CHW = chips.read_image(negatives, size, position).transpose(2, 0, 1)
         normal = config.scaling.normalize(torch.from_numpy(image_CHW.copy())[None])
         p_HW = probabilities(model, normal, unit=unit, flip=False)[0, 0].numpy()

@@ -27,10 +27,10 @@ from rayseg.errors import ConfigError, DataError
 from rayseg.evaluation import Compared
 from rayseg.geo.region import Region
 from rayseg.io import masks, scenes
-from rayseg.io.catalog import imagery_collection
+from rayseg.io.class_tables import Classes
 from rayseg.io.pictures import encoded
 from rayseg.io.scenes import LabelledImage
-from rayseg.io.tables import Classes
+from rayseg.io.stac_read import imagery_collection
 from rayseg.mapping import MapConfig
 from rayseg.metrics import Confusion
 from rayseg.models import bundle
@@ -40,7 +40,6 @@ from rayseg.stages.compare import CompareTile, pictured
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, tile_rows
 from rayseg.store import Location, put
-from rayseg.train.feed import Windows
 from rayseg.train.supervised import (
     Labelled,
     SupervisedConfig,
@@ -48,6 +47,7 @@ from rayseg.train.supervised import (
     fit_supervised,
     trained_supervised,
 )
+from rayseg.train.windows import Windows
 from rayseg.vision.color import ClassTable
 
 PRODUCT = "landcover"

@@ -24,7 +24,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from rayseg.config import Config, load
 from rayseg.engine import run as runs
 from rayseg.errors import ConfigError
-from rayseg.io import catalog
+from rayseg.geo.region import named_regions
 from rayseg.serve.problems import Refused, busy
 from rayseg.serve.questions import problems_of
 from rayseg.serve.settings import ServeConfig
@@ -80,12 +80,12 @@ def region(text: str) -> str:
     Raises:
         Refused: 422, it is neither.
     """
-    if text == "demo" or text in catalog.named_regions():
+    if text == "demo" or text in named_regions():
         return text
     try:
         west, south, east, north = (float(part) for part in text.split(","))
     except ValueError:
-        names = ", ".join(["demo", *catalog.named_regions()])
+        names = ", ".join(["demo", *named_regions()])
         raise Refused(422, f"region is {text[:60]!r}, expected west,south,east,north or one of: {names}") from None
     if not (-180 <= west < east <= 180 and -90 <= south < north <= 90) or not math.isfinite(west + east):
         raise Refused(422, f"region is {text[:60]!r}, expected west < east and south < north in degrees")

@@ -7,7 +7,7 @@ import numpy as np
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Lattice, Tile, Window
-from rayseg.io import cog, items
+from rayseg.io import cog, stac_write
 from rayseg.io.sources import from_json
 from rayseg.store import upath
 from rayseg.vision.fill import filled
@@ -106,6 +106,6 @@ class WriteLarger:
         image_CHW = np.ascontiguousarray(row["larger"].transpose(2, 0, 1))
         cog.write_image(folder / file, image_CHW, fine.grid, fine.window, bands=BANDS, valid_HW=valid_HW)
         sources = from_json(row["sources"])
-        item = items.item_of(fine.id, fine.grid, fine.window, folder=folder, files=[file], sources=sources)
-        items.write_item(item, folder / f"{fine.id}.json")
+        item = stac_write.item_of(fine.id, fine.grid, fine.window, folder=folder, files=[file], sources=sources)
+        stac_write.write_item(item, folder / f"{fine.id}.json")
         return {"id": row["id"], "seconds": row["seconds"], "facts": {"item": f"{fine.id}.json"}}

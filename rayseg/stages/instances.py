@@ -11,7 +11,7 @@ from rayseg.engine.manifest import write_rows
 from rayseg.errors import DataError
 from rayseg.geo import region
 from rayseg.geo.grid import NODATA, Lattice, Tile, Window
-from rayseg.io import cog, items, plots
+from rayseg.io import cog, plot_joins, stac_write
 from rayseg.io.sources import Source, from_json
 from rayseg.stages.read import incomplete, read_reach
 from rayseg.stages.write import facts_of
@@ -31,8 +31,9 @@ UNNUMBERED = 2**32 - 1
 class ProposePlots:
     """`image, valid, reach, <tile> -> patches, pieces`: what each patch of the tile finds, and its cell's share of it.
 
-    patches: rows for `plots.join`, with `pixels`: valid ones that the patch sees, and `coverage`: share of these that
-    is covered after each round. pieces: rows of `plots.pieces_of` with round, refined, predicted_iou and stability.
+    patches: rows for `plot_joins.join`, with `pixels`: valid ones that the patch sees, and `coverage`: share of these
+    that is covered after each round. pieces: rows of `plot_joins.pieces_of` with round, refined, predicted_iou and
+    stability.
 
     Args:
         proposer: "sam" or "felzenszwalb".
@@ -87,11 +88,11 @@ class ProposePlots:
             place = {"cell_row": cell.row // self.patches.stride, "cell_col": cell.col // self.patches.stride}
             size = {"col": window.col, "row": window.row, "width": window.width, "height": window.height}
             counted = {"pixels": int(valid_HW.sum()), "coverage": list(found.coverage)}
-            patches.append(place | size | {"labels": plots.packed(labels_HW)} | counted)
-            own_HW = np.where(inside_HW[of_cell.slices(reach)], plots.labels_of(patches[-1], of_cell), 0)
+            patches.append(place | size | {"labels": plot_joins.packed(labels_HW)} | counted)
+            own_HW = np.where(inside_HW[of_cell.slices(reach)], plot_joins.labels_of(patches[-1], of_cell), 0)
             pieces += [
                 place | {"label": label} | piece | _scores(found, kept[label - 1])
-                for label, piece in plots.pieces_of(own_HW.astype(np.int32), of_cell)
+                for label, piece in plot_joins.pieces_of(own_HW.astype(np.int32), of_cell)
             ]
         rest = {key: value for key, value in row.items() if key not in {"image", "valid", "reach"}}
         return rest | {"patches": patches, "pieces": pieces}
@@ -166,15 +167,17 @@ class ReadPlots:
         row = read_reach(row, tile.window, self.bands)
         if "status" in row:
             return row
-        numbers: dict[plots.Place, dict[int, int]] = {}
-        for one in plots.read_table(pieces_path(self.joined, tile.id, "numbers")):
-            numbers.setdefault(plots.place_of(one), {})[one["label"]] = one["number"]
+        numbers: dict[plot_joins.Place, dict[int, int]] = {}
+        for one in plot_joins.read_table(pieces_path(self.joined, tile.id, "numbers")):
+            numbers.setdefault(plot_joins.place_of(one), {})[one["label"]] = one["number"]
         numbers_HW = np.zeros((tile.window.height, tile.window.width), np.uint32)
-        for patch in plots.read_table(pieces_path(self.proposed, tile.id, "patches")):
+        for patch in plot_joins.read_table(pieces_path(self.proposed, tile.id, "patches")):
             cell = Window(patch["cell_col"] * self.stride, patch["cell_row"] * self.stride, self.stride, self.stride)
             part = cell.intersect(tile.window)
-            labels_HW = plots.labels_of(patch, part)
-            numbers_HW[part.slices(tile.window)] = plots.numbered(labels_HW, numbers.get(plots.place_of(patch), {}))
+            labels_HW = plot_joins.labels_of(patch, part)
+            numbers_HW[part.slices(tile.window)] = plot_joins.numbered(
+                labels_HW, numbers.get(plot_joins.place_of(patch), {})
+            )
         return {key: value for key, value in row.items() if key != "image"} | {"numbers": numbers_HW}
 
 
@@ -239,7 +242,7 @@ class WritePlots:
 
     def _describe(self, tile: Tile, sources: list[Source]) -> None:
         folder = upath(self.prefix) / tile.id
-        item = items.item_of(
+        item = stac_write.item_of(
             tile.id,
             tile.grid,
             tile.window,
@@ -249,4 +252,4 @@ class WritePlots:
             model=self.model,
             table=self.table,
         )
-        items.write_item(item, folder / f"{tile.id}.json")
+        stac_write.write_item(item, folder / f"{tile.id}.json")

@@ -12,7 +12,7 @@ from shapely.geometry.base import BaseGeometry
 from rayseg.engine.manifest import write_rows
 from rayseg.errors import DataError, ModelError
 from rayseg.geo.grid import Grid, Window
-from rayseg.io import plots, rasters
+from rayseg.io import plot_joins, rasters
 from rayseg.io.sources import Source, from_json
 from rayseg.models import bundle
 from rayseg.stages.ground import ImageConfig, eight_bit
@@ -61,7 +61,7 @@ class CutPlots:
         window = Window(left, top, right - left, bottom - top)
         image_CHW, _ = rasters.read(sources, grid, window, bands=self.image.bands)
         image_HWC = eight_bit(image_CHW, self.image)
-        return square_crop(image_HWC, plots.mask_of(geometry, window), size=self.size)
+        return square_crop(image_HWC, plot_joins.mask_of(geometry, window), size=self.size)
 
 
 class ClassifyPlots:

@@ -7,7 +7,7 @@ import numpy as np
 
 from rayseg.geo import region
 from rayseg.geo.grid import NODATA, Tile
-from rayseg.io import catalog, cog, vectors
+from rayseg.io import cog, stac_write, vectors
 from rayseg.stages.read import incomplete
 from rayseg.store import upath
 from rayseg.vision.color import ClassTable
@@ -59,7 +59,7 @@ class WriteTile:
         per_class = np.broadcast_to(scores, (len(self.table.classes), *classes.shape)) if self._of_top else scores
         vectors.write_parts(folder / "parts.parquet", vectors.polygons_of(classes, per_class, tile.grid, tile.window))
         model = row.get("model_item", self.model)
-        catalog.write_tile_item(folder, tile, self.table, sources=json.loads(row["sources"]), model=model)
+        stac_write.write_tile_item(folder, tile, self.table, sources=json.loads(row["sources"]), model=model)
         background = len(self.table.classes) == 2 and set(facts["counts"]) == {"0"}
         return {"status": "empty" if background else "done", "facts": facts} | kept
 

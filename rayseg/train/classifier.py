@@ -18,7 +18,7 @@ from rayseg.models.bundle import Scaling
 from rayseg.models.classifier import build_classifier, build_over_imagenet
 from rayseg.models.plot_classifier import build_plot_classifier
 from rayseg.store import StorePath, absolute
-from rayseg.train import sample, session
+from rayseg.train import probe, session
 from rayseg.train.augment import Augment, augment, centre
 from rayseg.train.batches import Batch, Chips, Indices, Kept, Read, epoch_batches, read_ahead
 from rayseg.train.learning import Learner, Learning, Rates, expect_size, precision
@@ -188,7 +188,7 @@ def _train(config: State) -> State:
         learner.is_kept(config["prefix"], state["epoch"])
     read = Kept(chips.read, limit=settings.learning.memory)
     with session.scalars(config["prefix"]) as write:
-        for epoch in sample.epochs(range(state["epoch"], settings.epochs)):
+        for epoch in probe.epochs(range(state["epoch"], settings.epochs)):
             loss = _epoch(epoch, learner, read, config, device)
             measures = {"loss": loss, **_evaluate(learner, read, config, device)}
             order = (measures["accuracy"], -measures["held_out_loss"]) if config["held_out"] else (epoch, 0)
@@ -208,7 +208,7 @@ def _epoch(epoch: int, learner: Learner, read: Read, config: State, device: torc
     losses = []
     learner.train_mode()
     coming = read_ahead(order, read, threads=settings.learning.threads)
-    for step, batch in enumerate(sample.batches(coming, len(order))):
+    for step, batch in enumerate(probe.batches(coming, len(order))):
         images, _ = augment(batch.images_NCHW.to(device), None, settings.augment, generator, size=settings.size)
         labels = _labels(chips, batch, device)
         rate = session.rate_at(settings.rates, epoch + step / len(order), gradual=settings.learning.gradual)
@@ -271,7 +271,7 @@ def _evaluate(learner: Learner, read: Read, config: State, device: torch.device)
     classes = max(config["chips"].count, held_out.count)
     sums = torch.zeros(classes * classes + 1, dtype=torch.float64, device=device)
     coming = _seen(held_out, held_out.read, config, device)
-    for batch, images in sample.batches(coming, -(-len(held_out) // settings.learning.batch)):
+    for batch, images in probe.batches(coming, -(-len(held_out) // settings.learning.batch)):
         with precision(settings.learning, device):
             logits = model(images).float()
         labels = _labels(held_out, batch, device)

@@ -19,13 +19,12 @@ from rayseg.errors import ConfigError, DataError
 from rayseg.metrics import Confusion
 from rayseg.models.bundle import Scaling
 from rayseg.store import StorePath, absolute, upath
-from rayseg.train import sample, session
+from rayseg.train import probe, session
 from rayseg.train.augment import Augment, augment, centre
 from rayseg.train.batches import Chips, Indices, Kept, epoch_batches, read_ahead, shard
 from rayseg.train.classifier import key_of, names_of
 from rayseg.train.labels import LOSSES, Labelling, Masks, labelled, probabilities
-from rayseg.train.learning import Learner, Learning, Rates, expect_size, precision
-from rayseg.train.network import NetworkConfig
+from rayseg.train.learning import Learner, Learning, NetworkConfig, Rates, expect_size, precision
 
 State = dict[str, Any]
 
@@ -181,7 +180,7 @@ def _stage(before: dict[str, Tensor], config: State) -> State:
     learner = _learner(before, state, config)
     masks = Masks(config["chips"], settings.positive, kept=settings.learning.memory // 4)
     with session.scalars(config["prefix"]) as write:
-        for epoch in sample.epochs(range(state["epoch"], stage.epochs)):
+        for epoch in probe.epochs(range(state["epoch"], stage.epochs)):
             if stage.relabel == "every epoch" or (stage.relabel == "once" and not masks.relabelled):
                 teacher = learner.shown if epoch and stage.relabel == "every epoch" else _restored(before, config)
                 _relabel(masks, teacher, config)
@@ -233,7 +232,7 @@ def _epoch(epoch: int, learner: Learner, masks: Masks, config: State) -> float:
     step_losses = []
     learner.train_mode()
     coming = read_ahead(order, config["read"], masks, threads=settings.learning.threads)
-    for step, batch in enumerate(sample.batches(coming, len(order))):
+    for step, batch in enumerate(probe.batches(coming, len(order))):
         assert batch.masks_NMHW is not None
         given = (batch.images_NCHW.to(config["device"]), batch.masks_NMHW.to(config["device"]))
         images, targets = augment(*given, settings.augment, generator, size=settings.size)
@@ -288,7 +287,7 @@ def _relabel(masks: Masks, teacher: nn.Module, config: State) -> None:
     stage: StageConfig = getattr(settings, config["stage"])
     mine = _mine(config)
     coming = read_ahead(mine, config["read"], masks.coarse, threads=settings.learning.threads)
-    for batch in sample.batches(coming, len(mine), once=stage.relabel == "once"):
+    for batch in probe.batches(coming, len(mine), once=stage.relabel == "once"):
         assert batch.masks_NMHW is not None
         p = _predict(teacher, batch.images_NCHW, config, flip=settings.labelling.flip)
         masks.relabel(batch.chips, labelled(p, batch.masks_NMHW.to(p.device), settings.labelling))
@@ -313,7 +312,7 @@ def _evaluate(learner: Learner, config: State) -> dict[str, float]:
     mine = np.arange(session.rank(), len(held_out), session.world()).reshape(-1, 1)
     sums = torch.zeros(5, dtype=torch.float64)
     coming = read_ahead(mine, held_out.read, held_out.read_mask, threads=settings.learning.threads)
-    for batch in sample.batches(coming, len(mine)):
+    for batch in probe.batches(coming, len(mine)):
         assert batch.masks_NMHW is not None
         p, truth = _predict(model, batch.images_NCHW, config).cpu(), batch.masks_NMHW
         counts = Confusion.from_arrays(truth.numpy(), (p > settings.labelling.above).numpy().astype(np.uint8), 2)

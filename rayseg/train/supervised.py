@@ -21,11 +21,10 @@ from rayseg.metrics import Confusion
 from rayseg.models import losses
 from rayseg.models.bundle import Scaling
 from rayseg.store import StorePath, absolute
-from rayseg.train import feed, sample, session
+from rayseg.train import probe, session, windows
 from rayseg.train.augment import Augment
-from rayseg.train.feed import Counts, Cut, Sampling, Step, Waiting, Windows
-from rayseg.train.learning import Learner, Learning, Schedule, expect_batch, expect_size, precision
-from rayseg.train.network import NetworkConfig
+from rayseg.train.learning import Learner, Learning, NetworkConfig, Schedule, expect_batch, expect_size, precision
+from rayseg.train.windows import Counts, Cut, Sampling, Step, Waiting, Windows
 
 State = dict[str, Any]
 
@@ -189,8 +188,8 @@ def _train(config: State) -> State:
         learner.is_kept(config["prefix"], state["epoch"])
     epochs = range(state["epoch"], settings.epochs)
     waiting = Waiting()
-    batches = feed.timed(
-        feed.stream(
+    batches = windows.timed(
+        windows.stream(
             (_steps(epoch, config) for epoch in epochs),
             training.read,
             on_ray=config["on_ray"],
@@ -199,10 +198,10 @@ def _train(config: State) -> State:
         waiting,
     )
     with session.scalars(config["prefix"]) as write:
-        for epoch in sample.epochs(epochs):
+        for epoch in probe.epochs(epochs):
             measures = _epoch(epoch, learner, batches, waiting, config)
             best = state["best"]
-            if (epoch + 1) % settings.every == 0 or epoch + 1 == settings.epochs or sample.is_taken():
+            if (epoch + 1) % settings.every == 0 or epoch + 1 == settings.epochs or probe.is_taken():
                 measures |= _validate(learner, config)
                 best = session.better(best, (measures["mean_iou"],), measures | {"epoch": epoch + 1}, learner.weights)
             state = {"epoch": epoch + 1, "best": best}
@@ -216,7 +215,7 @@ def _steps(epoch: int, config: State) -> list[Step]:
     """This worker's part of the batches of an epoch."""
     settings: SupervisedConfig = config["settings"]
     training: Labelled = config["training"]
-    steps = feed.draw_epoch(
+    steps = windows.draw_epoch(
         training.images,
         training.counts,
         settings.sampling,
@@ -225,7 +224,7 @@ def _steps(epoch: int, config: State) -> list[Step]:
         seed=settings.learning.seed,
         epoch=epoch,
     )
-    return feed.part_of(steps, rank=session.rank(), world=session.world())
+    return windows.part_of(steps, rank=session.rank(), world=session.world())
 
 
 def _epoch(
@@ -233,13 +232,13 @@ def _epoch(
 ) -> dict[str, float]:
     """Mean loss of an epoch and the share of its time that it waited for data."""
     settings: SupervisedConfig = config["settings"]
-    count = feed.windows_per_epoch(config["training"].images, settings.sampling, settings.learning.batch)
+    count = windows.windows_per_epoch(config["training"].images, settings.sampling, settings.learning.batch)
     session.seed_epoch(settings.learning.seed, epoch)
     waiting.share()
     step_losses = []
     learner.train_mode()
     steps = range(count // settings.learning.batch)
-    for step in sample.batches(steps, len(steps)):
+    for step in probe.batches(steps, len(steps)):
         cuts = next(batches)
         rate = settings.schedule.at(epoch + step * settings.learning.batch / count, settings.epochs)
         step_losses.append(_step(learner, cuts, rate, config, what=f"segmenter, epoch {epoch}, step {step}"))
@@ -248,7 +247,7 @@ def _epoch(
 
 def _step(learner: Learner, cuts: Sequence[Cut], rate: float, config: State, *, what: str) -> float:
     settings: SupervisedConfig = config["settings"]
-    images, classes = feed.to_device(cuts, settings.augment, config["device"], size=settings.sampling.size)
+    images, classes = windows.to_device(cuts, settings.augment, config["device"], size=settings.sampling.size)
     weights_K = None if config["weights_K"] is None else config["weights_K"].to(config["device"])
     share = _share(classes, weights_K, settings.loss)
     loss_of = partial(_loss_of, learner.net, config["scaling"].normalize(images), classes, weights_K, share, settings)
@@ -302,12 +301,12 @@ def class_weights(loss: PixelLoss, pixels_K: Counts) -> Tensor | None:
 def _validate(learner: Learner, config: State) -> dict[str, float]:
     """Measures of all workers together on the whole validation images."""
     settings: SupervisedConfig = config["settings"]
-    seen = sample.batches(_as_seen(config), settings.learning.recalibrate, share=1 / settings.every)
+    seen = probe.batches(_as_seen(config), settings.learning.recalibrate, share=1 / settings.every)
     model = learner.show_mode(seen)
     matrix = torch.zeros((len(config["training"].pixels_K),) * 2, dtype=torch.float64, device=config["device"])
     steps = _covering(config["validation"], config)
     coming = _seen(config["validation"], steps, config)
-    for images, classes_NHW in sample.batches(coming, len(steps), share=1 / settings.every):
+    for images, classes_NHW in probe.batches(coming, len(steps), share=1 / settings.every):
         with precision(settings.learning, config["device"]):
             found_NHW = model(images).argmax(dim=1)
         known = classes_NHW != losses.IGNORE
@@ -326,7 +325,7 @@ def _covering(labelled: Labelled, config: State) -> list[Step]:
     """This worker's share of windows that cover images once, in batches."""
     settings: SupervisedConfig = config["settings"]
     share = -(-settings.learning.batch // session.world())
-    return feed.cover(
+    return windows.cover(
         labelled.images, size=settings.sampling.size, batch=share, rank=session.rank(), world=session.world()
     )
 
@@ -334,8 +333,8 @@ def _covering(labelled: Labelled, config: State) -> list[Step]:
 def _seen(labelled: Labelled, steps: Sequence[Step], config: State) -> Iterator[tuple[Tensor, Tensor]]:
     """(input, classes (N, H, W) int64) of windows, not augmented."""
     threads = config["settings"].learning.threads
-    for cuts in feed.stream([steps], labelled.read, on_ray=config["on_ray"], threads=threads):
-        images, classes_NHW = feed.as_read(cuts, config["device"])
+    for cuts in windows.stream([steps], labelled.read, on_ray=config["on_ray"], threads=threads):
+        images, classes_NHW = windows.as_read(cuts, config["device"])
         yield config["scaling"].normalize(images), classes_NHW
 
 

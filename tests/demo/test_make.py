@@ -12,9 +12,9 @@ from rasterio.windows import from_bounds
 
 from rayseg.demo import make
 from rayseg.errors import ConfigError
-from rayseg.io.catalog import open_items, source_of
 from rayseg.io.masks import masks_of
 from rayseg.io.rasters import footprint, grids_of, read
+from rayseg.io.stac_read import open_items, source_of
 
 CHIPS = (7, 6)
 

@@ -14,7 +14,6 @@ from rasterio.enums import ColorInterp
 
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Window
-from rayseg.io.catalog import open_items, source_of
 from rayseg.io.labels import (
     Chip,
     chips_of,
@@ -27,6 +26,7 @@ from rayseg.io.labels import (
 )
 from rayseg.io.rasters import grids_of, read
 from rayseg.io.sources import unplaced
+from rayseg.io.stac_read import open_items, source_of
 from rayseg.vision.color import ClassTable
 
 TABLE = ClassTable(((0, "land", (10, 20, 30)), (1, "water", (0, 0, 250)), (2, "road", (99, 99, 99))))

@@ -19,9 +19,8 @@ from rasterio.transform import from_origin
 
 from rayseg.errors import DataError
 from rayseg.io import pictures, remote
-from rayseg.io.complaints import complaints
 from rayseg.io.rasters import read
-from rayseg.io.sources import footprint, grids_of, source_of_file
+from rayseg.io.sources import complaints, footprint, grids_of, source_of_file
 from rayseg.store import access, public
 
 

@@ -4,7 +4,7 @@ from PIL import Image
 
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Grid, Window
-from rayseg.io import cog, labels, scenes, tables
+from rayseg.io import class_tables, cog, labels, scenes
 from rayseg.io.scenes import LabelledImage
 from rayseg.vision.color import ClassTable, decode
 
@@ -190,27 +190,27 @@ def test_classes_without_pixels_and_splits_that_leave_one_out_are_refused():
 
 
 def test_class_tables_are_found_by_name_by_path_or_given_whole(tmp_path):
-    assert tables.read_table("dubai").names == ("building", "land", "road", "vegetation", "water")
-    assert len(tables.read_table("ucm").classes) == 18
-    assert tables.Classes.model_validate("dubai").table == tables.read_table("dubai")
+    assert class_tables.read_table("dubai").names == ("building", "land", "road", "vegetation", "water")
+    assert len(class_tables.read_table("ucm").classes) == 18
+    assert class_tables.Classes.model_validate("dubai").table == class_tables.read_table("dubai")
     (tmp_path / "t.yaml").write_text("classes: [{name: a, color: '#010203'}, {name: b, color: [4, 5, 6]}]")
-    given = tables.Classes.model_validate(str(tmp_path / "t.yaml"))
+    given = class_tables.Classes.model_validate(str(tmp_path / "t.yaml"))
     assert given.table.classes == ((0, "a", (1, 2, 3)), (1, "b", (4, 5, 6)))
-    assert tables.Classes.model_validate(given.model_dump(mode="json")) == given
+    assert class_tables.Classes.model_validate(given.model_dump(mode="json")) == given
     with pytest.raises(ConfigError, match=r"class table nowhere cannot be read: .*or one of deepglobe, dubai, ucm"):
-        tables.read_table("nowhere")
+        class_tables.read_table("nowhere")
     (tmp_path / "t.yaml").write_text("classes:\n- name: field\n  color: #010203\n")
     said = r"class table .*t.yaml: class field: colour is None.*put the colour in quotes"
-    for read in (tables.read_table, tables.Classes.model_validate):
+    for read in (class_tables.read_table, class_tables.Classes.model_validate):
         with pytest.raises(ConfigError, match=said):
             read(str(tmp_path / "t.yaml"))
     (tmp_path / "t.yaml").write_text("classes: [{name: a, color: '#010203'}, {name: a, color: '#010204'}]")
     with pytest.raises(ConfigError, match="named a, a: give every class a name of its own"):
-        tables.read_table(str(tmp_path / "t.yaml"))
+        class_tables.read_table(str(tmp_path / "t.yaml"))
 
 
 def test_impure_colours_are_taken_as_the_nearest_corner():
-    table = tables.read_table("deepglobe")
+    table = class_tables.read_table("deepglobe")
     mask = np.array([[[3, 250, 130], [127, 127, 127], [128, 255, 200]]], np.uint8)
     assert decode(mask, table).tolist() == [[0, 6, 5]]
     with pytest.raises(DataError, match=r"mask colour #FF0000 \(1 pixels"):
@@ -221,7 +221,7 @@ def test_impure_colours_are_taken_as_the_nearest_corner():
 def test_coloured_masks_are_read_as_the_prototype_reads_them(shared):
     golden = np.load(shared / "golden" / "landcover" / "rgb2anno.npz", allow_pickle=False)
     red_HW = (golden["rgb"] >= 128) @ np.array([4, 2, 1]) == 4  # of no class; the prototype takes it for urban
-    found = decode(np.where(red_HW[..., None], np.uint8(0), golden["rgb"]), tables.read_table("deepglobe"))
+    found = decode(np.where(red_HW[..., None], np.uint8(0), golden["rgb"]), class_tables.read_table("deepglobe"))
     assert red_HW.any()
     np.testing.assert_array_equal(found[~red_HW], golden["label"][~red_HW])
 
@@ -230,5 +230,5 @@ def test_coloured_masks_are_read_as_the_prototype_reads_them(shared):
 def test_masks_of_a_palette_are_read_by_its_colours(shared):
     found = scenes.labelled_images(str(shared / "data" / "landcover"))
     indices = np.asarray(Image.open(shared / "data" / "landcover" / "masks" / "3.png"))
-    counts = scenes.count_classes(found[1], tables.read_table("deepglobe"), cell=4096)
+    counts = scenes.count_classes(found[1], class_tables.read_table("deepglobe"), cell=4096)
     assert counts[0, 0].tolist() == np.bincount(indices.ravel(), minlength=7).tolist()

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.io import catalog, stac_api
+from rayseg.io import stac_read
 
 CORE = "https://api.stacspec.org/v1.0.0/"
 CONFORMS = [CORE + part for part in ("core", "item-search", "item-search#query", "collections")]
@@ -75,7 +75,7 @@ def api():
 
 def test_all_pages_are_followed_and_the_question_is_asked_whole(api):
     question = "scenes&datetime=2020-01-01/2020-02-01&query=eo:cloud_cover<20,eo:cloud_cover>=0.5,platform=s2a&limit=10"
-    found = catalog.open_items(api.url, question, geometry=SQUARE)
+    found = stac_read.open_items(api.url, question, geometry=SQUARE)
     assert {item.id for item in found} == {f"item-{n}" for n in range(25)}
     first = api.asked[0]
     assert first["collections"] == ["scenes"]
@@ -88,26 +88,26 @@ def test_all_pages_are_followed_and_the_question_is_asked_whole(api):
 def test_an_api_without_an_end_is_left(api):
     api.endless = True
     with pytest.raises(DataError, match="comes to no end"):
-        catalog.open_items(api.url, "scenes", geometry=SQUARE)
+        stac_read.open_items(api.url, "scenes", geometry=SQUARE)
     assert len(api.asked) <= 5
 
 
 def test_an_api_with_more_items_than_can_be_mapped_is_left(api, monkeypatch):
-    monkeypatch.setattr(stac_api, "MOST_ITEMS", 15)
+    monkeypatch.setattr(stac_read, "MOST_ITEMS", 15)
     with pytest.raises(DataError, match="at most 15 are taken"):
-        catalog.open_items(api.url, "scenes", geometry=SQUARE)
+        stac_read.open_items(api.url, "scenes", geometry=SQUARE)
 
 
 def test_a_busy_api_is_asked_again(api):
     api.broken = 1
-    assert len(catalog.open_items(api.url, "scenes", geometry=SQUARE)) == 25
+    assert len(stac_read.open_items(api.url, "scenes", geometry=SQUARE)) == 25
 
 
 def test_a_region_without_items_and_words_that_are_none_are_refused(api):
     api.items = 0
     with pytest.raises(DataError, match="holds no items"):
-        catalog.open_items(api.url, "scenes", geometry=SQUARE)
+        stac_read.open_items(api.url, "scenes", geometry=SQUARE)
     with pytest.raises(ConfigError, match="no word of a search"):
-        catalog.open_items(api.url, "scenes&clouds=3", geometry=SQUARE)
+        stac_read.open_items(api.url, "scenes&clouds=3", geometry=SQUARE)
     with pytest.raises(ConfigError, match="no condition"):
-        catalog.open_items(api.url, "scenes&query=cloudless", geometry=SQUARE)
+        stac_read.open_items(api.url, "scenes&query=cloudless", geometry=SQUARE)

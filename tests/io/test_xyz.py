@@ -30,7 +30,7 @@ import rayseg
 from rayseg.config import load_values
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Window
-from rayseg.io import catalog, webmap, xyz
+from rayseg.io import stac_read, webmap, xyz
 from rayseg.io.labels import chips_of
 from rayseg.io.rasters import grids_of, read
 from rayseg.io.sources import unplaced
@@ -164,7 +164,7 @@ def around(lon, lat, metres):
 def images(uri):
     """(transform, pixels_CHW, valid_HW) of every item, by id."""
     found = {}
-    for item in catalog.open_items(uri, catalog.imagery_collection(uri)):
+    for item in stac_read.open_items(uri, stac_read.imagery_collection(uri)):
         path = item.assets["image"].get_absolute_href()
         with rasterio.open(path) as dataset:
             assert dataset.crs.to_epsg() == 3857
@@ -204,7 +204,7 @@ def test_a_place_given_in_degrees_shows_the_tile_that_holds_it(world, tmp_path):
     bounds = mercantile.xy_bounds(mercantile.tile(*SHANGHAI, 15))
     corner = mercantile.lnglat(bounds.left, bounds.top)
     uri = ingest_xyz(world.url(), tmp_path, geometry=around(*corner, 90), resolution=4.0, fetching=QUICK)
-    [(grid, sources)] = grids_of([catalog.source_of(item) for item in catalog.open_items(uri)])
+    [(grid, sources)] = grids_of([stac_read.source_of(item) for item in stac_read.open_items(uri)])
     assert (grid.crs, grid.resolution, grid.origin) == ("EPSG:3857", (4.0, 4.0), (0.0, 0.0))
     for dx, dy in ((-6, -6), (-6, 6), (6, -6), (6, 6)):
         x, y = bounds.left + dx, bounds.top + dy
@@ -278,7 +278,7 @@ def test_a_pixel_is_the_same_whatever_window_it_is_fetched_in(world, tmp_path, m
     for size in (SCENE, 96):
         monkeypatch.setattr(xyz, "SCENE", size)
         uri = ingest_xyz(world.url(), tmp_path / str(size), geometry=area, resolution=1.0, fetching=QUICK)
-        sources = [catalog.source_of(item) for item in catalog.open_items(uri)]
+        sources = [stac_read.source_of(item) for item in stac_read.open_items(uri)]
         [(grid, _)] = grids_of(sources)
         x, y = mercantile.xy(*SHANGHAI)
         mosaics[size] = read(sources, grid, Window(int(x) - 25, int(-y) - 25, 50, 50), bands=["red", "green", "blue"])
@@ -355,7 +355,7 @@ def test_items_say_where_they_are_what_they_are_made_of_and_whom_they_are_owed_t
         fetching=QUICK,
     )
     assert Path(uri) == tmp_path / "catalog.json"
-    [item] = catalog.open_items(uri, "imagery")
+    [item] = stac_read.open_items(uri, "imagery")
     properties = item.properties
     assert properties["attribution"] == "(c) Somebody"
     assert properties["license"] == "other"
@@ -388,7 +388,7 @@ def test_a_chip_is_the_envelope_of_its_polygon_under_its_id_with_its_label(world
         ],
     )
     uri = ingest_xyz(world.url(), tmp_path / "out", chips=polygons, label="kind", resolution=1.0, fetching=QUICK)
-    items = {item.id: item for item in catalog.open_items(uri, "chips")}
+    items = {item.id: item for item in stac_read.open_items(uri, "chips")}
     assert {name: item.properties.get("rayseg:label") for name, item in items.items()} == {"a": "gpc", "b-..-c": None}
     found = images(uri)
     chips = {chip.id: chip for chip in chips_of(items.values())}
@@ -407,7 +407,7 @@ def test_a_label_that_changed_is_brought_up_to_date_without_a_request(world, tmp
         rows = [{"id": 7, "label": label, "geometry": box(x, y, x + 9, y + 9)}]
         before = len(world.asked)
         uri = ingest_xyz(world.url(), tmp_path / "out", chips=chip_file(tmp_path / "c.parquet", rows), fetching=QUICK)
-        [item] = catalog.open_items(uri, "chips")
+        [item] = stac_read.open_items(uri, "chips")
         assert (item.id, item.properties["rayseg:label"]) == ("7", label)
     assert len(world.asked) == before > 0
 
@@ -546,7 +546,7 @@ def test_an_ingest_that_was_stopped_goes_on_and_links_what_was_there(world, tmp_
     monkeypatch.setattr(xyz.cog, "write_image", write_image)
     uri = ingest_xyz(world.url(), tmp_path, geometry=area, resolution=NATIVE_14, fetching=QUICK)
     whole = ingest_xyz(world.url(), tmp_path / "whole", geometry=area, resolution=NATIVE_14, fetching=QUICK)
-    assert {item.id for item in catalog.open_items(uri)} == {item.id for item in catalog.open_items(whole)}
+    assert {item.id for item in stac_read.open_items(uri)} == {item.id for item in stac_read.open_items(whole)}
 
 
 def test_images_of_other_settings_are_not_taken_for_those_asked_for(world, tmp_path):
@@ -649,12 +649,12 @@ def test_a_tile_that_fails_for_good_is_named_and_the_other_scenes_are_kept(world
     name = world.url(f"/14/{bad.x}/{bad.y}.png")
     with pytest.raises(DataError, match=rf"\d of \d+ imagery .*{re.escape(name)} failed 3 times.*no PNG, JPEG or WebP"):
         ingest_xyz(world.url(), tmp_path, geometry=area, resolution=NATIVE_14, fetching=QUICK)
-    kept = catalog.open_items(str(tmp_path / "catalog.json"), "imagery")
+    kept = stac_read.open_items(str(tmp_path / "catalog.json"), "imagery")
     asked = len(world.asked)
     assert len(kept) >= 4
     del world.answer[14, bad.x, bad.y]
     uri = ingest_xyz(world.url(), tmp_path, geometry=area, resolution=NATIVE_14, fetching=QUICK)
-    assert len(catalog.open_items(uri)) > len(kept)
+    assert len(stac_read.open_items(uri)) > len(kept)
     assert max(Counter(world.asked[asked:]).values()) <= 4
 
 
@@ -666,7 +666,7 @@ def test_failures_between_successes_do_not_end_the_ingest(world, tmp_path):
     chips = chip_file(tmp_path / "c.parquet", rows)
     with pytest.raises(DataError, match="4 of 7 chips"):
         ingest_xyz(world.url(), tmp_path, chips=chips, resolution=NATIVE_14, fetching=QUICK)
-    assert {item.id for item in catalog.open_items(str(tmp_path / "catalog.json"), "chips")} == {"1", "3", "5"}
+    assert {item.id for item in stac_read.open_items(str(tmp_path / "catalog.json"), "chips")} == {"1", "3", "5"}
 
 
 def test_once_a_tile_failed_for_good_the_others_of_its_scene_are_not_waited_for(world, tmp_path):

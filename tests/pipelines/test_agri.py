@@ -25,7 +25,7 @@ from rayseg.geo.grid import Grid, Lattice, Tile, Window
 from rayseg.geo.region import Region
 from rayseg.io import cog, labels
 from rayseg.io.maps import mapped_tiles
-from rayseg.io.plots import mask_of as plot_mask
+from rayseg.io.plot_joins import mask_of as plot_mask
 from rayseg.mapping import MapConfig
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Scaling

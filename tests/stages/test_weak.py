@@ -9,7 +9,7 @@ from fake_run import blobs, picture
 from small_world import chip_folder, classifier, scene
 
 from rayseg.errors import DataError
-from rayseg.io import catalog, labels
+from rayseg.io import labels, stac_read
 from rayseg.io.sources import unplaced
 from rayseg.stages.cues import (
     CamCue,
@@ -32,7 +32,7 @@ def rows(tmp_path_factory):
     """Chips as rows: three with green shapes, three without."""
     root = tmp_path_factory.mktemp("chips")
     uri = labels.ingest_folder(chip_folder(root / "chips", size=SIZE), root / "cat", labels="folder")
-    found = labels.chips_of(catalog.open_items(uri, "chips"))
+    found = labels.chips_of(stac_read.open_items(uri, "chips"))
     return [chip.to_row() | {"seconds": {}} for chip in found]
 
 
@@ -60,7 +60,7 @@ def test_beyond_a_chip_is_its_mirror_image_and_not_valid(rows):
 
 def test_a_chip_without_data_is_an_error_of_the_data(tmp_path):
     scene(tmp_path / "bare.tif", margin=10_000)
-    [item] = catalog.open_items(labels.ingest_rasters(tmp_path / "bare.tif", tmp_path / "cat"))
+    [item] = stac_read.open_items(labels.ingest_rasters(tmp_path / "bare.tif", tmp_path / "cat"))
     [chip] = labels.chips_of([item])
     with pytest.raises(DataError, match="no valid pixel"):
         ReadChip(SIZE)([chip.to_row()])
@@ -134,7 +134,7 @@ def test_a_cue_is_kept_on_the_grid_of_its_chip(seen, tmp_path):
 
 def test_a_cue_of_a_placed_chip_lies_on_it(seen, tmp_path):
     scene(tmp_path / "s.tif", margin=0)
-    [item] = catalog.open_items(labels.ingest_rasters(tmp_path / "s.tif", tmp_path / "cat"))
+    [item] = stac_read.open_items(labels.ingest_rasters(tmp_path / "s.tif", tmp_path / "cat"))
     [chip] = labels.chips_of([item])
     shown = ReadChip(SIZE)([chip.to_row() | {"seconds": {}, "certainty": 1.0, "cam": seen[0]["cam"]}])
     [row] = WriteCue(str(tmp_path / "cues"))([shown[0] | {"mask": blobs(SIZE, SIZE)}])

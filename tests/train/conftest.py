@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rayseg.train import sample
+from rayseg.train import probe
 from rayseg.train.batches import Chips
 from rayseg.train.learning import Learner
 
@@ -45,11 +45,11 @@ def stood_for(monkeypatch):
     made = []
     step = Learner.step
     monkeypatch.setattr(Learner, "step", lambda *given, **named: made.append(1) or step(*given, **named))
-    monkeypatch.setattr(sample, "time", SimpleNamespace(perf_counter=lambda: float(len(made))))
+    monkeypatch.setattr(probe, "time", SimpleNamespace(perf_counter=lambda: float(len(made))))
 
     def count(train):
         made.clear()
-        with sample.taken() as taken:
+        with probe.taken() as taken:
             train()
         return len(made), len(made) + taken.left_out
 

@@ -8,8 +8,7 @@ from rayseg.train import s4gan, session
 from rayseg.train.augment import Augment
 from rayseg.train.batches import Chips
 from rayseg.train.learning import Learning
-from rayseg.train.pair import DiscriminatorConfig, Pair, S4ganConfig
-from rayseg.train.s4gan import Data, fit_s4gan, trained_s4gan
+from rayseg.train.s4gan import Data, DiscriminatorConfig, Pair, S4ganConfig, fit_s4gan, trained_s4gan
 
 SCALING = Scaling(mean=(110.0, 100.0, 90.0), std=(40.0, 40.0, 40.0))
 QUICK = S4ganConfig(

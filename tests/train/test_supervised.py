@@ -13,7 +13,6 @@ from rayseg.io import scenes
 from rayseg.models.bundle import Scaling
 from rayseg.train import session, supervised
 from rayseg.train.augment import Augment
-from rayseg.train.feed import Draw, Sampling, Windows
 from rayseg.train.learning import Learning, Schedule
 from rayseg.train.supervised import (
     Labelled,
@@ -23,6 +22,7 @@ from rayseg.train.supervised import (
     fit_supervised,
     trained_supervised,
 )
+from rayseg.train.windows import Draw, Sampling, Windows
 from rayseg.vision.color import ClassTable
 
 torch.set_num_threads(1)

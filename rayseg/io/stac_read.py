@@ -1,11 +1,18 @@
 """STAC in: catalogues, and items as sources of pixels. Regions are in `areas`, STAC out in `items`."""
 
+import io
 import json
 import posixpath
+import re
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import PurePosixPath
 from typing import Any, cast
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pystac
 import shapely
 from pystac.utils import datetime_to_str
@@ -14,11 +21,117 @@ from shapely.geometry.base import BaseGeometry
 
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.region import named_regions, region_names, resolve_region
-from rayseg.io import item_tables, stac_api
-from rayseg.io.item_tables import Box
-from rayseg.io.items import item_of, lonlat_outline, write_catalog, write_collection, write_item, write_tile_item
 from rayseg.io.sources import STORED, Source, crs_of, crs_text, source_of_file
-from rayseg.store import is_local, put, upath
+from rayseg.io.stac_write import item_of, lonlat_outline, write_catalog, write_collection, write_item, write_tile_item
+from rayseg.store import is_local, public, put, upath
+
+Box = tuple[float, float, float, float]
+"""(west, south, east, north) in degrees."""
+
+
+def items_of(uri: str, box: Box | None) -> list[dict[str, Any]]:
+    """The items of an `items.parquet` as STAC JSON values; of those that miss the box none, if one is given.
+
+    Raises:
+        ConfigError: there is no such file.
+        DataError: it is no table of items.
+    """
+    from stac_geoparquet.arrow import stac_table_to_items  # takes time to import, and few catalogues are tables
+
+    try:
+        table = pq.read_table(io.BytesIO(upath(uri).read_bytes()))
+        return list(stac_table_to_items(table if box is None else table.filter(_meeting(table, box))))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ConfigError(f"Catalogue {uri} is not there.") from error
+    except (pa.ArrowException, KeyError) as error:
+        raise DataError(f"{uri} is not a table of STAC items: {error}.") from error
+
+
+def _meeting(table: pa.Table, box: Box) -> pa.ChunkedArray:
+    """Which rows of a table of items meet a box; those that do not say, or cross the antimeridian, do."""
+    if "bbox" not in table.column_names or not pa.types.is_struct(table.schema.field("bbox").type):
+        return pa.chunked_array([np.ones(len(table), bool)])
+    west, south, east, north = (pc.struct_field(table["bbox"], name) for name in ("xmin", "ymin", "xmax", "ymax"))
+    apart = (pc.greater(west, box[2]), pc.less(east, box[0]), pc.greater(south, box[3]), pc.less(north, box[1]))
+    missing = pc.and_(reduce(pc.or_, apart), pc.less_equal(west, east))
+    return pc.invert(pc.fill_null(missing, False))
+
+
+_SIGNS = {"<=": "lte", ">=": "gte", "<": "lt", ">": "gt", "!=": "neq", "=": "eq"}
+_CONDITION = re.compile(r"([^<>=!]+)(<=|>=|!=|<|>|=)([^<>=!]+)")
+_NUMBER = re.compile(r"-?\d+(\.\d+)?")
+BUSY = (429, 500, 502, 503, 504)
+MOST_ITEMS = 500_000
+MOST_STALE = 3
+"""Pages in succession without a new item, after which a STAC API is taken to have no end."""
+
+
+def search(uri: str, question: str | None, geometry: dict[str, Any] | None) -> list[pystac.Item]:
+    """The items that a STAC API finds, page by page, each once.
+
+    Args:
+        uri: of the API.
+        question: `a,b&datetime=2020-01-01/2020-12-31&query=eo:cloud_cover<20`: collections, and of the search's other
+            words `datetime`, `query` (several, with commas) and `limit` (items of a page).
+        geometry: GeoJSON in EPSG:4326 that they must meet; None for any.
+
+    Raises:
+        ConfigError: the question has other words.
+        DataError: the API fails, comes to no end, or gives the same page again.
+    """
+    import pystac_client  # only APIs need it
+    from pystac_client.exceptions import APIError
+    from pystac_client.stac_api_io import StacApiIO
+    from urllib3 import Retry
+
+    names, asked = _asked(question or "")
+    stale = 0
+    found: dict[tuple[str | None, str], pystac.Item] = {}
+    try:
+        patient = Retry(5, backoff_factor=0.5, status_forcelist=BUSY, allowed_methods=None)  # a search is a POST
+        client = pystac_client.Client.open(uri, stac_io=StacApiIO(max_retries=patient, timeout=60))
+        search = client.search(collections=names or None, intersects=geometry, **asked)
+        for number, page in enumerate(search.pages_as_dicts(), 1):
+            before = len(found)
+            for row in page["features"]:
+                item = pystac.Item.from_dict(row)
+                found.setdefault((item.collection_id, item.id), item)
+            stale = stale + 1 if len(found) == before else 0
+            if len(found) > MOST_ITEMS or stale == MOST_STALE:
+                raise DataError(
+                    f"the STAC API {public(uri)} comes to no end: {number} pages with {len(found)} different items, at "
+                    f"most {MOST_ITEMS} are taken; ask for a smaller region, or a datetime"
+                )
+    except (APIError, KeyError, pystac.STACError) as error:
+        raise DataError(f"the STAC API {public(uri)} cannot be searched: {public(str(error))[:300]}") from None
+    return list(found.values())
+
+
+def _asked(question: str) -> tuple[list[str], dict[str, Any]]:
+    """(collections, other words of the search) of a question to an API."""
+    names, *words = question.split("&")
+    asked: dict[str, Any] = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        if key not in {"datetime", "query", "limit"} or not value or (key == "limit" and not value.isdigit()):
+            raise ConfigError(f"{word!r} is no word of a search, expected datetime=..., query=... or limit=...")
+        asked[key] = _conditions(value) if key == "query" else int(value) if key == "limit" else value
+    return [name for name in names.split(",") if name], asked
+
+
+def _conditions(text: str) -> dict[str, dict[str, Any]]:
+    """`eo:cloud_cover<20,platform=landsat-8` in the words of the query extension; numbers are numbers."""
+    found: dict[str, dict[str, Any]] = {}
+    for part in text.split(","):
+        if not (parts := _CONDITION.fullmatch(part)):
+            raise ConfigError(f"query {part!r} is no condition, expected one such as eo:cloud_cover<20")
+        name, sign, value = parts.groups()
+        number = float(value) if _NUMBER.fullmatch(value) else value
+        found.setdefault(name, {})[_SIGNS[sign]] = (
+            int(number) if isinstance(number, float) and number % 1 == 0 else number
+        )
+    return found
+
 
 __all__ = [
     "imagery_collection",
@@ -111,7 +224,7 @@ def _read_items(
 ) -> list[pystac.Item]:
     """The items of a catalogue; those of tables that miss the box, and of APIs the geometry, may be left out."""
     if uri.endswith(".parquet"):
-        items = [cast(pystac.Item, _stac(uri, row)) for row in item_tables.items_of(uri, box)]
+        items = [cast(pystac.Item, _stac(uri, row)) for row in items_of(uri, box)]
         return _only(items, collection, uri)
     row = _read_json(uri)
     kind = row.get("type")
@@ -120,7 +233,7 @@ def _read_items(
     if kind == "FeatureCollection":
         return _only([cast(pystac.Item, _stac(uri, feature)) for feature in row["features"]], collection, uri)
     if "conformsTo" in row:
-        return stac_api.search(uri, collection, geometry)
+        return search(uri, collection, geometry)
     catalog = cast(pystac.Catalog, _stac(uri, row))
     if collection and catalog.id != collection:
         children = {child.id: child for child in catalog.get_all_collections()}

@@ -5,7 +5,7 @@ import pytest
 
 from rayseg.engine.ledger import Record
 from rayseg.geo.grid import Grid, Tile, Window
-from rayseg.io import cog, plot_pictures
+from rayseg.io import cog, pictures
 from rayseg.io.maps import MappedTile
 from rayseg.io.rasters import source_of_file
 from rayseg.stages.instances import UNNUMBERED
@@ -19,34 +19,34 @@ TABLE = ClassTable(((0, "background", (0, 0, 0)), (1, "plot", (230, 159, 0))))
 def drawn(monkeypatch):
     """What is handed over to be encoded: figures, and pictures (height, width, 3)."""
     kept = []
-    monkeypatch.setattr(plot_pictures, "_svg", lambda figure: kept.append(figure) or b"svg")
-    monkeypatch.setattr(plot_pictures, "encoded", lambda image, kind: kept.append(image) or kind.encode())
+    monkeypatch.setattr(pictures, "_svg", lambda figure: kept.append(figure) or b"svg")
+    monkeypatch.setattr(pictures, "encoded", lambda image, kind: kept.append(image) or kind.encode())
     return kept
 
 
 def test_bars_are_the_mean_shares_by_pixels_and_a_patch_without_further_rounds_keeps_its_share(drawn):
-    plot_pictures.coverage_chart([(100, [0.5]), (300, [0.1, 0.9]), (700, [])])
+    pictures.coverage_chart([(100, [0.5]), (300, [0.1, 0.9]), (700, [])])
     axes = drawn[0].axes[0]
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([0.2, 0.8])
     assert [text.get_text() for text in axes.texts] == ["20.0%", "80.0%"]
     assert axes.get_ylim()[0] == 0
-    assert plot_pictures.coverage_chart([]) == plot_pictures.coverage_chart([(9, [])]) == b""
+    assert pictures.coverage_chart([]) == pictures.coverage_chart([(9, [])]) == b""
 
 
 def test_every_plot_is_in_the_histogram_of_sizes_once_in_the_bar_of_its_size(drawn):
     sizes = [50, 50, 51, 400, 9000, 9000, 9000]
-    plot_pictures.size_chart(sizes)
+    pictures.size_chart(sizes)
     axes = drawn[0].axes[0]
     assert sum(bar.get_height() for bar in axes.patches) == len(sizes)
     for bar in axes.patches:
         left, right = bar.get_x() - 1e-6, bar.get_x() + bar.get_width() - 1e-6
         assert bar.get_height() == sum(left <= size < right for size in sizes)
     assert axes.get_xscale() == "log"
-    assert plot_pictures.size_chart([]) == b""
+    assert pictures.size_chart([]) == b""
 
 
 def test_charts_are_svg_with_their_figures_in_words():
-    chart = plot_pictures.coverage_chart([(100, [0.25])])
+    chart = pictures.coverage_chart([(100, [0.25])])
     assert chart.startswith(b"<?xml")
     assert b"25.0%" in chart
 
@@ -68,7 +68,7 @@ def mapped(folder, name, *, coverage, level):
 
 def test_the_fullest_tiles_are_shown_with_yellow_outlines_and_bare_ground_in_red(drawn, tmp_path):
     tiles = [mapped(tmp_path, f"t{k}", coverage=k / 10, level=40 * k) for k in (1, 4, 2, 3)]
-    assert plot_pictures.overlay(tiles) == b"webp"
+    assert pictures.plots_over_imagery(tiles) == b"webp"
     [picture_HWC] = drawn
     assert picture_HWC.shape == (20, 3 * 38, 3)
     cells = [picture_HWC[:, left : left + 30] for left in (0, 38, 76)]
@@ -81,4 +81,4 @@ def test_the_fullest_tiles_are_shown_with_yellow_outlines_and_bare_ground_in_red
         assert (cell_HWC[9, 2:13] == (255, 255, 0)).all()
         assert (cell_HWC[16, 5] == grey // 2 + np.array([100, 15, 15])).all()
         assert (cell_HWC[18, 28] == grey).all()  # without data, so not bare
-    assert plot_pictures.overlay([]) == b""
+    assert pictures.plots_over_imagery([]) == b""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rayseg.train import sample
+from rayseg.train import probe
 
 
 class Clock:
@@ -17,16 +17,16 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     found = Clock()
-    monkeypatch.setattr(sample.time, "perf_counter", lambda: found.now)
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: found.now)
     return found
 
 
 def train(clock, *, epochs, count, share=1.0, count_epochs=None):
     """Steps of a second, those read ahead of a tenth, the very first of five; half a second beside them."""
     made = 0
-    for epoch in sample.epochs(range(epochs), count=count_epochs):
-        for step in sample.batches(iter(range(count)), count, share=share):
-            clock.work(5.0 if not epoch + step else 0.1 if step < sample.WARM else 1.0)
+    for epoch in probe.epochs(range(epochs), count=count_epochs):
+        for step in probe.batches(iter(range(count)), count, share=share):
+            clock.work(5.0 if not epoch + step else 0.1 if step < probe.WARM else 1.0)
             made += 1
         clock.work(0.5)
     return made
@@ -35,16 +35,16 @@ def train(clock, *, epochs, count, share=1.0, count_epochs=None):
 def told(clock, **more):
     """Seconds that a sample of a training tells of all of it, and the steps it made."""
     before = clock.now
-    with sample.taken() as taken:
+    with probe.taken() as taken:
         made = train(clock, **more)
     return taken.left_out + clock.now - before, made
 
 
 def test_nothing_is_left_out_elsewhere(clock):
     assert train(clock, epochs=4, count=10) == 40
-    assert not sample.is_taken()
-    with sample.taken():
-        assert sample.is_taken()
+    assert not probe.is_taken()
+    with probe.taken():
+        assert probe.is_taken()
 
 
 @pytest.mark.parametrize(("epochs", "count"), [(4, 20), (1, 20), (4, 8)])
@@ -54,7 +54,7 @@ def test_a_pass_that_is_cut_is_told_from_batches_that_were_not_read_ahead(clock,
 
 @pytest.mark.parametrize("count", [1, 2, 4, 7])
 def test_short_passes_are_made_twice_and_the_second_tells_of_the_others(clock, count):
-    usual = sum(0.1 if step < sample.WARM else 1.0 for step in range(count)) + 0.5
+    usual = sum(0.1 if step < probe.WARM else 1.0 for step in range(count)) + 0.5
     seconds, made = told(clock, epochs=10, count=count)
     assert seconds == pytest.approx(10 * usual + 4.9)  # the very first step was made, and takes what it takes
     assert made == 2 * count
@@ -70,18 +70,18 @@ def test_a_pass_that_is_seldom_made_counts_for_its_share_of_the_epochs(clock, co
 
 @pytest.mark.parametrize("count", [3, 20])
 def test_a_pass_that_is_made_once_counts_once(clock, count):
-    with sample.taken() as taken:
-        for epoch in sample.epochs(range(5)):
-            for _ in sample.batches(range(count), count, once=True) if not epoch else ():
+    with probe.taken() as taken:
+        for epoch in probe.epochs(range(5)):
+            for _ in probe.batches(range(count), count, once=True) if not epoch else ():
                 clock.work(1.0)
             clock.work(0.5)
     assert taken.left_out + clock.now == pytest.approx(count + 5 * 0.5)
 
 
 def test_a_pass_that_is_left_early_counts_as_far_as_it_went(clock):
-    with sample.taken() as taken:
-        for _ in sample.epochs(range(10)):
-            for step in sample.batches(range(1000), 2, share=0.5):
+    with probe.taken() as taken:
+        for _ in probe.epochs(range(10)):
+            for step in probe.batches(range(1000), 2, share=0.5):
                 clock.work(1.0)
                 if step:
                     break

@@ -10,7 +10,7 @@ import numpy as np
 from rayseg.engine.run import read
 from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA
-from rayseg.io import cog, items, masks
+from rayseg.io import cog, masks, stac_write
 from rayseg.io.maps import MappedTile, mapped_tiles
 from rayseg.store import StorePath, upath
 from rayseg.vision.color import ClassTable, label_table, rgb_of
@@ -50,13 +50,13 @@ def assign(run: str, table: str, out: str) -> dict[str, Any]:
         for value, name, _ in classes.classes:
             pixels[name] += int((classes_HW == value).sum())
         unassigned += int(((classes_HW == NODATA) & (labels_HW != NODATA)).sum())
-        item = items.item_of(
+        item = stac_write.item_of(
             tile.tile.id, tile.tile.grid, tile.tile.window,
             folder=folder / tile.tile.id, files=["classes.tif"], sources=tile.sources, table=classes,
         )  # fmt: skip
         item.assets["classes"].href = f"./{tile.tile.id}/classes.tif"
         found.append(item)
-    catalogue = items.write_catalog(
+    catalogue = stac_write.write_catalog(
         out, {"classes": found}, titles={"classes": f"Classes given to the labels of {run}"}
     )
     return {"catalog": catalogue, "tiles": len(tiles), "classes": pixels, "unassigned": unassigned}

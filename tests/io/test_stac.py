@@ -16,7 +16,8 @@ from shapely.geometry import box, mapping, shape
 import rayseg
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Grid, Tile, Window
-from rayseg.io import catalog, cog
+from rayseg.geo.region import region_names, resolve_region
+from rayseg.io import cog, stac_read, stac_write
 from rayseg.io.rasters import Source, footprint, grids_of, read
 from rayseg.vision.color import ClassTable
 
@@ -40,7 +41,7 @@ def image(path, *, bands=("red", "green", "blue"), seed=0):
 
 
 def item(name="a", assets=None, *, time="2024-05-01T00:00:00Z", properties=None, where=HERE):
-    geometry, bounds = catalog.lonlat_outline(GRID, where)
+    geometry, bounds = stac_write.lonlat_outline(GRID, where)
     made = pystac.Item(name, geometry, bounds, pystac.utils.str_to_datetime(time), properties or {})
     for key, asset in (assets or {"image": pystac.Asset("./a.tif", media_type="image/tiff")}).items():
         made.add_asset(key, asset)
@@ -61,7 +62,7 @@ def tif(href, **fields):
 def test_an_item_that_says_everything_is_a_source_without_opening_its_file(tmp_path):
     bands = [{"name": name, "data_type": "uint16", "nodata": 0} for name in ("red", "nir")]
     made = item(assets={"image": tif("/nowhere/a.tif", bands=bands)}, properties=projected())
-    source = catalog.source_of(made)
+    source = stac_read.source_of(made)
     assert source == Source(
         "a", (("/nowhere/a.tif", ("red", "nir")),), UTM, (10.0, 0.0, 500_000.0, 0.0, -10.0, 4_000_000.0), 48, 64,
         "uint16", 0.0, "2024-05-01T00:00:00Z",
@@ -72,9 +73,9 @@ def test_an_item_that_says_everything_is_a_source_without_opening_its_file(tmp_p
 def test_what_an_item_does_not_say_its_file_does(tmp_path):
     pixels = image(tmp_path / "a.tif")
     path = tmp_path / "a.json"
-    catalog.write_item(item(), path)
-    [found] = catalog.open_items(str(path))
-    source = catalog.source_of(found)
+    stac_write.write_item(item(), path)
+    [found] = stac_read.open_items(str(path))
+    source = stac_read.source_of(found)
     assert source.href == str(path)
     assert source.assets == ((str(tmp_path / "a.tif"), ("red", "green", "blue")),)
     assert (source.crs, source.dtype, source.nodata) == (UTM, "uint8", None)
@@ -87,7 +88,7 @@ def test_older_fields_are_understood_too():
         **{"eo:bands": [{"name": "B1", "common_name": "red"}], "raster:bands": [{"data_type": "int16", "nodata": -1}]},
     )
     properties = {"proj:epsg": 32650, "proj:shape": [48, 64], "proj:bbox": [500_000, 3_999_520, 500_640, 4_000_000]}
-    source = catalog.source_of(item(assets={"image": asset}, properties=properties))
+    source = stac_read.source_of(item(assets={"image": asset}, properties=properties))
     assert source.transform == (10.0, 0.0, 500_000.0, 0.0, -10.0, 4_000_000.0)
     assert (source.crs, source.bands, source.dtype, source.nodata) == (UTM, ("red",), "int16", -1.0)
 
@@ -113,7 +114,7 @@ def sentinel():
 
 
 def test_bands_in_several_files_are_called_by_common_name_where_only_one_has_it():
-    source = catalog.source_of(sentinel())
+    source = stac_read.source_of(sentinel())
     assert source.bands == ("B05", "B06", "green", "red")
     assert source.dtype == "uint16"
     assert (source.height, source.transform[0]) == (96, 10.0)
@@ -121,31 +122,31 @@ def test_bands_in_several_files_are_called_by_common_name_where_only_one_has_it(
 
 @pytest.mark.parametrize("bands", [("B04", "B05"), ("red", "B05")])
 def test_only_files_with_the_bands_wanted_count(bands):
-    source = catalog.source_of(sentinel(), bands=bands)
+    source = stac_read.source_of(sentinel(), bands=bands)
     assert set(source.bands) == set(bands)
     assert {href for href, _ in source.assets} == {"/s2/B05.tif", "/s2/B04.tif"}
 
 
 def test_files_without_band_names_are_called_by_their_key():
     fields = {"data_type": "uint16", **projected()}
-    source = catalog.source_of(item(assets={"vv": tif("/x/1.tif", **fields), "vh": tif("/x/2.tif", **fields)}))
+    source = stac_read.source_of(item(assets={"vv": tif("/x/1.tif", **fields), "vh": tif("/x/2.tif", **fields)}))
     assert source.assets == (("/x/1.tif", ("vv",)), ("/x/2.tif", ("vh",)))
 
 
 def test_items_without_pixels_or_with_other_bands_are_refused():
     with pytest.raises(DataError, match="a has no image asset: found notes"):
-        catalog.source_of(item(assets={"notes": pystac.Asset("/x/a.txt", media_type="text/plain")}))
+        stac_read.source_of(item(assets={"notes": pystac.Asset("/x/a.txt", media_type="text/plain")}))
     with pytest.raises(DataError, match="s2 has none of the bands swir: found B05, B06"):
-        catalog.source_of(sentinel(), bands=["swir"])
+        stac_read.source_of(sentinel(), bands=["swir"])
     with pytest.raises(DataError, match=r"relative href ./a.tif"):
-        catalog.source_of(item())
+        stac_read.source_of(item())
 
 
 def test_an_image_without_crs_stays_without():
     bands = [{"name": "red", "data_type": "uint8"}]
     made = item(assets={"image": tif("/x/a.png", bands=bands)}, properties={"proj:code": None, "proj:shape": [5, 7]})
     made.geometry, made.bbox = None, None
-    source = catalog.source_of(made)
+    source = stac_read.source_of(made)
     assert (source.crs, source.height, source.width) == (None, 5, 7)
     assert grids_of([source])[0][0].crs is None
 
@@ -159,7 +160,7 @@ def far(name, degrees):
 
 def test_a_catalogue_is_written_added_to_and_read_back(tmp_path):
     root = tmp_path / "cat"
-    path = catalog.write_catalog(
+    path = stac_write.write_catalog(
         root, {"imagery": [item("a"), item("b", time="2025-01-01T00:00:00Z")]}, titles={"imagery": "Scenes"}
     )
     files = {file: file.read_bytes() for file in root.rglob("*.json")}
@@ -167,13 +168,13 @@ def test_a_catalogue_is_written_added_to_and_read_back(tmp_path):
         "catalog.json", "imagery/a.json", "imagery/b.json", "imagery/collection.json",
     ]  # fmt: skip
     assert all(valid_core(json.loads(data)) for data in files.values())
-    assert [found.id for found in catalog.open_items(path)] == ["b", "a"]
-    assert catalog.open_items(path)[0].collection_id == "imagery"
-    catalog.write_catalog(root, {"imagery": [item("a"), item("b", time="2025-01-01T00:00:00Z")]})
+    assert [found.id for found in stac_read.open_items(path)] == ["b", "a"]
+    assert stac_read.open_items(path)[0].collection_id == "imagery"
+    stac_write.write_catalog(root, {"imagery": [item("a"), item("b", time="2025-01-01T00:00:00Z")]})
     assert {file: file.read_bytes() for file in root.rglob("*.json")} == files
-    catalog.write_catalog(root, {"imagery": [far("c", 1)], "chips": [item("d")]})
-    assert [found.id for found in catalog.open_items(path, "imagery")] == ["b", "a", "c"]
-    assert [found.id for found in catalog.open_items(path, "chips")] == ["d"]
+    stac_write.write_catalog(root, {"imagery": [far("c", 1)], "chips": [item("d")]})
+    assert [found.id for found in stac_read.open_items(path, "imagery")] == ["b", "a", "c"]
+    assert [found.id for found in stac_read.open_items(path, "chips")] == ["d"]
     whole = pystac.Catalog.from_file(path)
     assert whole.get_child("imagery").title == "Scenes"
     assert (
@@ -181,75 +182,75 @@ def test_a_catalogue_is_written_added_to_and_read_back(tmp_path):
         > 0.9
     )
     moved = root.rename(tmp_path / "moved")
-    assert len(catalog.open_items(str(moved / "catalog.json"))) == 4
+    assert len(stac_read.open_items(str(moved / "catalog.json"))) == 4
     assert "file:" not in "".join(file.read_text() for file in moved.rglob("*.json"))
 
 
 def test_a_catalogue_can_be_on_an_object_store():
-    path = catalog.write_catalog("memory://bucket/cat", {"imagery": [item("a", {"i": tif("s3://b/a.tif")})]})
-    assert [found.id for found in catalog.open_items(str(path))] == ["a"]
+    path = stac_write.write_catalog("memory://bucket/cat", {"imagery": [item("a", {"i": tif("s3://b/a.tif")})]})
+    assert [found.id for found in stac_read.open_items(str(path))] == ["a"]
 
 
 def test_items_outside_the_region_stay_out_and_bounds_are_named_when_none_is_left(tmp_path):
-    path = catalog.write_catalog(tmp_path, {"imagery": [far("north", 0), far("south", 2)]})
+    path = stac_write.write_catalog(tmp_path, {"imagery": [far("north", 0), far("south", 2)]})
     lon, lat = shape(far("south", 2).geometry).centroid.coords[0]
     near = mapping(box(lon - 0.001, lat - 0.001, lon + 0.001, lat + 0.001))
-    assert [found.id for found in catalog.open_items(path, geometry=near)] == ["south"]
+    assert [found.id for found in stac_read.open_items(path, geometry=near)] == ["south"]
     with pytest.raises(DataError, match=r"The region \[5, 5, 6, 6\] and the imagery .* \[117, 34"):
-        catalog.open_items(path, geometry=mapping(box(5, 5, 6, 6)))
+        stac_read.open_items(path, geometry=mapping(box(5, 5, 6, 6)))
 
 
 @pytest.mark.parametrize("names", [["imagery", "truth"], ["chips", "truth"], ["scenes"]])
 def test_the_imagery_of_a_catalogue_is_found_by_convention(tmp_path, names):
-    path = catalog.write_catalog(tmp_path, {name: [item(name)] for name in names})
-    assert catalog.imagery_collection(path) == names[0]
+    path = stac_write.write_catalog(tmp_path, {name: [item(name)] for name in names})
+    assert stac_read.imagery_collection(path) == names[0]
 
 
 def test_a_catalogue_or_collection_that_is_not_there_is_refused_with_the_known_ones(tmp_path):
-    path = catalog.write_catalog(tmp_path, {"summer": [item("a")], "winter": [item("b")]})
+    path = stac_write.write_catalog(tmp_path, {"summer": [item("a")], "winter": [item("b")]})
     with pytest.raises(ConfigError, match="no collection 'spring', expected one of summer, winter"):
-        catalog.open_items(path, "spring")
+        stac_read.open_items(path, "spring")
     with pytest.raises(ConfigError, match="summer, winter: choose one"):
-        catalog.imagery_collection(path)
+        stac_read.imagery_collection(path)
     with pytest.raises(ConfigError, match=r"nothing.json is not there"):
-        catalog.open_items(str(tmp_path / "nothing.json"))
+        stac_read.open_items(str(tmp_path / "nothing.json"))
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(DataError, match=r"broken.json cannot be read as JSON"):
-        catalog.open_items(str(tmp_path / "broken.json"))
+        stac_read.open_items(str(tmp_path / "broken.json"))
     (tmp_path / "other.json").write_text('{"type": "Feature", "id": "x"}')
     with pytest.raises(DataError, match=r"other.json is not STAC"):
-        catalog.open_items(str(tmp_path / "other.json"))
+        stac_read.open_items(str(tmp_path / "other.json"))
 
 
 def test_items_come_from_collections_features_and_parquet_alike(tmp_path):
-    catalog.write_catalog(tmp_path, {"imagery": [item("a"), item("b")]})
+    stac_write.write_catalog(tmp_path, {"imagery": [item("a"), item("b")]})
     rows = [json.loads((tmp_path / "imagery" / f"{name}.json").read_text()) for name in "ab"]
     (tmp_path / "imagery" / "all.json").write_text(json.dumps({"type": "FeatureCollection", "features": rows}))
-    from rayseg.io.items import write_items_parquet
+    from rayseg.io.stac_write import write_items_parquet
 
     write_items_parquet(tmp_path / "imagery" / "items.parquet", rows)
     for name in ("collection.json", "all.json", "items.parquet"):
-        found = catalog.open_items(str(tmp_path / "imagery" / name), "imagery")
+        found = stac_read.open_items(str(tmp_path / "imagery" / name), "imagery")
         assert [one.id for one in found] == ["a", "b"]
         assert found[0].assets["image"].get_absolute_href() == str(tmp_path / "imagery" / "a.tif")
 
 
 def test_items_of_a_table_that_miss_the_region_are_not_looked_at(tmp_path, monkeypatch):
     """But for those that do not say where they are, or lie on both sides of the antimeridian."""
-    from rayseg.io.items import write_items_parquet
+    from rayseg.io.stac_write import write_items_parquet
 
     rows = [item("here").to_dict(), item("there", where=Window(50_000, -300_000, 64, 48)).to_dict()]
     around = item("around").to_dict() | {"bbox": [179.0, -10.0, -179.0, 60.0]}
     write_items_parquet(tmp_path / "items.parquet", [*rows, around])
     seen = []
-    monkeypatch.setattr(catalog, "_near", lambda one, area, halo: seen.append(one.id) or True)
+    monkeypatch.setattr(stac_read, "_near", lambda one, area, halo: seen.append(one.id) or True)
     geometry = mapping(box(*rows[0]["bbox"]))
-    catalog.open_items(str(tmp_path / "items.parquet"), geometry=geometry)
+    stac_read.open_items(str(tmp_path / "items.parquet"), geometry=geometry)
     assert set(seen) == {"here", "around"}
     monkeypatch.undo()
     far = mapping(box(10, 10, 11, 11))
     with pytest.raises(DataError, match=r"The region \[10, 10, 11, 11\] and the imagery of .* do not meet"):
-        catalog.open_items(str(tmp_path / "items.parquet"), geometry=far)
+        stac_read.open_items(str(tmp_path / "items.parquet"), geometry=far)
 
 
 # -- results
@@ -266,7 +267,7 @@ def tile_item(tmp_path, grid=GRID, window=HERE, crs=UTM, sources=None):
         frame = (crs, (10.0, 0.0, 0.0, 0.0, -10.0, 0.0), 9, 9, "uint8", None)
         sources = [Source(name, (), *frame, time, f"/cat/{name}.json") for name, time in times.items()]
     model = str(tmp_path / "run" / "models" / "cover" / "item.json")
-    catalog.write_tile_item(folder, tile, TABLE, sources=[source.to_row() for source in sources], model=model)
+    stac_write.write_tile_item(folder, tile, TABLE, sources=[source.to_row() for source in sources], model=model)
     return folder / f"{tile.id}.json"
 
 
@@ -301,12 +302,12 @@ def test_a_tiles_item_tells_what_it_is_and_what_it_was_made_of(tmp_path):
 
 
 def test_a_tiles_item_lies_where_its_pixels_do(tmp_path):
-    [found] = catalog.open_items(str(tile_item(tmp_path)))
+    [found] = stac_read.open_items(str(tile_item(tmp_path)))
     assert shape(found.geometry).is_valid
     lon, lat = shape(found.geometry).centroid.coords[0]
     assert 117.0 < lon < 117.01
     assert 36.13 < lat < 36.15
-    source = catalog.source_of(found)
+    source = stac_read.source_of(found)
     assert footprint(source, GRID) == HERE
     assert source.bands == ("class", "green plastic")
 
@@ -324,7 +325,7 @@ def test_a_tile_of_an_image_without_crs_has_no_place_but_a_shape(tmp_path):
 
 def test_an_outline_is_cut_at_the_antimeridian():
     grid = Grid("EPSG:32660", (1000.0, 1000.0), (0.0, 0.0))
-    geometry, bounds = catalog.lonlat_outline(grid, Window(600, -5000, 300, 200))
+    geometry, bounds = stac_write.lonlat_outline(grid, Window(600, -5000, 300, 200))
     assert geometry["type"] == "MultiPolygon"
     west, _, east, _ = bounds
     assert 170 < west < 180
@@ -335,19 +336,19 @@ def test_an_outline_is_cut_at_the_antimeridian():
 def test_a_grid_nowhere_on_earth_is_refused(tmp_path):
     grid = Grid("EPSG:4326", (512.0, 512.0), (0.0, 0.0))
     with pytest.raises(DataError, match="nowhere on Earth"):
-        catalog.lonlat_outline(grid, Window(0, 0, 512, 512))
+        stac_write.lonlat_outline(grid, Window(0, 0, 512, 512))
 
 
 def test_a_collection_over_results_has_all_items_in_one_table(tmp_path):
     paths = [tile_item(tmp_path)]
     root = tmp_path / "run"
-    catalog.write_collection(root, [str(path) for path in paths], title="Plastic cover")
+    stac_write.write_collection(root, [str(path) for path in paths], title="Plastic cover")
     row = json.loads((root / "collection.json").read_text())
     assert valid_core(row)
     assert row["title"] == "Plastic cover"
     assert [link["href"] for link in row["links"]] == ["./tiles/32650_1_2/32650_1_2.json"]
     for name in ("collection.json", "items.parquet"):
-        [found] = catalog.open_items(str(root / name))
+        [found] = stac_read.open_items(str(root / name))
         assert found.assets["classes"].get_absolute_href() == str(paths[0].parent / "classes.tif")
     frame = geopandas.read_parquet(root / "items.parquet")
     assert frame.geometry.iloc[0].is_valid
@@ -357,7 +358,7 @@ def test_a_collection_over_images_without_place_or_over_nothing_is_valid(tmp_pat
     grid = Grid(None, (1.0, 1.0), (0.0, 0.0), "photo")
     path = tile_item(tmp_path, grid, Window(0, 0, 30, 20), None)
     for hrefs in ([str(path)], []):
-        catalog.write_collection(tmp_path / "run", hrefs, title="t")
+        stac_write.write_collection(tmp_path / "run", hrefs, title="t")
         assert valid_core(json.loads((tmp_path / "run" / "collection.json").read_text()))
 
 
@@ -371,10 +372,10 @@ def geojson(path, *geometries, **properties):
 
 
 def test_a_box_is_a_region():
-    region = catalog.resolve_region("116.5, 39.5,117,40")
+    region = resolve_region("116.5, 39.5,117,40")
     assert region.name == "116.5, 39.5,117,40"
     assert shape(region.geometry).bounds == (116.5, 39.5, 117, 40)
-    across = shape(catalog.resolve_region("179,-10,-179,10").geometry)
+    across = shape(resolve_region("179,-10,-179,10").geometry)
     assert across.area == pytest.approx(40)
     assert len(across.geoms) == 2
 
@@ -382,42 +383,42 @@ def test_a_box_is_a_region():
 @pytest.mark.parametrize("text", ["40,116,39,117", "1,2,3", "a,b,c,d", "0,0,0,1", "-181,0,1,1", "0,50,1,40"])
 def test_a_box_that_cannot_be_meant_is_refused(text):
     with pytest.raises(ConfigError, match=r"south < north|expected west,south,east,north"):
-        catalog.resolve_region(text)
+        resolve_region(text)
 
 
 def test_polygons_in_files_are_regions(tmp_path):
     one, two = box(0, 0, 1, 1), box(2, 2, 3, 3)
-    region = catalog.resolve_region(geojson(tmp_path / "r.geojson", one, two))
+    region = resolve_region(geojson(tmp_path / "r.geojson", one, two))
     assert shape(region.geometry).equals(shapely.union(one, two))
     (tmp_path / "bare.json").write_text(json.dumps(mapping(one)))
-    assert shape(catalog.resolve_region(str(tmp_path / "bare.json")).geometry).equals(one)
+    assert shape(resolve_region(str(tmp_path / "bare.json")).geometry).equals(one)
     frame = geopandas.GeoDataFrame(geometry=[box(500_000, 4_000_000, 501_000, 4_001_000)], crs=UTM)
     frame.to_parquet(tmp_path / "r.parquet")
-    assert shape(catalog.resolve_region(str(tmp_path / "r.parquet")).geometry).bounds[0] == pytest.approx(117, abs=1e-3)
+    assert shape(resolve_region(str(tmp_path / "r.parquet")).geometry).bounds[0] == pytest.approx(117, abs=1e-3)
 
 
 def test_files_without_area_are_refused(tmp_path):
     for geometry in (shapely.Point(1, 2), shapely.LineString([(0, 0), (1, 1)])):
         with pytest.raises(DataError, match="has no area"):
-            catalog.resolve_region(geojson(tmp_path / "r.geojson", geometry))
+            resolve_region(geojson(tmp_path / "r.geojson", geometry))
     with pytest.raises(DataError, match="is empty"):
-        catalog.resolve_region(geojson(tmp_path / "empty.geojson"))
+        resolve_region(geojson(tmp_path / "empty.geojson"))
     (tmp_path / "x.geojson").write_text("{")
     with pytest.raises(DataError, match="is not JSON"):
-        catalog.resolve_region(str(tmp_path / "x.geojson"))
+        resolve_region(str(tmp_path / "x.geojson"))
     (tmp_path / "y.geojson").write_text("{}")
     with pytest.raises(DataError, match="neither GeoJSON nor STAC"):
-        catalog.resolve_region(str(tmp_path / "y.geojson"))
+        resolve_region(str(tmp_path / "y.geojson"))
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match="is not Parquet"):
-        catalog.resolve_region(str(tmp_path / "x.parquet"))
+        resolve_region(str(tmp_path / "x.parquet"))
 
 
 def test_a_catalogue_is_a_region_with_or_without_collection(tmp_path):
-    path = catalog.write_catalog(tmp_path, {"imagery": [item("a")]})
-    region = catalog.resolve_region(f"{path}#imagery")
+    path = stac_write.write_catalog(tmp_path, {"imagery": [item("a")]})
+    region = resolve_region(f"{path}#imagery")
     assert (region.catalog, region.collection, region.geometry) == (path, "imagery", None)
-    assert catalog.resolve_region(path).collection is None
+    assert resolve_region(path).collection is None
 
 
 def test_named_regions_are_found_here_and_may_name_their_imagery(tmp_path, monkeypatch):
@@ -425,15 +426,15 @@ def test_named_regions_are_found_here_and_may_name_their_imagery(tmp_path, monke
     folder = Path("stac/regions")
     folder.mkdir(parents=True)
     geojson(folder / "valley.geojson", box(0, 0, 1, 1), catalog="../cat/catalog.json", collection="imagery")
-    assert "valley" in catalog.region_names()
-    region = catalog.resolve_region("valley")
+    assert "valley" in region_names()
+    region = resolve_region("valley")
     assert region.name == "valley"
     assert region.collection == "imagery"
     assert Path(region.catalog).resolve() == tmp_path / "stac" / "cat" / "catalog.json"
     with pytest.raises(ConfigError, match=r"'vally' is not known: .*catalog.json#collection.*demo.*valley"):
-        catalog.resolve_region("vally")
+        resolve_region("vally")
     with pytest.raises(ConfigError, match=r"no.geojson is not there; named regions are .*valley"):
-        catalog.resolve_region("no.geojson")
+        resolve_region("no.geojson")
 
 
 # -- real catalogues
@@ -442,14 +443,14 @@ def test_named_regions_are_found_here_and_may_name_their_imagery(tmp_path, monke
 @pytest.mark.real
 def test_the_specifications_examples_are_read(shared):
     examples = shared / "data" / "stac" / "stac-spec" / "examples"
-    assert {found.id for found in catalog.open_items(str(examples / "catalog.json"))} >= {"CS3-20160503_132131_08"}
+    assert {found.id for found in stac_read.open_items(str(examples / "catalog.json"))} >= {"CS3-20160503_132131_08"}
 
 
 @pytest.mark.real
 def test_a_providers_item_is_a_source_without_the_network(shared):
     path = shared / "data" / "stac" / "odc-stac" / "tests" / "data"
-    [found] = catalog.open_items(str(path / "S2B_MSIL2A_20190629T212529_R043_T06VVN_20201006T080531_raster_ext.json"))
-    source = catalog.source_of(found, bands=["red", "green", "blue", "nir", "B05"])
+    [found] = stac_read.open_items(str(path / "S2B_MSIL2A_20190629T212529_R043_T06VVN_20201006T080531_raster_ext.json"))
+    source = stac_read.source_of(found, bands=["red", "green", "blue", "nir", "B05"])
     assert source.crs == "EPSG:32606"
     assert (source.height, source.dtype, source.nodata) == (10980, "uint16", 0.0)
     assert set(source.bands) == {"red", "green", "blue", "nir", "B05"}

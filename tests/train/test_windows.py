@@ -5,9 +5,9 @@ import torch
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window
 from rayseg.io.scenes import LabelledImage
-from rayseg.train import feed
+from rayseg.train import windows
 from rayseg.train.augment import Augment
-from rayseg.train.feed import Cut, Draw, Sampling
+from rayseg.train.windows import Cut, Draw, Sampling
 
 STILL = Augment(crop="random", flip=0, quadrants=0, rotate=0)
 
@@ -31,7 +31,7 @@ def counted(*places):
 
 
 def drawn(sampling=SAMPLING, augment=STILL, *, counts=(), epoch=0, seed=0, batch=8):
-    return feed.draw_epoch(IMAGES, counts, sampling, augment, batch=batch, seed=seed, epoch=epoch)
+    return windows.draw_epoch(IMAGES, counts, sampling, augment, batch=batch, seed=seed, epoch=epoch)
 
 
 def read(draw):
@@ -101,15 +101,15 @@ def test_rare_classes_are_looked_for():
 
 def test_workers_share_every_batch_and_one_alone_has_it_all():
     steps = drawn()
-    parts = [feed.part_of(steps, rank=rank, world=2) for rank in (0, 1)]
+    parts = [windows.part_of(steps, rank=rank, world=2) for rank in (0, 1)]
     assert [one + other for one, other in zip(*parts, strict=True)] == steps
-    assert feed.part_of(steps, rank=0, world=1) == steps
+    assert windows.part_of(steps, rank=0, world=1) == steps
 
 
 def test_windows_side_by_side_cover_everything_once_over_all_workers():
     seen = [np.zeros((one.window.height, one.window.width), int) for one in IMAGES]
     for rank in range(3):
-        for step in feed.cover(IMAGES, size=64, batch=4, rank=rank, world=3):
+        for step in windows.cover(IMAGES, size=64, batch=4, rank=rank, world=3):
             assert len(step) <= 4
             for draw in step:
                 inside = draw.window.intersect(IMAGES[draw.image].window)
@@ -136,7 +136,7 @@ def fails(draw):
 
 def test_threads_read_all_epochs_in_order():
     epochs = [drawn(epoch=epoch) for epoch in range(3)]
-    found = list(feed.stream(iter(epochs), read, on_ray=False))
+    found = list(windows.stream(iter(epochs), read, on_ray=False))
     assert same(found, [[read(draw) for draw in step] for epoch in epochs for step in epoch])
 
 
@@ -148,14 +148,14 @@ def test_the_next_epoch_is_not_asked_for_before_it_is_needed():
             asked.append(epoch)
             yield drawn(epoch=epoch)
 
-    batches = feed.stream(epochs(), read, on_ray=False)
+    batches = windows.stream(epochs(), read, on_ray=False)
     assert next(batches)
     assert asked == [0]
 
 
 def test_a_window_that_cannot_be_read_ends_the_stream():
     with pytest.raises(DataError, match=r"c\.tif cannot be read: it is damaged"):
-        list(feed.stream([drawn()], fails, on_ray=False))
+        list(windows.stream([drawn()], fails, on_ray=False))
 
 
 @pytest.mark.ray
@@ -168,14 +168,14 @@ def test_ray_data_reads_the_same_in_the_same_order():
         return Cut(draw, pixels, pixels[0])
 
     epochs = [drawn(epoch=epoch) for epoch in range(2)]
-    here, there = (list(feed.stream(iter(epochs), read_there, on_ray=on_ray)) for on_ray in (False, True))
+    here, there = (list(windows.stream(iter(epochs), read_there, on_ray=on_ray)) for on_ray in (False, True))
     assert same(here, there)
     with pytest.raises(DataError, match=r"c\.tif cannot be read: it is damaged"):
-        list(feed.stream([[(Draw(0, Window(0, 0, 8, 8), luck),) for luck in range(9)]], read_there, on_ray=True))
+        list(windows.stream([[(Draw(0, Window(0, 0, 8, 8), luck),) for luck in range(9)]], read_there, on_ray=True))
 
 
 def test_the_time_that_is_waited_is_told():
-    waiting = feed.Waiting()
+    waiting = windows.Waiting()
 
     def slow():
         import time
@@ -184,7 +184,7 @@ def test_the_time_that_is_waited_is_told():
             time.sleep(0.02)
             yield [read(drawn()[0][0])]
 
-    assert len(list(feed.timed(slow(), waiting))) == 3
+    assert len(list(windows.timed(slow(), waiting))) == 3
     assert waiting.seconds > 0.05
     assert 0.5 < waiting.share() <= 1
     assert waiting.seconds == 0
@@ -197,18 +197,18 @@ def test_a_window_meets_the_same_whatever_batch_it_is_in():
     augment = Augment(crop="random", scale=(0.5, 2.0), jitter=0.8, cast=0.1, gamma=(0.7, 1.4))
     [step] = drawn(SAMPLING.model_copy(update={"windows": 8}), augment)
     cuts = [read(draw) for draw in step]
-    images, classes = feed.to_device(cuts, augment, torch.device("cpu"), size=32)
+    images, classes = windows.to_device(cuts, augment, torch.device("cpu"), size=32)
     assert images.shape == (8, 3, 32, 32)
     assert classes.shape == (8, 32, 32)
     assert classes.dtype == torch.int64
-    part, part_classes = feed.to_device(cuts[3:6], augment, torch.device("cpu"), size=32)
+    part, part_classes = windows.to_device(cuts[3:6], augment, torch.device("cpu"), size=32)
     assert torch.equal(images[3:6], part)
     assert torch.equal(classes[3:6], part_classes)
 
 
 def test_masks_follow_their_images_and_keep_their_values():
     cuts = [Cut(Draw(0, Window(0, 0, 64, 64), luck), image, mask) for luck, image, mask in _halves(12)]
-    images, classes = feed.to_device(cuts, Augment(quadrants=0.5), torch.device("cpu"), size=32)
+    images, classes = windows.to_device(cuts, Augment(quadrants=0.5), torch.device("cpu"), size=32)
     assert set(classes.unique().tolist()) == {0, 255}
     bright = images[:, 0] > 100
     assert ((classes == 255) == bright).float().mean() > 0.99

@@ -22,11 +22,11 @@ from shapely.geometry import box, mapping
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import NODATA, Window
 from rayseg.io import cog
-from rayseg.io.items import lonlat_geometry
 from rayseg.io.labels import read_mask
 from rayseg.io.masks import SUFFIXES, pixels_of
 from rayseg.io.scenes import LabelledImage
 from rayseg.io.sources import crs_of
+from rayseg.io.stac_write import lonlat_geometry
 from rayseg.store import STORE_ERRORS, StorePath, put, upath
 from rayseg.vision.color import ClassTable, hex_of
 
