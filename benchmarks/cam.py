@@ -62,7 +62,7 @@ def main() -> None:
     asked = parser.parse_args()
     import torch
 
-    from rayseg.stages.weak import Cam
+    from rayseg.stages.locate import Cam
 
     if asked.threads:
         torch.set_num_threads(asked.threads)

@@ -160,11 +160,11 @@ def _write_cog(
 
 def engine(kind: str, folder: Path, out: Path) -> None:
     """The steps of `rayseg predict` up to the mapped tiles."""
-    from rayseg import mapping
     from rayseg.engine.run import Engine, Run
     from rayseg.geo.region import Region
     from rayseg.pipelines.predict import Config
     from rayseg.stages.predict import Predict
+    from rayseg.steps import map as mapping
 
     class Marked(Predict):
         """Leaves a mark when its model is loaded and the first tile is there."""

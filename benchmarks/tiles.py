@@ -104,10 +104,10 @@ def _item(item_id: str, code: str, left: float, top: float, box: tuple[float, ..
 def plan(catalogue: str, region: str, out: str) -> dict[str, float]:
     """Plan as a run does; seconds (of planning, and with the imports), processor seconds, peak MiB, tiles."""
     with measured() as whole:
-        from rayseg import mapping
         from rayseg.engine.run import Engine, Step
         from rayseg.geo.region import Region
         from rayseg.models.bundle import Architecture, Bundle, Scaling
+        from rayseg.steps import map as mapping
 
         described = Bundle(
             name="segmenter",

@@ -17,8 +17,8 @@ import threading
 import time
 from pathlib import Path
 
-from rayseg import mapping
 from rayseg.stages import predict, read, write
+from rayseg.steps import map as mapping
 
 
 def meet(stage, row):

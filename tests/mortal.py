@@ -18,7 +18,7 @@ from small_world import rayseg
 
 from rayseg.engine.ledger import Ledger
 from rayseg.engine.run import Step
-from rayseg.mapping import read_manifest
+from rayseg.steps.map import read_manifest
 
 HERE = Path(__file__).parent
 TABLE = []

@@ -17,15 +17,15 @@ from rasterio.warp import transform
 from small_world import BANDS, GRID, catalogue, damage, mosaic, rayseg, refused, scene, segmenter, window_at
 from tiny_maps import Bright, described, mapped
 
-from rayseg import mapping
 from rayseg.errors import DataError, ModelError, RaysegError
 from rayseg.geo.region import Region
 from rayseg.io import labels
 from rayseg.io.rasters import grids_of, source_of_file
 from rayseg.io.sources import beyond_utm, expect_mappable
 from rayseg.io.stac_read import open_items, source_of
-from rayseg.mapping import MapConfig
 from rayseg.models.bundle import Scaling
+from rayseg.steps import map as mapping
+from rayseg.steps.map import MapConfig
 
 
 def write(path, image_CHW, **place):

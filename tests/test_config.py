@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from rayseg.config import Config, load, load_values, ray_address, read_values
 from rayseg.errors import ConfigError
-from rayseg.pipelines import al_s4gan
+from rayseg.pipelines.al_s4gan import pipeline
 
 
 class Inner(Config):
@@ -81,9 +81,9 @@ class Paired(Config):
 def test_a_group_that_is_one_value_is_given_as_a_whole():
     assert load(Paired, None, ["pair.high=7"]).pair == Pair(low=0, high=7)
     with pytest.raises(ConfigError, match="give a class table as a whole"):
-        load(al_s4gan.Config, None, ["classes.ignore=[]"])
+        load(pipeline.Config, None, ["classes.ignore=[]"])
     own = "classes: {classes: [{name: ground, color: '#826446'}]}"
-    assert load(al_s4gan.Config, None, [own.replace(": ", "=", 1)]).table.threshold is None
+    assert load(pipeline.Config, None, [own.replace(": ", "=", 1)]).table.threshold is None
 
 
 @pytest.mark.parametrize(

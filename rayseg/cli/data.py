@@ -138,10 +138,10 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Compare a prediction with reference masks: accuracy, IoU and F1 with 95 % intervals."""
-    from rayseg import evaluation
+    from rayseg.steps import evaluate
 
-    result = evaluation.evaluate(prediction, truth, classes=classes)
-    typer.echo(json.dumps(result, indent=1) if as_json else evaluation.text(result))
+    result = evaluate.evaluate(prediction, truth, classes=classes)
+    typer.echo(json.dumps(result, indent=1) if as_json else evaluate.text(result))
 
 
 @app.command()

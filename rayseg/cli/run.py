@@ -107,10 +107,10 @@ def run_sweep(  # noqa: PLR0913 - the options of a command line
     address: Address = None,
 ) -> None:
     """Try shares of masks, strategies and seeds beside each other; given again, it goes on where it stopped."""
-    from rayseg import sweep
     from rayseg.config import load
     from rayseg.engine.run import Engine
     from rayseg.geo.grid import slug
+    from rayseg.pipelines.al_s4gan import sweep
 
     if name != "al-s4gan":
         raise ConfigError(f"there is no sweep of {name!r}, expected al-s4gan; use `rayseg run pipeline {name}`")
@@ -156,14 +156,14 @@ def plan_pipeline(
 
     With a model that is there: `rayseg plan pipeline predict --set model=PREFIX --region ...`.
     """
-    from rayseg import planning
     from rayseg.config import load
+    from rayseg.steps import estimate
 
     module = pipeline_of(name)
     area = only(images_or_region(region), None)
     settings = load(module.Config, config, set_ or ())
     module.check(settings, area)
-    found = planning.plan(module.forecast(settings, area), area, rates=planning.Rates(workers, gpu_hour, cpu_hour))
+    found = estimate.plan(module.forecast(settings, area), area, rates=estimate.Rates(workers, gpu_hour, cpu_hour))
     typer.echo(json.dumps(found, indent=1) if as_json else _plan_text(found))
 
 

@@ -18,7 +18,7 @@ PIPELINES = {
     "agri": "rayseg.pipelines.agri",
     "superpixel": "rayseg.pipelines.superpixel",
     "landcover": "rayseg.pipelines.landcover",
-    "al-s4gan": "rayseg.pipelines.al_s4gan",
+    "al-s4gan": "rayseg.pipelines.al_s4gan.pipeline",
 }
 MODULES = PIPELINES | {"predict": "rayseg.pipelines.predict"}
 

@@ -16,8 +16,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rayseg import chips, enlarging, mapping, planning, publication
-from rayseg.chips import ChipsConfig
 from rayseg.config import Config as Frozen
 from rayseg.config import Workers
 from rayseg.engine import cluster
@@ -30,16 +28,19 @@ from rayseg.io import plot_joins, vectors
 from rayseg.io.maps import mapped_tiles
 from rayseg.io.pictures import coverage_chart, plots_over_imagery, size_chart
 from rayseg.io.sources import Source, grids_of
-from rayseg.mapping import MapConfig
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.encoders import NO_FILES, read_state
 from rayseg.models.sam import SamConfig, checkpoint_state
 from rayseg.models.super_resolution import EnlargeConfig, load_enlarger
+from rayseg.stages.classify_plots import ClassifyPlots, CutPlots, WriteClasses, check_classifier
 from rayseg.stages.enlarge import lattice_of
-from rayseg.stages.ground import ImageConfig, ReadGround, check_source
-from rayseg.stages.instances import ProposePlots, ReadPlots, WritePieces, WritePlots, pieces_path
-from rayseg.stages.plots import ClassifyPlots, CutPlots, WriteClasses, check_classifier
+from rayseg.stages.propose import ProposePlots, ReadPlots, WritePieces, WritePlots, pieces_path
+from rayseg.stages.to_rgb import ImageConfig, ReadGround, check_source
+from rayseg.steps import chips, estimate, report, super_resolution
+from rayseg.steps import map as mapping
+from rayseg.steps.chips import ChipsConfig
+from rayseg.steps.map import MapConfig
 from rayseg.store import Location, upath
 from rayseg.train.classifier import ClassifierConfig, expect_trainable, fit_classifier, trained_classifier
 from rayseg.train.learning import Learning, Rates
@@ -350,8 +351,8 @@ def write_report(step: Step, proposed: Step, joined: Step, tiles: Step, polygons
         ("Sizes", size_chart([row["pixels"] for row in found]), "Plots by size, in pixels."),
     ]
     learnt = f"{len(found):,} plots, {sum(row['refined'] for row in found):,} of them found inside mixed ones."
-    extras = publication.Extras(labels=learnt, pictures=tuple(entry for entry in pictures if entry[1]), timed=proposed)
-    return publication.write_report(step, tiles, polygons, None, extras)
+    extras = report.Extras(labels=learnt, pictures=tuple(entry for entry in pictures if entry[1]), timed=proposed)
+    return report.write_report(step, tiles, polygons, None, extras)
 
 
 def check(config: Config, region: Region) -> None:
@@ -371,27 +372,29 @@ def check(config: Config, region: Region) -> None:
             read_state(config.training.weights)
 
 
-def _planned(region: Region, config: Config) -> tuple[planning.Forecast | None, Sequence[Row]]:
+def _planned(region: Region, config: Config) -> tuple[estimate.Forecast | None, Sequence[Row]]:
     """(what is done to the imagery before, rows of the tiles in which plots are looked for)."""
     if config.enlarge is None:
         return None, plan(region, config)
-    rows, tiles = enlarging.plan(region, config.enlarge, config.image, config.map, halo=config.patch)
-    return planning.Forecast(rows, lattice_of(config.enlarge).patch), tiles
+    rows, tiles = super_resolution.plan(region, config.enlarge, config.image, config.map, halo=config.patch)
+    return estimate.Forecast(rows, lattice_of(config.enlarge).patch), tiles
 
 
-def forecast(config: Config, region: Region) -> planning.Forecast:
+def forecast(config: Config, region: Region) -> estimate.Forecast:
     """What is known of a run before it is begun."""
     before, tiles = _planned(region, config)
     counts = {"enlarge": len(before.tiles)} if before else {}
-    trial = partial(run, config.model_copy(update={"workers": 0}), learn=(planning.training, fit_plots))
-    unknown = planning.by_workers(config.workers) if config.chips else ()
-    return planning.Forecast(tiles, margin=config.patch, unknown=unknown, counts=counts, trial=trial, before=before)
+    trial = partial(run, config.model_copy(update={"workers": 0}), learn=(estimate.training, fit_plots))
+    unknown = estimate.by_workers(config.workers) if config.chips else ()
+    return estimate.Forecast(tiles, margin=config.patch, unknown=unknown, counts=counts, trial=trial, before=before)
 
 
 def run(config: Config, run: Run, region: Region, *, learn: Sequence[Callable[..., Any]] = (fit_plots,)) -> str:
     """Find the plots of `region`, after `learn` with region and config; return where the report is and what it says."""
     model = run.step("classifier", *learn, region, config)
-    larger = run.step("enlarge", enlarging.enlarge, region, config.enlarge, config.image, config.map, config.patch)
+    larger = run.step(
+        "enlarge", super_resolution.enlarge, region, config.enlarge, config.image, config.map, config.patch
+    )
     config = on_larger(larger, config)
     proposed = run.step("propose", propose, larger, region, config)
     joined = run.step("join", join, proposed, config)
@@ -399,5 +402,5 @@ def run(config: Config, run: Run, region: Region, *, learn: Sequence[Callable[..
     tiles = run.step("predict", write_tiles, region, proposed, joined, classified, model, config)
     polygons = run.step("plots", write_plots, joined, classified, model)
     run.step("publish", mapping.publish, tiles, f"Cultivated plots, {region.name}")
-    report = run.step("report", write_report, proposed, joined, tiles, polygons)
-    return publication.headline(report)
+    written = run.step("report", write_report, proposed, joined, tiles, polygons)
+    return report.headline(written)

@@ -16,11 +16,8 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from rayseg import chips, evaluation, mapping, planning, publication
-from rayseg.chips import ChipsConfig
 from rayseg.config import Config as Frozen
 from rayseg.config import Workers
-from rayseg.cues import LABELS, NO, YES, CuesConfig, draw_cues, make_cues, read_mask
 from rayseg.engine import cluster
 from rayseg.engine.flow import Row
 from rayseg.engine.manifest import write_rows
@@ -28,10 +25,14 @@ from rayseg.engine.run import Run, Step
 from rayseg.errors import DataError
 from rayseg.geo.region import Region
 from rayseg.io import masks
-from rayseg.mapping import MapConfig
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.encoders import NO_FILES, encoder_name, read_state
 from rayseg.models.segmenter import Ensemble
+from rayseg.steps import chips, estimate, evaluate, report
+from rayseg.steps import map as mapping
+from rayseg.steps.chips import ChipsConfig
+from rayseg.steps.cues import LABELS, NO, YES, CuesConfig, draw_cues, make_cues, read_mask
+from rayseg.steps.map import MapConfig
 from rayseg.store import Location
 from rayseg.train import probe
 from rayseg.train.batches import Chips
@@ -214,7 +215,7 @@ def _threshold(model: torch.nn.Module, rows: list[Row], config: Config) -> float
 def measure(step: Step, predicted: Step, region: Region, truth: str | None) -> dict[str, Any]:
     """Compare the map with its truth, if there is one."""
     located = region.located(truth)
-    return evaluation.evaluate_run(step, predicted, located) if located else {}
+    return evaluate.evaluate_run(step, predicted, located) if located else {}
 
 
 def write_report(
@@ -225,8 +226,8 @@ def write_report(
         f"Learnt from {listed.value[YES]} chips labelled {YES} and {listed.value[NO]} labelled {NO}; no mask was drawn."
     )
     caption = "Chips labelled gpc, their Grad-CAM++, and the coarse masks the segmenter began with (grey: left open)."
-    extras = publication.Extras(labels=learnt, pictures=(("Cues", drawn.value["picture"], caption),))
-    return publication.write_report(step, predicted, polygons, measured, extras)
+    extras = report.Extras(labels=learnt, pictures=(("Cues", drawn.value["picture"], caption),))
+    return report.write_report(step, predicted, polygons, measured, extras)
 
 
 def check(config: Config, region: Region) -> None:
@@ -242,7 +243,7 @@ def check(config: Config, region: Region) -> None:
             read_state(network.weights)
 
 
-def forecast(config: Config, region: Region) -> planning.Forecast:
+def forecast(config: Config, region: Region) -> estimate.Forecast:
     """What is known of a run before it is begun."""
     found = [chip.label for chip in chips.find_chips(region, LABELS, config.chips)]
     learnt = 1 - config.chips.held_out
@@ -250,8 +251,8 @@ def forecast(config: Config, region: Region) -> planning.Forecast:
     if config.cues.method == "concept":
         counts["densities"] = round(learnt * len(found))
     learn = partial(_learn, config.model_copy(update={"workers": 0}), region)
-    return planning.by_untrained(
-        _described(config), region, config.map, learn=learn, counts=counts, unknown=planning.by_workers(config.workers)
+    return estimate.by_untrained(
+        _described(config), region, config.map, learn=learn, counts=counts, unknown=estimate.by_workers(config.workers)
     )
 
 
@@ -261,15 +262,15 @@ def _learn(config: Config, region: Region, run: Run) -> None:
     The map is then timed with a network of zeros, for what is learnt from such masks is of no use.
     """
     listed = run.step("chips", chips.list_chips, region, LABELS, config.chips)
-    classifier = run.step("classifier", planning.training, fit_yes_no, listed, config)
+    classifier = run.step("classifier", estimate.training, fit_yes_no, listed, config)
     few = run.step("few", _list_few, listed)
     _cues(run, few, classifier, config)
-    run.step("segmenter", planning.training, _fit_blank, listed, config)
+    run.step("segmenter", estimate.training, _fit_blank, listed, config)
 
 
 def _list_few(step: Step, listed: Step) -> dict[str, Any]:
     rows = chips.rows_of(listed, held_out=False)
-    few = [row for label in LABELS for row in [row for row in rows if row["label"] == label][: planning.TIMED + 1]]
+    few = [row for label in LABELS for row in [row for row in rows if row["label"] == label][: estimate.TIMED + 1]]
     write_rows(step.prefix / "chips.parquet", few)
     return {}
 
@@ -295,5 +296,5 @@ def run(config: Config, run: Run, region: Region) -> str:
     measured = run.step("evaluate", measure, predicted, region, config.truth)
     run.step("publish", mapping.publish, predicted, f"Green plastic cover, {region.name}")
     drawn = run.step("pictures", draw_cues, listed, cues, config.chips.size)
-    report = run.step("report", write_report, listed, drawn, predicted, polygons, measured)
-    return publication.headline(report)
+    written = run.step("report", write_report, listed, drawn, predicted, polygons, measured)
+    return report.headline(written)

@@ -16,7 +16,6 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, model_validator
 
-from rayseg import evaluation, mapping, planning, publication
 from rayseg.config import Bands, Workers
 from rayseg.config import Config as Frozen
 from rayseg.engine import cluster, flow
@@ -24,14 +23,12 @@ from rayseg.engine.flow import Work
 from rayseg.engine.manifest import read_rows, write_rows
 from rayseg.engine.run import Run, Step
 from rayseg.errors import ConfigError, DataError
-from rayseg.evaluation import Compared
 from rayseg.geo.region import Region
 from rayseg.io import masks, scenes
 from rayseg.io.class_tables import Classes
 from rayseg.io.pictures import encoded
 from rayseg.io.scenes import LabelledImage
 from rayseg.io.stac_read import imagery_collection
-from rayseg.mapping import MapConfig
 from rayseg.metrics import Confusion
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
@@ -39,6 +36,10 @@ from rayseg.models.encoders import NO_FILES, encoder_name, read_state
 from rayseg.stages.compare import CompareTile, pictured
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, tile_rows
+from rayseg.steps import estimate, evaluate, report
+from rayseg.steps import map as mapping
+from rayseg.steps.evaluate import Compared
+from rayseg.steps.map import MapConfig
 from rayseg.store import Location, put
 from rayseg.train.supervised import (
     Labelled,
@@ -228,7 +229,7 @@ def validate(step: Step, listed: Step, model: Step, config: Config, count: int |
     images, table = _labelled(listed, "validation", config).images, config.classes.table
     described = bundle.load(model.value["bundle"])
     rows = _tiles_of(images, described, config)
-    rows = planning.spread(rows, count) if count else rows
+    rows = estimate.spread(rows, count) if count else rows
     write_rows(step.prefix / "manifest.parquet", rows)
     works = [
         Work(ReadTile(described.bands, patch=described.patch, stride=described.stride)),
@@ -241,7 +242,7 @@ def validate(step: Step, listed: Step, model: Step, config: Config, count: int |
         for row, record in mapping.rows_with(step, "confusion")
     ]
     named = ", ".join(listed.value["validation"]["scenes"])
-    found = evaluation.summary(compared, table) | {"prediction": "", "truth": f"the validation scenes {named}"}
+    found = evaluate.summary(compared, table) | {"prediction": "", "truth": f"the validation scenes {named}"}
     none = {"count": 0, "names": []}
     worst = _worst(step, compared, rows, images, table)
     return found | done | {"unmatched": {"prediction": none, "truth": none}, "worst": worst}
@@ -275,7 +276,7 @@ def _worst(
 def measure(step: Step, predicted: Step, region: Region, truth: str | None) -> dict[str, Any]:
     """Compare the map with its truth, if there is one."""
     located = region.located(truth)
-    return evaluation.evaluate_run(step, predicted, located) if located else {}
+    return evaluate.evaluate_run(step, predicted, located) if located else {}
 
 
 def write_report(
@@ -294,11 +295,11 @@ def write_report(
         f"{_number(part['images'], 'image')} of {_number(len(part['scenes']), 'scene')}"
         for part in (listed.value[name] for name in PARTS)
     )
-    extras = publication.Extras(
+    extras = report.Extras(
         labels=f"Labelled: {learnt} to learn from, {chosen} to choose the epoch by.", pictures=pictures
     )
     shown = measured if "overall" in measured.value else validated
-    return publication.write_report(step, predicted, polygons, shown, extras)
+    return report.write_report(step, predicted, polygons, shown, extras)
 
 
 def _number(count: int, what: str) -> str:
@@ -319,20 +320,20 @@ def check(config: Config, region: Region) -> None:
         masks.masks_of(truth, names=config.classes.table.names)
 
 
-def forecast(config: Config, region: Region) -> planning.Forecast:
+def forecast(config: Config, region: Region) -> estimate.Forecast:
     """What is known of a run before it is begun."""
     training, validation = _divided(region, config).values()
     described = _described(config, dtype=training[0][0].image.dtype)
     counts = {"validation": len(_tiles_of([image for image, _ in validation], described, config))}
     learn = partial(_learn, config.model_copy(update={"workers": 0}), region)
-    unknown = planning.by_workers(config.workers)
-    return planning.by_untrained(described, region, config.map, learn=learn, counts=counts, unknown=unknown)
+    unknown = estimate.by_workers(config.workers)
+    return estimate.by_untrained(described, region, config.map, learn=learn, counts=counts, unknown=unknown)
 
 
 def _learn(config: Config, region: Region, run: Run) -> Step:
     listed = run.step("scenes", list_scenes, region, config)
-    segmenter = run.step("segmenter", planning.training, fit, listed, config)
-    run.step("validation", validate, listed, segmenter, config, planning.TIMED + 1)
+    segmenter = run.step("segmenter", estimate.training, fit, listed, config)
+    run.step("validation", validate, listed, segmenter, config, estimate.TIMED + 1)
     return segmenter
 
 
@@ -345,5 +346,5 @@ def run(config: Config, run: Run, region: Region) -> str:
     polygons = run.step("polygons", mapping.join_polygons, predicted, PRODUCT)
     measured = run.step("evaluate", measure, predicted, region, config.truth)
     run.step("publish", mapping.publish, predicted, f"Land cover, {region.name}")
-    report = run.step("report", write_report, listed, predicted, polygons, validated, measured)
-    return publication.headline(report)
+    written = run.step("report", write_report, listed, predicted, polygons, validated, measured)
+    return report.headline(written)

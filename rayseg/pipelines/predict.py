@@ -3,12 +3,13 @@
 model + imagery --> tiles --> polygons --> items, report
 """
 
-from rayseg import mapping, planning, publication
 from rayseg.config import Config as Frozen
 from rayseg.engine.run import Run
 from rayseg.geo.region import Region
-from rayseg.mapping import MapConfig
 from rayseg.models import bundle
+from rayseg.steps import estimate, report
+from rayseg.steps import map as mapping
+from rayseg.steps.map import MapConfig
 from rayseg.store import Location
 
 
@@ -26,9 +27,9 @@ def check(config: Config, region: Region) -> None:
     mapping.plan(region, described, config.map)
 
 
-def forecast(config: Config, region: Region) -> planning.Forecast:
+def forecast(config: Config, region: Region) -> estimate.Forecast:
     """What is known of a run before it is begun."""
-    return planning.by_model(config.model, region, config.map)
+    return estimate.by_model(config.model, region, config.map)
 
 
 def run(config: Config, run: Run, region: Region) -> str:
@@ -37,5 +38,5 @@ def run(config: Config, run: Run, region: Region) -> str:
     predicted = run.step("predict", mapping.predict_region, region, model, config.map)
     polygons = run.step("polygons", mapping.join_polygons, predicted, "polygons")
     run.step("publish", mapping.publish, predicted, f"{region.name} by {config.model}")
-    report = run.step("report", publication.write_report, predicted, polygons)
-    return publication.headline(report)
+    written = run.step("report", report.write_report, predicted, polygons)
+    return report.headline(written)

@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from rayseg import agreement, mapping, planning, publication
 from rayseg.config import Bands
 from rayseg.config import Config as Frozen
 from rayseg.engine.flow import Row, Work
@@ -29,13 +28,15 @@ from rayseg.geo.region import Region
 from rayseg.io import maps, pictures, segments
 from rayseg.io.masks import piece_of_row
 from rayseg.io.sources import Source
-from rayseg.mapping import MapConfig
 from rayseg.models.bundle import Scaling
+from rayseg.stages.band_statistics import Survey
 from rayseg.stages.label import LabelTile
+from rayseg.stages.oversegment import Divide, ReadAround, segments_path, unite
 from rayseg.stages.read import tile_rows
-from rayseg.stages.superpixels import Divide, ReadAround, segments_path, unite
-from rayseg.stages.survey import Survey
 from rayseg.stages.write import WriteTile
+from rayseg.steps import estimate, evaluate, report
+from rayseg.steps import map as mapping
+from rayseg.steps.map import MapConfig
 from rayseg.store import Location, put, upath
 from rayseg.train.scene import NetworkConfig, TrainScene, patches_of_epoch
 from rayseg.vision.color import label_table, mean_color
@@ -313,7 +314,7 @@ def measure(step: Step, predicted: Step, region: Region, config: Config) -> dict
     truth = region.located(config.truth)
     if not truth or not predicted.value["bundle"]:
         return {}
-    found = agreement.agreement_of_run(predicted.root, truth, step=predicted.name, unlabelled=config.unlabelled)
+    found = evaluate.agreement_of_run(predicted.root, truth, step=predicted.name, unlabelled=config.unlabelled)
     put(step.prefix / "agreement.json", json.dumps(found, indent=1).encode())
     return found
 
@@ -353,13 +354,13 @@ def write_report(
     histories = {f"network of {one.id}": one.facts["history"] for one in records if one.facts.get("history")}
     said = "Learnt from the imagery alone: labels have no meaning yet; `rayseg labels assign` gives them one."
     if "mean" in measured.value:
-        said += f" {agreement.text(measured.value)}"
-    extras = publication.Extras(
+        said += f" {evaluate.agreement_text(measured.value)}"
+    extras = report.Extras(
         labels=said,
         pictures=tuple((title, image, caption) for title, image, caption in drawn.value["pictures"]),
         histories=dict(list(histories.items())[:MOST_CURVES]),
     )
-    return publication.write_report(step, predicted, polygons, extras=extras)
+    return report.write_report(step, predicted, polygons, extras=extras)
 
 
 def check(config: Config, region: Region) -> None:
@@ -367,14 +368,14 @@ def check(config: Config, region: Region) -> None:
     rows, _, _ = plan(region, config)
     if truth := region.located(config.truth):
         tiles = [tile for row in rows for tile in json.loads(row["tiles"])]
-        agreement.expect_truth([piece_of_row(tile) for tile in tiles], truth, unlabelled=config.unlabelled)
+        evaluate.expect_truth([piece_of_row(tile) for tile in tiles], truth, unlabelled=config.unlabelled)
 
 
-def forecast(config: Config, region: Region) -> planning.Forecast:
+def forecast(config: Config, region: Region) -> estimate.Forecast:
     """What is known of a run before it is begun; networks are trained in the probe, as they are in the run."""
     rows, _, _ = plan(region, config)
     scenes = [tiles for row in rows if (tiles := json.loads(row["tiles"]))]
-    return planning.Forecast(
+    return estimate.Forecast(
         [*chain.from_iterable(scenes), *(row for row in rows if row["refused"])],
         margin=config.network.patch + config.network.stride + config.margin,
         unknown=("a network with nothing left to learn ends early: on all tiles it may take more or fewer epochs",),
@@ -394,5 +395,5 @@ def run(config: Config, run: Run, region: Region) -> str:
     measured = run.step("evaluate", measure, predicted, region, config)
     run.step("publish", mapping.publish, predicted, f"Labels of {region.name}, found without any")
     drawn = run.step("pictures", draw, listed, divided, predicted)
-    report = run.step("report", write_report, trained, drawn, predicted, polygons, measured)
-    return publication.headline(report)
+    written = run.step("report", write_report, trained, drawn, predicted, polygons, measured)
+    return report.headline(written)

@@ -14,7 +14,6 @@ import PIL.Image
 import pyarrow.parquet as pq
 from fastapi import APIRouter, Path, Query, Response
 
-from rayseg import publication
 from rayseg.engine import run as runs
 from rayseg.errors import DataError, RaysegError
 from rayseg.geo.grid import Tile, Window, slug
@@ -26,6 +25,7 @@ from rayseg.serve import answers
 from rayseg.serve.problems import Refused
 from rayseg.serve.questions import problems_of
 from rayseg.serve.settings import ServeConfig
+from rayseg.steps import report
 from rayseg.store import StorePath, upath
 from rayseg.vision.color import ClassTable
 
@@ -139,7 +139,7 @@ def _bounds(tiles: Sequence[Tile]) -> np.ndarray:
 def describe(name: str, root: str) -> dict[str, Any]:
     """What the page shows of a run besides its tiles."""
     asked, state, shown = runs.read(root), runs.status(root), view(root)
-    shares = publication.class_shares(shown.tiles, shown.table) if shown.table else []
+    shares = report.class_shares(shown.tiles, shown.table) if shown.table else []
     values = shown.table.values if shown.table else ()
     placed = shown.planned_N4[~np.isnan(shown.planned_N4).any(axis=1)]
     return {

@@ -13,8 +13,8 @@ from rayseg.engine.tuning import reused_memory
 from rayseg.geo.grid import NODATA, Lattice, Tile, Window
 from rayseg.io.segments import without_specks
 from rayseg.models.cpu import threads
+from rayseg.stages.oversegment import grown
 from rayseg.stages.predict import Predict
-from rayseg.stages.superpixels import grown
 
 Row = dict[str, Any]
 _KEPT = 4

@@ -8,7 +8,7 @@ from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.io import cog, pictures
 from rayseg.io.maps import MappedTile
 from rayseg.io.rasters import source_of_file
-from rayseg.stages.instances import UNNUMBERED
+from rayseg.stages.propose import UNNUMBERED
 from rayseg.vision.color import ClassTable
 
 GRID = Grid("EPSG:32650", (1.0, 1.0), (0.0, 0.0))

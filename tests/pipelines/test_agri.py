@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from small_world import GRID, chip_folder, damage, files, mosaic, rayseg, refused, valid_stac, window_at
 
-from rayseg import enlarging
 from rayseg.config import load
 from rayseg.engine import flow
 from rayseg.engine.ledger import Account
@@ -26,7 +25,6 @@ from rayseg.geo.region import Region
 from rayseg.io import cog, labels
 from rayseg.io.maps import mapped_tiles
 from rayseg.io.plot_joins import mask_of as plot_mask
-from rayseg.mapping import MapConfig
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Scaling
 from rayseg.models.plot_classifier import build_plot_classifier
@@ -34,9 +32,11 @@ from rayseg.models.sam import SamConfig
 from rayseg.models.super_resolution import EnlargeConfig
 from rayseg.pipelines import agri
 from rayseg.pipelines.agri import CLASSES, SCALING, Config
-from rayseg.stages import plots as stages
-from rayseg.stages.ground import ImageConfig
-from rayseg.stages.instances import ProposePlots
+from rayseg.stages import classify_plots as stages
+from rayseg.stages.propose import ProposePlots
+from rayseg.stages.to_rgb import ImageConfig
+from rayseg.steps import super_resolution
+from rayseg.steps.map import MapConfig
 from rayseg.train.classifier import NETWORKS, ClassifierConfig
 from rayseg.vision import rle
 from rayseg.vision.color import ClassTable
@@ -206,15 +206,15 @@ def is_foretold(out, region, *settings):
 
 def test_of_tiles_of_the_larger_imagery_only_what_they_need_is_enlarged(region):
     config = MapConfig(imagery=region, tile=256)
-    rows, tiles = enlarging.plan(Region("r"), EnlargeConfig(), ImageConfig(), config, halo=384)
+    rows, tiles = super_resolution.plan(Region("r"), EnlargeConfig(), ImageConfig(), config, halo=384)
     assert len(rows) == len(tiles) > 9
     [corner] = [row for row in tiles if (row["col"], row["row"]) == (tiles[0]["col"], tiles[0]["row"])]
     some = Region("r", tiles=(corner["id"],))
-    part, asked = enlarging.plan(some, EnlargeConfig(), ImageConfig(), config, halo=64)
+    part, asked = super_resolution.plan(some, EnlargeConfig(), ImageConfig(), config, halo=64)
     assert asked[0]["id"] == corner["id"]
     assert len(part) == 4  # its own and its neighbours'
     with pytest.raises(ConfigError, match="has no tile elsewhere"):
-        enlarging.plan(Region("r", tiles=("elsewhere",)), EnlargeConfig(), ImageConfig(), config, halo=64)
+        super_resolution.plan(Region("r", tiles=("elsewhere",)), EnlargeConfig(), ImageConfig(), config, halo=64)
 
 
 def test_an_image_without_georeference_is_enlarged_whole(tmp_path):

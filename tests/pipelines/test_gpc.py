@@ -10,7 +10,6 @@ import pytest
 import rasterio
 from small_world import SMALL_GPC, damage, files, rayseg, scene, valid_stac
 
-from rayseg import cues
 from rayseg.config import load
 from rayseg.demo import make
 from rayseg.engine.manifest import write_rows
@@ -19,6 +18,7 @@ from rayseg.errors import DataError
 from rayseg.io import labels
 from rayseg.models import bundle
 from rayseg.pipelines import gpc
+from rayseg.steps import cues
 from rayseg.train import segmenter
 
 pytestmark = pytest.mark.e2e

@@ -13,7 +13,6 @@ from fake_run import blobs, make, picture
 from PIL import Image
 from small_world import GRID, catalogue, files, rayseg, refused, valid_stac, window_at
 
-from rayseg import planning
 from rayseg.config import load
 from rayseg.engine.ledger import Ledger, Record
 from rayseg.engine.run import Engine, Step, read
@@ -22,7 +21,8 @@ from rayseg.geo.region import Region
 from rayseg.io import cog, labels, masks
 from rayseg.models import bundle
 from rayseg.pipelines import superpixel
-from rayseg.stages.superpixels import Divide
+from rayseg.stages.oversegment import Divide
+from rayseg.steps import estimate
 from rayseg.train import scene as training
 
 pytestmark = pytest.mark.e2e
@@ -379,7 +379,7 @@ def test_scenes_that_cannot_be_mapped_fail_alone_and_by_name(tmp_path, shared):
     assert "bare has no georeference" in found["bare"].reason
     assert listed["bands"] == ["red", "green", "blue"]
     forecast = replace(superpixel.forecast(superpixel.Config(shared=shared), region), trial=None)
-    assert planning.plan(forecast, region, rates=planning.Rates())["refused"] == 3
+    assert estimate.plan(forecast, region, rates=estimate.Rates())["refused"] == 3
 
 
 def change(folder, name, *, properties=None, **fields):

@@ -16,13 +16,13 @@ from PIL import Image
 from tiny_server import client, free_port, served
 from upath import UPath
 
-from rayseg import mapping
 from rayseg.engine.manifest import Manifest
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid
 from rayseg.io import mapview
 from rayseg.io.maps import mapped_tiles
 from rayseg.serve import runs
+from rayseg.steps import map as mapping
 
 SHAPE = (128, 192)
 

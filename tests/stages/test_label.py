@@ -14,8 +14,8 @@ from rayseg.models.bundle import Architecture, Bundle, Scaling
 from rayseg.pipelines.superpixel import Config as SuperpixelConfig
 from rayseg.stages import label
 from rayseg.stages.label import LabelTile
+from rayseg.stages.oversegment import grown
 from rayseg.stages.predict import Predict
-from rayseg.stages.superpixels import grown
 from rayseg.vision.blend import Blend
 from rayseg.vision.color import label_table
 

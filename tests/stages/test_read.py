@@ -12,8 +12,8 @@ from rayseg.errors import DataError
 from rayseg.geo.grid import Lattice, Tile
 from rayseg.io.rasters import source_of_file
 from rayseg.io.sources import Source
+from rayseg.stages.oversegment import Divide, ReadAround
 from rayseg.stages.read import ReadTile, tile_rows
-from rayseg.stages.superpixels import Divide, ReadAround
 
 STAGE = ReadTile(BANDS, patch=64, stride=48)
 

@@ -2,8 +2,6 @@ import numpy as np
 import pytest
 import torch
 
-from rayseg import active, pool
-from rayseg.active import ActiveConfig, ChipsClassifierConfig, Common
 from rayseg.config import load
 from rayseg.engine.manifest import write_rows
 from rayseg.engine.run import Engine, Step
@@ -11,6 +9,8 @@ from rayseg.errors import ConfigError, DataError, RunIncomplete
 from rayseg.io.class_tables import Classes
 from rayseg.models import bundle
 from rayseg.models.bundle import Scaling
+from rayseg.pipelines.al_s4gan import chip_pool, queries
+from rayseg.pipelines.al_s4gan.queries import ActiveConfig, ChipsClassifierConfig, Common
 
 KINDS = Classes.model_validate(
     {"classes": [{"name": "ground", "color": "#826446"}, {"name": "wood", "color": "#32AA50"}]}
@@ -46,21 +46,21 @@ def test_a_chip_that_could_not_be_scored_is_tried_again_by_the_same_command(list
     def score(rows):
         return [{"id": row["id"], "seconds": row["seconds"], "facts": {"p": [0.5, 0.5]}} for row in rows]
 
-    rows = pool.rows_of(listed, "pool")
-    monkeypatch.setattr(pool, "image_of", broken)
+    rows = chip_pool.rows_of(listed, "pool")
+    monkeypatch.setattr(chip_pool, "image_of", broken)
     with pytest.raises(RunIncomplete, match=r"chip a could not be scored \(.*torn"):
-        active._scored(step_of(listed, "round-1"), rows, score, COMMON)
-    monkeypatch.setattr(pool, "image_of", lambda _: np.zeros((32, 32, 3), np.uint8))
-    found = active._scored(step_of(listed, "round-1"), rows, score, COMMON)
+        queries._scored(step_of(listed, "round-1"), rows, score, COMMON)
+    monkeypatch.setattr(chip_pool, "image_of", lambda _: np.zeros((32, 32, 3), np.uint8))
+    found = queries._scored(step_of(listed, "round-1"), rows, score, COMMON)
     assert found == {"a": [0.5, 0.5], "b": [0.5, 0.5]}
 
 
 def test_a_network_that_stays_as_it_is_is_the_same_when_its_step_goes_on(listed, monkeypatch):
-    monkeypatch.setattr(active, "_scored", lambda *_: {})
+    monkeypatch.setattr(queries, "_scored", lambda *_: {})
     sums = []
     for name in ("first", "second"):
         torch.rand(len(name))  # whatever was drawn before
-        active.see(step_of(listed, name), listed, CONFIG, COMMON)
+        queries.see(step_of(listed, name), listed, CONFIG, COMMON)
         sums.append(bundle.load(step_of(listed, name).prefix / "classifier").sha256)
     assert sums[0] == sums[1]
 
@@ -68,6 +68,6 @@ def test_a_network_that_stays_as_it_is_is_the_same_when_its_step_goes_on(listed,
 @pytest.mark.parametrize("frozen", [True, False])
 def test_without_chips_for_validation_nothing_is_measured(listed, frozen):
     before, seen = step_of(listed, "round-1"), step_of(listed, "features") if frozen else None
-    active._keep(before, [active._picked(row, 0, 0, "first") for row in pool.rows_of(listed, "pool")])
-    found = active.measure_last(step_of(listed, "last"), listed, seen, before, CONFIG, COMMON)
+    queries._keep(before, [queries._picked(row, 0, 0, "first") for row in chip_pool.rows_of(listed, "pool")])
+    found = queries.measure_last(step_of(listed, "last"), listed, seen, before, CONFIG, COMMON)
     assert found == {"before": 2, "labelled": 2}

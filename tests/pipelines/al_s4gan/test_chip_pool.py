@@ -5,11 +5,11 @@ import pytest
 from PIL import Image
 from small_world import catalogue, chip_folder
 
-from rayseg import active, pool
 from rayseg.errors import ConfigError, DataError, RunIncomplete
 from rayseg.geo.region import Region
 from rayseg.io import annotation_requests, cog, labels
-from rayseg.pool import PoolConfig
+from rayseg.pipelines.al_s4gan import chip_pool, queries
+from rayseg.pipelines.al_s4gan.chip_pool import PoolConfig
 from rayseg.vision.color import ClassTable
 
 REGION = Region("r")
@@ -35,7 +35,7 @@ def found(folder, **settings):
 
 
 def chips(config, *, region=REGION, table=TABLE, seed=1):
-    return pool.divide(pool.survey(region, config, table), config, table, seed=seed)
+    return chip_pool.divide(chip_pool.survey(region, config, table), config, table, seed=seed)
 
 
 def test_chips_are_whole_cells_with_the_class_of_most_of_their_pixels(folder):
@@ -46,10 +46,10 @@ def test_chips_are_whole_cells_with_the_class_of_most_of_their_pixels(folder):
         for cell, label in ((0, "wood"), (1, "ground"))
     ]
     image = np.asarray(Image.open(folder / "a" / "images" / "one.png"))
-    assert np.array_equal(pool.image_of(rows[1]), image[:64, 64:128])
+    assert np.array_equal(chip_pool.image_of(rows[1]), image[:64, 64:128])
     mask = np.asarray(Image.open(folder / "a" / "masks" / "one.png"))
-    assert np.array_equal(pool.mask_of(rows[1], TABLE, ""), mask[:64, 64:128])
-    chips = pool.masked_chips(rows, TABLE, "")
+    assert np.array_equal(chip_pool.mask_of(rows[1], TABLE, ""), mask[:64, 64:128])
+    chips = chip_pool.masked_chips(rows, TABLE, "")
     assert (chips.count, len(chips), chips.read(0).shape) == (2, 6, (64, 64, 3))
 
 
@@ -76,8 +76,10 @@ def test_what_cannot_be_is_refused(folder):
 
 
 def test_pixels_are_read_once_however_often_they_are_divided(folder, monkeypatch):
-    read, windows = pool.rasters.read, []
-    monkeypatch.setattr(pool.rasters, "read", lambda *given, **more: windows.append(given[2]) or read(*given, **more))
+    read, windows = chip_pool.rasters.read, []
+    monkeypatch.setattr(
+        chip_pool.rasters, "read", lambda *given, **more: windows.append(given[2]) or read(*given, **more)
+    )
     assert [len({row["part"] for row in chips(PoolConfig(images=str(folder), size=50), seed=k)}) for k in (1, 2)] == [
         2,
         2,
@@ -109,7 +111,7 @@ def test_chips_of_placed_scenes_are_exported_where_they_lie_and_their_masks_come
     assert [row["id"] for row in rows] == ["one_0_0", "one_0_1"]
     run = tmp_path / "run"
     with pytest.raises(RunIncomplete, match="2 chips wait for masks"):
-        active.expect_masks(str(run), rows, TABLE)
+        queries.expect_masks(str(run), rows, TABLE)
     first, second = json.loads((run / "to-label" / "chips.geojson").read_text())["features"]
     tops = [max(y for _, y in one["geometry"]["coordinates"][0]) for one in (first, second)]
     assert tops[0] - tops[1] == pytest.approx(96 / 111_000, rel=0.02)
@@ -122,6 +124,6 @@ def test_chips_of_placed_scenes_are_exported_where_they_lie_and_their_masks_come
         annotation_requests.load(tmp_path / "drawn", str(run))
     other.unlink()
     assert annotation_requests.load(tmp_path / "drawn", str(run)) == (2, [])
-    assert active.known_labels(str(run), rows, TABLE) == ["wood", "wood"]
-    active.expect_masks(str(run), rows, TABLE)
+    assert queries.known_labels(str(run), rows, TABLE) == ["wood", "wood"]
+    queries.expect_masks(str(run), rows, TABLE)
     assert np.array_equal(cog.read_bands(run / "masks" / "one_0_0.tif")[0], np.ones((96, 96)))

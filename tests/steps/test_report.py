@@ -13,14 +13,14 @@ import pytest
 from fake_run import GPC, NODATA, blobs, make, picture, place
 from torch.utils.tensorboard import SummaryWriter
 
-from rayseg import evaluation, publication, report
 from rayseg.engine.ledger import Ledger, Record
 from rayseg.engine.run import Engine, Step
 from rayseg.geo.grid import Grid
 from rayseg.io import cog
 from rayseg.io.maps import mapped_tiles
 from rayseg.io.pictures import encoded
-from rayseg.publication import Extras, headline, timing_of, write_report
+from rayseg.steps import evaluate, report
+from rayseg.steps.report import Extras, headline, timing_of, write_report
 
 VOID = {"meta", "img", "br", "line", "circle"}
 
@@ -81,7 +81,7 @@ def test_a_run_is_told_from_its_area_to_its_failed_tile(tmp_path):
     cog.write_classes(
         tmp_path / "truth" / "a.tif", real, mapped_tiles(predicted.root)[0].tile.grid, place(real, 0, 0), GPC
     )
-    measured = evaluation.evaluate_run(later(predicted, "evaluate"), predicted, str(tmp_path / "truth"))
+    measured = evaluate.evaluate_run(later(predicted, "evaluate"), predicted, str(tmp_path / "truth"))
     extras = Extras(
         title="Netting <in> the valley",
         labels="Learnt from 96 chips.",
@@ -229,7 +229,7 @@ def test_pictures_and_training_are_found_below_the_run(tmp_path):
     with SummaryWriter(str(predicted.prefix.parent / "classifier" / "tensorboard")) as writer:
         for epoch in range(4):
             writer.add_scalar("loss", 1 / (epoch + 1), epoch)
-    history = publication.histories(predicted.root)["classifier"]
+    history = report.histories(predicted.root)["classifier"]
     assert [row["epoch"] for row in history] == [1, 2, 3, 4]
     assert [row["loss"] for row in history] == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4])
     _, page = page_of(predicted, extras=Extras(pictures=(("Cue", "steps/cues/a.png", "c"),)))

@@ -15,7 +15,7 @@ from rayseg.geo.grid import Grid, Window
 from rayseg.io import plot_joins, rasters
 from rayseg.io.sources import Source, from_json
 from rayseg.models import bundle
-from rayseg.stages.ground import ImageConfig, eight_bit
+from rayseg.stages.to_rgb import ImageConfig, eight_bit
 from rayseg.store import upath
 from rayseg.vision.crops import square_crop
 

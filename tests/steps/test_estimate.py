@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 from small_world import HEIGHT, WIDTH, catalogue, files, rayseg, refused, segmenter
 
-from rayseg import planning
 from rayseg.cli import run
 from rayseg.engine import run as runs
 from rayseg.engine.ledger import Ledger, Record
 from rayseg.engine.manifest import write_rows
 from rayseg.geo.region import Region
-from rayseg.volume import bytes_written
+from rayseg.steps import estimate
+from rayseg.steps.estimate import bytes_written
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +65,16 @@ def test_bytes_to_read_are_those_of_the_files_and_of_what_is_around_tiles(world)
 
 
 def test_more_workers_share_only_what_can_be_shared():
-    rates = [planning.Rates(workers=count, cpu_hour=1.0) for count in (1, 10)]
-    probe = planning.Probe(("a",), {"Predict": 1000.0}, 1000.0, 100.0, 10, 2, 0)
-    one, ten = (planning._costs(probe, rate) for rate in rates)
+    rates = [estimate.Rates(workers=count, cpu_hour=1.0) for count in (1, 10)]
+    probe = estimate.Probe(("a",), {"Predict": 1000.0}, 1000.0, 100.0, 10, 2, 0)
+    one, ten = (estimate._costs(probe, rate) for rate in rates)
     assert (one["wall_seconds"], ten["wall_seconds"]) == (1100, 200)
     assert (one["price"], ten["price"]) == (pytest.approx(1100 * 2 / 3600), pytest.approx(2000 * 2 / 3600))
 
 
 def test_seconds_of_stages_that_ask_for_a_gpu_are_the_gpus():
     seconds = {"TrainScene": 30.0, "ReadAround": 2.0}
-    probe = planning.Probe(("a",), seconds, 32.0, 1.0, 10, 2, 1, on_gpu=("Predict", "TrainScene"))
+    probe = estimate.Probe(("a",), seconds, 32.0, 1.0, 10, 2, 1, on_gpu=("Predict", "TrainScene"))
     assert (probe.gpu_seconds, probe.cpu_seconds) == (30, 2)
     assert replace(probe, gpus=0).gpu_seconds is None
 
@@ -85,14 +85,14 @@ def test_seconds_grow_with_pixels_and_the_first_tile_warms_up():
         Record("b", "done", seconds={"Read": 0.5, "Predict": 2.0}),
         Record("c", "done", seconds={"Read": 0.5, "Predict": 2.0}),
     ]
-    seconds, rest = planning._scaled(records, 13.5, {"a": 100, "b": 100, "c": 100}, 1000, None)
+    seconds, rest = estimate._scaled(records, 13.5, {"a": 100, "b": 100, "c": 100}, 1000, None)
     assert seconds == {"Read": 5.0, "Predict": 20.0}
     assert rest == pytest.approx(13.5 - 6.0)
-    assert planning._scaled([], 3.0, {}, 1000, None) == ({}, 3.0)
-    by_rows, _ = planning._scaled(records, 13.5, {}, 1000, 30)
+    assert estimate._scaled([], 3.0, {}, 1000, None) == ({}, 3.0)
+    by_rows, _ = estimate._scaled(records, 13.5, {}, 1000, 30)
     assert by_rows["Predict"] == 60.0
     told = [replace(record, facts={"effort": effort}) for record, effort in zip(records, (1, 10, 30), strict=True)]
-    by_effort, rest = planning._scaled(told, 13.5, {}, 1000, 400)
+    by_effort, rest = estimate._scaled(told, 13.5, {}, 1000, 400)
     assert by_effort["Predict"] == 40.0
     assert rest == pytest.approx(13.5 - 4.1)
 
@@ -104,7 +104,7 @@ def test_a_stage_that_only_the_first_tile_came_to_is_timed_on_it():
         Record("b", "nodata", seconds={"Read": 0.5}),
         Record("c", "failed", seconds={"Read": 0.5}),
     ]
-    seconds, _ = planning._scaled(records, 13.5, {"a": 100, "b": 100, "c": 100}, 900, None)
+    seconds, _ = estimate._scaled(records, 13.5, {"a": 100, "b": 100, "c": 100}, 900, None)
     assert seconds == {"Read": 4.5, "Predict": 27.0}
 
 
@@ -112,7 +112,7 @@ def test_rows_that_do_not_say_their_effort_have_the_usual_one():
     """Of a network that could not be trained no effort is known."""
     facts = {"a": {"effort": 10}, "b": {"effort": 20}, "c": {}}
     records = [Record(name, "done", facts=one, seconds={"Train": 3.0}) for name, one in facts.items()]
-    by_effort, _ = planning._scaled(records, 9.0, {}, 1000, 200)
+    by_effort, _ = estimate._scaled(records, 9.0, {}, 1000, 200)
     assert by_effort["Train"] == pytest.approx(6.0 * 200 / (20 + 15))
 
 
@@ -156,9 +156,9 @@ class Dawdling:
 def test_a_training_counts_once_however_many_tiles_and_workers(monkeypatch):
     sides = {"col": 0, "row": 0, "width": 100, "height": 100, "grid": "", "sources": "[]"}
     rows = [{"id": f"t{number}", **sides} for number in range(40)]
-    monkeypatch.setattr(planning, "_effort", lambda row, *, margin: 1)
-    forecast = planning.Forecast(rows, trial=Dawdling(monkeypatch))
-    probe = planning.timed_on(forecast, Region("r"), rows, count=3)
+    monkeypatch.setattr(estimate, "_effort", lambda row, *, margin: 1)
+    forecast = estimate.Forecast(rows, trial=Dawdling(monkeypatch))
+    probe = estimate.timed_on(forecast, Region("r"), rows, count=3)
     assert probe.seconds == {"segmenter": 100.0, "Predict": 80.0}
     assert probe.spread == 80.0
     assert probe.alone == pytest.approx(100.0 + 1.0 + 3.0 * 40 / 4)
@@ -166,8 +166,8 @@ def test_a_training_counts_once_however_many_tiles_and_workers(monkeypatch):
 
 
 def test_trainings_by_several_processes_are_not_timed_as_such():
-    assert planning.by_workers(0) == planning.by_workers(1) == ()
-    assert planning.by_workers(2) == ("trainings were timed in one process, not in 2",)
+    assert estimate.by_workers(0) == estimate.by_workers(1) == ()
+    assert estimate.by_workers(2) == ("trainings were timed in one process, not in 2",)
 
 
 def test_probes_are_spread_over_all_pixels():
@@ -176,11 +176,11 @@ def test_probes_are_spread_over_all_pixels():
         return {"id": str(number)} | window
 
     rows = [row(number, 10) for number in range(100)]
-    assert [row["id"] for row in planning.spread(rows, 4)] == ["12", "37", "62", "87"]
-    assert planning.spread(rows[:3], 4) == rows[:3]
+    assert [row["id"] for row in estimate.spread(rows, 4)] == ["12", "37", "62", "87"]
+    assert estimate.spread(rows[:3], 4) == rows[:3]
     rows = [row(number, 100 if number % 2 else 1) for number in range(8)]  # every other one is a sliver
-    assert [row["id"] for row in planning.spread(rows, 4)] == ["1", "3", "5", "7"]
-    assert [row["id"] for row in planning.spread([row(0, 1), row(1, 1), row(2, 100)], 2)] == ["2"]
+    assert [row["id"] for row in estimate.spread(rows, 4)] == ["1", "3", "5", "7"]
+    assert [row["id"] for row in estimate.spread([row(0, 1), row(1, 1), row(2, 100)], 2)] == ["2"]
 
 
 def test_a_plan_refuses_what_a_run_would_refuse(world, tmp_path):

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from rayseg import pool
 from rayseg.config import Config, Workers
 from rayseg.engine import cluster, flow
 from rayseg.engine.flow import Work
@@ -26,15 +25,17 @@ from rayseg.io.class_tables import Classes
 from rayseg.metrics import Confusion
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
-from rayseg.pool import Row
+from rayseg.pipelines.al_s4gan import chip_pool
+from rayseg.pipelines.al_s4gan.chip_pool import Row
 from rayseg.stages.score import ReadWith, Score, features_path
+from rayseg.steps import report
 from rayseg.store import upath
 from rayseg.train.augment import Augment
 from rayseg.train.classifier import ClassifierConfig, fit_classifier, trained_classifier
 from rayseg.train.learning import Learning, Rates
 from rayseg.vision import linear, query_strategies
 from rayseg.vision.color import ClassTable, label_table
-from rayseg.vision.query_strategies import Budget
+from rayseg.vision.query_strategies import SCORES, Budget
 
 Strategy = Literal["margin", "entropy", "least-confidence", "random", "k-center", "badge"]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -90,7 +91,7 @@ class ActiveConfig(Config):
 
 def draw_first(step: Step, listed: Step, config: ActiveConfig, seed: int) -> dict[str, Any]:
     """The chips that are labelled before anything is learnt, at random."""
-    rows = pool.rows_of(listed, "pool")
+    rows = chip_pool.rows_of(listed, "pool")
     count = config.budget(len(rows)).initial
     drawn = np.random.default_rng((seed, 0)).permutation(len(rows))[:count]
     return _keep(step, [_picked(rows[at], rank, 0, "first") for rank, at in enumerate(drawn)])
@@ -100,10 +101,10 @@ def see(step: Step, listed: Step, config: ActiveConfig, common: "Common") -> dic
     """The features of all chips by a network that stays as it is, `<step>/features/<chip>.npy`."""
     settings, classes = config.classifier, listed.value["classes"]
     torch.manual_seed(common.seed)  # what weights leave open is the same when the step goes on
-    model = settings.build(classes=len(classes), channels=len(pool.BANDS)).eval()
+    model = settings.build(classes=len(classes), channels=len(chip_pool.BANDS)).eval()
     prefix = str(step.prefix / "classifier")
     bundle.save(prefix, _described(settings, classes, common), model)
-    rows = pool.rows_of(listed, "pool") + pool.rows_of(listed, "validation")
+    rows = chip_pool.rows_of(listed, "pool") + chip_pool.rows_of(listed, "validation")
     return {"chips": len(_scored(step, rows, Score(prefix, str(step.prefix / "features")), common))}
 
 
@@ -127,7 +128,7 @@ def query(
     Raises:
         RunIncomplete: chips chosen before have no label yet.
     """
-    rows, chosen = pool.rows_of(listed, "pool"), labelled(before)
+    rows, chosen = chip_pool.rows_of(listed, "pool"), labelled(before)
     taken = {row["id"] for row in chosen}
     rest = [row for row in rows if row["id"] not in taken]
     budget = config.budget(len(rows))
@@ -189,7 +190,7 @@ def known_labels(root: str, rows: Sequence[Row], table: ClassTable) -> list[str]
         RunIncomplete: some have none; their images are ready to be drawn on.
     """
     drawn = drawn_prefix(root)
-    found = [pool.label_of(row, table, drawn) for row in rows]
+    found = [chip_pool.label_of(row, table, drawn) for row in rows]
     waiting = [row for row, label in zip(rows, found, strict=True) if not label]
     if waiting:
         ask(root, waiting, table)
@@ -203,7 +204,7 @@ def expect_masks(root: str, rows: Sequence[Row], table: ClassTable) -> None:
         RunIncomplete: there are some; their images are ready to be drawn on.
     """
     waiting = [
-        row for row in rows if row["masks"] == "[]" and not pool.drawn_path(drawn_prefix(root), row["id"]).exists()
+        row for row in rows if row["masks"] == "[]" and not chip_pool.drawn_path(drawn_prefix(root), row["id"]).exists()
     ]
     if waiting:
         ask(root, waiting, table)
@@ -223,7 +224,7 @@ def ask(root: str, rows: Sequence[Row], table: ClassTable) -> None:
     from rayseg.io import annotation_requests
 
     page = annotation_requests.export(
-        f"{root}/to-label", [(row, *pool.placed(row), pool.image_of(row)) for row in rows], table
+        f"{root}/to-label", [(row, *chip_pool.placed(row), chip_pool.image_of(row)) for row in rows], table
     )
     raise RunIncomplete(
         f"{len(rows)} chips wait for masks, see {page}; draw them, then: rayseg labels import MASKS {root}, and give "
@@ -271,10 +272,10 @@ def _told(
     common: Common,
 ) -> dict[str, list[float]]:
     """Probabilities of the rest and of the validation chips, by id; of the labelled too where features are wanted."""
-    by_id = {row["id"]: row for row in pool.rows_of(listed, "pool")}
+    by_id = {row["id"]: row for row in chip_pool.rows_of(listed, "pool")}
     own = [by_id[row["id"]] for row in chosen]
     labels = known_labels(step.root, own, common.classes)
-    asked = rest + pool.rows_of(listed, "validation")
+    asked = rest + chip_pool.rows_of(listed, "validation")
     if not asked:
         return {}
     if seen is None:
@@ -300,7 +301,7 @@ def _learnt(
     settings = _seeded(config.classifier, common.seed)
     fit_classifier(
         settings,
-        pool.labelled_chips(own, labels, classes),
+        chip_pool.labelled_chips(own, labels, classes),
         prefix=step.prefix / "training",
         scaling=common.scaling,
         workers=common.workers,
@@ -326,10 +327,10 @@ def _described(settings: ClassifierConfig, classes: Sequence[str], common: Commo
         task="classification",
         architecture=Architecture(
             factory=settings.factory,
-            options=settings.options(classes=len(classes), channels=len(pool.BANDS)),
+            options=settings.options(classes=len(classes), channels=len(chip_pool.BANDS)),
         ),
         classes=tuple((k, name, colors.get(name, palette[k])) for k, name in enumerate(classes)),
-        bands=pool.BANDS,
+        bands=chip_pool.BANDS,
         dtype="uint8",
         scaling=common.scaling,
         patch=settings.size,
@@ -341,7 +342,10 @@ def _described(settings: ClassifierConfig, classes: Sequence[str], common: Commo
 def _scored(step: Step, rows: list[Row], score: Score, common: Common) -> dict[str, list[float]]:
     write_rows(step.prefix / "manifest.parquet", rows)
     ledger = Ledger(str(step.prefix / "ledger"))
-    works = [Work(ReadWith(pool.image_of), batch=AT_ONCE), Work(score, batch=AT_ONCE, cpus=0.5, gpus=0.5, model=True)]
+    works = [
+        Work(ReadWith(chip_pool.image_of), batch=AT_ONCE),
+        Work(score, batch=AT_ONCE, cpus=0.5, gpus=0.5, model=True),
+    ]
     engine = replace(step.engine, retry=True)  # nothing can be chosen without all of them
     flow.run(rows, works, ledger, engine, title="chips", stall_seconds=common.patience)
     return {chip: _probabilities(record) for chip, record in ledger.read().items()}
@@ -386,10 +390,38 @@ def _features(step: Step, chips: Sequence[str], *, wanted: bool) -> np.ndarray:
 
 def _accuracy(listed: Step, scores: dict[str, list[float]]) -> dict[str, Any]:
     """How well the validation chips are told apart; nothing without them."""
-    rows, classes = pool.rows_of(listed, "validation"), listed.value["classes"]
+    rows, classes = chip_pool.rows_of(listed, "validation"), listed.value["classes"]
     if not rows:
         return {}
     truth = np.array([classes.index(row["label"]) for row in rows])
     told = np.array([int(np.argmax(scores[row["id"]])) for row in rows])
     confusion = Confusion.from_arrays(truth, told, len(classes))
     return {"accuracy": confusion.overall_accuracy, "class_accuracy": confusion.class_accuracy}
+
+
+def accuracies(rounds: Sequence[Step]) -> list[tuple[int, float]]:
+    """(labels, accuracy) of every classifier that was measured."""
+    return [(step.value["before"], step.value["accuracy"]) for step in rounds if "accuracy" in step.value]
+
+
+def curve(rounds: Sequence[Step]) -> tuple[tuple[str, bytes | str, str], ...]:
+    """The learning curve as a picture: (title, SVG, caption); none of a single point."""
+    points = [(float(labels), accuracy) for labels, accuracy in accuracies(rounds)]
+    if len(points) < 2:
+        return ()
+    drawn = report.learning_curves({"classifier": points}, across="labels", up="accuracy")
+    return (("Learning curve", drawn, "Accuracy of the classifier of chips on the validation chips."),)
+
+
+def picks(chosen: Step, strategy: str) -> report.Table:
+    """What was chosen and why."""
+    rows: list[tuple[str, ...]] = [
+        (
+            str(row["id"]),
+            str(row["round"]),
+            "drawn at random first" if row["why"] == "first" else f"{SCORES[row['why']]} {row['score']:.3f}",
+            f"{row['taken_for']} ({row['probability']:.2f})" if row["taken_for"] else "",
+        )
+        for row in labelled(chosen)
+    ]
+    return f"Chips chosen by {strategy}", ("chip", "round", "why", "taken for"), rows

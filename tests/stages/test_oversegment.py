@@ -5,7 +5,7 @@ import pytest
 
 from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.io import segments
-from rayseg.stages.superpixels import grown, part_path, segments_path, unite
+from rayseg.stages.oversegment import grown, part_path, segments_path, unite
 
 GRID = Grid("EPSG:32650", (1.0, 1.0), (0.0, 0.0))
 SIDE, TILE, OVERLAP = 48, 24, 8

@@ -3,25 +3,248 @@
 <run>/report/index.html   everything in one file      <run>/report/map.png   the map over the imagery
 """
 
+import base64
+import io
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+import jinja2
+import yaml
 from upath import UPath
 
-from rayseg import report
 from rayseg.engine import run as runs
 from rayseg.engine.ledger import Ledger
 from rayseg.engine.run import Step
 from rayseg.io import masks
 from rayseg.io.maps import MappedTile, mapped_tiles, pixel_area_m2, seam_score
 from rayseg.io.pictures import Picture, encoded, pictures_of, shown_colors
-from rayseg.report import ClassShare, MapPicture, Stage, Timing
 from rayseg.store import is_local, put, upath
 from rayseg.vision.color import ClassTable, hex_of
+
+_INK = "#80868b"  # reads on light and on dark
+_MAGIC = {b"\x89PNG": "image/png", b"RIFF": "image/webp", b"\xff\xd8": "image/jpeg", b"<": "image/svg+xml"}
+
+
+class MapPicture(TypedDict):
+    """The region from afar: `imagery` and `map` are image files; `metres` is its width, None without georeference."""
+
+    title: str
+    imagery: bytes
+    map: bytes
+    height: int
+    width: int
+    metres: float | None
+    step: float
+
+
+class ClassShare(TypedDict):
+    """How much of the map is of a class; `color` is None if it is not painted, `area_m2` without georeference."""
+
+    name: str
+    color: str | None
+    pixels: int
+    share: float
+    area_m2: float | None
+
+
+class Stage(TypedDict):
+    """Seconds that all copies of a stage worked, and their share of wall time x workers."""
+
+    name: str
+    seconds: float
+    share: float
+
+
+class Timing(TypedDict):
+    """Where the time of a step went; `idle` = wall x workers - sum of the stages, None when it cannot be told."""
+
+    wall: float
+    workers: int
+    stages: list[Stage]
+    idle: float | None
+    pixels_per_second: float | None
+    km2_per_hour: float | None
+
+
+class Content(TypedDict):
+    """What a report shows; what is None or empty is left out.
+
+    `lead` is a sentence or two, `figures` are (label, value, note), `pictures` (title, image file, caption), `tables`
+    (title, header, rows), `curves` (title, drawings), `ledgers` the steps of `run.status`, `evaluation` the
+    result of `rayseg.steps.evaluate.evaluate`, `seams` that of `rayseg.io.maps.seam_score`.
+    """
+
+    title: str
+    lead: str
+    figures: list[tuple[str, str, str]]
+    maps: list[MapPicture]
+    classes: list[ClassShare]
+    evaluation: dict[str, Any] | None
+    seams: dict[str, Any] | None
+    pictures: list[tuple[str, bytes, str]]
+    tables: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]
+    curves: list[tuple[str, list[bytes]]]
+    ledgers: dict[str, dict[str, Any]]
+    timing: Timing | None
+    config: dict[str, Any]
+    versions: dict[str, str]
+    command: str
+    footer: str
+
+
+def render(content: Content) -> str:
+    """The report as HTML text, with all pictures inside."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {
+        "area": area,
+        "count": count,
+        "data_uri": data_uri,
+        "duration": duration,
+        "interval": interval,
+        "percent": percent,
+        "scale_bar": scale_bar,
+        "yaml": _yaml,
+    }
+    template = resources.files("rayseg").joinpath("report.html").read_text(encoding="utf-8")
+    return environment.from_string(template).render(content)
+
+
+# -- numbers for people ------------------------------------------------------------------------------------------------
+
+
+def area(square_metres: float | None) -> str:
+    """`0.262 km²`, `4,310 m²`; a dash for None."""
+    if square_metres is None:
+        return "–"
+    if square_metres < 10_000:
+        return f"{_digits(square_metres)} m²"
+    return f"{_digits(square_metres / 1e6)} km²"
+
+
+def percent(share: float) -> str:
+    """`12.3 %`, `3.1 %`, `0.012 %`."""
+    return f"{_digits(share * 100, 2 if 0 < share < 0.1 else 3)} %"
+
+
+def count(number: float) -> str:
+    """`1,024`, `4.19 million`."""
+    for size, name in ((1e9, "billion"), (1e6, "million")):
+        if abs(number) >= size:
+            return f"{_digits(number / size)} {name}"
+    return f"{number:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """`4.2 s`, `12 min 30 s`, `2 h 05 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60) if seconds >= 3600 else int(seconds // 60)
+    if seconds < 3600:
+        return f"{minutes} min {int(seconds % 60):02d} s"
+    return f"{minutes // 60:,} h {minutes % 60:02d} min"
+
+
+def interval(measure: Mapping[str, float | None]) -> str:
+    """`0.712 (0.661–0.752)`; a dash where the measure is not defined."""
+    if measure["value"] is None:
+        return "–"
+    low, high = measure["low"], measure["high"]
+    return f"{measure['value']:.3f}" + (f" ({low:.3f}–{high:.3f})" if low is not None and high is not None else "")
+
+
+def _digits(number: float, digits: int = 3) -> str:
+    """At least `digits` significant digits, thousands apart."""
+    if number == 0 or abs(number) >= 10**digits:
+        return f"{number:,.0f}"
+    return f"{number:,.{max(0, digits - 1 - math.floor(math.log10(abs(number))))}f}"
+
+
+def scale_bar(metres: float) -> tuple[str, float]:
+    """(label, share of the picture's width) of a bar of 1, 2 or 5 x 10^n metres, a quarter of the width at most."""
+    power = 10.0 ** math.floor(math.log10(metres / 4))
+    length = max(factor * power for factor in (1, 2, 5) if factor * power <= metres / 4)
+    return (f"{length / 1000:g} km" if length >= 1000 else f"{length:g} m"), length / metres
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def data_uri(image: bytes) -> str:
+    """An image file (PNG, WebP, JPEG, SVG) as a `data:` URI."""
+    kind = next(kind for magic, kind in _MAGIC.items() if image.startswith(magic))
+    return f"data:{kind};base64,{base64.b64encode(image).decode()}"
+
+
+def curves(history: Sequence[Mapping[str, float]]) -> list[bytes]:
+    """A training's values per epoch as SVG drawings: one of the losses, one of the measures.
+
+    Args:
+        history: name -> value of every epoch, in order; a name may be missing in some. `epoch` counts them.
+    """
+    names = list(dict.fromkeys(name for row in history for name in row if name != "epoch"))
+    losses = [name for name in names if "loss" in name]
+    return [_drawn(history, part) for part in (losses, [name for name in names if name not in losses]) if part]
+
+
+def _drawn(history: Sequence[Mapping[str, float]], names: Sequence[str]) -> bytes:
+    from matplotlib.figure import Figure  # drawn at the end of a run, imported then
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(4.8, 2.8), layout="constrained")
+    axes = figure.subplots()
+    for name in names:
+        points = [(row.get("epoch", at), row[name]) for at, row in enumerate(history, 1) if name in row]
+        axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), linewidth=1.6, marker=".", markersize=4)
+    axes.set_xlabel("epoch", color=_INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _finished(figure, axes)
+
+
+def learning_curves(lines: Mapping[str, Sequence[tuple[float, ...]]], *, across: str, up: str) -> bytes:
+    """Lines of a measure over the number of labels, as an SVG drawing.
+
+    Args:
+        lines: name -> points (x, y), or (x, y, low, high) where there is an interval.
+        across: what x is.
+        up: what y is.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name, points in lines.items():
+        x, y, *bounds = zip(*sorted(points), strict=True)
+        [line] = axes.plot(x, y, label=name, linewidth=1.6, marker=".", markersize=6)
+        if bounds:
+            axes.fill_between(x, bounds[0], bounds[1], color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set_xlabel(across, color=_INK)
+    axes.set_ylabel(up, color=_INK)
+    return _finished(figure, axes)
+
+
+def _finished(figure: Any, axes: Any) -> bytes:  # noqa: ANN401 - matplotlib's own
+    """The drawing in the report's colours, as SVG."""
+    from matplotlib import rc_context
+
+    axes.tick_params(colors=_INK, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_INK)
+    axes.legend(frameon=False, labelcolor=_INK, fontsize=9)
+    sink = io.BytesIO()
+    with rc_context({"svg.hashsalt": "rayseg"}):
+        figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None})
+    return sink.getvalue()
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+
 
 STAGES = {
     "ReadTile": "read",
@@ -89,7 +312,7 @@ def write_report(
     ledgers = runs.status(step.root)["steps"]
     figures = _figures(classes, evaluation, timing, ledgers[predicted.name], polygons)
     summary = _summary(tiles, classes)
-    content = report.Content(
+    content = Content(
         title=extras.title or f"{asked['pipeline']}: {asked['region']['name']}",
         lead=" ".join(filter(None, [summary, extras.labels])),
         figures=figures,
@@ -99,7 +322,7 @@ def write_report(
         seams=seams,
         pictures=[(title, _image(step.root, image), caption) for title, image, caption in extras.pictures],
         tables=list(extras.tables),
-        curves=[(name, report.curves(rows)) for name, rows in (extras.histories or histories(step.root)).items()],
+        curves=[(name, curves(rows)) for name, rows in (extras.histories or histories(step.root)).items()],
         ledgers=ledgers,
         timing=timing,
         config=asked["config"],
@@ -107,7 +330,7 @@ def write_report(
         command=asked.get("command", ""),
         footer=_footer(asked),
     )
-    put(upath(step.root) / "report" / "index.html", report.render(content).encode())
+    put(upath(step.root) / "report" / "index.html", render(content).encode())
     if pictures and table:
         put(upath(step.root) / "report" / "map.png", encoded(pictures[0].map(table)))
     return _value(summary, classes, evaluation, timing, seams)
@@ -126,7 +349,7 @@ def write_page(
     """
     ledgers = {} if asked else runs.status(root)["steps"]
     asked = asked or runs.read(root)
-    content = report.Content(
+    content = Content(
         title=extras.title or f"{asked['pipeline']}: {asked['region']['name']}",
         lead=extras.labels,
         figures=list(figures),
@@ -144,7 +367,7 @@ def write_page(
         command=asked.get("command", ""),
         footer=_footer(asked),
     )
-    put(upath(root) / "report" / "index.html", report.render(content).encode())
+    put(upath(root) / "report" / "index.html", render(content).encode())
 
 
 def headline(published: Step) -> str:
@@ -257,21 +480,21 @@ def _figures(
 ) -> list[tuple[str, str, str]]:
     """(label, value, note) of what is worth knowing first."""
     areas = [row["area_m2"] for row in classes if row["area_m2"] is not None]
-    pixels = f"{report.count(sum(row['pixels'] for row in classes))} pixels"
-    figures = [("mapped", report.area(sum(areas)), pixels) if areas else ("mapped", pixels, "")]
+    pixels = f"{count(sum(row['pixels'] for row in classes))} pixels"
+    figures = [("mapped", area(sum(areas)), pixels) if areas else ("mapped", pixels, "")]
     for row in _shown(classes)[:2]:
-        figures.append((row["name"], report.percent(row["share"]), report.area(row["area_m2"]) if areas else ""))
+        figures.append((row["name"], percent(row["share"]), area(row["area_m2"]) if areas else ""))
     if polygons and "count" in polygons.value:
         figures.append(("polygons", f"{polygons.value['count']:,}", ""))
     if evaluation:
-        value, _, bounds = report.interval(evaluation["overall"]["mean_iou"]).partition(" ")
+        value, _, bounds = interval(evaluation["overall"]["mean_iou"]).partition(" ")
         figures.append(("mean IoU", value, f"95 %: {bounds.strip('()')}" if bounds else ""))
     settled = sum(account["counts"][status] for status in ("done", "empty", "nodata"))
     figures.append(("tiles", f"{settled:,}", f"of {account['planned']:,} planned"))
     if timing["km2_per_hour"]:
-        figures.append(("speed", f"{report.count(timing['km2_per_hour'])} km²/h", ""))
+        figures.append(("speed", f"{count(timing['km2_per_hour'])} km²/h", ""))
     elif timing["pixels_per_second"]:
-        figures.append(("speed", f"{report.count(timing['pixels_per_second'])} px/s", ""))
+        figures.append(("speed", f"{count(timing['pixels_per_second'])} px/s", ""))
     return figures
 
 
@@ -282,9 +505,9 @@ def _summary(tiles: Sequence[MappedTile], classes: Sequence[ClassShare]) -> str:
     areas = [row["area_m2"] for row in classes if row["area_m2"] is not None]
     images = {tile.tile.grid.image for tile in tiles} - {None}
     where = _counted(len(images), "image") if images else _counted(len(tiles), "tile")
-    size = report.area(sum(areas)) if areas else f"{report.count(sum(row['pixels'] for row in classes))} pixels"
+    size = area(sum(areas)) if areas else f"{count(sum(row['pixels'] for row in classes))} pixels"
     parts = [
-        f"{report.percent(row['share'])} {row['name']}" + (f" ({report.area(row['area_m2'])})" if areas else "")
+        f"{percent(row['share'])} {row['name']}" + (f" ({area(row['area_m2'])})" if areas else "")
         for row in _shown(classes)[:3]
     ]
     return f"{size} mapped in {where}: {', '.join(parts)}."

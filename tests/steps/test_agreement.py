@@ -6,8 +6,8 @@ import rasterio
 from fake_run import UTM, make, picture, place
 from small_world import BANDS
 
-from rayseg.agreement import agreement_of_run
 from rayseg.io import cog
+from rayseg.steps.evaluate import agreement_of_run
 
 KINDS_HW = np.repeat([[0, 1, 2]], 48, axis=0).repeat(16, axis=1)
 

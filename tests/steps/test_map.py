@@ -5,12 +5,12 @@ import shutil
 import pytest
 from small_world import catalogue, classifier, segmenter
 
-from rayseg import mapping
 from rayseg.engine.run import Engine, Step
 from rayseg.errors import ConfigError, DataError, ModelError
 from rayseg.geo.region import Region
-from rayseg.mapping import MapConfig
 from rayseg.models import bundle
+from rayseg.steps import map as mapping
+from rayseg.steps.map import MapConfig
 
 
 @pytest.fixture(scope="module")

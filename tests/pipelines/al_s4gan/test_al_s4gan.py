@@ -10,10 +10,9 @@ import pytest
 from PIL import Image
 from small_world import files, rayseg, refused
 
-from rayseg import active
 from rayseg.engine.run import read
 from rayseg.models import bundle
-from rayseg.pipelines import al_s4gan
+from rayseg.pipelines.al_s4gan import pipeline, queries
 from rayseg.train import s4gan
 
 pytestmark = pytest.mark.e2e
@@ -151,7 +150,7 @@ def test_the_second_run_does_nothing(whole, words):
 
 
 def test_a_killed_run_goes_on_with_the_round_and_the_step_it_was_in(whole, words, tmp_path, monkeypatch):
-    learnt, steps, calls = active._learnt, s4gan._steps, []
+    learnt, steps, calls = queries._learnt, s4gan._steps, []
 
     def falls(step, *arguments):
         calls.append(step.name)
@@ -165,7 +164,7 @@ def test_a_killed_run_goes_on_with_the_round_and_the_step_it_was_in(whole, words
             raise KeyboardInterrupt
         return steps(first, *arguments)
 
-    monkeypatch.setattr(active, "_learnt", falls)
+    monkeypatch.setattr(queries, "_learnt", falls)
     monkeypatch.setattr(s4gan, "_steps", falls_too)
     out = tmp_path / "run"
     codes = [rayseg(*words, "--out", out).exit_code for _ in range(3)]
@@ -282,9 +281,9 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_written(words, tmp_p
 
 
 def test_a_report_counts_chips_without_masks_only_where_they_taught():
-    config = al_s4gan.Config()
+    config = pipeline.Config()
     alone = config.model_copy(update={"segmenter": config.segmenter.model_copy(update={"discriminator": None})})
-    told = [al_s4gan._learnt_from(settings, masks=7, chips=18) for settings in (config, alone)]
+    told = [pipeline._learnt_from(settings, masks=7, chips=18) for settings in (config, alone)]
     assert told[0] == "Learnt from 7 masks, chosen by entropy, and 11 chips without."
     assert told[1] == "Learnt from 7 masks, chosen by entropy."
 

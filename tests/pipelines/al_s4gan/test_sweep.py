@@ -5,13 +5,13 @@ import pytest
 import ray
 from ray.exceptions import RayTaskError, WorkerCrashedError
 
-from rayseg import sweep
 from rayseg.config import load_values
 from rayseg.engine.run import Engine
 from rayseg.errors import ConfigError
 from rayseg.geo.region import Region
-from rayseg.pipelines.al_s4gan import Config
-from rayseg.sweep import Trial
+from rayseg.pipelines.al_s4gan import sweep
+from rayseg.pipelines.al_s4gan.pipeline import Config
+from rayseg.pipelines.al_s4gan.sweep import Trial
 
 
 def test_intervals_are_students():

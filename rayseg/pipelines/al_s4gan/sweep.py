@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-from rayseg import pool, publication, report
 from rayseg.config import load_values
 from rayseg.engine import cluster
 from rayseg.engine.run import Engine, Run, versions
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError, RunIncomplete
 from rayseg.geo.region import Region
-from rayseg.pipelines import al_s4gan
+from rayseg.pipelines.al_s4gan import chip_pool, pipeline
+from rayseg.steps import report
 from rayseg.store import absolute, put, upath
 from rayseg.vision.query_strategies import STRATEGIES
 
@@ -54,7 +54,7 @@ class Trial:
         """Of its folder."""
         return f"{self.ratio:g}-{self.strategy}-{self.learner}-{self.seed}"
 
-    def config(self, base: al_s4gan.Config) -> al_s4gan.Config:
+    def config(self, base: pipeline.Config) -> pipeline.Config:
         """The configuration of the trial.
 
         Raises:
@@ -65,11 +65,11 @@ class Trial:
         values["seed"] = base.seed + self.seed
         if self.learner == "supervised":
             values["segmenter"]["discriminator"] = None
-        return load_values(al_s4gan.Config, values)
+        return load_values(pipeline.Config, values)
 
 
 def plan(
-    base: al_s4gan.Config,
+    base: pipeline.Config,
     *,
     ratios: Sequence[float],
     strategies: Sequence[str],
@@ -100,7 +100,7 @@ def plan(
     return list({trial.name: trial for trial in trials}.values())
 
 
-def run(base: al_s4gan.Config, region: Region, trials: Sequence[Trial], out: str, engine: Engine) -> str:
+def run(base: pipeline.Config, region: Region, trials: Sequence[Trial], out: str, engine: Engine) -> str:
     """Carry out all trials; return the table as text.
 
     Raises:
@@ -131,34 +131,34 @@ def run(base: al_s4gan.Config, region: Region, trials: Sequence[Trial], out: str
     return f"{_text(*_table(found))}\n{out}/report/index.html"
 
 
-def _checked(base: al_s4gan.Config, region: Region, trials: Sequence[Trial]) -> pool.Surveyed:
+def _checked(base: pipeline.Config, region: Region, trials: Sequence[Trial]) -> chip_pool.Surveyed:
     """The chips, once there is no trial that could not use them or its settings."""
     fewest_last = sorted(trials, key=lambda trial: -trial.ratio)
     for trial in {(trial.strategy == "random", trial.learner): trial for trial in trials}.values():
-        al_s4gan.expect_settings(trial.config(base))
-    surveyed = pool.survey(region, base.pool, base.table)
+        pipeline.expect_settings(trial.config(base))
+    surveyed = chip_pool.survey(region, base.pool, base.table)
     for trial in {trial.seed: trial for trial in fewest_last}.values():
-        al_s4gan.expect_chips(trial.config(base), surveyed)
+        pipeline.expect_chips(trial.config(base), surveyed)
     return surveyed
 
 
-def _asked(base: al_s4gan.Config, region: Region) -> dict[str, Any]:
+def _asked(base: pipeline.Config, region: Region) -> dict[str, Any]:
     return {"config": base.model_dump(mode="json"), "region": json.loads(json.dumps(asdict(region)))}
 
 
-def _expect_same(out: str, base: al_s4gan.Config, region: Region) -> None:
+def _expect_same(out: str, base: pipeline.Config, region: Region) -> None:
     path = upath(out) / "sweep.json"
     if path.exists() and json.loads(path.read_bytes()) != _asked(base, region):
         raise ConfigError(f"{out} belongs to a sweep with other settings; choose another --out or delete it")
 
 
 def _carried_out(
-    base: al_s4gan.Config,
+    base: pipeline.Config,
     region: Region,
     trials: Sequence[Trial],
     out: str,
     engine: Engine,
-    surveyed: pool.Surveyed,
+    surveyed: chip_pool.Surveyed,
 ) -> Iterator[tuple[Trial, dict[str, Any]]]:
     """(trial, what it found) as they are finished."""
     if engine.kind == "inline":
@@ -181,14 +181,16 @@ def _carried_out(
             yield trial, {"failed": f"its process was lost ({type(error).__name__})"}
 
 
-def carry_out(trial: Trial, base: al_s4gan.Config, region: Region, out: str, surveyed: pool.Surveyed) -> dict[str, Any]:
+def carry_out(
+    trial: Trial, base: pipeline.Config, region: Region, out: str, surveyed: chip_pool.Surveyed
+) -> dict[str, Any]:
     """What a trial found: `curve`, points (labels, measure), and its measures; or why it `failed`."""
     config = trial.config(base)
     try:
         with Run.open(
             f"{out}/trials/{trial.name}", pipeline="al-s4gan", config=config, region=region, engine=Engine("inline")
         ) as opened:
-            return al_s4gan.tried(config, opened, region, surveyed)
+            return pipeline.tried(config, opened, region, surveyed)
     except (ConfigError, DataError, ModelError, RunIncomplete) as error:
         return {"failed": _said(error)}
 
@@ -247,7 +249,7 @@ def _text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _write(out: str, base: al_s4gan.Config, region: Region, found: Mapping[Trial, dict[str, Any]]) -> None:
+def _write(out: str, base: pipeline.Config, region: Region, found: Mapping[Trial, dict[str, Any]]) -> None:
     header, rows = _table(found)
     put(upath(out) / "table.csv", _csv(header, rows))
     names = ("ratio", "strategy", "learner", "seed")
@@ -267,7 +269,7 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[str]]) -> bytes:
     return sink.getvalue().encode()
 
 
-def _report(out: str, base: al_s4gan.Config, region: Region, found: Mapping[Trial, dict[str, Any]]) -> None:
+def _report(out: str, base: pipeline.Config, region: Region, found: Mapping[Trial, dict[str, Any]]) -> None:
     header, rows = _table(found)
     measure = "accuracy" if base.segmenter is None else "mean IoU"
     drawn = report.learning_curves({k: v for k, v in lines(found).items() if v}, across="labels", up=measure)
@@ -279,11 +281,11 @@ def _report(out: str, base: al_s4gan.Config, region: Region, found: Mapping[Tria
     )
     if where == "validation" and base.segmenter is not None:
         said += " Checkpoints were chosen by the same chips, so all figures are a little too high."
-    extras = publication.Extras(
+    extras = report.Extras(
         title=f"al-s4gan, sweep: {region.name}",
         labels=said,
         pictures=(("Learning curves", drawn, f"{measure} over the number of labels; bands are 95 % intervals."),),
         tables=((measure, header, rows),),
     )
     asked = _asked(base, region) | {"pipeline": "al-s4gan"}
-    publication.write_page(out, extras, asked=asked | {"command": "", "versions": versions()})
+    report.write_page(out, extras, asked=asked | {"command": "", "versions": versions()})

@@ -5,7 +5,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from rayseg import mapping
 from rayseg.engine.flow import Row, Work
 from rayseg.engine.manifest import Manifest
 from rayseg.engine.run import Step
@@ -14,11 +13,12 @@ from rayseg.geo.grid import Tile
 from rayseg.geo.region import Region
 from rayseg.io import stac_write
 from rayseg.io.sources import Source, from_json
-from rayseg.mapping import MapConfig
 from rayseg.models.super_resolution import EnlargeConfig
 from rayseg.stages.enlarge import BANDS, EnlargeTiles, WriteLarger, larger, lattice_of
-from rayseg.stages.ground import ImageConfig, ReadGround, check_source
 from rayseg.stages.read import tile_rows
+from rayseg.stages.to_rgb import ImageConfig, ReadGround, check_source
+from rayseg.steps import map as mapping
+from rayseg.steps.map import MapConfig
 from rayseg.store import upath
 
 MOST = 400_000_000

@@ -9,7 +9,6 @@ import matplotlib.image
 import numpy as np
 from pydantic import Field
 
-from rayseg import chips, mapping
 from rayseg.config import Config
 from rayseg.engine.flow import Row, Work
 from rayseg.engine.manifest import write_rows
@@ -17,7 +16,7 @@ from rayseg.engine.run import Run, Step
 from rayseg.errors import DataError
 from rayseg.io import cog
 from rayseg.models.unsupervised import Precision
-from rayseg.stages.cues import (
+from rayseg.stages.decide_cues import (
     CamCue,
     ConceptCue,
     ReadChip,
@@ -27,7 +26,9 @@ from rayseg.stages.cues import (
     cue_path,
     density_path,
 )
-from rayseg.stages.weak import Cam, Segment
+from rayseg.stages.locate import Cam, Segment
+from rayseg.steps import chips
+from rayseg.steps import map as mapping
 from rayseg.store import put
 from rayseg.vision import concept
 from rayseg.vision.coarse_masks import Objects

@@ -11,7 +11,6 @@ import yaml
 from affine import Affine
 from fake_run import GPC, NODATA, UTM, blobs, make, picture, place
 
-from rayseg import evaluation
 from rayseg.engine.run import Engine, Step
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Grid, Window
@@ -19,6 +18,7 @@ from rayseg.io import cog, masks, stac_write
 from rayseg.io.maps import mapped_tiles, pixel_area_m2, seam_score, width_m
 from rayseg.io.sources import unplaced
 from rayseg.metrics import Confusion
+from rayseg.steps import evaluate
 from rayseg.vision.color import ClassTable
 
 ROOFS = ClassTable(((3, "roof", (255, 0, 0)), (7, "field", (0, 255, 0))), ignore=((9, 9, 9),))
@@ -68,7 +68,7 @@ def test_a_run_meets_georeferenced_truth_by_place_and_every_pixel_is_counted_onc
     run_of(tmp_path, predicted)
     truth_at(tmp_path / "truth" / "west.tif", real[:, :90])
     truth_at(tmp_path / "truth" / "east.tif", real[:, 90:], col=64 + 90)
-    result = evaluation.evaluate(str(tmp_path / "run"), str(tmp_path / "truth"))
+    result = evaluate.evaluate(str(tmp_path / "run"), str(tmp_path / "truth"))
     expected = counted(real, predicted)
     assert result["confusion"] == expected.matrix.tolist()
     assert result["pixels"] == 130 * 200
@@ -89,7 +89,7 @@ def test_truth_on_another_grid_is_read_by_its_nearest_pixels(tmp_path):
     window = place(predicted, -32, 64)
     window = Window(4 * window.col + 1, 4 * window.row + 1, 256, 256)
     cog.write_classes(tmp_path / "truth" / "a.tif", predicted.repeat(4, 0).repeat(4, 1), finer, window, table)
-    result = evaluation.evaluate(str(tmp_path / "run"), str(tmp_path / "truth"))
+    result = evaluate.evaluate(str(tmp_path / "run"), str(tmp_path / "truth"))
     assert result["classes"][1]["reference"] == 0  # a mixture of 0 and 2 would be 1
     assert result["overall"]["overall_accuracy"]["value"] == 1.0
     assert result["pixels"] == 64 * 64
@@ -102,7 +102,7 @@ def test_of_two_truths_over_one_place_the_first_labelled_one_counts(tmp_path):
     first[:, 10:] = NODATA
     truth_at(tmp_path / "truth" / "a.tif", first)
     truth_at(tmp_path / "truth" / "b.tif", np.zeros((32, 32), np.uint8))
-    result = evaluation.evaluate(str(tmp_path / "run"), str(tmp_path / "truth"))
+    result = evaluate.evaluate(str(tmp_path / "run"), str(tmp_path / "truth"))
     assert result["confusion"] == [[0, 32 * 22], [0, 32 * 10]]
 
 
@@ -113,7 +113,7 @@ def test_newer_truth_comes_before_older(tmp_path):
     dated = [
         replace(mask, item_id=name, datetime=f"{year}-01-01T00:00:00Z") for name, year in (("a", 2019), ("b", 2024))
     ]
-    [matched, *_] = evaluation.match(masks.pieces_of_tiles(mapped_tiles(run.root)), dated)
+    [matched, *_] = evaluate.match(masks.pieces_of_tiles(mapped_tiles(run.root)), dated)
     assert [one.item_id for one in matched.truth] == ["b", "a"]
 
 
@@ -123,10 +123,10 @@ def test_pixels_with_truth_but_without_prediction_are_reported_not_counted(tmp_p
     real[:4] = NODATA
     run_of(tmp_path, predicted)
     truth_at(tmp_path / "truth" / "a.tif", real)
-    result = evaluation.evaluate(str(tmp_path / "run"), str(tmp_path / "truth"))
+    result = evaluate.evaluate(str(tmp_path / "run"), str(tmp_path / "truth"))
     assert result["not_evaluated"] == 4 * 64
     assert result["pixels"] == 56 * 64
-    assert "256 pixels with truth have no prediction" in evaluation.text(result)
+    assert "256 pixels with truth have no prediction" in evaluate.text(result)
 
 
 def test_a_run_over_images_meets_plain_masks_by_name_across_its_tiles(tmp_path):
@@ -136,7 +136,7 @@ def test_a_run_over_images_meets_plain_masks_by_name_across_its_tiles(tmp_path):
     real = blobs(70, 100, seed=9)
     for name in "abx":
         mask_png(tmp_path / "truth", name, real)
-    result = evaluation.evaluate(str(tmp_path / "run"), str(tmp_path / "truth"))
+    result = evaluate.evaluate(str(tmp_path / "run"), str(tmp_path / "truth"))
     expected = counted(real, predicted["a"]) + counted(real, predicted["b"])
     assert result["confusion"] == expected.matrix.tolist()
     assert result["unmatched"]["truth"] == {"count": 1, "names": ["x"]}
@@ -160,7 +160,7 @@ def test_masks_may_be_class_values_palette_indices_or_colours(tmp_path, kind):
     else:
         mask_rgb(tmp_path / "truth", "a", real, ROOFS)
     folders = str(tmp_path / "map"), str(tmp_path / "truth")
-    result = evaluation.evaluate(*folders, classes=table_file(tmp_path, ROOFS))
+    result = evaluate.evaluate(*folders, classes=table_file(tmp_path, ROOFS))
     lut = np.full(256, NODATA, np.uint8)
     lut[[3, 7]] = 0, 1
     assert result["confusion"] == counted(lut[real], lut[predicted]).matrix.tolist()
@@ -171,7 +171,7 @@ def test_georeferenced_masks_in_folders_meet_by_place_whatever_their_names(tmp_p
     predicted, real = blobs(60, 80, seed=1), blobs(60, 80, seed=2)
     truth_at(tmp_path / "map" / "one.tif", predicted, col=2000)
     truth_at(tmp_path / "truth" / "two.tif", real, col=2000)
-    result = evaluation.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"))
+    result = evaluate.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"))
     assert result["confusion"] == counted(real, predicted).matrix.tolist()
     assert result["units"] == 4  # blocks of the grid: rows meet at the corner, columns 2048 px from it
 
@@ -180,7 +180,7 @@ def test_a_georeferenced_map_meets_plain_masks_by_name(tmp_path):
     predicted, real = blobs(60, 80, seed=1), blobs(60, 80, seed=2)
     truth_at(tmp_path / "map" / "one.tif", predicted, col=2000)
     mask_png(tmp_path / "truth", "one", real)
-    result = evaluation.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"))
+    result = evaluate.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"))
     assert result["confusion"] == counted(real, predicted).matrix.tolist()
 
 
@@ -188,32 +188,32 @@ def test_nothing_in_common_names_both_sides(tmp_path):
     mask_png(tmp_path / "map", "left", blobs(9, 9))
     mask_png(tmp_path / "truth", "right", blobs(9, 9))
     with pytest.raises(DataError, match=r"left.*right"):
-        evaluation.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"), classes=table_file_gpc(tmp_path))
+        evaluate.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"), classes=table_file_gpc(tmp_path))
 
 
 def test_sizes_that_differ_are_refused_with_both_named(tmp_path):
     mask_png(tmp_path / "map", "a", blobs(9, 12))
     mask_png(tmp_path / "truth", "a", blobs(12, 9))
     with pytest.raises(DataError, match=r"9 x 12 px.*12 x 9"):
-        evaluation.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"), classes=table_file_gpc(tmp_path))
+        evaluate.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"), classes=table_file_gpc(tmp_path))
 
 
 def test_values_that_are_no_class_are_refused_by_file_value_and_count(tmp_path):
     mask_png(tmp_path / "map", "a", blobs(9, 9))
     mask_png(tmp_path / "truth", "a", np.where(np.arange(81).reshape(9, 9) < 7, 254, 0))
     with pytest.raises(DataError, match=r"truth/a.png: mask value 254 \(7 pixels"):
-        evaluation.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"), classes=table_file_gpc(tmp_path))
+        evaluate.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"), classes=table_file_gpc(tmp_path))
 
 
 def test_without_stored_classes_a_table_is_asked_for(tmp_path):
     mask_png(tmp_path / "map", "a", blobs(9, 9))
     with pytest.raises(ConfigError, match="--classes"):
-        evaluation.evaluate(str(tmp_path / "map"), str(tmp_path / "map"))
+        evaluate.evaluate(str(tmp_path / "map"), str(tmp_path / "map"))
 
 
 def test_a_folder_without_masks_is_refused(tmp_path):
     with pytest.raises(DataError, match="holds no masks"):
-        evaluation.evaluate(str(tmp_path), str(tmp_path), classes=table_file_gpc(tmp_path))
+        evaluate.evaluate(str(tmp_path), str(tmp_path), classes=table_file_gpc(tmp_path))
 
 
 def table_file_gpc(tmp_path):
@@ -227,13 +227,13 @@ def test_intervals_hold_the_value_and_a_single_image_has_none(tmp_path):
         predicted[: 3 * seed] ^= 1
         mask_png(tmp_path / "map", name, predicted)
         mask_png(tmp_path / "truth", name, real)
-    accuracy = evaluation.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"), classes=table_file_gpc(tmp_path))[
+    accuracy = evaluate.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"), classes=table_file_gpc(tmp_path))[
         "overall"
     ]["overall_accuracy"]
     assert accuracy["low"] < accuracy["value"] < accuracy["high"]
     for name in "bcdef":
         (tmp_path / "map" / f"{name}.png").unlink()
-    single = evaluation.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"), classes=table_file_gpc(tmp_path))
+    single = evaluate.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"), classes=table_file_gpc(tmp_path))
     assert single["overall"]["overall_accuracy"] == {"value": 1.0, "low": None, "high": None}
 
 
@@ -241,9 +241,7 @@ def test_the_step_keeps_the_counts_of_every_tile(tmp_path):
     predicted, real = blobs(100, 100, seed=1), blobs(100, 100, seed=2)
     step = run_of(tmp_path, predicted)
     truth_at(tmp_path / "truth" / "a.tif", real)
-    result = evaluation.evaluate_run(
-        Step("evaluate", step.root, "key", Engine("inline")), step, str(tmp_path / "truth")
-    )
+    result = evaluate.evaluate_run(Step("evaluate", step.root, "key", Engine("inline")), step, str(tmp_path / "truth"))
     kept = json.loads((tmp_path / "run" / "steps" / "evaluate" / "confusions.json").read_text())
     assert np.sum(list(kept["tiles"].values()), axis=0).tolist() == result["confusion"]
     assert set(kept["tiles"]) == {tile.tile.id for tile in mapped_tiles(step.root)}
@@ -252,7 +250,7 @@ def test_the_step_keeps_the_counts_of_every_tile(tmp_path):
 def test_the_table_is_aligned_and_says_what_is_there(tmp_path):
     run_of(tmp_path, blobs(128, 128, seed=1))
     truth_at(tmp_path / "truth" / "a.tif", blobs(128, 128, seed=2))
-    lines = evaluation.text(evaluation.evaluate(str(tmp_path / "run"), str(tmp_path / "truth"))).splitlines()
+    lines = evaluate.text(evaluate.evaluate(str(tmp_path / "run"), str(tmp_path / "truth"))).splitlines()
     header, background, gpc = lines[6:9]
     assert len(header) == len(background) == len(gpc)
     assert header.split() == ["class", "iou", "f1", "precision", "recall", "truth", "px"]
@@ -321,14 +319,14 @@ def test_of_an_items_masks_the_one_with_the_maps_classes_is_taken_or_the_one_nam
     real = blobs(64, 64, seed=2)
     run_of(tmp_path, blobs(64, 64, seed=1))
     uri = catalogue(tmp_path, real)
-    chosen = evaluation.evaluate(str(tmp_path / "run"), f"{uri}#truth")
+    chosen = evaluate.evaluate(str(tmp_path / "run"), f"{uri}#truth")
     assert chosen["classes"][1]["reference"] == int(real.sum())
-    named = evaluation.evaluate(str(tmp_path / "run"), f"{uri}#truth/cover")
+    named = evaluate.evaluate(str(tmp_path / "run"), f"{uri}#truth/cover")
     assert named["classes"][0]["reference"] == 64 * 64
     with pytest.raises(DataError, match="nothing"):
-        evaluation.evaluate(str(tmp_path / "run"), f"{uri}#truth/nothing")
+        evaluate.evaluate(str(tmp_path / "run"), f"{uri}#truth/nothing")
     with pytest.raises(ConfigError, match="no collection 'lies'"):
-        evaluation.evaluate(str(tmp_path / "run"), f"{uri}#lies")
+        evaluate.evaluate(str(tmp_path / "run"), f"{uri}#lies")
 
 
 def test_a_runs_collection_is_a_prediction_too(tmp_path):
@@ -342,8 +340,8 @@ def test_a_runs_collection_is_a_prediction_too(tmp_path):
         stac_write.write_tile_item(folder, mapped.tile, GPC, sources=[], model="model.json")
         hrefs.append(str(folder / f"{mapped.tile.id}.json"))
     stac_write.write_collection(root, hrefs, title="netting")
-    as_collection = evaluation.evaluate(f"{root}/collection.json", str(tmp_path / "truth"))
-    as_run = evaluation.evaluate(root, str(tmp_path / "truth"))
+    as_collection = evaluate.evaluate(f"{root}/collection.json", str(tmp_path / "truth"))
+    as_run = evaluate.evaluate(root, str(tmp_path / "truth"))
     assert as_collection["confusion"] == as_run["confusion"]
 
 
@@ -351,9 +349,9 @@ def test_an_unfinished_run_and_a_missing_table_are_refused(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     with pytest.raises(DataError, match="no tiles of a step 'predict'"):
-        evaluation.evaluate(str(tmp_path / "run"), str(tmp_path))
+        evaluate.evaluate(str(tmp_path / "run"), str(tmp_path))
     with pytest.raises(ConfigError, match="cannot be read"):
-        evaluation.evaluate(str(tmp_path), str(tmp_path), classes=str(tmp_path / "absent.yaml"))
+        evaluate.evaluate(str(tmp_path), str(tmp_path), classes=str(tmp_path / "absent.yaml"))
 
 
 def test_rotated_truth_is_placed_too(tmp_path):
@@ -365,7 +363,7 @@ def test_rotated_truth_is_placed_too(tmp_path):
     (tmp_path / "truth").mkdir()
     with rasterio.open(tmp_path / "truth" / "a.tif", "w", driver="GTiff", **shape) as file:
         file.write(np.ones((20, 20), np.uint8), 1)
-    result = evaluation.evaluate(str(tmp_path / "run"), str(tmp_path / "truth"))
+    result = evaluate.evaluate(str(tmp_path / "run"), str(tmp_path / "truth"))
     assert result["pixels"] == pytest.approx(400, abs=25)
     assert result["overall"]["overall_accuracy"]["value"] == 1.0
 
@@ -384,6 +382,6 @@ def test_real_palette_masks_are_read_by_their_colours(shared):
 @pytest.mark.real
 def test_the_hand_drawn_masks_of_the_gpc_test_set_equal_themselves(shared, tmp_path):
     folder = str(shared / "data" / "gpc" / "test" / "masks")
-    result = evaluation.evaluate(folder, folder, classes=table_file_gpc(tmp_path))
+    result = evaluate.evaluate(folder, folder, classes=table_file_gpc(tmp_path))
     assert result["units"] == 5
     assert result["overall"]["mean_iou"]["value"] == 1.0

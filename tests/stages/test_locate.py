@@ -11,7 +11,7 @@ from small_world import chip_folder, classifier, scene
 from rayseg.errors import DataError
 from rayseg.io import labels, stac_read
 from rayseg.io.sources import unplaced
-from rayseg.stages.cues import (
+from rayseg.stages.decide_cues import (
     CamCue,
     ConceptCue,
     ReadChip,
@@ -21,7 +21,7 @@ from rayseg.stages.cues import (
     cue_path,
     density_path,
 )
-from rayseg.stages.weak import Cam, Segment
+from rayseg.stages.locate import Cam, Segment
 from rayseg.vision import concept
 
 SIZE = 64

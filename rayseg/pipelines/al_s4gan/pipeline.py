@@ -16,8 +16,6 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, model_validator
 
-from rayseg import active, choosing, evaluation, mapping, planning, pool, publication
-from rayseg.active import ActiveConfig, Common
 from rayseg.config import Config as Frozen
 from rayseg.config import Workers
 from rayseg.engine import cluster
@@ -26,12 +24,17 @@ from rayseg.errors import ConfigError
 from rayseg.geo.region import Region
 from rayseg.io import masks
 from rayseg.io.class_tables import Classes
-from rayseg.mapping import MapConfig
 from rayseg.metrics import Confusion, bootstrap
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.crf import Kernels, Refined
-from rayseg.pool import PoolConfig, Row
+from rayseg.pipelines.al_s4gan import chip_pool, queries
+from rayseg.pipelines.al_s4gan.chip_pool import PoolConfig, Row
+from rayseg.pipelines.al_s4gan.queries import ActiveConfig, Common
+from rayseg.steps import estimate, report
+from rayseg.steps import evaluate as evaluation
+from rayseg.steps import map as mapping
+from rayseg.steps.map import MapConfig
 from rayseg.store import Location, upath
 from rayseg.train.batches import Chips
 from rayseg.train.classifier import expect_trainable as expect_classifier
@@ -69,8 +72,8 @@ class Config(Frozen):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
-        if len(self.scaling.mean) != len(pool.BANDS):
-            raise ValueError(f"scaling is of {len(self.scaling.mean)} bands, chips have {', '.join(pool.BANDS)}")
+        if len(self.scaling.mean) != len(chip_pool.BANDS):
+            raise ValueError(f"scaling is of {len(self.scaling.mean)} bands, chips have {', '.join(chip_pool.BANDS)}")
         if self.segmenter and self.stride > self.patch:
             raise ValueError(f"stride {self.stride} is above patch {self.patch}: windows would leave gaps; lower it")
         if self.segmenter and self.patch % (32 * self.segmenter.reduce):
@@ -98,18 +101,20 @@ class Config(Frozen):
 # -- steps -------------------------------------------------------------------------------------------------------------
 
 
-def choose(config: Config, run: Run, region: Region, surveyed: pool.Surveyed | None = None) -> tuple[Step, list[Step]]:
+def choose(
+    config: Config, run: Run, region: Region, surveyed: chip_pool.Surveyed | None = None
+) -> tuple[Step, list[Step]]:
     """(the pool, the steps of active learning); without a segmenter the last one measures what was reached."""
     settings, common = config.active, config.common
-    listed = run.step("pool", pool.list_pool, region, config.pool, config.classes, config.seed, surveyed)
+    listed = run.step("pool", chip_pool.list_pool, region, config.pool, config.classes, config.seed, surveyed)
     budget = settings.budget(listed.value["pool"])
-    steps = [run.step("round-0", active.draw_first, listed, settings, config.seed)]
+    steps = [run.step("round-0", queries.draw_first, listed, settings, config.seed)]
     frozen = settings.frozen and common.classifies
-    seen = run.step("features", active.see, listed, settings, common) if frozen else None
+    seen = run.step("features", queries.see, listed, settings, common) if frozen else None
     for number in range(1, budget.queries + 1):
-        steps.append(run.step(f"round-{number}", active.query, listed, seen, steps[-1], settings, common, number))
+        steps.append(run.step(f"round-{number}", queries.query, listed, seen, steps[-1], settings, common, number))
     if config.segmenter is None:
-        steps.append(run.step("last", active.measure_last, listed, seen, steps[-1], settings, common))
+        steps.append(run.step("last", queries.measure_last, listed, seen, steps[-1], settings, common))
     return listed, steps
 
 
@@ -131,7 +136,7 @@ def _fit(step: Step, data: Data, config: Config) -> dict[str, Any]:
     )
     model: Any = trained_s4gan(settings, step.prefix, classes=len(config.table.classes))
     if config.crf:
-        model = Refined(model, channels=len(pool.BANDS), kernels=config.crf)
+        model = Refined(model, channels=len(chip_pool.BANDS), kernels=config.crf)
         model.std.copy_(model.std.new_tensor(config.scaling.std) / config.scaling.scale)
     described = _described(config, measures)
     prefix = str(upath(step.root) / "models" / described.name)
@@ -149,20 +154,20 @@ def _data(root: str, listed: Step, chosen: Step, config: Config) -> Data:
     Raises:
         RunIncomplete: masks of chips that were chosen are still to be drawn.
     """
-    asked = [row["id"] for row in active.labelled(chosen)]
+    asked = [row["id"] for row in queries.labelled(chosen)]
     if not config.active.count_pool:
         asked = asked[config.active.budget(listed.value["pool"]).initial :]
-    rows = {row["id"]: row for row in pool.rows_of(listed, "pool")}
+    rows = {row["id"]: row for row in chip_pool.rows_of(listed, "pool")}
     labelled = [rows[chip] for chip in asked]
-    active.expect_masks(root, labelled, config.common.classes)
+    queries.expect_masks(root, labelled, config.common.classes)
     return _divided(root, listed, labelled, config)
 
 
 def _divided(root: str, listed: Step, labelled: Sequence[Row], config: Config) -> Data:
     """Chips whose masks are shown, all others of the pool, and those to choose by."""
     shown = {row["id"] for row in labelled}
-    rest = [row for row in pool.rows_of(listed, "pool") if row["id"] not in shown]
-    held = pool.rows_of(listed, "validation")
+    rest = [row for row in chip_pool.rows_of(listed, "pool") if row["id"] not in shown]
+    held = chip_pool.rows_of(listed, "validation")
     return Data(
         _masked(root, labelled, config),
         _masked(root, rest, config) if rest else None,
@@ -171,7 +176,7 @@ def _divided(root: str, listed: Step, labelled: Sequence[Row], config: Config) -
 
 
 def _masked(root: str, rows: Sequence[Row], config: Config) -> Chips:
-    return pool.masked_chips(rows, config.table, active.drawn_prefix(root))
+    return chip_pool.masked_chips(rows, config.table, queries.drawn_prefix(root))
 
 
 def _described(config: Config, measures: dict[str, float] | None = None) -> Bundle:
@@ -179,7 +184,7 @@ def _described(config: Config, measures: dict[str, float] | None = None) -> Bund
     if table.values != tuple(range(len(table.values))):
         raise ConfigError(f"class values are {list(table.values)}, a segmenter's are 0, 1, 2, ...; number them so")
     assert config.segmenter is not None
-    options = config.segmenter.options(classes=len(table.classes), channels=len(pool.BANDS))
+    options = config.segmenter.options(classes=len(table.classes), channels=len(chip_pool.BANDS))
     if config.crf:
         options |= config.crf.model_dump()
     return Bundle(
@@ -187,7 +192,7 @@ def _described(config: Config, measures: dict[str, float] | None = None) -> Bund
         task="segmentation",
         architecture=Architecture(factory="refined" if config.crf else "segmenter", options=options),
         classes=table.classes,
-        bands=pool.BANDS,
+        bands=chip_pool.BANDS,
         dtype="uint8",
         scaling=config.scaling,
         patch=config.patch,
@@ -200,8 +205,8 @@ def _described(config: Config, measures: dict[str, float] | None = None) -> Bund
 def measure(step: Step, listed: Step, segmenter: Step, config: Config) -> dict[str, Any]:
     """The segmenter on the test chips, or on those it was chosen by where there are none; none without masks."""
     assert config.segmenter is not None
-    part: pool.Part = "test" if listed.value["test"] else "validation"
-    rows = pool.rows_of(listed, part)
+    part: chip_pool.Part = "test" if listed.value["test"] else "validation"
+    rows = chip_pool.rows_of(listed, part)
     if not rows:
         return {"part": "none"}
     _, model = bundle.build(segmenter.value["bundle"])
@@ -221,7 +226,7 @@ def _by_scene(rows: Sequence[Row], found: Sequence[Confusion]) -> list[list[Conf
 
 
 def learn(
-    config: Config, run: Run, region: Region, surveyed: pool.Surveyed | None = None
+    config: Config, run: Run, region: Region, surveyed: chip_pool.Surveyed | None = None
 ) -> tuple[Step, list[Step], Step, Step]:
     """All but the map: (the pool, the rounds, the segmenter, its measures)."""
     listed, rounds = choose(config, run, region, surveyed)
@@ -229,11 +234,11 @@ def learn(
     return listed, rounds, segmenter, run.step("measure", measure, listed, segmenter, config)
 
 
-def tried(config: Config, run: Run, region: Region, surveyed: pool.Surveyed) -> dict[str, Any]:
+def tried(config: Config, run: Run, region: Region, surveyed: chip_pool.Surveyed) -> dict[str, Any]:
     """What a trial of a sweep finds: `curve`, points (labels, measure), and all measures; nothing is mapped."""
     if config.segmenter is None:
         _, rounds = choose(config, run, region, surveyed)
-        return {"curve": choosing.accuracies(rounds), "part": "validation"}
+        return {"curve": queries.accuracies(rounds), "part": "validation"}
     _, _, segmenter, measured = learn(config, run, region, surveyed)
     found = measured.value["mean_iou"] if "mean_iou" in measured.value else float("nan")
     return {"curve": [(segmenter.value["masks"], found)], **measured.value}
@@ -258,10 +263,10 @@ def write_report(
     if where != "none":
         chosen = ", by which the checkpoint was chosen too" if where == "validation" else ""
         said += f" Mean IoU on the {value['chips']} {where} chips{chosen}: {value['mean_iou']:.3f}."
-    extras = publication.Extras(
-        labels=said, pictures=choosing.curve(rounds), tables=(choosing.picks(rounds[-1], config.active.strategy),)
+    extras = report.Extras(
+        labels=said, pictures=queries.curve(rounds), tables=(queries.picks(rounds[-1], config.active.strategy),)
     )
-    return publication.write_report(step, predicted, polygons, evaluated, extras)
+    return report.write_report(step, predicted, polygons, evaluated, extras)
 
 
 def _learnt_from(config: Config, *, masks: int, chips: int) -> str:
@@ -272,17 +277,17 @@ def _learnt_from(config: Config, *, masks: int, chips: int) -> str:
 
 def write_choice(step: Step, listed: Step, rounds: Sequence[Step], config: Config) -> dict[str, Any]:
     """The report of active learning alone."""
-    curve, last = choosing.accuracies(rounds), rounds[-1].value
+    curve, last = queries.accuracies(rounds), rounds[-1].value
     said = (
         f"{rounds[-2].value['labelled']} of {listed.value['pool']} images labelled, chosen by {config.active.strategy}."
     )
     if curve:
         said += f" Accuracy on {listed.value['validation']} other images: {last['accuracy']:.3f}."
     figures = [("labels", str(n), f"accuracy {accuracy:.3f}") for n, accuracy in curve]
-    page = publication.Extras(
-        labels=said, pictures=choosing.curve(rounds), tables=(choosing.picks(rounds[-2], config.active.strategy),)
+    page = report.Extras(
+        labels=said, pictures=queries.curve(rounds), tables=(queries.picks(rounds[-2], config.active.strategy),)
     )
-    publication.write_page(step.root, page, figures=figures)
+    report.write_page(step.root, page, figures=figures)
     return {"report": "report/index.html", "summary": said, "curve": curve}
 
 
@@ -296,7 +301,7 @@ def check(config: Config, region: Region) -> None:
         mapping.plan(region, _described(config), config.map)
     if truth := region.located(config.truth):
         masks.masks_of(truth, names=config.table.names)
-    expect_chips(config, pool.survey(region, config.pool, config.table))
+    expect_chips(config, chip_pool.survey(region, config.pool, config.table))
 
 
 def expect_settings(config: Config) -> None:
@@ -315,7 +320,7 @@ def expect_settings(config: Config) -> None:
     if config.common.classifies:
         expect_classifier(settings, workers=config.workers)
     _expect_sizes(config)
-    classes, channels = len(config.table.classes), len(pool.BANDS)
+    classes, channels = len(config.table.classes), len(chip_pool.BANDS)
     if config.common.classifies:
         settings.build(classes=classes, channels=channels)
     if segmenter:
@@ -331,37 +336,37 @@ def _expect_sizes(config: Config) -> None:
             raise ConfigError(f"{name} {size} exceeds the chips' {config.pool.size} px; lower it, or raise pool.size")
 
 
-def expect_chips(config: Config, surveyed: pool.Surveyed) -> int:
+def expect_chips(config: Config, surveyed: chip_pool.Surveyed) -> int:
     """Refuse chips that cannot be divided as asked for, or are too few; return how many are in the pool.
 
     Raises:
         ConfigError: fewer chips are asked for than there are classes.
-        RaysegError: see `pool.divide`.
+        RaysegError: see `chip_pool.divide`.
     """
-    rows = pool.divide(surveyed, config.pool, config.table, seed=config.seed)
+    rows = chip_pool.divide(surveyed, config.pool, config.table, seed=config.seed)
     count = len([row for row in rows if row["part"] == "pool"])
     expect_enough(count, config.active.ratio, len(set(surveyed.classes) - set(config.pool.absent)))
     return count
 
 
-def forecast(config: Config, region: Region) -> planning.Forecast:
+def forecast(config: Config, region: Region) -> estimate.Forecast:
     """What is known of a run before it is begun; what choosing takes shows only while it is done."""
-    surveyed = pool.survey(region, config.pool, config.table)
+    surveyed = chip_pool.survey(region, config.pool, config.table)
     count = expect_chips(config, surveyed)
     said = f"choosing from {count} chips in rounds, and training if their masks are still to be drawn"
-    unknown = (said, *planning.by_workers(config.workers))
+    unknown = (said, *estimate.by_workers(config.workers))
     if not config.segmenter:
-        return planning.Forecast([], unknown=(*unknown, "nothing is mapped without a segmenter"))
+        return estimate.Forecast([], unknown=(*unknown, "nothing is mapped without a segmenter"))
     learn = partial(_learn, config.model_copy(update={"workers": 0}), region, surveyed)
-    return planning.by_untrained(_described(config), region, config.map, learn=learn, unknown=unknown)
+    return estimate.by_untrained(_described(config), region, config.map, learn=learn, unknown=unknown)
 
 
-def _learn(config: Config, region: Region, surveyed: pool.Surveyed, run: Run) -> Step | None:
+def _learn(config: Config, region: Region, surveyed: chip_pool.Surveyed, run: Run) -> Step | None:
     """The segmenter's training, cut short, on chips that are drawn."""
-    listed = run.step("pool", pool.list_pool, region, config.pool, config.classes, config.seed, surveyed)
+    listed = run.step("pool", chip_pool.list_pool, region, config.pool, config.classes, config.seed, surveyed)
     if not _masked_rows(listed):
         return None
-    return run.step("segmenter", planning.training, _fit_drawn, listed, config)
+    return run.step("segmenter", estimate.training, _fit_drawn, listed, config)
 
 
 def _fit_drawn(step: Step, listed: Step, config: Config) -> dict[str, Any]:
@@ -371,7 +376,7 @@ def _fit_drawn(step: Step, listed: Step, config: Config) -> dict[str, Any]:
 
 
 def _masked_rows(listed: Step) -> list[Row]:
-    return [row for row in pool.rows_of(listed, "pool") if row["masks"] != "[]"]
+    return [row for row in chip_pool.rows_of(listed, "pool") if row["masks"] != "[]"]
 
 
 def run(config: Config, run: Run, region: Region) -> str:
@@ -386,4 +391,4 @@ def run(config: Config, run: Run, region: Region) -> str:
     evaluated = run.step("evaluate", evaluate, predicted, region, config.truth)
     run.step("publish", mapping.publish, predicted, f"Land cover, {region.name}")
     parts = [listed, segmenter, measured, *rounds]
-    return publication.headline(run.step("report", write_report, parts, predicted, polygons, evaluated, config))
+    return report.headline(run.step("report", write_report, parts, predicted, polygons, evaluated, config))

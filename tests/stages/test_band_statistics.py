@@ -10,10 +10,10 @@ from rayseg.io import cog
 from rayseg.io.rasters import source_of_file
 from rayseg.models.bundle import Scaling
 from rayseg.pipelines.superpixel import Config, _scaling
-from rayseg.stages import superpixels
+from rayseg.stages.band_statistics import Survey
+from rayseg.stages import oversegment
+from rayseg.stages.oversegment import Divide, ReadAround
 from rayseg.stages.read import tile_rows
-from rayseg.stages.superpixels import Divide, ReadAround
-from rayseg.stages.survey import Survey
 from rayseg.train.scene import NetworkConfig, Patches
 
 GRID = Grid("EPSG:32650", (1.0, 1.0), (0.0, 0.0))
@@ -72,7 +72,7 @@ def test_patches_and_tiles_are_scaled_alike_and_none_by_itself(scene, tmp_path, 
 
     shown = []
     monkeypatch.setitem(
-        superpixels.METHODS, "seen", lambda image_HWC: shown.append(image_HWC) or np.zeros((128, 128), int)
+        oversegment.METHODS, "seen", lambda image_HWC: shown.append(image_HWC) or np.zeros((128, 128), int)
     )
     divide = Divide(str(tmp_path / "parts"), "seen", {})
     divide([row | {"seconds": {}, "scaling": scaling.model_dump_json()} for row in ReadAround(BANDS, margin=0)(rows)])
