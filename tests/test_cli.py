@@ -20,7 +20,7 @@ from small_world import window_at as window
 from typer.main import get_command
 
 from rayseg.cli import app
-from rayseg.cli.words import PIPELINES
+from rayseg.cli.options import PIPELINES
 from rayseg.io import cog, labels, xyz
 from rayseg.models.encoders import build_encoder
 from rayseg.pipelines import gpc

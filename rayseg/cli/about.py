@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from rayseg.cli.words import ConfigFile, Out, Overrides, PipelineName, pipeline_of
+from rayseg.cli.options import ConfigFile, Out, Overrides, PipelineName, pipeline_of
 
 app = typer.Typer()
 models_app = typer.Typer(no_args_is_help=True, help="List and show trained models (bundles).")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rayseg.cli.words import REGIONS, Out, region_of
+from rayseg.cli.options import REGIONS, Out, region_of
 
 app = typer.Typer()
 ingest_app = typer.Typer(no_args_is_help=True, help="Describe images as a STAC catalogue.")

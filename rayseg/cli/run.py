@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rayseg.cli.words import (
+from rayseg.cli.options import (
     REGIONS,
     Address,
     ConfigFile,

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from rayseg.cli.words import Address
+from rayseg.cli.options import Address
 
 app = typer.Typer()
 _Set = Annotated[

@@ -12,12 +12,12 @@ from starlette.exceptions import HTTPException
 
 from rayseg import __version__
 from rayseg.errors import RaysegError
-from rayseg.serve import answers, door, pages, problems, questions, runs
+from rayseg.serve import answers, forms, middleware, pages, problems, runs
 from rayseg.serve.answers import GEOJSON, JSON, PNG, TIFF, Result
-from rayseg.serve.door import Door, Metrics
+from rayseg.serve.forms import Asked
+from rayseg.serve.middleware import Door, Metrics
 from rayseg.serve.models import Backend, Shelf
 from rayseg.serve.problems import Refused
-from rayseg.serve.questions import Asked
 from rayseg.serve.settings import ServeConfig
 from rayseg.serve.uploads import Readers
 from rayseg.store import upath
@@ -44,7 +44,7 @@ def api(config: ServeConfig, backend: Backend, shelf: Shelf) -> Door:
     app.add_exception_handler(RaysegError, _refused)
     app.add_exception_handler(HTTPException, _refused_by_framework)
     app.add_exception_handler(RequestValidationError, _refused_by_schema)
-    app.add_exception_handler(Exception, door.explain)
+    app.add_exception_handler(Exception, middleware.explain)
     app.include_router(pages.router())
     app.include_router(runs.router(config))
     closed = Door(app, config, token=config.token(), metrics=metrics)
@@ -77,7 +77,7 @@ def _add_server(app: FastAPI, closed: Door, metrics: Metrics) -> None:
 
 
 def _add_no_jobs(app: FastAPI) -> None:
-    @app.post("/v1/jobs", tags=["jobs"], responses=questions.problems_of(403))
+    @app.post("/v1/jobs", tags=["jobs"], responses=forms.problems_of(403))
     async def refuse() -> None:
         """Refused: the server was started without a prefix for jobs."""
         raise Refused(403, "this server starts no runs; start it with --set jobs=PREFIX to let clients do so")
@@ -92,7 +92,7 @@ def _add_models(app: FastAPI, shelf: Shelf) -> None:
         """The models that are served."""
         return {"models": [described(shelf, name) for name in shelf.entries]}
 
-    @app.get("/v1/models/{name}", tags=["models"], responses=questions.problems_of(404))
+    @app.get("/v1/models/{name}", tags=["models"], responses=forms.problems_of(404))
     async def model(name: Name) -> dict[str, Any]:
         """A model as a STAC item with the MLM extension."""
         prefix, _ = looked_up(shelf, name)
@@ -142,7 +142,7 @@ class _Desk:
         _, found = looked_up(self.shelf, name)
         if found.task != "segmentation" or found.architecture.factory == "sam":
             raise Refused(422, f"model {name} is for {found.task}, a map needs a model for segmentation; ask another")
-        media = questions.media_type(accept, tuple(answers.WRITERS))
+        media = forms.media_type(accept, tuple(answers.WRITERS))
         asked = await self._asked(request)
         began = time.perf_counter()
         source, image = await asyncio.to_thread(self.readers.read, asked.image, bands=found.bands)
@@ -155,9 +155,9 @@ class _Desk:
         return await _written(Result(name, image.tile, table, classes_HW, scores_CHW, seconds), media)
 
     async def unsupervised(self, request: Request, accept: str) -> Response:
-        media = questions.media_type(accept, tuple(answers.WRITERS))
+        media = forms.media_type(accept, tuple(answers.WRITERS))
         asked = await self._asked(request)
-        options = questions.unsupervised(asked.fields)
+        options = forms.unsupervised(asked.fields)
         began = time.perf_counter()
         _, image = await asyncio.to_thread(self.readers.read, asked.image)
         assert image is not None
@@ -173,28 +173,28 @@ class _Desk:
         return Response(await asyncio.to_thread(answers.picture, image.image_CHW, image.valid_HW), media_type=PNG)
 
     async def sam(self, request: Request, accept: str, *, prompted: bool) -> Response:
-        from rayseg.serve import masks
+        from rayseg.serve import prompts
 
         name = self.shelf.of_sam()
         if name is None:
             raise Refused(404, "no Segment Anything model is served; start the server with one below --models")
-        media = questions.media_type(accept, tuple(masks.WRITERS))
+        media = forms.media_type(accept, tuple(prompts.WRITERS))
         asked = await self._asked(request)
-        options = questions.prompts(asked.fields) if prompted else questions.automatic(asked.fields)
+        options = forms.prompts(asked.fields) if prompted else forms.automatic(asked.fields)
         _, found = self.shelf.entries[name]
         source, image = await asyncio.to_thread(self.readers.read, asked.image, bands=found.bands)
         found.check_contract(source.bands, source.dtype, source="the image")
         assert image is not None
         if prompted:
-            questions.expect_inside(options, image.tile.window.width, image.tile.window.height)
+            forms.expect_inside(options, image.tile.window.width, image.tile.window.height)
         rows = await self.backend.instances(name, image, options)
-        return Response(await asyncio.to_thread(masks.WRITERS[media], image.tile, rows), media_type=media)
+        return Response(await asyncio.to_thread(prompts.WRITERS[media], image.tile, rows), media_type=media)
 
     async def _asked(self, request: Request) -> Asked:
         seconds = self.config.timeout_seconds
         try:
             async with asyncio.timeout(seconds):
-                return await questions.read(request)
+                return await forms.read(request)
         except TimeoutError:
             raise Refused(408, f"the upload was not whole after {seconds:g} s; send it faster, or less") from None
 
@@ -207,29 +207,29 @@ async def _written(result: Result, media: str) -> Response:
 
 
 def _add_questions(app: FastAPI, desk: _Desk) -> None:
-    one, many = questions.described, questions.ANSWERS
+    one, many = forms.described, forms.ANSWERS
 
-    @app.post("/v1/models/{name}/predict", tags=["models"], responses=many, openapi_extra=one(questions.IMAGE))
+    @app.post("/v1/models/{name}/predict", tags=["models"], responses=many, openapi_extra=one(forms.IMAGE))
     async def predict(name: Name, request: Request, accept: Accept = JSON) -> Response:
         """Map an image with a model: the pixels of `rayseg predict` for the same image."""
         return await desk.predict(name, request, accept)
 
-    @app.post("/v1/preview", tags=["models"], responses=many, openapi_extra=one(questions.IMAGE))
+    @app.post("/v1/preview", tags=["models"], responses=many, openapi_extra=one(forms.IMAGE))
     async def preview(request: Request) -> Response:
         """The first three bands of an image as a PNG: what a browser can show of a GeoTIFF."""
         return await desk.preview(request)
 
-    @app.post("/v1/unsupervised", tags=["models"], responses=many, openapi_extra=one(questions.UNSUPERVISED))
+    @app.post("/v1/unsupervised", tags=["models"], responses=many, openapi_extra=one(forms.UNSUPERVISED))
     async def unsupervised(request: Request, accept: Accept = JSON) -> Response:
         """Divide an image into labels without any model: a small network is trained on the image itself."""
         return await desk.unsupervised(request, accept)
 
-    @app.post("/v1/sam/auto", tags=["sam"], responses=many, openapi_extra=one(questions.AUTO))
+    @app.post("/v1/sam/auto", tags=["sam"], responses=many, openapi_extra=one(forms.AUTO))
     async def sam_auto(request: Request, accept: Accept = JSON) -> Response:
         """All things that Segment Anything finds in an image."""
         return await desk.sam(request, accept, prompted=False)
 
-    @app.post("/v1/sam/prompt", tags=["sam"], responses=many, openapi_extra=one(questions.PROMPT))
+    @app.post("/v1/sam/prompt", tags=["sam"], responses=many, openapi_extra=one(forms.PROMPT))
     async def sam_prompt(request: Request, accept: Accept = JSON) -> Response:
         """The things that Segment Anything sees at points or in boxes."""
         return await desk.sam(request, accept, prompted=True)
@@ -241,7 +241,7 @@ def _add_questions(app: FastAPI, desk: _Desk) -> None:
 async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, RaysegError)
     found = problems.of_error(error)
-    return problems.response(found.status, found.detail, request_id=door.REQUEST_ID.get(), headers=found.headers)
+    return problems.response(found.status, found.detail, request_id=middleware.REQUEST_ID.get(), headers=found.headers)
 
 
 async def _refused_by_framework(_: Request, error: Exception) -> Response:
@@ -251,11 +251,11 @@ async def _refused_by_framework(_: Request, error: Exception) -> Response:
         405: "this address does not know that method; /docs lists what it knows",
     }
     detail = known.get(error.status_code, str(error.detail))
-    return problems.response(error.status_code, detail, request_id=door.REQUEST_ID.get(), headers=error.headers)
+    return problems.response(error.status_code, detail, request_id=middleware.REQUEST_ID.get(), headers=error.headers)
 
 
 async def _refused_by_schema(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    return problems.response(422, f"{where}: {first['msg']}", request_id=door.REQUEST_ID.get())
+    return problems.response(422, f"{where}: {first['msg']}", request_id=middleware.REQUEST_ID.get())

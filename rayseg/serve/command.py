@@ -112,7 +112,7 @@ def view(run: str, *, port: int, browser: bool, say: Callable[[str], None]) -> N
 
     from rayseg.engine.run import read
     from rayseg.serve.app import api
-    from rayseg.serve.door import keep_log
+    from rayseg.serve.middleware import keep_log
 
     read(run)
     config = named(ServeConfig(runs=(run,)), "127.0.0.1")

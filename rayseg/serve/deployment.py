@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from rayseg.errors import ConfigError, RaysegError
-from rayseg.serve import door, problems
+from rayseg.serve import middleware, problems
 from rayseg.serve.app import api
 from rayseg.serve.models import Answer, Segmenter, Shelf, segmented
 from rayseg.serve.settings import ServeConfig
@@ -82,7 +82,7 @@ class Models:
 
     def __init__(self, values: dict[str, Any]) -> None:
         self._config = ServeConfig.model_validate(values)
-        door.keep_log(self._config.log_file)
+        middleware.keep_log(self._config.log_file)
         self._shelf = Shelf.of(self._config.models)
         self._pool = ThreadPoolExecutor(_AT_ONCE)
         self._probabilities.set_max_batch_size(self._config.batch)
@@ -92,9 +92,9 @@ class Models:
     async def _model(self, name: str) -> Any:  # noqa: ANN401 - a model of any kind
         prefix, found = self._shelf.entries[name]
         if found.architecture.factory == "sam":
-            from rayseg.serve import masks
+            from rayseg.serve import prompts
 
-            return await self._in_turn(masks.load, prefix)
+            return await self._in_turn(prompts.load, prefix)
         return await self._in_turn(partial(Segmenter, prefix, exact=self._config.exact))
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.0, max_concurrent_batches=_AT_ONCE)  # type: ignore[untyped-decorator]
@@ -116,17 +116,17 @@ class Models:
 
     async def instances(self, name: str, image: Image, asked: dict[str, Any]) -> list[dict[str, Any]]:
         """See `rayseg.serve.models.Backend`."""
-        from rayseg.serve import masks
+        from rayseg.serve import prompts
 
         model = await self._model(name)
-        found: list[dict[str, Any]] = await self._in_turn(masks.found, model, image, asked)
+        found: list[dict[str, Any]] = await self._in_turn(prompts.found, model, image, asked)
         return found
 
     async def labels(self, image: Image, asked: dict[str, Any]) -> np.ndarray:
         """See `rayseg.serve.models.Backend`."""
-        from rayseg.serve import masks
+        from rayseg.serve import prompts
 
-        found: np.ndarray = await self._in_turn(masks.labels, image, asked)
+        found: np.ndarray = await self._in_turn(prompts.labels, image, asked)
         return found
 
     async def _in_turn(self, function: Any, *arguments: object) -> Any:  # noqa: ANN401
@@ -180,7 +180,7 @@ class Api:
 
     def __init__(self, values: dict[str, Any], models: DeploymentHandle) -> None:
         config = ServeConfig.model_validate(values)
-        door.keep_log(config.log_file)
+        middleware.keep_log(config.log_file)
         self._door = api(config, _Replicas(models, config.timeout_seconds), Shelf.of(config.models))
 
         self._door.names_requests = False

@@ -25,8 +25,8 @@ from rayseg.config import Config, load
 from rayseg.engine import run as runs
 from rayseg.errors import ConfigError
 from rayseg.geo.region import named_regions
+from rayseg.serve.forms import problems_of
 from rayseg.serve.problems import Refused, busy
-from rayseg.serve.questions import problems_of
 from rayseg.serve.settings import ServeConfig
 from rayseg.store import STORE_ERRORS, Location, upath
 

@@ -28,7 +28,7 @@ class Backend(Protocol):
         """Classes (height, width) and scores (bands, height, width) of a model over an image, as `Predict` gives."""
 
     async def instances(self, name: str, image: Image, asked: dict[str, Any]) -> list[dict[str, Any]]:
-        """Masks of a Segment Anything model; see `rayseg.serve.masks.found`."""
+        """Masks of a Segment Anything model; see `rayseg.serve.prompts.found`."""
 
     async def labels(self, image: Image, asked: dict[str, Any]) -> np.ndarray:
         """Labels (height, width) without a model."""
@@ -157,17 +157,17 @@ class Here:
 
     async def instances(self, name: str, image: Image, asked: dict[str, Any]) -> list[dict[str, Any]]:
         """See `Backend`."""
-        from rayseg.serve import masks
+        from rayseg.serve import prompts
 
-        model = await self._in_turn(self._model, name, masks.load)
-        found: list[dict[str, Any]] = await self._in_turn(masks.found, model, image, asked)
+        model = await self._in_turn(self._model, name, prompts.load)
+        found: list[dict[str, Any]] = await self._in_turn(prompts.found, model, image, asked)
         return found
 
     async def labels(self, image: Image, asked: dict[str, Any]) -> np.ndarray:
         """See `Backend`."""
-        from rayseg.serve import masks
+        from rayseg.serve import prompts
 
-        found: np.ndarray = await self._in_turn(masks.labels, image, asked)
+        found: np.ndarray = await self._in_turn(prompts.labels, image, asked)
         return found
 
     def _model(self, name: str, load: Callable[[str], Any]) -> Any:  # noqa: ANN401 - a model of any kind

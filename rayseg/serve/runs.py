@@ -22,8 +22,8 @@ from rayseg.io.maps import MappedTile, mapped_tiles, planned_tiles
 from rayseg.io.pictures import shown_colors
 from rayseg.io.sources import Source
 from rayseg.serve import answers
+from rayseg.serve.forms import problems_of
 from rayseg.serve.problems import Refused
-from rayseg.serve.questions import problems_of
 from rayseg.serve.settings import ServeConfig
 from rayseg.steps import report
 from rayseg.store import StorePath, upath

@@ -18,7 +18,7 @@ from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.io.sources import Source
 from rayseg.io.untrusted import TooLarge, closed
-from rayseg.serve import child, sniff
+from rayseg.serve import child, file_type
 
 SECONDS = 30.0
 
@@ -82,7 +82,7 @@ class Readers:
             TooLarge: it has too many pixels.
             DataError: it cannot be read.
         """
-        kind = sniff.kind_of(data, max_pixels=self.max_pixels)
+        kind = file_type.kind_of(data, max_pixels=self.max_pixels)
         header, body = self._ask({"kind": kind, "bands": list(bands), "max_pixels": self.max_pixels}, data)
         if "too_large" in header:
             raise TooLarge(header["too_large"])

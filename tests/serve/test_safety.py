@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 from tiny_server import client, encoded, form, image_HWC, served
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.serve import door, questions
+from rayseg.serve import forms, middleware
 from rayseg.serve.settings import ServeConfig, expect_closed
 from rayseg.serve.uploads import Readers
 
@@ -244,7 +244,7 @@ def test_an_upload_that_takes_too_long_is_told_so(monkeypatch):
     async def slow(_):
         await asyncio.sleep(5)
 
-    monkeypatch.setattr(questions, "read", slow)
+    monkeypatch.setattr(forms, "read", slow)
     told = client(timeout_seconds=0.1).post(PREVIEW, **form(encoded(image_HWC())))
     assert "not whole after 0.1 s" in problem(told, 408)
 
@@ -302,7 +302,7 @@ def test_every_request_is_a_line_with_its_id(asked, caplog):
     logging.getLogger("rayseg.serve").propagate = True
     found = asked.get("/v1/models", headers={"X-Request-ID": "mine-1"})
     assert found.headers["x-request-id"] == "mine-1"
-    line = json.loads(door.JsonLines().format(caplog.records[-1]))
+    line = json.loads(middleware.JsonLines().format(caplog.records[-1]))
     assert (line["event"], line["path"], line["status"]) == ("request", "/v1/models", 200)
     assert len(asked.get("/v1/models").headers["x-request-id"]) == 32
 
@@ -312,7 +312,7 @@ def lines():
     """() -> what was written down meanwhile."""
     sink = io.StringIO()
     handler = logging.StreamHandler(sink)
-    handler.setFormatter(door.JsonLines())
+    handler.setFormatter(middleware.JsonLines())
     logging.getLogger("rayseg.serve").addHandler(handler)
     logging.getLogger("rayseg.serve").setLevel(logging.INFO)
     yield lambda: [json.loads(line) for line in sink.getvalue().splitlines()]

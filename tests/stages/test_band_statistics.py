@@ -10,8 +10,8 @@ from rayseg.io import cog
 from rayseg.io.rasters import source_of_file
 from rayseg.models.bundle import Scaling
 from rayseg.pipelines.superpixel import Config, _scaling
-from rayseg.stages.band_statistics import Survey
 from rayseg.stages import oversegment
+from rayseg.stages.band_statistics import Survey
 from rayseg.stages.oversegment import Divide, ReadAround
 from rayseg.stages.read import tile_rows
 from rayseg.train.scene import NetworkConfig, Patches

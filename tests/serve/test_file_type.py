@@ -9,8 +9,8 @@ import pytest
 from PIL import PngImagePlugin
 from tiny_server import encoded, image_HWC
 
+from rayseg.serve.file_type import kind_of
 from rayseg.serve.problems import Refused
-from rayseg.serve.sniff import kind_of
 
 
 def zipped(data):
