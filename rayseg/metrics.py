@@ -157,7 +157,7 @@ def bootstrap(
     Raises:
         DataError: there is no confusion, or they count different numbers of classes.
     """
-    return interval(np.array([statistic(drawn) for drawn in resampled(confusions, n=n, seed=seed)]))
+    return percentile_interval(np.array([statistic(drawn) for drawn in resampled(confusions, n=n, seed=seed)]))
 
 
 def resampled(confusions: Sequence[Confusion], *, n: int = 1000, seed: int = 0) -> list[Confusion]:
@@ -174,7 +174,7 @@ def resampled(confusions: Sequence[Confusion], *, n: int = 1000, seed: int = 0) 
     return [Confusion(np.tensordot(draw, matrices_NKK, axes=1)) for draw in draws]
 
 
-def interval(values_N: Floats) -> tuple[float, float]:
+def percentile_interval(values_N: Floats) -> tuple[float, float]:
     """(2.5 %, 97.5 %) quantiles of the values that are not nan; nan when all are."""
     known = values_N[~np.isnan(values_N)]
     if known.size == 0:

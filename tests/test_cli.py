@@ -20,10 +20,9 @@ from small_world import window_at as window
 from typer.main import get_command
 
 from rayseg.cli import app
-from rayseg.cli.options import PIPELINES
 from rayseg.io import cog, labels, xyz
 from rayseg.models.encoders import build_encoder
-from rayseg.pipelines import gpc
+from rayseg.pipelines import PIPELINES, gpc
 
 AT_THE_DOOR = pytest.mark.skipif(not hasattr(gpc, "build_segmenter"), reason="networks are not built at the door")
 TINY = (

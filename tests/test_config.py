@@ -1,6 +1,4 @@
-import importlib
 import re
-from importlib import import_module
 from typing import Literal
 
 import pytest
@@ -8,6 +6,7 @@ from pydantic import model_validator
 
 from rayseg.config import Config, load, load_values, ray_address, read_values
 from rayseg.errors import ConfigError
+from rayseg.pipelines import PIPELINES, pipeline_of
 from rayseg.pipelines.al_s4gan import pipeline
 
 
@@ -42,9 +41,9 @@ def test_a_group_that_is_given_in_part_keeps_its_other_defaults():
     assert load(Outer, None, ["inner.name=y"]).inner == Inner(name="y")
 
 
-@pytest.mark.parametrize("pipeline", ["agri", "al_s4gan", "gpc", "landcover", "superpixel"])
+@pytest.mark.parametrize("pipeline", PIPELINES)
 def test_a_key_set_to_its_own_default_changes_nothing_else(pipeline):
-    kind = importlib.import_module(f"rayseg.pipelines.{pipeline}").Config
+    kind = pipeline_of(pipeline).Config
     whole = kind()
     for keys, value in leaves(whole):
         given = value
@@ -130,7 +129,7 @@ def test_what_cannot_be_meant_is_named_with_its_path(overrides, said):
     ],
 )
 def test_settings_that_only_a_run_could_fail_on_are_refused_when_they_are_read(pipeline, override, said):
-    module = import_module(f"rayseg.pipelines.{pipeline}")
+    module = pipeline_of(pipeline)
     with pytest.raises(ConfigError) as caught:
         load(module.Config, None, [override])
     assert said in str(caught.value)

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from rayseg.cli.options import ConfigFile, Out, Overrides, PipelineName, pipeline_of
+from rayseg.cli.options import ConfigFile, Out, Overrides, PipelineName
+from rayseg.pipelines import pipeline_of
 
 app = typer.Typer()
 models_app = typer.Typer(no_args_is_help=True, help="List and show trained models (bundles).")

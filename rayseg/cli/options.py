@@ -1,26 +1,15 @@
 """What the commands share: their words, and what these name."""
 
-import importlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from rayseg.errors import ConfigError
+from rayseg.pipelines import PIPELINES
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from rayseg.geo.region import Region
-
-PIPELINES = {
-    "gpc": "rayseg.pipelines.gpc",
-    "agri": "rayseg.pipelines.agri",
-    "superpixel": "rayseg.pipelines.superpixel",
-    "landcover": "rayseg.pipelines.landcover",
-    "al-s4gan": "rayseg.pipelines.al_s4gan.pipeline",
-}
-MODULES = PIPELINES | {"predict": "rayseg.pipelines.predict"}
 
 REGIONS = (
     "demo, a name under stac/regions, a GeoJSON or GeoParquet file, west,south,east,north, catalog.json#collection, "
@@ -37,17 +26,6 @@ EngineName = Annotated[
 ]
 Tiles = Annotated[str | None, typer.Option("--tiles", help="Only these tiles: comma-separated ids.")]
 Address = Annotated[str | None, typer.Option("--address", help="Ray cluster to join; default: RAY_ADDRESS, else none.")]
-
-
-def pipeline_of(name: str) -> "ModuleType":
-    """The module of a pipeline.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
-    if name not in MODULES:
-        raise ConfigError(f"pipeline {name!r} is unknown, expected one of: {', '.join(PIPELINES)}")
-    return importlib.import_module(MODULES[name])
 
 
 def region_of(text: str) -> "Region":

@@ -19,9 +19,9 @@ from rayseg.cli.options import (
     Tiles,
     images_or_region,
     only,
-    pipeline_of,
 )
 from rayseg.errors import ConfigError, RunIncomplete
+from rayseg.pipelines import pipeline_of
 
 if TYPE_CHECKING:
     from rayseg.config import Config

@@ -1,18 +1,20 @@
-"""A run as a Ray job: submitted once, watched from any terminal, going on without one.
+"""Runs as Ray jobs: submit a command line to a cluster, follow the job's log, read the states of jobs.
 
-The submission's id is told by what the run is, so that the same line finds the job it began before.
+The id of a submission is a hash of the output prefix and the command line, so that the same command attaches to the
+job that it submitted before. The job runs on when the terminal that follows it closes.
 """
 
+import asyncio
 import hashlib
 import math
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import yaml
@@ -22,167 +24,184 @@ from rayseg.errors import ConfigError, RunIncomplete
 from rayseg.geo.grid import slug
 from rayseg.store import access, is_local, public
 
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
 POLL = 2.0
-"""Seconds between two looks at a job."""
+"""Seconds between two requests for the state of a job whose log stream has ended."""
+SILENCE = 600.0
+"""Seconds without a line after which the log stream is opened again: a connection can die without an error."""
 ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
 
 
-class Jobs(Protocol):
-    """What is used of `ray.job_submission.JobSubmissionClient`."""
-
-    def submit_job(self, *, entrypoint: str, submission_id: str, runtime_env: dict[str, Any]) -> str: ...  # noqa: D102
-    def get_job_status(self, job_id: str) -> Any: ...  # noqa: ANN401, D102
-    def get_job_info(self, job_id: str) -> Any: ...  # noqa: ANN401, D102
-    def get_job_logs(self, job_id: str) -> str: ...  # noqa: D102
-    def delete_job(self, job_id: str) -> bool: ...  # noqa: D102
-
-
-def submit(words: Sequence[str], out: str, address: str | None) -> None:
-    """Begin the run as a job of the cluster, or attach to the one that is at it; return when it has ended well.
+def submit(arguments: Sequence[str], out: str, address: str | None) -> None:
+    """Submit a run as a job of the cluster, or attach to it if it is there; return when the job has succeeded.
 
     Args:
-        words: of the command line, without the program and the address.
-        out: prefix of the run, the same for everybody who asks for it.
+        arguments: of the command line, without the program and `--address`.
+        out: prefix of the run, the same for everybody who submits it.
         address: http(s) address of the cluster's head.
 
     Raises:
-        ConfigError: the address is no head, cannot be trusted, does not answer, or `out` is on this machine's disk.
-        RunIncomplete: the job failed, or was stopped.
+        ConfigError: the address is not a head, needs a token or does not answer, `out` is on this machine's disk, or
+            the command line holds a secret, which the cluster's dashboard would show.
+        RunIncomplete: the job failed or was stopped.
     """
-    expect_closed(address)
+    expect_token(address)
     if is_local(out) and not is_loopback(urlsplit(address or "").hostname or ""):
         raise ConfigError(
             f"output {out} is on this machine, the cluster is not; give --out a URL such as s3://bucket/run"
         )
-    line = entrypoint(words)
-    carry_out(_client(str(address)), line, submission_id(out, line), say=sys.stderr.write)
-
-
-def entrypoint(words: Sequence[str]) -> str:
-    """The line that the head carries out.
-
-    Raises:
-        ConfigError: it has a secret in it, which the cluster's dashboard would show.
-    """
-    line = shlex.join(["rayseg", *words, "--address", "auto"])
+    line = entrypoint(arguments)
     if public(line) != line:
         raise ConfigError(
-            f"the job {public(line)} has a secret in it; sign with RAYSEG_SIGN, or give keys to the cluster"
+            f"the command line {public(line)} holds a secret; sign URLs with RAYSEG_SIGN, or give the keys to the "
+            "machines of the cluster"
         )
-    return line
+    carry_out(connect(str(address)), line, submission_id(out, line), say=sys.stderr.write)
+
+
+def entrypoint(arguments: Sequence[str], *, program: Sequence[str] = ("rayseg",)) -> str:
+    """The shell line of a job, which joins the cluster that carries it out."""
+    return shlex.join([*program, *arguments, "--address", "auto"])
 
 
 def inlined(path: str) -> list[str]:
-    """`--set` words that say what a YAML file says: the head does not have the file.
+    """The content of a YAML file as `--set` arguments, because the head does not have the file.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the file cannot be read.
     """
-    values = read_values(path)
-    written = {key: yaml.safe_dump(value, default_flow_style=True, width=math.inf) for key, value in values.items()}
-    plain = {key: text.removesuffix("...\n").strip() for key, text in written.items()}
-    return [word for key, text in plain.items() for word in ("--set", f"{key}={text}")]
+    arguments = []
+    for key, value in read_values(path).items():
+        text = yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
+        arguments += ["--set", f"{key}={text}"]
+    return arguments
 
 
 def submission_id(out: str, line: str) -> str:
-    """Of the job that carries `line` out for the run at `out`."""
-    return (
-        f"{slug(out.rstrip('/').rpartition('/')[2])[:40]}-{hashlib.sha256(f'{out} {line}'.encode()).hexdigest()[:12]}"
-    )
+    """Id of the job that runs `line` for the output `out`: the last part of `out` and 12 digits of a SHA-256."""
+    digest = hashlib.sha256(f"{out} {line}".encode()).hexdigest()[:12]
+    return f"{slug(out.rstrip('/').rpartition('/')[2])[:40]}-{digest}"
 
 
-def expect_closed(address: str | None) -> None:
-    """Refuse a head that runs whatever anybody sends it.
+def expect_token(address: str | None) -> None:
+    """Check that a head on another machine asks for a token: without one it runs whatever it receives.
 
     Raises:
-        ConfigError: the address is none of http(s), or not of this machine and there is no token to show.
+        ConfigError: the address is not http(s), or is on another machine and no token is set.
     """
     parts = urlsplit(address or "")
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ConfigError(
-            f"--address {address} takes no jobs; expected a head's dashboard, such as http://10.0.0.1:8265"
+            f"--address {address} takes no jobs, expected the dashboard of a head, such as http://10.0.0.1:8265"
         )
     token = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
     stored = token or (Path.home() / ".ray" / "auth_token").exists()
     if not is_loopback(parts.hostname) and not (os.environ.get("RAY_AUTH_MODE") == "token" and stored):
         raise ConfigError(
-            f"the head at {public(str(address))} is not on this machine, and no token is set: a head without one runs "
-            "whatever it is sent; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or forward its port to this machine)"
+            f"the head at {public(str(address))} is on another machine and no token is set: a head without one runs "
+            "whatever it receives; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or forward its port to this machine)"
         )
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` is this machine."""
+    """Whether `host` (a name or an IP address, IPv6 with or without brackets) is this machine's loopback interface."""
     if host == "localhost":
         return True
     try:
-        return ip_address(host).is_loopback
+        return ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
 
 
-def carry_out(jobs: Jobs, line: str, job: str, *, say: Callable[[str], object], poll: float = POLL) -> None:
-    """Submit `line` as `job` unless it is there already, and follow it to its end.
-
-    A job of this id that ended is put aside for a new one: the run goes on from its ledger.
+def connect(address: str | None) -> "JobSubmissionClient":
+    """A client of the cluster whose dashboard is at `address`.
 
     Raises:
-        RunIncomplete: it failed, or was stopped.
+        ConfigError: the dashboard does not answer.
     """
-    status = _status(jobs, job)
-    if status in ENDED:
-        jobs.delete_job(job)
-    if status is None or status in ENDED:
-        _begin(jobs, line, job)
-        say(f"submitted {job}\n")
-    else:
-        say(f"attached to {job}, which is {status.lower()}\n")
-    ended = _follow(jobs, job, say, poll)
-    if ended != "SUCCEEDED":
-        why = " ".join(str(getattr(jobs.get_job_info(job), "message", "") or "").split())[-300:]
-        raise RunIncomplete(
-            f"job {job} {ended.lower()}: {public(why)}; mend the cause, then give the same command again"
-        )
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        reason = public(" ".join(str(error).split()))
+        raise ConfigError(f"no head answers at {public(str(address))} ({reason}); correct --address") from None
 
 
-def _begin(jobs: Jobs, line: str, job: str) -> None:
+def begin(jobs: "JobSubmissionClient", line: str, job: str) -> None:
+    """Submit `line` under the id `job`; a job of this id that another process submitted meanwhile is kept."""
     try:
         jobs.submit_job(entrypoint=line, submission_id=job, runtime_env={"env_vars": access()})
     except (RuntimeError, ValueError):
-        if _status(jobs, job) is None:  # else somebody else was faster
+        if status(jobs, job) is None:
             raise
 
 
-def _status(jobs: Jobs, job: str) -> str | None:
-    """The job's status; None if there is no such job."""
+def status(jobs: "JobSubmissionClient", job: str) -> str | None:
+    """PENDING, RUNNING or one of `ENDED`; None if the cluster does not know the job."""
     try:
-        return str(getattr(found := jobs.get_job_status(job), "value", found))
-    except RuntimeError as error:
+        return str(jobs.get_job_status(job).value)
+    except RuntimeError as error:  # Ray has no error type for an unknown job
         if "does not exist" not in str(error) and "404" not in str(error):
             raise
         return None
 
 
-def _follow(jobs: Jobs, job: str, say: Callable[[str], object], poll: float) -> str:
-    told = ""
+def statuses(jobs: "JobSubmissionClient") -> dict[str, str]:
+    """Submission id -> status, as `status` returns it, of all jobs that were submitted to the cluster."""
+    return {job.submission_id: str(job.status.value) for job in jobs.list_jobs() if job.submission_id}
+
+
+def carry_out(
+    jobs: "JobSubmissionClient", line: str, job: str, *, say: Callable[[str], object], poll: float = POLL
+) -> None:
+    """Submit `line` as `job` unless it is running already, and pass its log to `say` until it ends.
+
+    A job of this id that has ended is deleted and submitted again: the run resumes from its ledger.
+
+    Raises:
+        RunIncomplete: the job failed or was stopped.
+    """
+    state = status(jobs, job)
+    if state in ENDED:
+        jobs.delete_job(job)
+    if state is None or state in ENDED:
+        begin(jobs, line, job)
+        say(f"submitted {job}\n")
+    else:
+        say(f"attached to {job}, which is {state.lower()}\n")
+    state = asyncio.run(_follow(jobs, job, say, poll))
+    if state != "SUCCEEDED":
+        reason = " ".join(str(getattr(jobs.get_job_info(job), "message", "") or "").split())[-300:]
+        raise RunIncomplete(
+            f"job {job} {state.lower()}: {public(reason)}; fix the cause, then run the same command to resume"
+        )
+
+
+async def _follow(jobs: "JobSubmissionClient", job: str, say: Callable[[str], object], poll: float) -> str:
+    """Pass the job's log to `say` as it grows; return the status with which the job ends."""
+    import aiohttp
+
+    printed, ended = 0, False  # characters of the log that `say` has
     while True:
-        status = _status(jobs, job) or "STOPPED"
-        said = jobs.get_job_logs(job)
-        fresh = said[len(told) :] if said.startswith(told) else said
-        if fresh:
-            say(fresh)
-        told = said
-        if status in ENDED:
-            return status
-        time.sleep(poll)
-
-
-def _client(address: str) -> Jobs:
-    from ray.job_submission import JobSubmissionClient
-
-    try:
-        client: Jobs = JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
-        reason = public(" ".join(str(error).split()))
-        raise ConfigError(f"no head answers at {public(address)} ({reason}); correct --address") from None
-    return client
+        received, complete = 0, False
+        with suppress(TimeoutError, OSError, RuntimeError, aiohttp.ClientError):  # a lost stream is opened again
+            # Ray streams from the first line on: after a reconnection the lines that were printed are skipped.
+            stream = jobs.tail_job_logs(job)
+            while True:
+                async with asyncio.timeout(SILENCE):
+                    chunk = await anext(stream, "")
+                if not chunk:
+                    break
+                received += len(chunk)
+                if received > printed:
+                    say(chunk[printed - received :])
+                    printed = received
+            complete = True
+        state = status(jobs, job) or "STOPPED"
+        if state in ENDED and (complete or ended):  # the stream of a job that has ended gets one more try
+            return state
+        ended = state in ENDED
+        await asyncio.sleep(poll)

@@ -1,0 +1,33 @@
+"""The pipelines by name: the only list of them, read by the command line and by the server.
+
+A pipeline is a module with `Config`, `check`, `forecast` and `run`. It is imported when it is needed, because PyTorch
+takes seconds to import.
+"""
+
+import importlib
+from types import ModuleType
+
+from rayseg.errors import ConfigError
+
+PIPELINES = {
+    "gpc": "rayseg.pipelines.gpc",
+    "agri": "rayseg.pipelines.agri",
+    "superpixel": "rayseg.pipelines.superpixel",
+    "landcover": "rayseg.pipelines.landcover",
+    "al-s4gan": "rayseg.pipelines.al_s4gan.pipeline",
+}
+"""Name on the command line -> module."""
+PREDICTION = {"predict": "rayseg.pipelines.predict"}
+"""The pipeline of `rayseg predict`: a run of it can be retried and planned, `rayseg run pipeline` does not list it."""
+
+
+def pipeline_of(name: str) -> ModuleType:
+    """The module of a pipeline.
+
+    Raises:
+        ConfigError: no pipeline has this name.
+    """
+    module = (PIPELINES | PREDICTION).get(name)
+    if module is None:
+        raise ConfigError(f"pipeline {name!r} is unknown, expected one of: {', '.join(PIPELINES)}")
+    return importlib.import_module(module)

@@ -9,10 +9,11 @@ import webbrowser
 from collections.abc import Callable
 
 from rayseg.engine import cluster
+from rayseg.engine.submit import is_loopback
 from rayseg.errors import ConfigError
 from rayseg.serve.models import Here, Shelf
 from rayseg.serve.runs import found
-from rayseg.serve.settings import ServeConfig, expect_closed, is_loopback
+from rayseg.serve.settings import ServeConfig, expect_closed
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _RAY = {

@@ -5,44 +5,45 @@ name a file, for that the configuration of the server's keeper is there.
 """
 
 import asyncio
-import importlib
 import json
 import logging
 import math
 import re
-import shlex
 import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from fastapi import APIRouter, Body, Path
 from pydantic import Field
-from ray.job_submission import JobStatus, JobSubmissionClient
 
 from rayseg.config import Config, load
 from rayseg.engine import run as runs
+from rayseg.engine import submit as ray_jobs
 from rayseg.errors import ConfigError
 from rayseg.geo.region import named_regions
+from rayseg.pipelines import PIPELINES, pipeline_of
 from rayseg.serve.forms import problems_of
 from rayseg.serve.problems import Refused, busy
 from rayseg.serve.settings import ServeConfig
 from rayseg.store import STORE_ERRORS, Location, upath
 
-Pipeline = Literal["gpc", "agri", "superpixel", "landcover", "al-s4gan"]
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
 _LOCATED = get_args(Location)[1]
 _WORDS = re.compile(r"[A-Za-z0-9_ -]*")
 _ID = r"^job-[0-9a-f]{12}$"
 _log = logging.getLogger("rayseg.serve")
 _DEEPEST = 10  # groups and lists inside one another
-_GOING = {JobStatus.PENDING, JobStatus.RUNNING}
+_GOING = {"PENDING", "RUNNING"}
 
 
 class Job(Config):
     """What is to be run."""
 
-    pipeline: Pipeline
+    pipeline: Literal[*PIPELINES]  # type: ignore[valid-type] # the one list of names, and no copy of it
     """Which pipeline."""
     region: Annotated[str, Field(max_length=200)]
     """A name that `rayseg regions` lists, or west,south,east,north in degrees."""
@@ -58,7 +59,7 @@ def entrypoint(job: Job, config: ServeConfig, name: str) -> str:
     """
     area = region(job.region)
     _expect_shallow(job.config)
-    module = importlib.import_module(f"rayseg.pipelines.{job.pipeline.replace('-', '_')}")
+    module = pipeline_of(job.pipeline)
     words = [f"{key}={json.dumps(value)}" for key, value in _settings(job.config)]
     _expect_no_files(module.Config, job.config)
     if config.jobs_catalog:
@@ -68,10 +69,10 @@ def entrypoint(job: Job, config: ServeConfig, name: str) -> str:
         load(module.Config, base, words)
     except ConfigError as error:
         raise Refused(422, f"config: {error}") from None
-    said = [sys.executable, "-m", "rayseg", "run", "pipeline", job.pipeline, f"--region={area}"]
-    said += [f"--out={upath(str(config.jobs)) / name}", "--address=auto"]
-    said += [f"--config={base}"] if base else []
-    return shlex.join([*said, *(part for word in words for part in ("--set", word))])
+    arguments = ["run", "pipeline", job.pipeline, f"--region={area}", f"--out={upath(str(config.jobs)) / name}"]
+    arguments += [f"--config={base}"] if base else []
+    arguments += [part for word in words for part in ("--set", word)]
+    return ray_jobs.entrypoint(arguments, program=(sys.executable, "-m", "rayseg"))
 
 
 def region(text: str) -> str:
@@ -180,10 +181,10 @@ def router(config: ServeConfig) -> APIRouter:
 
 
 @contextmanager
-def _cluster(config: ServeConfig) -> Iterator[JobSubmissionClient]:
+def _cluster(config: ServeConfig) -> Iterator["JobSubmissionClient"]:
     try:
-        yield JobSubmissionClient(config.jobs_address)
-    except (OSError, RuntimeError) as error:  # for a head that does not answer, and one without agents yet
+        yield ray_jobs.connect(config.jobs_address)
+    except (ConfigError, OSError, RuntimeError) as error:  # for a head that does not answer, and one without agents yet
         _log.warning("the cluster takes no jobs: %s", " ".join(str(error).split())[:500])
         raise busy("the cluster takes no jobs now; ask again later", seconds=30) from error
 
@@ -195,13 +196,12 @@ def submit(config: ServeConfig, line: str, name: str) -> None:
         Refused: 429, as many jobs are under way as may be; 503, the cluster does not answer.
     """
     with _cluster(config) as cluster:
-        going = [
-            job for job in cluster.list_jobs() if job.status in _GOING and re.fullmatch(_ID, str(job.submission_id))
-        ]
+        states = ray_jobs.statuses(cluster)
+        going = [job for job, state in states.items() if state in _GOING and re.fullmatch(_ID, job)]
         if len(going) >= config.jobs_at_once:
             detail = f"{len(going)} jobs are under way, {config.jobs_at_once} may be; ask again when one has ended"
             raise Refused(429, detail, headers={"Retry-After": "60"})
-        cluster.submit_job(entrypoint=line, submission_id=name)
+        ray_jobs.begin(cluster, line, name)
 
 
 def summary(config: ServeConfig, name: str) -> dict[str, Any]:
@@ -211,14 +211,14 @@ def summary(config: ServeConfig, name: str) -> dict[str, Any]:
         Refused: 404, there is no such job; 503, the cluster does not answer.
     """
     with _cluster(config) as cluster:
-        states = {job.submission_id: str(job.status.value).lower() for job in cluster.list_jobs()}
+        states = ray_jobs.statuses(cluster)
     try:
         begun = {path.name for path in upath(str(config.jobs)).iterdir()}
     except STORE_ERRORS:
         begun = set()
     if name not in states and name not in begun:
         raise Refused(404, f"there is no job {name!r}; those that were started say their id")
-    state = states.get(name, "unknown")
+    state = states.get(name, "unknown").lower()
     if name not in begun or not (upath(str(config.jobs)) / name / "run.json").exists():
         return {"id": name, "status": state, "steps": {}}
     found = runs.status(str(upath(str(config.jobs)) / name))

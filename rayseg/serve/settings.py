@@ -1,12 +1,12 @@
 """How a server is set up: one frozen value, given by flags or by the `args` of a Serve file."""
 
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
 from rayseg.config import Config
+from rayseg.engine.submit import is_loopback
 from rayseg.errors import ConfigError
 from rayseg.store import Location
 
@@ -88,16 +88,6 @@ def read_token(path: str) -> str:
             "make one with: openssl rand -hex 32"
         )
     return token
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server at `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def expect_closed(host: str, token_file: str | None) -> None:

@@ -23,7 +23,7 @@ from rayseg.io.maps import mapped_tiles
 from rayseg.io.masks import Piece
 from rayseg.io.rasters import footprint
 from rayseg.io.sources import Source
-from rayseg.metrics import Confusion, agreement, interval, resampled
+from rayseg.metrics import Confusion, agreement, percentile_interval, resampled
 from rayseg.store import put, upath
 from rayseg.vision.color import IGNORE, ClassTable, hex_of, label_table, rgb_of
 
@@ -245,7 +245,7 @@ def _measures(total: Confusion, draws: Sequence[Confusion], name: str) -> list[d
     """value, low, high of a measure (of every class, if it has one each); no interval without draws."""
     values_K = np.atleast_1d(getattr(total, name))
     drawn_NK = np.array([np.atleast_1d(getattr(draw, name)) for draw in draws]).reshape(-1, len(values_K))
-    rows = [(value, *interval(drawn_N)) for value, drawn_N in zip(values_K, drawn_NK.T, strict=True)]
+    rows = [(value, *percentile_interval(drawn_N)) for value, drawn_N in zip(values_K, drawn_NK.T, strict=True)]
     return [
         {
             key: None if math.isnan(part) else float(part)
@@ -274,8 +274,8 @@ def text(result: dict[str, Any]) -> str:
 def _said(measure: dict[str, float | None]) -> str:
     if measure["value"] is None:
         return "-"
-    interval = f" ({measure['low']:.3f}-{measure['high']:.3f})" if measure["low"] is not None else ""
-    return f"{measure['value']:.3f}{interval}"
+    bounds = f" ({measure['low']:.3f}-{measure['high']:.3f})" if measure["low"] is not None else ""
+    return f"{measure['value']:.3f}{bounds}"
 
 
 def _remarks(result: dict[str, Any]) -> list[str]:

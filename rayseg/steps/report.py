@@ -106,7 +106,7 @@ def render(content: Content) -> str:
         "count": count,
         "data_uri": data_uri,
         "duration": duration,
-        "interval": interval,
+        "measure": measure_text,
         "percent": percent,
         "scale_bar": scale_bar,
         "yaml": _yaml,
@@ -150,7 +150,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60:,} h {minutes % 60:02d} min"
 
 
-def interval(measure: Mapping[str, float | None]) -> str:
+def measure_text(measure: Mapping[str, float | None]) -> str:
     """`0.712 (0.661–0.752)`; a dash where the measure is not defined."""
     if measure["value"] is None:
         return "–"
@@ -487,7 +487,7 @@ def _figures(
     if polygons and "count" in polygons.value:
         figures.append(("polygons", f"{polygons.value['count']:,}", ""))
     if evaluation:
-        value, _, bounds = interval(evaluation["overall"]["mean_iou"]).partition(" ")
+        value, _, bounds = measure_text(evaluation["overall"]["mean_iou"]).partition(" ")
         figures.append(("mean IoU", value, f"95 %: {bounds.strip('()')}" if bounds else ""))
     settled = sum(account["counts"][status] for status in ("done", "empty", "nodata"))
     figures.append(("tiles", f"{settled:,}", f"of {account['planned']:,} planned"))

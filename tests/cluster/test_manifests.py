@@ -12,7 +12,7 @@ import yaml
 
 from rayseg import config
 from rayseg.cli import app
-from rayseg.cli.options import PIPELINES, pipeline_of
+from rayseg.pipelines import PIPELINES, pipeline_of
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = sorted((ROOT / "jobs").glob("*.rayjob.yaml"))

@@ -67,7 +67,7 @@ def test_rays_folder_goes_when_no_process_is_left_that_was_begun_for_it(tmp_path
     folder.mkdir()
     with (folder / "log").open("w") as log, subprocess.Popen(["sleep", "2"], stdout=log) as late:
         log.close()
-        driver = f"from rayseg import cluster; cluster._remove_afterwards({str(folder)!r})"
+        driver = f"from rayseg.engine import cluster; cluster._remove_afterwards({str(folder)!r})"
         subprocess.run([sys.executable, "-c", driver], check=True)
         time.sleep(0.3)
         assert folder.exists() or late.poll() is not None

@@ -1,6 +1,8 @@
 """Runs as jobs of a cluster: one job for one run, followed to its end by whoever asks."""
 
+import asyncio
 import shlex
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -15,29 +17,39 @@ LINE = "rayseg run pipeline gpc --region demo --out s3://b/r --address auto"
 
 
 class Head:
-    """A head that remembers jobs and answers as Ray's client does; a job runs for `looks` looks at it."""
+    """A head that remembers jobs and answers as Ray's client does; a job ends when its log is read to the end.
 
-    def __init__(self, *, looks=3, ends="SUCCEEDED"):
-        self.jobs, self.submitted, self.looks, self.ends = {}, [], looks, ends
+    cuts: numbers of lines after which the stream of the log breaks off, one for each stream.
+    """
+
+    def __init__(self, *, lines=3, ends="SUCCEEDED", cuts=()):
+        self.jobs, self.submitted, self.lines, self.ends, self.cuts = {}, [], lines, ends, list(cuts)
+        self.streams = 0
 
     def submit_job(self, *, entrypoint, submission_id, runtime_env):
         if submission_id in self.jobs:
             raise RuntimeError(f"Job with submission_id {submission_id} already exists.")
         self.submitted.append((entrypoint, submission_id, runtime_env))
-        self.jobs[submission_id] = 0
+        self.jobs[submission_id] = "RUNNING"
         return submission_id
 
     def get_job_status(self, job_id):
         if job_id not in self.jobs:
             raise RuntimeError(f"Request failed with status code 404: Job {job_id} does not exist.")
-        self.jobs[job_id] += 1
-        return self.ends if self.jobs[job_id] > self.looks else "RUNNING"
+        return SimpleNamespace(value=self.jobs[job_id])
 
-    def get_job_logs(self, job_id):
-        return "".join(f"tiles {n}\n" for n in range(min(self.jobs[job_id], self.looks)))
+    async def tail_job_logs(self, job_id):
+        self.streams += 1
+        stop = self.cuts.pop(0) if self.cuts else None
+        for number in range(self.lines):
+            if number == stop:
+                raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+            await asyncio.sleep(0)
+            yield f"tiles {number}\n"
+        self.jobs[job_id] = self.ends
 
     def get_job_info(self, job_id):
-        return type("Info", (), {"message": "exit code 3"})()
+        return SimpleNamespace(message="exit code 3")
 
     def delete_job(self, job_id):
         del self.jobs[job_id]
@@ -50,10 +62,37 @@ def followed(head, job="r-1"):
     return "".join(said)
 
 
-def test_progress_is_told_once_and_to_the_end():
+def test_the_log_is_streamed_once_from_its_first_line_to_its_last():
     head = Head()
     assert followed(head) == "submitted r-1\ntiles 0\ntiles 1\ntiles 2\n"
     assert [entrypoint for entrypoint, _, _ in head.submitted] == [LINE]
+    assert head.streams == 1  # each line travels once, however long the job runs
+
+
+def test_a_stream_that_breaks_off_is_opened_again_and_no_line_is_printed_twice():
+    head = Head(cuts=[2, 0, 1])
+    assert followed(head) == "submitted r-1\ntiles 0\ntiles 1\ntiles 2\n"
+    assert head.streams == 4
+
+
+def test_a_connection_that_dies_in_silence_is_opened_again(monkeypatch):
+    head, whole = Head(), Head.tail_job_logs
+
+    async def dead(job_id):
+        head.tail_job_logs = lambda job_id: whole(head, job_id)
+        yield "tiles 0\n"
+        await asyncio.sleep(3600)
+
+    head.tail_job_logs = dead
+    monkeypatch.setattr(submit, "SILENCE", 0.05)
+    assert followed(head) == "submitted r-1\ntiles 0\ntiles 1\ntiles 2\n"
+
+
+def test_a_job_that_ended_without_a_log_that_can_be_read_ends_the_command():
+    head = Head(cuts=[0, 0])
+    head.submit_job = lambda *, entrypoint, submission_id, runtime_env: head.jobs.update({submission_id: "FAILED"})
+    with pytest.raises(RunIncomplete, match="job r-1 failed"):
+        followed(head)
 
 
 def test_a_second_command_attaches_and_one_after_the_end_goes_on():
@@ -110,10 +149,10 @@ def test_heads_elsewhere_need_a_token(monkeypatch, tmp_path, address, mode, allo
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 32 if mode == "token" else "")
     if allowed:
-        submit.expect_closed(address)
+        submit.expect_token(address)
     else:
         with pytest.raises(ConfigError, match=r"address|token"):
-            submit.expect_closed(address)
+            submit.expect_token(address)
 
 
 def test_a_file_of_settings_travels_in_the_line(tmp_path):

@@ -15,7 +15,6 @@ from small_world import catalogue
 from starlette.testclient import TestClient
 from tiny_server import serving
 
-from rayseg.serve import jobs
 from rayseg.serve.app import api
 from rayseg.serve.jobs import Job, entrypoint
 from rayseg.serve.models import Here, Shelf
@@ -108,13 +107,13 @@ def test_a_job_is_submitted_and_looked_up_by_its_id(config, monkeypatch):
         def __init__(self, address):
             assert address == config.jobs_address
 
-        def submit_job(self, *, entrypoint, submission_id):
+        def submit_job(self, *, entrypoint, submission_id, runtime_env):
             submitted[submission_id] = entrypoint
 
         def list_jobs(self):
             return [SimpleNamespace(submission_id=name, status=JobStatus.RUNNING) for name in [None, *submitted]]
 
-    monkeypatch.setattr(jobs, "JobSubmissionClient", Client)
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Client)
     asked = TestClient(api(config.model_copy(update={"jobs_at_once": 1}), Here(Shelf({})), Shelf({})))
     found = asked.post("/v1/jobs", json={"pipeline": "gpc", "region": "demo"})
     assert found.status_code == 202, found.text

@@ -202,7 +202,7 @@ def _said(error: RaysegError) -> str:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def interval(values: Sequence[float]) -> Point:
+def mean_interval(values: Sequence[float]) -> Point:
     """(mean, low, high): 95 % interval of the mean by Student's t; the mean alone of one value."""
     mean = float(np.mean(values))
     if len(values) < 2:
@@ -217,7 +217,7 @@ def lines(found: Mapping[Trial, dict[str, Any]]) -> dict[str, list[Point]]:
     for trial, value in found.items():
         for labels, measure in value.get("curve", ()):
             points.setdefault(_line_of(trial), {}).setdefault(float(labels), []).append(float(measure))
-    return {name: [(at, *interval(values)) for at, values in sorted(by.items())] for name, by in points.items()}
+    return {name: [(at, *mean_interval(values)) for at, values in sorted(by.items())] for name, by in points.items()}
 
 
 def _line_of(trial: Trial) -> str:

@@ -15,8 +15,8 @@ from rayseg.pipelines.al_s4gan.sweep import Trial
 
 
 def test_intervals_are_students():
-    assert sweep.interval([0.5]) == (0.5,)
-    mean, low, high = sweep.interval([0.4, 0.5, 0.6])
+    assert sweep.mean_interval([0.5]) == (0.5,)
+    mean, low, high = sweep.mean_interval([0.4, 0.5, 0.6])
     assert mean == pytest.approx(0.5)
     assert high - mean == pytest.approx(mean - low) == pytest.approx(4.30265 * 0.1 / np.sqrt(3), rel=1e-5)
 
