@@ -7,10 +7,9 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rasterio.enums import Resampling
 from rasterio.windows import Window as FileWindow
@@ -24,6 +23,9 @@ from rayseg.io.remote import patiently
 from rayseg.io.sources import Source, gdal, open_file
 from rayseg.vision.color import RGB, ClassTable, overlay
 from rayseg.vision.superpixels import outlined
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _INK = "#80868b"
 _BARE = (200, 30, 30)
@@ -71,6 +73,8 @@ def coverage_chart(patches: Sequence[tuple[int, Sequence[float]]]) -> bytes:
         float(np.average([shares[min(k, len(shares) - 1)] for _, shares in patches], weights=weights))
         for k in range(rounds)
     ]
+    from matplotlib.figure import Figure  # drawn at the end of a run, imported then
+
     figure = Figure(figsize=(4.8, 2.6), layout="constrained")
     axes = figure.subplots()
     bars = axes.bar([f"{k + 1}" for k in range(rounds)], means, color="#009e73")
@@ -84,6 +88,8 @@ def size_chart(pixels: Sequence[int]) -> bytes:
     """How many plots there are of which size, as SVG."""
     if not pixels:
         return b""
+    from matplotlib.figure import Figure  # drawn at the end of a run, imported then
+
     figure = Figure(figsize=(4.8, 2.6), layout="constrained")
     axes = figure.subplots()
     edges = np.geomspace(max(min(pixels), 1), max(pixels) + 1, 25)
@@ -94,7 +100,7 @@ def size_chart(pixels: Sequence[int]) -> bytes:
     return _svg(figure)
 
 
-def _svg(figure: Figure) -> bytes:
+def _svg(figure: "Figure") -> bytes:
     axes = figure.axes[0]
     axes.tick_params(colors=_INK, which="both")
     axes.spines[["top", "right"]].set_visible(False)

@@ -303,9 +303,9 @@ def test_stages_survive_pickling(tmp_path):
 TWICE = """
 import sys
 from pathlib import Path
-from rayseg import flow
-from rayseg.ledger import Ledger
-from rayseg.run import Engine
+from rayseg.engine import flow
+from rayseg.engine.ledger import Ledger
+from rayseg.engine.run import Engine
 from test_flow import rows_of, works
 
 for name in ("first", "second"):
@@ -319,9 +319,9 @@ for name in ("first", "second"):
 DEADLY = """
 import sys
 from pathlib import Path
-from rayseg import flow
-from rayseg.ledger import Ledger
-from rayseg.run import Engine
+from rayseg.engine import flow
+from rayseg.engine.ledger import Ledger
+from rayseg.engine.run import Engine
 from test_flow import rows_of, works
 
 if __name__ == "__main__":
@@ -336,7 +336,7 @@ def test_inline_a_row_that_kills_the_process_is_found_by_the_next(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "deadly.py").write_text(DEADLY)
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parents[1])])
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)])
     }
     command = [sys.executable, str(tmp_path / "deadly.py"), str(tmp_path)]
     first, second = (
@@ -355,7 +355,7 @@ def test_inline_a_row_that_kills_the_process_is_found_by_the_next(tmp_path):
 @pytest.mark.ray
 def test_one_private_ray_serves_all_flows_of_a_process(tmp_path):
     """With two CPUs, as on a small machine: reading, model and writing must fit beside each other."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'}
     done = subprocess.run(
         [sys.executable, "-c", TWICE, str(tmp_path)],
         check=False,

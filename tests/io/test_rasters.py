@@ -502,7 +502,7 @@ from moto.server import ThreadedMotoServer
 from upath import UPath
 from rayseg.io import cog
 from rayseg.io.rasters import footprint, grids_of, read, source_of_file
-from rayseg.geo import Grid, Window
+from rayseg.geo.grid import Grid, Window
 import os
 server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
 server.start()

@@ -18,7 +18,9 @@ def test_planning_a_run_imports_neither_torch_nor_ray():
     assert done.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("stages", ["read", "ground", "instances", "enlarge", "plots", "score", "write", "cues"])
+@pytest.mark.parametrize(
+    "stages", ["read", "to_rgb", "propose", "enlarge", "classify_plots", "score", "write", "decide_cues"]
+)
 def test_processes_that_read_and_write_do_not_import_torch(stages):
     """Each would take seconds, and hundreds of megabytes, of its own."""
     found = f"import sys, rayseg.stages.{stages}; print('torch' in sys.modules)"
