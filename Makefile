@@ -1,9 +1,12 @@
-# make demo | test | chaos | check | bench: each sets up .venv first, from pyproject.toml with constraints.txt.
+# make demo | test | test-more | chaos | lint | check | bench: each sets up .venv first, from pyproject.toml with constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Processes that run tests; each takes about 3 GiB of memory.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest
 
-.PHONY: setup demo test chaos check lint bench
+.PHONY: setup demo test test-more chaos check lint bench
 
 setup: $(STAMP)
 
@@ -17,10 +20,13 @@ demo: setup
 	$(BIN)/rayseg run pipeline gpc --region demo --config configs/gpc/smoke.yaml --out runs/demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST) --numprocesses $(WORKERS) --dist loadgroup
+
+test-more: setup
+	$(PYTEST) --numprocesses $(WORKERS) --dist loadgroup -m "more and not chaos"
 
 chaos: setup
-	$(BIN)/python -m pytest -m chaos
+	$(PYTEST) -m chaos
 
 lint: setup
 	$(BIN)/python -m pip check
@@ -29,7 +35,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint test
+check: lint test test-more
 
 bench: setup
 	for name in tiles start cam objects predict train_feed; do $(BIN)/python benchmarks/$$name.py || exit 1; done

@@ -14,7 +14,20 @@ from rayseg.engine import tuning
 
 tuning.prepare()  # as commands begin
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+TESTS = Path(__file__).resolve().parent
+SHARED = TESTS.parents[1] / "shared"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes (`--dist loadgroup`), run a file in one of them and all users of `local_ray` in one.
+
+    So a module's fixtures are made once and there is one Ray, whatever the number of processes.
+    """
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            on_ray = "local_ray" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("ray" if on_ray else item.path.relative_to(TESTS).as_posix()))
 
 
 @pytest.fixture(scope="session")
@@ -38,8 +51,9 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A private Ray with 8 logical CPUs and a logical GPU, once for all tests that need one."""
     import ray
 
-    # Ray's workers import the stages that tests define.
-    os.environ |= {"PYTHONPATH": str(Path(__file__).parent), "RAY_AUTH_MODE": "disabled"}
+    # Ray's workers import this checkout and the stages that tests define.
+    folders = [TESTS.parent, TESTS, *sorted({path.parent for path in TESTS.rglob("test_*.py")})]
+    os.environ |= {"PYTHONPATH": os.pathsep.join(map(str, folders)), "RAY_AUTH_MODE": "disabled"}
     os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
     quiet_ray()
     folder = tempfile.mkdtemp(prefix="rs-")

@@ -21,6 +21,7 @@ from rayseg.store import upath
 
 INLINE = Engine("inline")
 RAY = Engine("ray")
+pytestmark = pytest.mark.xdist_group("ray")  # `local_ray` is requested by a fixture here, which collection does not see
 ENGINES = [pytest.param(INLINE, id="inline"), pytest.param(RAY, id="ray", marks=[pytest.mark.ray])]
 
 
