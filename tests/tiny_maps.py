@@ -9,7 +9,6 @@ from rayseg.errors import DataError
 from rayseg.geo.grid import Tile
 from rayseg.io import vectors
 from rayseg.io.rasters import footprint, grids_of
-from rayseg.io.sources import unplaced
 from rayseg.models.bundle import Architecture, Bundle
 from rayseg.models.segmenter import Probabilities
 from rayseg.stages.predict import Predict
@@ -87,7 +86,7 @@ def mapped(folder, sources, *, size, bundle=None, network=None, halo=None):
         place = (slice(None), *tile.window.slices(extents[tile.grid]))
         assert (found[tile.grid][place] == 255).all(), "a pixel in two tiles"
         for band, name in enumerate(("classes", "scores")):
-            with unplaced(), rasterio.open(folder / tile.id / f"{name}.tif") as file:
+            with rasterio.open(folder / tile.id / f"{name}.tif") as file:
                 found[tile.grid][band][place[1:]] = file.read(1)
         parts.append(vectors.read_parts(folder / tile.id / "parts.parquet"))
     return len(rows), found, vectors.join(parts, TABLE)

@@ -10,7 +10,7 @@ from rasterio.io import DatasetWriter, MemoryFile
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Window
-from rayseg.io.sources import crs_of, gdal, open_file, unplaced
+from rayseg.io.sources import crs_of, gdal, open_file
 from rayseg.store import StorePath, put
 from rayseg.vision.color import ClassTable
 
@@ -95,18 +95,17 @@ def _in_memory(
         raise DataError(f"{path}: pixels of shape {image_CHW.shape[1:]} do not fill {window}.")
     place = {"crs": crs_of(grid.crs), "transform": grid.transform(window)} if grid.crs else {}
     count, height, width = image_CHW.shape
-    with unplaced():
-        dataset = rasterio.open(
-            "",
-            "w",
-            driver="MEM",
-            count=count,
-            height=height,
-            width=width,
-            dtype=image_CHW.dtype,
-            nodata=nodata,
-            **place,
-        )
+    dataset = rasterio.open(
+        "",
+        "w",
+        driver="MEM",
+        count=count,
+        height=height,
+        width=width,
+        dtype=image_CHW.dtype,
+        nodata=nodata,
+        **place,
+    )
     dataset.write(image_CHW)
     return dataset
 
@@ -135,8 +134,7 @@ def _publish(path: StorePath, dataset: DatasetWriter, options: dict[str, str]) -
 
 def _encoded(dataset: DatasetWriter, options: dict[str, str]) -> bytes:
     with MemoryFile(ext=".tif") as target:
-        with unplaced():
-            rasterio.shutil.copy(dataset, target.name, **_COG, **options)
+        rasterio.shutil.copy(dataset, target.name, **_COG, **options)
         return bytes(target.getbuffer())
 
 

@@ -21,11 +21,12 @@ from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Window
 from rayseg.io.maps import MappedTile
 from rayseg.io.pictures import bands_shown
-from rayseg.io.sources import Source, crs_of, gdal, unplaced
+from rayseg.io.sources import Source, crs_of, gdal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+warnings.filterwarnings("ignore", category=NoOverviewWarning)  # once, for filters belong to the process
 SIDE = 256
 Bounds = tuple[float, float, float, float]
 
@@ -110,12 +111,8 @@ def _byte(values_HW: np.ndarray, low: float, high: float) -> np.ndarray:
 @contextmanager
 def _open(href: str, *, local: bool, nodata: float | None) -> "Iterator[Reader]":
     options: Any = {} if nodata is None else {"nodata": nodata}
-    with gdal(href):
-        with unplaced():
-            warnings.simplefilter("ignore", NoOverviewWarning)
-            reader = (ImageReader if local else Reader)(href, options=options)
-        with reader:
-            yield reader
+    with gdal(href), (ImageReader if local else Reader)(href, options=options) as reader:
+        yield reader
 
 
 def _read(

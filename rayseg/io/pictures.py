@@ -298,7 +298,7 @@ def _decimated(
     """Three bands of a source over `part` of its footprint, averaged down to `shape`, and where they have data."""
     bands, valid_HW = [], np.ones(shape, bool)
     for href, index in bands_shown(source):
-        band_HW, ok_HW = patiently(href, partial(_averaged, source, href, index, grid, part, shape))
+        band_HW, ok_HW = patiently(partial(_averaged, source, href, index, grid, part, shape))
         valid_HW &= ok_HW
         bands.append(band_HW)
     if source.nodata is not None:

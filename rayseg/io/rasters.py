@@ -106,7 +106,7 @@ def _read_source(
     for href, wanted in _files_of(source, bands).items():
         indexes = [index for _, index in wanted]
         read_it = partial(_read_file, source, href, grid, part, indexes, categorical=categorical)
-        pixels_CHW, ok_HW = remote.patiently(href, read_it)
+        pixels_CHW, ok_HW = remote.patiently(read_it)
         if image_CHW is None:
             image_CHW = np.zeros((len(bands), part.height, part.width), pixels_CHW.dtype)
         _same_dtype(href, pixels_CHW.dtype, image_CHW.dtype)

@@ -1,11 +1,13 @@
-"""Imagery behind a network: GDAL's settings, signatures that run out, and patience with stores that are busy."""
+"""Imagery behind a network: GDAL's settings, retries of what may pass, and signatures that expire."""
 
 import re
 import threading
 import time
-from collections.abc import Callable
-from datetime import datetime
-from functools import cache
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import cache, lru_cache
 from typing import TypeVar
 from urllib.parse import quote, urlsplit
 
@@ -25,77 +27,133 @@ SETTINGS = {
     "GDAL_HTTP_CONNECTTIMEOUT": "10",
     "GDAL_HTTP_LOW_SPEED_LIMIT": "1000",
     "GDAL_HTTP_LOW_SPEED_TIME": "20",
-    "CPL_VSIL_CURL_NON_CACHED": "/vsis3/:/vsicurl/",  # what failed once, or was replaced, is asked for again
+    "CPL_VSIL_CURL_NON_CACHED": "/vsis3/:/vsicurl/",  # a failed or replaced file is requested again
 }
 WAITS = (1.0, 4.0)
-"""Seconds between the attempts to read from a remote file; each opens it anew, with fresh credentials."""
+"""Seconds between the attempts to read a remote file; each attempt opens it anew, with fresh credentials."""
+LONGEST_WAIT = 60.0
+"""Most seconds between two attempts, whatever a server requests."""
 EARLY = 300.0
 """Seconds before its end at which a signature is renewed."""
+MOST_SIGNATURES = 4096
+"""Signatures that a process keeps; the least recently used one is dropped first."""
 _FINAL = re.compile(r"\b404\b|does not exist|not recognized|No such|has no band|complex", re.IGNORECASE)
-_signatures: dict[str, tuple[str, float]] = {}
-_signing = threading.Lock()
+_signatures: OrderedDict[str, tuple[str, float]] = OrderedDict()
 
 
 def settings(name: str) -> dict[str, str]:
-    """GDAL's options for a file that is not on this machine; for s3 those that s3fs works with (`s3_options`)."""
+    """GDAL's options for a file that is not on this machine; for s3 they match s3fs (`s3_options`)."""
     scheme = urlsplit(name).scheme
     return {**SETTINGS, **(_store(tuple(sorted(s3_options().items()))) if scheme == "s3" else {})}
 
 
 @cache
 def _store(options: tuple[tuple[str, object], ...]) -> dict[str, str]:
-    """The object store that s3fs is set up for (its configuration files included) in GDAL's words."""
+    """GDAL's options for the object store that s3fs is configured for, configuration files included."""
     given = dict(options)
-    words = {"AWS_NO_SIGN_REQUEST": "YES"} if given.get("anon") else {}
-    words |= {"AWS_PROFILE": str(given["profile"])} if "profile" in given else {}
+    settings = {"AWS_NO_SIGN_REQUEST": "YES"} if given.get("anon") else {}
+    settings |= {"AWS_PROFILE": str(given["profile"])} if "profile" in given else {}
     url = urlsplit(str(upath("s3://bucket/key").fs.s3.meta.endpoint_url))
     if url.netloc.endswith("amazonaws.com"):
-        return words
+        return settings
     secure = "YES" if url.scheme == "https" else "NO"
-    return words | {"AWS_S3_ENDPOINT": url.netloc, "AWS_HTTPS": secure, "AWS_VIRTUAL_HOSTING": "FALSE"}
+    return settings | {"AWS_S3_ENDPOINT": url.netloc, "AWS_HTTPS": secure, "AWS_VIRTUAL_HOSTING": "FALSE"}
 
 
-def patiently(name: str, read: Callable[[], T]) -> T:
-    """What `read` returns, tried again where a store that failed may answer later.
+# -- retries ----------------------------------------------------------------------------------------------------------
+
+
+class Passing(DataError):
+    """A failure that a later attempt may not meet: a busy server, a lost connection.
+
+    Attributes:
+        wait: seconds after which the server requests the next attempt.
+    """
+
+    def __init__(self, reason: str, wait: float = 0.0) -> None:
+        super().__init__(reason)
+        self.wait = wait
+
+
+def patiently(
+    attempt: Callable[[], T], waits: Iterable[float] | None = None, *, pause: Callable[[float], object] = time.sleep
+) -> T:
+    """Return what `attempt` returns; repeat it while it raises `Passing`.
+
+    Args:
+        attempt: the call.
+        waits: seconds before each further attempt, `WAITS` by default; a longer wait that the server requests counts.
+        pause: waits so many seconds; returns True to give up.
 
     Raises:
-        DataError: of `read`, the last time, or at once where another attempt is of no use.
+        Passing: of the last attempt.
     """
-    for wait in WAITS:
+    for wait in WAITS if waits is None else waits:
         try:
-            return read()
-        except DataError as error:
-            if urlsplit(name).scheme not in {"s3", "http", "https"} or _FINAL.search(str(error)):
+            return attempt()
+        except Passing as failure:
+            if pause(min(max(wait, failure.wait), LONGEST_WAIT)):
                 raise
-        time.sleep(wait)
-    return read()
+    return attempt()
+
+
+def failure(name: str, message: str) -> DataError:
+    """The error of a file that GDAL cannot read: `Passing` where the file is remote and the reason may pass."""
+    final = urlsplit(name).scheme not in {"s3", "http", "https"} or _FINAL.search(message)
+    return DataError(message) if final else Passing(message)
+
+
+def retry_after(text: str) -> float:
+    """Seconds that a Retry-After header requests, as a number or a date; 0 for any other text."""
+    if text.isdecimal():
+        return float(text)
+    try:
+        return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):  # TypeError: a date without zone
+        return 0.0
+
+
+# -- signatures -------------------------------------------------------------------------------------------------------
 
 
 def signed(href: str) -> str:
-    """The href as it can be read now: signed by the service that `signer` names, if it is of a host that asks for it.
+    """The href as it can be read now: signed by the service that `signer` names if its host requires it.
 
     Raises:
         DataError: the service does not sign it.
     """
-    service, hosts = signer()
-    host = urlsplit(href).hostname or ""
-    if not service or not any(host == name or host.endswith(f".{name.lstrip('.')}") for name in hosts):
-        return href
-    with _signing:
-        found, ends = _signatures.get(href, ("", 0.0))
-        if time.time() > ends - EARLY:
-            found, ends = _asked(service, href)
-            _signatures[href] = found, ends
-    return found
+    return _signature(href)[0]
 
 
 def stamp(href: str) -> int:
     """Changes when the href has to be opened anew: when its signature ends."""
-    signed(href)
-    return int(_signatures.get(href, ("", 0.0))[1])
+    return int(_signature(href)[1])
 
 
-def _asked(service: str, href: str) -> tuple[str, float]:
+def _signature(href: str) -> tuple[str, float]:
+    """(signed href, when the signature ends as Unix time); (the href, 0) where its host requires none."""
+    service, hosts = signer()
+    host = urlsplit(href).hostname or ""
+    if not service or not any(host == name or host.endswith(f".{name.lstrip('.')}") for name in hosts):
+        return href, 0.0
+    with _lock_of(host):  # one request for a signature that many threads need; other hosts do not wait
+        text, ends = _signatures.get(href, ("", 0.0))
+        if time.time() > ends - EARLY:
+            text, ends = _sign(service, href)
+        _signatures.pop(href, None)  # the last in order is the latest used; another host's thread may evict any
+        _signatures[href] = text, ends
+        while len(_signatures) > MOST_SIGNATURES:
+            _signatures.popitem(last=False)
+    return text, ends
+
+
+@lru_cache(maxsize=256)
+def _lock_of(host: str) -> threading.Lock:
+    """The lock of a host; a forgotten lock costs a second request, never a wrong signature."""
+    return threading.Lock()
+
+
+def _sign(service: str, href: str) -> tuple[str, float]:
     import httpx  # few catalogues are signed
 
     plain = href.partition("?")[0]

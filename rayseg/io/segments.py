@@ -9,7 +9,7 @@ from rasterio.windows import Window as FileWindow
 
 from rayseg.geo.grid import Grid, Window
 from rayseg.io import cog
-from rayseg.io.sources import gdal, open_file, unplaced
+from rayseg.io.sources import gdal, open_file
 from rayseg.store import StorePath
 
 
@@ -44,6 +44,5 @@ def without_specks(classes_HW: NDArray[np.uint8], valid_HW: NDArray[np.bool_], *
     if size < 2 or not valid_HW.any():
         return classes_HW
     whole = bool(valid_HW.all())
-    with unplaced():
-        cleaned: NDArray[np.uint8] = sieve(classes_HW, size, mask=None if whole else valid_HW, connectivity=4)
+    cleaned: NDArray[np.uint8] = sieve(classes_HW, size, mask=None if whole else valid_HW, connectivity=4)
     return cleaned

@@ -5,7 +5,6 @@ import logging
 import math
 import re
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,7 @@ from affine import Affine
 from rasterio._err import CPLE_BaseError
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp
-from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
+from rasterio.errors import CRSError, RasterioError
 from rasterio.io import DatasetReader
 from rasterio.warp import calculate_default_transform, transform, transform_bounds
 
@@ -30,47 +29,47 @@ from rayseg.store import is_local, public
 
 _RASTERIO = logging.getLogger("rasterio")
 _LOGGERS = tuple(logging.getLogger(f"rasterio.{name}") for name in ("_env", "_err"))
-"""Of GDAL's warnings, and of errors that no call raised; rasterio says the second as information."""
+"""They log GDAL's warnings, and as information the errors that no call raised."""
 _LOST = re.compile(
     r"IO error|can ?not (be )?read|failed to read|read ?error|IReadBlock|decod\w+ error|Request for .* failed|"
     r"tags apparently corrupt|error reading (?!EXIF)",
     re.IGNORECASE,
 )
-"""An Exif directory that is gone costs a photo no pixel and no place."""
+"""Messages of lost data; a photo without its Exif directory loses neither pixels nor its place."""
 _WHERE = re.compile(r"^GDAL signalled an error: err_no=\d+, msg=")
-_heard = threading.local()
+_thread = threading.local()
 
 
-class _Ear(logging.Filter):
-    """Keeps what a thread listens for; lets pass what rasterio's loggers would have let pass without it."""
+class _Collector(logging.Filter):
+    """Collects a thread's messages of lost data; passes on what rasterio's loggers pass on without it."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        said: list[str] | None = getattr(_heard, "said", None)
+        messages: list[str] | None = getattr(_thread, "messages", None)
         message = record.getMessage()
-        if said is not None and _LOST.search(message):
-            said.append(_WHERE.sub("", message).strip("'\""))
+        if messages is not None and _LOST.search(message):
+            messages.append(_WHERE.sub("", message).strip("'\""))
         return record.levelno >= _RASTERIO.getEffectiveLevel()
 
 
-_EAR = _Ear()
+_COLLECTOR = _Collector()
 
 
 @contextmanager
-def complaints() -> Iterator[list[str]]:
-    """What GDAL complains of meanwhile in this thread; what is said to an inner listener, outer ones do not hear.
+def gdal_errors() -> Iterator[list[str]]:
+    """Collect the messages of lost data that GDAL logs in this thread; outer contexts miss those of inner ones.
 
-    The two loggers say it whatever a program has set them to; who reads its log sees no more than before.
+    It works whatever a program has set the two loggers to, and a program's log shows no more than without it.
     """
     for logger in _LOGGERS:
         logger.disabled = False
         if not logger.isEnabledFor(logging.INFO):
             logger.setLevel(logging.INFO)
-        logger.addFilter(_EAR)  # once, however often it is added
-    outer, _heard.said = getattr(_heard, "said", None), []
+        logger.addFilter(_COLLECTOR)  # once, however often it is added
+    outer, _thread.messages = getattr(_thread, "messages", None), []
     try:
-        yield _heard.said
+        yield _thread.messages
     finally:
-        _heard.said = outer
+        _thread.messages = outer
 
 
 SCHEMES = ("", "file", "s3", "http", "https")
@@ -83,7 +82,6 @@ MOST_TILES = 1 << 22
 STORED = (1.0, 0.0)  # scale and offset of values that are units already
 _NAMELESS = (ColorInterp.undefined, ColorInterp.gray)
 _FAULTS = (RasterioError, CRSError, CPLE_BaseError)
-_opening = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -200,21 +198,13 @@ def open_file(href: str) -> DatasetReader:
     """
     if urlsplit(href).scheme not in SCHEMES:
         raise DataError(f"{href} cannot be read: expected a local path or one of {', '.join(filter(None, SCHEMES))}.")
-    return remote.patiently(href, partial(_open_whole, href))
+    return remote.patiently(partial(_open_whole, href))
 
 
 def _open_whole(href: str) -> DatasetReader:
     """The file, open, with all of its header that describes it."""
-    with _refused(href), unplaced():
+    with _refused(href):
         return rasterio.open(remote.signed(href))
-
-
-@contextmanager
-def unplaced() -> Iterator[None]:
-    """An image without georeference is nothing to warn of here. One thread at a time: filters are the process's."""
-    with _opening, warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        yield
 
 
 @contextmanager
@@ -228,12 +218,14 @@ def gdal(name: str, window: Window | None = None) -> Iterator[None]:
 @contextmanager
 def _refused(name: str, place: str = "") -> Iterator[None]:
     try:
-        with complaints() as said:
+        with gdal_errors() as messages:
             yield
     except _FAULTS as error:
-        raise DataError(public(f"{name} cannot be read{place}: {str(error.__cause__ or error).rstrip('.')}.")) from None
-    if said:
-        raise DataError(public(f"{name} cannot be read{place}: {said[0].rstrip('.')}."))
+        reason = str(error.__cause__ or error)
+    else:
+        reason = messages[0] if messages else ""
+    if reason:
+        raise remote.failure(name, public(f"{name} cannot be read{place}: {reason.rstrip('.')}."))
 
 
 @contextmanager

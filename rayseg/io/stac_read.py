@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import PurePosixPath
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +21,13 @@ from shapely.geometry.base import BaseGeometry
 
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.region import named_regions, region_names, resolve_region
+from rayseg.io.remote import Passing, patiently, retry_after
 from rayseg.io.sources import STORED, Source, crs_of, crs_text, source_of_file
 from rayseg.io.stac_write import item_of, lonlat_outline, write_catalog, write_collection, write_item, write_tile_item
 from rayseg.store import is_local, public, put, upath
+
+if TYPE_CHECKING:  # only STAC APIs need it
+    from pystac_client.stac_api_io import StacApiIO
 
 Box = tuple[float, float, float, float]
 """(west, south, east, north) in degrees."""
@@ -60,7 +64,10 @@ def _meeting(table: pa.Table, box: Box) -> pa.ChunkedArray:
 _SIGNS = {"<=": "lte", ">=": "gte", "<": "lt", ">": "gt", "!=": "neq", "=": "eq"}
 _CONDITION = re.compile(r"([^<>=!]+)(<=|>=|!=|<|>|=)([^<>=!]+)")
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
-BUSY = (429, 500, 502, 503, 504)
+BUSY = (None, 429, 500, 502, 503, 504)
+"""Status codes after which a STAC API may answer later; None is a lost connection."""
+API_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""Seconds between the attempts to request a page."""
 MOST_ITEMS = 500_000
 MOST_STALE = 3
 """Pages in succession without a new item, after which a STAC API is taken to have no end."""
@@ -81,15 +88,12 @@ def search(uri: str, question: str | None, geometry: dict[str, Any] | None) -> l
     """
     import pystac_client  # only APIs need it
     from pystac_client.exceptions import APIError
-    from pystac_client.stac_api_io import StacApiIO
-    from urllib3 import Retry
 
     names, asked = _asked(question or "")
     stale = 0
     found: dict[tuple[str | None, str], pystac.Item] = {}
     try:
-        patient = Retry(5, backoff_factor=0.5, status_forcelist=BUSY, allowed_methods=None)  # a search is a POST
-        client = pystac_client.Client.open(uri, stac_io=StacApiIO(max_retries=patient, timeout=60))
+        client = pystac_client.Client.open(uri, stac_io=_patient_io())
         search = client.search(collections=names or None, intersects=geometry, **asked)
         for number, page in enumerate(search.pages_as_dicts(), 1):
             before = len(found)
@@ -102,9 +106,34 @@ def search(uri: str, question: str | None, geometry: dict[str, Any] | None) -> l
                     f"the STAC API {public(uri)} comes to no end: {number} pages with {len(found)} different items, at "
                     f"most {MOST_ITEMS} are taken; ask for a smaller region, or a datetime"
                 )
-    except (APIError, KeyError, pystac.STACError) as error:
+    except (APIError, KeyError, pystac.STACError, Passing) as error:
         raise DataError(f"the STAC API {public(uri)} cannot be searched: {public(str(error))[:300]}") from None
     return list(found.values())
+
+
+def _patient_io() -> "StacApiIO":
+    """The HTTP client of a STAC API; it repeats requests by `remote.patiently`, as long as a Retry-After requests."""
+    from pystac_client.exceptions import APIError
+    from pystac_client.stac_api_io import StacApiIO
+
+    class PatientIO(StacApiIO):
+        def request(self, *args: Any, **kwargs: Any) -> str:  # noqa: ANN401 - the library's signature
+            def attempt() -> str:
+                waits.clear()
+                try:
+                    return super(PatientIO, self).request(*args, **kwargs)
+                except APIError as error:
+                    if error.status_code not in BUSY:
+                        raise
+                    raise Passing(str(error), max(waits, default=0.0)) from None
+
+            return patiently(attempt, API_WAITS)
+
+    waits: list[float] = []
+    client = PatientIO(max_retries=0, timeout=60)
+    hook = client.session.hooks["response"]
+    hook.append(lambda answer, **_: waits.append(retry_after(answer.headers.get("Retry-After", ""))))
+    return client
 
 
 def _asked(question: str) -> tuple[list[str], dict[str, Any]]:

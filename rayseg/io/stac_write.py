@@ -23,7 +23,7 @@ from shapely.geometry import mapping, shape
 import rayseg
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Tile, Window
-from rayseg.io.sources import Source, crs_of, placing, unplaced
+from rayseg.io.sources import Source, crs_of, placing
 from rayseg.store import StorePath, is_local, public, put, upath
 from rayseg.vision.color import ClassTable, hex_of
 
@@ -181,7 +181,7 @@ def _asset(path: Any, table: ClassTable | None) -> pystac.Asset:  # noqa: ANN401
 
 
 def _bands(data: bytes) -> list[dict[str, Any]]:
-    with unplaced(), MemoryFile(data) as memory, memory.open() as dataset:
+    with MemoryFile(data) as memory, memory.open() as dataset:
         named = zip(dataset.descriptions, dataset.dtypes, dataset.nodatavals, strict=True)
         return [
             {"name": name or f"b{index}", "data_type": dtype, **({} if nodata is None else {"nodata": nodata})}

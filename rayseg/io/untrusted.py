@@ -14,7 +14,7 @@ from rasterio.io import DatasetReader
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window
 from rayseg.io.rasters import read
-from rayseg.io.sources import Source, footprint, gdal, grids_of, source_of_file, unplaced
+from rayseg.io.sources import Source, footprint, gdal, grids_of, source_of_file
 
 DRIVERS = {"png": "PNG", "jpeg": "JPEG", "tiff": "GTiff"}
 _CLOSED = {
@@ -75,7 +75,7 @@ def read_image(path: str, kind: str, *, bands: Sequence[str], max_pixels: int) -
         TooLarge: it has more pixels, or would need more memory than four bytes in each of eight bands of so many.
         DataError: it cannot be read, or what it says leads out of it.
     """
-    with gdal(path), unplaced(), rasterio.open(path, driver=DRIVERS[kind]) as dataset:
+    with gdal(path), rasterio.open(path, driver=DRIVERS[kind]) as dataset:
         _expect_inside(dataset)
         _expect_small(dataset, len(bands), max_pixels)
         if dataset.colorinterp[0].name == "palette":

@@ -27,7 +27,7 @@ from rayseg.io.cog import read_bands
 from rayseg.io.maps import MappedTile, mapped_tiles
 from rayseg.io.masks import table_of
 from rayseg.io.rasters import read
-from rayseg.io.sources import Source, footprint, grids_of, source_of_file, unplaced
+from rayseg.io.sources import Source, footprint, grids_of, source_of_file
 from rayseg.store import StorePath, put, upath
 from rayseg.vision.color import ClassTable
 from rayseg.vision.segments import groups
@@ -101,8 +101,7 @@ def _outlines(labels_HW: np.ndarray, window: Window) -> NDArray[np.object_]:
     points: list[tuple[float, float]] = []
     lengths, owners = [], []
     to_grid = Affine.translation(window.col, window.row)
-    with unplaced():
-        found = list(shapes(labels_HW, mask=labels_HW > 0, connectivity=4, transform=to_grid))
+    found = list(shapes(labels_HW, mask=labels_HW > 0, connectivity=4, transform=to_grid))
     for geometry, value in found:
         for ring in geometry["coordinates"]:
             points += ring

@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import Annotated, Literal
 from urllib.parse import urlsplit, urlunsplit
@@ -34,14 +32,13 @@ from rayseg import __version__
 from rayseg.config import Config
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Grid, Window
-from rayseg.io.sources import unplaced
+from rayseg.io.remote import Passing, patiently, retry_after
 
 CRS = "EPSG:3857"
 _HALF_WORLD = math.pi * 6_378_137.0
 _SAME = 1e-6  # relative difference up to which a resolution is a zoom's own
 _FINEST_ZOOM = 24
 _MOST_BYTES = 8 << 20  # of one tile
-_LONGEST_WAIT = 60.0  # s
 _NO_TILE = {204, 404, 410}
 _BUSY = {408, 425, 429}
 _PLACEHOLDERS = ("{z}", "{x}", "{y}", "{-y}", "{q}", "{s}")
@@ -173,14 +170,6 @@ def _expanded(template: str, tile: mercantile.Tile) -> str:
 # -- fetching ----------------------------------------------------------------------------------------------------------
 
 
-class _Passing(Exception):
-    """A failure that may be gone at the next try; `wait` is the server's own wish in seconds."""
-
-    def __init__(self, reason: str, wait: float = 0.0) -> None:
-        super().__init__(reason)
-        self.wait = wait
-
-
 @dataclass(frozen=True)
 class Session:
     """Open connections to one server, and the threads that use them."""
@@ -253,18 +242,19 @@ def mosaic(session: Session, window: Window) -> np.ndarray:
 
 def _tile(session: Session, tile: mercantile.Tile, stop: threading.Event) -> np.ndarray | None:
     """(4, size, size) uint8 as in a mosaic; None where the server has no tile, or when `stop` is set."""
-    fetching, pause, reason = session.service.fetching, 0.0, ""
-    for attempt in range(fetching.tries):
-        if stop.wait(pause):
+    fetching, name = session.service.fetching, session.service.name(tile)
+    waits = (fetching.backoff * 2**attempt * random.uniform(0.5, 1.5) for attempt in range(fetching.tries - 1))
+
+    def attempt() -> np.ndarray | None:
+        body = None if stop.is_set() else _ask(session, tile)
+        return None if body is None else _decoded(body, name, fetching.tile_size)
+
+    try:
+        return patiently(attempt, waits, pause=stop.wait)
+    except Passing as failure:
+        if stop.is_set():
             return None
-        try:
-            body = _ask(session, tile)
-            return None if body is None else _decoded(body, session.service.name(tile), fetching.tile_size)
-        except _Passing as failure:
-            reason = str(failure)
-            pause = max(failure.wait, fetching.backoff * 2**attempt * random.uniform(0.5, 1.5))
-            pause = min(pause, _LONGEST_WAIT)
-    raise DataError(f"{session.service.name(tile)} failed {fetching.tries} times, at last with {reason}")
+        raise DataError(f"{name} failed {fetching.tries} times, at last with {failure}") from None
 
 
 def _ask(session: Session, tile: mercantile.Tile) -> bytes | None:
@@ -281,49 +271,36 @@ def _ask(session: Session, tile: mercantile.Tile) -> bytes | None:
                 if len(body) > _MOST_BYTES:
                     raise DataError(f"{name} has more than {_MOST_BYTES} bytes, expected one tile")
                 if time.monotonic() > end:
-                    raise _Passing(f"an answer that took more than {most:g} s")
+                    raise Passing(f"an answer that took more than {most:g} s")
     except httpx.RequestError as error:  # its text and context may hold the URL
-        raise _Passing(type(error).__name__) from None
+        raise Passing(type(error).__name__) from None
     return bytes(body)
 
 
 def _expect_ok(answer: httpx.Response, name: str) -> None:
     status = answer.status_code
     if status in _BUSY or status >= 500:
-        raise _Passing(f"HTTP {status}", _retry_after(answer.headers.get("Retry-After", "")))
+        raise Passing(f"HTTP {status}", retry_after(answer.headers.get("Retry-After", "")))
     if status != 200:
         raise DataError(f"{name} was answered with HTTP {status}: check the address, the key and the terms of use")
-
-
-def _retry_after(text: str) -> float:
-    """Seconds that a Retry-After header asks for, as a number or a date; 0 when it says nothing."""
-    if text.isdecimal():
-        return float(text)
-    try:
-        return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):  # TypeError: a date without zone
-        return 0.0
 
 
 def _decoded(body: bytes, name: str, size: int) -> np.ndarray:
     """(4, size, size) uint8: red, green, blue and 255 where there is data, all 0 elsewhere."""
     driver = next((driver for magic, driver in _DRIVERS.items() if body.startswith(magic)), None)
     if driver is None:
-        raise _Passing("a body that is no PNG, JPEG or WebP image")
+        raise Passing("a body that is no PNG, JPEG or WebP image")
     try:
-        with rasterio.Env(**_DECODING), MemoryFile(body) as file:
-            with unplaced():
-                dataset = file.open(driver=driver)
-            with dataset:
-                if dataset.shape != (size, size) or dataset.dtypes[0] != "uint8":
-                    height, width = dataset.shape
-                    raise DataError(
-                        f"{name} is {width} x {height} px of {dataset.dtypes[0]}, expected {size} x {size} of uint8: "
-                        "check tile_size"
-                    )
-                rgba_CHW = _rgba(dataset)
+        with rasterio.Env(**_DECODING), MemoryFile(body) as file, file.open(driver=driver) as dataset:
+            if dataset.shape != (size, size) or dataset.dtypes[0] != "uint8":
+                height, width = dataset.shape
+                raise DataError(
+                    f"{name} is {width} x {height} px of {dataset.dtypes[0]}, expected {size} x {size} of uint8: "
+                    "check tile_size"
+                )
+            rgba_CHW = _rgba(dataset)
     except RasterioError:
-        raise _Passing(f"a broken {driver} image") from None
+        raise Passing(f"a broken {driver} image") from None
     rgba_CHW[3] = np.where(rgba_CHW[3] > 0, 255, 0)
     rgba_CHW[:3, rgba_CHW[3] == 0] = 0
     return rgba_CHW

@@ -25,7 +25,6 @@ from rayseg.io.labels import (
     sources_of_images,
 )
 from rayseg.io.rasters import grids_of, read
-from rayseg.io.sources import unplaced
 from rayseg.io.stac_read import open_items, source_of
 from rayseg.vision.color import ClassTable
 
@@ -43,7 +42,7 @@ def write(path, image_HWC, *, place=None, alpha=False, palette=None, **options):
         "width": image.shape[2],
         "dtype": image.dtype,
     }
-    with unplaced(), rasterio.MemoryFile() as memory:
+    with rasterio.MemoryFile() as memory:
         with memory.open(**kind, **(place or {})) as dataset:
             if alpha:
                 dataset.colorinterp = [

@@ -4,7 +4,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -18,9 +19,10 @@ import rasterio
 from rasterio.transform import from_origin
 
 from rayseg.errors import DataError
-from rayseg.io import pictures, remote
+from rayseg.geo.grid import Grid, Window
+from rayseg.io import cog, pictures, remote, sources
 from rayseg.io.rasters import read
-from rayseg.io.sources import complaints, footprint, grids_of, source_of_file
+from rayseg.io.sources import footprint, gdal_errors, grids_of, source_of_file
 from rayseg.store import access, public
 
 
@@ -31,6 +33,8 @@ def service(monkeypatch):
     class Sign(BaseHTTPRequestHandler):
         def do_GET(self):
             self.server.asked += 1
+            if self.server.together:
+                self.server.together.wait()
             href = parse_qs(urlsplit(self.path).query)["href"][0]
             ends = datetime.fromtimestamp(time.time() + self.server.lasts, UTC).isoformat()
             row = {"href": f"{href}?sig=S{self.server.asked}", "msft:expiry": ends}
@@ -44,10 +48,10 @@ def service(monkeypatch):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Sign)
-    server.asked, server.lasts = 0, 3600
+    server.asked, server.lasts, server.together = 0, 3600, None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("RAYSEG_SIGN", f"http://127.0.0.1:{server.server_port}/sign?href={{href}}")
-    monkeypatch.setattr(remote, "_signatures", {})
+    monkeypatch.setattr(remote, "_signatures", OrderedDict())
     yield server
     server.shutdown()
     server.server_close()
@@ -72,6 +76,26 @@ def test_a_signature_near_its_end_is_renewed_and_files_opened_anew(service):
     assert remote.stamp(HREF) != stamped
 
 
+def test_only_the_signatures_used_last_are_kept(service, monkeypatch):
+    monkeypatch.setattr(remote, "MOST_SIGNATURES", 2)
+    one, two, three = (f"{HREF}{number}" for number in range(3))
+    for href in (one, two, one, three):
+        remote.signed(href)
+    assert list(remote._signatures) == [one, three]
+    assert service.asked == 3
+    remote.signed(two)
+    assert service.asked == 4
+
+
+def test_hosts_are_signed_at_the_same_time_and_one_href_once(service):
+    service.together = threading.Barrier(2, timeout=20)
+    hrefs = [f"https://{host}.blob.core.windows.net/a.tif" for host in ("one", "two")]
+    with ThreadPoolExecutor(8) as pool:
+        signed = list(pool.map(remote.signed, hrefs * 4))
+    assert service.asked == 2
+    assert len(set(signed)) == 2
+
+
 def test_a_service_that_does_not_sign_is_named_without_the_secret(service):
     service.lasts = 0
     with pytest.raises(DataError, match=r"cannot be signed by 127\.0\.0\.1") as told:
@@ -83,19 +107,83 @@ def test_reading_is_tried_again_only_where_it_helps(monkeypatch):
     monkeypatch.setattr(remote, "WAITS", (0.0, 0.0))
     calls = []
 
-    def read(reason, times):
+    def read(name, reason, times):
         calls.append(reason)
         if len(calls) <= times:
-            raise DataError(reason)
+            raise remote.failure(name, reason)
         return "pixels"
 
-    assert remote.patiently("s3://b/k", lambda: read("HTTP 503", 2)) == "pixels"
+    assert remote.patiently(lambda: read("s3://b/k", "HTTP 503", 2)) == "pixels"
     assert calls == ["HTTP 503"] * 3
     for name, reason in (("s3://b/k", "response code 404"), ("/a/b.tif", "HTTP 503")):
         calls.clear()
         with pytest.raises(DataError):
-            remote.patiently(name, lambda why=reason: read(why, 9))
+            remote.patiently(lambda name=name, why=reason: read(name, why, 9))
         assert calls == [reason]
+
+
+def test_waits_are_those_given_or_the_servers_own_and_end_when_the_caller_gives_up():
+    pauses = []
+
+    def attempt():
+        raise remote.Passing("busy", 7.0 if not pauses else 1e9)
+
+    with pytest.raises(remote.Passing, match="busy"):
+        remote.patiently(attempt, (3.0, 9.0, 1.0), pause=pauses.append)
+    assert pauses == [7.0, remote.LONGEST_WAIT, remote.LONGEST_WAIT]
+    with pytest.raises(remote.Passing):
+        remote.patiently(attempt, (3.0, 9.0), pause=lambda wait: pauses.append(wait) or len(pauses) == 4)
+    assert len(pauses) == 4
+
+
+def test_images_without_georeference_raise_no_warning_in_any_thread(tmp_path):
+    """In a process of its own, for pytest sets filters per test; warnings are errors there from the start."""
+    script = f"""
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+import numpy as np
+from rayseg.geo.grid import Grid, Window
+from rayseg.io import cog, vectors
+from rayseg.io.rasters import read, source_of_file
+sys.setswitchinterval(1e-5)
+grid, window = Grid(None, (1.0, 1.0), (0.0, 0.0), "a"), Window(0, 0, 64, 48)
+start = threading.Barrier(8)
+
+def work(number):
+    start.wait()
+    for turn in range(20):
+        path = "{tmp_path}/%d-%d.tif" % (number, turn)
+        image = np.full((1, 48, 64), number + 1, np.uint8)
+        cog.write_image(path, image, grid, window, bands=["red"])
+        pixels, valid = read([source_of_file(path, "a")], grid, window, bands=["red"])
+        assert (pixels == image).all() and valid.all()
+        assert len(vectors.polygons_of(image[0], None, grid, window)) == 1
+
+with ThreadPoolExecutor(8) as pool:
+    list(pool.map(work, range(8)))
+"""
+    others = ["-W", "ignore::DeprecationWarning", "-W", "ignore::PendingDeprecationWarning"]
+    words = [sys.executable, "-W", "error", *others, "-c", script]
+    process = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+
+
+def test_files_are_opened_and_written_by_several_threads_at_once(tmp_path, monkeypatch):
+    """No thread waits for another one's file: each of two is inside rasterio.open until the other one is too."""
+    pixels = np.ones((1, 8, 8), np.uint8)
+    grid, window = Grid(None, (1.0, 1.0), (0.0, 0.0), "a"), Window(0, 0, 8, 8)
+    for name in "ab":
+        cog.write_image(tmp_path / f"{name}.tif", pixels, grid, window, bands=["red"])
+    together, opened = threading.Barrier(2, timeout=20), rasterio.open
+
+    def slow(*args, **kwargs):
+        together.wait()
+        return opened(*args, **kwargs)
+
+    monkeypatch.setattr(sources.rasterio, "open", slow)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: source_of_file(str(tmp_path / f"{name}.tif"), name), "ab"))
+        list(pool.map(lambda name: cog.write_image(tmp_path / f"{name}.tif", pixels, grid, window, bands=["r"]), "ab"))
 
 
 def test_texts_for_others_hold_no_secrets():
@@ -115,13 +203,13 @@ def test_other_machines_are_told_where_stores_are_but_no_keys(monkeypatch):
 def test_only_lost_data_that_this_thread_is_told_of_counts():
     tags, errors = logging.getLogger("rasterio._env"), logging.getLogger("rasterio._err")
     signalled = "GDAL signalled an error: err_no=1, msg="
-    with complaints() as said:
+    with gdal_errors() as said:
         tags.warning("CPLE_AppDefined in a.tif: TIFFReadDirectory:IO error during reading of GeoKeyDirectory; ignored")
         tags.warning("CPLE_AppDefined in a.tif: something else")
         errors.info(f"{signalled}'a block that cannot be read'")
         errors.info(f"{signalled}'PROJ: utm: Invalid latitude'")
         errors.info(f"{signalled}'Error reading EXIF Directory count at 60030'")
-        with complaints() as inner:
+        with gdal_errors() as inner:
             errors.info(f"{signalled}'Read error'")
         other = threading.Thread(target=tags.warning, args=("IO error in another file",))
         other.start()
@@ -135,7 +223,7 @@ def test_what_is_lost_is_heard_whatever_a_program_does_to_loggers(caplog):
     logger = logging.getLogger("rasterio._err")
     logger.setLevel(logging.ERROR)
     logger.disabled = True
-    with complaints() as said:
+    with gdal_errors() as said:
         logger.info("GDAL signalled an error: err_no=1, msg='Read error'")
     assert said == ["Read error"]
     assert caplog.text == ""

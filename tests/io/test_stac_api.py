@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.io import stac_read
+from rayseg.io import remote, stac_read
 
 CORE = "https://api.stacspec.org/v1.0.0/"
 CONFORMS = [CORE + part for part in ("core", "item-search", "item-search#query", "collections")]
@@ -25,7 +25,7 @@ def feature(number):
 class Api(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.items, self.asked, self.endless, self.broken = 25, [], False, 0
+        self.items, self.asked, self.endless, self.broken, self.wait = 25, [], False, 0, ""
         self.url = f"http://127.0.0.1:{self.server_port}/"
 
 
@@ -55,6 +55,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, row, status=200):
         content = json.dumps(row).encode()
         self.send_response(status)
+        if status != 200 and self.server.wait:
+            self.send_header("Retry-After", self.server.wait)
         self.send_header("Content-Length", str(len(content)))
         self.send_header("Content-Type", "application/json")
         self.end_headers()
@@ -101,6 +103,18 @@ def test_an_api_with_more_items_than_can_be_mapped_is_left(api, monkeypatch):
 def test_a_busy_api_is_asked_again(api):
     api.broken = 1
     assert len(stac_read.open_items(api.url, "scenes", geometry=SQUARE)) == 25
+
+
+def test_the_wait_that_a_busy_api_requests_counts_and_one_that_stays_busy_is_named(api, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(remote.patiently, "__kwdefaults__", {"pause": pauses.append})
+    api.broken, api.wait = 1, "7"
+    assert len(stac_read.open_items(api.url, "scenes", geometry=SQUARE)) == 25
+    assert pauses == [7.0]
+    api.broken, api.wait = 99, ""
+    with pytest.raises(DataError, match=r"STAC API .* cannot be searched: .*Unavailable"):
+        stac_read.open_items(api.url, "scenes", geometry=SQUARE)
+    assert pauses[1:] == list(stac_read.API_WAITS)
 
 
 def test_a_region_without_items_and_words_that_are_none_are_refused(api):

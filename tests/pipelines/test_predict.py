@@ -15,7 +15,6 @@ from small_world import window_at as window
 
 from rayseg.engine import run as runs
 from rayseg.engine.run import read
-from rayseg.io.sources import unplaced
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +216,7 @@ def test_images_without_georeference_keep_their_shapes(world, tmp_path):
     assert found.exit_code == 0, found.output
     for name, shape in shapes.items():
         [path] = (out / "tiles").glob(f"{name}_px_*/classes.tif")
-        with unplaced(), rasterio.open(path) as file:
+        with rasterio.open(path) as file:
             assert (file.shape, file.crs) == (shape, None)
             assert (file.read(1) != 255).all()
     frame = polygons(out)

@@ -10,8 +10,6 @@ from PIL import Image
 from small_world import catalogue, classifier, mosaic, rayseg, segmenter
 from tiny_server import client, encoded, form, image_HWC
 
-from rayseg.io.sources import unplaced
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -35,7 +33,7 @@ def predict(asked, name, data, accept="application/json"):
 def tiles_of(out, name):
     """The one tile of a run over one image, (bands, height, width)."""
     [path] = out.glob(f"tiles/*/{name}.tif")
-    with unplaced(), rasterio.open(path) as file:
+    with rasterio.open(path) as file:
         return file.read()
 
 
@@ -48,7 +46,7 @@ def test_an_image_gets_the_pixels_of_batch_prediction(world, asked, tmp_path, na
     assert rayseg("predict", model, tmp_path / "images", "--out", out, "--engine", "inline").exit_code == 0
     found = predict(asked, name, data, "image/tiff")
     assert found.status_code == 200, found.text
-    with unplaced(), rasterio.open(io.BytesIO(found.content)) as file:
+    with rasterio.open(io.BytesIO(found.content)) as file:
         layers = file.read()
         assert file.descriptions[0] == "class"
     np.testing.assert_array_equal(layers[0], tiles_of(out, "classes")[0])

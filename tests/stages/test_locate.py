@@ -10,7 +10,6 @@ from small_world import chip_folder, classifier, scene
 
 from rayseg.errors import DataError
 from rayseg.io import labels, stac_read
-from rayseg.io.sources import unplaced
 from rayseg.stages.decide_cues import (
     CamCue,
     ConceptCue,
@@ -125,7 +124,7 @@ def test_a_cue_is_kept_on_the_grid_of_its_chip(seen, tmp_path):
     valid[:4] = False
     [row] = WriteCue(str(tmp_path))([seen[0] | {"mask": mask, "valid": valid}])
     assert row["facts"]["share"] == pytest.approx((mask[4:] == 1).sum() / SIZE**2)
-    with unplaced(), rasterio.open(cue_path(str(tmp_path), row["id"])) as file:
+    with rasterio.open(cue_path(str(tmp_path), row["id"])) as file:
         assert file.descriptions == ("mask", "cam")
         assert (file.read(1)[4:] == mask[4:]).all()
         assert (file.read(1)[:4] == 255).all()

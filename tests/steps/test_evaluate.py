@@ -16,7 +16,6 @@ from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Grid, Window
 from rayseg.io import cog, masks, stac_write
 from rayseg.io.maps import mapped_tiles, pixel_area_m2, seam_score, width_m
-from rayseg.io.sources import unplaced
 from rayseg.metrics import Confusion
 from rayseg.steps import evaluate
 from rayseg.vision.color import ClassTable
@@ -36,7 +35,7 @@ def mask_png(folder, name, values_HW, *, palette=None):
     folder.mkdir(exist_ok=True)
     height, width = values_HW.shape
     shape = {"count": 1, "dtype": "uint8", "height": height, "width": width}
-    with unplaced(), rasterio.open(folder / f"{name}.png", "w", driver="PNG", **shape) as file:
+    with rasterio.open(folder / f"{name}.png", "w", driver="PNG", **shape) as file:
         file.write(values_HW.astype(np.uint8), 1)
         if palette:
             file.write_colormap(1, palette)
@@ -375,7 +374,7 @@ def test_real_palette_masks_are_read_by_their_colours(shared):
     backwards = ClassTable(tuple((6 - k, f"class {k}", color) for k, color in enumerate(colors)))
     window = Window(0, 0, mask.width, mask.height)
     classes = masks.read_classes([mask], masks.pixels_of(mask), window, backwards)
-    with unplaced(), rasterio.open(mask.assets[0][0]) as file:
+    with rasterio.open(mask.assets[0][0]) as file:
         np.testing.assert_array_equal(classes, 6 - file.read(1))
 
 
