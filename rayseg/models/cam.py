@@ -3,9 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import rayseg.models.deferred  # noqa: F401 - before timm and torchvision
-
-# isort: split
 import numpy as np
 import torch
 from numpy.typing import NDArray

@@ -8,9 +8,6 @@ from collections.abc import Iterable, Sequence
 from io import BytesIO
 from typing import Any
 
-import rayseg.models.deferred  # noqa: F401 - before timm and torchvision
-
-# isort: split
 import segmentation_models_pytorch as smp
 import timm
 import torch

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate
 
-import rayseg.models.deferred  # noqa: F401 - before timm and torchvision
 from rayseg.errors import ConfigError
 from rayseg.models.deeplab import DeepLab
 from rayseg.models.encoders import (
