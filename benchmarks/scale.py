@@ -66,7 +66,7 @@ def actors(count: int, tiles: int, seconds: float, per_node: int, out: Path) -> 
         cluster.add_node(num_cpus=8, num_gpus=min(per_node, count - start), **here)
     started = time.time()
     with measured() as whole:
-        account = flow.run(rows, works, ledger, Engine("ray", cluster.address), stall_seconds=600)
+        account = flow.run(rows, works, ledger, Engine("ray", cluster.address), record=dict, stall_seconds=600)
     assert account.counts["done"] == tiles, account
     ends = sorted(ledger.written.values())
     early, late = (ends[len(ends) * tenth // 10] for tenth in (2, 8))
@@ -162,7 +162,8 @@ def resume(count: int, out: Path) -> dict[str, float]:
     with measured() as fates:
         before = len(ledger.fates())
     with measured() as cost:
-        account = flow.run(rows, [Work(Nothing()), Work(Nothing()), Work(Nothing())], ledger, Engine("inline"))
+        works = [Work(Nothing()), Work(Nothing()), Work(Nothing())]
+        account = flow.run(rows, works, ledger, Engine("inline"), record=dict)
     assert account.counts["done"] == len(rows), account
     return {
         "tiles": len(rows), "left": len(rows) - before, "manifest": reading.wall, "ledger": fates.wall,

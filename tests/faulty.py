@@ -23,10 +23,10 @@ from rayseg.steps import map as mapping
 
 def meet(stage, row):
     with Path(stage.seen).open("a") as seen:
-        seen.write(f"{type(stage).__name__} {row['id']}\n")
+        seen.write(f"{type(stage).__name__} {row.tile.id}\n")
     for word in stage.faults.split():
         where, which, kind, flag = word.split(":")
-        if (where, which) == (type(stage).__name__, row["id"]) and Path(flag).exists():
+        if (where, which) == (type(stage).__name__, row.tile.id) and Path(flag).exists():
             {"kill": kill, "hang": hang, "pause": pause, "back": back, "ahead": ahead}[kind](flag)
 
 

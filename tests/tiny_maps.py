@@ -5,14 +5,15 @@ import rasterio
 import torch
 from small_world import BANDS, SCALING
 
+from rayseg.engine.ledger import Settled
 from rayseg.errors import DataError
-from rayseg.geo.grid import Tile
 from rayseg.io import vectors
 from rayseg.io.rasters import footprint, grids_of
 from rayseg.models.bundle import Architecture, Bundle
 from rayseg.models.segmenter import Probabilities
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, tile_rows
+from rayseg.stages.rows import TileRow
 from rayseg.stages.write import WriteTile
 from rayseg.vision.color import ClassTable
 
@@ -75,14 +76,14 @@ def mapped(folder, sources, *, size, bundle=None, network=None, halo=None):
         extents[grid] = window
         found[grid] = np.full((2, window.height, window.width), 255, np.uint8)
     for row in rows:
-        tile = Tile.from_row(row)
-        done = [row | {"seconds": {}}]
+        done = TileRow.from_row(row)
+        tile = done.tile
         for stage in stages:
-            done = [one if "status" in one else stage([one])[0] for one in done]
-        if done[0]["status"] == "nodata":
+            done = done if isinstance(done, Settled) else stage([done])[0]
+        if done.status == "nodata":
             continue
-        if done[0]["status"] == "failed":
-            raise DataError(done[0]["reason"])
+        if done.status == "failed":
+            raise DataError(done.reason)
         place = (slice(None), *tile.window.slices(extents[tile.grid]))
         assert (found[tile.grid][place] == 255).all(), "a pixel in two tiles"
         for band, name in enumerate(("classes", "scores")):

@@ -1,11 +1,11 @@
-"""Rows through stages, in this process or on Ray Data, with every row's fate in a ledger.
+"""Rows through stages, in this process or on Ray Data; a ledger records every row's fate.
 
     rows minus ledger -> read (CPU) -> model (GPU actors) -> write (CPU) -> ledger record
 
-A stage is any picklable callable from a list of rows to a list of rows; a row is a dict with an `id`. A stage that
-gives a row a `status` settles it: later stages do not see it. An error that a row's data cause, or a stage that does
-not come back from it, settles that row alone as failed; without room for results the run ends. Both engines call the
-same guarded stages (`guard`) on the same batches, so they give the same bytes.
+A stage is any picklable callable from a list of records to a list of records, one for each and in order. A stage
+settles a row by returning a `Settled` in its place; later stages do not see that row. An error that a row's data cause,
+or a call that does not return in time, fails that row alone; without space for results the run ends. Both engines call
+the same stages (`StageRunner`) on the same batches, so they give the same bytes.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from rich.console import Console
@@ -26,10 +26,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rayseg.config import ray_address
 from rayseg.engine import cluster
 from rayseg.engine.cluster import Size, handing_out, sizes_now
-from rayseg.engine.ledger import SETTLED, Account, Fate, Ledger, Record
-from rayseg.engine.manifest import PART, Manifest
+from rayseg.engine.ledger import SETTLED, Account, Ledger, Record, Settled
+from rayseg.engine.manifest import PART, Manifest, Row
 from rayseg.engine.run import Engine
-from rayseg.engine.work import STOPPED, Guarded, Row, Rows, Work, ahead
+from rayseg.engine.work import Entries, Entry, StageRunner, Work, ahead
 from rayseg.errors import Stalled
 from rayseg.store import put, upath
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # Ray takes a second to import; the inline engine does withou
 __all__ = ["Row", "Work", "run"]
 
 MOST_HUNG = 3
-"""Rows in succession that may hang before the run ends: what they all need does not answer."""
+"""Rows in a row that time out before the run ends: what they all depend on does not answer."""
 
 
 def run(
@@ -48,275 +48,277 @@ def run(
     ledger: Ledger,
     engine: Engine,
     *,
+    record: Callable[[Row], Any],
     title: str = "tiles",
     stall_seconds: float = 1800.0,
 ) -> Account:
     """Send the rows that the ledger does not know yet through the stages; return the account of all rows.
 
     Args:
-        rows: one flat dict each, with a unique `id`; the order is the order of work.
+        rows: flat rows, each with a unique `id`; the order is the order of work.
         works: the stages.
-        ledger: where each row's fate is looked up and recorded.
+        ledger: holds the fate of every row.
         engine: inline or Ray; with `retry`, failed and quarantined rows are worked on again.
-        title: what the rows are, for the progress line.
-        stall_seconds: a row on which one stage works for longer is left behind and settled as failed.
+        record: row -> what the first stage takes, or a `Settled`, which no stage sees.
+        title: noun for the rows in the progress line.
+        stall_seconds: time limit of one stage for one call; a row that exceeds it fails.
 
     Raises:
-        Stalled: three rows in succession hang, the engine itself does, or the cluster stays too small for the stages.
-        StoreFull: there is no room for a result; what is done is in the ledger.
+        Stalled: three rows in a row time out, the engine itself does, or the cluster stays too small for the stages.
+        StoreFull: there is no space for a result; finished rows are in the ledger.
         ConfigError: the stages need more CPUs than the machine or cluster has.
     """
     ids, fates = [], ledger.fates()
     with _progress(title, len(rows)) as settled:
+        # Rows become records in parts, so that memory does not grow with the region.
         for start in range(0, len(rows), PART):
             ids.append(_ids(rows, start))
             known = fates.among(ids[-1].to_pylist())
             attempts = {i: fate.attempt + 1 for i, fate in known.items() if engine.retry and fate.status not in SETTLED}
-            passed = len(known) - len(attempts)
-            settled(passed, 0)
-            if passed < len(ids[-1]):
-                part = rows[start : start + PART]
-                todo = [row for row in part if row["id"] not in known or row["id"] in attempts]
-                guarded = _guarded(works, ledger, attempts, stall_seconds)
-                _run_part(todo, guarded, engine, stall_seconds * (1 + len(works)), settled)
+            finished = len(known) - len(attempts)
+            settled(finished, 0)
+            if finished < len(ids[-1]):
+                part = (row for row in rows[start : start + PART] if row["id"] not in known or row["id"] in attempts)
+                entries = [Entry(row["id"], record(row)) for row in part]
+                runners = [StageRunner(work, None, attempts, stall_seconds) for work in works]
+                runners[-1].ledger = ledger
+                _run_part(entries, runners, engine, stall_seconds * (1 + len(works)), settled)
                 ledger.compact()
     return ledger.account(ids)
 
 
 def _ids(rows: Sequence[Row], start: int) -> pa.StringArray:
-    """Ids of the rows of a part, without the rows where that is possible."""
+    """Ids of the rows of a part; a manifest gives them without making its rows."""
     if isinstance(rows, Manifest):
         return rows.ids.slice(start, PART).combine_chunks()
     return pa.array([row["id"] for row in rows[start : start + PART]], pa.string())
 
 
-def _guarded(works: Sequence[Work], ledger: Ledger, attempts: dict[str, int], patience: float) -> list[Guarded]:
-    last = len(works) - 1
-    return [Guarded(work, ledger if at == last else None, attempts, patience) for at, work in enumerate(works)]
-
-
 def _run_part(
-    rows: list[Row], guarded: list[Guarded], engine: Engine, patience: float, settled: Callable[[int, int], None]
+    entries: list[Entry],
+    runners: list[StageRunner],
+    engine: Engine,
+    patience: float,
+    settled: Callable[[int, int], None],
 ) -> None:
+    """Run the stages on the entries; end early on an error of the program, a full store, or three hangs in a row."""
     if engine.kind == "ray":
-        cluster.connect(engine.address)  # here: Ray's processes end with the thread that started them
+        cluster.connect(engine.address)  # in this thread: Ray's processes end with the thread that started them
         shared = ray_address(engine.address) != "local"
-        made = _on_ray(rows, guarded, sizes_now([guard.work for guard in guarded], shared=shared, patience=patience))
+        sizes = sizes_now([runner.work for runner in runners], shared=shared, patience=patience)
+        results = ahead(_on_ray(entries, runners, sizes), patience)
     else:
-        made = _inline(rows, guarded)
-    coming = ahead(made, patience)
-    with contextlib.closing(coming):
-        for row in _watched(coming):
-            settled(1, row["status"] not in SETTLED)
-
-
-def _watched(rows: Rows) -> Rows:
-    """The same rows, until one says that going on is of no use."""
+        results = ahead(_inline(entries, runners), patience)
     hung: list[str] = []
-    for row in rows:
-        if row["status"] == STOPPED:
-            raise row["error"]
-        hung = [*hung, row["id"]] if row.get("hung") else []
-        if len(hung) == MOST_HUNG:
-            raise Stalled(
-                f"{', '.join(hung)} hang one after the other ({row['reason']}): look for what they wait for, "
-                "then give the same command again to go on"
-            )
-        yield row
+    with contextlib.closing(results):
+        for entry in results:
+            if entry.error:
+                raise entry.error
+            hung = [*hung, entry.id] if entry.hung else []
+            if len(hung) == MOST_HUNG:
+                raise Stalled(
+                    f"{', '.join(hung)} timed out one after the other ({entry.row.reason}): fix the cause, then run "
+                    "the same command to resume"
+                )
+            settled(1, entry.row.status not in SETTLED)
 
 
-def _inline(rows: list[Row], guarded: list[Guarded]) -> Rows:
-    """Every stage in a thread of its own, a few batches ahead of the next, in order.
+# -- inline ------------------------------------------------------------------------------------------------------------
 
-    If this process was killed here before, the rows that were under way then come first, in another process.
+
+def _inline(entries: list[Entry], runners: list[StageRunner]) -> Entries:
+    """Run every stage in its own thread, a few batches ahead of the next one, in order.
+
+    If a process was killed here before, the rows it worked on run first, in another process.
     """
-    ledger = guarded[-1].ledger
-    assert ledger is not None
-    under_way = upath(ledger.prefix) / ".under-way.part"  # swept with what is half written
-    suspects = rows[: sum(2 * guard.work.batch + 1 for guard in guarded) + 2] if under_way.exists() else []
+    ledger = _ledger_of(runners)
+    under_way = upath(ledger.prefix) / ".under-way.part"  # the suffix makes the sweep of partial files remove it
+    suspects = entries[: sum(2 * runner.work.batch + 1 for runner in runners) + 2] if under_way.exists() else []
     put(under_way, b"")
     try:
-        yield from _apart(suspects, guarded, ledger)
-        stream = (row for row in rows[len(suspects) :])
-        for guard in guarded:
-            stream = ahead(_map(stream, guard))
+        yield from _isolated(suspects, runners)
+        stream = (entry for entry in entries[len(suspects) :])
+        for runner in runners:
+            stream = ahead(_map(stream, runner))
         yield from stream
     finally:
         under_way.unlink(missing_ok=True)
 
 
-def _apart(rows: list[Row], guarded: list[Guarded], ledger: Ledger) -> Rows:
-    """One row after the other in a child process; one that kills it is quarantined, and the next have another."""
-    child = None
-    for row in rows:
-        child = child or _child(guarded)
-        try:
-            child.send(row)
-            yield child.recv()
-        except (EOFError, ConnectionError):
-            child = None
-            yield _quarantine(row, guarded, ledger, "killed")
+def _ledger_of(runners: list[StageRunner]) -> Ledger:
+    assert runners[-1].ledger is not None
+    return runners[-1].ledger
 
 
-def _child(guarded: list[Guarded]) -> "Connection[Row, Row]":
-    """The connection to a new process that sends back what becomes of rows; it ends with the connection."""
-    spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe()
-    spawn.Process(target=_answer, args=(there, guarded), daemon=True).start()
-    there.close()
-    return here
-
-
-def _answer(asked: "Connection[Row, Row]", guarded: list[Guarded]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what interrupts the command reaches its children too
-    with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            asked.send(_through(asked.recv(), guarded))
-
-
-def _quarantine(row: Row, guarded: list[Guarded], ledger: Ledger, how: str) -> Row:
-    reason = f"its process died twice ({how}); its neighbours are not affected"
-    ledger.write(Record(row["id"], "quarantined", reason, guarded[-1].attempts.get(row["id"], 1)))
-    return {"id": row["id"], "status": "quarantined"}
-
-
-def _map(rows: Rows, guard: Guarded) -> Rows:
-    """The rows after a stage; none are taken any more after one that ends the run."""
-    batch: list[Row] = []
-    with contextlib.closing(rows):
-        for row in rows:
-            batch.append(dict(row))
-            if len(batch) == guard.work.batch:
-                yield from (done := guard(batch))
-                if any(row.get("status") == STOPPED for row in done):
+def _map(entries: Entries, runner: StageRunner) -> Entries:
+    """The entries after a stage; it takes no more after one that ends the run."""
+    batch: list[Entry] = []
+    with contextlib.closing(entries):
+        for entry in entries:
+            batch.append(entry)
+            if len(batch) == runner.work.batch:
+                yield from (done := runner(batch))
+                if any(entry.error for entry in done):
                     return
                 batch = []
         if batch:
-            yield from guard(batch)
+            yield from runner(batch)
 
 
-def _on_ray(rows: list[Row], guarded: list[Guarded], placed: list[Size]) -> Rows:
-    """Rows through Ray Data; those lost with a dying process once more, each in a process of its own."""
-    ledger = guarded[-1].ledger
-    assert ledger is not None
+def _isolated(entries: list[Entry], runners: list[StageRunner]) -> Entries:
+    """Run the entries one by one in a child process; quarantine one that kills it and start a new child."""
+    spawn, connection = multiprocessing.get_context("spawn"), None
+    for entry in entries:
+        if connection is None:
+            connection, other = spawn.Pipe()
+            spawn.Process(target=_answer, args=(other, runners), daemon=True).start()  # ends with the connection
+            other.close()
+        try:
+            connection.send(entry)
+            yield connection.recv()
+        except (EOFError, ConnectionError):
+            connection = None
+            yield _quarantine(entry, runners, "killed")
+
+
+def _answer(connection: "Connection[Entry, Entry]", runners: list[StageRunner]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt of the command also reaches its children
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            connection.send(_through(connection.recv(), runners))
+
+
+def _through(entry: Entry, runners: list[StageRunner]) -> Entry:
+    for runner in runners:
+        [entry] = runner([entry])
+    return entry
+
+
+def _quarantine(entry: Entry, runners: list[StageRunner], cause: str) -> Entry:
+    reason = f"its process died twice ({cause}); its neighbours are not affected"
+    attempt = runners[-1].attempts.get(entry.id, 1)
+    _ledger_of(runners).write(Record(entry.id, "quarantined", reason, attempt))
+    return Entry(entry.id, Settled("quarantined", reason))
+
+
+# -- Ray ---------------------------------------------------------------------------------------------------------------
+
+
+def _on_ray(entries: list[Entry], runners: list[StageRunner], sizes: list[Size]) -> Entries:
+    """Run the entries on Ray Data; run those lost with a dying process again, each in its own process."""
     seen = set()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # named arguments for retries come with Ray 2.64, which is not supported yet
-        dataset = _dataset(rows, guarded, placed)
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for row in _unpack(batch):
-            seen.add(row["id"])
-            yield row
-    unseen = [row for row in rows if row["id"] not in seen]
-    recorded = ledger.fates().among(row["id"] for row in unseen) if unseen else {}
-    lost = [row for row in unseen if not _recorded(row["id"], recorded, guarded[-1].attempts)]
-    yield from _one_by_one(lost, guarded, ledger, placed)
+        dataset = _dataset(entries, runners, sizes)
+    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for entry in _unpack(table):
+            seen.add(entry.id)
+            yield entry
+    unseen = [entry for entry in entries if entry.id not in seen]
+    attempts = runners[-1].attempts
+    # A row whose process died after its record was written is not lost.
+    recorded = (
+        {i: fate.attempt for i, fate in _ledger_of(runners).fates().among(entry.id for entry in unseen).items()}
+        if unseen
+        else {}
+    )
+    lost = [entry for entry in unseen if recorded.get(entry.id, 0) < attempts.get(entry.id, 1)]
+    yield from _one_by_one(lost, runners, sizes)
 
 
-def _recorded(row_id: str, recorded: dict[str, Fate], attempts: dict[str, int]) -> bool:
-    return row_id in recorded and recorded[row_id].attempt >= attempts.get(row_id, 1)
-
-
-def _dataset(rows: list[Row], guarded: list[Guarded], placed: list[Size]) -> "ray.data.Dataset":
+def _dataset(entries: list[Entry], runners: list[StageRunner], sizes: list[Size]) -> "ray.data.Dataset":
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.max_errored_blocks = -1
     context.target_max_block_size = 32 << 20
-    batch = guarded[0].work.batch
-    source = _source([rows[start : start + batch] for start in range(0, len(rows), batch)])
-    count = -(-len(rows) // batch)
-    dataset = ray.data.read_datasource(source, override_num_blocks=count, num_cpus=handing_out(guarded[0].work))
-    for guard, size in zip(guarded, placed, strict=True):
-        needs = {"batch_size": guard.work.batch, "batch_format": "pyarrow", "num_cpus": size.cpus}
+    batch = runners[0].work.batch
+    source = _source([entries[start : start + batch] for start in range(0, len(entries), batch)])
+    count = -(-len(entries) // batch)
+    dataset = ray.data.read_datasource(source, override_num_blocks=count, num_cpus=handing_out(runners[0].work))
+    for runner, size in zip(runners, sizes, strict=True):
+        needs = {"batch_size": runner.work.batch, "batch_format": "pyarrow", "num_cpus": size.cpus}
         needs |= {"num_gpus": size.gpus} if size.gpus else {}
-        if guard.work.model or size.gpus:
+        if runner.work.model or size.gpus:
             pool = ray.data.ActorPoolStrategy(size=size.copies)
             needs |= {
-                "fn_constructor_args": (guard,),
+                "fn_constructor_args": (runner,),
                 "compute": pool,
                 "max_task_retries": 2,
-                "max_restarts": -1,  # ends, as rows have two retries; an actor gone for good would take all rows along
+                "max_restarts": -1,  # rows have two retries, so this ends; an actor lost for good would lose all rows
             }
-            dataset = dataset.map_batches(Carried, **needs)
+            dataset = dataset.map_batches(OnTables, **needs)
         else:
-            dataset = dataset.map_batches(Carried(guard), max_retries=2, **needs)
+            dataset = dataset.map_batches(OnTables(runner), max_retries=2, **needs)
     return dataset
 
 
-class Carried:
-    """A guarded stage on Ray Data's tables: rows travel pickled in one binary column, whatever their arrays' shapes."""
+class OnTables:
+    """A stage on Ray Data's tables: entries travel pickled in one binary column, whatever their arrays' shapes."""
 
-    def __init__(self, guard: Guarded) -> None:
-        self.guard = guard
+    def __init__(self, runner: StageRunner) -> None:
+        self.runner = runner
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """The table of the rows after the stage."""
-        return _pack(self.guard(_unpack(table)))
+        """The table of the entries after the stage."""
+        return _pack(self.runner(_unpack(table)))
 
 
-def _pack(rows: list[Row]) -> pa.Table:
-    return pa.table({"row": pa.array([pickle.dumps(row, protocol=5) for row in rows], pa.large_binary())})
+def _pack(entries: list[Entry]) -> pa.Table:
+    return pa.table({"row": pa.array([pickle.dumps(entry, protocol=5) for entry in entries], pa.large_binary())})
 
 
-def _unpack(table: pa.Table) -> list[Row]:
-    return [pickle.loads(value.as_buffer()) for value in table["row"]]  # our own rows, from the cell before
+def _unpack(table: pa.Table) -> list[Entry]:
+    return [pickle.loads(value.as_buffer()) for value in table["row"]]  # safe: `_pack` of this run wrote them
 
 
-def _source(parts: list[list[Row]]) -> "ray.data.Datasource":
-    """Rows as read tasks of one batch each, so that work starts, and is lost, in small pieces."""
+def _source(parts: list[list[Entry]]) -> "ray.data.Datasource":
+    """Entries as read tasks of one batch each, so that work starts, and is lost, in small pieces."""
     import ray.data
     from ray.data.block import BlockMetadata
 
-    class Rows(ray.data.Datasource):  # type: ignore[misc]
+    class Parts(ray.data.Datasource):  # type: ignore[misc]
         def get_read_tasks(self, parallelism: int, *_: object, **__: object) -> list[ray.data.ReadTask]:
-            """One task per batch, whatever parallelism is asked for."""
+            """One task per batch, whatever parallelism is requested."""
             return [ray.data.ReadTask(partial(_tables, part), metadata(part)) for part in parts]
 
         def estimate_inmemory_data_size(self) -> int | None:
             """Unknown."""
             return None
 
-    def metadata(part: list[Row]) -> BlockMetadata:
+    def metadata(part: list[Entry]) -> BlockMetadata:
         return BlockMetadata(num_rows=len(part), size_bytes=1000 * len(part), input_files=None, exec_stats=None)
 
-    return Rows()
+    return Parts()
 
 
-def _tables(part: list[Row]) -> list[pa.Table]:
+def _tables(part: list[Entry]) -> list[pa.Table]:
     return [_pack(part)]
 
 
-def _one_by_one(rows: list[Row], guarded: list[Guarded], ledger: Ledger, placed: list[Size]) -> Rows:
-    """Each row in a process of its own; one that kills even that is quarantined, unless its machine went with it."""
+def _one_by_one(entries: list[Entry], runners: list[StageRunner], sizes: list[Size]) -> Entries:
+    """Run each entry in its own process; quarantine one that kills it, unless its machine failed."""
     import ray
     from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
-    cpus, gpus = max(size.cpus for size in placed), max(size.gpus for size in placed)
+    cpus, gpus = max(size.cpus for size in sizes), max(size.gpus for size in sizes)
     remote = ray.remote(max_retries=0, max_calls=1, num_cpus=cpus, num_gpus=gpus)(_through)
-    coming = [(row, 2) for row in rows]
-    while coming:
-        row, tries = coming.pop(0)
+    waiting = [(entry, 2) for entry in entries]
+    while waiting:
+        entry, tries = waiting.pop(0)
         try:
-            yield ray.get(remote.remote(row, guarded))
+            yield ray.get(remote.remote(entry, runners))
         except (WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
             if tries == 1 or not isinstance(error, NodeDiedError):
-                yield _quarantine(row, guarded, ledger, type(error).__name__)
+                yield _quarantine(entry, runners, type(error).__name__)
                 continue
-            coming.append((row, tries - 1))
-
-
-def _through(row: Row, guarded: list[Guarded]) -> Row:
-    rows = [row]
-    for guard in guarded:
-        rows = guard(rows)
-    return rows[0]
+            waiting.append((entry, tries - 1))
 
 
 @contextmanager
 def _progress(title: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """A progress line on stderr: rows settled, failed, time left; called with how many more there are of both."""
+    """A progress line on stderr (rows settled, failed, time left); call it with the increase of both counts."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     failures = TextColumn("{task.fields[failed]} failed")
     with Progress(*columns, failures, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:

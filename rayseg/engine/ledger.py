@@ -27,6 +27,21 @@ MOST_LOOSE = 10_000
 
 
 @dataclass(frozen=True)
+class Settled:
+    """The result of a row that needs no further stage; a stage returns it in the row's place.
+
+    Attributes:
+        status: "done", "empty", "nodata" or "failed", see `Record`.
+        reason: why it failed.
+        facts: about the result, for the ledger.
+    """
+
+    status: str = "done"
+    reason: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Record:
     """The fate of one row.
 

@@ -1,42 +1,39 @@
-"""Stages that cannot lose a row: what goes wrong with a row settles that row, in words, and none of its neighbours."""
+"""Run one stage so that no row is lost: an error settles the row that caused it, and no other row."""
 
 import time
 import traceback
 import weakref
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
-from rayseg.engine.ledger import Ledger, Record
+from rayseg.engine.ledger import Ledger, Record, Settled
 from rayseg.errors import RaysegError, Stalled, StoreFull
 from rayseg.store import STORE_ERRORS, public
 
-Row = dict[str, Any]
-Rows = Generator[Row, None, None]
-Stage = Callable[[list[Row]], list[Row]]
+Stage = Callable[[list[Any]], list[Any]]
+"""Records -> for each, in order, the record with what the stage adds, or a `Settled`."""
 
-# What a row's data can cause; anything else is a fault of the program and ends the run.
+# Errors that a row's data can cause; any other error is a fault of the program and ends the run.
 BAD_DATA = (RaysegError, ValueError, ArithmeticError, LookupError, RuntimeError, MemoryError)
 DATA_ERRORS: tuple[type[Exception], ...] = BAD_DATA + STORE_ERRORS
-STOPPED = "stopped"
-"""Status of a row after which the run ends, with `error`: no room, or a fault of the program. No ledger has it."""
 ENDING = 30.0
-"""Seconds that a stage at work has to end when the run ends early; Python does not survive some that are cut off."""
+"""Seconds that a working stage gets to finish when the run ends early; killing some threads crashes Python."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """A stage and what one copy of it needs.
+    """A stage and the resources of one copy of it.
 
     Attributes:
         stage: the callable.
-        batch: rows it is given at once.
+        batch: rows per call.
         cpus: logical CPUs of one copy.
         gpus: GPUs of one copy, if the machine has any; 0 for a stage that never uses one.
-        model: whether it keeps state worth keeping (a loaded model): then it lives in actors, as it does on a GPU.
+        model: whether the stage keeps a loaded model; it then runs in actors, as it does on a GPU.
     """
 
     stage: Stage
@@ -51,8 +48,30 @@ class Work:
         return type(self.stage).__name__
 
 
-class Hand:
-    """A thread that makes one call after the other; unlike an executor's, it can be left behind when one hangs."""
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A row of the manifest on its way through the stages.
+
+    Attributes:
+        id: of the row.
+        row: what the next stage takes; a `Settled` passes all stages.
+        seconds: stage -> seconds spent on this row.
+        hung: whether a stage did not finish it in time.
+        error: what ends the run: no space on the store, or a fault of the program. Such a row has no record.
+    """
+
+    id: str
+    row: Any
+    seconds: dict[str, float] = field(default_factory=dict)
+    hung: bool = False
+    error: BaseException | None = None
+
+
+Entries = Generator[Entry, None, None]
+
+
+class WorkerThread:
+    """A thread that makes one call after the other; unlike an executor's thread, it can be abandoned when it hangs."""
 
     def __init__(self) -> None:
         self._calls: SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None] = SimpleQueue()
@@ -60,7 +79,7 @@ class Hand:
         weakref.finalize(self, self._calls.put, None)
 
     def submit(self, function: Callable[..., Any], *arguments: object) -> "Future[Any]":
-        """Make the call when those before are done."""
+        """Make the call after the earlier ones."""
         future: Future[Any] = Future()
         self._calls.put((future, function, arguments))
         return future
@@ -71,19 +90,19 @@ def _serve(calls: "SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any,
         future, function, arguments = call
         try:
             future.set_result(function(*arguments))
-        except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised again where the result is asked for
+        except BaseException as error:  # noqa: BLE001 - the caller raises it again, whatever it is
             future.set_exception(error)
-        del call, future, function, arguments  # nothing is kept alive while waiting
+        del call, future, function, arguments  # an idle thread must not keep a row's arrays alive
 
 
-class Guarded:
-    """A stage that cannot lose a row: errors settle the row that caused them; the last one writes the ledger.
+class StageRunner:
+    """Entries -> entries after one stage; the last stage's runner writes the ledger.
 
     Args:
         work: the stage.
         ledger: the last stage's; None for the others.
-        attempts: row -> number of its attempt, where that is not the first.
-        patience: seconds after which a call that has not come back is left behind and its row failed.
+        attempts: row -> number of its attempt, where it is not the first.
+        patience: seconds after which a call is abandoned and its row fails.
     """
 
     def __init__(self, work: Work, ledger: Ledger | None, attempts: dict[str, int], patience: float) -> None:
@@ -91,104 +110,98 @@ class Guarded:
         self.ledger = ledger
         self.attempts = attempts
         self.patience = patience
-        self._hand: Hand | None = None
+        self._thread: WorkerThread | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_hand": None}
+        return self.__dict__ | {"_thread": None}
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
-        """The rows after the stage, in their order; settled ones pass by."""
+    def __call__(self, entries: list[Entry]) -> list[Entry]:
+        """The entries after the stage, in order; it does not see settled ones."""
         started = time.perf_counter()
-        waiting = [row for row in rows if "status" not in row]
-        after = {row["id"]: row for row in self._attempt(waiting)} if waiting else {}
-        share = (time.perf_counter() - started) / max(len(waiting), 1)
-        for row in after.values():
-            row["seconds"] = row.get("seconds", {}) | {self.work.name: round(share, 4)}
-        result = [after.get(row["id"], row) for row in rows]
-        return [self._settle(row) for row in result] if self.ledger else result
+        waiting = [entry for entry in entries if not (entry.error or isinstance(entry.row, Settled))]
+        after = {entry.id: entry for entry in self._attempt(waiting)} if waiting else {}
+        share = {self.work.name: round((time.perf_counter() - started) / max(len(waiting), 1), 4)}
+        done = [
+            replace(after[entry.id], seconds=entry.seconds | share) if entry.id in after else entry for entry in entries
+        ]
+        return [self._record(entry) for entry in done] if self.ledger else done
 
-    def _attempt(self, rows: list[Row]) -> list[Row]:
-        """Run the stage; a batch that fails is tried row by row, to find the row at fault."""
-        found = self._in_time(rows)
-        if not isinstance(found, BaseException):
-            return found
-        if isinstance(found, StoreFull) or not isinstance(found, DATA_ERRORS):
-            error = self._portable(found)
-            return [_kept(row) | {"status": STOPPED, "error": error} for row in rows]
-        if len(rows) > 1:
-            return [done for row in rows for done in self._attempt([row])]
-        reason = str(found) if isinstance(found, RaysegError) else f"{type(found).__name__}: {found}"
-        told = {"reason": public(f"{self.work.name}: {reason}"), "hung": isinstance(found, Stalled)}
-        return [_kept(rows[0]) | {"status": "failed"} | told]
+    def _attempt(self, entries: list[Entry]) -> list[Entry]:
+        """Run the stage; if a batch fails, run it row by row to find the row at fault."""
+        result = self._in_time([entry.row for entry in entries])
+        if not isinstance(result, BaseException):
+            return [replace(entry, row=row) for entry, row in zip(entries, result, strict=True)]
+        if isinstance(result, StoreFull) or not isinstance(result, DATA_ERRORS):
+            error = self._portable(result)
+            return [replace(entry, row=None, error=error) for entry in entries]
+        if len(entries) > 1:
+            return [done for entry in entries for done in self._attempt([entry])]
+        reason = str(result) if isinstance(result, RaysegError) else f"{type(result).__name__}: {result}"
+        failed = Settled("failed", public(f"{self.work.name}: {reason}"))
+        return [replace(entries[0], row=failed, hung=isinstance(result, Stalled))]
 
-    def _in_time(self, rows: list[Row]) -> list[Row] | BaseException:
-        """What the stage makes of the rows, or what it raises."""
-        self._hand = self._hand or Hand()
-        call = self._hand.submit(self.work.stage, [dict(row) for row in rows])  # its own: it may go on for ever
+    def _in_time(self, rows: list[Any]) -> list[Any] | BaseException:
+        """The rows after the stage, or the error it raises."""
+        self._thread = self._thread or WorkerThread()
+        call = self._thread.submit(self.work.stage, list(rows))
         wait([call], self.patience)
         if not call.done():
-            self._hand = None
+            self._thread = None  # it may hang for ever
             return Stalled(f"no progress for {self.patience:g} s")
         if error := call.exception():
             return error
-        result: list[Row] = call.result()
-        if {row["id"] for row in result} != {row["id"] for row in rows}:
-            return TypeError(f"{self.work.name} did not give back the rows it was given")
+        result: list[Any] = call.result()
+        if len(result) != len(rows):
+            return TypeError(f"{self.work.name} returned {len(result)} rows for {len(rows)}; return one for each")
         return result
 
     def _portable(self, error: BaseException) -> BaseException:
-        """The error as it can be raised in another process, where it came from as a note."""
+        """The error in a form that another process can unpickle and raise; its traceback becomes a note."""
         if isinstance(error, RaysegError):
             return error
         trace = "".join(traceback.format_exception(error))
         plain = all(isinstance(part, str | int | float) for part in error.args)
         known = plain and type(error).__module__ == "builtins" and not isinstance(error, SystemExit)
-        told = error if known else RuntimeError(f"{type(error).__name__}: {error}")
-        told.add_note(f"in {self.work.name}:\n{trace}")
-        return told
+        portable = error if known else RuntimeError(f"{type(error).__name__}: {error}")
+        portable.add_note(f"in {self.work.name}:\n{trace}")
+        return portable
 
-    def _settle(self, row: Row) -> Row:
+    def _record(self, entry: Entry) -> Entry:
+        """Write the entry's result to the ledger; return what the progress line needs of it."""
         assert self.ledger is not None
-        status = row.setdefault("status", "done")
-        attempt = self.attempts.get(row["id"], 1)
-        if status == STOPPED:
-            return row
-        settled = {"id": row["id"], "status": status, "reason": row.get("reason", ""), "hung": row.get("hung", False)}
+        if entry.error:
+            return entry
+        result = entry.row if isinstance(entry.row, Settled) else Settled()
+        attempt = self.attempts.get(entry.id, 1)
         try:
-            self.ledger.write(
-                Record(row["id"], status, settled["reason"], attempt, row["seconds"], row.get("facts", {}))
-            )
+            self.ledger.write(Record(entry.id, result.status, result.reason, attempt, entry.seconds, result.facts))
         except StoreFull as error:
-            return {"id": row["id"], "status": STOPPED, "error": error}
-        return settled
+            return Entry(entry.id, None, error=error)
+        return Entry(entry.id, Settled(result.status, result.reason), hung=entry.hung)
 
 
-def _kept(row: Row) -> Row:
-    return {key: row[key] for key in ("id", "seconds") if key in row}
+def ahead(entries: Entries, patience: float | None = None) -> Entries:
+    """The same entries; a thread makes the next one while the caller uses the current one.
 
-
-def ahead(rows: Rows, patience: float | None = None) -> Rows:
-    """The same rows, each made in another thread while the one before is used.
-
-    Closed early, it waits for what is under way: no stage is at work any more when the process ends.
+    When it is closed early it waits for the call under way, so no stage is at work when the process ends.
 
     Raises:
-        Stalled: the next row does not come within `patience` seconds.
+        Stalled: the next entry does not come within `patience` seconds.
     """
-    hand, stalled = Hand(), False
-    coming = hand.submit(next, rows, None)
+    thread, stalled = WorkerThread(), False
+    call = thread.submit(next, entries, None)
     try:
         while True:
-            stalled = not wait([coming], patience).done
+            stalled = not wait([call], patience).done
             if stalled:
                 raise Stalled(
-                    f"nothing was finished for {patience:.0f} s; what is done is in the ledger: "
-                    "look for a hanging tile, then give the same command again to go on"
+                    f"no row was finished for {patience:.0f} s; finished rows are in the ledger: "
+                    "look for a hanging tile, then run the same command to resume"
                 )
-            if (row := coming.result()) is None:
+            if (entry := call.result()) is None:
                 return
-            coming = hand.submit(next, rows, None)
-            yield row
+            call = thread.submit(next, entries, None)
+            yield entry
     finally:
-        if wait([coming], 0 if stalled else ENDING).done:
-            rows.close()
+        if wait([call], 0 if stalled else ENDING).done:
+            entries.close()

@@ -19,8 +19,8 @@ from pydantic import Field, model_validator
 from rayseg.config import Config as Frozen
 from rayseg.config import Workers
 from rayseg.engine import cluster
-from rayseg.engine.flow import Row, Work
-from rayseg.engine.manifest import write_rows
+from rayseg.engine.flow import Work
+from rayseg.engine.manifest import Row, write_rows
 from rayseg.engine.run import Run, Step
 from rayseg.geo.grid import Grid, Lattice, Tile
 from rayseg.geo.region import Region
@@ -36,6 +36,7 @@ from rayseg.models.super_resolution import EnlargeConfig, load_enlarger
 from rayseg.stages.classify_plots import ClassifyPlots, CutPlots, WriteClasses, check_classifier
 from rayseg.stages.enlarge import lattice_of
 from rayseg.stages.propose import ProposePlots, ReadPlots, WritePieces, WritePlots, pieces_path
+from rayseg.stages.rows import PlotsRow
 from rayseg.stages.to_rgb import ImageConfig, ReadGround, check_source
 from rayseg.steps import chips, estimate, report, super_resolution
 from rayseg.steps import map as mapping
@@ -249,7 +250,9 @@ def classify(step: Step, proposed: Step, joined: Step, model: Step, config: Conf
         Work(WriteClasses(str(step.prefix))),
     ]
     groups = [row["id"] for row in rows]
-    return {**mapping.through(step, rows, works, title="plots", patience=config.map.stall_seconds), "groups": groups}
+    patience = config.map.stall_seconds
+    done = mapping.through(step, rows, works, record=PlotsRow.from_row, title="plots", patience=patience)
+    return {**done, "groups": groups}
 
 
 def _groups(proposed: Step, joined: Step) -> list[Row]:

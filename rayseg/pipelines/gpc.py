@@ -19,8 +19,7 @@ from pydantic import Field, model_validator
 from rayseg.config import Config as Frozen
 from rayseg.config import Workers
 from rayseg.engine import cluster
-from rayseg.engine.flow import Row
-from rayseg.engine.manifest import write_rows
+from rayseg.engine.manifest import Row, write_rows
 from rayseg.engine.run import Run, Step
 from rayseg.errors import DataError
 from rayseg.geo.region import Region

@@ -18,11 +18,12 @@ from pydantic import Field, model_validator
 
 from rayseg.config import Bands, Workers
 from rayseg.config import Config as Frozen
-from rayseg.engine import cluster, flow
+from rayseg.engine import cluster
 from rayseg.engine.flow import Work
-from rayseg.engine.manifest import read_rows, write_rows
+from rayseg.engine.manifest import Row, read_rows, write_rows
 from rayseg.engine.run import Run, Step
 from rayseg.errors import ConfigError, DataError
+from rayseg.geo.grid import Tile
 from rayseg.geo.region import Region
 from rayseg.io import masks, scenes
 from rayseg.io.class_tables import Classes
@@ -248,7 +249,7 @@ def validate(step: Step, listed: Step, model: Step, config: Config, count: int |
     return found | done | {"unmatched": {"prediction": none, "truth": none}, "worst": worst}
 
 
-def _tiles_of(images: Sequence[LabelledImage], described: Bundle, config: Config) -> list[flow.Row]:
+def _tiles_of(images: Sequence[LabelledImage], described: Bundle, config: Config) -> list[Row]:
     seen = [scenes.image_on(one) for one in images]
     rows = tile_rows(seen, None, size=config.map.tile, halo=described.patch + described.stride)
     return [row | {"refused": ""} for row in rows]
@@ -257,12 +258,12 @@ def _tiles_of(images: Sequence[LabelledImage], described: Bundle, config: Config
 def _worst(
     step: Step,
     compared: Sequence[Compared],
-    rows: Sequence[flow.Row],
+    rows: Sequence[Row],
     images: Sequence[LabelledImage],
     table: ClassTable,
 ) -> list[dict[str, Any]]:
     """Pictures of the tiles with the smallest share of right pixels."""
-    by_id = {row["id"]: row for row in rows}
+    by_id = {row["id"]: Tile.from_row(row) for row in rows}
     seen = sorted((one for one in compared if one.confusion.pixels), key=lambda one: one.confusion.overall_accuracy)
     shown = []
     for one in seen[:WORST]:

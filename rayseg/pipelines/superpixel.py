@@ -8,7 +8,8 @@ by the steps; the settings of the paper are `configs/superpixel/paper.yaml`.
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Annotated, Any, Literal
@@ -18,9 +19,9 @@ from pydantic import Field
 
 from rayseg.config import Bands
 from rayseg.config import Config as Frozen
-from rayseg.engine.flow import Row, Work
-from rayseg.engine.ledger import MISSING, SETTLED, Record
-from rayseg.engine.manifest import write_rows
+from rayseg.engine.flow import Work
+from rayseg.engine.ledger import MISSING, SETTLED, Record, Settled
+from rayseg.engine.manifest import Row, write_rows
 from rayseg.engine.run import Run, Step
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import NODATA, Tile, Window, expect_ids, slug
@@ -33,6 +34,7 @@ from rayseg.stages.band_statistics import Survey
 from rayseg.stages.label import LabelTile
 from rayseg.stages.oversegment import Divide, ReadAround, segments_path, unite
 from rayseg.stages.read import tile_rows
+from rayseg.stages.rows import SceneRow, TileRow
 from rayseg.stages.write import WriteTile
 from rayseg.steps import estimate, evaluate, report
 from rayseg.steps import map as mapping
@@ -181,13 +183,17 @@ def list_scenes(step: Step, region: Region, config: Config) -> dict[str, Any]:
     """Which scenes there are, and how their values become 0..1."""
     path = step.prefix / "manifest.parquet"
     if not path.exists():
-        rows, bands, dtype = plan(region, config)
+        planned, bands, dtype = plan(region, config)
         put(step.prefix / "contract.json", json.dumps({"bands": bands, "dtype": dtype}).encode())
-        write_rows(path, rows)
+        write_rows(path, planned)
     contract = json.loads((step.prefix / "contract.json").read_bytes())
-    rows = [row | (_settled("failed", row["refused"]) if row["refused"] else {}) for row in mapping.read_manifest(step)]
-    works = [Work(Survey(contract["bands"]), cpus=0.5)]
-    return {**contract, **mapping.through(step, rows, works, title="scenes", patience=config.map.stall_seconds)}
+    rows, works = mapping.read_manifest(step), [Work(Survey(contract["bands"]), cpus=0.5)]
+    patience = config.map.stall_seconds
+    return {**contract, **mapping.through(step, rows, works, record=_surveyable, title="scenes", patience=patience)}
+
+
+def _surveyable(row: Row) -> SceneRow | Settled:
+    return Settled("failed", row["refused"]) if row["refused"] else SceneRow.from_row(row)
 
 
 def _scaling(config: Config, facts: dict[str, Any], dtype: str, bands: int) -> Scaling:
@@ -242,7 +248,7 @@ def _divided(step: Step) -> list[tuple[Tile, int]]:
 def train(step: Step, listed: Step, divided: Step, config: Config) -> dict[str, Any]:
     """A network for every scene, each on an actor of its own; models/<scene> is its bundle."""
     known = {tile.id for tile, _ in _divided(divided)} if config.network.votes else None
-    rows = [_trainable(row, known) for row in _scenes(listed, config)]
+    rows = _scenes(listed, config)
     write_rows(step.prefix / "manifest.parquet", [{"id": row["id"]} for row in rows])
     stage = TrainScene(
         config.network,
@@ -253,19 +259,15 @@ def train(step: Step, listed: Step, divided: Step, config: Config) -> dict[str, 
         dtype=listed.value["dtype"],
     )
     works = [Work(stage, cpus=1.0, gpus=1.0, model=True)]
-    return mapping.through(step, rows, works, title="scenes", patience=config.network.stall_seconds)
+    record, patience = partial(_trainable, known), config.network.stall_seconds
+    return mapping.through(step, rows, works, record=record, title="scenes", patience=patience)
 
 
-def _trainable(row: Row, known: set[str] | None) -> Row:
-    """The scene with the tiles that have superpixels; a scene without any is settled as failed."""
-    tiles = json.loads(row["tiles"])
-    kept = [tile for tile in tiles if known is None or tile["id"] in known]
-    return row | {"tiles": json.dumps(kept)} | ({} if kept else _settled("failed", "none of its tiles could be read"))
-
-
-def _settled(status: str, reason: str) -> Row:
-    """What makes a row pass every stage by."""
-    return {"status": status, "reason": reason, "seconds": {}}
+def _trainable(known: set[str] | None, row: Row) -> SceneRow | Settled:
+    """The scene with the tiles that have superpixels; a scene without such tiles fails."""
+    scene = SceneRow.from_row(row)
+    tiles = tuple(tile for tile in scene.tiles if known is None or tile.tile.id in known)
+    return replace(scene, tiles=tiles) if tiles else Settled("failed", "none of its tiles could be read")
 
 
 def label(step: Step, listed: Step, trained: Step, region: Region, config: Config) -> dict[str, Any]:
@@ -286,19 +288,20 @@ def label(step: Step, listed: Step, trained: Step, region: Region, config: Confi
         ),
         Work(WriteTile(mapping.tiles_prefix(step), table, bands=("probability",), geometry=region.geometry, model="")),
     ]
-    known = [row | _with_network(row["scene"], fates.get(row["scene"])) for row in rows]
-    found = mapping.through(step, known, works, patience=config.map.stall_seconds)
+    patience = config.map.stall_seconds
+    found = mapping.through(step, rows, works, record=partial(_with_network, fates), patience=patience)
     return {"bundle": most["bundle"] if most else None, **found}
 
 
-def _with_network(scene: str, fate: Record | None) -> Row:
-    """What a tile needs of its scene's network; without one it shares the scene's fate."""
+def _with_network(fates: Mapping[str, Record], row: Row) -> TileRow | Settled:
+    """The tile with its scene's network; without a network it shares the scene's fate."""
+    scene = row["scene"]
+    fate = fates.get(scene)
     if fate is None or (fate.status == "done" and "bundle" not in fate.facts):
-        return _settled("failed", f"scene {scene}: {MISSING}")
+        return Settled("failed", f"scene {scene}: {MISSING}")
     if "bundle" in fate.facts:
-        prefix = fate.facts["bundle"]
-        return {"bundle": prefix, "model_item": str(upath(prefix) / "item.json")}
-    return _settled(fate.status if fate.status in SETTLED else "failed", f"scene {scene}: {fate.reason}")
+        return replace(TileRow.from_row(row), bundle=fate.facts["bundle"])
+    return Settled(fate.status if fate.status in SETTLED else "failed", f"scene {scene}: {fate.reason}")
 
 
 # -- for people --------------------------------------------------------------------------------------------------------
@@ -380,7 +383,9 @@ def forecast(config: Config, region: Region) -> estimate.Forecast:
         margin=config.network.patch + config.network.stride + config.margin,
         unknown=("a network with nothing left to learn ends early: on all tiles it may take more or fewer epochs",),
         counts={"networks": len(scenes)},
-        efforts={"networks": sum(patches_of_epoch(tiles, config.network) for tiles in scenes)},
+        efforts={
+            "networks": sum(patches_of_epoch([Tile.from_row(row) for row in tiles], config.network) for tiles in scenes)
+        },
         trial=partial(run, config),
     )
 

@@ -1,20 +1,21 @@
-"""Plots through their classifier, some at a time."""
+"""Plots through their classifier, a group of plots at a time."""
 
-import json
-from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import shapely
 from shapely.geometry.base import BaseGeometry
 
-from rayseg.engine.manifest import write_rows
+from rayseg.engine.ledger import Settled
+from rayseg.engine.manifest import Row, write_rows
 from rayseg.errors import DataError, ModelError
-from rayseg.geo.grid import Grid, Window
+from rayseg.geo.grid import Window
 from rayseg.io import plot_joins, rasters
 from rayseg.io.sources import Source, from_json
 from rayseg.models import bundle
+from rayseg.stages.rows import ABSENT, PlotsRow
 from rayseg.stages.to_rgb import ImageConfig, eight_bit
 from rayseg.store import upath
 from rayseg.vision.crops import square_crop
@@ -22,44 +23,42 @@ from rayseg.vision.crops import square_crop
 if TYPE_CHECKING:
     import torch
 
-Row = dict[str, Any]
-
 
 class CutPlots:
-    """`plots, numbers, grid, sources -> crops, numbers`: plots on black, (plots, size, size, 3) uint8, across tiles.
+    """`plots, numbers, grid, sources -> crops, numbers, unread`: plots on black, (plots, size, size, 3) uint8.
 
-    `numbers` are those of the plots that could be read; `unread` says of the others why, if there are any.
+    A crop may cross tile borders. `numbers` are those of the plots that can be read.
 
     Args:
-        image: what the imagery is.
+        image: bands and values of the imagery.
         size: side of a crop in px.
     """
 
     def __init__(self, image: ImageConfig, *, size: int) -> None:
         self.image, self.size = image, size
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
+    def __call__(self, rows: list[PlotsRow]) -> list[PlotsRow]:
         """Cut each group of plots."""
-        return [row | self._cut(row) for row in rows]
+        return [self._cut(row) for row in rows]
 
-    def _cut(self, row: Row) -> Row:
-        grid, sources = Grid.from_row(json.loads(row["grid"])), from_json(row["sources"])
+    def _cut(self, row: PlotsRow) -> PlotsRow:
+        sources = from_json(row.sources_json)
         crops: dict[int, np.ndarray] = {}
-        unread: dict[int, DataError] = {}
-        for number, geometry in zip(row["numbers"], shapely.from_wkb(np.array(row["plots"], object)), strict=True):
+        errors: list[DataError] = []
+        for number, geometry in zip(row.numbers, shapely.from_wkb(np.array(row.plots, object)), strict=True):
             try:
-                crops[number] = self._crop(geometry, sources, grid)
+                crops[number] = self._crop(geometry, sources, row)
             except DataError as error:
-                unread[number] = error
+                errors.append(error)
         if not crops:
-            raise next(iter(unread.values()))
-        told = f"{len(unread)} plots, the first because: {next(iter(unread.values()))}" if unread else ""
-        return {"crops": np.stack(list(crops.values())), "numbers": list(crops), "unread": told}
+            raise errors[0]
+        unread = f"{len(errors)} plots, the first because: {errors[0]}" if errors else ""
+        return replace(row, crops=np.stack(list(crops.values())), numbers=tuple(crops), plots=(), unread=unread)
 
-    def _crop(self, geometry: BaseGeometry, sources: Sequence[Source], grid: Grid) -> np.ndarray:
+    def _crop(self, geometry: BaseGeometry, sources: list[Source], row: PlotsRow) -> np.ndarray:
         left, top, right, bottom = (round(value) for value in geometry.bounds)
         window = Window(left, top, right - left, bottom - top)
-        image_CHW, _ = rasters.read(sources, grid, window, bands=self.image.bands)
+        image_CHW, _ = rasters.read(sources, row.grid, window, bands=self.image.bands)
         image_HWC = eight_bit(image_CHW, self.image)
         return square_crop(image_HWC, plot_joins.mask_of(geometry, window), size=self.size)
 
@@ -82,59 +81,58 @@ class ClassifyPlots:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return described, model.to(device), device
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
+    def __call__(self, rows: list[PlotsRow]) -> list[PlotsRow]:
         """Classify each group of plots."""
         import torch
 
         from rayseg.models.cpu import threads
 
         with threads(), torch.inference_mode():
-            return [
-                {key: row[key] for key in ("id", "seconds", "unread")} | {"classes": self._classes(row)} for row in rows
-            ]
+            return [replace(row, crops=ABSENT, classes=self._classes(row)) for row in rows]
 
-    def _classes(self, row: Row) -> list[Row]:
+    def _classes(self, row: PlotsRow) -> tuple[Row, ...]:
         import torch
 
         from rayseg.models.classifier import class_probabilities
 
         described, model, device = self._loaded
-        found = []
-        for start in range(0, len(row["crops"]), 16):
-            images = described.normalize(row["crops"][start : start + 16].transpose(0, 3, 1, 2))
+        rows = []
+        for start in range(0, len(row.crops), 16):
+            images = described.normalize(row.crops[start : start + 16].transpose(0, 3, 1, 2))
             p_NK = class_probabilities(model(torch.from_numpy(images).to(device)).float()).cpu()
             best = p_NK.max(dim=1)
             for k, (score, at) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True), start):
-                found.append({"number": row["numbers"][k], "class": described.classes[at][0], "score": score})
-        return found
+                rows.append({"number": row.numbers[k], "class": described.classes[at][0], "score": score})
+        return tuple(rows)
 
 
 class WriteClasses:
-    """`classes, unread -> facts`: kept as `<prefix>/<group>.classes.parquet`; with `unread` the group has failed."""
+    """`classes, unread -> facts`: write `<prefix>/<group>.classes.parquet`; a group with unread plots fails."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
+    def __call__(self, rows: list[PlotsRow]) -> list[Settled]:
         """Write each group."""
         return [self._write(row) for row in rows]
 
-    def _write(self, row: Row) -> Row:
-        write_rows(upath(self.prefix) / f"{row['id']}.classes.parquet", row["classes"])
-        kept = {"id": row["id"], "seconds": row["seconds"], "facts": {"plots": len(row["classes"])}}
-        return kept | {"status": "failed", "reason": f"CutPlots, {row['unread']}"} if row["unread"] else kept
+    def _write(self, row: PlotsRow) -> Settled:
+        write_rows(upath(self.prefix) / f"{row.id}.classes.parquet", row.classes)
+        facts = {"plots": len(row.classes)}
+        return Settled("failed", f"CutPlots, {row.unread}", facts) if row.unread else Settled(facts=facts)
 
 
 def check_classifier(described: bundle.Bundle) -> None:
-    """Refuse a model that cannot tell plots apart.
+    """Refuse a model that cannot classify plots.
 
     Raises:
-        ModelError: it is no classifier of RGB uint8 images, or one of its class values is 0, the background's.
+        ModelError: it is not a classifier of RGB uint8 images, or one of its class values is 0, the background's.
     """
     values = [value for value, _, _ in described.classes]
-    found = (described.task, len(described.bands), described.dtype)
-    if found != ("classification", 3, "uint8") or min(values) < 1:
+    kind = (described.task, len(described.bands), described.dtype)
+    if kind != ("classification", 3, "uint8") or min(values) < 1:
         raise ModelError(
             f"model {described.name} is for {described.task} of {len(described.bands)} bands of {described.dtype} into "
-            f"the values {values}, plots need classification of 3 bands of uint8 into values above 0; give such a one"
+            f"the values {values}, plots need classification of 3 bands of uint8 into values above 0; choose another "
+            "classifier"
         )

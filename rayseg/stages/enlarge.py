@@ -1,38 +1,39 @@
-"""Tiles of imagery made larger, as imagery of its own."""
+"""Tiles of imagery enlarged by super-resolution, as imagery of its own."""
 
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rayseg.engine.ledger import Settled
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Lattice, Tile, Window
 from rayseg.io import cog, stac_write
-from rayseg.io.sources import from_json
+from rayseg.stages.rows import TileRow
 from rayseg.store import upath
 from rayseg.vision.fill import filled
 
 if TYPE_CHECKING:
     from rayseg.models.super_resolution import Enlarge, EnlargeConfig
 
-Row = dict[str, Any]
 BANDS = ("red", "green", "blue")
 
 
 def lattice_of(config: "EnlargeConfig") -> Lattice:
-    """What is enlarged at once, whatever the tiling."""
+    """The patches that are enlarged at once, whatever the tiling."""
     return Lattice.of_cells(config.stride + 2 * config.margin, config.stride)
 
 
 class EnlargeTiles:
-    """`image, valid, reach, <tile> -> larger, larger_valid`: the tile's own pixels, each `factor` x `factor` then.
+    """`tile, image, valid, reach -> image, valid, reach`: the tile's own pixels, each as `factor` x `factor` pixels.
 
-    Where there is no data the network sees the mirror image of what is there. What is made is imagery like any other,
-    which says of no pixel that it was made from half of what there is; so a tile fails if anything in its reach cannot
-    be read.
+    `reach` is the tile's window on the finer grid afterwards. Where there is no data the network sees the mirror image
+    of the valid pixels. The enlarged imagery has no place to mark pixels made from incomplete input, so a tile fails if
+    any pixel in its reach cannot be read.
 
     Args:
-        config: how.
+        config: network and patches.
     """
 
     def __init__(self, config: "EnlargeConfig") -> None:
@@ -44,34 +45,33 @@ class EnlargeTiles:
 
         return load_enlarger(self.config)
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
+    def __call__(self, rows: list[TileRow]) -> list[TileRow]:
         """Enlarge each tile."""
         from rayseg.models.cpu import threads
 
         with threads():
             return [self._tile(row) for row in rows]
 
-    def _tile(self, row: Row) -> Row:
-        if why := row.get("incomplete") or row.get("unread"):
+    def _tile(self, row: TileRow) -> TileRow:
+        if why := row.incomplete or row.unread:
             raise DataError(why)
-        tile, reach, factor = Tile.from_row(row), row["reach"], self.config.factor
-        larger_HWC = np.zeros((tile.window.height * factor, tile.window.width * factor, 3), np.uint8)
-        whole = scaled(tile.window, factor)
-        for cell in self.lattice.cells(tile.window):
-            part, seen = cell.intersect(tile.window), self.lattice.around(cell)
-            image_HWC, valid_HW = (row[name][seen.slices(reach)] for name in ("image", "valid"))
+        window, reach, factor = row.tile.window, row.reach, self.config.factor
+        larger_HWC = np.zeros((window.height * factor, window.width * factor, 3), np.uint8)
+        whole = scaled(window, factor)
+        for cell in self.lattice.cells(window):
+            seen = self.lattice.around(cell)
+            image_HWC, valid_HW = (array[seen.slices(reach)] for array in (row.image, row.valid))
             if not valid_HW.any():
                 continue
-            found_HWC = self._enlarge(filled(image_HWC, valid_HW))
-            place = scaled(part, factor)
-            larger_HWC[place.slices(whole)] = found_HWC[place.slices(scaled(seen, factor))]
-        valid_HW = row["valid"][tile.window.slices(reach)].repeat(factor, axis=0).repeat(factor, axis=1)
-        rest = {key: value for key, value in row.items() if key not in {"image", "valid", "reach"}}
-        return rest | {"larger": larger_HWC, "larger_valid": valid_HW}
+            patch_HWC = self._enlarge(filled(image_HWC, valid_HW))
+            place = scaled(cell.intersect(window), factor)
+            larger_HWC[place.slices(whole)] = patch_HWC[place.slices(scaled(seen, factor))]
+        valid_HW = row.valid[window.slices(reach)].repeat(factor, axis=0).repeat(factor, axis=1)
+        return replace(row, image=larger_HWC, valid=valid_HW, reach=whole)
 
 
 def larger(tile: Tile, factor: int) -> Tile:
-    """What a tile becomes: its ground on a finer grid; without georeference it takes the name of its image."""
+    """The same area on a grid `factor` times finer; without georeference it has the name of its image."""
     grid = tile.grid
     finer = (grid.resolution[0] / factor, grid.resolution[1] / factor) if grid.crs else grid.resolution
     name = tile.id if grid.crs else str(grid.image)
@@ -84,28 +84,27 @@ def scaled(window: Window, factor: int) -> Window:
 
 
 class WriteLarger:
-    """`larger, larger_valid, <tile> -> facts`: kept as `<prefix>/<id>.tif` and its item, georeferenced as it was.
+    """`tile, sources, image, valid -> facts`: write `<prefix>/<id>.tif` and its item, with the tile's georeference.
 
-    The id is the tile's, or that of the image where there is no georeference.
+    The id is the tile's, or the image's where there is no georeference.
 
     Args:
-        prefix: where.
-        factor: pixels that one pixel has become, across and down.
+        prefix: folder of the files.
+        factor: pixels across and down that replace one pixel.
     """
 
     def __init__(self, prefix: str, *, factor: int) -> None:
         self.prefix, self.factor = prefix, factor
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
+    def __call__(self, rows: list[TileRow]) -> list[Settled]:
         """Write each tile."""
         return [self._write(row) for row in rows]
 
-    def _write(self, row: Row) -> Row:
-        folder, fine = upath(self.prefix), larger(Tile.from_row(row), self.factor)
-        file, valid_HW = f"{fine.id}.tif", row["larger_valid"]
-        image_CHW = np.ascontiguousarray(row["larger"].transpose(2, 0, 1))
-        cog.write_image(folder / file, image_CHW, fine.grid, fine.window, bands=BANDS, valid_HW=valid_HW)
-        sources = from_json(row["sources"])
-        item = stac_write.item_of(fine.id, fine.grid, fine.window, folder=folder, files=[file], sources=sources)
+    def _write(self, row: TileRow) -> Settled:
+        folder, fine = upath(self.prefix), larger(row.tile, self.factor)
+        file = f"{fine.id}.tif"
+        image_CHW = np.ascontiguousarray(row.image.transpose(2, 0, 1))
+        cog.write_image(folder / file, image_CHW, fine.grid, fine.window, bands=BANDS, valid_HW=row.valid)
+        item = stac_write.item_of(fine.id, fine.grid, fine.window, folder=folder, files=[file], sources=row.sources)
         stac_write.write_item(item, folder / f"{fine.id}.json")
-        return {"id": row["id"], "seconds": row["seconds"], "facts": {"item": f"{fine.id}.json"}}
+        return Settled(facts={"item": f"{fine.id}.json"})

@@ -2,29 +2,30 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rayseg.engine.tuning import reused_memory
-from rayseg.geo.grid import NODATA, Lattice, Tile, Window
+from rayseg.geo.grid import NODATA, Lattice, Window
 from rayseg.io.segments import without_specks
 from rayseg.models.cpu import threads
 from rayseg.stages.oversegment import grown
 from rayseg.stages.predict import Predict
+from rayseg.stages.rows import ABSENT, TileRow
 
-Row = dict[str, Any]
 _KEPT = 4
 
 
 class LabelTile:
-    """`image, valid, reach, bundle -> classes, scores`: the most probable label of every pixel and its probability.
+    """`tile, bundle, image, valid, reach -> classes, scores, batch`: the most probable label of every pixel.
 
     classes: (height, width) uint8, 255 where there is no imagery.
-    scores: (1, height, width) uint8, probability x 254 rounded, 255 where there is no imagery.
+    scores: (1, height, width) uint8, the label's probability x 254 rounded, 255 where there is no imagery.
 
     Probabilities are blended on the grid's lattice of patches as `Predict` does it, but never held for more than one
     row of patches: memory grows with labels x patch x tile width, not with labels x tile.
@@ -40,7 +41,7 @@ class LabelTile:
         self.margin, self.sieve, self.batch = margin, sieve, batch
         self._models: OrderedDict[str, Predict] = OrderedDict()
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
+    def __call__(self, rows: list[TileRow]) -> list[TileRow]:
         """Label each tile."""
         with threads(), reused_memory():
             return [self._tile(row) for row in rows]
@@ -55,9 +56,9 @@ class LabelTile:
         self._models.move_to_end(prefix)
         return self._models[prefix]
 
-    def _tile(self, row: Row) -> Row:
-        network = self._loaded(row["bundle"])
-        described, tile, valid, reach = network.bundle, Tile.from_row(row), row["valid"], row["reach"]
+    def _tile(self, row: TileRow) -> TileRow:
+        network = self._loaded(row.bundle)
+        described, tile, valid, reach = network.bundle, row.tile, row.valid, row.reach
         window = grown(tile.window, self.margin)
         lattice = Lattice.of(tile.grid, described.patch, described.stride)
         patches = [p for p in lattice.patches(window) if valid[lattice.cell(p).intersect(reach).slices(reach)].any()]
@@ -65,22 +66,23 @@ class LabelTile:
         scores = np.zeros_like(classes)
         assert network.device is not None
         predict = partial(_predicted, network, row)
-        found = blended(predict, patches, window, lattice, classes=described.outputs, device=network.device)
-        for part, labels, tops in found:
+        parts = blended(predict, patches, window, lattice, classes=described.outputs, device=network.device)
+        for part, labels, tops in parts:
             classes[part.slices(window)], scores[part.slices(window)] = labels, tops
         seen = valid[window.slices(reach)]
         classes = without_specks(classes, seen, size=self.sieve)
         inner = tile.window.slices(window)
-        kept = {key: value for key, value in row.items() if key not in {"image", "valid", "reach"}}
-        shown = [np.where(seen, values, NODATA).astype(np.uint8)[inner] for values in (classes, scores)]
-        return kept | {"classes": shown[0], "scores": shown[1][None]}
+        classes, scores = (np.where(seen, values, NODATA).astype(np.uint8)[inner] for values in (classes, scores))
+        return replace(
+            row, image=ABSENT, valid=ABSENT, classes=classes, scores=scores[None], batch=network.batch_halved
+        )
 
 
-def _predicted(network: Predict, row: Row, patches: Sequence[Window]) -> Iterator[tuple[Window, Tensor]]:
+def _predicted(network: Predict, row: TileRow, patches: Sequence[Window]) -> Iterator[tuple[Window, Tensor]]:
     """(patch, its probabilities (K, patch, patch) on the device), in order."""
-    cuts = [(slice(None), *patch.slices(row["reach"])) for patch in patches]
-    batches = network.probabilities(row["image"], row["valid"], cuts)
-    yield from zip(patches, (one for batch in batches for one in batch), strict=True)
+    cuts = [(slice(None), *patch.slices(row.reach)) for patch in patches]
+    batches = network.probabilities(row.image, row.valid, cuts)
+    yield from zip(patches, chain.from_iterable(batches), strict=True)
 
 
 @torch.inference_mode()
@@ -107,12 +109,12 @@ def blended(
         (part of the window, most probable class (height, width) uint8, its probability x 254 uint8), from the top;
         class and probability are 0 where no patch lies.
     """
-    patch, stride = lattice.patch, lattice.stride
+    side, stride = lattice.patch, lattice.stride
     weight_HW = torch.from_numpy(lattice.weight()).to(device)
-    sums_CHW = torch.zeros(classes + 1, patch, window.width, device=device)  # the last channel sums the weights
-    for row in sorted({one.row for one in lattice.patches(window)}):
-        strip = Window(window.col, row, window.width, patch)
-        for at, probabilities_CHW in predict([one for one in patches if one.row == row]):
+    sums_CHW = torch.zeros(classes + 1, side, window.width, device=device)  # the last channel sums the weights
+    for row in sorted({patch.row for patch in lattice.patches(window)}):
+        strip = Window(window.col, row, window.width, side)
+        for at, probabilities_CHW in predict([patch for patch in patches if patch.row == row]):
             part = at.intersect(strip)
             rows, cols = part.slices(at)
             target_CHW = sums_CHW[:, rows, part.slices(strip)[1]]
@@ -121,7 +123,7 @@ def blended(
         yield from _decided(sums_CHW, Window(window.col, row, window.width, stride), window)
         rest_CHW = sums_CHW[:, stride:].clone()
         sums_CHW.zero_()
-        sums_CHW[:, : patch - stride] = rest_CHW
+        sums_CHW[:, : side - stride] = rest_CHW
 
 
 def _decided(sums_CHW: Tensor, at: Window, window: Window) -> Iterator[tuple[Window, np.ndarray, np.ndarray]]:

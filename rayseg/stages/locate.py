@@ -1,7 +1,7 @@
-"""What networks say of a chip: class activation maps and unsupervised objects."""
+"""Networks applied to chips: class activation maps and unsupervised objects."""
 
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,13 +10,12 @@ from rayseg.models import bundle, unsupervised
 from rayseg.models.bundle import Bundle
 from rayseg.models.cam import gradcam_plusplus
 from rayseg.models.cpu import threads
+from rayseg.stages.rows import ChipRow
 from rayseg.vision import superpixels
-
-Row = dict[str, Any]
 
 
 class Cam:
-    """`image -> cam, certainty`: Grad-CAM++ of the class looked for, (size, size) float32 0..1, and its softmax score.
+    """`image -> cam, certainty`: Grad-CAM++ of a class, (size, size) float32 0..1, and the class's softmax score.
 
     Args:
         prefix: of the classifier's bundle.
@@ -37,10 +36,10 @@ class Cam:
         described, model = bundle.build(self.prefix)
         return described, model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
+    def __call__(self, rows: list[ChipRow]) -> list[ChipRow]:
         """Map the batch in one pass."""
         described, model = self._loaded
-        images_NCHW = np.stack([described.normalize(row["image"].transpose(2, 0, 1)) for row in rows])
+        images_NCHW = np.stack([described.normalize(row.image.transpose(2, 0, 1)) for row in rows])
         with threads():
             cams, certainties = gradcam_plusplus(
                 model,
@@ -50,8 +49,10 @@ class Cam:
                 scales=self.scales,
                 flip=self.flip,
             )
-        found = zip(rows, cams, certainties, strict=True)
-        return [row | {"cam": cam, "certainty": float(certainty)} for row, cam, certainty in found]
+        return [
+            replace(row, cam=cam, certainty=float(certainty))
+            for row, cam, certainty in zip(rows, cams, certainties, strict=True)
+        ]
 
 
 class Segment:
@@ -71,10 +72,10 @@ class Segment:
         self.network, self.iterations, self.min_labels = network, iterations, min_labels
         self.precision, self.seed = precision, seed
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
+    def __call__(self, rows: list[ChipRow]) -> list[ChipRow]:
         """Segment each chip; on a CPU with one thread, so that the objects are the same however many there are."""
         with threads(most=1):
-            return [row | {"objects": self._segment(row["image"])} for row in rows]
+            return [replace(row, objects=self._segment(row.image)) for row in rows]
 
     def _segment(self, image_HWC: np.ndarray) -> np.ndarray:
         votes = unsupervised.RECIPES[self.network].votes

@@ -1,28 +1,27 @@
-"""Tiles of a scene in, superpixels out: each tile with an overlap by which neighbours are made one afterwards."""
+"""Tiles of a scene in, superpixels out: each tile with an overlap, by which neighbours are joined afterwards."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from upath import UPath
 
+from rayseg.engine.ledger import Settled
 from rayseg.errors import DataError
 from rayseg.geo.grid import Lattice, Tile, Window
 from rayseg.io import segments
 from rayseg.models.bundle import Scaling
 from rayseg.stages.read import read_reach
+from rayseg.stages.rows import TileRow
 from rayseg.store import upath
 from rayseg.vision.fill import mirrored
 from rayseg.vision.segments import agreeing, united
 from rayseg.vision.superpixels import METHODS
 
-Row = dict[str, Any]
-
 
 class ReadAround:
-    """`sources, <tile> -> image, valid, reach`: the tile's pixels and those around it.
+    """`tile, sources -> image, valid, reach, incomplete, unread`: read the tile's pixels and those around it.
 
-    As `ReadTile`, over a window with a margin; with a lattice, over all its patches on that window.
+    Like `ReadTile`, over a window with a margin; with a lattice, over all its patches on that window.
 
     Args:
         bands: names, in order.
@@ -34,23 +33,22 @@ class ReadAround:
         self.bands = tuple(bands)
         self.margin, self.lattice = margin, lattice
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
+    def __call__(self, rows: list[TileRow]) -> list[TileRow | Settled]:
         """Read each tile."""
         return [self._read(row) for row in rows]
 
-    def _read(self, row: Row) -> Row:
-        tile = Tile.from_row(row)
-        reach = grown(tile.window, self.margin)
+    def _read(self, row: TileRow) -> TileRow | Settled:
+        reach = grown(row.tile.window, self.margin)
         if self.lattice:
-            reach = Lattice.of(tile.grid, *self.lattice).reach(reach)
+            reach = Lattice.of(row.tile.grid, *self.lattice).reach(reach)
         return read_reach(row, reach, self.bands)
 
 
 class Divide:
-    """`image, valid, reach, scaling -> facts`: superpixels of the tile and its overlap, kept as `part_path`.
+    """`tile, scaling, image, valid, reach -> facts`: write the superpixels of the tile and its overlap, `part_path`.
 
-    They are numbered from 1 in the tile; 0 is no data. `scaling` is the JSON of the scene's `Scaling` to 0..1. A tile
-    of which, or around which, something could not be read is refused: neighbours would not agree once it is mended.
+    They are numbered from 1 in the tile; 0 is no data. A tile fails if any pixel in its reach cannot be read: its
+    neighbours would not agree with it after a retry.
 
     Args:
         prefix: where they are kept.
@@ -61,21 +59,21 @@ class Divide:
     def __init__(self, prefix: str, method: str, options: Mapping[str, float]) -> None:
         self.prefix, self.method, self.options = prefix, method, dict(options)
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
+    def __call__(self, rows: list[TileRow]) -> list[Settled]:
         """Divide each tile."""
         return [self._divide(row) for row in rows]
 
-    def _divide(self, row: Row) -> Row:
-        if why := row.get("incomplete") or row.get("unread"):
+    def _divide(self, row: TileRow) -> Settled:
+        if why := row.incomplete or row.unread:
             raise DataError(why)
-        tile, valid = Tile.from_row(row), row["valid"]
-        scaling = Scaling.model_validate_json(row["scaling"])
-        image_CHW = np.clip(scaling.normalize(mirrored(row["image"], valid)), 0, 1)
-        found = METHODS[self.method](image_CHW.transpose(1, 2, 0), **self.options)
-        _, gapless = np.unique(np.where(valid, found + 1, 0), return_inverse=True)
+        tile, valid = row.tile, row.valid
+        scaling = Scaling.model_validate_json(row.scaling)
+        image_CHW = np.clip(scaling.normalize(mirrored(row.image, valid)), 0, 1)
+        labels_HW = METHODS[self.method](image_CHW.transpose(1, 2, 0), **self.options)
+        _, gapless = np.unique(np.where(valid, labels_HW + 1, 0), return_inverse=True)
         numbers = gapless.reshape(valid.shape).astype(np.uint32) + np.uint32(valid.all())
-        segments.write_segments(part_path(self.prefix, tile.id), numbers, tile.grid, row["reach"])
-        return {"id": row["id"], "seconds": row["seconds"], "facts": {"segments": int(numbers.max())}}
+        segments.write_segments(part_path(self.prefix, tile.id), numbers, tile.grid, row.reach)
+        return Settled(facts={"segments": int(numbers.max())})
 
 
 def grown(window: Window, margin: int) -> Window:

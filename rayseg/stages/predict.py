@@ -2,7 +2,9 @@
 
 import importlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,17 +13,16 @@ from rayseg.engine.tuning import reused_memory
 from rayseg.geo.grid import NODATA, Lattice, Tile, Window
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
+from rayseg.stages.rows import ABSENT, TileRow
 from rayseg.vision.blend import Blend
 from rayseg.vision.fill import mirrored
 
-if TYPE_CHECKING:  # a run is planned, and its driver works, without torch
+if TYPE_CHECKING:  # planning, and the driver of a run, do without torch
     import torch
-
-Row = dict[str, Any]
 
 
 class Predict:
-    """`image, valid, reach -> classes, scores`: blended probabilities of a bundle's model over the tile's own window.
+    """`tile, image, valid, reach -> classes, scores, batch`: a model's blended probabilities over the tile's window.
 
     classes: (height, width) uint8, 255 where there is no imagery.
     scores: (bands, height, width) uint8, probability x 254 rounded, 255 where there is no imagery; one band for the
@@ -43,6 +44,8 @@ class Predict:
         self.prefix = prefix
         self.batch = batch
         self.device = device
+        self.batch_halved = 0
+        """The batch after lack of memory halved it; 0 before. Tiles record it in the ledger's facts."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Arrive in an actor: import what the model needs while the first tile is still read elsewhere."""
@@ -71,23 +74,21 @@ class Predict:
         self.batch = self.batch or apart.count
         return described, apart
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
+    def __call__(self, rows: list[TileRow]) -> list[TileRow]:
         """Predict each tile."""
         with reused_memory():
             return [self._tile(row) for row in rows]
 
-    def _tile(self, row: Row) -> Row:
-        tile, reach = Tile.from_row(row), row["reach"]
-        valid = row["valid"]
+    def _tile(self, row: TileRow) -> TileRow:
+        tile, reach, valid = row.tile, row.reach, row.valid
         patches = patches_of(self.bundle, tile, valid, reach)
         cuts = [(slice(None), *patch.slices(reach)) for patch in patches]
-        batches = (batch.cpu().numpy() for batch in self.probabilities(row["image"], valid, cuts))
+        batches = (batch.cpu().numpy() for batch in self.probabilities(row.image, valid, cuts))
         blend = Blend(tile.window, self.bundle.outputs, lattice_of(self.bundle, tile))
-        for patch, found in zip(patches, (one for batch in batches for one in batch), strict=True):
-            blend.add(patch, found)
+        for patch, probabilities in zip(patches, chain.from_iterable(batches), strict=True):
+            blend.add(patch, probabilities)
         classes, scores = decide(blend.result(), valid[tile.window.slices(reach)], self.bundle.threshold)
-        kept = {key: value for key, value in row.items() if key not in {"image", "valid", "reach"}}
-        return kept | {"classes": classes, "scores": scores}
+        return replace(row, image=ABSENT, valid=ABSENT, classes=classes, scores=scores, batch=self.batch_halved)
 
     def probabilities(
         self, image_CHW: np.ndarray, valid_HW: np.ndarray, cuts: Sequence[tuple[slice, ...]]
@@ -114,7 +115,7 @@ class Predict:
                 if self.batch == 1:
                     raise
                 torch.cuda.empty_cache()
-                self.batch //= 2
+                self.batch = self.batch_halved = self.batch // 2
                 continue
             yield results
             start += len(part)
@@ -138,8 +139,8 @@ class Predict:
         filled[:count] = patches_CHW
         batch = torch.from_numpy(filled).to(self.device, memory_format=torch.channels_last)
         with torch.inference_mode(), torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=half):
-            found: torch.Tensor = model(batch)
-        return found[:count]
+            outputs: torch.Tensor = model(batch)
+        return outputs[:count]
 
     def help_one(self) -> None:
         """Have all processors compute a patch that comes by itself, where they give the bits of one."""

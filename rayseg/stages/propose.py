@@ -1,19 +1,21 @@
 """Tiles through a proposer, patch by patch, and the plots of a whole region back into tiles."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rayseg.engine.manifest import write_rows
+from rayseg.engine.ledger import Settled
+from rayseg.engine.manifest import Row, write_rows
 from rayseg.errors import DataError
 from rayseg.geo import region
-from rayseg.geo.grid import NODATA, Lattice, Tile, Window
+from rayseg.geo.grid import NODATA, Lattice, Window
 from rayseg.io import cog, plot_joins, stac_write
-from rayseg.io.sources import Source, from_json
-from rayseg.stages.read import incomplete, read_reach
+from rayseg.stages.read import read_reach
+from rayseg.stages.rows import ABSENT, TileRow
 from rayseg.stages.write import facts_of
 from rayseg.store import upath
 from rayseg.vision.color import ClassTable
@@ -21,26 +23,25 @@ from rayseg.vision.instances import painted
 from rayseg.vision.proposals import Propose, SuperpixelProposer
 from rayseg.vision.rounds import Plots, RoundsConfig, find_plots
 
-if TYPE_CHECKING:  # torch takes seconds to import; who reads and writes does without
+if TYPE_CHECKING:  # torch takes seconds to import; reading and writing do without
     from rayseg.models.sam import SamConfig
 
-Row = dict[str, Any]
 UNNUMBERED = 2**32 - 1
 
 
 class ProposePlots:
-    """`image, valid, reach, <tile> -> patches, pieces`: what each patch of the tile finds, and its cell's share of it.
+    """`tile, image, valid, reach -> patches, pieces`: plots of each patch, and the part of each in the patch's cell.
 
-    patches: rows for `plot_joins.join`, with `pixels`: valid ones that the patch sees, and `coverage`: share of these
-    that is covered after each round. pieces: rows of `plot_joins.pieces_of` with round, refined, predicted_iou and
+    patches: rows for `plot_joins.join`, with `pixels`: valid pixels in the patch, and `coverage`: share of them that
+    plots cover after each round. pieces: rows of `plot_joins.pieces_of` with round, refined, predicted_iou and
     stability.
 
     Args:
         proposer: "sam" or "felzenszwalb".
-        sam: settings of the one.
-        superpixels: settings of the other.
+        sam: settings of "sam".
+        superpixels: settings of "felzenszwalb".
         rounds: settings of the method.
-        patches: how the grid is cut.
+        patches: lattice of the patches.
         geometry: the region, GeoJSON in EPSG:4326, or None.
     """
 
@@ -65,41 +66,41 @@ class ProposePlots:
 
         return load_sam(self.sam)
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
-        """Look at each tile."""
+    def __call__(self, rows: list[TileRow]) -> list[TileRow]:
+        """Find the plots of each tile."""
         from rayseg.models.cpu import threads
 
         with threads():
             return [self._tile(row) for row in rows]
 
-    def _tile(self, row: Row) -> Row:
-        tile, reach = Tile.from_row(row), row["reach"]
+    def _tile(self, row: TileRow) -> TileRow:
+        tile, reach = row.tile, row.reach
         inside_HW = region.pixels_inside(region.on_grid(self.geometry, tile.grid), tile.grid, reach)
-        patches, pieces = [], []
+        patches: list[Row] = []
+        pieces: list[Row] = []
         for cell in self.patches.cells(tile.window):
             of_cell = cell.intersect(tile.window)
-            if not row["valid"][of_cell.slices(reach)].any():
+            if not row.valid[of_cell.slices(reach)].any():
                 continue
-            window = _tight(row["valid"], self.patches.around(cell), reach)
+            window = _tight(row.valid, self.patches.around(cell), reach)
             cut = window.slices(reach)
-            valid_HW = row["valid"][cut]
-            found = find_plots(row["image"][cut], self._propose, self.rounds, valid_HW)
-            labels_HW, kept = painted(found.proposals.masks, valid_HW.shape, where_HW=valid_HW, least=self.rounds.least)
+            valid_HW = row.valid[cut]
+            plots = find_plots(row.image[cut], self._propose, self.rounds, valid_HW)
+            labels_HW, kept = painted(plots.proposals.masks, valid_HW.shape, where_HW=valid_HW, least=self.rounds.least)
             place = {"cell_row": cell.row // self.patches.stride, "cell_col": cell.col // self.patches.stride}
             size = {"col": window.col, "row": window.row, "width": window.width, "height": window.height}
-            counted = {"pixels": int(valid_HW.sum()), "coverage": list(found.coverage)}
+            counted = {"pixels": int(valid_HW.sum()), "coverage": list(plots.coverage)}
             patches.append(place | size | {"labels": plot_joins.packed(labels_HW)} | counted)
             own_HW = np.where(inside_HW[of_cell.slices(reach)], plot_joins.labels_of(patches[-1], of_cell), 0)
             pieces += [
-                place | {"label": label} | piece | _scores(found, kept[label - 1])
+                place | {"label": label} | piece | _scores(plots, kept[label - 1])
                 for label, piece in plot_joins.pieces_of(own_HW.astype(np.int32), of_cell)
             ]
-        rest = {key: value for key, value in row.items() if key not in {"image", "valid", "reach"}}
-        return rest | {"patches": patches, "pieces": pieces}
+        return replace(row, image=ABSENT, valid=ABSENT, patches=tuple(patches), pieces=tuple(pieces))
 
 
 def _tight(valid_HW: NDArray[np.bool_], patch: Window, reach: Window) -> Window:
-    """The part of a patch around its valid pixels: beyond the edge of the imagery there is nothing to look at."""
+    """The part of a patch around its valid pixels; a proposer needs no pixels beyond the edge of the imagery."""
     rows_cols = patch.slices(reach)
     rows = np.flatnonzero(valid_HW[rows_cols].any(axis=1))
     cols = np.flatnonzero(valid_HW[rows_cols].any(axis=0))
@@ -107,48 +108,45 @@ def _tight(valid_HW: NDArray[np.bool_], patch: Window, reach: Window) -> Window:
     return Window(patch.col + int(cols[0]), patch.row + int(rows[0]), width, height)
 
 
-def _scores(found: Plots, at: int) -> Row:
+def _scores(plots: Plots, at: int) -> Row:
     return {
-        "predicted_iou": float(found.proposals.iou_N[at]),
-        "stability": float(found.proposals.stability_N[at]),
-        "round": int(found.round_N[at]),
-        "refined": bool(found.refined_N[at]),
+        "predicted_iou": float(plots.proposals.iou_N[at]),
+        "stability": float(plots.proposals.stability_N[at]),
+        "round": int(plots.round_N[at]),
+        "refined": bool(plots.refined_N[at]),
     }
 
 
 class WritePieces:
-    """`patches, pieces -> facts`: kept as `<prefix>/<tile>.patches.parquet` and `.pieces.parquet`.
+    """`tile, patches, pieces -> facts`: write `<prefix>/<tile>.patches.parquet` and `.pieces.parquet`.
 
-    A tile in which nothing was found is settled as "empty"; what could not be read around it goes to the facts as
-    `unread`.
+    A tile without plots is settled as "empty".
     """
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
+    def __call__(self, rows: list[TileRow]) -> list[Settled]:
         """Write each tile."""
         return [self._write(row) for row in rows]
 
-    def _write(self, row: Row) -> Row:
-        for name in ("patches", "pieces"):
-            write_rows(pieces_path(self.prefix, row["id"], name), row[name])
-        facts = {"pieces": len(row["pieces"])} | {key: row[key] for key in ("unread",) if key in row}
-        kept = {"id": row["id"], "seconds": row["seconds"], "facts": facts}
-        return kept | ({} if row["pieces"] else {"status": "empty"}) | incomplete(row)
+    def _write(self, row: TileRow) -> Settled:
+        write_rows(pieces_path(self.prefix, row.tile.id, "patches"), row.patches)
+        write_rows(pieces_path(self.prefix, row.tile.id, "pieces"), row.pieces)
+        return row.settled("done" if row.pieces else "empty", {"pieces": len(row.pieces)})
 
 
 def pieces_path(prefix: str, tile: str, name: Literal["patches", "pieces", "numbers"]) -> str:
-    """Where a table of a tile is."""
+    """The file of a tile's table."""
     return str(upath(prefix) / f"{tile}.{name}.parquet")
 
 
 class ReadPlots:
-    """`<tile> -> numbers, valid`: the number of the plot at every pixel of the tile (0 for none), and where it is seen.
+    """`tile, sources -> numbers, valid`: the number of the plot at every pixel (0 for none), and where imagery is.
 
     Args:
-        proposed: where the tables of patches are.
-        joined: where the tables of numbers are.
+        proposed: prefix of the tables of patches.
+        joined: prefix of the tables of numbers.
         bands: of the imagery.
         stride: of the patches.
     """
@@ -156,20 +154,20 @@ class ReadPlots:
     def __init__(self, proposed: str, joined: str, bands: Sequence[str], *, stride: int) -> None:
         self.proposed, self.joined, self.bands, self.stride = proposed, joined, tuple(bands), stride
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
-        """Put each tile together."""
+    def __call__(self, rows: list[TileRow]) -> list[TileRow | Settled]:
+        """Read the plots of each tile."""
         return [self._read(row) for row in rows]
 
-    def _read(self, row: Row) -> Row:
-        if row.get("refused"):
-            raise DataError(row["refused"])
-        tile = Tile.from_row(row)
-        row = read_reach(row, tile.window, self.bands)
-        if "status" in row:
-            return row
+    def _read(self, row: TileRow) -> TileRow | Settled:
+        if row.refused:
+            raise DataError(row.refused)
+        tile = row.tile
+        result = read_reach(row, tile.window, self.bands)
+        if isinstance(result, Settled):
+            return result
         numbers: dict[plot_joins.Place, dict[int, int]] = {}
-        for one in plot_joins.read_table(pieces_path(self.joined, tile.id, "numbers")):
-            numbers.setdefault(plot_joins.place_of(one), {})[one["label"]] = one["number"]
+        for piece in plot_joins.read_table(pieces_path(self.joined, tile.id, "numbers")):
+            numbers.setdefault(plot_joins.place_of(piece), {})[piece["label"]] = piece["number"]
         numbers_HW = np.zeros((tile.window.height, tile.window.width), np.uint32)
         for patch in plot_joins.read_table(pieces_path(self.proposed, tile.id, "patches")):
             cell = Window(patch["cell_col"] * self.stride, patch["cell_row"] * self.stride, self.stride, self.stride)
@@ -178,20 +176,20 @@ class ReadPlots:
             numbers_HW[part.slices(tile.window)] = plot_joins.numbered(
                 labels_HW, numbers.get(plot_joins.place_of(patch), {})
             )
-        return {key: value for key, value in row.items() if key != "image"} | {"numbers": numbers_HW}
+        return replace(result, image=ABSENT, numbers=numbers_HW)
 
 
 class WritePlots:
-    """`numbers, valid, <tile> -> facts`: the tile as classes.tif, plots.tif and, last, its item.
+    """`tile, sources, numbers, valid -> facts`: write classes.tif, plots.tif and, last, the tile's item.
 
     classes.tif: 0 background, else the class of the plot, 255 no data. plots.tif: number of the plot as in the table of
     plots, 0 for none, 2^32 - 1 for no data.
 
     Args:
-        prefix: below which `<tile id>/` is written.
+        prefix: folder of the folders `<tile id>/`.
         table: the classes.
         classes: class of every plot number that has one.
-        unclassified: class of the others.
+        unclassified: class of the other plots.
         geometry: the region, GeoJSON in EPSG:4326, or None.
         model: href of the classifier's item, if there is one.
     """
@@ -209,21 +207,21 @@ class WritePlots:
         self.prefix, self.table, self.classes = prefix, table, dict(classes)
         self.unclassified, self.geometry, self.model = unclassified, geometry, model
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
+    def __call__(self, rows: list[TileRow]) -> list[Settled]:
         """Write each tile."""
         return [self._write(row) for row in rows]
 
-    def _write(self, row: Row) -> Row:
-        tile = Tile.from_row(row)
+    def _write(self, row: TileRow) -> Settled:
+        tile = row.tile
         area = region.on_grid(self.geometry, tile.grid)
-        valid_HW = row["valid"] & region.pixels_inside(area, tile.grid, tile.window)
-        values, inverse = np.unique(row["numbers"], return_inverse=True)
+        valid_HW = row.valid & region.pixels_inside(area, tile.grid, tile.window)
+        values, inverse = np.unique(row.numbers, return_inverse=True)
         named = np.array([self.classes.get(int(v), self.unclassified) if v else 0 for v in values], np.uint8)
         classes_HW = np.where(valid_HW, named[inverse].reshape(valid_HW.shape), NODATA).astype(np.uint8)
-        numbers_HW = np.where(valid_HW, row["numbers"], np.uint32(UNNUMBERED)).astype(np.uint32)
-        kept, facts = {key: row[key] for key in ("id", "seconds")}, facts_of(classes_HW)
+        numbers_HW = np.where(valid_HW, row.numbers, np.uint32(UNNUMBERED)).astype(np.uint32)
+        facts = facts_of(classes_HW)
         if not facts["counts"]:
-            return kept | {"status": "nodata"} | incomplete(row)
+            return row.settled("nodata")
         folder = upath(self.prefix) / tile.id
         cog.write_classes(folder / "classes.tif", classes_HW, tile.grid, tile.window, self.table)
         cog.write_image(
@@ -235,21 +233,16 @@ class WritePlots:
             nodata=UNNUMBERED,
             overviews="MODE",
         )
-        self._describe(tile, from_json(row["sources"]))
-        facts["coverage"] = 1 - facts["counts"].get("0", 0) / sum(facts["counts"].values())
-        kept |= {"status": "empty" if set(facts["counts"]) == {"0"} else "done", "facts": facts}
-        return kept | incomplete(row)
-
-    def _describe(self, tile: Tile, sources: list[Source]) -> None:
-        folder = upath(self.prefix) / tile.id
         item = stac_write.item_of(
             tile.id,
             tile.grid,
             tile.window,
             folder=folder,
             files=("classes.tif", "plots.tif"),
-            sources=sources,
+            sources=row.sources,
             model=self.model,
             table=self.table,
         )
         stac_write.write_item(item, folder / f"{tile.id}.json")
+        facts["coverage"] = 1 - facts["counts"].get("0", 0) / sum(facts["counts"].values())
+        return row.settled("empty" if set(facts["counts"]) == {"0"} else "done", facts)

@@ -1,31 +1,33 @@
-"""Tiles of a region, and their pixels."""
+"""Tiles of a region and their pixels."""
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
 import numpy as np
 
+from rayseg.engine.ledger import Settled
+from rayseg.engine.manifest import Row
 from rayseg.errors import DataError
 from rayseg.geo import region
-from rayseg.geo.grid import Grid, Lattice, Tile, Window, tile_at
+from rayseg.geo.grid import Grid, Lattice, Window, tile_at
 from rayseg.io import rasters
-from rayseg.io.sources import Source, from_json
+from rayseg.io.sources import Source
+from rayseg.stages.rows import TileRow
 from rayseg.store import is_local
 
-Row = dict[str, Any]
-_PIECE = 256  # px; what is damaged is left out in squares of this side
+_PIECE = 256  # px; damaged pixels are left out in squares of this side
 
 
 class ReadTile:
-    """`sources, <tile> -> image, valid, reach`: the tile's pixels with the halo that its patches need.
+    """`tile, sources -> image, valid, reach`: read the tile's pixels with the halo that its patches need.
 
     image: (bands, height, width) in the imagery's dtype over the window `reach`; valid: (height, width) bool.
-    A tile without any valid pixel in its own window is settled as "nodata". What cannot be read counts as without
-    imagery, so a damaged file costs nothing but its own ground: `incomplete` says why something is missing in the
-    tile's own window, `unread` why something is around it.
+    A tile without a valid pixel in its own window is settled as "nodata". Pixels that cannot be read count as nodata,
+    so a damaged file costs only its own area: `incomplete` holds the reason if pixels of the tile are missing,
+    `unread` if pixels of the halo are.
 
     Args:
         bands: names, in the order the model takes them.
@@ -37,84 +39,61 @@ class ReadTile:
         self.bands = tuple(bands)
         self.patch, self.stride = patch, stride
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
+    def __call__(self, rows: list[TileRow]) -> list[TileRow | Settled]:
         """Read each tile."""
         return [self._read(row) for row in rows]
 
-    def _read(self, row: Row) -> Row:
-        if row.get("refused"):
-            raise DataError(row["refused"])
-        tile = Tile.from_row(row)
-        return read_reach(row, Lattice.of(tile.grid, self.patch, self.stride).reach(tile.window), self.bands)
+    def _read(self, row: TileRow) -> TileRow | Settled:
+        if row.refused:
+            raise DataError(row.refused)
+        reach = Lattice.of(row.tile.grid, self.patch, self.stride).reach(row.tile.window)
+        return read_reach(row, reach, self.bands)
 
 
-def read_reach(row: Row, reach: Window, bands: Sequence[str]) -> Row:
-    """A tile's row with image, valid, reach, and `incomplete` and `unread` if something is missing, as `ReadTile` says.
+def read_reach(row: TileRow, reach: Window, bands: Sequence[str]) -> TileRow | Settled:
+    """`tile, sources -> image, valid, reach, incomplete, unread`, as `ReadTile` describes them.
 
     Raises:
         DataError: nothing can be read.
     """
-    tile, sources = Tile.from_row(row), from_json(row["sources"])
+    tile = row.tile
     try:
-        (image_CHW, valid_HW), unread = rasters.read(sources, tile.grid, reach, bands=bands), _Unread()
+        image_CHW, valid_HW = rasters.read(row.sources, tile.grid, reach, bands=bands)
+        row = replace(row, image=image_CHW, valid=valid_HW, reach=reach)
     except DataError as error:
-        image_CHW, valid_HW, unread = _read_in_pieces(sources, tile, reach, bands, error)
-    if not valid_HW[tile.window.slices(reach)].any():
-        if unread.inside:
-            raise DataError(unread.inside)
-        return row | {"status": "nodata"}
-    return row | {"image": image_CHW, "valid": valid_HW, "reach": reach} | unread.columns()
+        row = _read_in_pieces(row, reach, bands, error)
+    if row.valid[tile.window.slices(reach)].any():
+        return row
+    if row.incomplete:
+        raise DataError(row.incomplete)
+    return Settled("nodata")
 
 
-def _read_in_pieces(
-    sources: Sequence[Source], tile: Tile, reach: Window, bands: Sequence[str], error: DataError
-) -> tuple[np.ndarray, np.ndarray, "_Unread"]:
-    """(image, valid, what is missing) of `reach`; raises `error` where nothing can be read."""
+def _read_in_pieces(row: TileRow, reach: Window, bands: Sequence[str], error: DataError) -> TileRow:
+    """Read `reach` piece by piece and leave out what is damaged; raise `error` if nothing can be read."""
     image_CHW: np.ndarray | None = None
     valid_HW = np.zeros((reach.height, reach.width), bool)
-    unread = _Unread()
-    for source in sources:
-        for piece in _pieces(rasters.footprint(source, tile.grid).intersect(reach)):
+    incomplete = unread = ""
+    for source in row.sources:
+        for piece in _pieces(rasters.footprint(source, row.tile.grid).intersect(reach)):
             rows_cols = piece.slices(reach)
             try:
-                pixels_CHW, ok_HW = rasters.read([source], tile.grid, piece, bands=bands)
-            except DataError as found:
-                unread.note(str(found), inside=not piece.intersect(tile.window).empty)
+                pixels_CHW, ok_HW = rasters.read([source], row.tile.grid, piece, bands=bands)
+            except DataError as problem:
+                if piece.intersect(row.tile.window).empty:
+                    unread = unread or str(problem)
+                else:
+                    incomplete = incomplete or str(problem)
                 if all(is_local(href) for href, _ in source.assets):
                     continue
-                break  # every further try would wait for the network again
+                break  # each further attempt would wait for the network again
             if image_CHW is None:
                 image_CHW = np.zeros((len(pixels_CHW), reach.height, reach.width), pixels_CHW.dtype)
             np.copyto(image_CHW[:, *rows_cols], pixels_CHW, where=ok_HW & ~valid_HW[rows_cols])
             valid_HW[rows_cols] |= ok_HW
     if image_CHW is None:
         raise error
-    return image_CHW, valid_HW, unread
-
-
-def incomplete(row: Row) -> Row:
-    """The fate of a tile of which a part could not be read: failed, so that it is seen, and mended by a retry."""
-    why = row.get("incomplete")
-    return {"status": "failed", "reason": f"a part of the tile cannot be read: {why}"} if why else {}
-
-
-@dataclass
-class _Unread:
-    """The first reason why something in a tile's own window, and around it, could not be read."""
-
-    inside: str = ""
-    around: str = ""
-
-    def note(self, reason: str, *, inside: bool) -> None:
-        """Keep the reason unless there is one already."""
-        if inside:
-            self.inside = self.inside or reason
-        else:
-            self.around = self.around or reason
-
-    def columns(self) -> Row:
-        """Those of a row."""
-        return {key: why for key, why in (("incomplete", self.inside), ("unread", self.around)) if why}
+    return replace(row, image=image_CHW, valid=valid_HW, reach=reach, incomplete=incomplete, unread=unread)
 
 
 def _pieces(window: Window) -> list[Window]:

@@ -1,40 +1,42 @@
-"""What a classifier says of chips that have no label."""
+"""A classifier's probabilities and features of chips that have no label."""
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from upath import UPath
 
+from rayseg.engine.ledger import Settled
+from rayseg.engine.manifest import Row
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
+from rayseg.stages.rows import ChipRow
 from rayseg.store import put, upath
 
 if TYPE_CHECKING:
     import torch
 
-Row = dict[str, Any]
-
 
 class ReadWith:
-    """`<chip> -> image`: the chip, (height, width, 3) uint8 RGB, by a reader of rows."""
+    """`listed -> image`: the chip, (height, width, 3) uint8 RGB, by a function of its row."""
 
     def __init__(self, read: Callable[[Row], np.ndarray]) -> None:
         self.read = read
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
+    def __call__(self, rows: list[ChipRow]) -> list[ChipRow]:
         """Read each chip."""
-        return [row | {"image": self.read(row)} for row in rows]
+        return [replace(row, image=self.read(row.listed)) for row in rows]
 
 
 class Score:
-    """`image -> facts`: class probabilities (`p`) of the middle of each chip, of the size the classifier learnt on.
+    """`id, image -> facts`: class probabilities (`p`) of the middle of each chip, as large as the training windows.
 
     Args:
         prefix: of the classifier's bundle.
-        features: where the input of its last layer goes, `<features>/<id>.npy` float32; None keeps none.
+        features: folder of the inputs of its last layer, `<features>/<id>.npy` float32; None writes none.
     """
 
     def __init__(self, prefix: str, features: str | None) -> None:
@@ -47,35 +49,29 @@ class Score:
         described, model = bundle.build(self.prefix)
         return described, model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
+    def __call__(self, rows: list[ChipRow]) -> list[Settled]:
         """Score the batch in one pass."""
         import torch
 
         from rayseg.models.classifier import class_probabilities
 
         described, model = self._loaded
-        images = [_middle(row["image"], described.patch).transpose(2, 0, 1) for row in rows]
+        images = [_middle(row.image, described.patch).transpose(2, 0, 1) for row in rows]
         device = next(model.parameters()).device
-        seen = torch.from_numpy(np.stack([described.normalize(image) for image in images])).to(device)
+        batch = torch.from_numpy(np.stack([described.normalize(image) for image in images])).to(device)
         with torch.inference_mode():
-            logits, features = model.embed(seen)  # type: ignore[operator]
+            logits, features_NF = model.embed(batch)  # type: ignore[operator]
             p_NK = class_probabilities(logits.double()).cpu().numpy()
-        for row, feature in zip(rows, features.cpu().numpy(), strict=True):
-            self._keep(row["id"], feature)
-        return [
-            {"id": row["id"], "seconds": row["seconds"], "facts": {"p": p.tolist()}}
-            for row, p in zip(rows, p_NK, strict=True)
-        ]
-
-    def _keep(self, chip: str, feature_F: np.ndarray) -> None:
         if self.features is not None:
-            content = io.BytesIO()
-            np.save(content, feature_F)
-            put(features_path(self.features, chip), content.getvalue())
+            for row, feature_F in zip(rows, features_NF.cpu().numpy(), strict=True):
+                content = io.BytesIO()
+                np.save(content, feature_F)
+                put(features_path(self.features, row.id), content.getvalue())
+        return [Settled(facts={"p": p_K.tolist()}) for p_K in p_NK]
 
 
 def features_path(prefix: str, chip: str) -> UPath:
-    """Where the features of a chip are kept."""
+    """The file of a chip's features."""
     return upath(prefix) / f"{chip}.npy"
 
 

@@ -1,5 +1,6 @@
-"""Imagery as what looks for plots sees it: 8-bit RGB, scaled the same everywhere."""
+"""Imagery as 8-bit RGB, scaled the same everywhere, for plot proposals and super-resolution."""
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -7,17 +8,17 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from rayseg.config import Config
+from rayseg.engine.ledger import Settled
 from rayseg.errors import DataError
-from rayseg.geo.grid import Lattice, Tile
+from rayseg.geo.grid import Lattice
 from rayseg.io.sources import Source
 from rayseg.stages.read import read_reach
+from rayseg.stages.rows import TileRow
 from rayseg.vision.proposals import Image
-
-Row = dict[str, Any]
 
 
 class ImageConfig(Config):
-    """What the imagery is: the same for all of it, so that no tile is stretched by itself."""
+    """Bands and values of the imagery; one setting for all tiles, so that no tile gets its own contrast stretch."""
 
     bands: Annotated[tuple[str, ...], Field(min_length=1, max_length=3)] = ("red", "green", "blue")
     """Three names, or one for grey."""
@@ -38,31 +39,30 @@ class ImageConfig(Config):
 
 
 class ReadGround:
-    """`sources, <tile> -> image, valid, reach`: the tile's imagery with what its patches see around it, as 8-bit RGB.
+    """`tile, sources -> image, valid, reach, incomplete, unread`: read the tile with its halo as 8-bit RGB.
 
-    image: (height, width, 3) uint8 over the window `reach`, scaled from low..high as it is stored, the same for every
-    tile; one band is grey. valid: (height, width) bool. A tile without valid pixels is settled as "nodata"; what cannot
-    be read counts as without imagery, as in `ReadTile`.
+    image: (height, width, 3) uint8 over the window `reach`, stored values low..high scaled to 0..255; one band is
+    grey. valid: (height, width) bool. Nodata and unreadable pixels are handled as in `ReadTile`.
 
     Args:
-        image: what the imagery is.
-        patches: how the grid is cut.
+        image: bands and values of the imagery.
+        patches: lattice of the patches, which defines the halo.
     """
 
     def __init__(self, image: ImageConfig, patches: Lattice) -> None:
         self.image, self.patches = image, patches
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
+    def __call__(self, rows: list[TileRow]) -> list[TileRow | Settled]:
         """Read each tile."""
         return [self._read(row) for row in rows]
 
-    def _read(self, row: Row) -> Row:
-        if row.get("refused"):
-            raise DataError(row["refused"])
-        cells = self.patches.cells(Tile.from_row(row).window)
+    def _read(self, row: TileRow) -> TileRow | Settled:
+        if row.refused:
+            raise DataError(row.refused)
+        cells = self.patches.cells(row.tile.window)
         reach = self.patches.around(cells[0]).union(self.patches.around(cells[-1]))
-        found = read_reach(row, reach, self.image.bands)
-        return found if "status" in found else found | {"image": eight_bit(found["image"], self.image)}
+        result = read_reach(row, reach, self.image.bands)
+        return result if isinstance(result, Settled) else replace(result, image=eight_bit(result.image, self.image))
 
 
 def eight_bit(image_CHW: NDArray[Any], kind: ImageConfig) -> Image:

@@ -5,18 +5,17 @@ from typing import Any
 
 import numpy as np
 
+from rayseg.engine.ledger import Settled
 from rayseg.geo import region
-from rayseg.geo.grid import NODATA, Tile
+from rayseg.geo.grid import NODATA
 from rayseg.io import cog, stac_write, vectors
-from rayseg.stages.read import incomplete
+from rayseg.stages.rows import TileRow
 from rayseg.store import upath
 from rayseg.vision.color import ClassTable
 
-Row = dict[str, Any]
-
 
 class WriteTile:
-    """`classes, scores, <tile> -> facts`: the tile as classes.tif, scores.tif, parts.parquet and, last, its item.
+    """`tile, sources, classes, scores -> facts`: classes.tif, scores.tif, parts.parquet and, last, the item.
 
     Pixels outside the region become nodata; a tile left without data is settled as "nodata", one that holds nothing
     but the background (class 0 of a binary table) as "empty". Files have the same name and bytes each time. A tile of
@@ -29,7 +28,7 @@ class WriteTile:
         bands: names of the score bands: one per class; or one alone, of class 1 against 0 in a binary table, of each
             pixel's own class in a larger one.
         geometry: the region, GeoJSON in EPSG:4326, or None.
-        model: href of the model's item; a row's `model_item` goes before it.
+        model: href of the model's item; the item of a row's own `bundle` goes before it.
     """
 
     def __init__(
@@ -39,29 +38,27 @@ class WriteTile:
         self.geometry, self.model = geometry, model
         self._of_top = len(bands) == 1 and len(table.classes) > 2
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
+    def __call__(self, rows: list[TileRow]) -> list[Settled]:
         """Write each tile."""
         return [self._write(row) for row in rows]
 
-    def _write(self, row: Row) -> Row:
-        tile = Tile.from_row(row)
+    def _write(self, row: TileRow) -> Settled:
+        tile = row.tile
         inside = region.pixels_inside(region.on_grid(self.geometry, tile.grid), tile.grid, tile.window)
-        classes = np.where(inside, row["classes"], NODATA).astype(np.uint8)
-        scores = np.where(inside, row["scores"], NODATA).astype(np.uint8)
-        kept = {key: row[key] for key in ("id", "seconds")}
-        facts = facts_of(classes) | {key: row[key] for key in ("unread",) if key in row}
-        kept |= incomplete(row)
+        classes = np.where(inside, row.classes, NODATA).astype(np.uint8)
+        scores = np.where(inside, row.scores, NODATA).astype(np.uint8)
+        facts = facts_of(classes)
         if not facts["counts"]:
-            return {"status": "nodata"} | kept
+            return row.settled("nodata")
         folder = upath(self.prefix) / tile.id
         cog.write_classes(folder / "classes.tif", classes, tile.grid, tile.window, self.table)
         cog.write_scores(folder / "scores.tif", scores, tile.grid, tile.window, self.bands)
         per_class = np.broadcast_to(scores, (len(self.table.classes), *classes.shape)) if self._of_top else scores
         vectors.write_parts(folder / "parts.parquet", vectors.polygons_of(classes, per_class, tile.grid, tile.window))
-        model = row.get("model_item", self.model)
-        stac_write.write_tile_item(folder, tile, self.table, sources=json.loads(row["sources"]), model=model)
+        model = str(upath(row.bundle) / "item.json") if row.bundle else self.model
+        stac_write.write_tile_item(folder, tile, self.table, sources=json.loads(row.sources_json), model=model)
         background = len(self.table.classes) == 2 and set(facts["counts"]) == {"0"}
-        return {"status": "empty" if background else "done", "facts": facts} | kept
+        return row.settled("empty" if background else "done", facts)
 
 
 def facts_of(classes_HW: np.ndarray) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import numpy as np
 from pydantic import Field
 
 from rayseg.config import Config
-from rayseg.engine.flow import Row, Work
-from rayseg.engine.manifest import write_rows
+from rayseg.engine.flow import Work
+from rayseg.engine.manifest import Row, write_rows
 from rayseg.engine.run import Run, Step
 from rayseg.errors import DataError
 from rayseg.io import cog
@@ -27,6 +27,7 @@ from rayseg.stages.decide_cues import (
     density_path,
 )
 from rayseg.stages.locate import Cam, Segment
+from rayseg.stages.rows import ChipRow
 from rayseg.steps import chips
 from rayseg.steps import map as mapping
 from rayseg.store import put
@@ -149,7 +150,7 @@ def _densities(prefix: str, rows: list[Row], label: str) -> Iterator[np.ndarray]
 
 def _through(step: Step, rows: list[Row], works: list[Work], patience: float) -> dict[str, Any]:
     write_rows(step.prefix / "manifest.parquet", rows)
-    return mapping.through(step, rows, works, title="chips", patience=patience)
+    return mapping.through(step, rows, works, record=ChipRow.from_row, title="chips", patience=patience)
 
 
 def read_mask(cues: str, rows: list[Row], size: int, position: int) -> np.ndarray:

@@ -12,9 +12,9 @@ from pydantic import Field
 
 from rayseg.config import Config
 from rayseg.engine import flow
-from rayseg.engine.flow import Row, Work
+from rayseg.engine.flow import Work
 from rayseg.engine.ledger import Ledger, Record, with_fact
-from rayseg.engine.manifest import Manifest
+from rayseg.engine.manifest import Manifest, Row
 from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError
 from rayseg.geo.grid import Grid, Tile, Window, slug
@@ -25,6 +25,7 @@ from rayseg.models import bundle
 from rayseg.models.bundle import Scaling
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, rows_by_grid
+from rayseg.stages.rows import TileRow
 from rayseg.stages.write import WriteTile
 from rayseg.store import Location, absolute, upath
 from rayseg.vision.color import ClassTable
@@ -98,7 +99,13 @@ def predict_region(step: Step, region: Region, model: Step, config: MapConfig) -
 
 
 def through(
-    step: Step, rows: Sequence[Row], works: Sequence[Work], *, patience: float, title: str = "tiles"
+    step: Step,
+    rows: Sequence[Row],
+    works: Sequence[Work],
+    *,
+    patience: float,
+    record: Callable[[Row], Any] = TileRow.from_row,
+    title: str = "tiles",
 ) -> dict[str, Any]:
     """Rows through stages, with the step's ledger.
 
@@ -107,12 +114,13 @@ def through(
         rows: see `flow.run`.
         works: the stages.
         patience: seconds after which a row is given up on which one stage works.
+        record: see `flow.run`.
         title: what the rows are.
 
     Returns:
         `account`: status -> rows; `troubles`: row -> reason; `on_gpu`: names of the stages that ask for GPUs.
     """
-    account = flow.run(rows, works, ledger_of(step), step.engine, title=title, stall_seconds=patience)
+    account = flow.run(rows, works, ledger_of(step), step.engine, record=record, title=title, stall_seconds=patience)
     on_gpu = [work.name for work in works if work.gpus]
     return {"account": account.counts, "troubles": account.troubles, "on_gpu": on_gpu}
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from rayseg.engine.flow import Row, Work
-from rayseg.engine.manifest import Manifest
+from rayseg.engine.flow import Work
+from rayseg.engine.manifest import Manifest, Row
 from rayseg.engine.run import Step
 from rayseg.errors import DataError
 from rayseg.geo.grid import Tile

@@ -8,7 +8,6 @@
 """
 
 import dataclasses
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
@@ -22,15 +21,16 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from rayseg.config import Config
+from rayseg.engine.ledger import Settled
 from rayseg.errors import DataError
 from rayseg.geo.grid import Tile, Window
 from rayseg.io import rasters, segments
-from rayseg.io.sources import from_json
 from rayseg.models import bundle, unsupervised
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.cpu import threads
 from rayseg.models.encoders import recalibrate_batchnorm
 from rayseg.models.unsupervised import RECIPES, Precision, Recipe
+from rayseg.stages.rows import SceneRow, TileRow
 from rayseg.store import upath
 from rayseg.train.batches import made_ahead
 from rayseg.train.session import load_checkpoint, write_checkpoint
@@ -38,7 +38,6 @@ from rayseg.vision.clusters import grouped, isodata
 from rayseg.vision.color import label_table
 from rayseg.vision.fill import mirrored
 
-Row = dict[str, Any]
 Patch = tuple[Tensor, Tensor | None, Tensor | None]
 Raw = tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.uint32]]
 ATTEMPTS = 3
@@ -105,7 +104,7 @@ class Patches:
     """The patches of a scene: windows of one size on the lattice's stride, the last ones pushed back inside.
 
     Args:
-        tiles: rows of the scene's tiles.
+        tiles: the scene's tiles with their imagery.
         files: superpixels of the tiles by their id; empty when they are not needed.
         bands: names, in order.
         scaling: of the values.
@@ -113,12 +112,17 @@ class Patches:
     """
 
     def __init__(
-        self, tiles: Sequence[Row], files: dict[str, str], bands: Sequence[str], scaling: Scaling, config: NetworkConfig
+        self,
+        tiles: Sequence[TileRow],
+        files: dict[str, str],
+        bands: Sequence[str],
+        scaling: Scaling,
+        config: NetworkConfig,
     ) -> None:
-        self.tiles = {row["id"]: row for row in tiles}
+        self.tiles = {row.tile.id: row for row in tiles}
         self.files, self.bands, self.scaling = files, tuple(bands), scaling
         self.memory, self.reduce = config.memory, config.reduce
-        self.windows = list(_windows([Tile.from_row(row) for row in tiles], config))
+        self.windows = list(_windows([row.tile for row in tiles], config))
         self._kept: dict[int, Raw | None] = {}
         self._bytes = 0
 
@@ -154,10 +158,10 @@ class Patches:
         return self._kept[number]
 
     def _from_files(self, tile_id: str, window: Window) -> Raw:
-        tile, sources = Tile.from_row(self.tiles[tile_id]), from_json(self.tiles[tile_id]["sources"])
-        image_CHW, seen_HW = rasters.read(sources, tile.grid, window, bands=self.bands)
-        files = [(Tile.from_row(self.tiles[name]), path) for name, path in self.files.items()]
-        near = [(other.window, path) for other, path in files if other.grid == tile.grid]
+        row = self.tiles[tile_id]
+        image_CHW, seen_HW = rasters.read(row.sources, row.tile.grid, window, bands=self.bands)
+        files = [(self.tiles[name].tile, path) for name, path in self.files.items()]
+        near = [(other.window, path) for other, path in files if other.grid == row.tile.grid]
         segments_HW = segments.read_segments(near, window)
         return image_CHW, seen_HW & (segments_HW > 0) if self.files else seen_HW, segments_HW
 
@@ -184,9 +188,9 @@ def _origins(start: int, length: int, config: NetworkConfig) -> list[int]:
     return sorted({*(start + at for at in range(0, last, config.stride)), start + last})
 
 
-def patches_of_epoch(tiles: Sequence[Row], config: NetworkConfig) -> int:
+def patches_of_epoch(tiles: Sequence[Tile], config: NetworkConfig) -> int:
     """Patches that an epoch on these tiles looks at, as far as is known before they are read."""
-    return sum(1 for _ in islice(_windows([Tile.from_row(row) for row in tiles], config), config.patches))
+    return sum(1 for _ in islice(_windows(tiles, config), config.patches))
 
 
 class TrainScene:
@@ -221,30 +225,29 @@ class TrainScene:
         """Where it computes."""
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
+    def __call__(self, rows: list[SceneRow]) -> list[Settled]:
         """Train on each scene; with the machine's threads, so that both engines give the same networks."""
         with threads():
             return [self._train(row) for row in rows]
 
-    def _train(self, row: Row) -> Row:
-        tiles, scaling = json.loads(row["tiles"]), Scaling.model_validate_json(row["scaling"])
-        files = {tile["id"]: f"{self.segments}/{tile['id']}.tif" for tile in tiles} if self.segments else {}
-        patches = Patches(tiles, files, self.bands, scaling, self.config)
+    def _train(self, scene: SceneRow) -> Settled:
+        scaling, ids = Scaling.model_validate_json(scene.scaling), [row.tile.id for row in scene.tiles]
+        files = {tile: f"{self.segments}/{tile}.tif" for tile in ids} if self.segments else {}
+        patches = Patches(scene.tiles, files, self.bands, scaling, self.config)
         if next(_some(patches, most=1), None) is None:
             raise DataError("no patch of the scene shows a pixel with data, so there is nothing to learn from")
-        kept = {key: row[key] for key in ("id", "seconds") if key in row}
         effort = {"effort": min(len(patches), self.config.patches or len(patches))}
         seeds = [self.config.seed + attempt for attempt in range(ATTEMPTS)]
         for seed in seeds:
-            net, history = self._fitted(patches, f"{self.prefix}/{row['id']}/{seed}", seed)
+            net, history = self._fitted(patches, f"{self.prefix}/{scene.id}/{seed}", seed)
             features_KD, sizes_K = measured(net, patches, self.device)
             groups = grouped(features_KD, sizes_K, most=self.config.merge_to)
             if (labels := int(groups.max()) + 1) > 1:
-                prefix = self._keep(row["id"], net, groups, scaling)
-                return kept | {"facts": effort | {"bundle": prefix, "labels": labels, "seed": seed, "history": history}}
+                prefix = self._keep(scene.id, net, groups, scaling)
+                return Settled(facts=effort | {"bundle": prefix, "labels": labels, "seed": seed, "history": history})
         said = f"the network kept one label from each of the seeds {', '.join(map(str, seeds))}"
         said += ": choose another network, more labels or fewer epochs"
-        return kept | {"status": "failed", "reason": said, "facts": effort}
+        return Settled("failed", said, effort)
 
     def _fitted(self, patches: Patches, prefix: str, seed: int) -> tuple[nn.Module, list[dict[str, float]]]:
         if self.config.network in RECIPES:

@@ -11,6 +11,7 @@ from rayseg.errors import ModelError
 from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.models.super_resolution import EnlargeConfig, load_enlarger
 from rayseg.stages.enlarge import EnlargeTiles
+from rayseg.stages.rows import TileRow
 
 torch.set_num_threads(1)
 
@@ -39,9 +40,10 @@ def tile(image, window, config):
     whole = Window(0, 0, width, height)
     part = whole.intersect(reach)
     pixels[part.slices(reach)], valid[part.slices(reach)] = image[part.slices(whole)], True
-    row = Tile("a", Grid("EPSG:32650", (1.0, 1.0), (0.0, 0.0)), window).to_row()
-    [found] = stage([row | {"image": pixels, "valid": valid, "reach": reach}])
-    return found["larger"], found["larger_valid"]
+    tile = Tile("a", Grid("EPSG:32650", (1.0, 1.0), (0.0, 0.0)), window)
+    [found] = stage([TileRow(tile, "[]", image=pixels, valid=valid, reach=reach)])
+    assert found.reach == Window(4 * window.col, 4 * window.row, 4 * window.width, 4 * window.height)
+    return found.image, found.valid
 
 
 @pytest.mark.parametrize("by", ["network", "interpolation"])

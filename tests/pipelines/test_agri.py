@@ -34,6 +34,7 @@ from rayseg.pipelines import agri
 from rayseg.pipelines.agri import CLASSES, SCALING, Config
 from rayseg.stages import classify_plots as stages
 from rayseg.stages.propose import ProposePlots
+from rayseg.stages.rows import TileRow
 from rayseg.stages.to_rgb import ImageConfig
 from rayseg.steps import super_resolution
 from rayseg.steps.map import MapConfig
@@ -422,8 +423,7 @@ def test_proposing_uses_the_threads_of_the_machine_whatever_the_process_was_told
     first, *_, last = look.patches.cells(tile.window)
     reach = look.patches.around(first).union(look.patches.around(last))
     size = (reach.height, reach.width)
-    row = {"image": np.full((*size, 3), 9, np.uint8), "valid": np.ones(size, bool), "reach": reach}
-    look([tile.to_row() | row])
+    look([TileRow(tile, "[]", image=np.full((*size, 3), 9, np.uint8), valid=np.ones(size, bool), reach=reach)])
     assert set(seen) == {3}
 
 

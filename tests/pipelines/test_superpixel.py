@@ -14,9 +14,10 @@ from PIL import Image
 from small_world import GRID, catalogue, files, rayseg, refused, valid_stac, window_at
 
 from rayseg.config import load
-from rayseg.engine.ledger import Ledger, Record
+from rayseg.engine.ledger import Ledger, Record, Settled
 from rayseg.engine.run import Engine, Step, read
 from rayseg.errors import DataError
+from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.geo.region import Region
 from rayseg.io import cog, labels, masks
 from rayseg.models import bundle
@@ -154,7 +155,7 @@ def test_a_tile_that_failed_once_is_seen_in_the_report_and_leaves_the_superpixel
     divide, first = Divide._divide, json.loads(mapping_rows(whole)[0]["tiles"])[0]["id"]
 
     def fall(stage, row):
-        if row["id"] == first:
+        if row.tile.id == first:
             raise DataError("not today")
         return divide(stage, row)
 
@@ -390,16 +391,17 @@ def change(folder, name, *, properties=None, **fields):
 
 
 def test_tiles_of_a_scene_without_a_network_share_its_fate():
-    made = Record("one", "done", facts={"bundle": "/run/models/one"})
-    assert superpixel._with_network("one", made)["model_item"] == "/run/models/one/item.json"
+    row = Tile("a", Grid("EPSG:32650", (1.0, 1.0), (0.0, 0.0)), Window(0, 0, 8, 8)).to_row()
+    row |= {"sources": "[]", "scene": "one"}
+    trained = Record("one", "done", facts={"bundle": "/run/models/one"})
+    assert superpixel._with_network({"one": trained}, row).bundle == "/run/models/one"
     for fate, status, why in (
         (Record("one", "empty", "all alike"), "empty", "scene one: all alike"),
         (Record("one", "failed", "damaged"), "failed", "scene one: damaged"),
         (Record("one", "done", facts={"low": [0]}), "failed", "scene one: not processed"),  # no record of its network
         (None, "failed", "scene one: not processed"),
     ):
-        row = superpixel._with_network("one", fate)
-        assert (row["status"], row["reason"]) == (status, why)
+        assert superpixel._with_network({"one": fate} if fate else {}, row) == Settled(status, why)
 
 
 def test_a_network_that_keeps_one_label_is_tried_from_three_seeds_and_then_reported(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Values become 0..1 in one way for all of a scene: by its own percentiles, or as given, and never patch by patch."""
 
-import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from rayseg.stages import oversegment
 from rayseg.stages.band_statistics import Survey
 from rayseg.stages.oversegment import Divide, ReadAround
 from rayseg.stages.read import tile_rows
+from rayseg.stages.rows import SceneRow, TileRow
 from rayseg.train.scene import NetworkConfig, Patches
 
 GRID = Grid("EPSG:32650", (1.0, 1.0), (0.0, 0.0))
@@ -30,12 +31,12 @@ def scene(tmp_path):
     image_CHW[:, 7, 7] = 65535
     cog.write_image(tmp_path / "scene.tif", image_CHW, GRID, Window(0, 0, SIDE, SIDE), bands=BANDS)
     source = source_of_file(str(tmp_path / "scene.tif"), "scene")
-    return image_CHW, tile_rows([source], None, size=SIDE // 2, halo=0)
+    return image_CHW, [TileRow.from_row(row) for row in tile_rows([source], None, size=SIDE // 2, halo=0)]
 
 
 def surveyed(rows):
-    [found] = Survey(BANDS)([{"id": "scene", "tiles": json.dumps(rows)}])
-    return found["facts"]
+    [found] = Survey(BANDS)([SceneRow("scene", tuple(rows))])
+    return found.facts
 
 
 def test_the_survey_gives_the_percentiles_of_the_scene_whatever_its_tiles(scene):
@@ -75,8 +76,8 @@ def test_patches_and_tiles_are_scaled_alike_and_none_by_itself(scene, tmp_path, 
         oversegment.METHODS, "seen", lambda image_HWC: shown.append(image_HWC) or np.zeros((128, 128), int)
     )
     divide = Divide(str(tmp_path / "parts"), "seen", {})
-    divide([row | {"seconds": {}, "scaling": scaling.model_dump_json()} for row in ReadAround(BANDS, margin=0)(rows)])
+    divide([replace(row, scaling=scaling.model_dump_json()) for row in ReadAround(BANDS, margin=0)(rows)])
     for row, image_HWC in zip(rows, shown, strict=True):
-        cut = Window(row["col"], row["row"], row["width"], row["height"]).slices(whole)
+        cut = row.tile.window.slices(whole)
         clipped_CHW = np.clip(expected_CHW, 0, 1)[:, *cut]
         np.testing.assert_allclose(image_HWC.transpose(2, 0, 1), clipped_CHW, rtol=1e-5, atol=1e-5)

@@ -16,6 +16,7 @@ from rayseg.stages import label
 from rayseg.stages.label import LabelTile
 from rayseg.stages.oversegment import grown
 from rayseg.stages.predict import Predict
+from rayseg.stages.rows import TileRow
 from rayseg.vision.blend import Blend
 from rayseg.vision.color import label_table
 
@@ -93,11 +94,11 @@ def labelled(model, windows, *, sieve):
         inside = part.slices(Window(0, 0, 70, 80))
         padded[:, *part.slices(reach)] = image[:, *inside] * there[inside]
         valid[part.slices(reach)] = there[inside]
-        row = Tile(f"t{number}", GRID, window).to_row()
-        [done] = stage([row | {"image": padded, "valid": valid, "reach": reach, "bundle": model}])
-        assert done["scores"].shape == (1, window.height, window.width)
-        assert ((done["scores"][0] == 255) == (done["classes"] == 255)).all()
-        result[window.slices(Window(0, 0, 70, 80))] = done["classes"]
+        row = TileRow(Tile(f"t{number}", GRID, window), "[]", bundle=model, image=padded, valid=valid, reach=reach)
+        [done] = stage([row])
+        assert done.scores.shape == (1, window.height, window.width)
+        assert ((done.scores[0] == 255) == (done.classes == 255)).all()
+        result[window.slices(Window(0, 0, 70, 80))] = done.classes
     return result, there
 
 

@@ -10,6 +10,7 @@ from small_world import GRID, segmenter
 
 from rayseg.geo.grid import Lattice, Tile, Window
 from rayseg.stages.predict import Predict, decide, patches_of
+from rayseg.stages.rows import TileRow
 
 NODATA = 255
 
@@ -30,12 +31,12 @@ def row_of(window):
     hole = Window(50, 40, 40, 20).intersect(reach)
     valid_HW[hole.slices(reach)] = False
     image_CHW[:, ~valid_HW] = 0
-    return Tile("t", GRID, window).to_row() | {"image": image_CHW, "valid": valid_HW, "reach": reach, "seconds": {}}
+    return TileRow(Tile("t", GRID, window), "[]", image=image_CHW, valid=valid_HW, reach=reach)
 
 
 def predicted(prefix, window, **options):
     [row] = Predict(prefix, device="cpu", **options)([row_of(window)])
-    return row["classes"], row["scores"]
+    return row.classes, row.scores
 
 
 def test_a_pixel_does_not_depend_on_its_tile(prefix):
@@ -61,13 +62,10 @@ def test_the_batch_and_the_number_of_threads_change_no_bit(prefix):
     stages = [Predict(prefix, device="cpu", batch=batch) for batch in (1, 5, None)]
     assert all(stage.bundle.patch == 64 for stage in stages)
     row = row_of(Window(0, 0, 170, 150))
-    cuts = [
-        (slice(None), *p.slices(row["reach"]))
-        for p in patches_of(stages[0].bundle, Tile.from_row(row), row["valid"], row["reach"])
-    ]
-    found = [torch.cat([*stage.probabilities(row["image"], row["valid"], cuts)]) for stage in stages]
+    cuts = [(slice(None), *p.slices(row.reach)) for p in patches_of(stages[0].bundle, row.tile, row.valid, row.reach)]
+    found = [torch.cat([*stage.probabilities(row.image, row.valid, cuts)]) for stage in stages]
     stages[0].help_one()
-    found += [torch.cat([*stages[0].probabilities(row["image"], row["valid"], cuts)])]
+    found += [torch.cat([*stages[0].probabilities(row.image, row.valid, cuts)])]
     assert all((one == found[0]).all() for one in found)
 
 
@@ -83,9 +81,10 @@ def test_too_little_memory_halves_the_batch_and_goes_on(prefix, monkeypatch):
 
     monkeypatch.setattr(stage, "forward", small)
     [row] = stage([row_of(Window(0, 0, 170, 150))])
+    assert row.batch == 2
     assert sizes[:2] == [4, 2]
     assert set(sizes[1:]) == {2}
-    assert (row["classes"] == predicted(prefix, Window(0, 0, 170, 150), batch=2)[0]).all()
+    assert (row.classes == predicted(prefix, Window(0, 0, 170, 150), batch=2)[0]).all()
 
 
 def test_patches_far_from_imagery_are_not_computed(prefix, monkeypatch):
@@ -101,7 +100,7 @@ def test_patches_far_from_imagery_are_not_computed(prefix, monkeypatch):
 def test_the_stage_pickles_without_its_model(prefix):
     stage = Predict(prefix, device="cpu")
     assert len(pickle.dumps(stage)) < 1000
-    assert (pickle.loads(pickle.dumps(stage))([row_of(Window(0, 0, 9, 9))])[0]["classes"] != NODATA).all()
+    assert (pickle.loads(pickle.dumps(stage))([row_of(Window(0, 0, 9, 9))])[0].classes != NODATA).all()
 
 
 def test_a_class_is_what_is_above_the_threshold_or_largest():

@@ -2,18 +2,21 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from small_world import BANDS, CORNER, GRID, damage, scene
 from small_world import window_at as window
 
+from rayseg.engine.ledger import Settled
 from rayseg.errors import DataError
 from rayseg.geo.grid import Lattice, Tile
 from rayseg.io.rasters import source_of_file
 from rayseg.io.sources import Source
 from rayseg.stages.oversegment import Divide, ReadAround
 from rayseg.stages.read import ReadTile, tile_rows
+from rayseg.stages.rows import TileRow
 
 STAGE = ReadTile(BANDS, patch=64, stride=48)
 
@@ -25,6 +28,10 @@ def sources(tmp_path_factory):
     scene(root / "a.tif", seed=1)
     scene(root / "b.tif", seed=2, col=180, margin=0)
     return [source_of_file(str(root / f"{name}.tif"), name) for name in "ab"]
+
+
+def records(sources, *, halo=0):
+    return [TileRow.from_row(row) for row in tile_rows(sources, None, size=4096, halo=halo)]
 
 
 @pytest.mark.parametrize("size", [64, 128, 1000])
@@ -52,6 +59,8 @@ def test_rows_are_plain_and_pickle(sources):
     assert {type(value) for value in row.values()} <= {str, int, float, type(None)}
     assert pickle.loads(pickle.dumps(row)) == row
     assert Source.from_row(json.loads(row["sources"])[0]) == sources[0]
+    record = pickle.loads(pickle.dumps(TileRow.from_row(row)))
+    assert (record.tile, record.sources, record.refused) == (Tile.from_row(row), sources[:1], "")
 
 
 def test_only_tiles_inside_the_region(sources):
@@ -63,38 +72,41 @@ def test_only_tiles_inside_the_region(sources):
 
 
 def test_a_tile_is_read_with_the_halo_of_its_patches(sources):
-    [row] = pickle.loads(pickle.dumps(STAGE))(tile_rows(sources[1:], None, size=4096, halo=112))
-    own = Tile.from_row(row).window
+    [row] = pickle.loads(pickle.dumps(STAGE))(records(sources[1:], halo=112))
+    own = row.tile.window
     reach = Lattice.of(GRID, 64, 48).reach(own)
-    assert row["reach"] == reach
-    assert row["image"].shape == (3, reach.height, reach.width)
-    assert row["valid"][own.slices(reach)].all()
-    assert row["valid"].sum() == own.width * own.height
-    assert (row["image"][:, ~row["valid"]] == 0).all()
+    assert row.reach == reach
+    assert row.image.shape == (3, reach.height, reach.width)
+    assert row.valid[own.slices(reach)].all()
+    assert row.valid.sum() == own.width * own.height
+    assert (row.image[:, ~row.valid] == 0).all()
 
 
 def test_a_tile_without_data_is_settled(sources, tmp_path):
     scene(tmp_path / "bare.tif", margin=10_000)
-    [row] = STAGE(tile_rows([source_of_file(str(tmp_path / "bare.tif"), "bare")], None, size=4096, halo=0))
-    assert row["status"] == "nodata"
-    assert "image" not in row
+    assert STAGE(records([source_of_file(str(tmp_path / "bare.tif"), "bare")])) == [Settled("nodata")]
+
+
+def test_a_scene_that_is_refused_fails_with_its_reason(sources):
+    with pytest.raises(DataError, match="no red band"):
+        STAGE([replace(row, refused="no red band") for row in records(sources)])
 
 
 def test_a_band_that_is_missing_is_an_error_of_the_data(sources):
     with pytest.raises(DataError, match="nir"):
-        ReadTile(("nir",), patch=64, stride=48)(tile_rows(sources, None, size=4096, halo=0))
+        ReadTile(("nir",), patch=64, stride=48)(records(sources))
 
 
 def test_of_a_damaged_file_labels_miss_no_more_than_maps_and_superpixels_wait_for_the_whole(tmp_path):
     scene(tmp_path / "a.tif", margin=0, height=900, width=900)
-    rows = tile_rows([source_of_file(str(tmp_path / "a.tif"), "a")], None, size=4096, halo=0)
+    rows = records([source_of_file(str(tmp_path / "a.tif"), "a")])
     whole = ReadAround(BANDS, margin=8)(rows)[0]
     damage(tmp_path / "a.tif")
     [row] = ReadAround(BANDS, margin=8)(rows)
-    missing_HW = whole["valid"] & ~row["valid"]
-    assert 0 < missing_HW.sum() < 0.8 * whole["valid"].sum()
-    assert np.array_equal(row["image"][:, row["valid"]], whole["image"][:, row["valid"]])
-    assert "cannot be read" in row["incomplete"]
-    for damaged in (row, {key: value for key, value in row.items() if key != "incomplete"} | {"unread": "a.tif"}):
+    missing_HW = whole.valid & ~row.valid
+    assert 0 < missing_HW.sum() < 0.8 * whole.valid.sum()
+    assert np.array_equal(row.image[:, row.valid], whole.image[:, row.valid])
+    assert "cannot be read" in row.incomplete
+    for damaged in (row, replace(row, incomplete="", unread="a.tif")):
         with pytest.raises(DataError, match=r"a\.tif"):
             Divide(str(tmp_path / "parts"), "slic", {"spacing": 40})([damaged])

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ import rasterio
 from fake_run import GPC
 from small_world import CORNER, GRID, files, scene, valid_stac
 
+from rayseg.engine.ledger import Settled
 from rayseg.io.rasters import source_of_file
 from rayseg.stages.read import tile_rows
+from rayseg.stages.rows import TileRow
 from rayseg.stages.write import WriteTile, facts_of
 from rayseg.vision.color import ClassTable
 
@@ -24,13 +27,13 @@ def row(tmp_path_factory):
     path = tmp_path_factory.mktemp("scene") / "s.tif"
     scene(path)
     [row] = tile_rows([source_of_file(str(path), "s")], None, size=4096, halo=0)
-    return row | {"seconds": {"ReadTile": 0.1}}
+    return TileRow.from_row(row)
 
 
 def written(tmp_path, row, classes_HW, *, table=GPC, bands=("gpc",), geometry=None):
     stage = WriteTile(str(tmp_path / "tiles"), table, bands=bands, geometry=geometry, model=str(tmp_path / "item.json"))
     scores = np.repeat(np.where(classes_HW == NODATA, NODATA, 100).astype(np.uint8)[None], len(bands), axis=0)
-    [found] = pickle.loads(pickle.dumps(stage))([row | {"classes": classes_HW, "scores": scores}])
+    [found] = pickle.loads(pickle.dumps(stage))([replace(row, classes=classes_HW, scores=scores)])
     return found
 
 
@@ -38,13 +41,13 @@ def test_a_tile_is_four_files_and_its_facts(tmp_path, row):
     classes_HW = np.zeros((200, 180), np.uint8)
     classes_HW[:10], classes_HW[-5:] = 1, NODATA
     found = written(tmp_path, row, classes_HW)
-    assert set(found) == {"id", "seconds", "status", "facts"}
-    assert (found["status"], found["facts"]["counts"]) == ("done", {"0": 185 * 180, "1": 10 * 180})
-    folder = tmp_path / "tiles" / row["id"]
+    assert (found.status, found.reason) == ("done", "")
+    assert found.facts["counts"] == {"0": 185 * 180, "1": 10 * 180}
+    folder = tmp_path / "tiles" / row.tile.id
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["classes.tif", "scores.tif", "parts.parquet", f"{row['id']}.json"]
+        ["classes.tif", "scores.tif", "parts.parquet", f"{row.tile.id}.json"]
     )
-    item = valid_stac(folder / f"{row['id']}.json")
+    item = valid_stac(folder / f"{row.tile.id}.json")
     assert set(item["assets"]) == {"classes", "scores", "parts"}
     with rasterio.open(folder / "classes.tif") as file:
         assert (file.read(1) == classes_HW).all()
@@ -62,14 +65,21 @@ def test_the_item_is_written_last_and_the_same_each_time(tmp_path, row):
 
 def test_background_alone_is_empty_where_there_is_one(tmp_path, row):
     nothing_HW = np.zeros((200, 180), np.uint8)
-    assert written(tmp_path, row, nothing_HW)["status"] == "empty"
-    assert written(tmp_path, row, nothing_HW, table=THREE, bands=("a", "b", "c"))["status"] == "done"
+    assert written(tmp_path, row, nothing_HW).status == "empty"
+    assert written(tmp_path, row, nothing_HW, table=THREE, bands=("a", "b", "c")).status == "done"
 
 
 def test_no_data_leaves_no_files(tmp_path, row):
-    found = written(tmp_path, row, np.full((200, 180), NODATA, np.uint8))
-    assert (found["status"], "facts" in found) == ("nodata", False)
+    assert written(tmp_path, row, np.full((200, 180), NODATA, np.uint8)) == Settled("nodata")
     assert not (tmp_path / "tiles").exists()
+
+
+def test_a_tile_read_in_part_is_written_and_fails_and_its_facts_tell_what_reading_and_predicting_met(tmp_path, row):
+    met = replace(row, incomplete="a.tif is damaged", unread="b.tif is damaged", batch=2)
+    found = written(tmp_path, met, np.ones((200, 180), np.uint8))
+    assert (found.status, found.reason) == ("failed", "a part of the tile cannot be read: a.tif is damaged")
+    assert (found.facts["unread"], found.facts["batch"], found.facts["pairs"]) == ("b.tif is damaged", 2, 71620)
+    assert (tmp_path / "tiles" / row.tile.id / f"{row.tile.id}.json").exists()
 
 
 def test_outside_of_the_region_is_nodata(tmp_path, row):
@@ -84,13 +94,13 @@ def test_outside_of_the_region_is_nodata(tmp_path, row):
         },
     )
     found = written(tmp_path, row, np.ones((200, 180), np.uint8), geometry=lonlat)
-    with rasterio.open(tmp_path / "tiles" / row["id"] / "classes.tif") as file:
+    with rasterio.open(tmp_path / "tiles" / row.tile.id / "classes.tif") as file:
         classes_HW = file.read(1)
-    with rasterio.open(tmp_path / "tiles" / row["id"] / "scores.tif") as file:
+    with rasterio.open(tmp_path / "tiles" / row.tile.id / "scores.tif") as file:
         assert ((file.read(1) == NODATA) == (classes_HW == NODATA)).all()
     assert (classes_HW[21:79, 21:59] == 1).all()
     assert (classes_HW == 1).sum() == pytest.approx(40 * 60, rel=0.02)
-    assert found["facts"]["counts"] == {"1": int((classes_HW == 1).sum())}
+    assert found.facts["counts"] == {"1": int((classes_HW == 1).sum())}
 
 
 def test_changes_are_counted_between_neighbours_with_data():

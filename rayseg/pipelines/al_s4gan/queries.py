@@ -27,6 +27,7 @@ from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.pipelines.al_s4gan import chip_pool
 from rayseg.pipelines.al_s4gan.chip_pool import Row
+from rayseg.stages.rows import ChipRow
 from rayseg.stages.score import ReadWith, Score, features_path
 from rayseg.steps import report
 from rayseg.store import upath
@@ -347,7 +348,7 @@ def _scored(step: Step, rows: list[Row], score: Score, common: Common) -> dict[s
         Work(score, batch=AT_ONCE, cpus=0.5, gpus=0.5, model=True),
     ]
     engine = replace(step.engine, retry=True)  # nothing can be chosen without all of them
-    flow.run(rows, works, ledger, engine, title="chips", stall_seconds=common.patience)
+    flow.run(rows, works, ledger, engine, record=ChipRow.from_row, title="chips", stall_seconds=common.patience)
     return {chip: _probabilities(record) for chip, record in ledger.read().items()}
 
 
