@@ -180,7 +180,7 @@ def test_a_scene_in_the_halo_of_a_region_is_seen(tmp_path):
     }
     assert [item.id for item in open_items(imagery, geometry=box)] == ["left"]
     assert {item.id for item in open_items(imagery, geometry=box, halo=64)} == {"left", "right"}
-    rows = mapping.plan(Region("r", box, imagery), described(), MapConfig(tile=64))
+    rows = mapping.tiles_for(Region("r", box, imagery), described(), MapConfig(tile=64))
     seen = {source["item_id"] for row in rows for source in json.loads(row["sources"])}
     assert seen == {"left", "right"}
     nowhere = {"type": "Polygon", "coordinates": [[[lon + 0.03, lat] for lon, lat in box["coordinates"][0]]]}

@@ -481,7 +481,7 @@ def test_the_segmenters_encoder_is_looked_at_before_the_classifier_is_trained(wo
 
 @pytest.mark.parametrize(("override", "said"), [
     ("stride=700", "stride 700 is above patch 64"),
-    ("segmenter.reduce=3", "patch 64 is no multiple of 32 x segmenter.reduce 3"),
+    ("segmenter.reduce=3", "patch 64 is not a multiple of 32 x segmenter.reduce 3"),
     ("scaling={mean: [1.0], std: [1.0]}", "3 bands but scaling of 1"),
     ("classifier.network=plots", "classifier.network = 'plots': input should be 'chips'"),
 ])  # fmt: skip

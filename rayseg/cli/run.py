@@ -77,7 +77,7 @@ def run_pipeline(  # noqa: PLR0913 - the options of the command
         return
     area = only(images_or_region(region), tiles)
     with _run_at(out or f"runs/{name}-{slug(region)}", name, resolved, area, engine, address) as run:
-        typer.echo(module.run(resolved, run, area))
+        typer.echo(module.run(resolved, run, area, run.plan))
 
 
 def _words(
@@ -116,7 +116,7 @@ def run_sweep(  # noqa: PLR0913 - the options of a command line
         raise ConfigError(f"there is no sweep of {name!r}, expected al-s4gan; use `rayseg run pipeline {name}`")
     resolved = load(pipeline_of(name).Config, config, set_ or ())
     shares = [_share(text) for text in _listed(ratios)]
-    trials = sweep.plan(
+    trials = sweep.list_trials(
         resolved, ratios=shares, strategies=_listed(strategies), learners=_listed(learners), seeds=seeds
     )
     where = out or f"runs/sweep-{name}-{slug(region)}"
@@ -162,8 +162,8 @@ def plan_pipeline(
     module = pipeline_of(name)
     area = only(images_or_region(region), None)
     settings = load(module.Config, config, set_ or ())
-    module.check(settings, area)
-    found = estimate.plan(module.forecast(settings, area), area, rates=estimate.Rates(workers, gpu_hour, cpu_hour))
+    forecast = module.forecast(settings, area, module.check(settings, area))
+    found = estimate.estimate_run(forecast, area, rates=estimate.Rates(workers, gpu_hour, cpu_hour))
     typer.echo(json.dumps(found, indent=1) if as_json else _plan_text(found))
 
 
@@ -184,7 +184,7 @@ def retry(
     resolved = load_values(module.Config, found["config"])
     area = Region(**found["region"] | {"tiles": tuple(found["region"]["tiles"])})
     with _run_at(run, found["pipeline"], resolved, area, engine, address, retry=True) as again:
-        typer.echo(module.run(resolved, again, area))
+        typer.echo(module.run(resolved, again, area, again.plan))
 
 
 @app.command()
@@ -221,7 +221,7 @@ def predict(
     resolved = load(module.Config, None, [f"model={model}", *(set_ or ())])
     area = only(images_or_region(source), tiles)
     with _run_at(out, "predict", resolved, area, engine, address) as run:
-        typer.echo(module.run(resolved, run, area))
+        typer.echo(module.run(resolved, run, area, run.plan))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,12 @@ KEYS_OF_MODULES = {
 }
 """Names by which the step functions of a module enter the keys of steps: where they stood when keys were first made,
 so that a run goes on after its code has moved."""
+KEYS_OF_STEPS = {
+    ("gpc", "rayseg.steps.evaluate", "compare_truth"): ("rayseg.pipelines.gpc", "measure"),
+    ("landcover", "rayseg.steps.evaluate", "compare_truth"): ("rayseg.pipelines.landcover", "measure"),
+    ("al-s4gan", "rayseg.steps.evaluate", "compare_truth"): ("rayseg.pipelines.al_s4gan", "evaluate"),
+}
+"""(pipeline, module, step function) -> the names by which it enters the keys, where it moved without its module."""
 LIBRARIES = ("torch", "ray", "rasterio", "segmentation-models-pytorch", "numpy")
 
 
@@ -101,6 +108,8 @@ class Run:
         self.engine = engine
         self.steps: list[Step] = []
         self.troubles: dict[str, dict[str, str]] = {}
+        self.plan: Any = None
+        """What the check of a new run returned; None for a run that is resumed."""
 
     @classmethod
     @contextmanager
@@ -112,7 +121,7 @@ class Run:
         config: Config,
         region: Region,
         engine: Engine | None = None,
-        check: Callable[[], object] | None = None,
+        check: Callable[[], Any] | None = None,
     ) -> Iterator["Run"]:
         """Begin or go on with the run at `out`; run.json tells how it ended, also when it ends by an error.
 
@@ -122,7 +131,8 @@ class Run:
             config: its configuration.
             region: what is mapped.
             engine: where stages are carried out; by default Ray.
-            check: called for a new run before anything is written; what it raises leaves no trace at `out`.
+            check: called for a new run before anything is written; what it raises leaves no trace at `out`, what it
+                returns is the run's `plan`.
 
         Raises:
             ConfigError: `out` cannot be written, belongs to another run, or is being worked on by another process.
@@ -135,7 +145,7 @@ class Run:
         if not is_local(out):
             _ensure_writable(out)  # a bucket keeps no trace of it, and planning can take long
         if new and check:
-            check()
+            run.plan = check()
         _ensure_writable(out)
         with _alone(out):
             started = time.time()
@@ -149,45 +159,58 @@ class Run:
                 error = sys.exc_info()[1]
                 run.save(ended, started, reason=f"{type(error).__name__}: {error}" if error else "")
 
-    def step(self, name: str, function: Callable[..., dict[str, Any]], *arguments: object) -> Step:
-        """What `function(step, *arguments)` returns, from its first finished execution with the same key.
+    def step(self, name: str, function: Callable[..., dict[str, Any]], *arguments: object, **planned: object) -> Step:
+        """What `function(step, *arguments, **planned)` returns, from its first finished execution with the same key.
 
         The function writes below `step.prefix` (or under keys of its own that are the same each time) and returns
         JSON values. An unfinished step is called again and goes on from what it finds there. When it returns
         "troubles" (id -> reason), the run goes on and ends as incomplete; `retry` calls the step again.
+
+        Args:
+            name: of the step.
+            function: the step.
+            arguments: determine the result: they enter the key.
+            planned: what the check of the run found out already; the function finds the same by itself where it is
+                missing, so it does not enter the key.
         """
-        key = _key(function, arguments)
-        step = Step(name, self.root, key, self.engine)
+        keys = self._keys(function, arguments)
+        step = Step(name, self.root, keys[0], self.engine)
         done = _load(step.prefix / "done.json")
-        if done.get("key") != key or self._unfinished(done["value"].get("troubles", {})):
-            done = self._carry_out(step, function, arguments)
+        if done.get("key") not in keys or self._unfinished(done["value"].get("troubles", {})):
+            done = self._carry_out(step, keys, partial(function, step, *arguments, **planned))
         value = _with_prefix(done["value"], HERE, f"{self.root}/")
-        step = Step(name, self.root, _hash([key, done["value"]]), self.engine, value, done["seconds"])
+        step = Step(name, self.root, _hash([done["key"], done["value"]]), self.engine, value, done["seconds"])
         if step.value.get("troubles"):
             self.troubles[name] = step.value["troubles"]
         self.steps.append(step)
         return step
 
+    def _keys(self, function: Callable[..., object], arguments: tuple[object, ...]) -> tuple[str, str]:
+        """The key of a step, and its key in runs that were begun when paths of the run entered it as they are."""
+        module = KEYS_OF_MODULES.get(function.__module__, function.__module__)
+        moved = (self.asked.get("pipeline", ""), function.__module__, function.__qualname__)
+        names = [*KEYS_OF_STEPS.get(moved, (module, function.__qualname__)), __version__]
+        plain = [_plain(value) for value in arguments]
+        return _hash([*names, _with_prefix(plain, f"{self.root}/", HERE)]), _hash([*names, plain])
+
     def _unfinished(self, troubles: dict[str, str]) -> bool:
         """Whether a finished step is to be called again: for rows it never came to, or for all troubles on a retry."""
         return MISSING in troubles.values() or bool(troubles and self.engine.retry)
 
-    def _carry_out(
-        self, step: Step, function: Callable[..., dict[str, Any]], arguments: tuple[object, ...]
-    ) -> dict[str, Any]:
+    def _carry_out(self, step: Step, keys: tuple[str, str], call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         begun = _load(step.prefix / "begun.json")
-        if begun.get("key") != step.key:
+        if begun.get("key") not in keys:
             _clear(step.prefix)
             begun = {"key": step.key, "at": time.time(), "seconds": 0.0}
             put(step.prefix / "begun.json", json.dumps(begun).encode())
         started = time.perf_counter()
         try:
-            value = function(step, *arguments)
+            value = call()
         finally:
             begun["seconds"] += time.perf_counter() - started
             put(step.prefix / "begun.json", json.dumps(begun).encode())
         kept = _with_prefix(value, f"{self.root}/", HERE)
-        done = {"key": step.key, "value": kept, "seconds": begun["seconds"]}
+        done = {"key": begun["key"], "value": kept, "seconds": begun["seconds"]}
         put(step.prefix / "done.json", json.dumps(done, indent=1).encode())
         return done
 
@@ -371,11 +394,6 @@ def _with_prefix(value: Any, old: str, new: str) -> Any:  # noqa: ANN401 - JSON 
 def _clear(prefix: UPath) -> None:
     if prefix.is_dir():
         prefix.rmdir(recursive=True)
-
-
-def _key(function: Callable[..., object], arguments: tuple[object, ...]) -> str:
-    module = KEYS_OF_MODULES.get(function.__module__, function.__module__)
-    return _hash([module, function.__qualname__, __version__, [_plain(value) for value in arguments]])
 
 
 def _plain(value: object) -> object:

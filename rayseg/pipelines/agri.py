@@ -42,6 +42,7 @@ from rayseg.steps import chips, estimate, report, super_resolution
 from rayseg.steps import map as mapping
 from rayseg.steps.chips import ChipsConfig
 from rayseg.steps.map import MapConfig
+from rayseg.steps.models import keep_model
 from rayseg.store import Location, upath
 from rayseg.train.classifier import ClassifierConfig, expect_trainable, fit_classifier, trained_classifier
 from rayseg.train.learning import Learning, Rates
@@ -217,7 +218,7 @@ def fit_plots(step: Step, region: Region, config: Config) -> dict[str, Any]:
         use_gpu=cluster.connect_training(step.engine.address, workers=config.workers),
     )
     model = trained_classifier(config.training, step.prefix, classes=len(LABELS))
-    prefix = mapping.keep_model(step, _described(config.training, measures), model)
+    prefix = keep_model(step, _described(config.training, measures), model)
     return {"bundle": prefix, "measures": measures, "chips": listed}
 
 
@@ -379,11 +380,11 @@ def _planned(region: Region, config: Config) -> tuple[estimate.Forecast | None, 
     """(what is done to the imagery before, rows of the tiles in which plots are looked for)."""
     if config.enlarge is None:
         return None, plan(region, config)
-    rows, tiles = super_resolution.plan(region, config.enlarge, config.image, config.map, halo=config.patch)
+    rows, tiles = super_resolution.tiles_to_enlarge(region, config.enlarge, config.image, config.map, halo=config.patch)
     return estimate.Forecast(rows, lattice_of(config.enlarge).patch), tiles
 
 
-def forecast(config: Config, region: Region) -> estimate.Forecast:
+def forecast(config: Config, region: Region, plan: object = None) -> estimate.Forecast:
     """What is known of a run before it is begun."""
     before, tiles = _planned(region, config)
     counts = {"enlarge": len(before.tiles)} if before else {}
@@ -392,7 +393,9 @@ def forecast(config: Config, region: Region) -> estimate.Forecast:
     return estimate.Forecast(tiles, margin=config.patch, unknown=unknown, counts=counts, trial=trial, before=before)
 
 
-def run(config: Config, run: Run, region: Region, *, learn: Sequence[Callable[..., Any]] = (fit_plots,)) -> str:
+def run(
+    config: Config, run: Run, region: Region, plan: object = None, *, learn: Sequence[Callable[..., Any]] = (fit_plots,)
+) -> str:
     """Find the plots of `region`, after `learn` with region and config; return where the report is and what it says."""
     model = run.step("classifier", *learn, region, config)
     larger = run.step(

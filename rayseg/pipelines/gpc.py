@@ -4,11 +4,10 @@
     chips          --> unsupervised objects -------+--> mean CAM per object, Otsu --> coarse masks
     coarse masks   --> segmenter: warm-up, label correction, from scratch --> cover map
 
-No mask is ever drawn. What is not said here is in the modules named by the steps; the settings of the paper are
-`configs/gpc/paper.yaml`.
+No mask is drawn. The modules of the steps explain the rest; `configs/gpc/paper.yaml` has the settings of the paper.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -23,25 +22,23 @@ from rayseg.engine.manifest import Row, write_rows
 from rayseg.engine.run import Run, Step
 from rayseg.errors import DataError
 from rayseg.geo.region import Region
-from rayseg.io import masks
-from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
-from rayseg.models.encoders import NO_FILES, encoder_name, read_state
+from rayseg.io.labels import Chip
+from rayseg.models.bundle import Bundle, Scaling
 from rayseg.models.segmenter import Ensemble
-from rayseg.steps import chips, estimate, evaluate, report
+from rayseg.steps import chips, estimate, evaluate, models, report
 from rayseg.steps import map as mapping
 from rayseg.steps.chips import ChipsConfig
 from rayseg.steps.cues import LABELS, NO, YES, CuesConfig, draw_cues, make_cues, read_mask
 from rayseg.steps.map import MapConfig
 from rayseg.store import Location
 from rayseg.train import probe
-from rayseg.train.batches import Chips
-from rayseg.train.classifier import ClassifierConfig, expect_trainable, fit_classifier, trained_classifier
+from rayseg.train.classifier import ClassifierConfig, expect_trainable
 from rayseg.train.labels import probabilities
 from rayseg.train.segmenter import SegmenterConfig, fit_segmenter, trained_segmenter
 
+Plan = mapping.Plan[list[Chip]]
 COLORS = {YES: (0, 158, 115), NO: (0, 0, 0)}
 CLASSES = ((0, "background", COLORS[NO]), (1, YES, COLORS[YES]))
-BANDS = ("red", "green", "blue")
 MOST_CALIBRATED = 500
 """Negative chips that the threshold is taken from, at most."""
 
@@ -50,11 +47,11 @@ class YesNoConfig(ClassifierConfig):
     """The classifier of chips; the defaults are the paper's."""
 
     network: Literal["chips"] = "chips"
-    """A head on an encoder, at whose stages Grad-CAM++ looks."""
+    """A head on an encoder whose stages give Grad-CAM++."""
 
 
 class Config(Frozen):
-    """Settings of the pipeline; the defaults are the paper's, `configs/gpc/default.yaml` is what we would use today."""
+    """Settings of the pipeline; the defaults are the paper's, `configs/gpc/default.yaml` is recommended."""
 
     chips: ChipsConfig = ChipsConfig()
     classifier: YesNoConfig = YesNoConfig()
@@ -62,65 +59,44 @@ class Config(Frozen):
     segmenter: SegmenterConfig = SegmenterConfig()
     map: MapConfig = MapConfig()
     members: Annotated[int, Field(gt=0)] = 1
-    """Segmenters trained from different seeds, of whose logits the map takes the mean; for few chips."""
+    """Segmenters trained from different seeds; the map takes the mean of their logits. For few chips."""
     marked: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the negative training chips' pixels that the map may mark: sets the threshold; by default it is .5."""
+    """Share of the negative training chips' pixels that the map may mark: sets the threshold; by default it is 0.5."""
     patch: Annotated[int, Field(gt=0, multiple_of=32)] = 640
     """Side in px of the segmenter's window over the region."""
     stride: Annotated[int, Field(gt=0)] = 512
-    """Distance of these windows; the rest of a window is margin."""
+    """Distance of these windows in px; the rest of a window is margin."""
     workers: Workers = 0
     """Processes of Ray Train; 0 trains in the command's own process."""
     scaling: Scaling = Scaling(mean=(98.3519, 96.9567, 95.5713), std=(52.7343, 45.8798, 44.3465))
-    """How chips and imagery become the networks' input; mean and standard deviation of the paper's chips."""
+    """From uint8 values to the networks' input; mean and standard deviation of the paper's chips."""
     truth: Location | None = None
     """Masks to measure the map with: a folder, `catalog.json#collection`, or `#collection` of the region."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
-        reduce = self.segmenter.reduce
-        mapping.expect_windows(BANDS, self.scaling, patch=self.patch, stride=self.stride, reduce=reduce)
+        models.expect_windows(
+            models.RGB, self.scaling, patch=self.patch, stride=self.stride, reduce=self.segmenter.reduce
+        )
         return self
 
 
 def fit_yes_no(step: Step, listed: Step, config: Config) -> dict[str, Any]:
     """Train the classifier of chips; models/classifier is its bundle."""
-    size, settings = config.chips.size, config.classifier
-    held = chips.rows_of(listed, held_out=True)
-    measures = fit_classifier(
-        settings,
-        chips.learnable(chips.rows_of(listed, held_out=False), LABELS, size),
-        prefix=step.prefix,
-        scaling=config.scaling,
-        held_out=chips.learnable(held, LABELS, size) if held else None,
-        workers=config.workers,
-        use_gpu=cluster.connect_training(step.engine.address, workers=config.workers),
+    settings, scaling = config.classifier, config.scaling
+    measures, model = chips.fit_on_chips(
+        step, listed, settings, LABELS, size=config.chips.size, scaling=scaling, workers=config.workers
     )
-    model = trained_classifier(settings, step.prefix, classes=len(LABELS))
-    described = Bundle(
-        name="classifier",
-        task="classification",
-        architecture=Architecture(factory=settings.factory, options=settings.options(classes=len(LABELS), channels=3)),
-        classes=tuple((position, label, color) for position, (label, color) in enumerate(COLORS.items())),
-        bands=BANDS,
-        dtype="uint8",
-        scaling=config.scaling,
-        patch=settings.size,
-        stride=settings.size,
-        metrics=measures,
-        provenance=Provenance(config=settings.model_dump(mode="json"), parents=(_catalog_of(listed),)),
+    classes = tuple((position, label, COLORS[label]) for position, label in enumerate(LABELS))
+    parents = (listed.value["source"].partition("#")[0],)
+    described = models.classifier_bundle(
+        settings, classes, name="classifier", scaling=scaling, measures=measures, parents=parents
     )
-    return {"bundle": mapping.keep_model(step, described, model), "measures": measures}
-
-
-def _catalog_of(listed: Step) -> str:
-    """The catalogue of the chips."""
-    source: str = listed.value["source"]
-    return source.partition("#")[0]
+    return {"bundle": models.keep_model(step, described, model), "measures": measures}
 
 
 def fit_mask(step: Step, listed: Step, cues: Step, config: Config) -> dict[str, Any]:
-    """Train the segmenter on the coarse masks; models/segmenter is its bundle, models/warm-up what it began with."""
+    """Train the segmenter on the coarse masks; models/segmenter is its bundle, models/warm-up that of the warm-up."""
     rows = [row for row in chips.rows_of(listed, held_out=False) if row["id"] not in cues.value["troubles"]]
     return _fit_members(step, listed, rows, partial(read_mask, cues.value["cues"], rows, config.chips.size), config)
 
@@ -129,76 +105,56 @@ def _fit_members(
     step: Step, listed: Step, rows: list[Row], masks_of: Callable[[int], np.ndarray], config: Config
 ) -> dict[str, Any]:
     learnt = chips.learnable(rows, LABELS, config.chips.size, read_mask=masks_of)
-    measures = [_fit_member(step, member, learnt, config) for member in range(config.members)]
-    kept = {}
+    # 1. train every member from a seed of its own
+    members, measures = [], []
+    for member in range(config.members):
+        seeded = config.segmenter.learning.model_copy(update={"seed": config.segmenter.learning.seed + member})
+        members.append(
+            (config.segmenter.model_copy(update={"learning": seeded}), str(step.prefix / f"member-{member}"))
+        )
+        measures.append(
+            fit_segmenter(
+                members[-1][0],
+                learnt,
+                prefix=members[-1][1],
+                scaling=config.scaling,
+                workers=config.workers,
+                use_gpu=cluster.connect_training(step.engine.address, workers=config.workers),
+            )
+        )
+    # 2. keep their mean, after the warm-up and after all stages
+    described, kept = _segmenter(config), {}
+    parents = (listed.value["source"].partition("#")[0],)
+    provenance = described.provenance.model_copy(update={"parents": parents})
     for name, stage in (("warm-up", "warm_up"), ("segmenter", None)):
         if stage is None or config.segmenter.warm_up.epochs:
-            model = _trained(step, stage, config)
-            threshold = _threshold(model, rows, config)
-            of_all = measures if name == "segmenter" else []
-            described = _described(config, name, threshold=threshold, measures=of_all, parents=(_catalog_of(listed),))
-            kept[name] = mapping.keep_model(step, described, model)
+            networks = [trained_segmenter(*member, stage=stage) for member in members]
+            model = Ensemble(networks) if len(networks) > 1 else networks[0]
+            means = {key: float(np.mean([one[key] for one in measures])) for key in measures[0]} if not stage else {}
+            facts = {"threshold": _threshold(model, rows, config), "metrics": means, "provenance": provenance}
+            kept[name] = models.keep_model(step, described.model_copy(update={"name": name} | facts), model)
     return {"bundle": kept["segmenter"], "measures": measures}
 
 
-def _member(step: Step, member: int, config: Config) -> tuple[SegmenterConfig, str]:
-    """Settings and prefix of one of the networks that are averaged."""
-    learning = config.segmenter.learning.model_copy(update={"seed": config.segmenter.learning.seed + member})
-    settings = config.segmenter.model_copy(update={"learning": learning})
-    return settings, str(step.prefix / f"member-{member}")
-
-
-def _fit_member(step: Step, member: int, learnt: Chips, config: Config) -> dict[str, float]:
-    settings, prefix = _member(step, member, config)
-    return fit_segmenter(
-        settings,
-        learnt,
-        prefix=prefix,
-        scaling=config.scaling,
-        workers=config.workers,
-        use_gpu=cluster.connect_training(step.engine.address, workers=config.workers),
-    )
-
-
-def _trained(step: Step, stage: str | None, config: Config) -> torch.nn.Module:
-    """The network, or the mean of the networks, at the end of a stage."""
-    members = [trained_segmenter(*_member(step, k, config), stage=stage) for k in range(config.members)]
-    return Ensemble(members) if len(members) > 1 else members[0]
-
-
-def _described(
-    config: Config,
-    name: str = "segmenter",
-    *,
-    threshold: float = 0.5,
-    measures: Sequence[dict[str, float]] = (),
-    parents: tuple[str, ...] = (),
-) -> Bundle:
-    """The bundle of the members together; its metrics are the means of theirs."""
-    options = config.segmenter.options(channels=len(BANDS)) | {"members": config.members}
-    return Bundle(
-        name=name,
-        task="segmentation",
-        architecture=Architecture(factory="segmenter", options=options),
-        classes=CLASSES,
-        bands=BANDS,
-        dtype="uint8",
+def _segmenter(config: Config) -> Bundle:
+    """The description of the members together."""
+    return models.segmenter_bundle(
+        config.segmenter,
+        CLASSES,
         scaling=config.scaling,
         patch=config.patch,
         stride=config.stride,
-        threshold=threshold,
-        metrics={key: float(np.mean([of_one[key] for of_one in measures])) for key in measures[0]} if measures else {},
-        provenance=Provenance(config=config.segmenter.model_dump(mode="json"), parents=parents),
+        options=config.segmenter.options(channels=len(models.RGB)) | {"members": config.members},
     )
 
 
 @torch.inference_mode()
 def _threshold(model: torch.nn.Module, rows: list[Row], config: Config) -> float:
-    """The probability above which `config.marked` of the negative chips' pixels lie; .5 if that is not asked for."""
+    """The probability that at most `config.marked` of the negative chips' pixels exceed; 0.5 by default."""
     if config.marked is None:
         return 0.5
     size, unit = config.chips.size, 32 * config.segmenter.reduce
-    counts = np.zeros(1001, np.int64)
+    counts = np.zeros(1001, np.int64)  # pixels by probability in thousandths: memory is the same for any chips
     negatives = [row for row in rows if row["label"] == NO][:MOST_CALIBRATED]
     for position in probe.batches(range(len(negatives)), len(negatives)):
         image_CHW = chips.read_image(negatives, size, position).transpose(2, 0, 1)
@@ -206,15 +162,11 @@ def _threshold(model: torch.nn.Module, rows: list[Row], config: Config) -> float
         p_HW = probabilities(model, normal, unit=unit, flip=False)[0, 0].numpy()
         counts += np.bincount(np.rint(p_HW * 1000).astype(np.int64).ravel(), minlength=1001)
     if not negatives:
-        raise DataError("no negative chip is left to set the threshold by; lower chips.held_out, or leave out `marked`")
+        raise DataError(
+            "no negative chip is in training to set the threshold by; lower chips.held_out or omit `marked`"
+        )
     low_enough = counts[::-1].cumsum()[::-1] / counts.sum() <= config.marked
     return float(np.argmax(low_enough)) / 1000 if low_enough.any() else 1.0
-
-
-def measure(step: Step, predicted: Step, region: Region, truth: str | None) -> dict[str, Any]:
-    """Compare the map with its truth, if there is one."""
-    located = region.located(truth)
-    return evaluate.evaluate_run(step, predicted, located) if located else {}
 
 
 def write_report(
@@ -224,46 +176,44 @@ def write_report(
     learnt = (
         f"Learnt from {listed.value[YES]} chips labelled {YES} and {listed.value[NO]} labelled {NO}; no mask was drawn."
     )
-    caption = "Chips labelled gpc, their Grad-CAM++, and the coarse masks the segmenter began with (grey: left open)."
+    caption = "Chips labelled gpc, their Grad-CAM++, and the coarse masks of the first training (grey: undecided)."
     extras = report.Extras(labels=learnt, pictures=(("Cues", drawn.value["picture"], caption),))
     return report.write_report(step, predicted, polygons, measured, extras)
 
 
-def check(config: Config, region: Region) -> None:
-    """Refuse, before anything is written, chips, imagery and weights that cannot be used."""
-    chips.find_chips(region, LABELS, config.chips)
-    mapping.plan(region, _described(config), config.map)
+def check(config: Config, region: Region) -> Plan:
+    """Plan a run; refuse chips, imagery and weights that it cannot use before it writes anything."""
+    labelled = chips.find_chips(region, LABELS, config.chips)
+    tiles = mapping.tiles_for(region, _segmenter(config), config.map)
     expect_trainable(config.classifier, workers=config.workers)
-    if truth := region.located(config.truth):
-        masks.masks_of(truth, names=[name for _, name, _ in CLASSES])
+    evaluate.expect_masks(region, config.truth, [name for _, name, _ in CLASSES])
     for network in (config.classifier, config.segmenter):
-        encoder_name(network.encoder)
-        if network.weights not in NO_FILES:
-            read_state(network.weights)
+        models.expect_weights(network)
+    return Plan(tiles, labelled)
 
 
-def forecast(config: Config, region: Region) -> estimate.Forecast:
-    """What is known of a run before it is begun."""
-    found = [chip.label for chip in chips.find_chips(region, LABELS, config.chips)]
-    learnt = 1 - config.chips.held_out
-    counts = {"cues": round(learnt * found.count(YES))}
+def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:
+    """What is known of a run before it begins."""
+    labels = [chip.label for chip in plan.labels or ()]
+    training = 1 - config.chips.held_out
+    counts = {"cues": round(training * labels.count(YES))}
     if config.cues.method == "concept":
-        counts["densities"] = round(learnt * len(found))
+        counts["densities"] = round(training * len(labels))
     learn = partial(_learn, config.model_copy(update={"workers": 0}), region)
     return estimate.by_untrained(
-        _described(config), region, config.map, learn=learn, counts=counts, unknown=estimate.by_workers(config.workers)
+        _segmenter(config), plan, config.map, learn=learn, counts=counts, unknown=estimate.by_workers(config.workers)
     )
 
 
 def _learn(config: Config, region: Region, run: Run) -> None:
-    """All before the map, with trainings that are cut short, cues of a few chips, and masks that are empty.
+    """All before the map: short trainings, cues of a few chips, and a segmenter of empty masks.
 
-    The map is then timed with a network of zeros, for what is learnt from such masks is of no use.
+    The map is then timed with a network that finds nothing: a network learnt from empty masks is useless.
     """
     listed = run.step("chips", chips.list_chips, region, LABELS, config.chips)
     classifier = run.step("classifier", estimate.training, fit_yes_no, listed, config)
     few = run.step("few", _list_few, listed)
-    _cues(run, few, classifier, config)
+    make_cues(run, few, classifier, config.cues, size=config.chips.size, patience=config.map.stall_seconds)
     run.step("segmenter", estimate.training, _fit_blank, listed, config)
 
 
@@ -275,25 +225,21 @@ def _list_few(step: Step, listed: Step) -> dict[str, Any]:
 
 
 def _fit_blank(step: Step, listed: Step, config: Config) -> dict[str, Any]:
-    size = config.chips.size
-    rows = chips.rows_of(listed, held_out=False)
+    size, rows = config.chips.size, chips.rows_of(listed, held_out=False)
     return _fit_members(step, listed, rows, lambda _: np.zeros((size, size), np.uint8), config)
 
 
-def _cues(run: Run, listed: Step, classifier: Step, config: Config) -> Step:
-    return make_cues(run, listed, classifier, config.cues, size=config.chips.size, patience=config.map.stall_seconds)
-
-
-def run(config: Config, run: Run, region: Region) -> str:
-    """Map green plastic cover over `region`; return where the report is and what it says."""
-    listed = run.step("chips", chips.list_chips, region, LABELS, config.chips)
+def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> str:
+    """Map green plastic cover over `region`; return the report's path and its headline."""
+    plan, size = plan or Plan(), config.chips.size
+    listed = run.step("chips", chips.list_chips, region, LABELS, config.chips, listed=plan.labels)
     classifier = run.step("classifier", fit_yes_no, listed, config)
-    cues = _cues(run, listed, classifier, config)
+    cues = make_cues(run, listed, classifier, config.cues, size=size, patience=config.map.stall_seconds)
     segmenter = run.step("segmenter", fit_mask, listed, cues, config)
-    predicted = run.step("predict", mapping.predict_region, region, segmenter, config.map)
+    predicted = run.step("predict", mapping.predict_region, region, segmenter, config.map, tiles=plan.tiles)
     polygons = run.step("polygons", mapping.join_polygons, predicted, YES)
-    measured = run.step("evaluate", measure, predicted, region, config.truth)
+    measured = run.step("evaluate", evaluate.compare_truth, predicted, region, config.truth)
     run.step("publish", mapping.publish, predicted, f"Green plastic cover, {region.name}")
-    drawn = run.step("pictures", draw_cues, listed, cues, config.chips.size)
+    drawn = run.step("pictures", draw_cues, listed, cues, size)
     written = run.step("report", write_report, listed, drawn, predicted, polygons, measured)
     return report.headline(written)

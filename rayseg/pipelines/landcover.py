@@ -37,7 +37,7 @@ from rayseg.models.encoders import NO_FILES, encoder_name, read_state
 from rayseg.stages.compare import CompareTile, pictured
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, tile_rows
-from rayseg.steps import estimate, evaluate, report
+from rayseg.steps import estimate, evaluate, models, report
 from rayseg.steps import map as mapping
 from rayseg.steps.evaluate import Compared
 from rayseg.steps.map import MapConfig
@@ -99,7 +99,7 @@ class Config(Frozen):
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
         reduce = self.segmenter.reduce
-        mapping.expect_windows(self.bands, self.scaling, patch=self.patch, stride=self.stride, reduce=reduce)
+        models.expect_windows(self.bands, self.scaling, patch=self.patch, stride=self.stride, reduce=reduce)
         return self
 
 
@@ -202,7 +202,7 @@ def fit(step: Step, listed: Step, config: Config) -> dict[str, Any]:
         config.segmenter, step.prefix, classes=len(config.classes.table.classes), channels=len(config.bands)
     )
     described = _described(config, dtype=training.images[0].image.dtype, measures=measures)
-    return {"bundle": mapping.keep_model(step, described, model), "measures": measures}
+    return {"bundle": models.keep_model(step, described, model), "measures": measures}
 
 
 def _described(config: Config, *, dtype: str = "uint8", measures: dict[str, float] | None = None) -> Bundle:
@@ -274,12 +274,6 @@ def _worst(
     return shown
 
 
-def measure(step: Step, predicted: Step, region: Region, truth: str | None) -> dict[str, Any]:
-    """Compare the map with its truth, if there is one."""
-    located = region.located(truth)
-    return evaluate.evaluate_run(step, predicted, located) if located else {}
-
-
 def write_report(
     step: Step, listed: Step, predicted: Step, polygons: Step, validated: Step, measured: Step
 ) -> dict[str, Any]:
@@ -307,7 +301,7 @@ def _number(count: int, what: str) -> str:
     return f"{count} {what}{'s' * (count != 1)}"
 
 
-def check(config: Config, region: Region) -> None:
+def check(config: Config, region: Region) -> mapping.Plan[Any]:
     """Refuse, before anything is written, scenes, imagery and weights that cannot be used."""
     described = _described(config)
     expect_supervisable(config.segmenter, classes=len(described.classes), workers=config.workers)
@@ -316,19 +310,20 @@ def check(config: Config, region: Region) -> None:
         read_state(config.segmenter.weights)
     divided = _divided(region, config)
     dtype = divided["training"][0][0].image.dtype
-    mapping.plan(region, described.model_copy(update={"dtype": dtype}), config.map)
+    tiles = mapping.tiles_for(region, described.model_copy(update={"dtype": dtype}), config.map)
     if truth := region.located(config.truth):
         masks.masks_of(truth, names=config.classes.table.names)
+    return mapping.Plan(tiles)
 
 
-def forecast(config: Config, region: Region) -> estimate.Forecast:
+def forecast(config: Config, region: Region, plan: mapping.Plan[Any]) -> estimate.Forecast:
     """What is known of a run before it is begun."""
     training, validation = _divided(region, config).values()
     described = _described(config, dtype=training[0][0].image.dtype)
     counts = {"validation": len(_tiles_of([image for image, _ in validation], described, config))}
     learn = partial(_learn, config.model_copy(update={"workers": 0}), region)
     unknown = estimate.by_workers(config.workers)
-    return estimate.by_untrained(described, region, config.map, learn=learn, counts=counts, unknown=unknown)
+    return estimate.by_untrained(described, plan, config.map, learn=learn, counts=counts, unknown=unknown)
 
 
 def _learn(config: Config, region: Region, run: Run) -> Step:
@@ -338,14 +333,14 @@ def _learn(config: Config, region: Region, run: Run) -> Step:
     return segmenter
 
 
-def run(config: Config, run: Run, region: Region) -> str:
+def run(config: Config, run: Run, region: Region, plan: mapping.Plan[Any] | None = None) -> str:
     """Map the classes of `region`; return where the report is and what it says."""
     listed = run.step("scenes", list_scenes, region, config)
     segmenter = run.step("segmenter", fit, listed, config)
     validated = run.step("validation", validate, listed, segmenter, config)
-    predicted = run.step("predict", mapping.predict_region, region, segmenter, config.map)
+    predicted = run.step("predict", mapping.predict_region, region, segmenter, config.map, tiles=plan and plan.tiles)
     polygons = run.step("polygons", mapping.join_polygons, predicted, PRODUCT)
-    measured = run.step("evaluate", measure, predicted, region, config.truth)
+    measured = run.step("evaluate", evaluate.compare_truth, predicted, region, config.truth)
     run.step("publish", mapping.publish, predicted, f"Land cover, {region.name}")
     written = run.step("report", write_report, listed, predicted, polygons, validated, measured)
     return report.headline(written)

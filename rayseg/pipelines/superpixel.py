@@ -374,7 +374,7 @@ def check(config: Config, region: Region) -> None:
         evaluate.expect_truth([piece_of_row(tile) for tile in tiles], truth, unlabelled=config.unlabelled)
 
 
-def forecast(config: Config, region: Region) -> estimate.Forecast:
+def forecast(config: Config, region: Region, _: object = None) -> estimate.Forecast:
     """What is known of a run before it is begun; networks are trained in the probe, as they are in the run."""
     rows, _, _ = plan(region, config)
     scenes = [tiles for row in rows if (tiles := json.loads(row["tiles"]))]
@@ -390,7 +390,7 @@ def forecast(config: Config, region: Region) -> estimate.Forecast:
     )
 
 
-def run(config: Config, run: Run, region: Region) -> str:
+def run(config: Config, run: Run, region: Region, _: object = None) -> str:
     """Segment the scenes of `region`; return where the report is and what it says."""
     listed = run.step("scenes", list_scenes, region, config)
     divided = run.step("superpixels", divide, listed, config)

@@ -1,4 +1,4 @@
-"""Labelled chips of a run: found once, divided once, read when they are needed."""
+"""Labelled chips of a run: listed and divided once, read when a training needs them; a classifier trained on them."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -6,8 +6,10 @@ from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
+from torch import nn
 
 from rayseg.config import Config
+from rayseg.engine import cluster
 from rayseg.engine.manifest import read_rows, write_rows
 from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError
@@ -15,8 +17,10 @@ from rayseg.geo.grid import expect_ids
 from rayseg.geo.region import Region
 from rayseg.io import labels, stac_read
 from rayseg.io.labels import Chip
+from rayseg.models.bundle import Scaling
 from rayseg.store import Location
 from rayseg.train.batches import Chips
+from rayseg.train.classifier import ClassifierConfig, fit_classifier, trained_classifier
 from rayseg.vision.fill import filled
 
 Row = dict[str, Any]
@@ -26,55 +30,64 @@ class ChipsConfig(Config):
     """The labelled chips."""
 
     source: Location | None = None
-    """Catalogue of the chips (`catalog.json#collection`); by default the collection `chips` of the region's."""
+    """Catalogue of the chips (`catalog.json#collection`); by default `#chips` of the region's catalogue."""
     size: Annotated[int, Field(gt=0)] = 512
-    """Side in px of what is used, the middle of each chip."""
+    """Side in px of the part that is used, the middle of each chip."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.4
-    """Share of the chips of each class kept from training, to choose the classifier's epoch and to measure it."""
+    """Share of the chips of each class that is held out from training, to choose the classifier's epoch and to measure
+    it."""
     seed: int = 1337
-    """Of the division."""
+    """Seed of the division."""
 
 
-def list_chips(step: Step, region: Region, expected: tuple[str, ...], config: ChipsConfig) -> dict[str, Any]:
-    """Find the chips and divide them; `<step>/chips.parquet` is what other steps read.
+def list_chips(
+    step: Step, region: Region, expected: tuple[str, ...], config: ChipsConfig, *, listed: Sequence[Chip] | None = None
+) -> dict[str, Any]:
+    """List the chips and divide them; later steps read `<step>/chips.parquet`.
 
     Args:
         step: this one.
-        region: in whose catalogue they are, unless the configuration names another.
-        expected: the labels there may be, each at least once.
-        config: where they are and how they are divided.
+        region: its catalogue has the chips, unless the configuration names another.
+        expected: the labels that chips may have, each at least once.
+        config: where the chips are and how they are divided.
+        listed: the chips, where `find_chips` has listed them already.
 
     Returns:
-        `source`: where they are; and label -> how many.
+        `source`: where they are; and label -> number of chips.
 
     Raises:
         RaysegError: see `find_chips`.
     """
-    found = find_chips(region, expected, config)
-    held = _held_out([str(chip.label) for chip in found], expected, config)
-    rows = [chip.to_row() | {"held_out": kept} for chip, kept in zip(found, held, strict=True)]
+    found = find_chips(region, expected, config) if listed is None else listed
+    held_out = np.zeros(len(found), bool)
+    for number, label in enumerate(expected):  # the same share of every label, drawn by seed
+        positions = np.flatnonzero([chip.label == label for chip in found])
+        order = np.random.default_rng((config.seed, number)).permutation(positions)
+        held_out[order[: round(config.held_out * len(order))]] = True
+    rows = [chip.to_row() | {"held_out": held} for chip, held in zip(found, held_out.tolist(), strict=True)]
     write_rows(step.prefix / "chips.parquet", rows)
-    return {"source": _source(region, config)} | {label: sum(c.label == label for c in found) for label in expected}
+    counts = {label: sum(chip.label == label for chip in found) for label in expected}
+    return {"source": config.source or f"{region.catalog}#chips"} | counts
 
 
 def find_chips(region: Region, expected: tuple[str, ...], config: ChipsConfig) -> list[Chip]:
-    """The chips of a region, by id; each has one of the labels expected, and each label a chip in training.
+    """The chips of a region, by id; each has one of the expected labels, and each label has a chip in training.
 
     Raises:
-        ConfigError: neither the region nor the configuration says where they are, or there is nothing.
+        ConfigError: neither the region nor the configuration names a catalogue.
         DataError: there are no chips, one has another label, a label is missing, or all of its chips are held out.
     """
     if not (config.source or region.catalog):
         raise ConfigError(
             f"region {region.name} has no catalogue with chips; name one with --set chips.source=catalog.json#chips"
         )
-    uri, _, collection = _source(region, config).partition("#")
+    uri, _, collection = (config.source or f"{region.catalog}#chips").partition("#")
     found = labels.chips_of(stac_read.open_items(uri, collection or None))
     expect_ids([chip.id for chip in found])
     unknown = sorted({str(chip.label) for chip in found} - set(expected))
     if unknown:
         raise DataError(
-            f"chips of {uri} are labelled {', '.join(unknown)}, expected {' or '.join(expected)}; correct them"
+            f"chips of {uri} are labelled {', '.join(unknown)}, expected {' or '.join(expected)}; correct the labels"
         )
     for label in expected:
         count = sum(chip.label == label for chip in found)
@@ -82,24 +95,9 @@ def find_chips(region: Region, expected: tuple[str, ...], config: ChipsConfig) -
             raise DataError(f"no chip of {uri} is labelled {label}, expected chips of every label; add some")
         if round(config.held_out * count) == count:
             raise DataError(
-                f"chips.held_out {config.held_out} keeps all {count} chips of {uri} labelled {label} from training; "
-                "lower it"
+                f"chips.held_out {config.held_out} holds out all {count} chips of {uri} labelled {label}; lower it"
             )
     return found
-
-
-def _source(region: Region, config: ChipsConfig) -> str:
-    return config.source or f"{region.catalog}#chips"
-
-
-def _held_out(of: list[str], expected: tuple[str, ...], config: ChipsConfig) -> list[bool]:
-    """Which chips are kept from training: the same share of every label, drawn by seed."""
-    held = np.zeros(len(of), bool)
-    for number, label in enumerate(expected):
-        positions = np.flatnonzero(np.array(of) == label)
-        order = np.random.default_rng((config.seed, number)).permutation(positions)
-        held[order[: round(config.held_out * len(order))]] = True
-    return [bool(one) for one in held]
 
 
 def rows_of(listed: Step, *, held_out: bool) -> list[Row]:
@@ -119,9 +117,46 @@ def learnable(
 
     Args:
         rows: of `rows_of`.
-        labels: what the chips may be labelled, in the order of the classes.
-        size: side of what is used, in px.
-        read_mask: position -> mask (size, size) uint8, where there are masks.
+        labels: names of the classes, in order.
+        size: side of the middle that is used, in px.
+        read_mask: position -> mask (size, size) uint8; None without masks.
     """
     ids, classes = tuple(row["id"] for row in rows), tuple(labels.index(row["label"]) for row in rows)
     return Chips(ids, classes, partial(read_image, rows, size), read_mask)
+
+
+def fit_on_chips(
+    step: Step,
+    listed: Step,
+    settings: ClassifierConfig,
+    labels: Sequence[str],
+    *,
+    size: int,
+    scaling: Scaling,
+    workers: int,
+) -> tuple[dict[str, float], nn.Module]:
+    """Train a classifier on the chips in training; those held out choose the epoch.
+
+    Args:
+        step: this one; checkpoints lie below it.
+        listed: the step that listed the chips.
+        settings: the network and its training.
+        labels: names of the classes, in order.
+        size: side of the chips in px.
+        scaling: from uint8 values to the network's input.
+        workers: processes of Ray Train.
+
+    Returns:
+        Measures of the epoch that is kept, and the network.
+    """
+    learnt, held_out = (learnable(rows_of(listed, held_out=part), labels, size) for part in (False, True))
+    measures = fit_classifier(
+        settings,
+        learnt,
+        prefix=step.prefix,
+        scaling=scaling,
+        held_out=held_out if len(held_out) else None,
+        workers=workers,
+        use_gpu=cluster.connect_training(step.engine.address, workers=workers),
+    )
+    return measures, trained_classifier(settings, step.prefix, classes=len(labels))

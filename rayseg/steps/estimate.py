@@ -30,7 +30,7 @@ from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
 from rayseg.steps import map as mapping
 from rayseg.steps import report
-from rayseg.steps.map import MapConfig
+from rayseg.steps.map import MapConfig, Plan
 from rayseg.store import STORE_ERRORS, upath
 from rayseg.train import probe
 
@@ -179,7 +179,7 @@ class Probe:
         return sum(self.seconds.values()) - (self.gpu_seconds or 0.0)
 
 
-def plan(forecast: Forecast, region: Region, *, rates: Rates) -> dict[str, Any]:
+def estimate_run(forecast: Forecast, region: Region, *, rates: Rates) -> dict[str, Any]:
     """The plan as JSON values.
 
     Args:
@@ -238,20 +238,14 @@ def _costs(timed: Probe | None, rates: Rates) -> dict[str, Any]:
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
-def by_model(prefix: str, region: Region, config: MapConfig) -> Forecast:
-    """The forecast of mapping a region with a model that is there.
-
-    Raises:
-        RaysegError: the model is not whole, or cannot map the imagery.
-    """
-    described, _ = bundle.whole(prefix)
-    rows = mapping.plan(region, described, config)
-    return Forecast(rows, described.patch, trial=partial(_map, config, prefix))
+def by_model(prefix: str, plan: Plan[Any], config: MapConfig) -> Forecast:
+    """The forecast of mapping the tiles of a plan with a trained model."""
+    return Forecast(plan.tiles or (), bundle.load(prefix).patch, trial=partial(_map, config, prefix))
 
 
 def by_untrained(
     described: Bundle,
-    region: Region,
+    plan: Plan[Any],
     config: MapConfig,
     *,
     learn: Callable[[Run], Step | None],
@@ -262,22 +256,18 @@ def by_untrained(
 
     Args:
         described: the model.
-        region: what is mapped.
-        config: how.
+        plan: has the tiles.
+        config: how they are mapped.
         learn: the steps before the map, their trainings by `training`; returns the one with the model, or None for the
             same network that finds nothing.
         counts: see `Forecast`.
         unknown: see `Forecast`.
-
-    Raises:
-        RaysegError: it could not map the imagery.
     """
-    rows = mapping.plan(region, described, config)
     said = (
         "the network was timed before it has learnt much: maps of more or fewer small shapes take other times and bytes"
     )
     trial = partial(_learn_and_map, learn, config, described)
-    return Forecast(rows, described.patch, (*unknown, said), counts=counts or {}, trial=trial)
+    return Forecast(plan.tiles or (), described.patch, (*unknown, said), counts=counts or {}, trial=trial)
 
 
 def by_workers(workers: int) -> tuple[str, ...]:

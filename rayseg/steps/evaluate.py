@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import NODATA, Grid, Window
+from rayseg.geo.region import Region
 from rayseg.io import maps, masks, rasters
 from rayseg.io.class_tables import read_table
 from rayseg.io.maps import mapped_tiles
@@ -96,6 +97,27 @@ def evaluate(prediction: str, truth: str, *, classes: str | None = None) -> dict
     placed = any(mask.crs for mask in reference)
     compared, unmatched = _compare_all(masks.pieces_of_masks(found, placed=placed), reference, table)
     return {"prediction": prediction, "truth": truth} | summary(compared, table) | {"unmatched": unmatched}
+
+
+def expect_masks(region: Region, truth: str | None, names: Sequence[str]) -> None:
+    """Refuse a truth without masks, before there is a map.
+
+    Args:
+        region: see `Region.located`.
+        truth: where the masks are; None without any.
+        names: of the classes.
+
+    Raises:
+        RaysegError: see `masks_of`.
+    """
+    if located := region.located(truth):
+        masks.masks_of(located, names=names)
+
+
+def compare_truth(step: Step, predicted: Step, region: Region, truth: str | None) -> dict[str, Any]:
+    """The step that compares a run's map with its truth; an empty result without a truth."""
+    located = region.located(truth)
+    return evaluate_run(step, predicted, located) if located else {}
 
 
 def evaluate_run(step: Step, predicted: Step, truth: str) -> dict[str, Any]:

@@ -5,8 +5,9 @@ Each function is a step of a `Run`: it takes the step and what it builds on, and
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import Field
 
@@ -22,7 +23,6 @@ from rayseg.geo.region import Region
 from rayseg.io import labels, stac_read, stac_write, vectors
 from rayseg.io.sources import Source, beyond_utm, expect_mappable
 from rayseg.models import bundle
-from rayseg.models.bundle import Scaling
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, rows_by_grid
 from rayseg.stages.rows import TileRow
@@ -30,11 +30,9 @@ from rayseg.stages.write import WriteTile
 from rayseg.store import Location, absolute, upath
 from rayseg.vision.color import ClassTable
 
-if TYPE_CHECKING:
-    from torch import nn
-
 _log = logging.getLogger(__name__)
 Refused = dict[str, RaysegError]
+Labels = TypeVar("Labels")
 
 
 class MapConfig(Config):
@@ -50,32 +48,19 @@ class MapConfig(Config):
     """A tile on which reading, predicting or writing takes longer is given up and named as failed."""
 
 
-def expect_windows(bands: Sequence[str], scaling: Scaling, *, patch: int, stride: int, reduce: int) -> None:
-    """Refuse windows and values with which a segmenter that is to be trained could not map.
+@dataclass(frozen=True)
+class Plan(Generic[Labels]):
+    """What the check of a run finds out, so that `forecast` and `run` do not find it out again.
 
-    Args:
-        bands: the network takes.
-        scaling: of their values.
-        patch: side of a window in px.
-        stride: distance of windows in px.
-        reduce: side in px of the squares that the network sees as one pixel.
+    A run that is resumed has an empty plan: its steps read what they wrote, or plan by themselves.
 
-    Raises:
-        ValueError: as validators of configurations do.
+    Attributes:
+        tiles: rows of all tiles of the map.
+        labels: the labelled data to learn from, as the pipeline's steps take it.
     """
-    if stride > patch:
-        raise ValueError(f"stride {stride} is above patch {patch}: windows would leave gaps; lower it")
-    if patch % (32 * reduce):
-        raise ValueError(f"patch {patch} is no multiple of 32 x segmenter.reduce {reduce}")
-    if len(bands) != len(scaling.mean):
-        raise ValueError(f"{len(bands)} bands but scaling of {len(scaling.mean)}: give one for each")
 
-
-def keep_model(step: Step, described: bundle.Bundle, model: "nn.Module") -> str:
-    """Save a trained model as `models/<its name>` below the run; return its prefix."""
-    prefix = str(upath(step.root) / "models" / described.name)
-    bundle.save(prefix, described, model)
-    return prefix
+    tiles: Sequence[Row] | None = None
+    labels: Labels | None = None
 
 
 def load_model(step: Step, prefix: str) -> dict[str, Any]:
@@ -83,10 +68,20 @@ def load_model(step: Step, prefix: str) -> dict[str, Any]:
     return {"bundle": absolute(prefix), "sha256": bundle.load(prefix).sha256}
 
 
-def predict_region(step: Step, region: Region, model: Step, config: MapConfig) -> dict[str, Any]:
-    """Map every tile of the region; tiles/<id>/ holds the results, the step's ledger their fates."""
+def predict_region(
+    step: Step, region: Region, model: Step, config: MapConfig, *, tiles: Sequence[Row] | None = None
+) -> dict[str, Any]:
+    """Map every tile of the region; tiles/<id>/ holds the results, the step's ledger their fates.
+
+    Args:
+        step: this one.
+        region: what is mapped.
+        model: the step that has the model.
+        config: how.
+        tiles: rows of the tiles, where they are planned already.
+    """
     described = bundle.load(model.value["bundle"])
-    rows = manifest(step, region, described, config)
+    rows = manifest(step, region, described, config, tiles=tiles)
     table = ClassTable(described.classes)
     names = table.names if described.outputs > 1 else (table.names[-1],)
     item = str(upath(model.value["bundle"]) / "item.json")
@@ -125,13 +120,20 @@ def through(
     return {"account": account.counts, "troubles": account.troubles, "on_gpu": on_gpu}
 
 
-def manifest(step: Step, region: Region, described: bundle.Bundle, config: MapConfig) -> Manifest:
+def manifest(
+    step: Step,
+    region: Region,
+    described: bundle.Bundle,
+    config: MapConfig,
+    *,
+    tiles: Sequence[Row] | None = None,
+) -> Manifest:
     """The step's rows, planned once: later executions find the same items and tiles, whatever became of the catalogue.
 
     Raises:
-        RaysegError: see `plan`.
+        RaysegError: see `tiles_for`.
     """
-    return kept_manifest(step, lambda: plan(region, described, config))
+    return kept_manifest(step, lambda: tiles_for(region, described, config) if tiles is None else tiles)
 
 
 def kept_manifest(step: Step, planned: Callable[[], Sequence[Row]]) -> Manifest:
@@ -146,7 +148,7 @@ def kept_manifest(step: Step, planned: Callable[[], Sequence[Row]]) -> Manifest:
     return read_manifest(step)
 
 
-def plan(region: Region, described: bundle.Bundle, config: MapConfig) -> Manifest:
+def tiles_for(region: Region, described: bundle.Bundle, config: MapConfig) -> Manifest:
     """The rows of all tiles that a model is to map; of the imagery only its description is read.
 
     Raises:

@@ -25,7 +25,7 @@ MOST = 400_000_000
 """Pixels of the largest image that is kept in one piece."""
 
 
-def plan(
+def tiles_to_enlarge(
     region: Region, how: EnlargeConfig, image: ImageConfig, config: MapConfig, *, halo: int
 ) -> tuple[Sequence[Row], Sequence[Row]]:
     """(rows of all that is to be enlarged, rows of the tiles on what it becomes).
@@ -69,7 +69,7 @@ def enlarge(
     """The imagery made larger, if it is to be, as a collection `enlarged` below the run."""
     if how is None:
         return {}
-    rows = mapping.kept_manifest(step, lambda: plan(region, how, image, config, halo=halo)[0])
+    rows = mapping.kept_manifest(step, lambda: tiles_to_enlarge(region, how, image, config, halo=halo)[0])
     folder = upath(step.root) / "enlarged"
     works = [
         Work(ReadGround(image, lattice_of(how))),

@@ -63,6 +63,45 @@ def test_a_step_is_done_again_when_its_settings_or_inputs_change(tmp_path):
     assert CALLS == ["a", "b", "a", "b"]
 
 
+def test_what_the_check_found_reaches_a_step_and_not_its_key(tmp_path):
+    def find(step, *, listed=None):
+        return {"listed": listed or "by itself"}
+
+    for check in (lambda: ["a"], None):
+        with Run.open(str(tmp_path / "run"), pipeline="p", config=Options(), region=Region("r"), check=check) as run:
+            assert run.step("find", find, listed=run.plan).value == {"listed": ["a"]}
+    with opened(tmp_path / "other") as run:
+        assert run.step("find", find, listed=run.plan).value == {"listed": "by itself"}
+
+
+def test_a_path_of_the_run_in_the_settings_of_a_step_keeps_its_key_when_the_run_is_moved(tmp_path):
+    def paths(run):
+        return {"catalogue": f"{run.root}/enlarged/collection.json"}
+
+    with opened(tmp_path / "run") as run:
+        run.step("b", name_files, run.step("a", name_files, paths(run)))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with opened(tmp_path / "moved") as run:
+        run.step("b", name_files, run.step("a", name_files, paths(run)))
+    assert CALLS == ["a", "b"]
+
+
+def test_a_run_whose_keys_hold_its_path_goes_on_with_them(tmp_path, monkeypatch):
+    def steps(name, run):
+        first = run.step("a", name_files, f"{run.root}/enlarged")
+        if name == "b":
+            run.step("b", name_files, first)
+
+    with monkeypatch.context() as earlier, opened(tmp_path / "run") as run:
+        keys = Run._keys
+        earlier.setattr(Run, "_keys", lambda *given: keys(*given)[1:] * 2)
+        steps("a", run)
+        steps("b", run)
+    with opened(tmp_path / "run") as run:
+        steps("b", run)
+    assert CALLS == ["a", "b"]
+
+
 def test_a_step_that_fell_goes_on_from_what_it_left(tmp_path):
     with pytest.raises(OSError, match="power cut"), opened(tmp_path / "run") as run:
         run.step("a", fall, Options())

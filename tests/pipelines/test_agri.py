@@ -207,15 +207,17 @@ def is_foretold(out, region, *settings):
 
 def test_of_tiles_of_the_larger_imagery_only_what_they_need_is_enlarged(region):
     config = MapConfig(imagery=region, tile=256)
-    rows, tiles = super_resolution.plan(Region("r"), EnlargeConfig(), ImageConfig(), config, halo=384)
+    rows, tiles = super_resolution.tiles_to_enlarge(Region("r"), EnlargeConfig(), ImageConfig(), config, halo=384)
     assert len(rows) == len(tiles) > 9
     [corner] = [row for row in tiles if (row["col"], row["row"]) == (tiles[0]["col"], tiles[0]["row"])]
     some = Region("r", tiles=(corner["id"],))
-    part, asked = super_resolution.plan(some, EnlargeConfig(), ImageConfig(), config, halo=64)
+    part, asked = super_resolution.tiles_to_enlarge(some, EnlargeConfig(), ImageConfig(), config, halo=64)
     assert asked[0]["id"] == corner["id"]
     assert len(part) == 4  # its own and its neighbours'
     with pytest.raises(ConfigError, match="has no tile elsewhere"):
-        super_resolution.plan(Region("r", tiles=("elsewhere",)), EnlargeConfig(), ImageConfig(), config, halo=64)
+        super_resolution.tiles_to_enlarge(
+            Region("r", tiles=("elsewhere",)), EnlargeConfig(), ImageConfig(), config, halo=64
+        )
 
 
 def test_an_image_without_georeference_is_enlarged_whole(tmp_path):

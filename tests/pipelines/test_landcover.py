@@ -182,7 +182,7 @@ def words_for(folder, *settings):
     ((ABSENT, "classes=dubai", "labelled.absent=[]"), "mask colour #"),
     ((ABSENT, "segmenter.learning.batch=1"), "batch norms would see one image at a time"),
     ((ABSENT, "workers=3"), "cannot be shared by 3 workers"),
-    ((ABSENT, "patch=96", "stride=64", "segmenter.reduce=2", "segmenter.sampling.size=64"), "patch 96 is no multiple"),
+    ((ABSENT, "patch=96", "stride=64", "segmenter.reduce=2", "segmenter.sampling.size=64"), "patch 96 is not a"),
     ((ABSENT, "stride=2048"), "stride 2048 is above patch 1024"),
     ((ABSENT, "bands=[red]"), "1 bands but scaling of 3"),
     ((ABSENT, "segmenter.loss.weights=[1, 1]"), "loss.weights are 2, there are 7 classes"),

@@ -380,7 +380,7 @@ def test_scenes_that_cannot_be_mapped_fail_alone_and_by_name(tmp_path, shared):
     assert "bare has no georeference" in found["bare"].reason
     assert listed["bands"] == ["red", "green", "blue"]
     forecast = replace(superpixel.forecast(superpixel.Config(shared=shared), region), trial=None)
-    assert estimate.plan(forecast, region, rates=estimate.Rates())["refused"] == 3
+    assert estimate.estimate_run(forecast, region, rates=estimate.Rates())["refused"] == 3
 
 
 def change(folder, name, *, properties=None, **fields):

@@ -26,7 +26,7 @@ def step(tmp_path):
 
 
 def planned(world, region=None, **settings):
-    return mapping.plan(region or Region("r", catalog=world["imagery"]), described(world), MapConfig(**settings))
+    return mapping.tiles_for(region or Region("r", catalog=world["imagery"]), described(world), MapConfig(**settings))
 
 
 def described(world):
@@ -64,7 +64,7 @@ def test_a_tile_that_is_not_there_is_told(world):
 def test_a_model_of_images_maps_nothing(world, tmp_path):
     other = bundle.load(classifier(tmp_path / "classifier"))
     with pytest.raises(ModelError, match="classifier is for classification, a map needs segmentation"):
-        mapping.plan(Region("r", catalog=world["imagery"]), other, MapConfig())
+        mapping.tiles_for(Region("r", catalog=world["imagery"]), other, MapConfig())
 
 
 def test_a_manifest_is_planned_once(world, step, tmp_path):

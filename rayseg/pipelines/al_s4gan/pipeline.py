@@ -31,7 +31,7 @@ from rayseg.models.crf import Kernels, Refined
 from rayseg.pipelines.al_s4gan import chip_pool, queries
 from rayseg.pipelines.al_s4gan.chip_pool import PoolConfig, Row
 from rayseg.pipelines.al_s4gan.queries import ActiveConfig, Common
-from rayseg.steps import estimate, report
+from rayseg.steps import estimate, models, report
 from rayseg.steps import evaluate as evaluation
 from rayseg.steps import map as mapping
 from rayseg.steps.map import MapConfig
@@ -74,10 +74,9 @@ class Config(Frozen):
     def _fits_together(self) -> "Config":
         if len(self.scaling.mean) != len(chip_pool.BANDS):
             raise ValueError(f"scaling is of {len(self.scaling.mean)} bands, chips have {', '.join(chip_pool.BANDS)}")
-        if self.segmenter and self.stride > self.patch:
-            raise ValueError(f"stride {self.stride} is above patch {self.patch}: windows would leave gaps; lower it")
-        if self.segmenter and self.patch % (32 * self.segmenter.reduce):
-            raise ValueError(f"patch {self.patch} is no multiple of 32 x segmenter.reduce {self.segmenter.reduce}")
+        if self.segmenter:
+            reduce = self.segmenter.reduce
+            models.expect_windows(chip_pool.BANDS, self.scaling, patch=self.patch, stride=self.stride, reduce=reduce)
         return self
 
     @property
@@ -244,12 +243,6 @@ def tried(config: Config, run: Run, region: Region, surveyed: chip_pool.Surveyed
     return {"curve": [(segmenter.value["masks"], found)], **measured.value}
 
 
-def evaluate(step: Step, predicted: Step, region: Region, truth: str | None) -> dict[str, Any]:
-    """Compare the map with its truth, if there is one."""
-    located = region.located(truth)
-    return evaluation.evaluate_run(step, predicted, located) if located else {}
-
-
 # -- reports -----------------------------------------------------------------------------------------------------------
 
 
@@ -294,14 +287,16 @@ def write_choice(step: Step, listed: Step, rounds: Sequence[Step], config: Confi
 # -- the pipeline ------------------------------------------------------------------------------------------------------
 
 
-def check(config: Config, region: Region) -> None:
+def check(config: Config, region: Region) -> mapping.Plan[Any]:
     """Refuse, before anything is written, chips, imagery, settings and weights that cannot be used."""
     expect_settings(config)
+    tiles = None
     if config.segmenter:
-        mapping.plan(region, _described(config), config.map)
+        tiles = mapping.tiles_for(region, _described(config), config.map)
     if truth := region.located(config.truth):
         masks.masks_of(truth, names=config.table.names)
     expect_chips(config, chip_pool.survey(region, config.pool, config.table))
+    return mapping.Plan(tiles)
 
 
 def expect_settings(config: Config) -> None:
@@ -349,7 +344,7 @@ def expect_chips(config: Config, surveyed: chip_pool.Surveyed) -> int:
     return count
 
 
-def forecast(config: Config, region: Region) -> estimate.Forecast:
+def forecast(config: Config, region: Region, plan: mapping.Plan[Any]) -> estimate.Forecast:
     """What is known of a run before it is begun; what choosing takes shows only while it is done."""
     surveyed = chip_pool.survey(region, config.pool, config.table)
     count = expect_chips(config, surveyed)
@@ -358,7 +353,7 @@ def forecast(config: Config, region: Region) -> estimate.Forecast:
     if not config.segmenter:
         return estimate.Forecast([], unknown=(*unknown, "nothing is mapped without a segmenter"))
     learn = partial(_learn, config.model_copy(update={"workers": 0}), region, surveyed)
-    return estimate.by_untrained(_described(config), region, config.map, learn=learn, unknown=unknown)
+    return estimate.by_untrained(_described(config), plan, config.map, learn=learn, unknown=unknown)
 
 
 def _learn(config: Config, region: Region, surveyed: chip_pool.Surveyed, run: Run) -> Step | None:
@@ -379,16 +374,16 @@ def _masked_rows(listed: Step) -> list[Row]:
     return [row for row in chip_pool.rows_of(listed, "pool") if row["masks"] != "[]"]
 
 
-def run(config: Config, run: Run, region: Region) -> str:
+def run(config: Config, run: Run, region: Region, plan: mapping.Plan[Any] | None = None) -> str:
     """Choose chips, learn, map `region`; return where the report is and what it says."""
     if config.segmenter is None:
         listed, rounds = choose(config, run, region)
         told = run.step("report", write_choice, listed, rounds, config)
         return f"{upath(run.root) / told.value['report']}: {told.value['summary']}"
     listed, rounds, segmenter, measured = learn(config, run, region)
-    predicted = run.step("predict", mapping.predict_region, region, segmenter, config.map)
+    predicted = run.step("predict", mapping.predict_region, region, segmenter, config.map, tiles=plan and plan.tiles)
     polygons = run.step("polygons", mapping.join_polygons, predicted, PRODUCT)
-    evaluated = run.step("evaluate", evaluate, predicted, region, config.truth)
+    evaluated = run.step("evaluate", evaluation.compare_truth, predicted, region, config.truth)
     run.step("publish", mapping.publish, predicted, f"Land cover, {region.name}")
     parts = [listed, segmenter, measured, *rounds]
     return report.headline(run.step("report", write_report, parts, predicted, polygons, evaluated, config))

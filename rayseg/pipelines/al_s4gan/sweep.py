@@ -68,7 +68,7 @@ class Trial:
         return load_values(pipeline.Config, values)
 
 
-def plan(
+def list_trials(
     base: pipeline.Config,
     *,
     ratios: Sequence[float],

@@ -266,7 +266,7 @@ REFUSALS = {
     "segmenter.weights=nowhere.pth": "nowhere.pth cannot be read",
     "crf.near=20": "crf.near = 20: input should be less than or equal to 8",
     "stride=128": "stride 128 is above patch 96",
-    "segmenter.reduce=2": "patch 96 is no multiple of 32 x segmenter.reduce 2",
+    "segmenter.reduce=2": "patch 96 is not a multiple of 32 x segmenter.reduce 2",
     "scaling={mean: [1.0], std: [1.0]}": "scaling is of 1 bands",
 }
 

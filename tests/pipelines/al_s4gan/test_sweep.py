@@ -35,7 +35,9 @@ def test_lines_are_means_over_seeds_at_each_number_of_labels():
 
 
 def test_every_combination_is_tried_with_every_seed():
-    trials = sweep.plan(Config(), ratios=[0.1, 0.2], strategies=["margin", "random"], learners=["s4gan"], seeds=3)
+    trials = sweep.list_trials(
+        Config(), ratios=[0.1, 0.2], strategies=["margin", "random"], learners=["s4gan"], seeds=3
+    )
     assert len({trial.name for trial in trials}) == len(trials) == 12
     one = trials[-1].config(Config(seed=7))
     assert (one.active.ratio, one.active.strategy, one.seed) == (0.2, "random", 9)
@@ -46,23 +48,25 @@ def test_every_combination_is_tried_with_every_seed():
 
 def test_without_a_segmenter_the_largest_share_shows_the_others():
     base = Config(segmenter=None)
-    trials = sweep.plan(base, ratios=[0.1, 0.3], strategies=["badge"], learners=["s4gan", "supervised"], seeds=2)
+    trials = sweep.list_trials(base, ratios=[0.1, 0.3], strategies=["badge"], learners=["s4gan", "supervised"], seeds=2)
     assert [(trial.ratio, trial.learner) for trial in trials] == [(0.3, "classifier")] * 2
 
 
 def test_unknown_names_are_refused():
     with pytest.raises(ConfigError, match="strategy best is unknown, expected some of: margin"):
-        sweep.plan(Config(), ratios=[0.1], strategies=["best"], learners=["s4gan"], seeds=1)
+        sweep.list_trials(Config(), ratios=[0.1], strategies=["best"], learners=["s4gan"], seeds=1)
     with pytest.raises(ConfigError, match="learner gan is unknown, expected some of: s4gan, supervised"):
-        sweep.plan(Config(), ratios=[0.1], strategies=["margin"], learners=["gan"], seeds=1)
+        sweep.list_trials(Config(), ratios=[0.1], strategies=["margin"], learners=["gan"], seeds=1)
     with pytest.raises(ConfigError, match="needs one or more ratios"):
-        sweep.plan(Config(), ratios=[], strategies=["margin"], learners=["s4gan"], seeds=1)
+        sweep.list_trials(Config(), ratios=[], strategies=["margin"], learners=["s4gan"], seeds=1)
     with pytest.raises(ConfigError, match=r"active.ratio = 2"):
-        sweep.plan(Config(), ratios=[2.0], strategies=["margin"], learners=["s4gan"], seeds=1)
+        sweep.list_trials(Config(), ratios=[2.0], strategies=["margin"], learners=["s4gan"], seeds=1)
 
 
 def test_equal_trials_are_tried_once():
-    trials = sweep.plan(Config(), ratios=[0.02, 0.02], strategies=["margin", "margin"], learners=["s4gan"], seeds=1)
+    trials = sweep.list_trials(
+        Config(), ratios=[0.02, 0.02], strategies=["margin", "margin"], learners=["s4gan"], seeds=1
+    )
     assert trials == [Trial(0.02, "margin", "s4gan", 0)]
 
 

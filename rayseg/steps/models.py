@@ -1,0 +1,145 @@
+"""Models that a pipeline trains: descriptions of their bundles, checks before a training, where they are kept."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rayseg.errors import ConfigError
+from rayseg.models import bundle
+from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
+from rayseg.models.encoders import NO_FILES, encoder_name, read_state
+from rayseg.store import upath
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from rayseg.engine.run import Step
+    from rayseg.train.classifier import ClassifierConfig
+    from rayseg.train.s4gan import S4ganConfig
+    from rayseg.train.segmenter import SegmenterConfig
+    from rayseg.train.supervised import SupervisedConfig
+
+    Segmenter = SegmenterConfig | SupervisedConfig | S4ganConfig
+
+RGB = ("red", "green", "blue")
+Classes = tuple[tuple[int, str, tuple[int, int, int]], ...]
+"""(value, name, colour) of every class."""
+
+
+def classifier_bundle(
+    settings: "ClassifierConfig",
+    classes: Classes,
+    *,
+    name: str,
+    scaling: Scaling,
+    measures: Mapping[str, float] | None = None,
+    parents: tuple[str, ...] = (),
+) -> Bundle:
+    """The description of a classifier of RGB chips of `settings.size` px.
+
+    Args:
+        settings: the network and its training.
+        classes: what it tells apart.
+        name: of the model.
+        scaling: from uint8 values to the network's input.
+        measures: of the trained network.
+        parents: URIs of what it is trained on.
+    """
+    return Bundle(
+        name=name,
+        task="classification",
+        architecture=Architecture(
+            factory=settings.factory, options=settings.options(classes=len(classes), channels=len(RGB))
+        ),
+        classes=classes,
+        bands=RGB,
+        dtype="uint8",
+        scaling=scaling,
+        patch=settings.size,
+        stride=settings.size,
+        metrics=dict(measures or {}),
+        provenance=Provenance(config=settings.model_dump(mode="json"), parents=parents),
+    )
+
+
+def segmenter_bundle(
+    settings: "Segmenter",
+    classes: Classes,
+    *,
+    scaling: Scaling,
+    patch: int,
+    stride: int,
+    bands: tuple[str, ...] = RGB,
+    dtype: str = "uint8",
+    options: Mapping[str, str | int | float] | None = None,
+) -> Bundle:
+    """The description of the bundle `segmenter`.
+
+    Args:
+        settings: the network and its training.
+        classes: what it maps.
+        scaling: from the imagery's values to the network's input.
+        patch: side in px of the windows in which a region is mapped.
+        stride: distance of these windows in px.
+        bands: of the imagery, in order.
+        dtype: of the imagery.
+        options: of the architecture; by default those of `settings`.
+
+    Raises:
+        ConfigError: the values of the classes are not 0, 1, 2, ...
+    """
+    values = [value for value, _, _ in classes]
+    if values != list(range(len(classes))):
+        raise ConfigError(f"class values are {values}, a segmenter's are 0, 1, 2, ...; number them so")
+    options = options or settings.options(classes=len(classes), channels=len(bands))
+    return Bundle(
+        name="segmenter",
+        task="segmentation",
+        architecture=Architecture(factory="segmenter", options=dict(options)),
+        classes=classes,
+        bands=bands,
+        dtype=dtype,
+        scaling=scaling,
+        patch=patch,
+        stride=stride,
+        provenance=Provenance(config=settings.model_dump(mode="json")),
+    )
+
+
+def expect_windows(bands: tuple[str, ...], scaling: Scaling, *, patch: int, stride: int, reduce: int) -> None:
+    """Refuse windows and values that a segmenter cannot map with.
+
+    Args:
+        bands: of the network's input.
+        scaling: of their values.
+        patch: side of a window in px.
+        stride: distance of windows in px.
+        reduce: side in px of the squares that the network sees as one pixel.
+
+    Raises:
+        ValueError: as validators of configurations raise it.
+    """
+    if stride > patch:
+        raise ValueError(f"stride {stride} is above patch {patch}: windows would leave gaps; lower it")
+    if patch % (32 * reduce):
+        raise ValueError(f"patch {patch} is not a multiple of 32 x segmenter.reduce {reduce}; change one of them")
+    if len(bands) != len(scaling.mean):
+        raise ValueError(f"{len(bands)} bands but scaling of {len(scaling.mean)}: give one for each")
+
+
+def expect_weights(settings: "ClassifierConfig | Segmenter") -> None:
+    """Refuse an encoder that no library has, and a file of weights that cannot be read.
+
+    Raises:
+        ConfigError: the encoder is unknown.
+        ModelError: the file is missing, damaged, or not a table of tensors.
+    """
+    encoder_name(settings.encoder)
+    if settings.weights not in NO_FILES:
+        read_state(settings.weights)
+
+
+def keep_model(step: "Step", described: Bundle, model: "nn.Module") -> str:
+    """Save a trained model as `models/<its name>` below the run; return its prefix."""
+    prefix = str(upath(step.root) / "models" / described.name)
+    bundle.save(prefix, described, model)
+    return prefix
