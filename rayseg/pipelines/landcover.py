@@ -1,16 +1,15 @@
-"""landcover: every pixel of a region one of several classes, learnt from scenes with masks (DeepGlobe 2018).
+"""landcover: one of several classes for every pixel of a region, learnt from scenes with masks (DeepGlobe 2018).
 
     labelled scenes --> split by scene --> DeepLabv3+, best epoch by mean IoU --> bundle
     bundle --> validation scenes measured
     bundle + region --> class map at full resolution --> polygons, items, report
 
-What is not said here is in the modules named by the steps; the settings of the prototype are
-`configs/landcover/paper.yaml`.
+The modules of the steps explain the rest; `configs/landcover/paper.yaml` has the settings of the prototype.
 """
 
 import json
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -22,57 +21,32 @@ from rayseg.engine import cluster
 from rayseg.engine.flow import Work
 from rayseg.engine.manifest import Row, read_rows, write_rows
 from rayseg.engine.run import Run, Step
-from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Tile
 from rayseg.geo.region import Region
-from rayseg.io import masks, scenes
+from rayseg.io import scenes
 from rayseg.io.class_tables import Classes
 from rayseg.io.pictures import encoded
 from rayseg.io.scenes import LabelledImage
-from rayseg.io.stac_read import imagery_collection
 from rayseg.metrics import Confusion
 from rayseg.models import bundle
-from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
-from rayseg.models.encoders import NO_FILES, encoder_name, read_state
+from rayseg.models.bundle import Bundle, Scaling
 from rayseg.stages.compare import CompareTile, pictured
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, tile_rows
-from rayseg.steps import estimate, evaluate, models, report
+from rayseg.steps import estimate, evaluate, labelled, models, report
 from rayseg.steps import map as mapping
 from rayseg.steps.evaluate import Compared
+from rayseg.steps.labelled import PARTS, Divided, LabelledConfig
 from rayseg.steps.map import MapConfig
 from rayseg.store import Location, put
-from rayseg.train.supervised import (
-    Labelled,
-    SupervisedConfig,
-    expect_supervisable,
-    fit_supervised,
-    trained_supervised,
-)
+from rayseg.train import supervised
+from rayseg.train.supervised import Labelled, SupervisedConfig
 from rayseg.train.windows import Windows
-from rayseg.vision.color import ClassTable
 
+Plan = mapping.Plan[Divided]
 PRODUCT = "landcover"
-PARTS = ("training", "validation")
 WORST = 6
 """Tiles that the report shows."""
-
-
-class LabelledConfig(Frozen):
-    """The labelled scenes, and which of them the training is not shown."""
-
-    source: Location | None = None
-    """A folder of scenes (`images` and `masks` side by side) or `catalog.json#collection`; by default the region's."""
-    masks: Location | None = None
-    """With a catalogue: its masks, as `catalog.json#collection/asset`, or `#collection/asset` of the region's."""
-    validation: tuple[str, ...] = ()
-    """Scenes by which the epoch is chosen and the model measured; by default some are drawn."""
-    share: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Of the scenes that are drawn."""
-    seed: int = 1337
-    """Of the draw."""
-    absent: tuple[str, ...] = ()
-    """Classes that need not occur."""
 
 
 class Config(Frozen):
@@ -83,16 +57,16 @@ class Config(Frozen):
     """The classes of the masks: a YAML file, its name under configs/classes, or its content."""
     segmenter: SupervisedConfig = SupervisedConfig()
     map: MapConfig = MapConfig()
-    bands: Bands = ("red", "green", "blue")
-    """Of the imagery, in the order the model takes them."""
+    bands: Bands = models.RGB
+    """Bands of the imagery, in the order of the network's input."""
     patch: Annotated[int, Field(gt=0, multiple_of=32)] = 1024
     """Side in px of the segmenter's window over the region."""
     stride: Annotated[int, Field(gt=0)] = 768
-    """Distance of these windows; the rest of a window is margin."""
+    """Distance of these windows in px; the rest of a window is margin."""
     workers: Workers = 0
     """Processes of Ray Train; 0 trains in the command's own process."""
     scaling: Scaling = Scaling(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
-    """How imagery becomes the network's input; mean and standard deviation of ImageNet."""
+    """From the imagery's values to the network's input; mean and standard deviation of ImageNet."""
     truth: Location | None = None
     """Masks to measure the map with: a folder, `catalog.json#collection`, or `#collection` of the region."""
 
@@ -103,74 +77,24 @@ class Config(Frozen):
         return self
 
 
-def _find(region: Region, config: Config) -> tuple[LabelledImage, ...]:
-    """All labelled images, with masks.
-
-    Raises:
-        ConfigError: neither the region nor the configuration says where they are.
-        DataError: there are none, or they cannot be used.
-    """
-    settings = config.labelled
-    source = settings.source or region.images
-    if not source and region.catalog:
-        source = f"{region.catalog}#{region.collection or imagery_collection(region.catalog) or ''}".rstrip("#")
-    if not source:
-        raise ConfigError(
-            f"region {region.name} has no labelled scenes; name some with --set labelled.source=FOLDER, which holds "
-            "images and masks, or catalog.json#collection"
-        )
-    found = scenes.labelled_images(source, region.located(settings.masks), names=config.classes.table.names)
-    kept = tuple(image for image in found if image.masks)
-    if not kept:
-        raise DataError(
-            f"none of the {len(found)} images of {source} has a mask; put masks of the same names beside them, or name "
-            "them with --set labelled.masks=catalog.json#collection"
-        )
-    if kinds := sorted({image.image.dtype for image in kept} - {kept[0].image.dtype}):
-        raise DataError(
-            f"{kept[0].id} has {kept[0].image.dtype} pixels, other images {', '.join(kinds)}; bring all to one type"
-        )
-    return kept
+def _divide(region: Region, config: Config) -> Divided:
+    return labelled.divide(region, config.labelled, config.classes.table, cell=config.segmenter.sampling.cell)
 
 
-@lru_cache(maxsize=2)
-def _counts(images: tuple[LabelledImage, ...], table: ClassTable, cell: int) -> list[np.ndarray]:
-    return scenes.count_all(images, table, cell=cell)
-
-
-def _divided(region: Region, config: Config) -> dict[str, list[tuple[LabelledImage, np.ndarray]]]:
-    """Training and validation images, each with its pixels by cell and class.
-
-    Raises:
-        RaysegError: of `_find`; a split or classes that cannot be meant.
-    """
-    settings, table = config.labelled, config.classes.table
-    found = _find(region, config)
-    parts = scenes.split(found, validation=settings.validation, share=settings.share, seed=settings.seed)
-    counts = dict(
-        zip([image.id for image in found], _counts(found, table, config.segmenter.sampling.cell), strict=True)
-    )
-    divided = {name: [(image, counts[image.id]) for image in part] for name, part in zip(PARTS, parts, strict=True)}
-    pixels = {name: sum(found.sum(axis=(0, 1)) for _, found in part) for name, part in divided.items()}
-    named = {name: sorted({image.scene for image, _ in part}) for name, part in divided.items()}
-    scenes.expect_classes(pixels, table, named, settings.absent)
-    return divided
-
-
-def list_scenes(step: Step, region: Region, config: Config) -> dict[str, Any]:
-    """Find the labelled scenes, count their classes and divide them; `<step>/images.parquet` is what others read."""
-    divided = _divided(region, config)
+def list_scenes(step: Step, region: Region, config: Config, *, divided: Divided | None = None) -> dict[str, Any]:
+    """List the labelled images of both parts; later steps read `<step>/images.parquet`."""
+    divided = divided or _divide(region, config)
     rows = [
-        image.to_row() | {"part": name, "counts": json.dumps(found.tolist())}
+        image.to_row() | {"part": name, "counts": json.dumps(counts.tolist())}
         for name, part in divided.items()
-        for image, found in part
+        for image, counts in part
     ]
     write_rows(step.prefix / "images.parquet", rows)
     return {
         name: {
             "scenes": sorted({image.scene for image, _ in part}),
             "images": len(part),
-            "pixels": sum(found.sum(axis=(0, 1)) for _, found in part).tolist(),
+            "pixels": sum(counts.sum(axis=(0, 1)) for _, counts in part).tolist(),
         }
         for name, part in divided.items()
     }
@@ -188,7 +112,7 @@ def fit(step: Step, listed: Step, config: Config) -> dict[str, Any]:
     use_gpu = cluster.connect_training(step.engine.address, workers=config.workers)
     if step.engine.kind == "ray":
         cluster.connect(step.engine.address)
-    measures = fit_supervised(
+    measures = supervised.fit_supervised(
         config.segmenter,
         training,
         validation,
@@ -198,147 +122,122 @@ def fit(step: Step, listed: Step, config: Config) -> dict[str, Any]:
         use_gpu=use_gpu,
         on_ray=step.engine.kind == "ray",
     )
-    model = trained_supervised(
+    model = supervised.trained_supervised(
         config.segmenter, step.prefix, classes=len(config.classes.table.classes), channels=len(config.bands)
     )
-    described = _described(config, dtype=training.images[0].image.dtype, measures=measures)
+    described = _segmenter(config, training.images[0].image.dtype).model_copy(update={"metrics": measures})
     return {"bundle": models.keep_model(step, described, model), "measures": measures}
 
 
-def _described(config: Config, *, dtype: str = "uint8", measures: dict[str, float] | None = None) -> Bundle:
-    table = config.classes.table
-    if table.values != tuple(range(len(table.values))):
-        raise ConfigError(f"class values are {list(table.values)}, a segmenter's are 0, 1, 2, ...; number them so")
-    options = config.segmenter.options(classes=len(table.classes), channels=len(config.bands))
-    return Bundle(
-        name="segmenter",
-        task="segmentation",
-        architecture=Architecture(factory="segmenter", options=options),
-        classes=table.classes,
-        bands=config.bands,
-        dtype=dtype,
+def _segmenter(config: Config, dtype: str) -> Bundle:
+    return models.segmenter_bundle(
+        config.segmenter,
+        config.classes.table.classes,
         scaling=config.scaling,
         patch=config.patch,
         stride=config.stride,
-        metrics=measures or {},
-        provenance=Provenance(config=config.segmenter.model_dump(mode="json")),
+        bands=config.bands,
+        dtype=dtype,
     )
 
 
 def validate(step: Step, listed: Step, model: Step, config: Config, count: int | None = None) -> dict[str, Any]:
     """Predict the validation images, or `count` of their tiles, as a region is, and compare them with their masks."""
     images, table = _labelled(listed, "validation", config).images, config.classes.table
-    described = bundle.load(model.value["bundle"])
+    described, prefix = bundle.load(model.value["bundle"]), str(step.prefix / "tiles")
+    # 1. predict and compare tile by tile
     rows = _tiles_of(images, described, config)
     rows = estimate.spread(rows, count) if count else rows
     write_rows(step.prefix / "manifest.parquet", rows)
     works = [
         Work(ReadTile(described.bands, patch=described.patch, stride=described.stride)),
         Work(Predict(model.value["bundle"], batch=config.map.batch), cpus=1.0, gpus=1.0, model=True),
-        Work(CompareTile(str(step.prefix / "tiles"), images, table)),
+        Work(CompareTile(prefix, images, table)),
     ]
     done = mapping.through(step, rows, works, patience=config.map.stall_seconds)
     compared = [
         Compared(row["id"], row["grid_image"], Confusion(np.array(record.facts["confusion"])), 0)
         for row, record in mapping.rows_with(step, "confusion")
     ]
-    named = ", ".join(listed.value["validation"]["scenes"])
-    found = evaluate.summary(compared, table) | {"prediction": "", "truth": f"the validation scenes {named}"}
+    # 2. picture the tiles with the smallest share of right pixels
+    by_id, worst = {row["id"]: Tile.from_row(row) for row in rows}, []
+    labelled = [tile for tile in compared if tile.confusion.pixels]
+    for tile in sorted(labelled, key=lambda tile: tile.confusion.overall_accuracy)[:WORST]:
+        path = f"steps/{step.name}/worst/{tile.id}.webp"
+        picture_HWC = pictured(prefix, by_id[tile.id], images, table)
+        put(step.prefix / "worst" / f"{tile.id}.webp", encoded(picture_HWC, "webp"))
+        worst.append({"id": tile.id, "right": tile.confusion.overall_accuracy, "picture": path})
+    truth = f"the validation scenes {', '.join(listed.value['validation']['scenes'])}"
     none = {"count": 0, "names": []}
-    worst = _worst(step, compared, rows, images, table)
+    found = evaluate.summary(compared, table) | {"prediction": "", "truth": truth}
     return found | done | {"unmatched": {"prediction": none, "truth": none}, "worst": worst}
 
 
 def _tiles_of(images: Sequence[LabelledImage], described: Bundle, config: Config) -> list[Row]:
-    seen = [scenes.image_on(one) for one in images]
+    """Rows of the tiles of the validation images."""
+    seen = [scenes.image_on(image) for image in images]
     rows = tile_rows(seen, None, size=config.map.tile, halo=described.patch + described.stride)
     return [row | {"refused": ""} for row in rows]
-
-
-def _worst(
-    step: Step,
-    compared: Sequence[Compared],
-    rows: Sequence[Row],
-    images: Sequence[LabelledImage],
-    table: ClassTable,
-) -> list[dict[str, Any]]:
-    """Pictures of the tiles with the smallest share of right pixels."""
-    by_id = {row["id"]: Tile.from_row(row) for row in rows}
-    seen = sorted((one for one in compared if one.confusion.pixels), key=lambda one: one.confusion.overall_accuracy)
-    shown = []
-    for one in seen[:WORST]:
-        picture_HWC = pictured(str(step.prefix / "tiles"), by_id[one.id], images, table)
-        put(step.prefix / "worst" / f"{one.id}.webp", encoded(picture_HWC, "webp"))
-        right = one.confusion.overall_accuracy
-        shown.append({"id": one.id, "right": right, "picture": f"steps/{step.name}/worst/{one.id}.webp"})
-    return shown
 
 
 def write_report(
     step: Step, listed: Step, predicted: Step, polygons: Step, validated: Step, measured: Step
 ) -> dict[str, Any]:
-    """The report: the map's own truth if there is one, else how well the model does on the validation scenes."""
+    """The report: the measures by the region's truth, or those of the validation scenes without one."""
     pictures = tuple(
         (
-            f"Among the worst: {one['id']}",
-            one["picture"],
-            f"Imagery, mask, map; {one['right']:.0%} of the pixels are right.",
+            f"Among the worst: {tile['id']}",
+            tile["picture"],
+            f"Imagery, mask, map; {tile['right']:.0%} of the pixels are right.",
         )
-        for one in validated.value["worst"]
+        for tile in validated.value["worst"]
     )
-    learnt, chosen = (
-        f"{_number(part['images'], 'image')} of {_number(len(part['scenes']), 'scene')}"
+    training, validation = (
+        f"{report.counted(part['images'], 'image')} of {report.counted(len(part['scenes']), 'scene')}"
         for part in (listed.value[name] for name in PARTS)
     )
-    extras = report.Extras(
-        labels=f"Labelled: {learnt} to learn from, {chosen} to choose the epoch by.", pictures=pictures
-    )
+    labels = f"Labelled: {training} to learn from, {validation} to choose the epoch by."
     shown = measured if "overall" in measured.value else validated
-    return report.write_report(step, predicted, polygons, shown, extras)
+    return report.write_report(step, predicted, polygons, shown, report.Extras(labels=labels, pictures=pictures))
 
 
-def _number(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count != 1)}"
-
-
-def check(config: Config, region: Region) -> mapping.Plan[Any]:
-    """Refuse, before anything is written, scenes, imagery and weights that cannot be used."""
-    described = _described(config)
-    expect_supervisable(config.segmenter, classes=len(described.classes), workers=config.workers)
-    encoder_name(config.segmenter.encoder)
-    if config.segmenter.weights not in NO_FILES:
-        read_state(config.segmenter.weights)
-    divided = _divided(region, config)
+def check(config: Config, region: Region) -> Plan:
+    """Plan a run; refuse scenes, imagery and weights that it cannot use before it writes anything."""
+    classes = _segmenter(config, "uint8").classes
+    supervised.expect_supervisable(config.segmenter, classes=len(classes), workers=config.workers)
+    models.expect_weights(config.segmenter)
+    divided = _divide(region, config)
     dtype = divided["training"][0][0].image.dtype
-    tiles = mapping.tiles_for(region, described.model_copy(update={"dtype": dtype}), config.map)
-    if truth := region.located(config.truth):
-        masks.masks_of(truth, names=config.classes.table.names)
-    return mapping.Plan(tiles)
+    tiles = mapping.tiles_for(region, _segmenter(config, dtype), config.map)
+    evaluate.expect_masks(region, config.truth, config.classes.table.names)
+    return Plan(tiles, divided)
 
 
-def forecast(config: Config, region: Region, plan: mapping.Plan[Any]) -> estimate.Forecast:
-    """What is known of a run before it is begun."""
-    training, validation = _divided(region, config).values()
-    described = _described(config, dtype=training[0][0].image.dtype)
-    counts = {"validation": len(_tiles_of([image for image, _ in validation], described, config))}
-    learn = partial(_learn, config.model_copy(update={"workers": 0}), region)
+def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:
+    """What is known of a run before it begins."""
+    training, validation = ([image for image, _ in (plan.labels or {})[part]] for part in PARTS)
+    described = _segmenter(config, training[0].image.dtype)
+    counts = {"validation": len(_tiles_of(validation, described, config))}
+    learn = partial(_learn, config.model_copy(update={"workers": 0}), region, plan)
     unknown = estimate.by_workers(config.workers)
     return estimate.by_untrained(described, plan, config.map, learn=learn, counts=counts, unknown=unknown)
 
 
-def _learn(config: Config, region: Region, run: Run) -> Step:
-    listed = run.step("scenes", list_scenes, region, config)
+def _learn(config: Config, region: Region, plan: Plan, run: Run) -> Step:
+    """All before the map: a short training, and a few validation tiles."""
+    listed = run.step("scenes", list_scenes, region, config, divided=plan.labels)
     segmenter = run.step("segmenter", estimate.training, fit, listed, config)
     run.step("validation", validate, listed, segmenter, config, estimate.TIMED + 1)
     return segmenter
 
 
-def run(config: Config, run: Run, region: Region, plan: mapping.Plan[Any] | None = None) -> str:
-    """Map the classes of `region`; return where the report is and what it says."""
-    listed = run.step("scenes", list_scenes, region, config)
+def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> str:
+    """Map the classes of `region`; return the report's path and its headline."""
+    plan = plan or Plan()
+    listed = run.step("scenes", list_scenes, region, config, divided=plan.labels)
     segmenter = run.step("segmenter", fit, listed, config)
     validated = run.step("validation", validate, listed, segmenter, config)
-    predicted = run.step("predict", mapping.predict_region, region, segmenter, config.map, tiles=plan and plan.tiles)
+    predicted = run.step("predict", mapping.predict_region, region, segmenter, config.map, tiles=plan.tiles)
     polygons = run.step("polygons", mapping.join_polygons, predicted, PRODUCT)
     measured = run.step("evaluate", evaluate.compare_truth, predicted, region, config.truth)
     run.step("publish", mapping.publish, predicted, f"Land cover, {region.name}")

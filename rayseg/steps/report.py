@@ -504,7 +504,7 @@ def _summary(tiles: Sequence[MappedTile], classes: Sequence[ClassShare]) -> str:
         return "Nothing was mapped."
     areas = [row["area_m2"] for row in classes if row["area_m2"] is not None]
     images = {tile.tile.grid.image for tile in tiles} - {None}
-    where = _counted(len(images), "image") if images else _counted(len(tiles), "tile")
+    where = counted(len(images), "image") if images else counted(len(tiles), "tile")
     size = area(sum(areas)) if areas else f"{count(sum(row['pixels'] for row in classes))} pixels"
     parts = [
         f"{percent(row['share'])} {row['name']}" + (f" ({area(row['area_m2'])})" if areas else "")
@@ -513,7 +513,8 @@ def _summary(tiles: Sequence[MappedTile], classes: Sequence[ClassShare]) -> str:
     return f"{size} mapped in {where}: {', '.join(parts)}."
 
 
-def _counted(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
+    """`1 tile`, `1,024 tiles`."""
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 

@@ -223,4 +223,4 @@ def test_a_region_without_scenes_says_how_to_name_some(tmp_path):
     said = refused(
         2, "run", "pipeline", "landcover", "--region", tmp_path / "area.geojson", *NET, "--out", tmp_path / "r"
     )
-    assert "has no labelled scenes; name some with --set labelled.source=FOLDER" in said
+    assert "names no images; name a folder of images and masks with --set labelled.source=FOLDER" in said

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from rayseg.config import load
+from rayseg.engine.ledger import Settled
 from rayseg.engine.manifest import write_rows
 from rayseg.engine.run import Engine, Step
 from rayseg.errors import ConfigError, DataError, RunIncomplete
@@ -44,7 +45,7 @@ def test_a_chip_that_could_not_be_scored_is_tried_again_by_the_same_command(list
         raise DataError("torn")
 
     def score(rows):
-        return [{"id": row["id"], "seconds": row["seconds"], "facts": {"p": [0.5, 0.5]}} for row in rows]
+        return [Settled(facts={"p": [0.5, 0.5]}) for _ in rows]
 
     rows = chip_pool.rows_of(listed, "pool")
     monkeypatch.setattr(chip_pool, "image_of", broken)

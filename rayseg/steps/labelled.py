@@ -1,0 +1,118 @@
+"""Labelled images of a region: found, counted by class, divided by scene."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from rayseg.config import Config
+from rayseg.errors import ConfigError, DataError
+from rayseg.geo.region import Region
+from rayseg.io import scenes, stac_read
+from rayseg.io.scenes import LabelledImage
+from rayseg.store import Location
+from rayseg.vision.color import ClassTable
+
+Counted = Sequence[tuple[LabelledImage, np.ndarray]]
+"""Images, each with its pixels by class, (..., classes)."""
+Divided = Mapping[str, Counted]
+"""Part -> its images, each with its pixels by cell and class, (rows, cols, classes)."""
+PARTS = ("training", "validation")
+
+
+class LabelledConfig(Config):
+    """The labelled scenes, and which of them are for validation."""
+
+    source: Location | None = None
+    """A folder of scenes (`images` and `masks` side by side) or `catalog.json#collection`; by default the region's."""
+    masks: Location | None = None
+    """With a catalogue: its masks, as `catalog.json#collection/asset`, or `#collection/asset` of the region's."""
+    validation: tuple[str, ...] = ()
+    """Scenes that choose the epoch and measure the model; by default some are drawn."""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the scenes that is drawn."""
+    seed: int = 1337
+    """Seed of the draw."""
+    absent: tuple[str, ...] = ()
+    """Classes that may have no pixel."""
+
+
+def find_images(
+    region: Region, images: str | None, masks: str | None, *, names: Sequence[str], setting: str
+) -> list[LabelledImage]:
+    """All images, by id, each with its masks if it has any.
+
+    Args:
+        region: its images or its catalogue are taken where `images` names none.
+        images: a folder of scenes, or `catalog.json#collection`.
+        masks: with a catalogue, its masks: `catalog.json#collection/asset`, or `#collection/asset` of the region's.
+        names: of the classes.
+        setting: the configuration key of `images`, for the error message.
+
+    Raises:
+        ConfigError: neither the region nor the configuration names images.
+        DataError: there are none, or they cannot be used.
+    """
+    source = images or region.images
+    if not source and region.catalog:
+        collection = region.collection or stac_read.imagery_collection(region.catalog)
+        source = f"{region.catalog}#{collection}" if collection else region.catalog
+    if not source:
+        raise ConfigError(
+            f"region {region.name} names no images; name a folder of images and masks with --set {setting}=FOLDER, or "
+            f"a collection with --set {setting}=catalog.json#collection"
+        )
+    return scenes.labelled_images(source, region.located(masks), names=names)
+
+
+def divide(region: Region, config: LabelledConfig, table: ClassTable, *, cell: int) -> Divided:
+    """Count the classes of all labelled images and divide the images by scene.
+
+    Args:
+        region: see `find_images`.
+        config: where the images are and how they are divided.
+        table: the classes.
+        cell: side in px of the cells in which pixels are counted.
+
+    Raises:
+        ConfigError: neither the region nor the configuration names images.
+        DataError: none has a mask, they cannot be used, or the split leaves a class out.
+    """
+    found = find_images(region, config.source, config.masks, names=table.names, setting="labelled.source")
+    kept = [image for image in found if image.masks]
+    if not kept:
+        raise DataError(
+            f"none of the {len(found)} images of region {region.name} has a mask; put masks of the same names into the "
+            "folder masks next to images, or name them with --set labelled.masks=catalog.json#collection"
+        )
+    if kinds := sorted({image.image.dtype for image in kept} - {kept[0].image.dtype}):
+        raise DataError(
+            f"{kept[0].id} has {kept[0].image.dtype} pixels, other images {', '.join(kinds)}; convert all to one type"
+        )
+    parts = scenes.split(kept, validation=config.validation, share=config.share, seed=config.seed)
+    counts = scenes.count_all(kept, table, cell=cell)
+    by_id = {image.id: count for image, count in zip(kept, counts, strict=True)}
+    divided = {name: [(image, by_id[image.id]) for image in part] for name, part in zip(PARTS, parts, strict=True)}
+    expect_classes(divided, table, config.absent)
+    return divided
+
+
+def expect_classes(divided: Divided, table: ClassTable, absent: Sequence[str]) -> None:
+    """Refuse classes without pixels, and a split whose training images lack a class.
+
+    Args:
+        divided: images of `PARTS`.
+        table: the classes.
+        absent: classes that may be without pixels.
+
+    Raises:
+        RaysegError: see `scenes.expect_classes`.
+    """
+    none_K = np.zeros(len(table.classes), np.int64)
+    pixels = {
+        name: sum((np.reshape(counts, (-1, len(none_K))).sum(axis=0) for _, counts in part), none_K)
+        for name, part in divided.items()
+    }
+    named = {name: sorted({image.scene for image, _ in part}) for name, part in divided.items()}
+    scenes.expect_classes(pixels, table, named, absent)
