@@ -112,7 +112,7 @@ def test_what_cannot_be_meant_is_named_with_its_path(overrides, said):
         ("gpc", "workers=-1", "config key workers = -1: input should be greater than or equal to 0"),
         ("gpc", "cues.scales=[0]", "config key cues.scales.0 = 0: input should be greater than 0"),
         ("gpc", "cues.scales=[]", "config key cues.scales = []"),
-        ("gpc", "classifier.rates=[]", "config key classifier.rates: [] is no schedule"),
+        ("gpc", "classifier.rates=[]", "config key classifier.rates: [] is not a schedule"),
         ("gpc", "classifier.rates=[[8, 0.1], [4, 0.2]]", "rising epochs"),
         ("gpc", "classifier.augment.saturation=[2, 1]", "[2, 1] is no range; give the smaller number first"),
         ("gpc", "scaling={mean: [], std: []}", "there is neither a mean nor a std"),

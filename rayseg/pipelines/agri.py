@@ -44,8 +44,9 @@ from rayseg.steps.chips import ChipsConfig
 from rayseg.steps.map import MapConfig
 from rayseg.steps.models import keep_model
 from rayseg.store import Location, upath
-from rayseg.train.classifier import ClassifierConfig, expect_trainable, fit_classifier, trained_classifier
-from rayseg.train.learning import Learning, Rates
+from rayseg.train.classifier import ClassifierConfig, expect_trainable, fit_classifier
+from rayseg.train.learning import Learning, Rates, trained
+from rayseg.train.session import Setup
 from rayseg.vision.color import ClassTable
 from rayseg.vision.proposals import SuperpixelProposer
 from rayseg.vision.rounds import RoundsConfig
@@ -211,13 +212,15 @@ def fit_plots(step: Step, region: Region, config: Config) -> dict[str, Any]:
     measures = fit_classifier(
         config.training,
         learnt,
-        prefix=step.prefix,
+        Setup(
+            step.prefix,
+            workers=config.workers,
+            use_gpu=cluster.connect_training(step.engine.address, workers=config.workers),
+        ),
         scaling=SCALING,
         held_out=held if len(held) else None,
-        workers=config.workers,
-        use_gpu=cluster.connect_training(step.engine.address, workers=config.workers),
     )
-    model = trained_classifier(config.training, step.prefix, classes=len(LABELS))
+    model = trained(config.training.build(classes=len(LABELS), weights="none"), step.prefix)
     prefix = keep_model(step, _described(config.training, measures), model)
     return {"bundle": prefix, "measures": measures, "chips": listed}
 

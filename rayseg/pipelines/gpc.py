@@ -35,6 +35,7 @@ from rayseg.train import probe
 from rayseg.train.classifier import ClassifierConfig, expect_trainable
 from rayseg.train.labels import probabilities
 from rayseg.train.segmenter import SegmenterConfig, fit_segmenter, trained_segmenter
+from rayseg.train.session import Setup
 
 Plan = mapping.Plan[list[Chip]]
 COLORS = {YES: (0, 158, 115), NO: (0, 0, 0)}
@@ -116,10 +117,12 @@ def _fit_members(
             fit_segmenter(
                 members[-1][0],
                 learnt,
-                prefix=members[-1][1],
+                Setup(
+                    members[-1][1],
+                    workers=config.workers,
+                    use_gpu=cluster.connect_training(step.engine.address, workers=config.workers),
+                ),
                 scaling=config.scaling,
-                workers=config.workers,
-                use_gpu=cluster.connect_training(step.engine.address, workers=config.workers),
             )
         )
     # 2. keep their mean, after the warm-up and after all stages

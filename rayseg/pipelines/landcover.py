@@ -40,6 +40,8 @@ from rayseg.steps.labelled import PARTS, Divided, LabelledConfig
 from rayseg.steps.map import MapConfig
 from rayseg.store import Location, put
 from rayseg.train import supervised
+from rayseg.train.learning import trained
+from rayseg.train.session import Setup
 from rayseg.train.supervised import Labelled, SupervisedConfig
 from rayseg.train.windows import Windows
 
@@ -116,15 +118,12 @@ def fit(step: Step, listed: Step, config: Config) -> dict[str, Any]:
         config.segmenter,
         training,
         validation,
-        prefix=step.prefix,
+        Setup(step.prefix, workers=config.workers, use_gpu=use_gpu),
         scaling=config.scaling,
-        workers=config.workers,
-        use_gpu=use_gpu,
         on_ray=step.engine.kind == "ray",
     )
-    model = supervised.trained_supervised(
-        config.segmenter, step.prefix, classes=len(config.classes.table.classes), channels=len(config.bands)
-    )
+    net = config.segmenter.build(classes=len(config.classes.table.classes), channels=len(config.bands), weights="none")
+    model = trained(net, step.prefix)
     described = _segmenter(config, training.images[0].image.dtype).model_copy(update={"metrics": measures})
     return {"bundle": models.keep_model(step, described, model), "measures": measures}
 

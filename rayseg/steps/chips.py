@@ -20,7 +20,9 @@ from rayseg.io.labels import Chip
 from rayseg.models.bundle import Scaling
 from rayseg.store import Location
 from rayseg.train.batches import Chips
-from rayseg.train.classifier import ClassifierConfig, fit_classifier, trained_classifier
+from rayseg.train.classifier import ClassifierConfig, fit_classifier
+from rayseg.train.learning import trained
+from rayseg.train.session import Setup
 from rayseg.vision.fill import filled
 
 Row = dict[str, Any]
@@ -153,10 +155,8 @@ def fit_on_chips(
     measures = fit_classifier(
         settings,
         learnt,
-        prefix=step.prefix,
+        Setup(step.prefix, workers=workers, use_gpu=cluster.connect_training(step.engine.address, workers=workers)),
         scaling=scaling,
         held_out=held_out if len(held_out) else None,
-        workers=workers,
-        use_gpu=cluster.connect_training(step.engine.address, workers=workers),
     )
-    return measures, trained_classifier(settings, step.prefix, classes=len(labels))
+    return measures, trained(settings.build(classes=len(labels), weights="none"), step.prefix)

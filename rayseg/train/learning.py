@@ -1,4 +1,4 @@
-"""What every training loop does with a network: how its weights are changed, averaged and kept."""
+"""What the training loops share: the network, how its weights change, its epochs, and what is kept of them."""
 
 import logging
 import math
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import AfterValidator, Field
@@ -20,23 +20,41 @@ from rayseg.errors import ConfigError, ModelError
 from rayseg.models.encoders import averaged, freeze_batchnorm, recalibrate_batchnorm
 from rayseg.models.segmenter import build_segmenter
 from rayseg.store import StorePath, upath
-from rayseg.train import session
+from rayseg.train import probe, session
+from rayseg.train.session import State
+
+Groups = Sequence[dict[str, Any]]
+"""Of an optimizer: `params`, `factor` on the learning rate, and other options of the optimizer."""
+_log = logging.getLogger(__name__)
+
+
+def _rising(rates: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+    ends = [end for end, _ in rates]
+    if not rates or sorted(set(ends)) != ends or min(min(pair) for pair in rates) < 0:
+        raise ValueError(
+            f"{[list(pair) for pair in rates]} is not a schedule; give one or more [until epoch, learning rate] with "
+            "rising epochs and no negative number"
+        )
+    return rates
+
+
+Rates = Annotated[tuple[tuple[float, float], ...], AfterValidator(_rising)]
 
 
 class NetworkConfig(Config):
-    """A segmenter, before it has learnt anything."""
+    """An untrained segmenter."""
 
     architecture: str
-    """A name of segmentation_models_pytorch; or deeplab, our own DeepLabv3+."""
+    """A name of segmentation_models_pytorch, or "deeplab" for rayseg.models.deeplab."""
     encoder: str
     """A name of segmentation_models_pytorch or of timm."""
     weights: session.Weights = "imagenet"
     """Of the encoder: "imagenet", "none", or a file."""
     reduce: Annotated[int, Field(gt=0)] = 1
-    """Side in pixels of the squares whose mean the network sees as one pixel."""
+    """Side in px of the squares that are averaged to one input pixel of the network."""
 
     def options(self, *, classes: int = 1, channels: int) -> dict[str, str | int | float]:
-        """Arguments of `build_segmenter`, as a bundle keeps them."""
+        """Arguments of `build_segmenter`, as a bundle stores them."""
         return {
             "architecture": self.architecture,
             "encoder": self.encoder,
@@ -46,11 +64,11 @@ class NetworkConfig(Config):
         }
 
     def build(self, *, classes: int = 1, channels: int, weights: str | None = None) -> nn.Module:
-        """The network, in training mode; `weights` take the place of its own.
+        """The network, in training mode, from its own weights or from `weights`.
 
         Raises:
-            ConfigError: the architecture or the encoder is unknown, or they do not go together.
-            ModelError: the weights are not to be had or do not fit.
+            ConfigError: the architecture or the encoder is unknown, or they cannot be combined.
+            ModelError: the weights are missing or do not fit.
         """
         return build_segmenter(
             self.architecture,
@@ -62,43 +80,24 @@ class NetworkConfig(Config):
         )
 
 
-State = dict[str, Any]
-
-
-def _rising(rates: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
-    ends = [end for end, _ in rates]
-    if not rates or sorted(set(ends)) != ends or min(min(pair) for pair in rates) < 0:
-        raise ValueError(
-            f"{[list(pair) for pair in rates]} is no schedule; give [until epoch, learning rate], at least one, with "
-            "rising epochs and nothing below 0"
-        )
-    return rates
-
-
-Rates = Annotated[tuple[tuple[float, float], ...], AfterValidator(_rising)]
-Groups = Sequence[dict[str, Any]]
-"""Of an optimizer: `params`, `factor` on the learning rate, and what else the optimizer knows."""
-_log = logging.getLogger(__name__)
-
-
 class Schedule(Config):
     """How the learning rate falls."""
 
     kind: Literal["poly", "cos", "step"] = "poly"
     """rate x (1 - t)^power, rate x (1 + cos(pi t)) / 2 at the share t of the training, or x `factor` every `every`."""
     rate: Annotated[float, Field(gt=0)] = 0.1
-    """Of the head at its highest; the encoder's is `learning.encoder_rate` of it."""
+    """Highest rate of the head; the encoder's is `learning.encoder_rate` times as high."""
     power: Annotated[float, Field(gt=0)] = 0.9
-    """poly: 1 is a straight line."""
+    """poly: exponent; 1 is a straight line."""
     every: Annotated[float, Field(gt=0)] = 30.0
-    """step: epochs from drop to drop."""
+    """step: epochs between drops."""
     factor: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """step: what each drop leaves."""
+    """step: factor of each drop."""
     warm_up: Annotated[float, Field(ge=0)] = 0.0
-    """Epochs in which the rate rises from 0 to what it would be."""
+    """Epochs of linear warm-up from 0."""
 
     def at(self, done: float, whole: float) -> float:
-        """The rate after `done` of `whole` epochs (or of whatever both and `every` and `warm_up` are counted in)."""
+        """The rate after `done` of `whole` epochs (or another unit, if `every` and `warm_up` are in it too)."""
         share = min(done / whole, 1.0)
         fallen: float = {
             "poly": (1 - share) ** self.power,
@@ -116,43 +115,43 @@ class Learning(Config):
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """Adam with betas .9, .999; AdamW with its decoupled weight decay; SGD with momentum .9."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Pull of the weights towards 0."""
+    """Weight decay of the optimizer."""
     encoder_rate: Annotated[float, Field(ge=0)] = 1.0
-    """Learning rate of the encoder relative to the rest; 0 leaves it as it is."""
+    """Learning rate of the encoder relative to the other weights; 0 freezes it."""
     gradual: bool = False
-    """Go from rate to rate of a schedule in straight lines instead of in steps."""
+    """Interpolate linearly between the rates of a schedule instead of changing them in steps."""
     micro: Annotated[int, Field(gt=0)] | None = None
-    """Images of each worker that are computed at once, their gradients added up; by default all of a step."""
+    """Images that each worker computes at once (gradients are accumulated); by default all of a step."""
     sync_batchnorm: bool = False
-    """On several GPUs: batch norms see the images of all workers together."""
+    """On several GPUs: compute batch norm statistics over the images of all workers."""
     clip: Annotated[float, Field(gt=0)] | None = None
-    """Longest gradient; longer ones are shortened to it."""
+    """Largest gradient norm; longer gradients are clipped."""
     freeze_batchnorm: Literal["none", "encoder", "all"] = "none"
-    """Where batch norms keep the statistics they start with; for few chips or small batches on pretrained weights."""
+    """Batch norms that keep their initial statistics; for few chips or small batches on pretrained weights."""
     recalibrate: Annotated[int, Field(ge=0)] = 0
-    """Batches from which the batch norms' statistics are taken anew before every evaluation; 0 leaves them."""
+    """Batches from which batch norm statistics are computed again before every evaluation; 0 keeps them."""
     average: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of a moving average of the weights, which is then what is evaluated, relabels and is kept."""
+    """Decay of a moving average of the weights, which then is evaluated, relabels and is saved."""
     half: bool | None = None
     """Compute in bfloat16 where it is safe; by default on GPUs only."""
     seed: int = 1337
-    """Of everything random."""
+    """Of all random numbers."""
     memory: Annotated[int, Field(ge=0)] = 2 << 30
-    """Bytes of chips each worker keeps in memory; the rest is read again every epoch."""
+    """Bytes of chips that each worker keeps in memory; other chips are read again every epoch."""
     threads: Annotated[int, Field(gt=0)] = 2
     """Threads of each worker that read chips."""
 
 
 @dataclass
 class Learner:
-    """A network in training, with all that must be remembered to go on."""
+    """A network in training with its optimizer, its averaged weights, and the images it computes at once."""
 
     settings: Learning
     net: nn.Module
     optimizer: Optimizer
     average: AveragedModel | None
     micro: int | None = None
-    """Images computed at once; falls where memory is short."""
+    """Images computed at once; halved when memory is short."""
     kept: str = "no epoch has been kept yet"
     """Where the last good checkpoint is, for messages."""
 
@@ -161,26 +160,26 @@ class Learner:
         """A learner of `net`, the same on every worker.
 
         Args:
-            net: its part `encoder` may learn at its own rate.
+            net: its submodule `encoder` may have its own learning rate.
             settings: how it learns.
-            device: where.
-            groups: of its weights; by default the encoder and the rest.
+            device: to train on.
+            groups: of its weights; by default the encoder and all others.
         """
         if not settings.encoder_rate:
             net.get_submodule("encoder").requires_grad_(False)
         if settings.sync_batchnorm and device.type == "cuda" and session.world() > 1:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
-        net = session.alike(net.to(device))
+        net = session.broadcast_weights(net.to(device))
         average = averaged(net, decay=settings.average) if settings.average else None
         return cls(settings, net, _optimizer(net, settings, groups), average, settings.micro)
 
     @property
     def shown(self) -> nn.Module:
-        """What is evaluated and kept: the average of the weights if there is one."""
+        """The network to evaluate and save: the average of the weights if there is one."""
         return self.average.module if self.average else self.net
 
     def train_mode(self) -> None:
-        """Make the network ready for steps."""
+        """Prepare the network for steps."""
         self.net.train()
         frozen = {"none": None, "encoder": self.net.get_submodule("encoder"), "all": self.net}
         if (part := frozen[self.settings.freeze_batchnorm]) is not None:
@@ -189,32 +188,32 @@ class Learner:
     def step(
         self, loss_of: Callable[[slice], Tensor], count: int, rate: float, *, items: Callable[[], str], what: str
     ) -> float:
-        """Change the weights by the gradient of a batch's loss at a learning rate; return the mean over all workers.
+        """Change the weights by the gradient of a batch's loss; return the mean loss over all workers.
 
-        The batch is computed in parts of `micro` images, or half as many where the GPU's memory does not hold them.
-        A loss or gradient that is no number changes nothing.
+        The batch is computed in parts of `micro` images, or half as many where GPU memory is short.
+        A loss or gradient that is not finite leaves the weights unchanged.
 
         Args:
-            loss_of: part of this worker's images -> its share of the loss; shares add up to the loss.
-            count: this worker's images.
+            loss_of: part of this worker's images -> its share of the loss; the shares add up to the loss.
+            count: number of this worker's images.
             rate: the learning rate.
-            items: names them, for the message.
-            what: the training and how far it is, for the message.
+            items: names the images, for the message.
+            what: name and step of the training, for the message.
 
         Raises:
-            DataError: on every worker, if a loss of any of them is no number.
-            ModelError: the GPU's memory does not hold the smallest part.
+            DataError: on every worker, if the loss of any worker is not finite.
+            ModelError: GPU memory does not hold the smallest part.
         """
         loss = self._backward(loss_of, count)
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-        mean, finite = session.together(loss, [weight.grad for weight in weights if weight.grad is not None])
+        mean, finite = session.average_gradients(loss, [weight.grad for weight in weights if weight.grad is not None])
         if not finite:
-            session.refuse_loss(loss, items, what=what, kept=self.kept)
+            session.raise_not_finite(loss, items, what=what, kept=self.kept)
         self.descend(rate)
         return mean
 
     def _backward(self, loss_of: Callable[[slice], Tensor], count: int) -> float:
-        """Gradients of the whole batch, and its loss."""
+        """Compute the gradients of the whole batch; return its loss."""
         self.micro = min(self.micro or count, count)
         while True:
             self.optimizer.zero_grad()
@@ -226,25 +225,10 @@ class Learner:
                     total = total + loss.detach()
                 return float(total)
             except torch.OutOfMemoryError:
-                self._halve()
-
-    def _halve(self) -> None:
-        assert self.micro is not None
-        least = 2 if feeds_batchnorm(self.net) else 1
-        if self.micro // 2 < least:
-            why = ", and batch norms need more than one; freeze them," if least == 2 else ";"
-            raise ModelError(
-                f"the GPU's memory does not hold {self.micro} image{'s' * (self.micro > 1)} in training{why} "
-                "lower size, or take a smaller network"
-            )
-        self.micro //= 2
-        _log.warning(
-            "the GPU's memory is short: images are computed %d at a time and their gradients added", self.micro
-        )
-        torch.cuda.empty_cache()
+                self.micro = _halved(self.micro, self.net)
 
     def descend(self, rate: float) -> None:
-        """Change the weights by the gradients that they have."""
+        """Change the weights by their gradients."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         if self.settings.clip:
@@ -254,29 +238,30 @@ class Learner:
             self.average.update_parameters(self.net)
 
     def keep(self, prefix: StorePath, key: str, state: State) -> None:
-        """Write the checkpoint after an epoch: `state` (with `epoch`, how many are done) and all of this."""
-        session.save_checkpoint(prefix, key, state | {"learner": self.state()})
-        self.is_kept(prefix, state["epoch"])
+        """Write the checkpoint of an epoch: `state` (with `epoch`, the number done) and this learner's state."""
+        if session.rank() == 0:
+            session.save_checkpoint(prefix, key, state | {"learner": self.state()})
+        self.note_kept(prefix, state["epoch"])
 
-    def is_kept(self, prefix: StorePath, epochs: int) -> None:
+    def note_kept(self, prefix: StorePath, epochs: int) -> None:
         """Remember, for messages, which checkpoint is the last good one."""
         path = upath(prefix) / "checkpoint.pt"
         self.kept = f"the last good checkpoint is {path}, of {epochs} epoch{'s' * (epochs > 1)}"
 
     def show_mode(self, batches: Iterable[Tensor]) -> nn.Module:
-        """`shown`, ready to predict, alike on all workers; its batch norms taken anew from `batches` if asked for."""
-        session.alike_buffers(self.shown)
+        """`shown`, ready to predict and equal on all workers; `batches` recalibrate its batch norms if configured."""
+        session.average_buffers(self.shown)
         if self.settings.recalibrate:
             recalibrate_batchnorm(self.shown, islice(batches, self.settings.recalibrate))
         return self.shown.eval()
 
     def state(self) -> State:
-        """All that must be remembered."""
+        """The state to resume from."""
         average = self.average.state_dict() if self.average else None
         return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(), "average": average}
 
     def resume(self, state: State) -> None:
-        """Go on from `state()` of another learner with the same settings."""
+        """Take over the `state()` of another learner with the same settings."""
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average:
@@ -287,19 +272,51 @@ class Learner:
         return {name: value.detach().cpu().clone() for name, value in self.shown.state_dict().items()}
 
 
-def feeds_batchnorm(net: nn.Module) -> bool:
-    """Whether a batch norm of a network in training takes its statistics from the batch."""
-    return any(isinstance(module, _BatchNorm) and module.training for module in net.modules())
+def _halved(micro: int, net: nn.Module) -> int:
+    """Half as many images per part as did not fit into GPU memory."""
+    # Of one image, a feature map of 1 x 1 px has one value per channel, which has no variance.
+    feeds_batchnorm = any(isinstance(module, _BatchNorm) and module.training for module in net.modules())
+    if micro // 2 < (2 if feeds_batchnorm else 1):
+        why = ", and batch norms need more than one; freeze them," if feeds_batchnorm else ";"
+        raise ModelError(
+            f"GPU memory does not hold {micro} image{'s' * (micro > 1)} in training{why} lower size, or choose a "
+            "smaller network"
+        )
+    _log.warning("GPU memory is short: computing %d images at a time and accumulating gradients", micro // 2)
+    torch.cuda.empty_cache()
+    return micro // 2
+
+
+def _optimizer(net: nn.Module, settings: Learning, groups: Groups | None = None) -> Optimizer:
+    if not groups:
+        encoder = [weight for weight in net.get_submodule("encoder").parameters() if weight.requires_grad]
+        inside = {id(weight) for weight in encoder}
+        rest = [weight for weight in net.parameters() if weight.requires_grad and id(weight) not in inside]
+        groups = [{"params": encoder, "factor": settings.encoder_rate}, {"params": rest, "factor": 1.0}]
+    trained = [dict(group) for group in groups if group["params"]]
+    if settings.optimizer == "sgd":
+        return SGD(trained, lr=0.0, momentum=0.9, weight_decay=settings.weight_decay)
+    kind = Adam if settings.optimizer == "adam" else AdamW
+    return kind(trained, lr=0.0, weight_decay=settings.weight_decay)
+
+
+def precision(settings: Learning, device: torch.device) -> AbstractContextManager[Any]:
+    """The autocast context of a forward pass: by default bfloat16 on GPUs and float32 on CPUs."""
+    wanted = device.type == "cuda" if settings.half is None else settings.half
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
 
 
 def expect_batch(settings: Learning, *, workers: int, what: str) -> None:
-    """Refuse a batch that the workers cannot share, or of which batch norms would see one image at a time.
+    """Refuse a batch that the workers cannot share, or that feeds batch norms one image at a time.
 
     Raises:
-        ConfigError: what is wrong with `learning.batch` or `learning.micro`.
+        ConfigError: `learning.batch` or `learning.micro` of the network called `what` is invalid.
     """
-    share, left = divmod(settings.batch, max(workers, 1))
-    if left or not share:
+    share, rest = divmod(settings.batch, max(workers, 1))
+    if rest or not share:
         raise ConfigError(
             f"the {what}'s learning.batch {settings.batch} cannot be shared by {workers} workers; "
             "make it a multiple of them"
@@ -308,7 +325,7 @@ def expect_batch(settings: Learning, *, workers: int, what: str) -> None:
     if (seen == 1 or share % seen == 1) and settings.freeze_batchnorm != "all" and not settings.sync_batchnorm:
         raise ConfigError(
             f"the {what}'s batch norms would see one image at a time (learning.batch {settings.batch}, {workers or 1} "
-            f"worker{'s' * (workers > 1)}, learning.micro {settings.micro}), of which no statistics can be taken; "
+            f"worker{'s' * (workers > 1)}, learning.micro {settings.micro}), which has no batch statistics; "
             "raise learning.batch, or set learning.freeze_batchnorm=all"
         )
 
@@ -317,28 +334,90 @@ def expect_size(size: int, *, reduce: int, what: str) -> None:
     """Refuse windows of `size` px that a network with `reduce` cannot halve five times.
 
     Raises:
-        ConfigError: what is wrong, of the size called `what`.
+        ConfigError: the size, called `what`, is invalid.
     """
     if size % (32 * reduce):
-        raise ConfigError(f"{what} {size} is no multiple of 32 x reduce = {32 * reduce} px; change it")
+        raise ConfigError(f"{what} {size} is not a multiple of 32 x reduce = {32 * reduce} px; change it")
 
 
-def precision(settings: Learning, device: torch.device) -> AbstractContextManager[Any]:
-    """The context to compute in: bfloat16 where it is safe on GPUs, unless asked otherwise."""
-    wanted = device.type == "cuda" if settings.half is None else settings.half
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
+# -- the loop ---------------------------------------------------------------------------------------------------------
 
 
-def _optimizer(net: nn.Module, settings: Learning, groups: Groups | None = None) -> Optimizer:
-    groups = [dict(group) for group in groups or _groups(net, settings) if group["params"]]
-    if settings.optimizer == "sgd":
-        return SGD(groups, lr=0.0, momentum=0.9, weight_decay=settings.weight_decay)
-    kind = Adam if settings.optimizer == "adam" else AdamW
-    return kind(groups, lr=0.0, weight_decay=settings.weight_decay)
+def resumed(
+    state: State | None,
+    build: Callable[[str | None], nn.Module],
+    settings: Learning,
+    config: State,
+    *,
+    seed: int | None = None,
+) -> tuple[Learner, State]:
+    """The learner and the state of a training at its last checkpoint, or at its start.
+
+    Args:
+        state: of the checkpoint; None to start.
+        build: weights of the encoder (None for the configured ones) -> network.
+        settings: how it learns.
+        config: of the loop: `prefix` of the checkpoint and `use_gpu`.
+        seed: of the network's random weights; by default that of `settings`.
+    """
+    torch.manual_seed(settings.seed if seed is None else seed)
+    # A checkpoint holds all weights, so those of the encoder are not loaded once more.
+    learner = Learner.start(build("none" if state else None), settings, session.device_of(config))
+    if state:
+        learner.resume(state["learner"])
+        learner.note_kept(config["prefix"], state["epoch"])
+    return learner, state or {"epoch": 0, "best": session.UNTRAINED}
 
 
-def _groups(net: nn.Module, settings: Learning) -> Groups:
-    encoder = [weight for weight in net.get_submodule("encoder").parameters() if weight.requires_grad]
-    inside = {id(weight) for weight in encoder}
-    rest = [weight for weight in net.parameters() if weight.requires_grad and id(weight) not in inside]
-    return [{"params": encoder, "factor": settings.encoder_rate}, {"params": rest, "factor": 1.0}]
+class Epoch(NamedTuple):
+    """What an epoch of training gives.
+
+    Attributes:
+        measures: for TensorBoard and Ray Train.
+        order: decides which epoch is kept: the highest; None where the epoch is not evaluated.
+        noted: more measures, which only the kept epoch has.
+    """
+
+    measures: dict[str, float]
+    order: Sequence[float] | None
+    noted: dict[str, float]
+
+
+def run_epochs(
+    one_epoch: Callable[[int], Epoch],
+    learner: Learner,
+    state: State,
+    *,
+    epochs: int,
+    config: State,
+) -> State:
+    """Make the epochs from the checkpoint `state` to the last; return what is kept: `weights` and `measures`.
+
+    Args:
+        one_epoch: trains and evaluates the epoch with this number.
+        learner: of the network.
+        state: `epoch`, the number done, and `best`, the epoch kept so far.
+        epochs: number of all epochs.
+        config: of the loop: `prefix` and `key` of the checkpoint.
+    """
+    with session.scalars(config["prefix"]) as write:
+        for epoch in probe.epochs(range(state["epoch"], epochs)):
+            measures, order, noted = one_epoch(epoch)
+            best = state["best"]
+            if order is not None:
+                best = session.better(best, order, measures | noted, learner.weights)
+            state = {"epoch": epoch + 1, "best": best}
+            learner.keep(config["prefix"], config["key"], state)
+            write(epoch, measures)
+            session.report(measures)  # workers wait for each other here, when the checkpoint is written
+    return dict(state["best"])
+
+
+def trained(net: nn.Module, prefix: StorePath) -> nn.Module:
+    """The network with the weights that the training under `prefix` keeps, in evaluation mode.
+
+    Raises:
+        ModelError: no epoch is done, or the checkpoint is damaged.
+    """
+    net.load_state_dict(session.best_weights(prefix))
+    return net.eval()

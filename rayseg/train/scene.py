@@ -33,7 +33,7 @@ from rayseg.models.unsupervised import RECIPES, Precision, Recipe
 from rayseg.stages.rows import SceneRow, TileRow
 from rayseg.store import upath
 from rayseg.train.batches import made_ahead
-from rayseg.train.session import load_checkpoint, write_checkpoint
+from rayseg.train.session import load_checkpoint, save_checkpoint
 from rayseg.vision.clusters import grouped, isodata
 from rayseg.vision.color import label_table
 from rayseg.vision.fill import mirrored
@@ -307,7 +307,7 @@ def fit(
             history.append(epoch(len(history), net, optimizer, patches, config, seed=seed, teacher=teacher))
             teacher = None
             state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
-            write_checkpoint(prefix, settings, state)
+            save_checkpoint(prefix, settings, state)
         if config.recalibrate:
             # A short training leaves running averages that still remember where they began.
             with torch.no_grad():

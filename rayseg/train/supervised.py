@@ -1,15 +1,16 @@
-"""Supervised training of segmenters of many classes: one plain loop, the best epoch by mean IoU kept.
+"""Supervised training of segmenters of many classes: one plain loop that keeps the epoch of the best mean IoU.
 
-<prefix>/checkpoint.pt    everything the loop needs to go on after the last whole epoch
+<prefix>/checkpoint.pt    all that the loop needs to resume after the last whole epoch
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
+import ray
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -20,69 +21,78 @@ from rayseg.io.scenes import LabelledImage
 from rayseg.metrics import Confusion
 from rayseg.models import losses
 from rayseg.models.bundle import Scaling
-from rayseg.store import StorePath, absolute
 from rayseg.train import probe, session, windows
 from rayseg.train.augment import Augment
-from rayseg.train.learning import Learner, Learning, NetworkConfig, Schedule, expect_batch, expect_size, precision
+from rayseg.train.learning import (
+    Epoch,
+    Learner,
+    Learning,
+    NetworkConfig,
+    Schedule,
+    expect_batch,
+    expect_size,
+    precision,
+    resumed,
+    run_epochs,
+)
+from rayseg.train.session import Setup, State
 from rayseg.train.windows import Counts, Cut, Sampling, Step, Waiting, Windows
-
-State = dict[str, Any]
 
 
 class PixelLoss(Config):
-    """The loss of a pixel; its mean over all labelled pixels of a batch is the batch's."""
+    """The loss of a pixel; a batch's loss is the mean over all its labelled pixels."""
 
     kind: Literal["ce", "focal"] = "ce"
     """Cross-entropy, or focal loss per pixel."""
     gamma: Annotated[float, Field(ge=0)] = 2.0
-    """focal: how much less pixels count that are told well."""
+    """focal: exponent that lowers the weight of well classified pixels."""
     alpha: Annotated[float, Field(gt=0)] = 0.5
     """focal: weight of all pixels."""
     weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
-    """Of the classes, in their order."""
+    """Weights of the classes, in their order."""
     balance: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Without `weights`: a class's weight is its share of the pixels to minus this power; 1 lets all count alike."""
+    """Without `weights`: a class's weight is its share of the pixels to minus this power; 1 balances all classes."""
     published: bool = False
-    """As the prototype has it: divided by the batch size once more, focal of the mean instead of each pixel."""
+    """The prototype's loss: divided by the batch size once more, focal of the mean instead of each pixel."""
 
     @model_validator(mode="after")
-    def _meant(self) -> "PixelLoss":
+    def _one_weighting(self) -> "PixelLoss":
         if self.weights is not None and self.balance:
             raise ValueError(f"weights {list(self.weights)} and balance {self.balance:g} are both set; leave one out")
         if self.weights is not None and not sum(self.weights):
-            raise ValueError("weights are all 0: no pixel would count")
+            raise ValueError("weights are all 0, expected one above 0: raise one")
         return self
 
 
 class SupervisedConfig(NetworkConfig):
-    """A segmenter of many classes and how it is trained; the defaults are the prototype's, but for its faults."""
+    """A segmenter of many classes and its training; the defaults are the prototype's, without its faults."""
 
     architecture: str = "deeplab"
-    """deeplab is the prototype's DeepLabv3+; else a name of segmentation_models_pytorch, such as deeplabv3plus."""
+    """deeplab is the prototype's DeepLabv3+; others are names of segmentation_models_pytorch, such as deeplabv3plus."""
     encoder: str = "resnet50"
     """A name of segmentation_models_pytorch or of timm."""
     epochs: Annotated[int, Field(gt=0)] = 400
-    """An epoch shows `sampling.windows` windows."""
+    """Epochs of `sampling.windows` windows each."""
     schedule: Schedule = Schedule()
-    """How the learning rate falls, step by step."""
+    """How the learning rate falls from step to step."""
     loss: PixelLoss = PixelLoss()
-    """Of a pixel."""
+    """Loss of a pixel."""
     sampling: Sampling = Sampling()
-    """Which windows are shown."""
+    """Which windows are drawn."""
     learning: Learning = Learning(batch=4, optimizer="sgd", weight_decay=5e-4, encoder_rate=0.1)
     """How weights are changed."""
     augment: Augment = Augment(crop="random", scale=(0.5, 2.0), quadrants=0.0, rotate=0.0)
-    """What happens to windows."""
+    """Augmentation of the windows."""
     every: Annotated[int, Field(gt=0)] = 1
-    """Epochs from validation to validation; the last one is always validated."""
+    """Epochs between validations; the last epoch is always validated."""
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """What a training learns from.
+    """Labelled images of a training.
 
     Attributes:
-        read: gives windows of `read.images`.
+        read: reads windows of `read.images`.
         counts: of each image, pixels by cell and class (rows, cols, classes).
     """
 
@@ -97,76 +107,66 @@ class Labelled:
     @property
     def pixels_K(self) -> Counts:
         """Labelled pixels of each class."""
-        return np.asarray(sum(found.sum(axis=(0, 1)) for found in self.counts), np.int64)
+        return np.asarray(sum(cells.sum(axis=(0, 1)) for cells in self.counts), np.int64)
 
 
 def fit_supervised(
     settings: SupervisedConfig,
     training: Labelled,
     validation: Labelled,
+    setup: Setup,
     *,
-    prefix: StorePath,
     scaling: Scaling,
-    workers: int = 0,
-    use_gpu: bool = False,
     on_ray: bool = False,
 ) -> dict[str, float]:
-    """Train a segmenter under `prefix`, or go on with one; return the measures of the epoch that is kept.
+    """Train a segmenter, or resume its training; return the measures of the epoch that is kept.
 
-    Kept is the epoch of the highest mean IoU on `validation`. `trained_supervised` gives the network.
+    The kept epoch has the highest mean IoU on `validation`. `learning.trained` returns the network.
 
     Args:
         settings: the network and its training.
         training: to learn from.
-        validation: to choose the epoch by; every image is seen whole, in windows side by side.
-        prefix: where the checkpoint lies.
-        scaling: how values become the network's input.
-        workers: processes of Ray Train; 0 trains in this one.
-        use_gpu: one GPU for each.
-        on_ray: read windows in Ray Data's tasks, if Ray has CPUs that the workers leave; else in threads.
+        validation: to choose the epoch by; every image is seen as a whole, in adjacent windows.
+        setup: where the training runs.
+        scaling: from stored values to the network's input.
+        on_ray: read windows in tasks of Ray Data if Ray has a CPU that no worker uses; else in threads.
 
     Raises:
-        ConfigError: batch, size or loss cannot be meant.
-        DataError: imagery or masks cannot be read, or the loss is no number.
-        ModelError: the weights to start from or the checkpoint do not fit, or the GPU's memory is too small.
+        ConfigError: batch, size or loss are invalid.
+        DataError: imagery or masks cannot be read, or the loss is not finite.
+        ModelError: the initial weights or the checkpoint do not fit, or GPU memory is too small.
     """
-    expect_supervisable(settings, classes=len(training.pixels_K), workers=workers)
+    expect_supervisable(settings, classes=len(training.pixels_K), workers=setup.workers)
+    spare_cpus = ray.cluster_resources().get("CPU", 0) - setup.workers if ray.is_initialized() else 0
     config = {
         "settings": settings,
         "training": training,
         "validation": validation,
-        "prefix": absolute(prefix),
         "scaling": scaling,
-        "on_ray": on_ray and session.spare_cpus(workers) >= 1,
+        "on_ray": on_ray and spare_cpus >= 1,
         "key": _key(settings, training, validation),
     }
-    return session.fit(_train, config, storage=prefix, name="segmenter", workers=workers, use_gpu=use_gpu)
+    return session.fit(_train, config, setup, name="segmenter")
 
 
 def expect_supervisable(settings: SupervisedConfig, *, classes: int, workers: int) -> None:
-    """Raise ConfigError if batch, size or loss cannot be meant."""
+    """Raise ConfigError if batch, size or loss are invalid for so many classes and workers."""
     expect_batch(settings.learning, workers=workers, what="segmenter")
     loss = settings.loss
     if loss.weights is not None and len(loss.weights) != classes:
-        raise ConfigError(f"loss.weights are {len(loss.weights)}, there are {classes} classes; give one for each")
+        raise ConfigError(f"loss.weights has {len(loss.weights)} values, expected {classes}; give one for each class")
     if loss.published and loss.kind == "focal" and (settings.learning.micro or workers > 1):
         raise ConfigError(
-            "the published focal loss is of a whole batch's mean, which parts and workers do not know; "
-            "leave learning.micro out and take one worker, or set loss.published=false"
+            "the published focal loss needs the mean of a whole batch, which parts and workers do not have; "
+            "leave learning.micro out and use one worker, or set loss.published=false"
         )
     expect_size(settings.sampling.size, reduce=settings.reduce, what="sampling.size")
 
 
 def _key(settings: SupervisedConfig, *parts: Labelled) -> str:
-    known = [(part.read, [found.tolist() for found in part.counts]) for part in parts]
-    return f"{settings.model_dump_json()} {hashlib.sha256(repr(known).encode()).hexdigest()}"
-
-
-def trained_supervised(settings: SupervisedConfig, prefix: StorePath, *, classes: int, channels: int = 3) -> nn.Module:
-    """The network `fit_supervised` kept under `prefix`, in evaluation mode."""
-    model = settings.build(classes=classes, channels=channels, weights="none")
-    model.load_state_dict(session.best_weights(prefix))
-    return model.eval()
+    """Settings and images as text: a checkpoint is only valid for the same."""
+    images = [(part.read, [cells.tolist() for cells in part.counts]) for part in parts]
+    return f"{settings.model_dump_json()} {hashlib.sha256(repr(images).encode()).hexdigest()}"
 
 
 # -- the loop ---------------------------------------------------------------------------------------------------------
@@ -175,40 +175,28 @@ def trained_supervised(settings: SupervisedConfig, prefix: StorePath, *, classes
 def _train(config: State) -> State:
     settings: SupervisedConfig = config["settings"]
     training: Labelled = config["training"]
-    device = session.device_of(config)
     state = session.load_checkpoint(config["prefix"], config["key"])
-    torch.manual_seed(settings.learning.seed)
-    classes, channels = len(training.pixels_K), len(training.read.bands)
-    net = settings.build(classes=classes, channels=channels, weights="none" if state else None)
-    learner = Learner.start(net, settings.learning, device)
+    shape = {"classes": len(training.pixels_K), "channels": len(training.read.bands)}
+    learner, state = resumed(state, lambda weights: settings.build(**shape, weights=weights), settings.learning, config)
+    device = session.device_of(config)
     config = config | {"device": device, "weights_K": class_weights(settings.loss, training.pixels_K)}
-    state = state or {"epoch": 0, "best": session.NOTHING}
-    if state["epoch"]:
-        learner.resume(state["learner"])
-        learner.is_kept(config["prefix"], state["epoch"])
+    # One stream over all epochs: the first batches of an epoch are read while the one before is validated.
     epochs = range(state["epoch"], settings.epochs)
     waiting = Waiting()
-    batches = windows.timed(
-        windows.stream(
-            (_steps(epoch, config) for epoch in epochs),
-            training.read,
-            on_ray=config["on_ray"],
-            threads=settings.learning.threads,
-        ),
-        waiting,
-    )
-    with session.scalars(config["prefix"]) as write:
-        for epoch in probe.epochs(epochs):
-            measures = _epoch(epoch, learner, batches, waiting, config)
-            best = state["best"]
-            if (epoch + 1) % settings.every == 0 or epoch + 1 == settings.epochs or probe.is_taken():
-                measures |= _validate(learner, config)
-                best = session.better(best, (measures["mean_iou"],), measures | {"epoch": epoch + 1}, learner.weights)
-            state = {"epoch": epoch + 1, "best": best}
-            learner.keep(config["prefix"], config["key"], state)
-            write(epoch, measures)
-            session.report(measures)
-    return dict(state["best"]["measures"])
+    steps = (_steps(epoch, config) for epoch in epochs)
+    threads = settings.learning.threads
+    stream = windows.stream(steps, training.read, on_ray=config["on_ray"], threads=threads)
+    batches = windows.timed(stream, waiting)
+
+    def one_epoch(epoch: int) -> Epoch:
+        measures = _epoch(epoch, learner, batches, waiting, config)
+        if (epoch + 1) % settings.every and epoch + 1 < settings.epochs and not probe.is_taken():
+            return Epoch(measures, None, {})
+        measures |= _validate(learner, config)
+        return Epoch(measures, (measures["mean_iou"],), {"epoch": epoch + 1})
+
+    kept = run_epochs(one_epoch, learner, state, epochs=settings.epochs, config=config)
+    return dict(kept["measures"])
 
 
 def _steps(epoch: int, config: State) -> list[Step]:
@@ -230,7 +218,7 @@ def _steps(epoch: int, config: State) -> list[Step]:
 def _epoch(
     epoch: int, learner: Learner, batches: Iterator[list[Cut]], waiting: Waiting, config: State
 ) -> dict[str, float]:
-    """Mean loss of an epoch and the share of its time that it waited for data."""
+    """Train for an epoch; return its mean loss and the share of its time that it waited for data."""
     settings: SupervisedConfig = config["settings"]
     count = windows.windows_per_epoch(config["training"].images, settings.sampling, settings.learning.batch)
     session.seed_epoch(settings.learning.seed, epoch)
@@ -247,18 +235,16 @@ def _epoch(
 
 def _step(learner: Learner, cuts: Sequence[Cut], rate: float, config: State, *, what: str) -> float:
     settings: SupervisedConfig = config["settings"]
+    loss = settings.loss
     images, classes = windows.to_device(cuts, settings.augment, config["device"], size=settings.sampling.size)
     weights_K = None if config["weights_K"] is None else config["weights_K"].to(config["device"])
-    share = _share(classes, weights_K, settings.loss)
+    # A sum over this worker's pixels times `share`, averaged over the workers, is the loss of the whole batch.
+    share = session.batch_share(losses.mass(classes, weights_K))
+    if loss.published and loss.kind == "ce":
+        share = share / (len(classes) * session.world())
     loss_of = partial(_loss_of, learner.net, config["scaling"].normalize(images), classes, weights_K, share, settings)
     items = partial(config["training"].read.names, [cut.draw for cut in cuts])
     return learner.step(loss_of, len(cuts), rate, items=items, what=what)
-
-
-def _share(classes_NHW: Tensor, weights_K: Tensor | None, loss: PixelLoss) -> Tensor:
-    """What the sum over this worker's pixels is multiplied by, so that the mean of all workers' is the batch's loss."""
-    images = len(classes_NHW) * session.world() if loss.published and loss.kind == "ce" else 1
-    return session.share_of(losses.mass(classes_NHW, weights_K)) / images
 
 
 def _loss_of(
@@ -274,17 +260,16 @@ def _loss_of(
     loss = settings.loss
     with precision(settings.learning, images.device):
         logits = net(images[part]).float()
-    if loss.kind == "ce" or loss.published:
-        mean = losses.cross_entropy_sum(logits, classes_NHW[part], weights_K) * share
-    else:
-        mean = share * losses.focal_sum(logits, classes_NHW[part], weights_K, gamma=loss.gamma, alpha=loss.alpha)
-    if loss.kind == "focal" and loss.published:
+    if loss.kind == "focal" and not loss.published:
+        return share * losses.focal_sum(logits, classes_NHW[part], weights_K, gamma=loss.gamma, alpha=loss.alpha)
+    mean = losses.cross_entropy_sum(logits, classes_NHW[part], weights_K) * share
+    if loss.kind == "focal":
         return losses.published_focal(mean, gamma=loss.gamma, alpha=loss.alpha) / len(images)
     return mean
 
 
 def class_weights(loss: PixelLoss, pixels_K: Counts) -> Tensor | None:
-    """Weights of the classes, float32; balanced ones are 1 in the mean over all pixels, 0 for a class without any."""
+    """Weights of the classes, float32; balanced ones have the mean 1 over all pixels, and 0 for an absent class."""
     if loss.weights is not None:
         return torch.tensor(loss.weights)
     if not loss.balance:
@@ -301,18 +286,18 @@ def class_weights(loss: PixelLoss, pixels_K: Counts) -> Tensor | None:
 def _validate(learner: Learner, config: State) -> dict[str, float]:
     """Measures of all workers together on the whole validation images."""
     settings: SupervisedConfig = config["settings"]
-    seen = probe.batches(_as_seen(config), settings.learning.recalibrate, share=1 / settings.every)
-    model = learner.show_mode(seen)
+    share = 1 / settings.every
+    training = (images for images, _ in _inputs(config["training"], config))
+    model = learner.show_mode(probe.batches(training, settings.learning.recalibrate, share=share))
     matrix = torch.zeros((len(config["training"].pixels_K),) * 2, dtype=torch.float64, device=config["device"])
-    steps = _covering(config["validation"], config)
-    coming = _seen(config["validation"], steps, config)
-    for images, classes_NHW in probe.batches(coming, len(steps), share=1 / settings.every):
+    coming = _inputs(config["validation"], config)
+    for images, classes_NHW in probe.batches(coming, len(_covering(config["validation"], config)), share=share):
         with precision(settings.learning, config["device"]):
-            found_NHW = model(images).argmax(dim=1)
+            predicted_NHW = model(images).argmax(dim=1)
         known = classes_NHW != losses.IGNORE
-        pairs = classes_NHW[known] * len(matrix) + found_NHW[known]
+        pairs = classes_NHW[known] * len(matrix) + predicted_NHW[known]
         matrix += torch.bincount(pairs, minlength=len(matrix) ** 2).reshape(matrix.shape)
-    confusion = Confusion(session.summed(matrix).cpu().numpy().astype(np.int64))
+    confusion = Confusion(session.sum_over_workers(matrix).cpu().numpy().astype(np.int64))
     return {
         "mean_iou": confusion.mean_iou,
         "accuracy": confusion.overall_accuracy,
@@ -322,23 +307,16 @@ def _validate(learner: Learner, config: State) -> dict[str, float]:
 
 
 def _covering(labelled: Labelled, config: State) -> list[Step]:
-    """This worker's share of windows that cover images once, in batches."""
+    """This worker's share of the windows that cover images once, in batches."""
     settings: SupervisedConfig = config["settings"]
-    share = -(-settings.learning.batch // session.world())
-    return windows.cover(
-        labelled.images, size=settings.sampling.size, batch=share, rank=session.rank(), world=session.world()
-    )
+    batch = -(-settings.learning.batch // session.world())
+    size = settings.sampling.size
+    return windows.cover(labelled.images, size=size, batch=batch, rank=session.rank(), world=session.world())
 
 
-def _seen(labelled: Labelled, steps: Sequence[Step], config: State) -> Iterator[tuple[Tensor, Tensor]]:
-    """(input, classes (N, H, W) int64) of windows, not augmented."""
+def _inputs(labelled: Labelled, config: State) -> Iterator[tuple[Tensor, Tensor]]:
+    """(network's input, classes (N, H, W) int64) of this worker's share of images, without augmentation."""
     threads = config["settings"].learning.threads
-    for cuts in windows.stream([steps], labelled.read, on_ray=config["on_ray"], threads=threads):
+    for cuts in windows.stream([_covering(labelled, config)], labelled.read, on_ray=config["on_ray"], threads=threads):
         images, classes_NHW = windows.as_read(cuts, config["device"])
         yield config["scaling"].normalize(images), classes_NHW
-
-
-def _as_seen(config: State) -> Iterator[Tensor]:
-    training: Labelled = config["training"]
-    for images, _ in _seen(training, _covering(training, config), config):
-        yield images

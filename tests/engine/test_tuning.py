@@ -65,7 +65,7 @@ def test_tiles_sam_and_trainings_reuse_their_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("rayseg.models.sam.amg.build_all_layer_point_grids", lambda *_: [None])
     monkeypatch.setattr(SamProposer, "_crop", lambda *_: in_a_block(seen)() or _nothing("cpu"))
     SamProposer(None, SamConfig())(np.zeros((1, 1, 3), np.uint8), np.ones((1, 1), bool))
-    session.fit(in_a_block(seen), {}, storage=str(tmp_path), name="x")
+    session.fit(in_a_block(seen), {}, session.Setup(tmp_path), name="x")
     assert seen == [1, 1, 1, 1]
     assert _USERS.count == 0
 

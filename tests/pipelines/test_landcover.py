@@ -185,7 +185,7 @@ def words_for(folder, *settings):
     ((ABSENT, "patch=96", "stride=64", "segmenter.reduce=2", "segmenter.sampling.size=64"), "patch 96 is not a"),
     ((ABSENT, "stride=2048"), "stride 2048 is above patch 1024"),
     ((ABSENT, "bands=[red]"), "1 bands but scaling of 3"),
-    ((ABSENT, "segmenter.loss.weights=[1, 1]"), "loss.weights are 2, there are 7 classes"),
+    ((ABSENT, "segmenter.loss.weights=[1, 1]"), "loss.weights has 2 values, expected 7"),
 ])  # fmt: skip
 def test_settings_that_do_not_fit_the_scenes_are_refused(folder, settings, said):
     assert said in refused(3 if "labelled" in str(settings[1:]) or not settings else 2, *words_for(folder, *settings))

@@ -10,8 +10,9 @@ from rayseg.train import classifier as training
 from rayseg.train import session
 from rayseg.train.augment import Augment
 from rayseg.train.batches import Chips
-from rayseg.train.classifier import ClassifierConfig, fit_classifier, trained_classifier
-from rayseg.train.learning import Learning
+from rayseg.train.classifier import ClassifierConfig, fit_classifier
+from rayseg.train.learning import Learning, trained
+from rayseg.train.session import Setup
 
 SCALING = Scaling(mean=(110.0, 100.0, 90.0), std=(40.0, 40.0, 40.0))
 LEARNING = Learning(batch=4, seed=5)
@@ -20,8 +21,8 @@ QUICK = ClassifierConfig(
 )
 
 
-def fit(settings, chips, prefix, **more):
-    return fit_classifier(settings, chips, prefix=prefix, scaling=SCALING, **more)
+def fit(settings, chips, prefix, *, held_out=None, **where):
+    return fit_classifier(settings, chips, Setup(prefix, **where), scaling=SCALING, held_out=held_out)
 
 
 def weights_of(prefix):
@@ -36,7 +37,7 @@ def test_it_learns_to_tell_chips_apart(tmp_path, chips, held_out):
     measures = fit(QUICK.model_copy(update={"epochs": 12}), chips, tmp_path, held_out=held_out)
     assert measures["accuracy"] == 1
     assert measures["f1_0"] == measures["f1_1"] == 1
-    model = trained_classifier(QUICK, tmp_path, classes=2)
+    model = trained(QUICK.build(classes=2), tmp_path)
     images = np.stack([held_out.read(k) for k in range(8)]).transpose(0, 3, 1, 2)
     predicted = model(SCALING.normalize(torch.from_numpy(images))).argmax(1)
     assert predicted.tolist() == list(held_out.labels)
@@ -133,7 +134,7 @@ def test_a_loss_that_is_no_number_stops_with_the_step_and_its_chips_and_spoils_n
 def test_settings_that_cannot_be_are_refused(tmp_path, chips):
     with pytest.raises(ConfigError, match="make it a multiple of 4"):
         fit(QUICK.model_copy(update={"learning": Learning(batch=6)}), chips, tmp_path, workers=2)
-    with pytest.raises(ConfigError, match="size 32 is no multiple of 32 x reduce = 64"):
+    with pytest.raises(ConfigError, match="size 32 is not a multiple of 32 x reduce = 64"):
         fit(QUICK.model_copy(update={"reduce": 2}), chips, tmp_path)
     with pytest.raises(ConfigError, match="one_logit"):
         fit(QUICK.model_copy(update={"positive": None, "one_logit": True}), chips, tmp_path)
@@ -168,4 +169,4 @@ def test_a_sample_stands_for_all_steps(tmp_path, chips, held_out, stood_for):
     batches = len(training._order(0, QUICK, chips))
     assert made == (7 if batches > 7 else 2 * batches)
     assert all_of_them == pytest.approx(6 * batches)
-    assert trained_classifier(QUICK, tmp_path / "sample", classes=2)
+    assert trained(QUICK.build(classes=2), tmp_path / "sample")

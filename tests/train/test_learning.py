@@ -8,6 +8,7 @@ from torch import nn
 from rayseg.errors import ConfigError, DataError, ModelError
 from rayseg.train import session
 from rayseg.train.learning import Learner, Learning, Schedule, expect_batch, precision
+from rayseg.train.session import Setup
 
 
 class Net(nn.Module):
@@ -28,7 +29,7 @@ def learn(tmp_path, settings, function):
         torch.manual_seed(0)
         return {"value": function(Learner.start(Net(), settings, torch.device("cpu")))}
 
-    return session.fit(loop, {}, storage=tmp_path, name="t")["value"]
+    return session.fit(loop, {}, Setup(tmp_path), name="t")["value"]
 
 
 def step(learner, loss, rate=1.0):
@@ -143,8 +144,7 @@ def test_short_memory_halves_the_part_and_says_so(tmp_path, caplog):
         assert learn(tmp_path, Learning(optimizer="sgd"), function) == pytest.approx(0.35)
     assert seen == [8, 4, 2, 2, 2, 2, "then", 2, 2, 2, 2]
     assert [record.message for record in caplog.records] == [
-        f"the GPU's memory is short: images are computed {count} at a time and their gradients added"
-        for count in (4, 2)
+        f"GPU memory is short: computing {count} images at a time and accumulating gradients" for count in (4, 2)
     ]
     room = 0
     with pytest.raises(
@@ -164,7 +164,7 @@ def test_a_loss_that_is_no_number_changes_nothing_and_names_what_it_is_of(tmp_pa
         learner.keep(tmp_path, "key", {"epoch": 2})
         step(learner, learner.net.head[0].weight.sum() * bad)
 
-    message = rf"^net, step 3: loss {bad} on image a; the last good checkpoint is .*checkpoint.pt, of 2 epochs; look"
+    message = rf"^net, step 3: loss {bad} on image a; the last good checkpoint is .*checkpoint.pt, of 2 epochs; check"
     with pytest.raises(DataError, match=message):
         learn(tmp_path, Learning(), function)
     torch.manual_seed(0)
@@ -175,7 +175,7 @@ def test_a_gradient_that_is_no_number_is_not_followed_either(tmp_path):
     def function(learner):
         step(learner, (learner.net.head[0].weight.sum() * 0).sqrt())
 
-    with pytest.raises(DataError, match="a gradient that is no number"):
+    with pytest.raises(DataError, match="a gradient that is not finite"):
         learn(tmp_path, Learning(), function)
 
 

@@ -7,8 +7,9 @@ from rayseg.models.bundle import Scaling
 from rayseg.train import s4gan, session
 from rayseg.train.augment import Augment
 from rayseg.train.batches import Chips
-from rayseg.train.learning import Learning
-from rayseg.train.s4gan import Data, DiscriminatorConfig, Pair, S4ganConfig, fit_s4gan, trained_s4gan
+from rayseg.train.learning import Learning, trained
+from rayseg.train.s4gan import Data, DiscriminatorConfig, Pair, S4ganConfig, fit_s4gan
+from rayseg.train.session import Setup
 
 SCALING = Scaling(mean=(110.0, 100.0, 90.0), std=(40.0, 40.0, 40.0))
 QUICK = S4ganConfig(
@@ -49,8 +50,8 @@ def data():
     return Data(scenes(4, seed=1), scenes(8, seed=2, masks=False), scenes(3, seed=3))
 
 
-def fit(settings, data, prefix, **more):
-    return fit_s4gan(settings, data, prefix=prefix, scaling=SCALING, **more)
+def fit(settings, data, prefix, **where):
+    return fit_s4gan(settings, data, Setup(prefix, **where), scaling=SCALING)
 
 
 def changed(settings, **values):
@@ -66,7 +67,7 @@ def test_it_learns_and_keeps_the_best_checkpoint(tmp_path, data):
     settings = changed(QUICK, steps=60, checkpoint=15, rate=3e-3)
     measures = fit(settings, data, tmp_path)
     assert measures["mean_iou"] > 0.5
-    net = trained_s4gan(settings, tmp_path, classes=3)
+    net = trained(settings.build(classes=3, channels=3), tmp_path)
     found = s4gan.confusions(net, data.validation, range(3), SCALING, unit=32)
     assert s4gan.measures_of(sum(found[1:], found[0]))["mean_iou"] == pytest.approx(measures["mean_iou"])
     pixels = 3 * 48 * 46
@@ -127,8 +128,8 @@ def test_each_network_learns_from_its_own_loss_alone(monkeypatch):
     torch.manual_seed(0)
     pair = drawn_pair(QUICK)
     images, masks = torch.rand(4, 3, 32, 32) * 255, torch.randint(0, 3, (4, 32, 32))
-    given = s4gan.Given((images, masks), (images, None), (images, masks))
-    nets = {"segmenter": pair.segmenter.net, "judge": pair.judge.net}
+    given = s4gan.StepData((images, masks), (images, None), (images, masks))
+    nets = {"segmenter": pair.segmenter.net, "discriminator": pair.discriminator.net}
 
     def change(frozen):
         before = {name: [weight.clone() for weight in one.parameters()] for name, one in nets.items()}
@@ -140,8 +141,8 @@ def test_each_network_learns_from_its_own_loss_alone(monkeypatch):
             for name, one in nets.items()
         }
 
-    assert change("judge") == {"segmenter": True, "judge": False}
-    assert change("segmenter") == {"segmenter": False, "judge": True}
+    assert change("discriminator") == {"segmenter": True, "discriminator": False}
+    assert change("segmenter") == {"segmenter": False, "discriminator": True}
 
 
 @pytest.mark.usefixtures("_alone")
@@ -154,12 +155,12 @@ def test_pixels_count_alike_whichever_worker_has_them(monkeypatch):
     masks[2:, 1:] = 255
 
     def loss(*shown):
-        given = s4gan.Given((images[list(shown)], masks[list(shown)]))
+        given = s4gan.StepData((images[list(shown)], masks[list(shown)]))
         return s4gan._step(0, given, pair, {"settings": settings, "scaling": SCALING}, str)["loss"]
 
     whole = loss(0, 1, 2, 3)
     monkeypatch.setattr(session, "world", lambda: 2)
-    monkeypatch.setattr(session, "summed", lambda _: (masks != 255).sum().float())
+    monkeypatch.setattr(session, "sum_over_workers", lambda _: (masks != 255).sum().float())
     assert (loss(0, 1) + loss(2, 3)) / 2 == pytest.approx(whole, rel=1e-5)
 
 
@@ -168,7 +169,7 @@ def test_the_discriminator_sees_a_step_that_began_again_once(monkeypatch):
     settings = changed(QUICK, learning=Learning(batch=8, micro=4))
     pair = drawn_pair(settings)
     images, masks = torch.rand(8, 3, 32, 32) * 255, torch.randint(0, 3, (8, 32, 32))
-    given = s4gan.Given((images, masks), (images, None), (images, masks))
+    given = s4gan.StepData((images, masks), (images, None), (images, masks))
     loss_of, parts, judged = s4gan._loss_of, [], []
 
     def short(*arguments):
@@ -177,12 +178,12 @@ def test_the_discriminator_sees_a_step_that_began_again_once(monkeypatch):
             raise torch.OutOfMemoryError
         return loss_of(*arguments)
 
-    def seen(net, fake, real, part, own=s4gan._judged):
+    def seen(net, fake, real, part, own=s4gan._judge_loss_of):
         judged.append((len(fake), len(real)))
         return own(net, fake, real, part)
 
     monkeypatch.setattr(s4gan, "_loss_of", short)
-    monkeypatch.setattr(s4gan, "_judged", seen)
+    monkeypatch.setattr(s4gan, "_judge_loss_of", seen)
     s4gan._step(0, given, pair, {"settings": settings, "scaling": SCALING}, str)
     assert parts == [4, 4, 2, 2, 2, 2]
     assert set(judged) == {(8, 8)}
@@ -190,8 +191,9 @@ def test_the_discriminator_sees_a_step_that_began_again_once(monkeypatch):
 
 def test_no_more_is_kept_than_the_memory_asked_for(data):
     settings = changed(QUICK, learning=Learning(memory=800))
-    held, kept = s4gan._held(data, settings), s4gan._reading(data, settings)
-    assert sum(one._limit for one in (held.read, held.read_mask, *kept.values())) == 800
+    kept = s4gan._in_memory(data, settings.learning.memory)
+    readers = [getattr(part, name) for part in vars(kept).values() for name in ("read", "read_mask")]
+    assert sum(read._limit for read in readers if read) == 800
 
 
 @pytest.mark.usefixtures("_alone")
@@ -199,14 +201,14 @@ def test_rates_and_decay_are_those_of_the_paper():
     settings = changed(QUICK, rate=2.5e-4, head_rate=10.0, bias_rate=20.0, steps=20_000)
     settings = changed(settings, learning=Learning(batch=4, optimizer="sgd", weight_decay=5e-4))
     pair = drawn_pair(settings)
-    for learner, rate in zip((pair.segmenter, pair.judge), pair.rates(11), strict=True):
+    for learner, rate in zip((pair.segmenter, pair.discriminator), pair.rates(11), strict=True):
         learner.descend(rate)
     groups = pair.segmenter.optimizer.param_groups
     rate = 2.5e-4 * (1 - 10 / 20_000) ** 0.9
     assert [group["lr"] for group in groups] == pytest.approx([rate, 10 * rate, 20 * rate])
     assert [group["weight_decay"] for group in groups] == [5e-4, 5e-4, 0]
     assert sum(len(group["params"]) for group in groups) == len(list(pair.segmenter.net.parameters()))
-    [judging] = pair.judge.optimizer.param_groups
+    [judging] = pair.discriminator.optimizer.param_groups
     assert judging["lr"] == pytest.approx(1e-4 * (1 - 11 / 20_000) ** 0.9)
     assert judging["betas"] == (0.9, 0.99)
 
@@ -236,7 +238,7 @@ def test_settings_that_cannot_be_are_refused(tmp_path, data):
     one = changed(QUICK, learning=Learning(batch=1))
     with pytest.raises(ConfigError, match="batch norms would see one image at a time"):
         fit(one, data, tmp_path)
-    with pytest.raises(ConfigError, match="size 48 is no multiple of 32 x reduce = 32"):
+    with pytest.raises(ConfigError, match="size 48 is not a multiple of 32 x reduce = 32"):
         fit(changed(QUICK, size=48), data, tmp_path)
     with pytest.raises(ConfigError, match="cannot be shared by 3 workers"):
         fit(QUICK, data, tmp_path, workers=3)

@@ -11,6 +11,7 @@ from rayseg.train.batches import Chips
 from rayseg.train.labels import LOSSES, Labelling
 from rayseg.train.learning import Learning
 from rayseg.train.segmenter import SegmenterConfig, StageConfig, fit_segmenter, trained_segmenter
+from rayseg.train.session import Setup
 
 SCALING = Scaling(mean=(110.0, 100.0, 90.0), std=(40.0, 40.0, 40.0))
 RATES = ((9.0, 5e-3),)
@@ -26,8 +27,8 @@ QUICK = SegmenterConfig(
 )
 
 
-def fit(settings, chips, prefix, **more):
-    return fit_segmenter(settings, chips, prefix=prefix, scaling=SCALING, **more)
+def fit(settings, chips, prefix, *, held_out=None, **where):
+    return fit_segmenter(settings, chips, Setup(prefix, **where), scaling=SCALING, held_out=held_out)
 
 
 def net_of(prefix, stage):
@@ -148,7 +149,7 @@ def test_the_network_may_see_squares_of_pixels_as_one(tmp_path, coarse):
     )
     with pytest.raises(DataError, match="training takes 64 x 64"):
         fit(settings, coarse, tmp_path)
-    with pytest.raises(ConfigError, match="no multiple of 32 x reduce = 64"):
+    with pytest.raises(ConfigError, match="not a multiple of 32 x reduce = 64"):
         fit(settings.model_copy(update={"size": 32}), coarse, tmp_path)
 
 

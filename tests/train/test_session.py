@@ -7,6 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rayseg.errors import ConfigError, ModelError
 from rayseg.train import session
+from rayseg.train.session import Setup
 
 
 def loop_of_values(config):
@@ -19,20 +20,20 @@ def loop_of_values(config):
 
 def test_without_workers_the_loop_runs_here_and_ray_is_not_started(tmp_path, monkeypatch):
     monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
-    result = session.fit(loop_of_values, {"prefix": str(tmp_path), "values": [1.0]}, storage=tmp_path, name="t")
+    result = session.fit(loop_of_values, {"prefix": str(tmp_path), "values": [1.0]}, Setup(tmp_path), name="t")
     assert result == {"rank": 0, "world": 1, "device": "cpu"}
 
 
 def test_workers_without_ray_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)  # other tests may have started it in this process
     with pytest.raises(ConfigError, match="needs Ray"):
-        session.fit(loop_of_values, {}, storage=tmp_path, name="t", workers=1)
+        session.fit(loop_of_values, {}, Setup(tmp_path, workers=1), name="t")
 
 
 @pytest.mark.parametrize("prefix", ["local", "memory"])
 def test_scalars_can_be_read_by_tensorboard(tmp_path, prefix):
     place = session.upath(tmp_path if prefix == "local" else "memory://training")
-    session.fit(loop_of_values, {"prefix": str(place), "values": [3.0, 2.0]}, storage=tmp_path, name="t")
+    session.fit(loop_of_values, {"prefix": str(place), "values": [3.0, 2.0]}, Setup(tmp_path), name="t")
     files = list((place / "tensorboard").iterdir())
     for path in files:
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -51,7 +52,7 @@ def test_the_rate_goes_in_straight_lines_if_asked(epoch, rate):
 
 
 def in_session(tmp_path, function):
-    return session.fit(lambda config: {"value": function()}, {}, storage=tmp_path, name="t")["value"]
+    return session.fit(lambda config: {"value": function()}, {}, Setup(tmp_path), name="t")["value"]
 
 
 def test_an_epoch_draws_the_same_numbers_whatever_came_before(tmp_path):
@@ -79,7 +80,7 @@ def test_a_checkpoint_is_there_or_not_and_a_damaged_one_is_refused(tmp_path):
 
 
 def test_the_best_is_kept_until_a_better_comes():
-    best = session.NOTHING
+    best = session.UNTRAINED
     for order in [(1, 0), (0, 9), (1, 0), (1, 1)]:
         best = session.better(best, order, {"at": order[1]}, lambda order=order: {"w": torch.tensor(order)})
     assert best["measures"] == {"at": 1}
@@ -87,7 +88,7 @@ def test_the_best_is_kept_until_a_better_comes():
 
 
 def test_what_is_no_number_is_never_better():
-    best = session.NOTHING
+    best = session.UNTRAINED
     for order in [(float("nan"),), (0.5,), (float("nan"),), (0.4,)]:
         best = session.better(best, order, {"at": order[0]}, lambda: {"w": torch.ones(1)})
     assert best["measures"] == {"at": 0.5}
@@ -102,5 +103,5 @@ def test_weights_of_a_relative_path_are_found_by_workers_elsewhere(tmp_path, mon
 
 def test_no_thread_outlives_a_session(tmp_path):
     before = threading.active_count()
-    session.fit(loop_of_values, {"prefix": str(tmp_path), "values": [1.0]}, storage=tmp_path, name="t")
+    session.fit(loop_of_values, {"prefix": str(tmp_path), "values": [1.0]}, Setup(tmp_path), name="t")
     assert threading.active_count() <= before

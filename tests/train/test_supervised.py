@@ -13,14 +13,14 @@ from rayseg.io import scenes
 from rayseg.models.bundle import Scaling
 from rayseg.train import session, supervised
 from rayseg.train.augment import Augment
-from rayseg.train.learning import Learning, Schedule
+from rayseg.train.learning import Learning, Schedule, trained
+from rayseg.train.session import Setup
 from rayseg.train.supervised import (
     Labelled,
     PixelLoss,
     SupervisedConfig,
     class_weights,
     fit_supervised,
-    trained_supervised,
 )
 from rayseg.train.windows import Draw, Sampling, Windows
 from rayseg.vision.color import ClassTable
@@ -72,8 +72,8 @@ def parts(tmp_path_factory):
     return labelled(root / "a"), labelled(root / "b")
 
 
-def fit(settings, parts, prefix, **more):
-    return fit_supervised(settings, *parts, prefix=prefix, scaling=SCALING, **more)
+def fit(settings, parts, prefix, *, on_ray=False, **where):
+    return fit_supervised(settings, *parts, Setup(prefix, **where), scaling=SCALING, on_ray=on_ray)
 
 
 def weights_of(prefix):
@@ -94,7 +94,7 @@ def test_it_learns_and_the_best_epoch_is_kept(tmp_path, parts):
     state = session.load_checkpoint(tmp_path, None)
     assert state["epoch"] == 10
     assert measures["epoch"] <= 10
-    model = trained_supervised(QUICK, tmp_path, classes=3)
+    model = trained(QUICK.build(classes=3, channels=3), tmp_path)
     cut = parts[1].read(Draw(0, parts[1].images[0].window))
     with torch.inference_mode():
         found = model(SCALING.normalize(torch.from_numpy(cut.image_CHW))[None]).argmax(1)[0].numpy()
@@ -167,7 +167,7 @@ def test_a_loss_that_is_no_number_stops_with_its_images_and_the_checkpoint(tmp_p
     monkeypatch.setattr(supervised.losses, "cross_entropy_sum", lambda logits, *_: logits.sum() * float("nan"))
     message = (
         r"^segmenter, epoch 2, step 0: loss nan on images i\d at \(\d+, \d+\), .*; "
-        r"the last good checkpoint is .*checkpoint.pt, of 2 epochs; look at these"
+        r"the last good checkpoint is .*checkpoint.pt, of 2 epochs; check these"
     )
     with pytest.raises(DataError, match=message):
         fit(changed(epochs=3), parts, tmp_path)
@@ -181,11 +181,11 @@ def _any_key(load):
 def test_what_cannot_be_trained_is_refused(tmp_path, parts):
     for settings, match in (
         (of_learning(batch=1), "batch norms would see one image at a time"),
-        (changed(loss=PixelLoss(weights=(1.0, 1.0))), "loss.weights are 2, there are 3 classes"),
-        (changed(sampling=Sampling(size=32), reduce=2), "size 32 is no multiple of 32 x reduce = 64"),
+        (changed(loss=PixelLoss(weights=(1.0, 1.0))), "loss.weights has 2 values, expected 3"),
+        (changed(sampling=Sampling(size=32), reduce=2), "size 32 is not a multiple of 32 x reduce = 64"),
         (
             of_learning(micro=2).model_copy(update={"loss": PixelLoss(kind="focal", published=True)}),
-            "the published focal loss is of a whole batch's mean",
+            "the published focal loss needs the mean of a whole batch",
         ),
     ):
         with pytest.raises(ConfigError, match=match):
@@ -249,4 +249,4 @@ def test_a_sample_stands_for_all_steps(tmp_path, parts, stood_for):
     made, all_of_them = stood_for(lambda: fit(settings, parts, tmp_path))
     assert made == 7
     assert all_of_them == pytest.approx(3 * 40 // 4)
-    assert trained_supervised(settings, tmp_path, classes=3)
+    assert trained(settings.build(classes=3, channels=3), tmp_path)

@@ -38,7 +38,9 @@ from rayseg.steps.map import MapConfig
 from rayseg.store import Location, upath
 from rayseg.train.batches import Chips
 from rayseg.train.classifier import expect_trainable as expect_classifier
-from rayseg.train.s4gan import Data, S4ganConfig, confusions, expect_trainable, fit_s4gan, measures_of, trained_s4gan
+from rayseg.train.learning import trained
+from rayseg.train.s4gan import Data, S4ganConfig, confusions, expect_trainable, fit_s4gan, measures_of
+from rayseg.train.session import Setup
 from rayseg.vision.color import ClassTable
 from rayseg.vision.query_strategies import expect_enough
 
@@ -128,12 +130,15 @@ def _fit(step: Step, data: Data, config: Config) -> dict[str, Any]:
     measures = fit_s4gan(
         settings,
         data,
-        prefix=step.prefix,
+        Setup(
+            step.prefix,
+            workers=config.workers,
+            use_gpu=cluster.connect_training(step.engine.address, workers=config.workers),
+        ),
         scaling=config.scaling,
-        workers=config.workers,
-        use_gpu=cluster.connect_training(step.engine.address, workers=config.workers),
     )
-    model: Any = trained_s4gan(settings, step.prefix, classes=len(config.table.classes))
+    net = settings.build(classes=len(config.table.classes), channels=len(chip_pool.BANDS), weights="none")
+    model: Any = trained(net, step.prefix)
     if config.crf:
         model = Refined(model, channels=len(chip_pool.BANDS), kernels=config.crf)
         model.std.copy_(model.std.new_tensor(config.scaling.std) / config.scaling.scale)

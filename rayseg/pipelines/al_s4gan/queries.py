@@ -32,8 +32,9 @@ from rayseg.stages.score import ReadWith, Score, features_path
 from rayseg.steps import report
 from rayseg.store import upath
 from rayseg.train.augment import Augment
-from rayseg.train.classifier import ClassifierConfig, fit_classifier, trained_classifier
-from rayseg.train.learning import Learning, Rates
+from rayseg.train.classifier import ClassifierConfig, fit_classifier
+from rayseg.train.learning import Learning, Rates, trained
+from rayseg.train.session import Setup
 from rayseg.vision import linear, query_strategies
 from rayseg.vision.color import ClassTable, label_table
 from rayseg.vision.query_strategies import SCORES, Budget
@@ -303,13 +304,15 @@ def _learnt(
     fit_classifier(
         settings,
         chip_pool.labelled_chips(own, labels, classes),
-        prefix=step.prefix / "training",
+        Setup(
+            step.prefix / "training",
+            workers=common.workers,
+            use_gpu=cluster.connect_training(step.engine.address, workers=common.workers),
+        ),
         scaling=common.scaling,
-        workers=common.workers,
-        use_gpu=cluster.connect_training(step.engine.address, workers=common.workers),
     )
     prefix = str(step.prefix / "classifier")
-    model = trained_classifier(settings, step.prefix / "training", classes=len(classes))
+    model = trained(settings.build(classes=len(classes), weights="none"), step.prefix / "training")
     bundle.save(prefix, _described(settings, classes, common), model)
     features = str(step.prefix / "features") if config.strategy in query_strategies.FEATURES else None
     return _scored(step, asked + (own if features else []), Score(prefix, features), common)

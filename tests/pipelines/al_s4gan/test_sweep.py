@@ -75,7 +75,7 @@ def test_what_any_trial_could_not_use_is_refused(tmp_path):
     active = {"classifier": network | {"network": "chips", "size": 100}}
     base = load_values(Config, {"active": active, "segmenter": network | {"architecture": "unet"}})
     trials = [Trial(0.1, strategy, "s4gan", 0) for strategy in ("random", "margin")]
-    with pytest.raises(ConfigError, match="classifier's size 100 is no multiple of 32"):
+    with pytest.raises(ConfigError, match="classifier's size 100 is not a multiple of 32"):
         sweep.run(base, Region("r"), trials, str(tmp_path / "out"), Engine("inline"))
 
 
