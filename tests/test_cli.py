@@ -389,10 +389,10 @@ def test_evaluation_without_a_match_or_a_table(mapped):
 
 def test_what_is_no_run(tmp_path, mapped):
     for command in ("status", "retry"):
-        assert "is no run" in refused(2, command, tmp_path / "none")
-        assert "is no run" in refused(2, command, mapped / "classes.yaml")
+        assert "is not a run" in refused(2, command, tmp_path / "none")
+        assert "is not a run" in refused(2, command, mapped / "classes.yaml")
     (tmp_path / "run.json").write_text("[]")
-    assert "run.json was not written by rayseg" in refused(2, "status", tmp_path)
+    assert "run.json is not a JSON object" in refused(2, "status", tmp_path)
 
 
 def test_what_cannot_be_made_polygons(tmp_path, world):

@@ -1,8 +1,8 @@
-"""One execution: its output prefix, its steps, and what is remembered of them.
+"""One execution of a pipeline: its output prefix, its steps, and the results of steps that have finished.
 
-<run>/run.json                   what was asked, with which versions, how it ended
-<run>/steps/<step>/begun.json    the step's key: its function, settings, inputs and package version
-<run>/steps/<step>/done.json     the same key and what the step returned; a step with it is not run again
+<run>/run.json                   pipeline, region, config, versions, status
+<run>/steps/<step>/begun.json    the step's key: a hash of its function, settings, inputs and package version
+<run>/steps/<step>/done.json     the same key and the value that the step returned; the step is not called again
 """
 
 import fcntl
@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,10 +31,11 @@ from rayseg.geo.region import Region
 from rayseg.store import STORE_ERRORS, absolute, is_local, public, put, sweep, upath
 
 NAMED = 20
-LOOKS = 20
-"""How often a lock that is held is asked for before it is taken for another driver's, a twentieth of a second apart."""
+"""Failed rows of a step that the status names."""
+LOCK_TRIES = 20
+"""Tries, 0.05 s apart, to take the lock of a run before the run counts as locked by another process."""
 HERE = "<run>/"
-"""What stands in done.json for the run's own prefix, so that a run that was moved goes on."""
+"""Placeholder in done.json for the run's own prefix, so that a run can be moved and resumed."""
 KEYS_OF_MODULES = {
     "rayseg.pipelines.al_s4gan.chip_pool": "rayseg.pool",
     "rayseg.pipelines.al_s4gan.pipeline": "rayseg.pipelines.al_s4gan",
@@ -47,25 +47,25 @@ KEYS_OF_MODULES = {
     "rayseg.steps.report": "rayseg.publication",
     "rayseg.steps.super_resolution": "rayseg.enlarging",
 }
-"""Names by which the step functions of a module enter the keys of steps: where they stood when keys were first made,
-so that a run goes on after its code has moved."""
+"""Module -> the name under which its step functions enter the keys of steps: where they stood when keys were
+introduced, so that a run resumes after its code has moved."""
 KEYS_OF_STEPS = {
     ("gpc", "rayseg.steps.evaluate", "compare_truth"): ("rayseg.pipelines.gpc", "measure"),
     ("landcover", "rayseg.steps.evaluate", "compare_truth"): ("rayseg.pipelines.landcover", "measure"),
     ("al-s4gan", "rayseg.steps.evaluate", "compare_truth"): ("rayseg.pipelines.al_s4gan", "evaluate"),
 }
-"""(pipeline, module, step function) -> the names by which it enters the keys, where it moved without its module."""
+"""(pipeline, module, step function) -> the names under which it enters the keys, for functions that moved alone."""
 LIBRARIES = ("torch", "ray", "rasterio", "segmentation-models-pytorch", "numpy")
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Where the stages of a run are carried out; never changes what they give.
+    """Where the stages of a run execute; the results do not depend on it.
 
     Attributes:
         kind: "ray", or "inline" for this process alone.
         address: of a Ray cluster; None starts a private one.
-        retry: whether rows that failed before are tried again.
+        retry: whether rows that failed before are processed again.
     """
 
     kind: str = "ray"
@@ -75,15 +75,15 @@ class Engine:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a run, handed to its function and, once done, to the steps that follow.
+    """A step of a run: an argument of its own function and, once finished, of the steps after it.
 
     Attributes:
         name: of the step.
         root: prefix of the run.
         key: hash of everything that determines the result.
-        engine: where to carry it out.
-        value: what the function returned (JSON values).
-        seconds: how long it took, in all sessions together.
+        engine: where it executes.
+        value: the function's return value (JSON values).
+        seconds: run time, all attempts together.
     """
 
     name: str
@@ -95,21 +95,29 @@ class Step:
 
     @property
     def prefix(self) -> UPath:
-        """Where the step keeps its files."""
+        """Folder or URL of the step's files."""
         return upath(self.root) / "steps" / self.name
 
 
+@dataclass
 class Run:
-    """An output prefix that belongs to one pipeline, region and configuration."""
+    """An output prefix that belongs to one pipeline, region and configuration.
 
-    def __init__(self, root: str, asked: dict[str, Any], engine: Engine) -> None:
-        self.root = root
-        self.asked = asked
-        self.engine = engine
-        self.steps: list[Step] = []
-        self.troubles: dict[str, dict[str, str]] = {}
-        self.plan: Any = None
-        """What the check of a new run returned; None for a run that is resumed."""
+    Attributes:
+        root: the prefix.
+        request: pipeline, region and configuration, as run.json stores them.
+        engine: where the stages execute.
+        steps: the finished steps, in order.
+        troubles: step -> row -> reason, of rows that failed.
+        plan: the return value of the check of a new run; None for a run that is resumed.
+    """
+
+    root: str
+    request: dict[str, Any]
+    engine: Engine
+    steps: list[Step] = field(default_factory=list)
+    troubles: dict[str, dict[str, str]] = field(default_factory=dict)
+    plan: Any = None
 
     @classmethod
     @contextmanager
@@ -123,61 +131,89 @@ class Run:
         engine: Engine | None = None,
         check: Callable[[], Any] | None = None,
     ) -> Iterator["Run"]:
-        """Begin or go on with the run at `out`; run.json tells how it ended, also when it ends by an error.
+        """Begin or resume the run at `out`, and write its final status to run.json, also after an error.
 
         Args:
             out: prefix of the run.
             pipeline: name of the pipeline.
             config: its configuration.
-            region: what is mapped.
-            engine: where stages are carried out; by default Ray.
-            check: called for a new run before anything is written; what it raises leaves no trace at `out`, what it
-                returns is the run's `plan`.
+            region: the region to map.
+            engine: where the stages execute; by default Ray.
+            check: called for a new run before anything is written, so that an error it raises leaves no file at `out`;
+                its return value is the run's `plan`.
 
         Raises:
-            ConfigError: `out` cannot be written, belongs to another run, or is being worked on by another process.
+            ConfigError: `out` cannot be written, belongs to another run, or another process works on it; or a URL
+                among the arguments holds a secret.
         """
         out = absolute(out).rstrip("/")
-        asked = {"pipeline": pipeline, "region": asdict(region), "config": config.model_dump(mode="json")}
-        _expect_no_secret(asked | {"out": out})
-        run = cls(out, asked, engine or Engine())
-        new = _is_new(out, asked)
+        request = {"pipeline": pipeline, "region": asdict(region), "config": config.model_dump(mode="json")}
+        # 1. refuse what run.json would disclose to everybody who reads the results
+        text = json.dumps(request | {"out": out}, default=str)
+        if secrets := [public(url) for url in re.findall(r'[^"\s]+', text) if public(url) != url]:
+            raise ConfigError(
+                f"{secrets[0]} holds a secret, which run.json would store; sign URLs with RAYSEG_SIGN, or give keys by "
+                "AWS_PROFILE"
+            )
+        # 2. check a new run while `out` is untouched; a bucket is tried first, because a check can take minutes
+        run = cls(out, request, engine or Engine())
+        new = _is_new(out, request)
         if not is_local(out):
-            _ensure_writable(out)  # a bucket keeps no trace of it, and planning can take long
+            _ensure_writable(out)
         if new and check:
             run.plan = check()
         _ensure_writable(out)
-        with _alone(out):
+        with _locked(out):
+            # 3. look again under the lock: another command may have begun its run during the check
+            _is_new(out, request)
             started = time.time()
             run.save("running", started)
             ended = "stopped"
             try:
                 yield run
-                sweep(out)  # not after an error: others may still be writing, and miss what is removed
+                sweep(out)  # not after an error: other processes may still write
                 ended = "incomplete" if run.troubles else "done"
             finally:
                 error = sys.exc_info()[1]
                 run.save(ended, started, reason=f"{type(error).__name__}: {error}" if error else "")
 
     def step(self, name: str, function: Callable[..., dict[str, Any]], *arguments: object, **planned: object) -> Step:
-        """What `function(step, *arguments, **planned)` returns, from its first finished execution with the same key.
+        """Call `function(step, *arguments, **planned)`, or take the value of its first finished call with this key.
 
-        The function writes below `step.prefix` (or under keys of its own that are the same each time) and returns
-        JSON values. An unfinished step is called again and goes on from what it finds there. When it returns
-        "troubles" (id -> reason), the run goes on and ends as incomplete; `retry` calls the step again.
+        The function writes below `step.prefix` (or under keys that are the same each time) and returns JSON values. A
+        step that was interrupted is called again and resumes from the files it left. When the function returns
+        "troubles" (id -> reason), the run continues and ends as incomplete; `retry` calls the step again.
 
         Args:
             name: of the step.
-            function: the step.
-            arguments: determine the result: they enter the key.
-            planned: what the check of the run found out already; the function finds the same by itself where it is
-                missing, so it does not enter the key.
+            function: of the step.
+            arguments: determine the result: they are part of the key.
+            planned: results of the run's check; the function computes those that are missing, so they are not part of
+                the key.
         """
+        # 1. look the key up: rows without a record, and on a retry all troubles, leave a step unfinished
         keys = self._keys(function, arguments)
         step = Step(name, self.root, keys[0], self.engine)
         done = _load(step.prefix / "done.json")
-        if done.get("key") not in keys or self._unfinished(done["value"].get("troubles", {})):
-            done = self._carry_out(step, keys, partial(function, step, *arguments, **planned))
+        troubles = done["value"].get("troubles", {}) if done.get("key") in keys else None
+        if troubles is None or MISSING in troubles.values() or (troubles and self.engine.retry):
+            # 2. call the function; begun.json keeps the run time of interrupted calls
+            begun = _load(step.prefix / "begun.json")
+            if begun.get("key") not in keys:
+                if step.prefix.is_dir():  # files of other settings
+                    step.prefix.rmdir(recursive=True)
+                begun = {"key": step.key, "at": time.time(), "seconds": 0.0}
+                put(step.prefix / "begun.json", json.dumps(begun).encode())
+            started = time.perf_counter()
+            try:
+                returned = function(step, *arguments, **planned)
+            finally:
+                begun["seconds"] += time.perf_counter() - started
+                put(step.prefix / "begun.json", json.dumps(begun).encode())
+            kept = _with_prefix(returned, f"{self.root}/", HERE)
+            done = {"key": begun["key"], "value": kept, "seconds": begun["seconds"]}
+            put(step.prefix / "done.json", json.dumps(done, indent=1).encode())
+        # 3. a finished step has the key of its value: later steps depend on that
         value = _with_prefix(done["value"], HERE, f"{self.root}/")
         step = Step(name, self.root, _hash([done["key"], done["value"]]), self.engine, value, done["seconds"])
         if step.value.get("troubles"):
@@ -186,37 +222,16 @@ class Run:
         return step
 
     def _keys(self, function: Callable[..., object], arguments: tuple[object, ...]) -> tuple[str, str]:
-        """The key of a step, and its key in runs that were begun when paths of the run entered it as they are."""
+        """The key of a step, and its key in older runs, whose keys contain paths of the run as they are."""
         module = KEYS_OF_MODULES.get(function.__module__, function.__module__)
-        moved = (self.asked.get("pipeline", ""), function.__module__, function.__qualname__)
+        moved = (self.request.get("pipeline", ""), function.__module__, function.__qualname__)
         names = [*KEYS_OF_STEPS.get(moved, (module, function.__qualname__)), __version__]
         plain = [_plain(value) for value in arguments]
         return _hash([*names, _with_prefix(plain, f"{self.root}/", HERE)]), _hash([*names, plain])
 
-    def _unfinished(self, troubles: dict[str, str]) -> bool:
-        """Whether a finished step is to be called again: for rows it never came to, or for all troubles on a retry."""
-        return MISSING in troubles.values() or bool(troubles and self.engine.retry)
-
-    def _carry_out(self, step: Step, keys: tuple[str, str], call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        begun = _load(step.prefix / "begun.json")
-        if begun.get("key") not in keys:
-            _clear(step.prefix)
-            begun = {"key": step.key, "at": time.time(), "seconds": 0.0}
-            put(step.prefix / "begun.json", json.dumps(begun).encode())
-        started = time.perf_counter()
-        try:
-            value = call()
-        finally:
-            begun["seconds"] += time.perf_counter() - started
-            put(step.prefix / "begun.json", json.dumps(begun).encode())
-        kept = _with_prefix(value, f"{self.root}/", HERE)
-        done = {"key": begun["key"], "value": kept, "seconds": begun["seconds"]}
-        put(step.prefix / "done.json", json.dumps(done, indent=1).encode())
-        return done
-
     def save(self, status: str, started: float, *, reason: str = "") -> None:
         """Write run.json."""
-        content = self.asked | {
+        content = self.request | {
             "status": status,
             "reason": public(reason),
             "command": public(" ".join(sys.argv)),
@@ -230,39 +245,34 @@ class Run:
 
 
 def status(root: str) -> dict[str, Any]:
-    """How far a run is: its status, its steps and, for every step that works row by row, the counts of its ledger.
+    """The progress of a run: its status, its steps and, for every step that works row by row, the ledger's counts.
 
     Returns:
-        `status` and, where it says so, its `reason`; `times`: name -> seconds of every finished step, None of one that
-        was begun, in order; `steps`: name -> planned, counts (status -> rows) and troubles (row -> reason).
+        `status` with its `reason` or ""; `times`: step -> seconds, None if it has not finished, in the order of their
+        begin; `steps`: step -> planned, counts (status -> rows) and troubles (row -> reason).
     """
-    asked = read(root)
+    content = read(root)
     steps = {}
     for manifest in sorted(upath(root).glob("steps/*/manifest.parquet")):
         with manifest.open("rb") as file:
             ids = pq.read_table(file, columns=["id"])["id"]
         account = Ledger(str(manifest.parent / "ledger")).account(ids.chunks)
         steps[manifest.parent.name] = asdict(account)
-    gone = asked["status"] == "running" and not _is_held(root)
+    begun = [path.parent for path in upath(root).glob("steps/*/begun.json")]
+    begun.sort(key=lambda folder: (_load(folder / "begun.json").get("at", 0.0), folder.name))
+    killed = content["status"] == "running" and not _is_locked(root)
     return {
         "run": root,
-        "pipeline": asked["pipeline"],
-        "status": "killed" if gone else asked["status"],
-        "reason": asked.get("reason", ""),
-        "times": _times(root),
+        "pipeline": content["pipeline"],
+        "status": "killed" if killed else content["status"],
+        "reason": content.get("reason", ""),
+        "times": {folder.name: _load(folder / "done.json").get("seconds") for folder in begun},
         "steps": steps,
     }
 
 
-def _times(root: str) -> dict[str, float | None]:
-    """Seconds of every step of a run, None where it is not done, in the order they were begun."""
-    folders = [path.parent for path in upath(root).glob("steps/*/begun.json")]
-    begun = sorted((_load(folder / "begun.json").get("at", 0.0), folder.name, folder) for folder in folders)
-    return {name: _load(folder / "done.json").get("seconds") for _, name, folder in begun}
-
-
 def status_text(report: dict[str, Any]) -> str:
-    """`status` in lines for people."""
+    """The result of `status` as text lines."""
     lines = [f"{report['run']}: {report['pipeline']}, {report['status']}"]
     lines += [f"  {report['reason']}"] if report["reason"] else []
     steps, times = report["steps"], report["times"]
@@ -278,7 +288,7 @@ def status_text(report: dict[str, Any]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of rayseg, Python and the libraries that shape the numbers."""
+    """Versions of rayseg, Python and the libraries that determine the numbers."""
     return {"rayseg": __version__, "python": platform.python_version()} | {n: metadata.version(n) for n in LIBRARIES}
 
 
@@ -286,39 +296,28 @@ def read(root: str) -> dict[str, Any]:
     """The content of a run's run.json.
 
     Raises:
-        ConfigError: there is no run at `root`.
+        ConfigError: `root` is not a run.
     """
     content = _load(upath(root) / "run.json") if upath(root).is_dir() else {}
     if not content:
-        raise ConfigError(f"{root} is no run: it has no run.json; give the folder that was --out of `rayseg run`")
+        raise ConfigError(f"{root} is not a run: it has no run.json; give the --out of a `rayseg run`")
     return content
 
 
-def _expect_no_secret(asked: dict[str, Any]) -> None:
-    """Refuse URLs with keys or logins in them: run.json would tell everybody who reads the results."""
-    text = json.dumps(asked, default=str)
-    if public(text) != text:
-        found = next(word for word in re.findall(r'[^"\s]*://[^"\s]*', text) if public(word) != word)
-        raise ConfigError(
-            f"{public(found)} has a secret in it, which run.json would keep; sign with RAYSEG_SIGN, or give keys by "
-            "AWS_PROFILE"
-        )
-
-
-def _is_new(out: str, asked: dict[str, Any]) -> bool:
-    """Whether there is nothing at `out` yet; what belongs to another run is refused."""
+def _is_new(out: str, request: dict[str, Any]) -> bool:
+    """Whether `out` is empty; files that belong to another run or to something else raise ConfigError."""
     try:
-        found = _load(upath(out) / "run.json")
-        foreign = not found and upath(out).is_dir() and any(not p.name.startswith(".") for p in upath(out).iterdir())
+        content = _load(upath(out) / "run.json")
+        foreign = not content and upath(out).is_dir() and any(not p.name.startswith(".") for p in upath(out).iterdir())
     except STORE_ERRORS as error:
         raise ConfigError(f"output {out} cannot be read: {error}; choose another --out") from None
     if foreign:
-        raise ConfigError(f"output {out} holds files that are not of a rayseg run; choose an empty or new --out")
-    other = [key for key in asked if found and found.get(key) != json.loads(json.dumps(asked[key]))]
-    if other:
-        difference = "; ".join(_difference(key, found.get(key), json.loads(json.dumps(asked[key]))) for key in other)
+        raise ConfigError(f"output {out} holds files but is not a rayseg run; choose an empty or new --out")
+    request = json.loads(json.dumps(request))  # tuples become lists, as in run.json
+    if content and (other := [key for key in request if content.get(key) != request[key]]):
+        difference = "; ".join(_difference(key, content.get(key), request[key]) for key in other)
         raise ConfigError(f"output {out} belongs to another run ({difference}); choose another --out or delete it")
-    return not found
+    return not content
 
 
 def _ensure_writable(out: str) -> None:
@@ -327,27 +326,30 @@ def _ensure_writable(out: str) -> None:
         (upath(out) / ".writable").unlink(missing_ok=True)
     except STORE_ERRORS as error:
         reason = getattr(error, "strerror", None) or str(error)
-        remedy = "choose another --out" if is_local(out) else "check the bucket's name and that you may write there"
+        remedy = "choose another --out" if is_local(out) else "check the bucket's name and your permission to write"
         raise ConfigError(f"output {out} cannot be written: {public(reason)}; {remedy}") from None
 
 
-def _difference(key: str, found: object, asked: object) -> str:
+def _difference(key: str, there: object, here: object) -> str:
     """The first place where two JSON values differ, as `a.b is 1 there, 2 here`."""
-    if isinstance(found, dict) and isinstance(asked, dict):
-        for inner in sorted(found.keys() | asked.keys()):
-            if found.get(inner) != asked.get(inner):
-                return _difference(f"{key}.{inner}", found.get(inner), asked.get(inner))
-    return f"{key} is {str(found)[:60]} there, {str(asked)[:60]} here"
+    if isinstance(there, dict) and isinstance(here, dict):
+        for inner in sorted(there.keys() | here.keys()):
+            if there.get(inner) != here.get(inner):
+                return _difference(f"{key}.{inner}", there.get(inner), here.get(inner))
+    return f"{key} is {str(there)[:60]} there, {str(here)[:60]} here"
 
 
 @contextmanager
-def _alone(out: str) -> Iterator[None]:
-    """Hold the run's lock while it is worked on; the system lets go of it when the process dies."""
+def _locked(out: str) -> Iterator[None]:
+    """Hold the lock of a run on a local disk; the operating system releases it when the process dies.
+
+    Object stores have no locks: two processes there write the same bytes, and one record of each row.
+    """
     if not is_local(out):
         yield
         return
     with Path(upath(out).path, ".lock").open("w") as lock:
-        for _ in range(LOOKS):  # who asks for the state of a run holds the lock for a moment
+        for _ in range(LOCK_TRIES):  # `_is_locked` of a status command holds the lock for a moment
             with suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -357,8 +359,8 @@ def _alone(out: str) -> Iterator[None]:
         yield
 
 
-def _is_held(root: str) -> bool:
-    """Whether a process works on the run; taken for granted where that cannot be known."""
+def _is_locked(root: str) -> bool:
+    """Whether a process works on the run; True on object stores, where that cannot be known."""
     lock = Path(upath(root).path, ".lock")
     if not is_local(root) or not lock.exists():
         return not is_local(root)
@@ -371,6 +373,7 @@ def _is_held(root: str) -> bool:
 
 
 def _load(path: UPath) -> dict[str, Any]:
+    """The JSON object in a file, {} if the file does not exist."""
     try:
         loaded = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -378,12 +381,12 @@ def _load(path: UPath) -> dict[str, Any]:
     except ValueError:
         loaded = None
     if not isinstance(loaded, dict):
-        raise ConfigError(f"{path} was not written by rayseg: it is no JSON object; remove it, or choose another --out")
+        raise ConfigError(f"{path} is not a JSON object written by rayseg; remove it, or choose another --out")
     return loaded
 
 
 def _with_prefix(value: Any, old: str, new: str) -> Any:  # noqa: ANN401 - JSON values
-    """A value in which all texts that begin with `old` begin with `new` instead; keys stay."""
+    """The value with `new` in place of `old` at the start of its texts; keys stay."""
     if isinstance(value, dict):
         return {key: _with_prefix(inner, old, new) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -391,13 +394,8 @@ def _with_prefix(value: Any, old: str, new: str) -> Any:  # noqa: ANN401 - JSON 
     return new + value.removeprefix(old) if isinstance(value, str) and value.startswith(old) else value
 
 
-def _clear(prefix: UPath) -> None:
-    if prefix.is_dir():
-        prefix.rmdir(recursive=True)
-
-
 def _plain(value: object) -> object:
-    """What of an argument determines the result, as JSON values."""
+    """The part of an argument that determines the result, as JSON values."""
     if isinstance(value, Step):
         return value.key
     if isinstance(value, BaseModel):

@@ -1,6 +1,8 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,7 +147,7 @@ def test_an_output_of_other_settings_is_refused_and_left_alone(tmp_path):
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("...")
-    with pytest.raises(ConfigError, match="not of a rayseg run"), opened(tmp_path):
+    with pytest.raises(ConfigError, match="is not a rayseg run"), opened(tmp_path):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -168,6 +170,33 @@ def test_two_processes_cannot_work_on_one_run(tmp_path):
     with opened(tmp_path / "run"), pytest.raises(ConfigError, match="another process"), opened(tmp_path / "run"):
         pass
     with opened(tmp_path / "run"):
+        pass
+
+
+OTHER_COMMAND = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_run import Options, opened
+with opened({out!r}, options=Options(rate=0.1)):
+    pass
+"""
+
+
+def test_a_run_that_another_process_begins_during_the_check_is_not_overwritten(tmp_path):
+    """Both commands find an empty folder; only the one that holds the lock first may own it."""
+    out, before = tmp_path / "run", []
+
+    def other_command():
+        code = OTHER_COMMAND.format(tests=str(Path(__file__).parent), out=str(out))
+        subprocess.run([sys.executable, "-c", code], check=True)
+        before.append((out / "run.json").read_bytes())
+
+    late = Run.open(str(out), pipeline="p", config=Options(rate=0.2), region=Region("r"), check=other_command)
+    with pytest.raises(ConfigError, match=r"belongs to another run \(config.rate is 0.1 there, 0.2 here"), late:
+        pytest.fail("the second command began")
+    assert [(out / "run.json").read_bytes()] == before
+    same = Run.open(str(out), pipeline="p", config=Options(), region=Region("r"), check=pytest.fail)
+    with same:  # the same run resumes, without a check
         pass
 
 
@@ -211,7 +240,7 @@ def test_an_output_on_a_store_without_credentials_is_refused(monkeypatch):
 
 
 def test_no_run_no_status(tmp_path):
-    with pytest.raises(ConfigError, match="is no run"):
+    with pytest.raises(ConfigError, match="is not a run"):
         runs.status(str(tmp_path))
 
 

@@ -153,7 +153,7 @@ def test_a_killed_run_is_told_from_a_running_one(runs_by_tile, tmp_path, world):
     said = rayseg("status", out)
     assert "killed" in said.stdout
     assert said.exit_code == 3
-    with runs._alone(str(out)):
+    with runs._locked(str(out)):
         said = rayseg("status", out)
     assert "running" in said.stdout
     assert said.exit_code == 0

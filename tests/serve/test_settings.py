@@ -33,7 +33,7 @@ def test_the_command_refuses_an_open_host_a_missing_prefix_and_an_unknown_settin
     assert "--token-file" in refused(2, "serve", "--models", tmp_path, "--host", "0.0.0.0")
     assert "is no folder" in refused(4, "serve", "--models", tmp_path / "none")
     assert "config key quue is unknown" in refused(2, "serve", "--models", tmp_path, "--set", "quue=3")
-    assert "is no run" in refused(2, "view", tmp_path)
+    assert "is not a run" in refused(2, "view", tmp_path)
 
 
 def test_on_loopback_the_server_has_the_names_of_loopback_alone():
