@@ -1,4 +1,4 @@
-"""Configuration: one frozen pydantic model per pipeline, read from YAML and `--set`, refused with the key's path."""
+"""Configuration: one frozen pydantic model per pipeline, read from YAML and `--set`; errors name the key's path."""
 
 import os
 import typing
@@ -18,18 +18,17 @@ QUIET_RAY = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_task_oom_retries": "2",  # a tile too large for the memory would else be tried for ever
+    "RAY_task_oom_retries": "2",  # by default Ray retries a tile that exceeds the memory for ever
 }
-
-MOST_TOLD = 5
-"""Wrong keys that a refusal names."""
+MOST_NAMED = 5
+"""Wrong keys that an error names."""
 
 
 class Config(BaseModel):
     """A frozen part of a configuration; unknown keys are errors.
 
-    Where a group of keys has defaults of its own (`learning: Learning = Learning(batch=4)`), one that is given in part
-    keeps the rest of them; not so where its keys make one value, as the classes of a class table do.
+    If a group of keys has defaults of its own (`learning: Learning = Learning(batch=4)`), a group that is given in part
+    keeps the other defaults. A group with `one_value`, such as a class table, is replaced as a whole.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
@@ -37,58 +36,58 @@ class Config(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _over_defaults(cls, values: Any) -> Any:  # noqa: ANN401 - pydantic gives whatever was given
+    def _over_defaults(cls, values: Any) -> Any:  # noqa: ANN401 - pydantic passes any input
         if not isinstance(values, dict):
             return values
-        return values | _groups_over(((name, field.default) for name, field in cls.model_fields.items()), values)
+        return values | _merged(((name, field.default) for name, field in cls.model_fields.items()), values)
 
 
-def _over(default: Config, given: dict[str, Any]) -> dict[str, Any]:
-    """What is given over what a default sets; groups inside of it likewise, other values as a whole."""
-    return default.model_dump(exclude_unset=True) | given | _groups_over(default, given)
-
-
-def _groups_over(defaults: Iterable[tuple[str, Any]], given: dict[str, Any]) -> dict[str, Any]:
+def _merged(defaults: Iterable[tuple[str, Any]], values: dict[str, Any]) -> dict[str, Any]:
+    """The groups among `values`, each over its default; groups inside groups likewise, other values as a whole."""
     groups = {name: default for name, default in defaults if isinstance(default, Config) and not default.one_value}
-    return {name: _over(group, given[name]) for name, group in groups.items() if isinstance(given.get(name), dict)}
+    return {
+        name: group.model_dump(exclude_unset=True) | values[name] | _merged(group, values[name])
+        for name, group in groups.items()
+        if isinstance(values.get(name), dict)
+    }
 
 
 def quiet_ray() -> None:
-    """Set, before Ray is started, its environment: no noise, no usage reports, no endless retries."""
+    """Set Ray's environment before it starts: no log noise, no usage reports, no endless retries."""
     for name, value in QUIET_RAY.items():
         os.environ.setdefault(name, value)
 
 
 def ray_address(chosen: str | None) -> str:
-    """The Ray cluster to join: the one chosen, else RAY_ADDRESS, else "local" for a private one."""
+    """The Ray cluster to join: `chosen`, else RAY_ADDRESS, else "local" for a private Ray."""
     return chosen or os.environ.get("RAY_ADDRESS") or "local"
 
 
-def _ordered(given: tuple[float, float]) -> tuple[float, float]:
-    if not 0 <= given[0] <= given[1]:
-        raise ValueError(f"[{given[0]:g}, {given[1]:g}] is no range; give the smaller number first, none below 0")
-    return given
+def _ordered(values: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= values[0] <= values[1]:
+        raise ValueError(f"[{values[0]:g}, {values[1]:g}] is not a range; give two numbers >= 0, the smaller first")
+    return values
 
 
-def _above_0(given: tuple[float, float]) -> tuple[float, float]:
-    if not given[0]:
-        raise ValueError(f"[0, {given[1]:g}] begins at 0; give a number above it")
-    return given
+def _above_0(values: tuple[float, float]) -> tuple[float, float]:
+    if not values[0]:
+        raise ValueError(f"[0, {values[1]:g}] begins at 0; give a number above 0")
+    return values
 
 
-def _different(given: tuple[str, ...]) -> tuple[str, ...]:
-    if len(set(given)) < len(given):
-        raise ValueError(f"{', '.join(given)}: one is named twice; name each once")
-    return given
+def _different(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError(f"{', '.join(names)}: a name occurs twice; give each name once")
+    return names
 
 
 Workers = Annotated[int, Field(ge=0)]
 Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
-"""(smallest, largest), from 0."""
+"""(smallest, largest), both >= 0."""
 Factors = Annotated[Range, AfterValidator(_above_0)]
-"""The same, above 0."""
+"""(smallest, largest), both > 0."""
 Bands = Annotated[tuple[str, ...], AfterValidator(_different)]
-"""Names of bands, in the order a model takes them."""
+"""Names of bands, in the order of a model's input."""
 T = TypeVar("T", bound=Config)
 
 
@@ -96,27 +95,43 @@ def load(kind: type[T], path: str | None = None, overrides: Sequence[str] = ()) 
     """The configuration `kind`: its defaults, then the YAML file, then `a.b=value` overrides.
 
     Raises:
-        ConfigError: the file cannot be read, or a key is unknown or its value not allowed.
+        ConfigError: the file cannot be read, a key is unknown, or its value is not allowed.
     """
     values = read_values(path) if path else {}
     for override in overrides:
-        _assign(values, override)
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {override!r} is not of the form key=value or group.key=value")
+        # 1. go down to the group of the key
+        *parents, last = key.split(".")
+        group = values
+        for parent in parents:
+            if group.get(parent) is None:
+                group[parent] = {}
+            if not isinstance(group[parent], dict):
+                raise ConfigError(f"--set {override!r}: {parent} is a value, not a group of keys")
+            group = group[parent]
+        # 2. what is not YAML is text, for example a template with braces
+        try:
+            group[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            group[last] = text
     return load_values(kind, values)
 
 
 def load_values(kind: type[T], values: dict[str, Any]) -> T:
-    """The configuration `kind` from plain values, as `load` refuses them."""
+    """The configuration `kind` from plain values; errors as in `load`."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(kind, values, error)) from None
+        raise ConfigError(_message(kind, values, error)) from None
 
 
 def read_values(path: str) -> dict[str, Any]:
-    """What a YAML file says.
+    """The content of a YAML file.
 
     Raises:
-        ConfigError: it cannot be read, or holds something else than keys and values.
+        ConfigError: the file cannot be read, or is not a mapping of keys to values.
     """
     try:
         values = yaml.load(Path(path).read_text(), EachKeyOnce)
@@ -133,10 +148,10 @@ def read_values(path: str) -> dict[str, Any]:
 
 
 class EachKeyOnce(yaml.SafeLoader):
-    """Refuses a key that is given twice in a group, of which YAML's own loader keeps the last."""
+    """A YAML loader that raises if a group has a key twice; PyYAML's own keeps the last one."""
 
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # noqa: ANN401 - as PyYAML has it
-        """A group as it is written, before others are merged into it."""
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # noqa: ANN401 - as in PyYAML
+        """The node of a group as it is written, before merge keys (<<) are resolved."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
@@ -146,80 +161,53 @@ class EachKeyOnce(yaml.SafeLoader):
         return node
 
 
-def _assign(values: dict[str, Any], override: str) -> None:
-    key, found, text = override.partition("=")
-    if not found or not key:
-        raise ConfigError(f"--set {override!r} is not of the form key=value or group.key=value")
-    *parents, last = key.split(".")
-    for parent in parents:
-        child = values.get(parent)
-        values = values.setdefault(parent, {}) if isinstance(child, dict) or child is None else values
-        if child is not None and not isinstance(child, dict):
-            raise ConfigError(f"--set {override!r}: {parent} is a value, not a group of keys")
-    try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        values[last] = text
-
-
-def _explain(kind: type[Config], values: dict[str, Any], error: ValidationError) -> str:
-    """The first few problems, each as one clause with the key's path.
-
-    What fits no alternative of a key is refused by each: those that looked deepest have the word.
-    """
+def _message(kind: type[Config], values: dict[str, Any], error: ValidationError) -> str:
+    """The first few errors, each as one clause with the key's path."""
     problems: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for found in error.errors():
-        problems.setdefault(_path(found["loc"], values, missing=found["type"] == "missing"), []).append(dict(found))
+    for entry in error.errors():
+        missing = entry["type"] == "missing"
+        # pydantic puts names of types into the path: only parts that occur in the values are keys.
+        keys: list[Any] = []
+        inner: Any = values
+        for part in entry["loc"][: len(entry["loc"]) - missing]:
+            with suppress(KeyError, IndexError, TypeError):
+                inner = inner[part]
+                keys.append(part)
+        keys += entry["loc"][len(entry["loc"]) - missing :]
+        problems.setdefault(tuple(keys), []).append(dict(entry))
+    # A value of several allowed types has an error for each: the most specific ones are reported.
     deepest = [keys for keys in problems if not any(other[: len(keys)] == keys != other for other in problems)]
-    said = [_problem(kind, keys, problems[keys]) for keys in deepest[:MOST_TOLD]]
-    return "; ".join(said) + (f"; and {len(deepest) - MOST_TOLD} more" if len(deepest) > MOST_TOLD else "")
+    clauses = [_clause(kind, keys, problems[keys]) for keys in deepest[:MOST_NAMED]]
+    return "; ".join(clauses) + (f"; and {len(deepest) - MOST_NAMED} more" if len(deepest) > MOST_NAMED else "")
 
 
-def _path(loc: Sequence[Any], values: Any, *, missing: bool) -> tuple[Any, ...]:  # noqa: ANN401 - as YAML gives them
-    """The keys of a problem's place, without the names of types that pydantic puts between them."""
-    path = []
-    for part in loc[: len(loc) - missing]:
-        with suppress(KeyError, IndexError, TypeError):
-            values = values[part]
-            path.append(part)
-    return (*path, *loc[len(loc) - missing :])
-
-
-def _problem(kind: type[Config], keys: Sequence[Any], found: Sequence[dict[str, Any]]) -> str:
-    """What is wrong with the value of one key, which each of its types may have refused."""
-    path, types = ".".join(map(str, keys)), {one["type"]: one for one in found}
-    if "extra_forbidden" in types:
-        return f"config key {path} is unknown, expected one of: {', '.join(_siblings(kind, keys))}"
-    if "missing" in types:
+def _clause(kind: type[Config], keys: Sequence[Any], entries: Sequence[dict[str, Any]]) -> str:
+    """The error of one key; `entries` has one entry for each type that the key allows."""
+    path, by_type = ".".join(map(str, keys)), {entry["type"]: entry for entry in entries}
+    if "extra_forbidden" in by_type:
+        for part in keys[:-1]:  # to the group whose keys are known
+            annotation = kind.model_fields[part].annotation if part in kind.model_fields else None
+            options = typing.get_args(annotation) or (annotation,)
+            group = next((one for one in options if isinstance(one, type) and issubclass(one, Config)), None)
+            if group is None:
+                break
+            kind = group
+        return f"config key {path} is unknown, expected one of: {', '.join(sorted(kind.model_fields))}"
+    if "missing" in by_type:
         return f"config key {path} is missing; set it"
-    if "value_error" in types:  # of the right type
-        said = types["value_error"]["msg"].removeprefix("Value error, ")
-        return f"config{f' key {path}' if path else ''}: {said}"
-    first, *others = dict.fromkeys(map(_expected, found))
-    said = " or ".join([first, *(one.removeprefix("input should be ") for one in others)])
-    return f"config key {path} = {found[0]['input']!r}: {said}"
+    if "value_error" in by_type:  # raised by a validator: the type is right
+        reason = by_type["value_error"]["msg"].removeprefix("Value error, ")
+        return f"config{f' key {path}' if path else ''}: {reason}"
+    first, *others = dict.fromkeys(map(_expected, entries))
+    expected = " or ".join([first, *(text.removeprefix("input should be ") for text in others)])
+    return f"config key {path} = {entries[0]['input']!r}: {expected}"
 
 
-def _expected(found: Mapping[str, Any]) -> str:
-    """What pydantic says, in words of YAML."""
-    if found["type"] in {"model_type", "dict_type"}:
+def _expected(entry: Mapping[str, Any]) -> str:
+    """Pydantic's message with YAML's terms."""
+    if entry["type"] in {"model_type", "dict_type"}:
         return "input should be keys and values"
-    if found["type"] in {"tuple_type", "list_type"}:
+    if entry["type"] in {"tuple_type", "list_type"}:
         return "input should be a list"
-    said = found["msg"].replace("Tuple", "list").replace(" after validation", "")
-    return f"{said[0].lower()}{said[1:]}"
-
-
-def _siblings(kind: type[Config], loc: Sequence[Any]) -> list[str]:
-    """The keys that are known where `loc` is not."""
-    for part in loc[:-1]:
-        child = _config_in(kind.model_fields[part].annotation) if part in kind.model_fields else None
-        if child is None:
-            break
-        kind = child
-    return sorted(kind.model_fields)
-
-
-def _config_in(annotation: Any) -> type[Config] | None:  # noqa: ANN401 - an annotation can be anything
-    options = typing.get_args(annotation) or (annotation,)
-    return next((option for option in options if isinstance(option, type) and issubclass(option, Config)), None)
+    text = entry["msg"].replace("Tuple", "list").replace(" after validation", "")
+    return f"{text[0].lower()}{text[1:]}"

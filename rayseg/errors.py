@@ -1,31 +1,31 @@
-"""The errors rayseg raises, each with the exit code its command ends with.
+"""The errors that rayseg raises, each with the exit code of the command that it ends.
 
     RaysegError            1
-    ├── ConfigError        2   an option, a region or a configuration that cannot be meant
-    ├── DataError          3   imagery, labels or masks that cannot be used
+    ├── ConfigError        2   an invalid option, region or configuration
+    ├── DataError          3   unusable imagery, labels or masks
     ├── RunIncomplete      3   the run ended, but some tiles failed or are missing
-    │   ├── Stalled        3   nothing was finished for too long
-    │   └── StoreFull      3   there is no room for results
+    │   ├── Stalled        3   no progress for too long
+    │   └── StoreFull      3   no space for results
     └── ModelError         4   weights, checkpoints or bundles that do not fit
 
-A message is one sentence that names the thing, what was found, what was expected and what to do.
+A message is one sentence with four parts: the thing, what was found, what was expected, what to do.
 """
 
 
 class RaysegError(Exception):
-    """Anything rayseg itself refuses; the command line prints its message without a traceback."""
+    """An error that rayseg detects itself; the command line prints its message without a traceback."""
 
     exit_code = 1
 
 
 class ConfigError(RaysegError):
-    """An option, a region or a configuration that cannot be meant."""
+    """An invalid option, region or configuration."""
 
     exit_code = 2
 
 
 class DataError(RaysegError):
-    """Imagery, labels or masks that cannot be used."""
+    """Unusable imagery, labels or masks."""
 
     exit_code = 3
 
@@ -37,14 +37,14 @@ class RunIncomplete(RaysegError):
 
 
 class Stalled(RunIncomplete):
-    """Nothing was finished for too long; something hangs, so the process cannot end by itself."""
+    """No progress for too long; a thread hangs, so the process cannot end by itself."""
 
 
 class StoreFull(RunIncomplete):
-    """There is no room for results where they go; nothing that was done is lost."""
+    """No space for results on their disk; finished results are kept."""
 
 
 class ModelError(RaysegError):
-    """Weights, checkpoints or bundles that do not fit what is asked of them."""
+    """Weights, checkpoints or bundles that do not fit their use."""
 
     exit_code = 4

@@ -1,12 +1,11 @@
-"""Measures of a map against a reference: confusion matrices, bootstrap intervals, agreement of clusterings."""
+"""Accuracy of a map against a reference: confusion matrices, bootstrap intervals, agreement of clusterings."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from skimage.metrics import adapted_rand_error
-from sklearn.metrics import adjusted_mutual_info_score, fowlkes_mallows_score, mutual_info_score
+from sklearn.metrics import mutual_info_score
 from sklearn.metrics.cluster import expected_mutual_information
 
 from rayseg.errors import DataError
@@ -18,8 +17,8 @@ Floats = NDArray[np.float64]
 class Confusion:
     """Pixel counts by class: row = reference, column = prediction.
 
-    Measures follow the usual definitions; 0/0 is nan. A class absent from the reference has recall and F1 nan; if it
-    was predicted its precision and IoU are 0, if it was not they are nan.
+    0/0 is NaN. Recall and F1 of a class that is absent from the reference are NaN; its precision and IoU are 0 if it
+    was predicted, else NaN.
 
     Attributes:
         matrix: (K, K) int64.
@@ -29,7 +28,7 @@ class Confusion:
 
     def __post_init__(self) -> None:
         if self.matrix.ndim != 2 or self.matrix.shape[0] != self.matrix.shape[1]:
-            raise DataError(f"a confusion matrix of shape {self.matrix.shape} was found, expected a square")
+            raise DataError(f"the confusion matrix has the shape {self.matrix.shape}, expected a square")
 
     @classmethod
     def from_arrays(
@@ -41,36 +40,35 @@ class Confusion:
             reference: true class of every pixel, 0..classes-1 or `ignore`.
             prediction: predicted class, the same.
             classes: number of classes K.
-            ignore: value that leaves a pixel uncounted where either array holds it; None counts every pixel.
+            ignore: pixels with this value in either array are not counted; None counts every pixel.
 
         Raises:
-            DataError: the shapes differ, or a counted value is no class.
+            DataError: the shapes differ, or a counted value is not a class.
         """
         if reference.shape != prediction.shape:
-            raise DataError(f"the reference is {reference.shape} but the prediction {prediction.shape}: cut both alike")
+            raise DataError(f"the reference is {reference.shape}, the prediction {prediction.shape}; crop them alike")
         pairs = np.stack([reference.ravel(), prediction.ravel()]).astype(np.int64)
         if ignore is not None:
             pairs = pairs[:, (pairs != ignore).all(axis=0)]
         wrong = pairs[(pairs < 0) | (pairs >= classes)]
         if wrong.size:
             raise DataError(
-                f"value {wrong[0]} ({wrong.size} values in all) is no class, expected 0..{classes - 1} or {ignore}"
+                f"value {wrong[0]} ({wrong.size} such values) is not a class, expected 0..{classes - 1} or {ignore}"
             )
         counts = np.bincount(pairs[0] * classes + pairs[1], minlength=classes * classes)
         return cls(counts.reshape(classes, classes).astype(np.int64))
 
     def merge(self, other: "Confusion") -> "Confusion":
-        """The counts of both together.
+        """The sum of both counts.
 
         Raises:
-            DataError: they count different numbers of classes.
+            DataError: the numbers of classes differ.
         """
         if self.matrix.shape != other.matrix.shape:
-            raise DataError(f"cannot add confusions of {len(self.matrix)} and {len(other.matrix)} classes")
+            raise DataError(f"confusions of {len(self.matrix)} and {len(other.matrix)} classes; use one class table")
         return Confusion(self.matrix + other.matrix)
 
-    def __add__(self, other: "Confusion") -> "Confusion":
-        return self.merge(other)
+    __add__ = merge
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Confusion) and np.array_equal(self.matrix, other.matrix)
@@ -85,25 +83,24 @@ class Confusion:
 
     @property
     def overall_accuracy(self) -> float:
-        """Share of pixels whose class is right; nan without pixels."""
+        """Share of pixels with the correct class; NaN without pixels."""
         return float(_ratio(self._hits.sum(), self.matrix.sum()))
 
     @property
     def precision(self) -> Floats:
-        """Right share of what was predicted (user's accuracy), per class."""
+        """Correct share of the predicted pixels of each class (user's accuracy), (K,)."""
         return _ratio(self._hits, self.matrix.sum(axis=0))
 
     @property
     def recall(self) -> Floats:
-        """Found share of what is there (producer's accuracy), per class."""
+        """Detected share of the reference pixels of each class (producer's accuracy), (K,)."""
         return _ratio(self._hits, self.matrix.sum(axis=1))
 
     @property
     def f1(self) -> Floats:
-        """Harmonic mean of precision and recall, per class.
+        """Harmonic mean of precision and recall of each class, (K,).
 
-        Written with counts (2 hits / (reference + prediction)), so a class that is there but never predicted has 0;
-        nan where the class is absent from the reference.
+        Computed from counts, 2 hits / (reference + prediction): a class that is never predicted has 0, not NaN.
         """
         reference = self.matrix.sum(axis=1)
         f1 = _ratio(2 * self._hits, reference + self.matrix.sum(axis=0))
@@ -111,22 +108,22 @@ class Confusion:
 
     @property
     def iou(self) -> Floats:
-        """Intersection over union, per class; nan only where the class is in neither."""
+        """Intersection over union of each class, (K,); NaN only if the class is in neither."""
         return _ratio(self._hits, self.matrix.sum(axis=0) + self.matrix.sum(axis=1) - self._hits)
 
     @property
     def class_accuracy(self) -> float:
-        """Mean recall over the classes that the reference holds; nan without any."""
+        """Mean recall over the classes in the reference; NaN without any."""
         return _mean(self.recall)
 
     @property
     def mean_iou(self) -> float:
-        """Mean IoU over the classes in the reference or the prediction: one that is only predicted counts 0."""
+        """Mean IoU over the classes in the reference or the prediction: a class that is only predicted counts as 0."""
         return _mean(self.iou)
 
     @property
     def mean_iou_of_reference(self) -> float:
-        """Mean IoU over the classes that the reference holds: one that is only predicted is left out."""
+        """Mean IoU over the classes in the reference: a class that is only predicted does not count."""
         return _mean(self.iou[self.matrix.sum(axis=1) > 0])
 
     @property
@@ -143,39 +140,40 @@ class Confusion:
 def bootstrap(
     confusions: Sequence[Confusion], statistic: Callable[[Confusion], float], *, n: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % interval of a measure, by drawing whole images (or tiles) with replacement (Efron's percentile method).
+    """95 % bootstrap interval of a measure by resampling whole images or tiles (percentile method, Efron 1979).
 
     Args:
-        confusions: one per image or tile: the units that are independent, unlike pixels.
+        confusions: one per image or tile, which are independent of each other; pixels are not.
         statistic: measure of the merged counts, e.g. `lambda c: c.mean_iou`.
         n: number of draws.
-        seed: seed of the draws.
+        seed: of the draws.
 
     Returns:
-        (low, high): 2.5 and 97.5 % quantiles over the draws, those with nan left out; nan if all are nan.
+        (low, high), the 2.5 and 97.5 % quantiles of the draws that are not NaN; NaN if all are.
 
     Raises:
-        DataError: there is no confusion, or they count different numbers of classes.
+        DataError: there is no confusion, or the numbers of classes differ.
     """
     return percentile_interval(np.array([statistic(drawn) for drawn in resampled(confusions, n=n, seed=seed)]))
 
 
 def resampled(confusions: Sequence[Confusion], *, n: int = 1000, seed: int = 0) -> list[Confusion]:
-    """The merged counts of `n` draws of all images (or tiles) with replacement.
+    """The merged counts of `n` draws of all images or tiles with replacement.
 
     Raises:
-        DataError: there is no confusion, or they count different numbers of classes.
+        DataError: there is no confusion, or the numbers of classes differ.
     """
     if not confusions or len({c.matrix.shape for c in confusions}) != 1:
-        raise DataError(f"found {len(confusions)} confusions, expected at least one and all of the same classes")
+        raise DataError(f"{len(confusions)} confusions were given, expected at least one and all of the same classes")
     matrices_NKK = np.stack([confusion.matrix for confusion in confusions])
     count = len(confusions)
+    # how often each image is drawn is multinomial: no index of images is needed
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=n)
     return [Confusion(np.tensordot(draw, matrices_NKK, axes=1)) for draw in draws]
 
 
 def percentile_interval(values_N: Floats) -> tuple[float, float]:
-    """(2.5 %, 97.5 %) quantiles of the values that are not nan; nan when all are."""
+    """(2.5 %, 97.5 %) quantiles of the values that are not NaN; NaN if all are."""
     known = values_N[~np.isnan(values_N)]
     if known.size == 0:
         return float("nan"), float("nan")
@@ -183,39 +181,27 @@ def percentile_interval(values_N: Floats) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def ami(reference: NDArray[np.integer], prediction: NDArray[np.integer]) -> float:
-    """Adjusted mutual information of two clusterings (arithmetic mean): 1 alike, about 0 by chance."""
-    return float(adjusted_mutual_info_score(*_flat(reference, prediction), average_method="arithmetic"))
-
-
-def fmi(reference: NDArray[np.integer], prediction: NDArray[np.integer]) -> float:
-    """Fowlkes-Mallows index of two clusterings: 1 alike, near 0 unlike."""
-    return float(fowlkes_mallows_score(*_flat(reference, prediction)))
-
-
-def are(reference: NDArray[np.integer], prediction: NDArray[np.integer]) -> float:
-    """Adapted Rand error of two clusterings: 0 alike, 1 unlike.
-
-    Pixels with reference label 0 are not counted, as is scikit-image's default; AMI and FMI count them.
-    """
-    error, _, _ = adapted_rand_error(*_flat(reference, prediction), ignore_labels=(0,))
-    return float(error)
-
-
 def agreement(table_RP: NDArray[np.integer]) -> dict[str, float]:
-    """`ami`, `fmi` and `are` of two clusterings by how many pixels each pair of labels shares; every pixel counts.
-
-    The same as of the pixels themselves, without holding them: a scene's table is added up tile by tile.
+    """Agreement of two clusterings from the table of their pixel counts, which can be summed tile by tile.
 
     Args:
-        table_RP: pixels by reference label (rows) and predicted label (columns).
+        table_RP: pixels by reference label (rows) and predicted label (columns); every pixel counts.
+
+    Returns:
+        `ami`: adjusted mutual information, 1 for equal clusterings and about 0 for random ones;
+        `fmi`: Fowlkes-Mallows index (Fowlkes & Mallows 1983), 1 for equal clusterings;
+        `are`: adapted Rand error (Arganda-Carreras et al. 2015), 0 for equal clusterings.
+
+    Raises:
+        DataError: the table is empty.
     """
     table = np.asarray(table_RP, np.int64)
     table = table[table.sum(1) > 0][:, table.sum(0) > 0]
     total = int(table.sum())
     if not total:
-        raise DataError("two clusterings without a pixel in common cannot be compared: give two of the same pixels")
+        raise DataError("two clusterings without a pixel in common cannot be compared; give two of the same pixels")
     rows, cols = table.sum(1), table.sum(0)
+    # pairs of pixels (times 2, plus the pixels) that share both labels, the reference label, the predicted label
     same, pairs_R, pairs_P = (float((part.astype(np.float64) ** 2).sum()) for part in (table, rows, cols))
     both, ours, theirs = same - total, pairs_P - total, pairs_R - total
     return {
@@ -226,27 +212,20 @@ def agreement(table_RP: NDArray[np.integer]) -> dict[str, float]:
 
 
 def _ami(table_RP: NDArray[np.int64], rows_R: NDArray[np.int64], cols_P: NDArray[np.int64]) -> float:
-    """Vinh et al. 2010, arithmetic mean of the entropies, as scikit-learn has it."""
+    """Adjusted mutual information (Vinh et al. 2010) with the arithmetic mean of the entropies, as in scikit-learn."""
     if len(rows_R) == 1 and len(cols_P) == 1:
         return 1.0
     total = table_RP.sum()
     shared = mutual_info_score(None, None, contingency=table_RP)
     expected = expected_mutual_information(table_RP, total)
     entropies = [-float(np.sum(part / total * np.log(part / total))) for part in (rows_R, cols_P)]
-    spare = float(np.mean(entropies)) - expected
-    return float(
-        (shared - expected) / (min(spare, -np.finfo(float).eps) if spare < 0 else max(spare, np.finfo(float).eps))
-    )
-
-
-def _flat(a: NDArray[np.integer], b: NDArray[np.integer]) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
-    if a.shape != b.shape or a.size == 0:
-        raise DataError(f"cannot compare clusterings of shapes {a.shape} and {b.shape}: give two of the same pixels")
-    return a.ravel(), b.ravel()
+    largest = float(np.mean(entropies)) - expected
+    tiny = np.finfo(float).eps  # the denominator may not be 0, and keeps its sign
+    return float((shared - expected) / (min(largest, -tiny) if largest < 0 else max(largest, tiny)))
 
 
 def _ratio(part: NDArray[np.int64], whole: NDArray[np.int64]) -> Floats:
-    """`part / whole` in float64, nan where `whole` is 0."""
+    """`part / whole` in float64, NaN where `whole` is 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(np.where(np.asarray(whole) > 0, np.true_divide(part, whole), np.nan), np.float64)
 

@@ -1,4 +1,4 @@
-"""Files, wherever they are: whole-object writes that are there or not, on disk or on an object store."""
+"""Files on local disks and object stores: objects are written whole or not at all."""
 
 import errno
 import os
@@ -18,12 +18,13 @@ from rayseg.errors import StoreFull
 
 StorePath = str | Path | UPath
 STORE_ERRORS: tuple[type[Exception], ...] = (OSError, BotoCoreError)
-"""What file systems and object stores raise; s3fs lets the AWS client's own errors (no credentials) through."""
+"""Errors of file systems and object stores; s3fs does not translate the AWS client's own errors (no credentials)."""
 ACCESS = (
     "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_NO_SIGN_REQUEST",
     "AWS_CA_BUNDLE", "RAYSEG_SIGN", "RAYSEG_SIGN_HOSTS",
 )  # fmt: skip
-"""Variables that say where object stores are and who asks; keys are not among them: every machine has its own."""
+"""Environment variables that locate object stores and name a profile; keys are not among them: each machine has its
+own."""
 _SECRET = re.compile(
     r"(?i)([?&](?:sig|signature|token|access_token|api_?key|key|password|subscription-key"
     r"|x-amz-(?:signature|credential|security-token)|awsaccesskeyid)=)[^&\s\"'#]+"
@@ -33,50 +34,50 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def upath(path: StorePath) -> UPath:
-    """The path or URI as a UPath; `file:` URIs become plain local paths, s3 is asked as `s3_options` say."""
+    """The path or URL as a UPath; `file:` URLs become local paths, s3 uses `s3_options`."""
     text = str(path)
     if text.startswith("s3://"):
-        found: UPath = UPath(text, **s3_options())
-        return found
+        on_s3: UPath = UPath(text, **s3_options())
+        return on_s3
     return UPath(text.removeprefix("file://") if text.startswith("file://") else path)
 
 
 def s3_options() -> dict[str, Any]:
-    """How object stores are asked, from the usual variables; keys are found by the AWS client when they are needed.
+    """Options of s3fs from the usual environment variables; the AWS client finds keys when it needs them.
 
     Returns:
         s3fs's `endpoint_url`, `profile` and `anon`, those that are set.
     """
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
-        found["endpoint_url"] = endpoint
+        options["endpoint_url"] = endpoint
     if profile := os.environ.get("AWS_PROFILE"):
-        found["profile"] = profile
+        options["profile"] = profile
     if os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in {"1", "yes", "true", "on"}:
-        found["anon"] = True
-    return found
+        options["anon"] = True
+    return options
 
 
 def access() -> dict[str, str]:
-    """What of the environment other machines of a run need to know; no keys."""
+    """The environment variables of `ACCESS` that are set; other machines of a run need them."""
     return {name: os.environ[name] for name in ACCESS if name in os.environ}
 
 
 def signer() -> tuple[str, tuple[str, ...]]:
-    """(URL of the service that signs `{href}`, names of the hosts whose files want it), from RAYSEG_SIGN and _HOSTS."""
+    """(URL of the service that signs `{href}`, hosts whose files need it), from RAYSEG_SIGN and RAYSEG_SIGN_HOSTS."""
     hosts = os.environ.get("RAYSEG_SIGN_HOSTS") or "blob.core.windows.net"
     return os.environ.get("RAYSEG_SIGN", ""), tuple(filter(None, (host.strip() for host in hosts.split(","))))
 
 
 def public(text: str) -> str:
-    """The text without what signs or opens a URL: for messages, logs and what a run keeps."""
+    """The text with signatures, keys and logins of URLs masked: for messages, logs and files of a run."""
     return _LOGIN.sub(r"\1***@", _SECRET.sub(r"\1***", text))
 
 
 def sentence(error: Exception) -> str:
-    """What one of `STORE_ERRORS` says; neither Python nor the AWS client says what to do."""
+    """The message of one of `STORE_ERRORS`, with a remedy, which Python and the AWS client do not give."""
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename} cannot be used ({error.strerror}); choose a path that can be read or written there"
+        return f"{error.filename} cannot be used ({error.strerror}); choose a path with permission to read and write"
     if not isinstance(error, BotoCoreError):
         return public(str(error))
     return f"the object store cannot be used: {error}; check AWS_PROFILE or AWS_ACCESS_KEY_ID, and AWS_ENDPOINT_URL"
@@ -88,30 +89,30 @@ def is_local(path: StorePath) -> bool:
 
 
 def absolute(path: StorePath) -> str:
-    """The path as it is understood from any working folder."""
+    """The path as an absolute path or URL, valid in any working folder."""
     return str(Path(upath(path).path).absolute()) if is_local(path) else str(upath(path))
 
 
 def _located(text: str) -> str:
-    uri, found, fragment = text.partition("#")
-    return (absolute(uri) if uri else "") + found + fragment
+    path, sign, fragment = text.partition("#")
+    return (absolute(path) if path else "") + sign + fragment
 
 
 Location = Annotated[str, AfterValidator(_located)]
-"""A path or URI in a configuration, kept as it is understood from any working folder; `#collection` may follow."""
+"""A path or URL in a configuration, made absolute when it is read; `#collection` may follow."""
 
 
 def put(path: StorePath, data: bytes | memoryview) -> None:
-    """Write `data` so that a reader sees all of it or nothing: temp + rename on disk, one PUT elsewhere.
+    """Write `data` so that a reader sees all of it or nothing: temporary file and rename on disk, one PUT elsewhere.
 
     Raises:
-        StoreFull: there is no room on the disk; what was at `path` is untouched.
+        StoreFull: the disk is full; the previous content of `path` is untouched.
     """
     target = upath(path)
     if not is_local(target):
         target.write_bytes(bytes(data))
         return
-    with _beside(target) as temporary:
+    with _temporary(target) as temporary:
         temporary.write_bytes(data)
         temporary.replace(target.path)
 
@@ -120,40 +121,40 @@ def put_file(path: StorePath, source: Path) -> None:
     """Move the local file `source` to `path`, whole or not at all.
 
     Raises:
-        StoreFull: there is no room on the disk; what was at `path` is untouched.
+        StoreFull: the disk is full; the previous content of `path` is untouched.
     """
     target = upath(path)
     if not is_local(target):
         target.fs.put_file(str(source), target.path)
         source.unlink()
         return
-    with _beside(target) as temporary:
+    with _temporary(target) as temporary:
         shutil.move(source, temporary)
         temporary.replace(target.path)
 
 
 def put_if_absent(path: StorePath, data: bytes) -> bool:
-    """Write `data` unless `path` is there already; return whether it was written. Atomic against other writers.
+    """Write `data` unless `path` exists; return whether it was written. Atomic against other writers.
 
     Raises:
-        StoreFull: there is no room on the disk.
+        StoreFull: the disk is full.
     """
     target = upath(path)
     try:
         if not is_local(target):
             target.fs.pipe_file(target.path, data, mode="create")
             return True
-        with _beside(target) as temporary:
+        with _temporary(target) as temporary:
             temporary.write_bytes(data)
-            os.link(temporary, target.path)
+            os.link(temporary, target.path)  # fails if the target exists, which a rename does not
     except FileExistsError:
         return False
     return True
 
 
 @contextmanager
-def _beside(target: UPath) -> Iterator[Path]:
-    """A fresh hidden name in the folder of `target`, which is made if need be; afterwards it is gone."""
+def _temporary(target: UPath) -> Iterator[Path]:
+    """A new hidden name in the folder of `target`, which is created; the file is deleted at the end."""
     path = Path(target.path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
@@ -163,14 +164,14 @@ def _beside(target: UPath) -> Iterator[Path]:
         if error.errno not in FULL:
             raise
         raise StoreFull(
-            f"no room for {path} ({error.strerror}): make room, then give the same command again to go on"
+            f"no space for {path} ({error.strerror}); free some space, then run the same command to resume"
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def sweep(prefix: StorePath) -> None:
-    """Remove what writers that were killed left half written below a folder; nobody may be writing there."""
+    """Delete the temporary files that killed writers left below a local folder; no process may write there."""
     if not is_local(prefix):
         return
     for folder, _, names in os.walk(upath(prefix).path):
@@ -180,7 +181,7 @@ def sweep(prefix: StorePath) -> None:
 
 
 def cache_dir() -> Path:
-    """Where demo data and downloads are kept: RAYSEG_CACHE, else `rayseg` in the user's cache folder."""
+    """Folder of demo data and downloads: RAYSEG_CACHE, else `rayseg` in the user's cache folder."""
     if chosen := os.environ.get("RAYSEG_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rayseg"

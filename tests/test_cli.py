@@ -444,7 +444,7 @@ def test_a_command_that_is_interrupted_says_how_to_go_on(monkeypatch, world, out
         raise KeyboardInterrupt
 
     monkeypatch.setattr("rayseg.pipelines.predict.run", interrupt)
-    assert "the same command goes on from there" in refused(130, *predict(world, out))
+    assert "run the same command to resume" in refused(130, *predict(world, out))
 
 
 def test_an_output_that_belongs_to_another_run_or_to_nobody(world, tmp_path):

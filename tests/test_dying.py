@@ -74,7 +74,7 @@ def test_a_full_disk_ends_the_run_in_words_and_costs_no_tile(world, tmp_path):
     assert (world.whole / "steps/predict/manifest.parquet").stat().st_size < largest
     with Command(*world.words(out), limit=largest - 1) as it:
         assert it.ended() == 3, it.said()
-        assert "make room, then give the same command again" in it.said().splitlines()[-1]
+        assert "free some space, then run the same command to resume" in it.said().splitlines()[-1]
         assert it.leaves_nothing()
     assert not list(out.rglob("*.part"))
     assert {record.status for record in records(out).values()} <= {"done", "empty"}
@@ -348,7 +348,7 @@ def test_a_disk_that_is_really_full_costs_no_tile(world, small_disk, engine):
     out = small_disk / "run"
     with Command(*world.words(out, engine=engine)) as command:
         assert command.ended() == 3, command.said()
-        assert "make room, then give the same command again" in command.said().splitlines()[-1]
+        assert "free some space, then run the same command to resume" in command.said().splitlines()[-1]
         assert command.leaves_nothing()
     assert not list(out.rglob("*.part"))
     assert len(records(out)) < len(world.tiles)

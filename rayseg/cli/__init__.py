@@ -1,5 +1,6 @@
 """The command line. Results go to stdout, everything else to stderr; heavy imports happen inside the commands."""
 
+import importlib
 import os
 import traceback
 from typing import Annotated, Any
@@ -17,48 +18,43 @@ ORDER = (
     "models", "regions", "config", "env",
 )  # fmt: skip
 INTERRUPTED = 130
-"""Exit code of a command that was ended by SIGINT, as shells have it."""
+"""Exit code of a command that SIGINT ended, by the convention of shells."""
 
 
-class _Door(TyperGroup):
-    """Where errors leave: one sentence and the error's exit code; the traceback only with -v."""
+class _Commands(TyperGroup):
+    """The commands; an error ends each with one line and the error's exit code, and a traceback only with -v."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]  # noqa: ANN401
         """Run the command."""
         try:
             return super().invoke(ctx)
-        except _errors() as error:
+        # rayseg.store is imported after an error only: importing the AWS client's errors would slow down --help.
+        except (RaysegError, *importlib.import_module("rayseg.store").STORE_ERRORS) as error:
             from rayseg.store import sentence
 
             if ctx.params.get("verbose"):
                 traceback.print_exc()
             typer.echo(f"rayseg: {' '.join(sentence(error).split())}", err=True)
             if isinstance(error, Stalled):
-                os._exit(error.exit_code)  # a thread hangs; Python would wait for it for ever
+                os._exit(error.exit_code)  # a thread hangs, and Python would wait for it
             raise typer.Exit(getattr(error, "exit_code", 1)) from None
         except KeyboardInterrupt:
-            typer.echo("rayseg: interrupted; what was finished is kept, the same command goes on from there", err=True)
+            typer.echo("rayseg: interrupted; finished tiles are kept, run the same command to resume", err=True)
             raise typer.Exit(INTERRUPTED) from None
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
-        """The commands in the order they are needed."""
+        """The commands in the order in which they are used."""
         return sorted(self.commands, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
 
-def _errors() -> tuple[type[Exception], ...]:
-    from rayseg.store import STORE_ERRORS  # asked for when there is an error: it takes time to import
-
-    return RaysegError, *STORE_ERRORS
-
-
 tuning.prepare()
-app = typer.Typer(cls=_Door, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for part in (run, data, serve, about):
     app.add_typer(part.app)
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         typer.echo(f"rayseg {__version__}")
         raise typer.Exit
 
@@ -66,7 +62,7 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _root(
     *,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show where an error came from.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.")] = False,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version)
     ] = False,

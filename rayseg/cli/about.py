@@ -1,4 +1,4 @@
-"""`rayseg config`, `models`, `regions`, `env`: what there is."""
+"""`rayseg config`, `models`, `regions`, `env`: configurations, bundles, regions and the environment."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from rayseg.cli.options import ConfigFile, Out, Overrides, PipelineName
 from rayseg.pipelines import pipeline_of
 
 app = typer.Typer()
-models_app = typer.Typer(no_args_is_help=True, help="List and show trained models (bundles).")
+models_app = typer.Typer(no_args_is_help=True, help="List, show and import trained models (bundles).")
 config_app = typer.Typer(no_args_is_help=True, help="Show, describe and check a pipeline's configuration.")
 app.add_typer(models_app, name="models")
 app.add_typer(config_app, name="config")
@@ -29,15 +29,15 @@ def config_show(name: PipelineName, *, config: ConfigFile = None, set_: Override
 
 @config_app.command("schema")
 def config_schema(name: PipelineName) -> None:
-    """Print the configuration's JSON schema: every key, its type, default and meaning."""
+    """Print the configuration's JSON schema: every key with its type, default and meaning."""
     typer.echo(json.dumps(pipeline_of(name).Config.model_json_schema(), indent=1))
 
 
 @config_app.command("validate")
 def config_validate(name: PipelineName, *, config: ConfigFile = None, set_: Overrides = None) -> None:
-    """Check a configuration's keys and values; exit code 2 and the key's path when something is wrong.
+    """Check a configuration's keys and values; exit code 2 and the key's path if one is wrong.
 
-    Names of networks, weights and what has to fit the imagery are looked at by `plan` and `run`, before any work.
+    `plan` and `run` check the names of networks and weights, and the settings that have to fit the imagery.
     """
     from rayseg.config import load
 
@@ -47,28 +47,28 @@ def config_validate(name: PipelineName, *, config: ConfigFile = None, set_: Over
 
 @models_app.command("list")
 def models_list(
-    prefixes: Annotated[list[str] | None, typer.Argument(help="Where to look; default: runs.")] = None,
+    prefixes: Annotated[list[str] | None, typer.Argument(help="Folders or URLs to search; default: runs.")] = None,
 ) -> None:
-    """List the bundles under some folders or URLs."""
+    """List the bundles below folders or URLs."""
     from rayseg.models import bundle
 
     models = list(bundle.find(prefixes or ["runs"]))
     if not models:
         typer.echo(f"no models below {', '.join(prefixes or ['runs'])}", err=True)
-    for prefix, found in models:
-        parts = (
+    for prefix, model in models:
+        columns = (
             prefix,
-            found.task,
-            str(found.architecture.options.get("encoder", "")),
-            "/".join(name for _, name, _ in found.classes),
-            _measures(found.metrics),
+            model.task,
+            str(model.architecture.options.get("encoder", "")),
+            "/".join(name for _, name, _ in model.classes),
+            ", ".join(f"{name} {value:.3f}" for name, value in model.metrics.items()),
         )
-        typer.echo("  ".join(filter(None, parts)))
+        typer.echo("  ".join(filter(None, columns)))
 
 
 @models_app.command("show")
 def models_show(prefix: Annotated[str, typer.Argument(help="Prefix of the bundle.")]) -> None:
-    """Print a bundle: classes, bands, scaling, metrics, where it comes from."""
+    """Print a bundle: classes, bands, scaling, metrics, origin."""
     from rayseg.models import bundle
 
     typer.echo(bundle.load(prefix).model_dump_json(indent=1))
@@ -76,10 +76,10 @@ def models_show(prefix: Annotated[str, typer.Argument(help="Prefix of the bundle
 
 @models_app.command("import-sam")
 def models_import_sam(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint of segment-anything, or random to try the path.")],
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint of segment-anything, or random for a test.")],
     *,
     out: Out,
-    variant: Annotated[Literal["vit_b", "vit_l", "vit_h"], typer.Option(help="Which model it is.")] = "vit_h",
+    variant: Annotated[Literal["vit_b", "vit_l", "vit_h"], typer.Option(help="Size of its encoder.")] = "vit_h",
 ) -> None:
     """Write a checkpoint of Segment Anything as a bundle, for `rayseg serve`."""
     from rayseg.models.sam import SamConfig
@@ -88,23 +88,19 @@ def models_import_sam(
     typer.echo(f"{save_sam(SamConfig(variant=variant, checkpoint=checkpoint), out).name} in {out}")
 
 
-def _measures(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-
-
 @app.command()
 def regions() -> None:
-    """List what --region can name."""
+    """List the regions that --region knows by name."""
     from rayseg.geo.region import named_regions
 
-    typer.echo("demo  two drawn scenes of 2048 x 2048 px at 1 m with chips and truth")
+    typer.echo("demo  two synthetic scenes of 2048 x 2048 px at 1 m with chips and reference masks")
     for name, described in named_regions().items():
         typer.echo(f"{name}  {described}")
 
 
 @app.command()
 def env() -> None:
-    """Print versions, devices and where things are kept, for bug reports."""
+    """Print versions, devices and the cache folder, for bug reports."""
     import platform
 
     import torch
@@ -112,10 +108,12 @@ def env() -> None:
     from rayseg.engine.run import versions
     from rayseg.store import cache_dir
 
-    for name, version in versions().items():
-        typer.echo(f"{name:28} {version}")
     gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
-    typer.echo(f"{'platform':28} {platform.platform()}")
-    typer.echo(f"{'CPUs':28} {os.cpu_count()}")
-    typer.echo(f"{'GPUs':28} {', '.join(gpus) or 'none'}")
-    typer.echo(f"{'cache':28} {cache_dir()}")
+    rows = versions() | {
+        "platform": platform.platform(),
+        "CPUs": os.cpu_count(),
+        "GPUs": ", ".join(gpus) or "none",
+        "cache": cache_dir(),
+    }
+    for name, value in rows.items():
+        typer.echo(f"{name:28} {value}")

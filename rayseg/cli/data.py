@@ -1,15 +1,15 @@
-"""`rayseg ingest`, `labels`, `evaluate`, `polygonize`: imagery and labels in, maps measured and turned into shapes."""
+"""`rayseg ingest`, `labels`, `evaluate`, `polygonize`: read imagery and labels, evaluate maps, write polygons."""
 
 import json
 from typing import Annotated
 
 import typer
 
-from rayseg.cli.options import REGIONS, Out, region_of
+from rayseg.cli.options import REGIONS, AsJson, Out, region_of
 
 app = typer.Typer()
 ingest_app = typer.Typer(no_args_is_help=True, help="Describe images as a STAC catalogue.")
-labels_app = typer.Typer(no_args_is_help=True, help="Plots out to annotation tools and back; names for labels.")
+labels_app = typer.Typer(no_args_is_help=True, help="Export plots to annotation tools, import and name labels.")
 app.add_typer(ingest_app, name="ingest")
 app.add_typer(labels_app, name="labels")
 
@@ -19,7 +19,7 @@ def ingest_folder(
     folder: Annotated[str, typer.Argument(help="Folder of images; with --labels folder, one folder per class.")],
     *,
     out: Out,
-    labels: Annotated[str | None, typer.Option(help="folder: the class is the name of the folder.")] = None,
+    labels: Annotated[str | None, typer.Option(help="folder: the class of an image is the name of its folder.")] = None,
 ) -> None:
     """Describe a folder of images, georeferenced or not, as a STAC catalogue; nothing is copied."""
     from rayseg.io import labels as io_labels
@@ -44,19 +44,19 @@ def ingest_xyz(
     url: Annotated[str, typer.Option("--url", help="Template such as https://host/{z}/{x}/{y}.png.")],
     *,
     region: Annotated[str | None, typer.Option(help=f"{REGIONS}.")] = None,
-    chips: Annotated[str | None, typer.Option(help="Polygons (GeoJSON, GeoParquet): one chip for each.")] = None,
+    chips: Annotated[str | None, typer.Option(help="Polygons (GeoJSON or GeoParquet): one chip per polygon.")] = None,
     resolution: Annotated[float, typer.Option(help="Pixel size in metres of EPSG:3857.")] = 1.0,
     label: Annotated[
-        str | None, typer.Option(help="Column with the chips' labels; default: label, where there is one.")
+        str | None, typer.Option(help="Column with the labels of the chips; default: label, if it exists.")
     ] = None,
-    attribution: Annotated[str | None, typer.Option(help="Whom the imagery is owed to.")] = None,
+    attribution: Annotated[str | None, typer.Option(help="Attribution text of the imagery.")] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="How tiles are asked for, for example concurrency=4 or tile_size=512."),
+        typer.Option("--set", help="One setting of the requests, for example tile_size=512; may be repeated."),
     ] = None,
     out: Out,
 ) -> None:
-    """Fetch web-map tiles as GeoTIFF scenes or chips with STAC items; what is there already is not fetched again."""
+    """Fetch web-map tiles as GeoTIFF scenes or chips with STAC items; finished files are not fetched again."""
     from rayseg.config import load
     from rayseg.io import webmap, xyz
 
@@ -76,11 +76,11 @@ def ingest_xyz(
 @labels_app.command("export")
 def labels_export(
     run: Annotated[str, typer.Argument(help="A run of agri, or its plots.parquet.")],
-    images: Annotated[str, typer.Argument(help="The folder of the images it was run on.")],
+    images: Annotated[str, typer.Argument(help="Folder of the images that the run mapped.")],
     *,
     out: Out,
 ) -> None:
-    """Write the plots of every image as a LabelMe JSON: label 1 (cultivated) or 0; holes are shapes flagged so."""
+    """Write the plots of every image as a LabelMe JSON: label 1 (cultivated) or 0; holes have the flag hole."""
     from rayseg.io import labelme
 
     typer.echo(f"{labelme.export(run, images, out)} images in {out}")
@@ -90,24 +90,24 @@ def labels_export(
 def labels_import(
     folder: Annotated[str, typer.Argument(help="Folder of LabelMe or X-AnyLabeling JSONs, or of masks for a run.")],
     images: Annotated[
-        str, typer.Argument(help="The folder of the JSONs' images, or the run of al-s4gan that waits for the masks.")
+        str, typer.Argument(help="Folder of the images of the JSONs, or the al-s4gan run that requested the masks.")
     ],
     *,
-    out: Annotated[str | None, typer.Option("--out", help="Where the plots of JSONs go.")] = None,
-    size: Annotated[int, typer.Option(min=1, help="Side of a plot's crop in px.")] = 224,
+    out: Annotated[str | None, typer.Option("--out", help="Output folder for the plots of JSONs.")] = None,
+    size: Annotated[int, typer.Option(min=1, help="Side of the crop of a plot in pixels.")] = 224,
 ) -> None:
-    """Take labels back: masks into the run that asked for them, or labelled plots cut out of their images."""
+    """Import labels: masks into the run that requested them, or labelled plots as crops of their images."""
     from rayseg.errors import ConfigError
     from rayseg.io import annotation_requests, labelme
     from rayseg.store import upath
 
     if (upath(images) / "run.json").exists():
-        taken, waiting = annotation_requests.load(folder, images)
-        more = f", {len(waiting)} chips still wait: {', '.join(waiting[:5])}" if waiting else ", none is missing"
-        typer.echo(f"{taken} masks taken into {images}{more}")
+        count, missing = annotation_requests.load(folder, images)
+        more = f", {len(missing)} chips without a mask: {', '.join(missing[:5])}" if missing else ", none is missing"
+        typer.echo(f"{count} masks imported into {images}{more}")
         return
     if out is None:
-        raise ConfigError(f"{images} is no run, so these are labelled plots: say with --out where they go")
+        raise ConfigError(f"{images} is not a run, so the JSONs are labelled plots: give --out for their crops")
     counts = labelme.load(folder, images, out, size=size)
     typer.echo(", ".join(f"{count} {name}" for name, count in counts.items()) + f" in {out}")
 
@@ -117,14 +117,14 @@ def labels_assign(
     run: Annotated[str, typer.Argument(help="A run of the pipeline superpixel.")],
     *,
     csv: Annotated[str, typer.Option("--csv", help="Table with the columns label,class (and scene, color).")],
-    out: Annotated[str | None, typer.Option("--out", help="Where the masks go; default: RUN/assigned.")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Output folder or URL; default: RUN/assigned.")] = None,
 ) -> None:
-    """Write a class map from a run's labels: masks to look at, to measure with, or to train on."""
+    """Write class masks from the unsupervised labels of a run: for viewing, evaluation or training."""
     from rayseg.io import label_names
 
-    found = label_names.assign(run, csv, out or f"{run}/assigned")
-    said = ", ".join(f"{name} {pixels:,} px" for name, pixels in found["classes"].items())
-    typer.echo(f"{found['catalog']}#classes: {said}; {found['unassigned']:,} px without a class")
+    result = label_names.assign(run, csv, out or f"{run}/assigned")
+    areas = ", ".join(f"{name} {pixels:,} px" for name, pixels in result["classes"].items())
+    typer.echo(f"{result['catalog']}#classes: {areas}; {result['unassigned']:,} px without a class")
 
 
 @app.command()
@@ -135,7 +135,7 @@ def evaluate(
     ],
     *,
     classes: Annotated[str | None, typer.Option(help="YAML class table; default: the classes of the run.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare a prediction with reference masks: accuracy, IoU and F1 with 95 % intervals."""
     from rayseg.steps import evaluate
@@ -148,9 +148,9 @@ def evaluate(
 def polygonize(
     raster: Annotated[str, typer.Argument(help="A class raster (one band of uint8), or a run.")],
     *,
-    out: Annotated[str, typer.Option("--out", help="A .parquet or .geojson file.")],
+    out: Annotated[str, typer.Option("--out", help="Output file, .parquet or .geojson.")],
 ) -> None:
-    """Turn a class raster or a run's tiles into polygons in EPSG:4326 with areas in m2."""
+    """Convert a class raster or the tiles of a run to polygons in EPSG:4326 with areas in m2."""
     from rayseg.io import vectors
 
     typer.echo(f"{vectors.polygonize(raster, out)} polygons in {out}")

@@ -1,4 +1,4 @@
-"""What the commands share: their words, and what these name."""
+"""Options that several commands share, and the regions that they name."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,20 +16,32 @@ REGIONS = (
     "or a folder of images"
 )
 PipelineName = Annotated[str, typer.Argument(metavar="PIPELINE", help=f"One of: {', '.join(PIPELINES)}.")]
-ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file with what differs from the defaults.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="One value, for example map.tile=1024; may be repeated.")
+RegionName = Annotated[str, typer.Option("--region", help=f"{REGIONS}.")]
+ConfigFile = Annotated[
+    str | None, typer.Option("--config", help="YAML file with the settings that differ from the defaults.")
 ]
-Out = Annotated[str, typer.Option("--out", help="Where results go: a folder, or s3:// or another URL.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="One setting, for example map.tile=1024; may be repeated.")
+]
+Out = Annotated[str, typer.Option("--out", help="Output folder, or a URL such as s3://bucket/run.")]
 EngineName = Annotated[
     Literal["ray", "inline"], typer.Option("--engine", help="ray, or inline for this process alone.")
 ]
-Tiles = Annotated[str | None, typer.Option("--tiles", help="Only these tiles: comma-separated ids.")]
-Address = Annotated[str | None, typer.Option("--address", help="Ray cluster to join; default: RAY_ADDRESS, else none.")]
+Tiles = Annotated[str | None, typer.Option("--tiles", help="Process only these tiles: comma-separated ids.")]
+Address = Annotated[
+    str | None, typer.Option("--address", help="Ray cluster to join; default: RAY_ADDRESS, else a private Ray.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RunPrefix = Annotated[str, typer.Argument(help="The run's folder or URL.")]
 
 
 def region_of(text: str) -> "Region":
-    """What --region names."""
+    """The region that --region names.
+
+    Raises:
+        ConfigError: the text names no region.
+        DataError: a file that it names has no area.
+    """
     from rayseg.geo.region import Region, resolve_region
 
     if not text.strip():
@@ -41,23 +53,21 @@ def region_of(text: str) -> "Region":
     return resolve_region(text)
 
 
-def images_or_region(text: str) -> "Region":
-    """Folders and image files are images, everything else is a region; so is a folder with a region's name."""
+def area_of(text: str, tiles: str | None = None) -> "Region":
+    """A region or images, restricted to the tiles that --tiles names, with absolute paths.
+
+    Folders and image files are images, everything else is a region; so is a folder with the name of a region.
+    """
     from rayseg.geo.region import Region, region_names
     from rayseg.io import labels
+    from rayseg.store import absolute
 
     named = text == "demo" or text in region_names()
     images = text.strip() and labels.is_images(text)
-    return Region(text, images=text) if images and not named else region_of(text)
-
-
-def only(region: "Region", tiles: str | None) -> "Region":
-    """The region with the tiles that --tiles names, all of them without; as it is understood from any folder."""
-    from rayseg.store import absolute
-
+    area = Region(text, images=text) if images and not named else region_of(text)
     return replace(
-        region,
-        catalog=region.catalog and absolute(region.catalog),
-        images=region.images and absolute(region.images),
+        area,
+        catalog=area.catalog and absolute(area.catalog),
+        images=area.images and absolute(area.images),
         tiles=tuple(filter(None, (tile.strip() for tile in (tiles or "").split(",")))),
     )

@@ -1,33 +1,30 @@
-"""`rayseg serve` and `view`: models over HTTP, and runs to look at."""
+"""`rayseg serve` and `view`: models and runs over HTTP, and one run in a browser."""
 
 from typing import Annotated
 
 import typer
 
-from rayseg.cli.options import Address
+from rayseg.cli.options import Address, RunPrefix
 
 app = typer.Typer()
-_Set = Annotated[
-    list[str] | None, typer.Option("--set", help="One setting, for example queue=64 or gpus=0.5; may be repeated.")
-]
 
 
 @app.command()
-def serve(  # noqa: PLR0913 - the flags of a command
+def serve(
     *,
-    models: Annotated[
-        list[str] | None, typer.Option(help="Prefix with bundles; may be repeated; default: runs.")
-    ] = None,
-    runs: Annotated[list[str] | None, typer.Option(help="Run, or prefix of runs, to be looked at.")] = None,
+    models: Annotated[list[str] | None, typer.Option(help="Prefix of bundles; may be repeated; default: runs.")] = None,
+    runs: Annotated[list[str] | None, typer.Option(help="Run, or prefix of runs, to show; may be repeated.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; any but loopback needs --token-file.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     token_file: Annotated[str | None, typer.Option(help="File with the token that requests must carry.")] = None,
-    max_pixels: Annotated[int | None, typer.Option(min=1, help="Most pixels of an upload.")] = None,
-    max_bytes: Annotated[int | None, typer.Option(min=1, help="Most bytes of a request.")] = None,
-    set_: _Set = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Largest upload in pixels.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(min=1, help="Largest request in bytes.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="One setting, for example queue=64 or gpus=0.5; may be repeated.")
+    ] = None,
     address: Address = None,
 ) -> None:
-    """Serve trained models and runs over HTTP, with a page at /."""
+    """Serve trained models and runs over HTTP, with a web page at /."""
     from rayseg.config import load
     from rayseg.serve.command import serve_models
     from rayseg.serve.settings import ServeConfig
@@ -41,12 +38,12 @@ def serve(  # noqa: PLR0913 - the flags of a command
 
 @app.command()
 def view(
-    run: Annotated[str, typer.Argument(help="The run's folder or URL.")],
+    run: RunPrefix,
     *,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8001,
     browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
 ) -> None:
-    """Look at a run: its map over the imagery, legend, ledger and what failed."""
-    from rayseg.serve.command import view as look
+    """Show a run in a browser: its map over the imagery, legend, ledger and failed tiles."""
+    from rayseg.serve.command import view as show
 
-    look(run, port=port, browser=browser, say=lambda line: typer.echo(line, err=True))
+    show(run, port=port, browser=browser, say=lambda line: typer.echo(line, err=True))

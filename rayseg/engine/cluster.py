@@ -1,4 +1,4 @@
-"""Connect to Ray or start it, once per process; how many copies of each stage it holds."""
+"""Connect to Ray or start it, once per process; decide how many copies of each stage it runs."""
 
 import atexit
 import logging
@@ -8,10 +8,11 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,22 +22,28 @@ from rayseg.errors import ConfigError, Stalled
 from rayseg.store import access
 
 Machine = Mapping[str, float]
-"""What one machine has: CPU, GPU."""
+"""CPU and GPU of one machine."""
+MOST_CPUS = 4.0
+"""CPUs of one copy of a model that computes on CPUs; on a GPU, the most that a stage with a model requests."""
+LEAST_CPUS = 0.1
+RELEASE_SECONDS = 2.0
+"""Resources that are held for longer belong to other jobs: Ray releases those of the previous step within this time."""
 _SHELLS: list["subprocess.Popen[bytes]"] = []
+_log = logging.getLogger(__name__)
 
 
 def expect_reachable(address: str | None) -> None:
-    """Refuse an address at which nothing answers, as Ray itself would after a minute and a half.
+    """Check that something answers at an address; Ray itself would give up after a minute and a half.
 
     Raises:
-        ConfigError: it is Ray Client's, there is no host and port in it, or nobody answers within five seconds.
+        ConfigError: it is an address of Ray Client, has no host and port, or nothing answers within five seconds.
     """
     if (chosen := ray_address(address)) in {"local", "auto"}:
         return
     if chosen.startswith("ray://"):
         raise ConfigError(
-            f"{chosen} is an address of Ray Client, which cannot place stages; give the head's own, HOST:6379, or "
-            "send the run there with --submit"
+            f"{chosen} is an address of Ray Client, which cannot place stages; give the address of the head, "
+            "HOST:6379, or submit the run with --submit"
         )
     parts = urlsplit(chosen if "://" in chosen else f"ray://{chosen}")
     try:
@@ -44,86 +51,82 @@ def expect_reachable(address: str | None) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no Ray cluster answers at {chosen} ({error}), expected the host and port of its head, such as "
-            "10.0.0.1:6379; correct --address or RAY_ADDRESS, or leave both out for a private one"
+            "10.0.0.1:6379; correct --address or RAY_ADDRESS, or leave both out to start a private Ray"
         ) from None
 
 
 def connect(address: str | None, *, dashboard: bool = False) -> None:
-    """Join the Ray cluster at `address`, or start a private one on this machine; once per process.
+    """Join the Ray cluster at `address`, or start a private Ray on this machine; once per process.
 
-    The address is `address`, else RAY_ADDRESS; without either a stranger's cluster is never joined. With `dashboard`
-    a private one takes jobs, on loopback.
+    The address is `address`, else RAY_ADDRESS. Without either the process never joins the cluster of another user.
+
+    Args:
+        address: of the cluster's head.
+        dashboard: whether a private Ray accepts jobs, on loopback.
 
     Raises:
-        Stalled: a private one does not start on a machine that is too busy.
+        Stalled: a private Ray does not start because the machine is too busy.
     """
     import ray
 
     if ray.is_initialized():
         return
     quiet_ray()
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # blocks lost with a process: their rows come again
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # rows of a lost process are processed again
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if (chosen := ray_address(address)) != "local":
-        known = {"runtime_env": {"env_vars": access()}} if access() else {}  # where stores are; keys each node has
-        ray.init(address=chosen, **known, **quiet)
+        # Workers need to know where the stores are; every machine has its own keys.
+        stores = {"runtime_env": {"env_vars": access()}} if access() else {}
+        ray.init(address=chosen, **stores, **quiet)
         return
     _remove_afterwards(folder := tempfile.mkdtemp(prefix="rs-"))
-    # An idle process is soon of use again, and a new one takes seconds to import what the stages need.
+    # The next step uses idle processes again; new ones take seconds to import what the stages need.
     quiet["_system_config"] = {"idle_worker_killing_time_threshold_ms": 30_000}
-    try:
-        with _agents_anywhere():
-            ray.init(
-                address="local", include_dashboard=dashboard, object_store_memory=2 << 30, _temp_dir=folder, **quiet
-            )
-    except Exception as error:
-        if "timed out during startup" not in str(error):  # Ray has no type for it
-            raise
-        raise Stalled(
-            "Ray did not start within the 30 s it gives itself: other work keeps this machine busy; give the same "
-            "command again later, or --engine inline"
-        ) from None
+    with _Start():
+        ray.init(address="local", include_dashboard=dashboard, object_store_memory=2 << 30, _temp_dir=folder, **quiet)
     atexit.register(ray.shutdown)
 
 
-@contextmanager
-def _agents_anywhere() -> Iterator[None]:
-    """Let agents of a Ray that is started meanwhile listen at any free port.
+class _Start:
+    """A context in which a private Ray starts: its agents listen at any free port, and a timeout becomes `Stalled`.
 
-    At Ray's own, the same for every cluster, only the first cluster of a machine takes jobs; `ray start` has an option
-    for it, `ray.init` has none.
+    With Ray's default port, which is the same for every cluster, only the first cluster of a machine accepts jobs;
+    `ray start` has an option for it, `ray.init` has none.
     """
-    from ray._private import parameter
 
-    own = parameter.RayParams
-    parameter.RayParams = partial(own, dashboard_agent_listen_port=0)
-    try:
-        yield
-    finally:
-        parameter.RayParams = own
+    def __enter__(self) -> None:
+        from ray._private import parameter
+
+        self.parameter, self.own = parameter, parameter.RayParams
+        parameter.RayParams = partial(self.own, dashboard_agent_listen_port=0)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.parameter.RayParams = self.own
+        if kind is Exception and "timed out during startup" in str(error):  # Ray has no error type for it
+            raise Stalled(
+                "Ray did not start within 30 s because other processes keep this machine busy; run the same command "
+                "again later, or use --engine inline"
+            ) from None
 
 
 def _remove_afterwards(folder: str) -> None:
-    """Let a shell remove the folder when this process is gone, however it ends: its end of the pipe closes then.
+    """Start a shell that removes the folder when this process ends, however it ends: its end of the pipe closes then.
 
-    Ray's own processes live on for a while, and some begin to write only then. Their command lines name the folder, or,
-    once they call themselves something else, their open logs lie in it.
+    Ray's own processes outlive the driver for a while, and some write into the folder only then. The shell waits for
+    all whose command lines name the folder or whose open logs are in it.
     """
     named = 'printf %s "$FOLDER" | grep -qsFf - /proc/[0-9]*/cmdline'
     logs = 'ls -l /proc/[0-9]*/fd | grep -qF "$FOLDER"'
     script = f'exec >/dev/null 2>&1; read -r _; while {named} || {logs}; do sleep 1; done; rm -rf "$FOLDER"'
-    told = os.environ | {"FOLDER": folder}  # no argument: the shell would wait for itself
-    shell = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, start_new_session=True, env=told)
+    environment = os.environ | {"FOLDER": folder}  # not an argument: the shell would wait for itself
+    shell = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, start_new_session=True, env=environment)
     _SHELLS.append(shell)
 
 
 def connect_training(address: str | None, *, workers: int) -> bool:
-    """Join Ray as `connect` does if there are workers to train on; return whether training has GPUs.
-
-    They are the cluster's for workers, else this machine's.
-    """
+    """Connect to Ray if the training has workers; return whether GPUs are there: the cluster's, else this machine's."""
     if not workers:
-        import torch  # as slow as Ray
+        import torch  # takes as long to import as Ray
 
         return torch.cuda.is_available()
     import ray
@@ -132,37 +135,9 @@ def connect_training(address: str | None, *, workers: int) -> bool:
     return bool(ray.cluster_resources().get("GPU"))
 
 
-def machines() -> list[Machine]:
-    """Those that are alive, with all that they have."""
-    import ray
-
-    return [_counted(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-
-
-def available() -> list[Machine]:
-    """Those that are alive, with what nobody holds of them."""
-    import ray
-    from ray._private.state import available_resources_per_node
-
-    left = available_resources_per_node()
-    return [_counted(left.get(node["NodeID"], {})) for node in ray.nodes() if node["Alive"]]
-
-
-def _counted(resources: Machine) -> Machine:
-    return {name: float(resources.get(name, 0.0)) for name in ("CPU", "GPU")}
-
-
-MOST_CPUS = 4.0
-"""CPUs of one copy of a model that computes on them; on a GPU, the most that any stage with a model asks for."""
-LEAST_CPUS = 0.1
-LETTING_GO = 2.0
-"""Seconds after which what is held of a cluster is held by others, not by the step before."""
-_log = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True)
 class Size:
-    """What a stage gets: `copies`, each with so many `cpus` and `gpus`."""
+    """Resources of a stage: `copies`, each with `cpus` and `gpus`."""
 
     copies: int
     cpus: float
@@ -172,97 +147,100 @@ class Size:
 def sizes_now(works: Sequence[Work], *, shared: bool, patience: float) -> list[Size]:
     """Copies and resources of every stage on the Ray that this process has joined.
 
-    Of a shared cluster they are what others leave. While that is too little, an autoscaler is asked for what is needed
-    beside what is held, and it is waited for: `patience` seconds where the cluster itself is too small, four times as
-    long where others hold what is needed.
+    On a shared cluster the stages get the resources that are free. As long as these are too few, the autoscaler is
+    asked for what the stages need in addition to what is held, and the function waits: `patience` seconds if the whole
+    cluster is too small, four times as long if other jobs hold what is needed.
 
     Args:
         works: the stages, in order.
-        shared: whether others may be at work there.
+        shared: whether others may use the cluster.
         patience: seconds.
 
     Raises:
-        ConfigError: a Ray of one's own cannot hold one copy of each.
-        Stalled: the cluster cannot, and did not grow; or others did not let go of it.
+        ConfigError: a private Ray cannot hold one copy of each stage.
+        Stalled: the cluster is too small and did not grow, or other jobs did not release its resources.
     """
     if not shared:
-        return sizes(works, machines())
-    began, told = time.monotonic(), False
+        return sizes(works, _machines())
+    from ray.autoscaler.sdk import request_resources
+
+    began, waiting = time.monotonic(), False
     try:
         while True:
-            whole, free = machines(), available()
+            whole, free = _machines(), _machines(free=True)
             gpus = any(machine["GPU"] for machine in whole)
             waited = time.monotonic() - began
-            if free == whole or waited > LETTING_GO:
+            if free == whole or waited > RELEASE_SECONDS:
                 try:
                     return sizes(works, free, gpus=gpus)
                 except ConfigError as error:
-                    held = _hold(works, whole, gpus=gpus)
-                    if waited > patience * (4 if held else 1):
-                        why = "others did not let go of it" if held else "the cluster did not grow"
-                        raise Stalled(f"{error}; {why}: then give the same command again") from None
-                    if not told:
-                        _log.warning("waiting for room on the cluster: %s", error)
-                    _ask_for(_needs(works, gpus=gpus) + _held(whole, free))
-                    told = True
-            time.sleep(1.0 if told else 0.1)
+                    fits = []
+                    with suppress(ConfigError):
+                        fits = sizes(works, whole, gpus=gpus)
+                    if waited > patience * (4 if fits else 1):
+                        why = "other jobs still hold the cluster's resources" if fits else "the cluster did not grow"
+                        raise Stalled(f"{error}; {why}; run the same command again when it has room") from None
+                    if not waiting:
+                        _log.warning("waiting for free resources on the cluster: %s", error)
+                    request_resources(bundles=_bundles(works, whole, free, gpus=gpus))
+                    waiting = True
+            time.sleep(1.0 if waiting else 0.1)
     finally:
-        if told:
-            _ask_for(())
+        if waiting:
+            request_resources(bundles=[])  # ends the request
 
 
-def _hold(works: Sequence[Work], machines: Sequence[Machine], *, gpus: bool) -> bool:
-    with suppress(ConfigError):
-        return bool(sizes(works, machines, gpus=gpus))
-    return False
+def _machines(*, free: bool = False) -> list[Machine]:
+    """CPUs and GPUs of every machine that is alive: all that it has, or with `free` what no job holds."""
+    import ray
+    from ray._private.state import available_resources_per_node
+
+    left = available_resources_per_node() if free else {}
+    found = [left.get(node["NodeID"], {}) if free else node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [{name: float(resources.get(name, 0.0)) for name in ("CPU", "GPU")} for resources in found]
 
 
-def _needs(works: Sequence[Work], *, gpus: bool) -> list[dict[str, float]]:
-    return [{"CPU": max(work.cpus, LEAST_CPUS)} | ({"GPU": work.gpus} if gpus and work.gpus else {}) for work in works]
-
-
-def _held(whole: Sequence[Machine], free: Sequence[Machine]) -> list[dict[str, float]]:
-    """What others have of each machine; one that came or went between the two questions counts when next asked."""
-    held = ({name: all_[name] - left[name] for name in all_} for all_, left in zip(whole, free, strict=False))
-    some = ({name: amount for name, amount in one.items() if amount > 0} for one in held)
-    return [one for one in some if one]
-
-
-def _ask_for(bundles: Sequence[Mapping[str, float]]) -> None:
-    """Have an autoscaler, if there is one, bring the cluster to where it holds these in all; none ends that."""
-    from ray.autoscaler.sdk import request_resources
-
-    request_resources(bundles=[dict(one) for one in bundles])
+def _bundles(
+    works: Sequence[Work], whole: Sequence[Machine], free: Sequence[Machine], *, gpus: bool
+) -> list[dict[str, float]]:
+    """The request to an autoscaler, which counts all that a cluster has: what the stages need, and what jobs hold."""
+    needed = [{"CPU": max(work.cpus, LEAST_CPUS), "GPU": work.gpus if gpus else 0.0} for work in works]
+    # A machine that came or left between the two lists is counted with the next request.
+    held = [{name: all_[name] - left[name] for name in all_} for all_, left in zip(whole, free, strict=False)]
+    requests = ({name: amount for name, amount in bundle.items() if amount > 0} for bundle in needed + held)
+    return [bundle for bundle in requests if bundle]
 
 
 def sizes(works: Sequence[Work], machines: Sequence[Machine], *, gpus: bool | None = None) -> list[Size]:
-    """Copies and resources of every stage: model stages share what the others leave of each machine.
+    """Copies and resources of every stage: model stages share what the other stages leave of each machine.
 
-    A copy fits on a machine beside one of every other stage, so that a cluster that loses machines goes on with one.
+    A copy fits on a machine together with one copy of every other stage, so that a cluster that loses machines
+    continues with one.
 
     Args:
         works: the stages, in order.
-        machines: those that are alive, with what can be had of them.
-        gpus: whether stages that ask for GPUs get them; None where a machine has one.
+        machines: those that are alive, with their free resources.
+        gpus: whether stages that request GPUs get them; None: if a machine has one.
 
     Raises:
-        ConfigError: they cannot hold one copy of each; started anyway, it would wait for ever.
+        ConfigError: the machines cannot hold one copy of each stage; Ray would wait for ever.
     """
     on_gpus = any(machine.get("GPU") for machine in machines) if gpus is None else gpus
     models = [work for work in works if work.model or (work.gpus and on_gpus)]
     small = [work for work in works if work not in models]
-    others = handing_out(works[0]) + sum(work.cpus for work in small)
+    others = source_cpus(works[0]) + sum(work.cpus for work in small)
     wanted = sum(work.gpus for work in models) if on_gpus else 0.0
     copies, share = _of_models(models, others, [m for m in machines if m.get("CPU")], wanted)
     cpus = sum(machine.get("CPU", 0.0) for machine in machines)
     rest = cpus - others
+    # Rounded down to hundredths, with 1e-6 against 0.29999: the sum of the shares may not exceed what is there.
     share = min(share, math.floor(100 * rest / (max(copies, 1) * max(len(models), 1)) + 1e-6) / 100)
     widest = max((machine.get("CPU", 0.0) for machine in machines), default=0.0)
     if rest < 0 or any(work.cpus > widest for work in small) or (models and (share < LEAST_CPUS or not copies)):
         needed = others + sum(work.cpus for work in models)
-        with_gpus = f" beside {wanted:g} GPUs of one machine" if wanted else ""
+        and_gpus = f" and {wanted:g} GPUs of one machine" if wanted else ""
         raise ConfigError(
-            f"the stages need {needed:g} CPUs at once{with_gpus}, Ray has {cpus:g} free; give it more, or "
+            f"the stages need {needed:g} CPUs{and_gpus} at once, Ray has {cpus:g} free CPUs; give it more, or use "
             "--engine inline"
         )
     return [
@@ -271,36 +249,32 @@ def sizes(works: Sequence[Work], machines: Sequence[Machine], *, gpus: bool | No
     ]
 
 
-def handing_out(first: Work) -> float:
-    """CPUs of the tasks that hand out rows: as the first stage, which they are fused with unless it lives in actors."""
+def source_cpus(first: Work) -> float:
+    """CPUs of the tasks that create the rows: Ray fuses them with the first stage unless that lives in actors."""
     return LEAST_CPUS if first.model else first.cpus
 
 
 def _of_models(models: Sequence[Work], others: float, machines: Sequence[Machine], gpus: float) -> tuple[int, float]:
-    """(copies of every model stage, CPUs of one): without GPUs as wide as the machine with the most room allows.
+    """(copies of every model stage, CPUs of one): without GPUs as wide as the machine with the most free CPUs allows.
 
     Args:
         models: the stages.
         others: CPUs that the other stages need.
         machines: those with CPUs.
-        gpus: what one copy of all models needs; 0 without.
+        gpus: GPUs that one copy of all models needs; 0 without.
     """
     stages = max(len(models), 1)
+    # CPUs of each machine for models: the rest after the other stages, or all of a machine that they fill.
+    room = [m["CPU"] - others if m["CPU"] - others >= LEAST_CPUS else m["CPU"] for m in machines]
     if gpus:
-        widest = [int(_room(machine, others) / (stages * LEAST_CPUS) + 1e-6) for machine in machines]
-        counts = [min(int(m.get("GPU", 0.0) / gpus + 1e-6), most) for m, most in zip(machines, widest, strict=True)]
-        hosts = [(machine, count) for machine, count in zip(machines, counts, strict=True) if count]
+        most = [int(cpus / (stages * LEAST_CPUS) + 1e-6) for cpus in room]
+        counts = [min(int(m.get("GPU", 0.0) / gpus + 1e-6), n) for m, n in zip(machines, most, strict=True)]
         asked = max(LEAST_CPUS, *(work.cpus for work in models))
-        return sum(counts), min([asked, *(_room(m, others) / (count * stages) for m, count in hosts)])
-    width = min(MOST_CPUS, max((_room(machine, others) / stages for machine in machines), default=0.0))
-    fitting = sum(int(_room(machine, others) / (width * stages) + 1e-6) for machine in machines) if width else 0
-    # Of several machines each has room for the copies of another one: those of a machine that dies start again there,
-    # and what they were given is not held back until a new machine comes.
+        shares = [cpus / (count * stages) for cpus, count in zip(room, counts, strict=True) if count]
+        return sum(counts), min([asked, *shares])
+    width = min(MOST_CPUS, max(room, default=0.0) / stages)
+    fitting = sum(int(cpus / (width * stages) + 1e-6) for cpus in room) if width else 0
+    # Each of several machines keeps space for the copies of another one: those of a machine that dies start again
+    # there, and their rows do not wait for a new machine.
     asked = max(LEAST_CPUS, width / 2) if len(machines) > 1 else width
     return max(1, fitting), math.floor(100 * asked + 1e-6) / 100
-
-
-def _room(machine: Machine, others: float) -> float:
-    """CPUs of a machine for models: what is left beside the other stages, or all of it where that is nothing."""
-    cpus = machine["CPU"]
-    return cpus - others if cpus - others >= LEAST_CPUS else cpus

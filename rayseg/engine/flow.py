@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rayseg.config import ray_address
 from rayseg.engine import cluster
-from rayseg.engine.cluster import Size, handing_out, sizes_now
+from rayseg.engine.cluster import Size, sizes_now, source_cpus
 from rayseg.engine.ledger import SETTLED, Account, Ledger, Record, Settled
 from rayseg.engine.manifest import PART, Manifest, Row
 from rayseg.engine.run import Engine
@@ -236,7 +236,7 @@ def _dataset(entries: list[Entry], runners: list[StageRunner], sizes: list[Size]
     batch = runners[0].work.batch
     source = _source([entries[start : start + batch] for start in range(0, len(entries), batch)])
     count = -(-len(entries) // batch)
-    dataset = ray.data.read_datasource(source, override_num_blocks=count, num_cpus=handing_out(runners[0].work))
+    dataset = ray.data.read_datasource(source, override_num_blocks=count, num_cpus=source_cpus(runners[0].work))
     for runner, size in zip(runners, sizes, strict=True):
         needs = {"batch_size": runner.work.batch, "batch_format": "pyarrow", "num_cpus": size.cpus}
         needs |= {"num_gpus": size.gpus} if size.gpus else {}

@@ -1,7 +1,7 @@
-"""What became of every row of a step: one small append-only record each, on whatever store the run lives on.
+"""The result of every row of a step: one small append-only record each, on the store of the run.
 
 <ledger>/<id>.<attempt>.json         a record
-<ledger>/records-<hash>.parquet      many of them in one file, once there are many
+<ledger>/records-<hash>.parquet      many records in one file
 """
 
 import hashlib
@@ -23,7 +23,15 @@ SETTLED = ("done", "empty", "nodata")
 MISSING = "not processed"
 STATUSES = (*SETTLED, "failed", "quarantined")
 MOST_LOOSE = 10_000
-"""Records that may lie about one by one before they are put together."""
+"""Records in files of their own, above which `compact` joins them into one file (docs/scale.md)."""
+COLUMNS = pa.schema(
+    [
+        *((name, pa.string()) for name in ("id", "status", "reason")),
+        ("attempt", pa.int32()),
+        *((name, pa.string()) for name in ("seconds", "facts")),
+    ]
+)
+"""Schema of the joined records; `seconds` and `facts` are JSON."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +51,15 @@ class Settled:
 
 @dataclass(frozen=True)
 class Record:
-    """The fate of one row.
+    """The result of one row.
 
     Attributes:
-        id: the tile (or chip).
-        status: one of `STATUSES`; "empty" is imagery in which nothing was found, "nodata" is no imagery at all.
-        reason: why it failed or was quarantined.
+        id: of the tile (or chip).
+        status: one of `STATUSES`; "empty" is imagery in which nothing was detected, "nodata" is no imagery at all.
+        reason: why the row failed or was quarantined.
         attempt: 1, and one more for every retry; the highest counts.
-        seconds: per stage.
-        facts: what the last stage says of the result (counts per class, files, checksums).
+        seconds: run time of each stage.
+        facts: properties of the result from the last stage (pixels per class, files, checksums).
     """
 
     id: str
@@ -63,7 +71,7 @@ class Record:
 
 
 class Fate(NamedTuple):
-    """What of a record decides whether its row is worked on."""
+    """The part of a record that decides whether its row is processed."""
 
     status: str
     reason: str
@@ -71,10 +79,10 @@ class Fate(NamedTuple):
 
 
 class Fates:
-    """Fates of all rows of a ledger, 50 bytes or so each: those of a planet fit into memory.
+    """The fates of all rows of a ledger in about 50 bytes each, so that those of a planet fit into memory.
 
     Args:
-        records: columns id, status, reason, attempt; of an id several times the highest attempt counts.
+        records: columns id, status, reason, attempt; of several records of an id the highest attempt counts.
     """
 
     def __init__(self, records: pa.Table) -> None:
@@ -85,6 +93,7 @@ class Fates:
         last = np.append(ids[1:] != ids[:-1], True) if len(ids) else np.zeros(0, bool)
         self._ids, order = ids[last], order[last]
         self._attempts = attempts[order]
+        # Dictionary encoding: there are five statuses, and few different reasons.
         self._statuses = records["status"].take(order).combine_chunks().dictionary_encode()
         self._reasons = records["reason"].take(order).combine_chunks().dictionary_encode()
 
@@ -93,24 +102,24 @@ class Fates:
 
     def among(self, ids: Iterable[str]) -> dict[str, Fate]:
         """The fates of those of the ids that have one."""
-        asked = list(ids)
-        if not len(self) or not asked:
+        names = list(ids)
+        if not len(self) or not names:
             return {}
-        keys = np.array([name.encode() for name in asked], np.bytes_)
+        keys = np.array([name.encode() for name in names], np.bytes_)
         at = np.minimum(np.searchsorted(self._ids, keys), len(self) - 1)
-        found = np.flatnonzero(self._ids[at] == keys)
-        rows = pa.array(at[found])
+        known = np.flatnonzero(self._ids[at] == keys)
+        rows = pa.array(at[known])
         statuses, reasons = (column.take(rows).to_pylist() for column in (self._statuses, self._reasons))
-        attempts = self._attempts[at[found]].tolist()
-        names = (asked[index] for index in found)
-        return {name: Fate(*fate) for name, *fate in zip(names, statuses, reasons, attempts, strict=True)}
+        attempts = self._attempts[at[known]].tolist()
+        known_names = (names[index] for index in known)
+        return {name: Fate(*fate) for name, *fate in zip(known_names, statuses, reasons, attempts, strict=True)}
 
 
+@dataclass(eq=False)
 class Ledger:
     """The records below one prefix."""
 
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
+    prefix: str
 
     def write(self, record: Record) -> bool:
         """Add a record unless this attempt has one already; return whether it was added."""
@@ -119,16 +128,19 @@ class Ledger:
 
     def read(self) -> dict[str, Record]:
         """The latest record of every id, ids sorted."""
-        found = [_of_row(row) for row in self._table(COLUMNS.names).to_pylist()]
-        found.sort(key=lambda record: (record.id, record.attempt))
-        return {record.id: record for record in found}
+        rows = self._table(COLUMNS.names).to_pylist()
+        rows.sort(key=lambda row: (row["id"], row["attempt"]))
+        return {
+            row["id"]: Record(**row | {"seconds": json.loads(row["seconds"]), "facts": json.loads(row["facts"])})
+            for row in rows
+        }
 
     def fates(self) -> Fates:
         """The latest fate of every id."""
         return Fates(self._table(["id", "status", "reason", "attempt"]))
 
     def account(self, ids: Iterable[pa.StringArray]) -> "Account":
-        """What became of the rows of some ids, given in parts of which one fits into memory."""
+        """The account of the ids, which come in parts that fit into memory one at a time."""
         fates, total = self.fates(), Account.of((), {})
         for part in ids:
             names = part.to_pylist()
@@ -136,9 +148,9 @@ class Ledger:
         return total
 
     def compact(self, most: int = MOST_LOOSE) -> None:
-        """Put records together if more than `most` lie about; only for the one who has the rows worked on.
+        """Join the records of more than `most` files into one; only the process that runs the step may call it.
 
-        Readers find every record at any moment: the file of all is there before the others go.
+        Readers see every record at any moment: the joined file is written before the others are deleted.
         """
         loose = self._paths(".json")
         if len(loose) <= most:
@@ -148,11 +160,11 @@ class Ledger:
         pq.write_table(_loaded(loose), sink)
         put(upath(self.prefix) / f"records-{content}.parquet", memoryview(sink.getvalue()))
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(_remove, loose))
+            list(pool.map(lambda path: path.unlink(missing_ok=True), loose))
 
     def _table(self, columns: list[str]) -> pa.Table:
-        loose = _loaded(self._paths(".json"))  # first: those that go meanwhile are in a file then
-        parts = [loose.select(columns)]
+        # Loose records first: those that `compact` deletes meanwhile are in a joined file by then.
+        parts = [_loaded(self._paths(".json")).select(columns)]
         for path in self._paths(".parquet"):
             with path.open("rb") as file:
                 parts.append(pq.read_table(file, columns=columns))
@@ -161,28 +173,19 @@ class Ledger:
     def _paths(self, suffix: str) -> list[UPath]:
         folder = upath(self.prefix)
         if not is_local(folder):
-            folder.fs.invalidate_cache()  # s3fs would list what it saw before the workers wrote
+            folder.fs.invalidate_cache()  # s3fs lists what it saw before the workers wrote
         return [path for path in folder.iterdir() if path.suffix == suffix] if folder.is_dir() else []
 
 
 def with_fact(
     rows: Iterable[dict[str, Any]], records: Mapping[str, Record], fact: str
 ) -> list[tuple[dict[str, Any], Record]]:
-    """(row, its record) of every row of whose result the ledger says `fact`."""
+    """(row, its record) of every row whose record has the fact."""
     return [(row, records[row["id"]]) for row in rows if row["id"] in records and fact in records[row["id"]].facts]
 
 
-COLUMNS = pa.schema(
-    [
-        *((name, pa.string()) for name in ("id", "status", "reason")),
-        ("attempt", pa.int32()),
-        *((name, pa.string()) for name in ("seconds", "facts")),
-    ]
-)
-
-
 def _loaded(paths: list[UPath]) -> pa.Table:
-    """The records of some files as a table; of those that are there."""
+    """The records of some files as a table of `COLUMNS`; files that `compact` has deleted meanwhile are left out."""
     with ThreadPoolExecutor(8) as pool:
         rows = [row for row in pool.map(_load, paths) if row]
     return pa.Table.from_pylist(rows, schema=COLUMNS)
@@ -191,22 +194,14 @@ def _loaded(paths: list[UPath]) -> pa.Table:
 def _load(path: UPath) -> dict[str, Any] | None:
     try:
         row = json.loads(path.read_bytes())
-    except FileNotFoundError:  # put together with others meanwhile
+    except FileNotFoundError:
         return None
     return asdict(Record(**row)) | {key: json.dumps(row.get(key, {})) for key in ("seconds", "facts")}
 
 
-def _of_row(row: dict[str, Any]) -> Record:
-    return Record(**row | {key: json.loads(row[key]) for key in ("seconds", "facts")})
-
-
-def _remove(path: UPath) -> None:
-    path.unlink(missing_ok=True)
-
-
 @dataclass(frozen=True)
 class Account:
-    """A step's rows set against its ledger: done + empty + nodata + failed + quarantined + missing = planned."""
+    """The rows of a step against its ledger: done + empty + nodata + failed + quarantined + missing = planned."""
 
     planned: int
     counts: dict[str, int]
@@ -215,10 +210,13 @@ class Account:
     @classmethod
     def of(cls, planned: Iterable[str], records: Mapping[str, Record] | Mapping[str, Fate]) -> "Account":
         """Count the records of the planned ids; `troubles` maps each id that is not settled to the reason."""
-        ids = list(planned)
-        counts = Counter(records[i].status if i in records else "missing" for i in ids)
-        troubles = {i: _trouble(records.get(i)) for i in ids if i not in records or records[i].status not in SETTLED}
-        return cls(len(ids), {status: counts[status] for status in (*STATUSES, "missing")}, troubles)
+        counts, troubles = Counter[str](), {}
+        for row in planned:
+            record = records.get(row)
+            counts[record.status if record else "missing"] += 1
+            if not record or record.status not in SETTLED:
+                troubles[row] = record.reason or record.status if record else MISSING
+        return cls(counts.total(), {status: counts[status] for status in (*STATUSES, "missing")}, troubles)
 
     def __add__(self, other: "Account") -> "Account":
         counts = {status: count + other.counts[status] for status, count in self.counts.items()}
@@ -227,7 +225,3 @@ class Account:
     def __str__(self) -> str:
         parts = [f"{count} {status}" for status, count in self.counts.items() if count]
         return f"{self.planned} planned = {' + '.join(parts) or '0'}"
-
-
-def _trouble(record: Record | Fate | None) -> str:
-    return record.reason or record.status if record else MISSING

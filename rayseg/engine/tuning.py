@@ -1,4 +1,4 @@
-"""What a process is told before it works: Python, OpenMP and glibc have habits that cost more than the work itself."""
+"""Settings of a process for garbage collection, OpenMP threads and glibc's heap, whose defaults slow stages down."""
 
 import ctypes
 import gc
@@ -10,58 +10,52 @@ from contextlib import contextmanager
 
 SPINS = ("GOMP_SPINCOUNT", "3000")
 ARENAS = ("MALLOC_ARENA_MAX", "1")
-"""What processes find in their environment when they begin (docs/decisions/0012 and 0013)."""
+"""Environment variables that processes have when they start (docs/decisions/0012 and 0013)."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8  # malloc.h
+_lock = threading.Lock()
+_blocks = 0
+"""Blocks of `reused_memory` that are open in all threads together: a process has one heap."""
 
 
 def prepare() -> None:
-    """Set this process up, and its environment for those that it starts; before threads are and PyTorch is imported.
+    """Set this process up and the environment of the processes that it starts; before threads and PyTorch.
 
-    A command begins with seconds of imports, which make objects by the million and drop none: looking for garbage after
-    every 700 of them, as Python does by default, takes a sixth of that time.
+    The imports at the start of a command create millions of objects and free none: Python's default of one garbage
+    collection for every 700 of them takes a sixth of the time of the imports.
     """
     gc.set_threshold(50_000)
-    if "OMP_WAIT_POLICY" not in os.environ:  # which says the same, and would no longer be heard
+    if "OMP_WAIT_POLICY" not in os.environ:  # the user's policy, which GOMP_SPINCOUNT would override
         os.environ.setdefault(*SPINS)
     libc = _glibc()
-    if libc and ARENAS[0] not in os.environ:  # else this process has been told when it began
+    if libc and ARENAS[0] not in os.environ:  # glibc has read the variable if it was set at the start
         os.environ.setdefault(*ARENAS)
         libc.mallopt(_ARENA_MAX, int(ARENAS[1]))
 
 
-class _Users:
-    """How many blocks reuse memory just now, in whatever threads; one for the process, as its heap is."""
-
-    def __init__(self) -> None:
-        self.count, self.lock = 0, threading.Lock()
-
-
-_USERS = _Users()
-
-
 @contextmanager
 def reused_memory() -> Iterator[None]:
-    """Let freed memory be used again inside this block instead of going back to the system.
+    """Keep freed memory for reuse inside this block instead of returning it to the operating system.
 
-    glibc maps every tensor over 32 MB afresh; the page faults of large layers then cost as much time as their
-    arithmetic. Affects the whole process, where all threads have one heap (`prepare`); memory goes back when the last
-    such block ends. Elsewhere it does nothing.
+    glibc maps every tensor over 32 MB anew; the page faults of large layers then take as much time as their
+    arithmetic. The setting affects the whole process, where all threads have one heap (`prepare`); memory is returned
+    when the last such block ends. Without glibc it does nothing.
     """
+    global _blocks
     libc = _glibc()
     if libc is None:
         yield
         return
-    with _USERS.lock:
-        _USERS.count += 1
+    with _lock:
+        _blocks += 1
         libc.mallopt(_MMAP_MAX, 0)
         libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     try:
         yield
     finally:
-        with _USERS.lock:
-            _USERS.count -= 1
-            if not _USERS.count:
-                libc.mallopt(_MMAP_MAX, 65536)
+        with _lock:
+            _blocks -= 1
+            if not _blocks:
+                libc.mallopt(_MMAP_MAX, 65536)  # glibc's default; the thresholds are the largest that it sets itself
                 libc.mallopt(_MMAP_THRESHOLD, 1 << 25)
                 libc.mallopt(_TRIM_THRESHOLD, 1 << 26)
                 libc.malloc_trim(0)

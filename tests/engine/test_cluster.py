@@ -31,7 +31,7 @@ def test_a_machine_too_busy_to_start_ray_is_told_in_words(monkeypatch, tmp_path)
     monkeypatch.setattr("ray.init", init)
     monkeypatch.setattr(cluster, "_remove_afterwards", lambda folder: None)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with pytest.raises(Stalled, match="give the same command again later, or --engine inline"):
+    with pytest.raises(Stalled, match="run the same command again later, or use --engine inline"):
         cluster.connect(None)
     monkeypatch.setattr("ray.init", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -57,7 +57,7 @@ def test_agents_of_a_private_ray_listen_at_any_free_port(monkeypatch, tmp_path):
 
 
 def test_an_address_of_ray_client_is_refused_with_what_to_give():
-    with pytest.raises(ConfigError, match="give the head's own, HOST:6379"):
+    with pytest.raises(ConfigError, match="give the address of the head, HOST:6379"):
         cluster.expect_reachable("ray://127.0.0.1:10001")
 
 

@@ -15,7 +15,7 @@ STAGES = [SMALL, MODEL, SMALL]
 
 def test_stages_that_would_wait_for_each_other_for_ever_are_refused():
     stages = [Work(list, cpus=1), Work(list, cpus=1, model=True), Work(list, cpus=1)]
-    with pytest.raises(ConfigError, match="need 4 CPUs at once, Ray has 2 free"):
+    with pytest.raises(ConfigError, match="need 4 CPUs at once, Ray has 2 free CPUs"):
         sizes(stages, [{"CPU": 2.0}])
 
 
@@ -56,7 +56,7 @@ def test_what_cannot_be_had_is_no_size():
         [{"CPU": 14.0, "GPU": 0.5}],
         [{"CPU": 0.0, "GPU": 1.0}, {"CPU": 16.0, "GPU": 0.0}],
     ):
-        with pytest.raises(ConfigError, match="beside 1 GPUs of one machine"):
+        with pytest.raises(ConfigError, match="and 1 GPUs of one machine at once"):
             sizes(STAGES, machines, gpus=True)
     for machines in ([{"CPU": 0.2}] * 10, []):
         with pytest.raises(ConfigError, match="CPUs at once"):
@@ -75,7 +75,7 @@ def test_beside_models_on_gpus_the_processors_read_and_write():
 
 
 def test_on_a_ray_of_ones_own_what_does_not_fit_is_refused_at_once(monkeypatch):
-    monkeypatch.setattr(cluster, "machines", lambda: [{"CPU": 2.0, "GPU": 0.0}])
+    monkeypatch.setattr(cluster, "_machines", lambda: [{"CPU": 2.0, "GPU": 0.0}])
     assert cluster.sizes_now(STAGES, shared=False, patience=0.0)[1].cpus == 1.25
     with pytest.raises(ConfigError, match="need 8"):
         cluster.sizes_now([Work(list, cpus=4)], shared=False, patience=100.0)
@@ -86,9 +86,12 @@ def test_an_autoscaler_is_asked_for_what_is_needed_beside_what_is_held_and_no_lo
     asked, left = [], iter([{"CPU": 0.5, "GPU": 0.0}, {"CPU": 4.0, "GPU": 1.0}])
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda *, bundles: asked.append(bundles))
     new = {"CPU": 8.0, "GPU": 0.0}  # came when what is there had been looked at
-    monkeypatch.setattr(cluster, "machines", lambda: [{"CPU": 4.0, "GPU": 1.0}])
-    monkeypatch.setattr(cluster, "available", lambda: [next(left), new][: 2 if not asked else 1])
-    monkeypatch.setattr(cluster, "LETTING_GO", -1.0)
+
+    def machines(*, free=False):
+        return [next(left), new][: 2 if not asked else 1] if free else [{"CPU": 4.0, "GPU": 1.0}]
+
+    monkeypatch.setattr(cluster, "_machines", machines)
+    monkeypatch.setattr(cluster, "RELEASE_SECONDS", -1.0)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     cluster.sizes_now([Work(list, cpus=1.0), Work(list, cpus=1.0, gpus=1.0, model=True)], shared=True, patience=9.0)
     assert asked == [[{"CPU": 1.0}, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 3.5, "GPU": 1.0}], []]
@@ -99,15 +102,15 @@ def test_what_others_hold_of_a_cluster_is_left_to_them_and_waited_for(local_ray,
     """Without it actors would be asked for that never start."""
     import ray
 
-    monkeypatch.setattr(cluster, "LETTING_GO", 0.2)
+    monkeypatch.setattr(cluster, "RELEASE_SECONDS", 0.2)
     before = cluster.sizes_now(STAGES, shared=True, patience=0.0)
     holders = [ray.remote(num_cpus=3, num_gpus=gpus)(Holder).remote() for gpus in (1, 0)]
     ray.get([holder.ready.remote() for holder in holders])
     try:
         beside = cluster.sizes_now([SMALL, Work(list, model=True), SMALL], shared=True, patience=0.0)
-        with pytest.raises(Stalled, match=r"need 17.* Ray has 2 free; .* then give the same command again"):
+        with pytest.raises(Stalled, match=r"need 17.* Ray has 2 free CPUs; .* run the same command again"):
             cluster.sizes_now([Work(list, cpus=8.5), SMALL], shared=True, patience=0.3)
-        with pytest.raises(Stalled, match="others did not let go of it: then give the same command again"):
+        with pytest.raises(Stalled, match="other jobs still hold the cluster's resources; run the same command again"):
             cluster.sizes_now(STAGES, shared=True, patience=0.1)
         began = time.monotonic()
         threading.Timer(1.0, ray.kill, [holders[0]]).start()
@@ -118,7 +121,7 @@ def test_what_others_hold_of_a_cluster_is_left_to_them_and_waited_for(local_ray,
     assert sum(size.copies * size.cpus for size in beside) + SMALL.cpus <= 2.0
     assert time.monotonic() - began > 1.0
     assert (before[1].gpus, after[1].gpus) == (1.0, 1.0)
-    assert "waiting for room on the cluster: the stages need" in caplog.text
+    assert "waiting for free resources on the cluster: the stages need" in caplog.text
 
 
 class Holder:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from rayseg.engine.tuning import _USERS, ARENAS, SPINS, reused_memory
+from rayseg.engine import tuning
+from rayseg.engine.tuning import ARENAS, SPINS, reused_memory
 from rayseg.models.sam import SamConfig, SamProposer, _nothing
 from rayseg.stages.label import LabelTile
 from rayseg.stages.predict import Predict
@@ -49,7 +50,7 @@ def in_a_block(seen):
     """Something to call instead of the work, which notes how many blocks there are."""
 
     def note(*_, **__):
-        seen.append(_USERS.count)
+        seen.append(tuning._blocks)
         return {}
 
     return note
@@ -67,7 +68,7 @@ def test_tiles_sam_and_trainings_reuse_their_memory(tmp_path, monkeypatch):
     SamProposer(None, SamConfig())(np.zeros((1, 1, 3), np.uint8), np.ones((1, 1), bool))
     session.fit(in_a_block(seen), {}, session.Setup(tmp_path), name="x")
     assert seen == [1, 1, 1, 1]
-    assert _USERS.count == 0
+    assert tuning._blocks == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")

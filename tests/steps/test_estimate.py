@@ -199,9 +199,11 @@ def test_what_is_unknown_before_training_is_said():
     said = run._plan_text(found)
     probe = {"tiles": ["a", "b"], "cpus": 2, "gpus": 0, "troubles": {"b": "b.tif is cut short"}}
     costs = dict.fromkeys(("cpu_seconds", "wall_seconds", "price"), 1.0) | {"seconds": {}, "gpu_seconds": None}
-    assert "failed when tried: b: b.tif is cut short" in run._plan_text(found | costs | {"workers": 1, "probe": probe})
+    assert "failed in the probe: b: b.tif is cut short" in run._plan_text(
+        found | costs | {"workers": 1, "probe": probe}
+    )
     assert "read     unknown" in said
-    assert "not in these figures: training: 80 epochs" in said
+    assert "not included: training: 80 epochs" in said
     assert "1 scenes cannot be mapped" in said
 
 

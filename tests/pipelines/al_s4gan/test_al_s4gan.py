@@ -203,7 +203,7 @@ def test_people_draw_what_is_asked_for_round_by_round(tmp_path):
                 assert np.abs(shown[mask == value].mean(0) - COLORS[value]).max() < 5
             Image.fromarray(mask).save(drawn / f"{one['id']}.png")
         told = rayseg("labels", "import", drawn, out)
-        assert told.stdout == f"{number} masks taken into {out}, none is missing\n"
+        assert told.stdout == f"{number} masks imported into {out}, none is missing\n"
         asked += fresh
     found = rayseg(*words)
     assert found.exit_code == 0, found.output
@@ -321,6 +321,6 @@ def test_masks_that_do_not_fit_are_refused_and_nothing_is_taken(tmp_path):
     assert "1 masks in" in refused(3, "labels", "import", tmp_path / "other", out)
     Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "size" / f"{chips[1]}.png")
     told = rayseg("labels", "import", tmp_path / "size", out)
-    assert f"2 masks taken into {out}, 1 chips still wait: {chips[2]}" in told.stdout
+    assert f"2 masks imported into {out}, 1 chips without a mask: {chips[2]}" in told.stdout
     Image.fromarray(np.ones((64, 64), np.uint8)).save(tmp_path / "size" / f"{chips[1]}.png")
     assert "has another mask of" in refused(3, "labels", "import", tmp_path / "size", out)
