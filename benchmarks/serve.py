@@ -1,10 +1,9 @@
-"""`rayseg serve` against a bare FastAPI with the same model in one process; then three times more than it can answer.
+"""Throughput of `rayseg serve` against a bare FastAPI with the same model in one process; then an overload.
 
-Both servers get the same PNG of one patch, and answer with its mask as PNG. Closed loops of 1, 8 and 32 clients take
-turns at them. The overload is an open loop: requests come at random, at three times the rate that was measured,
-whatever becomes of those before.
-Targets: images/s 1.0 x at 8 and 32, median at 1 at most 10 ms longer; overloaded, p99 of what is accepted at most 3 x
-that of a server at rest, and memory flat.
+Both servers get the same PNG of one patch and return its mask as PNG, in closed loops of 1, 8 and 32 clients in turn.
+The overload is an open loop: requests arrive at random at three times the measured rate, independent of responses.
+Targets: 1.0 x images/s at 8 and 32 clients, median at 1 client at most 10 ms longer; under overload, p99 of accepted
+requests at most 3 x that of a server at rest, and constant memory.
 """
 
 import argparse
@@ -30,7 +29,7 @@ PATCH, MEAN, STD = 256, 120.0, 50.0
 
 
 def write_world(folder: Path, encoder: str) -> None:
-    """The bundle of a network that marks about half of an image, and a PNG of one patch."""
+    """Write a bundle whose network marks about half of an image, and a PNG of one patch."""
     import torch
     from PIL import Image
 
@@ -63,7 +62,7 @@ def write_world(folder: Path, encoder: str) -> None:
 
 
 def bare(folder: Path, port: int) -> None:
-    """What one would write in ten minutes: FastAPI, PIL, PyTorch."""
+    """The baseline: FastAPI, PIL and PyTorch in one process."""
     import torch
     import uvicorn
     from fastapi import FastAPI, Response, UploadFile
@@ -99,7 +98,7 @@ def free_port() -> int:
 
 @contextmanager
 def server(words: list[str], port: int):
-    """A server in a process of its own that answers; ended afterwards."""
+    """A server in its own process, ready to answer; ended afterwards."""
     process = subprocess.Popen([sys.executable, *words], stderr=subprocess.DEVNULL)
     try:
         for _ in range(240):
@@ -129,7 +128,7 @@ def theirs(folder: Path):
 
 
 def held(pid: int) -> dict[str, float]:
-    """Memory that a process and all below it hold alone (PSS), MiB, by what they are."""
+    """Memory (PSS, MiB) of a process and its descendants, by kind of process."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -151,7 +150,7 @@ def _called(pid: int) -> str:
 
 
 def tree_mib(pid: int) -> float:
-    """Memory that a process and all below it hold alone (PSS), MiB."""
+    """Memory (PSS, MiB) of a process and its descendants."""
     return sum(held(pid).values())
 
 
@@ -174,7 +173,7 @@ async def one(session, url: str, data: bytes) -> tuple[int, float]:
 
 
 async def closed(port: int, data: bytes, clients: int, seconds: float) -> tuple[list[float], float]:
-    """(seconds of every answer, images per second) of a few clients that ask again when answered."""
+    """(seconds of every response, images per second) of clients that send a request after each response."""
     import aiohttp
 
     url, found, end = f"http://127.0.0.1:{port}/v1/models/bench/predict", [], time.perf_counter() + seconds
@@ -190,13 +189,13 @@ async def closed(port: int, data: bytes, clients: int, seconds: float) -> tuple[
         spent = time.perf_counter() - began
     wrong = Counter(status for status, _ in found if status != 200)
     if wrong:
-        print(f"  answers that are no 200: {dict(wrong)}")
+        print(f"  responses other than 200: {dict(wrong)}")
     good = [took for status, took in found if status == 200]
     return good, len(good) / spent
 
 
 async def opened(port: int, data: bytes, rate: float, seconds: float) -> list[tuple[int, float]]:
-    """(status, seconds) of requests that come at random at some rate."""
+    """(status, seconds) of requests that arrive at random at a given rate."""
     import aiohttp
 
     url, tasks, end = f"http://127.0.0.1:{port}/v1/models/bench/predict", [], time.perf_counter() + seconds
@@ -214,7 +213,7 @@ def ms(values: list[float], share: float) -> float:
 
 
 def compare(folder: Path, data: bytes, seconds: float, rounds: int) -> None:
-    """Closed loops at both servers in turn."""
+    """Closed loops against both servers in turn."""
     found: dict[tuple[str, int], tuple[list[float], list[float]]] = {}
     names = {"FastAPI": theirs, "rayseg": ours}
     for name, start in rounds * [*names.items()]:
@@ -239,7 +238,7 @@ def compare(folder: Path, data: bytes, seconds: float, rounds: int) -> None:
 
 
 def overload(folder: Path, data: bytes, seconds: float, queue: int) -> None:
-    """Three times the capacity, at random."""
+    """An open loop at three times the capacity."""
     with ours(folder, f"queue={queue}") as (port, process):
         rest, _ = asyncio.run(closed(port, data, 1, 10))
         _, capacity = asyncio.run(closed(port, data, queue, 8))
@@ -251,8 +250,8 @@ def overload(folder: Path, data: bytes, seconds: float, queue: int) -> None:
     refused = [took for status, took in found if status == 503]
     rows = [
         ["capacity, images/s", f"{capacity:.1f}"],
-        ["asked, images/s", f"{len(found) / seconds:.1f}"],
-        ["answers", str(dict(Counter(status for status, _ in found)))],
+        ["sent, images/s", f"{len(found) / seconds:.1f}"],
+        ["responses", str(dict(Counter(status for status, _ in found)))],
         ["at rest, p50 / p99 ms", f"{ms(rest, 0.5):.1f} / {ms(rest, 0.99):.1f}"],
         ["accepted, p50 / p99 ms", f"{ms(good, 0.5):.1f} / {ms(good, 0.99):.1f}"],
         ["accepted p99 / at rest p99", f"{ms(good, 0.99) / ms(rest, 0.99):.2f}"],
@@ -274,18 +273,18 @@ def main() -> None:
     parser.add_argument("--overload", type=float, default=60.0)
     parser.add_argument("--queue", type=int, default=2)
     parser.add_argument("--only", choices=["compare", "overload"])
-    asked = parser.parse_args()
-    if asked.bare:
-        bare(asked.bare, asked.port)
+    arguments = parser.parse_args()
+    if arguments.bare:
+        bare(arguments.bare, arguments.port)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_world(folder, asked.encoder)
+        write_world(folder, arguments.encoder)
         data = (folder / "image.png").read_bytes()
-        if asked.only != "overload":
-            compare(folder, data, asked.seconds, asked.rounds)
-        if asked.only != "compare":
-            overload(folder, data, asked.overload, asked.queue)
+        if arguments.only != "overload":
+            compare(folder, data, arguments.seconds, arguments.rounds)
+        if arguments.only != "compare":
+            overload(folder, data, arguments.overload, arguments.queue)
 
 
 if __name__ == "__main__":

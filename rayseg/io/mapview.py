@@ -1,13 +1,13 @@
-"""A finished map as web-map tiles of 256 px, by rio-tiler: its classes, and the imagery it was made of.
+"""A run's map as web-map tiles of 256 px, read with rio-tiler: its classes and its imagery.
 
-Maps with a CRS are cut on the web's Mercator grid; an image without one on a pyramid of its own (zoom 0 is all of it).
+Maps with a CRS follow the Web Mercator grid; an image without one has its own pyramid (zoom 0 is the whole image).
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import mercantile
@@ -23,12 +23,11 @@ from rayseg.io.maps import MappedTile
 from rayseg.io.pictures import bands_shown
 from rayseg.io.sources import Source, crs_of, gdal
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-warnings.filterwarnings("ignore", category=NoOverviewWarning)  # once, for filters belong to the process
+warnings.filterwarnings("ignore", category=NoOverviewWarning)  # once: filters belong to the process
 SIDE = 256
 Bounds = tuple[float, float, float, float]
+Place = tuple[int, int, int]
+"""(z, x, y) of a web tile."""
 
 
 def lonlat_bounds(grid: Grid, window: Window) -> Bounds:
@@ -39,123 +38,139 @@ def lonlat_bounds(grid: Grid, window: Window) -> Bounds:
 
 
 def bounds_of_tile(z: int, x: int, y: int) -> Bounds:
-    """(west, south, east, north) of a tile of the web's grid."""
-    found = mercantile.bounds(x, y, z)
-    return found.west, found.south, found.east, found.north
+    """(west, south, east, north) of a web tile."""
+    bounds = mercantile.bounds(x, y, z)
+    return bounds.west, bounds.south, bounds.east, bounds.north
 
 
-def local_side(width: int, height: int, z: int) -> float:
-    """Image pixels along a tile of the pyramid of an image without CRS."""
-    return max(width, height) / float(2**z)
+def mercator(bounds_N4: np.ndarray) -> np.ndarray:
+    """(west, south, east, north) in degrees as Web Mercator coordinates on a unit sphere (EPSG:3857 / 6,378,137 m)."""
+    lats_N2 = np.radians(np.clip(bounds_N4[:, [1, 3]], -89.9, 89.9))
+    return np.concatenate([np.radians(bounds_N4[:, [0, 2]]), np.arcsinh(np.tan(lats_N2))], axis=1)[:, [0, 2, 1, 3]]
 
 
-def classes_tile(tiles: Sequence[MappedTile], z: int, x: int, y: int, *, image: Window | None = None) -> np.ndarray:
+def classes_tile(tiles: Sequence[MappedTile], place: Place, *, image: Window | None = None) -> np.ndarray:
     """Class values (256, 256) uint8 of a web tile, 255 where nothing is mapped.
 
     Args:
-        tiles: those that may lie in it.
-        z: zoom.
-        x: column.
-        y: row.
-        image: the whole of an image without CRS whose pyramid is meant.
+        tiles: those that can intersect it.
+        place: of the web tile.
+        image: for an image without CRS, the whole of it.
     """
-    found_HW = np.full((SIDE, SIDE), NODATA, np.uint8)
+    classes_HW = np.full((SIDE, SIDE), NODATA, np.uint8)
     for tile in tiles:
-        part = _read(tile.href, (1,), z, x, y, place=(tile.tile.window, image) if image else None, nodata=NODATA)
+        windows = (tile.tile.window, image) if image else None
+        part = _read(tile.href, 1, place, windows=windows, nodata=NODATA)
         if part is not None:
-            found_HW = np.where(found_HW == NODATA, part.array.filled(NODATA)[0], found_HW)
-    return found_HW
+            classes_HW = np.where(classes_HW == NODATA, part.array.filled(NODATA)[0], classes_HW)
+    return classes_HW
+
+
+def coarse_classes_tile(values_N: np.ndarray, boxes_N4: np.ndarray, extent: Bounds) -> np.ndarray:
+    """Class values (256, 256) uint8 of a web tile, each box filled with one value; opens no file.
+
+    Args:
+        values_N: class value of each box, uint8.
+        boxes_N4: (left, bottom, right, top) of each box.
+        extent: of the web tile, in the same coordinates.
+    """
+    classes_HW = np.full((SIDE, SIDE), NODATA, np.uint8)
+    left, bottom, right, top = extent
+    cols_N2 = np.clip((boxes_N4[:, [0, 2]] - left) / (right - left), 0, 1) * SIDE
+    rows_N2 = np.clip((top - boxes_N4[:, [3, 1]]) / (top - bottom), 0, 1) * SIDE
+    # Neighbours share rounded edges, so that no gap shows; a box below a pixel still gets one.
+    edges_N4 = np.rint(np.concatenate([rows_N2, cols_N2], axis=1)).astype(int)
+    edges_N4[:, [0, 2]] = np.minimum(edges_N4[:, [0, 2]], SIDE - 1)
+    edges_N4[:, [1, 3]] = np.maximum(edges_N4[:, [1, 3]], edges_N4[:, [0, 2]] + 1)
+    for value, (row0, row1, col0, col1) in zip(values_N, edges_N4, strict=True):
+        classes_HW[row0:row1, col0:col1] = value
+    return classes_HW
 
 
 def imagery_tile(
-    sources: Sequence[Source], z: int, x: int, y: int, *, image: Window | None = None, hosts: Sequence[str] = ()
+    sources: Sequence[Source], place: Place, *, image: Window | None = None, hosts: Sequence[str] = ()
 ) -> np.ndarray:
-    """The imagery (256, 256, 4) uint8 of a web tile, see-through where there is none; first valid wins.
+    """The imagery (256, 256, 4) uint8 of a web tile, transparent where there is none; first valid wins.
 
     Args:
-        sources: those that may lie in it, in order.
-        z: zoom.
-        x: column.
-        y: row.
-        image: the whole of an image without CRS whose pyramid is meant.
-        hosts: from which files may be read over http(s); others are left out.
+        sources: those that can intersect it, in order.
+        place: of the web tile.
+        image: for an image without CRS, the whole of it.
+        hosts: allowed for http(s); files on other hosts are skipped.
     """
-    found_HWC = np.zeros((SIDE, SIDE, 4), np.uint8)
+    image_HW4 = np.zeros((SIDE, SIDE, 4), np.uint8)
     for source in sources:
-        places = bands_shown(source)
-        if any(not _allowed(href, hosts) for href, _ in places) or found_HWC[..., 3].all():
+        bands = bands_shown(source)
+        if any(not allowed(href, hosts) for href, _ in bands) or image_HW4[..., 3].all():
             continue
-        place = (image, image) if image else None
-        bands = [_read(href, (band,), z, x, y, place=place, nodata=source.nodata) for href, band in places]
-        layers = [band for band in bands if band is not None]
+        windows = (image, image) if image else None
+        parts = [_read(href, band, place, windows=windows, nodata=source.nodata) for href, band in bands]
+        layers = [part for part in parts if part is not None]
         if len(layers) < 3:
             continue
-        seen_HW = ~np.any([np.ma.getmaskarray(layer.array)[0] for layer in layers], axis=0)
-        limits = [(0.0, 255.0) if source.dtype == "uint8" else _limits(href, band) for href, band in places]
-        rgb = [_byte(layer.array.data[0], *limit) for layer, limit in zip(layers, limits, strict=True)]
-        fresh_HW = seen_HW & (found_HWC[..., 3] == 0)
-        found_HWC[fresh_HW] = np.stack([*rgb, np.full((SIDE, SIDE), 255, np.uint8)], axis=-1)[fresh_HW]
-    return found_HWC
+        valid_HW = ~np.any([np.ma.getmaskarray(layer.array)[0] for layer in layers], axis=0)
+        limits = [(0.0, 255.0) if source.dtype == "uint8" else _limits(href, band) for href, band in bands]
+        rgb = []
+        for layer, (low, high) in zip(layers, limits, strict=True):
+            scaled_HW = (layer.array.data[0].astype(np.float64) - low) / max(high - low, 1e-12)
+            rgb.append(np.rint(np.clip(np.nan_to_num(scaled_HW), 0, 1) * 255).astype(np.uint8))
+        new_HW = valid_HW & (image_HW4[..., 3] == 0)
+        image_HW4[new_HW] = np.stack([*rgb, np.full((SIDE, SIDE), 255, np.uint8)], axis=-1)[new_HW]
+    return image_HW4
 
 
-def _allowed(href: str, hosts: Sequence[str]) -> bool:
+def allowed(href: str, hosts: Sequence[str]) -> bool:
+    """Whether the server may read an href of a run: local files, S3, and http(s) on `hosts`."""
     url = urlsplit(href)
     return url.scheme in {"", "file", "s3"} or (url.scheme in {"http", "https"} and url.hostname in hosts)
 
 
-def _byte(values_HW: np.ndarray, low: float, high: float) -> np.ndarray:
-    scaled_HW = (values_HW.astype(np.float64) - low) / max(high - low, 1e-12)
-    return np.asarray(np.rint(np.clip(np.nan_to_num(scaled_HW), 0, 1) * 255), np.uint8)
-
-
 @contextmanager
-def _open(href: str, *, local: bool, nodata: float | None) -> "Iterator[Reader]":
+def _open(href: str, *, local: bool, nodata: float | None) -> Iterator[Reader]:
     options: Any = {} if nodata is None else {"nodata": nodata}
     with gdal(href), (ImageReader if local else Reader)(href, options=options) as reader:
         yield reader
 
 
 def _read(
-    href: str,
-    bands: tuple[int, ...],
-    z: int,
-    x: int,
-    y: int,
-    *,
-    place: tuple[Window, Window] | None,
-    nodata: float | None,
+    href: str, band: int, place: Place, *, windows: tuple[Window, Window] | None, nodata: float | None
 ) -> ImageData | None:
-    """A file's part of a tile; None where it has none, or cannot be read: the ledger says so, the map goes on."""
-    with suppress(RioTilerError, DataError), _open(href, local=place is not None, nodata=nodata) as reader:
-        if place is None:
-            found: ImageData = reader.tile(x, y, z, indexes=bands, tilesize=SIDE)
-            return found
-        return _part(reader, bands, z, x, y, *place)
+    """A file's part of a web tile; None without overlap, or if it cannot be read, so that one file never hides others.
+
+    Args:
+        href: of the file.
+        band: its number.
+        place: of the web tile.
+        windows: for an image without CRS, the window of it that the file covers, and the whole.
+        nodata: of the band.
+    """
+    z, x, y = place
+    with suppress(RioTilerError, DataError), _open(href, local=windows is not None, nodata=nodata) as reader:
+        if windows is None:
+            part: ImageData = reader.tile(x, y, z, indexes=(band,), tilesize=SIDE)
+            return part
+        # 1. the web tile in pixels of the image, cut by what the file covers
+        own, image = windows
+        side = max(image.width, image.height) / float(2**z)
+        left, top = max(x * side, own.col), max(y * side, own.row)
+        right, bottom = min((x + 1) * side, own.col1), min((y + 1) * side, own.row1)
+        # 2. where that lies in the web tile
+        col0, row0, col1, row1 = (
+            round((edge - start * side) / side * SIDE) for edge, start in ((left, x), (top, y), (right, x), (bottom, y))
+        )
+        if col1 <= col0 or row1 <= row0:
+            return None
+        box = (left - own.col, bottom - own.row, right - own.col, top - own.row)
+        part = reader.part(box, indexes=(band,), width=col1 - col0, height=row1 - row0, max_size=None)
+        whole: Any = np.ma.masked_all((1, SIDE, SIDE), part.array.dtype)  # type: ignore[no-untyped-call]
+        whole[:, row0:row1, col0:col1] = part.array
+        return ImageData(whole)
     return None
-
-
-def _part(
-    reader: Reader, bands: tuple[int, ...], z: int, x: int, y: int, own: Window, image: Window
-) -> ImageData | None:
-    """What a file that covers the window `own` of an image without CRS has of a tile of the image's pyramid."""
-    side = local_side(image.width, image.height, z)
-    left, top = max(x * side, own.col), max(y * side, own.row)
-    right, bottom = min((x + 1) * side, own.col1), min((y + 1) * side, own.row1)
-    col0, row0, col1, row1 = (
-        round((edge - start * side) / side * SIDE) for edge, start in ((left, x), (top, y), (right, x), (bottom, y))
-    )
-    if col1 <= col0 or row1 <= row0:
-        return None
-    box = (left - own.col, bottom - own.row, right - own.col, top - own.row)
-    part = reader.part(box, indexes=bands, width=col1 - col0, height=row1 - row0, max_size=None)
-    whole: Any = np.ma.masked_all((len(bands), SIDE, SIDE), part.array.dtype)  # type: ignore[no-untyped-call]
-    whole[:, row0:row1, col0:col1] = part.array
-    return ImageData(whole)
 
 
 @lru_cache(maxsize=256)
 def _limits(href: str, band: int) -> tuple[float, float]:
-    """The 2nd and 98th percentile of a band, from afar."""
+    """The 2nd and 98th percentile of a band, from an overview of 256 px."""
     with suppress(RioTilerError, DataError), gdal(href), Reader(href) as reader:
         values = reader.preview(indexes=(band,), max_size=256).array.compressed()
         if len(values):

@@ -1,7 +1,7 @@
-"""Images from strangers: what may be opened, how large it may be, and its pixels; for a process that may die of them.
+"""Decode images from untrusted sources within limits of format, size and memory; meant for a disposable process.
 
-`closed` makes the environment in which GDAL knows three drivers, no sidecar files and no network; it has to be there
-before GDAL is first used, so the reading happens in a child process (see `rayseg.serve.uploads`).
+`gdal_environment` returns the environment in which GDAL has three drivers, no sidecar files and no network. GDAL reads
+it at first use, so the decoding runs in a child process (see `rayseg.serve.uploads`).
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import rasterio
-from rasterio.io import DatasetReader
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window
@@ -17,7 +16,7 @@ from rayseg.io.rasters import read
 from rayseg.io.sources import Source, footprint, gdal, grids_of, source_of_file
 
 DRIVERS = {"png": "PNG", "jpeg": "JPEG", "tiff": "GTiff"}
-_CLOSED = {
+_RESTRICTED = {
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
     "GDAL_PAM_ENABLED": "NO",
     "GDAL_GEOREF_SOURCES": "INTERNAL",
@@ -29,22 +28,22 @@ _CLOSED = {
     "PROJ_NETWORK": "OFF",
     "GDAL_NUM_THREADS": "1",
 }
-_LEAST_BLOCK = 1 << 22  # px; small images lie in large blocks, too
+_MIN_BLOCK_LIMIT = 1 << 22  # px; small images can be stored in blocks larger than themselves
 
 
-class TooLarge(DataError):
-    """An image of more pixels than are allowed."""
+class ImageTooLarge(DataError):
+    """An image with more pixels or bytes than allowed."""
 
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
-    """An image as it is worked on.
+    """A decoded image.
 
     Attributes:
-        source: what the file says of itself; its href means nothing.
-        grid: the file's own grid, or the UTM zone it was brought to.
-        window: its place there.
-        image_CHW: the bands asked for in the file's dtype, 0 where not valid; None where it lacks one of them.
+        source: the file's metadata; its href is meaningless.
+        grid: the file's own grid, or the UTM zone to which it is warped.
+        window: its window of the grid.
+        image_CHW: the requested bands in the file's dtype, 0 where not valid; None if the file lacks one of them.
         valid_HW: bool.
     """
 
@@ -55,65 +54,63 @@ class Pixels:
     valid_HW: np.ndarray | None
 
 
-def closed() -> dict[str, str]:
-    """Environment variables under which GDAL opens PNG, JPEG and GeoTIFF alone, and nothing beside or outside them."""
+def gdal_environment() -> dict[str, str]:
+    """Environment variables that restrict GDAL to PNG, JPEG and GeoTIFF, without sidecar files and network."""
     with rasterio.Env() as env:
         others = sorted(set(env.drivers()) - {*DRIVERS.values(), "MEM", "Memory"})
-    return _CLOSED | {"GDAL_SKIP": ",".join(others), "OGR_SKIP": ",".join(others)}
+    return _RESTRICTED | {"GDAL_SKIP": ",".join(others), "OGR_SKIP": ",".join(others)}
 
 
 def read_image(path: str, kind: str, *, bands: Sequence[str], max_pixels: int) -> Pixels:
-    """The pixels of an image.
+    """Decode an image.
 
     Args:
         path: local file, alone in its folder.
-        kind: one of `DRIVERS`; the file is opened as nothing else.
-        bands: names of those wanted, in that order; empty for all but alpha.
-        max_pixels: most pixels of one band.
+        kind: one of `DRIVERS`; no other driver opens the file.
+        bands: names of the requested bands, in that order; empty for all but alpha.
+        max_pixels: maximum pixels of one band.
 
     Raises:
-        TooLarge: it has more pixels, or would need more memory than four bytes in each of eight bands of so many.
-        DataError: it cannot be read, or what it says leads out of it.
+        ImageTooLarge: more pixels, or more bytes than eight bands of `max_pixels` four-byte values.
+        DataError: the file cannot be decoded, or refers to other files.
     """
     with gdal(path), rasterio.open(path, driver=DRIVERS[kind]) as dataset:
-        _expect_inside(dataset)
-        _expect_small(dataset, len(bands), max_pixels)
+        # 1. metadata can name files with overviews or subdatasets, which GDAL would open
+        if any(dataset.tags(ns=domain) for domain in ("OVERVIEWS", "SUBDATASETS", "PROXY_OVERVIEW_REQUEST")):
+            raise DataError("the image refers to other files or holds several images; save it as one plain image")
+        if len(dataset.files) > 1:
+            raise DataError("the image needs sidecar files, which uploads cannot have; save it as one plain image")
+        # 2. sizes by the header, before any pixel is decoded
+        _check_pixels(dataset.width, dataset.height, max_pixels)
+        itemsize = max(np.dtype(name).itemsize for name in dataset.dtypes)
+        if dataset.width * dataset.height * (len(bands) or dataset.count) * itemsize > 32 * max_pixels:
+            raise ImageTooLarge(
+                f"the image has {dataset.count} bands of {dataset.dtypes[0]} in {dataset.width} x {dataset.height} px, "
+                f"more than {32 * max_pixels:,} bytes; send a part of it"
+            )
+        if max(rows * cols for rows, cols in dataset.block_shapes) > max(max_pixels, _MIN_BLOCK_LIMIT):
+            raise ImageTooLarge(
+                f"the image is stored in blocks of more than {max(max_pixels, _MIN_BLOCK_LIMIT):,} px; save it with "
+                "smaller blocks"
+            )
         if dataset.colorinterp[0].name == "palette":
-            raise DataError("the image has a palette, as masks have; convert it to RGB")
+            raise DataError("the image has a palette, as class masks have; convert it to RGB")
+    # 3. the grid, which a warp can make larger than the file
     source = source_of_file(path, "upload")
     [(grid, _)] = grids_of([source])
     window = footprint(source, grid)
-    _expect_few(window.width, window.height, max_pixels)
-    wanted = list(bands) or [name for name in source.bands if name != "alpha"]
-    if not set(wanted) <= set(source.bands):
+    _check_pixels(window.width, window.height, max_pixels)
+    # 4. pixels
+    names = list(bands) or [name for name in source.bands if name != "alpha"]
+    if not set(names) <= set(source.bands):
         return Pixels(source, grid, window, None, None)
-    image_CHW, valid_HW = read([source], grid, window, bands=wanted)
+    image_CHW, valid_HW = read([source], grid, window, bands=names)
     return Pixels(source, grid, window, image_CHW, valid_HW)
 
 
-def _expect_inside(dataset: DatasetReader) -> None:
-    """Refuse a file that names others: metadata can hold the path of overviews, which GDAL would open."""
-    if any(dataset.tags(ns=domain) for domain in ("OVERVIEWS", "SUBDATASETS", "PROXY_OVERVIEW_REQUEST")):
-        raise DataError("the image points to other files or holds several; save it as one plain image")
-    if len(dataset.files) > 1:
-        raise DataError("the image needs files beside it; save it as one plain image")
-
-
-def _expect_small(dataset: DatasetReader, bands: int, max_pixels: int) -> None:
-    _expect_few(dataset.width, dataset.height, max_pixels)
-    size = max(np.dtype(name).itemsize for name in dataset.dtypes)
-    if dataset.width * dataset.height * (bands or dataset.count) * size > 32 * max_pixels:
-        raise TooLarge(
-            f"the image has {dataset.count} bands of {dataset.dtypes[0]} in {dataset.width} x {dataset.height} px, "
-            f"more than {32 * max_pixels:,} bytes; send a part of it"
-        )
-    if max(rows * cols for rows, cols in dataset.block_shapes) > max(max_pixels, _LEAST_BLOCK):
-        raise TooLarge("the image is stored in blocks that are larger than it may be; save it with smaller ones")
-
-
-def _expect_few(width: int, height: int, max_pixels: int) -> None:
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise TooLarge(
-            f"the image has {width} x {height} px on its grid, {max_pixels:,} px are allowed; send a part of it, or "
-            "start the server with a higher --max-pixels"
+        raise ImageTooLarge(
+            f"the image has {width} x {height} px, {max_pixels:,} px are allowed; send a part of it, or start the "
+            "server with a higher --max-pixels"
         )

@@ -1,261 +1,237 @@
-"""The HTTP API: what can be asked of the models, of runs and of the server; OpenAPI at /openapi.json, a page at /."""
+"""The HTTP API: models, runs, jobs and the server's state; OpenAPI at /openapi.json, a page at /."""
 
 import asyncio
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Header, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
+from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
 from rayseg import __version__
 from rayseg.errors import RaysegError
 from rayseg.serve import answers, forms, middleware, pages, problems, runs
 from rayseg.serve.answers import GEOJSON, JSON, PNG, TIFF, Result
-from rayseg.serve.forms import Asked
-from rayseg.serve.middleware import Door, Metrics
-from rayseg.serve.models import Backend, Shelf
-from rayseg.serve.problems import Refused
+from rayseg.serve.forms import Form
+from rayseg.serve.middleware import Metrics, RequestMiddleware
+from rayseg.serve.models import Backend, ModelIndex
+from rayseg.serve.problems import Problem
 from rayseg.serve.settings import ServeConfig
-from rayseg.serve.uploads import Readers
+from rayseg.serve.uploads import DecoderPool, Image
 from rayseg.store import upath
 from rayseg.vision.color import ClassTable, hex_of, label_table
 
-Accept = Annotated[str, Header(description="Media type of the answer.")]
+Accept = Annotated[str, Header(description="Media type of the response.")]
 Name = Annotated[str, Path(max_length=200, pattern=r"^[A-Za-z0-9._-]+$")]
+_EXTENSIONS = {PNG: "png", TIFF: "tif", GEOJSON: "geojson", JSON: "json"}
+_FRAMEWORK_DETAILS: Mapping[int, str] = {
+    404: "nothing exists at this address; /docs lists the addresses",
+    405: "this address does not accept that method; /docs lists the methods",
+}
 
 
-def api(config: ServeConfig, backend: Backend, shelf: Shelf) -> Door:
-    """The application, behind its door.
+def api(config: ServeConfig, backend: Backend, index: ModelIndex) -> RequestMiddleware:
+    """Build the application with its middleware.
 
     Args:
         config: limits, runs, token.
-        backend: what answers for the models.
-        shelf: which models there are.
+        backend: runs the models.
+        index: the served models.
 
     Raises:
-        ConfigError: the token file cannot be used.
+        ConfigError: the token file is unusable.
     """
     app = FastAPI(title="rayseg", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     metrics = Metrics()
-    readers = Readers(2, max_pixels=config.max_pixels)
-    app.add_exception_handler(RaysegError, _refused)
-    app.add_exception_handler(HTTPException, _refused_by_framework)
-    app.add_exception_handler(RequestValidationError, _refused_by_schema)
-    app.add_exception_handler(Exception, middleware.explain)
+    app.add_exception_handler(RaysegError, _explain)
+    app.add_exception_handler(HTTPException, _explain)
+    app.add_exception_handler(RequestValidationError, _explain)
+    app.add_exception_handler(Exception, middleware.internal_error)
     app.include_router(pages.router())
     app.include_router(runs.router(config))
-    closed = Door(app, config, token=config.token(), metrics=metrics)
-    _add_server(app, closed, metrics)
-    _add_models(app, shelf)
-    _add_questions(app, _Desk(config, backend, shelf, readers, metrics))
+    wrapped = RequestMiddleware(app, config, token=config.token(), metrics=metrics)
+    _add_server(app, wrapped, metrics)
+    _add_models(app, index)
+    predictor = _Predictor(config, backend, index, metrics)
+    routes = (
+        ("/v1/models/{name}/predict", "models", predictor.predict, forms.IMAGE),
+        ("/v1/preview", "models", predictor.preview, forms.IMAGE),
+        ("/v1/unsupervised", "models", predictor.unsupervised, forms.UNSUPERVISED),
+        ("/v1/sam/auto", "sam", predictor.sam_auto, forms.AUTO),
+        ("/v1/sam/prompt", "sam", predictor.sam_prompt, forms.PROMPT),
+    )
+    for path, tag, endpoint, fields in routes:
+        described = forms.described(fields)
+        app.add_api_route(
+            path, endpoint, methods=["POST"], tags=[tag], responses=forms.ANSWERS, openapi_extra=described
+        )
     if config.jobs:
         from rayseg.serve import jobs
 
         app.include_router(jobs.router(config))
     else:
-        _add_no_jobs(app)
-    return closed
+
+        @app.post("/v1/jobs", tags=["jobs"], responses=forms.problems_of(403))
+        async def refuse() -> None:
+            """Refuse: the server has no prefix for jobs."""
+            raise Problem(403, "this server does not start runs; the administrator can set --set jobs=PREFIX")
+
+    return wrapped
 
 
-# -- the server --------------------------------------------------------------------------------------------------------
-
-
-def _add_server(app: FastAPI, closed: Door, metrics: Metrics) -> None:
+def _add_server(app: FastAPI, wrapped: RequestMiddleware, metrics: Metrics) -> None:
     @app.get("/healthz", tags=["server"])
     async def healthz() -> Response:
-        """200 while requests are taken, 503 when the server is about to stop."""
-        said = {"status": "draining" if closed.draining else "ok", "version": __version__}
-        return Response(json.dumps(said), 503 if closed.draining else 200, media_type=JSON)
+        """200 while the server accepts requests, 503 while it shuts down."""
+        state = {"status": "draining" if wrapped.draining else "ok", "version": __version__}
+        return Response(json.dumps(state), 503 if wrapped.draining else 200, media_type=JSON)
 
     @app.get("/metrics", tags=["server"])
-    async def measured() -> Response:
-        """Counts in the text format of Prometheus, of the replica that answers."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+    async def prometheus() -> Response:
+        """Metrics of the answering replica in the text format of Prometheus."""
+        return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
 
 
-def _add_no_jobs(app: FastAPI) -> None:
-    @app.post("/v1/jobs", tags=["jobs"], responses=forms.problems_of(403))
-    async def refuse() -> None:
-        """Refused: the server was started without a prefix for jobs."""
-        raise Refused(403, "this server starts no runs; start it with --set jobs=PREFIX to let clients do so")
-
-
-# -- models ------------------------------------------------------------------------------------------------------------
-
-
-def _add_models(app: FastAPI, shelf: Shelf) -> None:
+def _add_models(app: FastAPI, index: ModelIndex) -> None:
     @app.get("/v1/models", tags=["models"])
     async def models() -> dict[str, list[dict[str, Any]]]:
-        """The models that are served."""
-        return {"models": [described(shelf, name) for name in shelf.entries]}
+        """The served models."""
+        rows = []
+        for name, (_, model) in index.entries.items():
+            classes = [{"value": value, "name": title, "color": hex_of(color)} for value, title, color in model.classes]
+            row: dict[str, Any] = {
+                "name": name,
+                "task": model.task,
+                "kind": model.architecture.factory,
+                "bands": list(model.bands),
+            }
+            row |= {"dtype": model.dtype, "patch": model.patch, "classes": classes, "metrics": model.metrics}
+            rows.append(row)
+        return {"models": rows}
 
     @app.get("/v1/models/{name}", tags=["models"], responses=forms.problems_of(404))
     async def model(name: Name) -> dict[str, Any]:
         """A model as a STAC item with the MLM extension."""
-        prefix, _ = looked_up(shelf, name)
+        prefix, _ = looked_up(index, name)
         item: dict[str, Any] = json.loads(await asyncio.to_thread((upath(prefix) / "item.json").read_bytes))
         return item
 
 
-def described(shelf: Shelf, name: str) -> dict[str, Any]:
-    """What a list of models says of one."""
-    _, found = shelf.entries[name]
-    classes = [{"value": value, "name": title, "color": hex_of(color)} for value, title, color in found.classes]
-    return {
-        "name": name,
-        "task": found.task,
-        "kind": found.architecture.factory,
-        "bands": list(found.bands),
-        "dtype": found.dtype,
-        "patch": found.patch,
-        "classes": classes,
-        "metrics": found.metrics,
-    }
-
-
-def looked_up(shelf: Shelf, name: str) -> tuple[str, Any]:
+def looked_up(index: ModelIndex, name: str) -> tuple[str, Any]:
     """(prefix, bundle) of a model.
 
     Raises:
-        Refused: 404, there is none of that name.
+        Problem: 404, no model has that name.
     """
-    if name not in shelf.entries:
-        known = ", ".join(list(shelf.entries)[:10]) or "none"
-        raise Refused(404, f"there is no model {name!r}; those served are: {known}")
-    return shelf.entries[name]
+    if name not in index.entries:
+        known = ", ".join(list(index.entries)[:10]) or "none"
+        raise Problem(404, f"there is no model {name!r}; served models: {known}")
+    return index.entries[name]
 
 
-# -- questions ---------------------------------------------------------------------------------------------------------
+class _Predictor:
+    """The endpoints that take an image."""
 
+    def __init__(self, config: ServeConfig, backend: Backend, index: ModelIndex, metrics: Metrics) -> None:
+        self.config, self.backend, self.index, self.metrics = config, backend, index, metrics
+        self.decoders = DecoderPool(2, max_pixels=config.max_pixels)
 
-class _Desk:
-    """What answering a question about an image takes."""
-
-    def __init__(self, config: ServeConfig, backend: Backend, shelf: Shelf, readers: Readers, metrics: Metrics) -> None:
-        self.config, self.backend, self.shelf = config, backend, shelf
-        self.readers, self.metrics = readers, metrics
-
-    async def predict(self, name: str, request: Request, accept: str) -> Response:
-        _, found = looked_up(self.shelf, name)
-        if found.task != "segmentation" or found.architecture.factory == "sam":
-            raise Refused(422, f"model {name} is for {found.task}, a map needs a model for segmentation; ask another")
+    async def predict(self, name: Name, request: Request, accept: Accept = JSON) -> Response:
+        """Map an image with a model: the pixels of `rayseg predict` for the same image."""
+        _, model = looked_up(self.index, name)
+        if model.task != "segmentation" or model.architecture.factory == "sam":
+            raise Problem(422, f"model {name} is for {model.task}, expected segmentation; choose another model")
         media = forms.media_type(accept, tuple(answers.WRITERS))
-        asked = await self._asked(request)
+        form = await self._form(request)
         began = time.perf_counter()
-        source, image = await asyncio.to_thread(self.readers.read, asked.image, bands=found.bands)
-        found.check_contract(source.bands, source.dtype, units=source.units, source="the image")
-        assert image is not None
+        image = await self._image(form, model)
         classes_HW, scores_CHW = await self.backend.segment(name, image)
         self.metrics.pixels.labels(name).inc(classes_HW.size)
-        table = ClassTable(found.classes)
         seconds = time.perf_counter() - began
-        return await _written(Result(name, image.tile, table, classes_HW, scores_CHW, seconds), media)
+        result = Result(name, image.tile, ClassTable(model.classes), classes_HW, scores_CHW, seconds)
+        return await _written(result, media)
 
-    async def unsupervised(self, request: Request, accept: str) -> Response:
+    async def unsupervised(self, request: Request, accept: Accept = JSON) -> Response:
+        """Segment an image without any model: a small network is trained on the image itself."""
         media = forms.media_type(accept, tuple(answers.WRITERS))
-        asked = await self._asked(request)
-        options = forms.unsupervised(asked.fields)
+        form = await self._form(request)
+        options = forms.options(forms.Unsupervised, form.fields)
         began = time.perf_counter()
-        _, image = await asyncio.to_thread(self.readers.read, asked.image)
-        assert image is not None
+        image = await self._image(form)
         labels_HW = await self.backend.labels(image, options)
         table = label_table(int(labels_HW[labels_HW != answers.NODATA].max(initial=0)) + 1)
         seconds = time.perf_counter() - began
         return await _written(Result("unsupervised", image.tile, table, labels_HW, None, seconds), media)
 
     async def preview(self, request: Request) -> Response:
-        asked = await self._asked(request)
-        _, image = await asyncio.to_thread(self.readers.read, asked.image)
-        assert image is not None
+        """The first three bands of an image as a PNG, for browsers, which cannot show GeoTIFF."""
+        image = await self._image(await self._form(request))
         return Response(await asyncio.to_thread(answers.picture, image.image_CHW, image.valid_HW), media_type=PNG)
 
-    async def sam(self, request: Request, accept: str, *, prompted: bool) -> Response:
-        from rayseg.serve import prompts
+    async def sam_auto(self, request: Request, accept: Accept = JSON) -> Response:
+        """All objects that Segment Anything finds in an image."""
+        return await self._sam(request, accept, prompted=False)
 
-        name = self.shelf.of_sam()
+    async def sam_prompt(self, request: Request, accept: Accept = JSON) -> Response:
+        """The objects that Segment Anything finds at points or in boxes."""
+        return await self._sam(request, accept, prompted=True)
+
+    async def _sam(self, request: Request, accept: str, *, prompted: bool) -> Response:
+        name = self.index.sam()
         if name is None:
-            raise Refused(404, "no Segment Anything model is served; start the server with one below --models")
-        media = forms.media_type(accept, tuple(prompts.WRITERS))
-        asked = await self._asked(request)
-        options = forms.prompts(asked.fields) if prompted else forms.automatic(asked.fields)
-        _, found = self.shelf.entries[name]
-        source, image = await asyncio.to_thread(self.readers.read, asked.image, bands=found.bands)
-        found.check_contract(source.bands, source.dtype, source="the image")
-        assert image is not None
+            raise Problem(404, "no Segment Anything model is served; add one below --models and restart the server")
+        media = forms.media_type(accept, tuple(answers.INSTANCE_WRITERS))
+        form = await self._form(request)
+        options = forms.prompts(form.fields) if prompted else forms.options(forms.Automatic, form.fields)
+        image = await self._image(form, self.index.entries[name][1])
         if prompted:
             forms.expect_inside(options, image.tile.window.width, image.tile.window.height)
-        rows = await self.backend.instances(name, image, options)
-        return Response(await asyncio.to_thread(prompts.WRITERS[media], image.tile, rows), media_type=media)
+        masks = await self.backend.instances(name, image, options)
+        body = await asyncio.to_thread(answers.INSTANCE_WRITERS[media], image.tile, masks)
+        return Response(body, media_type=media)
 
-    async def _asked(self, request: Request) -> Asked:
+    async def _form(self, request: Request) -> Form:
         seconds = self.config.timeout_seconds
         try:
             async with asyncio.timeout(seconds):
                 return await forms.read(request)
         except TimeoutError:
-            raise Refused(408, f"the upload was not whole after {seconds:g} s; send it faster, or less") from None
+            raise Problem(408, f"the upload was incomplete after {seconds:g} s; send it faster, or less") from None
+
+    async def _image(self, form: Form, model: Any = None) -> Image:  # noqa: ANN401 - a bundle
+        """Decode the form's image, in the bands of `model` and checked against its contract if one is given."""
+        bands: Sequence[str] = model.bands if model else ()
+        source, image = await asyncio.to_thread(self.decoders.read, form.image, bands=bands)
+        if model:
+            units = () if model.architecture.factory == "sam" else source.units
+            model.check_contract(source.bands, source.dtype, units=units, source="the image")
+        assert image is not None  # it has all bands of the contract
+        return image
 
 
 async def _written(result: Result, media: str) -> Response:
     body = await asyncio.to_thread(answers.WRITERS[media], result)
-    endings = {PNG: "png", TIFF: "tif", GEOJSON: "geojson", JSON: "json"}
-    name = f'inline; filename="{result.name}.{endings[media]}"'
-    return Response(body, media_type=media, headers={"Content-Disposition": name, "Vary": "Accept"})
+    disposition = f'inline; filename="{result.name}.{_EXTENSIONS[media]}"'
+    return Response(body, media_type=media, headers={"Content-Disposition": disposition, "Vary": "Accept"})
 
 
-def _add_questions(app: FastAPI, desk: _Desk) -> None:
-    one, many = forms.described, forms.ANSWERS
-
-    @app.post("/v1/models/{name}/predict", tags=["models"], responses=many, openapi_extra=one(forms.IMAGE))
-    async def predict(name: Name, request: Request, accept: Accept = JSON) -> Response:
-        """Map an image with a model: the pixels of `rayseg predict` for the same image."""
-        return await desk.predict(name, request, accept)
-
-    @app.post("/v1/preview", tags=["models"], responses=many, openapi_extra=one(forms.IMAGE))
-    async def preview(request: Request) -> Response:
-        """The first three bands of an image as a PNG: what a browser can show of a GeoTIFF."""
-        return await desk.preview(request)
-
-    @app.post("/v1/unsupervised", tags=["models"], responses=many, openapi_extra=one(forms.UNSUPERVISED))
-    async def unsupervised(request: Request, accept: Accept = JSON) -> Response:
-        """Divide an image into labels without any model: a small network is trained on the image itself."""
-        return await desk.unsupervised(request, accept)
-
-    @app.post("/v1/sam/auto", tags=["sam"], responses=many, openapi_extra=one(forms.AUTO))
-    async def sam_auto(request: Request, accept: Accept = JSON) -> Response:
-        """All things that Segment Anything finds in an image."""
-        return await desk.sam(request, accept, prompted=False)
-
-    @app.post("/v1/sam/prompt", tags=["sam"], responses=many, openapi_extra=one(forms.PROMPT))
-    async def sam_prompt(request: Request, accept: Accept = JSON) -> Response:
-        """The things that Segment Anything sees at points or in boxes."""
-        return await desk.sam(request, accept, prompted=True)
-
-
-# -- refusals ----------------------------------------------------------------------------------------------------------
-
-
-async def _refused(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RaysegError)
-    found = problems.of_error(error)
-    return problems.response(found.status, found.detail, request_id=middleware.REQUEST_ID.get(), headers=found.headers)
-
-
-async def _refused_by_framework(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    known: Mapping[int, str] = {
-        404: "there is nothing at this address; /docs lists what there is",
-        405: "this address does not know that method; /docs lists what it knows",
-    }
-    detail = known.get(error.status_code, str(error.detail))
-    return problems.response(error.status_code, detail, request_id=middleware.REQUEST_ID.get(), headers=error.headers)
-
-
-async def _refused_by_schema(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return problems.response(422, f"{where}: {first['msg']}", request_id=middleware.REQUEST_ID.get())
+async def _explain(_: Request, error: Exception) -> Response:
+    """Answer an error of rayseg, of the framework or of its validation with a problem document."""
+    problem: Problem
+    if isinstance(error, Problem):
+        problem = error
+    elif isinstance(error, RaysegError):
+        status = next((status for kind, status in problems.STATUS_OF.items() if isinstance(error, kind)), 500)
+        problem = Problem(status, " ".join(str(error).split()))
+    elif isinstance(error, HTTPException):
+        detail = _FRAMEWORK_DETAILS.get(error.status_code, str(error.detail))
+        problem = Problem(error.status_code, detail, headers=error.headers)
+    else:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        problem = Problem(422, f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}")
+    request_id = middleware.REQUEST_ID.get()
+    return problems.response(problem.status, problem.detail, request_id=request_id, headers=problem.headers)

@@ -1,4 +1,4 @@
-"""What `rayseg serve` and `rayseg view` do: start a server, say where it is, end it in good order."""
+"""The commands `rayseg serve` and `rayseg view`: start a server, print its address, shut it down gracefully."""
 
 import logging
 import os
@@ -11,48 +11,51 @@ from collections.abc import Callable
 from rayseg.engine import cluster
 from rayseg.engine.submit import is_loopback
 from rayseg.errors import ConfigError
-from rayseg.serve.models import Here, Shelf
-from rayseg.serve.runs import found
-from rayseg.serve.settings import ServeConfig, expect_closed
+from rayseg.serve.models import LocalBackend, ModelIndex
+from rayseg.serve.runs import runs_below
+from rayseg.serve.settings import ServeConfig, require_token
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _RAY = {
-    "RAY_worker_niceness": "0",  # by default Ray's workers give way to everything else
-    "RAY_max_direct_call_object_size": str(1 << 20),  # pixels of a patch go with the message, not beside it
+    "RAY_worker_niceness": "0",  # by default Ray's workers have a lower priority than other processes
+    "RAY_max_direct_call_object_size": str(1 << 20),  # bytes: pixels of a patch travel in the message itself
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
 }
 
 
-def named(config: ServeConfig, host: str) -> ServeConfig:
-    """The configuration with the names that a server on loopback is called by."""
-    closed = not config.hosts and is_loopback(host)
-    return config.model_copy(update={"hosts": tuple(dict.fromkeys([host, *LOOPBACK]))}) if closed else config
+def with_hosts(config: ServeConfig, host: str) -> ServeConfig:
+    """The configuration with the Host headers that a server on loopback accepts, unless it sets its own."""
+    if config.hosts or not is_loopback(host):
+        return config
+    return config.model_copy(update={"hosts": tuple(dict.fromkeys([host, *LOOPBACK]))})
 
 
 def serve_models(config: ServeConfig, *, host: str, port: int, address: str | None, say: Callable[[str], None]) -> None:
-    """Serve on Ray until a signal comes; then finish what was accepted.
+    """Serve on Ray until SIGTERM or SIGINT; then answer the accepted requests.
 
     Args:
         config: what is served.
-        host: to listen on.
-        port: to listen on.
+        host: address to listen on.
+        port: port to listen on.
         address: of a Ray cluster; None starts a private one.
-        say: tells where the server is, once it answers.
+        say: receives the server's address once it answers.
 
     Raises:
-        ConfigError: the host can be reached by others and there is no token, or the port is taken.
-        ModelError: a prefix of models is not there.
+        ConfigError: the host is reachable from other machines and no token is set, or the port is taken.
+        ModelError: a prefix of models does not exist.
     """
-    expect_closed(host, config.token_file)
+    # 1. everything that can be wrong, before Ray starts
+    require_token(host, config.token_file)
     config.token()
-    shelf = Shelf.of(config.models)
+    index = ModelIndex.of(config.models)
     _expect_free(host, port)
+    # 2. Ray
     for name, value in _RAY.items():
         os.environ.setdefault(name, value)
     cluster.connect(address, dashboard=config.jobs is not None)
 
     from ray import serve
-    from ray._private.worker import get_dashboard_url  # Ray says it in no other way after it was joined
+    from ray._private.worker import get_dashboard_url  # Ray has no public way to get it after connecting
 
     if config.jobs and not config.jobs_address:
         config = config.model_copy(update={"jobs_address": f"http://{get_dashboard_url()}"})
@@ -62,35 +65,21 @@ def serve_models(config: ServeConfig, *, host: str, port: int, address: str | No
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     http = {"host": host, "port": port, "request_timeout_s": config.timeout_seconds + 60}
     serve.start(http_options=http, logging_config={"log_level": "WARNING", "enable_access_log": False})
-    app = application(named(config, host))
-    serve.run(app, name=NAME, route_prefix="/")
+    config = with_hosts(config, host)
+    serve.run(application(config), name=NAME, route_prefix="/")
+    # 3. wait for a signal
     stop = threading.Event()
-    for what in (signal.SIGTERM, signal.SIGINT):  # after Ray's start, which puts handlers of its own
-        signal.signal(what, lambda *_: stop.set())
-    say(f"http://{_shown(host)}:{port}/ with {_counted(shelf)}; stop with Ctrl-C")
+    for signal_number in (signal.SIGTERM, signal.SIGINT):  # after Ray's start, which sets its own handlers
+        signal.signal(signal_number, lambda *_: stop.set())
+    names = list(index.entries)
+    listed = f"{': ' * bool(names)}{', '.join(names[:8])}{', ...' * (len(names) > 8)}"
+    shown_host = f"[{host}]" if ":" in host else host
+    say(f"http://{shown_host}:{port}/ with {len(names)} model{'s' * (len(names) != 1)}{listed}; stop with Ctrl-C")
     stop.wait()
-    say("stopping: what was accepted is finished first")
-    _drain(config, host)
+    # 4. drain
+    say("shutting down: accepted requests are answered first")
+    serve.run(application(config, draining=True), name=NAME, route_prefix="/")
     serve.shutdown()
-
-
-def _drain(config: ServeConfig, host: str) -> None:
-    """Have every replica of the API take nothing more, and wait until they are idle."""
-    from ray import serve
-
-    from rayseg.serve.deployment import NAME, application
-
-    serve.run(application(named(config, host), draining=True), name=NAME, route_prefix="/")
-
-
-def _counted(shelf: Shelf) -> str:
-    names = list(shelf.entries)
-    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    return f"{len(names)} model{'s' * (len(names) != 1)}{': ' * bool(names)}{shown}"
-
-
-def _shown(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def _expect_free(host: str, port: int) -> None:
@@ -100,11 +89,11 @@ def _expect_free(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ConfigError(f"{host}:{port} cannot be listened on: {error.strerror}; choose another --port") from None
+            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
 
 
 def view(run: str, *, port: int, browser: bool, say: Callable[[str], None]) -> None:
-    """Show a run from this process alone, without Ray and models, until a signal comes.
+    """Show a run from this process alone, without Ray and models, until SIGTERM or SIGINT.
 
     Raises:
         ConfigError: there is no run, or the port is taken.
@@ -113,16 +102,18 @@ def view(run: str, *, port: int, browser: bool, say: Callable[[str], None]) -> N
 
     from rayseg.engine.run import read
     from rayseg.serve.app import api
-    from rayseg.serve.middleware import keep_log
+    from rayseg.serve.middleware import configure_log
 
     read(run)
-    config = named(ServeConfig(runs=(run,)), "127.0.0.1")
-    name = next(name for name, root in found([*config.runs]).items() if root.rstrip("/") == config.runs[0].rstrip("/"))
+    config = with_hosts(ServeConfig(runs=(run,)), "127.0.0.1")
+    [root] = config.runs
+    name = next(name for name, prefix in runs_below([root]).items() if prefix.rstrip("/") == root.rstrip("/"))
     _expect_free("127.0.0.1", port)
     address = f"http://127.0.0.1:{port}/runs/{name}"
     say(f"{address}; stop with Ctrl-C")
     if browser:
         threading.Timer(1.0, webbrowser.open, [address]).start()
-    keep_log(config.log_file)
-    app = api(config, Here(Shelf({})), Shelf({}))
+    configure_log(config.log_file)
+    no_models = ModelIndex({})
+    app = api(config, LocalBackend(no_models), no_models)
     uvicorn.run(app, host="127.0.0.1", port=port, log_config=None, timeout_graceful_shutdown=30)

@@ -1,4 +1,4 @@
-"""What is asked about an image: one multipart form with the file and, for some questions, a few fields."""
+"""Requests about an image: one multipart form with the file and, for some requests, further fields."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,14 @@ from pydantic import Field
 from starlette.datastructures import UploadFile
 
 from rayseg.config import Config, load_values
-from rayseg.serve.answers import GEOJSON, JSON, PNG, TIFF, chosen
-from rayseg.serve.problems import MEDIA_TYPE, Refused
+from rayseg.serve.answers import GEOJSON, JSON, PNG, TIFF
+from rayseg.serve.problems import MEDIA_TYPE, Problem
 
-MOST_PROMPTS = 64
+MAX_PROMPTS = 64
 
 
 @dataclass(frozen=True)
-class Asked:
+class Form:
     """A form: the bytes of its image, and its other fields as text."""
 
     image: bytes
@@ -25,134 +25,153 @@ class Asked:
 
 
 class Unsupervised(Config):
-    """How an image is divided into labels."""
+    """Settings of unsupervised segmentation."""
 
     network: Literal["v1", "v2", "deepnet"] = "v1"
     """Recipe of the network."""
     iterations: Annotated[int, Field(ge=1, le=200)] = 32
     """Training steps."""
     min_labels: Annotated[int, Field(ge=2, le=32)] = 4
-    """Training ends when fewer labels are left."""
+    """Training ends when fewer labels remain."""
 
 
 class Automatic(Config):
-    """How Segment Anything looks for things."""
+    """Settings of Segment Anything's automatic mask generation."""
 
     points: Annotated[int, Field(ge=1, le=64)] = 16
     """Points on each side of the grid of prompts."""
     iou: Annotated[float, Field(ge=0, le=1)] = 0.88
     """Predicted IoU above which a mask is kept."""
     stability: Annotated[float, Field(ge=0, le=1)] = 0.95
-    """Stability from which a mask is kept."""
+    """Stability score from which a mask is kept."""
 
 
 class Prompts(Config):
-    """What Segment Anything is shown, in pixels of the image; each box alone, all points together."""
+    """Prompts of Segment Anything in pixels of the image: one mask per box, one mask for all points together."""
 
-    points: Annotated[tuple[tuple[float, float], ...], Field(max_length=MOST_PROMPTS)] = ()
+    points: Annotated[tuple[tuple[float, float], ...], Field(max_length=MAX_PROMPTS)] = ()
     """(x, y) of points."""
-    labels: Annotated[tuple[Literal[0, 1], ...], Field(max_length=MOST_PROMPTS)] = ()
-    """1 for a point on the thing, 0 for one beside it; by default all are 1."""
-    boxes: Annotated[tuple[tuple[float, float, float, float], ...], Field(max_length=MOST_PROMPTS)] = ()
+    labels: Annotated[tuple[Literal[0, 1], ...], Field(max_length=MAX_PROMPTS)] = ()
+    """1 for a point on the object, 0 for a point outside it; default: all 1."""
+    boxes: Annotated[tuple[tuple[float, float, float, float], ...], Field(max_length=MAX_PROMPTS)] = ()
     """(left, top, right, bottom) of boxes."""
 
 
-async def read(request: Request) -> Asked:
-    """The form of a request.
+async def read(request: Request) -> Form:
+    """Read the form of a request.
 
     Raises:
-        Refused: it is no form, or has no image.
+        Problem: 415, the body is not a form; 422, it has no image.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "multipart/form-data":
-        raise Refused(415, f"the request is {kind or 'of no type'}, expected multipart/form-data with a file `image`")
+        raise Problem(415, f"Content-Type is {kind or 'missing'}, expected multipart/form-data with a file `image`")
     async with request.form(max_files=1, max_fields=10, max_part_size=1 << 20) as form:
         image = form.get("image")
         if not isinstance(image, UploadFile):
-            raise Refused(422, f"the form has {', '.join(form) or 'nothing'}, expected a file named image")
-        return Asked(await image.read(), {name: value for name, value in form.items() if isinstance(value, str)})
+            raise Problem(422, f"the form has {', '.join(form) or 'no fields'}, expected a file named image")
+        return Form(await image.read(), {name: value for name, value in form.items() if isinstance(value, str)})
 
 
 def media_type(accept: str, offered: Sequence[str]) -> str:
-    """The media type to answer in.
+    """The media type of `offered` that an Accept header prefers (RFC 9110, 12.5.1); the first of equal ones.
 
     Raises:
-        Refused: 406, none of those offered is accepted.
+        Problem: 406, the header accepts none of them.
     """
-    if found := chosen(accept, offered):
-        return found
-    raise Refused(406, f"Accept is {accept[:100]!r}, this can be answered as: {', '.join(offered)}")
+    ranges: list[tuple[str, float]] = []
+    for part in accept.split(",") if accept.strip(", ") else ["*/*"]:
+        name, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        weight = next((text[2:] for text in parameters if text.startswith("q=")), "1")
+        try:
+            ranges.append((name, min(1.0, max(0.0, float(weight)))))
+        except ValueError:
+            ranges.append((name, 0.0))
+
+    def quality(media: str) -> float:
+        # The most specific range that matches decides: a wildcard counts as two characters fewer.
+        matches = {media, "*/*", media.split("/")[0] + "/*"}
+        fits = [(len(name) - 2 * name.count("*"), q) for name, q in ranges if name in matches]
+        return max(fits)[1] if fits else 0.0
+
+    best = max(offered, key=quality)
+    if quality(best) > 0:
+        return best
+    raise Problem(406, f"Accept is {accept[:100]!r}, this request is answered as: {', '.join(offered)}")
 
 
-def unsupervised(fields: Mapping[str, str]) -> dict[str, Any]:
-    """`Unsupervised`, checked, as plain values."""
-    return load_values(Unsupervised, _parsed(fields, {"network"})).model_dump()
-
-
-def automatic(fields: Mapping[str, str]) -> dict[str, Any]:
-    """`Automatic`, checked, as plain values."""
-    return load_values(Automatic, _parsed(fields, set())).model_dump()
-
-
-def prompts(fields: Mapping[str, str]) -> dict[str, Any]:
-    """`Prompts`, checked, as plain values; labels are as many as points.
+def options(kind: type[Config], fields: Mapping[str, str]) -> dict[str, Any]:
+    """Validated settings of `kind` from fields of a form, as plain values; `network` is text, the others are JSON.
 
     Raises:
-        Refused: 422, there is nothing to look at, or labels do not fit.
+        Problem: 422, a field is not JSON.
+        ConfigError: a field is unknown or invalid.
     """
-    found = load_values(Prompts, _parsed(fields, set()))
-    if not found.points and not found.boxes:
-        raise Refused(422, "there is neither a point nor a box; send points [[x, y]] or boxes [[x0, y0, x1, y1]]")
-    if found.labels and len(found.labels) != len(found.points):
-        raise Refused(422, f"{len(found.points)} points have {len(found.labels)} labels; send one for each")
-    return found.model_copy(update={"labels": found.labels or (1,) * len(found.points)}).model_dump()
-
-
-def expect_inside(asked: Mapping[str, Any], width: int, height: int) -> None:
-    """Refuse prompts beside the image, and boxes without inside."""
-    corners = [*asked["points"], *(box[:2] for box in asked["boxes"]), *(box[2:] for box in asked["boxes"])]
-    for x, y in corners:
-        if not (0 <= x <= width and 0 <= y <= height):
-            raise Refused(422, f"({x:g}, {y:g}) is beside the image of {width} x {height} px; send points inside it")
-    for x0, y0, x1, y1 in asked["boxes"]:
-        if x0 >= x1 or y0 >= y1:
-            raise Refused(422, f"the box ({x0:g}, {y0:g}, {x1:g}, {y1:g}) holds nothing; send left, top, right, bottom")
-
-
-def _parsed(fields: Mapping[str, str], texts: set[str]) -> dict[str, Any]:
-    """Fields as JSON values, but for those that are texts."""
     values: dict[str, Any] = {}
     for name, text in fields.items():
         try:
-            values[name] = text if name in texts else json.loads(text)
+            values[name] = text if name == "network" else json.loads(text)
         except (ValueError, RecursionError):
-            raise Refused(422, f"the field {name} is {text[:40]!r}, expected JSON") from None
-    return values
+            raise Problem(422, f"the field {name} is {text[:40]!r}, expected JSON") from None
+    return load_values(kind, values).model_dump()
 
 
-# -- as OpenAPI says it ------------------------------------------------------------------------------------------------
+def prompts(fields: Mapping[str, str]) -> dict[str, Any]:
+    """Validated `Prompts` as plain values, with one label per point.
+
+    Raises:
+        Problem: 422, there is no prompt, or the number of labels differs from that of points.
+    """
+    given = options(Prompts, fields)
+    points, labels = given["points"], given["labels"]
+    if not points and not given["boxes"]:
+        raise Problem(422, "the form has neither points nor boxes; send points [[x, y]] or boxes [[x0, y0, x1, y1]]")
+    if labels and len(labels) != len(points):
+        raise Problem(422, f"{len(points)} points have {len(labels)} labels; send one label per point")
+    return given | {"labels": labels or (1,) * len(points)}
+
+
+def expect_inside(prompts: Mapping[str, Any], width: int, height: int) -> None:
+    """Refuse prompts outside the image and empty boxes.
+
+    Raises:
+        Problem: 422, it names the first one.
+    """
+    corners = [*prompts["points"], *(box[:2] for box in prompts["boxes"]), *(box[2:] for box in prompts["boxes"])]
+    for x, y in corners:
+        if not (0 <= x <= width and 0 <= y <= height):
+            raise Problem(422, f"({x:g}, {y:g}) is outside the image of {width} x {height} px; send points inside it")
+    for x0, y0, x1, y1 in prompts["boxes"]:
+        if x0 >= x1 or y0 >= y1:
+            raise Problem(422, f"the box ({x0:g}, {y0:g}, {x1:g}, {y1:g}) is empty; send left, top, right, bottom")
+
+
+# -- OpenAPI -----------------------------------------------------------------------------------------------------------
 
 IMAGE: dict[str, Any] = {}
 UNSUPERVISED = Unsupervised.model_json_schema()["properties"]
 AUTO = Automatic.model_json_schema()["properties"]
-_PAIRS = {"type": "string", "contentMediaType": JSON, "description": "JSON array"}
-PROMPT = {"points": _PAIRS, "labels": _PAIRS, "boxes": _PAIRS}
+_JSON_ARRAY = {"type": "string", "contentMediaType": JSON, "description": "JSON array"}
+PROMPT = {"points": _JSON_ARRAY, "labels": _JSON_ARRAY, "boxes": _JSON_ARRAY}
 
 
 def described(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The request body of a question, for OpenAPI."""
+    """The request body with an image and further fields, for OpenAPI."""
     image = {"type": "string", "format": "binary", "description": "PNG, JPEG or GeoTIFF"}
     schema = {"type": "object", "required": ["image"], "properties": {"image": image, **fields}}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 def problems_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Answers that are problems, for OpenAPI."""
+    """Responses with problem documents, for OpenAPI."""
     content = {MEDIA_TYPE: {"schema": {"type": "object"}}}
     return {status: {"description": "A problem (RFC 9457).", "content": content} for status in statuses}
 
 
 ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The answer as Accept asks for it.", "content": {m: {} for m in (JSON, PNG, TIFF, GEOJSON)}},
+    200: {
+        "description": "The result in the media type of Accept.",
+        "content": {media: {} for media in (JSON, PNG, TIFF, GEOJSON)},
+    },
     **problems_of(400, 401, 403, 404, 406, 413, 415, 421, 422, 503),
 }

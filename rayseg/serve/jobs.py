@@ -1,7 +1,7 @@
-"""Runs that clients start: each a Ray job on the server's own cluster, below one prefix, over one catalogue.
+"""Runs that clients start: each is a Ray job on the server's own cluster, below one prefix, over one catalogue.
 
-A request names a pipeline, a region by name or bounds, and numbers and words of the configuration; nothing in it can
-name a file, for that the configuration of the server's keeper is there.
+A request names a pipeline, a region by name or bounds, and numbers and words of the configuration. It can never name a
+file: paths come from the administrator's base configuration.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import math
 import re
 import sys
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -25,7 +25,7 @@ from rayseg.errors import ConfigError
 from rayseg.geo.region import named_regions
 from rayseg.pipelines import PIPELINES, pipeline_of
 from rayseg.serve.forms import problems_of
-from rayseg.serve.problems import Refused, busy
+from rayseg.serve.problems import Problem, busy
 from rayseg.serve.settings import ServeConfig
 from rayseg.store import STORE_ERRORS, Location, upath
 
@@ -34,52 +34,53 @@ if TYPE_CHECKING:
 
 _LOCATED = get_args(Location)[1]
 _WORDS = re.compile(r"[A-Za-z0-9_ -]*")
+_KEY = re.compile(r"[a-z_0-9]{1,40}")
 _ID = r"^job-[0-9a-f]{12}$"
 _log = logging.getLogger("rayseg.serve")
-_DEEPEST = 10  # groups and lists inside one another
-_GOING = {"PENDING", "RUNNING"}
+_MAX_DEPTH = 10  # nested groups and lists
+_ACTIVE = {"PENDING", "RUNNING"}
 
 
 class Job(Config):
-    """What is to be run."""
+    """A run that a client requests."""
 
-    pipeline: Literal[*PIPELINES]  # type: ignore[valid-type] # the one list of names, and no copy of it
-    """Which pipeline."""
+    pipeline: Literal[*PIPELINES]  # type: ignore[valid-type] # mypy cannot read the names of a dict
+    """Name of the pipeline."""
     region: Annotated[str, Field(max_length=200)]
     """A name that `rayseg regions` lists, or west,south,east,north in degrees."""
     config: dict[str, Any] = Field(default_factory=dict, max_length=100)
-    """What differs from the server's configuration, `{"segmenter": {"learning": {"batch": 4}}}`."""
+    """Differences from the server's configuration, `{"segmenter": {"learning": {"batch": 4}}}`."""
 
 
 def entrypoint(job: Job, config: ServeConfig, name: str) -> str:
     """The command line of a job, as a person would type it.
 
     Raises:
-        Refused: 422, the region or a value of the configuration is not allowed.
+        Problem: 422, the region or a value of the configuration is not allowed.
     """
     area = region(job.region)
     _expect_shallow(job.config)
     module = pipeline_of(job.pipeline)
-    words = [f"{key}={json.dumps(value)}" for key, value in _settings(job.config)]
+    settings = [f"{key}={json.dumps(value)}" for key, value in _settings(job.config)]
     _expect_no_files(module.Config, job.config)
     if config.jobs_catalog:
-        words.append(f"map.imagery={json.dumps(config.jobs_catalog)}")
+        settings.append(f"map.imagery={json.dumps(config.jobs_catalog)}")
     base = config.jobs_configs.get(job.pipeline)
     try:
-        load(module.Config, base, words)
+        load(module.Config, base, settings)
     except ConfigError as error:
-        raise Refused(422, f"config: {error}") from None
+        raise Problem(422, f"config: {error}") from None
     arguments = ["run", "pipeline", job.pipeline, f"--region={area}", f"--out={upath(str(config.jobs)) / name}"]
     arguments += [f"--config={base}"] if base else []
-    arguments += [part for word in words for part in ("--set", word)]
+    arguments += [part for setting in settings for part in ("--set", setting)]
     return ray_jobs.entrypoint(arguments, program=(sys.executable, "-m", "rayseg"))
 
 
 def region(text: str) -> str:
-    """The region of a job, once it is known to be a name or bounds.
+    """The region of a job, validated as a name or bounds.
 
     Raises:
-        Refused: 422, it is neither.
+        Problem: 422, it is neither.
     """
     if text == "demo" or text in named_regions():
         return text
@@ -87,71 +88,65 @@ def region(text: str) -> str:
         west, south, east, north = (float(part) for part in text.split(","))
     except ValueError:
         names = ", ".join(["demo", *named_regions()])
-        raise Refused(422, f"region is {text[:60]!r}, expected west,south,east,north or one of: {names}") from None
+        raise Problem(422, f"region is {text[:60]!r}, expected west,south,east,north or one of: {names}") from None
     if not (-180 <= west < east <= 180 and -90 <= south < north <= 90) or not math.isfinite(west + east):
-        raise Refused(422, f"region is {text[:60]!r}, expected west < east and south < north in degrees")
+        raise Problem(422, f"region is {text[:60]!r}, expected west < east and south < north in degrees")
     return f"{west!r},{south!r},{east!r},{north!r}"
 
 
+def _items(value: object) -> list[object]:
+    """The values in a group or list, [] for anything else."""
+    return [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+
+
 def _expect_shallow(values: dict[str, Any]) -> None:
-    """Refuse what is nested deeper than any configuration; what follows goes down into it."""
+    """Refuse deep nesting before any function recurses into it."""
     level: list[object] = [values]
-    for _ in range(_DEEPEST):
-        level = [inner for one in level for inner in _inside(one)]
-    if any(isinstance(one, (dict, list)) for one in level):
-        raise Refused(422, f"config is nested deeper than {_DEEPEST} groups and lists; see rayseg config show")
-
-
-def _inside(value: object) -> Iterable[object]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for _ in range(_MAX_DEPTH):
+        level = [item for value in level for item in _items(value)]
+    if any(isinstance(value, (dict, list)) for value in level):
+        raise Problem(422, f"config is nested deeper than {_MAX_DEPTH} groups and lists; see rayseg config show")
 
 
 def _settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of everything in a nested configuration, checked for words that could name files."""
+    """(dotted key, value) of a nested configuration, without any text that could be a path."""
     for key, value in values.items():
-        if not re.fullmatch(r"[a-z_0-9]{1,40}", key):
-            raise Refused(
-                422, f"config key {(prefix + key)[:60]!r} is no key of a configuration; see rayseg config show"
-            )
+        if not _KEY.fullmatch(key):
+            raise Problem(422, f"config key {(prefix + key)[:60]!r} is not a configuration key; see rayseg config show")
         if isinstance(value, dict):
             yield from _settings(value, f"{prefix}{key}.")
             continue
         for text in _texts(value):
             if not _WORDS.fullmatch(text):
-                raise Refused(
-                    422, f"config key {prefix}{key} is {text[:40]!r}; words here are letters, digits, _ and -"
-                )
+                raise Problem(422, f"config key {prefix}{key} is {text[:40]!r}, expected letters, digits, _ and - only")
         yield prefix + key, value
 
 
 def _texts(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    for inner in _inside(value):
-        yield from _texts(inner)
+    for item in _items(value):
+        yield from _texts(item)
 
 
 def _expect_no_files(kind: type[Config], values: Mapping[str, Any], prefix: str = "") -> None:
-    """Refuse values for keys that name files, and weights that are no name."""
+    """Refuse values for keys that hold file paths, and pretrained weights other than known names."""
     for key, value in values.items():
         field = kind.model_fields.get(key)
         if field is None:
-            continue  # unknown keys are refused with the whole configuration
+            continue  # `load` refuses unknown keys
         located = _LOCATED in (*field.metadata, *_metadata(field.annotation))
         if located or (key == "checkpoint" and isinstance(value, str)):
-            raise Refused(
-                422, f"config key {prefix}{key} names a file, which only the server's keeper can; leave it out"
-            )
+            raise Problem(422, f"config key {prefix}{key} names a file, only the administrator may; leave it out")
         if key == "weights" and isinstance(value, str) and value not in {"none", "imagenet"}:
-            raise Refused(422, f"config key {prefix}{key} is {str(value)[:40]!r}, expected none or imagenet")
-        inner = [one for one in (field.annotation, *get_args(field.annotation)) if isinstance(one, type)]
-        for one in inner:
-            if issubclass(one, Config) and isinstance(value, dict):
-                _expect_no_files(one, value, f"{prefix}{key}.")
+            raise Problem(422, f"config key {prefix}{key} is {str(value)[:40]!r}, expected none or imagenet")
+        for inner in (field.annotation, *get_args(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, Config) and isinstance(value, dict):
+                _expect_no_files(inner, value, f"{prefix}{key}.")
 
 
 def _metadata(annotation: object) -> Iterator[object]:
-    """Everything that an annotation carries, however deep."""
+    """All metadata in an annotation, at any depth."""
     for part in get_args(annotation):
         yield part
         yield from _metadata(part)
@@ -160,21 +155,20 @@ def _metadata(annotation: object) -> Iterator[object]:
 def router(config: ServeConfig) -> APIRouter:
     """Routes of the jobs."""
     routes = APIRouter(tags=["jobs"])
-
-    one_by_one = asyncio.Lock()
+    submitting = asyncio.Lock()  # so that two requests do not both see one free place
 
     @routes.post("/v1/jobs", status_code=202, responses=problems_of(400, 401, 413, 422, 429, 503))
     async def start(job: Annotated[Job, Body()]) -> dict[str, str]:
-        """Start a run of a pipeline over a region, as a Ray job."""
+        """Start a run of a pipeline over a region as a Ray job."""
         name = f"job-{uuid.uuid4().hex[:12]}"
         line = await asyncio.to_thread(entrypoint, job, config, name)
-        async with one_by_one:
+        async with submitting:
             await asyncio.to_thread(submit, config, line, name)
         return {"id": name, "status": "pending", "href": f"/v1/jobs/{name}"}
 
     @routes.get("/v1/jobs/{name}", responses=problems_of(404))
     async def look(name: Annotated[str, Path(pattern=_ID)]) -> dict[str, Any]:
-        """How far a job is, from the ledgers of its run."""
+        """A job's progress, from the ledgers of its run."""
         return await asyncio.to_thread(summary, config, name)
 
     return routes
@@ -184,43 +178,44 @@ def router(config: ServeConfig) -> APIRouter:
 def _cluster(config: ServeConfig) -> Iterator["JobSubmissionClient"]:
     try:
         yield ray_jobs.connect(config.jobs_address)
-    except (ConfigError, OSError, RuntimeError) as error:  # for a head that does not answer, and one without agents yet
-        _log.warning("the cluster takes no jobs: %s", " ".join(str(error).split())[:500])
-        raise busy("the cluster takes no jobs now; ask again later", seconds=30) from error
+    except (ConfigError, OSError, RuntimeError) as error:  # the head does not answer, or has no job agent yet
+        _log.warning("the cluster does not accept jobs: %s", " ".join(str(error).split())[:500])
+        raise busy("the cluster does not accept jobs now; retry later", seconds=30) from error
 
 
 def submit(config: ServeConfig, line: str, name: str) -> None:
-    """Have the cluster carry a line out.
+    """Submit a command line to the cluster as job `name`.
 
     Raises:
-        Refused: 429, as many jobs are under way as may be; 503, the cluster does not answer.
+        Problem: 429, the maximum number of jobs is active; 503, the cluster does not answer.
     """
     with _cluster(config) as cluster:
         states = ray_jobs.statuses(cluster)
-        going = [job for job, state in states.items() if state in _GOING and re.fullmatch(_ID, job)]
-        if len(going) >= config.jobs_at_once:
-            detail = f"{len(going)} jobs are under way, {config.jobs_at_once} may be; ask again when one has ended"
-            raise Refused(429, detail, headers={"Retry-After": "60"})
+        active = [job for job, state in states.items() if state in _ACTIVE and re.fullmatch(_ID, job)]
+        if len(active) >= config.jobs_at_once:
+            detail = f"{len(active)} jobs are active, {config.jobs_at_once} are allowed; retry when one has ended"
+            raise Problem(429, detail, headers={"Retry-After": "60"})
         ray_jobs.begin(cluster, line, name)
 
 
 def summary(config: ServeConfig, name: str) -> dict[str, Any]:
-    """A job's state as Ray has it, and its run's ledgers.
+    """A job's state on the cluster, and the ledgers of its run.
 
     Raises:
-        Refused: 404, there is no such job; 503, the cluster does not answer.
+        Problem: 404, there is no such job; 503, the cluster does not answer.
     """
     with _cluster(config) as cluster:
         states = ray_jobs.statuses(cluster)
+    root = upath(str(config.jobs)) / name
     try:
-        begun = {path.name for path in upath(str(config.jobs)).iterdir()}
+        begun = root.is_dir()
     except STORE_ERRORS:
-        begun = set()
-    if name not in states and name not in begun:
-        raise Refused(404, f"there is no job {name!r}; those that were started say their id")
+        begun = False
+    if name not in states and not begun:
+        raise Problem(404, f"there is no job {name!r}; POST /v1/jobs returns the id of a job")
     state = states.get(name, "unknown").lower()
-    if name not in begun or not (upath(str(config.jobs)) / name / "run.json").exists():
+    if not begun or not (root / "run.json").exists():
         return {"id": name, "status": state, "steps": {}}
-    found = runs.status(str(upath(str(config.jobs)) / name))
-    steps = {step: {"planned": one["planned"], "counts": one["counts"]} for step, one in found["steps"].items()}
-    return {"id": name, "status": state, "run": found["status"], "reason": found["reason"], "steps": steps}
+    run = runs.status(str(root))
+    steps = {step: {"planned": ledger["planned"], "counts": ledger["counts"]} for step, ledger in run["steps"].items()}
+    return {"id": name, "status": state, "run": run["status"], "reason": run["reason"], "steps": steps}

@@ -1,4 +1,4 @@
-"""The door that every request goes through: who may enter, how much, how many at once; and what is written down."""
+"""Request middleware: request ids, access control, limits, security headers, metrics and the access log."""
 
 import asyncio
 import contextvars
@@ -14,12 +14,12 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from fastapi import Request
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayseg.serve import problems
-from rayseg.serve.problems import Refused
+from rayseg.serve.problems import Problem
 from rayseg.serve.settings import ServeConfig
 
 REQUEST_ID: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
@@ -33,7 +33,7 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
 }
-_OPEN = re.compile(r"/(?:$|healthz$|docs$|page/|runs/[^/]+$)")
+_PUBLIC = re.compile(r"/(?:$|healthz$|docs$|page/|runs/[^/]+$)")
 _SIZE = re.compile(r"[0-9]{1,18}")
 _ID = re.compile(r"[!-~]{1,128}")
 _BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -41,25 +41,20 @@ _log = logging.getLogger("rayseg.serve")
 
 
 class Metrics:
-    """Counts of one replica in the words of Prometheus."""
+    """Prometheus metrics of one replica."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        words = {"registry": self.registry, "namespace": "rayseg"}
-        self.requests = Counter("requests", "Requests answered.", ["route", "method", "status"], **words)  # type: ignore[arg-type]
-        self.seconds = Histogram("request_seconds", "Time to answer.", ["route"], buckets=_BUCKETS, **words)  # type: ignore[arg-type]
-        self.busy = Gauge("requests_in_progress", "Requests that are worked on.", **words)  # type: ignore[arg-type]
-        self.pixels = Counter("pixels", "Pixels predicted.", ["model"], **words)  # type: ignore[arg-type]
-
-    def text(self) -> bytes:
-        """All of them."""
-        found: bytes = generate_latest(self.registry)
-        return found
+        options = {"registry": self.registry, "namespace": "rayseg"}
+        self.requests = Counter("requests", "Requests answered.", ["route", "method", "status"], **options)  # type: ignore[arg-type]
+        self.seconds = Histogram("request_seconds", "Time to answer.", ["route"], buckets=_BUCKETS, **options)  # type: ignore[arg-type]
+        self.busy = Gauge("requests_in_progress", "Requests in progress.", **options)  # type: ignore[arg-type]
+        self.pixels = Counter("pixels", "Pixels predicted.", ["model"], **options)  # type: ignore[arg-type]
 
 
 @dataclass
-class _Visit:
-    """One request."""
+class _Exchange:
+    """One request and the facts of its response."""
 
     scope: Scope
     id: str
@@ -68,170 +63,152 @@ class _Visit:
     received: int = 0
     sent: int = 0
 
-    @property
-    def route(self) -> str:
-        """The template of its path, so that labels are few."""
-        return getattr(self.scope.get("route"), "path", "unknown")
 
-
-class Door:
-    """ASGI around an application: ids, tokens, limits, headers, logs, counts.
+class RequestMiddleware:
+    """ASGI middleware around an application.
 
     Args:
         app: the application.
         config: limits and hosts.
         token: that requests must carry; "" for none.
-        metrics: where requests are counted.
+        metrics: counts the requests.
     """
 
     def __init__(self, app: ASGIApp, config: ServeConfig, *, token: str, metrics: Metrics) -> None:
         self.app, self.config, self.metrics = app, config, metrics
         self._token = token.encode()
         self.draining, self.busy = False, 0
-        self.names_requests = True  # Serve's proxy says the id by itself
+        self.names_requests = True  # False under Ray Serve, whose proxy adds the id to the response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request in, or refuse it."""
+        """Pass a request to the application, or refuse it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        visit = _Visit(scope, _request_id(scope))
-        REQUEST_ID.set(visit.id)
-        works = scope["path"].startswith("/v1/")  # reads of runs and map tiles, too
-        self.busy += works
+        # A client's own id is kept even if invalid: Ray Serve's proxy returns it as it came.
+        ids = (value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id")
+        exchange = _Exchange(scope, next(ids, uuid.uuid4().hex))
+        REQUEST_ID.set(exchange.id)
+        limited = scope["path"].startswith("/v1/")  # reads of runs and map tiles included
+        self.busy += limited
         self.metrics.busy.set(self.busy)
         try:
-            await self._inside(visit, receive, send, works=works)
+            await self._answer(exchange, receive, send, limited=limited)
         finally:
-            self.busy -= works
+            self.busy -= limited
             self.metrics.busy.set(self.busy)
-            self._note(visit)
+            self._record(exchange)
 
-    async def _inside(self, visit: _Visit, receive: Receive, send: Send, *, works: bool) -> None:
+    async def _answer(self, exchange: _Exchange, receive: Receive, send: Send, *, limited: bool) -> None:
         async def counted() -> Message:
             message = await receive()
-            visit.received += len(message.get("body", b""))
-            if visit.received > self.config.max_bytes:
+            exchange.received += len(message.get("body", b""))
+            if exchange.received > self.config.max_bytes:
                 raise self._too_many_bytes()
             return message
 
         async def answered(message: Message) -> None:
             if message["type"] == "http.response.start":
-                visit.status = message["status"]
-                added = self._headers(visit, message["headers"])
-                message = {**message, "headers": [*message["headers"], *added]}
-            visit.sent += len(message.get("body", b""))
+                exchange.status = message["status"]
+                present = {name.lower() for name, _ in message["headers"]}
+                added = HEADERS | {"cache-control": "no-store"}
+                added |= {"x-request-id": exchange.id} if self.names_requests else {}
+                new = [(name.encode(), value.encode("latin-1")) for name, value in added.items()]
+                headers = [*message["headers"], *(pair for pair in new if pair[0] not in present)]
+                message = {**message, "headers": headers}
+            exchange.sent += len(message.get("body", b""))
             await send(message)
 
         async def admitted(scope: Scope, receive: Receive, send: Send) -> None:
             try:
-                self._admit(scope, works=works)
-            except Refused as error:
-                refusal = problems.response(error.status, error.detail, request_id=visit.id, headers=error.headers)
+                self._admit(scope, limited=limited)
+            except Problem as error:
+                refusal = problems.response(error.status, error.detail, request_id=exchange.id, headers=error.headers)
                 await refusal(scope, receive, send)
             else:
                 await self.app(scope, receive, send)
 
-        await ServerErrorMiddleware(admitted, handler=explain)(visit.scope, counted, answered)
+        # Outermost, so that errors of the admission are answered like those of the application.
+        await ServerErrorMiddleware(admitted, handler=internal_error)(exchange.scope, counted, answered)
 
-    def _admit(self, scope: Scope, *, works: bool) -> None:
-        """Refuse what can be refused by its headers."""
+    def _admit(self, scope: Scope, *, limited: bool) -> None:
+        """Refuse by headers alone: host, origin, id, token, size, load; in that order."""
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        self._expect_host(headers)
-        if not _ID.fullmatch(REQUEST_ID.get()):
-            raise Refused(
-                400, "X-Request-ID is no name for a request, expected 1 to 128 printable ASCII characters, no space"
-            )
-        if not _OPEN.match(scope["path"]):
-            self._expect_token(headers.get("authorization", ""))
-        size = headers.get("content-length", "0")
-        if not _SIZE.fullmatch(size):
-            raise Refused(400, f"Content-Length is {size[:40]!r}, expected a number of bytes")
-        if int(size) > self.config.max_bytes:
-            raise self._too_many_bytes()
-        if works and self.draining:
-            raise problems.busy("the server is about to stop; ask again, another will answer", seconds=5)
-        if works and self.busy > self.config.queue:
-            raise problems.busy(f"{self.config.queue} requests are being worked on already; ask again in a moment")
-
-    def _expect_host(self, headers: dict[str, str]) -> None:
-        """Stop pages of other sites: by the name they call the server, and by where they come from."""
-        host = headers.get("host", "")
+        # 1. other sites: DNS rebinding shows in Host, cross-site requests in Origin
+        host, origin = headers.get("host", ""), headers.get("origin", "")
         name = _split("Host", f"//{host}").hostname or ""
         if self.config.hosts and name not in self.config.hosts:
-            raise Refused(421, f"the server is not called {name or 'nothing'}; call it {self.config.hosts[0]}")
-        origin = headers.get("origin", "")
+            raise Problem(421, f"Host is {name or 'missing'}, expected {self.config.hosts[0]}; use that name")
         if origin and _split("Origin", origin).netloc != host:
-            raise Refused(403, "requests from pages of other sites are not answered; ask from the server's own page")
+            raise Problem(403, "the request comes from a page of another site; use this server's own page")
+        # 2. the request's id, which goes into the log
+        if not _ID.fullmatch(REQUEST_ID.get()):
+            raise Problem(
+                400, "X-Request-ID is invalid, expected 1 to 128 printable ASCII characters without spaces; correct it"
+            )
+        # 3. the token
+        if self._token and not _PUBLIC.match(scope["path"]):
+            kind, _, token = headers.get("authorization", "").partition(" ")
+            same = hmac.compare_digest(token.strip().encode(), self._token)
+            if kind.lower() != "bearer" or not same:
+                state = "a wrong token" if "authorization" in headers else "no token"
+                detail = f"the request has {state}; send the header Authorization: Bearer TOKEN"
+                raise Problem(401, detail, headers={"WWW-Authenticate": 'Bearer realm="rayseg"'})
+        # 4. size and load
+        size = headers.get("content-length", "0")
+        if not _SIZE.fullmatch(size):
+            raise Problem(400, f"Content-Length is {size[:40]!r}, expected a number of bytes")
+        if int(size) > self.config.max_bytes:
+            raise self._too_many_bytes()
+        if limited and self.draining:
+            raise problems.busy("the server is shutting down; retry, another server will answer", seconds=5)
+        if limited and self.busy > self.config.queue:
+            raise problems.busy(f"{self.config.queue} requests are already in progress; retry in a moment")
 
-    def _expect_token(self, authorization: str) -> None:
-        if not self._token:
-            return
-        kind, _, found = authorization.partition(" ")
-        same = hmac.compare_digest(found.strip().encode(), self._token)
-        if kind.lower() != "bearer" or not same:
-            said = "a token is needed" if not authorization else "the token is not the server's"
-            detail = f"{said}; send the header Authorization: Bearer TOKEN"
-            raise Refused(401, detail, headers={"WWW-Authenticate": 'Bearer realm="rayseg"'})
-
-    def _too_many_bytes(self) -> Refused:
+    def _too_many_bytes(self) -> Problem:
         detail = f"the request has more than {self.config.max_bytes:,} bytes; send a smaller image"
-        return Refused(413, f"{detail}, or start the server with a higher --max-bytes", headers={"Connection": "close"})
+        return Problem(413, f"{detail}, or start the server with a higher --max-bytes", headers={"Connection": "close"})
 
-    def _headers(self, visit: _Visit, present: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-        names = {name.lower() for name, _ in present}
-        own = (
-            HEADERS
-            | ({"x-request-id": visit.id} if self.names_requests else {})
-            | ({} if b"cache-control" in names else {"cache-control": "no-store"})
-        )
-        return [(name.encode(), value.encode("latin-1")) for name, value in own.items() if name.encode() not in names]
+    def _record(self, exchange: _Exchange) -> None:
+        """Count and log a request."""
+        seconds = time.perf_counter() - exchange.began
+        status = exchange.status or 499  # nginx's code for a client that disconnected
+        scope = exchange.scope
+        route = getattr(scope.get("route"), "path", "unknown")  # the template, so that labels stay few
+        self.metrics.requests.labels(route, scope["method"], status).inc()
+        self.metrics.seconds.labels(route).observe(seconds)
+        facts = {"method": scope["method"], "path": scope["path"][:200], "status": status}
+        facts |= {"ms": round(seconds * 1000, 1), "received": exchange.received, "sent": exchange.sent}
+        _log.info("request", extra={"facts": facts | {"client": (scope.get("client") or ("",))[0]}})
 
-    def _note(self, visit: _Visit) -> None:
-        """Write a request down; 499 is one whose client left."""
-        seconds = time.perf_counter() - visit.began
-        status = visit.status or 499
-        self.metrics.requests.labels(visit.route, visit.scope["method"], status).inc()
-        self.metrics.seconds.labels(visit.route).observe(seconds)
-        facts = {"method": visit.scope["method"], "path": visit.scope["path"][:200], "status": status}
-        facts |= {"ms": round(seconds * 1000, 1), "received": visit.received, "sent": visit.sent}
-        _log.info("request", extra={"facts": facts | {"client": (visit.scope.get("client") or ("",))[0]}})
-
-    async def drained(self) -> None:
-        """Take no more work, and wait until what was taken is done."""
+    async def drain(self) -> None:
+        """Refuse new requests, and wait until the accepted ones are answered."""
         self.draining = True
         while self.busy:
             await asyncio.sleep(0.05)
 
 
-def _split(name: str, address: str) -> SplitResult:
-    """The parts of the address in a header of that name.
+def _split(header: str, address: str) -> SplitResult:
+    """The parts of a header's address.
 
     Raises:
-        Refused: 400, it is none.
+        Problem: 400, it is not an address.
     """
     try:
         return urlsplit(address)
     except ValueError:
-        raise Refused(400, f"{name} is {address[:60]!r}, expected the address of a server") from None
+        raise Problem(400, f"{header} is {address[:60]!r}, expected the address of a server") from None
 
 
-def _request_id(scope: Scope) -> str:
-    """The client's own id as it came, for Serve's proxy returns it whatever it is; else a new one."""
-    return next(
-        (value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), uuid.uuid4().hex
-    )
-
-
-async def explain(request: Request, error: Exception) -> Any:  # noqa: ANN401 - a response
-    """Anything that was not foreseen: written down with its trace here, one sentence for the client."""
-    _log.error("unforeseen", exc_info=error, extra={"facts": {"path": request.scope["path"][:200]}})
-    detail = "the server failed, and has written down why under this request's id; ask its keeper"
+async def internal_error(request: Request, error: Exception) -> Any:  # noqa: ANN401 - a response
+    """Log an unexpected error with its traceback; the client gets one sentence."""
+    _log.error("internal error", exc_info=error, extra={"facts": {"path": request.scope["path"][:200]}})
+    detail = "the server failed and logged the cause under this request's id; send the id to the administrator"
     return problems.response(500, detail, request_id=REQUEST_ID.get())
 
 
 class JsonLines(logging.Formatter):
-    """A record as one line of JSON, with the id of the request it belongs to."""
+    """Format a record as one line of JSON with the id of its request."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
@@ -247,10 +224,10 @@ class JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
-def keep_log(path: str | None) -> None:
-    """Send what the server says, as lines of JSON, to a file or to stderr."""
-    if not any(isinstance(one.formatter, JsonLines) for one in _log.handlers):
-        # Serve puts a logger of its own in place of sys.stderr.
+def configure_log(path: str | None) -> None:
+    """Write the log as lines of JSON to a file, or to stderr."""
+    if not any(isinstance(handler.formatter, JsonLines) for handler in _log.handlers):
+        # sys.__stderr__, since Ray Serve replaces sys.stderr with its own logger.
         lines = logging.FileHandler(path) if path else logging.StreamHandler(sys.__stderr__)
         lines.setFormatter(JsonLines())
         _log.addHandler(lines)

@@ -1,15 +1,17 @@
-"""The models that are served: found by name, loaded when asked for, and asked for patches of several requests."""
+"""The served models: found by name, loaded at first use, with patches of several requests in one batch."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from typing import Any, Protocol
 
 import numpy as np
 
 from rayseg.errors import ConfigError
-from rayseg.geo.grid import Window, slug
+from rayseg.geo.grid import slug
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
 from rayseg.serve.uploads import Image
@@ -17,163 +19,168 @@ from rayseg.stages.predict import Predict, decide, lattice_of, patches_of
 from rayseg.store import StorePath, upath
 from rayseg.vision.blend import Blend
 
-Answer = tuple[np.ndarray, np.ndarray]
-_AHEAD = 4  # batches of one image under way at once: its patches are not all in memory
+Prediction = tuple[np.ndarray, np.ndarray]
+_BATCHES_AHEAD = 4  # batches of one image in flight: not all of its patches are in memory
 
 
 class Backend(Protocol):
-    """What answers for models, in this process or in replicas of a cluster."""
+    """Runs models, in this process or in replicas on a cluster."""
 
-    async def segment(self, name: str, image: Image) -> Answer:
-        """Classes (height, width) and scores (bands, height, width) of a model over an image, as `Predict` gives."""
+    async def segment(self, name: str, image: Image) -> Prediction:
+        """Classes (height, width) and scores (bands, height, width) of a model over an image, as `Predict` returns."""
 
-    async def instances(self, name: str, image: Image, asked: dict[str, Any]) -> list[dict[str, Any]]:
-        """Masks of a Segment Anything model; see `rayseg.serve.prompts.found`."""
+    async def instances(self, name: str, image: Image, options: dict[str, Any]) -> list[dict[str, Any]]:
+        """Masks of a Segment Anything model; see `rayseg.serve.prompts.masks`."""
 
-    async def labels(self, image: Image, asked: dict[str, Any]) -> np.ndarray:
-        """Labels (height, width) without a model."""
+    async def labels(self, image: Image, options: dict[str, Any]) -> np.ndarray:
+        """Labels (height, width) without a model; see `rayseg.serve.prompts.labels`."""
 
 
 @dataclass(frozen=True)
-class Shelf:
-    """The bundles that are served, name -> (prefix, description)."""
+class ModelIndex:
+    """The served bundles, name -> (prefix, description)."""
 
     entries: dict[str, tuple[str, Bundle]]
 
     @classmethod
-    def of(cls, prefixes: Sequence[StorePath]) -> "Shelf":
+    def of(cls, prefixes: Sequence[StorePath]) -> "ModelIndex":
         """Every bundle at or below the prefixes.
 
-        A name is where the bundle lies below its prefix, without `models`: `demo-segmenter` of
-        `runs/demo/models/segmenter` below `runs`; of a prefix that is a bundle it is the bundle's own.
+        A name is the bundle's path below its prefix without `models`: `demo-segmenter` for
+        `runs/demo/models/segmenter` below `runs`; a prefix that is a bundle keeps the bundle's own name.
 
         Raises:
-            ModelError: a prefix is not there.
-            ConfigError: two bundles have one name.
+            ModelError: a prefix does not exist.
+            ConfigError: two bundles have the same name.
         """
         entries: dict[str, tuple[str, Bundle]] = {}
         for prefix in prefixes:
             for folder, described in bundle.find([prefix]):
-                name = _name(prefix, folder) or described.name
+                parts = upath(folder).path.removeprefix(upath(prefix).path).split("/")
+                name = "-".join(slug(part) for part in parts if part and part != "models") or described.name
                 if entries.get(name, (folder,))[0] != folder:
-                    raise ConfigError(f"models {entries[name][0]} and {folder} would both be {name}; serve one of them")
+                    raise ConfigError(
+                        f"models {entries[name][0]} and {folder} are both named {name}; serve only one of them"
+                    )
                 entries[name] = (folder, described)
         return cls(entries)
 
-    def of_sam(self) -> str | None:
+    def sam(self) -> str | None:
         """Name of the first Segment Anything model."""
-        return next((name for name, (_, found) in self.entries.items() if found.architecture.factory == "sam"), None)
-
-
-def _name(prefix: StorePath, folder: str) -> str:
-    parts = upath(folder).path.removeprefix(upath(prefix).path).split("/")
-    return "-".join(slug(part) for part in parts if part and part != "models")
-
-
-# -- one model ---------------------------------------------------------------------------------------------------------
-
-
-class Segmenter:
-    """A bundle's model that predicts patches of any number of images together, in the pixels of `rayseg predict`.
-
-    Args:
-        prefix: of the bundle.
-        exact: whether the bits are to be those of `Predict`; a GPU then fills up its batches.
-    """
-
-    def __init__(self, prefix: str, *, exact: bool = True) -> None:
-        self.predict = Predict(prefix)
-        self.predict.help_one()
-        self.bundle, self._exact = self.predict.bundle, exact
-
-    def probabilities(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Probabilities of each of some inputs."""
-        most = self.predict.batch
-        assert most is not None
-        parts = [inputs[start : start + most] for start in range(0, len(inputs), most)]
-        return [one for part in parts for one in self.predict.forward(part, exact=self._exact).cpu().numpy()]
+        return next(
+            (name for name, (_, described) in self.entries.items() if described.architecture.factory == "sam"), None
+        )
 
 
 async def segmented(
     described: Bundle,
     image: Image,
-    see: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    ask: Callable[[list[np.ndarray]], Awaitable[Sequence[np.ndarray]]],
+    prepare: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    forward: Callable[[list[np.ndarray]], Awaitable[Sequence[np.ndarray]]],
     *,
     ahead: int,
-) -> Answer:
-    """Classes and scores of an image, by the lattice, the blending and the decision of `Predict`.
+) -> Prediction:
+    """Classes and scores of an image, with the lattice, blending and decision of `Predict`.
 
     Args:
         described: the model's bundle.
         image: in the bundle's bands.
-        see: `Predict.input`.
-        ask: inputs -> probabilities, in order; where patches of several images meet.
-        ahead: patches that are asked for at once.
+        prepare: `Predict.input`.
+        forward: inputs -> probabilities, in order; it batches the patches of concurrent images.
+        ahead: patches in flight at once.
     """
-    reach, image_CHW, valid_HW = await asyncio.to_thread(_with_halo, described, image)
+
+    def padded() -> tuple[np.ndarray, np.ndarray]:
+        rows, cols = image.tile.window.slices(reach)
+        image_CHW = np.zeros((len(image.image_CHW), reach.height, reach.width), image.image_CHW.dtype)
+        valid_HW = np.zeros((reach.height, reach.width), bool)
+        image_CHW[:, rows, cols], valid_HW[rows, cols] = image.image_CHW, image.valid_HW
+        return image_CHW, valid_HW
+
+    # 1. the image on the window that its patches reach, invalid around it
+    lattice = lattice_of(described, image.tile)
+    reach = lattice.reach(image.tile.window)
+    image_CHW, valid_HW = await asyncio.to_thread(padded)
+    # 2. its patches, a few batches at a time
     patches = patches_of(described, image.tile, valid_HW, reach)
-    blend = Blend(image.tile.window, described.outputs, lattice_of(described, image.tile))
+    blend = Blend(image.tile.window, described.outputs, lattice)
     for start in range(0, len(patches), ahead):
         part = patches[start : start + ahead]
         places = [patch.slices(reach) for patch in part]
-        inputs = [await asyncio.to_thread(see, image_CHW[:, *at], valid_HW[at]) for at in places]
-        for patch, found in zip(part, await ask(inputs), strict=True):
-            await asyncio.to_thread(blend.add, patch, found)
+        inputs = [await asyncio.to_thread(prepare, image_CHW[:, *at], valid_HW[at]) for at in places]
+        for patch, probabilities in zip(part, await forward(inputs), strict=True):
+            await asyncio.to_thread(blend.add, patch, probabilities)
+    # 3. classes and scores
     return await asyncio.to_thread(lambda: decide(blend.result(), image.valid_HW, described.threshold))
 
 
-def _with_halo(described: Bundle, image: Image) -> tuple[Window, np.ndarray, np.ndarray]:
-    """The image on the window that its patches reach, not valid around it."""
-    window = image.tile.window
-    reach = lattice_of(described, image.tile).reach(window)
-    rows, cols = window.slices(reach)
-    image_CHW = np.zeros((len(image.image_CHW), reach.height, reach.width), image.image_CHW.dtype)
-    valid_HW = np.zeros((reach.height, reach.width), bool)
-    image_CHW[:, rows, cols], valid_HW[rows, cols] = image.image_CHW, image.valid_HW
-    return reach, image_CHW, valid_HW
+class LocalBackend:
+    """A `Backend` in this process with a pool of threads: one thread for tests and `rayseg view`.
 
+    The deployment of models extends it: it batches the patches of several requests and unloads models.
 
-# -- in this process ---------------------------------------------------------------------------------------------------
+    Args:
+        index: the served models.
+        batch: patches per batch.
+        exact: return the bits of `Predict`, for which a GPU pads its batches.
+        threads: maximum concurrent calls of models.
+    """
 
-
-class Here:
-    """A `Backend` in this process: one thing after the other, models kept once loaded; for tests and for a look."""
-
-    def __init__(self, shelf: Shelf, *, batch: int = 8) -> None:
-        self._shelf, self._batch = shelf, batch
-        self._pool = ThreadPoolExecutor(1)
+    def __init__(self, index: ModelIndex, *, batch: int = 8, exact: bool = True, threads: int = 1) -> None:
+        self.index, self.batch, self.exact = index, batch, exact
+        self._pool = ThreadPoolExecutor(threads)
         self._loaded: dict[str, Any] = {}
 
-    async def segment(self, name: str, image: Image) -> Answer:
-        """See `Backend`."""
-        model = await self._in_turn(self._model, name, Segmenter)
-
-        async def ask(inputs: list[np.ndarray]) -> list[np.ndarray]:
-            found: list[np.ndarray] = await self._in_turn(model.probabilities, inputs)
-            return found
-
-        return await segmented(model.bundle, image, model.predict.input, ask, ahead=_AHEAD * self._batch)
-
-    async def instances(self, name: str, image: Image, asked: dict[str, Any]) -> list[dict[str, Any]]:
-        """See `Backend`."""
-        from rayseg.serve import prompts
-
-        model = await self._in_turn(self._model, name, prompts.load)
-        found: list[dict[str, Any]] = await self._in_turn(prompts.found, model, image, asked)
-        return found
-
-    async def labels(self, image: Image, asked: dict[str, Any]) -> np.ndarray:
-        """See `Backend`."""
-        from rayseg.serve import prompts
-
-        found: np.ndarray = await self._in_turn(prompts.labels, image, asked)
-        return found
-
-    def _model(self, name: str, load: Callable[[str], Any]) -> Any:  # noqa: ANN401 - a model of any kind
+    async def model(self, name: str) -> Any:  # noqa: ANN401 - a model of any kind
+        """A loaded model: a `SamProposer`, or a `Predict` whose threads and batch size are set up."""
         if name not in self._loaded:
-            self._loaded[name] = load(self._shelf.entries[name][0])
+            self._loaded[name] = await self.run(self.load, name)
         return self._loaded[name]
 
-    async def _in_turn(self, function: Callable[..., Any], *arguments: object) -> Any:  # noqa: ANN401
+    async def forward(self, name: str, inputs: list[np.ndarray]) -> Sequence[np.ndarray]:
+        """Probabilities of each input."""
+        probabilities: list[np.ndarray] = await self.run(self.probabilities, await self.model(name), inputs)
+        return probabilities
+
+    async def segment(self, name: str, image: Image) -> Prediction:
+        """See `Backend`."""
+        model = await self.model(name)
+        return await segmented(
+            model.bundle, image, model.input, partial(self.forward, name), ahead=_BATCHES_AHEAD * self.batch
+        )
+
+    async def instances(self, name: str, image: Image, options: dict[str, Any]) -> list[dict[str, Any]]:
+        """See `Backend`."""
+        model = await self.model(name)
+        from rayseg.serve import prompts  # PyTorch is loaded with the model
+
+        masks: list[dict[str, Any]] = await self.run(prompts.masks, model, image, options)
+        return masks
+
+    async def labels(self, image: Image, options: dict[str, Any]) -> np.ndarray:
+        """See `Backend`."""
+        prompts = await self.run(import_module, "rayseg.serve.prompts")  # PyTorch takes seconds to import
+        labels_HW: np.ndarray = await self.run(prompts.labels, image, options)
+        return labels_HW
+
+    def load(self, name: str) -> Any:  # noqa: ANN401 - a model of any kind
+        """Load a model; takes seconds."""
+        prefix, described = self.index.entries[name]
+        if described.architecture.factory == "sam":
+            from rayseg.serve import prompts
+
+            return prompts.load(prefix)
+        predict = Predict(prefix)
+        predict.help_one()
+        return predict
+
+    def probabilities(self, model: Predict, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Probabilities of each input, of any images, with the bits of `rayseg predict`."""
+        size = model.batch
+        assert size is not None
+        batches = [inputs[start : start + size] for start in range(0, len(inputs), size)]
+        return [one for batch in batches for one in model.forward(batch, exact=self.exact).cpu().numpy()]
+
+    async def run(self, function: Callable[..., Any], *arguments: object) -> Any:  # noqa: ANN401
+        """Call a function in the pool."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)

@@ -1,12 +1,11 @@
-"""The pages and their files: a list made when the server starts, so that no path of a request leads to a file."""
+"""The web pages and their files, read when the server starts, so that no path of a request reaches the file system."""
 
-from collections.abc import Iterator
 from importlib import resources
 from importlib.resources.abc import Traversable
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
-from rayseg.serve.problems import Refused
+from rayseg.serve.problems import Problem
 
 _TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -14,41 +13,33 @@ _TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
+_PAGES = {"/": "index.html", "/docs": "docs.html", "/runs/{run}": "run.html"}
 
 
-def _files(folder: Traversable, prefix: str = "") -> Iterator[tuple[str, Traversable]]:
+def _files(folder: Traversable, prefix: str = "") -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
     for entry in folder.iterdir():
         if entry.is_dir():
-            yield from _files(entry, f"{prefix}{entry.name}/")
-        elif any(entry.name.endswith(ending) for ending in _TYPES):
-            yield prefix + entry.name, entry
+            files |= _files(entry, f"{prefix}{entry.name}/")
+        elif any(entry.name.endswith(extension) for extension in _TYPES):
+            files[prefix + entry.name] = entry.read_bytes()
+    return files
 
 
 def router() -> APIRouter:
     """Routes of the pages."""
-    found = {name: entry.read_bytes() for name, entry in _files(resources.files("rayseg.serve").joinpath("page"))}
+    files = _files(resources.files("rayseg.serve").joinpath("page"))
     routes = APIRouter(include_in_schema=False)
 
-    def answer(name: str) -> Response:
-        if name not in found:
-            raise Refused(404, "there is nothing at this address; the page is at /")
-        ending = name[name.rfind(".") :]
-        return Response(found[name], media_type=_TYPES[ending], headers={"Cache-Control": "no-cache"})
-
     @routes.get("/")
-    async def index() -> Response:
-        return answer("index.html")
-
     @routes.get("/docs")
-    async def docs() -> Response:
-        return answer("docs.html")
-
     @routes.get("/runs/{run}")
-    async def run(run: str) -> Response:
-        return answer("run.html")
-
     @routes.get("/page/{name:path}")
-    async def file(name: str) -> Response:
-        return answer(name)
+    async def page(request: Request) -> Response:
+        name = _PAGES.get(request.scope["route"].path) or request.path_params["name"]
+        if name not in files:
+            raise Problem(404, "nothing exists at this address; the page is at /")
+        media = _TYPES[name[name.rfind(".") :]]
+        return Response(files[name], media_type=media, headers={"Cache-Control": "no-cache"})
 
     return routes

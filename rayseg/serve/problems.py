@@ -1,26 +1,25 @@
-"""What goes wrong, as a client is told: problem details (RFC 9457), one sentence with the remedy, no stack trace."""
+"""Errors as clients receive them: problem details (RFC 9457), one sentence with the remedy, no stack trace."""
 
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Any
 
 from fastapi.responses import JSONResponse
 
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError
-from rayseg.io.untrusted import TooLarge
+from rayseg.io.untrusted import ImageTooLarge
 
 MEDIA_TYPE = "application/problem+json"
-STATUS_OF: Mapping[type[RaysegError], int] = {TooLarge: 413, ConfigError: 422, DataError: 422, ModelError: 422}
-"""Error -> status; the first class that fits counts."""
+# The first class that matches counts, so subclasses come first; other errors of rayseg are a 500.
+STATUS_OF: Mapping[type[RaysegError], int] = {ImageTooLarge: 413, ConfigError: 422, DataError: 422, ModelError: 422}
 
 
-class Refused(RaysegError):
-    """A request that is answered with a problem.
+class Problem(RaysegError):
+    """A request that is answered with a problem document.
 
     Args:
-        status: of the answer.
+        status: HTTP status code.
         detail: one sentence: what, found, expected, what to do.
-        headers: of the answer.
+        headers: further headers of the response.
     """
 
     def __init__(self, status: int, detail: str, *, headers: Mapping[str, str] | None = None) -> None:
@@ -28,34 +27,16 @@ class Refused(RaysegError):
         self.status, self.detail, self.headers = status, detail, dict(headers or {})
 
 
-def busy(detail: str, *, seconds: int = 1) -> Refused:
-    """A 503 that says when to come again."""
-    return Refused(503, detail, headers={"Retry-After": str(seconds)})
-
-
-def content(status: int, detail: str, *, request_id: str = "", **more: object) -> dict[str, Any]:
-    """The members of a problem."""
-    named = {"request_id": request_id} if request_id else {}
-    return {
-        "type": "about:blank",
-        "title": HTTPStatus(status).phrase,
-        "status": status,
-        "detail": detail,
-        **named,
-    } | more
+def busy(detail: str, *, seconds: int = 1) -> Problem:
+    """A 503 with `Retry-After`."""
+    return Problem(503, detail, headers={"Retry-After": str(seconds)})
 
 
 def response(
     status: int, detail: str, *, request_id: str = "", headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
-    """A problem as a response."""
-    body = content(status, detail, request_id=request_id)
+    """A problem document as a response."""
+    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
+    if request_id:
+        body["request_id"] = request_id
     return JSONResponse(body, status_code=status, headers=dict(headers or {}), media_type=MEDIA_TYPE)
-
-
-def of_error(error: RaysegError) -> Refused:
-    """The refusal that one of rayseg's own errors is for a client."""
-    if isinstance(error, Refused):
-        return error
-    status = next((status for kind, status in STATUS_OF.items() if isinstance(error, kind)), 500)
-    return Refused(status, " ".join(str(error).split()))

@@ -1,16 +1,18 @@
-"""Runs to look at: what they say of themselves, their ledger, and their map as web tiles."""
+"""Runs as the page shows them: classes, ledger, failed tiles, and the map as web tiles."""
 
 import asyncio
-import io
+import hashlib
+import json
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import PIL.Image
 import pyarrow.parquet as pq
 from fastapi import APIRouter, Path, Query, Response
 
@@ -23,77 +25,76 @@ from rayseg.io.pictures import shown_colors
 from rayseg.io.sources import Source
 from rayseg.serve import answers
 from rayseg.serve.forms import problems_of
-from rayseg.serve.problems import Refused
+from rayseg.serve.problems import Problem
 from rayseg.serve.settings import ServeConfig
 from rayseg.steps import report
 from rayseg.store import StorePath, upath
 from rayseg.vision.color import ClassTable
 
-_FRESH = 5.0  # seconds for which a run that may be going on is not looked at again
-_MOST_TROUBLES = 500
-_TILE: dict[int | str, dict[str, Any]] = {
+MAX_OPENED = 16
+"""Maximum files that one web tile opens; a web tile over more of them is drawn from the ledger, without imagery."""
+_RECHECK = 5.0  # seconds between two looks at run.json, and at everything else of an unfinished run
+_MAX_TROUBLES = 500
+_TILE_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"image/png": {}}},
-    204: {"description": "Nothing is there."},
+    204: {"description": "The tile is empty."},
     **problems_of(404, 422, 503),
 }
 Name = Annotated[str, Path(max_length=200)]
 Zoom = Annotated[int, Path(ge=0, le=24)]
-Place = Annotated[int, Path(ge=0, lt=1 << 24)]
+Index = Annotated[int, Path(ge=0, lt=1 << 24)]
 
 
 @dataclass(frozen=True, eq=False)
-class View:
-    """A run as it is looked at.
+class RunView:
+    """The map of a run.
 
     Attributes:
-        root: its prefix.
-        tiles: those with a map.
-        planned: every tile, and the imagery it shows.
+        tiles: the mapped tiles.
+        planned: every tile with its imagery.
         bounds_N4: (west, south, east, north) of each of `tiles`, NaN without CRS.
-        planned_N4: the same of each of `planned`.
+        planned_N4: the same for each of `planned`.
+        majority_N: most frequent class of each of `tiles`, uint8.
         table: the classes; None while nothing is mapped.
-        step: that made the map.
     """
 
-    root: str
     tiles: tuple[MappedTile, ...]
     planned: tuple[tuple[Tile, tuple[Source, ...]], ...]
     bounds_N4: np.ndarray
     planned_N4: np.ndarray
+    majority_N: np.ndarray
     table: ClassTable | None
-    step: str
 
-    def mapped(self, bounds: mapview.Bounds, image: str | None) -> list[MappedTile]:
-        """The tiles that meet (west, south, east, north), or those of an image without CRS."""
+    def mapped(self, bounds: mapview.Bounds, image: str | None) -> list[int]:
+        """Positions in `tiles` of those that intersect (west, south, east, north), or of an image without CRS."""
         if image is not None:
-            return [tile for tile in self.tiles if _of_image(tile.tile, image)]
-        return [self.tiles[at] for at in _meeting(self.bounds_N4, bounds)]
+            return [
+                at for at, tile in enumerate(self.tiles) if (tile.tile.grid.crs, tile.tile.grid.image) == (None, image)
+            ]
+        return _intersecting(self.bounds_N4, bounds)
 
     def sources(self, bounds: mapview.Bounds, image: str | None) -> list[Source]:
-        """The imagery of all tiles that meet (west, south, east, north), or an image without CRS."""
+        """The imagery of all tiles that intersect (west, south, east, north), or an image without CRS."""
         if image is not None:
-            near = [sources for tile, sources in self.planned if _of_image(tile, image)]
+            near = [sources for tile, sources in self.planned if tile.grid.crs is None and tile.grid.image == image]
         else:
-            near = [self.planned[at][1] for at in _meeting(self.planned_N4, bounds)]
-        found = {source.item_id: source for sources in near for source in sources}
-        return [source for name, source in found.items() if image in {None, name}]
+            near = [self.planned[at][1] for at in _intersecting(self.planned_N4, bounds)]
+        by_id = {source.item_id: source for sources in near for source in sources}
+        return [source for name, source in by_id.items() if image in {None, name}]
 
 
-def _of_image(tile: Tile, image: str) -> bool:
-    return tile.grid.crs is None and tile.grid.image == image
+def _intersecting(bounds_N4: np.ndarray, bounds: mapview.Bounds) -> list[int]:
+    (west, south, east, north), columns = bounds, bounds_N4.T
+    hits_N = (columns[0] < east) & (columns[2] > west) & (columns[1] < north) & (columns[3] > south)
+    return np.flatnonzero(hits_N).tolist()
 
 
-def _meeting(own: np.ndarray, bounds: mapview.Bounds) -> np.ndarray:
-    west, south, east, north = bounds
-    return np.flatnonzero((own[:, 0] < east) & (own[:, 2] > west) & (own[:, 1] < north) & (own[:, 3] > south))
-
-
-def found(prefixes: Sequence[StorePath]) -> dict[str, str]:
-    """Name -> prefix of the runs at, directly below, or directly above some prefixes (`RUN/models` names RUN)."""
+def runs_below(prefixes: Sequence[StorePath]) -> dict[str, str]:
+    """Name -> prefix of the runs at, directly below, or directly above some prefixes (`RUN/models` finds RUN)."""
     prefixes_by_name: dict[str, str] = {}
     for prefix in map(upath, prefixes):
-        beside = [path.parent for path in sorted(prefix.glob("*/run.json"))] if prefix.is_dir() else []
-        for folder in (prefix, prefix.parent, *beside):
+        below = [path.parent for path in sorted(prefix.glob("*/run.json"))] if prefix.is_dir() else []
+        for folder in (prefix, prefix.parent, *below):
             if (folder / "run.json").exists() and str(folder) not in prefixes_by_name.values():
                 name, number = slug(folder.name), 2
                 while name in prefixes_by_name:
@@ -102,104 +103,160 @@ def found(prefixes: Sequence[StorePath]) -> dict[str, str]:
     return prefixes_by_name
 
 
-def _listed(there: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """Name and pipeline of the runs whose run.json can be read; the others are shown when they are asked for."""
-    for name, root in there.items():
-        with suppress(RaysegError, ValueError):
-            yield {"name": name, "pipeline": runs.read(root)["pipeline"]}
+class RunIndex:
+    """The runs that a server shows, looked for again every few seconds.
+
+    Args:
+        config: prefixes of runs, models and jobs.
+    """
+
+    def __init__(self, config: ServeConfig) -> None:
+        prefixes = [*config.runs, *config.models, *([config.jobs] if config.jobs else [])]
+        self._at = lru_cache(maxsize=1)(lambda _moment: runs_below(prefixes))
+
+    def root(self, name: str) -> str:
+        """Prefix of a run.
+
+        Raises:
+            Problem: 404, no run has that name.
+        """
+        moment = int(time.monotonic() / _RECHECK)
+        if name not in self._at(moment):
+            self._at.cache_clear()  # a run can have begun since
+        known = self._at(moment)
+        if name not in known:
+            raise Problem(404, f"there is no run {name!r}; known runs: {', '.join(list(known)[:10]) or 'none'}")
+        return known[name]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Name and pipeline of every run; an unreadable one is reported when it is requested by name."""
+        rows = []
+        self._at.cache_clear()
+        for name, root in self._at(0).items():
+            with suppress(RaysegError, ValueError):
+                rows.append({"name": name, "pipeline": runs.read(root)["pipeline"]})
+        return rows
 
 
-def view(root: str) -> View:
-    """The map of a run as far as it is there; looked at again after some seconds."""
-    return _view(root, int(time.monotonic() / _FRESH))
+# -- one run, read once ------------------------------------------------------------------------------------------------
+
+
+def version(root: str) -> str:
+    """Identity of a run's files: that of run.json for a finished run, a new one every few seconds for another."""
+    return _version(root, int(time.monotonic() / _RECHECK))
+
+
+@lru_cache(maxsize=64)
+def _version(root: str, moment: int) -> str:
+    content = runs.read(root)
+    if content["status"] == "running":
+        return f"{moment}"
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+_READING: defaultdict[str, Lock] = defaultdict(Lock)  # per run: concurrent requests for a run read it once
+
+
+def view(root: str) -> RunView:
+    """The map of a run as far as it exists; a finished run is read once."""
+    with _READING[root]:
+        return _view(root, version(root))
 
 
 @lru_cache(maxsize=8)
-def _view(root: str, _moment: int) -> View:
-    for step in _steps(root):
+def _view(root: str, _version: str) -> RunView:
+    # The step with the map is usually called predict; other steps have manifests as well.
+    names = [path.parent.name for path in upath(root).glob("steps/*/manifest.parquet")]
+    for step in sorted(names, key=lambda name: (name != "predict", name)):
         tiles = tuple(mapped_tiles(root, step))
         if tiles and upath(tiles[0].href).exists():
             planned = tuple(planned_tiles(root, step))
-            bounds = _bounds([one.tile for one in tiles]), _bounds([tile for tile, _ in planned])
-            return View(root, tiles, planned, *bounds, masks.table_of(tiles[0].href), step)
-    return View(root, (), (), np.empty((0, 4)), np.empty((0, 4)), None, "")
-
-
-def _steps(root: str) -> list[str]:
-    """Steps with a manifest, the usual one first."""
-    names = [path.parent.name for path in upath(root).glob("steps/*/manifest.parquet")]
-    return sorted(names, key=lambda name: (name != "predict", name))
+            counts = [tile.counts for tile in tiles]
+            return RunView(
+                tiles=tiles,
+                planned=planned,
+                bounds_N4=_bounds([tile.tile for tile in tiles]),
+                planned_N4=_bounds([tile for tile, _ in planned]),
+                majority_N=np.array([max(of, key=of.__getitem__, default=answers.NODATA) for of in counts], np.uint8),
+                table=masks.table_of(tiles[0].href),
+            )
+    nothing = np.empty((0, 4))
+    return RunView((), (), nothing, nothing, np.empty(0, np.uint8), None)
 
 
 def _bounds(tiles: Sequence[Tile]) -> np.ndarray:
     """(west, south, east, north) of each, NaN without CRS."""
-    return np.array([mapview.lonlat_bounds(one.grid, one.window) if one.grid.crs else (np.nan,) * 4 for one in tiles])
+    nowhere = (np.nan,) * 4
+    return np.array([mapview.lonlat_bounds(tile.grid, tile.window) if tile.grid.crs else nowhere for tile in tiles])
 
 
 def describe(name: str, root: str) -> dict[str, Any]:
-    """What the page shows of a run besides its tiles."""
-    asked, state, shown = runs.read(root), runs.status(root), view(root)
+    """What the page shows of a run next to its tiles; a finished run is read once."""
+    shown = view(root)
+    with _READING[root]:
+        return {"name": name} | _described(root, version(root), shown)
+
+
+@lru_cache(maxsize=8)
+def _described(root: str, _version: str, shown: RunView) -> dict[str, Any]:
+    content, state = runs.read(root), runs.status(root)
     shares = report.class_shares(shown.tiles, shown.table) if shown.table else []
     values = shown.table.values if shown.table else ()
-    placed = shown.planned_N4[~np.isnan(shown.planned_N4).any(axis=1)]
+    placed_N4 = shown.planned_N4[~np.isnan(shown.planned_N4).any(axis=1)]
+    # Images without CRS; one that could not be opened has no size.
+    sizes = {
+        tile.grid.image: (size[0], size[1])
+        for tile, sources in shown.planned
+        if tile.grid.crs is None and tile.grid.image and (size := _size(sources, tile.grid.image))
+    }
     return {
-        "name": name,
-        "pipeline": asked["pipeline"],
-        "region": asked["region"]["name"].rpartition("/")[2],
+        "pipeline": content["pipeline"],
+        "region": content["region"]["name"].rpartition("/")[2],
         "status": state["status"],
         "reason": state["reason"],
-        "bounds": [*placed[:, :2].min(axis=0), *placed[:, 2:].max(axis=0)] if len(placed) else None,
-        "images": _images(shown.planned),
+        "bounds": [*placed_N4[:, :2].min(axis=0), *placed_N4[:, 2:].max(axis=0)] if len(placed_N4) else None,
+        "images": [{"id": image, "width": width, "height": height} for image, (width, height) in sizes.items()],
         "classes": [{"value": value, **row} for value, row in zip(values, shares, strict=True)],
-        "ledger": {step: {"planned": one["planned"], "counts": one["counts"]} for step, one in state["steps"].items()},
+        "ledger": {
+            step: {"planned": ledger["planned"], "counts": ledger["counts"]} for step, ledger in state["steps"].items()
+        },
         "troubles": _troubles(root, state["steps"]),
     }
 
 
-def _images(tiles: Sequence[tuple[Tile, Sequence[Source]]]) -> list[dict[str, Any]]:
-    """Images without CRS, with their sizes."""
-    sizes: dict[str, tuple[int, int]] = {}
-    for tile, sources in tiles:
-        if tile.grid.crs is None and tile.grid.image and (size := _size(sources, tile.grid.image)):
-            sizes[tile.grid.image] = size
-    return [{"id": name, "width": width, "height": height} for name, (width, height) in sizes.items()]
-
-
 def _size(sources: Sequence[Source], image: str) -> tuple[int, int] | None:
-    """(width, height) of an image; None for one that could not be opened."""
+    """(width, height) of an image without CRS."""
     return next(((source.width, source.height) for source in sources if source.item_id == image), None)
 
 
 def _troubles(root: str, steps: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows that are not settled, with their place on Earth where they have one."""
+    """Rows that failed or are missing, with their bounds if they have any."""
     rows = []
-    for step, account in steps.items():
-        places = _places(root, step, set(account["troubles"]))
-        for row, reason in list(account["troubles"].items())[:_MOST_TROUBLES]:
+    for step, ledger in steps.items():
+        troubles = dict(list(ledger["troubles"].items())[:_MAX_TROUBLES])
+        places: dict[str, dict[str, Any]] = {}
+        if troubles:
+            with (upath(root) / "steps" / step / "manifest.parquet").open("rb") as file:
+                planned = pq.read_table(file).to_pylist()
+            for tile in (Tile.from_row(row) for row in planned if row["id"] in troubles and row.get("width")):
+                window = tile.window
+                if tile.grid.crs:
+                    places[tile.id] = {"bounds": mapview.lonlat_bounds(tile.grid, window)}
+                else:
+                    box = [window.col, window.row, window.col1, window.row1]
+                    places[tile.id] = {"image": tile.grid.image, "box": box}
+        for row, reason in troubles.items():
             rows.append({"step": step, "id": row, "reason": reason, **places.get(row, {})})
     return rows
 
 
-def _places(root: str, step: str, ids: set[str]) -> dict[str, dict[str, Any]]:
-    if not ids:
-        return {}
-    with (upath(root) / "steps" / step / "manifest.parquet").open("rb") as file:
-        rows = pq.read_table(file).to_pylist()
-    places: dict[str, dict[str, Any]] = {}
-    for row in (row for row in rows if row["id"] in ids and row.get("width")):
-        tile = Tile.from_row(row)
-        if tile.grid.crs:
-            places[tile.id] = {"bounds": mapview.lonlat_bounds(tile.grid, tile.window)}
-        else:
-            window = tile.window
-            places[tile.id] = {"image": tile.grid.image, "box": [window.col, window.row, window.col1, window.row1]}
-    return places
+# -- web tiles ---------------------------------------------------------------------------------------------------------
 
 
 def tile_png(
-    shown: View, place: tuple[int, int, int], layer: str, *, image: str | None, hosts: Sequence[str]
+    shown: RunView, place: mapview.Place, layer: str, *, image: str | None, hosts: Sequence[str]
 ) -> bytes | None:
-    """A web tile (z, x, y) of a run as PNG; None where there is nothing."""
+    """A web tile (z, x, y) of a run as PNG; None if it is empty."""
     bounds = mapview.bounds_of_tile(*place)
     sources = shown.sources(bounds, image)
     size = _size(sources, image) if image is not None else None
@@ -207,68 +264,66 @@ def tile_png(
         return None
     whole = Window(0, 0, *size) if size else None
     if layer == "imagery":
-        imagery_HWC = mapview.imagery_tile(sources, *place, image=whole, hosts=hosts)
-        return _rgba_png(imagery_HWC)
-    if not (tiles := shown.mapped(bounds, image)):
+        if len(sources) > MAX_OPENED:
+            return None
+        return answers.rgba_png(mapview.imagery_tile(sources, place, image=whole, hosts=hosts))
+    positions = shown.mapped(bounds, image)
+    if not positions:
         return None
-    classes_HW = mapview.classes_tile(tiles, *place, image=whole)
+    if len(positions) <= MAX_OPENED:
+        classes_HW = mapview.classes_tile([shown.tiles[at] for at in positions], place, image=whole)
+    elif whole:
+        side = max(whole.width, whole.height) / 2 ** place[0]
+        windows = [shown.tiles[at].tile.window for at in positions]
+        # Rows grow downward, the boxes' y upward.
+        boxes_N4 = np.array([(w.col, -w.row1, w.col1, -w.row) for w in windows])
+        _, x, y = place
+        extent = (x * side, -(y + 1) * side, (x + 1) * side, -y * side)
+        classes_HW = mapview.coarse_classes_tile(shown.majority_N[positions], boxes_N4, extent)
+    else:
+        boxes_N4 = mapview.mercator(shown.bounds_N4[positions])
+        extent = mapview.mercator(np.array([bounds]))[0].tolist()
+        classes_HW = mapview.coarse_classes_tile(shown.majority_N[positions], boxes_N4, extent)
     colors = {value: color for value, _, color in shown.table.classes}
     return answers.palette_png(classes_HW, colors, opaque=set(shown_colors(shown.table)))
 
 
-def _rgba_png(image_HWC: np.ndarray) -> bytes:
-    sink = io.BytesIO()
-    PIL.Image.fromarray(image_HWC).save(sink, "PNG", compress_level=1)
-    return sink.getvalue()
-
-
 def router(config: ServeConfig) -> APIRouter:
     """Routes of the runs."""
-    routes = APIRouter(tags=["runs"])
-
-    def known() -> dict[str, str]:
-        return found([*config.runs, *config.models, *([config.jobs] if config.jobs else [])])
-
-    async def looked_up(name: str) -> str:
-        there = await asyncio.to_thread(known)
-        if name not in there:
-            raise Refused(404, f"there is no run {name!r}; those shown are: {', '.join(list(there)[:10]) or 'none'}")
-        return there[name]
+    routes, index = APIRouter(tags=["runs"]), RunIndex(config)
 
     @routes.get("/v1/runs", responses=problems_of(503))
-    async def runs() -> dict[str, list[dict[str, Any]]]:
-        """The runs that can be looked at."""
-        return {"runs": await asyncio.to_thread(lambda: [*_listed(known())])}
+    async def list_runs() -> dict[str, list[dict[str, Any]]]:
+        """The runs that the server shows."""
+        return {"runs": await asyncio.to_thread(index.rows)}
 
     @routes.get("/v1/runs/{name}", responses=problems_of(404, 503))
     async def one(name: Name) -> dict[str, Any]:
-        """A run: classes and what they cover, ledger, what failed and where."""
-        root = await looked_up(name)
-        return await asyncio.to_thread(describe, name, root)
+        """A run: classes and their areas, ledger, failed rows with their place."""
+        return await asyncio.to_thread(lambda: describe(name, index.root(name)))
 
-    @routes.get(
-        "/v1/runs/{name}/tiles/{z}/{x}/{y}.png",
-        response_class=Response,
-        responses=_TILE,
-    )
+    @routes.get("/v1/runs/{name}/tiles/{z}/{x}/{y}.png", response_class=Response, responses=_TILE_RESPONSES)
     async def tile(
         name: Name,
         z: Zoom,
-        x: Place,
-        y: Place,
-        layer: Annotated[Literal["classes", "imagery"], Query(description="What to draw.")] = "classes",
+        x: Index,
+        y: Index,
+        layer: Annotated[Literal["classes", "imagery"], Query(description="Layer to draw.")] = "classes",
         image: Annotated[str | None, Query(max_length=200, description="An image without georeference.")] = None,
     ) -> Response:
-        """A map tile of 256 px: of the web's Mercator grid, or of the pyramid of an image without georeference."""
+        """A map tile of 256 px: on the Web Mercator grid, or in the pyramid of an image without georeference."""
         if x >= 1 << z or y >= 1 << z:
-            raise Refused(404, f"zoom {z} has tiles 0 to {(1 << z) - 1}, asked for was {x}, {y}")
-        shown = await asyncio.to_thread(view, await looked_up(name))
+            raise Problem(404, f"zoom {z} has tiles 0 to {(1 << z) - 1}, the request is for {x}, {y}")
+
+        def draw() -> bytes | None:
+            return tile_png(view(index.root(name)), (z, x, y), layer, image=image, hosts=config.imagery_hosts)
+
         try:
-            drawn = await asyncio.to_thread(tile_png, shown, (z, x, y), layer, image=image, hosts=config.imagery_hosts)
+            png = await asyncio.to_thread(draw)
         except DataError as error:
-            raise Refused(422, f"the tile cannot be drawn: {error}") from error
-        if drawn is None:
+            raise Problem(422, f"the tile cannot be drawn: {error}") from error
+        if png is None:
             return Response(status_code=204)
-        return Response(drawn, media_type="image/png", headers={"Cache-Control": "private, max-age=60"})
+        return Response(png, media_type="image/png", headers={"Cache-Control": "private, max-age=60"})
 
     return routes

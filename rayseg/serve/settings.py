@@ -1,4 +1,4 @@
-"""How a server is set up: one frozen value, given by flags or by the `args` of a Serve file."""
+"""Settings of a server: one frozen value, from command-line flags or from the `args` of a Ray Serve file."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,94 +10,91 @@ from rayseg.engine.submit import is_loopback
 from rayseg.errors import ConfigError
 from rayseg.store import Location
 
-LEAST_TOKEN = 16
+MIN_TOKEN_LENGTH = 16
 
 
 class ServeConfig(Config):
-    """What is served, to whom, and how much of it at once."""
+    """Models and runs to serve, access control and limits."""
 
     models: tuple[Location, ...] = ()
     """Prefixes below which every bundle is served."""
     runs: tuple[Location, ...] = ()
-    """Runs that can be looked at, or prefixes below which they lie."""
+    """Runs to show, or prefixes of runs."""
     token_file: str | None = None
-    """File with the token that requests must carry; anything may ask without one."""
+    """File with the token that requests must carry; without it no token is required."""
     hosts: tuple[str, ...] = ()
-    """Names by which the server is called; empty for any. Stops pages of others that call it by a name of theirs."""
+    """Accepted values of the Host header; empty accepts any. Protects against DNS rebinding by other sites."""
     max_pixels: Annotated[int, Field(gt=0)] = 16_777_216
-    """Most pixels of an upload."""
+    """Maximum pixels of an upload."""
     max_bytes: Annotated[int, Field(gt=0)] = 67_108_864
-    """Most bytes of a request."""
+    """Maximum bytes of a request."""
     queue: Annotated[int, Field(gt=0)] = 32
-    """Requests below /v1 that are worked on or wait, in each replica of the API; more are answered 503 at once."""
+    """Maximum requests below /v1 that run or wait in each replica of the API; further ones get a 503 at once."""
     batch: Annotated[int, Field(gt=0)] = 8
-    """Most patches predicted at once, of all requests for one model together."""
+    """Maximum patches per batch, over all requests for one model."""
     exact: bool = True
-    """Give the bits of `rayseg predict`, for which a GPU fills up its batches; otherwise a score may be one of 254 off
-    there. A CPU gives them either way."""
+    """Return the same bits as `rayseg predict`, for which a GPU pads its batches; without it a score can differ by 1
+    of 254 on a GPU. A CPU returns the same bits either way."""
     wait_seconds: Annotated[float, Field(ge=0)] = 0.0
-    """How long a batch waits for more patches."""
+    """Time that a batch waits for further patches."""
     replicas: Annotated[int, Field(gt=0)] = 4
-    """Most replicas of the models; how many there are follows the load."""
+    """Maximum replicas of the models; their number follows the load."""
     least_replicas: Annotated[int, Field(gt=0)] = 1
-    """Fewest replicas of the models."""
+    """Minimum replicas of the models."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
-    """Share of a GPU that each replica of the models takes."""
+    """GPUs per replica of the models; fractions are allowed."""
     cpus: Annotated[float, Field(ge=0)] = 1.0
-    """Processors that each replica of the models takes, as Ray counts them."""
+    """CPUs per replica of the models, in Ray's logical units."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
-    """After which a request is given up."""
+    """Time limit of a request."""
     imagery_hosts: tuple[str, ...] = ()
-    """Hosts from which imagery of runs may be read over http(s); others are not asked."""
+    """Hosts from which the imagery of runs may be read over http(s); imagery on other hosts is not read."""
     log_file: Location | None = None
-    """File on every node to which a line of JSON is added for each request; else they go to the replicas' stderr."""
+    """File on every node for the access log, one JSON line per request; default: stderr of the replicas."""
     jobs: Location | None = None
-    """Prefix for runs that clients start; none may without it."""
+    """Prefix for runs that clients start; without it clients cannot start runs."""
     jobs_catalog: Location | None = None
     """Imagery of those runs: `catalog.json#collection`."""
     jobs_configs: dict[str, Location] = Field(default_factory=dict)
-    """Pipeline -> YAML file that its jobs start from."""
+    """Pipeline -> YAML file with the base configuration of its jobs."""
     jobs_at_once: Annotated[int, Field(gt=0)] = 2
-    """Jobs of clients that may be under way at once; more are answered 429."""
+    """Maximum concurrent jobs of clients; further ones get a 429."""
     jobs_address: str | None = None
-    """Address of the cluster's dashboard, which takes jobs; `rayseg serve` finds it."""
+    """Address of the Ray dashboard that accepts jobs; `rayseg serve` sets it."""
 
     @field_validator("models", "runs", "hosts", "imagery_hosts", mode="before")
     @classmethod
-    def _one_is_a_list(cls, given: Any) -> Any:  # noqa: ANN401 - what a configuration holds
-        return (given,) if isinstance(given, str) else given
+    def _accept_one(cls, value: Any) -> Any:  # noqa: ANN401 - a raw configuration value
+        return (value,) if isinstance(value, str) else value
 
     def token(self) -> str:
-        """The token that requests must carry, "" if none is asked for.
+        """Read the token that requests must carry, without surrounding whitespace; "" if none is required.
 
         Raises:
-            ConfigError: the file is not there, or holds less than `LEAST_TOKEN` characters.
+            ConfigError: the file is missing, or holds fewer than `MIN_TOKEN_LENGTH` ASCII characters.
         """
-        return read_token(self.token_file) if self.token_file else ""
+        if not self.token_file:
+            return ""
+        try:
+            token = Path(self.token_file).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"token file {self.token_file} cannot be read: {error}; check --token-file") from None
+        if len(token) < MIN_TOKEN_LENGTH or not token.isascii():
+            raise ConfigError(
+                f"token file {self.token_file} holds {len(token)} characters, expected {MIN_TOKEN_LENGTH} or more, all "
+                "ASCII; create one with: openssl rand -hex 32"
+            )
+        return token
 
 
-def read_token(path: str) -> str:
-    """The token in a file, without the space around it."""
-    try:
-        token = Path(path).read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"token file {path} cannot be read: {error}; check --token-file") from None
-    if len(token) < LEAST_TOKEN or not token.isascii():
-        raise ConfigError(
-            f"token file {path} holds {len(token)} characters, expected {LEAST_TOKEN} or more, ASCII; "
-            "make one with: openssl rand -hex 32"
-        )
-    return token
-
-
-def expect_closed(host: str, token_file: str | None) -> None:
-    """Refuse to listen to others without a token.
+def require_token(host: str, token_file: str | None) -> None:
+    """Refuse to listen on an address other than loopback without a token.
 
     Raises:
-        ConfigError: the host is not loopback and there is no token.
+        ConfigError: the host is not loopback and no token file is set.
     """
     if not is_loopback(host) and not token_file:
         raise ConfigError(
-            f"host {host} can be reached by others; give --token-file with a token of {LEAST_TOKEN} characters or "
-            "more, or leave --host at 127.0.0.1"
+            f"host {host} is reachable from other machines and no token is set; pass --token-file with a token of "
+            f"{MIN_TOKEN_LENGTH} or more characters, or leave --host at 127.0.0.1"
         )

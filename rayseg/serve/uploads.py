@@ -1,4 +1,4 @@
-"""Uploads become pixels in child processes, which are ended when they take too long and replaced when they die."""
+"""Decode uploads in child processes, which are killed when they take too long and replaced when they die."""
 
 import os
 import shutil
@@ -10,14 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import LifoQueue
-from typing import Any
 
 import numpy as np
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.io.sources import Source
-from rayseg.io.untrusted import TooLarge, closed
+from rayseg.io.untrusted import ImageTooLarge, gdal_environment
 from rayseg.serve import child, file_type
 
 SECONDS = 30.0
@@ -29,7 +28,7 @@ class Image:
 
     Attributes:
         tile: the whole image.
-        image_CHW: values as they are stored, 0 where not valid.
+        image_CHW: values as stored, 0 where not valid.
         valid_HW: bool.
     """
 
@@ -39,13 +38,13 @@ class Image:
 
 
 class _Child:
-    """One process, and the folder it may write to."""
+    """One process, and the folder to which it may write."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self.folder = tempfile.mkdtemp(prefix="rayseg-upload-")
-        words = [sys.executable, "-m", "rayseg.serve.child", self.folder]
+        command = [sys.executable, "-m", "rayseg.serve.child", self.folder]
         self.process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
         )
 
     def end(self) -> None:
@@ -57,82 +56,82 @@ class _Child:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class Readers:
-    """A few child processes that read images; safe to be asked from several threads.
+class DecoderPool:
+    """Child processes that decode images; thread-safe.
 
     Args:
-        count: processes; each is started when it is first needed.
-        max_pixels: most pixels of an image.
-        seconds: after which a read is given up.
+        count: number of processes; each starts at first use.
+        max_pixels: maximum pixels of an image.
+        seconds: time limit for one image.
     """
 
     def __init__(self, count: int, *, max_pixels: int, seconds: float = SECONDS) -> None:
         self.max_pixels, self.seconds = max_pixels, seconds
+        # Credentials and other variables of the parent stay out of the child.
         kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LANG", "TMPDIR") if name in os.environ}
-        self._environment = kept | closed() | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self._environment = kept | gdal_environment() | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self._idle: LifoQueue[_Child | None] = LifoQueue()
         for _ in range(count):
             self._idle.put(None)
 
     def read(self, data: bytes, *, bands: Sequence[str] = ()) -> tuple[Source, Image | None]:
-        """What an upload says of itself, and its pixels; no pixels where it lacks one of `bands`.
+        """Decode an upload: (metadata, pixels); pixels are None if it lacks one of `bands`.
 
         Raises:
-            Refused: it is no PNG, JPEG or GeoTIFF, or something else besides.
-            TooLarge: it has too many pixels.
-            DataError: it cannot be read.
+            Problem: it is not a PNG, JPEG or GeoTIFF, or a file of two formats.
+            ImageTooLarge: it has too many pixels.
+            DataError: it cannot be decoded, or not within the limits of time and memory.
         """
-        kind = file_type.kind_of(data, max_pixels=self.max_pixels)
-        header, body = self._ask({"kind": kind, "bands": list(bands), "max_pixels": self.max_pixels}, data)
+        # 1. the child's answer
+        request = {"kind": file_type.kind_of(data), "bands": list(bands), "max_pixels": self.max_pixels}
+        with self._child() as worker:
+            assert worker.process.stdin is not None
+            assert worker.process.stdout is not None
+            watchdog = threading.Timer(self.seconds, worker.process.kill)
+            watchdog.start()
+            try:
+                child.send(worker.process.stdin, request, data)
+                header, body = child.receive(worker.process.stdout)
+            except (EOFError, OSError) as error:
+                worker.end()
+                raise DataError(
+                    f"the image was not decoded within {self.seconds:g} s and the memory limit; save it again as a "
+                    "plain image, or send a part of it"
+                ) from error
+            finally:
+                watchdog.cancel()
+        # 2. its errors
         if "too_large" in header:
-            raise TooLarge(header["too_large"])
+            raise ImageTooLarge(header["too_large"])
         if "error" in header:
             raise DataError(header["error"])
+        # 3. metadata and pixels; no pickles, so that a compromised child can send nothing else
         source = Source.from_row(header["source"])
         if "dtype" not in header:
             return source, None
         row = header["grid"]
         grid = Grid(row["crs"], tuple(row["resolution"]), tuple(row["origin"]), row["image"])
         shape, dtype = tuple(header["shape"]), np.dtype(header["dtype"])
-        size = int(np.prod(shape)) * dtype.itemsize
         image_CHW = np.frombuffer(body, dtype, count=int(np.prod(shape))).reshape(shape)
-        bits = np.unpackbits(np.frombuffer(body, np.uint8, offset=size), count=shape[1] * shape[2])
+        bits = np.unpackbits(np.frombuffer(body, np.uint8, offset=image_CHW.nbytes), count=shape[1] * shape[2])
         return source, Image(Tile("upload", grid, Window(**header["window"])), image_CHW, bits.reshape(shape[1:]) > 0)
 
-    def _ask(self, asked: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytearray]:
-        with self._one() as one:
-            assert one.process.stdin is not None
-            assert one.process.stdout is not None
-            watch = threading.Timer(self.seconds, one.process.kill)
-            watch.start()
-            try:
-                child.send(one.process.stdin, asked, data)
-                return child.receive(one.process.stdout)
-            except (EOFError, OSError) as error:
-                one.end()
-                raise DataError(
-                    f"the image could not be read within {self.seconds:g} s and the memory it may take; "
-                    "save it anew, or send a part of it"
-                ) from error
-            finally:
-                watch.cancel()
-
     @contextmanager
-    def _one(self) -> Iterator[_Child]:
-        """A child that nobody else asks meanwhile."""
-        one = self._idle.get()
+    def _child(self) -> Iterator[_Child]:
+        """A child process for one request."""
+        worker = self._idle.get()
         try:
-            if one and one.process.poll() is not None:
-                one.end()
-                one = None
-            one = one or _Child(self._environment)
-            yield one
+            if worker and worker.process.poll() is not None:
+                worker.end()
+                worker = None
+            worker = worker or _Child(self._environment)
+            yield worker
         finally:
-            self._idle.put(one)
+            self._idle.put(worker)
 
     def close(self) -> None:
         """End the processes."""
         for _ in range(self._idle.qsize()):
-            if one := self._idle.get():
-                one.end()
+            if worker := self._idle.get():
+                worker.end()
             self._idle.put(None)

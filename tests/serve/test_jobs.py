@@ -1,4 +1,4 @@
-"""Jobs from strangers: what their command line may hold."""
+"""Jobs of clients: the command line that they may start."""
 
 import io
 import shlex
@@ -17,8 +17,8 @@ from tiny_server import serving
 
 from rayseg.serve.app import api
 from rayseg.serve.jobs import Job, entrypoint
-from rayseg.serve.models import Here, Shelf
-from rayseg.serve.problems import Refused
+from rayseg.serve.models import LocalBackend, ModelIndex
+from rayseg.serve.problems import Problem
 from rayseg.serve.settings import ServeConfig
 
 SMALL = """
@@ -57,22 +57,22 @@ def test_the_command_line_is_one_a_person_would_type(config, tmp_path):
         ({"config": {"chips": {"source": "chips"}}}, "names a file"),
         ({"config": {"map": {"imagery": "x"}}}, "names a file"),
         ({"config": {"segmenter": {"weights": "secret"}}}, "expected none or imagenet"),
-        ({"config": {"segmenter": {"encoder": "../../x.pth"}}}, "words here are letters"),
-        ({"config": {"a b": 1}}, "is no key"),
+        ({"config": {"segmenter": {"encoder": "../../x.pth"}}}, "expected letters, digits"),
+        ({"config": {"a b": 1}}, "is not a configuration key"),
         ({"config": {"nothing": 1}}, "config key nothing is unknown"),
         ({"config": {"patch": -1}}, "config key patch"),
     ],
 )
-def test_what_could_reach_a_file_or_cannot_be_meant_is_refused(config, asked, words):
+def test_paths_and_invalid_values_are_refused(config, asked, words):
     job = Job(**{"pipeline": "gpc", "region": "1,2,3,4"} | asked)
-    with pytest.raises(Refused, match=words):
+    with pytest.raises(Problem, match=words):
         entrypoint(job, config, "job-1")
 
 
 @pytest.mark.parametrize(("start", "end"), [("[", "]"), ('{"a":', "}"), ('{"a":[', "]}")])
 @pytest.mark.parametrize("depth", [12, 300, 600, 750, 900])
 def test_what_is_nested_deeper_than_any_configuration_is_refused(config, depth, start, end):
-    asked = TestClient(api(config, Here(Shelf({})), Shelf({})), raise_server_exceptions=False)
+    asked = TestClient(api(config, LocalBackend(ModelIndex({})), ModelIndex({})), raise_server_exceptions=False)
     times = depth // len(end)
     values = f'{{"patch": {start * times}1{end * times}}}'
     body = f'{{"pipeline": "gpc", "region": "demo", "config": {values}}}'
@@ -82,7 +82,7 @@ def test_what_is_nested_deeper_than_any_configuration_is_refused(config, depth, 
 
 
 def test_what_is_nested_too_deep_to_be_read_is_refused(config):
-    asked = TestClient(api(config, Here(Shelf({})), Shelf({})), raise_server_exceptions=False)
+    asked = TestClient(api(config, LocalBackend(ModelIndex({})), ModelIndex({})), raise_server_exceptions=False)
     body = f'{{"pipeline": "gpc", "region": "demo", "config": {{"patch": {"[" * 50_000}{"]" * 50_000}}}}}'
     assert asked.post("/v1/jobs", content=body, headers={"Content-Type": "application/json"}).status_code == 400
 
@@ -114,7 +114,7 @@ def test_a_job_is_submitted_and_looked_up_by_its_id(config, monkeypatch):
             return [SimpleNamespace(submission_id=name, status=JobStatus.RUNNING) for name in [None, *submitted]]
 
     monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Client)
-    asked = TestClient(api(config.model_copy(update={"jobs_at_once": 1}), Here(Shelf({})), Shelf({})))
+    asked = TestClient(api(config.model_copy(update={"jobs_at_once": 1}), LocalBackend(ModelIndex({})), ModelIndex({})))
     found = asked.post("/v1/jobs", json={"pipeline": "gpc", "region": "demo"})
     assert found.status_code == 202, found.text
     name = found.json()["id"]
@@ -123,7 +123,7 @@ def test_a_job_is_submitted_and_looked_up_by_its_id(config, monkeypatch):
     refused = asked.post("/v1/jobs", json={"pipeline": "gpc", "region": "demo"})
     assert (refused.status_code, list(submitted)) == (429, [name])
     assert refused.headers["retry-after"] == "60"
-    assert "1 jobs are under way, 1 may be" in refused.json()["detail"]
+    assert "1 jobs are active, 1 are allowed" in refused.json()["detail"]
     assert asked.get("/v1/jobs/job-000000000000").status_code == 404
     assert asked.get("/v1/jobs/..").status_code in {404, 422}
     assert asked.post("/v1/jobs", json={"pipeline": "rm", "region": "demo"}).status_code == 422
@@ -132,13 +132,13 @@ def test_a_job_is_submitted_and_looked_up_by_its_id(config, monkeypatch):
 
 def test_a_cluster_that_does_not_answer_is_a_503(config):
     away = config.model_copy(update={"jobs_address": "http://127.0.0.1:9"})
-    asked = TestClient(api(away, Here(Shelf({})), Shelf({})))
+    asked = TestClient(api(away, LocalBackend(ModelIndex({})), ModelIndex({})))
     for found in (
         asked.post("/v1/jobs", json={"pipeline": "gpc", "region": "demo"}),
         asked.get("/v1/jobs/job-0123456789ab"),
     ):
         assert (found.status_code, found.headers["retry-after"]) == (503, "30")
-        assert "takes no jobs now" in found.json()["detail"]
+        assert "does not accept jobs now" in found.json()["detail"]
 
 
 @pytest.mark.e2e

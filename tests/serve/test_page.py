@@ -15,7 +15,7 @@ from tiny_server import encoded, image_HWC, sam_picture, untrained_sam
 
 from rayseg.io.maps import mapped_tiles
 from rayseg.serve.app import api
-from rayseg.serve.models import Here, Shelf
+from rayseg.serve.models import LocalBackend, ModelIndex
 from rayseg.serve.settings import ServeConfig
 
 CHROMIUM = shutil.which("chromium")
@@ -42,9 +42,9 @@ def address(tmp_path_factory):
 
 def serving(root, *, models):
     config = ServeConfig(models=models, runs=(str(root / "runs"),), token_file=str(root / "token"))
-    shelf = Shelf.of(config.models)
-    door = api(config, Here(shelf), shelf)
-    server = uvicorn.Server(uvicorn.Config(door, host="127.0.0.1", port=0, log_config=None))
+    shelf = ModelIndex.of(config.models)
+    app = api(config, LocalBackend(shelf), shelf)
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -64,15 +64,15 @@ def browser():
 
 @pytest.fixture
 def page(browser, address):
-    """A page that was given the token; what it complains of fails the test."""
+    """A page with the token; its script errors fail the test."""
     context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme="dark")
     context.add_init_script(f"sessionStorage.setItem('rayseg-token', '{TOKEN}')")
-    opened, complaints = context.new_page(), []
-    opened.on("pageerror", lambda error: complaints.append(str(error)))
-    opened.on("console", lambda said: complaints.append(said.text) if "Content Security Policy" in said.text else None)
+    opened, errors = context.new_page(), []
+    opened.on("pageerror", lambda error: errors.append(str(error)))
+    opened.on("console", lambda said: errors.append(said.text) if "Content Security Policy" in said.text else None)
     yield opened
     context.close()
-    assert complaints == []
+    assert errors == []
 
 
 @pytest.fixture
@@ -87,11 +87,11 @@ def mapped(page, address):
     return page
 
 
-def test_an_image_is_mapped_and_its_classes_are_told(mapped):
+def test_an_image_is_mapped_and_its_classes_are_listed(mapped):
     assert "gpc" in mapped.inner_text("#legend")
     assert "%" in mapped.inner_text("#legend")
     mapped.hover("#view", position={"x": 60, "y": 40})
-    assert mapped.inner_text("#said").split(" at ")[0] in {"gpc", "background"}
+    assert mapped.inner_text("#readout").split(" at ")[0] in {"gpc", "background"}
     assert mapped.evaluate("document.documentElement.scrollWidth") <= 390
 
 
@@ -104,7 +104,7 @@ def test_the_mask_is_seen_through_as_the_slider_says(mapped):
 def test_the_keyboard_alone_reads_classes_and_moves_the_slider(mapped):
     mapped.focus("#view")
     mapped.keyboard.press("ArrowRight")
-    assert "at column 66, row 45" in mapped.inner_text("#said")
+    assert "at column 66, row 45" in mapped.inner_text("#readout")
     mapped.focus("#opacity")
     mapped.keyboard.press("ArrowLeft")
     assert mapped.inner_text("#percent") == "59 %"
@@ -139,7 +139,7 @@ def test_an_image_that_wants_to_be_turned_is_shown_and_mapped_as_it_is_stored(pa
     box = page.locator("#view").bounding_box()
     assert box["width"] == pytest.approx(2 * box["height"], abs=1)
     page.hover("#view", position={"x": box["width"] * 108.5 / 120, "y": box["height"] * 6.5 / 60})
-    assert "at column 108, row 6" in page.inner_text("#said")
+    assert "at column 108, row 6" in page.inner_text("#readout")
     shown_HWC = np.asarray(Image.open(io.BytesIO(page.locator("#view").screenshot())).convert("RGB"), int)
     height, width = shown_HWC.shape[:2]
     red, blue = (shown_HWC[height // 2, int(width * share)] for share in (0.2, 0.8))
@@ -147,7 +147,7 @@ def test_an_image_that_wants_to_be_turned_is_shown_and_mapped_as_it_is_stored(pa
     assert blue[2] > 180 > 80 > blue[0]
 
 
-def test_errors_are_told_in_words(mapped):
+def test_errors_are_shown_as_sentences(mapped):
     mapped.set_input_files("#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"hello"})
     playwright.expect(mapped.locator("#error")).to_contain_text("send a PNG")
 
@@ -193,12 +193,12 @@ def test_tiles_that_a_busy_server_refused_are_asked_for_again(page, address):
 
 def test_things_are_clicked_on_and_points_taken_back(page, address):
     page.goto(address)
-    page.select_option("#model", label="sam-vit-b: click on things")
+    page.select_option("#model", label="sam-vit-b: segment at points")
     page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": encoded(sam_picture())})
     page.wait_for_selector("#shown:not([hidden])")
     assert page.is_disabled("#go")
     page.click("#view", position={"x": 40, "y": 30})
-    playwright.expect(page.locator("#legend")).to_contain_text("1 thing")
+    playwright.expect(page.locator("#legend")).to_contain_text("1 object")
     page.click("#view", position={"x": 90, "y": 60}, modifiers=["Shift"])
     playwright.expect(page.locator("#points")).to_have_text("2 points")
     page.focus("#view")
@@ -207,11 +207,11 @@ def test_things_are_clicked_on_and_points_taken_back(page, address):
     playwright.expect(page.locator("#points")).to_have_text("3 points")
     page.keyboard.press("Backspace")
     playwright.expect(page.locator("#points")).to_have_text("2 points")
-    playwright.expect(page.locator("#said")).to_contain_text("Done")
+    playwright.expect(page.locator("#readout")).to_contain_text("Done")
     assert page.locator('[data-media="image/tiff"]').is_hidden()
     page.click("#clear")
     assert page.is_disabled("#go")
     assert page.locator("#result").is_hidden()
-    page.select_option("#model", label="sam-vit-b: find everything")
+    page.select_option("#model", label="sam-vit-b: segment everything")
     page.click("#go")
-    playwright.expect(page.locator("#legend")).to_contain_text("thing")
+    playwright.expect(page.locator("#legend")).to_contain_text("object")

@@ -1,7 +1,8 @@
-"""Runs over HTTP: what they say, and their map as tiles."""
+"""Runs over HTTP: descriptions, and their map as tiles."""
 
 import asyncio
 import io
+import json
 import signal
 import subprocess
 import sys
@@ -61,14 +62,14 @@ def image_of(answer):
     return np.array(Image.open(io.BytesIO(answer.content)))
 
 
-def test_runs_are_listed_by_name_but_for_those_that_cannot_be_read(asked):
+def test_readable_runs_are_listed_by_name(asked):
     assert {row["name"] for row in asked.get("/v1/runs").json()["runs"]} == {"map", "broken", "photo"}
     found = asked.get("/v1/runs/none")
     assert found.status_code == 404
     assert "no run 'none'" in found.json()["detail"]
 
 
-def test_a_run_says_what_it_covers_and_what_failed(asked, mask):
+def test_a_run_reports_areas_and_failed_tiles(asked, mask):
     said = asked.get("/v1/runs/map").json()
     rows = {row["name"]: row for row in said["classes"]}
     assert rows["gpc"]["share"] == pytest.approx((mask == 1).mean())
@@ -119,7 +120,7 @@ def test_more_tiles_than_the_queue_holds_are_refused_at_once(root, monkeypatch):
     assert sorted(one.status_code for one in found) == [204] * 3 + [503] * 17
     refused = [one for one in found if one.status_code == 503]
     assert all(int(one.headers["retry-after"]) >= 1 for one in refused)
-    assert all("3 requests are being worked on" in one.json()["detail"] for one in refused)
+    assert all("3 requests are already in progress" in one.json()["detail"] for one in refused)
     assert app.busy == 0
 
 
@@ -156,18 +157,18 @@ def test_a_run_whose_files_could_not_all_be_opened_is_shown_without_those(root, 
     assert asked.get("/v1/runs/part/tiles/0/0/0.png?image=lost").status_code == 204
 
 
-def test_imagery_of_hosts_that_are_not_named_is_not_asked_for():
-    assert mapview._allowed("/data/a.tif", ())
-    assert mapview._allowed("s3://bucket/a.tif", ())
-    assert not mapview._allowed("https://169.254.169.254/a.tif", ())
-    assert not mapview._allowed("gs://bucket/a.tif", ("bucket",))
-    assert not mapview._allowed("/vsicurl/http://a/b.tif".replace("/vsicurl/", "vsicurl://"), ())
-    assert mapview._allowed("https://tiles.example/a.tif", ("tiles.example",))
+def test_imagery_is_read_from_allowed_hosts_only():
+    assert mapview.allowed("/data/a.tif", ())
+    assert mapview.allowed("s3://bucket/a.tif", ())
+    assert not mapview.allowed("https://169.254.169.254/a.tif", ())
+    assert not mapview.allowed("gs://bucket/a.tif", ("bucket",))
+    assert not mapview.allowed("/vsicurl/http://a/b.tif".replace("/vsicurl/", "vsicurl://"), ())
+    assert mapview.allowed("https://tiles.example/a.tif", ("tiles.example",))
 
 
 def test_models_below_a_run_lead_to_it(root):
     (root / "earth/map/models").mkdir()
-    assert runs.found([str(root / "earth/map/models")]) == {"map": str(root / "earth/map")}
+    assert runs.runs_below([str(root / "earth/map/models")]) == {"map": str(root / "earth/map")}
 
 
 def test_the_world_of_these_tests_is_what_they_say():
@@ -188,3 +189,88 @@ def test_view_shows_a_run_until_it_is_stopped(root):
             assert said["ledger"]["predict"]["counts"]["failed"] == 1
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) in {0, -signal.SIGTERM}
+
+
+def reads_of(monkeypatch, root):
+    """Calls that read the manifest or the ledger of a run."""
+    calls = []
+    for name in ("mapped_tiles", "planned_tiles"):
+        original = getattr(runs, name)
+        monkeypatch.setattr(runs, name, lambda *given, of=original: calls.append(of.__name__) or of(*given))
+    monkeypatch.setattr(runs.runs, "status", lambda path, of=runs.runs.status: calls.append("status") or of(path))
+    return calls
+
+
+@pytest.mark.parametrize(("status", "times"), [("done", 1), ("running", 2)])
+def test_a_finished_run_is_read_once_and_a_running_one_again_after_some_seconds(
+    root, mask, tmp_path, monkeypatch, status, times
+):
+    make(tmp_path / "map", {"scene": (picture(mask), mask, (0, 0))})
+    content = json.loads((tmp_path / "map/run.json").read_text()) | {"status": status, "reason": ""}
+    (tmp_path / "map/run.json").write_text(json.dumps(content))
+    calls, asked = reads_of(monkeypatch, root), client(runs=(str(tmp_path / "map"),))
+    for moment in (0.0, 1.0, 1000.0):
+        monkeypatch.setattr(runs.time, "monotonic", lambda now=moment: now)
+        assert asked.get("/v1/runs/map").json()["classes"]
+        assert asked.get("/v1/runs/map/tiles/0/0/0.png").status_code == 200
+    assert sorted(calls) == sorted(times * ["mapped_tiles", "planned_tiles", "status"])
+
+
+def test_a_finished_run_that_is_resumed_is_read_again(root, mask, tmp_path, monkeypatch):
+    make(tmp_path / "map", {"scene": (picture(mask), mask, (0, 0))})
+    content = json.loads((tmp_path / "map/run.json").read_text())
+    calls, asked = reads_of(monkeypatch, root), client(runs=(str(tmp_path / "map"),))
+    for number, moment in enumerate((0.0, 1000.0)):
+        monkeypatch.setattr(runs.time, "monotonic", lambda now=moment: now)
+        (tmp_path / "map/run.json").write_text(json.dumps(content | {"status": "done", "seconds": number}))
+        assert asked.get("/v1/runs/map").json()["status"] == "done"
+    assert calls.count("status") == 2
+
+
+def opened_by(monkeypatch):
+    """Files that tiles open."""
+    opened, original = [], mapview._open
+    monkeypatch.setattr(mapview, "_open", lambda href, **given: opened.append(href) or original(href, **given))
+    return opened
+
+
+@pytest.mark.parametrize(("run", "place", "query"), [("map", "14/{x}/{y}", ""), ("photo", "0/0/0", "&image=photo")])
+def test_a_tile_over_many_tiles_opens_no_more_files_than_the_limit(asked, mask, monkeypatch, run, place, query):
+    """Above the limit each tile of the run is filled with its most frequent class, which the ledger counts."""
+    west, south, east, north = asked.get("/v1/runs/map").json()["bounds"]
+    where = mercantile.tile((west + east) / 2, (south + north) / 2, 14)
+    path = f"/v1/runs/{run}/tiles/{place.format(x=where.x, y=where.y)}.png?layer="
+    opened = opened_by(monkeypatch)
+    assert (image_of(asked.get(f"{path}classes{query}")) != NODATA).any()
+    assert len(opened) == 6
+    monkeypatch.setattr(runs, "MAX_OPENED", 5)
+    del opened[:]
+    coarse_HW = image_of(asked.get(f"{path}classes{query}"))
+    assert (coarse_HW != NODATA).any()
+    assert opened == []
+    if run == "photo":
+        side = 256 * 64 / SHAPE[1]
+        for row, col in np.ndindex(2, 3):
+            most = np.bincount(mask[64 * row : 64 * row + 64, 64 * col : 64 * col + 64].ravel()).argmax()
+            assert coarse_HW[int(side * (row + 0.5)), int(side * (col + 0.5))] == most
+
+
+def test_imagery_of_more_scenes_than_the_limit_is_not_drawn(asked, monkeypatch):
+    west, south, east, north = asked.get("/v1/runs/map").json()["bounds"]
+    place = mercantile.tile((west + east) / 2, (south + north) / 2, 8)
+    opened = opened_by(monkeypatch)
+    monkeypatch.setattr(runs, "MAX_OPENED", 0)
+    assert asked.get(f"/v1/runs/map/tiles/8/{place.x}/{place.y}.png?layer=imagery").status_code == 204
+    assert opened == []
+
+
+def test_coarse_tiles_lie_where_the_files_do(asked, monkeypatch):
+    """At a zoom where a tile of the run is many pixels wide, both ways of drawing cover the same pixels."""
+    west, south, east, north = asked.get("/v1/runs/map").json()["bounds"]
+    place = mercantile.tile((west + east) / 2, (south + north) / 2, 16)
+    path = f"/v1/runs/map/tiles/16/{place.x}/{place.y}.png"
+    fine_HW = image_of(asked.get(path))
+    monkeypatch.setattr(runs, "MAX_OPENED", 0)
+    coarse_HW = image_of(asked.get(path))
+    assert ((fine_HW != NODATA) == (coarse_HW != NODATA)).mean() > 0.98
+    assert 0.01 < (coarse_HW != NODATA).mean() < 1

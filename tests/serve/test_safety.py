@@ -1,4 +1,4 @@
-"""What is kept out: strangers, pages of other sites, too much of anything, files that are not what they seem."""
+"""Access control, limits, malformed requests and malicious uploads."""
 
 import asyncio
 import io
@@ -20,8 +20,8 @@ from tiny_server import client, encoded, form, image_HWC, served
 
 from rayseg.errors import ConfigError, DataError
 from rayseg.serve import forms, middleware
-from rayseg.serve.settings import ServeConfig, expect_closed
-from rayseg.serve.uploads import Readers
+from rayseg.serve.settings import ServeConfig, require_token
+from rayseg.serve.uploads import DecoderPool
 
 TOKEN = "a-token-of-more-than-16-characters"
 PREVIEW = "/v1/preview"
@@ -29,7 +29,7 @@ PREVIEW = "/v1/preview"
 
 @pytest.fixture(scope="module")
 def readers():
-    found = Readers(1, max_pixels=1 << 20, seconds=20)
+    found = DecoderPool(1, max_pixels=1 << 20, seconds=20)
     yield found
     found.close()
 
@@ -55,7 +55,7 @@ def problem(found, status):
     return body["detail"]
 
 
-# -- who ---------------------------------------------------------------------------------------------------------------
+# -- access control ----------------------------------------------------------------------------------------------------
 
 
 def test_without_the_token_there_is_only_the_page_and_health(guarded):
@@ -63,7 +63,7 @@ def test_without_the_token_there_is_only_the_page_and_health(guarded):
         assert guarded.get(path).status_code == 200, path
     for path in ("/v1/models", "/v1/runs", "/metrics", "/openapi.json", "/v1/nothing"):
         found = guarded.get(path)
-        assert "a token is needed" in problem(found, 401)
+        assert "the request has no token" in problem(found, 401)
         assert found.headers["www-authenticate"].startswith("Bearer")
     for wrong in ("Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer", f"Bearer {TOKEN[:-1]}"):
         problem(guarded.get("/v1/models", headers={"Authorization": wrong}), 401)
@@ -73,10 +73,10 @@ def test_without_the_token_there_is_only_the_page_and_health(guarded):
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org"])
 def test_another_host_demands_a_token(host):
     with pytest.raises(ConfigError, match="--token-file"):
-        expect_closed(host, None)
-    expect_closed(host, "token")
+        require_token(host, None)
+    require_token(host, "token")
     for own in ("127.0.0.1", "localhost", "::1"):
-        expect_closed(own, None)
+        require_token(own, None)
 
 
 def test_a_token_that_can_be_guessed_is_refused(tmp_path):
@@ -90,9 +90,11 @@ def test_a_token_that_can_be_guessed_is_refused(tmp_path):
 def test_pages_of_other_sites_are_not_answered():
     named = client(hosts=("testserver",))
     assert named.get("/v1/models").status_code == 200
-    assert "not called evil.example" in problem(named.get("/v1/models", headers={"Host": "evil.example"}), 421)
+    assert "Host is evil.example, expected testserver" in problem(
+        named.get("/v1/models", headers={"Host": "evil.example"}), 421
+    )
     found = named.post(PREVIEW, headers={"Origin": "https://evil.example"}, **form(encoded(image_HWC())))
-    assert "pages of other sites" in problem(found, 403)
+    assert "a page of another site" in problem(found, 403)
     own = named.post(PREVIEW, headers={"Origin": "http://testserver"}, **form(encoded(image_HWC())))
     assert own.status_code == 200
     asked = named.options(
@@ -101,17 +103,17 @@ def test_pages_of_other_sites_are_not_answered():
     assert not [name for name in asked.headers if name.startswith("access-control")]
 
 
-def cautious(found):
-    """The answer, once it is known to have the headers of caution."""
+def secured(found):
+    """The answer, which must have the security headers."""
     assert "default-src 'none'" in found.headers["content-security-policy"]
     assert found.headers["x-content-type-options"] == "nosniff"
     assert found.headers["x-frame-options"] == "DENY"
     return found
 
 
-def test_every_answer_has_the_headers_of_caution(asked):
+def test_every_answer_has_the_security_headers(asked):
     for path in ("/", "/v1/models", "/nothing"):
-        cautious(asked.get(path))
+        secured(asked.get(path))
 
 
 @pytest.mark.parametrize(
@@ -124,8 +126,8 @@ def test_every_answer_has_the_headers_of_caution(asked):
         ("Content-Length", "-1"),
     ],
 )
-def test_headers_that_mean_nothing_are_a_problem_and_not_a_crash(asked, name, value):
-    assert f"{name} is" in problem(cautious(asked.get("/v1/models", headers={name: value})), 400)
+def test_malformed_headers_are_a_problem_and_not_a_crash(asked, name, value):
+    assert f"{name} is" in problem(secured(asked.get("/v1/models", headers={name: value})), 400)
 
 
 @given(
@@ -133,7 +135,7 @@ def test_headers_that_mean_nothing_are_a_problem_and_not_a_crash(asked, name, va
     value=st.one_of(st.binary(max_size=40), st.from_regex(rb"[a-z0-9:/@\[\]%.\xbc-\xbe-]{0,20}", fullmatch=True)),
 )
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-def test_whatever_a_header_holds_the_door_has_an_answer(guarded, name, value):
+def test_any_header_value_is_answered(guarded, name, value):
     scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": [(name.encode(), value)]}
     sent = []
 
@@ -147,9 +149,9 @@ def test_whatever_a_header_holds_the_door_has_an_answer(guarded, name, value):
     assert sent[0]["status"] < 500
 
 
-def test_what_the_door_did_not_foresee_is_told_without_a_trace(asked, monkeypatch):
+def test_an_error_of_the_middleware_is_a_problem_without_traceback(asked, monkeypatch):
     monkeypatch.setattr(type(asked.app), "_admit", lambda *_, **__: 1 / 0)
-    assert "written down why" in problem(cautious(asked.get("/v1/models")), 500)
+    assert "logged the cause" in problem(secured(asked.get("/v1/models")), 500)
 
 
 @pytest.mark.parametrize(
@@ -212,16 +214,16 @@ def test_more_requests_than_the_queue_holds_are_refused_at_once(asked):
         found = asked.post(PREVIEW, **form(encoded(image_HWC())))
     finally:
         asked.app.busy = 0
-    assert "2 requests are being worked on" in problem(found, 503)
+    assert "2 requests are already in progress" in problem(found, 503)
     assert int(found.headers["retry-after"]) >= 1
     assert asked.post(PREVIEW, **form(encoded(image_HWC()))).status_code == 200
 
 
-def test_a_server_that_stops_takes_nothing_more(asked):
+def test_a_draining_server_refuses_requests(asked):
     asked.app.draining = True
     try:
         assert asked.get("/healthz").status_code == 503
-        assert "about to stop" in problem(asked.post(PREVIEW, **form(encoded(image_HWC()))), 503)
+        assert "is shutting down" in problem(asked.post(PREVIEW, **form(encoded(image_HWC()))), 503)
     finally:
         asked.app.draining = False
 
@@ -240,13 +242,13 @@ def tiff(path, **options):
     return path
 
 
-def test_an_upload_that_takes_too_long_is_told_so(monkeypatch):
+def test_a_slow_upload_is_a_408(monkeypatch):
     async def slow(_):
         await asyncio.sleep(5)
 
     monkeypatch.setattr(forms, "read", slow)
     told = client(timeout_seconds=0.1).post(PREVIEW, **form(encoded(image_HWC())))
-    assert "not whole after 0.1 s" in problem(told, 408)
+    assert "incomplete after 0.1 s" in problem(told, 408)
 
 
 def test_a_tiff_that_names_other_files_is_refused(readers, tmp_path):
@@ -254,11 +256,11 @@ def test_a_tiff_that_names_other_files_is_refused(readers, tmp_path):
     path = tiff(tmp_path / "points.tif")
     with rasterio.open(path, "r+") as file:
         file.update_tags(ns="OVERVIEWS", OVERVIEW_FILE=str(secret))
-    with pytest.raises(DataError, match="points to other files"):
+    with pytest.raises(DataError, match="refers to other files"):
         readers.read(path.read_bytes())
 
 
-def test_files_beside_an_upload_are_not_looked_at(readers, tmp_path):
+def test_sidecar_files_of_an_upload_are_ignored(readers, tmp_path):
     """GDAL in the reader's process knows three drivers, no network and no sidecars."""
     source, image = readers.read(tiff(tmp_path / "plain.tif").read_bytes())
     assert (source.crs, image.image_CHW.shape) == ("EPSG:32650", (3, 40, 50))
@@ -279,7 +281,7 @@ def test_a_palette_image_is_refused_as_a_mask(readers):
 
 def test_a_reader_that_dies_or_hangs_is_replaced(tmp_path):
     data = encoded(image_HWC())
-    readers = Readers(1, max_pixels=1 << 20, seconds=20)
+    readers = DecoderPool(1, max_pixels=1 << 20, seconds=20)
     readers.read(data)
     child = readers._idle.get()
     child.process.kill()
@@ -287,14 +289,14 @@ def test_a_reader_that_dies_or_hangs_is_replaced(tmp_path):
     readers._idle.put(child)
     assert readers.read(data)[1].image_CHW.shape == (3, 90, 130)
     readers.seconds = 0.0
-    with pytest.raises(DataError, match="could not be read within"):
+    with pytest.raises(DataError, match="was not decoded within"):
         readers.read(data)
     readers.seconds = 20
     assert readers.read(data)[1] is not None
     readers.close()
 
 
-# -- what is written down ----------------------------------------------------------------------------------------------
+# -- access log ----------------------------------------------------------------------------------------------
 
 
 def test_every_request_is_a_line_with_its_id(asked, caplog):
@@ -321,24 +323,24 @@ def lines():
 
 @pytest.mark.parametrize("under_serve", [False, True])
 @pytest.mark.parametrize("name", ["a b", "a\tb", "x" * 129])
-def test_an_id_that_is_none_is_refused_and_everything_agrees_on_it(name, under_serve, lines):
+def test_an_invalid_id_is_refused_under_that_id(name, under_serve, lines):
     """Serve's own middleware returns the client's id whatever it is."""
     app = served()
     app.names_requests = not under_serve
     asked = TestClient(RequestIdMiddleware(app) if under_serve else app, raise_server_exceptions=False)
     found = asked.get("/v1/models", headers={"X-Request-ID": name})
-    assert "X-Request-ID is no name" in problem(found, 400)
+    assert "X-Request-ID is invalid" in problem(found, 400)
     assert found.json()["request_id"] == name
     assert found.headers.get_list("x-request-id") == [name]
     [line] = lines()
     assert (line["request_id"], line["status"]) == (name, 400)
 
 
-def test_what_was_not_foreseen_is_told_without_a_trace(asked, monkeypatch, caplog):
+def test_an_unexpected_error_is_a_problem_without_traceback(asked, monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="rayseg.serve")
     monkeypatch.setattr("rayseg.serve.answers.picture", lambda *_: 1 / 0)
     found = asked.post(PREVIEW, **form(encoded(image_HWC())))
-    assert "written down why" in problem(found, 500)
+    assert "logged the cause" in problem(found, 500)
     assert "ZeroDivisionError" not in found.text
     assert [record for record in caplog.records if record.exc_info]
 
@@ -351,11 +353,11 @@ def test_requests_are_counted_by_route(asked):
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/none", 404), ("DELETE", "/v1/models", 405)])
-def test_the_framework_refuses_in_the_same_words(asked, method, path, status):
+def test_errors_of_the_framework_are_problems(asked, method, path, status):
     assert "/docs" in problem(asked.request(method, path), status)
 
 
-def test_a_form_without_an_image_is_told_what_is_missing(asked):
+def test_a_form_without_an_image_is_refused(asked):
     assert "expected multipart/form-data" in problem(asked.post(PREVIEW, json={}), 415)
     assert "a file named image" in problem(asked.post(PREVIEW, files={"picture": b"x"}), 422)
     problem(asked.post(PREVIEW, content=b"junk", headers={"Content-Type": "multipart/form-data; boundary=b"}), 400)
@@ -371,5 +373,5 @@ def test_bundles_of_one_name_are_not_mixed_up(tmp_path):
     segmenter(tmp_path / "b/models/segmenter")
     names = [row["name"] for row in client(tmp_path).get("/v1/models").json()["models"]]
     assert names == ["a-segmenter", "b-segmenter"]
-    with pytest.raises(ConfigError, match="would both be segmenter"):
+    with pytest.raises(ConfigError, match="are both named segmenter"):
         client(tmp_path / "a", tmp_path / "b")

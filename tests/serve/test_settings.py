@@ -8,7 +8,7 @@ from small_world import refused
 
 from rayseg.config import load
 from rayseg.errors import ConfigError
-from rayseg.serve.command import named
+from rayseg.serve.command import with_hosts
 from rayseg.serve.settings import ServeConfig
 
 DEPLOYED = Path(__file__).parents[2] / "cluster/serve.yaml"
@@ -37,9 +37,9 @@ def test_the_command_refuses_an_open_host_a_missing_prefix_and_an_unknown_settin
 
 
 def test_on_loopback_the_server_has_the_names_of_loopback_alone():
-    assert named(ServeConfig(), "127.0.0.1").hosts == ("127.0.0.1", "localhost", "::1")
-    assert named(ServeConfig(hosts=("maps",)), "127.0.0.1").hosts == ("maps",)
-    assert named(ServeConfig(), "0.0.0.0").hosts == ()
+    assert with_hosts(ServeConfig(), "127.0.0.1").hosts == ("127.0.0.1", "localhost", "::1")
+    assert with_hosts(ServeConfig(hosts=("maps",)), "127.0.0.1").hosts == ("maps",)
+    assert with_hosts(ServeConfig(), "0.0.0.0").hosts == ()
 
 
 def test_one_prefix_need_not_be_a_list():

@@ -53,18 +53,18 @@ def test_everything_is_what_the_proposer_finds(asked):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({}, "neither a point nor a box"),
-        ({"points": "[[500, 3]]"}, "beside the image"),
+        ({}, "neither points nor boxes"),
+        ({"points": "[[500, 3]]"}, "is outside the image"),
         ({"points": "[[5, 3]]", "labels": "[1, 1]"}, "1 points have 2 labels"),
         ({"points": "[5, 3]"}, "config key points"),
         ({"points": "rm -rf"}, "expected JSON"),
         ({"points": "[" * 5000}, "expected JSON"),
-        ({"boxes": "[[9, 9, 3, 3]]"}, "holds nothing"),
+        ({"boxes": "[[9, 9, 3, 3]]"}, "is empty"),
         ({"points": "[[NaN, 3]]"}, "should be a finite number"),
         ({"depth": "1"}, "config key depth is unknown"),
     ],
 )
-def test_prompts_that_cannot_be_meant_are_refused(asked, fields, words):
+def test_invalid_prompts_are_refused(asked, fields, words):
     found = ask(asked, "/v1/sam/prompt", **fields)
     assert found.status_code == 422, found.text
     assert words in found.json()["detail"]

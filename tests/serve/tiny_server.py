@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 from rayseg.models import sam_bundle
 from rayseg.models.sam import SamConfig
 from rayseg.serve.app import api
-from rayseg.serve.models import Here, Shelf
+from rayseg.serve.models import LocalBackend, ModelIndex
 from rayseg.serve.settings import ServeConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
@@ -37,8 +37,8 @@ def client(*models, **settings):
 def served(*models, **settings):
     """The ASGI application of a server with these bundles."""
     config = ServeConfig(models=tuple(map(str, models)), **settings)
-    shelf = Shelf.of(config.models)
-    return api(config, Here(shelf, batch=4), shelf)
+    shelf = ModelIndex.of(config.models)
+    return api(config, LocalBackend(shelf, batch=4), shelf)
 
 
 def image_HWC(height=90, width=130, seed=0):

@@ -1,4 +1,4 @@
-// Questions to the server: the token, problems in words, figures as people read them.
+// Requests to the server with the access token, error messages, number formats.
 
 export const token = {
   get: () => sessionStorage.getItem("rayseg-token") ?? "",
@@ -20,24 +20,24 @@ export async function ask(path, options = {}) {
     answer = await fetch(path, { ...options, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Problem(0, "The server cannot be reached; see whether it is still running.");
+    throw new Problem(0, "The server does not answer; check that it is running.");
   }
   if (answer.ok) return answer;
-  let detail = `The server answered ${answer.status}.`;
+  let detail = `The server answered with status ${answer.status}.`;
   try {
-    const said = (await answer.json()).detail;
-    detail = said.charAt(0).toUpperCase() + said.slice(1) + ".";
-  } catch { /* no problem document: the status has to do */ }
+    const text = (await answer.json()).detail;
+    detail = text.charAt(0).toUpperCase() + text.slice(1) + ".";
+  } catch { /* not a problem document: keep the status */ }
   throw new Problem(answer.status, detail);
 }
 
 export const element = (id) => document.getElementById(id);
 
 export function node(name, content = "", attributes = {}) {
-  const made = document.createElement(name);
-  made.append(content);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  return made;
+  const created = document.createElement(name);
+  created.append(content);
+  for (const [key, value] of Object.entries(attributes)) created.setAttribute(key, value);
+  return created;
 }
 
 export function area(m2) {
@@ -52,9 +52,9 @@ export const bytes = (count) => (count < 1e5 ? `${Math.ceil(count / 1e3)} kB` : 
 export const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
 
 export function swatch(color) {
-  const made = node("span", "", { class: "swatch", "aria-hidden": "true" });
-  if (color) made.style.background = color;
-  return made;
+  const created = node("span", "", { class: "swatch", "aria-hidden": "true" });
+  if (color) created.style.background = color;
+  return created;
 }
 
 export function legendRow(row, cells) {

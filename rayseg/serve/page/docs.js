@@ -1,4 +1,4 @@
-// What can be asked, read from openapi.json.
+// The API reference, rendered from openapi.json.
 import { Problem, ask, element, node, token } from "./ask.js";
 
 function parameters(operation) {
@@ -15,11 +15,11 @@ function parameters(operation) {
 }
 
 function request(path, method, operation) {
-  const made = node("details");
+  const details = node("details");
   const answers = Object.keys(operation.responses?.["200"]?.content ?? {});
-  made.append(node("summary", node("code", `${method.toUpperCase()} ${path}`)), node("p", operation.description ?? operation.summary ?? ""), parameters(operation));
-  if (answers.length) made.append(node("p", `Answers: ${answers.join(", ")}`, { class: "soft" }));
-  return made;
+  details.append(node("summary", node("code", `${method.toUpperCase()} ${path}`)), node("p", operation.description ?? operation.summary ?? ""), parameters(operation));
+  if (answers.length) details.append(node("p", `Responses: ${answers.join(", ")}`, { class: "soft" }));
+  return details;
 }
 
 async function start() {
@@ -29,7 +29,7 @@ async function start() {
     element("requests").replaceChildren(...Object.entries(paths).flatMap(([path, methods]) => Object.entries(methods).map(([method, one]) => request(path, method, one))));
     element("token-row").hidden = true;
   } catch (error) {
-    element("error").textContent = error instanceof Problem ? error.message : `The page failed: ${error.message}`;
+    element("error").textContent = error instanceof Problem ? error.message : `This page failed: ${error.message}; reload it.`;
     if (error.status === 401) element("token-row").hidden = false;
   }
 }

@@ -1,33 +1,33 @@
-// The page of a run: the map over the imagery, legend, ledger, what failed and where.
+// The page of a run: map over imagery, legend, ledger, failed tiles.
 import { Problem, area, ask, element, legendRow, node, percent, token } from "./ask.js";
 
 const name = decodeURIComponent(location.pathname.split("/").pop());
 const base = `/v1/runs/${encodeURIComponent(name)}`;
 const shown = { map: null, layers: null, run: null };
 
-const NOTHING = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7";
+const EMPTY_IMAGE = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7";
 
-// A server that has too much to do says so at once; most maps want many tiles together.
-async function patiently(path, tries = 8) {
+// A busy server answers 503 at once, and a map requests many tiles together.
+async function withRetry(path, tries = 8) {
   try {
     return await ask(path);
   } catch (error) {
     if (error.status !== 503 || !tries) throw error;
     await new Promise((done) => { setTimeout(done, 1000 * (1 + Math.random())); });
-    return patiently(path, tries - 1);
+    return withRetry(path, tries - 1);
   }
 }
 
-// Tiles are fetched, for a token can only be sent that way.
+// Tiles are fetched, because an <img> cannot send the token.
 const Tiles = L.GridLayer.extend({
   createTile(coords, done) {
     const image = node("img", "", { alt: "", role: "presentation" });
     const { z, x, y } = coords;
     const query = new URLSearchParams({ layer: this.options.layer, ...(this.options.image && { image: this.options.image }) });
-    patiently(`${base}/tiles/${z}/${x}/${y}.png?${query}`)
+    withRetry(`${base}/tiles/${z}/${x}/${y}.png?${query}`)
       .then(async (answer) => {
         image.onload = () => { URL.revokeObjectURL(image.src); done(null, image); };
-        image.src = answer.status === 204 ? NOTHING : URL.createObjectURL(await answer.blob());
+        image.src = answer.status === 204 ? EMPTY_IMAGE : URL.createObjectURL(await answer.blob());
       })
       .catch((error) => done(error, image));
     return image;
@@ -38,7 +38,7 @@ async function load() {
   const run = await (await ask(base)).json();
   shown.run = run;
   element("token-row").hidden = true;
-  element("told").hidden = false;
+  element("details").hidden = false;
   element("title").textContent = document.title = `${run.name}: ${run.pipeline} of ${run.region}`;
   element("state").textContent = run.reason ? `${run.status}: ${run.reason}` : run.status;
   const rows = run.classes.map((row) => legendRow(row, [percent(row.share), row.area_m2 === null ? `${row.pixels.toLocaleString()} px` : area(row.area_m2)]));
@@ -61,27 +61,27 @@ async function load() {
   run.bounds ? onEarth(run) : onImage();
 }
 
-function fresh(options) {
+function createMap(options) {
   shown.map?.remove();
   shown.map = L.map("map", { zoomControl: true, keyboard: true, attributionControl: false, ...options });
 }
 
-function layered(options) {
+function addLayers(options) {
   const imagery = new Tiles({ layer: "imagery", tileSize: 256, ...options }).addTo(shown.map);
   const classes = new Tiles({ layer: "classes", tileSize: 256, ...options }).addTo(shown.map);
   shown.layers = { imagery, classes };
-  fade();
+  applyOpacity();
 }
 
 function onEarth(run) {
   const [west, south, east, north] = run.bounds;
-  fresh({ maxZoom: 22 });
+  createMap({ maxZoom: 22 });
   L.control.scale({ imperial: false }).addTo(shown.map);
   shown.map.fitBounds([[south, west], [north, east]]);
-  layered({ maxZoom: 22, maxNativeZoom: 22, bounds: [[south, west], [north, east]] });
+  addLayers({ maxZoom: 22, maxNativeZoom: 22, bounds: [[south, west], [north, east]] });
   for (const one of run.troubles.filter((row) => row.bounds)) {
     const [w, s, e, n] = one.bounds;
-    failed([[s, w], [n, e]], one);
+    showFailed([[s, w], [n, e]], one);
   }
 }
 
@@ -91,19 +91,19 @@ function onImage() {
   const scale = 256 / Math.max(one.width, one.height);
   const deepest = Math.ceil(Math.log2(Math.max(one.width, one.height) / 256));
   const corners = (left, top, right, bottom) => [[-bottom * scale, left * scale], [-top * scale, right * scale]];
-  fresh({ crs: L.CRS.Simple, minZoom: -2, maxZoom: deepest + 3 });
+  createMap({ crs: L.CRS.Simple, minZoom: -2, maxZoom: deepest + 3 });
   shown.map.fitBounds(corners(0, 0, one.width, one.height));
-  layered({ image: one.id, minZoom: -2, minNativeZoom: 0, maxZoom: deepest + 3, maxNativeZoom: Math.max(0, deepest), bounds: corners(0, 0, one.width, one.height) });
-  for (const row of shown.run.troubles.filter((row) => row.image === one.id && row.box)) failed(corners(...row.box), row);
+  addLayers({ image: one.id, minZoom: -2, minNativeZoom: 0, maxZoom: deepest + 3, maxNativeZoom: Math.max(0, deepest), bounds: corners(0, 0, one.width, one.height) });
+  for (const row of shown.run.troubles.filter((row) => row.image === one.id && row.box)) showFailed(corners(...row.box), row);
 }
 
-function failed(corners, one) {
+function showFailed(corners, one) {
   L.rectangle(corners, { color: "#c0341d", weight: 2, dashArray: "6 4", fillOpacity: 0.12 })
     .bindTooltip(node("span", `${one.id}: ${one.reason}`))
     .addTo(shown.map);
 }
 
-function fade() {
+function applyOpacity() {
   const value = element("opacity").value;
   element("percent").textContent = `${value} %`;
   shown.layers?.classes.setOpacity(value / 100);
@@ -114,12 +114,12 @@ async function start() {
   try {
     await load();
   } catch (error) {
-    element("error").textContent = error instanceof Problem ? error.message : `The page failed: ${error.message}`;
+    element("error").textContent = error instanceof Problem ? error.message : `This page failed: ${error.message}; reload it.`;
     if (error.status === 401) element("token-row").hidden = false;
   }
 }
 
-element("opacity").addEventListener("input", fade);
+element("opacity").addEventListener("input", applyOpacity);
 element("image").addEventListener("change", onImage);
 element("token").addEventListener("change", () => { token.set(element("token").value); start(); });
 start();

@@ -1,12 +1,12 @@
 // The page at /: an image, a model, the mask over the image.
 import { Problem, area, ask, bytes, element, legendRow, node, percent, token } from "./ask.js";
 
-const FREE = { name: "unsupervised", kind: "free", task: "labels without a model", classes: [] };
-const state = { file: null, models: [], question: null, classes: [], pixels: null, points: [], cross: null, things: null, turn: 0 };
+const UNSUPERVISED = { name: "unsupervised", kind: "free", task: "unsupervised", classes: [] };
+const state = { file: null, models: [], classes: [], pixels: null, points: [], cursor: null, things: null, turn: 0 };
 
 async function start() {
-  wire();
-  await guarded(load);
+  addListeners();
+  await reportErrors(load);
 }
 
 async function load() {
@@ -14,16 +14,16 @@ async function load() {
   element("token-row").hidden = true;
   const sam = found.models.filter((one) => one.kind === "sam").slice(0, 1);
   const maps = found.models.filter((one) => one.task === "segmentation");
-  state.models = [...maps, ...sam.flatMap((one) => [{ ...one, kind: "prompt" }, { ...one, kind: "auto" }]), FREE];
-  element("model").replaceChildren(...state.models.map((one, at) => node("option", titled(one), { value: at })));
+  state.models = [...maps, ...sam.flatMap((one) => [{ ...one, kind: "prompt" }, { ...one, kind: "auto" }]), UNSUPERVISED];
+  element("model").replaceChildren(...state.models.map((one, at) => node("option", optionTitle(one), { value: at })));
   choose();
   const { runs } = await (await ask("/v1/runs")).json();
   const links = runs.slice(0, 6).map((run) => node("a", run.name, { href: `/runs/${encodeURIComponent(run.name)}` }));
   element("runs").replaceChildren(...(links.length ? ["Runs: ", ...links.flatMap((link) => [link, " "])] : []));
 }
 
-const titled = (one) =>
-  ({ prompt: `${one.name}: click on things`, auto: `${one.name}: find everything`, free: "no model: labels by likeness" })[one.kind] ??
+const optionTitle = (one) =>
+  ({ prompt: `${one.name}: segment at points`, auto: `${one.name}: segment everything`, free: "no model: unsupervised labels" })[one.kind] ??
   `${one.name} (${one.classes.map((row) => row.name).join(", ")})`;
 
 const model = () => state.models[element("model").value];
@@ -34,8 +34,8 @@ function choose() {
   element("prompting").hidden = one.kind !== "prompt";
   element("view").classList.toggle("prompting", one.kind === "prompt");
   const scores = Object.entries(one.metrics ?? {}).map(([name, value]) => `${name} ${value.toFixed(3)}`);
-  element("about").textContent = [one.bands && `Takes ${one.bands.join(", ")} (${one.dtype}).`, scores.length && `Measured in training: ${scores.join(", ")}.`].filter(Boolean).join(" ");
-  forget();
+  element("about").textContent = [one.bands && `Bands: ${one.bands.join(", ")} (${one.dtype}).`, scores.length && `Training metrics: ${scores.join(", ")}.`].filter(Boolean).join(" ");
+  reset();
   ready();
 }
 
@@ -43,22 +43,22 @@ function ready() {
   const one = model();
   const count = state.points.length;
   element("points").textContent = count ? `${count} point${count === 1 ? "" : "s"}` : "No points yet";
-  element("back").disabled = element("clear").disabled = !count;
+  element("undo").disabled = element("clear").disabled = !count;
   element("go").disabled = !state.file || !one || (one.kind === "prompt" && !state.points.length);
 }
 
-function forget() {
+function reset() {
   Object.assign(state, { points: [], pixels: null, classes: [], things: null, turn: state.turn + 1 });
   element("result").hidden = true;
-  element("said").textContent = "";
+  element("readout").textContent = "";
   for (const id of ["mask", "marks"]) element(id).getContext("2d").clearRect(0, 0, element(id).width, element(id).height);
 }
 
-async function take(file) {
+async function loadFile(file) {
   if (!file) return;
   state.file = file;
   element("chosen").textContent = `${file.name} (${bytes(file.size)})`;
-  const good = await guarded(async () => {
+  const good = await reportErrors(async () => {
     const shows = /image\/(png|jpeg)/.test(file.type);
     const picture = shows ? file : await (await ask("/v1/preview", { method: "POST", body: form() })).blob();
     const image = element("image");
@@ -67,70 +67,70 @@ async function take(file) {
     try {
       await image.decode();
     } catch {
-      throw new Problem(0, "This file cannot be shown as an image; choose a PNG, a JPEG or a GeoTIFF.");
+      throw new Problem(0, "The browser cannot show this file; choose a PNG, JPEG or GeoTIFF.");
     }
     element("shown").hidden = false;
     const [width, height] = stored(image);
     for (const id of ["mask", "marks"]) Object.assign(element(id), { width, height });
-    state.cross = [width / 2, height / 2];
+    state.cursor = [width / 2, height / 2];
   });
   if (!good) state.file = null;
   element("none").hidden = good;
   element("shown").hidden = !good;
-  forget();
+  reset();
   ready();
 }
 
 function form() {
-  const made = new FormData();
-  made.set("image", state.file);
+  const data = new FormData();
+  data.set("image", state.file);
   if (model()?.kind === "prompt") {
-    made.set("points", JSON.stringify(state.points.map(([x, y]) => [x, y])));
-    made.set("labels", JSON.stringify(state.points.map(([, , on]) => on)));
+    data.set("points", JSON.stringify(state.points.map(([x, y]) => [x, y])));
+    data.set("labels", JSON.stringify(state.points.map(([, , on]) => on)));
   }
-  return made;
+  return data;
 }
 
 const address = (one) =>
   ({ prompt: "/v1/sam/prompt", auto: "/v1/sam/auto", free: "/v1/unsupervised" })[one.kind] ??
   `/v1/models/${encodeURIComponent(one.name)}/predict`;
 
-const question = (media) => ask(address(model()), { method: "POST", body: form(), headers: { Accept: media } });
+const request = (media) => ask(address(model()), { method: "POST", body: form(), headers: { Accept: media } });
 
-// Of several questions under way, only the last one's answer is shown.
+// Of several requests in flight, only the last one's result is shown.
 async function map() {
   const turn = ++state.turn;
   element("go").disabled = true;
-  element("said").textContent = "Working…";
-  await guarded(async () => {
-    const [said, mask] = await Promise.all([question("application/json"), question("image/png")]);
+  element("readout").textContent = "Predicting…";
+  await reportErrors(async () => {
+    const [said, mask] = await Promise.all([request("application/json"), request("image/png")]);
     const [found, picture] = [await said.json(), await createImageBitmap(await mask.blob())];
     if (turn !== state.turn) return;
     const pen = element("mask").getContext("2d", { willReadFrequently: true });
     pen.clearRect(0, 0, picture.width, picture.height);
     pen.drawImage(picture, 0, 0);
     state.pixels = pen.getImageData(0, 0, picture.width, picture.height);
-    tell(found);
+    showResult(found);
   });
   if (turn !== state.turn) return;
-  if (element("said").textContent === "Working…") element("said").textContent = "";
+  if (element("readout").textContent === "Predicting…") element("readout").textContent = "";
   ready();
 }
 
-function tell(found) {
+function showResult(found) {
   state.things = found.things ?? null;
   state.classes = found.classes ?? [];
   const rows = state.things
-    ? [{ name: `${state.things.length} thing${state.things.length === 1 ? "" : "s"}`, color: null, painted: false }]
+    ? [{ name: `${state.things.length} object${state.things.length === 1 ? "" : "s"}`, color: null, painted: false }]
     : state.classes;
-  element("legend").replaceChildren(...rows.map((row) => legendRow(row, state.things ? things(found) : figures(row))));
+  element("legend").replaceChildren(...rows.map((row) => legendRow(row, state.things ? things(found) : classCells(row))));
   element("score").textContent = state.things ? "predicted IoU" : "mean score";
   element("result").hidden = false;
   document.querySelector('[data-media="image/tiff"]').hidden = Boolean(state.things);
-  element("said").textContent = found.seconds ? `Done in ${found.seconds.toFixed(1)} s. Point at the image to read its classes.` : "Done.";
+  element("readout").textContent = found.seconds ? `Done in ${found.seconds.toFixed(1)} s. Move the pointer over the image to read its classes.` : "Done.";
 }
 
-const figures = (row) => [
+const classCells = (row) => [
   percent(row.share),
   row.area_m2 === null ? `${row.pixels.toLocaleString()} px` : area(row.area_m2),
   row.score_mean === null ? "–" : row.score_mean.toFixed(2),
@@ -145,8 +145,8 @@ function things(found) {
 
 // -- the image ---------------------------------------------------------------------------------------------------------
 
-// Width and height as the file stores its pixels, which is how the style shows them and how the server counts them;
-// the natural ones are those of the image turned as its EXIF orientation says.
+// Width and height in which the file stores its pixels: the style sheet shows them and the server counts them so. The
+// natural ones follow the EXIF orientation.
 function stored(image) {
   const box = image.getBoundingClientRect();
   const turned = box.width > box.height !== image.naturalWidth > image.naturalHeight;
@@ -166,13 +166,13 @@ function read([x, y]) {
   const [r, g, b, a] = state.pixels.data.slice(4 * (row * state.pixels.width + col), 4 * (row * state.pixels.width + col) + 4);
   const color = `#${[r, g, b].map((part) => part.toString(16).padStart(2, "0")).join("")}`.toUpperCase();
   const found = state.classes.find((one) => (a ? one.painted && one.color === color : !one.painted));
-  const name = found?.name ?? (a && state.things ? "a thing" : "nothing here");
-  element("said").textContent = `${name} at column ${col}, row ${row}`;
+  const name = found?.name ?? (a && state.things ? "object" : "no class");
+  element("readout").textContent = `${name} at column ${col}, row ${row}`;
 }
 
-const beside = (event) => (document.querySelector('input[name="on"][value="0"]').checked !== event.shiftKey ? 0 : 1);
+const pointLabel = (event) => (document.querySelector('input[name="on"][value="0"]').checked !== event.shiftKey ? 0 : 1);
 
-function mark([x, y], on) {
+function addPoint([x, y], on) {
   if (!state.file) return;
   state.points.push([Math.round(x), Math.round(y), on]);
   draw();
@@ -180,15 +180,15 @@ function mark([x, y], on) {
   map();
 }
 
-function back() {
+function undo() {
   state.points.pop();
-  if (!state.points.length) forget();
+  if (!state.points.length) reset();
   draw();
   ready();
   if (state.points.length) map();
 }
 
-function draw(cross = false) {
+function draw(showCursor = false) {
   const marks = element("marks");
   const pen = marks.getContext("2d");
   const size = Math.max(4, marks.width / 110);
@@ -202,8 +202,8 @@ function draw(cross = false) {
     pen.fill();
     pen.stroke();
   }
-  if (!cross) return;
-  const [x, y] = state.cross;
+  if (!showCursor) return;
+  const [x, y] = state.cursor;
   for (const [color, width] of [["#000000", size / 1.5], ["#ffffff", size / 4]]) {
     pen.strokeStyle = color;
     pen.lineWidth = width;
@@ -216,44 +216,44 @@ function draw(cross = false) {
   }
 }
 
-function key(event) {
+function onKey(event) {
   const { width, height } = element("marks");
   const step = Math.max(1, Math.round(width / (event.shiftKey ? 20 : 160)));
   const moves = { ArrowLeft: [-step, 0], ArrowRight: [step, 0], ArrowUp: [0, -step], ArrowDown: [0, step] };
   const prompts = model()?.kind === "prompt";
   if (event.key in moves) {
     const limits = [width - 1, height - 1];
-    state.cross = state.cross.map((part, at) => Math.min(limits[at], Math.max(0, part + moves[event.key][at])));
+    state.cursor = state.cursor.map((part, at) => Math.min(limits[at], Math.max(0, part + moves[event.key][at])));
     draw(true);
-    read(state.cross);
+    read(state.cursor);
   } else if (event.key === "Enter" && prompts) {
-    mark(state.cross, beside(event));
+    addPoint(state.cursor, pointLabel(event));
     draw(true);
   } else if (event.key === "Backspace" && prompts) {
-    back();
+    undo();
     draw(true);
   } else return;
   event.preventDefault();
 }
 
 async function download(button) {
-  await guarded(async () => {
+  await reportErrors(async () => {
     const link = node("a", "", { download: `${state.file.name.replace(/\.[^.]*$/, "")}-${model().name}.${button.dataset.ending}` });
-    link.href = URL.createObjectURL(await (await question(button.dataset.media)).blob());
+    link.href = URL.createObjectURL(await (await request(button.dataset.media)).blob());
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 10000);
   });
 }
 
-// -- wiring ------------------------------------------------------------------------------------------------------------
+// -- events ------------------------------------------------------------------------------------------------------------
 
-async function guarded(work) {
+async function reportErrors(work) {
   element("error").textContent = "";
   try {
     await work();
     return true;
   } catch (error) {
-    element("error").textContent = error instanceof Problem ? error.message : `The page failed: ${error.message}`;
+    element("error").textContent = error instanceof Problem ? error.message : `This page failed: ${error.message}; reload it.`;
     if (error.status === 401) {
       element("token-row").hidden = false;
       element("token").focus();
@@ -262,30 +262,30 @@ async function guarded(work) {
   }
 }
 
-function wire() {
+function addListeners() {
   const drop = element("drop");
-  element("file").addEventListener("change", (event) => take(event.target.files[0]));
+  element("file").addEventListener("change", (event) => loadFile(event.target.files[0]));
   for (const kind of ["dragover", "dragenter"]) {
     drop.addEventListener(kind, (event) => { event.preventDefault(); drop.classList.add("over"); });
   }
   for (const kind of ["dragleave", "drop"]) drop.addEventListener(kind, () => drop.classList.remove("over"));
-  drop.addEventListener("drop", (event) => { event.preventDefault(); take(event.dataTransfer.files[0]); });
+  drop.addEventListener("drop", (event) => { event.preventDefault(); loadFile(event.dataTransfer.files[0]); });
   element("model").addEventListener("change", choose);
   element("form").addEventListener("submit", (event) => { event.preventDefault(); map(); });
-  element("token").addEventListener("change", () => { token.set(element("token").value); guarded(load); });
-  element("opacity").addEventListener("input", fade);
-  element("clear").addEventListener("click", () => { forget(); ready(); });
-  element("back").addEventListener("click", back);
+  element("token").addEventListener("change", () => { token.set(element("token").value); reportErrors(load); });
+  element("opacity").addEventListener("input", applyOpacity);
+  element("clear").addEventListener("click", () => { reset(); ready(); });
+  element("undo").addEventListener("click", undo);
   const view = element("view");
   view.addEventListener("pointermove", (event) => read(place(event)));
-  view.addEventListener("click", (event) => (model()?.kind === "prompt" ? mark(place(event), beside(event)) : read(place(event))));
-  view.addEventListener("keydown", key);
+  view.addEventListener("click", (event) => (model()?.kind === "prompt" ? addPoint(place(event), pointLabel(event)) : read(place(event))));
+  view.addEventListener("keydown", onKey);
   view.addEventListener("blur", () => draw());
   for (const button of document.querySelectorAll("[data-media]")) button.addEventListener("click", () => download(button));
-  fade();
+  applyOpacity();
 }
 
-function fade() {
+function applyOpacity() {
   const value = element("opacity").value;
   element("percent").textContent = `${value} %`;
   element("mask").style.opacity = value / 100;
