@@ -101,7 +101,7 @@ def timed(prefix: str):
 
 def planet(tiles: int, out: Path) -> dict[str, float]:
     """Lay out so many tiles in 60 zones, one scene each, and keep them as a manifest."""
-    from rayseg.engine.manifest import Manifest
+    from rayseg.engine.manifest import Manifest, write_rows
     from rayseg.io.sources import Source
     from rayseg.stages.read import rows_by_grid
 
@@ -117,7 +117,7 @@ def planet(tiles: int, out: Path) -> dict[str, float]:
         parts = rows_by_grid(sources, None, size=SIZE, halo=HALO)
         rows = Manifest.of([row | {"refused": ""} for row in part] for part in parts)
         rows.expect_ids()
-        rows.save(_path(out))
+        write_rows(_path(out), rows)
     return {"tiles": len(rows), "wall": cost.wall, "driver MiB": peak_mib()}
 
 
@@ -133,10 +133,10 @@ def settle(rest: int, out: Path) -> dict[str, float]:
     import pyarrow.parquet as pq
 
     from rayseg.engine.ledger import COLUMNS, Ledger
-    from rayseg.engine.manifest import PART, Manifest
+    from rayseg.engine.manifest import PART, read_rows
 
     ledger = Ledger(str(out / "ledger"))
-    ids = Manifest.read(_path(out)).ids
+    ids = read_rows(_path(out)).ids
     known, seconds = len(ledger.fates()), json.dumps({"Nothing": 0.0001})
     facts = json.dumps({"counts": {"0": 4_000_000, "1": 194_304}, "pairs": 8_384_512, "changes": 12_345})
     Path(ledger.prefix).mkdir(exist_ok=True)
@@ -151,12 +151,12 @@ def resume(count: int, out: Path) -> dict[str, float]:
     """The tiles of the manifest, or its first `count`, through stages that do nothing, minus what is in the ledger."""
     from rayseg.engine import flow
     from rayseg.engine.ledger import Ledger
-    from rayseg.engine.manifest import Manifest
+    from rayseg.engine.manifest import Manifest, read_rows
     from rayseg.engine.run import Engine
     from rayseg.engine.work import Work
 
     with measured() as reading:
-        rows = Manifest.read(_path(out))
+        rows = read_rows(_path(out))
     rows = Manifest(rows.table.slice(0, count)) if count else rows
     ledger = Ledger(str(out / "ledger"))
     with measured() as fates:

@@ -1,6 +1,9 @@
-"""Rows in Parquet files; `Manifest` holds those of a step in columns, so that millions of tiles fit into memory."""
+"""Tables of rows in Parquet files: the manifest of a step, and lists of chips, patches or plots.
 
-import io
+A table stays in columns, with one copy of each repeated text, so that the manifest of millions of tiles fits into
+memory; rows become dicts only when they are used.
+"""
+
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, overload
 
@@ -8,48 +11,40 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from upath import UPath
 
 from rayseg.geo.grid import expect_ids
 from rayseg.store import StorePath, put, upath
 
 Row = dict[str, Any]
+"""A flat row of a Parquet table."""
+REPEATED = ("crs", "grid_image", "sources", "refused")
+"""Columns in which many rows have the same text."""
+_NAME = "^[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?$"  # what `grid.slug` leaves unchanged
+PART = 20_000
+"""Rows that are dicts at the same time; an engine works on one part after the other."""
 
 
 def write_rows(path: StorePath, rows: Sequence[Row]) -> None:
-    """Write rows that have the same columns; without any the file has the one column `id`."""
+    """Write rows with the same columns as a Parquet file, or nothing; no rows give a file with the column `id`."""
+    table = (rows if isinstance(rows, Manifest) else Manifest.of([rows])).table
     sink = pa.BufferOutputStream()
-    table = pa.Table.from_pylist(list(rows)) if rows else pa.table({"id": pa.array([], pa.string())})
-    pq.write_table(table, sink, compression="zstd")
-    put(path, sink.getvalue().to_pybytes())
+    pq.write_table(table, sink, row_group_size=PART, compression="zstd")
+    put(path, memoryview(sink.getvalue()))
 
 
-def read_rows(path: StorePath, *, columns: Sequence[str] | None = None) -> list[Row]:
-    """The rows of a file, all of their columns or some.
+def read_rows(path: StorePath, *, columns: Sequence[str] | None = None) -> "Manifest":
+    """The rows of a file, with all of their columns or some.
 
     Raises:
-        FileNotFoundError: there is none.
-        pyarrow.ArrowInvalid: it is no Parquet file.
+        FileNotFoundError: there is no such file.
+        pyarrow.ArrowInvalid: it is not a Parquet file.
     """
-    found: list[Row] = pq.read_table(io.BytesIO(upath(path).read_bytes()), columns=columns).to_pylist()
-    return found
-
-
-def read_ids(path: StorePath) -> list[str]:
-    """The column `id` of a file."""
-    return [row["id"] for row in read_rows(path, columns=["id"])]
-
-
-REPEATED = ("crs", "grid_image", "sources", "refused")
-"""Columns in which many rows have the same text."""
-_NAME = "^[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?$"
-"""What `geo.slug` leaves as it is."""
-PART = 20_000
-"""Rows that are made into dicts, and handed to an engine, at once; what it keeps of each is gone before the next."""
+    with upath(path).open("rb") as file:
+        return Manifest(pq.read_table(file, columns=columns, read_dictionary=list(REPEATED)))
 
 
 class Manifest(Sequence[Row]):
-    """Rows with the same keys, kept as a table; a row is made when it is asked for.
+    """Rows with the same keys, kept as a table.
 
     Args:
         table: a column for every key.
@@ -60,23 +55,11 @@ class Manifest(Sequence[Row]):
 
     @classmethod
     def of(cls, parts: Iterable[Sequence[Row]]) -> "Manifest":
-        """The rows of all parts, in order; of parts that are made one by one only one is there at a time."""
-        tables = [_columns(part) for part in parts if part]
+        """The rows of all parts, in order; an iterator of parts keeps only one part in memory as dicts."""
+        tables = [_table(part) for part in parts if part]
         if not tables:
             return cls(pa.table({"id": pa.array([], pa.string())}))
         return cls(pa.concat_tables(tables, promote_options="permissive"))
-
-    @classmethod
-    def read(cls, path: UPath) -> "Manifest":
-        """What `save` wrote."""
-        with path.open("rb") as file:
-            return cls(pq.read_table(file, read_dictionary=list(REPEATED)))
-
-    def save(self, path: UPath) -> None:
-        """Write a Parquet file, whole or not at all."""
-        sink = pa.BufferOutputStream()
-        pq.write_table(self.table, sink, row_group_size=PART)
-        put(path, memoryview(sink.getvalue()))
 
     @property
     def ids(self) -> pa.ChunkedArray:
@@ -84,7 +67,7 @@ class Manifest(Sequence[Row]):
         return self.table["id"]
 
     def expect_ids(self) -> None:
-        """Refuse ids that cannot name files, or name the same one.
+        """Refuse ids that are not file names, and ids that occur twice.
 
         Raises:
             DataError: the first such id.
@@ -94,12 +77,12 @@ class Manifest(Sequence[Row]):
             expect_ids(self.ids.to_pylist())
 
     def refused(self) -> list[str]:
-        """Ids of the rows that cannot be worked on."""
+        """Ids of the rows that cannot be mapped."""
         if "refused" not in self.table.column_names:
             return []
-        said = pc.fill_null(pc.not_equal(self.table["refused"].cast(pa.string()), ""), False)
-        found: list[str] = self.ids.filter(said).to_pylist()
-        return found
+        refused = pc.fill_null(pc.not_equal(self.table["refused"].cast(pa.string()), ""), False)
+        ids: list[str] = self.ids.filter(refused).to_pylist()
+        return ids
 
     def only(self, ids: Iterable[str]) -> "Manifest":
         """The rows with some ids."""
@@ -128,7 +111,7 @@ class Manifest(Sequence[Row]):
     __hash__ = None  # type: ignore[assignment]
 
 
-def _columns(rows: Sequence[Row]) -> pa.Table:
+def _table(rows: Sequence[Row]) -> pa.Table:
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     return pa.table(
         {
@@ -144,13 +127,14 @@ def _rows(table: pa.Table) -> list[Row]:
 
 
 def _values(column: pa.ChunkedArray) -> Sequence[Any]:
-    """The column's values; equal ones are one object where the table says which are equal."""
-    if not pa.types.is_dictionary(column.type):
-        plain: list[Any] = column.to_numpy().tolist()
-        return plain
-    whole = column.unify_dictionaries().combine_chunks()
-    indices = whole.indices.fill_null(len(whole.dictionary)).to_numpy()
-    used, where = np.unique(indices, return_inverse=True)
-    texts = whole.dictionary.take(pa.array(used[used < len(whole.dictionary)])).to_pylist()
-    known = [*texts, None]
-    return [known[index] for index in where.tolist()]
+    """The column's values; equal ones of a dictionary column are one object."""
+    if pa.types.is_dictionary(column.type):
+        whole = column.unify_dictionaries().combine_chunks()
+        indices = whole.indices.fill_null(len(whole.dictionary)).to_numpy()
+        used, where = np.unique(indices, return_inverse=True)
+        texts = [*whole.dictionary.take(pa.array(used[used < len(whole.dictionary)])).to_pylist(), None]
+        return [texts[index] for index in where.tolist()]
+    # NumPy is ten times faster, but has no integer null and no nested list.
+    exact = column.null_count or pa.types.is_nested(column.type)
+    values: list[Any] = column.to_pylist() if exact else column.to_numpy().tolist()
+    return values

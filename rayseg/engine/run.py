@@ -19,13 +19,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from pydantic import BaseModel
 from upath import UPath
 
 from rayseg import __version__
 from rayseg.config import Config
 from rayseg.engine.ledger import MISSING, Account, Ledger
+from rayseg.engine.manifest import read_rows
 from rayseg.errors import ConfigError
 from rayseg.geo.region import Region
 from rayseg.store import STORE_ERRORS, absolute, is_local, public, put, sweep, upath
@@ -254,8 +254,7 @@ def status(root: str) -> dict[str, Any]:
     content = read(root)
     steps = {}
     for manifest in sorted(upath(root).glob("steps/*/manifest.parquet")):
-        with manifest.open("rb") as file:
-            ids = pq.read_table(file, columns=["id"])["id"]
+        ids = read_rows(manifest, columns=["id"]).ids
         account = Ledger(str(manifest.parent / "ledger")).account(ids.chunks)
         steps[manifest.parent.name] = asdict(account)
     begun = [path.parent for path in upath(root).glob("steps/*/begun.json")]

@@ -31,6 +31,7 @@ from rayseg.io.stac_read import source_of
 from rayseg.io.stac_write import PROJECTION, lonlat_geometry, write_catalog
 from rayseg.store import StorePath, is_local, upath
 from rayseg.vision.color import ClassTable
+from rayseg.vision.crops import middle
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -363,15 +364,8 @@ def read_chip(chip: Chip, size: int) -> tuple[NDArray[np.uint8], NDArray[np.bool
     visible = [name for name in source.bands if name != "alpha"]
     bands = visible * 3 if len(visible) == 1 else ["red", "green", "blue"]
     [(grid, _)] = grids_of([source])
-    image_CHW, valid_HW = read([source], grid, middle(chip, size), bands=bands)
+    image_CHW, valid_HW = read([source], grid, middle(chip.window, size), bands=bands)
     return np.ascontiguousarray(image_CHW.transpose(1, 2, 0)), valid_HW
-
-
-def middle(chip: Chip, size: int) -> Window:
-    """The window of `size` x `size` px in the middle of a chip; larger than the chip if that is smaller."""
-    window = chip.window
-    col, row = window.col + int((window.width - size) / 2), window.row + int((window.height - size) / 2)
-    return Window(col, row, size, size)
 
 
 def read_mask(path: StorePath, table: ClassTable) -> NDArray[np.uint8]:

@@ -13,7 +13,7 @@ from rasterio.windows import Window as FileWindow
 from upath import UPath
 
 from rayseg.engine.ledger import Ledger, Record, with_fact
-from rayseg.engine.manifest import read_rows
+from rayseg.engine.manifest import Manifest, read_rows
 from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Tile, Window
 from rayseg.io.sources import Source, from_json, gdal, open_file
@@ -63,7 +63,7 @@ def planned_tiles(root: StorePath, step: str = "predict") -> list[tuple[Tile, tu
     return [(Tile.from_row(row), tuple(from_json(row["sources"]))) for row in _manifest(root, step)]
 
 
-def _manifest(root: StorePath, step: str) -> list[dict[str, Any]]:
+def _manifest(root: StorePath, step: str) -> Manifest:
     path = upath(root) / "steps" / step / "manifest.parquet"
     if not path.exists():
         raise DataError(f"{root} has no tiles of a step {step!r} ({path.name} is missing): let the run get that far.")

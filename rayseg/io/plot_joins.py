@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rasterio.features import rasterize, shapes
 from shapely.geometry.base import BaseGeometry
 
-from rayseg.engine.manifest import read_rows
+from rayseg.engine.manifest import Row, read_rows
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window
 from rayseg.io.vectors import EQUAL_AREA, LONLAT
@@ -28,7 +28,6 @@ from rayseg.store import StorePath
 from rayseg.vision.instances import Labels
 from rayseg.vision.segments import alike, groups
 
-Row = dict[str, Any]
 Place = tuple[int, int]
 _NEIGHBOURS = ((0, 1), (1, -1), (1, 0), (1, 1))
 
@@ -54,7 +53,7 @@ def read_table(path: StorePath) -> list[Row]:
         DataError: there are none at `path`.
     """
     try:
-        return read_rows(path)
+        return list(read_rows(path))
     except (FileNotFoundError, pa.ArrowInvalid) as error:
         raise DataError(f"{path} holds no plots ({error}): propose them again.") from error
 

@@ -24,7 +24,7 @@ from rayseg.engine.ledger import MISSING, SETTLED, Record, Settled
 from rayseg.engine.manifest import Row, write_rows
 from rayseg.engine.run import Run, Step
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo.grid import NODATA, Tile, Window, expect_ids, slug
+from rayseg.geo.grid import NODATA, Tile, expect_ids, slug
 from rayseg.geo.region import Region
 from rayseg.io import maps, pictures, segments
 from rayseg.io.masks import piece_of_row
@@ -42,6 +42,7 @@ from rayseg.steps.map import MapConfig
 from rayseg.store import Location, put, upath
 from rayseg.train.scene import NetworkConfig, TrainScene, patches_of_epoch
 from rayseg.vision.color import label_table, mean_color
+from rayseg.vision.crops import middle
 from rayseg.vision.superpixels import outlined
 
 SHARED = "all-scenes"
@@ -343,8 +344,7 @@ def draw(step: Step, listed: Step, divided: Step, predicted: Step) -> dict[str, 
 
 def _overlay(mapped: maps.MappedTile, prefix: str, *, side: int = 512) -> np.ndarray:
     window = mapped.tile.window
-    middle = Window(window.col + (window.width - side) // 2, window.row + (window.height - side) // 2, side, side)
-    part = middle.intersect(window)
+    part = middle(window, side).intersect(window)
     image_HWC = pictures.shown(mapped.sources, mapped.tile.grid, part)
     return outlined(image_HWC, segments.read_segments([(window, segments_path(prefix, mapped.tile.id))], part))
 

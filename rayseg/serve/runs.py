@@ -13,10 +13,10 @@ from threading import Lock
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import pyarrow.parquet as pq
 from fastapi import APIRouter, Path, Query, Response
 
 from rayseg.engine import run as runs
+from rayseg.engine.manifest import read_rows
 from rayseg.errors import DataError, RaysegError
 from rayseg.geo.grid import Tile, Window, slug
 from rayseg.io import mapview, masks
@@ -236,9 +236,8 @@ def _troubles(root: str, steps: dict[str, Any]) -> list[dict[str, Any]]:
         troubles = dict(list(ledger["troubles"].items())[:_MAX_TROUBLES])
         places: dict[str, dict[str, Any]] = {}
         if troubles:
-            with (upath(root) / "steps" / step / "manifest.parquet").open("rb") as file:
-                planned = pq.read_table(file).to_pylist()
-            for tile in (Tile.from_row(row) for row in planned if row["id"] in troubles and row.get("width")):
+            failed = read_rows(upath(root) / "steps" / step / "manifest.parquet").only(troubles)
+            for tile in (Tile.from_row(row) for row in failed if row.get("width")):
                 window = tile.window
                 if tile.grid.crs:
                     places[tile.id] = {"bounds": mapview.lonlat_bounds(tile.grid, window)}

@@ -10,12 +10,13 @@ from upath import UPath
 from rayseg.engine.ledger import Settled
 from rayseg.geo.grid import NODATA, slug
 from rayseg.io import cog
-from rayseg.io.labels import Chip, middle, read_chip
+from rayseg.io.labels import Chip, read_chip
 from rayseg.io.sources import grids_of
 from rayseg.stages.rows import ChipRow
 from rayseg.store import put, upath
 from rayseg.vision import concept, superpixels
 from rayseg.vision.coarse_masks import Objects, coarse_mask
+from rayseg.vision.crops import middle
 from rayseg.vision.fill import filled
 
 
@@ -135,7 +136,7 @@ class WriteCue:
         bands_CHW = np.stack([mask_HW, np.rint(row.cam * 254).astype(np.uint8)])
         chip = Chip.from_row(row.listed)
         [(grid, _)] = grids_of([chip.source])
-        window = middle(chip, len(mask_HW))
+        window = middle(chip.window, len(mask_HW))
         cog.write_image(cue_path(self.prefix, row.id), bands_CHW, grid, window, bands=("mask", "cam"))
         return Settled(facts={"certainty": row.certainty, "share": float((mask_HW == 1).mean())})
 

@@ -11,10 +11,12 @@ from upath import UPath
 
 from rayseg.engine.ledger import Settled
 from rayseg.engine.manifest import Row
+from rayseg.geo.grid import Window
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
 from rayseg.stages.rows import ChipRow
 from rayseg.store import put, upath
+from rayseg.vision.crops import middle
 
 if TYPE_CHECKING:
     import torch
@@ -76,5 +78,5 @@ def features_path(prefix: str, chip: str) -> UPath:
 
 
 def _middle(image_HWC: np.ndarray, size: int) -> np.ndarray:
-    top, left = ((whole - size) // 2 for whole in image_HWC.shape[:2])
-    return image_HWC[top : top + size, left : left + size]
+    whole = Window(0, 0, image_HWC.shape[1], image_HWC.shape[0])
+    return image_HWC[middle(whole, size).slices(whole)]

@@ -10,7 +10,7 @@ from torch import nn
 
 from rayseg.config import Config
 from rayseg.engine import cluster
-from rayseg.engine.manifest import read_rows, write_rows
+from rayseg.engine.manifest import Row, read_rows, write_rows
 from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import expect_ids
@@ -24,8 +24,6 @@ from rayseg.train.classifier import ClassifierConfig, fit_classifier
 from rayseg.train.learning import trained
 from rayseg.train.session import Setup
 from rayseg.vision.fill import filled
-
-Row = dict[str, Any]
 
 
 class ChipsConfig(Config):

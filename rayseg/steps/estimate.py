@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rayseg.engine.ledger import Ledger, Record
-from rayseg.engine.manifest import read_ids
+from rayseg.engine.manifest import Row, read_rows
 from rayseg.engine.run import Engine, Run, Step
 from rayseg.geo.grid import Tile, Window
 from rayseg.geo.region import Region
@@ -34,7 +34,6 @@ from rayseg.steps.map import MapConfig, Plan
 from rayseg.store import STORE_ERRORS, upath
 from rayseg.train import probe
 
-Row = dict[str, Any]
 FRAME = 64 << 10
 """Bytes of a file beside the tiles that are taken to be there however many tiles there are."""
 MOST_SIZES = 32
@@ -383,7 +382,8 @@ def _timed(step: Step) -> tuple[list[Record], float]:
     records = Ledger(str(step.prefix / "ledger")).read() if manifest.exists() else {}
     if not records:
         return [], step.seconds
-    return [records[row] for row in read_ids(manifest) if row in records], step.seconds
+    ids = read_rows(manifest, columns=["id"]).ids.to_pylist()
+    return [records[row] for row in ids if row in records], step.seconds
 
 
 def _scaled(

@@ -15,7 +15,7 @@ from rayseg.config import Config
 from rayseg.engine import flow
 from rayseg.engine.flow import Work
 from rayseg.engine.ledger import Ledger, Record, with_fact
-from rayseg.engine.manifest import Manifest, Row
+from rayseg.engine.manifest import Manifest, Row, read_rows, write_rows
 from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError
 from rayseg.geo.grid import Grid, Tile, Window, slug
@@ -144,7 +144,7 @@ def kept_manifest(step: Step, planned: Callable[[], Sequence[Row]]) -> Manifest:
         rows = rows if isinstance(rows, Manifest) else Manifest.of([rows])
         if refused := rows.refused():
             _log.warning("%s cannot be mapped, the ledger says why: %s", _counted(refused), _some(refused))
-        rows.save(path)
+        write_rows(path, rows)
     return read_manifest(step)
 
 
@@ -275,7 +275,7 @@ def _some(ids: Sequence[str]) -> str:
 
 def read_manifest(step: Step) -> Manifest:
     """The rows that `manifest` planned."""
-    return Manifest.read(step.prefix / "manifest.parquet")
+    return read_rows(step.prefix / "manifest.parquet")
 
 
 def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[Source], Refused]:

@@ -1,11 +1,18 @@
-"""Plots cut out of their image, as their classifier sees them."""
+"""Crops of images: the middle of a chip, and plots on black."""
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from rayseg.geo.grid import Window
 from rayseg.vision.proposals import Image
 from rayseg.vision.rle import Mask
+
+
+def middle(window: Window, size: int) -> Window:
+    """The `size` x `size` px in the middle of a window; more than the window where that is smaller."""
+    col, row = window.col + int((window.width - size) / 2), window.row + int((window.height - size) / 2)
+    return Window(col, row, size, size)
 
 
 def square_crop(image_HWC: Image, mask_HW: Mask, *, size: int) -> Image:

@@ -1,10 +1,11 @@
 """Rows in columns are the same rows."""
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from upath import UPath
 
 from rayseg.engine import manifest
-from rayseg.engine.manifest import Manifest
+from rayseg.engine.manifest import Manifest, read_rows, write_rows
 from rayseg.errors import DataError
 
 
@@ -21,14 +22,42 @@ def test_rows_come_back_as_they_were_given(tmp_path):
     parts = [[row(n) for n in range(5)], [], [row(5, crs=None), row(6, sources="[{}]", refused="no bands")]]
     rows = [one for part in parts for one in part]
     found = Manifest.of(parts)
-    found.save(UPath(tmp_path / "manifest.parquet"))
-    for kept in (found, Manifest.read(UPath(tmp_path / "manifest.parquet"))):
+    write_rows(tmp_path / "manifest.parquet", found)
+    for kept in (found, read_rows(tmp_path / "manifest.parquet")):
         assert len(kept) == 7
         assert list(kept) == rows
         assert kept == rows
         assert (kept[6], kept[-1], kept[2:6], kept[5:]) == (rows[6], rows[6], rows[2:6], rows[5:])
         assert kept.refused() == ["t6"]
         assert list(kept.only(["t3", "t9"])) == [rows[3]]
+
+
+def test_tables_of_any_columns_come_back_as_they_were_given(tmp_path):
+    """As chosen chips, groups of plots and patches are listed."""
+    rows = [
+        {"id": "a", "score": None, "taken": None, "rank": 1, "numbers": [1, 2], "plots": [b"x"], "right": True},
+        {"id": "b", "score": 0.5, "taken": "c", "rank": None, "numbers": [], "plots": [], "right": False},
+    ]
+    write_rows(tmp_path / "table.parquet", rows)
+    assert list(read_rows(tmp_path / "table.parquet")) == rows
+    assert list(read_rows(tmp_path / "table.parquet", columns=["id"])) == [{"id": "a"}, {"id": "b"}]
+    write_rows(tmp_path / "empty.parquet", [])
+    assert list(read_rows(tmp_path / "empty.parquet")) == []
+
+
+@pytest.mark.parametrize("columns", [{}, {"compression": "zstd"}])
+def test_files_of_earlier_versions_are_read(tmp_path, columns):
+    rows = [row(number) for number in range(4)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "manifest.parquet", **columns)
+    assert read_rows(tmp_path / "manifest.parquet") == rows
+
+
+def test_a_file_that_is_missing_or_no_table_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_rows(tmp_path / "nowhere.parquet")
+    (tmp_path / "text.parquet").write_text("no table at all")
+    with pytest.raises(pa.ArrowInvalid):
+        read_rows(tmp_path / "text.parquet")
 
 
 def test_equal_texts_are_one_object():

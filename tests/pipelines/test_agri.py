@@ -361,7 +361,7 @@ def test_where_there_are_no_plots_there_is_nothing_to_classify(tmp_path):
 
 
 def test_a_plot_that_cannot_be_read_is_left_unclassified_alone(region, tmp_path, monkeypatch):
-    mask_of, asked = stages.plots.mask_of, []
+    mask_of, asked = stages.plot_joins.mask_of, []
 
     def troubled(geometry, window):
         asked.append(window)
@@ -369,7 +369,7 @@ def test_a_plot_that_cannot_be_read_is_left_unclassified_alone(region, tmp_path,
             raise DataError("the disk is scratched")
         return mask_of(geometry, window)
 
-    monkeypatch.setattr(stages.plots, "mask_of", troubled)
+    monkeypatch.setattr(stages.plot_joins, "mask_of", troubled)
     words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run", "--set", "map.tile=256")
     found = rayseg(*words, *SETTINGS, "--set", f"classifier={classifier(tmp_path / 'model')}")
     assert found.exit_code == 3, found.output

@@ -17,7 +17,7 @@ from PIL import Image
 from tiny_server import client, free_port, served
 from upath import UPath
 
-from rayseg.engine.manifest import Manifest
+from rayseg.engine.manifest import read_rows, write_rows
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid
 from rayseg.io import mapview
@@ -150,8 +150,8 @@ def test_an_image_without_georeference_has_a_pyramid_of_its_own(asked, mask):
 def test_a_run_whose_files_could_not_all_be_opened_is_shown_without_those(root, mask, tmp_path):
     make(tmp_path / "part", {"photo": (picture(mask), mask, (0, 0))}, grid=Grid(None, (1.0, 1.0), (0.0, 0.0)))
     path = UPath(tmp_path / "part/steps/predict/manifest.parquet")
-    rows = [row | {"refused": ""} for row in Manifest.read(path)]
-    Manifest.of([[*rows, mapping._refused_row("lost", DataError("lost.tif cannot be read."))]]).save(path)
+    rows = [row | {"refused": ""} for row in read_rows(path)]
+    write_rows(path, [*rows, mapping._refused_row("lost", DataError("lost.tif cannot be read."))])
     asked = client(runs=(str(tmp_path / "part"),))
     assert [image["id"] for image in asked.get("/v1/runs/part").json()["images"]] == ["photo"]
     assert asked.get("/v1/runs/part/tiles/0/0/0.png?image=lost").status_code == 204

@@ -1,6 +1,7 @@
 """Patches through a network: the same pixels in whatever tile, batch or trouble."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,11 +9,18 @@ import torch
 from fake_run import blobs, picture
 from small_world import GRID, segmenter
 
+from rayseg.engine import flow
+from rayseg.engine.flow import Work
+from rayseg.engine.ledger import Ledger
+from rayseg.engine.run import Engine
 from rayseg.geo.grid import Lattice, Tile, Window
 from rayseg.stages.predict import Predict, decide, patches_of
 from rayseg.stages.rows import TileRow
+from rayseg.stages.write import WriteTile
+from rayseg.vision.color import ClassTable
 
 NODATA = 255
+INLINE = Engine("inline")
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +93,32 @@ def test_too_little_memory_halves_the_batch_and_goes_on(prefix, monkeypatch):
     assert sizes[:2] == [4, 2]
     assert set(sizes[1:]) == {2}
     assert (row.classes == predicted(prefix, Window(0, 0, 170, 150), batch=2)[0]).all()
+
+
+def test_a_batch_that_lack_of_memory_halved_is_a_fact_of_the_tiles_it_predicted(prefix, monkeypatch, tmp_path):
+    stage, calls = Predict(prefix, batch=4, device="cpu"), []
+    forward = stage.forward
+
+    def second_is_too_much(patches):
+        calls.append(len(patches))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(patches)
+
+    monkeypatch.setattr(stage, "forward", second_is_too_much)
+    windows = {"small": Window(0, 0, 1, 1), "large": Window(0, 0, 170, 150), "next": Window(0, 0, 2, 2)}
+    table = ClassTable(stage.bundle.classes)
+    write = WriteTile(str(tmp_path / "tiles"), table, bands=(table.names[-1],), geometry=None, model="m.json")
+
+    def record(row):
+        return replace(row_of(windows[row["id"]]), tile=Tile(row["id"], GRID, windows[row["id"]]))
+
+    ledger = Ledger(str(tmp_path / "ledger"))
+    rows, works = [{"id": name} for name in windows], [Work(stage), Work(write)]
+    assert not flow.run(rows, works, ledger, INLINE, record=record).troubles
+    batches = {name: found.facts.get("batch") for name, found in ledger.read().items()}
+    assert batches == {"small": None, "large": 2, "next": 2}
+    assert calls[:3] == [4, 4, 2]
 
 
 def test_patches_far_from_imagery_are_not_computed(prefix, monkeypatch):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from rayseg.config import Config
-from rayseg.engine.manifest import read_rows, write_rows
+from rayseg.engine.manifest import Row, read_rows, write_rows
 from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Window, expect_ids
@@ -26,8 +26,8 @@ from rayseg.io.scenes import LabelledImage
 from rayseg.store import Location, upath
 from rayseg.train.batches import Chips
 from rayseg.vision.color import IGNORE, ClassTable
+from rayseg.vision.crops import middle
 
-Row = dict[str, Any]
 Part = Literal["pool", "validation", "test"]
 PARTS: tuple[Part, ...] = ("pool", "validation", "test")
 BANDS = ("red", "green", "blue")
@@ -148,7 +148,7 @@ def _labelled_images(config: PoolConfig) -> Surveyed:
         )
     rows, images, size = [], [], config.size
     for chip in found:
-        window = Window(int((chip.source.width - size) / 2), int((chip.source.height - size) / 2), size, size)
+        window = middle(Window(0, 0, chip.source.width, chip.source.height), size)
         images.append(LabelledImage(chip.id, chip.id, chip.source, (), pixels_of(chip.source), window))
         rows.append(_row(images[-1], window, str(chip.label)))
     _expect_rgb(images)

@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from rayseg.config import Config as Frozen
 from rayseg.config import Workers
 from rayseg.engine import cluster
+from rayseg.engine.manifest import Row
 from rayseg.engine.run import Run, Step
 from rayseg.errors import ConfigError
 from rayseg.geo.region import Region
@@ -29,7 +30,7 @@ from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.crf import Kernels, Refined
 from rayseg.pipelines.al_s4gan import chip_pool, queries
-from rayseg.pipelines.al_s4gan.chip_pool import PoolConfig, Row
+from rayseg.pipelines.al_s4gan.chip_pool import PoolConfig
 from rayseg.pipelines.al_s4gan.queries import ActiveConfig, Common
 from rayseg.steps import estimate, models, report
 from rayseg.steps import evaluate as evaluation

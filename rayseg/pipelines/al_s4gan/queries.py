@@ -18,7 +18,7 @@ from rayseg.config import Config, Workers
 from rayseg.engine import cluster, flow
 from rayseg.engine.flow import Work
 from rayseg.engine.ledger import Ledger, Record
-from rayseg.engine.manifest import read_rows, write_rows
+from rayseg.engine.manifest import Row, read_rows, write_rows
 from rayseg.engine.run import Step
 from rayseg.errors import RunIncomplete
 from rayseg.io.class_tables import Classes
@@ -26,7 +26,6 @@ from rayseg.metrics import Confusion
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.pipelines.al_s4gan import chip_pool
-from rayseg.pipelines.al_s4gan.chip_pool import Row
 from rayseg.stages.rows import ChipRow
 from rayseg.stages.score import ReadWith, Score, features_path
 from rayseg.steps import report
@@ -182,7 +181,7 @@ class Common(Config):
 
 def labelled(step: Step) -> list[Row]:
     """Chips chosen up to a step, in the order of choice, and why."""
-    return read_rows(step.prefix / "labelled.parquet")
+    return list(read_rows(step.prefix / "labelled.parquet"))
 
 
 def known_labels(root: str, rows: Sequence[Row], table: ClassTable) -> list[str]:
