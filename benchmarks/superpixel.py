@@ -1,4 +1,4 @@
-"""Speed and quality of the pipeline `superpixel`; docs/superpixel.md shows the tables.
+"""Speed and quality of the pipeline `superpixel`; docs/benchmarks.md has the results.
 
     python benchmarks/superpixel.py scenes DATA --out DIR [--side 768]
     python benchmarks/superpixel.py quality IMAGES MASKS --out DIR [--epochs 4] [--seeds ...] [--only NAME ...]
