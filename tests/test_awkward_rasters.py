@@ -303,6 +303,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.more  # io/test_rasters.py: made files of each kind; here: regions of several
 @pytest.mark.real
 def test_every_real_raster_is_mapped_as_it_lies_or_refused_in_one_sentence(shared, tmp_path):
     folder = shared / "data" / "rasters"

@@ -67,6 +67,7 @@ def test_half_written_files_of_a_killed_driver_are_removed(world, tmp_path):
     assert world.is_whole(out)
 
 
+@pytest.mark.more  # engine/test_flow.py: without room the run ends and no row is failed
 def test_a_full_disk_ends_the_run_in_words_and_costs_no_tile(world, tmp_path):
     """The limit on file sizes stands for the disk: it needs no mount."""
     out = tmp_path / "run"
@@ -95,6 +96,7 @@ def test_of_two_drivers_one_works_and_the_other_says_so(world, tmp_path, flag):
     assert world.is_whole(out)
 
 
+@pytest.mark.more  # inline: a killed driver; engine/test_cluster.py: Ray's folder; train/test_workers.py: Ray itself
 @pytest.mark.ray
 def test_ray_ends_with_its_driver_and_leaves_no_folder(world, tmp_path, flag):
     out = tmp_path / "run"

@@ -105,6 +105,7 @@ def test_scenes_that_abut_are_their_mosaic(tmp_path):
         same(blind, one)
 
 
+@pytest.mark.more  # test_scenes_that_abut_are_their_mosaic, with drawn ones
 @pytest.mark.real
 def test_four_real_scenes_are_their_mosaic(shared, tmp_path):
     paths = [str(shared / "data" / "rasters" / "rasterio" / f"rgb{i}.tif") for i in range(1, 5)]

@@ -27,6 +27,8 @@ INLINE = Engine("inline")
 RAY = Engine("ray")
 pytestmark = pytest.mark.xdist_group("ray")  # `local_ray` is requested by a fixture here, which collection does not see
 ENGINES = [pytest.param(INLINE, id="inline"), pytest.param(RAY, id="ray", marks=[pytest.mark.ray])]
+# On Ray a longer form of: inline, and test_every_row_is_accounted_for... and test_engines_give_the_same_bytes on Ray.
+MORE_ON_RAY = [ENGINES[0], pytest.param(RAY, id="ray", marks=[pytest.mark.ray, pytest.mark.more])]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +124,7 @@ def test_every_row_is_accounted_for_and_a_bad_one_harms_no_neighbour(engine, pla
     assert set(ledger.read()["t4"].seconds) == {"Draw", "Double", "Keep"}
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", MORE_ON_RAY)
 def test_a_second_run_works_only_on_what_is_left(engine, place):
     out, ledger = place
     run(rows_of(4), works(out), ledger, engine)
@@ -232,7 +234,7 @@ def test_an_engine_that_hangs_ends_the_run_with_how_to_go_on(monkeypatch, place)
         run(rows_of(3), [Work(Double())], ledger, INLINE, stall_seconds=0.1)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", MORE_ON_RAY)
 def test_without_room_the_run_ends_and_no_row_is_failed(engine, place):
     out, ledger = place
     with pytest.raises(StoreFull, match="no room for results"):

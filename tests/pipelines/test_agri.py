@@ -135,6 +135,7 @@ def test_every_field_is_one_plot_with_one_id(run):
     assert table["area_m2"].sum() <= 1.01 * HEIGHT * WIDTH
 
 
+@pytest.mark.more  # test_predict.py and engine/test_flow.py: both engines, the same bytes
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_ray_gives_the_same_bytes(run, region, tmp_path):
@@ -173,6 +174,7 @@ ENLARGED = (
 )
 
 
+@pytest.mark.more  # plots whatever the tiling, and an enlarged image, each by itself in this file
 def test_enlarged_imagery_keeps_its_place_and_gives_the_same_plots_whatever_the_tiling(region, tmp_path):
     for tile in (256, 512):
         words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / f"{tile}")

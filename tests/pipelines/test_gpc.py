@@ -80,14 +80,16 @@ def test_the_map_covers_both_scenes(whole, words):
     assert mapped == seen
 
 
-def test_a_plan_times_all_that_comes_before_the_map(words):
-    at = words.index("--engine")
-    for method, more in (("cam", set()), ("concept", {"Superpixels", "WriteDensity", "ConceptCue"})):
-        found = rayseg("plan", *words[1:at], "--set", f"cues.method={method}", "--json")
-        assert found.exit_code == 0, found.output
-        plan = json.loads(found.stdout)
-        assert {"classifier", "Cam", "WriteCue", "segmenter", "Predict", *more} <= set(plan["seconds"])
-        assert plan["wall_seconds"] > plan["seconds"]["classifier"] + plan["seconds"]["segmenter"]
+@pytest.mark.parametrize(("method", "more"), [
+    pytest.param("cam", set(), marks=pytest.mark.more),  # the same trainings, and fewer stages
+    ("concept", {"Superpixels", "WriteDensity", "ConceptCue"}),
+])  # fmt: skip
+def test_a_plan_times_all_that_comes_before_the_map(words, method, more):
+    found = rayseg("plan", *words[1 : words.index("--engine")], "--set", f"cues.method={method}", "--json")
+    assert found.exit_code == 0, found.output
+    plan = json.loads(found.stdout)
+    assert {"classifier", "Cam", "WriteCue", "segmenter", "Predict", *more} <= set(plan["seconds"])
+    assert plan["wall_seconds"] > plan["seconds"]["classifier"] + plan["seconds"]["segmenter"]
 
 
 def test_the_second_run_does_nothing(whole, words):
@@ -146,6 +148,7 @@ def test_chips_that_cannot_be_read_say_how_to_go_on_when_they_are_mended(tmp_pat
         cues.write_densities(replace(step, engine=replace(engine, retry=True)), listed, classifier, settings, 64, 60.0)
 
 
+@pytest.mark.more  # test_predict.py and engine/test_flow.py: both engines, the same bytes
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_cues_are_the_same_bytes_with_both_engines(whole, words, tmp_path):

@@ -149,6 +149,7 @@ def test_a_training_killed_in_the_middle_goes_on_as_if_nothing_had_been(whole, w
         assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.more  # test_predict.py: a damaged tile fails alone, retry mends it; here: a killed training
 def test_a_tile_that_failed_once_is_seen_in_the_report_and_leaves_the_superpixels_of_an_undisturbed_run(
     whole, world, tmp_path, monkeypatch
 ):
@@ -185,7 +186,10 @@ def test_one_network_over_all_scenes_gives_one_mosaic(world, tmp_path):
     assert all(path.name.startswith("32650_") for path in (tmp_path / "run/tiles").iterdir())
 
 
-@pytest.mark.parametrize("network", ["v1", "v2", "kmeans", "isodata"])
+MORE = pytest.mark.more  # the same path as kmeans and, in all other tests here, deepnet
+
+
+@pytest.mark.parametrize("network", ["kmeans", *(pytest.param(name, marks=MORE) for name in ("v1", "v2", "isodata"))])
 def test_every_network_maps_by_the_same_path(world, tmp_path, network):
     assert rayseg(*words(world, f"network.network={network}"), "--out", tmp_path / "run").exit_code == 0
     assert {fate.status for fate in records(tmp_path / "run", "predict").values()} == {"done"}

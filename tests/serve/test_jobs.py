@@ -141,6 +141,7 @@ def test_a_cluster_that_does_not_answer_is_a_503(config):
         assert "does not accept jobs now" in found.json()["detail"]
 
 
+@pytest.mark.more  # requests here, jobs of a cluster in engine/test_submit.py, a server in test_deployment.py
 @pytest.mark.e2e
 @pytest.mark.ray
 def test_a_job_runs_to_its_end_on_the_servers_own_cluster(tmp_path):

@@ -74,7 +74,10 @@ def test_it_learns_and_keeps_the_best_checkpoint(tmp_path, data):
     assert sum(one.pixels for one in found) == pixels
 
 
-@pytest.mark.parametrize("variant", [{}, {"discriminator": None}, {"checkpoint": 4}])
+@pytest.mark.parametrize("variant", [
+    {},
+    *(pytest.param(other, marks=pytest.mark.more) for other in ({"discriminator": None}, {"checkpoint": 4})),
+])  # fmt: skip
 def test_a_training_that_was_stopped_gives_the_same_weights_as_one_that_was_not(tmp_path, data, variant, monkeypatch):
     settings = changed(QUICK, **variant)
     whole = fit(settings, data, tmp_path / "whole")
@@ -249,6 +252,7 @@ def test_settings_that_cannot_be_are_refused(tmp_path, data):
         fit(changed(QUICK, steps=2), data, tmp_path / "done")
 
 
+@pytest.mark.more  # test_supervised.py: two workers see the losses that one sees
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_two_workers_learn_as_one(tmp_path, data):

@@ -30,6 +30,7 @@ def test_two_workers_train_one_network_and_each_class_is_measured_once(local_ray
     assert trained(QUICK.build(classes=2), tmp_path)(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
 
 
+@pytest.mark.more  # stopped trainings of each paradigm go on; two workers train one network
 def test_a_training_begun_here_goes_on_with_workers_after_one_was_killed(local_ray, tmp_path, chips):
     def loop(config):
         state = session.load_checkpoint(config["prefix"], "x") or {"epochs": []}
@@ -61,6 +62,7 @@ def test_a_worker_that_keeps_dying_ends_the_training_with_what_to_do(local_ray, 
         session.fit(loop, {}, Setup(tmp_path, workers=1, max_failures=0), name="t")
 
 
+@pytest.mark.more  # the same without workers in test_classifier_training.py
 def test_a_bad_loss_on_one_worker_stops_all_with_its_chips(local_ray, tmp_path, chips):
     def read(position):
         return chips.read(position) * (float("nan") if position == 3 else 1.0)
