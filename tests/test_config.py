@@ -79,7 +79,7 @@ class Paired(Config):
 
 def test_a_group_that_is_one_value_is_given_as_a_whole():
     assert load(Paired, None, ["pair.high=7"]).pair == Pair(low=0, high=7)
-    with pytest.raises(ConfigError, match="give a class table as a whole"):
+    with pytest.raises(ConfigError, match="give the whole class table"):
         load(pipeline.Config, None, ["classes.ignore=[]"])
     own = "classes: {classes: [{name: ground, color: '#826446'}]}"
     assert load(pipeline.Config, None, [own.replace(": ", "=", 1)]).table.threshold is None

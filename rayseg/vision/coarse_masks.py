@@ -1,9 +1,9 @@
-"""Coarse masks: what a class activation map (CAM) says about whole objects instead of single pixels.
+"""Coarse masks from class activation maps (CAMs): whole objects instead of single pixels.
 
     cam, objects --> mean CAM of every object --> Otsu --> mask
 
-Cao & Huang 2022, ISPRS J. Photogramm. Remote Sens. 188, section 3.2. The published loop over objects is bounded by a
-count of connected components although it runs over label values, so labels beyond that count stay 0; here every
+Cao & Huang 2022, ISPRS J. Photogramm. Remote Sens. 188, section 3.2. The published loop over objects stops at the
+number of connected components although it runs over label values, so labels beyond that number stay 0; here every
 label gets its mean.
 """
 
@@ -36,8 +36,7 @@ def object_means(cam_HW: NDArray[np.float32], labels_HW: NDArray[np.integer]) ->
     labels = labels_HW.ravel().astype(np.intp)
     if labels.size and labels.min() < 0:
         raise DataError(f"object labels start at {labels.min()}, expected 0 or more: renumber them from 0")
-    counts = np.bincount(labels)
-    sums = np.bincount(labels, weights=cam_HW.ravel())
+    sums, counts = np.bincount(labels, weights=cam_HW.ravel()), np.bincount(labels)
     means = sums / np.maximum(counts, 1)
     return means[labels].reshape(cam_HW.shape).astype(np.float32)
 
@@ -52,9 +51,10 @@ def components(labels_HW: NDArray[np.integer], *, connectivity: Literal[1, 2] = 
     Returns:
         Component of every pixel, (H, W) int32, 0..n-1; label 0 is split like every other.
     """
+    # label() leaves its background out, so all labels are moved above 0 first
     above_HW = labels_HW.astype(np.int64) - int(labels_HW.min(initial=0)) + 1
-    found_HW = measure.label(above_HW, background=0, connectivity=connectivity)
-    return np.asarray(found_HW, dtype=np.int32) - np.int32(1)
+    components_HW = measure.label(above_HW, background=0, connectivity=connectivity)
+    return np.asarray(components_HW, dtype=np.int32) - np.int32(1)
 
 
 def otsu(values_HW: NDArray[np.floating]) -> float:
@@ -64,10 +64,14 @@ def otsu(values_HW: NDArray[np.floating]) -> float:
         The threshold, in the values' unit; of a constant field its own value, so nothing lies strictly above it.
 
     Raises:
-        DataError: no values, or some are not finite.
+        DataError: the field is empty or holds NaN or infinity.
     """
-    if values_HW.size == 0 or not np.isfinite(values_HW).all():
-        raise DataError(f"Otsu's threshold needs finite values, found {_unusable(values_HW)}: mask them out first")
+    finite = np.count_nonzero(np.isfinite(values_HW))
+    if not finite or finite < values_HW.size:
+        raise DataError(
+            f"{finite} of {values_HW.size} values are finite, Otsu's threshold needs at least one and no NaN or "
+            "infinity: mask these out first"
+        )
     if values_HW.min() == values_HW.max():
         return float(values_HW.flat[0])
     return float(filters.threshold_otsu(values_HW))
@@ -81,23 +85,17 @@ def coarse_mask(
     Args:
         cam_HW: activation of every pixel, float32.
         labels_HW: label of every pixel, 0 or more.
-        objects: what an object is: `labels` = all pixels of a label, `components` = one connected component of a label.
+        objects: the objects: `labels` = all pixels of a label, `components` = one connected component of a label.
 
     Returns:
         Mask (H, W) uint8: 1 where the mean is strictly above the threshold; all 0 when every mean is the same.
 
     Raises:
         ConfigError: `objects` is neither of the two.
-        DataError: shapes differ, a label is negative, or the CAM is not finite.
+        DataError: shapes differ, a label is negative, or the CAM holds NaN or infinity.
     """
     if objects not in {"labels", "components"}:
         raise ConfigError(f"objects is {objects!r}, expected 'labels' or 'components': choose one of the two")
     objects_HW = labels_HW if objects == "labels" else components(labels_HW)
     means_HW = object_means(cam_HW, objects_HW)
     return (means_HW > otsu(means_HW)).astype(np.uint8)
-
-
-def _unusable(values_HW: NDArray[np.floating]) -> str:
-    if values_HW.size == 0:
-        return "none"
-    return f"{np.count_nonzero(~np.isfinite(values_HW))} of {values_HW.size} not finite"

@@ -1,4 +1,4 @@
-"""Classes and their colours: reading coloured masks, painting results."""
+"""Classes and their colours: decode coloured masks, paint results."""
 
 import colorsys
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ IGNORE = 255
 
 @dataclass(frozen=True)
 class ClassTable:
-    """The classes of a mask: what each value means and which colour stands for it.
+    """The classes of a mask: value, name and colour of each.
 
     Attributes:
         classes: (value, name, (red, green, blue)) of every class; values 0..254, all different.
-        ignore: further colours that mean "not labelled"; they become 255, as index 255 does.
-        threshold: of masks whose colours are not pure: a channel is taken as 255 from this value on, else as 0.
+        ignore: further colours that mean "not labelled"; they decode to 255, as the value 255 does.
+        threshold: for masks whose colours are blurred: a channel counts as 255 from this value on, else as 0.
     """
 
     classes: tuple[tuple[int, str, RGB], ...]
@@ -33,23 +33,25 @@ class ClassTable:
         colors = [*self.colors, *self.ignore]
         if not values or len(set(values)) < len(values) or not all(0 <= value < IGNORE for value in values):
             raise ConfigError(
-                f"class values are {values}, expected at least one, all different and in 0..254; give a class table as "
-                "a whole"
+                f"class values are {values}, expected at least one, all different and in 0..254: give the whole class "
+                "table"
             )
         if len(set(self.names)) < len(self.names):
-            raise ConfigError(f"classes are named {', '.join(self.names)}: give every class a name of its own")
+            raise ConfigError(f"class names are {', '.join(self.names)}, expected all different: rename a class")
         if len(set(colors)) < len(colors):
             twice = sorted({hex_of(color) for color in colors if colors.count(color) > 1})
-            raise ConfigError(f"colours {', '.join(twice)} stand for more than one class: give every class its own")
+            raise ConfigError(
+                f"several classes have the colours {', '.join(twice)}, expected all different: change one"
+            )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ClassTable":
-        """Read `{classes: [{name, color, value?}, ...], ignore: [color, ...], threshold: n}`, as a YAML file holds it.
+        """Read `{classes: [{name, color, value?}, ...], ignore: [color, ...], threshold: n}`, as a YAML file has it.
 
-        A colour is `"#RRGGBB"` or `[red, green, blue]`; a class without `value` has its place in the list.
+        A colour is `"#RRGGBB"` or `[red, green, blue]`; a class without `value` gets its position in the list.
 
         Raises:
-            ConfigError: a key is missing or unknown, or a colour or value cannot be meant.
+            ConfigError: a key is missing or unknown, or a colour or value is invalid.
         """
         _only(config, {"classes", "ignore", "threshold"}, "a class table")
         rows: Sequence[Mapping[str, Any]] = config.get("classes") or ()
@@ -86,7 +88,7 @@ def rgb_of(color: object) -> RGB:
         return int(digits[:2], 16), int(digits[2:4], 16), int(digits[4:], 16)
     if isinstance(color, Sequence) and len(color) == 3 and all(isinstance(c, int) and 0 <= c <= 255 for c in color):
         return int(color[0]), int(color[1]), int(color[2])
-    raise ConfigError(f'colour is {color!r}, expected "#RRGGBB" or [red, green, blue] with values 0..255')
+    raise ConfigError(f'colour is {color!r}, expected "#RRGGBB" or [red, green, blue] with values 0..255: correct it')
 
 
 def hex_of(color: RGB) -> str:
@@ -95,10 +97,11 @@ def hex_of(color: RGB) -> str:
 
 
 def label_table(count: int) -> ClassTable:
-    """Labels without a meaning, "label 0", "label 1", ..., each in a colour of its own, always the same.
+    """A table of unnamed labels "label 0", "label 1", ..., whose colours differ and never change.
 
-    At least three, as two classes would be one against a background.
+    It has at least three, because two classes are shown as one class and a background.
     """
+    # hues in steps of the golden ratio stay apart for any count; saturation and value repeat every 3 and 12 labels
     colors = [
         colorsys.hsv_to_rgb(k * 0.618034 % 1, (0.85, 0.55, 0.7)[k % 3], (0.95, 0.78, 0.6, 0.42)[k // 3 % 4])
         for k in range(max(count, 3))
@@ -110,26 +113,36 @@ def label_table(count: int) -> ClassTable:
 def decode(
     mask: NDArray[np.integer], table: ClassTable, *, palette: Mapping[int, Sequence[int]] | None = None
 ) -> NDArray[np.uint8]:
-    """Turn a mask as people store it into class values.
+    """Decode a mask file's pixels into class values.
 
     Args:
-        mask: (H, W) class values; (H, W) indices into `palette`; or (H, W, 3) or (H, W, 4) colours, of which the
-            fourth channel is not looked at.
+        mask: (H, W) class values; (H, W) indices into `palette`; or (H, W, 3 or 4) colours, the fourth channel ignored.
         table: the classes and colours that may occur.
-        palette: colour (red, green, blue, ...) of every index, for a palette image whose indices are no classes.
+        palette: colour (red, green, blue, ...) of every index, for a palette image whose indices are not class values.
 
     Returns:
-        Class values (H, W) uint8; 255 where the mask says "not labelled".
+        Class values (H, W) uint8; 255 where the mask is not labelled.
 
     Raises:
-        DataError: a value or colour that is no class occurs (the message names it, its count and the nearest class),
-            an index is not in the palette, or the mask's shape is none of these.
+        DataError: a value or colour is not in the table (the message names it, its count and the nearest class), an
+            index is not in the palette, or the mask has another shape.
     """
     if mask.ndim == 3 and mask.shape[2] in {3, 4}:
-        return _decode_colors(_pack(_pure(mask, table)), table)
+        return _decode_colors(_pack(mask, table.threshold), table)
     if mask.ndim != 2:
-        raise DataError(f"a mask of shape {mask.shape} was found, expected (height, width) or (height, width, 3 or 4)")
-    return _decode_values(mask, table) if palette is None else _decode_palette(mask, table, palette)
+        raise DataError(f"a mask has the shape {mask.shape}, expected (height, width) or (height, width, 3 or 4)")
+    if palette is not None:
+        return _decode_palette(mask, table, palette)
+    wrong_HW = ~np.isin(mask, [*table.values, IGNORE])
+    if wrong_HW.any():
+        unknown, counts = np.unique(mask[wrong_HW], return_counts=True)
+        value, count = int(unknown[counts.argmax()]), int(counts.max())
+        nearest = min(table.classes, key=lambda row: abs(row[0] - value))
+        raise DataError(
+            f"mask value {value} ({count} pixels; {len(unknown)} unknown values in all) is not a class, the nearest is "
+            f"{nearest[0]} ({nearest[1]}): add it to the classes or correct the mask"
+        )
+    return mask.astype(np.uint8)
 
 
 def mean_color(image_HWC: NDArray[np.uint8], labels_HW: NDArray[np.integer]) -> NDArray[np.uint8]:
@@ -157,7 +170,7 @@ def overlay(
     Args:
         image_HWC: RGB image, uint8.
         mask_HW: class of every pixel, uint8.
-        colors: colour of every class to show; other values leave the image as it is.
+        colors: colour of every class to show; pixels of other classes stay unchanged.
         alpha: share of the colour, 0..1.
 
     Returns:
@@ -173,7 +186,9 @@ def overlay(
 
 def _only(row: Mapping[str, Any], known: set[str], what: str) -> None:
     if unknown := sorted(set(row) - known):
-        raise ConfigError(f"{what} has the unknown keys {unknown}, expected some of {sorted(known)}")
+        raise ConfigError(
+            f"{what} has the unknown keys {unknown}, expected some of {sorted(known)}: remove or rename them"
+        )
 
 
 def _class_of(row: Mapping[str, Any], place: int) -> tuple[int, str, RGB]:
@@ -183,19 +198,16 @@ def _class_of(row: Mapping[str, Any], place: int) -> tuple[int, str, RGB]:
     try:
         color = rgb_of(row["color"])
     except ConfigError as error:
-        unquoted = "" if row["color"] is not None else "; YAML takes # for a comment: put the colour in quotes"
+        unquoted = "" if row["color"] is not None else "; in YAML # begins a comment: put the colour in quotes"
         raise ConfigError(f"class {row['name']}: {error}{unquoted}") from None
     return int(row.get("value", place)), str(row["name"]), color
 
 
-def _pack(colors: NDArray[np.integer]) -> NDArray[np.int32]:
-    """One integer 0xRRGGBB for every colour of an array (..., 3 or more)."""
+def _pack(colors: NDArray[np.integer], threshold: int | None = None) -> NDArray[np.int32]:
+    """One integer 0xRRGGBB for every colour of an array (..., 3 or more), its channels made 0 or 255 by a threshold."""
     wide = colors[..., :3].astype(np.int32)
+    wide = wide if threshold is None else np.where(wide >= threshold, 255, 0)
     return (wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]
-
-
-def _pure(colors: NDArray[np.integer], table: ClassTable) -> NDArray[np.integer]:
-    return colors if table.threshold is None else np.where(colors >= table.threshold, 255, 0)
 
 
 def _decode_colors(codes_HW: NDArray[np.int32], table: ClassTable) -> NDArray[np.uint8]:
@@ -205,9 +217,18 @@ def _decode_colors(codes_HW: NDArray[np.int32], table: ClassTable) -> NDArray[np
     at_HW = np.searchsorted(known[order], codes_HW).clip(max=len(known) - 1)
     wrong_HW = known[order][at_HW] != codes_HW
     if wrong_HW.any():
-        raise DataError(_unknown_colors(codes_HW[wrong_HW], table))
-    decoded_HW: NDArray[np.uint8] = values[order][at_HW]
-    return decoded_HW
+        unknown, counts = np.unique(codes_HW[wrong_HW], return_counts=True)
+        code = int(unknown[counts.argmax()])
+        color = code >> 16, code >> 8 & 255, code & 255
+        value, name, near = min(
+            table.classes, key=lambda row: sum((a - b) ** 2 for a, b in zip(row[2], color, strict=True))
+        )
+        raise DataError(
+            f"mask colour {hex_of(color)} ({counts.max()} pixels; {len(unknown)} unknown colours in all) is not a "
+            f"class, the nearest is {hex_of(near)} ({value} {name}): add it to the classes or ignored colours, or "
+            "correct the mask"
+        )
+    return np.asarray(values[order][at_HW], np.uint8)
 
 
 def _decode_palette(
@@ -216,34 +237,7 @@ def _decode_palette(
     used, at_HW = np.unique(mask_HW, return_inverse=True)
     if missing := [int(index) for index in used if int(index) not in palette]:
         raise DataError(
-            f"the mask holds the indices {missing[:5]}, which its palette of {len(palette)} does not: repair it"
+            f"the mask has the indices {missing[:5]}, its palette of {len(palette)} colours lacks them: repair the mask"
         )
     colors = np.array([list(palette[int(index)])[:3] for index in used], np.int32).reshape(-1, 3)
-    codes = _pack(_pure(colors, table))
-    return _decode_colors(codes[at_HW].reshape(mask_HW.shape), table)
-
-
-def _decode_values(mask_HW: NDArray[np.integer], table: ClassTable) -> NDArray[np.uint8]:
-    wrong_HW = ~np.isin(mask_HW, [*table.values, IGNORE])
-    if wrong_HW.any():
-        found, counts = np.unique(mask_HW[wrong_HW], return_counts=True)
-        value, count = int(found[counts.argmax()]), int(counts.max())
-        nearest = min(table.classes, key=lambda row: abs(row[0] - value))
-        raise DataError(
-            f"mask value {value} ({count} pixels; {len(found)} unknown values in all) is no class, the nearest is "
-            f"{nearest[0]} ({nearest[1]}): add it to the classes or correct the mask"
-        )
-    return mask_HW.astype(np.uint8)
-
-
-def _unknown_colors(codes: NDArray[np.int32], table: ClassTable) -> str:
-    found, counts = np.unique(codes, return_counts=True)
-    code = int(found[counts.argmax()])
-    color = code >> 16, code >> 8 & 255, code & 255
-    value, name, near = min(
-        table.classes, key=lambda row: sum((a - b) ** 2 for a, b in zip(row[2], color, strict=True))
-    )
-    return (
-        f"mask colour {hex_of(color)} ({counts.max()} pixels; {len(found)} unknown colours in all) is no class, "
-        f"the nearest is {hex_of(near)} ({value} {name}): add it to the classes or ignored colours, or correct the mask"
-    )
+    return _decode_colors(_pack(colors, table.threshold)[at_HW].reshape(mask_HW.shape), table)

@@ -1,12 +1,12 @@
-"""What positive chips have in common and negative chips lack: diverse density over the colours of their objects.
+"""The colours that positive chips share and negative chips lack, by diverse density over their objects.
 
     chips --> objects --> chroma of each --> share of the chip's area at every chroma  (one density per chip)
     densities of positives and negatives --> evidence per chroma --> the concept: where it is positive, around its peak
 
 Maron & Lozano-Perez 1998, "A framework for multiple-instance learning", NIPS 10: a concept is a point in feature space
-near to instances of every positive bag and far from all instances of negative bags. Here the features are the two
-chroma axes of CIE Lab, a plane small enough to be tabulated. A negative chip speaks for every one of its pixels, so one
-that shows a chroma often enough outweighs all positive ones.
+near instances of every positive bag and far from all instances of negative bags. The features here are the two chroma
+axes of CIE Lab, a plane small enough to tabulate. The label of a negative chip holds for each of its pixels, so one
+negative chip with much of a chroma outweighs all positive ones.
 """
 
 from collections.abc import Iterable
@@ -17,11 +17,11 @@ from scipy import ndimage
 from skimage.color import rgb2lab
 
 REACH = 40
-"""The plane is a, b in -REACH..REACH, in bins of one unit; stronger colours count at its edge."""
+"""The plane is a, b in -REACH..REACH, in bins of one unit; stronger colours are clipped to its edge."""
 NEVER = -9.0
 """Evidence of a chroma that no positive chip has."""
-_FLOOR = 1e-5
-_TRACE = 1e-6
+_FLOOR = 1e-5  # added to shares, so that their logarithm is finite
+_TRACE = 1e-6  # mean share below which a chroma counts as absent
 
 Plane = NDArray[np.float32]
 
@@ -51,8 +51,8 @@ def density(ab_N2: NDArray[np.floating], weights_N: NDArray[np.number], *, sigma
 
     Args:
         ab_N2: chroma of the chip's objects.
-        weights_N: how much each object counts: its area, or its area times what a class activation map says of it.
-        sigma: how far a chroma speaks for its neighbours.
+        weights_N: weight of each object: its area, or its area times its mean class activation.
+        sigma: standard deviation of the Gaussian, in units of chroma.
     """
     plane = np.zeros((2 * REACH, 2 * REACH), np.float64)
     np.add.at(plane, _bins(ab_N2), weights_N)
@@ -63,7 +63,7 @@ def density(ab_N2: NDArray[np.floating], weights_N: NDArray[np.number], *, sigma
 def evidence(positives: Iterable[Plane], negatives: Iterable[Plane]) -> Plane:
     """Log of the geometric mean over positive chips minus log of the maximum over negative chips, per chroma.
 
-    One pass over both, whatever their number; at least one positive chip is needed.
+    Takes one pass over both; needs at least one positive chip.
     """
     logs, shares, count = np.zeros((2 * REACH, 2 * REACH)), np.zeros((2 * REACH, 2 * REACH)), 0
     for plane in positives:
@@ -73,12 +73,12 @@ def evidence(positives: Iterable[Plane], negatives: Iterable[Plane]) -> Plane:
     highest = np.zeros((2 * REACH, 2 * REACH))
     for plane in negatives:
         highest = np.maximum(highest, plane)
-    found = logs / count - np.log(highest + _FLOOR)
-    return np.where(shares / count < _TRACE, NEVER, found).astype(np.float32)
+    ratios = logs / count - np.log(highest + _FLOOR)
+    return np.where(shares / count < _TRACE, NEVER, ratios).astype(np.float32)
 
 
 def region(evidence_AB: Plane) -> NDArray[np.bool_]:
-    """The concept: chromas of positive evidence that are connected with the highest one; empty if there are none."""
+    """The concept: chromas of positive evidence connected with the peak; empty without positive evidence."""
     pieces, _ = ndimage.label(evidence_AB > 0)
     peak = np.unravel_index(np.argmax(evidence_AB), evidence_AB.shape)
     return np.asarray((pieces == pieces[peak]) & (evidence_AB > 0))
@@ -87,16 +87,16 @@ def region(evidence_AB: Plane) -> NDArray[np.bool_]:
 def concept_mask(
     labels_HW: NDArray[np.integer], ab_N2: NDArray[np.floating], evidence_AB: Plane, *, doubtful: float = -1.0
 ) -> NDArray[np.uint8]:
-    """Mark the objects whose chroma is of the concept.
+    """Mark the objects whose chroma belongs to the concept.
 
     Args:
         labels_HW: object of every pixel, 0..n-1.
         ab_N2: chroma of the objects.
-        evidence_AB: of `evidence`.
-        doubtful: objects outside the concept with evidence above this are neither yes nor no.
+        evidence_AB: from `evidence`.
+        doubtful: objects outside the concept with evidence above this are doubtful.
 
     Returns:
-        (H, W) uint8: 1 concept, 255 doubtful, 0 the rest.
+        (H, W) uint8: 1 concept, 255 doubtful, 0 all others.
     """
     bins = _bins(ab_N2)
     of_object = np.where(evidence_AB[bins] > doubtful, np.uint8(255), np.uint8(0))

@@ -1,4 +1,4 @@
-"""Crops of images: the middle of a chip, and plots on black."""
+"""Crops of images: the middle of a chip, and plots on a black square."""
 
 import cv2
 import numpy as np
@@ -10,18 +10,18 @@ from rayseg.vision.rle import Mask
 
 
 def middle(window: Window, size: int) -> Window:
-    """The `size` x `size` px in the middle of a window; more than the window where that is smaller."""
+    """The `size` x `size` px in the middle of a window; they reach beyond a smaller window."""
     col, row = window.col + int((window.width - size) / 2), window.row + int((window.height - size) / 2)
     return Window(col, row, size, size)
 
 
 def square_crop(image_HWC: Image, mask_HW: Mask, *, size: int) -> Image:
-    """What a mask covers in the middle of a black square, resized to (size, size, 3).
+    """Cut out the pixels under a mask, centre them on a black square and resize it to (size, size, 3).
 
     Args:
-        image_HWC: RGB uint8 over the box around the mask, or more.
-        mask_HW: at least one pixel.
-        size: side of the result.
+        image_HWC: RGB uint8.
+        mask_HW: bool, of the image's shape, with at least one pixel.
+        size: side of the result in px.
     """
     rows, cols = np.flatnonzero(mask_HW.any(axis=1)), np.flatnonzero(mask_HW.any(axis=0))
     box = np.s_[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]

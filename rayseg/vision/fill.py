@@ -1,4 +1,4 @@
-"""Pixels where there are none: so that a network sees ground, not a flat colour, beyond the edge of the imagery."""
+"""Fill pixels without data, so that a network sees texture, not a flat colour, beyond the edge of the imagery."""
 
 from typing import Any
 
@@ -10,17 +10,17 @@ from rayseg.errors import DataError
 
 
 def mirrored(image_CHW: NDArray[Any], valid_HW: NDArray[np.bool_]) -> NDArray[Any]:
-    """Fill what is not valid with the mirror image of what is.
+    """Fill invalid pixels with the mirror image of valid ones.
 
-    A pixel takes the value on the other side of its nearest valid pixel, at the same distance; where that is outside
-    the array or not valid either, the value of the nearest valid pixel itself.
+    A pixel takes the value at the same distance on the other side of its nearest valid pixel. Where that is outside the
+    array or invalid, it takes the value of the nearest valid pixel.
 
     Args:
         image_CHW: any data type.
-        valid_HW: where there is data; at least one pixel.
+        valid_HW: True where there is data, at least once.
 
     Returns:
-        The image with every pixel filled; valid pixels are as they were.
+        The image with every pixel filled; valid pixels keep their values.
     """
     if valid_HW.all():
         return image_CHW
@@ -43,5 +43,8 @@ def filled(image_HWC: NDArray[Any], valid_HW: NDArray[np.bool_]) -> NDArray[Any]
         DataError: no pixel is valid.
     """
     if not valid_HW.any():
-        raise DataError(f"an image of {valid_HW.shape} px has no valid pixel to fill the others from; leave it out")
+        raise DataError(
+            f"an image of {valid_HW.shape} px has no valid pixel, expected at least one to fill the others from; "
+            "leave it out"
+        )
     return np.ascontiguousarray(mirrored(image_HWC.transpose(2, 0, 1), valid_HW).transpose(1, 2, 0))

@@ -1,7 +1,7 @@
-"""Proposals: masks of things in an image, and how sure their proposer is of each.
+"""Proposals: masks of objects in an image, with scores.
 
-A proposer is any callable `(image_HWC, open_HW) -> Proposals`: an RGB uint8 image, and where it may be asked what lies
-there (bool; elsewhere is already known). `SuperpixelProposer` needs no weights; `rayseg.models.sam` has another.
+A proposer is any callable `(image_HWC, open_HW) -> Proposals`. It takes an RGB uint8 image and a bool array, True where
+objects are still wanted. `SuperpixelProposer` needs no weights; `rayseg.models.sam` has another proposer.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,8 +27,8 @@ class Proposals:
     """Masks of one image.
 
     Attributes:
-        masks: runs of each; they may overlap.
-        iou_N: predicted IoU with the true thing, as the proposer thinks.
+        masks: runs of each; masks may overlap.
+        iou_N: predicted IoU with the true object.
         stability_N: IoU of the mask with itself under a shifted threshold, 0..1.
     """
 
@@ -40,13 +40,9 @@ class Proposals:
         return len(self.masks)
 
     def take(self, positions: Sequence[int] | NDArray[np.intp]) -> "Proposals":
-        """Some of them, in that order."""
+        """The proposals at these positions, in that order."""
         at = np.asarray(positions, np.intp)
         return Proposals(tuple(self.masks[k] for k in at), self.iou_N[at], self.stability_N[at])
-
-    def with_masks(self, found: Sequence[Runs]) -> "Proposals":
-        """The same with other masks."""
-        return Proposals(tuple(found), self.iou_N, self.stability_N)
 
     @classmethod
     def none(cls) -> "Proposals":
@@ -55,27 +51,25 @@ class Proposals:
 
     @classmethod
     def joined(cls, several: Sequence["Proposals"]) -> "Proposals":
-        """All of several, in order."""
-        everyone = [cls.none(), *several]
+        """Concatenate several, in order."""
+        several = [cls.none(), *several]  # so that there is one to concatenate
         return cls(
-            tuple(runs for one in everyone for runs in one.masks),
-            np.concatenate([one.iou_N for one in everyone]),
-            np.concatenate([one.stability_N for one in everyone]),
+            tuple(runs for proposals in several for runs in proposals.masks),
+            np.concatenate([proposals.iou_N for proposals in several]),
+            np.concatenate([proposals.stability_N for proposals in several]),
         )
 
 
 Propose = Callable[[Image, Mask], Proposals]
-_Level = tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.float64]]
-"""Labels of one scale, and contrast and stability of each."""
 
 
 class SuperpixelProposer(Config):
-    """Proposes Felzenszwalb's superpixels of several scales that stand out against what is around them.
+    """Proposes Felzenszwalb's superpixels of several scales that contrast with their surroundings.
 
-    The contrast of a superpixel is b / (b + s): b is the mean difference of colours over its outline, between pixels
-    `reach` px apart, s their standard deviation inside it, so that several fields in one score below each of them. It
-    stands for the predicted IoU; stability is the smaller contrast of two reaches over the larger. Superpixels of all
-    scales compete: of two that overlap the one of more contrast is taken, the other only for what is left of it.
+    The contrast of a superpixel is b / (b + s): b is the mean difference of colours across its outline, between pixels
+    `reach` px apart, s their standard deviation inside it, so that several fields in one score below each of them. The
+    contrast serves as the predicted IoU; the stability is the smaller contrast of two reaches over the larger.
+    Superpixels of all scales compete: of two that overlap, the one of higher contrast gets the shared pixels.
     """
 
     scales: Annotated[tuple[float, ...], Field(min_length=1)] = (60.0, 150.0, 400.0)
@@ -83,82 +77,70 @@ class SuperpixelProposer(Config):
     reduce: Annotated[int, Field(gt=0)] = 2
     """Side in px of the squares that are averaged first."""
     least: Annotated[int, Field(gt=0)] = 400
-    """Pixels of a plot."""
+    """Fewest pixels of a plot."""
     contrast: Annotated[float, Field(ge=0, le=1)] = 0.4
-    """Contrast below which a superpixel is not offered."""
+    """Least contrast of a proposed superpixel."""
     overlap: Annotated[float, Field(ge=0, le=1)] = 0.3
-    """Share of a superpixel that others may have taken before it; above, it is left out."""
+    """Most of a superpixel's area, as a share, that superpixels of higher contrast may have taken."""
 
     def __call__(self, image_HWC: Image, open_HW: Mask) -> Proposals:
-        """Superpixels that do not overlap, of what is open."""
+        """Propose superpixels that do not overlap, inside the open pixels."""
         if not open_HW.any():
             return Proposals.none()
-        small_hwC = np.rint(downscale_local_mean(image_HWC, (self.reduce, self.reduce, 1))).astype(np.uint8)
+        # 1. superpixels of every scale on the reduced image (its arrays end in hw), with contrast and stability
+        reduce = self.reduce
+        small_hwC = np.rint(downscale_local_mean(image_HWC, (reduce, reduce, 1))).astype(np.uint8)
         smooth_hwC = ndimage.gaussian_filter(small_hwC.astype(np.float32), (1.0, 1.0, 0))
-        least = max(8, self.least // self.reduce**2)
-        levels = []
-        for scale in self.scales:
-            labels_hw = felzenszwalb(small_hwC, scale=scale, sigma=0.8, min_size=least)
+        levels, order = [], []
+        for level, scale in enumerate(self.scales):
+            labels_hw = felzenszwalb(small_hwC, scale=scale, sigma=0.8, min_size=max(8, self.least // reduce**2))
             near_N, far_N = (_contrasts(smooth_hwC, labels_hw, reach) for reach in (2, 4))
             stability_N = np.minimum(near_N, far_N) / np.maximum(np.maximum(near_N, far_N), 1e-6)
-            levels.append((labels_hw, near_N, stability_N))
-        return self._taken(levels, open_HW)
-
-    def _taken(self, levels: Sequence[_Level], open_HW: Mask) -> Proposals:
-        """The best superpixels first, each without what is taken already."""
-        height, width = levels[0][0].shape
-        open_hw = open_HW[:: self.reduce, :: self.reduce][:height, :width]
-        order = sorted(
-            (-float(contrast), -level, number)
-            for level, (_, near_N, _) in enumerate(levels)
-            for number, contrast in enumerate(near_N)
-            if contrast >= self.contrast
-        )
-        boxes = [ndimage.find_objects(labels_hw + 1) for labels_hw, _, _ in levels]
-        free_hw, found, scores = open_hw.copy(), [], []
-        for negative, deep, number in order:
-            labels_hw, _, stability_N = levels[-deep]
-            cut = boxes[-deep][number]
-            whole_hw = labels_hw[cut] == number
-            left_hw = whole_hw & free_hw[cut]
-            if left_hw.sum() < max((1 - self.overlap) * whole_hw.sum(), self.least / self.reduce**2):
+            levels.append((labels_hw, ndimage.find_objects(labels_hw + 1), near_N, stability_N))
+            order += [(-float(near_N[k]), -level, int(k)) for k in np.flatnonzero(near_N >= self.contrast)]
+        # 2. the best superpixels first, each without the pixels already taken
+        height, width = small_hwC.shape[:2]
+        free_hw = open_HW[::reduce, ::reduce][:height, :width].copy()
+        masks, scores = [], []
+        for _, level, number in sorted(order):
+            labels_hw, boxes, near_N, stability_N = levels[-level]
+            box = boxes[number]
+            whole_hw = labels_hw[box] == number
+            free_part_hw = whole_hw & free_hw[box]
+            if free_part_hw.sum() < max((1 - self.overlap) * whole_hw.sum(), self.least / reduce**2):
                 continue
-            free_hw[cut] &= ~left_hw
-            found.append(self._enlarged(left_hw, cut, open_HW))
-            scores.append((-negative, float(stability_N[number])))
+            free_hw[box] &= ~free_part_hw
+            scores.append((near_N[number], stability_N[number]))
+            # 3. its runs at full resolution
+            top, left = box[0].start * reduce, box[1].start * reduce
+            open_part_HW = open_HW[top:, left:]
+            mask_HW = free_part_hw.repeat(reduce, axis=0).repeat(reduce, axis=1)
+            mask_HW = mask_HW[: open_part_HW.shape[0], : open_part_HW.shape[1]]
+            mask_HW &= open_part_HW[: mask_HW.shape[0], : mask_HW.shape[1]]
+            inside = (top, left, top + mask_HW.shape[0], left + mask_HW.shape[1])
+            masks.append(rle.moved(rle.encode(mask_HW), inside, width=mask_HW.shape[1], into=open_HW.shape[1]))
         scores_N2 = np.array(scores, np.float64).reshape(-1, 2)
-        return Proposals(tuple(found), scores_N2[:, 0], scores_N2[:, 1])
-
-    def _enlarged(self, mask_hw: Mask, cut: tuple[slice, slice], open_HW: Mask) -> Runs:
-        """The runs of a mask found in a part of the reduced image, where that is open."""
-        (top, left), reduce = (cut[0].start * self.reduce, cut[1].start * self.reduce), self.reduce
-        mask_HW = mask_hw.repeat(reduce, axis=0).repeat(reduce, axis=1)[: len(open_HW) - top, : open_HW.shape[1] - left]
-        height, width = mask_HW.shape
-        inside = (top, left, top + height, left + width)
-        cut_HW = mask_HW & open_HW[top : top + height, left : left + width]
-        return rle.moved(rle.encode(cut_HW), inside, width=width, into=open_HW.shape[1])
+        return Proposals(tuple(masks), scores_N2[:, 0], scores_N2[:, 1])
 
 
 def _contrasts(image_HWC: NDArray[np.float32], labels_HW: NDArray[np.int32], reach: int) -> NDArray[np.float64]:
-    """Contrast of every label 0..n-1: mean difference of colours over its outline against their spread in it, 0..1."""
+    """Contrast of every label 0..n-1: difference of colours across its outline against their spread in it, 0..1."""
     labels, count = labels_HW.ravel(), int(labels_HW.max()) + 1
-    across = np.zeros((2, count))
+    # 1. differences between pixels `reach` px apart in two labels count for both
+    sums_N, pairs_N = np.zeros(count), np.zeros(count)
     for axis in (0, 1):
         ahead, behind = (np.s_[reach:], np.s_[:-reach]) if axis == 0 else (np.s_[:, reach:], np.s_[:, :-reach])
-        one, other = labels_HW[ahead].ravel(), labels_HW[behind].ravel()
         difference = np.abs(image_HWC[ahead] - image_HWC[behind]).mean(axis=-1).ravel()
-        apart = one != other
-        across += _sums(one[apart], difference[apart], count) + _sums(other[apart], difference[apart], count)
-    over = across[0] / np.maximum(across[1], 1)
+        apart = (labels_HW[ahead] != labels_HW[behind]).ravel()
+        sides = [labels_HW[part].ravel()[apart] for part in (ahead, behind)]
+        sums_N += sum(np.bincount(side, weights=difference[apart], minlength=count) for side in sides)
+        pairs_N += sum(np.bincount(side, minlength=count) for side in sides)
+    across_N = sums_N / np.maximum(pairs_N, 1)
+    # 2. mean standard deviation of the channels in every label
     sizes = np.maximum(np.bincount(labels, minlength=count), 1)
-    spread = np.zeros(count)
+    spread_N = np.zeros(count)
     for channel in np.moveaxis(image_HWC, -1, 0).reshape(image_HWC.shape[2], -1).astype(np.float64):
         means = np.bincount(labels, weights=channel, minlength=count) / sizes
         squares = np.bincount(labels, weights=(channel - means[labels]) ** 2, minlength=count)
-        spread += np.sqrt(squares / sizes) / image_HWC.shape[2]
-    return np.asarray(over / (over + spread + 1.0))
-
-
-def _sums(labels: NDArray[np.int32], values: NDArray[np.float32], count: int) -> NDArray[np.float64]:
-    """(2, count) sum of the values and their number, per label."""
-    return np.stack([np.bincount(labels, weights=values, minlength=count), np.bincount(labels, minlength=count)])
+        spread_N += np.sqrt(squares / sizes) / image_HWC.shape[2]
+    return np.asarray(across_N / (across_N + spread_N + 1.0))

@@ -1,6 +1,7 @@
-"""Which unlabelled images are worth a label: how many are asked for when, and the strategies that choose them.
+"""Active learning: the budget of labels, and the strategies that choose unlabelled images to label.
 
-All strategies are functions of arrays; of equal images the first is taken, so the same arrays give the same choice.
+All strategies are functions of arrays. Of images with equal scores the first is taken, so the same arrays give the same
+choice.
 """
 
 import math
@@ -18,13 +19,13 @@ Positions = NDArray[np.intp]
 
 @dataclass(frozen=True)
 class Budget:
-    """How labels are asked for (Desai & Ghose 2022, section 3).
+    """The schedule of label queries (Desai & Ghose 2022, section 3).
 
     Attributes:
-        target: images that get a label in all.
-        initial: of these, drawn at random before anything is learnt.
-        query: asked for after each training; the last query takes what is left.
-        queries: number of trainings that end with a query.
+        target: number of images to label in all.
+        initial: number of these drawn at random before the first training.
+        query: images per query, one query after each training; the last query takes the remaining images.
+        queries: number of queries.
     """
 
     target: int
@@ -34,27 +35,27 @@ class Budget:
 
 
 def budget(images: int, ratio: float, *, alpha: float, beta: float, count_pool: bool = True) -> Budget:
-    """The numbers of images to label.
+    """Compute the numbers of images to label.
 
     Args:
-        images: in the pool.
-        ratio: share of them to be labelled; the target is rounded up.
-        alpha: share of the target that is drawn at random first, rounded down, at least one image.
-        beta: size of a query relative to that, rounded up.
-        count_pool: the first ones count. Without, the target is of queried images alone, as in the published code.
+        images: size of the pool.
+        ratio: share of the pool to label; the target is rounded up.
+        alpha: share of the target drawn at random first, rounded down, at least one image.
+        beta: size of a query relative to the initial draw, rounded up.
+        count_pool: count the initial images towards the target; the published code counts queried images alone.
     """
     target = min(math.ceil(ratio * images), images)
     initial = max(int(alpha * target), 1)
     query = max(math.ceil(beta * initial), 1)
-    left = target - initial if count_pool else min(target, images - initial)
-    return Budget(target, initial, query, math.ceil(left / query))
+    queried = target - initial if count_pool else min(target, images - initial)
+    return Budget(target, initial, query, math.ceil(queried / query))
 
 
 def expect_enough(images: int, ratio: float, classes: int) -> None:
-    """Refuse a share of the images that gives fewer than one per class.
+    """Check that a share of the images gives at least one label per class.
 
     Raises:
-        ConfigError: it does; the message has the least share possible.
+        ConfigError: it gives fewer; the message has the least share possible.
     """
     target = math.ceil(ratio * images)
     if target >= classes:
@@ -62,7 +63,7 @@ def expect_enough(images: int, ratio: float, classes: int) -> None:
     if images < classes:
         raise ConfigError(f"the pool has {images} images for {classes} classes, expected one per class; add imagery")
     least = math.ceil(1e4 * (classes - 1) / images) / 1e4
-    least += 1e-4 if math.ceil(least * images) < classes else 0.0
+    least += 1e-4 if math.ceil(least * images) < classes else 0.0  # rounding may fall just short
     raise ConfigError(
         f"ratio {ratio:g} of {images} images gives {target} to label, fewer than one for each of {classes} classes; "
         f"the least possible is {least:.4f}"
@@ -70,7 +71,7 @@ def expect_enough(images: int, ratio: float, classes: int) -> None:
 
 
 def entropy(p_NK: NDArray[np.floating]) -> Floats:
-    """Shannon entropy in nats of every row, after its sum is made 1."""
+    """Shannon entropy in nats of every row, scaled to sum 1 first."""
     p = np.asarray(p_NK, np.float64)
     p = p / p.sum(axis=1, keepdims=True)
     return np.asarray(-np.sum(np.where(p > 0, p * np.log(np.where(p > 0, p, 1.0)), 0.0), axis=1), np.float64)
@@ -89,11 +90,11 @@ def confidence(p_NK: NDArray[np.floating]) -> Floats:
 
 @dataclass(frozen=True)
 class Pool:
-    """What a classifier says of the images that have no label yet, and what it sees in all of them.
+    """A classifier's output for the unlabelled images, and its features of all images.
 
     Attributes:
         p_NK: class probabilities of the unlabelled images.
-        features_NF: their features, the input of the classifier's last layer; only k-center and badge look at them.
+        features_NF: their features, the input of the classifier's last layer; only k-center and badge use them.
         labelled_MF: features of the labelled images.
     """
 
@@ -104,34 +105,30 @@ class Pool:
 
 @dataclass(frozen=True)
 class Choice:
-    """Images chosen, the most wanted first, and the number each was chosen for.
+    """The chosen images, best first, and their scores.
 
     Attributes:
-        positions: into the rows of the pool.
-        scores: entropy, margin, highest probability, distance or a random number, as `SCORES` says.
+        positions: rows of the pool.
+        scores: entropy, margin, highest probability, distance or a random number, see `SCORES`.
     """
 
     positions: Positions
     scores: Floats
 
 
-def _by(score: Callable[[NDArray[np.floating]], Floats], sign: float) -> Callable[..., Choice]:
-    def chosen(pool: Pool, count: int, rng: np.random.Generator) -> Choice:
-        scores = score(pool.p_NK)
+def _ranked(score: Callable[[Pool, np.random.Generator], Floats], sign: float) -> Callable[..., Choice]:
+    """A strategy that takes the images of the lowest `sign` x score."""
+
+    def choose(pool: Pool, count: int, rng: np.random.Generator) -> Choice:
+        scores = score(pool, rng)
         positions = np.argsort(sign * scores, kind="stable")[:count]
         return Choice(positions, scores[positions])
 
-    return chosen
-
-
-def _random(pool: Pool, count: int, rng: np.random.Generator) -> Choice:
-    scores = rng.random(len(pool.p_NK))
-    positions = np.argsort(-scores, kind="stable")[:count]
-    return Choice(positions, scores[positions])
+    return choose
 
 
 def _k_center(pool: Pool, count: int, rng: np.random.Generator) -> Choice:
-    """Greedy k-centre (Sener & Savarese 2018): again and again the image farthest from all labelled and chosen."""
+    """Greedy k-centre (Sener & Savarese 2018): repeatedly the image farthest from all labelled and chosen ones."""
     features = np.asarray(pool.features_NF, np.float64)
     gaps = _squares(features, np.asarray(pool.labelled_MF, np.float64)).min(axis=1, initial=np.inf)
     positions: list[int] = []
@@ -141,21 +138,22 @@ def _k_center(pool: Pool, count: int, rng: np.random.Generator) -> Choice:
         positions.append(farthest)
         scores.append(float(np.sqrt(gaps[farthest])))
         gaps = np.minimum(gaps, _squares(features, features[[farthest]])[:, 0])
-        gaps[positions] = -1.0
+        gaps[positions] = -1.0  # below every distance, also where all images are equal
     return Choice(np.array(positions, np.intp), np.array(scores))
 
 
 def _squares(a_NF: Floats, b_MF: Floats) -> Floats:
     """Squared distances (N, M)."""
-    found = (a_NF**2).sum(axis=1)[:, None] + (b_MF**2).sum(axis=1) - 2 * a_NF @ b_MF.T
-    return np.asarray(np.maximum(found, 0.0), np.float64)
+    squares_NM = (a_NF**2).sum(axis=1)[:, None] + (b_MF**2).sum(axis=1) - 2 * a_NF @ b_MF.T
+    return np.asarray(np.maximum(squares_NM, 0.0), np.float64)  # rounding can make them negative
 
 
 def _badge(pool: Pool, count: int, rng: np.random.Generator) -> Choice:
-    """k-means++ over the gradients of the last layer for the class each image seems to be of (Ash et al. 2020).
+    """k-means++ over the gradients of the last layer for the likeliest class of each image (Ash et al. 2020).
 
-    A gradient is the outer product of (p - one-hot of the likeliest class) and the features; distances of such
-    products need the two factors alone. The first is the longest gradient, the others are drawn by squared distance.
+    A gradient is the outer product of (p - one-hot of the likeliest class) and the features; distances between such
+    products follow from the two factors. The first choice is the longest gradient, the others are drawn by squared
+    distance.
     """
     residual = np.asarray(pool.p_NK, np.float64).copy()
     residual[np.arange(len(residual)), residual.argmax(axis=1)] -= 1.0
@@ -165,7 +163,12 @@ def _badge(pool: Pool, count: int, rng: np.random.Generator) -> Choice:
     positions: list[int] = []
     scores: list[float] = []
     for number in range(min(count, len(features))):
-        at = int(np.argmax(lengths)) if number == 0 else _drawn(gaps, positions, rng)
+        if number == 0:
+            at = int(np.argmax(lengths))
+        elif gaps.sum() > 0:
+            at = int(rng.choice(len(gaps), p=gaps / gaps.sum()))
+        else:  # all remaining gradients equal a chosen one
+            at = int(np.setdiff1d(np.arange(len(gaps)), positions)[0])
         positions.append(at)
         scores.append(float(lengths[at] if number == 0 else gaps[at]))
         products = (residual @ residual[at]) * (features @ features[at])
@@ -174,18 +177,11 @@ def _badge(pool: Pool, count: int, rng: np.random.Generator) -> Choice:
     return Choice(np.array(positions, np.intp), np.sqrt(scores))
 
 
-def _drawn(weights: Floats, taken: list[int], rng: np.random.Generator) -> int:
-    """A position drawn by weight; the first that is not taken where all weights are 0."""
-    if weights.sum() > 0:
-        return int(rng.choice(len(weights), p=weights / weights.sum()))
-    return int(np.setdiff1d(np.arange(len(weights)), taken)[0])
-
-
 STRATEGIES: Mapping[str, Callable[[Pool, int, np.random.Generator], Choice]] = {
-    "margin": _by(margin, 1.0),
-    "entropy": _by(entropy, -1.0),
-    "least-confidence": _by(confidence, 1.0),
-    "random": _random,
+    "margin": _ranked(lambda pool, rng: margin(pool.p_NK), 1.0),
+    "entropy": _ranked(lambda pool, rng: entropy(pool.p_NK), -1.0),
+    "least-confidence": _ranked(lambda pool, rng: confidence(pool.p_NK), 1.0),
+    "random": _ranked(lambda pool, rng: rng.random(len(pool.p_NK)), -1.0),
     "k-center": _k_center,
     "badge": _badge,
 }
@@ -199,6 +195,6 @@ SCORES: Mapping[str, str] = {
     "k-center": "distance to the nearest labelled or chosen image",
     "badge": "distance to the nearest chosen gradient",
 }
-"""What the scores of a strategy are."""
+"""Meaning of a strategy's scores."""
 FEATURES = frozenset({"k-center", "badge"})
-"""Strategies that look at features."""
+"""Strategies that use features."""

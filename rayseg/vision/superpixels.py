@@ -1,4 +1,4 @@
-"""Superpixels: small patches of alike pixels, the grain in which unsupervised labels are voted."""
+"""Superpixels: small patches of similar pixels, the units in which unsupervised labels are voted."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ def felzenszwalb(
     """Felzenszwalb's graph-based superpixels (Felzenszwalb & Huttenlocher 2004, IJCV 59).
 
     Args:
-        image_HWC: image, any number of channels; integers count as shares of their type's range, floats as 0..1.
+        image_HWC: image, any number of channels; integers are scaled by their type's range, floats are 0..1.
         scale: larger means larger superpixels.
         sigma: width in pixels of the Gaussian that smooths the image first.
         min_size: smallest superpixel in pixels.
@@ -31,7 +31,9 @@ def felzenszwalb(
     """
     _check_image(image_HWC)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Got image with third dimension", RuntimeWarning)  # bands are meant
+        warnings.filterwarnings(
+            "ignore", "Got image with third dimension", RuntimeWarning
+        )  # the third dimension holds bands
         labels_HW = segmentation.felzenszwalb(image_HWC, scale=scale, sigma=sigma, min_size=min_size, channel_axis=-1)
     return np.asarray(labels_HW, dtype=np.int32)
 
@@ -42,10 +44,10 @@ def slic(
     """SLIC superpixels (Achanta et al. 2012, TPAMI 34): compact and of nearly equal size.
 
     Args:
-        image_HWC: image, uint8 or floats 0..1; three channels are taken as RGB and compared in CIELAB, any other
-            number as they are.
-        segments: superpixels aimed at.
-        compactness: weight of nearness against likeness of colour.
+        image_HWC: image, uint8 or floats 0..1; three channels are taken as RGB and compared in CIELAB, other numbers of
+            channels by their values.
+        segments: approximate number of superpixels.
+        compactness: weight of distance in space against distance in colour.
         sigma: width in pixels of the Gaussian that smooths the image first.
 
     Returns:
@@ -69,12 +71,12 @@ def slic(
 
 
 def watershed(image_HWC: NDArray[Any], *, spacing: int = 14, compactness: float = 0.0) -> NDArray[np.int32]:
-    """Superpixels flooded over the gradient from a regular grid of seeds (after Neubert & Protzel 2014, ICPR).
+    """Superpixels by a watershed of the gradient from a regular grid of seeds (after Neubert & Protzel 2014, ICPR).
 
     Args:
-        image_HWC: image, uint8 or floats 0..1, any number of channels; gradients are the largest of any channel.
+        image_HWC: image, uint8 or floats 0..1, any number of channels; the largest gradient of all channels counts.
         spacing: distance of the seeds in pixels.
-        compactness: weight of nearness to the seed; 0 follows edges alone.
+        compactness: weight of the distance to the seed; 0 follows edges alone.
 
     Returns:
         Labels (H, W) int32, 0..n-1 without gaps.
@@ -100,18 +102,18 @@ def watershed(image_HWC: NDArray[Any], *, spacing: int = 14, compactness: float 
 def _check_image(image_HWC: NDArray[Any]) -> None:
     if image_HWC.ndim != 3 or image_HWC.size == 0:
         raise DataError(
-            f"superpixels need a non-empty image of shape (height, width, channels), found {image_HWC.shape}: "
+            f"the image has the shape {image_HWC.shape}, superpixels expect a non-empty (height, width, channels): "
             "add the channel axis or read a window that holds pixels"
         )
 
 
 def halved(image_HWC: NDArray[Any], *, scale: float = 32, sigma: float = 0.5, min_size: int = 64) -> NDArray[np.int32]:
-    """`felzenszwalb` on the means of squares of 2 x 2 pixels: the same superpixels but for their jagged outlines.
+    """`felzenszwalb` on the means of 2 x 2 pixels: the same superpixels with coarser outlines.
 
     Args:
-        image_HWC: as `felzenszwalb` takes it.
-        scale: the same.
-        sigma: width of the Gaussian in pixels of the half resolution.
+        image_HWC: as in `felzenszwalb`.
+        scale: as in `felzenszwalb`.
+        sigma: width of the Gaussian in pixels of half the resolution.
         min_size: smallest superpixel in pixels of the image.
     """
     _check_image(image_HWC)
@@ -120,18 +122,18 @@ def halved(image_HWC: NDArray[Any], *, scale: float = 32, sigma: float = 0.5, mi
     if image_HWC.dtype.kind in "ui":
         padded_HWC /= np.float32(np.iinfo(image_HWC.dtype).max)
     means_HWC = (padded_HWC[::2] + padded_HWC[1::2]).reshape(-1, padded_HWC.shape[1] // 2, 2, image_HWC.shape[2])
-    found = felzenszwalb(means_HWC.sum(axis=2) / 4, scale=scale, sigma=sigma, min_size=max(1, min_size // 4))
-    return found.repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
+    labels_hw = felzenszwalb(means_HWC.sum(axis=2) / 4, scale=scale, sigma=sigma, min_size=max(1, min_size // 4))
+    return labels_hw.repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
 
 
 def outlined(image_HWC: NDArray[np.uint8], segments_HW: NDArray[np.integer]) -> NDArray[np.uint8]:
-    """The image (height, width, 3) with the borders of its superpixels in yellow."""
+    """The image (height, width, 3) uint8 with the borders of its superpixels in yellow."""
     at_border_HW = segmentation.find_boundaries(segments_HW, mode="inner")
     return np.where(at_border_HW[..., None], np.array([255, 255, 0], np.uint8), image_HWC)
 
 
 def _evenly(image_HWC: NDArray[Any], *, spacing: int = 14) -> NDArray[np.int32]:
-    """SLIC with superpixels `spacing` px apart, whatever the image's size."""
+    """SLIC with superpixels about `spacing` px apart in an image of any size."""
     height, width = image_HWC.shape[:2]
     return slic(image_HWC, segments=max(1, height * width // spacing**2))
 

@@ -55,7 +55,7 @@ def test_wrong_input_is_refused_with_what_was_found():
         coarse_masks.object_means(CAM, LABELS[:2])
     with pytest.raises(DataError, match="start at -1"):
         coarse_masks.object_means(CAM, LABELS.astype(int) - 1)
-    with pytest.raises(DataError, match="1 of 12 not finite"):
+    with pytest.raises(DataError, match="11 of 12 values are finite"):
         coarse_masks.otsu(np.where(CAM == 1, np.nan, CAM))
     with pytest.raises(ConfigError, match="blobs"):
         coarse_masks.coarse_mask(CAM, LABELS, objects="blobs")
