@@ -148,7 +148,9 @@ def test_a_run_from_bucket_to_bucket_is_that_on_a_disk_also_behind_a_failing_pro
     local = rayseg("predict", world / "model", world / "imagery/cat/catalog.json#imagery", "--out", tmp_path / "run",
                    "--engine", "inline", "--set", "map.tile=128")  # fmt: skip
     assert local.exit_code == 0, local.output
-    for path in (tmp_path / "run").glob("tiles/*/*.tif"):
+    rasters = list((tmp_path / "run").glob("tiles/*/*.tif"))
+    assert len(rasters) == 2 * written
+    for path in rasters:
         assert found[f"/{path.relative_to(tmp_path / 'run')}"] == path.read_bytes()
 
 

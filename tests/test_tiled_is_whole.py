@@ -17,8 +17,10 @@ from rayseg.stages.read import tile_rows
 
 def same(one, other):
     assert one[1].keys() == other[1].keys()
+    assert one[1]
     for grid in one[1]:
         assert np.array_equal(one[1][grid], other[1][grid])
+        assert (one[1][grid] != 255).any()
     assert one[2].equals(other[2])
 
 

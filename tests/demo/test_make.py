@@ -57,7 +57,9 @@ def test_scenes_abut_on_one_grid_and_share_the_rows_where_they_meet(catalog):
 
 def test_the_margin_is_nodata_and_nothing_else_is(catalog):
     truth = {item.id: item for item in open_items(catalog, "truth")}
-    for item in open_items(catalog, "imagery"):
+    scenes = open_items(catalog, "imagery")
+    assert {item.id for item in scenes} == {"demo-west", "demo-east"}
+    for item in scenes:
         image_CHW, _ = pixels(item)
         seen_HW = image_CHW.any(axis=0)
         outer = seen_HW[:, 0] if item.id == "demo-west" else seen_HW[:, -1]
@@ -82,7 +84,9 @@ def test_chips_are_balanced_over_both_scenes_and_whole(catalog):
 
 def test_a_chip_is_cut_from_its_scene_and_its_label_agrees_with_the_truth(catalog):
     items = {item.id: item for name in ("imagery", "truth") for item in open_items(catalog, name)}
-    for chip in open_items(catalog, "chips"):
+    chips = open_items(catalog, "chips")
+    assert len(chips) == 13
+    for chip in chips:
         image_CHW, bounds = pixels(chip)
         name = chip.id.split("-")[1]
         for item, key in ((items[f"demo-{name}"], "image"), (items[f"truth-{name}"], "gpc")):

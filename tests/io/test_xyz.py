@@ -168,6 +168,7 @@ def images(uri):
         with rasterio.open(path) as dataset:
             assert dataset.crs.to_epsg() == 3857
             found[item.id] = dataset.transform, dataset.read(), dataset.dataset_mask() > 0
+    assert found
     return found
 
 
@@ -565,7 +566,9 @@ def test_missing_tiles_are_no_data_and_a_place_without_any_is_an_error(world, tm
     uri = ingest_xyz(
         world.url(), tmp_path / "a", geometry=around(*SHANGHAI, 3500), resolution=NATIVE_14, fetching=QUICK
     )
-    for transform, pixels, valid in images(uri).values():
+    found = images(uri)
+    assert not all(valid.all() for _, _, valid in found.values())
+    for transform, pixels, valid in found.values():
         col, row = pixels_of(transform, NATIVE_14)
         rows, cols = np.mgrid[row : row + SCENE, col : col + SCENE]
         assert np.array_equal(valid, ~((cols // 256 == tile.x) & (rows // 256 == tile.y)))
@@ -740,6 +743,7 @@ def test_keys_reach_the_server_and_nothing_else(world, tmp_path, capfd):
             texts += [str(caught.value), repr(caught.value.__cause__)]
         with pytest.raises(ConfigError) as refused:
             ingest_xyz(url.replace("{x}", "{w}"), tmp_path, geometry=area)
+    assert world.paths
     assert all(LEAK in path for path in world.paths)
     assert all("Authorization" in header for header in world.headers)
     assert world.url("/14/") in texts[0]

@@ -124,7 +124,9 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(whole, words, tmp_path
     assert files(out / "steps" / "classifier") | files(out / "steps" / "cues") == before
     for name in ("warm-up", "segmenter"):
         assert bundle.load(out / "models" / name).sha256 == bundle.load(whole / "models" / name).sha256
-    for path in whole.glob("tiles/*/*.tif"):
+    rasters = sorted(whole.glob("tiles/*/*.tif"))
+    assert rasters
+    for path in rasters:
         assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
 
 

@@ -145,7 +145,9 @@ def test_a_training_killed_in_the_middle_goes_on_as_if_nothing_had_been(whole, w
     assert seen == [0, 1, 1, 0, 1]  # the first scene's second epoch again, then the second scene
     for name in ("one", "two"):
         assert bundle.load(out / "models" / name).sha256 == bundle.load(whole / "models" / name).sha256
-    for path in whole.glob("tiles/*/*.tif"):
+    rasters = sorted(whole.glob("tiles/*/*.tif"))
+    assert rasters
+    for path in rasters:
         assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
 
 
@@ -183,7 +185,9 @@ def test_one_network_over_all_scenes_gives_one_mosaic(world, tmp_path):
     assert rayseg(*words(world, "shared=true", "network.merge_to=3"), "--out", tmp_path / "run").exit_code == 0
     assert list(records(tmp_path / "run", "networks")) == ["all-scenes"]
     assert bundle.load(tmp_path / "run/models/all-scenes").outputs <= 3
-    assert all(path.name.startswith("32650_") for path in (tmp_path / "run/tiles").iterdir())
+    tiles = [path.name for path in (tmp_path / "run/tiles").iterdir()]
+    assert tiles
+    assert all(name.startswith("32650_") for name in tiles)
 
 
 MORE = pytest.mark.more  # the same path as kmeans and, in all other tests here, deepnet

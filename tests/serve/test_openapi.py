@@ -11,8 +11,6 @@ from schemathesis import GenerationMode
 from small_world import segmenter
 from tiny_server import served, untrained_sam
 
-from rayseg.serve import jobs
-
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
 NAMES = ["cover", "sam-vit-b", "map", "segmenter"]
 
@@ -25,7 +23,7 @@ def operations(tmp_path_factory):
     mask = blobs(128, 192)
     make(root / "map", {"scene": (picture(mask), mask, (0, 0))})
     cluster = Mock(**{"list_jobs.return_value": []})
-    with untrained_sam(root / "sam") as sam, patch.object(jobs, "JobSubmissionClient", return_value=cluster):
+    with untrained_sam(root / "sam") as sam, patch("ray.job_submission.JobSubmissionClient", return_value=cluster):
         app = served(root / "cover", sam, runs=(str(root / "map"),), jobs=str(root / "jobs"))
         schema = schemathesis.openapi.from_asgi("/openapi.json", app)
         yield [found.ok() for found in schema.get_all_operations()]

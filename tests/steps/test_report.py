@@ -127,6 +127,7 @@ def test_the_page_needs_nothing_else_and_every_picture_has_words(tmp_path):
         kind, content = re.fullmatch(r"data:(image/[a-z+]+);base64,(.+)", image["src"]).groups()
         assert matplotlib.image.imread(io.BytesIO(base64.b64decode(content)), format=kind.split("/")[1]).size
         assert image["alt"]
+    assert page.all("th")
     assert all(attrs.get("scope") in {"row", "col"} for attrs in page.all("th"))
     assert page.all("html") == [{"lang": "en"}]
     html = (predicted.prefix.parent.parent / "report" / "index.html").read_text()
