@@ -40,7 +40,7 @@ from rayseg.steps import estimate, evaluate, report
 from rayseg.steps import map as mapping
 from rayseg.steps.map import MapConfig
 from rayseg.store import Location, put, upath
-from rayseg.train.scene import NetworkConfig, TrainScene, patches_of_epoch
+from rayseg.train.scene import SceneConfig, TrainScene, patches_of_epoch
 from rayseg.vision.color import label_table, mean_color
 from rayseg.vision.crops import middle
 from rayseg.vision.superpixels import outlined
@@ -78,7 +78,7 @@ class Config(Frozen):
     """Settings of the pipeline."""
 
     superpixels: SuperpixelConfig = SuperpixelConfig()
-    network: NetworkConfig = NetworkConfig()
+    network: SceneConfig = SceneConfig()
     map: MapConfig = MapConfig()
     shared: bool = False
     """One network over all scenes, so that a label means the same everywhere; else one each, with its own labels."""

@@ -1,4 +1,4 @@
-"""Batches of chips: who comes when is a function of seed and epoch alone; reading runs ahead of training."""
+"""Batches of chips: their order is a function of seed and epoch alone; reading runs ahead of training."""
 
 import threading
 from collections import deque
@@ -24,14 +24,14 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Chips:
-    """Labelled training images, read one by one when they are needed.
+    """Labelled training images, read one by one on demand.
 
     Attributes:
         ids: of the chips, for messages.
         labels: class of every chip, 0..K-1.
         read: position -> image (height, width, bands), all of one shape and data type.
-        read_mask: position -> mask (height, width), uint8, of the images' size; None where there are none.
-        classes: K, where not every class need be among the labels.
+        read_mask: position -> mask (height, width), uint8, of the images' size; None without masks.
+        classes: K, if some classes may be missing among the labels.
     """
 
     ids: tuple[str, ...]
@@ -56,9 +56,10 @@ class Chips:
     def of_arrays(
         cls, ids: Sequence[str], labels: Sequence[int], images_NHWC: Array, masks_NHW: Array | None
     ) -> "Chips":
-        """Chips that lie in memory."""
-        read_mask = None if masks_NHW is None else partial(_at, masks_NHW)
-        return cls(tuple(ids), tuple(labels), partial(_at, images_NHWC), read_mask)
+        """Chips in memory."""
+        # Bound methods of arrays are picklable, so such chips reach the workers.
+        read_mask = None if masks_NHW is None else masks_NHW.__getitem__
+        return cls(tuple(ids), tuple(labels), images_NHWC.__getitem__, read_mask)
 
     def where(self, label: int) -> Indices:
         """Positions of the chips of a class."""
@@ -69,15 +70,10 @@ class Chips:
         return np.flatnonzero(np.array(self.labels) != label)
 
 
-def _at(arrays: Array, position: int) -> Array:
-    found: Array = arrays[position]
-    return found
-
-
 class Kept:
-    """`read`, with results kept in memory until they fill `limit` bytes; what came first stays.
+    """`read` with results kept in memory until they fill `limit` bytes; the first ones stay.
 
-    With every chip read once per epoch in a new order this hits more often than dropping the oldest would.
+    Every chip is read once per epoch in a new order, so this hits more often than dropping the oldest would.
     """
 
     def __init__(self, read: Read, *, limit: int) -> None:
@@ -88,14 +84,14 @@ class Kept:
 
     def __call__(self, position: int) -> Array:
         """The array at `position`, read or kept."""
-        found = self._kept.get(position)
-        if found is None:
-            found = self._read(position)
+        array = self._kept.get(position)
+        if array is None:
+            array = self._read(position)
             with self._lock:
-                if found.nbytes <= self._limit and position not in self._kept:
-                    self._kept[position] = found
-                    self._limit -= found.nbytes
-        return found
+                if array.nbytes <= self._limit and position not in self._kept:
+                    self._kept[position] = array
+                    self._limit -= array.nbytes
+        return array
 
 
 def epoch_batches(
@@ -108,29 +104,30 @@ def epoch_batches(
     rank: int = 0,
     world: int = 1,
 ) -> list[Indices]:
-    """The batches of one epoch for one worker: one pass over the positives, negatives in a loop beside them.
+    """The batches of one epoch for one worker: one pass over the positives, with negatives in an endless loop.
 
-    Every worker has its own fixed shard of the chips and the same number of batches. The positives are shuffled anew
-    each epoch; the last batch is filled up from the front. The negatives are one endless row of shuffled passes that
-    goes on from epoch to epoch, so all of them are used equally often.
+    Every worker has its own fixed shard of the chips and the same number of batches. The positives are shuffled
+    every epoch; the last batch is filled up from the front. The negatives are one endless row of shuffled passes that
+    continues from epoch to epoch, so all of them are used equally often.
 
     Args:
-        positives: positions of the chips an epoch passes over.
-        negatives: positions of the chips drawn beside them; may be empty if their count is 0.
+        positives: positions of the chips of one pass.
+        negatives: positions of the other chips; may be empty if their count is 0.
         counts: positives and negatives in each batch of this worker.
-        seed: of the whole training.
+        seed: of the training.
         epoch: from 0.
-        rank: this worker's number.
+        rank: number of this worker.
         world: number of workers.
 
     Raises:
-        DataError: there are fewer positives, or negatives, than workers that need some.
+        DataError: there are fewer positives, or negatives, than workers.
     """
     shards = [shard(chips, seed=seed, rank=rank, world=world) for chips in (positives, negatives)]
     for own, count, kind in zip(shards, counts, ("positive", "negative"), strict=True):
         if count and not len(own):
             raise DataError(f"worker {rank} of {world} has no {kind} chips; add {kind} chips or use fewer workers")
-    batches = -(-_longest(len(positives), world) // counts[0])
+    longest = -(-len(positives) // world)  # all workers need as many batches as the largest shard
+    batches = -(-longest // counts[0])
     order = [endless(shards[0], 0, batches * counts[0], seed=(seed, 1, rank, epoch))]
     if counts[1]:
         needed = batches * counts[1]
@@ -140,18 +137,14 @@ def epoch_batches(
 
 
 def shard(chips: Indices, *, seed: int, rank: int, world: int) -> Indices:
-    """The chips that are this worker's for the whole training."""
+    """This worker's chips, the same for the whole training."""
     return np.random.default_rng((seed, 0)).permutation(chips)[rank::world] if world > 1 else chips
-
-
-def _longest(chips: int, world: int) -> int:
-    return -(-chips // world)
 
 
 def endless(chips: Indices, start: int, count: int, *, seed: tuple[int, ...]) -> Indices:
     """`count` members from position `start` of an endless row of shuffled passes over `chips`.
 
-    The row depends on `seed` and `chips` alone, so a training that goes on at a position meets what it would have met.
+    The row depends on `seed` and `chips` alone, so a training resumed at a position sees the same chips.
     """
     first, last = start // len(chips), (start + count - 1) // len(chips)
     passes = [np.random.default_rng((*seed, number)).permutation(chips) for number in range(first, last + 1)]
@@ -161,7 +154,7 @@ def endless(chips: Indices, start: int, count: int, *, seed: tuple[int, ...]) ->
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch as read, in the chips' own data types; masks_NMHW is None without masks."""
+    """One batch as read, in the chips' data types; masks_NMHW is None without masks."""
 
     chips: Indices
     images_NCHW: Tensor
@@ -173,7 +166,7 @@ def read_ahead(
 ) -> Iterator[Batch]:
     """Read the batches in order, `ahead` of them while earlier ones are in use.
 
-    `read_mask` gives one mask (height, width) per chip, or several (M, height, width).
+    `read_mask` returns one mask (height, width) per chip, or several (M, height, width).
 
     Raises:
         DataError: the images of a batch have different shapes.
@@ -182,7 +175,7 @@ def read_ahead(
 
 
 def made_ahead(make: Callable[[T], R], items: Iterable[T], *, threads: int, count: int) -> Generator[R, None, None]:
-    """What `make` gives of every item, in order; `count` are ready, or in work, before they are asked for."""
+    """Results of `make` for all items, in order; `count` are ready, or in work, before they are needed."""
     waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
@@ -202,13 +195,11 @@ def _read_batch(read: Read, read_mask: Read | None, chips: Indices) -> Batch:
     shapes = sorted({image.shape for image in images})
     if len(shapes) > 1:
         raise DataError(f"chips of shapes {shapes} cannot be one batch: read all chips at one size with the same bands")
-    images_NCHW = torch.from_numpy(_torchable(np.stack(images))).permute(0, 3, 1, 2)
+    images_NHWC = np.stack(images)
+    if images_NHWC.dtype != np.uint8:  # uint8 stays as it is, small on its way to the device
+        images_NHWC = images_NHWC.astype(np.float32)
+    images_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2)
     if read_mask is None:
         return Batch(chips, images_NCHW, None)
     masks = torch.from_numpy(np.stack([read_mask(int(position)) for position in chips]))
     return Batch(chips, images_NCHW, masks if masks.ndim == 4 else masks[:, None])
-
-
-def _torchable(images_NHWC: Array) -> Array:
-    """uint8 as it is, to be sent to the device small; everything else as float32."""
-    return images_NHWC if images_NHWC.dtype == np.uint8 else images_NHWC.astype(np.float32)

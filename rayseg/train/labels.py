@@ -1,7 +1,7 @@
-"""Labels of pixels in training: coarse masks, the network's own, and losses that leave unknown pixels out."""
+"""Labels of pixels in training: coarse masks, the network's own, and losses that ignore unknown pixels."""
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Annotated
 
 import numpy as np
@@ -28,21 +28,21 @@ class Labelling(Config):
     above: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Probability above which a pixel is of the class."""
     below: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Probability up to which it is not; what lies between is unknown."""
+    """Probability up to which it is not; between the two it is unknown."""
     keep_cues: bool = False
-    """A pixel of the coarse mask stays of the class while its probability is above `below`."""
+    """A pixel of the coarse mask keeps the class while its probability is above `below`."""
     flip: bool = False
-    """Take the mean of the probabilities on a chip and on its mirror image."""
+    """Average the probabilities of a chip and of its mirror image."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "Labelling":
         if self.below > self.above:
-            raise ValueError(f"below {self.below} exceeds above {self.above}")
+            raise ValueError(f"below {self.below} exceeds above {self.above}; lower it")
         return self
 
 
 def labelled(probabilities_N1HW: Tensor, coarse_N1HW: Tensor, settings: Labelling) -> Tensor:
-    """Labels (N, 1, H, W) uint8: 1 of the class, 0 not, 255 unknown."""
+    """Labels (N, 1, H, W) uint8: 1 = the class, 0 = not, 255 = unknown."""
     labels = torch.full_like(coarse_N1HW, UNKNOWN)
     labels[probabilities_N1HW <= settings.below] = 0
     labels[probabilities_N1HW > settings.above] = 1
@@ -52,7 +52,7 @@ def labelled(probabilities_N1HW: Tensor, coarse_N1HW: Tensor, settings: Labellin
 
 
 def probabilities(model: nn.Module, images_NCHW: Tensor, *, unit: int, flip: bool) -> Tensor:
-    """Probabilities (N, 1, H, W) float32 on images of any size, which are mirrored at the edge up to whole `unit`s."""
+    """Probabilities (N, 1, H, W) float32 on images of any size, mirrored at the edge to multiples of `unit`."""
     height, width = images_NCHW.shape[2:]
     whole = pad(images_NCHW, (0, -width % unit, 0, -height % unit), mode="reflect")
     p: Tensor = model(whole).float().sigmoid()
@@ -62,9 +62,9 @@ def probabilities(model: nn.Module, images_NCHW: Tensor, *, unit: int, flip: boo
 
 
 class Masks:
-    """position -> what a stage learns from, (M, height, width) uint8: the coarse mask; the network's labels, if any.
+    """position -> targets of a chip, (M, height, width) uint8: the coarse mask, then the network's labels, if any.
 
-    Negative chips are empty in both.
+    Both are empty for negative chips.
     """
 
     def __init__(self, chips: Chips, positive: int, *, kept: int) -> None:
@@ -77,7 +77,7 @@ class Masks:
 
     @property
     def relabelled(self) -> bool:
-        """Whether a network has made labels of its own."""
+        """Whether a network has labelled any chip."""
         return bool(self._own)
 
     def __call__(self, position: int) -> Mask:
@@ -92,7 +92,7 @@ class Masks:
         """The coarse mask of a chip.
 
         Raises:
-            DataError: it has another size than the chip or a value other than 0, 1 and 255.
+            DataError: its size differs from the chip's, or a value is not 0, 1 or 255.
         """
         if self._chips.labels[position] != self._positive:
             return np.zeros(self._shape, np.uint8)
@@ -101,37 +101,33 @@ class Masks:
         if mask.shape != self._shape or not values <= {0, 1, UNKNOWN}:
             raise DataError(
                 f"mask of chip {self._chips.ids[position]} is {mask.shape} with values {sorted(values)[:5]}, "
-                f"expected {self._shape} with 0, 1 and 255 only; make it anew"
+                f"expected {self._shape} with 0, 1 and 255 only; create it again"
             )
         return mask
 
     def relabel(self, chips: Indices, labels_N1HW: Tensor) -> None:
-        """Take a network's labels of some chips."""
+        """Store a network's labels of some chips."""
         for position, label in zip(chips, labels_N1HW.cpu().numpy(), strict=True):
             self._own[int(position)] = zlib.compress(label.tobytes(), 1)
 
 
 def _known(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Mask without, and weight of, the pixels that are known."""
+    """The mask with 0 for unknown pixels, and the pixels' weights: 1 if known, else 0."""
     weight = (mask != UNKNOWN).float()
     return mask * weight, weight
 
 
-def _bce(logits: Tensor, mask: Tensor) -> Tensor:
-    return losses.bce(logits, *_known(mask)).mean()
-
-
-def _bce_ssim_iou(logits: Tensor, mask: Tensor) -> Tensor:
-    return losses.bce_ssim_iou(logits, *_known(mask))
-
-
 def _bce_iou(logits: Tensor, mask: Tensor) -> Tensor:
-    """The IoU only of images that hold something: of an empty mask it is 0 whatever the network says."""
+    """Cross-entropy and IoU, the latter only of images with the class: of an empty mask the IoU is always 0."""
     known, weight = _known(mask)
     filled = known.amax(dim=(1, 2, 3)) > 0
     missed = 1 - losses.soft_iou(logits.sigmoid(), known, weight)
     return losses.bce(logits, known, weight).mean() + (missed * filled).sum() / filled.sum().clamp(min=1)
 
 
-LOSSES: Mapping[str, Loss] = {"bce_ssim_iou": _bce_ssim_iou, "bce_iou": _bce_iou, "bce": _bce}
-"""name -> loss of logits (N, 1, H, W) float32 against masks of 0, 1 and 255 = left out."""
+LOSSES: dict[str, Loss] = {
+    "bce_ssim_iou": lambda logits, mask: losses.bce_ssim_iou(logits, *_known(mask)),
+    "bce_iou": _bce_iou,
+    "bce": lambda logits, mask: losses.bce(logits, *_known(mask)).mean(),
+}
+"""name -> loss of logits (N, 1, H, W) float32 against masks of 0, 1 and 255 = ignored."""

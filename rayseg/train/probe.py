@@ -1,7 +1,7 @@
-"""Trainings cut short, to tell what the whole of them would take.
+"""Short trainings from which the duration of whole ones is estimated.
 
-Inside `taken` the passes of a training end after a few batches and few passes are made; the seconds that were left out
-are added up. Elsewhere nothing is left out.
+Inside `taken` every pass of a training ends after a few batches and few passes are made; the estimated seconds of the
+skipped ones are added up. Elsewhere nothing is skipped.
 """
 
 import time
@@ -14,20 +14,21 @@ from typing import TypeVar
 
 T = TypeVar("T")
 WARM, TIMED = 4, 3
-"""Batches of each pass that are computed: until those that were read ahead are used up, and then for the pace."""
+"""Batches of each pass that are computed: until those read ahead are used up, and then those that are timed."""
 
 
 @dataclass
 class Sample:
-    """What was left out of trainings so far, in seconds."""
+    """The skipped part of the trainings so far."""
 
     left_out: float = 0.0
+    """Estimated seconds."""
     epochs: int = 0
-    """That were made."""
+    """Epochs that were made."""
     cut: int = 0
-    """Passes that were."""
+    """Passes that were shortened."""
     once: float = 0.0
-    """Seconds of whole passes that no further epoch makes."""
+    """Seconds of whole passes that later epochs do not repeat."""
 
 
 _TAKEN: ContextVar[Sample | None] = ContextVar("sample", default=None)
@@ -35,7 +36,7 @@ _TAKEN: ContextVar[Sample | None] = ContextVar("sample", default=None)
 
 @contextmanager
 def taken() -> Iterator[Sample]:
-    """Cut the trainings inside this block short, in its own thread."""
+    """Shorten the trainings inside this block, in its own thread."""
     sample = Sample()
     token = _TAKEN.set(sample)
     try:
@@ -45,14 +46,14 @@ def taken() -> Iterator[Sample]:
 
 
 def is_taken() -> bool:
-    """Whether trainings are cut short."""
+    """Whether trainings are shortened."""
     return _TAKEN.get() is not None
 
 
 def epochs(numbers: range, *, count: float | None = None) -> Iterator[int]:
-    """The numbers of epochs; of a sample the first alone, or the first two where it had nothing that could be cut.
+    """The numbers of epochs; in a sample only the first, or the first two if no pass of the first was shortened.
 
-    The last of them stands for all that follow. They are `count` whole ones together if their last is a shorter one.
+    The last of them stands for all that follow: `count` whole ones in total, if the very last is a shorter one.
     """
     sample = _TAKEN.get()
     if sample is None:
@@ -70,9 +71,9 @@ def epochs(numbers: range, *, count: float | None = None) -> Iterator[int]:
 
 
 def batches(items: Iterable[T], count: int, *, share: float = 1.0, once: bool = False) -> Iterator[T]:
-    """The batches of a pass; of a sample the first few, and of all `count` each takes as long as the last of these.
+    """The batches of a pass; in a sample the first few, whose last ones stand for the pace of all `count`.
 
-    `share` is that of the epochs in which the pass is made; or it is made `once` in all of them.
+    `share` is the share of epochs that make the pass; or it is made `once` in all of them.
     """
     sample = _TAKEN.get()
     if sample is None:

@@ -1,15 +1,15 @@
-"""Train a network on one scene alone (or one on all of them), without labels: Chen et al. 2022.
+"""Train a network on one scene alone, without labels (Chen et al. 2022).
 
     patches of all tiles, in random order --> step towards the labels voted in superpixels --> checkpoint per epoch
-    (in the first epoch those of clusters of colours, then the network's own)
+    (in the first epoch labels are clusters of colours, then the network's own)
     mean features of the labels --> groups of labels, the largest first --> bundle
 
-`kmeans` and `isodata` go the same way: what they give is a network too, of one layer.
+`kmeans` and `isodata` give a network of one layer, which takes the same way.
 """
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import islice
 from typing import Annotated, Any, Literal
 
@@ -41,48 +41,48 @@ from rayseg.vision.fill import mirrored
 Patch = tuple[Tensor, Tensor | None, Tensor | None]
 Raw = tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.uint32]]
 ATTEMPTS = 3
-"""Seeds that are tried before a network that keeps one label is reported."""
+"""Seeds that are tried before a network with a single label is reported."""
 MOST_MEASURED = 32
-"""Patches from which features and sizes of the labels are taken, at most."""
+"""Most patches from which features and sizes of the labels are computed."""
 MOST_SAMPLES = 200_000
-"""Pixels that k-means and ISODATA look at, at most."""
+"""Most pixels that k-means and ISODATA cluster."""
 
 
-class NetworkConfig(Config):
-    """The network of a scene, and its training."""
+class SceneConfig(Config):
+    """The network of a scene and its training."""
 
     network: Literal["deepnet", "v1", "v2", "kmeans", "isodata"] = "deepnet"
-    """deepnet is the paper's; v1 and v2 are those of single images; kmeans and isodata are there to compare with."""
+    """deepnet is the paper's; v1 and v2 are made for single images; kmeans and isodata are baselines."""
     labels: Annotated[int, Field(gt=1, le=254)] = 32
-    """Labels the network can tell apart; clusters of k-means and ISODATA."""
+    """Labels of the network; clusters of k-means and ISODATA."""
     epochs: Annotated[int, Field(gt=0)] = 4
     """Passes over all patches."""
     patch: Annotated[int, Field(gt=0, multiple_of=4)] = 512
     """Side of a patch in px."""
     stride: Annotated[int, Field(gt=0)] = 448
-    """Distance of patches in px."""
+    """Distance between patches in px."""
     reduce: Annotated[int, Field(gt=0)] = 2
-    """Side in px of the squares whose mean the network sees as one pixel; the paper's is 1."""
+    """Side in px of the squares that are averaged to one input pixel of the network; the paper's is 1."""
     recalibrate: bool = True
-    """Take the batch norms' statistics anew, over the whole scene, when the training is done; the paper does not."""
+    """Compute batch norm statistics again, over the whole scene, after the training; the paper does not."""
     patches: Annotated[int, Field(gt=0)] | None = 256
-    """Patches per epoch, drawn anew from all for each; None takes all."""
+    """Patches per epoch, drawn for each; None uses all."""
     seed: int = 2021
-    """Of the first weights and of the order of patches."""
+    """Of the initial weights and the order of patches."""
     start: Annotated[int, Field(gt=1)] | None = 16
-    """The first epoch learns so many clusters of colours (k-means; never more than labels); None starts from what the
-    network happens to see, as the paper does."""
+    """Clusters of colours (k-means; at most `labels`) that the first epoch learns; None starts from the untrained
+    network's own labels, as the paper does."""
     merge_to: Annotated[int, Field(gt=1)] | None = 8
-    """Labels are merged to so many by the distance of their features; None keeps all."""
+    """Groups into which labels are merged by the distance of their features; None keeps all labels."""
     precision: Precision = "float32"
-    """bfloat16 is faster where the machine has it."""
+    """bfloat16 is faster on machines that support it."""
     memory: Annotated[int, Field(ge=0)] = 1 << 30
-    """Bytes of patches that are kept; the rest is read again in every epoch."""
+    """Bytes of patches kept in memory; other patches are read again in every epoch."""
     stall_seconds: Annotated[float, Field(gt=0)] = 86400.0
-    """A scene whose training takes longer is left behind and named as failed."""
+    """Seconds of training after which a scene is skipped and recorded as failed."""
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "NetworkConfig":
+    def _whole_squares(self) -> "SceneConfig":
         if self.patch % (4 * self.reduce) or self.stride > self.patch:
             raise ValueError(
                 f"patch {self.patch} must be a multiple of 4 x reduce ({4 * self.reduce}), stride at most the patch"
@@ -91,23 +91,23 @@ class NetworkConfig(Config):
 
     @property
     def votes(self) -> bool:
-        """Whether it needs superpixels."""
+        """Whether the training needs superpixels."""
         return self.network in RECIPES and RECIPES[self.network].votes
 
     @property
     def recipe(self) -> Recipe:
-        """How the network is built and trained."""
+        """Architecture and optimizer of the network."""
         return dataclasses.replace(RECIPES[self.network], classes=self.labels)
 
 
 class Patches:
-    """The patches of a scene: windows of one size on the lattice's stride, the last ones pushed back inside.
+    """The patches of a scene: windows of one size, `stride` apart, the last ones shifted back inside the scene.
 
     Args:
         tiles: the scene's tiles with their imagery.
-        files: superpixels of the tiles by their id; empty when they are not needed.
+        files: tile id -> file of its superpixels; empty if they are not needed.
         bands: names, in order.
-        scaling: of the values.
+        scaling: from values to the network's input.
         config: sizes and memory.
     """
 
@@ -117,7 +117,7 @@ class Patches:
         files: dict[str, str],
         bands: Sequence[str],
         scaling: Scaling,
-        config: NetworkConfig,
+        config: SceneConfig,
     ) -> None:
         self.tiles = {row.tile.id: row for row in tiles}
         self.files, self.bands, self.scaling = files, tuple(bands), scaling
@@ -132,10 +132,15 @@ class Patches:
     def read(self, number: int) -> Patch | None:
         """(image_1CHW float32, superpixel of every pixel, positions of pixels with data or None for all).
 
-        None where no pixel has data; where some have none the image is mirrored. All are reduced: a square of pixels
-        counts as one, whose superpixel and data are those of its first pixel.
+        None if no pixel has data; pixels without data are filled by mirroring. All are reduced: a square of pixels
+        is one pixel, with the superpixel and data of its first pixel.
         """
-        if (raw := self._raw(number)) is None:
+        raw = self._kept[number] if number in self._kept else self._read(*self.windows[number])
+        if number not in self._kept:
+            self._bytes += sum(array.nbytes for array in raw or ())
+            if not raw or self._bytes <= self.memory:
+                self._kept[number] = raw
+        if raw is None:
             return None
         image_CHW, seen_HW, segments_HW = raw
         normal_CHW = self.scaling.normalize(mirrored(image_CHW, seen_HW))
@@ -147,69 +152,57 @@ class Patches:
         seen = None if seen_HW.all() else torch.from_numpy(np.flatnonzero(seen_HW))
         return image, torch.from_numpy(compact.ravel()) if self.files else None, seen
 
-    def _raw(self, number: int) -> Raw | None:
-        if number not in self._kept:
-            found = self._from_files(*self.windows[number])
-            raw = found if found[1][:: self.reduce, :: self.reduce].any() else None
-            self._bytes += sum(array.nbytes for array in raw or ())
-            if raw and self._bytes > self.memory:
-                return raw
-            self._kept[number] = raw
-        return self._kept[number]
-
-    def _from_files(self, tile_id: str, window: Window) -> Raw:
+    def _read(self, tile_id: str, window: Window) -> Raw | None:
         row = self.tiles[tile_id]
         image_CHW, seen_HW = rasters.read(row.sources, row.tile.grid, window, bands=self.bands)
         files = [(self.tiles[name].tile, path) for name, path in self.files.items()]
         near = [(other.window, path) for other, path in files if other.grid == row.tile.grid]
         segments_HW = segments.read_segments(near, window)
-        return image_CHW, seen_HW & (segments_HW > 0) if self.files else seen_HW, segments_HW
+        seen_HW = seen_HW & (segments_HW > 0) if self.files else seen_HW
+        return (image_CHW, seen_HW, segments_HW) if seen_HW[:: self.reduce, :: self.reduce].any() else None
 
 
-def _windows(tiles: Sequence[Tile], config: NetworkConfig) -> Iterator[tuple[str, Window]]:
-    """(tile that holds the middle, window) of every patch, grid by grid."""
+def _windows(tiles: Sequence[Tile], config: SceneConfig) -> Iterator[tuple[str, Window]]:
+    """(tile that contains the middle, window) of every patch, grid by grid."""
     for grid in dict.fromkeys(tile.grid for tile in tiles):
-        mine = [tile for tile in tiles if tile.grid == grid]
-        extent = mine[0].window
-        for tile in mine:
-            extent = extent.union(tile.window)
+        members = [tile for tile in tiles if tile.grid == grid]
+        extent = reduce(Window.union, (tile.window for tile in members))
         for row in _origins(extent.row, extent.height, config):
             for col in _origins(extent.col, extent.width, config):
                 unit = 4 * config.reduce
                 size = [max(2, -(-min(config.patch, side) // unit)) * unit for side in (extent.width, extent.height)]
                 window = Window(col, row, *size)
                 middle = Window(col + min(size[0], extent.width) // 2, row + min(size[1], extent.height) // 2, 1, 1)
-                holder = [tile.id for tile in mine if not tile.window.intersect(middle).empty]
-                yield from [(name, window) for name in holder]
+                yield from ((tile.id, window) for tile in members if not tile.window.intersect(middle).empty)
 
 
-def _origins(start: int, length: int, config: NetworkConfig) -> list[int]:
+def _origins(start: int, length: int, config: SceneConfig) -> list[int]:
     last = max(0, length - config.patch)
     return sorted({*(start + at for at in range(0, last, config.stride)), start + last})
 
 
-def patches_of_epoch(tiles: Sequence[Tile], config: NetworkConfig) -> int:
-    """Patches that an epoch on these tiles looks at, as far as is known before they are read."""
+def patches_of_epoch(tiles: Sequence[Tile], config: SceneConfig) -> int:
+    """Patches of an epoch on these tiles: an upper limit, as patches without data are known only once they are read."""
     return sum(1 for _ in islice(_windows(tiles, config), config.patches))
 
 
 class TrainScene:
-    """`tiles, scaling -> facts`: a network trained on a scene's tiles, kept as the bundle `<models>/<scene>`.
+    """`tiles, scaling -> facts`: a network trained on a scene's tiles, saved as the bundle `<models>/<scene>`.
 
-    A network that keeps one label is trained again from another seed, twice; then the scene is settled as failed.
+    A network with a single label is trained again from another seed, twice; then the scene is recorded as failed.
 
     Args:
         config: the network and its training.
-        prefix: below which checkpoints are kept.
-        models: below which bundles are kept.
-        segments: the superpixels: path of a tile's file is `<segments>/<tile id>.tif`; None when not needed.
+        prefix: of checkpoints.
+        models: prefix of bundles.
+        segments: prefix of the superpixels, `<segments>/<tile id>.tif`; None if they are not needed.
         bands: names, in order.
         dtype: of the imagery.
     """
 
     def __init__(
         self,
-        config: NetworkConfig,
+        config: SceneConfig,
         *,
         prefix: str,
         models: str,
@@ -222,11 +215,11 @@ class TrainScene:
 
     @cached_property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The GPU if there is one."""
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def __call__(self, rows: list[SceneRow]) -> list[Settled]:
-        """Train on each scene; with the machine's threads, so that both engines give the same networks."""
+        """Train on each scene; with a fixed number of threads, so that both engines give the same networks."""
         with threads():
             return [self._train(row) for row in rows]
 
@@ -235,25 +228,27 @@ class TrainScene:
         files = {tile: f"{self.segments}/{tile}.tif" for tile in ids} if self.segments else {}
         patches = Patches(scene.tiles, files, self.bands, scaling, self.config)
         if next(_some(patches, most=1), None) is None:
-            raise DataError("no patch of the scene shows a pixel with data, so there is nothing to learn from")
+            raise DataError(
+                "no patch of the scene has a pixel with data, expected at least one; check the nodata value"
+            )
         effort = {"effort": min(len(patches), self.config.patches or len(patches))}
         seeds = [self.config.seed + attempt for attempt in range(ATTEMPTS)]
         for seed in seeds:
-            net, history = self._fitted(patches, f"{self.prefix}/{scene.id}/{seed}", seed)
+            history: list[dict[str, float]] = []
+            if self.config.network in RECIPES:
+                prefix = f"{self.prefix}/{scene.id}/{seed}"
+                net, history = fit(patches, self.config, prefix=prefix, seed=seed, device=self.device)
+            else:
+                net = nearest(patches, self.config.labels, seed=seed, by_isodata=self.config.network == "isodata")
+            net = net.to(self.device)
             features_KD, sizes_K = measured(net, patches, self.device)
             groups = grouped(features_KD, sizes_K, most=self.config.merge_to)
             if (labels := int(groups.max()) + 1) > 1:
                 prefix = self._keep(scene.id, net, groups, scaling)
                 return Settled(facts=effort | {"bundle": prefix, "labels": labels, "seed": seed, "history": history})
-        said = f"the network kept one label from each of the seeds {', '.join(map(str, seeds))}"
-        said += ": choose another network, more labels or fewer epochs"
-        return Settled("failed", said, effort)
-
-    def _fitted(self, patches: Patches, prefix: str, seed: int) -> tuple[nn.Module, list[dict[str, float]]]:
-        if self.config.network in RECIPES:
-            return fit(patches, self.config, prefix=prefix, seed=seed, device=self.device)
-        clusters = nearest(patches, self.config.labels, seed=seed, by_isodata=self.config.network == "isodata")
-        return clusters.to(self.device), []
+        reason = f"the network kept one label from each of the seeds {', '.join(map(str, seeds))}"
+        reason += ": choose another network, more labels or fewer epochs"
+        return Settled("failed", reason, effort)
 
     def _keep(self, scene: str, net: nn.Module, groups: NDArray[np.intp], scaling: Scaling) -> str:
         labels, classes = len(groups), int(groups.max()) + 1
@@ -283,12 +278,12 @@ class TrainScene:
 
 
 def fit(
-    patches: Patches, config: NetworkConfig, *, prefix: str, seed: int, device: torch.device
+    patches: Patches, config: SceneConfig, *, prefix: str, seed: int, device: torch.device
 ) -> tuple[nn.Module, list[dict[str, float]]]:
-    """(network on the device, loss and labels of every epoch), trained on all patches, one a step.
+    """(network on the device, loss and labels of every epoch), trained on all patches, one patch per step.
 
-    It goes on from `<prefix>/checkpoint.pt`, written after every epoch, and ends early when an epoch's targets were one
-    label throughout, for then nothing is left to learn.
+    It resumes from `<prefix>/checkpoint.pt`, written after every epoch, and ends early when all targets of an epoch
+    have the same label: nothing remains to learn.
     """
     recipe = config.recipe
     settings = f"{config.model_dump_json(exclude={'seed', 'merge_to', 'memory', 'stall_seconds'})} {seed}"
@@ -309,7 +304,7 @@ def fit(
             state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
             save_checkpoint(prefix, settings, state)
         if config.recalibrate:
-            # A short training leaves running averages that still remember where they began.
+            # After a short training the running averages still depend on their initial values.
             with torch.no_grad():
                 recalibrate_batchnorm(net, (image.to(device) for image, _, _ in _some(patches)))
     return net, history
@@ -320,14 +315,14 @@ def epoch(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
     patches: Patches,
-    config: NetworkConfig,
+    config: SceneConfig,
     *,
     seed: int,
     teacher: nn.Module | None = None,
 ) -> dict[str, float]:
     """One pass over the patches with data in an order drawn from (seed, number); returns loss and labels.
 
-    It goes towards the labels of `teacher`, or the network's own, voted in superpixels.
+    Targets are the labels of `teacher`, or the network's own, voted in superpixels.
     """
     order = np.random.default_rng((seed, number)).permutation(len(patches)).tolist()
     device = next(net.parameters()).device
@@ -336,7 +331,7 @@ def epoch(
     net.train()
     read = made_ahead(patches.read, order, threads=1, count=1)
     for image, superpixels, seen in _with_data(read, most=config.patches):
-        segments, places = (part if part is None else part.to(device) for part in (superpixels, seen))
+        segments, known = (part if part is None else part.to(device) for part in (superpixels, seen))
         targets, loss = unsupervised.step(
             net,
             optimizer,
@@ -344,7 +339,7 @@ def epoch(
             segments,
             recipe=config.recipe,
             precision=config.precision,
-            seen=places,
+            seen=known,
             teacher=teacher,
         )
         counts += torch.bincount(targets[targets >= 0], minlength=config.labels)
@@ -354,12 +349,12 @@ def epoch(
 
 
 def _with_data(read: Iterable[Patch | None], *, most: int | None) -> Iterator[Patch]:
-    """The first patches that have data, at most `most`."""
+    """The first patches with data, at most `most`."""
     return islice((patch for patch in read if patch is not None), most)
 
 
 def _some(patches: Patches, *, most: int = MOST_MEASURED) -> Iterator[Patch]:
-    """Patches that have data: evenly spread ones, and in place of those without any others, drawn."""
+    """Patches with data: evenly spread ones, and randomly drawn ones in place of those without data."""
     count = len(patches)
     spread = sorted({round(at) for at in np.linspace(0, count - 1, min(MOST_MEASURED, count))})
     others = np.random.default_rng(0).permutation(np.setdiff1d(np.arange(count), spread))
@@ -368,9 +363,9 @@ def _some(patches: Patches, *, most: int = MOST_MEASURED) -> Iterator[Patch]:
 
 @torch.inference_mode()
 def measured(net: nn.Module, patches: Patches, device: torch.device) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """(mean feature (K, D), number of pixels (K,)) of every label as the network gives them, from some patches.
+    """(mean feature (K, D), number of pixels (K,)) of every label of the network, over some patches.
 
-    Features are what its last convolution sees; for a network of one layer, the values themselves.
+    Features are the input of its last convolution; for a network of one layer, the values themselves.
     """
     net.eval()
     body, head = (net[:-2], net[-2:]) if isinstance(net, nn.Sequential) else (nn.Identity(), net)
@@ -382,14 +377,14 @@ def measured(net: nn.Module, patches: Patches, device: torch.device) -> tuple[ND
         flat = features.permute(0, 2, 3, 1).flatten(0, 2).float()
         if seen is not None:
             labels, flat = labels[seen.to(device)], flat[seen.to(device)]
-        found = torch.zeros(classes, flat.shape[1], device=device).index_add_(0, labels, flat).double().cpu().numpy()
+        total = torch.zeros(classes, flat.shape[1], device=device).index_add_(0, labels, flat).double().cpu().numpy()
         counts = torch.bincount(labels, minlength=classes).cpu().numpy()
-        sums, sizes = (found, counts) if not len(sums) else (sums + found, sizes + counts)
+        sums, sizes = (total, counts) if not len(sums) else (sums + total, sizes + counts)
     return sums / np.maximum(sizes, 1)[:, None], sizes.astype(np.int64)
 
 
 def nearest(patches: Patches, clusters: int, *, seed: int, by_isodata: bool = False) -> nn.Module:
-    """The centres that k-means or ISODATA finds in pixels of some patches, as a network of one layer."""
+    """The centres of k-means or ISODATA in pixels of some patches, as a network of one layer."""
     rng, parts = np.random.default_rng(seed), []
     for image, _, seen in _some(patches):
         pixels_NC = image[0].flatten(1).T.numpy()
@@ -399,5 +394,5 @@ def nearest(patches: Patches, clusters: int, *, seed: int, by_isodata: bool = Fa
     if by_isodata:
         return unsupervised.nearest(isodata(samples_NC, clusters=clusters, seed=seed))
     clusters = min(clusters, len(np.unique(samples_NC, axis=0)))
-    found = KMeans(clusters, n_init=1, random_state=seed).fit(samples_NC)
-    return unsupervised.nearest(found.cluster_centers_)
+    centres_KC = KMeans(clusters, n_init=1, random_state=seed).fit(samples_NC).cluster_centers_
+    return unsupervised.nearest(centres_KC)

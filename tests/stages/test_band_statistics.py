@@ -15,7 +15,7 @@ from rayseg.stages.band_statistics import Survey
 from rayseg.stages.oversegment import Divide, ReadAround
 from rayseg.stages.read import tile_rows
 from rayseg.stages.rows import SceneRow, TileRow
-from rayseg.train.scene import NetworkConfig, Patches
+from rayseg.train.scene import Patches, SceneConfig
 
 GRID = Grid("EPSG:32650", (1.0, 1.0), (0.0, 0.0))
 BANDS = ("red", "nir")
@@ -65,7 +65,7 @@ def test_patches_and_tiles_are_scaled_alike_and_none_by_itself(scene, tmp_path, 
     expected_CHW = (image_CHW - np.array(scaling.mean)[:, None, None]) / np.array(scaling.std)[:, None, None]
     whole = Window(0, 0, SIDE, SIDE)
 
-    patches = Patches(rows, {}, BANDS, scaling, NetworkConfig(patch=64, stride=64, reduce=1))
+    patches = Patches(rows, {}, BANDS, scaling, SceneConfig(patch=64, stride=64, reduce=1))
     assert len(patches) == 16
     for number, (_, window) in enumerate(patches.windows):
         image_1CHW, _, _ = patches.read(number)

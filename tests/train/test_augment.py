@@ -71,7 +71,7 @@ def test_magnification_shows_less_ground_and_reduction_more():
 
 
 def test_chips_smaller_than_the_window_are_refused(images):
-    with pytest.raises(DataError, match="64 x 64 px, training takes 96 x 96"):
+    with pytest.raises(DataError, match="64 x 64 px, training needs 96 x 96"):
         centre(images, None, size=96)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rayseg.train.scene import MOST_MEASURED, NetworkConfig, fit, measured, nearest
+from rayseg.train.scene import MOST_MEASURED, SceneConfig, fit, measured, nearest
 
 COLOURS = torch.tensor([[0.1, 0.8, 0.3], [0.9, 0.2, 0.1], [0.2, 0.2, 0.9]])
 
@@ -32,16 +32,16 @@ class Fields:
 
 @pytest.mark.parametrize("start", [2, 3])
 def test_the_first_epoch_learns_the_clusters_of_colours_it_is_told_to_start_from(tmp_path, start):
-    config = NetworkConfig(epochs=1, patch=64, stride=64, reduce=1, start=start)
+    config = SceneConfig(epochs=1, patch=64, stride=64, reduce=1, start=start)
     _, history = fit(Fields(), config, prefix=str(tmp_path), seed=1, device=torch.device("cpu"))
     assert history[0]["labels"] == start
 
 
 def test_without_clusters_it_starts_from_its_own_labels_and_few_labels_mean_few_clusters(tmp_path):
-    own = NetworkConfig(epochs=1, patch=64, stride=64, reduce=1, start=None)
+    own = SceneConfig(epochs=1, patch=64, stride=64, reduce=1, start=None)
     _, history = fit(Fields(), own, prefix=str(tmp_path / "own"), seed=1, device=torch.device("cpu"))
     assert history[0]["labels"] > 3
-    few = NetworkConfig(epochs=1, patch=64, stride=64, reduce=1, labels=2)
+    few = SceneConfig(epochs=1, patch=64, stride=64, reduce=1, labels=2)
     _, history = fit(Fields(), few, prefix=str(tmp_path / "few"), seed=1, device=torch.device("cpu"))
     assert history[0]["labels"] == 2
 
@@ -68,7 +68,7 @@ def test_the_same_patches_are_looked_at_as_ever_where_all_have_data():
 
 def test_an_epoch_takes_as_many_patches_with_data_as_it_is_told_to(tmp_path):
     patches = Fields(500, range(100, 120))
-    config = NetworkConfig(epochs=1, patch=64, stride=64, reduce=1, patches=5, start=None, recalibrate=False)
+    config = SceneConfig(epochs=1, patch=64, stride=64, reduce=1, patches=5, start=None, recalibrate=False)
     _, [said] = fit(patches, config, prefix=str(tmp_path), seed=1, device=CPU)
     assert len(patches.asked) in {5, 6}  # one is read ahead
     assert np.isfinite(said["loss"])

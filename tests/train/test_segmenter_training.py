@@ -147,7 +147,7 @@ def test_the_network_may_see_squares_of_pixels_as_one(tmp_path, coarse):
     settings = QUICK.model_copy(
         update={"reduce": 2, "size": 64, "scratch": QUICK.scratch.model_copy(update={"epochs": 0})}
     )
-    with pytest.raises(DataError, match="training takes 64 x 64"):
+    with pytest.raises(DataError, match="training needs 64 x 64"):
         fit(settings, coarse, tmp_path)
     with pytest.raises(ConfigError, match="not a multiple of 32 x reduce = 64"):
         fit(settings.model_copy(update={"size": 32}), coarse, tmp_path)
