@@ -38,6 +38,24 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The prefix of a bundle that maps two classes and has learnt nothing; tests only read it."""
+    from small_world import segmenter
+
+    return segmenter(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def demo_region(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The catalogue of a demo of two scenes of 512 px and 8 + 8 chips; tests only read it."""
+    from rayseg.demo import make
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYSEG_CACHE", str(tmp_path_factory.mktemp("demo")))
+        return make.ensure(size=512, chips=(8, 8))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Show what was killed, and what came of it."""
     from mortal import TABLE

@@ -14,7 +14,7 @@ from rasterio.control import GroundControlPoint
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import from_gcps
 from rasterio.warp import transform
-from small_world import BANDS, GRID, catalogue, damage, mosaic, rayseg, refused, scene, segmenter, window_at
+from small_world import BANDS, GRID, catalogue, damage, mosaic, rayseg, refused, scene, window_at
 from tiny_maps import Bright, described, mapped
 
 from rayseg.errors import DataError, ModelError, RaysegError
@@ -46,9 +46,9 @@ def plain(height=50, width=50, dtype="uint8"):
 # -- what cannot be mapped --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return segmenter(tmp_path_factory.mktemp("model"))
+@pytest.fixture
+def model(tiny_model):
+    return tiny_model
 
 
 @pytest.fixture

@@ -12,9 +12,8 @@ from pathlib import Path
 import geopandas
 import pytest
 from mortal import HERE, TABLE, Command, Nodes, World, names, records, settled, until
-from small_world import SMALL_GPC, catalogue, damage, rayseg, refused, segmenter
+from small_world import SMALL_GPC, catalogue, damage, rayseg, refused
 
-from rayseg.demo import make
 from rayseg.models import bundle
 
 ENGINES = ["inline", pytest.param("ray", marks=pytest.mark.ray)]
@@ -22,9 +21,9 @@ SOON = ("--set", "map.stall_seconds=60")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(tmp_path_factory, tiny_model):
     root = tmp_path_factory.mktemp("world")
-    return World(root, segmenter(root / "model"), catalogue(root / "imagery", scene={}))
+    return World(root, tiny_model, catalogue(root / "imagery", scene={}))
 
 
 @pytest.fixture
@@ -361,16 +360,13 @@ def test_a_disk_that_is_really_full_costs_no_tile(world, small_disk, engine):
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
+def pipeline(tmp_path_factory, demo_region):
     """The words of a pipeline with training in it, and the run that nothing disturbed."""
     root = tmp_path_factory.mktemp("gpc")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("RAYSEG_CACHE", str(root / "cache"))
-        (root / "small.yaml").write_text(SMALL_GPC)
-        region = make.ensure(size=512, chips=(8, 8))
-        words = ("run", "pipeline", "gpc", "--region", region, "--config", root / "small.yaml")
-        assert rayseg(*words, "--engine", "inline", "--out", root / "whole").exit_code == 0
-        yield words, root / "whole"
+    (root / "small.yaml").write_text(SMALL_GPC)
+    words = ("run", "pipeline", "gpc", "--region", demo_region, "--config", root / "small.yaml")
+    assert rayseg(*words, "--engine", "inline", "--out", root / "whole").exit_code == 0
+    return words, root / "whole"
 
 
 def same(out, whole):

@@ -11,7 +11,6 @@ import rasterio
 from small_world import SMALL_GPC, damage, files, rayseg, scene, valid_stac
 
 from rayseg.config import load
-from rayseg.demo import make
 from rayseg.engine.manifest import write_rows
 from rayseg.engine.run import Engine, Step, read
 from rayseg.errors import DataError
@@ -30,14 +29,11 @@ STEPS = [
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory):
+def words(tmp_path_factory, demo_region):
     """The command but for --out: a landscape of 512 x 1024 px with 8 + 8 chips, and settings for seconds."""
     root = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAYSEG_CACHE", str(root))
-        catalogue = make.ensure(size=512, chips=(8, 8))
     (root / "small.yaml").write_text(SMALL_GPC)
-    return "run", "pipeline", "gpc", "--region", catalogue, "--config", root / "small.yaml", "--engine", "inline"
+    return "run", "pipeline", "gpc", "--region", demo_region, "--config", root / "small.yaml", "--engine", "inline"
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from fake_run import blobs
 from PIL import Image
 from small_world import GRID, HEIGHT, WIDTH, files, rayseg, refused, scene, segmenter, valid_stac, window_at
 
-from rayseg.demo import make
 from rayseg.engine.manifest import write_rows
 from rayseg.engine.run import Engine, Step, read
 from rayseg.io import cog, scenes
@@ -42,14 +41,14 @@ truth: "#truth/landcover"
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory):
+def words(tmp_path_factory, demo_region):
     """The command but for --out, on a landscape of 512 x 1024 px."""
     root = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAYSEG_CACHE", str(root))
-        catalogue = make.ensure(size=512, chips=(2, 2))
     (root / "small.yaml").write_text(SMALL)
-    return "run", "pipeline", "landcover", "--region", catalogue, "--config", root / "small.yaml", "--engine", "inline"
+    return (
+        *("run", "pipeline", "landcover", "--region", demo_region, "--config", root / "small.yaml"),
+        *("--engine", "inline"),
+    )
 
 
 @pytest.fixture(scope="module")

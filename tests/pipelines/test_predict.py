@@ -18,10 +18,10 @@ from rayseg.engine.run import read
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(tmp_path_factory, tiny_model):
     """A scene with a margin of nodata, its catalogue, a bundle."""
     root = tmp_path_factory.mktemp("world")
-    return {"catalogue": catalogue(root / "imagery", scene={}), "model": segmenter(root / "model"), "root": root}
+    return {"catalogue": catalogue(root / "imagery", scene={}), "model": tiny_model, "root": root}
 
 
 @pytest.fixture(scope="module")

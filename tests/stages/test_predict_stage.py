@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from fake_run import blobs, picture
-from small_world import GRID, segmenter
+from small_world import GRID
 
 from rayseg.engine import flow
 from rayseg.engine.flow import Work
@@ -23,9 +23,9 @@ NODATA = 255
 INLINE = Engine("inline")
 
 
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return segmenter(tmp_path_factory.mktemp("model"))
+@pytest.fixture
+def prefix(tiny_model):
+    return tiny_model
 
 
 def row_of(window):

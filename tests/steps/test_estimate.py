@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from small_world import HEIGHT, WIDTH, catalogue, files, rayseg, refused, segmenter
+from small_world import HEIGHT, WIDTH, catalogue, files, rayseg, refused
 
 from rayseg.cli import run
 from rayseg.engine import run as runs
@@ -16,10 +16,10 @@ from rayseg.steps.estimate import bytes_written
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(tmp_path_factory, tiny_model):
     root = tmp_path_factory.mktemp("world")
     scenes = {"one": {}, "two": {"row": 0, "col": WIDTH, "seed": 1}}
-    return {"catalogue": catalogue(root / "imagery", **scenes), "model": segmenter(root / "model"), "root": root}
+    return {"catalogue": catalogue(root / "imagery", **scenes), "model": tiny_model, "root": root}
 
 
 def planned(world, *more):
