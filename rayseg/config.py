@@ -37,7 +37,7 @@ class Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _over_defaults(cls, values: Any) -> Any:  # noqa: ANN401 - pydantic passes any input
-        if not isinstance(values, dict):
+        if not isinstance(values, dict):  # pydantic reports it, with the key's path
             return values
         return values | _merged(((name, field.default) for name, field in cls.model_fields.items()), values)
 
@@ -140,7 +140,7 @@ def read_values(path: str) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"config file {path} is not YAML: {reason}") from None
-    if values is None:
+    if values is None:  # an empty file
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"config file {path} holds a {type(values).__name__}, expected keys and values")
@@ -198,6 +198,7 @@ def _clause(kind: type[Config], keys: Sequence[Any], entries: Sequence[dict[str,
     if "value_error" in by_type:  # raised by a validator: the type is right
         reason = by_type["value_error"]["msg"].removeprefix("Value error, ")
         return f"config{f' key {path}' if path else ''}: {reason}"
+    # a key with several types has one entry for each: "input should be A or B"
     first, *others = dict.fromkeys(map(_expected, entries))
     expected = " or ".join([first, *(text.removeprefix("input should be ") for text in others)])
     return f"config key {path} = {entries[0]['input']!r}: {expected}"

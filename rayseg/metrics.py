@@ -129,6 +129,7 @@ class Confusion:
     @property
     def fw_iou(self) -> float:
         """IoU weighted by each class's share of the reference (frequency-weighted IoU)."""
+        # classes without reference pixels have weight 0, and their IoU may be NaN
         share = _ratio(self.matrix.sum(axis=1), self.matrix.sum())
         return float(np.sum(np.where(share > 0, share * self.iou, 0.0))) if self.pixels else float("nan")
 
@@ -174,6 +175,7 @@ def resampled(confusions: Sequence[Confusion], *, n: int = 1000, seed: int = 0) 
 
 def percentile_interval(values_N: Floats) -> tuple[float, float]:
     """(2.5 %, 97.5 %) quantiles of the values that are not NaN; NaN if all are."""
+    # a draw without a class can leave the measure undefined
     known = values_N[~np.isnan(values_N)]
     if known.size == 0:
         return float("nan"), float("nan")
@@ -196,6 +198,7 @@ def agreement(table_RP: NDArray[np.integer]) -> dict[str, float]:
         DataError: the table is empty.
     """
     table = np.asarray(table_RP, np.int64)
+    # labels without pixels: their part of the entropy would be 0 log 0
     table = table[table.sum(1) > 0][:, table.sum(0) > 0]
     total = int(table.sum())
     if not total:
@@ -213,6 +216,7 @@ def agreement(table_RP: NDArray[np.integer]) -> dict[str, float]:
 
 def _ami(table_RP: NDArray[np.int64], rows_R: NDArray[np.int64], cols_P: NDArray[np.int64]) -> float:
     """Adjusted mutual information (Vinh et al. 2010) with the arithmetic mean of the entropies, as in scikit-learn."""
+    # two clusterings of one cluster each are equal, but the formula gives 0/0
     if len(rows_R) == 1 and len(cols_P) == 1:
         return 1.0
     total = table_RP.sum()

@@ -65,6 +65,7 @@ def access() -> dict[str, str]:
 
 def signer() -> tuple[str, tuple[str, ...]]:
     """(URL of the service that signs `{href}`, hosts whose files need it), from RAYSEG_SIGN and RAYSEG_SIGN_HOSTS."""
+    # Azure's blob store is where Planetary Computer keeps its files, which need signed URLs.
     hosts = os.environ.get("RAYSEG_SIGN_HOSTS") or "blob.core.windows.net"
     return os.environ.get("RAYSEG_SIGN", ""), tuple(filter(None, (host.strip() for host in hosts.split(","))))
 
@@ -109,9 +110,10 @@ def put(path: StorePath, data: bytes | memoryview) -> None:
         StoreFull: the disk is full; the previous content of `path` is untouched.
     """
     target = upath(path)
-    if not is_local(target):
+    if not is_local(target):  # a PUT is atomic
         target.write_bytes(bytes(data))
         return
+    # The temporary file is in the same folder: a rename over file systems would be a copy.
     with _temporary(target) as temporary:
         temporary.write_bytes(data)
         temporary.replace(target.path)
@@ -142,6 +144,7 @@ def put_if_absent(path: StorePath, data: bytes) -> bool:
     target = upath(path)
     try:
         if not is_local(target):
+            # A conditional PUT (If-None-Match: *), which the store itself checks.
             target.fs.pipe_file(target.path, data, mode="create")
             return True
         with _temporary(target) as temporary:

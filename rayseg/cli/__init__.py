@@ -47,6 +47,7 @@ class _Commands(TyperGroup):
         return sorted(self.commands, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
 
+# Before PyTorch and Ray are imported: OpenMP and glibc read their settings when they start.
 tuning.prepare()
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for part in (run, data, serve, about):

@@ -101,6 +101,7 @@ def labels_import(
     from rayseg.io import annotation_requests, labelme
     from rayseg.store import upath
 
+    # The second argument tells the two kinds of labels apart: a run has asked for masks.
     if (upath(images) / "run.json").exists():
         count, missing = annotation_requests.load(folder, images)
         more = f", {len(missing)} chips without a mask: {', '.join(missing[:5])}" if missing else ", none is missing"

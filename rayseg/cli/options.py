@@ -46,7 +46,7 @@ def region_of(text: str) -> "Region":
 
     if not text.strip():
         raise ConfigError(f"the region is empty, expected {REGIONS}")
-    if text == "demo":
+    if text == "demo":  # drawn on its first use, into the cache folder
         from rayseg.demo import make
 
         return Region("demo", catalog=make.ensure())
@@ -62,9 +62,11 @@ def area_of(text: str, tiles: str | None = None) -> "Region":
     from rayseg.io import labels
     from rayseg.store import absolute
 
+    # A folder named like a region, for example ./demo, must not hide the region.
     named = text == "demo" or text in region_names()
     images = text.strip() and labels.is_images(text)
     area = Region(text, images=text) if images and not named else region_of(text)
+    # run.json stores the area: it has to be valid when another folder is the working folder.
     return replace(
         area,
         catalog=area.catalog and absolute(area.catalog),

@@ -156,6 +156,7 @@ def retry(run: RunPrefix, *, engine: EngineName = "ray", address: Address = None
     from rayseg.engine import run as runs
     from rayseg.geo.region import Region
 
+    # The settings of run.json, not the defaults of today: the keys of finished steps depend on them.
     content = runs.read(run)
     resolved = load_values(pipeline_of(content["pipeline"]).Config, content["config"])
     area = Region(**content["region"] | {"tiles": tuple(content["region"]["tiles"])})
@@ -169,6 +170,7 @@ def status(run: RunPrefix, *, as_json: AsJson = False) -> None:
 
     report = runs.status(run)
     typer.echo(json.dumps(report, indent=1) if as_json else runs.status_text(report))
+    # A running run is not an error, even if some of its rows have failed.
     failed = any(step["troubles"] for step in report["steps"].values())
     if report["status"] != "running" and (report["status"] != "done" or failed):
         raise typer.Exit(RunIncomplete.exit_code)
@@ -204,10 +206,12 @@ def _execute(out: str, pipeline: str, config: "Config", region: "Region", engine
 
     if engine.kind == "ray":
         cluster.expect_reachable(engine.address)
+    # The check reads catalogues and loads models, so it is called for a new run only.
     module = pipeline_of(pipeline)
     check = partial(module.check, config, region)
     with Run.open(out, pipeline=pipeline, config=config, region=region, engine=engine, check=check) as run:
         typer.echo(module.run(config, run, region, run.plan))
+    # The run is complete but for these tiles: exit code 3, and the command that processes them again.
     if run.troubles:
         named = [f"{step} {row} ({why})" for step, rows in run.troubles.items() for row, why in rows.items()]
         more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""

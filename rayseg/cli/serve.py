@@ -29,6 +29,7 @@ def serve(
     from rayseg.serve.command import serve_models
     from rayseg.serve.settings import ServeConfig
 
+    # A flag that is not given leaves the value of --set, or the default of ServeConfig.
     flags = {"token_file": token_file, "max_pixels": max_pixels, "max_bytes": max_bytes, "runs": runs}
     given = {name: value for name, value in flags.items() if value}
     config = load(ServeConfig, None, set_ or ())

@@ -88,6 +88,7 @@ class Fates:
     def __init__(self, records: pa.Table) -> None:
         ids = records["id"].cast(pa.binary()).to_numpy().astype(np.bytes_)
         attempts = records["attempt"].to_numpy().astype(np.int32)
+        # sorted by id, then attempt: of each id the last one counts
         order = np.lexsort((attempts, ids))
         ids = ids[order]
         last = np.append(ids[1:] != ids[:-1], True) if len(ids) else np.zeros(0, bool)
@@ -105,6 +106,7 @@ class Fates:
         names = list(ids)
         if not len(self) or not names:
             return {}
+        # binary search in the sorted ids; an id beyond the last one is compared with the last one
         keys = np.array([name.encode() for name in names], np.bytes_)
         at = np.minimum(np.searchsorted(self._ids, keys), len(self) - 1)
         known = np.flatnonzero(self._ids[at] == keys)
@@ -124,6 +126,7 @@ class Ledger:
     def write(self, record: Record) -> bool:
         """Add a record unless this attempt has one already; return whether it was added."""
         path = upath(self.prefix) / f"{record.id}.{record.attempt}.json"
+        # put-if-absent: a row that two processes finish has one record
         return put_if_absent(path, json.dumps(asdict(record), sort_keys=True).encode())
 
     def read(self) -> dict[str, Record]:
@@ -155,6 +158,7 @@ class Ledger:
         loose = self._paths(".json")
         if len(loose) <= most:
             return
+        # Named by its records: a process that was killed after the write writes the same file again.
         content = hashlib.sha256("\n".join(sorted(path.name for path in loose)).encode()).hexdigest()[:16]
         sink = pa.BufferOutputStream()
         pq.write_table(_loaded(loose), sink)

@@ -168,7 +168,7 @@ class Run:
             _is_new(out, request)
             started = time.time()
             run.save("running", started)
-            ended = "stopped"
+            ended = "stopped"  # unless the block ends without an error
             try:
                 yield run
                 sweep(out)  # not after an error: other processes may still write
@@ -259,6 +259,7 @@ def status(root: str) -> dict[str, Any]:
         steps[manifest.parent.name] = asdict(account)
     begun = [path.parent for path in upath(root).glob("steps/*/begun.json")]
     begun.sort(key=lambda folder: (_load(folder / "begun.json").get("at", 0.0), folder.name))
+    # A killed process leaves "running" behind, but not its lock.
     killed = content["status"] == "running" and not _is_locked(root)
     return {
         "run": root,

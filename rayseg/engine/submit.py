@@ -184,24 +184,25 @@ async def _follow(jobs: "JobSubmissionClient", job: str, say: Callable[[str], ob
     """Pass the job's log to `say` as it grows; return the status with which the job ends."""
     import aiohttp
 
-    printed, ended = 0, False  # characters of the log that `say` has
+    printed = 0  # characters of the log that `say` has
     while True:
-        received, complete = 0, False
-        with suppress(TimeoutError, OSError, RuntimeError, aiohttp.ClientError):  # a lost stream is opened again
-            # Ray streams from the first line on: after a reconnection the lines that were printed are skipped.
-            stream = jobs.tail_job_logs(job)
-            while True:
+        # Ray streams from the first line on: after a reconnection the lines that were printed are skipped.
+        stream, received, complete = jobs.tail_job_logs(job), 0, False
+        while not complete:
+            try:
                 async with asyncio.timeout(SILENCE):
                     chunk = await anext(stream, "")
-                if not chunk:
-                    break
-                received += len(chunk)
-                if received > printed:
-                    say(chunk[printed - received :])
-                    printed = received
-            complete = True
+            except (TimeoutError, OSError, RuntimeError, aiohttp.ClientError):  # the connection is lost
+                break
+            received += len(chunk)
+            if received > printed:
+                say(chunk[printed - received :])
+                printed = received
+            complete = not chunk
         state = status(jobs, job) or "STOPPED"
-        if state in ENDED and (complete or ended):  # the stream of a job that has ended gets one more try
+        if state in ENDED:
+            if not complete:  # a proxy without WebSockets, for example: the rest comes in one request
+                with suppress(RuntimeError):
+                    say(jobs.get_job_logs(job)[printed:])
             return state
-        ended = state in ENDED
         await asyncio.sleep(poll)
