@@ -206,7 +206,7 @@ def test_scale_and_offset_of_the_imagery_are_part_of_the_contract(tmp_path):
         if fits:
             bundle.check_contract(source.bands, source.dtype, units=source.units)
         else:
-            with pytest.raises(ModelError, match=r"x 0.0001 \+ 0, a says that its red is stored x 0.0001 \+ -0.1"):
+            with pytest.raises(ModelError, match=r"x 0.0001 \+ 0, a declares red as stored x 0.0001 \+ -0.1"):
                 bundle.check_contract(source.bands, source.dtype, units=source.units, source="a")
 
 

@@ -116,7 +116,7 @@ def test_what_cannot_be_meant_is_named_with_its_path(overrides, said):
         ("gpc", "classifier.rates=[]", "config key classifier.rates: [] is not a schedule"),
         ("gpc", "classifier.rates=[[8, 0.1], [4, 0.2]]", "rising epochs"),
         ("gpc", "classifier.augment.saturation=[2, 1]", "[2, 1] is not a range; give two numbers >= 0"),
-        ("gpc", "scaling={mean: [], std: []}", "there is neither a mean nor a std"),
+        ("gpc", "scaling={mean: [], std: []}", "mean and std are empty"),
         ("landcover", "scaling={mean: [1, 1, 1], std: [1, 1, 1], scale: -1}", "scale -1 and std"),
         ("landcover", "scaling.scale=.inf", "config key scaling.scale = inf: input should be a finite number"),
         ("landcover", "scaling.std=[.nan, 1, 1]", "config key scaling.std.0 = nan: input should be a finite number"),

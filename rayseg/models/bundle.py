@@ -1,8 +1,8 @@
-"""Bundles: a trained model with everything prediction and serving need, and nothing that runs on loading.
+"""Bundles: a trained model with all that prediction and serving need, and no code that runs on loading.
 
 <prefix>/model.safetensors   the weights
 <prefix>/bundle.json         what this module's `Bundle` holds
-<prefix>/item.json           a STAC item with the MLM extension; written last: where it is, the bundle is whole
+<prefix>/item.json           a STAC item with the MLM extension; written last, so its presence means a whole bundle
 """
 
 import hashlib
@@ -19,7 +19,6 @@ import pystac
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from safetensors import SafetensorError, deserialize
-from upath import UPath
 
 import rayseg
 from rayseg.config import Config
@@ -39,94 +38,6 @@ MLM_TASKS = {
 }
 
 
-def item(bundle: "Bundle", *, size: int, parameters: int) -> pystac.Item:
-    """The STAC item of a model, with the extensions MLM, file and processing.
-
-    Args:
-        bundle: as saved.
-        size: of the weights file in bytes.
-        parameters: number of the model's weights.
-    """
-    provenance = bundle.provenance
-    described = pystac.Item(
-        id=bundle.name,
-        geometry=None,
-        bbox=None,
-        datetime=provenance.created,
-        properties={
-            "description": f"{bundle.task} into {', '.join(name for _, name, _ in bundle.classes)}",
-            "processing:software": dict([provenance.software.rsplit(" ", 1)]),
-            "bands": [{"name": band, "data_type": bundle.dtype} for band in bundle.bands],
-            "mlm:name": bundle.name,
-            "mlm:architecture": str(bundle.architecture.options.get("architecture", bundle.architecture.factory)),
-            "mlm:tasks": [MLM_TASKS[bundle.task]],
-            "mlm:framework": "pytorch",
-            "mlm:framework_version": metadata.version("torch").partition("+")[0],
-            "mlm:total_parameters": parameters,
-            "mlm:accelerator_constrained": False,
-            "mlm:hyperparameters": dict(bundle.architecture.options),
-            "mlm:input": [_mlm_input(bundle)],
-            "mlm:output": [_mlm_output(bundle)],
-        },
-        stac_extensions=[MLM_SCHEMA, FILE_SCHEMA, PROCESSING_SCHEMA],
-    )
-    described.add_asset("model", _weights_asset(bundle, size))
-    described.add_asset("bundle", pystac.Asset("./bundle.json", media_type="application/json", roles=["metadata"]))
-    for parent in provenance.parents:
-        described.add_link(pystac.Link(pystac.RelType.DERIVED_FROM, parent, media_type="application/json"))
-    return described
-
-
-def _mlm_input(bundle: "Bundle") -> dict[str, Any]:
-    """Scaling as one z-score per band on the values as they are stored."""
-    scaling = bundle.scaling
-    z_scores = [
-        {"type": "z-score", "mean": (mean - scaling.offset) / scaling.scale, "stddev": std / scaling.scale}
-        for mean, std in zip(scaling.mean, scaling.std, strict=True)
-    ]
-    return {
-        "name": "image",
-        "bands": list(bundle.bands),
-        "input": {
-            "shape": [-1, len(bundle.bands), bundle.patch, bundle.patch],
-            "dim_order": ["batch", "bands", "height", "width"],
-            "data_type": "float32",
-        },
-        "value_scaling": z_scores,
-    }
-
-
-def _mlm_output(bundle: "Bundle") -> dict[str, Any]:
-    spatial = bundle.task == "segmentation"
-    return {
-        "name": "logits",
-        "tasks": [MLM_TASKS[bundle.task]],
-        "result": {
-            "shape": [-1, bundle.outputs, *([bundle.patch, bundle.patch] if spatial else [])],
-            "dim_order": ["batch", "classes", *(["height", "width"] if spatial else [])],
-            "data_type": "float32",
-        },
-        "classification:classes": [
-            {"value": value, "name": name, "color_hint": bytes(color).hex().upper()}
-            for value, name, color in bundle.classes
-        ],
-    }
-
-
-def _weights_asset(bundle: "Bundle", size: int) -> pystac.Asset:
-    return pystac.Asset(
-        "./model.safetensors",
-        title=f"weights of {bundle.name}",
-        media_type="application/octet-stream",
-        roles=["mlm:model", "mlm:weights", "data"],
-        extra_fields={
-            "mlm:artifact_type": "safetensors.torch.save",
-            "file:size": size,
-            "file:checksum": f"1220{bundle.sha256}",
-        },
-    )
-
-
 FORMAT = 1
 FACTORIES = {
     "classifier": ("rayseg.models.classifier", "build_classifier"),
@@ -141,14 +52,14 @@ FACTORIES = {
 ClassRow = tuple[int, str, tuple[int, int, int]]
 
 
-def _numbers(values: Any) -> Any:  # noqa: ANN401 - pydantic gives whatever was given
-    """The values without those that are no number."""
+def _finite(values: Any) -> Any:  # noqa: ANN401 - pydantic passes any input
+    """The values without NaN and infinity, which JSON does not have."""
     if not isinstance(values, dict):
         return values
     return {name: value for name, value in values.items() if not isinstance(value, float) or isfinite(value)}
 
 
-Metrics = Annotated[dict[str, float], BeforeValidator(_numbers)]
+Metrics = Annotated[dict[str, float], BeforeValidator(_finite)]
 
 
 class Scaling(Config):
@@ -166,11 +77,11 @@ class Scaling(Config):
     """One per band, above 0."""
 
     @model_validator(mode="after")
-    def _can_be_divided_by(self) -> "Scaling":
+    def _positive(self) -> "Scaling":
         if len(self.mean) != len(self.std):
             raise ValueError(f"{len(self.mean)} means but {len(self.std)} stds, expected one of each per band")
         if not self.mean:
-            raise ValueError("there is neither a mean nor a std, expected one of each per band")
+            raise ValueError("mean and std are empty, expected one of each per band")
         if self.scale <= 0 or any(std <= 0 for std in self.std):
             raise ValueError(f"scale {self.scale:g} and std {list(self.std)} must be above 0")
         return self
@@ -180,7 +91,7 @@ class Scaling(Config):
     @overload
     def normalize(self, image_CHW: "Tensor") -> "Tensor": ...
     def normalize(self, image_CHW: "NDArray[Any] | Tensor") -> "NDArray[np.float32] | Tensor":
-        """The model's input, float32, of imagery as it is stored: CHW or NCHW, bands in the model's order."""
+        """The model's input, float32, from stored values: CHW or NCHW, bands in the model's order."""
         per_band = (self.mean, self.std)
         if isinstance(image_CHW, np.ndarray):
             mean_C11, std_C11 = (np.array(values, np.float32)[:, None, None] for values in per_band)
@@ -193,35 +104,35 @@ class Scaling(Config):
 
 
 class Architecture(Config):
-    """Which of the known factories builds the network, and with which options."""
+    """Which factory builds the network, and with which options."""
 
     factory: Literal["classifier", "over-imagenet", "plots", "refined", "sam", "segmenter", "unsupervised"]
     options: dict[str, str | int | float]
-    """Arguments of the factory, without its weights."""
+    """Arguments of the factory, without the weights."""
 
 
 class Provenance(Config):
-    """Where a model comes from."""
+    """Origin of a model."""
 
     created: datetime = Field(default_factory=lambda: datetime.now(UTC))
     software: str = f"rayseg {rayseg.__version__}"
     config: dict[str, Any] = Field(default_factory=dict)
     """The resolved configuration of the training."""
     parents: tuple[str, ...] = ()
-    """URIs of the items it was trained on."""
+    """URIs of the items of its training data."""
 
 
 class Bundle(Config):
-    """The contract between a trained model and the imagery it can be used on."""
+    """A trained model and the imagery that it accepts."""
 
     format: Literal[1] = 1
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     task: Literal["classification", "segmentation", "instances"]
     architecture: Architecture
     classes: tuple[ClassRow, ...]
-    """(value in the class raster, name, (red, green, blue)) in the order of the model's outputs."""
+    """(value in the class raster, name, (red, green, blue)), in the order of the model's outputs."""
     bands: tuple[str, ...] = Field(min_length=1)
-    """Names of the bands in the order the model takes them."""
+    """Names of the bands in the model's order."""
     dtype: str
     """Data type of the imagery, as numpy names it."""
     scaling: Scaling
@@ -232,10 +143,10 @@ class Bundle(Config):
     threshold: float = Field(default=0.5, ge=0, le=1)
     """Probability above which a pixel is of the class, for models of one class."""
     metrics: Metrics = Field(default_factory=dict)
-    """Of the training; those that are no number, as the IoU of what does not occur, are left out."""
+    """Of the training, without NaN and infinity, such as the IoU of an absent class."""
     provenance: Provenance = Field(default_factory=Provenance)
     sha256: str = ""
-    """Of `model.safetensors`; set when the bundle is saved."""
+    """Of `model.safetensors`; set by `save`."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Bundle":
@@ -251,12 +162,12 @@ class Bundle(Config):
 
     @property
     def outputs(self) -> int:
-        """Number of the model's logits per image or pixel; 1 is a class against the rest."""
+        """Number of the model's logits per image or pixel; 1 for a class against the rest."""
         usual = {"refined": 1, "sam": 1, "segmenter": 1, "unsupervised": 32}
         return int(self.architecture.options.get("classes", usual.get(self.architecture.factory, 2)))
 
     def normalize(self, image_CHW: NDArray[Any]) -> NDArray[np.float32]:
-        """The model's input of imagery as it is stored; see `Scaling.normalize`."""
+        """The model's input from stored values; see `Scaling.normalize`."""
         return self.scaling.normalize(image_CHW)
 
     def check_contract(
@@ -267,14 +178,13 @@ class Bundle(Config):
         units: Sequence[tuple[float, float]] = (),
         source: str = "the imagery",
     ) -> None:
-        """Refuse imagery this model cannot be used on.
+        """Refuse imagery that this model does not accept.
 
         Args:
-            bands: names of the imagery's bands, in any order; more than the model needs is fine.
+            bands: names of the imagery's bands, in any order; further bands are ignored.
             dtype: the imagery's data type, as numpy names it.
-            units: (scale, offset) of each of `bands`, if the imagery says so; a model that takes values as they are
-                stored takes any.
-            source: what to call the imagery in the error.
+            units: (scale, offset) of each of `bands`, if known; a model of stored values accepts any.
+            source: name of the imagery, for the message.
 
         Raises:
             ModelError: bands are missing, or the data type, scale or offset differ; both sides are named.
@@ -295,20 +205,106 @@ class Bundle(Config):
         for band, unit in zip(bands, units, strict=False) if own != (1.0, 0.0) else ():
             if band in self.bands and not np.allclose(unit, own, rtol=1e-6, atol=0):
                 raise ModelError(
-                    f"model {self.name} takes stored values x {own[0]:g} + {own[1]:g}, {source} says that its {band} "
-                    f"is stored x {unit[0]:g} + {unit[1]:g}; convert the imagery or use another model"
+                    f"model {self.name} expects values of stored x {own[0]:g} + {own[1]:g}, {source} declares {band} "
+                    f"as stored x {unit[0]:g} + {unit[1]:g}; convert the imagery or use another model"
                 )
 
 
+def item(bundle: Bundle, *, size: int, parameters: int) -> pystac.Item:
+    """The STAC item of a model, with the extensions MLM, file and processing.
+
+    Args:
+        bundle: as saved.
+        size: of the weights file in bytes.
+        parameters: number of the model's weights.
+    """
+    provenance, options = bundle.provenance, bundle.architecture.options
+    described = pystac.Item(
+        id=bundle.name,
+        geometry=None,
+        bbox=None,
+        datetime=provenance.created,
+        properties={
+            "description": f"{bundle.task} into {', '.join(name for _, name, _ in bundle.classes)}",
+            "processing:software": dict([provenance.software.rsplit(" ", 1)]),
+            "bands": [{"name": band, "data_type": bundle.dtype} for band in bundle.bands],
+            "mlm:name": bundle.name,
+            "mlm:architecture": str(options.get("architecture", bundle.architecture.factory)),
+            "mlm:tasks": [MLM_TASKS[bundle.task]],
+            "mlm:framework": "pytorch",
+            "mlm:framework_version": metadata.version("torch").partition("+")[0],
+            "mlm:total_parameters": parameters,
+            "mlm:accelerator_constrained": False,
+            "mlm:hyperparameters": dict(options),
+            "mlm:input": [_mlm_input(bundle)],
+            "mlm:output": [_mlm_output(bundle)],
+        },
+        stac_extensions=[MLM_SCHEMA, FILE_SCHEMA, PROCESSING_SCHEMA],
+    )
+    weights = pystac.Asset(
+        "./model.safetensors",
+        title=f"weights of {bundle.name}",
+        media_type="application/octet-stream",
+        roles=["mlm:model", "mlm:weights", "data"],
+        extra_fields={
+            "mlm:artifact_type": "safetensors.torch.save",
+            "file:size": size,
+            "file:checksum": f"1220{bundle.sha256}",  # a multihash: 12 = SHA-256, 20 = its 32 bytes
+        },
+    )
+    described.add_asset("model", weights)
+    described.add_asset("bundle", pystac.Asset("./bundle.json", media_type="application/json", roles=["metadata"]))
+    for parent in provenance.parents:
+        described.add_link(pystac.Link(pystac.RelType.DERIVED_FROM, parent, media_type="application/json"))
+    return described
+
+
+def _mlm_input(bundle: Bundle) -> dict[str, Any]:
+    """The input: the bundle's scaling is one z-score per band of the stored values."""
+    scaling = bundle.scaling
+    z_scores = [
+        {"type": "z-score", "mean": (mean - scaling.offset) / scaling.scale, "stddev": std / scaling.scale}
+        for mean, std in zip(scaling.mean, scaling.std, strict=True)
+    ]
+    return {
+        "name": "image",
+        "bands": list(bundle.bands),
+        "input": {
+            "shape": [-1, len(bundle.bands), bundle.patch, bundle.patch],
+            "dim_order": ["batch", "bands", "height", "width"],
+            "data_type": "float32",
+        },
+        "value_scaling": z_scores,
+    }
+
+
+def _mlm_output(bundle: Bundle) -> dict[str, Any]:
+    spatial = bundle.task == "segmentation"
+    return {
+        "name": "logits",
+        "tasks": [MLM_TASKS[bundle.task]],
+        "result": {
+            "shape": [-1, bundle.outputs, *([bundle.patch, bundle.patch] if spatial else [])],
+            "dim_order": ["batch", "classes", *(["height", "width"] if spatial else [])],
+            "data_type": "float32",
+        },
+        "classification:classes": [
+            {"value": value, "name": name, "color_hint": bytes(color).hex().upper()}
+            for value, name, color in bundle.classes
+        ],
+    }
+
+
 def save(prefix: StorePath, bundle: Bundle, model: "nn.Module") -> Bundle:
-    """Write the three files of a bundle under `prefix`, the item last; return the bundle with its checksum."""
+    """Write the three files of a bundle under `prefix`; return the bundle with its checksum."""
     from safetensors.torch import save as write_tensors
 
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     weights = write_tensors(state)
     whole = bundle.model_copy(update={"sha256": hashlib.sha256(weights).hexdigest()})
     folder = upath(prefix)
-    described = item(whole, size=len(weights), parameters=_count(model))
+    described = item(whole, size=len(weights), parameters=sum(weight.numel() for weight in model.parameters()))
+    # The item is written last: `load` accepts a bundle only with all three files.
     put(folder / "model.safetensors", weights)
     put(folder / "bundle.json", whole.model_dump_json(indent=2).encode())
     put(folder / "item.json", json.dumps(described.to_dict()).encode())
@@ -319,58 +315,54 @@ def load(prefix: StorePath) -> Bundle:
     """The description of the model under `prefix`.
 
     Raises:
-        ModelError: there is no bundle, it is not whole, or another version of rayseg wrote it.
+        ModelError: there is no bundle, it is incomplete, or another version of rayseg wrote it.
     """
     folder = upath(prefix)
     present = {name for name in ("model.safetensors", "bundle.json", "item.json") if (folder / name).exists()}
     if not present:
-        raise ModelError(f"{folder} holds no model bundle (no bundle.json); give the folder a training wrote")
+        raise ModelError(f"{folder} holds no model bundle (no bundle.json); give the folder of a training")
     missing = {"model.safetensors", "bundle.json", "item.json"} - present
     if missing:
-        raise ModelError(f"bundle {folder} is not whole, {', '.join(sorted(missing))} missing; run its training again")
-    return _parsed(folder)
-
-
-def find(prefixes: Iterable[StorePath]) -> Iterator[tuple[str, Bundle]]:
-    """(prefix, bundle) of every whole bundle at or below some prefixes, by prefix; those that cannot be read are left.
-
-    Raises:
-        ModelError: one of the prefixes is not there.
-    """
-    folders: set[str] = set()
-    for prefix in map(upath, prefixes):
-        if not prefix.is_dir():
-            raise ModelError(f"{prefix} is no folder to look for models in; name the folder of a run")
-        folders |= {str(path.parent) for path in prefix.glob("**/bundle.json")}
-    for folder in sorted(folders):
-        with suppress(ModelError):
-            yield folder, load(folder)
-
-
-def _parsed(folder: UPath) -> Bundle:
+        raise ModelError(f"bundle {folder} is incomplete, {', '.join(sorted(missing))} missing; run its training again")
     try:
         values = json.loads((folder / "bundle.json").read_bytes())
     except ValueError:
-        raise ModelError(f"{folder / 'bundle.json'} is not JSON, so not a model bundle; copy the bundle anew") from None
-    found = values.get("format") if isinstance(values, dict) else None
-    if found != FORMAT:
+        raise ModelError(f"{folder / 'bundle.json'} is not JSON, expected a model bundle; copy it again") from None
+    version = values.get("format") if isinstance(values, dict) else None
+    if version != FORMAT:
         raise ModelError(
-            f"{folder / 'bundle.json'} has format {found!r}, this rayseg {rayseg.__version__} reads format {FORMAT}; "
+            f"{folder / 'bundle.json'} has format {version!r}, this rayseg {rayseg.__version__} reads format {FORMAT}; "
             "use the version that wrote it, or train again"
         )
     try:
         return Bundle.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise ModelError(f"{folder / 'bundle.json'}: {where}: {first['msg']}; copy the bundle anew") from None
+        where = ".".join(str(part) for part in first["loc"]) or "all values"
+        raise ModelError(f"{folder / 'bundle.json'}: {where}: {first['msg']}; copy the bundle again") from None
+
+
+def find(prefixes: Iterable[StorePath]) -> Iterator[tuple[str, Bundle]]:
+    """(prefix, bundle) of every whole bundle at or below some prefixes, sorted; unreadable ones are skipped.
+
+    Raises:
+        ModelError: one of the prefixes does not exist.
+    """
+    folders: set[str] = set()
+    for prefix in map(upath, prefixes):
+        if not prefix.is_dir():
+            raise ModelError(f"{prefix} is not a folder; name the folder of a run")
+        folders |= {str(path.parent) for path in prefix.glob("**/bundle.json")}
+    for folder in sorted(folders):
+        with suppress(ModelError):
+            yield folder, load(folder)
 
 
 def whole(prefix: StorePath) -> tuple[Bundle, bytes]:
-    """The bundle under `prefix` and the bytes of its weights, both as they were saved.
+    """The bundle under `prefix` and the bytes of its weights.
 
     Raises:
-        ModelError: see `load`; or the weights are damaged or not those the bundle was saved with.
+        ModelError: see `load`; or the weights are damaged or belong to another bundle.
     """
     bundle, path = load(prefix), upath(prefix) / "model.safetensors"
     weights = path.read_bytes()
@@ -379,8 +371,8 @@ def whole(prefix: StorePath) -> tuple[Bundle, bytes]:
     try:
         deserialize(weights)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
-        raise ModelError(f"weights {path} ({len(weights)} bytes) are damaged: {error}; copy the bundle anew") from None
-    raise ModelError(f"weights {path} are not those of bundle.json (sha256 differs); copy the bundle anew")
+        raise ModelError(f"weights {path} ({len(weights)} bytes) are damaged: {error}; copy the bundle again") from None
+    raise ModelError(f"weights {path} are not those of bundle.json (sha256 differs); copy the bundle again")
 
 
 def build(prefix: StorePath) -> tuple[Bundle, "nn.Module"]:
@@ -392,9 +384,8 @@ def build(prefix: StorePath) -> tuple[Bundle, "nn.Module"]:
     from safetensors.torch import load as read_tensors
 
     bundle, weights = whole(prefix)
-    module, factory = FACTORIES[bundle.architecture.factory]
     try:
-        model: nn.Module = getattr(import_module(module), factory)(**bundle.architecture.options, weights="none")
+        model = _untrained(bundle)
         model.load_state_dict(read_tensors(weights))
     except (TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -403,13 +394,14 @@ def build(prefix: StorePath) -> tuple[Bundle, "nn.Module"]:
 
 
 def blank(bundle: Bundle) -> "nn.Module":
-    """The model that the bundle describes with weights of nothing but zeros: as slow as a trained one, and as large."""
-    module, factory = FACTORIES[bundle.architecture.factory]
-    model: nn.Module = getattr(import_module(module), factory)(**bundle.architecture.options, weights="none")
+    """The model of the bundle with all weights 0: as slow and as large as the trained one."""
+    model = _untrained(bundle)
     for weight in model.parameters():
         weight.data.zero_()
     return model.eval()
 
 
-def _count(model: "nn.Module") -> int:
-    return sum(weight.numel() for weight in model.parameters())
+def _untrained(bundle: Bundle) -> "nn.Module":
+    module, factory = FACTORIES[bundle.architecture.factory]
+    model: nn.Module = getattr(import_module(module), factory)(**bundle.architecture.options, weights="none")
+    return model

@@ -26,33 +26,34 @@ def gradcam_plusplus(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
 ) -> tuple[FloatArray, FloatArray]:
-    """Grad-CAM++ (Chattopadhay et al. 2018) of one class, and how sure the model is of it.
+    """Grad-CAM++ (Chattopadhay et al. 2018) of one class, and the model's score for it.
 
     Args:
-        model: images_NCHW -> logits_NK; put into evaluation mode meanwhile.
+        model: images_NCHW -> logits_NK; in evaluation mode during the call.
         images_NCHW: normalised float32 images; they are moved to the model's device.
-        target_class: the class looked for.
+        target_class: position of the class.
         layer: a module of the model that returns feature maps, or the number of an encoder stage of a
-            `Classifier` (-1 the last, -2 one of twice its resolution).
+            `Classifier` (-1 the last, -2 one of twice the resolution).
         batch_size: images per pass.
-        scales: maps and scores are averaged over the images resized by each factor, in one go with `flip`.
-        flip: also average with those of the mirrored images.
+        scales: factors of image size over which maps and scores are averaged.
+        flip: average over the mirrored images, too.
 
     Returns:
-        cams_NHW, float32 in 0..1 at the images' size, each image with its own minimum 0 and maximum 1 (all 0 where
-        nothing speaks for the class), and scores_N, float32, the softmax of the class
+        cams_NHW, float32 in 0..1 at the images' size, each image with its own minimum 0 and maximum 1 (all 0 for
+        a flat map), and scores_N, float32, the softmax of the class
         (the sigmoid where the model has one logit).
     """
     views = [(scale, mirrored) for scale in scales for mirrored in ((False, True) if flip else (False,))]
     device = next(model.parameters()).device
     cams, scores = [], []
-    with _held_still(model):
+    with _frozen(model):
         cam = GradCAMPlusPlus(model, [_layer_of(model, layer)])  # as a context manager it would swallow errors
         for images in torch.split(images_NCHW, batch_size):
             seen = [_view(cam, images.to(device), target_class, scale=scale, mirrored=flag) for scale, flag in views]
-            maps, sureness = zip(*seen, strict=True)
+            maps, view_scores = zip(*seen, strict=True)
+            # Grad-CAM stretches each map to 0..1; a mean of several has to be stretched again.
             cams.append(maps[0] if len(maps) == 1 else _stretched(np.mean(maps, axis=0)))
-            scores.append(np.mean(sureness, axis=0))
+            scores.append(np.mean(view_scores, axis=0))
         cam.activations_and_grads.release()
     return np.concatenate(cams), np.concatenate(scores)
 
@@ -63,14 +64,14 @@ def _layer_of(model: nn.Module, layer: nn.Module | int) -> nn.Module:
     stages: list[nn.Module] = list(model.get_submodule("stages").children())
     if not -len(stages) <= layer < len(stages):
         raise ConfigError(
-            f"layer {layer} is no stage of the encoder, which has {len(stages)}: choose -1 (the last) to {-len(stages)}"
+            f"layer {layer} is not one of the encoder's {len(stages)} stages: choose -1 (the last) to {-len(stages)}"
         )
     return stages[layer]
 
 
 @contextmanager
-def _held_still(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients for the weights, only through them; both as before afterwards."""
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and gradients through the weights but not for them; both are restored afterwards."""
     training = [(module, module.training) for module in model.modules()]
     learning = [(weight, weight.requires_grad) for weight in model.parameters()]
     model.eval()
@@ -87,7 +88,7 @@ def _held_still(model: nn.Module) -> Iterator[None]:
 def _view(
     cam: GradCAMPlusPlus, images_NCHW: Tensor, target_class: int, *, scale: float, mirrored: bool
 ) -> tuple[FloatArray, FloatArray]:
-    """Maps of the images resized and mirrored, brought back to where the images are, and scores."""
+    """Maps of the resized and mirrored images, transformed back to the images' pixels, and scores."""
     height, width = images_NCHW.shape[2:]
     seen = images_NCHW.flip(3) if mirrored else images_NCHW
     if scale != 1:
@@ -103,7 +104,7 @@ def _view(
 
 
 def _stretched(cams_NHW: FloatArray) -> FloatArray:
-    """Each map from its minimum 0 to its maximum 1; a flat map stays 0."""
+    """Each map stretched to 0..1; a flat map becomes 0."""
     low = cams_NHW.min(axis=(1, 2), keepdims=True)
     span = cams_NHW.max(axis=(1, 2), keepdims=True) - low
     stretched: FloatArray = ((cams_NHW - low) / np.where(span > 0, span, 1)).astype(np.float32)

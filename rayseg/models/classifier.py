@@ -16,12 +16,12 @@ Pooling = Callable[[Tensor], Tensor]
 class Classifier(nn.Module):
     """images_NCHW -> logits_NK, by pooling one score per class and position of the encoder's last feature map.
 
-    `stages[k]` passes on the encoder's k-th feature map (0 is the image, -1 the last): a place for hooks that is the
-    same for every encoder, at which class activation maps are taken.
+    `stages[k]` passes the encoder's k-th feature map through (0 is the image, -1 the last): a place for hooks that is
+    the same for every encoder, used for class activation maps.
 
-    With average pooling this is the usual average pool, dropout and linear layer in another order: whole channels are
-    dropped, and a mean of linear scores is the linear score of the mean. The other poolings come from learning with
-    many instances per label: a chip is positive because some part of it is.
+    With average pooling this equals the usual average pool, dropout and linear layer: whole channels are dropped, and
+    a mean of linear scores is the linear score of the mean. The other poolings come from multiple-instance learning:
+    a chip is positive if some part of it is.
     """
 
     def __init__(self, encoder: nn.Module, *, classes: int, dropout: float, pool: Pooling, reduce: int) -> None:
@@ -73,14 +73,14 @@ def build_classifier(
         dropout: share of the channels dropped before the head in training.
         weights: of the encoder: "imagenet" (downloaded), "none", or a `.pth`, `.pt` or `.safetensors` file.
         channels: bands of the images.
-        stride: pixels per position of the last feature map: 32, or 16 or 8 by dilation where the encoder can.
+        stride: pixels per position of the last feature map: 32, or 16 or 8 if the encoder supports dilation.
         pooling: one of `POOLINGS`: the mean over the positions, a soft maximum (logsumexp), or the mean of a class's
             highest 1, 5, 10 or 20 % of positions.
-        reduce: side in pixels of the squares whose mean the encoder sees as one pixel.
+        reduce: side in px of the squares that are averaged to one input pixel of the encoder.
 
     Raises:
-        ConfigError: encoder, stride or pooling are unknown or do not go together.
-        ModelError: the weights are not to be had or do not fit.
+        ConfigError: encoder, stride or pooling are unknown or cannot be combined.
+        ModelError: the weights are missing or do not fit.
     """
     if pooling not in POOLINGS:
         raise ConfigError(f"pooling {pooling!r} is unknown, expected one of: {', '.join(POOLINGS)}")
@@ -91,7 +91,7 @@ def build_classifier(
 class OverImageNet(nn.Module):
     """images_NCHW -> logits_NK: the 1000 outputs of a whole network through one more linear layer (Desai & Ghose 2022).
 
-    The network is called `encoder`, as in the other classifiers, though it has its own head.
+    The network is called `encoder`, as in the other classifiers, although it has its own head.
     """
 
     def __init__(self, net: nn.Module, *, classes: int, reduce: int) -> None:
@@ -114,18 +114,18 @@ class OverImageNet(nn.Module):
 def build_over_imagenet(
     encoder: str, *, classes: int = 2, weights: str = "imagenet", channels: int = 3, reduce: int = 1
 ) -> OverImageNet:
-    """A classifier of normalised images_NCHW into `classes` over any network of timm that has ImageNet's 1000.
+    """A classifier of normalised images_NCHW into `classes` over any timm network with the 1000 ImageNet outputs.
 
     Args:
         encoder: a name of timm, for example "vgg16", "resnet50" or "vit_tiny_patch16_224".
         classes: number of logits K.
         weights: "imagenet" (downloaded), "none", or a file with timm's names.
         channels: bands of the images.
-        reduce: side in pixels of the squares whose mean the network sees as one pixel.
+        reduce: side in px of the squares that are averaged to one input pixel of the network.
 
     Raises:
         ConfigError: timm has no such network.
-        ModelError: the weights are not to be had or do not fit.
+        ModelError: the weights are missing or do not fit.
     """
     return OverImageNet(build_imagenet(encoder, channels=channels, weights=weights), classes=classes, reduce=reduce)
 
@@ -133,10 +133,6 @@ def build_over_imagenet(
 def class_probabilities(logits_NK: Tensor) -> Tensor:
     """Probabilities_NK: softmax, or sigmoid where there is one logit."""
     return logits_NK.sigmoid() if logits_NK.shape[1] == 1 else logits_NK.softmax(dim=1)
-
-
-def _average(logits_NKHW: Tensor) -> Tensor:
-    return logits_NKHW.mean(dim=(2, 3))
 
 
 def _log_sum_exp(logits_NKHW: Tensor, *, sharpness: float = 5.0) -> Tensor:
@@ -153,7 +149,7 @@ def _top(logits_NKHW: Tensor, *, share: float) -> Tensor:
 
 
 POOLINGS: Mapping[str, Pooling] = {
-    "average": _average,
+    "average": partial(torch.mean, dim=(2, 3)),
     "logsumexp": _log_sum_exp,
     "top1": partial(_top, share=0.01),
     "top5": partial(_top, share=0.05),

@@ -1,4 +1,4 @@
-"""What makes a CPU quick where PyTorch's defaults are slow; other devices are left alone."""
+"""Layers and settings that are faster on CPUs than PyTorch's defaults; other devices use the defaults."""
 
 import copy
 import os
@@ -16,13 +16,13 @@ from torch.nn.grad import conv2d_input
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 MOST_THREADS = 4
-_FOLDED_WITHIN = 1e-3  # of the largest output; rounding makes 1e-6 of it, a wrong order of layers 1e-1 and more
+_FOLDED_WITHIN = 1e-3  # of the largest output; rounding changes 1e-6 of it, a wrong order of layers 1e-1 and more
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution, stride 1, padding 1, whose weight gradient on a CPU is a few matrix products.
+    """A 3x3 convolution, stride 1, padding 1, whose weight gradient on a CPU is computed by matrix products.
 
-    oneDNN's own kernel for it takes three times as long as the forward pass when the memory format is channels_last.
+    In channels_last, oneDNN's own kernel for this gradient takes three times as long as the forward pass.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -38,7 +38,7 @@ class Conv3x3(nn.Conv2d):
 
 
 class Conv1x1(nn.Conv2d):
-    """A 1x1 convolution that on a CPU is one matrix product over the pixels as they lie in channels_last."""
+    """A 1x1 convolution that on a CPU is one matrix product over the pixels in channels_last order."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1)
@@ -80,35 +80,35 @@ def _weight_gradient(x_NCHW: Tensor, grad_NKHW: Tensor) -> Tensor:
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation whose training on a CPU in channels_last keeps full accuracy on big images.
+    """Batch normalisation whose training on a CPU in channels_last is accurate on large images.
 
-    PyTorch's own kernel adds up all pixels one after another in float32; here parts of the image are added up first.
+    PyTorch's own kernel sums all pixels one after another in float32; here parts of the image are summed first.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """Normalise (N, C, H, W) by its own statistics in training, by the running ones otherwise."""
+        """Normalise (N, C, H, W) by its own statistics in training, else by the running ones."""
         last = input.is_contiguous(memory_format=torch.channels_last)
         if not (self.training and last and input.device.type == "cpu") or torch.is_autocast_enabled("cpu"):
             return super().forward(input)
         rows_PC = _rows(input.detach())
-        mean, variance = _statistics(rows_PC)
-        self._remember(mean, variance, len(rows_PC))
-        output: Tensor = _Normalise.apply(input, self.weight, self.bias, mean, (variance + self.eps).rsqrt())
-        return output
-
-    def _remember(self, mean: Tensor, variance: Tensor, pixels: int) -> None:
+        # 1. mean and variance (over P, not P - 1) of every channel
+        pixels = len(rows_PC)
+        mean = torch.stack([x.sum(0) for x in _parts(rows_PC)]).sum(0) / pixels
+        variance = torch.stack([(x - mean).square_().sum(0) for x in _parts(rows_PC)]).sum(0) / pixels
+        # 2. the running statistics, as PyTorch updates them; a momentum of None is the plain average over all batches
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked += 1
-        # None is PyTorch's word for the plain average over all batches.
         momentum = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, momentum)
         self.running_var.lerp_(variance * (pixels / max(pixels - 1, 1)), momentum)
+        output: Tensor = _Normalise.apply(input, self.weight, self.bias, mean, (variance + self.eps).rsqrt())
+        return output
 
 
 class _Normalise(torch.autograd.Function):
-    """(x - mean) * scale * weight + bias with mean and scale taken from x itself; gradient of Ioffe & Szegedy 2015."""
+    """(x - mean) * scale * weight + bias, where mean and scale depend on x; gradient: Ioffe & Szegedy 2015, sec. 3."""
 
     @staticmethod
     def forward(ctx: Any, x_NCHW: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> Tensor:  # noqa: ANN401
@@ -138,12 +138,12 @@ class _Normalise(torch.autograd.Function):
 class Apart(nn.Module):
     """A model of images, in evaluation mode, that computes each image of a batch in one thread, several at a time.
 
-    An image then has the same bits in whatever batch it comes and however many processors there are, and nobody waits
-    for the slowest thread of a layer.
+    The result of an image is then bit-equal in any batch and on any number of processors, and no layer waits for its
+    slowest thread.
 
     Args:
         model: (1, C, H, W) -> tensor of one image.
-        most: threads.
+        most: number of threads.
     """
 
     def __init__(self, model: nn.Module, *, most: int = MOST_THREADS) -> None:
@@ -152,13 +152,13 @@ class Apart(nn.Module):
         self.count = min(most, os.cpu_count() or 1)
         self._pool = _single_threads(self.count)
         self._lock, self._under_way = threading.Lock(), 0
-        self._helped = 1  # threads of an image that comes by itself
+        self._helped = 1  # threads of a single image
 
     @torch.inference_mode()
     def help_one(self, x_NCHW: Tensor) -> None:
-        """From now on have all threads compute an image that comes by itself, if these images keep their bits so.
+        """Use all threads for a single image from now on, if these images are bit-equal that way.
 
-        A power of two of them, as elementwise kernels treat the ends of other parts of an image otherwise.
+        The number of threads is a power of two: elementwise kernels round the ends of other parts differently.
         """
         most = 1 << (self.count.bit_length() - 1)
         alone = torch.cat(list(self._pool.map(self._one, torch.split(x_NCHW, 1))))
@@ -167,7 +167,7 @@ class Apart(nn.Module):
         self._helped = most if bool((alone == helped).all()) else 1
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """The model's outputs, one behind the other."""
+        """The model's outputs, concatenated."""
         with self._lock:
             self._under_way += len(x_NCHW)
             helped = self._helped > 1 and self._under_way == 1
@@ -181,52 +181,60 @@ class Apart(nn.Module):
                 self._under_way -= len(x_NCHW)
 
     def _one(self, x_1CHW: Tensor) -> Tensor:
-        with torch.inference_mode():
-            found: Tensor = self.model(x_1CHW)
-        return found
+        with torch.inference_mode():  # it holds for one thread, so each of the pool enters its own
+            output: Tensor = self.model(x_1CHW)
+        return output
 
 
 def _single_threads(count: int) -> ThreadPoolExecutor:
-    """A pool whose threads have no helpers of their own; other threads keep theirs."""
-    all_there, before = threading.Barrier(count + 1), torch.get_num_threads()
+    """A pool of threads in which PyTorch computes with one thread; other threads keep their number."""
+    ready, before = threading.Barrier(count + 1), torch.get_num_threads()
 
     def alone() -> None:
-        torch.get_num_threads()  # a new thread takes over the process's number when it is first asked, not before
+        torch.get_num_threads()  # a new thread takes the process's number at its first call, so call before setting it
         torch.set_num_threads(1)
-        all_there.wait()
+        ready.wait()
 
     pool = ThreadPoolExecutor(count, initializer=alone)
     for _ in range(count):
         pool.submit(int)
-    all_there.wait()
-    torch.set_num_threads(before)  # the process's number is what was set last, in whatever thread
+    ready.wait()
+    torch.set_num_threads(before)  # the process's number is the one set last, in any thread
     return pool
 
 
 def folded(model: nn.Module, channels: int) -> nn.Module:
-    """The model for inference: its batch normalisations folded into the convolutions before them, a tenth quicker.
+    """The model for inference, with batch normalisations folded into the convolutions before them: 10 % faster.
 
-    Which convolution comes before which normalisation is told by their order in a module, and then tried out: a model
-    that gives something else folded is left as it is. Convolutions (`nn.Conv2d` itself, not what derives from it) are
-    computed by one kernel, however many threads there are: PyTorch takes another one for 1x1 when there is one.
+    A normalisation is paired with the convolution before it in the module, and the result is compared: a model that
+    gives other outputs folded is returned unchanged. Convolutions (`nn.Conv2d` itself, not its subclasses) use one
+    kernel for any number of threads: PyTorch uses another one for 1x1 with a single thread.
 
     Args:
-        model: on the CPU, in evaluation mode; it is not changed.
+        model: on the CPU, in evaluation mode; not modified.
         channels: of its input.
     """
     quicker = copy.deepcopy(model)
-    pairs = [pair for parent in quicker.modules() for pair in _pairs(parent)]
-    for parent, conv, norm in pairs:
-        setattr(parent, conv, fuse_conv_bn_eval(getattr(parent, conv), getattr(parent, norm)))
-        setattr(parent, norm, nn.Identity())
-    for one in quicker.modules():
-        if type(one) is nn.Conv2d and one.kernel_size == (1, 1) and one.padding == (0, 0):
-            one.__class__ = _Steady1x1
-    return quicker if _agree(model, quicker, channels) else model
+    # 1. fold each normalisation right behind a convolution
+    for parent in list(quicker.modules()):
+        for (first, conv), (second, norm) in pairwise(list(parent.named_children())):
+            if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
+                setattr(parent, first, fuse_conv_bn_eval(conv, norm))
+                setattr(parent, second, nn.Identity())
+    # 2. one kernel for all 1x1 convolutions
+    for layer in quicker.modules():
+        if type(layer) is nn.Conv2d and layer.kernel_size == (1, 1) and layer.padding == (0, 0):
+            layer.__class__ = _Steady1x1
+    # 3. compare
+    sample = torch.randn((1, channels, 64, 64), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, actual = model(sample), quicker(sample)
+    equal = (actual - expected).abs().max() < _FOLDED_WITHIN * expected.abs().max()
+    return quicker if bool(equal) else model
 
 
 class _Steady1x1(nn.Conv2d):
-    """A 1x1 convolution by oneDNN, which adds up in the same order for any number of threads."""
+    """A 1x1 convolution by oneDNN, which sums in the same order for any number of threads."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
@@ -234,42 +242,21 @@ class _Steady1x1(nn.Conv2d):
         return torch.mkldnn_convolution(input, self.weight, self.bias, (0, 0), self.stride, self.dilation, self.groups)
 
 
-def _pairs(parent: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """Names of each convolution and the normalisation right behind it."""
-    for (conv, one), (norm, other) in pairwise(list(parent.named_children())):
-        if type(one) is nn.Conv2d and type(other) is nn.BatchNorm2d:
-            yield parent, conv, norm
-
-
-def _agree(one: nn.Module, other: nn.Module, channels: int) -> bool:
-    sample = torch.randn((1, channels, 64, 64), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        expected, found = one(sample), other(sample)
-    return bool((found - expected).abs().max() < _FOLDED_WITHIN * expected.abs().max())
-
-
 def _rows(x_NCHW: Tensor) -> Tensor:
-    """The pixels (P, C) as they lie in channels_last: a view, or a copy if they lie otherwise."""
+    """The pixels (P, C) in channels_last order: a view, or a copy of another memory format."""
     return x_NCHW.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def _statistics(x_PC: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (over P, not P - 1) of every channel."""
-    mean = torch.stack([x.sum(0) for x in _parts(x_PC)]).sum(0) / len(x_PC)
-    variance = torch.stack([(x - mean).square_().sum(0) for x in _parts(x_PC)]).sum(0) / len(x_PC)
-    return mean, variance
-
-
 def _parts(x_PC: Tensor) -> Sequence[Tensor]:
-    """Runs of pixels of about 4 MB: near a processor's cache, yet few enough for threads to meet seldom."""
+    """Runs of pixels of about 4 MB: close to a processor's cache, and few enough for threads to synchronise rarely."""
     return torch.split(x_PC, max(1, 2**20 // x_PC.shape[1]))
 
 
 @contextmanager
 def threads(most: int = MOST_THREADS) -> Iterator[None]:
-    """Compute with the machine's processors, but at most so many, whatever the process was told.
+    """Compute with the machine's processors, at most `most`, whatever the process's setting.
 
-    How many there are decides the order of sums, and so the last digits: it has to be the same wherever a stage runs.
+    The number of threads decides the order of sums and so the last digits: it must be the same wherever a stage runs.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(min(most, os.cpu_count() or 1))

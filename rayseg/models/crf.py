@@ -1,7 +1,7 @@
-"""A fully connected conditional random field over a segmenter's answer (Krähenbühl & Koltun 2011, NIPS 24).
+"""A fully connected conditional random field over a segmenter's prediction (Krähenbühl & Koltun 2011, NIPS 24).
 
-Mean-field iterations with two Gaussian kernels, of place alone and of place and colour, each normalised symmetrically.
-Sums run over all pixels within four standard deviations of the place: beyond, a pixel's weight is below exp(-8).
+Mean-field iterations with two Gaussian kernels, of position alone and of position and colour, each normalised
+symmetrically. Sums run over all pixels within four standard deviations: beyond, a pixel's weight is below exp(-8).
 """
 
 import math
@@ -16,23 +16,23 @@ from torch import Tensor, nn
 from rayseg.config import Config, load_values
 from rayseg.models.segmenter import build_segmenter
 
-Place = tuple[EllipsisType, slice, slice]
+Pixels = tuple[EllipsisType, slice, slice]
 WIDEST = 8.0
-"""Largest standard deviation of place in px: the sums are plain ones, (8 s + 1)^2 terms for each pixel."""
+"""Largest standard deviation of position in px: sums are computed directly, (8 s + 1)^2 terms for each pixel."""
 Deviation = Annotated[float, Field(gt=0, le=WIDEST)]
 
 
 class Kernels(Config):
-    """What makes neighbours agree; the defaults are those of Desai & Ghose 2022."""
+    """The two kernels; the defaults are those of Desai & Ghose 2022."""
 
     iterations: Annotated[int, Field(ge=0)] = 10
-    """Of the mean field; 0 leaves the answer as it is."""
+    """Of the mean field; 0 leaves the prediction unchanged."""
     near: Deviation = 1.0
-    """Standard deviation in px of the kernel of place alone."""
+    """Standard deviation in px of the kernel of position alone."""
     near_weight: float = 3.0
     """Its weight."""
     alike: Deviation = 1.0
-    """Standard deviation in px of the kernel of place and colour."""
+    """Standard deviation in px of the kernel of position and colour."""
     color: Annotated[float, Field(gt=0)] = 67.0
     """Its standard deviation in colour, in values 0..255."""
     alike_weight: float = 4.0
@@ -41,12 +41,12 @@ class Kernels(Config):
 
 @torch.no_grad()
 def mean_field(log_p_NKHW: Tensor, colors_NCHW: Tensor, kernels: Kernels) -> Tensor:
-    """Log probabilities_NKHW after the iterations, with Potts' compatibility.
+    """Log probabilities_NKHW after the iterations (algorithm 1), with Potts compatibility.
 
     Args:
         log_p_NKHW: log probabilities, float32.
         colors_NCHW: the image, values 0..255.
-        kernels: which pixels agree, and how much.
+        kernels: of the pairwise terms.
     """
     near = _Kernel(None, log_p_NKHW, deviation=kernels.near, color=kernels.color)
     alike = _Kernel(colors_NCHW, log_p_NKHW, deviation=kernels.alike, color=kernels.color)
@@ -70,14 +70,14 @@ class _Kernel:
         return self._norm * self._sum(q_NKHW * self._norm)
 
     def _sum(self, q_NKHW: Tensor) -> Tensor:
-        """Every pair of pixels once: what one gives the other, it gets back."""
-        total = q_NKHW.clone()  # of the pixel itself
+        """Kernel sums; every pair of pixels is visited once, as the kernel is symmetric."""
+        total = q_NKHW.clone()  # the pixel itself, whose weight is 1
         for (here, there), weight in self._pairs(q_NKHW):
             total[here] += weight * q_NKHW[there]
             total[there] += weight * q_NKHW[here]
         return total
 
-    def _pairs(self, like: Tensor) -> Iterator[tuple[tuple[Place, Place], Tensor]]:
+    def _pairs(self, like: Tensor) -> Iterator[tuple[tuple[Pixels, Pixels], Tensor]]:
         reach, (height, width) = self._reach, like.shape[2:]
         for down in range(min(reach + 1, height)):
             for right in range(-min(reach, width - 1) if down else 1, min(reach + 1, width)):
@@ -92,10 +92,10 @@ class _Kernel:
 
 
 class Refined(nn.Module):
-    """A segmenter whose logits pass the random field; the colours are got back from its normalised input.
+    """A segmenter with the random field over its logits; colours are computed back from its normalised input.
 
     Attributes:
-        std: what the input was divided by, per band; a buffer, so it travels with the weights.
+        std: the input's divisor per band; a buffer, so it is saved with the weights.
     """
 
     std: Tensor
@@ -108,11 +108,11 @@ class Refined(nn.Module):
 
     @property
     def encoder(self) -> nn.Module:
-        """That of the network inside."""
+        """Encoder of the inner network."""
         return self.net.get_submodule("encoder")
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
-        """Logits_NKHW; only differences of colour matter, so the mean need not be known."""
+        """Logits_NKHW; only differences of colour matter, so the mean is not needed."""
         logits = self.net(images_NCHW).float()
         colors = images_NCHW.float() * self.std[:, None, None]
         return mean_field(logits.log_softmax(dim=1), colors, self.kernels)
@@ -127,7 +127,7 @@ def build_refined(
         classes: number of maps K, one per class.
         channels: bands of the images.
         weights: of the encoder.
-        options: of `Kernels`; the others are arguments of `build_segmenter`.
+        options: of `Kernels`; all others are arguments of `build_segmenter`.
     """
     kernels = load_values(Kernels, {name: value for name, value in options.items() if name in Kernels.model_fields})
     rest: Any = {name: value for name, value in options.items() if name not in Kernels.model_fields}

@@ -1,4 +1,4 @@
-"""DeepLabv3+ as the landcover prototype has it (Chen et al. 2018, arXiv 1802.02611), on any encoder.
+"""The landcover prototype's DeepLabv3+ (Chen et al. 2018, arXiv 1802.02611), on any encoder.
 
 Output stride 16, atrous rates 1 6 12 18 and the mean of the image, 48 channels of low-level features at a quarter of
 the image's sides. In a residual encoder the last stage's blocks are dilated by 2, 4 and 8 (multi-grid 1, 2, 4).
@@ -12,7 +12,7 @@ from rayseg.models.encoders import build_encoder
 
 RATES = (6, 12, 18)
 MULTI_GRID = (1, 2, 4)
-_LOW, _HIGH = 2, -1  # which of the encoder's feature maps
+_LOW, _HIGH = 2, -1  # positions of the encoder's feature maps
 
 
 class DeepLab(nn.Module):
@@ -21,7 +21,11 @@ class DeepLab(nn.Module):
     def __init__(self, encoder: str, *, classes: int, channels: int = 3, weights: str = "none") -> None:
         super().__init__()
         self.encoder = build_encoder(encoder, channels=channels, stride=16, weights=weights)
-        _set_multi_grid(self.encoder)
+        # Only residual encoders have `layer4`; others keep the dilation that their stride needs.
+        for block, grid in zip(getattr(self.encoder, "layer4", ()), MULTI_GRID, strict=False):
+            for module in block.modules():
+                if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+                    module.dilation = module.padding = (2 * grid, 2 * grid)
         widths = self.encoder.out_channels
         self.aspp = Aspp(widths[_HIGH])  # type: ignore[index,arg-type]
         self.decoder = Decoder(widths[_LOW], classes)  # type: ignore[index,arg-type]
@@ -37,20 +41,20 @@ class Aspp(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        plain = [_unit(channels, 256)]
-        self.branches = nn.ModuleList([*plain, *(_unit(channels, 256, dilation=rate) for rate in RATES)])
+        atrous = (_unit(channels, 256, dilation=rate) for rate in RATES)
+        self.branches = nn.ModuleList([_unit(channels, 256), *atrous])
         self.pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), _unit(channels, 256))
         self.joined = nn.Sequential(_unit(256 * (len(self.branches) + 1), 256), nn.Dropout(0.5))
 
     def forward(self, features_NCHW: Tensor) -> Tensor:
-        """The pyramid's levels joined."""
+        """All levels of the pyramid, joined."""
         levels = [branch(features_NCHW) for branch in self.branches]
         joined: Tensor = self.joined(torch.cat([*levels, _to(self.pooled(features_NCHW), features_NCHW)], dim=1))
         return joined
 
 
 class Decoder(nn.Module):
-    """Low-level features and the pyramid to logits_NKHW at the size of the former."""
+    """Low-level features and the pyramid to logits_NKHW at the size of the low-level features."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
@@ -75,13 +79,5 @@ def _unit(channels: int, out: int, *, side: int = 1, dilation: int = 1) -> nn.Se
 
 
 def _to(features_NCHW: Tensor, like_NCHW: Tensor) -> Tensor:
-    """Features at the height and width of others, corners on corners."""
+    """Features at the height and width of others, with aligned corners."""
     return interpolate(features_NCHW, size=like_NCHW.shape[2:], mode="bilinear", align_corners=True)
-
-
-def _set_multi_grid(encoder: nn.Module) -> None:
-    blocks = getattr(encoder, "layer4", ())
-    for block, grid in zip(blocks, MULTI_GRID, strict=False):
-        for module in block.modules():
-            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
-                module.dilation = module.padding = (2 * grid, 2 * grid)

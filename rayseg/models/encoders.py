@@ -1,4 +1,4 @@
-"""Encoders: their names, their pretrained weights, and what keeps their batch norms sane on few chips."""
+"""Encoders: their names, their pretrained weights, and how their batch norms work on few chips."""
 
 import difflib
 import pickle
@@ -26,14 +26,14 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "params", "params_ema")
 _PREFIXES = ("module.", "_orig_mod.", "encoder.", "backbone.")
 _HEADS = {"classifier", "fc", "head", "head_fc", "last_linear", "conv_head", "bn2", "norm", "norm_head", "final_conv"}
 NO_FILES = frozenset({"imagenet", "none"})
-"""Weights that libraries have or that are drawn; any others are a file."""
+"""Weights from the libraries, or random ones; all others are files."""
 CANNOT_BUILD = (KeyError, ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError, AssertionError)
 
 
 def encoder_name(name: str) -> str:
     """The name segmentation_models_pytorch knows `name` by: its own, or timm's with the prefix `tu-`.
 
-    Where both libraries have the name, segmentation_models_pytorch's encoder is meant; `tu-<name>` asks for timm's.
+    A name in both libraries means segmentation_models_pytorch's encoder; `tu-<name>` means timm's.
 
     Raises:
         ConfigError: neither library has it; the message offers close matches.
@@ -63,12 +63,12 @@ def build_encoder(encoder: str, *, channels: int = 3, stride: int = 32, weights:
     Args:
         encoder: a name of segmentation_models_pytorch or of timm.
         channels: bands of the images.
-        stride: pixels per position of the last feature map; 16 or 8 by dilation, where the encoder can.
+        stride: pixels per position of the last feature map; 16 or 8 if the encoder supports dilation.
         weights: "imagenet" (downloaded), "none" (random), or the path of a `.pth`, `.pt` or `.safetensors` file.
 
     Raises:
-        ConfigError: the encoder is unknown or cannot give feature maps.
-        ModelError: the weights are not to be had or do not fit.
+        ConfigError: the encoder is unknown or has no feature maps.
+        ModelError: the weights are missing or do not fit.
     """
     name = encoder_name(encoder)
     try:
@@ -96,7 +96,7 @@ def build_imagenet(name: str, *, channels: int = 3, weights: str = "imagenet") -
 
     Raises:
         ConfigError: timm has no such network.
-        ModelError: the weights are not to be had or do not fit.
+        ModelError: the weights are missing or do not fit.
     """
     bare = name.removeprefix("timm-").removeprefix("tu-")
     if not timm.is_model(bare):
@@ -114,23 +114,21 @@ def build_imagenet(name: str, *, channels: int = 3, weights: str = "imagenet") -
 
 
 def cannot_build(what: str, weights: str, error: Exception) -> ConfigError | ModelError:
-    """The error to raise where a library could not build the model `what`: no weights, or no such combination."""
+    """The error for a model `what` that a library cannot build: no weights, or an invalid combination."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     if isinstance(error, OSError) or "pretrained" in reason.lower():
         return ModelError(
-            f"imagenet weights of {what} could not be had ({reason}); "
+            f"imagenet weights of {what} are not available ({reason}); "
             "set weights to a local .pth or .safetensors file, or to none"
         )
     return ConfigError(f"{what} cannot be built with weights {weights!r}: {reason}; choose another encoder")
 
 
 def load_encoder_weights(encoder: nn.Module, weights: str) -> None:
-    """Load the file `weights` into `encoder`, all of it; only a classification head in the file is left out.
+    """Load the file `weights` into `encoder`, all of it; only a classification head in the file is ignored.
 
-    "imagenet" and "none" are no files: such an encoder is built as it is to be.
-
-    Keys may be torchvision's, timm's or segmentation_models_pytorch's, also those of a whole model
-    (`encoder.*`). A first convolution for 3 bands is adapted to the encoder's bands.
+    Nothing is loaded for "imagenet" and "none". Keys may be torchvision's, timm's or segmentation_models_pytorch's,
+    also those of a whole model (`encoder.*`). A first convolution for 3 bands is adapted to the encoder's bands.
 
     Raises:
         ModelError: the file cannot be read, or is of another architecture.
@@ -138,12 +136,13 @@ def load_encoder_weights(encoder: nn.Module, weights: str) -> None:
     if weights in NO_FILES:
         return
     wanted = encoder.state_dict()
+    # Of all ways the libraries spell the keys, the one with most matching tensors.
     state = max(_spellings(read_state(weights)), key=lambda spelled: len(_fitting(spelled, wanted)))
     fitting = _fitting(state, wanted)
     missing = [key for key in wanted if key not in fitting and not key.endswith("num_batches_tracked")]
-    surplus = [key for key in state if key not in wanted and not _in_head(key)]
+    surplus = [key for key in state if key not in wanted and key.removeprefix("model.").partition(".")[0] not in _HEADS]
     if missing or surplus:
-        first = f"{missing[0]} is missing or of another shape" if missing else f"{surplus[0]} has no place in it"
+        first = f"{missing[0]} is missing or of another shape" if missing else f"{surplus[0]} is not in it"
         raise ModelError(
             f"weights {weights} fit {len(fitting)} of the {len(wanted)} tensors of {type(encoder).__name__} ({first}); "
             "use weights of the same encoder, or none"
@@ -152,40 +151,36 @@ def load_encoder_weights(encoder: nn.Module, weights: str) -> None:
 
 
 def read_state(path: str) -> State:
-    """The tensors by name in a `.safetensors` file or a checkpoint of torch; nothing else is unpickled.
+    """The tensors by name in a `.safetensors` file or a checkpoint of torch; no other object is unpickled.
 
     Raises:
-        ModelError: the file is not there, damaged, or holds no tensors by name.
+        ModelError: the file is missing or damaged, or contains no tensors by name.
     """
     try:
         data = upath(path).read_bytes()
-        content = load(data) if str(path).endswith(".safetensors") else _unpickle(data)
+        if str(path).endswith(".safetensors"):
+            content: Any = load(data)
+        else:
+            content = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
     except OSError as error:
         raise ModelError(f"weights {path} cannot be read: {error.strerror or error}; check the path") from None
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError) as error:
         reason = " ".join(str(error).split()).partition(". ")[0][:200]
         raise ModelError(
             f"weights {path} ({len(data)} bytes) are damaged or not weights, 0 tensors read: {reason}; "
-            "fetch the file anew"
+            "download the file again"
         ) from None
     for wrapper in _WRAPPERS:
         content = content.get(wrapper, content) if isinstance(content, dict) else content
-    state = {key: value for key, value in content.items() if isinstance(value, Tensor)} if _is_named(content) else {}
+    named = isinstance(content, dict) and all(isinstance(key, str) for key in content)
+    state = {key: value for key, value in content.items() if isinstance(value, Tensor)} if named else {}
     if not state:
-        raise ModelError(f"weights {path} hold no tensors by name, expected a state dict; save model.state_dict()")
+        raise ModelError(f"weights {path} contain no tensors by name, expected a state dict; save model.state_dict()")
     return state
 
 
-def _unpickle(data: bytes) -> Any:  # noqa: ANN401 - a checkpoint can hold anything
-    return torch.load(BytesIO(data), map_location="cpu", weights_only=True)
-
-
-def _is_named(content: object) -> bool:
-    return isinstance(content, dict) and all(isinstance(key, str) for key in content)
-
-
 def _spellings(state: State) -> list[State]:
-    """The ways the libraries would name the same tensors."""
+    """The names that the libraries use for the same tensors."""
     for prefix in _PREFIXES:
         inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         state = inner or state
@@ -194,36 +189,25 @@ def _spellings(state: State) -> list[State]:
 
 
 def _fitting(state: State, wanted: State) -> State:
-    """The tensors of `state` that `wanted` has a place for, the first convolution adapted to its bands."""
+    """The tensors of `state` that fit into `wanted`, with the first convolution adapted to its bands."""
     fitting = {}
     for key, tensor in state.items():
-        place = wanted.get(key)
-        if place is None:
+        target = wanted.get(key)
+        if target is None:
             continue
-        if _is_rgb_of(tensor, place):
-            tensor = timm.models.adapt_input_conv(place.shape[1], tensor)  # noqa: PLW2901 - the same weight, adapted
-        if tensor.shape == place.shape:
-            fitting[key] = tensor
+        adapted = tensor
+        kernels = tensor.ndim == target.ndim == 4 and tensor[:, 0].shape == target[:, 0].shape
+        if kernels and tensor.shape[1] == 3 != target.shape[1]:
+            adapted = timm.models.adapt_input_conv(target.shape[1], tensor)
+        if adapted.shape == target.shape:
+            fitting[key] = adapted
     return fitting
 
 
-def _is_rgb_of(tensor: Tensor, place: Tensor) -> bool:
-    return (
-        tensor.ndim == place.ndim == 4
-        and tensor.shape[1] == 3 != place.shape[1]
-        and tensor.shape[0] == place.shape[0]
-        and tensor.shape[2:] == place.shape[2:]
-    )
-
-
-def _in_head(key: str) -> bool:
-    return key.removeprefix("model.").partition(".")[0] in _HEADS
-
-
 def freeze_batchnorm(model: nn.Module) -> None:
-    """Make every batch norm use its running statistics and leave them alone; call it after `model.train()`.
+    """Make every batch norm use its running statistics without updating them; call it after `model.train()`.
 
-    With few chips the statistics of pretraining beat those of a batch; scale and shift still learn.
+    On few chips the statistics of pretraining are better than those of a batch; scale and shift still learn.
     """
     for module in model.modules():
         if isinstance(module, _BatchNorm):
@@ -234,7 +218,7 @@ def freeze_batchnorm(model: nn.Module) -> None:
 def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Replace the running statistics of every batch norm by the plain average over `batches` (images_NCHW).
 
-    Everything else stays in evaluation mode, so dropout does not shift the statistics. The mode of `model` is kept.
+    All other modules are in evaluation mode, so dropout does not shift the statistics. The mode of `model` is restored.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -242,7 +226,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None
+        norm.momentum = None  # the plain average over all batches
         norm.train()
     for images_NCHW in batches:
         model(images_NCHW)
@@ -255,8 +239,8 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
 def averaged(model: nn.Module, *, decay: float) -> AveragedModel:
     """An exponential moving average of the weights and buffers of `model`; call `update_parameters(model)` per step.
 
-    The decay starts low, min(decay, (1 + n) / (10 + n)) at update n, so that a short training is not held
-    back by its random start.
+    The decay starts low, min(decay, (1 + n) / (10 + n)) at update n, so that the random initial weights do not dominate
+    a short training.
     """
 
     def average(means: Sequence[Tensor], values: Sequence[Tensor], updates: Tensor | int) -> None:

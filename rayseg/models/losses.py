@@ -1,15 +1,13 @@
 """Losses of segmenters.
 
 Of one class against the rest: cross-entropy, structural similarity and soft intersection over union. They take the
-network's logits (N, 1, H, W) float32, a mask of the same shape with values 0..1, and optionally a weight of the same
-shape: how much a pixel counts, 0 = not at all.
+network's logits (N, 1, H, W) float32, a mask of the same shape with values 0..1, and optionally a weight per pixel of
+the same shape, 0 = ignored.
 
 Of K classes: cross-entropy and focal loss as sums over pixels, and the mass to divide them by, so that the loss of a
-batch is the same whichever parts it is computed in. They take logits (N, K, H, W) float32 and the class of every pixel
-(N, H, W) int64, 255 = left out.
+batch does not depend on the parts it is computed in. They take logits (N, K, H, W) float32 and the class of every pixel
+(N, H, W) int64, 255 = ignored.
 """
-
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +19,15 @@ _C1, _C2 = 0.01**2, 0.03**2
 
 
 def bce(logits: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Binary cross-entropy per image (N,): the weighted mean over its pixels, 0 where no pixel counts."""
+    """Binary cross-entropy per image (N,): the weighted mean over its pixels, 0 if all weights are 0."""
     return _mean(F.binary_cross_entropy_with_logits(logits, mask, reduction="none"), weight)
 
 
 def ssim(probabilities: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Structural similarity index per image (N,), 1 = alike (Wang et al. 2004, IEEE TIP 13).
+    """Structural similarity index per image (N,), 1 = equal (Wang et al. 2004, IEEE TIP 13).
 
     Gaussian window 11x11, sigma 1.5, zeros around the image, K1 = .01, K2 = .03, range 1; the mean over all pixels.
-    With `weight`, pixels count by it in the mean; they still take part in their neighbours' windows.
+    `weight` weights the mean alone: ignored pixels still contribute to the windows of their neighbours.
     """
     maps = torch.cat([probabilities, mask, probabilities * probabilities, mask * mask, probabilities * mask], dim=1)
     mean_p, mean_t, mean_pp, mean_tt, mean_pt = _blur(maps).chunk(5, dim=1)
@@ -40,7 +38,7 @@ def ssim(probabilities: Tensor, mask: Tensor, weight: Tensor | None = None) -> T
 
 
 def soft_iou(probabilities: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Intersection over union of probabilities and mask per image (N,); 0 of an empty mask."""
+    """Intersection over union of probabilities and mask per image (N,); 0 for an empty mask."""
     weights = torch.ones_like(mask) if weight is None else weight
     over = (1, 2, 3)
     both = (probabilities * mask * weights).sum(over)
@@ -53,8 +51,7 @@ def bce_ssim_iou(logits: Tensor, mask: Tensor, weight: Tensor | None = None) -> 
     Args:
         logits: (N, 1, H, W) float32 before the sigmoid.
         mask: (N, 1, H, W) float32, 0..1.
-        weight: (N, 1, H, W) float32, 0 or more, or None where every pixel counts 1. An image without a pixel that
-            counts adds nothing.
+        weight: (N, 1, H, W) float32, 0 or more, or None for 1 everywhere. An image with all weights 0 adds nothing.
 
     Returns:
         Scalar loss.
@@ -87,17 +84,17 @@ def focal_sum(
 
 
 def mass(classes_NHW: Tensor, weights_K: Tensor | None = None) -> Tensor:
-    """Sum of the weights of all labelled pixels, float32: their number without weights; 0 where nothing is labelled."""
+    """Sum of the weights of all labelled pixels, float32: their number without weights; 0 without labelled pixels."""
     return _weight_of(classes_NHW, weights_K).sum()
 
 
 def cross_entropy(logits_NKHW: Tensor, classes_NHW: Tensor, weights_K: Tensor | None = None) -> Tensor:
-    """Weighted mean of -log p(class) over all labelled pixels; 0 where nothing is labelled."""
+    """Weighted mean of -log p(class) over all labelled pixels; 0 without labelled pixels."""
     return cross_entropy_sum(logits_NKHW, classes_NHW, weights_K) / mass(classes_NHW, weights_K).clamp(min=1e-12)
 
 
 def published_focal(mean: Tensor, *, gamma: float = 2.0, alpha: float = 0.5) -> Tensor:
-    """Focal loss as the landcover prototype has it, of the mean cross-entropy instead of every pixel's."""
+    """The landcover prototype's focal loss: of the mean cross-entropy instead of every pixel's."""
     return alpha * (1 - torch.exp(-mean)) ** gamma * mean
 
 
@@ -119,16 +116,12 @@ def _mean(values: Tensor, weight: Tensor | None, *, empty: float = 0.0) -> Tenso
 
 def _blur(maps_NCHW: Tensor) -> Tensor:
     """Gaussian blur of every channel, as a column and a row, with zeros around the image."""
-    line = torch.tensor(_gaussian(), dtype=maps_NCHW.dtype, device=maps_NCHW.device)
+    # In float64 first: the published window is normalised before it is rounded.
+    distance = torch.arange(_WINDOW, dtype=torch.float64) - _WINDOW // 2
+    weights = torch.exp(-(distance**2) / (2 * _SIGMA**2))
+    line = (weights / weights.sum()).to(maps_NCHW.device, maps_NCHW.dtype)
     channels, reach = maps_NCHW.shape[1], _WINDOW // 2
     column = line.view(1, 1, -1, 1).expand(channels, 1, -1, 1)
     row = line.view(1, 1, 1, -1).expand(channels, 1, 1, -1)
     blurred = F.conv2d(maps_NCHW, column, padding=(reach, 0), groups=channels)
     return F.conv2d(blurred, row, padding=(0, reach), groups=channels)
-
-
-@lru_cache(maxsize=1)
-def _gaussian() -> list[float]:
-    distance = torch.arange(_WINDOW, dtype=torch.float64) - _WINDOW // 2
-    line = torch.exp(-(distance**2) / (2 * _SIGMA**2))
-    return [float(value) for value in line / line.sum()]

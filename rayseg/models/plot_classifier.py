@@ -1,4 +1,4 @@
-"""Classifier of plots: an encoder's features, and two numbers about colour beside them (LiSegAgr, ICONIP)."""
+"""Classifier of plots: an encoder's features and two colour features (LiSegAgr, ICONIP)."""
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class PlotClassifier(nn.Module):
     """images_NCHW (RGB, 0..1) -> logits_NK, from the encoder's mean features, attended hue and colour richness.
 
-    The encoder sees the image normalised as ImageNet's are; hue and richness are of the image itself.
+    The encoder sees the image normalised by ImageNet's mean and std; hue and richness use the image itself.
     """
 
     mean: Tensor
@@ -31,9 +31,10 @@ class PlotClassifier(nn.Module):
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Logits_NK."""
         features_NF = self.encoder((images_NCHW - self.mean) / self.std)[-1].mean(dim=(2, 3))
+        # Scaled to 0..1 first: as published both are hundreds, next to features of order 1.
         colour_N2 = torch.stack(
             [HUE_WEIGHT * self.hue(images_NCHW) / 360, RICHNESS_WEIGHT * richness(images_NCHW) / 256], dim=1
-        )  # as published both are hundreds beside features of order 1: scaled to 0..1 first
+        )
         logits: Tensor = self.head(torch.cat([self.dropout(features_NF), colour_N2.to(features_NF.dtype)], dim=1))
         return logits
 
@@ -47,7 +48,7 @@ class AttendedHue(nn.Module):
         self.conv2 = nn.Conv2d(1, 1, kernel_size=1)
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
-        """Attended hue."""
+        """Attended hue in degrees, (N,)."""
         hue_N1HW = hue(images_NCHW.float())[:, None]
         weights = self.conv2(self.conv1(hue_N1HW).relu()).sigmoid()
         attended: Tensor = (hue_N1HW * weights).mean(dim=(1, 2, 3))
@@ -67,7 +68,7 @@ def hue(images_NCHW: Tensor) -> Tensor:
 
 @torch.no_grad()
 def richness(images_NCHW: Tensor) -> Tensor:
-    """Values of 256 that occur, mean over the channels, (N,), of images 0..1; what is beyond does not count."""
+    """Number of the 256 values that occur, mean over the channels, (N,), of images 0..1; other values do not count."""
     scaled = images_NCHW.float() * 255
     bins = (scaled * (256 / 255)).floor().clamp(max=255).long().flatten(2)
     bins = torch.where(((scaled >= 0) & (scaled <= 255)).flatten(2), bins, 256)
@@ -78,7 +79,7 @@ def richness(images_NCHW: Tensor) -> Tensor:
 def build_plot_classifier(
     encoder: str, *, classes: int = 2, dropout: float = 0.0, weights: str = "imagenet"
 ) -> PlotClassifier:
-    """A classifier of plots cut out on black.
+    """A classifier of plots on a black background.
 
     Args:
         encoder: a name of segmentation_models_pytorch or of timm, for example "resnet50".
@@ -88,6 +89,6 @@ def build_plot_classifier(
 
     Raises:
         ConfigError: the encoder is unknown.
-        ModelError: the weights are not to be had or do not fit.
+        ModelError: the weights are missing or do not fit.
     """
     return PlotClassifier(build_encoder(encoder, weights=weights), classes=classes, dropout=dropout)

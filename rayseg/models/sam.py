@@ -1,7 +1,7 @@
-"""Segment Anything as a proposer: the automatic masks of `SamAutomaticMaskGenerator`, with less work for the same.
+"""Segment Anything as a proposer: the automatic masks of `SamAutomaticMaskGenerator`, computed with less work.
 
-The image is embedded once per crop. Prompts are decoded in batches; what the predicted IoU rules out is never
-enlarged, and what stability, the crop's border or box NMS rule out never leaves the device. Survivors are runs.
+The image is embedded once per crop. Prompts are decoded in batches; masks of low predicted IoU are never enlarged, and
+masks rejected by stability, the crop's border or box NMS never leave the device. The others become runs of pixels.
 """
 
 import hashlib
@@ -42,11 +42,11 @@ OFFICIAL: dict[Variant, tuple[str, str]] = {
 }
 """Variant -> name and SHA-256 of the published checkpoint."""
 _WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
-_ENLARGED = 32  # masks enlarged to the image's size at once on a CPU
+_ENLARGED = 32  # masks that a CPU enlarges to the image's size at once
 
 
 def checkpoint_everywhere(checkpoint: str) -> str:
-    """The name of a checkpoint, or its file as it is understood from any working folder."""
+    """The name of a checkpoint, or its file as an absolute path."""
     named = checkpoint in {"", "random"} or checkpoint.startswith(WEB)
     return checkpoint if named else absolute(checkpoint)
 
@@ -57,11 +57,11 @@ class SamConfig(Config):
     variant: Variant = "vit_h"
     """Size of the image encoder."""
     checkpoint: Annotated[str, AfterValidator(checkpoint_everywhere)] = ""
-    """Weights: a file, a URL of one of the published files, or "random" to try the path; empty is the published one."""
+    """Weights: a file, the URL of a published file, or "random" to test the workflow; empty is the published file."""
     points: Annotated[int, Field(gt=0)] = 32
     """Points per side of the grid of prompts."""
     batch: Annotated[int, Field(gt=0)] | None = None
-    """Points decoded at once; by default 64 on a CPU and 1024 on a GPU, where lack of memory halves it."""
+    """Points decoded at once; by default 64 on a CPU and 1024 on a GPU, halved when memory is short."""
     iou: float = 0.88
     """Predicted IoU above which a mask is kept; 0 keeps all."""
     stability: float = 0.95
@@ -69,11 +69,11 @@ class SamConfig(Config):
     offset: float = 1.0
     """Shift of the logits' threshold by which stability is measured."""
     nms: float = 0.7
-    """IoU of boxes above which the mask of lower predicted IoU goes."""
+    """IoU of boxes above which the mask of lower predicted IoU is dropped."""
     crop_layers: Annotated[int, Field(ge=0)] = 0
-    """Layer k asks again in 2^k x 2^k crops."""
+    """Layers of crops; layer k repeats the prompts in 2^k x 2^k crops."""
     crop_nms: float = 0.7
-    """IoU of boxes above which the mask of the larger crop goes."""
+    """IoU of boxes above which the mask of the larger crop is dropped."""
     crop_overlap: float = 512 / 1500
     """Share of the image's side by which crops of the first layer overlap."""
     crop_points: Annotated[int, Field(gt=0)] = 1
@@ -84,8 +84,8 @@ class SamConfig(Config):
     """Compile the image encoder; by default on GPUs only."""
 
 
-class _Found(NamedTuple):
-    """Masks on the device, in the image's frame: where rows change from outside to inside and back, by mask."""
+class _Masks(NamedTuple):
+    """Masks on the device, in the image's frame: the pixels where rows change between outside and inside, by mask."""
 
     iou_N: Tensor
     stability_N: Tensor
@@ -96,11 +96,11 @@ class _Found(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SamProposer:
-    """`(image, open) -> proposals`: SAM's automatic masks of what points in open places mark.
+    """`(image, open) -> proposals`: SAM's automatic masks for prompts at points in open places.
 
     Args:
         sam: the model, on its device, in evaluation mode.
-        config: how it is asked.
+        config: prompts and thresholds.
     """
 
     sam: Sam
@@ -109,77 +109,70 @@ class SamProposer:
     @reused_memory()
     @torch.inference_mode()
     def __call__(self, image_HWC: Image, open_HW: Mask) -> Proposals:
-        """The masks, in the order of the crops and within one by predicted IoU."""
+        """The masks, in the order of the crops and by predicted IoU within a crop."""
         size, config = image_HWC.shape[:2], self.config
         crops, layers = amg.generate_crop_boxes(size, config.crop_layers, config.crop_overlap)
         grids = amg.build_all_layer_point_grids(config.points, config.crop_layers, config.crop_points)
-        found = [self._crop(image_HWC, open_HW, crop, grids[layer]) for crop, layer in zip(crops, layers, strict=True)]
-        if len(crops) > 1:
-            found = self._smaller_crops_first(found, crops)
-        return Proposals.joined([_proposals(one) for one in found])
+        parts = [self._crop(image_HWC, open_HW, crop, grids[layer]) for crop, layer in zip(crops, layers, strict=True)]
+        if len(crops) > 1:  # of overlapping masks of several crops, keep that of the smallest crop
+            areas = torch.tensor([(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in crops], dtype=torch.float32)
+            counts = torch.tensor([len(part.iou_N) for part in parts])
+            masks = _joined(parts)
+            scores_N = (1 / areas).repeat_interleave(counts).to(masks.boxes_N4.device)
+            parts = [_taken(masks, nms(masks.boxes_N4.float(), scores_N, config.crop_nms))]
+        return Proposals.joined([_proposals(part) for part in parts])
 
-    def _smaller_crops_first(self, found: list[_Found], crops: list[list[int]]) -> list[_Found]:
-        sizes = torch.tensor([(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in crops], dtype=torch.float32)
-        counts = torch.tensor([len(one.iou_N) for one in found])
-        whole = _Found(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-        scores_N = (1 / sizes).repeat_interleave(counts).to(whole.boxes_N4.device)
-        return [_taken(whole, nms(whole.boxes_N4.float(), scores_N, self.config.crop_nms))]
-
-    def _crop(self, image_HWC: Image, open_HW: Mask, crop: list[int], grid_P2: NDArray[np.float64]) -> _Found:
-        """The masks of one crop (x0, y0, x1, y1), without those of lower predicted IoU over the same box."""
+    def _crop(self, image_HWC: Image, open_HW: Mask, crop: list[int], grid_P2: NDArray[np.float64]) -> _Masks:
+        """The masks of one crop (x0, y0, x1, y1) after box NMS by predicted IoU."""
         x0, y0, x1, y1 = crop
         points_P2 = grid_P2 * np.array([[x1 - x0, y1 - y0]])
         cols, rows = points_P2.astype(np.intp).T
         points_P2 = points_P2[open_HW[y0:y1, x0:x1][rows, cols]]
         if not len(points_P2):
             return _nothing(self.sam.device)
+        # 1. embed the crop once
         resize = ResizeLongestSide(self.sam.image_encoder.img_size)
-        with self._precision():
-            small_hwC = resize.apply_image(image_HWC[y0:y1, x0:x1])
-            embedding = self._embedded(small_hwC)
-        frame = _Frame(crop, (y1 - y0, x1 - x0), image_HWC.shape[:2], small_hwC.shape[:2])
-        asked_P2 = torch.as_tensor(resize.apply_coords(points_P2, frame.size), device=self.sam.device)
-        parts = list(self._batches(embedding, asked_P2, frame))
-        whole = _Found(*(torch.cat(kind) for kind in zip(*parts, strict=True)))
-        return _taken(whole, nms(whole.boxes_N4.float(), whole.iou_N, self.config.nms))
-
-    def _embedded(self, small_hwC: Image) -> Tensor:
+        small_hwC = resize.apply_image(image_HWC[y0:y1, x0:x1])
         pixels = torch.as_tensor(small_hwC, device=self.sam.device).permute(2, 0, 1)[None].contiguous()
-        embedding: Tensor = self.sam.image_encoder(self.sam.preprocess(pixels))
-        return embedding
+        with self._precision():
+            embedding: Tensor = self.sam.image_encoder(self.sam.preprocess(pixels))
+        # 2. decode its points in batches
+        frame = _Frame(crop, (y1 - y0, x1 - x0), image_HWC.shape[:2], small_hwC.shape[:2])
+        prompts_P2 = torch.as_tensor(resize.apply_coords(points_P2, frame.size), device=self.sam.device)
+        masks = _joined(list(self._batches(embedding, prompts_P2, frame)))
+        # 3. drop duplicates
+        return _taken(masks, nms(masks.boxes_N4.float(), masks.iou_N, self.config.nms))
 
     def _precision(self) -> torch.autocast:
         kind = self.sam.device.type
         wanted = kind == "cuda" if self.config.half is None else self.config.half
         return torch.autocast(kind, torch.bfloat16, enabled=wanted)
 
-    def _batches(self, embedding: Tensor, points_P2: Tensor, frame: "_Frame") -> Iterator[_Found]:
-        """The masks of all points; a batch that does not fit into memory is halved for good."""
+    def _batches(self, embedding: Tensor, points_P2: Tensor, frame: "_Frame") -> Iterator[_Masks]:
+        """The masks of all points; a batch size that does not fit into memory is halved for all that follow."""
         batch, start = self.config.batch or (1024 if self.sam.device.type == "cuda" else 64), 0
         while start < len(points_P2):
             try:
-                found = self._batch(embedding, points_P2[start : start + batch], frame)
+                masks = self._batch(embedding, points_P2[start : start + batch], frame)
             except torch.OutOfMemoryError:
                 if batch == 1:
                     raise
                 torch.cuda.empty_cache()
                 batch //= 2
                 continue
-            yield found
+            yield masks
             start += batch
 
-    def _batch(self, embedding: Tensor, points_P2: Tensor, frame: "_Frame") -> _Found:
+    def _batch(self, embedding: Tensor, points_P2: Tensor, frame: "_Frame") -> _Masks:
         with self._precision():
             low_Nhw, iou_N = decode(self.sam, embedding, points_P2, least_iou=self.config.iou)
         step = len(low_Nhw) if self.sam.device.type == "cuda" else _ENLARGED
         starts = range(0, len(low_Nhw), max(step, 1))
         parts = [self._enlarged(low_Nhw[k : k + step].float(), iou_N[k : k + step].float(), frame) for k in starts]
-        if not parts:
-            return _nothing(self.sam.device)
-        return _Found(*(torch.cat(kind) for kind in zip(*parts, strict=True)))
+        return _joined(parts) if parts else _nothing(self.sam.device)
 
-    def _enlarged(self, low_Nhw: Tensor, iou_N: Tensor, frame: "_Frame") -> _Found:
-        """The masks at the crop's size that are stable and not cut off by the crop's border."""
+    def _enlarged(self, low_Nhw: Tensor, iou_N: Tensor, frame: "_Frame") -> _Masks:
+        """The stable masks at the crop's size that the crop's border does not cut off."""
         config, threshold = self.config, self.sam.mask_threshold
         logits_NHW = self.sam.postprocess_masks(low_Nhw[:, None], frame.small, frame.size)[:, 0]
         stability_N = amg.calculate_stability_score(logits_NHW, threshold, config.offset)
@@ -191,12 +184,12 @@ class SamProposer:
             kept_N &= stability_N >= config.stability
         changes_M, counts_N = _changes(inside_NHW[kept_N], frame)
         boxes_N4 = amg.uncrop_boxes_xyxy(boxes_N4[kept_N], frame.crop)
-        return _Found(iou_N[kept_N], stability_N[kept_N], boxes_N4, changes_M, counts_N)
+        return _Masks(iou_N[kept_N], stability_N[kept_N], boxes_N4, changes_M, counts_N)
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """A crop (x0, y0, x1, y1), its size, that of the image, and of what the encoder saw, as (height, width)."""
+    """A crop (x0, y0, x1, y1), and the sizes of crop, image and encoder input, as (height, width)."""
 
     crop: list[int]
     size: tuple[int, int]
@@ -205,59 +198,63 @@ class _Frame:
 
 
 def decode(sam: Sam, embedding: Tensor, points_P2: Tensor, *, least_iou: float) -> tuple[Tensor, Tensor]:
-    """Three masks of each point, as logits of low resolution, and their predicted IoU.
+    """Up to three masks of each point, as logits of low resolution, and their predicted IoU.
 
     Args:
         sam: the model.
         embedding: (1, C, h, w) of the image.
         points_P2: (x, y) in the encoder's pixels.
-        least_iou: masks must be predicted above it, unless it is 0; points without one are not decoded to the end.
+        least_iou: predicted IoU above which masks are returned, 0 for all; points without such a mask skip upscaling.
 
     Returns:
-        (logits_Nhw, iou_N) of the masks that are, point by point.
+        (logits_Nhw, iou_N) of these masks, point by point.
     """
     decoder = sam.mask_decoder
     labels_P1 = torch.ones((len(points_P2), 1), dtype=torch.int, device=points_P2.device)
     sparse, dense = sam.prompt_encoder(points=(points_P2[:, None], labels_P1), boxes=None, masks=None)
     fixed = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     tokens = torch.cat([fixed.expand(len(points_P2), -1, -1), sparse], dim=1)
-    image, place = embedding + dense[:1], sam.prompt_encoder.get_dense_pe()  # one for all points: the first layer's
-    tokens, image_PNC = decoder.transformer(image, place, tokens)  # projections of the image are then computed once
+    # One image for all points: the first layer then projects it once.
+    image, position = embedding + dense[:1], sam.prompt_encoder.get_dense_pe()
+    tokens, image_PNC = decoder.transformer(image, position, tokens)
     iou_P3 = decoder.iou_prediction_head(tokens[:, 0])[:, 1:]
     kept_P3 = iou_P3 > least_iou if least_iou > 0 else torch.ones_like(iou_P3, dtype=torch.bool)
-    asked = kept_P3.any(dim=1)
+    kept_P = kept_P3.any(dim=1)
     _, channels, height, width = embedding.shape
-    image = image_PNC[asked].transpose(1, 2).reshape(-1, channels, height, width)
+    image = image_PNC[kept_P].transpose(1, 2).reshape(-1, channels, height, width)
     fine = decoder.output_upscaling(image)
-    weights = [
-        mlp(tokens[asked, 2 + k]) for k, mlp in enumerate(decoder.output_hypernetworks_mlps[1:])
-    ]  # mask token 0 is for a single mask, not asked for
+    # Token 0 is the IoU, token 1 the mask of unambiguous prompts, which a point is not.
+    weights = [mlp(tokens[kept_P, 2 + k]) for k, mlp in enumerate(decoder.output_hypernetworks_mlps[1:])]
     logits_P3hw = torch.einsum("pkc,pchw->pkhw", torch.stack(weights, dim=1), fine)
-    return logits_P3hw[kept_P3[asked]], iou_P3[kept_P3]
+    return logits_P3hw[kept_P3[kept_P]], iou_P3[kept_P3]
 
 
 def _changes(inside_NHW: Tensor, frame: _Frame) -> tuple[Tensor, Tensor]:
-    """(first, last + 1, first, ...) pixel of every row's runs in the image, and how many numbers are each mask's."""
+    """(first, last + 1, first, ...) pixel of every row's runs in the image, and how many of them each mask has."""
     padded = torch.nn.functional.pad(inside_NHW, (1, 1))
     which, row, col = (padded[:, :, 1:] ^ padded[:, :, :-1]).nonzero(as_tuple=True)
     places = (row + frame.crop[1]) * frame.image[1] + col + frame.crop[0]
     return places, torch.bincount(which, minlength=len(inside_NHW))
 
 
-def _taken(found: _Found, keep: Tensor) -> _Found:
-    """Some masks, in that order."""
+def _joined(parts: list[_Masks]) -> _Masks:
+    return _Masks(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _taken(found: _Masks, keep: Tensor) -> _Masks:
+    """The masks at positions `keep`, in this order."""
     ends = found.counts_N.cumsum(0)
     pieces = [found.changes_M[end - count : end] for end, count in zip(ends[keep], found.counts_N[keep], strict=True)]
     changes_M = torch.cat(pieces) if pieces else found.changes_M[:0]
-    return _Found(found.iou_N[keep], found.stability_N[keep], found.boxes_N4[keep], changes_M, found.counts_N[keep])
+    return _Masks(found.iou_N[keep], found.stability_N[keep], found.boxes_N4[keep], changes_M, found.counts_N[keep])
 
 
-def _nothing(device: torch.device) -> _Found:
+def _nothing(device: torch.device) -> _Masks:
     empty, whole = torch.zeros(0, device=device), torch.zeros(0, dtype=torch.int64, device=device)
-    return _Found(empty, empty, torch.zeros((0, 4), dtype=torch.int64, device=device), whole, whole)
+    return _Masks(empty, empty, torch.zeros((0, 4), dtype=torch.int64, device=device), whole, whole)
 
 
-def _proposals(found: _Found) -> Proposals:
+def _proposals(found: _Masks) -> Proposals:
     changes_M, counts_N = found.changes_M.cpu().numpy(), found.counts_N.cpu().numpy()
     pieces = np.split(changes_M, np.cumsum(counts_N)[:-1]) if len(counts_N) else []
     runs: list[Runs] = [rle.joined(piece[::2], piece[1::2] - 1) for piece in pieces]
@@ -268,14 +265,14 @@ def _proposals(found: _Found) -> Proposals:
 
 
 def load_sam(config: SamConfig, *, device: str | None = None) -> SamProposer:
-    """The proposer, ready to be asked.
+    """The proposer, ready for images.
 
     Args:
-        config: which model and how it is asked.
+        config: model, prompts and thresholds.
         device: torch device; by default the GPU if there is one.
 
     Raises:
-        ModelError: there are no such weights, they are damaged or of another variant.
+        ModelError: the weights are missing, damaged or of another variant.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     state = None if config.checkpoint == "random" else checkpoint_state(config)
@@ -289,25 +286,26 @@ def load_sam(config: SamConfig, *, device: str | None = None) -> SamProposer:
 
 
 def checkpoint_file(config: SamConfig) -> Path:
-    """The file of the weights, fetched into the cache if it is one of the published ones and not there yet.
+    """The file of the weights; a published one is downloaded into the cache on first use.
 
     Raises:
-        ModelError: it is not there, cannot be fetched, or is not what it should be.
+        ModelError: it is missing, cannot be downloaded, or has another checksum.
     """
     name, digest = OFFICIAL[config.variant]
     wanted = config.checkpoint or f"{ORIGIN}/{name}"
     if not wanted.startswith(WEB):
         if not Path(wanted).is_file():
             raise ModelError(
-                f"SAM checkpoint {wanted} is not there; fetch {ORIGIN}/{name} (SHA-256 {digest}) and give its path, "
-                "or use proposer felzenszwalb, which needs none"
+                f"SAM checkpoint {wanted} does not exist; download {ORIGIN}/{name} (SHA-256 {digest}) and give its "
+                "path, or use proposer felzenszwalb, which needs none"
             )
         return Path(wanted)
     known = dict(OFFICIAL.values())
     file = wanted.rpartition("/")[2]
     if file not in known:
         raise ModelError(
-            f"SAM checkpoint {wanted} is none of the published files {', '.join(known)}; fetch it and give its path"
+            f"SAM checkpoint {wanted} is not one of the published files {', '.join(known)}; download it and give "
+            "its path"
         )
     path = cache_dir() / "sam" / file
     if not path.is_file():
@@ -317,43 +315,44 @@ def checkpoint_file(config: SamConfig) -> Path:
 
 def _fetch(url: str, path: Path, digest: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, found = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part"), hashlib.sha256()  # others may fetch too
+    # A name of its own: other processes may download the same file.
+    part, hashed = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part"), hashlib.sha256()
     try:
         with httpx.stream("GET", url, follow_redirects=True, timeout=60) as answer, part.open("wb") as file:
             answer.raise_for_status()
             for block in answer.iter_bytes(1 << 20):
-                found.update(block)
+                hashed.update(block)
                 file.write(block)
     except (httpx.HTTPError, OSError) as error:
         part.unlink(missing_ok=True)
         raise ModelError(
-            f"SAM checkpoint {url} cannot be fetched ({error}); bring the file here another way and give its path "
+            f"SAM checkpoint {url} cannot be downloaded ({error}); copy the file to this machine and give its path "
             "with --set sam.checkpoint=FILE, or use proposer felzenszwalb, which needs none"
         ) from None
-    if found.hexdigest() != digest:
+    if hashed.hexdigest() != digest:
         part.unlink()
-        raise ModelError(f"{url} has SHA-256 {found.hexdigest()}, expected {digest}; fetch it again or elsewhere")
+        raise ModelError(f"{url} has SHA-256 {hashed.hexdigest()}, expected {digest}; download it again")
     put_file(path, part)
 
 
 def checkpoint_state(config: SamConfig) -> dict[str, Tensor]:
-    """The tensors of the checkpoint, all that the variant has and no others.
+    """The tensors of the checkpoint that the variant has.
 
     Raises:
-        ModelError: it is not to be had, damaged or of another variant.
+        ModelError: it is missing, damaged or of another variant.
     """
     path = checkpoint_file(config)
     state = read_state(str(path))
     patch = state.get("image_encoder.patch_embed.proj.weight")
-    found = _WIDTHS.get(len(patch), f"a SAM of width {len(patch)}") if patch is not None else "no SAM of these kinds"
-    if found != config.variant:
+    variant = _WIDTHS.get(len(patch), f"SAM of width {len(patch)}") if patch is not None else "another model"
+    if variant != config.variant:
         raise ModelError(
-            f"SAM checkpoint {path} is of {found}, expected {config.variant}; set sam.variant or another file"
+            f"SAM checkpoint {path} is of {variant}, expected {config.variant}; set sam.variant or another file"
         )
     with torch.device("meta"):
         wanted = sam_model_registry[config.variant]().state_dict()
     wrong = [key for key in wanted if key not in state or state[key].shape != wanted[key].shape]
     if wrong:
         lacking = f"lacks {len(wrong)} of {len(wanted)} tensors ({wrong[0]})"
-        raise ModelError(f"SAM checkpoint {path} {lacking}; fetch it anew")
+        raise ModelError(f"SAM checkpoint {path} {lacking}; download it again")
     return {key: state[key] for key in wanted}

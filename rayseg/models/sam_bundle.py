@@ -1,4 +1,4 @@
-"""Segment Anything as a bundle that can be served, and what it sees at points and in boxes."""
+"""Segment Anything as a bundle for serving, and its masks for points and boxes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,14 +17,14 @@ from rayseg.vision.proposals import Image, Proposals
 
 
 def build_sam(variant: Variant, *, weights: str = "none") -> Sam:
-    """The network of a bundle of Segment Anything; its weights are the bundle's."""
+    """The network of a bundle of Segment Anything, without its weights."""
     assert weights == "none"
     model: Sam = sam_model_registry[variant]()
     return model
 
 
 def save_sam(config: SamConfig, prefix: StorePath) -> Bundle:
-    """Write a checkpoint of segment-anything as a bundle, so that it can be served.
+    """Write a checkpoint of segment-anything as a bundle, for serving.
 
     Raises:
         ModelError: see `load_sam`.
@@ -55,26 +55,28 @@ def prompted(
     labels: Sequence[int] = (),
     boxes: Sequence[tuple[float, float, float, float]] = (),
 ) -> Proposals:
-    """The thing that some points mark together, then the thing in each box, as `SamPredictor` gives them.
+    """The object that all points mark together, then the object in each box, as `SamPredictor` returns them.
 
     Args:
         sam: the model, on its device.
         image_HWC: RGB uint8.
         points: (x, y) in pixels of the image.
-        labels: of every point: 1 on the thing, 0 beside it.
+        labels: of every point: 1 = on the object, 0 = outside.
         boxes: (left, top, right, bottom).
     """
     predictor = SamPredictor(sam)
     predictor.set_image(image_HWC)
-    asked: list[dict[str, Any]] = [{"box": np.array(box)} for box in boxes]
+    prompts: list[dict[str, Any]] = [{"box": np.array(box)} for box in boxes]
     if points:
-        asked.insert(0, {"point_coords": np.array(points, float), "point_labels": np.array(labels)})
-    return Proposals.joined([_best(predictor, one, several=len(points) == 1 and not k) for k, one in enumerate(asked)])
+        prompts.insert(0, {"point_coords": np.array(points, float), "point_labels": np.array(labels)})
+    # A single point is ambiguous: the best of three masks is returned.
+    several = [len(points) == 1 and number == 0 for number in range(len(prompts))]
+    return Proposals.joined([_best(predictor, *prompt) for prompt in zip(prompts, several, strict=True)])
 
 
-def _best(predictor: SamPredictor, asked: dict[str, Any], *, several: bool) -> Proposals:
-    """The mask of highest predicted IoU; a single point is ambiguous, so the best of three."""
-    logits_NHW, iou_N, _ = predictor.predict(**asked, multimask_output=several, return_logits=True)
+def _best(predictor: SamPredictor, prompt: dict[str, Any], several: bool) -> Proposals:
+    """The mask of highest predicted IoU."""
+    logits_NHW, iou_N, _ = predictor.predict(**prompt, multimask_output=several, return_logits=True)
     best = int(iou_N.argmax())
     logits_1HW, threshold = torch.from_numpy(logits_NHW[best : best + 1]), predictor.model.mask_threshold
     stability = amg.calculate_stability_score(logits_1HW, threshold, 1.0).double().numpy()

@@ -1,4 +1,4 @@
-"""Segmenters: a decoder of segmentation_models_pytorch on any encoder; images in, one map of logits per class out."""
+"""Segmenters: a decoder of segmentation_models_pytorch on any encoder, from images to one map of logits per class."""
 
 import warnings
 from collections.abc import Sequence
@@ -21,11 +21,7 @@ from rayseg.models.encoders import (
 
 
 class Probabilities(nn.Module):
-    """A model's logits (N, K, H, W) as probabilities, float32: of class 1 where K is 1, else of all, adding up to one.
-
-    Args:
-        model: gives the logits.
-    """
+    """A model's logits (N, K, H, W) as probabilities, float32: of class 1 if K is 1, else of all, adding up to 1."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -41,10 +37,10 @@ ARCHITECTURES = tuple(sorted([*smp.MODEL_ARCHITECTURES_MAPPING, "deeplab"]))
 
 
 class Reduced(nn.Module):
-    """A segmenter that sees squares of pixels as one: means go in, logits are brought back bilinearly.
+    """A segmenter of averaged squares of pixels; logits are interpolated bilinearly to the input's size.
 
-    A network that has learnt from photographs of things at hand sees the ground at a coarser scale this way, and does
-    so wherever the model is used.
+    A network pretrained on photographs of near objects sees the imagery at a coarser scale this way, wherever the model
+    is used.
     """
 
     def __init__(self, net: nn.Module, *, reduce: int) -> None:
@@ -54,7 +50,7 @@ class Reduced(nn.Module):
 
     @property
     def encoder(self) -> nn.Module:
-        """That of the network inside."""
+        """Encoder of the inner network."""
         return self.net.get_submodule("encoder")
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
@@ -64,7 +60,7 @@ class Reduced(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """Segmenters of one architecture, trained from different seeds, that answer with the mean of their logits."""
+    """The mean of the logits of segmenters of one architecture, trained from different seeds."""
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -89,17 +85,17 @@ def build_segmenter(
     """A network from normalised images_NCHW (float32, sides multiples of 32 * reduce) to logits_NKHW of that size.
 
     Args:
-        architecture: one of `ARCHITECTURES`, for example "unet" or "deeplabv3plus"; "deeplab" is ours.
+        architecture: one of `ARCHITECTURES`, for example "unet" or "deeplabv3plus"; "deeplab" is rayseg.models.deeplab.
         encoder: a name of segmentation_models_pytorch or of timm, for example "regnety_040".
         classes: number of maps K; 1 for a class against the rest (sigmoid), else one per class (softmax).
         weights: of the encoder: "imagenet" (downloaded), "none", or a `.pth`, `.pt` or `.safetensors` file.
         channels: bands of the images.
-        reduce: side in pixels of the squares whose mean the network sees as one pixel.
-        members: networks whose logits are averaged; 1 is a network by itself.
+        reduce: side in px of the squares that are averaged to one input pixel of the network.
+        members: networks whose logits are averaged; 1 is a single network.
 
     Raises:
-        ConfigError: the architecture or the encoder is unknown, or they do not go together.
-        ModelError: the weights are not to be had or do not fit.
+        ConfigError: the architecture or the encoder is unknown, or they cannot be combined.
+        ModelError: the weights are missing or do not fit.
     """
     if members > 1:
         one = partial(build_segmenter, architecture, encoder, classes=classes, weights=weights, channels=channels)

@@ -1,4 +1,4 @@
-"""Images made larger: by a super-resolution network, or by bicubic interpolation."""
+"""Enlarging images by a super-resolution network, or by bicubic interpolation."""
 
 from collections.abc import Callable
 from typing import Annotated
@@ -19,27 +19,27 @@ Enlarge = Callable[[Image], Image]
 
 
 class EnlargeConfig(Config):
-    """How imagery is made larger."""
+    """How imagery is enlarged."""
 
     weights: Location | None = None
-    """File of a super-resolution network that spandrel knows, such as Real-ESRGAN's; without, it is interpolated."""
+    """File of a super-resolution network that spandrel supports, such as Real-ESRGAN; by default bicubic."""
     factor: Annotated[int, Field(ge=2, le=8)] = 4
-    """Pixels that one pixel becomes, across and down; a network's own factor must be this one."""
+    """Factor of width and height; must equal the network's factor."""
     stride: Annotated[int, Field(gt=0)] = 192
-    """Side in px of what is enlarged at once."""
+    """Side in px of the windows that are enlarged at once."""
     margin: Annotated[int, Field(ge=2)] = 40
-    """Pixels around it that are seen too; Real-ESRGAN's general x4v3 sees 34 px far."""
+    """Pixels around each window as context; Real-ESRGAN's general x4v3 uses 34."""
 
 
 def load_enlarger(config: EnlargeConfig, *, device: str | None = None) -> Enlarge:
-    """A callable that makes an RGB uint8 image (H, W, 3) `config.factor` times larger.
+    """A callable that enlarges an RGB uint8 image (H, W, 3) by `config.factor`.
 
     Args:
-        config: by what, and how much.
+        config: network and factor.
         device: torch device; by default the GPU if there is one.
 
     Raises:
-        ModelError: the file is missing or damaged, or no network for RGB images with this factor.
+        ModelError: the file is missing or damaged, or is not a network for RGB images with this factor.
     """
     if config.weights is None:
         factor = config.factor
@@ -65,25 +65,28 @@ def load_network(path: str, factor: int) -> nn.Module:
     """The network in a file, in evaluation mode.
 
     Raises:
-        ModelError: the file is missing or damaged, or no network for RGB images with this factor.
+        ModelError: the file is missing or damaged, or is not a network for RGB images with this factor.
     """
-    from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError  # dozens of networks, seldom needed
+    from spandrel import (  # imports dozens of networks, rarely needed
+        ImageModelDescriptor,
+        ModelLoader,
+        UnsupportedModelError,
+    )
 
     state = read_state(path)
     try:
-        found = ModelLoader(device="cpu").load_from_state_dict(state)
+        loaded = ModelLoader(device="cpu").load_from_state_dict(state)
     except (UnsupportedModelError, RuntimeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"{path} holds no network that spandrel knows ({reason}); give one such as realesr-general-x4v3.pth, or "
-            "leave enlarge.weights out to interpolate"
+            f"{path} contains no network that spandrel supports ({reason}); give one such as realesr-general-x4v3.pth, "
+            "or leave enlarge.weights out to interpolate"
         ) from None
-    channels = (found.input_channels, found.output_channels)
-    if not isinstance(found, ImageModelDescriptor) or channels != (3, 3) or found.scale != factor:
+    channels = (loaded.input_channels, loaded.output_channels)
+    if not isinstance(loaded, ImageModelDescriptor) or channels != (3, 3) or loaded.scale != factor:
         raise ModelError(
-            f"{path} is a {found.architecture.name} that makes {found.output_channels} channels of "
-            f"{found.input_channels}, {found.scale} times larger, expected 3 of 3, {factor} times; give another "
-            "file or set enlarge.factor"
+            f"{path} is a {loaded.architecture.name} from {channels[0]} to {channels[1]} channels with factor "
+            f"{loaded.scale}, expected from 3 to 3 with factor {factor}; give another file or set enlarge.factor"
         )
-    network: nn.Module = found.model.eval().float()
+    network: nn.Module = loaded.model.eval().float()
     return network

@@ -1,19 +1,20 @@
-"""Unsupervised segmentation by a small network that is trained on the very imagery it segments.
+"""Unsupervised segmentation by a small network that is trained on the imagery it segments.
 
-    image --> network --> argmax --> labels --(majority vote in each superpixel)--> targets --> one training step, again
+    image --> network --> argmax --> labels --(majority vote in each superpixel)--> targets --> training step, repeat
 
-Networks and their training are recipes by name, all run by one loop:
+Networks and their training are recipes by name, and one loop runs them all:
     v1        4 layers, labels voted in superpixels (Cao & Huang 2022, ISPRS 188; after Kanezaki 2018, ICASSP)
     v2        3 layers, no superpixels, a continuity term instead (Kim, Kanezaki & Tanaka 2020, IEEE TIP 29)
     deepnet   6 layers that see 4 x 4 px as one in their middle, for scenes in patches (Chen et al. 2022, IEEE GRSL 19)
 
-Nothing depends on the global random state or changes it: initial weights are drawn from a generator of their own.
+The global random state is neither used nor changed: initial weights come from a separate generator.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -31,11 +32,11 @@ Precision = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one network is built and trained.
+    """Architecture and training of a network.
 
     Attributes:
         build: (bands, classes) -> network with output (N, classes, H, W).
-        classes: channels of the output: the most labels there can be, at most 256.
+        classes: channels of the output: the largest number of labels, at most 256.
         votes: targets are voted inside superpixels; otherwise they are the network's own argmax.
         optimizer: parameters -> optimizer.
         continuity: weight of the mean absolute difference of the output between neighbouring pixels.
@@ -61,14 +62,14 @@ def segment(
     device: str | torch.device = "cpu",
     precision: Precision = "float32",
 ) -> NDArray[np.uint8]:
-    """Segment one image; the same image, settings and device always give the same labels.
+    """Segment one image; the same image, settings and device give the same labels.
 
     Args:
         image_HWC: any number of bands in any order; integers are divided by the largest value of their type
-            (uint8: x/255), floats are taken as they are.
-        superpixels_HW: superpixel of every pixel, needed to vote; -1 is no data, which has no vote, target or label.
+            (uint8: x/255), floats are unchanged.
+        superpixels_HW: superpixel of every pixel, for the vote; -1 is no data, without vote, target or label.
         network: a name in `RECIPES`, or a recipe.
-        iterations: most training steps, one on the whole image each.
+        iterations: most training steps, each on the whole image.
         min_labels: training ends after the first step with fewer labels than this.
         seed: of the initial weights.
         device: torch device.
@@ -80,7 +81,7 @@ def segment(
 
     Raises:
         ConfigError: unknown network or precision, or no iteration.
-        DataError: superpixels are missing or do not fit the image, or it is no (H, W, C) array.
+        DataError: superpixels are missing or do not fit the image, or it is not an (H, W, C) array.
     """
     recipe = _recipe(network, iterations, precision)
     image = as_input(image_HWC, device)
@@ -114,13 +115,13 @@ def train(
     Args:
         model: network of the recipe, on the image's device; trained in place.
         image_1CHW: float32 image.
-        segments: superpixel of every pixel (H * W,) int64, 0 or more, -1 where there is no data; None without a vote.
+        segments: superpixel of every pixel (H * W,) int64, 0 or more, -1 for no data; None without a vote.
         recipe: how to train.
         iterations: number of steps.
         precision: of the network's arithmetic.
 
     Yields:
-        What `step` returns.
+        The result of `step`.
     """
     optimizer = recipe.optimizer(model.parameters())
     model.train()
@@ -140,7 +141,7 @@ def step(
     seen: Tensor | None = None,
     teacher: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One training step on one image: towards the labels it has now, voted inside its superpixels.
+    """One training step on one image, towards its current labels, voted inside its superpixels.
 
     Args:
         model: network of the recipe, in training mode.
@@ -149,11 +150,11 @@ def step(
         segments: superpixel of every pixel (H * W,) int64, 0 or more; None without a vote.
         recipe: how to train.
         precision: of the network's arithmetic.
-        seen: positions of the pixels that have data; None for all. Others have no vote; only continuity counts them.
+        seen: positions of the pixels with data; None for all. Only the continuity term uses the others.
         teacher: network whose labels are voted on instead of the model's own.
 
     Returns:
-        (targets (H * W,) int64, -100 where there is no data; loss before the step, a scalar).
+        (targets (H * W,) int64, -100 for no data; loss before the step, a scalar).
     """
     optimizer.zero_grad()
     logits_1KHW = _forward(model, image_1CHW, precision)
@@ -176,7 +177,7 @@ def _targets(labels: Tensor, segments: Tensor | None, seen: Tensor | None, recip
 
 
 def vote(labels: Tensor, segments: Tensor, classes: int) -> Tensor:
-    """Give every pixel the most frequent label of its segment; of equally frequent ones the lowest.
+    """The most frequent label of every pixel's segment; the lowest of equally frequent ones.
 
     Args:
         labels: (pixels,) int64, 0..classes-1.
@@ -189,15 +190,15 @@ def vote(labels: Tensor, segments: Tensor, classes: int) -> Tensor:
     counts = torch.bincount(segments * classes + labels)
     counts = F.pad(counts, (0, -len(counts) % classes)).view(-1, classes)
     # Scaling by the classes and adding a bonus that falls with the label makes the largest count unique:
-    # argmax alone promises no order among ties.
+    # argmax alone guarantees no order among ties.
     bonus = torch.arange(classes - 1, -1, -1, device=counts.device)
     return (counts * classes + bonus).argmax(1)[segments]
 
 
 def initial(recipe: Recipe, *, bands: int, seed: int) -> nn.Module:
-    """A fresh network of the recipe, channels_last, on the CPU.
+    """A new network of the recipe, channels_last, on the CPU.
 
-    Weights are what PyTorch's defaults give after `torch.manual_seed(seed)`, without touching the global generator.
+    Weights equal PyTorch's defaults after `torch.manual_seed(seed)`; the global generator is not used.
     """
     with torch.device("meta"):
         model = recipe.build(bands, recipe.classes)
@@ -214,12 +215,12 @@ def initial(recipe: Recipe, *, bands: int, seed: int) -> nn.Module:
 
 
 class Labeller(nn.Module):
-    """A network from imagery to logits of groups of its labels, whose softmax adds up that of the labels.
+    """A network from imagery to logits of groups of labels: a group's softmax is the sum over its labels.
 
     Args:
-        net: the network of a recipe, whose input it sees averaged over squares.
-        groups_K: group of every label; -1 of labels that are never given.
-        reduce: side of the squares in px; probabilities are brought back bilinearly.
+        net: the network of a recipe, on imagery averaged over squares.
+        groups_K: group of every label; -1 for unused labels.
+        reduce: side of the squares in px; probabilities are interpolated bilinearly.
     """
 
     def __init__(self, net: nn.Module, groups_K: Sequence[int], *, reduce: int = 1) -> None:
@@ -241,7 +242,7 @@ class Labeller(nn.Module):
 
 
 def reduced(images_NCHW: Tensor, side: int) -> Tensor:
-    """The means of squares of `side` px."""
+    """Means over squares of `side` px."""
     return F.avg_pool2d(images_NCHW, side) if side > 1 else images_NCHW
 
 
@@ -260,21 +261,21 @@ def build_unsupervised(
     Args:
         network: a name in `NETWORKS`.
         channels: bands of the images.
-        labels: outputs of the network itself.
-        classes: logits that come out: groups of labels.
-        groups: group of every label, as text: "0,1,0,-1"; "" leaves the labels as they are.
-        reduce: side in px of the squares whose mean the network sees as one pixel.
-        weights: not looked at: there are none but those of the scene.
+        labels: outputs of the network.
+        classes: groups of labels, one logit each.
+        groups: group of every label, as text: "0,1,0,-1"; "" keeps the labels.
+        reduce: side in px of the squares that are averaged to one input pixel of the network.
+        weights: unused; the only weights are those of the scene.
 
     Raises:
-        ConfigError: the network is unknown, or the groups are not as many as said.
+        ConfigError: the network is unknown, or the groups do not fit labels and classes.
     """
     if network not in NETWORKS:
         raise ConfigError(f"network is {network!r}, expected one of {sorted(NETWORKS)}: choose one of them")
     net = NETWORKS[network](channels, labels)
     numbers = [int(group) for group in groups.split(",")] if groups else list(range(labels))
     if len(numbers) != labels or max(numbers) + 1 != classes:
-        raise ConfigError(f"groups {groups!r} do not put {labels} labels into {classes} classes; train again")
+        raise ConfigError(f"groups {groups!r} do not assign {labels} labels to {classes} classes; train again")
     return Labeller(net, numbers, reduce=reduce)
 
 
@@ -282,7 +283,7 @@ def as_input(image_HWC: NDArray[Any], device: str | torch.device = "cpu") -> Ten
     """The image as (1, C, H, W) float32, channels_last: integers divided by the largest value of their type.
 
     Raises:
-        DataError: it is no non-empty (H, W, C) array.
+        DataError: it is empty or not an (H, W, C) array.
     """
     if image_HWC.ndim != 3 or image_HWC.size == 0:
         raise DataError(f"an image of shape {image_HWC.shape} cannot be segmented, expected (height, width, bands)")
@@ -308,7 +309,7 @@ def _loss(logits_1KHW: Tensor, targets: Tensor, continuity: float) -> Tensor:
 
 def _recipe(network: str | Recipe, iterations: int, precision: str) -> Recipe:
     if iterations < 1:
-        raise ConfigError(f"{iterations} iterations were asked for, expected at least 1")
+        raise ConfigError(f"{iterations} iterations, expected at least 1; raise them")
     if precision not in {"float32", "bfloat16"}:
         raise ConfigError(f"precision is {precision!r}, expected 'float32' or 'bfloat16'")
     if isinstance(network, Recipe):
@@ -319,18 +320,18 @@ def _recipe(network: str | Recipe, iterations: int, precision: str) -> Recipe:
 
 
 def _segments(superpixels_HW: NDArray[np.integer] | None, image_1CHW: Tensor, *, votes: bool) -> Tensor | None:
-    """Superpixels as (H * W,) int64 on the image's device; None when there are none, and none are needed."""
+    """Superpixels as (H * W,) int64 on the image's device; None if the recipe needs none."""
     if superpixels_HW is None and not votes:
         return None
     size = tuple(image_1CHW.shape[2:])
     if superpixels_HW is None or superpixels_HW.shape != size or superpixels_HW.max() < 0:
-        found = "none" if superpixels_HW is None else f"{superpixels_HW.shape} up to {superpixels_HW.max()}"
-        raise DataError(f"this network votes in superpixels of shape {size} from 0, found {found}: make them first")
+        given = "none" if superpixels_HW is None else f"{superpixels_HW.shape} up to {superpixels_HW.max()}"
+        raise DataError(f"this network votes in superpixels of shape {size} from 0, found {given}: compute them first")
     return torch.from_numpy(superpixels_HW.astype(np.int64).ravel()).to(image_1CHW.device)
 
 
 def quick_and_reproducible(device: torch.device, precision: Precision) -> ExitStack:
-    """The settings training runs under; they end with the `with` block."""
+    """Settings for reproducible training, for a `with` block."""
     stack = ExitStack()
     stack.enter_context(reused_memory())
     if device.type == "cuda":
@@ -339,8 +340,7 @@ def quick_and_reproducible(device: torch.device, precision: Precision) -> ExitSt
     return stack
 
 
-def _relu() -> nn.Module:
-    return nn.ReLU(inplace=True)
+_relu = partial(nn.ReLU, inplace=True)
 
 
 def _build_v1(bands: int, classes: int) -> nn.Module:
@@ -371,18 +371,11 @@ def _build_deepnet(bands: int, classes: int) -> nn.Module:
     )
 
 
-def _sgd(lr: float) -> Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]:
-    return lambda parameters: torch.optim.SGD(parameters, lr=lr, momentum=0.9)
-
-
-def _adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, lr=1e-3)
-
-
+_SGD = partial(torch.optim.SGD, momentum=0.9)
 RECIPES = {
-    "v1": Recipe(_build_v1, classes=32, votes=True, optimizer=_sgd(0.05)),
-    "v2": Recipe(_build_v2, classes=100, votes=False, optimizer=_sgd(0.1), continuity=1.0, last_pass=True),
-    "deepnet": Recipe(_build_deepnet, classes=32, votes=True, optimizer=_adam),
+    "v1": Recipe(_build_v1, classes=32, votes=True, optimizer=partial(_SGD, lr=0.05)),
+    "v2": Recipe(_build_v2, classes=100, votes=False, optimizer=partial(_SGD, lr=0.1), continuity=1.0, last_pass=True),
+    "deepnet": Recipe(_build_deepnet, classes=32, votes=True, optimizer=partial(torch.optim.Adam, lr=1e-3)),
 }
 
 NETWORKS: Mapping[str, Callable[[int, int], nn.Module]] = {
@@ -392,7 +385,7 @@ NETWORKS: Mapping[str, Callable[[int, int], nn.Module]] = {
 
 
 def nearest(centres_KC: NDArray[np.floating]) -> nn.Module:
-    """The network "nearest" whose largest logit is that of the nearest centre: -|x - c|^2 + |x|^2."""
+    """The network "nearest", whose largest logit is that of the nearest centre: -|x - c|^2 + |x|^2."""
     count, bands = centres_KC.shape
     net = Conv1x1(bands, count)
     centres = torch.from_numpy(np.asarray(centres_KC, np.float32))

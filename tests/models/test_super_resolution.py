@@ -71,12 +71,12 @@ def test_the_middle_is_as_if_the_image_were_enlarged_whole(network):
 
 
 def test_files_that_are_no_such_network_are_refused(network, tmp_path):
-    with pytest.raises(ModelError, match="4 times larger, expected 3 of 3, 2 times"):
+    with pytest.raises(ModelError, match="to 3 channels with factor 4, expected from 3 to 3 with factor 2"):
         load_enlarger(EnlargeConfig(weights=network, factor=2))
     with pytest.raises(ModelError, match=r"none\.pth cannot be read"):
         load_enlarger(EnlargeConfig(weights=str(tmp_path / "none.pth")))
     torch.save({"a.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(ModelError, match=r"other\.pth holds no network that spandrel knows"):
+    with pytest.raises(ModelError, match=r"other\.pth contains no network that spandrel supports"):
         load_enlarger(EnlargeConfig(weights=str(tmp_path / "other.pth")))
     path = tmp_path / "network.pth"
     path.write_bytes(path.read_bytes()[:3000])

@@ -460,7 +460,7 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_written(region, tmp_
     assert "must be a multiple of stride" in refused(2, *words, "--set", "map.tile=1000")
     assert "name one or three" in refused(2, *words, "--set", "image.bands=[red, green]")
     missing = refused(4, *words, "--set", f"sam.checkpoint={tmp_path}/none.pth")
-    assert "none.pth is not there; fetch https://" in missing
+    assert "none.pth does not exist; download https://" in missing
     assert not (tmp_path / "run").exists()
 
 

@@ -31,7 +31,7 @@ def test_the_file_for_clusters_is_understood_by_serve_and_asks_for_a_token():
 
 def test_the_command_refuses_an_open_host_a_missing_prefix_and_an_unknown_setting(tmp_path):
     assert "--token-file" in refused(2, "serve", "--models", tmp_path, "--host", "0.0.0.0")
-    assert "is no folder" in refused(4, "serve", "--models", tmp_path / "none")
+    assert "is not a folder" in refused(4, "serve", "--models", tmp_path / "none")
     assert "config key quue is unknown" in refused(2, "serve", "--models", tmp_path, "--set", "quue=3")
     assert "is not a run" in refused(2, "view", tmp_path)
 
