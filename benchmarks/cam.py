@@ -34,7 +34,7 @@ def write_model(prefix: Path, encoder: str) -> None:
 
 
 def one_at_a_time(prefix: str, images: list[np.ndarray]) -> list[np.ndarray]:
-    """A map per image by pytorch-grad-cam as its documentation has it."""
+    """A map per image by pytorch-grad-cam, as in its documentation."""
     import torch
     from pytorch_grad_cam import GradCAMPlusPlus
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget

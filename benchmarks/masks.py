@@ -2,8 +2,8 @@
 
     python benchmarks/masks.py [--count 400] [--side 1000] [--loops 24]
 
-The loops compare masks pixel by pixel, each pair up to twice. They are run on `--loops` of the masks and their time is
-carried over by the number of comparisons they make; `--loops 0` runs them on all. Times are of the CPU, not the clock.
+The loops compare masks pixel by pixel, each pair up to twice. They run on `--loops` of the masks and their time is
+extrapolated by the number of comparisons; `--loops 0` runs them on all. Times are CPU times.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from rayseg.vision import rle
 
 
 def ellipses(count: int, side: int) -> np.ndarray:
-    """(count, side, side) bool; every tenth is nearly the one before."""
+    """(count, side, side) bool; every tenth is almost equal to the one before."""
     rng, (rows, cols) = np.random.default_rng(0), np.mgrid[:side, :side]
     found = np.zeros((count, side, side), bool)
     for k in range(count):
@@ -26,7 +26,7 @@ def ellipses(count: int, side: int) -> np.ndarray:
 
 
 def by_loops(masks_NHW: np.ndarray, threshold: float) -> tuple[list[int], int]:
-    """What the published loops leave, and how many pairs of masks they compare pixel by pixel."""
+    """The masks that the published loops keep, and the number of pairs they compare pixel by pixel."""
     left, again, compared = list(range(len(masks_NHW))), True, 0
     while again:
         again, dropped = False, set()

@@ -1,4 +1,4 @@
-"""Objects v1 on chips of 512 px against a straight port of the loop as it was published, interleaved, chip by chip.
+"""Objects v1 on chips of 512 px against a straight port of the published loop, interleaved, chip by chip.
 
 The port does what the method says in PyTorch's and numpy's plain words: contiguous tensors, a Python loop over the
 superpixels for the vote. Both are given the same superpixels. Quality is the adjusted mutual information (AMI) between
@@ -65,7 +65,7 @@ def chips(folder: str | None, *, count: int, size: int) -> Iterator[np.ndarray]:
 
 
 def main() -> None:
-    """Both on every chip, in turn, for every number of threads."""
+    """Run both on every chip, in turn, for every number of threads."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", help="folder of real chips; without it they are drawn")
     parser.add_argument("--chips", type=int, default=4, help="how many (quick: 1)")

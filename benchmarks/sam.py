@@ -3,12 +3,11 @@
     python benchmarks/sam.py IMAGE [--what generator|rounds|refined|split] [--points 32] [--side 1000]
                                    [--checkpoint FILE --variant vit_b] [--threads 1]
 
-Without a checkpoint the model is a SAM of one small encoder block and the full mask decoder, which does all that it
-would do with random weights; what comes out of it is then replaced so that the masks are blobs of three sizes around
-each point, of which half pass the predicted IoU and two sizes the stability. What is compared is the same work by the
-same weights. `rounds` is timed twice: asking every point in every round, which gives the masks of the port, and asking
-none that is white already, as it is used. `split` only says how long embedding, decoding and filtering take;
-`--checkpoint random` is a vit_b or larger that has learnt nothing.
+Without a checkpoint the model is a SAM of one small encoder block and the full mask decoder with random weights. Its
+outputs are replaced so that the masks are blobs of three sizes around each point, of which half pass the predicted IoU
+and two sizes the stability. Both sides do the same work with the same weights. `rounds` is timed twice: with every
+point in every round, which gives the masks of the port, and without points that are white already, as in use. `split`
+prints the time of embedding, decoding and filtering; `--checkpoint random` is an untrained vit_b or larger.
 """
 
 import argparse
@@ -33,20 +32,20 @@ from rayseg.vision.rounds import Refining, RoundsConfig, alone, find_plots, is_m
 
 
 class PointKept(nn.Module):
-    """A decoder's transformer; its mask tokens then say where the point is, by the point's own encoding."""
+    """A decoder's transformer whose mask tokens are the encoding of the point's position."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
     def forward(self, image, place, tokens):
-        found, image = self.inner(image, place, tokens)
-        found[:, 1:5] = tokens[:, 5:6]
-        return found, image
+        decoded, image = self.inner(image, place, tokens)
+        decoded[:, 1:5] = tokens[:, 5:6]
+        return decoded, image
 
 
 class PlaceShown(nn.Module):
-    """A decoder's upscaling; its channels then say where each pixel is."""
+    """A decoder's upscaling whose channels are the position of each pixel."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -116,11 +115,11 @@ def random_sam(points: int) -> Sam:
 
 @torch.inference_mode()
 def half_of_them(model: Sam, image: np.ndarray) -> float:
-    """The predicted IoU that half of the masks of an image have."""
-    proposer = SamProposer(model, SamConfig(half=False))
+    """The median predicted IoU of the masks of an image."""
     sides = torch.linspace(64, 960, 6, device=model.device)
     points = torch.stack(torch.meshgrid(sides, sides, indexing="xy"), dim=-1).reshape(-1, 2)
-    embedding = proposer._embedded(sams.ResizeLongestSide(1024).apply_image(image))
+    small = torch.as_tensor(sams.ResizeLongestSide(1024).apply_image(image), device=model.device)
+    embedding = model.image_encoder(model.preprocess(small.permute(2, 0, 1)[None].contiguous()))
     return float(sams.decode(model, embedding, points, least_iou=0.0)[1].median())
 
 
@@ -204,7 +203,7 @@ def every_point(proposer: SamProposer):
 
 
 def alike(one: list[bytes], other: list[bytes]) -> str:
-    """How many are the same to the last pixel, and how much the worst of all differs from the one it is most like."""
+    """Number of identical masks, and the lowest IoU of any mask with its most similar one."""
     if not one or not other:
         return f"{len(one)} and {len(other)}"
     ious = rle.ious([np.frombuffer(runs, np.int64) for runs in [*one, *other]])[: len(one), len(one) :]
@@ -213,7 +212,7 @@ def alike(one: list[bytes], other: list[bytes]) -> str:
 
 
 def split(proposer: SamProposer, image: np.ndarray) -> None:
-    """How long the parts of one automatic generation take."""
+    """Print the time of the parts of one automatic generation."""
     spent = {"decoding": 0.0, "embedding": 0.0}
 
     def timed(name, function):
@@ -228,10 +227,10 @@ def split(proposer: SamProposer, image: np.ndarray) -> None:
     sams.decode = timed("decoding", sams.decode)
     proposer.sam.image_encoder.forward = timed("embedding", proposer.sam.image_encoder.forward)
     began = time.perf_counter()
-    found = proposer(image, np.ones(image.shape[:2], bool))
+    masks = proposer(image, np.ones(image.shape[:2], bool))
     whole = time.perf_counter() - began
     spent["filtering"] = whole - sum(spent.values())
-    print(f"{len(found)} masks in {whole:.1f} s: " + ", ".join(f"{name} {s:.1f} s" for name, s in spent.items()))
+    print(f"{len(masks)} masks in {whole:.1f} s: " + ", ".join(f"{name} {s:.1f} s" for name, s in spent.items()))
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ SETTINGS: dict[str, dict] = {
     **{name: {"superpixels": {"method": name}} for name in ("felzenszwalb", "slic", "watershed")},
 }
 SAME_NETWORKS = {"default": "unmerged", "merged to 6": "unmerged"}
-"""Settings that differ in merging alone take the networks of another where they are."""
+"""Settings that differ only in merging reuse the networks of another run, if they exist."""
 
 
 def mapped(
@@ -107,7 +107,7 @@ def _folder(asked: argparse.Namespace, name: str, seed: int) -> Path:
 
 
 def _measured(out: Path, config: superpixel.Config, images: str, lender: Path | None = None) -> dict:
-    """Mean agreement with the truth by the pipeline's own steps, those for people left out."""
+    """Mean agreement with the truth by the pipeline's own steps, without its reports."""
     region = Region(images, images=images)
     with Run.open(str(out), pipeline="superpixel", config=config, region=region, engine=Engine("inline")) as run:
         listed = run.step("scenes", superpixel.list_scenes, region, config)
@@ -118,7 +118,7 @@ def _measured(out: Path, config: superpixel.Config, images: str, lender: Path | 
 
 
 def _trained(step: Step, listed: Step, divided: Step, config: superpixel.Config, lender: str) -> dict:
-    """Train, going on from the checkpoints of another run where they are of the same training."""
+    """Train, resuming from the checkpoints of another run of the same training."""
     for path in Path(lender).glob("steps/networks/*/*/checkpoint.pt") if lender else []:
         target = Path(str(step.prefix), *path.parts[-3:])
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def _trained(step: Step, listed: Step, divided: Step, config: superpixel.Config,
 
 
 def _ported(asked: argparse.Namespace, seed: int) -> None:
-    """What the straight port's maps measure, kept where those of a run are."""
+    """Measures of the straight port's maps, stored next to those of a run."""
     skipped = [_code(np.array(rgb_of(value))) for value in asked.unlabelled]
     scenes, spent = {}, {"superpixels": 0.0, "networks": 0.0}
     for path in sorted(Path(asked.images).iterdir()):
@@ -158,7 +158,7 @@ def _kept(path: Path, value: dict) -> None:
 
 
 def table(asked: argparse.Namespace) -> None:
-    """What the runs that are there say, as a Markdown table."""
+    """Results of the existing runs, as a Markdown table."""
     print("| setting | AMI | FMI | ARE | superpixels s | training s |\n|---|---|---|---|---|---|")
     for name in SETTINGS:
         found = sorted(asked.out.glob(f"{name.replace(' ', '-')}-20[0-9]*/steps/evaluate/agreement.json"))
@@ -186,7 +186,7 @@ def _interval(values_SN: np.ndarray) -> str:
 
 
 def speed(asked: argparse.Namespace) -> None:
-    """Seconds of the whole process, and of the straight port; on a busy machine those of the CPU say more."""
+    """Seconds of the whole process, and of the straight port; on a busy machine CPU seconds are more reliable."""
     asked.out.mkdir(parents=True, exist_ok=True)
     image = str(asked.out / "scene.tif")
     _cut(asked.image, image, asked.size)
@@ -285,7 +285,7 @@ def _read(path: str, row: int, col: int, patch: int) -> torch.Tensor:
 
 
 def memory(asked: argparse.Namespace) -> None:
-    """Peak memory of the process on a made scene of `side` px."""
+    """Peak memory of the process on a generated scene of `side` px."""
     asked.out.mkdir(parents=True, exist_ok=True)
     image = asked.out / f"made-{asked.side}.tif"
     if not image.exists():

@@ -1,8 +1,8 @@
-"""The feed of supervised training: windows of COGs against chips that were cut and written before.
+"""The data feed of supervised training: windows of COGs against chips cut and written before.
 
-Both give batches of (images, classes) at one size to a loop that does nothing with them, so that the feed alone is
-measured. Chips are PNG files of the same windows, read by torch's DataLoader with as many processes as Ray Data has
-CPUs. Target: at least 0.9 of the DataLoader's samples per second.
+Both give batches of (images, classes) of one size to an empty loop, so that only the feed is measured. Chips are PNG
+files of the same windows, read by torch's DataLoader with as many processes as Ray Data has CPUs. Target: at least 0.9
+of the DataLoader's samples per second.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class Chips(Dataset):
 
 
 def cut_chips(folder: Path, steps: list[Step], read: Windows) -> int:
-    """Write the windows of an epoch as chips; return how many."""
+    """Write the windows of an epoch as chips; return their number."""
     cuts = [cut for batch in windows.stream([steps], read, on_ray=False) for cut in batch]
     for number, cut in enumerate(cuts):
         Image.fromarray(cut.image_CHW.transpose(1, 2, 0)).save(folder / f"{number}.png")
@@ -52,7 +52,7 @@ def cut_chips(folder: Path, steps: list[Step], read: Windows) -> int:
 
 
 def loaded(folder: Path, count: int, *, batch: int, epochs: int, processes: int) -> Iterator[int]:
-    """Images of each batch that the DataLoader gives."""
+    """Number of images in each batch of the DataLoader."""
     loader = DataLoader(
         Chips(folder, count), batch, shuffle=True, num_workers=processes, persistent_workers=processes > 0
     )
@@ -62,7 +62,7 @@ def loaded(folder: Path, count: int, *, batch: int, epochs: int, processes: int)
 
 
 def fed(epochs: list[list[Step]], read: Windows, *, size: int, on_ray: bool, threads: int) -> Iterator[int]:
-    """Images of each batch that the feed gives, stacked as the DataLoader's are."""
+    """Number of images in each batch of the feed, stacked like the DataLoader's."""
     for cuts in windows.stream(iter(epochs), read, on_ray=on_ray, threads=threads):
         images = torch.stack([torch.from_numpy(cut.image_CHW) for cut in cuts])
         torch.stack([torch.from_numpy(cut.classes_HW) for cut in cuts])
@@ -71,7 +71,7 @@ def fed(epochs: list[list[Step]], read: Windows, *, size: int, on_ray: bool, thr
 
 
 def rate(batches: Iterator[int], *, skip: int) -> float:
-    """Samples per second, the first batches left out: they pay for starting."""
+    """Samples per second without the first batches, which include the start."""
     began, count = 0.0, 0
     for number, images in enumerate(batches):
         if number == skip:
@@ -111,8 +111,8 @@ def main() -> None:
     for name, on_ray in ways:
         if on_ray:
             cluster.connect(None)
-        found = rate(fed(epochs, read, size=asked.size, on_ray=on_ray, threads=asked.processes), skip=skip)
-        rows.append((name, asked.processes, f"{found:.1f}", f"{found / plain:.2f}"))
+        samples = rate(fed(epochs, read, size=asked.size, on_ray=on_ray, threads=asked.processes), skip=skip)
+        rows.append((name, asked.processes, f"{samples:.1f}", f"{samples / plain:.2f}"))
     show(f"{asked.size} px, batches of {asked.batch}", ("feed", "processes or threads", "samples/s", "ratio"), rows)
 
 

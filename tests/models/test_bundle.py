@@ -125,7 +125,7 @@ def test_a_bundle_that_contradicts_itself_is_refused(prefix, update):
 @pytest.mark.parametrize("name", ["model.safetensors", "bundle.json", "item.json"])
 def test_a_bundle_with_a_file_missing_is_refused(prefix, name):
     (prefix / name).unlink()
-    with pytest.raises(ModelError, match=f"not whole, {name} missing"):
+    with pytest.raises(ModelError, match=f"incomplete, {name} missing"):
         load(prefix)
 
 

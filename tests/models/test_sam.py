@@ -249,13 +249,13 @@ def test_two_downloads_at_once_do_not_write_into_one_file(tmp_path, monkeypatch)
 
 def test_half_precision_is_for_who_asks_for_it_on_a_cpu_and_finds_nearly_the_same(monkeypatch):
     model, image = small_sam(), picture()
-    halves, embedded = [], SamProposer._embedded
+    halves, preprocess = [], model.preprocess
 
-    def noted(*given):
+    def noted(pixels):
         halves.append(torch.is_autocast_enabled("cpu"))
-        return embedded(*given)
+        return preprocess(pixels)
 
-    monkeypatch.setattr(SamProposer, "_embedded", noted)
+    monkeypatch.setattr(model, "preprocess", noted)
     plain, half = (
         SamProposer(model, SamConfig(points=6, iou=0, stability=0, nms=1, half=half))(image, np.ones((120, 160), bool))
         for half in (None, True)
