@@ -1,4 +1,4 @@
-"""Write the jobs and the service from the one cluster they run on: `python jobs/write.py` after changing either.
+"""Write the manifests of jobs and service from that of the cluster: run `python jobs/write.py` after a change.
 
 Every manifest is whole, so that `kubectl apply -f jobs/gpc.rayjob.yaml` needs nothing else.
 """
@@ -22,7 +22,7 @@ COMMANDS = {
     "--set pool.images=s3://bucket/masked/catalog.json#imagery --set pool.masks=s3://bucket/masked/catalog.json#masks",
 }
 TRAINED = {"gpc", "agri", "landcover", "al-s4gan"}
-"""Pipelines with a training of their own: the head has no GPU, so it is done by a worker."""
+"""Pipelines with a training: the head has no GPU, so a worker trains."""
 SERVE = """\
 http_options:
   request_timeout_s: 360
@@ -43,7 +43,7 @@ applications:
 
 
 def entrypoint(pipeline: str) -> str:
-    """The line a person would type on the head."""
+    """The command line, as a user would type it on the head."""
     trained = " --set workers=1" if pipeline in TRAINED else ""
     return (
         f"rayseg run pipeline {pipeline} {COMMANDS[pipeline]}{trained} --out s3://bucket/runs/{pipeline} --address auto"
@@ -51,7 +51,7 @@ def entrypoint(pipeline: str) -> str:
 
 
 def job(pipeline: str, cluster: dict[str, Any]) -> dict[str, Any]:
-    """A RayJob: a cluster of its own, the run, and the end of the cluster; after a loss a new one goes on."""
+    """A RayJob: it creates a cluster, runs the pipeline and deletes the cluster; a new cluster resumes after a loss."""
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
@@ -68,7 +68,7 @@ def job(pipeline: str, cluster: dict[str, Any]) -> dict[str, Any]:
 
 
 def service(cluster: dict[str, Any]) -> dict[str, Any]:
-    """A RayService: the server of models, whose token is the Secret rayseg-serve (key token) on every node."""
+    """A RayService: the model server; its token is the Secret rayseg-serve (key token) on every node."""
     spec = copy.deepcopy(cluster["spec"])
     for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
         pod = group["template"]["spec"]
@@ -87,8 +87,8 @@ def service(cluster: dict[str, Any]) -> dict[str, Any]:
 def manifests() -> dict[str, str]:
     """Path below the repository -> the text of the manifest."""
     cluster = yaml.safe_load((ROOT / "cluster/kuberay/raycluster.yaml").read_text())
-    found = {f"jobs/{name}.rayjob.yaml": _text(job(name, cluster)) for name in COMMANDS}
-    return found | {"cluster/kuberay/rayservice.yaml": _text(service(cluster))}
+    texts = {f"jobs/{name}.rayjob.yaml": _text(job(name, cluster)) for name in COMMANDS}
+    return texts | {"cluster/kuberay/rayservice.yaml": _text(service(cluster))}
 
 
 def _text(manifest: dict[str, Any]) -> str:
@@ -99,7 +99,7 @@ def _text(manifest: dict[str, Any]) -> str:
 def _dumped(manifest: dict[str, Any]) -> str:
     class Plain(yaml.SafeDumper):
         def ignore_aliases(self, data: object) -> bool:
-            """Say everything where it stands: others than YAML readers look at manifests too."""
+            """Write values instead of aliases: people read the manifests too."""
             return True
 
         def represent_text(self, text: str) -> yaml.Node:

@@ -46,8 +46,8 @@ def pause(flag):
 
 
 def back(_, *, seconds=-86400.0):
-    told = time.time
-    time.time = lambda: told() + seconds
+    real = time.time
+    time.time = lambda: real() + seconds
 
 
 def ahead(flag):

@@ -1,4 +1,4 @@
-"""The command line: what it says, and how it refuses wrong input: one sentence, an exit code, nothing half-written."""
+"""The command line: output, and errors for wrong input: one sentence, an exit code, no partial files."""
 
 import json
 import os
@@ -22,9 +22,8 @@ from typer.main import get_command
 from rayseg.cli import app
 from rayseg.io import cog, labels, xyz
 from rayseg.models.encoders import build_encoder
-from rayseg.pipelines import PIPELINES, gpc
+from rayseg.pipelines import PIPELINES
 
-AT_THE_DOOR = pytest.mark.skipif(not hasattr(gpc, "build_segmenter"), reason="networks are not built at the door")
 TINY = (
     *("chips.size=64", "chips.held_out=0", "patch=64", "stride=48", "map.tile=128"),
     *("classifier.encoder=mobilenet_v2", "classifier.size=64", "classifier.epochs=1", "classifier.learning.batch=4"),
@@ -77,7 +76,7 @@ def commands(group=None, words=()):
 
 
 @pytest.mark.parametrize(("words", "command"), list(commands()), ids=lambda part: getattr(part, "name", None))
-def test_every_command_and_option_says_what_it_is_for(words, command):
+def test_every_command_and_option_has_a_help_text(words, command):
     found = rayseg(*words, "--help")
     assert found.exit_code == 0
     assert command.help.split("\n")[0].endswith(".")
@@ -85,7 +84,7 @@ def test_every_command_and_option_says_what_it_is_for(words, command):
         assert parameter.help, (words, parameter.name)
 
 
-def test_the_commands_come_in_the_order_they_are_needed():
+def test_the_commands_are_listed_in_their_order_of_use():
     names = get_command(app).list_commands(None)
     assert names[:4] == ["run", "plan", "status", "retry"]
     assert set(names) == set(get_command(app).commands)
@@ -97,7 +96,7 @@ def test_help_waits_for_no_heavy_library():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_version_and_environment_are_told():
+def test_version_and_environment_are_printed():
     assert rayseg("--version").stdout.startswith("rayseg ")
     said = rayseg("env").stdout
     for name in ("rayseg", "python", "torch", "ray", "GPUs", "cache"):
@@ -261,7 +260,7 @@ def test_keys_of_a_file_are_named_by_their_path(tmp_path):
     assert "is not YAML" in refused(2, "config", "validate", "gpc", "--config", tmp_path / "c.yaml")
 
 
-def test_a_scaling_that_cannot_be_is_told_in_words():
+def test_an_invalid_scaling_is_an_error_with_its_values():
     said = refused(2, "config", "validate", "gpc", *options("scaling.mean=[1, 2, 3]", "scaling.std=[1, 0, 1]"))
     assert said == "rayseg: config key scaling: scale 1 and std [1.0, 0.0, 1.0] must be above 0\n"
 
@@ -299,7 +298,7 @@ def test_regions_without_imagery(world, out):
     assert not out.exists()
 
 
-def test_tiles_that_are_not_there(world, out):
+def test_unknown_tiles(world, out):
     said = refused(2, *predict(world, out, "--tiles", "32650_1_1"))
     assert "no tile 32650_1_1" in said
     assert "32650_244_-2148" in said
@@ -327,7 +326,7 @@ def test_models_that_cannot_map(world, out, tmp_path):
     assert not out.exists()
 
 
-def test_sources_that_are_no_images(world, out, tmp_path):
+def test_sources_without_images(world, out, tmp_path):
     assert "is not there" in refused(3, *predict(world, out, source=tmp_path / "a.tif"))
     (tmp_path / "a.tif").write_bytes(b"II*\0 no tiff")
     assert "a.tif cannot be read" in refused(3, *predict(world, out, source=tmp_path / "a.tif"))
@@ -361,7 +360,7 @@ def test_label_folders_are_taken_whole_or_not_at_all(spoil, tmp_path, out):
     assert not out.exists()
 
 
-def test_other_ways_to_ingest_nothing(tmp_path, out):
+def test_other_sources_that_cannot_be_ingested(tmp_path, out):
     folder = chip_folder(tmp_path / "chips")
     assert "expected folder" in refused(2, "ingest", "folder", folder, "--labels", "names", "--out", out)
     assert "not a folder" in refused(3, "ingest", "folder", tmp_path / "none", "--out", out)
@@ -374,7 +373,7 @@ def test_other_ways_to_ingest_nothing(tmp_path, out):
     assert not out.exists()
 
 
-def test_masks_with_values_that_are_no_class(mapped):
+def test_masks_with_values_that_are_not_a_class(mapped):
     values_HW = np.zeros((64, 128), np.uint8)
     values_HW[3, 4] = 7
     Image.fromarray(values_HW).save(mapped / "truth" / "a.png")
@@ -394,7 +393,7 @@ def test_evaluation_without_a_match_or_a_table(mapped):
     assert "holds no masks" in refused(3, "evaluate", mapped / "none", mapped / "truth")
 
 
-def test_what_is_no_run(tmp_path, mapped):
+def test_folders_that_are_not_a_run(tmp_path, mapped):
     for command in ("status", "retry"):
         assert "is not a run" in refused(2, command, tmp_path / "none")
         assert "is not a run" in refused(2, command, mapped / "classes.yaml")
@@ -402,7 +401,7 @@ def test_what_is_no_run(tmp_path, mapped):
     assert "run.json is not a JSON object" in refused(2, "status", tmp_path)
 
 
-def test_what_cannot_be_made_polygons(tmp_path, world):
+def test_files_that_cannot_become_polygons(tmp_path, world):
     refused(2, "polygonize", world["root"] / "imagery" / "scene.tif", "--out", tmp_path / "p.shp")
     out = tmp_path / "p.parquet"
     said = refused(3, "polygonize", world["root"] / "imagery" / "scene.tif", "--out", out)
@@ -412,7 +411,7 @@ def test_what_cannot_be_made_polygons(tmp_path, world):
     assert not out.exists()
 
 
-def test_models_are_not_looked_for_where_nothing_is(tmp_path):
+def test_folders_without_models(tmp_path):
     assert "no folder" in refused(4, "models", "list", tmp_path / "none")
     assert "holds no model bundle" in refused(4, "models", "show", tmp_path)
 
@@ -446,7 +445,7 @@ def test_a_cluster_that_does_not_answer(world, out, address):
     assert not out.exists()
 
 
-def test_a_command_that_is_interrupted_says_how_to_go_on(monkeypatch, world, out):
+def test_an_interrupted_command_prints_how_to_resume(monkeypatch, world, out):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -454,7 +453,7 @@ def test_a_command_that_is_interrupted_says_how_to_go_on(monkeypatch, world, out
     assert "run the same command to resume" in refused(130, *predict(world, out))
 
 
-def test_an_output_that_belongs_to_another_run_or_to_nobody(world, tmp_path):
+def test_an_output_of_another_run_or_of_another_program(world, tmp_path):
     folder = tmp_path / "thesis"
     folder.mkdir()
     (folder / "main.tex").write_text("...")
@@ -476,7 +475,6 @@ def test_unknown_encoders_offer_others(world, out):
     assert "mobilenet_v2" in said
 
 
-@AT_THE_DOOR
 def test_the_segmenters_encoder_is_looked_at_before_the_classifier_is_trained(world, out):
     said = refused(2, *run_gpc(world, out, *RANDOM, "segmenter.encoder=resnet1000"))
     assert "resnet1000" in said
@@ -492,7 +490,7 @@ def test_the_segmenters_encoder_is_looked_at_before_the_classifier_is_trained(wo
     ("scaling={mean: [1.0], std: [1.0]}", "3 bands but scaling of 1"),
     ("classifier.network=plots", "classifier.network = 'plots': input should be 'chips'"),
 ])  # fmt: skip
-def test_windows_scalings_and_networks_that_gpc_cannot_map_with(world, out, override, said):
+def test_windows_scalings_and_networks_that_do_not_fit_gpc(world, out, override, said):
     sizes = ("segmenter.size=288",) if "reduce" in override else ()
     assert said in refused(2, *run_gpc(world, out, *RANDOM, *sizes, override))
     assert not out.exists()
@@ -533,8 +531,7 @@ def test_regions_without_chips(world, out):
     assert "chips.source" in refused(2, *words, *options(*TINY, *RANDOM))
 
 
-@AT_THE_DOOR
-def test_a_wrong_pipeline_leaves_no_trace_and_trains_nothing(world, out, tmp_path):
+def test_an_invalid_pipeline_leaves_no_files_and_trains_nothing(world, out, tmp_path):
     for code, overrides in {
         2: ("classifier.encoder=none_such",),
         3: (f"chips.source={world['imagery']}",),

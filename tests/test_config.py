@@ -29,7 +29,7 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path):
 
 
 class Grouped(Config):
-    """With defaults of its own for a group, and for one inside of it."""
+    """A group with defaults of its own, and a group inside it."""
 
     outer: Outer = Outer(inner=Inner(patch=7, name="x"), rates=(2.0,))
 
@@ -100,7 +100,7 @@ def test_a_group_that_is_one_value_is_given_as_a_whole():
         ([f"wrong{number}=1" for number in range(7)], "; and 2 more"),
     ],
 )
-def test_what_cannot_be_meant_is_named_with_its_path(overrides, said):
+def test_invalid_settings_are_named_with_their_path(overrides, said):
     with pytest.raises(ConfigError) as caught:
         load(Outer, None, overrides)
     assert said in str(caught.value)
@@ -158,7 +158,7 @@ def test_groups_of_a_file_can_be_merged(tmp_path):
         ("inner: !!map text\n", "is not YAML"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, said):
+def test_a_file_that_is_not_a_configuration_is_refused(tmp_path, text, said):
     path = tmp_path / "c.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=said):
@@ -169,8 +169,8 @@ class Mapped(Config):
     of: dict[str, int]
 
 
-def test_what_fits_no_alternative_of_a_key_is_refused_once():
-    """In one clause, without the names that pydantic gives them."""
+def test_a_value_of_no_allowed_type_is_refused_once():
+    """In one clause, without pydantic's names of the types."""
 
     class Scaled(Config):
         scaling: Literal["auto", "range"] | Pair = "auto"
@@ -196,7 +196,7 @@ def test_a_missing_file_is_refused(tmp_path):
         load(Outer, str(tmp_path / "none.yaml"))
 
 
-def test_ray_is_joined_only_where_told(monkeypatch):
+def test_ray_is_joined_only_at_a_given_address(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert ray_address(None) == "local"
     monkeypatch.setenv("RAY_ADDRESS", "ray://a:1")

@@ -1,4 +1,4 @@
-"""Commands that die: the same command again must give what an undisturbed one gives, and leave nothing else behind."""
+"""Killed commands: the same command again gives the result of an undisturbed one, and no other files."""
 
 import os
 import random
@@ -28,7 +28,7 @@ def world(tmp_path_factory, tiny_model):
 
 @pytest.fixture
 def flag(tmp_path):
-    """The cause of a fault; the fault is gone with it."""
+    """The cause of a fault; the fault ends when the file is deleted."""
     (tmp_path / "flag").touch()
     return tmp_path / "flag"
 
@@ -43,7 +43,7 @@ def paused(flag):
     return int(until(lambda: Path(f"{flag}.pid").exists() and Path(f"{flag}.pid").read_text()))
 
 
-def test_a_driver_that_is_killed_goes_on_where_it_was(world, tmp_path):
+def test_a_killed_driver_resumes_where_it_stopped(world, tmp_path):
     out = tmp_path / "run"
     with Command(*world.words(out)) as command:
         until(settled(out, 3))
@@ -67,7 +67,7 @@ def test_half_written_files_of_a_killed_driver_are_removed(world, tmp_path):
 
 
 @pytest.mark.more  # engine/test_flow.py: without room the run ends and no row is failed
-def test_a_full_disk_ends_the_run_in_words_and_costs_no_tile(world, tmp_path):
+def test_a_full_disk_ends_the_run_with_a_remedy_and_costs_no_tile(world, tmp_path):
     """The limit on file sizes stands for the disk: it needs no mount."""
     out = tmp_path / "run"
     largest = max(path.stat().st_size for path in world.whole.glob("tiles/*/*"))
@@ -110,7 +110,7 @@ def test_ray_ends_with_its_driver_and_leaves_no_folder(world, tmp_path, flag):
     assert world.is_whole(out)
 
 
-def test_a_run_that_was_moved_goes_on(world, tmp_path, monkeypatch):
+def test_a_moved_run_resumes(world, tmp_path, monkeypatch):
     imagery = catalogue(tmp_path / "imagery", left={"seed": 1}, right={"col": 2048, "seed": 3})
     sound = damage(tmp_path / "imagery/right.tif")
     monkeypatch.chdir(tmp_path)
@@ -166,7 +166,7 @@ def _driver(nodes, command, worker):
 
 
 def _second(nodes, command, worker):
-    """Nothing dies, but the same command is given once more."""
+    """No process is killed, but the same command runs once more."""
     words = command.process.args[2:]
     said = refused(2, *words)
     assert "another process is working on" in said
@@ -317,7 +317,7 @@ def test_a_tile_that_hangs_is_named_and_mended(world, tmp_path, flag, stage, eng
 
 
 @pytest.mark.chaos
-def test_when_all_hangs_the_run_ends_in_words(world, tmp_path, flag):
+def test_when_every_tile_hangs_the_run_ends_with_a_remedy(world, tmp_path, flag):
     out = tmp_path / "run"
     with Command(*world.words(out, *SOON), faults=[f"ReadTile:{tile}:hang:{flag}" for tile in world.tiles]) as command:
         assert command.ended() == 3, command.said()

@@ -88,7 +88,7 @@ def test_only_one_of_many_writers_puts_a_record(bucket):
 
 
 @pytest.mark.chaos
-def test_a_ledger_behind_a_failing_proxy_loses_and_doubles_nothing(server, bucket, monkeypatch):
+def test_a_ledger_behind_a_failing_proxy_has_every_record_once(server, bucket, monkeypatch):
     ledger = Ledger(f"{bucket}/ledger")
     with Proxy(urlsplit(server).netloc, every=3) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
@@ -154,7 +154,7 @@ def test_a_run_from_bucket_to_bucket_is_that_on_a_disk_also_behind_a_failing_pro
         assert found[f"/{path.relative_to(tmp_path / 'run')}"] == path.read_bytes()
 
 
-def test_a_bucket_that_is_not_there_is_found_before_any_work(world, bucket):
+def test_a_missing_bucket_is_an_error_before_any_work(world, bucket):
     words = ("predict", world / "model", world / "imagery/cat/catalog.json#imagery", "--engine", "inline")
     said = refused(2, *words, "--out", "s3://no-such-bucket-here/run")
     assert "output s3://no-such-bucket-here/run cannot be" in said
@@ -168,7 +168,7 @@ def test_urls_with_secrets_are_refused_and_not_repeated(world, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_stores_are_asked_alike_by_gdal_and_s3fs(monkeypatch):
+def test_gdal_and_s3fs_use_the_same_settings(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "YES")
     assert s3_options() == {"endpoint_url": "http://127.0.0.1:9", "anon": True}

@@ -64,7 +64,7 @@ def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("number", "raised"), [(errno.ENOSPC, StoreFull), (errno.EDQUOT, StoreFull), (errno.EIO, OSError)]
 )
-def test_a_write_that_fails_leaves_nothing_half(monkeypatch, tmp_path, write, number, raised):
+def test_a_failed_write_leaves_no_partial_file(monkeypatch, tmp_path, write, number, raised):
     def half(path, data):
         path.touch()
         raise OSError(number, "it fails")
@@ -75,7 +75,7 @@ def test_a_write_that_fails_leaves_nothing_half(monkeypatch, tmp_path, write, nu
     assert [path.name for path in tmp_path.rglob("*")] == ["a"]
 
 
-def test_a_sweep_removes_what_killed_writers_left_and_nothing_else(tmp_path):
+def test_a_sweep_removes_the_files_of_killed_writers_and_nothing_else(tmp_path):
     for name in (".b.01234567.part", "b", ".hidden", "c.part"):
         put(tmp_path / "a" / name, b"1")
     sweep(tmp_path)
@@ -83,7 +83,7 @@ def test_a_sweep_removes_what_killed_writers_left_and_nothing_else(tmp_path):
     sweep("memory://nowhere")
 
 
-def test_locations_are_understood_from_any_folder(monkeypatch, tmp_path):
+def test_locations_are_absolute_paths(monkeypatch, tmp_path):
     class Places(BaseModel):
         at: Location | None = None
 
@@ -99,6 +99,6 @@ def test_locations_are_understood_from_any_folder(monkeypatch, tmp_path):
     assert Places().at is None
 
 
-def test_what_the_aws_client_says_tells_what_to_do():
+def test_errors_of_the_aws_client_get_a_remedy():
     assert "Unable to locate credentials; check AWS_PROFILE" in sentence(NoCredentialsError())
     assert sentence(OSError("gone")) == "gone"

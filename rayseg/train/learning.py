@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_validator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from rayseg.config import Config
 from rayseg.errors import ConfigError, ModelError
 from rayseg.models.encoders import averaged, freeze_batchnorm, recalibrate_batchnorm
-from rayseg.models.segmenter import build_segmenter
+from rayseg.models.segmenter import ARCHITECTURES, build_segmenter
 from rayseg.store import StorePath, upath
 from rayseg.train import probe, session
 from rayseg.train.session import State
@@ -52,6 +52,13 @@ class NetworkConfig(Config):
     """Of the encoder: "imagenet", "none", or a file."""
     reduce: Annotated[int, Field(gt=0)] = 1
     """Side in px of the squares that are averaged to one input pixel of the network."""
+
+    @field_validator("architecture")
+    @classmethod
+    def _known(cls, architecture: str) -> str:
+        if architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture {architecture!r} is unknown, expected one of: {', '.join(ARCHITECTURES)}")
+        return architecture
 
     def options(self, *, classes: int = 1, channels: int) -> dict[str, str | int | float]:
         """Arguments of `build_segmenter`, as a bundle stores them."""

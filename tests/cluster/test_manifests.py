@@ -1,4 +1,4 @@
-"""The manifests, held against the fields that KubeRay v1.7, Kubernetes and the cluster launcher know."""
+"""The manifests against the fields of KubeRay v1.7, Kubernetes and the cluster launcher."""
 
 import importlib
 import json
@@ -111,20 +111,20 @@ NEEDED = {"RayCluster": {"headGroupSpec"}, "RayJob": {"entrypoint", "rayClusterS
 
 
 def wrong(value, known, path):
-    """What of a value the fields do not allow, with its path."""
+    """Messages about the parts of a value that the fields do not allow, each with its path."""
     if isinstance(known, dict):
         if not isinstance(value, dict):
-            return [f"{path} is no object"]
+            return [f"{path} is not an object"]
         found = [f"{path}.{key} is unknown" for key in value if key not in known and "*" not in known]
         allowed = {key: known.get(key, known.get("*")) for key in value if key in known or "*" in known}
         return found + [line for key, kind in allowed.items() for line in wrong(value[key], kind, f"{path}.{key}")]
     if isinstance(known, list):
         if not isinstance(value, list):
-            return [f"{path} is no list"]
+            return [f"{path} is not a list"]
         return [line for at, one in enumerate(value) for line in wrong(one, known[0], f"{path}[{at}]")]
     if isinstance(known, tuple):
-        return [] if value in known else [f"{path} = {value!r} is none of {known}"]
-    return [] if type(value) is known else [f"{path} = {value!r} is no {known.__name__}"]
+        return [] if value in known else [f"{path} = {value!r} is not one of {known}"]
+    return [] if type(value) is known else [f"{path} = {value!r} is not {known.__name__}"]
 
 
 def documents(path):
@@ -155,11 +155,11 @@ def test_manifests_use_the_fields_that_kuberay_and_kubernetes_know(path):
 
 def test_the_check_of_fields_finds_what_is_wrong():
     assert wrong({"entrypont": "x"}, JOB, "RayJob") == ["RayJob.entrypont is unknown"]
-    assert wrong({"backoffLimit": "3"}, JOB, "RayJob") == ["RayJob.backoffLimit = '3' is no int"]
+    assert wrong({"backoffLimit": "3"}, JOB, "RayJob") == ["RayJob.backoffLimit = '3' is not int"]
     assert wrong({"submissionMode": "Http"}, JOB, "RayJob") != []
     group = {"groupName": "gpu", "template": {"spec": {"containers": [{"resources": {"limits": {"cpu": 8}}}]}}}
     assert wrong({"workerGroupSpecs": [group]}, CLUSTER, "c") == [
-        "c.workerGroupSpecs[0].template.spec.containers[0].resources.limits.cpu = 8 is no str"
+        "c.workerGroupSpecs[0].template.spec.containers[0].resources.limits.cpu = 8 is not str"
     ]
 
 
@@ -228,7 +228,7 @@ def test_entrypoints_are_lines_that_the_command_line_takes(path):
 
 
 def options_of(words):
-    """What the command line understands; it refuses options it does not know."""
+    """The parameters that the command line reads; unknown options raise."""
     command = typer.main.get_command(app)
     context = typer.Context(command)
     for word in ("run", "pipeline"):

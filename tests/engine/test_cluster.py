@@ -1,4 +1,4 @@
-"""Ray joined or started."""
+"""Connecting to Ray, starting it, and removing its folder."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ def test_training_has_the_gpus_of_the_cluster_for_workers_and_else_those_of_this
     assert joined == ["local"]
 
 
-def test_a_machine_too_busy_to_start_ray_is_told_in_words(monkeypatch, tmp_path):
+def test_a_machine_too_busy_to_start_ray_gives_an_error_with_a_remedy(monkeypatch, tmp_path):
     def init(**_):
         raise Exception("The current node timed out during startup. This could happen because ...")  # noqa: TRY002
 
@@ -39,7 +39,7 @@ def test_a_machine_too_busy_to_start_ray_is_told_in_words(monkeypatch, tmp_path)
 
 
 def test_agents_of_a_private_ray_listen_at_any_free_port(monkeypatch, tmp_path):
-    """So that a server's takes jobs beside others."""
+    """So that the Ray of a server accepts jobs while other clusters run on the machine."""
     own, given = parameter.RayParams, []
 
     def init(**_):
@@ -56,13 +56,13 @@ def test_agents_of_a_private_ray_listen_at_any_free_port(monkeypatch, tmp_path):
     assert parameter.RayParams is own
 
 
-def test_an_address_of_ray_client_is_refused_with_what_to_give():
+def test_an_address_of_ray_client_is_refused_with_a_remedy():
     with pytest.raises(ConfigError, match="give the address of the head, HOST:6379"):
         cluster.expect_reachable("ray://127.0.0.1:10001")
 
 
-def test_rays_folder_goes_when_no_process_is_left_that_was_begun_for_it(tmp_path):
-    """One whose command line no longer names it, as those of Ray's agents, may still write into it."""
+def test_rays_folder_is_removed_after_its_last_process(tmp_path):
+    """Also after a process whose command line no longer names the folder, as Ray's agents, but which writes into it."""
     folder = tmp_path / "ray"
     folder.mkdir()
     with (folder / "log").open("w") as log, subprocess.Popen(["sleep", "2"], stdout=log) as late:

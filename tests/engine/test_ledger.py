@@ -1,4 +1,4 @@
-"""Records of rows: each once, whether they lie one by one or together."""
+"""Records of rows: each counts once, in a file of its own or joined with others."""
 
 import pyarrow as pa
 import pytest
@@ -19,7 +19,7 @@ def files(ledger, pattern):
     return sorted(path.name for path in ledger._paths(pattern))
 
 
-def test_records_that_were_put_together_are_the_same_records(ledger):
+def test_joined_records_are_the_same_records(ledger):
     before = ledger.read()
     ledger.compact(most=20)
     assert files(ledger, ".json") == []
@@ -43,14 +43,14 @@ def test_the_latest_attempt_counts_wherever_it_lies(ledger):
     assert len(files(ledger, ".parquet")) == 2
 
 
-def test_a_record_that_comes_again_after_all_counts_once(ledger):
+def test_a_record_that_is_written_again_counts_once(ledger):
     ledger.compact(most=0)
     ledger.write(Record("t3", "done"))
     assert len(ledger.fates()) == 21
     assert len(ledger.read()) == 21
 
 
-def test_readers_find_records_that_are_put_together_meanwhile(ledger, monkeypatch):
+def test_readers_find_records_that_are_joined_meanwhile(ledger, monkeypatch):
     paths = ledger._paths
 
     def late(suffix):

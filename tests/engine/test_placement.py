@@ -13,7 +13,7 @@ MODEL = Work(list, cpus=1.0, gpus=1.0, model=True)
 STAGES = [SMALL, MODEL, SMALL]
 
 
-def test_stages_that_would_wait_for_each_other_for_ever_are_refused():
+def test_stages_that_would_deadlock_are_refused():
     stages = [Work(list, cpus=1), Work(list, cpus=1, model=True), Work(list, cpus=1)]
     with pytest.raises(ConfigError, match="need 4 CPUs at once, Ray has 2 free CPUs"):
         sizes(stages, [{"CPU": 2.0}])
@@ -29,8 +29,8 @@ def test_model_stages_share_what_reading_and_writing_leave():
 
 @pytest.mark.parametrize("cpus", [1.0, 2.0, 3.0, 8.0])
 @pytest.mark.parametrize("count", [1, 2, 5, 64])
-def test_a_copy_fits_on_any_machine_beside_the_other_stages(cpus, count):
-    """Else it is never started where the cluster has enough CPUs, but no machine of it."""
+def test_a_copy_fits_on_any_machine_together_with_the_other_stages(cpus, count):
+    """Else Ray never starts it on a cluster that has enough CPUs, but on no single machine."""
     found = sizes(STAGES, [{"CPU": 0.0}, *[{"CPU": cpus}] * count])
     assert found[1].copies >= count
     assert found[1].cpus + 3 * SMALL.cpus <= cpus
@@ -38,19 +38,19 @@ def test_a_copy_fits_on_any_machine_beside_the_other_stages(cpus, count):
 
 @pytest.mark.parametrize("cpus", [2.0, 4.0, 8.0])
 def test_half_of_the_machines_hold_all_copies(cpus):
-    """Those of a machine that dies would else wait for another one, with what they were given."""
+    """Else the copies of a machine that dies, and their rows, wait for a new machine."""
     found = sizes(STAGES, [{"CPU": cpus}] * 4)[1]
     assert found.copies / 2 * found.cpus <= cpus - 3 * SMALL.cpus
 
 
-def test_a_copy_fits_beside_every_gpu():
+def test_every_gpu_has_a_copy():
     found = sizes(STAGES, [{"CPU": 0.0}, *[{"CPU": 4.0, "GPU": 2.0}] * 3, {"CPU": 16.0}])
     assert (found[1].copies, found[1].gpus) == (6, 1.0)
     assert 2 * found[1].cpus + 3 * SMALL.cpus <= 4.0
 
 
-def test_what_cannot_be_had_is_no_size():
-    """Asked for anyway it would wait for ever, or take CPUs in place of the GPUs that others hold for a while."""
+def test_resources_that_are_missing_are_an_error():
+    """Else Ray waits for ever, or the stages take CPUs instead of GPUs that other jobs hold for a while."""
     for machines in (
         [{"CPU": 14.0, "GPU": 0.0}],
         [{"CPU": 14.0, "GPU": 0.5}],
@@ -63,29 +63,29 @@ def test_what_cannot_be_had_is_no_size():
             sizes(STAGES, machines)
 
 
-def test_a_crowded_machine_does_not_keep_the_others_from_work():
+def test_a_machine_without_free_cpus_does_not_stop_the_others():
     found = sizes(STAGES, [{"CPU": 0.05, "GPU": 1.0}, {"CPU": 16.0, "GPU": 2.0}])
     assert (found[1].copies, found[1].cpus, found[1].gpus) == (2, 1.0, 1.0)
 
 
-def test_beside_models_on_gpus_the_processors_read_and_write():
-    """They would else wait for tiles on a machine with few processors for each GPU."""
+def test_with_models_on_gpus_the_cpus_read_and_write():
+    """Else the GPUs of a machine with few CPUs wait for tiles."""
     assert sizes(STAGES, [{"CPU": 4.0, "GPU": 1.0}])[1].cpus == 1.0
     assert sizes(STAGES, [{"CPU": 4.0}])[1].cpus == 3.25
 
 
-def test_on_a_ray_of_ones_own_what_does_not_fit_is_refused_at_once(monkeypatch):
+def test_on_a_private_ray_stages_that_do_not_fit_are_refused_at_once(monkeypatch):
     monkeypatch.setattr(cluster, "_machines", lambda: [{"CPU": 2.0, "GPU": 0.0}])
     assert cluster.sizes_now(STAGES, shared=False, patience=0.0)[1].cpus == 1.25
     with pytest.raises(ConfigError, match="need 8"):
         cluster.sizes_now([Work(list, cpus=4)], shared=False, patience=100.0)
 
 
-def test_an_autoscaler_is_asked_for_what_is_needed_beside_what_is_held_and_no_longer_than_that(monkeypatch):
-    """It counts what a cluster has in all, not what is free of it."""
+def test_an_autoscaler_is_asked_for_needed_and_held_resources_until_the_stages_fit(monkeypatch):
+    """It counts all resources of a cluster, not the free ones."""
     asked, left = [], iter([{"CPU": 0.5, "GPU": 0.0}, {"CPU": 4.0, "GPU": 1.0}])
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda *, bundles: asked.append(bundles))
-    new = {"CPU": 8.0, "GPU": 0.0}  # came when what is there had been looked at
+    new = {"CPU": 8.0, "GPU": 0.0}  # a machine that came between the two lists
 
     def machines(*, free=False):
         return [next(left), new][: 2 if not asked else 1] if free else [{"CPU": 4.0, "GPU": 1.0}]
@@ -98,8 +98,8 @@ def test_an_autoscaler_is_asked_for_what_is_needed_beside_what_is_held_and_no_lo
 
 
 @pytest.mark.ray
-def test_what_others_hold_of_a_cluster_is_left_to_them_and_waited_for(local_ray, monkeypatch, caplog):
-    """Without it actors would be asked for that never start."""
+def test_resources_that_other_jobs_hold_are_waited_for(local_ray, monkeypatch, caplog):
+    """Else Ray gets actors that never start."""
     import ray
 
     monkeypatch.setattr(cluster, "RELEASE_SECONDS", 0.2)
@@ -107,7 +107,7 @@ def test_what_others_hold_of_a_cluster_is_left_to_them_and_waited_for(local_ray,
     holders = [ray.remote(num_cpus=3, num_gpus=gpus)(Holder).remote() for gpus in (1, 0)]
     ray.get([holder.ready.remote() for holder in holders])
     try:
-        beside = cluster.sizes_now([SMALL, Work(list, model=True), SMALL], shared=True, patience=0.0)
+        fitting = cluster.sizes_now([SMALL, Work(list, model=True), SMALL], shared=True, patience=0.0)
         with pytest.raises(Stalled, match=r"need 17.* Ray has 2 free CPUs; .* run the same command again"):
             cluster.sizes_now([Work(list, cpus=8.5), SMALL], shared=True, patience=0.3)
         with pytest.raises(Stalled, match="other jobs still hold the cluster's resources; run the same command again"):
@@ -118,14 +118,14 @@ def test_what_others_hold_of_a_cluster_is_left_to_them_and_waited_for(local_ray,
     finally:
         for holder in holders:
             ray.kill(holder)
-    assert sum(size.copies * size.cpus for size in beside) + SMALL.cpus <= 2.0
+    assert sum(size.copies * size.cpus for size in fitting) + SMALL.cpus <= 2.0
     assert time.monotonic() - began > 1.0
     assert (before[1].gpus, after[1].gpus) == (1.0, 1.0)
     assert "waiting for free resources on the cluster: the stages need" in caplog.text
 
 
 class Holder:
-    """Somebody else's actor."""
+    """An actor of another job."""
 
     def ready(self):
-        """Once it holds what it asked for."""
+        """Returns once the actor has its resources."""

@@ -104,7 +104,7 @@ def test_a_run_whose_keys_hold_its_path_goes_on_with_them(tmp_path, monkeypatch)
     assert CALLS == ["a", "b"]
 
 
-def test_a_step_that_fell_goes_on_from_what_it_left(tmp_path):
+def test_an_interrupted_step_resumes_from_its_files(tmp_path):
     with pytest.raises(OSError, match="power cut"), opened(tmp_path / "run") as run:
         run.step("a", fall, Options())
     assert runs.read(str(tmp_path / "run"))["status"] == "stopped"
@@ -112,7 +112,7 @@ def test_a_step_that_fell_goes_on_from_what_it_left(tmp_path):
     assert (tmp_path / "run/steps/a/part").exists()
 
 
-def test_leftovers_of_other_settings_are_removed(tmp_path):
+def test_files_of_other_settings_are_removed(tmp_path):
     with pytest.raises(OSError, match="power cut"), opened(tmp_path / "run") as run:
         run.step("a", fall, Options())
     with opened(tmp_path / "run") as run:
@@ -205,7 +205,7 @@ def name_files(step, *_):
     return {"bundle": f"{step.root}/models/m", "other": [f"{Path(step.root).parent}/a-2/m", "/elsewhere"]}
 
 
-def test_a_run_that_was_moved_knows_its_own_files(tmp_path):
+def test_a_moved_run_finds_its_own_files(tmp_path):
     for place in ("a", "b"):
         with opened(tmp_path / place) as run:
             step = run.step("first", name_files)
@@ -216,14 +216,14 @@ def test_a_run_that_was_moved_knows_its_own_files(tmp_path):
     assert CALLS == ["first", "second"]
 
 
-def test_half_written_files_are_removed_when_a_run_ends_well(tmp_path):
+def test_partial_files_are_removed_when_a_run_succeeds(tmp_path):
     with pytest.raises(OSError, match="power cut"), opened(tmp_path / "run") as run:
         run.step("a", fall, Options())
     half = tmp_path / "run" / "steps" / "a" / ".made.01234567.part"
     half.touch()
     with pytest.raises(OSError, match="power cut"), opened(tmp_path / "run") as run:
         run.step("a", fall, Options())
-    assert half.exists()  # somebody may still be writing
+    assert half.exists()  # other processes may still write
     with opened(tmp_path / "run"):
         pass
     assert not half.exists()
@@ -239,7 +239,7 @@ def test_an_output_on_a_store_without_credentials_is_refused(monkeypatch):
         pass
 
 
-def test_no_run_no_status(tmp_path):
+def test_a_folder_without_a_run_has_no_status(tmp_path):
     with pytest.raises(ConfigError, match="is not a run"):
         runs.status(str(tmp_path))
 

@@ -1,4 +1,4 @@
-"""Runs as jobs of a cluster: one job for one run, followed to its end by whoever asks."""
+"""Runs as jobs of a cluster: one job for one run, which any command can follow to its end."""
 
 import asyncio
 import shlex
@@ -17,7 +17,7 @@ LINE = "rayseg run pipeline gpc --region demo --out s3://b/r --address auto"
 
 
 class Head:
-    """A head that remembers jobs and answers as Ray's client does; a job ends when its log is read to the end.
+    """A client of a head, with the methods of Ray's; a job ends when its log is read to the end.
 
     cuts: numbers of lines after which the stream of the log breaks off, one for each stream.
     """
@@ -109,7 +109,7 @@ def test_an_error_of_the_terminal_is_not_taken_for_one_of_the_stream():
         submit.carry_out(Head(), LINE, "r-1", say=closed, poll=0)
 
 
-def test_a_second_command_attaches_and_one_after_the_end_goes_on():
+def test_a_second_command_attaches_and_one_after_the_end_resumes():
     head = Head()
     head.submit_job(entrypoint=LINE, submission_id="r-1", runtime_env={})
     assert followed(head).startswith("attached to r-1, which is running\n")
@@ -131,7 +131,7 @@ def test_two_commands_at_once_make_one_job():
     assert len(head.submitted) == 1
 
 
-def test_a_job_that_fails_says_why():
+def test_a_failed_job_is_an_error_with_its_message():
     with pytest.raises(RunIncomplete, match="job r-1 failed: exit code 3"):
         followed(Head(ends="FAILED"))
 
@@ -158,7 +158,7 @@ def test_the_same_run_has_the_same_id_and_another_has_not():
         (None, "token", False),
     ],
 )
-def test_heads_elsewhere_need_a_token(monkeypatch, tmp_path, address, mode, allowed):
+def test_heads_on_other_machines_need_a_token(monkeypatch, tmp_path, address, mode, allowed):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 32 if mode == "token" else "")
@@ -169,7 +169,7 @@ def test_heads_elsewhere_need_a_token(monkeypatch, tmp_path, address, mode, allo
             submit.expect_token(address)
 
 
-def test_a_file_of_settings_travels_in_the_line(tmp_path):
+def test_a_file_of_settings_is_part_of_the_command_line(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(
         "patch: 320\nstride: 256\nsegmenter: {negatives: 0.5, learning: {batch: 3}}\ncues: {scales: [1.0, 2.0]}\n"
@@ -181,7 +181,7 @@ def test_a_file_of_settings_travels_in_the_line(tmp_path):
     assert yaml.safe_load(shlex.split(line)[5].partition("=")[2]) == 320
 
 
-def test_secrets_and_disks_of_this_machine_do_not_travel(monkeypatch, tmp_path):
+def test_secrets_and_local_outputs_are_not_submitted(monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 32)
     words = ("run", "pipeline", "gpc", "--submit", "--address", "http://10.0.0.1:8265", "--region")

@@ -1,4 +1,4 @@
-"""What processes are told before they work."""
+"""Garbage collection, OpenMP threads and the heap of a process."""
 
 import os
 import resource
@@ -47,7 +47,7 @@ def test_memory_is_kept_until_the_last_of_several_blocks_ends():
 
 
 def in_a_block(seen):
-    """Something to call instead of the work, which notes how many blocks there are."""
+    """A replacement for the work that records how many blocks are open."""
 
     def note(*_, **__):
         seen.append(tuning._blocks)
@@ -72,16 +72,16 @@ def test_tiles_sam_and_trainings_reuse_their_memory(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
-def test_a_command_has_one_heap_and_tells_its_children():
-    told, arenas = begun({})
-    assert told == ["1", "3000", "False"]
+def test_a_command_has_one_heap_and_its_children_inherit_the_settings():
+    settings, arenas = begun({})
+    assert settings == ["1", "3000", "False"]
     assert arenas == 1
     assert begun({"GOMP_SPINCOUNT": "7", "MALLOC_ARENA_MAX": "odd"})[0] == ["odd", "7", "False"]
     assert begun({"OMP_WAIT_POLICY": "passive"})[0] == ["1", "-", "False"]
 
 
 def begun(environment):
-    """(what children are told and whether PyTorch is there, heaps of a process that has begun as commands do)."""
+    """(environment of children and whether PyTorch is imported, heaps) of a process that starts as commands do."""
     code = """
 import ctypes, os, sys, threading
 import rayseg.cli
