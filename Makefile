@@ -20,10 +20,10 @@ demo: setup
 	$(BIN)/rayseg run pipeline gpc --region demo --config configs/gpc/smoke.yaml --out runs/demo
 
 test: setup
-	$(PYTEST) --numprocesses $(WORKERS) --dist loadgroup
+	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile
 
 test-more: setup
-	$(PYTEST) --numprocesses $(WORKERS) --dist loadgroup -m "more and not chaos"
+	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile -m "more and not chaos"
 
 chaos: setup
 	$(PYTEST) -m chaos

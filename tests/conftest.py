@@ -5,7 +5,9 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,16 +20,26 @@ TESTS = Path(__file__).resolve().parent
 SHARED = TESTS.parents[1] / "shared"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes (`--dist loadgroup`), run a file in one of them and all users of `local_ray` in one.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several processes, run each file in one of them, and all files that use `local_ray` in the same one.
 
     So a module's fixtures are made once and there is one Ray, whatever the number of processes.
     """
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            on_ray = "local_ray" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group("ray" if on_ray else item.path.relative_to(TESTS).as_posix()))
+    from xdist.scheduler import LoadFileScheduling
+
+    # Not --dist loadgroup: xdist 3.8 writes the group into `_nodeid`, which pytest 9.2 does not read.
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "ray" if "local_ray" in _text(config.rootpath / file) else file
+
+    return ByFile(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+@cache
+def _text(path: Path) -> str:
+    return path.read_text()
 
 
 @pytest.fixture(scope="session")

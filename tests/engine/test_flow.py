@@ -25,7 +25,6 @@ from rayseg.store import upath
 HERE = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)])
 INLINE = Engine("inline")
 RAY = Engine("ray")
-pytestmark = pytest.mark.xdist_group("ray")  # `local_ray` is requested by a fixture here, which collection does not see
 ENGINES = [pytest.param(INLINE, id="inline"), pytest.param(RAY, id="ray", marks=[pytest.mark.ray])]
 # On Ray a longer form of: inline, and test_every_row_is_accounted_for... and test_engines_give_the_same_bytes on Ray.
 MORE_ON_RAY = [ENGINES[0], pytest.param(RAY, id="ray", marks=[pytest.mark.ray, pytest.mark.more])]
