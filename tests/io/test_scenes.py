@@ -205,7 +205,7 @@ def test_class_tables_are_found_by_name_by_path_or_given_whole(tmp_path):
         with pytest.raises(ConfigError, match=said):
             read(str(tmp_path / "t.yaml"))
     (tmp_path / "t.yaml").write_text("classes: [{name: a, color: '#010203'}, {name: a, color: '#010204'}]")
-    with pytest.raises(ConfigError, match="named a, a: give every class a name of its own"):
+    with pytest.raises(ConfigError, match="class names are a, a, expected all different: rename a class"):
         class_tables.read_table(str(tmp_path / "t.yaml"))
 
 
