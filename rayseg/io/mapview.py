@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from threading import Event
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,6 +26,8 @@ from rayseg.io.sources import Source, crs_of, gdal
 
 warnings.filterwarnings("ignore", category=NoOverviewWarning)  # once: filters belong to the process
 SIDE = 256
+MAX_READ = 1 << 24
+"""Pixels of one band that a web tile reads from one file at most: about 0.3 s of decoding."""
 Bounds = tuple[float, float, float, float]
 Place = tuple[int, int, int]
 """(z, x, y) of a web tile."""
@@ -49,16 +52,21 @@ def mercator(bounds_N4: np.ndarray) -> np.ndarray:
     return np.concatenate([np.radians(bounds_N4[:, [0, 2]]), np.arcsinh(np.tan(lats_N2))], axis=1)[:, [0, 2, 1, 3]]
 
 
-def classes_tile(tiles: Sequence[MappedTile], place: Place, *, image: Window | None = None) -> np.ndarray:
+def classes_tile(
+    tiles: Sequence[MappedTile], place: Place, *, image: Window | None = None, stop: Event | None = None
+) -> np.ndarray:
     """Class values (256, 256) uint8 of a web tile, 255 where nothing is mapped.
 
     Args:
         tiles: those that can intersect it.
         place: of the web tile.
         image: for an image without CRS, the whole of it.
+        stop: once set, no further file is opened.
     """
     classes_HW = np.full((SIDE, SIDE), NODATA, np.uint8)
     for tile in tiles:
+        if stop and stop.is_set():
+            break
         windows = (tile.tile.window, image) if image else None
         part = _read(tile.href, 1, place, windows=windows, nodata=NODATA)
         if part is not None:
@@ -88,7 +96,12 @@ def coarse_classes_tile(values_N: np.ndarray, boxes_N4: np.ndarray, extent: Boun
 
 
 def imagery_tile(
-    sources: Sequence[Source], place: Place, *, image: Window | None = None, hosts: Sequence[str] = ()
+    sources: Sequence[Source],
+    place: Place,
+    *,
+    image: Window | None = None,
+    hosts: Sequence[str] = (),
+    stop: Event | None = None,
 ) -> np.ndarray:
     """The imagery (256, 256, 4) uint8 of a web tile, transparent where there is none; first valid wins.
 
@@ -97,10 +110,13 @@ def imagery_tile(
         place: of the web tile.
         image: for an image without CRS, the whole of it.
         hosts: allowed for http(s); files on other hosts are skipped.
+        stop: once set, no further file is opened.
     """
     image_HW4 = np.zeros((SIDE, SIDE, 4), np.uint8)
     for source in sources:
         bands = bands_shown(source)
+        if stop and stop.is_set():
+            break
         if any(not allowed(href, hosts) for href, _ in bands) or image_HW4[..., 3].all():
             continue
         windows = (image, image) if image else None
@@ -147,6 +163,8 @@ def _read(
     z, x, y = place
     with suppress(RioTilerError, DataError), _open(href, local=windows is not None, nodata=nodata) as reader:
         if windows is None:
+            if _too_coarse(reader, z):
+                return None
             part: ImageData = reader.tile(x, y, z, indexes=(band,), tilesize=SIDE)
             return part
         # 1. the web tile in pixels of the image, cut by what the file covers
@@ -166,6 +184,17 @@ def _read(
         whole[:, row0:row1, col0:col1] = part.array
         return ImageData(whole)
     return None
+
+
+def _too_coarse(reader: Reader, z: int) -> bool:
+    """Whether a web tile at zoom z would decimate more than `MAX_READ` pixels of a file without suitable overviews."""
+    dataset: Any = reader.dataset
+    smallest = max(dataset.overviews(1), default=1)  # decimation of the smallest overview
+    if dataset.width * dataset.height / smallest**2 <= MAX_READ:
+        return False
+    # At zoom `maxzoom` a pixel of the web tile is one of the file; each zoom below doubles the decimation.
+    decimation = 2.0 ** (reader.maxzoom - z)
+    return bool((SIDE * decimation / smallest) ** 2 > MAX_READ)
 
 
 @lru_cache(maxsize=256)

@@ -54,6 +54,7 @@ def png(result: Result) -> bytes:
 def palette_png(values_HW: np.ndarray, colors: Mapping[int, tuple[int, int, int]], *, opaque: set[int]) -> bytes:
     """Values (height, width) uint8 as a PNG with a palette, transparent where not `opaque`."""
     image, sink = PIL.Image.fromarray(values_HW, "P"), io.BytesIO()
+    # The palette has 256 entries, so that an index is a class value.
     image.putpalette([part for value in range(256) for part in colors.get(value, (0, 0, 0))])
     alpha = bytes(255 if value in opaque else 0 for value in range(256))
     image.save(sink, "PNG", transparency=alpha, compress_level=3)
@@ -75,6 +76,7 @@ def picture(image_CHW: np.ndarray, valid_HW: np.ndarray) -> bytes:
 
 def tiff(result: Result) -> bytes:
     """Classes and scores as bands of one Cloud Optimized GeoTIFF."""
+    # Labels without scores have no score bands.
     scores_CHW = result.classes_HW[None][:0] if result.scores_CHW is None else result.scores_CHW
     names = result.table.names if len(scores_CHW) != 1 else result.table.names[-1:]
     grid, window = result.tile.grid, result.tile.window
@@ -148,6 +150,7 @@ def instances_png(tile: Tile, masks: Masks) -> bytes:
     shape = (tile.window.height, tile.window.width)
     numbers_HW, _ = instances.painted([mask["runs"] for mask in masks], shape, where_HW=np.ones(shape, bool), least=1)
     colors = np.concatenate([[[0, 0, 0, 0]], np.insert(_INSTANCE_COLORS, 3, 255, axis=1)]).astype(np.uint8)
+    # Colours repeat after 60 masks; 0 is transparent.
     index_HW = np.where(numbers_HW > 0, (numbers_HW - 1) % len(_INSTANCE_COLORS) + 1, 0)
     return rgba_png(colors[index_HW], compress_level=3)
 
@@ -175,6 +178,7 @@ def instances_geojson(tile: Tile, masks: Masks) -> bytes:
     shape = (tile.window.height, tile.window.width)
     frames = []
     for number, mask in enumerate(masks, 1):
+        # Each mask alone: masks that overlap stay whole.
         mask_HW = rle.decode(mask["runs"], shape).astype(np.uint8)
         frame = vectors.join([vectors.polygons_of(mask_HW, None, tile.grid, tile.window)], label_table(3))
         frame = frame.drop(columns=["class", "name", "score_mean"])

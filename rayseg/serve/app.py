@@ -3,13 +3,15 @@
 import asyncio
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Header, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from rayseg import __version__
 from rayseg.errors import RaysegError
@@ -48,6 +50,7 @@ def api(config: ServeConfig, backend: Backend, index: ModelIndex) -> RequestMidd
     metrics = Metrics()
     app.add_exception_handler(RaysegError, _explain)
     app.add_exception_handler(HTTPException, _explain)
+    app.add_exception_handler(ClientDisconnect, _explain)
     app.add_exception_handler(RequestValidationError, _explain)
     app.add_exception_handler(Exception, middleware.internal_error)
     app.include_router(pages.router())
@@ -137,7 +140,9 @@ class _Predictor:
 
     def __init__(self, config: ServeConfig, backend: Backend, index: ModelIndex, metrics: Metrics) -> None:
         self.config, self.backend, self.index, self.metrics = config, backend, index, metrics
+        # Two: one decodes while the pixels of the other are sent.
         self.decoders = DecoderPool(2, max_pixels=config.max_pixels)
+        self.pixels = 0  # of all images in flight
 
     async def predict(self, name: Name, request: Request, accept: Accept = JSON) -> Response:
         """Map an image with a model: the pixels of `rayseg predict` for the same image."""
@@ -145,71 +150,74 @@ class _Predictor:
         if model.task != "segmentation" or model.architecture.factory == "sam":
             raise Problem(422, f"model {name} is for {model.task}, expected segmentation; choose another model")
         media = forms.media_type(accept, tuple(answers.WRITERS))
-        form = await self._form(request)
+        form = await forms.read(request, forms.IMAGE)
         began = time.perf_counter()
-        image = await self._image(form, model)
-        classes_HW, scores_CHW = await self.backend.segment(name, image)
-        self.metrics.pixels.labels(name).inc(classes_HW.size)
-        seconds = time.perf_counter() - began
-        result = Result(name, image.tile, ClassTable(model.classes), classes_HW, scores_CHW, seconds)
-        return await _written(result, media)
+        async with self._image(form, model) as image:
+            classes_HW, scores_CHW = await self.backend.segment(name, image)
+            self.metrics.pixels.labels(name).inc(classes_HW.size)
+            seconds = time.perf_counter() - began
+            result = Result(name, image.tile, ClassTable(model.classes), classes_HW, scores_CHW, seconds)
+            return await _written(result, media)
 
     async def unsupervised(self, request: Request, accept: Accept = JSON) -> Response:
         """Segment an image without any model: a small network is trained on the image itself."""
         media = forms.media_type(accept, tuple(answers.WRITERS))
-        form = await self._form(request)
+        form = await forms.read(request, forms.UNSUPERVISED)
         options = forms.options(forms.Unsupervised, form.fields)
         began = time.perf_counter()
-        image = await self._image(form)
-        labels_HW = await self.backend.labels(image, options)
-        table = label_table(int(labels_HW[labels_HW != answers.NODATA].max(initial=0)) + 1)
-        seconds = time.perf_counter() - began
-        return await _written(Result("unsupervised", image.tile, table, labels_HW, None, seconds), media)
+        async with self._image(form) as image:
+            labels_HW = await self.backend.labels(image, options)
+            table = label_table(int(labels_HW[labels_HW != answers.NODATA].max(initial=0)) + 1)
+            seconds = time.perf_counter() - began
+            return await _written(Result("unsupervised", image.tile, table, labels_HW, None, seconds), media)
 
     async def preview(self, request: Request) -> Response:
         """The first three bands of an image as a PNG, for browsers, which cannot show GeoTIFF."""
-        image = await self._image(await self._form(request))
-        return Response(await asyncio.to_thread(answers.picture, image.image_CHW, image.valid_HW), media_type=PNG)
+        async with self._image(await forms.read(request, forms.IMAGE)) as image:
+            png = await asyncio.to_thread(answers.picture, image.image_CHW, image.valid_HW)
+        return Response(png, media_type=PNG)
 
     async def sam_auto(self, request: Request, accept: Accept = JSON) -> Response:
         """All objects that Segment Anything finds in an image."""
-        return await self._sam(request, accept, prompted=False)
+        return await self._sam(request, accept, forms.AUTO)
 
     async def sam_prompt(self, request: Request, accept: Accept = JSON) -> Response:
         """The objects that Segment Anything finds at points or in boxes."""
-        return await self._sam(request, accept, prompted=True)
+        return await self._sam(request, accept, forms.PROMPT)
 
-    async def _sam(self, request: Request, accept: str, *, prompted: bool) -> Response:
+    async def _sam(self, request: Request, accept: str, fields: Mapping[str, Any]) -> Response:
         name = self.index.sam()
         if name is None:
             raise Problem(404, "no Segment Anything model is served; add one below --models and restart the server")
         media = forms.media_type(accept, tuple(answers.INSTANCE_WRITERS))
-        form = await self._form(request)
+        form = await forms.read(request, fields)
+        prompted = fields is forms.PROMPT
         options = forms.prompts(form.fields) if prompted else forms.options(forms.Automatic, form.fields)
-        image = await self._image(form, self.index.entries[name][1])
-        if prompted:
-            forms.expect_inside(options, image.tile.window.width, image.tile.window.height)
-        masks = await self.backend.instances(name, image, options)
-        body = await asyncio.to_thread(answers.INSTANCE_WRITERS[media], image.tile, masks)
+        async with self._image(form, self.index.entries[name][1]) as image:
+            if prompted:
+                forms.expect_inside(options, image.tile.window.width, image.tile.window.height)
+            masks = await self.backend.instances(name, image, options)
+            body = await asyncio.to_thread(answers.INSTANCE_WRITERS[media], image.tile, masks)
         return Response(body, media_type=media)
 
-    async def _form(self, request: Request) -> Form:
-        seconds = self.config.timeout_seconds
-        try:
-            async with asyncio.timeout(seconds):
-                return await forms.read(request)
-        except TimeoutError:
-            raise Problem(408, f"the upload was incomplete after {seconds:g} s; send it faster, or less") from None
-
-    async def _image(self, form: Form, model: Any = None) -> Image:  # noqa: ANN401 - a bundle
-        """Decode the form's image, in the bands of `model` and checked against its contract if one is given."""
+    @asynccontextmanager
+    async def _image(self, form: Form, model: Any = None) -> AsyncIterator[Image]:  # noqa: ANN401 - a bundle
+        """The form's image in the bands of `model` and within its contract; its pixels count until the request ends."""
         bands: Sequence[str] = model.bands if model else ()
-        source, image = await asyncio.to_thread(self.decoders.read, form.image, bands=bands)
+        source, image = await self.decoders.decode(form.image, bands=bands)
         if model:
             units = () if model.architecture.factory == "sam" else source.units
             model.check_contract(source.bands, source.dtype, units=units, source="the image")
         assert image is not None  # it has all bands of the contract
-        return image
+        pixels, limit = image.valid_HW.size, self.config.max_pixels_in_flight
+        # A prediction takes about 90 bytes per pixel: few large images at once would exhaust the memory.
+        if self.pixels and self.pixels + pixels > limit:
+            raise problems.busy(f"images of {self.pixels:,} px are in progress, {limit:,} px are allowed; retry later")
+        self.pixels += pixels
+        try:
+            yield image
+        finally:
+            self.pixels -= pixels
 
 
 async def _written(result: Result, media: str) -> Response:
@@ -221,6 +229,10 @@ async def _written(result: Result, media: str) -> Response:
 async def _explain(_: Request, error: Exception) -> Response:
     """Answer an error of rayseg, of the framework or of its validation with a problem document."""
     problem: Problem
+    if isinstance(error.__cause__, Problem):  # FastAPI wraps what reading a JSON body raises
+        error = error.__cause__
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)
     if isinstance(error, Problem):
         problem = error
     elif isinstance(error, RaysegError):
@@ -231,6 +243,7 @@ async def _explain(_: Request, error: Exception) -> Response:
         problem = Problem(error.status_code, detail, headers=error.headers)
     else:
         assert isinstance(error, RequestValidationError)
+        # One sentence per problem: the first error.
         first = error.errors()[0]
         problem = Problem(422, f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}")
     request_id = middleware.REQUEST_ID.get()

@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 
 from rayseg.errors import DataError
-from rayseg.io.untrusted import ImageTooLarge, Pixels, read_image
+from rayseg.io.untrusted import ImageTooLarge, Pixels, read_image, without_text
 
 _MEMORY = 6 << 30  # bytes of address space
 
@@ -61,6 +61,7 @@ def _send_pixels(pixels: Pixels, out: IO[bytes]) -> None:
     if pixels.image_CHW is None or pixels.valid_HW is None:
         send(out, header)
         return
+    # One band of validity as bits: an eighth of the bytes.
     image_CHW = np.ascontiguousarray(pixels.image_CHW)
     header |= {"dtype": str(image_CHW.dtype), "shape": image_CHW.shape}
     send(out, header, image_CHW.data.cast("B"), np.packbits(pixels.valid_HW).tobytes())
@@ -68,6 +69,7 @@ def _send_pixels(pixels: Pixels, out: IO[bytes]) -> None:
 
 def main(folder: str) -> None:
     """Answer requests until the parent closes stdin, then remove the folder."""
+    # Set before any upload arrives, so that no upload can raise them.
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     out = sys.stdout.buffer
@@ -77,7 +79,7 @@ def main(folder: str) -> None:
         except EOFError:
             return shutil.rmtree(folder, ignore_errors=True)
         path = Path(folder) / f"upload.{request['kind']}"
-        path.write_bytes(data)
+        path.write_bytes(without_text(data) if request["kind"] == "png" else data)
         try:
             _send_pixels(
                 read_image(str(path), request["kind"], bands=request["bands"], max_pixels=request["max_pixels"]), out
@@ -85,7 +87,8 @@ def main(folder: str) -> None:
         except ImageTooLarge as error:
             send(out, {"too_large": str(error)})
         except (DataError, MemoryError, ValueError) as error:
-            text = str(error).replace(str(path), "the upload")  # clients do not learn paths of the server
+            # Clients do not learn paths of the server.
+            text = str(error).replace(str(path), "the upload")
             send(out, {"error": text or "the image needs more memory than allowed; send a part of it"})
         finally:
             path.unlink()

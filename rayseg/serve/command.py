@@ -4,10 +4,13 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
+import time
 import webbrowser
 from collections.abc import Callable
 
+from rayseg.config import ray_address
 from rayseg.engine import cluster
 from rayseg.engine.submit import is_loopback
 from rayseg.errors import ConfigError
@@ -15,10 +18,12 @@ from rayseg.serve.models import LocalBackend, ModelIndex
 from rayseg.serve.runs import runs_below
 from rayseg.serve.settings import ServeConfig, require_token
 
+_FLUSH_SECONDS = 1.0  # in which the proxy sends the last responses to their clients
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _RAY = {
     "RAY_worker_niceness": "0",  # by default Ray's workers have a lower priority than other processes
     "RAY_max_direct_call_object_size": str(1 << 20),  # bytes: pixels of a patch travel in the message itself
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "rayseg.serve.proxy:middlewares",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
 }
 
@@ -48,12 +53,13 @@ def serve_models(config: ServeConfig, *, host: str, port: int, address: str | No
     require_token(host, config.token_file)
     config.token()
     index = ModelIndex.of(config.models)
-    _expect_free(host, port)
+    lock = reserve(host, port)
     # 2. Ray
     for name, value in _RAY.items():
         os.environ.setdefault(name, value)
     cluster.connect(address, dashboard=config.jobs is not None)
 
+    import ray
     from ray import serve
     from ray._private.worker import get_dashboard_url  # Ray has no public way to get it after connecting
 
@@ -66,7 +72,7 @@ def serve_models(config: ServeConfig, *, host: str, port: int, address: str | No
     http = {"host": host, "port": port, "request_timeout_s": config.timeout_seconds + 60}
     serve.start(http_options=http, logging_config={"log_level": "WARNING", "enable_access_log": False})
     config = with_hosts(config, host)
-    serve.run(application(config), name=NAME, route_prefix="/")
+    api = serve.run(application(config), name=NAME, route_prefix="/")
     # 3. wait for a signal
     stop = threading.Event()
     for signal_number in (signal.SIGTERM, signal.SIGINT):  # after Ray's start, which sets its own handlers
@@ -78,18 +84,36 @@ def serve_models(config: ServeConfig, *, host: str, port: int, address: str | No
     stop.wait()
     # 4. drain
     say("shutting down: accepted requests are answered first")
-    serve.run(application(config, draining=True), name=NAME, route_prefix="/")
-    serve.shutdown()
+    api.drain.remote().result()
+    time.sleep(_FLUSH_SECONDS)
+    if ray_address(address) == "local":
+        ray.shutdown()  # ends the proxy within seconds; Serve's own shutdown keeps clients waiting for half a minute
+    else:
+        serve.shutdown()
+    lock.close()
 
 
-def _expect_free(host: str, port: int) -> None:
+def reserve(host: str, port: int) -> socket.socket:
+    """Reserve a port until the returned socket is closed, or this process ends.
+
+    Ray Serve binds the port seconds later and with SO_REUSEPORT, so that two servers would share it. An abstract Unix
+    socket (Linux) is a lock without a file.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
+    lock = socket.socket(socket.AF_UNIX)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        if sys.platform == "linux":
+            lock.bind(f"\0rayseg-serve-{port}")
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
+    except OSError as error:
+        lock.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
+    return lock
 
 
 def view(run: str, *, port: int, browser: bool, say: Callable[[str], None]) -> None:
@@ -108,7 +132,7 @@ def view(run: str, *, port: int, browser: bool, say: Callable[[str], None]) -> N
     config = with_hosts(ServeConfig(runs=(run,)), "127.0.0.1")
     [root] = config.runs
     name = next(name for name, prefix in runs_below([root]).items() if prefix.rstrip("/") == root.rstrip("/"))
-    _expect_free("127.0.0.1", port)
+    lock = reserve("127.0.0.1", port)
     address = f"http://127.0.0.1:{port}/runs/{name}"
     say(f"{address}; stop with Ctrl-C")
     if browser:
@@ -117,3 +141,4 @@ def view(run: str, *, port: int, browser: bool, say: Callable[[str], None]) -> N
     no_models = ModelIndex({})
     app = api(config, LocalBackend(no_models), no_models)
     uvicorn.run(app, host="127.0.0.1", port=port, log_config=None, timeout_graceful_shutdown=30)
+    lock.close()

@@ -22,6 +22,7 @@ from rayseg.serve.settings import ServeConfig
 from rayseg.serve.uploads import Image
 
 NAME = "rayseg"
+_MAX_CONNECTIONS = 1000
 _CONCURRENT_BATCHES = 2  # while one is copied to the device or waits for its threads, the other computes
 _ENVIRONMENT = {
     # Blocking work runs in threads of its own already; Serve's extra loops would only add a hop.
@@ -46,15 +47,10 @@ def build(config: ServeConfig) -> serve.Application:
     return application(config)
 
 
-def application(config: ServeConfig, *, draining: bool = False) -> serve.Application:
-    """The deployments, sized by the configuration.
-
-    Args:
-        config: what is served.
-        draining: running the application again with it makes the API refuse new requests, and returns when the
-            accepted ones are answered.
-    """
+def application(config: ServeConfig) -> serve.Application:
+    """The deployments, sized by the configuration."""
     scaling = {
+        # Serve adds replicas while each has more requests in progress than fill a batch.
         "min_replicas": min(config.least_replicas, config.replicas),
         "max_replicas": config.replicas,
         "target_ongoing_requests": config.batch,
@@ -68,9 +64,9 @@ def application(config: ServeConfig, *, draining: bool = False) -> serve.Applica
     )
     values = config.model_dump(mode="json")
     api_ = Api.options(  # type: ignore[attr-defined]
-        max_ongoing_requests=config.queue + 64,
-        max_queued_requests=4 * config.queue + 256,
-        user_config={"draining": draining},
+        # The middleware limits requests, by kind and once their body has arrived; Serve would count slow uploads.
+        max_ongoing_requests=_MAX_CONNECTIONS,
+        max_queued_requests=_MAX_CONNECTIONS,
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _ENVIRONMENT}},
         logging_config=_QUIET,
     )
@@ -96,6 +92,7 @@ class Models(LocalBackend):
 
     async def forward(self, name: str, inputs: list[np.ndarray]) -> Sequence[np.ndarray]:
         """See `LocalBackend`; Serve keeps the batches of models apart by the request's model id, which is `name`."""
+        # One call per patch: Serve's batching joins those of concurrent requests.
         probabilities: list[np.ndarray] = await asyncio.gather(*map(self._batched, inputs))
         return probabilities
 
@@ -128,6 +125,7 @@ class RayBackend:
 
     def _of(self, name: str) -> DeploymentHandle:
         """The handle that routes to replicas with that model loaded."""
+        # `options` makes a new handle each time; one per model is kept.
         if name not in self._by_name:
             self._by_name[name] = self._handle.options(multiplexed_model_id=name)
         return self._by_name[name]
@@ -141,6 +139,7 @@ class RayBackend:
         except TimeoutError:
             raise problems.busy(f"the model did not answer within {self._timeout:g} s; retry later") from None
         except RayTaskError as error:
+            # The model's own error, raised in its process, is the client's error.
             if isinstance(error.cause, RaysegError):
                 raise error.cause from None
             raise
@@ -162,7 +161,6 @@ class Api:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._app
 
-    async def reconfigure(self, user_config: dict[str, bool]) -> None:
-        """Called by Serve with a new user configuration: {"draining": true} drains this replica."""
-        if user_config.get("draining"):
-            await self._app.drain()
+    async def drain(self) -> None:
+        """Refuse new requests from now on, and return when the accepted ones are answered."""
+        await self._app.drain()

@@ -57,19 +57,23 @@ class Prompts(Config):
     """(left, top, right, bottom) of boxes."""
 
 
-async def read(request: Request) -> Form:
-    """Read the form of a request.
+async def read(request: Request, known: Mapping[str, Any]) -> Form:
+    """Read the form of a request, with an image and the fields `known`.
 
     Raises:
-        Problem: 415, the body is not a form; 422, it has no image.
+        Problem: 415, the body is not a form; 422, it has no image, or further fields.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "multipart/form-data":
         raise Problem(415, f"Content-Type is {kind or 'missing'}, expected multipart/form-data with a file `image`")
+    # Limits of the parser: one file, few fields, 1 MiB per field; bytes are counted by the middleware.
     async with request.form(max_files=1, max_fields=10, max_part_size=1 << 20) as form:
         image = form.get("image")
         if not isinstance(image, UploadFile):
             raise Problem(422, f"the form has {', '.join(form) or 'no fields'}, expected a file named image")
+        if unknown := form.keys() - known.keys() - {"image"}:
+            names = ", ".join(["image", *known])
+            raise Problem(422, f"the form has the unknown field {min(unknown)[:60]!r}, expected: {names}; leave it out")
         return Form(await image.read(), {name: value for name, value in form.items() if isinstance(value, str)})
 
 
@@ -137,6 +141,7 @@ def expect_inside(prompts: Mapping[str, Any], width: int, height: int) -> None:
     Raises:
         Problem: 422, it names the first one.
     """
+    # A box is two corners.
     corners = [*prompts["points"], *(box[:2] for box in prompts["boxes"]), *(box[2:] for box in prompts["boxes"])]
     for x, y in corners:
         if not (0 <= x <= width and 0 <= y <= height):
@@ -173,5 +178,5 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
         "description": "The result in the media type of Accept.",
         "content": {media: {} for media in (JSON, PNG, TIFF, GEOJSON)},
     },
-    **problems_of(400, 401, 403, 404, 406, 413, 415, 421, 422, 503),
+    **problems_of(400, 401, 403, 404, 406, 408, 413, 415, 421, 422, 503),
 }

@@ -58,11 +58,13 @@ def entrypoint(job: Job, config: ServeConfig, name: str) -> str:
     Raises:
         Problem: 422, the region or a value of the configuration is not allowed.
     """
+    # 1. what a client may choose
     area = region(job.region)
     _expect_shallow(job.config)
     module = pipeline_of(job.pipeline)
     settings = [f"{key}={json.dumps(value)}" for key, value in _settings(job.config)]
     _expect_no_files(module.Config, job.config)
+    # 2. what only the administrator may
     if config.jobs_catalog:
         settings.append(f"map.imagery={json.dumps(config.jobs_catalog)}")
     base = config.jobs_configs.get(job.pipeline)
@@ -70,6 +72,7 @@ def entrypoint(job: Job, config: ServeConfig, name: str) -> str:
         load(module.Config, base, settings)
     except ConfigError as error:
         raise Problem(422, f"config: {error}") from None
+    # 3. the command line; lists of words, never text for a shell
     arguments = ["run", "pipeline", job.pipeline, f"--region={area}", f"--out={upath(str(config.jobs)) / name}"]
     arguments += [f"--config={base}"] if base else []
     arguments += [part for setting in settings for part in ("--set", setting)]
@@ -101,6 +104,7 @@ def _items(value: object) -> list[object]:
 
 def _expect_shallow(values: dict[str, Any]) -> None:
     """Refuse deep nesting before any function recurses into it."""
+    # Iterative: a request can be nested deeper than Python's recursion limit.
     level: list[object] = [values]
     for _ in range(_MAX_DEPTH):
         level = [item for value in level for item in _items(value)]
@@ -140,6 +144,7 @@ def _expect_no_files(kind: type[Config], values: Mapping[str, Any], prefix: str 
             raise Problem(422, f"config key {prefix}{key} names a file, only the administrator may; leave it out")
         if key == "weights" and isinstance(value, str) and value not in {"none", "imagenet"}:
             raise Problem(422, f"config key {prefix}{key} is {str(value)[:40]!r}, expected none or imagenet")
+        # A group can be optional: its class is then in a union.
         for inner in (field.annotation, *get_args(field.annotation)):
             if isinstance(inner, type) and issubclass(inner, Config) and isinstance(value, dict):
                 _expect_no_files(inner, value, f"{prefix}{key}.")
@@ -206,6 +211,7 @@ def summary(config: ServeConfig, name: str) -> dict[str, Any]:
     """
     with _cluster(config) as cluster:
         states = ray_jobs.statuses(cluster)
+    # The dashboard forgets jobs when the cluster restarts, the store does not.
     root = upath(str(config.jobs)) / name
     try:
         begun = root.is_dir()

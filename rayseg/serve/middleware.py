@@ -9,6 +9,7 @@ import re
 import sys
 import time
 import uuid
+from collections import Counter as Counts
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -37,6 +38,8 @@ _PUBLIC = re.compile(r"/(?:$|healthz$|docs$|page/|runs/[^/]+$)")
 _SIZE = re.compile(r"[0-9]{1,18}")
 _ID = re.compile(r"[!-~]{1,128}")
 _BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+GRACE_SECONDS = 10.0
+"""Before the minimum rate of an upload applies."""
 _log = logging.getLogger("rayseg.serve")
 
 
@@ -58,7 +61,10 @@ class _Exchange:
 
     scope: Scope
     id: str
+    lane: str
     began: float = field(default_factory=time.perf_counter)
+    complete: bool = False  # the body has arrived
+    running: bool = False  # it occupies a slot of its lane
     status: int = 0
     received: int = 0
     sent: int = 0
@@ -77,7 +83,8 @@ class RequestMiddleware:
     def __init__(self, app: ASGIApp, config: ServeConfig, *, token: str, metrics: Metrics) -> None:
         self.app, self.config, self.metrics = app, config, metrics
         self._token = token.encode()
-        self.draining, self.busy = False, 0
+        self.draining, self.bytes = False, 0
+        self.busy: Counts[str] = Counts()  # running requests by lane
         self.names_requests = True  # False under Ray Serve, whose proxy adds the id to the response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -87,24 +94,24 @@ class RequestMiddleware:
             return
         # A client's own id is kept even if invalid: Ray Serve's proxy returns it as it came.
         ids = (value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id")
-        exchange = _Exchange(scope, next(ids, uuid.uuid4().hex))
+        exchange = _Exchange(scope, next(ids, uuid.uuid4().hex), _lane(scope))
         REQUEST_ID.set(exchange.id)
-        limited = scope["path"].startswith("/v1/")  # reads of runs and map tiles included
-        self.busy += limited
-        self.metrics.busy.set(self.busy)
         try:
-            await self._answer(exchange, receive, send, limited=limited)
+            await self._answer(exchange, receive, send)
         finally:
-            self.busy -= limited
-            self.metrics.busy.set(self.busy)
+            self.bytes -= exchange.received
+            self.busy[exchange.lane] -= exchange.running
+            self.metrics.busy.set(self.busy.total())
             self._record(exchange)
 
-    async def _answer(self, exchange: _Exchange, receive: Receive, send: Send, *, limited: bool) -> None:
+    async def _answer(self, exchange: _Exchange, receive: Receive, send: Send) -> None:
         async def counted() -> Message:
-            message = await receive()
-            exchange.received += len(message.get("body", b""))
-            if exchange.received > self.config.max_bytes:
-                raise self._too_many_bytes()
+            if exchange.complete:
+                return await receive()  # waits for the client to disconnect
+            message = await self._received(exchange, receive)
+            exchange.complete = not message.get("more_body", False)
+            if exchange.complete and message["type"] == "http.request":
+                self._start(exchange)
             return message
 
         async def answered(message: Message) -> None:
@@ -116,23 +123,64 @@ class RequestMiddleware:
                 new = [(name.encode(), value.encode("latin-1")) for name, value in added.items()]
                 headers = [*message["headers"], *(pair for pair in new if pair[0] not in present)]
                 message = {**message, "headers": headers}
+            if exchange.scope["method"] == "HEAD" and "body" in message:
+                message = {**message, "body": b""}
             exchange.sent += len(message.get("body", b""))
             await send(message)
 
         async def admitted(scope: Scope, receive: Receive, send: Send) -> None:
             try:
-                self._admit(scope, limited=limited)
+                self._admit(exchange)
             except Problem as error:
                 refusal = problems.response(error.status, error.detail, request_id=exchange.id, headers=error.headers)
                 await refusal(scope, receive, send)
             else:
-                await self.app(scope, receive, send)
+                # FastAPI has no routes for HEAD: it is a GET whose body is dropped.
+                await self.app({**scope, "method": "GET"} if scope["method"] == "HEAD" else scope, receive, send)
 
         # Outermost, so that errors of the admission are answered like those of the application.
         await ServerErrorMiddleware(admitted, handler=internal_error)(exchange.scope, counted, answered)
 
-    def _admit(self, scope: Scope, *, limited: bool) -> None:
+    async def _received(self, exchange: _Exchange, receive: Receive) -> Message:
+        """The next message of a body, within the limits of time, size and total memory."""
+        spent = time.perf_counter() - exchange.began
+        limit = min(self.config.timeout_seconds, GRACE_SECONDS + exchange.received / self.config.min_bytes_per_second)
+        try:
+            async with asyncio.timeout(limit - spent):
+                message = await receive()
+        except TimeoutError:
+            raise Problem(
+                408,
+                f"the upload is incomplete after {limit:.3g} s with {exchange.received:,} bytes; send at least "
+                f"{self.config.min_bytes_per_second:,} bytes/s and the whole within {self.config.timeout_seconds:g} s",
+                headers={"Connection": "close"},
+            ) from None
+        size = len(message.get("body", b""))
+        exchange.received += size
+        self.bytes += size
+        if exchange.received > self.config.max_bytes:
+            raise self._too_many_bytes()
+        if self.bytes > max(self.config.max_bytes_in_flight, exchange.received):  # a single upload always fits
+            raise problems.busy(f"uploads of {self.config.max_bytes_in_flight:,} bytes are in progress; retry later")
+        return message
+
+    def _start(self, exchange: _Exchange) -> None:
+        """Occupy a slot; only whole requests do, so that slow uploads do not block others."""
+        if exchange.lane and not exchange.running:
+            self._expect_slot(exchange.lane)
+            exchange.running = True
+            self.busy[exchange.lane] += 1
+            self.metrics.busy.set(self.busy.total())
+
+    def _expect_slot(self, lane: str) -> None:
+        if self.draining:
+            raise problems.busy("the server is shutting down; retry, another server will answer", seconds=5)
+        if self.busy[lane] >= self.config.queue:
+            raise problems.busy(f"{self.config.queue} requests for {lane} are already in progress; retry in a moment")
+
+    def _admit(self, exchange: _Exchange) -> None:
         """Refuse by headers alone: host, origin, id, token, size, load; in that order."""
+        scope = exchange.scope
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         # 1. other sites: DNS rebinding shows in Host, cross-site requests in Origin
         host, origin = headers.get("host", ""), headers.get("origin", "")
@@ -160,10 +208,10 @@ class RequestMiddleware:
             raise Problem(400, f"Content-Length is {size[:40]!r}, expected a number of bytes")
         if int(size) > self.config.max_bytes:
             raise self._too_many_bytes()
-        if limited and self.draining:
-            raise problems.busy("the server is shutting down; retry, another server will answer", seconds=5)
-        if limited and self.busy > self.config.queue:
-            raise problems.busy(f"{self.config.queue} requests are already in progress; retry in a moment")
+        if scope["method"] in {"GET", "HEAD"}:
+            self._start(exchange)  # without a body
+        elif exchange.lane:
+            self._expect_slot(exchange.lane)  # before the client sends the body in vain
 
     def _too_many_bytes(self) -> Problem:
         detail = f"the request has more than {self.config.max_bytes:,} bytes; send a smaller image"
@@ -184,8 +232,17 @@ class RequestMiddleware:
     async def drain(self) -> None:
         """Refuse new requests, and wait until the accepted ones are answered."""
         self.draining = True
-        while self.busy:
+        while self.busy.total():
             await asyncio.sleep(0.05)
+
+
+def _lane(scope: Scope) -> str:
+    """Requests with separate slots: one kind never waits for another; "" for requests that are never refused."""
+    if not scope["path"].startswith("/v1/"):
+        return ""
+    if scope["method"] not in {"GET", "HEAD"}:
+        return "predictions and jobs"
+    return "map tiles" if "/tiles/" in scope["path"] else "metadata"
 
 
 def _split(header: str, address: str) -> SplitResult:

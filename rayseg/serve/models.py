@@ -62,6 +62,7 @@ class ModelIndex:
                     raise ConfigError(
                         f"models {entries[name][0]} and {folder} are both named {name}; serve only one of them"
                     )
+                # The same bundle can lie below two prefixes.
                 entries[name] = (folder, described)
         return cls(entries)
 
@@ -104,6 +105,7 @@ async def segmented(
     # 2. its patches, a few batches at a time
     patches = patches_of(described, image.tile, valid_HW, reach)
     blend = Blend(image.tile.window, described.outputs, lattice)
+    # Only some patches are copied at a time: all of them take several times the image's memory.
     for start in range(0, len(patches), ahead):
         part = patches[start : start + ahead]
         places = [patch.slices(reach) for patch in part]

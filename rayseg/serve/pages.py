@@ -36,6 +36,7 @@ def router() -> APIRouter:
     @routes.get("/runs/{run}")
     @routes.get("/page/{name:path}")
     async def page(request: Request) -> Response:
+        # The route decides, never the path: it is only a key of `files`.
         name = _PAGES.get(request.scope["route"].path) or request.path_params["name"]
         if name not in files:
             raise Problem(404, "nothing exists at this address; the page is at /")

@@ -39,6 +39,7 @@ def masks(model: SamProposer, image: Image, options: dict[str, Any]) -> list[dic
         image: red, green and blue, uint8.
         options: from `forms.prompts` or `forms.automatic`.
     """
+    # SAM takes channels last.
     image_HWC = np.ascontiguousarray(image.image_CHW.transpose(1, 2, 0))
     if "boxes" in options:
         proposals = prompted(model.sam, image_HWC, **options)
@@ -67,9 +68,12 @@ def labels(image: Image, options: dict[str, Any]) -> np.ndarray:
         raise ImageTooLarge(
             f"the image has {width} x {height} px, labels are limited to {_MAX_TRAINED:,} px; send a part of it"
         )
+    # 1. sides that the network's halvings divide
     margin = ((0, -height % _MULTIPLE), (0, -width % _MULTIPLE))
     valid_HW = np.pad(image.valid_HW, margin)
+    # 2. invalid pixels: mirrored for the network's view, without superpixel and so without vote and target
     image_HWC = filled(np.pad(image.image_CHW.transpose(1, 2, 0), (*margin, (0, 0))), valid_HW)
     superpixels_HW = np.where(valid_HW, 0 if options["network"] == "v2" else halved(image_HWC), -1)
+    # 3. labels, without the margin
     labels_HW = segment(image_HWC, superpixels_HW, **options)[:height, :width]
     return np.where(image.valid_HW, labels_HW, NODATA).astype(np.uint8)

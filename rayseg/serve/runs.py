@@ -3,18 +3,21 @@
 import asyncio
 import hashlib
 import json
-import time
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from threading import Lock
+from threading import Event, Lock
+from time import monotonic
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from fastapi import APIRouter, Path, Query, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 
+from rayseg import __version__
 from rayseg.engine import run as runs
 from rayseg.engine.manifest import read_rows
 from rayseg.errors import DataError, RaysegError
@@ -25,7 +28,7 @@ from rayseg.io.pictures import shown_colors
 from rayseg.io.sources import Source
 from rayseg.serve import answers
 from rayseg.serve.forms import problems_of
-from rayseg.serve.problems import Problem
+from rayseg.serve.problems import Problem, busy
 from rayseg.serve.settings import ServeConfig
 from rayseg.steps import report
 from rayseg.store import StorePath, upath
@@ -33,11 +36,15 @@ from rayseg.vision.color import ClassTable
 
 MAX_OPENED = 16
 """Maximum files that one web tile opens; a web tile over more of them is drawn from the ledger, without imagery."""
+TILE_THREADS = 2
+TILE_SECONDS = 10.0
+"""Time limit of a tile."""
 _RECHECK = 5.0  # seconds between two looks at run.json, and at everything else of an unfinished run
 _MAX_TROUBLES = 500
 _TILE_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"image/png": {}}},
     204: {"description": "The tile is empty."},
+    304: {"description": "The tile is the one that If-None-Match names."},
     **problems_of(404, 422, 503),
 }
 Name = Annotated[str, Path(max_length=200)]
@@ -94,6 +101,7 @@ def runs_below(prefixes: Sequence[StorePath]) -> dict[str, str]:
     prefixes_by_name: dict[str, str] = {}
     for prefix in map(upath, prefixes):
         below = [path.parent for path in sorted(prefix.glob("*/run.json"))] if prefix.is_dir() else []
+        # A server started with RUN/models shows RUN as well.
         for folder in (prefix, prefix.parent, *below):
             if (folder / "run.json").exists() and str(folder) not in prefixes_by_name.values():
                 name, number = slug(folder.name), 2
@@ -120,7 +128,7 @@ class RunIndex:
         Raises:
             Problem: 404, no run has that name.
         """
-        moment = int(time.monotonic() / _RECHECK)
+        moment = int(monotonic() / _RECHECK)
         if name not in self._at(moment):
             self._at.cache_clear()  # a run can have begun since
         known = self._at(moment)
@@ -143,7 +151,7 @@ class RunIndex:
 
 def version(root: str) -> str:
     """Identity of a run's files: that of run.json for a finished run, a new one every few seconds for another."""
-    return _version(root, int(time.monotonic() / _RECHECK))
+    return _version(root, int(monotonic() / _RECHECK))
 
 
 @lru_cache(maxsize=64)
@@ -168,6 +176,7 @@ def _view(root: str, _version: str) -> RunView:
     # The step with the map is usually called predict; other steps have manifests as well.
     names = [path.parent.name for path in upath(root).glob("steps/*/manifest.parquet")]
     for step in sorted(names, key=lambda name: (name != "predict", name)):
+        # A step can have a manifest and no map yet: the next one is tried.
         tiles = tuple(mapped_tiles(root, step))
         if tiles and upath(tiles[0].href).exists():
             planned = tuple(planned_tiles(root, step))
@@ -214,6 +223,7 @@ def _described(root: str, _version: str, shown: RunView) -> dict[str, Any]:
         "region": content["region"]["name"].rpartition("/")[2],
         "status": state["status"],
         "reason": state["reason"],
+        "minzoom": _min_zoom(shown.planned_N4),
         "bounds": [*placed_N4[:, :2].min(axis=0), *placed_N4[:, 2:].max(axis=0)] if len(placed_N4) else None,
         "images": [{"id": image, "width": width, "height": height} for image, (width, height) in sizes.items()],
         "classes": [{"value": value, **row} for value, row in zip(values, shares, strict=True)],
@@ -229,10 +239,21 @@ def _size(sources: Sequence[Source], image: str) -> tuple[int, int] | None:
     return next(((source.width, source.height) for source in sources if source.item_id == image), None)
 
 
+def _min_zoom(bounds_N4: np.ndarray) -> int:
+    """Zoom from which at most `MAX_OPENED` tiles of the run intersect a web tile, so that their pixels are drawn."""
+    boxes_N4 = mapview.mercator(bounds_N4[~np.isnan(bounds_N4).any(axis=1)])
+    if not len(boxes_N4):
+        return 0
+    across = math.isqrt(MAX_OPENED) - 1  # n web pixels across can touch n + 1 tiles
+    width = float(np.median(boxes_N4[:, 2] - boxes_N4[:, 0]))
+    return min(24, max(0, math.ceil(math.log2(2 * math.pi / (across * width)))))
+
+
 def _troubles(root: str, steps: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows that failed or are missing, with their bounds if they have any."""
     rows = []
     for step, ledger in steps.items():
+        # A run can fail in every tile; the page shows the first ones.
         troubles = dict(list(ledger["troubles"].items())[:_MAX_TROUBLES])
         places: dict[str, dict[str, Any]] = {}
         if troubles:
@@ -253,9 +274,15 @@ def _troubles(root: str, steps: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def tile_png(
-    shown: RunView, place: mapview.Place, layer: str, *, image: str | None, hosts: Sequence[str]
+    shown: RunView,
+    place: mapview.Place,
+    layer: str,
+    *,
+    image: str | None,
+    hosts: Sequence[str],
+    stop: Event | None = None,
 ) -> bytes | None:
-    """A web tile (z, x, y) of a run as PNG; None if it is empty."""
+    """A web tile (z, x, y) of a run as PNG; None if it is empty. Once `stop` is set, no further file is opened."""
     bounds = mapview.bounds_of_tile(*place)
     sources = shown.sources(bounds, image)
     size = _size(sources, image) if image is not None else None
@@ -265,12 +292,12 @@ def tile_png(
     if layer == "imagery":
         if len(sources) > MAX_OPENED:
             return None
-        return answers.rgba_png(mapview.imagery_tile(sources, place, image=whole, hosts=hosts))
+        return answers.rgba_png(mapview.imagery_tile(sources, place, image=whole, hosts=hosts, stop=stop))
     positions = shown.mapped(bounds, image)
     if not positions:
         return None
     if len(positions) <= MAX_OPENED:
-        classes_HW = mapview.classes_tile([shown.tiles[at] for at in positions], place, image=whole)
+        classes_HW = mapview.classes_tile([shown.tiles[at] for at in positions], place, image=whole, stop=stop)
     elif whole:
         side = max(whole.width, whole.height) / 2 ** place[0]
         windows = [shown.tiles[at].tile.window for at in positions]
@@ -287,9 +314,41 @@ def tile_png(
     return answers.palette_png(classes_HW, colors, opaque=set(shown_colors(shown.table)))
 
 
+async def drawn(request: Request, draw: Callable[[Event], bytes | None], pool: Executor) -> bytes | None:
+    """A tile drawn in a pool; it is given up when the client disconnects, or after `TILE_SECONDS`.
+
+    Args:
+        request: of the client.
+        draw: opens no further file once its event is set.
+        pool: of threads that only draw tiles: slow tiles must not occupy those of other work.
+
+    Raises:
+        Problem: 503, the tile takes too long.
+    """
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    stop = Event()
+    tile = asyncio.get_running_loop().run_in_executor(pool, draw, stop)
+    gone = asyncio.ensure_future(disconnected())
+    both: set[asyncio.Future[Any]] = {tile, gone}
+    try:
+        await asyncio.wait(both, timeout=TILE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        if not tile.done():  # the client is gone, or the deadline has passed
+            raise busy(f"the tile was not drawn within {TILE_SECONDS:g} s; zoom in, or retry later", seconds=10)
+        return tile.result()
+    finally:
+        stop.set()
+        tile.cancel()
+        gone.cancel()
+
+
 def router(config: ServeConfig) -> APIRouter:
     """Routes of the runs."""
     routes, index = APIRouter(tags=["runs"]), RunIndex(config)
+    pool = ThreadPoolExecutor(TILE_THREADS, thread_name_prefix="map-tiles")
 
     @routes.get("/v1/runs", responses=problems_of(503))
     async def list_runs() -> dict[str, list[dict[str, Any]]]:
@@ -303,6 +362,7 @@ def router(config: ServeConfig) -> APIRouter:
 
     @routes.get("/v1/runs/{name}/tiles/{z}/{x}/{y}.png", response_class=Response, responses=_TILE_RESPONSES)
     async def tile(
+        request: Request,
         name: Name,
         z: Zoom,
         x: Index,
@@ -313,16 +373,23 @@ def router(config: ServeConfig) -> APIRouter:
         """A map tile of 256 px: on the Web Mercator grid, or in the pyramid of an image without georeference."""
         if x >= 1 << z or y >= 1 << z:
             raise Problem(404, f"zoom {z} has tiles 0 to {(1 << z) - 1}, the request is for {x}, {y}")
+        root = await asyncio.to_thread(index.root, name)
+        identity = f"{__version__} {await asyncio.to_thread(version, root)} {z} {x} {y} {layer} {image}"
+        etag = f'"{hashlib.sha256(identity.encode()).hexdigest()[:20]}"'
+        headers = {"Cache-Control": "private, max-age=60", "ETag": etag}
+        if etag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
 
-        def draw() -> bytes | None:
-            return tile_png(view(index.root(name)), (z, x, y), layer, image=image, hosts=config.imagery_hosts)
+        def draw(stop: Event) -> bytes | None:
+            hosts = config.imagery_hosts
+            return tile_png(view(root), (z, x, y), layer, image=image, hosts=hosts, stop=stop)
 
         try:
-            png = await asyncio.to_thread(draw)
+            png = await drawn(request, draw, pool)
         except DataError as error:
             raise Problem(422, f"the tile cannot be drawn: {error}") from error
         if png is None:
-            return Response(status_code=204)
-        return Response(png, media_type="image/png", headers={"Cache-Control": "private, max-age=60"})
+            return Response(status_code=204, headers=headers)
+        return Response(png, media_type="image/png", headers=headers)
 
     return routes

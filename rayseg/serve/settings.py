@@ -28,8 +28,15 @@ class ServeConfig(Config):
     """Maximum pixels of an upload."""
     max_bytes: Annotated[int, Field(gt=0)] = 67_108_864
     """Maximum bytes of a request."""
+    max_bytes_in_flight: Annotated[int, Field(gt=0)] = 268_435_456
+    """Maximum bytes of all uploads in each replica of the API; further ones get a 503."""
+    max_pixels_in_flight: Annotated[int, Field(gt=0)] = 33_554_432
+    """Maximum pixels of all images that each replica of the API predicts at once; further ones get a 503."""
+    min_bytes_per_second: Annotated[int, Field(gt=0)] = 8_192
+    """Minimum mean rate of an upload after its first ten seconds; slower ones get a 408."""
     queue: Annotated[int, Field(gt=0)] = 32
-    """Maximum requests below /v1 that run or wait in each replica of the API; further ones get a 503 at once."""
+    """Maximum requests of each kind (predictions and jobs, map tiles, metadata) that run or wait in each replica of the
+    API; further ones get a 503 at once. An upload counts when it has arrived."""
     batch: Annotated[int, Field(gt=0)] = 8
     """Maximum patches per batch, over all requests for one model."""
     exact: bool = True

@@ -1,5 +1,6 @@
 """Decode uploads in child processes, which are killed when they take too long and replaced when they die."""
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -7,8 +8,10 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from queue import LifoQueue
 
 import numpy as np
@@ -73,6 +76,12 @@ class DecoderPool:
         self._idle: LifoQueue[_Child | None] = LifoQueue()
         for _ in range(count):
             self._idle.put(None)
+        # Threads of its own: an upload that waits for a child must not occupy those of other work.
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="decoder")
+
+    async def decode(self, data: bytes, *, bands: Sequence[str] = ()) -> tuple[Source, Image | None]:
+        """`read` without blocking the event loop or its shared threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(self.read, data, bands=bands))
 
     def read(self, data: bytes, *, bands: Sequence[str] = ()) -> tuple[Source, Image | None]:
         """Decode an upload: (metadata, pixels); pixels are None if it lacks one of `bands`.
@@ -113,6 +122,7 @@ class DecoderPool:
         grid = Grid(row["crs"], tuple(row["resolution"]), tuple(row["origin"]), row["image"])
         shape, dtype = tuple(header["shape"]), np.dtype(header["dtype"])
         image_CHW = np.frombuffer(body, dtype, count=int(np.prod(shape))).reshape(shape)
+        # Packed bits follow the pixels.
         bits = np.unpackbits(np.frombuffer(body, np.uint8, offset=image_CHW.nbytes), count=shape[1] * shape[2])
         return source, Image(Tile("upload", grid, Window(**header["window"])), image_CHW, bits.reshape(shape[1:]) > 0)
 
@@ -121,6 +131,7 @@ class DecoderPool:
         """A child process for one request."""
         worker = self._idle.get()
         try:
+            # It died idle or was killed by the watchdog: replace it.
             if worker and worker.process.poll() is not None:
                 worker.end()
                 worker = None
@@ -130,7 +141,8 @@ class DecoderPool:
             self._idle.put(worker)
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes and threads."""
+        self._threads.shutdown()
         for _ in range(self._idle.qsize()):
             if worker := self._idle.get():
                 worker.end()

@@ -2,21 +2,15 @@
 
 import io
 import shutil
-import threading
-import time
 
 import numpy as np
 import pytest
-import uvicorn
 from fake_run import blobs, make, picture
 from PIL import ExifTags, Image
 from small_world import segmenter
-from tiny_server import encoded, image_HWC, sam_picture, untrained_sam
+from tiny_server import encoded, image_HWC, listening, sam_picture, served, untrained_sam
 
 from rayseg.io.maps import mapped_tiles
-from rayseg.serve.app import api
-from rayseg.serve.models import LocalBackend, ModelIndex
-from rayseg.serve.settings import ServeConfig
 
 CHROMIUM = shutil.which("chromium")
 TOKEN = "a-token-of-more-than-16-characters"
@@ -37,21 +31,9 @@ def address(tmp_path_factory):
     make(root / "runs/map", scene, fates={last.tile.id: ("failed", "its file is damaged")})
     (root / "token").write_text(TOKEN)
     with untrained_sam(root / "sam") as sam:
-        yield from serving(root, models=(str(root / "cover"), str(sam)))
-
-
-def serving(root, *, models):
-    config = ServeConfig(models=models, runs=(str(root / "runs"),), token_file=str(root / "token"))
-    shelf = ModelIndex.of(config.models)
-    app = api(config, LocalBackend(shelf), shelf)
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+        app = served(root / "cover", sam, runs=(str(root / "runs"),), token_file=str(root / "token"))
+        with listening(app) as address:
+            yield address
 
 
 @pytest.fixture(scope="module")

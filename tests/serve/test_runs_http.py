@@ -120,8 +120,8 @@ def test_more_tiles_than_the_queue_holds_are_refused_at_once(root, monkeypatch):
     assert sorted(one.status_code for one in found) == [204] * 3 + [503] * 17
     refused = [one for one in found if one.status_code == 503]
     assert all(int(one.headers["retry-after"]) >= 1 for one in refused)
-    assert all("3 requests are already in progress" in one.json()["detail"] for one in refused)
-    assert app.busy == 0
+    assert all("3 requests for map tiles are already in progress" in one.json()["detail"] for one in refused)
+    assert app.busy.total() == 0
 
 
 def test_a_tile_beside_the_map_holds_nothing(asked):
@@ -210,7 +210,7 @@ def test_a_finished_run_is_read_once_and_a_running_one_again_after_some_seconds(
     (tmp_path / "map/run.json").write_text(json.dumps(content))
     calls, asked = reads_of(monkeypatch, root), client(runs=(str(tmp_path / "map"),))
     for moment in (0.0, 1.0, 1000.0):
-        monkeypatch.setattr(runs.time, "monotonic", lambda now=moment: now)
+        monkeypatch.setattr(runs, "monotonic", lambda now=moment: now)
         assert asked.get("/v1/runs/map").json()["classes"]
         assert asked.get("/v1/runs/map/tiles/0/0/0.png").status_code == 200
     assert sorted(calls) == sorted(times * ["mapped_tiles", "planned_tiles", "status"])
@@ -221,7 +221,7 @@ def test_a_finished_run_that_is_resumed_is_read_again(root, mask, tmp_path, monk
     content = json.loads((tmp_path / "map/run.json").read_text())
     calls, asked = reads_of(monkeypatch, root), client(runs=(str(tmp_path / "map"),))
     for number, moment in enumerate((0.0, 1000.0)):
-        monkeypatch.setattr(runs.time, "monotonic", lambda now=moment: now)
+        monkeypatch.setattr(runs, "monotonic", lambda now=moment: now)
         (tmp_path / "map/run.json").write_text(json.dumps(content | {"status": "done", "seconds": number}))
         assert asked.get("/v1/runs/map").json()["status"] == "done"
     assert calls.count("status") == 2
@@ -274,3 +274,47 @@ def test_coarse_tiles_lie_where_the_files_do(asked, monkeypatch):
     coarse_HW = image_of(asked.get(path))
     assert ((fine_HW != NODATA) == (coarse_HW != NODATA)).mean() > 0.98
     assert 0.01 < (coarse_HW != NODATA).mean() < 1
+
+
+def test_a_tile_that_the_client_has_is_not_drawn_again(root, mask, tmp_path, monkeypatch):
+    make(tmp_path / "map", {"scene": (picture(mask), mask, (0, 0))})
+    content = json.loads((tmp_path / "map/run.json").read_text()) | {"status": "done", "reason": ""}
+    (tmp_path / "map/run.json").write_text(json.dumps(content))
+    asked = client(runs=(str(tmp_path / "map"),))
+    monkeypatch.setattr(runs, "monotonic", lambda: 0.0)
+    first = asked.get("/v1/runs/map/tiles/0/0/0.png")
+    assert "max-age" in first.headers["cache-control"]
+    known = {"If-None-Match": first.headers["etag"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "tile_png", lambda *_, **__: 1 / 0)
+        found = asked.get("/v1/runs/map/tiles/0/0/0.png", headers=known)
+        assert (found.status_code, found.content, found.headers["etag"]) == (304, b"", first.headers["etag"])
+    assert asked.get("/v1/runs/map/tiles/1/0/0.png", headers=known).status_code != 304
+    assert asked.get("/v1/runs/map/tiles/0/0/0.png?layer=imagery", headers=known).status_code != 304
+    (tmp_path / "map/run.json").write_text(json.dumps(content | {"seconds": 9}))
+    monkeypatch.setattr(runs, "monotonic", lambda: 1000.0)
+    assert asked.get("/v1/runs/map/tiles/0/0/0.png", headers=known).status_code == 200
+
+
+def test_large_imagery_without_overviews_is_not_read_from_afar(asked, root, monkeypatch):
+    west, south, east, north = asked.get("/v1/runs/map").json()["bounds"]
+    where = mercantile.tile((west + east) / 2, (south + north) / 2, 13)
+    path = f"/v1/runs/map/tiles/13/{where.x}/{where.y}.png?layer=imagery"
+    assert image_of(asked.get(path))[..., 3].any()
+    monkeypatch.setattr(mapview, "MAX_READ", 128 * 128)
+    assert not image_of(asked.get(path))[..., 3].any()
+    near = mercantile.tile((west + east) / 2, (south + north) / 2, 19)
+    assert image_of(asked.get(f"/v1/runs/map/tiles/19/{near.x}/{near.y}.png?layer=imagery"))[..., 3].any()
+
+
+def test_pixels_are_drawn_from_the_lowest_zoom_on_that_a_run_reports(asked, monkeypatch):
+    said = asked.get("/v1/runs/map").json()
+    west, south, east, north = said["bounds"]
+    monkeypatch.setattr(runs, "MAX_OPENED", 4)
+    lowest = runs._min_zoom(np.array([[west, south, west + (east - west) / 3, south + (north - south) / 2]]))
+    opened = opened_by(monkeypatch)
+    for x, y, z in mercantile.tiles(west, south, east, north, lowest):
+        del opened[:]
+        asked.get(f"/v1/runs/map/tiles/{z}/{x}/{y}.png")
+        assert 0 < len(opened) <= 4
+    assert asked.get("/v1/runs/photo").json()["minzoom"] == 0

@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 from tiny_server import client, encoded, form, image_HWC, served
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.serve import forms, middleware
+from rayseg.serve import middleware
 from rayseg.serve.settings import ServeConfig, require_token
 from rayseg.serve.uploads import DecoderPool
 
@@ -209,12 +209,13 @@ def test_a_header_that_lies_is_a_problem_and_not_a_crash(asked):
 
 
 def test_more_requests_than_the_queue_holds_are_refused_at_once(asked):
-    asked.app.busy = 2
+    asked.app.busy["predictions and jobs"] = 2
     try:
         found = asked.post(PREVIEW, **form(encoded(image_HWC())))
+        assert asked.get("/v1/models").status_code == 200
     finally:
-        asked.app.busy = 0
-    assert "2 requests are already in progress" in problem(found, 503)
+        asked.app.busy.clear()
+    assert "2 requests for predictions and jobs are already in progress" in problem(found, 503)
     assert int(found.headers["retry-after"]) >= 1
     assert asked.post(PREVIEW, **form(encoded(image_HWC()))).status_code == 200
 
@@ -240,15 +241,6 @@ def tiff(path, **options):
     ) as file:
         file.write(image_CHW)
     return path
-
-
-def test_a_slow_upload_is_a_408(monkeypatch):
-    async def slow(_):
-        await asyncio.sleep(5)
-
-    monkeypatch.setattr(forms, "read", slow)
-    told = client(timeout_seconds=0.1).post(PREVIEW, **form(encoded(image_HWC())))
-    assert "incomplete after 0.1 s" in problem(told, 408)
 
 
 def test_a_tiff_that_names_other_files_is_refused(readers, tmp_path):
@@ -375,3 +367,23 @@ def test_bundles_of_one_name_are_not_mixed_up(tmp_path):
     assert names == ["a-segmenter", "b-segmenter"]
     with pytest.raises(ConfigError, match="are both named segmenter"):
         client(tmp_path / "a", tmp_path / "b")
+
+
+def test_head_is_answered_like_get_without_a_body(asked):
+    for path in ("/", "/v1/models", "/healthz", "/page/style.css"):
+        found, get = asked.head(path), asked.get(path)
+        assert (found.status_code, found.content) == (200, b""), path
+        assert found.headers["content-length"] == get.headers["content-length"]
+    assert asked.head(PREVIEW).status_code == 405
+
+
+@pytest.mark.parametrize("path", [PREVIEW, "/v1/unsupervised"])
+def test_unknown_form_fields_are_refused(asked, path):
+    found = asked.post(path, data={"treshold": "0.7"}, **form(encoded(image_HWC())))
+    assert "unknown field 'treshold', expected: image" in problem(found, 422)
+
+
+def test_a_json_body_that_is_too_large_is_a_413(tmp_path):
+    jobs = client(jobs=str(tmp_path), max_bytes=1000)
+    body = (b"x" * 600 for _ in range(2))  # without Content-Length
+    problem(jobs.post("/v1/jobs", content=body, headers={"Content-Type": "application/json"}), 413)

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 from small_world import refused
+from tiny_server import free_port
 
 from rayseg.config import load
 from rayseg.errors import ConfigError
-from rayseg.serve.command import with_hosts
+from rayseg.serve.command import reserve, with_hosts
 from rayseg.serve.settings import ServeConfig
 
 DEPLOYED = Path(__file__).parents[2] / "cluster/serve.yaml"
@@ -40,6 +41,14 @@ def test_on_loopback_the_server_has_the_names_of_loopback_alone():
     assert with_hosts(ServeConfig(), "127.0.0.1").hosts == ("127.0.0.1", "localhost", "::1")
     assert with_hosts(ServeConfig(hosts=("maps",)), "127.0.0.1").hosts == ("maps",)
     assert with_hosts(ServeConfig(), "0.0.0.0").hosts == ()
+
+
+def test_two_servers_that_start_together_do_not_share_a_port():
+    """Ray Serve binds the port seconds after the check, and with SO_REUSEPORT."""
+    port = free_port()
+    with reserve("127.0.0.1", port), pytest.raises(ConfigError, match="choose another --port"):
+        reserve("127.0.0.1", port)
+    reserve("127.0.0.1", port).close()
 
 
 def test_one_prefix_need_not_be_a_list():

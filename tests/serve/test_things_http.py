@@ -61,7 +61,7 @@ def test_everything_is_what_the_proposer_finds(asked):
         ({"points": "[" * 5000}, "expected JSON"),
         ({"boxes": "[[9, 9, 3, 3]]"}, "is empty"),
         ({"points": "[[NaN, 3]]"}, "should be a finite number"),
-        ({"depth": "1"}, "config key depth is unknown"),
+        ({"depth": "1"}, "unknown field 'depth'"),
     ],
 )
 def test_invalid_prompts_are_refused(asked, fields, words):

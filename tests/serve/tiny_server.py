@@ -6,11 +6,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import uvicorn
 from fake_run import blobs, picture
 from PIL import Image
 from segment_anything import sam_model_registry
@@ -26,7 +28,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from test_sam import picture as sam_picture
 from test_sam import small_sam
 
-__all__ = ["client", "encoded", "form", "free_port", "image_HWC", "sam_picture", "served", "serving", "untrained_sam"]
+__all__ = [
+    "client", "encoded", "form", "free_port", "image_HWC", "listening", "sam_picture", "served", "serving",
+    "untrained_sam",
+]  # fmt: skip
 
 
 def client(*models, **settings):
@@ -63,6 +68,21 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@contextmanager
+def listening(app):
+    """Address of a real HTTP server for an application, in a thread of this process."""
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @contextmanager

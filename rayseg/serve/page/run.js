@@ -8,13 +8,13 @@ const shown = { map: null, layers: null, run: null };
 const EMPTY_IMAGE = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7";
 
 // A busy server answers 503 at once, and a map requests many tiles together.
-async function withRetry(path, tries = 8) {
+async function withRetry(path, signal, tries = 8) {
   try {
-    return await ask(path);
+    return await ask(path, { signal });
   } catch (error) {
     if (error.status !== 503 || !tries) throw error;
     await new Promise((done) => { setTimeout(done, 1000 * (1 + Math.random())); });
-    return withRetry(path, tries - 1);
+    return withRetry(path, signal, tries - 1);
   }
 }
 
@@ -22,9 +22,10 @@ async function withRetry(path, tries = 8) {
 const Tiles = L.GridLayer.extend({
   createTile(coords, done) {
     const image = node("img", "", { alt: "", role: "presentation" });
+    image.aborter = new AbortController();
     const { z, x, y } = coords;
     const query = new URLSearchParams({ layer: this.options.layer, ...(this.options.image && { image: this.options.image }) });
-    withRetry(`${base}/tiles/${z}/${x}/${y}.png?${query}`)
+    withRetry(`${base}/tiles/${z}/${x}/${y}.png?${query}`, image.aborter.signal)
       .then(async (answer) => {
         image.onload = () => { URL.revokeObjectURL(image.src); done(null, image); };
         image.src = answer.status === 204 ? EMPTY_IMAGE : URL.createObjectURL(await answer.blob());
@@ -66,9 +67,11 @@ function createMap(options) {
   shown.map = L.map("map", { zoomControl: true, keyboard: true, attributionControl: false, ...options });
 }
 
-function addLayers(options) {
-  const imagery = new Tiles({ layer: "imagery", tileSize: 256, ...options }).addTo(shown.map);
+function addLayers(options, imageryZoom) {
+  const imagery = new Tiles({ layer: "imagery", tileSize: 256, ...options, ...imageryZoom }).addTo(shown.map);
   const classes = new Tiles({ layer: "classes", tileSize: 256, ...options }).addTo(shown.map);
+  // A tile that leaves the screen is cancelled, so that the server stops drawing it.
+  for (const layer of [imagery, classes]) layer.on("tileunload", (event) => event.tile.aborter.abort());
   shown.layers = { imagery, classes };
   applyOpacity();
 }
@@ -78,7 +81,7 @@ function onEarth(run) {
   createMap({ maxZoom: 22 });
   L.control.scale({ imperial: false }).addTo(shown.map);
   shown.map.fitBounds([[south, west], [north, east]]);
-  addLayers({ maxZoom: 22, maxNativeZoom: 22, bounds: [[south, west], [north, east]] });
+  addLayers({ maxZoom: 22, maxNativeZoom: 22, bounds: [[south, west], [north, east]] }, { minZoom: run.minzoom });
   for (const one of run.troubles.filter((row) => row.bounds)) {
     const [w, s, e, n] = one.bounds;
     showFailed([[s, w], [n, e]], one);
