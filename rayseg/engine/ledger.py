@@ -6,14 +6,16 @@
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from upath import UPath
 
@@ -133,10 +135,7 @@ class Ledger:
         """The latest record of every id, ids sorted."""
         rows = self._table(COLUMNS.names).to_pylist()
         rows.sort(key=lambda row: (row["id"], row["attempt"]))
-        return {
-            row["id"]: Record(**row | {"seconds": json.loads(row["seconds"]), "facts": json.loads(row["facts"])})
-            for row in rows
-        }
+        return {row["id"]: _record_of(row) for row in rows}
 
     def fates(self) -> Fates:
         """The latest fate of every id."""
@@ -149,6 +148,32 @@ class Ledger:
             names = part.to_pylist()
             total += Account.of(names, fates.among(names))
         return total
+
+    def records(self, parts: Iterable[Iterable[str]]) -> Iterator[dict[str, Record]]:
+        """The latest records of the ids of each part in turn; the records of two files are in memory at a time.
+
+        A run writes its rows part by part (`manifest.PART`) and joins their records after each, so that the ids of a
+        part are in few files.
+        """
+        # Loose records first: those that `compact` deletes meanwhile are in a joined file by then.
+        loose = _loaded(self._paths(".json"))
+        files, kept = self._paths(".parquet"), lru_cache(maxsize=2)(_columns_of)
+        where: dict[str, tuple[int, int]] = {}
+        for number, table in enumerate([loose, *(_columns_of(path, ("id", "attempt")) for path in files)]):
+            for row_id, attempt in zip(table["id"].to_pylist(), table["attempt"].to_pylist(), strict=True):
+                where[row_id] = max(where.get(row_id, (0, 0)), (attempt, number))
+        for part in parts:
+            wanted: dict[int, dict[str, int]] = defaultdict(dict)
+            for row_id in part:
+                if row_id in where:
+                    attempt, number = where[row_id]
+                    wanted[number][row_id] = attempt
+            latest: dict[str, Record] = {}
+            for number, attempts in wanted.items():
+                table = kept(files[number - 1]) if number else loose
+                rows = table.filter(pc.is_in(table["id"], pa.array(attempts, pa.string()))).to_pylist()
+                latest |= {row["id"]: _record_of(row) for row in rows if row["attempt"] == attempts[row["id"]]}
+            yield latest
 
     def compact(self, most: int = MOST_LOOSE) -> None:
         """Join the records of more than `most` files into one; only the process that runs the step may call it.
@@ -169,9 +194,7 @@ class Ledger:
     def _table(self, columns: list[str]) -> pa.Table:
         # Loose records first: those that `compact` deletes meanwhile are in a joined file by then.
         parts = [_loaded(self._paths(".json")).select(columns)]
-        for path in self._paths(".parquet"):
-            with path.open("rb") as file:
-                parts.append(pq.read_table(file, columns=columns))
+        parts += [_columns_of(path, columns) for path in self._paths(".parquet")]
         return pa.concat_tables(parts)
 
     def _paths(self, suffix: str) -> list[UPath]:
@@ -201,6 +224,15 @@ def _load(path: UPath) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     return asdict(Record(**row)) | {key: json.dumps(row.get(key, {})) for key in ("seconds", "facts")}
+
+
+def _columns_of(path: UPath, columns: Sequence[str] = COLUMNS.names) -> pa.Table:
+    with path.open("rb") as file:
+        return pq.read_table(file, columns=list(columns))
+
+
+def _record_of(row: dict[str, Any]) -> Record:
+    return Record(**row | {"seconds": json.loads(row["seconds"]), "facts": json.loads(row["facts"])})
 
 
 @dataclass(frozen=True)

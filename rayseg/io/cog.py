@@ -11,13 +11,16 @@ from rasterio.io import DatasetWriter, MemoryFile
 from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Window
 from rayseg.io.sources import crs_of, gdal, open_file
-from rayseg.store import StorePath, put
+from rayseg.io.written import WrittenFile, bands_of, write_file
+from rayseg.store import StorePath
 from rayseg.vision.color import ClassTable
 
 _COG = {"driver": "COG", "compress": "DEFLATE", "blocksize": 512, "bigtiff": "IF_SAFER", "level": 6}
 
 
-def write_classes(path: StorePath, classes_HW: np.ndarray, grid: Grid, window: Window, table: ClassTable) -> None:
+def write_classes(
+    path: StorePath, classes_HW: np.ndarray, grid: Grid, window: Window, table: ClassTable
+) -> WrittenFile:
     """Write class values with their colours; overviews show the most frequent class.
 
     Args:
@@ -37,17 +40,20 @@ def write_classes(path: StorePath, classes_HW: np.ndarray, grid: Grid, window: W
         dataset.descriptions = ("class",)
         dataset.update_tags(1, classes=names)
         dataset.write_colormap(1, {**dict.fromkeys(range(256), (0, 0, 0, 0)), **colors})
-        _publish(path, dataset, {"overview_resampling": "MODE"})
+        data = _encoded(dataset, {"overview_resampling": "MODE"})
+    return write_file(path, data, bands_of(["class"], classes_HW.dtype, NODATA))
 
 
-def write_scores(path: StorePath, scores_CHW: np.ndarray, grid: Grid, window: Window, names: Sequence[str]) -> None:
+def write_scores(
+    path: StorePath, scores_CHW: np.ndarray, grid: Grid, window: Window, names: Sequence[str]
+) -> WrittenFile:
     """Write scores, one band per name: uint8, 0..254 = probability x 254, 255 = nodata; overviews are averages.
 
     Raises:
         DataError: the array is not (names, height, width) of the window, or not uint8.
     """
     _expect_bytes(path, scores_CHW)
-    write_image(path, scores_CHW, grid, window, bands=names, nodata=NODATA)
+    return write_image(path, scores_CHW, grid, window, bands=names, nodata=NODATA)
 
 
 def write_image(
@@ -60,7 +66,7 @@ def write_image(
     nodata: float | None = None,
     valid_HW: np.ndarray | None = None,
     overviews: str = "AVERAGE",
-) -> None:
+) -> WrittenFile:
     """Write an image of any pixel type.
 
     Args:
@@ -84,7 +90,8 @@ def write_image(
         dataset.descriptions = tuple(bands)
         if valid_HW is not None and nodata is None:
             dataset.write_mask(valid_HW)
-        _publish(path, dataset, {"overview_resampling": overviews, "predictor": "YES"})
+        data = _encoded(dataset, {"overview_resampling": overviews, "predictor": "YES"})
+    return write_file(path, data, bands_of(bands, image_CHW.dtype, nodata))
 
 
 def _in_memory(
@@ -126,10 +133,6 @@ def scored_classes(
         dataset.descriptions = ("class", *names)
         dataset.update_tags(1, classes=legend)
         return _encoded(dataset, {"overview_resampling": "MODE"})
-
-
-def _publish(path: StorePath, dataset: DatasetWriter, options: dict[str, str]) -> None:
-    put(path, _encoded(dataset, options))
 
 
 def _encoded(dataset: DatasetWriter, options: dict[str, str]) -> bytes:

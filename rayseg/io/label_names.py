@@ -46,13 +46,15 @@ def assign(run: str, table: str, out: str) -> dict[str, Any]:
         lookup = _lookup(assigned, classes, tile.tile.grid.image or "")
         labels_HW = masks.pieces_of_tiles([tile])[0].read(label_table(NODATA - 1))
         classes_HW = lookup[labels_HW]
-        cog.write_classes(folder / tile.tile.id / "classes.tif", classes_HW, tile.tile.grid, tile.tile.window, classes)
+        written = cog.write_classes(
+            folder / tile.tile.id / "classes.tif", classes_HW, tile.tile.grid, tile.tile.window, classes
+        )
         for value, name, _ in classes.classes:
             pixels[name] += int((classes_HW == value).sum())
         unassigned += int(((classes_HW == NODATA) & (labels_HW != NODATA)).sum())
         item = stac_write.item_of(
             tile.tile.id, tile.tile.grid, tile.tile.window,
-            folder=folder / tile.tile.id, files=["classes.tif"], sources=tile.sources, table=classes,
+            folder=folder / tile.tile.id, files=[written], sources=tile.sources, table=classes,
         )  # fmt: skip
         item.assets["classes"].href = f"./{tile.tile.id}/classes.tif"
         found.append(item)

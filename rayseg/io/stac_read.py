@@ -1,4 +1,4 @@
-"""STAC in: catalogues, and items as sources of pixels. Regions are in `areas`, STAC out in `items`."""
+"""STAC in: catalogues, APIs and tables of items; items as sources of pixels."""
 
 import io
 import json
@@ -20,10 +20,8 @@ from shapely.geometry import mapping, shape
 from shapely.geometry.base import BaseGeometry
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo.region import named_regions, region_names, resolve_region
 from rayseg.io.remote import Passing, patiently, retry_after
 from rayseg.io.sources import STORED, Source, crs_of, crs_text, source_of_file
-from rayseg.io.stac_write import item_of, lonlat_outline, write_catalog, write_collection, write_item, write_tile_item
 from rayseg.store import is_local, public, put, upath
 
 if TYPE_CHECKING:  # only STAC APIs need it
@@ -161,21 +159,6 @@ def _conditions(text: str) -> dict[str, dict[str, Any]]:
         )
     return found
 
-
-__all__ = [
-    "imagery_collection",
-    "item_of",
-    "lonlat_outline",
-    "named_regions",
-    "open_items",
-    "region_names",
-    "resolve_region",
-    "source_of",
-    "write_catalog",
-    "write_collection",
-    "write_item",
-    "write_tile_item",
-]
 
 _COARSE = 0.01  # degrees: no pixel of a table's items is taken to be larger than about a kilometre
 _AROUND = 0.1  # degrees around a region in which a STAC API is asked for scenes of its halo

@@ -7,27 +7,35 @@ it makes of a component is decided by the component's pixels alone.
 
 import io
 import json
-from collections import defaultdict
+import mmap
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import shapely
 from affine import Affine
 from numpy.typing import NDArray
+from pyproj import Transformer
 from rasterio.features import shapes
 from skimage.measure import label
 
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import NODATA, Grid, Window
+from rayseg.geo.lonlat import to_lonlat
 from rayseg.io.cog import read_bands
 from rayseg.io.maps import MappedTile, mapped_tiles
 from rayseg.io.masks import table_of
 from rayseg.io.rasters import read
-from rayseg.io.sources import Source, footprint, grids_of, source_of_file
+from rayseg.io.sources import footprint, grids_of, source_of_file
+from rayseg.io.tables import Spool, concurrently, content
+from rayseg.io.written import WrittenFile, write_file
 from rayseg.store import StorePath, put, upath
 from rayseg.vision.color import ClassTable
 from rayseg.vision.segments import groups
@@ -40,10 +48,19 @@ LONLAT = "EPSG:4326"
 EQUAL_AREA = "EPSG:6933"
 """Cylindrical equal-area on WGS 84: exact areas everywhere in one projection, so they do not depend on the region."""
 _BLOCK = 2048
+_UNNAMED = ClassTable(((0, "0", (0, 0, 0)),))
 _COLUMNS = {"class": pa.uint8(), "geometry": pa.binary(), "pixels": pa.int64(), "score_sum": pa.int64()}
 _COLUMNS |= dict.fromkeys(("first_row", "first_col", "col", "row", "col1", "row1"), pa.int64())
 _COLUMNS |= {"edge": pa.bool_()}
-_FIRST = ("class", "first_row", "first_col")
+_CORNER = ("row", "col")
+_AT_FIRST = ("first_row", "first_col")
+_FIRST = ("class", *_AT_FIRST)
+_PARTS = 1 << 16  # that are polygons in memory at a time
+_ROWS = 1 << 17  # of a row group
+_SEGMENT = np.dtype(
+    [("line", "i8"), ("class", "u1"), ("start", "i8"), ("end", "i8"), ("part", "i8"), ("after", "?"), ("row1", "i8")]
+)
+"""A piece of a tile's border: 2 x column, or 2 x row + 1; where it starts and ends; whether its tile begins there."""
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
@@ -113,11 +130,11 @@ def _outlines(labels_HW: np.ndarray, window: Window) -> NDArray[np.object_]:
     return np.asarray(shapely.polygons(rings[order], indices=np.array(owners, np.int64)[order]))
 
 
-def write_parts(path: StorePath, parts: pa.Table) -> None:
+def write_parts(path: StorePath, parts: pa.Table) -> WrittenFile:
     """Write parts as Parquet."""
     sink = pa.BufferOutputStream()
     pq.write_table(parts, sink, compression="zstd")
-    put(path, sink.getvalue().to_pybytes())
+    return write_file(path, sink.getvalue().to_pybytes())
 
 
 def read_parts(path: StorePath) -> pa.Table:
@@ -127,9 +144,14 @@ def read_parts(path: StorePath) -> pa.Table:
         DataError: there are none at `path`.
     """
     try:
-        return pq.read_table(io.BytesIO(upath(path).read_bytes()))
+        return pq.read_table(io.BytesIO(content(path)))
     except (FileNotFoundError, pa.ArrowInvalid) as error:
         raise DataError(f"{path} holds no parts of polygons ({error}): map the tile again.") from error
+
+
+def no_parts(grid: Grid) -> pa.Table:
+    """The parts of a tile without any."""
+    return _schema(grid).empty_table()
 
 
 def _schema(grid: Grid) -> pa.Schema:
@@ -163,95 +185,192 @@ def join(parts: Iterable[pa.Table], table: ClassTable) -> "geopandas.GeoDataFram
     Returns:
         Sorted by grid, class and first pixel: class, name, score_mean (0..1, mean probability of the class over the
         polygon's pixels, missing without scores), pixels, area_m2 (in the equal-area projection EPSG:6933) and
-        geometry; image, where scenes have grids of their own. Of images without CRS: pixel coordinates (col, row),
+        geometry; image, if scenes have grids of their own. Of images without CRS: pixel coordinates (col, row),
         area_px instead, image, and no CRS.
 
     Raises:
         DataError: images with and without CRS are mixed, or a grid lies nowhere on Earth.
     """
-    import pandas
-
-    by_grid: dict[Grid, list[pa.Table]] = defaultdict(list)
-    for one in parts:
-        by_grid[_grid_of(one)].append(one)
-    placed = {grid.crs is not None for grid in by_grid}
-    if len(placed) > 1:
-        raise DataError("Images with and without CRS cannot be joined into one table: map them in two runs.")
-    order = sorted(by_grid, key=lambda grid: (grid.name, grid.origin))
-    frames = [_frame(grid, *_components(pa.concat_tables(by_grid[grid])), table) for grid in order]
-    if not frames:
-        empty = Grid(LONLAT, (1.0, 1.0), (0.0, 0.0))
-        return _frame(empty, *_components(_schema(empty).empty_table()), table)
-    if len(frames) == 1:
-        return frames[0]
-    kept = [frame for frame in frames if len(frame)] or frames[:1]
-    joined: geopandas.GeoDataFrame = pandas.concat(kept, ignore_index=True)
-    return joined
+    frames = []
+    # The first row and column of a tile; a table without parts may stand anywhere.
+    ordered = sorted(parts, key=lambda part: place_of(_grid_of(part), *(pc.min(part[n]).as_py() or 0 for n in _CORNER)))
+    for _, of_grid in groupby(_frames(ordered, table), key=itemgetter(0)):
+        together = _concatenated([frame for _, frame in of_grid]).sort_values(list(_FIRST), ignore_index=True)
+        frames.append(together.drop(columns=list(_AT_FIRST)))
+    return _concatenated(frames)
 
 
-def _components(parts: pa.Table) -> tuple[dict[str, np.ndarray], NDArray[np.object_]]:
-    """Columns and polygons (pixels) of whole components, in order of class and first pixel."""
-    columns = {name: parts[name].to_numpy() for name in _COLUMNS if name != "geometry"}
-    polygons = shapely.from_wkb(parts["geometry"].to_numpy())
-    owners = _owners(columns, polygons)
-    order = np.lexsort([columns["first_col"], columns["first_row"], owners])
-    starts = np.flatnonzero(np.diff(owners[order], prepend=-1))
-    members = np.split(order, starts[1:]) if len(order) else []
-    heads = order[starts]
-    whole = polygons[heads]
-    for position in np.flatnonzero(np.diff(starts, append=len(order)) > 1):
-        whole[position] = shapely.union_all(polygons[members[position]])
-    sums = {name: np.add.reduceat(columns[name][order], starts) if len(order) else columns[name] for name in _SUMS}
-    found = {name: columns[name][heads] for name in _FIRST} | sums
-    sorting = np.lexsort([found[name] for name in reversed(_FIRST)])
-    return {name: values[sorting] for name, values in found.items()}, _canonical(whole[sorting])
-
-
-_SUMS = ("pixels", "score_sum")
-
-
-def _owners(columns: dict[str, np.ndarray], polygons: NDArray[np.object_]) -> np.ndarray:
-    """The number of the component that each part belongs to."""
-    at_edge = np.flatnonzero(columns["edge"])
-    rings = shapely.get_exterior_ring(polygons[at_edge])
-    points, ring = shapely.get_coordinates(rings, return_index=True)
-    within = ring[:-1] == ring[1:]
-    start, end = (side[within].astype(np.int64) for side in (points[:-1], points[1:]))
-    part = at_edge[ring[:-1][within]]
-    pairs = [np.empty((2, 0), np.int64)]
-    for across, low, high in ((0, "col", "col1"), (1, "row", "row1")):
-        straight = start[:, across] == end[:, across]
-        line, along = start[straight, across], np.sort(np.stack([start, end])[:, straight, 1 - across], axis=0)
-        owner = part[straight]
-        after, before = line == columns[low][owner], line == columns[high][owner]
-        keys = np.stack([line, columns["class"][owner].astype(np.int64)])
-        pairs.append(_touching(keys, along, owner, before=before, after=after))
-    return groups(len(polygons), np.concatenate(pairs, axis=1).T)
-
-
-def _touching(
-    keys: np.ndarray, along: np.ndarray, owner: np.ndarray, *, before: np.ndarray, after: np.ndarray
-) -> np.ndarray:
-    """(2, n) parts before and after a border line that share a piece of it.
+def write_joined(parts: Iterable[pa.Table], table: ClassTable, path: StorePath) -> tuple[int, float | None]:
+    """Write the polygons of `join` as GeoParquet; memory holds the parts of about two rows of tiles.
 
     Args:
-        keys: (2, segments) line and class; only segments of equal keys can meet.
-        along: (2, segments) where a segment starts and ends on its line.
-        owner: its part.
-        before: whether it is the end of a tile; those of one line and class do not overlap.
-        after: whether it is the start of one; nor do these.
+        parts: as for `join`, sorted by `place_of` their tiles.
+        table: the classes.
+        path: of the file.
+
+    Returns:
+        How many polygons there are, and their area in m2 (None without CRS).
+
+    Raises:
+        DataError: as `join`.
     """
-    if not before.any() or not after.any():
+    grids, heads = dict[Grid, int](), dict[Grid, "geopandas.GeoDataFrame"]()
+    with Spool() as spool, tempfile.TemporaryFile() as file:
+        for grid, frame in _frames(parts, table):
+            number = grids.setdefault(grid, len(grids))
+            plain = frame.drop(columns=list(_AT_FIRST))
+            if not len(heads.get(grid, ())):
+                heads[grid] = plain.iloc[:1]
+            if not len(frame):
+                continue
+            # 1. every polygon as geopandas stores it, with what it is sorted by
+            stored = pq.read_table(io.BytesIO(_geoparquet(plain, compression="none")))
+            for name, values in (("grid", np.full(len(frame), number)), *((n, frame[n].to_numpy()) for n in _AT_FIRST)):
+                stored = stored.append_column(f"_{name}", pa.array(values))
+            spool.add(stored)
+        # 2. the file's schema, of one polygon of each grid, with the bounds and types of all
+        schema = pq.read_schema(io.BytesIO(_geoparquet(_concatenated(list(heads.values())))))
+        keys = {f"_{name}": pa.int64() for name in ("grid", *_AT_FIRST)}
+        sortable = pa.schema([*schema, *keys.items()])
+        whole = pa.concat_tables([sortable.empty_table(), *spool.tables()], promote_options="default")
+        schema = _with_bounds(schema, [part.schema.metadata[b"geo"] for part in spool.tables()])
+        # 3. the polygons in order, some at a time
+        order = np.lexsort([whole[name].to_numpy() for name in ("_first_col", "_first_row", "class", "_grid")])
+        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+            for start in range(0, max(len(order), 1), _ROWS):
+                rows = whole.take(pa.array(order[start : start + _ROWS], pa.int64()))
+                writer.write_table(rows.select(schema.names).cast(schema))
+        file.flush()
+        put(path, memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+    area = float(whole["area_m2"].to_numpy()[order].sum()) if "area_m2" in schema.names else None
+    return len(order), area
+
+
+def place_of(grid: Grid, row: int, col: int) -> tuple[Any, ...]:
+    """Sorts tiles by grid, row and column."""
+    return grid.name, grid.origin, grid.resolution, grid.image or "", row, col
+
+
+def _frames(parts: Iterable[pa.Table], table: ClassTable) -> Iterator[tuple[Grid, "geopandas.GeoDataFrame"]]:
+    """(grid, some of its polygons, not sorted, with `_AT_FIRST`); of each grid at least one frame."""
+    placed = set()
+    for grid, of_grid in groupby(parts, key=_grid_of):
+        placed.add(grid.crs is None)
+        if len(placed) > 1:
+            raise DataError("Images with and without CRS cannot be joined into one table: map them in two runs.")
+        for columns, polygons in _components(of_grid):
+            yield grid, _frame(grid, columns, polygons, table)
+    if not placed:
+        yield from _frames([no_parts(Grid(LONLAT, (1.0, 1.0), (0.0, 0.0)))], table)
+
+
+def _concatenated(frames: list["geopandas.GeoDataFrame"]) -> "geopandas.GeoDataFrame":
+    import pandas
+
+    kept = [frame for frame in frames if len(frame)] or frames[:1]
+    whole: geopandas.GeoDataFrame = pandas.concat(kept, ignore_index=True) if len(kept) > 1 else kept[0]
+    return whole
+
+
+_Components = tuple[dict[str, np.ndarray], NDArray[np.object_]]
+"""Columns and polygons (grid pixels) of whole components."""
+
+
+def _components(parts: Iterable[pa.Table]) -> Iterator[_Components]:
+    """The whole components of one grid, some at a time; the parts come by row and column of their tiles."""
+    count, pairs, live = 0, [np.empty((2, 0), np.int64)], np.empty(0, _SEGMENT)
+    with Spool() as spool:
+        for batch in _batches(parts):
+            # 1. a part inside its tile is a component
+            yield _united(batch.filter(pc.invert(batch["edge"])), None)
+            # 2. which parts at the border touch each other; only those that later tiles can touch stay in memory
+            edge = batch.filter(batch["edge"])
+            live = np.concatenate([live, _segments(edge, count)])
+            touching = _touching(live)
+            pairs.append(touching[:, touching.max(axis=0, initial=-1) >= count])
+            if len(batch):
+                live = live[live["row1"] >= batch["row"][-1].as_py()]
+            spool.add(edge)
+            count += len(edge)
+        # 3. parts that touch, also through others, are one component
+        owners = groups(count, np.concatenate(pairs, axis=1).T)
+        order = np.argsort(owners, kind="stable")
+        ends = np.flatnonzero(np.diff(owners[order], append=-1)) + 1
+        whole, start = pa.concat_tables(spool.tables()), 0
+        while start < count:
+            stop = int(ends[min(int(np.searchsorted(ends, start + _PARTS)), len(ends) - 1)])
+            yield _united(whole.take(pa.array(order[start:stop])), owners[order[start:stop]])
+            start = stop
+
+
+def _batches(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    waiting: list[pa.Table] = []
+    for part in parts:
+        waiting.append(part)
+        if sum(map(len, waiting)) >= _PARTS:
+            yield pa.concat_tables(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting)
+
+
+def _united(parts: pa.Table, owners: np.ndarray | None) -> _Components:
+    """The components of parts; those of one owner are one component, without owners each is one."""
+    columns = {name: parts[name].to_numpy() for name in _COLUMNS if name != "geometry"}
+    whole = shapely.from_wkb(parts["geometry"].to_numpy())
+    if owners is not None:
+        order = np.lexsort([columns["first_col"], columns["first_row"], owners])
+        starts = np.flatnonzero(np.diff(owners[order], prepend=-1))
+        members, polygons = np.split(order, starts[1:]), whole
+        whole = polygons[order[starts]]
+        for position in np.flatnonzero(np.diff(starts, append=len(order)) > 1):
+            whole[position] = shapely.union_all(polygons[members[position]])
+        sums = {name: np.add.reduceat(columns[name][order], starts) for name in ("pixels", "score_sum")}
+        columns = {name: columns[name][order[starts]] for name in _FIRST} | sums
+    return columns, _canonical(whole)
+
+
+def _segments(parts: pa.Table, first: int) -> NDArray[np.void]:
+    """The pieces of tile borders that parts, numbered from `first`, lie at."""
+    columns = {name: parts[name].to_numpy() for name in ("class", "col", "row", "col1", "row1")}
+    rings = shapely.get_exterior_ring(shapely.from_wkb(parts["geometry"].to_numpy()))
+    points, ring = shapely.get_coordinates(rings, return_index=True)
+    within = ring[:-1] == ring[1:]
+    start, end, part = points[:-1][within].astype(np.int64), points[1:][within].astype(np.int64), ring[:-1][within]
+    found = []
+    for across, low, high in ((0, "col", "col1"), (1, "row", "row1")):
+        line = start[:, across]
+        after, before = line == columns[low][part], line == columns[high][part]
+        at = (line == end[:, across]) & (after | before)
+        segments = np.empty(int(at.sum()), _SEGMENT)
+        along = np.sort(np.stack([start[at, 1 - across], end[at, 1 - across]]), axis=0)
+        values = (line[at] * 2 + across, columns["class"][part[at]], *along, part[at] + first, after[at])
+        for name, value in zip(_SEGMENT.names or (), (*values, columns["row1"][part[at]]), strict=True):
+            segments[name] = value
+        found.append(segments)
+    return np.concatenate(found)
+
+
+def _touching(segments: NDArray[np.void]) -> np.ndarray:
+    """(2, n) parts before and after a border that share a piece of it; no two on one side of a line overlap."""
+    if not len(segments):
         return np.empty((2, 0), np.int64)
-    _, group = np.unique(keys, axis=1, return_inverse=True)
-    base = along.min()
-    starts, ends = along - base + group.ravel() * (along.max() - base + 2)
-    order = np.flatnonzero(after)[np.argsort(starts[after])]
-    first = np.searchsorted(ends[order], starts[before], side="right")
-    last = np.searchsorted(starts[order], ends[before], side="left")
+    _, group = np.unique(segments["line"] * 256 + segments["class"], return_inverse=True)
+    base = segments["start"].min()
+    shift = group * (segments["end"].max() - base + 2) - base  # lines one after the other: one search is for all
+    after = np.flatnonzero(segments["after"])
+    after = after[np.argsort(segments["start"][after] + shift[after])]
+    before = np.flatnonzero(~segments["after"])
+    first = np.searchsorted(
+        segments["end"][after] + shift[after], segments["start"][before] + shift[before], side="right"
+    )
+    last = np.searchsorted(
+        segments["start"][after] + shift[after], segments["end"][before] + shift[before], side="left"
+    )
     counts = np.maximum(last - first, 0)
     offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.stack([np.repeat(owner[before], counts), owner[order[np.repeat(first, counts) + offsets]]])
+    part = segments["part"]
+    return np.stack([np.repeat(part[before], counts), part[after[np.repeat(first, counts) + offsets]]])
 
 
 def _canonical(polygons: NDArray[np.object_]) -> NDArray[np.object_]:
@@ -290,39 +409,42 @@ def _frame(
         "score_mean": columns["score_sum"] / np.maximum(pixels, 1) / TOP,
         "pixels": pixels,
     }
+    first = {name: columns[name] for name in _AT_FIRST}
     if grid.crs is None:
         facts |= {"image": [grid.image or ""] * len(pixels), "area_px": pixels}
-        return geopandas.GeoDataFrame(facts, geometry=polygons)
-    affine = grid.transform(Window(0, 0, 1, 1))
+        return geopandas.GeoDataFrame(facts, geometry=polygons).assign(**first)
+    affine, degrees = grid.transform(Window(0, 0, 1, 1)), Transformer.from_crs(grid.crs, LONLAT, always_xy=True)
     scale, shift = (affine.a, affine.e), (affine.c, affine.f)
-    mapped = geopandas.GeoSeries(shapely.transform(polygons, lambda points: points * scale + shift), crs=grid.crs)
-    lonlat = mapped.to_crs(LONLAT).to_numpy()
+    mapped = shapely.transform(polygons, lambda points: points * scale + shift)
+    lonlat = to_lonlat(mapped, lambda points: np.stack(degrees.transform(*points.T), axis=1))
     if len(lonlat) and not np.isfinite(shapely.total_bounds(lonlat)).all():
         raise DataError(f"Polygons on the grid {grid.name} have no place on Earth: check the imagery's georeference.")
-    cut = geopandas.GeoSeries(_cut(lonlat), crs=LONLAT)
+    cut = geopandas.GeoSeries(lonlat, crs=LONLAT)
     facts |= {"image": [grid.image] * len(pixels)} if grid.image else {}
     facts["area_m2"] = cut.to_crs(EQUAL_AREA).area.to_numpy()
-    return geopandas.GeoDataFrame(facts, geometry=cut)
-
-
-def _cut(lonlat: NDArray[np.object_]) -> NDArray[np.object_]:
-    """Polygons that cross the antimeridian cut there (RFC 7946, 3.1.9); the others as they are."""
-    west, _, east, _ = shapely.bounds(lonlat).T if len(lonlat) else np.empty((4, 0))
-    for position in np.flatnonzero(east - west > 180):
-        unrolled = shapely.transform(lonlat[position], lambda points: points + (points[:, :1] < 0) * [360, 0])
-        east_side = shapely.intersection(unrolled, shapely.box(0, -90, 180, 90))
-        beyond = shapely.intersection(unrolled, shapely.box(180, -90, 360, 90))
-        west_side = shapely.transform(beyond, lambda points: points - [360, 0])
-        parts = [part for side in (east_side, west_side) for part in shapely.get_parts(side) if part.area > 0]
-        lonlat[position] = shapely.MultiPolygon(parts)
-    return lonlat
+    return geopandas.GeoDataFrame(facts, geometry=cut).assign(**first)
 
 
 def write_geoparquet(frame: "geopandas.GeoDataFrame", path: StorePath) -> None:
     """Write GeoParquet 1.1 with the covering of bounding boxes."""
+    put(path, _geoparquet(frame))
+
+
+def _geoparquet(frame: "geopandas.GeoDataFrame", *, compression: str = "zstd") -> bytes:
     sink = io.BytesIO()
-    frame.to_parquet(sink, compression="zstd", write_covering_bbox=True, schema_version="1.1.0", index=False)
-    put(path, sink.getvalue())
+    frame.to_parquet(sink, compression=compression, write_covering_bbox=True, schema_version="1.1.0", index=False)
+    return sink.getvalue()
+
+
+def _with_bounds(schema: pa.Schema, parts: Sequence[bytes]) -> pa.Schema:
+    """A schema of GeoParquet with the bounds and geometry types of all parts, given by their metadata."""
+    geo = json.loads(schema.metadata[b"geo"])
+    columns = [json.loads(part)["columns"]["geometry"] for part in parts]
+    if columns:
+        west, south, east, north = np.array([column["bbox"] for column in columns]).T
+        geo["columns"]["geometry"]["bbox"] = [*map(float, (west.min(), south.min(), east.max(), north.max()))]
+        geo["columns"]["geometry"]["geometry_types"] = sorted({kind for c in columns for kind in c["geometry_types"]})
+    return schema.with_metadata(schema.metadata | {b"geo": json.dumps(geo).encode()})
 
 
 def write_geojson(frame: "geopandas.GeoDataFrame", path: StorePath) -> None:
@@ -342,44 +464,48 @@ def polygonize(raster: str, out: str) -> int:
         ConfigError: `out` ends otherwise.
         DataError: `raster` is neither, or has no single band of uint8.
     """
-    writers = {".parquet": write_geoparquet, ".geojson": write_geojson}
     suffix = upath(out).suffix.lower()
-    if suffix not in writers:
+    if suffix not in {".parquet", ".geojson"}:
         raise ConfigError(f"{out} ends in {suffix or 'nothing'}, expected .parquet or .geojson.")
-    frame = _polygons_of_run(raster) if upath(raster).is_dir() else _polygons_of_raster(raster)
-    writers[suffix](frame, out)
+    parts, table = _parts_of_run(raster) if upath(raster).is_dir() else _parts_of_raster(raster)
+    if suffix == ".parquet":
+        return write_joined(parts, table, out)[0]
+    frame = join(parts, table)
+    write_geojson(frame, out)
     return len(frame)
 
 
-def _polygons_of_run(root: str) -> "geopandas.GeoDataFrame":
+def _parts_of_run(root: str) -> tuple[Iterable[pa.Table], ClassTable]:
+    """The parts that a run left of its tiles, or else those of their class maps."""
+
+    def parts_of(mapped: MappedTile) -> pa.Table:
+        path = upath(mapped.href).parent / "parts.parquet"
+        if path.exists():
+            return read_parts(path)
+        return polygons_of(read_bands(mapped.href)[0], None, mapped.tile.grid, mapped.tile.window)
+
     tiles = mapped_tiles(root)
-    table = table_of(tiles[0].href) if tiles else None
-    return join((_parts_of(tile) for tile in tiles), table or ClassTable(((0, "0", (0, 0, 0)),)))
+    tiles.sort(key=lambda mapped: place_of(mapped.tile.grid, mapped.tile.window.row, mapped.tile.window.col))
+    return concurrently(parts_of, tiles), (table_of(tiles[0].href) if tiles else None) or _UNNAMED
 
 
-def _parts_of(mapped: MappedTile) -> pa.Table:
-    """The parts that the run left of a tile, or else those of its class map."""
-    path = upath(mapped.href).parent / "parts.parquet"
-    if path.exists():
-        return read_parts(path)
-    return polygons_of(read_bands(mapped.href)[0], None, mapped.tile.grid, mapped.tile.window)
-
-
-def _polygons_of_raster(path: str) -> "geopandas.GeoDataFrame":
+def _parts_of_raster(path: str) -> tuple[Iterable[pa.Table], ClassTable]:
     source = source_of_file(path, upath(path).stem)
     if len(source.bands) != 1 or source.dtype != "uint8":
         found = f"{len(source.bands)} bands of {source.dtype}"
-        raise DataError(f"{path} is no class raster: one band of uint8 was expected, {found} found.")
+        raise DataError(f"{path} is not a class raster: one band of uint8 was expected, {found} found.")
     table = table_of(path)
     skip = (0,) if table is None or len(table.classes) == 2 else ()
-    return join(_blocks(source, skip), table or ClassTable(((0, "0", (0, 0, 0)),)))
-
-
-def _blocks(source: Source, skip: Sequence[int]) -> Iterator[pa.Table]:
     [(grid, _)] = grids_of([source])
     extent = footprint(source, grid)
-    for row in range(extent.row, extent.row1, _BLOCK):
-        for col in range(extent.col, extent.col1, _BLOCK):
-            window = Window(col, row, _BLOCK, _BLOCK).intersect(extent)
-            classes, valid = read([source], grid, window, bands=source.bands, categorical=True)
-            yield polygons_of(np.where(valid, classes[0], NODATA), None, grid, window, skip=skip)
+
+    def parts_of(window: Window) -> pa.Table:
+        classes, valid = read([source], grid, window, bands=source.bands, categorical=True)
+        return polygons_of(np.where(valid, classes[0], NODATA), None, grid, window, skip=skip)
+
+    blocks = (
+        Window(col, row, _BLOCK, _BLOCK).intersect(extent)
+        for row in range(extent.row, extent.row1, _BLOCK)
+        for col in range(extent.col, extent.col1, _BLOCK)
+    )
+    return map(parts_of, blocks), table or _UNNAMED

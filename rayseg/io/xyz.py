@@ -39,6 +39,7 @@ from rayseg.io import cog, stac_write
 from rayseg.io.labels import LABEL
 from rayseg.io.sources import crs_of
 from rayseg.io.webmap import CRS, Fetching, Service, Session, mosaic, service_for, session
+from rayseg.io.written import WrittenFile
 from rayseg.store import StorePath, is_local, put, upath
 
 __all__ = ["Fetching", "ingest_xyz"]
@@ -328,10 +329,10 @@ def _fetch(job: _Job, server: Session, unit: _Unit) -> list[_Unit]:
         _log.warning("%s: the server has no imagery there", unit.id)
         return []
     partly = None if valid_HW.all() else valid_HW
-    cog.write_image(
+    image = cog.write_image(
         job.folder / f"{unit.id}.tif", rgba_CHW[:3], job.grid, unit.window, bands=BANDS, valid_HW=partly
     )  # fmt: skip
-    stac_write.write_item(_item(job, unit), job.folder / f"{unit.id}.json")
+    stac_write.write_item(_item(job, unit, image), job.folder / f"{unit.id}.json")
     return [unit]
 
 
@@ -356,12 +357,12 @@ def _resampled(mosaic_CHW: np.ndarray, job: _Job, around: Window, window: Window
     return image_CHW
 
 
-def _item(job: _Job, unit: _Unit) -> pystac.Item:
+def _item(job: _Job, unit: _Unit, image: WrittenFile) -> pystac.Item:
     """The unit's item: what it was made of and whom it is owed to.
 
     Its time is that of fetching: when the imagery was taken is not known.
     """
-    item = stac_write.item_of(unit.id, job.grid, unit.window, folder=job.folder, files=[f"{unit.id}.tif"])
+    item = stac_write.item_of(unit.id, job.grid, unit.window, folder=job.folder, files=[image])
     item.assets = {"image": item.assets[unit.id]}
     item.datetime = datetime.now(UTC).replace(microsecond=0)
     site = urlsplit(job.service.public)

@@ -104,7 +104,7 @@ class WriteLarger:
         folder, fine = upath(self.prefix), larger(row.tile, self.factor)
         file = f"{fine.id}.tif"
         image_CHW = np.ascontiguousarray(row.image.transpose(2, 0, 1))
-        cog.write_image(folder / file, image_CHW, fine.grid, fine.window, bands=BANDS, valid_HW=row.valid)
-        item = stac_write.item_of(fine.id, fine.grid, fine.window, folder=folder, files=[file], sources=row.sources)
+        image = cog.write_image(folder / file, image_CHW, fine.grid, fine.window, bands=BANDS, valid_HW=row.valid)
+        item = stac_write.item_of(fine.id, fine.grid, fine.window, folder=folder, files=[image], sources=row.sources)
         stac_write.write_item(item, folder / f"{fine.id}.json")
         return Settled(facts={"item": f"{fine.id}.json"})

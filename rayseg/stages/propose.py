@@ -223,8 +223,8 @@ class WritePlots:
         if not facts["counts"]:
             return row.settled("nodata")
         folder = upath(self.prefix) / tile.id
-        cog.write_classes(folder / "classes.tif", classes_HW, tile.grid, tile.window, self.table)
-        cog.write_image(
+        classes = cog.write_classes(folder / "classes.tif", classes_HW, tile.grid, tile.window, self.table)
+        plots = cog.write_image(
             folder / "plots.tif",
             numbers_HW[None],
             tile.grid,
@@ -238,11 +238,11 @@ class WritePlots:
             tile.grid,
             tile.window,
             folder=folder,
-            files=("classes.tif", "plots.tif"),
+            files=(classes, plots),
             sources=row.sources,
             model=self.model,
             table=self.table,
         )
-        stac_write.write_item(item, folder / f"{tile.id}.json")
+        facts["item"] = stac_write.packed(stac_write.write_item(item, folder / f"{tile.id}.json"))
         facts["coverage"] = 1 - facts["counts"].get("0", 0) / sum(facts["counts"].values())
         return row.settled("empty" if set(facts["counts"]) == {"0"} else "done", facts)

@@ -1,6 +1,5 @@
 """Finished tiles, on the store."""
 
-import json
 from typing import Any
 
 import numpy as np
@@ -51,12 +50,16 @@ class WriteTile:
         if not facts["counts"]:
             return row.settled("nodata")
         folder = upath(self.prefix) / tile.id
-        cog.write_classes(folder / "classes.tif", classes, tile.grid, tile.window, self.table)
-        cog.write_scores(folder / "scores.tif", scores, tile.grid, tile.window, self.bands)
         per_class = np.broadcast_to(scores, (len(self.table.classes), *classes.shape)) if self._of_top else scores
-        vectors.write_parts(folder / "parts.parquet", vectors.polygons_of(classes, per_class, tile.grid, tile.window))
+        parts = vectors.polygons_of(classes, per_class, tile.grid, tile.window)
+        files = (
+            cog.write_classes(folder / "classes.tif", classes, tile.grid, tile.window, self.table),
+            cog.write_scores(folder / "scores.tif", scores, tile.grid, tile.window, self.bands),
+            vectors.write_parts(folder / "parts.parquet", parts),
+        )
         model = str(upath(row.bundle) / "item.json") if row.bundle else self.model
-        stac_write.write_tile_item(folder, tile, self.table, sources=json.loads(row.sources_json), model=model)
+        item = stac_write.write_tile_item(folder, tile, self.table, files=files, sources=row.sources, model=model)
+        facts |= {"parts": len(parts), "item": stac_write.packed(item)}  # publishing opens none of these files again
         background = len(self.table.classes) == 2 and set(facts["counts"]) == {"0"}
         return row.settled("empty" if background else "done", facts)
 

@@ -3,11 +3,12 @@
 Each function is a step of a `Run`: it takes the step and what it builds on, and returns JSON values.
 """
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
-from typing import Annotated, Any, Generic, TypeVar
+from operator import itemgetter
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 from pydantic import Field
 
@@ -15,13 +16,14 @@ from rayseg.config import Config
 from rayseg.engine import flow
 from rayseg.engine.flow import Work
 from rayseg.engine.ledger import Ledger, Record, with_fact
-from rayseg.engine.manifest import Manifest, Row, read_rows, write_rows
+from rayseg.engine.manifest import PART, Manifest, Row, read_rows, write_rows
 from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError
 from rayseg.geo.grid import Grid, Tile, Window, slug
 from rayseg.geo.region import Region
 from rayseg.io import labels, stac_read, stac_write, vectors
 from rayseg.io.sources import Source, beyond_utm, expect_mappable
+from rayseg.io.tables import concurrently, content
 from rayseg.models import bundle
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, rows_by_grid
@@ -29,6 +31,9 @@ from rayseg.stages.rows import TileRow
 from rayseg.stages.write import WriteTile
 from rayseg.store import Location, absolute, upath
 from rayseg.vision.color import ClassTable
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _log = logging.getLogger(__name__)
 Refused = dict[str, RaysegError]
@@ -324,27 +329,44 @@ def rows_with(step: Step, fact: str) -> list[tuple[Row, Record]]:
     return with_fact(read_manifest(step), ledger_of(step).read(), fact)
 
 
-def done_tiles(predicted: Step) -> list[tuple[Row, Record]]:
-    """Manifest row and record of every tile that has files."""
-    return rows_with(predicted, "counts")
+def done_tiles(predicted: Step) -> Iterator[tuple[Row, Record]]:
+    """Manifest row and record of every tile that has files; those of some thousand tiles are in memory at a time."""
+    rows = read_manifest(predicted)
+    starts = range(0, len(rows), PART)
+    parts = ledger_of(predicted).records(rows.ids.slice(start, PART).to_pylist() for start in starts)
+    for start, records in zip(starts, parts, strict=True):
+        yield from with_fact(rows[start : start + PART], records, "counts")
 
 
 def join_polygons(step: Step, predicted: Step, product: str) -> dict[str, Any]:
     """Polygons of all tiles, joined over tile edges, as `<run>/<product>.parquet`."""
-    rows = done_tiles(predicted)
-    described = bundle.load(predicted.value["bundle"])
-    table = ClassTable(described.classes)
-    parts = (vectors.read_parts(upath(tiles_prefix(step)) / row["id"] / "parts.parquet") for row, _ in rows)
-    joined = vectors.join(parts, table)
+    table, folder = ClassTable(bundle.load(predicted.value["bundle"]).classes), tiles_prefix(step)
+    tiles, grids = [], dict[Grid, Grid]()
+    for row, record in done_tiles(predicted):
+        tile = Tile.from_row(row)
+        grid = grids.setdefault(tile.grid, tile.grid)  # one object for all tiles of a grid
+        order = vectors.place_of(grid, tile.window.row, tile.window.col)
+        tiles.append((order, tile.id, grid, record.facts.get("parts")))
+
+    def parts_of(tile: tuple[Any, str, Grid, int | None]) -> "pa.Table":
+        _, tile_id, grid, count = tile
+        return vectors.no_parts(grid) if count == 0 else vectors.read_parts(f"{folder}/{tile_id}/parts.parquet")
+
     target = upath(step.root) / f"{product}.parquet"
-    vectors.write_geoparquet(joined, target)
-    area = float(joined["area_m2"].sum()) if "area_m2" in joined else None
-    return {"polygons": str(PurePosixPath(target.name)), "count": len(joined), "area_m2": area}
+    count, area = vectors.write_joined(concurrently(parts_of, sorted(tiles, key=itemgetter(0))), table, target)
+    return {"polygons": target.name, "count": count, "area_m2": area}
 
 
 def publish(step: Step, predicted: Step, title: str) -> dict[str, Any]:
-    """collection.json and items.parquet over the items of all tiles."""
-    rows = done_tiles(predicted)
-    hrefs = [str(upath(tiles_prefix(step)) / row["id"] / f"{row['id']}.json") for row, _ in rows]
-    stac_write.write_collection(step.root, hrefs, title=title)
-    return {"items": len(hrefs)}
+    """collection.json and items.parquet over the items of all tiles, which the ledger holds."""
+    folder = tiles_prefix(step)
+
+    def item_of(tile: tuple[Row, Record]) -> tuple[str, dict[str, Any]]:
+        row, record = tile
+        href = f"{folder}/{row['id']}/{row['id']}.json"
+        if "item" in record.facts:
+            return href, stac_write.unpacked(record.facts["item"])
+        return href, json.loads(content(href))  # a tile that an earlier version mapped
+
+    count = stac_write.write_collection(step.root, concurrently(item_of, done_tiles(predicted)), title=title)
+    return {"items": count}

@@ -78,5 +78,7 @@ def enlarge(
     ]
     found = mapping.through(step, rows, works, patience=config.stall_seconds)
     made = [str(folder / record.facts["item"]) for record in mapping.ledger_of(step).read().values() if record.facts]
-    stac_write.write_collection(folder, sorted(made), title=f"{region.name}, {how.factor} times larger")
+    stac_write.write_collection(
+        folder, stac_write.read_items(sorted(made)), title=f"{region.name}, {how.factor} times larger"
+    )
     return {"imagery": str(folder / "collection.json"), "items": len(made), **found}

@@ -43,6 +43,20 @@ def test_the_latest_attempt_counts_wherever_it_lies(ledger):
     assert len(files(ledger, ".parquet")) == 2
 
 
+def test_records_come_in_parts_wherever_they_lie(ledger):
+    before = ledger.read()
+    ledger.compact(most=0)
+    ledger.write(Record("t3", "done", attempt=2, facts={"counts": {}}))
+    ledger.write(Record("bad", "failed", "again", attempt=2))
+    ledger.compact(most=1)
+    ledger.write(Record("bad", "done", attempt=3))
+    parts = [["t1", "t3", "bad"], [], ["none"], ["t2", "t19"]]
+    found = list(ledger.records(parts))
+    assert [list(part) for part in map(sorted, found)] == [["bad", "t1", "t3"], [], [], ["t19", "t2"]]
+    assert found[0] == {name: ledger.read()[name] for name in ("bad", "t1", "t3")}
+    assert (found[0]["bad"].attempt, found[0]["t3"].attempt, found[0]["t1"]) == (3, 2, before["t1"])
+
+
 def test_a_record_that_is_written_again_counts_once(ledger):
     ledger.compact(most=0)
     ledger.write(Record("t3", "done"))

@@ -260,14 +260,16 @@ def tile_item(tmp_path, grid=GRID, window=HERE, crs=UTM, sources=None):
     tile = Tile(f"{grid.name}_1_2", grid, window)
     folder = tmp_path / "run" / "tiles" / tile.id
     classes = np.zeros((window.height, window.width), np.uint8)
-    cog.write_classes(folder / "classes.tif", classes, grid, window, TABLE)
-    cog.write_scores(folder / "scores.tif", classes[None], grid, window, ["green plastic"])
+    files = (
+        cog.write_classes(folder / "classes.tif", classes, grid, window, TABLE),
+        cog.write_scores(folder / "scores.tif", classes[None], grid, window, ["green plastic"]),
+    )
     if sources is None:
         times = {"new": "2024-09-01T00:00:00Z", "old": "2024-05-01T00:00:00Z"}
         frame = (crs, (10.0, 0.0, 0.0, 0.0, -10.0, 0.0), 9, 9, "uint8", None)
         sources = [Source(name, (), *frame, time, f"/cat/{name}.json") for name, time in times.items()]
     model = str(tmp_path / "run" / "models" / "cover" / "item.json")
-    stac_write.write_tile_item(folder, tile, TABLE, sources=[source.to_row() for source in sources], model=model)
+    stac_write.write_tile_item(folder, tile, TABLE, files=files, sources=sources, model=model)
     return folder / f"{tile.id}.json"
 
 
@@ -342,7 +344,7 @@ def test_a_grid_nowhere_on_earth_is_refused(tmp_path):
 def test_a_collection_over_results_has_all_items_in_one_table(tmp_path):
     paths = [tile_item(tmp_path)]
     root = tmp_path / "run"
-    stac_write.write_collection(root, [str(path) for path in paths], title="Plastic cover")
+    stac_write.write_collection(root, stac_write.read_items(map(str, paths)), title="Plastic cover")
     row = json.loads((root / "collection.json").read_text())
     assert valid_core(row)
     assert row["title"] == "Plastic cover"
@@ -354,11 +356,32 @@ def test_a_collection_over_results_has_all_items_in_one_table(tmp_path):
     assert frame.geometry.iloc[0].is_valid
 
 
+def test_a_table_of_items_in_pieces_is_that_of_all_of_them(tmp_path, monkeypatch):
+    """Also where items of one piece have a property or asset that those of another lack."""
+    [row] = [json.loads(tile_item(tmp_path).read_text())]
+    items = []
+    for number in range(7):
+        one = json.loads(json.dumps(row)) | {"id": f"t{number}"}
+        if number > 3:
+            one["properties"] |= {"start_datetime": "2024-01-01T00:00:00Z", "end_datetime": "2024-09-01T00:00:00Z"}
+            del one["assets"]["scores"]
+        items.append((str(tmp_path / "run" / "tiles" / f"t{number}" / f"t{number}.json"), one))
+    files = []
+    for many in (2, 100):
+        monkeypatch.setattr(stac_write, "_ITEMS", many)
+        assert stac_write.write_collection(tmp_path / "run", iter(items), title="t") == 7
+        files.append((tmp_path / "run" / "collection.json").read_bytes())
+        table = {found.id: found.to_dict() for found in stac_read.open_items(str(tmp_path / "run" / "items.parquet"))}
+        files.append(table)
+    assert files[:2] == files[2:]
+    assert [len(table["t5"]["assets"]) for table in files[1::2]] == [1, 1]
+
+
 def test_a_collection_over_images_without_place_or_over_nothing_is_valid(tmp_path):
     grid = Grid(None, (1.0, 1.0), (0.0, 0.0), "photo")
     path = tile_item(tmp_path, grid, Window(0, 0, 30, 20), None)
     for hrefs in ([str(path)], []):
-        stac_write.write_collection(tmp_path / "run", hrefs, title="t")
+        stac_write.write_collection(tmp_path / "run", stac_write.read_items(hrefs), title="t")
         assert valid_core(json.loads((tmp_path / "run" / "collection.json").read_text()))
 
 

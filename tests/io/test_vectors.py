@@ -15,7 +15,7 @@ from scipy.ndimage import gaussian_filter
 
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Grid, Window
-from rayseg.io import cog
+from rayseg.io import cog, vectors
 from rayseg.io.vectors import (
     join,
     polygonize,
@@ -239,6 +239,40 @@ def test_tables_are_written_as_geoparquet_and_geojson(tmp_path):
     assert geopandas.read_parquet(tmp_path / "p.parquet").crs is None
 
 
+@pytest.mark.parametrize("grids", [(GRID,), (PIXELS,), (GRID, Grid("EPSG:32651", (10.0, 10.0), (0.0, 0.0), "b"))])
+@pytest.mark.parametrize("few", [1, 40, 1 << 16])
+def test_a_file_written_in_pieces_is_that_of_the_whole(tmp_path, monkeypatch, few, grids):
+    """Whatever number of parts is in memory at a time: one tile, some, all; also over rows of tiles and grids."""
+    parts = []
+    for seed, grid in enumerate(grids):
+        classes = blobs(45, 60, seed, 2.5)
+        scores = scores_of(classes)
+        for row in range(0, 45, 9):
+            for col in range(0, 60, 7):
+                cut = (slice(row, row + 9), slice(col, col + 7))
+                window = Window(col - 17, row + 5, classes[cut].shape[1], classes[cut].shape[0])
+                parts.append(polygons_of(classes[cut], scores[:, *cut], grid, window))
+    frame = join(parts, TABLE)
+    write_geoparquet(frame, tmp_path / "whole.parquet")
+    monkeypatch.setattr(vectors, "_PARTS", few)
+    count, area = vectors.write_joined(iter(parts), TABLE, tmp_path / "pieces.parquet")
+    assert count == len(frame) > 20
+    assert area == (frame["area_m2"].sum() if "area_m2" in frame else None)
+    assert (tmp_path / "pieces.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
+def test_a_file_of_many_row_groups_holds_the_same_polygons(tmp_path, monkeypatch):
+    classes = blobs(45, 60, 3)
+    frame = joined(classes, scores_of(classes), 100)
+    parts = [polygons_of(classes, scores_of(classes), GRID, Window(-17, 5, 60, 45))]
+    monkeypatch.setattr(vectors, "_ROWS", 16)
+    vectors.write_joined(parts, TABLE, tmp_path / "a.parquet")
+    assert pq.ParquetFile(tmp_path / "a.parquet").num_row_groups == -(-len(frame) // 16) > 2
+    assert_identical(geopandas.read_parquet(tmp_path / "a.parquet"), frame)
+    vectors.write_joined([], TABLE, tmp_path / "none.parquet")
+    assert len(geopandas.read_parquet(tmp_path / "none.parquet")) == 0
+
+
 def test_a_class_raster_becomes_polygons(tmp_path):
     classes = np.where(blobs(60, 60, 1) == 1, 1, 0).astype(np.uint8)
     two = ClassTable(TABLE.classes[:2])
@@ -253,5 +287,5 @@ def test_a_class_raster_becomes_polygons(tmp_path):
     with pytest.raises(ConfigError, match=r"expected .parquet or .geojson"):
         polygonize(str(tmp_path / "a.tif"), str(tmp_path / "a.shp"))
     cog.write_scores(tmp_path / "s.tif", np.zeros((2, 60, 60), np.uint8), GRID, Window(0, 0, 60, 60), ["a", "b"])
-    with pytest.raises(DataError, match="no class raster: one band of uint8 was expected, 2 bands"):
+    with pytest.raises(DataError, match="not a class raster: one band of uint8 was expected, 2 bands"):
         polygonize(str(tmp_path / "s.tif"), str(tmp_path / "s.parquet"))

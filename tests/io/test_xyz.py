@@ -537,7 +537,7 @@ def test_an_ingest_that_was_stopped_goes_on_and_links_what_was_there(world, tmp_
         asked.append(path)
         if len(asked) == 3:
             raise KeyboardInterrupt
-        write_image(path, *args, **kwargs)
+        return write_image(path, *args, **kwargs)
 
     monkeypatch.setattr(xyz.cog, "write_image", stop_at_third)
     with pytest.raises(KeyboardInterrupt):

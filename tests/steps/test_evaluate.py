@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -16,6 +17,7 @@ from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Grid, Window
 from rayseg.io import cog, masks, stac_write
 from rayseg.io.maps import mapped_tiles, pixel_area_m2, seam_score, width_m
+from rayseg.io.written import bands_of, write_file
 from rayseg.metrics import Confusion
 from rayseg.steps import evaluate
 from rayseg.vision.color import ClassTable
@@ -335,10 +337,14 @@ def test_a_runs_collection_is_a_prediction_too(tmp_path):
     hrefs = []
     for mapped in mapped_tiles(root):
         folder = tmp_path / "run" / "tiles" / mapped.tile.id
-        cog.write_scores(folder / "scores.tif", predicted[None, :1, :1], mapped.tile.grid, Window(0, 0, 1, 1), ["gpc"])
-        stac_write.write_tile_item(folder, mapped.tile, GPC, sources=[], model="model.json")
+        one = (mapped.tile.grid, Window(0, 0, 1, 1))
+        files = (
+            write_file(mapped.href, Path(mapped.href).read_bytes(), bands_of(["class"], np.dtype("uint8"), 255)),
+            cog.write_scores(folder / "scores.tif", predicted[None, :1, :1], *one, ["gpc"]),
+        )
+        stac_write.write_tile_item(folder, mapped.tile, GPC, files=files, sources=[], model="model.json")
         hrefs.append(str(folder / f"{mapped.tile.id}.json"))
-    stac_write.write_collection(root, hrefs, title="netting")
+    stac_write.write_collection(root, stac_write.read_items(hrefs), title="netting")
     as_collection = evaluate.evaluate(f"{root}/collection.json", str(tmp_path / "truth"))
     as_run = evaluate.evaluate(root, str(tmp_path / "truth"))
     assert as_collection["confusion"] == as_run["confusion"]

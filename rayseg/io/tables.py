@@ -1,0 +1,64 @@
+"""Many small files read at once, and tables that are larger than memory."""
+
+import mmap
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+import pyarrow as pa
+
+from rayseg.store import StorePath, upath
+
+A = TypeVar("A")
+B = TypeVar("B")
+THREADS = 16
+_ALIGNMENT = 64  # bytes, of Arrow's buffers
+
+
+def concurrently(read: Callable[[A], B], inputs: Iterable[A]) -> Iterator[B]:
+    """The results of `read` in the order of its inputs, from `THREADS` threads that stay a few inputs ahead."""
+    waiting = iter(inputs)
+    with ThreadPoolExecutor(THREADS) as pool:
+        while batch := list(islice(waiting, 16 * THREADS)):
+            yield from pool.map(read, batch)
+
+
+def content(path: StorePath) -> bytes:
+    """The bytes of a small file; on an object store by one request, where opening it takes a second one."""
+    target = upath(path)
+    data: bytes = target.fs.cat_file(target.path)
+    return data
+
+
+class Spool:
+    """Tables in a temporary file without a name: it vanishes with the context, and if the process is killed."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[int, int]] = []
+
+    def __enter__(self) -> "Spool":
+        self._file = tempfile.TemporaryFile()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()  # tables that are mapped stay readable
+
+    def add(self, table: pa.Table) -> None:
+        """Append a table."""
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        data = sink.getvalue()
+        self._parts.append((self._file.tell(), data.size))
+        self._file.write(memoryview(data))
+        self._file.write(b"\0" * (-data.size % _ALIGNMENT))
+
+    def tables(self) -> list[pa.Table]:
+        """All tables, mapped into memory: only the parts in use take space."""
+        if not self._parts:
+            return []
+        self._file.flush()
+        whole = pa.py_buffer(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ))
+        return [pa.ipc.open_stream(whole.slice(start, size)).read_all() for start, size in self._parts]

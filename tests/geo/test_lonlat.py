@@ -1,0 +1,76 @@
+"""Polygons in longitude and latitude, cut where their rings cross the antimeridian and nowhere else."""
+
+import numpy as np
+import pytest
+import shapely
+from pyproj import Transformer
+
+from rayseg.geo.lonlat import bounds_of, jumps, to_lonlat
+
+
+def projected(crs, *polygons):
+    degrees = Transformer.from_crs(crs, "EPSG:4326", always_xy=True)
+    return to_lonlat(np.array(polygons, object), lambda points: np.stack(degrees.transform(*points.T), axis=1))
+
+
+@pytest.mark.parametrize(
+    ("crs", "bounds"),
+    [
+        ("EPSG:4326", (-180, -90, 180, 90)),
+        ("EPSG:4326", (-179.5, -60, 179.5, 60)),  # edges longer than half the world
+        ("EPSG:3857", (-20_030_000, -1e7, 20_030_000, 1e7)),
+        ("EPSG:32650", (400_000, 4_000_000, 500_000, 4_100_000)),
+    ],
+)
+def test_a_polygon_that_does_not_cross_stays_whole_however_wide_it_is(crs, bounds):
+    [moved] = projected(crs, shapely.box(*bounds))
+    assert moved.geom_type == "Polygon"
+    west, _, east, _ = moved.bounds
+    assert bounds_of(moved) == moved.bounds
+    left, _, right, _ = Transformer.from_crs(crs, "EPSG:4326", always_xy=True).transform_bounds(*bounds)
+    assert (west, east) == pytest.approx((left, right), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("crs", "bounds", "degrees"),
+    [
+        ("EPSG:32660", (600_000, 5_000_000, 900_000, 5_200_000), (178.272, -177.754)),
+        ("EPSG:4326", (170, -10, 190, 10), (170, -170)),
+        ("EPSG:2193", (1_000_000, 4_700_000, 2_900_000, 6_200_000), (165.02, -170.017)),
+    ],
+)
+def test_a_polygon_that_crosses_has_an_edge_there_and_bounds_around_it(crs, bounds, degrees):
+    [moved] = projected(crs, shapely.box(*bounds))
+    assert moved.geom_type == "MultiPolygon"
+    assert moved.is_valid
+    assert sorted(part.bounds[0] == -180 or part.bounds[2] == 180 for part in moved.geoms) == [True, True]
+    west, _, east, _ = bounds_of(moved)
+    assert (west, east) == pytest.approx(degrees, abs=1e-3)
+
+
+@pytest.mark.parametrize(("crs", "south", "north"), [("EPSG:3413", 83.4, 90), ("EPSG:3031", -90, -83.4)])
+def test_a_polygon_around_a_pole_holds_the_pole(crs, south, north):
+    [moved] = projected(crs, shapely.box(-500_000, -500_000, 500_000, 500_000))
+    assert moved.is_valid
+    assert moved.bounds == pytest.approx((-180, south, 180, north), abs=0.1)
+    assert moved.covers(shapely.Point(45, 90 if north == 90 else -90))
+
+
+def test_holes_stay_and_a_ring_around_the_world_becomes_one_polygon():
+    outer, inner = (
+        shapely.box(600_000, 5_000_000, 900_000, 5_200_000),
+        shapely.box(700_000, 5_050_000, 800_000, 5_150_000),
+    )
+    [whole] = projected("EPSG:32660", outer)
+    [pierced] = projected("EPSG:32660", shapely.difference(outer, inner))
+    [hole] = projected("EPSG:32660", inner)
+    assert whole.area - pierced.area == pytest.approx(hole.area, rel=1e-6)
+    [world] = projected("EPSG:4326", shapely.box(0, -60, 360, 60))
+    assert world.is_valid
+    assert (world.bounds, world.area) == ((-180, -60, 180, 60), pytest.approx(360 * 120))
+
+
+def test_a_jump_between_rings_is_none():
+    two = shapely.MultiPolygon([shapely.box(-179, 0, -170, 1), shapely.box(170, 0, 179, 1)])
+    ring = shapely.Polygon([(179, 0), (-179, 0), (-179, 1), (179, 1)])
+    assert jumps(np.array([two, ring], object)).tolist() == [False, True]
