@@ -99,6 +99,7 @@ class Scaling(Config):
             return scaled
         import torch
 
+        # On the image's device, as training normalises whole batches there.
         mean, std = (torch.tensor(values, device=image_CHW.device)[:, None, None] for values in per_band)
         return (image_CHW.float() * self.scale + self.offset - mean) / std
 
@@ -156,6 +157,7 @@ class Bundle(Config):
         values = [value for value, _, _ in self.classes]
         if self.task == "segmentation" and values != list(range(len(values))):
             raise ValueError(f"class values are {values}, a segmenter's are 0, 1, 2, ... in the order of its outputs")
+        # A larger stride would leave pixels between patches without a prediction.
         if self.stride > self.patch:
             raise ValueError(f"stride {self.stride} is above patch {self.patch}")
         return self
@@ -201,6 +203,7 @@ class Bundle(Config):
                 f"model {self.name} was trained on {self.dtype} values, {source} has {dtype}; "
                 "convert the imagery to the model's units or use another model"
             )
+        # A model with scale 1 and offset 0 learnt from stored values, whatever their units.
         own = (self.scaling.scale, self.scaling.offset)
         for band, unit in zip(bands, units, strict=False) if own != (1.0, 0.0) else ():
             if band in self.bands and not np.allclose(unit, own, rtol=1e-6, atol=0):
@@ -364,6 +367,7 @@ def whole(prefix: StorePath) -> tuple[Bundle, bytes]:
     Raises:
         ModelError: see `load`; or the weights are damaged or belong to another bundle.
     """
+    # A wrong checksum means damage, or the weights of another bundle: the message tells which.
     bundle, path = load(prefix), upath(prefix) / "model.safetensors"
     weights = path.read_bytes()
     if hashlib.sha256(weights).hexdigest() == bundle.sha256:

@@ -47,7 +47,8 @@ def gradcam_plusplus(
     device = next(model.parameters()).device
     cams, scores = [], []
     with _frozen(model):
-        cam = GradCAMPlusPlus(model, [_layer_of(model, layer)])  # as a context manager it would swallow errors
+        # Not used as a context manager, which would swallow errors.
+        cam = GradCAMPlusPlus(model, [_layer_of(model, layer)])
         for images in torch.split(images_NCHW, batch_size):
             seen = [_view(cam, images.to(device), target_class, scale=scale, mirrored=flag) for scale, flag in views]
             maps, view_scores = zip(*seen, strict=True)
@@ -92,8 +93,10 @@ def _view(
     height, width = images_NCHW.shape[2:]
     seen = images_NCHW.flip(3) if mirrored else images_NCHW
     if scale != 1:
+        # Encoders halve the image five times.
         size = [max(32, round(side * scale / 32) * 32) for side in (height, width)]
         seen = nn.functional.interpolate(seen, size=size, mode="bilinear", antialias=scale < 1)
+    # The weights have no gradients, so the image needs one: else there is nothing to differentiate.
     seen = seen.detach().clone().requires_grad_()
     maps: FloatArray = cam(seen, [ClassifierOutputTarget(target_class)] * len(seen))
     scores: FloatArray = class_probabilities(cam.outputs.detach())[:, target_class].cpu().numpy()

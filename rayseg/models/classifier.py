@@ -30,6 +30,7 @@ class Classifier(nn.Module):
         self.encoder = encoder
         self.stages = nn.ModuleList(nn.Identity() for _ in widths)
         self.dropout = nn.Dropout2d(dropout)
+        # A 1 x 1 convolution is the linear layer at every position.
         self.head = nn.Conv2d(widths[-1], classes, kernel_size=1)
         self.pool = pool
         self.reduce = reduce

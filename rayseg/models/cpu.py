@@ -30,6 +30,7 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Convolve (N, C, H, W) to (N, out_channels, H, W)."""
+        # With few channels the matrix products are too thin to pay off.
         few_channels = self.in_channels < 16
         if few_channels or input.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return super().forward(input)
@@ -127,6 +128,7 @@ class _Normalise(torch.autograd.Function):
         pairs = list(zip(_parts(_rows(x_NCHW)), _parts(_rows(grads[0])), strict=True))
         to_bias = torch.stack([grad.sum(0) for _, grad in pairs]).sum(0)
         to_weight = torch.stack([(x - mean).mul_(grad).sum(0) for x, grad in pairs]).sum(0) * scale
+        # The gradient to x is linear in x and the output's gradient: level + slope x + weight scale grad.
         slope = -weight * scale**2 * to_weight / pixels
         level = -weight * scale * to_bias / pixels - slope * mean
         to_input_NCHW = torch.empty_like(x_NCHW)
@@ -160,7 +162,7 @@ class Apart(nn.Module):
 
         The number of threads is a power of two: elementwise kernels round the ends of other parts differently.
         """
-        most = 1 << (self.count.bit_length() - 1)
+        most = 1 << (self.count.bit_length() - 1)  # the largest power of two
         alone = torch.cat(list(self._pool.map(self._one, torch.split(x_NCHW, 1))))
         with threads(most):
             helped = torch.cat([self._one(x_1CHW) for x_1CHW in torch.split(x_NCHW, 1)])

@@ -53,6 +53,7 @@ def mean_field(log_p_NKHW: Tensor, colors_NCHW: Tensor, kernels: Kernels) -> Ten
     log_q = log_p_NKHW
     for _ in range(kernels.iterations):
         q = log_q.softmax(dim=1)
+        # Potts compatibility: what two labels cost apart is the same for all, so only equal labels add up.
         log_q = log_p_NKHW + kernels.near_weight * near(q) + kernels.alike_weight * alike(q)
     return log_q.log_softmax(dim=1)
 
@@ -79,6 +80,7 @@ class _Kernel:
 
     def _pairs(self, like: Tensor) -> Iterator[tuple[tuple[Pixels, Pixels], Tensor]]:
         reach, (height, width) = self._reach, like.shape[2:]
+        # Half of the neighbours: the other half are the same pairs seen from the other side.
         for down in range(min(reach + 1, height)):
             for right in range(-min(reach, width - 1) if down else 1, min(reach + 1, width)):
                 rows = slice(0, height - down), slice(down, height)

@@ -181,9 +181,11 @@ def read_state(path: str) -> State:
 
 def _spellings(state: State) -> list[State]:
     """The names that the libraries use for the same tensors."""
+    # 1. keys without the wrappers of DataParallel, torch.compile and whole models
     for prefix in _PREFIXES:
         inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         state = inner or state
+    # 2. timm's feature extractors write stages_0 for stages.0, and smp keeps them in `model`
     flat = {re.sub(r"^(stages|features|layers|blocks)\.(\d+)\.", r"\1_\2.", key): t for key, t in state.items()}
     return [state, *({f"model.{key}": value for key, value in named.items()} for named in (state, flat))]
 

@@ -39,6 +39,7 @@ def ssim(probabilities: Tensor, mask: Tensor, weight: Tensor | None = None) -> T
 
 def soft_iou(probabilities: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
     """Intersection over union of probabilities and mask per image (N,); 0 for an empty mask."""
+    # Sums over the image, not the batch: every image counts alike, however little of the class it shows.
     weights = torch.ones_like(mask) if weight is None else weight
     over = (1, 2, 3)
     both = (probabilities * mask * weights).sum(over)

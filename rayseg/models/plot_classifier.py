@@ -60,6 +60,7 @@ def hue(images_NCHW: Tensor) -> Tensor:
     red, green, blue = images_NCHW.unbind(dim=1)
     top, low = images_NCHW.amax(dim=1), images_NCHW.amin(dim=1)
     spread = top - low
+    # HSV's hexcone (Smith 1978). A grey pixel has no hue; dividing by 1 instead of 0 keeps gradients finite.
     safe = torch.where(spread > 0, spread, torch.ones_like(spread))
     by_green, by_blue = (blue - red) / safe + 2, (red - green) / safe + 4
     sixths = torch.where(top == red, (green - blue) / safe, torch.where(top == green, by_green, by_blue))
@@ -70,6 +71,7 @@ def hue(images_NCHW: Tensor) -> Tensor:
 def richness(images_NCHW: Tensor) -> Tensor:
     """Number of the 256 values that occur, mean over the channels, (N,), of images 0..1; other values do not count."""
     scaled = images_NCHW.float() * 255
+    # As numpy's histogram with 256 bins over 0..255: the last bin includes its upper edge.
     bins = (scaled * (256 / 255)).floor().clamp(max=255).long().flatten(2)
     bins = torch.where(((scaled >= 0) & (scaled <= 255)).flatten(2), bins, 256)
     seen = torch.zeros((*bins.shape[:2], 257), device=bins.device).scatter_(2, bins, 1.0)

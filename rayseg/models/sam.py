@@ -85,7 +85,11 @@ class SamConfig(Config):
 
 
 class _Masks(NamedTuple):
-    """Masks on the device, in the image's frame: the pixels where rows change between outside and inside, by mask."""
+    """Masks on the device, in the image's frame.
+
+    `changes_M` are the first, last + 1, first, ... pixel of every row's runs, mask by mask; `counts_N` how many of them
+    each mask has.
+    """
 
     iou_N: Tensor
     stability_N: Tensor
@@ -166,6 +170,7 @@ class SamProposer:
     def _batch(self, embedding: Tensor, points_P2: Tensor, frame: "_Frame") -> _Masks:
         with self._precision():
             low_Nhw, iou_N = decode(self.sam, embedding, points_P2, least_iou=self.config.iou)
+        # A CPU enlarges few masks at a time: all of them would be 4 bytes x masks x pixels of the image.
         step = len(low_Nhw) if self.sam.device.type == "cuda" else _ENLARGED
         starts = range(0, len(low_Nhw), max(step, 1))
         parts = [self._enlarged(low_Nhw[k : k + step].float(), iou_N[k : k + step].float(), frame) for k in starts]
@@ -174,15 +179,21 @@ class SamProposer:
     def _enlarged(self, low_Nhw: Tensor, iou_N: Tensor, frame: "_Frame") -> _Masks:
         """The stable masks at the crop's size that the crop's border does not cut off."""
         config, threshold = self.config, self.sam.mask_threshold
+        # 1. enlarge
         logits_NHW = self.sam.postprocess_masks(low_Nhw[:, None], frame.small, frame.size)[:, 0]
         stability_N = amg.calculate_stability_score(logits_NHW, threshold, config.offset)
         inside_NHW = logits_NHW > threshold
+        # 2. select; a mask that the image's own border cuts off stays
         boxes_N4 = amg.batched_mask_to_box(inside_NHW)
         height, width = frame.image
         kept_N = ~amg.is_box_near_crop_edge(boxes_N4, frame.crop, [0, 0, width, height])
         if config.stability > 0:
             kept_N &= stability_N >= config.stability
-        changes_M, counts_N = _changes(inside_NHW[kept_N], frame)
+        # 3. rows as runs: where a pixel and its left neighbour differ, a run begins or has ended
+        padded = torch.nn.functional.pad(inside_NHW[kept_N], (1, 1))
+        which, row, col = (padded[:, :, 1:] ^ padded[:, :, :-1]).nonzero(as_tuple=True)
+        changes_M = (row + frame.crop[1]) * width + col + frame.crop[0]
+        counts_N = torch.bincount(which, minlength=len(padded))
         boxes_N4 = amg.uncrop_boxes_xyxy(boxes_N4[kept_N], frame.crop)
         return _Masks(iou_N[kept_N], stability_N[kept_N], boxes_N4, changes_M, counts_N)
 
@@ -229,24 +240,16 @@ def decode(sam: Sam, embedding: Tensor, points_P2: Tensor, *, least_iou: float) 
     return logits_P3hw[kept_P3[kept_P]], iou_P3[kept_P3]
 
 
-def _changes(inside_NHW: Tensor, frame: _Frame) -> tuple[Tensor, Tensor]:
-    """(first, last + 1, first, ...) pixel of every row's runs in the image, and how many of them each mask has."""
-    padded = torch.nn.functional.pad(inside_NHW, (1, 1))
-    which, row, col = (padded[:, :, 1:] ^ padded[:, :, :-1]).nonzero(as_tuple=True)
-    places = (row + frame.crop[1]) * frame.image[1] + col + frame.crop[0]
-    return places, torch.bincount(which, minlength=len(inside_NHW))
-
-
 def _joined(parts: list[_Masks]) -> _Masks:
     return _Masks(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _taken(found: _Masks, keep: Tensor) -> _Masks:
+def _taken(masks: _Masks, keep: Tensor) -> _Masks:
     """The masks at positions `keep`, in this order."""
-    ends = found.counts_N.cumsum(0)
-    pieces = [found.changes_M[end - count : end] for end, count in zip(ends[keep], found.counts_N[keep], strict=True)]
-    changes_M = torch.cat(pieces) if pieces else found.changes_M[:0]
-    return _Masks(found.iou_N[keep], found.stability_N[keep], found.boxes_N4[keep], changes_M, found.counts_N[keep])
+    ends = masks.counts_N.cumsum(0)
+    pieces = [masks.changes_M[end - count : end] for end, count in zip(ends[keep], masks.counts_N[keep], strict=True)]
+    changes_M = torch.cat(pieces) if pieces else masks.changes_M[:0]
+    return _Masks(masks.iou_N[keep], masks.stability_N[keep], masks.boxes_N4[keep], changes_M, masks.counts_N[keep])
 
 
 def _nothing(device: torch.device) -> _Masks:
@@ -254,11 +257,12 @@ def _nothing(device: torch.device) -> _Masks:
     return _Masks(empty, empty, torch.zeros((0, 4), dtype=torch.int64, device=device), whole, whole)
 
 
-def _proposals(found: _Masks) -> Proposals:
-    changes_M, counts_N = found.changes_M.cpu().numpy(), found.counts_N.cpu().numpy()
+def _proposals(masks: _Masks) -> Proposals:
+    changes_M, counts_N = masks.changes_M.cpu().numpy(), masks.counts_N.cpu().numpy()
+    # Runs of neighbouring rows that meet end to end become one.
     pieces = np.split(changes_M, np.cumsum(counts_N)[:-1]) if len(counts_N) else []
     runs: list[Runs] = [rle.joined(piece[::2], piece[1::2] - 1) for piece in pieces]
-    return Proposals(tuple(runs), found.iou_N.double().cpu().numpy(), found.stability_N.double().cpu().numpy())
+    return Proposals(tuple(runs), masks.iou_N.double().cpu().numpy(), masks.stability_N.double().cpu().numpy())
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
@@ -349,6 +353,7 @@ def checkpoint_state(config: SamConfig) -> dict[str, Tensor]:
         raise ModelError(
             f"SAM checkpoint {path} is of {variant}, expected {config.variant}; set sam.variant or another file"
         )
+    # On the meta device a network has shapes and no memory.
     with torch.device("meta"):
         wanted = sam_model_registry[config.variant]().state_dict()
     wrong = [key for key in wanted if key not in state or state[key].shape != wanted[key].shape]

@@ -105,6 +105,7 @@ def build_segmenter(
     if architecture == "deeplab":
         deeplab = DeepLab(encoder, classes=classes, channels=channels, weights=weights)
         return Reduced(deeplab, reduce=reduce) if reduce > 1 else deeplab
+    # The libraries raise errors of many kinds for an invalid combination, and warn of their own deprecations.
     name = encoder_name(encoder)
     try:
         with warnings.catch_warnings():

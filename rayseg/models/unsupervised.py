@@ -83,10 +83,12 @@ def segment(
         ConfigError: unknown network or precision, or no iteration.
         DataError: superpixels are missing or do not fit the image, or it is not an (H, W, C) array.
     """
+    # 1. check and prepare
     recipe = _recipe(network, iterations, precision)
     image = as_input(image_HWC, device)
     segments = _segments(superpixels_HW, image, votes=recipe.votes)
     model = initial(recipe, bands=image.shape[1], seed=seed).to(image.device)
+    # 2. train on the image until few labels remain
     with quick_and_reproducible(image.device, precision):
         labels = torch.empty(0)
         for labels, _ in train(model, image, segments, recipe=recipe, iterations=iterations, precision=precision):
@@ -95,6 +97,7 @@ def segment(
         if recipe.last_pass:
             with torch.no_grad():
                 labels = labels.where(labels < 0, _forward(model, image, precision).argmax(1).flatten())
+    # 3. number the labels without gaps
     known = labels >= 0
     labels[known] = torch.unique(labels[known], return_inverse=True)[1]
     labels_HW: NDArray[np.uint8] = labels.clamp(min=0).view(image.shape[2:]).to(torch.uint8).cpu().numpy()
@@ -187,6 +190,7 @@ def vote(labels: Tensor, segments: Tensor, classes: int) -> Tensor:
     Returns:
         (pixels,) int64.
     """
+    # One histogram over (segment, label): no loop over segments.
     counts = torch.bincount(segments * classes + labels)
     counts = F.pad(counts, (0, -len(counts) % classes)).view(-1, classes)
     # Scaling by the classes and adding a bonus that falls with the label makes the largest count unique:
@@ -200,12 +204,14 @@ def initial(recipe: Recipe, *, bands: int, seed: int) -> nn.Module:
 
     Weights equal PyTorch's defaults after `torch.manual_seed(seed)`; the global generator is not used.
     """
+    # Built without memory, as layers fill it from the global generator.
     with torch.device("meta"):
         model = recipe.build(bands, recipe.classes)
     model = model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
+            # As in `nn.Conv2d.reset_parameters`, which takes no generator.
             nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
             bound = 1 / math.sqrt(layer.weight[0].numel())
             nn.init.uniform_(layer.bias, -bound, bound, generator=generator)  # type: ignore[arg-type]
@@ -234,6 +240,7 @@ class Labeller(nn.Module):
         """Logits_NGHW; sides of the images are multiples of 4 * reduce."""
         size = images_NCHW.shape[2:]
         members_GK11: Tensor = self.get_buffer("members_GK11")
+        # The softmax of all labels adds up within a group; a group's logit is the logarithm of the sum.
         shares_NKHW = self.net(reduced(images_NCHW, self.reduce)).float().softmax(1)
         shares_NGHW = F.conv2d(shares_NKHW, members_GK11)
         if self.reduce > 1:

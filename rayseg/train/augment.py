@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 from rayseg.config import Config, Factors, Range
 from rayseg.errors import DataError
 
-Luck = Generator | Sequence[Generator]
+Rng = Generator | Sequence[Generator]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 # Luma and the two chroma axes of NTSC (FCC 1953): hue is an angle in the plane of the last two.
@@ -56,7 +56,7 @@ class Augment(Config):
 
 
 def augment(
-    images_NCHW: Tensor, masks_NMHW: Tensor | None, settings: Augment, luck: Luck, *, size: int
+    images_NCHW: Tensor, masks_NMHW: Tensor | None, settings: Augment, rng: Rng, *, size: int
 ) -> tuple[Tensor, Tensor | None]:
     """Cut out windows and augment them; the masks follow.
 
@@ -64,7 +64,7 @@ def augment(
         images_NCHW: any data type; jitter assumes values 0..255.
         masks_NMHW: class of every pixel; resampled by nearest neighbour. The last decides whether a window is covered.
         settings: which augmentations, and how often.
-        luck: one generator on the CPU, or one per image.
+        rng: one generator on the CPU, or one per image.
         size: side of the result in pixels, even.
 
     Returns:
@@ -73,19 +73,20 @@ def augment(
     Raises:
         DataError: the images are smaller than `size`.
     """
-    images, masks = cut(images_NCHW, masks_NMHW, settings, luck, size=size)
+    images, masks = cut(images_NCHW, masks_NMHW, settings, rng, size=size)
     channels = images.shape[1]
+    # Images and masks as one tensor, so both get the same geometry.
     both = images if masks is None else torch.cat([images, masks], dim=1)
     if settings.flip:
         for axis in (3, 2):
-            both = torch.where(_chosen(both, settings.flip, luck), both.flip(axis), both)
+            both = torch.where(_chosen(both, settings.flip, rng), both.flip(axis), both)
     if settings.quadrants:
-        both = _shuffle_quadrants(both, settings.quadrants, luck)
+        both = _shuffle_quadrants(both, settings.quadrants, rng)
     if settings.rotate:
-        both = _rotate(both, settings.rotate, luck)
+        both = _rotate(both, settings.rotate, rng)
     images = both[:, :channels]
     if settings.jitter:
-        images = _jitter(images, settings, luck)
+        images = _jitter(images, settings, rng)
     return images, None if masks is None else both[:, channels:]
 
 
@@ -95,7 +96,7 @@ def centre(images_NCHW: Tensor, masks_NMHW: Tensor | None, *, size: int) -> tupl
 
 
 def cut(
-    images_NCHW: Tensor, masks_NMHW: Tensor | None, settings: Augment, luck: Luck, *, size: int
+    images_NCHW: Tensor, masks_NMHW: Tensor | None, settings: Augment, rng: Rng, *, size: int
 ) -> tuple[Tensor, Tensor | None]:
     """Windows of `size` px, with magnification and place from `settings`.
 
@@ -110,7 +111,7 @@ def cut(
     images, masks = [], []
     for number, image in enumerate(images_NCHW):
         mask = None if masks_NMHW is None else masks_NMHW[number]
-        generator = luck if isinstance(luck, Generator) else luck[number]
+        generator = rng if isinstance(rng, Generator) else rng[number]
         window = _window(image.shape[1:], mask, settings, generator, size=size)
         images.append(resized(image[window].float(), size, smooth=True))
         if mask is not None:
@@ -139,11 +140,11 @@ def _window(
     return window
 
 
-def _drawn(luck: Luck, count: int, width: int = 1) -> Tensor:
+def _drawn(rng: Rng, count: int, width: int = 1) -> Tensor:
     """(count, width) numbers in [0, 1), a row for every image."""
-    if isinstance(luck, Generator):
-        return torch.rand(count, width, generator=luck)
-    return torch.stack([torch.rand(width, generator=generator) for generator in luck])
+    if isinstance(rng, Generator):
+        return torch.rand(count, width, generator=rng)
+    return torch.stack([torch.rand(width, generator=generator) for generator in rng])
 
 
 def resized(image_CHW: Tensor, size: int, *, smooth: bool) -> Tensor:
@@ -155,39 +156,41 @@ def resized(image_CHW: Tensor, size: int, *, smooth: bool) -> Tensor:
     return interpolate(image_CHW[None], size=(size, size), mode="nearest-exact")[0]
 
 
-def _chosen(images: Tensor, share: float, luck: Luck) -> Tensor:
+def _chosen(images: Tensor, share: float, rng: Rng) -> Tensor:
     """Which images are changed: (N, 1, 1, 1) bool on their device."""
-    return (_drawn(luck, len(images)) < share).to(images.device)[..., None, None]
+    return (_drawn(rng, len(images)) < share).to(images.device)[..., None, None]
 
 
-def _shuffle_quadrants(images: Tensor, share: float, luck: Luck) -> Tensor:
+def _shuffle_quadrants(images: Tensor, share: float, rng: Rng) -> Tensor:
     count, channels, height, width = images.shape
-    order = _drawn(luck, count, 4).argsort(dim=1).to(images.device)
+    # Sorting random numbers gives a random permutation of the quadrants for each image.
+    order = _drawn(rng, count, 4).argsort(dim=1).to(images.device)
     quarters = images.reshape(count, channels, 2, height // 2, 2, width // 2).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
     moved = quarters[torch.arange(count, device=images.device)[:, None], order]
     mixed = moved.reshape(count, 2, 2, channels, height // 2, width // 2).permute(0, 3, 1, 4, 2, 5)
-    return torch.where(_chosen(images, share, luck), mixed.reshape(images.shape), images)
+    return torch.where(_chosen(images, share, rng), mixed.reshape(images.shape), images)
 
 
-def _rotate(images: Tensor, share: float, luck: Luck) -> Tensor:
+def _rotate(images: Tensor, share: float, rng: Rng) -> Tensor:
     # Quarter turns 1, 2 and 3 are drawn for all images, then which images turn at all.
-    if isinstance(luck, Generator):
-        turns = torch.randint(1, 4, (len(images),), generator=luck)
+    if isinstance(rng, Generator):
+        turns = torch.randint(1, 4, (len(images),), generator=rng)
     else:
-        turns = torch.cat([torch.randint(1, 4, (1,), generator=generator) for generator in luck])
-    turns = torch.where(_drawn(luck, len(images))[:, 0] < share, turns, 0)
+        turns = torch.cat([torch.randint(1, 4, (1,), generator=generator) for generator in rng])
+    turns = torch.where(_drawn(rng, len(images))[:, 0] < share, turns, 0)
     return torch.stack([torch.rot90(image, int(k), (1, 2)) for image, k in zip(images, turns, strict=True)])
 
 
-def _jitter(images: Tensor, settings: Augment, luck: Luck) -> Tensor:
+def _jitter(images: Tensor, settings: Augment, rng: Rng) -> Tensor:
     """Brightness, cast, contrast, saturation, hue and gamma, in this order, of the images chosen; within 0..255."""
     count, bands = images.shape[:2]
 
     def between(low: float, high: float, width: int = 1) -> Tensor:
-        return low + _drawn(luck, count, width)[..., None, None].to(images.device) * (high - low)
+        return low + _drawn(rng, count, width)[..., None, None].to(images.device) * (high - low)
 
     level, cast, contrast = settings.brightness, settings.cast, settings.contrast
     changed = images * between(1 - level, 1 + level) * between(1 - cast, 1 + cast, bands)
+    # Draws are made for all images, whether they are changed or not: the sequence stays the same.
     mean = changed.mean(dim=(1, 2, 3), keepdim=True)
     changed = (changed - mean) * between(1 - contrast, 1 + contrast) + mean
     if bands == 3:
@@ -202,4 +205,4 @@ def _jitter(images: Tensor, settings: Augment, luck: Luck) -> Tensor:
     changed = changed.clamp(0, 255)
     if settings.gamma != (1.0, 1.0):
         changed = 255 * (changed / 255) ** between(*settings.gamma)
-    return torch.where(_chosen(images, settings.jitter, luck), changed, images)
+    return torch.where(_chosen(images, settings.jitter, rng), changed, images)

@@ -122,16 +122,19 @@ def epoch_batches(
     Raises:
         DataError: there are fewer positives, or negatives, than workers.
     """
+    # 1. this worker's chips
     shards = [shard(chips, seed=seed, rank=rank, world=world) for chips in (positives, negatives)]
     for own, count, kind in zip(shards, counts, ("positive", "negative"), strict=True):
         if count and not len(own):
             raise DataError(f"worker {rank} of {world} has no {kind} chips; add {kind} chips or use fewer workers")
-    longest = -(-len(positives) // world)  # all workers need as many batches as the largest shard
+    # 2. as many batches as the largest shard needs: workers exchange gradients at every step
+    longest = -(-len(positives) // world)
     batches = -(-longest // counts[0])
     order = [endless(shards[0], 0, batches * counts[0], seed=(seed, 1, rank, epoch))]
     if counts[1]:
         needed = batches * counts[1]
         order.append(endless(shards[1], epoch * needed, needed, seed=(seed, 2, rank)))
+    # 3. positives first in each batch
     parts = [chips.reshape(batches, -1) for chips in order]
     return list(np.concatenate(parts, axis=1))
 

@@ -109,6 +109,7 @@ class Schedule(Config):
         fallen: float = {
             "poly": (1 - share) ** self.power,
             "cos": (1 + math.cos(math.pi * share)) / 2,
+            # 1e-9: sums of steps reach the epoch of a drop only up to rounding
             "step": self.factor ** math.floor(done / self.every + 1e-9),
         }[self.kind]
         return self.rate * fallen * min(1.0, done / self.warm_up if self.warm_up else 1.0)
@@ -172,11 +173,13 @@ class Learner:
             device: to train on.
             groups: of its weights; by default the encoder and all others.
         """
+        # Frozen weights get no gradient at all, which saves their memory and time.
         if not settings.encoder_rate:
             net.get_submodule("encoder").requires_grad_(False)
         if settings.sync_batchnorm and device.type == "cuda" and session.world() > 1:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
         net = session.broadcast_weights(net.to(device))
+        # The average copies the network, so it starts from worker 0's weights, too.
         average = averaged(net, decay=settings.average) if settings.average else None
         return cls(settings, net, _optimizer(net, settings, groups), average, settings.micro)
 
@@ -188,6 +191,7 @@ class Learner:
     def train_mode(self) -> None:
         """Prepare the network for steps."""
         self.net.train()
+        # `net.train()` switches all batch norms on, so frozen ones are switched off after it.
         frozen = {"none": None, "encoder": self.net.get_submodule("encoder"), "all": self.net}
         if (part := frozen[self.settings.freeze_batchnorm]) is not None:
             freeze_batchnorm(part)
@@ -212,6 +216,7 @@ class Learner:
             ModelError: GPU memory does not hold the smallest part.
         """
         loss = self._backward(loss_of, count)
+        # All workers take the same decision, so their weights stay equal.
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         mean, finite = session.average_gradients(loss, [weight.grad for weight in weights if weight.grad is not None])
         if not finite:
@@ -223,6 +228,7 @@ class Learner:
         """Compute the gradients of the whole batch; return its loss."""
         self.micro = min(self.micro or count, count)
         while True:
+            # A batch that ran out of memory begins again: half its gradients may be summed already.
             self.optimizer.zero_grad()
             total = torch.zeros(())
             try:
@@ -328,6 +334,7 @@ def expect_batch(settings: Learning, *, workers: int, what: str) -> None:
             f"the {what}'s learning.batch {settings.batch} cannot be shared by {workers} workers; "
             "make it a multiple of them"
         )
+    # The last part of a batch is the rest of the division by `micro`, which must not be one image either.
     seen = min(settings.micro or share, share)
     if (seen == 1 or share % seen == 1) and settings.freeze_batchnorm != "all" and not settings.sync_batchnorm:
         raise ConfigError(

@@ -179,6 +179,7 @@ def fit_s4gan(settings: S4ganConfig, data: Data, setup: Setup, *, scaling: Scali
     expect_trainable(settings, workers=setup.workers)
     if data.labelled.read_mask is None or not len(data.labelled):
         raise DataError("no chip has a mask, expected some to learn from; draw masks or add them")
+    # The key names the unlabelled chips, too: they have no labels, but they teach.
     ids = [part.ids if part else None for part in (data.labelled, data.unlabelled, data.validation)]
     key = f"{key_of(settings, data.labelled, data.validation)} {ids!r}"
     return session.fit(
@@ -256,6 +257,7 @@ def _stream(name: str, first: int, last: int, config: State) -> Iterator[Batch]:
 
 def _order(name: str, count: int, first: int, last: int, learning: Learning) -> list[Indices]:
     rank, world, size = session.rank(), session.world(), learning.batch // session.world()
+    # Fewer chips than workers: each worker then uses all of them.
     own = shard(np.arange(count), seed=learning.seed, rank=rank, world=world) if count >= world else np.arange(count)
     row = endless(own, first * size, (last - first) * size, seed=(learning.seed, STREAMS[name], rank))
     return list(row.reshape(last - first, size))

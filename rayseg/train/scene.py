@@ -135,6 +135,7 @@ class Patches:
         None if no pixel has data; pixels without data are filled by mirroring. All are reduced: a square of pixels
         is one pixel, with the superpixel and data of its first pixel.
         """
+        # 1. from memory or files; patches without data are remembered as well
         raw = self._kept[number] if number in self._kept else self._read(*self.windows[number])
         if number not in self._kept:
             self._bytes += sum(array.nbytes for array in raw or ())
@@ -143,9 +144,11 @@ class Patches:
         if raw is None:
             return None
         image_CHW, seen_HW, segments_HW = raw
+        # 2. normalise and reduce
         normal_CHW = self.scaling.normalize(mirrored(image_CHW, seen_HW))
         first = np.s_[:: self.reduce, :: self.reduce]
         seen_HW, segments_HW = seen_HW[first], segments_HW[first]
+        # 3. number the patch's superpixels from 0, as the vote counts in a table
         _, compact = np.unique(segments_HW, return_inverse=True)
         image = unsupervised.reduced(torch.from_numpy(normal_CHW)[None], self.reduce)
         image = image.contiguous(memory_format=torch.channels_last)
@@ -233,6 +236,7 @@ class TrainScene:
             )
         effort = {"effort": min(len(patches), self.config.patches or len(patches))}
         seeds = [self.config.seed + attempt for attempt in range(ATTEMPTS)]
+        # A single label is a collapsed training, which depends on the initial weights.
         for seed in seeds:
             history: list[dict[str, float]] = []
             if self.config.network in RECIPES:
@@ -286,6 +290,7 @@ def fit(
     have the same label: nothing remains to learn.
     """
     recipe = config.recipe
+    # Keys that do not change the weights are left out, so that changing them resumes the training.
     settings = f"{config.model_dump_json(exclude={'seed', 'merge_to', 'memory', 'stall_seconds'})} {seed}"
     net = unsupervised.initial(recipe, bands=len(patches.bands), seed=seed).to(device)
     optimizer = recipe.optimizer(net.parameters())
@@ -324,6 +329,7 @@ def epoch(
 
     Targets are the labels of `teacher`, or the network's own, voted in superpixels.
     """
+    # A function of seed and number: a resumed training sees the patches it would have seen.
     order = np.random.default_rng((seed, number)).permutation(len(patches)).tolist()
     device = next(net.parameters()).device
     counts = torch.zeros(config.labels, dtype=torch.int64, device=device)
@@ -368,6 +374,7 @@ def measured(net: nn.Module, patches: Patches, device: torch.device) -> tuple[ND
     Features are the input of its last convolution; for a network of one layer, the values themselves.
     """
     net.eval()
+    # The last two layers of a recipe are the 1 x 1 convolution to labels and its batch norm.
     body, head = (net[:-2], net[-2:]) if isinstance(net, nn.Sequential) else (nn.Identity(), net)
     sums = sizes = np.zeros(0)
     for image, _, seen in _some(patches):

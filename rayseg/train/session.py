@@ -111,6 +111,7 @@ def _in_reused_memory(loop: Loop, config: State) -> State:
 
 def _cause(error: Exception, name: str) -> RaysegError:
     """The RaysegError that a worker raised, or a ModelError that reports what happened to the workers."""
+    # Ray wraps the error of a worker several times.
     failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
     for failure in failures:
         chain: BaseException | None = failure
@@ -169,6 +170,7 @@ def average_gradients(loss: float, gradients: Sequence[Tensor]) -> tuple[float, 
         norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
         return loss, bool(torch.isfinite(norm)) and math.isfinite(loss)
     device = gradients[0].device
+    # All gradients and the loss in one tensor: one exchange per step instead of one per weight.
     flat = torch.cat([*(gradient.flatten().float() for gradient in gradients), torch.tensor([loss], device=device)])
     torch.distributed.all_reduce(flat)
     flat /= world()
@@ -222,6 +224,7 @@ def batch_share(mass: Tensor) -> Tensor:
 
 def seed_epoch(seed: int, epoch: int) -> torch.Generator:
     """Seed this worker's random numbers for an epoch; return a separate generator on the CPU for augmentation."""
+    # Two streams: augmentation must not depend on the number of random values that dropout draws.
     states = np.random.SeedSequence((seed, epoch, rank())).generate_state(2)
     torch.manual_seed(int(states[0]))
     return torch.Generator().manual_seed(int(states[1]))
@@ -287,6 +290,7 @@ def report(values: Mapping[str, float]) -> None:
 
 def save_checkpoint(prefix: StorePath, settings: str, state: State) -> None:
     """Replace `<prefix>/checkpoint.pt` as a whole; of several workers only one may call this."""
+    # Written to memory first: `put` replaces the file in one step, so a kill leaves the last one.
     content = BytesIO()
     torch.save({"settings": settings, **state}, content)
     put(upath(prefix) / "checkpoint.pt", content.getbuffer())

@@ -222,7 +222,7 @@ def _epoch(
     settings: SupervisedConfig = config["settings"]
     count = windows.windows_per_epoch(config["training"].images, settings.sampling, settings.learning.batch)
     session.seed_epoch(settings.learning.seed, epoch)
-    waiting.share()
+    waiting.share()  # restarts the count: validation is not waiting
     step_losses = []
     learner.train_mode()
     steps = range(count // settings.learning.batch)
@@ -294,6 +294,7 @@ def _validate(learner: Learner, config: State) -> dict[str, float]:
     for images, classes_NHW in probe.batches(coming, len(_covering(config["validation"], config)), share=share):
         with precision(settings.learning, config["device"]):
             predicted_NHW = model(images).argmax(dim=1)
+        # One histogram over (reference, predicted) is the confusion matrix.
         known = classes_NHW != losses.IGNORE
         pairs = classes_NHW[known] * len(matrix) + predicted_NHW[known]
         matrix += torch.bincount(pairs, minlength=len(matrix) ** 2).reshape(matrix.shape)

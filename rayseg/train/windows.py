@@ -54,12 +54,12 @@ class Draw:
     Attributes:
         image: position of the image.
         window: on its grid; may reach beyond the image.
-        luck: seed of its augmentation.
+        seed: of its augmentation.
     """
 
     image: int
     window: Window
-    luck: int = 0
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,9 @@ def draw_epoch(
     area = np.array([image.window.height * image.window.width for image in images], float)
     # The order of draws is part of the contract: a resumed epoch shows the windows it would have shown.
     chosen = rng.choice(len(images), total, p=area / area.sum())
+    # 1. windows over rare classes replace some of those placed anywhere
     around = _around_rare(counts, sampling, rng, total) if sampling.rare else {}
+    # 2. side, corner and augmentation of each
     draws = []
     for number, anywhere in enumerate(chosen):
         image, at = around.get(number, (int(anywhere), None))
@@ -151,21 +153,23 @@ def draw_epoch(
         low, high = augment.scale
         side = min(round(sampling.size / rng.uniform(low, high)), whole.height, whole.width)
         corner = _corner(whole, at, side, augment.crop, rng.random(2))
-        luck = int(rng.integers(2**62))
-        draws.append(Draw(image, Window(whole.col + corner[1], whole.row + corner[0], side, side), luck))
+        window = Window(whole.col + corner[1], whole.row + corner[0], side, side)
+        draws.append(Draw(image, window, seed=int(rng.integers(2**62))))
     return [tuple(draws[start : start + batch]) for start in range(0, total, batch)]
 
 
 def _corner(
-    whole: Window, at: tuple[float, float] | None, side: int, crop: Literal["centre", "random"], luck: NDArray[Any]
+    whole: Window, at: tuple[float, float] | None, side: int, crop: Literal["centre", "random"], uniform: NDArray[Any]
 ) -> tuple[int, int]:
     """(row, col) of a window's corner in the image: anywhere, or so that the window covers the place `at`."""
     spare = (whole.height - side, whole.width - side)
     if crop == "centre":
         return spare[0] // 2, spare[1] // 2
     if at is None:
-        return int(luck[0] * (spare[0] + 1)), int(luck[1] * (spare[1] + 1))
-    row, col = (int(np.clip(place - share * side, 0, most)) for place, share, most in zip(at, luck, spare, strict=True))
+        return int(uniform[0] * (spare[0] + 1)), int(uniform[1] * (spare[1] + 1))
+    row, col = (
+        int(np.clip(place - share * side, 0, most)) for place, share, most in zip(at, uniform, spare, strict=True)
+    )
     return row, col
 
 
@@ -179,6 +183,7 @@ def _around_rare(
     first = np.cumsum([0, *(rows * cols for rows, cols in shapes)])
     picked = {}
     for number in np.flatnonzero(rng.random(total) < sampling.rare):
+        # A cell is drawn by its number of pixels of the class.
         of_class_N = cells_NK[:, rng.choice(present)].cumsum()
         cell = int(np.searchsorted(of_class_N, rng.random() * of_class_N[-1], side="right"))
         image = int(np.searchsorted(first, cell, side="right")) - 1
@@ -311,11 +316,12 @@ def to_device(cuts: Sequence[Cut], augmenting: Augment, device: torch.device, *,
     Returns:
         images (N, C, size, size) float32 with the imagery's values, and classes (N, size, size) int64.
     """
+    # Windows travel at their own size and data type: uint8 is a quarter of float32.
     images = torch.stack([resized(_sent(cut.image_CHW, device).float(), size, smooth=True) for cut in cuts])
     classes = torch.stack([resized(_sent(cut.classes_HW[None], device).float(), size, smooth=False) for cut in cuts])
-    luck = [Generator().manual_seed(cut.draw.luck) for cut in cuts]
+    generators = [Generator().manual_seed(cut.draw.seed) for cut in cuts]
     still = augmenting.model_copy(update={"scale": (1.0, 1.0), "crop": "centre"})  # drawn already
-    changed, masks = augment(images, classes, still, luck, size=size)
+    changed, masks = augment(images, classes, still, generators, size=size)
     assert masks is not None
     return changed, masks[:, 0].long()
 

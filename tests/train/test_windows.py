@@ -48,8 +48,8 @@ def test_an_epoch_is_a_function_of_seed_and_number_and_differs_from_others():
     assert drawn() == drawn()
     firsts = [drawn()[0], drawn(epoch=1)[0], drawn(seed=1)[0]]
     assert len(set(firsts)) == 3
-    lucks = [draw.luck for epoch in range(5) for step in drawn(epoch=epoch) for draw in step]
-    assert len(set(lucks)) == len(lucks)
+    seeds = [draw.seed for epoch in range(5) for step in drawn(epoch=epoch) for draw in step]
+    assert len(set(seeds)) == len(seeds)
 
 
 def test_windows_lie_inside_their_image_and_come_as_often_as_its_ground_says():
@@ -162,7 +162,7 @@ def test_a_window_that_cannot_be_read_ends_the_stream():
 @pytest.mark.usefixtures("local_ray")
 def test_ray_data_reads_the_same_in_the_same_order():
     def read_there(draw):
-        if draw.luck == 7:
+        if draw.seed == 7:
             raise DataError("c.tif cannot be read: it is damaged")
         pixels = np.full((3, draw.window.height, draw.window.width), draw.window.row % 250, np.uint8)
         return Cut(draw, pixels, pixels[0])
@@ -171,7 +171,7 @@ def test_ray_data_reads_the_same_in_the_same_order():
     here, there = (list(windows.stream(iter(epochs), read_there, on_ray=on_ray)) for on_ray in (False, True))
     assert same(here, there)
     with pytest.raises(DataError, match=r"c\.tif cannot be read: it is damaged"):
-        list(windows.stream([[(Draw(0, Window(0, 0, 8, 8), luck),) for luck in range(9)]], read_there, on_ray=True))
+        list(windows.stream([[(Draw(0, Window(0, 0, 8, 8), seed),) for seed in range(9)]], read_there, on_ray=True))
 
 
 def test_the_time_that_is_waited_is_told():
@@ -207,7 +207,7 @@ def test_a_window_meets_the_same_whatever_batch_it_is_in():
 
 
 def test_masks_follow_their_images_and_keep_their_values():
-    cuts = [Cut(Draw(0, Window(0, 0, 64, 64), luck), image, mask) for luck, image, mask in _halves(12)]
+    cuts = [Cut(Draw(0, Window(0, 0, 64, 64), seed), image, mask) for seed, image, mask in _halves(12)]
     images, classes = windows.to_device(cuts, Augment(quadrants=0.5), torch.device("cpu"), size=32)
     assert set(classes.unique().tolist()) == {0, 255}
     bright = images[:, 0] > 100
@@ -216,7 +216,7 @@ def test_masks_follow_their_images_and_keep_their_values():
 
 
 def _halves(count):
-    for luck in range(count):
+    for seed in range(count):
         mask = np.zeros((64, 64), np.uint8)
         mask[:32, :16] = 255
-        yield luck, np.repeat(mask[None] // 2 + 20, 3, axis=0), mask
+        yield seed, np.repeat(mask[None] // 2 + 20, 3, axis=0), mask
