@@ -1,6 +1,7 @@
 """Connect to Ray or start it, once per process; decide how many copies of each stage it runs."""
 
 import atexit
+import json
 import logging
 import math
 import os
@@ -75,9 +76,12 @@ def connect(address: str | None, *, dashboard: bool = False) -> None:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # rows of a lost process are processed again
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if (chosen := ray_address(address)) != "local":
-        # Workers need to know where the stores are; every machine has its own keys.
-        stores = {"runtime_env": {"env_vars": access()}} if access() else {}
-        ray.init(address=chosen, **stores, **quiet)
+        # Workers need to know where the stores are; every machine has its own keys. Ray refuses a variable that the
+        # job of this process, if it is one, was submitted with: workers have that one from the job.
+        job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+        inherited = (job.get("runtime_env") or {}).get("env_vars") or {}
+        stores = {name: value for name, value in access().items() if name not in inherited}
+        ray.init(address=chosen, **({"runtime_env": {"env_vars": stores}} if stores else {}), **quiet)
         return
     _remove_afterwards(folder := tempfile.mkdtemp(prefix="rs-"))
     # The next step uses idle processes again; new ones take seconds to import what the stages need.

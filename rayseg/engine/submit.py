@@ -6,6 +6,7 @@ job that it submitted before. The job runs on when the terminal that follows it 
 
 import asyncio
 import hashlib
+import logging
 import math
 import os
 import shlex
@@ -123,6 +124,7 @@ def connect(address: str | None) -> "JobSubmissionClient":
     """
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it reports every closed stream
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError) as error:

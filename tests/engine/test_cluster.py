@@ -1,5 +1,6 @@
 """Connecting to Ray, starting it, and removing its folder."""
 
+import json
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from ray._private import parameter
 
 from rayseg.engine import cluster
 from rayseg.errors import ConfigError, Stalled
+from rayseg.store import ACCESS
 
 
 def test_training_has_the_gpus_of_the_cluster_for_workers_and_else_those_of_this_machine(monkeypatch):
@@ -54,6 +56,23 @@ def test_agents_of_a_private_ray_listen_at_any_free_port(monkeypatch, tmp_path):
         cluster.connect("local")
     assert given == [0]
     assert parameter.RayParams is own
+
+
+@pytest.mark.parametrize(
+    ("inherited", "passed"), [({}, ["AWS_REGION", "RAYSEG_SIGN"]), ({"AWS_REGION": "a"}, ["RAYSEG_SIGN"])]
+)
+def test_workers_get_the_variables_of_stores_once(monkeypatch, inherited, passed):
+    """From the job if this process is one, else from this process: Ray refuses a variable that both give."""
+    for name in ACCESS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_REGION", "a")
+    monkeypatch.setenv("RAYSEG_SIGN", "https://sign.example.org")
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {"env_vars": inherited}}))
+    given = []
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **named: given.append(named["runtime_env"]["env_vars"]))
+    cluster.connect("10.0.0.1:6379")
+    assert [sorted(variables) for variables in given] == [passed]
 
 
 def test_an_address_of_ray_client_is_refused_with_a_remedy():
