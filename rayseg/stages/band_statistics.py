@@ -1,6 +1,7 @@
 """Statistics of a scene's bands before anything is learnt from it."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ MOST_BLOCKS = 64
 ROBUST = (1, 99)
 
 
+@dataclass
 class Survey:
     """`tiles -> facts`: percentiles of every band, from at most 64 blocks of 256 px spread evenly over the scene.
 
@@ -27,8 +29,7 @@ class Survey:
         bands: names, in order.
     """
 
-    def __init__(self, bands: Sequence[str]) -> None:
-        self.bands = tuple(bands)
+    bands: Sequence[str]
 
     def __call__(self, rows: list[SceneRow]) -> list[Settled]:
         """Compute the statistics of each scene."""

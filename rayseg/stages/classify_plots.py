@@ -1,19 +1,18 @@
 """Plots through their classifier, a group of plots at a time."""
 
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import shapely
-from shapely.geometry.base import BaseGeometry
 
 from rayseg.engine.ledger import Settled
 from rayseg.engine.manifest import Row, write_rows
 from rayseg.errors import DataError, ModelError
 from rayseg.geo.grid import Window
 from rayseg.io import plot_joins, rasters
-from rayseg.io.sources import Source, from_json
+from rayseg.io.sources import from_json
 from rayseg.models import bundle
 from rayseg.stages.rows import ABSENT, PlotsRow
 from rayseg.stages.to_rgb import ImageConfig, eight_bit
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 
+@dataclass
 class CutPlots:
     """`plots, numbers, grid, sources -> crops, numbers, unread`: plots on black, (plots, size, size, 3) uint8.
 
@@ -34,8 +34,9 @@ class CutPlots:
         size: side of a crop in px.
     """
 
-    def __init__(self, image: ImageConfig, *, size: int) -> None:
-        self.image, self.size = image, size
+    image: ImageConfig
+    _: KW_ONLY
+    size: int
 
     def __call__(self, rows: list[PlotsRow]) -> list[PlotsRow]:
         """Cut each group of plots."""
@@ -46,8 +47,12 @@ class CutPlots:
         crops: dict[int, np.ndarray] = {}
         errors: list[DataError] = []
         for number, geometry in zip(row.numbers, shapely.from_wkb(np.array(row.plots, object)), strict=True):
+            left, top, right, bottom = (round(value) for value in geometry.bounds)
+            window = Window(left, top, right - left, bottom - top)
             try:
-                crops[number] = self._crop(geometry, sources, row)
+                image_CHW, _ = rasters.read(sources, row.grid, window, bands=self.image.bands)
+                mask_HW = plot_joins.mask_of(geometry, window)
+                crops[number] = square_crop(eight_bit(image_CHW, self.image), mask_HW, size=self.size)
             except DataError as error:
                 errors.append(error)
         if not crops:
@@ -55,14 +60,8 @@ class CutPlots:
         unread = f"{len(errors)} plots, the first because: {errors[0]}" if errors else ""
         return replace(row, crops=np.stack(list(crops.values())), numbers=tuple(crops), plots=(), unread=unread)
 
-    def _crop(self, geometry: BaseGeometry, sources: list[Source], row: PlotsRow) -> np.ndarray:
-        left, top, right, bottom = (round(value) for value in geometry.bounds)
-        window = Window(left, top, right - left, bottom - top)
-        image_CHW, _ = rasters.read(sources, row.grid, window, bands=self.image.bands)
-        image_HWC = eight_bit(image_CHW, self.image)
-        return square_crop(image_HWC, plot_joins.mask_of(geometry, window), size=self.size)
 
-
+@dataclass
 class ClassifyPlots:
     """`crops, numbers -> classes`: rows of number, class (value) and score, the class's probability.
 
@@ -70,8 +69,7 @@ class ClassifyPlots:
         prefix: of the classifier's bundle.
     """
 
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
+    prefix: str
 
     @cached_property
     def _loaded(self) -> "tuple[bundle.Bundle, torch.nn.Module, str]":
@@ -106,20 +104,21 @@ class ClassifyPlots:
         return tuple(rows)
 
 
+@dataclass
 class WriteClasses:
     """`classes, unread -> facts`: write `<prefix>/<group>.classes.parquet`; a group with unread plots fails."""
 
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
+    prefix: str
 
     def __call__(self, rows: list[PlotsRow]) -> list[Settled]:
         """Write each group."""
-        return [self._write(row) for row in rows]
-
-    def _write(self, row: PlotsRow) -> Settled:
-        write_rows(upath(self.prefix) / f"{row.id}.classes.parquet", row.classes)
-        facts = {"plots": len(row.classes)}
-        return Settled("failed", f"CutPlots, {row.unread}", facts) if row.unread else Settled(facts=facts)
+        settled = []
+        for row in rows:
+            write_rows(upath(self.prefix) / f"{row.id}.classes.parquet", row.classes)
+            facts = {"plots": len(row.classes)}
+            failed = Settled("failed", f"CutPlots, {row.unread}", facts)
+            settled.append(failed if row.unread else Settled(facts=facts))
+        return settled
 
 
 def check_classifier(described: bundle.Bundle) -> None:

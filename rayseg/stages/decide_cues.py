@@ -1,7 +1,7 @@
 """Chips to coarse masks: the stages that need no network, from reading a chip to writing its cue."""
 
 import io
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
 from skimage.transform import downscale_local_mean
@@ -20,14 +20,14 @@ from rayseg.vision.crops import middle
 from rayseg.vision.fill import filled
 
 
+@dataclass
 class ReadChip:
     """`listed -> image, valid`: the middle of the chip, (size, size, 3) uint8 RGB, and where it has data.
 
     Elsewhere the image is mirrored, as in training.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    size: int
 
     def __call__(self, rows: list[ChipRow]) -> list[ChipRow]:
         """Read each chip."""
@@ -38,6 +38,7 @@ class ReadChip:
         ]
 
 
+@dataclass
 class Superpixels:
     """`image -> superpixels`: Felzenszwalb's, (size, size) int32, computed at 1 / `reduce` of the resolution.
 
@@ -46,43 +47,44 @@ class Superpixels:
         min_size: least pixels of a superpixel, at the lower resolution.
     """
 
-    def __init__(self, *, reduce: int = 1, min_size: int = 64) -> None:
-        self.reduce, self.min_size = reduce, min_size
+    _: KW_ONLY
+    reduce: int = 1
+    min_size: int = 64
 
     def __call__(self, rows: list[ChipRow]) -> list[ChipRow]:
         """Divide each chip."""
-        return [replace(row, superpixels=self._divide(row.image)) for row in rows]
+        divided = []
+        for row in rows:
+            height, width = row.image.shape[:2]
+            small = np.rint(downscale_local_mean(row.image, (self.reduce, self.reduce, 1))).astype(np.uint8)
+            labels_HW = superpixels.felzenszwalb(small, min_size=self.min_size)
+            labels_HW = labels_HW.repeat(self.reduce, axis=0).repeat(self.reduce, axis=1)[:height, :width]
+            divided.append(replace(row, superpixels=labels_HW))
+        return divided
 
-    def _divide(self, image_HWC: np.ndarray) -> np.ndarray:
-        height, width = image_HWC.shape[:2]
-        small = np.rint(downscale_local_mean(image_HWC, (self.reduce, self.reduce, 1))).astype(np.uint8)
-        labels_HW = superpixels.felzenszwalb(small, min_size=self.min_size)
-        return labels_HW.repeat(self.reduce, axis=0).repeat(self.reduce, axis=1)[:height, :width]
 
-
+@dataclass
 class WriteDensity:
     """`image, superpixels, cam, certainty -> facts`: write the chip's density over chroma, `<prefix>/<id>.npy`.
 
     A superpixel's weight is its area times (its mean CAM + the chip's): a low CAM reduces the weight, but not to zero.
     """
 
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
+    prefix: str
 
     def __call__(self, rows: list[ChipRow]) -> list[Settled]:
         """Write each chip's density."""
-        return [self._write(row) for row in rows]
-
-    def _write(self, row: ChipRow) -> Settled:
-        ab_N2, areas_N = concept.chroma(row.image, row.superpixels)
-        cams_N = np.bincount(row.superpixels.ravel(), weights=row.cam.ravel()) / np.maximum(areas_N, 1)
-        plane = concept.density(ab_N2, areas_N * (cams_N + row.cam.mean() + 1e-6))
-        content = io.BytesIO()
-        np.save(content, plane)
-        put(density_path(self.prefix, row.id), content.getvalue())
-        return Settled(facts={"certainty": row.certainty})
+        for row in rows:
+            ab_N2, areas_N = concept.chroma(row.image, row.superpixels)
+            cams_N = np.bincount(row.superpixels.ravel(), weights=row.cam.ravel()) / np.maximum(areas_N, 1)
+            plane = concept.density(ab_N2, areas_N * (cams_N + row.cam.mean() + 1e-6))
+            content = io.BytesIO()
+            np.save(content, plane)
+            put(density_path(self.prefix, row.id), content.getvalue())
+        return [Settled(facts={"certainty": row.certainty}) for row in rows]
 
 
+@dataclass
 class CamCue:
     """`cam, objects -> mask`: objects whose mean CAM is above Otsu's threshold (the paper's cue).
 
@@ -90,14 +92,15 @@ class CamCue:
         objects: whether an object is all pixels of a label or a connected component of it.
     """
 
-    def __init__(self, *, objects: Objects) -> None:
-        self.objects = objects
+    _: KW_ONLY
+    objects: Objects
 
     def __call__(self, rows: list[ChipRow]) -> list[ChipRow]:
         """Decide each chip."""
         return [replace(row, mask=coarse_mask(row.cam, row.objects, objects=self.objects)) for row in rows]
 
 
+@dataclass
 class ConceptCue:
     """`image, superpixels -> mask`: superpixels whose chroma belongs to the concept; 255 where the evidence is weak.
 
@@ -106,39 +109,41 @@ class ConceptCue:
         doubtful: evidence above which a superpixel outside the concept is left open.
     """
 
-    def __init__(self, evidence_AB: np.ndarray, *, doubtful: float) -> None:
-        self.evidence_AB, self.doubtful = evidence_AB, doubtful
+    evidence_AB: np.ndarray
+    _: KW_ONLY
+    doubtful: float
 
     def __call__(self, rows: list[ChipRow]) -> list[ChipRow]:
         """Decide each chip."""
-        return [replace(row, mask=self._mask(row)) for row in rows]
+        decided = []
+        for row in rows:
+            ab_N2, _ = concept.chroma(row.image, row.superpixels)
+            mask_HW = concept.concept_mask(row.superpixels, ab_N2, self.evidence_AB, doubtful=self.doubtful)
+            decided.append(replace(row, mask=mask_HW))
+        return decided
 
-    def _mask(self, row: ChipRow) -> np.ndarray:
-        ab_N2, _ = concept.chroma(row.image, row.superpixels)
-        return concept.concept_mask(row.superpixels, ab_N2, self.evidence_AB, doubtful=self.doubtful)
 
-
+@dataclass
 class WriteCue:
     """`listed, mask, cam, certainty, valid -> facts`: write the coarse mask and the CAM on the chip's grid.
 
     Bands of `<prefix>/<id>.tif` (GeoTIFF), uint8: mask (0, 1; 255 open or no data), cam (0..1 x 254).
     """
 
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
+    prefix: str
 
     def __call__(self, rows: list[ChipRow]) -> list[Settled]:
         """Write each chip's cue."""
-        return [self._write(row) for row in rows]
-
-    def _write(self, row: ChipRow) -> Settled:
-        mask_HW = np.where(row.valid, row.mask, NODATA).astype(np.uint8)
-        bands_CHW = np.stack([mask_HW, np.rint(row.cam * 254).astype(np.uint8)])
-        chip = Chip.from_row(row.listed)
-        [(grid, _)] = grids_of([chip.source])
-        window = middle(chip.window, len(mask_HW))
-        cog.write_image(cue_path(self.prefix, row.id), bands_CHW, grid, window, bands=("mask", "cam"))
-        return Settled(facts={"certainty": row.certainty, "share": float((mask_HW == 1).mean())})
+        settled = []
+        for row in rows:
+            mask_HW = np.where(row.valid, row.mask, NODATA).astype(np.uint8)
+            bands_CHW = np.stack([mask_HW, np.rint(row.cam * 254).astype(np.uint8)])
+            chip = Chip.from_row(row.listed)
+            [(grid, _)] = grids_of([chip.source])
+            window = middle(chip.window, len(mask_HW))
+            cog.write_image(cue_path(self.prefix, row.id), bands_CHW, grid, window, bands=("mask", "cam"))
+            settled.append(Settled(facts={"certainty": row.certainty, "share": float((mask_HW == 1).mean())}))
+        return settled
 
 
 def cue_path(prefix: str, chip_id: str) -> UPath:

@@ -1,6 +1,6 @@
 """Tiles of imagery enlarged by super-resolution, as imagery of its own."""
 
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ def lattice_of(config: "EnlargeConfig") -> Lattice:
     return Lattice.of_cells(config.stride + 2 * config.margin, config.stride)
 
 
+@dataclass
 class EnlargeTiles:
     """`tile, image, valid, reach -> image, valid, reach`: the tile's own pixels, each as `factor` x `factor` pixels.
 
@@ -36,8 +37,12 @@ class EnlargeTiles:
         config: network and patches.
     """
 
-    def __init__(self, config: "EnlargeConfig") -> None:
-        self.config, self.lattice = config, lattice_of(config)
+    config: "EnlargeConfig"
+
+    @property
+    def lattice(self) -> Lattice:
+        """The patches."""
+        return lattice_of(self.config)
 
     @cached_property
     def _enlarge(self) -> "Enlarge":
@@ -83,6 +88,7 @@ def scaled(window: Window, factor: int) -> Window:
     return Window(window.col * factor, window.row * factor, window.width * factor, window.height * factor)
 
 
+@dataclass
 class WriteLarger:
     """`tile, sources, image, valid -> facts`: write `<prefix>/<id>.tif` and its item, with the tile's georeference.
 
@@ -93,18 +99,20 @@ class WriteLarger:
         factor: pixels across and down that replace one pixel.
     """
 
-    def __init__(self, prefix: str, *, factor: int) -> None:
-        self.prefix, self.factor = prefix, factor
+    prefix: str
+    _: KW_ONLY
+    factor: int
 
     def __call__(self, rows: list[TileRow]) -> list[Settled]:
         """Write each tile."""
-        return [self._write(row) for row in rows]
-
-    def _write(self, row: TileRow) -> Settled:
-        folder, fine = upath(self.prefix), larger(row.tile, self.factor)
-        file = f"{fine.id}.tif"
-        image_CHW = np.ascontiguousarray(row.image.transpose(2, 0, 1))
-        image = cog.write_image(folder / file, image_CHW, fine.grid, fine.window, bands=BANDS, valid_HW=row.valid)
-        item = stac_write.item_of(fine.id, fine.grid, fine.window, folder=folder, files=[image], sources=row.sources)
-        stac_write.write_item(item, folder / f"{fine.id}.json")
-        return Settled(facts={"item": f"{fine.id}.json"})
+        settled, folder = [], upath(self.prefix)
+        for row in rows:
+            fine = larger(row.tile, self.factor)
+            path, image_CHW = folder / f"{fine.id}.tif", np.ascontiguousarray(row.image.transpose(2, 0, 1))
+            image = cog.write_image(path, image_CHW, fine.grid, fine.window, bands=BANDS, valid_HW=row.valid)
+            item = stac_write.item_of(
+                fine.id, fine.grid, fine.window, folder=folder, files=[image], sources=row.sources
+            )
+            stac_write.write_item(item, folder / f"{fine.id}.json")
+            settled.append(Settled(facts={"item": f"{fine.id}.json"}))
+        return settled

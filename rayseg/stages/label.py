@@ -1,9 +1,8 @@
-"""Tiles through a network that was trained on their scene, one row of patches at a time."""
+"""Tiles through a network trained on their scene, one row of patches at a time."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -27,11 +26,11 @@ class LabelTile:
     classes: (height, width) uint8, 255 where there is no imagery.
     scores: (1, height, width) uint8, the label's probability x 254 rounded, 255 where there is no imagery.
 
-    Probabilities are blended on the grid's lattice of patches as `Predict` does it, but never held for more than one
-    row of patches: memory grows with labels x patch x tile width, not with labels x tile.
+    Probabilities are blended on the grid's lattice of patches as in `Predict`, but only one row of patches is held at
+    a time: memory grows with labels x patch x tile width, not with labels x tile.
 
     Args:
-        margin: px around the tile that are labelled too, so that specks at its border are seen whole.
+        margin: px around the tile that are labelled too, so that specks at its border are complete.
         sieve: patches of fewer px become part of their largest neighbour.
         batch: patches at once; None takes as many as there are threads on a CPU, and 8 on a GPU, where lack of memory
             halves it.
@@ -47,7 +46,7 @@ class LabelTile:
             return [self._tile(row) for row in rows]
 
     def _loaded(self, prefix: str) -> Predict:
-        """The scene's network; the last few stay."""
+        """The scene's network; the last few stay in memory."""
         if prefix not in self._models:
             batch = self.batch or (8 if torch.cuda.is_available() else None)
             self._models[prefix] = Predict(prefix, batch=batch)
@@ -65,7 +64,12 @@ class LabelTile:
         classes = np.zeros((window.height, window.width), np.uint8)
         scores = np.zeros_like(classes)
         assert network.device is not None
-        predict = partial(_predicted, network, row)
+
+        def predict(some: Sequence[Window]) -> Iterator[tuple[Window, Tensor]]:
+            cuts = [(slice(None), *patch.slices(reach)) for patch in some]
+            batches = network.probabilities(row.image, valid, cuts)
+            yield from zip(some, chain.from_iterable(batches), strict=True)
+
         parts = blended(predict, patches, window, lattice, classes=described.outputs, device=network.device)
         for part, labels, tops in parts:
             classes[part.slices(window)], scores[part.slices(window)] = labels, tops
@@ -78,13 +82,6 @@ class LabelTile:
         )
 
 
-def _predicted(network: Predict, row: TileRow, patches: Sequence[Window]) -> Iterator[tuple[Window, Tensor]]:
-    """(patch, its probabilities (K, patch, patch) on the device), in order."""
-    cuts = [(slice(None), *patch.slices(row.reach)) for patch in patches]
-    batches = network.probabilities(row.image, row.valid, cuts)
-    yield from zip(patches, chain.from_iterable(batches), strict=True)
-
-
 @torch.inference_mode()
 def blended(
     predict: Callable[[Sequence[Window]], Iterator[tuple[Window, Tensor]]],
@@ -95,12 +92,12 @@ def blended(
     classes: int,
     device: str,
 ) -> Iterator[tuple[Window, np.ndarray, np.ndarray]]:
-    """The weighted mean of patch probabilities, row of patches by row of patches.
+    """The weighted mean of patch probabilities, one row of patches after the other.
 
     Args:
         predict: patches -> each with its probabilities (classes, patch, patch) on the device, in order.
-        patches: those of the lattice that are predicted.
-        window: what is wanted.
+        patches: patches of the lattice that are predicted.
+        window: the window to blend over.
         lattice: gives the patches' weight.
         classes: number of channels.
         device: torch device of the sums.
@@ -120,17 +117,13 @@ def blended(
             target_CHW = sums_CHW[:, rows, part.slices(strip)[1]]
             target_CHW[:-1] += weight_HW[rows, cols] * probabilities_CHW[:, rows, cols]
             target_CHW[-1] += weight_HW[rows, cols]
-        yield from _decided(sums_CHW, Window(window.col, row, window.width, stride), window)
+        # No later patch reaches the first `stride` rows of the strip: they are final.
+        part = Window(window.col, row, window.width, stride).intersect(window)
+        if not part.empty:
+            rows, _ = part.slices(strip)
+            tops_HW, labels_HW = sums_CHW[:-1, rows].max(0)
+            shares_HW = tops_HW / sums_CHW[-1, rows].clamp(min=1e-12) * 254
+            yield part, labels_HW.to(torch.uint8).cpu().numpy(), shares_HW.round().to(torch.uint8).cpu().numpy()
         rest_CHW = sums_CHW[:, stride:].clone()
         sums_CHW.zero_()
         sums_CHW[:, : side - stride] = rest_CHW
-
-
-def _decided(sums_CHW: Tensor, at: Window, window: Window) -> Iterator[tuple[Window, np.ndarray, np.ndarray]]:
-    part = at.intersect(window)
-    if part.empty:
-        return
-    rows, _ = part.slices(at)
-    tops_HW, labels_HW = sums_CHW[:-1, rows].max(0)
-    shares_HW = tops_HW / sums_CHW[-1, rows].clamp(min=1e-12) * 254
-    yield part, labels_HW.to(torch.uint8).cpu().numpy(), shares_HW.round().to(torch.uint8).cpu().numpy()

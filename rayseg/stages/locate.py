@@ -1,7 +1,7 @@
 """Networks applied to chips: class activation maps and unsupervised objects."""
 
-from dataclasses import replace
-from functools import cached_property
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from rayseg.stages.rows import ChipRow
 from rayseg.vision import superpixels
 
 
+@dataclass
 class Cam:
     """`image -> cam, certainty`: Grad-CAM++ of a class, (size, size) float32 0..1, and the class's softmax score.
 
@@ -25,11 +26,12 @@ class Cam:
         flip: and over its mirror image.
     """
 
-    def __init__(
-        self, prefix: str, *, target: int, layer: int = -1, scales: tuple[float, ...] = (1.0,), flip: bool = False
-    ) -> None:
-        self.prefix, self.target = prefix, target
-        self.layer, self.scales, self.flip = layer, scales, flip
+    prefix: str
+    _: KW_ONLY
+    target: int
+    layer: int = -1
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
 
     @cached_property
     def _loaded(self) -> tuple[Bundle, torch.nn.Module]:
@@ -55,6 +57,7 @@ class Cam:
         ]
 
 
+@dataclass
 class Segment:
     """`image -> objects`: labels (size, size) uint8 of an unsupervised segmentation of each chip alone.
 
@@ -66,22 +69,18 @@ class Segment:
         seed: of the network's initial weights.
     """
 
-    def __init__(
-        self, network: str, *, iterations: int, min_labels: int, precision: unsupervised.Precision, seed: int
-    ) -> None:
-        self.network, self.iterations, self.min_labels = network, iterations, min_labels
-        self.precision, self.seed = precision, seed
+    network: str
+    _: KW_ONLY
+    iterations: int
+    min_labels: int
+    precision: unsupervised.Precision
+    seed: int
 
     def __call__(self, rows: list[ChipRow]) -> list[ChipRow]:
-        """Segment each chip; on a CPU with one thread, so that the objects are the same however many there are."""
-        with threads(most=1):
-            return [replace(row, objects=self._segment(row.image)) for row in rows]
-
-    def _segment(self, image_HWC: np.ndarray) -> np.ndarray:
+        """Segment each chip; on a CPU with one thread, so that the objects do not depend on the number of threads."""
         votes = unsupervised.RECIPES[self.network].votes
-        return unsupervised.segment(
-            image_HWC,
-            superpixels.felzenszwalb(image_HWC) if votes else None,
+        segment = partial(
+            unsupervised.segment,
             network=self.network,
             iterations=self.iterations,
             min_labels=self.min_labels,
@@ -89,3 +88,6 @@ class Segment:
             seed=self.seed,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
+        with threads(most=1):
+            divided = [superpixels.felzenszwalb(row.image) if votes else None for row in rows]
+            return [replace(row, objects=segment(row.image, part)) for row, part in zip(rows, divided, strict=True)]

@@ -1,6 +1,7 @@
 """Tiles of a scene in, superpixels out: each tile with an overlap, by which neighbours are joined afterwards."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 from upath import UPath
@@ -18,6 +19,7 @@ from rayseg.vision.segments import agreeing, united
 from rayseg.vision.superpixels import METHODS
 
 
+@dataclass
 class ReadAround:
     """`tile, sources -> image, valid, reach, incomplete, unread`: read the tile's pixels and those around it.
 
@@ -29,21 +31,21 @@ class ReadAround:
         lattice: (patch, stride) of patches that must be whole.
     """
 
-    def __init__(self, bands: Sequence[str], *, margin: int, lattice: tuple[int, int] | None = None) -> None:
-        self.bands = tuple(bands)
-        self.margin, self.lattice = margin, lattice
+    bands: Sequence[str]
+    _: KW_ONLY
+    margin: int
+    lattice: tuple[int, int] | None = None
 
     def __call__(self, rows: list[TileRow]) -> list[TileRow | Settled]:
         """Read each tile."""
-        return [self._read(row) for row in rows]
-
-    def _read(self, row: TileRow) -> TileRow | Settled:
-        reach = grown(row.tile.window, self.margin)
+        reaches = [grown(row.tile.window, self.margin) for row in rows]
         if self.lattice:
-            reach = Lattice.of(row.tile.grid, *self.lattice).reach(reach)
-        return read_reach(row, reach, self.bands)
+            lattices = [Lattice.of(row.tile.grid, *self.lattice) for row in rows]
+            reaches = [lattice.reach(reach) for lattice, reach in zip(lattices, reaches, strict=True)]
+        return [read_reach(row, reach, self.bands) for row, reach in zip(rows, reaches, strict=True)]
 
 
+@dataclass
 class Divide:
     """`tile, scaling, image, valid, reach -> facts`: write the superpixels of the tile and its overlap, `part_path`.
 
@@ -51,13 +53,14 @@ class Divide:
     neighbours would not agree with it after a retry.
 
     Args:
-        prefix: where they are kept.
+        prefix: folder of the files.
         method: a name in `METHODS`.
         options: its arguments.
     """
 
-    def __init__(self, prefix: str, method: str, options: Mapping[str, float]) -> None:
-        self.prefix, self.method, self.options = prefix, method, dict(options)
+    prefix: str
+    method: str
+    options: Mapping[str, float]
 
     def __call__(self, rows: list[TileRow]) -> list[Settled]:
         """Divide each tile."""
@@ -82,54 +85,43 @@ def grown(window: Window, margin: int) -> Window:
 
 
 def part_path(prefix: str, tile_id: str) -> UPath:
-    """Where `Divide` keeps the superpixels of a tile with its overlap."""
+    """The file in which `Divide` keeps the superpixels of a tile with its overlap."""
     return upath(prefix) / "parts" / f"{tile_id}.tif"
 
 
 def segments_path(prefix: str, tile_id: str) -> UPath:
-    """Where the superpixels of a tile are once its neighbours agree."""
+    """The file in which `unite` keeps the superpixels of a tile."""
     return upath(prefix) / f"{tile_id}.tif"
 
 
-def unite(prefix: str, found: Sequence[tuple[Tile, int]], overlap: int) -> None:
-    """Write the superpixels of all tiles, `segments_path`, gapless over all of them; neighbours that agree are one.
+def unite(prefix: str, tiles: Sequence[tuple[Tile, int]], overlap: int) -> None:
+    """Write the superpixels of all tiles to `segments_path`, numbered without gaps; join those that neighbours share.
 
-    Every file is written each time: a tile that has come since shifts the numbers of those behind it.
+    Every file is written each time, because an added tile shifts the numbers of the tiles after it.
 
     Args:
-        prefix: where `Divide` kept its parts.
-        found: tiles, each with the number of its superpixels.
-        overlap: px around each that its part holds too.
+        prefix: folder of the parts that `Divide` wrote.
+        tiles: (tile, number of its superpixels).
+        overlap: px around each tile that its part also holds.
     """
-    tables = united([count for _, count in found], _agreed(prefix, found, overlap))
-    for (tile, _), table in zip(found, tables, strict=True):
-        numbers = table[_part_of(prefix, tile, tile.window, overlap)]
-        segments.write_segments(segments_path(prefix, tile.id), numbers, tile.grid, tile.window)
 
+    def part_of(tile: Tile, window: Window) -> np.ndarray:
+        """Segments of `window`, numbered as in the tile's part."""
+        return segments.read_segments([(grown(tile.window, overlap), part_path(prefix, tile.id))], window)
 
-def _agreed(prefix: str, found: Sequence[tuple[Tile, int]], overlap: int) -> dict[tuple[int, int], np.ndarray]:
-    """(position of a tile, of the one right of or below it) -> the pairs that are one."""
-    corners = {(tile.grid, tile.window.row, tile.window.col): at for at, (tile, _) in enumerate(found)}
+    # 1. Compare each tile with its right and its lower neighbour, over the pixels that both divided.
+    corners = {(tile.grid, tile.window.row, tile.window.col): at for at, (tile, _) in enumerate(tiles)}
+    right, below = np.s_[:, overlap - 1 : overlap + 1], np.s_[overlap - 1 : overlap + 1, :]
     pairs = {}
-    for one, (tile, _) in enumerate(found):
+    for at, (tile, _) in enumerate(tiles):
         window = tile.window
-        for line, place in (
-            ("col", (tile.grid, window.row, window.col1)),
-            ("row", (tile.grid, window.row1, window.col)),
-        ):
-            if (other := corners.get(place)) is not None:
-                pairs[one, other] = _pairs(prefix, tile, found[other][0], line, overlap)
-    return pairs
-
-
-def _pairs(prefix: str, one: Tile, other: Tile, line: str, overlap: int) -> np.ndarray:
-    """Segments that two neighbours found alike around their border: a column or a row of the grid."""
-    zone = grown(one.window, overlap).intersect(grown(other.window, overlap))
-    border = np.s_[:, overlap - 1 : overlap + 1] if line == "col" else np.s_[overlap - 1 : overlap + 1, :]
-    one_HW, other_HW = (_part_of(prefix, tile, zone, overlap) for tile in (one, other))
-    return agreeing(one_HW, other_HW, border)
-
-
-def _part_of(prefix: str, tile: Tile, window: Window, overlap: int) -> np.ndarray:
-    """Segments of `window` as the tile alone numbers them."""
-    return segments.read_segments([(grown(tile.window, overlap), part_path(prefix, tile.id))], window)
+        for border, corner in ((right, (window.row, window.col1)), (below, (window.row1, window.col))):
+            if (neighbour := corners.get((tile.grid, *corner))) is not None:
+                other = tiles[neighbour][0]
+                zone = grown(window, overlap).intersect(grown(other.window, overlap))
+                pairs[at, neighbour] = agreeing(part_of(tile, zone), part_of(other, zone), border)
+    # 2. Number the segments of all tiles anew.
+    tables = united([count for _, count in tiles], pairs)
+    for (tile, _), table in zip(tiles, tables, strict=True):
+        numbers = table[part_of(tile, tile.window)]
+        segments.write_segments(segments_path(prefix, tile.id), numbers, tile.grid, tile.window)

@@ -28,14 +28,14 @@ class Predict:
     scores: (bands, height, width) uint8, probability x 254 rounded, 255 where there is no imagery; one band for the
     one class of a binary model, else one per class.
 
-    A patch is predicted only where its cell holds imagery, and its bits depend on nothing but the patch: a GPU's
-    batches have one fixed size (the last one is filled up), a CPU computes each patch in a thread (`cpu.Apart`). So a
-    pixel's value depends on nothing but its patches, whatever the tile. Where a patch has no imagery, the model sees
-    the mirror image of what is there.
+    A patch is predicted only where its cell holds imagery, and its bits depend on the patch alone: all batches on a
+    GPU have the same size (the last one is padded), and a CPU computes each patch in a thread (`cpu.Apart`). So a
+    pixel's value does not depend on the tiling. Where a patch has no imagery, the model sees the mirror image of its
+    valid pixels.
 
     Args:
         prefix: of the bundle.
-        batch: patches at once; None takes as many as there are threads on a CPU, and 16 on a GPU, where lack of memory
+        batch: patches per batch; None takes the number of threads on a CPU, and 16 on a GPU, where lack of memory
             halves it.
         device: torch device; None takes the GPU if there is one.
     """
@@ -48,13 +48,13 @@ class Predict:
         """The batch after lack of memory halved it; 0 before. Tiles record it in the ledger's facts."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Arrive in an actor: import what the model needs while the first tile is still read elsewhere."""
+        """Unpickle in an actor, and import the model's modules there while another process reads the first tile."""
         self.__dict__.update(state)
         importlib.import_module("rayseg.models.segmenter")
 
     @property
     def bundle(self) -> Bundle:
-        """What the model is."""
+        """The model's description."""
         return self._loaded[0]
 
     @cached_property
@@ -93,15 +93,15 @@ class Predict:
     def probabilities(
         self, image_CHW: np.ndarray, valid_HW: np.ndarray, cuts: Sequence[tuple[slice, ...]]
     ) -> "Iterator[torch.Tensor]":
-        """Probabilities of every patch cut out of the image, in order.
+        """Probabilities of every patch, in order.
 
         Args:
-            image_CHW: values as the bundle's contract has them.
+            image_CHW: values as the bundle's contract defines them.
             valid_HW: bool, where there is imagery; elsewhere the model sees its mirror image.
-            cuts: of the patches, (all, rows, columns).
+            cuts: (all, rows, columns) slices of the patches.
 
         Yields:
-            (patches, outputs, height, width) float32 on the device, of one batch.
+            (patches, outputs, height, width) float32 on the device, one batch at a time.
         """
         import torch
 
@@ -121,13 +121,13 @@ class Predict:
             start += len(part)
 
     def input(self, patch_CHW: np.ndarray, valid_HW: np.ndarray) -> np.ndarray:
-        """What the model sees of a patch, float32, with the mirror image of it where it is not valid."""
+        """The model's input for a patch, float32, mirrored where the patch is not valid."""
         return self.bundle.normalize(mirrored(patch_CHW, valid_HW))
 
     def forward(self, patches_CHW: Sequence[np.ndarray], *, exact: bool = True) -> "torch.Tensor":
         """Probabilities (patches, outputs, height, width) of a batch of inputs.
 
-        On a GPU it is filled up to the fixed size; if it need not be `exact`, it is not.
+        On a GPU an `exact` batch is padded to the fixed size.
         """
         import torch
 
@@ -135,15 +135,15 @@ class Predict:
         assert self.batch is not None
         assert self.device is not None
         count, half = len(patches_CHW), self.device.startswith("cuda")
-        filled = np.zeros((self.batch if half and exact else count, *patches_CHW[0].shape), np.float32)
-        filled[:count] = patches_CHW
-        batch = torch.from_numpy(filled).to(self.device, memory_format=torch.channels_last)
+        padded = np.zeros((self.batch if half and exact else count, *patches_CHW[0].shape), np.float32)
+        padded[:count] = patches_CHW
+        batch = torch.from_numpy(padded).to(self.device, memory_format=torch.channels_last)
         with torch.inference_mode(), torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=half):
             outputs: torch.Tensor = model(batch)
         return outputs[:count]
 
     def help_one(self) -> None:
-        """Have all processors compute a patch that comes by itself, where they give the bits of one."""
+        """Let all processors compute a single patch together, where their bits equal those of one processor."""
         import torch
 
         from rayseg.models.cpu import Apart
@@ -158,7 +158,8 @@ class Predict:
 def decide(probabilities_CHW: np.ndarray, valid_HW: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     """Classes (height, width) and scores (bands, height, width), both uint8 with 255 where not valid.
 
-    One band is the probability of class 1 against 0 (1 where above `threshold`); more are one per class (the largest).
+    One band is the probability of class 1, which a pixel gets above `threshold`; several bands are one per class, and
+    a pixel gets the largest.
     """
     if len(probabilities_CHW) == 1:
         classes = (probabilities_CHW[0] > threshold).astype(np.uint8)
@@ -174,17 +175,14 @@ def lattice_of(described: Bundle, tile: Tile) -> Lattice:
 
 
 def patches_of(described: Bundle, tile: Tile, valid_HW: np.ndarray, reach: Window) -> list[Window]:
-    """The patches that give a tile its pixels, row by row: those whose cell holds imagery.
+    """The patches that a tile's pixels need, row by row: patches whose cell holds imagery.
 
     Args:
-        described: the bundle whose patches they are.
-        tile: what is predicted.
+        described: the model's bundle, which defines the patches.
+        tile: the tile to predict.
         valid_HW: bool, where there is imagery in `reach`.
         reach: the window of `valid_HW`, which covers all patches of the tile.
     """
     lattice = lattice_of(described, tile)
-    return [p for p in lattice.patches(tile.window) if valid_HW[_inside(lattice.cell(p), reach)].any()]
-
-
-def _inside(window: Window, reach: Window) -> tuple[slice, slice]:
-    return window.intersect(reach).slices(reach)
+    cells = {patch: lattice.cell(patch).intersect(reach) for patch in lattice.patches(tile.window)}
+    return [patch for patch, cell in cells.items() if valid_HW[cell.slices(reach)].any()]

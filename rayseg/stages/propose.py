@@ -1,7 +1,7 @@
 """Tiles through a proposer, patch by patch, and the plots of a whole region back into tiles."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +21,7 @@ from rayseg.store import upath
 from rayseg.vision.color import ClassTable
 from rayseg.vision.instances import painted
 from rayseg.vision.proposals import Propose, SuperpixelProposer
-from rayseg.vision.rounds import Plots, RoundsConfig, find_plots
+from rayseg.vision.rounds import RoundsConfig, find_plots
 
 if TYPE_CHECKING:  # torch takes seconds to import; reading and writing do without
     from rayseg.models.sam import SamConfig
@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; reading and writing do witho
 UNNUMBERED = 2**32 - 1
 
 
+@dataclass
 class ProposePlots:
     """`tile, image, valid, reach -> patches, pieces`: plots of each patch, and the part of each in the patch's cell.
 
@@ -45,18 +46,13 @@ class ProposePlots:
         geometry: the region, GeoJSON in EPSG:4326, or None.
     """
 
-    def __init__(
-        self,
-        proposer: Literal["sam", "felzenszwalb"],
-        *,
-        sam: "SamConfig",
-        superpixels: SuperpixelProposer,
-        rounds: RoundsConfig,
-        patches: Lattice,
-        geometry: dict[str, Any] | None,
-    ) -> None:
-        self.proposer, self.sam, self.superpixels = proposer, sam, superpixels
-        self.rounds, self.patches, self.geometry = rounds, patches, geometry
+    proposer: Literal["sam", "felzenszwalb"]
+    _: KW_ONLY
+    sam: "SamConfig"
+    superpixels: SuperpixelProposer
+    rounds: RoundsConfig
+    patches: Lattice
+    geometry: dict[str, Any] | None
 
     @cached_property
     def _propose(self) -> Propose:
@@ -82,20 +78,27 @@ class ProposePlots:
             of_cell = cell.intersect(tile.window)
             if not row.valid[of_cell.slices(reach)].any():
                 continue
+            # 1. Find plots in the patch, cut to its valid pixels.
             window = _tight(row.valid, self.patches.around(cell), reach)
             cut = window.slices(reach)
             valid_HW = row.valid[cut]
             plots = find_plots(row.image[cut], self._propose, self.rounds, valid_HW)
             labels_HW, kept = painted(plots.proposals.masks, valid_HW.shape, where_HW=valid_HW, least=self.rounds.least)
+            # 2. Keep the whole patch, by which plots are joined later, and the pieces in its cell.
             place = {"cell_row": cell.row // self.patches.stride, "cell_col": cell.col // self.patches.stride}
             size = {"col": window.col, "row": window.row, "width": window.width, "height": window.height}
             counted = {"pixels": int(valid_HW.sum()), "coverage": list(plots.coverage)}
             patches.append(place | size | {"labels": plot_joins.packed(labels_HW)} | counted)
             own_HW = np.where(inside_HW[of_cell.slices(reach)], plot_joins.labels_of(patches[-1], of_cell), 0)
-            pieces += [
-                place | {"label": label} | piece | _scores(plots, kept[label - 1])
-                for label, piece in plot_joins.pieces_of(own_HW.astype(np.int32), of_cell)
-            ]
+            for label, piece in plot_joins.pieces_of(own_HW.astype(np.int32), of_cell):
+                at = kept[label - 1]
+                scores = {
+                    "predicted_iou": float(plots.proposals.iou_N[at]),
+                    "stability": float(plots.proposals.stability_N[at]),
+                    "round": int(plots.round_N[at]),
+                    "refined": bool(plots.refined_N[at]),
+                }
+                pieces.append(place | {"label": label} | piece | scores)
         return replace(row, image=ABSENT, valid=ABSENT, patches=tuple(patches), pieces=tuple(pieces))
 
 
@@ -108,32 +111,21 @@ def _tight(valid_HW: NDArray[np.bool_], patch: Window, reach: Window) -> Window:
     return Window(patch.col + int(cols[0]), patch.row + int(rows[0]), width, height)
 
 
-def _scores(plots: Plots, at: int) -> Row:
-    return {
-        "predicted_iou": float(plots.proposals.iou_N[at]),
-        "stability": float(plots.proposals.stability_N[at]),
-        "round": int(plots.round_N[at]),
-        "refined": bool(plots.refined_N[at]),
-    }
-
-
+@dataclass
 class WritePieces:
     """`tile, patches, pieces -> facts`: write `<prefix>/<tile>.patches.parquet` and `.pieces.parquet`.
 
     A tile without plots is settled as "empty".
     """
 
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
+    prefix: str
 
     def __call__(self, rows: list[TileRow]) -> list[Settled]:
         """Write each tile."""
-        return [self._write(row) for row in rows]
-
-    def _write(self, row: TileRow) -> Settled:
-        write_rows(pieces_path(self.prefix, row.tile.id, "patches"), row.patches)
-        write_rows(pieces_path(self.prefix, row.tile.id, "pieces"), row.pieces)
-        return row.settled("done" if row.pieces else "empty", {"pieces": len(row.pieces)})
+        for row in rows:
+            write_rows(pieces_path(self.prefix, row.tile.id, "patches"), row.patches)
+            write_rows(pieces_path(self.prefix, row.tile.id, "pieces"), row.pieces)
+        return [row.settled("done" if row.pieces else "empty", {"pieces": len(row.pieces)}) for row in rows]
 
 
 def pieces_path(prefix: str, tile: str, name: Literal["patches", "pieces", "numbers"]) -> str:
@@ -141,6 +133,7 @@ def pieces_path(prefix: str, tile: str, name: Literal["patches", "pieces", "numb
     return str(upath(prefix) / f"{tile}.{name}.parquet")
 
 
+@dataclass
 class ReadPlots:
     """`tile, sources -> numbers, valid`: the number of the plot at every pixel (0 for none), and where imagery is.
 
@@ -151,8 +144,11 @@ class ReadPlots:
         stride: of the patches.
     """
 
-    def __init__(self, proposed: str, joined: str, bands: Sequence[str], *, stride: int) -> None:
-        self.proposed, self.joined, self.bands, self.stride = proposed, joined, tuple(bands), stride
+    proposed: str
+    joined: str
+    bands: Sequence[str]
+    _: KW_ONLY
+    stride: int
 
     def __call__(self, rows: list[TileRow]) -> list[TileRow | Settled]:
         """Read the plots of each tile."""
@@ -179,6 +175,7 @@ class ReadPlots:
         return replace(result, image=ABSENT, numbers=numbers_HW)
 
 
+@dataclass
 class WritePlots:
     """`tile, sources, numbers, valid -> facts`: write classes.tif, plots.tif and, last, the tile's item.
 
@@ -194,18 +191,13 @@ class WritePlots:
         model: href of the classifier's item, if there is one.
     """
 
-    def __init__(
-        self,
-        prefix: str,
-        table: ClassTable,
-        *,
-        classes: Mapping[int, int],
-        unclassified: int,
-        geometry: dict[str, Any] | None,
-        model: str | None,
-    ) -> None:
-        self.prefix, self.table, self.classes = prefix, table, dict(classes)
-        self.unclassified, self.geometry, self.model = unclassified, geometry, model
+    prefix: str
+    table: ClassTable
+    _: KW_ONLY
+    classes: Mapping[int, int]
+    unclassified: int
+    geometry: dict[str, Any] | None
+    model: str | None
 
     def __call__(self, rows: list[TileRow]) -> list[Settled]:
         """Write each tile."""

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -21,6 +21,7 @@ from rayseg.store import is_local
 _PIECE = 256  # px; damaged pixels are left out in squares of this side
 
 
+@dataclass
 class ReadTile:
     """`tile, sources -> image, valid, reach`: read the tile's pixels with the halo that its patches need.
 
@@ -35,9 +36,10 @@ class ReadTile:
         stride: distance of patches in px.
     """
 
-    def __init__(self, bands: Sequence[str], *, patch: int, stride: int) -> None:
-        self.bands = tuple(bands)
-        self.patch, self.stride = patch, stride
+    bands: Sequence[str]
+    _: KW_ONLY
+    patch: int
+    stride: int
 
     def __call__(self, rows: list[TileRow]) -> list[TileRow | Settled]:
         """Read each tile."""
@@ -123,12 +125,13 @@ def tile_rows(sources: Sequence[Source], geometry: dict[str, Any] | None, *, siz
 def rows_by_grid(
     sources: Sequence[Source], geometry: dict[str, Any] | None, *, size: int, halo: int
 ) -> Iterator[list[Row]]:
-    """`tile_rows` of one grid after the other: of a planet, a zone at a time."""
-    for grid, its in rasters.grids_of(sources):
-        yield _rows_on(grid, its, geometry, size, halo)
+    """`tile_rows`, one grid at a time: of a planet, one UTM zone at a time."""
+    for grid, on_grid in rasters.grids_of(sources):
+        yield _rows_on(grid, on_grid, geometry, size, halo)
 
 
 def _rows_on(grid: Grid, sources: Sequence[Source], geometry: dict[str, Any] | None, size: int, halo: int) -> list[Row]:
+    # 1. Tiles that a source touches, cut to the extent of the imagery; of these, the tiles in the region.
     footprints = [rasters.footprint(source, grid) for source in sources]
     extent = reduce(Window.union, footprints)
     core_N2 = np.unique(np.concatenate([_touched(window, size, 0) for window in footprints]), axis=0)
@@ -136,7 +139,13 @@ def _rows_on(grid: Grid, sources: Sequence[Source], geometry: dict[str, Any] | N
     high_N2 = np.minimum((core_N2 + 1) * size, (extent.row1, extent.col1))
     corners_N4 = np.concatenate([low_N2[:, ::-1], high_N2[:, ::-1]], axis=1)
     inside_N = region.windows_inside(region.on_grid(geometry, grid), grid, corners_N4)
-    near = _indices_by_tile(footprints, size, halo)
+    # 2. The sources of every tile, with those that only its halo reaches.
+    near: dict[tuple[int, int], tuple[int, ...]] = {}
+    for index, window in enumerate(footprints):
+        alone = (index,)  # one tuple for all tiles of a single source, for a planet has millions of them
+        for row, col in map(tuple, _touched(window, size, halo).tolist()):
+            near[row, col] = (*near[row, col], index) if (row, col) in near else alone
+    # 3. Rows; tiles with the same sources share one text.
     described = [json.dumps(source.to_row()) for source in sources]
     texts: dict[tuple[int, ...], str] = {}
     rows = []
@@ -153,14 +162,3 @@ def _touched(window: Window, size: int, halo: int) -> np.ndarray:
     rows = np.arange((window.row - halo) // size, -(-(window.row1 + halo) // size))
     cols = np.arange((window.col - halo) // size, -(-(window.col1 + halo) // size))
     return np.stack(np.meshgrid(rows, cols, indexing="ij"), axis=-1).reshape(-1, 2)
-
-
-def _indices_by_tile(footprints: Sequence[Window], size: int, halo: int) -> dict[tuple[int, int], tuple[int, ...]]:
-    """(tile row, tile col) -> positions of the footprints that reach into the tile and `halo` px around it."""
-    found: dict[tuple[int, int], tuple[int, ...]] = {}
-    for index, window in enumerate(footprints):
-        alone = (index,)
-        for row, col in map(tuple, _touched(window, size, halo).tolist()):
-            before = found.get((row, col))
-            found[row, col] = alone if before is None else (*before, index)
-    return found

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -22,17 +22,18 @@ if TYPE_CHECKING:
     import torch
 
 
+@dataclass
 class ReadWith:
     """`listed -> image`: the chip, (height, width, 3) uint8 RGB, by a function of its row."""
 
-    def __init__(self, read: Callable[[Row], np.ndarray]) -> None:
-        self.read = read
+    read: Callable[[Row], np.ndarray]
 
     def __call__(self, rows: list[ChipRow]) -> list[ChipRow]:
         """Read each chip."""
         return [replace(row, image=self.read(row.listed)) for row in rows]
 
 
+@dataclass
 class Score:
     """`id, image -> facts`: class probabilities (`p`) of the middle of each chip, as large as the training windows.
 
@@ -41,8 +42,8 @@ class Score:
         features: folder of the inputs of its last layer, `<features>/<id>.npy` float32; None writes none.
     """
 
-    def __init__(self, prefix: str, features: str | None) -> None:
-        self.prefix, self.features = prefix, features
+    prefix: str
+    features: str | None
 
     @cached_property
     def _loaded(self) -> "tuple[Bundle, torch.nn.Module]":
@@ -58,7 +59,9 @@ class Score:
         from rayseg.models.classifier import class_probabilities
 
         described, model = self._loaded
-        images = [_middle(row.image, described.patch).transpose(2, 0, 1) for row in rows]
+        wholes = [Window(0, 0, row.image.shape[1], row.image.shape[0]) for row in rows]
+        cuts = [middle(whole, described.patch).slices(whole) for whole in wholes]
+        images = [row.image[cut].transpose(2, 0, 1) for row, cut in zip(rows, cuts, strict=True)]
         device = next(model.parameters()).device
         batch = torch.from_numpy(np.stack([described.normalize(image) for image in images])).to(device)
         with torch.inference_mode():
@@ -75,8 +78,3 @@ class Score:
 def features_path(prefix: str, chip: str) -> UPath:
     """The file of a chip's features."""
     return upath(prefix) / f"{chip}.npy"
-
-
-def _middle(image_HWC: np.ndarray, size: int) -> np.ndarray:
-    whole = Window(0, 0, image_HWC.shape[1], image_HWC.shape[0])
-    return image_HWC[middle(whole, size).slices(whole)]

@@ -1,6 +1,6 @@
 """Imagery as 8-bit RGB, scaled the same everywhere, for plot proposals and super-resolution."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -38,7 +38,8 @@ class ImageConfig(Config):
         return self
 
 
-class ReadGround:
+@dataclass
+class ReadGround:  # ledgers of earlier runs have stages under their class names
     """`tile, sources -> image, valid, reach, incomplete, unread`: read the tile with its halo as 8-bit RGB.
 
     image: (height, width, 3) uint8 over the window `reach`, stored values low..high scaled to 0..255; one band is
@@ -49,8 +50,8 @@ class ReadGround:
         patches: lattice of the patches, which defines the halo.
     """
 
-    def __init__(self, image: ImageConfig, patches: Lattice) -> None:
-        self.image, self.patches = image, patches
+    image: ImageConfig
+    patches: Lattice
 
     def __call__(self, rows: list[TileRow]) -> list[TileRow | Settled]:
         """Read each tile."""
@@ -78,7 +79,7 @@ def check_source(source: Source, kind: ImageConfig) -> None:
     """Refuse imagery without these bands or of another data type.
 
     Raises:
-        DataError: what was found and what to set.
+        DataError: the source lacks a band, or has another data type.
     """
     if any(band not in source.bands for band in kind.bands) or np.dtype(source.dtype) != np.dtype(kind.dtype):
         raise DataError(
