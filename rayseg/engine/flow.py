@@ -15,7 +15,6 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +71,10 @@ def run(
     with _progress(title, len(rows)) as settled:
         # Rows become records in parts, so that memory does not grow with the region.
         for start in range(0, len(rows), PART):
-            ids.append(_ids(rows, start))
+            if isinstance(rows, Manifest):  # its ids cost no dicts, so a finished part is passed at once
+                ids.append(rows.ids.slice(start, PART).combine_chunks())
+            else:
+                ids.append(pa.array([row["id"] for row in rows[start : start + PART]], pa.string()))
             known = fates.among(ids[-1].to_pylist())
             attempts = {i: fate.attempt + 1 for i, fate in known.items() if engine.retry and fate.status not in SETTLED}
             finished = len(known) - len(attempts)
@@ -85,13 +87,6 @@ def run(
                 _run_part(entries, runners, engine, stall_seconds * (1 + len(works)), settled)
                 ledger.compact()
     return ledger.account(ids)
-
-
-def _ids(rows: Sequence[Row], start: int) -> pa.StringArray:
-    """Ids of the rows of a part; a manifest gives them without making its rows."""
-    if isinstance(rows, Manifest):
-        return rows.ids.slice(start, PART).combine_chunks()
-    return pa.array([row["id"] for row in rows[start : start + PART]], pa.string())
 
 
 def _run_part(
@@ -217,12 +212,8 @@ def _on_ray(entries: list[Entry], runners: list[StageRunner], sizes: list[Size])
     unseen = [entry for entry in entries if entry.id not in seen]
     attempts = runners[-1].attempts
     # A row whose process died after its record was written is not lost.
-    recorded = (
-        {i: fate.attempt for i, fate in _ledger_of(runners).fates().among(entry.id for entry in unseen).items()}
-        if unseen
-        else {}
-    )
-    lost = [entry for entry in unseen if recorded.get(entry.id, 0) < attempts.get(entry.id, 1)]
+    fates = _ledger_of(runners).fates().among(entry.id for entry in unseen) if unseen else {}
+    lost = [e for e in unseen if e.id not in fates or fates[e.id].attempt < attempts.get(e.id, 1)]
     yield from _one_by_one(lost, runners, sizes)
 
 
@@ -231,8 +222,8 @@ def _dataset(entries: list[Entry], runners: list[StageRunner], sizes: list[Size]
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
-    context.max_errored_blocks = -1
-    context.target_max_block_size = 32 << 20
+    context.max_errored_blocks = -1  # `_one_by_one` runs the rows of a lost block again
+    context.target_max_block_size = 32 << 20  # larger blocks need 2-5 times their size in memory
     batch = runners[0].work.batch
     source = _source([entries[start : start + batch] for start in range(0, len(entries), batch)])
     count = -(-len(entries) // batch)
@@ -281,20 +272,16 @@ def _source(parts: list[list[Entry]]) -> "ray.data.Datasource":
     class Parts(ray.data.Datasource):  # type: ignore[misc]
         def get_read_tasks(self, parallelism: int, *_: object, **__: object) -> list[ray.data.ReadTask]:
             """One task per batch, whatever parallelism is requested."""
-            return [ray.data.ReadTask(partial(_tables, part), metadata(part)) for part in parts]
+            return [ray.data.ReadTask(lambda part=part: [_pack(part)], metadata(len(part))) for part in parts]
 
         def estimate_inmemory_data_size(self) -> int | None:
             """Unknown."""
             return None
 
-    def metadata(part: list[Entry]) -> BlockMetadata:
-        return BlockMetadata(num_rows=len(part), size_bytes=1000 * len(part), input_files=None, exec_stats=None)
+    def metadata(count: int) -> BlockMetadata:
+        return BlockMetadata(num_rows=count, size_bytes=1000 * count, input_files=None, exec_stats=None)
 
     return Parts()
-
-
-def _tables(part: list[Entry]) -> list[pa.Table]:
-    return [_pack(part)]
 
 
 def _one_by_one(entries: list[Entry], runners: list[StageRunner], sizes: list[Size]) -> Entries:
