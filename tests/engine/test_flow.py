@@ -202,11 +202,11 @@ def test_what_a_hanging_stage_does_later_is_not_seen(place):
     _, ledger = place
 
     def late(rows):
-        time.sleep(0.6)
+        time.sleep(1.2)
         return [Settled("nodata")]
 
-    run(rows_of(1), [Work(late)], ledger, INLINE, stall_seconds=0.1)
-    time.sleep(1)
+    run(rows_of(1), [Work(late)], ledger, INLINE, stall_seconds=0.8)
+    time.sleep(0.6)
     assert ledger.read()["t0"].status == "failed"
 
 
