@@ -1,7 +1,7 @@
-"""Where things are: regions, output grids, tiles and the lattice of patches.
+"""Output grids, windows, tiles and the lattice of patches.
 
-Everything is counted in whole pixels of a `Grid`, from a corner that does not depend on what is asked for,
-so a tile's id and its pixels stay the same however large or small the region is.
+Positions are whole pixels of a `Grid`, counted from a corner that does not depend on the region,
+so a tile's id and its pixels stay the same whatever the region is.
 Order everywhere: (row, col), (height, width), (left, bottom, right, top).
 """
 
@@ -160,11 +160,11 @@ def tile_at(grid: Grid, row: int, col: int, *, size: int, extent: Window) -> Til
 
 @dataclass(frozen=True)
 class Lattice:
-    """The one global lattice of model patches of a grid.
+    """The global lattice of model patches of a grid.
 
     The plane is divided into cells of `stride` px; a patch is a cell and a margin of (patch - stride) / 2 px around it.
     Patch origins are multiples of `stride` plus `offset`. A pixel is predicted by the patch of its own cell, blended
-    with those of neighbouring cells within one margin of the cell's border. Nothing depends on the tile asked for.
+    with those of neighbouring cells within one margin of the cell's border. Nothing depends on the tile.
     """
 
     patch: int

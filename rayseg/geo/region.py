@@ -1,4 +1,4 @@
-"""Regions: what `--region` names, and which tiles and pixels of a grid lie inside."""
+"""Regions that `--region` names, and the tiles and pixels of a grid inside them."""
 
 import io
 import json
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # takes long to import, and a region is seldom a file
 
 @dataclass(frozen=True)
 class Region:
-    """What `--region` names: an area, a catalogue of imagery, or both.
+    """The region that `--region` names: an area, a catalogue of imagery, or both.
 
     Attributes:
         name: as typed, for messages and reports.
@@ -35,7 +35,7 @@ class Region:
         catalog: URI of the STAC catalogue with the imagery; None when the configuration names it.
         collection: the collection in `catalog` that holds the imagery; None for its imagery by convention.
         images: a folder of images, or one image, instead of a catalogue.
-        tiles: ids of the only tiles wanted; empty for all.
+        tiles: ids of the tiles to map; empty for all.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Region:
     tiles: tuple[str, ...] = ()
 
     def located(self, location: str | None) -> str | None:
-        """Where a location is: `#collection` alone is in the region's catalogue; None where there is none.
+        """A location with `#collection` alone resolved in the region's catalogue; None for no location.
 
         Raises:
             ConfigError: the region has no catalogue.
@@ -76,7 +76,7 @@ def on_grid(geometry: dict[str, Any] | None, grid: Grid) -> BaseGeometry | None:
 
 
 def windows_inside(area: BaseGeometry | None, grid: Grid, corners_N4: np.ndarray) -> np.ndarray:
-    """(N,) bool: windows of `grid`, as (col, row, col1, row1), that share some ground with `area` (CRS of the grid)."""
+    """(N,) bool: windows of `grid`, as (col, row, col1, row1), that overlap `area` (CRS of the grid)."""
     if area is None:
         return np.ones(len(corners_N4), bool)
     shapely.prepare(area)
@@ -108,7 +108,7 @@ _BOX = re.compile(rf"^{_NUMBER}(?:,{_NUMBER}){{3}}$")
 
 
 def resolve_region(text: str) -> Region:
-    """What `text` names.
+    """The region that `text` names.
 
     `west,south,east,north` in degrees (west > east crosses the antimeridian), a GeoJSON or GeoParquet file, a STAC
     catalogue `catalog.json` or `catalog.json#collection`, or a name under stac/regions. A region's GeoJSON may have

@@ -24,10 +24,10 @@ def write_classes(
     """Write class values with their colours; overviews show the most frequent class.
 
     Args:
-        path: local path or URI; there is all of the file or none.
+        path: local path or URI; the file is written whole or not at all.
         classes_HW: uint8 class values over `window`, 255 = nodata.
-        grid: their grid; without CRS the file has no georeference either.
-        window: their place on it.
+        grid: their grid; without CRS the file has no georeference.
+        window: their window of it.
         table: the classes; names go to the band's tag `classes`, as JSON from value to name.
 
     Raises:
@@ -73,11 +73,11 @@ def write_image(
         path: local path or URI.
         image_CHW: pixels over `window`.
         grid: their grid.
-        window: their place on it.
+        window: their window of it.
         bands: name of each band.
         nodata: value that means no data; pixels that are not valid get it.
         valid_HW: where there is data; without `nodata` it becomes the file's internal mask.
-        overviews: how they are made, as GDAL calls it: AVERAGE, or MODE for numbers that are names.
+        overviews: GDAL's resampling: AVERAGE, or MODE for values that are labels.
 
     Raises:
         DataError: shapes do not fit.

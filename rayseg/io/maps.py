@@ -1,4 +1,4 @@
-"""The class map that a run left: its tiles, how large they are on the ground, how well they fit at their borders."""
+"""The class map of a run: its tiles, their area on the ground, and the changes of class at their borders."""
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,9 +28,9 @@ class MappedTile:
 
     Attributes:
         tile: where it is.
-        record: what the ledger says of it.
+        record: its record in the ledger.
         href: of its classes.tif.
-        sources: the imagery it was made of, first valid wins.
+        sources: the imagery used, first valid wins.
     """
 
     tile: Tile
@@ -55,7 +55,7 @@ def mapped_tiles(root: StorePath, step: str = "predict") -> list[MappedTile]:
 
 
 def planned_tiles(root: StorePath, step: str = "predict") -> list[tuple[Tile, tuple[Source, ...]]]:
-    """Every tile of a run's step and the imagery that it shows, whatever became of it.
+    """Every tile of a run's step and its imagery, whatever its status.
 
     Raises:
         DataError: the run has no such step.
@@ -111,12 +111,12 @@ def seam_score(tiles: Sequence[MappedTile], *, most: int = 200) -> dict[str, Any
 
     Args:
         tiles: of one run.
-        most: borders that are read, spread evenly over all there are.
+        most: borders that are read, spread evenly over all borders.
 
     Returns:
         borders (read), pairs and changes across them, the rates `across` and `inside` (changes per pair of
-        neighbouring pixels that both have data), and their `ratio` (None where nothing changes inside); None when no
-        two tiles touch, or no data does.
+        neighbouring pixels that both have data), and their `ratio` (None where nothing changes inside); None if no
+        two tiles touch with data.
     """
     borders = _borders(tiles)
     chosen = (

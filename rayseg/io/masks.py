@@ -1,6 +1,6 @@
-"""Class masks as people keep them and as runs leave them, in folders, catalogues and tiles, read on any window.
+"""Class masks from folders, catalogues and the tiles of runs, read on any window.
 
-Everything is read as class values of one table, uint8 with 255 for "no data" or "not labelled".
+Masks are read as class values of one table, uint8 with 255 for "no data" or "not labelled".
 """
 
 import json
@@ -30,12 +30,12 @@ SUFFIXES = (".png", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a class map that is compared at once: a tile of a run, a block of a mask on the ground, or an image.
+    """A part of a class map that is compared at once: a tile of a run, a block of a georeferenced mask, or an image.
 
     Attributes:
-        tile: where it is; without CRS on the pixels of `image`.
-        source: the file with its classes, which without CRS holds the tile's window and nothing else.
-        image: by which a mask without georeference is found.
+        tile: its window of a grid; without CRS of the pixels of `image`.
+        source: the file with its classes; without CRS the file holds the tile's window only.
+        image: name by which a mask without georeference is matched.
         size: (height, width) of the whole image or file.
     """
 
@@ -68,7 +68,7 @@ def _piece_of_tile(mapped: MappedTile) -> Piece:
 
 
 def piece_of_row(row: Mapping[str, Any]) -> Piece:
-    """The piece that the map of a tile will be, of which `source` is the imagery."""
+    """The piece of a tile that is not mapped yet; `source` is its imagery."""
     tile = Tile.from_row(row)
     sources = from_json(row["sources"])
     alone = tile.grid.crs is None
@@ -77,7 +77,7 @@ def piece_of_row(row: Mapping[str, Any]) -> Piece:
 
 
 def pieces_of_masks(masks: Sequence[Source], *, placed: bool) -> list[Piece]:
-    """Each mask as one piece; if it is to be `placed` and has a georeference, in blocks of `BLOCK` px of its grid."""
+    """Each mask as one piece; if `placed` and georeferenced, in blocks of `BLOCK` px of its grid."""
     return [piece for mask in masks for piece in _pieces_of(mask, placed=placed)]
 
 
@@ -99,7 +99,7 @@ def _pieces_of(mask: Source, *, placed: bool) -> list[Piece]:
 
 
 def pixels_of(mask: Source) -> Grid:
-    """The grid of a file's own pixels, whatever its georeference."""
+    """The grid of a file's own pixels, regardless of its georeference."""
     return Grid(None, (1.0, 1.0), (0.0, 0.0), mask.item_id)
 
 
@@ -107,7 +107,7 @@ def masks_of(location: str, *, names: Sequence[str] = ()) -> list[Source]:
     """The masks in a folder (PNG or TIFF, called by their stem) or in `catalog.json#collection` (by their item's id).
 
     Of an item with several rasters it is the one called `classes`, else the one whose stored class names fit `names`;
-    `catalog.json#collection/asset` says which.
+    `catalog.json#collection/asset` names the asset.
 
     Raises:
         DataError: there are none, one cannot be opened, or an item's asset cannot be told.
@@ -188,7 +188,7 @@ def _decoded(mask: Source, grid: Grid, part: Window, table: ClassTable) -> NDArr
     if len(bands) not in {1, 3, 4}:
         raise DataError(f"mask {mask.item_id} has {len(bands)} bands, expected 1 (class or palette) or 3 (colours).")
     image_CHW, valid_HW = read([mask], grid, part, bands=bands, categorical=True)
-    whole = bool(valid_HW.all())  # as most are: then nothing is gathered and spread again
+    whole = bool(valid_HW.all())  # as in most masks: no copy by index then
     values_CN = image_CHW if whole else image_CHW[:, None, valid_HW]
     values = values_CN.transpose(1, 2, 0) if len(bands) > 1 else values_CN[0]
     if values.dtype.kind not in "ui":

@@ -1,8 +1,8 @@
 """Plots of patches, joined to plots of a region that do not depend on the tiling.
 
-A patch is a cell of the grid's lattice with a margin, so neighbouring patches see the same ground twice. Each patch
-gives pixels of its own cell only; where two patches agree in what both see, their instances are one plot. Patches, and
-not tiles, are what is joined: how they are handed out in tiles makes no difference.
+A patch is a cell of the grid's lattice with a margin, so neighbouring patches overlap. Each patch contributes only
+the pixels of its own cell; where two patches agree in their overlap, their instances are one plot. Patches are
+joined, not tiles, so the tiling makes no difference.
 """
 
 import zlib
@@ -59,7 +59,7 @@ def read_table(path: StorePath) -> list[Row]:
 
 
 def packed(labels_HW: Labels) -> bytes:
-    """A label image in few bytes."""
+    """A label image, compressed."""
     return zlib.compress(np.ascontiguousarray(labels_HW, np.int32).tobytes(), 1)
 
 
@@ -75,9 +75,9 @@ def join(patches: Sequence[Row], pieces: Sequence[Row], *, least: float) -> list
     """The plots of one grid, by the first pixel.
 
     Args:
-        patches: cell_row and cell_col (in cells), col, row, width, height of what was looked at, labels (`packed`).
-        pieces: cell_row, cell_col, label and what `pieces_of` says, with any further columns.
-        least: IoU over what two patches both see above which their instances are one plot.
+        patches: cell_row and cell_col (in cells), col, row, width, height of the patch, labels (`packed`).
+        pieces: cell_row, cell_col, label and the columns of `pieces_of`, with any further columns.
+        least: IoU within the overlap of two patches above which their instances are one plot.
 
     Returns:
         One row per plot: members (positions of its pieces), pixels, first_row, first_col, geometry (polygon or
@@ -177,7 +177,7 @@ def mask_of(geometry: BaseGeometry, window: Window) -> NDArray[np.bool_]:
 
 
 def numbered(labels_HW: Labels, numbers: Mapping[int, int]) -> NDArray[np.uint32]:
-    """Label image of one patch with the plots' numbers for its labels; 0 where there is none."""
+    """Label image of one patch with the numbers of the plots in place of its labels; 0 for none."""
     table = np.zeros(int(labels_HW.max(initial=0)) + 1, np.uint32)
     for label, number in numbers.items():
         if label < len(table):
@@ -186,7 +186,7 @@ def numbered(labels_HW: Labels, numbers: Mapping[int, int]) -> NDArray[np.uint32
 
 
 def labels_of(row: Row, window: Window) -> Labels:
-    """What the patch of a row of `patches` found over `window`; 0 beyond what it looked at."""
+    """The labels of a row of `patches` over `window`; 0 beyond the patch."""
     found = np.zeros((window.height, window.width), np.int32)
     part = _window(row).intersect(window)
     found[part.slices(window)] = _labels(row)[part.slices(_window(row))]

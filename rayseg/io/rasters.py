@@ -1,6 +1,6 @@
-"""Windows of pixels with their validity, read without resampling wherever the imagery is on the grid.
+"""Read windows of pixels with their validity; imagery that is on the grid is not resampled.
 
-`grids_of` says on which grid sources are worked on, `footprint` where one lies on it, `read` gives a window's pixels.
+`grids_of` returns the grids of sources, `footprint` the window of a source on its grid, `read` the pixels of a window.
 """
 
 import os
@@ -45,7 +45,7 @@ _local = threading.local()
 def read(
     sources: Sequence[Source], grid: Grid, window: Window, *, bands: Sequence[str], categorical: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels of `window`, of the first source (in the order given) that has valid ones there.
+    """Pixels of `window`, each of the first source (in the order given) that is valid there.
 
     A file whose pixels are the grid's is read as it is; any other through a bilinear warp onto the grid, whose result
     does not depend on the window. Inside a file a pixel is valid when any of the chosen bands is: nodata, NaN, alpha,
@@ -179,7 +179,7 @@ def view(
 ) -> Iterator[tuple[DatasetReader, Window]]:
     """(dataset whose pixels are the grid's, grid window it covers) to read `part` from; this thread keeps it open.
 
-    Where reading fails the thread's files of `href` are closed: what they know of it may be why, and stay wrong.
+    If reading fails, the thread's files of `href` are closed: their cached blocks may be the cause.
 
     Raises:
         DataError: the file, or what is read of it, cannot be read.
@@ -212,7 +212,7 @@ def _close(viewed: _View) -> None:
 
 
 def _views() -> "OrderedDict[Any, _View]":
-    """This thread's open files; a forked process starts afresh, for file positions are shared with its parent."""
+    """This thread's open files; a forked process opens its own, because it shares file positions with its parent."""
     if getattr(_local, "process", None) != os.getpid():
         _local.process, _local.views = os.getpid(), OrderedDict()
     views: OrderedDict[Any, _View] = _local.views
@@ -265,7 +265,7 @@ def _scale(placed: Source, grid: Grid) -> tuple[float, float]:
 
 
 def _placed(dataset: DatasetReader, source: Source) -> Source:
-    """How the open file lies: by its own georeference, or the item's where the file has none."""
+    """The open file's georeference, or the item's if the file has none."""
     own = described(dataset)
     if own.crs is None and source.crs is not None:
         if (own.height, own.width) != (source.height, source.width):
@@ -275,7 +275,7 @@ def _placed(dataset: DatasetReader, source: Source) -> Source:
 
 
 def _stamp(href: str) -> tuple[int, int]:
-    """Changes when a local file is written again; files elsewhere are taken as immutable, their signatures are not."""
+    """Changes when a local file is written again; remote files are taken as immutable, but their signatures expire."""
     if not is_local(href):
         return remote.stamp(href), 0
     try:

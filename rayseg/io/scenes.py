@@ -1,9 +1,9 @@
-"""Labelled scenes: images with their masks, which belong together, and the pixels of both on any window.
+"""Labelled scenes: images with their masks, and the pixels of both on any window.
 
     <folder>/images, <folder>/masks               each image is a scene of its own
     <folder>/<scene>/images, <folder>/<scene>/masks
 
-Or two collections of STAC catalogues. Images of one scene show neighbouring ground: a split keeps them together.
+Or two collections of STAC catalogues. Images of one scene are spatially correlated: a split keeps them together.
 """
 
 import json
@@ -41,14 +41,14 @@ _keeping = threading.Lock()
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """An image and what is known of its pixels.
+    """An image and its masks.
 
     Attributes:
         id: of the image.
-        scene: what it belongs to.
+        scene: name of its scene.
         image: its file.
-        masks: over it, the preferred one first; none where nothing is labelled.
-        grid: on which both are read.
+        masks: over it, the preferred one first; empty without labels.
+        grid: of both.
         window: the whole image.
     """
 
@@ -78,7 +78,7 @@ def labelled_images(images: str, masks: str | None = None, *, names: Sequence[st
         images: a folder as above, or `catalog.json#collection`; an item's scene is its property `rayseg:scene`, else
             the item itself.
         masks: with a catalogue, where its masks are, as `masks_of` takes it.
-        names: of the classes, by which the right one of several rasters of an item is told.
+        names: of the classes, which identify the mask among several rasters of an item.
 
     Raises:
         DataError: there are no images, one cannot be opened, or a mask is of another size than its image.
@@ -133,7 +133,7 @@ def _named(scene: str, source: Source, mask: Source | None) -> LabelledImage:
 
 
 def first_of(wrong: Mapping[str, DataError]) -> str:
-    """The first trouble of several, with its name."""
+    """The first error of several, with its name."""
     name, error = next(iter(wrong.items()))
     return f"{name}: {error}"
 
@@ -190,7 +190,7 @@ def _read(one: LabelledImage, window: Window, bands: Sequence[str], table: Class
 
 
 def _whole(one: LabelledImage, bands: tuple[str, ...], table: ClassTable | None) -> Pixels:
-    """All of an image that has to be decoded as a whole anyway (PNG, JPEG); kept while there is room."""
+    """All of an image that GDAL decodes as a whole (PNG, JPEG); cached up to `_ROOM` bytes."""
     key = (one, bands, table)
     if (found := _kept.get(key)) is None:
         found = _read(one, one.window, bands, table)
@@ -214,12 +214,12 @@ def _cut(pixels: Pixels, whole: Window, window: Window) -> Pixels:
 
 
 def image_on(one: LabelledImage) -> Source:
-    """The image as it lies on its grid: nowhere on Earth, if its masks do not say where they are."""
+    """The image on its grid: without CRS if its masks have none."""
     return one.image if one.grid.crs is not None else replace(one.image, crs=None)
 
 
 def masks_on(one: LabelledImage) -> Sequence[Source]:
-    """The masks as they lie on the image's grid."""
+    """The masks on the image's grid."""
     if one.grid.crs is not None:
         return one.masks
     return [replace(mask, item_id=one.grid.image or "", crs=None) for mask in one.masks]
@@ -263,13 +263,13 @@ def count_all(images: Sequence[LabelledImage], table: ClassTable, *, cell: int) 
 def split(
     images: Sequence[LabelledImage], *, validation: Sequence[str] = (), share: float = 0.2, seed: int = 0
 ) -> tuple[list[LabelledImage], list[LabelledImage]]:
-    """(images to learn from, images to choose by), whole scenes each.
+    """(training images, validation images), whole scenes each.
 
     Args:
         images: all of them.
-        validation: scenes to choose by; by default some are drawn.
+        validation: names of the validation scenes; drawn at random by default.
         share: of the scenes that are drawn, at least one.
-        seed: of the draw.
+        seed: of the random draw.
 
     Raises:
         DataError: a scene is not there, or none is left to learn from.
@@ -290,7 +290,7 @@ def split(
 
 
 def some(names: Sequence[str]) -> str:
-    """The first five names, and how many more there are."""
+    """The first five names, and the number of the others."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
@@ -300,7 +300,7 @@ def expect_classes(
     scenes: Mapping[str, Sequence[str]],
     absent: Sequence[str],
 ) -> None:
-    """Refuse classes without pixels, and a split whose part to learn from lacks a class.
+    """Refuse classes without pixels, and a split whose training part lacks a class.
 
     Args:
         counts: "training" and "validation" -> pixels of each class.

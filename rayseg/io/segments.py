@@ -1,4 +1,4 @@
-"""Superpixels on files, and specks of a label map taken out: what of unsupervised segmentation needs GDAL."""
+"""Superpixels in files and the removal of small patches from a label map, by GDAL."""
 
 from collections.abc import Sequence
 
@@ -19,10 +19,10 @@ def write_segments(path: StorePath, segments_HW: NDArray[np.uint32], grid: Grid,
 
 
 def read_segments(files: Sequence[tuple[Window, StorePath]], window: Window) -> NDArray[np.uint32]:
-    """Segments of `window` from files of one grid that do not overlap; 0 where there is none.
+    """Segments of `window` from files of one grid that do not overlap; 0 for no data.
 
     Args:
-        files: (what the file covers, its path).
+        files: (window of the file, its path).
         window: grid pixels.
     """
     segments_HW = np.zeros((window.height, window.width), np.uint32)

@@ -1,4 +1,4 @@
-"""Where imagery lies: sources as flat records, the grids they are worked on, and the one door to image files."""
+"""Sources of imagery as flat records, the grids they are mapped on, and the function that opens image files."""
 
 import json
 import logging
@@ -86,7 +86,7 @@ _FAULTS = (RasterioError, CRSError, CPLE_BaseError)
 
 @dataclass(frozen=True)
 class Source:
-    """One item of imagery: where its files are and how its pixels lie.
+    """One item of imagery: its files and the georeference of its pixels.
 
     Attributes:
         item_id: the item's id.
@@ -98,9 +98,9 @@ class Source:
         dtype: numpy name of its pixel type.
         nodata: value that the item (not only the file) says is no data; NaN always is, and is stored as None.
         datetime: ISO 8601 in UTC ("2020-08-31T00:00:00Z"), None when unknown.
-        href: where the item itself is, "" when it was not read from anywhere.
+        href: of the item, "" if it was not read from a file.
         gcps: the files have ground control points only; `transform` is then just the box around them.
-        units: (scale, offset) of each of `bands`, from stored values to units; empty where nothing is said of them.
+        units: (scale, offset) of each of `bands`, from stored values to units; empty if not stated.
     """
 
     item_id: str
@@ -135,7 +135,7 @@ class Source:
 
 
 def from_json(text: str) -> list[Source]:
-    """The sources of which a row holds the JSON list."""
+    """The sources in a JSON list."""
     return [Source.from_row(row) for row in json.loads(text)]
 
 
@@ -144,8 +144,8 @@ def source_of_file(href: str, item_id: str, *, datetime: str | None = None) -> S
 
     Args:
         href: local path, `file:`, `s3://`, `http(s)://`.
-        item_id: the id to give it.
-        datetime: when it was taken, ISO 8601 in UTC.
+        item_id: its id.
+        datetime: acquisition time, ISO 8601 in UTC.
 
     Raises:
         DataError: the file cannot be opened.
@@ -246,7 +246,7 @@ def placing(name: str, crs: str | CRS) -> Iterator[None]:
 
 
 def grids_of(sources: Sequence[Source]) -> list[tuple[Grid, list[Source]]]:
-    """The grids that `sources` are worked on, each with its sources, newest first, then by id.
+    """The grids that `sources` are mapped on, each with its sources, newest first, then by id.
 
     Images without CRS are a grid of their own each. The others keep their own grid when all of them are north-up and
     share CRS, resolution (to 1e-9) and alignment (to 1e-3 px); if not, each goes to the UTM zone (WGS 84, standard
@@ -273,7 +273,7 @@ def grids_of(sources: Sequence[Source]) -> list[tuple[Grid, list[Source]]]:
 
 
 def beyond_utm(sources: Sequence[Source]) -> dict[str, DataError]:
-    """Why some sources cannot be worked on together with the others, by id; see `grids_of`."""
+    """Why some sources cannot be mapped together with the others, by id; see `grids_of`."""
     placed = [source for source in sources if source.crs is not None]
     bare = [source.item_id for source in sources if source.crs is None] if placed else []
     refused = {
@@ -289,7 +289,7 @@ def beyond_utm(sources: Sequence[Source]) -> dict[str, DataError]:
 
 
 def expect_mappable(source: Source, *, tile: int) -> None:
-    """Refuse, by its description alone, a source that could only fail later, tile by tile.
+    """Refuse a source whose description shows that every tile would fail.
 
     Raises:
         DataError: its pixels are complex, it lies nowhere on Earth, or it claims more than `MOST_TILES` tiles.
@@ -379,7 +379,7 @@ def crs_of(text: str) -> CRS:
 
 @lru_cache(maxsize=256)
 def same_crs(one: str, other: str) -> bool:
-    """Whether two CRS texts (EPSG code or WKT) mean the same system."""
+    """Whether two CRS texts (EPSG code or WKT) describe the same system."""
     return one == other or bool(crs_of(one) == crs_of(other))
 
 

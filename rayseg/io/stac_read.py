@@ -32,7 +32,7 @@ Box = tuple[float, float, float, float]
 
 
 def items_of(uri: str, box: Box | None) -> list[dict[str, Any]]:
-    """The items of an `items.parquet` as STAC JSON values; of those that miss the box none, if one is given.
+    """The items of an `items.parquet` as STAC JSON values; with a box, those that intersect it.
 
     Raises:
         ConfigError: there is no such file.
@@ -50,7 +50,7 @@ def items_of(uri: str, box: Box | None) -> list[dict[str, Any]]:
 
 
 def _meeting(table: pa.Table, box: Box) -> pa.ChunkedArray:
-    """Which rows of a table of items meet a box; those that do not say, or cross the antimeridian, do."""
+    """Which rows of a table of items intersect a box; true without a bbox and across the antimeridian."""
     if "bbox" not in table.column_names or not pa.types.is_struct(table.schema.field("bbox").type):
         return pa.chunked_array([np.ones(len(table), bool)])
     west, south, east, north = (pc.struct_field(table["bbox"], name) for name in ("xmin", "ymin", "xmax", "ymax"))
@@ -68,11 +68,11 @@ API_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Seconds between the attempts to request a page."""
 MOST_ITEMS = 500_000
 MOST_STALE = 3
-"""Pages in succession without a new item, after which a STAC API is taken to have no end."""
+"""Pages in succession without a new item, after which a search is given up as endless."""
 
 
 def search(uri: str, question: str | None, geometry: dict[str, Any] | None) -> list[pystac.Item]:
-    """The items that a STAC API finds, page by page, each once.
+    """The items of a search in a STAC API, page by page, each once.
 
     Args:
         uri: of the API.
@@ -82,7 +82,7 @@ def search(uri: str, question: str | None, geometry: dict[str, Any] | None) -> l
 
     Raises:
         ConfigError: the question has other words.
-        DataError: the API fails, comes to no end, or gives the same page again.
+        DataError: the API fails, or its pages do not end.
     """
     import pystac_client  # only APIs need it
     from pystac_client.exceptions import APIError
@@ -135,7 +135,7 @@ def _patient_io() -> "StacApiIO":
 
 
 def _asked(question: str) -> tuple[list[str], dict[str, Any]]:
-    """(collections, other words of the search) of a question to an API."""
+    """(collections, other parameters of the search) of a query."""
     names, *words = question.split("&")
     asked: dict[str, Any] = {}
     for word in words:
@@ -147,7 +147,7 @@ def _asked(question: str) -> tuple[list[str], dict[str, Any]]:
 
 
 def _conditions(text: str) -> dict[str, dict[str, Any]]:
-    """`eo:cloud_cover<20,platform=landsat-8` in the words of the query extension; numbers are numbers."""
+    """`eo:cloud_cover<20,platform=landsat-8` as an object of the query extension; numbers are numbers."""
     found: dict[str, dict[str, Any]] = {}
     for part in text.split(","):
         if not (parts := _CONDITION.fullmatch(part)):
@@ -169,7 +169,7 @@ _STAC_TYPES = {"cint16": "complex_int16", "cint32": "complex64", "cfloat32": "co
 
 
 class _StoreIO(pystac.StacIO):
-    """Lets pystac read wherever the product reads."""
+    """Lets pystac read every path and URI that rayseg reads."""
 
     def read_text(self, source: pystac.link.HREF, *_args: Any, **_kwargs: Any) -> str:  # noqa: ANN401 - pystac's signature
         return str(upath(str(source)).read_text(encoding="utf-8"))
@@ -284,7 +284,7 @@ def _stac(uri: str, row: dict[str, Any]) -> Any:  # noqa: ANN401 - one of pystac
 
 
 def _near(item: pystac.Item, area: BaseGeometry, halo: int) -> bool:
-    """Whether the item lies within `halo` of its pixels from the area."""
+    """Whether the item lies within `halo` of its own pixels of the area."""
     if not item.geometry:
         return False
     outline = shape(item.geometry)
@@ -292,7 +292,7 @@ def _near(item: pystac.Item, area: BaseGeometry, halo: int) -> bool:
 
 
 def _pixel_degrees(item: pystac.Item) -> float:
-    """About the longer side of the item's pixels; of an item that does not say how many it has, 1/1024 of its own."""
+    """Approximate longer side of the item's pixels; 1/1024 of its own side if it has no proj:shape."""
     fields = (item.properties, *(asset.extra_fields for asset in item.assets.values()))
     sizes = [row["proj:shape"] for row in fields if row.get("proj:shape")]
     height, width = max(sizes, default=(1024, 1024))
@@ -408,7 +408,7 @@ def _rows(asset: pystac.Asset, field: str) -> list[dict[str, Any]]:
 
 
 def _band_names(assets: dict[str, pystac.Asset], wanted: Sequence[str] | None) -> dict[str, tuple[str, ...] | None]:
-    """Names of each asset's bands; None where only the file can tell."""
+    """Names of each asset's bands; None if only the file has them."""
     bands = {key: _rows(asset, "bands") or _rows(asset, "eo:bands") for key, asset in assets.items()}
     pairs = {
         key: [(row.get("name"), row.get("eo:common_name") or row.get("common_name")) for row in rows]
@@ -430,7 +430,7 @@ def _band_names(assets: dict[str, pystac.Asset], wanted: Sequence[str] | None) -
 
 
 def _used(names: dict[str, tuple[str, ...] | None], wanted: Sequence[str] | None) -> list[str]:
-    """Keys of the assets that bring a (wanted) band that no asset before brings."""
+    """Keys of the assets with a (wanted) band that no asset before has."""
     seen: set[str] = set()
     used = []
     for key, found in names.items():
@@ -442,7 +442,7 @@ def _used(names: dict[str, tuple[str, ...] | None], wanted: Sequence[str] | None
 
 
 def _frame(item: pystac.Item, asset: pystac.Asset) -> Source | None:
-    """How the asset's pixels lie according to the item, None where it does not say."""
+    """The georeference of the asset's pixels in the item, None if it has none."""
     fields = item.properties | asset.extra_fields
     box, size, affine = fields.get("proj:bbox"), fields.get("proj:shape"), fields.get("proj:transform")
     code = fields.get("proj:code") or fields.get("proj:epsg")
@@ -473,7 +473,7 @@ def _dtype(asset: pystac.Asset) -> str | None:
 
 
 def _nodata(assets: Sequence[pystac.Asset]) -> float | None:
-    """The one value that all bands with any have as no data; NaN goes without saying."""
+    """The nodata value if all bands that have one agree; NaN always counts as nodata."""
     rows = [row for a in assets for row in (*_rows(a, "bands"), *_rows(a, "raster:bands"), a.extra_fields)]
     values = {
         row["nodata"] for row in rows if isinstance(row.get("nodata"), int | float) and row["nodata"] == row["nodata"]

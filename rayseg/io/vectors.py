@@ -1,4 +1,4 @@
-"""Class rasters as polygons, tile by tile, joined so that the result does not depend on the tiling.
+"""Polygons of class rasters, made tile by tile and joined so that the result does not depend on the tiling.
 
 A part is one 4-connected component of one class inside one tile, in whole pixels of the grid. `join` unites the parts
 that share a piece of a tile's border, takes out vertices on straight lines, and only then leaves the pixel grid: what
@@ -81,7 +81,7 @@ def polygons_of(
         scores_CHW: uint8, 0..254 = probability x 254: one band, of class 1 against 0, or band k for class k; or None.
         grid: the grid, kept in the table's metadata.
         window: the tile.
-        skip: classes that get no polygons; by default 0 where there is one band of scores or none, else none.
+        skip: classes without polygons; by default 0 if there is at most one band of scores, else none.
 
     Returns:
         One row per component: class; geometry (WKB, whole grid pixels, y downward); pixels; score_sum (of the

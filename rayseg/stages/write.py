@@ -1,4 +1,4 @@
-"""Finished tiles, on the store."""
+"""Write finished tiles to the store."""
 
 from typing import Any
 
@@ -16,10 +16,10 @@ from rayseg.vision.color import ClassTable
 class WriteTile:
     """`tile, sources, classes, scores -> facts`: classes.tif, scores.tif, parts.parquet and, last, the item.
 
-    Pixels outside the region become nodata; a tile left without data is settled as "nodata", one that holds nothing
-    but the background (class 0 of a binary table) as "empty". Files have the same name and bytes each time. A tile of
-    which a part could not be read is written and settled as "failed", so that it is seen, and mended by a retry; what
-    could not be read around a tile goes to the facts as `unread`.
+    Pixels outside the region become nodata; a tile without any data is settled as "nodata", a tile of background
+    alone (class 0 of a binary table) as "empty". A second call writes the same bytes. A tile with an unreadable part is
+    written and settled as "failed", so that a retry maps it again; unreadable pixels around a tile go to the facts as
+    `unread`.
 
     Args:
         prefix: below which `<tile id>/` is written.
@@ -27,7 +27,7 @@ class WriteTile:
         bands: names of the score bands: one per class; or one alone, of class 1 against 0 in a binary table, of each
             pixel's own class in a larger one.
         geometry: the region, GeoJSON in EPSG:4326, or None.
-        model: href of the model's item; the item of a row's own `bundle` goes before it.
+        model: href of the model's item; the item of a row's own `bundle` takes precedence.
     """
 
     def __init__(
