@@ -349,7 +349,7 @@ def _corrupt(folder):
 
 def _twins(folder):
     (folder / "gpc" / "1.jpg").write_bytes((folder / "gpc" / "1.png").read_bytes())
-    return "would both be called gpc-1"
+    return "would both have the id gpc-1"
 
 
 @pytest.mark.parametrize("spoil", [_one_class, _corrupt, _twins])

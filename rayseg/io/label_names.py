@@ -1,8 +1,7 @@
-"""Labels without a meaning given one by a person: a class map from a run and a table of labels and classes."""
+"""Name unsupervised labels: a class map from a run and a table of labels and classes that a person filled in."""
 
 import csv
 import io
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,30 +19,32 @@ Assigned = dict[Key, str]
 
 
 def assign(run: str, table: str, out: str) -> dict[str, Any]:
-    """Write the class map of a run of labels as a catalogue whose masks training and evaluation read.
+    """Write the class map of a run of unnamed labels as a catalogue whose masks training and evaluation read.
 
     Args:
-        run: with label maps in `tiles/`.
-        table: CSV file with the columns `label` and `class`, and if labels differ by scene (unless the run is `shared`)
-            `scene`; `color` (#RRGGBB)
-            may give a class its colour. Labels that are not in it become 255, "not labelled".
-        out: where `catalog.json` and its collection `classes` go.
+        run: a run with label maps in `tiles/`.
+        table: CSV file with the columns `label` and `class`, and `scene` if labels differ by scene (unless the run is
+            `shared`); `color` (#RRGGBB) is optional. Labels that it lacks become 255, "not labelled".
+        out: folder of `catalog.json` and its collection `classes`.
 
     Returns:
-        `catalog`; `tiles`; `classes`: name -> pixels; `unassigned`: pixels of labels that are not in the table.
+        `catalog`; `tiles`; `classes`: name -> pixels; `unassigned`: pixels of labels that the table lacks.
 
     Raises:
-        DataError: the run maps classes that have names, or nothing; the table cannot be read, has no such columns,
-            names a scene or label that is not there, or gives a label two classes.
+        DataError: the run maps named classes, or nothing; the table cannot be read, lacks a column, has an unknown
+            scene or label, or gives a label two classes.
     """
     tiles = mapped_tiles(run)
     labels = _labels_of(tiles, run)
     assigned, classes = read_table(table)
     _expect_known(assigned, tiles, labels, run)
-    folder, pixels, found = upath(out) / "classes", dict.fromkeys(classes.names, 0), []
-    unassigned = 0
+    folder, pixels, items = upath(out) / "classes", dict.fromkeys(classes.names, 0), []
+    unassigned, values = 0, dict(zip(classes.names, classes.values, strict=True))
     for tile in tiles:
-        lookup = _lookup(assigned, classes, tile.tile.grid.image or "")
+        lookup = np.full(256, NODATA, np.uint8)
+        for (scene, label), name in sorted(assigned.items()):  # rows of a scene come after rows of all scenes
+            if scene in {"", tile.tile.grid.image or ""}:
+                lookup[label] = values[name]
         labels_HW = masks.pieces_of_tiles([tile])[0].read(label_table(NODATA - 1))
         classes_HW = lookup[labels_HW]
         written = cog.write_classes(
@@ -57,29 +58,37 @@ def assign(run: str, table: str, out: str) -> dict[str, Any]:
             folder=folder / tile.tile.id, files=[written], sources=tile.sources, table=classes,
         )  # fmt: skip
         item.assets["classes"].href = f"./{tile.tile.id}/classes.tif"
-        found.append(item)
-    catalogue = stac_write.write_catalog(
-        out, {"classes": found}, titles={"classes": f"Classes given to the labels of {run}"}
-    )
+        items.append(item)
+    titles = {"classes": f"Classes given to the labels of {run}"}
+    catalogue = stac_write.write_catalog(out, {"classes": items}, titles=titles)
     return {"catalog": catalogue, "tiles": len(tiles), "classes": pixels, "unassigned": unassigned}
 
 
 def read_table(path: StorePath) -> tuple[Assigned, ClassTable]:
-    """(class of every label, the classes in the order in which they first occur) of a CSV file."""
+    """Read a CSV file: (class of every label, the classes in order of first occurrence)."""
     try:
         rows = list(csv.DictReader(io.StringIO(upath(path).read_text())))
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"label table {path} cannot be read: {error}; give a CSV file with label,class") from None
+        raise DataError(
+            f"label table {path} cannot be read: {error}; give a CSV file with the columns label and class"
+        ) from None
     if not rows or not {"label", "class"} <= set(rows[0]):
         has = ", ".join(name for name in rows[0] if name) if rows else "no rows"
         raise DataError(f"label table {path} has {has}, expected the columns label and class: add them")
     assigned: Assigned = {}
     colors: dict[str, str] = {}
     for number, row in enumerate(rows, 2):
-        key, name = _key(row, f"{path} line {number}"), (row["class"] or "").strip()
+        text, name = (row["label"] or "").strip().removeprefix("label").strip(), (row["class"] or "").strip()
+        if not text.isdigit() or int(text) >= NODATA:
+            raise DataError(
+                f"label table {path} line {number} has the label {row['label']!r}, expected a number from 0 to "
+                f"{NODATA - 1}: correct it"
+            )
+        key = ((row.get("scene") or "").strip(), int(text))
         if not name or assigned.get(key, name) != name:
             raise DataError(
-                f"label table {path} line {number} gives label {key[1]} the class {name!r}, expected one class"
+                f"label table {path} line {number} gives label {key[1]} the class {name!r}, expected one class: "
+                "correct it"
             )
         assigned[key] = name
         colors[name] = colors.get(name) or (row.get("color") or "").strip()
@@ -88,31 +97,14 @@ def read_table(path: StorePath) -> tuple[Assigned, ClassTable]:
     return assigned, ClassTable(table)
 
 
-def _key(row: Mapping[str, Any], where: str) -> Key:
-    text = (row["label"] or "").strip().removeprefix("label").strip()
-    if not text.isdigit() or int(text) >= NODATA:
-        raise DataError(f"{where} has the label {row['label']!r}, expected a number from 0 to {NODATA - 1}: correct it")
-    return (row.get("scene") or "").strip(), int(text)
-
-
-def _lookup(assigned: Assigned, table: ClassTable, scene: str) -> np.ndarray:
-    """Class value of every label, (256,) uint8; what is said of the scene goes before what is said of all scenes."""
-    values = dict(zip(table.names, table.values, strict=True))
-    lookup = np.full(256, NODATA, np.uint8)
-    for (named, label), name in sorted(assigned.items()):
-        if named in {"", scene}:
-            lookup[label] = values[name]
-    return lookup
-
-
 def _labels_of(tiles: list[MappedTile], run: str) -> set[int]:
     """The labels that a run's maps may hold."""
     table = masks.table_of(tiles[0].href) if tiles else None
     if table is None:
-        raise DataError(f"run {run} has no tile with a label: let it get that far, or give another run")
+        raise DataError(f"run {run} has no labelled tile: let it map at least one, or give another run")
     if table.names != label_table(len(table.names)).names:
         raise DataError(
-            f"run {run} maps {', '.join(table.names[:5])}, expected labels without a meaning: "
+            f"run {run} maps {', '.join(table.names[:5])}, expected unnamed labels: "
             "give a run of the pipeline superpixel"
         )
     return set(table.values)
@@ -123,15 +115,15 @@ def _expect_known(assigned: Assigned, tiles: list[MappedTile], labels: set[int],
     for scene, label in assigned:
         if scene and scene not in scenes:
             raise DataError(
-                f"run {run} has no scene {scene!r}, it has {', '.join(sorted(scenes)[:5])}: correct the table"
+                f"the table has the scene {scene!r}, run {run} has {', '.join(sorted(scenes)[:5])}: correct the table"
             )
         if label not in labels:
             raise DataError(
-                f"run {run} has no label {label}, its labels are 0 to {max(labels, default=0)}: correct the table"
+                f"the table has the label {label}, run {run} has 0 to {max(labels, default=0)}: correct the table"
             )
     apart = len(scenes) > 1 and not read(run)["config"]["shared"]
     if apart and not all(scene for scene, _ in assigned):
         raise DataError(
-            f"labels of {run} mean something else in each of its {len(scenes)} scenes, the table has rows without "
-            "scene: add the column scene, or map with --set shared=true"
+            f"the {len(scenes)} scenes of {run} have labels of their own, the table has rows without scene: fill in "
+            "the column scene, or map with --set shared=true"
         )

@@ -1,6 +1,6 @@
-"""Labelled images: folders of them described as STAC, and chips as arrays.
+"""Labelled images: folders of images described as STAC, and chips read as arrays.
 
-Images stay where they are; the catalogue refers to them by absolute paths.
+Images are not copied; the catalogue refers to them by absolute paths.
 """
 
 import json
@@ -38,8 +38,11 @@ _log = logging.getLogger(__name__)
 LABEL = "rayseg:label"
 _TIFF = "image/tiff; application=geotiff"
 _TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".tif": _TIFF, ".tiff": _TIFF}
+_KINDS = ", ".join(suffix.lstrip(".") for suffix in _TYPES)
 _STRIP = 1024  # rows decoded at once when an image is checked
 _THREADS = 4
+Files = list[tuple[str | None, UPath]]
+"""(class, image file) each; the class is None without labels."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,10 @@ class Chip:
     """A labelled training image.
 
     Attributes:
-        id: `<class>-<stem>` when it comes from a folder.
-        label: name of its class, None when it has none.
+        id: `<class>-<stem>` if it comes from a folder.
+        label: name of its class, None without a label.
         source: its file.
-        window: the whole of it on its own grid.
+        window: the whole image on its own grid.
     """
 
     id: str
@@ -66,7 +69,7 @@ class Chip:
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "Chip":
-        """The chip that `to_row` made this row of (further columns are ignored)."""
+        """The chip of a row from `to_row`; further columns are ignored."""
         window = Window(row["col"], row["row"], row["width"], row["height"])
         return cls(row["id"], row["label"], Source.from_row(json.loads(row["source"])), window)
 
@@ -77,33 +80,35 @@ class Chip:
 def ingest_folder(folder: StorePath, out: StorePath, *, labels: str | None = None) -> str:
     """Describe a folder of PNG, JPEG or GeoTIFF images, with or without georeference, as a STAC catalogue.
 
-    With `labels="folder"` each sub-folder is a class, its images are items `<class>-<stem>` of the collection `chips`
-    with the property `rayseg:label`; else the images of the folder are items `<stem>` of the collection `imagery`.
-    Bands are named as `sources.band_names` says. An image's time is what it says itself, taken as UTC, else its file's.
+    With `labels="folder"` each sub-folder is a class, and its images become items `<class>-<stem>` of the collection
+    `chips` with the property `rayseg:label`; otherwise the images of the folder become items `<stem>` of the collection
+    `imagery`. `sources.band_names` names the bands. An image's time is its own tag, taken as UTC, else its file's time.
 
     Returns:
         Path of the catalogue.
 
     Raises:
         ConfigError: `labels` is neither None nor "folder".
-        DataError: no images, one class only, two images of one id, or images that cannot be decoded; nothing is
-            written then.
+        DataError: there are no images, only one class, two images of one id, or images that cannot be decoded; nothing
+            is written then.
     """
     if labels not in {None, "folder"}:
         raise ConfigError(f"labels is {labels!r}, expected folder (classes are sub-folders) or nothing.")
-    found = _by_class(upath(folder)) if labels else [(None, path) for path in _images_in(upath(folder))]
-    if not found:
-        raise DataError(f"{folder} holds no images ({_kinds()}): with classes as sub-folders, say --labels folder.")
-    names = _ids(found)
-    items = _all_of(found, lambda path, label: _item(_decoded(_path(path), names[path]), label))
+    files: Files = [(None, path) for path in _images_in(upath(folder))] if not labels else _by_class(upath(folder))
+    if not files:
+        raise DataError(f"{folder} holds no images ({_KINDS}): if sub-folders are classes, add --labels folder.")
+    names = _ids(files)
+    items, errors = _each(files, lambda path, label: _item(_decoded(_path(path), names[path]), label))
+    if errors:
+        raise _unusable(errors, len(files))
     return write_catalog(out, {"chips" if labels else "imagery": items})
 
 
 def ingest_rasters(paths: StorePath | Sequence[StorePath], out: StorePath) -> str:
     """Describe georeferenced rasters as the collection `imagery` of a STAC catalogue, items `<stem>`.
 
-    A raster that cannot be opened or placed on Earth becomes an item without a place, with a warning, if there are
-    others that can: a map of the catalogue will name it among what failed.
+    If some rasters can be opened and placed on Earth, the others become items without geometry, with a warning; a map
+    of the catalogue reports these as failed.
 
     Args:
         paths: rasters, or folders of them.
@@ -113,10 +118,12 @@ def ingest_rasters(paths: StorePath | Sequence[StorePath], out: StorePath) -> st
         Path of the catalogue.
 
     Raises:
-        DataError: no rasters, two of one name, or none that can be opened and placed on Earth; nothing is written then.
+        DataError: there are no rasters, two have one name, or none can be opened and placed on Earth; nothing is
+            written then.
     """
-    found = [(None, path) for path in _rasters_in(_listed(paths))]
-    names = _ids(found)
+    listed = [paths] if isinstance(paths, str) or not isinstance(paths, Sequence) else paths
+    files: Files = [(None, path) for path in _rasters_in(listed)]
+    names = _ids(files)
 
     def describe(path: UPath, _: str | None) -> pystac.Item:
         source = _described(_path(path), names[path])
@@ -124,15 +131,20 @@ def ingest_rasters(paths: StorePath | Sequence[StorePath], out: StorePath) -> st
             raise DataError(f"{path} has no georeference: ingest it with `ingest folder`.")
         return _item(source, None)
 
-    items, wrong = _each(found, describe)
+    items, errors = _each(files, describe)
     if not items:
-        raise _unusable(wrong, len(found))
-    if wrong:
+        raise _unusable(errors, len(files))
+    if errors:
         _log.warning(
-            "%d of %d rasters cannot be mapped, the catalogue has them without a place: %s",
-            *(len(wrong), len(found), _first_five(wrong)),
+            "%d of %d rasters cannot be mapped, their items have no geometry: %s",
+            *(len(errors), len(files), _first_five(errors)),
         )
-    return write_catalog(out, {"imagery": items + [_bare_item(path, names[path]) for path in wrong]})
+    for path in errors:  # of these files nothing is known but their time
+        item = pystac.Item(names[path], None, None, datetime.fromtimestamp(path.stat().st_mtime, UTC), {})
+        kind = _TYPES.get(path.suffix.lower(), _TIFF)
+        item.add_asset("image", pystac.Asset(_path(path), media_type=kind, roles=["data"]))
+        items.append(item)
+    return write_catalog(out, {"imagery": items})
 
 
 def is_images(text: str) -> bool:
@@ -144,89 +156,76 @@ def is_images(text: str) -> bool:
 
 
 def sources_of_images(location: StorePath) -> tuple[list[Source], dict[str, DataError]]:
-    """The images of a folder, or one image, as sources called by their stem; and why others cannot be opened.
+    """The images of a folder, or one image, as sources named by their stem; and the errors of files that do not open.
 
-    A folder of scenes (see `image_folders`) gives the images of all of them, called `<scene>-<stem>`.
+    A folder of scenes (see `image_folders`) gives the images of all scenes, named `<scene>-<stem>`.
 
     Raises:
-        DataError: there are none, or two have one name.
+        DataError: there are no images, or two have one name.
     """
-    folders = image_folders(location)
-    found: list[tuple[str | None, UPath]] = [
+    files: Files = [
         (scene.replace("/", "-") or None, path)
-        for scene, folder in folders.items()
+        for scene, folder in image_folders(location).items()
         for path in _images_in(folder / "images")
     ] or [(None, path) for path in _rasters_in([location])]
-    names = _ids(found)
-    sources, wrong = _each(found, lambda path, _: _described(_path(path), names[path]))
-    return sources, {names[path]: error for path, error in wrong.items()}
+    names = _ids(files)
+    sources, errors = _each(files, lambda path, _: _described(_path(path), names[path]))
+    return sources, {names[path]: error for path, error in errors.items()}
 
 
 def image_folders(location: StorePath) -> dict[str, UPath]:
-    """Scene -> its folder, for every folder at or below a place that has a folder `images`; "" is the place itself."""
+    """Scene -> its folder, for every folder at or below a location with a sub-folder `images`; "" is the location."""
     root = upath(location)
-    found = sorted((path.parent for path in root.glob("**/images")), key=str) if root.is_dir() else []
-    return {str(path.relative_to(root)) if path != root else "": path for path in found}
-
-
-def _listed(paths: StorePath | Sequence[StorePath]) -> Sequence[StorePath]:
-    return [paths] if isinstance(paths, str) or not isinstance(paths, Sequence) else paths
+    scenes = sorted((path.parent for path in root.glob("**/images")), key=str) if root.is_dir() else []
+    return {str(path.relative_to(root)) if path != root else "": path for path in scenes}
 
 
 def _rasters_in(paths: Sequence[StorePath]) -> list[UPath]:
-    found = []
+    images = []
     for path in map(upath, paths):
         if not path.exists():
-            raise DataError(f"{path} is not there: name an image ({_kinds()}) or a folder of them.")
-        found += _images_in(path) if path.is_dir() else [path]
-    if not found:
-        raise DataError(f"{', '.join(map(str, paths))} holds no images ({_kinds()}).")
-    return found
+            raise DataError(f"{path} does not exist: give an image ({_KINDS}) or a folder of images.")
+        images += _images_in(path) if path.is_dir() else [path]
+    if not images:
+        raise DataError(f"{', '.join(map(str, paths))} holds no images ({_KINDS}): give a folder that does.")
+    return images
 
 
 def _images_in(folder: UPath) -> list[UPath]:
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder of images.")
+        raise DataError(f"{folder} is not a folder: give a folder of images.")
     images = [path for path in folder.iterdir() if path.suffix.lower() in _TYPES and not path.name.startswith(".")]
     return sorted(images, key=lambda path: str(path.name))
 
 
-def _by_class(folder: UPath) -> list[tuple[str | None, UPath]]:
-    """(class, image) of every image in the sub-folders."""
+def _by_class(folder: UPath) -> Files:
+    """The images of all sub-folders, each with its sub-folder's name as class."""
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder of class folders.")
+        raise DataError(f"{folder} is not a folder: give a folder with a sub-folder of images for each class.")
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     images = {name: _images_in(folder / name) for name in classes}
     filled = [name for name in classes if images[name]]
     if len(filled) < 2:
-        found = ", ".join(filled) or "none"
-        raise DataError(f"{folder} needs a sub-folder with images for each of at least two classes, found {found}.")
+        raise DataError(
+            f"{folder} has images in the sub-folders {', '.join(filled) or 'none'}, expected one sub-folder for each "
+            "of at least two classes: sort the images into them."
+        )
     return [(name, image) for name in filled for image in images[name]]
 
 
-def _ids(found: Sequence[tuple[str | None, UPath]]) -> dict[UPath, str]:
+def _ids(files: Files) -> dict[UPath, str]:
     """The id of each image, all different."""
     owners: dict[str, UPath] = {}
-    for label, path in found:
+    for label, path in files:
         name = slug(f"{label}-{path.stem}" if label else path.stem)
         if name in owners:
-            raise DataError(f"{owners[name]} and {path} would both be called {name}: rename one of them.")
+            raise DataError(f"{owners[name]} and {path} would both have the id {name}: rename one of them.")
         owners[name] = path
     return {path: name for name, path in owners.items()}
 
 
-def _all_of(found: Sequence[tuple[str | None, UPath]], make: Callable[[UPath, str | None], T]) -> list[T]:
-    """`make` of every (class, image); images that fail are named together."""
-    made, wrong = _each(found, make)
-    if wrong:
-        raise _unusable(wrong, len(found))
-    return made
-
-
-def _each(
-    found: Sequence[tuple[str | None, UPath]], make: Callable[[UPath, str | None], T]
-) -> tuple[list[T], dict[UPath, DataError]]:
-    """`make` of every (class, image) in order, and the errors of those that fail."""
+def _each(files: Files, make: Callable[[UPath, str | None], T]) -> tuple[list[T], dict[UPath, DataError]]:
+    """`make(image, class)` of every image in order, and the errors of those that fail."""
 
     def attempt(entry: tuple[str | None, UPath]) -> T | DataError:
         try:
@@ -235,27 +234,23 @@ def _each(
             return error
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        results = list(pool.map(attempt, found))
-    paired = zip(found, results, strict=True)
-    wrong = {path: result for (_, path), result in paired if isinstance(result, DataError)}
-    return [result for result in results if not isinstance(result, DataError)], wrong
+        results = list(pool.map(attempt, files))
+    paired = zip(files, results, strict=True)
+    errors = {path: result for (_, path), result in paired if isinstance(result, DataError)}
+    return [result for result in results if not isinstance(result, DataError)], errors
 
 
-def _unusable(wrong: dict[UPath, DataError], count: int) -> DataError:
-    return DataError(f"{len(wrong)} of {count} images cannot be used, nothing was written: {_first_five(wrong)}")
+def _unusable(errors: dict[UPath, DataError], count: int) -> DataError:
+    return DataError(f"{len(errors)} of {count} images cannot be used, nothing was written: {_first_five(errors)}")
 
 
-def _first_five(wrong: dict[UPath, DataError]) -> str:
-    more = f" And {len(wrong) - 5} more." if len(wrong) > 5 else ""
-    return " ".join(str(error) for error in list(wrong.values())[:5]) + more
+def _first_five(errors: dict[UPath, DataError]) -> str:
+    more = f" And {len(errors) - 5} more." if len(errors) > 5 else ""
+    return " ".join(str(error) for error in list(errors.values())[:5]) + more
 
 
 def _path(path: UPath) -> str:
     return str(path.absolute()) if is_local(path) else str(path)
-
-
-def _kinds() -> str:
-    return ", ".join(suffix.lstrip(".") for suffix in _TYPES)
 
 
 def _described(href: str, name: str) -> Source:
@@ -265,10 +260,10 @@ def _described(href: str, name: str) -> Source:
 
 
 def _decoded(href: str, name: str) -> Source:
-    """The image as a source; all of it is decoded once to know that it can be."""
+    """The image as a source; it is decoded once in full, to detect damage before anything is written."""
     source = _described(href, name)
     if "palette" in source.bands:
-        raise DataError(f"{href} is a palette image, as masks are: convert it to RGB.")
+        raise DataError(f"{href} is a palette image, which masks are, expected RGB or grey: convert it to RGB.")
     with gdal(href), open_file(href) as dataset:
         for row in range(0, dataset.height, _STRIP):
             dataset.read(window=FileWindow(0, row, dataset.width, min(_STRIP, dataset.height - row)))
@@ -292,7 +287,10 @@ def _item(source: Source, label: str | None) -> pystac.Item:
     properties: dict[str, Any] = {"proj:code": None, "proj:shape": [source.height, source.width]}
     geometry, bbox = None, None
     if source.crs is not None:
-        geometry, bbox = lonlat_geometry(_outline(source), crs_of(source.crs), name=href)
+        affine, width, height = Affine(*source.transform), source.width, source.height
+        outline = shapely.Polygon([affine @ corner for corner in ((0, 0), (0, height), (width, height), (width, 0))])
+        edges = mapping(shapely.segmentize(outline, outline.length / 32))  # straight edges curve in EPSG:4326
+        geometry, bbox = lonlat_geometry(edges, crs_of(source.crs), name=href)
         code = source.crs.upper().startswith("EPSG:")
         properties |= {"proj:code": source.crs} if code else {"proj:wkt2": source.crs}
         properties |= {} if source.gcps else {"proj:transform": list(source.transform)}
@@ -309,29 +307,11 @@ def _item(source: Source, label: str | None) -> pystac.Item:
     return item
 
 
-def _bare_item(path: UPath, name: str) -> pystac.Item:
-    """The item of a file of which nothing is known."""
-    moment = datetime.fromtimestamp(path.stat().st_mtime, UTC)
-    item = pystac.Item(name, None, None, moment, {})
-    item.add_asset(
-        "image", pystac.Asset(_path(path), media_type=_TYPES.get(path.suffix.lower(), _TIFF), roles=["data"])
-    )
-    return item
-
-
-def _outline(source: Source) -> dict[str, Any]:
-    affine, width, height = Affine(*source.transform), source.width, source.height
-    corners = [affine @ corner for corner in ((0, 0), (0, height), (width, height), (width, 0))]
-    outline = shapely.Polygon(corners)
-    edges: dict[str, Any] = mapping(shapely.segmentize(outline, outline.length / 32))
-    return edges
-
-
 # -- chips ------------------------------------------------------------------------------------------------------------
 
 
 def chips_of(items: Iterable[pystac.Item]) -> list[Chip]:
-    """Items of training images as chips, by id; the label is the property `rayseg:label`.
+    """Items of training images as chips, ordered by id; the label is the property `rayseg:label`.
 
     Raises:
         DataError: an image is not uint8, or cannot be opened.
@@ -346,11 +326,11 @@ def chips_of(items: Iterable[pystac.Item]) -> list[Chip]:
 
 
 def read_chip(chip: Chip, size: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """The middle of a chip in RGB.
+    """Read the middle of a chip in RGB.
 
     Args:
-        chip: of `chips_of`.
-        size: height and width in px; a smaller chip is padded with zeros, a larger one cut.
+        chip: from `chips_of`.
+        size: height and width in px; a smaller chip is padded with zeros, a larger chip is cropped.
 
     Returns:
         (image_HWC uint8 with three channels, valid_HW bool, False where padded, transparent or nodata). An image with
@@ -369,10 +349,10 @@ def read_chip(chip: Chip, size: int) -> tuple[NDArray[np.uint8], NDArray[np.bool
 
 
 def read_mask(path: StorePath, table: ClassTable) -> NDArray[np.uint8]:
-    """A mask of class values, palette indices or colours as class values (height, width), 255 = not labelled.
+    """Read a mask of class values, palette indices or colours as class values (height, width), 255 = not labelled.
 
     Raises:
-        DataError: a value or colour that is no class occurs, or the file cannot be read.
+        DataError: a value or colour is not a class, or the file cannot be read.
     """
     mask = source_of_file(str(path), upath(path).stem)
     return read_classes([mask], pixels_of(mask), Window(0, 0, mask.width, mask.height), table)
@@ -381,6 +361,6 @@ def read_mask(path: StorePath, table: ClassTable) -> NDArray[np.uint8]:
 def _expect_bytes(source: Source) -> None:
     if source.dtype != "uint8":
         raise DataError(
-            f"{source.item_id} has {source.dtype} pixels, chips are uint8 for now, because their objects are found in "
-            "8-bit colours: scale the image to 0..255 first."
+            f"{source.item_id} has {source.dtype} pixels, chips must be uint8, because objects are segmented in 8-bit "
+            "colours: scale the image to 0..255 first."
         )

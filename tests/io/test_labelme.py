@@ -1,4 +1,4 @@
-"""Plots out to LabelMe and back: what goes out comes back, and what cannot be meant is refused with its place."""
+"""Plots exported to LabelMe and imported again: a round trip keeps them, and invalid labels are refused by name."""
 
 import json
 
@@ -66,30 +66,30 @@ def test_what_goes_out_comes_back_as_crops_by_class(exported, images, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
-        ({"points": [[5, 5], [40, 40], [40, 5], [5, 40]]}, "shape 0 is no simple polygon"),
-        ({"points": [[5, 5], [95, 5], [5, 40]]}, "reaches 5, 5, 95, 40, beyond the image of 80 x 60"),
-        ({"label": "maybe"}, "labelled 'maybe', expected one of 1, 0, field, nonfield"),
+        ({"points": [[5, 5], [40, 40], [40, 5], [5, 40]]}, "shape 0 is not a simple polygon"),
+        ({"points": [[5, 5], [95, 5], [5, 40]]}, "spans 5, 5, 95, 40, beyond the image of 80 x 60"),
+        ({"label": "maybe"}, "has the label 'maybe', expected one of 1, 0, field, nonfield"),
         ({"points": [[5, 5], [9, 9]]}, "polygon of 2 points"),
         ({"shape_type": "circle"}, "is a circle"),
-        ({"label": None}, "labelled 'None', expected one of"),
+        ({"label": None}, "has the label 'None', expected one of"),
     ],
 )
-def test_shapes_that_cannot_be_meant_are_refused_with_their_place(exported, images, tmp_path, values, said):
+def test_invalid_shapes_are_refused_with_their_place(exported, images, tmp_path, values, message):
     change(exported / "b.json", **values)
-    with pytest.raises(DataError, match=said) as refused:
+    with pytest.raises(DataError, match=message) as refused:
         labelme.load(str(exported), str(images), str(tmp_path / "crops"))
     assert "b.json: shape 0" in str(refused.value)
     assert not (tmp_path / "crops").exists()
 
 
-def test_files_that_cannot_be_meant_are_refused(exported, images, tmp_path):
+def test_invalid_files_are_refused(exported, images, tmp_path):
     (exported / "c.json").write_text((exported / "b.json").read_text())
-    with pytest.raises(DataError, match=r"b\.json and .*c\.json are both of the image b"):
+    with pytest.raises(DataError, match=r"b\.json and .*c\.json both belong to the image b"):
         labelme.load(str(exported), str(images), str(tmp_path / "crops"))
     (exported / "c.json").write_text("{}")
-    with pytest.raises(DataError, match="no annotation of LabelMe"):
+    with pytest.raises(DataError, match="not a LabelMe annotation"):
         labelme.load(str(exported), str(images), str(tmp_path / "crops"))
     (exported / "c.json").unlink()
     (images / "b.png").unlink()
@@ -112,7 +112,7 @@ def test_images_are_found_by_the_names_that_plots_have_of_them(tmp_path):
         labelme.export(str(tmp_path), str(tmp_path / "images"), str(tmp_path / "again"))
     assert not (tmp_path / "again").exists()
     Image.fromarray(np.full((60, 80, 3), 150, np.uint8)).save(tmp_path / "images/my-field.png")
-    with pytest.raises(DataError, match="are both called my-field"):
+    with pytest.raises(DataError, match="have the same name my-field"):
         labelme.export(str(tmp_path), str(tmp_path / "images"), str(tmp_path / "again"))
 
 
@@ -127,7 +127,7 @@ def test_only_crops_that_are_written_are_counted(exported, images, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"points": [["left", 5], [9, 9], [5, 9]]}, r"shapes 0 points 0 0, input should be a valid number"),
         ({"points": [[float("nan"), 5], [9, 9], [5, 9]]}, r"shapes 0 points 0 0, input should be a finite number"),
@@ -136,11 +136,11 @@ def test_only_crops_that_are_written_are_counted(exported, images, tmp_path):
         ({"flags": ["hole"]}, r"shapes 0 flags"),
     ],
 )
-def test_values_of_another_kind_are_refused_with_their_place(exported, images, tmp_path, values, said):
+def test_values_of_another_kind_are_refused_with_their_place(exported, images, tmp_path, values, message):
     change(exported / "b.json", **values)
-    with pytest.raises(DataError, match=said) as refused:
+    with pytest.raises(DataError, match=message) as refused:
         labelme.load(str(exported), str(images), str(tmp_path / "crops"))
-    assert "b.json is no annotation of LabelMe" in str(refused.value)
+    assert "b.json is not a LabelMe annotation" in str(refused.value)
 
 
 def test_a_json_may_leave_out_how_large_its_image_is_but_not_be_wrong(exported, images, tmp_path):
@@ -148,7 +148,7 @@ def test_a_json_may_leave_out_how_large_its_image_is_but_not_be_wrong(exported, 
     (exported / "b.json").write_text(json.dumps(content | {"imageHeight": None, "imageWidth": None}))
     assert labelme.load(str(exported), str(images), str(tmp_path / "crops")) == {"field": 2, "nonfield": 2}
     (exported / "b.json").write_text(json.dumps(content | {"imageHeight": 30}))
-    with pytest.raises(DataError, match=r"is of an image of 80 x 30 px, .*b\.png has 80 x 60"):
+    with pytest.raises(DataError, match=r"expects an image of 80 x 30 px, .*b\.png has 80 x 60"):
         labelme.load(str(exported), str(images), str(tmp_path / "more"))
 
 
@@ -159,7 +159,7 @@ def test_a_later_image_that_is_damaged_leaves_no_crops_of_the_others(exported, i
         labelme.load(str(exported), str(images), str(tmp_path / "crops"))
     assert not (tmp_path / "crops").exists()
     Image.fromarray(np.full((60, 80), 3000, np.uint16)).save(images / "b.png")
-    with pytest.raises(DataError, match=r"b\.png has pixels of kind I;16, crops are of 8 bits"):
+    with pytest.raises(DataError, match=r"b\.png has pixels of mode I;16, expected 8 bits"):
         labelme.load(str(exported), str(images), str(tmp_path / "crops"))
 
 
@@ -168,7 +168,7 @@ def test_labels_that_a_person_set_are_not_written_over(exported, images, tmp_pat
     assert labelme.export(*words) == 2  # the same again
     change(exported / "b.json", label="0")
     before = {path.name: path.read_text() for path in exported.iterdir()}
-    with pytest.raises(DataError, match=r"b\.json is there already and may hold labels"):
+    with pytest.raises(DataError, match=r"b\.json exists and may hold labels"):
         labelme.export(*words)
     assert {path.name: path.read_text() for path in exported.iterdir()} == before
 
@@ -176,7 +176,7 @@ def test_labels_that_a_person_set_are_not_written_over(exported, images, tmp_pat
 def test_crops_of_earlier_labels_are_not_mixed_with_new_ones(exported, images, tmp_path):
     labelme.load(str(exported), str(images), str(tmp_path / "crops"))
     change(exported / "b.json", label="0")
-    with pytest.raises(DataError, match=r"a-0000\.png is there already, maybe of other labels"):
+    with pytest.raises(DataError, match=r"a-0000\.png exists, maybe with other labels"):
         labelme.load(str(exported), str(images), str(tmp_path / "crops"))
 
 
@@ -228,11 +228,11 @@ def test_plots_on_the_ground_go_out_in_the_pixels_of_each_image_and_come_back(gr
         assert np.array_equal(np.asarray(opened), image_CHW[:, 10:30, 80:100].transpose(1, 2, 0))
 
 
-def test_plots_on_the_ground_of_no_image_are_refused(ground, images, tmp_path):
+def test_plots_outside_all_images_are_refused(ground, images, tmp_path):
     folder, _ = ground
-    for given, said in ((images, "2 of the 2 plots are on the ground of no image"), (folder, "1 of the 2 plots")):
+    for given, message in ((images, "2 of the 2 plots are outside all images"), (folder, "1 of the 2 plots")):
         (folder / "west.tif").unlink(missing_ok=True)
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             labelme.export(str(tmp_path), str(given), str(tmp_path / "json"))
     assert not (tmp_path / "json").exists()
 
