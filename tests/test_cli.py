@@ -327,7 +327,7 @@ def test_models_that_cannot_map(world, out, tmp_path):
 
 
 def test_sources_without_images(world, out, tmp_path):
-    assert "is not there" in refused(3, *predict(world, out, source=tmp_path / "a.tif"))
+    assert "does not exist" in refused(3, *predict(world, out, source=tmp_path / "a.tif"))
     (tmp_path / "a.tif").write_bytes(b"II*\0 no tiff")
     assert "a.tif cannot be read" in refused(3, *predict(world, out, source=tmp_path / "a.tif"))
     (tmp_path / "empty").mkdir()
@@ -364,7 +364,7 @@ def test_other_sources_that_cannot_be_ingested(tmp_path, out):
     folder = chip_folder(tmp_path / "chips")
     assert "expected folder" in refused(2, "ingest", "folder", folder, "--labels", "names", "--out", out)
     assert "not a folder" in refused(3, "ingest", "folder", tmp_path / "none", "--out", out)
-    assert "say --labels folder" in refused(3, "ingest", "folder", folder, "--out", out)
+    assert "add --labels folder" in refused(3, "ingest", "folder", folder, "--out", out)
     assert "no georeference" in refused(3, "ingest", "rasters", folder / "gpc", "--out", out)
     assert "give one of the two" in refused(2, "ingest", "xyz", "--url", "http://h/{z}/{x}/{y}.png", "--out", out)
     xyz_words = ("ingest", "xyz", "--url", "http://h/{z}/{x}/{y}.png", "--region", "1,2,1.1,2.1", "--out", out)

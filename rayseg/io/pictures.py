@@ -1,9 +1,9 @@
-"""Pictures of a mapped region: a mosaic of every grid, a sheet of a few images where there is no georeference."""
+"""Pictures and charts of a run: a mosaic per grid, a contact sheet of images without georeference, plots, sizes."""
 
 import io
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -27,16 +27,20 @@ from rayseg.vision.superpixels import outlined
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+SHEET = 6
+"""Images on a contact sheet, at most."""
+_log = logging.getLogger(__name__)
+_GAP = 8  # px between images of a sheet
 _INK = "#80868b"
 _BARE = (200, 30, 30)
-_SHOWN = 3
-_SIDE = 1000  # px of a tile at most
+_SHOWN = 3  # tiles
+_SIDE = 1000  # px of a tile, at most
 
 
 def plots_over_imagery(tiles: Sequence[MappedTile]) -> bytes:
-    """The tiles of a run with the largest share under plots, cut from the upper left, as WebP; nothing without tiles.
+    """The three tiles with the largest share under plots, side by side with their plots outlined, as WebP.
 
-    They are side by side, each with its plots outlined.
+    Each is cropped at the upper left; without tiles the result is empty.
     """
     chosen = sorted(tiles, key=lambda tile: -tile.record.facts.get("coverage", 0))[:_SHOWN]
     cells = [_outlined(tile) for tile in chosen]
@@ -59,10 +63,10 @@ def _outlined(tile: MappedTile) -> NDArray[np.uint8]:
 
 
 def coverage_chart(patches: Sequence[tuple[int, Sequence[float]]]) -> bytes:
-    """Mean share of the imagery under plots after each round, as SVG; a patch that needed fewer rounds keeps its share.
+    """Mean share of the imagery under plots after each round, as SVG; a patch with fewer rounds keeps its last share.
 
     Args:
-        patches: (valid pixels, share of these after each round) of every patch.
+        patches: (valid pixels, share under plots after each round) of every patch.
     """
     patches = [(pixels, shares) for pixels, shares in patches if shares]
     if not patches:
@@ -73,7 +77,7 @@ def coverage_chart(patches: Sequence[tuple[int, Sequence[float]]]) -> bytes:
         float(np.average([shares[min(k, len(shares) - 1)] for _, shares in patches], weights=weights))
         for k in range(rounds)
     ]
-    from matplotlib.figure import Figure  # drawn at the end of a run, imported then
+    from matplotlib.figure import Figure  # slow to import, needed at the end of a run only
 
     figure = Figure(figsize=(4.8, 2.6), layout="constrained")
     axes = figure.subplots()
@@ -85,10 +89,10 @@ def coverage_chart(patches: Sequence[tuple[int, Sequence[float]]]) -> bytes:
 
 
 def size_chart(pixels: Sequence[int]) -> bytes:
-    """How many plots there are of which size, as SVG."""
+    """Histogram of plot sizes, as SVG."""
     if not pixels:
         return b""
-    from matplotlib.figure import Figure  # drawn at the end of a run, imported then
+    from matplotlib.figure import Figure  # slow to import, needed at the end of a run only
 
     figure = Figure(figsize=(4.8, 2.6), layout="constrained")
     axes = figure.subplots()
@@ -110,23 +114,17 @@ def _svg(figure: "Figure") -> bytes:
     return sink.getvalue()
 
 
-_log = logging.getLogger(__name__)
-
-SHEET = 6
-_GAP = 8
-
-
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A region seen from afar.
+    """An overview of a region.
 
     Attributes:
-        title: the grid or the images it shows.
-        image_HWC: the imagery, RGB uint8, 0 where there is none.
-        seen_HW: where there is imagery, bool.
+        title: name of the grid, or number of images.
+        image_HWC: the imagery, RGB uint8, 0 without imagery.
+        seen_HW: True where there is imagery.
         classes_HW: class values uint8, 255 where nothing is mapped.
-        metres: length on the ground of the picture's middle row; None without CRS.
-        step: number of grid pixels along one picture pixel.
+        metres: length of the picture's middle row in metres; None without CRS.
+        step: grid pixels per picture pixel.
     """
 
     title: str
@@ -137,7 +135,7 @@ class Picture:
     step: float
 
     def imagery(self) -> NDArray[np.uint8]:
-        """The imagery (height, width, 4), see-through where there is none."""
+        """The imagery (height, width, 4), transparent without imagery."""
         return self._with_alpha(self.image_HWC)
 
     def map(self, table: ClassTable, *, alpha: float = 0.6) -> NDArray[np.uint8]:
@@ -150,14 +148,14 @@ class Picture:
 
 
 def shown_colors(table: ClassTable) -> dict[int, RGB]:
-    """Colours of the classes worth painting: all, but for class 0 of two, which is the background."""
+    """Colours of the classes to paint: all, except class 0 of two, which is the background."""
     binary = len(table.classes) == 2
     return {value: color for value, _, color in table.classes if not (binary and value == 0)}
 
 
 def encoded(image_HWC: NDArray[np.uint8], kind: Literal["png", "webp"] = "png") -> bytes:
     """The image (height, width, 3 or 4) uint8 as a PNG file, or as a lossy WebP file a tenth of its size."""
-    import matplotlib.image  # drawn at the end of a run, imported then
+    import matplotlib.image  # slow to import, needed at the end of a run only
 
     sink = io.BytesIO()
     options = {"quality": 82, "method": 4} if kind == "webp" else {"optimize": True}
@@ -171,19 +169,19 @@ def pictures_of(tiles: Sequence[MappedTile], *, size: int = 1400, most: int | No
     Args:
         tiles: of one run.
         size: the longer side of a picture in px, at most.
-        most: pictures that are made, the first ones; None for all.
+        most: number of pictures, the first ones; None for all.
     """
     grids: dict[Grid, list[MappedTile]] = {}
     for tile in tiles:
         grids.setdefault(tile.tile.grid, []).append(tile)
-    placed = [partial(mosaic, found, size=size, title=_named(grid)) for grid, found in grids.items() if grid.crs]
-    images = [found for grid, found in grids.items() if not grid.crs]
+    placed = [
+        partial(mosaic, members, size=size, title=grid.crs if grid.crs.upper().startswith("EPSG:") else grid.name)
+        for grid, members in grids.items()
+        if grid.crs
+    ]
+    images = [members for grid, members in grids.items() if not grid.crs]
     sheets = [partial(contact_sheet, images, size=size)] if images else []
     return [draw() for draw in [*placed, *sheets][:most]]
-
-
-def _named(grid: Grid) -> str:
-    return grid.crs if grid.crs and grid.crs.upper().startswith("EPSG:") else grid.name
 
 
 def mosaic(tiles: Sequence[MappedTile], *, size: int, title: str) -> Picture:
@@ -196,11 +194,14 @@ def mosaic(tiles: Sequence[MappedTile], *, size: int, title: str) -> Picture:
     canvas = _Canvas(extent, max(1.0, max(extent.width, extent.height) / size))
     classes_HW = np.full(canvas.shape, NODATA, np.uint8)
     with ThreadPoolExecutor(4) as pool:
-        for tile, found_HW in zip(tiles, pool.map(lambda tile: _classes(tile, canvas), tiles), strict=True):
-            classes_HW[canvas.slices(tile.tile.window)] = found_HW
-    image_CHW, seen_HW = _imagery(_sources(tiles), grid, canvas)
-    metres = width_m(grid, extent)
-    return Picture(title, painted(image_CHW, seen_HW), seen_HW, classes_HW, metres, canvas.step)
+        for tile, part_HW in zip(tiles, pool.map(lambda tile: _classes(tile, canvas), tiles), strict=True):
+            classes_HW[canvas.slices(tile.tile.window)] = part_HW
+    # newest first: the order in which the map takes pixels
+    sources = {source.item_id: source for tile in tiles for source in tile.sources}
+    by_name = [sources[name] for name in sorted(sources)]
+    newest_first = sorted(by_name, key=lambda source: source.datetime or "", reverse=True)
+    image_CHW, seen_HW = _imagery(newest_first, grid, canvas)
+    return Picture(title, painted(image_CHW, seen_HW), seen_HW, classes_HW, width_m(grid, extent), canvas.step)
 
 
 def contact_sheet(images: Sequence[Sequence[MappedTile]], *, size: int) -> Picture:
@@ -227,7 +228,7 @@ def contact_sheet(images: Sequence[Sequence[MappedTile]], *, size: int) -> Pictu
 
 
 def shown(sources: Sequence[Source], grid: Grid, window: Window) -> NDArray[np.uint8]:
-    """The imagery of a small window at its own resolution, RGB (height, width, 3)."""
+    """The imagery of a small window at full resolution, RGB (height, width, 3) uint8."""
     image_CHW, seen_HW = _imagery(sources, grid, _Canvas(window, 1.0))
     return painted(image_CHW, seen_HW)
 
@@ -245,11 +246,11 @@ class _Canvas:
 
     def slices(self, window: Window) -> tuple[slice, slice]:
         """Picture pixels that `window` (inside the extent) touches."""
-        rows, cols = window.slices(self.extent)
-        return self._touched(rows), self._touched(cols)
-
-    def _touched(self, part: slice) -> slice:
-        return slice(math.floor(part.start / self.step), math.ceil(part.stop / self.step))
+        rows, cols = (
+            slice(math.floor(part.start / self.step), math.ceil(part.stop / self.step))
+            for part in window.slices(self.extent)
+        )
+        return rows, cols
 
     def shape_of(self, window: Window) -> tuple[int, int]:
         rows, cols = self.slices(window)
@@ -259,20 +260,13 @@ class _Canvas:
 def _classes(tile: MappedTile, canvas: _Canvas) -> NDArray[np.uint8]:
     with gdal(tile.href), open_file(tile.href) as dataset:
         shape = canvas.shape_of(tile.tile.window)
-        found_HW: NDArray[np.uint8] = dataset.read(1, out_shape=shape, resampling=Resampling.mode)
-    return found_HW
-
-
-def _sources(tiles: Iterable[MappedTile]) -> list[Source]:
-    """All imagery of the tiles, in the order in which it counts."""
-    found = {source.item_id: source for tile in tiles for source in tile.sources}
-    return sorted((found[name] for name in sorted(found)), key=lambda source: source.datetime or "", reverse=True)
+        return np.asarray(dataset.read(1, out_shape=shape, resampling=Resampling.mode), np.uint8)
 
 
 def _imagery(sources: Sequence[Source], grid: Grid, canvas: _Canvas) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
-    """(three bands of the imagery, where there is any) over the canvas; what cannot be read is left out.
+    """(three bands of the imagery, True where there is imagery) over the canvas; unreadable files are left out.
 
-    A damaged file has cost its own tiles, and the ledger names them: it must not cost the rest of the run its report.
+    The ledger names the tiles of a damaged file; the file must not prevent the report.
     """
     image_CHW: NDArray[np.generic] = np.zeros((3, *canvas.shape), sources[0].dtype)
     seen_HW = np.zeros(canvas.shape, bool)
@@ -295,7 +289,7 @@ def _imagery(sources: Sequence[Source], grid: Grid, canvas: _Canvas) -> tuple[ND
 def _decimated(
     source: Source, grid: Grid, part: Window, shape: tuple[int, int]
 ) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
-    """Three bands of a source over `part` of its footprint, averaged down to `shape`, and where they have data."""
+    """(three bands of a source over `part` of its footprint, averaged down to `shape`, True where they have data)."""
     bands, valid_HW = [], np.ones(shape, bool)
     for href, index in bands_shown(source):
         band_HW, ok_HW = patiently(partial(_averaged, source, href, index, grid, part, shape))
@@ -316,7 +310,7 @@ def _averaged(
 
 
 def bands_shown(source: Source) -> list[tuple[str, int]]:
-    """(href, band) to show as red, green and blue: by these names, else the first three, else the first as grey."""
+    """(href, band) to show as red, green and blue: by name, else the first three, else the first as grey."""
     where = {name: (href, at) for href, names in reversed(source.assets) for at, name in enumerate(names, 1)}
     names = [name for name in source.bands if name != "alpha"]
     visible = ["red", "green", "blue"]
@@ -325,12 +319,13 @@ def bands_shown(source: Source) -> list[tuple[str, int]]:
 
 
 def painted(image_CHW: NDArray[np.generic], seen_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Bands as RGB (height, width, 3) uint8, 0 where there is no imagery."""
+    """Bands as RGB (height, width, 3) uint8, 0 without imagery; other types than uint8 are stretched."""
     if image_CHW.dtype != np.uint8 and seen_HW.any():
-        image_CHW = np.stack([_stretched(band_HW.astype(np.float64), seen_HW) for band_HW in image_CHW])
+        bands_CHW = image_CHW.astype(np.float64)
+        limits = [np.percentile(band_HW[seen_HW], [2, 98]) for band_HW in bands_CHW]
+        stretched = [
+            np.clip((band_HW - low) / max(high - low, 1e-12), 0, 1) * 255
+            for band_HW, (low, high) in zip(bands_CHW, limits, strict=True)
+        ]
+        image_CHW = np.stack(stretched)
     return np.where(seen_HW[..., None], image_CHW.transpose(1, 2, 0), 0).astype(np.uint8)
-
-
-def _stretched(band_HW: NDArray[np.float64], seen_HW: NDArray[np.bool_]) -> NDArray[np.float64]:
-    low, high = np.percentile(band_HW[seen_HW], [2, 98])
-    return np.asarray(np.clip((band_HW - low) / max(high - low, 1e-12), 0, 1) * 255)

@@ -1,7 +1,7 @@
-"""Servers of web-map tiles: which tile is where, and its pixels, asked for politely.
+"""Web-map tile servers: the layout of their tiles, and requests with limited rate and retries.
 
-The tiles' plane is the square of EPSG:3857 from -20037508.34 to +20037508.34 in x and y; a zoom divides it in 2**zoom
-rows and columns of tiles, counted from the upper-left corner. "Tile" is the server's word here, not `rayseg.geo.Tile`.
+The tiles cover the square of EPSG:3857 from -20037508.34 to +20037508.34 in x and y; a zoom divides it into 2**zoom
+rows and columns of tiles, counted from the upper-left corner. "Tile" means the server's tile here, not a tile of a run.
 """
 
 import logging
@@ -35,8 +35,8 @@ from rayseg.geo.grid import Grid, Window
 from rayseg.io.remote import Passing, patiently, retry_after
 
 CRS = "EPSG:3857"
-_HALF_WORLD = math.pi * 6_378_137.0
-_SAME = 1e-6  # relative difference up to which a resolution is a zoom's own
+_HALF_WORLD = math.pi * 6_378_137.0  # half the equator of the sphere of EPSG:3857, in metres
+_SAME = 1e-6  # relative difference up to which a resolution equals a zoom's
 _FINEST_ZOOM = 24
 _MOST_BYTES = 8 << 20  # of one tile
 _NO_TILE = {204, 404, 410}
@@ -45,31 +45,31 @@ _PLACEHOLDERS = ("{z}", "{x}", "{y}", "{-y}", "{q}", "{s}")
 _BRACED = re.compile(r"\{[^{}]*\}")
 _BRACED_ALONE = re.compile(r"(\{[^{}]*\})+")
 _DRIVERS = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"RIFF": "WEBP"}
-# GDAL's fast way through a PNG takes a truncated one for black
+# GDAL's fast PNG reader decodes a truncated file as black
 _DECODING = {"GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO", "GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE"}
 
 
 class Fetching(Config):
-    """How tiles are asked for."""
+    """How tiles are requested."""
 
     tile_size: Literal[256, 512] = 256
     """Width and height of the server's tiles in px."""
     concurrency: Annotated[int, Field(gt=0)] = 8
-    """Most requests under way at once."""
+    """Most requests at once."""
     tries: Annotated[int, Field(gt=0)] = 6
-    """Of a tile, before it counts as failed."""
+    """Attempts per tile before it counts as failed."""
     backoff: Annotated[float, Field(ge=0)] = 0.5
-    """Seconds before the second try, doubled before each further one, +-50 % at random, 60 at most; a server's
-    Retry-After counts where it is longer, up to 60 s."""
+    """Seconds before the second attempt, doubled before each further one, +-50 % at random, at most 60; a longer
+    Retry-After of the server counts instead, up to 60 s."""
     timeout: Annotated[float, Field(gt=0)] = 30.0
-    """Seconds without a byte; a whole request may take four times as long."""
+    """Seconds without a byte before a request fails; a whole request may take four times as long."""
     limit: Annotated[int, Field(gt=0)] = 200_000
-    """Most tiles that one ingest asks for; more is refused before the first."""
+    """Most tiles of one ingest; a larger ingest is refused before the first request."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """One zoom of a tile server. `template` holds keys: it goes into requests and nowhere else."""
+    """One zoom of a tile server. `template` may hold keys, so it is used in requests only."""
 
     template: str = field(repr=False)
     zoom: int
@@ -77,7 +77,7 @@ class Service:
 
     @property
     def public(self) -> str:
-        """The template without user, password and whatever in its query is not a placeholder alone."""
+        """The template without user, password and query values that are not placeholders."""
         parts = urlsplit(self.template)
         query = [term for term in parts.query.split("&") if _BRACED_ALONE.fullmatch(term.partition("=")[2])]
         return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "&".join(query), ""))
@@ -89,20 +89,20 @@ class Service:
 
     @property
     def native(self) -> Grid:
-        """The tiles' own pixels: tile (x, y) starts at pixel (x, y) * tile_size."""
+        """The grid of the tiles' pixels: tile (x, y) starts at pixel (x, y) * tile_size."""
         side = _native(self.fetching.tile_size, self.zoom)
         return Grid(CRS, (side, side), (-_HALF_WORLD, _HALF_WORLD))
 
     def url(self, tile: mercantile.Tile) -> str:
-        """Where a tile is."""
+        """The URL of a tile."""
         return _expanded(self.template, tile)
 
     def name(self, tile: mercantile.Tile) -> str:
-        """The same, for messages."""
+        """The URL of a tile without keys, for messages."""
         return _expanded(self.public, tile)
 
     def span(self, window: Window) -> tuple[range, range]:
-        """(x, y) of the tiles over a window of native pixels; there are none beyond the world's edge."""
+        """(x, y) of the tiles over a window of native pixels; none beyond the world's edge."""
         size, last = self.fetching.tile_size, 2**self.zoom
         inside = window.intersect(Window(0, 0, last * size, last * size))
         xs, ys = range(inside.col // size, -(-inside.col1 // size)), range(inside.row // size, -(-inside.row1 // size))
@@ -110,19 +110,19 @@ class Service:
 
 
 def service_for(url: str, resolution: float, fetching: Fetching) -> tuple[Service, Grid]:
-    """(the server at the zoom as fine as `resolution` or next finer, the output grid with a corner at (0, 0)).
+    """(the server at the zoom of `resolution` or the next finer one, the output grid with a corner at (0, 0)).
 
     Raises:
-        ConfigError: the template or the resolution cannot be meant.
+        ConfigError: the template or the resolution is invalid.
     """
     if not 0 < resolution < math.inf:
-        raise ConfigError(f"resolution is {resolution}, expected the side of a pixel in metres, above 0.")
+        raise ConfigError(f"resolution is {resolution}, expected the side of a pixel in metres, above 0: correct it.")
     coarsest = _native(fetching.tile_size, 0)
     zoom = max(0, math.ceil(math.log2(coarsest / resolution * (1 - _SAME))))
     if zoom > _FINEST_ZOOM:
         raise ConfigError(
-            f"resolution is {resolution}, which needs zoom {zoom}: tiles end at zoom {_FINEST_ZOOM}, "
-            f"{_native(fetching.tile_size, _FINEST_ZOOM):.2g} m per pixel."
+            f"resolution is {resolution}, which needs zoom {zoom}, the finest zoom is {_FINEST_ZOOM}: set it to "
+            f"{_native(fetching.tile_size, _FINEST_ZOOM):.2g} m per pixel or more."
         )
     service = Service(url, zoom, fetching)
     _check_template(service)
@@ -141,18 +141,22 @@ def _check_template(service: Service) -> None:
     try:
         parts = urlsplit(url)
     except ValueError:
-        raise ConfigError("The template is no valid URL: expected http(s)://host/path.") from None
+        raise ConfigError("The template is not a valid URL: expected http(s)://host/path.") from None
     if parts.scheme not in {"http", "https"} or not parts.netloc:
-        raise ConfigError(f"{service.public} is no address of tiles: expected http:// or https:// and a host.")
-    found = set(_BRACED.findall(url))
-    if unknown := sorted(found - set(_PLACEHOLDERS)) or re.findall(r"[{}]", _BRACED.sub("", url)):
-        raise ConfigError(f"{service.public} has {', '.join(unknown)}, which is not understood; known are {known}.")
-    if "{q}" not in found and not ({"{z}", "{x}"} <= found and found & {"{y}", "{-y}"}):
-        raise ConfigError(f"{service.public} names no tile: expected {{z}}, {{x}} and {{y}} or {{-y}}, or {{q}}.")
+        raise ConfigError(
+            f"{service.public} is not the address of a tile server: expected http:// or https:// and a host."
+        )
+    placeholders = set(_BRACED.findall(url))
+    if unknown := sorted(placeholders - set(_PLACEHOLDERS)) or re.findall(r"[{}]", _BRACED.sub("", url)):
+        raise ConfigError(
+            f"{service.public} has the unknown placeholders {', '.join(unknown)}: expected some of {known}."
+        )
+    if "{q}" not in placeholders and not ({"{z}", "{x}"} <= placeholders and placeholders & {"{y}", "{-y}"}):
+        raise ConfigError(f"{service.public} lacks placeholders: expected {{z}}, {{x}} and {{y}} or {{-y}}, or {{q}}.")
     try:
         httpx.URL(service.url(mercantile.Tile(0, 0, 0)))
     except httpx.InvalidURL:
-        raise ConfigError(f"{service.public} is no valid URL: expected http(s)://host/path.") from None
+        raise ConfigError(f"{service.public} is not a valid URL: expected http(s)://host/path.") from None
 
 
 def _expanded(template: str, tile: mercantile.Tile) -> str:
@@ -164,7 +168,7 @@ def _expanded(template: str, tile: mercantile.Tile) -> str:
         "{q}": mercantile.quadkey(tile),
         "{s}": "abc"[(tile.x + tile.y) % 3],
     }
-    return _BRACED.sub(lambda found: str(values[found.group()]), template)
+    return _BRACED.sub(lambda match: str(values[match.group()]), template)
 
 
 # -- fetching ----------------------------------------------------------------------------------------------------------
@@ -172,7 +176,7 @@ def _expanded(template: str, tile: mercantile.Tile) -> str:
 
 @dataclass(frozen=True)
 class Session:
-    """Open connections to one server, and the threads that use them."""
+    """Open connections to one server, and their threads."""
 
     service: Service
     client: httpx.Client
@@ -181,7 +185,7 @@ class Session:
 
 @contextmanager
 def session(service: Service) -> Iterator[Session]:
-    """Connections to the server; while they are open, httpx logs nothing below a warning, for it logs whole URLs."""
+    """Open connections to the server; meanwhile httpx logs warnings only, because its other lines show whole URLs."""
     many, timeout = service.fetching.concurrency, httpx.Timeout(service.fetching.timeout, pool=None)
     limits = httpx.Limits(max_connections=many, max_keepalive_connections=many)
     headers = {"User-Agent": f"rayseg/{__version__}", "Accept": "image/png, image/jpeg, image/webp"}
@@ -215,7 +219,7 @@ def mosaic(session: Session, window: Window) -> np.ndarray:
     """(4, height, width) uint8 of a window of native pixels: red, green, blue and 255 where there is data.
 
     Raises:
-        DataError: of the first tile that failed for good; the others are not asked for any more.
+        DataError: the first tile that failed; the remaining tiles are not requested.
     """
     size, (xs, ys) = session.service.fetching.tile_size, session.service.span(window)
     mosaic_CHW = np.zeros((4, window.height, window.width), np.uint8)
@@ -241,7 +245,7 @@ def mosaic(session: Session, window: Window) -> np.ndarray:
 
 
 def _tile(session: Session, tile: mercantile.Tile, stop: threading.Event) -> np.ndarray | None:
-    """(4, size, size) uint8 as in a mosaic; None where the server has no tile, or when `stop` is set."""
+    """(4, size, size) uint8 as in a mosaic; None if the server has no such tile, or `stop` is set."""
     fetching, name = session.service.fetching, session.service.name(tile)
     waits = (fetching.backoff * 2**attempt * random.uniform(0.5, 1.5) for attempt in range(fetching.tries - 1))
 
@@ -258,18 +262,24 @@ def _tile(session: Session, tile: mercantile.Tile, stop: threading.Event) -> np.
 
 
 def _ask(session: Session, tile: mercantile.Tile) -> bytes | None:
-    """The body of a tile; None where the server has none."""
+    """The body of a tile; None if the server has no such tile."""
     name, most = session.service.name(tile), 4 * session.service.fetching.timeout
     body, end = bytearray(), time.monotonic() + most
     try:
         with session.client.stream("GET", session.service.url(tile)) as answer:
-            if answer.status_code in _NO_TILE:
+            status = answer.status_code
+            if status in _NO_TILE:
                 return None
-            _expect_ok(answer, name)
+            if status in _BUSY or status >= 500:
+                raise Passing(f"HTTP {status}", retry_after(answer.headers.get("Retry-After", "")))
+            if status != 200:
+                raise DataError(
+                    f"{name} was answered with HTTP {status}: check the address, the key and the terms of use"
+                )
             for part in answer.iter_bytes():
                 body += part
                 if len(body) > _MOST_BYTES:
-                    raise DataError(f"{name} has more than {_MOST_BYTES} bytes, expected one tile")
+                    raise DataError(f"{name} has more than {_MOST_BYTES} bytes, expected one tile: check the address")
                 if time.monotonic() > end:
                     raise Passing(f"an answer that took more than {most:g} s")
     except httpx.RequestError as error:  # its text and context may hold the URL
@@ -277,19 +287,11 @@ def _ask(session: Session, tile: mercantile.Tile) -> bytes | None:
     return bytes(body)
 
 
-def _expect_ok(answer: httpx.Response, name: str) -> None:
-    status = answer.status_code
-    if status in _BUSY or status >= 500:
-        raise Passing(f"HTTP {status}", retry_after(answer.headers.get("Retry-After", "")))
-    if status != 200:
-        raise DataError(f"{name} was answered with HTTP {status}: check the address, the key and the terms of use")
-
-
 def _decoded(body: bytes, name: str, size: int) -> np.ndarray:
     """(4, size, size) uint8: red, green, blue and 255 where there is data, all 0 elsewhere."""
     driver = next((driver for magic, driver in _DRIVERS.items() if body.startswith(magic)), None)
     if driver is None:
-        raise Passing("a body that is no PNG, JPEG or WebP image")
+        raise Passing("a body that is not a PNG, JPEG or WebP image")
     try:
         with rasterio.Env(**_DECODING), MemoryFile(body) as file, file.open(driver=driver) as dataset:
             if dataset.shape != (size, size) or dataset.dtypes[0] != "uint8":

@@ -2,7 +2,7 @@
 
     region or polygons -> windows of a global grid -> tiles of the next finer zoom -> area average -> COG and item
 
-`ingest_xyz` does it; it goes on where it stopped, for a window whose image and item are there is not fetched again.
+`ingest_xyz` resumes after an interruption: a window whose image and item exist is not fetched again.
 """
 
 import json
@@ -48,14 +48,14 @@ BANDS = ("red", "green", "blue")
 SCENE = 2048  # px; scenes lie on multiples of it
 _MERCATOR = shapely.box(-180.0, -85.0511, 180.0, 85.0511)
 _LARGEST_CHIP = 4096  # px
-_SLIVER = 1e-3  # pixels; what is smaller is rounding
+_SLIVER = 1e-3  # pixels; a smaller area is a rounding error
 _FAILURES_IN_A_ROW = 3
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """What becomes one image: a window of the output grid, and a chip's label."""
+    """One image to fetch: a window of the output grid, and a chip's label."""
 
     id: str
     window: Window
@@ -64,7 +64,7 @@ class _Unit:
 
 @dataclass(frozen=True)
 class _Job:
-    """What all units of one ingest share; `folder` is the collection's."""
+    """Settings of one ingest; `folder` is the folder of the collection."""
 
     service: Service
     grid: Grid
@@ -73,7 +73,7 @@ class _Job:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Properties of all items: what they were made of."""
+        """Properties of all items: their source."""
         service = self.service
         return {
             "rayseg:tiles": service.public,
@@ -82,7 +82,7 @@ class _Job:
         }
 
     def place(self, window: Window) -> dict[str, Any]:
-        """Where an item lies, as its properties say."""
+        """Properties of an item: its place on the grid."""
         affine = [float(value) for value in tuple(self.grid.transform(window))[:6]]
         return {"proj:shape": [window.height, window.width], "proj:transform": affine}
 
@@ -104,35 +104,35 @@ def ingest_xyz(
 ) -> str:
     """Fetch web-map tiles as GeoTIFF in EPSG:3857: scenes that cover a region, or a chip per polygon.
 
-    Pixels come from the zoom that is as fine as `resolution` or the next finer one, averaged by area to exactly
-    `resolution` on one global grid with a corner at (0, 0). A resolution within 1e-6 of a zoom's own counts as that,
-    and its pixels are kept as they are. Tiles that the server does not have (204, 404, 410) and transparent pixels are
-    no data; a window without any data gives no image and is asked for again the next time. What is in the query of
-    `url` and no placeholder (a key) is used for requests only: it is in no item, message or log.
+    Pixels come from the zoom of `resolution` or the next finer one, averaged by area to exactly `resolution` on one
+    global grid with a corner at (0, 0). A resolution within 1e-6 of a zoom's counts as equal, and its pixels are not
+    resampled. Tiles that the server lacks (204, 404, 410) and transparent pixels are nodata; a window without data
+    gives no image and is requested again the next time. Query values of `url` that are not placeholders, such as a key,
+    are used in requests only, never in items, messages or logs.
 
     Args:
         url: template with {z} and {x} and {y} or {-y} (rows counted from the south, TMS), or with {q} (quadkey);
             {s} becomes a, b or c.
-        out: folder or URI of the catalogue, new or begun by the same command.
+        out: folder or URI of the catalogue, new or from the same command.
         geometry: polygon or multipolygon, GeoJSON in EPSG:4326. All blocks of 2048 x 2048 px of the grid that it
             touches become scenes `3857_<block col>_<block row>` of the collection `imagery`, whole.
         chips: GeoJSON, GeoParquet or another vector file of polygons with a column `id`: the envelope of each becomes
             the image of that id in the collection `chips`.
-        label: column with the chips' labels; default: `label`, where there is one.
+        label: column with the chips' labels; default: `label`, if it exists.
         resolution: pixel side in units of EPSG:3857 (metres at the equator).
-        attribution: whom the imagery is owed to, kept in every item.
+        attribution: attribution text of the imagery, stored in every item.
         fetching: concurrency, retries, limit, tile size.
 
     Returns:
         URI of the catalogue.
 
     Raises:
-        ConfigError: the template, the resolution or the region cannot be meant, or more than `limit` tiles are needed.
-        DataError: the polygons cannot be used, `out` holds images of other settings, or tiles failed for good; then
-            what could be fetched is in the catalogue, and the same command goes on with the rest.
+        ConfigError: the template, the resolution or the region is invalid, or more than `limit` tiles are needed.
+        DataError: the polygons are invalid, `out` holds images of other settings, or tiles failed in every attempt; the
+            catalogue then has the other images, and the same command resumes with the rest.
     """
     if (geometry is None) == (chips is None):
-        raise ConfigError("Tiles are fetched for a region with an area or for chips: give one of the two.")
+        raise ConfigError("Tiles need a region with an area or chips: give one of the two.")
     service, grid = service_for(url, resolution, fetching or Fetching())
     folder = upath(out) / ("imagery" if chips is None else "chips")
     job = _Job(service, grid, folder, attribution)
@@ -143,11 +143,11 @@ def ingest_xyz(
     catalogue = _link(out, job, fetched, old) if fetched or old else None
     if failures:
         raise DataError(
-            f"{len(failures)} of {len(units)} {folder.name} could not be fetched, the first because {failures[0]}; "
-            "run the same command again for the rest."
+            f"{len(failures)} of {len(units)} {folder.name} were not fetched, the first because {failures[0]}; "
+            "run the same command again to fetch the rest."
         )
     if catalogue is None:
-        raise DataError(f"{service.public} has no imagery there at zoom {service.zoom}: check place and resolution.")
+        raise DataError(f"{service.public} has no imagery there at zoom {service.zoom}: check region and resolution.")
     return catalogue
 
 
@@ -155,24 +155,26 @@ def ingest_xyz(
 
 
 def _scenes(job: _Job, geometry: dict[str, Any]) -> list[_Unit]:
-    """All blocks of the grid that share ground with the region, row by row."""
-    ground = shapely.make_valid(shape(geometry)).intersection(_MERCATOR)
-    area = on_grid(mapping(ground), job.grid)
+    """All blocks of the grid that overlap the region, row by row."""
+    covered = shapely.make_valid(shape(geometry)).intersection(_MERCATOR)
+    area = on_grid(mapping(covered), job.grid)
     if area is None or not area.area > _SLIVER * job.grid.resolution[0] ** 2:
         raise ConfigError("The region has no area between 85 S and 85 N: give a polygon.")
-    _check_limit(job.service, math.floor(area.area / job.service.tile_side**2))  # too large a region is not even cut
+    _check_limit(
+        job.service, math.floor(area.area / job.service.tile_side**2)
+    )  # before cutting, which takes long in a large region
     window = job.grid.window_of(area.bounds)
     col, row = window.col // SCENE, window.row // SCENE
     cells = Window(col, row, -(-window.col1 // SCENE) - col, -(-window.row1 // SCENE) - row)
-    found = sorted(_cells(area, job.grid, cells), key=lambda cell: (cell.row, cell.col))
+    blocks = sorted(_cells(area, job.grid, cells), key=lambda cell: (cell.row, cell.col))
     return [
         _Unit(f"{job.grid.name}_{cell.col}_{cell.row}", Window(cell.col * SCENE, cell.row * SCENE, SCENE, SCENE))
-        for cell in found
+        for cell in blocks
     ]
 
 
 def _cells(area: BaseGeometry, grid: Grid, cells: Window) -> Iterator[Window]:
-    """Those of a window of blocks (counted in blocks) that share ground with `area`, by halving."""
+    """The blocks in a window (counted in blocks) that overlap `area`, found by halving the window."""
     pixels = Window(cells.col * SCENE, cells.row * SCENE, cells.width * SCENE, cells.height * SCENE)
     part = area.intersection(shapely.box(*grid.bounds(pixels)))
     if not part.area > _SLIVER * grid.resolution[0] ** 2:
@@ -180,24 +182,23 @@ def _cells(area: BaseGeometry, grid: Grid, cells: Window) -> Iterator[Window]:
     if cells.width == cells.height == 1:
         yield cells
         return
-    half, rest = _halves(cells)
-    yield from _cells(part, grid, half)
-    yield from _cells(part, grid, rest)
-
-
-def _halves(cells: Window) -> tuple[Window, Window]:
-    """A window cut across its longer side."""
     col, row, width, height = cells.col, cells.row, cells.width, cells.height
-    if width >= height:
-        return Window(col, row, width // 2, height), Window(col + width // 2, row, width - width // 2, height)
-    return Window(col, row, width, height // 2), Window(col, row + height // 2, width, height - height // 2)
+    if width >= height:  # cut across the longer side
+        halves = Window(col, row, width // 2, height), Window(col + width // 2, row, width - width // 2, height)
+    else:
+        halves = Window(col, row, width, height // 2), Window(col, row + height // 2, width, height - height // 2)
+    for half in halves:
+        yield from _cells(part, grid, half)
 
 
 def _chips(path: StorePath, label: str | None, grid: Grid) -> list[_Unit]:
-    """The envelope of every polygon of a vector file, outward to whole pixels."""
+    """The envelope of every polygon of a vector file, extended to whole pixels."""
     frame = _polygons(path)
     if label is not None and label not in frame:
-        raise ConfigError(f"{path} has no column {label!r} for the label; found {', '.join(map(str, frame.columns))}.")
+        raise ConfigError(
+            f"{path} has the columns {', '.join(map(str, frame.columns))} and no column {label!r} for the label: "
+            "correct --label."
+        )
     ids = _ids(path, frame)
     labels = frame[label or "label"] if (label or "label") in frame else [None] * len(frame)
     texts = [_text(value) or None for value in labels]
@@ -213,34 +214,35 @@ def _polygons(path: StorePath) -> geopandas.GeoDataFrame:
         file = str(source) if is_local(source) else BytesIO(source.read_bytes())
         frame = geopandas.read_parquet(file) if parquet else geopandas.read_file(file)
     except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{path} cannot be read: {error}; expected polygons as GeoJSON or GeoParquet.") from error
+        raise DataError(f"{path} cannot be read: {error}; give polygons as GeoJSON or GeoParquet.") from error
     if not isinstance(frame, geopandas.GeoDataFrame):
-        raise DataError(f"{path} is a table without geometry: expected polygons as GeoJSON or GeoParquet.")
+        raise DataError(f"{path} has no geometry: give polygons as GeoJSON or GeoParquet.")
     kinds = set(frame.geometry.geom_type) if len(frame) else {"nothing"}
     if frame.crs is None or not kinds <= {"Polygon", "MultiPolygon"} or frame.geometry.is_empty.any():
-        found = ", ".join(sorted(str(kind) for kind in kinds))
-        raise DataError(f"{path} holds {found} in CRS {frame.crs}: expected polygons, none empty, with a CRS.")
+        content = ", ".join(sorted(str(kind) for kind in kinds))
+        raise DataError(f"{path} holds {content} in CRS {frame.crs}: expected polygons, none empty, with a CRS.")
     return frame
 
 
 def _ids(path: StorePath, frame: geopandas.GeoDataFrame) -> list[str]:
-    """Ids of the polygons, fit for file names."""
+    """Ids of the polygons, made valid file names."""
     if "id" not in frame:
-        found = ", ".join(map(str, frame.columns))
-        raise DataError(f"{path} has no column `id`, under which chips are saved; found {found}: add it.")
+        columns = ", ".join(map(str, frame.columns))
+        raise DataError(f"{path} has the columns {columns} and no column `id`, which names the chips' files: add it.")
     texts = [_text(value) for value in frame["id"]]
     if missing := texts.count(""):
-        raise DataError(f"{path} has {missing} polygons without id of {len(texts)}: give each its own.")
+        raise DataError(f"{missing} of {len(texts)} polygons in {path} have no id: add them.")
     ids = [slug(text) for text in texts]
     if twice := [name for name, count in Counter(ids).items() if count > 1 or name == "collection"]:
         raise DataError(
-            f"{path} has ids that are taken or used twice ({', '.join(twice[:5])}): give each chip its own."
+            f"{path} has ids that are reserved or used twice ({', '.join(twice[:5])}), expected all different: change "
+            "them."
         )
     return ids
 
 
 def _text(value: Any) -> str:  # noqa: ANN401 - a cell of a table
-    """A cell as text, "" for none; whole numbers have no point, for a gap in a column makes its integers floats."""
+    """A cell as text, "" if empty; whole floats get no point, because pandas makes integers with gaps floats."""
     if pd.isna(value):
         return ""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
@@ -248,12 +250,14 @@ def _text(value: Any) -> str:  # noqa: ANN401 - a cell of a table
 
 def _envelope(name: str, bounds: np.ndarray, grid: Grid) -> Window:
     if not np.isfinite(bounds).all():
-        raise DataError(f"{name} cannot be placed in {CRS}: expected a polygon between 85 S and 85 N.")
+        raise DataError(f"{name} has no place in {CRS}: expected a polygon between 85 S and 85 N.")
     left, bottom, right, top = map(float, bounds)
     window = grid.window_of((left, bottom, right, top))
     if not 0 < min(window.width, window.height) <= max(window.width, window.height) <= _LARGEST_CHIP:
-        found = f"{window.width} x {window.height} px"
-        raise DataError(f"{name} would be {found}, expected 1 to {_LARGEST_CHIP} a side: mend the polygon.")
+        raise DataError(
+            f"{name} would have {window.width} x {window.height} px, expected 1 to {_LARGEST_CHIP} per side: correct "
+            "the polygon."
+        )
     return window
 
 
@@ -261,7 +265,7 @@ def _check_limit(service: Service, tiles: int) -> None:
     if tiles > (limit := service.fetching.limit):
         raise ConfigError(
             f"{tiles} tiles of zoom {service.zoom} would be fetched, the limit is {limit}: "
-            "take a smaller region or a coarser resolution, or raise the limit."
+            "choose a smaller region or a coarser resolution, or raise the limit."
         )
 
 
@@ -269,28 +273,28 @@ def _check_limit(service: Service, tiles: int) -> None:
 
 
 def _sorted_out(job: _Job, units: Sequence[_Unit]) -> tuple[list[_Unit], list[_Unit]]:
-    """(units whose image and item are there, the others)."""
+    """(units whose image and item exist, the others)."""
     with ThreadPoolExecutor(job.service.fetching.concurrency) as pool:
-        there = list(pool.map(partial(_there, job), units))
-    return list(compress(units, there)), [unit for unit, done in zip(units, there, strict=True) if not done]
+        exists = list(pool.map(partial(_exists, job), units))
+    return list(compress(units, exists)), [unit for unit, done in zip(units, exists, strict=True) if not done]
 
 
-def _there(job: _Job, unit: _Unit) -> bool:
-    """Whether image and item are there; a label that changed is brought up to date.
+def _exists(job: _Job, unit: _Unit) -> bool:
+    """Whether image and item exist; a changed label is updated.
 
     Raises:
-        DataError: they are of another place, resolution, server or zoom.
+        DataError: they have another place, resolution, server or zoom.
     """
     path = job.folder / f"{unit.id}.json"
     try:
         row = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):  # ValueError: not whole
+    except (FileNotFoundError, ValueError):  # ValueError: a partial file
         return False
     properties, made_of = row["properties"], job.facts | job.place(unit.window)
     if different := [key for key, value in made_of.items() if properties.get(key) != value]:
         key = different[0]
         raise DataError(
-            f"{path} has {key} {properties.get(key)}, expected {made_of[key]}: it was fetched with other settings, "
+            f"{path} has {key} {properties.get(key)}, expected {made_of[key]}: it was fetched with other settings; "
             "choose another --out."
         )
     if properties.get(LABEL) != unit.label:
@@ -300,9 +304,9 @@ def _there(job: _Job, unit: _Unit) -> bool:
 
 
 def _fetch_all(job: _Job, todo: Sequence[_Unit]) -> tuple[list[_Unit], list[str]]:
-    """Fetch units, with a progress line on stderr: (those fetched, what was wrong with those that failed).
+    """Fetch units, with a progress line on stderr: (fetched units, error messages of the others).
 
-    A unit that fails does not stop the others; several in a row do, for then the server has gone.
+    A failed unit does not stop the others; three in a row do, because the server is then probably down.
     """
     fetched: list[_Unit] = []
     failures: list[str] = []
@@ -321,13 +325,14 @@ def _fetch_all(job: _Job, todo: Sequence[_Unit]) -> tuple[list[_Unit], list[str]
 
 
 def _fetch(job: _Job, server: Session, unit: _Unit) -> list[_Unit]:
-    """Write one unit's image, then its item; neither where the server has no data: then the list is empty."""
+    """Write one unit's image, then its item; without data on the server, write neither and return an empty list."""
     around = job.around(unit.window)
     rgba_CHW = _resampled(mosaic(server, around), job, around, unit.window)
     valid_HW = rgba_CHW[3] > 0
     if not valid_HW.any():
         _log.warning("%s: the server has no imagery there", unit.id)
         return []
+    # the item last: its presence marks the unit as complete
     partly = None if valid_HW.all() else valid_HW
     image = cog.write_image(
         job.folder / f"{unit.id}.tif", rgba_CHW[:3], job.grid, unit.window, bands=BANDS, valid_HW=partly
@@ -337,7 +342,7 @@ def _fetch(job: _Job, server: Session, unit: _Unit) -> list[_Unit]:
 
 
 def _resampled(mosaic_CHW: np.ndarray, job: _Job, around: Window, window: Window) -> np.ndarray:
-    """The mosaic (native pixels of `around`) on the output grid; each pixel is the mean of the data under it."""
+    """Resample the mosaic (native pixels of `around`) to the output grid, each pixel the mean of the data under it."""
     native = job.service.native
     if native.resolution == job.grid.resolution:
         return mosaic_CHW
@@ -358,9 +363,9 @@ def _resampled(mosaic_CHW: np.ndarray, job: _Job, around: Window, window: Window
 
 
 def _item(job: _Job, unit: _Unit, image: WrittenFile) -> pystac.Item:
-    """The unit's item: what it was made of and whom it is owed to.
+    """The unit's item with its source and attribution.
 
-    Its time is that of fetching: when the imagery was taken is not known.
+    Its time is the time of fetching, because the acquisition time is unknown.
     """
     item = stac_write.item_of(unit.id, job.grid, unit.window, folder=job.folder, files=[image])
     item.assets = {"image": item.assets[unit.id]}
@@ -385,11 +390,11 @@ def _labelled(unit: _Unit) -> dict[str, str]:
 
 
 def _link(out: StorePath, job: _Job, fetched: Sequence[_Unit], old: Sequence[_Unit]) -> str:
-    """Link what was fetched, and what an ingest that was stopped left unlinked; return the catalogue's URI."""
+    """Link the fetched items, and items that an interrupted ingest left unlinked; return the catalogue's URI."""
     linked: set[str] = set()
     if (path := job.folder / "collection.json").exists():
         linked = {link["href"] for link in json.loads(path.read_text())["links"]}
     new = [*fetched, *(unit for unit in old if f"./{unit.id}.json" not in linked)]
     rows = [json.loads((job.folder / f"{unit.id}.json").read_text()) for unit in new]
-    found = [pystac.Item.from_dict(row, preserve_dict=False) for row in rows]
-    return stac_write.write_catalog(out, {job.folder.name: found})
+    items = [pystac.Item.from_dict(row, preserve_dict=False) for row in rows]
+    return stac_write.write_catalog(out, {job.folder.name: items})

@@ -421,10 +421,10 @@ SQUARE = box(0, 0, 9, 9)
         ([{"id": "a", "geometry": SQUARE}, {"id": "a", "geometry": SQUARE}], "used twice.*a"),
         ([{"id": "a b", "geometry": SQUARE}, {"id": "a/b", "geometry": SQUARE}], "used twice.*a-b"),
         ([{"id": "collection", "geometry": SQUARE}], "collection"),
-        ([{"id": 1.0, "geometry": SQUARE}, {"id": None, "geometry": SQUARE}], "1 polygons without id"),
+        ([{"id": 1.0, "geometry": SQUARE}, {"id": None, "geometry": SQUARE}], "1 of 2 polygons .* have no id"),
         ([{"name": "a", "geometry": SQUARE}], "no column `id`.*name"),
         ([{"id": "a", "geometry": Point(0, 0)}], "Point"),
-        ([{"id": "a", "geometry": box(0, 0, 9, 5000)}], "a would be 9 x 5000 px"),
+        ([{"id": "a", "geometry": box(0, 0, 9, 5000)}], "a would have 9 x 5000 px"),
         ([{"id": "a", "geometry": SQUARE.intersection(box(20, 20, 30, 30))}], "none empty"),
     ],
 )
@@ -443,7 +443,7 @@ def test_files_that_hold_no_polygons_are_refused(tmp_path):
         with pytest.raises(DataError, match=re.escape(name)):
             ingest_xyz("http://h/{z}/{x}/{y}", tmp_path / "out", chips=tmp_path / name)
     polygons = chip_file(tmp_path / "b.parquet", [{"id": 1, "geometry": SQUARE}])
-    with pytest.raises(ConfigError, match=r"no column 'kind'.*id"):
+    with pytest.raises(ConfigError, match=r"columns id.* no column 'kind'"):
         ingest_xyz("http://h/{z}/{x}/{y}", tmp_path / "out", chips=polygons, label="kind")
 
 
@@ -463,14 +463,14 @@ def test_tms_quadkeys_subdomains_and_queries_name_the_same_tiles(world, tmp_path
     ("url", "says"),
     [
         ("http://h/{z}/{x}/{y}/{time}", r"\{time\}.*\{z\}, \{x\}, \{y\}, \{-y\}, \{q\}, \{s\}"),
-        ("http://h/{z}/{x}/{y", "not understood"),
-        ("http://h/{z}/{x}", "names no tile"),
-        ("http://h/{x}/{y}", "names no tile"),
+        ("http://h/{z}/{x}/{y", "unknown placeholders"),
+        ("http://h/{z}/{x}", "lacks placeholders"),
+        ("http://h/{x}/{y}", "lacks placeholders"),
         ("file:///etc/{z}/{x}/{y}", "http:// or https://"),
         ("ftp://h/{z}/{x}/{y}", "http:// or https://"),
         ("{z}/{x}/{y}.png", "http:// or https://"),
-        ("http://[h/{z}/{x}/{y}", "no valid URL"),
-        ("http://h:port/{z}/{x}/{y}", "no valid URL"),
+        ("http://[h/{z}/{x}/{y}", "not a valid URL"),
+        ("http://h:port/{z}/{x}/{y}", "not a valid URL"),
     ],
 )
 def test_templates_that_name_no_tiles_are_refused(tmp_path, url, says):
@@ -648,7 +648,9 @@ def test_a_tile_that_fails_for_good_is_named_and_the_other_scenes_are_kept(world
     area, bad = around(*SHANGHAI, 6500), mercantile.tile(*SHANGHAI, 14)
     world.answer[14, bad.x, bad.y] = [b"<html>"]
     name = world.url(f"/14/{bad.x}/{bad.y}.png")
-    with pytest.raises(DataError, match=rf"\d of \d+ imagery .*{re.escape(name)} failed 3 times.*no PNG, JPEG or WebP"):
+    with pytest.raises(
+        DataError, match=rf"\d of \d+ imagery .*{re.escape(name)} failed 3 times.*not a PNG, JPEG or WebP"
+    ):
         ingest_xyz(world.url(), tmp_path, geometry=area, resolution=NATIVE_14, fetching=QUICK)
     kept = stac_read.open_items(str(tmp_path / "catalog.json"), "imagery")
     asked = len(world.asked)

@@ -260,7 +260,7 @@ def test_classes_that_have_names_are_not_given_others(tmp_path):
     make(tmp_path / "run", {"scene": (picture(mask_HW), mask_HW, (0, 0))})
     (tmp_path / "table.csv").write_text("label,class\n0,water\n")
     said = refused(3, "labels", "assign", tmp_path / "run", "--csv", tmp_path / "table.csv")
-    assert "maps background, gpc, expected labels without a meaning" in said
+    assert "maps background, gpc, expected unnamed labels" in said
     assert not (tmp_path / "run" / "assigned").exists()
 
 
