@@ -1,4 +1,4 @@
-"""Make the README's picture from a finished demo run: part of a scene | chips, CAMs and coarse masks | the map there.
+"""Make the README's picture from a finished demo run: part of a scene | chips, CAMs and coarse masks | its map.
 
 python docs/picture.py runs/demo docs/images/demo.png
 """
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import matplotlib.image
 import numpy as np
-from numpy.typing import NDArray
 
 from rayseg.io.maps import mapped_tiles
 from rayseg.io.pictures import mosaic
@@ -27,14 +26,11 @@ def main(run: str, target: str) -> None:
     middle = cues_HWC[:, : cues_HWC.shape[1] // 6 * 3]  # the first three chips
     step = middle.shape[0] / SIDE
     rows, cols = (np.arange(SIDE) * step).astype(int), (np.arange(int(middle.shape[1] / step)) * step).astype(int)
-    parts = [seen.imagery()[PART][..., :3], middle[rows][:, cols], seen.map(ClassTable(CLASSES))[PART][..., :3]]
+    white_gap = np.full((SIDE, GAP, 3), 255, np.uint8)
+    scene, classes = seen.imagery()[PART][..., :3], seen.map(ClassTable(CLASSES))[PART][..., :3]
     Path(target).parent.mkdir(parents=True, exist_ok=True)
-    matplotlib.image.imsave(target, _beside(parts))
-
-
-def _beside(parts: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    gap = np.full((SIDE, GAP, 3), 255, np.uint8)
-    return np.concatenate([parts[0], gap, parts[1], gap, parts[2]], axis=1)
+    picture = np.concatenate([scene, white_gap, middle[rows][:, cols], white_gap, classes], axis=1)
+    matplotlib.image.imsave(target, picture)
 
 
 if __name__ == "__main__":
