@@ -4,6 +4,7 @@ A table stays in columns, with one copy of each repeated text, so that the manif
 memory; rows become dicts only when they are used.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, overload
 
@@ -17,6 +18,8 @@ from rayseg.store import StorePath, put, upath
 
 Row = dict[str, Any]
 """A flat row of a Parquet table."""
+HERE = "<run>/"
+"""Placeholder for the prefix of the run in files of its steps, so that a run can be moved and resumed."""
 REPEATED = ("crs", "grid_image", "sources", "refused")
 """Columns in which many rows have the same text."""
 _NAME = "^[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?$"  # what `grid.slug` leaves unchanged
@@ -24,23 +27,50 @@ PART = 20_000
 """Rows that are dicts at the same time; an engine works on one part after the other."""
 
 
-def write_rows(path: StorePath, rows: Sequence[Row]) -> None:
-    """Write rows with the same columns as a Parquet file, or nothing; no rows give a file with the column `id`."""
+def write_rows(path: StorePath, rows: Sequence[Row], *, root: str | None = None) -> None:
+    """Write rows with the same columns as a Parquet file, or nothing; no rows give a file with the column `id`.
+
+    Args:
+        path: of the file.
+        rows: the rows.
+        root: prefix of the run; hrefs of sources below it are kept relative to it, so that a moved run finds them.
+    """
     table = (rows if isinstance(rows, Manifest) else Manifest.of([rows])).table
+    table = _rerooted(table, f"{root}/", HERE) if root else table
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, row_group_size=PART, compression="zstd")
     put(path, memoryview(sink.getvalue()))
 
 
-def read_rows(path: StorePath, *, columns: Sequence[str] | None = None) -> "Manifest":
+def read_rows(path: StorePath, *, columns: Sequence[str] | None = None, root: str | None = None) -> "Manifest":
     """The rows of a file, with all of their columns or some.
+
+    Args:
+        path: of the file.
+        columns: names; by default all.
+        root: prefix of the run now, for rows that were written with one.
 
     Raises:
         FileNotFoundError: there is no such file.
         pyarrow.ArrowInvalid: it is not a Parquet file.
     """
     with upath(path).open("rb") as file:
-        return Manifest(pq.read_table(file, columns=columns, read_dictionary=list(REPEATED)))
+        table = pq.read_table(file, columns=columns, read_dictionary=list(REPEATED))
+    return Manifest(_rerooted(table, HERE, f"{root}/") if root else table)
+
+
+def _rerooted(table: pa.Table, old: str, new: str) -> pa.Table:
+    """The table with the hrefs of sources (JSON text) that begin with `old` beginning with `new`."""
+    at = table.schema.get_field_index("sources")
+    if at < 0:
+        return table
+    prefixes = [json.dumps(prefix)[:-1] for prefix in (old, new)]  # with the quote mark where an href begins
+    column = table.column(at)
+    chunks = [
+        pa.DictionaryArray.from_arrays(chunk.indices, pc.replace_substring(chunk.dictionary, *prefixes))
+        for chunk in column.chunks
+    ]
+    return table.set_column(at, table.field(at), pa.chunked_array(chunks, column.type))
 
 
 class Manifest(Sequence[Row]):

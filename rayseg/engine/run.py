@@ -25,7 +25,7 @@ from upath import UPath
 from rayseg import __version__
 from rayseg.config import Config
 from rayseg.engine.ledger import MISSING, Account, Ledger
-from rayseg.engine.manifest import read_rows
+from rayseg.engine.manifest import HERE, read_rows
 from rayseg.errors import ConfigError
 from rayseg.geo.region import Region
 from rayseg.store import STORE_ERRORS, absolute, is_local, public, put, sweep, upath
@@ -34,8 +34,6 @@ NAMED = 20
 """Failed rows of a step that the status names."""
 LOCK_TRIES = 20
 """Tries, 0.05 s apart, to take the lock of a run before the run counts as locked by another process."""
-HERE = "<run>/"
-"""Placeholder in done.json for the run's own prefix, so that a run can be moved and resumed."""
 KEYS_OF_MODULES = {
     "rayseg.pipelines.al_s4gan.chip_pool": "rayseg.pool",
     "rayseg.pipelines.al_s4gan.pipeline": "rayseg.pipelines.al_s4gan",
@@ -53,6 +51,7 @@ KEYS_OF_STEPS = {
     ("gpc", "rayseg.steps.evaluate", "compare_truth"): ("rayseg.pipelines.gpc", "measure"),
     ("landcover", "rayseg.steps.evaluate", "compare_truth"): ("rayseg.pipelines.landcover", "measure"),
     ("al-s4gan", "rayseg.steps.evaluate", "compare_truth"): ("rayseg.pipelines.al_s4gan", "evaluate"),
+    ("agri", "rayseg.steps.plots", "write_plots"): ("rayseg.pipelines.agri", "write_plots"),
 }
 """(pipeline, module, step function) -> the names under which it enters the keys, for functions that moved alone."""
 LIBRARIES = ("torch", "ray", "rasterio", "segmentation-models-pytorch", "numpy")

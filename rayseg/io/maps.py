@@ -17,7 +17,7 @@ from rayseg.engine.manifest import Manifest, read_rows
 from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Tile, Window
 from rayseg.io.sources import Source, from_json, gdal, open_file
-from rayseg.store import StorePath, upath
+from rayseg.store import StorePath, absolute, upath
 
 _GEOD = Geod(ellps="WGS84")
 
@@ -66,8 +66,8 @@ def planned_tiles(root: StorePath, step: str = "predict") -> list[tuple[Tile, tu
 def _manifest(root: StorePath, step: str) -> Manifest:
     path = upath(root) / "steps" / step / "manifest.parquet"
     if not path.exists():
-        raise DataError(f"{root} has no tiles of a step {step!r} ({path.name} is missing): let the run get that far.")
-    return read_rows(path)
+        raise DataError(f"{root} has no tiles of a step {step!r}: {path.name} is missing; run that step first")
+    return read_rows(path, root=absolute(str(root)).rstrip("/"))
 
 
 def _mapped(row: dict[str, Any], record: Record, tiles: UPath) -> MappedTile:

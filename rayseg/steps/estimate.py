@@ -284,10 +284,10 @@ def _learn_and_map(
         _map_blank(config, described, run, region)
 
 
-def training(step: Step, fit: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
+def training(step: Step, fit: Callable[..., dict[str, Any]], *arguments: object, **planned: object) -> dict[str, Any]:
     """What `fit(step, *arguments)` returns of a training that is cut short, if it is one, with `left_out` (seconds)."""
     with probe.taken() as taken:
-        value = fit(step, *arguments)
+        value = fit(step, *arguments, **planned)
     return {**value, "left_out": taken.left_out} if taken.epochs else value
 
 

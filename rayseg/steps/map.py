@@ -62,10 +62,12 @@ class Plan(Generic[Labels]):
     Attributes:
         tiles: rows of all tiles of the map.
         labels: the labelled data to learn from, as the pipeline's steps take it.
+        before: rows of the tiles that are enlarged first, where a pipeline enlarges its imagery.
     """
 
     tiles: Sequence[Row] | None = None
     labels: Labels | None = None
+    before: Sequence[Row] | None = None
 
 
 def load_model(step: Step, prefix: str) -> dict[str, Any]:
@@ -149,7 +151,7 @@ def kept_manifest(step: Step, planned: Callable[[], Sequence[Row]]) -> Manifest:
         rows = rows if isinstance(rows, Manifest) else Manifest.of([rows])
         if refused := rows.refused():
             _log.warning("%s cannot be mapped, the ledger says why: %s", _counted(refused), _some(refused))
-        write_rows(path, rows)
+        write_rows(path, rows, root=step.root)
     return read_manifest(step)
 
 
@@ -280,7 +282,7 @@ def _some(ids: Sequence[str]) -> str:
 
 def read_manifest(step: Step) -> Manifest:
     """The rows that `manifest` planned."""
-    return read_rows(step.prefix / "manifest.parquet")
+    return read_rows(step.prefix / "manifest.parquet", root=step.root)
 
 
 def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[Source], Refused]:

@@ -64,12 +64,34 @@ def _source(tile: Tile) -> Source:
 
 
 def enlarge(
-    step: Step, region: Region, how: EnlargeConfig | None, image: ImageConfig, config: MapConfig, halo: int
+    step: Step,
+    region: Region,
+    how: EnlargeConfig | None,
+    image: ImageConfig,
+    config: MapConfig,
+    halo: int,
+    *,
+    tiles: Sequence[Row] | None = None,
 ) -> dict[str, Any]:
-    """The imagery made larger, if it is to be, as a collection `enlarged` below the run."""
+    """Enlarge the imagery, if `how` says so, as a collection `enlarged` below the run.
+
+    Args:
+        step: this one.
+        region: what is mapped.
+        how: the network; None enlarges nothing.
+        image: what the imagery is.
+        config: where the imagery is, and the size of tiles.
+        halo: px around a tile of the enlarged imagery that it needs.
+        tiles: rows of what is enlarged, where it is planned already.
+
+    Returns:
+        `imagery`: path of the collection; `items`: how many it has; see `map.through`.
+    """
     if how is None:
         return {}
-    rows = mapping.kept_manifest(step, lambda: tiles_to_enlarge(region, how, image, config, halo=halo)[0])
+    rows = mapping.kept_manifest(
+        step, lambda: tiles_to_enlarge(region, how, image, config, halo=halo)[0] if tiles is None else tiles
+    )
     folder = upath(step.root) / "enlarged"
     works = [
         Work(ReadGround(image, lattice_of(how))),

@@ -1,5 +1,7 @@
 """Rows in columns are the same rows."""
 
+import json
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -78,3 +80,17 @@ def test_ids_that_cannot_be_files_are_refused(ids, why):
 
 def test_ids_that_can_be_files_are_not():
     Manifest.of([[{"id": name} for name in ("EPSG-32631_1_-2", "_x", "a.b-c")]]).expect_ids()
+
+
+def test_sources_below_the_run_are_found_where_the_run_is_now(tmp_path):
+    def rows(*folders):
+        sources = [json.dumps([{"href": f"{folder}/a.tif"}]) for folder in folders]
+        return [{"id": f"t{number}", "sources": source, "refused": ""} for number, source in enumerate(sources)]
+
+    path = tmp_path / "manifest.parquet"
+    write_rows(path, rows("/é/run/enlarged", "/é/run-2", "/data"), root="/é/run")
+    assert read_rows(path, root="/moved") == rows("/moved/enlarged", "/é/run-2", "/data")
+    write_rows(path, rows("/data"))
+    assert read_rows(path, root="/moved") == rows("/data")
+    write_rows(path, [], root="/é/run")
+    assert len(read_rows(path, root="/moved")) == 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,13 +32,14 @@ from rayseg.models.plot_classifier import build_plot_classifier
 from rayseg.models.sam import SamConfig
 from rayseg.models.super_resolution import EnlargeConfig
 from rayseg.pipelines import agri
-from rayseg.pipelines.agri import CLASSES, SCALING, Config
+from rayseg.pipelines.agri import Config
 from rayseg.stages import classify_plots as stages
 from rayseg.stages.propose import ProposePlots
 from rayseg.stages.rows import TileRow
 from rayseg.stages.to_rgb import ImageConfig
-from rayseg.steps import super_resolution
+from rayseg.steps import models, super_resolution
 from rayseg.steps.map import MapConfig
+from rayseg.steps.plots import CLASSES, SCALING
 from rayseg.train.classifier import NETWORKS, ClassifierConfig
 from rayseg.vision import rle
 from rayseg.vision.color import ClassTable
@@ -183,6 +185,8 @@ def test_enlarged_imagery_keeps_its_place_and_gives_the_same_plots_whatever_the_
     one, other = (tmp_path / f"{tile}/plots.parquet" for tile in (256, 512))
     assert one.read_bytes() == other.read_bytes()
     is_foretold(tmp_path / "256", region, "map.tile=256")
+    moved_goes_on(tmp_path / "256", tmp_path / "moved", region, "map.tile=256")
+    one = tmp_path / "moved/plots.parquet"
     found = overlaps(geopandas.read_parquet(one), fields()[1])
     assert min(found.values()) > 0.75, found
     with rasterio.open(next((tmp_path / "512/tiles").glob("*/plots.tif"))) as file:
@@ -191,6 +195,23 @@ def test_enlarged_imagery_keeps_its_place_and_gives_the_same_plots_whatever_the_
     assert sum(sum(one.values()) for one in counts) == 16 * HEIGHT * WIDTH
     for path in [*(tmp_path / "512/enlarged").glob("*.json")]:
         valid_stac(path)
+
+
+def moved_goes_on(out, moved, region, *settings):
+    """Check that a run of `ENLARGED` that is moved computes nothing again, and finds its enlarged imagery."""
+    before, tiles = files(out), files(out / "tiles")
+    out.rename(moved)
+    words = ("run", "pipeline", "agri", "--region", region, "--out", moved, *ENLARGED)
+    words += tuple(word for setting in settings for word in ("--set", setting))
+    assert rayseg(*words).exit_code == 0
+    changed = [name for name, found in files(moved).items() if before.get(name) != found and name != ".lock"]
+    assert changed == ["run.json"]
+    for name in ("steps/predict", "tiles"):
+        shutil.rmtree(moved / name)
+    found = rayseg(*words)
+    assert found.exit_code == 0, found.output
+    again = {name: content for name, (_, content) in files(moved / "tiles").items() if name.endswith(".tif")}
+    assert again == {name: content for name, (_, content) in tiles.items() if name.endswith(".tif")}
 
 
 def is_foretold(out, region, *settings):
@@ -489,7 +510,8 @@ def test_a_classifier_that_cannot_be_trained_is_refused_before_plots_are_looked_
 def test_every_network_of_the_classifier_has_a_bundle_that_can_be_built(tmp_path, network, encoder):
     settings = ClassifierConfig(network=network, encoder=encoder, weights="none")
     made = NETWORKS[network](**settings.options(classes=2, channels=3), weights="none")
-    bundle.save(tmp_path / "model", agri._described(settings), made)
+    described = models.classifier_bundle(settings, CLASSES, name="plots", scaling=SCALING)
+    bundle.save(tmp_path / "model", described, made)
     assert type(bundle.build(tmp_path / "model")[1]) is type(made)
 
 
@@ -502,7 +524,7 @@ def test_one_setting_of_the_classifier_leaves_the_others_as_published():
 def test_classifying_has_the_patience_of_the_map(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(flow, "run", lambda *_, **named: seen.append(named) or Account.of([], {}))
-    monkeypatch.setattr(agri, "_groups", lambda *_: [])
+    monkeypatch.setattr(agri.plots, "group_plots", lambda *_: [])
     step = Step("classify", str(tmp_path), "", Engine("inline"))
     model = replace(step, value={"bundle": str(classifier(tmp_path / "model"))})
     agri.classify(step, step, step, model, Config(map={"stall_seconds": 7}))

@@ -1,0 +1,164 @@
+"""Plots of a region as tables: joined from the pieces of tiles, grouped for a classifier, with their classes."""
+
+import json
+from collections import defaultdict
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from rayseg.engine.manifest import Row, write_rows
+from rayseg.engine.run import Step
+from rayseg.geo.grid import Grid, Tile
+from rayseg.io import plot_joins, vectors
+from rayseg.io.sources import Source, grids_of
+from rayseg.models import bundle
+from rayseg.models.bundle import Scaling
+from rayseg.stages.propose import pieces_path
+from rayseg.steps import map as mapping
+from rayseg.store import upath
+from rayseg.train.classifier import ClassifierConfig
+from rayseg.train.learning import Learning, Rates
+from rayseg.vision.color import ClassTable
+
+BACKGROUND = (0, "background", (0, 0, 0))
+PLOT = (1, "plot", (230, 159, 0))
+UNCLASSIFIED = ("unclassified", (154, 160, 166))
+"""The class of plots that could not be classified."""
+LABELS = ("field", "nonfield")
+CLASSES = ((1, LABELS[0], (0, 158, 115)), (2, LABELS[1], (213, 94, 0)))
+SCALING = Scaling(scale=1 / 255, mean=(0.0,) * 3, std=(1.0,) * 3)
+COLUMNS = ("id", "number", "class", "score", "stability", "predicted_iou", "round", "refined")
+GROUP = 100
+"""Plots that are classified as one row."""
+
+
+class PlotsClassifierConfig(ClassifierConfig):
+    """A classifier of plots; the defaults are the published ones."""
+
+    network: Literal["chips", "plots", "over-imagenet"] = "plots"
+    """plots: features and two colour statistics; for the others see gpc and al-s4gan."""
+    encoder: str = "resnet50"
+    """A name of segmentation_models_pytorch or of timm."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the features dropped before the head."""
+    positive: int | None = None
+    """None draws all crops with the same probability."""
+    size: Annotated[int, Field(gt=0)] = 224
+    """Side in pixels of the windows cut out of the crops; a multiple of 32 times `reduce`."""
+    epochs: Annotated[int, Field(gt=0)] = 10
+    """One epoch is one pass over the crops."""
+    rates: Rates = ((10, 1e-4),)
+    """(until epoch, learning rate)."""
+    learning: Learning = Learning(batch=32, optimizer="sgd", weight_decay=0.1)
+    """Optimizer and batch."""
+
+
+def proposed_tiles(proposed: Step) -> dict[Grid, list[Row]]:
+    """Rows of the tiles that have proposals, by their grid, in the order of the grids' names."""
+    by_grid: dict[Grid, list[Row]] = defaultdict(list)
+    for row, _ in mapping.rows_with(proposed, "pieces"):
+        by_grid[Tile.from_row(row).grid].append(row)
+    return dict(sorted(by_grid.items(), key=lambda entry: (entry[0].name, entry[0].origin)))
+
+
+def read_proposals(proposed: Step, row: Row, name: Literal["patches", "pieces"]) -> list[Row]:
+    """The patches of a tile, or the pieces of plots in them."""
+    return plot_joins.read_table(pieces_path(str(proposed.prefix), row["id"], name))
+
+
+def join_pieces(step: Step, proposed: Step, *, least: float) -> dict[str, Any]:
+    """Join instances that patches agree on to plots: plots.parquet below the step, and numbers for every tile.
+
+    Args:
+        step: this one.
+        proposed: the step that proposed pieces tile by tile.
+        least: IoU over what two patches both see above which their instances are one plot.
+
+    Returns:
+        `plots`: how many; `grids`: rows of the plots' grids, which a plot's `grid` counts.
+    """
+    plots: list[Row] = []
+    members: dict[str, list[Row]] = defaultdict(list)
+    grids = proposed_tiles(proposed)
+    for at, (grid, rows) in enumerate(grids.items()):
+        pieces = [piece | {"tile": row["id"]} for row in rows for piece in read_proposals(proposed, row, "pieces")]
+        tiles = {plot_joins.place_of(piece): piece["tile"] for piece in pieces}
+        patches = [patch for row in rows for patch in read_proposals(proposed, row, "patches")]
+        for plot in plot_joins.join(patches, pieces, least=least):
+            number = len(plots) + 1
+            for cell_row, cell_col, label in plot.pop("members"):
+                place = {"cell_row": cell_row, "cell_col": cell_col, "label": label, "number": number}
+                members[tiles[cell_row, cell_col]].append(place)
+            name = f"{grid.name}_{plot['first_col']}_{plot['first_row']}"
+            plots.append(plot | {"id": name, "number": number, "grid": at, "geometry": plot["geometry"].wkb})
+    for row in mapping.read_manifest(proposed):
+        write_rows(pieces_path(str(step.prefix), row["id"], "numbers"), members[row["id"]])
+    write_rows(step.prefix / "plots.parquet", plots)
+    return {"plots": len(plots), "grids": [asdict(grid) for grid in grids]}
+
+
+def read_plots(joined: Step) -> list[Row]:
+    """The rows of all plots, by number."""
+    return plot_joins.read_table(joined.prefix / "plots.parquet")
+
+
+def group_plots(proposed: Step, joined: Step) -> list[Row]:
+    """Rows of groups of plots of one grid, each with the imagery that the grid's tiles show."""
+    plots, rows = read_plots(joined), []
+    for at, (grid, tiles) in enumerate(zip(joined.value["grids"], proposed_tiles(proposed).values(), strict=True)):
+        shown = [source for row in tiles for source in json.loads(row["sources"])]
+        distinct = {json.dumps(source): Source.from_row(source) for source in shown}
+        sources = [source.to_row() for _, ordered in grids_of(list(distinct.values())) for source in ordered]
+        of_grid = [plot for plot in plots if plot["grid"] == at]
+        for start in range(0, len(of_grid), GROUP):
+            group = of_grid[start : start + GROUP]
+            rows.append(
+                {
+                    "id": f"plots-{group[0]['number']}",
+                    "grid": json.dumps(grid),
+                    "sources": json.dumps(sources),
+                    "numbers": [plot["number"] for plot in group],
+                    "plots": [plot["geometry"] for plot in group],
+                }
+            )
+    return rows
+
+
+def classes_of(classified: Step) -> dict[int, Row]:
+    """Plot number -> row of its class and score; a group that failed may have some."""
+    paths = (classified.prefix / f"{group}.classes.parquet" for group in classified.value.get("groups", []))
+    tables = (plot_joins.read_table(path) for path in paths if path.exists())
+    return {row["number"]: row for table in tables for row in table}
+
+
+def legend(classifier: str | None, *, whole: bool) -> tuple[ClassTable, int]:
+    """The classes of the map, and the value of plots without a class.
+
+    Args:
+        classifier: prefix of the bundle; without one every plot is of the class `plot`.
+        whole: whether every plot has a class, so that the map needs none for the others.
+    """
+    if classifier is None:
+        return ClassTable((BACKGROUND, PLOT)), PLOT[0]
+    classes = bundle.load(classifier).classes
+    value = max(value for value, _, _ in classes) + 1
+    return ClassTable((BACKGROUND, *classes, *(() if whole else ((value, *UNCLASSIFIED),)))), value
+
+
+def write_plots(step: Step, joined: Step, classified: Step, model: Step) -> dict[str, Any]:
+    """Write all plots as `<run>/plots.parquet` (GeoParquet)."""
+    rows, classes = read_plots(joined), classes_of(classified)
+    prefix = model.value.get("bundle")
+    names = {value: name for value, name, _ in bundle.load(prefix).classes} if prefix else {}
+    for row in rows:
+        known = classes.get(row["number"], {})
+        row |= {"class": names[known["class"]] if known else None, "score": known.get("score")}
+    frames = [
+        plot_joins.frame_of(Grid.from_row(grid), [row for row in rows if row["grid"] == at], columns=COLUMNS)
+        for at, grid in enumerate(joined.value["grids"])
+    ]
+    frame = plot_joins.one_frame(frames, columns=COLUMNS)
+    vectors.write_geoparquet(frame, upath(step.root) / "plots.parquet")
+    area = float(frame["area_m2"].sum()) if "area_m2" in frame else None
+    return {"polygons": "plots.parquet", "count": len(frame), "area_m2": area}
