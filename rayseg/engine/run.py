@@ -51,6 +51,7 @@ KEYS_OF_STEPS = {
     ("gpc", "rayseg.steps.evaluate", "compare_truth"): ("rayseg.pipelines.gpc", "measure"),
     ("landcover", "rayseg.steps.evaluate", "compare_truth"): ("rayseg.pipelines.landcover", "measure"),
     ("al-s4gan", "rayseg.steps.evaluate", "compare_truth"): ("rayseg.pipelines.al_s4gan", "evaluate"),
+    ("superpixel", "rayseg.steps.scenes", "draw"): ("rayseg.pipelines.superpixel", "draw"),
     ("agri", "rayseg.steps.plots", "write_plots"): ("rayseg.pipelines.agri", "write_plots"),
 }
 """(pipeline, module, step function) -> the names under which it enters the keys, for functions that moved alone."""

@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 from upath import UPath
 
+from rayseg.config import Config
 from rayseg.engine.ledger import Settled
 from rayseg.errors import DataError
 from rayseg.geo.grid import Lattice, Tile, Window
@@ -17,6 +20,31 @@ from rayseg.store import upath
 from rayseg.vision.fill import mirrored
 from rayseg.vision.segments import agreeing, united
 from rayseg.vision.superpixels import METHODS
+
+
+class SuperpixelConfig(Config):
+    """How a scene is divided into superpixels before the training."""
+
+    method: Literal["felzenszwalb", "halved", "slic", "watershed"] = "halved"
+    """felzenszwalb is the paper's; halved is the same at half the resolution, in a fraction of the time; slic and
+    watershed give superpixels of similar size."""
+    scale: Annotated[float, Field(gt=0)] = 32.0
+    """felzenszwalb, halved: larger means larger superpixels."""
+    sigma: Annotated[float, Field(ge=0)] = 0.5
+    """felzenszwalb, halved: width in px of the Gaussian that smooths the scene first."""
+    min_size: Annotated[int, Field(gt=0)] = 64
+    """felzenszwalb, halved: least pixels of a superpixel."""
+    spacing: Annotated[int, Field(gt=1)] = 14
+    """slic, watershed: distance of superpixels in px."""
+    overlap: Annotated[int, Field(ge=2)] = 64
+    """Pixels around a tile in which its superpixels are compared with its neighbours'."""
+
+    @property
+    def options(self) -> dict[str, float]:
+        """Arguments of the method."""
+        if self.method in {"felzenszwalb", "halved"}:
+            return {"scale": self.scale, "sigma": self.sigma, "min_size": self.min_size}
+        return {"spacing": self.spacing}
 
 
 @dataclass

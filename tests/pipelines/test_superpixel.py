@@ -12,6 +12,7 @@ import rasterio
 from fake_run import blobs, make, picture
 from PIL import Image
 from small_world import GRID, catalogue, files, rayseg, refused, valid_stac, window_at
+from upath import UPath
 
 from rayseg.config import load
 from rayseg.engine.ledger import Ledger, Record, Settled
@@ -339,10 +340,11 @@ def test_a_plan_knows_how_many_patches_networks_will_see(tmp_path):
     region = Region("r", catalog=f"{tmp_path}/cat/catalog.json")
     [record] = records(tmp_path / "run", "networks").values()
     config = load(superpixel.Config, str(tmp_path / "small.yaml"), [])
-    assert superpixel.forecast(config, region).efforts == {"networks": record.facts["effort"]}
+    scenes = superpixel.check(config, region)
+    assert superpixel.forecast(config, region, scenes).efforts == {"networks": record.facts["effort"]}
     assert record.facts["effort"] > 1
     few = config.network.model_copy(update={"patches": 1})
-    assert superpixel.forecast(config.model_copy(update={"network": few}), region).efforts == {"networks": 1}
+    assert superpixel.forecast(config.model_copy(update={"network": few}), region, scenes).efforts == {"networks": 1}
 
 
 def test_what_shows_nothing_can_be_planned(tmp_path):
@@ -406,7 +408,8 @@ def test_scenes_that_cannot_be_mapped_fail_alone_and_by_name(tmp_path, shared):
     assert "odd has red, green of uint8, expected red, green, blue of uint8 as bare has" in found["odd"].reason
     assert "bare has no georeference" in found["bare"].reason
     assert listed["bands"] == ["red", "green", "blue"]
-    forecast = replace(superpixel.forecast(superpixel.Config(shared=shared), region), trial=None)
+    config = superpixel.Config(shared=shared)
+    forecast = replace(superpixel.forecast(config, region, superpixel.check(config, region)), trial=None)
     assert estimate.estimate_run(forecast, region, rates=estimate.Rates())["refused"] == 3
 
 
@@ -421,14 +424,15 @@ def test_tiles_of_a_scene_without_a_network_share_its_fate():
     row = Tile("a", Grid("EPSG:32650", (1.0, 1.0), (0.0, 0.0)), Window(0, 0, 8, 8)).to_row()
     row |= {"sources": "[]", "scene": "one"}
     trained = Record("one", "done", facts={"bundle": "/run/models/one"})
-    assert superpixel._with_network({"one": trained}, row).bundle == "/run/models/one"
+    assert superpixel._with_network({"one": trained}, UPath("/moved/models"), row).bundle == "/moved/models/one"
     for fate, status, why in (
         (Record("one", "empty", "all alike"), "empty", "scene one: all alike"),
         (Record("one", "failed", "damaged"), "failed", "scene one: damaged"),
         (Record("one", "done", facts={"low": [0]}), "failed", "scene one: not processed"),  # no record of its network
         (None, "failed", "scene one: not processed"),
     ):
-        assert superpixel._with_network({"one": fate} if fate else {}, row) == Settled(status, why)
+        found = superpixel._with_network({"one": fate} if fate else {}, UPath("/run/models"), row)
+        assert found == Settled(status, why)
 
 
 def test_a_network_that_keeps_one_label_is_tried_from_three_seeds_and_then_reported(tmp_path, monkeypatch):

@@ -9,12 +9,12 @@ from rayseg.geo.grid import Grid, Window
 from rayseg.io import cog
 from rayseg.io.rasters import source_of_file
 from rayseg.models.bundle import Scaling
-from rayseg.pipelines.superpixel import Config, _scaling
 from rayseg.stages import oversegment
 from rayseg.stages.band_statistics import Survey
 from rayseg.stages.oversegment import Divide, ReadAround
 from rayseg.stages.read import tile_rows
 from rayseg.stages.rows import SceneRow, TileRow
+from rayseg.steps.scenes import scaling_of
 from rayseg.train.scene import Patches, SceneConfig
 
 GRID = Grid("EPSG:32650", (1.0, 1.0), (0.0, 0.0))
@@ -50,18 +50,18 @@ def test_the_survey_gives_the_percentiles_of_the_scene_whatever_its_tiles(scene)
 
 def test_the_scaling_is_the_surveyed_one_or_as_given(scene):
     facts = surveyed(scene[1])
-    found = _scaling(Config(), facts, "uint16", 2)
+    found = scaling_of("auto", facts, "uint16", 2)
     scaled_C2 = [found.normalize(np.array(facts[edge])[:, None, None]).ravel() for edge in ("low", "high")]
     np.testing.assert_allclose(scaled_C2, [[0, 0], [1, 1]], atol=1e-6)
-    assert _scaling(Config(scaling=GIVEN), facts, "uint16", 2) == GIVEN
-    assert _scaling(Config(), facts, "uint8", 2).std == (255.0, 255.0)
-    assert _scaling(Config(scaling="percentiles"), facts, "uint8", 2) == found
+    assert scaling_of(GIVEN, facts, "uint16", 2) == GIVEN
+    assert scaling_of("auto", facts, "uint8", 2).std == (255.0, 255.0)
+    assert scaling_of("percentiles", facts, "uint8", 2) == found
 
 
 @pytest.mark.parametrize("scaling", [GIVEN, None])
 def test_patches_and_tiles_are_scaled_alike_and_none_by_itself(scene, tmp_path, monkeypatch, scaling):
     image_CHW, rows = scene
-    scaling = scaling or _scaling(Config(), surveyed(rows), "uint16", 2)
+    scaling = scaling or scaling_of("auto", surveyed(rows), "uint16", 2)
     expected_CHW = (image_CHW - np.array(scaling.mean)[:, None, None]) / np.array(scaling.std)[:, None, None]
     whole = Window(0, 0, SIDE, SIDE)
 

@@ -1,0 +1,200 @@
+"""Scenes that are learnt one by one: which can be mapped together, and how their values become 0..1."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+
+from rayseg.engine.manifest import Row
+from rayseg.engine.run import Step
+from rayseg.errors import ConfigError, DataError
+from rayseg.geo.grid import NODATA, Tile, expect_ids, slug
+from rayseg.geo.region import Region
+from rayseg.io import maps, pictures, segments
+from rayseg.io.sources import Source
+from rayseg.models.bundle import Scaling
+from rayseg.stages.oversegment import segments_path
+from rayseg.stages.read import tile_rows
+from rayseg.steps import map as mapping
+from rayseg.steps.map import MapConfig
+from rayseg.store import put
+from rayseg.vision.color import mean_color
+from rayseg.vision.crops import middle
+from rayseg.vision.superpixels import outlined
+
+How = Literal["auto", "range", "percentiles"] | Scaling
+ALL_SCENES = "all-scenes"
+"""Id of the row of a network that all scenes share."""
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """The scenes of a region.
+
+    Attributes:
+        rows: one for each network: `id`, `tiles` (rows of its tiles as JSON), and `refused`: why the scene cannot be
+            mapped with the others; it has no tiles then.
+        bands: names of the bands, in order.
+        dtype: of the values.
+    """
+
+    rows: Sequence[Row]
+    bands: tuple[str, ...]
+    dtype: str
+
+    @property
+    def tiles(self) -> list[list[Row]]:
+        """Rows of the tiles of every network."""
+        return [tiles for row in self.rows if (tiles := json.loads(row["tiles"]))]
+
+
+def find_scenes(
+    region: Region,
+    config: MapConfig,
+    *,
+    halo: int,
+    bands: tuple[str, ...],
+    scaling: How,
+    shared: bool,
+) -> Scenes:
+    """The scenes of a region with their tiles; of the imagery only its description is read.
+
+    Args:
+        region: what is mapped.
+        config: where its imagery is, and the size of tiles.
+        halo: px around a tile in which a scene still matters to it.
+        bands: of the imagery; () takes all but alpha, which then must be those of every scene.
+        scaling: of their values, where it is given.
+        shared: one network for all scenes, on their common grid; else each scene has tiles of its own.
+
+    Raises:
+        DataError: there is no imagery, or none that can be mapped.
+        ConfigError: a tile or band is not there, or the scaling is of other bands.
+    """
+    # 1. scenes of the most frequent kind can be mapped together
+    found = mapping.imagery(region, config, halo=halo if shared else 0)
+    usable = [one for one in found[0] if not one.dtype.startswith("complex") and set(bands) <= set(one.bands)]
+    kinds = Counter(_kind(source, bands) for source in usable)
+    ordered = sorted(usable, key=lambda source: source.item_id) or found[0]
+    first = max(ordered, key=lambda source: kinds[_kind(source, bands)], default=None)
+    sources, refused = mapping.mappable(region, found, partial(_expect_alike, first, bands), size=config.tile)
+    # 2. the tiles of every network
+    rows = []
+    for group in [sources] if shared else [[source] for source in sources]:
+        name, scene = (ALL_SCENES, "") if shared else (slug(group[0].item_id), group[0].item_id)
+        tiles = [_on_own_grid(row, scene) for row in tile_rows(group, region.geometry, size=config.tile, halo=halo)]
+        tiles = [row for row in tiles if not region.tiles or row["id"] in region.tiles]
+        rows += [{"id": name, "tiles": json.dumps(tiles), "refused": ""}] if tiles else []
+    ids = [tile["id"] for row in rows for tile in json.loads(row["tiles"])]
+    if unknown := sorted(set(region.tiles) - set(ids)):
+        raise ConfigError(f"region {region.name} has no tile {', '.join(unknown[:5])}; correct --tiles")
+    if not ids:
+        raise DataError(f"region {region.name} has no tile with imagery; choose another --region")
+    if not region.tiles:
+        wrong = sorted(refused.items())
+        rows += [{"id": slug(name), "tiles": "[]", "refused": mapping.refusal(why)} for name, why in wrong]
+    expect_ids([row["id"] for row in rows])
+    expect_ids(ids)
+    # 3. the bands that the networks see
+    named = min(sources, key=lambda source: source.item_id)
+    bands = bands or _all_bands(named)
+    if isinstance(scaling, Scaling) and len(scaling.mean) != len(bands):
+        raise ConfigError(
+            f"scaling is of {len(scaling.mean)} bands, the imagery has {', '.join(bands)}; give one mean and std for "
+            "each, or choose with --set bands=[...]"
+        )
+    return Scenes(rows, bands, named.dtype)
+
+
+def _kind(source: Source, bands: tuple[str, ...]) -> tuple[frozenset[str], str]:
+    return frozenset(bands or _all_bands(source)), source.dtype
+
+
+def _all_bands(source: Source) -> tuple[str, ...]:
+    return tuple(name for name in source.bands if name != "alpha")
+
+
+def _expect_alike(first: Source | None, bands: tuple[str, ...], source: Source) -> None:
+    """Refuse a scene of other bands or another type than the first has."""
+    if first is None or (set(bands) <= set(source.bands) and _kind(source, bands) == _kind(first, bands)):
+        return
+    raise DataError(
+        f"{source.item_id} has {', '.join(_all_bands(source))} of {source.dtype}, expected "
+        f"{', '.join(bands or _all_bands(first))} of {first.dtype} as {first.item_id} has: name common bands with "
+        "--set bands=[...], or map them in two runs"
+    )
+
+
+def _on_own_grid(row: Row, scene: str) -> Row:
+    """The tile on a grid of the scene alone, so that each scene keeps its labels where scenes overlap; "" changes none.
+
+    A tile without georeference is on such a grid already.
+    """
+    if not scene or row["crs"] is None:
+        return row
+    return row | {"grid_image": scene, "id": f"{slug(scene)}_{row['id']}"}
+
+
+def scaled_rows(listed: Step, how: How) -> list[Row]:
+    """Rows of the scenes that have data, each with its scaling to 0..1 as JSON.
+
+    Args:
+        listed: the step that listed the scenes and took the percentiles of their values.
+        how: see `scaling_of`.
+    """
+    bands, dtype = len(listed.value["bands"]), listed.value["dtype"]
+    return [
+        row | {"scaling": scaling_of(how, record.facts, dtype, bands).model_dump_json()}
+        for row, record in mapping.rows_with(listed, "low")
+    ]
+
+
+def scaling_of(how: How, percentiles: Mapping[str, Any], dtype: str, bands: int) -> Scaling:
+    """The scaling of a scene's values to 0..1: (value - low) / (high - low).
+
+    Args:
+        how: "range" of the dtype, "percentiles" of the scene, or a given scaling; "auto" takes the range of uint8 and
+            percentiles of any other dtype.
+        percentiles: `low` and `high` of every band.
+        dtype: of the values.
+        bands: how many there are.
+    """
+    if isinstance(how, Scaling):
+        return how
+    if how == "percentiles" or (how == "auto" and dtype != "uint8"):
+        low, high = percentiles["low"], percentiles["high"]
+        return Scaling(mean=tuple(low), std=tuple(b - a for a, b in zip(low, high, strict=True)))
+    top = float(np.iinfo(dtype).max) if np.dtype(dtype).kind in "ui" else 1.0
+    return Scaling(mean=(0.0,) * bands, std=(top,) * bands)
+
+
+def divided_tiles(step: Step) -> list[tuple[Tile, int]]:
+    """Tiles that have superpixels, and how many."""
+    return [(Tile.from_row(row), record.facts["segments"]) for row, record in mapping.rows_with(step, "segments")]
+
+
+def draw(step: Step, listed: Step, divided: Step, predicted: Step) -> dict[str, Any]:
+    """Draw the map in the mean colour of each label, and superpixels over the middle of a tile that has both."""
+    tiles, drawn = maps.mapped_tiles(predicted.root, predicted.name), []
+    for number, picture in enumerate(pictures.pictures_of(tiles, most=2)):
+        seen = picture.classes_HW != NODATA
+        mean_HWC = mean_color(picture.image_HWC, np.where(seen, picture.classes_HW, 254))
+        mean_HWA = np.dstack([mean_HWC, np.where(seen, 255, 0)]).astype(np.uint8)
+        put(step.prefix / (name := f"mean-{number}.png"), pictures.encoded(mean_HWA))
+        caption = "Every label in its mean colour."
+        drawn.append([f"Mean colours, {picture.title}", f"steps/{step.name}/{name}", caption])
+    prefix = divided.value["segments"]
+    usable = {tile.id for tile, _ in divided_tiles(divided)} if prefix else set()
+    for mapped in [mapped for mapped in tiles if mapped.tile.id in usable][:1]:
+        window = mapped.tile.window
+        part = middle(window, 512).intersect(window)
+        image_HWC = pictures.shown(mapped.sources, mapped.tile.grid, part)
+        numbers_HW = segments.read_segments([(window, segments_path(prefix, mapped.tile.id))], part)
+        put(step.prefix / "superpixels.png", pictures.encoded(outlined(image_HWC, numbers_HW)))
+        caption = f"The middle of tile {mapped.tile.id}: pixels vote for one label in each superpixel."
+        drawn.append(["Superpixels", f"steps/{step.name}/superpixels.png", caption])
+    return {"pictures": drawn}
