@@ -6,7 +6,7 @@ Nothing is cut out beforehand: a chip is a window of its scene's files, read whe
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -76,9 +76,25 @@ class Surveyed:
 
 
 def list_pool(
-    step: Step, region: Region, config: PoolConfig, classes: Classes, seed: int, surveyed: Surveyed | None
+    step: Step,
+    region: Region,
+    config: PoolConfig,
+    classes: Classes,
+    seed: int,
+    given: Surveyed | None,
+    *,
+    surveyed: Surveyed | None = None,
 ) -> dict[str, Any]:
-    """Find the chips, unless they are given, and divide them; `<step>/pool.parquet` is what other steps read.
+    """Find the chips and divide them; later steps read `<step>/pool.parquet`.
+
+    Args:
+        step: this one.
+        region: see `find_images`.
+        config: where the chips are and how they are divided.
+        classes: of the masks.
+        seed: of the division.
+        given: the chips of a sweep, which enter the keys of its trials.
+        surveyed: the chips, where the check of the run has found them already.
 
     Returns:
         `classes`: names; `oracle`: whether all chips of the pool have labels; part -> how many.
@@ -86,7 +102,7 @@ def list_pool(
     Raises:
         RaysegError: see `survey` and `divide`.
     """
-    found = surveyed or survey(region, config, classes.table)
+    found = given or surveyed or survey(region, config, classes.table)
     rows = divide(found, config, classes.table, seed=seed)
     write_rows(step.prefix / "pool.parquet", rows)
     counts = {str(part): sum(row["part"] == part for row in rows) for part in PARTS}
@@ -101,7 +117,7 @@ def rows_of(listed: Step, part: Part) -> list[Row]:
 
 
 def survey(region: Region, config: PoolConfig, table: ClassTable) -> Surveyed:
-    """All chips; the same again is remembered.
+    """All chips before they are divided; their files are read.
 
     Raises:
         ConfigError: neither the region nor the configuration names images.
@@ -176,7 +192,6 @@ def _row(one: LabelledImage, window: Window, label: str, name: str = "") -> Row:
     return one.to_row() | place | {"id": name or one.id, "of": one.id, "label": label}
 
 
-@lru_cache(maxsize=1)
 def _cells(images: tuple[LabelledImage, ...], table: ClassTable, size: int, covered: float) -> Surveyed:
     """Whole cells of all scenes; of those with masks, the ones with a labelled pixel."""
     masked = [one for one in images if one.masks]

@@ -45,6 +45,7 @@ from rayseg.train.session import Setup
 from rayseg.vision.color import ClassTable
 from rayseg.vision.query_strategies import expect_enough
 
+Plan = mapping.Plan[chip_pool.Surveyed]
 PRODUCT = "landcover"
 
 
@@ -104,11 +105,12 @@ class Config(Frozen):
 
 
 def choose(
-    config: Config, run: Run, region: Region, surveyed: chip_pool.Surveyed | None = None
+    config: Config, run: Run, region: Region, given: chip_pool.Surveyed | None = None, *, plan: Plan | None = None
 ) -> tuple[Step, list[Step]]:
     """(the pool, the steps of active learning); without a segmenter the last one measures what was reached."""
     settings, common = config.active, config.common
-    listed = run.step("pool", chip_pool.list_pool, region, config.pool, config.classes, config.seed, surveyed)
+    pool = (region, config.pool, config.classes, config.seed, given)
+    listed = run.step("pool", chip_pool.list_pool, *pool, surveyed=plan.labels if plan else None)
     budget = settings.budget(listed.value["pool"])
     steps = [run.step("round-0", queries.draw_first, listed, settings, config.seed)]
     frozen = settings.frozen and common.classifies
@@ -231,10 +233,10 @@ def _by_scene(rows: Sequence[Row], found: Sequence[Confusion]) -> list[list[Conf
 
 
 def learn(
-    config: Config, run: Run, region: Region, surveyed: chip_pool.Surveyed | None = None
+    config: Config, run: Run, region: Region, given: chip_pool.Surveyed | None = None, *, plan: Plan | None = None
 ) -> tuple[Step, list[Step], Step, Step]:
     """All but the map: (the pool, the rounds, the segmenter, its measures)."""
-    listed, rounds = choose(config, run, region, surveyed)
+    listed, rounds = choose(config, run, region, given, plan=plan)
     segmenter = run.step("segmenter", fit, listed, rounds[-1], config)
     return listed, rounds, segmenter, run.step("measure", measure, listed, segmenter, config)
 
@@ -293,7 +295,7 @@ def write_choice(step: Step, listed: Step, rounds: Sequence[Step], config: Confi
 # -- the pipeline ------------------------------------------------------------------------------------------------------
 
 
-def check(config: Config, region: Region) -> mapping.Plan[Any]:
+def check(config: Config, region: Region) -> Plan:
     """Refuse, before anything is written, chips, imagery, settings and weights that cannot be used."""
     expect_settings(config)
     tiles = None
@@ -301,8 +303,9 @@ def check(config: Config, region: Region) -> mapping.Plan[Any]:
         tiles = mapping.tiles_for(region, _described(config), config.map)
     if truth := region.located(config.truth):
         masks.masks_of(truth, names=config.table.names)
-    expect_chips(config, chip_pool.survey(region, config.pool, config.table))
-    return mapping.Plan(tiles)
+    surveyed = chip_pool.survey(region, config.pool, config.table)
+    expect_chips(config, surveyed)
+    return Plan(tiles, surveyed)
 
 
 def expect_settings(config: Config) -> None:
@@ -350,9 +353,9 @@ def expect_chips(config: Config, surveyed: chip_pool.Surveyed) -> int:
     return count
 
 
-def forecast(config: Config, region: Region, plan: mapping.Plan[Any]) -> estimate.Forecast:
+def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:
     """What is known of a run before it is begun; what choosing takes shows only while it is done."""
-    surveyed = chip_pool.survey(region, config.pool, config.table)
+    surveyed = plan.labels or chip_pool.survey(region, config.pool, config.table)
     count = expect_chips(config, surveyed)
     said = f"choosing from {count} chips in rounds, and training if their masks are still to be drawn"
     unknown = (said, *estimate.by_workers(config.workers))
@@ -380,13 +383,13 @@ def _masked_rows(listed: Step) -> list[Row]:
     return [row for row in chip_pool.rows_of(listed, "pool") if row["masks"] != "[]"]
 
 
-def run(config: Config, run: Run, region: Region, plan: mapping.Plan[Any] | None = None) -> str:
+def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> str:
     """Choose chips, learn, map `region`; return where the report is and what it says."""
     if config.segmenter is None:
-        listed, rounds = choose(config, run, region)
+        listed, rounds = choose(config, run, region, plan=plan)
         told = run.step("report", write_choice, listed, rounds, config)
         return f"{upath(run.root) / told.value['report']}: {told.value['summary']}"
-    listed, rounds, segmenter, measured = learn(config, run, region)
+    listed, rounds, segmenter, measured = learn(config, run, region, plan=plan)
     predicted = run.step("predict", mapping.predict_region, region, segmenter, config.map, tiles=plan and plan.tiles)
     polygons = run.step("polygons", mapping.join_polygons, predicted, PRODUCT)
     evaluated = run.step("evaluate", evaluation.compare_truth, predicted, region, config.truth)

@@ -5,12 +5,14 @@ import pytest
 from PIL import Image
 from small_world import catalogue, chip_folder
 
+from rayseg.engine.run import Engine, Step
 from rayseg.errors import ConfigError, DataError, RunIncomplete
 from rayseg.geo.region import Region
 from rayseg.io import annotation_requests, cog, labels
+from rayseg.io.class_tables import Classes
 from rayseg.pipelines.al_s4gan import chip_pool, queries
 from rayseg.pipelines.al_s4gan.chip_pool import PoolConfig
-from rayseg.vision.color import ClassTable
+from rayseg.vision.color import ClassTable, hex_of
 
 REGION = Region("r")
 TABLE = ClassTable(((0, "ground", (130, 100, 70)), (1, "wood", (50, 170, 80))))
@@ -75,14 +77,21 @@ def test_what_cannot_be_is_refused(folder):
         chips(PoolConfig(images=str(folder), size=64), table=three)
 
 
-def test_pixels_are_read_once_however_often_they_are_divided(folder, monkeypatch):
+def test_pixels_are_read_once_by_the_check_however_often_they_are_divided(folder, tmp_path, monkeypatch):
     read, windows = chip_pool.rasters.read, []
     monkeypatch.setattr(
         chip_pool.rasters, "read", lambda *given, **more: windows.append(given[2]) or read(*given, **more)
     )
-    assert [len({row["part"] for row in chips(PoolConfig(images=str(folder), size=50), seed=k)}) for k in (1, 2)] == [
-        2,
-        2,
+    config = PoolConfig(images=str(folder), size=50)
+    surveyed = chip_pool.survey(REGION, config, TABLE)
+    rows = [chip_pool.divide(surveyed, config, TABLE, seed=seed) for seed in (1, 2)]
+    assert [len({row["part"] for row in part}) for part in rows] == [2, 2]
+    classes = [{"name": name, "color": hex_of(color)} for _, name, color in TABLE.classes]
+    kinds = Classes.model_validate({"classes": classes})
+    step = Step("pool", str(tmp_path / "run"), "key", Engine("inline"))
+    chip_pool.list_pool(step, REGION, config, kinds, 1, None, surveyed=surveyed)
+    assert [row["id"] for row in chip_pool.rows_of(step, "pool")] == [
+        row["id"] for row in rows[0] if row["part"] == "pool"
     ]
     assert len(windows) == 3 * 2
 
