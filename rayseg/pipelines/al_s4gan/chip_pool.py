@@ -89,7 +89,7 @@ def list_pool(
 
     Args:
         step: this one.
-        region: see `find_images`.
+        region: its imagery has the chips, unless the configuration names other images.
         config: where the chips are and how they are divided.
         classes: of the masks.
         seed: of the division.
