@@ -412,7 +412,7 @@ def test_files_that_cannot_become_polygons(tmp_path, world):
 
 
 def test_folders_without_models(tmp_path):
-    assert "no folder" in refused(4, "models", "list", tmp_path / "none")
+    assert "is not a folder" in refused(4, "models", "list", tmp_path / "none")
     assert "holds no model bundle" in refused(4, "models", "show", tmp_path)
 
 

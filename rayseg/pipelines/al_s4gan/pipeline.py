@@ -312,7 +312,7 @@ def expect_settings(config: Config) -> None:
     """Refuse settings and weights that cannot be learnt with: all networks are built once.
 
     Raises:
-        ConfigError: a setting cannot be meant.
+        ConfigError: a setting is invalid.
         ModelError: weights cannot be had, or do not fit.
     """
     settings, segmenter = config.active.classifier, config.segmenter

@@ -58,7 +58,7 @@ class Trial:
         """The configuration of the trial.
 
         Raises:
-            ConfigError: a value cannot be meant.
+            ConfigError: a value is invalid.
         """
         values = base.model_dump(mode="json")
         values["active"] |= {"strategy": self.strategy, "ratio": self.ratio}
@@ -126,7 +126,7 @@ def run(base: pipeline.Config, region: Region, trials: Sequence[Trial], out: str
         name, why = next(iter(wrong.items()))
         raise RunIncomplete(
             f"{len(wrong)} of {len(trials)} trials failed, first {name}: {why}; the others are in {out}/table.csv; "
-            "mend the cause, then give the same command again"
+            "fix the cause, then run the same command to resume"
         )
     return f"{_text(*_table(found))}\n{out}/report/index.html"
 
