@@ -357,7 +357,7 @@ def _scored(step: Step, rows: list[Row], score: Score, common: Common) -> dict[s
 def _probabilities(record: Record) -> list[float]:
     if record.status != "done":
         raise RunIncomplete(
-            f"chip {record.id} could not be scored ({record.reason}); fix the cause, then run the same command to resume"
+            f"chip {record.id} was not scored ({record.reason}); fix the cause, then run the same command to resume"
         )
     return list(record.facts["p"])
 
