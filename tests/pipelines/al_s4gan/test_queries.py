@@ -49,7 +49,7 @@ def test_a_chip_that_could_not_be_scored_is_tried_again_by_the_same_command(list
 
     rows = chip_pool.rows_of(listed, "pool")
     monkeypatch.setattr(chip_pool, "image_of", broken)
-    with pytest.raises(RunIncomplete, match=r"chip a could not be scored \(.*torn"):
+    with pytest.raises(RunIncomplete, match=r"chip a was not scored \(.*torn"):
         queries._scored(step_of(listed, "round-1"), rows, score, COMMON)
     monkeypatch.setattr(chip_pool, "image_of", lambda _: np.zeros((32, 32, 3), np.uint8))
     found = queries._scored(step_of(listed, "round-1"), rows, score, COMMON)
