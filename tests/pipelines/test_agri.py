@@ -256,7 +256,7 @@ def test_an_image_without_georeference_is_enlarged_whole(tmp_path):
     assert table["area_px"].sum() <= 16 * 90 * 90
     assert table["area_px"].max() > 16 * 0.7 * (field_HW == 1).sum()
     said = refused(3, "labels", "export", tmp_path / "run", tmp_path / "in", "--out", tmp_path / "json")
-    assert "a plot reaches beyond" in said
+    assert "a plot extends beyond" in said
     found = rayseg("labels", "export", tmp_path / "run", tmp_path / "run/enlarged", "--out", tmp_path / "json")
     assert found.exit_code == 0, found.output
 

@@ -246,7 +246,7 @@ def test_labels_become_classes_by_a_table(whole, world, tmp_path):
     (tmp_path / "table.csv").write_text("label,class\n0,water\n")
     assert "column scene" in refused(3, "labels", "assign", whole, "--csv", tmp_path / "table.csv")
     (tmp_path / "table.csv").write_text("scene,label,class\none,77,water\n")
-    assert "no label 77" in refused(3, "labels", "assign", whole, "--csv", tmp_path / "table.csv")
+    assert "the label 77" in refused(3, "labels", "assign", whole, "--csv", tmp_path / "table.csv")
     (tmp_path / "table.csv").write_text("name\none\n")
     assert "columns label and class" in refused(3, "labels", "assign", whole, "--csv", tmp_path / "table.csv")
 
