@@ -46,6 +46,7 @@ def _merged(defaults: Iterable[tuple[str, Any]], values: dict[str, Any]) -> dict
     """The groups among `values`, each over its default; groups inside groups likewise, other values as a whole."""
     groups = {name: default for name, default in defaults if isinstance(default, Config) and not default.one_value}
     return {
+        # Only the keys that the default sets explicitly: the class supplies the others.
         name: group.model_dump(exclude_unset=True) | values[name] | _merged(group, values[name])
         for name, group in groups.items()
         if isinstance(values.get(name), dict)
@@ -55,6 +56,7 @@ def _merged(defaults: Iterable[tuple[str, Any]], values: dict[str, Any]) -> dict
 def quiet_ray() -> None:
     """Set Ray's environment before it starts: no log noise, no usage reports, no endless retries."""
     for name, value in QUIET_RAY.items():
+        # The user's own settings take precedence.
         os.environ.setdefault(name, value)
 
 

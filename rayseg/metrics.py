@@ -55,6 +55,7 @@ class Confusion:
             raise DataError(
                 f"value {wrong[0]} ({wrong.size} such values) is not a class, expected 0..{classes - 1} or {ignore}"
             )
+        # One integer per pair of classes, so that a single bincount counts all pairs.
         counts = np.bincount(pairs[0] * classes + pairs[1], minlength=classes * classes)
         return cls(counts.reshape(classes, classes).astype(np.int64))
 

@@ -131,6 +131,7 @@ def put_file(path: StorePath, source: Path) -> None:
         source.unlink()
         return
     with _temporary(target) as temporary:
+        # The source may be on another file system, where a direct rename fails.
         shutil.move(source, temporary)
         temporary.replace(target.path)
 
@@ -170,6 +171,7 @@ def _temporary(target: UPath) -> Iterator[Path]:
             f"no space for {path} ({error.strerror}); free some space, then run the same command to resume"
         ) from None
     finally:
+        # After a rename the temporary name is already gone.
         temporary.unlink(missing_ok=True)
 
 

@@ -83,6 +83,7 @@ def connect(address: str | None, *, dashboard: bool = False) -> None:
         stores = {name: value for name, value in access().items() if name not in inherited}
         ray.init(address=chosen, **({"runtime_env": {"env_vars": stores}} if stores else {}), **quiet)
         return
+    # The shell is started before Ray, so that the folder is removed even if Ray does not start.
     _remove_afterwards(folder := tempfile.mkdtemp(prefix="rs-"))
     # The next step uses idle processes again; new ones take seconds to import what the stages need.
     quiet["_system_config"] = {"idle_worker_killing_time_threshold_ms": 30_000}
@@ -174,6 +175,7 @@ def sizes_now(works: Sequence[Work], *, shared: bool, patience: float) -> list[S
             whole, free = _machines(), _machines(free=True)
             gpus = any(machine["GPU"] for machine in whole)
             waited = time.monotonic() - began
+            # Resources of the previous step may still be held for a moment, so they are not counted yet.
             if free == whole or waited > RELEASE_SECONDS:
                 try:
                     return sizes(works, free, gpus=gpus)
@@ -239,6 +241,7 @@ def sizes(works: Sequence[Work], machines: Sequence[Machine], *, gpus: bool | No
     rest = cpus - others
     # Rounded down to hundredths, with 1e-6 against 0.29999: the sum of the shares may not exceed what is there.
     share = min(share, math.floor(100 * rest / (max(copies, 1) * max(len(models), 1)) + 1e-6) / 100)
+    # A stage cannot be spread over machines: one machine must hold a whole copy.
     widest = max((machine.get("CPU", 0.0) for machine in machines), default=0.0)
     if rest < 0 or any(work.cpus > widest for work in small) or (models and (share < LEAST_CPUS or not copies)):
         needed = others + sum(work.cpus for work in models)

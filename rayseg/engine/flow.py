@@ -1,4 +1,4 @@
-"""Rows through stages, in this process or on Ray Data; a ledger records every row's fate.
+"""Rows through stages, in this process or on Ray Data; a ledger records the result of every row.
 
     rows minus ledger -> read (CPU) -> model (GPU actors) -> write (CPU) -> ledger record
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # Ray takes a second to import; the inline engine does withou
 __all__ = ["Row", "Work", "run"]
 
 MOST_HUNG = 3
-"""Rows in a row that time out before the run ends: what they all depend on does not answer."""
+"""Consecutive rows that time out before the run ends: the cause is then probably one that all rows share."""
 
 
 def run(
@@ -51,13 +51,13 @@ def run(
     title: str = "tiles",
     stall_seconds: float = 1800.0,
 ) -> Account:
-    """Send the rows that the ledger does not know yet through the stages; return the account of all rows.
+    """Run the stages on the rows without a record in the ledger; return the account of all rows.
 
     Args:
         rows: flat rows, each with a unique `id`; the order is the order of work.
         works: the stages.
-        ledger: holds the fate of every row.
-        engine: inline or Ray; with `retry`, failed and quarantined rows are worked on again.
+        ledger: records the result of every row.
+        engine: inline or Ray; with `retry`, failed and quarantined rows are processed again.
         record: row -> what the first stage takes, or a `Settled`, which no stage sees.
         title: noun for the rows in the progress line.
         stall_seconds: time limit of one stage for one call; a row that exceeds it fails.
@@ -83,8 +83,10 @@ def run(
                 part = (row for row in rows[start : start + PART] if row["id"] not in known or row["id"] in attempts)
                 entries = [Entry(row["id"], record(row)) for row in part]
                 runners = [StageRunner(work, None, attempts, stall_seconds) for work in works]
+                # Only the last stage writes records: a row is finished when all stages are.
                 runners[-1].ledger = ledger
                 _run_part(entries, runners, engine, stall_seconds * (1 + len(works)), settled)
+                # Between two parts no stage writes records.
                 ledger.compact()
     return ledger.account(ids)
 
@@ -109,6 +111,7 @@ def _run_part(
         for entry in results:
             if entry.error:
                 raise entry.error
+            # Only consecutive timeouts count; a single slow row fails alone.
             hung = [*hung, entry.id] if entry.hung else []
             if len(hung) == MOST_HUNG:
                 raise Stalled(
@@ -129,6 +132,7 @@ def _inline(entries: list[Entry], runners: list[StageRunner]) -> Entries:
     ledger = _ledger_of(runners)
     under_way = upath(ledger.prefix) / ".under-way.part"  # the suffix makes the sweep of partial files remove it
     suspects = entries[: sum(2 * runner.work.batch + 1 for runner in runners) + 2] if under_way.exists() else []
+    # The file outlives a killed process only; `finally` removes it in all other cases.
     put(under_way, b"")
     try:
         yield from _isolated(suspects, runners)
@@ -167,6 +171,7 @@ def _isolated(entries: list[Entry], runners: list[StageRunner]) -> Entries:
         if connection is None:
             connection, other = spawn.Pipe()
             spawn.Process(target=_answer, args=(other, runners), daemon=True).start()  # ends with the connection
+            # The parent closes the child's end, so that `recv` raises EOFError when the child dies.
             other.close()
         try:
             connection.send(entry)
@@ -297,6 +302,7 @@ def _one_by_one(entries: list[Entry], runners: list[StageRunner], sizes: list[Si
         try:
             yield ray.get(remote.remote(entry, runners))
         except (WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
+            # A failed machine is not the row's fault, so the row gets a second try.
             if tries == 1 or not isinstance(error, NodeDiedError):
                 yield _quarantine(entry, runners, type(error).__name__)
                 continue

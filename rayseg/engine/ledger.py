@@ -161,6 +161,7 @@ class Ledger:
         where: dict[str, tuple[int, int]] = {}
         for number, table in enumerate([loose, *(_columns_of(path, ("id", "attempt")) for path in files)]):
             for row_id, attempt in zip(table["id"].to_pylist(), table["attempt"].to_pylist(), strict=True):
+                # Tuples compare by attempt first: the latest attempt wins, whichever file holds it.
                 where[row_id] = max(where.get(row_id, (0, 0)), (attempt, number))
         for part in parts:
             wanted: dict[int, dict[str, int]] = defaultdict(dict)
@@ -185,6 +186,7 @@ class Ledger:
             return
         # Named by its records: a process that was killed after the write writes the same file again.
         content = hashlib.sha256("\n".join(sorted(path.name for path in loose)).encode()).hexdigest()[:16]
+        # Written in memory first: the store needs the whole object for one atomic put.
         sink = pa.BufferOutputStream()
         pq.write_table(_loaded(loose), sink)
         put(upath(self.prefix) / f"records-{content}.parquet", memoryview(sink.getvalue()))

@@ -55,6 +55,7 @@ def read_rows(path: StorePath, *, columns: Sequence[str] | None = None, root: st
         pyarrow.ArrowInvalid: it is not a Parquet file.
     """
     with upath(path).open("rb") as file:
+        # Dictionary columns stay encoded, so that repeated texts are in memory once.
         table = pq.read_table(file, columns=columns, read_dictionary=list(REPEATED))
     return Manifest(_rerooted(table, HERE, f"{root}/") if root else table)
 
@@ -66,6 +67,7 @@ def _rerooted(table: pa.Table, old: str, new: str) -> pa.Table:
         return table
     prefixes = [json.dumps(prefix)[:-1] for prefix in (old, new)]  # with the quote mark where an href begins
     column = table.column(at)
+    # Only the distinct texts of the dictionary are replaced, not one per row.
     chunks = [
         pa.DictionaryArray.from_arrays(chunk.indices, pc.replace_substring(chunk.dictionary, *prefixes))
         for chunk in column.chunks
@@ -89,6 +91,7 @@ class Manifest(Sequence[Row]):
         tables = [_table(part) for part in parts if part]
         if not tables:
             return cls(pa.table({"id": pa.array([], pa.string())}))
+        # Permissive: a column that is all null in one part has the null type there.
         return cls(pa.concat_tables(tables, promote_options="permissive"))
 
     @property
@@ -102,6 +105,7 @@ class Manifest(Sequence[Row]):
         Raises:
             DataError: the first such id.
         """
+        # Both checks run on the columns; ids become Python strings only to name the faulty one.
         good = pc.all(pc.match_substring_regex(self.ids, _NAME)).as_py() in {True, None}
         if not good or pc.count_distinct(self.ids).as_py() < len(self):
             expect_ids(self.ids.to_pylist())

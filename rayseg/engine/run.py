@@ -45,7 +45,7 @@ KEYS_OF_MODULES = {
     "rayseg.steps.report": "rayseg.publication",
     "rayseg.steps.super_resolution": "rayseg.enlarging",
 }
-"""Module -> the name under which its step functions enter the keys of steps: where they stood when keys were
+"""Module -> the name under which its step functions enter the keys of steps. It is their module when keys were
 introduced, so that a run resumes after its code has moved."""
 KEYS_OF_STEPS = {
     ("gpc", "rayseg.steps.evaluate", "compare_truth"): ("rayseg.pipelines.gpc", "measure"),
@@ -210,6 +210,7 @@ class Run:
             finally:
                 begun["seconds"] += time.perf_counter() - started
                 put(step.prefix / "begun.json", json.dumps(begun).encode())
+            # Stored relative to the run, so that a run that was moved finds its files.
             kept = _with_prefix(returned, f"{self.root}/", HERE)
             done = {"key": begun["key"], "value": kept, "seconds": begun["seconds"]}
             put(step.prefix / "done.json", json.dumps(done, indent=1).encode())
@@ -245,7 +246,7 @@ class Run:
 
 
 def status(root: str) -> dict[str, Any]:
-    """The progress of a run: its status, its steps and, for every step that works row by row, the ledger's counts.
+    """The progress of a run: its status, its steps and, for every step that processes rows, the ledger's counts.
 
     Returns:
         `status` with its `reason` or ""; `times`: step -> seconds, None if it has not finished, in the order of their

@@ -1,7 +1,7 @@
 """Runs as Ray jobs: submit a command line to a cluster, follow the job's log, read the states of jobs.
 
 The id of a submission is a hash of the output prefix and the command line, so that the same command attaches to the
-job that it submitted before. The job runs on when the terminal that follows it closes.
+job that it submitted before. The job continues when the terminal that follows it closes.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
 
 
 def submit(arguments: Sequence[str], out: str, address: str | None) -> None:
-    """Submit a run as a job of the cluster, or attach to it if it is there; return when the job has succeeded.
+    """Submit a run as a job of the cluster, or attach to it if it exists; return when the job has succeeded.
 
     Args:
         arguments: of the command line, without the program and `--address`.
@@ -63,7 +63,7 @@ def submit(arguments: Sequence[str], out: str, address: str | None) -> None:
 
 
 def entrypoint(arguments: Sequence[str], *, program: Sequence[str] = ("rayseg",)) -> str:
-    """The shell line of a job, which joins the cluster that carries it out."""
+    """The shell line of a job, which connects to the cluster that runs it."""
     return shlex.join([*program, *arguments, "--address", "auto"])
 
 
@@ -75,6 +75,7 @@ def inlined(path: str) -> list[str]:
     """
     arguments = []
     for key, value in read_values(path).items():
+        # An infinite width keeps the value on one line; "..." ends a YAML document of one scalar.
         text = yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
         arguments += ["--set", f"{key}={text}"]
     return arguments
@@ -87,7 +88,7 @@ def submission_id(out: str, line: str) -> str:
 
 
 def expect_token(address: str | None) -> None:
-    """Check that a head on another machine asks for a token: without one it runs whatever it receives.
+    """Check that a token is set for a head on another machine: without one the head runs any job that it receives.
 
     Raises:
         ConfigError: the address is not http(s), or is on another machine and no token is set.
@@ -168,6 +169,7 @@ def carry_out(
     """
     state = status(jobs, job)
     if state in ENDED:
+        # Ray refuses a second submission under the id of an ended job.
         jobs.delete_job(job)
     if state is None or state in ENDED:
         begin(jobs, line, job)

@@ -47,6 +47,7 @@ def reused_memory() -> Iterator[None]:
         return
     with _lock:
         _blocks += 1
+        # No block is mapped by itself, and the top of the heap is never trimmed.
         libc.mallopt(_MMAP_MAX, 0)
         libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     try:
@@ -54,6 +55,7 @@ def reused_memory() -> Iterator[None]:
     finally:
         with _lock:
             _blocks -= 1
+            # Blocks of several threads overlap: only the last one restores the defaults.
             if not _blocks:
                 libc.mallopt(_MMAP_MAX, 65536)  # glibc's default; the thresholds are the largest that it sets itself
                 libc.mallopt(_MMAP_THRESHOLD, 1 << 25)

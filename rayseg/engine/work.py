@@ -113,6 +113,7 @@ class StageRunner:
         self._thread: WorkerThread | None = None
 
     def __getstate__(self) -> dict[str, Any]:
+        # Threads cannot be pickled; the copy starts its own at the first call.
         return self.__dict__ | {"_thread": None}
 
     def __call__(self, entries: list[Entry]) -> list[Entry]:
@@ -134,8 +135,10 @@ class StageRunner:
         if isinstance(result, StoreFull) or not isinstance(result, DATA_ERRORS):
             error = self._portable(result)
             return [replace(entry, row=None, error=error) for entry in entries]
+        # A batch error does not name its row: single rows isolate it.
         if len(entries) > 1:
             return [done for entry in entries for done in self._attempt([entry])]
+        # Own messages are complete sentences; other errors need their type to be understood.
         reason = str(result) if isinstance(result, RaysegError) else f"{type(result).__name__}: {result}"
         failed = Settled("failed", public(f"{self.work.name}: {reason}"))
         return [replace(entries[0], row=failed, hung=isinstance(result, Stalled))]
@@ -203,5 +206,6 @@ def ahead(entries: Entries, patience: float | None = None) -> Entries:
             call = thread.submit(next, entries, None)
             yield entry
     finally:
+        # A generator that is executing cannot be closed: close it only when the call has returned.
         if wait([call], 0 if stalled else ENDING).done:
             entries.close()
