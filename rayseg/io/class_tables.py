@@ -67,6 +67,7 @@ def read_table(path: str) -> ClassTable:
 def _content(path: str) -> dict[str, Any]:
     """The keys of a file that is a valid class table."""
     folders = (Path("configs/classes"), Path(rayseg.__file__).parent.parent / "configs" / "classes")
+    # Reversed: a table in the working folder replaces one of the package with the same name.
     named = {file.stem: file for folder in reversed(folders) for file in sorted(folder.glob("*.yaml"))}
     try:
         content = yaml.load(upath(named.get(path, path)).read_text(), EachKeyOnce)

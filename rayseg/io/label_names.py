@@ -92,6 +92,7 @@ def read_table(path: StorePath) -> tuple[Assigned, ClassTable]:
             )
         assigned[key] = name
         colors[name] = colors.get(name) or (row.get("color") or "").strip()
+    # Classes without a colour get the one of the label with their number.
     own = label_table(len(colors)).colors
     table = tuple((k, name, rgb_of(text) if text else own[k]) for k, (name, text) in enumerate(colors.items()))
     return assigned, ClassTable(table)

@@ -180,6 +180,7 @@ def load(folder: str, images: str, out: str, *, size: int = 224) -> dict[str, in
         owners[image] = path
         labelled.append(_Labelled(image, files[image], _plots(content, path, files[image])))
     kinds = sorted(set(NAMES.values()))
+    # Any crop counts, also of other classes: a plot may have changed its class.
     existing = [
         path for entry in labelled for kind in kinds for path in (Path(out) / kind).glob(f"{entry.name}-[0-9]*.png")
     ]
@@ -229,6 +230,7 @@ def _plots(content: _Document, path: Path, image: Path) -> list[tuple[str, BaseG
                 f"{where} has the label {str(shape.label)!r}, expected one of {', '.join(NAMES)}: correct it"
             )
         outlines.append((NAMES[str(shape.label)], polygon, shape.group_id))
+    # Holes last: a JSON may list a hole before its outline.
     return [(kind, polygon.difference(shapely.union_all(holes.get(group, [])))) for kind, polygon, group in outlines]
 
 

@@ -293,6 +293,7 @@ def _item(source: Source, label: str | None) -> pystac.Item:
         geometry, bbox = lonlat_geometry(edges, crs_of(source.crs), name=href)
         code = source.crs.upper().startswith("EPSG:")
         properties |= {"proj:code": source.crs} if code else {"proj:wkt2": source.crs}
+        # Ground control points have no exact affine transform.
         properties |= {} if source.gcps else {"proj:transform": list(source.transform)}
     if label:
         properties[LABEL] = label

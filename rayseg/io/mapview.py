@@ -201,6 +201,7 @@ def _too_coarse(reader: Reader, z: int) -> bool:
 def _limits(href: str, band: int) -> tuple[float, float]:
     """The 2nd and 98th percentile of a band, from an overview of 256 px."""
     with suppress(RioTilerError, DataError), gdal(href), Reader(href) as reader:
+        # The same percentiles for all web tiles of a file, so that no seams show.
         values = reader.preview(indexes=(band,), max_size=256).array.compressed()
         if len(values):
             low, high = np.nanpercentile(values, [2, 98])

@@ -110,6 +110,7 @@ def _svg(figure: "Figure") -> bytes:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_INK)
     sink = io.BytesIO()
+    # Without a date the same chart has the same bytes.
     figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None})
     return sink.getvalue()
 
@@ -280,6 +281,7 @@ def _imagery(sources: Sequence[Source], grid: Grid, canvas: _Canvas) -> tuple[ND
         except DataError as error:
             _log.warning("left out of the picture: %s", error)
             continue
+        # First valid pixel wins, as in the map.
         fresh_HW = valid_HW & ~seen_HW[place]
         np.copyto(image_CHW[:, *place], pixels_CHW, where=fresh_HW, casting="unsafe")
         seen_HW[place] |= fresh_HW
@@ -322,6 +324,7 @@ def painted(image_CHW: NDArray[np.generic], seen_HW: NDArray[np.bool_]) -> NDArr
     """Bands as RGB (height, width, 3) uint8, 0 without imagery; other types than uint8 are stretched."""
     if image_CHW.dtype != np.uint8 and seen_HW.any():
         bands_CHW = image_CHW.astype(np.float64)
+        # Percentiles ignore the outliers that minimum and maximum would follow.
         limits = [np.percentile(band_HW[seen_HW], [2, 98]) for band_HW in bands_CHW]
         stretched = [
             np.clip((band_HW - low) / max(high - low, 1e-12), 0, 1) * 255

@@ -88,6 +88,7 @@ def read_image(path: str, kind: str, *, bands: Sequence[str], max_pixels: int) -
                 f"the image has {dataset.count} bands of {dataset.dtypes[0]} in {dataset.width} x {dataset.height} px, "
                 f"more than {32 * max_pixels:,} bytes; send a part of it"
             )
+        # GDAL decodes whole blocks, so one huge block would exceed the memory.
         if max(rows * cols for rows, cols in dataset.block_shapes) > max(max_pixels, _MIN_BLOCK_LIMIT):
             raise ImageTooLarge(
                 f"the image is stored in blocks of more than {max(max_pixels, _MIN_BLOCK_LIMIT):,} px; save it with "

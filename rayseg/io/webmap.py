@@ -237,6 +237,7 @@ def mosaic(session: Session, window: Window) -> np.ndarray:
         for future in as_completed(futures):
             future.result()
     finally:
+        # Running requests end early, then all threads are awaited: they write into the mosaic.
         stop.set()
         for future in futures:
             future.cancel()
@@ -304,6 +305,7 @@ def _decoded(body: bytes, name: str, size: int) -> np.ndarray:
     except RasterioError:
         raise Passing(f"a broken {driver} image") from None
     rgba_CHW[3] = np.where(rgba_CHW[3] > 0, 255, 0)
+    # Servers store arbitrary colours under transparent pixels.
     rgba_CHW[:3, rgba_CHW[3] == 0] = 0
     return rgba_CHW
 

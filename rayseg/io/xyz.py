@@ -137,6 +137,7 @@ def ingest_xyz(
     folder = upath(out) / ("imagery" if chips is None else "chips")
     job = _Job(service, grid, folder, attribution)
     units = _scenes(job, geometry or {}) if chips is None else _chips(chips, label, grid)
+    # Finished units are found before the limit is checked: it concerns new requests only.
     old, todo = _sorted_out(job, units)
     _check_limit(service, sum(math.prod(map(len, service.span(job.around(unit.window)))) for unit in todo))
     fetched, failures = _fetch_all(job, todo)

@@ -46,6 +46,7 @@ class Blend:
         rows, cols = part.slices(patch_window)
         to_rows, to_cols = part.slices(self._window)
         weight_HW = self._weight_HW[rows, cols]
+        # Patch by patch: the order of float32 additions determines the bits.
         self._sum_CHW[:, to_rows, to_cols] += weight_HW * probabilities_CHW[:, rows, cols]
         self._weights_HW[to_rows, to_cols] += weight_HW
 

@@ -46,6 +46,7 @@ def isodata(
 def _assigned(samples_NC: Floats, centres_KC: Floats, fewest: int) -> tuple[Floats, NDArray[np.intp]]:
     """(means of the samples nearest to each centre, without clusters of few samples; cluster of every sample)."""
     sizes = np.bincount(_nearest(samples_NC, centres_KC), minlength=len(centres_KC))
+    # The largest cluster always remains, so that the result has at least one centre.
     kept_KC = centres_KC[(sizes > fewest) | (sizes == sizes.max())]
     own_N = _nearest(samples_NC, kept_KC)
     sizes = np.maximum(np.bincount(own_N, minlength=len(kept_KC)), 1)
@@ -77,6 +78,7 @@ def _joined(centres_KC: Floats, sizes_K: NDArray[np.intp], nearest: float, clust
     centres: Floats = centres_KC.copy()
     sizes: Floats = sizes_K.astype(np.float64)
     while len(centres) > 1:
+        # All distances again after each merge: the merged centre has moved.
         distances = cdist(centres, centres)
         np.fill_diagonal(distances, np.inf)
         a, b = np.unravel_index(distances.argmin(), distances.shape)
@@ -107,6 +109,7 @@ def grouped(features_KD: NDArray[np.floating], sizes_K: NDArray[np.integer], *, 
     means = np.asarray(features_KD, np.float64)[[group[0] for group in members]]
     sizes = np.asarray(sizes_K, np.float64)[[group[0] for group in members]]
     while len(members) > (most or len(members)):
+        # Ward: merging a and b adds |a - b|^2 n_a n_b / (n_a + n_b) to the sum of squares.
         added = cdist(means, means, "sqeuclidean") * (sizes[:, None] * sizes / (sizes[:, None] + sizes))
         np.fill_diagonal(added, np.inf)
         a, b = sorted(int(at) for at in np.unravel_index(added.argmin(), added.shape))

@@ -36,6 +36,7 @@ def object_means(cam_HW: NDArray[np.float32], labels_HW: NDArray[np.integer]) ->
     labels = labels_HW.ravel().astype(np.intp)
     if labels.size and labels.min() < 0:
         raise DataError(f"object labels start at {labels.min()}, expected 0 or more: renumber them from 0")
+    # bincount sums its weights in float64.
     sums, counts = np.bincount(labels, weights=cam_HW.ravel()), np.bincount(labels)
     means = sums / np.maximum(counts, 1)
     return means[labels].reshape(cam_HW.shape).astype(np.float32)
@@ -72,6 +73,7 @@ def otsu(values_HW: NDArray[np.floating]) -> float:
             f"{finite} of {values_HW.size} values are finite, Otsu's threshold needs at least one and no NaN or "
             "infinity: mask these out first"
         )
+    # A constant field has no two groups of values to separate.
     if values_HW.min() == values_HW.max():
         return float(values_HW.flat[0])
     return float(filters.threshold_otsu(values_HW))

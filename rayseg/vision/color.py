@@ -234,6 +234,7 @@ def _decode_colors(codes_HW: NDArray[np.int32], table: ClassTable) -> NDArray[np
 def _decode_palette(
     mask_HW: NDArray[np.integer], table: ClassTable, palette: Mapping[int, Sequence[int]]
 ) -> NDArray[np.uint8]:
+    # Only indices that occur are decoded: unused palette entries may hold any colour.
     used, at_HW = np.unique(mask_HW, return_inverse=True)
     if missing := [int(index) for index in used if int(index) not in palette]:
         raise DataError(

@@ -72,6 +72,7 @@ def evidence(positives: Iterable[Plane], negatives: Iterable[Plane]) -> Plane:
         count += 1
     highest = np.zeros((2 * REACH, 2 * REACH))
     for plane in negatives:
+        # The maximum, not the mean: one negative chip suffices to exclude a chroma.
         highest = np.maximum(highest, plane)
     ratios = logs / count - np.log(highest + _FLOOR)
     return np.where(shares / count < _TRACE, NEVER, ratios).astype(np.float32)
@@ -100,6 +101,7 @@ def concept_mask(
     """
     bins = _bins(ab_N2)
     of_object = np.where(evidence_AB[bins] > doubtful, np.uint8(255), np.uint8(0))
+    # After the doubtful ones: all chromas of the concept have positive evidence too.
     of_object[region(evidence_AB)[bins]] = 1
     mask_HW: NDArray[np.uint8] = of_object[labels_HW]
     return mask_HW

@@ -31,6 +31,7 @@ def square_crop(image_HWC: Image, mask_HW: Mask, *, size: int) -> Image:
     top, left = (side - height) // 2, (side - width) // 2
     square_HWC = np.zeros((side, side, 3), np.uint8)
     square_HWC[top : top + height, left : left + width] = cut_HWC
+    # Area averaging avoids aliasing when the crop is reduced.
     way = cv2.INTER_AREA if side > size else cv2.INTER_LINEAR
     resized: NDArray[np.uint8] = np.asarray(cv2.resize(square_HWC, (size, size), interpolation=way), np.uint8)
     return resized

@@ -27,6 +27,7 @@ def mirrored(image_CHW: NDArray[Any], valid_HW: NDArray[np.bool_]) -> NDArray[An
     nearest = ndimage.distance_transform_edt(~valid_HW, return_distances=False, return_indices=True)
     here = np.array(np.nonzero(~valid_HW))
     nearest = nearest[:, *here]
+    # Reflection of the pixel about its nearest valid pixel.
     beyond = 2 * nearest - here
     inside = ((beyond >= 0) & (beyond < np.array(valid_HW.shape)[:, None])).all(axis=0)
     taken = np.where(inside, beyond, nearest)

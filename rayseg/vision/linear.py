@@ -25,6 +25,7 @@ def class_probabilities(
     """
     everything = np.concatenate([known_NF, features_MF]).astype(np.float64)
     spread = everything.std(axis=0)
+    # A constant feature keeps the value 0 and has no influence.
     scaled = (everything - everything.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
     scaled *= 4 / np.sqrt(scaled.shape[1])
     present = np.unique(labels_N)

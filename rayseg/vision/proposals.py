@@ -143,4 +143,5 @@ def _contrasts(image_HWC: NDArray[np.float32], labels_HW: NDArray[np.int32], rea
         means = np.bincount(labels, weights=channel, minlength=count) / sizes
         squares = np.bincount(labels, weights=(channel - means[labels]) ** 2, minlength=count)
         spread_N += np.sqrt(squares / sizes) / image_HWC.shape[2]
+    # The 1 (one grey level) keeps flat superpixels with weak outlines from a high contrast.
     return np.asarray(across_N / (across_N + spread_N + 1.0))

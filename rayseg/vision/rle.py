@@ -22,6 +22,7 @@ _BLOCK = 1 << 14  # columns of the dense product at once
 
 def encode(mask_HW: Mask) -> Runs:
     """The runs of a mask (height, width) bool."""
+    # A False at both ends makes masks at the first and last pixel start and end too.
     flat = np.concatenate([[False], mask_HW.ravel(), [False]])
     return np.flatnonzero(flat[1:] != flat[:-1]).astype(np.int64)
 
@@ -57,6 +58,7 @@ def union(masks: Sequence[Runs], shape: tuple[int, int]) -> Mask:
 
 def shares(masks: Sequence[Runs], of_HW: Mask) -> NDArray[np.float64]:
     """Share of each mask's pixels that lie in `of_HW`; 0 for an empty mask."""
+    # Cumulative counts: the pixels of a run are one difference.
     before = np.concatenate([[0], np.cumsum(of_HW.ravel(), dtype=np.int64)])
     inside = [int((before[runs[1::2]] - before[runs[::2]]).sum()) for runs in masks]
     return np.array(inside, np.float64) / np.maximum(areas(masks), 1)

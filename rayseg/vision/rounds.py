@@ -111,6 +111,7 @@ def find_plots(image_HWC: Image, propose: Propose, config: RoundsConfig, valid_H
     if config.refining is None:
         return plots
     fresh = [_refined(image_HWC, plots, k, propose, config.refining) for k in range(len(plots.proposals))]
+    # Parts of any size pass here; the least size applies once, to the merged result.
     split = _apart(_concatenated(fresh), shape, config.refining.duplicate, 1)
     both = _concatenated([plots, split])
     return replace(_apart(both, shape, config.refining.overlap, config.least), coverage=proposed.coverage)

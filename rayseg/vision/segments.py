@@ -16,6 +16,7 @@ def alike(one_HW: NDArray[np.integer], other_HW: NDArray[np.integer], *, least: 
     both_HW = (one_HW > 0) & (other_HW > 0)
     pairs_N2, shared_N = _counted(one_HW[both_HW], other_HW[both_HW])
     ones, others = np.bincount(one_HW.ravel()), np.bincount(other_HW.ravel())
+    # The union of two segments counts all their pixels, also those over no data of the other.
     either_N = ones[pairs_N2[:, 0]] + others[pairs_N2[:, 1]] - shared_N
     return np.asarray(pairs_N2[shared_N > least * either_N], np.int64)
 

@@ -66,6 +66,7 @@ def slic(
         convert2lab=image_HWC.shape[2] == 3,
         channel_axis=-1,
     )
+    # relabel_sequential keeps 0, so labels move above 0 and back.
     gapless_HW, _, _ = segmentation.relabel_sequential(labels_HW + 1)
     return np.asarray(gapless_HW, dtype=np.int32) - np.int32(1)
 
@@ -118,6 +119,7 @@ def halved(image_HWC: NDArray[Any], *, scale: float = 32, sigma: float = 0.5, mi
     """
     _check_image(image_HWC)
     height, width = image_HWC.shape[:2]
+    # An odd side repeats its last row or column, which the final crop removes.
     padded_HWC = np.pad(image_HWC, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge").astype(np.float32)
     if image_HWC.dtype.kind in "ui":
         padded_HWC /= np.float32(np.iinfo(image_HWC.dtype).max)
