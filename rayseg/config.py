@@ -18,7 +18,7 @@ QUIET_RAY = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_task_oom_retries": "2",  # by default Ray retries a tile that exceeds the memory for ever
+    "RAY_task_oom_retries": "2",  # by default Ray retries a tile that exceeds the memory without limit
 }
 MOST_NAMED = 5
 """Wrong keys that an error names."""

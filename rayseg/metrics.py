@@ -224,6 +224,7 @@ def _ami(table_RP: NDArray[np.int64], rows_R: NDArray[np.int64], cols_P: NDArray
     shared = mutual_info_score(None, None, contingency=table_RP)
     expected = expected_mutual_information(table_RP, total)
     entropies = [-float(np.sum(part / total * np.log(part / total))) for part in (rows_R, cols_P)]
+    # (MI - E[MI]) / (mean entropy - E[MI])
     largest = float(np.mean(entropies)) - expected
     tiny = np.finfo(float).eps  # the denominator may not be 0, and keeps its sign
     return float((shared - expected) / (min(largest, -tiny) if largest < 0 else max(largest, tiny)))

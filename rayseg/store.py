@@ -176,7 +176,7 @@ def _temporary(target: UPath) -> Iterator[Path]:
 
 
 def sweep(prefix: StorePath) -> None:
-    """Delete the temporary files that killed writers left below a local folder; no process may write there."""
+    """Delete temporary files of killed processes below a local folder; no process may write there meanwhile."""
     if not is_local(prefix):
         return
     for folder, _, names in os.walk(upath(prefix).path):

@@ -68,6 +68,7 @@ def ingest_xyz(
         label=label,
         resolution=resolution,
         attribution=attribution,
+        # The same reader as for pipelines, so that errors name the key.
         fetching=load(webmap.Fetching, None, set_ or ()),
     )
     typer.echo(catalogue)
@@ -101,7 +102,7 @@ def labels_import(
     from rayseg.io import annotation_requests, labelme
     from rayseg.store import upath
 
-    # The second argument tells the two kinds of labels apart: a run has asked for masks.
+    # The second argument distinguishes the two kinds of labels: a run has requested masks.
     if (upath(images) / "run.json").exists():
         count, missing = annotation_requests.load(folder, images)
         more = f", {len(missing)} chips without a mask: {', '.join(missing[:5])}" if missing else ", none is missing"

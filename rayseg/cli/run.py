@@ -142,6 +142,7 @@ def plan_pipeline(
     from rayseg.config import load
     from rayseg.steps import estimate
 
+    # The same check as a run: a plan fails where the run would.
     module, area = pipeline_of(name), area_of(region)
     settings = load(module.Config, config, set_ or ())
     forecast = module.forecast(settings, area, module.check(settings, area))
@@ -156,7 +157,7 @@ def retry(run: RunPrefix, *, engine: EngineName = "ray", address: Address = None
     from rayseg.engine import run as runs
     from rayseg.geo.region import Region
 
-    # The settings of run.json, not the defaults of today: the keys of finished steps depend on them.
+    # The settings of run.json, not the current defaults: the keys of finished steps depend on them.
     content = runs.read(run)
     resolved = load_values(pipeline_of(content["pipeline"]).Config, content["config"])
     area = Region(**content["region"] | {"tiles": tuple(content["region"]["tiles"])})
@@ -205,13 +206,14 @@ def _execute(out: str, pipeline: str, config: "Config", region: "Region", engine
     from rayseg.engine.run import Run
 
     if engine.kind == "ray":
+        # Before the check, which can take minutes: a wrong address fails at once.
         cluster.expect_reachable(engine.address)
     # The check reads catalogues and loads models, so it is called for a new run only.
     module = pipeline_of(pipeline)
     check = partial(module.check, config, region)
     with Run.open(out, pipeline=pipeline, config=config, region=region, engine=engine, check=check) as run:
         typer.echo(module.run(config, run, region, run.plan))
-    # The run is complete but for these tiles: exit code 3, and the command that processes them again.
+    # All other tiles are complete: exit code 3, and the message has the command that processes these again.
     if run.troubles:
         named = [f"{step} {row} ({why})" for step, rows in run.troubles.items() for row, why in rows.items()]
         more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""

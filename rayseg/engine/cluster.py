@@ -152,9 +152,9 @@ class Size:
 def sizes_now(works: Sequence[Work], *, shared: bool, patience: float) -> list[Size]:
     """Copies and resources of every stage on the Ray that this process has joined.
 
-    On a shared cluster the stages get the resources that are free. As long as these are too few, the autoscaler is
-    asked for what the stages need in addition to what is held, and the function waits: `patience` seconds if the whole
-    cluster is too small, four times as long if other jobs hold what is needed.
+    On a shared cluster the stages get the resources that are free. As long as these are too few, the function
+    requests what they need, in addition to what is held, from the autoscaler, and waits: `patience` seconds if the
+    whole cluster is too small, four times as long if other jobs hold what is needed.
 
     Args:
         works: the stages, in order.
@@ -229,7 +229,7 @@ def sizes(works: Sequence[Work], machines: Sequence[Machine], *, gpus: bool | No
         gpus: whether stages that request GPUs get them; None: if a machine has one.
 
     Raises:
-        ConfigError: the machines cannot hold one copy of each stage; Ray would wait for ever.
+        ConfigError: the machines cannot hold one copy of each stage; Ray would wait without end.
     """
     on_gpus = any(machine.get("GPU") for machine in machines) if gpus is None else gpus
     models = [work for work in works if work.model or (work.gpus and on_gpus)]

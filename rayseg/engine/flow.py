@@ -1,4 +1,4 @@
-"""Rows through stages, in this process or on Ray Data; a ledger records the result of every row.
+"""Run rows through stages, in this process or on Ray Data; a ledger records the result of every row.
 
     rows minus ledger -> read (CPU) -> model (GPU actors) -> write (CPU) -> ledger record
 
@@ -270,7 +270,7 @@ def _unpack(table: pa.Table) -> list[Entry]:
 
 
 def _source(parts: list[list[Entry]]) -> "ray.data.Datasource":
-    """Entries as read tasks of one batch each, so that work starts, and is lost, in small pieces."""
+    """Entries as read tasks of one batch each, so that work starts early and a lost task costs one batch."""
     import ray.data
     from ray.data.block import BlockMetadata
 

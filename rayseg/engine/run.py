@@ -367,6 +367,7 @@ def _is_locked(root: str) -> bool:
         return not is_local(root)
     with lock.open() as file:
         try:
+            # A shared lock: several status commands can test at the same time.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True

@@ -53,6 +53,7 @@ def submit(arguments: Sequence[str], out: str, address: str | None) -> None:
         raise ConfigError(
             f"output {out} is on this machine, the cluster is not; give --out a URL such as s3://bucket/run"
         )
+    # The dashboard shows the command line to everybody who can reach it.
     line = entrypoint(arguments)
     if public(line) != line:
         raise ConfigError(
@@ -99,6 +100,7 @@ def expect_token(address: str | None) -> None:
             f"--address {address} takes no jobs, expected the dashboard of a head, such as http://10.0.0.1:8265"
         )
     token = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    # Ray also reads the token from this file.
     stored = token or (Path.home() / ".ray" / "auth_token").exists()
     if not is_loopback(parts.hostname) and not (os.environ.get("RAY_AUTH_MODE") == "token" and stored):
         raise ConfigError(

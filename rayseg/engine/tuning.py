@@ -18,7 +18,7 @@ _blocks = 0
 
 
 def prepare() -> None:
-    """Set this process up and the environment of the processes that it starts; before threads and PyTorch.
+    """Set up this process and the environment of its child processes, before threads start or PyTorch is imported.
 
     The imports at the start of a command create millions of objects and free none: Python's default of one garbage
     collection for every 700 of them takes a sixth of the time of the imports.

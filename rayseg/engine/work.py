@@ -1,4 +1,4 @@
-"""Run one stage so that no row is lost: an error settles the row that caused it, and no other row."""
+"""Run one stage so that no row is lost: an error fails only the row that caused it."""
 
 import time
 import traceback
@@ -50,7 +50,7 @@ class Work:
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A row of the manifest on its way through the stages.
+    """A row of the manifest between two stages.
 
     Attributes:
         id: of the row.
@@ -121,6 +121,7 @@ class StageRunner:
         started = time.perf_counter()
         waiting = [entry for entry in entries if not (entry.error or isinstance(entry.row, Settled))]
         after = {entry.id: entry for entry in self._attempt(waiting)} if waiting else {}
+        # A batch is timed as a whole: its rows get equal shares.
         share = {self.work.name: round((time.perf_counter() - started) / max(len(waiting), 1), 4)}
         done = [
             replace(after[entry.id], seconds=entry.seconds | share) if entry.id in after else entry for entry in entries
@@ -149,7 +150,7 @@ class StageRunner:
         call = self._thread.submit(self.work.stage, list(rows))
         wait([call], self.patience)
         if not call.done():
-            self._thread = None  # it may hang for ever
+            self._thread = None  # it may never return
             return Stalled(f"no progress for {self.patience:g} s")
         if error := call.exception():
             return error

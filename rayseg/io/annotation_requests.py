@@ -136,6 +136,7 @@ def load(folder: StorePath, run: str) -> tuple[int, list[str]]:
     for chip, mask_HW in checked.items():
         row = rows[chip]
         scene = LabelledImage.from_row(row | {"id": row["of"]})
+        # Masks of scenes without georeference are stored in pixels of the image.
         grid = scene.grid if scene.grid.crs else pixels_of(scene.image)
         window = Window(row["col"], row["row"], row["width"], row["height"])
         cog.write_classes(_place(run, chip), mask_HW, grid, window, table)
@@ -152,6 +153,7 @@ def _checked(path: Any, size: Sequence[int], table: ClassTable, run: str) -> NDA
     if (mask_HW == NODATA).all():
         raise DataError(f"mask {path} has no labelled pixel: draw the classes that the chip shows")
     existing = _place(run, path.stem)
+    # The same mask may be imported again, so that an interrupted import can be repeated.
     if existing.exists() and not np.array_equal(cog.read_bands(existing)[0], mask_HW):
         raise DataError(f"the run has another mask of {path.stem} and was trained on it: start a new run to change it")
     return mask_HW

@@ -85,6 +85,7 @@ def read_table(path: StorePath) -> tuple[Assigned, ClassTable]:
                 f"{NODATA - 1}: correct it"
             )
         key = ((row.get("scene") or "").strip(), int(text))
+        # A repeated row is allowed as long as it has the same class.
         if not name or assigned.get(key, name) != name:
             raise DataError(
                 f"label table {path} line {number} gives label {key[1]} the class {name!r}, expected one class: "

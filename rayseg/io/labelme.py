@@ -110,6 +110,7 @@ def _on_image(table: geopandas.GeoDataFrame, file: Path) -> geopandas.GeoDataFra
         crs, to_pixels, frame = image.crs, ~image.transform, shapely.box(0, 0, image.width, image.height)
     if crs is None:
         return table.iloc[:0]
+    # The inverse of the affine transform maps coordinates of the CRS to pixels.
     pixels = table.to_crs(crs.to_wkt()).geometry.affine_transform(to_pixels.to_shapely()).set_precision(1e-3)
     placed = table.set_geometry(pixels.set_crs(None, allow_override=True))
     cut = geopandas.clip(placed, frame, keep_geom_type=True).sort_index()
@@ -278,6 +279,7 @@ def _write(image_HWC: np.ndarray, polygon: BaseGeometry, path: Path, *, size: in
     left, top, right, bottom = polygon.bounds
     col, row = math.floor(left), math.floor(top)
     height, width = image_HWC.shape[:2]
+    # Polygons may extend beyond the image by half a pixel.
     window = Window(col, row, math.ceil(right) - col, math.ceil(bottom) - row).intersect(Window(0, 0, width, height))
     mask_HW = mask_of(polygon, window)
     if not mask_HW.any():

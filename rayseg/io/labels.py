@@ -139,7 +139,7 @@ def ingest_rasters(paths: StorePath | Sequence[StorePath], out: StorePath) -> st
             "%d of %d rasters cannot be mapped, their items have no geometry: %s",
             *(len(errors), len(files), _first_five(errors)),
         )
-    for path in errors:  # of these files nothing is known but their time
+    for path in errors:  # only the modification time of these files is known
         item = pystac.Item(names[path], None, None, datetime.fromtimestamp(path.stat().st_mtime, UTC), {})
         kind = _TYPES.get(path.suffix.lower(), _TIFF)
         item.add_asset("image", pystac.Asset(_path(path), media_type=kind, roles=["data"]))
@@ -227,6 +227,7 @@ def _ids(files: Files) -> dict[UPath, str]:
 def _each(files: Files, make: Callable[[UPath, str | None], T]) -> tuple[list[T], dict[UPath, DataError]]:
     """`make(image, class)` of every image in order, and the errors of those that fail."""
 
+    # Errors are collected, so that one message names several damaged files.
     def attempt(entry: tuple[str | None, UPath]) -> T | DataError:
         try:
             return make(entry[1], entry[0])
@@ -271,7 +272,7 @@ def _decoded(href: str, name: str) -> Source:
 
 
 def _taken(dataset: DatasetReader, href: str) -> str:
-    """When the image was taken, ISO 8601: its own tag, which has no time zone, as UTC; else its file's time."""
+    """Acquisition time, ISO 8601: the image's own tag, which has no time zone, as UTC; else the file's time."""
     tags = dataset.tags()
     text = tags.get("EXIF_DateTimeOriginal") or tags.get("TIFFTAG_DATETIME") or tags.get("EXIF_DateTime") or ""
     try:
@@ -343,6 +344,7 @@ def read_chip(chip: Chip, size: int) -> tuple[NDArray[np.uint8], NDArray[np.bool
     source = chip.source
     _expect_bytes(source)
     visible = [name for name in source.bands if name != "alpha"]
+    # Networks expect three channels: a grey band is repeated.
     bands = visible * 3 if len(visible) == 1 else ["red", "green", "blue"]
     [(grid, _)] = grids_of([source])
     image_CHW, valid_HW = read([source], grid, middle(chip.window, size), bands=bands)

@@ -96,6 +96,7 @@ def size_chart(pixels: Sequence[int]) -> bytes:
 
     figure = Figure(figsize=(4.8, 2.6), layout="constrained")
     axes = figure.subplots()
+    # Plot sizes span orders of magnitude, so the bins are logarithmic.
     edges = np.geomspace(max(min(pixels), 1), max(pixels) + 1, 25)
     axes.hist(pixels, bins=list(edges), color="#e69f00")
     axes.set_xscale("log")
@@ -267,12 +268,13 @@ def _classes(tile: MappedTile, canvas: _Canvas) -> NDArray[np.uint8]:
 def _imagery(sources: Sequence[Source], grid: Grid, canvas: _Canvas) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
     """(three bands of the imagery, True where there is imagery) over the canvas; unreadable files are left out.
 
-    The ledger names the tiles of a damaged file; the file must not prevent the report.
+    A damaged file must not prevent the report; the ledger names its tiles.
     """
     image_CHW: NDArray[np.generic] = np.zeros((3, *canvas.shape), sources[0].dtype)
     seen_HW = np.zeros(canvas.shape, bool)
     for source in sources:
         part = footprint(source, grid).intersect(canvas.extent)
+        # A covered source is not opened: later sources show only in gaps.
         if part.empty or seen_HW[canvas.slices(part)].all():
             continue
         place = canvas.slices(part)

@@ -185,7 +185,7 @@ class Session:
 
 @contextmanager
 def session(service: Service) -> Iterator[Session]:
-    """Open connections to the server; meanwhile httpx logs warnings only, because its other lines show whole URLs."""
+    """Open connections to the server; meanwhile httpx logs warnings only, because its other lines hold whole URLs."""
     many, timeout = service.fetching.concurrency, httpx.Timeout(service.fetching.timeout, pool=None)
     limits = httpx.Limits(max_connections=many, max_keepalive_connections=many)
     headers = {"User-Agent": f"rayseg/{__version__}", "Accept": "image/png, image/jpeg, image/webp"}
@@ -277,6 +277,7 @@ def _ask(session: Session, tile: mercantile.Tile) -> bytes | None:
                 raise DataError(
                     f"{name} was answered with HTTP {status}: check the address, the key and the terms of use"
                 )
+            # Read in parts: limits of size and time end a response that would never end.
             for part in answer.iter_bytes():
                 body += part
                 if len(body) > _MOST_BYTES:
@@ -290,6 +291,7 @@ def _ask(session: Session, tile: mercantile.Tile) -> bytes | None:
 
 def _decoded(body: bytes, name: str, size: int) -> np.ndarray:
     """(4, size, size) uint8: red, green, blue and 255 where there is data, all 0 elsewhere."""
+    # By content, not by Content-Type: only these three GDAL drivers open data from the network.
     driver = next((driver for magic, driver in _DRIVERS.items() if body.startswith(magic)), None)
     if driver is None:
         raise Passing("a body that is not a PNG, JPEG or WebP image")

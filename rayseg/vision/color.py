@@ -176,6 +176,7 @@ def overlay(
     Returns:
         The painted image (H, W, 3) uint8.
     """
+    # Lookup tables of all 256 values: one indexing step paints any number of classes.
     shown = np.zeros(256, np.float32)
     lut = np.zeros((256, 3), np.float32)
     for value, color in colors.items():
@@ -213,6 +214,7 @@ def _pack(colors: NDArray[np.integer], threshold: int | None = None) -> NDArray[
 def _decode_colors(codes_HW: NDArray[np.int32], table: ClassTable) -> NDArray[np.uint8]:
     known = _pack(np.array([*table.colors, *table.ignore], np.int32))
     values = np.array([*table.values, *[IGNORE] * len(table.ignore)], np.uint8)
+    # Binary search in the sorted colours; searchsorted returns len(known) beyond the last one.
     order = np.argsort(known)
     at_HW = np.searchsorted(known[order], codes_HW).clip(max=len(known) - 1)
     wrong_HW = known[order][at_HW] != codes_HW

@@ -24,6 +24,7 @@ def painted(masks: Sequence[Runs], shape: tuple[int, int], *, where_HW: Mask, le
         (labels_HW, kept): 0 for none, k + 1 for the mask at position kept[k]; `kept` ascends.
     """
     labels = np.zeros(shape[0] * shape[1], np.int32)
+    # Largest first: a small mask inside a large one stays visible. A stable sort keeps ties in order.
     for position in np.argsort(-rle.areas(masks), kind="stable"):
         starts, lengths = masks[position][::2], masks[position][1::2] - masks[position][::2]
         # the pixels of all runs at once: each run's start, then steps of 1

@@ -158,6 +158,7 @@ def _badge(pool: Pool, count: int, rng: np.random.Generator) -> Choice:
     residual = np.asarray(pool.p_NK, np.float64).copy()
     residual[np.arange(len(residual)), residual.argmax(axis=1)] -= 1.0
     features = np.asarray(pool.features_NF, np.float64)
+    # |a b^T|^2 = |a|^2 |b|^2: the products themselves, K x F numbers per image, are never formed.
     lengths = (residual**2).sum(axis=1) * (features**2).sum(axis=1)
     gaps = np.full(len(features), np.inf)
     positions: list[int] = []
@@ -171,6 +172,7 @@ def _badge(pool: Pool, count: int, rng: np.random.Generator) -> Choice:
             at = int(np.setdiff1d(np.arange(len(gaps)), positions)[0])
         positions.append(at)
         scores.append(float(lengths[at] if number == 0 else gaps[at]))
+        # <a b^T, c d^T> = (a . c)(b . d), and |x - y|^2 = |x|^2 + |y|^2 - 2 <x, y>
         products = (residual @ residual[at]) * (features @ features[at])
         gaps = np.minimum(gaps, np.maximum(lengths + lengths[at] - 2 * products, 0.0))
         gaps[positions] = 0.0

@@ -135,6 +135,7 @@ def in_rounds(
     known_HW = np.zeros(shape, bool)
     for number, round_ in enumerate(rounds, 1):
         white_HW = is_white(image_HWC)
+        # The first round always runs, also on an image that is almost white.
         if number > 1 and 1 - white_HW[valid_HW].mean() < left:
             break
         proposals = propose(image_HWC, ~white_HW)
@@ -162,6 +163,7 @@ def _concatenated(several: Sequence[Plots]) -> Plots:
 
 def _apart(plots: Plots, shape: tuple[int, int], duplicate: float, least: int) -> Plots:
     """Remove duplicates, then split masks into connected parts of at least `least` pixels."""
+    # Duplicates first: they are compared as whole masks, as proposed.
     plots = plots.take(rle.survivors(plots.proposals.masks, duplicate))
     split = [rle.parts(runs, shape, least=least) for runs in plots.proposals.masks]
     owners = np.repeat(np.arange(len(split)), [len(part) for part in split])

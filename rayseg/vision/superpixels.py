@@ -91,9 +91,11 @@ def watershed(image_HWC: NDArray[Any], *, spacing: int = 14, compactness: float 
     for channel in range(image_HWC.shape[2]):
         smooth_HW = ndimage.gaussian_filter(image_HWC[..., channel].astype(np.float32) * scale, 1.0)
         down_HW, across_HW = ndimage.sobel(smooth_HW, axis=0), ndimage.sobel(smooth_HW, axis=1)
+        # Maximum over the channels: an edge in one band is enough.
         np.maximum(steepest_HW, np.hypot(down_HW, across_HW), out=steepest_HW)
     height, width = image_HWC.shape[:2]
     seeds_HW = np.zeros((height, width), np.int32)
+    # Seeds start half a spacing from the edge; an image smaller than that gets a seed at its last pixel.
     rows, cols = (np.arange(min(spacing // 2, side - 1), side, spacing) for side in (height, width))
     seeds_HW[np.ix_(rows, cols)] = np.arange(1, len(rows) * len(cols) + 1).reshape(len(rows), len(cols))
     labels_HW = segmentation.watershed(steepest_HW, seeds_HW, compactness=compactness)
