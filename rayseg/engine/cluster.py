@@ -57,7 +57,7 @@ def expect_reachable(address: str | None) -> None:
 
 
 def connect(address: str | None, *, dashboard: bool = False) -> None:
-    """Join the Ray cluster at `address`, or start a private Ray on this machine; once per process.
+    """Connect to the Ray cluster at `address`, or start a private Ray on this machine; once per process.
 
     The address is `address`, else RAY_ADDRESS. Without either the process never joins the cluster of another user.
 
@@ -150,7 +150,7 @@ class Size:
 
 
 def sizes_now(works: Sequence[Work], *, shared: bool, patience: float) -> list[Size]:
-    """Copies and resources of every stage on the Ray that this process has joined.
+    """Copies and resources of every stage on the Ray cluster that this process is connected to.
 
     On a shared cluster the stages get the resources that are free. As long as these are too few, the function
     requests what they need, in addition to what is held, from the autoscaler, and waits: `patience` seconds if the
@@ -257,7 +257,7 @@ def sizes(works: Sequence[Work], machines: Sequence[Machine], *, gpus: bool | No
 
 
 def source_cpus(first: Work) -> float:
-    """CPUs of the tasks that create the rows: Ray fuses them with the first stage unless that lives in actors."""
+    """CPUs of the tasks that create the rows: Ray fuses them with the first stage unless that runs in actors."""
     return LEAST_CPUS if first.model else first.cpus
 
 

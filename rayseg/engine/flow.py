@@ -127,7 +127,7 @@ def _run_part(
 def _inline(entries: list[Entry], runners: list[StageRunner]) -> Entries:
     """Run every stage in its own thread, a few batches ahead of the next one, in order.
 
-    If a process was killed here before, the rows it worked on run first, in another process.
+    If an earlier process was killed, the rows that it was processing run first, in a child process.
     """
     ledger = _ledger_of(runners)
     under_way = upath(ledger.prefix) / ".under-way.part"  # the suffix makes the sweep of partial files remove it

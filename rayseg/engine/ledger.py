@@ -81,7 +81,7 @@ class Fate(NamedTuple):
 
 
 class Fates:
-    """The fates of all rows of a ledger in about 50 bytes each, so that those of a planet fit into memory.
+    """The fates of all rows of a ledger in about 50 bytes each, so that those of a global map fit into memory.
 
     Args:
         records: columns id, status, reason, attempt; of several records of an id the highest attempt counts.

@@ -24,7 +24,7 @@ REPEATED = ("crs", "grid_image", "sources", "refused")
 """Columns in which many rows have the same text."""
 _NAME = "^[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?$"  # what `grid.slug` leaves unchanged
 PART = 20_000
-"""Rows that are dicts at the same time; an engine works on one part after the other."""
+"""Rows that are held as dicts at the same time; an engine processes one part after the other."""
 
 
 def write_rows(path: StorePath, rows: Sequence[Row], *, root: str | None = None) -> None:

@@ -143,7 +143,7 @@ class Run:
                 its return value is the run's `plan`.
 
         Raises:
-            ConfigError: `out` cannot be written, belongs to another run, or another process works on it; or a URL
+            ConfigError: `out` cannot be written, belongs to another run, or another process writes to it; or a URL
                 among the arguments holds a secret.
         """
         out = absolute(out).rstrip("/")
@@ -361,7 +361,7 @@ def _locked(out: str) -> Iterator[None]:
 
 
 def _is_locked(root: str) -> bool:
-    """Whether a process works on the run; True on object stores, where that cannot be known."""
+    """Whether a process holds the lock of the run; True on object stores, where that cannot be known."""
     lock = Path(upath(root).path, ".lock")
     if not is_local(root) or not lock.exists():
         return not is_local(root)

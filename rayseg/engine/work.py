@@ -71,7 +71,7 @@ Entries = Generator[Entry, None, None]
 
 
 class WorkerThread:
-    """A thread that makes one call after the other; unlike an executor's thread, it can be abandoned when it hangs."""
+    """A thread that runs calls in order; unlike an executor's thread, it can be abandoned when it hangs."""
 
     def __init__(self) -> None:
         self._calls: SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None] = SimpleQueue()
@@ -79,7 +79,7 @@ class WorkerThread:
         weakref.finalize(self, self._calls.put, None)
 
     def submit(self, function: Callable[..., Any], *arguments: object) -> "Future[Any]":
-        """Make the call after the earlier ones."""
+        """Queue a call; it starts when the earlier ones have returned."""
         future: Future[Any] = Future()
         self._calls.put((future, function, arguments))
         return future
@@ -185,9 +185,9 @@ class StageRunner:
 
 
 def ahead(entries: Entries, patience: float | None = None) -> Entries:
-    """The same entries; a thread makes the next one while the caller uses the current one.
+    """The same entries; a thread computes the next one while the caller uses the current one.
 
-    When it is closed early it waits for the call under way, so no stage is at work when the process ends.
+    When it is closed early it waits for the call under way, so no stage is running when the process ends.
 
     Raises:
         Stalled: the next entry does not come within `patience` seconds.

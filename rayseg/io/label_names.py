@@ -1,4 +1,4 @@
-"""Name unsupervised labels: a class map from a run and a table of labels and classes that a person filled in."""
+"""Name unsupervised labels: write a class map from a run and a table of labels and classes filled in by hand."""
 
 import csv
 import io

@@ -48,6 +48,7 @@ def bounds_of_tile(z: int, x: int, y: int) -> Bounds:
 
 def mercator(bounds_N4: np.ndarray) -> np.ndarray:
     """(west, south, east, north) in degrees as Web Mercator coordinates on a unit sphere (EPSG:3857 / 6,378,137 m)."""
+    # The projection is infinite at the poles.
     lats_N2 = np.radians(np.clip(bounds_N4[:, [1, 3]], -89.9, 89.9))
     return np.concatenate([np.radians(bounds_N4[:, [0, 2]]), np.arcsinh(np.tan(lats_N2))], axis=1)[:, [0, 2, 1, 3]]
 
@@ -117,6 +118,7 @@ def imagery_tile(
         bands = bands_shown(source)
         if stop and stop.is_set():
             break
+        # A full tile needs no further file.
         if any(not allowed(href, hosts) for href, _ in bands) or image_HW4[..., 3].all():
             continue
         windows = (image, image) if image else None

@@ -10,7 +10,7 @@ from rayseg.vision.rle import Mask
 
 
 def middle(window: Window, size: int) -> Window:
-    """The `size` x `size` px in the middle of a window; they reach beyond a smaller window."""
+    """The central `size` x `size` px of a window; a smaller window is extended on all sides."""
     col, row = window.col + int((window.width - size) / 2), window.row + int((window.height - size) / 2)
     return Window(col, row, size, size)
 

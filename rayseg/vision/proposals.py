@@ -1,7 +1,7 @@
 """Proposals: masks of objects in an image, with scores.
 
 A proposer is any callable `(image_HWC, open_HW) -> Proposals`. It takes an RGB uint8 image and a bool array, True where
-objects are still wanted. `SuperpixelProposer` needs no weights; `rayseg.models.sam` has another proposer.
+objects may be proposed. `SuperpixelProposer` needs no weights; `rayseg.models.sam` has another proposer.
 """
 
 from collections.abc import Callable, Sequence
