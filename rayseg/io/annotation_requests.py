@@ -72,7 +72,7 @@ def export(folder: str, chips: Sequence[Request], table: ClassTable) -> str:
     masks = {"classes": classes, "ignore": ignore, "threshold": table.threshold}
     content = {"chips": sizes, "masks": masks, "rows": [row for row, *_ in chips]}
     put(root / "index.html", _page([row["id"] for row, *_ in chips], table).encode())
-    # Written last: the request refers to all other files.
+    # Written last: `load` needs it, so it refuses a partial export.
     put(root / "request.json", json.dumps(content).encode())
     return str(root / "index.html")
 

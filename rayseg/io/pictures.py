@@ -209,7 +209,7 @@ def mosaic(tiles: Sequence[MappedTile], *, size: int, title: str) -> Picture:
 def contact_sheet(images: Sequence[Sequence[MappedTile]], *, size: int) -> Picture:
     """At most six images, chosen evenly, in rows of three."""
     chosen = [images[at] for at in sorted({round(at) for at in np.linspace(0, len(images) - 1, SHEET)})]
-    # All images get the same width; rows are as high as the highest image.
+    # Images keep their proportions; all cells are as large as the widest and the highest image.
     across = min(3, len(chosen))
     side = (size - _GAP * (across - 1)) // across
     cells = [mosaic(tiles, size=side, title="") for tiles in chosen]

@@ -237,7 +237,7 @@ def mosaic(session: Session, window: Window) -> np.ndarray:
         for future in as_completed(futures):
             future.result()
     finally:
-        # Running requests end early, then all threads are awaited: they write into the mosaic.
+        # No further attempt begins; all threads are awaited, because they write into the mosaic.
         stop.set()
         for future in futures:
             future.cancel()
