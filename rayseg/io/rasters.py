@@ -161,7 +161,7 @@ def _valid(
     if MaskFlags.nodata in flags:
         valid_CHW &= dataset.read_masks(indexes, window=at) > 0
     if pixels_CHW.dtype.kind == "f":
-        valid_CHW &= ~np.isnan(pixels_CHW)
+        valid_CHW &= np.isfinite(pixels_CHW)  # an infinite pixel would spoil every patch that sees it
     if nodata is not None and nodata != dataset.nodata:
         valid_CHW &= pixels_CHW != nodata
     return valid_CHW

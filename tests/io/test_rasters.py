@@ -186,6 +186,21 @@ def test_a_band_without_data_at_a_valid_pixel_reads_zero(tmp_path):
     assert pixels[1, 0, 1] == 0
 
 
+@pytest.mark.parametrize(
+    ("value", "dtype", "nodata"),
+    [(np.inf, np.float32, None), (-np.inf, np.float64, -9999.0), (np.inf, np.float32, 0.0)],
+)
+def test_an_infinite_pixel_is_never_data(tmp_path, value, dtype, nodata):
+    image = np.ones((2, 8, 8), dtype)
+    image[:, 3, 4] = value
+    image[0, 5, 6] = value  # in one band alone: that band reads as 0, as with NaN
+    source = write(tmp_path / "a.tif", image, nodata=nodata)
+    [(grid, _)] = grids_of([source])
+    pixels_CHW, valid_HW = read([source], grid, footprint(source, grid), bands=["b1", "b2"])
+    assert np.isfinite(pixels_CHW).all()
+    assert np.argwhere(~valid_HW).tolist() == [[3, 4]]
+
+
 def test_nan_is_never_data(tmp_path):
     image = noise(1, dtype="float32")
     image[0, 3, 4] = np.nan
