@@ -1,4 +1,4 @@
-"""Labelled chips of a run: listed and divided once, read when a training needs them; a classifier trained on them."""
+"""Labelled chips of a run: list and split them once, read them during training, train a classifier on them."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -32,35 +32,36 @@ class ChipsConfig(Config):
     source: Location | None = None
     """Catalogue of the chips (`catalog.json#collection`); by default `#chips` of the region's catalogue."""
     size: Annotated[int, Field(gt=0)] = 512
-    """Side in px of the part that is used, the middle of each chip."""
+    """Side in px of the central part of each chip that is used."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.4
-    """Share of the chips of each class that is held out from training, to choose the classifier's epoch and to measure
-    it."""
+    """Share of the chips of each class that is held out from training; the held-out chips select the classifier's epoch
+    and measure its accuracy."""
     seed: int = 1337
-    """Seed of the division."""
+    """Seed of the split."""
 
 
 def list_chips(
     step: Step, region: Region, expected: tuple[str, ...], config: ChipsConfig, *, listed: Sequence[Chip] | None = None
 ) -> dict[str, Any]:
-    """List the chips and divide them; later steps read `<step>/chips.parquet`.
+    """List and split the chips; later steps read `<step>/chips.parquet`.
 
     Args:
-        step: this one.
-        region: its catalogue has the chips, unless the configuration names another.
-        expected: the labels that chips may have, each at least once.
-        config: where the chips are and how they are divided.
-        listed: the chips, where `find_chips` has listed them already.
+        step: the current step.
+        region: its catalogue contains the chips, unless the configuration names another.
+        expected: the allowed labels; each must occur at least once.
+        config: location of the chips and settings of the split.
+        listed: the chips, if `find_chips` has already listed them.
 
     Returns:
-        `source`: where they are; and label -> number of chips.
+        `source`: location of the chips; and label -> number of chips.
 
     Raises:
         RaysegError: see `find_chips`.
     """
     found = find_chips(region, expected, config) if listed is None else listed
     held_out = np.zeros(len(found), bool)
-    for number, label in enumerate(expected):  # the same share of every label, drawn by seed
+    # Stratified split: each label has its own random stream, so one label's chips do not affect the draw of another.
+    for number, label in enumerate(expected):
         positions = np.flatnonzero([chip.label == label for chip in found])
         order = np.random.default_rng((config.seed, number)).permutation(positions)
         held_out[order[: round(config.held_out * len(order))]] = True
@@ -71,11 +72,12 @@ def list_chips(
 
 
 def find_chips(region: Region, expected: tuple[str, ...], config: ChipsConfig) -> list[Chip]:
-    """The chips of a region, by id; each has one of the expected labels, and each label has a chip in training.
+    """Chips of a region, checked: each has one of the expected labels, and each label has a training chip.
 
     Raises:
         ConfigError: neither the region nor the configuration names a catalogue.
-        DataError: there are no chips, one has another label, a label is missing, or all of its chips are held out.
+        DataError: there are no chips, a chip has an unexpected label, a label is missing, or all chips of a label
+            are held out.
     """
     if not (config.source or region.catalog):
         raise ConfigError(
@@ -101,12 +103,12 @@ def find_chips(region: Region, expected: tuple[str, ...], config: ChipsConfig) -
 
 
 def rows_of(listed: Step, *, held_out: bool) -> list[Row]:
-    """Rows of `Chip.to_row` of the chips in training, or of those held out."""
+    """Rows of `Chip.to_row`: the training chips, or the held-out chips."""
     return [row for row in read_rows(listed.prefix / "chips.parquet") if row["held_out"] == held_out]
 
 
 def read_image(rows: list[Row], size: int, position: int) -> np.ndarray:
-    """The middle of a chip, (size, size, 3) uint8; mirrored where it has no data."""
+    """The centre of a chip, (size, size, 3) uint8; nodata is filled by mirroring."""
     return filled(*labels.read_chip(Chip.from_row(rows[position]), size))
 
 
@@ -118,7 +120,7 @@ def learnable(
     Args:
         rows: of `rows_of`.
         labels: names of the classes, in order.
-        size: side of the middle that is used, in px.
+        size: side of the central part that is used, in px.
         read_mask: position -> mask (size, size) uint8; None without masks.
     """
     ids, classes = tuple(row["id"] for row in rows), tuple(labels.index(row["label"]) for row in rows)
@@ -135,19 +137,19 @@ def fit_on_chips(
     scaling: Scaling,
     workers: int,
 ) -> tuple[dict[str, float], nn.Module]:
-    """Train a classifier on the chips in training; those held out choose the epoch.
+    """Train a classifier on the training chips; the held-out chips select the epoch.
 
     Args:
-        step: this one; checkpoints lie below it.
+        step: the current step; checkpoints are written under its prefix.
         listed: the step that listed the chips.
         settings: the network and its training.
         labels: names of the classes, in order.
         size: side of the chips in px.
         scaling: from uint8 values to the network's input.
-        workers: processes of Ray Train.
+        workers: number of Ray Train processes.
 
     Returns:
-        Measures of the epoch that is kept, and the network.
+        Metrics of the selected epoch, and the network.
     """
     learnt, held_out = (learnable(rows_of(listed, held_out=part), labels, size) for part in (False, True))
     measures = fit_classifier(

@@ -1,4 +1,4 @@
-"""From a yes or no per chip to coarse masks of those with a yes: the steps of gpc between classifier and segmenter."""
+"""Coarse masks from image-level labels: the steps of gpc between classifier and segmenter."""
 
 import io
 from collections.abc import Iterator
@@ -37,41 +37,43 @@ from rayseg.vision.coarse_masks import Objects
 YES, NO = "gpc", "nongpc"
 LABELS = (YES, NO)
 BATCH = 8
-"""Chips that are mapped at once; they are read together, so that a batch is the same whichever engine makes it."""
+"""Chips per batch; reading and CAM use the same batch size, so that batches are identical on every engine."""
 
 
 class CuesConfig(Config):
-    """From labels to coarse masks."""
+    """Settings for coarse masks from image-level labels."""
 
     method: Literal["cam", "concept"] = "cam"
-    """cam: objects whose mean Grad-CAM++ is above Otsu's threshold (the paper's). concept: superpixels of the colours
-    that all positive chips share and no negative chip has (diverse density), with the CAM as a hint; for few chips."""
+    """cam: objects whose mean Grad-CAM++ exceeds Otsu's threshold (the paper's method). concept: superpixels of the
+    colours that all positive chips share and no negative chip has (diverse density), with the CAM as a prior; for few
+    chips."""
     layer: int = -1
     """Encoder stage at which Grad-CAM++ is taken; -1 is the last."""
     scales: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (1.0,)
-    """The map is averaged over the chip at these scales."""
+    """Scales of the chip over which the CAM is averaged."""
     flip: bool = False
-    """And over its mirror image."""
+    """Whether to average the CAM over the mirrored chip as well."""
     network: Literal["v1", "v2"] = "v1"
-    """cam: how objects are found; v1 votes in superpixels (the paper's), v2 (Kim et al. 2020) does without."""
+    """cam: unsupervised segmentation method; v1 takes a vote in superpixels (the paper's), v2 (Kim et al. 2020) uses no
+    superpixels."""
     iterations: Annotated[int, Field(gt=0)] = 64
     """cam: training steps of the object network on each chip."""
     min_labels: Annotated[int, Field(gt=1)] = 4
-    """cam: they end when fewer labels remain."""
+    """cam: training stops when fewer labels remain."""
     precision: Precision = "float32"
-    """cam: bfloat16 is faster where the machine has it."""
+    """cam: bfloat16 is faster on hardware that supports it."""
     seed: int = 1943
-    """cam: of the object network's initial weights."""
+    """cam: seed of the object network's initial weights."""
     objects: Objects = "labels"
     """cam: an object is all pixels of a label, or a connected component of it."""
     reduce: Annotated[int, Field(gt=0)] = 2
-    """concept: side in px of the squares averaged before superpixels are found."""
+    """concept: side in px of the blocks that are averaged before superpixels are computed."""
     doubtful: float = -1.0
-    """concept: evidence (log ratio) above which a superpixel outside the concept is left open."""
+    """concept: evidence (log ratio) above which a superpixel outside the concept stays undecided."""
 
 
 def make_cues(run: Run, listed: Step, classifier: Step, settings: CuesConfig, *, size: int, patience: float) -> Step:
-    """The steps from labels to coarse masks: `densities` where there is a concept to learn, and `cues`."""
+    """Run the steps from labels to coarse masks: `densities` (method "concept" only) and `cues`."""
     if settings.method == "cam":
         return run.step("cues", write_cues, listed, classifier, None, settings, size, patience)
     densities = run.step("densities", write_densities, listed, classifier, settings, size, patience)
@@ -81,7 +83,7 @@ def make_cues(run: Run, listed: Step, classifier: Step, settings: CuesConfig, *,
 def write_densities(
     step: Step, listed: Step, classifier: Step, config: CuesConfig, size: int, patience: float
 ) -> dict[str, Any]:
-    """Colours of the superpixels of all chips in training, `<step>/<chip>.npy`, from which the concept is learnt."""
+    """Write the superpixel colours of all training chips, `<step>/<chip>.npy`; the concept is learned from them."""
     rows = chips.rows_of(listed, held_out=False)
     works = [*_seen(classifier, config, size), _divide(config), Work(WriteDensity(str(step.prefix)))]
     troubles = _through(step, rows, works, patience)["troubles"]
@@ -103,7 +105,7 @@ def write_cues(
     size: int,
     patience: float,
 ) -> dict[str, Any]:
-    """Coarse masks of the positive chips in training, `<step>/<chip>.tif`; by the concept if there are densities."""
+    """Write coarse masks of the positive training chips, `<step>/<chip>.tif`; by the concept if densities exist."""
     rows = chips.rows_of(listed, held_out=False)
     decide = _decide_by_concept(densities, rows, config) if densities else _decide_by_cam(config)
     works = [*_seen(classifier, config, size), *decide, Work(WriteCue(str(step.prefix)))]
@@ -154,7 +156,7 @@ def _through(step: Step, rows: list[Row], works: list[Work], patience: float) ->
 
 
 def read_mask(cues: str, rows: list[Row], size: int, position: int) -> np.ndarray:
-    """The coarse mask of a chip; that of a negative one is empty."""
+    """The coarse mask of a chip; the mask of a negative chip is all background."""
     if rows[position]["label"] == NO:
         return np.zeros((size, size), np.uint8)
     mask: np.ndarray = cog.read_bands(cue_path(cues, rows[position]["id"]))[0]
@@ -162,7 +164,7 @@ def read_mask(cues: str, rows: list[Row], size: int, position: int) -> np.ndarra
 
 
 def draw_cues(step: Step, listed: Step, cues: Step, size: int) -> dict[str, Any]:
-    """A sheet of the first positive chips: chip, CAM, coarse mask (open pixels grey)."""
+    """Draw a contact sheet of the first positive chips: chip, CAM, coarse mask (undecided pixels are grey)."""
     troubled = cues.value["troubles"]
     rows = [row for row in chips.rows_of(listed, held_out=False) if row["label"] == YES and row["id"] not in troubled][
         :6

@@ -1,10 +1,10 @@
-"""What a run would do and cost, before it is begun: counted from descriptions, timed on a few tiles.
+"""Estimate data volume, run time and price of a run before it starts, from metadata and a few timed tiles.
 
-A probe is the pipeline itself over some tiles, inline, in a scratch folder; where a model is learnt first, its
-trainings are cut short (`train.sample`), and the map follows with what they leave or a network of zeros. The times in
-its ledgers grow with the size of the tiles and their margins, or with the effort of rows that are no tiles, those of
-steps without a ledger with their pixels; the first row of a step warms up and is left out. A worker is a machine like
-the one that the probe ran on.
+A probe runs the pipeline itself on some tiles, inline, in a temporary folder. If the pipeline trains a model first, the
+probe shortens the training and maps with the resulting network or with a network of zeros. Times from the ledgers scale
+with the size of the tiles and their margins, or with the effort of rows that are not tiles; times of steps without a
+ledger scale with the pixels. The first row of a step is a warm-up and is excluded. A worker is a machine like the one
+that ran the probe.
 """
 
 import json
@@ -35,15 +35,15 @@ from rayseg.store import STORE_ERRORS, upath
 from rayseg.train import probe
 
 FRAME = 64 << 10
-"""Bytes of a file beside the tiles that are taken to be there however many tiles there are."""
+"""Assumed fixed size in bytes of each file outside the tiles, independent of the number of tiles."""
 MOST_SIZES = 32
-"""Files that are asked for their size."""
+"""Approximate number of files whose size is queried."""
 
 
 def bytes_read(tiles: Sequence[Row], *, margin: int) -> int | None:
-    """Bytes of the files that the tiles and `margin` px around them touch, from the sizes of some of the files.
+    """Estimate the bytes that are read for the tiles and `margin` px around them, from the sizes of some files.
 
-    A pixel that several scenes hold counts once for each: which is read is known only when it is.
+    A pixel covered by several scenes counts once per scene, because the scene that is read is known only at run time.
     """
     pixels: Counter[Source] = Counter()
     known: dict[str, Source] = {}
@@ -65,7 +65,7 @@ def bytes_read(tiles: Sequence[Row], *, margin: int) -> int | None:
 
 
 UNSIZED: tuple[type[Exception], ...] = (ValueError, TypeError, *STORE_ERRORS)
-"""What asking for the size of a file raises where nobody says it."""
+"""Errors raised where the size of a file is not available."""
 
 
 def _size(source: Source) -> int | None:
@@ -85,12 +85,12 @@ def _area(window: Window) -> int:
 
 
 def bytes_written(root: Path, growth: float, growths: Mapping[str, float]) -> int:
-    """Bytes of the whole run, told from a probe's: all grow but the report and the frames of files beside the tiles.
+    """Estimate the bytes of the whole run from a probe; the report and the fixed part of other files do not grow.
 
     Args:
-        root: of the probe.
-        growth: tiles of the run for each of the probe, by their pixels.
-        growths: the same of folders that grow otherwise.
+        root: folder of the probe.
+        growth: pixels of all tiles divided by pixels of the probe's tiles.
+        growths: folder -> factor, for folders that grow by another factor.
     """
     total = 0.0
     for path in root.rglob("*"):
@@ -103,24 +103,24 @@ def bytes_written(root: Path, growth: float, growths: Mapping[str, float]) -> in
 
 
 MADE = {"enlarge": ("enlarged",), "networks": ("models",)}
-"""Step whose rows are no tiles -> the folders of the run that it fills beside its own."""
+"""Step whose rows are not tiles -> the folders that it writes in addition to its own."""
 TIMED = 3
-"""Tiles that a probe times; one more is taken to warm up."""
+"""Tiles that a probe times, plus one for warm-up."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a pipeline knows of a run before it is begun.
+    """What a pipeline knows about a run before it starts.
 
     Attributes:
         tiles: rows of all tiles, with their sources as JSON.
-        margin: px around a tile that are read with it.
-        unknown: what the plan does not time, as sentences.
-        counts: step -> rows, of steps whose rows are no tiles.
-        efforts: step -> what these take in all, in units of which each row says its own as the fact `effort`; without,
-            one row takes as long as another.
-        trial: carries a probe out: called with an open run and the region of the probe's tiles; None without a model.
-        before: of what is made of the imagery first, where that is what is mapped; else None.
+        margin: px around a tile that are read with the tile.
+        unknown: what the estimate does not include, as sentences.
+        counts: step -> number of rows, for steps whose rows are not tiles.
+        efforts: step -> total effort of these rows, in the unit of the fact `effort` that each row records; without
+            it, all rows are assumed to take the same time.
+        trial: runs a probe, given an open run and the region of the probe's tiles; None without a model.
+        before: forecast of the step that derives the mapped imagery (for example enlarging); else None.
     """
 
     tiles: Sequence[Row]
@@ -134,7 +134,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Rates:
-    """What is asked of a price: workers, and money for an hour of a GPU and of a CPU."""
+    """Number of workers, and price per hour of a GPU and of a CPU."""
 
     workers: int = 1
     gpu_hour: float = 0.0
@@ -143,18 +143,18 @@ class Rates:
 
 @dataclass(frozen=True)
 class Probe:
-    """Seconds of the whole run on one worker, told from a few tiles.
+    """Seconds of the whole run on one worker, estimated from a few tiles.
 
     Attributes:
-        tiles: ids of the tiles that were looked at.
-        seconds: stage -> seconds of all tiles together.
-        spread: seconds that workers share between them: the slowest stage of every step.
-        alone: seconds that more workers do not make less: starting, joining, reporting.
-        bytes_written: of the whole run.
-        cpus: of the machine.
-        gpus: of the machine.
-        on_gpu: names of the stages that ask for one.
-        troubles: row -> why it failed in the probe; its tiles count as if they took nothing.
+        tiles: ids of the tiles that were timed.
+        seconds: stage -> total seconds over all tiles.
+        spread: seconds that are divided by the number of workers: the slowest stage of each step.
+        alone: seconds that do not depend on the number of workers: startup, joins, report.
+        bytes_written: bytes of the whole run.
+        cpus: number of CPUs of the machine.
+        gpus: number of GPUs of the machine.
+        on_gpu: names of the stages that request a GPU.
+        troubles: row -> why it failed in the probe; its tiles count as zero seconds.
     """
 
     tiles: tuple[str, ...]
@@ -169,27 +169,27 @@ class Probe:
 
     @property
     def gpu_seconds(self) -> float | None:
-        """Seconds of a GPU; None if the machine has none."""
+        """GPU seconds; None if the machine has no GPU."""
         return sum(self.seconds.get(stage, 0.0) for stage in self.on_gpu) if self.gpus else None
 
     @property
     def cpu_seconds(self) -> float:
-        """Seconds in which stages keep a CPU busy (or all CPUs, where a model has no GPU)."""
+        """Seconds in which stages use a CPU (or all CPUs, if a model runs without a GPU)."""
         return sum(self.seconds.values()) - (self.gpu_seconds or 0.0)
 
 
 def estimate_run(forecast: Forecast, region: Region, *, rates: Rates) -> dict[str, Any]:
-    """The plan as JSON values.
+    """Return the estimate as JSON values.
 
     Args:
-        forecast: what the pipeline knows.
+        forecast: of the pipeline.
         region: what is mapped.
         rates: workers and prices.
 
     Returns:
-        `items`, `tiles`, `pixels`, `bytes_read` (None where sizes cannot be asked), and of a probe `bytes_written`,
-        `seconds` by stage, `cpu_seconds`, `gpu_seconds`, `wall_seconds` with `workers`, `price`; else None for these;
-        `unknown`: what is not in these figures.
+        `items`, `tiles`, `pixels`, `bytes_read` (None if file sizes are not available); from a probe `bytes_written`,
+        `seconds` by stage, `cpu_seconds`, `gpu_seconds`, `wall_seconds` with `workers`, `price` (None without a
+        probe); `unknown`: what these figures do not include.
     """
     first = forecast.before or forecast
     tiles, read = ([row for row in rows if not row.get("refused")] for rows in (forecast.tiles, first.tiles))
@@ -207,7 +207,7 @@ def estimate_run(forecast: Forecast, region: Region, *, rates: Rates) -> dict[st
 
 
 def _busy() -> list[str]:
-    """What to say of a machine that has other work."""
+    """A note for the estimate if the machine runs other work."""
     load, cpus = os.getloadavg()[0], os.cpu_count() or 1
     if load <= 0.75 * cpus:
         return []
@@ -238,7 +238,7 @@ def _costs(timed: Probe | None, rates: Rates) -> dict[str, Any]:
 
 
 def by_model(prefix: str, plan: Plan[Any], config: MapConfig) -> Forecast:
-    """The forecast of mapping the tiles of a plan with a trained model."""
+    """Forecast of mapping the tiles of a plan with a trained model."""
     return Forecast(plan.tiles or (), bundle.load(prefix).patch, trial=partial(_map, config, prefix))
 
 
@@ -251,14 +251,14 @@ def by_untrained(
     counts: Mapping[str, int] | None = None,
     unknown: Sequence[str] = (),
 ) -> Forecast:
-    """The forecast of mapping a region with a model that is yet to be trained.
+    """Forecast of mapping a region with a model that is not trained yet.
 
     Args:
         described: the model.
-        plan: has the tiles.
-        config: how they are mapped.
-        learn: the steps before the map, their trainings by `training`; returns the one with the model, or None for the
-            same network that finds nothing.
+        plan: contains the tiles.
+        config: settings of the map.
+        learn: runs the steps before the map, with trainings wrapped in `training`; returns the step with the model, or
+            None to use the same network with blank weights.
         counts: see `Forecast`.
         unknown: see `Forecast`.
     """
@@ -270,7 +270,7 @@ def by_untrained(
 
 
 def by_workers(workers: int) -> tuple[str, ...]:
-    """What is not known of trainings by several processes of Ray Train."""
+    """A note for the estimate if several Ray Train processes train."""
     return (f"trainings were timed in one process, not in {workers}",) if workers > 1 else ()
 
 
@@ -285,7 +285,7 @@ def _learn_and_map(
 
 
 def training(step: Step, fit: Callable[..., dict[str, Any]], *arguments: object, **planned: object) -> dict[str, Any]:
-    """What `fit(step, *arguments)` returns of a training that is cut short, if it is one, with `left_out` (seconds)."""
+    """Run `fit(step, *arguments)` with a shortened training; add `left_out`, the seconds that were skipped."""
     with probe.taken() as taken:
         value = fit(step, *arguments, **planned)
     return {**value, "left_out": taken.left_out} if taken.epochs else value
@@ -298,7 +298,7 @@ def _map_blank(config: MapConfig, described: Bundle, run: Run, region: Region) -
 
 
 def _map(config: MapConfig, prefix: str, run: Run, region: Region) -> None:
-    """What every pipeline ends with."""
+    """Run the steps that every pipeline ends with."""
     model = run.step("model", mapping.load_model, prefix)
     predicted = run.step("predict", mapping.predict_region, region, model, config)
     polygons = run.step("polygons", mapping.join_polygons, predicted, "polygons")
@@ -307,7 +307,7 @@ def _map(config: MapConfig, prefix: str, run: Run, region: Region) -> None:
 
 
 def _effort(row: Row, *, margin: int) -> int:
-    """What a tile takes, in px: with what is around it, for a patch that it only touches is looked at as a whole."""
+    """Effort of a tile in px, including the margin, because patches that only touch the tile are predicted whole."""
     window = Tile.from_row(row).window
     return (window.width + margin) * (window.height + margin)
 
@@ -320,7 +320,8 @@ def _pixels(row: Row) -> int:
 
 
 def timed_on(forecast: Forecast, region: Region, tiles: Sequence[Row], *, count: int) -> Probe:
-    """Carry the trial out on some of the tiles and tell from it what all of them take."""
+    """Run the trial on some of the tiles and extrapolate to all tiles."""
+    # 1. run the pipeline on a few tiles; the extra one warms up models and caches
     chosen = spread(tiles, count + 1)
     part = replace(region, tiles=tuple(row["id"] for row in chosen))
     trial = forecast.trial
@@ -330,6 +331,7 @@ def timed_on(forecast: Forecast, region: Region, tiles: Sequence[Row], *, count:
         run.save("running", 0.0)
         trial(run, part)
         steps = {step.name: _timed(step) for step in run.steps}
+        # 2. growth of each folder; a model has the same size however many tiles it maps
         growth = sum(map(_pixels, tiles)) / sum(map(_pixels, chosen))
         counts = {
             made: (rows, name)
@@ -340,6 +342,7 @@ def timed_on(forecast: Forecast, region: Region, tiles: Sequence[Row], *, count:
         growths = {made: rows / max(len(steps[name][0]), 1) for made, (rows, name) in counts.items()}
         growths |= dict.fromkeys([*(f"steps/{name}" for name in trained), "models"] if trained else (), 1.0)
         written = bytes_written(Path(folder), growth, growths)
+    # 3. seconds per unit of effort, scaled to all rows; trainings are extrapolated by epochs, not by tiles
     effort = partial(_effort, margin=forecast.margin)
     sizes, whole = {row["id"]: effort(row) for row in chosen}, sum(map(effort, tiles))
     others = {**forecast.counts, **forecast.efforts}
@@ -365,9 +368,9 @@ def timed_on(forecast: Forecast, region: Region, tiles: Sequence[Row], *, count:
 
 
 def spread(tiles: Sequence[Row], count: int) -> list[Row]:
-    """At most `count` of the tiles, at equal distances in the pixels of all; all where there are not as many.
+    """Select at most `count` tiles at equal distances in cumulative pixels.
 
-    So a large tile is rather taken than a sliver at a border, of which a pixel takes longer.
+    Large tiles are selected more often than slivers at a border, which take longer per pixel.
     """
     if len(tiles) <= count:
         return list(tiles)
@@ -377,7 +380,7 @@ def spread(tiles: Sequence[Row], count: int) -> list[Row]:
 
 
 def _timed(step: Step) -> tuple[list[Record], float]:
-    """(records in the order of the work, seconds) of a step; no records where it does not work row by row."""
+    """(records in manifest order, seconds) of a step; no records if the step does not work row by row."""
     manifest = step.prefix / "manifest.parquet"
     records = Ledger(str(step.prefix / "ledger")).read() if manifest.exists() else {}
     if not records:
@@ -389,14 +392,14 @@ def _timed(step: Step) -> tuple[list[Record], float]:
 def _scaled(
     records: Sequence[Record], seconds: float, sizes: Mapping[str, int], whole: int, other: int | None
 ) -> tuple[dict[str, float], float]:
-    """(stage -> seconds of the whole run, seconds of the probe that are of no stage).
+    """(stage -> seconds of the whole run, seconds of the probe outside any stage).
 
     Args:
         records: of the probe's step, in order.
-        seconds: the step took.
+        seconds: duration of the step.
         sizes: tile -> its effort.
         whole: effort of all tiles.
-        other: effort of all rows where they are no tiles.
+        other: effort of all rows, if they are not tiles.
     """
     if not records:
         return {}, seconds
@@ -407,7 +410,9 @@ def _scaled(
     weight = {record.id: known.get(record.id, usual) for record in records}
     pace = {}
     for stage in dict.fromkeys(stage for record in records for stage in record.seconds):
-        timed = warm if any(stage in record.seconds for record in warm) else records  # the only one that came so far
+        timed = (
+            warm if any(stage in record.seconds for record in warm) else records
+        )  # only the warm-up row reached this stage
         effort = sum(weight[record.id] for record in timed)
         pace[stage] = sum(record.seconds.get(stage, 0.0) for record in timed) / max(effort, 1)
     rest = max(0.0, seconds - max(pace.values(), default=0.0) * sum(weight.values()))
@@ -415,7 +420,7 @@ def _scaled(
 
 
 def _alone(told: Mapping[str, tuple[dict[str, float], float]], growth: float, others: Mapping[str, int]) -> float:
-    """Seconds that no stage works; steps that gather what tiles (not `others`) left take longer with more of them."""
+    """Seconds outside stages; steps that collect the results of tiles (not of `others`) grow with the tiles."""
     seconds, gathers = 0.0, False
     for name, (by_stage, rest) in told.items():
         gathers = gathers or bool(by_stage and name not in others)

@@ -1,6 +1,6 @@
-"""A map against reference masks: confusions per tile or image, measures with 95 % intervals, seams.
+"""Compare a map with reference masks: confusion matrix per tile or image, metrics with 95 % intervals, seams.
 
-Prediction and truth meet by place where both are georeferenced, else by name: the stem of the file, the id of the item.
+Prediction and truth are matched by location if both are georeferenced, else by name (file stem or item id).
 """
 
 import json
@@ -36,13 +36,13 @@ PER_CLASS = ("iou", "f1", "precision", "recall")
 
 @dataclass(frozen=True)
 class Match:
-    """A piece of the prediction and the masks that say what is there.
+    """A piece of the prediction and its reference masks.
 
     Attributes:
         piece: of the prediction.
-        truth: masks over it, the preferred one first.
-        grid: on which they are read.
-        window: where the piece lies on it.
+        truth: masks that overlap the piece, the preferred one first.
+        grid: grid on which the masks are read.
+        window: of the piece on this grid.
     """
 
     piece: Piece
@@ -53,13 +53,14 @@ class Match:
 
 @dataclass(frozen=True)
 class Compared:
-    """What became of one match.
+    """Result of one match.
 
     Attributes:
         id: of the tile or image.
-        image: without georeference, the image it is of: whole images are drawn for intervals, else tiles.
+        image: without georeference, the image that contains the piece; the bootstrap resamples whole images then, else
+            tiles.
         confusion: of the pixels labelled in both, classes in the table's order.
-        unseen: pixels labelled in the truth alone.
+        unseen: number of pixels labelled only in the truth.
     """
 
     id: str
@@ -80,12 +81,12 @@ def evaluate(prediction: str, truth: str, *, classes: str | None = None) -> dict
     Returns:
         JSON values: `overall` and, per class, `iou`, `f1`, `precision` and `recall`, each as value, low, high (95 %
         bootstrap over tiles or images; None where it is not defined); `confusion` (rows truth, columns prediction);
-        `units` (each a `unit`: tile or image) and `pixels` compared; `not_evaluated`, pixels with truth but without
-        prediction; `unmatched` names of both sides; `seams` of a run.
+        `units` (number of resampled units; `unit` is tile or image) and `pixels` compared; `not_evaluated`, pixels with
+        truth but without prediction; `unmatched` names of both sides; `seams` of a run.
 
     Raises:
-        DataError: nothing matches, two images differ in size, or a mask holds what is no class.
-        ConfigError: there is no class table.
+        DataError: nothing matches, two images differ in size, or a mask contains a value that is not a class.
+        ConfigError: no class table is given or stored.
     """
     table = read_table(classes) if classes else None
     if (upath(prediction) / "run.json").exists():
@@ -100,11 +101,11 @@ def evaluate(prediction: str, truth: str, *, classes: str | None = None) -> dict
 
 
 def expect_masks(region: Region, truth: str | None, names: Sequence[str]) -> None:
-    """Refuse a truth without masks, before there is a map.
+    """Check that the truth has masks, before the map is made.
 
     Args:
         region: see `Region.located`.
-        truth: where the masks are; None without any.
+        truth: location of the masks, or None.
         names: of the classes.
 
     Raises:
@@ -115,13 +116,13 @@ def expect_masks(region: Region, truth: str | None, names: Sequence[str]) -> Non
 
 
 def compare_truth(step: Step, predicted: Step, region: Region, truth: str | None) -> dict[str, Any]:
-    """The step that compares a run's map with its truth; an empty result without a truth."""
+    """Compare a run's map with its truth, as a step; return an empty result without a truth."""
     located = region.located(truth)
     return evaluate_run(step, predicted, located) if located else {}
 
 
 def evaluate_run(step: Step, predicted: Step, truth: str) -> dict[str, Any]:
-    """Compare a run's map with its truth; `<step>/confusions.json` keeps the counts of every tile."""
+    """Compare a run's map with its truth; `<step>/confusions.json` stores the counts of each tile."""
     result, compared = _of_run(predicted.root, truth, None, predicted.name)
     tiles = {part.id: part.confusion.matrix.tolist() for part in compared}
     content = {"classes": [row["value"] for row in result["classes"]], "tiles": tiles}
@@ -153,11 +154,12 @@ def _stored_table(mask: Source, where: str) -> ClassTable:
 
 
 def match(pieces: Sequence[Piece], truth: Sequence[Source]) -> list[Match]:
-    """Every piece that has truth, with it.
+    """Match each piece with the masks that cover it; pieces without a mask are left out.
 
     Raises:
-        DataError: nothing matches (the first names of both sides are given), or two images differ in size.
+        DataError: nothing matches (the message lists the first names of both sides), or two images differ in size.
     """
+    # The newest mask comes first; the inner sort makes the order independent of the input for equal dates.
     newest = sorted(sorted(truth, key=lambda mask: mask.item_id), key=lambda mask: mask.datetime or "", reverse=True)
     placed = [mask for mask in newest if mask.crs is not None]
     named = {mask.item_id: mask for mask in newest}
@@ -218,7 +220,7 @@ def _compare_all(
 
 
 def compare(one: Match, table: ClassTable) -> Compared:
-    """Count the pixels of a match by their classes, strip by strip."""
+    """Compute the confusion matrix of a match, strip by strip."""
     positions = np.full(256, IGNORE, np.uint8)
     positions[list(table.values)] = np.arange(len(table.classes))
     truth_HW = positions[masks.read_classes(one.truth, one.grid, one.window, table)]
@@ -233,8 +235,9 @@ def compare(one: Match, table: ClassTable) -> Compared:
 
 
 def summary(compared: Sequence[Compared], table: ClassTable) -> dict[str, Any]:
-    """Measures of all confusions together, with intervals over the units that hold pixels."""
+    """Metrics of the summed confusion matrix, with intervals over the units that contain labelled pixels."""
     empty = Confusion(np.zeros((len(table.classes),) * 2, np.int64))
+    # Tiles of one image are correlated: without georeference the bootstrap resamples whole images.
     merged: dict[str, Confusion] = {}
     for part in compared:
         unit = part.image or part.id
@@ -264,7 +267,7 @@ def summary(compared: Sequence[Compared], table: ClassTable) -> dict[str, Any]:
 
 
 def _measures(total: Confusion, draws: Sequence[Confusion], name: str) -> list[dict[str, float | None]]:
-    """value, low, high of a measure (of every class, if it has one each); no interval without draws."""
+    """Value, low and high of a metric (one entry per class for per-class metrics); no interval without draws."""
     values_K = np.atleast_1d(getattr(total, name))
     drawn_NK = np.array([np.atleast_1d(getattr(draw, name)) for draw in draws]).reshape(-1, len(values_K))
     rows = [(value, *percentile_interval(drawn_N)) for value, drawn_N in zip(values_K, drawn_NK.T, strict=True)]
@@ -301,7 +304,7 @@ def _said(measure: dict[str, float | None]) -> str:
 
 
 def _remarks(result: dict[str, Any]) -> list[str]:
-    """What the tables leave out."""
+    """Remarks on pixels, names and seams that the tables do not show."""
     remarks = []
     if result["not_evaluated"]:
         remarks.append(f"{result['not_evaluated']:,} pixels with truth have no prediction and are not counted")
@@ -314,20 +317,21 @@ def _remarks(result: dict[str, Any]) -> list[str]:
 
 
 Pairs = Counter[tuple[int, int]]
-_UNSEEN = -1  # no colour's code: that of pure blue is 255
+_UNSEEN = -1  # outside the range of colour codes; 255 is pure blue
 
 
 def agreement_of_run(
     root: str, truth: str, *, step: str = "predict", unlabelled: Sequence[str | int] = ()
 ) -> dict[str, Any]:
-    """Compare the label maps of a run with masks, scene by scene.
+    """Compare the label maps of a run with masks, per scene.
 
     Args:
         root: the run.
-        truth: a folder of masks or `catalog.json#collection`; masks of one band hold any values, of three any colours.
-        step: the step that mapped.
-        unlabelled: values or colours ("#RRGGBB") of the masks that are not counted, as nodata is not, nor 255 in masks
-            of one band.
+        truth: a folder of masks or `catalog.json#collection`; single-band masks may hold any values, three-band masks
+            any colours.
+        step: name of the step that made the map.
+        unlabelled: values or colours ("#RRGGBB") of the masks that are excluded, in addition to nodata and to 255 in
+            single-band masks.
 
     Returns:
         JSON values: `scenes`: name -> `pixels`, `ami`, `fmi`, `are`; and `mean` of the three over the scenes.
@@ -348,23 +352,24 @@ def agreement_of_run(
 
 
 def expect_truth(pieces: Sequence[Piece], truth: str, *, unlabelled: Sequence[str | int] = ()) -> None:
-    """Refuse, before there is a map, a truth with which it could not be compared.
+    """Check that the truth can be compared with the map, before the map is made.
 
     Args:
-        pieces: of the map to be.
+        pieces: of the planned map.
         truth: as `agreement_of_run` takes it.
         unlabelled: the same.
 
     Raises:
-        DataError: there are no masks, one cannot be opened, none is of a piece, or one has another size than its image.
-        ConfigError: a colour that is not counted is none.
+        DataError: there are no masks, a mask cannot be opened, no mask matches a piece, or a mask and its
+            image differ in size.
+        ConfigError: an excluded colour is invalid.
     """
     sources, _ = _truth(truth, unlabelled)
     match(pieces, sources)
 
 
 def _truth(truth: str, unlabelled: Sequence[str | int]) -> tuple[list[Source], set[int]]:
-    """(the masks, the codes of their values or colours that are not counted)."""
+    """(the masks, the codes of the excluded values or colours)."""
     skipped = {value if isinstance(value, int) else _code(rgb_of(value)) for value in unlabelled} | {_UNSEEN}
     return masks.masks_of(truth, names=("landcover",)), skipped
 
@@ -381,12 +386,14 @@ def _pairs(found: Match, skipped: set[int]) -> Pairs:
     """(value in the mask, label) -> pixels."""
     labels_HW = found.piece.read(label_table(NODATA - 1))
     codes_HW = np.full(labels_HW.shape, _UNSEEN, np.int64)
+    # The preferred mask is first, so it is written last.
     for mask in reversed(found.truth):
         bands = [name for name in mask.bands if name != "alpha"]
         image_CHW, valid_HW = rasters.read([mask], found.grid, found.window, bands=bands[:3], categorical=True)
         of_mask_HW = _code(image_CHW) if len(image_CHW) == 3 else _values(image_CHW[0])
         codes_HW = np.where(valid_HW, of_mask_HW, codes_HW)
     seen = (labels_HW != NODATA) & ~np.isin(codes_HW, list(skipped))
+    # Encode (mask value, label) in one integer: np.unique then counts the pairs in one call.
     both, counts = np.unique(codes_HW[seen] * (NODATA + 1) + labels_HW[seen], return_counts=True)
     keys = zip(*np.divmod(both, NODATA + 1), strict=True)
     return Counter({(int(code), int(label)): int(count) for (code, label), count in zip(keys, counts, strict=True)})

@@ -1,4 +1,4 @@
-"""Labelled images of a region: found, counted by class, divided by scene."""
+"""Labelled images of a region: find them, count pixels by class, split them by scene."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated
@@ -15,25 +15,25 @@ from rayseg.store import Location
 from rayseg.vision.color import ClassTable
 
 Counted = Sequence[tuple[LabelledImage, np.ndarray]]
-"""Images, each with its pixels by class, (..., classes)."""
+"""Images, each with its pixel counts by class, (..., classes)."""
 Divided = Mapping[str, Counted]
-"""Part -> its images, each with its pixels by cell and class, (rows, cols, classes)."""
+"""Part -> its images, each with its pixel counts by cell and class, (rows, cols, classes)."""
 PARTS = ("training", "validation")
 
 
 class LabelledConfig(Config):
-    """The labelled scenes, and which of them are for validation."""
+    """Labelled scenes and their split into training and validation."""
 
     source: Location | None = None
     """A folder of scenes (`images` and `masks` side by side) or `catalog.json#collection`; by default the region's."""
     masks: Location | None = None
     """With a catalogue: its masks, as `catalog.json#collection/asset`, or `#collection/asset` of the region's."""
     validation: tuple[str, ...] = ()
-    """Scenes that choose the epoch and measure the model; by default some are drawn."""
+    """Scenes that select the epoch and measure the model; by default a random sample."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of the scenes that is drawn."""
+    """Share of the scenes in the random sample."""
     seed: int = 1337
-    """Seed of the draw."""
+    """Seed of the random sample."""
     absent: tuple[str, ...] = ()
     """Classes that may have no pixel."""
 
@@ -41,10 +41,10 @@ class LabelledConfig(Config):
 def find_images(
     region: Region, images: str | None, masks: str | None, *, names: Sequence[str], setting: str
 ) -> list[LabelledImage]:
-    """All images, by id, each with its masks if it has any.
+    """All images with their masks, if any, sorted by id.
 
     Args:
-        region: its images or its catalogue are taken where `images` names none.
+        region: its images or its catalogue are used if `images` is None.
         images: a folder of scenes, or `catalog.json#collection`.
         masks: with a catalogue, its masks: `catalog.json#collection/asset`, or `#collection/asset` of the region's.
         names: of the classes.
@@ -52,7 +52,7 @@ def find_images(
 
     Raises:
         ConfigError: neither the region nor the configuration names images.
-        DataError: there are none, or they cannot be used.
+        DataError: there are no images, or they cannot be used.
     """
     source = images or region.images
     if not source and region.catalog:
@@ -67,17 +67,17 @@ def find_images(
 
 
 def divide(region: Region, config: LabelledConfig, table: ClassTable, *, cell: int) -> Divided:
-    """Count the classes of all labelled images and divide the images by scene.
+    """Count the classes of all labelled images and split the images by scene.
 
     Args:
         region: see `find_images`.
-        config: where the images are and how they are divided.
+        config: location of the images and settings of the split.
         table: the classes.
         cell: side in px of the cells in which pixels are counted.
 
     Raises:
         ConfigError: neither the region nor the configuration names images.
-        DataError: none has a mask, they cannot be used, or the split leaves a class out.
+        DataError: no image has a mask, the images cannot be used, or the split leaves a class out.
     """
     found = find_images(region, config.source, config.masks, names=table.names, setting="labelled.source")
     kept = [image for image in found if image.masks]
@@ -99,7 +99,7 @@ def divide(region: Region, config: LabelledConfig, table: ClassTable, *, cell: i
 
 
 def expect_classes(divided: Divided, table: ClassTable, absent: Sequence[str]) -> None:
-    """Refuse classes without pixels, and a split whose training images lack a class.
+    """Check that every class has pixels and that the training images contain every class.
 
     Args:
         divided: images of `PARTS`.

@@ -1,6 +1,6 @@
-"""The steps that every pipeline ends with: a model over all tiles of a region, polygons, items.
+"""The final steps of every pipeline: predict all tiles of a region, join polygons, publish items.
 
-Each function is a step of a `Run`: it takes the step and what it builds on, and returns JSON values.
+Each function is a step of a `Run`: it takes the step and its inputs, and returns JSON values.
 """
 
 import json
@@ -41,28 +41,28 @@ Labels = TypeVar("Labels")
 
 
 class MapConfig(Config):
-    """How a region is mapped."""
+    """Settings for mapping a region."""
 
     imagery: Location | None = None
-    """Catalogue of the imagery (`catalog.json#collection`); by default the region's."""
+    """Catalogue of the imagery (`catalog.json#collection`); by default that of the region."""
     tile: Annotated[int, Field(gt=0)] = 2048
     """Side of a tile in px."""
     batch: Annotated[int, Field(gt=0)] | None = None
-    """Patches predicted at once; by default as many as there are processors, at most 4, and 16 on a GPU."""
+    """Patches per batch; by default the number of processors, at most 4, and 16 on a GPU."""
     stall_seconds: Annotated[float, Field(gt=0)] = 1800.0
-    """A tile on which reading, predicting or writing takes longer is given up and named as failed."""
+    """Timeout for reading, predicting or writing one tile; the tile is then recorded as failed."""
 
 
 @dataclass(frozen=True)
 class Plan(Generic[Labels]):
-    """What the check of a run finds out, so that `forecast` and `run` do not find it out again.
+    """Results of the check of a run, reused by `forecast` and `run`.
 
-    A run that is resumed has an empty plan: its steps read what they wrote, or plan by themselves.
+    A resumed run has an empty plan: its steps read their stored rows or plan again.
 
     Attributes:
         tiles: rows of all tiles of the map.
-        labels: the labelled data to learn from, as the pipeline's steps take it.
-        before: rows of the tiles that are enlarged first, where a pipeline enlarges its imagery.
+        labels: the labelled training data, in the form the pipeline's steps expect.
+        before: rows of the tiles that are enlarged first, if the pipeline enlarges its imagery.
     """
 
     tiles: Sequence[Row] | None = None
@@ -71,21 +71,21 @@ class Plan(Generic[Labels]):
 
 
 def load_model(step: Step, prefix: str) -> dict[str, Any]:
-    """A trained model as a step, so that what follows depends on its weights and not only on its name."""
+    """Load a trained model as a step, so that later steps depend on its weights and not only on its name."""
     return {"bundle": absolute(prefix), "sha256": bundle.load(prefix).sha256}
 
 
 def predict_region(
     step: Step, region: Region, model: Step, config: MapConfig, *, tiles: Sequence[Row] | None = None
 ) -> dict[str, Any]:
-    """Map every tile of the region; tiles/<id>/ holds the results, the step's ledger their fates.
+    """Map every tile of the region; results are in tiles/<id>/, the status of each tile is in the step's ledger.
 
     Args:
-        step: this one.
-        region: what is mapped.
-        model: the step that has the model.
-        config: how.
-        tiles: rows of the tiles, where they are planned already.
+        step: the current step.
+        region: the region to map.
+        model: the step that provides the model.
+        config: settings of the map.
+        tiles: rows of the tiles, if they are already planned.
     """
     described = bundle.load(model.value["bundle"])
     rows = manifest(step, region, described, config, tiles=tiles)
@@ -109,18 +109,18 @@ def through(
     record: Callable[[Row], Any] = TileRow.from_row,
     title: str = "tiles",
 ) -> dict[str, Any]:
-    """Rows through stages, with the step's ledger.
+    """Run rows through stages and record them in the step's ledger.
 
     Args:
-        step: whose manifest holds the rows.
+        step: the step whose manifest contains the rows.
         rows: see `flow.run`.
         works: the stages.
-        patience: seconds after which a row is given up on which one stage works.
+        patience: timeout in seconds of one stage on one row.
         record: see `flow.run`.
-        title: what the rows are.
+        title: name of the rows, for example "tiles".
 
     Returns:
-        `account`: status -> rows; `troubles`: row -> reason; `on_gpu`: names of the stages that ask for GPUs.
+        `account`: status -> rows; `troubles`: row -> reason; `on_gpu`: names of the stages that request GPUs.
     """
     account = flow.run(rows, works, ledger_of(step), step.engine, record=record, title=title, stall_seconds=patience)
     on_gpu = [work.name for work in works if work.gpus]
@@ -135,7 +135,7 @@ def manifest(
     *,
     tiles: Sequence[Row] | None = None,
 ) -> Manifest:
-    """The step's rows, planned once: later executions find the same items and tiles, whatever became of the catalogue.
+    """The step's rows, planned once: later executions use the same items and tiles, even if the catalogue changes.
 
     Raises:
         RaysegError: see `tiles_for`.
@@ -144,7 +144,7 @@ def manifest(
 
 
 def kept_manifest(step: Step, planned: Callable[[], Sequence[Row]]) -> Manifest:
-    """The step's rows, planned by the first execution and read by later ones; there may be none."""
+    """The step's rows, planned by the first execution and read by later ones; the manifest may be empty."""
     path = step.prefix / "manifest.parquet"
     if not path.exists():
         rows = planned()
@@ -156,11 +156,11 @@ def kept_manifest(step: Step, planned: Callable[[], Sequence[Row]]) -> Manifest:
 
 
 def tiles_for(region: Region, described: bundle.Bundle, config: MapConfig) -> Manifest:
-    """The rows of all tiles that a model is to map; of the imagery only its description is read.
+    """Plan the rows of all tiles to map with a model; only the metadata of the imagery is read.
 
     Raises:
         RaysegError: see `tiles_of`.
-        ModelError: the model does not map, or none of the imagery keeps its contract.
+        ModelError: the model is not a segmentation model, or no imagery meets its input contract.
     """
     if described.task != "segmentation":
         raise ModelError(f"model {described.name} is for {described.task}, a map needs segmentation; give a segmenter")
@@ -172,21 +172,21 @@ def tiles_for(region: Region, described: bundle.Bundle, config: MapConfig) -> Ma
 
 
 def tiles_of(region: Region, config: MapConfig, check: Callable[[Source], None], *, halo: int) -> Manifest:
-    """The rows of all tiles of a region, or of those asked for.
+    """Plan the rows of all tiles of a region, or of the requested tiles.
 
-    A scene that cannot be mapped, beside others that can, is a row of its own: its column `refused` says why, and it
-    will fail alone.
+    If only some scenes can be mapped, each of the others becomes one row that fails; its column `refused` contains the
+    reason.
 
     Args:
-        region: what is mapped.
-        config: where its imagery is and how large tiles are.
-        check: raises what is wrong with a source.
-        halo: px around a tile in which a source still matters to it.
+        region: the region to map.
+        config: location of the imagery and tile size.
+        check: raises an error if a source cannot be used.
+        halo: px around a tile within which a source still affects the tile.
 
     Raises:
-        ConfigError: a tile that was asked for is not there.
-        DataError: the region has no imagery, or none that can be read and placed.
-        RaysegError: of `check`, where it refuses all of the imagery.
+        ConfigError: a requested tile does not exist.
+        DataError: the region has no imagery, or no imagery that can be read and georeferenced.
+        RaysegError: from `check`, if it rejects all of the imagery.
     """
     sources, refused = mappable(region, imagery(region, config, halo=halo), check, size=config.tile)
     rows = Manifest.of(_parts(sources, refused, region, size=config.tile, halo=halo))
@@ -196,7 +196,7 @@ def tiles_of(region: Region, config: MapConfig, check: Callable[[Source], None],
 
 
 def asked_for(rows: Manifest, region: Region, *, size: int) -> Manifest:
-    """The rows of the tiles that the region names; all, where it names none.
+    """Select the rows of the tiles that the region names, or all rows if it names none.
 
     Args:
         rows: of all tiles.
@@ -204,8 +204,8 @@ def asked_for(rows: Manifest, region: Region, *, size: int) -> Manifest:
         size: side of a tile in px.
 
     Raises:
-        ConfigError: a tile that was asked for is not there.
-        DataError: ids cannot name files, or two are the same.
+        ConfigError: a requested tile does not exist.
+        DataError: an id is not a valid file name, or two ids are equal.
     """
     rows.expect_ids()
     if unknown := sorted(set(region.tiles) - set(rows.only(region.tiles).ids.to_pylist())):
@@ -218,7 +218,7 @@ def asked_for(rows: Manifest, region: Region, *, size: int) -> Manifest:
 
 
 def _parts(sources: Sequence[Source], refused: Refused, region: Region, *, size: int, halo: int) -> Iterator[list[Row]]:
-    """Rows of the tiles of one grid after the other, then those of the scenes that cannot be mapped."""
+    """Yield the rows of the tiles grid by grid, then the rows of the scenes that cannot be mapped."""
     for rows in rows_by_grid(sources, region.geometry, size=size, halo=halo):
         yield [row | {"refused": ""} for row in rows]
     yield [_refused_row(*entry) for entry in sorted(refused.items())]
@@ -227,16 +227,16 @@ def _parts(sources: Sequence[Source], refused: Refused, region: Region, *, size:
 def mappable(
     region: Region, found: tuple[Sequence[Source], Refused], check: Callable[[Source], None], *, size: int
 ) -> tuple[list[Source], Refused]:
-    """The sources that can be mapped together, and why the others cannot, by id.
+    """The sources that can be mapped together, and the errors of the others by id.
 
     Args:
-        region: what is mapped.
+        region: the region to map.
         found: its `imagery`.
-        check: raises what is wrong with a source.
+        check: raises an error if a source cannot be used.
         size: side of a tile in px.
 
     Raises:
-        RaysegError: none can be mapped; of `check`, `imagery` or the sources' own.
+        RaysegError: no source can be mapped; the error comes from `check`, `imagery` or the source.
     """
     sources, unread = found
     refused = dict(unread)
@@ -266,7 +266,7 @@ def _refused_row(item_id: str, error: RaysegError) -> Row:
 
 
 def refusal(error: RaysegError) -> str:
-    """Why a scene is a row that fails, for as long as its run lives: what is to be mapped is laid down at its begin."""
+    """Reason stored with a refused scene; it is permanent, because the plan is fixed at the start."""
     return (
         f"{str(error).rstrip('.')}; so it was when the run was planned: once it is mended, map it into another folder"
     )
@@ -286,9 +286,9 @@ def read_manifest(step: Step) -> Manifest:
 
 
 def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[Source], Refused]:
-    """Sources of the region: of `config.imagery`, else its images, else of its catalogue; and what cannot be read.
+    """Sources of the region from `config.imagery`, else its images, else its catalogue; and errors of unreadable items.
 
-    Scenes within `halo` px of the region count, for what is seen beyond its border.
+    Scenes within `halo` px of the region are included, because patches extend beyond its border.
 
     Raises:
         DataError: the region names no imagery.
@@ -317,7 +317,7 @@ def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[S
 
 
 def tiles_prefix(step: Step) -> str:
-    """Where finished tiles are, the same for every step of a run."""
+    """Prefix of finished tiles, the same for every step of a run."""
     return str(upath(step.root) / "tiles")
 
 
@@ -327,12 +327,12 @@ def ledger_of(step: Step) -> Ledger:
 
 
 def rows_with(step: Step, fact: str) -> list[tuple[Row, Record]]:
-    """(manifest row, record) of every row of a step of whose result its ledger says `fact`."""
+    """(manifest row, record) of every row of a step whose ledger record contains `fact`."""
     return with_fact(read_manifest(step), ledger_of(step).read(), fact)
 
 
 def done_tiles(predicted: Step) -> Iterator[tuple[Row, Record]]:
-    """Manifest row and record of every tile that has files; those of some thousand tiles are in memory at a time."""
+    """Yield the manifest row and record of every tile with files; one part of the manifest is in memory at a time."""
     rows = read_manifest(predicted)
     starts = range(0, len(rows), PART)
     parts = ledger_of(predicted).records(rows.ids.slice(start, PART).to_pylist() for start in starts)
@@ -341,7 +341,7 @@ def done_tiles(predicted: Step) -> Iterator[tuple[Row, Record]]:
 
 
 def join_polygons(step: Step, predicted: Step, product: str) -> dict[str, Any]:
-    """Polygons of all tiles, joined over tile edges, as `<run>/<product>.parquet`."""
+    """Join the polygons of all tiles across tile edges and write `<run>/<product>.parquet`."""
     table, folder = ClassTable(bundle.load(predicted.value["bundle"]).classes), tiles_prefix(step)
     tiles, grids = [], dict[Grid, Grid]()
     for row, record in done_tiles(predicted):
@@ -360,7 +360,7 @@ def join_polygons(step: Step, predicted: Step, product: str) -> dict[str, Any]:
 
 
 def publish(step: Step, predicted: Step, title: str) -> dict[str, Any]:
-    """collection.json and items.parquet over the items of all tiles, which the ledger holds."""
+    """Write collection.json and items.parquet from the items of all tiles, which the ledger stores."""
     folder = tiles_prefix(step)
 
     def item_of(tile: tuple[Row, Record]) -> tuple[str, dict[str, Any]]:
@@ -368,7 +368,7 @@ def publish(step: Step, predicted: Step, title: str) -> dict[str, Any]:
         href = f"{folder}/{row['id']}/{row['id']}.json"
         if "item" in record.facts:
             return href, stac_write.unpacked(record.facts["item"])
-        return href, json.loads(content(href))  # a tile that an earlier version mapped
+        return href, json.loads(content(href))  # earlier versions wrote the item next to the tile only
 
     count = stac_write.write_collection(step.root, concurrently(item_of, done_tiles(predicted)), title=title)
     return {"items": count}

@@ -1,4 +1,4 @@
-"""Models that a pipeline trains: descriptions of their bundles, checks before a training, where they are kept."""
+"""Models that a pipeline trains: bundle metadata, checks before training, storage."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -34,15 +34,15 @@ def classifier_bundle(
     measures: Mapping[str, float] | None = None,
     parents: tuple[str, ...] = (),
 ) -> Bundle:
-    """The description of a classifier of RGB chips of `settings.size` px.
+    """Bundle metadata of a classifier of RGB chips of `settings.size` px.
 
     Args:
         settings: the network and its training.
-        classes: what it tells apart.
+        classes: the classes of the labels.
         name: of the model.
         scaling: from uint8 values to the network's input.
-        measures: of the trained network.
-        parents: URIs of what it is trained on.
+        measures: metrics of the trained network.
+        parents: URIs of the training data.
     """
     return Bundle(
         name=name,
@@ -72,14 +72,14 @@ def segmenter_bundle(
     dtype: str = "uint8",
     options: Mapping[str, str | int | float] | None = None,
 ) -> Bundle:
-    """The description of the bundle `segmenter`.
+    """Bundle metadata of the model `segmenter`.
 
     Args:
         settings: the network and its training.
-        classes: what it maps.
+        classes: the classes of the map.
         scaling: from the imagery's values to the network's input.
-        patch: side in px of the windows in which a region is mapped.
-        stride: distance of these windows in px.
+        patch: side in px of the model's input window.
+        stride: distance between these windows in px.
         bands: of the imagery, in order.
         dtype: of the imagery.
         options: of the architecture; by default those of `settings`.
@@ -106,20 +106,21 @@ def segmenter_bundle(
 
 
 def expect_windows(bands: tuple[str, ...], scaling: Scaling, *, patch: int, stride: int, reduce: int) -> None:
-    """Refuse windows and values that a segmenter cannot map with.
+    """Check that a segmenter can use the windows and the scaling.
 
     Args:
         bands: of the network's input.
-        scaling: of their values.
+        scaling: of the band values.
         patch: side of a window in px.
-        stride: distance of windows in px.
-        reduce: side in px of the squares that the network sees as one pixel.
+        stride: distance between windows in px.
+        reduce: factor by which the input is downsampled before the network.
 
     Raises:
-        ValueError: as validators of configurations raise it.
+        ValueError: the values do not fit together; pydantic validators report it.
     """
     if stride > patch:
         raise ValueError(f"stride {stride} is above patch {patch}: windows would leave gaps; lower it")
+    # Encoders downsample by 32 (five stages of stride 2).
     if patch % (32 * reduce):
         raise ValueError(f"patch {patch} is not a multiple of 32 x segmenter.reduce {reduce}; change one of them")
     if len(bands) != len(scaling.mean):
@@ -127,7 +128,7 @@ def expect_windows(bands: tuple[str, ...], scaling: Scaling, *, patch: int, stri
 
 
 def expect_weights(settings: "ClassifierConfig | Segmenter") -> None:
-    """Refuse an encoder that no library has, and a file of weights that cannot be read.
+    """Check that the encoder exists and that the weights file can be read.
 
     Raises:
         ConfigError: the encoder is unknown.

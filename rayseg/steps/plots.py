@@ -1,4 +1,4 @@
-"""Plots of a region as tables: joined from the pieces of tiles, grouped for a classifier, with their classes."""
+"""Plots of a region as tables: join the pieces of tiles, group plots for a classifier, add the classes."""
 
 import json
 from collections import defaultdict
@@ -30,11 +30,11 @@ CLASSES = ((1, LABELS[0], (0, 158, 115)), (2, LABELS[1], (213, 94, 0)))
 SCALING = Scaling(scale=1 / 255, mean=(0.0,) * 3, std=(1.0,) * 3)
 COLUMNS = ("id", "number", "class", "score", "stability", "predicted_iou", "round", "refined")
 GROUP = 100
-"""Plots that are classified as one row."""
+"""Number of plots that are classified as one row."""
 
 
 class PlotsClassifierConfig(ClassifierConfig):
-    """A classifier of plots; the defaults are the published ones."""
+    """A classifier of plots; the defaults are the published values."""
 
     network: Literal["chips", "plots", "over-imagenet"] = "plots"
     """plots: features and two colour statistics; for the others see gpc and al-s4gan."""
@@ -43,7 +43,7 @@ class PlotsClassifierConfig(ClassifierConfig):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the features dropped before the head."""
     positive: int | None = None
-    """None draws all crops with the same probability."""
+    """None samples all crops with equal probability."""
     size: Annotated[int, Field(gt=0)] = 224
     """Side in pixels of the windows cut out of the crops; a multiple of 32 times `reduce`."""
     epochs: Annotated[int, Field(gt=0)] = 10
@@ -68,15 +68,15 @@ def read_proposals(proposed: Step, row: Row, name: Literal["patches", "pieces"])
 
 
 def join_pieces(step: Step, proposed: Step, *, least: float) -> dict[str, Any]:
-    """Join instances that patches agree on to plots: plots.parquet below the step, and numbers for every tile.
+    """Join the instances of overlapping patches to plots; write plots.parquet and the plot numbers of every tile.
 
     Args:
-        step: this one.
+        step: the current step.
         proposed: the step that proposed pieces tile by tile.
-        least: IoU over what two patches both see above which their instances are one plot.
+        least: instances of two patches are one plot if their IoU in the overlap of the patches exceeds this value.
 
     Returns:
-        `plots`: how many; `grids`: rows of the plots' grids, which a plot's `grid` counts.
+        `plots`: number of plots; `grids`: rows of the plots' grids, indexed by a plot's `grid`.
     """
     plots: list[Row] = []
     members: dict[str, list[Row]] = defaultdict(list)
@@ -104,7 +104,7 @@ def read_plots(joined: Step) -> list[Row]:
 
 
 def group_plots(proposed: Step, joined: Step) -> list[Row]:
-    """Rows of groups of plots of one grid, each with the imagery that the grid's tiles show."""
+    """Rows of groups of plots; a group belongs to one grid and lists the imagery of the grid's tiles."""
     plots, rows = read_plots(joined), []
     for at, (grid, tiles) in enumerate(zip(joined.value["grids"], proposed_tiles(proposed).values(), strict=True)):
         shown = [source for row in tiles for source in json.loads(row["sources"])]
@@ -126,18 +126,18 @@ def group_plots(proposed: Step, joined: Step) -> list[Row]:
 
 
 def classes_of(classified: Step) -> dict[int, Row]:
-    """Plot number -> row of its class and score; a group that failed may have some."""
+    """Plot number -> row with class and score; a failed group may contribute some rows."""
     paths = (classified.prefix / f"{group}.classes.parquet" for group in classified.value.get("groups", []))
     tables = (plot_joins.read_table(path) for path in paths if path.exists())
     return {row["number"]: row for table in tables for row in table}
 
 
 def legend(classifier: str | None, *, whole: bool) -> tuple[ClassTable, int]:
-    """The classes of the map, and the value of plots without a class.
+    """Classes of the map, and the value of unclassified plots.
 
     Args:
-        classifier: prefix of the bundle; without one every plot is of the class `plot`.
-        whole: whether every plot has a class, so that the map needs none for the others.
+        classifier: prefix of the bundle; if None, every plot has the class `plot`.
+        whole: whether every plot has a class; the map then needs no class `unclassified`.
     """
     if classifier is None:
         return ClassTable((BACKGROUND, PLOT)), PLOT[0]

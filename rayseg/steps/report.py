@@ -1,4 +1,4 @@
-"""The step that every pipeline ends with: what was mapped, how well and how fast, on one page.
+"""Report of a run on one page: mapped area, accuracy and speed. It is the last step of every pipeline.
 
 <run>/report/index.html   everything in one file      <run>/report/map.png   the map over the imagery
 """
@@ -27,12 +27,12 @@ from rayseg.io.pictures import Picture, encoded, pictures_of, shown_colors
 from rayseg.store import is_local, put, upath
 from rayseg.vision.color import ClassTable, hex_of
 
-_INK = "#80868b"  # reads on light and on dark
+_INK = "#80868b"  # readable on a light and on a dark background
 _MAGIC = {b"\x89PNG": "image/png", b"RIFF": "image/webp", b"\xff\xd8": "image/jpeg", b"<": "image/svg+xml"}
 
 
 class MapPicture(TypedDict):
-    """The region from afar: `imagery` and `map` are image files; `metres` is its width, None without georeference."""
+    """Overview of the region: `imagery` and `map` are image files; `metres` is its width, None without georeference."""
 
     title: str
     imagery: bytes
@@ -44,7 +44,7 @@ class MapPicture(TypedDict):
 
 
 class ClassShare(TypedDict):
-    """How much of the map is of a class; `color` is None if it is not painted, `area_m2` without georeference."""
+    """Share of a class in the map; `color` is None if not drawn, `area_m2` without georeference."""
 
     name: str
     color: str | None
@@ -54,7 +54,7 @@ class ClassShare(TypedDict):
 
 
 class Stage(TypedDict):
-    """Seconds that all copies of a stage worked, and their share of wall time x workers."""
+    """Seconds of work of all copies of a stage, and their share of wall time x workers."""
 
     name: str
     seconds: float
@@ -62,7 +62,7 @@ class Stage(TypedDict):
 
 
 class Timing(TypedDict):
-    """Where the time of a step went; `idle` = wall x workers - sum of the stages, None when it cannot be told."""
+    """Time of a step by stage; `idle` = wall x workers - sum of the stages, None if it is unknown."""
 
     wall: float
     workers: int
@@ -73,7 +73,7 @@ class Timing(TypedDict):
 
 
 class Content(TypedDict):
-    """What a report shows; what is None or empty is left out.
+    """Content of a report; None and empty values are not shown.
 
     `lead` is a sentence or two, `figures` are (label, value, note), `pictures` (title, image file, caption), `tables`
     (title, header, rows), `curves` (title, drawings), `ledgers` the steps of `run.status`, `evaluation` the
@@ -99,7 +99,7 @@ class Content(TypedDict):
 
 
 def render(content: Content) -> str:
-    """The report as HTML text, with all pictures inside."""
+    """Render the report as HTML with embedded pictures."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {
         "area": area,
@@ -159,7 +159,7 @@ def measure_text(measure: Mapping[str, float | None]) -> str:
 
 
 def _digits(number: float, digits: int = 3) -> str:
-    """At least `digits` significant digits, thousands apart."""
+    """At least `digits` significant digits, with thousands separators."""
     if number == 0 or abs(number) >= 10**digits:
         return f"{number:,.0f}"
     return f"{number:,.{max(0, digits - 1 - math.floor(math.log10(abs(number))))}f}"
@@ -185,7 +185,7 @@ def curves(history: Sequence[Mapping[str, float]]) -> list[bytes]:
     """A training's values per epoch as SVG drawings: one of the losses, one of the measures.
 
     Args:
-        history: name -> value of every epoch, in order; a name may be missing in some. `epoch` counts them.
+        history: per epoch, name -> value, in order; epochs may lack names. `epoch` is the number of the epoch.
     """
     names = list(dict.fromkeys(name for row in history for name in row if name != "epoch"))
     losses = [name for name in names if "loss" in name]
@@ -207,12 +207,12 @@ def _drawn(history: Sequence[Mapping[str, float]], names: Sequence[str]) -> byte
 
 
 def learning_curves(lines: Mapping[str, Sequence[tuple[float, ...]]], *, across: str, up: str) -> bytes:
-    """Lines of a measure over the number of labels, as an SVG drawing.
+    """Draw a metric over the number of labels, as SVG.
 
     Args:
-        lines: name -> points (x, y), or (x, y, low, high) where there is an interval.
-        across: what x is.
-        up: what y is.
+        lines: name -> points (x, y), or (x, y, low, high) with an interval.
+        across: label of the x axis.
+        up: label of the y axis.
     """
     from matplotlib.figure import Figure
 
@@ -229,7 +229,7 @@ def learning_curves(lines: Mapping[str, Sequence[tuple[float, ...]]], *, across:
 
 
 def _finished(figure: Any, axes: Any) -> bytes:  # noqa: ANN401 - matplotlib's own
-    """The drawing in the report's colours, as SVG."""
+    """Style the figure in the report's colours and save it as SVG."""
     from matplotlib import rc_context
 
     axes.tick_params(colors=_INK, which="both")
@@ -237,6 +237,7 @@ def _finished(figure: Any, axes: Any) -> bytes:  # noqa: ANN401 - matplotlib's o
     axes.spines[["left", "bottom"]].set_color(_INK)
     axes.legend(frameon=False, labelcolor=_INK, fontsize=9)
     sink = io.BytesIO()
+    # A fixed salt and no date: the same data give the same bytes.
     with rc_context({"svg.hashsalt": "rayseg"}):
         figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None})
     return sink.getvalue()
@@ -256,24 +257,24 @@ STAGES = {
     "WriteTile": "write",
     "WritePieces": "write",
 }
-"""Stage -> what a report calls it."""
+"""Stage -> its name in the report."""
 MOST_MAPS = 4
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
-"""(title, header, rows) of what a report lists."""
+"""(title, header, rows) of a table in the report."""
 
 
 @dataclass(frozen=True)
 class Extras:
-    """What only the pipeline can tell a report.
+    """Report content that only the pipeline knows.
 
     Attributes:
         title: of the page; by default the pipeline and the region.
-        labels: what the model learnt from, as a sentence ("Learnt from 96 chips labelled gpc or not.").
+        labels: description of the training data, as a sentence ("Learnt from 96 chips labelled gpc or not.").
         pictures: (title, image file or its path below the run, caption).
         tables: (title, header, rows).
-        histories: training -> values of every epoch; by default what the run's steps wrote for TensorBoard.
-        workers: copies of all stages together that the map was made with; by default one of each.
-        timed: the step that looked at the imagery, if it is not the one that wrote the tiles.
+        histories: training -> values of every epoch; by default read from the TensorBoard logs of the run's steps.
+        workers: number of copies of all stages together; by default one per stage.
+        timed: the step that read the imagery, if another step wrote the tiles.
     """
 
     title: str = ""
@@ -292,14 +293,14 @@ def write_report(
     measured: Step | None = None,
     extras: Extras | None = None,
 ) -> dict[str, Any]:
-    """Write the run's report; return where it is and its headline figures.
+    """Write the run's report; return its path and headline figures.
 
     Args:
-        step: this one.
+        step: the current step.
         predicted: the step that mapped the region.
         polygons: the step that joined its polygons.
-        measured: the step that compared it with truth; a value without `overall` says there was none.
-        extras: what only the pipeline can tell.
+        measured: the step that compared the map with truth; a value without `overall` means that there was no truth.
+        extras: content that only the pipeline knows.
     """
     extras = extras or Extras()
     asked, tiles = runs.read(step.root), mapped_tiles(predicted.root, predicted.name)
@@ -339,13 +340,13 @@ def write_report(
 def write_page(
     root: str, extras: Extras, *, figures: Sequence[tuple[str, str, str]] = (), asked: Mapping[str, Any] | None = None
 ) -> None:
-    """Write the report of work that mapped nothing.
+    """Write a report without a map.
 
     Args:
-        root: prefix of the run, or of what else was done.
-        extras: what there is to tell.
+        root: prefix of the run, or of a sweep.
+        extras: content of the report.
         figures: (label, value, note).
-        asked: what run.json says, for `root`s without one.
+        asked: content of run.json, for a `root` without this file.
     """
     ledgers = {} if asked else runs.status(root)["steps"]
     asked = asked or runs.read(root)
@@ -371,7 +372,7 @@ def write_page(
 
 
 def headline(published: Step) -> str:
-    """Where the report is, and in one line what it says."""
+    """Path of the report and its summary, in one line."""
     value = published.value
     said = [value["summary"]]
     if value["mean_iou"] is not None:
@@ -383,7 +384,7 @@ def headline(published: Step) -> str:
 
 
 def _from_here(path: UPath) -> str:
-    """The path as short as it can be told from the working folder."""
+    """The path relative to the working directory, if it lies below it."""
     here = Path.cwd()
     return str(Path(path.path).relative_to(here)) if is_local(path) and here in Path(path.path).parents else str(path)
 
@@ -413,7 +414,7 @@ def _value(
 
 
 def class_shares(tiles: Sequence[MappedTile], table: ClassTable) -> list[ClassShare]:
-    """What every class covers; areas are geodesic, tile by tile, and None if a tile has no georeference."""
+    """Pixels, share and area of every class; areas are geodesic per tile, and None if a tile has no georeference."""
     pixels: Counter[int] = Counter()
     areas: dict[int, float] | None = dict.fromkeys(table.values, 0.0)
     for tile in tiles:
@@ -437,13 +438,13 @@ def class_shares(tiles: Sequence[MappedTile], table: ClassTable) -> list[ClassSh
 
 
 def timing_of(predicted: Step, tiles: Sequence[MappedTile], *, workers: int | None = None) -> Timing:
-    """Where the time of the mapping step went, by its ledger and its own clock.
+    """Time of the mapping step by stage, from its ledger and its wall time.
 
     Args:
-        predicted: the step that looked at the imagery.
-        tiles: what was made of it, for pixels and area.
-        workers: copies of all stages together; None for one of each. Idle is None when the stages worked for longer
-            than so many could.
+        predicted: the step that read the imagery.
+        tiles: the mapped tiles, for pixels and area.
+        workers: number of copies of all stages together; None means one per stage. Idle is None if the stages worked
+            longer than this number of workers allows.
     """
     seconds: Counter[str] = Counter(dict.fromkeys(STAGES.values(), 0.0))
     for record in Ledger(str(predicted.prefix / "ledger")).read().values():
@@ -466,7 +467,7 @@ def timing_of(predicted: Step, tiles: Sequence[MappedTile], *, workers: int | No
 
 
 def _shown(classes: Sequence[ClassShare]) -> list[ClassShare]:
-    """The classes worth naming, the largest first; not the background of a map of one class."""
+    """Classes to name, the largest first; the background of a single-class map is omitted."""
     named = list(classes[1:]) if len(classes) == 2 else list(classes)
     return sorted((row for row in named if row["pixels"] or len(named) == 1), key=lambda row: -row["share"])
 
@@ -478,7 +479,7 @@ def _figures(
     account: Mapping[str, Any],
     polygons: Step | None,
 ) -> list[tuple[str, str, str]]:
-    """(label, value, note) of what is worth knowing first."""
+    """(label, value, note) of the headline figures."""
     areas = [row["area_m2"] for row in classes if row["area_m2"] is not None]
     pixels = f"{count(sum(row['pixels'] for row in classes))} pixels"
     figures = [("mapped", area(sum(areas)), pixels) if areas else ("mapped", pixels, "")]
@@ -499,7 +500,7 @@ def _figures(
 
 
 def _summary(tiles: Sequence[MappedTile], classes: Sequence[ClassShare]) -> str:
-    """One sentence, as `8.19 km² mapped in 8 tiles: 3.1 % gpc (0.255 km²).` reads."""
+    """One sentence, for example: `8.19 km² mapped in 8 tiles: 3.1 % gpc (0.255 km²)`."""
     if not tiles:
         return "Nothing was mapped."
     areas = [row["area_m2"] for row in classes if row["area_m2"] is not None]
@@ -538,7 +539,7 @@ def _image(root: str, image: bytes | str) -> bytes:
 
 
 def histories(root: str) -> dict[str, list[dict[str, float]]]:
-    """What the trainings of a local run wrote for TensorBoard: step -> values of every epoch, the last ones written."""
+    """Read the TensorBoard logs of a local run: step -> values of every epoch; the last value written wins."""
     if not is_local(root):
         return {}
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator  # slow to import

@@ -1,4 +1,4 @@
-"""Scenes that are learnt one by one: which can be mapped together, and how their values become 0..1."""
+"""Scenes for per-scene training: select scenes that can be mapped together, scale their values to 0..1."""
 
 import json
 from collections import Counter
@@ -28,7 +28,7 @@ from rayseg.vision.superpixels import outlined
 
 How = Literal["auto", "range", "percentiles"] | Scaling
 ALL_SCENES = "all-scenes"
-"""Id of the row of a network that all scenes share."""
+"""Id of the row of the network that all scenes share."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Scenes:
     """The scenes of a region.
 
     Attributes:
-        rows: one for each network: `id`, `tiles` (rows of its tiles as JSON), and `refused`: why the scene cannot be
-            mapped with the others; it has no tiles then.
+        rows: one per network: `id`, `tiles` (rows of its tiles as JSON) and `refused`, the reason why the scene cannot
+            be mapped with the others; such a scene has no tiles.
         bands: names of the bands, in order.
         dtype: of the values.
     """
@@ -61,19 +61,19 @@ def find_scenes(
     scaling: How,
     shared: bool,
 ) -> Scenes:
-    """The scenes of a region with their tiles; of the imagery only its description is read.
+    """Find the scenes of a region with their tiles; only the metadata of the imagery is read.
 
     Args:
-        region: what is mapped.
-        config: where its imagery is, and the size of tiles.
-        halo: px around a tile in which a scene still matters to it.
-        bands: of the imagery; () takes all but alpha, which then must be those of every scene.
-        scaling: of their values, where it is given.
-        shared: one network for all scenes, on their common grid; else each scene has tiles of its own.
+        region: the region to map.
+        config: location of the imagery and tile size.
+        halo: px around a tile within which a scene still affects the tile.
+        bands: of the imagery; () selects all but alpha, and every scene must then have the same bands.
+        scaling: of the values, if it is configured.
+        shared: one network for all scenes, on their common grid; else each scene has its own tiles.
 
     Raises:
-        DataError: there is no imagery, or none that can be mapped.
-        ConfigError: a tile or band is not there, or the scaling is of other bands.
+        DataError: there is no imagery, or no imagery that can be mapped.
+        ConfigError: a tile or band does not exist, or the scaling has another number of bands.
     """
     # 1. scenes of the most frequent kind can be mapped together
     found = mapping.imagery(region, config, halo=halo if shared else 0)
@@ -119,7 +119,7 @@ def _all_bands(source: Source) -> tuple[str, ...]:
 
 
 def _expect_alike(first: Source | None, bands: tuple[str, ...], source: Source) -> None:
-    """Refuse a scene of other bands or another type than the first has."""
+    """Check that a scene has the same bands and dtype as the first."""
     if first is None or (set(bands) <= set(source.bands) and _kind(source, bands) == _kind(first, bands)):
         return
     raise DataError(
@@ -130,9 +130,9 @@ def _expect_alike(first: Source | None, bands: tuple[str, ...], source: Source) 
 
 
 def _on_own_grid(row: Row, scene: str) -> Row:
-    """The tile on a grid of the scene alone, so that each scene keeps its labels where scenes overlap; "" changes none.
+    """Move the tile to a grid that belongs to the scene, so that each scene keeps its labels where scenes overlap.
 
-    A tile without georeference is on such a grid already.
+    With `scene` "" the tile is unchanged. A tile without georeference already has such a grid.
     """
     if not scene or row["crs"] is None:
         return row
@@ -140,10 +140,10 @@ def _on_own_grid(row: Row, scene: str) -> Row:
 
 
 def scaled_rows(listed: Step, how: How) -> list[Row]:
-    """Rows of the scenes that have data, each with its scaling to 0..1 as JSON.
+    """Rows of the scenes with data, each with its scaling to 0..1 as JSON.
 
     Args:
-        listed: the step that listed the scenes and took the percentiles of their values.
+        listed: the step that listed the scenes and computed the percentiles of their values.
         how: see `scaling_of`.
     """
     bands, dtype = len(listed.value["bands"]), listed.value["dtype"]
@@ -157,11 +157,11 @@ def scaling_of(how: How, percentiles: Mapping[str, Any], dtype: str, bands: int)
     """The scaling of a scene's values to 0..1: (value - low) / (high - low).
 
     Args:
-        how: "range" of the dtype, "percentiles" of the scene, or a given scaling; "auto" takes the range of uint8 and
-            percentiles of any other dtype.
+        how: "range" of the dtype, "percentiles" of the scene, or a given scaling; "auto" uses the range for uint8 and
+            percentiles for any other dtype.
         percentiles: `low` and `high` of every band.
         dtype: of the values.
-        bands: how many there are.
+        bands: number of bands.
     """
     if isinstance(how, Scaling):
         return how
@@ -173,12 +173,12 @@ def scaling_of(how: How, percentiles: Mapping[str, Any], dtype: str, bands: int)
 
 
 def divided_tiles(step: Step) -> list[tuple[Tile, int]]:
-    """Tiles that have superpixels, and how many."""
+    """Tiles with superpixels, and the number of superpixels of each."""
     return [(Tile.from_row(row), record.facts["segments"]) for row, record in mapping.rows_with(step, "segments")]
 
 
 def draw(step: Step, listed: Step, divided: Step, predicted: Step) -> dict[str, Any]:
-    """Draw the map in the mean colour of each label, and superpixels over the middle of a tile that has both."""
+    """Draw the map in the mean colour of each label, and the superpixels over the centre of one tile."""
     tiles, drawn = maps.mapped_tiles(predicted.root, predicted.name), []
     for number, picture in enumerate(pictures.pictures_of(tiles, most=2)):
         seen = picture.classes_HW != NODATA

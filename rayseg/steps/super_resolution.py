@@ -1,4 +1,4 @@
-"""Imagery made larger before anything is looked for in it, as a step of a pipeline."""
+"""Super-resolution of the imagery before mapping, as a step of a pipeline."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,20 +22,21 @@ from rayseg.steps.map import MapConfig
 from rayseg.store import upath
 
 MOST = 400_000_000
-"""Pixels of the largest image that is kept in one piece."""
+"""Maximum number of pixels of an image that is enlarged in one piece."""
 
 
 def tiles_to_enlarge(
     region: Region, how: EnlargeConfig, image: ImageConfig, config: MapConfig, *, halo: int
 ) -> tuple[Sequence[Row], Sequence[Row]]:
-    """(rows of all that is to be enlarged, rows of the tiles on what it becomes).
+    """Plan the enlarging: (rows to enlarge, rows of the tiles of the enlarged imagery).
 
-    Tiles are enlarged that come out at `tile` px, images without georeference whole; where the region names tiles of
-    the larger imagery, what they and `halo` px around them need. A tile's sources are what will be there.
+    Input tiles are sized so that the output has `tile` px; images without georeference are enlarged whole. If the
+    region names tiles of the enlarged imagery, only the input of these tiles and `halo` px around them is enlarged. The
+    sources of a tile are the enlarged images, which do not exist yet.
 
     Raises:
-        RaysegError: there is no imagery, it is of another kind than configured, an image is too large, or a tile asked
-            for is not there.
+        RaysegError: there is no imagery, its kind differs from the configuration, an image is too large, or a requested
+            tile does not exist.
     """
     sources, _ = mapping.imagery(region, config)
     side = max([1, *(max(source.height, source.width) for source in sources if source.crs is None)])
@@ -58,7 +59,7 @@ def tiles_to_enlarge(
 
 
 def _source(tile: Tile) -> Source:
-    """The imagery that a tile will be."""
+    """The enlarged image of a tile, as a source."""
     affine, window = tuple(tile.grid.transform(tile.window))[:6], tile.window
     return Source(tile.id, ((f"{tile.id}.tif", BANDS),), tile.grid.crs, affine, window.height, window.width, "uint8")
 
@@ -73,19 +74,19 @@ def enlarge(
     *,
     tiles: Sequence[Row] | None = None,
 ) -> dict[str, Any]:
-    """Enlarge the imagery, if `how` says so, as a collection `enlarged` below the run.
+    """Enlarge the imagery and write the collection `enlarged` in the run; do nothing if `how` is None.
 
     Args:
-        step: this one.
-        region: what is mapped.
-        how: the network; None enlarges nothing.
-        image: what the imagery is.
-        config: where the imagery is, and the size of tiles.
-        halo: px around a tile of the enlarged imagery that it needs.
-        tiles: rows of what is enlarged, where it is planned already.
+        step: the current step.
+        region: the region to map.
+        how: the network; None disables enlarging.
+        image: kind of the imagery.
+        config: location of the imagery and tile size.
+        halo: px around a tile of the enlarged imagery that are read with it.
+        tiles: rows to enlarge, if they are already planned.
 
     Returns:
-        `imagery`: path of the collection; `items`: how many it has; see `map.through`.
+        `imagery`: path of the collection; `items`: number of items; see `map.through`.
     """
     if how is None:
         return {}
