@@ -22,8 +22,9 @@ demo: setup
 test: setup
 	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile
 
+# In one process: most start a Ray of their own, and a job is lost when a second one starts beside it on two cores.
 test-more: setup
-	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile -m "more and not chaos"
+	$(PYTEST) -m "more and not chaos"
 
 chaos: setup
 	$(PYTEST) -m chaos

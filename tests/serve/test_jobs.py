@@ -176,7 +176,7 @@ def begun(asked, job):
 
 def ended(asked, href):
     """What a job says of itself when it has ended."""
-    deadline = time.monotonic() + 900
+    deadline = time.monotonic() + 300
     while (said := asked.get(href).json())["status"] in {"pending", "running"}:
         assert time.monotonic() < deadline, said
         time.sleep(1)
