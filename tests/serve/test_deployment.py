@@ -136,4 +136,4 @@ def test_sigterm_refuses_at_once_and_answers_what_was_accepted(server):
     assert process.wait(1) == 0
     assert set(refused) <= {503, "ConnectError", "ReadError", "RemoteProtocolError"}, refused
     assert 503 in refused
-    assert ended - found[0][1] < 20  # 11 s at a load of 30 on two cores, most of it to end the processes of Ray
+    assert ended - found[0][1] < 20  # 3.4 s on a quiet machine, 11 s at a load of 30: Ray ends its processes
