@@ -74,6 +74,20 @@ def models_show(prefix: Annotated[str, typer.Argument(help="Prefix of the bundle
     typer.echo(bundle.load(prefix).model_dump_json(indent=1))
 
 
+@models_app.command("weights")
+def models_weights() -> None:
+    """List pretrained weights of encoders: for which, from where, their size, licence and expected input.
+
+    The first two columns are values of the keys `weights` and `encoder` of a network.
+    """
+    from rayseg.models.weights import HEADER, listed
+
+    rows = [HEADER, *listed()]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+    for row in rows:
+        typer.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
 @models_app.command("import-sam")
 def models_import_sam(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint of segment-anything, or random for a test.")],

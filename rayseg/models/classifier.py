@@ -72,7 +72,7 @@ def build_classifier(
         encoder: a name of segmentation_models_pytorch or of timm, for example "regnety_040".
         classes: number of logits K; 1 for a class against the rest.
         dropout: share of the channels dropped before the head in training.
-        weights: of the encoder: "imagenet" (downloaded), "none", or a `.pth`, `.pt` or `.safetensors` file.
+        weights: of the encoder: "imagenet" (downloaded), "packaged", "none", or a `.pth`, `.pt` or `.safetensors` file.
         channels: bands of the images.
         stride: pixels per position of the last feature map: 32, or 16 or 8 if the encoder supports dilation.
         pooling: one of `POOLINGS`: the mean over the positions, a soft maximum (logsumexp), or the mean of a class's

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
 from rayseg.errors import ConfigError, ModelError
+from rayseg.models.weights import NO_FILES, PACKAGED, chosen, packaged_state
 from rayseg.store import upath
 
 State = dict[str, Tensor]
@@ -25,8 +26,6 @@ State = dict[str, Tensor]
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "params", "params_ema")
 _PREFIXES = ("module.", "_orig_mod.", "encoder.", "backbone.")
 _HEADS = {"classifier", "fc", "head", "head_fc", "last_linear", "conv_head", "bn2", "norm", "norm_head", "final_conv"}
-NO_FILES = frozenset({"imagenet", "none"})
-"""Weights from the libraries, or random ones; all others are files."""
 CANNOT_BUILD = (KeyError, ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError, AssertionError)
 
 
@@ -64,13 +63,13 @@ def build_encoder(encoder: str, *, channels: int = 3, stride: int = 32, weights:
         encoder: a name of segmentation_models_pytorch or of timm.
         channels: bands of the images.
         stride: pixels per position of the last feature map; 16 or 8 if the encoder supports dilation.
-        weights: "imagenet" (downloaded), "none" (random), or the path of a `.pth`, `.pt` or `.safetensors` file.
+        weights: "imagenet" (downloaded), "packaged", "none" (random), or a `.pth`, `.pt` or `.safetensors` file.
 
     Raises:
         ConfigError: the encoder is unknown or has no feature maps.
         ModelError: the weights are missing or do not fit.
     """
-    name = encoder_name(encoder)
+    name, weights = encoder_name(encoder), chosen(encoder, weights)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -82,7 +81,7 @@ def build_encoder(encoder: str, *, channels: int = 3, stride: int = 32, weights:
             )
     except (OSError, *CANNOT_BUILD) as error:
         raise cannot_build(encoder, weights, error) from None
-    load_encoder_weights(model, weights)
+    load_encoder_weights(model, weights, encoder)
     return model
 
 
@@ -92,7 +91,7 @@ def build_imagenet(name: str, *, channels: int = 3, weights: str = "imagenet") -
     Args:
         name: of timm, with or without its prefixes here (`tu-`, `timm-`).
         channels: bands of the images.
-        weights: "imagenet" (downloaded), "none" (random), or the path of a file with all of its tensors.
+        weights: "imagenet" (downloaded), "packaged", "none" (random), or a file with all of its tensors.
 
     Raises:
         ConfigError: timm has no such network.
@@ -103,13 +102,14 @@ def build_imagenet(name: str, *, channels: int = 3, weights: str = "imagenet") -
         close = difflib.get_close_matches(bare, timm.list_models(), n=4, cutoff=0.5)
         near = f"did you mean {', '.join(close)}?" if close else "see timm.list_models() for the names"
         raise ConfigError(f"network {name!r} is not in timm; {near}")
+    weights = chosen(name, weights)
     try:
         model: nn.Module = timm.create_model(
             bare, pretrained=weights == "imagenet", num_classes=1000, in_chans=channels
         )
     except (OSError, *CANNOT_BUILD) as error:
         raise cannot_build(name, weights, error) from None
-    load_encoder_weights(model, weights)
+    load_encoder_weights(model, weights, bare)
     return model
 
 
@@ -119,25 +119,28 @@ def cannot_build(what: str, weights: str, error: Exception) -> ConfigError | Mod
     if isinstance(error, OSError) or "pretrained" in reason.lower():
         return ModelError(
             f"imagenet weights of {what} are not available ({reason}); "
-            "set weights to a local .pth or .safetensors file, or to none"
+            "set weights to a local .pth or .safetensors file, or to none, or take an encoder with packaged weights: "
+            f"{', '.join(PACKAGED)}"
         )
     return ConfigError(f"{what} cannot be built with weights {weights!r}: {reason}; choose another encoder")
 
 
-def load_encoder_weights(encoder: nn.Module, weights: str) -> None:
+def load_encoder_weights(encoder: nn.Module, weights: str, name: str = "") -> None:
     """Load the file `weights` into `encoder`, all of it; only a classification head in the file is ignored.
 
-    Nothing is loaded for "imagenet" and "none". Keys may be torchvision's, timm's or segmentation_models_pytorch's,
-    also those of a whole model (`encoder.*`). A first convolution for 3 bands is adapted to the encoder's bands.
+    "packaged" loads the weights of the encoder called `name`; "imagenet" and "none" load nothing. Keys of files may be
+    torchvision's, timm's or segmentation_models_pytorch's, also those of a whole model (`encoder.*`). A first
+    convolution for 3 bands is adapted to the encoder's bands.
 
     Raises:
         ModelError: the file cannot be read, or is of another architecture.
     """
-    if weights in NO_FILES:
+    if weights in NO_FILES - {"packaged"}:
         return
     wanted = encoder.state_dict()
+    content = packaged_state(name) if weights == "packaged" else read_state(weights)
     # Of all ways the libraries spell the keys, the one with most matching tensors.
-    state = max(_spellings(read_state(weights)), key=lambda spelled: len(_fitting(spelled, wanted)))
+    state = max(_spellings(content), key=lambda spelled: len(_fitting(spelled, wanted)))
     fitting = _fitting(state, wanted)
     missing = [key for key in wanted if key not in fitting and not key.endswith("num_batches_tracked")]
     surplus = [key for key in state if key not in wanted and key.removeprefix("model.").partition(".")[0] not in _HEADS]

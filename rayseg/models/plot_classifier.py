@@ -87,7 +87,7 @@ def build_plot_classifier(
         encoder: a name of segmentation_models_pytorch or of timm, for example "resnet50".
         classes: number of logits K.
         dropout: share of the features dropped in training.
-        weights: of the encoder: "imagenet" (downloaded), "none", or a file.
+        weights: of the encoder: "imagenet" (downloaded), "packaged", "none", or a file.
 
     Raises:
         ConfigError: the encoder is unknown.

@@ -18,6 +18,7 @@ from rayseg.models.encoders import (
     load_encoder_weights,
     pretrained_name,
 )
+from rayseg.models.weights import chosen
 
 
 class Probabilities(nn.Module):
@@ -88,7 +89,7 @@ def build_segmenter(
         architecture: one of `ARCHITECTURES`, for example "unet" or "deeplabv3plus"; "deeplab" is rayseg.models.deeplab.
         encoder: a name of segmentation_models_pytorch or of timm, for example "regnety_040".
         classes: number of maps K; 1 for a class against the rest (sigmoid), else one per class (softmax).
-        weights: of the encoder: "imagenet" (downloaded), "none", or a `.pth`, `.pt` or `.safetensors` file.
+        weights: of the encoder: "imagenet" (downloaded), "packaged", "none", or a `.pth`, `.pt` or `.safetensors` file.
         channels: bands of the images.
         reduce: side in px of the squares that are averaged to one input pixel of the network.
         members: networks whose logits are averaged; 1 is a single network.
@@ -106,7 +107,7 @@ def build_segmenter(
         deeplab = DeepLab(encoder, classes=classes, channels=channels, weights=weights)
         return Reduced(deeplab, reduce=reduce) if reduce > 1 else deeplab
     # The libraries raise errors of many kinds for an invalid combination, and warn of their own deprecations.
-    name = encoder_name(encoder)
+    name, weights = encoder_name(encoder), chosen(encoder, weights)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -119,5 +120,5 @@ def build_segmenter(
             )
     except (OSError, *CANNOT_BUILD) as error:
         raise cannot_build(f"{architecture} on encoder {encoder}", weights, error) from None
-    load_encoder_weights(model.get_submodule("encoder"), weights)
+    load_encoder_weights(model.get_submodule("encoder"), weights, encoder)
     return Reduced(model, reduce=reduce) if reduce > 1 else model

@@ -191,7 +191,7 @@ def check(config: Config, region: Region) -> Plan:
     expect_trainable(config.classifier, workers=config.workers)
     evaluate.expect_masks(region, config.truth, [name for _, name, _ in CLASSES])
     for network in (config.classifier, config.segmenter):
-        models.expect_weights(network)
+        models.expect_weights(network, config.scaling)
     return Plan(tiles, labelled)
 
 

@@ -67,8 +67,8 @@ class Config(Frozen):
     """Distance of these windows in px; the rest of a window is margin."""
     workers: Workers = 0
     """Processes of Ray Train; 0 trains in the command's own process."""
-    scaling: Scaling = Scaling(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
-    """From the imagery's values to the network's input; mean and standard deviation of ImageNet."""
+    scaling: Scaling = Field(default_factory=models.scaling_of)
+    """From the imagery's values to the network's input; by default what the encoder's weights expect of uint8."""
     truth: Location | None = None
     """Masks to measure the map with: a folder, `catalog.json#collection`, or `#collection` of the region."""
 
@@ -204,9 +204,9 @@ def check(config: Config, region: Region) -> Plan:
     """Plan a run; refuse scenes, imagery and weights that it cannot use before it writes anything."""
     classes = _segmenter(config, "uint8").classes
     supervised.expect_supervisable(config.segmenter, classes=len(classes), workers=config.workers)
-    models.expect_weights(config.segmenter)
     divided = _divide(region, config)
     dtype = divided["training"][0][0].image.dtype
+    models.expect_weights(config.segmenter, config.scaling if dtype == "uint8" else None)
     tiles = mapping.tiles_for(region, _segmenter(config, dtype), config.map)
     evaluate.expect_masks(region, config.truth, config.classes.table.names)
     return Plan(tiles, divided)

@@ -142,8 +142,8 @@ def _expect_no_files(kind: type[Config], values: Mapping[str, Any], prefix: str 
         located = _LOCATED in (*field.metadata, *_metadata(field.annotation))
         if located or (key == "checkpoint" and isinstance(value, str)):
             raise Problem(422, f"config key {prefix}{key} names a file, only the administrator may; leave it out")
-        if key == "weights" and isinstance(value, str) and value not in {"none", "imagenet"}:
-            raise Problem(422, f"config key {prefix}{key} is {str(value)[:40]!r}, expected none or imagenet")
+        if key == "weights" and isinstance(value, str) and value not in {"none", "imagenet", "packaged"}:
+            raise Problem(422, f"config key {prefix}{key} is {str(value)[:40]!r}, expected none, imagenet or packaged")
         # A group can be optional: its class is then in a union.
         for inner in (field.annotation, *get_args(field.annotation)):
             if isinstance(inner, type) and issubclass(inner, Config) and isinstance(value, dict):

@@ -1,12 +1,15 @@
 """Models that a pipeline trains: bundle metadata, checks before training, storage."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from rayseg.errors import ConfigError
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
-from rayseg.models.encoders import NO_FILES, encoder_name, read_state
+from rayseg.models.encoders import encoder_name, read_state
+from rayseg.models.weights import NO_FILES, input_range, packaged_state
 from rayseg.store import upath
 
 if TYPE_CHECKING:
@@ -127,16 +130,52 @@ def expect_windows(bands: tuple[str, ...], scaling: Scaling, *, patch: int, stri
         raise ValueError(f"{len(bands)} bands but scaling of {len(scaling.mean)}: give one for each")
 
 
-def expect_weights(settings: "ClassifierConfig | Segmenter") -> None:
-    """Check that the encoder exists and that the weights file can be read.
+def expect_weights(settings: "ClassifierConfig | Segmenter", scaling: Scaling | None = None) -> None:
+    """Check that the encoder exists, that its weights can be read, and that the scaling is of their kind.
+
+    Args:
+        settings: the network and its training.
+        scaling: from uint8 values to the network's input; None if the values have another data type.
 
     Raises:
-        ConfigError: the encoder is unknown.
-        ModelError: the file is missing, damaged, or not a table of tensors.
+        ConfigError: the encoder is unknown, or pretrained weights expect another input.
+        ModelError: the weights are missing, damaged, or not a table of tensors.
     """
     encoder_name(settings.encoder)
-    if settings.weights not in NO_FILES:
+    if settings.weights == "packaged":
+        packaged_state(settings.encoder)
+    elif settings.weights not in NO_FILES:
         read_state(settings.weights)
+    if scaling and settings.weights in {"imagenet", "packaged"}:
+        _expect_input(settings.encoder, scaling)
+
+
+def _expect_input(encoder: str, scaling: Scaling) -> None:
+    """Refuse a mean more than a deviation away, or a deviation that differs by more than a factor of 1.6."""
+    # A data set's own mean and deviation, as in the paper of gpc, stay within these bounds.
+    wanted = input_scaling(encoder)
+    if len(scaling.mean) != len(wanted.mean):
+        return
+    mean, std, per = np.array(wanted.mean), np.array(wanted.std), np.array(scaling.std) / scaling.scale
+    away = np.abs((np.array(scaling.mean) - scaling.offset) / scaling.scale - mean)
+    if (away > std).any() or (np.maximum(per / std, std / per) > 1.6).any():
+        raise ConfigError(
+            f"scaling has mean {list(scaling.mean)} and std {list(scaling.std)}, but the pretrained weights of "
+            f"{encoder} expect mean {list(wanted.mean)} and std {list(wanted.std)} of values 0..255; "
+            "leave scaling out or set it so"
+        )
+
+
+def input_scaling(encoder: str) -> Scaling:
+    """The scaling from uint8 values to the input that pretrained weights of an encoder expect."""
+    mean, std = input_range(encoder)
+    return Scaling(mean=mean, std=std)
+
+
+def scaling_of(validated: Mapping[str, Any]) -> Scaling:
+    """Default of a pipeline's `scaling`: what the encoder of its `segmenter` expects, else that of ImageNet."""
+    segmenter = validated.get("segmenter")
+    return input_scaling(segmenter.encoder if segmenter else "")
 
 
 def keep_model(step: "Step", described: Bundle, model: "nn.Module") -> str:

@@ -33,7 +33,7 @@ class ClassifierConfig(Config):
     encoder: str = "regnety_040"
     """A name of segmentation_models_pytorch or of timm."""
     weights: session.Weights = "imagenet"
-    """Of the encoder: "imagenet", "none", or a file."""
+    """Of the encoder: "imagenet", "packaged" (of a Python package), "none", or a file."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Share of the channels dropped before the head."""
     stride: int = 32

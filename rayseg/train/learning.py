@@ -49,7 +49,7 @@ class NetworkConfig(Config):
     encoder: str
     """A name of segmentation_models_pytorch or of timm."""
     weights: session.Weights = "imagenet"
-    """Of the encoder: "imagenet", "none", or a file."""
+    """Of the encoder: "imagenet", "packaged" (of a Python package), "none", or a file."""
     reduce: Annotated[int, Field(gt=0)] = 1
     """Side in px of the squares that are averaged to one input pixel of the network."""
 

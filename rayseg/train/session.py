@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from rayseg.engine.tuning import reused_memory
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError
-from rayseg.models.encoders import NO_FILES
+from rayseg.models.weights import NO_FILES
 from rayseg.store import StorePath, absolute, is_local, put, upath
 
 State = dict[str, Any]

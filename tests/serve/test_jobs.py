@@ -56,7 +56,7 @@ def test_the_command_line_is_one_a_person_would_type(config, tmp_path):
         ({"config": {"truth": "masks"}}, "names a file"),
         ({"config": {"chips": {"source": "chips"}}}, "names a file"),
         ({"config": {"map": {"imagery": "x"}}}, "names a file"),
-        ({"config": {"segmenter": {"weights": "secret"}}}, "expected none or imagenet"),
+        ({"config": {"segmenter": {"weights": "secret"}}}, "expected none, imagenet or packaged"),
         ({"config": {"segmenter": {"encoder": "../../x.pth"}}}, "expected letters, digits"),
         ({"config": {"a b": 1}}, "is not a configuration key"),
         ({"config": {"nothing": 1}}, "config key nothing is unknown"),

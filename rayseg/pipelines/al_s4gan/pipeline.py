@@ -69,8 +69,8 @@ class Config(Frozen):
     """Processes of Ray Train; 0 trains in the command's own process."""
     seed: int = 1234
     """Of everything random; it takes the place of `active.classifier.learning.seed` and `segmenter.learning.seed`."""
-    scaling: Scaling = Scaling(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
-    """How imagery becomes the networks' input; mean and standard deviation of ImageNet."""
+    scaling: Scaling = Field(default_factory=models.scaling_of)
+    """From the imagery's values to the networks' input; by default what the segmenter's encoder expects of uint8."""
     truth: Location | None = None
     """Masks to measure the map with: a folder, `catalog.json#collection`, or `#collection` of the region."""
 
@@ -325,6 +325,9 @@ def expect_settings(config: Config) -> None:
         expect_classifier(settings, workers=config.workers)
     _expect_sizes(config)
     classes, channels = len(config.table.classes), len(chip_pool.BANDS)
+    for network in (settings if config.common.classifies else None, segmenter):
+        if network:
+            models.expect_weights(network, config.scaling)
     if config.common.classifies:
         settings.build(classes=classes, channels=channels)
     if segmenter:
