@@ -29,6 +29,7 @@ from rayseg.io.rasters import read
 from rayseg.io.sources import Source, crs_of, footprint, gdal, grids_of, open_file, source_of_file
 from rayseg.io.stac_read import source_of
 from rayseg.io.stac_write import PROJECTION, lonlat_geometry, write_catalog
+from rayseg.io.units import expect_one_unit
 from rayseg.store import StorePath, is_local, upath
 from rayseg.vision.color import ClassTable
 from rayseg.vision.crops import middle
@@ -300,10 +301,12 @@ def _item(source: Source, label: str | None) -> pystac.Item:
         properties[LABEL] = label
     taken = str_to_datetime(source.datetime) if source.datetime else datetime(1970, 1, 1, tzinfo=UTC)
     item = pystac.Item(source.item_id, geometry, bbox, taken, properties, stac_extensions=[PROJECTION])
-    nodata = {} if source.nodata is None else {"nodata": source.nodata}
+    nodatas = source.nodatas or (source.nodata,) * len(names)
     units = [{"raster:scale": scale, "raster:offset": offset} for scale, offset in source.units] or [{}] * len(names)
-    paired = zip(names, units, strict=True)
-    bands = [{"name": name, "data_type": source.dtype, **nodata, **unit} for name, unit in paired]
+    bands = [
+        {"name": name, "data_type": source.dtype, **({} if nodata is None else {"nodata": nodata}), **unit}
+        for name, nodata, unit in zip(names, nodatas, units, strict=True)
+    ]
     kind = _TYPES.get(upath(href).suffix.lower(), _TIFF)
     item.add_asset("image", pystac.Asset(href, media_type=kind, roles=["data"], extra_fields={"bands": bands}))
     return item
@@ -324,6 +327,7 @@ def chips_of(items: Iterable[pystac.Item]) -> list[Chip]:
         _expect_bytes(source)
         [(grid, _)] = grids_of([source])
         chips.append(Chip(item.id, item.properties.get(LABEL), source, footprint(source, grid)))
+    expect_one_unit([chip.source for chip in chips])
     return chips
 
 

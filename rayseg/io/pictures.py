@@ -18,7 +18,7 @@ from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Window
 from rayseg.io import cog
 from rayseg.io.maps import MappedTile, width_m
-from rayseg.io.rasters import footprint, view
+from rayseg.io.rasters import changed, footprint, view
 from rayseg.io.remote import patiently
 from rayseg.io.sources import Source, gdal, open_file
 from rayseg.vision.color import RGB, ClassTable, overlay
@@ -295,14 +295,15 @@ def _decimated(
     source: Source, grid: Grid, part: Window, shape: tuple[int, int]
 ) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
     """(three bands of a source over `part` of its footprint, averaged down to `shape`, True where they have data)."""
-    bands, valid_HW = [], np.ones(shape, bool)
+    bands, valid_HW, known = [], np.ones(shape, bool), []
     for href, index in bands_shown(source):
         band_HW, ok_HW = patiently(partial(_averaged, source, href, index, grid, part, shape))
+        place = [*((href, at) for href, names in source.assets for at, _ in enumerate(names, 1))].index((href, index))
+        nodata = source.nodatas[place] if source.nodatas else source.nodata
+        known.append(np.ones(shape, bool) if nodata is None else band_HW != nodata)
         valid_HW &= ok_HW
-        bands.append(band_HW)
-    if source.nodata is not None:
-        valid_HW &= np.any([band_HW != source.nodata for band_HW in bands], axis=0)
-    return np.stack(bands), valid_HW & np.isfinite(bands).all(axis=0)
+        bands.append(changed(band_HW, source.change[place] if source.change else None))
+    return np.stack(bands), valid_HW & np.any(known, axis=0) & np.isfinite(bands).all(axis=0)
 
 
 def _averaged(

@@ -23,6 +23,7 @@ from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window
 from rayseg.io import remote
 from rayseg.io.sources import (
+    STORED,
     Source,
     aligned,
     crs_of,
@@ -38,6 +39,7 @@ from rayseg.store import is_local, upath
 
 __all__ = ["Source", "footprint", "grids_of", "read", "source_of_file", "view"]
 
+_HUGE = 1e30  # of -3.4e38, float32's usual fill value, little more than nothing is left by an interpolation
 _OPEN_FILES = 24  # per thread; a tile touches few files, and neighbouring tiles the same ones
 _local = threading.local()
 
@@ -102,33 +104,48 @@ def _read_source(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(pixels_CHW, valid_HW) of one source in `part`, which lies in its footprint."""
     image_CHW: np.ndarray | None = None
-    valid_HW = np.ones((part.height, part.width), bool)
-    for href, wanted in _files_of(source, bands).items():
+    changes = dict(reversed([*zip(source.bands, source.change, strict=False)]))
+    valid: dict[str, np.ndarray] = {}
+    for (href, nodata), wanted in _files_of(source, bands).items():
         indexes = [index for _, index in wanted]
-        read_it = partial(_read_file, source, href, grid, part, indexes, categorical=categorical)
+        one = replace(source, nodata=nodata, nodatas=(), change=())
+        read_it = partial(_read_file, one, href, grid, part, indexes, categorical=categorical)
         pixels_CHW, ok_HW = remote.patiently(read_it)
         if image_CHW is None:
             image_CHW = np.zeros((len(bands), part.height, part.width), pixels_CHW.dtype)
         _same_dtype(href, pixels_CHW.dtype, image_CHW.dtype)
-        image_CHW[[position for position, _ in wanted]] = pixels_CHW
-        valid_HW &= ok_HW
+        for (position, _), pixels_HW in zip(wanted, pixels_CHW, strict=True):
+            image_CHW[position] = np.where(ok_HW, changed(pixels_HW, changes.get(bands[position])), 0)
+        valid[href] = valid[href] | ok_HW if href in valid else ok_HW
     if image_CHW is None:
         raise DataError(f"No band of {source.item_id} was asked for; it has {', '.join(source.bands)}.")
-    return image_CHW, valid_HW
+    return image_CHW, np.logical_and.reduce([*valid.values()])
 
 
-def _files_of(source: Source, bands: Sequence[str]) -> dict[str, list[tuple[int, int]]]:
-    """Href -> (position in `bands`, band index in the file) of each band wanted; the first file with a name counts."""
+def changed(pixels_HW: np.ndarray, change: tuple[float, float] | None) -> np.ndarray:
+    """Stored values x factor + addend in their dtype, whole numbers rounded and clipped to its range."""
+    if change is None or change == STORED:
+        return pixels_HW
+    values_HW = pixels_HW.astype(np.float64) * change[0] + change[1]
+    if pixels_HW.dtype.kind in "ui":
+        limits = np.iinfo(pixels_HW.dtype)
+        values_HW = np.clip(np.rint(values_HW), limits.min, limits.max)
+    return values_HW.astype(pixels_HW.dtype)
+
+
+def _files_of(source: Source, bands: Sequence[str]) -> dict[tuple[str, float | None], list[tuple[int, int]]]:
+    """(href, nodata) -> (position in `bands`, index in the file) of each band; the first file with a name counts."""
+    nodatas = dict(reversed([*zip(source.bands, source.nodatas, strict=False)]))
     places = {name: (href, i) for href, names in reversed(source.assets) for i, name in enumerate(names, 1)}
     if missing := [name for name in bands if name not in places]:
         raise DataError(
             f"{source.item_id} has no band {', '.join(missing)}: wanted {', '.join(bands)}, "
             f"found {', '.join(source.bands)}; name the bands of the imagery or select other items."
         )
-    files: dict[str, list[tuple[int, int]]] = {}
+    files: dict[tuple[str, float | None], list[tuple[int, int]]] = {}
     for position, name in enumerate(bands):
         href, index = places[name]
-        files.setdefault(href, []).append((position, index))
+        files.setdefault((href, nodatas.get(name, source.nodata)), []).append((position, index))
     return files
 
 
@@ -153,7 +170,7 @@ def _valid(
 ) -> np.ndarray:
     """Where each band has data, (C, H, W) bool."""
     valid_CHW = np.ones(pixels_CHW.shape, bool)
-    flags = dataset.mask_flag_enums[indexes[0] - 1]
+    flags = {flag for index in indexes for flag in dataset.mask_flag_enums[index - 1]}
     if ColorInterp.alpha in dataset.colorinterp:  # GDAL takes an alpha band for a mask in unsigned files only
         valid_CHW &= dataset.read(dataset.colorinterp.index(ColorInterp.alpha) + 1, window=at) > 0
     elif MaskFlags.per_dataset in flags:
@@ -161,7 +178,8 @@ def _valid(
     if MaskFlags.nodata in flags:
         valid_CHW &= dataset.read_masks(indexes, window=at) > 0
     if pixels_CHW.dtype.kind == "f":
-        valid_CHW &= np.isfinite(pixels_CHW)  # an infinite pixel would spoil every patch that sees it
+        # An infinite pixel would spoil every patch that sees it; so would the huge fill values of files without nodata.
+        valid_CHW &= np.isfinite(pixels_CHW) & (np.abs(pixels_CHW.astype(np.float32)) < _HUGE)
     if nodata is not None and nodata != dataset.nodata:
         valid_CHW &= pixels_CHW != nodata
     return valid_CHW

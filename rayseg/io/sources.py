@@ -101,6 +101,9 @@ class Source:
         href: of the item, "" if it was not read from a file.
         gcps: the files have ground control points only; `transform` is then just the box around them.
         units: (scale, offset) of each of `bands`, from stored values to units; empty if not stated.
+        nodatas: in place of `nodata`, the value of each of `bands`, if bands differ; else empty.
+        change: (factor, addend) of each of `bands` that are applied to values as they are read; empty for none.
+        baseline: of Sentinel-2 processing ("04.00"), if it alone tells which offset the values have.
     """
 
     item_id: str
@@ -115,6 +118,9 @@ class Source:
     href: str = ""
     gcps: bool = False
     units: tuple[tuple[float, float], ...] = ()
+    nodatas: tuple[float | None, ...] = ()
+    change: tuple[tuple[float, float], ...] = ()
+    baseline: str = ""
 
     @property
     def bands(self) -> tuple[str, ...]:
@@ -130,8 +136,9 @@ class Source:
     def from_row(cls, row: dict[str, Any]) -> "Source":
         """The source that `to_row` made this row of."""
         assets = tuple((asset["href"], tuple(asset["bands"])) for asset in row["assets"])
-        units = tuple((scale, offset) for scale, offset in row.get("units", ()))
-        return cls(**{**row, "assets": assets, "transform": tuple(row["transform"]), "units": units})
+        pairs = {key: tuple((a, b) for a, b in row.get(key, ())) for key in ("units", "change")}
+        lists = {"assets": assets, "transform": tuple(row["transform"]), "nodatas": tuple(row.get("nodatas", ()))}
+        return cls(**{**row, **lists, **pairs})
 
 
 def from_json(text: str) -> list[Source]:
@@ -183,11 +190,12 @@ def described(dataset: DatasetReader) -> Source:
         gcps = True
         box, columns, rows = calculate_default_transform(crs, crs, width, height, gcps=points)
         affine = box @ Affine.scale(columns / width, rows / height)
-    nodata = None if dataset.nodata is None or math.isnan(dataset.nodata) else dataset.nodata
+    nodatas = tuple(None if value is None or math.isnan(value) else value for value in dataset.nodatavals)
+    nodata, nodatas = (nodatas[0], ()) if len(set(nodatas)) == 1 else (None, nodatas)
     units = tuple(zip(dataset.scales, dataset.offsets, strict=True))
     said = units if set(units) != {STORED} else ()
     place = (crs_text(crs), tuple(affine)[:6], height, width)
-    return Source("", (), *place, dataset.dtypes[0], nodata, gcps=gcps, units=said)
+    return Source("", (), *place, dataset.dtypes[0], nodata, gcps=gcps, units=said, nodatas=nodatas)
 
 
 def open_file(href: str) -> DatasetReader:

@@ -22,6 +22,7 @@ from shapely.geometry.base import BaseGeometry
 from rayseg.errors import ConfigError, DataError
 from rayseg.io.remote import Passing, patiently, retry_after
 from rayseg.io.sources import STORED, Source, crs_of, crs_text, source_of_file
+from rayseg.io.units import Unit
 from rayseg.store import is_local, public, put, upath
 
 if TYPE_CHECKING:  # only STAC APIs need it
@@ -361,6 +362,9 @@ def source_of(item: pystac.Item, *, bands: Sequence[str] | None = None) -> Sourc
     frames |= {key: source for key, source in opened.items() if key not in frames}
     dtypes |= {key: source.dtype for key, source in opened.items() if key not in dtypes}
     first = min(frames, key=lambda key: (_pixel_area(frames[key]), used.index(key)))
+    counts = {key: len(names[key] or opened[key].bands) for key in used}
+    nodatas = tuple(value for key in used for value in _nodatas(assets[key], counts[key]))
+    units = _units(item, [(assets[key], counts[key], opened.get(key)) for key in used])
     return Source(
         item_id=item.id,
         assets=tuple((hrefs[key], names[key] or opened[key].bands) for key in used),
@@ -369,11 +373,13 @@ def source_of(item: pystac.Item, *, bands: Sequence[str] | None = None) -> Sourc
         height=frames[first].height,
         width=frames[first].width,
         dtype=dtypes.get(first) or next(iter(dtypes.values())),
-        nodata=_nodata([assets[key] for key in used]),
+        nodata=nodatas[0] if len(set(nodatas)) == 1 else None,
         datetime=_time(item),
         href=item.get_self_href() or "",
         gcps=frames[first].gcps,
-        units=_units([(assets[key], len(names[key] or opened[key].bands)) for key in used]),
+        units=units,
+        nodatas=() if len(set(nodatas)) == 1 else nodatas,
+        baseline="" if units else _baseline(item),
     )
 
 
@@ -472,27 +478,51 @@ def _dtype(asset: pystac.Asset) -> str | None:
     return _STAC_TYPES.get(found[0], found[0]) if found else None
 
 
-def _nodata(assets: Sequence[pystac.Asset]) -> float | None:
-    """The nodata value if all bands that have one agree; NaN always counts as nodata."""
-    rows = [row for a in assets for row in (*_rows(a, "bands"), *_rows(a, "raster:bands"), a.extra_fields)]
-    values = {
-        row["nodata"] for row in rows if isinstance(row.get("nodata"), int | float) and row["nodata"] == row["nodata"]
-    }
-    return float(values.pop()) if len(values) == 1 else None
+def _band_rows(asset: pystac.Asset, count: int) -> list[dict[str, Any]]:
+    """The asset's fields for each of its `count` bands, from STAC 1.1 `bands` or `raster:bands`."""
+    merged = [dict(asset.extra_fields) for _ in range(count)]
+    for field in ("raster:bands", "bands"):
+        rows = _rows(asset, field)
+        rows = rows * count if len(rows) == 1 else rows
+        merged = [fields | row for fields, row in zip(merged, rows, strict=True)] if len(rows) == count else merged
+    return merged
 
 
-def _units(assets: Sequence[tuple[pystac.Asset, int]]) -> tuple[tuple[float, float], ...]:
-    """(scale, offset) of all bands of assets with so many bands each; empty where none has any."""
-    units = []
-    for asset, count in assets:
-        rows = _rows(asset, "bands") or _rows(asset, "raster:bands")
-        for row in rows if len(rows) == count else [{}] * count:
-            said = asset.extra_fields | row
-            units.append(
-                tuple(float(said.get(f"raster:{key}", row.get(key, usual))) for key, usual in _USUAL_UNITS.items())
-            )
-    found = tuple((scale, offset) for scale, offset in units)
-    return found if set(found) != {STORED} else ()
+def _nodatas(asset: pystac.Asset, count: int) -> list[float | None]:
+    """The nodata value of each band, None if not stated or NaN, which always counts as nodata."""
+    values = [row.get("nodata") for row in _band_rows(asset, count)]
+    return [float(v) if isinstance(v, int | float) and not isinstance(v, bool) and v == v else None for v in values]
+
+
+def _units(item: pystac.Item, assets: Sequence[tuple[pystac.Asset, int, Source | None]]) -> tuple[Unit, ...]:
+    """(scale, offset) of all bands of assets with so many bands each; empty where none has any.
+
+    A file that had to be opened counts where the item says nothing.
+    """
+    units: list[Unit] = []
+    for asset, count, opened in assets:
+        rows = _band_rows(asset, count)
+        stated = [{key: row.get(f"raster:{key}", row.get(key)) for key in _USUAL_UNITS} for row in rows]
+        if opened and opened.units and not any(value is not None for row in stated for value in row.values()):
+            units += opened.units
+            continue
+        for row in stated:
+            scale, offset = (float(usual if (v := row[key]) is None else v) for key, usual in _USUAL_UNITS.items())
+            units.append((scale, 0.0 if _offset_applied(item) else offset))
+    return tuple(units) if set(units) != {STORED} else ()
+
+
+def _offset_applied(item: pystac.Item) -> bool:
+    """Whether a provider subtracted Sentinel-2's offset from the pixels, whatever offset the bands still state."""
+    return any(item.properties.get(f"{name}:boa_offset_applied") is True for name in ("earthsearch", "sentinel"))
+
+
+def _baseline(item: pystac.Item) -> str:
+    """The Sentinel-2 processing baseline; "" if there is none, and "00.00" if its offset is not in the pixels."""
+    text = str(item.properties.get("s2:processing_baseline") or item.properties.get("sentinel:processing_baseline"))
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        return ""
+    return "00.00" if _offset_applied(item) else text
 
 
 def _href(item: pystac.Item, asset: pystac.Asset) -> str:

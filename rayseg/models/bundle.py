@@ -137,6 +137,8 @@ class Bundle(Config):
     dtype: str
     """Data type of the imagery, as numpy names it."""
     scaling: Scaling
+    units: tuple[tuple[float, float], ...] = ()
+    """(scale, offset) that the training imagery stated for each of `bands`, if it did; its values are stored values."""
     patch: int = Field(gt=0)
     """Side of the model's input window in pixels."""
     stride: int = Field(gt=0)
@@ -203,14 +205,21 @@ class Bundle(Config):
                 f"model {self.name} was trained on {self.dtype} values, {source} has {dtype}; "
                 "convert the imagery to the model's units or use another model"
             )
-        # A model with scale 1 and offset 0 learnt from stored values, whatever their units.
-        own = (self.scaling.scale, self.scaling.offset)
-        for band, unit in zip(bands, units, strict=False) if own != (1.0, 0.0) else ():
-            if band in self.bands and not np.allclose(unit, own, rtol=1e-6, atol=0):
+        expected = self.band_units
+        for band, unit in zip(bands, units, strict=False):
+            own = expected.get(band, unit)
+            if not np.allclose(unit, own, rtol=1e-6, atol=1e-12):
                 raise ModelError(
                     f"model {self.name} expects values of stored x {own[0]:g} + {own[1]:g}, {source} declares {band} "
                     f"as stored x {unit[0]:g} + {unit[1]:g}; convert the imagery or use another model"
                 )
+
+    @property
+    def band_units(self) -> dict[str, tuple[float, float]]:
+        """Band -> (scale, offset) of the stored values that the model expects; empty if it is not known."""
+        if (own := (self.scaling.scale, self.scaling.offset)) != (1.0, 0.0):
+            return dict.fromkeys(self.bands, own)
+        return dict(zip(self.bands, self.units, strict=False))
 
 
 def item(bundle: Bundle, *, size: int, parameters: int) -> pystac.Item:

@@ -27,6 +27,8 @@ from rayseg.io import scenes
 from rayseg.io.class_tables import Classes
 from rayseg.io.pictures import encoded
 from rayseg.io.scenes import LabelledImage
+from rayseg.io.sources import Source
+from rayseg.io.units import units_of
 from rayseg.metrics import Confusion
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle, Scaling
@@ -80,7 +82,8 @@ class Config(Frozen):
 
 
 def _divide(region: Region, config: Config) -> Divided:
-    return labelled.divide(region, config.labelled, config.classes.table, cell=config.segmenter.sampling.cell)
+    cell, table = config.segmenter.sampling.cell, config.classes.table
+    return labelled.divide(region, config.labelled, table, cell=cell, bands=config.bands, scaling=config.scaling)
 
 
 def list_scenes(step: Step, region: Region, config: Config, *, divided: Divided | None = None) -> dict[str, Any]:
@@ -124,11 +127,11 @@ def fit(step: Step, listed: Step, config: Config) -> dict[str, Any]:
     )
     net = config.segmenter.build(classes=len(config.classes.table.classes), channels=len(config.bands), weights="none")
     model = trained(net, step.prefix)
-    described = _segmenter(config, training.images[0].image.dtype).model_copy(update={"metrics": measures})
+    described = _segmenter(config, training.images[0].image).model_copy(update={"metrics": measures})
     return {"bundle": models.keep_model(step, described, model), "measures": measures}
 
 
-def _segmenter(config: Config, dtype: str) -> Bundle:
+def _segmenter(config: Config, image: Source | None = None) -> Bundle:
     return models.segmenter_bundle(
         config.segmenter,
         config.classes.table.classes,
@@ -136,8 +139,8 @@ def _segmenter(config: Config, dtype: str) -> Bundle:
         patch=config.patch,
         stride=config.stride,
         bands=config.bands,
-        dtype=dtype,
-    )
+        dtype=image.dtype if image else "uint8",
+    ).model_copy(update={"units": units_of(image, config.bands) if image else ()})
 
 
 def validate(step: Step, listed: Step, model: Step, config: Config, count: int | None = None) -> dict[str, Any]:
@@ -202,12 +205,12 @@ def write_report(
 
 def check(config: Config, region: Region) -> Plan:
     """Plan a run; refuse scenes, imagery and weights that it cannot use before it writes anything."""
-    classes = _segmenter(config, "uint8").classes
+    classes = _segmenter(config).classes
     supervised.expect_supervisable(config.segmenter, classes=len(classes), workers=config.workers)
     divided = _divide(region, config)
-    dtype = divided["training"][0][0].image.dtype
-    models.expect_weights(config.segmenter, config.scaling if dtype == "uint8" else None)
-    tiles = mapping.tiles_for(region, _segmenter(config, dtype), config.map)
+    learnt_from = divided["training"][0][0].image
+    models.expect_weights(config.segmenter, config.scaling if learnt_from.dtype == "uint8" else None)
+    tiles = mapping.tiles_for(region, _segmenter(config, learnt_from), config.map)
     evaluate.expect_masks(region, config.truth, config.classes.table.names)
     return Plan(tiles, divided)
 
@@ -215,7 +218,7 @@ def check(config: Config, region: Region) -> Plan:
 def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:
     """What is known of a run before it begins."""
     training, validation = ([image for image, _ in (plan.labels or {})[part]] for part in PARTS)
-    described = _segmenter(config, training[0].image.dtype)
+    described = _segmenter(config, training[0].image)
     counts = {"validation": len(_tiles_of(validation, described, config))}
     learn = partial(_learn, config.model_copy(update={"workers": 0}), region, plan)
     unknown = estimate.by_workers(config.workers)

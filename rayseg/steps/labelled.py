@@ -1,6 +1,7 @@
 """Labelled images of a region: find them, count pixels by class, split them by scene."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated
 
 import numpy as np
@@ -11,6 +12,9 @@ from rayseg.errors import ConfigError, DataError
 from rayseg.geo.region import Region
 from rayseg.io import scenes, stac_read
 from rayseg.io.scenes import LabelledImage
+from rayseg.io.sources import STORED
+from rayseg.io.units import common_units, converted, expect_one_unit
+from rayseg.models.bundle import Scaling
 from rayseg.store import Location
 from rayseg.vision.color import ClassTable
 
@@ -66,7 +70,15 @@ def find_images(
     return scenes.labelled_images(source, region.located(masks), names=names)
 
 
-def divide(region: Region, config: LabelledConfig, table: ClassTable, *, cell: int) -> Divided:
+def divide(
+    region: Region,
+    config: LabelledConfig,
+    table: ClassTable,
+    *,
+    cell: int,
+    bands: Sequence[str],
+    scaling: Scaling,
+) -> Divided:
     """Count the classes of all labelled images and split the images by scene.
 
     Args:
@@ -74,6 +86,8 @@ def divide(region: Region, config: LabelledConfig, table: ClassTable, *, cell: i
         config: location of the images and settings of the split.
         table: the classes.
         cell: side in px of the cells in which pixels are counted.
+        bands: those that the network sees.
+        scaling: of the network; images that state another scale and offset are converted.
 
     Raises:
         ConfigError: neither the region nor the configuration names images.
@@ -90,6 +104,11 @@ def divide(region: Region, config: LabelledConfig, table: ClassTable, *, cell: i
         raise DataError(
             f"{kept[0].id} has {kept[0].image.dtype} pixels, other images {', '.join(kinds)}; convert all to one type"
         )
+    stated = (scaling.scale, scaling.offset)
+    sources = [image.image for image in kept]
+    units = common_units(sources, bands) if stated == STORED else dict.fromkeys(bands, stated)
+    kept = [replace(image, image=converted(image.image, units)) for image in kept]
+    expect_one_unit([image.image for image in kept], bands)
     parts = scenes.split(kept, validation=config.validation, share=config.share, seed=config.seed)
     counts = scenes.count_all(kept, table, cell=cell)
     by_id = {image.id: count for image, count in zip(kept, counts, strict=True)}

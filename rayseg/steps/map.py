@@ -24,6 +24,7 @@ from rayseg.geo.region import Region
 from rayseg.io import labels, stac_read, stac_write, vectors
 from rayseg.io.sources import Source, beyond_utm, expect_mappable
 from rayseg.io.tables import concurrently, content
+from rayseg.io.units import converted, expect_one_unit
 from rayseg.models import bundle
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, rows_by_grid
@@ -168,10 +169,19 @@ def tiles_for(region: Region, described: bundle.Bundle, config: MapConfig) -> Ma
     def check(source: Source) -> None:
         described.check_contract(source.bands, source.dtype, units=source.units, source=source.item_id)
 
-    return tiles_of(region, config, check, halo=described.patch + described.stride)
+    halo, units = described.patch + described.stride, described.band_units
+    return tiles_of(region, config, check, halo=halo, bands=described.bands, units=units)
 
 
-def tiles_of(region: Region, config: MapConfig, check: Callable[[Source], None], *, halo: int) -> Manifest:
+def tiles_of(
+    region: Region,
+    config: MapConfig,
+    check: Callable[[Source], None],
+    *,
+    halo: int,
+    bands: Sequence[str] = (),
+    units: Mapping[str, tuple[float, float]] | None = None,
+) -> Manifest:
     """Plan the rows of all tiles of a region, or of the requested tiles.
 
     If only some scenes can be mapped, each of the others becomes one row that fails; its column `refused` contains the
@@ -182,13 +192,19 @@ def tiles_of(region: Region, config: MapConfig, check: Callable[[Source], None],
         config: location of the imagery and tile size.
         check: raises an error if a source cannot be used.
         halo: px around a tile within which a source still affects the tile.
+        bands: those that are read; () for all.
+        units: band -> (scale, offset) that the model expects; imagery that states others is converted.
 
     Raises:
         ConfigError: a requested tile does not exist.
-        DataError: the region has no imagery, or no imagery that can be read and georeferenced.
+        DataError: the region has no imagery, no imagery that can be read and georeferenced, or imagery of several
+            units (see `units.expect_one_unit`).
         RaysegError: from `check`, if it rejects all of the imagery.
     """
-    sources, refused = mappable(region, imagery(region, config, halo=halo), check, size=config.tile)
+    found, unread = imagery(region, config, halo=halo)
+    found = [converted(source, units or {}) for source in found]
+    sources, refused = mappable(region, (found, unread), check, size=config.tile)
+    expect_one_unit(sources, bands)
     rows = Manifest.of(_parts(sources, refused, region, size=config.tile, halo=halo))
     if len(rows) == len(refused):
         raise DataError(f"region {region.name} has no tile with imagery; choose another --region")

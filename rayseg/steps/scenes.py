@@ -16,6 +16,7 @@ from rayseg.geo.grid import NODATA, Tile, expect_ids, slug
 from rayseg.geo.region import Region
 from rayseg.io import maps, pictures, segments
 from rayseg.io.sources import Source
+from rayseg.io.units import common_units, converted, expect_one_unit
 from rayseg.models.bundle import Scaling
 from rayseg.stages.oversegment import segments_path
 from rayseg.stages.read import tile_rows
@@ -82,6 +83,10 @@ def find_scenes(
     ordered = sorted(usable, key=lambda source: source.item_id) or found[0]
     first = max(ordered, key=lambda source: kinds[_kind(source, bands)], default=None)
     sources, refused = mapping.mappable(region, found, partial(_expect_alike, first, bands), size=config.tile)
+    if shared:
+        units = common_units(sources, bands)
+        sources = [converted(source, units) for source in sources]
+        expect_one_unit(sources, bands)
     # 2. the tiles of every network
     rows = []
     for group in [sources] if shared else [[source] for source in sources]:

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 from rayseg.vision.fill import mirrored
 
@@ -31,3 +32,13 @@ def test_valid_pixels_stay_and_nothing_invalid_is_left():
 def test_a_whole_image_is_returned_as_it_is():
     image_CHW = np.ones((1, 3, 3))
     assert mirrored(image_CHW, np.ones((3, 3), bool)) is image_CHW
+
+
+def test_a_single_bad_pixel_takes_the_mean_of_its_neighbours():
+    image_CHW = np.zeros((1, 5, 5), np.uint8)
+    image_CHW[0, 1:4, 1:4] = [[10, 20, 30], [40, 255, 60], [70, 80, 91]]
+    valid_HW = np.ones((5, 5), bool)
+    valid_HW[2, 2] = False
+    assert mirrored(image_CHW, valid_HW)[0, 2, 2] == 50
+    valid_HW[2, 3] = False
+    assert mirrored(image_CHW.astype(np.float32), valid_HW)[0, 2, 2:4].tolist() == pytest.approx([341 / 7, 221 / 7])

@@ -23,6 +23,7 @@ from rayseg.io import cog, labels, rasters, scenes, stac_read
 from rayseg.io.class_tables import Classes
 from rayseg.io.masks import pixels_of
 from rayseg.io.scenes import LabelledImage
+from rayseg.io.units import expect_one_unit
 from rayseg.store import Location, upath
 from rayseg.train.batches import Chips
 from rayseg.vision.color import IGNORE, ClassTable
@@ -151,6 +152,7 @@ def _expect_rgb(images: Sequence[LabelledImage]) -> None:
         if missing or one.image.dtype != "uint8":
             found = f"{', '.join(one.image.bands) or 'no bands'} of {one.image.dtype}"
             raise DataError(f"{one.id} has {found}, chips are {', '.join(BANDS)} of uint8; convert it to 0..255")
+    expect_one_unit([one.image for one in images], BANDS)
 
 
 def _labelled_images(config: PoolConfig) -> Surveyed:

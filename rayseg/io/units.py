@@ -1,0 +1,104 @@
+"""Scale, offset and processing baseline of scenes that one network sees: convert them to one unit, or refuse them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from rayseg.errors import DataError
+from rayseg.io.sources import STORED, Source
+
+Unit = tuple[float, float]
+"""(scale, offset) from stored values to physical ones."""
+BASELINE = 4.0
+"""From this Sentinel-2 processing baseline on, stored values are 1000 higher (BOA_ADD_OFFSET, RADIO_ADD_OFFSET)."""
+_SHIFT = 8  # an integer type may lose an eighth of its range to a conversion, not more
+
+
+def units_of(source: Source, bands: Sequence[str]) -> tuple[Unit, ...]:
+    """(scale, offset) of each of `bands`, empty if the source does not state them."""
+    own = _by_band(source)
+    return tuple(own[band] for band in bands if band in own)
+
+
+def common_units(sources: Sequence[Source], bands: Sequence[str] = ()) -> dict[str, Unit]:
+    """Band -> the (scale, offset) to convert all sources to; empty if none states any.
+
+    It is the unit whose zero has the highest stored value, so that a conversion never cuts off low values.
+    """
+    own = [_by_band(source) for source in sources]
+    names = bands or sorted({name for units in own for name in units})
+    found = {name: {units[name] for units in own if name in units} for name in names}
+    return {name: min(units, key=lambda unit: (unit[1] / unit[0], unit)) for name, units in found.items() if units}
+
+
+def converted(source: Source, units: Mapping[str, Unit]) -> Source:
+    """The source, its values converted to `units` (band -> scale, offset) when they are read.
+
+    It stays as it is if it states no units, or if its integer type cannot hold converted values.
+    """
+    if not source.units:
+        return source
+    goals = tuple(units.get(band, own) for band, own in zip(source.bands, source.units, strict=False))
+    changes = tuple(_change(own, goal) for own, goal in zip(source.units, goals, strict=True))
+    if not all(_holds(source.dtype, *change) for change in changes):
+        return source
+    return source if set(changes) == {STORED} else replace(source, units=goals, change=changes)
+
+
+def expect_one_unit(sources: Sequence[Source], bands: Sequence[str] = ()) -> None:
+    """Refuse sources whose stored values of a band mean different things.
+
+    Args:
+        sources: that one network sees; see `converted`.
+        bands: those that it sees; () for all.
+
+    Raises:
+        DataError: scale or offset differ, only some sources state them, or Sentinel-2 scenes are from both sides of
+            processing baseline 04.00 without stated offsets; the message names two sources.
+    """
+    ordered = sorted(sources, key=lambda source: source.item_id)
+    old, new = (
+        [s for s in ordered if s.baseline and (float(s.baseline) >= BASELINE) == after] for after in (False, True)
+    )
+    if old and new:
+        raise DataError(
+            f"{old[0].item_id} is from Sentinel-2 processing baseline {old[0].baseline}, {new[0].item_id} from "
+            f"{new[0].baseline}, expected one side of 04.00, whose stored values are 1000 higher: select scenes of "
+            "one side, or state raster:bands with scale and offset"
+        )
+    first: dict[str, Source] = {}
+    for source in ordered:
+        for band in bands or source.bands:
+            if band not in source.bands or band == "alpha":
+                continue
+            other = first.setdefault(band, source)
+            here, there = (_by_band(one).get(band) for one in (source, other))
+            if here != there and not (here and there and np.allclose(here, there, rtol=1e-6, atol=1e-12)):
+                raise DataError(
+                    f"{other.item_id} states {band} as {_text(there)}, {source.item_id} as {_text(here)}, expected one "
+                    "scale and offset for all scenes of a run: convert the scenes, state both in their items, or map "
+                    "them in two runs"
+                )
+
+
+def _by_band(source: Source) -> dict[str, Unit]:
+    """Band -> (scale, offset); the first band with a name counts."""
+    return dict(reversed([*zip(source.bands, source.units, strict=False)]))
+
+
+def _change(own: Unit, goal: Unit) -> Unit:
+    """(factor, addend) from values stored in one unit to values stored in the other."""
+    factor, addend = own[0] / goal[0], (own[1] - goal[1]) / goal[0]
+    # 0.1 / 0.0001 is not a whole number in binary: without rounding, pixels would be off by one.
+    return (1.0 if math.isclose(factor, 1, rel_tol=1e-9) else factor), round(addend, 9)
+
+
+def _holds(dtype: str, factor: float, addend: float) -> bool:
+    kind = np.dtype(dtype)
+    return kind.kind == "f" or (factor == 1 and abs(addend) <= np.iinfo(kind).max / _SHIFT)
+
+
+def _text(unit: Unit | None) -> str:
+    return f"stored x {unit[0]:g} + offset {unit[1]:g}" if unit else "stored, without scale and offset"
