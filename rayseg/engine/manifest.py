@@ -22,7 +22,8 @@ HERE = "<run>/"
 """Placeholder for the prefix of the run in files of its steps, so that a run can be moved and resumed."""
 REPEATED = ("crs", "grid_image", "sources", "refused")
 """Columns in which many rows have the same text."""
-_NAME = "^[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?$"  # what `grid.slug` leaves unchanged
+_NAME = "^[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?$"
+"""What `grid.slug` leaves unchanged of ASCII; other names take the longer way over `expect_ids`."""
 PART = 20_000
 """Rows that are held as dicts at the same time; an engine processes one part after the other."""
 

@@ -85,7 +85,8 @@ def inlined(path: str) -> list[str]:
 def submission_id(out: str, line: str) -> str:
     """Id of the job that runs `line` for the output `out`: the last part of `out` and 12 digits of a SHA-256."""
     digest = hashlib.sha256(f"{out} {line}".encode()).hexdigest()[:12]
-    return f"{slug(out.rstrip('/').rpartition('/')[2])[:40]}-{digest}"
+    name = out.rstrip("/").rpartition("/")[2].encode("ascii", "ignore").decode()  # Ray takes ASCII
+    return f"{slug(name)[:40]}-{digest}"
 
 
 def expect_token(address: str | None) -> None:

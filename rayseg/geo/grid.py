@@ -8,6 +8,7 @@ Order everywhere: (row, col), (height, width), (left, bottom, right, top).
 import hashlib
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from rayseg.errors import DataError
 Bounds = tuple[float, float, float, float]
 NODATA = 255
 """In rasters of classes and scores: no imagery, or beyond the region."""
+_LONGEST = 160  # bytes of an id that is made of a file's name
 
 
 @dataclass(frozen=True)
@@ -230,8 +232,28 @@ class Lattice:
 
 
 def slug(text: str) -> str:
-    """`text` with everything but letters, digits, dot, dash and underscore replaced, for ids and file names."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-") or "x"
+    """`text` as an id and file name: letters and digits of any script, emoji, dot, dash and underscore stay.
+
+    Every run of other characters becomes a dash. A name of more than `_LONGEST` bytes is cut and ends with a hash:
+    files and folders have further parts in their names, and file systems allow 255 bytes.
+    """
+    name = _clean(text)
+    if len(name.encode()) <= _LONGEST:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return name.encode()[: _LONGEST - 9].decode(errors="ignore") + f"-{digest}"
+
+
+def _clean(text: str) -> str:
+    kept = "".join(letter if _stays(letter) else " " for letter in unicodedata.normalize("NFC", text))
+    return re.sub(" +", "-", kept).strip(".-") or "x"
+
+
+def _stays(letter: str) -> bool:
+    """Whether `slug` keeps a character: in ASCII a few, beyond it all but spaces, controls and private ones."""
+    if letter.isascii():
+        return letter.isalnum() or letter in "._-"
+    return unicodedata.category(letter)[0] not in "ZC"
 
 
 def expect_ids(ids: Sequence[str]) -> None:
@@ -241,7 +263,7 @@ def expect_ids(ids: Sequence[str]) -> None:
         DataError: the first such id.
     """
     for row_id, count in Counter(ids).items():
-        if count > 1 or row_id != slug(row_id):
+        if count > 1 or row_id != _clean(row_id):
             why = "occurs twice" if count > 1 else "cannot be a file name"
             raise DataError(
                 f"id {row_id!r} {why}, expected different ones of letters, digits, . _ and -; rename the item"

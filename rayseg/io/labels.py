@@ -5,6 +5,7 @@ Images are not copied; the catalogue refers to them by absolute paths.
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ import pystac
 import shapely
 from affine import Affine
 from numpy.typing import NDArray
-from pystac.utils import str_to_datetime
 from rasterio.io import DatasetReader
 from rasterio.windows import Window as FileWindow
 from shapely.geometry import mapping
@@ -29,6 +29,7 @@ from rayseg.io.rasters import read
 from rayseg.io.sources import Source, crs_of, footprint, gdal, grids_of, open_file, source_of_file
 from rayseg.io.stac_read import source_of
 from rayseg.io.stac_write import PROJECTION, lonlat_geometry, write_catalog
+from rayseg.io.times import UNKNOWN, in_utc, utc_text
 from rayseg.io.units import expect_one_unit
 from rayseg.store import StorePath, is_local, upath
 from rayseg.vision.color import ClassTable
@@ -40,6 +41,13 @@ LABEL = "rayseg:label"
 _TIFF = "image/tiff; application=geotiff"
 _TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".tif": _TIFF, ".tiff": _TIFF}
 _KINDS = ", ".join(suffix.lstrip(".") for suffix in _TYPES)
+_TIMES = {
+    "EXIF_DateTimeOriginal": "EXIF_OffsetTimeOriginal",
+    "TIFFTAG_DATETIME": "",
+    "EXIF_DateTime": "EXIF_OffsetTime",
+}
+"""Tags with the time of an image, the preferred one first, and with its zone."""
+_EXIF_DATE = re.compile(r"^(\d{4}):(\d\d):(\d\d)[ T]+")
 _STRIP = 1024  # rows decoded at once when an image is checked
 _THREADS = 4
 Files = list[tuple[str | None, UPath]]
@@ -273,14 +281,15 @@ def _decoded(href: str, name: str) -> Source:
 
 
 def _taken(dataset: DatasetReader, href: str) -> str:
-    """Acquisition time, ISO 8601: the image's own tag, which has no time zone, as UTC; else the file's time."""
+    """Acquisition time: the image's own tag, in its zone if it has one, else in UTC; without a tag the file's time."""
     tags = dataset.tags()
-    text = tags.get("EXIF_DateTimeOriginal") or tags.get("TIFFTAG_DATETIME") or tags.get("EXIF_DateTime") or ""
-    try:
-        moment = datetime.strptime(text.strip(), "%Y:%m:%d %H:%M:%S").replace(tzinfo=UTC)
-    except ValueError:
-        moment = datetime.fromtimestamp(upath(href).stat().st_mtime, UTC)
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+    for tag, zone in _TIMES.items():
+        text = _EXIF_DATE.sub(r"\1-\2-\3T", tags.get(tag, "").strip())
+        try:
+            return utc_text(text + tags.get(zone, "").strip())
+        except ValueError:
+            continue
+    return utc_text(datetime.fromtimestamp(upath(href).stat().st_mtime, UTC))
 
 
 def _item(source: Source, label: str | None) -> pystac.Item:
@@ -299,7 +308,7 @@ def _item(source: Source, label: str | None) -> pystac.Item:
         properties |= {} if source.gcps else {"proj:transform": list(source.transform)}
     if label:
         properties[LABEL] = label
-    taken = str_to_datetime(source.datetime) if source.datetime else datetime(1970, 1, 1, tzinfo=UTC)
+    taken = in_utc(source.datetime) if source.datetime else UNKNOWN
     item = pystac.Item(source.item_id, geometry, bbox, taken, properties, stac_extensions=[PROJECTION])
     nodatas = source.nodatas or (source.nodata,) * len(names)
     units = [{"raster:scale": scale, "raster:offset": offset} for scale, offset in source.units] or [{}] * len(names)

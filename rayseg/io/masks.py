@@ -159,8 +159,7 @@ def _fit(stored: set[str], names: set[str]) -> bool:
 
 
 def _mask(href: str, name: str, *, when: pystac.Item | None = None) -> Source:
-    taken = when.datetime.isoformat() if when and when.datetime else None
-    return source_of_file(href, name, datetime=taken)
+    return source_of_file(href, name, datetime=stac_read.time_of(when) if when else None)
 
 
 def read_classes(masks: Sequence[Source], grid: Grid, window: Window, table: ClassTable) -> NDArray[np.uint8]:

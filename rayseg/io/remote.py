@@ -12,6 +12,7 @@ from typing import TypeVar
 from urllib.parse import quote, urlsplit
 
 from rayseg.errors import DataError
+from rayseg.io.times import in_utc
 from rayseg.store import public, s3_options, signer, upath
 
 T = TypeVar("T")
@@ -160,7 +161,7 @@ def _sign(service: str, href: str) -> tuple[str, float]:
     try:
         answer = httpx.get(service.replace("{href}", quote(plain, safe="")), timeout=30, follow_redirects=True)
         row = answer.raise_for_status().json()
-        ends = datetime.fromisoformat(row["msft:expiry"]).timestamp() if "msft:expiry" in row else time.time() + 900
+        ends = in_utc(row["msft:expiry"]).timestamp() if "msft:expiry" in row else time.time() + 900
         return str(row["href"]), ends
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
         raise DataError(

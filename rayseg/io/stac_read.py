@@ -15,13 +15,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pystac
 import shapely
-from pystac.utils import datetime_to_str
 from shapely.geometry import mapping, shape
 from shapely.geometry.base import BaseGeometry
 
 from rayseg.errors import ConfigError, DataError
 from rayseg.io.remote import Passing, patiently, retry_after
 from rayseg.io.sources import STORED, Source, crs_of, crs_text, source_of_file
+from rayseg.io.times import utc_text
 from rayseg.io.units import Unit
 from rayseg.store import is_local, public, put, upath
 
@@ -207,7 +207,7 @@ def open_items(
         place = f"{uri}#{collection}" if collection else uri
         everything = _read_items(uri, collection, wide, None) if uri.endswith(".parquet") else items
         raise DataError(_nothing(place, everything, area))
-    return sorted(sorted(found, key=lambda item: item.id), key=lambda item: _time(item) or "", reverse=True)
+    return sorted(sorted(found, key=lambda item: item.id), key=lambda item: time_of(item) or "", reverse=True)
 
 
 def imagery_collection(uri: str) -> str | None:
@@ -321,9 +321,10 @@ def _box(bounds: Sequence[float]) -> str:
     return "[" + ", ".join(f"{value:.6g}" for value in bounds) + "]"
 
 
-def _time(item: pystac.Item) -> str | None:
+def time_of(item: pystac.Item) -> str | None:
+    """The time of an item, else the start of its interval, as `utc_text`."""
     moment = item.datetime or item.common_metadata.start_datetime
-    return datetime_to_str(moment.replace(microsecond=0)) if moment else None
+    return utc_text(moment) if moment else None
 
 
 def _listed(names: Sequence[str] | set[str] | dict[str, Any]) -> str:
@@ -374,7 +375,7 @@ def source_of(item: pystac.Item, *, bands: Sequence[str] | None = None) -> Sourc
         width=frames[first].width,
         dtype=dtypes.get(first) or next(iter(dtypes.values())),
         nodata=nodatas[0] if len(set(nodatas)) == 1 else None,
-        datetime=_time(item),
+        datetime=time_of(item),
         href=item.get_self_href() or "",
         gcps=frames[first].gcps,
         units=units,

@@ -8,7 +8,6 @@ import posixpath
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import shapely
 from pystac.extensions.classification import Classification, ClassificationExtension
 from pystac.extensions.file import FileExtension
 from pystac.extensions.projection import ProjectionExtension
-from pystac.utils import datetime_to_str, str_to_datetime
 from rasterio.crs import CRS
 from rasterio.warp import transform
 from shapely.geometry import mapping, shape
@@ -32,6 +30,7 @@ from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.geo.lonlat import bounds_of, to_lonlat
 from rayseg.io.sources import Source, crs_of, placing
 from rayseg.io.tables import Spool, concurrently, content
+from rayseg.io.times import UNKNOWN, in_utc, utc_text
 from rayseg.io.written import WrittenFile
 from rayseg.store import StorePath, public, put, upath
 from rayseg.vision.color import ClassTable, hex_of
@@ -79,12 +78,12 @@ def item_of(
         DataError: the grid lies nowhere on Earth.
     """
     geometry, bbox = lonlat_outline(grid, window)
-    times = sorted(source.datetime for source in sources if source.datetime)
+    times = sorted(utc_text(source.datetime) for source in sources if source.datetime)
     item = pystac.Item(
         item_id,
         geometry,
         bbox,
-        datetime=str_to_datetime(times[-1]) if times else datetime(1970, 1, 1, tzinfo=UTC),
+        datetime=in_utc(times[-1]) if times else UNKNOWN,
         properties={"start_datetime": times[0], "end_datetime": times[-1]} if len(set(times)) > 1 else {},
     )
     left, bottom, right, top = grid.bounds(window)
@@ -326,7 +325,7 @@ def _write_members(folder: Any, name: str, items: Sequence[pystac.Item], title: 
     if old:
         extent.hrefs |= {link["href"] for link in old["links"] if link["rel"] == "item"}
         extent.boxes += [] if old.get("rayseg:unplaced") else [old["extent"]["spatial"]["bbox"][0]]
-        extent.times += [time for time in old["extent"]["temporal"]["interval"][0] if time]
+        extent.times += [utc_text(time) for time in old["extent"]["temporal"]["interval"][0] if time]
     links = [_link("root", "../catalog.json"), _link("parent", "../catalog.json")]
     merged = extent.collection(name, title or (old or {}).get("title") or name, links=links)
     put(folder / "collection.json", _json(merged))
@@ -346,7 +345,7 @@ class _Extent:
         # One box and two times stand for all before them, so that memory does not grow.
         self.boxes = [_around([*self.boxes, item["bbox"]])] if item.get("bbox") else self.boxes
         named = (item["properties"].get(name) for name in ("datetime", "start_datetime", "end_datetime"))
-        times = [*self.times, *(datetime_to_str(str_to_datetime(time)) for time in named if time)]
+        times = [*self.times, *(utc_text(time) for time in named if time)]
         self.times = [min(times), max(times)] if times else []
 
     def collection(

@@ -127,7 +127,7 @@ class Bundle(Config):
     """A trained model and the imagery that it accepts."""
 
     format: Literal[1] = 1
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern="^[A-Za-z0-9\u0080-\U0010ffff][A-Za-z0-9._\u0080-\U0010ffff-]*$")
     task: Literal["classification", "segmentation", "instances"]
     architecture: Architecture
     classes: tuple[ClassRow, ...]

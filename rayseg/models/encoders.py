@@ -1,10 +1,12 @@
 """Encoders: their names, their pretrained weights, and how their batch norms work on few chips."""
 
 import difflib
+import logging
 import pickle
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -22,9 +24,14 @@ from rayseg.models.weights import NO_FILES, PACKAGED, chosen, packaged_state
 from rayseg.store import upath
 
 State = dict[str, Tensor]
+_log = logging.getLogger(__name__)
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "params", "params_ema")
-_PREFIXES = ("module.", "_orig_mod.", "encoder.", "backbone.")
+_DEEPEST = 6
+"""Parts of a key that wrappers can add: `module.model.backbone.encoder.` has four."""
+_REFUSED = re.compile(r"unsupported|can only|trying to call reduce|torchscript", re.IGNORECASE)
+"""What torch says about objects that are not tensors, in a file that is not damaged."""
+_OBJECT = re.compile(r"GLOBAL (\S+)|got (<class '[^']+'>)|(TorchScript)")
 _HEADS = {"classifier", "fc", "head", "head_fc", "last_linear", "conv_head", "bn2", "norm", "norm_head", "final_conv"}
 CANNOT_BUILD = (KeyError, ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError, AssertionError)
 
@@ -129,8 +136,8 @@ def load_encoder_weights(encoder: nn.Module, weights: str, name: str = "") -> No
     """Load the file `weights` into `encoder`, all of it; only a classification head in the file is ignored.
 
     "packaged" loads the weights of the encoder called `name`; "imagenet" and "none" load nothing. Keys of files may be
-    torchvision's, timm's or segmentation_models_pytorch's, also those of a whole model (`encoder.*`). A first
-    convolution for 3 bands is adapted to the encoder's bands.
+    torchvision's, timm's or segmentation_models_pytorch's, also those of a whole model and of what it was trained in
+    (`encoder.*`, Lightning's `model.*`, `module.*`). A first convolution for 3 bands is adapted to the encoder's bands.
 
     Raises:
         ModelError: the file cannot be read, or is of another architecture.
@@ -140,7 +147,8 @@ def load_encoder_weights(encoder: nn.Module, weights: str, name: str = "") -> No
     wanted = encoder.state_dict()
     content = packaged_state(name) if weights == "packaged" else read_state(weights)
     # Of all ways the libraries spell the keys, the one with most matching tensors.
-    state = max(_spellings(content), key=lambda spelled: len(_fitting(spelled, wanted)))
+    spellings = _spellings(content, wanted, weights)
+    state = max(spellings, key=lambda spelled: len(_fitting(spelled, wanted)))
     fitting = _fitting(state, wanted)
     missing = [key for key in wanted if key not in fitting and not key.endswith("num_batches_tracked")]
     surplus = [key for key in state if key not in wanted and key.removeprefix("model.").partition(".")[0] not in _HEADS]
@@ -156,8 +164,11 @@ def load_encoder_weights(encoder: nn.Module, weights: str, name: str = "") -> No
 def read_state(path: str) -> State:
     """The tensors by name in a `.safetensors` file or a checkpoint of torch; no other object is unpickled.
 
+    Of a training checkpoint these are the tensors of its `state_dict` (or `model`, `params`, ...); if it has none, all
+    tensors in dicts of dicts, with names such as `net.conv.weight`.
+
     Raises:
-        ModelError: the file is missing or damaged, or contains no tensors by name.
+        ModelError: the file is missing or damaged, contains other objects, or no tensors by name.
     """
     try:
         data = upath(path).read_bytes()
@@ -168,29 +179,80 @@ def read_state(path: str) -> State:
     except OSError as error:
         raise ModelError(f"weights {path} cannot be read: {error.strerror or error}; check the path") from None
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError) as error:
-        reason = " ".join(str(error).split()).partition(". ")[0][:200]
-        raise ModelError(
-            f"weights {path} ({len(data)} bytes) are damaged or not weights, 0 tensors read: {reason}; "
-            "download the file again"
-        ) from None
+        raise _unreadable(path, len(data), " ".join(str(error).split())) from None
     for wrapper in _WRAPPERS:
-        content = content.get(wrapper, content) if isinstance(content, dict) else content
-    named = isinstance(content, dict) and all(isinstance(key, str) for key in content)
-    state = {key: value for key, value in content.items() if isinstance(value, Tensor)} if named else {}
-    if not state:
+        inner = content.get(wrapper) if isinstance(content, dict) else None
+        content = inner if isinstance(inner, dict) else content
+    if not (state := _named_tensors(content)):
         raise ModelError(f"weights {path} contain no tensors by name, expected a state dict; save model.state_dict()")
     return state
 
 
-def _spellings(state: State) -> list[State]:
-    """The names that the libraries use for the same tensors."""
-    # 1. keys without the wrappers of DataParallel, torch.compile and whole models
-    for prefix in _PREFIXES:
-        inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        state = inner or state
-    # 2. timm's feature extractors write stages_0 for stages.0, and smp keeps them in `model`
-    flat = {re.sub(r"^(stages|features|layers|blocks)\.(\d+)\.", r"\1_\2.", key): t for key, t in state.items()}
-    return [state, *({f"model.{key}": value for key, value in named.items()} for named in (state, flat))]
+def _unreadable(path: str, size: int, reason: str) -> ModelError:
+    """The error for a file that torch does not load: damaged, or with objects other than tensors."""
+    if not _REFUSED.search(reason):
+        return ModelError(
+            f"weights {path} ({size} bytes) are damaged or not weights, 0 tensors read: "
+            f"{reason.partition('. ')[0][:200]}; download the file again"
+        )
+    named = _OBJECT.search(reason)
+    name = next((name for name in named.groups() if name), "") if named else ""
+    return ModelError(
+        f"weights {path} contain an object that is not a tensor{f' ({name})' if name else ''}, which is not loaded "
+        "because it could run code, expected a dict of tensors; save the state dict alone where you trust the file, "
+        "as torch.save(model.state_dict(), NEW) or torch.save(torch.load(OLD, weights_only=False)['state_dict'], NEW)"
+    )
+
+
+def _named_tensors(content: object) -> State:
+    """The tensors in dicts, by their keys joined with dots; dicts with other keys than texts are left out."""
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        return {}
+    state: State = {}
+    for key, value in content.items():
+        if isinstance(value, Tensor):
+            state[key] = value
+        else:
+            state |= {f"{key}.{name}": tensor for name, tensor in _named_tensors(value).items()}
+    return state
+
+
+def unwrapped(state: State, wanted: Collection[str], path: str) -> State:
+    """The tensors under the prefix (`module.`, `model.encoder.`, ...) under which most of the wanted names are.
+
+    Args:
+        state: tensors by name.
+        wanted: names of the tensors of a network.
+        path: of the file, for a warning that several copies of the network are in it.
+    """
+    counts = Counter(
+        f"{'.'.join(parts[:depth])}." if depth else ""
+        for key in state
+        for parts in [key.split(".")]
+        for depth in range(min(len(parts), _DEEPEST + 1))
+        if ".".join(parts[depth:]) in wanted
+    )
+    if not counts:
+        return state
+    most = max(counts.values())
+    best = [prefix for prefix, count in counts.items() if count == most]
+    if len(best) > 1 and most > len(wanted) / 2:  # a student and its teacher, for example
+        _log.warning(
+            "weights %s hold the network as %s: %s is loaded", path, " and ".join(best), best[0] or "the first"
+        )
+    return {key.removeprefix(best[0]): tensor for key, tensor in state.items() if key.startswith(best[0])}
+
+
+def _spellings(state: State, wanted: State, path: str) -> list[State]:
+    """The tensors under the names that the libraries use for them."""
+    # timm's feature extractors write stages_0 for stages.0, and segmentation_models_pytorch keeps them in `model`
+    flat = {re.sub(r"(^|\.)(stages|features|layers|blocks)\.(\d+)\.", r"\1\2_\3.", key): t for key, t in state.items()}
+    spelled = []
+    for named in [state, flat] if flat.keys() != state.keys() else [state]:
+        for outer in ("", "model."):
+            names = {key.removeprefix(outer) for key in wanted if key.startswith(outer)}
+            spelled.append({outer + key: tensor for key, tensor in unwrapped(named, names, path).items()})
+    return spelled
 
 
 def _fitting(state: State, wanted: State) -> State:

@@ -26,7 +26,7 @@ from torchvision.ops import nms
 from rayseg.config import Config
 from rayseg.engine.tuning import reused_memory
 from rayseg.errors import ModelError
-from rayseg.models.encoders import read_state
+from rayseg.models.encoders import read_state, unwrapped
 from rayseg.store import absolute, cache_dir, put_file
 from rayseg.vision import rle
 from rayseg.vision.proposals import Image, Proposals
@@ -346,16 +346,16 @@ def checkpoint_state(config: SamConfig) -> dict[str, Tensor]:
         ModelError: it is missing, damaged or of another variant.
     """
     path = checkpoint_file(config)
-    state = read_state(str(path))
+    # On the meta device a network has shapes and no memory.
+    with torch.device("meta"):
+        wanted = sam_model_registry[config.variant]().state_dict()
+    state = unwrapped(read_state(str(path)), wanted, str(path))
     patch = state.get("image_encoder.patch_embed.proj.weight")
     variant = _WIDTHS.get(len(patch), f"SAM of width {len(patch)}") if patch is not None else "another model"
     if variant != config.variant:
         raise ModelError(
             f"SAM checkpoint {path} is of {variant}, expected {config.variant}; set sam.variant or another file"
         )
-    # On the meta device a network has shapes and no memory.
-    with torch.device("meta"):
-        wanted = sam_model_registry[config.variant]().state_dict()
     wrong = [key for key in wanted if key not in state or state[key].shape != wanted[key].shape]
     if wrong:
         lacking = f"lacks {len(wrong)} of {len(wanted)} tensors ({wrong[0]})"

@@ -16,6 +16,7 @@ from rayseg.store import Location
 from rayseg.vision.proposals import Image
 
 Enlarge = Callable[[Image], Image]
+_WRAPPERS = {"module", "_orig_mod", "model", "net", "network", "net_g", "generator"}
 
 
 class EnlargeConfig(Config):
@@ -75,8 +76,16 @@ def load_network(path: str, factor: int) -> nn.Module:
     )
 
     state = read_state(path)
+    # The network may be one part of what was trained: `generator.*`, `module.net_g.*`.
+    inner = state
+    while part := {key.partition(".")[2]: t for key, t in inner.items() if key.partition(".")[0] in _WRAPPERS}:
+        inner = part
+    loader = ModelLoader(device="cpu")
     try:
-        loaded = ModelLoader(device="cpu").load_from_state_dict(state)
+        try:
+            loaded = loader.load_from_state_dict(state)
+        except UnsupportedModelError:
+            loaded = loader.load_from_state_dict(inner)
     except (UnsupportedModelError, RuntimeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from fastapi import FastAPI, Header, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -27,7 +28,7 @@ from rayseg.store import upath
 from rayseg.vision.color import ClassTable, hex_of, label_table
 
 Accept = Annotated[str, Header(description="Media type of the response.")]
-Name = Annotated[str, Path(max_length=200, pattern=r"^[A-Za-z0-9._-]+$")]
+Name = Annotated[str, Path(max_length=200, pattern="^[A-Za-z0-9._\u0080-\U0010ffff-]+$")]
 _EXTENSIONS = {PNG: "png", TIFF: "tif", GEOJSON: "geojson", JSON: "json"}
 _FRAMEWORK_DETAILS: Mapping[int, str] = {
     404: "nothing exists at this address; /docs lists the addresses",
@@ -222,7 +223,7 @@ class _Predictor:
 
 async def _written(result: Result, media: str) -> Response:
     body = await asyncio.to_thread(answers.WRITERS[media], result)
-    disposition = f'inline; filename="{result.name}.{_EXTENSIONS[media]}"'
+    disposition = f"inline; filename*=UTF-8''{quote(f'{result.name}.{_EXTENSIONS[media]}')}"
     return Response(body, media_type=media, headers={"Content-Disposition": disposition, "Vary": "Accept"})
 
 

@@ -5,8 +5,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from rayseg.errors import ConfigError
-from rayseg.geo.grid import Grid, Lattice, Tile, Window, slug, tile_at
+from rayseg.errors import ConfigError, DataError
+from rayseg.geo.grid import Grid, Lattice, Tile, Window, expect_ids, slug, tile_at
 from rayseg.geo.region import Region
 
 UTM = Grid("EPSG:32650", (0.5, 0.5), (0.25, 0.0))
@@ -40,6 +40,34 @@ def test_grids_have_names_that_are_safe_in_paths():
     assert PIXELS.name == "a-b.png_px"
     assert Grid("PROJCS[...]", (1, 1), (0, 0)).name.startswith("crs-")
     assert slug("../../etc/passwd") == "etc-passwd"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("北京 2024", "北京-2024"),
+        ("Поле №7", "Поле-№7"),
+        ("نخل/غرب", "نخل-غرب"),
+        ("नई दिल्ली", "नई-दिल्ली"),
+        ("🌾", "🌾"),
+        ("Zu\u0308rich", "Zürich"),  # as macOS spells it
+        ("50% #3?&c=d", "50-3-c-d"),
+        ("\u200bzero\u202e width\u3000", "zero-width"),
+        (" / ", "x"),
+    ],
+)
+def test_names_of_every_script_stay_readable(text, name):
+    assert slug(text) == name
+    expect_ids([name])
+
+
+def test_long_names_stay_different_and_short_enough_for_a_file():
+    names = [slug("水" * 84 + end) for end in "ab"]
+    assert len(set(names)) == 2
+    assert all(len(name.encode()) <= 160 and name.startswith("水" * 50) for name in names)
+    expect_ids([f"{name}_32650_-1234_-5678" for name in names])
+    with pytest.raises(DataError, match="cannot be a file name"):
+        expect_ids(["a/b"])
 
 
 def test_tiles_keep_their_id_whatever_the_extent_and_are_cut_to_it():

@@ -1,4 +1,9 @@
+import argparse
+import re
+from pathlib import Path
+
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -54,7 +59,9 @@ def _same(first: nn.Module, second: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18", "tu-regnety_002"])
-@pytest.mark.parametrize("prefix", ["", "encoder.", "module.encoder."])
+@pytest.mark.parametrize(
+    "prefix", ["", "encoder.", "module.encoder.", "model.encoder.", "module.net.backbone.", "_orig_mod.module."]
+)
 def test_weights_are_found_under_every_spelling(tmp_path, name, prefix):
     donor, encoder = build_encoder(name, weights="none"), build_encoder(name, weights="none")
     state = {f"{prefix}{key}": value for key, value in donor.state_dict().items()}
@@ -106,6 +113,57 @@ def test_a_missing_file_and_one_without_tensors_are_refused(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ModelError, match="no tensors by name"):
         build_encoder("resnet18", weights=str(tmp_path / "list.pth"))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda state: {"state_dict": state | {"criterion.weight": torch.ones(2)}, "hyper_parameters": {"lr": 0.1}},
+        lambda state: {"net": state, "model": "resnet18"},
+        lambda state: {"checkpoint": {"student": {"backbone": state}}},
+        lambda state: {"state_dict": state | {"metric.confmat": torch.ones(2, 2)}, "loops": {"fit_loop": {}}},
+    ],
+)
+def test_the_network_is_found_in_a_checkpoint_with_other_things(tmp_path, parts):
+    donor = build_encoder("resnet18", weights="none")
+    named = parts({f"model.{key}": value for key, value in donor.state_dict().items()})
+    torch.save({"epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}, **named}, tmp_path / "w.ckpt")
+    encoder = build_encoder("resnet18", weights=str(tmp_path / "w.ckpt"))
+    assert _same(encoder, donor)
+
+
+def test_of_two_copies_the_first_is_loaded_and_named(tmp_path, caplog):
+    student, teacher = (build_encoder("resnet18", weights="none").state_dict() for _ in range(2))
+    state = {f"student.{key}": t for key, t in student.items()} | {f"teacher.{key}": t for key, t in teacher.items()}
+    torch.save(state, tmp_path / "w.pth")
+    encoder = build_encoder("resnet18", weights=str(tmp_path / "w.pth"))
+    assert torch.equal(encoder.state_dict()["conv1.weight"], student["conv1.weight"])
+    assert "student. and teacher.: student. is loaded" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        (argparse.Namespace(lr=1), "argparse.Namespace"),
+        (np.float64(0.5), "numpy._core.multiarray.scalar"),
+        (nn.Conv2d(1, 1, 1), "torch.nn.modules.conv.Conv2d"),
+        (Path("/x"), "pathlib.PosixPath"),
+    ],
+)
+def test_an_object_that_safe_loading_refuses_is_named_with_the_remedy(tmp_path, extra, named):
+    torch.save({"state_dict": {"a": torch.zeros(3)}, "extra": extra}, tmp_path / "w.pth")
+    with pytest.raises(
+        ModelError, match=rf"an object that is not a tensor \({re.escape(named)}\).*state dict"
+    ) as error:
+        build_encoder("resnet18", weights=str(tmp_path / "w.pth"))
+    assert "damaged" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
+def test_a_scripted_network_is_named_as_one(tmp_path):
+    torch.jit.save(torch.jit.script(nn.Conv2d(1, 1, 1)), tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=r"TorchScript.*save the state dict"):
+        build_encoder("resnet18", weights=str(tmp_path / "w.pt"))
 
 
 class Dangerous:

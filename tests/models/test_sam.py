@@ -196,6 +196,16 @@ def test_a_checkpoint_of_another_variant_is_refused(tmp_path):
         sams.load_sam(SamConfig(variant="vit_b", checkpoint=str(path)))
 
 
+def test_a_checkpoint_of_a_training_is_found_under_its_prefix(tmp_path, monkeypatch):
+    monkeypatch.setitem(sams.sam_model_registry, "vit_b", small_sam)
+    monkeypatch.setitem(sams._WIDTHS, 32, "vit_b")
+    state = small_sam().state_dict()
+    torch.save({"state_dict": {f"model.sam.{key}": t for key, t in state.items()}}, tmp_path / "w.ckpt")
+    found = sams.checkpoint_state(SamConfig(variant="vit_b", checkpoint=str(tmp_path / "w.ckpt")))
+    assert all(torch.equal(tensor, state[key]) for key, tensor in found.items())
+    assert found.keys() == state.keys()
+
+
 def test_a_download_is_checked_and_kept(tmp_path, monkeypatch):
     content = b"weights" * 1000
     served = []

@@ -70,6 +70,16 @@ def test_the_middle_is_as_if_the_image_were_enlarged_whole(network):
     assert np.abs(found[40:-40, 40:-40].astype(int) - whole[40:-40, 40:-40]).max() <= 1
 
 
+@pytest.mark.parametrize("wrap", ["generator.", "module.net_g.", "model."])
+def test_a_network_is_found_within_what_it_was_trained_in(network, tmp_path, wrap):
+    state = torch.load(network, weights_only=True)
+    inside = {wrap + key: tensor for key, tensor in state.get("params", state).items()}
+    torch.save({"state_dict": inside | {"discriminator.0.weight": torch.zeros(2)}}, tmp_path / "gan.ckpt")
+    image = picture()
+    found = load_enlarger(EnlargeConfig(weights=str(tmp_path / "gan.ckpt")), device="cpu")(image)
+    assert np.array_equal(found, load_enlarger(EnlargeConfig(weights=network), device="cpu")(image))
+
+
 def test_files_that_are_no_such_network_are_refused(network, tmp_path):
     with pytest.raises(ModelError, match="to 3 channels with factor 4, expected from 3 to 3 with factor 2"):
         load_enlarger(EnlargeConfig(weights=network, factor=2))
