@@ -53,6 +53,11 @@ def _merged(defaults: Iterable[tuple[str, Any]], values: dict[str, Any]) -> dict
     }
 
 
+def added(default: Any) -> Any:  # noqa: ANN401 - as pydantic's Field
+    """A field that a later version added: its default is left out of JSON, so that older runs keep their keys."""
+    return Field(default, exclude_if=lambda value: bool(value == default))
+
+
 def quiet_ray() -> None:
     """Set Ray's environment before it starts: no log noise, no usage reports, no endless retries."""
     for name, value in QUIET_RAY.items():

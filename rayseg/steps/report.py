@@ -24,6 +24,7 @@ from rayseg.engine.run import Step
 from rayseg.io import masks
 from rayseg.io.maps import MappedTile, mapped_tiles, pixel_area_m2, seam_score
 from rayseg.io.pictures import Picture, encoded, pictures_of, shown_colors
+from rayseg.steps.baseline import Beside
 from rayseg.store import is_local, put, upath
 from rayseg.vision.color import ClassTable, hex_of
 
@@ -275,6 +276,7 @@ class Extras:
         histories: training -> values of every epoch; by default read from the TensorBoard logs of the run's steps.
         workers: number of copies of all stages together; by default one per stage.
         timed: the step that read the imagery, if another step wrote the tiles.
+        baseline: simple methods measured on the same data; a model that is behind one says so in the first line.
     """
 
     title: str = ""
@@ -284,6 +286,7 @@ class Extras:
     histories: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
     workers: int | None = None
     timed: Step | None = None
+    baseline: Beside | None = None
 
 
 def write_report(
@@ -312,7 +315,10 @@ def write_report(
     pictures = pictures_of(tiles, most=MOST_MAPS)
     ledgers = runs.status(step.root)["steps"]
     figures = _figures(classes, evaluation, timing, ledgers[predicted.name], polygons)
-    summary = _summary(tiles, classes)
+    behind = extras.baseline.first if extras.baseline else ""
+    summary = " ".join(filter(None, [behind, _summary(tiles, classes)]))
+    shown = [*extras.pictures, *(extras.baseline.pictures if extras.baseline else ())]
+    tables = [*([extras.baseline.table] if extras.baseline else []), *extras.tables]
     content = Content(
         title=extras.title or f"{asked['pipeline']}: {asked['region']['name']}",
         lead=" ".join(filter(None, [summary, extras.labels])),
@@ -321,8 +327,8 @@ def write_report(
         classes=classes,
         evaluation=evaluation,
         seams=seams,
-        pictures=[(title, _image(step.root, image), caption) for title, image, caption in extras.pictures],
-        tables=list(extras.tables),
+        pictures=[(title, _image(step.root, image), caption) for title, image, caption in shown],
+        tables=tables,
         curves=[(name, curves(rows)) for name, rows in (extras.histories or histories(step.root)).items()],
         ledgers=ledgers,
         timing=timing,
