@@ -1,8 +1,8 @@
 """Simple methods next to a pipeline's result: measured on the same data and split, and shown in its report.
 
-A pipeline has a setting `baseline: bool = added(default=True)` and a step that returns `value_of(...)`; its report shows
-`Extras(baseline=beside(step.value, product))`. The step reaches the report as a keyword of `Run.step`, so that reports of
-runs begun without it keep their keys:
+A pipeline has a setting `baseline: bool = added(default=True)` and a step that returns `value_of(...)`. Its report shows
+`Extras(baseline=beside(step.value, product))`. The step reaches the report as a keyword of `Run.step`, so that reports
+of runs begun without it keep their keys:
 
     simple = run.step("baseline", measure_baselines, ...) if config.baseline else None
     run.step("report", write_report, ..., baseline=simple)
