@@ -1,6 +1,6 @@
 """Simple methods next to a pipeline's result: measured on the same data and split, and shown in its report.
 
-A pipeline has a setting `baseline: bool = added(default=True)` and a step that returns `value_of(...)`. Its report shows
+A pipeline has a setting `baseline: bool = added(default=True)` and a step that returns `value_of(...)`; its report gets
 `Extras(baseline=beside(step.value, product))`. The step reaches the report as a keyword of `Run.step`, so that reports
 of runs begun without it keep their keys:
 
