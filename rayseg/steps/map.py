@@ -153,6 +153,7 @@ def kept_manifest(step: Step, planned: Callable[[], Sequence[Row]]) -> Manifest:
         if refused := rows.refused():
             _log.warning("%s cannot be mapped, the ledger says why: %s", _counted(refused), _some(refused))
         write_rows(path, rows, root=step.root)
+        return rows
     return read_manifest(step)
 
 
