@@ -38,6 +38,7 @@ KEYS_OF_MODULES = {
     "rayseg.pipelines.al_s4gan.chip_pool": "rayseg.pool",
     "rayseg.pipelines.al_s4gan.pipeline": "rayseg.pipelines.al_s4gan",
     "rayseg.pipelines.al_s4gan.queries": "rayseg.active",
+    "rayseg.pipelines.al_s4gan.segmenter": "rayseg.pipelines.al_s4gan",
     "rayseg.steps.chips": "rayseg.chips",
     "rayseg.steps.cues": "rayseg.cues",
     "rayseg.steps.evaluate": "rayseg.evaluation",

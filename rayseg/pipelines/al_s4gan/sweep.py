@@ -24,6 +24,7 @@ from rayseg.engine.run import Engine, Run, versions
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError, RunIncomplete
 from rayseg.geo.region import Region
 from rayseg.pipelines.al_s4gan import chip_pool, pipeline
+from rayseg.pipelines.al_s4gan.config import Config
 from rayseg.steps import report
 from rayseg.store import absolute, put, upath
 from rayseg.vision.query_strategies import STRATEGIES
@@ -54,7 +55,7 @@ class Trial:
         """Of its folder."""
         return f"{self.ratio:g}-{self.strategy}-{self.learner}-{self.seed}"
 
-    def config(self, base: pipeline.Config) -> pipeline.Config:
+    def config(self, base: Config) -> Config:
         """The configuration of the trial.
 
         Raises:
@@ -65,11 +66,11 @@ class Trial:
         values["seed"] = base.seed + self.seed
         if self.learner == "supervised":
             values["segmenter"]["discriminator"] = None
-        return load_values(pipeline.Config, values)
+        return load_values(Config, values)
 
 
 def list_trials(
-    base: pipeline.Config,
+    base: Config,
     *,
     ratios: Sequence[float],
     strategies: Sequence[str],
@@ -100,7 +101,7 @@ def list_trials(
     return list({trial.name: trial for trial in trials}.values())
 
 
-def run(base: pipeline.Config, region: Region, trials: Sequence[Trial], out: str, engine: Engine) -> str:
+def run(base: Config, region: Region, trials: Sequence[Trial], out: str, engine: Engine) -> str:
     """Carry out all trials; return the table as text.
 
     Raises:
@@ -131,29 +132,29 @@ def run(base: pipeline.Config, region: Region, trials: Sequence[Trial], out: str
     return f"{_text(*_table(found))}\n{out}/report/index.html"
 
 
-def _checked(base: pipeline.Config, region: Region, trials: Sequence[Trial]) -> chip_pool.Surveyed:
+def _checked(base: Config, region: Region, trials: Sequence[Trial]) -> chip_pool.Surveyed:
     """The chips, once there is no trial that could not use them or its settings."""
     fewest_last = sorted(trials, key=lambda trial: -trial.ratio)
     for trial in {(trial.strategy == "random", trial.learner): trial for trial in trials}.values():
-        pipeline.expect_settings(trial.config(base))
+        trial.config(base).expect_trainable()
     surveyed = chip_pool.survey(region, base.pool, base.table)
     for trial in {trial.seed: trial for trial in fewest_last}.values():
         pipeline.expect_chips(trial.config(base), surveyed)
     return surveyed
 
 
-def _asked(base: pipeline.Config, region: Region) -> dict[str, Any]:
+def _asked(base: Config, region: Region) -> dict[str, Any]:
     return {"config": base.model_dump(mode="json"), "region": json.loads(json.dumps(asdict(region)))}
 
 
-def _expect_same(out: str, base: pipeline.Config, region: Region) -> None:
+def _expect_same(out: str, base: Config, region: Region) -> None:
     path = upath(out) / "sweep.json"
     if path.exists() and json.loads(path.read_bytes()) != _asked(base, region):
         raise ConfigError(f"{out} belongs to a sweep with other settings; choose another --out or delete it")
 
 
 def _carried_out(
-    base: pipeline.Config,
+    base: Config,
     region: Region,
     trials: Sequence[Trial],
     out: str,
@@ -181,9 +182,7 @@ def _carried_out(
             yield trial, {"failed": f"its process was lost ({type(error).__name__})"}
 
 
-def carry_out(
-    trial: Trial, base: pipeline.Config, region: Region, out: str, surveyed: chip_pool.Surveyed
-) -> dict[str, Any]:
+def carry_out(trial: Trial, base: Config, region: Region, out: str, surveyed: chip_pool.Surveyed) -> dict[str, Any]:
     """What a trial found: `curve`, points (labels, measure), and its measures; or why it `failed`."""
     config = trial.config(base)
     try:
@@ -249,7 +248,7 @@ def _text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _write(out: str, base: pipeline.Config, region: Region, found: Mapping[Trial, dict[str, Any]]) -> None:
+def _write(out: str, base: Config, region: Region, found: Mapping[Trial, dict[str, Any]]) -> None:
     header, rows = _table(found)
     put(upath(out) / "table.csv", _csv(header, rows))
     names = ("ratio", "strategy", "learner", "seed")
@@ -269,7 +268,7 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[str]]) -> bytes:
     return sink.getvalue().encode()
 
 
-def _report(out: str, base: pipeline.Config, region: Region, found: Mapping[Trial, dict[str, Any]]) -> None:
+def _report(out: str, base: Config, region: Region, found: Mapping[Trial, dict[str, Any]]) -> None:
     header, rows = _table(found)
     measure = "accuracy" if base.segmenter is None else "mean IoU"
     drawn = report.learning_curves({k: v for k, v in lines(found).items() if v}, across="labels", up=measure)

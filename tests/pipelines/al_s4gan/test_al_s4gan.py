@@ -137,7 +137,7 @@ def test_the_model_is_measured_where_it_was_not_trained_and_maps_every_scene(who
     assert [name for _, name, _ in described.classes] == ["ground", "wood", "water"]
     assert len(list(whole.glob("tiles/*/classes.tif"))) == 4
     page = (whole / "report" / "index.html").read_text()
-    assert "Learnt from 7 masks, chosen by entropy, and 11 chips without." in page
+    assert "Trained on 7 masks, chosen by entropy, and 11 chips without." in page
     assert "by which the checkpoint was chosen too" in page
     assert "Chips chosen by entropy" in page
 
@@ -283,9 +283,9 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_written(words, tmp_p
 def test_a_report_counts_chips_without_masks_only_where_they_taught():
     config = pipeline.Config()
     alone = config.model_copy(update={"segmenter": config.segmenter.model_copy(update={"discriminator": None})})
-    told = [pipeline._learnt_from(settings, masks=7, chips=18) for settings in (config, alone)]
-    assert told[0] == "Learnt from 7 masks, chosen by entropy, and 11 chips without."
-    assert told[1] == "Learnt from 7 masks, chosen by entropy."
+    told = [pipeline._trained_from(settings, masks=7, chips=18) for settings in (config, alone)]
+    assert told[0] == "Trained on 7 masks, chosen by entropy, and 11 chips without."
+    assert told[1] == "Trained on 7 masks, chosen by entropy."
 
 
 def test_what_cannot_be_mapped_is_refused_before_anything_is_learnt(words, tmp_path):

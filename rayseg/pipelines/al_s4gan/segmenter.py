@@ -1,0 +1,120 @@
+"""The segmenter of al-s4gan: trained with S4GAN on chips with masks and chips without, then measured on other chips."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rayseg.engine import cluster
+from rayseg.engine.manifest import Row
+from rayseg.engine.run import Step
+from rayseg.metrics import Confusion, bootstrap
+from rayseg.models import bundle
+from rayseg.models.bundle import Bundle
+from rayseg.models.crf import Refined
+from rayseg.pipelines.al_s4gan import chip_pool, queries
+from rayseg.pipelines.al_s4gan.config import Config
+from rayseg.steps import models
+from rayseg.train.batches import Chips
+from rayseg.train.learning import trained
+from rayseg.train.s4gan import Data, S4ganConfig, confusions, fit_s4gan, measures_of
+from rayseg.train.session import Setup
+
+
+def describe(config: Config) -> Bundle:
+    """Metadata of the segmenter's bundle.
+
+    Raises:
+        ConfigError: the values of the classes are not 0, 1, 2, ...
+    """
+    described = models.segmenter_bundle(
+        _settings(config), config.table.classes, scaling=config.scaling, patch=config.patch, stride=config.stride
+    )
+    if not config.crf:
+        return described
+    options = dict(described.architecture.options) | config.crf.model_dump()
+    return described.model_copy(update={"architecture": bundle.Architecture(factory="refined", options=options)})
+
+
+def _settings(config: Config) -> S4ganConfig:
+    assert config.segmenter is not None
+    return config.segmenter
+
+
+def fit(step: Step, listed: Step, chosen: Step, config: Config) -> dict[str, Any]:
+    """Train the segmenter on the chosen chips and all others; models/segmenter is its bundle.
+
+    Raises:
+        RunIncomplete: chosen chips still need masks.
+    """
+    asked = [row["id"] for row in queries.labelled(chosen)]
+    if not config.active.count_pool:
+        asked = asked[config.active.budget(listed.value["pool"]).initial :]
+    rows = {row["id"]: row for row in chip_pool.rows_of(listed, "pool")}
+    labelled = [rows[chip] for chip in asked]
+    queries.expect_masks(step.root, labelled, config.common.classes)
+    return _fit(step, listed, labelled, config)
+
+
+def fit_drawn(step: Step, listed: Step, config: Config) -> dict[str, Any]:
+    """Train as `fit` does, on the first chips that have masks already; for the forecast."""
+    count = config.active.budget(listed.value["pool"]).target
+    return _fit(step, listed, masked_rows(listed)[:count], config)
+
+
+def _fit(step: Step, listed: Step, labelled: Sequence[Row], config: Config) -> dict[str, Any]:
+    settings, channels = _settings(config), len(chip_pool.BANDS)
+    seeded = settings.model_copy(update={"learning": settings.learning.model_copy(update={"seed": config.seed})})
+    use_gpu = cluster.connect_training(step.engine.address, workers=config.workers)
+    setup = Setup(step.prefix, workers=config.workers, use_gpu=use_gpu)
+    measures = fit_s4gan(seeded, _divided(step.root, listed, labelled, config), setup, scaling=config.scaling)
+    net = seeded.build(classes=len(config.table.classes), channels=channels, weights="none")
+    model: Any = trained(net, step.prefix)
+    if config.crf:
+        model = Refined(model, channels=channels, kernels=config.crf)
+        model.std.copy_(model.std.new_tensor(config.scaling.std) / config.scaling.scale)
+    described = describe(config).model_copy(update={"metrics": measures})
+    return {"bundle": models.keep_model(step, described, model), "measures": measures, "masks": len(labelled)}
+
+
+def _divided(root: str, listed: Step, labelled: Sequence[Row], config: Config) -> Data:
+    """The chips that show their masks, all others of the pool, and the chips of the validation part."""
+    shown = {row["id"] for row in labelled}
+    rest = [row for row in chip_pool.rows_of(listed, "pool") if row["id"] not in shown]
+    held = chip_pool.rows_of(listed, "validation")
+    return Data(
+        _masked(root, labelled, config),
+        _masked(root, rest, config) if rest else None,
+        _masked(root, held, config) if held else None,
+    )
+
+
+def masked_rows(listed: Step) -> list[Row]:
+    """Chips of the pool that have masks already."""
+    return [row for row in chip_pool.rows_of(listed, "pool") if row["masks"] != "[]"]
+
+
+def _masked(root: str, rows: Sequence[Row], config: Config) -> Chips:
+    return chip_pool.masked_chips(rows, config.table, queries.drawn_prefix(root))
+
+
+def measure(step: Step, listed: Step, segmenter: Step, config: Config) -> dict[str, Any]:
+    """Measure the segmenter on the test chips, else on the validation chips; `part` is "none" without either."""
+    part: chip_pool.Part = "test" if listed.value["test"] else "validation"
+    rows = chip_pool.rows_of(listed, part)
+    if not rows:
+        return {"part": "none"}
+    _, model = bundle.build(segmenter.value["bundle"])
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    chips = _masked(step.root, rows, config)
+    measured = confusions(model, chips, range(len(chips)), config.scaling, unit=32 * _settings(config).reduce)
+    total = sum(measured[1:], measured[0])
+    # Chips of one scene are alike, so the interval comes from resampling scenes.
+    by_scene: dict[str, Confusion] = {}
+    for row, confusion in sorted(zip(rows, measured, strict=True), key=lambda pair: pair[0]["scene"]):
+        scene = row["scene"]
+        by_scene[scene] = by_scene[scene] + confusion if scene in by_scene else confusion
+    scenes = list(by_scene.values())
+    low, high = bootstrap(scenes, lambda c: c.mean_iou_of_reference) if len(scenes) > 1 else (None, None)
+    per_class = dict(zip(config.table.names, map(float, total.iou), strict=True))
+    return {"part": part, "chips": len(rows), **measures_of(total), "low": low, "high": high, "iou": per_class}
