@@ -23,9 +23,9 @@ from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import NODATA, Window
 from rayseg.io import cog
 from rayseg.io.labels import read_mask
-from rayseg.io.masks import SUFFIXES, pixels_of
+from rayseg.io.masks import SUFFIXES, WHITE, only_0_and_255, pixels_of
 from rayseg.io.scenes import LabelledImage
-from rayseg.io.sources import crs_of
+from rayseg.io.sources import crs_of, source_of_file
 from rayseg.io.stac_write import lonlat_geometry
 from rayseg.store import STORE_ERRORS, StorePath, put, upath
 from rayseg.vision.color import ClassTable, hex_of
@@ -133,6 +133,12 @@ def load(folder: StorePath, run: str) -> tuple[int, list[str]]:
     # all masks are checked before the first is written
     rows = {row["id"]: row for row in request["rows"]}
     checked = {path.stem: _checked(path, request["chips"][path.stem], table, run) for path in files}
+    if WHITE not in table.ignore and only_0_and_255([source_of_file(str(path), path.stem) for path in files]):
+        raise DataError(
+            f"the masks in {folder} hold only 0 and 255, which leaves pixels open: use the values or colours of the "
+            f"classes ({', '.join(f'{value} {name}' for value, name, _ in table.classes)}), or import them together "
+            "with a mask that has another class"
+        )
     for chip, mask_HW in checked.items():
         row = rows[chip]
         scene = LabelledImage.from_row(row | {"id": row["of"]})

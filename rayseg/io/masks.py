@@ -4,9 +4,10 @@ Masks are read as class values of one table, uint8 with 255 for "no data" or "no
 """
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
@@ -24,7 +25,9 @@ from rayseg.io.sources import Source, footprint, from_json, gdal, grids_of, open
 from rayseg.store import upath
 from rayseg.vision.color import RGB, ClassTable, decode
 
+_log = logging.getLogger(__name__)
 BLOCK = 2048
+BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 SUFFIXES = (".png", ".tif", ".tiff")
 
 
@@ -123,7 +126,7 @@ def masks_of(location: str, *, names: Sequence[str] = ()) -> list[Source]:
         raise DataError(f"{location} holds no masks: give a folder of {kinds} files, or catalog.json#collection.")
     if twice := [stem for stem, count in Counter(path.stem for path in files).items() if count > 1]:
         raise DataError(f"{location} holds several masks called {twice[0]}: leave one of each name.")
-    return [_mask(str(path), path.stem) for path in sorted(files, key=lambda path: str(path.name))]
+    return [source_of_file(str(path), path.stem) for path in sorted(files, key=lambda path: str(path.name))]
 
 
 def _masks_of_catalog(uri: str, collection: str, asset: str, names: Sequence[str]) -> list[Source]:
@@ -151,15 +154,63 @@ def _mask_of(item: pystac.Item, asset: str, names: set[str]) -> Source | None:
         raise DataError(
             f"item {item.id} has the rasters {', '.join(sorted(hrefs))}: say which one with #collection/asset."
         )
-    return _mask(next(iter(hrefs.values())), item.id, when=item) if hrefs else None
+    if not hrefs:
+        return None
+    [(key, href), *_] = hrefs.items()
+    mask = replace(source_of_file(href, item.id), datetime=stac_read.time_of(item))
+    nodatas = {*stac_read.nodatas_of(item.assets[key], len(mask.bands))} - {None}
+    return replace(mask, nodata=nodatas.pop(), nodatas=()) if len(nodatas) == 1 else mask
 
 
 def _fit(stored: set[str], names: set[str]) -> bool:
     return bool(names) and (stored <= names or names <= stored)
 
 
-def _mask(href: str, name: str, *, when: pystac.Item | None = None) -> Source:
-    return source_of_file(href, name, datetime=stac_read.time_of(when) if when else None)
+def two_classes(masks: Sequence[Source], table: ClassTable | None, where: str) -> list[Source]:
+    """Read 255 as the second class where the only values of the masks are 0 and 255, with a warning.
+
+    Masks with palettes, colours or stored class names are left as they are, and so are all masks if `table` ignores
+    white (#FFFFFF) or has not two classes.
+
+    Args:
+        masks: all masks of a location; one alone may lack a class.
+        table: the classes; None if any values may occur.
+        where: the location, for the warning.
+    """
+    if (table is not None and WHITE in table.ignore) or not only_0_and_255(masks):
+        return list(masks)
+    if table is not None and len(table.classes) != 2:
+        _log.warning("the masks in %s hold only 0 and 255: 255 is read as not labelled; use class values", where)
+        return list(masks)
+    rows = table.classes if table else ((0, "0", BLACK), (1, "255", WHITE))
+    low, high = sorted(rows, key=lambda row: row[2] == WHITE) if {row[2] for row in rows} == {BLACK, WHITE} else rows
+    remedy = "add ignore: ['#FFFFFF'] to the class table" if table else "name it under unlabelled"
+    _log.warning(
+        "the masks in %s hold only 0 and 255: 0 is read as %s, 255 as %s; if 255 means not labelled, %s",
+        *(where, low[1], high[1], remedy),
+    )
+    change = (((high[0] - low[0]) / NODATA, float(low[0])),)
+    return [replace(mask, change=change * len(mask.bands)) if _is_plain(mask) else mask for mask in masks]
+
+
+def _is_plain(mask: Source) -> bool:
+    """Whether a mask has one band of whole numbers without a palette or stored class names."""
+    bands = [name for name in mask.bands if name != "alpha"]
+    return len(bands) == 1 and np.dtype(mask.dtype).kind in "ui" and _legend(mask.assets[0][0]) == ({}, None)
+
+
+def only_0_and_255(masks: Sequence[Source]) -> bool:
+    """Whether both values and no other occur in the masks of one band; reading ends at the first other value."""
+    seen: set[int] = set()
+    for mask in filter(_is_plain, masks):
+        names, whole = [name for name in mask.bands if name != "alpha"], Window(0, 0, mask.width, mask.height)
+        for row in range(0, mask.height, BLOCK):
+            part = Window(0, row, mask.width, BLOCK).intersect(whole)
+            image_CHW, valid_HW = read([mask], pixels_of(mask), part, bands=names, categorical=True)
+            seen |= set(np.unique(image_CHW[0][valid_HW]).tolist())
+            if not seen <= {0, NODATA}:
+                return False
+    return seen == {0, NODATA}
 
 
 def read_classes(masks: Sequence[Source], grid: Grid, window: Window, table: ClassTable) -> NDArray[np.uint8]:

@@ -22,7 +22,7 @@ from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import NODATA, Grid, Window, expect_ids, slug
 from rayseg.io import stac_read
 from rayseg.io.labels import image_folders, sources_of_images
-from rayseg.io.masks import masks_of, pixels_of, read_classes
+from rayseg.io.masks import masks_of, pixels_of, read_classes, two_classes
 from rayseg.io.rasters import footprint, grids_of, read
 from rayseg.io.sources import Source
 from rayseg.vision.color import ClassTable
@@ -71,23 +71,27 @@ class LabelledImage:
         return _placed(row["id"], row["scene"], image, tuple(masks))
 
 
-def labelled_images(images: str, masks: str | None = None, *, names: Sequence[str] = ()) -> list[LabelledImage]:
+def labelled_images(images: str, masks: str | None = None, *, table: ClassTable | None = None) -> list[LabelledImage]:
     """The images of all scenes, by id, each with its masks; one without a mask has none.
 
     Args:
         images: a folder as above, or `catalog.json#collection`; an item's scene is its property `rayseg:scene`, else
             the item itself.
         masks: with a catalogue, where its masks are, as `masks_of` takes it.
-        names: of the classes, which identify the mask among several rasters of an item.
+        table: the classes; their names identify the mask among several rasters of an item.
 
     Raises:
         DataError: there are no images, one cannot be opened, or a mask is of another size than its image.
     """
     if images.partition("#")[0].lower().endswith((".json", ".parquet")):
-        found = _of_catalog(images, masks or "", names)
+        found = _of_catalog(images, masks or "", table.names if table else ())
     else:
         found = _of_folder(images)
     expect_ids([image.id for image in found])
+    if table:
+        distinct = list(dict.fromkeys(mask for image in found for mask in image.masks))
+        read_as = dict(zip(distinct, two_classes(distinct, table, masks or images), strict=True))
+        found = [replace(image, masks=tuple(read_as[mask] for mask in image.masks)) for image in found]
     return sorted(found, key=lambda image: image.id)
 
 

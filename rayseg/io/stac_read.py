@@ -364,7 +364,7 @@ def source_of(item: pystac.Item, *, bands: Sequence[str] | None = None) -> Sourc
     dtypes |= {key: source.dtype for key, source in opened.items() if key not in dtypes}
     first = min(frames, key=lambda key: (_pixel_area(frames[key]), used.index(key)))
     counts = {key: len(names[key] or opened[key].bands) for key in used}
-    nodatas = tuple(value for key in used for value in _nodatas(assets[key], counts[key]))
+    nodatas = tuple(value for key in used for value in nodatas_of(assets[key], counts[key]))
     units = _units(item, [(assets[key], counts[key], opened.get(key)) for key in used])
     return Source(
         item_id=item.id,
@@ -489,7 +489,7 @@ def _band_rows(asset: pystac.Asset, count: int) -> list[dict[str, Any]]:
     return merged
 
 
-def _nodatas(asset: pystac.Asset, count: int) -> list[float | None]:
+def nodatas_of(asset: pystac.Asset, count: int) -> list[float | None]:
     """The nodata value of each band, None if not stated or NaN, which always counts as nodata."""
     values = [row.get("nodata") for row in _band_rows(asset, count)]
     return [float(v) if isinstance(v, int | float) and not isinstance(v, bool) and v == v else None for v in values]

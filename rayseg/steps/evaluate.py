@@ -94,7 +94,8 @@ def evaluate(prediction: str, truth: str, *, classes: str | None = None) -> dict
     names = table.names if table else ()
     found = masks.masks_of(prediction, names=names)
     table = table or _stored_table(found[0], prediction)
-    reference = masks.masks_of(truth, names=table.names)
+    found = masks.two_classes(found, table, prediction)
+    reference = masks.two_classes(masks.masks_of(truth, names=table.names), table, truth)
     placed = any(mask.crs for mask in reference)
     compared, unmatched = _compare_all(masks.pieces_of_masks(found, placed=placed), reference, table)
     return {"prediction": prediction, "truth": truth} | summary(compared, table) | {"unmatched": unmatched}
@@ -138,7 +139,8 @@ def _of_run(
         raise DataError(f"run {root} has no mapped tile to compare: look at rayseg status {root}.")
     pieces = masks.pieces_of_tiles(tiles)
     table = table or _stored_table(pieces[0].source, root)
-    compared, unmatched = _compare_all(pieces, masks.masks_of(truth, names=table.names), table)
+    reference = masks.two_classes(masks.masks_of(truth, names=table.names), table, truth)
+    compared, unmatched = _compare_all(pieces, reference, table)
     result = {"prediction": root, "truth": truth} | summary(compared, table) | {"unmatched": unmatched}
     return result | {"seams": maps.seam_score(tiles)}, compared
 
@@ -341,6 +343,7 @@ def agreement_of_run(
     """
     tiles = mapped_tiles(root, step)
     sources, skipped = _truth(truth, unlabelled)
+    sources = sources if NODATA in unlabelled else masks.two_classes(sources, None, truth)
     counts: dict[str, Pairs] = defaultdict(Counter)
     for found in match(masks.pieces_of_tiles(tiles), sources):
         counts[found.piece.tile.grid.image or found.piece.tile.grid.name] += _pairs(found, skipped)

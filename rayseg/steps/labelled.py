@@ -43,7 +43,7 @@ class LabelledConfig(Config):
 
 
 def find_images(
-    region: Region, images: str | None, masks: str | None, *, names: Sequence[str], setting: str
+    region: Region, images: str | None, masks: str | None, *, table: ClassTable, setting: str
 ) -> list[LabelledImage]:
     """All images with their masks, if any, sorted by id.
 
@@ -51,7 +51,7 @@ def find_images(
         region: its images or its catalogue are used if `images` is None.
         images: a folder of scenes, or `catalog.json#collection`.
         masks: with a catalogue, its masks: `catalog.json#collection/asset`, or `#collection/asset` of the region's.
-        names: of the classes.
+        table: the classes.
         setting: the configuration key of `images`, for the error message.
 
     Raises:
@@ -67,7 +67,7 @@ def find_images(
             f"region {region.name} names no images; name a folder of images and masks with --set {setting}=FOLDER, or "
             f"a collection with --set {setting}=catalog.json#collection"
         )
-    return scenes.labelled_images(source, region.located(masks), names=names)
+    return scenes.labelled_images(source, region.located(masks), table=table)
 
 
 def divide(
@@ -93,7 +93,7 @@ def divide(
         ConfigError: neither the region nor the configuration names images.
         DataError: no image has a mask, the images cannot be used, or the split leaves a class out.
     """
-    found = find_images(region, config.source, config.masks, names=table.names, setting="labelled.source")
+    found = find_images(region, config.source, config.masks, table=table, setting="labelled.source")
     kept = [image for image in found if image.masks]
     if not kept:
         raise DataError(

@@ -55,3 +55,9 @@ def test_nodata_of_a_mask_does_not_count(run, tmp_path):
         file.write(KINDS_HW.astype(np.uint8), 1)
     [found] = agreement_of_run(run, str(folder))["scenes"].values()
     assert found["pixels"] == KINDS_HW.size * 2 // 3
+
+
+def test_0_and_255_alone_are_two_kinds_unless_255_is_unlabelled(run, tmp_path):
+    assert measured(run, tmp_path, [0, 255, 0])["pixels"] == KINDS_HW.size
+    [found] = agreement_of_run(run, str(tmp_path / "truth"), unlabelled=[255])["scenes"].values()
+    assert found["pixels"] == KINDS_HW.size * 2 // 3

@@ -222,7 +222,7 @@ def _scenes(region: Region, config: PoolConfig, table: ClassTable) -> list[Label
     if not images:
         raise ConfigError(f"region {region.name} names no imagery; give it with --set pool.images=catalog.json#imagery")
     masks = f"{region.catalog}{config.masks}" if config.masks and config.masks.startswith("#") else config.masks
-    return scenes.labelled_images(images, masks, names=table.names)
+    return scenes.labelled_images(images, masks, table=table)
 
 
 def _parts(images: Sequence[LabelledImage], config: PoolConfig, seed: int) -> dict[str, Part]:

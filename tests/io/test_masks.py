@@ -1,0 +1,118 @@
+"""Masks of two values: 0 and 255 are two classes unless the table or the file says that 255 is not labelled."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import rasterio
+from affine import Affine
+from PIL import Image
+
+from rayseg.errors import DataError
+from rayseg.geo.grid import Grid, Window
+from rayseg.io import annotation_requests, cog, scenes
+from rayseg.io.masks import masks_of, only_0_and_255, pixels_of, read_classes, two_classes
+from rayseg.steps import evaluate
+from rayseg.vision.color import ClassTable
+
+BLACK, WHITE = (0, 0, 0), (255, 255, 255)
+TABLE = ClassTable(((0, "land", (9, 9, 9)), (1, "water", (0, 0, 255))))
+SHAPE_HW = np.add.outer(np.arange(20), np.arange(30)) > 24
+
+
+def mask_file(path, values_HW, *, dtype="uint8", nodata=None):
+    path.parent.mkdir(exist_ok=True)
+    place = {"crs": "EPSG:32719", "transform": Affine(20, 0, 400_000, 0, -20, 6_000_000)}
+    shape = {"count": 1, "height": values_HW.shape[0], "width": values_HW.shape[1]}
+    with rasterio.open(path, "w", driver="GTiff", dtype=dtype, nodata=nodata, **shape, **place) as file:
+        file.write(values_HW.astype(dtype), 1)
+
+
+def classes_of(folder, table):
+    found = two_classes(masks_of(str(folder)), table, str(folder))
+    return [read_classes([one], pixels_of(one), Window(0, 0, one.width, one.height), table) for one in found]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32"])
+def test_0_and_255_are_two_classes_and_the_log_says_so(tmp_path, dtype, caplog):
+    mask_file(tmp_path / "m" / "a.tif", SHAPE_HW * 255, dtype=dtype)
+    mask_file(tmp_path / "m" / "b.tif", np.full((8, 8), 255), dtype=dtype)
+    with caplog.at_level(logging.WARNING):
+        one, other = classes_of(tmp_path / "m", TABLE)
+    assert (one == SHAPE_HW).all()
+    assert (other == 1).all()
+    assert "hold only 0 and 255: 0 is read as land, 255 as water; if 255 means not labelled" in caplog.text
+
+
+def test_black_and_white_of_the_table_name_their_classes(tmp_path):
+    Image.fromarray(SHAPE_HW.astype(np.uint8) * 255).save(tmp_path / "a.png")
+    [one] = classes_of(tmp_path, ClassTable(((0, "roof", WHITE), (1, "rest", BLACK))))
+    assert (one == ~SHAPE_HW).all()
+    [one] = classes_of(tmp_path, ClassTable(((4, "rest", BLACK), (7, "roof", WHITE))))
+    assert (one == np.where(SHAPE_HW, 7, 4)).all()
+
+
+@pytest.mark.parametrize("kind", ["third value", "in another file", "ignored", "nodata", "three classes"])
+def test_255_stays_not_labelled_where_something_tells_so(tmp_path, kind):
+    values_HW, table = SHAPE_HW * 255, TABLE
+    if kind == "third value":
+        values_HW[0, 0] = 1
+    elif kind == "in another file":
+        mask_file(tmp_path / "m" / "z.tif", np.ones((4, 4)))
+    elif kind == "ignored":
+        table = ClassTable(TABLE.classes, ignore=(WHITE,))
+    elif kind == "three classes":
+        table = ClassTable((*TABLE.classes, (2, "wood", (0, 255, 0))))
+    mask_file(tmp_path / "m" / "a.tif", values_HW, nodata=255 if kind == "nodata" else None)
+    found = classes_of(tmp_path / "m", table)[0]
+    assert (found[SHAPE_HW & (values_HW != 1)] == 255).all()
+    assert (found[~SHAPE_HW] == values_HW[~SHAPE_HW]).all()
+
+
+def test_masks_with_stored_class_names_are_read_as_they_are(tmp_path):
+
+    grid = Grid("EPSG:32719", (20.0, 20.0), (0.0, 0.0))
+    values_HW = np.where(SHAPE_HW, 255, 0).astype(np.uint8)
+    cog.write_classes(tmp_path / "a.tif", values_HW, grid, Window(0, 0, 30, 20), TABLE)
+    assert not only_0_and_255(masks_of(str(tmp_path)))
+
+
+def test_labelled_scenes_learn_both_classes_of_0_255_masks(tmp_path):
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    for seed in (1, 2):
+        image = np.random.default_rng(seed).integers(1, 255, (20, 30, 3)).astype(np.uint8)
+        Image.fromarray(image).save(tmp_path / "images" / f"{seed}.png")
+        Image.fromarray(SHAPE_HW.astype(np.uint8) * 255).save(tmp_path / "masks" / f"{seed}.png")
+    found = scenes.labelled_images(str(tmp_path), table=TABLE)
+    stored = [scenes.LabelledImage.from_row(json.loads(json.dumps(one.to_row()))) for one in found]
+    assert stored == found
+    for one in stored:
+        _, classes_HW = scenes.read_window(one, one.window, bands=("red", "green", "blue"), table=TABLE)
+        assert (classes_HW == SHAPE_HW).all()
+        assert scenes.count_classes(one, TABLE, cell=64).tolist() == [[[int((~SHAPE_HW).sum()), int(SHAPE_HW.sum())]]]
+
+
+def test_evaluate_counts_a_wrong_eighth_of_0_255_masks(tmp_path):
+    wrong_HW = SHAPE_HW.copy()
+    wrong_HW[:5] ^= True
+    for name, values_HW in (("truth", SHAPE_HW * 255), ("map", wrong_HW * 1)):
+        (tmp_path / name).mkdir()
+        Image.fromarray(values_HW.astype(np.uint8)).save(tmp_path / name / "a.png")
+    (tmp_path / "classes.yaml").write_text("classes: [{name: land, color: '#090909'}, {name: water, color: '#0000FF'}]")
+    found = evaluate.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"), classes=str(tmp_path / "classes.yaml"))
+    assert found["pixels"] == 600
+    assert found["overall"]["overall_accuracy"]["value"] == pytest.approx(0.75)
+
+
+def test_drawn_masks_of_0_and_255_alone_are_not_imported(tmp_path):
+    run = tmp_path / "run" / "to-label"
+    run.mkdir(parents=True)
+    classes = [{"value": value, "name": name, "color": list(color)} for value, name, color in TABLE.classes]
+    masks = {"classes": classes, "ignore": [], "threshold": None}
+    (run / "request.json").write_text(json.dumps({"chips": {"c": [20, 30]}, "masks": masks, "rows": [{"id": "c"}]}))
+    (tmp_path / "drawn").mkdir()
+    Image.fromarray(SHAPE_HW.astype(np.uint8) * 255).save(tmp_path / "drawn" / "c.png")
+    with pytest.raises(DataError, match=r"hold only 0 and 255, which leaves pixels open: .* \(0 land, 1 water\)"):
+        annotation_requests.load(tmp_path / "drawn", str(tmp_path / "run"))
