@@ -15,6 +15,7 @@ import geopandas
 import numpy as np
 import shapely
 from PIL import Image as Picture
+from PIL import ImageOps
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 from shapely.geometry import Polygon
 from shapely.geometry.base import BaseGeometry
@@ -267,7 +268,7 @@ def _picture(path: Path) -> np.ndarray:
         with Picture.open(path) as opened:
             if opened.mode[0] in "IF":  # 16 bits or more, which Pillow clips at 255
                 raise DataError(f"{path} has pixels of mode {opened.mode}, expected 8 bits: convert the images")
-            return np.asarray(opened.convert("RGB"))
+            return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
     except (OSError, SyntaxError, Picture.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read: {error}; copy the image again") from None
 

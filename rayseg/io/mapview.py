@@ -5,7 +5,7 @@ Maps with a CRS follow the Web Mercator grid; an image without one has its own p
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from threading import Event
 from typing import Any
@@ -22,7 +22,7 @@ from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Window
 from rayseg.io.maps import MappedTile
 from rayseg.io.pictures import bands_shown
-from rayseg.io.sources import Source, crs_of, gdal
+from rayseg.io.sources import Source, crs_of, gdal, open_file
 
 warnings.filterwarnings("ignore", category=NoOverviewWarning)  # once: filters belong to the process
 SIDE = 256
@@ -146,8 +146,12 @@ def allowed(href: str, hosts: Sequence[str]) -> bool:
 @contextmanager
 def _open(href: str, *, local: bool, nodata: float | None) -> Iterator[Reader]:
     options: Any = {} if nodata is None else {"nodata": nodata}
-    with gdal(href), (ImageReader if local else Reader)(href, options=options) as reader:
-        yield reader
+    with gdal(href), ExitStack() as opened:
+        if local:
+            reader: Any = ImageReader(href, opened.enter_context(open_file(href)), options=options)
+        else:
+            reader = Reader(href, options=options)
+        yield opened.enter_context(reader)
 
 
 def _read(

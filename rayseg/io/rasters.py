@@ -285,9 +285,12 @@ def _scale(placed: Source, grid: Grid) -> tuple[float, float]:
 def _placed(dataset: DatasetReader, source: Source) -> Source:
     """The open file's georeference, or the item's if the file has none."""
     own = described(dataset)
-    if own.crs is None and source.crs is not None:
+    if own.crs is None:
         if (own.height, own.width) != (source.height, source.width):
-            raise DataError(f"{dataset.name} has no CRS and is not of its item's shape: give the file a georeference.")
+            raise DataError(
+                f"{dataset.name} has no CRS and {own.height} x {own.width} px, its item {source.height} x "
+                f"{source.width}: ingest it again, or give the file a georeference."
+            )
         own = replace(own, crs=source.crs, transform=source.transform)
     return replace(own, item_id=source.item_id)
 

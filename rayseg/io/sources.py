@@ -25,6 +25,7 @@ from rasterio.warp import calculate_default_transform, transform, transform_boun
 from rayseg.errors import DataError
 from rayseg.geo.grid import Bounds, Grid, Window
 from rayseg.io import remote
+from rayseg.io.orientation import upright
 from rayseg.store import is_local, public
 
 _RASTERIO = logging.getLogger("rasterio")
@@ -210,9 +211,9 @@ def open_file(href: str) -> DatasetReader:
 
 
 def _open_whole(href: str) -> DatasetReader:
-    """The file, open, with all of its header that describes it."""
+    """The file, open, with all of its header that describes it; a photo as it is seen."""
     with _refused(href):
-        return rasterio.open(remote.signed(href))
+        return upright(rasterio.open(remote.signed(href)), href)
 
 
 @contextmanager
