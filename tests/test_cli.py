@@ -290,7 +290,7 @@ def test_regions_without_imagery(world, out):
     assert "map.imagery" in refused(3, *predict(world, out, source=box))
     assert "is not there" in refused(2, *predict(world, out, source="nowhere.json"))
     assert "the region is empty, expected demo" in refused(2, *predict(world, out, source=" "))
-    assert "longitudes are -180 to 180" in refused(2, *predict(world, out, source="200,10,205,15"))
+    assert "longitudes are -180 to 180" in refused(2, *predict(world, out, source="400,10,405,15"))
     assert "south < north" in refused(2, *predict(world, out, source="10,51,11,50"))
     assert "no collection 'nope', expected one of imagery" in refused(
         2, *predict(world, out, source=f"{world['imagery']}#nope")

@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -75,17 +75,33 @@ class Grid:
         resolution: (x, y) pixel size in CRS units, both positive.
         origin: (x, y) of the upper-left corner of pixel (0, 0), in CRS units.
         image: the item whose own pixel grid this is; with a CRS, the scene that is mapped on it alone, if any.
+        divided: the grid is one UTM zone of several, which divide the ground between them: see `ground`.
     """
 
     crs: str | None
     resolution: tuple[float, float]
     origin: tuple[float, float]
     image: str | None = None
+    divided: bool = False
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "Grid":
-        """The grid that `asdict`, and perhaps JSON, made this row of."""
-        return cls(row["crs"], tuple(row["resolution"]), tuple(row["origin"]), row["image"])
+        """The grid that `to_row`, and perhaps JSON, made this row of."""
+        origin, resolution = tuple(row["origin"]), tuple(row["resolution"])
+        return cls(row["crs"], resolution, origin, row["image"], row.get("divided", False))
+
+    def to_row(self) -> dict[str, Any]:
+        """The grid as plain values; `divided` only where it is, so that all other rows are those of earlier runs."""
+        row = asdict(self)
+        return row if self.divided else {name: value for name, value in row.items() if name != "divided"}
+
+    @property
+    def ground(self) -> Bounds | None:
+        """(west, south, east, north) in degrees of a divided grid: its zone's six degrees and hemisphere; else None.
+
+        A pixel belongs to the grid whose ground holds its centre, and a tile to the grids that keep pixels of it.
+        """
+        return zone_bounds(str(self.crs)) if self.divided else None
 
     @cached_property
     def name(self) -> str:
@@ -119,6 +135,18 @@ class Grid:
         return Window(col, row, math.ceil(c1 - 1e-3) - col, math.ceil(r1 - 1e-3) - row)
 
 
+def zone_of(lon: float, lat: float) -> str:
+    """The UTM zone (WGS 84, standard six-degree zones) of a place in degrees, as "EPSG:n"."""
+    return f"EPSG:{(32600 if lat >= 0 else 32700) + int((lon + 180) // 6) % 60 + 1}"
+
+
+def zone_bounds(crs: str) -> Bounds:
+    """(west, south, east, north) in degrees of the UTM zone "EPSG:n"; it reaches the pole."""
+    number = int(crs[5:])
+    west = (number % 100 - 1) * 6.0 - 180
+    return (west, 0.0, west + 6, 90.0) if number < 32700 else (west, -90.0, west + 6, 0.0)
+
+
 @dataclass(frozen=True)
 class Tile:
     """One block of the output grid, without halo: the unit of work, of output and of resume."""
@@ -130,7 +158,7 @@ class Tile:
     def to_row(self) -> dict[str, Any]:
         """The tile as one flat row of plain values."""
         grid, window = self.grid, self.window
-        return {
+        return ({"divided": True} if grid.divided else {}) | {
             "id": self.id,
             "crs": grid.crs,
             "grid_image": grid.image,
@@ -147,7 +175,8 @@ class Tile:
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "Tile":
         """The tile that `to_row` made this row of (further columns are ignored)."""
-        grid = Grid(row["crs"], (row["xres"], row["yres"]), (row["x0"], row["y0"]), row["grid_image"])
+        origin, divided = (row["x0"], row["y0"]), bool(row.get("divided"))
+        grid = Grid(row["crs"], (row["xres"], row["yres"]), origin, row["grid_image"], divided)
         return cls(row["id"], grid, Window(row["col"], row["row"], row["width"], row["height"]))
 
 

@@ -1,16 +1,22 @@
 """Geometries in longitude and latitude, cut where they cross the antimeridian (RFC 7946, section 3.1.9)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import antimeridian
 import numpy as np
 import shapely
 from numpy.typing import NDArray
+from pyproj import CRS, Transformer
+from shapely.affinity import translate
 from shapely.geometry.base import BaseGeometry
 from shapely.geometry.polygon import orient
 
+from rayseg.geo.grid import Bounds
+
 Project = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 """(N, 2) coordinates of a CRS -> (N, 2) longitudes and latitudes in degrees."""
+LONLAT = "EPSG:4326"
 _STEPS = 32
 
 
@@ -33,12 +39,88 @@ def to_lonlat(polygons: NDArray[np.object_], project: Project) -> NDArray[np.obj
         # The interior lies left of a ring that runs counterclockwise, also where it encloses a pole.
         moved = shapely.transform(np.array([orient(part) for part in parts], object), project)
         if jumps(moved).any():
-            cut = [antimeridian.fix_polygon(part, fix_winding=True, great_circle=False) for part in moved]
-            pieces = [piece for part in cut for piece in shapely.get_parts(part)]
-            whole = shapely.MultiPolygon(pieces) if len(pieces) > 1 else pieces[0]
-            # Pieces of a ring of 0..360 degrees share an edge on the prime meridian.
-            lonlat[position] = whole if whole.is_valid else shapely.union_all(pieces)
+            lonlat[position] = _cut(moved)
     return lonlat
+
+
+def normalised(area: BaseGeometry) -> BaseGeometry:
+    """A geometry in degrees as others wrote it, within -180..180 and cut at the antimeridian.
+
+    A ring crosses where the longitude jumps by more than half a turn between neighbouring vertices, and where it
+    leaves -180..180. Lines and points stay as they are.
+    """
+    flat = shapely.force_2d(area)
+    if "Polygon" not in flat.geom_type or not jumps(np.array([flat], object))[0]:
+        return flat
+    west, _, east, _ = flat.bounds
+    if west < -180 or east > 180:  # its vertices are in one row, so a long edge is only long
+        whole: BaseGeometry = to_lonlat(np.array([flat], object), lambda points: points)[0]
+        return whole
+    parts = shapely.get_parts(flat)
+    crossing = jumps(parts)
+    return _together([*parts[~crossing], _cut(parts[crossing])])
+
+
+def _cut(polygons: NDArray[np.object_]) -> BaseGeometry:
+    """Polygons that cross the antimeridian, as one geometry with edges on it."""
+    cut = [antimeridian.fix_polygon(part, fix_winding=True, great_circle=False) for part in polygons]
+    pieces = [piece for part in cut for piece in shapely.get_parts(part)]
+    whole: BaseGeometry = shapely.MultiPolygon(pieces) if len(pieces) > 1 else pieces[0]
+    # Pieces of a ring of 0..360 degrees share an edge on the prime meridian.
+    return whole if whole.is_valid else _together(pieces)
+
+
+def _together(pieces: Sequence[BaseGeometry]) -> BaseGeometry:
+    whole: BaseGeometry = shapely.union_all(pieces)
+    return whole
+
+
+def within(area: BaseGeometry, near: Bounds) -> BaseGeometry:
+    """The part of a geometry of -180..180 degrees in a box, whose longitudes may lie beyond: there it lies a turn on.
+
+    Its vertices stay as they are.
+    """
+    box, pieces = shapely.segmentize(shapely.box(*near), 1.0), []  # its edges may become curves
+    for turn in range(int((near[0] - 180) // 360) + 1, int(-((-180 - near[2]) // 360))):
+        moved = translate(area, 360.0 * turn) if turn else area
+        pieces.append(moved if box.contains(moved) else moved.intersection(box))
+    return pieces[0] if len(pieces) == 1 else _together(pieces)
+
+
+def from_lonlat(area: BaseGeometry, crs: str) -> BaseGeometry:
+    """Project a geometry in degrees, whose longitudes may lie beyond 180; in degrees of other datums they stay so."""
+
+    def project(points_N2: NDArray[np.float64]) -> NDArray[np.float64]:
+        x, y = transformer(LONLAT, crs).transform(*points_N2.T)
+        return np.stack([x + 360 * np.rint((points_N2[:, 0] - x) / 360) if geographic(crs) else x, y], axis=1)
+
+    return shapely.transform(area, project)
+
+
+@lru_cache(maxsize=256)
+def transformer(source: str, target: str) -> Transformer:
+    """From one CRS (EPSG code or WKT) to another, x (longitude) first, made once."""
+    return Transformer.from_crs(source, target, always_xy=True)
+
+
+@lru_cache(maxsize=256)
+def geographic(crs: str) -> bool:
+    """Whether coordinates of a CRS are degrees of longitude and latitude."""
+    return bool(CRS.from_user_input(crs).is_geographic)
+
+
+def polygons_in(area: BaseGeometry) -> NDArray[np.object_]:
+    """The polygons of a geometry; what overlays leave of edges that only touch is no area."""
+    parts = shapely.get_parts(shapely.get_parts(area))
+    polygons: NDArray[np.object_] = parts[shapely.get_dimensions(parts) == 2]
+    return polygons
+
+
+def box_of(bbox: Sequence[float]) -> Bounds:
+    """(west, south, east, north) or (left, bottom, right, top) of a box of four or, with heights, six numbers."""
+    half = len(bbox) // 2
+    west, south, east, north = (float(value) for value in (*bbox[:2], *bbox[half : half + 2]))
+    return west, south, east, north
 
 
 def jumps(lonlat: NDArray[np.object_]) -> NDArray[np.bool_]:

@@ -18,7 +18,8 @@ from shapely.geometry.base import BaseGeometry
 
 import rayseg
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo.grid import Grid, Window
+from rayseg.geo.grid import Bounds, Grid, Window
+from rayseg.geo.lonlat import LONLAT, from_lonlat, geographic, normalised, polygons_in, to_lonlat, transformer, within
 from rayseg.store import upath
 
 if TYPE_CHECKING:  # takes long to import, and a region is seldom a file
@@ -62,17 +63,55 @@ class Region:
 
 
 _DEGREES = 0.01  # edges are cut this fine before they are projected, so straight lines may become curves
+_WORLD = (-180.0, -90.0, 180.0, 90.0)
 
 
-def on_grid(geometry: dict[str, Any] | None, grid: Grid) -> BaseGeometry | None:
-    """A GeoJSON geometry in EPSG:4326 in the CRS of `grid`; None for everything, and on grids without CRS."""
-    if geometry is None or grid.crs is None:
+def on_grid(geometry: dict[str, Any] | None, grid: Grid, window: Window, *, whole: bool = False) -> BaseGeometry | None:
+    """The ground near `window` that a run maps on `grid`, in the CRS of the grid; None for everything.
+
+    It is cut around the window before it is projected, because no projection holds regions of any size.
+
+    Args:
+        geometry: GeoJSON in EPSG:4326, the region; None for all imagery.
+        grid: the grid; one without CRS holds no place, a divided one only its own ground.
+        window: grid pixels; beyond them and a little around them the result says nothing.
+        whole: of a divided grid, also the ground of its neighbours.
+
+    Raises:
+        DataError: the region around the window has no place in the CRS.
+    """
+    ground = None if whole else grid.ground
+    if grid.crs is None or (geometry is None and ground is None):
         return None
-    import geopandas  # takes long, and most regions are all of their imagery
+    near = _degrees_of(grid, window)
+    # Edges become curves before they are cut: where their vertices lie must not depend on the window.
+    areas: list[BaseGeometry] = [shapely.box(*ground)] if ground else []
+    areas += [shape(geometry)] if geometry else []
+    cut = [within(shapely.segmentize(area, _DEGREES), near) for area in areas]
+    area = cut[0] if len(cut) == 1 else cut[0].intersection(cut[1])
+    projected = from_lonlat(area, grid.crs)
+    if not np.isfinite(shapely.get_coordinates(projected)).all():
+        raise DataError(
+            f"The region has no place in the CRS of the grid {grid.name} around {window}: choose a region that the "
+            "imagery covers, or reproject the imagery."
+        )
+    return projected if projected.is_valid else shapely.union_all(polygons_in(shapely.make_valid(projected)))
 
-    edges = shapely.segmentize(shape(geometry), _DEGREES)
-    projected: BaseGeometry = geopandas.GeoSeries([edges], crs="EPSG:4326").to_crs(grid.crs).iloc[0]
-    return projected
+
+def _degrees_of(grid: Grid, window: Window) -> Bounds:
+    """(west, south, east, north) around a window, with a margin; east is beyond 180 across the antimeridian."""
+    left, bottom, right, top = _ordered(grid.bounds(window))
+    west, south, east, north = left, bottom, right, top
+    if not geographic(str(grid.crs)):
+        to_degrees = transformer(str(grid.crs), LONLAT)
+        west, south, east, north = to_degrees.transform_bounds(left, bottom, right, top, densify_pts=21)
+    if not np.isfinite((west, south, east, north)).all():
+        return _WORLD
+    east += 360 if west > east else 0
+    margin = 0.1 + max(east - west, north - south) / 50  # between the points along the edges they may curve outward
+    if east - west + 2 * margin >= 360:
+        west, east = ((west + east) / 2 + side * (180 - margin) for side in (-1, 1))
+    return west - margin, max(south - margin, -90.0), east + margin, min(north + margin, 90.0)
 
 
 def windows_inside(area: BaseGeometry | None, grid: Grid, corners_N4: np.ndarray) -> np.ndarray:
@@ -90,12 +129,14 @@ def windows_inside(area: BaseGeometry | None, grid: Grid, corners_N4: np.ndarray
     return inside
 
 
-def pixels_inside(area: BaseGeometry | None, grid: Grid, window: Window) -> np.ndarray:
-    """(height, width) bool: pixels of `window` whose centre lies in `area`."""
+def pixels_inside(area: BaseGeometry | None, grid: Grid, window: Window, *, all_touched: bool = False) -> np.ndarray:
+    """(height, width) bool: pixels of `window` whose centre lies in `area`; or all that it touches."""
     size = (window.height, window.width)
     if area is None or area.contains(shapely.box(*_ordered(grid.bounds(window)))):
         return np.ones(size, bool)
-    return np.asarray(geometry_mask([area], size, grid.transform(window), invert=True))
+    if area.is_empty:
+        return np.zeros(size, bool)
+    return np.asarray(geometry_mask([area], size, grid.transform(window), invert=True, all_touched=all_touched))
 
 
 def _ordered(bounds: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
@@ -163,14 +204,16 @@ def _region_files() -> Iterator[Path]:
 
 def _box_geometry(text: str) -> BaseGeometry:
     west, south, east, north = (float(part) for part in text.split(","))
-    if not (-180 <= west <= 180 and -180 <= east <= 180 and -90 <= south < north <= 90 and west != east):
+    known = -360 <= west <= 360 and -360 <= east <= 360 and -90 <= south < north <= 90
+    east += 360 if west > east else 0
+    if not known or not west < east <= west + 360:
         raise ConfigError(
-            f"Region {text} is not west,south,east,north in degrees: longitudes are -180 to 180 and differ, latitudes "
-            "-90 to 90 with south < north."
+            f"Region {text} is not west,south,east,north in degrees: longitudes are -180 to 180 (or 0 to 360) and "
+            "differ, latitudes -90 to 90 with south < north."
         )
-    if west < east:
+    if west >= -180 and east <= 180:
         return shapely.box(west, south, east, north)
-    return shapely.MultiPolygon([shapely.box(west, south, 180, north), shapely.box(-180, south, east, north)])
+    return normalised(shapely.box(west, south, east, north))
 
 
 def _region_file(name: str, path: str, collection: str | None) -> Region:
@@ -218,8 +261,13 @@ def _area(path: str, frame: "geopandas.GeoDataFrame") -> dict[str, Any]:
     """All polygons of a file together, in EPSG:4326."""
     if frame.empty or frame.geometry.isna().all():
         raise DataError(f"Region file {path} is empty: a polygon was expected.")
-    lonlat = frame.geometry if frame.crs is None else frame.geometry.to_crs("EPSG:4326")
-    area = shapely.force_2d(shapely.union_all(shapely.make_valid(lonlat.dropna().to_numpy())))
+    shapes = frame.geometry.dropna().to_numpy()
+    if frame.crs is None or frame.crs == LONLAT:
+        lonlat = [normalised(one) for one in shapes]
+    else:
+        degrees = transformer(frame.crs.to_wkt(), LONLAT)
+        lonlat = list(to_lonlat(shapes, lambda points: np.stack(degrees.transform(*points.T), axis=1)))
+    area = shapely.union_all(shapely.make_valid(np.array(lonlat, object)))
     if area.is_empty or area.area == 0:
         raise DataError(
             f"Region file {path} has no area ({area.geom_type} within {area.bounds}): a polygon was expected."

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 from rasterio.enums import Resampling
-from rasterio.windows import Window as FileWindow
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Window
@@ -309,10 +308,10 @@ def _decimated(
 def _averaged(
     source: Source, href: str, index: int, grid: Grid, part: Window, shape: tuple[int, int]
 ) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
-    with view(source, href, grid, part) as (dataset, extent):
-        at = FileWindow(part.col - extent.col, part.row - extent.row, part.width, part.height)
+    with view(source, href, grid, part) as (dataset, place):
+        at = place.at(part)
         band_HW = dataset.read(index, window=at, out_shape=shape, resampling=Resampling.average)
-        return band_HW, dataset.dataset_mask(window=at, out_shape=shape) > 0
+        return place.upright(band_HW), place.upright(dataset.dataset_mask(window=at, out_shape=shape) > 0)
 
 
 def bands_shown(source: Source) -> list[tuple[str, int]]:

@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from rasterio.windows import Window as FileWindow
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window
+from rayseg.geo.lonlat import LONLAT, transformer
 from rayseg.io import remote
 from rayseg.io.sources import (
     STORED,
@@ -28,6 +29,7 @@ from rayseg.io.sources import (
     aligned,
     crs_of,
     described,
+    flips,
     footprint,
     gdal,
     grids_of,
@@ -41,6 +43,7 @@ __all__ = ["Source", "footprint", "grids_of", "read", "source_of_file", "view"]
 
 _HUGE = 1e30  # of -3.4e38, float32's usual fill value, little more than nothing is left by an interpolation
 _OPEN_FILES = 24  # per thread; a tile touches few files, and neighbouring tiles the same ones
+_FAR = 6.0  # degrees from the middle of a UTM zone, to which its projection is exact
 _local = threading.local()
 
 
@@ -152,16 +155,16 @@ def _files_of(source: Source, bands: Sequence[str]) -> dict[tuple[str, float | N
 def _read_file(
     source: Source, href: str, grid: Grid, part: Window, indexes: list[int], *, categorical: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    with view(source, href, grid, part, categorical=categorical) as (dataset, extent):
-        inside = part.intersect(extent)
+    with view(source, href, grid, part, categorical=categorical) as (dataset, place):
+        inside = part.intersect(place.extent)
         image_CHW = np.zeros((len(indexes), part.height, part.width), dataset.dtypes[indexes[0] - 1])
         valid_HW = np.zeros((part.height, part.width), bool)
         if not inside.empty:
-            at = FileWindow(inside.col - extent.col, inside.row - extent.row, inside.width, inside.height)
+            at = place.at(inside)
             pixels_CHW = dataset.read(indexes, window=at)
             ok_CHW = _valid(dataset, indexes, at, pixels_CHW, source.nodata)
-            image_CHW[:, *inside.slices(part)] = np.where(ok_CHW, pixels_CHW, 0)
-            valid_HW[inside.slices(part)] = ok_CHW.any(axis=0)
+            image_CHW[:, *inside.slices(part)] = place.upright(np.where(ok_CHW, pixels_CHW, 0))
+            valid_HW[inside.slices(part)] = place.upright(ok_CHW).any(axis=0)
         return image_CHW, valid_HW
 
 
@@ -188,14 +191,39 @@ def _valid(
 # -- open files -------------------------------------------------------------------------------------------------------
 
 
-_View = tuple[Any, Window, tuple[Any, ...]]
+@dataclass(frozen=True)
+class Place:
+    """Where a dataset whose pixels are those of a grid lies on it.
+
+    Attributes:
+        extent: the grid window that it covers.
+        northward: its rows run to the north, as netCDF and models store them.
+        westward: its columns run to the west.
+    """
+
+    extent: Window
+    northward: bool = False
+    westward: bool = False
+
+    def at(self, part: Window) -> FileWindow:
+        """`part`, which lies in the extent, in pixels of the dataset."""
+        col = self.extent.col1 - part.col1 if self.westward else part.col - self.extent.col
+        row = self.extent.row1 - part.row1 if self.northward else part.row - self.extent.row
+        return FileWindow(col, row, part.width, part.height)
+
+    def upright(self, pixels: np.ndarray) -> np.ndarray:
+        """Pixels (..., height, width) as the dataset stores them, with rows to the south and columns to the east."""
+        return pixels[..., :: -1 if self.northward else 1, :: -1 if self.westward else 1]
+
+
+_View = tuple[Any, Place, tuple[Any, ...]]
 
 
 @contextmanager
 def view(
     source: Source, href: str, grid: Grid, part: Window, *, categorical: bool = False
-) -> Iterator[tuple[DatasetReader, Window]]:
-    """(dataset whose pixels are the grid's, grid window it covers) to read `part` from; this thread keeps it open.
+) -> Iterator[tuple[DatasetReader, Place]]:
+    """(dataset whose pixels are the grid's, its place there) to read `part` from; this thread keeps it open.
 
     If reading fails, the thread's files of `href` are closed: their cached blocks may be the cause.
 
@@ -212,7 +240,7 @@ def view(
         raise
 
 
-def _opened(source: Source, href: str, grid: Grid, *, categorical: bool) -> tuple[DatasetReader, Window]:
+def _opened(source: Source, href: str, grid: Grid, *, categorical: bool) -> tuple[DatasetReader, Place]:
     views = _views()
     key = (href, _stamp(href), grid, replace(source, assets=(), datetime=None, href=""), categorical)
     if key not in views:
@@ -248,13 +276,13 @@ def _on_grid(file: DatasetReader, source: Source, grid: Grid, *, categorical: bo
         placed = replace(described(flat), item_id=source.item_id)
     extent = footprint(placed, grid)
     if grid.crs is None or aligned(placed, grid):
-        return flat, extent, (file,)
+        return flat, Place(extent, *(flips(placed) if grid.crs else (False, False))), (file,)
     scale = dict(zip(("XSCALE", "YSCALE"), _scale(placed, grid), strict=True))
     origin = {"src_crs": crs_of(str(placed.crs)), "src_transform": Affine(*placed.transform)}
     goal = {"transform": grid.transform(extent), "width": extent.width, "height": extent.height}
     goal |= {"crs": crs_of(grid.crs), **scale}
     warped = _warp(flat, source.nodata, {**origin, **goal}, categorical=categorical)
-    return warped, extent, (flat, file)
+    return warped, Place(extent), (flat, file)
 
 
 def _warp(dataset: DatasetReader, nodata: float | None, place: dict[str, Any], *, categorical: bool) -> WarpedVRT:
@@ -275,11 +303,24 @@ def _scale(placed: Source, grid: Grid) -> tuple[float, float]:
 
     Taken at the file's centre and rounded, so that neighbouring files of one kind have the same.
     """
-    (x, y), (xc, yc), (xr, yr) = moved(placed, str(grid.crs), [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)])
+    col, row = _nearest(placed, grid)
+    (x, y), (xc, yc), (xr, yr) = moved(placed, str(grid.crs), [(col, row), (col + 1, row), (col, row + 1)])
     (rx, ry) = grid.resolution
     step = np.linalg.inv(np.array([[(xc - x) / rx, (xr - x) / rx], [(yc - y) / ry, (yr - y) / ry]]))
     across, down = np.hypot(step[0], step[1])  # file pixels per grid pixel
     return min(1.0, float(f"{1 / across:.2g}")), min(1.0, float(f"{1 / down:.2g}"))
+
+
+def _nearest(placed: Source, grid: Grid) -> tuple[float, float]:
+    """Pixel, from the file's centre, where its scale on a grid is taken: in a wide file, near the grid's ground."""
+    if not (ground := grid.ground):
+        return 0.0, 0.0
+    lon, lat = moved(placed, LONLAT, [(0.0, 0.0)])[0]
+    middle = (ground[0] + ground[2]) / 2
+    if abs((lon - middle + 180) % 360 - 180) <= _FAR:
+        return 0.0, 0.0
+    col, row = ~Affine(*placed.transform) @ transformer(LONLAT, str(placed.crs)).transform(middle, lat)
+    return col - placed.width / 2, row - placed.height / 2
 
 
 def _placed(dataset: DatasetReader, source: Source) -> Source:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import rasterio
+import shapely
 from affine import Affine
 from rasterio._err import CPLE_BaseError
 from rasterio.crs import CRS
@@ -21,9 +22,12 @@ from rasterio.enums import ColorInterp
 from rasterio.errors import CRSError, RasterioError
 from rasterio.io import DatasetReader
 from rasterio.warp import calculate_default_transform, transform, transform_bounds
+from shapely.geometry.base import BaseGeometry
 
 from rayseg.errors import DataError
-from rayseg.geo.grid import Bounds, Grid, Window
+from rayseg.geo import lonlat
+from rayseg.geo.grid import Bounds, Grid, Window, zone_bounds, zone_of
+from rayseg.geo.lonlat import LONLAT, from_lonlat, geographic, polygons_in, to_lonlat, within
 from rayseg.io import remote
 from rayseg.io.orientation import upright
 from rayseg.store import is_local, public
@@ -80,6 +84,9 @@ _OPTIONS = {
     "GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO",  # its shortcut returns garbage instead of an error for a truncated PNG
 }
 MOST_TILES = 1 << 22
+_BEYOND = 3.0  # degrees around a UTM zone that it still holds
+_REACH = 42.0  # degrees around a zone in which an image alone is mapped on it: pixels are up to 1.4 times as wide
+_FINE = 0.05  # degrees: edges are cut this fine before they are projected
 STORED = (1.0, 0.0)  # scale and offset of values that are units already
 _NAMELESS = (ColorInterp.undefined, ColorInterp.gray)
 _FAULTS = (RasterioError, CRSError, CPLE_BaseError)
@@ -258,27 +265,96 @@ def grids_of(sources: Sequence[Source]) -> list[tuple[Grid, list[Source]]]:
     """The grids that `sources` are mapped on, each with its sources, newest first, then by id.
 
     Images without CRS are a grid of their own each. The others keep their own grid when all of them are north-up and
-    share CRS, resolution (to 1e-9) and alignment (to 1e-3 px); if not, each goes to the UTM zone (WGS 84, standard
-    six-degree zones) of its centre, at the finest resolution in metres among the zone's sources, rounded to 6 digits.
+    share CRS, resolution (to 1e-9) and alignment (to 1e-3 px); if not, they go to UTM (WGS 84, standard six-degree
+    zones): one zone if it is that of all centres and holds them, else every zone that a source meets, with all sources
+    that meet it. Zones divide the ground: see `Grid.ground`. Of a zone's sources the finest resolution in metres
+    counts, rounded to 6 digits. An image alone has one grid.
 
     Raises:
-        DataError: a source that has to go to UTM lies beyond 84 N or 80 S, or its georeference is impossible.
+        DataError: UTM cannot hold a source that has to go there, or its georeference is impossible.
     """
-    ordered = sorted(sorted(sources, key=lambda s: s.item_id), key=lambda s: s.datetime or "", reverse=True)
+    ordered = newest_first(sources)
     grids = [(Grid(None, (1.0, 1.0), (0.0, 0.0), source.item_id), [source]) for source in ordered if source.crs is None]
     mapped = [source for source in ordered if source.crs is not None]
     if not mapped:
         return grids
     if own := _own_grid(mapped):
         return [*grids, (own, mapped)]
-    zones: dict[str, list[tuple[Source, float]]] = {}
+    finest = {source: _utm(source) for source in mapped}
+    zones: dict[str, list[Source]] = {}
     for source in mapped:
-        crs, metres = _utm(source)
-        zones.setdefault(crs, []).append((source, metres))
+        for crs in _zones_of(source):
+            zones.setdefault(crs, []).append(source)
+    centres = {crs for crs, _ in finest.values()}
+    reach = _REACH if len(mapped) == 1 else _BEYOND
+    held = [_held(source, crs, beyond=reach) for source, (crs, _) in finest.items()]
+    divided = len(mapped) > 1 and not (len(centres) == 1 and all(held))
+    if len(mapped) == 1 and not all(held):
+        raise DataError(
+            f"{mapped[0].item_id} is rotated, or has control points only, and too wide for its UTM zone, so no grid "
+            "holds it: reproject it to a north-up grid of its own CRS."
+        )
+    if not divided:
+        zones = dict.fromkeys(centres, mapped)
     for crs, members in sorted(zones.items()):
-        finest = float(f"{min(metres for _, metres in members):.6g}")
-        grids.append((Grid(crs, (finest, finest), (0.0, 0.0)), [source for source, _ in members]))
+        side = float(f"{min(finest[source][1] for source in members):.6g}")
+        grids.append((Grid(crs, (side, side), (0.0, 0.0), divided=divided), members))
     return grids
+
+
+def newest_first(sources: Sequence[Source]) -> list[Source]:
+    """Sources by time, newest first, then by id."""
+    return sorted(sorted(sources, key=lambda s: s.item_id), key=lambda s: s.datetime or "", reverse=True)
+
+
+def _zones_of(source: Source) -> list[str]:
+    """The UTM zones whose ground the source meets.
+
+    Raises:
+        DataError: it has no outline on Earth, or one that UTM zones cannot hold.
+    """
+    found = []
+    for part in polygons_in(outline_of(source)):
+        west, _, east, _ = part.bounds
+        for lon in np.arange(west // 6 * 6, east, 6.0) + 3:
+            for lat in (-1.0, 1.0):
+                zone = zone_of(float(lon), lat)
+                if part.intersection(shapely.box(*zone_bounds(zone))).area > 0:
+                    found.append(zone)
+    return sorted(set(found))
+
+
+def _held(source: Source, crs: str, *, beyond: float) -> bool:
+    """Whether the source lies within so many degrees around a UTM zone."""
+    west, _, east, _ = zone_bounds(crs)
+    outline = outline_of(source)
+    wide = within(outline, (west - beyond, -90.0, east + beyond, 90.0))
+    return bool(abs(wide.area - outline.area) <= 1e-9 * outline.area)
+
+
+@lru_cache(maxsize=4096)
+def outline_of(source: Source) -> BaseGeometry:
+    """The source's outline in EPSG:4326, cut at the antimeridian.
+
+    Raises:
+        DataError: a part of it lies nowhere on Earth.
+    """
+    affine, crs = Affine(*source.transform), str(source.crs)
+    width, height = source.width, source.height
+    outline = shapely.Polygon([affine @ corner for corner in ((0, 0), (0, height), (width, height), (width, 0))])
+    edges = shapely.segmentize(outline, outline.length / 128)
+    with placing(source.item_id, crs):
+        [cut] = to_lonlat(np.array([edges], object), partial(_degrees, crs=crs))
+    if not np.isfinite(shapely.get_coordinates(cut)).all():
+        raise DataError(f"{source.item_id} cannot be placed in degrees: a part of it lies beyond the Earth's edge.")
+    placed: BaseGeometry = cut
+    return placed
+
+
+def _degrees(points_N2: np.ndarray, crs: str) -> np.ndarray:
+    if geographic(crs):  # which may count to 360
+        return points_N2
+    return np.stack(transform(crs_of(crs), CRS.from_epsg(4326), *points_N2.T), axis=1)
 
 
 def beyond_utm(sources: Sequence[Source]) -> dict[str, DataError]:
@@ -315,8 +391,8 @@ def expect_mappable(source: Source, *, tile: int) -> None:
     if source.crs is None:
         return
     reach = (source.width / 2, source.height / 2) if crs_of(source.crs).is_geographic else (0.0, 0.0)
-    for lon, lat in moved(source, "EPSG:4326", [(-reach[0], -reach[1]), reach]):
-        if not (abs(lon) <= 180.1 and abs(lat) <= 90.1):
+    for lon, lat in moved(source, LONLAT, [(-reach[0], -reach[1]), reach]):
+        if not (abs(lon) <= 360.1 and abs(lat) <= 90.1):
             raise DataError(
                 f"{source.item_id} reaches {lon:.6g} E {lat:.6g} N, nowhere on Earth: check its georeference."
             )
@@ -335,19 +411,32 @@ def footprint(source: Source, grid: Grid) -> Window:
     if aligned(source, grid):
         col, row = _offset(source, grid)
         return Window(round(col), round(row), source.width, source.height)
+    if grid.divided:
+        return _divided_footprint(source, grid)
     window = grid.window_of(_bounds_in(source, grid.crs))
     if window.empty:
         raise DataError(f"{source.item_id} has no extent in {grid.name}: its georeference seems to be wrong.")
     return window
 
 
+@lru_cache(maxsize=4096)
+def _divided_footprint(source: Source, grid: Grid) -> Window:
+    """The grid pixels of the source on the grid's ground and around it, where patches look."""
+    west, south, east, north = grid.ground or (-180.0, -90.0, 180.0, 90.0)
+    near = (west - _BEYOND, max(south - _BEYOND, -90.0), east + _BEYOND, min(north + _BEYOND, 90.0))
+    part = within(outline_of(source), near)
+    if part.is_empty:
+        return Window(0, 0, 0, 0)
+    return grid.window_of(from_lonlat(shapely.segmentize(part, _FINE), str(grid.crs)).bounds)
+
+
 def _own_grid(sources: Sequence[Source]) -> Grid | None:
     """The grid that all `sources` share, None when there is none; the first by id decides the last digits."""
     first = min(sources, key=lambda source: source.item_id)
-    a, _, x, _, e, y = first.transform
-    if not _north_up(first) or first.crs is None:
+    if not _upright(first) or first.crs is None:
         return None
-    grid = Grid(first.crs, (a, -e), (_phase(x, a), _phase(y, -e)))
+    (x, y), width, height = _upper_left(first), abs(first.transform[0]), abs(first.transform[4])
+    grid = Grid(first.crs, (width, height), (_phase(x, width), _phase(y, height)))
     return grid if all(aligned(source, grid) for source in sources) else None
 
 
@@ -357,25 +446,35 @@ def _phase(position: float, step: float) -> float:
     return 0.0 if min(offset, step - offset) < 1e-6 * step else offset
 
 
-def _north_up(source: Source) -> bool:
+def _upright(source: Source) -> bool:
+    """Whether rows and columns run along the axes of the CRS, in whichever direction: a flip moves whole pixels."""
     a, b, _, d, e, _ = source.transform
     skew = abs(b) * source.height < 1e-3 * abs(a) and abs(d) * source.width < 1e-3 * abs(e)
-    return source.crs is not None and not source.gcps and a > 0 > e and skew
+    return source.crs is not None and not source.gcps and skew
+
+
+def flips(source: Source) -> tuple[bool, bool]:
+    """Whether rows run to the north, and whether columns run to the west."""
+    return source.transform[4] > 0, source.transform[0] < 0
+
+
+def _upper_left(source: Source) -> tuple[float, float]:
+    a, _, x, _, e, y = source.transform
+    northward, westward = flips(source)
+    return x + a * source.width if westward else x, y + e * source.height if northward else y
 
 
 def _offset(source: Source, grid: Grid) -> tuple[float, float]:
     """(col, row) of the source's upper-left corner on the grid, not rounded."""
-    return (
-        (source.transform[2] - grid.origin[0]) / grid.resolution[0],
-        (grid.origin[1] - source.transform[5]) / grid.resolution[1],
-    )
+    x, y = _upper_left(source)
+    return (x - grid.origin[0]) / grid.resolution[0], (grid.origin[1] - y) / grid.resolution[1]
 
 
 def aligned(source: Source, grid: Grid) -> bool:
     """Whether the pixels of `source` are pixels of `grid`."""
-    if source.crs is None or grid.crs is None or not _north_up(source) or not same_crs(source.crs, grid.crs):
+    if source.crs is None or grid.crs is None or not _upright(source) or not same_crs(source.crs, grid.crs):
         return False
-    sizes = zip((source.transform[0], -source.transform[4]), grid.resolution, strict=True)
+    sizes = zip((abs(source.transform[0]), abs(source.transform[4])), grid.resolution, strict=True)
     same_size = all(math.isclose(own, size, rel_tol=1e-9) for own, size in sizes)
     return same_size and all(abs(offset - round(offset)) <= 1e-3 for offset in _offset(source, grid))
 
@@ -402,13 +501,19 @@ def crs_text(crs: CRS | None) -> str | None:
 
 def _utm(source: Source) -> tuple[str, float]:
     """("EPSG:n" of the UTM zone of the source's centre, its finer pixel side there in metres)."""
-    lon, lat = moved(source, "EPSG:4326", [(0.0, 0.0)])[0]
+    lon, lat = moved(source, LONLAT, [(0.0, 0.0)])[0]
     if not -80.0 <= lat <= 84.0:
         raise DataError(
             f"{source.item_id} has its centre at {lon:.4g} E {lat:.4g} N, where there is no UTM zone (80 S to 84 N): "
             "check its georeference, or bring the imagery to one grid."
         )
-    crs = f"EPSG:{(32600 if lat >= 0 else 32700) + int((lon + 180) // 6) % 60 + 1}"
+    west, south, east, north = lonlat.bounds_of(outline_of(source))
+    if (east - west) % 360 > 180 or east - west == 360 or south < -89 or north > 89:
+        raise DataError(
+            f"{source.item_id} reaches from {west:.4g} to {east:.4g} E and {south:.4g} to {north:.4g} N, too far for "
+            "the UTM zones that it would share with other imagery: map it in a run of its own."
+        )
+    crs = zone_of(lon, lat)
     (x, y), *steps = moved(source, crs, [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)])
     return crs, min(math.hypot(x1 - x, y1 - y) for x1, y1 in steps)
 

@@ -4,7 +4,7 @@ import io
 import json
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
@@ -13,12 +13,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import pyproj
 import pystac
 import shapely
+from rasterio.errors import CRSError
+from shapely.affinity import translate
 from shapely.geometry import mapping, shape
 from shapely.geometry.base import BaseGeometry
 
 from rayseg.errors import ConfigError, DataError
+from rayseg.geo.lonlat import box_of, normalised
 from rayseg.io.remote import Passing, patiently, retry_after
 from rayseg.io.sources import STORED, Source, crs_of, crs_text, source_of_file
 from rayseg.io.times import utc_text
@@ -51,11 +55,12 @@ def items_of(uri: str, box: Box | None) -> list[dict[str, Any]]:
 
 
 def _meeting(table: pa.Table, box: Box) -> pa.ChunkedArray:
-    """Which rows of a table of items intersect a box; true without a bbox and across the antimeridian."""
+    """Which rows of a table of items intersect a box, on any turn; true without a bbox and across the antimeridian."""
     if "bbox" not in table.column_names or not pa.types.is_struct(table.schema.field("bbox").type):
         return pa.chunked_array([np.ones(len(table), bool)])
     west, south, east, north = (pc.struct_field(table["bbox"], name) for name in ("xmin", "ymin", "xmax", "ymax"))
-    apart = (pc.greater(west, box[2]), pc.less(east, box[0]), pc.greater(south, box[3]), pc.less(north, box[1]))
+    beside = [pc.or_(pc.greater(west, box[2] + turn), pc.less(east, box[0] + turn)) for turn in (-360, 0, 360)]
+    apart = (reduce(pc.and_, beside), pc.greater(south, box[3]), pc.less(north, box[1]))
     missing = pc.and_(reduce(pc.or_, apart), pc.less_equal(west, east))
     return pc.invert(pc.fill_null(missing, False))
 
@@ -161,6 +166,7 @@ def _conditions(text: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+_POLES = shapely.box(-540, -90, 540, 90)
 _COARSE = 0.01  # degrees: no pixel of a table's items is taken to be larger than about a kilometre
 _AROUND = 0.1  # degrees around a region in which a STAC API is asked for scenes of its halo
 _PICTURES = ("thumbnail", "overview", "metadata", "visual")
@@ -199,7 +205,7 @@ def open_items(
         DataError: no item is left; the message names the bounds of both sides.
     """
     area = None if geometry is None else shape(geometry)
-    wide = geometry if area is None or not halo else mapping(area.buffer(_AROUND))
+    wide = geometry if area is None or not halo else mapping(normalised(area.buffer(_AROUND).intersection(_POLES)))
     box = None if area is None else (area.buffer(_COARSE * halo) if halo else area).bounds
     items = _read_items(uri, collection, wide, box)
     found = [item for item in items if area is None or _near(item, area, halo)]
@@ -288,8 +294,11 @@ def _near(item: pystac.Item, area: BaseGeometry, halo: int) -> bool:
     """Whether the item lies within `halo` of its own pixels of the area."""
     if not item.geometry:
         return False
-    outline = shape(item.geometry)
-    return bool(shapely.dwithin(area, outline, halo * _pixel_degrees(item)) if halo else area.intersects(outline))
+    outline = normalised(shape(item.geometry))
+    if not halo:
+        return bool(area.intersects(outline))
+    turns = [translate(outline, by) for by in (-360.0, 0.0, 360.0)]
+    return bool(shapely.dwithin(area, turns, halo * _pixel_degrees(item)).any())
 
 
 def _pixel_degrees(item: pystac.Item) -> float:
@@ -298,19 +307,19 @@ def _pixel_degrees(item: pystac.Item) -> float:
     sizes = [row["proj:shape"] for row in fields if row.get("proj:shape")]
     height, width = max(sizes, default=(1024, 1024))
     assert item.geometry
-    box = item.bbox or shape(item.geometry).bounds
-    return max((box[-2] - box[0]) % 360 / width, (box[-1] - box[1]) / height)
+    west, south, east, north = box_of(item.bbox or shape(item.geometry).bounds)
+    return max((east - west + 360 * (west > east)) / width, (north - south) / height)
 
 
 def _nothing(place: str, items: Sequence[pystac.Item], area: BaseGeometry | None) -> str:
-    boxes = [item.bbox for item in items if item.bbox]
+    boxes = [box_of(item.bbox) for item in items if item.bbox]
     if area is None or not items:
         return f"{place} holds no items."
     if not boxes:
         return (
             f"The {len(items)} items of {place} have no place on Earth, so none lies in the region {_box(area.bounds)}."
         )
-    west, south, east, north = zip(*[(box[0], box[1], box[-2], box[-1]) for box in boxes], strict=True)
+    west, south, east, north = zip(*boxes, strict=True)
     have = _box((min(west), min(south), max(east), max(north)))
     return (
         f"The region {_box(area.bounds)} and the imagery of {place} {have} (degrees) do not meet: choose another one."
@@ -452,20 +461,32 @@ def _frame(item: pystac.Item, asset: pystac.Asset) -> Source | None:
     """The georeference of the asset's pixels in the item, None if it has none."""
     fields = item.properties | asset.extra_fields
     box, size, affine = fields.get("proj:bbox"), fields.get("proj:shape"), fields.get("proj:transform")
-    code = fields.get("proj:code") or fields.get("proj:epsg")
-    text = f"EPSG:{code}" if isinstance(code, int) else code or fields.get("proj:wkt2")
-    if not size or ("proj:code" not in fields and "proj:epsg" not in fields and not text):
+    bare = item.geometry is None and {"proj:code", "proj:epsg"} & set(fields)  # an image without place, without a doubt
+    crs = _crs(fields)
+    if not size or not (crs or bare):
         return None
     height, width = (int(side) for side in size)
-    if text is None:
+    if crs is None:
         affine = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
     elif not affine and box:
-        left, bottom, right, top = box
+        left, bottom, right, top = box_of(box)
         affine = ((right - left) / width, 0.0, left, 0.0, (bottom - top) / height, top)
     if not affine:
         return None
-    crs = None if text is None else text if text.upper().startswith("EPSG:") else crs_text(crs_of(text))
     return Source(item.id, (), crs, tuple(float(value) for value in affine[:6]), height, width, "")
+
+
+def _crs(fields: Mapping[str, Any]) -> str | None:
+    """The CRS that an item's or asset's fields state, by code or in full; None if only the file can state it."""
+    code, epsg, in_json = fields.get("proj:code"), fields.get("proj:epsg"), fields.get("proj:projjson")
+    for text in (code, epsg and f"EPSG:{epsg}", fields.get("proj:wkt2"), in_json):
+        try:
+            crs = crs_of(pyproj.CRS.from_json_dict(text).to_wkt() if text is in_json else str(text)) if text else None
+        except (CRSError, ValueError, pyproj.exceptions.CRSError):
+            continue  # "EPSG:None" and its kind
+        if crs:
+            return str(text) if str(text).upper().startswith("EPSG:") else crs_text(crs)
+    return None
 
 
 def _pixel_area(frame: Source) -> float:

@@ -10,7 +10,6 @@ import json
 import mmap
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -155,7 +154,7 @@ def no_parts(grid: Grid) -> pa.Table:
 
 
 def _schema(grid: Grid) -> pa.Schema:
-    return pa.schema(list(_COLUMNS.items()), metadata={"grid": json.dumps(asdict(grid))})
+    return pa.schema(list(_COLUMNS.items()), metadata={"grid": json.dumps(grid.to_row())})
 
 
 def _grid_of(parts: pa.Table) -> Grid:

@@ -35,7 +35,7 @@ from rayseg.geo.grid import Grid, Window
 from rayseg.io.remote import Passing, patiently, retry_after
 
 CRS = "EPSG:3857"
-_HALF_WORLD = math.pi * 6_378_137.0  # half the equator of the sphere of EPSG:3857, in metres
+HALF_WORLD = math.pi * 6_378_137.0  # half the equator of the sphere of EPSG:3857, in metres
 _SAME = 1e-6  # relative difference up to which a resolution equals a zoom's
 _FINEST_ZOOM = 24
 _MOST_BYTES = 8 << 20  # of one tile
@@ -91,7 +91,7 @@ class Service:
     def native(self) -> Grid:
         """The grid of the tiles' pixels: tile (x, y) starts at pixel (x, y) * tile_size."""
         side = _native(self.fetching.tile_size, self.zoom)
-        return Grid(CRS, (side, side), (-_HALF_WORLD, _HALF_WORLD))
+        return Grid(CRS, (side, side), (-HALF_WORLD, HALF_WORLD))
 
     def url(self, tile: mercantile.Tile) -> str:
         """The URL of a tile."""
@@ -133,7 +133,7 @@ def service_for(url: str, resolution: float, fetching: Fetching) -> tuple[Servic
 
 def _native(tile_size: int, zoom: int) -> float:
     """Pixel side of a zoom in units of EPSG:3857: 156543.03392804097 / 2**zoom for tiles of 256 px."""
-    return float(2 * _HALF_WORLD / tile_size / 2**zoom)
+    return float(2 * HALF_WORLD / tile_size / 2**zoom)
 
 
 def _check_template(service: Service) -> None:

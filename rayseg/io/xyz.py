@@ -38,7 +38,7 @@ from rayseg.geo.region import on_grid
 from rayseg.io import cog, stac_write
 from rayseg.io.labels import LABEL
 from rayseg.io.sources import crs_of
-from rayseg.io.webmap import CRS, Fetching, Service, Session, mosaic, service_for, session
+from rayseg.io.webmap import CRS, HALF_WORLD, Fetching, Service, Session, mosaic, service_for, session
 from rayseg.io.written import WrittenFile
 from rayseg.store import StorePath, is_local, put, upath
 
@@ -158,7 +158,8 @@ def ingest_xyz(
 def _scenes(job: _Job, geometry: dict[str, Any]) -> list[_Unit]:
     """All blocks of the grid that overlap the region, row by row."""
     covered = shapely.make_valid(shape(geometry)).intersection(_MERCATOR)
-    area = on_grid(mapping(covered), job.grid)
+    world = job.grid.window_of((-HALF_WORLD, -HALF_WORLD, HALF_WORLD, HALF_WORLD))
+    area = on_grid(mapping(covered), job.grid, world)
     if area is None or not area.area > _SLIVER * job.grid.resolution[0] ** 2:
         raise ConfigError("The region has no area between 85 S and 85 N: give a polygon.")
     _check_limit(

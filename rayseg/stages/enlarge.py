@@ -8,7 +8,7 @@ import numpy as np
 
 from rayseg.engine.ledger import Settled
 from rayseg.errors import DataError
-from rayseg.geo.grid import Grid, Lattice, Tile, Window
+from rayseg.geo.grid import Lattice, Tile, Window
 from rayseg.io import cog, stac_write
 from rayseg.stages.rows import TileRow
 from rayseg.store import upath
@@ -80,7 +80,7 @@ def larger(tile: Tile, factor: int) -> Tile:
     grid = tile.grid
     finer = (grid.resolution[0] / factor, grid.resolution[1] / factor) if grid.crs else grid.resolution
     name = tile.id if grid.crs else str(grid.image)
-    return Tile(name, Grid(grid.crs, finer, grid.origin, grid.image), scaled(tile.window, factor))
+    return Tile(name, replace(grid, resolution=finer), scaled(tile.window, factor))
 
 
 def scaled(window: Window, factor: int) -> Window:

@@ -71,7 +71,7 @@ class ProposePlots:
 
     def _tile(self, row: TileRow) -> TileRow:
         tile, reach = row.tile, row.reach
-        inside_HW = region.pixels_inside(region.on_grid(self.geometry, tile.grid), tile.grid, reach)
+        inside_HW = region.pixels_inside(region.on_grid(self.geometry, tile.grid, reach), tile.grid, reach)
         patches: list[Row] = []
         pieces: list[Row] = []
         for cell in self.patches.cells(tile.window):
@@ -205,7 +205,7 @@ class WritePlots:
 
     def _write(self, row: TileRow) -> Settled:
         tile = row.tile
-        area = region.on_grid(self.geometry, tile.grid)
+        area = region.on_grid(self.geometry, tile.grid, tile.window)
         valid_HW = row.valid & region.pixels_inside(area, tile.grid, tile.window)
         values, inverse = np.unique(row.numbers, return_inverse=True)
         named = np.array([self.classes.get(int(v), self.unclassified) if v else 0 for v in values], np.uint8)

@@ -138,7 +138,7 @@ def _rows_on(grid: Grid, sources: Sequence[Source], geometry: dict[str, Any] | N
     low_N2 = np.maximum(core_N2 * size, (extent.row, extent.col))
     high_N2 = np.minimum((core_N2 + 1) * size, (extent.row1, extent.col1))
     corners_N4 = np.concatenate([low_N2[:, ::-1], high_N2[:, ::-1]], axis=1)
-    inside_N = region.windows_inside(region.on_grid(geometry, grid), grid, corners_N4)
+    inside_N = region.windows_inside(region.on_grid(geometry, grid, extent), grid, corners_N4)
     # 2. The sources of every tile, with those that only its halo reaches.
     near: dict[tuple[int, int], tuple[int, ...]] = {}
     for index, window in enumerate(footprints):

@@ -43,7 +43,7 @@ class WriteTile:
 
     def _write(self, row: TileRow) -> Settled:
         tile = row.tile
-        inside = region.pixels_inside(region.on_grid(self.geometry, tile.grid), tile.grid, tile.window)
+        inside = region.pixels_inside(region.on_grid(self.geometry, tile.grid, tile.window), tile.grid, tile.window)
         classes = np.where(inside, row.classes, NODATA).astype(np.uint8)
         scores = np.where(inside, row.scores, NODATA).astype(np.uint8)
         facts = facts_of(classes)

@@ -2,7 +2,6 @@
 
 import json
 from collections import defaultdict
-from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -11,7 +10,7 @@ from rayseg.engine.manifest import Row, write_rows
 from rayseg.engine.run import Step
 from rayseg.geo.grid import Grid, Tile
 from rayseg.io import plot_joins, vectors
-from rayseg.io.sources import Source, grids_of
+from rayseg.io.sources import Source, newest_first
 from rayseg.models import bundle
 from rayseg.models.bundle import Scaling
 from rayseg.stages.propose import pieces_path
@@ -95,7 +94,7 @@ def join_pieces(step: Step, proposed: Step, *, least: float) -> dict[str, Any]:
     for row in mapping.read_manifest(proposed):
         write_rows(pieces_path(str(step.prefix), row["id"], "numbers"), members[row["id"]])
     write_rows(step.prefix / "plots.parquet", plots)
-    return {"plots": len(plots), "grids": [asdict(grid) for grid in grids]}
+    return {"plots": len(plots), "grids": [grid.to_row() for grid in grids]}
 
 
 def read_plots(joined: Step) -> list[Row]:
@@ -109,7 +108,7 @@ def group_plots(proposed: Step, joined: Step) -> list[Row]:
     for at, (grid, tiles) in enumerate(zip(joined.value["grids"], proposed_tiles(proposed).values(), strict=True)):
         shown = [source for row in tiles for source in json.loads(row["sources"])]
         distinct = {json.dumps(source): Source.from_row(source) for source in shown}
-        sources = [source.to_row() for _, ordered in grids_of(list(distinct.values())) for source in ordered]
+        sources = [source.to_row() for source in newest_first(list(distinct.values()))]
         of_grid = [plot for plot in plots if plot["grid"] == at]
         for start in range(0, len(of_grid), GROUP):
             group = of_grid[start : start + GROUP]

@@ -5,7 +5,7 @@ import pytest
 import shapely
 from pyproj import Transformer
 
-from rayseg.geo.lonlat import bounds_of, jumps, to_lonlat
+from rayseg.geo.lonlat import bounds_of, box_of, jumps, to_lonlat
 
 
 def projected(crs, *polygons):
@@ -74,3 +74,15 @@ def test_a_jump_between_rings_is_none():
     two = shapely.MultiPolygon([shapely.box(-179, 0, -170, 1), shapely.box(170, 0, 179, 1)])
     ring = shapely.Polygon([(179, 0), (-179, 0), (-179, 1), (179, 1)])
     assert jumps(np.array([two, ring], object)).tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("bbox", "expected"),
+    [
+        ([1, 2, 3, 4], (1, 2, 3, 4)),
+        ([15, -42, 12, 15.02, -41, 840], (15, -42, 15.02, -41)),
+        ((500_003, 4_648_404, -5, 502_003, 4_650_004, 0), (500_003, 4_648_404, 502_003, 4_650_004)),
+    ],
+)
+def test_a_box_of_four_or_six_numbers_has_four_sides(bbox, expected):
+    assert box_of(bbox) == expected

@@ -615,6 +615,40 @@ def test_every_kind_of_mask_is_read(shared, name, share):
     assert share is None or abs(expected.mean() - share) < 0.02
 
 
+@pytest.mark.parametrize(
+    ("crs", "across", "down"),
+    [(UTM, 10.0, 10.0), ("EPSG:4326", 0.1, 0.1), ("EPSG:32733", -30.0, -30.0), ("EPSG:3857", -5.0, 5.0)],
+)
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_a_flipped_raster_is_read_as_it_is_the_right_way_round(tmp_path, crs, across, down, dtype):
+    image = noise(dtype=dtype)
+    image[:, 3:9, 5:20] = 0
+    x, y = (10.0, 20.0) if crs == "EPSG:4326" else (500_000.0, 4_000_000.0)
+    left, top = (x if across > 0 else x + 64 * -across), (y - 48 * down if down > 0 else y)
+    stored = image[:, :: -1 if down > 0 else 1, :: 1 if across > 0 else -1]
+    more = {"crs": crs, "nodata": 0, "names": ("b1", "b2", "b3")}
+    source = write(tmp_path / "a.tif", stored, transform=Affine(across, 0, left, 0, down, top), **more)
+    other = write(tmp_path / "b.tif", image, transform=Affine(abs(across), 0, x, 0, -abs(down), y), **more)
+    grid, window = whole(source)
+    assert (grid, window) == whole(other)
+    assert len(grids_of([source, other])) == 1
+    for part in (window, Window(window.col + 7, window.row + 5, 21, 13), Window(window.col - 3, window.row - 2, 9, 9)):
+        pixels, valid = read([source], grid, part, bands=["b2", "b1"])
+        expected, ok = read([other], grid, part, bands=["b2", "b1"])
+        assert np.array_equal(pixels, expected)
+        assert np.array_equal(valid, ok)
+    assert np.array_equal(read([source], grid, window, bands=["b1"])[0][0], image[0])
+
+
+def test_a_rotated_world_is_refused_in_words_and_a_turned_country_is_not(tmp_path):
+    turned = Affine.translation(0, 0) @ Affine.rotation(30)
+    world = write(tmp_path / "a.tif", noise(), crs="EPSG:4326", transform=turned @ Affine.scale(3, -2))
+    with pytest.raises(DataError, match=r"too (far|wide) for (the|its) UTM zone"):
+        grids_of([world])
+    country = write(tmp_path / "b.tif", noise(), crs="EPSG:4326", transform=turned @ Affine.scale(0.1, -0.1))
+    assert grids_of([country])[0][0].crs.startswith("EPSG:32")
+
+
 @pytest.mark.real
 def test_files_with_control_points_or_rotation_are_warped_and_the_odd_ones_refused(shared):
     for name, least in (("rio-tiler/cog_gcps.tif", 0.5), ("odc-geo/au-3577-rotated.tif", 0.1)):

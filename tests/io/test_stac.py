@@ -6,6 +6,7 @@ from pathlib import Path
 
 import geopandas
 import numpy as np
+import pyproj
 import pystac
 import pytest
 import shapely
@@ -140,6 +141,89 @@ def test_items_without_pixels_or_with_other_bands_are_refused():
         stac_read.source_of(sentinel(), bands=["swir"])
     with pytest.raises(DataError, match=r"relative href ./a.tif"):
         stac_read.source_of(item())
+
+
+SINUSOIDAL = (
+    'PROJCS["Sinu",GEOGCS["GCS",DATUM["unknown",SPHEROID["sphere",6371007.181,0]],PRIMEM["Greenwich",0],'
+    'UNIT["degree",0.0174532925199433]],PROJECTION["Sinusoidal"],PARAMETER["longitude_of_center",0],'
+    'PARAMETER["false_easting",0],PARAMETER["false_northing",0],UNIT["Meter",1]]'
+)
+
+
+@pytest.mark.parametrize("told", ["proj:projjson", "proj:wkt2", "proj:epsg", "nothing", "nonsense"])
+def test_a_crs_without_a_code_is_read_in_full_and_else_from_the_file(tmp_path, told):
+    image(tmp_path / "a.tif")
+    fields = projected() | {"proj:code": "EPSG:None" if told == "nonsense" else None}
+    full = pyproj.CRS.from_wkt(SINUSOIDAL)
+    fields |= {
+        "proj:projjson": {"proj:projjson": full.to_json_dict()},
+        "proj:wkt2": {"proj:wkt2": full.to_wkt()},
+        "proj:epsg": {"proj:epsg": "32633"},
+    }.get(told, {})
+    source = stac_read.source_of(item(assets={"image": tif(str(tmp_path / "a.tif"))}, properties=fields))
+    expected = {"proj:epsg": "EPSG:32633", "nothing": UTM, "nonsense": UTM}.get(told)
+    if expected:
+        assert source.crs == expected
+    else:
+        assert pyproj.CRS.from_wkt(source.crs).coordinate_operation.method_name == "Sinusoidal"
+
+
+def test_boxes_of_six_numbers_place_items_and_their_pixels(tmp_path):
+    made = item(properties={"proj:code": UTM, "proj:shape": [48, 64]}, assets={"image": tif("/a.tif")})
+    made.properties["proj:bbox"] = [500_000, 3_999_520, -5, 500_640, 4_000_000, 30]
+    bands = [{"name": "red", "data_type": "uint8"}]
+    made.assets["image"].extra_fields["bands"] = bands
+    assert footprint(stac_read.source_of(made), GRID) == HERE
+    west, south, east, north = made.bbox
+    made.bbox = [west, south, -5.0, east, north, 840.0]
+    path = tmp_path / "a.json"
+    stac_write.write_item(made, path)
+    for off, near in ((0.0001, True), (0.01, False)):
+        region = mapping(box(east + off, south, east + off + 1, north))
+        both = json.loads(path.read_text())
+        other = both | {"id": "b", "geometry": region, "bbox": [east + off, south, east + 1, north]}
+        (tmp_path / "two.json").write_text(json.dumps({"type": "FeatureCollection", "features": [both, other]}))
+        found = stac_read.open_items(str(tmp_path / "two.json"), geometry=region, halo=20)
+        assert ("a" in {one.id for one in found}) is near
+    with pytest.raises(DataError, match=rf"imagery of .* \[{west:.6g}, {south:.6g}, {east:.6g}, {north:.6g}\]"):
+        stac_read.open_items(str(path), geometry=mapping(box(0, 0, 1, 1)))
+
+
+PLACES = {  # every way in which a catalogue writes the two sides of the antimeridian
+    "west": mapping(box(179.2, -11, 179.7, -10)),
+    "over": mapping(shapely.Polygon([(179.9, -11), (-179.9, -11), (-179.9, -10), (179.9, -10)])),
+    "beyond": mapping(box(180.1, -11, 180.4, -10)),
+    "before": mapping(box(-180.09, -11, -179.95, -10)),
+    "east": mapping(box(-179.6, -11, -179.2, -10)),
+    "far": mapping(box(0, -11, 1, -10)),
+}
+
+
+@pytest.mark.parametrize("suffix", ["json", "parquet"])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("179,-20,-179,0", {"west", "over", "beyond", "before", "east"}),
+        ("-179.98,-20,-179,0", {"over", "beyond", "before", "east"}),
+        ("179.5,-20,179.95,0", {"west", "over", "before"}),
+        ("180.2,-20,180.3,0", {"beyond"}),
+    ],
+)
+def test_items_over_the_antimeridian_are_found_from_both_sides(tmp_path, text, expected, suffix):
+    rows = []
+    for name, geometry in PLACES.items():
+        made = item(name).to_dict(include_self_link=False)
+        rows.append(made | {"geometry": geometry, "bbox": list(shape(geometry).bounds)})
+    rows[1]["bbox"] = [179.9, -11, -179.9, -10]
+    path = tmp_path / f"items.{suffix}"
+    if suffix == "parquet":
+        stac_write.write_items_parquet(path, rows)
+    else:
+        path.write_text(json.dumps({"type": "FeatureCollection", "features": rows}))
+    region = resolve_region(text).geometry
+    assert {one.id for one in stac_read.open_items(str(path), geometry=region)} == expected
+    near = {one.id for one in stac_read.open_items(str(path), geometry=mapping(box(179.95, -11, 180, -10)), halo=1)}
+    assert {"over", "before"} <= near
 
 
 def test_an_image_without_crs_stays_without():
@@ -403,7 +487,7 @@ def test_a_box_is_a_region():
     assert len(across.geoms) == 2
 
 
-@pytest.mark.parametrize("text", ["40,116,39,117", "1,2,3", "a,b,c,d", "0,0,0,1", "-181,0,1,1", "0,50,1,40"])
+@pytest.mark.parametrize("text", ["40,116,39,117", "1,2,3", "a,b,c,d", "0,0,0,1", "-361,0,1,1", "0,50,1,40"])
 def test_a_box_that_cannot_be_meant_is_refused(text):
     with pytest.raises(ConfigError, match=r"south < north|expected west,south,east,north"):
         resolve_region(text)

@@ -1,0 +1,127 @@
+"""Regions of any size and on any turn around the Earth, on any grid."""
+
+import json
+
+import geopandas
+import numpy as np
+import pytest
+import shapely
+from pyproj import Transformer
+from shapely.geometry import box, mapping, shape
+
+from rayseg.geo.grid import Grid, Window
+from rayseg.geo.region import on_grid, pixels_inside, resolve_region, windows_inside
+
+BOXES = {
+    "170,-20,-170,-10": [(170, -20, 180, -10), (-180, -20, -170, -10)],
+    "179.6,-10,180.3,10": [(179.6, -10, 180, 10), (-180, -10, -179.7, 10)],
+    "-180.09,50,-179,51": [(179.91, 50, 180, 51), (-180, 50, -179, 51)],
+    "-179,-60,179,60": [(-179, -60, 179, 60)],
+    "190,-20,195,-10": [(-170, -20, -165, -10)],
+    "350,40,10,50": [(-10, 40, 10, 50)],
+    "0,-60,360,60": [(-180, -60, 180, 60)],
+}
+
+
+@pytest.mark.parametrize("text", BOXES)
+def test_a_typed_box_lies_within_the_world_whatever_its_longitudes_count_from(text):
+    region = shape(resolve_region(text).geometry)
+    expected = shapely.union_all([box(*part) for part in BOXES[text]])
+    assert region.is_valid
+    assert region.symmetric_difference(expected).area < 1e-9
+
+
+def ring(*corners):
+    return shapely.Polygon(corners)
+
+
+@pytest.mark.parametrize(
+    ("polygon", "parts"),
+    [
+        (ring((170, -20), (-170, -20), (-170, -10), (170, -10)), BOXES["170,-20,-170,-10"]),
+        (ring((-170, 60), (170, 60), (170, 61), (-170, 61)), [(170, 60, 180, 61), (-180, 60, -170, 61)]),
+        (box(179.6, -10, 180.3, 10), BOXES["179.6,-10,180.3,10"]),
+        (box(-180.09, 50, -179, 51), BOXES["-180.09,50,-179,51"]),
+        (box(-180, -90, 180, 90), [(-180, -90, 180, 90)]),
+        (shapely.segmentize(box(-140, -30, 120, 30), 90), [(-140, -30, 120, 30)]),
+        (box(100, 0, 300, 10), [(100, 0, 180, 10), (-180, 0, -60, 10)]),
+    ],
+)
+def test_a_polygon_in_a_file_crosses_where_its_steps_do_and_not_because_it_is_wide(tmp_path, polygon, parts):
+    path = tmp_path / "r.geojson"
+    path.write_text(json.dumps(mapping(polygon)))
+    region = shape(resolve_region(str(path)).geometry)
+    assert region.symmetric_difference(shapely.union_all([box(*part) for part in parts])).area < 1e-6
+
+
+def test_a_file_in_metres_is_cut_at_the_antimeridian(tmp_path):
+    frame = geopandas.GeoDataFrame(geometry=[box(700_000, 5_900_000, 800_000, 6_000_000)], crs="EPSG:32760")
+    frame.to_parquet(tmp_path / "r.parquet")
+    region = shape(resolve_region(str(tmp_path / "r.parquet")).geometry)
+    assert {part.bounds[0] > 0 for part in region.geoms} == {True, False}
+    assert region.area < 2
+
+
+# -- on grids
+
+
+def window_on(grid, bounds):
+    return grid.window_of(bounds)
+
+
+@pytest.mark.parametrize(
+    ("text", "inside"),
+    [
+        ("60,-10,150,55", {"EPSG:32646": 1.0, "EPSG:32633": 0.0, "EPSG:32748": 1.0, "EPSG:32608": 0.0}),
+        ("-170,5,-50,75", {"EPSG:32646": 0.0, "EPSG:32633": 0.0, "EPSG:32748": 0.0, "EPSG:32608": 1.0}),
+        ("-180,-90,180,90", dict.fromkeys(("EPSG:32646", "EPSG:32633", "EPSG:32748", "EPSG:32608"), 1.0)),
+    ],
+)
+def test_continents_and_the_world_are_cut_before_they_are_projected(text, inside):
+    region = resolve_region(text)
+    for crs, share in inside.items():
+        north = 9_700_000 if crs == "EPSG:32748" else 3_000_000
+        grid = Grid(crs, (1000.0, 1000.0), (0.0, 0.0))
+        window = window_on(grid, (400_000, north, 500_000, north + 100_000))
+        area = on_grid(region.geometry, grid, window)
+        assert pixels_inside(area, grid, window).mean() == share
+        corners = np.array([[window.col, window.row, window.col1, window.row1]])
+        assert windows_inside(area, grid, corners).tolist() == [bool(share)]
+
+
+@pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:4269"])
+def test_a_region_over_the_antimeridian_is_found_on_grids_that_count_on(crs):
+    grid = Grid(crs, (0.1, 0.1), (0.0, 0.0))
+    over = Window(1750, 100, 100, 100)  # 175..185 E, 10..20 S
+    for text, cols in (("179,-20,-179,-10", slice(40, 60)), ("-176,-20,-175.5,-10", slice(90, 95))):
+        mask = pixels_inside(on_grid(resolve_region(text).geometry, grid, over), grid, over)
+        assert mask[:, cols].all()
+        assert mask.sum() == mask[:, cols].size
+    to_360 = Window(0, -500, 3600, 100)  # 0..360 E, 40..50 N
+    mask = pixels_inside(on_grid(resolve_region("350,40,10,50").geometry, grid, to_360), grid, to_360)
+    assert mask[:, :100].all()
+    assert mask[:, -100:].all()
+    assert mask.sum() == 200 * 100
+
+
+def test_the_cap_around_a_pole_is_whole_on_a_polar_grid():
+    grid = Grid("EPSG:3413", (10_000.0, 10_000.0), (0.0, 0.0))
+    window = window_on(grid, (-2e6, -2e6, 2e6, 2e6))
+    assert pixels_inside(on_grid(mapping(box(-180, -90, 180, 90)), grid, window), grid, window).all()
+    cap = pixels_inside(on_grid(mapping(box(-180, 80, 180, 90)), grid, window), grid, window)
+    to_degrees = Transformer.from_crs("EPSG:3413", "EPSG:4326", always_xy=True)
+    side = (np.arange(400) + 0.5) * 10_000 - 2e6
+    xs, ys = np.meshgrid(side, side[::-1])
+    assert (cap == (to_degrees.transform(xs, ys)[1] > 80)).mean() > 0.999
+
+
+def test_what_a_tile_is_cut_to_does_not_depend_on_the_window_it_is_asked_for():
+    """Bits, not only bounds: a pixel must not change with the tile size."""
+    grid = Grid("EPSG:32650", (10.0, 10.0), (0.0, 0.0))
+    region = mapping(shapely.Point(117, 36.1).buffer(0.05, quad_segs=3))
+    whole = Window(49_000, -401_000, 2000, 2000)
+    area = pixels_inside(on_grid(region, grid, whole), grid, whole)
+    assert 0 < area.sum() < area.size
+    for row in range(0, 2000, 500):
+        part = Window(49_500, whole.row + row, 700, 500)
+        assert (pixels_inside(on_grid(region, grid, part), grid, part) == area[part.slices(whole)]).all()
