@@ -128,18 +128,6 @@ def _remove_afterwards(folder: str) -> None:
     _SHELLS.append(shell)
 
 
-def connect_training(address: str | None, *, workers: int) -> bool:
-    """Connect to Ray if the training has workers; return whether GPUs are there: the cluster's, else this machine's."""
-    if not workers:
-        import torch  # takes as long to import as Ray
-
-        return torch.cuda.is_available()
-    import ray
-
-    connect(address)
-    return bool(ray.cluster_resources().get("GPU"))
-
-
 @dataclass(frozen=True)
 class Size:
     """Resources of a stage: `copies`, each with `cpus` and `gpus`."""

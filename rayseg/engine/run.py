@@ -99,6 +99,11 @@ class Step:
         """Folder or URL of the step's files."""
         return upath(self.root) / "steps" / self.name
 
+    @property
+    def manifest(self) -> UPath:
+        """The file with the rows that the step processes."""
+        return self.prefix / "manifest.parquet"
+
 
 @dataclass
 class Run:

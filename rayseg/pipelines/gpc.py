@@ -17,7 +17,6 @@ from pydantic import Field, model_validator
 
 from rayseg.config import Config as Frozen
 from rayseg.config import Workers
-from rayseg.engine import cluster
 from rayseg.engine.manifest import Row, write_rows
 from rayseg.engine.run import Run, Step
 from rayseg.errors import DataError
@@ -35,7 +34,6 @@ from rayseg.train import probe
 from rayseg.train.classifier import ClassifierConfig, expect_trainable
 from rayseg.train.labels import probabilities
 from rayseg.train.segmenter import SegmenterConfig, fit_segmenter, trained_segmenter
-from rayseg.train.session import Setup
 
 Plan = mapping.Plan[list[Chip]]
 COLORS = {YES: (0, 158, 115), NO: (0, 0, 0)}
@@ -117,11 +115,7 @@ def _fit_members(
             fit_segmenter(
                 members[-1][0],
                 learnt,
-                Setup(
-                    members[-1][1],
-                    workers=config.workers,
-                    use_gpu=cluster.connect_training(step.engine.address, workers=config.workers),
-                ),
+                models.training_setup(step, workers=config.workers, prefix=members[-1][1]),
                 scaling=config.scaling,
             )
         )

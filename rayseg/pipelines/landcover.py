@@ -43,7 +43,6 @@ from rayseg.steps.map import MapConfig
 from rayseg.store import Location, put
 from rayseg.train import supervised
 from rayseg.train.learning import trained
-from rayseg.train.session import Setup
 from rayseg.train.supervised import Labelled, SupervisedConfig
 from rayseg.train.windows import Windows
 
@@ -114,14 +113,13 @@ def _labelled(listed: Step, part: str, config: Config) -> Labelled:
 def fit(step: Step, listed: Step, config: Config) -> dict[str, Any]:
     """Train the segmenter; models/segmenter is its bundle."""
     training, validation = (_labelled(listed, part, config) for part in PARTS)
-    use_gpu = cluster.connect_training(step.engine.address, workers=config.workers)
     if step.engine.kind == "ray":
         cluster.connect(step.engine.address)
     measures = supervised.fit_supervised(
         config.segmenter,
         training,
         validation,
-        Setup(step.prefix, workers=config.workers, use_gpu=use_gpu),
+        models.training_setup(step, workers=config.workers),
         scaling=config.scaling,
         on_ray=step.engine.kind == "ray",
     )
@@ -150,7 +148,7 @@ def validate(step: Step, listed: Step, model: Step, config: Config, count: int |
     # 1. predict and compare tile by tile
     rows = _tiles_of(images, described, config)
     rows = estimate.spread(rows, count) if count else rows
-    write_rows(step.prefix / "manifest.parquet", rows)
+    write_rows(step.manifest, rows)
     works = [
         Work(ReadTile(described.bands, patch=described.patch, stride=described.stride)),
         Work(Predict(model.value["bundle"], batch=config.map.batch), cpus=1.0, gpus=1.0, model=True),

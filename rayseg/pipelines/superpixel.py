@@ -71,11 +71,11 @@ class Config(Frozen):
 
 def list_scenes(step: Step, region: Region, config: Config, *, found: Scenes | None = None) -> dict[str, Any]:
     """List the scenes, and take the percentiles by which their values become 0..1."""
-    if not (step.prefix / "manifest.parquet").exists():
+    if not step.manifest.exists():
         found = found or _find(region, config)
         contract = {"bands": found.bands, "dtype": found.dtype}
         put(step.prefix / "contract.json", json.dumps(contract).encode())
-        write_rows(step.prefix / "manifest.parquet", found.rows)
+        write_rows(step.manifest, found.rows)
     contract = json.loads((step.prefix / "contract.json").read_bytes())
 
     def readable(row: Row) -> SceneRow | Settled:
@@ -101,7 +101,7 @@ def divide(step: Step, listed: Step, config: Config) -> dict[str, Any]:
         for scene in scenes.scaled_rows(listed, config.scaling)
         for tile in json.loads(scene["tiles"])
     ]
-    write_rows(step.prefix / "manifest.parquet", rows)
+    write_rows(step.manifest, rows)
     overlap, prefix = config.superpixels.overlap, str(step.prefix)
     works = [
         Work(ReadAround(listed.value["bands"], margin=overlap)),
@@ -122,7 +122,7 @@ def train(step: Step, listed: Step, divided: Step, config: Config) -> dict[str, 
         return replace(scene, tiles=tiles) if tiles else Settled("failed", "none of its tiles could be read")
 
     rows = scenes.scaled_rows(listed, config.scaling)
-    write_rows(step.prefix / "manifest.parquet", [{"id": row["id"]} for row in rows])
+    write_rows(step.manifest, [{"id": row["id"]} for row in rows])
     stage = TrainScene(
         config.network,
         prefix=str(step.prefix),
@@ -141,7 +141,7 @@ def label(step: Step, listed: Step, trained: Step, region: Region, config: Confi
     rows = [
         tile | {"scene": scene["id"]} for scene in mapping.read_manifest(listed) for tile in json.loads(scene["tiles"])
     ]
-    write_rows(step.prefix / "manifest.parquet", rows)
+    write_rows(step.manifest, rows)
     networks = [record for record in fates.values() if "bundle" in record.facts]
     most = max(networks, key=lambda record: record.facts["labels"], default=None)
     table = label_table(most.facts["labels"] if most else 0)

@@ -9,7 +9,6 @@ from pydantic import Field
 from torch import nn
 
 from rayseg.config import Config
-from rayseg.engine import cluster
 from rayseg.engine.manifest import Row, read_rows, write_rows
 from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError
@@ -18,11 +17,11 @@ from rayseg.geo.region import Region
 from rayseg.io import labels, stac_read
 from rayseg.io.labels import Chip
 from rayseg.models.bundle import Scaling
+from rayseg.steps import models
 from rayseg.store import Location
 from rayseg.train.batches import Chips
 from rayseg.train.classifier import ClassifierConfig, fit_classifier
 from rayseg.train.learning import trained
-from rayseg.train.session import Setup
 from rayseg.vision.fill import filled
 
 
@@ -155,7 +154,7 @@ def fit_on_chips(
     measures = fit_classifier(
         settings,
         learnt,
-        Setup(step.prefix, workers=workers, use_gpu=cluster.connect_training(step.engine.address, workers=workers)),
+        models.training_setup(step, workers=workers),
         scaling=scaling,
         held_out=held_out if len(held_out) else None,
     )

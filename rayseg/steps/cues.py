@@ -151,7 +151,7 @@ def _densities(prefix: str, rows: list[Row], label: str) -> Iterator[np.ndarray]
 
 
 def _through(step: Step, rows: list[Row], works: list[Work], patience: float) -> dict[str, Any]:
-    write_rows(step.prefix / "manifest.parquet", rows)
+    write_rows(step.manifest, rows)
     return mapping.through(step, rows, works, record=ChipRow.from_row, title="chips", patience=patience)
 
 

@@ -381,7 +381,7 @@ def spread(tiles: Sequence[Row], count: int) -> list[Row]:
 
 def _timed(step: Step) -> tuple[list[Record], float]:
     """(records in manifest order, seconds) of a step; no records if the step does not work row by row."""
-    manifest = step.prefix / "manifest.parquet"
+    manifest = step.manifest
     records = Ledger(str(step.prefix / "ledger")).read() if manifest.exists() else {}
     if not records:
         return [], step.seconds

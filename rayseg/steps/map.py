@@ -146,7 +146,7 @@ def manifest(
 
 def kept_manifest(step: Step, planned: Callable[[], Sequence[Row]]) -> Manifest:
     """The step's rows, planned by the first execution and read by later ones; the manifest may be empty."""
-    path = step.prefix / "manifest.parquet"
+    path = step.manifest
     if not path.exists():
         rows = planned()
         rows = rows if isinstance(rows, Manifest) else Manifest.of([rows])
@@ -299,7 +299,7 @@ def _some(ids: Sequence[str]) -> str:
 
 def read_manifest(step: Step) -> Manifest:
     """The rows that `manifest` planned."""
-    return read_rows(step.prefix / "manifest.parquet", root=step.root)
+    return read_rows(step.manifest, root=step.root)
 
 
 def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[Source], Refused]:

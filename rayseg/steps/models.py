@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rayseg.engine import cluster
 from rayseg.errors import ConfigError
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.encoders import encoder_name, read_state
 from rayseg.models.weights import NO_FILES, input_range, packaged_state
-from rayseg.store import upath
+from rayseg.store import StorePath, upath
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from rayseg.train.classifier import ClassifierConfig
     from rayseg.train.s4gan import S4ganConfig
     from rayseg.train.segmenter import SegmenterConfig
+    from rayseg.train.session import Setup
     from rayseg.train.supervised import SupervisedConfig
 
     Segmenter = SegmenterConfig | SupervisedConfig | S4ganConfig
@@ -176,6 +178,26 @@ def scaling_of(validated: Mapping[str, Any]) -> Scaling:
     """Default of a pipeline's `scaling`: what the encoder of its `segmenter` expects, else that of ImageNet."""
     segmenter = validated.get("segmenter")
     return input_scaling(segmenter.encoder if segmenter else "")
+
+
+def training_setup(step: "Step", *, workers: int, prefix: StorePath | None = None) -> "Setup":
+    """Where the network of a step trains: on Ray, which is connected now, if it has workers, and on GPUs if there are.
+
+    Args:
+        step: which trains.
+        workers: processes of Ray Train; 0 trains in this process.
+        prefix: of the training's files; by default the step's.
+    """
+    import ray
+    import torch
+
+    from rayseg.train.session import Setup
+
+    prefix = prefix or step.prefix
+    if not workers:
+        return Setup(prefix, use_gpu=torch.cuda.is_available())
+    cluster.connect(step.engine.address)
+    return Setup(prefix, workers, use_gpu=bool(ray.cluster_resources().get("GPU")))
 
 
 def keep_model(step: "Step", described: Bundle, model: "nn.Module") -> str:

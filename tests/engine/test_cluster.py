@@ -14,17 +14,6 @@ from rayseg.errors import ConfigError, Stalled
 from rayseg.store import ACCESS
 
 
-def test_training_has_the_gpus_of_the_cluster_for_workers_and_else_those_of_this_machine(monkeypatch):
-    joined = []
-    monkeypatch.setattr(cluster, "connect", joined.append)
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "GPU": 2.0})
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert not cluster.connect_training("local", workers=0)
-    assert joined == []
-    assert cluster.connect_training("local", workers=2)
-    assert joined == ["local"]
-
-
 def test_a_machine_too_busy_to_start_ray_gives_an_error_with_a_remedy(monkeypatch, tmp_path):
     def init(**_):
         raise Exception("The current node timed out during startup. This could happen because ...")  # noqa: TRY002

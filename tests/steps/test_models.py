@@ -1,9 +1,12 @@
 import pytest
 
+from rayseg.engine import cluster
+from rayseg.engine.run import Engine, Step
 from rayseg.errors import ConfigError, ModelError
 from rayseg.models.bundle import Scaling
 from rayseg.pipelines import landcover
 from rayseg.pipelines.al_s4gan import pipeline as al_s4gan
+from rayseg.steps import models
 from rayseg.steps.models import expect_weights, input_scaling
 from rayseg.train.supervised import SupervisedConfig
 
@@ -55,3 +58,15 @@ def test_random_weights_and_other_values_have_no_expected_scaling():
     expect_weights(LITE, None)
     with pytest.raises(ModelError, match="no package has weights of encoder resnet18"):
         expect_weights(SupervisedConfig(encoder="resnet18", weights="packaged"))
+
+
+def test_training_has_the_gpus_of_the_cluster_for_workers_and_else_those_of_this_machine(monkeypatch, tmp_path):
+    step = Step("fit", str(tmp_path), "", Engine(address="local"))
+    joined = []
+    monkeypatch.setattr(cluster, "connect", joined.append)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "GPU": 2.0})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert not models.training_setup(step, workers=0).use_gpu
+    assert joined == []
+    assert models.training_setup(step, workers=2).use_gpu
+    assert joined == ["local"]

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 
 from rayseg.config import Config, Workers
-from rayseg.engine import cluster, flow
+from rayseg.engine import flow
 from rayseg.engine.flow import Work
 from rayseg.engine.ledger import Ledger, Record
 from rayseg.engine.manifest import Row, read_rows, write_rows
@@ -28,12 +28,11 @@ from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.pipelines.al_s4gan import chip_pool
 from rayseg.stages.rows import ChipRow
 from rayseg.stages.score import ReadWith, Score, features_path
-from rayseg.steps import report
+from rayseg.steps import models, report
 from rayseg.store import upath
 from rayseg.train.augment import Augment
 from rayseg.train.classifier import ClassifierConfig, fit_classifier
 from rayseg.train.learning import Learning, Rates, trained
-from rayseg.train.session import Setup
 from rayseg.vision import linear, query_strategies
 from rayseg.vision.color import ClassTable, label_table
 from rayseg.vision.query_strategies import SCORES, Budget
@@ -303,11 +302,7 @@ def _learnt(
     fit_classifier(
         settings,
         chip_pool.labelled_chips(own, labels, classes),
-        Setup(
-            step.prefix / "training",
-            workers=common.workers,
-            use_gpu=cluster.connect_training(step.engine.address, workers=common.workers),
-        ),
+        models.training_setup(step, workers=common.workers, prefix=step.prefix / "training"),
         scaling=common.scaling,
     )
     prefix = str(step.prefix / "classifier")
@@ -343,7 +338,7 @@ def _described(settings: ClassifierConfig, classes: Sequence[str], common: Commo
 
 
 def _scored(step: Step, rows: list[Row], score: Score, common: Common) -> dict[str, list[float]]:
-    write_rows(step.prefix / "manifest.parquet", rows)
+    write_rows(step.manifest, rows)
     ledger = Ledger(str(step.prefix / "ledger"))
     works = [
         Work(ReadWith(chip_pool.image_of), batch=AT_ONCE),

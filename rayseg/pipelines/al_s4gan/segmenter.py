@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from rayseg.engine import cluster
 from rayseg.engine.manifest import Row
 from rayseg.engine.run import Step
 from rayseg.metrics import Confusion, bootstrap
@@ -18,7 +17,6 @@ from rayseg.steps import models
 from rayseg.train.batches import Chips
 from rayseg.train.learning import trained
 from rayseg.train.s4gan import Data, S4ganConfig, confusions, fit_s4gan, measures_of
-from rayseg.train.session import Setup
 
 
 def describe(config: Config) -> Bundle:
@@ -65,8 +63,7 @@ def fit_drawn(step: Step, listed: Step, config: Config) -> dict[str, Any]:
 def _fit(step: Step, listed: Step, labelled: Sequence[Row], config: Config) -> dict[str, Any]:
     settings, channels = _settings(config), len(chip_pool.BANDS)
     seeded = settings.model_copy(update={"learning": settings.learning.model_copy(update={"seed": config.seed})})
-    use_gpu = cluster.connect_training(step.engine.address, workers=config.workers)
-    setup = Setup(step.prefix, workers=config.workers, use_gpu=use_gpu)
+    setup = models.training_setup(step, workers=config.workers)
     measures = fit_s4gan(seeded, _divided(step.root, listed, labelled, config), setup, scaling=config.scaling)
     net = seeded.build(classes=len(config.table.classes), channels=channels, weights="none")
     model: Any = trained(net, step.prefix)
