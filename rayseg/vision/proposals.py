@@ -16,6 +16,7 @@ from skimage.transform import downscale_local_mean
 
 from rayseg.config import Config
 from rayseg.vision import rle
+from rayseg.vision.instances import without_slivers
 from rayseg.vision.rle import Mask, Runs
 from rayseg.vision.superpixels import felzenszwalb
 
@@ -82,6 +83,8 @@ class SuperpixelProposer(Config):
     """Least contrast of a proposed superpixel."""
     overlap: Annotated[float, Field(ge=0, le=1)] = 0.3
     """Most of a superpixel's area, as a share, that superpixels of higher contrast may have taken."""
+    slivers: Annotated[float, Field(ge=0), Field(exclude_if=lambda radius: not radius)] = 0.0
+    """Inscribed radius in px below which a plot is merged into the neighbour that shares most of its border."""
 
     def __call__(self, image_HWC: Image, open_HW: Mask) -> Proposals:
         """Propose superpixels that do not overlap, inside the open pixels."""
@@ -95,13 +98,13 @@ class SuperpixelProposer(Config):
         for level, scale in enumerate(self.scales):
             labels_hw = felzenszwalb(small_hwC, scale=scale, sigma=0.8, min_size=max(8, self.least // reduce**2))
             near_N, far_N = (_contrasts(smooth_hwC, labels_hw, reach) for reach in (2, 4))
-            stability_N = np.minimum(near_N, far_N) / np.maximum(np.maximum(near_N, far_N), 1e-6)
-            levels.append((labels_hw, ndimage.find_objects(labels_hw + 1), near_N, stability_N))
+            levels.append((labels_hw, ndimage.find_objects(labels_hw + 1), near_N, _stability(near_N, far_N)))
             order += [(-float(near_N[k]), -level, int(k)) for k in np.flatnonzero(near_N >= self.contrast)]
         # 2. the best superpixels first, each without the pixels already taken
         height, width = small_hwC.shape[:2]
         free_hw = open_HW[::reduce, ::reduce][:height, :width].copy()
-        masks, scores = [], []
+        plots_hw = np.zeros((height, width), np.int32)
+        scores = []
         for _, level, number in sorted(order):
             labels_hw, boxes, near_N, stability_N = levels[-level]
             box = boxes[number]
@@ -111,16 +114,34 @@ class SuperpixelProposer(Config):
                 continue
             free_hw[box] &= ~free_part_hw
             scores.append((near_N[number], stability_N[number]))
-            # 3. its runs at full resolution
-            top, left = box[0].start * reduce, box[1].start * reduce
-            open_part_HW = open_HW[top:, left:]
-            mask_HW = free_part_hw.repeat(reduce, axis=0).repeat(reduce, axis=1)
-            mask_HW = mask_HW[: open_part_HW.shape[0], : open_part_HW.shape[1]]
-            mask_HW &= open_part_HW[: mask_HW.shape[0], : mask_HW.shape[1]]
-            inside = (top, left, top + mask_HW.shape[0], left + mask_HW.shape[1])
-            masks.append(rle.moved(rle.encode(mask_HW), inside, width=mask_HW.shape[1], into=open_HW.shape[1]))
+            plots_hw[box][free_part_hw] = len(scores)
+        if self.slivers:
+            plots_hw = without_slivers(plots_hw, self.slivers / reduce)
+            near_N, far_N = (_contrasts(smooth_hwC, plots_hw, reach)[1:] for reach in (2, 4))
+            scores = list(zip(near_N, _stability(near_N, far_N), strict=True))
+        # 3. their runs at full resolution
         scores_N2 = np.array(scores, np.float64).reshape(-1, 2)
-        return Proposals(tuple(masks), scores_N2[:, 0], scores_N2[:, 1])
+        masks = tuple(
+            _at_full_size(plots_hw[box] == k, box, open_HW, reduce)
+            for k, box in enumerate(ndimage.find_objects(plots_hw), 1)
+        )
+        return Proposals(masks, scores_N2[:, 0], scores_N2[:, 1])
+
+
+def _stability(near_N: NDArray[np.float64], far_N: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The smaller of two contrasts over the larger."""
+    return np.asarray(np.minimum(near_N, far_N) / np.maximum(np.maximum(near_N, far_N), 1e-6))
+
+
+def _at_full_size(mask_hw: Mask, box: tuple[slice, slice], open_HW: Mask, reduce: int) -> Runs:
+    """The runs of a plot of the reduced image in the image, cut to its open pixels."""
+    top, left = box[0].start * reduce, box[1].start * reduce
+    open_part_HW = open_HW[top:, left:]
+    mask_HW = mask_hw.repeat(reduce, axis=0).repeat(reduce, axis=1)
+    mask_HW = mask_HW[: open_part_HW.shape[0], : open_part_HW.shape[1]]
+    mask_HW &= open_part_HW[: mask_HW.shape[0], : mask_HW.shape[1]]
+    inside = (top, left, top + mask_HW.shape[0], left + mask_HW.shape[1])
+    return rle.moved(rle.encode(mask_HW), inside, width=mask_HW.shape[1], into=open_HW.shape[1])
 
 
 def _contrasts(image_HWC: NDArray[np.float32], labels_HW: NDArray[np.int32], reach: int) -> NDArray[np.float64]:
