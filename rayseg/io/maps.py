@@ -20,6 +20,7 @@ from rayseg.io.sources import Source, from_json, gdal, open_file
 from rayseg.store import StorePath, absolute, upath
 
 _GEOD = Geod(ellps="WGS84")
+_STRIPS = 64  # of a tile wider than a degree; between their middles the area of pixels is interpolated
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,17 @@ class MappedTile:
     def counts(self) -> dict[int, int]:
         """Pixels of every class in it."""
         return {int(value): int(count) for value, count in self.record.facts["counts"].items()}
+
+    @property
+    def areas(self) -> dict[int, float] | None:
+        """Ground area of every class in it in square metres; None without CRS.
+
+        Earlier runs stored pixels only: there a pixel counts with the mean area of the tile's pixels.
+        """
+        if "areas" in self.record.facts:
+            return {int(value): float(area) for value, area in self.record.facts["areas"].items()}
+        pixel_m2 = pixel_area_m2(self.tile)
+        return None if pixel_m2 is None else {value: count * pixel_m2 for value, count in self.counts.items()}
 
 
 def mapped_tiles(root: StorePath, step: str = "predict") -> list[MappedTile]:
@@ -76,16 +88,50 @@ def _mapped(row: dict[str, Any], record: Record, tiles: UPath) -> MappedTile:
 
 
 def pixel_area_m2(tile: Tile) -> float | None:
-    """Mean ground area of the tile's pixels, by the geodesic area of its outline on WGS 84; None without CRS."""
+    """Mean ground area of the tile's pixels on WGS 84; None without CRS."""
+    areas_H = row_areas_m2(tile)
+    return None if areas_H is None else float(areas_H.mean())
+
+
+def row_areas_m2(tile: Tile) -> NDArray[np.float64] | None:
+    """Ground area of the pixels of each row (height,), geodesic on WGS 84; None without CRS.
+
+    In degrees and in Web Mercator rows of one tile differ: shares of classes are shares of these areas.
+    """
     if tile.grid.crs is None:
         return None
-    affine, window = tile.grid.transform(tile.window), tile.window
-    steps = np.linspace(0.0, 1.0, 9)[:-1]
-    cols = np.concatenate([steps, np.ones(8), 1 - steps, np.zeros(8)]) * window.width
-    rows = np.concatenate([np.zeros(8), steps, np.ones(8), 1 - steps]) * window.height
-    lons, lats = _to_lonlat(tile.grid.crs).transform(affine.c + affine.a * cols, affine.f + affine.e * rows)
-    area, _ = _GEOD.polygon_area_perimeter(lons, lats)
-    return abs(float(area)) / (window.width * window.height)
+    affine, height, width = tile.grid.transform(tile.window), tile.window.height, tile.window.width
+    corners = _to_lonlat(tile.grid.crs).transform(
+        affine.c + affine.a * width * np.array([0, 1, 0, 1]), affine.f + affine.e * height * np.array([0, 0, 1, 1])
+    )
+    strips_at_most, points = (4, 9) if all(np.ptp(part) < 1 for part in corners) else (_STRIPS, 33)
+    edges = np.linspace(0.0, height, min(height, strips_at_most) + 1)
+    # 1. outlines of the strips in halves: one round the globe would enclose a pole
+    steps = np.linspace(0.0, 0.5, points)
+    across = np.concatenate([[*steps, *steps[::-1]], [*(0.5 + steps), *(1.0 - steps)]]) * width
+    down = np.stack([edges[:-1], edges[1:]], axis=1).repeat(len(steps), axis=1)
+    cols, rows = np.broadcast_arrays(across, np.concatenate([down, down], axis=1))
+    xs, ys = affine.c + affine.a * cols, affine.f + affine.e * rows
+    lons, lats = (part.reshape(-1, 2, 2 * len(steps)) for part in _to_lonlat(tile.grid.crs).transform(xs, ys))
+    # 2. their areas, 0 off the Earth's disk
+    halves = [
+        [_GEOD.polygon_area_perimeter(*outline)[0] for outline in zip(*strip, strict=True)]
+        for strip in zip(lons, lats, strict=True)
+    ]
+    strips = np.nan_to_num(np.abs(halves)).sum(axis=1) / (np.diff(edges) * width)
+    # 3. rows by interpolation, with the same sum
+    areas_H = np.interp(np.arange(height) + 0.5, (edges[:-1] + edges[1:]) / 2, strips)
+    total = float(np.dot(strips, np.diff(edges)))
+    return np.asarray(areas_H * (total / (areas_H.sum() or 1.0)), np.float64)
+
+
+def class_areas(tile: Tile, classes_HW: NDArray[np.uint8]) -> dict[int, float] | None:
+    """Ground area in square metres of every class of a tile's map without nodata; None without CRS."""
+    areas_H = row_areas_m2(tile)
+    if areas_H is None:
+        return None
+    values = (int(value) for value in np.unique(classes_HW) if value != NODATA)
+    return {value: float((classes_HW == value).sum(axis=1) @ areas_H) for value in values}
 
 
 def width_m(grid: Grid, window: Window) -> float | None:

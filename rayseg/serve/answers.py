@@ -13,7 +13,7 @@ import PIL.Image
 
 from rayseg.geo.grid import Tile
 from rayseg.io import cog, vectors
-from rayseg.io.maps import pixel_area_m2
+from rayseg.io.maps import class_areas, row_areas_m2
 from rayseg.io.pictures import painted, shown_colors
 from rayseg.vision import instances, rle
 from rayseg.vision.color import ClassTable, hex_of, label_table
@@ -95,10 +95,12 @@ def geojson(result: Result) -> bytes:
 
 
 def summary(result: Result) -> bytes:
-    """Pixels, share, area and mean score of every class as JSON."""
+    """Pixels, area, share of the area (of the pixels without CRS) and mean score of every class as JSON."""
     values, counts = np.unique(result.classes_HW[result.classes_HW != NODATA], return_counts=True)
     pixels = dict(zip(values.tolist(), counts.tolist(), strict=True))
-    total, pixel_m2, shown = max(sum(pixels.values()), 1), pixel_area_m2(result.tile), shown_colors(result.table)
+    areas, shown = class_areas(result.tile, result.classes_HW), shown_colors(result.table)
+    sizes = pixels if areas is None else areas
+    total = sum(sizes.values()) or 1
     rows = [
         {
             "value": value,
@@ -106,8 +108,8 @@ def summary(result: Result) -> bytes:
             "color": hex_of(color),
             "painted": value in shown,
             "pixels": pixels.get(value, 0),
-            "share": pixels.get(value, 0) / total,
-            "area_m2": None if pixel_m2 is None else pixels.get(value, 0) * pixel_m2,
+            "share": sizes.get(value, 0) / total,
+            "area_m2": None if areas is None else areas.get(value, 0.0),
             "score_mean": mean_score(result, value),
         }
         for value, name, color in result.table.classes
@@ -157,20 +159,24 @@ def instances_png(tile: Tile, masks: Masks) -> bytes:
 
 def instances_json(tile: Tile, masks: Masks) -> bytes:
     """Box, area, scores and runs of every mask."""
-    pixel_m2, width = pixel_area_m2(tile), tile.window.width
+    areas_H, (height, width) = row_areas_m2(tile), (tile.window.height, tile.window.width)
+
+    def area_of(runs: np.ndarray) -> float | None:
+        return None if areas_H is None else float(rle.decode(runs, (height, width)).sum(axis=1) @ areas_H)
+
     things = [
         {
             "id": number,
             "bbox": list(rle.box(mask["runs"], width)),
             "pixels": rle.area(mask["runs"]),
-            "area_m2": None if pixel_m2 is None else rle.area(mask["runs"]) * pixel_m2,
+            "area_m2": area_of(mask["runs"]),
             "predicted_iou": round(mask["iou"], 4),
             "stability": round(mask["stability"], 4),
             "runs": mask["runs"].tolist(),
         }
         for number, mask in enumerate(masks, 1)
     ]
-    return json.dumps({"width": width, "height": tile.window.height, "things": things}).encode()
+    return json.dumps({"width": width, "height": height, "things": things}).encode()
 
 
 def instances_geojson(tile: Tile, masks: Masks) -> bytes:

@@ -211,7 +211,7 @@ class WritePlots:
         named = np.array([self.classes.get(int(v), self.unclassified) if v else 0 for v in values], np.uint8)
         classes_HW = np.where(valid_HW, named[inverse].reshape(valid_HW.shape), NODATA).astype(np.uint8)
         numbers_HW = np.where(valid_HW, row.numbers, np.uint32(UNNUMBERED)).astype(np.uint32)
-        facts = facts_of(classes_HW)
+        facts = facts_of(classes_HW, tile)
         if not facts["counts"]:
             return row.settled("nodata")
         folder = upath(self.prefix) / tile.id

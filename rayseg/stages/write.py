@@ -6,8 +6,8 @@ import numpy as np
 
 from rayseg.engine.ledger import Settled
 from rayseg.geo import region
-from rayseg.geo.grid import NODATA
-from rayseg.io import cog, stac_write, vectors
+from rayseg.geo.grid import NODATA, Tile
+from rayseg.io import cog, maps, stac_write, vectors
 from rayseg.stages.rows import TileRow
 from rayseg.store import upath
 from rayseg.vision.color import ClassTable
@@ -46,7 +46,7 @@ class WriteTile:
         inside = region.pixels_inside(region.on_grid(self.geometry, tile.grid, tile.window), tile.grid, tile.window)
         classes = np.where(inside, row.classes, NODATA).astype(np.uint8)
         scores = np.where(inside, row.scores, NODATA).astype(np.uint8)
-        facts = facts_of(classes)
+        facts = facts_of(classes, tile)
         if not facts["counts"]:
             return row.settled("nodata")
         folder = upath(self.prefix) / tile.id
@@ -64,11 +64,11 @@ class WriteTile:
         return row.settled("empty" if background else "done", facts)
 
 
-def facts_of(classes_HW: np.ndarray) -> dict[str, Any]:
+def facts_of(classes_HW: np.ndarray, tile: Tile) -> dict[str, Any]:
     """Pixels per class, and how often neighbouring valid pixels differ, for the ledger.
 
-    counts: class value (text) -> pixels, nodata left out; pairs: neighbouring valid pixels; changes: those of two
-    classes.
+    counts: class value (text) -> pixels, nodata left out; areas: the same in square metres on the ground, if the tile
+    has a CRS; pairs: neighbouring valid pixels; changes: those of two classes.
     """
     values, counts = np.unique(classes_HW[classes_HW != NODATA], return_counts=True)
     pairs = changes = 0
@@ -76,8 +76,10 @@ def facts_of(classes_HW: np.ndarray) -> dict[str, Any]:
         valid = (one != NODATA) & (other != NODATA)
         pairs += int(valid.sum())
         changes += int((valid & (one != other)).sum())
+    areas = maps.class_areas(tile, classes_HW)
     return {
         "counts": {str(v): int(c) for v, c in zip(values, counts, strict=True)},
+        **({} if areas is None else {"areas": {str(value): round(area, 3) for value, area in areas.items()}}),
         "pairs": pairs,
         "changes": changes,
     }

@@ -22,7 +22,7 @@ from rayseg.engine import run as runs
 from rayseg.engine.ledger import Ledger
 from rayseg.engine.run import Step
 from rayseg.io import masks
-from rayseg.io.maps import MappedTile, mapped_tiles, pixel_area_m2, seam_score
+from rayseg.io.maps import MappedTile, mapped_tiles, seam_score
 from rayseg.io.pictures import Picture, encoded, pictures_of, shown_colors
 from rayseg.steps.baseline import Beside
 from rayseg.store import is_local, put, upath
@@ -420,24 +420,25 @@ def _value(
 
 
 def class_shares(tiles: Sequence[MappedTile], table: ClassTable) -> list[ClassShare]:
-    """Pixels, share and area of every class; areas are geodesic per tile, and None if a tile has no georeference."""
+    """Pixels, area on the ground and share of area of every class.
+
+    If a tile has no georeference, areas are None and shares are those of pixels.
+    """
     pixels: Counter[int] = Counter()
-    areas: dict[int, float] | None = dict.fromkeys(table.values, 0.0)
+    areas: Counter[int] | None = Counter()
     for tile in tiles:
-        pixel_m2 = pixel_area_m2(tile.tile)
-        areas = None if pixel_m2 is None else areas
-        for value, count in tile.counts.items():
-            pixels[value] += count
-            if areas is not None and pixel_m2 is not None:
-                areas[value] += count * pixel_m2
-    total, painted = max(pixels.total(), 1), shown_colors(table)
+        pixels.update(tile.counts)
+        of_tile = tile.areas
+        areas = None if areas is None or of_tile is None else areas + Counter(of_tile)
+    sizes, painted = (pixels if areas is None else areas), shown_colors(table)
+    total = sizes.total() or 1
     return [
         ClassShare(
             name=name,
             color=hex_of(color) if value in painted else None,
             pixels=pixels[value],
-            share=pixels[value] / total,
-            area_m2=None if areas is None else areas[value],
+            share=sizes[value] / total,
+            area_m2=None if areas is None else float(areas[value]),
         )
         for value, name, color in table.classes
     ]
@@ -460,8 +461,7 @@ def timing_of(predicted: Step, tiles: Sequence[MappedTile], *, workers: int | No
     idle = wall * workers - seconds.total()
     whole = max(wall * workers, seconds.total()) or 1.0
     pixels = sum(sum(tile.counts.values()) for tile in tiles)
-    areas = [(pixel_area_m2(tile.tile), sum(tile.counts.values())) for tile in tiles]
-    square_metres = sum(area * count for area, count in areas if area is not None)
+    square_metres = sum(sum((tile.areas or {}).values()) for tile in tiles)
     return Timing(
         wall=wall,
         workers=workers,

@@ -11,6 +11,7 @@ from fake_run import GPC
 from small_world import CORNER, GRID, files, scene, valid_stac
 
 from rayseg.engine.ledger import Settled
+from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.io.rasters import source_of_file
 from rayseg.stages.read import tile_rows
 from rayseg.stages.rows import TileRow
@@ -105,5 +106,8 @@ def test_outside_of_the_region_is_nodata(tmp_path, row):
 
 def test_changes_are_counted_between_neighbours_with_data():
     classes_HW = np.array([[0, 1, 1], [0, 1, NODATA]], np.uint8)
-    assert facts_of(classes_HW) == {"counts": {"0": 2, "1": 3}, "pairs": 5, "changes": 2}
-    assert json.dumps(facts_of(classes_HW))
+    tile = Tile("px", Grid(None, (1.0, 1.0), (0.0, 0.0), "a"), Window(0, 0, 3, 2))
+    assert facts_of(classes_HW, tile) == {"counts": {"0": 2, "1": 3}, "pairs": 5, "changes": 2}
+    placed = Tile("t", Grid("EPSG:32633", (10.0, 10.0), (0.0, 0.0)), Window(50_000, -500_000, 3, 2))
+    areas = json.loads(json.dumps(facts_of(classes_HW, placed)))["areas"]
+    assert areas == {"0": pytest.approx(200, rel=1e-3), "1": pytest.approx(300, rel=1e-3)}

@@ -15,9 +15,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from rayseg.engine.ledger import Ledger, Record
 from rayseg.engine.run import Engine, Step
-from rayseg.geo.grid import Grid
+from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.io import cog
-from rayseg.io.maps import mapped_tiles
+from rayseg.io.maps import MappedTile, mapped_tiles
 from rayseg.io.pictures import encoded
 from rayseg.steps import evaluate, report
 from rayseg.steps.report import Extras, headline, timing_of, write_report
@@ -274,3 +274,27 @@ def test_losses_and_measures_are_drawn_apart():
 )
 def test_numbers_are_written_for_people(said, expected):
     assert said == expected
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_shares_are_of_area_where_tiles_differ_in_resolution(earlier):
+    """A tenth of the ground in 1 m pixels, the rest in 10 m pixels of another zone and hemisphere."""
+    coarse = Grid("EPSG:32633", (10.0, 10.0), (0.0, 0.0)), Window(50_000, -500_000, 90, 10)
+    fine = Grid("EPSG:32722", (1.0, 1.0), (0.0, 0.0)), Window(500_000, -7_000_000, 100, 100)
+    tiles = []
+    for (grid, window), counts in ((coarse, {"0": 900}), (fine, {"0": 1000, "1": 9000})):
+        areas = {} if earlier else {"areas": {v: n * grid.resolution[0] ** 2 for v, n in counts.items()}}
+        tile = Tile(grid.name, grid, window)
+        tiles.append(MappedTile(tile, Record(tile.id, "done", facts={"counts": counts, **areas}), "", ()))
+    background, cover = report.class_shares(tiles, GPC)
+    assert cover["share"] == pytest.approx(0.09, rel=1e-3)
+    assert background["share"] == pytest.approx(0.91, rel=1e-3)
+    assert cover["area_m2"] == pytest.approx(9000, rel=1e-2)
+    assert (background["pixels"], cover["pixels"]) == (1900, 9000)
+
+
+def test_shares_of_images_without_georeference_are_of_pixels():
+    tile = Tile("px", Grid(None, (1.0, 1.0), (0.0, 0.0), "a"), Window(0, 0, 10, 10))
+    record = Record("px", "done", facts={"counts": {"0": 75, "1": 25}})
+    _, cover = report.class_shares([MappedTile(tile, record, "", ())], GPC)
+    assert (cover["share"], cover["area_m2"]) == (0.25, None)
