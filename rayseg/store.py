@@ -5,10 +5,11 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
+from urllib.parse import quote, unquote, urlsplit
 
 from botocore.exceptions import BotoCoreError
 from pydantic import AfterValidator
@@ -21,15 +22,18 @@ STORE_ERRORS: tuple[type[Exception], ...] = (OSError, BotoCoreError)
 """Errors of file systems and object stores; s3fs does not translate the AWS client's own errors (no credentials)."""
 ACCESS = (
     "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_NO_SIGN_REQUEST",
-    "AWS_CA_BUNDLE", "RAYSEG_SIGN", "RAYSEG_SIGN_HOSTS",
+    "AWS_CA_BUNDLE", "RAYSEG_SIGN", "RAYSEG_SIGN_HOSTS", "RAYSEG_ALLOW_DRIVER",
 )  # fmt: skip
-"""Environment variables that locate object stores and name a profile; keys are not among them: each machine has its
-own."""
+"""Environment variables that locate object stores, name a profile and allow formats; keys are not among them: each
+machine has its own."""
 _SECRET = re.compile(
     r"(?i)([?&](?:sig|signature|token|access_token|api_?key|key|password|subscription-key"
     r"|x-amz-(?:signature|credential|security-token)|awsaccesskeyid)=)[^&\s\"'#]+"
 )
 _LOGIN = re.compile(r"(://)[^/\s@\"']+@")
+_WEB = ("http://", "https://")
+_FILE_URL = re.compile(r"^file:(//(localhost)?)?(?=/|$)|^file:(//)?")
+_CATALOG = re.compile(r"(.*?\.(?:json|geojson|parquet)(?:\?[^#]*)?)#(.*)", re.IGNORECASE | re.DOTALL)
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -39,7 +43,35 @@ def upath(path: StorePath) -> UPath:
     if text.startswith("s3://"):
         on_s3: UPath = UPath(text, **s3_options())
         return on_s3
-    return UPath(text.removeprefix("file://") if text.startswith("file://") else path)
+    if text.startswith(_WEB):
+        # As it is written: an escape that is decoded and encoded anew (%2F in a signature) is another URL.
+        on_web: UPath = UPath(web_url(text), encoded=True)
+        return on_web
+    if text.startswith("file:"):
+        plain = _FILE_URL.sub("", text)
+        return UPath(plain if Path(plain).exists() else unquote(plain))
+    return UPath(path)
+
+
+def web_url(text: str) -> str:
+    """The http(s) URL with spaces and letters beyond ASCII encoded; what is encoded already stays as it is."""
+    return quote(text, safe="%/:?#[]@!$&'()*+,;=~")
+
+
+def split_location(text: str) -> tuple[str, str]:
+    """(path or URL, fragment) of `catalog.json#collection`; other local names may contain "#" themselves."""
+    if found := _CATALOG.match(text):
+        return found[1], found[2]
+    if text.startswith(("#", *_WEB)):
+        place, _, fragment = text.partition("#")
+        return place, fragment
+    return text, ""
+
+
+def suffix_of(path: StorePath) -> str:
+    """The suffix in lower case, as ".tif"; the query of an http(s) URL is no part of it."""
+    text = str(path)
+    return PurePosixPath(urlsplit(text).path if text.startswith(_WEB) else text).suffix.lower()
 
 
 def s3_options() -> dict[str, Any]:
@@ -61,6 +93,16 @@ def s3_options() -> dict[str, Any]:
 def access() -> dict[str, str]:
     """The environment variables of `ACCESS` that are set; other machines of a run need them."""
     return {name: os.environ[name] for name in ACCESS if name in os.environ}
+
+
+def allowed_drivers() -> tuple[str, ...]:
+    """GDAL drivers that the user allows beside the usual ones, from RAYSEG_ALLOW_DRIVER (names with commas)."""
+    return tuple(filter(None, (name.strip() for name in os.environ.get("RAYSEG_ALLOW_DRIVER", "").split(","))))
+
+
+def allow_drivers(names: Sequence[str]) -> None:
+    """Allow GDAL drivers in this process, and in those that it starts."""
+    os.environ["RAYSEG_ALLOW_DRIVER"] = ",".join(dict.fromkeys([*allowed_drivers(), *names]))
 
 
 def signer() -> tuple[str, tuple[str, ...]]:
@@ -95,8 +137,8 @@ def absolute(path: StorePath) -> str:
 
 
 def _located(text: str) -> str:
-    path, sign, fragment = text.partition("#")
-    return (absolute(path) if path else "") + sign + fragment
+    path, fragment = split_location(text)
+    return (absolute(path) if path else "") + (f"#{fragment}" if "#" in text.removeprefix(path) else "")
 
 
 Location = Annotated[str, AfterValidator(_located)]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rayseg.cli.options import REGIONS, AsJson, Out, region_of
+from rayseg.cli.options import REGIONS, AllowDriver, AsJson, Out, region_of
 
 app = typer.Typer()
 ingest_app = typer.Typer(no_args_is_help=True, help="Describe images as a STAC catalogue.")
@@ -20,6 +20,7 @@ def ingest_folder(
     *,
     out: Out,
     labels: Annotated[str | None, typer.Option(help="folder: the class of an image is the name of its folder.")] = None,
+    allow_driver: AllowDriver = None,
 ) -> None:
     """Describe a folder of images, georeferenced or not, as a STAC catalogue; nothing is copied."""
     from rayseg.io import labels as io_labels
@@ -32,6 +33,7 @@ def ingest_rasters(
     paths: Annotated[list[str], typer.Argument(help="Georeferenced rasters, or folders of them.")],
     *,
     out: Out,
+    allow_driver: AllowDriver = None,
 ) -> None:
     """Describe georeferenced rasters as the imagery of a STAC catalogue; nothing is copied."""
     from rayseg.io import labels as io_labels
@@ -138,6 +140,7 @@ def evaluate(
     *,
     classes: Annotated[str | None, typer.Option(help="YAML class table; default: the classes of the run.")] = None,
     as_json: AsJson = False,
+    allow_driver: AllowDriver = None,
 ) -> None:
     """Compare a prediction with reference masks: accuracy, IoU and F1 with 95 % intervals."""
     from rayseg.steps import evaluate

@@ -32,6 +32,23 @@ Address = Annotated[
     str | None, typer.Option("--address", help="Ray cluster to join; default: RAY_ADDRESS, else a private Ray.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _allow(names: list[str] | None) -> None:
+    from rayseg.store import allow_drivers
+
+    allow_drivers(names or ())
+
+
+AllowDriver = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-driver",
+        metavar="NAME",
+        callback=_allow,
+        help="GDAL driver that may open files too, for example netCDF; may be repeated.",
+    ),
+]
 RunPrefix = Annotated[str, typer.Argument(help="The run's folder or URL.")]
 
 

@@ -10,6 +10,7 @@ import typer
 from rayseg.cli.options import (
     REGIONS,
     Address,
+    AllowDriver,
     AsJson,
     ConfigFile,
     EngineName,
@@ -56,6 +57,7 @@ def run_pipeline(
         bool,
         typer.Option("--submit", help="Run as a job of the cluster whose dashboard is --address, http://HEAD:8265."),
     ] = False,
+    allow_driver: AllowDriver = None,
 ) -> None:
     """Run a pipeline over a region; the same command resumes a run that was interrupted."""
     from rayseg.config import load
@@ -134,6 +136,7 @@ def plan_pipeline(
     gpu_hour: Annotated[float, typer.Option(min=0, max=1e9, help="Price of a GPU for an hour.")] = 0.0,
     cpu_hour: Annotated[float, typer.Option(min=0, max=1e9, help="Price of a CPU for an hour.")] = 0.0,
     as_json: AsJson = False,
+    allow_driver: AllowDriver = None,
 ) -> None:
     """Estimate data volume, run time and price from the imagery's metadata and a few tiles; nothing is kept.
 
@@ -151,7 +154,9 @@ def plan_pipeline(
 
 
 @app.command()
-def retry(run: RunPrefix, *, engine: EngineName = "ray", address: Address = None) -> None:
+def retry(
+    run: RunPrefix, *, engine: EngineName = "ray", address: Address = None, allow_driver: AllowDriver = None
+) -> None:
     """Process the failed and quarantined tiles of a run again, then the steps that depend on them."""
     from rayseg.config import load_values
     from rayseg.engine import run as runs
@@ -187,6 +192,7 @@ def predict(
     engine: EngineName = "ray",
     address: Address = None,
     tiles: Tiles = None,
+    allow_driver: AllowDriver = None,
 ) -> None:
     """Predict with a trained model over images, a catalogue or a region."""
     from rayseg.config import load

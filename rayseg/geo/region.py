@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -20,7 +20,7 @@ import rayseg
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Bounds, Grid, Window
 from rayseg.geo.lonlat import LONLAT, from_lonlat, geographic, normalised, polygons_in, to_lonlat, transformer, within
-from rayseg.store import upath
+from rayseg.store import split_location, suffix_of, upath
 
 if TYPE_CHECKING:  # takes long to import, and a region is seldom a file
     import geopandas
@@ -161,8 +161,8 @@ def resolve_region(text: str) -> Region:
     """
     if _BOX.match(text):
         return Region(text, mapping(_box_geometry(text)))
-    path, _, collection = text.partition("#")
-    if PurePosixPath(path).suffix in {".json", ".geojson", ".parquet"}:
+    path, collection = split_location(text)
+    if suffix_of(path) in {".json", ".geojson", ".parquet"}:
         return _region_file(text, path, collection or None)
     for file in _region_files():
         if file.stem == text:
@@ -225,7 +225,7 @@ def _region_file(name: str, path: str, collection: str | None) -> Region:
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         known = _known()
         raise ConfigError(f"Region file {path} is not there; named regions are {known}, and demo.") from error
-    if path.endswith(".parquet"):
+    if suffix_of(path) == ".parquet":
         if "stac_version" in _columns(path, data):
             return Region(name, catalog=path, collection=collection)
         return Region(name, _area(path, geopandas.read_parquet(io.BytesIO(data))))

@@ -24,6 +24,7 @@ from upath import UPath
 
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Window, slug
+from rayseg.io.drivers import KINDS, MOSAICS, TIFF, kind_of
 from rayseg.io.masks import pixels_of, read_classes
 from rayseg.io.rasters import read
 from rayseg.io.sources import Source, crs_of, footprint, gdal, grids_of, open_file, source_of_file
@@ -31,16 +32,16 @@ from rayseg.io.stac_read import source_of
 from rayseg.io.stac_write import PROJECTION, lonlat_geometry, write_catalog
 from rayseg.io.times import UNKNOWN, in_utc, utc_text
 from rayseg.io.units import expect_one_unit
-from rayseg.store import StorePath, is_local, upath
+from rayseg.store import StorePath, is_local, suffix_of, upath
 from rayseg.vision.color import ClassTable
 from rayseg.vision.crops import middle
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 LABEL = "rayseg:label"
-_TIFF = "image/tiff; application=geotiff"
-_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".tif": _TIFF, ".tiff": _TIFF}
-_KINDS = ", ".join(suffix.lstrip(".") for suffix in _TYPES)
+_KINDS = ", ".join(suffix.lstrip(".") for suffix in (*KINDS, *MOSAICS))
+_SIDECARS = (".aux.xml", ".ovr", ".msk", ".tfw", ".tifw", ".jgw", ".jpgw", ".pgw", ".pngw", ".j2w", ".wld", ".prj")
+"""Ends of the names of files that GDAL reads with an image."""
 _TIMES = {
     "EXIF_DateTimeOriginal": "EXIF_OffsetTimeOriginal",
     "TIFFTAG_DATETIME": "",
@@ -150,7 +151,7 @@ def ingest_rasters(paths: StorePath | Sequence[StorePath], out: StorePath) -> st
         )
     for path in errors:  # only the modification time of these files is known
         item = pystac.Item(names[path], None, None, datetime.fromtimestamp(path.stat().st_mtime, UTC), {})
-        kind = _TYPES.get(path.suffix.lower(), _TIFF)
+        _, kind = kind_of(path) or ("", TIFF)
         item.add_asset("image", pystac.Asset(_path(path), media_type=kind, roles=["data"]))
         items.append(item)
     return write_catalog(out, {"imagery": items})
@@ -159,7 +160,7 @@ def ingest_rasters(paths: StorePath | Sequence[StorePath], out: StorePath) -> st
 def is_images(text: str) -> bool:
     """Whether `text` is an image file or a folder, rather than a region or a catalogue."""
     path = upath(text)
-    if path.suffix.lower() in _TYPES:
+    if kind_of(text):
         return True
     return path.protocol not in {"http", "https"} and path.is_dir()  # the web has no folders
 
@@ -203,8 +204,18 @@ def _rasters_in(paths: Sequence[StorePath]) -> list[UPath]:
 def _images_in(folder: UPath) -> list[UPath]:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: give a folder of images.")
-    images = [path for path in folder.iterdir() if path.suffix.lower() in _TYPES and not path.name.startswith(".")]
-    return sorted(images, key=lambda path: str(path.name))
+    shown = sorted(
+        (path for path in folder.iterdir() if not path.name.startswith(".")), key=lambda path: str(path.name)
+    )
+    images = [path for path in shown if suffix_of(path) in KINDS] or [path for path in shown if kind_of(path)]
+    rest = [path.name for path in shown if path not in images and not path.name.lower().endswith(_SIDECARS)]
+    if images and rest:
+        more = f" and {len(rest) - 5} more" if len(rest) > 5 else ""
+        _log.warning(
+            "%d of %d entries of %s are left out: %s%s (images are %s; a folder's mosaics only if it has no others)",
+            *(len(rest), len(rest) + len(images), folder, ", ".join(rest[:5]), more, _KINDS),
+        )
+    return images
 
 
 def _by_class(folder: UPath) -> Files:
@@ -316,7 +327,7 @@ def _item(source: Source, label: str | None) -> pystac.Item:
         {"name": name, "data_type": source.dtype, **({} if nodata is None else {"nodata": nodata}), **unit}
         for name, nodata, unit in zip(names, nodatas, units, strict=True)
     ]
-    kind = _TYPES.get(upath(href).suffix.lower(), _TIFF)
+    _, kind = kind_of(href) or ("", TIFF)
     item.add_asset("image", pystac.Asset(href, media_type=kind, roles=["data"], extra_fields={"bands": bands}))
     return item
 

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,11 @@ from numpy.typing import NDArray
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Tile, Window
-from rayseg.io import stac_read
+from rayseg.io import drivers, stac_read
 from rayseg.io.maps import MappedTile
 from rayseg.io.rasters import read, source_of_file
 from rayseg.io.sources import Source, footprint, from_json, gdal, grids_of, open_file
-from rayseg.store import upath
+from rayseg.store import split_location, suffix_of, upath
 from rayseg.vision.color import RGB, ClassTable, decode
 
 _log = logging.getLogger(__name__)
@@ -115,8 +114,8 @@ def masks_of(location: str, *, names: Sequence[str] = ()) -> list[Source]:
     Raises:
         DataError: there are none, one cannot be opened, or an item's asset cannot be told.
     """
-    uri, _, fragment = location.partition("#")
-    if uri.lower().endswith((".json", ".parquet")):
+    uri, fragment = split_location(location)
+    if suffix_of(uri) in {".json", ".parquet"}:
         collection, _, asset = fragment.partition("/")
         return _masks_of_catalog(uri, collection, asset, names)
     folder = upath(location)
@@ -139,10 +138,12 @@ def _masks_of_catalog(uri: str, collection: str, asset: str, names: Sequence[str
 
 def _mask_of(item: pystac.Item, asset: str, names: set[str]) -> Source | None:
     """The item's mask; None when it has no raster (of that name)."""
+    if reason := item.properties.get(stac_read.BROKEN):
+        raise DataError(f"{reason}.")
     hrefs = {
-        key: str(value.get_absolute_href())
+        key: stac_read.href_of(item, value)
         for key, value in item.assets.items()
-        if PurePosixPath(value.href).suffix.lower() in SUFFIXES and (not asset or key == asset)
+        if drivers.kind_of(value.href) and (not asset or key == asset)
     }
     if "classes" in hrefs:
         hrefs = {"classes": hrefs["classes"]}

@@ -38,7 +38,7 @@ EARLY = 300.0
 """Seconds before its end at which a signature is renewed."""
 MOST_SIGNATURES = 4096
 """Signatures that a process keeps; the least recently used one is dropped first."""
-_FINAL = re.compile(r"\b404\b|does not exist|not recognized|No such|has no band|complex", re.IGNORECASE)
+_FINAL = re.compile(r"\b404\b|does not exist|it is damaged|No such|has no (own )?band|complex|names '", re.IGNORECASE)
 _signatures: OrderedDict[str, tuple[str, float]] = OrderedDict()
 
 

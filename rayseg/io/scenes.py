@@ -25,6 +25,7 @@ from rayseg.io.labels import image_folders, sources_of_images
 from rayseg.io.masks import masks_of, pixels_of, read_classes, two_classes
 from rayseg.io.rasters import footprint, grids_of, read
 from rayseg.io.sources import Source
+from rayseg.store import split_location, suffix_of
 from rayseg.vision.color import ClassTable
 from rayseg.vision.fill import mirrored
 
@@ -83,7 +84,7 @@ def labelled_images(images: str, masks: str | None = None, *, table: ClassTable 
     Raises:
         DataError: there are no images, one cannot be opened, or a mask is of another size than its image.
     """
-    if images.partition("#")[0].lower().endswith((".json", ".parquet")):
+    if suffix_of(split_location(images)[0]) in {".json", ".parquet"}:
         found = _of_catalog(images, masks or "", table.names if table else ())
     else:
         found = _of_folder(images)
@@ -143,7 +144,7 @@ def first_of(wrong: Mapping[str, DataError]) -> str:
 
 
 def _of_catalog(images: str, masks: str, names: Sequence[str]) -> list[LabelledImage]:
-    uri, _, collection = images.partition("#")
+    uri, collection = split_location(images)
     found = masks_of(masks, names=names) if masks else []
     by_id = {mask.item_id: mask for mask in found}
     placed = [mask for mask in found if mask.crs]

@@ -28,7 +28,7 @@ from rayseg.errors import DataError
 from rayseg.geo import lonlat
 from rayseg.geo.grid import Bounds, Grid, Window, zone_bounds, zone_of
 from rayseg.geo.lonlat import LONLAT, from_lonlat, geographic, polygons_in, to_lonlat, within
-from rayseg.io import remote
+from rayseg.io import drivers, remote
 from rayseg.io.orientation import upright
 from rayseg.store import is_local, public
 
@@ -81,6 +81,7 @@ SCHEMES = ("", "file", "s3", "http", "https")
 _OPTIONS = {
     "GDAL_CACHEMAX": 256 << 20,
     "GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE",
+    "GDAL_VRT_ENABLE_PYTHON": "NO",
     "GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO",  # its shortcut returns garbage instead of an error for a truncated PNG
 }
 MOST_TILES = 1 << 22
@@ -206,21 +207,25 @@ def described(dataset: DatasetReader) -> Source:
     return Source("", (), *place, dataset.dtypes[0], nodata, gcps=gcps, units=said, nodatas=nodatas)
 
 
-def open_file(href: str) -> DatasetReader:
+def open_file(href: str, allowed: tuple[str, ...] = ()) -> DatasetReader:
     """The image file at `href`, open; inside `gdal`.
+
+    Args:
+        href: local path or URL.
+        allowed: the only drivers that may open it; by default those of `drivers.opened`.
 
     Raises:
         DataError: the href's scheme is not one of `SCHEMES`, or GDAL cannot open it, with all of its header.
     """
-    if urlsplit(href).scheme not in SCHEMES:
+    if urlsplit(href).scheme not in SCHEMES or href.startswith("/vsi"):
         raise DataError(f"{href} cannot be read: expected a local path or one of {', '.join(filter(None, SCHEMES))}.")
-    return remote.patiently(partial(_open_whole, href))
+    return remote.patiently(partial(_open_whole, href, allowed))
 
 
-def _open_whole(href: str) -> DatasetReader:
+def _open_whole(href: str, allowed: tuple[str, ...]) -> DatasetReader:
     """The file, open, with all of its header that describes it; a photo as it is seen."""
     with _refused(href):
-        return upright(rasterio.open(remote.signed(href)), href)
+        return upright(drivers.opened(href, allowed), href)
 
 
 @contextmanager
@@ -238,6 +243,8 @@ def _refused(name: str, place: str = "") -> Iterator[None]:
             yield
     except _FAULTS as error:
         reason = str(error.__cause__ or error)
+        if "not recognized as being in a supported" in reason:
+            reason = drivers.unknown(name)
     else:
         reason = messages[0] if messages else ""
     if reason:

@@ -1,18 +1,13 @@
 """STAC in: catalogues, APIs and tables of items; items as sources of pixels."""
 
-import io
-import json
+import logging
+import math
 import posixpath
 import re
 from collections.abc import Mapping, Sequence
-from functools import reduce
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, cast
+from itertools import chain
+from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import pyproj
 import pystac
 import shapely
@@ -23,166 +18,30 @@ from shapely.geometry.base import BaseGeometry
 
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.lonlat import box_of, normalised
-from rayseg.io.remote import Passing, patiently, retry_after
+from rayseg.io import drivers, stac_catalog
 from rayseg.io.sources import STORED, Source, crs_of, crs_text, source_of_file
-from rayseg.io.times import utc_text
+from rayseg.io.stac_catalog import Box, Row, resolved
+from rayseg.io.times import UNKNOWN, utc_text
 from rayseg.io.units import Unit
-from rayseg.store import is_local, public, put, upath
+from rayseg.store import suffix_of
 
-if TYPE_CHECKING:  # only STAC APIs need it
-    from pystac_client.stac_api_io import StacApiIO
-
-Box = tuple[float, float, float, float]
-"""(west, south, east, north) in degrees."""
-
-
-def items_of(uri: str, box: Box | None) -> list[dict[str, Any]]:
-    """The items of an `items.parquet` as STAC JSON values; with a box, those that intersect it.
-
-    Raises:
-        ConfigError: there is no such file.
-        DataError: it is no table of items.
-    """
-    from stac_geoparquet.arrow import stac_table_to_items  # takes time to import, and few catalogues are tables
-
-    try:
-        table = pq.read_table(io.BytesIO(upath(uri).read_bytes()))
-        return list(stac_table_to_items(table if box is None else table.filter(_meeting(table, box))))
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise ConfigError(f"Catalogue {uri} is not there.") from error
-    except (pa.ArrowException, KeyError) as error:
-        raise DataError(f"{uri} is not a table of STAC items: {error}.") from error
-
-
-def _meeting(table: pa.Table, box: Box) -> pa.ChunkedArray:
-    """Which rows of a table of items intersect a box, on any turn; true without a bbox and across the antimeridian."""
-    if "bbox" not in table.column_names or not pa.types.is_struct(table.schema.field("bbox").type):
-        return pa.chunked_array([np.ones(len(table), bool)])
-    west, south, east, north = (pc.struct_field(table["bbox"], name) for name in ("xmin", "ymin", "xmax", "ymax"))
-    beside = [pc.or_(pc.greater(west, box[2] + turn), pc.less(east, box[0] + turn)) for turn in (-360, 0, 360)]
-    apart = (reduce(pc.and_, beside), pc.greater(south, box[3]), pc.less(north, box[1]))
-    missing = pc.and_(reduce(pc.or_, apart), pc.less_equal(west, east))
-    return pc.invert(pc.fill_null(missing, False))
-
-
-_SIGNS = {"<=": "lte", ">=": "gte", "<": "lt", ">": "gt", "!=": "neq", "=": "eq"}
-_CONDITION = re.compile(r"([^<>=!]+)(<=|>=|!=|<|>|=)([^<>=!]+)")
-_NUMBER = re.compile(r"-?\d+(\.\d+)?")
-BUSY = (None, 429, 500, 502, 503, 504)
-"""Status codes after which a STAC API may answer later; None is a lost connection."""
-API_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""Seconds between the attempts to request a page."""
-MOST_ITEMS = 500_000
-MOST_STALE = 3
-"""Pages in succession without a new item, after which a search is given up as endless."""
-
-
-def search(uri: str, question: str | None, geometry: dict[str, Any] | None) -> list[pystac.Item]:
-    """The items of a search in a STAC API, page by page, each once.
-
-    Args:
-        uri: of the API.
-        question: `a,b&datetime=2020-01-01/2020-12-31&query=eo:cloud_cover<20`: collections, and of the search's other
-            words `datetime`, `query` (several, with commas) and `limit` (items of a page).
-        geometry: GeoJSON in EPSG:4326 that they must meet; None for any.
-
-    Raises:
-        ConfigError: the question has other words.
-        DataError: the API fails, or its pages do not end.
-    """
-    import pystac_client  # only APIs need it
-    from pystac_client.exceptions import APIError
-
-    names, asked = _asked(question or "")
-    stale = 0
-    found: dict[tuple[str | None, str], pystac.Item] = {}
-    try:
-        client = pystac_client.Client.open(uri, stac_io=_patient_io())
-        search = client.search(collections=names or None, intersects=geometry, **asked)
-        for number, page in enumerate(search.pages_as_dicts(), 1):
-            before = len(found)
-            for row in page["features"]:
-                item = pystac.Item.from_dict(row)
-                found.setdefault((item.collection_id, item.id), item)
-            stale = stale + 1 if len(found) == before else 0
-            if len(found) > MOST_ITEMS or stale == MOST_STALE:
-                raise DataError(
-                    f"the STAC API {public(uri)} comes to no end: {number} pages with {len(found)} different items, at "
-                    f"most {MOST_ITEMS} are taken; ask for a smaller region, or a datetime"
-                )
-    except (APIError, KeyError, pystac.STACError, Passing) as error:
-        raise DataError(f"the STAC API {public(uri)} cannot be searched: {public(str(error))[:300]}") from None
-    return list(found.values())
-
-
-def _patient_io() -> "StacApiIO":
-    """The HTTP client of a STAC API; it repeats requests by `remote.patiently`, as long as a Retry-After requests."""
-    from pystac_client.exceptions import APIError
-    from pystac_client.stac_api_io import StacApiIO
-
-    class PatientIO(StacApiIO):
-        def request(self, *args: Any, **kwargs: Any) -> str:  # noqa: ANN401 - the library's signature
-            def attempt() -> str:
-                waits.clear()
-                try:
-                    return super(PatientIO, self).request(*args, **kwargs)
-                except APIError as error:
-                    if error.status_code not in BUSY:
-                        raise
-                    raise Passing(str(error), max(waits, default=0.0)) from None
-
-            return patiently(attempt, API_WAITS)
-
-    waits: list[float] = []
-    client = PatientIO(max_retries=0, timeout=60)
-    hook = client.session.hooks["response"]
-    hook.append(lambda answer, **_: waits.append(retry_after(answer.headers.get("Retry-After", ""))))
-    return client
-
-
-def _asked(question: str) -> tuple[list[str], dict[str, Any]]:
-    """(collections, other parameters of the search) of a query."""
-    names, *words = question.split("&")
-    asked: dict[str, Any] = {}
-    for word in words:
-        key, _, value = word.partition("=")
-        if key not in {"datetime", "query", "limit"} or not value or (key == "limit" and not value.isdigit()):
-            raise ConfigError(f"{word!r} is no word of a search, expected datetime=..., query=... or limit=...")
-        asked[key] = _conditions(value) if key == "query" else int(value) if key == "limit" else value
-    return [name for name in names.split(",") if name], asked
-
-
-def _conditions(text: str) -> dict[str, dict[str, Any]]:
-    """`eo:cloud_cover<20,platform=landsat-8` as an object of the query extension; numbers are numbers."""
-    found: dict[str, dict[str, Any]] = {}
-    for part in text.split(","):
-        if not (parts := _CONDITION.fullmatch(part)):
-            raise ConfigError(f"query {part!r} is no condition, expected one such as eo:cloud_cover<20")
-        name, sign, value = parts.groups()
-        number = float(value) if _NUMBER.fullmatch(value) else value
-        found.setdefault(name, {})[_SIGNS[sign]] = (
-            int(number) if isinstance(number, float) and number % 1 == 0 else number
-        )
-    return found
-
-
+_log = logging.getLogger(__name__)
+BROKEN = "rayseg:broken"
+"""Property of an item that stands for one that cannot be read: the reason."""
+_INVALID = (
+    pystac.STACError,
+    pystac.STACTypeError,
+    shapely.errors.ShapelyError,
+    *(KeyError, ValueError, TypeError),
+    *(AttributeError, IndexError, OverflowError),
+)
+"""What pystac and shapely raise for JSON that is not as STAC describes it."""
 _POLES = shapely.box(-540, -90, 540, 90)
 _COARSE = 0.01  # degrees: no pixel of a table's items is taken to be larger than about a kilometre
 _AROUND = 0.1  # degrees around a region in which a STAC API is asked for scenes of its halo
 _PICTURES = ("thumbnail", "overview", "metadata", "visual")
-_IMAGE_SUFFIXES = {".tif", ".tiff", ".jp2", ".png", ".jpg", ".jpeg", ".vrt"}
 _USUAL_UNITS = {"scale": 1.0, "offset": 0.0}
 _STAC_TYPES = {"cint16": "complex_int16", "cint32": "complex64", "cfloat32": "complex64", "cfloat64": "complex128"}
-
-
-class _StoreIO(pystac.StacIO):
-    """Lets pystac read every path and URI that rayseg reads."""
-
-    def read_text(self, source: pystac.link.HREF, *_args: Any, **_kwargs: Any) -> str:  # noqa: ANN401 - pystac's signature
-        return str(upath(str(source)).read_text(encoding="utf-8"))
-
-    def write_text(self, dest: pystac.link.HREF, txt: str, *_args: Any, **_kwargs: Any) -> None:  # noqa: ANN401
-        put(str(dest), txt.encode())
 
 
 # -- items ------------------------------------------------------------------------------------------------------------
@@ -209,85 +68,85 @@ def open_items(
     box = None if area is None else (area.buffer(_COARSE * halo) if halo else area).bounds
     items = _read_items(uri, collection, wide, box)
     found = [item for item in items if area is None or _near(item, area, halo)]
+    broken = [item for item in items if BROKEN in item.properties and (not item.geometry or item in found)]
+    found = [item for item in found if BROKEN not in item.properties]
     if not any(area is None or _near(item, area, 0) for item in found):
+        if broken:
+            more = f" And {len(broken) - 1} more." if len(broken) > 1 else ""
+            raise DataError(f"{broken[0].properties[BROKEN]}.{more}")
         place = f"{uri}#{collection}" if collection else uri
-        everything = _read_items(uri, collection, wide, None) if uri.endswith(".parquet") else items
+        everything = _read_items(uri, collection, wide, None) if suffix_of(uri) == ".parquet" else items
         raise DataError(_nothing(place, everything, area))
+    found += broken
     return sorted(sorted(found, key=lambda item: item.id), key=lambda item: time_of(item) or "", reverse=True)
 
 
 def imagery_collection(uri: str) -> str | None:
     """Id of the collection that holds a catalogue's imagery: `imagery`, else `chips`, else its only one.
 
-    None where the catalogue has no collections, or is one.
+    None where the catalogue has no collections, or is one, or only one of its collections can be read.
 
     Raises:
         ConfigError: there is no such catalogue, or it has several other collections.
     """
-    if uri.endswith(".parquet"):
+    if suffix_of(uri) == ".parquet":
         return None
-    row = _read_json(uri)
-    if row.get("type") != "Catalog":
-        return None
-    names = [child.id for child in _stac(uri, row).get_all_collections()]
+    names, unread = stac_catalog.collections_of(uri)
     for name in ("imagery", "chips"):
         if name in names:
+            if unread:
+                _log.warning("%s; the imagery is that of %s", "; ".join(map(str, unread.values())), name)
             return name
     if len(names) > 1:
         raise ConfigError(f"{uri} has the collections {', '.join(sorted(names))}: choose one, as {uri}#{names[0]}.")
-    return names[0] if names else None
+    return names[0] if names and not unread else None
 
 
 def _read_items(
     uri: str, collection: str | None, geometry: dict[str, Any] | None, box: Box | None
 ) -> list[pystac.Item]:
-    """The items of a catalogue; those of tables that miss the box, and of APIs the geometry, may be left out."""
-    if uri.endswith(".parquet"):
-        items = [cast(pystac.Item, _stac(uri, row)) for row in items_of(uri, box)]
-        return _only(items, collection, uri)
-    row = _read_json(uri)
-    kind = row.get("type")
-    if kind == "Feature":
-        return [cast(pystac.Item, _stac(uri, row))]
-    if kind == "FeatureCollection":
-        return _only([cast(pystac.Item, _stac(uri, feature)) for feature in row["features"]], collection, uri)
-    if "conformsTo" in row:
-        return search(uri, collection, geometry)
-    catalog = cast(pystac.Catalog, _stac(uri, row))
-    if collection and catalog.id != collection:
-        children = {child.id: child for child in catalog.get_all_collections()}
-        if collection not in children:
-            raise ConfigError(f"{uri} has no collection {collection!r}, expected one of {_listed(children)}.")
-        catalog = children[collection]
-    return list(catalog.get_items(recursive=True))
+    """The items of a catalogue; those of tables that miss the box, and of APIs the geometry, may be left out.
+
+    An item that cannot be read is one without geometry that `source_of` refuses.
+    """
+    rows = stac_catalog.rows_of(uri, collection, geometry, box)
+    items = [_item_of(row) for row in rows]
+    taken = {item.id for item in items if BROKEN not in item.properties}
+    for item in items:  # a broken item may have the id of a good one
+        if BROKEN in item.properties:
+            names = chain([item.id], (f"{item.id}-{number}" for number in range(2, len(items) + 2)))
+            item.id = next(name for name in names if name not in taken)
+            taken.add(item.id)
+    return items
 
 
-def _only(items: list[pystac.Item], collection: str | None, uri: str) -> list[pystac.Item]:
-    names = {item.collection_id for item in items} - {None}
-    if collection and names and collection not in names:
-        raise ConfigError(f"{uri} has no collection {collection!r}, expected one of {_listed(cast(set[str], names))}.")
-    return [item for item in items if not collection or item.collection_id in {None, collection}]
-
-
-def _read_json(uri: str) -> dict[str, Any]:
+def _item_of(row: Row) -> pystac.Item:
+    """The item of a row, valid as far as this program uses it; else one that names the reason."""
+    reason = row.wrong
+    if not reason:
+        values = {"links": [], "assets": {}} | row.values
+        try:
+            if row.href:  # relative hrefs are relative to the file that was read, wherever it has been published
+                values["links"] = [link for link in values["links"] if link.get("rel") != "self"]
+            item = pystac.Item.from_dict(values, href=row.href or None, migrate=True)
+            if item.geometry:
+                shape(item.geometry)
+            if item.bbox and not all(math.isfinite(value) for value in item.bbox):
+                raise ValueError("its bbox has values that are not numbers")
+        except _INVALID as error:
+            reason = f"{row.id} of {row.place} is not a valid STAC item: {_told(error)}"
+        else:
+            return item
     try:
-        row = json.loads(upath(uri).read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise ConfigError(f"Catalogue {uri} is not there: name its JSON file or items.parquet.") from error
-    except (ValueError, OSError) as error:
-        raise DataError(f"Catalogue {uri} cannot be read as JSON: {error}.") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{uri} is not STAC: a JSON object was expected, {type(row).__name__} found.")
-    return row
+        place = mapping(shape(row.values["geometry"]))  # where it would be, so that only its own region loses it
+    except _INVALID:
+        place = None
+    return pystac.Item(row.id, place, None, UNKNOWN, {BROKEN: reason})
 
 
-def _stac(uri: str, row: dict[str, Any]) -> Any:  # noqa: ANN401 - one of pystac's three
-    """The object that `row`, read from `uri`, describes."""
-    href = str(upath(uri).absolute()) if is_local(uri) else uri
-    try:
-        return _StoreIO().stac_object_from_dict(row, href=href, preserve_dict=False)
-    except (pystac.STACError, pystac.STACTypeError, KeyError, ValueError) as error:
-        raise DataError(f"{uri} is not STAC: {error}.") from error
+def _told(error: Exception) -> str:
+    reason = str(error) if isinstance(error, (pystac.STACError, pystac.STACTypeError, ValueError)) else repr(error)
+    return f"{' '.join(reason.split()).rstrip('.')[:200]}; correct the item, or remove it from the catalogue"
 
 
 def _near(item: pystac.Item, area: BaseGeometry, halo: int) -> bool:
@@ -298,7 +157,11 @@ def _near(item: pystac.Item, area: BaseGeometry, halo: int) -> bool:
     if not halo:
         return bool(area.intersects(outline))
     turns = [translate(outline, by) for by in (-360.0, 0.0, 360.0)]
-    return bool(shapely.dwithin(area, turns, halo * _pixel_degrees(item)).any())
+    try:
+        reach = halo * _pixel_degrees(item)
+    except _INVALID:  # fields that `source_of` refuses
+        reach = 0.0
+    return bool(shapely.dwithin(area, turns, reach).any())
 
 
 def _pixel_degrees(item: pystac.Item) -> float:
@@ -356,15 +219,25 @@ def source_of(item: pystac.Item, *, bands: Sequence[str] | None = None) -> Sourc
         bands: the only bands of interest, by name or common name; other files are not looked at.
 
     Raises:
-        DataError: no image asset, no such bands, a relative href of an item from nowhere, or an unreadable file.
+        DataError: no image asset, no such bands, a relative href of an item from nowhere, an unreadable file, or fields
+            that are not as STAC describes them.
     """
+    if reason := item.properties.get(BROKEN):
+        raise DataError(f"{reason}.")
+    try:
+        return _source_of(item, bands)
+    except _INVALID as error:
+        raise DataError(f"{item.id} is not a valid STAC item: {_told(error)}.") from error
+
+
+def _source_of(item: pystac.Item, bands: Sequence[str] | None) -> Source:
     assets = _image_assets(item)
     names = _band_names(assets, bands)
     used = _used(names, bands)
     if not used:
         found = [name for names_of in names.values() for name in names_of or ()]
         raise DataError(f"{item.id} has none of the bands {', '.join(bands or ())}: found {', '.join(found)}.")
-    hrefs = {key: _href(item, assets[key]) for key in used}
+    hrefs = {key: href_of(item, assets[key]) for key in used}
     frames = {key: frame for key in used if (frame := _frame(item, assets[key]))}
     dtypes = {key: dtype for key in used if (dtype := _dtype(assets[key]))}
     unclear = {key for key in used if names[key] is None} | ({used[0]} if not frames or not dtypes else set())
@@ -409,13 +282,14 @@ def _image_assets(item: pystac.Item) -> dict[str, pystac.Asset]:
 
 
 def _is_image(asset: pystac.Asset) -> bool:
-    if asset.media_type:
-        return asset.media_type.startswith("image/")
-    return PurePosixPath(asset.href.split("?")[0]).suffix.lower() in _IMAGE_SUFFIXES
+    return (asset.media_type or "").lower().startswith("image/") or drivers.kind_of(asset.href) is not None
 
 
 def _is_map(asset: pystac.Asset) -> bool:
-    return (asset.media_type or "").startswith(("image/tiff", "image/jp2", "image/vnd.stac.geotiff"))
+    kind = drivers.kind_of(asset.href)
+    if not asset.media_type and kind:
+        return kind[0] not in {"PNG", "JPEG"}
+    return (asset.media_type or "").lower().startswith(("image/tiff", "image/jp2", "image/vnd.stac.geotiff"))
 
 
 def _rows(asset: pystac.Asset, field: str) -> list[dict[str, Any]]:
@@ -547,9 +421,14 @@ def _baseline(item: pystac.Item) -> str:
     return "00.00" if _offset_applied(item) else text
 
 
-def _href(item: pystac.Item, asset: pystac.Asset) -> str:
-    href = asset.get_absolute_href()
-    if href is None or ("://" not in href and not posixpath.isabs(href)):
+def href_of(item: pystac.Item, asset: pystac.Asset) -> str:
+    """Path or URL of an asset's file.
+
+    Raises:
+        DataError: it is relative, and the item was not read from a file.
+    """
+    href = resolved(asset.href, item.get_self_href() or "")
+    if "://" not in href and not posixpath.isabs(href):
         raise DataError(
             f"{item.id} has the relative href {asset.href}, but was not read from a file: give it absolute hrefs."
         )

@@ -6,6 +6,7 @@ it at first use, so the decoding runs in a child process (see `rayseg.serve.uplo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import rasterio
@@ -13,9 +14,10 @@ import rasterio
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window
 from rayseg.io.rasters import read
-from rayseg.io.sources import Source, footprint, gdal, grids_of, source_of_file
+from rayseg.io.sources import Source, footprint, gdal, grids_of, open_file, source_of_file
 
-DRIVERS = {"png": "PNG", "jpeg": "JPEG", "tiff": "GTiff"}
+Kind = Literal["png", "jpeg", "tiff"]
+DRIVERS: dict[Kind, str] = {"png": "PNG", "jpeg": "JPEG", "tiff": "GTiff"}
 _RESTRICTED = {
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
     "GDAL_PAM_ENABLED": "NO",
@@ -61,7 +63,7 @@ def gdal_environment() -> dict[str, str]:
     return _RESTRICTED | {"GDAL_SKIP": ",".join(others), "OGR_SKIP": ",".join(others)}
 
 
-def read_image(path: str, kind: str, *, bands: Sequence[str], max_pixels: int) -> Pixels:
+def read_image(path: str, kind: Kind, *, bands: Sequence[str], max_pixels: int) -> Pixels:
     """Decode an image.
 
     Args:
@@ -74,7 +76,7 @@ def read_image(path: str, kind: str, *, bands: Sequence[str], max_pixels: int) -
         ImageTooLarge: more pixels, or more bytes than eight bands of `max_pixels` four-byte values.
         DataError: the file cannot be decoded, or refers to other files.
     """
-    with gdal(path), rasterio.open(path, driver=DRIVERS[kind]) as dataset:
+    with gdal(path), open_file(path, (DRIVERS[kind],)) as dataset:
         # 1. metadata can name files with overviews or subdatasets, which GDAL would open
         if any(dataset.tags(ns=domain) for domain in ("OVERVIEWS", "SUBDATASETS", "PROXY_OVERVIEW_REQUEST")):
             raise DataError("the image refers to other files or holds several images; save it as one plain image")

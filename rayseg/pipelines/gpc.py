@@ -29,7 +29,7 @@ from rayseg.steps import map as mapping
 from rayseg.steps.chips import ChipsConfig
 from rayseg.steps.cues import LABELS, NO, YES, CuesConfig, draw_cues, make_cues, read_mask
 from rayseg.steps.map import MapConfig
-from rayseg.store import Location
+from rayseg.store import Location, split_location
 from rayseg.train import probe
 from rayseg.train.classifier import ClassifierConfig, expect_trainable
 from rayseg.train.labels import probabilities
@@ -87,7 +87,7 @@ def fit_yes_no(step: Step, listed: Step, config: Config) -> dict[str, Any]:
         step, listed, settings, LABELS, size=config.chips.size, scaling=scaling, workers=config.workers
     )
     classes = tuple((position, label, COLORS[label]) for position, label in enumerate(LABELS))
-    parents = (listed.value["source"].partition("#")[0],)
+    parents = (split_location(listed.value["source"])[0],)
     described = models.classifier_bundle(
         settings, classes, name="classifier", scaling=scaling, measures=measures, parents=parents
     )
@@ -121,7 +121,7 @@ def _fit_members(
         )
     # 2. keep their mean, after the warm-up and after all stages
     described, kept = _segmenter(config), {}
-    parents = (listed.value["source"].partition("#")[0],)
+    parents = (split_location(listed.value["source"])[0],)
     provenance = described.provenance.model_copy(update={"parents": parents})
     for name, stage in (("warm-up", "warm_up"), ("segmenter", None)):
         if stage is None or config.segmenter.warm_up.epochs:

@@ -1,15 +1,13 @@
 """Tell PNG, JPEG and TIFF by their bytes, and refuse files that are a second format as well; nothing is decoded."""
 
 import re
-from typing import Literal
 
+from rayseg.io.drivers import SIGNATURES
+from rayseg.io.untrusted import DRIVERS, Kind
 from rayseg.serve.problems import Problem
 
-Kind = Literal["png", "jpeg", "tiff"]
 _SIGNATURES: dict[bytes, Kind] = {
-    b"\x89PNG\r\n\x1a\n": "png",
-    b"\xff\xd8\xff": "jpeg",
-    **dict.fromkeys((b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+"), "tiff"),
+    signature: kind for signature, driver in SIGNATURES.items() for kind, name in DRIVERS.items() if name == driver
 }
 _ENDS = {"png": b"IEND\xaeB`\x82", "jpeg": b"\xff\xd9"}
 _MARKUP = re.compile(rb"<(?:svg|html|script|\?php|!doctype|vrtdataset)[\s/>]", re.IGNORECASE)

@@ -18,7 +18,7 @@ from rayseg.io import labels, stac_read
 from rayseg.io.labels import Chip
 from rayseg.models.bundle import Scaling
 from rayseg.steps import models
-from rayseg.store import Location
+from rayseg.store import Location, split_location
 from rayseg.train.batches import Chips
 from rayseg.train.classifier import ClassifierConfig, fit_classifier
 from rayseg.train.learning import trained
@@ -82,7 +82,7 @@ def find_chips(region: Region, expected: tuple[str, ...], config: ChipsConfig) -
         raise ConfigError(
             f"region {region.name} has no catalogue with chips; name one with --set chips.source=catalog.json#chips"
         )
-    uri, _, collection = (config.source or f"{region.catalog}#chips").partition("#")
+    uri, collection = split_location(config.source or f"{region.catalog}#chips")
     found = labels.chips_of(stac_read.open_items(uri, collection or None))
     expect_ids([chip.id for chip in found])
     unknown = sorted({str(chip.label) for chip in found} - set(expected))

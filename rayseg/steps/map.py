@@ -30,7 +30,7 @@ from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, rows_by_grid
 from rayseg.stages.rows import TileRow
 from rayseg.stages.write import WriteTile
-from rayseg.store import Location, absolute, upath
+from rayseg.store import Location, absolute, split_location, upath
 from rayseg.vision.color import ClassTable
 
 if TYPE_CHECKING:
@@ -311,7 +311,7 @@ def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[S
         DataError: the region names no imagery.
     """
     if config.imagery:
-        uri, _, collection = config.imagery.partition("#")
+        uri, collection = split_location(config.imagery)
         found = stac_read.open_items(uri, collection or None, geometry=region.geometry, halo=halo)
     elif region.images:
         images, wrong = labels.sources_of_images(region.images)

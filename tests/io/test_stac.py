@@ -302,7 +302,7 @@ def test_a_catalogue_or_collection_that_is_not_there_is_refused_with_the_known_o
     with pytest.raises(DataError, match=r"broken.json cannot be read as JSON"):
         stac_read.open_items(str(tmp_path / "broken.json"))
     (tmp_path / "other.json").write_text('{"type": "Feature", "id": "x"}')
-    with pytest.raises(DataError, match=r"other.json is not STAC"):
+    with pytest.raises(DataError, match=r"other.json is not a valid STAC item"):
         stac_read.open_items(str(tmp_path / "other.json"))
 
 

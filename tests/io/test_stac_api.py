@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.io import remote, stac_read
+from rayseg.io import remote, stac_catalog, stac_read
 
 CORE = "https://api.stacspec.org/v1.0.0/"
 CONFORMS = [CORE + part for part in ("core", "item-search", "item-search#query", "collections")]
@@ -95,7 +95,7 @@ def test_an_api_without_an_end_is_left(api):
 
 
 def test_an_api_with_more_items_than_can_be_mapped_is_left(api, monkeypatch):
-    monkeypatch.setattr(stac_read, "MOST_ITEMS", 15)
+    monkeypatch.setattr(stac_catalog, "MOST_ITEMS", 15)
     with pytest.raises(DataError, match="at most 15 are taken"):
         stac_read.open_items(api.url, "scenes", geometry=SQUARE)
 
@@ -114,7 +114,7 @@ def test_the_wait_that_a_busy_api_requests_counts_and_one_that_stays_busy_is_nam
     api.broken, api.wait = 99, ""
     with pytest.raises(DataError, match=r"STAC API .* cannot be searched: .*Unavailable"):
         stac_read.open_items(api.url, "scenes", geometry=SQUARE)
-    assert pauses[1:] == list(stac_read.API_WAITS)
+    assert pauses[1:] == list(stac_catalog.API_WAITS)
 
 
 def test_a_region_without_items_and_words_that_are_none_are_refused(api):

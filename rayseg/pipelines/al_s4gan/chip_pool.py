@@ -24,7 +24,7 @@ from rayseg.io.class_tables import Classes
 from rayseg.io.masks import pixels_of
 from rayseg.io.scenes import LabelledImage
 from rayseg.io.units import expect_one_unit
-from rayseg.store import Location, upath
+from rayseg.store import Location, split_location, upath
 from rayseg.train.batches import Chips
 from rayseg.vision.color import IGNORE, ClassTable
 from rayseg.vision.crops import middle
@@ -157,7 +157,7 @@ def _expect_rgb(images: Sequence[LabelledImage]) -> None:
 
 def _labelled_images(config: PoolConfig) -> Surveyed:
     """Whole labelled images."""
-    uri, _, collection = str(config.chips).partition("#")
+    uri, collection = split_location(str(config.chips))
     found = labels.chips_of(stac_read.open_items(uri, collection or None))
     classes = tuple(sorted({str(chip.label) for chip in found if chip.label}))
     if len(classes) < 2 or not all(chip.label for chip in found):

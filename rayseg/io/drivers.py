@@ -1,0 +1,194 @@
+"""The formats that GDAL may open. Each further driver is code that reads the bytes of strangers, so they are few.
+
+GDAL tells formats by content and not by name, and opens the files that a mosaic (VRT, GTI) names with any driver: so
+the files of a mosaic are looked at before the mosaic is opened.
+"""
+
+import io
+import posixpath
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from functools import lru_cache
+from xml.etree import ElementTree  # expat, which limits the expansion of entities
+
+from aiohttp import ClientError
+from rasterio.drivers import raster_driver_extensions
+from rasterio.env import ensure_env_with_credentials
+from rasterio.io import DatasetReader
+
+from rayseg.errors import DataError
+from rayseg.io import remote
+from rayseg.io.tables import concurrently
+from rayseg.store import STORE_ERRORS, allowed_drivers, is_local, suffix_of, upath, web_url
+
+TIFF = "image/tiff; application=geotiff"
+KINDS = {
+    ".tif": ("GTiff", TIFF),
+    ".tiff": ("GTiff", TIFF),
+    ".png": ("PNG", "image/png"),
+    ".jpg": ("JPEG", "image/jpeg"),
+    ".jpeg": ("JPEG", "image/jpeg"),
+    ".jp2": ("JP2OpenJPEG", "image/jp2"),
+    ".j2k": ("JP2OpenJPEG", "image/jp2"),
+}
+"""Suffix -> (driver, media type) of images."""
+MOSAICS = {".vrt": ("VRT", "application/x-gdal-vrt"), ".gti.gpkg": ("GTI", "application/x-gdal-gti")}
+"""The same of files that name images."""
+DRIVERS = ("GTiff", "PNG", "JPEG", "JP2OpenJPEG")
+SIGNATURES = {
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    **dict.fromkeys((b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+"), "GTiff"),
+    **dict.fromkeys((b"\x00\x00\x00\x0cjP  ", b"\xff\x4f\xff\x51"), "JP2OpenJPEG"),
+}
+"""First bytes -> driver."""
+_FAULTS: tuple[type[Exception], ...] = (*STORE_ERRORS, ClientError)
+_DEEPEST = 5  # mosaics of mosaics
+_PATHS = {"SourceFilename", "SourceDataset"}
+_TEXTS = {"Metadata", "MDI", "SRS", "Description", "Category", "UnitType", "CategoryNames", "GeoTransform", "GCPList"}
+_FOREIGN = re.compile(r"^\s*([/\\~<]|[A-Za-z]\w*:)|://|/vsi")
+
+
+def kind_of(path: object) -> tuple[str, str] | None:
+    """(driver, media type) of an image or a mosaic by its name; None for any other file."""
+    name = str(path).lower().partition("?")[0] if "://" in str(path) else str(path).lower()
+    mosaic = next((kind for suffix, kind in MOSAICS.items() if name.endswith(suffix)), None)
+    return mosaic or KINDS.get(suffix_of(name))
+
+
+def opened(href: str, drivers: tuple[str, ...] = ()) -> DatasetReader:
+    """The file, open by one of some drivers, or of `DRIVERS` and those that the user allows; inside `sources.gdal`.
+
+    Raises:
+        DataError: it is a mosaic of other files than images next to it, or has no bands of its own.
+        rasterio.errors.RasterioIOError: none of the drivers opens it.
+    """
+    kind = kind_of(href)
+    allowed = drivers or (*DRIVERS, *allowed_drivers())
+    if kind and kind in MOSAICS.values() and not drivers:
+        if kind[0] not in allowed:
+            _expect_images(href)
+        allowed = (kind[0],)
+    dataset = _opened(remote.signed(href), allowed)
+    try:
+        _expect_bands(dataset, href)
+    except DataError:
+        dataset.close()
+        raise
+    return dataset
+
+
+@ensure_env_with_credentials  # type: ignore[untyped-decorator]  # of s3, told by the href
+def _opened(href: str, drivers: tuple[str, ...]) -> DatasetReader:
+    return DatasetReader(gdal_name(href), driver=list(drivers))
+
+
+def gdal_name(href: str) -> str:
+    """The name by which GDAL reads a path or URL; rasterio's own would lose what follows "#"."""
+    if is_local(href):
+        return str(upath(href).path)
+    if href.startswith("s3://"):
+        return f"/vsis3/{href.removeprefix('s3://')}"
+    return f"/vsicurl/{web_url(href).replace('#', '%23')}"
+
+
+def unknown(href: str) -> str:
+    """What to do with a file that no driver opens."""
+    by_name = raster_driver_extensions().get(suffix_of(href).lstrip("."))
+    driver = by_name if by_name and by_name not in (*DRIVERS, "VRT", *allowed_drivers()) else "NAME"
+    return (
+        "it is damaged, or not a GeoTIFF, PNG, JPEG, JPEG 2000, VRT or GTI (.gti.gpkg); convert it to GeoTIFF, or, if "
+        f"you trust where it is from, allow its GDAL driver with --allow-driver {driver}"
+    )
+
+
+def _expect_bands(dataset: DatasetReader, href: str) -> None:
+    if dataset.count == 0:
+        names = [name.rpartition(":")[2] for name in dataset.subdatasets]
+        some = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        raise DataError(
+            f"{href} has no bands of its own but {len(names)} datasets ({some}); write the one to map as GeoTIFF, with "
+            f"gdal_translate {dataset.subdatasets[0] if names else href} NEW.tif"
+        )
+    if any(dataset.tags(ns=domain) for domain in ("OVERVIEWS", "PROXY_OVERVIEW_REQUEST")):
+        raise DataError(f"{href} refers to other files for its overviews; save it as one plain image")
+
+
+# -- mosaics ----------------------------------------------------------------------------------------------------------
+
+
+def _expect_images(href: str) -> None:
+    """Refuse a mosaic of other files than images, and a VRT whose files are not named by their place beside it.
+
+    Raises:
+        DataError: the first such file, with the remedy.
+    """
+    stamp = upath(href).stat().st_mtime_ns if is_local(href) and upath(href).exists() else 0
+    _expect_once(href, stamp, 0)  # a local file that has changed is looked at anew
+
+
+@lru_cache(maxsize=1024)
+def _expect_once(href: str, stamp: int, depth: int) -> None:
+    sources = list(_files_of_index(href) if href.endswith(".gpkg") else _files_of_vrt(href))
+    for source, head in zip(sources, concurrently(_head, sources), strict=True):
+        if head.lstrip().startswith(b"<VRTDataset"):
+            if depth == _DEEPEST:
+                raise DataError(f"{href} is a mosaic of mosaics, deeper than {_DEEPEST}; build it from the images")
+            _expect_once(source, stamp, depth + 1)
+        elif head and not any(head.startswith(signature) for signature in SIGNATURES):
+            raise DataError(f"{href} names {source}, which is not an image: {unknown(source)}")
+
+
+def _head(href: str) -> bytes:
+    """The first bytes of a file; none if it is local and not there, which is an error of reading and not of format."""
+    target = upath(href)
+    try:
+        with closing(target.open("rb")) as file:
+            return bytes(file.read(64))
+    except _FAULTS as error:
+        if is_local(href):
+            return b""
+        raise DataError(f"{href} cannot be read: {error}") from None
+
+
+def _files_of_vrt(href: str) -> Iterator[str]:
+    data = upath(remote.signed(href)).read_bytes()
+    if re.search(rb"<!(DOCTYPE|ENTITY)", data):
+        raise DataError(f"{href} is an XML file with a document type; build the VRT with gdalbuildvrt")
+    try:
+        root = ElementTree.fromstring(data)
+    except ElementTree.ParseError as error:
+        raise DataError(f"{href} is not a VRT: {error}; build it with gdalbuildvrt") from None
+    for element in root.iter():
+        text = (element.text or "").strip()
+        if element.tag in _TEXTS or not text:
+            continue
+        path = element.tag in _PATHS
+        if _FOREIGN.search(text) or (path and element.get("relativeToVRT") != "1"):
+            raise DataError(
+                f"{href} names {text[:200]!r} ({element.tag}), expected images relative to the VRT; build it in their "
+                "folder with gdalbuildvrt, or, if you trust where it is from, add --allow-driver VRT"
+            )
+        if path:
+            scheme, sign, place = href.rpartition("://")
+            yield scheme + sign + posixpath.normpath(posixpath.join(posixpath.dirname(place), text))
+
+
+def _files_of_index(href: str) -> Iterator[str]:
+    """The files of a tile index; those on the web are told by their suffix only, as there may be many."""
+    import pyogrio  # few files are tile indexes
+
+    content = str(upath(href).path) if is_local(href) else io.BytesIO(upath(href).read_bytes())
+    table = pyogrio.read_dataframe(content, read_geometry=False)
+    if "location" not in table:
+        raise DataError(f"{href} has no column location; build it with gdaltindex")
+    for name in table["location"]:
+        web = name.startswith(("/vsicurl/http", "/vsis3/", "http://", "https://", "s3://"))
+        if web and suffix_of(name) in KINDS:
+            continue
+        if web or name.startswith("/vsi") or ":" in name:
+            raise DataError(
+                f"{href} names {name!r}, expected images; if you trust where it is from, add --allow-driver GTI"
+            )
+        yield posixpath.join(posixpath.dirname(gdal_name(href)) if is_local(href) else "", name)
