@@ -114,15 +114,42 @@ def _degrees_of(grid: Grid, window: Window) -> Bounds:
     return west - margin, max(south - margin, -90.0), east + margin, min(north + margin, 90.0)
 
 
+def windows_on_ground(grid: Grid, corners_N4: np.ndarray) -> np.ndarray:
+    """Windows of a divided grid, as (col, row, col1, row1), cut to its ground; empty ones beyond, all of other grids.
+
+    Neighbours of two zones then hardly overlap, and what is read, predicted and paid for counts ground once.
+    """
+    if not grid.divided or not len(corners_N4):
+        return corners_N4
+    (col, row), (col1, row1) = corners_N4[:, :2].min(axis=0).tolist(), corners_N4[:, 2:].max(axis=0).tolist()
+    ground = on_grid(None, grid, Window(col, row, col1 - col, row1 - row))
+    assert ground is not None
+    shapely.prepare(ground)
+    cut_N4 = corners_N4.copy()
+    boxes = _boxes(grid, corners_N4)
+    for at in np.flatnonzero(~shapely.contains_properly(ground, boxes)):
+        part = ground.intersection(boxes[at])
+        left, top, right, bottom = corners_N4[at].tolist()
+        whole, around = Window(left, top, right - left, bottom - top), Window(left, top, 0, 0)
+        window = (grid.window_of(part.bounds) if part.area > 0 else around).intersect(whole)
+        cut_N4[at] = window.col, window.row, window.col1, window.row1
+    return cut_N4
+
+
+def _boxes(grid: Grid, corners_N4: np.ndarray) -> np.ndarray:
+    affine = grid.transform(Window(0, 0, 1, 1))
+    col, row, col1, row1 = corners_N4.T
+    (left, right), ys = affine.c + affine.a * np.stack([col, col1]), affine.f + affine.e * np.stack([row, row1])
+    boxes: np.ndarray = shapely.box(left, ys.min(axis=0), right, ys.max(axis=0))
+    return boxes
+
+
 def windows_inside(area: BaseGeometry | None, grid: Grid, corners_N4: np.ndarray) -> np.ndarray:
     """(N,) bool: windows of `grid`, as (col, row, col1, row1), that overlap `area` (CRS of the grid)."""
     if area is None:
         return np.ones(len(corners_N4), bool)
     shapely.prepare(area)
-    affine = grid.transform(Window(0, 0, 1, 1))
-    col, row, col1, row1 = corners_N4.T
-    (left, right), ys = affine.c + affine.a * np.stack([col, col1]), affine.f + affine.e * np.stack([row, row1])
-    boxes = shapely.box(left, ys.min(axis=0), right, ys.max(axis=0))
+    boxes = _boxes(grid, corners_N4)
     inside: np.ndarray = shapely.contains_properly(area, boxes)
     at = np.flatnonzero(~inside)  # few, and slower to decide
     inside[at] = shapely.intersects(area, boxes[at]) & ~shapely.touches(area, boxes[at])
@@ -137,6 +164,23 @@ def pixels_inside(area: BaseGeometry | None, grid: Grid, window: Window, *, all_
     if area.is_empty:
         return np.zeros(size, bool)
     return np.asarray(geometry_mask([area], size, grid.transform(window), invert=True, all_touched=all_touched))
+
+
+def kept(geometry: dict[str, Any] | None, grid: Grid, window: Window) -> tuple[np.ndarray, np.ndarray | None]:
+    """Which pixels of `window` a run maps, and up to which its polygons are drawn, (height, width) bool each.
+
+    The second is None where it is the first; on a divided grid it also holds the pixels that a seam cuts.
+
+    Args:
+        geometry: the region, GeoJSON in EPSG:4326; None for all imagery.
+        grid: the grid.
+        window: grid pixels.
+    """
+    kept_HW = pixels_inside(on_grid(geometry, grid, window), grid, window)
+    if not grid.divided:
+        return kept_HW, None
+    region_HW = pixels_inside(on_grid(geometry, grid, window, whole=True), grid, window)
+    return kept_HW, region_HW & pixels_inside(on_grid(None, grid, window), grid, window, all_touched=True)
 
 
 def _ordered(bounds: tuple[float, float, float, float]) -> tuple[float, float, float, float]:

@@ -23,11 +23,12 @@ from rasterio.errors import CRSError, RasterioError
 from rasterio.io import DatasetReader
 from rasterio.warp import calculate_default_transform, transform, transform_bounds
 from shapely.geometry.base import BaseGeometry
+from shapely.geometry.polygon import orient
 
 from rayseg.errors import DataError
 from rayseg.geo import lonlat
 from rayseg.geo.grid import Bounds, Grid, Window, zone_bounds, zone_of
-from rayseg.geo.lonlat import LONLAT, from_lonlat, geographic, polygons_in, to_lonlat, within
+from rayseg.geo.lonlat import LONLAT, from_lonlat, geographic, normalised, polygons_in, within
 from rayseg.io import drivers, remote
 from rayseg.io.orientation import upright
 from rayseg.store import is_local, public
@@ -349,13 +350,13 @@ def outline_of(source: Source) -> BaseGeometry:
     affine, crs = Affine(*source.transform), str(source.crs)
     width, height = source.width, source.height
     outline = shapely.Polygon([affine @ corner for corner in ((0, 0), (0, height), (width, height), (width, 0))])
-    edges = shapely.segmentize(outline, outline.length / 128)
+    # The interior lies left of a ring that runs counterclockwise, also where it encloses a pole.
+    edges = shapely.segmentize(orient(outline), outline.length / 128)
     with placing(source.item_id, crs):
-        [cut] = to_lonlat(np.array([edges], object), partial(_degrees, crs=crs))
-    if not np.isfinite(shapely.get_coordinates(cut)).all():
+        degrees = shapely.transform(edges, partial(_degrees, crs=crs))
+    if not np.isfinite(shapely.get_coordinates(degrees)).all():
         raise DataError(f"{source.item_id} cannot be placed in degrees: a part of it lies beyond the Earth's edge.")
-    placed: BaseGeometry = cut
-    return placed
+    return normalised(degrees)
 
 
 def _degrees(points_N2: np.ndarray, crs: str) -> np.ndarray:

@@ -11,7 +11,6 @@ import mmap
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from skimage.measure import label
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import NODATA, Grid, Window
 from rayseg.geo.lonlat import to_lonlat
+from rayseg.io import seams
 from rayseg.io.cog import read_bands
 from rayseg.io.maps import MappedTile, mapped_tiles
 from rayseg.io.masks import table_of
@@ -72,6 +72,7 @@ def polygons_of(
     window: Window,
     *,
     skip: Sequence[int] | None = None,
+    kept_HW: NDArray[np.bool_] | None = None,
 ) -> pa.Table:
     """The 4-connected components of each class in a tile.
 
@@ -81,6 +82,7 @@ def polygons_of(
         grid: the grid, kept in the table's metadata.
         window: the tile.
         skip: classes without polygons; by default 0 if there is at most one band of scores, else none.
+        kept_HW: pixels that count; others only complete the outlines at a seam. By default all.
 
     Returns:
         One row per component: class; geometry (WKB, whole grid pixels, y downward); pixels; score_sum (of the
@@ -96,12 +98,13 @@ def polygons_of(
     first[labels[::-1]] = np.arange(labels.size)[::-1]  # of equal indices the last one written stays
     first = first[1:]
     rows, cols = np.divmod(first, window.width)
-    sums = None if scores_CHW is None else _score_sums(classes_HW, scores_CHW, labels)
+    counted = labels if kept_HW is None else np.where(kept_HW.ravel(), labels, 0)
+    sums = None if scores_CHW is None else _score_sums(classes_HW, scores_CHW, counted, count)
     on_edge = np.unique(np.concatenate([labels_HW[[0, -1]].ravel(), labels_HW[:, [0, -1]].ravel()]))
     columns = {
         "class": classes_HW.ravel()[first],
         "geometry": shapely.to_wkb(_outlines(labels_HW, window)),
-        "pixels": np.bincount(labels, minlength=count + 1)[1:],
+        "pixels": np.bincount(counted, minlength=count + 1)[1:],
         "score_sum": pa.nulls(count, pa.int64()) if sums is None else sums,
         "first_row": rows + window.row,
         "first_col": cols + window.col,
@@ -109,7 +112,8 @@ def polygons_of(
         "edge": np.isin(np.arange(1, count + 1), on_edge),
     }
     arrays = [pa.array(columns[name], kind) for name, kind in _COLUMNS.items()]
-    return pa.Table.from_arrays(arrays, schema=_schema(grid))
+    table = pa.Table.from_arrays(arrays, schema=_schema(grid))
+    return table if kept_HW is None else table.filter(pc.greater(table["pixels"], 0))
 
 
 def _outlines(labels_HW: np.ndarray, window: Window) -> NDArray[np.object_]:
@@ -161,14 +165,14 @@ def _grid_of(parts: pa.Table) -> Grid:
     return Grid.from_row(json.loads(parts.schema.metadata[b"grid"]))
 
 
-def _score_sums(classes_HW: np.ndarray, scores_CHW: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def _score_sums(classes_HW: np.ndarray, scores_CHW: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
     """Sum of each component's scores of its own class."""
     if len(scores_CHW) == 1:
         scores_HW = np.where(classes_HW == 0, TOP - scores_CHW[0], scores_CHW[0])
     else:
         bands_1HW = np.minimum(classes_HW, len(scores_CHW) - 1)[None]
         scores_HW = np.take_along_axis(scores_CHW, bands_1HW.astype(np.intp), axis=0)[0]
-    return np.bincount(labels, weights=scores_HW.ravel())[1:].astype(np.int64)
+    return np.bincount(labels, weights=scores_HW.ravel(), minlength=count + 1)[1:].astype(np.int64)
 
 
 # -- join -------------------------------------------------------------------------------------------------------------
@@ -190,13 +194,13 @@ def join(parts: Iterable[pa.Table], table: ClassTable) -> "geopandas.GeoDataFram
     Raises:
         DataError: images with and without CRS are mixed, or a grid lies nowhere on Earth.
     """
-    frames = []
     # The first row and column of a tile; a table without parts may stand anywhere.
     ordered = sorted(parts, key=lambda part: place_of(_grid_of(part), *(pc.min(part[n]).as_py() or 0 for n in _CORNER)))
-    for _, of_grid in groupby(_frames(ordered, table), key=itemgetter(0)):
-        together = _concatenated([frame for _, frame in of_grid]).sort_values(list(_FIRST), ignore_index=True)
-        frames.append(together.drop(columns=list(_AT_FIRST)))
-    return _concatenated(frames)
+    by_grid: dict[Grid, list[geopandas.GeoDataFrame]] = {}
+    for grid, frame in _over_seams(_frames(ordered, table)):
+        by_grid.setdefault(grid, []).append(frame)
+    sorted_frames = [_concatenated(some).sort_values(list(_FIRST), ignore_index=True) for some in by_grid.values()]
+    return _concatenated([frame.drop(columns=list(_AT_FIRST)) for frame in sorted_frames])
 
 
 def write_joined(parts: Iterable[pa.Table], table: ClassTable, path: StorePath) -> tuple[int, float | None]:
@@ -215,7 +219,7 @@ def write_joined(parts: Iterable[pa.Table], table: ClassTable, path: StorePath) 
     """
     grids, heads = dict[Grid, int](), dict[Grid, "geopandas.GeoDataFrame"]()
     with Spool() as spool, tempfile.TemporaryFile() as file:
-        for grid, frame in _frames(parts, table):
+        for grid, frame in _over_seams(_frames(parts, table)):
             number = grids.setdefault(grid, len(grids))
             plain = frame.drop(columns=list(_AT_FIRST))
             if not len(heads.get(grid, ())):
@@ -261,6 +265,40 @@ def _frames(parts: Iterable[pa.Table], table: ClassTable) -> Iterator[tuple[Grid
             yield grid, _frame(grid, columns, polygons, table)
     if not placed:
         yield from _frames([no_parts(Grid(LONLAT, (1.0, 1.0), (0.0, 0.0)))], table)
+
+
+def _over_seams(
+    frames: Iterable[tuple[Grid, "geopandas.GeoDataFrame"]],
+) -> Iterator[tuple[Grid, "geopandas.GeoDataFrame"]]:
+    """`_frames` with the polygons of neighbouring zones joined; those at a seam come last, each with its first grid."""
+    waiting: list[tuple[Grid, geopandas.GeoDataFrame, list[Any]]] = []
+    for grid, frame in frames:
+        along = [seams.edges(polygon, grid) for polygon in frame.geometry]
+        at_seam = np.array([bool(edges) for edges in along], bool)
+        yield grid, frame[~at_seam]
+        waiting += [(grid, frame.iloc[[at]], along[at]) for at in np.flatnonzero(at_seam)]
+    edges = [(at, int(frame["class"].iloc[0]), along) for at, (_, frame, along) in enumerate(waiting)]
+    pairs = np.array([pair[:2] for pair in seams.touching(edges)], np.int64).reshape(-1, 2)
+    members: dict[int, list[int]] = {}
+    for at, owner in enumerate(groups(len(waiting), pairs).tolist()):
+        members.setdefault(owner, []).append(at)
+    for some in members.values():
+        rows = [waiting[at] for at in sorted(some, key=lambda at: _order(*waiting[at][:2]))]
+        yield rows[0][0], _one_of([frame for _, frame, _ in rows])
+
+
+def _order(grid: Grid, frame: "geopandas.GeoDataFrame") -> tuple[Any, ...]:
+    return place_of(grid, *frame[list(_AT_FIRST)].iloc[0])
+
+
+def _one_of(rows: Sequence["geopandas.GeoDataFrame"]) -> "geopandas.GeoDataFrame":
+    """One polygon of frames of one row each."""
+    whole, pixels = rows[0].copy(), np.array([row["pixels"].iloc[0] for row in rows])
+    if len(rows) > 1:
+        whole["score_mean"] = np.average([row["score_mean"].iloc[0] for row in rows], weights=pixels)
+        whole["pixels"], whole["area_m2"] = pixels.sum(), sum(row["area_m2"].iloc[0] for row in rows)
+        whole.geometry = [shapely.normalize(shapely.union_all([row.geometry.iloc[0] for row in rows]))]
+    return whole
 
 
 def _concatenated(frames: list["geopandas.GeoDataFrame"]) -> "geopandas.GeoDataFrame":
@@ -418,7 +456,7 @@ def _frame(
     lonlat = to_lonlat(mapped, lambda points: np.stack(degrees.transform(*points.T), axis=1))
     if len(lonlat) and not np.isfinite(shapely.total_bounds(lonlat)).all():
         raise DataError(f"Polygons on the grid {grid.name} have no place on Earth: check the imagery's georeference.")
-    cut = geopandas.GeoSeries(lonlat, crs=LONLAT)
+    cut = geopandas.GeoSeries(seams.cut(lonlat, grid), crs=LONLAT)
     facts |= {"image": [grid.image] * len(pixels)} if grid.image else {}
     facts["area_m2"] = cut.to_crs(EQUAL_AREA).area.to_numpy()
     return geopandas.GeoDataFrame(facts, geometry=cut).assign(**first)

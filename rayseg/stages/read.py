@@ -138,7 +138,9 @@ def _rows_on(grid: Grid, sources: Sequence[Source], geometry: dict[str, Any] | N
     low_N2 = np.maximum(core_N2 * size, (extent.row, extent.col))
     high_N2 = np.minimum((core_N2 + 1) * size, (extent.row1, extent.col1))
     corners_N4 = np.concatenate([low_N2[:, ::-1], high_N2[:, ::-1]], axis=1)
+    corners_N4 = region.windows_on_ground(grid, corners_N4)
     inside_N = region.windows_inside(region.on_grid(geometry, grid, extent), grid, corners_N4)
+    inside_N &= corners_N4[:, 2] > corners_N4[:, 0]
     # 2. The sources of every tile, with those that only its halo reaches.
     near: dict[tuple[int, int], tuple[int, ...]] = {}
     for index, window in enumerate(footprints):
@@ -149,11 +151,13 @@ def _rows_on(grid: Grid, sources: Sequence[Source], geometry: dict[str, Any] | N
     described = [json.dumps(source.to_row()) for source in sources]
     texts: dict[tuple[int, ...], str] = {}
     rows = []
-    for row, col in core_N2[inside_N].tolist():
+    cut_N4 = corners_N4[inside_N]
+    for (row, col), (left, top, right, bottom) in zip(core_N2[inside_N].tolist(), cut_N4.tolist(), strict=True):
         indices = near[row, col]
         if indices not in texts:
             texts[indices] = f"[{', '.join(described[index] for index in indices)}]"
-        rows.append(tile_at(grid, row, col, size=size, extent=extent).to_row() | {"sources": texts[indices]})
+        cut = Window(left, top, right - left, bottom - top)
+        rows.append(tile_at(grid, row, col, size=size, extent=cut).to_row() | {"sources": texts[indices]})
     return rows
 
 

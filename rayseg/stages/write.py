@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from rayseg.engine.ledger import Settled
 from rayseg.geo import region
@@ -43,15 +44,18 @@ class WriteTile:
 
     def _write(self, row: TileRow) -> Settled:
         tile = row.tile
-        inside = region.pixels_inside(region.on_grid(self.geometry, tile.grid, tile.window), tile.grid, tile.window)
+        inside, drawn = region.kept(self.geometry, tile.grid, tile.window)
         classes = np.where(inside, row.classes, NODATA).astype(np.uint8)
         scores = np.where(inside, row.scores, NODATA).astype(np.uint8)
         facts = facts_of(classes, tile)
         if not facts["counts"]:
             return row.settled("nodata")
         folder = upath(self.prefix) / tile.id
-        per_class = np.broadcast_to(scores, (len(self.table.classes), *classes.shape)) if self._of_top else scores
-        parts = vectors.polygons_of(classes, per_class, tile.grid, tile.window)
+        parts = (
+            self._parts(row, classes, scores)
+            if drawn is None
+            else self._parts(row, np.where(drawn, row.classes, NODATA).astype(np.uint8), row.scores, inside)
+        )
         files = (
             cog.write_classes(folder / "classes.tif", classes, tile.grid, tile.window, self.table),
             cog.write_scores(folder / "scores.tif", scores, tile.grid, tile.window, self.bands),
@@ -62,6 +66,10 @@ class WriteTile:
         facts |= {"parts": len(parts), "item": stac_write.packed(item)}  # publishing opens none of these files again
         background = len(self.table.classes) == 2 and set(facts["counts"]) == {"0"}
         return row.settled("empty" if background else "done", facts)
+
+    def _parts(self, row: TileRow, classes: np.ndarray, scores: np.ndarray, kept: np.ndarray | None = None) -> pa.Table:
+        per_class = np.broadcast_to(scores, (len(self.table.classes), *classes.shape)) if self._of_top else scores
+        return vectors.polygons_of(classes, per_class, row.tile.grid, row.tile.window, kept_HW=kept)
 
 
 def facts_of(classes_HW: np.ndarray, tile: Tile) -> dict[str, Any]:

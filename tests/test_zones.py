@@ -1,0 +1,130 @@
+"""Ground of several UTM zones is mapped once: by tiles, by areas and by polygons, whatever the order of the imagery."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import rasterio
+import shapely
+from affine import Affine
+from pyproj import Geod, Transformer
+from rasterio.enums import ColorInterp
+from tiny_maps import TABLE, Bright, described
+
+from rayseg.engine.ledger import Settled
+from rayseg.geo.grid import zone_bounds
+from rayseg.geo.region import resolve_region
+from rayseg.io import vectors
+from rayseg.io.maps import pixel_area_m2
+from rayseg.io.rasters import source_of_file
+from rayseg.io.sources import grids_of
+from rayseg.models.segmenter import Probabilities
+from rayseg.stages.predict import Predict
+from rayseg.stages.read import ReadTile, tile_rows
+from rayseg.stages.rows import TileRow
+from rayseg.stages.write import WriteTile
+
+GEOD = Geod(ellps="WGS84")
+
+
+def scene(path, crs, bounds, *, side, bright, dtype="uint8"):
+    """A scene over `bounds` (degrees, east perhaps beyond 180) and a little around; bright(lon, lat) is class 1."""
+    if crs == "EPSG:4326":
+        left, bottom, right, top = bounds
+    else:
+        west, south, east, north = bounds
+        edge = shapely.segmentize(shapely.box(west, south, east, north), 0.05)
+        xs, ys = Transformer.from_crs("EPSG:4326", crs, always_xy=True).transform(*shapely.get_coordinates(edge).T)
+        left, bottom, right, top = xs.min(), ys.min(), xs.max(), ys.max()
+    left, top = np.floor(left / side) * side, np.ceil(top / side) * side
+    width, height = int(np.ceil((right - left) / side)), int(np.ceil((top - bottom) / side))
+    cols, rows = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
+    lon, lat = Transformer.from_crs(crs, "EPSG:4326", always_xy=True).transform(left + cols * side, top - rows * side)
+    value = np.where(bright(lon % 360, lat), 220, 60).astype(dtype)
+    profile = {"driver": "GTiff", "count": 3, "height": height, "width": width, "dtype": dtype, "crs": crs}
+    with rasterio.open(path, "w", **profile, transform=Affine(side, 0, left, 0, -side, top)) as file:
+        file.colorinterp = [ColorInterp.red, ColorInterp.green, ColorInterp.blue]
+        file.write(np.stack([value] * 3))
+    return source_of_file(str(path), path.stem)
+
+
+@dataclass
+class Mapped:
+    tiles: dict
+    polygons: object
+    files: dict
+
+
+def mapped(folder, sources, text, *, size=256, dtype="uint8"):
+    """The class map of a region, tile by tile, and its polygons."""
+    geometry = resolve_region(text).geometry if text else None
+    bundle = described(patch=32, stride=16, dtype=dtype)
+    predict = Predict("", batch=4, device="cpu")
+    predict.__dict__["_loaded"] = (bundle, Probabilities(Bright()).eval())
+    write = WriteTile(str(folder), TABLE, bands=("cover",), geometry=geometry, model="m.json")
+    stages = (ReadTile(bundle.bands, patch=bundle.patch, stride=bundle.stride), predict, write)
+    tiles, parts, files = {}, [], {}
+    for row in tile_rows(sources, geometry, size=size, halo=48):
+        done = TileRow.from_row(row)
+        tile = done.tile
+        for stage in stages:
+            done = done if isinstance(done, Settled) else stage([done])[0]
+        assert done.status in {"done", "empty", "nodata"}, done.reason
+        if done.status != "nodata":
+            assert tile.id not in tiles
+            with rasterio.open(folder / tile.id / "classes.tif") as file:
+                tiles[tile.id] = tile, file.read(1)
+            parts.append(vectors.read_parts(folder / tile.id / "parts.parquet"))
+            files[tile.id] = tiles[tile.id][1].tobytes()
+    return Mapped(tiles, vectors.join(parts, TABLE), files)
+
+
+def area_of(text):
+    return sum(
+        abs(GEOD.geometry_area_perimeter(shapely.segmentize(part, 0.01))[0])
+        for part in shapely.get_parts(shapely.geometry.shape(resolve_region(text).geometry))
+    )
+
+
+def check_once(found, text):
+    """Areas of tiles add to the region's; the centre of every mapped pixel lies in the zone of its tile."""
+    total = 0.0
+    for tile, classes in found.tiles.values():
+        seen = classes != 255
+        total += seen.sum() * pixel_area_m2(tile)
+        rows, cols = np.nonzero(seen)
+        xs, ys = tile.grid.transform(tile.window) @ (cols + 0.5, rows + 0.5)
+        lon, lat = Transformer.from_crs(tile.grid.crs, "EPSG:4326", always_xy=True).transform(xs, ys)
+        west, south, east, north = zone_bounds(tile.grid.crs)
+        off = 1e-6  # the seam of a grid is a line of chords
+        assert (((lon - west + 180) % 360 - 180 > -off) & ((lon - east + 180) % 360 - 180 < off)).all()
+        assert ((lat > south - off) & (lat < north + off)).all()
+    assert total == pytest.approx(area_of(text), rel=1e-3)
+
+
+def test_a_region_over_three_zones_and_the_antimeridian_is_mapped_once(tmp_path):
+    def bright(lon, lat):
+        band = (abs(lat - 50.2) < 0.03) & (lon > 173.6) & (lon < 180.4)
+        disk = np.hypot((lon - 180) * 0.64, lat - 50.4) < 0.08
+        return band | disk | (np.hypot((lon - 176) * 0.64, lat - 50.4) < 0.05)
+
+    text = "173.5,50.1,-179.5,50.6"
+    sources = [
+        scene(tmp_path / "a.tif", "EPSG:32659", (173, 50, 174.4, 50.7), side=500, bright=bright),
+        scene(tmp_path / "b.tif", "EPSG:32660", (173.8, 50, 180.2, 50.7), side=500, bright=bright),
+        scene(tmp_path / "c.tif", "EPSG:32601", (179.6, 50, 181, 50.7), side=500, bright=bright),
+    ]
+    assert [grid.crs for grid, _ in grids_of(sources)] == ["EPSG:32601", "EPSG:32659", "EPSG:32660"]
+    (tmp_path / "out").mkdir()
+    found = mapped(tmp_path / "out", sources, text)
+    check_once(found, text)
+    cover = found.polygons[found.polygons["name"] == "cover"]
+    assert len(cover) == 3
+    band, over, _ = (cover.iloc[at] for at in np.argsort(-cover["area_m2"].to_numpy()))
+    expected = area_of("173.6,50.17,-179.6,50.23")
+    assert band["area_m2"] == pytest.approx(expected, rel=0.02)
+    assert band.geometry.is_valid
+    assert len(shapely.get_parts(band.geometry)) == len(shapely.get_parts(over.geometry)) == 2  # cut at 180 alone
+    again = mapped(tmp_path / "out", sources[::-1], text)
+    assert again.files == found.files
+    assert again.polygons.equals(found.polygons)
