@@ -1,6 +1,6 @@
-"""Accuracy of a map against a reference: confusion matrices, bootstrap intervals, agreement of clusterings."""
+"""Accuracy of a map against a reference: confusion matrices, agreement of clusterings, objects, intervals."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -239,3 +239,118 @@ def _ratio(part: NDArray[np.int64], whole: NDArray[np.int64]) -> Floats:
 def _mean(values: Floats) -> float:
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else float("nan")
+
+
+# -- objects ----------------------------------------------------------------------------------------------------------
+
+MATCHED = 0.5
+"""IoU above which a predicted object is a reference object; each then has one partner at most."""
+SIZES = ("small", "medium", "large")
+_SUMS = ("reference", "matched", "iou", "best", "found", "over", "under")
+"""Sums over the reference objects."""
+
+
+@dataclass(frozen=True, eq=False)
+class Objects:
+    """Reference and predicted objects over the same pixels; objects of one side do not overlap.
+
+    Attributes:
+        reference_N: pixels of each reference object, at least 1.
+        predicted_M: pixels of each predicted object, at least 1.
+        pairs_P2: positions of a reference and a predicted object that share pixels.
+        shared_P: the number of these pixels.
+    """
+
+    reference_N: NDArray[np.int64]
+    predicted_M: NDArray[np.int64]
+    pairs_P2: NDArray[np.int64]
+    shared_P: NDArray[np.int64]
+
+    @property
+    def limits(self) -> Floats:
+        """The largest small and the largest medium size in px: thirds of the reference objects, (2,)."""
+        return np.quantile(self.reference_N, [1 / 3, 2 / 3]) if len(self.reference_N) else np.zeros(2)
+
+    def sums(self, units: tuple[NDArray[np.int64], NDArray[np.int64]], count: int) -> dict[str, Floats]:
+        """What the measures are ratios of, per unit of the bootstrap.
+
+        Args:
+            units: unit (0..count-1) of each reference object and of each predicted object.
+            count: number of units.
+
+        Returns:
+            Numbers of `reference`, `matched` (of the reference), `predicted` and `hits` (matched of the predicted), of
+            `found` reference objects, which share a pixel with any, and sums over the reference objects: `iou` of the
+            matched ones, `best` IoU, `over` and `under` segmentation of those found; each (count,). The same by size
+            with the prefixes "small ", "medium " and "large ", by `limits`.
+        """
+        ones, others = self.pairs_P2.T
+        iou_P = self.shared_P / (self.reference_N[ones] + self.predicted_M[others] - self.shared_P)
+        best_N, hit_M = np.zeros(len(self.reference_N)), np.zeros(len(self.predicted_M))
+        np.maximum.at(best_N, ones, iou_P)
+        np.maximum.at(hit_M, others, iou_P)
+        # Over- and undersegmentation by the predicted object that shares most (Clinton et al. 2010, PE&RS 76).
+        over_N, under_N = np.zeros(len(self.reference_N)), np.zeros(len(self.reference_N))
+        order = np.argsort(self.shared_P, kind="stable")  # the largest share last: it stays
+        over_N[ones[order]] = 1 - (self.shared_P / self.reference_N[ones])[order]
+        under_N[ones[order]] = 1 - (self.shared_P / self.predicted_M[others])[order]
+        matched_N = best_N > MATCHED
+        of_N = (np.ones(len(best_N)), matched_N, np.where(matched_N, best_N, 0.0), best_N, best_N > 0, over_N, under_N)
+        size_N, size_M = (np.searchsorted(self.limits, sizes) for sizes in (self.reference_N, self.predicted_M))
+        sums: dict[str, Floats] = {}
+        for prefix, those_N, those_M in [
+            ("", np.ones(len(size_N), bool), np.ones(len(size_M), bool)),
+            *((f"{name} ", size_N == k, size_M == k) for k, name in enumerate(SIZES)),
+        ]:
+            for name, values_N in zip(_SUMS, of_N, strict=True):
+                sums[prefix + name] = np.bincount(units[0], weights=values_N * those_N, minlength=count).astype(float)
+            sums[f"{prefix}predicted"] = np.bincount(units[1], weights=those_M, minlength=count).astype(float)
+            hits_M = (hit_M > MATCHED) & those_M
+            sums[f"{prefix}hits"] = np.bincount(units[1], weights=hits_M, minlength=count).astype(float)
+        return sums
+
+
+def object_measures(sums: Mapping[str, Floats]) -> dict[str, Floats]:
+    """Measures of objects from the sums of `Objects.sums`, over any units; NaN where nothing can be measured.
+
+    `precision`, `recall` and `f1` of objects that match at an IoU above .5; `best_iou`, the mean IoU of the reference
+    objects with the best predicted one; `pq`, panoptic quality (Kirillov et al. 2019, CVPR); `over_segmentation` and
+    `under_segmentation`, 0 for none, means over the reference objects
+    that share a pixel with a predicted one. With the sums `boundary ...`, `boundary_f1`; with
+    `covered` and `either`, `covered_iou` of the pixels under any object.
+    """
+
+    def ratio(part: Floats, whole: Floats) -> Floats:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(whole > 0, part / whole, np.nan)
+
+    both = (sums["reference"] + sums["predicted"]) / 2
+    measures = {
+        "f1": ratio((sums["matched"] + sums["hits"]) / 2, both),
+        "precision": ratio(sums["hits"], sums["predicted"]),
+        "recall": ratio(sums["matched"], sums["reference"]),
+        "best_iou": ratio(sums["best"], sums["reference"]),
+        "pq": ratio(sums["iou"], both),
+        "over_segmentation": ratio(sums["over"], sums["found"]),
+        "under_segmentation": ratio(sums["under"], sums["found"]),
+    }
+    if "boundary reference" in sums:
+        precision = ratio(sums["boundary hits"], sums["boundary predicted"])
+        recall = ratio(sums["boundary matched"], sums["boundary reference"])
+        measures["boundary_f1"] = ratio(2 * precision * recall, precision + recall)
+        measures["covered_iou"] = ratio(sums["covered"], sums["either"])
+    return measures
+
+
+def object_intervals(sums: Mapping[str, Floats], *, n: int = 1000, seed: int = 0) -> dict[str, dict[str, float | None]]:
+    """Measure -> value, low and high (95 % bootstrap over the units); no interval for a single unit, None for NaN."""
+    count = len(sums["reference"])
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=n)
+    whole = object_measures({name: values.sum(keepdims=True) for name, values in sums.items()})
+    drawn = object_measures({name: draws @ values for name, values in sums.items()})
+    rows = {}
+    for name, value in whole.items():
+        low, high = percentile_interval(drawn[name]) if count > 1 else (float("nan"), float("nan"))
+        row = {"value": float(value[0]), "low": low, "high": high}
+        rows[name] = {key: None if np.isnan(part) else part for key, part in row.items()}
+    return rows

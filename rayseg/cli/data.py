@@ -135,16 +135,30 @@ def labels_assign(
 def evaluate(
     prediction: Annotated[str, typer.Argument(help="A run, a folder of masks, or catalog.json#collection.")],
     truth: Annotated[
-        str, typer.Argument(help="A folder of masks (index, palette or RGB), or catalog.json#collection.")
+        str,
+        typer.Argument(
+            help="A folder of masks (classes, or ids of plots), catalog.json#collection, or a file of polygons."
+        ),
     ],
     *,
     classes: Annotated[str | None, typer.Option(help="YAML class table; default: the classes of the run.")] = None,
+    plots: Annotated[
+        bool | None,
+        typer.Option(
+            "--plots/--classes-only",
+            help="Compare plots one by one. Default: if a run of agri meets polygons, or masks without classes.",
+        ),
+    ] = None,
     as_json: AsJson = False,
     allow_driver: AllowDriver = None,
 ) -> None:
-    """Compare a prediction with reference masks: accuracy, IoU and F1 with 95 % intervals."""
-    from rayseg.steps import evaluate
+    """Compare a prediction with reference masks, or plots with plots: accuracy, IoU and F1 with 95 % intervals."""
+    from rayseg.steps import evaluate, evaluate_plots
 
+    if plots or (plots is None and not classes and evaluate_plots.are_plots(prediction, truth)):
+        compared = evaluate_plots.evaluate_plots(prediction, truth)
+        typer.echo(json.dumps(compared, indent=1) if as_json else evaluate_plots.text(compared))
+        return
     result = evaluate.evaluate(prediction, truth, classes=classes)
     typer.echo(json.dumps(result, indent=1) if as_json else evaluate.text(result))
 

@@ -212,13 +212,18 @@ def _compare_all(
     matches = match(pieces, truth)
     with ThreadPoolExecutor(4) as pool:
         compared = list(pool.map(lambda one: compare(one, table), matches))
+    return compared, unmatched(pieces, truth, matches)
+
+
+def unmatched(pieces: Sequence[Piece], truth: Sequence[Source], matches: Sequence[Match]) -> dict[str, Any]:
+    """Count and first names of pieces without a reference mask, and of masks without a piece."""
     known = {one.piece.tile.id for one in matches}
     used = {mask.item_id for one in matches for mask in one.truth}
     left = {
         "prediction": [piece.tile.id for piece in pieces if piece.tile.id not in known],
         "truth": [mask.item_id for mask in truth if mask.item_id not in used],
     }
-    return compared, {side: {"count": len(names), "names": names[:NAMED]} for side, names in left.items()}
+    return {side: {"count": len(names), "names": names[:NAMED]} for side, names in left.items()}
 
 
 def compare(one: Match, table: ClassTable) -> Compared:
@@ -289,33 +294,34 @@ def text(result: dict[str, Any]) -> str:
     """The result of `evaluate` as aligned tables."""
     units = f"{result['units']:,} {result['unit']}{'s' if result['units'] > 1 else ''}"
     lines = [f"{result['pixels']:,} pixels compared in {units}; 95 % intervals by bootstrap over them", ""]
-    lines += [f"{title:<24}{_said(result['overall'][name])}" for name, title in OVERALL.items()]
+    lines += [f"{title:<24}{said(result['overall'][name])}" for name, title in OVERALL.items()]
     width = max([5, *(len(row["name"]) for row in result["classes"])]) + 2
     lines += ["", f"{'class':<{width}}" + "".join(f"{name:<22}" for name in PER_CLASS) + f"{'truth px':>14}"]
     for row in result["classes"]:
-        measures = "".join(f"{_said(row[name]):<22}" for name in PER_CLASS)
+        measures = "".join(f"{said(row[name]):<22}" for name in PER_CLASS)
         lines.append(f"{row['name']:<{width}}{measures}{row['reference']:>14,}")
-    return "\n".join([*lines, *_remarks(result)])
+    return "\n".join([*lines, *remarks(result)])
 
 
-def _said(measure: dict[str, float | None]) -> str:
+def said(measure: Mapping[str, float | None]) -> str:
+    """A measure with its interval."""
     if measure["value"] is None:
         return "-"
     bounds = f" ({measure['low']:.3f}-{measure['high']:.3f})" if measure["low"] is not None else ""
     return f"{measure['value']:.3f}{bounds}"
 
 
-def _remarks(result: dict[str, Any]) -> list[str]:
+def remarks(result: Mapping[str, Any]) -> list[str]:
     """Remarks on pixels, names and seams that the tables do not show."""
-    remarks = []
-    if result["not_evaluated"]:
-        remarks.append(f"{result['not_evaluated']:,} pixels with truth have no prediction and are not counted")
+    lines = []
+    if result.get("not_evaluated"):
+        lines.append(f"{result['not_evaluated']:,} pixels with truth have no prediction and are not counted")
     for side, other in (("prediction", "truth"), ("truth", "prediction")):
         if count := result["unmatched"][side]["count"]:
-            remarks.append(f"{count} of the {side} without {other}: {_some(result['unmatched'][side]['names'])}")
+            lines.append(f"{count} of the {side} without {other}: {_some(result['unmatched'][side]['names'])}")
     if (seams := result.get("seams")) and seams["ratio"] is not None:
-        remarks.append(f"seams: class changes {seams['ratio']:.2f} times as often over tile borders as inside tiles")
-    return ["", *remarks] if remarks else []
+        lines.append(f"seams: class changes {seams['ratio']:.2f} times as often over tile borders as inside tiles")
+    return ["", *lines] if lines else []
 
 
 Pairs = Counter[tuple[int, int]]
