@@ -33,19 +33,33 @@ from rayseg.metrics import agreement
 from rayseg.models import unsupervised
 from rayseg.pipelines import superpixel
 from rayseg.vision.color import rgb_of
+from rayseg.vision.segment_clusters import simple_clusters
 
+SEGMENTS = "k-means of segments"
 PAPER = {
     "superpixels": {"method": "felzenszwalb"},
-    "network": {"reduce": 1, "recalibrate": False, "patches": None, "start": None, "merge_to": None},
+    "network": {
+        "network": "deepnet",
+        "reduce": 1,
+        "recalibrate": False,
+        "patches": None,
+        "start": None,
+        "merge_to": None,
+    },
     "scaling": "range",
 }
 BASELINE = {"reduce": 1, "start": None, "merge_to": None}
 SETTINGS: dict[str, dict] = {
-    "port": {},
-    "unmerged": {"network": {"merge_to": None}},
+    SEGMENTS: {},
     "default": {},
-    "merged to 6": {"network": {"merge_to": 6}},
-    "own start": {"network": {"start": None}},
+    "port": {},
+    "regions of 400": {"superpixels": {"merge": 400}},
+    "regions of 2000": {"superpixels": {"merge": 2000}},
+    "no regions": {"superpixels": {"merge": 0}},
+    "6 labels": {"network": {"merge_to": 6}},
+    "network unmerged": {"network": {"network": "deepnet", "merge_to": None}},
+    "network": {"network": {"network": "deepnet"}},
+    "network, own start": {"network": {"network": "deepnet", "start": None}},
     "paper": PAPER,
     **{
         f"{network} {labels}": {"network": {"network": network, "labels": labels, **BASELINE}}
@@ -54,7 +68,9 @@ SETTINGS: dict[str, dict] = {
     },
     **{name: {"superpixels": {"method": name}} for name in ("felzenszwalb", "slic", "watershed")},
 }
-SAME_NETWORKS = {"default": "unmerged", "merged to 6": "unmerged"}
+PARTS = ((0, 0, 1024), (1200, 1200, 768), (200, 1500, 512), (1500, 200, 768))
+"""(column, row, side) of the parts of a DeepGlobe scene."""
+SAME_NETWORKS = {"network": "network unmerged"}
 """Settings that differ only in merging reuse the networks of another run, if they exist."""
 
 
@@ -71,16 +87,22 @@ def mapped(
 
 
 def scenes(asked: argparse.Namespace) -> None:
-    """Cut the scenes of the table: one image of each of Dubai's six, the upper left of each of DeepGlobe's."""
+    """Cut the scenes of the table: three images of each of Dubai's six, four parts of each of DeepGlobe's three."""
     for kind in ("images", "masks"):
         (asked.out / kind).mkdir(parents=True, exist_ok=True)
         suffix = "jpg" if kind == "images" else "png"
         for number in range(1, 7):
-            source = asked.data / f"dubai/tile{number}/{kind}/image_part_00{number}.{suffix}"
-            Image.open(source).convert("RGB").save(asked.out / kind / f"dubai{number}.png")
+            for part in (1, 5, 9) if number % 2 else (2, 4, 7):
+                source = asked.data / f"dubai/tile{number}/{kind}/image_part_00{part}.{suffix}"
+                side = asked.side if part % 2 else 512
+                image = Image.open(source).convert("RGB")
+                box = (0, 0, min(side, image.width), min(side, image.height))
+                image.crop(box).save(asked.out / kind / f"dubai{number}_{part}.png")
         for number in (1, 3, 4):
             whole = Image.open(asked.data / f"landcover/{kind}/{number}.{suffix}").convert("RGB")
-            whole.crop((0, 0, asked.side, asked.side)).save(asked.out / kind / f"landcover{number}.png")
+            for part, (col, row, side) in enumerate(PARTS):
+                place = whole.crop((col, row, col + side, row + side))
+                place.save(asked.out / kind / f"landcover{number}_{part}.png")
 
 
 # -- quality -----------------------------------------------------------------------------------------------------------
@@ -90,8 +112,8 @@ def quality(asked: argparse.Namespace) -> None:
     """AMI, FMI and ARE of every setting: mean over scenes and seeds, 95 % bootstrap over scenes."""
     for name in asked.only or SETTINGS:
         for seed in asked.seeds:
-            if name == "port":
-                _ported(asked, seed)
+            if name in {"port", SEGMENTS}:
+                _without_run(asked, name, seed)
                 continue
             values = json.loads(json.dumps(SETTINGS[name]))
             values["network"] = {"epochs": asked.epochs, "seed": seed} | values.get("network", {})
@@ -113,7 +135,7 @@ def _measured(out: Path, config: superpixel.Config, images: str, lender: Path | 
         listed = run.step("scenes", superpixel.list_scenes, region, config)
         divided = run.step("superpixels", superpixel.divide, listed, config)
         trained = run.step("networks", _trained, listed, divided, config, str(lender or ""))
-        predicted = run.step("predict", superpixel.label, listed, trained, region, config)
+        predicted = run.step("predict", superpixel.label, listed, trained, region, config, divided=divided)
         return run.step("evaluate", superpixel.measure, predicted, region, config).value["mean"]
 
 
@@ -126,25 +148,30 @@ def _trained(step: Step, listed: Step, divided: Step, config: superpixel.Config,
     return superpixel.train(step, listed, divided, config)
 
 
-def _ported(asked: argparse.Namespace, seed: int) -> None:
-    """Measures of the straight port's maps, stored next to those of a run."""
+def _without_run(asked: argparse.Namespace, name: str, seed: int) -> None:
+    """Measures of the maps of the straight port or of the baseline, stored next to those of a run."""
     skipped = [_code(np.array(rgb_of(value))) for value in asked.unlabelled]
     scenes, spent = {}, {"superpixels": 0.0, "networks": 0.0}
     for path in sorted(Path(asked.images).iterdir()):
-        labels_HW, parts = port(str(path), epochs=asked.epochs, seed=seed, quick=True)
+        if name == "port":
+            labels_HW, parts = port(str(path), epochs=asked.epochs, seed=seed, quick=True)
+        else:
+            started = time.perf_counter()
+            labels_HW = simple_clusters(np.array(Image.open(path).convert("RGB")), seed=seed)
+            parts = {"superpixels": time.perf_counter() - started, "training": 0.0}
         with rasterio.open(Path(asked.masks) / path.name) as file:
             codes_HW = _code(file.read()[:3])
         seen = ~np.isin(codes_HW, skipped)
         scenes[path.stem] = {"pixels": int(seen.sum())} | agreement(contingency_matrix(codes_HW[seen], labels_HW[seen]))
         spent = {
-            name: spent[name] + parts[part] for name, part in (("superpixels", "superpixels"), ("networks", "training"))
+            step: spent[step] + parts[part] for step, part in (("superpixels", "superpixels"), ("networks", "training"))
         }
-    mean = {name: float(np.mean([scene[name] for scene in scenes.values()])) for name in ("ami", "fmi", "are")}
-    steps = asked.out / f"port-{seed}" / "steps"
-    for name, seconds in spent.items():
-        _kept(steps / name / "done.json", {"seconds": seconds})
+    mean = {measure: float(np.mean([scene[measure] for scene in scenes.values()])) for measure in ("ami", "fmi", "are")}
+    steps = _folder(asked, name, seed) / "steps"
+    for step, seconds in spent.items():
+        _kept(steps / step / "done.json", {"seconds": seconds})
     _kept(steps / "evaluate" / "agreement.json", {"scenes": scenes, "mean": mean})
-    print("port", seed, json.dumps(mean), flush=True)
+    print(name, seed, json.dumps(mean), flush=True)
 
 
 def _code(image_CHW: np.ndarray) -> np.ndarray:
@@ -173,6 +200,19 @@ def table(asked: argparse.Namespace) -> None:
             for step in ("superpixels", "networks")
         ]
         print(f"| {name} ({len(found)} seeds) | {' | '.join(cells)} | {times[0]:.1f} | {times[1]:.1f} |")
+    ami = {name: _amis(asked, name) for name in ("default", SEGMENTS)}
+    if all(len(values) for values in ami.values()):
+        # One mean per place: crops of a place are not independent.
+        print(f"AMI of default - {SEGMENTS}: {_interval((ami['default'] - ami[SEGMENTS])[None])}")
+
+
+def _amis(asked: argparse.Namespace, name: str) -> np.ndarray:
+    """Mean AMI over seeds of every place: the scenes' names up to their first underscore."""
+    places: dict[str, list[float]] = {}
+    for path in sorted(asked.out.glob(f"{name.replace(' ', '-')}-20[0-9]*/steps/evaluate/agreement.json")):
+        for scene, measures in json.loads(path.read_text())["scenes"].items():
+            places.setdefault(scene.partition("_")[0], []).append(measures["ami"])
+    return np.array([np.mean(values) for _, values in sorted(places.items())])
 
 
 def _interval(values_SN: np.ndarray) -> str:
@@ -190,8 +230,7 @@ def speed(asked: argparse.Namespace) -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     image = str(asked.out / "scene.tif")
     _cut(asked.image, image, asked.size)
-    network = {"epochs": asked.epochs, "patches": None}
-    settings = {"default": {"network": network}, "paper": PAPER | {"network": PAPER["network"] | network}}
+    settings = {"default": {}, "paper": PAPER | {"network": PAPER["network"] | {"epochs": asked.epochs}}}
     for name, values in list(settings.items())[: 1 if asked.only_default else 2]:
         before = time.process_time()
         steps, seconds = mapped(asked.out / name, values, image)
@@ -292,7 +331,8 @@ def memory(asked: argparse.Namespace) -> None:
         _made(image, asked.side)
     print(f"before: {_peak():.2f} GiB", flush=True)
     values = {
-        "network": {"epochs": 1, "patches": asked.patches, "memory": 128 << 20, "reduce": asked.reduce},
+        "network": {"network": asked.network, "epochs": 1, "patches": asked.patches, "memory": 128 << 20}
+        | {"reduce": asked.reduce},
         "map": {"tile": asked.tile},
         "superpixels": {"method": asked.method},
     }
@@ -353,6 +393,7 @@ def main() -> None:
             command.add_argument("--patches", type=int, default=16)
             command.add_argument("--reduce", type=int, default=2)
             command.add_argument("--method", default="halved")
+            command.add_argument("--network", default="segments")
     asked = parser.parse_args()
     asked.function(asked)
 

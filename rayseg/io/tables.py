@@ -1,15 +1,18 @@
 """Many small files read at once, and tables that are larger than memory."""
 
+import io
 import mmap
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from rayseg.store import StorePath, upath
+from rayseg.store import StorePath, put, upath
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -30,6 +33,19 @@ def content(path: StorePath) -> bytes:
     target = upath(path)
     data: bytes = target.fs.cat_file(target.path)
     return data
+
+
+def write_array(path: StorePath, values: NDArray[Any]) -> None:
+    """Write an array as a NumPy file, whole or not at all."""
+    sink = io.BytesIO()
+    np.save(sink, values, allow_pickle=False)
+    put(path, sink.getvalue())
+
+
+def read_array(path: StorePath) -> NDArray[Any]:
+    """Read the array that `write_array` wrote."""
+    values: NDArray[Any] = np.load(io.BytesIO(content(path)), allow_pickle=False)
+    return values
 
 
 class Spool:

@@ -46,6 +46,7 @@ FACTORIES = {
     "refined": ("rayseg.models.crf", "build_refined"),
     "sam": ("rayseg.models.sam_bundle", "build_sam"),
     "segmenter": ("rayseg.models.segmenter", "build_segmenter"),
+    "segments": ("rayseg.models.segment_labels", "build_segments"),
     "unsupervised": ("rayseg.models.unsupervised", "build_unsupervised"),
 }
 
@@ -107,7 +108,7 @@ class Scaling(Config):
 class Architecture(Config):
     """Which factory builds the network, and with which options."""
 
-    factory: Literal["classifier", "over-imagenet", "plots", "refined", "sam", "segmenter", "unsupervised"]
+    factory: Literal["classifier", "over-imagenet", "plots", "refined", "sam", "segmenter", "segments", "unsupervised"]
     options: dict[str, str | int | float]
     """Arguments of the factory, without the weights."""
 

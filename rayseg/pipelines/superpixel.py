@@ -1,22 +1,23 @@
 """superpixel: a scene segmented without any label (Chen et al. 2022, IEEE GRSL 19; after Kanezaki 2018, ICASSP).
 
-    scene --> superpixels --> vote <--> small network, trained on this scene alone --> label map
+    scene --> superpixels --> clusters of their colour and texture --> label map             (`network: segments`)
+    scene --> superpixels --> vote <--> small network, trained on this scene alone --> label map       (the paper)
 
-Every scene has labels of its own, unless all `shared` one network. The modules of the steps explain the rest;
+Every scene has labels of its own, unless all are `shared`. The modules of the steps explain the rest;
 `configs/superpixel/paper.yaml` has the settings of the paper.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from upath import UPath
 
-from rayseg.config import Bands
+from rayseg.config import Bands, added
 from rayseg.config import Config as Frozen
 from rayseg.engine.flow import Work
 from rayseg.engine.ledger import MISSING, SETTLED, Record, Settled
@@ -27,18 +28,23 @@ from rayseg.geo.region import Region
 from rayseg.io.masks import piece_of_row
 from rayseg.models.bundle import Scaling
 from rayseg.stages.band_statistics import Survey
+from rayseg.stages.cluster import ClusterScene, Described, LabelSegments, labels_path
 from rayseg.stages.label import LabelTile
 from rayseg.stages.oversegment import Divide, ReadAround, SuperpixelConfig, unite
 from rayseg.stages.rows import SceneRow, TileRow
 from rayseg.stages.write import WriteTile
-from rayseg.steps import estimate, evaluate, report, scenes
+from rayseg.steps import estimate, evaluate, report, scenes, simple_labels
 from rayseg.steps import map as mapping
 from rayseg.steps.map import MapConfig
 from rayseg.steps.scenes import Scenes
 from rayseg.store import Location, put, upath
-from rayseg.train.scene import SceneConfig, TrainScene, patches_of_epoch
+from rayseg.train.scene import SceneConfig, TrainScene, steps_of
 from rayseg.vision.color import label_table
 
+VOTING, CLUSTERED = 32.0, 100.0
+"""Scale of the superpixels in which a network's labels are voted (the paper's), and of those that are clustered."""
+MERGE = 1200.0
+"""Default of `superpixels.merge`: roads and roofs of .3 to .5 m imagery stay regions of their own."""
 MOST_CURVES = 6
 """Networks whose training the report draws."""
 
@@ -48,6 +54,7 @@ class Config(Frozen):
 
     superpixels: SuperpixelConfig = SuperpixelConfig()
     network: SceneConfig = SceneConfig()
+    """Clusters of superpixels, or the network of a scene and its training."""
     map: MapConfig = MapConfig()
     shared: bool = False
     """One network for all scenes, so that a label means the same everywhere; else one for each, with its own labels."""
@@ -62,11 +69,25 @@ class Config(Frozen):
     """Masks to measure the map with: a folder, `catalog.json#collection[/asset]`, or `#collection` of the region."""
     unlabelled: tuple[str | int, ...] = ()
     """Values or colours of the masks that the measures ignore."""
+    baseline: bool = added(default=True)
+    """With a truth: measure k-means of segments on parts of the map, and show it in the report."""
 
     @property
     def margin(self) -> int:
         """Pixels around a tile that are labelled too, so that small regions at its border have all their neighbours."""
         return 3 * self.sieve
+
+    @property
+    def halo(self) -> int:
+        """Pixels around a tile that are read with it."""
+        if self.network.clusters:
+            return self.superpixels.overlap
+        return self.network.patch + self.network.stride + self.margin
+
+    @property
+    def options(self) -> dict[str, float]:
+        """Arguments of the superpixels' method: clusters need larger ones than a network that votes in them."""
+        return self.superpixels.options(scale=CLUSTERED if self.network.clusters else VOTING)
 
 
 def list_scenes(step: Step, region: Region, config: Config, *, found: Scenes | None = None) -> dict[str, Any]:
@@ -87,14 +108,13 @@ def list_scenes(step: Step, region: Region, config: Config, *, found: Scenes | N
 
 
 def _find(region: Region, config: Config) -> Scenes:
-    halo = config.network.patch + config.network.stride + config.margin
     bands, scaling = config.bands, config.scaling
-    return scenes.find_scenes(region, config.map, halo=halo, bands=bands, scaling=scaling, shared=config.shared)
+    return scenes.find_scenes(region, config.map, halo=config.halo, bands=bands, scaling=scaling, shared=config.shared)
 
 
 def divide(step: Step, listed: Step, config: Config) -> dict[str, Any]:
     """Divide all scenes into superpixels, `<step>/<tile>.tif`: tile by tile, then united where neighbours agree."""
-    if not config.network.votes:
+    if not (config.network.votes or config.network.clusters):
         return {"segments": None}
     rows = [
         tile | {"scaling": scene["scaling"]}
@@ -103,18 +123,20 @@ def divide(step: Step, listed: Step, config: Config) -> dict[str, Any]:
     ]
     write_rows(step.manifest, rows)
     overlap, prefix = config.superpixels.overlap, str(step.prefix)
-    works = [
-        Work(ReadAround(listed.value["bands"], margin=overlap)),
-        Work(Divide(prefix, config.superpixels.method, config.superpixels.options), cpus=0.5),
-    ]
+    bands = listed.value["bands"]
+    stage = Divide(
+        prefix, config.superpixels.method, config.options, described=bands if config.network.clusters else ()
+    )
+    works = [Work(ReadAround(bands, margin=overlap)), Work(stage, cpus=0.5)]
     done = mapping.through(step, rows, works, patience=config.map.stall_seconds)
-    unite(prefix, scenes.divided_tiles(step), overlap)
+    unite(prefix, scenes.divided_tiles(step), overlap, described=config.network.clusters)
     return {"segments": prefix, **done}
 
 
 def train(step: Step, listed: Step, divided: Step, config: Config) -> dict[str, Any]:
-    """Train a network for every scene, each on an actor of its own; models/<scene> is its bundle."""
-    usable = {tile.id for tile, _ in scenes.divided_tiles(divided)} if config.network.votes else None
+    """Cluster the superpixels of every scene, or train a network for it; models/<scene> is its bundle."""
+    needed = config.network.votes or config.network.clusters
+    usable = {tile.id for tile, _ in scenes.divided_tiles(divided)} if needed else None
 
     def trainable(row: Row) -> SceneRow | Settled:
         scene = SceneRow.from_row(row)
@@ -123,20 +145,41 @@ def train(step: Step, listed: Step, divided: Step, config: Config) -> dict[str, 
 
     rows = scenes.scaled_rows(listed, config.scaling)
     write_rows(step.manifest, [{"id": row["id"]} for row in rows])
-    stage = TrainScene(
-        config.network,
-        prefix=str(step.prefix),
-        models=str(upath(step.root) / "models"),
-        segments=divided.value["segments"],
-        bands=listed.value["bands"],
-        dtype=listed.value["dtype"],
-    )
-    works, patience = [Work(stage, cpus=1.0, gpus=1.0, model=True)], config.network.stall_seconds
+    works, patience = [_scene_work(step, listed, divided, config)], config.network.stall_seconds
     return mapping.through(step, rows, works, record=trainable, title="scenes", patience=patience)
 
 
-def label(step: Step, listed: Step, trained: Step, region: Region, config: Config) -> dict[str, Any]:
-    """Map every tile by its scene's network; tiles/<id>/ holds the results, the step's ledger their fates."""
+def _scene_work(step: Step, listed: Step, divided: Step, config: Config) -> Work:
+    """What is done with each scene."""
+    bands, dtype, models = listed.value["bands"], listed.value["dtype"], str(upath(step.root) / "models")
+    prefix, superpixels, network = str(step.prefix), divided.value["segments"], config.network
+    if not network.clusters:
+        stage = TrainScene(network, prefix=prefix, models=models, segments=superpixels, bands=bands, dtype=dtype)
+        return Work(stage, cpus=1.0, gpus=1.0, model=True)
+    cluster = ClusterScene(
+        clusters=network.merge_to or network.labels,
+        contrast=MERGE if config.superpixels.merge is None else config.superpixels.merge,
+        seed=network.seed,
+        labels=prefix,
+        superpixels=superpixels,
+        described=Described(models, config.superpixels.method, config.options, bands, dtype),
+    )
+    return Work(cluster, cpus=1.0)
+
+
+def label(
+    step: Step, listed: Step, trained: Step, region: Region, config: Config, *, divided: Step | None = None
+) -> dict[str, Any]:
+    """Label every tile; tiles/<id>/ holds the results, the step's ledger their fates.
+
+    Args:
+        step: the current step.
+        listed: the step that listed the scenes.
+        trained: the step that clustered or trained.
+        region: the region to map.
+        config: the pipeline's configuration.
+        divided: the step that divided the scenes, for clusters.
+    """
     fates, models = mapping.ledger_of(listed).read() | mapping.ledger_of(trained).read(), upath(step.root) / "models"
     rows = [
         tile | {"scene": scene["id"]} for scene in mapping.read_manifest(listed) for tile in json.loads(scene["tiles"])
@@ -145,15 +188,21 @@ def label(step: Step, listed: Step, trained: Step, region: Region, config: Confi
     networks = [record for record in fates.values() if "bundle" in record.facts]
     most = max(networks, key=lambda record: record.facts["labels"], default=None)
     table = label_table(most.facts["labels"] if most else 0)
-    lattice = (config.network.patch, config.network.stride)
-    stage = LabelTile(margin=config.margin, sieve=config.sieve, batch=config.map.batch)
-    works = [
-        Work(ReadAround(listed.value["bands"], margin=config.margin, lattice=lattice)),
-        Work(stage, cpus=1.0, gpus=1.0, model=True),
-        Work(WriteTile(mapping.tiles_prefix(step), table, bands=("probability",), geometry=region.geometry, model="")),
-    ]
-    record, patience = partial(_with_network, fates, models), config.map.stall_seconds
-    done = mapping.through(step, rows, works, record=record, patience=patience)
+    write = WriteTile(mapping.tiles_prefix(step), table, bands=("probability",), geometry=region.geometry, model="")
+    record = partial(_with_network, fates, models)
+    if config.network.clusters and divided:
+        works = [Work(LabelSegments(divided.value["segments"], margin=config.margin, sieve=config.sieve))]
+        near = _near(divided, config.map.tile)
+        record = partial(_with_clusters, record, mapping.ledger_of(divided).read(), near, str(trained.prefix))
+    else:
+        lattice = (config.network.patch, config.network.stride)
+        stage = LabelTile(margin=config.margin, sieve=config.sieve, batch=config.map.batch)
+        works = [
+            Work(ReadAround(listed.value["bands"], margin=config.margin, lattice=lattice)),
+            Work(stage, cpus=1.0, gpus=1.0, model=True),
+        ]
+    works.append(Work(write))
+    done = mapping.through(step, rows, works, record=record, patience=config.map.stall_seconds)
     return {"bundle": str(models / most.id) if most else None, **done}
 
 
@@ -169,6 +218,41 @@ def _with_network(fates: Mapping[str, Record], models: UPath, row: Row) -> TileR
     if "bundle" in fate.facts:
         return replace(TileRow.from_row(row), bundle=str(models / scene))
     return Settled(fate.status if fate.status in SETTLED else "failed", f"scene {scene}: {fate.reason}")
+
+
+Near = tuple[tuple[str, int, int, int, int], ...]
+
+
+def _near(divided: Step, size: int) -> dict[str, Near]:
+    """For each tile with superpixels, itself and its neighbours that have some: see `TileRow.near`."""
+    tiles = [tile for tile, _ in scenes.divided_tiles(divided)]
+    places = {(tile.grid, tile.window.row // size, tile.window.col // size): tile for tile in tiles}
+    around = list(product((-1, 0, 1), repeat=2))
+    return {
+        tile.id: tuple(
+            (one.id, *astuple(one.window))
+            for down, right in around
+            if (one := places.get((grid, row + down, col + right))) is not None
+        )
+        for (grid, row, col), tile in places.items()
+    }
+
+
+def _with_clusters(
+    record: Callable[[Row], TileRow | Settled],
+    divided: Mapping[str, Record],
+    near: Mapping[str, Near],
+    labels: str,
+    row: Row,
+) -> TileRow | Settled:
+    """The tile with the labels of its superpixels; without superpixels it has the fate of their step."""
+    tile, fate = record(row), divided.get(row["id"])
+    if isinstance(tile, Settled):
+        return tile
+    if row["id"] in near:
+        return replace(tile, labels=labels_path(labels, row["scene"]), near=near[row["id"]])
+    reason = fate.reason if fate else f"its superpixels: {MISSING}"
+    return Settled(fate.status if fate and fate.status in SETTLED else "failed", reason)
 
 
 def join_polygons(step: Step, predicted: Step) -> dict[str, Any]:
@@ -187,9 +271,16 @@ def measure(step: Step, predicted: Step, region: Region, config: Config) -> dict
 
 
 def write_report(
-    step: Step, trained: Step, drawn: Step, predicted: Step, polygons: Step, measured: Step
+    step: Step,
+    trained: Step,
+    drawn: Step,
+    predicted: Step,
+    polygons: Step,
+    measured: Step,
+    *,
+    simple: Step | None = None,
 ) -> dict[str, Any]:
-    """The report, with the trainings of the networks and the agreement with the truth."""
+    """The report, with the trainings of the networks, the agreement with the truth and the baseline."""
     records = mapping.ledger_of(trained).read().values()
     histories = {f"network of {one.id}": one.facts["history"] for one in records if one.facts.get("history")}
     labels = "Learnt from the imagery alone: labels have no meaning yet; `rayseg labels assign` gives them one."
@@ -197,7 +288,8 @@ def write_report(
         labels += f" {evaluate.agreement_text(measured.value)}"
     shown = tuple((title, image, caption) for title, image, caption in drawn.value["pictures"])
     curves = dict(list(histories.items())[:MOST_CURVES])
-    extras = report.Extras(labels=labels, pictures=shown, histories=curves)
+    baseline = simple_labels.shown_beside(simple.value) if simple else None
+    extras = report.Extras(labels=labels, pictures=shown, histories=curves, baseline=baseline)
     return report.write_report(step, predicted, polygons, extras=extras)
 
 
@@ -213,13 +305,18 @@ def check(config: Config, region: Region) -> Scenes:
 def forecast(config: Config, region: Region, plan: Scenes) -> estimate.Forecast:
     """What is known of a run before it begins; the probe trains networks as the run does."""
     tiles = plan.tiles
-    patches = [patches_of_epoch([Tile.from_row(row) for row in rows], config.network) for rows in tiles]
+    network = config.network
+
+    def effort(rows: list[Row]) -> int:
+        return len(rows) if network.clusters else steps_of([Tile.from_row(row) for row in rows], network)
+
+    ends = "a training that has nothing left to learn ends early: other tiles may take more or fewer epochs"
     return estimate.Forecast(
         [*chain.from_iterable(tiles), *(row for row in plan.rows if row["refused"])],
-        margin=config.network.patch + config.network.stride + config.margin,
-        unknown=("a training that has nothing left to learn ends early: other tiles may take more or fewer epochs",),
+        margin=config.halo,
+        unknown=() if network.clusters else (ends,),
         counts={"networks": len(tiles)},
-        efforts={"networks": sum(patches)},
+        efforts={"networks": sum(map(effort, tiles))},
         trial=partial(run, config),
     )
 
@@ -229,10 +326,13 @@ def run(config: Config, run: Run, region: Region, plan: Scenes | None = None) ->
     listed = run.step("scenes", list_scenes, region, config, found=plan)
     divided = run.step("superpixels", divide, listed, config)
     trained = run.step("networks", train, listed, divided, config)
-    predicted = run.step("predict", label, listed, trained, region, config)
+    predicted = run.step("predict", label, listed, trained, region, config, divided=divided)
     polygons = run.step("polygons", join_polygons, predicted)
     measured = run.step("evaluate", measure, predicted, region, config)
     run.step("publish", mapping.publish, predicted, f"Labels of {region.name}, found without any")
     drawn = run.step("pictures", scenes.draw, listed, divided, predicted)
-    written = run.step("report", write_report, trained, drawn, predicted, polygons, measured)
+    simple, truth = None, region.located(config.truth)
+    if config.baseline and truth and predicted.value["bundle"]:
+        simple = run.step("baseline", simple_labels.measure_baseline, predicted, truth, config.unlabelled)
+    written = run.step("report", write_report, trained, drawn, predicted, polygons, measured, simple=simple)
     return report.headline(written)

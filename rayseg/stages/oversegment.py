@@ -1,5 +1,6 @@
 """Tiles of a scene in, superpixels out: each tile with an overlap, by which neighbours are joined afterwards."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Literal
@@ -8,17 +9,20 @@ import numpy as np
 from pydantic import Field
 from upath import UPath
 
-from rayseg.config import Config
+from rayseg.config import Config, added
 from rayseg.engine.ledger import Settled
 from rayseg.errors import DataError
 from rayseg.geo.grid import Lattice, Tile, Window
 from rayseg.io import segments
+from rayseg.io.tables import read_array, write_array
 from rayseg.models.bundle import Scaling
 from rayseg.stages.read import read_reach
 from rayseg.stages.rows import TileRow
 from rayseg.store import upath
 from rayseg.vision.fill import mirrored
-from rayseg.vision.segments import agreeing, united
+from rayseg.vision.region_merging import borders, summed
+from rayseg.vision.segment_clusters import pixel_features, segment_sums
+from rayseg.vision.segments import agreeing, counted, united
 from rayseg.vision.superpixels import METHODS
 
 
@@ -28,22 +32,24 @@ class SuperpixelConfig(Config):
     method: Literal["felzenszwalb", "halved", "slic", "watershed"] = "halved"
     """felzenszwalb is the paper's; halved is the same at half the resolution, in a fraction of the time; slic and
     watershed give superpixels of similar size."""
-    scale: Annotated[float, Field(gt=0)] = 32.0
-    """felzenszwalb, halved: larger means larger superpixels."""
+    scale: Annotated[float, Field(gt=0)] | None = None
+    """felzenszwalb, halved: larger means larger superpixels; null takes the pipeline's own."""
     sigma: Annotated[float, Field(ge=0)] = 0.5
     """felzenszwalb, halved: width in px of the Gaussian that smooths the scene first."""
     min_size: Annotated[int, Field(gt=0)] = 64
     """felzenszwalb, halved: least pixels of a superpixel."""
+    merge: Annotated[float, Field(ge=0)] | None = added(default=None)
+    """network: segments alone: neighbours merge where their border is weaker than this, in squared units of CIELAB per
+    px; larger means larger regions, 0 merges none; null takes 1200."""
     spacing: Annotated[int, Field(gt=1)] = 14
     """slic, watershed: distance of superpixels in px."""
     overlap: Annotated[int, Field(ge=2)] = 64
     """Pixels around a tile in which its superpixels are compared with its neighbours'."""
 
-    @property
-    def options(self) -> dict[str, float]:
-        """Arguments of the method."""
+    def options(self, *, scale: float) -> dict[str, float]:
+        """Arguments of the method; `scale` where the configuration has none."""
         if self.method in {"felzenszwalb", "halved"}:
-            return {"scale": self.scale, "sigma": self.sigma, "min_size": self.min_size}
+            return {"scale": self.scale or scale, "sigma": self.sigma, "min_size": self.min_size}
         return {"spacing": self.spacing}
 
 
@@ -84,11 +90,14 @@ class Divide:
         prefix: folder of the files.
         method: a name in `METHODS`.
         options: its arguments.
+        described: names of the bands, to write what clusters are made of: the sums of the superpixels' features over
+            the tile, `features_path`, and their borders, `borders_path`; () writes neither.
     """
 
     prefix: str
     method: str
     options: Mapping[str, float]
+    described: Sequence[str] = ()
 
     def __call__(self, rows: list[TileRow]) -> list[Settled]:
         """Divide each tile."""
@@ -103,7 +112,13 @@ class Divide:
         labels_HW = METHODS[self.method](image_CHW.transpose(1, 2, 0), **self.options)
         _, gapless = np.unique(np.where(valid, labels_HW + 1, 0), return_inverse=True)
         numbers = gapless.reshape(valid.shape).astype(np.uint32) + np.uint32(valid.all())
-        segments.write_segments(part_path(self.prefix, tile.id), numbers, tile.grid, row.reach)
+        part = part_path(self.prefix, tile.id)
+        segments.write_segments(part, numbers, tile.grid, row.reach)
+        if self.described:
+            inner = tile.window.slices(row.reach)
+            features_HWF = pixel_features(image_CHW.transpose(1, 2, 0), self.described)[inner]
+            write_array(features_path(part), segment_sums(features_HWF, numbers[inner]))
+            write_array(borders_path(part), borders(numbers[inner]))
         return Settled(facts={"segments": int(numbers.max())})
 
 
@@ -117,12 +132,22 @@ def part_path(prefix: str, tile_id: str) -> UPath:
     return upath(prefix) / "parts" / f"{tile_id}.tif"
 
 
+def features_path(segments: UPath) -> UPath:
+    """The file of the pixels and sums of features of every superpixel, next to the file of the superpixels."""
+    return segments.with_suffix(".features.npy")
+
+
+def borders_path(segments: UPath) -> UPath:
+    """The file of the borders between superpixels, rows of `region_merging.borders`."""
+    return segments.with_suffix(".borders.npy")
+
+
 def segments_path(prefix: str, tile_id: str) -> UPath:
     """The file in which `unite` keeps the superpixels of a tile."""
     return upath(prefix) / f"{tile_id}.tif"
 
 
-def unite(prefix: str, tiles: Sequence[tuple[Tile, int]], overlap: int) -> None:
+def unite(prefix: str, tiles: Sequence[tuple[Tile, int]], overlap: int, *, described: bool = False) -> None:
     """Write the superpixels of all tiles to `segments_path`, numbered without gaps; join those that neighbours share.
 
     Every file is written each time, because an added tile shifts the numbers of the tiles after it.
@@ -131,6 +156,8 @@ def unite(prefix: str, tiles: Sequence[tuple[Tile, int]], overlap: int) -> None:
         prefix: folder of the parts that `Divide` wrote.
         tiles: (tile, number of its superpixels).
         overlap: px around each tile that its part also holds.
+        described: write the features and borders, too, numbered anew: rows of number, pixels and sums, and the borders
+            in the tile and with its right and lower neighbour.
     """
 
     def part_of(tile: Tile, window: Window) -> np.ndarray:
@@ -140,16 +167,44 @@ def unite(prefix: str, tiles: Sequence[tuple[Tile, int]], overlap: int) -> None:
     # 1. Compare each tile with its right and its lower neighbour, over the pixels that both divided.
     corners = {(tile.grid, tile.window.row, tile.window.col): at for at, (tile, _) in enumerate(tiles)}
     right, below = np.s_[:, overlap - 1 : overlap + 1], np.s_[overlap - 1 : overlap + 1, :]
-    pairs = {}
+    pairs, crossed = {}, defaultdict(list)
     for at, (tile, _) in enumerate(tiles):
         window = tile.window
         for border, corner in ((right, (window.row, window.col1)), (below, (window.row1, window.col))):
             if (neighbour := corners.get((tile.grid, *corner))) is not None:
                 other = tiles[neighbour][0]
                 zone = grown(window, overlap).intersect(grown(other.window, overlap))
-                pairs[at, neighbour] = agreeing(part_of(tile, zone), part_of(other, zone), border)
+                one_HW, other_HW = part_of(tile, zone), part_of(other, zone)
+                pairs[at, neighbour] = agreeing(one_HW, other_HW, border)
+                crossed[at].append((neighbour, *_facing(one_HW, other_HW, window, other.window, zone)))
     # 2. Number the segments of all tiles anew.
     tables = united([count for _, count in tiles], pairs)
-    for (tile, _), table in zip(tiles, tables, strict=True):
-        numbers = table[part_of(tile, tile.window)]
-        segments.write_segments(segments_path(prefix, tile.id), numbers, tile.grid, tile.window)
+    for at, (tile, _) in enumerate(tiles):
+        part, path = part_path(prefix, tile.id), segments_path(prefix, tile.id)
+        segments.write_segments(path, tables[at][part_of(tile, tile.window)], tile.grid, tile.window)
+        if described:
+            sums = read_array(features_path(part))
+            seen = np.flatnonzero(sums[1:, 0]) + 1
+            write_array(features_path(path), np.concatenate([tables[at][seen, None], sums[seen]], axis=1))
+            inside_M3 = read_array(borders_path(part))
+            rows = [np.column_stack([tables[at][inside_M3[:, :2]], inside_M3[:, 2]])]
+            rows += [
+                np.column_stack([tables[at][pairs_M2[:, 0]], tables[neighbour][pairs_M2[:, 1]], lengths_M])
+                for neighbour, pairs_M2, lengths_M in crossed[at]
+            ]
+            write_array(borders_path(path), summed(np.concatenate(rows)))
+
+
+def _facing(
+    one_HW: np.ndarray, other_HW: np.ndarray, window: Window, other: Window, zone: Window
+) -> tuple[np.ndarray, np.ndarray]:
+    """(pairs of segments that face each other across the border of two tiles, px of each), numbered as in the parts."""
+    if window.row == other.row:
+        height = min(window.row1, other.row1) - window.row
+        ones, others = (Window(window.col1 + step, window.row, 1, height) for step in (-1, 0))
+    else:
+        width = min(window.col1, other.col1) - window.col
+        ones, others = (Window(window.col, window.row1 + step, width, 1) for step in (-1, 0))
+    ones_P, others_P = one_HW[ones.slices(zone)], other_HW[others.slices(zone)]
+    seen = (ones_P > 0) & (others_P > 0)
+    return counted(ones_P[seen], others_P[seen])

@@ -37,6 +37,8 @@ class TileRow:
         sources_json: its sources as JSON, first valid wins; text, because many tiles share it.
         refused: why its scene cannot be mapped; "" if it can.
         bundle: prefix of the network of its own scene; "" where one model maps all tiles.
+        labels: file of the label of every superpixel; "" where a model labels pixels.
+        near: (id, col, row, width, height) of the tile and of those next to it whose superpixels are known.
         scaling: JSON of the `Scaling` of its scene to 0..1; "" where the model defines it.
         image: (bands, height, width) in the imagery's dtype, or (height, width, 3) uint8 RGB, over `reach`.
         valid: (height, width) bool over `reach`, where there is imagery.
@@ -55,6 +57,8 @@ class TileRow:
     sources_json: str
     refused: str = ""
     bundle: str = ""
+    labels: str = ""
+    near: tuple[tuple[str, int, int, int, int], ...] = ()
     scaling: str = ""
     image: NDArray[Any] = field(default_factory=_absent)
     valid: NDArray[Any] = field(default_factory=_absent)

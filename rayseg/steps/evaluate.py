@@ -6,7 +6,7 @@ Prediction and truth are matched by location if both are georeferenced, else by 
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from rayseg.geo.grid import NODATA, Grid, Window
 from rayseg.geo.region import Region
 from rayseg.io import maps, masks, rasters
 from rayseg.io.class_tables import read_table
-from rayseg.io.maps import mapped_tiles
+from rayseg.io.maps import MappedTile, mapped_tiles
 from rayseg.io.masks import Piece
 from rayseg.io.rasters import footprint
 from rayseg.io.sources import Source
@@ -352,12 +352,31 @@ def agreement_of_run(
     sources = sources if NODATA in unlabelled else masks.two_classes(sources, None, truth)
     counts: dict[str, Pairs] = defaultdict(Counter)
     for found in match(masks.pieces_of_tiles(tiles), sources):
-        counts[found.piece.tile.grid.image or found.piece.tile.grid.name] += _pairs(found, skipped)
+        counts[found.piece.tile.grid.image or found.piece.tile.grid.name] += _pairs(*_coded(found, skipped))
     scenes = {name: _measured(pairs) for name, pairs in sorted(counts.items()) if pairs}
     if not scenes:
         raise DataError(f"{truth} and the map have no labelled pixel in common: check that they show the same place")
     mean = {name: float(np.mean([scene[name] for scene in scenes.values()])) for name in ("ami", "fmi", "are")}
     return {"scenes": scenes, "mean": mean}
+
+
+def coded_parts(
+    tiles: Sequence[MappedTile], truth: str, unlabelled: Sequence[str | int], *, most: int
+) -> Iterator[tuple[str, NDArray[np.int64], NDArray[np.uint8]]]:
+    """Of tiles with truth, evenly spread: (tile id, value of its masks or -1 for none, label or 255 for none)."""
+    sources, skipped = _truth(truth, unlabelled)
+    matches = match(masks.pieces_of_tiles(tiles), sources)
+    for at in sorted({round(at) for at in np.linspace(0, len(matches) - 1, min(most, len(matches)))}):
+        yield matches[at].piece.tile.id, *_coded(matches[at], skipped)
+
+
+def agreement_of(codes_HW: NDArray[np.int64], labels_HW: NDArray[np.uint8]) -> dict[str, float]:
+    """`pixels` that are known in both, `ami`, `fmi` and `are` of the labels with a mask, as `coded_parts` gives them.
+
+    Raises:
+        DataError: there is no such pixel.
+    """
+    return _measured(_pairs(codes_HW, labels_HW))
 
 
 def expect_truth(pieces: Sequence[Piece], truth: str, *, unlabelled: Sequence[str | int] = ()) -> None:
@@ -391,8 +410,8 @@ def _measured(pairs: Pairs) -> dict[str, float]:
     return {"pixels": int(table.sum())} | agreement(table)
 
 
-def _pairs(found: Match, skipped: set[int]) -> Pairs:
-    """(value in the mask, label) -> pixels."""
+def _coded(found: Match, skipped: set[int]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """(value in the mask, -1 for none; label, 255 for none) of every pixel."""
     labels_HW = found.piece.read(label_table(NODATA - 1))
     codes_HW = np.full(labels_HW.shape, _UNSEEN, np.int64)
     # The preferred mask is first, so it is written last.
@@ -401,7 +420,12 @@ def _pairs(found: Match, skipped: set[int]) -> Pairs:
         image_CHW, valid_HW = rasters.read([mask], found.grid, found.window, bands=bands[:3], categorical=True)
         of_mask_HW = _code(image_CHW) if len(image_CHW) == 3 else _values(image_CHW[0])
         codes_HW = np.where(valid_HW, of_mask_HW, codes_HW)
-    seen = (labels_HW != NODATA) & ~np.isin(codes_HW, list(skipped))
+    return np.where(np.isin(codes_HW, list(skipped)), _UNSEEN, codes_HW), labels_HW
+
+
+def _pairs(codes_HW: NDArray[np.int64], labels_HW: NDArray[np.uint8]) -> Pairs:
+    """(value in the mask, label) -> pixels."""
+    seen = (labels_HW != NODATA) & (codes_HW != _UNSEEN)
     # Encode (mask value, label) in one integer: np.unique then counts the pairs in one call.
     both, counts = np.unique(codes_HW[seen] * (NODATA + 1) + labels_HW[seen], return_counts=True)
     keys = zip(*np.divmod(both, NODATA + 1), strict=True)
@@ -422,4 +446,5 @@ def agreement_text(found: Mapping[str, Any]) -> str:
     """The measures as one sentence."""
     mean, count = found["mean"], len(found["scenes"])
     over = f" (mean of {count} scenes)" if count > 1 else ""
-    return f"Against the truth{over}: AMI {mean['ami']:.3f}, FMI {mean['fmi']:.3f}, ARE {mean['are']:.3f}."
+    measures = f"AMI {mean['ami']:.3f}, FMI {mean['fmi']:.3f}, ARE {mean['are']:.3f}"
+    return f"Against the truth{over}: {measures}; FMI and ARE reward one label for everything, AMI does not."

@@ -40,6 +40,8 @@ from rayseg.vision.fill import mirrored
 
 Patch = tuple[Tensor, Tensor | None, Tensor | None]
 Raw = tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.uint32]]
+PASSES, STEPS = 4, 128
+"""Fewest passes and fewest steps of a training whose number of epochs is not given."""
 ATTEMPTS = 3
 """Seeds that are tried before a network with a single label is reported."""
 MOST_MEASURED = 32
@@ -51,12 +53,13 @@ MOST_SAMPLES = 200_000
 class SceneConfig(Config):
     """The network of a scene and its training."""
 
-    network: Literal["deepnet", "v1", "v2", "kmeans", "isodata"] = "deepnet"
-    """deepnet is the paper's; v1 and v2 are made for single images; kmeans and isodata are baselines."""
+    network: Literal["segments", "deepnet", "v1", "v2", "kmeans", "isodata"] = "segments"
+    """segments clusters superpixels by colour and texture, without a network; deepnet is the paper's network, v1 and v2
+    are made for single images; kmeans and isodata cluster pixels."""
     labels: Annotated[int, Field(gt=1, le=254)] = 32
     """Labels of the network; clusters of k-means and ISODATA."""
-    epochs: Annotated[int, Field(gt=0)] = 4
-    """Passes over all patches."""
+    epochs: Annotated[int, Field(gt=0)] | None = None
+    """Passes over all patches; null makes 4, and more until a network has made 128 steps."""
     patch: Annotated[int, Field(gt=0, multiple_of=4)] = 512
     """Side of a patch in px."""
     stride: Annotated[int, Field(gt=0)] = 448
@@ -88,6 +91,19 @@ class SceneConfig(Config):
                 f"patch {self.patch} must be a multiple of 4 x reduce ({4 * self.reduce}), stride at most the patch"
             )
         return self
+
+    @property
+    def clusters(self) -> bool:
+        """Whether superpixels are clustered, without a network."""
+        return self.network == "segments"
+
+    def passes(self, patches: int) -> int:
+        """Passes of a training on this many patches: a small scene needs as many steps as a large one."""
+        return self.epochs or max(PASSES, -(-STEPS // min(patches, self.patches or patches)))
+
+    def steps(self, patches: int) -> int:
+        """Steps of all passes."""
+        return self.passes(patches) * min(patches, self.patches or patches)
 
     @property
     def votes(self) -> bool:
@@ -184,9 +200,9 @@ def _origins(start: int, length: int, config: SceneConfig) -> list[int]:
     return sorted({*(start + at for at in range(0, last, config.stride)), start + last})
 
 
-def patches_of_epoch(tiles: Sequence[Tile], config: SceneConfig) -> int:
-    """Patches of an epoch on these tiles: an upper limit, as patches without data are known only once they are read."""
-    return sum(1 for _ in islice(_windows(tiles, config), config.patches))
+def steps_of(tiles: Sequence[Tile], config: SceneConfig) -> int:
+    """Steps of a training on these tiles: an upper limit, as patches without data are known only once they are read."""
+    return config.steps(sum(1 for _ in _windows(tiles, config)))
 
 
 class TrainScene:
@@ -234,7 +250,7 @@ class TrainScene:
             raise DataError(
                 "no patch of the scene has a pixel with data, expected at least one; check the nodata value"
             )
-        effort = {"effort": min(len(patches), self.config.patches or len(patches))}
+        effort = {"effort": self.config.steps(len(patches))}
         seeds = [self.config.seed + attempt for attempt in range(ATTEMPTS)]
         # A single label is a collapsed training, which depends on the initial weights.
         for seed in seeds:
@@ -303,7 +319,7 @@ def fit(
     if config.start and not history:
         teacher = nearest(patches, min(config.start, config.labels), seed=seed).to(device)
     with unsupervised.quick_and_reproducible(device, config.precision):
-        while len(history) < config.epochs and not (history and history[-1]["labels"] == 1):
+        while len(history) < config.passes(len(patches)) and not (history and history[-1]["labels"] == 1):
             history.append(epoch(len(history), net, optimizer, patches, config, seed=seed, teacher=teacher))
             teacher = None
             state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "history": history}

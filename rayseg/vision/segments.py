@@ -14,7 +14,7 @@ def alike(one_HW: NDArray[np.integer], other_HW: NDArray[np.integer], *, least: 
     0 means no segment. With `least` >= 0.5, each segment has at most one partner.
     """
     both_HW = (one_HW > 0) & (other_HW > 0)
-    pairs_N2, shared_N = _counted(one_HW[both_HW], other_HW[both_HW])
+    pairs_N2, shared_N = counted(one_HW[both_HW], other_HW[both_HW])
     ones, others = np.bincount(one_HW.ravel()), np.bincount(other_HW.ravel())
     # The union of two segments counts all their pixels, also those over no data of the other.
     either_N = ones[pairs_N2[:, 0]] + others[pairs_N2[:, 1]] - shared_N
@@ -37,13 +37,13 @@ def agreeing(
         (pairs, 2): segment of the first tile, segment of the second.
     """
     alike_N2 = alike(one_HW, other_HW)
-    cut_N2, _ = _counted(one_HW[border], other_HW[border])
+    cut_N2, _ = counted(one_HW[border], other_HW[border])
     at_border = np.isin(alike_N2[:, 0], cut_N2[:, 0]) & np.isin(alike_N2[:, 1], cut_N2[:, 1])
     return np.asarray(alike_N2[at_border], np.int64)
 
 
-def _counted(one_HW: NDArray[np.integer], other_HW: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(distinct pairs of values at the same pixel (pairs, 2), number of pixels of each)."""
+def counted(one_HW: NDArray[np.integer], other_HW: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(distinct pairs of values at the same pixel (pairs, 2), number of pixels of each), of arrays of any shape."""
     # one integer per pair sorts faster than rows of two
     width = int(other_HW.max(initial=0)) + 1
     codes, counts = np.unique(one_HW.ravel().astype(np.int64) * width + other_HW.ravel(), return_counts=True)

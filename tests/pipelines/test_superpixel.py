@@ -11,6 +11,7 @@ import pytest
 import rasterio
 from fake_run import blobs, make, picture
 from PIL import Image
+from sklearn.metrics.cluster import contingency_matrix
 from small_world import GRID, catalogue, files, rayseg, refused, valid_stac, window_at
 from upath import UPath
 
@@ -21,6 +22,7 @@ from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.geo.region import Region
 from rayseg.io import cog, labels, masks
+from rayseg.metrics import agreement
 from rayseg.models import bundle
 from rayseg.pipelines import superpixel
 from rayseg.stages.oversegment import Divide
@@ -29,9 +31,20 @@ from rayseg.train import scene as training
 
 pytestmark = pytest.mark.e2e
 
-STEPS = ["scenes", "superpixels", "networks", "predict", "polygons", "evaluate", "publish", "pictures", "report"]
+STEPS = [
+    "scenes",
+    "superpixels",
+    "networks",
+    "predict",
+    "polygons",
+    "evaluate",
+    "publish",
+    "pictures",
+    "baseline",
+    "report",
+]
 SMALL = """
-network: {epochs: 2, patch: 64, stride: 48, labels: 8, reduce: 1}
+network: {network: deepnet, epochs: 2, patch: 64, stride: 48, labels: 8, reduce: 1}
 superpixels: {min_size: 16, overlap: 16}
 map: {tile: 128}
 """
@@ -98,6 +111,10 @@ def test_all_steps_are_done_and_leave_what_they_should(whole):
     valid_stac(whole / "collection.json")
     page = (whole / "report" / "index.html").read_text()
     assert "AMI" in page
+    assert "k-means of segments" in page
+    one_label = said["steps"]["baseline"]["methods"][1]
+    assert one_label["name"] == "one label for everything"
+    assert one_label["value"] == pytest.approx(0, abs=1e-6)
     assert "Superpixels" in page
     assert said["steps"]["evaluate"]["scenes"]["one"]["pixels"] > 30_000
 
@@ -208,6 +225,59 @@ def test_one_network_over_all_scenes_gives_one_mosaic(world, tmp_path):
     tiles = [path.name for path in (tmp_path / "run/tiles").iterdir()]
     assert tiles
     assert all(name.startswith("32650_") for name in tiles)
+
+
+CLUSTERS = """
+superpixels: {min_size: 16, overlap: 16}
+network: {merge_to: 2}
+"""
+
+
+def test_clusters_of_superpixels_give_one_map_whatever_the_tiling(world, tmp_path):
+    """The labels agree over tile borders, which cut superpixels: the map in tiles is nearly that of the whole."""
+    (tmp_path / "small.yaml").write_text(CLUSTERS)
+    given = [word if word != world / "small.yaml" else tmp_path / "small.yaml" for word in words(world)]
+    maps = []
+    for size in (100, 1024):
+        out = tmp_path / str(size)
+        truth = f"truth={world}/truth"
+        found = rayseg(*given, "--set", f"map.tile={size}", "--set", truth, "--set", "sieve=4", "--out", out)
+        assert found.exit_code == 0, found.output
+        assert {fate.status for fate in records(out, "predict").values()} == {"done"}
+        assert read(str(out))["steps"]["evaluate"]["scenes"]["one"]["ami"] > 0.8
+        frame = np.full((400, 400), 255, np.uint8)
+        for path in out.glob("tiles/one_*/classes.tif"):
+            with rasterio.open(path) as file:
+                frame[GRID.window_of(tuple(file.bounds)).slices(window_at(0, 0, 400, 400))] = file.read(1)
+        maps.append(frame)
+    assert len(list((tmp_path / "100").glob("tiles/one_*"))) > 3
+    seen = maps[1] != 255
+    np.testing.assert_array_equal(maps[0] != 255, seen)
+    table = contingency_matrix(maps[0][seen], maps[1][seen])
+    assert agreement(table)["ami"] > 0.8
+
+
+def test_the_clusters_of_a_scene_map_other_imagery_as_a_model(world, tmp_path):
+    (tmp_path / "small.yaml").write_text(CLUSTERS)
+    more = ("map.tile=1024", "sieve=0", f"truth={world}/truth", "baseline=false")
+    given = [word if word != world / "small.yaml" else tmp_path / "small.yaml" for word in words(world, *more)]
+    assert rayseg(*given, "--out", tmp_path / "run").exit_code == 0
+    assert "baseline" not in read(str(tmp_path / "run"))["steps"]
+    region = f"{world}/cat/catalog.json#imagery"
+    model = tmp_path / "run/models/one"
+    found = rayseg("predict", model, region, "--engine", "inline", "--out", tmp_path / "other")
+    assert found.exit_code == 0, found.output
+    assert bundle.load(model).outputs == 2
+
+
+def test_a_scene_of_one_superpixel_is_refused_by_name(tmp_path):
+    image_CHW = np.full((3, 60, 60), 90, np.uint8)
+    image_CHW[:, 0, 0] = 91  # not a constant scene
+    command = single(tmp_path, image_CHW)
+    (tmp_path / "small.yaml").write_text(CLUSTERS)
+    assert rayseg(*command).exit_code == 3
+    [record] = records(tmp_path / "run", "networks").values()
+    assert "merge into one region, expected at least two that differ: lower superpixels.merge" in record.reason
 
 
 MORE = pytest.mark.more  # the same path as kmeans and, in all other tests here, deepnet
@@ -342,9 +412,9 @@ def test_a_plan_knows_how_many_patches_networks_will_see(tmp_path):
     config = load(superpixel.Config, str(tmp_path / "small.yaml"), [])
     scenes = superpixel.check(config, region)
     assert superpixel.forecast(config, region, scenes).efforts == {"networks": record.facts["effort"]}
-    assert record.facts["effort"] > 1
+    assert record.facts["effort"] > 2
     few = config.network.model_copy(update={"patches": 1})
-    assert superpixel.forecast(config.model_copy(update={"network": few}), region, scenes).efforts == {"networks": 1}
+    assert superpixel.forecast(config.model_copy(update={"network": few}), region, scenes).efforts == {"networks": 2}
 
 
 def test_what_shows_nothing_can_be_planned(tmp_path):
@@ -397,6 +467,8 @@ def test_scenes_that_cannot_be_mapped_fail_alone_and_by_name(tmp_path, shared):
     catalogue(tmp_path, odd={"bands": ("red", "green")}, **scenes)
     change(tmp_path, "gone", assets={})
     change(tmp_path, "bare", properties={"proj:code": None})
+    with rasterio.open(tmp_path / "bare.tif", "r+", IGNORE_COG_LAYOUT_BREAK="YES") as file:
+        file.crs = rasterio.CRS()
     region = Region("r", catalog=f"{tmp_path}/cat/catalog.json")
     step = Step("scenes", str(tmp_path / "run"), "key", Engine("inline"))
     listed = superpixel.list_scenes(step, region, superpixel.Config(shared=shared))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from rayseg.train import scene as training
 from rayseg.train.scene import MOST_MEASURED, SceneConfig, fit, measured, nearest
 
 COLOURS = torch.tensor([[0.1, 0.8, 0.3], [0.9, 0.2, 0.1], [0.2, 0.2, 0.9]])
@@ -32,16 +33,16 @@ class Fields:
 
 @pytest.mark.parametrize("start", [2, 3])
 def test_the_first_epoch_learns_the_clusters_of_colours_it_is_told_to_start_from(tmp_path, start):
-    config = SceneConfig(epochs=1, patch=64, stride=64, reduce=1, start=start)
+    config = SceneConfig(network="deepnet", epochs=1, patch=64, stride=64, reduce=1, start=start)
     _, history = fit(Fields(), config, prefix=str(tmp_path), seed=1, device=torch.device("cpu"))
     assert history[0]["labels"] == start
 
 
 def test_without_clusters_it_starts_from_its_own_labels_and_few_labels_mean_few_clusters(tmp_path):
-    own = SceneConfig(epochs=1, patch=64, stride=64, reduce=1, start=None)
+    own = SceneConfig(network="deepnet", epochs=1, patch=64, stride=64, reduce=1, start=None)
     _, history = fit(Fields(), own, prefix=str(tmp_path / "own"), seed=1, device=torch.device("cpu"))
     assert history[0]["labels"] > 3
-    few = SceneConfig(epochs=1, patch=64, stride=64, reduce=1, labels=2)
+    few = SceneConfig(network="deepnet", epochs=1, patch=64, stride=64, reduce=1, labels=2)
     _, history = fit(Fields(), few, prefix=str(tmp_path / "few"), seed=1, device=torch.device("cpu"))
     assert history[0]["labels"] == 2
 
@@ -68,7 +69,19 @@ def test_the_same_patches_are_looked_at_as_ever_where_all_have_data():
 
 def test_an_epoch_takes_as_many_patches_with_data_as_it_is_told_to(tmp_path):
     patches = Fields(500, range(100, 120))
-    config = SceneConfig(epochs=1, patch=64, stride=64, reduce=1, patches=5, start=None, recalibrate=False)
+    config = SceneConfig(
+        network="deepnet", epochs=1, patch=64, stride=64, reduce=1, patches=5, start=None, recalibrate=False
+    )
     _, [said] = fit(patches, config, prefix=str(tmp_path), seed=1, device=CPU)
     assert len(patches.asked) in {5, 6}  # one is read ahead
     assert np.isfinite(said["loss"])
+
+
+def test_a_small_scene_is_trained_for_as_many_steps_as_a_large_one(tmp_path, monkeypatch):
+    config = SceneConfig(network="deepnet", patch=64, stride=64, reduce=1)
+    assert [config.passes(count) for count in (1, 4, 100, 1000)] == [128, 32, 4, 4]
+    assert config.steps(1000) == 4 * 256
+    assert config.model_copy(update={"epochs": 2}).passes(1) == 2
+    monkeypatch.setattr(training, "STEPS", 11)
+    _, history = fit(Fields(2), config, prefix=str(tmp_path), seed=1, device=CPU)
+    assert len(history) == 6
