@@ -1,7 +1,7 @@
-"""Active learning: a classifier says which chips are worth a mask (Desai & Ghose 2022, WACV, section 3).
+"""Active learning: a classifier selects the chips worth a mask (Desai & Ghose 2022, WACV, section 3).
 
-Each function is a step of a `Run`. `<step>/labelled.parquet` holds every chip chosen so far, in the order of choice:
-its round, the strategy's score, what the classifier took it for, and how sure it was.
+Public functions with a `step` are steps of a `Run`. `<step>/labelled.parquet` lists every chip selected so far, in
+order: its round, the strategy's score, the predicted class and its probability.
 """
 
 import io
@@ -24,12 +24,11 @@ from rayseg.errors import RunIncomplete
 from rayseg.io.class_tables import Classes
 from rayseg.metrics import Confusion
 from rayseg.models import bundle
-from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
-from rayseg.pipelines.al_s4gan import chip_pool
+from rayseg.models.bundle import Bundle, Scaling
+from rayseg.pipelines.al_s4gan import annotation, chip_pool
 from rayseg.stages.rows import ChipRow
 from rayseg.stages.score import ReadWith, Score, features_path
 from rayseg.steps import models, report
-from rayseg.store import upath
 from rayseg.train.augment import Augment
 from rayseg.train.classifier import ClassifierConfig, fit_classifier
 from rayseg.train.learning import Learning, Rates, trained
@@ -40,7 +39,7 @@ from rayseg.vision.query_strategies import SCORES, Budget
 Strategy = Literal["margin", "entropy", "least-confidence", "random", "k-center", "badge"]
 Share = Annotated[float, Field(gt=0, le=1)]
 AT_ONCE = 8
-"""Chips that are scored at once."""
+"""Chips per batch of the classifier."""
 
 
 class ChipsClassifierConfig(ClassifierConfig):
@@ -51,7 +50,7 @@ class ChipsClassifierConfig(ClassifierConfig):
     encoder: str = "resnet101"
     """A name of timm; of segmentation_models_pytorch too for `network: chips`."""
     positive: int | None = None
-    """None draws all chips alike."""
+    """None draws all chips with the same probability."""
     size: Annotated[int, Field(gt=0)] = 256
     """Side in pixels of the windows cut out of the chips; a multiple of 32 times `reduce`."""
     epochs: Annotated[int, Field(gt=0)] = 50
@@ -59,38 +58,38 @@ class ChipsClassifierConfig(ClassifierConfig):
     rates: Rates = ((50, 1e-3),)
     """(until epoch, learning rate)."""
     learning: Learning = Learning(batch=4, optimizer="sgd")
-    """How weights are changed."""
+    """The optimizer and its batches."""
     augment: Augment = Augment(quadrants=0.0, rotate=0.0)
-    """What happens to training chips."""
+    """Random changes of training chips."""
 
 
 class ActiveConfig(Config):
-    """How chips are chosen; the defaults are the paper's for UC Merced."""
+    """How chips are selected; the defaults are the paper's for UC Merced."""
 
     strategy: Strategy = "entropy"
-    """margin, entropy, least-confidence: the least certain; k-center, badge: different ones too; random: none is
-    better than another, and nothing is trained to choose."""
+    """margin, entropy, least-confidence: the least certain chips; k-center, badge: diverse ones, too; random: any
+    chips, without a classifier."""
     ratio: Share = 0.125
     """Share of the pool that gets masks."""
     alpha: Share = 0.5
-    """Share of these that is drawn at random first."""
+    """Share of these chips that is drawn at random first."""
     beta: Share = 0.9
-    """Size of a query relative to that."""
+    """Size of a query relative to the random first draw."""
     count_pool: bool = True
-    """The first ones count and are learnt from; without, the list is of queried chips alone, as published."""
+    """Whether the first chips count towards `ratio` and train the segmenter; the paper uses queried chips alone."""
     classifier: ChipsClassifierConfig = ChipsClassifierConfig()
-    """Of whole chips; begins anew in each round."""
+    """The classifier of whole chips, trained from its first weights in each round."""
     frozen: bool = False
-    """The network stays as its weights are and sees every chip once; a round then fits a logistic regression to its
-    features, in a second."""
+    """Whether the network keeps its weights: it computes the features of all chips once, and each round fits a logistic
+    regression to them, in a second."""
 
     def budget(self, chips: int) -> Budget:
-        """How many of `chips` are asked for when."""
+        """Numbers of chips that are selected first, per query and in all, from `chips`."""
         return query_strategies.budget(chips, self.ratio, alpha=self.alpha, beta=self.beta, count_pool=self.count_pool)
 
 
 def draw_first(step: Step, listed: Step, config: ActiveConfig, seed: int) -> dict[str, Any]:
-    """The chips that are labelled before anything is learnt, at random."""
+    """Draw the chips at random that are labelled before the first training."""
     rows = chip_pool.rows_of(listed, "pool")
     count = config.budget(len(rows)).initial
     drawn = np.random.default_rng((seed, 0)).permutation(len(rows))[:count]
@@ -98,9 +97,9 @@ def draw_first(step: Step, listed: Step, config: ActiveConfig, seed: int) -> dic
 
 
 def see(step: Step, listed: Step, config: ActiveConfig, common: "Common") -> dict[str, Any]:
-    """The features of all chips by a network that stays as it is, `<step>/features/<chip>.npy`."""
+    """Compute the features of all chips with the frozen network: `<step>/features/<chip>.npy`."""
     settings, classes = config.classifier, listed.value["classes"]
-    torch.manual_seed(common.seed)  # what weights leave open is the same when the step goes on
+    torch.manual_seed(common.seed)  # layers without pretrained weights are the same when the step resumes
     model = settings.build(classes=len(classes), channels=len(chip_pool.BANDS)).eval()
     prefix = str(step.prefix / "classifier")
     bundle.save(prefix, _described(settings, classes, common), model)
@@ -111,22 +110,22 @@ def see(step: Step, listed: Step, config: ActiveConfig, common: "Common") -> dic
 def query(
     step: Step, listed: Step, seen: Step | None, before: Step, config: ActiveConfig, common: "Common", number: int
 ) -> dict[str, Any]:
-    """Train on what is labelled, score the rest, choose.
+    """Train on the labelled chips, score the others, select some.
 
     Args:
-        step: this one.
-        listed: the pool.
-        seen: the step that has the features of all chips, where the network stays as it is.
-        before: the step that chose last.
-        config: how.
-        common: what all rounds share.
+        step: this step.
+        listed: the step with the pool.
+        seen: the step with the features of all chips, if the network is frozen.
+        before: the step of the previous round.
+        config: how chips are selected.
+        common: the settings that all rounds share.
         number: of this round, from 1.
 
     Returns:
-        `labelled`: chips chosen so far; with a classifier its `measures`, accuracy on the validation chips among them.
+        `labelled`: number of chips selected so far; with a classifier also its accuracy on the validation chips.
 
     Raises:
-        RunIncomplete: chips chosen before have no label yet.
+        RunIncomplete: chips selected before have no label yet.
     """
     rows, chosen = chip_pool.rows_of(listed, "pool"), labelled(before)
     taken = {row["id"] for row in chosen}
@@ -134,43 +133,41 @@ def query(
     budget = config.budget(len(rows))
     last = budget.target + (0 if config.count_pool else budget.initial)
     count = min(budget.query, last - len(chosen))
-    found = _told(step, listed, seen, chosen, rest, config, common) if common.classifies else None
-    scores = found or {}
-    features = seen or step
-    picks = _choose(features, rest, [row["id"] for row in chosen], scores, config, count, number, common)
+    p_by_id = _classified(step, listed, seen, chosen, rest, config, common) if common.classifies else {}
+    picks = _select(seen or step, rest, [row["id"] for row in chosen], p_by_id, config, count, number, common)
     rows_picked = [
         _picked(rest[at], len(chosen) + k, number, config.strategy, score=score, classes=listed.value["classes"],
-                p=scores.get(rest[at]["id"]))
+                p=p_by_id.get(rest[at]["id"]))
         for k, (at, score) in enumerate(picks)
     ]  # fmt: skip
-    measured = _accuracy(listed, scores) if found else {}
+    measured = _accuracy(listed, p_by_id) if p_by_id else {}
     return _keep(step, chosen + rows_picked) | {"before": len(chosen)} | measured
 
 
 def measure_last(
     step: Step, listed: Step, seen: Step | None, before: Step, config: ActiveConfig, common: "Common"
 ) -> dict[str, Any]:
-    """The accuracy of a classifier that learnt from all chips chosen."""
+    """Measure a classifier that is trained on all selected chips."""
     chosen = labelled(before)
-    scores = _told(step, listed, seen, chosen, [], config, common)
-    return {"before": len(chosen), "labelled": len(chosen)} | _accuracy(listed, scores)
+    p_by_id = _classified(step, listed, seen, chosen, [], config, common)
+    return {"before": len(chosen), "labelled": len(chosen)} | _accuracy(listed, p_by_id)
 
 
 class Common(Config):
-    """What all rounds share."""
+    """Settings that all rounds share."""
 
     kinds: Classes
-    """Classes of the masks; whole labelled images bring their own, and their masks are not looked at."""
+    """Classes of the masks; labelled images have classes of their own."""
     scaling: Scaling
-    """How chips become the classifier's input."""
+    """From the chips' values to the classifier's input."""
     seed: int
     """Of everything random."""
     workers: Workers = 0
     """Processes of Ray Train; 0 trains in the command's own process."""
     patience: float = 1800.0
-    """Seconds after which a chip that cannot be read or scored is given up."""
+    """Seconds after which a chip fails that cannot be read or scored."""
     classifies: bool = True
-    """Whether a classifier is trained; the random strategy needs none to choose by."""
+    """Whether a classifier is trained; the random strategy needs none."""
 
     @property
     def classes(self) -> ClassTable:
@@ -179,57 +176,8 @@ class Common(Config):
 
 
 def labelled(step: Step) -> list[Row]:
-    """Chips chosen up to a step, in the order of choice, and why."""
+    """Chips selected up to a step, in order, each with the reason."""
     return list(read_rows(step.prefix / "labelled.parquet"))
-
-
-def known_labels(root: str, rows: Sequence[Row], table: ClassTable) -> list[str]:
-    """Labels of chips.
-
-    Raises:
-        RunIncomplete: some have none; their images are ready to be drawn on.
-    """
-    drawn = drawn_prefix(root)
-    found = [chip_pool.label_of(row, table, drawn) for row in rows]
-    waiting = [row for row, label in zip(rows, found, strict=True) if not label]
-    if waiting:
-        ask(root, waiting, table)
-    return found
-
-
-def expect_masks(root: str, rows: Sequence[Row], table: ClassTable) -> None:
-    """Refuse to learn from chips whose masks are still to be drawn.
-
-    Raises:
-        RunIncomplete: there are some; their images are ready to be drawn on.
-    """
-    waiting = [
-        row for row in rows if row["masks"] == "[]" and not chip_pool.drawn_path(drawn_prefix(root), row["id"]).exists()
-    ]
-    if waiting:
-        ask(root, waiting, table)
-
-
-def drawn_prefix(root: str) -> str:
-    """Where a run keeps masks that people drew."""
-    return str(upath(root) / "masks")
-
-
-def ask(root: str, rows: Sequence[Row], table: ClassTable) -> None:
-    """Export chips to be drawn on, and stop.
-
-    Raises:
-        RunIncomplete: always; the message says where they are and how masks come back.
-    """
-    from rayseg.io import annotation_requests
-
-    page = annotation_requests.export(
-        f"{root}/to-label", [(row, *chip_pool.placed(row), chip_pool.image_of(row)) for row in rows], table
-    )
-    raise RunIncomplete(
-        f"{len(rows)} chips wait for masks, see {page}; draw them, then: rayseg labels import MASKS {root}, and give "
-        "the same command again to go on"
-    )
 
 
 def _picked(
@@ -259,10 +207,10 @@ def _keep(step: Step, rows: list[Row]) -> dict[str, Any]:
     return {"labelled": len(rows), "table": f"steps/{step.name}/labelled.parquet"}
 
 
-# -- learning and scoring ----------------------------------------------------------------------------------------------
+# -- training and scoring ----------------------------------------------------------------------------------------------
 
 
-def _told(
+def _classified(
     step: Step,
     listed: Step,
     seen: Step | None,
@@ -271,15 +219,15 @@ def _told(
     config: ActiveConfig,
     common: Common,
 ) -> dict[str, list[float]]:
-    """Probabilities of the rest and of the validation chips, by id; of the labelled too where features are wanted."""
+    """Class probabilities by id of the rest and of the validation chips (and of labelled ones, for their features)."""
     by_id = {row["id"]: row for row in chip_pool.rows_of(listed, "pool")}
     own = [by_id[row["id"]] for row in chosen]
-    labels = known_labels(step.root, own, common.classes)
+    labels = annotation.known_labels(step.root, own, common.classes)
     asked = rest + chip_pool.rows_of(listed, "validation")
     if not asked:
         return {}
     if seen is None:
-        return _learnt(step, listed, own, labels, asked, config, common)
+        return _trained(step, listed, own, labels, asked, config, common)
     classes, ids = listed.value["classes"], [row["id"] for row in asked]
     known_NF, asked_MF = (_features(seen, part, wanted=True) for part in ([row["id"] for row in own], ids))
     numbers = np.array([classes.index(label) for label in labels])
@@ -287,7 +235,7 @@ def _told(
     return {chip: p.tolist() for chip, p in zip(ids, p_MK, strict=True)}
 
 
-def _learnt(
+def _trained(
     step: Step,
     listed: Step,
     own: list[Row],
@@ -296,9 +244,10 @@ def _learnt(
     config: ActiveConfig,
     common: Common,
 ) -> dict[str, list[float]]:
-    """The same by a classifier that learns from the labelled chips, `own`."""
+    """The same by a classifier that is trained on the labelled chips, `own`."""
     classes = listed.value["classes"]
-    settings = _seeded(config.classifier, common.seed)
+    learning = config.classifier.learning.model_copy(update={"seed": common.seed})
+    settings = config.classifier.model_copy(update={"learning": learning})
     fit_classifier(
         settings,
         chip_pool.labelled_chips(own, labels, classes),
@@ -312,29 +261,11 @@ def _learnt(
     return _scored(step, asked + (own if features else []), Score(prefix, features), common)
 
 
-def _seeded(settings: ClassifierConfig, seed: int) -> ClassifierConfig:
-    learning = settings.learning.model_copy(update={"seed": seed})
-    return settings.model_copy(update={"learning": learning})
-
-
 def _described(settings: ClassifierConfig, classes: Sequence[str], common: Common) -> Bundle:
     colors = dict(zip(common.classes.names, common.classes.colors, strict=True))
     palette = label_table(len(classes)).colors
-    return Bundle(
-        name="classifier",
-        task="classification",
-        architecture=Architecture(
-            factory=settings.factory,
-            options=settings.options(classes=len(classes), channels=len(chip_pool.BANDS)),
-        ),
-        classes=tuple((k, name, colors.get(name, palette[k])) for k, name in enumerate(classes)),
-        bands=chip_pool.BANDS,
-        dtype="uint8",
-        scaling=common.scaling,
-        patch=settings.size,
-        stride=settings.size,
-        provenance=Provenance(config=settings.model_dump(mode="json")),
-    )
+    coloured = tuple((k, name, colors.get(name, palette[k])) for k, name in enumerate(classes))
+    return models.classifier_bundle(settings, coloured, name="classifier", scaling=common.scaling)
 
 
 def _scored(step: Step, rows: list[Row], score: Score, common: Common) -> dict[str, list[float]]:
@@ -344,7 +275,7 @@ def _scored(step: Step, rows: list[Row], score: Score, common: Common) -> dict[s
         Work(ReadWith(chip_pool.image_of), batch=AT_ONCE),
         Work(score, batch=AT_ONCE, cpus=0.5, gpus=0.5, model=True),
     ]
-    engine = replace(step.engine, retry=True)  # nothing can be chosen without all of them
+    engine = replace(step.engine, retry=True)  # a selection needs all of them
     flow.run(rows, works, ledger, engine, record=ChipRow.from_row, title="chips", stall_seconds=common.patience)
     return {chip: _probabilities(record) for chip, record in ledger.read().items()}
 
@@ -357,25 +288,25 @@ def _probabilities(record: Record) -> list[float]:
     return list(record.facts["p"])
 
 
-def _choose(
+def _select(
     step: Step,
     rest: list[Row],
     taken: list[str],
-    scores: dict[str, list[float]],
+    p_by_id: dict[str, list[float]],
     config: ActiveConfig,
     count: int,
     number: int,
     common: Common,
 ) -> list[tuple[int, float]]:
-    """(position among the rest, score) of the chips chosen."""
-    p_NK = np.array([scores.get(row["id"], [0.0]) for row in rest])
+    """(position among the rest, score) of the selected chips."""
+    p_NK = np.array([p_by_id.get(row["id"], [0.0]) for row in rest])
     features = partial(_features, step, wanted=config.strategy in query_strategies.FEATURES)
-    found = query_strategies.STRATEGIES[config.strategy](
+    selected = query_strategies.STRATEGIES[config.strategy](
         query_strategies.Pool(p_NK, features([row["id"] for row in rest]), features(taken)),
         count,
         np.random.default_rng((common.seed, number)),
     )
-    return [(int(at), float(score)) for at, score in zip(found.positions, found.scores, strict=True)]
+    return [(int(at), float(score)) for at, score in zip(selected.positions, selected.scores, strict=True)]
 
 
 def _features(step: Step, chips: Sequence[str], *, wanted: bool) -> np.ndarray:
@@ -386,14 +317,14 @@ def _features(step: Step, chips: Sequence[str], *, wanted: bool) -> np.ndarray:
     return np.stack([np.load(io.BytesIO(content), allow_pickle=False) for content in contents])
 
 
-def _accuracy(listed: Step, scores: dict[str, list[float]]) -> dict[str, Any]:
-    """How well the validation chips are told apart; nothing without them."""
+def _accuracy(listed: Step, p_by_id: dict[str, list[float]]) -> dict[str, Any]:
+    """Accuracy of the classifier on the validation chips; empty without them."""
     rows, classes = chip_pool.rows_of(listed, "validation"), listed.value["classes"]
     if not rows:
         return {}
     truth = np.array([classes.index(row["label"]) for row in rows])
-    told = np.array([int(np.argmax(scores[row["id"]])) for row in rows])
-    confusion = Confusion.from_arrays(truth, told, len(classes))
+    predicted = np.array([int(np.argmax(p_by_id[row["id"]])) for row in rows])
+    confusion = Confusion.from_arrays(truth, predicted, len(classes))
     return {"accuracy": confusion.overall_accuracy, "class_accuracy": confusion.class_accuracy}
 
 
@@ -403,7 +334,7 @@ def accuracies(rounds: Sequence[Step]) -> list[tuple[int, float]]:
 
 
 def curve(rounds: Sequence[Step]) -> tuple[tuple[str, bytes | str, str], ...]:
-    """The learning curve as a picture: (title, SVG, caption); none of a single point."""
+    """The learning curve as a picture: (title, SVG, caption); empty for fewer than two points."""
     points = [(float(labels), accuracy) for labels, accuracy in accuracies(rounds)]
     if len(points) < 2:
         return ()
@@ -412,7 +343,7 @@ def curve(rounds: Sequence[Step]) -> tuple[tuple[str, bytes | str, str], ...]:
 
 
 def picks(chosen: Step, strategy: str) -> report.Table:
-    """What was chosen and why."""
+    """Table of the selected chips and the reasons."""
     rows: list[tuple[str, ...]] = [
         (
             str(row["id"]),

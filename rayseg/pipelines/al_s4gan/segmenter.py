@@ -11,7 +11,7 @@ from rayseg.metrics import Confusion, bootstrap
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
 from rayseg.models.crf import Refined
-from rayseg.pipelines.al_s4gan import chip_pool, queries
+from rayseg.pipelines.al_s4gan import annotation, chip_pool, queries
 from rayseg.pipelines.al_s4gan.config import Config
 from rayseg.steps import models
 from rayseg.train.batches import Chips
@@ -50,7 +50,7 @@ def fit(step: Step, listed: Step, chosen: Step, config: Config) -> dict[str, Any
         asked = asked[config.active.budget(listed.value["pool"]).initial :]
     rows = {row["id"]: row for row in chip_pool.rows_of(listed, "pool")}
     labelled = [rows[chip] for chip in asked]
-    queries.expect_masks(step.root, labelled, config.common.classes)
+    annotation.expect_masks(step.root, labelled, config.common.classes)
     return _fit(step, listed, labelled, config)
 
 
@@ -92,7 +92,7 @@ def masked_rows(listed: Step) -> list[Row]:
 
 
 def _masked(root: str, rows: Sequence[Row], config: Config) -> Chips:
-    return chip_pool.masked_chips(rows, config.table, queries.drawn_prefix(root))
+    return chip_pool.masked_chips(rows, config.table, annotation.drawn_prefix(root))
 
 
 def measure(step: Step, listed: Step, segmenter: Step, config: Config) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def test_the_second_run_does_nothing(whole, words):
 
 
 def test_a_killed_run_goes_on_with_the_round_and_the_step_it_was_in(whole, words, tmp_path, monkeypatch):
-    learnt, steps, calls = queries._learnt, s4gan._steps, []
+    learnt, steps, calls = queries._trained, s4gan._steps, []
 
     def falls(step, *arguments):
         calls.append(step.name)
@@ -164,7 +164,7 @@ def test_a_killed_run_goes_on_with_the_round_and_the_step_it_was_in(whole, words
             raise KeyboardInterrupt
         return steps(first, *arguments)
 
-    monkeypatch.setattr(queries, "_learnt", falls)
+    monkeypatch.setattr(queries, "_trained", falls)
     monkeypatch.setattr(s4gan, "_steps", falls_too)
     out = tmp_path / "run"
     codes = [rayseg(*words, "--out", out).exit_code for _ in range(3)]
@@ -186,7 +186,7 @@ def test_people_draw_what_is_asked_for_round_by_round(tmp_path):
         stopped = rayseg(*words)
         assert stopped.exit_code == 3
         said = stopped.stderr.splitlines()[-1]
-        assert f"{number} chips wait for masks, see {out}/to-label/index.html" in said
+        assert f"{number} chips need masks, see {out}/to-label/index.html" in said
         wanted = json.loads((out / "to-label" / "request.json").read_text())["chips"]
         fresh = [chip for chip in wanted if chip not in asked]
         assert len(fresh) == number

@@ -10,7 +10,7 @@ from rayseg.errors import ConfigError, DataError, RunIncomplete
 from rayseg.geo.region import Region
 from rayseg.io import annotation_requests, cog, labels
 from rayseg.io.class_tables import Classes
-from rayseg.pipelines.al_s4gan import chip_pool, queries
+from rayseg.pipelines.al_s4gan import annotation, chip_pool
 from rayseg.pipelines.al_s4gan.chip_pool import PoolConfig
 from rayseg.vision.color import ClassTable, hex_of
 
@@ -119,8 +119,8 @@ def test_chips_of_placed_scenes_are_exported_where_they_lie_and_their_masks_come
     rows = chips(config, region=Region("r", catalog=str(path)))
     assert [row["id"] for row in rows] == ["one_0_0", "one_0_1"]
     run = tmp_path / "run"
-    with pytest.raises(RunIncomplete, match="2 chips wait for masks"):
-        queries.expect_masks(str(run), rows, TABLE)
+    with pytest.raises(RunIncomplete, match="2 chips need masks"):
+        annotation.expect_masks(str(run), rows, TABLE)
     first, second = json.loads((run / "to-label" / "chips.geojson").read_text())["features"]
     tops = [max(y for _, y in one["geometry"]["coordinates"][0]) for one in (first, second)]
     assert tops[0] - tops[1] == pytest.approx(96 / 111_000, rel=0.02)
@@ -133,6 +133,6 @@ def test_chips_of_placed_scenes_are_exported_where_they_lie_and_their_masks_come
         annotation_requests.load(tmp_path / "drawn", str(run))
     other.unlink()
     assert annotation_requests.load(tmp_path / "drawn", str(run)) == (2, [])
-    assert queries.known_labels(str(run), rows, TABLE) == ["wood", "wood"]
-    queries.expect_masks(str(run), rows, TABLE)
+    assert annotation.known_labels(str(run), rows, TABLE) == ["wood", "wood"]
+    annotation.expect_masks(str(run), rows, TABLE)
     assert np.array_equal(cog.read_bands(run / "masks" / "one_0_0.tif")[0], np.ones((96, 96)))
