@@ -385,7 +385,7 @@ def test_masks_with_values_that_are_not_a_class(mapped):
 def test_evaluation_without_a_match_or_a_table(mapped):
     (mapped / "truth" / "a.png").rename(mapped / "truth" / "b.png")
     words = ("evaluate", mapped / "predicted", mapped / "truth")
-    assert "no prediction has a truth" in refused(3, *words, "--classes", mapped / "classes.yaml")
+    assert "no prediction matches a reference mask" in refused(3, *words, "--classes", mapped / "classes.yaml")
     assert "--classes" in refused(2, *words)
     assert "cannot be read" in refused(2, *words, "--classes", mapped / "none.yaml")
     (mapped / "classes.yaml").write_text("classes: [{name: gpc, colour: green}]")

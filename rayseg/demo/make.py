@@ -238,7 +238,7 @@ def _spots(world: World, half: Half, side: int, counts: tuple[int, int]) -> list
         picked = _apart(corners_N2[fits_N], wanted, side)
         if len(picked) < wanted:
             found = f"has room for {len(picked)} chips of one class"
-            raise ConfigError(f"The demo's {half.name} scene {found}, {wanted} were asked for; ask for fewer.")
+            raise ConfigError(f"The demo's {half.name} scene {found}, {wanted} were requested; request fewer.")
         label = "gpc" if high else "nongpc"
         chosen += [Spot(int(row), int(col), label, number) for number, (row, col) in enumerate(picked)]
     return chosen

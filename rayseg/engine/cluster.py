@@ -173,7 +173,7 @@ def sizes_now(works: Sequence[Work], *, shared: bool, patience: float) -> list[S
                         fits = sizes(works, whole, gpus=gpus)
                     if waited > patience * (4 if fits else 1):
                         why = "other jobs still hold the cluster's resources" if fits else "the cluster did not grow"
-                        raise Stalled(f"{error}; {why}; run the same command again when it has room") from None
+                        raise Stalled(f"{error}; {why}; run the same command again when resources are free") from None
                     if not waiting:
                         _log.warning("waiting for free resources on the cluster: %s", error)
                     request_resources(bundles=_bundles(works, whole, free, gpus=gpus))

@@ -1,4 +1,4 @@
-"""Files that a stage has written, described while their content is at hand: nobody reads them again for their item."""
+"""Files that a stage has written, with size and checksum, so that their STAC item needs no second read."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from rayseg.store import StorePath, put, upath
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """What the STAC asset of a file says of it.
+    """Metadata of a file for its STAC asset.
 
     Attributes:
         name: of the file, without its folder.
@@ -34,6 +34,6 @@ def write_file(path: StorePath, data: bytes, bands: Sequence[dict[str, Any]] = (
 
 
 def bands_of(names: Sequence[str], dtype: np.dtype[Any], nodata: float | None) -> list[dict[str, Any]]:
-    """The bands of a raster that are alike but for their names."""
+    """Metadata of bands that differ only in their names."""
     same = {"data_type": str(dtype), **({} if nodata is None else {"nodata": float(nodata)})}
     return [{"name": name} | same for name in names]

@@ -90,8 +90,8 @@ def write_densities(
     if troubles:
         chip, why = next(iter(troubles.items()))
         raise DataError(
-            f"{len(troubles)} of {len(rows)} chips cannot be used, first {chip} ({why}); all are needed to "
-            f"learn the concept: mend them, then: rayseg retry {step.root}"
+            f"{len(troubles)} of {len(rows)} chips cannot be used, first {chip} ({why}); the concept needs "
+            f"all of them: fix the files, then run: rayseg retry {step.root}"
         )
     return {}
 

@@ -211,9 +211,7 @@ def _busy() -> list[str]:
     load, cpus = os.getloadavg()[0], os.cpu_count() or 1
     if load <= 0.75 * cpus:
         return []
-    return [
-        f"that the machine was busy before it was timed (load {load:.1f} on {cpus} CPUs): alone the run ends sooner"
-    ]
+    return [f"other work on this machine during timing (load {load:.1f} on {cpus} CPUs): an idle machine is faster"]
 
 
 def _costs(timed: Probe | None, rates: Rates) -> dict[str, Any]:
@@ -262,9 +260,7 @@ def by_untrained(
         counts: see `Forecast`.
         unknown: see `Forecast`.
     """
-    said = (
-        "the network was timed before it has learnt much: maps of more or fewer small shapes take other times and bytes"
-    )
+    said = "the number of shapes of the final map: the network that was timed is barely trained"
     trial = partial(_learn_and_map, learn, config, described)
     return Forecast(plan.tiles or (), described.patch, (*unknown, said), counts=counts or {}, trial=trial)
 

@@ -178,8 +178,8 @@ def match(pieces: Sequence[Piece], truth: Sequence[Source]) -> list[Match]:
         found += [Match(piece, over, grid, piece.tile.window)] if over else []
     if not found:
         raise DataError(
-            f"no prediction has a truth: predicted are {_some([piece.image for piece in pieces])}, "
-            f"the truth has {_some([mask.item_id for mask in truth])}; masks without georeference must share their name"
+            f"no prediction matches a reference mask: predictions are {_some([piece.image for piece in pieces])}, "
+            f"masks are {_some([mask.item_id for mask in truth])}; masks without georeference need its name"
         )
     return found
 

@@ -151,7 +151,7 @@ def kept_manifest(step: Step, planned: Callable[[], Sequence[Row]]) -> Manifest:
         rows = planned()
         rows = rows if isinstance(rows, Manifest) else Manifest.of([rows])
         if refused := rows.refused():
-            _log.warning("%s cannot be mapped, the ledger says why: %s", _counted(refused), _some(refused))
+            _log.warning("%s cannot be mapped (reasons in the ledger): %s", _counted(refused), _some(refused))
         write_rows(path, rows, root=step.root)
         return rows
     return read_manifest(step)
@@ -284,9 +284,7 @@ def _refused_row(item_id: str, error: RaysegError) -> Row:
 
 def refusal(error: RaysegError) -> str:
     """Reason stored with a refused scene; it is permanent, because the plan is fixed at the start."""
-    return (
-        f"{str(error).rstrip('.')}; so it was when the run was planned: once it is mended, map it into another folder"
-    )
+    return f"{str(error).rstrip('.')}; recorded when the run was planned: fix the scene and use another --out"
 
 
 def _counted(ids: Sequence[str]) -> str:

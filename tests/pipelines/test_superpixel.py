@@ -446,7 +446,7 @@ def test_complex_pixels_are_refused_and_nothing_is_left(tmp_path):
     ("given", "code", "said"),
     [
         ("truth={}/none", 3, "holds no masks"),
-        ("truth={}/other", 3, "no prediction has a truth"),
+        ("truth={}/other", 3, "no prediction matches a reference mask"),
         ("unlabelled=[grey]", 2, "colour is 'grey'"),
     ],
 )

@@ -54,7 +54,7 @@ def test_a_plan_is_near_the_run_and_leaves_nothing(world, tmp_path, monkeypatch)
 def test_a_plan_made_on_a_busy_machine_says_so(world, monkeypatch):
     monkeypatch.setattr("os.getloadavg", lambda: (100.0, 0.0, 0.0))
     [said] = planned(world)["unknown"]
-    assert "busy before it was timed (load 100.0 on" in said
+    assert "during timing (load 100.0 on" in said
 
 
 def test_bytes_to_read_are_those_of_the_files_and_of_what_is_around_tiles(world):

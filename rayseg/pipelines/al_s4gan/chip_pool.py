@@ -1,6 +1,6 @@
-"""The chips that active learning chooses from: cells of scenes, or whole labelled images, divided by scene.
+"""The chips that active learning selects from: cells of scenes, or whole labelled images, split by scene.
 
-Nothing is cut out beforehand: a chip is a window of its scene's files, read when it is needed.
+A chip is a window of its scene's files and is read when it is needed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,14 +35,15 @@ BANDS = ("red", "green", "blue")
 
 
 class PoolConfig(Config):
-    """Where chips come from and how they are divided."""
+    """Source of the chips and their split."""
 
     images: Location | None = None
     """A folder of scenes with images and masks side by side, or `catalog.json#collection`; by default the region's
     imagery."""
     masks: Location | None = None
-    """With a catalogue: masks that answer in place of a person: a folder, `catalog.json#collection/asset`, or
-    `#collection/asset` of the region. Without, people are asked, see `rayseg labels import`."""
+    """With a catalogue: existing masks, used instead of manual annotation: a folder,
+    `catalog.json#collection/asset`, or `#collection/asset` of the region. Without masks,
+    people draw them, see `rayseg labels import`."""
     chips: Location | None = None
     """Instead of scenes: whole images with a label each, as `catalog.json#chips` of `ingest folder --labels folder`."""
     size: Annotated[int, Field(gt=0)] = 320
@@ -50,23 +51,23 @@ class PoolConfig(Config):
     covered: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Least share of a cell with imagery."""
     validation: tuple[str, ...] = ()
-    """Scenes to choose checkpoints by; by default some are drawn."""
+    """Scenes that select the checkpoint; by default a random sample."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of the scenes, or of the labelled images of each class, that are drawn for validation."""
+    """Share of the scenes, or of the labelled images of each class, in the random sample."""
     test: tuple[str, ...] = ()
-    """Scenes that nothing is chosen by, to measure with; without, the measures are those of the validation scenes."""
+    """Test scenes; without them the validation scenes are measured."""
     absent: tuple[str, ...] = ()
     """Classes that may have no pixel."""
 
 
 @dataclass(frozen=True)
-class Surveyed:
-    """The chips of a pool before they are divided: all that their files are read for.
+class ChipList:
+    """The chips of a pool before the split.
 
     Attributes:
-        rows: of the chips, of no part yet.
+        rows: one per chip, without its part.
         classes: names.
-        images: what the chips are windows of.
+        images: scenes of the chips.
         pixels: id of every image with masks -> its labelled pixels of each class, in order.
     """
 
@@ -82,28 +83,28 @@ def list_pool(
     config: PoolConfig,
     classes: Classes,
     seed: int,
-    given: Surveyed | None,
+    given: ChipList | None,
     *,
-    surveyed: Surveyed | None = None,
+    chip_list: ChipList | None = None,
 ) -> dict[str, Any]:
     """Find the chips and divide them; later steps read `<step>/pool.parquet`.
 
     Args:
-        step: this one.
+        step: this step.
         region: its imagery has the chips, unless the configuration names other images.
-        config: where the chips are and how they are divided.
+        config: source of the chips and their split.
         classes: of the masks.
-        seed: of the division.
+        seed: of the split.
         given: the chips of a sweep, which enter the keys of its trials.
-        surveyed: the chips, where the check of the run has found them already.
+        chip_list: the chips, if the check of the run found them.
 
     Returns:
-        `classes`: names; `oracle`: whether all chips of the pool have labels; part -> how many.
+        `classes`: names; `oracle`: whether all chips of the pool have labels; part -> number of chips.
 
     Raises:
-        RaysegError: see `survey` and `divide`.
+        RaysegError: see `find_chips` and `divide`.
     """
-    found = given or surveyed or survey(region, config, classes.table)
+    found = given or chip_list or find_chips(region, config, classes.table)
     rows = divide(found, config, classes.table, seed=seed)
     write_rows(step.prefix / "pool.parquet", rows)
     counts = {str(part): sum(row["part"] == part for row in rows) for part in PARTS}
@@ -117,8 +118,8 @@ def rows_of(listed: Step, part: Part) -> list[Row]:
     return [row for row in read_rows(listed.prefix / "pool.parquet") if row["part"] == part]
 
 
-def survey(region: Region, config: PoolConfig, table: ClassTable) -> Surveyed:
-    """All chips before they are divided; their files are read.
+def find_chips(region: Region, config: PoolConfig, table: ClassTable) -> ChipList:
+    """Find all chips; their files are read.
 
     Raises:
         ConfigError: neither the region nor the configuration names images.
@@ -127,22 +128,22 @@ def survey(region: Region, config: PoolConfig, table: ClassTable) -> Surveyed:
     if config.chips:
         return _labelled_images(config)
     images = tuple(_scenes(region, config, table))
-    _parts(images, config, seed=0)  # what is named wrongly is refused before anything is read
+    _parts(images, config, seed=0)  # wrong names are refused before anything is read
     _expect_rgb(images)
     return _cells(images, table, config.size, config.covered)
 
 
-def divide(surveyed: Surveyed, config: PoolConfig, table: ClassTable, *, seed: int) -> list[Row]:
+def divide(chip_list: ChipList, config: PoolConfig, table: ClassTable, *, seed: int) -> list[Row]:
     """Rows of all chips with their parts, by id.
 
     Raises:
-        ConfigError: scenes are named that are not there, or leave none to learn from.
-        DataError: no chips are left to choose from, or a class is without pixels or images to learn from.
+        ConfigError: named scenes are missing, or no scene remains for training.
+        DataError: no chips remain to select from, or a class has no pixels or images for training.
     """
-    rows = _by_class(surveyed, config, seed) if config.chips else _by_scene(surveyed, config, table, seed)
+    rows = _by_class(chip_list, config, seed) if config.chips else _by_scene(chip_list, config, table, seed)
     expect_ids([row["id"] for row in rows])
     if not any(row["part"] == "pool" for row in rows):
-        raise DataError(f"no chip of {config.size} px is left to choose from; lower pool.size, or add imagery")
+        raise DataError(f"the pool has no chips of {config.size} px; lower pool.size or add imagery")
     return sorted(rows, key=lambda row: str(row["id"]))
 
 
@@ -155,7 +156,7 @@ def _expect_rgb(images: Sequence[LabelledImage]) -> None:
     expect_one_unit([one.image for one in images], BANDS)
 
 
-def _labelled_images(config: PoolConfig) -> Surveyed:
+def _labelled_images(config: PoolConfig) -> ChipList:
     """Whole labelled images."""
     uri, collection = split_location(str(config.chips))
     found = labels.chips_of(stac_read.open_items(uri, collection or None))
@@ -170,14 +171,14 @@ def _labelled_images(config: PoolConfig) -> Surveyed:
         images.append(LabelledImage(chip.id, chip.id, chip.source, (), pixels_of(chip.source), window))
         rows.append(_row(images[-1], window, str(chip.label)))
     _expect_rgb(images)
-    return Surveyed(tuple(rows), classes, tuple(images), {})
+    return ChipList(tuple(rows), classes, tuple(images), {})
 
 
-def _by_class(surveyed: Surveyed, config: PoolConfig, seed: int) -> list[Row]:
+def _by_class(chip_list: ChipList, config: PoolConfig, seed: int) -> list[Row]:
     """Of the images of every class some are for validation."""
     rows = []
-    for number, name in enumerate(surveyed.classes):
-        of_class = [row for row in surveyed.rows if row["label"] == name]
+    for number, name in enumerate(chip_list.classes):
+        of_class = [row for row in chip_list.rows if row["label"] == name]
         order = np.random.default_rng((seed, number)).permutation(len(of_class))
         held = set(order[: max(1, round(config.share * len(of_class)))].tolist())
         if len(held) == len(of_class):
@@ -194,7 +195,7 @@ def _row(one: LabelledImage, window: Window, label: str, name: str = "") -> Row:
     return one.to_row() | place | {"id": name or one.id, "of": one.id, "label": label}
 
 
-def _cells(images: tuple[LabelledImage, ...], table: ClassTable, size: int, covered: float) -> Surveyed:
+def _cells(images: tuple[LabelledImage, ...], table: ClassTable, size: int, covered: float) -> ChipList:
     """Whole cells of all scenes; of those with masks, the ones with a labelled pixel."""
     masked = [one for one in images if one.masks]
     counts = dict(zip([one.id for one in masked], scenes.count_all(masked, table, cell=size), strict=True))
@@ -202,15 +203,15 @@ def _cells(images: tuple[LabelledImage, ...], table: ClassTable, size: int, cove
         found = threads.map(lambda one: _cells_of(one, counts.get(one.id), table, size, covered), images)
         rows = tuple(row for rows in found for row in rows)
     pixels = {name: tuple(found.sum(axis=(0, 1)).tolist()) for name, found in counts.items()}
-    return Surveyed(rows, table.names, images, pixels)
+    return ChipList(rows, table.names, images, pixels)
 
 
-def _by_scene(surveyed: Surveyed, config: PoolConfig, table: ClassTable, seed: int) -> list[Row]:
+def _by_scene(chip_list: ChipList, config: PoolConfig, table: ClassTable, seed: int) -> list[Row]:
     """Whole scenes are for validation and test; there only chips with masks are of use."""
-    parts = _parts(surveyed.images, config, seed)
-    if surveyed.pixels:
-        _expect_classes(surveyed, parts, table, config)
-    rows = [row | {"part": parts[row["of"]]} for row in surveyed.rows]
+    parts = _parts(chip_list.images, config, seed)
+    if chip_list.pixels:
+        _expect_classes(chip_list, parts, table, config)
+    rows = [row | {"part": parts[row["of"]]} for row in chip_list.rows]
     return [row for row in rows if row["label"] or row["part"] == "pool"]
 
 
@@ -240,16 +241,16 @@ def _parts(images: Sequence[LabelledImage], config: PoolConfig, seed: int) -> di
     return parts | {one.id: "pool" for one in learnt} | {one.id: "validation" for one in held}
 
 
-def _expect_classes(surveyed: Surveyed, parts: dict[str, Part], table: ClassTable, config: PoolConfig) -> None:
+def _expect_classes(chip_list: ChipList, parts: dict[str, Part], table: ClassTable, config: PoolConfig) -> None:
     """Refuse classes without pixels, and those that only scenes outside the pool show."""
-    if not any(parts[name] == "pool" for name in surveyed.pixels):
+    if not any(parts[name] == "pool" for name in chip_list.pixels):
         return
     pixels = {name: np.zeros(len(table.classes), np.int64) for name in ("training", "validation")}
     named: dict[str, list[str]] = {name: [] for name in pixels}
-    for one in surveyed.images:
+    for one in chip_list.images:
         part = "training" if parts[one.id] == "pool" else "validation"
         named[part].append(one.scene)
-        pixels[part] += surveyed.pixels.get(one.id, 0)
+        pixels[part] += chip_list.pixels.get(one.id, 0)
     scenes.expect_classes(pixels, table, {part: sorted(set(found)) for part, found in named.items()}, config.absent)
 
 

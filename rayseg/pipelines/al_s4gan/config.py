@@ -42,7 +42,7 @@ class Config(Frozen):
     workers: Workers = 0
     """Processes of Ray Train; 0 trains in the command's own process."""
     seed: int = 1234
-    """Of everything random; it replaces `active.classifier.learning.seed` and `segmenter.learning.seed`."""
+    """Random seed of the run; it replaces `active.classifier.learning.seed` and `segmenter.learning.seed`."""
     scaling: Scaling = Field(default_factory=models.scaling_of)
     """From the imagery's values to the networks' input; by default what the segmenter's encoder expects of uint8."""
     truth: Location | None = None

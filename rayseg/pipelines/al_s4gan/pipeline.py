@@ -24,17 +24,17 @@ from rayseg.steps import map as mapping
 from rayseg.store import upath
 from rayseg.vision.query_strategies import expect_enough
 
-Plan = mapping.Plan[chip_pool.Surveyed]
+Plan = mapping.Plan[chip_pool.ChipList]
 PRODUCT = "landcover"
 
 
 def choose(
-    config: Config, run: Run, region: Region, given: chip_pool.Surveyed | None = None, *, plan: Plan | None = None
+    config: Config, run: Run, region: Region, given: chip_pool.ChipList | None = None, *, plan: Plan | None = None
 ) -> tuple[Step, list[Step]]:
     """(the pool, the steps of active learning); without a segmenter the last step measures the classifier."""
     settings, common = config.active, config.common
     pool = (region, config.pool, config.classes, config.seed, given)
-    listed = run.step("pool", chip_pool.list_pool, *pool, surveyed=plan.labels if plan else None)
+    listed = run.step("pool", chip_pool.list_pool, *pool, chip_list=plan.labels if plan else None)
     budget = settings.budget(listed.value["pool"])
     steps = [run.step("round-0", queries.draw_first, listed, settings, config.seed)]
     frozen = settings.frozen and common.classifies
@@ -47,7 +47,7 @@ def choose(
 
 
 def learn(
-    config: Config, run: Run, region: Region, given: chip_pool.Surveyed | None = None, *, plan: Plan | None = None
+    config: Config, run: Run, region: Region, given: chip_pool.ChipList | None = None, *, plan: Plan | None = None
 ) -> tuple[Step, list[Step], Step, Step]:
     """All but the map: (the pool, the rounds, the segmenter, its measures)."""
     listed, rounds = choose(config, run, region, given, plan=plan)
@@ -55,12 +55,12 @@ def learn(
     return listed, rounds, trained, run.step("measure", segmenter.measure, listed, trained, config)
 
 
-def tried(config: Config, run: Run, region: Region, surveyed: chip_pool.Surveyed) -> dict[str, Any]:
+def tried(config: Config, run: Run, region: Region, chip_list: chip_pool.ChipList) -> dict[str, Any]:
     """The result of a trial of a sweep: all measures and `curve`, points (labels, measure); nothing is mapped."""
     if config.segmenter is None:
-        _, rounds = choose(config, run, region, surveyed)
+        _, rounds = choose(config, run, region, chip_list)
         return {"curve": queries.accuracies(rounds), "part": "validation"}
-    _, _, trained, measured = learn(config, run, region, surveyed)
+    _, _, trained, measured = learn(config, run, region, chip_list)
     mean_iou = measured.value.get("mean_iou", float("nan"))
     return {"curve": [(trained.value["masks"], mean_iou)], **measured.value}
 
@@ -109,39 +109,39 @@ def check(config: Config, region: Region) -> Plan:
         tiles = mapping.tiles_for(region, segmenter.describe(config), config.map)
     if truth := region.located(config.truth):
         masks.masks_of(truth, names=config.table.names)
-    surveyed = chip_pool.survey(region, config.pool, config.table)
-    expect_chips(config, surveyed)
-    return Plan(tiles, surveyed)
+    chip_list = chip_pool.find_chips(region, config.pool, config.table)
+    expect_chips(config, chip_list)
+    return Plan(tiles, chip_list)
 
 
-def expect_chips(config: Config, surveyed: chip_pool.Surveyed) -> int:
+def expect_chips(config: Config, chip_list: chip_pool.ChipList) -> int:
     """Refuse chips that cannot be divided as asked for, or are too few; return how many are in the pool.
 
     Raises:
         ConfigError: fewer chips are asked for than there are classes.
         RaysegError: see `chip_pool.divide`.
     """
-    rows = chip_pool.divide(surveyed, config.pool, config.table, seed=config.seed)
+    rows = chip_pool.divide(chip_list, config.pool, config.table, seed=config.seed)
     count = len([row for row in rows if row["part"] == "pool"])
-    expect_enough(count, config.active.ratio, len(set(surveyed.classes) - set(config.pool.absent)))
+    expect_enough(count, config.active.ratio, len(set(chip_list.classes) - set(config.pool.absent)))
     return count
 
 
 def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:
     """What is known of a run before it begins; the duration of choosing is not."""
-    surveyed = plan.labels or chip_pool.survey(region, config.pool, config.table)
-    count = expect_chips(config, surveyed)
-    choosing = f"choosing from {count} chips in rounds, and training if their masks are still to be drawn"
+    chip_list = plan.labels or chip_pool.find_chips(region, config.pool, config.table)
+    count = expect_chips(config, chip_list)
+    choosing = f"the selection among {count} chips; and training, as long as masks are missing"
     unknown = (choosing, *estimate.by_workers(config.workers))
     if not config.segmenter:
         return estimate.Forecast([], unknown=(*unknown, "nothing is mapped without a segmenter"))
-    learn = partial(_learn, config.model_copy(update={"workers": 0}), region, surveyed)
+    learn = partial(_learn, config.model_copy(update={"workers": 0}), region, chip_list)
     return estimate.by_untrained(segmenter.describe(config), plan, config.map, learn=learn, unknown=unknown)
 
 
-def _learn(config: Config, region: Region, surveyed: chip_pool.Surveyed, run: Run) -> Step | None:
+def _learn(config: Config, region: Region, chip_list: chip_pool.ChipList, run: Run) -> Step | None:
     """A short training of the segmenter, on the chips that have masks already."""
-    listed = run.step("pool", chip_pool.list_pool, region, config.pool, config.classes, config.seed, surveyed)
+    listed = run.step("pool", chip_pool.list_pool, region, config.pool, config.classes, config.seed, chip_list)
     if not segmenter.masked_rows(listed):
         return None
     return run.step("segmenter", estimate.training, segmenter.fit_drawn, listed, config)

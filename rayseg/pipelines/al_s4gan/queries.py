@@ -161,7 +161,7 @@ class Common(Config):
     scaling: Scaling
     """From the chips' values to the classifier's input."""
     seed: int
-    """Of everything random."""
+    """Random seed of the run."""
     workers: Workers = 0
     """Processes of Ray Train; 0 trains in the command's own process."""
     patience: float = 1800.0

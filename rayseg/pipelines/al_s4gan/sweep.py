@@ -4,7 +4,7 @@
     <out>/trials.csv         one line per trial     <out>/table.csv   means over seeds with 95 % intervals
     <out>/report/index.html  table and learning curves
 
-Trials run beside each other on a Ray cluster; what is finished is not done again.
+Trials run in parallel on a Ray cluster; finished trials are skipped.
 """
 
 import csv
@@ -52,7 +52,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Folder name of the trial."""
         return f"{self.ratio:g}-{self.strategy}-{self.learner}-{self.seed}"
 
     def config(self, base: Config) -> Config:
@@ -106,19 +106,19 @@ def run(base: Config, region: Region, trials: Sequence[Trial], out: str, engine:
 
     Raises:
         ConfigError: chips or settings cannot be used, or `out` belongs to another sweep.
-        RunIncomplete: some trials failed; what the others found is in the table.
+        RunIncomplete: some trials failed; the table has the results of the others.
     """
     out = absolute(out).rstrip("/")
     _expect_same(out, base, region)
     if engine.kind == "ray" and base.workers:
         raise ConfigError(
-            f"trials run beside each other and would wait for the CPUs of {base.workers} workers each; set workers=0, "
-            "or take --engine inline"
+            f"trials run in parallel and cannot also start {base.workers} workers each; set workers=0 or use "
+            "--engine inline"
         )
-    surveyed = _checked(base, region, trials)
+    chip_list = _checked(base, region, trials)
     put(upath(out) / "sweep.json", json.dumps(_asked(base, region)).encode())
     found: dict[Trial, dict[str, Any]] = {}
-    for trial, value in _carried_out(base, region, trials, out, engine, surveyed):
+    for trial, value in _carried_out(base, region, trials, out, engine, chip_list):
         done = found | {trial: value}
         found = {one: done[one] for one in trials if one in done}
         _write(out, base, region, found)
@@ -132,15 +132,15 @@ def run(base: Config, region: Region, trials: Sequence[Trial], out: str, engine:
     return f"{_text(*_table(found))}\n{out}/report/index.html"
 
 
-def _checked(base: Config, region: Region, trials: Sequence[Trial]) -> chip_pool.Surveyed:
-    """The chips, once there is no trial that could not use them or its settings."""
+def _checked(base: Config, region: Region, trials: Sequence[Trial]) -> chip_pool.ChipList:
+    """Check the chips and the settings of all trials; return the chips."""
     fewest_last = sorted(trials, key=lambda trial: -trial.ratio)
     for trial in {(trial.strategy == "random", trial.learner): trial for trial in trials}.values():
         trial.config(base).expect_trainable()
-    surveyed = chip_pool.survey(region, base.pool, base.table)
+    chip_list = chip_pool.find_chips(region, base.pool, base.table)
     for trial in {trial.seed: trial for trial in fewest_last}.values():
-        pipeline.expect_chips(trial.config(base), surveyed)
-    return surveyed
+        pipeline.expect_chips(trial.config(base), chip_list)
+    return chip_list
 
 
 def _asked(base: Config, region: Region) -> dict[str, Any]:
@@ -159,11 +159,11 @@ def _carried_out(
     trials: Sequence[Trial],
     out: str,
     engine: Engine,
-    surveyed: chip_pool.Surveyed,
+    chip_list: chip_pool.ChipList,
 ) -> Iterator[tuple[Trial, dict[str, Any]]]:
     """(trial, what it found) as they are finished."""
     if engine.kind == "inline":
-        yield from ((trial, carry_out(trial, base, region, out, surveyed)) for trial in trials)
+        yield from ((trial, carry_out(trial, base, region, out, chip_list)) for trial in trials)
         return
     import ray
     from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
@@ -171,7 +171,7 @@ def _carried_out(
     cluster.connect(engine.address)
     gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(carry_out)
-    chips = ray.put(surveyed)
+    chips = ray.put(chip_list)
     waiting = {remote.remote(trial, base, region, out, chips): trial for trial in trials}
     while waiting:
         [done], _ = ray.wait(list(waiting), num_returns=1)
@@ -182,14 +182,14 @@ def _carried_out(
             yield trial, {"failed": f"its process was lost ({type(error).__name__})"}
 
 
-def carry_out(trial: Trial, base: Config, region: Region, out: str, surveyed: chip_pool.Surveyed) -> dict[str, Any]:
+def carry_out(trial: Trial, base: Config, region: Region, out: str, chip_list: chip_pool.ChipList) -> dict[str, Any]:
     """What a trial found: `curve`, points (labels, measure), and its measures; or why it `failed`."""
     config = trial.config(base)
     try:
         with Run.open(
             f"{out}/trials/{trial.name}", pipeline="al-s4gan", config=config, region=region, engine=Engine("inline")
         ) as opened:
-            return pipeline.tried(config, opened, region, surveyed)
+            return pipeline.tried(config, opened, region, chip_list)
     except (ConfigError, DataError, ModelError, RunIncomplete) as error:
         return {"failed": _said(error)}
 

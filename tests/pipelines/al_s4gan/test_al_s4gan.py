@@ -256,7 +256,7 @@ def test_active_learning_alone_tells_accuracy_by_number_of_labels(tmp_path):
 REFUSALS = {
     "active.ratio=0.1": "ratio 0.1 of 18 images gives 2 to label, fewer than one for each of 3 classes; the least",
     "segmenter.learning.batch=1": "batch norms would see one image at a time",
-    "pool.size=256": "no chip of 256 px is left to choose from",
+    "pool.size=256": "the pool has no chips of 256 px",
     "pool.validation=[nowhere]": "there is no scene nowhere",
     "segmenter.size=96": "segmenter.size 96 exceeds the chips' 64 px",
     "active.strategy=best": "active.strategy = 'best'",

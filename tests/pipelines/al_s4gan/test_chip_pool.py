@@ -37,7 +37,7 @@ def found(folder, **settings):
 
 
 def chips(config, *, region=REGION, table=TABLE, seed=1):
-    return chip_pool.divide(chip_pool.survey(region, config, table), config, table, seed=seed)
+    return chip_pool.divide(chip_pool.find_chips(region, config, table), config, table, seed=seed)
 
 
 def test_chips_are_whole_cells_with_the_class_of_most_of_their_pixels(folder):
@@ -70,7 +70,7 @@ def test_what_cannot_be_is_refused(folder):
         found(folder, test=["z"])
     with pytest.raises(ConfigError, match="none is left to learn from"):
         found(folder, test=["a", "b", "c"])
-    with pytest.raises(DataError, match="no chip of 90 px is left"):
+    with pytest.raises(DataError, match="the pool has no chips of 90 px"):
         chips(PoolConfig(images=str(folder), size=90))
     three = ClassTable((*TABLE.classes, (2, "water", (0, 0, 255))))
     with pytest.raises(DataError, match="class water has no pixel in any mask"):
@@ -83,13 +83,13 @@ def test_pixels_are_read_once_by_the_check_however_often_they_are_divided(folder
         chip_pool.rasters, "read", lambda *given, **more: windows.append(given[2]) or read(*given, **more)
     )
     config = PoolConfig(images=str(folder), size=50)
-    surveyed = chip_pool.survey(REGION, config, TABLE)
-    rows = [chip_pool.divide(surveyed, config, TABLE, seed=seed) for seed in (1, 2)]
+    chip_list = chip_pool.find_chips(REGION, config, TABLE)
+    rows = [chip_pool.divide(chip_list, config, TABLE, seed=seed) for seed in (1, 2)]
     assert [len({row["part"] for row in part}) for part in rows] == [2, 2]
     classes = [{"name": name, "color": hex_of(color)} for _, name, color in TABLE.classes]
     kinds = Classes.model_validate({"classes": classes})
     step = Step("pool", str(tmp_path / "run"), "key", Engine("inline"))
-    chip_pool.list_pool(step, REGION, config, kinds, 1, None, surveyed=surveyed)
+    chip_pool.list_pool(step, REGION, config, kinds, 1, None, chip_list=chip_list)
     assert [row["id"] for row in chip_pool.rows_of(step, "pool")] == [
         row["id"] for row in rows[0] if row["part"] == "pool"
     ]
