@@ -40,6 +40,7 @@ MLM_TASKS = {
 
 FORMAT = 1
 FACTORIES = {
+    "appearance": ("rayseg.models.appearance", "build_appearance"),
     "classifier": ("rayseg.models.classifier", "build_classifier"),
     "over-imagenet": ("rayseg.models.classifier", "build_over_imagenet"),
     "plots": ("rayseg.models.plot_classifier", "build_plot_classifier"),
@@ -108,7 +109,9 @@ class Scaling(Config):
 class Architecture(Config):
     """Which factory builds the network, and with which options."""
 
-    factory: Literal["classifier", "over-imagenet", "plots", "refined", "sam", "segmenter", "segments", "unsupervised"]
+    factory: Literal[
+        "appearance", "classifier", "over-imagenet", "plots", "refined", "sam", "segmenter", "segments", "unsupervised"
+    ]
     options: dict[str, str | int | float]
     """Arguments of the factory, without the weights."""
 
@@ -168,7 +171,7 @@ class Bundle(Config):
     @property
     def outputs(self) -> int:
         """Number of the model's logits per image or pixel; 1 for a class against the rest."""
-        usual = {"refined": 1, "sam": 1, "segmenter": 1, "unsupervised": 32}
+        usual = {"appearance": 1, "refined": 1, "sam": 1, "segmenter": 1, "unsupervised": 32}
         return int(self.architecture.options.get("classes", usual.get(self.architecture.factory, 2)))
 
     def normalize(self, image_CHW: NDArray[Any]) -> NDArray[np.float32]:

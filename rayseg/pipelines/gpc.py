@@ -3,6 +3,7 @@
     chips + yes/no --> classifier --> Grad-CAM++ --.
     chips          --> unsupervised objects -------+--> mean CAM per object, Otsu --> coarse masks
     coarse masks   --> segmenter: warm-up, label correction, from scratch --> cover map
+    its sure pixels --> colour and texture of cover and of the rest --> cover map, with `appearance`
 
 No mask is drawn. The modules of the steps explain the rest; `configs/gpc/paper.yaml` has the settings of the paper.
 """
@@ -12,34 +13,29 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
 
 from rayseg.config import Config as Frozen
-from rayseg.config import Workers
+from rayseg.config import Workers, added
 from rayseg.engine.manifest import Row, write_rows
 from rayseg.engine.run import Run, Step
-from rayseg.errors import DataError
 from rayseg.geo.region import Region
 from rayseg.io.labels import Chip
 from rayseg.models.bundle import Bundle, Scaling
 from rayseg.models.segmenter import Ensemble
-from rayseg.steps import chips, estimate, evaluate, models, report
+from rayseg.steps import appearance, chips, estimate, evaluate, models, report
 from rayseg.steps import map as mapping
 from rayseg.steps.chips import ChipsConfig
 from rayseg.steps.cues import LABELS, NO, YES, CuesConfig, draw_cues, make_cues, read_mask
 from rayseg.steps.map import MapConfig
 from rayseg.store import Location, split_location
-from rayseg.train import probe
+from rayseg.train.appearance import AppearanceConfig
 from rayseg.train.classifier import ClassifierConfig, expect_trainable
-from rayseg.train.labels import probabilities
 from rayseg.train.segmenter import SegmenterConfig, fit_segmenter, trained_segmenter
 
 Plan = mapping.Plan[list[Chip]]
 COLORS = {YES: (0, 158, 115), NO: (0, 0, 0)}
 CLASSES = ((0, "background", COLORS[NO]), (1, YES, COLORS[YES]))
-MOST_CALIBRATED = 500
-"""Negative chips that the threshold is taken from, at most."""
 
 
 class YesNoConfig(ClassifierConfig):
@@ -60,7 +56,9 @@ class Config(Frozen):
     members: Annotated[int, Field(gt=0)] = 1
     """Segmenters trained from different seeds; the map takes the mean of their logits. For few chips."""
     marked: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the negative training chips' pixels that the map may mark: sets the threshold; by default it is 0.5."""
+    """Share of the negative training chips' pixels that the segmenter may mark: sets its threshold; by default 0.5."""
+    appearance: AppearanceConfig | None = added(default=None)
+    """Map by the colour and texture of the pixels that the segmenter is sure of; None maps by the segmenter itself."""
     patch: Annotated[int, Field(gt=0, multiple_of=32)] = 640
     """Side in px of the segmenter's window over the region."""
     stride: Annotated[int, Field(gt=0)] = 512
@@ -128,8 +126,11 @@ def _fit_members(
             networks = [trained_segmenter(*member, stage=stage) for member in members]
             model = Ensemble(networks) if len(networks) > 1 else networks[0]
             means = {key: float(np.mean([one[key] for one in measures])) for key in measures[0]} if not stage else {}
-            facts = {"threshold": _threshold(model, rows, config), "metrics": means, "provenance": provenance}
-            kept[name] = models.keep_model(step, described.model_copy(update={"name": name} | facts), model)
+            negatives = [row for row in rows if row["label"] == NO]
+            threshold = chips.threshold_at(config.marked, model, negatives, described, size=config.chips.size)
+            facts = {"threshold": threshold, "metrics": means, "provenance": provenance}
+            own = "network" if config.appearance and not stage else name  # the model of the map is `segmenter`
+            kept[name] = models.keep_model(step, described.model_copy(update={"name": own} | facts), model)
     return {"bundle": kept["segmenter"], "measures": measures}
 
 
@@ -145,25 +146,10 @@ def _segmenter(config: Config) -> Bundle:
     )
 
 
-@torch.inference_mode()
-def _threshold(model: torch.nn.Module, rows: list[Row], config: Config) -> float:
-    """The probability that at most `config.marked` of the negative chips' pixels exceed; 0.5 by default."""
-    if config.marked is None:
-        return 0.5
-    size, unit = config.chips.size, 32 * config.segmenter.reduce
-    counts = np.zeros(1001, np.int64)  # pixels by probability in thousandths: memory is the same for any chips
-    negatives = [row for row in rows if row["label"] == NO][:MOST_CALIBRATED]
-    for position in probe.batches(range(len(negatives)), len(negatives)):
-        image_CHW = chips.read_image(negatives, size, position).transpose(2, 0, 1)
-        normal = config.scaling.normalize(torch.from_numpy(image_CHW.copy())[None])
-        p_HW = probabilities(model, normal, unit=unit, flip=False)[0, 0].numpy()
-        counts += np.bincount(np.rint(p_HW * 1000).astype(np.int64).ravel(), minlength=1001)
-    if not negatives:
-        raise DataError(
-            "no negative chip is in training to set the threshold by; lower chips.held_out or omit `marked`"
-        )
-    low_enough = counts[::-1].cumsum()[::-1] / counts.sum() <= config.marked
-    return float(np.argmax(low_enough)) / 1000 if low_enough.any() else 1.0
+def _mapper(config: Config) -> Bundle:
+    """The description of the model that maps the region."""
+    network = _segmenter(config)
+    return appearance.described(network, config.appearance) if config.appearance else network
 
 
 def write_report(
@@ -181,7 +167,7 @@ def write_report(
 def check(config: Config, region: Region) -> Plan:
     """Plan a run; refuse chips, imagery and weights that it cannot use before it writes anything."""
     labelled = chips.find_chips(region, LABELS, config.chips)
-    tiles = mapping.tiles_for(region, _segmenter(config), config.map)
+    tiles = mapping.tiles_for(region, _mapper(config), config.map)
     expect_trainable(config.classifier, workers=config.workers)
     evaluate.expect_masks(region, config.truth, [name for _, name, _ in CLASSES])
     for network in (config.classifier, config.segmenter):
@@ -198,7 +184,7 @@ def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:
         counts["densities"] = round(training * len(labels))
     learn = partial(_learn, config.model_copy(update={"workers": 0}), region)
     return estimate.by_untrained(
-        _segmenter(config), plan, config.map, learn=learn, counts=counts, unknown=estimate.by_workers(config.workers)
+        _mapper(config), plan, config.map, learn=learn, counts=counts, unknown=estimate.by_workers(config.workers)
     )
 
 
@@ -233,6 +219,8 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     classifier = run.step("classifier", fit_yes_no, listed, config)
     cues = make_cues(run, listed, classifier, config.cues, size=size, patience=config.map.stall_seconds)
     segmenter = run.step("segmenter", fit_mask, listed, cues, config)
+    if config.appearance:
+        segmenter = run.step("appearance", appearance.fit_cover, listed, segmenter, config.appearance, size)
     predicted = run.step("predict", mapping.predict_region, region, segmenter, config.map, tiles=plan.tiles)
     polygons = run.step("polygons", mapping.join_polygons, predicted, YES)
     measured = run.step("evaluate", evaluate.compare_truth, predicted, region, config.truth)

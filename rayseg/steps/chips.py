@@ -5,6 +5,7 @@ from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 from pydantic import Field
 from torch import nn
 
@@ -16,13 +17,18 @@ from rayseg.geo.grid import expect_ids
 from rayseg.geo.region import Region
 from rayseg.io import labels, stac_read
 from rayseg.io.labels import Chip
-from rayseg.models.bundle import Scaling
+from rayseg.models.bundle import Bundle, Scaling
 from rayseg.steps import models
 from rayseg.store import Location, split_location
+from rayseg.train import probe
 from rayseg.train.batches import Chips
 from rayseg.train.classifier import ClassifierConfig, fit_classifier
+from rayseg.train.labels import probabilities
 from rayseg.train.learning import trained
 from rayseg.vision.fill import filled
+
+MOST_CALIBRATED = 500
+"""Negative chips that a threshold is taken from, at most."""
 
 
 class ChipsConfig(Config):
@@ -159,3 +165,36 @@ def fit_on_chips(
         held_out=held_out if len(held_out) else None,
     )
     return measures, trained(settings.build(classes=len(labels), weights="none"), step.prefix)
+
+
+@torch.inference_mode()
+def threshold_at(
+    marked: float | None, model: nn.Module, negatives: list[Row], described: Bundle, *, size: int
+) -> float:
+    """The lowest probability that at most a share of the negative chips' pixels exceeds.
+
+    Args:
+        marked: the share; None takes the probability 0.5.
+        model: of one class.
+        negatives: rows of chips without the class; the first `MOST_CALIBRATED` are used.
+        described: the model's scaling and architecture.
+        size: side of the chips in px.
+
+    Raises:
+        DataError: there is no negative chip.
+    """
+    if marked is None:
+        return 0.5
+    if not negatives:
+        raise DataError(
+            "no negative chip is in training to set the threshold by; lower chips.held_out or omit `marked`"
+        )
+    unit, negatives = 32 * int(described.architecture.options.get("reduce", 1)), negatives[:MOST_CALIBRATED]
+    counts = np.zeros(1001, np.int64)  # pixels by probability in thousandths: memory is the same for any chips
+    for position in probe.batches(range(len(negatives)), len(negatives)):
+        image_CHW = read_image(negatives, size, position).transpose(2, 0, 1)
+        normal = described.scaling.normalize(torch.from_numpy(image_CHW.copy())[None])
+        p_HW = probabilities(model, normal, unit=unit, flip=False)[0, 0].numpy()
+        counts += np.bincount(np.rint(p_HW * 1000).astype(np.int64).ravel(), minlength=1001)
+    low_enough = counts[::-1].cumsum()[::-1] / counts.sum() <= marked
+    return float(np.argmax(low_enough)) / 1000 if low_enough.any() else 1.0

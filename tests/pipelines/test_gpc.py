@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import geopandas
+import numpy as np
 import pystac
 import pytest
 import rasterio
@@ -94,6 +95,19 @@ def test_the_second_run_does_nothing(whole, words):
     after = files(whole)
     changed = [name for name, found in after.items() if before.get(name) != found and name != ".lock"]
     assert changed == ["run.json"]
+
+
+def test_a_map_by_appearance_is_a_step_after_the_segmenter_and_a_bundle_like_any_other(words, tmp_path):
+    out, more = tmp_path / "run", ("--set", "appearance.components=3", "--set", "appearance.sure=0")
+    assert rayseg(*words, "--out", out, *more).exit_code == 0
+    said = read(str(out))
+    assert list(said["steps"])[3:6] == ["segmenter", "appearance", "predict"]
+    assert said["steps"]["predict"]["bundle"] == said["steps"]["appearance"]["bundle"] == str(out / "models/segmenter")
+    assert bundle.load(out / "models/network").architecture.factory == "segmenter"
+    assert bundle.load(out / "models/segmenter").architecture.factory == "appearance"
+    [tile, *_] = sorted((out / "tiles").glob("*/classes.tif"))
+    with rasterio.open(tile) as file:
+        assert set(np.unique(file.read(1))) <= {0, 1, 255}
 
 
 def test_a_killed_training_goes_on_as_if_nothing_had_been(whole, words, tmp_path, monkeypatch):
