@@ -43,6 +43,7 @@ FACTORIES = {
     "appearance": ("rayseg.models.appearance", "build_appearance"),
     "classifier": ("rayseg.models.classifier", "build_classifier"),
     "over-imagenet": ("rayseg.models.classifier", "build_over_imagenet"),
+    "pixel-head": ("rayseg.models.pixel_head", "build_pixel_head"),
     "plots": ("rayseg.models.plot_classifier", "build_plot_classifier"),
     "refined": ("rayseg.models.crf", "build_refined"),
     "sam": ("rayseg.models.sam_bundle", "build_sam"),
@@ -110,7 +111,16 @@ class Architecture(Config):
     """Which factory builds the network, and with which options."""
 
     factory: Literal[
-        "appearance", "classifier", "over-imagenet", "plots", "refined", "sam", "segmenter", "segments", "unsupervised"
+        "appearance",
+        "classifier",
+        "over-imagenet",
+        "pixel-head",
+        "plots",
+        "refined",
+        "sam",
+        "segmenter",
+        "segments",
+        "unsupervised",
     ]
     options: dict[str, str | int | float]
     """Arguments of the factory, without the weights."""

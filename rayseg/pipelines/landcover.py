@@ -2,6 +2,7 @@
 
     labelled scenes --> split by scene --> DeepLabv3+, best epoch by mean IoU --> bundle
     bundle --> validation scenes measured
+    simple methods on the same scenes --> measured beside it
     bundle + region --> class map at full resolution --> polygons, items, report
 
 The modules of the steps explain the rest; `configs/landcover/paper.yaml` has the settings of the prototype.
@@ -9,47 +10,55 @@ The modules of the steps explain the rest; `configs/landcover/paper.yaml` has th
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from rayseg.config import Bands, Workers
+from rayseg.config import Bands, Workers, added
 from rayseg.config import Config as Frozen
 from rayseg.engine import cluster
 from rayseg.engine.flow import Work
 from rayseg.engine.manifest import Row, read_rows, write_rows
 from rayseg.engine.run import Run, Step
-from rayseg.geo.grid import Tile
+from rayseg.geo.grid import NODATA, Tile
 from rayseg.geo.region import Region
-from rayseg.io import scenes
+from rayseg.io import cog, pictures, scenes
 from rayseg.io.class_tables import Classes
 from rayseg.io.pictures import encoded
+from rayseg.io.rasters import read
 from rayseg.io.scenes import LabelledImage
 from rayseg.io.sources import Source
 from rayseg.io.units import units_of
 from rayseg.metrics import Confusion
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle, Scaling
-from rayseg.stages.compare import CompareTile, pictured
+from rayseg.stages.compare import CompareTile, images_on, pictured, truth_of
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, tile_rows
-from rayseg.steps import estimate, evaluate, labelled, models, report
+from rayseg.steps import baseline, estimate, evaluate, labelled, models, report, simple_maps
 from rayseg.steps import map as mapping
+from rayseg.steps.baseline import Method
 from rayseg.steps.evaluate import Compared
 from rayseg.steps.labelled import PARTS, Divided, LabelledConfig
 from rayseg.steps.map import MapConfig
+from rayseg.steps.simple_maps import Simple
 from rayseg.store import Location, put
-from rayseg.train import supervised
+from rayseg.train import supervised, windows
 from rayseg.train.learning import trained
 from rayseg.train.supervised import Labelled, SupervisedConfig
 from rayseg.train.windows import Windows
+from rayseg.vision.crops import middle
+from rayseg.vision.fill import mirrored
 
 Plan = mapping.Plan[Divided]
 PRODUCT = "landcover"
 WORST = 6
 """Tiles that the report shows."""
+SHOWN = 1024
+"""Side in px of the place that the report shows by all methods."""
 
 
 class Config(Frozen):
@@ -72,6 +81,8 @@ class Config(Frozen):
     """From the imagery's values to the network's input; by default what the encoder's weights expect of uint8."""
     truth: Location | None = None
     """Masks to measure the map with: a folder, `catalog.json#collection`, or `#collection` of the region."""
+    baseline: bool = added(default=True)
+    """Whether the report shows simple methods next to the segmenter, learnt and measured on the same scenes."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
@@ -113,6 +124,12 @@ def _labelled(listed: Step, part: str, config: Config) -> Labelled:
 def fit(step: Step, listed: Step, config: Config) -> dict[str, Any]:
     """Train the segmenter; models/segmenter is its bundle."""
     training, validation = (_labelled(listed, part, config) for part in PARTS)
+    learnt_from = training.images[0].image
+    if config.segmenter.network != "decoder":
+        lab = models.is_rgb8(config.bands, learnt_from.dtype, config.scaling)
+        head, measures = supervised.fit_frozen(config.segmenter, training, validation, scaling=config.scaling, lab=lab)
+        described = _segmenter(config, learnt_from).model_copy(update={"metrics": measures})
+        return {"bundle": models.keep_model(step, described, head), "measures": measures}
     if step.engine.kind == "ray":
         cluster.connect(step.engine.address)
     measures = supervised.fit_supervised(
@@ -125,7 +142,7 @@ def fit(step: Step, listed: Step, config: Config) -> dict[str, Any]:
     )
     net = config.segmenter.build(classes=len(config.classes.table.classes), channels=len(config.bands), weights="none")
     model = trained(net, step.prefix)
-    described = _segmenter(config, training.images[0].image).model_copy(update={"metrics": measures})
+    described = _segmenter(config, learnt_from).model_copy(update={"metrics": measures})
     return {"bundle": models.keep_model(step, described, model), "measures": measures}
 
 
@@ -173,6 +190,51 @@ def validate(step: Step, listed: Step, model: Step, config: Config, count: int |
     return found | done | {"unmatched": {"prediction": none, "truth": none}, "worst": worst}
 
 
+def measure_baselines(step: Step, listed: Step, validated: Step, config: Config) -> dict[str, Any]:
+    """Fit a linear head and a random forest to the training scenes; compare them with the validation scenes' masks."""
+    training, validation = (_labelled(listed, part, config) for part in PARTS)
+    table, network = config.classes.table, config.segmenter
+    count, rgb8 = len(table.classes), models.is_rgb8(config.bands, training.images[0].image.dtype, config.scaling)
+    draws = windows.spread(training.read, size=config.patch, most=supervised.MOST_WINDOWS)
+    pairs = supervised.pairs_of(training, draws)
+    linear = network.network != "linear"
+    simple = simple_maps.learnt(network, config.scaling, pairs, len(draws), classes=count, rgb8=rgb8, linear=linear)
+    whole = [draw for [draw] in windows.cover(validation.images, size=config.patch, batch=1)]
+    methods = []
+    for method in simple:
+        confusion = simple_maps.compare(method, supervised.pairs_of(validation, whole), classes=count)
+        parts = baseline.parts_of(confusion, table.names)
+        methods.append(Method(method.name, confusion.mean_iou, method.seconds, parts))
+    where = f"the validation scenes {', '.join(listed.value['validation']['scenes'])}"
+    return baseline.value_of("mean IoU", where, methods, pictures=_beside(step, validated, simple, validation, config))
+
+
+def _beside(
+    step: Step, validated: Step, simple: Sequence[Simple], validation: Labelled, config: Config
+) -> list[tuple[str, str, str]]:
+    """The middle of the validation tile of median accuracy, by the segmenter and by the simple methods."""
+    compared = [
+        (Confusion(np.array(record.facts["confusion"])), Tile.from_row(row))
+        for row, record in mapping.rows_with(validated, "confusion")
+    ]
+    known = sorted(((c.overall_accuracy, tile.id, tile) for c, tile in compared if c.pixels), key=lambda row: row[:2])
+    _, _, tile = known[len(known) // 2]
+    window = middle(tile.window, SHOWN).intersect(tile.window)
+    images, table = validation.images, config.classes.table
+    sources = [scenes.image_on(image) for image in images_on(images, tile.grid)]
+    image_CHW, valid_HW = read(sources, tile.grid, window, bands=config.bands)
+    [mapped_HW] = cog.read_bands(validated.prefix / "tiles" / f"{tile.id}.tif")
+    maps = [
+        truth_of(images, replace(tile, window=window), table),
+        mapped_HW[window.slices(tile.window)],
+        *(np.where(valid_HW, method.predict(mirrored(image_CHW, valid_HW)), NODATA) for method in simple),
+    ]
+    picture_HWC = simple_maps.panels(pictures.shown(sources, tile.grid, window), maps, table)
+    put(step.prefix / "beside.webp", encoded(picture_HWC, "webp"))
+    names = ", ".join(["imagery", "mask", "this model", *(method.name for method in simple)])
+    return [("Next to simple baselines", f"steps/{step.name}/beside.webp", f"From left: {names}, in {tile.id}.")]
+
+
 def _tiles_of(images: Sequence[LabelledImage], described: Bundle, config: Config) -> list[Row]:
     """Rows of the tiles of the validation images."""
     seen = [scenes.image_on(image) for image in images]
@@ -181,10 +243,17 @@ def _tiles_of(images: Sequence[LabelledImage], described: Bundle, config: Config
 
 
 def write_report(
-    step: Step, listed: Step, predicted: Step, polygons: Step, validated: Step, measured: Step
+    step: Step,
+    listed: Step,
+    predicted: Step,
+    polygons: Step,
+    validated: Step,
+    measured: Step,
+    *,
+    simple: Step | None = None,
 ) -> dict[str, Any]:
     """The report: the measures by the region's truth, or those of the validation scenes without one."""
-    pictures = tuple(
+    worst = tuple(
         (
             f"Among the worst: {tile['id']}",
             tile["picture"],
@@ -198,7 +267,12 @@ def write_report(
     )
     labels = f"Labelled: {training} to learn from, {validation} to choose the epoch by."
     shown = measured if "overall" in measured.value else validated
-    return report.write_report(step, predicted, polygons, shown, report.Extras(labels=labels, pictures=pictures))
+    own, beside = validated.value, None
+    if simple:
+        parts = {row["name"]: row["iou"]["value"] for row in own["classes"] if row["reference"]}
+        beside = baseline.beside(simple.value, own["overall"]["mean_iou"]["value"], parts=parts)
+    extras = report.Extras(labels=labels, pictures=worst, baseline=beside)
+    return report.write_report(step, predicted, polygons, shown, extras)
 
 
 def check(config: Config, region: Region) -> Plan:
@@ -237,9 +311,11 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     listed = run.step("scenes", list_scenes, region, config, divided=plan.labels)
     segmenter = run.step("segmenter", fit, listed, config)
     validated = run.step("validation", validate, listed, segmenter, config)
+    simple = run.step("baseline", measure_baselines, listed, validated, config) if config.baseline else None
     predicted = run.step("predict", mapping.predict_region, region, segmenter, config.map, tiles=plan.tiles)
     polygons = run.step("polygons", mapping.join_polygons, predicted, PRODUCT)
     measured = run.step("evaluate", evaluate.compare_truth, predicted, region, config.truth)
     run.step("publish", mapping.publish, predicted, f"Land cover, {region.name}")
-    written = run.step("report", write_report, listed, predicted, polygons, validated, measured)
+    parts = (listed, predicted, polygons, validated, measured)
+    written = run.step("report", write_report, *parts, simple=simple)
     return report.headline(written)

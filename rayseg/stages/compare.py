@@ -48,11 +48,11 @@ class CompareTile:
 
 def truth_of(images: Sequence[LabelledImage], tile: Tile, table: ClassTable) -> NDArray[np.uint8]:
     """The masks of all images on a tile, (height, width) uint8, 255 where no image is labelled."""
-    masks = [mask for image in _on(images, tile.grid) for mask in masks_on(image)]
+    masks = [mask for image in images_on(images, tile.grid) for mask in masks_on(image)]
     return read_classes(masks, tile.grid, tile.window, table)
 
 
-def _on(images: Sequence[LabelledImage], grid: Grid) -> list[LabelledImage]:
+def images_on(images: Sequence[LabelledImage], grid: Grid) -> list[LabelledImage]:
     """The images that may lie on a grid: a grid without CRS belongs to a single image."""
     return [image for image in images if (image.grid.crs if grid.crs else image.grid == grid)]
 
@@ -62,7 +62,7 @@ def pictured(prefix: str, tile: Tile, images: Sequence[LabelledImage], table: Cl
     step = max(1, -(-max(tile.window.width, tile.window.height) // _SIDE))
     colors_K3 = np.full((256, 3), 110, np.uint8)
     colors_K3[list(table.values)] = table.colors
-    image_HWC = pictures.shown([image_on(image) for image in _on(images, tile.grid)], tile.grid, tile.window)
+    image_HWC = pictures.shown([image_on(image) for image in images_on(images, tile.grid)], tile.grid, tile.window)
     truth_HW = truth_of(images, tile, table)
     [classes_HW] = cog.read_bands(upath(prefix) / f"{tile.id}.tif")
     panels = [image_HWC, colors_K3[truth_HW], colors_K3[classes_HW]]

@@ -95,11 +95,13 @@ def segmenter_bundle(
     values = [value for value, _, _ in classes]
     if values != list(range(len(classes))):
         raise ConfigError(f"class values are {values}, a segmenter's are 0, 1, 2, ...; number them so")
-    options = options or settings.options(classes=len(classes), channels=len(bands))
+    options = dict(options or settings.options(classes=len(classes), channels=len(bands)))
+    if settings.factory == "pixel-head":
+        options["lab"] = int(is_rgb8(bands, dtype, scaling))
     return Bundle(
         name="segmenter",
         task="segmentation",
-        architecture=Architecture(factory="segmenter", options=dict(options)),
+        architecture=Architecture(factory=settings.factory, options=options),
         classes=classes,
         bands=bands,
         dtype=dtype,
@@ -108,6 +110,11 @@ def segmenter_bundle(
         stride=stride,
         provenance=Provenance(config=settings.model_dump(mode="json")),
     )
+
+
+def is_rgb8(bands: tuple[str, ...], dtype: str, scaling: Scaling) -> bool:
+    """Whether a model sees red, green and blue of 0..255, whose colour has a meaning of its own."""
+    return bands == RGB and dtype == "uint8" and (scaling.scale, scaling.offset) == (1.0, 0.0)
 
 
 def expect_windows(bands: tuple[str, ...], scaling: Scaling, *, patch: int, stride: int, reduce: int) -> None:

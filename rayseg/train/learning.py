@@ -60,6 +60,11 @@ class NetworkConfig(Config):
             raise ValueError(f"architecture {architecture!r} is unknown, expected one of: {', '.join(ARCHITECTURES)}")
         return architecture
 
+    @property
+    def factory(self) -> Literal["segmenter", "pixel-head"]:
+        """Name of the network's factory in a bundle."""
+        return "segmenter"
+
     def options(self, *, classes: int = 1, channels: int) -> dict[str, str | int | float]:
         """Arguments of `build_segmenter`, as a bundle stores them."""
         return {

@@ -15,14 +15,16 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from rayseg.config import Config
+from rayseg.config import Config, added
 from rayseg.errors import ConfigError
 from rayseg.io.scenes import LabelledImage
 from rayseg.metrics import Confusion
 from rayseg.models import losses
 from rayseg.models.bundle import Scaling
+from rayseg.models.pixel_head import PixelHead
 from rayseg.train import probe, session, windows
 from rayseg.train.augment import Augment
+from rayseg.train.frozen import HeadConfig, Pair, fit_hidden, fit_linear, sample, untrained
 from rayseg.train.learning import (
     Epoch,
     Learner,
@@ -36,7 +38,10 @@ from rayseg.train.learning import (
     run_epochs,
 )
 from rayseg.train.session import Setup, State
-from rayseg.train.windows import Counts, Cut, Sampling, Step, Waiting, Windows
+from rayseg.train.windows import Counts, Cut, Draw, Sampling, Step, Waiting, Windows
+
+MOST_WINDOWS = 400
+"""Windows that a head on a frozen encoder learns from, spread over all images."""
 
 
 class PixelLoss(Config):
@@ -85,6 +90,22 @@ class SupervisedConfig(NetworkConfig):
     """Augmentation of the windows."""
     every: Annotated[int, Field(gt=0)] = 1
     """Epochs between validations; the last epoch is always validated."""
+    network: Literal["decoder", "linear", "frozen"] = added(default="decoder")
+    """decoder: all of the above; linear: a linear map of the frozen encoder's features and colour; frozen: `head`."""
+    head: HeadConfig = added(default=HeadConfig())
+    """network frozen: small networks on the frozen encoder's features and colour, trained in a minute on a CPU."""
+
+    @property
+    def factory(self) -> Literal["segmenter", "pixel-head"]:
+        """Name of the network's factory in a bundle."""
+        return "segmenter" if self.network == "decoder" else "pixel-head"
+
+    def options(self, *, classes: int = 1, channels: int) -> dict[str, str | int | float]:
+        """Arguments of the network's factory, as a bundle stores them."""
+        if self.network == "decoder":
+            return super().options(classes=classes, channels=channels)
+        hidden = self.head.hidden * self.head.members if self.network == "frozen" else 0
+        return {"encoder": self.encoder, "classes": classes, "channels": channels, "hidden": hidden}
 
 
 @dataclass(frozen=True)
@@ -147,6 +168,47 @@ def fit_supervised(
         "key": _key(settings, training, validation),
     }
     return session.fit(_train, config, setup, name="segmenter")
+
+
+def fit_frozen(
+    settings: SupervisedConfig, training: Labelled, validation: Labelled, *, scaling: Scaling, lab: bool
+) -> tuple[PixelHead, dict[str, float]]:
+    """Fit a head on the frozen encoder in this process; return it and its measures on `validation`.
+
+    Args:
+        settings: `network` is linear or frozen.
+        training: to learn from.
+        validation: to measure on; nothing is chosen by it.
+        scaling: from stored values to the network's input.
+        lab: whether the imagery is 8-bit RGB, whose colour is taken as Lab.
+
+    Raises:
+        DataError: imagery or masks cannot be read.
+        ModelError: the encoder's weights do not fit.
+    """
+    classes, size = len(training.pixels_K), settings.sampling.size
+    hidden = int(settings.options(classes=classes, channels=len(scaling.mean))["hidden"])
+    net = untrained(settings.encoder, settings.weights, scaling, classes=classes, lab=lab, hidden=hidden)
+    draws = windows.spread(training.read, size=size, most=MOST_WINDOWS)
+    samples = sample(net, pairs_of(training, draws), len(draws), scaling, seed=settings.learning.seed)
+    if hidden:
+        fit_hidden(net, samples, settings.head, seed=settings.learning.seed)
+    else:
+        fit_linear(net, samples, balance=settings.head.balance)
+    confusion = Confusion(np.zeros((classes, classes), np.int64))
+    draws = windows.spread(validation.read, size=size, most=MOST_WINDOWS)
+    for image_CHW, classes_HW in pairs_of(validation, draws):
+        with torch.inference_mode():
+            logits = net(torch.from_numpy(scaling.normalize(image_CHW))[None])[0]
+        confusion += Confusion.from_arrays(classes_HW, logits.argmax(dim=0).numpy(), classes)
+    return net, _measures(confusion)
+
+
+def pairs_of(labelled: Labelled, draws: Sequence[Draw]) -> Iterator[Pair]:
+    """Image and classes of windows, read ahead; in a sample of the training's time the first few."""
+    steps = [(draw,) for draw in draws]
+    for [cut] in probe.batches(windows.stream([steps], labelled.read, on_ray=False), len(draws), once=True):
+        yield cut.image_CHW, cut.classes_HW
 
 
 def expect_supervisable(settings: SupervisedConfig, *, classes: int, workers: int) -> None:
@@ -298,7 +360,10 @@ def _validate(learner: Learner, config: State) -> dict[str, float]:
         known = classes_NHW != losses.IGNORE
         pairs = classes_NHW[known] * len(matrix) + predicted_NHW[known]
         matrix += torch.bincount(pairs, minlength=len(matrix) ** 2).reshape(matrix.shape)
-    confusion = Confusion(session.sum_over_workers(matrix).cpu().numpy().astype(np.int64))
+    return _measures(Confusion(session.sum_over_workers(matrix).cpu().numpy().astype(np.int64)))
+
+
+def _measures(confusion: Confusion) -> dict[str, float]:
     return {
         "mean_iou": confusion.mean_iou,
         "accuracy": confusion.overall_accuracy,

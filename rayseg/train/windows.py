@@ -209,6 +209,12 @@ def cover(images: Sequence[LabelledImage], *, size: int, batch: int, rank: int =
     return [tuple(draws[start : start + batch]) for start in range(0, len(draws), batch)]
 
 
+def spread(read: Windows, *, size: int, most: int) -> list[Draw]:
+    """At most `most` of the adjacent windows that cover the images, evenly spread over all of them."""
+    draws = [draw for [draw] in cover(read.images, size=size, batch=1)]
+    return [draws[int(place)] for place in np.linspace(0, len(draws) - 1, min(most, len(draws))).round()]
+
+
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from rayseg.vision.color import ClassTable, hex_of
 
 pytestmark = pytest.mark.e2e
 
-STEPS = ["scenes", "segmenter", "validation", "predict", "polygons", "evaluate", "publish", "report"]
+STEPS = ["scenes", "segmenter", "validation", "baseline", "predict", "polygons", "evaluate", "publish", "report"]
 SMALL = """
 labelled: {masks: "#truth/landcover", validation: [demo-east], absent: [unknown]}
 classes: deepglobe
@@ -99,6 +99,28 @@ def test_the_validation_scenes_are_measured_apart_from_the_map(whole):
             assert 32 <= picture.height <= 512
 
 
+def test_simple_methods_stand_beside_the_model_on_the_same_pixels(whole):
+    said = read(str(whole))
+    simple, validated = said["steps"]["baseline"], said["steps"]["validation"]
+    assert [row["name"].split()[1] for row in simple["methods"]] == ["linear", "random"]
+    assert simple["where"] == validated["truth"]
+    present = {row["name"] for row in validated["classes"] if row["reference"]}
+    for row in simple["methods"]:
+        assert set(row["parts"]) == present
+        assert 0 < row["value"] < 1
+        assert row["seconds"] > 0
+    page = (whole / "report" / "index.html").read_text()
+    own, best = validated["overall"]["mean_iou"]["value"], max(row["value"] for row in simple["methods"])
+    behind = f"This model is behind its baseline: mean IoU {own:.3f}"
+    assert (behind in page) == said["steps"]["report"]["summary"].startswith(behind) == (best > own)
+    with Image.open(whole / simple["pictures"][0][1]) as picture:
+        panel = (picture.width - 4 * 6) // 5  # imagery, mask, this model and two methods
+        assert picture.width == 5 * panel + 4 * 6
+        # The second panel is the mask, the third the segmenter's map: they differ somewhere.
+        rgb = np.asarray(picture.convert("RGB")).astype(int)
+        assert np.abs(rgb[:, panel + 6 : 2 * panel + 6] - rgb[:, 2 * (panel + 6) : 3 * panel + 12]).max() > 60
+
+
 def test_the_map_has_the_imagerys_pixels_and_the_tables_colours(whole, words):
     seen = mapped = 0
     for path in Path(words[4]).parent.glob("imagery/*.tif"):
@@ -144,6 +166,44 @@ def test_georeferenced_scenes_are_validated_whether_their_masks_say_where_they_a
     truth = np.bincount(np.concatenate([blobs(HEIGHT, WIDTH, seed=number).ravel() for number in (0, 1)]))
     assert np.array(found["confusion"]).sum(axis=1).tolist() == truth.tolist()
     assert found["worst"]
+
+
+@pytest.mark.parametrize("network", ["linear", pytest.param("frozen", marks=pytest.mark.more)])
+def test_a_head_on_frozen_features_is_a_model_like_any_other(tmp_path, network):
+    for number, name in enumerate(("a", "b")):
+        rng = np.random.default_rng(number)
+        classes_HW = np.kron(rng.integers(0, 2, (4, 4)), np.ones((32, 32))).astype(np.uint8)
+        image_HWC = np.where(classes_HW[..., None], (60, 160, 60), (150, 120, 90)) + rng.integers(
+            -20, 21, (128, 128, 3)
+        )
+        for kind, array in (("images", image_HWC.astype(np.uint8)), ("masks", classes_HW)):
+            (tmp_path / "scenes" / name / kind).mkdir(parents=True)
+            Image.fromarray(array).save(tmp_path / "scenes" / name / kind / "0.png")
+    (tmp_path / "c.yaml").write_text(f"""
+classes: {{classes: [{{name: soil, color: "#967859"}}, {{name: wood, color: "#3ca03c"}}]}}
+labelled: {{validation: [b]}}
+segmenter: {{network: {network}, encoder: tf_efficientnet_lite0, weights: packaged, sampling: {{size: 128}}}}
+patch: 128
+stride: 96
+baseline: false
+""")
+    out = tmp_path / "run"
+    config = ("--config", tmp_path / "c.yaml", "--set", "segmenter.head.steps=60", "--engine", "inline")
+    found = rayseg("run", "pipeline", "landcover", "--region", tmp_path / "scenes", *config, "--out", out)
+    assert found.exit_code == 0, found.output
+    described, _ = bundle.build(str(out / "models" / "segmenter"))
+    assert described.architecture.factory == "pixel-head"
+    assert described.architecture.options["hidden"] == (0 if network == "linear" else 320)
+    assert described.scaling.mean == (127.0,) * 3
+    assert described.metrics["mean_iou"] > 0.8
+    assert read(str(out))["steps"]["validation"]["overall"]["mean_iou"]["value"] > 0.8
+    assert "baseline" not in read(str(out))["steps"]
+    images = tmp_path / "scenes" / "a" / "images"
+    again = rayseg("predict", out / "models/segmenter", images, "--out", tmp_path / "p", "--engine", "inline")
+    assert again.exit_code == 0, again.output
+    [mapped] = (tmp_path / "p").glob("tiles/*/classes.tif")
+    truth_HW = np.asarray(Image.open(tmp_path / "scenes" / "a" / "masks" / "0.png"))
+    assert (cog.read_bands(mapped)[0] == truth_HW).mean() > 0.9
 
 
 # -- what is refused, before anything is written ----------------------------------------------------------------------

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from rayseg.config import Config as Frozen
-from rayseg.config import Workers
+from rayseg.config import Workers, added
 from rayseg.errors import ConfigError
 from rayseg.io.class_tables import Classes
 from rayseg.models.bundle import Scaling
@@ -47,6 +47,8 @@ class Config(Frozen):
     """From the imagery's values to the networks' input; by default what the segmenter's encoder expects of uint8."""
     truth: Location | None = None
     """Masks to measure the map with: a folder, `catalog.json#collection`, or `#collection` of the region."""
+    baseline: bool = added(default=True)
+    """Whether the report shows simple methods next to the segmenter, learnt and measured on the same chips."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":

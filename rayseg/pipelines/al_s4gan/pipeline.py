@@ -2,6 +2,7 @@
 
     all chips --> rounds of active learning with a classifier of chips --> the chips worth a mask
     those with masks + all others without --> S4GAN, best checkpoint by mean IoU --> segmenter
+    simple methods on the same chips --> measured beside it
     segmenter + region --> class map --> polygons, items, report
 
 Masks come from an oracle, where some exist already, or from people: the run exports the chips that need one and resumes
@@ -10,7 +11,9 @@ of the paper.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from math import isfinite
 from typing import Any
 
 from rayseg.engine.run import Run, Step
@@ -18,7 +21,7 @@ from rayseg.geo.region import Region
 from rayseg.io import masks
 from rayseg.pipelines.al_s4gan import chip_pool, queries, segmenter
 from rayseg.pipelines.al_s4gan.config import Config
-from rayseg.steps import estimate, report
+from rayseg.steps import baseline, estimate, report
 from rayseg.steps import evaluate as evaluation
 from rayseg.steps import map as mapping
 from rayseg.store import upath
@@ -66,7 +69,14 @@ def tried(config: Config, run: Run, region: Region, chip_list: chip_pool.ChipLis
 
 
 def write_report(
-    step: Step, parts: Sequence[Step], predicted: Step, polygons: Step, evaluated: Step, config: Config
+    step: Step,
+    parts: Sequence[Step],
+    predicted: Step,
+    polygons: Step,
+    evaluated: Step,
+    config: Config,
+    *,
+    simple: Step | None = None,
 ) -> dict[str, Any]:
     """The report of a map: the training data, and how the chips were chosen."""
     listed, trained, measured, *rounds = parts
@@ -75,7 +85,11 @@ def write_report(
     if part != "none":
         chosen = ", by which the checkpoint was chosen too" if part == "validation" else ""
         labels += f" Mean IoU on the {value['chips']} {part} chips{chosen}: {value['mean_iou']:.3f}."
-    return report.write_report(step, predicted, polygons, evaluated, _extras(labels, rounds, rounds[-1], config))
+    extras = _extras(labels, rounds, rounds[-1], config)
+    if simple and simple.value:
+        iou = {name: of_class for name, of_class in value["iou"].items() if isfinite(of_class)}
+        extras = replace(extras, baseline=baseline.beside(simple.value, value["mean_iou"], parts=iou))
+    return report.write_report(step, predicted, polygons, evaluated, extras)
 
 
 def _trained_from(config: Config, *, masks: int, chips: int) -> str:
@@ -154,9 +168,12 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
         written = run.step("report", write_choice, listed, rounds, config)
         return f"{upath(run.root) / written.value['report']}: {written.value['summary']}"
     listed, rounds, trained, measured = learn(config, run, region, plan=plan)
+    learnt = [listed, trained, measured, rounds[-1]]
+    simple = run.step("baseline", segmenter.measure_baselines, learnt, config) if config.baseline else None
     predicted = run.step("predict", mapping.predict_region, region, trained, config.map, tiles=plan and plan.tiles)
     polygons = run.step("polygons", mapping.join_polygons, predicted, PRODUCT)
     evaluated = run.step("evaluate", evaluation.compare_truth, predicted, region, config.truth)
     run.step("publish", mapping.publish, predicted, f"Land cover, {region.name}")
     parts = [listed, trained, measured, *rounds]
-    return report.headline(run.step("report", write_report, parts, predicted, polygons, evaluated, config))
+    arguments = (parts, predicted, polygons, evaluated, config)
+    return report.headline(run.step("report", write_report, *arguments, simple=simple))

@@ -1,21 +1,25 @@
 """The segmenter of al-s4gan: trained with S4GAN on chips with masks and chips without, then measured on other chips."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from rayseg.engine.manifest import Row
 from rayseg.engine.run import Step
+from rayseg.io.pictures import encoded
 from rayseg.metrics import Confusion, bootstrap
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
 from rayseg.models.crf import Refined
 from rayseg.pipelines.al_s4gan import annotation, chip_pool, queries
 from rayseg.pipelines.al_s4gan.config import Config
-from rayseg.steps import models
+from rayseg.steps import baseline, models, simple_maps
+from rayseg.steps.baseline import Method
+from rayseg.store import put
+from rayseg.train import learning
 from rayseg.train.batches import Chips
-from rayseg.train.learning import trained
+from rayseg.train.frozen import Pair
 from rayseg.train.s4gan import Data, S4ganConfig, confusions, fit_s4gan, measures_of
 
 
@@ -45,13 +49,17 @@ def fit(step: Step, listed: Step, chosen: Step, config: Config) -> dict[str, Any
     Raises:
         RunIncomplete: chosen chips still need masks.
     """
+    labelled = _chosen(listed, chosen, config)
+    annotation.expect_masks(step.root, labelled, config.common.classes)
+    return _fit(step, listed, labelled, config)
+
+
+def _chosen(listed: Step, chosen: Step, config: Config) -> list[Row]:
     asked = [row["id"] for row in queries.labelled(chosen)]
     if not config.active.count_pool:
         asked = asked[config.active.budget(listed.value["pool"]).initial :]
     rows = {row["id"]: row for row in chip_pool.rows_of(listed, "pool")}
-    labelled = [rows[chip] for chip in asked]
-    annotation.expect_masks(step.root, labelled, config.common.classes)
-    return _fit(step, listed, labelled, config)
+    return [rows[chip] for chip in asked]
 
 
 def fit_drawn(step: Step, listed: Step, config: Config) -> dict[str, Any]:
@@ -66,7 +74,7 @@ def _fit(step: Step, listed: Step, labelled: Sequence[Row], config: Config) -> d
     setup = models.training_setup(step, workers=config.workers)
     measures = fit_s4gan(seeded, _divided(step.root, listed, labelled, config), setup, scaling=config.scaling)
     net = seeded.build(classes=len(config.table.classes), channels=channels, weights="none")
-    model: Any = trained(net, step.prefix)
+    model: Any = learning.trained(net, step.prefix)
     if config.crf:
         model = Refined(model, channels=channels, kernels=config.crf)
         model.std.copy_(model.std.new_tensor(config.scaling.std) / config.scaling.scale)
@@ -115,3 +123,36 @@ def measure(step: Step, listed: Step, segmenter: Step, config: Config) -> dict[s
     low, high = bootstrap(scenes, lambda c: c.mean_iou_of_reference) if len(scenes) > 1 else (None, None)
     per_class = dict(zip(config.table.names, map(float, total.iou), strict=True))
     return {"part": part, "chips": len(rows), **measures_of(total), "low": low, "high": high, "iou": per_class}
+
+
+def measure_baselines(step: Step, parts: Sequence[Step], config: Config) -> dict[str, Any]:
+    """Fit a linear head and a random forest to the chips with masks; compare them where the segmenter was measured."""
+    listed, trained, measured, last = parts
+    if measured.value["part"] == "none":
+        return {}
+    # 1. learn and measure
+    labelled = _masked(step.root, _chosen(listed, last, config), config)
+    rows, table = chip_pool.rows_of(listed, measured.value["part"]), config.table
+    chips, count, settings = _masked(step.root, rows, config), len(table.classes), _settings(config)
+    simple = simple_maps.learnt(settings, config.scaling, _pairs(labelled), len(labelled), classes=count, rgb8=True)
+    methods = []
+    for method in simple:
+        confusion = simple_maps.compare(method, _pairs(chips), classes=count)
+        iou = baseline.parts_of(confusion, table.names)
+        methods.append(Method(method.name, confusion.mean_iou_of_reference, method.seconds, iou))
+    # 2. picture the first chip by the segmenter and by the simple methods
+    _, model = bundle.build(trained.value["bundle"])
+    image_CHW, classes_HW = next(_pairs(chips))
+    own_HW = simple_maps.predicted(model, image_CHW, config.scaling, unit=32 * settings.reduce)
+    maps = [classes_HW, own_HW, *(method.predict(image_CHW) for method in simple)]
+    picture_HWC = simple_maps.panels(image_CHW.transpose(1, 2, 0), maps, table)
+    put(step.prefix / "beside.webp", encoded(picture_HWC, "webp"))
+    names = ", ".join(["chip", "mask", "this model", *(method.name for method in simple)])
+    picture = ("Next to simple baselines", f"steps/{step.name}/beside.webp", f"From left: {names}, of {rows[0]['id']}.")
+    return baseline.value_of("mean IoU", f"the {measured.value['part']} chips", methods, pictures=[picture])
+
+
+def _pairs(chips: Chips) -> Iterator[Pair]:
+    assert chips.read_mask is not None
+    for position in range(len(chips)):
+        yield chips.read(position).transpose(2, 0, 1), chips.read_mask(position)

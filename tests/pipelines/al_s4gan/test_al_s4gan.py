@@ -51,7 +51,7 @@ stride: 64
 """
 STEPS = [
     *("pool", "round-0", "round-1", "round-2", "segmenter", "measure"),
-    *("predict", "polygons", "evaluate", "publish", "report"),
+    *("baseline", "predict", "polygons", "evaluate", "publish", "report"),
 ]
 
 
@@ -140,6 +140,12 @@ def test_the_model_is_measured_where_it_was_not_trained_and_maps_every_scene(who
     assert "Trained on 7 masks, chosen by entropy, and 11 chips without." in page
     assert "by which the checkpoint was chosen too" in page
     assert "Chips chosen by entropy" in page
+    simple = said["baseline"]["methods"]
+    # The drawn classes differ by colour, so the simple methods are hard to beat; four steps do not.
+    assert [row["name"].split()[1] for row in simple] == ["linear", "random"]
+    assert min(row["value"] for row in simple) > 0.6
+    assert f"This model is behind its baseline: mean IoU {said['measure']['mean_iou']:.3f}" in page
+    assert (whole / said["baseline"]["pictures"][0][1]).exists()
 
 
 def test_the_second_run_does_nothing(whole, words):

@@ -1,0 +1,153 @@
+"""The simple baselines of class maps: a linear head on frozen features, and a random forest on colour and texture."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.ensemble import RandomForestClassifier
+from torch import nn
+from torch.nn.functional import interpolate, pad
+
+from rayseg.metrics import Confusion
+from rayseg.models.bundle import Scaling
+from rayseg.models.pixel_head import PixelHead
+from rayseg.models.weights import PACKAGED
+from rayseg.steps.models import input_scaling
+from rayseg.train.frozen import Pair, fit_forest, fit_linear, sample, untrained
+from rayseg.train.learning import NetworkConfig
+from rayseg.vision.color import ClassTable
+
+Image = NDArray[Any]
+Classes = NDArray[np.uint8]
+ENCODER = "tf_efficientnet_lite0"
+_UNIT = 32  # px; the encoder halves an image five times
+
+
+@dataclass
+class Simple:
+    """A simple method that has learnt.
+
+    Attributes:
+        name: with an article.
+        predict: image_CHW in the imagery's data type -> classes_HW.
+        seconds: of processor time so far.
+    """
+
+    name: str
+    predict: Callable[[Image], Classes]
+    seconds: float
+
+
+def learnt(
+    network: NetworkConfig,
+    scaling: Scaling,
+    pairs: Iterable[Pair],
+    count: int,
+    *,
+    classes: int,
+    rgb8: bool,
+    linear: bool = True,
+) -> list[Simple]:
+    """The linear head and the random forest, learnt from the same pixels.
+
+    Args:
+        network: its encoder is used where no package has weights, or the imagery is not 8-bit RGB.
+        scaling: of that encoder.
+        pairs: windows to learn from.
+        count: number of the windows.
+        classes: number of classes.
+        rgb8: whether the imagery is 8-bit RGB.
+        linear: whether to fit the linear head, too.
+
+    Raises:
+        DataError: no pixel is labelled.
+        ModelError: the weights are missing.
+    """
+    began, encoder, weights = time.process_time(), network.encoder, network.weights
+    if rgb8 and PACKAGED[ENCODER].file:
+        encoder, weights, scaling = ENCODER, "packaged", input_scaling(ENCODER)
+    net = untrained(encoder, weights, scaling, classes=classes, lab=rgb8)
+    samples = sample(net, pairs, count, scaling)
+    sampling = time.process_time() - began
+    forest = fit_forest(samples)
+    spent = time.process_time() - began
+    simple = [Simple("a random forest on colour and texture", _Forest(net, forest, scaling), spent)]
+    if linear:
+        began = time.process_time() - sampling
+        fit_linear(net, samples)
+        predict = partial(predicted, net, scaling=scaling)
+        head = Simple("a linear head on frozen features", predict, time.process_time() - began)
+        simple = [head, *simple]
+    return simple
+
+
+def predicted(net: nn.Module, image_CHW: Image, scaling: Scaling, *, unit: int = _UNIT) -> Classes:
+    """Classes_HW of an image of any size by a segmenter of two or more classes, on the CPU.
+
+    Args:
+        net: in evaluation mode.
+        image_CHW: in the imagery's data type.
+        scaling: from stored values to the network's input.
+        unit: px of which the network's input sides are multiples.
+    """
+    height, width = image_CHW.shape[1:]
+    with torch.inference_mode():
+        logits = net(_input(image_CHW, scaling, unit))[0, :, :height, :width]
+    return np.asarray(logits.argmax(dim=0).numpy().astype(np.uint8))
+
+
+@dataclass
+class _Forest:
+    net: PixelHead
+    forest: RandomForestClassifier
+    scaling: Scaling
+
+    def __call__(self, image_CHW: Image) -> Classes:
+        height, width = image_CHW.shape[1:]
+        with torch.inference_mode():
+            colors = self.net.color(_input(image_CHW, self.scaling))[0]
+            found = self.forest.predict_proba(colors.flatten(1).T.numpy()).astype(np.float32)
+            maps = torch.from_numpy(found.T.reshape(1, -1, *colors.shape[1:]))
+            best = interpolate(maps, scale_factor=4, mode="bilinear")[0, :, :height, :width].argmax(dim=0)
+        return np.asarray(self.forest.classes_.astype(np.uint8)[best.numpy()])
+
+
+def _input(image_CHW: Image, scaling: Scaling, unit: int = _UNIT) -> torch.Tensor:
+    """The normalised image, repeated at its lower and right edge to whole units of the network."""
+    images = torch.from_numpy(scaling.normalize(image_CHW))[None]
+    return pad(images, (0, -images.shape[3] % unit, 0, -images.shape[2] % unit), mode="replicate")
+
+
+def compare(simple: Simple, pairs: Iterable[Pair], *, classes: int) -> Confusion:
+    """The confusion of a method over images; its time is added to `simple.seconds`."""
+    total = Confusion(np.zeros((classes, classes), np.int64))
+    for image_CHW, classes_HW in pairs:
+        began = time.process_time()
+        predicted_HW = simple.predict(image_CHW)
+        simple.seconds += time.process_time() - began
+        total += Confusion.from_arrays(classes_HW, predicted_HW, classes)
+    return total
+
+
+def panels(
+    image_HWC: NDArray[np.uint8], maps: Sequence[Classes], table: ClassTable, *, side: int = 420
+) -> NDArray[np.uint8]:
+    """An image and maps of the same place side by side, (height, width, 3) uint8; unlabelled pixels are grey.
+
+    Args:
+        image_HWC: to show.
+        maps: classes_HW with 255 where nothing is known.
+        table: the classes.
+        side: px of a panel at most.
+    """
+    colors_K3 = np.full((256, 3), 110, np.uint8)
+    colors_K3[list(table.values)] = table.colors
+    step = max(1, -(-max(image_HWC.shape[:2]) // side))
+    shown = [image_HWC, *(colors_K3[classes_HW] for classes_HW in maps)]
+    gap = np.full((-(-image_HWC.shape[0] // step), 6, 3), 255, np.uint8)
+    return np.concatenate([part for panel in shown for part in (panel[::step, ::step], gap)][:-1], axis=1)
