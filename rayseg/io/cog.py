@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import rasterio
 import rasterio.shutil
+from affine import Affine
 from rasterio.io import DatasetWriter, MemoryFile
 
 from rayseg.errors import DataError
@@ -100,7 +101,9 @@ def _in_memory(
     """A dataset in memory that holds the image; the COG driver only copies."""
     if image_CHW.shape[1:] != (window.height, window.width):
         raise DataError(f"{path}: pixels of shape {image_CHW.shape[1:]} do not fill {window}.")
-    place = {"crs": crs_of(grid.crs), "transform": grid.transform(window)} if grid.crs else {}
+    # Without CRS, row 10 of an image lies at y = -10: there GDAL and QGIS show images without georeference.
+    pixels = Affine(1, 0, window.col, 0, -1, -window.row)
+    place = {"crs": crs_of(grid.crs), "transform": grid.transform(window)} if grid.crs else {"transform": pixels}
     count, height, width = image_CHW.shape
     dataset = rasterio.open(
         "",

@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ from rayseg.geo.grid import Window, slug
 from rayseg.io.drivers import KINDS, MOSAICS, TIFF, kind_of
 from rayseg.io.masks import pixels_of, read_classes
 from rayseg.io.rasters import read
-from rayseg.io.sources import Source, crs_of, footprint, gdal, grids_of, open_file, source_of_file
+from rayseg.io.sources import PIXELS, Source, crs_of, footprint, gdal, grids_of, open_file, source_of_file
 from rayseg.io.stac_read import source_of
 from rayseg.io.stac_write import PROJECTION, lonlat_geometry, write_catalog
 from rayseg.io.times import UNKNOWN, in_utc, utc_text
@@ -277,7 +277,8 @@ def _path(path: UPath) -> str:
 def _described(href: str, name: str) -> Source:
     with gdal(href), open_file(href) as dataset:
         taken = _taken(dataset, href)
-    return source_of_file(href, name, datetime=taken)
+    source = source_of_file(href, name, datetime=taken)
+    return source if source.crs else replace(source, transform=PIXELS)
 
 
 def _decoded(href: str, name: str) -> Source:

@@ -16,11 +16,12 @@ import pystac
 from numpy.typing import NDArray
 
 from rayseg.errors import DataError
-from rayseg.geo.grid import NODATA, Grid, Tile, Window
+from rayseg.geo.grid import NODATA, Grid, Tile, Window, slug
 from rayseg.io import drivers, stac_read
 from rayseg.io.maps import MappedTile
 from rayseg.io.rasters import read, source_of_file
-from rayseg.io.sources import Source, footprint, from_json, gdal, grids_of, open_file
+from rayseg.io.sources import Source, footprint, from_json, gdal, grids_of, open_file, part_of_image
+from rayseg.io.stac_write import IMAGE
 from rayseg.store import split_location, suffix_of, upath
 from rayseg.vision.color import RGB, ClassTable, decode
 
@@ -38,21 +39,21 @@ class Piece:
         tile: its window of a grid; without CRS of the pixels of `image`.
         source: the file with its classes; without CRS the file holds the tile's window only.
         image: name by which a mask without georeference is matched.
-        size: (height, width) of the whole image or file.
+        size: (height, width) of the whole image or file; None if the file is a part of an image of unknown size.
     """
 
     tile: Tile
     source: Source
     image: str
-    size: tuple[int, int]
+    size: tuple[int, int] | None
 
     def read(self, table: ClassTable) -> NDArray[np.uint8]:
         """Its classes, (height, width) of the tile's window."""
         tile = self.tile
         if tile.grid.crs is not None:
             return read_classes([self.source], tile.grid, tile.window, table)
-        own = Window(0, 0, tile.window.width, tile.window.height)
-        return read_classes([self.source], pixels_of(self.source), own, table)
+        pixels = pixels_of(self.source)
+        return read_classes([self.source], pixels, footprint(self.source, pixels), table)
 
 
 def pieces_of_tiles(tiles: Sequence[MappedTile]) -> list[Piece]:
@@ -86,8 +87,9 @@ def pieces_of_masks(masks: Sequence[Source], *, placed: bool) -> list[Piece]:
 def _pieces_of(mask: Source, *, placed: bool) -> list[Piece]:
     size = (mask.height, mask.width)
     if mask.crs is None or not placed:
-        tile = Tile(mask.item_id, pixels_of(mask), Window(0, 0, mask.width, mask.height))
-        return [Piece(tile, mask, mask.item_id, size)]
+        part, window = part_of_image(mask), footprint(mask, pixels_of(mask))
+        name = f"{mask.item_id}_{window.col}_{window.row}" if part else mask.item_id
+        return [Piece(Tile(name, pixels_of(mask), window), mask, mask.item_id, None if part else size)]
     [(grid, _)] = grids_of([mask])
     extent = footprint(mask, grid)
     blocks = [
@@ -103,6 +105,34 @@ def _pieces_of(mask: Source, *, placed: bool) -> list[Piece]:
 def pixels_of(mask: Source) -> Grid:
     """The grid of a file's own pixels, regardless of its georeference."""
     return Grid(None, (1.0, 1.0), (0.0, 0.0), mask.item_id)
+
+
+def expect_fit(mask: Source, size: tuple[int, int], image: str) -> None:
+    """Refuse a mask that is not of its image's size (height, width), or a part of a mask that reaches beyond it."""
+    at = part_of_image(mask)
+    found = (mask.height, mask.width) if at is None else (at[1] + mask.height, at[0] + mask.width)
+    if found != size and (at is None or found[0] > size[0] or found[1] > size[1]):
+        reaches = "reaches" if at else "has"
+        raise DataError(
+            f"image {image} has {size[0]} x {size[1]} px, its mask {mask.assets[0][0]} {reaches} {found[0]} x "
+            f"{found[1]} px: give both the same size"
+        )
+
+
+def by_image(masks: Sequence[Source]) -> dict[str, tuple[Source, ...]]:
+    """Name of an image (as in ids) -> its masks; several are parts of one.
+
+    Raises:
+        DataError: two whole masks have one name.
+    """
+    found: dict[str, list[Source]] = {}
+    for mask in masks:
+        found.setdefault(slug(mask.item_id), []).append(mask)
+    for name, group in found.items():
+        if len(group) > 1 and not all(map(part_of_image, group)):
+            hrefs = " and ".join(mask.assets[0][0] for mask in group[:2])
+            raise DataError(f"{hrefs} are both masks of the image {name}: keep one of them")
+    return {name: tuple(group) for name, group in found.items()}
 
 
 def masks_of(location: str, *, names: Sequence[str] = ()) -> list[Source]:
@@ -158,7 +188,7 @@ def _mask_of(item: pystac.Item, asset: str, names: set[str]) -> Source | None:
     if not hrefs:
         return None
     [(key, href), *_] = hrefs.items()
-    mask = replace(source_of_file(href, item.id), datetime=stac_read.time_of(item))
+    mask = replace(source_of_file(href, str(item.properties.get(IMAGE, item.id))), datetime=stac_read.time_of(item))
     nodatas = {*stac_read.nodatas_of(item.assets[key], len(mask.bands))} - {None}
     return replace(mask, nodata=nodatas.pop(), nodatas=()) if len(nodatas) == 1 else mask
 
@@ -204,9 +234,9 @@ def only_0_and_255(masks: Sequence[Source]) -> bool:
     """Whether both values and no other occur in the masks of one band; reading ends at the first other value."""
     seen: set[int] = set()
     for mask in filter(_is_plain, masks):
-        names, whole = [name for name in mask.bands if name != "alpha"], Window(0, 0, mask.width, mask.height)
-        for row in range(0, mask.height, BLOCK):
-            part = Window(0, row, mask.width, BLOCK).intersect(whole)
+        names, whole = [name for name in mask.bands if name != "alpha"], footprint(mask, pixels_of(mask))
+        for row in range(whole.row, whole.row1, BLOCK):
+            part = Window(whole.col, row, mask.width, BLOCK).intersect(whole)
             image_CHW, valid_HW = read([mask], pixels_of(mask), part, bands=names, categorical=True)
             seen |= set(np.unique(image_CHW[0][valid_HW]).tolist())
             if not seen <= {0, NODATA}:

@@ -22,9 +22,9 @@ from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import NODATA, Grid, Window, expect_ids, slug
 from rayseg.io import stac_read
 from rayseg.io.labels import image_folders, sources_of_images
-from rayseg.io.masks import masks_of, pixels_of, read_classes, two_classes
+from rayseg.io.masks import by_image, expect_fit, masks_of, pixels_of, read_classes, two_classes
 from rayseg.io.rasters import footprint, grids_of, read
-from rayseg.io.sources import Source
+from rayseg.io.sources import PIXELS, Source
 from rayseg.store import split_location, suffix_of
 from rayseg.vision.color import ClassTable
 from rayseg.vision.fill import mirrored
@@ -78,7 +78,7 @@ def labelled_images(images: str, masks: str | None = None, *, table: ClassTable 
     Args:
         images: a folder as above, or `catalog.json#collection`; an item's scene is its property `rayseg:scene`, else
             the item itself.
-        masks: with a catalogue, where its masks are, as `masks_of` takes it.
+        masks: where the masks are, as `masks_of` takes it; by default next to the images of a folder.
         table: the classes; their names identify the mask among several rasters of an item.
 
     Raises:
@@ -87,7 +87,7 @@ def labelled_images(images: str, masks: str | None = None, *, table: ClassTable 
     if suffix_of(split_location(images)[0]) in {".json", ".parquet"}:
         found = _of_catalog(images, masks or "", table.names if table else ())
     else:
-        found = _of_folder(images)
+        found = _of_images(images, masks, table.names if table else ()) if masks else _of_folder(images)
     expect_ids([image.id for image in found])
     if table:
         distinct = list(dict.fromkeys(mask for image in found for mask in image.masks))
@@ -117,24 +117,20 @@ def _of_scene(scene: str, folder: Any) -> list[LabelledImage]:  # noqa: ANN401 -
     sources, wrong = sources_of_images(folder / "images")
     if wrong:
         raise DataError(f"{len(wrong)} of the images in {folder / 'images'} cannot be opened: {first_of(wrong)}")
-    masks = {mask.item_id: mask for mask in masks_of(str(folder / "masks"))} if (folder / "masks").is_dir() else {}
-    masks = {slug(stem): mask for stem, mask in masks.items()}
+    masks = by_image(masks_of(str(folder / "masks"))) if (folder / "masks").is_dir() else {}
     if lost := sorted(set(masks) - {source.item_id for source in sources}):
         raise DataError(
             f"masks {', '.join(lost[:5])} in {folder / 'masks'} have no image of their name; "
             "rename them, or take them away"
         )
-    return [_named(scene, source, masks.get(source.item_id)) for source in sources]
+    return [_named(scene, source, masks.get(source.item_id, ())) for source in sources]
 
 
-def _named(scene: str, source: Source, mask: Source | None) -> LabelledImage:
+def _named(scene: str, source: Source, masks: tuple[Source, ...]) -> LabelledImage:
     own = f"{scene}-{source.item_id}" if scene else source.item_id
-    if mask and (mask.height, mask.width) != (source.height, source.width):
-        raise DataError(
-            f"image {source.assets[0][0]} is {source.height} x {source.width} px but its mask {mask.assets[0][0]} "
-            f"{mask.height} x {mask.width}; give both the same size"
-        )
-    return _placed(slug(own), slug(scene or source.item_id), source, (mask,) if mask else ())
+    for mask in masks:
+        expect_fit(mask, (source.height, source.width), source.assets[0][0])
+    return _placed(slug(own), slug(scene or source.item_id), source, masks)
 
 
 def first_of(wrong: Mapping[str, DataError]) -> str:
@@ -144,25 +140,40 @@ def first_of(wrong: Mapping[str, DataError]) -> str:
 
 
 def _of_catalog(images: str, masks: str, names: Sequence[str]) -> list[LabelledImage]:
-    uri, collection = split_location(images)
-    found = masks_of(masks, names=names) if masks else []
-    by_id = {mask.item_id: mask for mask in found}
-    placed = [mask for mask in found if mask.crs]
+    uri, _, collection = images.partition("#")
+    items = [(item, stac_read.source_of(item)) for item in stac_read.open_items(uri, collection or None)]
+    scenes = {item.id: slug(str(item.properties.get(SCENE, item.id))) for item, _ in items}
+    return _with_masks([source for _, source in items], scenes, masks_of(masks, names=names) if masks else [])
+
+
+def _of_images(images: str, masks: str, names: Sequence[str]) -> list[LabelledImage]:
+    """A folder of images whose masks are elsewhere; each image is a scene of its own."""
+    sources, wrong = sources_of_images(images)
+    if wrong:
+        raise DataError(f"{len(wrong)} of the images in {images} cannot be opened: {first_of(wrong)}")
+    scenes = {source.item_id: source.item_id for source in sources}
+    return _with_masks(sources, scenes, masks_of(masks, names=names))
+
+
+def _with_masks(sources: Sequence[Source], scenes: Mapping[str, str], masks: Sequence[Source]) -> list[LabelledImage]:
+    """Each image with the masks over it if both are georeferenced, else with those of its name."""
+    placed = [mask for mask in masks if mask.crs]
+    named = by_image([mask for mask in masks if mask.crs is None] or masks)
     labelled = []
-    for item in stac_read.open_items(uri, collection or None):
-        source, scene = stac_read.source_of(item), slug(str(item.properties.get(SCENE, item.id)))
+    for source in sources:
         if source.crs and placed:
             [(grid, _)] = grids_of([source])
             over = footprint(source, grid)
             near = tuple(mask for mask in placed if not footprint(mask, grid).intersect(over).empty)
-            labelled.append(_placed(item.id, scene, source, near))
         else:
-            labelled.append(_named_item(item.id, scene, source, by_id.get(item.id)))
+            near = _named("", source, named.get(slug(source.item_id), ())).masks
+        labelled.append(_placed(source.item_id, scenes[source.item_id], source, near))
+    if masks and not any(image.masks for image in labelled):
+        raise DataError(
+            f"no mask has the name or place of an image: the images are {some([s.item_id for s in sources])}, the "
+            f"masks {some([mask.item_id for mask in masks])}; rename the masks, or name other ones"
+        )
     return labelled
-
-
-def _named_item(image_id: str, scene: str, source: Source, mask: Source | None) -> LabelledImage:
-    return _placed(image_id, scene, source, _named(scene, source, mask).masks)
 
 
 # -- pixels -----------------------------------------------------------------------------------------------------------
@@ -220,14 +231,15 @@ def _cut(pixels: Pixels, whole: Window, window: Window) -> Pixels:
 
 def image_on(one: LabelledImage) -> Source:
     """The image on its grid: without CRS if its masks have none."""
-    return one.image if one.grid.crs is not None else replace(one.image, crs=None)
+    return one.image if one.grid.crs is not None else replace(one.image, crs=None, transform=PIXELS)
 
 
 def masks_on(one: LabelledImage) -> Sequence[Source]:
     """The masks on the image's grid."""
     if one.grid.crs is not None:
         return one.masks
-    return [replace(mask, item_id=one.grid.image or "", crs=None) for mask in one.masks]
+    masks = [mask if mask.crs is None else replace(mask, crs=None, transform=PIXELS) for mask in one.masks]
+    return [replace(mask, item_id=one.grid.image or "") for mask in masks]
 
 
 def count_classes(one: LabelledImage, table: ClassTable, *, cell: int) -> NDArray[np.int64]:

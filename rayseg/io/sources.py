@@ -89,6 +89,7 @@ MOST_TILES = 1 << 22
 _BEYOND = 3.0  # degrees around a UTM zone that it still holds
 _REACH = 42.0  # degrees around a zone in which an image alone is mapped on it: pixels are up to 1.4 times as wide
 _FINE = 0.05  # degrees: edges are cut this fine before they are projected
+PIXELS = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # transform of an image without georeference
 STORED = (1.0, 0.0)  # scale and offset of values that are units already
 _NAMELESS = (ColorInterp.undefined, ColorInterp.gray)
 _FAULTS = (RasterioError, CRSError, CPLE_BaseError)
@@ -408,14 +409,24 @@ def expect_mappable(source: Source, *, tile: int) -> None:
     footprint(source, grid)
 
 
+def part_of_image(source: Source) -> tuple[int, int] | None:
+    """(col, row) at which a file without CRS lies in its image, if its transform is that of a tile (see `cog`)."""
+    a, b, x, d, e, y = source.transform
+    placed = source.crs is None and (a, b, d, e) == (1, 0, 0, -1) and x >= 0 >= y
+    return (int(x), int(-y)) if placed and float(x).is_integer() and float(y).is_integer() else None
+
+
 def footprint(source: Source, grid: Grid) -> Window:
     """The grid pixels that `source` touches, rounded outward; empty for another image's own pixel grid.
+
+    On an image's own grid a file lies at (0, 0), or where `part_of_image` says.
 
     Raises:
         DataError: the source cannot be placed in the grid's CRS.
     """
     if grid.crs is None:
-        return Window(0, 0, source.width, source.height) if source.item_id == grid.image else Window(0, 0, 0, 0)
+        at = part_of_image(source) or (0, 0)
+        return Window(*at, source.width, source.height) if source.item_id == grid.image else Window(0, 0, 0, 0)
     if aligned(source, grid):
         col, row = _offset(source, grid)
         return Window(round(col), round(row), source.width, source.height)

@@ -19,7 +19,7 @@ from shapely.geometry.base import BaseGeometry
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.lonlat import box_of, normalised
 from rayseg.io import drivers, stac_catalog
-from rayseg.io.sources import STORED, Source, crs_of, crs_text, source_of_file
+from rayseg.io.sources import PIXELS, STORED, Source, crs_of, crs_text, source_of_file
 from rayseg.io.stac_catalog import Box, Row, resolved
 from rayseg.io.times import UNKNOWN, utc_text
 from rayseg.io.units import Unit
@@ -252,7 +252,7 @@ def _source_of(item: pystac.Item, bands: Sequence[str] | None) -> Source:
         item_id=item.id,
         assets=tuple((hrefs[key], names[key] or opened[key].bands) for key in used),
         crs=frames[first].crs,
-        transform=frames[first].transform,
+        transform=frames[first].transform if frames[first].crs else PIXELS,
         height=frames[first].height,
         width=frames[first].width,
         dtype=dtypes.get(first) or next(iter(dtypes.values())),

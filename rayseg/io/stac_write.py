@@ -38,6 +38,8 @@ from rayseg.vision.color import ClassTable, hex_of
 PROJECTION = ProjectionExtension.get_schema_uri()
 CLASSIFICATION = ClassificationExtension.get_schema_uri()
 PROCESSING = "https://stac-extensions.github.io/processing/v1.2.0/schema.json"
+IMAGE = "rayseg:image"
+"""Property of results without georeference: the image whose pixels `proj:transform` counts."""
 COG_TYPE = "image/tiff; application=geotiff; profile=cloud-optimized"
 PARQUET_TYPE = "application/vnd.apache.parquet"
 _WORLD = [-180.0, -90.0, 180.0, 90.0]
@@ -103,6 +105,8 @@ def item_of(
         "processing:software": {"rayseg": rayseg.__version__},
         "processing:lineage": f"Made from {', '.join(s.item_id for s in sources) or 'no imagery on record'}{by}.",
     }
+    if grid.crs is None and grid.image:
+        item.properties[IMAGE] = grid.image
     for file in files:
         _add_asset(item, file, table)
     hrefs = [(public(source.href), source.item_id) for source in sources if source.href]

@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo.grid import NODATA, Grid, Window
+from rayseg.geo.grid import NODATA, Grid, Window, slug
 from rayseg.geo.region import Region
 from rayseg.io import maps, masks, rasters
 from rayseg.io.class_tables import read_table
 from rayseg.io.maps import MappedTile, mapped_tiles
 from rayseg.io.masks import Piece
 from rayseg.io.rasters import footprint
-from rayseg.io.sources import Source
+from rayseg.io.sources import Source, part_of_image
 from rayseg.metrics import Confusion, agreement, percentile_interval, resampled
 from rayseg.store import put, upath
 from rayseg.vision.color import IGNORE, ClassTable, hex_of, label_table, rgb_of
@@ -164,13 +164,15 @@ def match(pieces: Sequence[Piece], truth: Sequence[Source]) -> list[Match]:
     # The newest mask comes first; the inner sort makes the order independent of the input for equal dates.
     newest = sorted(sorted(truth, key=lambda mask: mask.item_id), key=lambda mask: mask.datetime or "", reverse=True)
     placed = [mask for mask in newest if mask.crs is not None]
-    named = {mask.item_id: mask for mask in newest}
+    bare = not any(piece.tile.grid.crs for piece in pieces)
+    named = masks.by_image([mask for mask in newest if bare or mask.crs is None])
     near: dict[Grid, list[tuple[Source, Window]]] = {}
     found = []
     for piece in pieces:
         grid = piece.tile.grid
         if grid.crs is None or not placed:
-            found += [_by_name(piece, named[piece.image])] if piece.image in named else []
+            group = named.get(slug(piece.image), ())
+            found += [_by_name(piece, group)] if group else []
             continue
         if grid not in near:
             near[grid] = [(mask, footprint(mask, grid)) for mask in placed]
@@ -184,17 +186,15 @@ def match(pieces: Sequence[Piece], truth: Sequence[Source]) -> list[Match]:
     return found
 
 
-def _by_name(piece: Piece, mask: Source) -> Match:
-    if piece.size != (mask.height, mask.width):
-        (height, width), window = piece.size, piece.tile.window
-        raise DataError(
-            f"{piece.image} is predicted on {height} x {width} px, its truth {mask.assets[0][0]} has "
-            f"{mask.height} x {mask.width}: give both the same size"
-        )
+def _by_name(piece: Piece, truth: Sequence[Source]) -> Match:
     window = piece.tile.window
     if piece.tile.grid.crs is not None:
         window = Window(0, 0, window.width, window.height)
-    return Match(piece, (mask,), masks.pixels_of(mask), window)
+    for mask in truth:
+        if piece.size or part_of_image(mask) is None:
+            least = (max(window.row1, mask.height), max(window.col1, mask.width))
+            masks.expect_fit(mask, piece.size or least, piece.image)
+    return Match(piece, tuple(truth), masks.pixels_of(truth[0]), window)
 
 
 def _some(names: Sequence[str]) -> str:

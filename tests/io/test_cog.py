@@ -105,13 +105,14 @@ def test_the_same_pixels_are_the_same_bytes(tmp_path, classes):
     assert a == b
 
 
-def test_pixels_without_crs_are_written_without_georeference(tmp_path):
+def test_pixels_without_crs_lie_where_they_are_in_their_image(tmp_path):
     grid = Grid(None, (1.0, 1.0), (0.0, 0.0), "photo")
     classes = np.eye(60, 80, dtype=np.uint8)
-    write_classes(tmp_path / "a.tif", classes, grid, Window(512, 0, 80, 60), TABLE)
+    write_classes(tmp_path / "a.tif", classes, grid, Window(512, 40, 80, 60), TABLE)
     source = source_of_file(str(tmp_path / "a.tif"), "photo")
     assert source.crs is None
-    assert np.array_equal(read([source], grid, Window(0, 0, 80, 60), bands=source.bands)[0][0], classes)
+    assert source.transform == (1, 0, 512, 0, -1, -40)
+    assert np.array_equal(read([source], grid, Window(512, 40, 80, 60), bands=source.bands)[0][0], classes)
 
 
 def test_a_wkt_grid_keeps_its_crs(tmp_path):

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 import rasterio
 from affine import Affine
+from fake_run import make, picture
 from PIL import Image
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window
-from rayseg.io import annotation_requests, cog, scenes
+from rayseg.io import annotation_requests, cog, labels, scenes
+from rayseg.io.label_names import assign
 from rayseg.io.masks import masks_of, only_0_and_255, pixels_of, read_classes, two_classes
 from rayseg.steps import evaluate
-from rayseg.vision.color import ClassTable
+from rayseg.vision.color import ClassTable, label_table
 
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 TABLE = ClassTable(((0, "land", (9, 9, 9)), (1, "water", (0, 0, 255))))
@@ -116,3 +118,101 @@ def test_drawn_masks_of_0_and_255_alone_are_not_imported(tmp_path):
     Image.fromarray(SHAPE_HW.astype(np.uint8) * 255).save(tmp_path / "drawn" / "c.png")
     with pytest.raises(DataError, match=r"hold only 0 and 255, which leaves pixels open: .* \(0 land, 1 water\)"):
         annotation_requests.load(tmp_path / "drawn", str(tmp_path / "run"))
+
+
+# -- parts of images without georeference ------------------------------------------------------------------------------
+
+PHOTO_HW = np.random.default_rng(3).integers(0, 3, (150, 200)).astype(np.uint8)
+
+
+@pytest.fixture
+def labelled_run(tmp_path):
+    """A run of unnamed labels on two photos, in tiles of 64 px; label 2 of photo a is never written in one tile."""
+    images = {
+        "a": (picture(PHOTO_HW % 2), PHOTO_HW, (0, 0)),
+        "b": (picture(PHOTO_HW.T % 2, seed=2), PHOTO_HW.T.copy(), (0, 0)),
+    }
+    make(tmp_path / "run", images, grid=Grid(None, (1.0, 1.0), (0.0, 0.0)), table=label_table(3))
+    described = json.loads((tmp_path / "run" / "run.json").read_text())
+    described["config"]["shared"] = True
+    (tmp_path / "run" / "run.json").write_text(json.dumps(described))
+    (tmp_path / "names.csv").write_text("label,class\n0,land\n1,water\n2,land\n")
+    assign(str(tmp_path / "run"), str(tmp_path / "names.csv"), str(tmp_path / "named"))
+    return tmp_path
+
+
+def test_tiles_of_photos_lie_where_they_are_and_make_one_mosaic(labelled_run):
+    files = sorted((labelled_run / "run" / "tiles").glob("a_px_*/classes.tif"))
+    assert len(files) == 12
+    mosaic_HW = np.full((150, 200), 255, np.uint8)
+    for path in files:
+        with rasterio.open(path) as tile:
+            col, row = (round(value) for value in ~Affine(1, 0, 0, 0, -1, 0) @ (tile.transform.c, tile.transform.f))
+            mosaic_HW[row : row + tile.height, col : col + tile.width] = tile.read(1)
+    assert (mosaic_HW == PHOTO_HW).all()
+
+
+def test_masks_made_from_photos_are_the_truth_of_maps_of_them(labelled_run):
+    named = f"{labelled_run / 'named' / 'catalog.json'}#classes"
+    wrong_HW = (PHOTO_HW == 1).astype(np.uint8)
+    wrong_HW[:15] ^= 1
+    folder = labelled_run / "map"
+    folder.mkdir()
+    Image.fromarray(wrong_HW).save(folder / "a.png")
+    found = evaluate.evaluate(named, named)
+    assert found["pixels"] == 2 * PHOTO_HW.size
+    assert found["overall"]["mean_iou"]["value"] == 1
+    assert found["units"] == 2
+    (labelled_run / "classes.yaml").write_text(
+        "classes: [{name: land, color: '#090909'}, {name: water, color: '#0000FF'}]"
+    )
+    for map_, truth in ((str(folder), named), (named, str(folder))):
+        found = evaluate.evaluate(map_, truth, classes=str(labelled_run / "classes.yaml"))
+        assert found["pixels"] == PHOTO_HW.size
+        assert found["overall"]["overall_accuracy"]["value"] == pytest.approx(0.9)
+        assert found["units"] == 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "catalogue"])
+def test_landcover_learns_from_masks_made_from_photos(labelled_run, kind):
+    photos = labelled_run / "photos"
+    photos.mkdir()
+    for name in "ab":
+        (labelled_run / f"{name}.tif").rename(photos / f"{name}.tif")
+    images = str(photos) if kind == "folder" else f"{labels.ingest_folder(photos, labelled_run / 'cat')}#imagery"
+    table = ClassTable(((0, "land", BLACK), (1, "water", (0, 0, 255))))
+    found = scenes.labelled_images(images, f"{labelled_run / 'named' / 'catalog.json'}#classes", table=table)
+    assert [one.id for one in found] == ["a", "b"]
+    for one, values_HW in zip(found, (PHOTO_HW, PHOTO_HW.T), strict=True):
+        stored = scenes.LabelledImage.from_row(one.to_row())
+        window = Window(30, 40, 90, 70)
+        _, classes_HW = scenes.read_window(stored, window, bands=("red", "green", "blue"), table=table)
+        assert (classes_HW == (values_HW == 1)[window.slices(Window(0, 0, 0, 0))]).all()
+        assert scenes.count_classes(stored, table, cell=512).sum() == PHOTO_HW.size
+
+
+def test_masks_that_fit_no_image_are_refused_in_one_sentence(labelled_run):
+    named, folder = f"{labelled_run / 'named' / 'catalog.json'}#classes", labelled_run / "small"
+    folder.mkdir()
+    Image.fromarray(PHOTO_HW[:100, :120] % 2).save(folder / "a.png")
+    table = ClassTable(((0, "land", BLACK), (1, "water", (0, 0, 255))))
+    with pytest.raises(DataError, match=r"image .*a\.png has 100 x 120 px, its mask .* reaches .*: give both the same"):
+        scenes.labelled_images(str(folder), named, table=table)
+    Image.fromarray(PHOTO_HW % 2).save(folder / "other.png")
+    (folder / "a.png").unlink()
+    with pytest.raises(DataError, match="no mask has the name or place of an image: the images are other, the masks a"):
+        scenes.labelled_images(str(folder), named, table=table)
+
+
+def test_names_of_masks_are_compared_as_ids_are(tmp_path):
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+        Image.fromarray((SHAPE_HW * 1).astype(np.uint8)).save(tmp_path / name / "part 1.png")
+    (tmp_path / "classes.yaml").write_text("classes: [{name: land, color: '#090909'}, {name: water, color: '#0000FF'}]")
+    for name in ("part-1", "part 1"):
+        (tmp_path / name).mkdir()
+        Image.fromarray((SHAPE_HW * 1).astype(np.uint8)).save(tmp_path / name / f"{name}.png")
+    found = evaluate.evaluate(
+        str(tmp_path / "part-1"), str(tmp_path / "part 1"), classes=str(tmp_path / "classes.yaml")
+    )
+    assert found["pixels"] == SHAPE_HW.size

@@ -119,7 +119,7 @@ def test_scenes_of_a_catalogue_meet_their_masks_by_place(tmp_path):
 def test_a_mask_of_another_size_than_its_image_is_refused(tmp_path):
     write_scene(tmp_path, ["a"])
     Image.fromarray(colored(classes(50, 69))).save(tmp_path / "masks" / "a.png")
-    with pytest.raises(DataError, match=r"a.png is 50 x 70 px but its mask .*a.png 50 x 69; give both the same size"):
+    with pytest.raises(DataError, match=r"a.png has 50 x 70 px, its mask .*a.png has 50 x 69 px: give both the same"):
         scenes.labelled_images(str(tmp_path))
 
 

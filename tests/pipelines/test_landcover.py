@@ -155,7 +155,7 @@ def test_georeferenced_scenes_are_validated_whether_their_masks_say_where_they_a
             cog.write_classes(tmp_path / "scenes/masks" / f"{name}.tif", mask_HW, GRID, place, table)
     rows = [{"name": name, "color": hex_of(color)} for _, name, color in table.classes]
     config = landcover.Config(classes={"classes": rows}, map={"tile": 128})
-    images = scenes.labelled_images(str(tmp_path / "scenes"), names=table.names)
+    images = scenes.labelled_images(str(tmp_path / "scenes"), table=table)
     listed = Step("scenes", str(tmp_path / "run"), "", Engine("inline"), {"validation": {"scenes": ["east", "west"]}})
     rows = [one.to_row() | {"part": "validation", "counts": "[]"} for one in images]
     write_rows(listed.prefix / "images.parquet", rows)
@@ -255,7 +255,7 @@ def test_masks_that_do_not_fit_are_refused(folder):
     wrong = folder / "b" / "masks" / "1.png"
     whole = wrong.read_bytes()
     Image.fromarray(np.zeros((96, 95, 3), np.uint8)).save(wrong)
-    assert "is 96 x 96 px but its mask" in refused(3, *words_for(folder, ABSENT))
+    assert "has 96 x 96 px, its mask" in refused(3, *words_for(folder, ABSENT))
     image = np.zeros((96, 96, 3), np.uint8)
     image[..., 0] = 255
     Image.fromarray(image).save(wrong)
