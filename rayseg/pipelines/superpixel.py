@@ -27,7 +27,7 @@ from rayseg.geo.grid import Tile
 from rayseg.geo.region import Region
 from rayseg.io.masks import piece_of_row
 from rayseg.models.bundle import Scaling
-from rayseg.stages.band_statistics import Survey
+from rayseg.stages.band_statistics import BandPercentiles
 from rayseg.stages.cluster import ClusterScene, Described, LabelSegments, labels_path
 from rayseg.stages.label import LabelTile
 from rayseg.stages.oversegment import Divide, ReadAround, SuperpixelConfig, unite
@@ -102,7 +102,7 @@ def list_scenes(step: Step, region: Region, config: Config, *, found: Scenes | N
     def readable(row: Row) -> SceneRow | Settled:
         return Settled("failed", row["refused"]) if row["refused"] else SceneRow.from_row(row)
 
-    rows, works = mapping.read_manifest(step), [Work(Survey(contract["bands"]), cpus=0.5)]
+    rows, works = mapping.read_manifest(step), [Work(BandPercentiles(contract["bands"]), cpus=0.5)]
     patience = config.map.stall_seconds
     return {**contract, **mapping.through(step, rows, works, record=readable, title="scenes", patience=patience)}
 

@@ -1,4 +1,4 @@
-"""Statistics of a scene's bands before anything is learnt from it."""
+"""Percentiles of the bands of a scene, computed before its network trains."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ ROBUST = (1, 99)
 
 
 @dataclass
-class Survey:
+class BandPercentiles:
     """`tiles -> facts`: percentiles of every band, from at most 64 blocks of 256 px spread evenly over the scene.
 
     facts: `low`, `high`: the 1st and 99th percentile of each band's valid values; `high` is `low` + 1 where both are
@@ -33,9 +33,9 @@ class Survey:
 
     def __call__(self, rows: list[SceneRow]) -> list[Settled]:
         """Compute the statistics of each scene."""
-        return [self._survey(row) for row in rows]
+        return [self._percentiles(row) for row in rows]
 
-    def _survey(self, scene: SceneRow) -> Settled:
+    def _percentiles(self, scene: SceneRow) -> Settled:
         values_CN = np.concatenate([self._read(*block) for block in _blocks(scene.tiles)], axis=1)
         if values_CN.shape[1] == 0 or (values_CN == values_CN[:, :1]).all():
             values_CN = self._first_two(scene.tiles, values_CN)

@@ -10,7 +10,7 @@ from rayseg.io import cog
 from rayseg.io.rasters import source_of_file
 from rayseg.models.bundle import Scaling
 from rayseg.stages import oversegment
-from rayseg.stages.band_statistics import Survey
+from rayseg.stages.band_statistics import BandPercentiles
 from rayseg.stages.oversegment import Divide, ReadAround
 from rayseg.stages.read import tile_rows
 from rayseg.stages.rows import SceneRow, TileRow
@@ -35,7 +35,7 @@ def scene(tmp_path):
 
 
 def surveyed(rows):
-    [found] = Survey(BANDS)([SceneRow("scene", tuple(rows))])
+    [found] = BandPercentiles(BANDS)([SceneRow("scene", tuple(rows))])
     return found.facts
 
 
