@@ -342,19 +342,19 @@ def timed_on(forecast: Forecast, region: Region, tiles: Sequence[Row], *, count:
     effort = partial(_effort, margin=forecast.margin)
     sizes, whole = {row["id"]: effort(row) for row in chosen}, sum(map(effort, tiles))
     others = {**forecast.counts, **forecast.efforts}
-    told = {
+    scaled = {
         name: _scaled(rows, seconds, sizes, whole, others.get(name))
         for name, (rows, seconds) in steps.items()
         if name not in trained
     }
     stages: Counter[str] = Counter({name: seconds for name, seconds in trained.items() if seconds > 0})
-    for by_stage, _ in told.values():
+    for by_stage, _ in scaled.values():
         stages.update(by_stage)
     return Probe(
         tiles=part.tiles,
         seconds={stage: round(seconds, 3) for stage, seconds in stages.items()},
-        spread=sum(max(by_stage.values(), default=0.0) for by_stage, _ in told.values()),
-        alone=_alone(told, growth, others) + sum(trained.values()),
+        spread=sum(max(by_stage.values(), default=0.0) for by_stage, _ in scaled.values()),
+        alone=_alone(scaled, growth, others) + sum(trained.values()),
         bytes_written=written,
         cpus=len(os.sched_getaffinity(0)),
         gpus=_gpus(),
@@ -399,26 +399,27 @@ def _scaled(
     """
     if not records:
         return {}, seconds
-    warm = records[1:] or records
-    said = {record.id: record.facts["effort"] for record in records if "effort" in record.facts}
-    known = sizes if other is None else said or {record.id: 1 for record in records}
-    usual = sum(known.values()) / len(known)
-    weight = {record.id: known.get(record.id, usual) for record in records}
+    # 1. effort of every row: of its tile, as its record states it, or the same for all
+    stated = {record.id: record.facts["effort"] for record in records if "effort" in record.facts}
+    efforts = sizes if other is None else stated or {record.id: 1 for record in records}
+    mean = sum(efforts.values()) / len(efforts)
+    effort = {record.id: efforts.get(record.id, mean) for record in records}
+    # 2. seconds per unit of effort of every stage, without the warm-up row unless it alone reached the stage
     pace = {}
     for stage in dict.fromkeys(stage for record in records for stage in record.seconds):
-        timed = (
-            warm if any(stage in record.seconds for record in warm) else records
-        )  # only the warm-up row reached this stage
-        effort = sum(weight[record.id] for record in timed)
-        pace[stage] = sum(record.seconds.get(stage, 0.0) for record in timed) / max(effort, 1)
-    rest = max(0.0, seconds - max(pace.values(), default=0.0) * sum(weight.values()))
+        warm = [record for record in records[1:] if stage in record.seconds]
+        timed = records[1:] if warm else records
+        total = sum(effort[record.id] for record in timed)
+        pace[stage] = sum(record.seconds.get(stage, 0.0) for record in timed) / max(total, 1)
+    # 3. the slowest stage sets the pace of the probe; the remainder is start-up and collection of results
+    rest = max(0.0, seconds - max(pace.values(), default=0.0) * sum(effort.values()))
     return {stage: value * (whole if other is None else other) for stage, value in pace.items()}, rest
 
 
-def _alone(told: Mapping[str, tuple[dict[str, float], float]], growth: float, others: Mapping[str, int]) -> float:
+def _alone(scaled: Mapping[str, tuple[dict[str, float], float]], growth: float, others: Mapping[str, int]) -> float:
     """Seconds outside stages; steps that collect the results of tiles (not of `others`) grow with the tiles."""
     seconds, gathers = 0.0, False
-    for name, (by_stage, rest) in told.items():
+    for name, (by_stage, rest) in scaled.items():
         gathers = gathers or bool(by_stage and name not in others)
         grows = gathers and not by_stage and name != "report"
         seconds += rest * (growth if grows else 1.0)
