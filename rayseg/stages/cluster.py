@@ -27,6 +27,9 @@ from rayseg.vision.segment_clusters import cluster_centres, distances
 PATCH, STRIDE = 1024, 896
 """Patches of the bundle, in px: regions end at their borders."""
 
+LEAST_CONTRAST = 0.1
+"""Contrast below which no smaller one is tried: superpixels that differ by less look alike."""
+
 
 @dataclass(frozen=True)
 class Described:
@@ -85,13 +88,13 @@ class ClusterScene:
         borders_M3 = borders_M3[np.isin(borders_M3[:, :2], numbers_N).all(axis=1)]
         borders_M3[:, :2] = np.searchsorted(numbers_N, borders_M3[:, :2])
         # 2. regions, their centres, and the probability of the nearest one
-        regions_N = merged_regions(means_NF, areas_N, borders_M3, contrast=self.contrast)
+        regions_N, contrast = self._regions(means_NF, areas_N, borders_M3)
         areas_R, means_RF = _means(regions_N, areas_N, means_NF * areas_N[:, None])
         centres_KF = cluster_centres(means_RF, areas_R, clusters=self.clusters, seed=self.seed)
         effort = {"effort": len(paths)}
         if (count := len(centres_KF)) < 2:
-            reason = "its superpixels merge into one region, expected at least two that differ: lower superpixels.merge"
-            return Settled("failed", f"{reason} and superpixels.scale", effort)
+            reason = "all of it is one region, expected at least two that differ: lower superpixels.scale and min_size"
+            return Settled("failed", reason, effort)
         variance = float(np.average(distances(means_RF, centres_KF).min(axis=1), weights=areas_R)) / means_RF.shape[1]
         known = self.described
         model = SegmentLabels(
@@ -99,7 +102,7 @@ class ClusterScene:
             max(variance, 1e-6),
             known.bands,
             method=known.method,
-            contrast=self.contrast,
+            contrast=contrast,
             options=known.options,
         )
         logits_RK = model.logits(means_RF)
@@ -109,12 +112,24 @@ class ClusterScene:
         rows_N3 = np.column_stack([numbers_N, labels_R2[regions_N]]).astype(np.uint32)
         write_array(labels_path(self.labels, scene.id), rows_N3)
         prefix = self._keep(scene.id, model, Scaling.model_validate_json(scene.scaling))
-        return Settled(facts=effort | {"labels": count, "regions": len(areas_R), "bundle": prefix})
+        facts = {"labels": count, "regions": len(areas_R), "contrast": contrast, "bundle": prefix}
+        return Settled(facts=effort | facts)
+
+    def _regions(
+        self, means_NF: NDArray[np.floating], areas_N: NDArray[np.floating], borders_M3: NDArray[np.integer]
+    ) -> tuple[NDArray[np.int64], float]:
+        """(region of every superpixel, contrast): with less contrast in a scene that would have too few regions."""
+        contrast = self.contrast
+        while True:
+            regions_N = merged_regions(means_NF, areas_N, borders_M3, contrast=contrast)
+            if regions_N.max() + 1 >= min(len(areas_N), max(2, self.clusters // 2)) or contrast < LEAST_CONTRAST:
+                return regions_N, contrast
+            contrast /= 2
 
     def _keep(self, scene: str, model: SegmentLabels, scaling: Scaling) -> str:
         (count, features), known = model.get_buffer("centres").shape, self.described
         options: dict[str, str | int | float] = {"method": known.method, "bands": ",".join(known.bands)}
-        options |= {"features": features, "classes": count, "contrast": self.contrast, **known.options}
+        options |= {"features": features, "classes": count, "contrast": model.contrast, **known.options}
         bundled = Bundle(
             name=f"labels-{scene}",
             task="segmentation",

@@ -270,6 +270,22 @@ def test_the_clusters_of_a_scene_map_other_imagery_as_a_model(world, tmp_path):
     assert bundle.load(model).outputs == 2
 
 
+def test_a_scene_of_weak_contrast_keeps_more_than_one_region(tmp_path):
+    """Two fields whose colours differ by 3 of 255: at the default contrast all of it would be one region."""
+    image_CHW = np.full((3, 60, 80), 90, np.uint8)
+    image_CHW[:, :, 40:] = 93
+    command = single(tmp_path, image_CHW)
+    (tmp_path / "small.yaml").write_text(CLUSTERS.replace("min_size: 16", "min_size: 16, scale: 1"))
+    assert rayseg(*command, "--set", "map.tile=1024").exit_code == 0
+    [record] = records(tmp_path / "run", "networks").values()
+    assert record.facts["regions"] >= 2
+    assert record.facts["contrast"] < superpixel.MERGE
+    [path] = (tmp_path / "run").glob("tiles/*/classes.tif")
+    classes_HW = rasterio.open(path).read(1)
+    assert len(np.unique(classes_HW[:, :36])) == len(np.unique(classes_HW[:, 44:])) == 1
+    assert classes_HW[0, 0] != classes_HW[0, -1]
+
+
 def test_a_scene_of_one_superpixel_is_refused_by_name(tmp_path):
     image_CHW = np.full((3, 60, 60), 90, np.uint8)
     image_CHW[:, 0, 0] = 91  # not a constant scene
@@ -277,7 +293,7 @@ def test_a_scene_of_one_superpixel_is_refused_by_name(tmp_path):
     (tmp_path / "small.yaml").write_text(CLUSTERS)
     assert rayseg(*command).exit_code == 3
     [record] = records(tmp_path / "run", "networks").values()
-    assert "merge into one region, expected at least two that differ: lower superpixels.merge" in record.reason
+    assert "one region, expected at least two that differ: lower superpixels.scale" in record.reason
 
 
 MORE = pytest.mark.more  # the same path as kmeans and, in all other tests here, deepnet
@@ -385,16 +401,19 @@ ODD = {
 }
 
 
+@pytest.mark.parametrize("network", ["segments", pytest.param("deepnet", marks=MORE)])
 @pytest.mark.parametrize("kind", ODD)
-def test_odd_scenes_end_as_they_should(tmp_path, kind):
+def test_odd_scenes_end_as_they_should(tmp_path, kind, network):
     image_CHW, fate = ODD[kind]
-    found = rayseg(*single(tmp_path, image_CHW, nodata=None if image_CHW.dtype.kind == "f" else 0))
+    command = single(tmp_path, image_CHW, nodata=None if image_CHW.dtype.kind == "f" else 0)
+    found = rayseg(*command, "--set", f"network.network={network}")
     assert found.exit_code == (3 if fate == "failed" else 0), found.output
     assert {record.status for record in records(tmp_path / "run", "predict").values()} == {fate}
     if fate != "done":
         [record] = records(tmp_path / "run", "networks" if fate == "failed" else "scenes").values()
         assert record.status == fate
-        assert "one label" in record.reason if fate == "failed" else "scene" in record.reason
+        assert {"segments": "one region", "deepnet": "one label"}[network] in record.reason or fate != "failed"
+        assert "scene" in record.reason or fate == "failed"
     seen_HW = (~np.isnan(image_CHW) if image_CHW.dtype.kind == "f" else image_CHW != 0).any(axis=0)
     where, found_HW = window_at(0, 0, *seen_HW.shape), np.full(seen_HW.shape, 255, np.uint8)
     for path in (tmp_path / "run").glob("tiles/*/classes.tif"):
