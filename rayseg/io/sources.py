@@ -33,6 +33,7 @@ from rayseg.io import drivers, remote
 from rayseg.io.orientation import upright
 from rayseg.store import is_local, public
 
+_log = logging.getLogger(__name__)
 _RASTERIO = logging.getLogger("rasterio")
 _LOGGERS = tuple(logging.getLogger(f"rasterio.{name}") for name in ("_env", "_err"))
 """They log GDAL's warnings, and as information the errors that no call raised."""
@@ -114,6 +115,7 @@ class Source:
         units: (scale, offset) of each of `bands`, from stored values to units; empty if not stated.
         nodatas: in place of `nodata`, the value of each of `bands`, if bands differ; else empty.
         change: (factor, addend) of each of `bands` that are applied to values as they are read; empty for none.
+        dtypes: of each of `bands`, if an item of several files does not state that they are one; "" for unknown.
         baseline: of Sentinel-2 processing ("04.00"), if it alone tells which offset the values have.
     """
 
@@ -132,6 +134,7 @@ class Source:
     nodatas: tuple[float | None, ...] = ()
     change: tuple[tuple[float, float], ...] = ()
     baseline: str = ""
+    dtypes: tuple[str, ...] = ()
 
     @property
     def bands(self) -> tuple[str, ...]:
@@ -148,7 +151,7 @@ class Source:
         """The source that `to_row` made this row of."""
         assets = tuple((asset["href"], tuple(asset["bands"])) for asset in row["assets"])
         pairs = {key: tuple((a, b) for a, b in row.get(key, ())) for key in ("units", "change")}
-        lists = {"assets": assets, "transform": tuple(row["transform"]), "nodatas": tuple(row.get("nodatas", ()))}
+        lists = {key: tuple(row.get(key, ())) for key in ("transform", "nodatas", "dtypes")} | {"assets": assets}
         return cls(**{**row, **lists, **pairs})
 
 
@@ -166,11 +169,42 @@ def source_of_file(href: str, item_id: str, *, datetime: str | None = None) -> S
         datetime: acquisition time, ISO 8601 in UTC.
 
     Raises:
-        DataError: the file cannot be opened.
+        DataError: the file cannot be opened, or has a sensor model instead of a georeference.
     """
     with gdal(href), open_file(href) as dataset:
-        assets = ((href, band_names(dataset)),)
-        return replace(described(dataset), item_id=item_id, assets=assets, datetime=datetime)
+        found = described(dataset)
+        if found.crs is None and dataset.rpcs:
+            raise DataError(
+                f"{href} has RPCs (a model of the sensor) instead of a georeference: orthorectify it first, with "
+                "gdalwarp -rpc -to RPC_DEM=DEM.tif -t_srs EPSG:CODE, or remove its RPCs to map it in its own pixels"
+            )
+        if pages := len(dataset.subdatasets):
+            _log.warning(
+                "%s holds %d images, only the first is read: save the others as files of their own", href, pages
+            )
+        return replace(found, item_id=item_id, assets=((href, band_names(dataset)),), datetime=datetime)
+
+
+def expect_one_dtype(source: Source, bands: Sequence[str]) -> None:
+    """Refuse bands of several pixel types, which are not read into one image; files are opened for what is unknown.
+
+    Raises:
+        DataError: the types differ; the message names bands and types, and how to choose.
+    """
+    if not source.dtypes:
+        return
+    hrefs = [href for href, names in source.assets for _ in names]
+    types: dict[str, list[str]] = {}
+    for name, href, dtype in zip(source.bands, hrefs, source.dtypes, strict=True):
+        if name in bands:
+            types.setdefault(dtype or source_of_file(href, source.item_id).dtype, []).append(name)
+    if len(types) > 1:
+        found = "; ".join(f"{', '.join(names)} of {dtype}" for dtype, names in types.items())
+        most = max(types.values(), key=len)
+        raise DataError(
+            f"{source.item_id} has bands of several pixel types ({found}), expected one type: choose bands, as "
+            f"--set bands=[{','.join(most)}]"
+        )
 
 
 def band_names(dataset: DatasetReader) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from aiohttp import ClientError
 
 from rayseg.errors import ConfigError, DataError, RaysegError
 from rayseg.io.remote import Passing, failure, patiently, retry_after
-from rayseg.io.tables import concurrently
+from rayseg.io.tables import concurrently, content
 from rayseg.store import STORE_ERRORS, absolute, public, suffix_of, upath
 
 if TYPE_CHECKING:  # only STAC APIs need it
@@ -116,7 +116,7 @@ def _read_json(uri: str) -> dict[str, Any]:
 
 def _content(uri: str) -> str:
     try:
-        return str(upath(uri).read_text(encoding="utf-8"))
+        return content(uri).decode("utf-8")
     except FileNotFoundError:
         raise
     except _FAULTS as error:

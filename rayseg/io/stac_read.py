@@ -40,6 +40,12 @@ _POLES = shapely.box(-540, -90, 540, 90)
 _COARSE = 0.01  # degrees: no pixel of a table's items is taken to be larger than about a kilometre
 _AROUND = 0.1  # degrees around a region in which a STAC API is asked for scenes of its halo
 _PICTURES = ("thumbnail", "overview", "metadata", "visual")
+_NUMBERED = re.compile(r"(b|band)?[ _-]?\d+", re.IGNORECASE)
+_COMMON = {
+    "pan", "coastal", "blue", "green", "green05", "yellow", "red", "rededge", "rededge071", "rededge075", "rededge078",
+    "nir", "nir08", "nir09", "cirrus", "swir16", "swir22", "lwir", "lwir11", "lwir12", "alpha",
+}  # fmt: skip
+"""Common names of bands, of STAC's extension `eo`."""
 _USUAL_UNITS = {"scale": 1.0, "offset": 0.0}
 _STAC_TYPES = {"cint16": "complex_int16", "cint32": "complex64", "cfloat32": "complex64", "cfloat64": "complex128"}
 
@@ -246,6 +252,7 @@ def _source_of(item: pystac.Item, bands: Sequence[str] | None) -> Source:
     dtypes |= {key: source.dtype for key, source in opened.items() if key not in dtypes}
     first = min(frames, key=lambda key: (_pixel_area(frames[key]), used.index(key)))
     counts = {key: len(names[key] or opened[key].bands) for key in used}
+    stated = {dtypes.get(key, "") for key in used}
     nodatas = tuple(value for key in used for value in nodatas_of(assets[key], counts[key]))
     units = _units(item, [(assets[key], counts[key], opened.get(key)) for key in used])
     return Source(
@@ -263,6 +270,7 @@ def _source_of(item: pystac.Item, bands: Sequence[str] | None) -> Source:
         units=units,
         nodatas=() if len(set(nodatas)) == 1 else nodatas,
         baseline="" if units else _baseline(item),
+        dtypes=() if len(stated) == 1 else tuple(dtypes.get(key, "") for key in used for _ in range(counts[key])),
     )
 
 
@@ -300,10 +308,7 @@ def _rows(asset: pystac.Asset, field: str) -> list[dict[str, Any]]:
 def _band_names(assets: dict[str, pystac.Asset], wanted: Sequence[str] | None) -> dict[str, tuple[str, ...] | None]:
     """Names of each asset's bands; None if only the file has them."""
     bands = {key: _rows(asset, "bands") or _rows(asset, "eo:bands") for key, asset in assets.items()}
-    pairs = {
-        key: [(row.get("name"), row.get("eo:common_name") or row.get("common_name")) for row in rows]
-        for key, rows in bands.items()
-    }
+    pairs = {key: [(row.get("name"), _common_name(row)) for row in rows] for key, rows in bands.items()}
     holders: dict[str, set[str | None]] = {}
     for name, common in (pair for rows in pairs.values() for pair in rows):
         holders.setdefault(common or "", set()).add(name or common)
@@ -317,6 +322,14 @@ def _band_names(assets: dict[str, pystac.Asset], wanted: Sequence[str] | None) -
         lonely = (key,) if len(assets) > 1 and len(rows) <= 1 else None
         names[key] = named if named and len(named) == len(rows) else lonely
     return names
+
+
+def _common_name(row: dict[str, Any]) -> str | None:
+    """The band's common name; of a band that is only numbered its description if that is one (rio-stac's way)."""
+    stated: str | None = row.get("eo:common_name") or row.get("common_name")
+    described = str(row.get("description") or "").strip().lower()
+    numbered = _NUMBERED.fullmatch(str(row.get("name") or ""))
+    return stated or (described if numbered and described in _COMMON else None)
 
 
 def _used(names: dict[str, tuple[str, ...] | None], wanted: Sequence[str] | None) -> list[str]:

@@ -212,7 +212,7 @@ class Bundle(Config):
             raise ModelError(
                 f"model {self.name} needs the bands {', '.join(self.bands)}, "
                 f"{source} has {', '.join(bands) or 'none'}: {', '.join(missing)} missing; "
-                "name the imagery's bands or use another model"
+                "map names with --set 'map.bands={red: NAME, ...}' or use another model"
             )
         if dtype != self.dtype:
             raise ModelError(

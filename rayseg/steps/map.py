@@ -6,7 +6,7 @@ Each function is a step of a `Run`: it takes the step and its inputs, and return
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
@@ -52,6 +52,9 @@ class MapConfig(Config):
     """Patches per batch; by default the number of processors, at most 4, and 16 on a GPU."""
     stall_seconds: Annotated[float, Field(gt=0)] = 1800.0
     """Timeout for reading, predicting or writing one tile; the tile is then recorded as failed."""
+    # Empty, it is no part of the keys of steps: runs that began before it existed resume.
+    bands: dict[str, str] = Field(default_factory=dict, exclude_if=lambda names: not names)
+    """Names of the model's bands -> names of the imagery's, where they differ: `{red: b1, green: b2, blue: b3}`."""
 
 
 @dataclass(frozen=True)
@@ -313,7 +316,7 @@ def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[S
         found = stac_read.open_items(uri, collection or None, geometry=region.geometry, halo=halo)
     elif region.images:
         images, wrong = labels.sources_of_images(region.images)
-        return images, dict(wrong)
+        return [with_names(source, config.bands) for source in images], dict(wrong)
     elif region.catalog:
         chosen = region.collection or stac_read.imagery_collection(region.catalog)
         found = stac_read.open_items(region.catalog, chosen, geometry=region.geometry, halo=halo)
@@ -325,10 +328,19 @@ def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[S
     unread: Refused = {}
     for item in found:
         try:
-            sources.append(stac_read.source_of(item))
+            sources.append(with_names(stac_read.source_of(item), config.bands))
         except DataError as error:
             unread[item.id] = error
     return sources, unread
+
+
+def with_names(source: Source, names: Mapping[str, str]) -> Source:
+    """The source with its bands called by other names (new -> own); the file's own order and bands stay."""
+    called = {own: new for new, own in names.items()}
+    assets = tuple((href, tuple(called.get(name, name) for name in bands)) for href, bands in source.assets)
+    if len(set(found := [name for _, bands in assets for name in bands])) < len(found):
+        raise DataError(f"map.bands gives two bands of {source.item_id} one name ({', '.join(found)}); correct it")
+    return replace(source, assets=assets)
 
 
 def tiles_prefix(step: Step) -> str:

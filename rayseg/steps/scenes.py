@@ -15,7 +15,7 @@ from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import NODATA, Tile, expect_ids, slug
 from rayseg.geo.region import Region
 from rayseg.io import maps, pictures, segments
-from rayseg.io.sources import Source
+from rayseg.io.sources import Source, expect_one_dtype
 from rayseg.io.units import common_units, converted, expect_one_unit
 from rayseg.models.bundle import Scaling
 from rayseg.stages.oversegment import segments_path
@@ -124,7 +124,8 @@ def _all_bands(source: Source) -> tuple[str, ...]:
 
 
 def _expect_alike(first: Source | None, bands: tuple[str, ...], source: Source) -> None:
-    """Check that a scene has the same bands and dtype as the first."""
+    """Check that a scene has bands of one dtype, the same as the first."""
+    expect_one_dtype(source, bands or _all_bands(source))
     if first is None or (set(bands) <= set(source.bands) and _kind(source, bands) == _kind(first, bands)):
         return
     raise DataError(
