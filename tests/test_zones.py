@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import geopandas
 import numpy as np
 import pytest
 import rasterio
@@ -9,12 +10,13 @@ import shapely
 from affine import Affine
 from pyproj import Geod, Transformer
 from rasterio.enums import ColorInterp
+from small_world import rayseg
 from tiny_maps import TABLE, Bright, described
 
 from rayseg.engine.ledger import Settled
 from rayseg.geo.grid import zone_bounds
 from rayseg.geo.region import resolve_region
-from rayseg.io import vectors
+from rayseg.io import labels, vectors
 from rayseg.io.maps import pixel_area_m2
 from rayseg.io.rasters import source_of_file
 from rayseg.io.sources import grids_of
@@ -128,3 +130,48 @@ def test_a_region_over_three_zones_and_the_antimeridian_is_mapped_once(tmp_path)
     again = mapped(tmp_path / "out", sources[::-1], text)
     assert again.files == found.files
     assert again.polygons.equals(found.polygons)
+
+
+FIELDS = {"west": 11.9925, "over": 11.998, "east": 12.0035}
+"""Western edges of three fields of 0.0045 x 0.0045 degrees, south of the equator, around the seam at 12 E."""
+
+
+@pytest.mark.more
+@pytest.mark.e2e
+def test_a_plot_over_a_seam_has_one_number_one_outline_and_its_own_area(tmp_path):
+    """agri: instances, not classes."""
+
+    def bright(lon, lat):
+        inside = np.zeros(lon.shape, bool)
+        for west in FIELDS.values():
+            inside |= (lon > west) & (lon < west + 0.0045) & (abs(lat + 20.005) < 0.00225)
+        return inside
+
+    (tmp_path / "in").mkdir()
+    scene(tmp_path / "in/a.tif", "EPSG:32732", (11.99, -20.009, 12.003, -20.001), side=10, bright=bright)
+    scene(tmp_path / "in/b.tif", "EPSG:32733", (11.996, -20.009, 12.011, -20.001), side=10, bright=bright)
+    region = f"{labels.ingest_rasters(tmp_path / 'in', tmp_path / 'cat')}#imagery"
+    settings = ("map.tile=64", "patch=96", "stride=64", "superpixels.least=60", "superpixels.reduce=1")
+    words = [word for setting in ("proposer=felzenszwalb", *settings) for word in ("--set", setting)]
+    found = rayseg(
+        "run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run", "--engine", "inline", *words
+    )
+    assert found.exit_code == 0, found.output
+    plots = geopandas.read_parquet(tmp_path / "run/plots.parquet")
+    assert plots["number"].is_unique
+    middles = {name: shapely.Point(west + 0.00225, -20.005) for name, west in FIELDS.items()}
+    numbers = {}
+    for name, west in FIELDS.items():
+        [plot] = plots[plots.covers(middles[name].buffer(0.0005))].itertuples()
+        field = shapely.box(west, -20.00725, west + 0.0045, -20.00275)
+        assert plot.geometry.symmetric_difference(field).area < 0.08 * field.area, name
+        assert plot.area_m2 == pytest.approx(abs(GEOD.geometry_area_perimeter(field)[0]), rel=0.09), name
+        numbers[name] = plot.number
+    assert len(set(numbers.values())) == 3
+    held = {name: set() for name in FIELDS}
+    for path in (tmp_path / "run/tiles").glob("*/plots.tif"):
+        with rasterio.open(path) as file:
+            shown = set(np.unique(file.read(1)).tolist())
+        for name, number in numbers.items():
+            held[name] |= {path.parent.name[:5]} if number in shown else set()
+    assert held == {"west": {"32732"}, "over": {"32732", "32733"}, "east": {"32733"}}

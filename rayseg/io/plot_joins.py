@@ -23,7 +23,9 @@ from shapely.geometry.base import BaseGeometry
 from rayseg.engine.manifest import Row, read_rows
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window
-from rayseg.io.vectors import EQUAL_AREA, LONLAT
+from rayseg.geo.lonlat import LONLAT
+from rayseg.io import seams
+from rayseg.io.vectors import EQUAL_AREA, lonlat_of
 from rayseg.store import StorePath
 from rayseg.vision.instances import Labels
 from rayseg.vision.segments import alike, groups
@@ -133,6 +135,36 @@ def _plot(rows: list[Row]) -> Row:
     }
 
 
+def across_seams(grids: Sequence[Grid], plots: Sequence[Row], *, least: float) -> dict[int, int]:
+    """Number -> number of the plot that it is a part of, for plots that the seams between UTM zones cut.
+
+    Two plots are one where they share more than `least` of the seam that either of them lies along.
+
+    Args:
+        grids: of the plots, by their `grid`.
+        plots: rows of `join` with `number`, `grid` and geometry as WKB.
+        least: IoU along the seam.
+    """
+    cut: list[Row] = []
+    along: list[list[tuple[int, int, float, float]]] = []
+    for at, grid in enumerate(grids):
+        if not grid.divided:
+            continue
+        rows = [row for row in plots if row["grid"] == at]
+        outlines = lonlat_of(grid, shapely.from_wkb(np.array([row["geometry"] for row in rows], object)))
+        cut, along = cut + rows, along + [seams.edges(outline, grid) for outline in outlines]
+    lengths = [sum(high - low for _, _, low, high in edges) for edges in along]
+    shared: dict[tuple[int, int], float] = {}
+    for one, other, low, high in seams.touching([(at, 0, edges) for at, edges in enumerate(along)]):
+        shared[one, other] = shared.get((one, other), 0.0) + high - low
+    pairs = [(a, b) for (a, b), length in shared.items() if length > least * (lengths[a] + lengths[b] - length)]
+    owners = groups(len(cut), np.array(pairs, np.int64).reshape(-1, 2)).tolist()
+    first: dict[int, int] = {}
+    for owner, row in zip(owners, cut, strict=True):
+        first[owner] = min(first.get(owner, row["number"]), row["number"])
+    return {row["number"]: first[owner] for owner, row in zip(owners, cut, strict=True)}
+
+
 # -- out --------------------------------------------------------------------------------------------------------------
 
 
@@ -149,11 +181,17 @@ def frame_of(grid: Grid, plots: Sequence[Row], *, columns: Sequence[str]) -> geo
     if grid.crs is None:
         facts |= {"image": [grid.image or ""] * len(plots), "area_px": [row["pixels"] for row in plots]}
         return geopandas.GeoDataFrame(facts, geometry=polygons)
-    affine = grid.transform(Window(0, 0, 1, 1))
-    scale, shift = (affine.a, affine.e), (affine.c, affine.f)
-    mapped = geopandas.GeoSeries(shapely.transform(polygons, lambda points: points * scale + shift), crs=grid.crs)
-    lonlat = mapped.to_crs(LONLAT)
+    lonlat = geopandas.GeoSeries(lonlat_of(grid, polygons), crs=LONLAT)
     return geopandas.GeoDataFrame(facts | {"area_m2": lonlat.to_crs(EQUAL_AREA).area.to_numpy()}, geometry=lonlat)
+
+
+def united(frame: geopandas.GeoDataFrame) -> geopandas.GeoDataFrame:
+    """The plots of a frame with one row for each `number`, where a seam between zones cuts some of them."""
+    if frame.crs is None or not frame["number"].duplicated().any():
+        return frame
+    areas = frame.groupby("number", sort=False)["area_m2"].sum()
+    whole = frame.dissolve(by="number", as_index=False, sort=False)[list(frame.columns)]
+    return whole.assign(area_m2=areas.to_numpy())
 
 
 def one_frame(frames: Sequence[geopandas.GeoDataFrame], *, columns: Sequence[str]) -> geopandas.GeoDataFrame:

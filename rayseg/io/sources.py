@@ -323,7 +323,7 @@ def grids_of(sources: Sequence[Source]) -> list[tuple[Grid, list[Source]]]:
         return grids
     if own := _own_grid(mapped):
         return [*grids, (own, mapped)]
-    finest = {source: _utm(source) for source in mapped}
+    finest = {source: utm_of(source) for source in mapped}
     zones: dict[str, list[Source]] = {}
     for source in mapped:
         for crs in _zones_of(source):
@@ -410,7 +410,7 @@ def beyond_utm(sources: Sequence[Source]) -> dict[str, DataError]:
     }
     for source in placed if placed and not _own_grid(placed) else ():
         try:
-            _utm(source)
+            utm_of(source)
         except DataError as error:
             refused[source.item_id] = error
     return refused
@@ -552,8 +552,13 @@ def crs_text(crs: CRS | None) -> str | None:
     return f"EPSG:{code}" if code else str(crs.to_wkt())
 
 
-def _utm(source: Source) -> tuple[str, float]:
-    """("EPSG:n" of the UTM zone of the source's centre, its finer pixel side there in metres)."""
+@lru_cache(maxsize=4096)
+def utm_of(source: Source) -> tuple[str, float]:
+    """("EPSG:n" of the UTM zone of the source's centre, its finer pixel side there in metres).
+
+    Raises:
+        DataError: there is no zone at its centre, or it is too wide for zones.
+    """
     lon, lat = moved(source, LONLAT, [(0.0, 0.0)])[0]
     if not -80.0 <= lat <= 84.0:
         raise DataError(

@@ -20,13 +20,12 @@ import pyarrow.parquet as pq
 import shapely
 from affine import Affine
 from numpy.typing import NDArray
-from pyproj import Transformer
 from rasterio.features import shapes
 from skimage.measure import label
 
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import NODATA, Grid, Window
-from rayseg.geo.lonlat import to_lonlat
+from rayseg.geo.lonlat import LONLAT, to_lonlat, transformer
 from rayseg.io import seams
 from rayseg.io.cog import read_bands
 from rayseg.io.maps import MappedTile, mapped_tiles
@@ -43,7 +42,6 @@ if TYPE_CHECKING:  # whoever cuts tiles into parts does without tables of geomet
     import geopandas
 
 TOP = 254  # the score that stands for probability 1
-LONLAT = "EPSG:4326"
 EQUAL_AREA = "EPSG:6933"
 """Cylindrical equal-area on WGS 84: exact areas everywhere in one projection, so they do not depend on the region."""
 _BLOCK = 2048
@@ -450,16 +448,25 @@ def _frame(
     if grid.crs is None:
         facts |= {"image": [grid.image or ""] * len(pixels), "area_px": pixels}
         return geopandas.GeoDataFrame(facts, geometry=polygons).assign(**first)
-    affine, degrees = grid.transform(Window(0, 0, 1, 1)), Transformer.from_crs(grid.crs, LONLAT, always_xy=True)
+    cut = geopandas.GeoSeries(lonlat_of(grid, polygons), crs=LONLAT)
+    facts |= {"image": [grid.image] * len(pixels)} if grid.image else {}
+    facts["area_m2"] = cut.to_crs(EQUAL_AREA).area.to_numpy()
+    return geopandas.GeoDataFrame(facts, geometry=cut).assign(**first)
+
+
+def lonlat_of(grid: Grid, polygons: NDArray[np.object_]) -> NDArray[np.object_]:
+    """Polygons in pixels of a grid with CRS, in EPSG:4326, cut at the antimeridian and at the grid's seams.
+
+    Raises:
+        DataError: the grid lies nowhere on Earth.
+    """
+    affine, degrees = grid.transform(Window(0, 0, 1, 1)), transformer(str(grid.crs), LONLAT)
     scale, shift = (affine.a, affine.e), (affine.c, affine.f)
     mapped = shapely.transform(polygons, lambda points: points * scale + shift)
     lonlat = to_lonlat(mapped, lambda points: np.stack(degrees.transform(*points.T), axis=1))
     if len(lonlat) and not np.isfinite(shapely.total_bounds(lonlat)).all():
         raise DataError(f"Polygons on the grid {grid.name} have no place on Earth: check the imagery's georeference.")
-    cut = geopandas.GeoSeries(seams.cut(lonlat, grid), crs=LONLAT)
-    facts |= {"image": [grid.image] * len(pixels)} if grid.image else {}
-    facts["area_m2"] = cut.to_crs(EQUAL_AREA).area.to_numpy()
-    return geopandas.GeoDataFrame(facts, geometry=cut).assign(**first)
+    return seams.cut(lonlat, grid)
 
 
 def write_geoparquet(frame: "geopandas.GeoDataFrame", path: StorePath) -> None:

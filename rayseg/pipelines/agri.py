@@ -200,6 +200,7 @@ def write_report(step: Step, proposed: Step, joined: Step, tiles: Step, polygons
         ("Coverage", coverage, "Share of the imagery under plots after each round."),
         ("Sizes", size_chart([row["pixels"] for row in rows]), "Plots by size, in pixels."),
     )
+    rows = list({row["number"]: row for row in reversed(rows)}.values())  # a seam between zones may cut a plot
     labels = f"{len(rows):,} plots, {sum(row['refined'] for row in rows):,} of them found inside mixed masks."
     shown = tuple(picture for picture in pictures if picture[1])
     return report.write_report(

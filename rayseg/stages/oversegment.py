@@ -12,7 +12,7 @@ from upath import UPath
 from rayseg.config import Config, added
 from rayseg.engine.ledger import Settled
 from rayseg.errors import DataError
-from rayseg.geo.grid import Lattice, Tile, Window
+from rayseg.geo.grid import Grid, Lattice, Tile, Window
 from rayseg.io import segments
 from rayseg.io.tables import read_array, write_array
 from rayseg.models.bundle import Scaling
@@ -165,14 +165,23 @@ def unite(prefix: str, tiles: Sequence[tuple[Tile, int]], overlap: int, *, descr
         return segments.read_segments([(grown(tile.window, overlap), part_path(prefix, tile.id))], window)
 
     # 1. Compare each tile with its right and its lower neighbour, over the pixels that both divided.
-    corners = {(tile.grid, tile.window.row, tile.window.col): at for at, (tile, _) in enumerate(tiles)}
+    starts: dict[tuple[Grid, str, int], list[int]] = {}
+    for at, (tile, _) in enumerate(tiles):
+        starts.setdefault((tile.grid, "col", tile.window.col), []).append(at)
+        starts.setdefault((tile.grid, "row", tile.window.row), []).append(at)
     right, below = np.s_[:, overlap - 1 : overlap + 1], np.s_[overlap - 1 : overlap + 1, :]
     pairs, crossed = {}, defaultdict(list)
     for at, (tile, _) in enumerate(tiles):
         window = tile.window
-        for border, corner in ((right, (window.row, window.col1)), (below, (window.row1, window.col))):
-            if (neighbour := corners.get((tile.grid, *corner))) is not None:
+        # Tiles at the seam of a divided grid are cut, so neighbours need not begin in the same row.
+        for border, key, line in (
+            (right, ("col", window.col1), Window(window.col1, window.row, 1, window.height)),
+            (below, ("row", window.row1), Window(window.col, window.row1, window.width, 1)),
+        ):
+            for neighbour in starts.get((tile.grid, *key), ()):
                 other = tiles[neighbour][0]
+                if other.window.intersect(line).empty:
+                    continue
                 zone = grown(window, overlap).intersect(grown(other.window, overlap))
                 one_HW, other_HW = part_of(tile, zone), part_of(other, zone)
                 pairs[at, neighbour] = agreeing(one_HW, other_HW, border)
@@ -199,12 +208,13 @@ def _facing(
     one_HW: np.ndarray, other_HW: np.ndarray, window: Window, other: Window, zone: Window
 ) -> tuple[np.ndarray, np.ndarray]:
     """(pairs of segments that face each other across the border of two tiles, px of each), numbered as in the parts."""
-    if window.row == other.row:
-        height = min(window.row1, other.row1) - window.row
-        ones, others = (Window(window.col1 + step, window.row, 1, height) for step in (-1, 0))
+    row, col = max(window.row, other.row), max(window.col, other.col)
+    if other.col == window.col1:
+        height = min(window.row1, other.row1) - row
+        ones, others = (Window(window.col1 + step, row, 1, height) for step in (-1, 0))
     else:
-        width = min(window.col1, other.col1) - window.col
-        ones, others = (Window(window.col, window.row1 + step, width, 1) for step in (-1, 0))
+        width = min(window.col1, other.col1) - col
+        ones, others = (Window(col, window.row1 + step, width, 1) for step in (-1, 0))
     ones_P, others_P = one_HW[ones.slices(zone)], other_HW[others.slices(zone)]
     seen = (ones_P > 0) & (others_P > 0)
     return counted(ones_P[seen], others_P[seen])

@@ -71,7 +71,8 @@ class ProposePlots:
 
     def _tile(self, row: TileRow) -> TileRow:
         tile, reach = row.tile, row.reach
-        inside_HW = region.pixels_inside(region.on_grid(self.geometry, tile.grid, reach), tile.grid, reach)
+        inside_HW, drawn_HW = region.kept(self.geometry, tile.grid, reach)
+        drawn_HW = inside_HW if drawn_HW is None else drawn_HW
         patches: list[Row] = []
         pieces: list[Row] = []
         for cell in self.patches.cells(tile.window):
@@ -89,7 +90,9 @@ class ProposePlots:
             size = {"col": window.col, "row": window.row, "width": window.width, "height": window.height}
             counted = {"pixels": int(valid_HW.sum()), "coverage": list(plots.coverage)}
             patches.append(place | size | {"labels": plot_joins.packed(labels_HW)} | counted)
-            own_HW = np.where(inside_HW[of_cell.slices(reach)], plot_joins.labels_of(patches[-1], of_cell), 0)
+            own_HW = np.where(drawn_HW[of_cell.slices(reach)], plot_joins.labels_of(patches[-1], of_cell), 0)
+            if tile.grid.divided:  # a plot of which a seam leaves no pixel here is another zone's
+                own_HW[~np.isin(own_HW, own_HW[inside_HW[of_cell.slices(reach)]])] = 0
             for label, piece in plot_joins.pieces_of(own_HW.astype(np.int32), of_cell):
                 at = kept[label - 1]
                 scores = {

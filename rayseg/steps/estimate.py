@@ -25,7 +25,7 @@ from rayseg.engine.run import Engine, Run, Step
 from rayseg.geo.grid import Tile, Window
 from rayseg.geo.region import Region
 from rayseg.io import rasters
-from rayseg.io.sources import Source
+from rayseg.io.sources import Source, utm_of
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
 from rayseg.steps import map as mapping
@@ -53,8 +53,10 @@ def bytes_read(tiles: Sequence[Row], *, margin: int) -> int | None:
         for text in map(json.dumps, json.loads(row["sources"])):
             source = known.setdefault(text, Source.from_row(json.loads(text)))
             part = rasters.footprint(source, tile.grid)
-            share = _area(part.intersect(around)) / max(_area(part), 1)
-            pixels[source] += round(share * source.height * source.width)
+            # The footprint on a divided grid is a part of the source only.
+            side = tile.grid.resolution[0] / utm_of(source)[1] if tile.grid.divided else 0.0
+            share = side**2 or source.height * source.width / max(_area(part), 1)
+            pixels[source] += round(share * _area(part.intersect(around)))
     every = max(1, len(pixels) // MOST_SIZES)
     some = [source for at, source in enumerate(pixels) if at % every == 0]
     sizes = [_size(source) for source in some]

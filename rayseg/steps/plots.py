@@ -91,10 +91,16 @@ def join_pieces(step: Step, proposed: Step, *, least: float) -> dict[str, Any]:
                 members[tiles[cell_row, cell_col]].append(place)
             name = f"{grid.name}_{plot['first_col']}_{plot['first_row']}"
             plots.append(plot | {"id": name, "number": number, "grid": at, "geometry": plot["geometry"].wkb})
+    first = plot_joins.across_seams(list(grids), plots, least=least)
+    names = {plot["number"]: plot["id"] for plot in plots}
+    for row in (*plots, *(piece for pieces in members.values() for piece in pieces)):
+        row["number"] = first.get(row["number"], row["number"])
+    for plot in plots:
+        plot["id"] = names[plot["number"]]
     for row in mapping.read_manifest(proposed):
         write_rows(pieces_path(str(step.prefix), row["id"], "numbers"), members[row["id"]])
     write_rows(step.prefix / "plots.parquet", plots)
-    return {"plots": len(plots), "grids": [grid.to_row() for grid in grids]}
+    return {"plots": len({plot["number"] for plot in plots}), "grids": [grid.to_row() for grid in grids]}
 
 
 def read_plots(joined: Step) -> list[Row]:
@@ -157,7 +163,7 @@ def write_plots(step: Step, joined: Step, classified: Step, model: Step) -> dict
         plot_joins.frame_of(Grid.from_row(grid), [row for row in rows if row["grid"] == at], columns=COLUMNS)
         for at, grid in enumerate(joined.value["grids"])
     ]
-    frame = plot_joins.one_frame(frames, columns=COLUMNS)
+    frame = plot_joins.united(plot_joins.one_frame(frames, columns=COLUMNS))
     vectors.write_geoparquet(frame, upath(step.root) / "plots.parquet")
     area = float(frame["area_m2"].sum()) if "area_m2" in frame else None
     return {"polygons": "plots.parquet", "count": len(frame), "area_m2": area}
