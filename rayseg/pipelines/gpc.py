@@ -23,7 +23,7 @@ from rayseg.geo.region import Region
 from rayseg.io.labels import Chip
 from rayseg.models.bundle import Bundle, Scaling
 from rayseg.models.segmenter import Ensemble
-from rayseg.steps import appearance, chips, estimate, evaluate, models, report
+from rayseg.steps import appearance, baseline, chips, color_rule, estimate, evaluate, models, report
 from rayseg.steps import map as mapping
 from rayseg.steps.chips import ChipsConfig
 from rayseg.steps.cues import LABELS, NO, YES, CuesConfig, draw_cues, make_cues, read_mask
@@ -69,6 +69,8 @@ class Config(Frozen):
     """From uint8 values to the networks' input; mean and standard deviation of the paper's chips."""
     truth: Location | None = None
     """Masks to measure the map with: a folder, `catalog.json#collection`, or `#collection` of the region."""
+    baseline: bool = added(default=True)
+    """With a truth: measure a one-threshold colour rule, fitted on the chips, and show it in the report."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
@@ -153,14 +155,23 @@ def _mapper(config: Config) -> Bundle:
 
 
 def write_report(
-    step: Step, listed: Step, drawn: Step, predicted: Step, polygons: Step, measured: Step
+    step: Step,
+    listed: Step,
+    drawn: Step,
+    predicted: Step,
+    polygons: Step,
+    measured: Step,
+    *,
+    simple: Step | None = None,
 ) -> dict[str, Any]:
-    """The report, with what the map was learnt from."""
+    """The report, with what the map was learnt from and the colour rule next to it."""
     learnt = (
         f"Learnt from {listed.value[YES]} chips labelled {YES} and {listed.value[NO]} labelled {NO}; no mask was drawn."
     )
     caption = "Chips labelled gpc, their Grad-CAM++, and the coarse masks of the first training (grey: undecided)."
-    extras = report.Extras(labels=learnt, pictures=(("Cues", drawn.value["picture"], caption),))
+    shown = (("Cues", drawn.value["picture"], caption),)
+    beside = baseline.beside(simple.value, simple.value["product"], name="this map") if simple else None
+    extras = report.Extras(labels=learnt, pictures=shown, baseline=beside)
     return report.write_report(step, predicted, polygons, measured, extras)
 
 
@@ -226,5 +237,8 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     measured = run.step("evaluate", evaluate.compare_truth, predicted, region, config.truth)
     run.step("publish", mapping.publish, predicted, f"Green plastic cover, {region.name}")
     drawn = run.step("pictures", draw_cues, listed, cues, size)
-    written = run.step("report", write_report, listed, drawn, predicted, polygons, measured)
+    simple, truth = None, region.located(config.truth)
+    if config.baseline and truth:
+        simple = run.step("baseline", color_rule.measure_baseline, listed, predicted, truth, size)
+    written = run.step("report", write_report, listed, drawn, predicted, polygons, measured, simple=simple)
     return report.headline(written)

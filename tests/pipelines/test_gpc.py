@@ -25,7 +25,7 @@ pytestmark = pytest.mark.e2e
 
 STEPS = [
     *("chips", "classifier", "cues", "segmenter", "predict"),
-    *("polygons", "evaluate", "publish", "pictures", "report"),
+    *("polygons", "evaluate", "publish", "pictures", "baseline", "report"),
 ]
 
 
@@ -61,6 +61,10 @@ def test_all_steps_are_done_and_leave_what_they_should(whole):
     valid_stac(whole / "collection.json")
     page = (whole / "report" / "index.html").read_text()
     assert "8 chips labelled gpc and 8 labelled nongpc" in page
+    assert "Next to simple baselines" in page
+    simple = said["steps"]["baseline"]
+    iou = next(row["iou"]["value"] for row in said["steps"]["evaluate"]["classes"] if row["name"] == "gpc")
+    assert simple["product"] == pytest.approx(iou)  # measured on all tiles, as there are few
     assert said["steps"]["evaluate"]["pixels"] > 400_000
 
 

@@ -1,0 +1,106 @@
+"""The simple baseline of gpc: one threshold on one axis of colour, fitted on the chips and measured next to the map."""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from skimage.color import rgb2lab
+
+from rayseg.engine.run import Step
+from rayseg.geo.grid import NODATA
+from rayseg.io import masks, pictures
+from rayseg.io.maps import mapped_tiles
+from rayseg.metrics import Confusion
+from rayseg.models import bundle
+from rayseg.steps import chips, evaluate
+from rayseg.steps.baseline import Method, value_of
+from rayseg.steps.cues import LABELS, YES
+from rayseg.store import put
+from rayseg.vision.color import ClassTable
+
+MOST = 16
+"""Tiles with truth that are measured, and chips of each label that the rule is fitted on, at most."""
+MARKED = 0.05
+"""Share of the negative chips' pixels that the rule marks."""
+_NAMES = ("lightness", "a (green to red)", "b (blue to yellow)")
+_SPARSE = 3  # every third pixel of a chip in both directions
+Image = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class ColorRule:
+    """Pixels whose axis of CIE Lab, times `sign`, exceeds `limit`."""
+
+    axis: int
+    sign: int
+    limit: float
+
+    @property
+    def name(self) -> str:
+        """With an article, as a report shows it."""
+        return f"a threshold on {_NAMES[self.axis]} {'>' if self.sign > 0 else '<'} {self.sign * self.limit:.0f}"
+
+    def __call__(self, image_HWC: Image) -> NDArray[np.bool_]:
+        """Where an RGB image is of the class."""
+        return np.asarray(self.sign * rgb2lab(image_HWC)[..., self.axis] > self.limit)
+
+
+def fit_rule(positives: Iterable[Image], negatives: Iterable[Image], *, marked: float = MARKED) -> ColorRule:
+    """The rule that marks most of the positive chips, of those that mark the share `marked` of the negative ones."""
+    of_class, of_rest = (
+        np.concatenate([rgb2lab(image[::_SPARSE, ::_SPARSE]).reshape(-1, 3) for image in images])
+        for images in (positives, negatives)
+    )
+    rules = [
+        ColorRule(axis, sign, float(np.quantile(sign * of_rest[:, axis], 1 - marked)))
+        for axis in range(3)
+        for sign in (1, -1)
+    ]
+    return max(rules, key=lambda rule: float((rule.sign * of_class[:, rule.axis] > rule.limit).mean()))
+
+
+def measure_baseline(step: Step, listed: Step, predicted: Step, truth: str, size: int) -> dict[str, Any]:
+    """Measure the map and the rule on tiles with truth, evenly spread, and draw the first next to the imagery.
+
+    Returns:
+        A value of `baseline.value_of`, and the map's own IoU of the class as `product`.
+    """
+    started = time.process_time()
+    rows = chips.rows_of(listed, held_out=False)
+    few = [[row for row in rows if row["label"] == label][:MOST] for label in LABELS]
+    rule = fit_rule(*([chips.read_image(part, size, at) for at in range(len(part))] for part in few))
+    table = ClassTable(bundle.load(predicted.value["bundle"]).classes)
+    tiles = {tile.tile.id: tile for tile in mapped_tiles(predicted.root, predicted.name)}
+    reference = masks.two_classes(masks.masks_of(truth, names=table.names), table, truth)
+    matches = evaluate.match(masks.pieces_of_tiles(list(tiles.values())), reference)
+    chosen = sorted({round(at) for at in np.linspace(0, len(matches) - 1, min(MOST, len(matches)))})
+    empty = Confusion(np.zeros((2, 2), np.int64))
+    sums, shown = [empty, empty], list[tuple[str, str, str]]()
+    for found in (matches[at] for at in chosen):
+        tile = tiles[found.piece.tile.id]
+        truth_HW, map_HW = (
+            masks.read_classes(found.truth, found.grid, found.window, table),
+            found.piece.read(table),
+        )
+        image_HWC = pictures.shown(tile.sources, tile.tile.grid, tile.tile.window)
+        rule_HW = np.where(map_HW == NODATA, NODATA, rule(image_HWC)).astype(np.uint8)
+        for at, marked_HW in enumerate((map_HW, rule_HW)):
+            known_HW = np.where(marked_HW == NODATA, NODATA, truth_HW)
+            sums[at] += Confusion.from_arrays(known_HW, marked_HW, 2)
+        if not shown:
+            put(step.prefix / "tile.png", pictures.encoded(_panels(image_HWC, truth_HW, map_HW, rule_HW)))
+            shown.append(("Next to the baseline", f"steps/{step.name}/tile.png", f"Imagery, truth, map, {rule.name}."))
+    product, simple = (float(confusion.iou[1]) for confusion in sums)
+    method = Method(rule.name, simple, time.process_time() - started)
+    return value_of(f"IoU of {YES}", f"{len(chosen)} tiles with truth", [method], pictures=shown) | {"product": product}
+
+
+def _panels(image_HWC: Image, *classes: NDArray[np.uint8]) -> Image:
+    """The image and black-and-white masks side by side; pixels without a class are grey."""
+    step = max(1, -(-max(image_HWC.shape[:2]) // 512))
+    grey: Sequence[Image] = [np.where(one == NODATA, 110, one * 255).astype(np.uint8) for one in classes]
+    panels = [image_HWC, *(np.repeat(one[..., None], 3, axis=2) for one in grey)]
+    return np.concatenate([panel[::step, ::step] for panel in panels], axis=1)
