@@ -21,7 +21,8 @@ from rio_tiler.models import ImageData
 from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Window
 from rayseg.io.maps import MappedTile
-from rayseg.io.pictures import bands_shown
+from rayseg.io.pictures import bands_shown, nodata_of
+from rayseg.io.rasters import is_number
 from rayseg.io.sources import Source, crs_of, gdal, open_file
 
 warnings.filterwarnings("ignore", category=NoOverviewWarning)  # once: filters belong to the process
@@ -122,11 +123,13 @@ def imagery_tile(
         if any(not allowed(href, hosts) for href, _ in bands) or image_HW4[..., 3].all():
             continue
         windows = (image, image) if image else None
-        parts = [_read(href, band, place, windows=windows, nodata=source.nodata) for href, band in bands]
+        nodatas = [nodata_of(source, *band) for band in bands]
+        parts = [_read(*band, place, windows=windows, nodata=value) for band, value in zip(bands, nodatas, strict=True)]
         layers = [part for part in parts if part is not None]
         if len(layers) < 3:
             continue
         valid_HW = ~np.any([np.ma.getmaskarray(layer.array)[0] for layer in layers], axis=0)
+        valid_HW &= np.all([is_number(layer.array.data[0]) for layer in layers], axis=0)
         limits = [(0.0, 255.0) if source.dtype == "uint8" else _limits(href, band) for href, band in bands]
         rgb = []
         for layer, (low, high) in zip(layers, limits, strict=True):
@@ -209,7 +212,8 @@ def _limits(href: str, band: int) -> tuple[float, float]:
     with suppress(RioTilerError, DataError), gdal(href), Reader(href) as reader:
         # The same percentiles for all web tiles of a file, so that no seams show.
         values = reader.preview(indexes=(band,), max_size=256).array.compressed()
+        values = values[is_number(values)]
         if len(values):
-            low, high = np.nanpercentile(values, [2, 98])
+            low, high = np.percentile(values, [2, 98])
             return float(low), float(high)
     return 0.0, 1.0

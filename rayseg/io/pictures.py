@@ -17,7 +17,7 @@ from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Window
 from rayseg.io import cog
 from rayseg.io.maps import MappedTile, width_m
-from rayseg.io.rasters import changed, footprint, view
+from rayseg.io.rasters import changed, footprint, is_number, view
 from rayseg.io.remote import patiently
 from rayseg.io.sources import Source, gdal, open_file
 from rayseg.vision.color import RGB, ClassTable, overlay
@@ -61,17 +61,17 @@ def _outlined(tile: MappedTile) -> NDArray[np.uint8]:
     return outlined(image_HWC, numbers_HW)
 
 
-def coverage_chart(patches: Sequence[tuple[int, Sequence[float]]]) -> bytes:
+def coverage_chart(patches: Sequence[tuple[float, Sequence[float]]]) -> bytes:
     """Mean share of the imagery under plots after each round, as SVG; a patch with fewer rounds keeps its last share.
 
     Args:
-        patches: (valid pixels, share under plots after each round) of every patch.
+        patches: (area or valid pixels, share under plots after each round) of every patch.
     """
-    patches = [(pixels, shares) for pixels, shares in patches if shares]
+    patches = [(size, shares) for size, shares in patches if shares]
     if not patches:
         return b""
     rounds = max(len(shares) for _, shares in patches)
-    weights = [pixels for pixels, _ in patches]
+    weights = [size for size, _ in patches]
     means = [
         float(np.average([shares[min(k, len(shares) - 1)] for _, shares in patches], weights=weights))
         for k in range(rounds)
@@ -297,12 +297,22 @@ def _decimated(
     bands, valid_HW, known = [], np.ones(shape, bool), []
     for href, index in bands_shown(source):
         band_HW, ok_HW = patiently(partial(_averaged, source, href, index, grid, part, shape))
-        place = [*((href, at) for href, names in source.assets for at, _ in enumerate(names, 1))].index((href, index))
-        nodata = source.nodatas[place] if source.nodatas else source.nodata
+        place = _places(source).index((href, index))
+        nodata = nodata_of(source, href, index)
         known.append(np.ones(shape, bool) if nodata is None else band_HW != nodata)
         valid_HW &= ok_HW
         bands.append(changed(band_HW, source.change[place] if source.change else None))
-    return np.stack(bands), valid_HW & np.any(known, axis=0) & np.isfinite(bands).all(axis=0)
+    return np.stack(bands), valid_HW & np.any(known, axis=0) & is_number(np.stack(bands)).all(axis=0)
+
+
+def _places(source: Source) -> list[tuple[str, int]]:
+    """(href, index in the file) of each of the source's bands."""
+    return [(href, index) for href, names in source.assets for index, _ in enumerate(names, 1)]
+
+
+def nodata_of(source: Source, href: str, index: int) -> float | None:
+    """The nodata value that a band has by its item."""
+    return source.nodatas[_places(source).index((href, index))] if source.nodatas else source.nodata
 
 
 def _averaged(

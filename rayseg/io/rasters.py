@@ -125,6 +125,13 @@ def _read_source(
     return image_CHW, np.logical_and.reduce([*valid.values()])
 
 
+def is_number(pixels: np.ndarray) -> np.ndarray:
+    """Where values are finite and no huge fill value, bool; either would spoil every patch that sees it."""
+    if pixels.dtype.kind != "f":
+        return np.ones(pixels.shape, bool)
+    return np.asarray(np.isfinite(pixels) & (np.abs(pixels.astype(np.float64)) < _HUGE))
+
+
 def changed(pixels_HW: np.ndarray, change: tuple[float, float] | None) -> np.ndarray:
     """Stored values x factor + addend in their dtype, whole numbers rounded and clipped to its range."""
     if change is None or change == STORED:
@@ -181,8 +188,7 @@ def _valid(
     if MaskFlags.nodata in flags:
         valid_CHW &= dataset.read_masks(indexes, window=at) > 0
     if pixels_CHW.dtype.kind == "f":
-        # An infinite pixel would spoil every patch that sees it; so would the huge fill values of files without nodata.
-        valid_CHW &= np.isfinite(pixels_CHW) & (np.abs(pixels_CHW.astype(np.float32)) < _HUGE)
+        valid_CHW &= is_number(pixels_CHW)
     if nodata is not None and nodata != dataset.nodata:
         valid_CHW &= pixels_CHW != nodata
     return valid_CHW

@@ -18,10 +18,10 @@ from rayseg.config import Workers
 from rayseg.engine.flow import Work
 from rayseg.engine.manifest import Row
 from rayseg.engine.run import Run, Step
-from rayseg.geo.grid import Lattice
+from rayseg.geo.grid import Lattice, Tile
 from rayseg.geo.region import Region
 from rayseg.io.labels import Chip
-from rayseg.io.maps import mapped_tiles
+from rayseg.io.maps import mapped_tiles, pixel_area_m2
 from rayseg.io.pictures import coverage_chart, plots_over_imagery, size_chart
 from rayseg.models import bundle
 from rayseg.models.sam import SamConfig, checkpoint_state
@@ -192,9 +192,13 @@ def write_report(step: Step, proposed: Step, joined: Step, tiles: Step, polygons
     """The report, with the coverage after every round, and the sizes and outlines of plots."""
     rows = plots.read_plots(joined)
     tiled = [tile for of_grid in plots.proposed_tiles(proposed).values() for tile in of_grid]
-    patches = [patch for tile in tiled for patch in plots.read_proposals(proposed, tile, "patches")]
+    patches = [
+        (patch["pixels"] * (pixel_area_m2(Tile.from_row(tile)) or 1.0), patch["coverage"])
+        for tile in tiled
+        for patch in plots.read_proposals(proposed, tile, "patches")
+    ]
     outlines = plots_over_imagery(mapped_tiles(step.root, tiles.name))
-    coverage = coverage_chart([(patch["pixels"], patch["coverage"]) for patch in patches])
+    coverage = coverage_chart(patches)
     pictures = (
         ("Plots", outlines, "Outlines of the plots; pixels without a plot are red."),
         ("Coverage", coverage, "Share of the imagery under plots after each round."),

@@ -9,7 +9,7 @@ import pytest
 from fake_run import CORNER, GPC, NODATA, blobs, make, picture, place
 
 from rayseg.geo.grid import Grid, Window
-from rayseg.io import cog, pictures
+from rayseg.io import cog, mapview, pictures
 from rayseg.io.maps import mapped_tiles
 from rayseg.io.pictures import encoded, pictures_of
 from rayseg.io.rasters import source_of_file
@@ -151,3 +151,19 @@ def test_png_keeps_every_pixel_and_webp_is_an_image_too():
     back = matplotlib.image.imread(io.BytesIO(encoded(image)))
     np.testing.assert_array_equal(np.rint(back * 255), image)
     assert encoded(image, "webp")[8:12] == b"WEBP"
+
+
+@pytest.mark.parametrize("bad", [np.inf, -3.4028235e38])
+def test_pixels_that_are_no_number_are_transparent_on_the_map_page_and_do_not_change_its_contrast(tmp_path, bad):
+    image_CHW = np.random.default_rng(1).uniform(0, 1, (3, 64, 64)).astype(np.float32)
+    image_CHW[:, :8] = bad
+    grid = Grid(None, (1.0, 1.0), (0.0, 0.0), "a")
+    cog.write_image(tmp_path / "a.tif", image_CHW, grid, Window(0, 0, 64, 64), bands=("red", "green", "blue"))
+    source = source_of_file(str(tmp_path / "a.tif"), "a")
+    tile = mapview.imagery_tile([source], (0, 0, 0), image=Window(0, 0, 64, 64))
+    assert not tile[:30, :, 3].any()
+    assert (tile[34:, :, 3] == 255).all()
+    assert 100 < tile[34:, :, :3].mean() < 155
+    shown = pictures.shown([source], grid, Window(0, 0, 64, 64))
+    assert not shown[:8].any()
+    assert 100 < shown[8:].mean() < 155

@@ -366,7 +366,10 @@ def test_coverage_is_of_the_valid_pixels_whatever_patches_see_of_nodata(tmp_path
     tables = [pq.read_table(path).to_pylist() for path in (tmp_path / "run/steps/propose").glob("*.patches.parquet")]
     windows = [Window(*(one[key] for key in ("col", "row", "width", "height"))) for rows in tables for one in rows]
     there = [int(valid_HW[window.intersect(window_at(0, 0)).slices(window_at(0, 0))].sum()) for window in windows]
-    assert sorted(pixels for pixels, _ in shown) == sorted(there)
+    square_metres = GRID.resolution[0] * GRID.resolution[1]
+    assert sorted(size for size, _ in shown) == pytest.approx(
+        [count * square_metres for count in sorted(there)], rel=0.01
+    )
 
 
 @pytest.mark.parametrize("value", [1, 255, 128])
