@@ -58,6 +58,15 @@ def added(default: Any) -> Any:  # noqa: ANN401 - as pydantic's Field
     return Field(default, exclude_if=lambda value: bool(value == default))
 
 
+def complete(config: Config) -> dict[str, Any]:
+    """All values of a configuration as JSON values, also those of `added` fields at their defaults."""
+    dumped = config.model_dump(mode="json")
+    return {
+        name: complete(value) if isinstance(value, Config) and not value.one_value else dumped.get(name, value)
+        for name, value in config
+    }
+
+
 def quiet_ray() -> None:
     """Set Ray's environment before it starts: no log noise, no usage reports, no endless retries."""
     for name, value in QUIET_RAY.items():

@@ -21,10 +21,10 @@ def config_show(name: PipelineName, *, config: ConfigFile = None, set_: Override
     """Print the resolved configuration as YAML: defaults, then --config, then --set."""
     import yaml
 
-    from rayseg.config import load
+    from rayseg.config import complete, load
 
     resolved = load(pipeline_of(name).Config, config, set_ or ())
-    typer.echo(yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False, allow_unicode=True), nl=False)
+    typer.echo(yaml.safe_dump(complete(resolved), sort_keys=False, allow_unicode=True), nl=False)
 
 
 @config_app.command("schema")

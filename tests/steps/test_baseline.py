@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from test_report import fake, later, page_of
 
-from rayseg.config import Config, added
+from rayseg.config import Config, added, complete
 from rayseg.metrics import Confusion
 from rayseg.steps.baseline import Method, beside, parts_of, value_of
 from rayseg.steps.report import Extras, headline
@@ -57,3 +57,12 @@ def test_an_added_setting_changes_no_json_until_it_is_used():
     assert New(baseline=False).model_dump(mode="json") == {"kept": 1, "baseline": False}
     assert New.model_validate({"baseline": False}) != New()
     assert "baseline" in New.model_json_schema()["properties"]
+
+
+class Outer(Config):
+    inner: New = New()
+    cut: tuple[int, int] = (1, 2)
+
+
+def test_a_shown_configuration_has_the_added_settings_too():
+    assert complete(Outer()) == {"inner": {"kept": 1, "baseline": True}, "cut": [1, 2]}
