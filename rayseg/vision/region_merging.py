@@ -21,7 +21,8 @@ def borders(segments_HW: NDArray[np.integer]) -> NDArray[np.int64]:
 
 
 def summed(borders_M3: NDArray[np.integer]) -> NDArray[np.int64]:
-    """The borders with one row for every pair of segments, the smaller number first."""
+    """The borders with one row for every pair of different segments, the smaller number first."""
+    borders_M3 = borders_M3[borders_M3[:, 0] != borders_M3[:, 1]]
     pairs_M2 = np.sort(borders_M3[:, :2].astype(np.int64), axis=1)
     width = int(pairs_M2.max(initial=0)) + 1
     # One integer per pair sorts faster than rows of two.
@@ -68,6 +69,5 @@ def merged_regions(
         targets[gone] = kept
         used, numbers = np.unique(targets, return_inverse=True)
         regions_N, means, areas = numbers[regions_N], means[used], areas[used]
-        edges = np.concatenate([numbers[edges[:, :2]], edges[:, 2:]], axis=1)
-        edges = summed(edges[edges[:, 0] != edges[:, 1]])
+        edges = summed(np.concatenate([numbers[edges[:, :2]], edges[:, 2:]], axis=1))
     return regions_N
