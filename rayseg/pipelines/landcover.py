@@ -195,11 +195,11 @@ def measure_baselines(step: Step, listed: Step, validated: Step, config: Config)
     training, validation = (_labelled(listed, part, config) for part in PARTS)
     table, network = config.classes.table, config.segmenter
     count, rgb8 = len(table.classes), models.is_rgb8(config.bands, training.images[0].image.dtype, config.scaling)
-    draws = windows.spread(training.read, size=config.patch, most=supervised.MOST_WINDOWS)
+    draws = windows.spread(training.images, size=config.patch, most=supervised.MOST_WINDOWS)
     pairs = supervised.pairs_of(training, draws)
     linear = network.network != "linear"
     simple = simple_maps.learnt(network, config.scaling, pairs, len(draws), classes=count, rgb8=rgb8, linear=linear)
-    whole = [draw for [draw] in windows.cover(validation.images, size=config.patch, batch=1)]
+    whole = windows.spread(validation.images, size=config.patch)
     methods = []
     for method in simple:
         confusion = simple_maps.compare(method, supervised.pairs_of(validation, whole), classes=count)

@@ -36,7 +36,7 @@ class HeadConfig(Config):
 
     hidden: Annotated[int, Field(gt=0)] = 64
     """Hidden units of each member."""
-    members: Annotated[int, Field(gt=0)] = 5
+    members: Annotated[int, Field(gt=0)] = 3
     """Members, trained from different seeds, whose logits are averaged."""
     steps: Annotated[int, Field(gt=0)] = 600
     """Steps of each member, of 1024 pixels."""

@@ -189,14 +189,14 @@ def fit_frozen(
     classes, size = len(training.pixels_K), settings.sampling.size
     hidden = int(settings.options(classes=classes, channels=len(scaling.mean))["hidden"])
     net = untrained(settings.encoder, settings.weights, scaling, classes=classes, lab=lab, hidden=hidden)
-    draws = windows.spread(training.read, size=size, most=MOST_WINDOWS)
+    draws = windows.spread(training.images, size=size, most=MOST_WINDOWS)
     samples = sample(net, pairs_of(training, draws), len(draws), scaling, seed=settings.learning.seed)
     if hidden:
         fit_hidden(net, samples, settings.head, seed=settings.learning.seed)
     else:
         fit_linear(net, samples, balance=settings.head.balance)
     confusion = Confusion(np.zeros((classes, classes), np.int64))
-    draws = windows.spread(validation.read, size=size, most=MOST_WINDOWS)
+    draws = windows.spread(validation.images, size=size, most=MOST_WINDOWS)
     for image_CHW, classes_HW in pairs_of(validation, draws):
         with torch.inference_mode():
             logits = net(torch.from_numpy(scaling.normalize(image_CHW))[None])[0]

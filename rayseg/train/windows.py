@@ -209,10 +209,18 @@ def cover(images: Sequence[LabelledImage], *, size: int, batch: int, rank: int =
     return [tuple(draws[start : start + batch]) for start in range(0, len(draws), batch)]
 
 
-def spread(read: Windows, *, size: int, most: int) -> list[Draw]:
-    """At most `most` of the adjacent windows that cover the images, evenly spread over all of them."""
-    draws = [draw for [draw] in cover(read.images, size=size, batch=1)]
-    return [draws[int(place)] for place in np.linspace(0, len(draws) - 1, min(most, len(draws))).round()]
+def spread(images: Sequence[LabelledImage], *, size: int, most: int | None = None) -> list[Draw]:
+    """Adjacent windows that cover the images once; at most `most` of them, evenly spread over all.
+
+    A window at an image's edge ends there, or up to 31 px beyond, so that its sides are multiples of 32.
+    """
+    draws = []
+    for [draw] in cover(images, size=size, batch=1):
+        whole, window = images[draw.image].window, draw.window
+        height, width = (min(size, -(-left // 32) * 32) for left in (whole.row1 - window.row, whole.col1 - window.col))
+        draws.append(Draw(draw.image, Window(window.col, window.row, width, height)))
+    places = np.linspace(0, len(draws) - 1, min(most or len(draws), len(draws))).round().astype(int)
+    return [draws[place] for place in places]
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

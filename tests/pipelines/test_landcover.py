@@ -193,7 +193,7 @@ baseline: false
     assert found.exit_code == 0, found.output
     described, _ = bundle.build(str(out / "models" / "segmenter"))
     assert described.architecture.factory == "pixel-head"
-    assert described.architecture.options["hidden"] == (0 if network == "linear" else 320)
+    assert described.architecture.options["hidden"] == (0 if network == "linear" else 192)
     assert described.scaling.mean == (127.0,) * 3
     assert described.metrics["mean_iou"] > 0.8
     assert read(str(out))["steps"]["validation"]["overall"]["mean_iou"]["value"] > 0.8

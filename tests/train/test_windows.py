@@ -117,6 +117,26 @@ def test_windows_side_by_side_cover_everything_once_over_all_workers():
     assert all((counts == 1).all() for counts in seen)
 
 
+@pytest.mark.parametrize("size", [64, 96])
+def test_spread_windows_cover_everything_once_and_end_near_the_edges(size):
+    seen = [np.zeros((one.window.height, one.window.width), int) for one in IMAGES]
+    for draw in windows.spread(IMAGES, size=size):
+        whole = IMAGES[draw.image].window
+        assert draw.window.height % 32 == draw.window.width % 32 == 0
+        assert draw.window.row1 < whole.row1 + 32
+        assert draw.window.col1 < whole.col1 + 32
+        inside = draw.window.intersect(whole)
+        seen[draw.image][inside.slices(whole)] += 1
+    assert all((counts == 1).all() for counts in seen)
+
+
+def test_few_spread_windows_come_from_all_images():
+    draws = windows.spread(IMAGES, size=32, most=8)
+    assert len(set(draws)) == 8
+    assert {draw.image for draw in draws} == {0, 1, 2}
+    assert windows.spread(IMAGES, size=32, most=1000) == windows.spread(IMAGES, size=32)
+
+
 # -- how it gets here -------------------------------------------------------------------------------------------------
 
 
