@@ -17,8 +17,9 @@ from PIL import Image
 from rasterio.control import GroundControlPoint
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.rpc import RPC
+from tiny_maps import described
 
-from rayseg.errors import DataError
+from rayseg.errors import DataError, ModelError
 from rayseg.io.labels import ingest_folder, ingest_rasters, sources_of_images
 from rayseg.io.rasters import footprint, grids_of, read
 from rayseg.io.sources import beyond_utm, expect_mappable, expect_one_dtype, source_of_file
@@ -145,7 +146,9 @@ def _(folder):
         expect_one_dtype(source_of(item), ["image", "scl"])
 
 
-@kind("palette", "one band called `palette`; `ingest folder` refuses it: convert it to RGB")
+@kind(
+    "palette", "one band called `palette`; `ingest folder` and models of red, green, blue refuse it: convert it to RGB"
+)
 def _(folder):
     with rasterio.open(folder / "a.tif", "w", "GTiff", 20, 12, 1, dtype="uint8", photometric="palette", **UTM) as file:
         file.write(noise(1, 12, 20))
@@ -153,6 +156,8 @@ def _(folder):
     assert source_of_file(str(folder / "a.tif"), "a").bands == ("palette",)
     with pytest.raises(DataError, match="convert it to RGB"):
         ingest_folder(folder, folder / "cat")
+    with pytest.raises(ModelError, match="needs the bands red, green, blue"):
+        described().check_contract(("palette",), "uint8")
 
 
 @kind("complex (SLC)", "refused: convert it to amplitude or intensity")
@@ -360,7 +365,10 @@ def _(folder):
 # -- files
 
 
-@kind("incomplete header (tags, masks and overviews included), even if all pixels are there", "refused")
+@kind(
+    "incomplete header (tags, masks and overviews included), even if all pixels are there",
+    "refused, or all its tiles fail",
+)
 def _(folder):
     write(folder / "b.tif", noise(3, 40, 40), "COG")
     whole = (folder / "b.tif").read_bytes()
@@ -438,7 +446,8 @@ def _(folder):
 
 
 @kind(
-    "some scenes state scale and offset, others not; Sentinel-2 from both sides of baseline 04.00 without stated offsets",
+    "some scenes state scale and offset, others not; Sentinel-2 from both sides of baseline 04.00 without stated "
+    "offsets",
     "refused, with the names of two scenes",
 )
 def _(folder):
@@ -468,7 +477,7 @@ def test_the_raster_is_handled_as_the_page_says(raster, check, tmp_path):
 
 def test_the_page_has_the_rows_that_are_checked_and_no_others():
     assert table() in PAGE.read_text()
-    assert PAGE.read_text().count("\n| ") == table().count("\n| ")
+    assert PAGE.read_text().count("\n| ") == f"\n{table()}".count("\n| ")
 
 
 if __name__ == "__main__":
