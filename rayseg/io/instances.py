@@ -12,6 +12,7 @@ from rasterio.features import rasterize
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window, slug
+from rayseg.io import labelme
 from rayseg.io.rasters import footprint, read
 from rayseg.io.sources import Source
 from rayseg.store import upath
@@ -74,12 +75,14 @@ class Polygons:
 
     @classmethod
     def open(cls, path: str) -> "Polygons":
-        """Read a file of polygons: GeoParquet (fiboa too), GeoJSON, GeoPackage, FlatGeobuf or Shapefile.
+        """Read polygons: GeoParquet (fiboa too), GeoJSON, GeoPackage, Shapefile, or a folder of LabelMe's JSONs.
 
         Raises:
             DataError: it cannot be read, holds no polygons, or has neither a CRS nor a column `image`.
         """
         target = upath(path)
+        if target.is_dir():
+            return cls(labelme.polygons_of(path), path)
         try:
             parquet = target.suffix in {".parquet", ".geoparquet"}
             frame = geopandas.read_parquet(str(target)) if parquet else geopandas.read_file(str(target))

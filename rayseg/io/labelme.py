@@ -196,6 +196,31 @@ def load(folder: str, images: str, out: str, *, size: int = 224) -> dict[str, in
     return counts
 
 
+def polygons_of(folder: str) -> geopandas.GeoDataFrame:
+    """The shapes labelled as fields in a folder of JSONs, in pixels, with the column `image`; holes are cut out.
+
+    Raises:
+        DataError: there are no JSONs, or one cannot be read.
+    """
+    paths = sorted(Path(folder).glob("*.json"))
+    if not paths:
+        raise DataError(f"{folder} holds no .json files, expected one of LabelMe for each image: export them there")
+    names, polygons = [], []
+    for path in paths:
+        content = _read(path)
+        outlines = [shape for shape in content.shapes if shape.shape_type == "polygon" and len(shape.points) > 2]
+        holes: dict[object, list[BaseGeometry]] = {}
+        for shape in outlines:
+            if (shape.flags or {}).get("hole"):
+                holes.setdefault(shape.group_id, []).append(shapely.make_valid(Polygon(shape.points)))
+        for shape in outlines:
+            if not (shape.flags or {}).get("hole") and NAMES.get(str(shape.label)) == "field":
+                whole = shapely.make_valid(Polygon(shape.points))
+                polygons.append(whole.difference(shapely.union_all(holes.get(shape.group_id, []))))
+                names.append(slug(Path(content.imagePath.replace("\\", "/")).stem))
+    return geopandas.GeoDataFrame({"image": names}, geometry=polygons)
+
+
 def _read(path: Path) -> _Document:
     try:
         return _Document.model_validate(json.loads(path.read_bytes()))

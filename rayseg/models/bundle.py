@@ -159,6 +159,8 @@ class Bundle(Config):
     """Distance between neighbouring patches in pixels."""
     threshold: float = Field(default=0.5, ge=0, le=1)
     """Probability above which a pixel is of the class, for models of one class."""
+    level: Annotated[float | None, Field(ge=0, le=1, exclude_if=lambda level: level is None)] = None
+    """Height of the ridges at which a watershed divides the map into plots, for models of boundaries."""
     metrics: Metrics = Field(default_factory=dict)
     """Of the training, without NaN and infinity, such as the IoU of an absent class."""
     provenance: Provenance = Field(default_factory=Provenance)

@@ -60,6 +60,28 @@ class Reduced(nn.Module):
         return interpolate(logits, size=images_NCHW.shape[2:], mode="bilinear")
 
 
+class Enlarged(nn.Module):
+    """A segmenter of bilinearly enlarged images; logits are averaged over the enlarged pixels of a pixel.
+
+    Encoders halve the image at once, and decoders see nothing finer: lines of one or two pixels survive only this way.
+    """
+
+    def __init__(self, net: nn.Module, *, enlarge: int) -> None:
+        super().__init__()
+        self.net = net
+        self.enlarge = enlarge
+
+    @property
+    def encoder(self) -> nn.Module:
+        """Encoder of the inner network."""
+        return self.net.get_submodule("encoder")
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """Logits_NKHW of the images' size."""
+        logits = self.net(interpolate(images_NCHW, scale_factor=self.enlarge, mode="bilinear"))
+        return avg_pool2d(logits, self.enlarge)
+
+
 class Ensemble(nn.Module):
     """The mean of the logits of segmenters of one architecture, trained from different seeds."""
 
@@ -81,6 +103,7 @@ def build_segmenter(
     weights: str = "imagenet",
     channels: int = 3,
     reduce: int = 1,
+    enlarge: int = 1,
     members: int = 1,
 ) -> nn.Module:
     """A network from normalised images_NCHW (float32, sides multiples of 32 * reduce) to logits_NKHW of that size.
@@ -92,6 +115,7 @@ def build_segmenter(
         weights: of the encoder: "imagenet" (downloaded), "packaged", "none", or a `.pth`, `.pt` or `.safetensors` file.
         channels: bands of the images.
         reduce: side in px of the squares that are averaged to one input pixel of the network.
+        enlarge: factor by which images are enlarged before the network.
         members: networks whose logits are averaged; 1 is a single network.
 
     Raises:
@@ -100,12 +124,12 @@ def build_segmenter(
     """
     if members > 1:
         one = partial(build_segmenter, architecture, encoder, classes=classes, weights=weights, channels=channels)
-        return Ensemble([one(reduce=reduce) for _ in range(members)])
+        return Ensemble([one(reduce=reduce, enlarge=enlarge) for _ in range(members)])
     if architecture not in ARCHITECTURES:
         raise ConfigError(f"architecture {architecture!r} is unknown, expected one of: {', '.join(ARCHITECTURES)}")
     if architecture == "deeplab":
         deeplab = DeepLab(encoder, classes=classes, channels=channels, weights=weights)
-        return Reduced(deeplab, reduce=reduce) if reduce > 1 else deeplab
+        return _resampled(deeplab, reduce=reduce, enlarge=enlarge)
     # The libraries raise errors of many kinds for an invalid combination, and warn of their own deprecations.
     name, weights = encoder_name(encoder), chosen(encoder, weights)
     try:
@@ -121,4 +145,9 @@ def build_segmenter(
     except (OSError, *CANNOT_BUILD) as error:
         raise cannot_build(f"{architecture} on encoder {encoder}", weights, error) from None
     load_encoder_weights(model.get_submodule("encoder"), weights, encoder)
-    return Reduced(model, reduce=reduce) if reduce > 1 else model
+    return _resampled(model, reduce=reduce, enlarge=enlarge)
+
+
+def _resampled(net: nn.Module, *, reduce: int, enlarge: int) -> nn.Module:
+    net = Enlarged(net, enlarge=enlarge) if enlarge > 1 else net
+    return Reduced(net, reduce=reduce) if reduce > 1 else net

@@ -3,8 +3,9 @@
     imagery --> [x4 larger] --> proposals in up to 4 rounds on the uncovered rest --> mixed masks again --> instances
     instances --> joined over patches --> plots --> classifier, if there is one --> polygons, label raster, items
 
-Segment Anything proposes, or superpixels without weights. Plots do not depend on the tiling of the region:
-docs/decisions/0007. `configs/agri/paper.yaml` has the published settings.
+Segment Anything proposes; or superpixels, which need no weights; or a network that learns boundaries from drawn plots
+(rayseg.steps.boundaries). Plots do not depend on the tiling of the region: docs/decisions/0007.
+`configs/agri/paper.yaml` has the published settings.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,20 +27,22 @@ from rayseg.io.pictures import coverage_chart, plots_over_imagery, size_chart
 from rayseg.models import bundle
 from rayseg.models.sam import SamConfig, checkpoint_state
 from rayseg.models.super_resolution import EnlargeConfig, load_enlarger
+from rayseg.stages.boundaries import BoundaryProposer
 from rayseg.stages.classify_plots import ClassifyPlots, CutPlots, WriteClasses, check_classifier
 from rayseg.stages.enlarge import lattice_of
 from rayseg.stages.propose import ProposePlots, ReadPlots, WritePieces, WritePlots
 from rayseg.stages.rows import PlotsRow
 from rayseg.stages.to_rgb import ImageConfig, ReadGround, check_source
-from rayseg.steps import chips, estimate, models, plots, report, super_resolution
+from rayseg.steps import boundaries, chips, estimate, models, plots, report, super_resolution
 from rayseg.steps import map as mapping
+from rayseg.steps.boundaries import BoundariesConfig
 from rayseg.steps.chips import ChipsConfig
 from rayseg.steps.map import MapConfig
 from rayseg.steps.plots import CLASSES, LABELS, SCALING
 from rayseg.store import Location, upath
 from rayseg.train.classifier import expect_trainable
 from rayseg.vision.proposals import SuperpixelProposer
-from rayseg.vision.rounds import RoundsConfig
+from rayseg.vision.rounds import Round, RoundsConfig
 
 Plan = mapping.Plan[list[Chip]]
 TILING = {"scales": [150.0, 300.0], "reduce": 1, "least": 100, "slivers": 6.0}
@@ -50,11 +53,15 @@ Steps = Sequence[Callable[..., Any]]
 class Config(Frozen):
     """Settings of the pipeline; the defaults are the published ones."""
 
-    proposer: Literal["sam", "felzenszwalb"] = "sam"
-    """Segment Anything, or superpixels, which need no weights."""
+    proposer: Literal["sam", "felzenszwalb", "boundaries"] = "sam"
+    """Segment Anything; superpixels, without weights; or a network for boundaries that learns from drawn plots."""
     sam: SamConfig = SamConfig()
     superpixels: SuperpixelProposer = SuperpixelProposer()
     """felzenszwalb: settings that are not given are those of `TILING`."""
+    boundaries: Annotated[BoundariesConfig, Field(exclude_if=lambda value: value == BoundariesConfig())] = (
+        BoundariesConfig()
+    )
+    """boundaries: the drawn plots and the network; `rounds` then only sets the fewest pixels of a plot."""
     rounds: RoundsConfig = RoundsConfig()
     image: ImageConfig = ImageConfig()
     enlarge: EnlargeConfig | None = None
@@ -90,6 +97,8 @@ class Config(Frozen):
     def _whole_cells(self) -> "Config":
         if self.stride >= self.patch or (self.patch - self.stride) % 2:
             raise ValueError(f"patch {self.patch} must be above stride {self.stride} by an even number")
+        if self.proposer == "boundaries" and self.enlarge:
+            raise ValueError("enlarge is set, but proposer boundaries learns imagery as it is; leave enlarge out")
         if self.map.tile % self.stride:
             raise ValueError(f"map.tile {self.map.tile} must be a multiple of stride {self.stride}")
         return self
@@ -101,22 +110,34 @@ class Config(Frozen):
 
 
 def propose(
-    step: Step, larger: Step, region: Region, config: Config, *, tiles: Sequence[Row] | None = None
+    step: Step,
+    larger: Step,
+    region: Region,
+    config: Config,
+    network: Step | None = None,
+    *,
+    tiles: Sequence[Row] | None = None,
 ) -> dict[str, Any]:
-    """Propose plots in every patch; tables of patches and pieces lie below the step."""
+    """Propose plots in every patch, `network` where it is given; tables of patches and pieces lie below the step."""
     bare = larger.value.get("items") == 0  # the imagery has no data, so nothing was enlarged
     rows = mapping.kept_manifest(step, lambda: [] if bare else tiles or _tiles(region, config))
+    rounds, learnt = config.rounds, None
+    if network:
+        # The plots of a watershed cover what they can: there is nothing left for rounds or inside mixed masks.
+        rounds = rounds.model_copy(update={"rounds": (Round(),), "refining": None})
+        learnt = BoundaryProposer(network.value["bundle"], config.image, config.boundaries.slivers)
     look = ProposePlots(
         config.proposer,
         sam=config.sam,
         superpixels=config.superpixels,
-        rounds=config.rounds,
+        rounds=rounds,
         patches=config.patches,
         geometry=region.geometry,
+        boundaries=learnt,
     )
     works = [
         Work(ReadGround(config.image, config.patches)),
-        Work(look, cpus=1.0, gpus=1.0 if config.proposer == "sam" else 0.0, model=True),
+        Work(look, cpus=1.0, gpus=0.0 if config.proposer == "felzenszwalb" else 1.0, model=True),
         Work(WritePieces(str(step.prefix))),
     ]
     return mapping.through(step, rows, works, patience=config.map.stall_seconds)
@@ -221,6 +242,9 @@ def check(config: Config, region: Region) -> Plan:
         load_enlarger(enlarge, device="cpu")
     else:
         tiles = _tiles(region, config)
+    drawn = None
+    if config.proposer == "boundaries":
+        drawn = boundaries.check(region, config.boundaries, config.image, workers=config.workers)
     if config.proposer == "sam" and config.sam.checkpoint != "random":
         checkpoint_state(config.sam)
     if config.classifier:
@@ -230,7 +254,7 @@ def check(config: Config, region: Region) -> Plan:
         expect_trainable(config.training, workers=config.workers)
         bundle.blank(models.classifier_bundle(config.training, CLASSES, name="plots", scaling=SCALING))
         models.expect_weights(config.training)
-    return Plan(tiles, labelled, before)
+    return Plan(tiles, labelled, before, drawn)
 
 
 def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:
@@ -240,8 +264,9 @@ def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:
         before = estimate.Forecast(plan.before, lattice_of(config.enlarge).patch)
     counts = {"enlarge": len(before.tiles)} if before else {}
     inline = config.model_copy(update={"workers": 0})
-    trial = partial(run, inline, plan=Plan(labels=plan.labels), learn=(estimate.training, fit_plots))
-    unknown = estimate.by_workers(config.workers) if config.chips else ()
+    trial = partial(run, inline, plan=Plan(labels=plan.labels, drawn=plan.drawn), learn=(estimate.training, fit_plots))
+    trains = config.chips or (config.proposer == "boundaries" and not config.boundaries.model)
+    unknown = estimate.by_workers(config.workers) if trains else ()
     return estimate.Forecast(plan.tiles or (), config.patch, unknown, counts, trial=trial, before=before)
 
 
@@ -251,10 +276,15 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None, *, l
     model = run.step("classifier", *learn, region, config, listed=plan.labels)
     enlarging = (region, config.enlarge, image, config.map, halo)
     larger = run.step("enlarge", super_resolution.enlarge, *enlarging, tiles=plan.before)
+    drawn = plan.drawn
     if "imagery" in larger.value:  # from here on the enlarged imagery is mapped; it is planned when it is there
         enlarged = config.map.model_copy(update={"imagery": larger.value["imagery"]})
         config, plan = config.model_copy(update={"map": enlarged, "image": ImageConfig()}), Plan()
-    proposed = run.step("propose", propose, larger, region, config, tiles=plan.tiles)
+    network: tuple[Step, ...] = ()
+    if config.proposer == "boundaries":
+        steps, settings = (*learn[:-1], boundaries.learn), (region, config.boundaries, image, config.workers)
+        network = (run.step("boundaries", *steps, *settings, found=drawn),)
+    proposed = run.step("propose", propose, larger, region, config, *network, tiles=plan.tiles)
     joined = run.step("join", join, proposed, config)
     classified = run.step("classify", classify, proposed, joined, model, config)
     tiles = run.step("predict", write_tiles, region, proposed, joined, classified, model, config)

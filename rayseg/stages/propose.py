@@ -38,24 +38,28 @@ class ProposePlots:
     stability.
 
     Args:
-        proposer: "sam" or "felzenszwalb".
+        proposer: "sam", "felzenszwalb" or "boundaries".
         sam: settings of "sam".
         superpixels: settings of "felzenszwalb".
         rounds: settings of the method.
         patches: lattice of the patches.
         geometry: the region, GeoJSON in EPSG:4326, or None.
+        boundaries: the proposer "boundaries".
     """
 
-    proposer: Literal["sam", "felzenszwalb"]
+    proposer: Literal["sam", "felzenszwalb", "boundaries"]
     _: KW_ONLY
     sam: "SamConfig"
     superpixels: SuperpixelProposer
     rounds: RoundsConfig
     patches: Lattice
     geometry: dict[str, Any] | None
+    boundaries: Propose | None = None
 
     @cached_property
     def _propose(self) -> Propose:
+        if self.boundaries:
+            return self.boundaries
         if self.proposer == "felzenszwalb":
             return self.superpixels
         from rayseg.models.sam import load_sam

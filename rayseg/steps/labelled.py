@@ -43,7 +43,7 @@ class LabelledConfig(Config):
 
 
 def find_images(
-    region: Region, images: str | None, masks: str | None, *, table: ClassTable, setting: str
+    region: Region, images: str | None, masks: str | None, *, table: ClassTable | None, setting: str
 ) -> list[LabelledImage]:
     """All images with their masks, if any, sorted by id.
 
@@ -51,7 +51,7 @@ def find_images(
         region: its images or its catalogue are used if `images` is None.
         images: a folder of scenes, or `catalog.json#collection`.
         masks: with a catalogue, its masks: `catalog.json#collection/asset`, or `#collection/asset` of the region's.
-        table: the classes.
+        table: the classes; None for masks of ids.
         setting: the configuration key of `images`, for the error message.
 
     Raises:

@@ -67,11 +67,13 @@ class Plan(Generic[Labels]):
         tiles: rows of all tiles of the map.
         labels: the labelled training data, in the form the pipeline's steps expect.
         before: rows of the tiles that are enlarged first, if the pipeline enlarges its imagery.
+        drawn: labelled images that a second network learns from.
     """
 
     tiles: Sequence[Row] | None = None
     labels: Labels | None = None
     before: Sequence[Row] | None = None
+    drawn: Any = None
 
 
 def load_model(step: Step, prefix: str) -> dict[str, Any]:

@@ -52,6 +52,8 @@ class NetworkConfig(Config):
     """Of the encoder: "imagenet", "packaged" (of a Python package), "none", or a file."""
     reduce: Annotated[int, Field(gt=0)] = 1
     """Side in px of the squares that are averaged to one input pixel of the network."""
+    enlarge: Annotated[int, Field(gt=0), Field(exclude_if=lambda factor: factor == 1)] = 1
+    """Factor by which images are enlarged before the network, for lines of one or two pixels."""
 
     @field_validator("architecture")
     @classmethod
@@ -73,6 +75,7 @@ class NetworkConfig(Config):
             "classes": classes,
             "channels": channels,
             "reduce": self.reduce,
+            **({"enlarge": self.enlarge} if self.enlarge > 1 else {}),
         }
 
     def build(self, *, classes: int = 1, channels: int, weights: str | None = None) -> nn.Module:
@@ -89,6 +92,7 @@ class NetworkConfig(Config):
             channels=channels,
             weights=weights or self.weights,
             reduce=self.reduce,
+            enlarge=self.enlarge,
         )
 
 
