@@ -248,6 +248,8 @@ def _source_of(item: pystac.Item, bands: Sequence[str] | None) -> Source:
     dtypes = {key: dtype for key in used if (dtype := _dtype(assets[key]))}
     unclear = {key for key in used if names[key] is None} | ({used[0]} if not frames or not dtypes else set())
     opened = {key: source_of_file(hrefs[key], item.id) for key in used if key in unclear}
+    if any(source.units for source in opened.values()):  # then the item's other files have tags with units too
+        opened |= {key: source_of_file(hrefs[key], item.id) for key in used if key not in opened}
     frames |= {key: source for key, source in opened.items() if key not in frames}
     dtypes |= {key: source.dtype for key, source in opened.items() if key not in dtypes}
     first = min(frames, key=lambda key: (_pixel_area(frames[key]), used.index(key)))

@@ -1,6 +1,7 @@
 """Scale, offset and processing baseline of scenes that one network sees: convert them to one unit, or refuse them."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ Unit = tuple[float, float]
 """(scale, offset) from stored values to physical ones."""
 BASELINE = 4.0
 """From this Sentinel-2 processing baseline on, stored values are 1000 higher (BOA_ADD_OFFSET, RADIO_ADD_OFFSET)."""
+_PRODUCT = re.compile(r"S2[A-D]_MSIL[12][AC]_.*_N(\d{4})_")
 _SHIFT = 8  # an integer type may lose an eighth of its range to a conversion, not more
 
 
@@ -59,13 +61,12 @@ def expect_one_unit(sources: Sequence[Source], bands: Sequence[str] = ()) -> Non
             processing baseline 04.00 without stated offsets; the message names two sources.
     """
     ordered = sorted(sources, key=lambda source: source.item_id)
-    old, new = (
-        [s for s in ordered if s.baseline and (float(s.baseline) >= BASELINE) == after] for after in (False, True)
-    )
+    known = [(source, baseline) for source in ordered if (baseline := _baseline(source)) is not None]
+    old = [f"{source.item_id} is from Sentinel-2 processing baseline {b:05.2f}" for source, b in known if b < BASELINE]
+    new = [f"{source.item_id} from {baseline:05.2f}" for source, baseline in known if baseline >= BASELINE]
     if old and new:
         raise DataError(
-            f"{old[0].item_id} is from Sentinel-2 processing baseline {old[0].baseline}, {new[0].item_id} from "
-            f"{new[0].baseline}, expected one side of 04.00, whose stored values are 1000 higher: select scenes of "
+            f"{old[0]}, {new[0]}, expected one side of 04.00, whose stored values are 1000 higher: select scenes of "
             "one side, or state raster:bands with scale and offset"
         )
     first: dict[str, Source] = {}
@@ -81,6 +82,14 @@ def expect_one_unit(sources: Sequence[Source], bands: Sequence[str] = ()) -> Non
                     "scale and offset for all scenes of a run: convert the scenes, state both in their items, or map "
                     "them in two runs"
                 )
+
+
+def _baseline(source: Source) -> float | None:
+    """The Sentinel-2 processing baseline, by the item or the product's name (`_N0400_`); None with stated units."""
+    if source.units:
+        return None
+    name = _PRODUCT.search(source.item_id)
+    return float(source.baseline) if source.baseline else int(name[1]) / 100 if name else None
 
 
 def _by_band(source: Source) -> dict[str, Unit]:

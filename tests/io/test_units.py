@@ -107,6 +107,25 @@ def test_sentinel_2_scenes_from_both_sides_of_baseline_0400_are_refused_by_name(
     assert units_of(harmonised, ["b1"]) == ((0.0001, 0.0),)
 
 
+def test_the_baseline_stands_in_a_products_name_too(tmp_path):
+    bare = source_of_file(write(tmp_path / "a.tif", np.ones((2, 8, 8), np.uint16)), "a")
+    old = replace(bare, item_id="S2A_MSIL2A_20210704T101031_N0301_R022_T33UUP")
+    new = replace(bare, item_id="S2B_MSIL2A_20220704T101559_N0400_R065_T33UUP")
+    with pytest.raises(DataError, match=r"_R022_T33UUP is from Sentinel-2 processing baseline 03\.01, S2B.* 04\.00"):
+        expect_one_unit([new, old])
+    stated = replace(new, units=((0.0001, -0.1),) * 2)
+    with pytest.raises(DataError, match=r"stored, without scale and offset"):
+        expect_one_unit([old, stated])
+
+
+def test_the_tags_of_every_file_of_an_item_count(tmp_path):
+    """One asset a band, and an item that states neither types nor units."""
+    tags = {"scales": [0.01], "offsets": [-5.0]}
+    hrefs = {name: write(tmp_path / f"{name}.tif", np.ones((1, 8, 8), np.int16), **tags) for name in ("red", "nir")}
+    found = source_of(item("a", {name: (href, {"bands": [{"name": name}]}) for name, href in hrefs.items()}))
+    assert found.units == ((0.01, -5.0),) * 2
+
+
 def test_scenes_that_state_nothing_do_not_mix_with_scenes_that_do(tmp_path):
     bare = source_of_file(write(tmp_path / "a.tif", np.ones((2, 8, 8), np.uint16)), "a")
     stated = replace(bare, item_id="b", units=((0.0001, 0.0), (0.0001, -0.1)))
