@@ -20,11 +20,13 @@ from rasterio.rpc import RPC
 from tiny_maps import described
 
 from rayseg.errors import DataError, ModelError
+from rayseg.geo.region import resolve_region
 from rayseg.io.labels import ingest_folder, ingest_rasters, sources_of_images
 from rayseg.io.rasters import footprint, grids_of, read
 from rayseg.io.sources import beyond_utm, expect_mappable, expect_one_dtype, source_of_file
 from rayseg.io.stac_read import open_items, source_of
 from rayseg.io.units import common_units, converted, expect_one_unit
+from rayseg.stages.read import tile_rows
 
 PAGE = Path(__file__).parents[1] / "docs" / "rasters.md"
 UTM = {"crs": "EPSG:32736", "transform": Affine(10, 0, 600_000, 0, -10, 8_000_000)}
@@ -242,6 +244,15 @@ def _(folder):
         on_its_own_grid(folder / "a.tif", write(folder / "a.tif", noise(), place=place))
 
 
+@kind("south-up, or columns from east to west", "mapped on its own grid: a flip moves whole pixels")
+def _(folder):
+    stored = write(folder / "a.tif", noise(), place=UTM | {"transform": Affine(10, 0, 600_000, 0, 10, 7_999_880)})
+    grid, pixels_CHW, valid_HW = handled(folder / "a.tif")
+    assert grid.crs == "EPSG:32736"
+    assert np.array_equal(pixels_CHW, stored[:, ::-1])
+    assert valid_HW.all()
+
+
 @kind("rotated", "warped to UTM at the finer side of its pixels, bilinear")
 def _(folder):
     place = UTM | {"transform": UTM["transform"] @ Affine.rotation(30) @ Affine.scale(1, 2)}
@@ -284,6 +295,16 @@ def _(folder):
     assert item.geometry["type"] == "MultiPolygon"
 
 
+@kind("longitudes from 0 to 360, or a little beyond 180", "mapped on its own grid; regions find it on every turn")
+def _(folder):
+    place = {"crs": "EPSG:4326", "transform": Affine(10, 0, 0, 0, -10, 60)}
+    on_its_own_grid(folder / "a.tif", write(folder / "a.tif", noise(1, 12, 36), place=place))
+    [row] = tile_rows(
+        [source_of_file(str(folder / "a.tif"), "a")], resolve_region("-20,0,-10,10").geometry, size=9, halo=0
+    )
+    assert row["col"] == 27
+
+
 @kind("latitudes beyond the poles, longitudes beyond a second turn", "refused: outside the Earth")
 def _(folder):
     for x, y in ((15, 99), (378, 10)):
@@ -304,7 +325,10 @@ def _(folder):
     assert valid_HW.all()
 
 
-@kind("several scenes that do not", "one grid per UTM zone")
+@kind(
+    "several scenes that do not",
+    "UTM zones at the finest pixels of their scenes; each keeps its own six degrees: docs/decisions/0016",
+)
 def _(folder):
     write(folder / "a.tif", noise())
     write(folder / "b.tif", noise(), place={"crs": "EPSG:32735", "transform": Affine(5, 0, 4e5, 0, -5, 8e6)})
@@ -312,7 +336,10 @@ def _(folder):
     assert [grid.crs for grid, _ in grids] == ["EPSG:32735", "EPSG:32736"]
 
 
-@kind("polar scene among others on another grid", "refused: UTM has no zone there; mapped if it is alone")
+@kind(
+    "polar scene, geostationary disk or world among others on another grid",
+    "refused: no UTM zone holds it; mapped if it is alone",
+)
 def _(folder):
     write(folder / "b.tif", noise())
     place = {"crs": "EPSG:3031", "transform": Affine(100, 0, 0, 0, -100, 0)}

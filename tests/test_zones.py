@@ -1,6 +1,6 @@
 """Ground of several UTM zones is mapped once: by tiles, by areas and by polygons, whatever the order of the imagery."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import geopandas
 import numpy as np
@@ -8,18 +8,19 @@ import pytest
 import rasterio
 import shapely
 from affine import Affine
-from pyproj import Geod, Transformer
+from pyproj import CRS, Geod, Transformer
 from rasterio.enums import ColorInterp
+from shapely.geometry import mapping
 from small_world import rayseg
 from tiny_maps import TABLE, Bright, described
 
 from rayseg.engine.ledger import Settled
-from rayseg.geo.grid import zone_bounds
+from rayseg.geo.grid import Tile, zone_bounds
 from rayseg.geo.region import resolve_region
 from rayseg.io import labels, vectors
 from rayseg.io.maps import pixel_area_m2
 from rayseg.io.rasters import source_of_file
-from rayseg.io.sources import grids_of
+from rayseg.io.sources import Source, beyond_utm, expect_mappable, grids_of
 from rayseg.models.segmenter import Probabilities
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, tile_rows
@@ -175,3 +176,109 @@ def test_a_plot_over_a_seam_has_one_number_one_outline_and_its_own_area(tmp_path
         for name, number in numbers.items():
             held[name] |= {path.parent.name[:5]} if number in shown else set()
     assert held == {"west": {"32732"}, "over": {"32732", "32733"}, "east": {"32733"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "sources", "dtype"),
+    [
+        ("5.9,-0.1,6.1,0.1", [("EPSG:32631", 200), ("EPSG:32732", 300)], "uint16"),  # four zones meet
+        ("-66.1,-33.1,-65.9,-33", [("EPSG:32719", 60), ("EPSG:4326", 0.001)], "float32"),
+        ("179.95,-17,-179.95,-16.9", [("EPSG:32760", 100), ("EPSG:3857", 120)], "uint8"),
+    ],
+)
+def test_ground_at_a_seam_is_counted_once_in_every_hemisphere(tmp_path, text, sources, dtype):
+    west, south, east, north = map(float, text.split(","))
+    east += 360 * (east < west)
+    low, high = south - 0.05, north + 0.05
+    around = ((west - 0.3, low, east + 0.05, high), (west - 0.05, low, east + 0.3, high))  # centres in two zones
+    at = [(west + east) / 2 % 360, (south + north) / 2]
+
+    def bright(lon, lat):
+        return np.hypot(lon - at[0], (lat - at[1]) / np.cos(np.radians(at[1]))) < 0.03
+
+    made = [
+        scene(tmp_path / f"{k}.tif", crs, around[k], side=side, bright=bright, dtype=dtype)
+        for k, (crs, side) in enumerate(sources)
+        if crs != "EPSG:3857"
+    ]
+    if "EPSG:3857" in dict(sources):  # which counts on from one side only
+        made += [
+            scene(tmp_path / f"{k}.tif", "EPSG:3857", part, side=120, bright=bright, dtype=dtype)
+            for k, part in (("w", (179.9, low, 179.999, high)), ("e", (-179.999, low, -179.9, high)))
+        ]
+    (tmp_path / "out").mkdir()
+    found = mapped(tmp_path / "out", made, text, dtype=dtype, size=128)
+    check_once(found, text)
+    [disk] = found.polygons[found.polygons["name"] == "cover"].itertuples()
+    assert disk.area_m2 == pytest.approx(np.pi * 0.03**2 * area_of(text) / area_in_degrees(text), rel=0.1)
+    inside = sum(int((classes == 1).sum()) for _, classes in found.tiles.values())
+    assert disk.pixels == inside
+
+
+def area_in_degrees(text):
+    """Square degrees of the equator: longitudes shrink with the cosine, and the disks above are drawn so too."""
+    shapes = shapely.geometry.shape(resolve_region(text).geometry)
+    return shapes.area / np.cos(np.radians(shapes.centroid.y))
+
+
+# -- planning
+
+
+def planned(crs, x, y, side, size):
+    """The description of a square scene; no file is opened to plan."""
+    affine = (side, 0.0, x, 0.0, -side, y)
+    return Source(f"{crs[5:]}_{x:.0f}_{y:.0f}", (("/none.tif", ("b1",)),), crs, affine, size, size, "uint8")
+
+
+ZONES = (1, 2, 9, 14, 22, 33, 43, 47, 54, 59, 60)
+
+
+@pytest.mark.parametrize("text", ["60,-10,150,55", "-170,5,-50,75", "-180,-80,180,84"])
+def test_the_tiles_of_continents_and_of_the_world_are_planned_with_what_lies_in_them(text):
+    sources = []
+    for number in ZONES:
+        for zone, north in (("326", 7_000_000), ("326", 3_000_000), ("327", 9_000_000)):
+            sources.append(planned(f"EPSG:{zone}{number:02}", 250_000, north, 1000.0, 500))
+    region = shapely.geometry.shape(resolve_region(text).geometry)
+    rows = tile_rows(sources, mapping(region), size=256, halo=64)
+    assert len({row["id"] for row in rows}) == len(rows)
+    ground = {}
+    for row in rows:
+        tile = Tile.from_row(row)
+        left, bottom, right, top = tile.grid.bounds(tile.window)
+        to_degrees = Transformer.from_crs(tile.grid.crs, "EPSG:4326", always_xy=True)
+        lon, lat = to_degrees.transform((left + right) / 2, (bottom + top) / 2)
+        ground[row["id"]] = region.distance(shapely.Point(lon, lat))
+        west, _, east, _ = zone_bounds(tile.grid.crs)
+        assert west - 0.5 < lon < east + 0.5 or abs(lon) > 179.5
+    assert max(ground.values()) < 3
+    centres = [
+        shapely.Point(number * 6 - 183, lat)
+        for number in (1, 2, 9, 14, 22, 33, 43, 47, 54, 59, 60)
+        for lat in (60.9, 24.8, -11.3)
+    ]
+    whole = {row["id"].split("_")[0] for row in rows}
+    well = [point for point in centres if region.buffer(-2).contains(point)]
+    zones = {f"32{6 if point.y > 0 else 7}{int((point.x + 183) / 6):02}" for point in well}
+    assert zones <= whole
+
+
+# -- rasters that fit nowhere
+
+GEOSTATIONARY = "+proj=geos +h=35785831 +lon_0=0 +sweep=y +ellps=WGS84"
+
+
+def test_a_raster_that_fits_no_common_grid_fails_alone():
+    field = planned("EPSG:32633", 400_000, 5_000_000, 10.0, 100)
+    tilted = planned("EPSG:32634", 400_000, 5_000_000, 10.0, 100)
+    disk = replace(planned("EPSG:4326", 0, 0, 1, 1), item_id="disk", crs=CRS.from_user_input(GEOSTATIONARY).to_wkt())
+    disk = replace(disk, transform=(50_000.0, 0, -5_500_000.0, 0, -50_000.0, 5_500_000.0), height=220, width=220)
+    world = replace(planned("EPSG:4326", -180, 90, 1.0, 1), item_id="world", height=180, width=360)
+    cap = replace(planned("EPSG:3413", -2e6, 2e6, 10_000.0, 400), item_id="cap")
+    for odd in (disk, world, cap):
+        assert list(beyond_utm([field, odd])) == list(beyond_utm([odd, field])) == [odd.item_id]
+        assert odd.item_id in str(beyond_utm([field, odd])[odd.item_id])
+        expect_mappable(odd, tile=2048)  # it can be mapped alone
+    refused = beyond_utm([field, tilted, disk, world, cap])
+    assert set(refused) == {"disk", "world", "cap"}
+    assert len(grids_of([field, tilted])) == 2
