@@ -84,7 +84,7 @@ class BoundariesConfig(Config):
         every=5,
     )
     """The network and its training."""
-    patch: Annotated[int, Field(gt=0, multiple_of=32)] = 320
+    patch: Annotated[int, Field(gt=0, multiple_of=32)] = 288
     """Side in px of the network's window."""
     stride: Annotated[int, Field(gt=0)] = 256
     """Distance of these windows in px."""
