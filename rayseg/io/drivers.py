@@ -45,8 +45,8 @@ SIGNATURES = {
 """First bytes -> driver."""
 _FAULTS: tuple[type[Exception], ...] = (*STORE_ERRORS, ClientError)
 _DEEPEST = 5  # mosaics of mosaics
-_PATHS = {"SourceFilename", "SourceDataset"}
-_TEXTS = {"Metadata", "MDI", "SRS", "Description", "Category", "UnitType", "CategoryNames", "GeoTransform", "GCPList"}
+_PATHS = {"sourcefilename", "sourcedataset"}
+_TEXTS = {"metadata", "mdi", "srs", "description", "category", "unittype", "categorynames", "geotransform", "gcplist"}
 _FOREIGN = re.compile(r"^\s*([/\\~<]|[A-Za-z]\w*:)|://|/vsi")
 
 
@@ -161,14 +161,19 @@ def _files_of_vrt(href: str) -> Iterator[str]:
     except ElementTree.ParseError as error:
         raise DataError(f"{href} is not a VRT: {error}; build it with gdalbuildvrt") from None
     for element in root.iter():
-        text = (element.text or "").strip()
-        if element.tag in _TEXTS or not text:
-            continue
-        path = element.tag in _PATHS
-        if _FOREIGN.search(text) or (path and element.get("relativeToVRT") != "1"):
+        # GDAL knows no namespaces, tells no case, and takes an attribute for an element of its name.
+        tag, text = element.tag.rpartition("}")[2], (element.text or "").strip()
+        attributes = {name.lower(): value for name, value in element.items()}
+        path = tag.lower() in _PATHS and bool(text)
+        named = [(name, value) for name, value in attributes.items() if name in _PATHS]
+        if path and [value for name, value in element.items() if name.lower() == "relativetovrt"] != ["1"]:
+            named.append((tag, text))
+        if tag.lower() not in _TEXTS:
+            named += [(name, value) for name, value in ((tag, text), *attributes.items()) if _FOREIGN.search(value)]
+        if named:
             raise DataError(
-                f"{href} names {text[:200]!r} ({element.tag}), expected images relative to the VRT; build it in their "
-                "folder with gdalbuildvrt, or, if you trust where it is from, add --allow-driver VRT"
+                f"{href} names {named[0][1][:200]!r} ({named[0][0]}), expected images relative to the VRT; build it in "
+                "their folder with gdalbuildvrt, or, if you trust where it is from, add --allow-driver VRT"
             )
         if path:
             scheme, sign, place = href.rpartition("://")

@@ -141,6 +141,31 @@ def test_a_vrt_is_refused_for_what_is_deeper_in_it(tmp_path):
         source_of_file(str(vrt(tmp_path / "loop.vrt", "loop.vrt")), "x")
 
 
+@pytest.mark.parametrize("tag", ["sourcefilename", "SOURCEFILENAME", "SourceFilename"])
+@pytest.mark.parametrize("root", ["", ' xmlns="urn:x"'])
+def test_a_vrt_is_looked_at_as_gdal_reads_its_names(tmp_path, tag, root):
+    """Without regard to case and namespaces: good files are read, others refused."""
+    expected = image(tmp_path / "a.tif")
+    image(tmp_path / "evil.tif", "ENVI", bands=1)
+    paths = [vrt(tmp_path / f"{name}.vrt", f"{name}.tif", tag=tag) for name in ("a", "evil")]
+    for path in paths:
+        spelt = path.read_text().replace("<VRTDataset", f"<VRTDataset{root}")
+        path.write_text(spelt.replace("relativeToVRT", "RelativeToVrt"))
+    assert np.array_equal(pixels_of(paths[0])[0], expected[0])
+    with pytest.raises(DataError, match=r"names .*evil\.tif, which is not an image"):
+        source_of_file(str(paths[1]), "x")
+
+
+def test_a_file_that_a_vrt_names_in_an_attribute_is_refused(tmp_path):
+    image(tmp_path / "evil.tif", "ENVI", bands=1)
+    path = vrt(tmp_path / "m.vrt", "a.tif")
+    text = path.read_text()
+    source = f'<SimpleSource sourceFilename="{tmp_path / "evil.tif"}"><SourceBand>1</SourceBand></SimpleSource>'
+    path.write_text(text[: text.index("<SimpleSource>")] + source + "</VRTRasterBand></VRTDataset>")
+    with pytest.raises(DataError, match=r"evil\.tif' \(sourcefilename\), expected images relative"):
+        source_of_file(str(path), "x")
+
+
 def test_a_vrt_of_absolute_paths_is_read_when_it_is_allowed(tmp_path, monkeypatch):
     expected = image(tmp_path / "a.tif")
     path = vrt(tmp_path / "m.vrt", str(tmp_path / "a.tif"), relative=0)
