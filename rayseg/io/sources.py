@@ -185,28 +185,6 @@ def source_of_file(href: str, item_id: str, *, datetime: str | None = None) -> S
         return replace(found, item_id=item_id, assets=((href, band_names(dataset)),), datetime=datetime)
 
 
-def expect_one_dtype(source: Source, bands: Sequence[str]) -> None:
-    """Refuse bands of several pixel types, which are not read into one image; files are opened for what is unknown.
-
-    Raises:
-        DataError: the types differ; the message names bands and types, and how to choose.
-    """
-    if not source.dtypes:
-        return
-    hrefs = [href for href, names in source.assets for _ in names]
-    types: dict[str, list[str]] = {}
-    for name, href, dtype in zip(source.bands, hrefs, source.dtypes, strict=True):
-        if name in bands:
-            types.setdefault(dtype or source_of_file(href, source.item_id).dtype, []).append(name)
-    if len(types) > 1:
-        found = "; ".join(f"{', '.join(names)} of {dtype}" for dtype, names in types.items())
-        most = max(types.values(), key=len)
-        raise DataError(
-            f"{source.item_id} has bands of several pixel types ({found}), expected one type: choose bands, as "
-            f"--set bands=[{','.join(most)}]"
-        )
-
-
 def band_names(dataset: DatasetReader) -> tuple[str, ...]:
     """Names of an open dataset's bands in file order.
 

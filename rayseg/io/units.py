@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from rayseg.errors import DataError
-from rayseg.io.sources import STORED, Source
+from rayseg.io.sources import STORED, Source, source_of_file
 
 Unit = tuple[float, float]
 """(scale, offset) from stored values to physical ones."""
@@ -90,6 +90,28 @@ def _baseline(source: Source) -> float | None:
         return None
     name = _PRODUCT.search(source.item_id)
     return float(source.baseline) if source.baseline else int(name[1]) / 100 if name else None
+
+
+def expect_one_dtype(source: Source, bands: Sequence[str]) -> None:
+    """Refuse bands of several pixel types, which are not read into one image; files are opened for what is unknown.
+
+    Raises:
+        DataError: the types differ; the message names bands and types, and how to choose.
+    """
+    if not source.dtypes:
+        return
+    hrefs = [href for href, names in source.assets for _ in names]
+    types: dict[str, list[str]] = {}
+    for name, href, dtype in zip(source.bands, hrefs, source.dtypes, strict=True):
+        if name in bands:
+            types.setdefault(dtype or source_of_file(href, source.item_id).dtype, []).append(name)
+    if len(types) > 1:
+        found = "; ".join(f"{', '.join(names)} of {dtype}" for dtype, names in types.items())
+        most = max(types.values(), key=len)
+        raise DataError(
+            f"{source.item_id} has bands of several pixel types ({found}), expected one type: choose bands, as "
+            f"--set bands=[{','.join(most)}]"
+        )
 
 
 def _by_band(source: Source) -> dict[str, Unit]:

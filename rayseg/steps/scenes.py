@@ -15,8 +15,8 @@ from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import NODATA, Tile, expect_ids, slug
 from rayseg.geo.region import Region
 from rayseg.io import maps, pictures, segments
-from rayseg.io.sources import Source, expect_one_dtype
-from rayseg.io.units import common_units, converted, expect_one_unit
+from rayseg.io.sources import Source
+from rayseg.io.units import common_units, converted, expect_one_dtype, expect_one_unit
 from rayseg.models.bundle import Scaling
 from rayseg.stages.oversegment import segments_path
 from rayseg.stages.read import tile_rows

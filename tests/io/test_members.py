@@ -18,8 +18,8 @@ from rayseg.errors import ConfigError, DataError
 from rayseg.geo.region import Region
 from rayseg.io import remote, stac_read
 from rayseg.io.labels import ingest_rasters
-from rayseg.io.sources import expect_one_dtype
 from rayseg.io.stac_read import BROKEN, imagery_collection, open_items, source_of
+from rayseg.io.units import expect_one_dtype
 from rayseg.steps import map as mapping_steps
 from rayseg.steps.map import MapConfig
 from rayseg.store import absolute, split_location, suffix_of, upath
