@@ -473,8 +473,8 @@ def _(folder):
 
 
 @kind(
-    "some scenes state scale and offset, others not; Sentinel-2 from both sides of baseline 04.00 without stated "
-    "offsets",
+    "some scenes state scale and offset, others not; Sentinel-2 from both sides of baseline 04.00 (by item or "
+    "product name) without stated offsets",
     "refused, with the names of two scenes",
 )
 def _(folder):
