@@ -189,7 +189,7 @@ def _mask_of(item: pystac.Item, asset: str, names: set[str]) -> Source | None:
         return None
     [(key, href), *_] = hrefs.items()
     mask = replace(source_of_file(href, str(item.properties.get(IMAGE, item.id))), datetime=stac_read.time_of(item))
-    nodatas = {*stac_read.nodatas_of(item.assets[key], len(mask.bands))} - {None}
+    nodatas = {*stac_read.nodatas_of(item, item.assets[key], len(mask.bands))} - {None}
     return replace(mask, nodata=nodatas.pop(), nodatas=()) if len(nodatas) == 1 else mask
 
 

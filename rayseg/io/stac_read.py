@@ -245,7 +245,7 @@ def _source_of(item: pystac.Item, bands: Sequence[str] | None) -> Source:
         raise DataError(f"{item.id} has none of the bands {', '.join(bands or ())}: found {', '.join(found)}.")
     hrefs = {key: href_of(item, assets[key]) for key in used}
     frames = {key: frame for key in used if (frame := _frame(item, assets[key]))}
-    dtypes = {key: dtype for key in used if (dtype := _dtype(assets[key]))}
+    dtypes = {key: dtype for key in used if (dtype := _dtype(item, assets[key]))}
     unclear = {key for key in used if names[key] is None} | ({used[0]} if not frames or not dtypes else set())
     opened = {key: source_of_file(hrefs[key], item.id) for key in used if key in unclear}
     if any(source.units for source in opened.values()):  # then the item's other files have tags with units too
@@ -255,7 +255,7 @@ def _source_of(item: pystac.Item, bands: Sequence[str] | None) -> Source:
     first = min(frames, key=lambda key: (_pixel_area(frames[key]), used.index(key)))
     counts = {key: len(names[key] or opened[key].bands) for key in used}
     stated = {dtypes.get(key, "") for key in used}
-    nodatas = tuple(value for key in used for value in nodatas_of(assets[key], counts[key]))
+    nodatas = tuple(value for key in used for value in nodatas_of(item, assets[key], counts[key]))
     units = _units(item, [(assets[key], counts[key], opened.get(key)) for key in used])
     return Source(
         item_id=item.id,
@@ -383,26 +383,47 @@ def _pixel_area(frame: Source) -> float:
     return abs(a * e - b * d)
 
 
-def _dtype(asset: pystac.Asset) -> str | None:
-    rows = [*_rows(asset, "bands"), *_rows(asset, "raster:bands"), asset.extra_fields]
+def _dtype(item: pystac.Item, asset: pystac.Asset) -> str | None:
+    rows = [*_rows(asset, "bands"), *_rows(asset, "raster:bands"), asset.extra_fields, item.properties]
     found = [row["data_type"] for row in rows if row.get("data_type")]
     return _STAC_TYPES.get(found[0], found[0]) if found else None
 
 
-def _band_rows(asset: pystac.Asset, count: int) -> list[dict[str, Any]]:
-    """The asset's fields for each of its `count` bands, from STAC 1.1 `bands` or `raster:bands`."""
-    merged = [dict(asset.extra_fields) for _ in range(count)]
+def _band_rows(item: pystac.Item, asset: pystac.Asset, count: int) -> list[dict[str, Any]]:
+    """Nodata, scale and offset that are stated of each of an asset's `count` bands.
+
+    A field of a band (STAC 1.1 `bands`, else `raster:bands`) counts before the asset's, and that before the item's.
+    """
+    merged = [_pixel_fields(item.properties, ("raster:",)) | _pixel_fields(asset.extra_fields)] * count
     for field in ("raster:bands", "bands"):
-        rows = _rows(asset, field)
+        rows = [_pixel_fields(row) for row in _rows(asset, field)]
         rows = rows * count if len(rows) == 1 else rows
         merged = [fields | row for fields, row in zip(merged, rows, strict=True)] if len(rows) == count else merged
     return merged
 
 
-def nodatas_of(asset: pystac.Asset, count: int) -> list[float | None]:
-    """The nodata value of each band, None if not stated or NaN, which always counts as nodata."""
-    values = [row.get("nodata") for row in _band_rows(asset, count)]
-    return [float(v) if isinstance(v, int | float) and not isinstance(v, bool) and v == v else None for v in values]
+def _pixel_fields(fields: Mapping[str, Any], prefixes: Sequence[str] = ("", "raster:")) -> dict[str, Any]:
+    stated = {"nodata": fields.get("nodata")}
+    stated |= {key: fields[prefix + key] for prefix in prefixes for key in _USUAL_UNITS if prefix + key in fields}
+    return {key: value for key, value in stated.items() if value is not None}
+
+
+def nodatas_of(item: pystac.Item, asset: pystac.Asset, count: int) -> list[float | None]:
+    """The nodata value of each band, None if not stated or not finite, which always counts as nodata.
+
+    Raises:
+        DataError: the value is not a number; STAC allows text for "nan", "inf" and "-inf" only, but "0" is common.
+    """
+    values: list[float | None] = []
+    for stated in (row.get("nodata") for row in _band_rows(item, asset, count)):
+        try:
+            value = math.nan if stated is None or isinstance(stated, bool) else float(stated)
+        except (TypeError, ValueError):
+            raise DataError(
+                f"{item.id} states the nodata value {stated!r}, expected a number or nan; correct the item"
+            ) from None
+        values.append(value if math.isfinite(value) else None)
+    return values
 
 
 def _units(item: pystac.Item, assets: Sequence[tuple[pystac.Asset, int, Source | None]]) -> tuple[Unit, ...]:
@@ -412,13 +433,12 @@ def _units(item: pystac.Item, assets: Sequence[tuple[pystac.Asset, int, Source |
     """
     units: list[Unit] = []
     for asset, count, opened in assets:
-        rows = _band_rows(asset, count)
-        stated = [{key: row.get(f"raster:{key}", row.get(key)) for key in _USUAL_UNITS} for row in rows]
-        if opened and opened.units and not any(value is not None for row in stated for value in row.values()):
+        rows = _band_rows(item, asset, count)
+        if opened and opened.units and not any(_USUAL_UNITS.keys() & row.keys() for row in rows):
             units += opened.units
             continue
-        for row in stated:
-            scale, offset = (float(usual if (v := row[key]) is None else v) for key, usual in _USUAL_UNITS.items())
+        for row in rows:
+            scale, offset = (float(row.get(key, usual)) for key, usual in _USUAL_UNITS.items())
             units.append((scale, 0.0 if _offset_applied(item) else offset))
     return tuple(units) if set(units) != {STORED} else ()
 

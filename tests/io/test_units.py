@@ -126,6 +126,42 @@ def test_the_tags_of_every_file_of_an_item_count(tmp_path):
     assert found.units == ((0.01, -5.0),) * 2
 
 
+def test_units_nodata_and_type_of_an_item_hold_for_its_assets_that_state_none(tmp_path):
+    """STAC 1.1 common metadata; a band's own fields count before the asset's, and those before the item's."""
+    image = np.full((1, 8, 8), 3000, np.int16)
+    image[0, 0] = -5
+    href = write(tmp_path / "a.tif", image)
+    common = {"raster:scale": 0.0001, "raster:offset": -0.1, "nodata": -5, "data_type": "int16", "scale": "1:25000"}
+    assets = {
+        "red": (href, {"bands": [{"name": "red"}]}),
+        "nir": (href, {"raster:scale": 0.01, "bands": [{"name": "nir", "nodata": 7}]}),
+        "blue": (href, {"raster:scale": 0.01, "eo:bands": [{"name": "blue"}], "raster:bands": [{"scale": 2.0}]}),
+    }
+    source = source_of(item("a", assets, **common))
+    assert source.bands == ("red", "nir", "blue")
+    assert source.units == ((0.0001, -0.1), (0.01, -0.1), (2.0, -0.1))
+    assert source.nodatas == (-5.0, 7.0, -5.0)
+    assert source.dtype == "int16"
+    pixels, valid = pixels_of(converted(source, {"red": (0.0001, 0.0)}), ["red"])
+    assert not valid[0].any()
+    assert (pixels[0, 1:] == 2000).all()
+    other = source_of(item("b", {"red": (href, {"bands": [{"name": "red"}]})}))
+    with pytest.raises(DataError, match=r"a states red as stored x 0\.0001 \+ offset -0\.1, b as stored, without"):
+        expect_one_unit([source, other], ["red"])
+
+
+@pytest.mark.parametrize(("text", "value"), [("0", 0.0), ("65535", 65535.0), (7, 7.0), ("nan", None), (None, None)])
+def test_nodata_is_a_number_as_text_too(tmp_path, text, value):
+    href = write(tmp_path / "a.tif", np.ones((1, 8, 8), np.uint16))
+    assert source_of(item("a", {"image": (href, {"raster:bands": [{"nodata": text}]})})).nodata == value
+
+
+def test_nodata_that_is_no_number_is_refused(tmp_path):
+    href = write(tmp_path / "a.tif", np.ones((1, 8, 8), np.uint16))
+    with pytest.raises(DataError, match="a states the nodata value 'black', expected a number or nan; correct"):
+        source_of(item("a", {"image": (href, {"raster:bands": [{"nodata": "black"}]})}))
+
+
 def test_scenes_that_state_nothing_do_not_mix_with_scenes_that_do(tmp_path):
     bare = source_of_file(write(tmp_path / "a.tif", np.ones((2, 8, 8), np.uint16)), "a")
     stated = replace(bare, item_id="b", units=((0.0001, 0.0), (0.0001, -0.1)))
