@@ -179,7 +179,7 @@ def read_state(path: str) -> State:
     except OSError as error:
         raise ModelError(f"weights {path} cannot be read: {error.strerror or error}; check the path") from None
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError) as error:
-        raise _unreadable(path, len(data), " ".join(str(error).split())) from None
+        raise _unreadable(path, data, " ".join(str(error).split())) from None
     for wrapper in _WRAPPERS:
         inner = content.get(wrapper) if isinstance(content, dict) else None
         content = inner if isinstance(inner, dict) else content
@@ -188,11 +188,12 @@ def read_state(path: str) -> State:
     return state
 
 
-def _unreadable(path: str, size: int, reason: str) -> ModelError:
+def _unreadable(path: str, data: bytes, reason: str) -> ModelError:
     """The error for a file that torch does not load: damaged, or with objects other than tensors."""
-    if not _REFUSED.search(reason):
+    # Other bytes than those of a zip archive or a pickle are "unsupported" for torch, too.
+    if not data.startswith((b"PK", b"\x80")) or not _REFUSED.search(reason):
         return ModelError(
-            f"weights {path} ({size} bytes) are damaged or not weights, 0 tensors read: "
+            f"weights {path} ({len(data)} bytes) are damaged or not weights, 0 tensors read: "
             f"{reason.partition('. ')[0][:200]}; download the file again"
         )
     named = _OBJECT.search(reason)

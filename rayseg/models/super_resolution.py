@@ -16,7 +16,7 @@ from rayseg.store import Location
 from rayseg.vision.proposals import Image
 
 Enlarge = Callable[[Image], Image]
-_WRAPPERS = {"module", "_orig_mod", "model", "net", "network", "net_g", "generator"}
+_WRAPPERS = {"module", "_orig_mod", "model", "net", "network", "net_g", "generator", "params", "params_ema"}
 
 
 class EnlargeConfig(Config):
