@@ -43,6 +43,9 @@ def plain(height=50, width=50, dtype="uint8"):
     return np.full((3, height, width), 90, dtype)
 
 
+SINUSOIDAL = "+proj=sinu +R=6371007.181"
+"""The CRS of MODIS: a raster of the whole Earth reaches beyond the map's round edge."""
+
 # -- what cannot be mapped --------------------------------------------------------------------------------------------
 
 
@@ -66,6 +69,8 @@ def odd(tmp_path):
     write(folder / "bare.tif", plain())
     write(folder / "wrong.tif", plain(), crs="EPSG:4326", transform=Affine(512, 0, 15, 0, -512, 47))
     write(folder / "pole.tif", plain(), crs="EPSG:3031", transform=Affine(100, 0, 0, 0, -100, 0))
+    write(folder / "flat.tif", plain(), crs="EPSG:32650", transform=Affine(0, 0, 500_000, 0, 0, 4_000_000))
+    write(folder / "sinus.tif", plain(), crs=SINUSOIDAL, transform=Affine(800_000, 0, -2e7, 0, -400_000, 1e7))
     return folder, {
         "header": "header.tif cannot be read",
         "empty": "empty.tif cannot be read",
@@ -75,6 +80,8 @@ def odd(tmp_path):
         "bare": "has no georeference, other imagery of the region has",
         "wrong": "nowhere on Earth",
         "pole": "no UTM zone",
+        "flat": "expected finite numbers that give a pixel two sides",
+        "sinus": "its outline in degrees crosses itself",
     }
 
 
@@ -85,7 +92,7 @@ def test_each_scene_that_cannot_be_mapped_is_named_and_no_other_is_lost(odd, mod
     out = tmp_path / "run"
     found = rayseg("predict", model, imagery, "--out", out, "--engine", "inline")
     assert found.exit_code == 3
-    assert "8 tiles failed" in found.stderr
+    assert "10 tiles failed" in found.stderr
     report = json.loads(rayseg("status", out, "--json").stdout)["steps"]["predict"]
     assert report["counts"]["done"] == 1
     assert report["counts"]["failed"] == len(reasons) == len(report["troubles"])
@@ -96,10 +103,10 @@ def test_each_scene_that_cannot_be_mapped_is_named_and_no_other_is_lost(odd, mod
 
 def test_nothing_but_scenes_that_cannot_be_mapped_is_refused_at_the_door(odd, model, tmp_path):
     folder, _ = odd
-    for name in ("good", "bare", "pole"):  # without the first the others are imagery of their own
+    for name in ("good", "bare", "pole", "sinus"):  # without the first the others are imagery of their own
         (folder / f"{name}.tif").unlink()
     said = refused(3, "predict", model, folder, "--out", tmp_path / "run", "--engine", "inline")
-    assert "none of the 6 scenes" in said
+    assert "none of the 7 scenes" in said
     assert not (tmp_path / "run").exists()
     assert "complex pixels" in refused(3, "predict", model, folder / "complex.tif", "--out", tmp_path / "run")
     assert "deep has b1" in refused(4, "predict", model, folder / "deep.tif", "--out", tmp_path / "run")

@@ -1,5 +1,6 @@
 """Ground of several UTM zones is mapped once: by tiles, by areas and by polygons, whatever the order of the imagery."""
 
+import re
 from dataclasses import dataclass, replace
 
 import geopandas
@@ -15,6 +16,7 @@ from small_world import rayseg
 from tiny_maps import TABLE, Bright, described
 
 from rayseg.engine.ledger import Settled
+from rayseg.errors import DataError
 from rayseg.geo.grid import Tile, zone_bounds
 from rayseg.geo.region import resolve_region
 from rayseg.io import labels, vectors
@@ -282,3 +284,27 @@ def test_a_raster_that_fits_no_common_grid_fails_alone():
     refused = beyond_utm([field, tilted, disk, world, cap])
     assert set(refused) == {"disk", "world", "cap"}
     assert len(grids_of([field, tilted])) == 2
+
+
+@pytest.mark.parametrize(
+    ("crs", "side"), [("+proj=sinu +R=6371007.181", 2e5), ("+proj=lcc +lat_1=49 +lat_2=44 +lat_0=46 +lon_0=3", 4e5)]
+)
+def test_a_raster_whose_outline_crosses_itself_in_degrees_fails_alone(crs, side):
+    field = planned("EPSG:32633", 400_000, 5_000_000, 10.0, 100)
+    wide = replace(field, item_id="wide", crs=CRS.from_user_input(crs).to_wkt())
+    wide = replace(wide, transform=(4e5, 0, -2e7, 0, -side, side * 50))
+    for imagery in ([field, wide], [wide, field]):
+        refused = beyond_utm(imagery)
+        assert list(refused) == ["wide"]
+        assert re.match(r"wide cannot be placed .*: its outline in degrees crosses itself", str(refused["wide"]))
+
+
+@pytest.mark.parametrize(
+    "steps", [(0.0, 0.0, 0.0), (10.0, 0.0, 0.0), (10.0, 10.0, 10.0), (np.nan, 0, -9), (np.inf, 0, -9)]
+)
+def test_a_raster_whose_pixels_have_no_area_fails_alone(steps):
+    field = planned("EPSG:32633", 400_000, 5_000_000, 10.0, 100)
+    flat = replace(field, item_id="flat", transform=(steps[0], steps[1], 4e5, steps[1], steps[2], 5e6))
+    with pytest.raises(DataError, match=r"flat cannot be placed by its transform .*: expected finite numbers"):
+        expect_mappable(flat, tile=2048)
+    assert list(beyond_utm([field, flat])) == list(beyond_utm([flat, field])) == ["flat"]

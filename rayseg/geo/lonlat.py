@@ -9,6 +9,7 @@ import shapely
 from numpy.typing import NDArray
 from pyproj import CRS, Transformer
 from shapely.affinity import translate
+from shapely.errors import TopologicalError
 from shapely.geometry.base import BaseGeometry
 from shapely.geometry.polygon import orient
 
@@ -63,7 +64,10 @@ def normalised(area: BaseGeometry) -> BaseGeometry:
 
 def _cut(polygons: NDArray[np.object_]) -> BaseGeometry:
     """Polygons that cross the antimeridian, as one geometry with edges on it."""
-    cut = [antimeridian.fix_polygon(part, fix_winding=True, great_circle=False) for part in polygons]
+    try:
+        cut = [antimeridian.fix_polygon(part, fix_winding=True, great_circle=False) for part in polygons]
+    except ValueError as error:  # its word for a ring that crosses itself
+        raise TopologicalError(str(error)) from error
     pieces = [piece for part in cut for piece in shapely.get_parts(part)]
     whole: BaseGeometry = shapely.MultiPolygon(pieces) if len(pieces) > 1 else pieces[0]
     # Pieces of a ring of 0..360 degrees share an edge on the prime meridian.
@@ -73,6 +77,17 @@ def _cut(polygons: NDArray[np.object_]) -> BaseGeometry:
 def _together(pieces: Sequence[BaseGeometry]) -> BaseGeometry:
     whole: BaseGeometry = shapely.union_all(pieces)
     return whole
+
+
+def sound(area: BaseGeometry) -> BaseGeometry:
+    """A geometry as it is, which overlays can take.
+
+    Raises:
+        TopologicalError: it is empty, is not finite, or crosses itself.
+    """
+    if area.is_empty or not area.is_valid:
+        raise TopologicalError(shapely.is_valid_reason(area))
+    return area
 
 
 def within(area: BaseGeometry, near: Bounds) -> BaseGeometry:

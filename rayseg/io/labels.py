@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import numpy as np
 import pystac
 import shapely
-from affine import Affine
 from numpy.typing import NDArray
 from rasterio.io import DatasetReader
 from rasterio.windows import Window as FileWindow
@@ -27,7 +26,7 @@ from rayseg.geo.grid import Window, slug
 from rayseg.io.drivers import KINDS, MOSAICS, TIFF, kind_of
 from rayseg.io.masks import pixels_of, read_classes
 from rayseg.io.rasters import read
-from rayseg.io.sources import PIXELS, Source, crs_of, footprint, gdal, grids_of, open_file, source_of_file
+from rayseg.io.sources import PIXELS, Source, crs_of, footprint, gdal, grids_of, open_file, ring_of, source_of_file
 from rayseg.io.stac_read import source_of
 from rayseg.io.stac_write import PROJECTION, lonlat_geometry, write_catalog
 from rayseg.io.times import UNKNOWN, in_utc, utc_text
@@ -310,8 +309,7 @@ def _item(source: Source, label: str | None) -> pystac.Item:
     properties: dict[str, Any] = {"proj:code": None, "proj:shape": [source.height, source.width]}
     geometry, bbox = None, None
     if source.crs is not None:
-        affine, width, height = Affine(*source.transform), source.width, source.height
-        outline = shapely.Polygon([affine @ corner for corner in ((0, 0), (0, height), (width, height), (width, 0))])
+        outline = ring_of(source)
         edges = mapping(shapely.segmentize(outline, outline.length / 32))  # straight edges curve in EPSG:4326
         geometry, bbox = lonlat_geometry(edges, crs_of(source.crs), name=href)
         code = source.crs.upper().startswith("EPSG:")

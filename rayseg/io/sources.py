@@ -22,13 +22,14 @@ from rasterio.enums import ColorInterp
 from rasterio.errors import CRSError, RasterioError
 from rasterio.io import DatasetReader
 from rasterio.warp import calculate_default_transform, transform, transform_bounds
+from shapely.errors import ShapelyError
 from shapely.geometry.base import BaseGeometry
 from shapely.geometry.polygon import orient
 
 from rayseg.errors import DataError
 from rayseg.geo import lonlat
 from rayseg.geo.grid import Bounds, Grid, Window, zone_bounds, zone_of
-from rayseg.geo.lonlat import LONLAT, from_lonlat, geographic, normalised, polygons_in, within
+from rayseg.geo.lonlat import LONLAT, from_lonlat, geographic, normalised, polygons_in, sound, within
 from rayseg.io import drivers, remote
 from rayseg.io.orientation import upright
 from rayseg.store import is_local, public
@@ -267,16 +268,19 @@ def _refused(name: str, place: str = "") -> Iterator[None]:
 
 @contextmanager
 def placing(name: str, crs: str | CRS) -> Iterator[None]:
-    """GDAL's errors in a transformation from or to `crs` as DataError that names what cannot be placed."""
+    """Errors of GDAL and of overlays in a transformation from or to `crs` as DataError that names what it places."""
     try:
         with rasterio.Env():
             yield
-    except _FAULTS as error:
+    except (*_FAULTS, ShapelyError) as error:
         found = re.search(r'"([^"]+)"', str(crs))
-        raise DataError(
-            f"{name} cannot be placed on Earth by its CRS {found[1] if found else crs}: check its georeference, "
-            "and that it is not of another planet."
-        ) from error
+        said = f"{name} cannot be placed on Earth by its CRS {found[1] if found else crs}: "
+        if isinstance(error, ShapelyError):
+            raise DataError(
+                f"{said}its outline in degrees crosses itself or is empty, expected one area: check its georeference, "
+                "cut it to the part of the Earth that its CRS is made for, or map it in a run of its own."
+            ) from error
+        raise DataError(f"{said}check its georeference, and that it is not of another planet.") from error
 
 
 # -- grids ------------------------------------------------------------------------------------------------------------
@@ -353,23 +357,37 @@ def _held(source: Source, crs: str, *, beyond: float) -> bool:
     return bool(abs(wide.area - outline.area) <= 1e-9 * outline.area)
 
 
-@lru_cache(maxsize=4096)
-def outline_of(source: Source) -> BaseGeometry:
-    """The source's outline in EPSG:4326, cut at the antimeridian.
+def ring_of(source: Source) -> shapely.Polygon:
+    """The source's outline in its own CRS.
 
     Raises:
-        DataError: a part of it lies nowhere on Earth.
+        DataError: its transform is not finite, or gives its pixels no area.
     """
-    affine, crs = Affine(*source.transform), str(source.crs)
-    width, height = source.width, source.height
-    outline = shapely.Polygon([affine @ corner for corner in ((0, 0), (0, height), (width, height), (width, 0))])
+    affine, width, height = Affine(*source.transform), source.width, source.height
+    corners = [affine @ corner for corner in ((0, 0), (0, height), (width, height), (width, 0))]
+    if np.isfinite(corners).all() and (outline := shapely.Polygon(corners)).is_valid and outline.area > 0:
+        return outline
+    raise DataError(
+        f"{source.item_id} cannot be placed by its transform {source.transform}: expected finite numbers that give a "
+        "pixel two sides; correct its georeference."
+    )
+
+
+@lru_cache(maxsize=4096)
+def outline_of(source: Source) -> BaseGeometry:
+    """The source's outline in EPSG:4326, cut at the antimeridian; it has an area and does not cross itself.
+
+    Raises:
+        DataError: it has none, or a part of it lies nowhere on Earth.
+    """
+    outline, crs = ring_of(source), str(source.crs)
     # The interior lies left of a ring that runs counterclockwise, also where it encloses a pole.
     edges = shapely.segmentize(orient(outline), outline.length / 128)
     with placing(source.item_id, crs):
         degrees = shapely.transform(edges, partial(_degrees, crs=crs))
-    if not np.isfinite(shapely.get_coordinates(degrees)).all():
-        raise DataError(f"{source.item_id} cannot be placed in degrees: a part of it lies beyond the Earth's edge.")
-    return normalised(degrees)
+        if not np.isfinite(shapely.get_coordinates(degrees)).all():
+            raise DataError(f"{source.item_id} cannot be placed in degrees: a part of it lies beyond the Earth's edge.")
+        return sound(normalised(degrees))
 
 
 def _degrees(points_N2: np.ndarray, crs: str) -> np.ndarray:
@@ -411,6 +429,7 @@ def expect_mappable(source: Source, *, tile: int) -> None:
         )
     if source.crs is None:
         return
+    ring_of(source)
     reach = (source.width / 2, source.height / 2) if crs_of(source.crs).is_geographic else (0.0, 0.0)
     for lon, lat in moved(source, LONLAT, [(-reach[0], -reach[1]), reach]):
         if not (abs(lon) <= 360.1 and abs(lat) <= 90.1):

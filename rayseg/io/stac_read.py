@@ -136,7 +136,7 @@ def _item_of(row: Row) -> pystac.Item:
                 values["links"] = [link for link in values["links"] if link.get("rel") != "self"]
             item = pystac.Item.from_dict(values, href=row.href or None, migrate=True)
             if item.geometry:
-                shape(item.geometry)
+                normalised(shape(item.geometry))
             if item.bbox and not all(math.isfinite(value) for value in item.bbox):
                 raise ValueError("its bbox has values that are not numbers")
         except _INVALID as error:
@@ -144,7 +144,9 @@ def _item_of(row: Row) -> pystac.Item:
         else:
             return item
     try:
-        place = mapping(shape(row.values["geometry"]))  # where it would be, so that only its own region loses it
+        place = mapping(
+            normalised(shape(row.values["geometry"]))
+        )  # where it would be, so that only its own region loses it
     except _INVALID:
         place = None
     return pystac.Item(row.id, place, None, UNKNOWN, {BROKEN: reason})

@@ -27,7 +27,7 @@ from shapely.geometry import mapping, shape
 import rayseg
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Tile, Window
-from rayseg.geo.lonlat import bounds_of, to_lonlat
+from rayseg.geo.lonlat import bounds_of, sound, to_lonlat
 from rayseg.io.sources import Source, crs_of, placing
 from rayseg.io.tables import Spool, concurrently, content
 from rayseg.io.times import UNKNOWN, in_utc, utc_text
@@ -187,7 +187,7 @@ def lonlat_geometry(
     """(geometry, bbox) in EPSG:4326 of a geometry in `crs`, rounded to 7 digits, cut at the antimeridian.
 
     Raises:
-        DataError: it lies nowhere on Earth.
+        DataError: it lies nowhere on Earth, or is no area there.
     """
     with placing(name, crs):
         [moved] = to_lonlat(np.array([shape(dict(geometry))], np.object_), lambda points: _degrees(points, crs))
@@ -196,7 +196,8 @@ def lonlat_geometry(
         raise DataError(
             f"{name} lies at {(west, south, east, north)} in degrees, nowhere on Earth: check its georeference."
         )
-    moved = shapely.transform(moved, lambda points: points.round(7))
+    with placing(name, crs):
+        moved = shapely.transform(sound(moved), lambda points: points.round(7))
     return json.loads(json.dumps(mapping(moved))), [round(value, 7) for value in (west, south, east, north)]
 
 

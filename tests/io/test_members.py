@@ -176,6 +176,7 @@ def geometry(kind, coordinates):
         item("bad", properties={"datetime": "yesterday"}),
         item("bad", properties={"datetime": None, "start_datetime": "2021-01-01T00:00:00Z"}),
         item("bad", **geometry("Polygon", [[[0, 0], [1, 1]]])),
+        item("bad", **geometry("Polygon", [[[-100, 0], [100, 0], [-100, 5], [100, 5], [-100, 0]]])),
         item("bad", assets=["a.tif"]),
         item("bad", links=None),
         item("bad", bbox=["west", 0, 1, 1]),
