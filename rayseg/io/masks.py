@@ -20,7 +20,7 @@ from rayseg.geo.grid import NODATA, Grid, Tile, Window, slug
 from rayseg.io import drivers, stac_read
 from rayseg.io.maps import MappedTile
 from rayseg.io.rasters import read, source_of_file
-from rayseg.io.sources import Source, footprint, from_json, gdal, grids_of, open_file, part_of_image
+from rayseg.io.sources import NO_NODATA, Source, footprint, from_json, gdal, grids_of, open_file, part_of_image
 from rayseg.io.stac_write import IMAGE
 from rayseg.store import split_location, suffix_of, upath
 from rayseg.vision.color import RGB, ClassTable, decode
@@ -201,14 +201,22 @@ def two_classes(masks: Sequence[Source], table: ClassTable | None, where: str) -
     """Read 255 as the second class where the only values of the masks are 0 and 255, with a warning.
 
     Masks with palettes, colours or stored class names are left as they are, and so are all masks if `table` ignores
-    white (#FFFFFF) or has not two classes.
+    white (#FFFFFF) or has not two classes. A file's nodata that is a class of the table is read as this class.
 
     Args:
         masks: all masks of a location; one alone may lack a class.
         table: the classes; None if any values may occur.
         where: the location, for the warning.
+
+    Raises:
+        DataError: the nodata of a mask of colours occurs in the colour of a class.
     """
-    if (table is not None and WHITE in table.ignore) or not only_0_and_255(masks):
+    masks = _with_all_classes(masks, table, where) if table else masks
+    if table is not None and WHITE in table.ignore:
+        return list(masks)
+    if not only_0_and_255(masks):
+        if table is not None and len(table.classes) == 2:
+            _warn_of_two_kinds(masks, where)
         return list(masks)
     if table is not None and len(table.classes) != 2:
         _log.warning("the masks in %s hold only 0 and 255: 255 is read as not labelled; use class values", where)
@@ -224,6 +232,40 @@ def two_classes(masks: Sequence[Source], table: ClassTable | None, where: str) -
     return [replace(mask, change=change * len(mask.bands)) if _is_plain(mask) else mask for mask in masks]
 
 
+def _with_all_classes(masks: Sequence[Source], table: ClassTable, where: str) -> list[Source]:
+    """The masks without a nodata that is a class, as `gdal_rasterize` marks the background; with a warning."""
+    named = [_class_of_nodata(mask, table) for mask in masks]
+    changed = [(mask.assets[0][0], name) for mask, name in zip(masks, named, strict=True) if name]
+    if changed:
+        _log.warning(
+            "%d of %d masks in %s have a class of the table as nodata (%s: %s): these pixels are read as this class; "
+            "if they are not labelled, give them a value that is no class",
+            *(len(changed), len(masks), where, *changed[0]),
+        )
+    pairs = zip(masks, named, strict=True)
+    return [replace(mask, nodata=NO_NODATA, nodatas=()) if name else mask for mask, name in pairs]
+
+
+def _class_of_nodata(mask: Source, table: ClassTable) -> str:
+    """Name of the class that the mask's nodata is; "" if it is none."""
+    href, count = mask.assets[0][0], len([name for name in mask.bands if name != "alpha"])
+    nodatas = {value for value in (*mask.nodatas, mask.nodata) if value is not None and value != NO_NODATA}
+    if not nodatas:
+        return ""
+    palette = _palette_of(href) or {}
+    for value, name, color in table.classes:
+        # a band that is nodata reads 0 where others are valid, so only black is lost to nodata 0
+        lost = {value for value in nodatas if value in color and (value or color == BLACK)}
+        if count > 1 and lost:
+            raise DataError(
+                f"mask {href} has nodata {lost.pop():g}, which is in the colour {color} of {name}, expected none or "
+                "another: remove it (gdal_edit.py -unsetnodata)"
+            )
+        if count == 1 and (any(palette.get(int(at)) == color for at in nodatas) if palette else value in nodatas):
+            return name
+    return ""
+
+
 def _is_plain(mask: Source) -> bool:
     """Whether a mask has one band of whole numbers without a palette or stored class names."""
     bands = [name for name in mask.bands if name != "alpha"]
@@ -234,14 +276,45 @@ def only_0_and_255(masks: Sequence[Source]) -> bool:
     """Whether both values and no other occur in the masks of one band; reading ends at the first other value."""
     seen: set[int] = set()
     for mask in filter(_is_plain, masks):
-        names, whole = [name for name in mask.bands if name != "alpha"], footprint(mask, pixels_of(mask))
-        for row in range(whole.row, whole.row1, BLOCK):
-            part = Window(whole.col, row, mask.width, BLOCK).intersect(whole)
-            image_CHW, valid_HW = read([mask], pixels_of(mask), part, bands=names, categorical=True)
-            seen |= set(np.unique(image_CHW[0][valid_HW]).tolist())
-            if not seen <= {0, NODATA}:
-                return False
+        seen |= _values_of(mask)
+        if not seen <= {0, NODATA}:
+            return False
     return seen == {0, NODATA}
+
+
+def _values_of(mask: Source) -> set[int]:
+    """The values of a mask of one band; reading ends at the block with the first value that is not 0 or 255."""
+    names, whole = [name for name in mask.bands if name != "alpha"], footprint(mask, pixels_of(mask))
+    seen: set[int] = set()
+    for row in range(whole.row, whole.row1, BLOCK):
+        part = Window(whole.col, row, mask.width, BLOCK).intersect(whole)
+        image_CHW, valid_HW = read([mask], pixels_of(mask), part, bands=names, categorical=True)
+        seen |= set(np.unique(image_CHW[0][valid_HW]).tolist())
+        if not seen <= {0, NODATA}:
+            break
+    return seen
+
+
+def _warn_of_two_kinds(masks: Sequence[Source], where: str) -> None:
+    """Warn if some masks hold only 0 and 255 and others class values, and none holds both as 255 is meant to be used.
+
+    255 beside other values in one file tells that the folder has 255 for what is not labelled.
+    """
+    of_255, of_values = "", ""
+    for mask in filter(_is_plain, masks):
+        seen = _values_of(mask)
+        if NODATA in seen and not seen <= {0, NODATA}:
+            return
+        if NODATA in seen:
+            of_255 = of_255 or mask.assets[0][0]
+        elif not seen <= {0}:
+            of_values = of_values or mask.assets[0][0]
+    if of_255 and of_values:
+        _log.warning(
+            "%s holds masks of two kinds: %s holds only 0 and 255, %s class values; 255 is read as not labelled; if it "
+            "is a class there, write the class's value instead; if not, add ignore: ['#FFFFFF'] to the class table",
+            *(where, of_255, of_values),
+        )
 
 
 def read_classes(masks: Sequence[Source], grid: Grid, window: Window, table: ClassTable) -> NDArray[np.uint8]:

@@ -24,6 +24,7 @@ from rayseg.geo.grid import Grid, Window
 from rayseg.geo.lonlat import LONLAT, transformer
 from rayseg.io import remote
 from rayseg.io.sources import (
+    NO_NODATA,
     STORED,
     Source,
     aligned,
@@ -185,7 +186,7 @@ def _valid(
         valid_CHW &= dataset.read(dataset.colorinterp.index(ColorInterp.alpha) + 1, window=at) > 0
     elif MaskFlags.per_dataset in flags:
         valid_CHW &= dataset.read_masks(indexes[0], window=at) > 0
-    if MaskFlags.nodata in flags:
+    if MaskFlags.nodata in flags and nodata != NO_NODATA:
         valid_CHW &= dataset.read_masks(indexes, window=at) > 0
     if pixels_CHW.dtype.kind == "f":
         valid_CHW &= is_number(pixels_CHW)
@@ -298,6 +299,7 @@ def _warp(dataset: DatasetReader, nodata: float | None, place: dict[str, Any], *
     value would depend on the window it is read in.
     """
     nodata = dataset.nodata if nodata is None else nodata
+    nodata = None if nodata == NO_NODATA else nodata
     bare = nodata is None and ColorInterp.alpha not in dataset.colorinterp
     kind = Resampling.nearest if categorical else Resampling.bilinear
     options = {"XSCALE": 1.0, "YSCALE": 1.0, "tolerance": 1e-9, "resampling": kind, **place}

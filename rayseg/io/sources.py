@@ -93,6 +93,7 @@ _REACH = 42.0  # degrees around a zone in which an image alone is mapped on it: 
 _FINE = 0.05  # degrees: edges are cut this fine before they are projected
 PIXELS = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # transform of an image without georeference
 STORED = (1.0, 0.0)  # scale and offset of values that are units already
+NO_NODATA = math.inf  # nodata of a mask whose every value counts, whatever the file says
 _NAMELESS = (ColorInterp.undefined, ColorInterp.gray)
 _FAULTS = (RasterioError, CRSError, CPLE_BaseError)
 

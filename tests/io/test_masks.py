@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from rayseg.geo.grid import Grid, Window
 from rayseg.io import annotation_requests, cog, labels, scenes
 from rayseg.io.label_names import assign
 from rayseg.io.masks import masks_of, only_0_and_255, pixels_of, read_classes, two_classes
+from rayseg.io.sources import footprint
 from rayseg.steps import evaluate
 from rayseg.vision.color import ClassTable, label_table
 
@@ -216,3 +218,76 @@ def test_names_of_masks_are_compared_as_ids_are(tmp_path):
         str(tmp_path / "part-1"), str(tmp_path / "part 1"), classes=str(tmp_path / "classes.yaml")
     )
     assert found["pixels"] == SHAPE_HW.size
+
+
+# -- nodata that is a class --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("high", [1, 255])
+def test_nodata_that_is_a_class_is_read_as_this_class(tmp_path, high, caplog):
+    mask_file(tmp_path / "m" / "a.tif", SHAPE_HW * high, nodata=0)
+    with caplog.at_level(logging.WARNING):
+        [one] = classes_of(tmp_path / "m", TABLE)
+    assert (one == SHAPE_HW).all()
+    assert "1 of 1 masks in " in caplog.text
+    assert "a.tif: land): these pixels are read as this class" in caplog.text
+
+
+def test_nodata_that_is_a_class_is_read_on_another_grid_and_not_beyond_the_file(tmp_path):
+    mask_file(tmp_path / "m" / "a.tif", SHAPE_HW * 1, nodata=0)
+    [mask] = two_classes(masks_of(str(tmp_path / "m")), TABLE, "m")
+    fine = Grid("EPSG:32719", (10.0, 10.0), (5.0, 5.0))
+    whole = footprint(mask, fine)
+    found = read_classes([mask], fine, Window(whole.col - 3, whole.row - 3, whole.width + 6, whole.height + 6), TABLE)
+    assert (found[:2] == 255).all()
+    assert [int((found == value).sum()) for value in (0, 1)] == pytest.approx(
+        [4 * (~SHAPE_HW).sum(), 4 * SHAPE_HW.sum()], rel=0.06
+    )
+
+
+def test_nodata_that_is_no_class_stays_not_labelled(tmp_path, caplog):
+    mask_file(tmp_path / "m" / "a.tif", SHAPE_HW * 1 + 1, nodata=2)
+    [one] = classes_of(tmp_path / "m", TABLE)
+    assert (one == np.where(SHAPE_HW, 255, 1)).all()
+    assert not caplog.records
+
+
+def test_evaluate_counts_the_class_that_is_nodata(tmp_path):
+    wrong_HW = SHAPE_HW.copy()
+    wrong_HW[:, :10] = True
+    mask_file(tmp_path / "map" / "a.tif", wrong_HW * 1)
+    mask_file(tmp_path / "truth" / "a.tif", SHAPE_HW * 1, nodata=0)
+    (tmp_path / "classes.yaml").write_text("classes: [{name: land, color: '#090909'}, {name: water, color: '#0000FF'}]")
+    found = evaluate.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"), classes=str(tmp_path / "classes.yaml"))
+    assert found["pixels"] == SHAPE_HW.size
+    assert found["overall"]["overall_accuracy"]["value"] == pytest.approx((wrong_HW == SHAPE_HW).mean())
+
+
+def test_nodata_within_the_colours_of_classes_is_refused(tmp_path):
+    kind = {"driver": "GTiff", "width": 30, "height": 20, "count": 3, "dtype": "uint8", "photometric": "rgb"}
+    for nodata in (0, 255):
+        with rasterio.open(tmp_path / "a.tif", "w", nodata=nodata, **kind) as file:
+            file.write(np.array([[9, 9, 9], [0, 0, 255]], np.uint8)[SHAPE_HW * 1].transpose(2, 0, 1))
+        if nodata == 0:  # it is the value of some bands only, so no pixel is lost
+            assert (classes_of(tmp_path, TABLE)[0] == SHAPE_HW).all()
+    with pytest.raises(DataError, match=r"has nodata 255, which is in the colour \(0, 0, 255\) of water"):
+        classes_of(tmp_path, TABLE)
+
+
+# -- folders with masks of several kinds -------------------------------------------------------------------------------
+
+
+def test_masks_of_0_255_beside_masks_of_0_1_are_named(tmp_path, caplog):
+    mask_file(tmp_path / "m" / "a.tif", SHAPE_HW * 255)
+    mask_file(tmp_path / "m" / "b.tif", SHAPE_HW * 1)
+    classes_of(tmp_path / "m", TABLE)
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert re.search(r"of two kinds: \S+a.tif holds only 0 and 255, \S+b.tif class values; 255 is read as not", warning)
+
+
+def test_255_beside_class_values_in_one_file_is_not_labelled_without_a_warning(tmp_path, caplog):
+    mask_file(tmp_path / "m" / "a.tif", SHAPE_HW * 255)
+    mask_file(tmp_path / "m" / "b.tif", SHAPE_HW * 1)
+    mask_file(tmp_path / "m" / "c.tif", np.array([[0, 1], [255, 0]]))
+    assert (classes_of(tmp_path / "m", TABLE)[0] == np.where(SHAPE_HW, 255, 0)).all()
+    assert not caplog.records
