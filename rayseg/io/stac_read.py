@@ -22,7 +22,7 @@ from rayseg.io import drivers, stac_catalog
 from rayseg.io.sources import PIXELS, STORED, Source, crs_of, crs_text, source_of_file
 from rayseg.io.stac_catalog import Box, Row, resolved
 from rayseg.io.times import UNKNOWN, utc_text
-from rayseg.io.units import Unit
+from rayseg.io.units import Unit, baseline_in, baseline_text
 from rayseg.store import suffix_of
 
 _log = logging.getLogger(__name__)
@@ -452,10 +452,16 @@ def _offset_applied(item: pystac.Item) -> bool:
 
 def _baseline(item: pystac.Item) -> str:
     """The Sentinel-2 processing baseline; "" if there is none, and "00.00" if its offset is not in the pixels."""
-    text = str(item.properties.get("s2:processing_baseline") or item.properties.get("sentinel:processing_baseline"))
-    if not re.fullmatch(r"\d+(\.\d+)?", text):
-        return ""
-    return "00.00" if _offset_applied(item) else text
+    if _offset_applied(item):
+        return "00.00"
+    fields = item.properties
+    text = str(fields.get("s2:processing_baseline") or fields.get("sentinel:processing_baseline") or "").strip()
+    satellite = str(fields.get("constellation") or fields.get("platform") or "sentinel-2").lower()
+    if not text and satellite.startswith(("sentinel-2", "s2")):  # others have versions of other forms, and meanings
+        text = str(fields.get("processing:version", ""))
+        text = text if re.fullmatch(r"N?\d\d\.?\d\d", text) else ""
+    names = (fields.get(key) for key in ("s2:product_uri", "s2:product_id", "sentinel:product_id", "title"))
+    return baseline_text(text) or next((found for name in names if (found := baseline_in(str(name)))), "")
 
 
 def href_of(item: pystac.Item, asset: pystac.Asset) -> str:

@@ -14,8 +14,21 @@ Unit = tuple[float, float]
 """(scale, offset) from stored values to physical ones."""
 BASELINE = 4.0
 """From this Sentinel-2 processing baseline on, stored values are 1000 higher (BOA_ADD_OFFSET, RADIO_ADD_OFFSET)."""
-_PRODUCT = re.compile(r"S2[A-D]_MSIL[12][AC]_.*_N(\d{4})_")
+_PRODUCT = re.compile(r"S2[A-D]_.*_N(\d{4})(?![0-9A-Za-z])", re.IGNORECASE)
+_NUMBER = re.compile(r"N?(\d\d)\.?(\d\d)|(\d\d?(?:\.\d+)?)", re.IGNORECASE)
 _SHIFT = 8  # an integer type may lose an eighth of its range to a conversion, not more
+
+
+def baseline_text(text: str) -> str:
+    """A Sentinel-2 processing baseline ("05.09", "0509", "N0509") as "05.09"; a plain number as it is, else ""."""
+    found = _NUMBER.fullmatch(text)
+    return (found[3] or f"{found[1]}.{found[2]}") if found else ""
+
+
+def baseline_in(name: str) -> str:
+    """The processing baseline in the name of a Sentinel-2 product (`S2A_..._N0400_...`), "" if there is none."""
+    found = _PRODUCT.search(name)
+    return baseline_text(found[1]) if found else ""
 
 
 def units_of(source: Source, bands: Sequence[str]) -> tuple[Unit, ...]:
@@ -57,8 +70,8 @@ def expect_one_unit(sources: Sequence[Source], bands: Sequence[str] = ()) -> Non
         bands: those that it sees; () for all.
 
     Raises:
-        DataError: scale or offset differ, only some sources state them, or Sentinel-2 scenes are from both sides of
-            processing baseline 04.00 without stated offsets; the message names two sources.
+        DataError: scale or offset differ, only some sources state them, or Sentinel-2 scenes without stated offsets are
+            from both sides of processing baseline 04.00, or only some state their baseline; the message names two.
     """
     ordered = sorted(sources, key=lambda source: source.item_id)
     known = [(source, baseline) for source in ordered if (baseline := _baseline(source)) is not None]
@@ -68,6 +81,14 @@ def expect_one_unit(sources: Sequence[Source], bands: Sequence[str] = ()) -> Non
         raise DataError(
             f"{old[0]}, {new[0]}, expected one side of 04.00, whose stored values are 1000 higher: select scenes of "
             "one side, or state raster:bands with scale and offset"
+        )
+    stated = {source.item_id for source, _ in known}
+    mute = [s.item_id for s in ordered if not s.units and s.item_id not in stated and s.dtype != "uint8"]
+    if known and mute:  # 8-bit pictures of any baseline have no offset
+        raise DataError(
+            f"{known[0][0].item_id} is from Sentinel-2 processing baseline {known[0][1]:05.2f}, {mute[0]} states none, "
+            "expected the baseline of all or of no scenes of a run, as values are 1000 higher from 04.00 on: state "
+            "s2:processing_baseline, or raster:bands with scale and offset, in its item, or map them in two runs"
         )
     first: dict[str, Source] = {}
     for source in ordered:
@@ -85,11 +106,12 @@ def expect_one_unit(sources: Sequence[Source], bands: Sequence[str] = ()) -> Non
 
 
 def _baseline(source: Source) -> float | None:
-    """The Sentinel-2 processing baseline, by the item or the product's name (`_N0400_`); None with stated units."""
+    """The Sentinel-2 processing baseline, by the item, its id or a file's path (`_N0400_`); None with stated units."""
     if source.units:
         return None
-    name = _PRODUCT.search(source.item_id)
-    return float(source.baseline) if source.baseline else int(name[1]) / 100 if name else None
+    names = (source.item_id, *(href for href, _ in source.assets))
+    text = source.baseline or next((found for name in names if (found := baseline_in(name))), "")
+    return float(text) if text else None
 
 
 def expect_one_dtype(source: Source, bands: Sequence[str]) -> None:

@@ -118,6 +118,52 @@ def test_the_baseline_stands_in_a_products_name_too(tmp_path):
         expect_one_unit([old, stated])
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"processing:version": "02.14"}, {"processing:version": "05.09", "platform": "Sentinel-2B"}),
+        ({"s2:processing_baseline": "N0214"}, {"s2:processing_baseline": 5.09}),
+        ({"sentinel:processing_baseline": "0214"}, {"title": "S2B_MSIL2A_20230704T101559_N0509_R065_T33UUP.SAFE"}),
+        ({"s2:product_uri": "S2A_MSIL2A_20180704T101559_N0214_R065.SAFE"}, {"s2:processing_baseline": "05.09"}),
+    ],
+)
+def test_every_spelling_of_a_baseline_counts(tmp_path, old, new):
+    href = write(tmp_path / "a.tif", np.ones((1, 8, 8), np.uint16))
+    sources = [source_of(item(name, {"image": (href, {})}, **way)) for name, way in (("a", old), ("b", new))]
+    with pytest.raises(
+        DataError, match=r"a is from Sentinel-2 processing baseline 02\.14, b from 05\.09, expected one"
+    ):
+        expect_one_unit(sources)
+    assert [source.baseline for source in sources] in (["02.14", "05.09"], ["02.14", "5.09"])
+
+
+def test_a_version_of_another_satellite_is_no_baseline(tmp_path):
+    href = write(tmp_path / "a.tif", np.ones((1, 8, 8), np.uint16))
+    for other in ({"constellation": "landsat", "processing:version": "02.14"}, {"processing:version": "2.1"}):
+        assert source_of(item("a", {"image": (href, {})}, **other)).baseline == ""
+
+
+def test_the_baseline_stands_in_a_files_path_or_a_short_id_too(tmp_path):
+    folders = [tmp_path / name for name in ("S2A_33UUP_20180704_N0214_L2A", "S2A_MSIL2A_20230704_N0509.SAFE")]
+    for folder in folders:
+        folder.mkdir()
+    hrefs = [write(folder / "B04.tif", np.ones((1, 8, 8), np.uint16)) for folder in folders]
+    with pytest.raises(DataError, match=r"x is from .* 02\.14, y from 05\.09"):
+        expect_one_unit([source_of_file(href, name) for href, name in zip(hrefs, "xy", strict=True)])
+
+
+@pytest.mark.parametrize("stated", ["02.14", "05.09"])
+def test_scenes_without_a_baseline_do_not_mix_with_scenes_that_have_one(tmp_path, stated):
+    href = write(tmp_path / "a.tif", np.ones((1, 8, 8), np.uint16))
+    mute, known = (
+        source_of(item(name, {"image": (href, {})}, **way))
+        for name, way in (("a", {}), ("b", {"s2:processing_baseline": stated}))
+    )
+    with pytest.raises(DataError, match=rf"b is from Sentinel-2 processing baseline {stated}, a states none, expected"):
+        expect_one_unit([mute, known])
+    expect_one_unit([replace(mute, dtype="uint8"), replace(known, dtype="uint8")])
+
+
 def test_the_tags_of_every_file_of_an_item_count(tmp_path):
     """One asset a band, and an item that states neither types nor units."""
     tags = {"scales": [0.01], "offsets": [-5.0]}
