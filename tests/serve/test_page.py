@@ -102,9 +102,9 @@ def test_results_are_downloaded(mapped, tmp_path, button, start):
     assert download.value.suggested_filename.startswith("field-")
 
 
-@pytest.mark.parametrize("orientation", [3, 6])
-def test_an_image_that_wants_to_be_turned_is_shown_and_mapped_as_it_is_stored(page, address, orientation):
-    """So that the mask, what the pointer says and the clicks lie on it; the server's pixels are the file's."""
+@pytest.mark.parametrize(("orientation", "size", "red_at"), [(3, (120, 60), (0.8, 0.5)), (6, (60, 120), (0.5, 0.2))])
+def test_an_image_is_shown_and_mapped_in_its_exif_orientation(page, address, orientation, size, red_at):
+    """So the mask, the readout and the clicks lie on it; the server turns its pixels, too."""
     picture_HWC = np.zeros((60, 120, 3), np.uint8)
     picture_HWC[:, :60], picture_HWC[:, 60:] = (220, 30, 30), (30, 30, 220)
     exif = Image.Exif()
@@ -114,17 +114,19 @@ def test_an_image_that_wants_to_be_turned_is_shown_and_mapped_as_it_is_stored(pa
     playwright.expect(page.locator("#model option")).to_have_count(4)
     page.set_input_files("#file", {"name": "turned.jpg", "mimeType": "image/jpeg", "buffer": data})
     page.wait_for_selector("#shown:not([hidden])")
-    assert page.evaluate("[mask.width, mask.height]") == [120, 60]
+    assert page.evaluate("[mask.width, mask.height]") == list(size)
     page.click("#go")
     page.wait_for_selector("#result:not([hidden])")
     page.fill("#opacity", "0")
     box = page.locator("#view").bounding_box()
-    assert box["width"] == pytest.approx(2 * box["height"], abs=1)
-    page.hover("#view", position={"x": box["width"] * 108.5 / 120, "y": box["height"] * 6.5 / 60})
-    assert "at column 108, row 6" in page.inner_text("#readout")
+    assert box["width"] / box["height"] == pytest.approx(size[0] / size[1], rel=0.02)
+    at = {"x": box["width"] * 48.5 / size[0], "y": box["height"] * 6.5 / size[1]}
+    page.hover("#view", position=at)
+    assert "at column 48, row 6" in page.inner_text("#readout")
     shown_HWC = np.asarray(Image.open(io.BytesIO(page.locator("#view").screenshot())).convert("RGB"), int)
     height, width = shown_HWC.shape[:2]
-    red, blue = (shown_HWC[height // 2, int(width * share)] for share in (0.2, 0.8))
+    x, y = red_at
+    red, blue = shown_HWC[int(height * y), int(width * x)], shown_HWC[int(height * (1 - y)), int(width * (1 - x))]
     assert red[0] > 180 > 80 > red[2]
     assert blue[2] > 180 > 80 > blue[0]
 

@@ -70,7 +70,7 @@ async function loadFile(file) {
       throw new Problem(0, "The browser cannot show this file; choose a PNG, JPEG or GeoTIFF.");
     }
     element("shown").hidden = false;
-    const [width, height] = stored(image);
+    const { naturalWidth: width, naturalHeight: height } = image;
     for (const id of ["mask", "marks"]) Object.assign(element(id), { width, height });
     state.cursor = [width / 2, height / 2];
   });
@@ -144,14 +144,6 @@ function things(found) {
 }
 
 // -- the image ---------------------------------------------------------------------------------------------------------
-
-// Width and height in which the file stores its pixels: the style sheet shows them and the server counts them so. The
-// natural ones follow the EXIF orientation.
-function stored(image) {
-  const box = image.getBoundingClientRect();
-  const turned = box.width > box.height !== image.naturalWidth > image.naturalHeight;
-  return turned ? [image.naturalHeight, image.naturalWidth] : [image.naturalWidth, image.naturalHeight];
-}
 
 function place(event) {
   const box = element("image").getBoundingClientRect();

@@ -107,7 +107,7 @@ def test_a_plan_times_the_segmenter_and_says_what_it_does_not(words):
     assert found.exit_code == 0, found.output
     plan = json.loads(found.stdout)
     assert {"segmenter", "Predict", "WriteTile"} <= set(plan["seconds"])
-    assert "choosing from" in plan["unknown"][0]
+    assert "the selection among" in plan["unknown"][0]
 
 
 def table(run, step):

@@ -80,7 +80,7 @@ def test_what_any_trial_could_not_use_is_refused(tmp_path):
 
 
 def test_trials_beside_each_other_have_no_workers_of_their_own(tmp_path):
-    with pytest.raises(ConfigError, match="set workers=0, or take --engine inline"):
+    with pytest.raises(ConfigError, match="set workers=0 or use --engine inline"):
         sweep.run(Config(workers=2), Region("r"), [Trial(0.1, "random", "s4gan", 0)], str(tmp_path), Engine("ray"))
     assert not list(tmp_path.iterdir())
 
