@@ -320,6 +320,7 @@ def test_the_same_command_again_does_nothing_and_items_are_valid(run, region):
     assert "Sizes" in page
 
 
+@pytest.mark.more  # io/test_remote.py, stages: a damaged block fails alone; here: through the whole pipeline
 def test_a_damaged_block_costs_its_own_ground_alone_and_is_mended_by_a_retry(tmp_path):
     region = imagery(tmp_path / "in", fields()[0].repeat(5, axis=1).repeat(5, axis=2))
     whole = damage(tmp_path / "in/scene.tif")

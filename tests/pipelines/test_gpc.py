@@ -114,6 +114,7 @@ def test_a_map_by_appearance_is_a_step_after_the_segmenter_and_a_bundle_like_any
         assert set(np.unique(file.read(1))) <= {0, 1, 255}
 
 
+@pytest.mark.more  # train/test_segmenter_training.py: the same of the training alone
 def test_a_killed_training_goes_on_as_if_nothing_had_been(whole, words, tmp_path, monkeypatch):
     epoch, killed = segmenter._epoch, []
 

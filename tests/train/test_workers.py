@@ -20,6 +20,7 @@ QUICK = ClassifierConfig(
 )
 
 
+@pytest.mark.more  # test_supervised.py: two workers see the losses of one
 def test_two_workers_train_one_network_and_each_class_is_measured_once(local_ray, tmp_path, chips, held_out):
     setup = Setup(tmp_path, workers=2, max_failures=0)
     measures = fit_classifier(QUICK, chips, setup, scaling=SCALING, held_out=held_out)

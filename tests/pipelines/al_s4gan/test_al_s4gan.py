@@ -216,6 +216,7 @@ def test_people_draw_what_is_asked_for_round_by_round(tmp_path):
     assert [row["id"] for row in table(out, "round-2")] == [*asked]
 
 
+@pytest.mark.more  # test_sweep.py: trials, table and report of made runs; here: of real trainings
 def test_a_sweep_gives_a_row_per_ratio_and_is_done_once(world, tmp_path):
     out = tmp_path / "sweep"
     words = ["run", "sweep", "al-s4gan", "--region", world / "scenes", "--config", world / "small.yaml"]
