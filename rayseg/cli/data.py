@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from rayseg.cli.options import REGIONS, AllowDriver, AsJson, Out, region_of
+from rayseg.errors import DataError
 
 app = typer.Typer()
 ingest_app = typer.Typer(no_args_is_help=True, help="Describe images as a STAC catalogue.")
@@ -161,6 +162,8 @@ def evaluate(
         return
     result = evaluate.evaluate(prediction, truth, classes=classes)
     typer.echo(json.dumps(result, indent=1) if as_json else evaluate.text(result))
+    if result["failed"]:
+        raise typer.Exit(DataError.exit_code)
 
 
 @app.command()

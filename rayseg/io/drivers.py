@@ -5,9 +5,10 @@ the files of a mosaic are looked at before the mosaic is opened.
 """
 
 import io
+import logging
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import lru_cache
 from xml.etree import ElementTree  # expat, which limits the expansion of entities
@@ -16,12 +17,14 @@ from aiohttp import ClientError
 from rasterio.drivers import raster_driver_extensions
 from rasterio.env import ensure_env_with_credentials
 from rasterio.io import DatasetReader
+from upath import UPath
 
 from rayseg.errors import DataError
 from rayseg.io import remote
 from rayseg.io.tables import concurrently
 from rayseg.store import STORE_ERRORS, allowed_drivers, is_local, suffix_of, upath, web_url
 
+_log = logging.getLogger(__name__)
 TIFF = "image/tiff; application=geotiff"
 KINDS = {
     ".tif": ("GTiff", TIFF),
@@ -35,6 +38,8 @@ KINDS = {
 """Suffix -> (driver, media type) of images."""
 MOSAICS = {".vrt": ("VRT", "application/x-gdal-vrt"), ".gti.gpkg": ("GTI", "application/x-gdal-gti")}
 """The same of files that name images."""
+_SIDECARS = (".aux.xml", ".ovr", ".msk", ".tfw", ".tifw", ".jgw", ".jpgw", ".pgw", ".pngw", ".j2w", ".wld", ".prj")
+"""Ends of the names of files that GDAL reads with an image."""
 DRIVERS = ("GTiff", "PNG", "JPEG", "JP2OpenJPEG")
 SIGNATURES = {
     b"\x89PNG\r\n\x1a\n": "PNG",
@@ -55,6 +60,22 @@ def kind_of(path: object) -> tuple[str, str] | None:
     name = str(path).lower().partition("?")[0] if "://" in str(path) else str(path).lower()
     mosaic = next((kind for suffix, kind in MOSAICS.items() if name.endswith(suffix)), None)
     return mosaic or KINDS.get(suffix_of(name))
+
+
+def files_in(folder: UPath) -> list[UPath]:
+    """The entries of a folder by name, without hidden ones, as macOS makes beside each file on other disks."""
+    return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=lambda path: str(path.name))
+
+
+def warn_of_rest(folder: UPath, entries: Sequence[UPath], kept: Sequence[UPath], expected: str) -> None:
+    """Warn of a folder's entries that are neither kept nor read by GDAL with one that is."""
+    rest = [path.name for path in entries if path not in kept and not path.name.lower().endswith(_SIDECARS)]
+    if rest:
+        more = f" and {len(rest) - 5} more" if len(rest) > 5 else ""
+        _log.warning(
+            "%d of %d entries of %s are left out: %s%s (%s)",
+            *(len(rest), len(rest) + len(kept), folder, ", ".join(rest[:5]), more, expected),
+        )
 
 
 def opened(href: str, drivers: tuple[str, ...] = ()) -> DatasetReader:

@@ -23,7 +23,7 @@ from upath import UPath
 
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Window, slug
-from rayseg.io.drivers import KINDS, MOSAICS, TIFF, kind_of
+from rayseg.io.drivers import KINDS, MOSAICS, TIFF, files_in, kind_of, warn_of_rest
 from rayseg.io.masks import pixels_of, read_classes
 from rayseg.io.rasters import read
 from rayseg.io.sources import PIXELS, Source, crs_of, footprint, gdal, grids_of, open_file, ring_of, source_of_file
@@ -39,8 +39,6 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 LABEL = "rayseg:label"
 _KINDS = ", ".join(suffix.lstrip(".") for suffix in (*KINDS, *MOSAICS))
-_SIDECARS = (".aux.xml", ".ovr", ".msk", ".tfw", ".tifw", ".jgw", ".jpgw", ".pgw", ".pngw", ".j2w", ".wld", ".prj")
-"""Ends of the names of files that GDAL reads with an image."""
 _TIMES = {
     "EXIF_DateTimeOriginal": "EXIF_OffsetTimeOriginal",
     "TIFFTAG_DATETIME": "",
@@ -203,17 +201,10 @@ def _rasters_in(paths: Sequence[StorePath]) -> list[UPath]:
 def _images_in(folder: UPath) -> list[UPath]:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: give a folder of images.")
-    shown = sorted(
-        (path for path in folder.iterdir() if not path.name.startswith(".")), key=lambda path: str(path.name)
-    )
+    shown = files_in(folder)
     images = [path for path in shown if suffix_of(path) in KINDS] or [path for path in shown if kind_of(path)]
-    rest = [path.name for path in shown if path not in images and not path.name.lower().endswith(_SIDECARS)]
-    if images and rest:
-        more = f" and {len(rest) - 5} more" if len(rest) > 5 else ""
-        _log.warning(
-            "%d of %d entries of %s are left out: %s%s (images are %s; a folder's mosaics only if it has no others)",
-            *(len(rest), len(rest) + len(images), folder, ", ".join(rest[:5]), more, _KINDS),
-        )
+    if images:
+        warn_of_rest(folder, shown, images, f"images are {_KINDS}; a folder's mosaics only if it has no others")
     return images
 
 

@@ -135,11 +135,12 @@ def by_image(masks: Sequence[Source]) -> dict[str, tuple[Source, ...]]:
     return {name: tuple(group) for name, group in found.items()}
 
 
-def masks_of(location: str, *, names: Sequence[str] = ()) -> list[Source]:
+def masks_of(location: str, *, names: Sequence[str] = (), failed: dict[str, str] | None = None) -> list[Source]:
     """The masks in a folder (PNG or TIFF, called by their stem) or in `catalog.json#collection` (by their item's id).
 
     Of an item with several rasters it is the one called `classes`, else the one whose stored class names fit `names`;
-    `catalog.json#collection/asset` names the asset.
+    `catalog.json#collection/asset` names the asset. If `failed` is given, it gets the files of a folder that cannot be
+    opened, with the errors, unless there are no others.
 
     Raises:
         DataError: there are none, one cannot be opened, or an item's asset cannot be told.
@@ -149,13 +150,23 @@ def masks_of(location: str, *, names: Sequence[str] = ()) -> list[Source]:
         collection, _, asset = fragment.partition("/")
         return _masks_of_catalog(uri, collection, asset, names)
     folder = upath(location)
-    files = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES] if folder.is_dir() else []
+    entries = drivers.files_in(folder) if folder.is_dir() else []
+    files = [path for path in entries if path.suffix.lower() in SUFFIXES]
+    kinds = ", ".join(suffix.lstrip(".") for suffix in SUFFIXES)
     if not files:
-        kinds = ", ".join(suffix.lstrip(".") for suffix in SUFFIXES)
         raise DataError(f"{location} holds no masks: give a folder of {kinds} files, or catalog.json#collection.")
     if twice := [stem for stem, count in Counter(path.stem for path in files).items() if count > 1]:
         raise DataError(f"{location} holds several masks called {twice[0]}: leave one of each name.")
-    return [source_of_file(str(path), path.stem) for path in sorted(files, key=lambda path: str(path.name))]
+    drivers.warn_of_rest(folder, entries, files, f"masks are {kinds}")
+    masks = []
+    for path in files:
+        try:
+            masks.append(source_of_file(str(path), path.stem))
+        except DataError as error:
+            if failed is None or (path == files[-1] and not masks):
+                raise
+            failed[str(path)] = str(error)
+    return masks
 
 
 def _masks_of_catalog(uri: str, collection: str, asset: str, names: Sequence[str]) -> list[Source]:

@@ -82,23 +82,28 @@ def evaluate(prediction: str, truth: str, *, classes: str | None = None) -> dict
         JSON values: `overall` and, per class, `iou`, `f1`, `precision` and `recall`, each as value, low, high (95 %
         bootstrap over tiles or images; None where it is not defined); `confusion` (rows truth, columns prediction);
         `units` (number of resampled units; `unit` is tile or image) and `pixels` compared; `not_evaluated`, pixels with
-        truth but without prediction; `unmatched` names of both sides; `seams` of a run.
+        truth but without prediction; `unmatched` names of both sides; `seams` of a run; `failed`, error of each file
+        in a folder of masks that cannot be opened.
 
     Raises:
         DataError: nothing matches, two images differ in size, or a mask contains a value that is not a class.
         ConfigError: no class table is given or stored.
     """
     table = read_table(classes) if classes else None
+    failed: dict[str, str] = {}
     if (upath(prediction) / "run.json").exists():
-        return _of_run(prediction, truth, table)[0]
+        return _of_run(prediction, truth, table, failed=failed)[0] | {
+            "failed": {path: str(error) for path, error in failed.items()}
+        }
     names = table.names if table else ()
-    found = masks.masks_of(prediction, names=names)
+    found = masks.masks_of(prediction, names=names, failed=failed)
     table = table or _stored_table(found[0], prediction)
     found = masks.two_classes(found, table, prediction)
-    reference = masks.two_classes(masks.masks_of(truth, names=table.names), table, truth)
+    reference = masks.two_classes(masks.masks_of(truth, names=table.names, failed=failed), table, truth)
     placed = any(mask.crs for mask in reference)
     compared, unmatched = _compare_all(masks.pieces_of_masks(found, placed=placed), reference, table)
-    return {"prediction": prediction, "truth": truth} | summary(compared, table) | {"unmatched": unmatched}
+    result = {"prediction": prediction, "truth": truth} | summary(compared, table) | {"unmatched": unmatched}
+    return result | {"failed": failed}
 
 
 def expect_masks(region: Region, truth: str | None, names: Sequence[str]) -> None:
@@ -132,14 +137,18 @@ def evaluate_run(step: Step, predicted: Step, truth: str) -> dict[str, Any]:
 
 
 def _of_run(
-    root: str, truth: str, table: ClassTable | None, step: str = "predict"
+    root: str,
+    truth: str,
+    table: ClassTable | None,
+    step: str = "predict",
+    failed: dict[str, str] | None = None,
 ) -> tuple[dict[str, Any], list[Compared]]:
     tiles = maps.mapped_tiles(root, step)
     if not tiles:
         raise DataError(f"run {root} has no mapped tile to compare: look at rayseg status {root}.")
     pieces = masks.pieces_of_tiles(tiles)
     table = table or _stored_table(pieces[0].source, root)
-    reference = masks.two_classes(masks.masks_of(truth, names=table.names), table, truth)
+    reference = masks.two_classes(masks.masks_of(truth, names=table.names, failed=failed), table, truth)
     compared, unmatched = _compare_all(pieces, reference, table)
     result = {"prediction": root, "truth": truth} | summary(compared, table) | {"unmatched": unmatched}
     return result | {"seams": maps.seam_score(tiles)}, compared
@@ -319,6 +328,7 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     for side, other in (("prediction", "truth"), ("truth", "prediction")):
         if count := result["unmatched"][side]["count"]:
             lines.append(f"{count} of the {side} without {other}: {_some(result['unmatched'][side]['names'])}")
+    lines += [f"not compared: {message}" for message in result.get("failed", {}).values()]
     if (seams := result.get("seams")) and seams["ratio"] is not None:
         lines.append(f"seams: class changes {seams['ratio']:.2f} times as often over tile borders as inside tiles")
     return ["", *lines] if lines else []

@@ -10,7 +10,9 @@ import rasterio
 from affine import Affine
 from fake_run import make, picture
 from PIL import Image
+from typer.testing import CliRunner
 
+from rayseg.cli import app
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window
 from rayseg.io import annotation_requests, cog, labels, scenes
@@ -291,3 +293,32 @@ def test_255_beside_class_values_in_one_file_is_not_labelled_without_a_warning(t
     mask_file(tmp_path / "m" / "c.tif", np.array([[0, 1], [255, 0]]))
     assert (classes_of(tmp_path / "m", TABLE)[0] == np.where(SHAPE_HW, 255, 0)).all()
     assert not caplog.records
+
+
+# -- folders with other files ------------------------------------------------------------------------------------------
+
+
+def test_hidden_files_are_no_masks_and_other_formats_are_named(tmp_path, caplog):
+    mask_file(tmp_path / "m" / "a.tif", SHAPE_HW * 1)
+    for name in ("._a.tif", "b.jp2", "a.tif.aux.xml"):
+        (tmp_path / "m" / name).write_bytes(b"<PAMDataset/>")
+    assert [mask.item_id for mask in masks_of(str(tmp_path / "m"))] == ["a"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"1 of 2 entries of {tmp_path / 'm'} are left out: b.jp2 (masks are png, tif, tiff)"
+    ]
+
+
+def test_a_damaged_mask_fails_alone_and_the_command_exits_with_3(tmp_path):
+    for name in ("map", "truth"):
+        for mask in "ab":
+            mask_file(tmp_path / name / f"{mask}.tif", SHAPE_HW * 1)
+    (tmp_path / "truth" / "b.tif").write_bytes(b"junk")
+    (tmp_path / "classes.yaml").write_text("classes: [{name: land, color: '#090909'}, {name: water, color: '#0000FF'}]")
+    words = ["evaluate", str(tmp_path / "map"), str(tmp_path / "truth"), "--classes", str(tmp_path / "classes.yaml")]
+    found = CliRunner().invoke(app, words)
+    assert found.exit_code == 3
+    assert "truth/b.tif cannot be read" in found.output.replace("\n", "")
+    assert re.search(r"overall accuracy +1\.000", found.output)
+    (tmp_path / "truth" / "a.tif").write_bytes(b"junk")
+    with pytest.raises(DataError, match=r"[ab]\.tif cannot be read"):
+        evaluate.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"), classes=str(tmp_path / "classes.yaml"))
