@@ -268,7 +268,12 @@ def items_of(uri: str, box: Box | None) -> list[dict[str, Any]]:
 
     try:
         table = pq.read_table(io.BytesIO(upath(uri).read_bytes()))
-        return list(stac_table_to_items(table if box is None else table.filter(_meeting(table, box))))
+        table = table if box is None else table.filter(_meeting(table, box))
+        if empty := table["geometry"].null_count:  # GeoParquet's readers expect one
+            raise DataError(
+                f"{uri} has {empty} items with a null geometry, expected one of each item; write their bbox as geometry"
+            )
+        return list(stac_table_to_items(table))
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ConfigError(f"Catalogue {uri} is not there.") from error
     except (pa.ArrowException, KeyError) as error:

@@ -139,6 +139,9 @@ def _item_of(row: Row) -> pystac.Item:
                 normalised(shape(item.geometry))
             if item.bbox and not all(math.isfinite(value) for value in item.bbox):
                 raise ValueError("its bbox has values that are not numbers")
+            if item.bbox and not item.geometry:  # STAC forbids it, but the item has a place
+                west, south, east, north = box_of(item.bbox)
+                item.geometry = mapping(shapely.box(west, south, east + 360 * (west > east), north))
         except _INVALID as error:
             reason = f"{row.id} of {row.place} is not a valid STAC item: {_told(error)}"
         else:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import geopandas
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pyproj
 import pystac
 import pytest
@@ -224,6 +226,27 @@ def test_items_over_the_antimeridian_are_found_from_both_sides(tmp_path, text, e
     assert {one.id for one in stac_read.open_items(str(path), geometry=region)} == expected
     near = {one.id for one in stac_read.open_items(str(path), geometry=mapping(box(179.95, -11, 180, -10)), halo=1)}
     assert {"over", "before"} <= near
+
+
+def test_an_item_with_a_bbox_and_no_geometry_lies_in_its_bbox(tmp_path):
+    boxes = {"here": [10, 40, 11, 41], "over": [179.5, -11, -179.5, -10], "high": [20, 40, -5, 21, 41, 800]}
+    rows = [item(name).to_dict(include_self_link=False) | {"bbox": bbox} for name, bbox in boxes.items()]
+    path = tmp_path / "items.json"
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": [row | {"geometry": None} for row in rows]}))
+    for text, expected in (("10.5,40,12,41", "here"), ("-179.9,-11,-179,-10", "over"), ("20.5,40,22,41", "high")):
+        region = resolve_region(text).geometry
+        assert [one.id for one in stac_read.open_items(str(path), geometry=region)] == [expected]
+
+
+def test_a_table_with_null_geometries_is_refused_by_name(tmp_path):
+    path = tmp_path / "items.parquet"
+    stac_write.write_items_parquet(path, [item(name).to_dict(include_self_link=False) for name in "ab"])
+    table = pq.read_table(path)
+    at = table.schema.get_field_index("geometry")
+    nulls = pa.nulls(len(table), table.schema.field(at).type)
+    pq.write_table(table.set_column(at, table.schema.field(at), nulls), path)
+    with pytest.raises(DataError, match="items.parquet has 2 items with a null geometry, expected one of each item"):
+        stac_read.open_items(str(path))
 
 
 def test_an_image_without_crs_stays_without():
