@@ -291,7 +291,7 @@ def _taken(dataset: DatasetReader, href: str) -> str:
             return utc_text(text + tags.get(zone, "").strip())
         except ValueError:
             continue
-    return utc_text(datetime.fromtimestamp(upath(href).stat().st_mtime, UTC))
+    return utc_text(datetime.fromtimestamp(int(upath(href).stat().st_mtime), UTC))
 
 
 def _item(source: Source, label: str | None) -> pystac.Item:

@@ -20,6 +20,7 @@ from rayseg.io.maps import MappedTile, width_m
 from rayseg.io.rasters import changed, footprint, is_number, view
 from rayseg.io.remote import patiently
 from rayseg.io.sources import Source, gdal, open_file
+from rayseg.io.times import time_order
 from rayseg.vision.color import RGB, ClassTable, overlay
 from rayseg.vision.superpixels import outlined
 
@@ -200,7 +201,7 @@ def mosaic(tiles: Sequence[MappedTile], *, size: int, title: str) -> Picture:
     # newest first: the order in which the map takes pixels
     sources = {source.item_id: source for tile in tiles for source in tile.sources}
     by_name = [sources[name] for name in sorted(sources)]
-    newest_first = sorted(by_name, key=lambda source: source.datetime or "", reverse=True)
+    newest_first = sorted(by_name, key=lambda source: time_order(source.datetime), reverse=True)
     image_CHW, seen_HW = _imagery(newest_first, grid, canvas)
     return Picture(title, painted(image_CHW, seen_HW), seen_HW, classes_HW, width_m(grid, extent), canvas.step)
 

@@ -32,6 +32,7 @@ from rayseg.geo.grid import Bounds, Grid, Window, zone_bounds, zone_of
 from rayseg.geo.lonlat import LONLAT, from_lonlat, geographic, normalised, polygons_in, sound, within
 from rayseg.io import drivers, remote
 from rayseg.io.orientation import upright
+from rayseg.io.times import time_order
 from rayseg.store import is_local, public
 
 _log = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class Source:
         width: columns of that file.
         dtype: numpy name of its pixel type.
         nodata: value that the item (not only the file) says is no data; NaN always is, and is stored as None.
-        datetime: ISO 8601 in UTC ("2020-08-31T00:00:00Z"), None when unknown.
+        datetime: `times.utc_text` ("2020-08-31T00:00:00Z"), None when unknown.
         href: of the item, "" if it was not read from a file.
         gcps: the files have ground control points only; `transform` is then just the box around them.
         units: (scale, offset) of each of `bands`, from stored values to units; empty if not stated.
@@ -330,7 +331,7 @@ def grids_of(sources: Sequence[Source]) -> list[tuple[Grid, list[Source]]]:
 
 def newest_first(sources: Sequence[Source]) -> list[Source]:
     """Sources by time, newest first, then by id."""
-    return sorted(sorted(sources, key=lambda s: s.item_id), key=lambda s: s.datetime or "", reverse=True)
+    return sorted(sorted(sources, key=lambda s: s.item_id), key=lambda s: time_order(s.datetime), reverse=True)
 
 
 def _zones_of(source: Source) -> list[str]:

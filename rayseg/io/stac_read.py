@@ -21,7 +21,7 @@ from rayseg.geo.lonlat import box_of, normalised
 from rayseg.io import drivers, stac_catalog
 from rayseg.io.sources import PIXELS, STORED, Source, crs_of, crs_text, source_of_file
 from rayseg.io.stac_catalog import Box, Row, resolved
-from rayseg.io.times import UNKNOWN, utc_text
+from rayseg.io.times import UNKNOWN, time_order, utc_text
 from rayseg.io.units import Unit, baseline_in, baseline_text
 from rayseg.store import suffix_of
 
@@ -84,7 +84,7 @@ def open_items(
         everything = _read_items(uri, collection, wide, None) if suffix_of(uri) == ".parquet" else items
         raise DataError(_nothing(place, everything, area))
     found += broken
-    return sorted(sorted(found, key=lambda item: item.id), key=lambda item: time_of(item) or "", reverse=True)
+    return sorted(sorted(found, key=lambda item: item.id), key=lambda item: time_order(time_of(item)), reverse=True)
 
 
 def imagery_collection(uri: str) -> str | None:

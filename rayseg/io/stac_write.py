@@ -30,7 +30,7 @@ from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.geo.lonlat import bounds_of, sound, to_lonlat
 from rayseg.io.sources import Source, crs_of, placing
 from rayseg.io.tables import Spool, concurrently, content
-from rayseg.io.times import UNKNOWN, in_utc, utc_text
+from rayseg.io.times import UNKNOWN, in_utc, time_order, utc_text
 from rayseg.io.written import WrittenFile
 from rayseg.store import StorePath, public, put, upath
 from rayseg.vision.color import ClassTable, hex_of
@@ -80,7 +80,7 @@ def item_of(
         DataError: the grid lies nowhere on Earth.
     """
     geometry, bbox = lonlat_outline(grid, window)
-    times = sorted(utc_text(source.datetime) for source in sources if source.datetime)
+    times = sorted((utc_text(source.datetime) for source in sources if source.datetime), key=time_order)
     item = pystac.Item(
         item_id,
         geometry,
@@ -351,13 +351,14 @@ class _Extent:
         self.boxes = [_around([*self.boxes, item["bbox"]])] if item.get("bbox") else self.boxes
         named = (item["properties"].get(name) for name in ("datetime", "start_datetime", "end_datetime"))
         times = [*self.times, *(utc_text(time) for time in named if time)]
-        self.times = [min(times), max(times)] if times else []
+        self.times = [min(times, key=time_order), max(times, key=time_order)] if times else []
 
     def collection(
         self, name: str, title: str, *, links: Sequence[dict[str, Any]] = (), assets: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         """The collection as JSON values."""
-        interval = [min(self.times), max(self.times)] if self.times else [None, None]
+        times = sorted(self.times, key=time_order)
+        interval = [times[0], times[-1]] if times else [None, None]
         return {
             "type": "Collection",
             "id": name,

@@ -19,9 +19,14 @@ def in_utc(moment: datetime | str) -> datetime:
 
 
 def utc_text(moment: datetime | str) -> str:
-    """The time as "2020-08-31T00:00:00Z": texts of this form sort by time.
+    """The time as "2020-08-31T00:00:00Z", with six digits of a second if it has a fraction; see `time_order`.
 
     Raises:
         ValueError: a text is not ISO 8601.
     """
-    return f"{in_utc(moment).replace(microsecond=0, tzinfo=None).isoformat()}Z"
+    return f"{in_utc(moment).replace(tzinfo=None).isoformat()}Z"
+
+
+def time_order(text: str | None) -> str:
+    """A key by which texts of `utc_text` sort by time, None first: "Z" itself would sort after a fraction."""
+    return (text or "").removesuffix("Z")

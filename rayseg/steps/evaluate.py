@@ -24,6 +24,7 @@ from rayseg.io.maps import MappedTile, mapped_tiles
 from rayseg.io.masks import Piece
 from rayseg.io.rasters import footprint
 from rayseg.io.sources import Source, part_of_image
+from rayseg.io.times import time_order
 from rayseg.metrics import Confusion, agreement, percentile_interval, resampled
 from rayseg.store import put, upath
 from rayseg.vision.color import IGNORE, ClassTable, hex_of, label_table, rgb_of
@@ -171,7 +172,9 @@ def match(pieces: Sequence[Piece], truth: Sequence[Source]) -> list[Match]:
         DataError: nothing matches (the message lists the first names of both sides), or two images differ in size.
     """
     # The newest mask comes first; the inner sort makes the order independent of the input for equal dates.
-    newest = sorted(sorted(truth, key=lambda mask: mask.item_id), key=lambda mask: mask.datetime or "", reverse=True)
+    newest = sorted(
+        sorted(truth, key=lambda mask: mask.item_id), key=lambda mask: time_order(mask.datetime), reverse=True
+    )
     placed = [mask for mask in newest if mask.crs is not None]
     bare = not any(piece.tile.grid.crs for piece in pieces)
     named = masks.by_image([mask for mask in newest if bare or mask.crs is None])

@@ -245,7 +245,7 @@ def test_a_table_with_null_geometries_is_refused_by_name(tmp_path):
     at = table.schema.get_field_index("geometry")
     nulls = pa.nulls(len(table), table.schema.field(at).type)
     pq.write_table(table.set_column(at, table.schema.field(at), nulls), path)
-    with pytest.raises(DataError, match="items.parquet has 2 items with a null geometry, expected one of each item"):
+    with pytest.raises(DataError, match=r"items\.parquet has 2 items with a null geometry, expected one of each item"):
         stac_read.open_items(str(path))
 
 

@@ -26,7 +26,7 @@ GRID = Grid("EPSG:32719", (10.0, 10.0), (0.0, 0.0))
         ("2021-06-01T12:00:00+02:00", "2021-06-01T10:00:00Z"),
         ("2021-06-01T00:30:00+05:45", "2021-05-31T18:45:00Z"),
         ("2020-12-31T20:00:00-10:00", "2021-01-01T06:00:00Z"),
-        ("2021-06-01T10:00:00.999999Z", "2021-06-01T10:00:00Z"),
+        ("2021-06-01T12:00:00.9+02:00", "2021-06-01T10:00:00.900000Z"),
         ("2021-06-01", "2021-06-01T00:00:00Z"),
         ("2021-06-01 10:00:00", "2021-06-01T10:00:00Z"),
     ],
@@ -55,6 +55,9 @@ def row(name, time, **properties):
         ("2021-06-01T11:00:00Z", "2021-06-01T12:00:00+02:00"),
         ("2020-12-31T23:00:00-04:00", "2021-01-01T02:00:00Z"),
         ("2021-06-01T09:00:00Z", "2021-06-01T12:59:59+04:00"),
+        ("2021-06-01T09:00:00.9Z", "2021-06-01T09:00:00Z"),
+        ("2021-06-01T09:00:00.90001Z", "2021-06-01T11:00:00.9+02:00"),
+        ("2021-06-01T09:00:01Z", "2021-06-01T09:00:00.9Z"),
     ],
 )
 def test_the_newest_scene_is_first_whatever_the_zones_are(tmp_path, newer, older):
@@ -65,6 +68,21 @@ def test_the_newest_scene_is_first_whatever_the_zones_are(tmp_path, newer, older
     assert [item.id for item in items] == ["b", "a"]
     [(_, sources)] = grids_of([stac_read.source_of(item) for item in items][::-1])
     assert [source.item_id for source in sources] == ["b", "a"]
+
+
+def test_fractions_of_a_second_stay_in_the_times_of_results(tmp_path):
+    frame = (GRID.crs, (10.0, 0.0, 0.0, 0.0, -10.0, 0.0), 8, 8, "uint8", None)
+    times = ["2021-06-01T11:00:00.500000Z", "2021-06-01T11:00:00Z", "2021-06-01T10:59:59.900000Z"]
+    sources = [Source(str(at), (), *frame, time) for at, time in enumerate(times)]
+    item = stac_write.item_of("t", GRID, Window(0, 0, 8, 8), folder=tmp_path, files=[], sources=sources)
+    properties = item.to_dict()["properties"]
+    assert (properties["start_datetime"], properties["end_datetime"]) == (times[2], times[0])
+    assert properties["datetime"] == times[0]
+    for at, time in enumerate(times[1::-1]):  # the second is added to what is there
+        made = pystac.Item(str(at), None, None, pystac.utils.str_to_datetime(time), {})
+        stac_write.write_catalog(tmp_path / "cat", {"imagery": [made]})
+    collection = json.loads((tmp_path / "cat/imagery/collection.json").read_text())
+    assert collection["extent"]["temporal"]["interval"] == [[times[1], times[0]]]
 
 
 def test_an_interval_counts_from_its_start(tmp_path):
