@@ -280,7 +280,7 @@ def placing(name: str, crs: str | CRS) -> Iterator[None]:
         if isinstance(error, ShapelyError):
             raise DataError(
                 f"{said}its outline in degrees crosses itself or is empty, expected one area: check its georeference, "
-                "cut it to the part of the Earth that its CRS is made for, or map it in a run of its own."
+                "or cut it to the part of the Earth that its CRS is made for."
             ) from error
         raise DataError(f"{said}check its georeference, and that it is not of another planet.") from error
 

@@ -40,6 +40,8 @@ _POLES = shapely.box(-540, -90, 540, 90)
 _COARSE = 0.01  # degrees: no pixel of a table's items is taken to be larger than about a kilometre
 _AROUND = 0.1  # degrees around a region in which a STAC API is asked for scenes of its halo
 _PICTURES = ("thumbnail", "overview", "metadata", "visual")
+_CODE = re.compile(r"EPSG:\d+", re.IGNORECASE)
+"""How a code is kept; "EPSG: 32633" and "EPSG:32633+5773" (with heights) are valid too, but not as a name of a grid."""
 _NUMBERED = re.compile(r"(b|band)?[ _-]?\d+", re.IGNORECASE)
 _COMMON = {
     "pan", "coastal", "blue", "green", "green05", "yellow", "red", "rededge", "rededge071", "rededge075", "rededge078",
@@ -379,7 +381,7 @@ def _crs(fields: Mapping[str, Any]) -> str | None:
         except (CRSError, ValueError, pyproj.exceptions.CRSError):
             continue  # "EPSG:None" and its kind
         if crs:
-            return str(text) if str(text).upper().startswith("EPSG:") else crs_text(crs)
+            return str(text) if _CODE.fullmatch(str(text)) else crs_text(crs)
     return None
 
 

@@ -31,7 +31,7 @@ from rayseg.io.cog import read_bands
 from rayseg.io.maps import MappedTile, mapped_tiles
 from rayseg.io.masks import table_of
 from rayseg.io.rasters import read
-from rayseg.io.sources import footprint, grids_of, source_of_file
+from rayseg.io.sources import footprint, grids_of, placing, source_of_file
 from rayseg.io.tables import Spool, concurrently, content
 from rayseg.io.written import WrittenFile, write_file
 from rayseg.store import StorePath, put, upath
@@ -463,7 +463,8 @@ def lonlat_of(grid: Grid, polygons: NDArray[np.object_]) -> NDArray[np.object_]:
     affine, degrees = grid.transform(Window(0, 0, 1, 1)), transformer(str(grid.crs), LONLAT)
     scale, shift = (affine.a, affine.e), (affine.c, affine.f)
     mapped = shapely.transform(polygons, lambda points: points * scale + shift)
-    lonlat = to_lonlat(mapped, lambda points: np.stack(degrees.transform(*points.T), axis=1))
+    with placing(f"A polygon on the grid {grid.name}", str(grid.crs)):
+        lonlat = to_lonlat(mapped, lambda points: np.stack(degrees.transform(*points.T), axis=1))
     if len(lonlat) and not np.isfinite(shapely.total_bounds(lonlat)).all():
         raise DataError(f"Polygons on the grid {grid.name} have no place on Earth: check the imagery's georeference.")
     return seams.cut(lonlat, grid)

@@ -18,7 +18,7 @@ from shapely.geometry import box, mapping, shape
 
 import rayseg
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo.grid import Grid, Tile, Window
+from rayseg.geo.grid import Grid, Tile, Window, slug
 from rayseg.geo.region import region_names, resolve_region
 from rayseg.io import cog, stac_read, stac_write
 from rayseg.io.rasters import Source, footprint, grids_of, read
@@ -168,6 +168,20 @@ def test_a_crs_without_a_code_is_read_in_full_and_else_from_the_file(tmp_path, t
         assert source.crs == expected
     else:
         assert pyproj.CRS.from_wkt(source.crs).coordinate_operation.method_name == "Sinusoidal"
+
+
+@pytest.mark.parametrize("code", ["EPSG: 32650", " epsg:32650 ", "urn:ogc:def:crs:EPSG::32650", "EPSG:32650+5773"])
+def test_a_code_in_another_spelling_is_the_same_crs(tmp_path, code):
+    pixels = image(tmp_path / "a.tif")
+    made = item(assets={"image": tif(str(tmp_path / "a.tif"))}, properties=projected(code=code))
+    source = stac_read.source_of(made)
+    if "+" in code:  # a CRS with heights has no code of its own
+        assert pyproj.CRS.from_wkt(source.crs).sub_crs_list[0] == pyproj.CRS(UTM)
+    else:
+        assert source.crs == UTM
+    [(grid, _)] = grids_of([source])
+    assert slug(grid.name) == grid.name
+    assert np.array_equal(read([source], grid, footprint(source, grid), bands=["red", "green", "blue"])[0], pixels)
 
 
 def test_boxes_of_six_numbers_place_items_and_their_pixels(tmp_path):

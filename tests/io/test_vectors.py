@@ -10,7 +10,7 @@ import rasterio.features
 import shapely
 from affine import Affine
 from geopandas.testing import assert_geodataframe_equal
-from pyproj import Geod
+from pyproj import CRS, Geod
 from scipy.ndimage import gaussian_filter
 
 from rayseg.errors import ConfigError, DataError
@@ -289,3 +289,9 @@ def test_a_class_raster_becomes_polygons(tmp_path):
     cog.write_scores(tmp_path / "s.tif", np.zeros((2, 60, 60), np.uint8), GRID, Window(0, 0, 60, 60), ["a", "b"])
     with pytest.raises(DataError, match="not a class raster: one band of uint8 was expected, 2 bands"):
         polygonize(str(tmp_path / "s.tif"), str(tmp_path / "s.parquet"))
+
+
+def test_polygons_beyond_the_edge_of_a_map_of_the_world_are_refused_in_words():
+    grid = Grid(CRS.from_user_input("+proj=sinu +R=6371007.181").to_wkt(), (4e5, 2e5), (-2e7, 1e7))
+    with pytest.raises(DataError, match=r"polygon on the grid crs-.* cannot be placed .* crosses itself"):
+        vectors.lonlat_of(grid, np.array([shapely.box(0, 0, 100, 100)], object))
