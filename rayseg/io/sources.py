@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import re
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -31,56 +30,12 @@ from rayseg.geo import lonlat
 from rayseg.geo.grid import Bounds, Grid, Window, zone_bounds, zone_of
 from rayseg.geo.lonlat import LONLAT, from_lonlat, geographic, normalised, polygons_in, sound, within
 from rayseg.io import drivers, remote
+from rayseg.io.gdal_errors import gdal_errors
 from rayseg.io.orientation import upright
 from rayseg.io.times import time_order
 from rayseg.store import is_local, public
 
 _log = logging.getLogger(__name__)
-_RASTERIO = logging.getLogger("rasterio")
-_LOGGERS = tuple(logging.getLogger(f"rasterio.{name}") for name in ("_env", "_err"))
-"""They log GDAL's warnings, and as information the errors that no call raised."""
-_LOST = re.compile(
-    r"IO error|can ?not (be )?read|failed to read|read ?error|IReadBlock|decod\w+ error|Request for .* failed|"
-    r"tags apparently corrupt|error reading (?!EXIF)",
-    re.IGNORECASE,
-)
-"""Messages of lost data; a photo without its Exif directory loses neither pixels nor its place."""
-_WHERE = re.compile(r"^GDAL signalled an error: err_no=\d+, msg=")
-_thread = threading.local()
-
-
-class _Collector(logging.Filter):
-    """Collects a thread's messages of lost data; passes on what rasterio's loggers pass on without it."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        messages: list[str] | None = getattr(_thread, "messages", None)
-        message = record.getMessage()
-        if messages is not None and _LOST.search(message):
-            messages.append(_WHERE.sub("", message).strip("'\""))
-        return record.levelno >= _RASTERIO.getEffectiveLevel()
-
-
-_COLLECTOR = _Collector()
-
-
-@contextmanager
-def gdal_errors() -> Iterator[list[str]]:
-    """Collect the messages of lost data that GDAL logs in this thread; outer contexts miss those of inner ones.
-
-    It works whatever a program has set the two loggers to, and a program's log shows no more than without it.
-    """
-    for logger in _LOGGERS:
-        logger.disabled = False
-        if not logger.isEnabledFor(logging.INFO):
-            logger.setLevel(logging.INFO)
-        logger.addFilter(_COLLECTOR)  # once, however often it is added
-    outer, _thread.messages = getattr(_thread, "messages", None), []
-    try:
-        yield _thread.messages
-    finally:
-        _thread.messages = outer
-
-
 SCHEMES = ("", "file", "s3", "http", "https")
 _OPTIONS = {
     "GDAL_CACHEMAX": 256 << 20,
