@@ -34,6 +34,7 @@ from rayseg.io.sources import (
     footprint,
     gdal,
     grids_of,
+    holds,
     moved,
     open_file,
     source_of_file,
@@ -190,7 +191,7 @@ def _valid(
         valid_CHW &= dataset.read_masks(indexes, window=at) > 0
     if pixels_CHW.dtype.kind == "f":
         valid_CHW &= is_number(pixels_CHW)
-    if nodata is not None and nodata != dataset.nodata:
+    if nodata is not None and nodata != dataset.nodata and holds(dataset.dtypes[0], nodata):
         valid_CHW &= pixels_CHW != nodata
     return valid_CHW
 
@@ -298,8 +299,8 @@ def _warp(dataset: DatasetReader, nodata: float | None, place: dict[str, Any], *
     By default GDAL approximates the transformation and estimates the scale from one window to the next: then a pixel's
     value would depend on the window it is read in.
     """
-    nodata = dataset.nodata if nodata is None else nodata
-    nodata = None if nodata == NO_NODATA else nodata
+    stated = [] if nodata == NO_NODATA else [nodata, dataset.nodata]
+    nodata = next((value for value in stated if value is not None and holds(dataset.dtypes[0], value)), None)
     bare = nodata is None and ColorInterp.alpha not in dataset.colorinterp
     kind = Resampling.nearest if categorical else Resampling.bilinear
     options = {"XSCALE": 1.0, "YSCALE": 1.0, "tolerance": 1e-9, "resampling": kind, **place}

@@ -498,6 +498,17 @@ def same_crs(one: str, other: str) -> bool:
     return one == other or bool(crs_of(one) == crs_of(other))
 
 
+def holds(dtype: str, value: float) -> bool:
+    """Whether a pixel type (numpy name) has a value; one that it does not have is no pixel's nodata."""
+    if dtype not in np.sctypeDict:  # of GDAL or STAC alone
+        return True
+    kind = np.dtype(dtype)
+    if kind.kind in "iu":
+        return float(value).is_integer() and np.iinfo(kind).min <= value <= np.iinfo(kind).max
+    with np.errstate(over="ignore"):
+        return not math.isfinite(value) or bool(np.isfinite(kind.type(value)))
+
+
 def crs_text(crs: CRS | None) -> str | None:
     """A rasterio CRS as "EPSG:n" where it has a code, else as WKT; None stays None."""
     if not crs:

@@ -19,7 +19,7 @@ from shapely.geometry.base import BaseGeometry
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.lonlat import box_of, normalised
 from rayseg.io import drivers, stac_catalog
-from rayseg.io.sources import PIXELS, STORED, Source, crs_of, crs_text, source_of_file
+from rayseg.io.sources import PIXELS, STORED, Source, crs_of, crs_text, holds, source_of_file
 from rayseg.io.stac_catalog import Box, Row, resolved
 from rayseg.io.times import UNKNOWN, time_order, utc_text
 from rayseg.io.units import Unit, baseline_in, baseline_text
@@ -148,10 +148,8 @@ def _item_of(row: Row) -> pystac.Item:
             reason = f"{row.id} of {row.place} is not a valid STAC item: {_told(error)}"
         else:
             return item
-    try:
-        place = mapping(
-            normalised(shape(row.values["geometry"]))
-        )  # where it would be, so that only its own region loses it
+    try:  # where it would be, so that only its own region loses it
+        place = mapping(normalised(shape(row.values["geometry"])))
     except _INVALID:
         place = None
     return pystac.Item(row.id, place, None, UNKNOWN, {BROKEN: reason})
@@ -262,7 +260,11 @@ def _source_of(item: pystac.Item, bands: Sequence[str] | None) -> Source:
     first = min(frames, key=lambda key: (_pixel_area(frames[key]), used.index(key)))
     counts = {key: len(names[key] or opened[key].bands) for key in used}
     stated = {dtypes.get(key, "") for key in used}
-    nodatas = tuple(value for key in used for value in nodatas_of(item, assets[key], counts[key]))
+    nodatas = tuple(
+        None if value is None or (key in dtypes and not holds(dtypes[key], value)) else value
+        for key in used
+        for value in nodatas_of(item, assets[key], counts[key])
+    )
     units = _units(item, [(assets[key], counts[key], opened.get(key)) for key in used])
     return Source(
         item_id=item.id,

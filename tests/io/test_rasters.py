@@ -220,6 +220,34 @@ def test_nodata_of_the_item_counts_where_the_file_has_none(tmp_path):
     assert np.argwhere(~read([source], grid, window, bands=["b1"])[1]).tolist() == [[3, 4]]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "nodata"), [("uint16", -9999.0), ("uint16", 1.5), ("uint8", 65535.0), ("int16", 1e20), ("float32", 1e300)]
+)
+def test_a_nodata_value_that_no_pixel_can_have_is_ignored_read_as_it_is_and_warped(tmp_path, dtype, nodata):
+    image = np.full((1, 8, 8), 7, dtype)
+    image[0, 3, 4] = 0
+    half = TEN * Affine.translation(0.5, 0.5)
+    for name, own, missing in (("bare", None, []), ("own", 0, [[3, 4]])):
+        one = replace(write(tmp_path / f"{name}.tif", image, nodata=own), nodata=nodata)
+        grid = Grid(UTM, (10.0, 10.0), (0.0, 0.0))
+        window = footprint(one, grid)
+        assert np.argwhere(~read([one], grid, window, bands=["b1"])[1]).tolist() == missing
+        other = replace(write(tmp_path / f"{name}_half.tif", image, nodata=own, transform=half), nodata=nodata)
+        pixels_CHW, valid_HW = read([other], grid, footprint(other, grid), bands=["b1"], categorical=True)
+        assert np.count_nonzero(valid_HW) == 64 - len(missing)
+        assert set(pixels_CHW[0][valid_HW].tolist()) == ({7} if missing else {0, 7})
+
+
+def test_large_nodata_values_of_float_files_count_however_they_are_rounded(tmp_path):
+    image = np.ones((1, 8, 8), np.float32)
+    image[0, 3, 4] = np.finfo(np.float32).min
+    source = replace(write(tmp_path / "a.tif", image, transform=TEN * Affine.translation(0.5, 0)), nodata=-3.4028235e38)
+    grid = Grid(UTM, (10.0, 10.0), (0.0, 0.0))
+    pixels_CHW, valid_HW = read([source], grid, footprint(source, grid), bands=["b1"])
+    assert set(pixels_CHW[0][valid_HW].tolist()) == {1.0}
+    assert np.count_nonzero(valid_HW) >= 60
+
+
 @pytest.mark.parametrize("internal", [True, False])
 def test_mask_bands_count_inside_and_beside_the_file(tmp_path, internal):
     mask = np.full((48, 64), 255, np.uint8)

@@ -96,6 +96,16 @@ def test_older_fields_are_understood_too():
     assert (source.crs, source.bands, source.dtype, source.nodata) == (UTM, ("red",), "int16", -1.0)
 
 
+def test_a_nodata_value_that_the_pixel_type_cannot_hold_is_not_kept():
+    for dtype, stated, kept in (
+        *(("uint16", -9999, None), ("uint8", 1.5, None), ("float32", 1e300, None)),
+        *(("int16", -9999, -9999.0), ("uint16", 65535, 65535.0), ("float32", -3.4028235e38, -3.4028235e38)),
+    ):
+        bands = [{"name": "red", "data_type": dtype, "nodata": stated}]
+        made = item(assets={"image": tif("/x/a.tif", bands=bands)}, properties=projected())
+        assert stac_read.source_of(made).nodata == kept
+
+
 def sentinel():
     """Bands in files of their own, in two resolutions, three of them red edge; a picture that repeats bands."""
 
