@@ -392,4 +392,8 @@ def _legend(href: str) -> tuple[dict[int, str], dict[int, RGB] | None]:
             palette = {index: tuple(color[:3]) for index, color in dataset.colormap(1).items()}
         except ValueError:
             palette = None
+        bits = dataset.tags(1, ns="IMAGE_STRUCTURE").get("NBITS")
+        # GDAL makes up this palette for TIFFs of one bit; as in a PNG, their values are classes
+        if (dataset.driver, bits, palette) == ("GTiff", "1", {0: BLACK, 1: WHITE}) and not names:
+            palette = None
     return {int(value): str(name) for value, name in names.items()}, palette

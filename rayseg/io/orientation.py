@@ -1,6 +1,8 @@
 """Photos as they are seen: pixels turned by the EXIF orientation, as annotation tools and browsers show them."""
 
+import re
 import struct
+import zlib
 from io import BytesIO
 from typing import Any, BinaryIO
 
@@ -13,6 +15,9 @@ from rasterio.vrt import WarpedVRT
 from rayseg.store import is_local, upath
 
 _TAG = 0x0112
+_XMP = re.compile(r'tiff:Orientation(?:="|>)([0-9])')
+_PROFILE = b"Raw profile type exif\x00"  # a PNG's text, lines with a name, a length and hexadecimal digits
+_LONGEST = 1 << 22  # bytes of such a text; the orientation is near its beginning
 _PLANE = CRS.from_epsg(3857)  # GDAL warps with a CRS only; the same on both sides changes no coordinate
 
 
@@ -34,8 +39,11 @@ class Upright(WarpedVRT):  # type: ignore[misc]
 
 
 def upright(file: DatasetReader, href: str) -> DatasetReader:
-    """The open file as it is seen; itself if it needs no turn or has a georeference, which belongs to stored pixels."""
-    if file.crs or file.gcps[0] or file.transform != Affine.identity():
+    """The open file as it is seen; itself if it needs no turn or has a CRS, whose coordinates are of stored pixels.
+
+    A world file alone places nothing on Earth, so such a photo is turned.
+    """
+    if file.crs or file.gcps[0]:
         return file
     width, height = file.width, file.height
     # stored (col, row) -> seen (col, row), in pixel edges; EXIF 2.32, tag 0x0112
@@ -59,27 +67,34 @@ def upright(file: DatasetReader, href: str) -> DatasetReader:
 
 
 def _orientation(file: DatasetReader, href: str) -> int:
-    """1 to 8; GDAL reads it of JPEG only. Of PNG and TIFF it is read from local files, else it is 1."""
-    if file.driver == "JPEG":
-        text = file.tags().get("EXIF_Orientation", "1").strip()
-        return int(text) if text.isdigit() else 1
-    if file.driver not in {"PNG", "GTiff"} or not is_local(href):
+    """1 to 8 of EXIF, else of XMP, as Pillow finds it; GDAL reads EXIF of JPEG only, and others are read if local."""
+    if file.driver not in {"JPEG", "PNG", "GTiff"} or (file.driver != "JPEG" and not is_local(href)):
         return 1
+    if file.driver == "JPEG":
+        text = file.tags().get("EXIF_Orientation", "").strip()
+        found = int(text) if text.isdigit() else None
+    else:
+        found = _exif_orientation(file, href)
+    if found is None and (xmp := _XMP.search("".join(file.tags(ns="xml:XMP").values()))):
+        found = int(xmp[1])
+    return found or 1
+
+
+def _exif_orientation(file: DatasetReader, href: str) -> int | None:
     with upath(href).open("rb") as opened:
-        content = BytesIO(_png_exif(opened)) if file.driver == "PNG" else opened
         try:
-            return _tag_of(content)
-        except struct.error:  # a directory that ends early has no orientation
-            return 1
+            return _tag_of(BytesIO(_png_exif(opened)) if file.driver == "PNG" else opened)
+        except (struct.error, zlib.error, ValueError):  # damaged, such as a directory that ends early
+            return None
 
 
-def _tag_of(content: BinaryIO) -> int:
-    """The orientation in the first directory of a TIFF or BigTIFF structure, which EXIF is too; 1 without it."""
+def _tag_of(content: BinaryIO) -> int | None:
+    """The orientation in the first directory of a TIFF or BigTIFF structure, which EXIF is too; None without it."""
     head = content.read(16)
     order = {b"II": "<", b"MM": ">"}.get(head[:2], "")
     magic = struct.unpack(f"{order}H", head[2:4])[0] if order else 0
     if magic not in {42, 43}:
-        return 1
+        return None
     at, count, size, value = ("4xI", "H", 12, 8) if magic == 42 else ("8xQ", "Q", 20, 12)
     content.seek(struct.unpack_from(order + at, head)[0])
     entries = struct.unpack(order + count, content.read(struct.calcsize(order + count)))[0]
@@ -87,15 +102,20 @@ def _tag_of(content: BinaryIO) -> int:
         entry = content.read(size)
         if struct.unpack_from(order + "H", entry)[0] == _TAG:
             return int(struct.unpack_from(order + "H", entry, value)[0])
-    return 1
+    return None
 
 
 def _png_exif(opened: BinaryIO) -> bytes:
-    """Content of a PNG's chunk eXIf before its pixels; empty if it has none."""
-    opened.seek(8)  # the signature
-    while (head := opened.read(8)) and head[4:] != b"IDAT":
-        length = int.from_bytes(head[:4], "big")
-        if head[4:] == b"eXIf":
-            return opened.read(length)
-        opened.seek(length + 4, 1)
-    return b""
+    """EXIF of a PNG: its chunk eXIf, before or after the pixels, else a text as ImageMagick writes it, else nothing."""
+    text = b""
+    at = 8  # after the signature
+    while len(head := opened.read(8) if opened.seek(at) else b"") == 8 and head[4:] != b"IEND":
+        length, kind = int.from_bytes(head[:4], "big"), head[4:]
+        at += length + 12
+        if kind == b"eXIf":
+            return opened.read(length).removeprefix(b"Exif\x00\x00")
+        if kind in {b"tEXt", b"zTXt"} and opened.read(len(_PROFILE)) == _PROFILE:
+            text = opened.read(min(length - len(_PROFILE), _LONGEST))
+            text = zlib.decompressobj().decompress(text[1:], _LONGEST) if kind == b"zTXt" else text
+    digits = b"".join(text.split(b"\n")[3:])
+    return bytes.fromhex(digits.decode("ascii")).removeprefix(b"Exif\x00\x00")

@@ -276,6 +276,15 @@ def test_nodata_within_the_colours_of_classes_is_refused(tmp_path):
         classes_of(tmp_path, TABLE)
 
 
+@pytest.mark.parametrize("colors", [((9, 9, 9), (0, 0, 255)), (WHITE, BLACK)])
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_masks_of_one_bit_hold_class_values_in_each_format(tmp_path, kind, colors):
+    compression = {"compression": "group4"} if kind == "tif" else {}
+    Image.fromarray(SHAPE_HW).save(tmp_path / f"a.{kind}", **compression)
+    [one] = classes_of(tmp_path, ClassTable(((0, "land", colors[0]), (1, "water", colors[1]))))
+    assert (one == SHAPE_HW).all()
+
+
 # -- folders with masks of several kinds -------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 import rasterio
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from rayseg.geo.grid import Window
 from rayseg.io import labelme, labels, mapview, pictures, scenes, untrusted
@@ -97,11 +97,62 @@ def test_plots_go_to_annotation_tools_and_back_on_the_photo_as_seen(tmp_path, or
     assert (crop[..., 0] > 200).mean() > 0.7
 
 
-def test_a_georeference_belongs_to_stored_pixels(tmp_path):
+def put_exif(path, place, orientation):
+    """A picture whose orientation is at an unusual place."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image, content = Image.fromarray(STORED), exif.tobytes()
+    if place == "png after its pixels":
+        image.save(path)
+        plain, chunk = path.read_bytes(), b"eXIf" + content.removeprefix(b"Exif\x00\x00")
+        added = (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+        path.write_bytes(plain[:-12] + added + plain[-12:])
+    elif place in {"png in a text", "png in a packed text"}:
+        texts = PngImagePlugin.PngInfo()
+        profile = f"\nexif\n{len(content):8}\n{content.hex()}\n"
+        texts.add_text("Raw profile type exif", profile, zip=place == "png in a packed text")
+        image.save(path, pnginfo=texts)
+    elif place == "jpg in XMP":
+        xmp = f"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+            <rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="{orientation}"/></rdf:RDF>
+            </x:xmpmeta>"""
+        image.save(path, quality=95, subsampling=0, xmp=xmp.encode())
+    else:  # with a world file
+        photo(path, orientation)
+        path.with_suffix(".jgw" if path.suffix == ".jpg" else ".tfw").write_text("2\n0\n0\n-2\n100\n200\n")
+
+
+@pytest.mark.parametrize("orientation", [2, 6])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "png after its pixels",
+        "png in a text",
+        "png in a packed text",
+        "jpg in XMP",
+        "jpg with a world file",
+        "tif with a world file",
+    ],
+)
+def test_maps_and_labels_turn_a_photo_alike_wherever_its_orientation_is(tmp_path, place, orientation):
+    path = tmp_path / f"a.{place[:3]}"
+    put_exif(path, place, orientation)
+    seen = STORED[:, ::-1] if orientation == 2 else np.rot90(STORED, -1)
+    source = source_of_file(str(path), "a")
+    [(grid, _)] = grids_of([source])
+    pixels = read([source], grid, footprint(source, grid), bands=RGB)[0].transpose(1, 2, 0)
+    labelled = labelme._picture(path)
+    assert alike(pixels, labelled)
+    assert pixels.shape == seen.shape
+    assert np.corrcoef(pixels.ravel(), seen.ravel())[0, 1] > 0.95
+
+
+def test_coordinates_belong_to_stored_pixels(tmp_path):
     photo(tmp_path / "a.jpg", 6)
     (tmp_path / "a.jgw").write_text("2\n0\n0\n-2\n100\n200\n")
+    (tmp_path / "a.jpg.aux.xml").write_text("<PAMDataset><SRS>EPSG:32633</SRS></PAMDataset>")
     source = source_of_file(str(tmp_path / "a.jpg"), "a")
-    assert (source.height, source.width) == (40, 60)
+    assert (source.height, source.width, source.crs) == (40, 60, "EPSG:32633")
 
 
 @pytest.mark.parametrize("content", [b"II*\x00\xff\xff\xff\xff", b"MM\x00*", b"II+\x00" + b"\x10" * 8])
