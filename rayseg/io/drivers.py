@@ -49,6 +49,7 @@ SIGNATURES = {
 }
 """First bytes -> driver."""
 _FAULTS: tuple[type[Exception], ...] = (*STORE_ERRORS, ClientError)
+_HEAD = 1024  # bytes by which GDAL tells formats
 _DEEPEST = 5  # mosaics of mosaics
 _PATHS = {"sourcefilename", "sourcedataset"}
 _TEXTS = {"metadata", "mdi", "srs", "description", "category", "unittype", "categorynames", "geotransform", "gcplist"}
@@ -153,7 +154,7 @@ def _expect_images(href: str) -> None:
 def _expect_once(href: str, stamp: int, depth: int) -> None:
     sources = list(_files_of_index(href) if href.endswith(".gpkg") else _files_of_vrt(href))
     for source, head in zip(sources, concurrently(_head, sources), strict=True):
-        if head.lstrip().startswith(b"<VRTDataset"):
+        if b"<VRTDataset" in head.partition(b"\0")[0]:  # as GDAL tells a VRT, whatever stands before it
             if depth == _DEEPEST:
                 raise DataError(f"{href} is a mosaic of mosaics, deeper than {_DEEPEST}; build it from the images")
             _expect_once(source, stamp, depth + 1)
@@ -166,7 +167,7 @@ def _head(href: str) -> bytes:
     target = upath(href)
     try:
         with closing(target.open("rb")) as file:
-            return bytes(file.read(64))
+            return bytes(file.read(_HEAD))
     except _FAULTS as error:
         if is_local(href):
             return b""

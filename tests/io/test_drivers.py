@@ -156,6 +156,15 @@ def test_a_vrt_is_looked_at_as_gdal_reads_its_names(tmp_path, tag, root):
         source_of_file(str(paths[1]), "x")
 
 
+@pytest.mark.parametrize("signature", [b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"\xff\x4f\xff\x51"])
+def test_a_vrt_behind_the_signature_of_an_image_is_refused(tmp_path, signature):
+    image(tmp_path / "evil.tif", "ENVI", bands=1)
+    inner = vrt(tmp_path / "inner.tif", "evil.tif")
+    inner.write_bytes(signature + inner.read_bytes())
+    with pytest.raises(DataError, match=r"inner\.tif is not a VRT"):
+        source_of_file(str(vrt(tmp_path / "outer.vrt", "inner.tif")), "x")
+
+
 def test_a_file_that_a_vrt_names_in_an_attribute_is_refused(tmp_path):
     image(tmp_path / "evil.tif", "ENVI", bands=1)
     path = vrt(tmp_path / "m.vrt", "a.tif")
