@@ -91,7 +91,7 @@ def sound(area: BaseGeometry) -> BaseGeometry:
 
 
 def within(area: BaseGeometry, near: Bounds) -> BaseGeometry:
-    """The part of a geometry of -180..180 degrees in a box, whose longitudes may lie beyond: there it lies a turn on.
+    """Clip a geometry to a box whose longitudes may exceed 180; there the geometry is shifted by 360 degrees.
 
     Its vertices stay as they are.
     """
@@ -125,7 +125,7 @@ def geographic(crs: str) -> bool:
 
 
 def polygons_in(area: BaseGeometry) -> NDArray[np.object_]:
-    """The polygons of a geometry; what overlays leave of edges that only touch is no area."""
+    """The polygons of a geometry, without the lines and points that an overlay leaves."""
     parts = shapely.get_parts(shapely.get_parts(area))
     polygons: NDArray[np.object_] = parts[shapely.get_dimensions(parts) == 2]
     return polygons

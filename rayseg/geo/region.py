@@ -56,7 +56,7 @@ class Region:
             return location or None
         if self.catalog is None:
             raise ConfigError(
-                f"{location} is of the catalogue of region {self.name}, which has none; name it whole, as "
+                f"{location} needs a catalogue, but region {self.name} has none; give the full location, such as "
                 f"catalog.json{location}"
             )
         return f"{self.catalog}{location}"
@@ -281,7 +281,7 @@ def _region_file(name: str, path: str, collection: str | None) -> Region:
         raise DataError(f"Region file {path} is neither GeoJSON nor STAC: it holds a {type(row).__name__}.")
     first = (row.get("features") or [{}])[0]
     if not isinstance(first, dict):
-        raise DataError(f"Region file {path} has {first!r} for a feature: a GeoJSON Feature was expected.")
+        raise DataError(f"Region file {path}: expected a GeoJSON Feature, found {first!r}.")
     if "stac_version" in row or "stac_version" in first:
         return Region(name, catalog=path, collection=collection)
     try:

@@ -123,7 +123,7 @@ def _read_source(
             image_CHW[position] = np.where(ok_HW, changed(pixels_HW, changes.get(bands[position])), 0)
         valid[href] = valid[href] | ok_HW if href in valid else ok_HW
     if image_CHW is None:
-        raise DataError(f"No band of {source.item_id} was asked for; it has {', '.join(source.bands)}.")
+        raise DataError(f"No band of {source.item_id} was requested; its bands are {', '.join(source.bands)}.")
     return image_CHW, np.logical_and.reduce([*valid.values()])
 
 

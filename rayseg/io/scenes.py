@@ -73,7 +73,7 @@ class LabelledImage:
 
 
 def labelled_images(images: str, masks: str | None = None, *, table: ClassTable | None = None) -> list[LabelledImage]:
-    """The images of all scenes, by id, each with its masks; one without a mask has none.
+    """The images of all scenes by id, with their masks; `masks` is empty for unlabelled images.
 
     Args:
         images: a folder as above, or `catalog.json#collection`; an item's scene is its property `rayseg:scene`, else
@@ -119,10 +119,7 @@ def _of_scene(scene: str, folder: Any) -> list[LabelledImage]:  # noqa: ANN401 -
         raise DataError(f"{len(wrong)} of the images in {folder / 'images'} cannot be opened: {first_of(wrong)}")
     masks = by_image(masks_of(str(folder / "masks"))) if (folder / "masks").is_dir() else {}
     if lost := sorted(set(masks) - {source.item_id for source in sources}):
-        raise DataError(
-            f"masks {', '.join(lost[:5])} in {folder / 'masks'} have no image of their name; "
-            "rename them, or take them away"
-        )
+        raise DataError(f"masks {', '.join(lost[:5])} in {folder / 'masks'} match no image; rename or remove them")
     return [_named(scene, source, masks.get(source.item_id, ())) for source in sources]
 
 
@@ -188,7 +185,7 @@ def read_window(
     nothing is labelled; a window without any imagery is 0.
 
     Raises:
-        DataError: a file cannot be read, or a value or colour of a mask is no class.
+        DataError: a file cannot be read, or a value or colour of a mask is not a class.
     """
     if one.grid.crs is None and one.window.height * one.window.width <= _WHOLE:
         image_CHW, valid_HW, classes_HW = _cut(_whole(one, tuple(bands), table), one.window, window)
@@ -246,7 +243,7 @@ def count_classes(one: LabelledImage, table: ClassTable, *, cell: int) -> NDArra
     """Pixels of each class in each cell of an image, (rows, cols, classes); cells of `cell` px from its corner.
 
     Raises:
-        DataError: a mask cannot be read, or a value or colour in it is no class.
+        DataError: a mask cannot be read, or a value or colour in it is not a class.
     """
     whole, step = one.window, max(1, _ROWS // cell) * cell
     return np.concatenate(
@@ -326,7 +323,7 @@ def expect_classes(
         absent: classes that may be without pixels.
 
     Raises:
-        ConfigError: `absent` names what is no class.
+        ConfigError: `absent` names an unknown class.
         DataError: the first such class.
     """
     if unknown := sorted(set(absent) - set(table.names)):
@@ -337,7 +334,7 @@ def expect_classes(
             continue
         if not there:
             raise DataError(
-                f"class {name} has no pixel in any mask; take it out of the classes, add masks that show it, or name "
+                f"class {name} has no pixel in any mask; remove it from the classes, add masks that show it, or name "
                 "it under `absent`"
             )
         raise DataError(

@@ -335,7 +335,7 @@ def outline_of(source: Source) -> BaseGeometry:
     """The source's outline in EPSG:4326, cut at the antimeridian; it has an area and does not cross itself.
 
     Raises:
-        DataError: it has none, or a part of it lies nowhere on Earth.
+        DataError: it has none, or a part of it has coordinates outside the Earth.
     """
     outline, crs = ring_of(source), str(source.crs)
     # The interior lies left of a ring that runs counterclockwise, also where it encloses a pole.
@@ -373,7 +373,7 @@ def expect_mappable(source: Source, *, tile: int) -> None:
     """Refuse a source whose description shows that every tile would fail.
 
     Raises:
-        DataError: its pixels are complex, it lies nowhere on Earth, or it claims more than `MOST_TILES` tiles.
+        DataError: complex pixels, coordinates outside the Earth, or more tiles than `MOST_TILES`.
     """
     if source.dtype.startswith("complex"):
         raise DataError(

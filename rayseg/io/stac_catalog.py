@@ -262,7 +262,7 @@ def items_of(uri: str, box: Box | None) -> list[dict[str, Any]]:
 
     Raises:
         ConfigError: there is no such file.
-        DataError: it is no table of items.
+        DataError: the file is not a table of items.
     """
     from stac_geoparquet.arrow import stac_table_to_items  # takes time to import, and few catalogues are tables
 
@@ -374,7 +374,7 @@ def _asked(question: str) -> tuple[list[str], dict[str, Any]]:
     for word in words:
         key, _, value = word.partition("=")
         if key not in {"datetime", "query", "limit"} or not value or (key == "limit" and not value.isdigit()):
-            raise ConfigError(f"{word!r} is no word of a search, expected datetime=..., query=... or limit=...")
+            raise ConfigError(f"{word!r} is not a search parameter, expected datetime=..., query=... or limit=...")
         asked[key] = _conditions(value) if key == "query" else int(value) if key == "limit" else value
     return [name for name in names.split(",") if name], asked
 
@@ -384,7 +384,7 @@ def _conditions(text: str) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for part in text.split(","):
         if not (parts := _CONDITION.fullmatch(part)):
-            raise ConfigError(f"query {part!r} is no condition, expected one such as eo:cloud_cover<20")
+            raise ConfigError(f"query {part!r} is not a condition, expected for example eo:cloud_cover<20")
         name, sign, value = parts.groups()
         number = float(value) if _NUMBER.fullmatch(value) else value
         found.setdefault(name, {})[_SIGNS[sign]] = (

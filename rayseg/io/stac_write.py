@@ -77,7 +77,7 @@ def item_of(
         table: the classes of `classes.tif`.
 
     Raises:
-        DataError: the grid lies nowhere on Earth.
+        DataError: the grid has coordinates outside the Earth.
     """
     geometry, bbox = lonlat_outline(grid, window)
     times = sorted((utc_text(source.datetime) for source in sources if source.datetime), key=time_order)
@@ -187,7 +187,7 @@ def lonlat_geometry(
     """(geometry, bbox) in EPSG:4326 of a geometry in `crs`, rounded to 7 digits, cut at the antimeridian.
 
     Raises:
-        DataError: it lies nowhere on Earth, or is no area there.
+        DataError: it has coordinates outside the Earth, or is no area there.
     """
     with placing(name, crs):
         [moved] = to_lonlat(np.array([shape(dict(geometry))], np.object_), lambda points: _degrees(points, crs))

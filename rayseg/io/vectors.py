@@ -190,7 +190,7 @@ def join(parts: Iterable[pa.Table], table: ClassTable) -> "geopandas.GeoDataFram
         area_px instead, image, and no CRS.
 
     Raises:
-        DataError: images with and without CRS are mixed, or a grid lies nowhere on Earth.
+        DataError: images with and without CRS are mixed, or a grid has coordinates outside the Earth.
     """
     # The first row and column of a tile; a table without parts may stand anywhere.
     ordered = sorted(parts, key=lambda part: place_of(_grid_of(part), *(pc.min(part[n]).as_py() or 0 for n in _CORNER)))
@@ -458,7 +458,7 @@ def lonlat_of(grid: Grid, polygons: NDArray[np.object_]) -> NDArray[np.object_]:
     """Polygons in pixels of a grid with CRS, in EPSG:4326, cut at the antimeridian and at the grid's seams.
 
     Raises:
-        DataError: the grid lies nowhere on Earth.
+        DataError: the grid has coordinates outside the Earth.
     """
     affine, degrees = grid.transform(Window(0, 0, 1, 1)), transformer(str(grid.crs), LONLAT)
     scale, shift = (affine.a, affine.e), (affine.c, affine.f)

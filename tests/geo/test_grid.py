@@ -132,5 +132,5 @@ def test_a_collection_alone_is_in_the_regions_catalogue():
     for region in (placed, bare):
         assert region.located("/z/masks") == "/z/masks"
         assert region.located(None) is None
-    with pytest.raises(ConfigError, match="#truth is of the catalogue of region folder, which has none"):
+    with pytest.raises(ConfigError, match="#truth needs a catalogue, but region folder has none"):
         bare.located("#truth")

@@ -138,7 +138,7 @@ def test_folders_without_images_and_masks_without_images_are_refused(tmp_path):
         scenes.labelled_images(str(tmp_path))
     write_scene(tmp_path, ["a"])
     (tmp_path / "images" / "a.png").rename(tmp_path / "images" / "b.png")
-    with pytest.raises(DataError, match=r"masks a in .* have no image of their name"):
+    with pytest.raises(DataError, match=r"masks a in .* match no image"):
         scenes.labelled_images(str(tmp_path))
 
 
