@@ -83,7 +83,7 @@ def sound(area: BaseGeometry) -> BaseGeometry:
     """A geometry as it is, which overlays can take.
 
     Raises:
-        TopologicalError: it is empty, is not finite, or crosses itself.
+        TopologicalError: it is empty, is not finite, has no area, or crosses itself.
     """
     if area.is_empty or not area.is_valid:
         raise TopologicalError(shapely.is_valid_reason(area))

@@ -5,7 +5,7 @@ import pytest
 import shapely
 from pyproj import Transformer
 
-from rayseg.geo.lonlat import bounds_of, box_of, jumps, to_lonlat
+from rayseg.geo.lonlat import bounds_of, box_of, jumps, normalised, sound, to_lonlat
 
 
 def projected(crs, *polygons):
@@ -86,3 +86,23 @@ def test_a_jump_between_rings_is_none():
 )
 def test_a_box_of_four_or_six_numbers_has_four_sides(bbox, expected):
     assert box_of(bbox) == expected
+
+
+@pytest.mark.parametrize(
+    "area",
+    [
+        shapely.Polygon(),
+        shapely.Polygon([(0, 0), (5, 5), (5, 0), (0, 5)]),
+        shapely.Polygon([(0, 0), (5, 5), (9, 9)]),
+    ],
+)
+def test_an_outline_that_is_no_area_is_not_sound(area):
+    box = shapely.box(0, 0, 5, 5)
+    assert sound(box) is box
+    with pytest.raises(shapely.errors.ShapelyError):
+        sound(area)
+
+
+def test_a_ring_that_crosses_itself_at_the_antimeridian_is_an_error_of_the_overlay():
+    with pytest.raises(shapely.errors.ShapelyError):
+        normalised(shapely.Polygon([(-100, 0), (100, 0), (-100, 5), (100, 5)]))
