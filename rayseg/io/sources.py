@@ -66,7 +66,7 @@ class Source:
         height: rows of that file.
         width: columns of that file.
         dtype: numpy name of its pixel type.
-        nodata: value that the item (not only the file) says is no data; NaN always is, and is stored as None.
+        nodata: value that the item (not only the file) says is no data; NaN and infinity always are, and are None.
         datetime: `times.utc_text` ("2020-08-31T00:00:00Z"), None when unknown.
         href: of the item, "" if it was not read from a file.
         gcps: the files have ground control points only; `transform` is then just the box around them.
@@ -171,7 +171,7 @@ def described(dataset: DatasetReader) -> Source:
         gcps = True
         box, columns, rows = calculate_default_transform(crs, crs, width, height, gcps=points)
         affine = box @ Affine.scale(columns / width, rows / height)
-    nodatas = tuple(None if value is None or math.isnan(value) else value for value in dataset.nodatavals)
+    nodatas = tuple(None if value is None or not math.isfinite(value) else value for value in dataset.nodatavals)
     nodata, nodatas = (nodatas[0], ()) if len(set(nodatas)) == 1 else (None, nodatas)
     units = tuple(zip(dataset.scales, dataset.offsets, strict=True))
     said = units if set(units) != {STORED} else ()

@@ -212,6 +212,19 @@ def test_nan_is_never_data(tmp_path):
     assert pixels[0, 3, 4] == 0
 
 
+def test_infinite_nodata_is_left_out_of_a_warp_as_any_other(tmp_path):
+    seen = {}
+    for value in (np.inf, -9999.0):
+        image = np.ones((1, 8, 8), np.float32)
+        image[0, 3, 4] = value
+        source = write(tmp_path / "a.tif", image, nodata=value)
+        [(grid, _)] = grids_of([source])
+        shifted = replace(grid, origin=(grid.origin[0] + 4, grid.origin[1] + 4))
+        pixels, seen[value] = read([source], shifted, footprint(source, shifted), bands=["b1"])
+        assert (pixels[0][seen[value]] == 1).all()
+    assert (seen[np.inf] == seen[-9999.0]).all()
+
+
 def test_nodata_of_the_item_counts_where_the_file_has_none(tmp_path):
     image = noise(1, dtype="int16")
     image[0, 3, 4] = -9999
