@@ -363,8 +363,8 @@ def _(folder):
 
 
 @kind(
-    "photo with an EXIF orientation, without georeference",
-    "turned as it is seen: plots, masks and maps fit what annotation tools show",
+    "photo with an orientation in EXIF or XMP, without CRS",
+    "rotated as viewers show it: plots, masks and maps fit what annotation tools show",
 )
 def _(folder):
     picture = Image.new("RGB", (20, 12))
