@@ -64,7 +64,7 @@ class BoundariesConfig(Config):
         architecture="unet",
         encoder="tf_efficientnet_lite0",
         enlarge=2,
-        epochs=12,
+        epochs=8,
         schedule=Schedule(kind="cos", rate=2e-3, warm_up=1.0),
         loss=PixelLoss(weights=(1.0, 1.0, 2.0)),
         sampling=Sampling(size=128, windows=400),
@@ -81,7 +81,7 @@ class BoundariesConfig(Config):
             saturation=(0.7, 1.3),
             hue=0.02,
         ),
-        every=5,
+        every=4,
     )
     """The network and its training."""
     patch: Annotated[int, Field(gt=0, multiple_of=32)] = 288
