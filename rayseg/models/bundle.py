@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from safetensors import SafetensorError, deserialize
 
 import rayseg
-from rayseg.config import Config
+from rayseg.config import Config, added
 from rayseg.errors import ModelError
 from rayseg.store import StorePath, put, upath
 
@@ -159,7 +159,7 @@ class Bundle(Config):
     """Distance between neighbouring patches in pixels."""
     threshold: float = Field(default=0.5, ge=0, le=1)
     """Probability above which a pixel is of the class, for models of one class."""
-    level: Annotated[float | None, Field(ge=0, le=1, exclude_if=lambda level: level is None)] = None
+    level: Annotated[float | None, Field(ge=0, le=1)] = added(default=None)
     """Height of the ridges at which a watershed divides the map into plots, for models of boundaries."""
     metrics: Metrics = Field(default_factory=dict)
     """Of the training, without NaN and infinity, such as the IoU of an absent class."""

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from rayseg.config import Config as Frozen
-from rayseg.config import Workers
+from rayseg.config import Workers, added
 from rayseg.engine.flow import Work
 from rayseg.engine.manifest import Row
 from rayseg.engine.run import Run, Step
@@ -58,9 +58,7 @@ class Config(Frozen):
     sam: SamConfig = SamConfig()
     superpixels: SuperpixelProposer = SuperpixelProposer()
     """felzenszwalb: settings that are not given are those of `TILING`."""
-    boundaries: Annotated[BoundariesConfig, Field(exclude_if=lambda value: value == BoundariesConfig())] = (
-        BoundariesConfig()
-    )
+    boundaries: BoundariesConfig = added(default=BoundariesConfig())
     """boundaries: the drawn plots and the network; `rounds` then only sets the fewest pixels of a plot."""
     rounds: RoundsConfig = RoundsConfig()
     image: ImageConfig = ImageConfig()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 from pydantic import Field
 
-from rayseg.config import Config
+from rayseg.config import Config, added
 from rayseg.engine import flow
 from rayseg.engine.flow import Work
 from rayseg.engine.ledger import Ledger, Record, with_fact
@@ -52,8 +52,7 @@ class MapConfig(Config):
     """Patches per batch; by default the number of processors, at most 4, and 16 on a GPU."""
     stall_seconds: Annotated[float, Field(gt=0)] = 1800.0
     """Timeout for reading, predicting or writing one tile; the tile is then recorded as failed."""
-    # Empty, it is no part of the keys of steps: runs that began before it existed resume.
-    bands: dict[str, str] = Field(default_factory=dict, exclude_if=lambda names: not names)
+    bands: dict[str, str] = added(default={})
     """Names of the model's bands -> names of the imagery's, where they differ: `{red: b1, green: b2, blue: b3}`."""
 
 

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from rayseg.config import Config
+from rayseg.config import Config, added
 from rayseg.errors import ConfigError, ModelError
 from rayseg.models.encoders import averaged, freeze_batchnorm, recalibrate_batchnorm
 from rayseg.models.segmenter import ARCHITECTURES, build_segmenter
@@ -52,7 +52,7 @@ class NetworkConfig(Config):
     """Of the encoder: "imagenet", "packaged" (of a Python package), "none", or a file."""
     reduce: Annotated[int, Field(gt=0)] = 1
     """Side in px of the squares that are averaged to one input pixel of the network."""
-    enlarge: Annotated[int, Field(gt=0), Field(exclude_if=lambda factor: factor == 1)] = 1
+    enlarge: Annotated[int, Field(gt=0)] = added(default=1)
     """Factor by which images are enlarged before the network, for lines of one or two pixels."""
 
     @field_validator("architecture")

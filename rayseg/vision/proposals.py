@@ -14,7 +14,7 @@ from pydantic import Field
 from scipy import ndimage
 from skimage.transform import downscale_local_mean
 
-from rayseg.config import Config
+from rayseg.config import Config, added
 from rayseg.vision import rle
 from rayseg.vision.instances import without_slivers
 from rayseg.vision.rle import Mask, Runs
@@ -83,8 +83,8 @@ class SuperpixelProposer(Config):
     """Least contrast of a proposed superpixel."""
     overlap: Annotated[float, Field(ge=0, le=1)] = 0.3
     """Most of a superpixel's area, as a share, that superpixels of higher contrast may have taken."""
-    slivers: Annotated[float, Field(ge=0), Field(exclude_if=lambda radius: not radius)] = 0.0
-    """Inscribed radius in px below which a plot is merged into the neighbour that shares most of its border."""
+    slivers: Annotated[float, Field(ge=0)] = added(default=0.0)
+    """Inscribed radius in px below which the pixels of a plot go to the nearest plot, or to none."""
 
     def __call__(self, image_HWC: Image, open_HW: Mask) -> Proposals:
         """Propose superpixels that do not overlap, inside the open pixels."""

@@ -99,9 +99,7 @@ def test_results_and_collections_are_written_in_utc(tmp_path):
     item = stac_write.item_of("t", GRID, Window(0, 0, 8, 8), folder=tmp_path, files=[], sources=sources)
     properties = item.to_dict()["properties"]
     names = ("start_datetime", "datetime", "end_datetime")
-    assert [properties[name] for name in names] == ["2021-05-31T23:00:00Z".replace("05-31T23", "06-01T08")] + [
-        "2021-06-01T11:00:00Z"
-    ] * 2
+    assert [properties[name] for name in names] == ["2021-06-01T08:00:00Z"] + ["2021-06-01T11:00:00Z"] * 2
     zone = timezone(timedelta(hours=5))
     made = [
         pystac.Item(str(at), None, None, datetime(2021, 6, 1, hour, tzinfo=tz), {})
