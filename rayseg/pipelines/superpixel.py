@@ -164,7 +164,7 @@ def _scene_work(step: Step, listed: Step, divided: Step, config: Config) -> Work
         superpixels=superpixels,
         described=Described(models, config.superpixels.method, config.options, bands, dtype),
     )
-    return Work(cluster, cpus=1.0)
+    return Work(cluster, cpus=0.5)  # fits beside a server that holds one of two CPUs
 
 
 def label(
