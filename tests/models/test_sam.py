@@ -1,9 +1,7 @@
 """SAM's automatic masks: the same as the published generator's from the same weights, and weights refused clearly."""
 
-import hashlib
 from functools import partial
 
-import httpx
 import numpy as np
 import pytest
 import torch
@@ -206,55 +204,16 @@ def test_a_checkpoint_of_a_training_is_found_under_its_prefix(tmp_path, monkeypa
     assert found.keys() == state.keys()
 
 
-def test_a_download_is_checked_and_kept(tmp_path, monkeypatch):
-    content = b"weights" * 1000
-    served = []
-
-    def answer(_, url, **__):
-        served.append(url)
-        return httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(200, content=content))).stream(
-            "GET", url
-        )
-
-    monkeypatch.setenv("RAYSEG_CACHE", str(tmp_path))
-    monkeypatch.setattr(sams.httpx, "stream", answer)
-    with pytest.raises(ModelError, match=r"has SHA-256 .* expected ec2df6"):
-        sams.checkpoint_file(SamConfig(variant="vit_b"))
-    assert not list((tmp_path / "sam").iterdir())
-    right = {"vit_b": ("sam_vit_b_01ec64.pth", hashlib.sha256(content).hexdigest())}
-    monkeypatch.setattr(sams, "OFFICIAL", right)
-    for _ in range(2):
-        assert sams.checkpoint_file(SamConfig(variant="vit_b")).read_bytes() == content
-    assert len(served) == 2
-    with pytest.raises(ModelError, match="not one of the published files"):
-        sams.checkpoint_file(SamConfig(variant="vit_b", checkpoint="https://example.org/my.pth"))
-
-
-def test_two_downloads_at_once_do_not_write_into_one_file(tmp_path, monkeypatch):
-    content = b"weights" * 1000
-    client = httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(200, content=content)))
-    under_way = []
-
-    def answer(_, url, **__):
-        under_way.append(len(under_way))
-        if len(under_way) == 1:  # another process fetches the same file meanwhile
-            sams.checkpoint_file(SamConfig(variant="vit_b"))
-        return client.stream("GET", url)
-
-    parts = []
-    put_file = sams.put_file
-
-    def noted(path, part):
-        parts.append(part)
-        put_file(path, part)
-
-    monkeypatch.setenv("RAYSEG_CACHE", str(tmp_path))
-    monkeypatch.setattr(sams.httpx, "stream", answer)
-    monkeypatch.setattr(sams, "put_file", noted)
-    monkeypatch.setattr(sams, "OFFICIAL", {"vit_b": ("sam_vit_b_01ec64.pth", hashlib.sha256(content).hexdigest())})
-    assert sams.checkpoint_file(SamConfig(variant="vit_b")).read_bytes() == content
-    assert len(set(parts)) == 2
-    assert [path.name for path in (tmp_path / "sam").iterdir()] == ["sam_vit_b_01ec64.pth"]
+def test_the_published_file_is_downloaded_and_a_variant_is_not_a_file(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sams, "local_file", lambda name, *, sha256: asked.append((name, sha256)) or tmp_path / "none")
+    for checkpoint in ("", f"{sams.ORIGIN}/{sams.OFFICIAL['vit_b'][0]}", "s3://bucket/w.pth#sha256=" + "0" * 64):
+        with pytest.raises(ModelError, match="does not exist; download https"):
+            sams.checkpoint_file(SamConfig(variant="vit_b", checkpoint=checkpoint))
+    name, digest = sams.OFFICIAL["vit_b"]
+    assert asked == [(f"{sams.ORIGIN}/{name}", digest)] * 2 + [("s3://bucket/w.pth#sha256=" + "0" * 64, "")]
+    with pytest.raises(ValueError, match="vit_h is a variant, expected a file or URL: set variant to it"):
+        SamConfig(checkpoint="vit_h")
 
 
 def test_half_precision_is_for_who_asks_for_it_on_a_cpu_and_finds_nearly_the_same(monkeypatch):

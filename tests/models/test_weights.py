@@ -1,5 +1,9 @@
+import hashlib
 import logging
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 
+import httpx
 import huggingface_hub.constants
 import numpy as np
 import pytest
@@ -10,7 +14,8 @@ from rayseg.errors import ModelError
 from rayseg.models import weights
 from rayseg.models.encoders import build_encoder, build_imagenet
 from rayseg.models.segmenter import build_segmenter
-from rayseg.models.weights import PACKAGED, input_range, listed, packaged_state
+from rayseg.models.weights import PACKAGED, input_range, listed, local_file, packaged_state
+from rayseg.store import upath
 
 
 @pytest.fixture
@@ -92,3 +97,66 @@ def test_the_list_names_packages_hub_and_files():
     assert "imagenet" in kinds
     assert kinds[-1] == "FILE"
     assert listed()[0][3:5] == ("Apache-2.0", "127 127 127 / 128 128 128")
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """Weights behind an http server, and how often it was asked for them."""
+    content, asked = b"weights" * 1000, []
+
+    def answer(request):
+        asked.append(str(request.url))
+        return httpx.Response(200, content=content)
+
+    client = httpx.Client(transport=httpx.MockTransport(answer))
+    monkeypatch.setattr(weights.httpx, "stream", lambda _, url, **__: client.stream("GET", url))
+    monkeypatch.setenv("RAYSEG_CACHE", str(tmp_path / "cache"))
+    return content, asked
+
+
+def test_weights_by_url_are_checked_and_downloaded_once(served, tmp_path):
+    content, asked = served
+    url, digest = "https://example.org/w.pth?sig=secret", hashlib.sha256(content).hexdigest()
+    with pytest.raises(ModelError, match=r"w\.pth\?sig=\*\*\* have no checksum, expected one for http"):
+        local_file(url)
+    with pytest.raises(ModelError, match=f"have SHA-256 {digest}, expected {'0' * 64}; download"):
+        local_file(f"{url}#sha256={'0' * 64}")
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.name != ".lock"] == []
+    with ThreadPoolExecutor(4) as threads:
+        files = list(threads.map(lambda _: local_file(f"{url}#sha256={digest.upper()}"), range(4)))
+    assert {file.read_bytes() for file in files} == {content}
+    assert files[0].name == "w.pth"
+    assert len(asked) == 2
+
+
+def test_weights_that_cannot_be_downloaded_name_the_url(served, monkeypatch):
+    monkeypatch.setattr(weights.httpx, "stream", lambda *_, **__: (_ for _ in ()).throw(httpx.ConnectError("refused")))
+    with pytest.raises(ModelError, match=r"weights https://example.org/w.pth cannot be downloaded \(refused\); copy"):
+        local_file(f"https://example.org/w.pth#sha256={'0' * 64}")
+
+
+def test_weights_on_a_store_are_downloaded_again_when_they_are_replaced(served):
+    for content in (b"one", b"two!", b"two!"):
+        upath("memory://bucket/w.pth").write_bytes(content)
+        assert local_file("memory://bucket/w.pth").read_bytes() == content
+
+
+def test_weights_of_a_network_load_from_a_store(served):
+    state = build_encoder("resnet18", weights="none").state_dict()
+    torch.save({"state_dict": state}, file := BytesIO())
+    upath("memory://bucket/resnet18.pth").write_bytes(file.getvalue())
+    loaded = build_encoder("resnet18", weights="memory://bucket/resnet18.pth").state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in state.items())
+
+
+def test_a_file_of_weights_with_a_checksum_is_checked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w.pth").write_bytes(b"w")
+    digest = hashlib.sha256(b"w").hexdigest()
+    assert local_file(f"w.pth#sha256={digest}").read_bytes() == b"w"
+    with pytest.raises(ModelError, match=f"w.pth have SHA-256 {digest}, expected"):
+        local_file(f"w.pth#sha256={'0' * 64}")
+    assert weights.everywhere("none") == "none"
+    assert weights.everywhere(f"w.pth#sha256={digest}") == f"{tmp_path}/w.pth#sha256={digest}"
+    for url in (f"s3://bucket/w.pth#sha256={digest}", "https://h.org/a%20b.pth?x=1", "memory://w/a.pth"):
+        assert weights.everywhere(url) == url

@@ -94,13 +94,6 @@ def test_what_is_no_number_is_never_better():
     assert best["measures"] == {"at": 0.5}
 
 
-def test_weights_of_a_relative_path_are_found_by_workers_elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert session.weights_everywhere("none") == "none"
-    assert session.weights_everywhere("w/a.pth") == str(tmp_path / "w/a.pth")
-    assert session.weights_everywhere("memory://w/a.pth") == "memory://w/a.pth"
-
-
 def test_no_thread_outlives_a_session(tmp_path):
     before = threading.active_count()
     session.fit(loop_of_values, {"prefix": str(tmp_path), "values": [1.0]}, Setup(tmp_path), name="t")
