@@ -9,6 +9,7 @@ Segment Anything proposes; or superpixels, which need no weights; or a network t
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -33,7 +34,18 @@ from rayseg.stages.enlarge import lattice_of
 from rayseg.stages.propose import ProposePlots, ReadPlots, WritePieces, WritePlots
 from rayseg.stages.rows import PlotsRow
 from rayseg.stages.to_rgb import ImageConfig, ReadGround, check_source
-from rayseg.steps import boundaries, chips, estimate, models, plots, report, super_resolution
+from rayseg.steps import (
+    baseline,
+    boundaries,
+    chips,
+    estimate,
+    evaluate_plots,
+    models,
+    plots,
+    report,
+    simple_plots,
+    super_resolution,
+)
 from rayseg.steps import map as mapping
 from rayseg.steps.boundaries import BoundariesConfig
 from rayseg.steps.chips import ChipsConfig
@@ -79,6 +91,10 @@ class Config(Frozen):
     workers: Workers = 0
     """Processes of Ray Train; 0 trains in the command's own process."""
     map: MapConfig = MapConfig()
+    truth: Location | None = added(default=None)
+    """Reference plots to measure the plots with: masks of ids (a folder or `catalog.json#collection`), or polygons."""
+    baseline: bool = added(default=True)
+    """With a truth: measure superpixels on parts of the map, and show them in the report."""
 
     @model_validator(mode="before")
     @classmethod
@@ -100,6 +116,11 @@ class Config(Frozen):
         if self.map.tile % self.stride:
             raise ValueError(f"map.tile {self.map.tile} must be a multiple of stride {self.stride}")
         return self
+
+    @property
+    def tiling(self) -> SuperpixelProposer:
+        """Superpixels that tile the ground, with the settings that are given."""
+        return SuperpixelProposer.model_validate(TILING | self.superpixels.model_dump(exclude_unset=True))
 
     @property
     def patches(self) -> Lattice:
@@ -207,8 +228,22 @@ def write_tiles(
     return mapping.through(step, rows, [Work(read), Work(write)], patience=config.map.stall_seconds)
 
 
-def write_report(step: Step, proposed: Step, joined: Step, tiles: Step, polygons: Step) -> dict[str, Any]:
-    """The report, with the coverage after every round, and the sizes and outlines of plots."""
+def measure(step: Step, tiles: Step, truth: str) -> dict[str, Any]:
+    """Compare the plots with the reference plots."""
+    return evaluate_plots.evaluate_plots(tiles.root, truth)
+
+
+def write_report(
+    step: Step,
+    proposed: Step,
+    joined: Step,
+    tiles: Step,
+    polygons: Step,
+    *,
+    measured: Step | None = None,
+    simple: Step | None = None,
+) -> dict[str, Any]:
+    """The report: coverage after every round, sizes and outlines of plots, and measures where there is a truth."""
     rows = plots.read_plots(joined)
     tiled = [tile for of_grid in plots.proposed_tiles(proposed).values() for tile in of_grid]
     patches = [
@@ -226,14 +261,22 @@ def write_report(step: Step, proposed: Step, joined: Step, tiles: Step, polygons
     rows = list({row["number"]: row for row in reversed(rows)}.values())  # a seam between zones may cut a plot
     labels = f"{len(rows):,} plots, {sum(row['refined'] for row in rows):,} of them found inside mixed masks."
     shown = tuple(picture for picture in pictures if picture[1])
-    return report.write_report(
-        step, tiles, polygons, None, report.Extras(labels=labels, pictures=shown, timed=proposed)
-    )
+    extras = report.Extras(labels=labels, pictures=shown, timed=proposed)
+    if measured:
+        extras = replace(extras, tables=(evaluate_plots.table(measured.value),))
+    if simple:
+        beside = baseline.beside(
+            simple.value, simple.value["product"], parts=simple.value["parts"], name=simple_plots.PRODUCT
+        )
+        extras = replace(extras, baseline=beside)
+    return report.write_report(step, tiles, polygons, None, extras)
 
 
 def check(config: Config, region: Region) -> Plan:
     """Plan a run; refuse imagery and weights that it cannot use before it writes anything."""
     before, labelled = None, None
+    if truth := region.located(config.truth):
+        evaluate_plots.expect_reference(truth)
     if config.enlarge:
         enlarge, image = config.enlarge, config.image
         before, tiles = super_resolution.tiles_to_enlarge(region, enlarge, image, config.map, halo=config.patch)
@@ -288,5 +331,11 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None, *, l
     tiles = run.step("predict", write_tiles, region, proposed, joined, classified, model, config)
     polygons = run.step("plots", plots.write_plots, joined, classified, model)
     run.step("publish", mapping.publish, tiles, f"Cultivated plots, {region.name}")
-    written = run.step("report", write_report, proposed, joined, tiles, polygons)
+    measured, simple, truth = None, None, region.located(config.truth)
+    if truth:
+        measured = run.step("evaluate", measure, tiles, truth)
+        if config.baseline:
+            superpixels = None if config.proposer == "felzenszwalb" else config.tiling
+            simple = run.step("baseline", simple_plots.measure_baselines, tiles, truth, config.image, superpixels)
+    written = run.step("report", write_report, proposed, joined, tiles, polygons, measured=measured, simple=simple)
     return report.headline(written)

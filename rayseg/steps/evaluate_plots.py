@@ -6,8 +6,9 @@ is one object; only pixels that both sides know count.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,23 @@ from rayseg.store import upath
 
 Pieces = Mapping[Piece, int]
 """Parts of the prediction, each with the number of its file; files of one number share their ids."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A part of the prediction and its reference.
+
+    Attributes:
+        piece: of the prediction.
+        predicted: returns the ids of the prediction in the piece, (height, width) int64.
+        truth: returns the ids of the reference there.
+    """
+
+    piece: Piece
+    predicted: Callable[[], Ids]
+    truth: Callable[[], Ids]
+
+
 TOLERANCE = 2
 """Distance in px up to which a boundary pixel counts as found."""
 BLOCK = 256
@@ -73,13 +91,36 @@ def evaluate_plots(prediction: str, truth: str) -> dict[str, Any]:
     Raises:
         DataError: nothing matches, or a file cannot be used.
     """
-    pieces = _pieces(prediction, truth)
+    compared, unmatched = compared_pieces(prediction, truth)
     count = Count()
+    for one in compared:
+        count.add(one.piece, one.predicted(), one.truth())
+    pieces = [one.piece for one in compared]
+    return {"prediction": prediction, "truth": truth} | count.summary(pieces) | {"unmatched": unmatched}
+
+
+def compared_pieces(prediction: str, truth: str) -> tuple[list[Compared], dict[str, Any]]:
+    """The parts of a prediction that have a reference, and the names without one; arguments as `evaluate_plots`.
+
+    Raises:
+        DataError: nothing matches, or a file cannot be used.
+    """
+    pieces = _pieces(prediction, truth)
     if truth.lower().endswith(VECTORS):
-        unmatched = _by_polygons(pieces, Polygons.open(truth), count)
+        return _by_polygons(pieces, Polygons.open(truth))
+    return _by_masks(pieces, masks.masks_of(truth))
+
+
+def expect_reference(truth: str) -> None:
+    """Check that the reference can be opened, before plots are made.
+
+    Raises:
+        DataError: it cannot be read, or holds no masks or polygons.
+    """
+    if truth.lower().endswith(VECTORS):
+        Polygons.open(truth)
     else:
-        unmatched = _by_masks(pieces, masks.masks_of(truth), count)
-    return {"prediction": prediction, "truth": truth} | count.summary(list(pieces)) | {"unmatched": unmatched}
+        masks.masks_of(truth)
 
 
 def _plots_of(href: str) -> str:
@@ -114,29 +155,38 @@ def _predicted(piece: Piece, number: int) -> Ids:
     return instances.read_ids([piece.source], masks.pixels_of(piece.source), own, numbers=[number])
 
 
-def _by_masks(pieces: Pieces, truth: Sequence[Source], count: "Count") -> dict[str, Any]:
-    """Count all pieces that have a reference mask; return the names without one."""
+def _by_masks(pieces: Pieces, truth: Sequence[Source]) -> tuple[list[Compared], dict[str, Any]]:
     matches = evaluate.match(list(pieces), truth)
     numbers = {mask: number for number, mask in enumerate(truth)}
-    for one in matches:
-        of_truth = [numbers[mask] for mask in one.truth]
-        truth_HW = instances.read_ids(one.truth, one.grid, one.window, numbers=of_truth)
-        count.add(one.piece, _predicted(one.piece, pieces[one.piece]), truth_HW)
-    return evaluate.unmatched(list(pieces), truth, matches)
+    compared = [
+        Compared(
+            one.piece,
+            partial(_predicted, one.piece, pieces[one.piece]),
+            partial(instances.read_ids, one.truth, one.grid, one.window, numbers=[numbers[mask] for mask in one.truth]),
+        )
+        for one in matches
+    ]
+    return compared, evaluate.unmatched(list(pieces), truth, matches)
 
 
-def _by_polygons(pieces: Pieces, polygons: Polygons, count: "Count") -> dict[str, Any]:
-    """Count all pieces that polygons can be compared with; return the names of the others."""
+def _by_polygons(pieces: Pieces, polygons: Polygons) -> tuple[list[Compared], dict[str, Any]]:
     near = {piece: number for piece, number in pieces.items() if polygons.on(piece.tile.grid)}
     if not near:
         raise DataError(
             f"no plots match the polygons in {polygons.where}: plots are predicted on {next(iter(pieces)).tile.grid}; "
             "give polygons with a CRS for georeferenced imagery, and in pixels with a column image for other images"
         )
-    for piece, number in near.items():
-        count.add(piece, _predicted(piece, number), polygons.ids(piece.tile.grid, piece.tile.window))
+    compared = [
+        Compared(
+            piece,
+            partial(_predicted, piece, number),
+            partial(polygons.ids, piece.tile.grid, piece.tile.window),
+        )
+        for piece, number in near.items()
+    ]
     left = [piece.tile.id for piece in pieces if piece not in near]
-    return {"prediction": {"count": len(left), "names": left[: evaluate.NAMED]}, "truth": {"count": 0, "names": []}}
+    missing = {"count": len(left), "names": left[: evaluate.NAMED]}
+    return compared, {"prediction": missing, "truth": {"count": 0, "names": []}}
 
 
 class _Names(dict[Any, int]):
@@ -270,3 +320,11 @@ def text(result: Mapping[str, Any]) -> str:
     if counts["reference"] <= result["units"] < counts["predicted"]:
         lines += ["", "the reference has at most one plot per unit: if its masks hold classes, give --classes"]
     return "\n".join([*lines, *evaluate.remarks(result)])
+
+
+def table(result: Mapping[str, Any]) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
+    """The measures as a table of a report: (title, header, rows)."""
+    counts = result["counts"]
+    title = f"Against {counts['reference']:,} reference plots"
+    rows: list[tuple[str, ...]] = [(shown, evaluate.said(result["objects"][name])) for name, shown in TITLES.items()]
+    return title, ("measure", "value (95 % interval)"), rows

@@ -45,6 +45,7 @@ from rayseg.vision import rle
 from rayseg.vision.color import ClassTable
 from rayseg.vision.proposals import Proposals, SuperpixelProposer
 from rayseg.vision.rounds import RoundsConfig
+from rayseg.vision.superpixels import felzenszwalb
 
 pytestmark = pytest.mark.e2e
 
@@ -570,3 +571,52 @@ def test_plots_have_a_class_where_labelled_crops_are_given(region, tmp_path):
     assert again.exit_code == 0, again.output
     other = geopandas.read_parquet(tmp_path / "again/plots.parquet")
     assert other["class"].tolist() == table["class"].tolist()
+
+
+def reference(folder, field_HW):
+    """A mask of ids of the fields."""
+    ids = {"bands": ("plot",), "nodata": None, "overviews": "MODE"}
+    folder.mkdir()
+    cog.write_image(folder / "scene.tif", field_HW.astype(np.uint16)[None], GRID, window_at(0, 0, HEIGHT, WIDTH), **ids)
+    return folder
+
+
+def baselines_of(tmp_path, region, *settings):
+    """(step "evaluate", step "baseline", first sentence of the report) of a run with reference plots."""
+    truth = reference(tmp_path / "truth", fields()[1])
+    words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run", "--set", f"truth={truth}")
+    said = rayseg(*words, *SETTINGS, "--set", "map.tile=4096", *settings)
+    assert said.exit_code == 0, said.output
+    steps = read(str(tmp_path / "run"))["steps"]
+    return steps["evaluate"], steps.get("baseline"), steps["report"]["summary"]
+
+
+def test_superpixels_are_measured_next_to_plots_on_the_same_pixels(region, tmp_path):
+    measured, simple, summary = baselines_of(tmp_path, region)
+    # One tile holds all pixels, so that the plots have the measure of the whole run.
+    assert simple["product"] == measured["objects"]["f1"]["value"] == 1
+    (plain,) = simple["methods"]
+    assert plain["name"] == "plain felzenszwalb superpixels"
+    image_CHW, field_HW = fields()
+    labels_HW = felzenszwalb(image_CHW.transpose(1, 2, 0), scale=200, sigma=0.5, min_size=200)
+    pairs = [(field_HW == a, labels_HW == b) for a in range(1, 17) for b in range(labels_HW.max() + 1)]
+    hits = sum((a_HW & b_HW).sum() > 0.5 * (a_HW | b_HW).sum() for a_HW, b_HW in pairs)
+    assert plain["value"] == pytest.approx(2 * hits / (16 + labels_HW.max() + 1))
+    assert 0.5 < plain["value"] < 1
+    assert not summary.startswith("This map of plots")
+    page = (tmp_path / "run/report/index.html").read_text()
+    assert "Against 16 reference plots" in page
+    assert "plain felzenszwalb superpixels" in page
+
+
+def test_a_report_says_first_that_its_plots_are_behind_superpixels(region, tmp_path):
+    _, simple, summary = baselines_of(tmp_path, region, "--set", "superpixels.contrast=0.999")
+    assert simple["product"] < simple["methods"][0]["value"]
+    assert summary.startswith("This map of plots is behind its baseline")
+
+
+def test_a_reference_that_cannot_be_read_is_refused_before_the_run(region, tmp_path):
+    (tmp_path / "empty").mkdir()
+    words = ("run", "pipeline", "agri", "--region", region, "--out", tmp_path / "run", *SETTINGS)
+    assert "holds no masks" in refused(3, *words, "--set", f"truth={tmp_path / 'empty'}")
+    assert not (tmp_path / "run").exists()
