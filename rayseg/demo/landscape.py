@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from rayseg.demo import blocks
-from rayseg.demo.scenery import BARREN, CROPS, RANGELAND, UNKNOWN, WATER, roads, tone
+from rayseg.demo.scenery import BARREN, CROPS, PAINTERS, RANGELAND, UNKNOWN, WATER, Parcels, Rng, fields, roads
 from rayseg.demo.shapes import (
     MARGIN,
     Bend,
@@ -21,7 +20,6 @@ from rayseg.demo.shapes import (
     Color,
     Convex,
     Floats,
-    View,
     area,
     convex,
     cover_share,
@@ -42,6 +40,14 @@ KINDS: dict[str, tuple[float, float | None]] = {
     "fields": (0.27, 0.3),
     "range": (0.05, 0.2),
     "forest": (0.08, 0.0),
+}
+
+
+TEXTURES = {
+    "fine": (1.0, 0.5),
+    "cells": (0.0, 0.3, 1.0, 0.6),
+    "lumps": (0.0, 0.0, 0.3, 1.0, 0.8),
+    "soft": (0.0, 0.0, 0.0, 0.3, 0.6, 1.0, 1.2),
 }
 
 
@@ -67,7 +73,7 @@ class Block(NamedTuple):
 
     shape: Convex
     kind: str
-    parcels: tuple[tuple[Convex, str], ...]
+    parcels: Parcels
 
 
 @dataclass(frozen=True)
@@ -81,9 +87,9 @@ class World:
     river_W: Floats
     noise: dict[str, Floats]
 
-    def rng(self, *key: int) -> np.random.Generator:
+    def rng(self, *key: int) -> Rng:
         """Return the generator that belongs to `key` alone, whatever was drawn before."""
-        return _rng(self.seed, *key)
+        return np.random.default_rng([self.seed, *key])
 
 
 class Scene(NamedTuple):
@@ -94,55 +100,49 @@ class Scene(NamedTuple):
     netting_HW: NDArray[np.uint8]
 
 
-def _rng(*key: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
-
-
 def plan(*, size: int, seed: int) -> World:
     """Lay out a world of `size` x 2 `size` pixels: bend, roads, blocks and what fills them, river, textures."""
-    rng = _rng(seed, 0)
+    rng = np.random.default_rng([seed, 0])
+    # 1. the bend and the river
     bend = Bend(_waves(rng, 2 * size + 2 * MARGIN, 13.0), _waves(rng, size + 2 * MARGIN, 13.0))
-    columns_W = np.arange(2 * size)
     swing_W = _waves(rng, 2 * size, size * 0.12, longest=size * 1.6)
-    river_W = (size * rng.uniform(0.4, 0.6) + swing_W + 0 * columns_W).astype(np.float32)
+    river_W = (size * rng.uniform(0.4, 0.6) + swing_W).astype(np.float32)
+    # 2. blocks between roads, wide roads first
     side = min(185.0, max(110.0, size / 4.5))
     outline = convex([(-40, -40), (-40, 2 * size + 40), (size + 40, 2 * size + 40), (size + 40, -40)])
     shapes = split(outline, rng, side**2 * 1.4, (10.0, 10.0, 8.0, 7.0, 6.0, 4.0, 4.0, 3.0))
-    kinds = _kinds(shapes, river_W, size, rng)
-    parcels = [
-        _parcels(s, _rng(seed, 1, i)) if k == "fields" else ()
-        for i, (s, k) in enumerate(zip(shapes, kinds, strict=True))
-    ]
-    filled = tuple(Block(*fields) for fields in zip(shapes, kinds, parcels, strict=True))
-    textures = {
-        "fine": (1.0, 0.5),
-        "cells": (0.0, 0.3, 1.0, 0.6),
-        "lumps": (0.0, 0.0, 0.3, 1.0, 0.8),
-        "soft": (0.0, 0.0, 0.0, 0.3, 0.6, 1.0, 1.2),
-    }
-    noise = {name: fractal(rng, size, 2 * size, weights) for name, weights in textures.items()}
-    return World(size, seed, bend, filled, river_W, noise)
+    # 3. a kind for every block, plots with crops for the fields
+    blocks = []
+    odds = np.array([0.5 if name == "tunnels" else 1.0 if crop[4] else 0.7 for name, crop in CROPS.items()])
+    for number, (shape, kind) in enumerate(zip(shapes, _kinds(shapes, river_W, size, rng), strict=True)):
+        own, inner = np.random.default_rng([seed, 1, number]), shrink(shape, 3)
+        lots = split(inner, own, own.uniform(4000, 8500), (1.8, 1.2, 0.8)) if kind == "fields" and inner else []
+        plots = [plot for lot in lots if (plot := shrink(lot, 0.6)) is not None and area(plot) > 400]
+        crops = own.choice(list(CROPS), len(plots), p=odds / odds.sum())
+        blocks.append(Block(shape, kind, tuple(zip(plots, map(str, crops), strict=True))))
+    noise = {name: fractal(rng, size, 2 * size, weights) for name, weights in TEXTURES.items()}
+    return World(size, seed, bend, tuple(blocks), river_W, noise)
 
 
-def _waves(rng: np.random.Generator, length: int, height: float, longest: float = 1400.0) -> NDArray[np.float64]:
-    at = np.arange(length)
-    waves = [
-        np.sin(at * 2 * np.pi / (longest * share) + rng.uniform(0, 6.28)) * share**1.3 for share in (1.0, 0.62, 0.37)
-    ]
+def _waves(rng: Rng, length: int, height: float, longest: float = 1400.0) -> NDArray[np.float64]:
+    turns_W = np.arange(length) * 2 * np.pi
+    waves = [np.sin(turns_W / (longest * share) + rng.uniform(0, 6.28)) * share**1.3 for share in (1.0, 0.62, 0.37)]
     return np.asarray(sum(waves) * height / 2)
 
 
-def _kinds(shapes: list[Convex], river_W: Floats, size: int, rng: np.random.Generator) -> list[str]:
+def _kinds(shapes: list[Convex], river_W: Floats, size: int, rng: Rng) -> list[str]:
     """Give every block its kind: quotas per scene, town around a centre, green along the river."""
     centers_N2 = np.array([shape.points_N2.mean(axis=0) for shape in shapes])
     towns_K2 = np.array(
         [(rng.uniform(0.15, 0.85) * size, (k * 0.5 + rng.uniform(0.12, 0.38)) * 2 * size) for k in range(2)]
     )
-    reach_N = np.min(np.hypot(*(centers_N2[:, None] - towns_K2).transpose(2, 0, 1)), axis=1) + rng.normal(
-        0, size * 0.06, len(shapes)
-    )
+    reach_N = np.min(np.hypot(*(centers_N2[:, None] - towns_K2).transpose(2, 0, 1)), axis=1)
+    reach_N += rng.normal(0, size * 0.06, len(shapes))
     kinds = np.full(len(shapes), "", dtype=object)
-    river_N = np.array([_touches(shape, river_W) for shape in shapes])
+    # blocks that reach within 42 pixels of the river's middle
+    columns = [np.clip(shape.points_N2[:, 1].astype(int), 0, len(river_W) - 1) for shape in shapes]
+    offsets = [shape.points_N2[:, 0] - river_W[cols] for shape, cols in zip(shapes, columns, strict=True)]
+    river_N = np.array([offset_N.min() < 42 and offset_N.max() > -42 for offset_N in offsets])
     kinds[river_N] = rng.choice(["park", "forest", "range"], int(river_N.sum()))
     for side in (centers_N2[:, 1] < size, centers_N2[:, 1] >= size):
         free = np.flatnonzero(side & (kinds == ""))
@@ -157,58 +157,44 @@ def _kinds(shapes: list[Convex], river_W: Floats, size: int, rng: np.random.Gene
     return [str(kind) for kind in kinds]
 
 
-def _touches(shape: Convex, river_W: Floats, reach: float = 42) -> bool:
-    columns = np.clip(shape.points_N2[:, 1].astype(int), 0, len(river_W) - 1)
-    offset_N = shape.points_N2[:, 0] - river_W[columns]
-    return bool(offset_N.min() < reach and offset_N.max() > -reach)
-
-
-def _parcels(shape: Convex, rng: np.random.Generator) -> tuple[tuple[Convex, str], ...]:
-    inner = shrink(shape, 3)
-    pieces = [] if inner is None else split(inner, rng, rng.uniform(4000, 8500), (1.8, 1.2, 0.8))
-    shrunk = [parcel for piece in pieces if (parcel := shrink(piece, 0.6)) is not None and area(parcel) > 400]
-    names = rng.choice(list(CROPS), len(shrunk), p=_crop_odds())
-    return tuple((parcel, str(name)) for parcel, name in zip(shrunk, names, strict=True))
-
-
-def _crop_odds() -> list[float]:
-    weights = [0.7 if not cultivated else 0.5 if name == "tunnels" else 1.0 for name, (*_, cultivated) in CROPS.items()]
-    return [weight / sum(weights) for weight in weights]
-
-
 def draw(world: World, half: int) -> Scene:
     """Draw one half of the world (0 left, 1 right) under its own light."""
-    canvas = _canvas(world, half)
-    for index, block in enumerate(world.blocks):
-        rng = world.rng(2, index)
-        if canvas.view(block.shape, pad=8) is None:
-            continue
-        roads(canvas, block.shape, rng)
-        inner = shrink(block.shape)
-        if block.kind == "fields":
-            blocks.fields(canvas, block.shape, block.parcels, rng)
-        elif inner is not None:
-            blocks.PAINTERS[block.kind](canvas, inner, rng)
-    _river(canvas, world)
-    _clouds(canvas, world.rng(3, half))
-    image_HWC = _expose(canvas.image_CHW, LIGHTS[half], world.rng(4, half))
-    return Scene(image_HWC, canvas.cover_HW, (canvas.netting_HW > 0.5).astype(np.uint8))
-
-
-def _canvas(world: World, half: int) -> Canvas:
-    left, size = half * world.size, world.size
+    light, size, left = LIGHTS[half], world.size, half * world.size
+    # 1. a canvas of grass with the world's textures; `slope` is positive where a surface faces the sun
     noise = {name: noise_HW[:, left : left + size] for name, noise_HW in world.noise.items()}
-    noise["canopy"] = _canopy(world.rng(5), size, LIGHTS[half].shadow)
-    image_CHW = np.empty((3, size, size), dtype=np.float32)
-    image_CHW[:] = np.array([118, 122, 84], dtype=np.float32)[:, None, None] * (1 + 0.06 * noise["fine"])
+    noise["canopy"] = _canopy(world.rng(5), size, light.shadow)
+    down_HW, right_HW = np.gradient(noise["lumps"])
+    noise["slope"] = np.asarray(down_HW * light.shadow[0] + right_HW * light.shadow[1], dtype=np.float32) * -1
+    image_CHW = np.array([118, 122, 84], dtype=np.float32)[:, None, None] * (1 + 0.06 * noise["fine"])
     cover_HW = np.full((size, size), RANGELAND, dtype=np.uint8)
     netting_HW, road_HW = np.zeros((2, size, size), dtype=np.float32)
-    stamps = {radius: _crown(radius, LIGHTS[half].shadow) for radius in range(2, 7)}
-    return Canvas(world.bend, left, LIGHTS[half].shadow, noise, image_CHW, cover_HW, netting_HW, road_HW, stamps)
+    stamps = {radius: _crown(radius, light.shadow) for radius in range(2, 7)}
+    canvas = Canvas(world.bend, (0, left), light.shadow, image_CHW, cover_HW, netting_HW, road_HW, noise, stamps)
+    # 2. roads and blocks, over them the river and clouds
+    for number, block in enumerate(world.blocks):
+        rng, inner = world.rng(2, number), shrink(block.shape)
+        if not canvas.around(block.shape, pad=8).cover_HW.size:
+            continue
+        roads(canvas, block.shape, rng)
+        if block.kind == "fields":
+            fields(canvas, block.shape, block.parcels, rng)
+        elif inner is not None:
+            PAINTERS[block.kind](canvas, inner, rng)
+    _river(canvas, world.river_W[left : left + size])
+    _clouds(canvas, world.rng(3, half))
+    # 3. the picture that a camera takes of this reflectance: haze, blur, noise, never 0 in all bands
+    rng, image_HWC = world.rng(4, half), np.empty((size, size, 3), dtype=np.uint8)
+    grain_HW = rng.standard_normal((size, size), dtype=np.float32) * np.float32(light.noise)
+    for band, (gain, haze) in enumerate(zip(light.gains, light.haze, strict=True)):
+        seen_HW = ndimage.gaussian_filter(image_CHW[band], light.blur, truncate=3)
+        seen_HW = seen_HW * np.float32(gain * (1 - light.haze_share)) + np.float32(haze * light.haze_share)
+        seen_HW += grain_HW + rng.standard_normal((size, size), dtype=np.float32) * np.float32(light.noise * 0.4)
+        image_HWC[..., band] = np.clip(np.rint(seen_HW), 1, 255)
+    return Scene(image_HWC, cover_HW, (netting_HW > 0.5).astype(np.uint8))
 
 
 def _crown(radius: int, shadow: tuple[float, float]) -> tuple[Floats, Floats]:
-    rng = _rng(radius)
+    rng = np.random.default_rng([radius])
     row_HW, col_HW = np.mgrid[-radius - 1 : radius + 2, -radius - 1 : radius + 2].astype(np.float32)
     ragged_HW = rng.normal(0, 0.55, row_HW.shape)
     share_HW = cover_share((np.hypot(row_HW, col_HW) - radius + ragged_HW).astype(np.float32), 1.5)
@@ -216,9 +202,7 @@ def _crown(radius: int, shadow: tuple[float, float]) -> tuple[Floats, Floats]:
     return share_HW, light_HW.astype(np.float32)
 
 
-def _canopy(
-    rng: np.random.Generator, size: int, shadow: tuple[float, float], spacing: int = 7, cells: int = 48
-) -> Floats:
+def _canopy(rng: Rng, size: int, shadow: tuple[float, float], spacing: int = 7, cells: int = 48) -> Floats:
     """Return the brightness (percent) of a closed canopy: a dome per cell of a jittered grid, lit from one side."""
     place_2KK = rng.uniform(0.1, 0.9, (2, cells, cells)) * spacing
     radius_KK, tint_KK = rng.uniform(3.2, 5.8, (cells, cells)), rng.normal(0, 9, (cells, cells))
@@ -238,59 +222,34 @@ def _canopy(
     return np.asarray(np.tile(light_HW, (repeats, repeats))[:size, :size], dtype=np.float32)
 
 
-def _river(canvas: Canvas, world: World) -> None:
+def _river(canvas: Canvas, middle_W: Floats) -> None:
     """Let the river flow over everything but the main roads, which become bridges."""
-    middle_W = world.river_W[canvas.left : canvas.left + world.size]
-    view = canvas.window(int(middle_W.min()) - 60, int(middle_W.max()) + 60, canvas.left, canvas.left + world.size)
-    if view is None:
-        return
+    left = canvas.corner[1]
+    part = canvas.window(int(middle_W.min()) - 60, int(middle_W.max()) + 60, left, left + len(middle_W))
+    soft_HW, lumps_HW, land_HW = part.noise["soft"], part.noise["lumps"], 1 - part.road_HW
     fall_W = np.hypot(1, np.gradient(middle_W)).astype(np.float32)
-    shore_HW = np.abs(view.row_H[:, None] - middle_W) / fall_W - (20 + 3 * canvas.texture("soft", view))
-    shore_HW = shore_HW + 1.5 * canvas.texture("lumps", view)
-    land_HW = 1 - canvas.road_HW[view.rows, view.cols]
-    soft_HW, lumps_HW = canvas.texture("soft", view), canvas.texture("lumps", view)
-    canvas.paint(view, cover_share(shore_HW - 6, 5) * land_HW, tone((172, 160, 128), 6 * lumps_HW), BARREN)
-    water_CHW = tone(
-        (72, 94, 86), 5 * soft_HW + 2 * canvas.texture("fine", view) - 6 * np.clip(shore_HW / 20 + 1, 0, 1)
-    )
-    canvas.paint(view, cover_share(shore_HW, 2) * land_HW, water_CHW, WATER)
+    shore_HW = np.abs(part.pixels()[0][:, None] - middle_W) / fall_W - (20 + 3 * soft_HW) + 1.5 * lumps_HW
+    part.paint(cover_share(shore_HW - 6, 5) * land_HW, (172, 160, 128), 6 * lumps_HW, BARREN)
+    light_HW = 5 * soft_HW + 2 * part.noise["fine"] - 6 * np.clip(shore_HW / 20 + 1, 0, 1)
+    part.paint(cover_share(shore_HW, 2) * land_HW, (72, 94, 86), light_HW, WATER)
 
 
-def _clouds(canvas: Canvas, rng: np.random.Generator, count: int = 2) -> None:
-    """Drift a few small clouds and their shadows over places without netting; their land cover is unknown."""
-    size = canvas.cover_HW.shape[0]
+def _clouds(canvas: Canvas, rng: Rng) -> None:
+    """Drift two small clouds and their shadows over places without netting; their land cover is unknown."""
+    size, shadow = len(canvas.cover_HW), np.array(canvas.shadow)
     radius = size * 0.035
-    for _ in range(count):
-        spots_K2 = rng.uniform(0.15, 0.85, (24, 2)) * size + np.array([0, canvas.left])
-        for row, col in spots_K2:
-            reach = int(radius * 2.6)
-            view = canvas.window(int(row) - reach, int(row) + reach, int(col) - reach, int(col) + reach)
-            if view is not None and not canvas.netting_HW[view.rows, view.cols].any():
-                _cloud(canvas, view, (row, col), radius)
-                break
-
-
-def _cloud(canvas: Canvas, view: View, center: tuple[float, float], radius: float) -> None:
-    billow_HW = 0.25 * canvas.texture("soft", view) + 0.12 * canvas.texture("lumps", view)
-    row_HW, col_HW = view.row_H[:, None] - np.float32(center[0]), view.col_W[None] - np.float32(center[1])
-    down, right = np.array(canvas.shadow) * radius * 0.9
-    for share, offset in ((0.8, (down, right)), (1.0, (0.0, 0.0))):
-        gap_HW = np.hypot((row_HW - offset[0]) / radius, (col_HW - offset[1]) / (radius * 1.3)) - 0.7
-        veil_HW = np.clip(-1.6 * (gap_HW + billow_HW), 0, 0.95).astype(np.float32)
-        if offset[0]:
-            canvas.darken(view, veil_HW * np.float32(share))
-        else:
-            canvas.paint(view, veil_HW, (226, 228, 232), UNKNOWN)
-
-
-def _expose(image_CHW: Floats, light: Light, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Turn reflectance into the picture a camera would bring back: (H, W, 3) uint8, never 0 in all bands."""
-    height, width = image_CHW.shape[1:]
-    image_HWC = np.empty((height, width, 3), dtype=np.uint8)
-    grain_HW = rng.standard_normal((height, width), dtype=np.float32) * np.float32(light.noise)
-    for band, (gain, haze) in enumerate(zip(light.gains, light.haze, strict=True)):
-        seen_HW = ndimage.gaussian_filter(image_CHW[band], light.blur, truncate=3)
-        seen_HW = seen_HW * np.float32(gain * (1 - light.haze_share)) + np.float32(haze * light.haze_share)
-        seen_HW += grain_HW + rng.standard_normal((height, width), dtype=np.float32) * np.float32(light.noise * 0.4)
-        image_HWC[..., band] = np.clip(np.rint(seen_HW), 1, 255)
-    return image_HWC
+    reach = int(radius * 2.6)
+    for spots_K2 in rng.uniform(0.15, 0.85, (2, 24, 2)) * size + np.array([0, canvas.corner[1]]):
+        parts = [canvas.window(r - reach, r + reach, c - reach, c + reach) for r, c in spots_K2.astype(int).tolist()]
+        clear = [(part, spot) for part, spot in zip(parts, spots_K2, strict=True) if not part.netting_HW.any()]
+        for part, spot in clear[:1]:
+            row_H, col_W = part.pixels()
+            row_H1, col_1W = row_H[:, None] - np.float32(spot[0]), col_W[None] - np.float32(spot[1])
+            billow_HW = 0.25 * part.noise["soft"] + 0.12 * part.noise["lumps"]
+            for way in (shadow * radius * 0.9, np.zeros(2)):
+                gap_HW = np.hypot((row_H1 - way[0]) / radius, (col_1W - way[1]) / (radius * 1.3)) - 0.7
+                veil_HW = np.clip(-1.6 * (gap_HW + billow_HW), 0, 0.95).astype(np.float32)
+                if way.any():
+                    part.darken(veil_HW * np.float32(0.8))
+                else:
+                    part.paint(veil_HW, (226, 228, 232), cover=UNKNOWN)

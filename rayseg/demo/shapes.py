@@ -1,30 +1,29 @@
-"""Convex shapes, fractal noise and a canvas to paint them on with soft edges: what a drawn landscape is made of.
+"""Convex shapes, fractal noise and a canvas to paint them on with soft edges.
 
-Shapes live in plan coordinates (row, col) in which lines are straight; a canvas sees them through a gentle bend,
-`row + bow_rows[col]`, `col + bow_cols[row]`, so that roads and parcels curve. The bend keeps the distance to a line
-the sum of one term per row and one per column, which is what makes painting cheap.
+Shapes have plan coordinates (row, col), in which lines are straight. The canvas shows them through a gentle bend,
+`row + bow_rows[col]`, `col + bow_cols[row]`, so that roads and parcels curve. With such a bend the distance to a line
+is the sum of one term per row and one per column, which makes painting cheap.
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float32]
+Points = NDArray[np.float64]
 Color = tuple[float, float, float]
 
-_CORNERS_42 = np.array([(-1.0, -1.0), (-1.0, 1.0), (1.0, 1.0), (1.0, -1.0)])
-SLOPE = 0.12  # no bend is steeper than this
 MARGIN = 64  # the bow tables reach this many pixels beyond the world on every side
 
 
 class Convex(NamedTuple):
     """A convex polygon: (row, col) points clockwise on screen, one margin (pixels) per edge that starts there."""
 
-    points_N2: NDArray[np.float64]
-    margins_N: NDArray[np.float64]
+    points_N2: Points
+    margins_N: Points
 
 
 def convex(points: ArrayLike, margin: float = 0.0) -> Convex:
@@ -36,45 +35,43 @@ def convex(points: ArrayLike, margin: float = 0.0) -> Convex:
 def rectangle(center: ArrayLike, height: float, width: float, angle: float) -> Convex:
     """Return a rectangle around `center`, its width along `angle` (radians from +col towards +row)."""
     along, across = axes(angle)
-    return convex(np.asarray(center) + _CORNERS_42 @ np.stack([across * (height / 2), along * (width / 2)]))
+    corners_42 = np.array([(-1.0, -1.0), (-1.0, 1.0), (1.0, 1.0), (1.0, -1.0)])
+    return convex(np.asarray(center) + corners_42 @ np.stack([across * (height / 2), along * (width / 2)]))
 
 
-def axes(angle: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def axes(angle: float) -> tuple[Points, Points]:
     """Return the unit vectors (row, col) along `angle` and across it, a quarter turn towards +row."""
     return np.array([math.sin(angle), math.cos(angle)]), np.array([math.cos(angle), -math.sin(angle)])
 
 
-def edges(shape: Convex) -> NDArray[np.float64]:
-    """Return the way (N, 2) from every point to the next."""
-    points_N2 = shape.points_N2
-    return np.concatenate((points_N2[1:], points_N2[:1])) - points_N2
+def edges(shape: Convex) -> Points:
+    """Return the vectors (N, 2) from every point to the next."""
+    return np.concatenate((shape.points_N2[1:], shape.points_N2[:1])) - shape.points_N2
 
 
-def normals(shape: Convex) -> NDArray[np.float64]:
+def normals(shape: Convex) -> Points:
     """Return the outward unit normals (N, 2) of the edges."""
     outward_N2 = edges(shape)[:, ::-1] * np.array([-1, 1])
-    length_N1 = np.hypot(outward_N2[:, :1], outward_N2[:, 1:])
-    return np.asarray(outward_N2 / np.maximum(length_N1, 1e-9))
+    return np.asarray(outward_N2 / np.maximum(np.hypot(outward_N2[:, :1], outward_N2[:, 1:]), 1e-9))
 
 
 def area(shape: Convex) -> float:
-    """Return the area in square pixels (shoelace)."""
+    """Return the area in square pixels (shoelace formula)."""
     points = shape.points_N2.tolist()
     turns = [r0 * c1 - c0 * r1 for (r0, c0), (r1, c1) in zip(points, points[1:] + points[:1], strict=True)]
     return float(abs(sum(turns))) / 2
 
 
-def frame(shape: Convex) -> tuple[NDArray[np.float64], float, float, float]:
+def frame(shape: Convex) -> tuple[Points, float, float, float]:
     """Return the centre (2,), the angle of the longest edge, and the extents along and across it."""
     edges_N2 = edges(shape)
     longest = edges_N2[int(np.argmax(np.hypot(edges_N2[:, 0], edges_N2[:, 1])))]
     angle = float(np.arctan2(longest[0], longest[1]))
-    reach_N2 = shape.points_N2 @ np.stack(axes(angle), axis=1)
-    along, across = (reach_N2.max(axis=0) - reach_N2.min(axis=0)).tolist()
+    along, across = np.ptp(shape.points_N2 @ np.stack(axes(angle), axis=1), axis=0).tolist()
     return shape.points_N2.mean(axis=0), angle, along, across
 
 
-def clip(shape: Convex, normal: NDArray[np.float64], offset: float, margin: float) -> Convex | None:
+def clip(shape: Convex, normal: Points, offset: float, margin: float) -> Convex | None:
     """Keep the part with `normal . point <= offset`; the new edge gets `margin`; None where nothing is left."""
     sides, points = (shape.points_N2 @ normal - offset).tolist(), shape.points_N2.tolist()
     if max(sides) <= 0:
@@ -101,6 +98,17 @@ def shrink(shape: Convex, distance: float = 0.0) -> Convex | None:
     return result if result is not None and area(result) > 4 else None
 
 
+def halves(shape: Convex, at: float, *, turn: float = 0.0, margin: float = 0.0) -> list[Convex]:
+    """Cut across the longer side at the share `at` of it, `turn` radians askew; both parts get a margin at the cut."""
+    _, angle, along, across = frame(shape)
+    angle += (0 if along >= across else np.pi / 2) + turn
+    normal = np.array([np.sin(angle), np.cos(angle)])
+    reach_N = shape.points_N2 @ normal
+    offset = float(reach_N.min() + np.ptp(reach_N) * at)
+    parts = clip(shape, normal, offset, margin), clip(shape, -normal, -offset, margin)
+    return [part for part in parts if part is not None]
+
+
 def split(
     shape: Convex, rng: np.random.Generator, limit: float, margins: tuple[float, ...], depth: int = 0
 ) -> list[Convex]:
@@ -110,14 +118,28 @@ def split(
     """
     if area(shape) < limit:
         return [shape]
-    _, angle, along, across = frame(shape)
-    angle += (0 if along >= across else np.pi / 2) + rng.normal(0, 0.04)
-    normal = np.array([np.sin(angle), np.cos(angle)])
-    reach = shape.points_N2 @ normal
-    offset = float(reach.min() + np.ptp(reach) * rng.uniform(0.4, 0.6))
-    margin = margins[min(depth, len(margins) - 1)]
-    halves = clip(shape, normal, offset, margin), clip(shape, -normal, -offset, margin)
-    return [piece for half in halves if half is not None for piece in split(half, rng, limit, margins, depth + 1)]
+    turn, at = rng.normal(0, 0.04), rng.uniform(0.4, 0.6)
+    parts = halves(shape, at, turn=turn, margin=margins[min(depth, len(margins) - 1)])
+    return [piece for part in parts for piece in split(part, rng, limit, margins, depth + 1)]
+
+
+def scatter(shape: Convex, rng: np.random.Generator, per_hectare: float) -> Points:
+    """Return random plan points (N, 2) inside the polygon, about `per_hectare` of them on every 100 m x 100 m."""
+    low, high = shape.points_N2.min(axis=0), shape.points_N2.max(axis=0)
+    points_N2 = rng.uniform(low, high, (int(np.prod(high - low) * per_hectare / 1e4), 2))
+    offsets_N = np.sum(normals(shape) * shape.points_N2, axis=1)
+    return np.asarray(points_N2[(points_N2 @ normals(shape).T - offsets_N < -3).all(axis=1)])
+
+
+def avenue(shape: Convex, rng: np.random.Generator, spacing: float) -> Points:
+    """Return plan points along the polygon's edges, one about every `spacing` metres."""
+    inner = shrink(shape, 2.5) or shape
+    parts = [np.empty((0, 2))]
+    for here, way in zip(inner.points_N2, edges(inner), strict=True):
+        steps = np.arange(0, 1, spacing / max(spacing, float(np.hypot(*way))))
+        parts.append(here + way * steps[:, None] + rng.normal(0, 0.8, (len(steps), 2)))
+    points_N2 = np.concatenate(parts)
+    return np.asarray(points_N2[rng.random(len(points_N2)) < 0.8])
 
 
 def fractal(rng: np.random.Generator, height: int, width: int, weights: tuple[float, ...]) -> Floats:
@@ -127,7 +149,13 @@ def fractal(rng: np.random.Generator, height: int, width: int, weights: tuple[fl
         sizes.append((-(-sizes[-1][0] // 2) + 2, -(-sizes[-1][1] // 2) + 2))
     noise_HW: Floats = np.zeros(sizes[-1], dtype=np.float32)
     for weight, size in zip(reversed(weights), reversed(sizes), strict=True):
-        noise_HW = noise_HW if noise_HW.shape == size else _double(noise_HW)[: size[0], : size[1]]
+        if noise_HW.shape != size:
+            # twice the resolution along rows, then columns (quadratic B-spline), without the outermost coarse pixels
+            for _ in range(2):
+                middle_HW, edge_HW = noise_HW[1:-1] * np.float32(0.75), noise_HW * np.float32(0.25)
+                pairs_H2W = np.stack([middle_HW + edge_HW[:-2], middle_HW + edge_HW[2:]], axis=1)
+                noise_HW = pairs_H2W.reshape(-1, noise_HW.shape[1]).T
+            noise_HW = noise_HW[: size[0], : size[1]].copy()
         if weight:
             noise_HW += np.float32(weight) * rng.standard_normal(size, dtype=np.float32)
     noise_HW -= noise_HW.mean(dtype=np.float64).astype(np.float32)
@@ -135,151 +163,140 @@ def fractal(rng: np.random.Generator, height: int, width: int, weights: tuple[fl
     return noise_HW
 
 
-def _double(coarse_HW: Floats) -> Floats:
-    """Return twice the resolution along rows and columns (quadratic B-spline), without the outermost coarse pixels."""
-    rows, cols = (2 * (side - 2) for side in coarse_HW.shape)
-    tall_HW = np.empty((rows, coarse_HW.shape[1]), dtype=np.float32)
-    fine_HW = np.empty((rows, cols), dtype=np.float32)
-    middle_HW, edge_HW = coarse_HW[1:-1] * np.float32(0.75), coarse_HW * np.float32(0.25)
-    np.add(middle_HW, edge_HW[:-2], out=tall_HW[0::2])
-    np.add(middle_HW, edge_HW[2:], out=tall_HW[1::2])
-    middle_HW, edge_HW = tall_HW[:, 1:-1] * np.float32(0.75), tall_HW * np.float32(0.25)
-    np.add(middle_HW, edge_HW[:, :-2], out=fine_HW[:, 0::2])
-    np.add(middle_HW, edge_HW[:, 2:], out=fine_HW[:, 1::2])
-    return fine_HW
-
-
-class View(NamedTuple):
-    """A window of a canvas: its slices, and the plan coordinates' terms per row and per column."""
-
-    rows: slice
-    cols: slice
-    row_H: Floats
-    col_W: Floats
-    bow_rows_W: Floats
-    bow_cols_H: Floats
-
-    def line(self, normal: ArrayLike, offset: float) -> Floats:
-        """Return `normal . (row, col) - offset` for every pixel, float32 (H, W)."""
-        return self.highest(np.asarray(normal, dtype=np.float32)[None], np.array([offset]))
-
-    def highest(self, normals_N2: NDArray[np.floating], offsets_N: NDArray[np.floating]) -> Floats:
-        """Return the largest of `normals_N2 @ (row, col) - offsets_N` for every pixel, float32 (H, W)."""
-        down_N1, right_N1 = np.asarray(normals_N2.T[..., None], dtype=np.float32)
-        rows_NH = down_N1 * self.row_H + right_N1 * self.bow_cols_H - np.asarray(offsets_N[:, None], dtype=np.float32)
-        cols_NW = down_N1 * self.bow_rows_W + right_N1 * self.col_W
-        highest_HW: Floats = rows_NH[0][:, None] + cols_NW[0]
-        for rows_H, cols_W in zip(rows_NH[1:], cols_NW[1:], strict=True):
-            np.maximum(highest_HW, rows_H[:, None] + cols_W, out=highest_HW)
-        return highest_HW
-
-
 @dataclass(frozen=True)
 class Bend:
     """The gentle bend between pixel and plan coordinates: two tables that start `MARGIN` pixels before the world."""
 
-    bow_rows: NDArray[np.float64]
-    bow_cols: NDArray[np.float64]
+    bow_rows: Points
+    bow_cols: Points
 
-    def to_pixels(self, points_N2: NDArray[np.float64]) -> NDArray[np.float64]:
+    def to_pixels(self, points_N2: Points) -> Points:
         """Return where plan points lie in pixels, to about 0.1 pixel (fixed point; the bend is a contraction)."""
         pixels_N2 = points_N2
         for _ in range(4):
             row, col = np.rint(pixels_N2.T).astype(np.intp) + MARGIN
             bow_rows, bow_cols = self.bow_rows.take(col, mode="clip"), self.bow_cols.take(row, mode="clip")
-            pixels_N2 = points_N2 - np.stack([bow_rows, bow_cols], axis=1)
+            pixels_N2 = points_N2 - np.stack([bow_rows, bow_cols], axis=-1)
         return pixels_N2
 
-    def shift(self, row: float, col: float) -> tuple[float, float]:
-        """Return how far plan point (row, col) lies from its pixel: plan minus pixel, to about 0.1 pixel."""
-        down = across = 0.0
-        for _ in range(4):
-            at_col = min(max(round(col - across) + MARGIN, 0), len(self.bow_rows) - 1)
-            at_row = min(max(round(row - down) + MARGIN, 0), len(self.bow_cols) - 1)
-            down, across = float(self.bow_rows[at_col]), float(self.bow_cols[at_row])
-        return down, across
-
-    def outline(self, shape: Convex, step: float = 12.0) -> NDArray[np.float64]:
+    def outline(self, shape: Convex, step: float = 12.0) -> Points:
         """Return the polygon's outline in pixels (N, 2) (row, col), with a point at least every `step` pixels."""
         parts = []
-        for here, there in zip(shape.points_N2, np.roll(shape.points_N2, -1, axis=0), strict=True):
-            count = max(1, int(np.hypot(*(there - here)) // step))
-            parts.append(here + (there - here) * (np.arange(count) / count)[:, None])
+        for here, way in zip(shape.points_N2, edges(shape), strict=True):
+            count = max(1, int(np.hypot(*way) // step))
+            parts.append(here + way * (np.arange(count) / count)[:, None])
         return self.to_pixels(np.concatenate(parts))
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """One scene being drawn: reflectance image_CHW (0..255), land cover, share of netting and of road.
+    """One scene being drawn, or a part of it that shares its memory; a part outside the scene is empty.
 
-    `left` is its first column in the world; `noise` holds the world's textures cut to the scene; `shadow` is the way
-    (rows, cols) a shadow falls per metre of height; `stamps` are its tree crowns by radius, (share_HW, brightness_HW).
+    Attributes:
+        bend: between pixels and plan.
+        corner: (row, col) of the first pixel in the world.
+        shadow: way (rows, cols) that a shadow falls per metre of height.
+        image_CHW: reflectance of red, green and blue, float32, 0..255.
+        cover_HW: land cover, uint8.
+        netting_HW: share of netting, float32, 0..1.
+        road_HW: share of wide roads, float32, 0..1.
+        noise: the world's textures, (height, width) float32 each.
+        stamps: tree crowns by radius, (share_HW, brightness_HW).
     """
 
     bend: Bend
-    left: int
+    corner: tuple[int, int]
     shadow: tuple[float, float]
-    noise: dict[str, Floats]
     image_CHW: Floats
     cover_HW: NDArray[np.uint8]
     netting_HW: Floats
     road_HW: Floats
-    stamps: dict[int, tuple[Floats, Floats]] = field(default_factory=dict)
+    noise: dict[str, Floats]
+    stamps: dict[int, tuple[Floats, Floats]]
 
-    def view(self, shape: Convex, pad: float = 2.0) -> View | None:
-        """Return the window that holds `shape` and `pad` pixels around it, None outside the canvas."""
-        (top, left), (bottom, right) = shape.points_N2.min(axis=0).tolist(), shape.points_N2.max(axis=0).tolist()
-        if right < self.left - MARGIN or left > self.left + self.cover_HW.shape[1] + MARGIN:
-            return None
-        down, across = self.bend.shift((top + bottom) / 2, (left + right) / 2)
-        reach = pad + SLOPE * max(bottom - top, right - left) / 2
-        rows = int(top - down - reach), int(bottom - down + reach) + 2
-        return self.window(*rows, int(left - across - reach), int(right - across + reach) + 2)
+    def around(self, shape: Convex, pad: float = 2.0) -> Self:
+        """Return the part that shows `shape` and `pad` pixels around it."""
+        low, high = shape.points_N2.min(axis=0), shape.points_N2.max(axis=0)
+        row, col = self.bend.to_pixels((low + high) / 2)
+        down, right = (high - low) / 2 + pad + 0.12 * (high - low).max() / 2  # no bend is steeper than 0.12
+        return self.window(int(row - down), int(row + down) + 2, int(col - right), int(col + right) + 2)
 
-    def window(self, top: int, bottom: int, left: int, right: int) -> View | None:
-        """Return what of the world's rows top..bottom, columns left..right lies on the canvas, None if nothing."""
-        height, width = self.cover_HW.shape
-        top, bottom = max(top, 0), min(bottom, height)
-        left, right = max(left, self.left), min(right, self.left + width)
-        if top >= bottom or left >= right:
-            return None
-        row_H, col_W = np.arange(top, bottom, dtype=np.float32), np.arange(left, right, dtype=np.float32)
-        bow_rows_W = self.bend.bow_rows[left + MARGIN : right + MARGIN].astype(np.float32)
-        bow_cols_H = self.bend.bow_cols[top + MARGIN : bottom + MARGIN].astype(np.float32)
-        return View(
-            slice(top, bottom), slice(left - self.left, right - self.left), row_H, col_W, bow_rows_W, bow_cols_H
+    def window(self, top: int, bottom: int, left: int, right: int) -> Self:
+        """Return the part with the world's rows top..bottom and columns left..right."""
+        (row, col), (height, width) = self.corner, self.cover_HW.shape
+        top, left = min(max(top - row, 0), height), min(max(left - col, 0), width)
+        part = np.s_[..., top : max(bottom - row, top), left : max(right - col, left)]
+        return replace(
+            self,
+            corner=(row + top, col + left),
+            image_CHW=self.image_CHW[part],
+            cover_HW=self.cover_HW[part],
+            netting_HW=self.netting_HW[part],
+            road_HW=self.road_HW[part],
+            noise={name: noise_HW[part] for name, noise_HW in self.noise.items()},
         )
 
-    def texture(self, name: str, view: View) -> Floats:
-        """Return the named texture in `view`."""
-        return self.noise[name][view.rows, view.cols]
+    def pixels(self) -> tuple[Floats, Floats]:
+        """Return the world's row and column of every pixel, float32 (H,) and (W,)."""
+        (row, col), (height, width) = self.corner, self.cover_HW.shape
+        return np.arange(row, row + height, dtype=np.float32), np.arange(col, col + width, dtype=np.float32)
 
-    def paint(self, view: View, alpha_HW: Floats, color: Color | Floats, cover: int | None = None) -> None:
-        """Lay `color` ((3,) or (3, H, W)) over the image by the share `alpha_HW`; over half, set the land cover."""
-        color_C11 = np.asarray(color, dtype=np.float32)
-        color_C11 = color_C11[:, None, None] if color_C11.ndim == 1 else color_C11
-        window_CHW = self.image_CHW[:, view.rows, view.cols]
-        window_CHW += alpha_HW * (color_C11 - window_CHW)
+    def line(self, normal: ArrayLike, offset: float = 0.0) -> Floats:
+        """Return `normal . (row, col) - offset` for every pixel, float32 (H, W)."""
+        return self.highest(np.asarray(normal, dtype=np.float32)[None], np.array([offset]))
+
+    def highest(self, normals_N2: NDArray[np.floating], offsets_N: Points) -> Floats:
+        """Return the largest of `normals_N2 @ (row, col) - offsets_N` for every pixel, float32 (H, W)."""
+        (top, left), (height, width) = self.corner, self.cover_HW.shape
+        row_H, col_W = self.pixels()
+        bow_rows_W = self.bend.bow_rows[left + MARGIN : left + width + MARGIN].astype(np.float32)
+        bow_cols_H = self.bend.bow_cols[top + MARGIN : top + height + MARGIN].astype(np.float32)
+        down_N1, right_N1 = np.asarray(normals_N2.T[..., None], dtype=np.float32)
+        rows_NH = down_N1 * row_H + right_N1 * bow_cols_H - np.asarray(offsets_N[:, None], dtype=np.float32)
+        cols_NW = down_N1 * bow_rows_W + right_N1 * col_W
+        highest_HW: Floats = rows_NH[0][:, None] + cols_NW[0]
+        for rows_H, cols_W in zip(rows_NH[1:], cols_NW[1:], strict=True):
+            np.maximum(highest_HW, rows_H[:, None] + cols_W, out=highest_HW)
+        return highest_HW
+
+    def distance(self, shape: Convex) -> Floats:
+        """Return the signed distance to the polygon's nearest edge line (negative inside), float32 (H, W)."""
+        outward_N2 = normals(shape)
+        return self.highest(outward_N2, (outward_N2 * shape.points_N2).sum(axis=1))
+
+    def shadow_of(self, shape: Convex, height: float) -> Floats:
+        """Return the signed distance to `shape` and the shadow it casts when it stands `height` metres high."""
+        way = np.array(self.shadow) * height
+        side = np.array([[way[1], -way[0]]]) / max(float(np.hypot(*way)), 1e-6)
+        outward_N2 = np.concatenate([normals(shape), side, -side])
+        offsets_N = (shape.points_N2 @ outward_N2.T).max(axis=0) + np.maximum(outward_N2 @ way, 0)
+        return self.highest(outward_N2, offsets_N)
+
+    def paint(
+        self, share_HW: Floats, color: ArrayLike, light_HW: Floats | float = 0.0, cover: int | None = None
+    ) -> None:
+        """Lay a colour over the image by its share 0..1; where that is over half, set the land cover.
+
+        Args:
+            share_HW: 0..1.
+            color: (3,) or (3, H, W).
+            light_HW: brightness to add, percent.
+            cover: land-cover value.
+        """
+        self.image_CHW[...] += share_HW * (tone(color, light_HW) - self.image_CHW)
         if cover is not None:
-            self.cover_HW[view.rows, view.cols][alpha_HW > 0.5] = cover
+            self.cover_HW[share_HW > 0.5] = cover
 
-    def darken(self, view: View, alpha_HW: Floats, depth: float = 1.0) -> None:
-        """Put the window into shadow by the share `alpha_HW`; a shadow is lit by the blue sky."""
-        loss_C = np.array([0.66, 0.62, 0.54], dtype=np.float32) * np.float32(depth)
-        self.image_CHW[:, view.rows, view.cols] *= 1 - alpha_HW * loss_C[:, None, None]
-
-
-def distance(view: View, shape: Convex) -> Floats:
-    """Return the signed distance to the polygon's nearest edge line (negative inside), float32 (H, W)."""
-    outward_N2 = normals(shape)
-    return view.highest(outward_N2, (outward_N2 * shape.points_N2).sum(axis=1))
+    def darken(self, share_HW: Floats) -> None:
+        """Put the share of every pixel into shadow, which the blue sky lights."""
+        self.image_CHW[...] *= 1 - share_HW * np.array([0.66, 0.62, 0.54], dtype=np.float32)[:, None, None]
 
 
-def swept(view: View, shape: Convex, way: NDArray[np.float64]) -> Floats:
-    """Return the signed distance to the area the polygon passes over when moved by `way`: its cast shadow."""
-    side = np.array([[way[1], -way[0]]]) / max(float(np.hypot(*way)), 1e-6)
-    outward_N2 = np.concatenate([normals(shape), side, -side])
-    return view.highest(outward_N2, (shape.points_N2 @ outward_N2.T).max(axis=0) + np.maximum(outward_N2 @ way, 0))
+def tone(color: ArrayLike, light_HW: Floats | float) -> Floats:
+    """Return a colour, (3,) or (3, H, W), made brighter by `light_HW` percent."""
+    color_CHW = np.asarray(color, dtype=np.float32)
+    color_CHW = color_CHW[:, None, None] if color_CHW.ndim == 1 else color_CHW
+    return np.asarray(color_CHW * (1 + light_HW * np.float32(0.01)))
 
 
 def cover_share(distance_HW: Floats, softness: float = 1.0) -> Floats:

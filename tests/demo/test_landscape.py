@@ -1,4 +1,4 @@
-"""The drawn landscape: what is in it, where, and that a seed means one picture."""
+"""The drawn landscape: its content, its layout, and the same pixels from the same seed."""
 
 import numpy as np
 import pytest
