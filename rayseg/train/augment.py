@@ -12,10 +12,13 @@ from pydantic import Field
 from torch import Generator, Tensor
 from torch.nn.functional import interpolate
 
-from rayseg.config import Config, Factors, Range
+from rayseg.config import Config, Factors, Range, added
 from rayseg.errors import DataError
+from rayseg.models.bundle import Scaling
+from rayseg.train.labels import UNKNOWN
 
 Rng = Generator | Sequence[Generator]
+Fill = Sequence[float] | None
 Share = Annotated[float, Field(ge=0, le=1)]
 
 # Luma and the two chroma axes of NTSC (FCC 1953): hue is an angle in the plane of the last two.
@@ -33,8 +36,13 @@ class Augment(Config):
     """Most windows drawn until one is covered; the last one is used anyway."""
     scale: Factors = (1.0, 1.0)
     """Smallest and largest magnification; at 0.5 a window shows twice the width and height."""
+    pad: bool = added(default=False)
+    """Extend images that are smaller than the window, or become so by a magnification below 1, to the right and below:
+    by values that the network sees as 0, in masks by "not labelled". By default a window ends at the image's edge."""
     flip: Share = 0.5
     """Share of the images mirrored left to right, and of those mirrored top to bottom."""
+    mirror: Literal["both", "horizontal"] = added(default="both")
+    """Whether flips mirror top to bottom, too."""
     quadrants: Share = 0.5
     """Share of the images whose four quadrants are shuffled."""
     rotate: Share = 0.5
@@ -54,9 +62,15 @@ class Augment(Config):
     gamma: Factors = (1.0, 1.0)
     """Smallest and largest exponent on value / 255."""
 
+    def fill(self, scaling: Scaling) -> Fill:
+        """The value of each band that extends images, None if they are not extended."""
+        if not self.pad:
+            return None
+        return tuple((mean - scaling.offset) / scaling.scale for mean in scaling.mean)
+
 
 def augment(
-    images_NCHW: Tensor, masks_NMHW: Tensor | None, settings: Augment, rng: Rng, *, size: int
+    images_NCHW: Tensor, masks_NMHW: Tensor | None, settings: Augment, rng: Rng, *, size: int, fill: Fill = None
 ) -> tuple[Tensor, Tensor | None]:
     """Cut out windows and augment them; the masks follow.
 
@@ -66,6 +80,7 @@ def augment(
         settings: which augmentations, and how often.
         rng: one generator on the CPU, or one per image.
         size: side of the result in pixels, even.
+        fill: value of each band that extends images; None refuses images smaller than `size`.
 
     Returns:
         images (N, C, size, size) and masks (N, M, size, size), float32.
@@ -73,12 +88,12 @@ def augment(
     Raises:
         DataError: the images are smaller than `size`.
     """
-    images, masks = cut(images_NCHW, masks_NMHW, settings, rng, size=size)
+    images, masks = cut(images_NCHW, masks_NMHW, settings, rng, size=size, fill=fill)
     channels = images.shape[1]
     # Images and masks as one tensor, so both get the same geometry.
     both = images if masks is None else torch.cat([images, masks], dim=1)
     if settings.flip:
-        for axis in (3, 2):
+        for axis in (3, 2) if settings.mirror == "both" else (3,):
             both = torch.where(_chosen(both, settings.flip, rng), both.flip(axis), both)
     if settings.quadrants:
         both = _shuffle_quadrants(both, settings.quadrants, rng)
@@ -90,46 +105,66 @@ def augment(
     return images, None if masks is None else both[:, channels:]
 
 
-def centre(images_NCHW: Tensor, masks_NMHW: Tensor | None, *, size: int) -> tuple[Tensor, Tensor | None]:
+def centre(
+    images_NCHW: Tensor, masks_NMHW: Tensor | None, *, size: int, fill: Fill = None
+) -> tuple[Tensor, Tensor | None]:
     """The middle of the images and masks, float32, for evaluation and relabelling."""
-    return cut(images_NCHW, masks_NMHW, Augment(), Generator(), size=size)
+    return cut(images_NCHW, masks_NMHW, Augment(), Generator(), size=size, fill=fill)
 
 
 def cut(
-    images_NCHW: Tensor, masks_NMHW: Tensor | None, settings: Augment, rng: Rng, *, size: int
+    images_NCHW: Tensor, masks_NMHW: Tensor | None, settings: Augment, rng: Rng, *, size: int, fill: Fill = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Windows of `size` px, with magnification and place from `settings`.
+    """Windows of `size` px, with magnification and place from `settings`; `fill` as in `augment`.
 
     Raises:
-        DataError: the images are smaller than `size`.
+        DataError: the images are smaller than `size`, and `fill` is None.
     """
     height, width = images_NCHW.shape[2:]
-    if min(height, width) < size:
+    if min(height, width) < size and fill is None:
         raise DataError(
-            f"chips are {height} x {width} px, training needs {size} x {size}: read larger chips or lower size"
+            f"chips are {height} x {width} px, training needs {size} x {size}: read larger chips, lower size, or set "
+            "augment.pad=true"
         )
     images, masks = [], []
     for number, image in enumerate(images_NCHW):
         mask = None if masks_NMHW is None else masks_NMHW[number]
         generator = rng if isinstance(rng, Generator) else rng[number]
-        window = _window(image.shape[1:], mask, settings, generator, size=size)
-        images.append(resized(image[window].float(), size, smooth=True))
+        window = _window(image.shape[1:], mask, settings, generator, size=size, beyond=fill is not None)
+        images.append(_filled(image[window].float(), window, size, fill, smooth=True))
         if mask is not None:
-            masks.append(resized(mask[window].float(), size, smooth=False))
+            unknown = None if fill is None else [float(UNKNOWN)] * len(mask)
+            masks.append(_filled(mask[window].float(), window, size, unknown, smooth=False))
     return torch.stack(images), torch.stack(masks) if masks else None
 
 
+def _filled(part_CHW: Tensor, window: tuple[slice, ...], size: int, fill: Fill, *, smooth: bool) -> Tensor:
+    """The part of a window that lies in the image at its place in (C, size, size), the rest is `fill`."""
+    sides = [part.stop - part.start for part in window[1:]]
+    inside = part_CHW.shape[1:]
+    if fill is None or list(inside) == sides:
+        return resized(part_CHW, (size, size), smooth=smooth)
+    height, width = (max(1, round(size * seen / side)) for seen, side in zip(inside, sides, strict=True))
+    whole = torch.tensor(fill, device=part_CHW.device)[:, None, None].repeat(1, size, size)
+    whole[:, :height, :width] = resized(part_CHW, (height, width), smooth=smooth)
+    return whole
+
+
 def _window(
-    shape: tuple[int, ...], mask_MHW: Tensor | None, settings: Augment, generator: Generator, *, size: int
+    shape: tuple[int, ...], mask_MHW: Tensor | None, settings: Augment, generator: Generator, *, size: int, beyond: bool
 ) -> tuple[slice, ...]:
-    """A window with magnification and place from `settings`; drawn again while its mask covers too little of it."""
+    """A window with magnification and place from `settings`; drawn again while its mask covers too little of it.
+
+    It lies in the image, or reaches `beyond` its right and lower edge where the image is smaller.
+    """
     random = settings.crop == "random"
     wanted = settings.covered if random and mask_MHW is not None and (mask_MHW[-1] == 1).any() else 0.0
     low, high = settings.scale
     for _ in range(settings.draws):
         magnification, *place = torch.rand(3, generator=generator).tolist()
-        side = min(round(size / (low + magnification * (high - low))), *shape)
-        spare = [whole - side for whole in shape]
+        side = round(size / (low + magnification * (high - low)))
+        side = side if beyond else min(side, *shape)
+        spare = [max(whole - side, 0) for whole in shape]
         if random:  # one of 0..most, all equally likely
             top, left = (int(share * (most + 1)) for share, most in zip(place, spare, strict=True))
         else:
@@ -147,13 +182,13 @@ def _drawn(rng: Rng, count: int, width: int = 1) -> Tensor:
     return torch.stack([torch.rand(width, generator=generator) for generator in rng])
 
 
-def resized(image_CHW: Tensor, size: int, *, smooth: bool) -> Tensor:
-    """The image (`smooth`: bilinear) or mask (nearest neighbour) of shape (C, size, size), float32."""
-    if image_CHW.shape[1:] == (size, size):
+def resized(image_CHW: Tensor, size: tuple[int, int], *, smooth: bool) -> Tensor:
+    """The image (`smooth`: bilinear) or mask (nearest neighbour) of shape (C, *size), float32."""
+    if image_CHW.shape[1:] == size:
         return image_CHW
     if smooth:
-        return interpolate(image_CHW[None], size=(size, size), mode="bilinear", antialias=True)[0]
-    return interpolate(image_CHW[None], size=(size, size), mode="nearest-exact")[0]
+        return interpolate(image_CHW[None], size=size, mode="bilinear", antialias=True)[0]
+    return interpolate(image_CHW[None], size=size, mode="nearest-exact")[0]
 
 
 def _chosen(images: Tensor, share: float, rng: Rng) -> Tensor:

@@ -177,7 +177,12 @@ def _epoch(epoch: int, learner: Learner, read: Read, config: State) -> float:
     coming = read_ahead(order, read, threads=settings.learning.threads)
     for step, batch in enumerate(probe.batches(coming, len(order))):
         images, _ = augment(
-            batch.images_NCHW.to(config["device"]), None, settings.augment, generator, size=settings.size
+            batch.images_NCHW.to(config["device"]),
+            None,
+            settings.augment,
+            generator,
+            size=settings.size,
+            fill=settings.augment.fill(config["scaling"]),
         )
         labels = _labels(chips, batch, images.device)
         rate = session.rate_at(settings.rates, epoch + step / len(order), gradual=settings.learning.gradual)
@@ -259,5 +264,10 @@ def _inputs(chips: Chips, read: Read, config: State) -> Iterator[tuple[Batch, Te
     own = np.arange(session.rank(), len(chips), session.world())
     parts = [own[k : k + settings.learning.batch] for k in range(0, len(own), settings.learning.batch)]
     for batch in read_ahead(parts, read, threads=settings.learning.threads):
-        images, _ = centre(batch.images_NCHW.to(config["device"]), None, size=settings.size)
+        images, _ = centre(
+            batch.images_NCHW.to(config["device"]),
+            None,
+            size=settings.size,
+            fill=settings.augment.fill(config["scaling"]),
+        )
         yield batch, config["scaling"].normalize(images)

@@ -300,7 +300,12 @@ def _augmented(batch: Batch, generator: torch.Generator, config: State) -> tuple
     settings: S4ganConfig = config["settings"]
     masks = None if batch.masks_NMHW is None else batch.masks_NMHW.to(config["device"])
     images, masks = augment(
-        batch.images_NCHW.to(config["device"]), masks, settings.augment, generator, size=settings.size
+        batch.images_NCHW.to(config["device"]),
+        masks,
+        settings.augment,
+        generator,
+        size=settings.size,
+        fill=settings.augment.fill(config["scaling"]),
     )
     return images, None if masks is None else masks[:, 0].long()
 
@@ -407,7 +412,12 @@ def _inputs(config: State) -> Iterator[Tensor]:
     chips: Chips = config["data"].labelled
     order = _order("labelled", len(chips), 0, settings.learning.recalibrate, settings.learning)
     for batch in read_ahead(order, chips.read):
-        images, _ = centre(batch.images_NCHW.to(config["device"]), None, size=settings.size)
+        images, _ = centre(
+            batch.images_NCHW.to(config["device"]),
+            None,
+            size=settings.size,
+            fill=settings.augment.fill(config["scaling"]),
+        )
         yield config["scaling"].normalize(images)
 
 

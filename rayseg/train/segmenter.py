@@ -216,7 +216,9 @@ def _epoch(epoch: int, learner: Learner, masks: Masks, config: State) -> float:
     for step, batch in enumerate(probe.batches(coming, len(order))):
         assert batch.masks_NMHW is not None
         pair = (batch.images_NCHW.to(config["device"]), batch.masks_NMHW.to(config["device"]))
-        images, targets = augment(*pair, settings.augment, generator, size=settings.size)
+        images, targets = augment(
+            *pair, settings.augment, generator, size=settings.size, fill=settings.augment.fill(config["scaling"])
+        )
         assert targets is not None
         rate = session.rate_at(stage.rates, epoch + step / len(order), gradual=settings.learning.gradual)
         loss_of = partial(_loss_of, learner, config["scaling"].normalize(images), targets, config)
@@ -296,5 +298,10 @@ def _inputs(config: State) -> Iterator[Tensor]:
     """The network's input of this worker's positive chips, without augmentation."""
     settings: SegmenterConfig = config["settings"]
     for batch in read_ahead(_positives(config), config["read"], threads=settings.learning.threads):
-        images, _ = centre(batch.images_NCHW.to(config["device"]), None, size=settings.size)
+        images, _ = centre(
+            batch.images_NCHW.to(config["device"]),
+            None,
+            size=settings.size,
+            fill=settings.augment.fill(config["scaling"]),
+        )
         yield config["scaling"].normalize(images)

@@ -331,8 +331,10 @@ def to_device(cuts: Sequence[Cut], augmenting: Augment, device: torch.device, *,
         images (N, C, size, size) float32 with the imagery's values, and classes (N, size, size) int64.
     """
     # Windows travel at their own size and data type: uint8 is a quarter of float32.
-    images = torch.stack([resized(_sent(cut.image_CHW, device).float(), size, smooth=True) for cut in cuts])
-    classes = torch.stack([resized(_sent(cut.classes_HW[None], device).float(), size, smooth=False) for cut in cuts])
+    images = torch.stack([resized(_sent(cut.image_CHW, device).float(), (size, size), smooth=True) for cut in cuts])
+    classes = torch.stack(
+        [resized(_sent(cut.classes_HW[None], device).float(), (size, size), smooth=False) for cut in cuts]
+    )
     generators = [Generator().manual_seed(cut.draw.seed) for cut in cuts]
     still = augmenting.model_copy(update={"scale": (1.0, 1.0), "crop": "centre"})  # drawn already
     changed, masks = augment(images, classes, still, generators, size=size)

@@ -5,6 +5,7 @@ import torch
 
 from rayseg.config import load
 from rayseg.errors import ConfigError, DataError
+from rayseg.models.bundle import Scaling
 from rayseg.train.augment import Augment, augment, centre
 
 STILL = {"flip": 0, "quadrants": 0, "rotate": 0, "jitter": 0}
@@ -73,6 +74,39 @@ def test_magnification_shows_less_ground_and_reduction_more():
 def test_chips_smaller_than_the_window_are_refused(images):
     with pytest.raises(DataError, match="64 x 64 px, training needs 96 x 96"):
         centre(images, None, size=96)
+
+
+def test_padded_windows_show_small_images_whole_and_the_rest_is_zero_to_the_network(images):
+    scaling = Scaling(mean=(100, 90, 80), std=(50, 50, 50))
+    padded = Augment(**STILL, pad=True)
+    assert Augment().fill(scaling) is None
+    for shown, masks in (
+        augment(images, images[:, :1], padded, generator(), size=96, fill=padded.fill(scaling)),
+        centre(images, images[:, :1], size=96, fill=padded.fill(scaling)),
+    ):
+        assert torch.equal(shown[..., :64, :64], images)
+        assert (masks[..., 64:, :] == 255).all()
+        assert (masks[..., 64:] == 255).all()
+        normal = scaling.normalize(shown)
+        assert (normal[..., 64:, :] == 0).all()
+        assert (normal[..., 64:] == 0).all()
+    # A magnification below 1 really shrinks the image, which without `pad` ends at its edge.
+    settings = Augment(**STILL, pad=True, scale=(0.5, 0.5), crop="random")
+    flat = torch.full((2, 3, 64, 64), 7.0)
+    shown, masks = augment(flat, flat[:, :1], settings, generator(), size=64, fill=settings.fill(scaling))
+    assert [(mask == 7).sum() for mask in masks] == [32 * 32] * 2
+    assert torch.equal(shown[:, :1] == 7, masks == 7)
+    assert (augment(flat, flat, settings, generator(), size=64)[1] == 7).all()
+
+
+def test_a_horizontal_mirror_never_turns_an_image_upside_down(images):
+    settings = Augment(**(STILL | {"flip": 0.5}), mirror="horizontal")
+    shown, _ = augment(images, None, settings, generator(), size=64)
+    kept = [torch.equal(new, old) for new, old in zip(shown, images, strict=True)]
+    turned = [torch.equal(new, old.flip(2)) for new, old in zip(shown, images, strict=True)]
+    assert kept == [not one for one in turned]
+    assert any(kept)
+    assert any(turned)
 
 
 def jittered(images, **strength):

@@ -47,7 +47,7 @@ class PoolConfig(Config):
     chips: Location | None = None
     """Instead of scenes: whole images with a label each, as `catalog.json#chips` of `ingest folder --labels folder`."""
     size: Annotated[int, Field(gt=0)] = 320
-    """Side of a chip in px: a cell of a scene, or the middle of a labelled image."""
+    """Side of a chip in px: a cell of a scene, or the middle of a labelled image; smaller images are extended."""
     covered: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Least share of a cell with imagery."""
     validation: tuple[str, ...] = ()
@@ -258,13 +258,15 @@ def _cells_of(
     one: LabelledImage, counts: NDArray[np.int64] | None, table: ClassTable, size: int, covered: float
 ) -> list[Row]:
     rows = []
-    for down in range(one.window.height // size):
-        for right in range(one.window.width // size):
+    # An image smaller than a chip is one chip, mirrored and not labelled beyond its edge.
+    for down in range(max(1, one.window.height // size)):
+        for right in range(max(1, one.window.width // size)):
             window = Window(one.window.col + right * size, one.window.row + down * size, size, size)
             label = ""
             if counts is not None and not (label := _dominant(counts[down, right], table)):
                 continue
-            if rasters.read([one.image], one.grid, window, bands=BANDS)[1].mean() >= covered:
+            inside = window.intersect(one.window)
+            if rasters.read([one.image], one.grid, inside, bands=BANDS)[1].mean() >= covered:
                 rows.append(_row(one, window, label, f"{one.id}_{right}_{down}"))
     return rows
 

@@ -93,9 +93,10 @@ class Config(Frozen):
             expect_classifier(self.active.classifier, workers=self.workers)
             networks["active.classifier"] = self.active.classifier
         for name, settings in networks.items():
-            if settings.size > self.pool.size:
+            if settings.size > self.pool.size and not settings.augment.pad:
                 raise ConfigError(
-                    f"{name}.size {settings.size} exceeds the chips' {self.pool.size} px; lower it, or raise pool.size"
+                    f"{name}.size {settings.size} exceeds the chips' {self.pool.size} px; lower it, raise pool.size, "
+                    f"or set {name}.augment.pad=true"
                 )
         for settings in networks.values():
             models.expect_weights(settings, self.scaling)

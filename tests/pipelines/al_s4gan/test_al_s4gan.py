@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 from small_world import files, rayseg, refused
 
+from rayseg.config import load
 from rayseg.engine.run import read
+from rayseg.geo.region import Region
 from rayseg.models import bundle
-from rayseg.pipelines.al_s4gan import pipeline, queries
+from rayseg.pipelines.al_s4gan import chip_pool, pipeline, queries
 from rayseg.train import s4gan
 
 pytestmark = pytest.mark.e2e
@@ -263,7 +265,7 @@ def test_active_learning_alone_tells_accuracy_by_number_of_labels(tmp_path):
 REFUSALS = {
     "active.ratio=0.1": "ratio 0.1 of 18 images gives 2 to label, fewer than one for each of 3 classes; the least",
     "segmenter.learning.batch=1": "batch norms would see one image at a time",
-    "pool.size=256": "the pool has no chips of 256 px",
+    "pool.size=256": "ratio 0.35 of 3 images gives 2 to label",
     "pool.validation=[nowhere]": "there is no scene nowhere",
     "segmenter.size=96": "segmenter.size 96 exceeds the chips' 64 px",
     "active.strategy=best": "active.strategy = 'best'",
@@ -285,6 +287,17 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_written(words, tmp_p
     assert found.exit_code in {2, 3, 4}
     assert REFUSALS[setting] in found.stderr
     assert not Path(tmp_path / "run").exists()
+
+
+def test_the_papers_settings_take_the_images_of_uc_merced(tmp_path):
+    images = [draw(tmp_path, f"s{k}", seed=k, size=(256, 256)) for k in range(3)]
+    tiny = ["segmenter.encoder=test_resnet", "segmenter.weights=none", "segmenter.architecture=unet"]
+    tiny += ["active.classifier.encoder=resnet10t", "active.classifier.weights=none"]
+    config = load(pipeline.Config, "configs/al-s4gan/paper.yaml", tiny)
+    config.expect_trainable()
+    chips = chip_pool.find_chips(Region("r", images=str(tmp_path)), config.pool, config.table)
+    assert [(row["width"], row["height"]) for row in chips.rows] == [(256, 256)] * len(images)
+    assert config.segmenter.size == 320
 
 
 def test_a_report_counts_chips_without_masks_only_where_they_taught():

@@ -55,6 +55,17 @@ def test_chips_are_whole_cells_with_the_class_of_most_of_their_pixels(folder):
     assert (chips.count, len(chips), chips.read(0).shape) == (2, 6, (64, 64, 3))
 
 
+def test_an_image_smaller_than_a_chip_is_one_chip_without_labels_beyond_its_edge(folder):
+    rows = chips(PoolConfig(images=str(folder), size=96))
+    assert [row["id"] for row in rows] == ["a-one_0_0", "b-one_0_0", "c-one_0_0"]
+    image = np.asarray(Image.open(folder / "a" / "images" / "one.png"))
+    shown, mask = chip_pool.image_of(rows[0]), chip_pool.mask_of(rows[0], TABLE, "")
+    assert np.array_equal(shown[:70], image[:, :96])
+    assert np.array_equal(shown[70:], image[68:42:-1, :96])
+    assert (mask[60:] == 255).all()
+    assert set(mask[:60].ravel()) == {0, 1}
+
+
 def test_scenes_are_never_divided(folder):
     for seed in range(4):
         rows = chips(PoolConfig(images=str(folder), size=32), seed=seed)
@@ -70,8 +81,11 @@ def test_what_cannot_be_is_refused(folder):
         found(folder, test=["z"])
     with pytest.raises(ConfigError, match="none is left to learn from"):
         found(folder, test=["a", "b", "c"])
-    with pytest.raises(DataError, match="the pool has no chips of 90 px"):
-        chips(PoolConfig(images=str(folder), size=90))
+    for name in ("a", "b", "c"):
+        cut_away = np.zeros((70, 130, 4), np.uint8)  # transparent: no imagery
+        Image.fromarray(cut_away).save(folder / name / "images" / "one.png")
+    with pytest.raises(DataError, match="the pool has no chips of 64 px"):
+        chips(PoolConfig(images=str(folder), size=64))
     three = ClassTable((*TABLE.classes, (2, "water", (0, 0, 255))))
     with pytest.raises(DataError, match="class water has no pixel in any mask"):
         chips(PoolConfig(images=str(folder), size=64), table=three)
