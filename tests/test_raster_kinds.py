@@ -488,6 +488,25 @@ def _(folder):
             expect_one_unit(sources)
 
 
+@kind(
+    "STAC item that states another place or size than its file has, or leaves out the file's scale and offset",
+    "its tiles fail, with both named",
+)
+def _(folder):
+    write(folder / "a.tif", noise(1, 12, 20))
+    source = source_of_file(str(folder / "a.tif"), "a")
+    for fields in ({"crs": "EPSG:32737"}, {"transform": (10.0, 0.0, 6e5 + 100, 0.0, -10.0, 8e6)}, {"width": 19}):
+        wrong = replace(source, **fields)
+        [(grid, _)] = grids_of([wrong])
+        with pytest.raises(DataError, match=r"a\.tif has .*, its item a states"):
+            read([wrong], grid, footprint(wrong, grid), bands=["b1"])
+    [(grid, _)] = grids_of([source])
+    with rasterio.open(folder / "a.tif", "r+") as file:
+        file.scales = (0.1,)
+    with pytest.raises(DataError, match=r"a\.tif has values stored x 0\.1"):
+        read([source], grid, footprint(source, grid), bands=["b1"])
+
+
 @cache
 def table():
     """The table of the page."""

@@ -30,6 +30,7 @@ from rayseg.io.sources import (
     aligned,
     crs_of,
     described,
+    expect_same_place,
     flips,
     footprint,
     gdal,
@@ -39,7 +40,7 @@ from rayseg.io.sources import (
     open_file,
     source_of_file,
 )
-from rayseg.store import is_local, upath
+from rayseg.store import is_local, public, upath
 
 __all__ = ["Source", "footprint", "grids_of", "read", "source_of_file", "view"]
 
@@ -252,7 +253,7 @@ def _opened(source: Source, href: str, grid: Grid, *, categorical: bool) -> tupl
     views = _views()
     key = (href, _stamp(href), grid, replace(source, assets=(), datetime=None, href=""), categorical)
     if key not in views:
-        views[key] = _on_grid(open_file(href), source, grid, categorical=categorical)
+        views[key] = _on_grid(open_file(href), source, href, grid, categorical=categorical)
         while len(views) > _OPEN_FILES:
             _close(views.popitem(last=False)[1])
     views.move_to_end(key)
@@ -273,10 +274,10 @@ def _views() -> "OrderedDict[Any, _View]":
     return views
 
 
-def _on_grid(file: DatasetReader, source: Source, grid: Grid, *, categorical: bool) -> _View:
+def _on_grid(file: DatasetReader, source: Source, href: str, grid: Grid, *, categorical: bool) -> _View:
     """The open file as it is where its pixels are the grid's, else warped onto the grid."""
     _refuse_complex(file.name, file.dtypes[0])
-    placed, flat = _placed(file, source), file
+    placed, flat = _placed(file, source, href), file
     if placed.gcps and grid.crs is not None:
         # rasterio drops control points when it is given the grid to warp to, so they are flattened first, on a grid
         # of GDAL's choice: such a file is interpolated twice.
@@ -332,16 +333,23 @@ def _nearest(placed: Source, grid: Grid) -> tuple[float, float]:
     return col - placed.width / 2, row - placed.height / 2
 
 
-def _placed(dataset: DatasetReader, source: Source) -> Source:
-    """The open file's georeference, or the item's if the file has none."""
-    own = described(dataset)
+def _placed(dataset: DatasetReader, source: Source, href: str) -> Source:
+    """The open file's georeference, or the item's if the file has none.
+
+    Raises:
+        DataError: the item states another place, or does not state the file's scale and offset.
+    """
+    own, stated = described(dataset), source.of_file(href)
+    expect_same_place(href, own, stated)
+    if own.units and not source.units:
+        scale, offset = next(unit for unit in own.units if unit != STORED)
+        raise DataError(
+            f"{public(href)} has values stored x {scale:g} + offset {offset:g}, its item {source.item_id} states no "
+            "scale and offset, expected both or neither: state raster:scale and raster:offset in the item, or ingest "
+            "the file again"
+        )
     if own.crs is None:
-        if (own.height, own.width) != (source.height, source.width):
-            raise DataError(
-                f"{dataset.name} has no CRS and {own.height} x {own.width} px, its item {source.height} x "
-                f"{source.width}: ingest it again, or give the file a georeference."
-            )
-        own = replace(own, crs=source.crs, transform=source.transform)
+        own = replace(own, crs=stated.crs, transform=stated.transform)
     return replace(own, item_id=source.item_id)
 
 

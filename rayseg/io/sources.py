@@ -54,6 +54,10 @@ _NAMELESS = (ColorInterp.undefined, ColorInterp.gray)
 _FAULTS = (RasterioError, CRSError, CPLE_BaseError)
 
 
+Frame = tuple[str | None, tuple[float, ...], int, int]
+"""CRS, transform, height and width of a file, as in `Source`."""
+
+
 @dataclass(frozen=True)
 class Source:
     """One item of imagery: its files and the georeference of its pixels.
@@ -75,6 +79,7 @@ class Source:
         change: (factor, addend) of each of `bands` that are applied to values as they are read; empty for none.
         dtypes: of each of `bands`, if an item of several files does not state that they are one; "" for unknown.
         baseline: of Sentinel-2 processing ("04.00"), if it alone tells which offset the values have.
+        frames: (crs, transform, height, width) that the item states of each file, if they cover different ground.
     """
 
     item_id: str
@@ -93,6 +98,7 @@ class Source:
     change: tuple[tuple[float, float], ...] = ()
     baseline: str = ""
     dtypes: tuple[str, ...] = ()
+    frames: tuple[Frame, ...] = ()
 
     @property
     def bands(self) -> tuple[str, ...]:
@@ -102,7 +108,8 @@ class Source:
     def to_row(self) -> dict[str, Any]:
         """The source as plain values that JSON and Arrow keep."""
         assets = [{"href": href, "bands": list(names)} for href, names in self.assets]
-        return {**asdict(self), "assets": assets, "transform": list(self.transform)}
+        row = {**asdict(self), "assets": assets, "transform": list(self.transform)}
+        return row if self.frames else {name: value for name, value in row.items() if name != "frames"}
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "Source":
@@ -110,7 +117,17 @@ class Source:
         assets = tuple((asset["href"], tuple(asset["bands"])) for asset in row["assets"])
         pairs = {key: tuple((a, b) for a, b in row.get(key, ())) for key in ("units", "change")}
         lists = {key: tuple(row.get(key, ())) for key in ("transform", "nodatas", "dtypes")} | {"assets": assets}
-        return cls(**{**row, **lists, **pairs})
+        frames = tuple((crs, tuple(affine), *size) for crs, affine, *size in row.get("frames", ()))
+        return cls(**{**row, **lists, **pairs, "frames": frames})
+
+    def of_file(self, href: str) -> "Source":
+        """The source with the georeference that its item states of one of its files."""
+        if not self.frames:
+            return self
+        crs, transform, height, width = next(
+            frame for (own, _), frame in zip(self.assets, self.frames, strict=True) if own == href
+        )
+        return replace(self, crs=crs, transform=transform, height=height, width=width)
 
 
 def from_json(text: str) -> list[Source]:
@@ -230,8 +247,7 @@ def placing(name: str, crs: str | CRS) -> Iterator[None]:
         with rasterio.Env():
             yield
     except (*_FAULTS, ShapelyError) as error:
-        found = re.search(r'"([^"]+)"', str(crs))
-        said = f"{name} cannot be placed on Earth by its CRS {found[1] if found else crs}: "
+        said = f"{name} cannot be placed on Earth by its CRS {name_of_crs(str(crs))}: "
         if isinstance(error, ShapelyError):
             raise DataError(
                 f"{said}its outline in degrees crosses itself or is empty, expected one area: check its georeference, "
@@ -562,6 +578,63 @@ def _bounds_in(source: Source, crs: str) -> Bounds:
     if not np.isfinite(moved).all():
         raise DataError(f"{source.item_id} with bounds {bounds} cannot be placed in {crs}: check its georeference.")
     return moved
+
+
+def name_of_crs(text: str) -> str:
+    """The code or the name of a CRS given as EPSG code or WKT, for messages."""
+    found = re.search(r'"([^"]+)"', text)
+    return found[1] if found else text
+
+
+def same_place(one: Source, other: Source, *, part: bool = False) -> bool:
+    """Whether two rasters with CRS cover the same ground to within a pixel of the coarser one.
+
+    Boxes around control points are approximate: of those a tenth of the width and height counts.
+
+    Args:
+        one: a raster.
+        other: another one.
+        part: one may also cover a part of the other only.
+
+    Raises:
+        DataError: one cannot be placed in the CRS of the other.
+    """
+    box_4, their_4 = np.array(_bounds_in(one, str(other.crs))), np.array(bounds_of(other))
+    sizes = [(source.width, source.height) if not source.gcps else (10, 10) for source in (one, other)]
+    steps = [(box[2:] - box[:2]) / size for box, size in zip((box_4, their_4), sizes, strict=True)]
+    beyond_4, pixel_4 = (box_4 - their_4) * (-1, -1, 1, 1), np.tile(np.maximum(*steps), 2)
+    inside, around = bool((beyond_4 <= pixel_4).all()), bool((-beyond_4 <= pixel_4).all())
+    return inside or around if part else inside and around
+
+
+def expect_same_place(href: str, file: Source, stated: Source) -> None:
+    """Refuse a file that lies elsewhere than its item states: a run is planned by the item, and would miss it.
+
+    Args:
+        href: of the file.
+        file: as `described` reads it.
+        stated: with the item's georeference of this file; without CRS the size alone counts.
+
+    Raises:
+        DataError: they cover different ground, or the item's only file has another size.
+    """
+    placed = file.crs is not None and stated.crs is not None
+    alone = len(stated.assets) == 1 and not file.gcps  # of several files the finest one has the item's size
+    sizes = (file.height, file.width) == (stated.height, stated.width) or (placed and not alone)
+    if sizes and (not placed or same_place(file, stated, part=len(stated.assets) > 1 and not stated.frames)):
+        return
+    found, expected = map(_place_text, (file, stated))
+    raise DataError(
+        f"{public(href)} has {found}, its item {stated.item_id} states {expected}: correct proj:code, proj:transform, "
+        "proj:bbox and proj:shape of the item, or ingest the file again"
+    )
+
+
+def _place_text(source: Source) -> str:
+    size = f"{source.height} x {source.width} px"
+    if source.crs is None:
+        return f"no CRS and {size}"
+    return f"{size} in {name_of_crs(source.crs)} within [{', '.join(f'{side:.10g}' for side in bounds_of(source))}]"
 
 
 def bounds_of(source: Source) -> Bounds:

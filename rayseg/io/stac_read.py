@@ -19,7 +19,7 @@ from shapely.geometry.base import BaseGeometry
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.lonlat import box_of, normalised
 from rayseg.io import drivers, stac_catalog
-from rayseg.io.sources import PIXELS, STORED, Source, crs_of, crs_text, holds, source_of_file
+from rayseg.io.sources import PIXELS, STORED, Source, crs_of, crs_text, holds, same_place, source_of_file
 from rayseg.io.stac_catalog import Box, Row, resolved
 from rayseg.io.times import UNKNOWN, time_order, utc_text
 from rayseg.io.units import Unit, baseline_in, baseline_text
@@ -266,22 +266,26 @@ def _source_of(item: pystac.Item, bands: Sequence[str] | None) -> Source:
         for value in nodatas_of(item, assets[key], counts[key])
     )
     units = _units(item, [(assets[key], counts[key], opened.get(key)) for key in used])
+    main = frames[first]
+    places = [frames.get(key, main) for key in used]
+    apart = any(place.crs and not (main.crs and same_place(place, main)) for place in places)
     return Source(
         item_id=item.id,
         assets=tuple((hrefs[key], names[key] or opened[key].bands) for key in used),
-        crs=frames[first].crs,
-        transform=frames[first].transform if frames[first].crs else PIXELS,
-        height=frames[first].height,
-        width=frames[first].width,
+        crs=main.crs,
+        transform=main.transform if main.crs else PIXELS,
+        height=main.height,
+        width=main.width,
         dtype=dtypes.get(first) or next(iter(dtypes.values())),
         nodata=nodatas[0] if len(set(nodatas)) == 1 else None,
         datetime=time_of(item),
         href=item.get_self_href() or "",
-        gcps=frames[first].gcps,
+        gcps=main.gcps,
         units=units,
         nodatas=() if len(set(nodatas)) == 1 else nodatas,
         baseline="" if units else _baseline(item),
         dtypes=() if len(stated) == 1 else tuple(dtypes.get(key, "") for key in used for _ in range(counts[key])),
+        frames=tuple((one.crs, one.transform, one.height, one.width) for one in places) if apart else (),
     )
 
 
