@@ -22,7 +22,9 @@ from rayseg.store import put
 from rayseg.vision.color import ClassTable
 
 MOST = 16
-"""Tiles with truth that are measured, and chips of each label that the rule is fitted on, at most."""
+"""Chips of each label that the rule is fitted on, at most."""
+MOST_PIXELS = MOST * 2048**2
+"""Pixels of the tiles with truth that are measured, about and at most."""
 MARKED = 0.05
 """Share of the negative chips' pixels that the rule marks."""
 _NAMES = ("lightness", "a (green to red)", "b (blue to yellow)")
@@ -76,7 +78,8 @@ def measure_baseline(step: Step, listed: Step, predicted: Step, truth: str, size
     tiles = {tile.tile.id: tile for tile in mapped_tiles(predicted.root, predicted.name)}
     reference = masks.two_classes(masks.masks_of(truth, names=table.names), table, truth)
     matches = evaluate.match(masks.pieces_of_tiles(list(tiles.values())), reference)
-    chosen = sorted({round(at) for at in np.linspace(0, len(matches) - 1, min(MOST, len(matches)))})
+    area = float(np.mean([found.window.width * found.window.height for found in matches]))
+    chosen = sorted({round(at) for at in np.linspace(0, len(matches) - 1, min(int(MOST_PIXELS / area), len(matches)))})
     empty = Confusion(np.zeros((2, 2), np.int64))
     sums, shown = [empty, empty], list[tuple[str, str, str]]()
     for found in (matches[at] for at in chosen):
