@@ -113,18 +113,18 @@ def quality(asked: argparse.Namespace) -> None:
     for name in asked.only or SETTINGS:
         for seed in asked.seeds:
             if name in {"port", SEGMENTS}:
-                _without_run(asked, name, seed)
+                without_run(asked, name, seed)
                 continue
             values = json.loads(json.dumps(SETTINGS[name]))
             values["network"] = {"epochs": asked.epochs, "seed": seed} | values.get("network", {})
-            out = _folder(asked, name, seed)
-            lender = _folder(asked, SAME_NETWORKS[name], seed) if name in SAME_NETWORKS else None
+            out = folder(asked, name, seed)
+            lender = folder(asked, SAME_NETWORKS[name], seed) if name in SAME_NETWORKS else None
             config = load_values(superpixel.Config, values | {"truth": asked.masks, "unlabelled": asked.unlabelled})
             print(name, seed, json.dumps(_measured(out, config, asked.images, lender)), flush=True)
     table(asked)
 
 
-def _folder(asked: argparse.Namespace, name: str, seed: int) -> Path:
+def folder(asked: argparse.Namespace, name: str, seed: int) -> Path:
     return asked.out / f"{name.replace(' ', '-')}-{seed}"
 
 
@@ -148,7 +148,7 @@ def _trained(step: Step, listed: Step, divided: Step, config: superpixel.Config,
     return superpixel.train(step, listed, divided, config)
 
 
-def _without_run(asked: argparse.Namespace, name: str, seed: int) -> None:
+def without_run(asked: argparse.Namespace, name: str, seed: int) -> None:
     """Measures of the maps of the straight port or of the baseline, stored next to those of a run."""
     skipped = [_code(np.array(rgb_of(value))) for value in asked.unlabelled]
     scenes, spent = {}, {"superpixels": 0.0, "networks": 0.0}
@@ -167,7 +167,7 @@ def _without_run(asked: argparse.Namespace, name: str, seed: int) -> None:
             step: spent[step] + parts[part] for step, part in (("superpixels", "superpixels"), ("networks", "training"))
         }
     mean = {measure: float(np.mean([scene[measure] for scene in scenes.values()])) for measure in ("ami", "fmi", "are")}
-    steps = _folder(asked, name, seed) / "steps"
+    steps = folder(asked, name, seed) / "steps"
     for step, seconds in spent.items():
         _kept(steps / step / "done.json", {"seconds": seconds})
     _kept(steps / "evaluate" / "agreement.json", {"scenes": scenes, "mean": mean})
