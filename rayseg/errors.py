@@ -8,8 +8,11 @@
     │   └── StoreFull      3   no space for results
     └── ModelError         4   weights, checkpoints or bundles that do not fit
 
-A message is one sentence with four parts: the thing, what was found, what was expected, what to do.
+A message is one clause with four parts: the thing, what was found, what was expected, what to do. It begins in lower
+case, has a semicolon before what to do, and no full stop, so that it can stand inside another message.
 """
+
+from collections.abc import Collection
 
 
 class RaysegError(Exception):
@@ -48,3 +51,9 @@ class ModelError(RaysegError):
     """Weights, checkpoints or bundles that do not fit their use."""
 
     exit_code = 4
+
+
+def listed(names: Collection[object], *, most: int = 5, separator: str = ", ") -> str:
+    """The first names for a message, and the number of the others: `a, b and 3 more`."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(str(name) for _, name in zip(range(most), names, strict=False)) + rest

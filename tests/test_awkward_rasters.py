@@ -191,7 +191,7 @@ def test_a_scene_in_the_halo_of_a_region_is_seen(tmp_path):
     seen = {source["item_id"] for row in rows for source in json.loads(row["sources"])}
     assert seen == {"left", "right"}
     nowhere = {"type": "Polygon", "coordinates": [[[lon + 0.03, lat] for lon, lat in box["coordinates"][0]]]}
-    with pytest.raises(DataError, match="do not meet"):
+    with pytest.raises(DataError, match="do not overlap"):
         open_items(imagery, geometry=nowhere, halo=64)
 
 

@@ -286,7 +286,7 @@ def test_region_files_without_an_area(world, out, tmp_path, content, code, words
 def test_regions_without_imagery(world, out):
     box = "10,50,11,51"
     more = options(f"map.imagery={world['imagery']}")
-    assert "do not meet" in refused(3, *predict(world, out, *more, source=box))
+    assert "do not overlap" in refused(3, *predict(world, out, *more, source=box))
     assert "map.imagery" in refused(3, *predict(world, out, source=box))
     assert "is not there" in refused(2, *predict(world, out, source="nowhere.json"))
     assert "the region is empty, expected demo" in refused(2, *predict(world, out, source=" "))
@@ -540,7 +540,7 @@ def test_an_invalid_pipeline_leaves_no_files_and_trains_nothing(world, out, tmp_
         refused(code, *run_gpc(world, out, *RANDOM, *overrides))
     words = ("run", "pipeline", "gpc", "--region", "10,50,11,51", "--out", out, "--engine", "inline")
     far = (f"chips.source={world['chips']}", f"map.imagery={world['imagery']}", *TINY, *RANDOM)
-    assert "do not meet" in refused(3, *words, *options(*far))
+    assert "do not overlap" in refused(3, *words, *options(*far))
     assert "holds no masks" in refused(3, *run_gpc(world, out, *RANDOM, f"truth={tmp_path}"))
     grey = catalogue(tmp_path / "grey", scene={"bands": BANDS[:2]})
     assert "blue missing" in refused(4, *run_gpc(world, out, *RANDOM, f"map.imagery={grey}"))

@@ -354,7 +354,7 @@ def _(folder):
 )
 def _(folder):
     pixels = write(folder / "a.tif", noise(), place={})
-    with pytest.raises(DataError, match="has no georeference: ingest it with `ingest folder`"):
+    with pytest.raises(DataError, match="has no georeference; ingest it with `ingest folder`"):
         ingest_rasters(folder / "a.tif", folder / "cat")
     assert len(open_items(ingest_folder(folder, folder / "cat"))) == 1
     grid, found, _ = handled(folder / "a.tif")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from rayseg.cli.options import REGIONS, AllowDriver, AsJson, Out, region_of
-from rayseg.errors import DataError
+from rayseg.errors import DataError, listed
 
 app = typer.Typer()
 ingest_app = typer.Typer(no_args_is_help=True, help="Describe images as a STAC catalogue.")
@@ -108,11 +108,11 @@ def labels_import(
     # The second argument distinguishes the two kinds of labels: a run has requested masks.
     if (upath(images) / "run.json").exists():
         count, missing = annotation_requests.load(folder, images)
-        more = f", {len(missing)} chips without a mask: {', '.join(missing[:5])}" if missing else ", none is missing"
+        more = f", {len(missing)} chips without a mask: {listed(missing)}" if missing else ", none is missing"
         typer.echo(f"{count} masks imported into {images}{more}")
         return
     if out is None:
-        raise ConfigError(f"{images} is not a run, so the JSONs are labelled plots: give --out for their crops")
+        raise ConfigError(f"{images} is not a run, so the JSONs are labelled plots; give --out for their crops")
     counts = labelme.load(folder, images, out, size=size)
     typer.echo(", ".join(f"{count} {name}" for name, count in counts.items()) + f" in {out}")
 

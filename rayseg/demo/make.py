@@ -84,7 +84,7 @@ def ensure(*, size: int = 2048, chips: tuple[int, int] = (48, 48)) -> str:
         ConfigError: the scenes are smaller than 512 px, or too small for that many chips.
     """
     if size < 512:
-        raise ConfigError(f"the demo's size is {size} px, expected at least 512: raise `size`")
+        raise ConfigError(f"the demo's size is {size} px, expected at least 512; raise `size`")
     folder = cache_dir() / f"demo-v{VERSION}-{size}-{SEED}-{chips[0]}x{chips[1]}"
     if folder.exists():
         return str(folder / "catalog.json")
@@ -231,7 +231,7 @@ def _corners(world: World, half: Half, side: int, counts: tuple[int, int]) -> li
                     picked.append(corner)
         if len(picked) < wanted:
             raise ConfigError(
-                f"the demo's {half.name} scene has room for {len(picked)} chips of one class, expected {wanted}: "
+                f"the demo's {half.name} scene has room for {len(picked)} chips of one class, expected {wanted}; "
                 "ask for fewer chips or a larger `size`"
             )
         chosen.append(picked)

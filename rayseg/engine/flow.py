@@ -115,7 +115,7 @@ def _run_part(
             hung = [*hung, entry.id] if entry.hung else []
             if len(hung) == MOST_HUNG:
                 raise Stalled(
-                    f"{', '.join(hung)} timed out one after the other ({entry.row.reason}): fix the cause, then run "
+                    f"{', '.join(hung)} timed out one after the other ({entry.row.reason}); fix the cause, then run "
                     "the same command to resume"
                 )
             settled(1, entry.row.status not in SETTLED)

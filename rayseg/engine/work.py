@@ -199,7 +199,7 @@ def ahead(entries: Entries, patience: float | None = None) -> Entries:
             stalled = not wait([call], patience).done
             if stalled:
                 raise Stalled(
-                    f"no row was finished for {patience:.0f} s; finished rows are in the ledger: "
+                    f"no row was finished for {patience:.0f} s; finished rows are in the ledger; "
                     "look for a hanging tile, then run the same command to resume"
                 )
             if (entry := call.result()) is None:

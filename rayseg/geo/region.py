@@ -92,8 +92,8 @@ def on_grid(geometry: dict[str, Any] | None, grid: Grid, window: Window, *, whol
     projected = from_lonlat(area, grid.crs)
     if not np.isfinite(shapely.get_coordinates(projected)).all():
         raise DataError(
-            f"The region has no place in the CRS of the grid {grid.name} around {window}: choose a region that the "
-            "imagery covers, or reproject the imagery."
+            f"the region has no place in the CRS of the grid {grid.name} around {window}; choose a region that the "
+            "imagery covers, or reproject the imagery"
         )
     return projected if projected.is_valid else shapely.union_all(polygons_in(shapely.make_valid(projected)))
 
@@ -212,8 +212,8 @@ def resolve_region(text: str) -> Region:
         if file.stem == text:
             return _region_file(text, str(file), None)
     raise ConfigError(
-        f"Region {text!r} is not known: expected west,south,east,north, a GeoJSON or GeoParquet file, catalog.json or "
-        f"catalog.json#collection, demo, or one of the named regions ({_known()})."
+        f"region {text!r} is not known: expected west,south,east,north, a GeoJSON or GeoParquet file, catalog.json or "
+        f"catalog.json#collection, demo, or one of the named regions ({_known()})"
     )
 
 
@@ -252,8 +252,8 @@ def _box_geometry(text: str) -> BaseGeometry:
     east += 360 if west > east else 0
     if not known or not west < east <= west + 360:
         raise ConfigError(
-            f"Region {text} is not west,south,east,north in degrees: longitudes are -180 to 180 (or 0 to 360) and "
-            "differ, latitudes -90 to 90 with south < north."
+            f"region {text} is not west,south,east,north in degrees: longitudes are -180 to 180 (or 0 to 360) and "
+            "differ, latitudes -90 to 90 with south < north"
         )
     if west >= -180 and east <= 180:
         return shapely.box(west, south, east, north)
@@ -268,7 +268,7 @@ def _region_file(name: str, path: str, collection: str | None) -> Region:
         data = upath(path).read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         known = _known()
-        raise ConfigError(f"Region file {path} is not there; named regions are {known}, and demo.") from error
+        raise ConfigError(f"region file {path} is not there; named regions are {known}, and demo") from error
     if suffix_of(path) == ".parquet":
         if "stac_version" in _columns(path, data):
             return Region(name, catalog=path, collection=collection)
@@ -276,18 +276,18 @@ def _region_file(name: str, path: str, collection: str | None) -> Region:
     try:
         row = json.loads(data)
     except ValueError as error:
-        raise DataError(f"Region file {path} is not JSON: {error}.") from error
+        raise DataError(f"region file {path} is not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise DataError(f"Region file {path} is neither GeoJSON nor STAC: it holds a {type(row).__name__}.")
+        raise DataError(f"region file {path} is neither GeoJSON nor STAC: it holds a {type(row).__name__}")
     first = (row.get("features") or [{}])[0]
     if not isinstance(first, dict):
-        raise DataError(f"Region file {path}: expected a GeoJSON Feature, found {first!r}.")
+        raise DataError(f"region file {path}: expected a GeoJSON Feature, found {first!r}")
     if "stac_version" in row or "stac_version" in first:
         return Region(name, catalog=path, collection=collection)
     try:
         frame = geopandas.read_file(io.BytesIO(data), engine="pyogrio")
     except pyogrio.errors.DataSourceError as error:
-        raise DataError(f"Region file {path} is neither GeoJSON nor STAC: {error}.") from error
+        raise DataError(f"region file {path} is neither GeoJSON nor STAC: {error}") from error
     return _with_imagery(Region(name, _area(path, frame)), row, path)
 
 
@@ -295,16 +295,16 @@ def _columns(path: str, data: bytes) -> list[str]:
     try:
         schema = pq.read_schema(io.BytesIO(data))
     except pa.ArrowInvalid as error:
-        raise DataError(f"Region file {path} is not Parquet: {error}.") from error
+        raise DataError(f"region file {path} is not Parquet: {error}") from error
     if "stac_version" not in schema.names and b"geo" not in (schema.metadata or {}):
-        raise DataError(f"Region file {path} is Parquet without geometries: write it as GeoParquet.")
+        raise DataError(f"region file {path} is Parquet without geometries; write it as GeoParquet")
     return list(schema.names)
 
 
 def _area(path: str, frame: "geopandas.GeoDataFrame") -> dict[str, Any]:
     """All polygons of a file together, in EPSG:4326."""
     if frame.empty or frame.geometry.isna().all():
-        raise DataError(f"Region file {path} is empty: a polygon was expected.")
+        raise DataError(f"region file {path} is empty: a polygon was expected")
     shapes = frame.geometry.dropna().to_numpy()
     if frame.crs is None or frame.crs == LONLAT:
         lonlat = [normalised(one) for one in shapes]
@@ -314,7 +314,7 @@ def _area(path: str, frame: "geopandas.GeoDataFrame") -> dict[str, Any]:
     area = shapely.union_all(shapely.make_valid(np.array(lonlat, object)))
     if area.is_empty or area.area == 0:
         raise DataError(
-            f"Region file {path} has no area ({area.geom_type} within {area.bounds}): a polygon was expected."
+            f"region file {path} has no area ({area.geom_type} within {area.bounds}): a polygon was expected"
         )
     return cast(dict[str, Any], json.loads(shapely.to_geojson(area)))
 

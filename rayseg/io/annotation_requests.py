@@ -118,24 +118,24 @@ def load(folder: StorePath, run: str) -> tuple[int, list[str]]:
     try:
         request = json.loads((upath(run) / "to-label" / "request.json").read_bytes())
     except STORE_ERRORS:
-        raise ConfigError(f"{run} has requested no masks: give a run of al-s4gan that waits for masks") from None
+        raise ConfigError(f"{run} has requested no masks; give a run of al-s4gan that waits for masks") from None
     table = ClassTable.from_config(request["masks"])
     files = sorted(path for path in upath(folder).iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
     if not files:
-        raise DataError(f"{folder} holds no masks, expected PNG or TIFF files named by the chips' ids: draw some")
+        raise DataError(f"{folder} holds no masks, expected PNG or TIFF files named by the chips' ids; draw some")
     if unknown := [path.name for path in files if path.stem not in request["chips"]]:
         raise DataError(
-            f"{len(unknown)} masks in {folder} belong to no chip that the run requested ({', '.join(unknown[:5])}): "
+            f"{len(unknown)} masks in {folder} belong to no chip that the run requested ({', '.join(unknown[:5])}); "
             f"remove them; the ids are in {run}/to-label/chips.geojson"
         )
     if twice := [stem for stem, count in Counter(path.stem for path in files).items() if count > 1]:
-        raise DataError(f"{folder} holds several masks named {twice[0]}: keep one of each name")
+        raise DataError(f"{folder} holds several masks named {twice[0]}; keep one of each name")
     # all masks are checked before the first is written
     rows = {row["id"]: row for row in request["rows"]}
     checked = {path.stem: _checked(path, request["chips"][path.stem], table, run) for path in files}
     if WHITE not in table.ignore and only_0_and_255([source_of_file(str(path), path.stem) for path in files]):
         raise DataError(
-            f"the masks in {folder} hold only 0 and 255, which leaves pixels open: use the values or colours of the "
+            f"the masks in {folder} hold only 0 and 255, which leaves pixels open; use the values or colours of the "
             f"classes ({', '.join(f'{value} {name}' for value, name, _ in table.classes)}), or import them together "
             "with a mask that has another class"
         )
@@ -153,15 +153,15 @@ def _checked(path: Any, size: Sequence[int], table: ClassTable, run: str) -> NDA
     mask_HW = read_mask(str(path), table)
     if mask_HW.shape != tuple(size):
         raise DataError(
-            f"mask {path} is {mask_HW.shape[0]} x {mask_HW.shape[1]} px, its chip {size[0]} x {size[1]}: draw it "
+            f"mask {path} is {mask_HW.shape[0]} x {mask_HW.shape[1]} px, its chip {size[0]} x {size[1]}; draw it "
             f"again on {run}/to-label/images/{path.stem}.png"
         )
     if (mask_HW == NODATA).all():
-        raise DataError(f"mask {path} has no labelled pixel: draw the classes that the chip shows")
+        raise DataError(f"mask {path} has no labelled pixel; draw the classes that the chip shows")
     existing = _place(run, path.stem)
     # The same mask may be imported again, so that an interrupted import can be repeated.
     if existing.exists() and not np.array_equal(cog.read_bands(existing)[0], mask_HW):
-        raise DataError(f"the run has another mask of {path.stem} and was trained on it: start a new run to change it")
+        raise DataError(f"the run has another mask of {path.stem} and was trained on it; start a new run to change it")
     return mask_HW
 
 

@@ -84,7 +84,7 @@ def write_image(
         DataError: shapes do not fit.
     """
     if len(bands) != len(image_CHW):
-        raise DataError(f"{path}: {len(image_CHW)} bands were to be written, {len(bands)} names given ({bands}).")
+        raise DataError(f"{path}: {len(image_CHW)} bands were to be written, {len(bands)} names given ({bands})")
     if valid_HW is not None and nodata is not None:
         image_CHW = np.where(valid_HW, image_CHW, np.asarray(nodata, image_CHW.dtype))
     with _in_memory(path, image_CHW, grid, window, nodata=nodata) as dataset:
@@ -100,7 +100,7 @@ def _in_memory(
 ) -> DatasetWriter:
     """A dataset in memory that holds the image; the COG driver only copies."""
     if image_CHW.shape[1:] != (window.height, window.width):
-        raise DataError(f"{path}: pixels of shape {image_CHW.shape[1:]} do not fill {window}.")
+        raise DataError(f"{path}: pixels of shape {image_CHW.shape[1:]} do not fill {window}")
     # Without CRS, row 10 of an image lies at y = -10: there GDAL and QGIS show images without georeference.
     pixels = Affine(1, 0, window.col, 0, -1, -window.row)
     place = {"crs": crs_of(grid.crs), "transform": grid.transform(window)} if grid.crs else {"transform": pixels}
@@ -146,7 +146,7 @@ def _encoded(dataset: DatasetWriter, options: dict[str, str]) -> bytes:
 
 def _expect_bytes(path: StorePath, values: np.ndarray) -> None:
     if values.dtype != np.uint8:
-        raise DataError(f"{path}: {values.dtype} values were to be written, expected uint8 with 255 for nodata.")
+        raise DataError(f"{path}: {values.dtype} values were to be written, expected uint8 with 255 for nodata")
 
 
 def read_bands(path: StorePath) -> np.ndarray:

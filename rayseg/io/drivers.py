@@ -19,7 +19,7 @@ from rasterio.env import ensure_env_with_credentials
 from rasterio.io import DatasetReader
 from upath import UPath
 
-from rayseg.errors import DataError
+from rayseg.errors import DataError, listed
 from rayseg.io import remote
 from rayseg.io.tables import concurrently
 from rayseg.store import STORE_ERRORS, allowed_drivers, is_local, suffix_of, upath, web_url
@@ -72,10 +72,9 @@ def warn_of_rest(folder: UPath, entries: Sequence[UPath], kept: Sequence[UPath],
     """Warn of a folder's entries that are neither kept nor read by GDAL with one that is."""
     rest = [path.name for path in entries if path not in kept and not path.name.lower().endswith(_SIDECARS)]
     if rest:
-        more = f" and {len(rest) - 5} more" if len(rest) > 5 else ""
         _log.warning(
-            "%d of %d entries of %s are left out: %s%s (%s)",
-            *(len(rest), len(rest) + len(kept), folder, ", ".join(rest[:5]), more, expected),
+            "%d of %d entries of %s are left out: %s (%s)",
+            *(len(rest), len(rest) + len(kept), folder, listed(rest), expected),
         )
 
 
@@ -128,10 +127,9 @@ def unknown(href: str) -> str:
 def _expect_bands(dataset: DatasetReader, href: str) -> None:
     if dataset.count == 0:
         names = [name.rpartition(":")[2] for name in dataset.subdatasets]
-        some = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         raise DataError(
-            f"{href} has no bands of its own but {len(names)} datasets ({some}); write the one to map as GeoTIFF, with "
-            f"gdal_translate {dataset.subdatasets[0] if names else href} NEW.tif"
+            f"{href} has no bands of its own but {len(names)} datasets ({listed(names, most=8)}); write the one to map "
+            f"as GeoTIFF, with gdal_translate {dataset.subdatasets[0] if names else href} NEW.tif"
         )
     if any(dataset.tags(ns=domain) for domain in ("OVERVIEWS", "PROXY_OVERVIEW_REQUEST")):
         raise DataError(f"{href} refers to other files for its overviews; save it as one plain image")

@@ -93,7 +93,7 @@ class Polygons:
             raise DataError(f"{path} holds no polygons, expected one for each plot; give another file")
         if frame.crs is None and "image" not in frame:
             raise DataError(
-                f"{path} has no CRS and no column image: set the CRS, or name the image of each polygon in pixels"
+                f"{path} has no CRS and no column image; set the CRS, or name the image of each polygon in pixels"
             )
         frame.geometry = shapely.make_valid(frame.geometry.to_numpy())
         return cls(frame, path)

@@ -74,7 +74,7 @@ def read_table(path: StorePath) -> tuple[Assigned, ClassTable]:
         ) from None
     if not rows or not {"label", "class"} <= set(rows[0]):
         has = ", ".join(name for name in rows[0] if name) if rows else "no rows"
-        raise DataError(f"label table {path} has {has}, expected the columns label and class: add them")
+        raise DataError(f"label table {path} has {has}, expected the columns label and class; add them")
     assigned: Assigned = {}
     colors: dict[str, str] = {}
     for number, row in enumerate(rows, 2):
@@ -82,13 +82,13 @@ def read_table(path: StorePath) -> tuple[Assigned, ClassTable]:
         if not text.isdigit() or int(text) >= NODATA:
             raise DataError(
                 f"label table {path} line {number} has the label {row['label']!r}, expected a number from 0 to "
-                f"{NODATA - 1}: correct it"
+                f"{NODATA - 1}; correct it"
             )
         key = ((row.get("scene") or "").strip(), int(text))
         # A repeated row is allowed as long as it has the same class.
         if not name or assigned.get(key, name) != name:
             raise DataError(
-                f"label table {path} line {number} gives label {key[1]} the class {name!r}, expected one class: "
+                f"label table {path} line {number} gives label {key[1]} the class {name!r}, expected one class; "
                 "correct it"
             )
         assigned[key] = name
@@ -103,10 +103,10 @@ def _labels_of(tiles: list[MappedTile], run: str) -> set[int]:
     """The labels that a run's maps may hold."""
     table = masks.table_of(tiles[0].href) if tiles else None
     if table is None:
-        raise DataError(f"run {run} has no labelled tile: let it map at least one, or give another run")
+        raise DataError(f"run {run} has no labelled tile; let it map at least one, or give another run")
     if table.names != label_table(len(table.names)).names:
         raise DataError(
-            f"run {run} maps {', '.join(table.names[:5])}, expected unnamed labels: "
+            f"run {run} maps {', '.join(table.names[:5])}, expected unnamed labels; "
             "give a run of the pipeline superpixel"
         )
     return set(table.values)
@@ -117,15 +117,15 @@ def _expect_known(assigned: Assigned, tiles: list[MappedTile], labels: set[int],
     for scene, label in assigned:
         if scene and scene not in scenes:
             raise DataError(
-                f"the table has the scene {scene!r}, run {run} has {', '.join(sorted(scenes)[:5])}: correct the table"
+                f"the table has the scene {scene!r}, run {run} has {', '.join(sorted(scenes)[:5])}; correct the table"
             )
         if label not in labels:
             raise DataError(
-                f"the table has the label {label}, run {run} has 0 to {max(labels, default=0)}: correct the table"
+                f"the table has the label {label}, run {run} has 0 to {max(labels, default=0)}; correct the table"
             )
     apart = len(scenes) > 1 and not read(run)["config"]["shared"]
     if apart and not all(scene for scene, _ in assigned):
         raise DataError(
-            f"the {len(scenes)} scenes of {run} have labels of their own, the table has rows without scene: fill in "
+            f"the {len(scenes)} scenes of {run} have labels of their own, the table has rows without scene; fill in "
             "the column scene, or map with --set shared=true"
         )

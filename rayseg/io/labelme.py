@@ -72,7 +72,7 @@ def export(plots: str, images: str, out: str) -> int:
     """
     path = Path(plots) / "plots.parquet" if Path(plots).is_dir() else Path(plots)
     if not path.is_file():
-        raise DataError(f"{plots} has no plots.parquet, expected a finished run of agri: run it first")
+        raise DataError(f"{plots} has no plots.parquet, expected a finished run of agri; run it first")
     table = geopandas.read_parquet(path)
     files = _files(Path(images))
     # 1. the plots of every image: by its name, or all that it covers; a plot in several images is in each
@@ -80,14 +80,14 @@ def export(plots: str, images: str, out: str) -> int:
         plots_of = {str(name): rows for name, rows in table.groupby("image")}
         if missing := [name for name in plots_of if slug(name) not in files]:
             raise DataError(
-                f"{images} lacks {len(missing)} of the {len(plots_of)} images ({', '.join(missing[:5])}): give the "
+                f"{images} lacks {len(missing)} of the {len(plots_of)} images ({', '.join(missing[:5])}); give the "
                 "folder of all images"
             )
     else:
         plots_of = {name: rows for name, file in files.items() if len(rows := _on_image(table, file))}
         if outside := set(table.index).difference(*(rows.index for rows in plots_of.values())):
             raise DataError(
-                f"{len(outside)} of the {len(table)} plots are outside all images in {images}: give the folder of all "
+                f"{len(outside)} of the {len(table)} plots are outside all images in {images}; give the folder of all "
                 "images"
             )
     # 2. their JSONs, written when all are known to be new or unchanged
@@ -98,7 +98,7 @@ def export(plots: str, images: str, out: str) -> int:
         for name, rows in plots_of.items()
     }
     if existing := [path for path, text in texts.items() if path.exists() and path.read_text() != text]:
-        raise DataError(f"{existing[0]} exists and may hold labels: give another --out")
+        raise DataError(f"{existing[0]} exists and may hold labels; give another --out")
     Path(out).mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
         path.write_text(text)
@@ -127,7 +127,7 @@ def document(image: Path, polygons: Sequence[BaseGeometry], classes: Sequence[st
     height, width = _picture(image).shape[:2]
     if (shapely.total_bounds(polygons)[2:] > (width, height)).any():  # without plots the bounds are NaN
         raise DataError(
-            f"a plot extends beyond {image} of {width} x {height} px: give the images of the run; with enlarge, those "
+            f"a plot extends beyond {image} of {width} x {height} px; give the images of the run; with enlarge, those "
             "in RUN/enlarged"
         )
     shapes = [
@@ -169,16 +169,16 @@ def load(folder: str, images: str, out: str, *, size: int = 224) -> dict[str, in
     """
     paths = sorted(Path(folder).glob("*.json"))
     if not paths:
-        raise DataError(f"{folder} holds no .json files: export them with `rayseg labels export`")
+        raise DataError(f"{folder} holds no .json files; export them with `rayseg labels export`")
     owners: dict[str, Path] = {}
     files, labelled = _files(Path(images)), []
     for path in paths:
         content = _read(path)
         image = slug(Path(content.imagePath.replace("\\", "/")).stem)
         if image in owners:
-            raise DataError(f"{owners[image]} and {path} both belong to the image {image}: keep one of them")
+            raise DataError(f"{owners[image]} and {path} both belong to the image {image}; keep one of them")
         if image not in files:
-            raise DataError(f"{path} belongs to the image {content.imagePath}, which is not in {images}: add it")
+            raise DataError(f"{path} belongs to the image {content.imagePath}, which is not in {images}; add it")
         owners[image] = path
         labelled.append(_Labelled(image, files[image], _plots(content, path, files[image])))
     kinds = sorted(set(NAMES.values()))
@@ -187,7 +187,7 @@ def load(folder: str, images: str, out: str, *, size: int = 224) -> dict[str, in
         path for entry in labelled for kind in kinds for path in (Path(out) / kind).glob(f"{entry.name}-[0-9]*.png")
     ]
     if existing:
-        raise DataError(f"{existing[0]} exists, maybe with other labels: remove it or give another --out")
+        raise DataError(f"{existing[0]} exists, maybe with other labels; remove it or give another --out")
     counts = dict.fromkeys(kinds, 0)
     for entry in labelled:
         image_HWC = _picture(entry.file)
@@ -204,7 +204,7 @@ def polygons_of(folder: str) -> geopandas.GeoDataFrame:
     """
     paths = sorted(Path(folder).glob("*.json"))
     if not paths:
-        raise DataError(f"{folder} holds no .json files, expected one of LabelMe for each image: export them there")
+        raise DataError(f"{folder} holds no .json files, expected one of LabelMe for each image; export them there")
     names, polygons = [], []
     for path in paths:
         content = _read(path)
@@ -241,7 +241,7 @@ def _plots(content: _Document, path: Path, image: Path) -> list[tuple[str, BaseG
     if (content.imageHeight or height, content.imageWidth or width) != (height, width):
         raise DataError(
             f"{path} expects an image of {content.imageWidth} x {content.imageHeight} px, {image} has {width} x "
-            f"{height}: give the image that was labelled"
+            f"{height}; give the image that was labelled"
         )
     frame = shapely.box(0, 0, width, height)
     outlines: list[tuple[str, Polygon, object]] = []
@@ -254,7 +254,7 @@ def _plots(content: _Document, path: Path, image: Path) -> list[tuple[str, BaseG
             continue
         if str(shape.label) not in NAMES:
             raise DataError(
-                f"{where} has the label {str(shape.label)!r}, expected one of {', '.join(NAMES)}: correct it"
+                f"{where} has the label {str(shape.label)!r}, expected one of {', '.join(NAMES)}; correct it"
             )
         outlines.append((NAMES[str(shape.label)], polygon, shape.group_id))
     # Holes last: a JSON may list a hole before its outline.
@@ -264,26 +264,26 @@ def _plots(content: _Document, path: Path, image: Path) -> list[tuple[str, BaseG
 def _polygon(shape: _Shape, frame: Polygon, where: str) -> Polygon:
     if shape.shape_type != "polygon" or len(shape.points) < 3:
         raise DataError(
-            f"{where} is a {shape.shape_type} of {len(shape.points)} points, expected a polygon of 3 or more: redraw it"
+            f"{where} is a {shape.shape_type} of {len(shape.points)} points, expected a polygon of 3 or more; redraw it"
         )
     polygon = Polygon(shape.points)
     if not polygon.is_valid:
-        raise DataError(f"{where} is not a simple polygon ({shapely.is_valid_reason(polygon)}): redraw it")
+        raise DataError(f"{where} is not a simple polygon ({shapely.is_valid_reason(polygon)}); redraw it")
     if not frame.buffer(0.5).covers(polygon):
         box = ", ".join(f"{value:g}" for value in polygon.bounds)
-        raise DataError(f"{where} spans {box}, beyond the image of {frame.bounds[2]:g} x {frame.bounds[3]:g}: move it")
+        raise DataError(f"{where} spans {box}, beyond the image of {frame.bounds[2]:g} x {frame.bounds[3]:g}; move it")
     return polygon
 
 
 def _files(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder: give the folder of the run's images")
+        raise DataError(f"{folder} is not a folder; give the folder of the run's images")
     images: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in _KINDS and not path.name.startswith("."):
             name = slug(path.stem)
             if name in images:
-                raise DataError(f"{images[name]} and {path} have the same name {name}: rename one of them")
+                raise DataError(f"{images[name]} and {path} have the same name {name}; rename one of them")
             images[name] = path
     return images
 
@@ -292,7 +292,7 @@ def _picture(path: Path) -> np.ndarray:
     try:
         with Picture.open(path) as opened:
             if opened.mode[0] in "IF":  # 16 bits or more, which Pillow clips at 255
-                raise DataError(f"{path} has pixels of mode {opened.mode}, expected 8 bits: convert the images")
+                raise DataError(f"{path} has pixels of mode {opened.mode}, expected 8 bits; convert the images")
             return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
     except (OSError, SyntaxError, Picture.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read: {error}; copy the image again") from None

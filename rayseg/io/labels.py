@@ -21,7 +21,7 @@ from rasterio.windows import Window as FileWindow
 from shapely.geometry import mapping
 from upath import UPath
 
-from rayseg.errors import ConfigError, DataError
+from rayseg.errors import ConfigError, DataError, listed
 from rayseg.geo.grid import Window, slug
 from rayseg.io.drivers import KINDS, MOSAICS, TIFF, files_in, kind_of, warn_of_rest
 from rayseg.io.masks import pixels_of, read_classes
@@ -100,10 +100,10 @@ def ingest_folder(folder: StorePath, out: StorePath, *, labels: str | None = Non
             is written then.
     """
     if labels not in {None, "folder"}:
-        raise ConfigError(f"labels is {labels!r}, expected folder (classes are sub-folders) or nothing.")
+        raise ConfigError(f"labels is {labels!r}, expected folder (classes are sub-folders) or nothing")
     files: Files = [(None, path) for path in _images_in(upath(folder))] if not labels else _by_class(upath(folder))
     if not files:
-        raise DataError(f"{folder} holds no images ({_KINDS}): if sub-folders are classes, add --labels folder.")
+        raise DataError(f"{folder} holds no images ({_KINDS}); if sub-folders are classes, add --labels folder")
     names = _ids(files)
     items, errors = _each(files, lambda path, label: _item(_decoded(_path(path), names[path]), label))
     if errors:
@@ -128,14 +128,14 @@ def ingest_rasters(paths: StorePath | Sequence[StorePath], out: StorePath) -> st
         DataError: there are no rasters, two have one name, or none can be opened and placed on Earth; nothing is
             written then.
     """
-    listed = [paths] if isinstance(paths, str) or not isinstance(paths, Sequence) else paths
-    files: Files = [(None, path) for path in _rasters_in(listed)]
+    places = [paths] if isinstance(paths, str) or not isinstance(paths, Sequence) else paths
+    files: Files = [(None, path) for path in _rasters_in(places)]
     names = _ids(files)
 
     def describe(path: UPath, _: str | None) -> pystac.Item:
         source = _described(_path(path), names[path])
         if source.crs is None:
-            raise DataError(f"{path} has no georeference: ingest it with `ingest folder`.")
+            raise DataError(f"{path} has no georeference; ingest it with `ingest folder`")
         return _item(source, None)
 
     items, errors = _each(files, describe)
@@ -144,7 +144,7 @@ def ingest_rasters(paths: StorePath | Sequence[StorePath], out: StorePath) -> st
     if errors:
         _log.warning(
             "%d of %d rasters cannot be mapped, their items have no geometry: %s",
-            *(len(errors), len(files), _first_five(errors)),
+            *(len(errors), len(files), listed(errors.values(), separator="; ")),
         )
     for path in errors:  # only the modification time of these files is known
         item = pystac.Item(names[path], None, None, datetime.fromtimestamp(path.stat().st_mtime, UTC), {})
@@ -191,16 +191,16 @@ def _rasters_in(paths: Sequence[StorePath]) -> list[UPath]:
     images = []
     for path in map(upath, paths):
         if not path.exists():
-            raise DataError(f"{path} does not exist: give an image ({_KINDS}) or a folder of images.")
+            raise DataError(f"{path} does not exist; give an image ({_KINDS}) or a folder of images")
         images += _images_in(path) if path.is_dir() else [path]
     if not images:
-        raise DataError(f"{', '.join(map(str, paths))} holds no images ({_KINDS}): give a folder that does.")
+        raise DataError(f"{', '.join(map(str, paths))} holds no images ({_KINDS}); give a folder that does")
     return images
 
 
 def _images_in(folder: UPath) -> list[UPath]:
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder: give a folder of images.")
+        raise DataError(f"{folder} is not a folder; give a folder of images")
     shown = files_in(folder)
     images = [path for path in shown if suffix_of(path) in KINDS] or [path for path in shown if kind_of(path)]
     if images:
@@ -211,14 +211,14 @@ def _images_in(folder: UPath) -> list[UPath]:
 def _by_class(folder: UPath) -> Files:
     """The images of all sub-folders, each with its sub-folder's name as class."""
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder: give a folder with a sub-folder of images for each class.")
+        raise DataError(f"{folder} is not a folder; give a folder with a sub-folder of images for each class")
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     images = {name: _images_in(folder / name) for name in classes}
     filled = [name for name in classes if images[name]]
     if len(filled) < 2:
         raise DataError(
             f"{folder} has images in the sub-folders {', '.join(filled) or 'none'}, expected one sub-folder for each "
-            "of at least two classes: sort the images into them."
+            "of at least two classes; sort the images into them"
         )
     return [(name, image) for name in filled for image in images[name]]
 
@@ -229,7 +229,7 @@ def _ids(files: Files) -> dict[UPath, str]:
     for label, path in files:
         name = slug(f"{label}-{path.stem}" if label else path.stem)
         if name in owners:
-            raise DataError(f"{owners[name]} and {path} would both have the id {name}: rename one of them.")
+            raise DataError(f"{owners[name]} and {path} would both have the id {name}; rename one of them")
         owners[name] = path
     return {path: name for name, path in owners.items()}
 
@@ -252,12 +252,8 @@ def _each(files: Files, make: Callable[[UPath, str | None], T]) -> tuple[list[T]
 
 
 def _unusable(errors: dict[UPath, DataError], count: int) -> DataError:
-    return DataError(f"{len(errors)} of {count} images cannot be used, nothing was written: {_first_five(errors)}")
-
-
-def _first_five(errors: dict[UPath, DataError]) -> str:
-    more = f" And {len(errors) - 5} more." if len(errors) > 5 else ""
-    return " ".join(str(error) for error in list(errors.values())[:5]) + more
+    reasons = listed(errors.values(), separator="; ")
+    return DataError(f"{len(errors)} of {count} images cannot be used, nothing was written: {reasons}")
 
 
 def _path(path: UPath) -> str:
@@ -275,7 +271,7 @@ def _decoded(href: str, name: str) -> Source:
     """The image as a source; it is decoded once in full, to detect damage before anything is written."""
     source = _described(href, name)
     if "palette" in source.bands:
-        raise DataError(f"{href} is a palette image, which masks are, expected RGB or grey: convert it to RGB.")
+        raise DataError(f"{href} is a palette image, which masks are, expected RGB or grey; convert it to RGB")
     with gdal(href), open_file(href) as dataset:
         for row in range(0, dataset.height, _STRIP):
             dataset.read(window=FileWindow(0, row, dataset.width, min(_STRIP, dataset.height - row)))
@@ -379,5 +375,5 @@ def _expect_bytes(source: Source) -> None:
     if source.dtype != "uint8":
         raise DataError(
             f"{source.item_id} has {source.dtype} pixels, chips must be uint8, because objects are segmented in 8-bit "
-            "colours: scale the image to 0..255 first."
+            "colours; scale the image to 0..255 first"
         )

@@ -115,7 +115,7 @@ def expect_fit(mask: Source, size: tuple[int, int], image: str) -> None:
         reaches = "reaches" if at else "has"
         raise DataError(
             f"image {image} has {size[0]} x {size[1]} px, its mask {mask.assets[0][0]} {reaches} {found[0]} x "
-            f"{found[1]} px: give both the same size"
+            f"{found[1]} px; give both the same size"
         )
 
 
@@ -131,7 +131,7 @@ def by_image(masks: Sequence[Source]) -> dict[str, tuple[Source, ...]]:
     for name, group in found.items():
         if len(group) > 1 and not all(map(part_of_image, group)):
             hrefs = " and ".join(mask.assets[0][0] for mask in group[:2])
-            raise DataError(f"{hrefs} are both masks of the image {name}: keep one of them")
+            raise DataError(f"{hrefs} are both masks of the image {name}; keep one of them")
     return {name: tuple(group) for name, group in found.items()}
 
 
@@ -154,9 +154,9 @@ def masks_of(location: str, *, names: Sequence[str] = (), failed: dict[str, str]
     files = [path for path in entries if path.suffix.lower() in SUFFIXES]
     kinds = ", ".join(suffix.lstrip(".") for suffix in SUFFIXES)
     if not files:
-        raise DataError(f"{location} holds no masks: give a folder of {kinds} files, or catalog.json#collection.")
+        raise DataError(f"{location} holds no masks; give a folder of {kinds} files, or catalog.json#collection")
     if twice := [stem for stem, count in Counter(path.stem for path in files).items() if count > 1]:
-        raise DataError(f"{location} holds several masks called {twice[0]}: leave one of each name.")
+        raise DataError(f"{location} holds several masks called {twice[0]}; leave one of each name")
     drivers.warn_of_rest(folder, entries, files, f"masks are {kinds}")
     masks = []
     for path in files:
@@ -173,7 +173,7 @@ def _masks_of_catalog(uri: str, collection: str, asset: str, names: Sequence[str
     masks = [_mask_of(item, asset, set(names)) for item in stac_read.open_items(uri, collection or None)]
     kept = [mask for mask in masks if mask]
     if not kept:
-        raise DataError(f"{uri}#{collection} holds no item with a raster{f' {asset}' if asset else ''}.")
+        raise DataError(f"{uri}#{collection} holds no item with a raster{f' {asset}' if asset else ''}")
     return kept
 
 
@@ -194,7 +194,7 @@ def _mask_of(item: pystac.Item, asset: str, names: set[str]) -> Source | None:
         hrefs = {key: href for key, href in hrefs.items() if key in fitting} if len(fitting) == 1 else hrefs
     if len(hrefs) > 1:
         raise DataError(
-            f"item {item.id} has the rasters {', '.join(sorted(hrefs))}: say which one with #collection/asset."
+            f"item {item.id} has the rasters {', '.join(sorted(hrefs))}; say which one with #collection/asset"
         )
     if not hrefs:
         return None
@@ -270,7 +270,7 @@ def _class_of_nodata(mask: Source, table: ClassTable) -> str:
         if count > 1 and lost:
             raise DataError(
                 f"mask {href} has nodata {lost.pop():g}, which is in the colour {color} of {name}, expected none or "
-                "another: remove it (gdal_edit.py -unsetnodata)"
+                "another; remove it (gdal_edit.py -unsetnodata)"
             )
         if count == 1 and (any(palette.get(int(at)) == color for at in nodatas) if palette else value in nodatas):
             return name
@@ -351,13 +351,13 @@ def read_classes(masks: Sequence[Source], grid: Grid, window: Window, table: Cla
 def _decoded(mask: Source, grid: Grid, part: Window, table: ClassTable) -> NDArray[np.uint8]:
     bands = [name for name in mask.bands if name != "alpha"]
     if len(bands) not in {1, 3, 4}:
-        raise DataError(f"mask {mask.item_id} has {len(bands)} bands, expected 1 (class or palette) or 3 (colours).")
+        raise DataError(f"mask {mask.item_id} has {len(bands)} bands, expected 1 (class or palette) or 3 (colours)")
     image_CHW, valid_HW = read([mask], grid, part, bands=bands, categorical=True)
     whole = bool(valid_HW.all())  # as in most masks: no copy by index then
     values_CN = image_CHW if whole else image_CHW[:, None, valid_HW]
     values = values_CN.transpose(1, 2, 0) if len(bands) > 1 else values_CN[0]
     if values.dtype.kind not in "ui":
-        raise DataError(f"mask {mask.item_id} has {values.dtype} values, expected whole numbers: convert it to uint8.")
+        raise DataError(f"mask {mask.item_id} has {values.dtype} values, expected whole numbers; convert it to uint8")
     try:
         found = decode(values, table, palette=_palette_of(mask.assets[0][0]))
     except DataError as error:

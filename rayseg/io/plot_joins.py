@@ -57,7 +57,7 @@ def read_table(path: StorePath) -> list[Row]:
     try:
         return list(read_rows(path))
     except (FileNotFoundError, pa.ArrowInvalid) as error:
-        raise DataError(f"{path} holds no plots ({error}): propose them again.") from error
+        raise DataError(f"{path} holds no plots ({error}); propose them again") from error
 
 
 def packed(labels_HW: Labels) -> bytes:
@@ -203,7 +203,7 @@ def one_frame(frames: Sequence[geopandas.GeoDataFrame], *, columns: Sequence[str
     if not frames:
         return frame_of(Grid(LONLAT, (1.0, 1.0), (0.0, 0.0)), [], columns=columns)
     if len({frame.crs is None for frame in frames}) > 1:
-        raise DataError("Images with and without CRS cannot be in one table of plots: map them in two runs.")
+        raise DataError("images with and without CRS cannot be in one table of plots; map them in two runs")
     return pandas.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0]
 
 

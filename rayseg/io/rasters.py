@@ -74,7 +74,7 @@ def read(
         DataError: a band is missing, a file or block cannot be read, or sources differ in pixel type.
     """
     if not sources:
-        raise DataError(f"There is no imagery to read in {grid.name} {window}.")
+        raise DataError(f"there is no imagery to read in {grid.name} {window}")
     for source in sources:
         _refuse_complex(source.item_id, source.dtype)
     image_CHW: np.ndarray | None = None
@@ -97,12 +97,12 @@ def read(
 
 def _refuse_complex(name: str, dtype: str) -> None:
     if dtype.startswith("complex"):
-        raise DataError(f"{name} has complex pixels ({dtype}): convert it to amplitude or intensity first.")
+        raise DataError(f"{name} has complex pixels ({dtype}); convert it to amplitude or intensity first")
 
 
 def _same_dtype(name: str, found: np.dtype, expected: np.dtype) -> None:
     if found != expected:
-        raise DataError(f"{name} has {found} pixels where {expected} was read before: select items of one pixel type.")
+        raise DataError(f"{name} has {found} pixels where {expected} was read before; select items of one pixel type")
 
 
 def _read_source(
@@ -124,7 +124,7 @@ def _read_source(
             image_CHW[position] = np.where(ok_HW, changed(pixels_HW, changes.get(bands[position])), 0)
         valid[href] = valid[href] | ok_HW if href in valid else ok_HW
     if image_CHW is None:
-        raise DataError(f"No band of {source.item_id} was requested; its bands are {', '.join(source.bands)}.")
+        raise DataError(f"no band of {source.item_id} was requested; its bands are {', '.join(source.bands)}")
     return image_CHW, np.logical_and.reduce([*valid.values()])
 
 
@@ -153,7 +153,7 @@ def _files_of(source: Source, bands: Sequence[str]) -> dict[tuple[str, float | N
     if missing := [name for name in bands if name not in places]:
         raise DataError(
             f"{source.item_id} has no band {', '.join(missing)}: wanted {', '.join(bands)}, "
-            f"found {', '.join(source.bands)}; name the bands of the imagery or select other items."
+            f"found {', '.join(source.bands)}; name the bands of the imagery or select other items"
         )
     files: dict[tuple[str, float | None], list[tuple[int, int]]] = {}
     for position, name in enumerate(bands):
@@ -345,7 +345,7 @@ def _placed(dataset: DatasetReader, source: Source, href: str) -> Source:
         scale, offset = next(unit for unit in own.units if unit != STORED)
         raise DataError(
             f"{public(href)} has values stored x {scale:g} + offset {offset:g}, its item {source.item_id} states no "
-            "scale and offset, expected both or neither: state raster:scale and raster:offset in the item, or ingest "
+            "scale and offset, expected both or neither; state raster:scale and raster:offset in the item, or ingest "
             "the file again"
         )
     if own.crs is None:
@@ -360,5 +360,5 @@ def _stamp(href: str) -> tuple[int, int]:
     try:
         found = os.stat(str(upath(href)))  # noqa: PTH116 - a UPath has no cheaper one
     except OSError as error:
-        raise DataError(f"{href} cannot be read: {error.strerror}.") from error
+        raise DataError(f"{href} cannot be read: {error.strerror}") from error
     return found.st_mtime_ns, found.st_size

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayseg.errors import ConfigError, DataError
+from rayseg.errors import ConfigError, DataError, listed
 from rayseg.geo.grid import NODATA, Grid, Window, expect_ids, slug
 from rayseg.io import stac_read
 from rayseg.io.labels import image_folders, sources_of_images
@@ -116,10 +116,12 @@ def _of_folder(folder: str) -> list[LabelledImage]:
 def _of_scene(scene: str, folder: Any) -> list[LabelledImage]:  # noqa: ANN401 - a UPath
     sources, wrong = sources_of_images(folder / "images")
     if wrong:
-        raise DataError(f"{len(wrong)} of the images in {folder / 'images'} cannot be opened: {first_of(wrong)}")
+        raise DataError(
+            f"{len(wrong)} of the images in {folder / 'images'} cannot be opened: {listed(wrong.values(), most=1)}"
+        )
     masks = by_image(masks_of(str(folder / "masks"))) if (folder / "masks").is_dir() else {}
     if lost := sorted(set(masks) - {source.item_id for source in sources}):
-        raise DataError(f"masks {', '.join(lost[:5])} in {folder / 'masks'} match no image; rename or remove them")
+        raise DataError(f"masks {listed(lost)} in {folder / 'masks'} match no image; rename or remove them")
     return [_named(scene, source, masks.get(source.item_id, ())) for source in sources]
 
 
@@ -128,12 +130,6 @@ def _named(scene: str, source: Source, masks: tuple[Source, ...]) -> LabelledIma
     for mask in masks:
         expect_fit(mask, (source.height, source.width), source.assets[0][0])
     return _placed(slug(own), slug(scene or source.item_id), source, masks)
-
-
-def first_of(wrong: Mapping[str, DataError]) -> str:
-    """The first error of several, with its name."""
-    name, error = next(iter(wrong.items()))
-    return f"{name}: {error}"
 
 
 def _of_catalog(images: str, masks: str, names: Sequence[str]) -> list[LabelledImage]:
@@ -147,7 +143,7 @@ def _of_images(images: str, masks: str, names: Sequence[str]) -> list[LabelledIm
     """A folder of images whose masks are elsewhere; each image is a scene of its own."""
     sources, wrong = sources_of_images(images)
     if wrong:
-        raise DataError(f"{len(wrong)} of the images in {images} cannot be opened: {first_of(wrong)}")
+        raise DataError(f"{len(wrong)} of the images in {images} cannot be opened: {listed(wrong.values(), most=1)}")
     scenes = {source.item_id: source.item_id for source in sources}
     return _with_masks(sources, scenes, masks_of(masks, names=names))
 
@@ -167,8 +163,8 @@ def _with_masks(sources: Sequence[Source], scenes: Mapping[str, str], masks: Seq
         labelled.append(_placed(source.item_id, scenes[source.item_id], source, near))
     if masks and not any(image.masks for image in labelled):
         raise DataError(
-            f"no mask has the name or place of an image: the images are {some([s.item_id for s in sources])}, the "
-            f"masks {some([mask.item_id for mask in masks])}; rename the masks, or name other ones"
+            f"no mask has the name or place of an image: the images are {listed([s.item_id for s in sources])}, the "
+            f"masks {listed([mask.item_id for mask in masks])}; rename the masks, or name other ones"
         )
     return labelled
 
@@ -290,22 +286,18 @@ def split(
     """
     scenes = sorted({image.scene for image in images})
     if unknown := sorted(set(validation) - set(scenes)):
-        raise DataError(f"there is no scene {', '.join(unknown)}, the scenes are {some(scenes)}; correct the split")
+        raise DataError(f"there is no scene {', '.join(unknown)}, the scenes are {listed(scenes)}; correct the split")
     drawn = np.random.default_rng(seed).permutation(scenes)[: max(1, round(share * len(scenes)))].tolist()
     held = set(validation or drawn)
     if held >= set(scenes):
         raise DataError(
-            f"all {len(scenes)} scenes ({some(scenes)}) are for validation, none is left to learn from; hold out fewer"
+            f"all {len(scenes)} scenes ({listed(scenes)}) are for validation, none is left to learn from; "
+            "hold out fewer"
         )
     parts: dict[bool, list[LabelledImage]] = defaultdict(list)
     for image in images:
         parts[image.scene in held].append(image)
     return parts[False], parts[True]
-
-
-def some(names: Sequence[str]) -> str:
-    """The first five names, and the number of the others."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def expect_classes(
@@ -339,5 +331,5 @@ def expect_classes(
             )
         raise DataError(
             f"the split leaves class {name} out: none of its {there} pixels is in the training scenes "
-            f"({some(scenes['training'])}), all are in {some(scenes['validation'])}; divide the scenes otherwise"
+            f"({listed(scenes['training'])}), all are in {listed(scenes['validation'])}; divide the scenes otherwise"
         )

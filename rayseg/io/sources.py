@@ -150,7 +150,7 @@ def source_of_file(href: str, item_id: str, *, datetime: str | None = None) -> S
         found = described(dataset)
         if found.crs is None and dataset.rpcs:
             raise DataError(
-                f"{href} has RPCs (a model of the sensor) instead of a georeference: orthorectify it first, with "
+                f"{href} has RPCs (a model of the sensor) instead of a georeference; orthorectify it first, with "
                 "gdalwarp -rpc -to RPC_DEM=DEM.tif -t_srs EPSG:CODE, or remove its RPCs to map it in its own pixels"
             )
         if pages := len(dataset.subdatasets):
@@ -207,7 +207,7 @@ def open_file(href: str, allowed: tuple[str, ...] = ()) -> DatasetReader:
         DataError: the href's scheme is not one of `SCHEMES`, or GDAL cannot open it, with all of its header.
     """
     if urlsplit(href).scheme not in SCHEMES or href.startswith("/vsi"):
-        raise DataError(f"{href} cannot be read: expected a local path or one of {', '.join(filter(None, SCHEMES))}.")
+        raise DataError(f"{href} cannot be read: expected a local path or one of {', '.join(filter(None, SCHEMES))}")
     return remote.patiently(partial(_open_whole, href, allowed))
 
 
@@ -237,7 +237,7 @@ def _refused(name: str, place: str = "") -> Iterator[None]:
     else:
         reason = messages[0] if messages else ""
     if reason:
-        raise remote.failure(name, public(f"{name} cannot be read{place}: {reason.rstrip('.')}."))
+        raise remote.failure(name, public(f"{name} cannot be read{place}: {reason.rstrip('.')}"))
 
 
 @contextmanager
@@ -247,13 +247,13 @@ def placing(name: str, crs: str | CRS) -> Iterator[None]:
         with rasterio.Env():
             yield
     except (*_FAULTS, ShapelyError) as error:
-        said = f"{name} cannot be placed on Earth by its CRS {name_of_crs(str(crs))}: "
+        place = f"{name} cannot be placed on Earth by its CRS {name_of_crs(str(crs))}"
         if isinstance(error, ShapelyError):
             raise DataError(
-                f"{said}its outline in degrees crosses itself or is empty, expected one area: check its georeference, "
-                "or cut it to the part of the Earth that its CRS is made for."
+                f"{place}: its outline in degrees crosses itself or is empty, expected one area; check its "
+                "georeference, or cut it to the part of the Earth that its CRS is made for"
             ) from error
-        raise DataError(f"{said}check its georeference, and that it is not of another planet.") from error
+        raise DataError(f"{place}; check its georeference, and that it is not of another planet") from error
 
 
 # -- grids ------------------------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def grids_of(sources: Sequence[Source]) -> list[tuple[Grid, list[Source]]]:
     if len(mapped) == 1 and not all(held):
         raise DataError(
             f"{mapped[0].item_id} is rotated, or has control points only, and too wide for its UTM zone, so no grid "
-            "holds it: reproject it to a north-up grid of its own CRS."
+            "holds it; reproject it to a north-up grid of its own CRS"
         )
     if not divided:
         zones = dict.fromkeys(centres, mapped)
@@ -342,7 +342,7 @@ def ring_of(source: Source) -> shapely.Polygon:
         return outline
     raise DataError(
         f"{source.item_id} cannot be placed by its transform {source.transform}: expected finite numbers that give a "
-        "pixel two sides; correct its georeference."
+        "pixel two sides; correct its georeference"
     )
 
 
@@ -359,7 +359,7 @@ def outline_of(source: Source) -> BaseGeometry:
     with placing(source.item_id, crs):
         degrees = shapely.transform(edges, partial(_degrees, crs=crs))
         if not np.isfinite(shapely.get_coordinates(degrees)).all():
-            raise DataError(f"{source.item_id} cannot be placed in degrees: a part of it lies beyond the Earth's edge.")
+            raise DataError(f"{source.item_id} cannot be placed in degrees: a part of it lies beyond the Earth's edge")
         return sound(normalised(degrees))
 
 
@@ -374,7 +374,7 @@ def beyond_utm(sources: Sequence[Source]) -> dict[str, DataError]:
     placed = [source for source in sources if source.crs is not None]
     bare = [source.item_id for source in sources if source.crs is None] if placed else []
     refused = {
-        name: DataError(f"{name} has no georeference, other imagery of the region has: map it in a run of its own.")
+        name: DataError(f"{name} has no georeference, other imagery of the region has; map it in a run of its own")
         for name in bare
     }
     for source in placed if placed and not _own_grid(placed) else ():
@@ -393,12 +393,12 @@ def expect_mappable(source: Source, *, tile: int) -> None:
     """
     if source.dtype.startswith("complex"):
         raise DataError(
-            f"{source.item_id} has complex pixels ({source.dtype}): convert it to amplitude or intensity first."
+            f"{source.item_id} has complex pixels ({source.dtype}); convert it to amplitude or intensity first"
         )
     if source.height * source.width > MOST_TILES * tile * tile:
         raise DataError(
             f"{source.item_id} claims {source.height} x {source.width} px, more than {MOST_TILES:,} tiles of {tile} "
-            "px: check its header, or set map.tile higher."
+            "px; check its header, or set map.tile higher"
         )
     if source.crs is None:
         return
@@ -407,7 +407,7 @@ def expect_mappable(source: Source, *, tile: int) -> None:
     for lon, lat in moved(source, LONLAT, [(-reach[0], -reach[1]), reach]):
         if not (abs(lon) <= 360.1 and abs(lat) <= 90.1):
             raise DataError(
-                f"{source.item_id} reaches {lon:.6g} E {lat:.6g} N, nowhere on Earth: check its georeference."
+                f"{source.item_id} reaches {lon:.6g} E {lat:.6g} N, nowhere on Earth; check its georeference"
             )
     [(grid, _)] = grids_of([source])
     footprint(source, grid)
@@ -438,7 +438,7 @@ def footprint(source: Source, grid: Grid) -> Window:
         return _divided_footprint(source, grid)
     window = grid.window_of(_bounds_in(source, grid.crs))
     if window.empty:
-        raise DataError(f"{source.item_id} has no extent in {grid.name}: its georeference seems to be wrong.")
+        raise DataError(f"{source.item_id} has no extent in {grid.name}: its georeference seems to be wrong")
     return window
 
 
@@ -543,14 +543,14 @@ def utm_of(source: Source) -> tuple[str, float]:
     lon, lat = moved(source, LONLAT, [(0.0, 0.0)])[0]
     if not -80.0 <= lat <= 84.0:
         raise DataError(
-            f"{source.item_id} has its centre at {lon:.4g} E {lat:.4g} N, where there is no UTM zone (80 S to 84 N): "
-            "check its georeference, or bring the imagery to one grid."
+            f"{source.item_id} has its centre at {lon:.4g} E {lat:.4g} N, where there is no UTM zone (80 S to 84 N); "
+            "check its georeference, or bring the imagery to one grid"
         )
     west, south, east, north = lonlat.bounds_of(outline_of(source))
     if (east - west) % 360 > 180 or east - west == 360 or south < -89 or north > 89:
         raise DataError(
             f"{source.item_id} reaches from {west:.4g} to {east:.4g} E and {south:.4g} to {north:.4g} N, too far for "
-            "the UTM zones that it would share with other imagery: map it in a run of its own."
+            "the UTM zones that it would share with other imagery; map it in a run of its own"
         )
     crs = zone_of(lon, lat)
     (x, y), *steps = moved(source, crs, [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)])
@@ -564,7 +564,7 @@ def moved(source: Source, crs: str, pixels: Sequence[tuple[float, float]]) -> li
     with placing(source.item_id, str(source.crs)):
         xs, ys = transform(crs_of(str(source.crs)), crs_of(crs), [x for x, _ in points], [y for _, y in points])
     if not np.isfinite([*xs, *ys]).all():
-        raise DataError(f"{source.item_id} cannot be placed in {crs}: its georeference seems to be wrong.")
+        raise DataError(f"{source.item_id} cannot be placed in {crs}: its georeference seems to be wrong")
     return list(zip(xs, ys, strict=True))
 
 
@@ -576,7 +576,7 @@ def _bounds_in(source: Source, crs: str) -> Bounds:
     with placing(source.item_id, str(source.crs)):
         moved: Bounds = transform_bounds(crs_of(str(source.crs)), crs_of(crs), *bounds, densify_pts=21)
     if not np.isfinite(moved).all():
-        raise DataError(f"{source.item_id} with bounds {bounds} cannot be placed in {crs}: check its georeference.")
+        raise DataError(f"{source.item_id} with bounds {bounds} cannot be placed in {crs}; check its georeference")
     return moved
 
 
@@ -625,7 +625,7 @@ def expect_same_place(href: str, file: Source, stated: Source) -> None:
         return
     found, expected = map(_place_text, (file, stated))
     raise DataError(
-        f"{public(href)} has {found}, its item {stated.item_id} states {expected}: correct proj:code, proj:transform, "
+        f"{public(href)} has {found}, its item {stated.item_id} states {expected}; correct proj:code, proj:transform, "
         "proj:bbox and proj:shape of the item, or ingest the file again"
     )
 

@@ -75,7 +75,7 @@ def rows_of(uri: str, collection: str | None, geometry: dict[str, Any] | None, b
         return [_row(uri, absolute(uri), row)]
     if row.get("type") == "FeatureCollection":
         if not isinstance(row.get("features"), list):
-            raise DataError(f"{uri} is a FeatureCollection without a list of features; correct the file.")
+            raise DataError(f"{uri} is a FeatureCollection without a list of features; correct the file")
         return _only(_listed_rows(uri, row["features"]), collection, uri)
     if "conformsTo" in row:
         return [_row(public(uri), "", found) for found in search(uri, collection, geometry)]
@@ -106,11 +106,11 @@ def _read_json(uri: str) -> dict[str, Any]:
     try:
         row = json.loads(patiently(lambda: _content(uri)))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise ConfigError(f"Catalogue {public(uri)} is not there: name its JSON file or items.parquet.") from error
+        raise ConfigError(f"catalogue {public(uri)} is not there; name its JSON file or items.parquet") from error
     except ValueError as error:
-        raise DataError(f"Catalogue {public(uri)} cannot be read as JSON: {error}.") from error
+        raise DataError(f"catalogue {public(uri)} cannot be read as JSON: {error}") from error
     if not isinstance(row, dict):
-        raise DataError(f"{public(uri)} is not STAC: a JSON object was expected, {type(row).__name__} found.")
+        raise DataError(f"{public(uri)} is not STAC: a JSON object was expected, {type(row).__name__} found")
     return row
 
 
@@ -163,7 +163,7 @@ def _expect_catalog(uri: str, row: dict[str, Any]) -> None:
     if row.get("type") not in {"Catalog", "Collection"} or not isinstance(row.get("links"), list):
         raise DataError(
             f"{public(uri)} is not STAC: found an object of type {row.get('type')!r}, expected a Catalog, Collection, "
-            "Feature or FeatureCollection; name another file."
+            "Feature or FeatureCollection; name another file"
         )
 
 
@@ -225,7 +225,7 @@ def _walk(href: str, row: dict[str, Any]) -> Iterator[Row]:
             yield _row(at, at, item)
     for at, error in unread.items():
         stem, folder = posixpath.splitext(posixpath.basename(at))[0], posixpath.basename(posixpath.dirname(at))
-        yield Row(folder if stem in {"catalog", "collection"} and folder else stem, at, wrong=str(error).rstrip("."))
+        yield Row(folder if stem in {"catalog", "collection"} and folder else stem, at, wrong=str(error))
 
 
 def _row(place: str, href: str, values: object, number: int = 0) -> Row:
@@ -250,7 +250,7 @@ def _listed_rows(uri: str, values: Sequence[object]) -> list[Row]:
 def _only(rows: list[Row], collection: str | None, uri: str) -> list[Row]:
     names = {str(row.values["collection"]) for row in rows if row.values.get("collection")}
     if collection and names and collection not in names:
-        raise ConfigError(f"{uri} has no collection {collection!r}, expected one of {', '.join(sorted(names))}.")
+        raise ConfigError(f"{uri} has no collection {collection!r}, expected one of {', '.join(sorted(names))}")
     return [row for row in rows if not collection or row.values.get("collection") in {None, collection}]
 
 
@@ -275,9 +275,9 @@ def items_of(uri: str, box: Box | None) -> list[dict[str, Any]]:
             )
         return list(stac_table_to_items(table))
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise ConfigError(f"Catalogue {uri} is not there.") from error
+        raise ConfigError(f"catalogue {uri} is not there") from error
     except (pa.ArrowException, KeyError) as error:
-        raise DataError(f"{uri} is not a table of STAC items: {error}.") from error
+        raise DataError(f"{uri} is not a table of STAC items: {error}") from error
 
 
 def _meeting(table: pa.Table, box: Box) -> pa.ChunkedArray:
@@ -334,8 +334,9 @@ def search(uri: str, question: str | None, geometry: dict[str, Any] | None) -> l
             stale = stale + 1 if len(found) == before else 0
             if len(found) > MOST_ITEMS or stale == MOST_STALE:
                 raise DataError(
-                    f"the STAC API {public(uri)} comes to no end: {number} pages with {len(found)} different items, at "
-                    f"most {MOST_ITEMS} are taken; ask for a smaller region, or a datetime"
+                    f"the search of the STAC API {public(uri)} does not end: {number} pages with {len(found)} "
+                    f"different items, the limit is {MOST_ITEMS}; choose a smaller region, or add "
+                    f"&datetime=... to the collection"
                 )
     except (APIError, KeyError, pystac.STACError, Passing) as error:
         raise DataError(f"the STAC API {public(uri)} cannot be searched: {public(str(error))[:300]}") from None

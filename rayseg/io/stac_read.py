@@ -80,8 +80,8 @@ def open_items(
     found = [item for item in found if BROKEN not in item.properties]
     if not any(area is None or _near(item, area, 0) for item in found):
         if broken:
-            more = f" And {len(broken) - 1} more." if len(broken) > 1 else ""
-            raise DataError(f"{broken[0].properties[BROKEN]}.{more}")
+            more = f"; and {len(broken) - 1} more such items" if len(broken) > 1 else ""
+            raise DataError(f"{broken[0].properties[BROKEN]}{more}")
         place = f"{uri}#{collection}" if collection else uri
         everything = _read_items(uri, collection, wide, None) if suffix_of(uri) == ".parquet" else items
         raise DataError(_nothing(place, everything, area))
@@ -106,7 +106,7 @@ def imagery_collection(uri: str) -> str | None:
                 _log.warning("%s; the imagery is that of %s", "; ".join(map(str, unread.values())), name)
             return name
     if len(names) > 1:
-        raise ConfigError(f"{uri} has the collections {', '.join(sorted(names))}: choose one, as {uri}#{names[0]}.")
+        raise ConfigError(f"{uri} has the collections {', '.join(sorted(names))}; choose one, as {uri}#{names[0]}")
     return names[0] if names and not unread else None
 
 
@@ -188,15 +188,16 @@ def _pixel_degrees(item: pystac.Item) -> float:
 def _nothing(place: str, items: Sequence[pystac.Item], area: BaseGeometry | None) -> str:
     boxes = [box_of(item.bbox) for item in items if item.bbox]
     if area is None or not items:
-        return f"{place} holds no items."
+        return f"{place} holds no items; give a catalogue or collection with items"
     if not boxes:
         return (
-            f"The {len(items)} items of {place} have no place on Earth, so none lies in the region {_box(area.bounds)}."
+            f"the {len(items)} items of {place} have no coordinates, so none lies in the region {_box(area.bounds)}; "
+            "map them without a region, or give them a bbox"
         )
     west, south, east, north = zip(*boxes, strict=True)
     have = _box((min(west), min(south), max(east), max(north)))
     return (
-        f"The region {_box(area.bounds)} and the imagery of {place} {have} (degrees) do not meet: choose another one."
+        f"the region {_box(area.bounds)} and the imagery of {place} {have} (degrees) do not overlap; choose another one"
     )
 
 
@@ -208,10 +209,6 @@ def time_of(item: pystac.Item) -> str | None:
     """The time of an item, else the start of its interval, as `utc_text`."""
     moment = item.datetime or item.common_metadata.start_datetime
     return utc_text(moment) if moment else None
-
-
-def _listed(names: Sequence[str] | set[str] | dict[str, Any]) -> str:
-    return ", ".join(sorted(names)) or "none"
 
 
 # -- sources ----------------------------------------------------------------------------------------------------------
@@ -238,7 +235,7 @@ def source_of(item: pystac.Item, *, bands: Sequence[str] | None = None) -> Sourc
     try:
         return _source_of(item, bands)
     except _INVALID as error:
-        raise DataError(f"{item.id} is not a valid STAC item: {_told(error)}.") from error
+        raise DataError(f"{item.id} is not a valid STAC item: {_told(error)}") from error
 
 
 def _source_of(item: pystac.Item, bands: Sequence[str] | None) -> Source:
@@ -247,7 +244,7 @@ def _source_of(item: pystac.Item, bands: Sequence[str] | None) -> Source:
     used = _used(names, bands)
     if not used:
         found = [name for names_of in names.values() for name in names_of or ()]
-        raise DataError(f"{item.id} has none of the bands {', '.join(bands or ())}: found {', '.join(found)}.")
+        raise DataError(f"{item.id} has none of the bands {', '.join(bands or ())}: found {', '.join(found)}")
     hrefs = {key: href_of(item, assets[key]) for key in used}
     frames = {key: frame for key in used if (frame := _frame(item, assets[key]))}
     dtypes = {key: dtype for key in used if (dtype := _dtype(item, assets[key]))}
@@ -300,7 +297,7 @@ def _image_assets(item: pystac.Item) -> dict[str, pystac.Asset]:
         plain = {key: asset for key, asset in plain.items() if _is_map(asset)}
     chosen = data or plain or {key: a for key, a in images.items() if "visual" in {key, *(a.roles or ())}}
     if not chosen:
-        raise DataError(f"{item.id} has no image asset: found {_listed(item.assets)}.")
+        raise DataError(f"{item.id} has no image asset: found {', '.join(sorted(item.assets)) or 'none'}")
     return dict(sorted(chosen.items(), key=lambda entry: entry[0] == "visual"))
 
 
@@ -484,6 +481,6 @@ def href_of(item: pystac.Item, asset: pystac.Asset) -> str:
     href = resolved(asset.href, item.get_self_href() or "")
     if "://" not in href and not posixpath.isabs(href):
         raise DataError(
-            f"{item.id} has the relative href {asset.href}, but was not read from a file: give it absolute hrefs."
+            f"{item.id} has the relative href {asset.href}, but was not read from a file; give it absolute hrefs"
         )
     return href

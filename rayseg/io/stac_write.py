@@ -194,7 +194,7 @@ def lonlat_geometry(
     west, south, east, north = bounds_of(moved) if not moved.is_empty else (float("nan"),) * 4
     if not (abs(west) <= 180.1 and abs(east) <= 180.1 and -90.1 <= south <= north <= 90.1):
         raise DataError(
-            f"{name} lies at {(west, south, east, north)} in degrees, nowhere on Earth: check its georeference."
+            f"{name} lies at {(west, south, east, north)} in degrees, nowhere on Earth; check its georeference"
         )
     with placing(name, crs):
         moved = shapely.transform(sound(moved), lambda points: points.round(7))

@@ -79,7 +79,7 @@ def expect_one_unit(sources: Sequence[Source], bands: Sequence[str] = ()) -> Non
     new = [f"{source.item_id} from {baseline:05.2f}" for source, baseline in known if baseline >= BASELINE]
     if old and new:
         raise DataError(
-            f"{old[0]}, {new[0]}, expected one side of 04.00, whose stored values are 1000 higher: select scenes of "
+            f"{old[0]}, {new[0]}, expected one side of 04.00, whose stored values are 1000 higher; select scenes of "
             "one side, or state raster:bands with scale and offset"
         )
     stated = {source.item_id for source, _ in known}
@@ -87,7 +87,7 @@ def expect_one_unit(sources: Sequence[Source], bands: Sequence[str] = ()) -> Non
     if known and mute:  # 8-bit pictures of any baseline have no offset
         raise DataError(
             f"{known[0][0].item_id} is from Sentinel-2 processing baseline {known[0][1]:05.2f}, {mute[0]} states none, "
-            "expected the baseline of all or of no scenes of a run, as values are 1000 higher from 04.00 on: state "
+            "expected the baseline of all or of no scenes of a run, as values are 1000 higher from 04.00 on; state "
             "s2:processing_baseline, or raster:bands with scale and offset, in its item, or map them in two runs"
         )
     first: dict[str, Source] = {}
@@ -100,7 +100,7 @@ def expect_one_unit(sources: Sequence[Source], bands: Sequence[str] = ()) -> Non
             if here != there and not (here and there and np.allclose(here, there, rtol=1e-6, atol=1e-12)):
                 raise DataError(
                     f"{other.item_id} states {band} as {_text(there)}, {source.item_id} as {_text(here)}, expected one "
-                    "scale and offset for all scenes of a run: convert the scenes, state both in their items, or map "
+                    "scale and offset for all scenes of a run; convert the scenes, state both in their items, or map "
                     "them in two runs"
                 )
 
@@ -131,7 +131,7 @@ def expect_one_dtype(source: Source, bands: Sequence[str]) -> None:
         found = "; ".join(f"{', '.join(names)} of {dtype}" for dtype, names in types.items())
         most = max(types.values(), key=len)
         raise DataError(
-            f"{source.item_id} has bands of several pixel types ({found}), expected one type: choose bands, as "
+            f"{source.item_id} has bands of several pixel types ({found}), expected one type; choose bands, as "
             f"--set bands=[{','.join(most)}]"
         )
 

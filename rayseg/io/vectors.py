@@ -147,7 +147,7 @@ def read_parts(path: StorePath) -> pa.Table:
     try:
         return pq.read_table(io.BytesIO(content(path)))
     except (FileNotFoundError, pa.ArrowInvalid) as error:
-        raise DataError(f"{path} holds no parts of polygons ({error}): map the tile again.") from error
+        raise DataError(f"{path} holds no parts of polygons ({error}); map the tile again") from error
 
 
 def no_parts(grid: Grid) -> pa.Table:
@@ -258,7 +258,7 @@ def _frames(parts: Iterable[pa.Table], table: ClassTable) -> Iterator[tuple[Grid
     for grid, of_grid in groupby(parts, key=_grid_of):
         placed.add(grid.crs is None)
         if len(placed) > 1:
-            raise DataError("Images with and without CRS cannot be joined into one table: map them in two runs.")
+            raise DataError("images with and without CRS cannot be joined into one table; map them in two runs")
         for columns, polygons in _components(of_grid):
             yield grid, _frame(grid, columns, polygons, table)
     if not placed:
@@ -463,10 +463,13 @@ def lonlat_of(grid: Grid, polygons: NDArray[np.object_]) -> NDArray[np.object_]:
     affine, degrees = grid.transform(Window(0, 0, 1, 1)), transformer(str(grid.crs), LONLAT)
     scale, shift = (affine.a, affine.e), (affine.c, affine.f)
     mapped = shapely.transform(polygons, lambda points: points * scale + shift)
-    with placing(f"A polygon on the grid {grid.name}", str(grid.crs)):
+    with placing(f"a polygon on the grid {grid.name}", str(grid.crs)):
         lonlat = to_lonlat(mapped, lambda points: np.stack(degrees.transform(*points.T), axis=1))
     if len(lonlat) and not np.isfinite(shapely.total_bounds(lonlat)).all():
-        raise DataError(f"Polygons on the grid {grid.name} have no place on Earth: check the imagery's georeference.")
+        raise DataError(
+            f"polygons on the grid {grid.name} cannot be projected to longitude and latitude; check the imagery's "
+            "georeference"
+        )
     return seams.cut(lonlat, grid)
 
 
@@ -511,7 +514,7 @@ def polygonize(raster: str, out: str) -> int:
     """
     suffix = upath(out).suffix.lower()
     if suffix not in {".parquet", ".geojson"}:
-        raise ConfigError(f"{out} ends in {suffix or 'nothing'}, expected .parquet or .geojson.")
+        raise ConfigError(f"{out} ends in {suffix or 'nothing'}, expected .parquet or .geojson")
     parts, table = _parts_of_run(raster) if upath(raster).is_dir() else _parts_of_raster(raster)
     if suffix == ".parquet":
         return write_joined(parts, table, out)[0]
@@ -538,7 +541,7 @@ def _parts_of_raster(path: str) -> tuple[Iterable[pa.Table], ClassTable]:
     source = source_of_file(path, upath(path).stem)
     if len(source.bands) != 1 or source.dtype != "uint8":
         found = f"{len(source.bands)} bands of {source.dtype}"
-        raise DataError(f"{path} is not a class raster: one band of uint8 was expected, {found} found.")
+        raise DataError(f"{path} is not a class raster: one band of uint8 was expected, {found} found")
     table = table_of(path)
     skip = (0,) if table is None or len(table.classes) == 2 else ()
     [(grid, _)] = grids_of([source])

@@ -116,13 +116,13 @@ def service_for(url: str, resolution: float, fetching: Fetching) -> tuple[Servic
         ConfigError: the template or the resolution is invalid.
     """
     if not 0 < resolution < math.inf:
-        raise ConfigError(f"resolution is {resolution}, expected the side of a pixel in metres, above 0: correct it.")
+        raise ConfigError(f"resolution is {resolution}, expected the side of a pixel in metres, above 0; correct it")
     coarsest = _native(fetching.tile_size, 0)
     zoom = max(0, math.ceil(math.log2(coarsest / resolution * (1 - _SAME))))
     if zoom > _FINEST_ZOOM:
         raise ConfigError(
-            f"resolution is {resolution}, which needs zoom {zoom}, the finest zoom is {_FINEST_ZOOM}: set it to "
-            f"{_native(fetching.tile_size, _FINEST_ZOOM):.2g} m per pixel or more."
+            f"resolution is {resolution}, which needs zoom {zoom}, the finest zoom is {_FINEST_ZOOM}; set it to "
+            f"{_native(fetching.tile_size, _FINEST_ZOOM):.2g} m per pixel or more"
         )
     service = Service(url, zoom, fetching)
     _check_template(service)
@@ -141,22 +141,22 @@ def _check_template(service: Service) -> None:
     try:
         parts = urlsplit(url)
     except ValueError:
-        raise ConfigError("The template is not a valid URL: expected http(s)://host/path.") from None
+        raise ConfigError("the template is not a valid URL: expected http(s)://host/path") from None
     if parts.scheme not in {"http", "https"} or not parts.netloc:
         raise ConfigError(
-            f"{service.public} is not the address of a tile server: expected http:// or https:// and a host."
+            f"{service.public} is not the address of a tile server: expected http:// or https:// and a host"
         )
     placeholders = set(_BRACED.findall(url))
     if unknown := sorted(placeholders - set(_PLACEHOLDERS)) or re.findall(r"[{}]", _BRACED.sub("", url)):
         raise ConfigError(
-            f"{service.public} has the unknown placeholders {', '.join(unknown)}: expected some of {known}."
+            f"{service.public} has the unknown placeholders {', '.join(unknown)}: expected some of {known}"
         )
     if "{q}" not in placeholders and not ({"{z}", "{x}"} <= placeholders and placeholders & {"{y}", "{-y}"}):
-        raise ConfigError(f"{service.public} lacks placeholders: expected {{z}}, {{x}} and {{y}} or {{-y}}, or {{q}}.")
+        raise ConfigError(f"{service.public} lacks placeholders: expected {{z}}, {{x}} and {{y}} or {{-y}}, or {{q}}")
     try:
         httpx.URL(service.url(mercantile.Tile(0, 0, 0)))
     except httpx.InvalidURL:
-        raise ConfigError(f"{service.public} is not a valid URL: expected http(s)://host/path.") from None
+        raise ConfigError(f"{service.public} is not a valid URL: expected http(s)://host/path") from None
 
 
 def _expanded(template: str, tile: mercantile.Tile) -> str:
@@ -275,13 +275,13 @@ def _ask(session: Session, tile: mercantile.Tile) -> bytes | None:
                 raise Passing(f"HTTP {status}", retry_after(answer.headers.get("Retry-After", "")))
             if status != 200:
                 raise DataError(
-                    f"{name} was answered with HTTP {status}: check the address, the key and the terms of use"
+                    f"{name} was answered with HTTP {status}; check the address, the key and the terms of use"
                 )
             # Read in parts: limits of size and time end a response that would never end.
             for part in answer.iter_bytes():
                 body += part
                 if len(body) > _MOST_BYTES:
-                    raise DataError(f"{name} has more than {_MOST_BYTES} bytes, expected one tile: check the address")
+                    raise DataError(f"{name} has more than {_MOST_BYTES} bytes, expected one tile; check the address")
                 if time.monotonic() > end:
                     raise Passing(f"an answer that took more than {most:g} s")
     except httpx.RequestError as error:  # its text and context may hold the URL
@@ -300,7 +300,7 @@ def _decoded(body: bytes, name: str, size: int) -> np.ndarray:
             if dataset.shape != (size, size) or dataset.dtypes[0] != "uint8":
                 height, width = dataset.shape
                 raise DataError(
-                    f"{name} is {width} x {height} px of {dataset.dtypes[0]}, expected {size} x {size} of uint8: "
+                    f"{name} is {width} x {height} px of {dataset.dtypes[0]}, expected {size} x {size} of uint8; "
                     "check tile_size"
                 )
             rgba_CHW = _rgba(dataset)

@@ -132,7 +132,7 @@ def ingest_xyz(
             catalogue then has the other images, and the same command resumes with the rest.
     """
     if (geometry is None) == (chips is None):
-        raise ConfigError("Tiles need a region with an area or chips: give one of the two.")
+        raise ConfigError("tiles need a region with an area or chips; give one of the two")
     service, grid = service_for(url, resolution, fetching or Fetching())
     folder = upath(out) / ("imagery" if chips is None else "chips")
     job = _Job(service, grid, folder, attribution)
@@ -145,10 +145,10 @@ def ingest_xyz(
     if failures:
         raise DataError(
             f"{len(failures)} of {len(units)} {folder.name} were not fetched, the first because {failures[0]}; "
-            "run the same command again to fetch the rest."
+            "run the same command again to fetch the rest"
         )
     if catalogue is None:
-        raise DataError(f"{service.public} has no imagery there at zoom {service.zoom}: check region and resolution.")
+        raise DataError(f"{service.public} has no imagery there at zoom {service.zoom}; check region and resolution")
     return catalogue
 
 
@@ -161,7 +161,7 @@ def _scenes(job: _Job, geometry: dict[str, Any]) -> list[_Unit]:
     world = job.grid.window_of((-HALF_WORLD, -HALF_WORLD, HALF_WORLD, HALF_WORLD))
     area = on_grid(mapping(covered), job.grid, world)
     if area is None or not area.area > _SLIVER * job.grid.resolution[0] ** 2:
-        raise ConfigError("The region has no area between 85 S and 85 N: give a polygon.")
+        raise ConfigError("the region has no area between 85 S and 85 N; give a polygon")
     _check_limit(
         job.service, math.floor(area.area / job.service.tile_side**2)
     )  # before cutting, which takes long in a large region
@@ -198,8 +198,8 @@ def _chips(path: StorePath, label: str | None, grid: Grid) -> list[_Unit]:
     frame = _polygons(path)
     if label is not None and label not in frame:
         raise ConfigError(
-            f"{path} has the columns {', '.join(map(str, frame.columns))} and no column {label!r} for the label: "
-            "correct --label."
+            f"{path} has the columns {', '.join(map(str, frame.columns))} and no column {label!r} for the label; "
+            "correct --label"
         )
     ids = _ids(path, frame)
     labels = frame[label or "label"] if (label or "label") in frame else [None] * len(frame)
@@ -216,13 +216,13 @@ def _polygons(path: StorePath) -> geopandas.GeoDataFrame:
         file = str(source) if is_local(source) else BytesIO(source.read_bytes())
         frame = geopandas.read_parquet(file) if parquet else geopandas.read_file(file)
     except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{path} cannot be read: {error}; give polygons as GeoJSON or GeoParquet.") from error
+        raise DataError(f"{path} cannot be read: {error}; give polygons as GeoJSON or GeoParquet") from error
     if not isinstance(frame, geopandas.GeoDataFrame):
-        raise DataError(f"{path} has no geometry: give polygons as GeoJSON or GeoParquet.")
+        raise DataError(f"{path} has no geometry; give polygons as GeoJSON or GeoParquet")
     kinds = set(frame.geometry.geom_type) if len(frame) else {"nothing"}
     if frame.crs is None or not kinds <= {"Polygon", "MultiPolygon"} or frame.geometry.is_empty.any():
         content = ", ".join(sorted(str(kind) for kind in kinds))
-        raise DataError(f"{path} holds {content} in CRS {frame.crs}: expected polygons, none empty, with a CRS.")
+        raise DataError(f"{path} holds {content} in CRS {frame.crs}: expected polygons, none empty, with a CRS")
     return frame
 
 
@@ -230,15 +230,15 @@ def _ids(path: StorePath, frame: geopandas.GeoDataFrame) -> list[str]:
     """Ids of the polygons, made valid file names."""
     if "id" not in frame:
         columns = ", ".join(map(str, frame.columns))
-        raise DataError(f"{path} has the columns {columns} and no column `id`, which names the chips' files: add it.")
+        raise DataError(f"{path} has the columns {columns} and no column `id`, which names the chips' files; add it")
     texts = [_text(value) for value in frame["id"]]
     if missing := texts.count(""):
-        raise DataError(f"{missing} of {len(texts)} polygons in {path} have no id: add them.")
+        raise DataError(f"{missing} of {len(texts)} polygons in {path} have no id; add them")
     ids = [slug(text) for text in texts]
     if twice := [name for name, count in Counter(ids).items() if count > 1 or name == "collection"]:
         raise DataError(
-            f"{path} has ids that are reserved or used twice ({', '.join(twice[:5])}), expected all different: change "
-            "them."
+            f"{path} has ids that are reserved or used twice ({', '.join(twice[:5])}), expected all different; change "
+            "them"
         )
     return ids
 
@@ -252,13 +252,13 @@ def _text(value: Any) -> str:  # noqa: ANN401 - a cell of a table
 
 def _envelope(name: str, bounds: np.ndarray, grid: Grid) -> Window:
     if not np.isfinite(bounds).all():
-        raise DataError(f"{name} has no place in {CRS}: expected a polygon between 85 S and 85 N.")
+        raise DataError(f"{name} has no place in {CRS}: expected a polygon between 85 S and 85 N")
     left, bottom, right, top = map(float, bounds)
     window = grid.window_of((left, bottom, right, top))
     if not 0 < min(window.width, window.height) <= max(window.width, window.height) <= _LARGEST_CHIP:
         raise DataError(
-            f"{name} would have {window.width} x {window.height} px, expected 1 to {_LARGEST_CHIP} per side: correct "
-            "the polygon."
+            f"{name} would have {window.width} x {window.height} px, expected 1 to {_LARGEST_CHIP} per side; correct "
+            "the polygon"
         )
     return window
 
@@ -266,8 +266,8 @@ def _envelope(name: str, bounds: np.ndarray, grid: Grid) -> Window:
 def _check_limit(service: Service, tiles: int) -> None:
     if tiles > (limit := service.fetching.limit):
         raise ConfigError(
-            f"{tiles} tiles of zoom {service.zoom} would be fetched, the limit is {limit}: "
-            "choose a smaller region or a coarser resolution, or raise the limit."
+            f"{tiles} tiles of zoom {service.zoom} would be fetched, the limit is {limit}; "
+            "choose a smaller region or a coarser resolution, or raise the limit"
         )
 
 
@@ -297,7 +297,7 @@ def _exists(job: _Job, unit: _Unit) -> bool:
         key = different[0]
         raise DataError(
             f"{path} has {key} {properties.get(key)}, expected {made_of[key]}: it was fetched with other settings; "
-            "choose another --out."
+            "choose another --out"
         )
     if properties.get(LABEL) != unit.label:
         row["properties"] = {key: value for key, value in properties.items() if key != LABEL} | _labelled(unit)

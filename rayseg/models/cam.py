@@ -65,7 +65,7 @@ def _layer_of(model: nn.Module, layer: nn.Module | int) -> nn.Module:
     stages: list[nn.Module] = list(model.get_submodule("stages").children())
     if not -len(stages) <= layer < len(stages):
         raise ConfigError(
-            f"layer {layer} is not one of the encoder's {len(stages)} stages: choose -1 (the last) to {-len(stages)}"
+            f"layer {layer} is not one of the encoder's {len(stages)} stages; choose -1 (the last) to {-len(stages)}"
         )
     return stages[layer]
 

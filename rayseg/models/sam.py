@@ -44,7 +44,7 @@ _ENLARGED = 32  # masks that a CPU enlarges to the image's size at once
 
 def _checkpoint(checkpoint: str) -> str:
     if checkpoint in OFFICIAL:
-        raise ValueError(f"{checkpoint} is a variant, expected a file or URL: set variant to it, leave checkpoint out")
+        raise ValueError(f"{checkpoint} is a variant, expected a file or URL; set variant to it, leave checkpoint out")
     return checkpoint if checkpoint in {"", "random"} else everywhere(checkpoint)
 
 

@@ -89,7 +89,7 @@ def build_segments(
         ConfigError: the method is unknown.
     """
     if method not in METHODS:
-        raise ConfigError(f"superpixels.method is {method!r}, expected one of {sorted(METHODS)}: choose one of them")
+        raise ConfigError(f"superpixels.method is {method!r}, expected one of {sorted(METHODS)}; choose one of them")
     if weights != "none":
         raise ConfigError(
             f"weights are {weights!r}, expected 'none': the clusters of superpixels have no pretrained ones"

@@ -278,7 +278,7 @@ def build_unsupervised(
         ConfigError: the network is unknown, or the groups do not fit labels and classes.
     """
     if network not in NETWORKS:
-        raise ConfigError(f"network is {network!r}, expected one of {sorted(NETWORKS)}: choose one of them")
+        raise ConfigError(f"network is {network!r}, expected one of {sorted(NETWORKS)}; choose one of them")
     net = NETWORKS[network](channels, labels)
     numbers = [int(group) for group in groups.split(",")] if groups else list(range(labels))
     if len(numbers) != labels or max(numbers) + 1 != classes:
@@ -322,7 +322,7 @@ def _recipe(network: str | Recipe, iterations: int, precision: str) -> Recipe:
     if isinstance(network, Recipe):
         return network
     if network not in RECIPES:
-        raise ConfigError(f"network is {network!r}, expected one of {sorted(RECIPES)}: choose one of them")
+        raise ConfigError(f"network is {network!r}, expected one of {sorted(RECIPES)}; choose one of them")
     return RECIPES[network]
 
 
@@ -333,7 +333,7 @@ def _segments(superpixels_HW: NDArray[np.integer] | None, image_1CHW: Tensor, *,
     size = tuple(image_1CHW.shape[2:])
     if superpixels_HW is None or superpixels_HW.shape != size or superpixels_HW.max() < 0:
         given = "none" if superpixels_HW is None else f"{superpixels_HW.shape} up to {superpixels_HW.max()}"
-        raise DataError(f"this network votes in superpixels of shape {size} from 0, found {given}: compute them first")
+        raise DataError(f"this network votes in superpixels of shape {size} from 0, found {given}; compute them first")
     return torch.from_numpy(superpixels_HW.astype(np.int64).ravel()).to(image_1CHW.device)
 
 

@@ -105,6 +105,6 @@ def expect_boundaries(described: Bundle, image: ImageConfig) -> None:
     if names != CLASS_NAMES or described.level is None:
         raise ModelError(
             f"model {described.name} has the classes {', '.join(names)}, expected {', '.join(CLASS_NAMES)} and a "
-            "level: give a bundle that proposer=boundaries has trained"
+            "level; give a bundle that proposer=boundaries has trained"
         )
     described.check_contract(image.bands, image.dtype, source="image.bands")

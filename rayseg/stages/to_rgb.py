@@ -84,6 +84,6 @@ def check_source(source: Source, kind: ImageConfig) -> None:
     if any(band not in source.bands for band in kind.bands) or np.dtype(source.dtype) != np.dtype(kind.dtype):
         raise DataError(
             f"{source.item_id} has the bands {', '.join(source.bands)} of {source.dtype}, expected "
-            f"{', '.join(kind.bands)} of {kind.dtype}: name one band or three with --set 'image.bands=[...]', the "
+            f"{', '.join(kind.bands)} of {kind.dtype}; name one band or three with --set 'image.bands=[...]', the "
             "type with image.dtype and the values that are black and white with image.low and image.high"
         )

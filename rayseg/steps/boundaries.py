@@ -103,7 +103,7 @@ def find_labelled(region: Region, config: BoundariesConfig, kind: ImageConfig) -
     kept = found if config.polygons else [image for image in found if image.masks]
     if len(kept) < 2:
         raise DataError(
-            f"{len(kept)} of the {len(found)} images to learn boundaries from have masks, expected at least 2: put "
+            f"{len(kept)} of the {len(found)} images to learn boundaries from have masks, expected at least 2; put "
             "masks of ids of the same names into a folder masks next to images, or set boundaries.polygons"
         )
     for image in kept:
@@ -114,7 +114,7 @@ def find_labelled(region: Region, config: BoundariesConfig, kind: ImageConfig) -
         kept = [image for image in kept if (polygons.ids(image.grid, image.window) > 0).any()]
         if len(kept) < 2:
             raise DataError(
-                f"{len(kept)} of the {len(found)} images hold polygons of {config.polygons}, expected at least 2: give "
+                f"{len(kept)} of the {len(found)} images hold polygons of {config.polygons}, expected at least 2; give "
                 "polygons of the images' ground, or with a column image that names them"
             )
     return kept

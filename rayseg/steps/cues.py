@@ -91,7 +91,7 @@ def write_densities(
         chip, why = next(iter(troubles.items()))
         raise DataError(
             f"{len(troubles)} of {len(rows)} chips cannot be used, first {chip} ({why}); the concept needs "
-            f"all of them: fix the files, then run: rayseg retry {step.root}"
+            f"all of them; fix the files, then run: rayseg retry {step.root}"
         )
     return {}
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayseg.engine.run import Step
-from rayseg.errors import ConfigError, DataError
+from rayseg.errors import ConfigError, DataError, listed
 from rayseg.geo.grid import NODATA, Grid, Window, slug
 from rayseg.geo.region import Region
 from rayseg.io import maps, masks, rasters
@@ -146,7 +146,7 @@ def _of_run(
 ) -> tuple[dict[str, Any], list[Compared]]:
     tiles = maps.mapped_tiles(root, step)
     if not tiles:
-        raise DataError(f"run {root} has no mapped tile to compare: look at rayseg status {root}.")
+        raise DataError(f"run {root} has no mapped tile to compare; look at rayseg status {root}")
     pieces = masks.pieces_of_tiles(tiles)
     table = table or _stored_table(pieces[0].source, root)
     reference = masks.two_classes(masks.masks_of(truth, names=table.names, failed=failed), table, truth)
@@ -158,7 +158,7 @@ def _of_run(
 def _stored_table(mask: Source, where: str) -> ClassTable:
     table = masks.table_of(mask.assets[0][0])
     if table is None:
-        raise ConfigError(f"{where} does not say which classes its masks hold: give a class table with --classes")
+        raise ConfigError(f"{where} does not say which classes its masks hold; give a class table with --classes")
     return table
 
 
@@ -191,9 +191,10 @@ def match(pieces: Sequence[Piece], truth: Sequence[Source]) -> list[Match]:
         over = tuple(mask for mask, window in near[grid] if not window.intersect(piece.tile.window).empty)
         found += [Match(piece, over, grid, piece.tile.window)] if over else []
     if not found:
+        images, references = dict.fromkeys(piece.image for piece in pieces), [mask.item_id for mask in truth]
         raise DataError(
-            f"no prediction matches a reference mask: predictions are {_some([piece.image for piece in pieces])}, "
-            f"masks are {_some([mask.item_id for mask in truth])}; masks without georeference need its name"
+            f"no prediction matches a reference mask: predictions are {listed(images)}, masks are "
+            f"{listed(references)}; masks without georeference need the name of their image"
         )
     return found
 
@@ -207,12 +208,6 @@ def _by_name(piece: Piece, truth: Sequence[Source]) -> Match:
             least = (max(window.row1, mask.height), max(window.col1, mask.width))
             masks.expect_fit(mask, piece.size or least, piece.image)
     return Match(piece, tuple(truth), masks.pixels_of(truth[0]), window)
-
-
-def _some(names: Sequence[str]) -> str:
-    distinct = list(dict.fromkeys(names))
-    more = f" and {len(distinct) - 5} more" if len(distinct) > 5 else ""
-    return ", ".join(distinct[:5]) + more
 
 
 # -- counting ----------------------------------------------------------------------------------------------------------
@@ -263,7 +258,7 @@ def summary(compared: Sequence[Compared], table: ClassTable) -> dict[str, Any]:
         merged[unit] = merged.get(unit, empty) + part.confusion
     units = [confusion for confusion in merged.values() if confusion.pixels]
     if not units:
-        raise DataError("prediction and truth have no labelled pixel in common: check that they show the same place")
+        raise DataError("prediction and truth have no labelled pixel in common; check that they show the same place")
     total = sum(units[1:], units[0])
     draws = resampled(units) if len(units) > 1 else []
     overall = {name: _measures(total, draws, name)[0] for name in OVERALL}
@@ -330,7 +325,7 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
         lines.append(f"{result['not_evaluated']:,} pixels with truth have no prediction and are not counted")
     for side, other in (("prediction", "truth"), ("truth", "prediction")):
         if count := result["unmatched"][side]["count"]:
-            lines.append(f"{count} of the {side} without {other}: {_some(result['unmatched'][side]['names'])}")
+            lines.append(f"{count} of the {side} without {other}: {listed(result['unmatched'][side]['names'])}")
     lines += [f"not compared: {message}" for message in result.get("failed", {}).values()]
     if (seams := result.get("seams")) and seams["ratio"] is not None:
         lines.append(f"seams: class changes {seams['ratio']:.2f} times as often over tile borders as inside tiles")
@@ -368,7 +363,7 @@ def agreement_of_run(
         counts[found.piece.tile.grid.image or found.piece.tile.grid.name] += _pairs(*_coded(found, skipped))
     scenes = {name: _measured(pairs) for name, pairs in sorted(counts.items()) if pairs}
     if not scenes:
-        raise DataError(f"{truth} and the map have no labelled pixel in common: check that they show the same place")
+        raise DataError(f"{truth} and the map have no labelled pixel in common; check that they show the same place")
     mean = {name: float(np.mean([scene[name] for scene in scenes.values()])) for name in ("ami", "fmi", "are")}
     return {"scenes": scenes, "mean": mean}
 

@@ -18,7 +18,7 @@ from rayseg.engine.flow import Work
 from rayseg.engine.ledger import Ledger, Record, with_fact
 from rayseg.engine.manifest import PART, Manifest, Row, read_rows, write_rows
 from rayseg.engine.run import Step
-from rayseg.errors import ConfigError, DataError, ModelError, RaysegError
+from rayseg.errors import ConfigError, DataError, ModelError, RaysegError, listed
 from rayseg.geo.grid import Grid, Tile, Window, slug
 from rayseg.geo.region import Region
 from rayseg.io import labels, stac_read, stac_write, vectors
@@ -155,7 +155,8 @@ def kept_manifest(step: Step, planned: Callable[[], Sequence[Row]]) -> Manifest:
         rows = planned()
         rows = rows if isinstance(rows, Manifest) else Manifest.of([rows])
         if refused := rows.refused():
-            _log.warning("%s cannot be mapped (reasons in the ledger): %s", _counted(refused), _some(refused))
+            scenes = f"{len(refused)} scene{'s' * (len(refused) > 1)}"
+            _log.warning("%s cannot be mapped (reasons in the ledger): %s", scenes, listed(refused))
         write_rows(path, rows, root=step.root)
         return rows
     return read_manifest(step)
@@ -230,10 +231,9 @@ def asked_for(rows: Manifest, region: Region, *, size: int) -> Manifest:
     """
     rows.expect_ids()
     if unknown := sorted(set(region.tiles) - set(rows.only(region.tiles).ids.to_pylist())):
-        ids = rows.ids[:6].to_pylist()
         raise ConfigError(
-            f"region {region.name} has no tile {', '.join(unknown[:5])}, its {len(rows)} tiles of {size} px are "
-            f"{_some(ids)}; correct --tiles"
+            f"region {region.name} has no tile {listed(unknown)}, its tiles of {size} px are "
+            f"{listed(rows.ids)}; correct --tiles"
         )
     return rows.only(region.tiles) if region.tiles else rows
 
@@ -288,15 +288,7 @@ def _refused_row(item_id: str, error: RaysegError) -> Row:
 
 def refusal(error: RaysegError) -> str:
     """Reason stored with a refused scene; it is permanent, because the plan is fixed at the start."""
-    return f"{str(error).rstrip('.')}; recorded when the run was planned: fix the scene and use another --out"
-
-
-def _counted(ids: Sequence[str]) -> str:
-    return f"{len(ids)} scene{'s' * (len(ids) > 1)}"
-
-
-def _some(ids: Sequence[str]) -> str:
-    return f"{', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''}"
+    return f"{error}; recorded when the run was planned: fix the scene and use another --out"
 
 
 def read_manifest(step: Step) -> Manifest:

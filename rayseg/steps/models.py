@@ -136,7 +136,7 @@ def expect_windows(bands: tuple[str, ...], scaling: Scaling, *, patch: int, stri
     if patch % (32 * reduce):
         raise ValueError(f"patch {patch} is not a multiple of 32 x segmenter.reduce {reduce}; change one of them")
     if len(bands) != len(scaling.mean):
-        raise ValueError(f"{len(bands)} bands but scaling of {len(scaling.mean)}: give one for each")
+        raise ValueError(f"{len(bands)} bands but scaling of {len(scaling.mean)}; give one for each")
 
 
 def expect_weights(settings: "ClassifierConfig | Segmenter", scaling: Scaling | None = None) -> None:

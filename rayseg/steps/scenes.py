@@ -11,7 +11,7 @@ import numpy as np
 
 from rayseg.engine.manifest import Row
 from rayseg.engine.run import Step
-from rayseg.errors import ConfigError, DataError
+from rayseg.errors import ConfigError, DataError, listed
 from rayseg.geo.grid import NODATA, Tile, expect_ids, slug
 from rayseg.geo.region import Region
 from rayseg.io import maps, pictures, segments
@@ -96,7 +96,7 @@ def find_scenes(
         rows += [{"id": name, "tiles": json.dumps(tiles), "refused": ""}] if tiles else []
     ids = [tile["id"] for row in rows for tile in json.loads(row["tiles"])]
     if unknown := sorted(set(region.tiles) - set(ids)):
-        raise ConfigError(f"region {region.name} has no tile {', '.join(unknown[:5])}; correct --tiles")
+        raise ConfigError(f"region {region.name} has no tile {listed(unknown)}; correct --tiles")
     if not ids:
         raise DataError(f"region {region.name} has no tile with imagery; choose another --region")
     if not region.tiles:
@@ -130,7 +130,7 @@ def _expect_alike(first: Source | None, bands: tuple[str, ...], source: Source) 
         return
     raise DataError(
         f"{source.item_id} has {', '.join(_all_bands(source))} of {source.dtype}, expected "
-        f"{', '.join(bands or _all_bands(first))} of {first.dtype} as {first.item_id} has: name common bands with "
+        f"{', '.join(bands or _all_bands(first))} of {first.dtype} as {first.item_id} has; name common bands with "
         "--set bands=[...], or map them in two runs"
     )
 

@@ -123,7 +123,7 @@ def cut(
     height, width = images_NCHW.shape[2:]
     if min(height, width) < size and fill is None:
         raise DataError(
-            f"chips are {height} x {width} px, training needs {size} x {size}: read larger chips, lower size, or set "
+            f"chips are {height} x {width} px, training needs {size} x {size}; read larger chips, lower size, or set "
             "augment.pad=true"
         )
     images, masks = [], []

@@ -42,7 +42,7 @@ class Chips:
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.labels):
-            raise DataError(f"{len(self.ids)} chip ids but {len(self.labels)} labels: give one label per chip")
+            raise DataError(f"{len(self.ids)} chip ids but {len(self.labels)} labels; give one label per chip")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -197,7 +197,7 @@ def _read_batch(read: Read, read_mask: Read | None, chips: Indices) -> Batch:
     images = [read(int(position)) for position in chips]
     shapes = sorted({image.shape for image in images})
     if len(shapes) > 1:
-        raise DataError(f"chips of shapes {shapes} cannot be one batch: read all chips at one size with the same bands")
+        raise DataError(f"chips of shapes {shapes} cannot be one batch; read all chips at one size with the same bands")
     images_NHWC = np.stack(images)
     if images_NHWC.dtype != np.uint8:  # uint8 stays as it is, small on its way to the device
         images_NHWC = images_NHWC.astype(np.float32)

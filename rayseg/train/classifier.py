@@ -118,7 +118,7 @@ def fit_classifier(
     """
     expect_trainable(settings, workers=setup.workers)
     if settings.one_logit and (settings.positive is None or max(chips.labels) > 1):
-        raise ConfigError("one_logit separates two classes: set positive, and use the labels 0 and 1 only")
+        raise ConfigError("one_logit separates two classes; set positive, and use the labels 0 and 1 only")
     config = {"settings": settings, "chips": chips, "held_out": held_out, "scaling": scaling}
     return session.fit(_train, config | {"key": key_of(settings, chips, held_out)}, setup, name="classifier")
 

@@ -117,7 +117,7 @@ def fit_segmenter(
     expect_size(settings.size, reduce=settings.reduce, what="the segmenter's size")
     stages = _stages(settings)
     if not stages or getattr(settings, stages[0]).relabel != "never":
-        raise ConfigError("the segmenter's first stage with epochs must learn from the coarse masks: relabel never")
+        raise ConfigError("the segmenter's first stage with epochs must learn from the coarse masks; relabel never")
     if chips.read_mask is None:
         raise DataError("the segmenter's chips have no masks; make coarse masks first")
     config = {"settings": settings, "chips": chips, "held_out": held_out, "scaling": scaling}

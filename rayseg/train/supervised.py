@@ -65,7 +65,7 @@ class PixelLoss(Config):
         if self.weights is not None and self.balance:
             raise ValueError(f"weights {list(self.weights)} and balance {self.balance:g} are both set; leave one out")
         if self.weights is not None and not sum(self.weights):
-            raise ValueError("weights are all 0, expected one above 0: raise one")
+            raise ValueError("weights are all 0, expected one above 0; raise one")
         return self
 
 

@@ -32,10 +32,10 @@ def object_means(cam_HW: NDArray[np.float32], labels_HW: NDArray[np.integer]) ->
         DataError: the two shapes differ, or a label is negative.
     """
     if cam_HW.shape != labels_HW.shape:
-        raise DataError(f"the CAM is {cam_HW.shape} but the objects are {labels_HW.shape}: cut both from the same chip")
+        raise DataError(f"the CAM is {cam_HW.shape} but the objects are {labels_HW.shape}; cut both from the same chip")
     labels = labels_HW.ravel().astype(np.intp)
     if labels.size and labels.min() < 0:
-        raise DataError(f"object labels start at {labels.min()}, expected 0 or more: renumber them from 0")
+        raise DataError(f"object labels start at {labels.min()}, expected 0 or more; renumber them from 0")
     # bincount sums its weights in float64.
     sums, counts = np.bincount(labels, weights=cam_HW.ravel()), np.bincount(labels)
     means = sums / np.maximum(counts, 1)
@@ -97,7 +97,7 @@ def coarse_mask(
         DataError: shapes differ, a label is negative, or the CAM holds NaN or infinity.
     """
     if objects not in {"labels", "components"}:
-        raise ConfigError(f"objects is {objects!r}, expected 'labels' or 'components': choose one of the two")
+        raise ConfigError(f"objects is {objects!r}, expected 'labels' or 'components'; choose one of the two")
     objects_HW = labels_HW if objects == "labels" else components(labels_HW)
     means_HW = object_means(cam_HW, objects_HW)
     return (means_HW > otsu(means_HW)).astype(np.uint8)

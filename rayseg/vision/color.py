@@ -33,15 +33,15 @@ class ClassTable:
         colors = [*self.colors, *self.ignore]
         if not values or len(set(values)) < len(values) or not all(0 <= value < IGNORE for value in values):
             raise ConfigError(
-                f"class values are {values}, expected at least one, all different and in 0..254: give the whole class "
+                f"class values are {values}, expected at least one, all different and in 0..254; give the whole class "
                 "table"
             )
         if len(set(self.names)) < len(self.names):
-            raise ConfigError(f"class names are {', '.join(self.names)}, expected all different: rename a class")
+            raise ConfigError(f"class names are {', '.join(self.names)}, expected all different; rename a class")
         if len(set(colors)) < len(colors):
             twice = sorted({hex_of(color) for color in colors if colors.count(color) > 1})
             raise ConfigError(
-                f"several classes have the colours {', '.join(twice)}, expected all different: change one"
+                f"several classes have the colours {', '.join(twice)}, expected all different; change one"
             )
 
     @classmethod
@@ -88,7 +88,7 @@ def rgb_of(color: object) -> RGB:
         return int(digits[:2], 16), int(digits[2:4], 16), int(digits[4:], 16)
     if isinstance(color, Sequence) and len(color) == 3 and all(isinstance(c, int) and 0 <= c <= 255 for c in color):
         return int(color[0]), int(color[1]), int(color[2])
-    raise ConfigError(f'colour is {color!r}, expected "#RRGGBB" or [red, green, blue] with values 0..255: correct it')
+    raise ConfigError(f'colour is {color!r}, expected "#RRGGBB" or [red, green, blue] with values 0..255; correct it')
 
 
 def hex_of(color: RGB) -> str:
@@ -140,7 +140,7 @@ def decode(
         nearest = min(table.classes, key=lambda row: abs(row[0] - value))
         raise DataError(
             f"mask value {value} ({count} pixels; {len(unknown)} unknown values in all) is not a class, the nearest is "
-            f"{nearest[0]} ({nearest[1]}): add it to the classes or correct the mask"
+            f"{nearest[0]} ({nearest[1]}); add it to the classes or correct the mask"
         )
     return mask.astype(np.uint8)
 
@@ -188,14 +188,14 @@ def overlay(
 def _only(row: Mapping[str, Any], known: set[str], what: str) -> None:
     if unknown := sorted(set(row) - known):
         raise ConfigError(
-            f"{what} has the unknown keys {unknown}, expected some of {sorted(known)}: remove or rename them"
+            f"{what} has the unknown keys {unknown}, expected some of {sorted(known)}; remove or rename them"
         )
 
 
 def _class_of(row: Mapping[str, Any], place: int) -> tuple[int, str, RGB]:
     _only(row, {"name", "color", "value"}, f"class {place}")
     if "name" not in row or "color" not in row:
-        raise ConfigError(f"class {place} has only {sorted(row)}, expected a name and a color: add them")
+        raise ConfigError(f"class {place} has only {sorted(row)}, expected a name and a color; add them")
     try:
         color = rgb_of(row["color"])
     except ConfigError as error:
@@ -227,7 +227,7 @@ def _decode_colors(codes_HW: NDArray[np.int32], table: ClassTable) -> NDArray[np
         )
         raise DataError(
             f"mask colour {hex_of(color)} ({counts.max()} pixels; {len(unknown)} unknown colours in all) is not a "
-            f"class, the nearest is {hex_of(near)} ({value} {name}): add it to the classes or ignored colours, or "
+            f"class, the nearest is {hex_of(near)} ({value} {name}); add it to the classes or ignored colours, or "
             "correct the mask"
         )
     return np.asarray(values[order][at_HW], np.uint8)
@@ -240,7 +240,7 @@ def _decode_palette(
     used, at_HW = np.unique(mask_HW, return_inverse=True)
     if missing := [int(index) for index in used if int(index) not in palette]:
         raise DataError(
-            f"the mask has the indices {missing[:5]}, its palette of {len(palette)} colours lacks them: repair the mask"
+            f"the mask has the indices {missing[:5]}, its palette of {len(palette)} colours lacks them; repair the mask"
         )
     colors = np.array([list(palette[int(index)])[:3] for index in used], np.int32).reshape(-1, 3)
     return _decode_colors(_pack(colors, table.threshold)[at_HW].reshape(mask_HW.shape), table)

@@ -105,7 +105,7 @@ def watershed(image_HWC: NDArray[Any], *, spacing: int = 14, compactness: float 
 def _check_image(image_HWC: NDArray[Any]) -> None:
     if image_HWC.ndim != 3 or image_HWC.size == 0:
         raise DataError(
-            f"the image has the shape {image_HWC.shape}, superpixels expect a non-empty (height, width, channels): "
+            f"the image has the shape {image_HWC.shape}, superpixels expect a non-empty (height, width, channels); "
             "add the channel axis or read a window that holds pixels"
         )
 

@@ -120,7 +120,7 @@ def test_drawn_masks_of_0_and_255_alone_are_not_imported(tmp_path):
     (run / "request.json").write_text(json.dumps({"chips": {"c": [20, 30]}, "masks": masks, "rows": [{"id": "c"}]}))
     (tmp_path / "drawn").mkdir()
     Image.fromarray(SHAPE_HW.astype(np.uint8) * 255).save(tmp_path / "drawn" / "c.png")
-    with pytest.raises(DataError, match=r"hold only 0 and 255, which leaves pixels open: .* \(0 land, 1 water\)"):
+    with pytest.raises(DataError, match=r"hold only 0 and 255, which leaves pixels open; .* \(0 land, 1 water\)"):
         annotation_requests.load(tmp_path / "drawn", str(tmp_path / "run"))
 
 
@@ -200,7 +200,7 @@ def test_masks_that_fit_no_image_are_refused_in_one_sentence(labelled_run):
     folder.mkdir()
     Image.fromarray(PHOTO_HW[:100, :120] % 2).save(folder / "a.png")
     table = ClassTable(((0, "land", BLACK), (1, "water", (0, 0, 255))))
-    with pytest.raises(DataError, match=r"image .*a\.png has 100 x 120 px, its mask .* reaches .*: give both the same"):
+    with pytest.raises(DataError, match=r"image .*a\.png has 100 x 120 px, its mask .* reaches .*; give both the same"):
         scenes.labelled_images(str(folder), named, table=table)
     Image.fromarray(PHOTO_HW % 2).save(folder / "other.png")
     (folder / "a.png").unlink()

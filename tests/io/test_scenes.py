@@ -119,7 +119,7 @@ def test_scenes_of_a_catalogue_meet_their_masks_by_place(tmp_path):
 def test_a_mask_of_another_size_than_its_image_is_refused(tmp_path):
     write_scene(tmp_path, ["a"])
     Image.fromarray(colored(classes(50, 69))).save(tmp_path / "masks" / "a.png")
-    with pytest.raises(DataError, match=r"a.png has 50 x 70 px, its mask .*a.png has 50 x 69 px: give both the same"):
+    with pytest.raises(DataError, match=r"a.png has 50 x 70 px, its mask .*a.png has 50 x 69 px; give both the same"):
         scenes.labelled_images(str(tmp_path))
 
 
@@ -205,7 +205,7 @@ def test_class_tables_are_found_by_name_by_path_or_given_whole(tmp_path):
         with pytest.raises(ConfigError, match=said):
             read(str(tmp_path / "t.yaml"))
     (tmp_path / "t.yaml").write_text("classes: [{name: a, color: '#010203'}, {name: a, color: '#010204'}]")
-    with pytest.raises(ConfigError, match="class names are a, a, expected all different: rename a class"):
+    with pytest.raises(ConfigError, match="class names are a, a, expected all different; rename a class"):
         class_tables.read_table(str(tmp_path / "t.yaml"))
 
 

@@ -16,7 +16,7 @@ from pydantic import Field
 from rayseg.config import Config
 from rayseg.engine.manifest import Row, read_rows, write_rows
 from rayseg.engine.run import Step
-from rayseg.errors import ConfigError, DataError
+from rayseg.errors import ConfigError, DataError, listed
 from rayseg.geo.grid import Window, expect_ids
 from rayseg.geo.region import Region
 from rayseg.io import cog, labels, rasters, scenes, stac_read
@@ -230,9 +230,7 @@ def _parts(images: Sequence[LabelledImage], config: PoolConfig, seed: int) -> di
     """Part of every image, whole scenes each."""
     known = {image.scene for image in images}
     if unknown := sorted(set(config.test) - known):
-        raise ConfigError(
-            f"pool.test names {', '.join(unknown)}, the scenes are {scenes.some(sorted(known))}; correct it"
-        )
+        raise ConfigError(f"pool.test names {', '.join(unknown)}, the scenes are {listed(sorted(known))}; correct it")
     rest = [one for one in images if one.scene not in config.test]
     if not rest:
         raise ConfigError("pool.test names every scene, none is left to learn from; name fewer")
@@ -283,7 +281,7 @@ def image_of(row: Row) -> NDArray[np.uint8]:
     """The chip in RGB, (height, width, 3) uint8; mirrored where it has no data."""
     image_CHW, _ = scenes.read_window(_one(row), _window(row), bands=BANDS, table=None)
     if image_CHW.dtype != np.uint8:
-        raise DataError(f"{row['of']} has {image_CHW.dtype} pixels, chips are uint8 for now: scale it to 0..255 first")
+        raise DataError(f"{row['of']} has {image_CHW.dtype} pixels, chips are uint8 for now; scale it to 0..255 first")
     return np.ascontiguousarray(image_CHW.transpose(1, 2, 0))
 
 

@@ -143,7 +143,7 @@ def test_chips_of_placed_scenes_are_exported_where_they_lie_and_their_masks_come
         Image.fromarray(np.full((96, 96), 1, np.uint8)).save(tmp_path / "drawn" / f"{row['id']}.png")
     other = tmp_path / "drawn" / "one_0_0.tif"
     Image.fromarray(np.full((96, 96), 0, np.uint8)).save(other)
-    with pytest.raises(DataError, match="holds several masks named one_0_0: keep one of each name"):
+    with pytest.raises(DataError, match="holds several masks named one_0_0; keep one of each name"):
         annotation_requests.load(tmp_path / "drawn", str(run))
     other.unlink()
     assert annotation_requests.load(tmp_path / "drawn", str(run)) == (2, [])
