@@ -24,6 +24,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 # Luma and the two chroma axes of NTSC (FCC 1953): hue is an angle in the plane of the last two.
 _YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
 
+_CUT_AREA = (0.02, 0.4)  # of a rectangle of CutMix, relative to the image; as in UniMatch (Yang et al. 2023)
+_CUT_RATIO = 0.3  # its least height relative to its width; the inverse is the largest
+
 
 class Augment(Config):
     """Which augmentations a training image gets, and how often."""
@@ -241,3 +244,27 @@ def _jitter(images: Tensor, settings: Augment, rng: Rng) -> Tensor:
     if settings.gamma != (1.0, 1.0):
         changed = 255 * (changed / 255) ** between(*settings.gamma)
     return torch.where(_chosen(images, settings.jitter, rng), changed, images)
+
+
+def cut_mix(images_NCHW: Tensor, classes_NHW: Tensor, rng: Generator, *, share: float) -> tuple[Tensor, Tensor]:
+    """CutMix (Yun et al. 2019): a share of the images gets a rectangle, with its classes, of another one.
+
+    Args:
+        images_NCHW: square.
+        classes_NHW: of their pixels.
+        rng: on the CPU.
+        share: of the images.
+    """
+    size = images_NCHW.shape[-1]
+    chosen, area, ratio, top, left = torch.rand(5, len(images_NCHW), 1, generator=rng)
+    area, ratio = _CUT_AREA[0] + area * (_CUT_AREA[1] - _CUT_AREA[0]), _CUT_RATIO ** (2 * ratio - 1)
+
+    def span(place: Tensor, length: Tensor) -> Tensor:
+        side = (size * length.sqrt()).round().clamp(max=size)
+        at = torch.arange(size) - (place * (size - side)).round()
+        return (at >= 0) & (at < side)
+
+    rows, columns = span(top, area * ratio), span(left, area / ratio)
+    inside_NHW = ((chosen < share)[..., None] & rows[:, :, None] & columns[:, None]).to(classes_NHW.device)
+    images = torch.where(inside_NHW[:, None], images_NCHW.flip(0), images_NCHW)
+    return images, torch.where(inside_NHW, classes_NHW.flip(0), classes_NHW)

@@ -9,15 +9,15 @@ step, so a training resumed from a checkpoint gives the weights of an undisturbe
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from rayseg.config import Config
+from rayseg.config import Config, added
 from rayseg.errors import DataError
 from rayseg.metrics import Confusion
 from rayseg.models.bundle import Scaling
@@ -63,6 +63,34 @@ class DiscriminatorConfig(Config):
     """Steps before self-training begins."""
 
 
+class ConsistencyConfig(Config):
+    """Weak-to-strong consistency; the defaults are the paper's, except the thresholds of single classes."""
+
+    teacher: Annotated[float, Field(gt=0, lt=1)] = 0.996
+    """Decay of the teacher, a moving average of the weights, unless `learning.average` is set."""
+    weight: Share = 1.0
+    """Weight of the images without masks relative to those with masks."""
+    threshold: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Probability above which a pixel's class by the teacher is learnt; lower for classes of less sure pixels."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Decay of the moving average of each class's probability, by which its threshold is lowered."""
+    mix: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the strong views that get a rectangle of another image (CutMix)."""
+    views: Augment = Augment(
+        flip=0.0, quadrants=0.0, rotate=0.0, jitter=0.8, brightness=0.5, contrast=0.5, saturation=(0.0, 1.5), hue=0.25
+    )
+    """Changes of colour of the strong views; changes of geometry are refused, for the teacher's map would not fit."""
+
+    @model_validator(mode="after")
+    def _colours_alone(self) -> "ConsistencyConfig":
+        views = self.views
+        moved = [name for name in ("flip", "quadrants", "rotate") if getattr(views, name)]
+        moved += [name for name, plain in (("crop", "centre"), ("scale", (1.0, 1.0))) if getattr(views, name) != plain]
+        if moved:
+            raise ValueError(f"views change geometry by {', '.join(moved)}, expected colours alone; leave it out")
+        return self
+
+
 class S4ganConfig(NetworkConfig):
     """A segmenter and its training; the defaults are the paper's, except the architecture (the paper: DeepLab v2)."""
 
@@ -87,11 +115,20 @@ class S4ganConfig(NetworkConfig):
     every: Annotated[int, Field(gt=0)] = 10
     """Steps between changes of the segmenter's rates."""
     discriminator: DiscriminatorConfig | None = DiscriminatorConfig()
-    """None trains on the masks alone."""
+    """None trains on the masks alone; the learner consistency has none."""
     learning: Learning = Learning(batch=10, optimizer="sgd", weight_decay=5e-4)
     """How weights are changed; labelled, unlabelled and real batches have the same size."""
     augment: Augment = Augment(crop="random", scale=(0.5, 1.6), quadrants=0.0, rotate=0.0)
     """Augmentation of the training chips and their masks."""
+    learner: Literal["s4gan", "consistency"] = added(default="s4gan")
+    """How images without masks teach: by a discriminator, or by the consistency of views with a teacher."""
+    consistency: ConsistencyConfig = added(default=ConsistencyConfig())
+    """learner consistency: its teacher and its views."""
+
+    @property
+    def uses_unlabelled(self) -> bool:
+        """Whether images without masks teach."""
+        return self.learner == "consistency" or self.discriminator is not None
 
 
 @dataclass
@@ -113,7 +150,7 @@ class Pair:
         cls, net: nn.Module, settings: S4ganConfig, device: torch.device, *, classes: int, channels: int
     ) -> "Pair":
         """A learner of `net` and, if configured, a learner of a new discriminator."""
-        segmenter = Learner.start(net, settings.learning, device, _groups(net, settings))
+        segmenter = Learner.start(net, settings.learning, device, groups_of(net, settings))
         if (chosen := settings.discriminator) is None:
             return cls(settings, segmenter, None)
         judge = Discriminator(classes=classes, channels=channels, width=chosen.width, dropout=chosen.dropout)
@@ -129,7 +166,7 @@ class Pair:
         return rate, poly(settings.discriminator.rate, step, settings.steps, power=settings.power)
 
 
-def _groups(net: nn.Module, settings: S4ganConfig) -> Groups:
+def groups_of(net: nn.Module, settings: S4ganConfig) -> Groups:
     """The encoder's weights at the rate itself, all other weights and biases at multiples of it."""
     encoder = list(net.get_submodule("encoder").parameters())
     inside = {id(weight) for weight in encoder}
@@ -176,22 +213,28 @@ def fit_s4gan(settings: S4ganConfig, data: Data, setup: Setup, *, scaling: Scali
         DataError: chips or masks cannot be read, no chip has a mask, or the loss is not finite.
         ModelError: the initial weights or the checkpoint do not fit.
     """
+    return fit_by(_train, settings, data, setup, scaling=scaling, name="s4gan")
+
+
+def fit_by(
+    loop: session.Loop, settings: S4ganConfig, data: Data, setup: Setup, *, scaling: Scaling, name: str
+) -> dict[str, float]:
+    """Check settings and chips, then train as `fit_s4gan` does, by another loop; `name` is for messages."""
     expect_trainable(settings, workers=setup.workers)
     if data.labelled.read_mask is None or not len(data.labelled):
         raise DataError("no chip has a mask, expected some to learn from; draw masks or add them")
     # The key names the unlabelled chips, too: they have no labels, but they teach.
     ids = [part.ids if part else None for part in (data.labelled, data.unlabelled, data.validation)]
     key = f"{key_of(settings, data.labelled, data.validation)} {ids!r}"
-    return session.fit(
-        _train, {"settings": settings, "data": data, "scaling": scaling, "key": key}, setup, name="s4gan"
-    )
+    config = {"settings": settings, "data": data, "scaling": scaling, "key": key}
+    return session.fit(loop, config, setup, name=name)
 
 
 def expect_trainable(settings: S4ganConfig, *, workers: int) -> None:
     """Raise ConfigError if the workers cannot share the batch, or the networks cannot halve the windows."""
     expect_batch(settings.learning, workers=workers, what="segmenter")
     expect_size(settings.size, reduce=settings.reduce, what="the segmenter's size")
-    if settings.discriminator:
+    if settings.learner == "s4gan" and settings.discriminator:
         expect_seen(settings.size)
 
 
@@ -200,7 +243,7 @@ def expect_trainable(settings: S4ganConfig, *, workers: int) -> None:
 
 def _train(config: State) -> State:
     settings: S4ganConfig = config["settings"]
-    data = _in_memory(config["data"], settings.learning.memory)
+    data = in_memory(config["data"], settings.learning.memory)
     config = config | {"device": session.device_of(config), "data": data}
     # 1. both networks, as they were at the last checkpoint
     state = session.load_checkpoint(config["prefix"], config["key"])
@@ -213,25 +256,51 @@ def _train(config: State) -> State:
         if pair.discriminator:
             pair.discriminator.resume(state["judge"])
         pair.segmenter.note_kept(config["prefix"], state["epoch"])
-    state = state or {"step": 0, "epoch": 0, "best": session.UNTRAINED}
     # 2. the steps, from checkpoint to checkpoint
+    return run_checkpoints(
+        lambda first: _steps(first, pair, config),
+        pair.segmenter,
+        state,
+        config,
+        more=lambda: {"judge": pair.discriminator.state() if pair.discriminator else None},
+    )
+
+
+def run_checkpoints(
+    make_steps: Callable[[int], dict[str, float]],
+    learner: Learner,
+    state: State | None,
+    config: State,
+    *,
+    more: Callable[[], State],
+) -> State:
+    """Make the steps from the checkpoint `state` to the last, each checkpoint evaluated; return the best's measures.
+
+    Args:
+        make_steps: makes the steps from one up to the next checkpoint; returns the mean of each loss.
+        learner: of the segmenter.
+        state: of the checkpoint; None to start.
+        config: of the loop.
+        more: what checkpoints hold besides the segmenter.
+    """
+    settings: S4ganConfig = config["settings"]
+    state = state or {"step": 0, "epoch": 0, "best": session.UNTRAINED}
     with session.scalars(config["prefix"]) as write:
         starts = range(state["step"], settings.steps, settings.checkpoint)
         for first in probe.epochs(starts, count=(settings.steps - state["step"]) / settings.checkpoint):
-            measures = _steps(first, pair, config) | _measure(pair, config)
+            measures = make_steps(first) | _measure(learner, config)
             step = min(first + settings.checkpoint, settings.steps)
-            order = (measures["mean_iou"],) if data.validation else (step,)
+            order = (measures["mean_iou"],) if config["data"].validation else (step,)
             noted = {"step": float(step), **measures}
-            best = session.better(state["best"], order, noted, pair.segmenter.weights)
+            best = session.better(state["best"], order, noted, learner.weights)
             state = {"step": step, "epoch": state["epoch"] + 1, "best": best}
-            judge = pair.discriminator.state() if pair.discriminator else None
-            pair.segmenter.keep(config["prefix"], config["key"], state | {"judge": judge})
+            learner.keep(config["prefix"], config["key"], state | more())
             write(state["epoch"] - 1, measures)
             session.report(measures)
     return dict(state["best"]["measures"])
 
 
-def _in_memory(data: Data, memory: int) -> Data:
+def in_memory(data: Data, memory: int) -> Data:
     """The same chips, of which those read first stay in memory: most of it is for the images without masks."""
 
     def kept(chips: Chips, *, images: int, masks: int) -> Chips:
@@ -245,7 +314,7 @@ def _in_memory(data: Data, memory: int) -> Data:
     )
 
 
-def _stream(name: str, first: int, last: int, config: State) -> Iterator[Batch]:
+def stream(name: str, first: int, last: int, config: State) -> Iterator[Batch]:
     """The batches of a stream from step `first` to `last`."""
     data: Data = config["data"]
     settings: S4ganConfig = config["settings"]
@@ -261,6 +330,11 @@ def _order(name: str, count: int, first: int, last: int, learning: Learning) -> 
     own = shard(np.arange(count), seed=learning.seed, rank=rank, world=world) if count >= world else np.arange(count)
     row = endless(own, first * size, (last - first) * size, seed=(learning.seed, STREAMS[name], rank))
     return list(row.reshape(last - first, size))
+
+
+def names_in(sources: Sequence[Chips | None], batches: Sequence[Batch]) -> str:
+    """The ids of the chips in a batch of each source, for messages."""
+    return "; ".join(names_of(part, batch.chips) for part, batch in zip(sources, batches, strict=True) if part)
 
 
 class StepData(NamedTuple):
@@ -279,23 +353,20 @@ def _steps(first: int, pair: Pair, config: State) -> dict[str, float]:
     generator = session.seed_epoch(settings.learning.seed, first)
     names = list(STREAMS) if pair.discriminator and data.unlabelled else ["labelled"]
     sources = [data.labelled, data.unlabelled, data.labelled][: len(names)]
-    streams = [_stream(name, first, last, config) for name in names]
+    streams = [stream(name, first, last, config) for name in names]
     pair.segmenter.train_mode()
     if pair.discriminator:
         pair.discriminator.net.train()
 
-    def ids(batches: Sequence[Batch]) -> str:
-        return "; ".join(names_of(part, batch.chips) for part, batch in zip(sources, batches, strict=True) if part)
-
     losses: dict[str, list[float]] = {}
     for step, batches in enumerate(probe.batches(zip(*streams, strict=True), last - first), first):
-        shown = StepData(*(_augmented(batch, generator, config) for batch in batches))
-        for name, loss in _step(step, shown, pair, config, partial(ids, batches)).items():
+        shown = StepData(*(augmented(batch, generator, config) for batch in batches))
+        for name, loss in _step(step, shown, pair, config, partial(names_in, sources, batches)).items():
             losses.setdefault(name, []).append(loss)
     return {name: float(np.mean(values)) for name, values in losses.items()}
 
 
-def _augmented(batch: Batch, generator: torch.Generator, config: State) -> tuple[Tensor, Tensor | None]:
+def augmented(batch: Batch, generator: torch.Generator, config: State) -> tuple[Tensor, Tensor | None]:
     """Images (values as they were read, float32) and masks_NHW int64 of a batch, on the device."""
     settings: S4ganConfig = config["settings"]
     masks = None if batch.masks_NMHW is None else batch.masks_NMHW.to(config["device"])
@@ -348,7 +419,7 @@ def _loss_of(
     # 1. cross-entropy against the masks
     images, masks = shown.labelled
     assert masks is not None
-    supervised: Tensor = cross_entropy_sum(_logits(pair.segmenter.net, images[part], config), masks[part]) * share
+    supervised: Tensor = cross_entropy_sum(logits_of(pair.segmenter.net, images[part], config), masks[part]) * share
     if pair.discriminator is None or shown.unlabelled is None or shown.drawn is None:
         return supervised
     settings, judge = pair.settings.discriminator, pair.discriminator.net
@@ -356,7 +427,7 @@ def _loss_of(
     assert shown.drawn[1] is not None
     # 2. feature matching and self-training: gradients pass through the discriminator, and leave its weights alone
     unlabelled = shown.unlabelled[0][part]
-    logits = _logits(pair.segmenter.net, unlabelled, config)
+    logits = logits_of(pair.segmenter.net, unlabelled, config)
     fake = torch.cat([logits.softmax(dim=1), unlabelled / 255], dim=1)
     real = torch.cat([one_hot(shown.drawn[1][part], logits.shape[1]), shown.drawn[0][part] / 255], dim=1)
     judge.requires_grad_(False)
@@ -382,7 +453,8 @@ def _judge_loss_of(judge: nn.Module, fake: Tensor, real: Tensor, part: slice) ->
     return loss * (len(fake[part]) / len(fake))
 
 
-def _logits(net: nn.Module, images: Tensor, config: State) -> Tensor:
+def logits_of(net: nn.Module, images: Tensor, config: State) -> Tensor:
+    """Float32 logits of images with values as they were read."""
     with precision(config["settings"].learning, images.device):
         logits: Tensor = net(config["scaling"].normalize(images))
     return logits.float()
@@ -392,15 +464,15 @@ def _logits(net: nn.Module, images: Tensor, config: State) -> Tensor:
 
 
 @torch.no_grad()
-def _measure(pair: Pair, config: State) -> dict[str, float]:
+def _measure(learner: Learner, config: State) -> dict[str, float]:
     """Measures of all workers together on the validation chips; none without them."""
     chips: Chips | None = config["data"].validation
     if chips is None:
         return {}
     counts = torch.zeros(chips.count**2, dtype=torch.float64)
     own = range(session.rank(), len(chips), session.world())
-    net = pair.segmenter.show_mode(_inputs(config))
-    for confusion in confusions(net, chips, own, config["scaling"], unit=32 * pair.settings.reduce):
+    net = learner.show_mode(_inputs(config))
+    for confusion in confusions(net, chips, own, config["scaling"], unit=32 * config["settings"].reduce):
         counts += torch.from_numpy(confusion.matrix.ravel())
     total = session.sum_over_workers(counts.to(config["device"])).cpu().numpy().astype(np.int64)
     return measures_of(Confusion(total.reshape(chips.count, chips.count)))

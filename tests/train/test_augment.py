@@ -6,7 +6,7 @@ import torch
 from rayseg.config import load
 from rayseg.errors import ConfigError, DataError
 from rayseg.models.bundle import Scaling
-from rayseg.train.augment import Augment, augment, centre
+from rayseg.train.augment import Augment, augment, centre, cut_mix
 
 STILL = {"flip": 0, "quadrants": 0, "rotate": 0, "jitter": 0}
 
@@ -175,3 +175,19 @@ def test_windows_are_drawn_until_their_mask_covers_enough():
 def test_shares_beyond_one_are_refused():
     with pytest.raises(ConfigError, match="flip"):
         load(Augment, overrides=["flip=1.5"])
+
+
+def test_rectangles_of_other_images_bring_their_classes_along():
+    images = torch.arange(64.0)[:, None, None, None].expand(64, 3, 32, 32)
+    classes = torch.arange(64)[:, None, None].expand(64, 32, 32)
+    shown, known = cut_mix(images, classes, torch.Generator().manual_seed(1), share=0.5)
+    assert torch.equal(shown[:, 0].long(), known)
+    foreign = (known == 63 - classes).float().mean(dim=(1, 2))
+    assert ((known == classes) | (known == 63 - classes)).all()
+    assert 0.3 < (foreign > 0).float().mean() < 0.7
+    assert (foreign[foreign > 0] > 0.01).all()
+    assert (foreign < 0.45).all()
+    for inside in known[foreign > 0] == (63 - classes)[foreign > 0]:
+        rows, columns = inside.any(dim=1), inside.any(dim=0)
+        assert inside.sum() == rows.sum() * columns.sum()
+    assert torch.equal(cut_mix(images, classes, torch.Generator(), share=0.0)[0], images)

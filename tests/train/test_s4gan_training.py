@@ -194,7 +194,7 @@ def test_the_discriminator_sees_a_step_that_began_again_once(monkeypatch):
 
 def test_no_more_is_kept_than_the_memory_asked_for(data):
     settings = changed(QUICK, learning=Learning(memory=800))
-    kept = s4gan._in_memory(data, settings.learning.memory)
+    kept = s4gan.in_memory(data, settings.learning.memory)
     readers = [getattr(part, name) for part in vars(kept).values() for name in ("read", "read_mask")]
     assert sum(read._limit for read in readers if read) == 800
 

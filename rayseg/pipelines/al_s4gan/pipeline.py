@@ -1,7 +1,7 @@
 """al-s4gan: few masks, well chosen, and many images without (Desai & Ghose 2022, WACV; Mittal et al. 2019, TPAMI).
 
     all chips --> rounds of active learning with a classifier of chips --> the chips worth a mask
-    those with masks + all others without --> S4GAN, best checkpoint by mean IoU --> segmenter
+    those with masks + all others without --> S4GAN or consistency, best checkpoint by mean IoU --> segmenter
     simple methods on the same chips --> measured beside it
     segmenter + region --> class map --> polygons, items, report
 
@@ -93,7 +93,7 @@ def write_report(
 
 
 def _trained_from(config: Config, *, masks: int, chips: int) -> str:
-    unlabelled = f" and {chips - masks} chips without" if config.segmenter and config.segmenter.discriminator else ""
+    unlabelled = f" and {chips - masks} chips without" if config.segmenter and config.segmenter.uses_unlabelled else ""
     return f"Trained on {masks} masks, chosen by {config.active.strategy},{unlabelled}.".replace(",.", ".")
 
 

@@ -1,4 +1,4 @@
-"""The segmenter of al-s4gan: trained with S4GAN on chips with masks and chips without, then measured on other chips."""
+"""The segmenter of al-s4gan: trained on chips with masks and chips without, then measured on other chips."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,6 +19,7 @@ from rayseg.steps.baseline import Method
 from rayseg.store import put
 from rayseg.train import learning
 from rayseg.train.batches import Chips
+from rayseg.train.consistency import fit_consistency
 from rayseg.train.frozen import Pair
 from rayseg.train.s4gan import Data, S4ganConfig, confusions, fit_s4gan, measures_of
 
@@ -72,7 +73,8 @@ def _fit(step: Step, listed: Step, labelled: Sequence[Row], config: Config) -> d
     settings, channels = _settings(config), len(chip_pool.BANDS)
     seeded = settings.model_copy(update={"learning": settings.learning.model_copy(update={"seed": config.seed})})
     setup = models.training_setup(step, workers=config.workers)
-    measures = fit_s4gan(seeded, _divided(step.root, listed, labelled, config), setup, scaling=config.scaling)
+    train = fit_consistency if settings.learner == "consistency" else fit_s4gan
+    measures = train(seeded, _divided(step.root, listed, labelled, config), setup, scaling=config.scaling)
     net = seeded.build(classes=len(config.table.classes), channels=channels, weights="none")
     model: Any = learning.trained(net, step.prefix)
     if config.crf:

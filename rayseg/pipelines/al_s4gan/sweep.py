@@ -29,8 +29,8 @@ from rayseg.steps import report
 from rayseg.store import absolute, put, upath
 from rayseg.vision.query_strategies import STRATEGIES
 
-LEARNERS = ("s4gan", "supervised")
-"""s4gan learns from all chips; supervised from those with masks alone."""
+LEARNERS = ("s4gan", "consistency", "supervised")
+"""s4gan and consistency learn from all chips; supervised from those with masks alone."""
 Point = tuple[float, ...]
 
 
@@ -65,7 +65,9 @@ class Trial:
         values["active"] |= {"strategy": self.strategy, "ratio": self.ratio}
         values["seed"] = base.seed + self.seed
         if self.learner == "supervised":
-            values["segmenter"]["discriminator"] = None
+            values["segmenter"] |= {"learner": "s4gan", "discriminator": None}
+        elif base.segmenter:
+            values["segmenter"]["learner"] = self.learner
         return load_values(Config, values)
 
 
