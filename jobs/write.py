@@ -3,7 +3,7 @@
 Every manifest is whole, so that `kubectl apply -f jobs/gpc.rayjob.yaml` needs nothing else.
 """
 
-import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,8 @@ def job(pipeline: str, cluster: dict[str, Any]) -> dict[str, Any]:
 
 def service(cluster: dict[str, Any]) -> dict[str, Any]:
     """A RayService: the model server; its token is the Secret rayseg-serve (key token) on every node."""
-    spec = copy.deepcopy(cluster["spec"])
+    # Values that YAML aliases share become several: each group's lists are extended once.
+    spec = json.loads(json.dumps(cluster["spec"]))
     for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
         pod = group["template"]["spec"]
         pod["volumes"].append({"name": "token", "secret": {"secretName": "rayseg-serve"}})
@@ -92,8 +93,7 @@ def manifests() -> dict[str, str]:
 
 
 def _text(manifest: dict[str, Any]) -> str:
-    plain = copy.deepcopy(manifest)
-    return f"# Written by jobs/write.py from cluster/kuberay/raycluster.yaml.\n{_dumped(plain)}"
+    return f"# Written by jobs/write.py from cluster/kuberay/raycluster.yaml.\n{_dumped(manifest)}"
 
 
 def _dumped(manifest: dict[str, Any]) -> str:

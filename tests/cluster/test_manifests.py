@@ -145,6 +145,32 @@ def clusters():
 CLUSTERS = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
 
 
+LIST_KEYS = {
+    **dict.fromkeys(("containers", "initContainers", "volumes", "env"), "name"),
+    "volumeMounts": "mountPath",
+    "ports": "containerPort",
+    "workerGroupSpecs": "groupName",
+}
+"""Lists that the API server keys by a field, and refuses if two entries have the same."""
+
+
+def doubled(value, path=""):
+    """Paths of lists in which two entries have the same key."""
+    if isinstance(value, list):
+        return [found for at, one in enumerate(value) for found in doubled(one, f"{path}[{at}]")]
+    if not isinstance(value, dict):
+        return []
+    # The ports of a NetworkPolicy have no such key.
+    found = {name: [one.get(LIST_KEYS[name]) for one in value[name]] for name in LIST_KEYS.keys() & value.keys()}
+    here = [f"{path}.{name}: {keys}" for name, keys in found.items() if None not in keys and len(set(keys)) < len(keys)]
+    return here + [line for name, inner in value.items() for line in doubled(inner, f"{path}.{name}")]
+
+
+@pytest.mark.parametrize("path", [*JOBS, *KUBERAY], ids=lambda path: path.name)
+def test_no_list_has_two_entries_of_one_key(path):
+    assert not [line for document in documents(path) for line in doubled(document)]
+
+
 @pytest.mark.parametrize("path", [*JOBS, *KUBERAY], ids=lambda path: path.name)
 def test_manifests_use_the_fields_that_kuberay_and_kubernetes_know(path):
     assert documents(path)
