@@ -1,12 +1,14 @@
 """Files on local disks and object stores: objects are written whole or not at all."""
 
 import errno
+import hashlib
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 from urllib.parse import quote, unquote, urlsplit
@@ -35,6 +37,10 @@ _WEB = ("http://", "https://")
 _FILE_URL = re.compile(r"^file:(//(localhost)?)?(?=/|$)|^file:(//)?")
 _CATALOG = re.compile(r"(.*?\.(?:json|geojson|parquet)(?:\?[^#]*)?)#(.*)", re.IGNORECASE | re.DOTALL)
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+Files = dict[str, tuple[int, str]]
+"""Path of a file -> its size in bytes and its `checksum`."""
+_WRITTEN: ContextVar[Files | None] = ContextVar("written", default=None)
+_FOLDERS: ContextVar[set[Path] | None] = ContextVar("folders", default=None)
 
 
 def upath(path: StorePath) -> UPath:
@@ -148,17 +154,74 @@ Location = Annotated[str, AfterValidator(_located)]
 def put(path: StorePath, data: bytes | memoryview) -> None:
     """Write `data` so that a reader sees all of it or nothing: temporary file and rename on disk, one PUT elsewhere.
 
+    On disk the file outlasts a power failure when the function returns (see `synced_once`).
+
     Raises:
         StoreFull: the disk is full; the previous content of `path` is untouched.
     """
     target = upath(path)
     if not is_local(target):  # a PUT is atomic
         target.write_bytes(bytes(data))
-        return
-    # The temporary file is in the same folder: a rename over file systems would be a copy.
-    with _temporary(target) as temporary:
-        temporary.write_bytes(data)
-        temporary.replace(target.path)
+    else:
+        # The temporary file is in the same folder: a rename over file systems would be a copy.
+        with _temporary(target) as temporary:
+            temporary.write_bytes(data)
+            _sync(temporary)
+            temporary.replace(target.path)
+    if (written := _WRITTEN.get()) is not None:
+        written[str(target)] = (len(data), checksum(data))
+
+
+@contextmanager
+def recorded() -> Iterator[Files]:
+    """The files that `put` writes in this thread within the context."""
+    written: Files = {}
+    token = _WRITTEN.set(written)
+    try:
+        yield written
+    finally:
+        _WRITTEN.reset(token)
+
+
+@contextmanager
+def synced_once() -> Iterator[None]:
+    """Sync the folders in which `put` writes in this thread at the end of the context instead of with every file."""
+    folders: set[Path] = set()
+    token = _FOLDERS.set(folders)
+    try:
+        yield
+        for folder in folders:
+            _sync(folder)
+    finally:
+        _FOLDERS.reset(token)
+
+
+def checksum(data: bytes | memoryview) -> str:
+    """BLAKE2b of 128 bits, as hexadecimal digits: detects damage, costs 1 s per GB."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def within(files: Files, root: str) -> Files:
+    """Those of the files that lie below `root`, by their paths relative to it."""
+    return {path.removeprefix(f"{root}/"): file for path, file in files.items() if path.startswith(f"{root}/")}
+
+
+def listing(prefix: StorePath) -> dict[str, int]:
+    """Relative path -> bytes of all files below a prefix; hidden files are left out."""
+    root = upath(prefix)
+    if is_local(root):
+        found = {}
+        for folder, _, names in os.walk(root.path):
+            within_root = os.path.relpath(folder, root.path)
+            for name in names:
+                with suppress(FileNotFoundError):  # a running command replaces files
+                    size = Path(folder, name).stat().st_size
+                    found[name if within_root == "." else f"{within_root}/{name}"] = size
+    else:
+        root.fs.invalidate_cache()  # s3fs keeps listings from before the workers wrote
+        top = root.path.rstrip("/") + "/"
+        found = {path.removeprefix(top): info["size"] for path, info in root.fs.find(root.path, detail=True).items()}
+    return {path: size for path, size in found.items() if not path.rpartition("/")[2].startswith(".")}
 
 
 def put_file(path: StorePath, source: Path) -> None:
@@ -175,6 +238,7 @@ def put_file(path: StorePath, source: Path) -> None:
     with _temporary(target) as temporary:
         # The source may be on another file system, where a direct rename fails.
         shutil.move(source, temporary)
+        _sync(temporary)
         temporary.replace(target.path)
 
 
@@ -192,6 +256,7 @@ def put_if_absent(path: StorePath, data: bytes) -> bool:
             return True
         with _temporary(target) as temporary:
             temporary.write_bytes(data)
+            _sync(temporary)
             os.link(temporary, target.path)  # fails if the target exists, which a rename does not
     except FileExistsError:
         return False
@@ -204,8 +269,16 @@ def _temporary(target: UPath) -> Iterator[Path]:
     path = Path(target.path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
+        created = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        # A name outlasts a power failure only if its folder is synced, too; so does the name of a new folder.
+        changed = {path.parent, *(folder.parent for folder in created)}
+        if (folders := _FOLDERS.get()) is not None:
+            folders |= changed
+        else:
+            for folder in changed:
+                _sync(folder)
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -215,6 +288,18 @@ def _temporary(target: UPath) -> Iterator[Path]:
     finally:
         # After a rename the temporary name is already gone.
         temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Have the operating system write a file, or the names in a folder, to the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:  # some network file systems cannot sync folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def sweep(prefix: StorePath) -> None:

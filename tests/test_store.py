@@ -1,5 +1,7 @@
 import errno
+import os
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,22 @@ from pydantic import BaseModel
 from upath import UPath
 
 from rayseg.errors import StoreFull
-from rayseg.store import Location, cache_dir, is_local, put, put_file, put_if_absent, sentence, sweep, upath
+from rayseg.store import (
+    Location,
+    cache_dir,
+    checksum,
+    is_local,
+    listing,
+    put,
+    put_file,
+    put_if_absent,
+    recorded,
+    sentence,
+    sweep,
+    synced_once,
+    upath,
+    within,
+)
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -102,3 +119,37 @@ def test_locations_are_absolute_paths(monkeypatch, tmp_path):
 def test_errors_of_the_aws_client_get_a_remedy():
     assert "Unable to locate credentials; check AWS_PROFILE" in sentence(NoCredentialsError())
     assert sentence(OSError("gone")) == "gone"
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    """What the operating system was asked to write to the disk, in order."""
+    found = []
+    monkeypatch.setattr(os, "fsync", lambda number: found.append(Path(f"/proc/self/fd/{number}").readlink()))
+    return found
+
+
+def test_a_file_is_synced_before_its_name_and_then_every_folder_with_a_new_name(tmp_path, synced):
+    put(tmp_path / "a" / "b" / "c", b"1")
+    assert synced[0].name.startswith(".c.")
+    assert set(synced[1:]) == {tmp_path / "a" / "b", tmp_path / "a", tmp_path}
+    synced.clear()
+    assert put_if_absent(tmp_path / "a" / "d", b"1")
+    assert [path.name[:3] for path in synced] == [".d.", "a"]
+
+
+def test_the_files_of_a_stage_are_recorded_and_its_folders_synced_once_when_it_ends(tmp_path, synced):
+    with recorded() as files, synced_once():
+        for name in "ab":
+            put(tmp_path / "t" / name, name.encode())
+        assert tmp_path / "t" not in synced
+    assert Counter(synced)[tmp_path / "t"] == Counter(synced)[tmp_path] == 1
+    assert within(files, str(tmp_path)) == {f"t/{name}": (1, checksum(name.encode())) for name in "ab"}
+    assert listing(tmp_path) == {"t/a": 1, "t/b": 1}
+
+
+def test_a_listing_names_files_by_their_path_from_the_prefix(folder):
+    put(folder / "a" / "b", b"22")
+    put(folder / "c", b"1")
+    put(folder / ".lock", b"")
+    assert listing(folder) == {"a/b": 2, "c": 1}

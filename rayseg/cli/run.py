@@ -178,8 +178,26 @@ def status(run: RunPrefix, *, as_json: AsJson = False) -> None:
     typer.echo(json.dumps(report, indent=1) if as_json else runs.status_text(report))
     # A running run is not an error, even if some of its rows have failed.
     failed = any(step["troubles"] for step in report["steps"].values())
-    if report["status"] != "running" and (report["status"] != "done" or failed):
+    if report["status"] != "running" and (report["status"] != "done" or failed or report["damaged"]):
         raise typer.Exit(RunIncomplete.exit_code)
+
+
+@app.command()
+def verify(
+    run: RunPrefix,
+    *,
+    deep: Annotated[bool, typer.Option("--deep", help="Compare checksums too, which reads every file.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the files of a run with those that it wrote; exit code 3 if some are missing or damaged."""
+    from rayseg.engine import run as runs
+
+    report = runs.verify(run, deep=deep)
+    damage = report["damaged"]
+    found = f"{report['run']}: {report['files']:,} files, {len(damage):,} missing or damaged"
+    typer.echo(json.dumps(report, indent=1) if as_json else "\n".join([found, *runs.damage_lines(damage)]))
+    if damage:
+        raise RunIncomplete(f"{len(damage):,} files are missing or damaged; compute them again: rayseg retry {run}")
 
 
 @app.command()

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rayseg.config import ray_address
 from rayseg.engine import cluster
 from rayseg.engine.cluster import Size, sizes_now, source_cpus
-from rayseg.engine.ledger import SETTLED, Account, Ledger, Record, Settled
+from rayseg.engine.ledger import SETTLED, WITHDRAWN, Account, Ledger, Record, Settled
 from rayseg.engine.manifest import PART, Manifest, Row
 from rayseg.engine.run import Engine
 from rayseg.engine.work import Entries, Entry, StageRunner, Work, ahead
@@ -76,7 +76,8 @@ def run(
             else:
                 ids.append(pa.array([row["id"] for row in rows[start : start + PART]], pa.string()))
             known = fates.among(ids[-1].to_pylist())
-            attempts = {i: fate.attempt + 1 for i, fate in known.items() if engine.retry and fate.status not in SETTLED}
+            again = {WITHDRAWN} if not engine.retry else {WITHDRAWN, "failed", "quarantined"}
+            attempts = {row_id: fate.attempt + 1 for row_id, fate in known.items() if fate.status in again}
             finished = len(known) - len(attempts)
             settled(finished, 0)
             if finished < len(ids[-1]):

@@ -6,11 +6,13 @@
 
 import hashlib
 import json
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,10 +21,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from upath import UPath
 
-from rayseg.store import is_local, put, put_if_absent, upath
+from rayseg.store import Files, is_local, put, put_if_absent, upath
 
 SETTLED = ("done", "empty", "nodata")
 MISSING = "not processed"
+WITHDRAWN = "missing"
+"""Status of a row whose result was lost: the row counts as one without a record."""
 STATUSES = (*SETTLED, "failed", "quarantined")
 MOST_LOOSE = 10_000
 """Records in files of their own, above which `compact` joins them into one file (docs/scale.md)."""
@@ -30,10 +34,11 @@ COLUMNS = pa.schema(
     [
         *((name, pa.string()) for name in ("id", "status", "reason")),
         ("attempt", pa.int32()),
-        *((name, pa.string()) for name in ("seconds", "facts")),
+        *((name, pa.string()) for name in ("seconds", "facts", "files")),
     ]
 )
-"""Schema of the joined records; `seconds` and `facts` are JSON."""
+"""Schema of the joined records; `seconds`, `facts` and `files` are JSON. Earlier versions have no `files`."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,8 @@ class Record:
         reason: why the row failed or was quarantined.
         attempt: 1, and one more for every retry; the highest counts.
         seconds: run time of each stage.
-        facts: properties of the result from the last stage (pixels per class, files, checksums).
+        facts: properties of the result from the last stage (pixels per class, number of polygons).
+        files: that the stages wrote for the row, by their paths relative to the run.
     """
 
     id: str
@@ -70,6 +76,7 @@ class Record:
     attempt: int = 1
     seconds: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    files: Files = field(default_factory=dict)
 
 
 class Fate(NamedTuple):
@@ -125,6 +132,11 @@ class Ledger:
 
     prefix: str
 
+    @property
+    def root(self) -> str:
+        """Prefix of the run that the ledger is part of."""
+        return self.prefix.rpartition("/steps/")[0] or self.prefix
+
     def write(self, record: Record) -> bool:
         """Add a record unless this attempt has one already; return whether it was added."""
         path = upath(self.prefix) / f"{record.id}.{record.attempt}.json"
@@ -148,6 +160,15 @@ class Ledger:
             names = part.to_pylist()
             total += Account.of(names, fates.among(names))
         return total
+
+    def latest(self, damaged: list[UPath] | None = None) -> Iterator[list[Record]]:
+        """The latest record of every id, those of one file at a time; unreadable files go to `damaged`."""
+        loose, files = _loaded(self._paths(".json"), damaged), self._paths(".parquet")
+        names = ["id", "status", "reason", "attempt"]
+        fates = Fates(pa.concat_tables([loose.select(names), *(_columns_of(path, names) for path in files)]))
+        for table in chain([loose], (_columns_of(path, damaged=damaged) for path in files)):
+            known = fates.among(table["id"].to_pylist())
+            yield [_record_of(row) for row in table.to_pylist() if row["attempt"] == known[row["id"]].attempt]
 
     def records(self, parts: Iterable[Iterable[str]]) -> Iterator[dict[str, Record]]:
         """The latest records of the ids of each part in turn; the records of two files are in memory at a time.
@@ -213,28 +234,46 @@ def with_fact(
     return [(row, records[row["id"]]) for row in rows if row["id"] in records and fact in records[row["id"]].facts]
 
 
-def _loaded(paths: list[UPath]) -> pa.Table:
-    """The records of some files as a table of `COLUMNS`; files that `compact` has deleted meanwhile are left out."""
+def _loaded(paths: list[UPath], damaged: list[UPath] | None = None) -> pa.Table:
+    """The records of some files as a table of `COLUMNS`; files that `compact` has deleted meanwhile are left out.
+
+    So are files without a readable record, which a power failure or a fault of the disk leaves; they go to `damaged`.
+    """
     with ThreadPoolExecutor(8) as pool:
-        rows = [row for row in pool.map(_load, paths) if row]
-    return pa.Table.from_pylist(rows, schema=COLUMNS)
+        rows = list(pool.map(_load, paths))
+    if damaged is not None:
+        damaged += [path for path, row in zip(paths, rows, strict=True) if row == {}]
+    return pa.Table.from_pylist([row for row in rows if row], schema=COLUMNS)
 
 
 def _load(path: UPath) -> dict[str, Any] | None:
+    """The record in a file; {} if it cannot be read, None if there is no file."""
     try:
-        row = json.loads(path.read_bytes())
+        row = asdict(Record(**json.loads(path.read_bytes())))
     except FileNotFoundError:
         return None
-    return asdict(Record(**row)) | {key: json.dumps(row.get(key, {})) for key in ("seconds", "facts")}
+    except (ValueError, TypeError):
+        return {}
+    return row | {key: json.dumps(row[key]) for key in ("seconds", "facts", "files")}
 
 
-def _columns_of(path: UPath, columns: Sequence[str] = COLUMNS.names) -> pa.Table:
-    with path.open("rb") as file:
-        return pq.read_table(file, columns=list(columns))
+def _columns_of(path: UPath, columns: Sequence[str] = COLUMNS.names, damaged: list[UPath] | None = None) -> pa.Table:
+    """Columns of a file of joined records; no rows if it cannot be read, and the file goes to `damaged`."""
+    data = path.read_bytes()  # its errors are those of the store, the next ones those of the content
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data))
+        table = file.read([name for name in columns if name in file.schema_arrow.names])
+    except (pa.ArrowInvalid, OSError):
+        if damaged is not None:
+            damaged.append(path)
+        return COLUMNS.empty_table().select(columns)
+    if "files" in columns and "files" not in table.column_names:
+        table = table.append_column("files", pa.array(["{}"] * len(table), pa.string()))
+    return table.select(columns)
 
 
 def _record_of(row: dict[str, Any]) -> Record:
-    return Record(**row | {"seconds": json.loads(row["seconds"]), "facts": json.loads(row["facts"])})
+    return Record(**row | {key: json.loads(row[key]) for key in ("seconds", "facts", "files")})
 
 
 @dataclass(frozen=True)
@@ -251,10 +290,11 @@ class Account:
         counts, troubles = Counter[str](), {}
         for row in planned:
             record = records.get(row)
-            counts[record.status if record else "missing"] += 1
+            record = None if record and record.status == WITHDRAWN else record
+            counts[record.status if record else WITHDRAWN] += 1
             if not record or record.status not in SETTLED:
                 troubles[row] = record.reason or record.status if record else MISSING
-        return cls(counts.total(), {status: counts[status] for status in (*STATUSES, "missing")}, troubles)
+        return cls(counts.total(), {status: counts[status] for status in (*STATUSES, WITHDRAWN)}, troubles)
 
     def __add__(self, other: "Account") -> "Account":
         counts = {status: count + other.counts[status] for status, count in self.counts.items()}

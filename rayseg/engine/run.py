@@ -1,13 +1,17 @@
 """One execution of a pipeline: its output prefix, its steps, and the results of steps that have finished.
 
 <run>/run.json                   pipeline, region, config, versions, status
+<run>/steps/request.json         pipeline, region and config again, written once: run.json is rebuilt from it
 <run>/steps/<step>/begun.json    the step's key: a hash of its function, settings, inputs and package version
-<run>/steps/<step>/done.json     the same key and the value that the step returned; the step is not called again
+<run>/steps/<step>/done.json     the same key, the value that the step returned and the files it wrote; the step is
+                                 not called again
+<run>/damaged.json               files that `verify` found damaged; the next command computes them again
 """
 
 import fcntl
 import hashlib
 import json
+import logging
 import platform
 import re
 import sys
@@ -15,20 +19,36 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from pydantic import BaseModel
 from upath import UPath
 
 from rayseg import __version__
 from rayseg.config import Config
-from rayseg.engine.ledger import MISSING, Account, Ledger
+from rayseg.engine.ledger import MISSING, WITHDRAWN, Account, Ledger
 from rayseg.engine.manifest import HERE, read_rows
+from rayseg.engine.verify import Damage, damage_of, verify_step
 from rayseg.errors import ConfigError
 from rayseg.geo.region import Region
-from rayseg.store import STORE_ERRORS, absolute, is_local, public, put, sweep, upath
+from rayseg.store import (
+    STORE_ERRORS,
+    Files,
+    absolute,
+    checksum,
+    is_local,
+    listing,
+    public,
+    put,
+    recorded,
+    sweep,
+    upath,
+    within,
+)
 
 NAMED = 20
 """Failed rows of a step that the status names."""
@@ -56,6 +76,7 @@ KEYS_OF_STEPS = {
     ("agri", "rayseg.steps.plots", "write_plots"): ("rayseg.pipelines.agri", "write_plots"),
 }
 """(pipeline, module, step function) -> the names under which it enters the keys, for functions that moved alone."""
+_log = logging.getLogger(__name__)
 LIBRARIES = ("torch", "ray", "rasterio", "segmentation-models-pytorch", "numpy")
 
 
@@ -171,13 +192,15 @@ class Run:
         _ensure_writable(out)
         with _locked(out):
             # 3. look again under the lock: another command may have begun its run during the check
-            _is_new(out, request)
+            if _is_new(out, request):
+                put(upath(out) / "steps" / "request.json", json.dumps(request | {"status": "running"}).encode())
             started = time.time()
             run.save("running", started)
             ended = "stopped"  # unless the block ends without an error
             try:
                 yield run
                 sweep(out)  # not after an error: other processes may still write
+                (upath(out) / "damaged.json").unlink(missing_ok=True)
                 ended = "incomplete" if run.troubles else "done"
             finally:
                 error = sys.exc_info()[1]
@@ -200,26 +223,16 @@ class Run:
         # 1. look the key up: rows without a record, and on a retry all troubles, leave a step unfinished
         keys = self._keys(function, arguments)
         step = Step(name, self.root, keys[0], self.engine)
-        done = _load(step.prefix / "done.json")
+        done, begun = _load(step.prefix / "done.json"), _load(step.prefix / "begun.json")
         troubles = done["value"].get("troubles", {}) if done.get("key") in keys else None
-        if troubles is None or MISSING in troubles.values() or (troubles and self.engine.retry):
-            # 2. call the function; begun.json keeps the run time of interrupted calls
-            begun = _load(step.prefix / "begun.json")
-            if begun.get("key") not in keys:
-                if step.prefix.is_dir():  # files of other settings
-                    step.prefix.rmdir(recursive=True)
-                begun = {"key": step.key, "at": time.time(), "seconds": 0.0}
-                put(step.prefix / "begun.json", json.dumps(begun).encode())
-            started = time.perf_counter()
-            try:
-                returned = function(step, *arguments, **planned)
-            finally:
-                begun["seconds"] += time.perf_counter() - started
-                put(step.prefix / "begun.json", json.dumps(begun).encode())
-            # Stored relative to the run, so that a run that was moved finds its files.
-            kept = _with_prefix(returned, f"{self.root}/", HERE)
-            done = {"key": begun["key"], "value": kept, "seconds": begun["seconds"]}
-            put(step.prefix / "done.json", json.dumps(done, indent=1).encode())
+        if troubles is not None and not begun:
+            begun = {name: value for name, value in done.items() if name != "value"}
+            put(step.prefix / "begun.json", json.dumps(begun).encode())
+        # 2. damaged files leave a step unfinished, too
+        known = troubles is not None or begun.get("key") in keys
+        damage = self._remove_damage(step, done) if known else {}
+        if troubles is None or damage or MISSING in troubles.values() or (troubles and self.engine.retry):
+            done = self._call(step, begun if known else {}, partial(function, step, *arguments, **planned))
         # 3. a finished step has the key of its value: later steps depend on that
         value = _with_prefix(done["value"], HERE, f"{self.root}/")
         step = Step(name, self.root, _hash([done["key"], done["value"]]), self.engine, value, done["seconds"])
@@ -227,6 +240,59 @@ class Run:
             self.troubles[name] = step.value["troubles"]
         self.steps.append(step)
         return step
+
+    def _call(self, step: Step, begun: dict[str, Any], function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Call a step's function; return the content of `done.json`.
+
+        Args:
+            step: the step.
+            begun: what `begun.json` keeps of interrupted calls; {} if there are none with these settings.
+            function: without its arguments.
+        """
+        if not begun:
+            if step.prefix.is_dir():  # files of other settings
+                step.prefix.rmdir(recursive=True)
+            begun = {"key": step.key, "at": time.time(), "seconds": 0.0}
+            put(step.prefix / "begun.json", json.dumps(begun).encode())
+        started = time.perf_counter()
+        with recorded() as written:
+            try:
+                returned = function()
+            finally:
+                kept = {path: file for path, file in begun.get("files", {}).items() if path in self._present}
+                # Records are verified by reading them.
+                new = {path: file for path, file in within(written, self.root).items() if "/ledger/" not in path}
+                begun["files"] = kept | new
+                begun["seconds"] += time.perf_counter() - started
+                put(step.prefix / "begun.json", json.dumps(begun).encode())
+        if (name := f"steps/{step.name}/manifest.parquet") not in begun["files"] and step.manifest.exists():
+            content = step.manifest.read_bytes()  # written by a call that was killed
+            begun["files"][name] = (len(content), checksum(content))
+        # Stored relative to the run, so that a run that was moved finds its files.
+        done = begun | {"value": _with_prefix(returned, f"{self.root}/", HERE)}
+        put(step.prefix / "done.json", json.dumps(done, indent=1).encode())
+        return done
+
+    @cached_property
+    def _present(self) -> dict[str, int]:
+        """Path -> bytes of the run's files when it was opened, without those that `verify` found damaged."""
+        marked = _load(upath(self.root) / "damaged.json")
+        return {path: size for path, size in listing(self.root).items() if path not in marked}
+
+    def _remove_damage(self, step: Step, done: dict[str, Any]) -> Damage:
+        """Delete and withdraw what is damaged of a step's results, so that its function computes that again."""
+        damage = damage_of(self._own_files.get(step.name, {}), self._present)
+        for path in damage:  # a function may keep a file that exists
+            (upath(self.root) / path).unlink(missing_ok=True)
+            self._present.pop(path, None)
+        damage |= verify_step(step.prefix, self._present, planned=_recorded_rows(done), mend=True)
+        for path, why in list(damage.items())[:NAMED]:
+            _log.warning("%s: %s; it is computed again", path, why)
+        return damage
+
+    @cached_property
+    def _own_files(self) -> dict[str, Files]:
+        return _own_files(self.root)
 
     def _keys(self, function: Callable[..., object], arguments: tuple[object, ...]) -> tuple[str, str]:
         """The key of a step, and its key in older runs, whose keys contain paths of the run as they are."""
@@ -256,16 +322,20 @@ def status(root: str) -> dict[str, Any]:
 
     Returns:
         `status` with its `reason` or ""; `times`: step -> seconds, None if it has not finished, in the order of their
-        begin; `steps`: step -> planned, counts (status -> rows) and troubles (row -> reason).
+        begin; `steps`: step -> planned, counts (status -> rows) and troubles (row -> reason); `damaged`: what `verify`
+        found and no command has repaired yet.
     """
     content = read(root)
     steps = {}
     for manifest in sorted(upath(root).glob("steps/*/manifest.parquet")):
-        ids = read_rows(manifest, columns=["id"]).ids
+        try:
+            ids = read_rows(manifest, columns=["id"]).ids
+        except pa.ArrowInvalid:
+            _log.warning("%s is damaged; the next run of the command writes it again", manifest)
+            continue
         account = Ledger(str(manifest.parent / "ledger")).account(ids.chunks)
         steps[manifest.parent.name] = asdict(account)
-    begun = [path.parent for path in upath(root).glob("steps/*/begun.json")]
-    begun.sort(key=lambda folder: (_load(folder / "begun.json").get("at", 0.0), folder.name))
+    begun = _begun(root)
     # A killed process leaves "running" behind, but not its lock.
     killed = content["status"] == "running" and not _is_locked(root)
     return {
@@ -275,7 +345,54 @@ def status(root: str) -> dict[str, Any]:
         "reason": content.get("reason", ""),
         "times": {folder.name: _load(folder / "done.json").get("seconds") for folder in begun},
         "steps": steps,
+        "damaged": _load(upath(root) / "damaged.json"),
     }
+
+
+def verify(root: str, *, deep: bool = False) -> dict[str, Any]:
+    """Compare the files of a run with what was written; note the damage, so that the next command repairs it.
+
+    Args:
+        root: prefix of the run.
+        deep: whether to compare checksums, too, which reads every file.
+
+    Returns:
+        `files`: number of files that the run has; `damaged`: path -> what is wrong with it, in `damaged.json` too.
+    """
+    root = absolute(root).rstrip("/")
+    finished = read(root)["status"] == "done"
+    present, own, notes = listing(root), _own_files(root), upath(root) / "damaged.json"
+    control = ["run.json", *(f"steps/{f.name}/{name}.json" for f in _begun(root) for name in ("begun", "done"))]
+    damage: Damage = {} if deep else _load(notes)
+    damage |= {path: "not a JSON object" for path in control if path in present and not _load(upath(root) / path)}
+    damage |= {path: "missing" for path in control if finished and path not in present}
+    for folder in _begun(root):
+        damage |= damage_of(own.get(folder.name, {}), present, root=root if deep else None)
+        damage |= verify_step(folder, present, planned=_recorded_rows(_load(folder / "done.json")), deep=deep)
+    try:
+        put(notes, json.dumps(damage, indent=1).encode()) if damage else notes.unlink(missing_ok=True)
+    except STORE_ERRORS as error:
+        _log.warning("%s cannot be written (%s): the next command does not know of the damage", notes, error)
+    return {"run": root, "files": len(present), "damaged": damage}
+
+
+def _own_files(root: str) -> dict[str, Files]:
+    """Step -> the files that it wrote outside of its rows; of several steps that wrote a file, the last one has it."""
+    own: dict[str, Files] = {}
+    last: dict[str, str] = {}
+    for folder in _begun(root):
+        own[folder.name] = (_load(folder / "done.json") or _load(folder / "begun.json")).get("files", {})
+        for path in own[folder.name]:
+            if path in last:
+                own[last[path]].pop(path)
+            last[path] = folder.name
+    return own
+
+
+def _recorded_rows(done: dict[str, Any]) -> int:
+    """Number of rows that had a record when a step ended."""
+    account: dict[str, int] = done.get("value", {}).get("account", {})
+    return sum(account.values()) - account.get(WITHDRAWN, 0)
 
 
 def status_text(report: dict[str, Any]) -> str:
@@ -291,7 +408,13 @@ def status_text(report: dict[str, Any]) -> str:
             lines += [f"    {row}: {reason}" for row, reason in list(steps[name]["troubles"].items())[:NAMED]]
             more = len(steps[name]["troubles"]) - NAMED
             lines += [f"    and {more} more"] if more > 0 else []
-    return "\n".join(lines)
+    return "\n".join([*lines, *damage_lines(report["damaged"])])
+
+
+def damage_lines(damage: Damage) -> list[str]:
+    """The first files of a damage as text lines."""
+    lines = [f"  {path}: {why}" for path, why in list(damage.items())[:NAMED]]
+    return [*lines, f"  and {len(damage) - NAMED} more"] if len(damage) > NAMED else lines
 
 
 def versions() -> dict[str, str]:
@@ -305,7 +428,7 @@ def read(root: str) -> dict[str, Any]:
     Raises:
         ConfigError: `root` is not a run.
     """
-    content = _load(upath(root) / "run.json") if upath(root).is_dir() else {}
+    content = _content(root) if upath(root).is_dir() else {}
     if not content:
         raise ConfigError(f"{root} is not a run: it has no run.json; give the --out of a `rayseg run`")
     return content
@@ -314,7 +437,7 @@ def read(root: str) -> dict[str, Any]:
 def _is_new(out: str, request: dict[str, Any]) -> bool:
     """Whether `out` is empty; files that belong to another run or to something else raise ConfigError."""
     try:
-        content = _load(upath(out) / "run.json")
+        content = _content(out)
         foreign = not content and upath(out).is_dir() and any(not p.name.startswith(".") for p in upath(out).iterdir())
     except STORE_ERRORS as error:
         raise ConfigError(f"output {out} cannot be read: {error}; choose another --out") from None
@@ -380,8 +503,28 @@ def _is_locked(root: str) -> bool:
     return False
 
 
+def _content(root: str) -> dict[str, Any]:
+    """What run.json holds, or `steps/request.json` if that is missing or damaged; {} for no run.
+
+    Raises:
+        ConfigError: run.json is damaged and there is nothing to rebuild it from.
+    """
+    path = upath(root) / "run.json"
+    content = _load(path) or _load(upath(root) / "steps" / "request.json")
+    if not content and path.exists():
+        raise ConfigError(f"{path} is not a JSON object written by rayseg; remove it, or choose another --out")
+    return content
+
+
+def _begun(root: str) -> list[UPath]:
+    """Folders of the steps of a run, in the order of their begin."""
+    folders = {path.parent for name in ("begun", "done") for path in upath(root).glob(f"steps/*/{name}.json")}
+    at = {folder: (_load(folder / "begun.json") or _load(folder / "done.json")).get("at", 0.0) for folder in folders}
+    return sorted(folders, key=lambda folder: (at[folder], folder.name))
+
+
 def _load(path: UPath) -> dict[str, Any]:
-    """The JSON object in a file, {} if the file does not exist."""
+    """The JSON object in a file; {} if the file does not exist or, with a warning, if it is damaged."""
     try:
         loaded = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -389,7 +532,8 @@ def _load(path: UPath) -> dict[str, Any]:
     except ValueError:
         loaded = None
     if not isinstance(loaded, dict):
-        raise ConfigError(f"{path} is not a JSON object written by rayseg; remove it, or choose another --out")
+        _log.warning("%s is damaged and counts as missing", path)
+        return {}
     return loaded
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from rayseg.engine.ledger import Ledger, Record, Settled
 from rayseg.errors import RaysegError, Stalled, StoreFull
-from rayseg.store import STORE_ERRORS, public
+from rayseg.store import STORE_ERRORS, Files, public, recorded, synced_once, within
 
 Stage = Callable[[list[Any]], list[Any]]
 """Records -> for each, in order, the record with what the stage adds, or a `Settled`."""
@@ -58,6 +58,7 @@ class Entry:
         seconds: stage -> seconds spent on this row.
         hung: whether a stage did not finish it in time.
         error: what ends the run: no space on the store, or a fault of the program. Such a row has no record.
+        files: that the stages have written for the row.
     """
 
     id: str
@@ -65,6 +66,7 @@ class Entry:
     seconds: dict[str, float] = field(default_factory=dict)
     hung: bool = False
     error: BaseException | None = None
+    files: Files = field(default_factory=dict)
 
 
 Entries = Generator[Entry, None, None]
@@ -132,7 +134,10 @@ class StageRunner:
         """Run the stage; if a batch fails, run it row by row to find the row at fault."""
         result = self._in_time([entry.row for entry in entries])
         if not isinstance(result, BaseException):
-            return [replace(entry, row=row) for entry, row in zip(entries, result, strict=True)]
+            rows, files = result
+            return [
+                replace(entry, row=row, files=entry.files | files) for entry, row in zip(entries, rows, strict=True)
+            ]
         if isinstance(result, StoreFull) or not isinstance(result, DATA_ERRORS):
             error = self._portable(result)
             return [replace(entry, row=None, error=error) for entry in entries]
@@ -144,19 +149,19 @@ class StageRunner:
         failed = Settled("failed", public(f"{self.work.name}: {reason}"))
         return [replace(entries[0], row=failed, hung=isinstance(result, Stalled))]
 
-    def _in_time(self, rows: list[Any]) -> list[Any] | BaseException:
-        """The rows after the stage, or the error it raises."""
+    def _in_time(self, rows: list[Any]) -> tuple[list[Any], Files] | BaseException:
+        """The rows after the stage and the files it wrote, or the error it raises."""
         self._thread = self._thread or WorkerThread()
-        call = self._thread.submit(self.work.stage, list(rows))
+        call = self._thread.submit(_recording, self.work.stage, list(rows))
         wait([call], self.patience)
         if not call.done():
             self._thread = None  # it may never return
             return Stalled(f"no progress for {self.patience:g} s")
         if error := call.exception():
             return error
-        result: list[Any] = call.result()
-        if len(result) != len(rows):
-            return TypeError(f"{self.work.name} returned {len(result)} rows for {len(rows)}; return one for each")
+        result: tuple[list[Any], Files] = call.result()
+        if len(result[0]) != len(rows):
+            return TypeError(f"{self.work.name} returned {len(result[0])} rows for {len(rows)}; return one for each")
         return result
 
     def _portable(self, error: BaseException) -> BaseException:
@@ -177,11 +182,18 @@ class StageRunner:
             return entry
         result = entry.row if isinstance(entry.row, Settled) else Settled()
         attempt = self.attempts.get(entry.id, 1)
+        files = within(entry.files, self.ledger.root)
+        record = Record(entry.id, result.status, result.reason, attempt, entry.seconds, result.facts, files)
         try:
-            self.ledger.write(Record(entry.id, result.status, result.reason, attempt, entry.seconds, result.facts))
+            self.ledger.write(record)
         except StoreFull as error:
             return Entry(entry.id, None, error=error)
         return Entry(entry.id, Settled(result.status, result.reason), hung=entry.hung)
+
+
+def _recording(stage: Stage, rows: list[Any]) -> tuple[list[Any], Files]:
+    with recorded() as files, synced_once():
+        return stage(rows), files
 
 
 def ahead(entries: Entries, patience: float | None = None) -> Entries:

@@ -1,9 +1,12 @@
 """Records of rows: each counts once, in a file of its own or joined with others."""
 
+from dataclasses import asdict
+
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from rayseg.engine.ledger import Account, Fate, Ledger, Record
+from rayseg.engine.ledger import COLUMNS, WITHDRAWN, Account, Fate, Ledger, Record
 
 
 @pytest.fixture
@@ -92,3 +95,46 @@ def test_an_empty_ledger_has_no_fates(tmp_path):
     assert empty.fates().among(["a"]) == {}
     assert empty.read() == {}
     assert empty.account([]).planned == 0
+
+
+def test_damaged_records_count_as_missing_and_are_named(tmp_path):
+    found = Ledger(str(tmp_path / "ledger"))
+    for name in "abc":
+        found.write(Record(name, "done", files={"tiles/x": (1, "f")}))
+    found.compact(2)
+    for name in "de":
+        found.write(Record(name, "done"))
+    (tmp_path / "ledger" / "d.1.json").write_bytes(bytes(40))
+    assert sorted(found.read()) == ["a", "b", "c", "e"]
+    assert found.read()["a"].files == {"tiles/x": [1, "f"]}
+    [joined] = (tmp_path / "ledger").glob("*.parquet")
+    joined.write_bytes(joined.read_bytes()[:-9])
+    damaged = []
+    assert [[record.id for record in part] for part in found.latest(damaged)] == [["e"], []]
+    assert {path.name for path in damaged} == {"d.1.json", joined.name}
+
+
+def test_the_latest_records_come_from_all_files(tmp_path):
+    found = Ledger(str(tmp_path / "ledger"))
+    for name in "ab":
+        found.write(Record(name, "failed", "why"))
+    found.compact(1)
+    found.write(Record("a", "done", attempt=2))
+    assert [[(r.id, r.attempt) for r in part] for part in found.latest()] == [[("a", 2)], [("b", 1)]]
+
+
+def test_joined_records_of_earlier_versions_have_no_files(tmp_path):
+    rows = [asdict(Record("a", "done")) | {"seconds": "{}", "facts": "{}"}]
+    table = pa.Table.from_pylist(rows, schema=pa.schema([field for field in COLUMNS if field.name != "files"]))
+    (tmp_path / "ledger").mkdir()
+    pq.write_table(table, tmp_path / "ledger" / "records-0.parquet")
+    assert Ledger(str(tmp_path / "ledger")).read() == {"a": Record("a", "done")}
+
+
+def test_a_withdrawn_row_counts_as_not_processed(tmp_path):
+    found = Ledger(str(tmp_path / "ledger"))
+    found.write(Record("a", "done"))
+    found.write(Record("a", WITHDRAWN, "tiles/a: missing", 2))
+    account = found.account([pa.array(["a", "b"])])
+    assert account.counts["missing"] == 2
+    assert account.troubles == {"a": "not processed", "b": "not processed"}

@@ -1,0 +1,75 @@
+"""Compare the files of a run with what its steps recorded when they wrote them.
+
+A row's record in the ledger lists the files that the row's stages wrote, `done.json` those that the step's function
+wrote itself, each with size and checksum (`store.Files`).
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from upath import UPath
+
+from rayseg.engine.ledger import WITHDRAWN, Ledger, Record
+from rayseg.store import checksum, upath
+
+Damage = dict[str, str]
+"""Path of a file, relative to the run -> what is wrong with it."""
+THREADS = 8
+
+
+def damage_of(files: Mapping[str, Any], present: Mapping[str, int], *, root: str | None = None) -> Damage:
+    """Those of some files that are missing or differ from what was written.
+
+    Args:
+        files: path relative to the run -> (bytes, checksum).
+        present: path -> bytes of the files that the run has.
+        root: prefix of the run, to compare checksums, too, which reads every file.
+    """
+    found = {}
+    for path, (size, _) in files.items():
+        if path not in present:
+            found[path] = "missing"
+        elif present[path] != size:
+            found[path] = f"{present[path]} bytes, {size} were written"
+    if root:
+        whole = [path for path in files if path not in found]
+        with ThreadPoolExecutor(THREADS) as pool:
+            sums = pool.map(lambda path: checksum((upath(root) / path).read_bytes()), whole)
+            for path, now in zip(whole, sums, strict=True):
+                if now != files[path][1]:
+                    found[path] = "checksum differs from the one written"
+    return found
+
+
+def verify_step(
+    folder: UPath, present: Mapping[str, int], *, planned: int = 0, deep: bool = False, mend: bool = False
+) -> Damage:
+    """What is damaged of the rows of a step: records that cannot be read or are missing, and files.
+
+    Args:
+        folder: of the step.
+        present: path -> bytes of the files that the run has.
+        planned: number of rows that had a record when the step ended.
+        deep: whether to compare checksums, too.
+        mend: whether to delete damaged records and withdraw those of damaged files, so that the step processes their
+            rows again; only the process that runs the step may do so.
+    """
+    ledger, unreadable, damage, count = Ledger(str(folder / "ledger")), list[UPath](), Damage(), 0
+    for records in ledger.latest(unreadable):
+        count += len(records)
+        for record in records:
+            if record.status == WITHDRAWN:
+                continue
+            if found := damage_of(record.files, present, root=ledger.root if deep else None):
+                damage |= found
+                if mend:
+                    reason = "; ".join(f"{path}: {why}" for path, why in found.items())
+                    ledger.write(Record(record.id, WITHDRAWN, reason, record.attempt + 1))
+    for path in unreadable:
+        damage[f"steps/{folder.name}/ledger/{path.name}"] = "not a record"
+        if mend:
+            path.unlink(missing_ok=True)
+    if count < planned and not unreadable:
+        damage[f"steps/{folder.name}/ledger"] = f"{planned - count} of {planned} records are missing"
+    return damage
