@@ -1,9 +1,11 @@
 """Options that several commands share, and the regions that they name."""
 
+import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from rayseg.errors import ConfigError
 from rayseg.pipelines import PIPELINES
@@ -52,6 +54,14 @@ AllowDriver = Annotated[
 RunPrefix = Annotated[str, typer.Argument(help="The run's folder or URL.")]
 
 
+class TakesRegion(TyperCommand):
+    """A command whose argument is a region: -105,39,-104,40 is one, and no option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - click's context
+        """Read the arguments; a blank tells a box from an option."""
+        return super().parse_args(ctx, [f" {arg}" if re.match(r"-\.?\d", arg) else arg for arg in args])
+
+
 def region_of(text: str) -> "Region":
     """The region that --region names.
 
@@ -61,7 +71,8 @@ def region_of(text: str) -> "Region":
     """
     from rayseg.geo.region import Region, resolve_region
 
-    if not text.strip():
+    text = text.strip()
+    if not text:
         raise ConfigError(f"the region is empty, expected {REGIONS}")
     if text == "demo":  # drawn on its first use, into the cache folder
         from rayseg.demo import make
@@ -79,9 +90,10 @@ def area_of(text: str, tiles: str | None = None) -> "Region":
     from rayseg.io import labels
     from rayseg.store import absolute
 
+    text = text.strip()
     # A folder named like a region, for example ./demo, must not hide the region.
     named = text == "demo" or text in region_names()
-    images = text.strip() and labels.is_images(text)
+    images = text and labels.is_images(text)
     area = Region(text, images=text) if images and not named else region_of(text)
     # run.json stores the area: it has to be valid when another folder is the working folder.
     return replace(

@@ -19,6 +19,7 @@ from rayseg.cli.options import (
     PipelineName,
     RegionName,
     RunPrefix,
+    TakesRegion,
     Tiles,
     area_of,
 )
@@ -200,7 +201,7 @@ def verify(
         raise RunIncomplete(f"{len(damage):,} files are missing or damaged; compute them again: rayseg retry {run}")
 
 
-@app.command()
+@app.command(cls=TakesRegion)
 def predict(
     model: Annotated[str, typer.Argument(help="Prefix of a bundle, for example runs/demo/models/segmenter.")],
     source: Annotated[str, typer.Argument(help=f"An image, or a region: {REGIONS}.")],

@@ -32,16 +32,35 @@ def to_lonlat(polygons: NDArray[np.object_], project: Project) -> NDArray[np.obj
         polygons: polygons and multipolygons with y upward.
         project: from their CRS.
     """
+    polygons = _off_poles(polygons, project)
     lonlat: NDArray[np.object_] = shapely.transform(polygons, project)
     for position in np.flatnonzero(jumps(lonlat)):
-        points, ring = shapely.get_coordinates(shapely.get_rings(polygons[position]), return_index=True)
+        parts = polygons_in(polygons[position])
+        points, ring = shapely.get_coordinates(shapely.get_rings(parts), return_index=True)
         longest = np.abs(np.diff(points, axis=0))[ring[1:] == ring[:-1]].max()
-        parts = shapely.get_parts(shapely.segmentize(polygons[position], longest / _STEPS))
+        parts = shapely.segmentize(parts, longest / _STEPS)
         # The interior lies left of a ring that runs counterclockwise, also where it encloses a pole.
         moved = shapely.transform(np.array([orient(part) for part in parts], object), project)
         if jumps(moved).any():
-            lonlat[position] = _cut(moved)
+            lonlat[position] = _in_world(moved)
     return lonlat
+
+
+def _off_poles(polygons: NDArray[np.object_], project: Project) -> NDArray[np.object_]:
+    """The polygons, a millionth smaller where one has a vertex at a pole, which has no longitude of its own.
+
+    A polygon in degrees has an edge there, and stays.
+    """
+    points, owner = shapely.get_coordinates(polygons, return_index=True)
+    at_pole = np.abs(project(points)[:, 1]) > 90 - 1e-9
+    if not at_pole.any():
+        return polygons
+    moved = polygons.copy()
+    for position in np.unique(owner[at_pole]):
+        if len(np.unique(points[at_pole & (owner == position)].round(6), axis=0)) == 1:
+            side = np.sqrt(shapely.area(polygons[position]))
+            moved[position] = shapely.buffer(polygons[position], -1e-6 * side, join_style="mitre")
+    return moved
 
 
 def normalised(area: BaseGeometry) -> BaseGeometry:
@@ -51,32 +70,36 @@ def normalised(area: BaseGeometry) -> BaseGeometry:
     leaves -180..180. Lines and points stay as they are.
     """
     flat = shapely.force_2d(area)
-    if "Polygon" not in flat.geom_type or not jumps(np.array([flat], object))[0]:
-        return flat
-    west, _, east, _ = flat.bounds
-    if west < -180 or east > 180:  # its vertices are in one row, so a long edge is only long
-        whole: BaseGeometry = to_lonlat(np.array([flat], object), lambda points: points)[0]
-        return whole
-    parts = shapely.get_parts(flat)
-    crossing = jumps(parts)
-    return _together([*parts[~crossing], _cut(parts[crossing])])
+    return _in_world(polygons_in(flat)) if jumps(np.array([flat], object))[0] else flat
 
 
-def _cut(polygons: NDArray[np.object_]) -> BaseGeometry:
-    """Polygons that cross the antimeridian, as one geometry with edges on it."""
+def _in_world(polygons: NDArray[np.object_]) -> BaseGeometry:
+    """Polygons in degrees as one geometry within -180..180."""
+    west, _, east, _ = shapely.bounds(polygons).T
+    beyond = (west < -180) | (east > 180)  # their vertices are in one row, so a long edge is only long
+    crossing = jumps(polygons) & ~beyond
+    pieces = [*polygons[~beyond & ~crossing], *(piece for part in polygons[beyond] for piece in _turned_back(part))]
+    pieces += _cut(polygons[crossing])
+    whole: BaseGeometry = shapely.MultiPolygon(pieces) if len(pieces) > 1 else pieces[0]
+    # Pieces of a ring of 0..360 degrees share an edge on the prime meridian.
+    return whole if whole.is_valid else shapely.union_all(pieces)
+
+
+def _turned_back(polygon: BaseGeometry) -> list[BaseGeometry]:
+    """The parts of a polygon that leaves -180..180, turned back by whole turns."""
+    west, south, east, north = polygon.bounds
+    turns = np.arange((west + 180) // 360, -((180 - east) // 360) + 1)
+    cut = [translate(polygon, -360.0 * turn).intersection(shapely.box(-180.0, south, 180.0, north)) for turn in turns]
+    return list(polygons_in(shapely.GeometryCollection(cut)))
+
+
+def _cut(polygons: NDArray[np.object_]) -> list[BaseGeometry]:
+    """The parts of polygons that cross the antimeridian, with edges on it."""
     try:
         cut = [antimeridian.fix_polygon(part, fix_winding=True, great_circle=False) for part in polygons]
     except ValueError as error:  # its word for a ring that crosses itself
         raise TopologicalError(str(error)) from error
-    pieces = [piece for part in cut for piece in shapely.get_parts(part)]
-    whole: BaseGeometry = shapely.MultiPolygon(pieces) if len(pieces) > 1 else pieces[0]
-    # Pieces of a ring of 0..360 degrees share an edge on the prime meridian.
-    return whole if whole.is_valid else _together(pieces)
-
-
-def _together(pieces: Sequence[BaseGeometry]) -> BaseGeometry:
-    whole: BaseGeometry = shapely.union_all(pieces)
-    return whole
+    return [piece for part in cut for piece in shapely.get_parts(part)]
 
 
 def sound(area: BaseGeometry) -> BaseGeometry:
@@ -99,7 +122,7 @@ def within(area: BaseGeometry, near: Bounds) -> BaseGeometry:
     for turn in range(int((near[0] - 180) // 360) + 1, int(-((-180 - near[2]) // 360))):
         moved = translate(area, 360.0 * turn) if turn else area
         pieces.append(moved if box.contains(moved) else moved.intersection(box))
-    return pieces[0] if len(pieces) == 1 else _together(pieces)
+    return pieces[0] if len(pieces) == 1 else shapely.union_all(pieces)
 
 
 def from_lonlat(area: BaseGeometry, crs: str) -> BaseGeometry:
@@ -140,7 +163,10 @@ def box_of(bbox: Sequence[float]) -> Bounds:
 
 def jumps(lonlat: NDArray[np.object_]) -> NDArray[np.bool_]:
     """(N,) bool: geometries that leave -180..180, or whose longitude jumps between neighbouring vertices."""
-    rings, owner = shapely.get_rings(lonlat, return_index=True)
+    parts, of_whole = shapely.get_parts(lonlat, return_index=True)  # rings are of polygons alone
+    members, of_part = shapely.get_parts(parts, return_index=True)
+    rings, owner = shapely.get_rings(members, return_index=True)
+    owner = of_whole[of_part[owner]]
     points, ring = shapely.get_coordinates(rings, return_index=True)
     steps = np.abs(np.diff(points[:, 0]))
     jumping = (ring[1:] == ring[:-1]) & (steps > 180) & (steps != 360)  # 360: from one edge of the world to the other

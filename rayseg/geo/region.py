@@ -19,7 +19,17 @@ from shapely.geometry.base import BaseGeometry
 import rayseg
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Bounds, Grid, Window
-from rayseg.geo.lonlat import LONLAT, from_lonlat, geographic, normalised, polygons_in, to_lonlat, transformer, within
+from rayseg.geo.lonlat import (
+    LONLAT,
+    box_of,
+    from_lonlat,
+    geographic,
+    normalised,
+    polygons_in,
+    to_lonlat,
+    transformer,
+    within,
+)
 from rayseg.store import split_location, suffix_of, upath
 
 if TYPE_CHECKING:  # takes long to import, and a region is seldom a file
@@ -188,16 +198,16 @@ def _ordered(bounds: tuple[float, float, float, float]) -> tuple[float, float, f
     return left, min(bottom, top), right, max(bottom, top)
 
 
-_NUMBER = r"\s*[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?\s*"
-_BOX = re.compile(rf"^{_NUMBER}(?:,{_NUMBER}){{3}}$")
+_NUMBER = r"\s*[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?\s*"
+_BOX = re.compile(rf"^{_NUMBER}(?:(?:,{_NUMBER}){{3}}|(?:,{_NUMBER}){{5}})$")
 
 
 def resolve_region(text: str) -> Region:
     """The region that `text` names.
 
-    `west,south,east,north` in degrees (west > east crosses the antimeridian), a GeoJSON or GeoParquet file, a STAC
-    catalogue `catalog.json` or `catalog.json#collection`, or a name under stac/regions. A region's GeoJSON may have
-    the properties `catalog` (relative to the file) and `collection`.
+    `west,south,east,north` in degrees (west > east crosses the antimeridian; heights may stand between), a GeoJSON or
+    GeoParquet file, a STAC catalogue `catalog.json` or `catalog.json#collection`, or a name under stac/regions. A
+    region's GeoJSON may have the properties `catalog` (relative to the file) and `collection`.
 
     Raises:
         ConfigError: it is none of these.
@@ -247,7 +257,7 @@ def _region_files() -> Iterator[Path]:
 
 
 def _box_geometry(text: str) -> BaseGeometry:
-    west, south, east, north = (float(part) for part in text.split(","))
+    west, south, east, north = box_of([float(part) for part in text.split(",")])
     known = -360 <= west <= 360 and -360 <= east <= 360 and -90 <= south < north <= 90
     east += 360 if west > east else 0
     if not known or not west < east <= west + 360:

@@ -17,11 +17,13 @@ import shapely
 from PIL import Image as Picture
 from PIL import ImageOps
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
+from rasterio.transform import array_bounds
 from shapely.geometry import Polygon
 from shapely.geometry.base import BaseGeometry
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import Window, slug
+from rayseg.geo.lonlat import within
 from rayseg.io.plot_joins import mask_of
 from rayseg.io.sources import gdal, open_file
 from rayseg.vision.crops import square_crop
@@ -109,10 +111,16 @@ def _on_image(table: geopandas.GeoDataFrame, file: Path) -> geopandas.GeoDataFra
     """The parts of georeferenced plots inside an image, of at least one pixel, in pixels rounded to a thousandth."""
     with gdal(str(file)), open_file(str(file)) as image:
         crs, to_pixels, frame = image.crs, ~image.transform, shapely.box(0, 0, image.width, image.height)
+        bounds = array_bounds(image.height, image.width, image.transform)
     if crs is None:
         return table.iloc[:0]
+    placed_in = table.to_crs(crs.to_wkt()).geometry
+    if crs.is_geographic:  # an image may count on beyond 180 degrees, plots are cut there
+        west, south, east, north = bounds
+        wide = (west - 1, south - 1, east + 1, north + 1)
+        placed_in = geopandas.GeoSeries([within(plot, wide) for plot in placed_in], index=table.index)
     # The inverse of the affine transform maps coordinates of the CRS to pixels.
-    pixels = table.to_crs(crs.to_wkt()).geometry.affine_transform(to_pixels.to_shapely()).set_precision(1e-3)
+    pixels = placed_in.affine_transform(to_pixels.to_shapely()).set_precision(1e-3)
     placed = table.set_geometry(pixels.set_crs(None, allow_override=True))
     cut = geopandas.clip(placed, frame, keep_geom_type=True).sort_index()
     return cut[cut.area >= 1]

@@ -26,8 +26,8 @@ from shapely.geometry import mapping, shape
 
 import rayseg
 from rayseg.errors import DataError
-from rayseg.geo.grid import Grid, Tile, Window
-from rayseg.geo.lonlat import bounds_of, sound, to_lonlat
+from rayseg.geo.grid import Bounds, Grid, Tile, Window
+from rayseg.geo.lonlat import bounds_of, box_of, sound, to_lonlat
 from rayseg.io.sources import Source, crs_of, placing
 from rayseg.io.tables import Spool, concurrently, content
 from rayseg.io.times import UNKNOWN, in_utc, time_order, utc_text
@@ -329,7 +329,8 @@ def _write_members(folder: Any, name: str, items: Sequence[pystac.Item], title: 
         extent.add(f"./{item.id}.json", row)
     if old:
         extent.hrefs |= {link["href"] for link in old["links"] if link["rel"] == "item"}
-        extent.boxes += [] if old.get("rayseg:unplaced") else [old["extent"]["spatial"]["bbox"][0]]
+        if not old.get("rayseg:unplaced"):
+            extent.place(old["extent"]["spatial"]["bbox"][0])
         extent.times += [utc_text(time) for time in old["extent"]["temporal"]["interval"][0] if time]
     links = [_link("root", "../catalog.json"), _link("parent", "../catalog.json")]
     merged = extent.collection(name, title or (old or {}).get("title") or name, links=links)
@@ -341,17 +342,39 @@ class _Extent:
 
     def __init__(self) -> None:
         self.hrefs: set[str] = set()
-        self.boxes: list[Sequence[float]] = []
+        self.turns: tuple[list[Bounds], list[Bounds]] = [], []  # of longitudes from -180 and from 0 on
         self.times: list[str] = []
 
     def add(self, href: str, item: Mapping[str, Any]) -> None:
         """Include an item."""
         self.hrefs.add(href)
-        # One box and two times stand for all before them, so that memory does not grow.
-        self.boxes = [_around([*self.boxes, item["bbox"]])] if item.get("bbox") else self.boxes
+        if item.get("bbox"):
+            self.place(item["bbox"])
+        # Two times stand for all before them, so that memory does not grow.
         named = (item["properties"].get(name) for name in ("datetime", "start_datetime", "end_datetime"))
         times = [*self.times, *(utc_text(time) for time in named if time)]
         self.times = [min(times, key=time_order), max(times, key=time_order)] if times else []
+
+    def place(self, bbox: Sequence[float]) -> None:
+        """Include a box in degrees, of four or six numbers; west > east crosses the antimeridian."""
+        west, south, east, north = box_of(bbox)
+        lons = (west, east) if west <= east else (-180.0, 180.0)
+        within = west >= 0 > east if west > east else not west < 0 <= east  # it does not cross the prime meridian
+        turned = (west + 360 * (west < 0), east + 360 * (east < 0)) if within else (0.0, 360.0)
+        for boxes, (left, right) in zip(self.turns, (lons, turned), strict=True):
+            boxes.append((left, south, right, north))
+            sides = np.array(boxes)
+            boxes[:] = [(*sides[:, :2].min(axis=0).tolist(), *sides[:, 2:].max(axis=0).tolist())]
+
+    @property
+    def box(self) -> list[float]:
+        """The box around all boxes, the narrower way around the Earth; the world if there is none."""
+        if not self.turns[0]:
+            return list(_WORLD)
+        [(west, south, east, north)], [(left, _, right, _)] = self.turns
+        if right - left < east - west:
+            west, east = (round(side - 360 * (side > 180), 7) for side in (left, right))
+        return [west, south, east, north]
 
     def collection(
         self, name: str, title: str, *, links: Sequence[dict[str, Any]] = (), assets: Mapping[str, Any] | None = None
@@ -366,19 +389,11 @@ class _Extent:
             "title": title,
             "description": title,
             "license": "other",
-            "extent": {"spatial": {"bbox": [_around(self.boxes)]}, "temporal": {"interval": [interval]}},
+            "extent": {"spatial": {"bbox": [self.box]}, "temporal": {"interval": [interval]}},
             "links": [*links, *(_link("item", href) for href in sorted(self.hrefs))],
             **({"assets": dict(assets)} if assets else {}),
-            **({} if self.boxes else {"rayseg:unplaced": True}),
+            **({} if self.turns[0] else {"rayseg:unplaced": True}),
         }
-
-
-def _around(boxes: Sequence[Sequence[float]]) -> list[float]:
-    """The box around boxes: the world for none, and all longitudes if one crosses the antimeridian."""
-    if not boxes:
-        return list(_WORLD)
-    lons = [(-180.0, 180.0) if box[0] > box[2] else (box[0], box[2]) for box in boxes]
-    return [min(a for a, _ in lons), min(b[1] for b in boxes), max(a for _, a in lons), max(b[3] for b in boxes)]
 
 
 def _rooted(item: dict[str, Any], folder: str) -> dict[str, Any]:

@@ -56,6 +56,23 @@ def test_a_polygon_around_a_pole_holds_the_pole(crs, south, north):
     assert moved.covers(shapely.Point(45, 90 if north == 90 else -90))
 
 
+@pytest.mark.parametrize(
+    ("crs", "bounds", "lons"),
+    [
+        ("EPSG:3031", (-6000, -4000, 0, 0), (-180, -90)),
+        ("EPSG:3031", (0, 0, 6000, 4000), (0, 90)),
+        ("EPSG:3995", (0, -4000, 6000, 0), (0, 90)),
+        ("EPSG:5041", (2_000_000, 2_000_000, 2_006_000, 2_004_000), (90, 180)),
+    ],
+)
+def test_a_polygon_with_a_corner_at_a_pole_lies_between_its_meridians(crs, bounds, lons):
+    [moved] = projected(crs, shapely.box(*bounds))
+    assert moved.is_valid
+    west, south, east, north = moved.bounds
+    assert (west, east) == pytest.approx(lons, abs=1e-3)
+    assert 89.93 < max(-south, north) <= 90
+
+
 def test_holes_stay_and_a_ring_around_the_world_becomes_one_polygon():
     outer, inner = (
         shapely.box(600_000, 5_000_000, 900_000, 5_200_000),

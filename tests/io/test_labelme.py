@@ -10,6 +10,7 @@ from PIL import Image
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window
+from rayseg.geo.lonlat import normalised
 from rayseg.io import cog, labelme
 
 
@@ -226,6 +227,21 @@ def test_plots_on_the_ground_go_out_in_the_pixels_of_each_image_and_come_back(gr
     assert counts == {"field": 2, "nonfield": 1}
     with Image.open(tmp_path / "crops/nonfield/east-0000.png") as opened:
         assert np.array_equal(np.asarray(opened), image_CHW[:, 10:30, 80:100].transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("west", [179.9998, -180.0002, 200.0, -10.0])
+def test_plots_go_out_to_images_in_degrees_that_count_on_beyond_180(tmp_path, west):
+    grid = Grid("EPSG:4326", (1e-5, 1e-5), (west, -16.0))
+    (tmp_path / "images").mkdir()
+    image = np.random.default_rng(0).integers(1, 256, (3, 40, 60)).astype(np.uint8)
+    cog.write_image(tmp_path / "images/a.tif", image, grid, Window(0, 0, 60, 40), bands=("red", "green", "blue"))
+    plot = shapely.box(west + 10e-5, -16 - 30e-5, west + 35e-5, -16 - 5e-5)
+    table = geopandas.GeoDataFrame({"class": ["field"]}, geometry=[normalised(plot)], crs="EPSG:4326")
+    table.to_parquet(tmp_path / "plots.parquet")
+    labelme.export(str(tmp_path), str(tmp_path / "images"), str(tmp_path / "json"))
+    shapes = json.loads((tmp_path / "json/a.json").read_text())["shapes"]
+    outline = shapely.union_all([shapely.Polygon(one["points"]) for one in shapes])
+    assert outline.symmetric_difference(shapely.box(10, 5, 35, 30)).area < 0.1
 
 
 def test_plots_outside_all_images_are_refused(ground, images, tmp_path):

@@ -516,6 +516,27 @@ def test_a_collection_over_images_without_place_or_over_nothing_is_valid(tmp_pat
         assert valid_core(json.loads((tmp_path / "run" / "collection.json").read_text()))
 
 
+@pytest.mark.parametrize(
+    ("boxes", "expected"),
+    [
+        ([(179.9, -17, -179.9, -16), (179.5, -18, 179.8, -17)], [179.5, -18, -179.9, -16]),
+        ([(170, 0, 180, 1), (-180, 0, -169.3, 2)], [170, 0, -169.3, 2]),
+        ([(-100, 0, -95, 1), (100, 0, 105, 1), (0, 0, 5, 1)], [-100, 0, 105, 1]),
+        ([(-180, -90, 180, 90)], [-180, -90, 180, 90]),
+        ([(-10, 40, 10, 5, 41, 90), (20, 0, 0, 30, 1, 1)], [-10, 0, 30, 41]),
+    ],
+)
+def test_a_collection_reaches_around_its_items_the_narrower_way(tmp_path, boxes, expected):
+    for order in (boxes, boxes[::-1]):
+        items = [
+            (f"{k}.json", {"bbox": list(b), "properties": {}, "assets": {}, "geometry": None})
+            for k, b in enumerate(order)
+        ]
+        stac_write.write_collection(tmp_path / "run", items, title="t")
+        collection = json.loads((tmp_path / "run" / "collection.json").read_text())
+        assert collection["extent"]["spatial"]["bbox"] == [expected]
+
+
 # -- regions
 
 

@@ -191,6 +191,22 @@ def test_a_polygon_over_the_antimeridian_is_cut_there():
     assert frame["area_m2"][0] == pytest.approx(truth, rel=1e-2)
 
 
+@pytest.mark.parametrize("west", [160.0, 175.0, -195.0, 200.0])
+def test_polygons_of_a_grid_in_degrees_that_counts_on_beyond_180_lie_within_the_world(west):
+    grid = Grid("EPSG:4326", (0.25, 0.25), (0.0, 0.0))
+    classes = np.ones((20, 160), np.uint8)
+    classes[5:15, 60:70] = classes[5:15, 80:84] = 0  # holes, at 175 on the antimeridian
+    frame = joined(classes, None, 50, grid=grid, col=round(4 * west), row=-10)
+    cover = frame[frame["name"] == "water"].geometry.iloc[0]
+    assert cover.is_valid
+    assert -180 <= cover.bounds[0] < cover.bounds[2] <= 180
+    assert cover.area == pytest.approx((classes == 1).sum() / 16)
+    inside = shapely.Point((west + 0.1 + 180) % 360 - 180, 2.4)
+    hole = shapely.Point((west + 16 + 180) % 360 - 180, 0)
+    assert cover.covers(inside)
+    assert not cover.covers(hole)
+
+
 def test_zones_are_joined_into_one_table_and_pixels_are_not_mixed_with_them():
     classes = np.ones((4, 4), np.uint8)
     other = Grid("EPSG:32651", (10.0, 10.0), (0.0, 0.0))
