@@ -1,10 +1,12 @@
 """Accuracy of a map against a reference: confusion matrices, agreement of clusterings, objects, intervals."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t as student
 from sklearn.metrics import mutual_info_score
 from sklearn.metrics.cluster import expected_mutual_information
 
@@ -182,6 +184,15 @@ def percentile_interval(values_N: Floats) -> tuple[float, float]:
         return float("nan"), float("nan")
     low, high = np.quantile(known, [0.025, 0.975])
     return float(low), float(high)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, ...]:
+    """(mean, low, high): 95 % interval of the mean by Student's t; the mean alone of one value."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return (mean,)
+    reach = float(student.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return mean, mean - reach, mean + reach
 
 
 def agreement(table_RP: NDArray[np.integer]) -> dict[str, float]:

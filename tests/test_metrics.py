@@ -8,7 +8,7 @@ from sklearn.metrics import adjusted_mutual_info_score, fowlkes_mallows_score
 from sklearn.metrics.cluster import contingency_matrix
 
 from rayseg.errors import DataError
-from rayseg.metrics import Confusion, agreement, bootstrap
+from rayseg.metrics import Confusion, agreement, bootstrap, mean_interval
 
 REFERENCE = np.array([[0, 0, 1, 1], [0, 255, 1, 2]], np.uint8)
 PREDICTION = np.array([[0, 1, 1, 1], [0, 1, 255, 0]], np.uint8)
@@ -165,3 +165,10 @@ def test_agreement_by_counts_equals_that_of_the_pixels():
     assert agreement(np.array([[7]])) == {"ami": 1.0, "fmi": 1.0, "are": 0.0}
     with pytest.raises(DataError, match="without a pixel"):
         agreement(np.zeros((2, 2), int))
+
+
+def test_intervals_of_means_are_students():
+    assert mean_interval([0.5]) == (0.5,)
+    mean, low, high = mean_interval([0.4, 0.5, 0.6])
+    assert mean == pytest.approx(0.5)
+    assert high - mean == pytest.approx(mean - low) == pytest.approx(4.30265 * 0.1 / np.sqrt(3), rel=1e-5)

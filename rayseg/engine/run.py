@@ -74,6 +74,9 @@ KEYS_OF_STEPS = {
     ("al-s4gan", "rayseg.steps.evaluate", "compare_truth"): ("rayseg.pipelines.al_s4gan", "evaluate"),
     ("superpixel", "rayseg.steps.scenes", "draw"): ("rayseg.pipelines.superpixel", "draw"),
     ("agri", "rayseg.steps.plots", "write_plots"): ("rayseg.pipelines.agri", "write_plots"),
+    ("agri", "rayseg.steps.evaluate_plots", "evaluate_run"): ("rayseg.pipelines.agri", "measure"),
+    ("agri", "rayseg.steps.plots", "write_report"): ("rayseg.pipelines.agri", "write_report"),
+    ("superpixel", "rayseg.steps.scenes", "write_report"): ("rayseg.pipelines.superpixel", "write_report"),
 }
 """(pipeline, module, step function) -> the names under which it enters the keys, for functions that moved alone."""
 _log = logging.getLogger(__name__)

@@ -9,7 +9,6 @@ Segment Anything proposes; or superpixels, which need no weights; or a network t
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -20,22 +19,18 @@ from rayseg.config import Workers, added
 from rayseg.engine.flow import Work
 from rayseg.engine.manifest import Row
 from rayseg.engine.run import Run, Step
-from rayseg.geo.grid import Lattice, Tile
+from rayseg.geo.grid import Lattice
 from rayseg.geo.region import Region
 from rayseg.io.labels import Chip
-from rayseg.io.maps import mapped_tiles, pixel_area_m2
-from rayseg.io.pictures import coverage_chart, plots_over_imagery, size_chart
 from rayseg.models import bundle
 from rayseg.models.sam import SamConfig, checkpoint_state
 from rayseg.models.super_resolution import EnlargeConfig, load_enlarger
 from rayseg.stages.boundaries import BoundaryProposer
-from rayseg.stages.classify_plots import ClassifyPlots, CutPlots, WriteClasses, check_classifier
+from rayseg.stages.classify_plots import check_classifier
 from rayseg.stages.enlarge import lattice_of
 from rayseg.stages.propose import ProposePlots, ReadPlots, WritePieces, WritePlots
-from rayseg.stages.rows import PlotsRow
 from rayseg.stages.to_rgb import ImageConfig, ReadGround, check_source
 from rayseg.steps import (
-    baseline,
     boundaries,
     chips,
     estimate,
@@ -50,15 +45,13 @@ from rayseg.steps import map as mapping
 from rayseg.steps.boundaries import BoundariesConfig
 from rayseg.steps.chips import ChipsConfig
 from rayseg.steps.map import MapConfig
-from rayseg.steps.plots import CLASSES, LABELS, SCALING
+from rayseg.steps.plots import LABELS
 from rayseg.store import Location, upath
 from rayseg.train.classifier import expect_trainable
 from rayseg.vision.proposals import SuperpixelProposer
 from rayseg.vision.rounds import Round, RoundsConfig
 
 Plan = mapping.Plan[list[Chip]]
-TILING = {"scales": [150.0, 300.0], "reduce": 1, "least": 100, "slivers": 6.0}
-"""Settings of superpixels as plots: on 15 chips of 10 m imagery their F1 is .55, that of the class's defaults .44."""
 Steps = Sequence[Callable[..., Any]]
 
 
@@ -69,7 +62,7 @@ class Config(Frozen):
     """Segment Anything; superpixels, without weights; or a network for boundaries that learns from drawn plots."""
     sam: SamConfig = SamConfig()
     superpixels: SuperpixelProposer = SuperpixelProposer()
-    """felzenszwalb: settings that are not given are those of `TILING`."""
+    """felzenszwalb: settings that are not given are those of `plots.TILING`."""
     boundaries: BoundariesConfig = added(default=BoundariesConfig())
     """boundaries: the drawn plots and the network; `rounds` then only sets the fewest pixels of a plot."""
     rounds: RoundsConfig = RoundsConfig()
@@ -105,7 +98,7 @@ class Config(Frozen):
         chosen = values.get("superpixels", {})
         # Settings of a run are complete, but for `slivers` at 0, and stay as they are.
         complete = isinstance(chosen, dict) and chosen.keys() >= SuperpixelProposer.model_fields.keys() - {"slivers"}
-        return values if complete or not isinstance(chosen, dict) else values | {"superpixels": TILING | chosen}
+        return values if complete or not isinstance(chosen, dict) else values | {"superpixels": plots.TILING | chosen}
 
     @model_validator(mode="after")
     def _whole_cells(self) -> "Config":
@@ -116,16 +109,6 @@ class Config(Frozen):
         if self.map.tile % self.stride:
             raise ValueError(f"map.tile {self.map.tile} must be a multiple of stride {self.stride}")
         return self
-
-    @property
-    def tiling(self) -> SuperpixelProposer:
-        """Superpixels that tile the ground, with the settings that are given."""
-        return SuperpixelProposer.model_validate(TILING | self.superpixels.model_dump(exclude_unset=True))
-
-    @property
-    def patches(self) -> Lattice:
-        """The patches of a grid."""
-        return Lattice.of_cells(self.patch, self.stride)
 
 
 def propose(
@@ -140,7 +123,7 @@ def propose(
     """Propose plots in every patch, `network` where it is given; tables of patches and pieces lie below the step."""
     bare = larger.value.get("items") == 0  # the imagery has no data, so nothing was enlarged
     rows = mapping.kept_manifest(step, lambda: [] if bare else tiles or _tiles(region, config))
-    rounds, learnt = config.rounds, None
+    rounds, learnt, patches = config.rounds, None, Lattice.of_cells(config.patch, config.stride)
     if network:
         # The plots of a watershed cover what they can: there is nothing left for rounds or inside mixed masks.
         rounds = rounds.model_copy(update={"rounds": (Round(),), "refining": None})
@@ -150,12 +133,12 @@ def propose(
         sam=config.sam,
         superpixels=config.superpixels,
         rounds=rounds,
-        patches=config.patches,
+        patches=patches,
         geometry=region.geometry,
         boundaries=learnt,
     )
     works = [
-        Work(ReadGround(config.image, config.patches)),
+        Work(ReadGround(config.image, patches)),
         Work(look, cpus=1.0, gpus=0.0 if config.proposer == "felzenszwalb" else 1.0, model=True),
         Work(WritePieces(str(step.prefix))),
     ]
@@ -178,10 +161,9 @@ def fit_plots(step: Step, region: Region, config: Config, *, listed: Sequence[Ch
     if config.chips is None:
         return {}
     counts = chips.list_chips(step, region, LABELS, config.chips, listed=listed)
-    settings, sizes = config.training, {"size": config.chips.size, "workers": config.workers}
-    measures, model = chips.fit_on_chips(step, step, settings, LABELS, scaling=SCALING, **sizes)
-    described = models.classifier_bundle(settings, CLASSES, name="plots", scaling=SCALING, measures=measures)
-    return {"bundle": models.keep_model(step, described, model), "measures": measures, "chips": counts}
+    described = plots.classifier_bundle(config.training)
+    sizes = {"size": config.chips.size, "workers": config.workers}
+    return chips.fit_on_chips(step, step, config.training, described, **sizes) | {"chips": counts}
 
 
 def classify(step: Step, proposed: Step, joined: Step, model: Step, config: Config) -> dict[str, Any]:
@@ -189,30 +171,15 @@ def classify(step: Step, proposed: Step, joined: Step, model: Step, config: Conf
     if "bundle" not in model.value:
         return {}
     rows = mapping.kept_manifest(step, lambda: plots.group_plots(proposed, joined))
-    prefix, patience = model.value["bundle"], config.map.stall_seconds
-    works = [
-        Work(CutPlots(config.image, size=bundle.load(prefix).patch)),
-        Work(ClassifyPlots(prefix), cpus=1.0, gpus=1.0, model=True),
-        Work(WriteClasses(str(step.prefix))),
-    ]
-    done = mapping.through(step, rows, works, record=PlotsRow.from_row, title="plots", patience=patience)
-    return {**done, "groups": [row["id"] for row in rows]}
+    return plots.classify_groups(step, rows, model.value["bundle"], config.image, patience=config.map.stall_seconds)
 
 
 def write_tiles(
     step: Step, region: Region, proposed: Step, joined: Step, classified: Step, model: Step, config: Config
 ) -> dict[str, Any]:
     """Write the plots of every tile as rasters with an item; tiles/<id>/ holds them, the step's ledger their fates."""
-    # 1. a tile without proposals fails for the same reason
-    seen = {row["id"] for row, _ in mapping.rows_with(proposed, "pieces")}
-    refused = {
-        tile: f"no plots were proposed, because: {why}"
-        for tile, why in proposed.value["troubles"].items()
-        if tile not in seen
-    }
-    planned = mapping.read_manifest(proposed)
-    rows = mapping.kept_manifest(step, lambda: [row | {"refused": refused.get(row["id"], "")} for row in planned])
-    # 2. plots that the classifier could not see get a class of their own
+    rows = mapping.kept_manifest(step, lambda: plots.tile_rows(proposed))
+    # plots that the classifier could not see get a class of their own
     prefix = model.value.get("bundle")
     classes = {number: row["class"] for number, row in plots.classes_of(classified).items()}
     table, unclassified = plots.legend(prefix, whole=len(classes) == joined.value["plots"])
@@ -228,62 +195,16 @@ def write_tiles(
     return mapping.through(step, rows, [Work(read), Work(write)], patience=config.map.stall_seconds)
 
 
-def measure(step: Step, tiles: Step, truth: str) -> dict[str, Any]:
-    """Compare the plots with the reference plots."""
-    return evaluate_plots.evaluate_plots(tiles.root, truth)
-
-
-def write_report(
-    step: Step,
-    proposed: Step,
-    joined: Step,
-    tiles: Step,
-    polygons: Step,
-    *,
-    measured: Step | None = None,
-    simple: Step | None = None,
-) -> dict[str, Any]:
-    """The report: coverage after every round, sizes and outlines of plots, and measures where there is a truth."""
-    rows = plots.read_plots(joined)
-    tiled = [tile for of_grid in plots.proposed_tiles(proposed).values() for tile in of_grid]
-    patches = [
-        (patch["pixels"] * (pixel_area_m2(Tile.from_row(tile)) or 1.0), patch["coverage"])
-        for tile in tiled
-        for patch in plots.read_proposals(proposed, tile, "patches")
-    ]
-    outlines = plots_over_imagery(mapped_tiles(step.root, tiles.name))
-    coverage = coverage_chart(patches)
-    pictures = (
-        ("Plots", outlines, "Outlines of the plots; pixels without a plot are red."),
-        ("Coverage", coverage, "Share of the imagery under plots after each round."),
-        ("Sizes", size_chart([row["pixels"] for row in rows]), "Plots by size, in pixels."),
-    )
-    rows = list({row["number"]: row for row in reversed(rows)}.values())  # a seam between zones may cut a plot
-    labels = f"{len(rows):,} plots, {sum(row['refined'] for row in rows):,} of them found inside mixed masks."
-    shown = tuple(picture for picture in pictures if picture[1])
-    extras = report.Extras(labels=labels, pictures=shown, timed=proposed)
-    if measured:
-        extras = replace(extras, tables=(evaluate_plots.table(measured.value),))
-    if simple:
-        beside = baseline.beside(
-            simple.value, simple.value["product"], parts=simple.value["parts"], name=simple_plots.PRODUCT
-        )
-        extras = replace(extras, baseline=beside)
-    return report.write_report(step, tiles, polygons, None, extras)
-
-
 def check(config: Config, region: Region) -> Plan:
     """Plan a run; refuse imagery and weights that it cannot use before it writes anything."""
-    before, labelled = None, None
+    before, labelled, drawn = None, None, None
     if truth := region.located(config.truth):
         evaluate_plots.expect_reference(truth)
-    if config.enlarge:
-        enlarge, image = config.enlarge, config.image
-        before, tiles = super_resolution.tiles_to_enlarge(region, enlarge, image, config.map, halo=config.patch)
+    if enlarge := config.enlarge:
+        before, tiles = super_resolution.tiles_to_enlarge(region, enlarge, config.image, config.map, halo=config.patch)
         load_enlarger(enlarge, device="cpu")
     else:
         tiles = _tiles(region, config)
-    drawn = None
     if config.proposer == "boundaries":
         drawn = boundaries.check(region, config.boundaries, config.image, workers=config.workers)
     if config.proposer == "sam" and config.sam.checkpoint != "random":
@@ -293,13 +214,13 @@ def check(config: Config, region: Region) -> Plan:
     elif config.chips:
         labelled = chips.find_chips(region, LABELS, config.chips)
         expect_trainable(config.training, workers=config.workers)
-        bundle.blank(models.classifier_bundle(config.training, CLASSES, name="plots", scaling=SCALING))
+        bundle.blank(plots.classifier_bundle(config.training))
         models.expect_weights(config.training)
     return Plan(tiles, labelled, before, drawn)
 
 
 def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:
-    """What is known of a run before it begins."""
+    """The forecast of a run, for its estimate."""
     before = None
     if config.enlarge and plan.before is not None:
         before = estimate.Forecast(plan.before, lattice_of(config.enlarge).patch)
@@ -333,9 +254,10 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None, *, l
     run.step("publish", mapping.publish, tiles, f"Cultivated plots, {region.name}")
     measured, simple, truth = None, None, region.located(config.truth)
     if truth:
-        measured = run.step("evaluate", measure, tiles, truth)
+        measured = run.step("evaluate", evaluate_plots.evaluate_run, tiles, truth)
         if config.baseline:
-            superpixels = None if config.proposer == "felzenszwalb" else config.tiling
-            simple = run.step("baseline", simple_plots.measure_baselines, tiles, truth, config.image, superpixels)
-    written = run.step("report", write_report, proposed, joined, tiles, polygons, measured=measured, simple=simple)
+            other = None if config.proposer == "felzenszwalb" else plots.tiling(config.superpixels)
+            simple = run.step("baseline", simple_plots.measure_baselines, tiles, truth, config.image, other)
+    results = (proposed, joined, tiles, polygons)
+    written = run.step("report", plots.write_report, *results, measured=measured, simple=simple)
     return report.headline(written)

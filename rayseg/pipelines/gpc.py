@@ -82,16 +82,10 @@ class Config(Frozen):
 
 def fit_yes_no(step: Step, listed: Step, config: Config) -> dict[str, Any]:
     """Train the classifier of chips; models/classifier is its bundle."""
-    settings, scaling = config.classifier, config.scaling
-    measures, model = chips.fit_on_chips(
-        step, listed, settings, LABELS, size=config.chips.size, scaling=scaling, workers=config.workers
-    )
+    settings, parents = config.classifier, (split_location(listed.value["source"])[0],)
     classes = tuple((position, label, COLORS[label]) for position, label in enumerate(LABELS))
-    parents = (split_location(listed.value["source"])[0],)
-    described = models.classifier_bundle(
-        settings, classes, name="classifier", scaling=scaling, measures=measures, parents=parents
-    )
-    return {"bundle": models.keep_model(step, described, model), "measures": measures}
+    described = models.classifier_bundle(settings, classes, name="classifier", scaling=config.scaling, parents=parents)
+    return chips.fit_on_chips(step, listed, settings, described, size=config.chips.size, workers=config.workers)
 
 
 def fit_mask(step: Step, listed: Step, cues: Step, config: Config) -> dict[str, Any]:
@@ -187,7 +181,7 @@ def check(config: Config, region: Region) -> Plan:
 
 
 def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:
-    """What is known of a run before it begins."""
+    """The forecast of a run, for its estimate."""
     labels = [chip.label for chip in plan.labels or ()]
     training = 1 - config.chips.held_out
     counts = {"cues": round(training * labels.count(YES))}

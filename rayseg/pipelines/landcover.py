@@ -8,57 +8,32 @@
 The modules of the steps explain the rest; `configs/landcover/paper.yaml` has the settings of the prototype.
 """
 
-import json
-from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from rayseg.config import Bands, Workers, added
 from rayseg.config import Config as Frozen
 from rayseg.engine import cluster
-from rayseg.engine.flow import Work
-from rayseg.engine.manifest import Row, read_rows, write_rows
 from rayseg.engine.run import Run, Step
-from rayseg.geo.grid import NODATA, Tile
 from rayseg.geo.region import Region
-from rayseg.io import cog, pictures, scenes
 from rayseg.io.class_tables import Classes
-from rayseg.io.pictures import encoded
-from rayseg.io.rasters import read
-from rayseg.io.scenes import LabelledImage
 from rayseg.io.sources import Source
 from rayseg.io.units import units_of
-from rayseg.metrics import Confusion
-from rayseg.models import bundle
 from rayseg.models.bundle import Bundle, Scaling
-from rayseg.stages.compare import CompareTile, images_on, pictured, truth_of
-from rayseg.stages.predict import Predict
-from rayseg.stages.read import ReadTile, tile_rows
 from rayseg.steps import baseline, estimate, evaluate, labelled, models, report, simple_maps
 from rayseg.steps import map as mapping
-from rayseg.steps.baseline import Method
-from rayseg.steps.evaluate import Compared
 from rayseg.steps.labelled import PARTS, Divided, LabelledConfig
 from rayseg.steps.map import MapConfig
-from rayseg.steps.simple_maps import Simple
-from rayseg.store import Location, put
+from rayseg.steps.validate import compare_images, tiles_of
+from rayseg.store import Location
 from rayseg.train import supervised, windows
 from rayseg.train.learning import trained
 from rayseg.train.supervised import Labelled, SupervisedConfig
-from rayseg.train.windows import Windows
-from rayseg.vision.crops import middle
-from rayseg.vision.fill import mirrored
 
 Plan = mapping.Plan[Divided]
 PRODUCT = "landcover"
-WORST = 6
-"""Tiles that the report shows."""
-SHOWN = 1024
-"""Side in px of the place that the report shows by all methods."""
 
 
 class Config(Frozen):
@@ -98,50 +73,30 @@ def _divide(region: Region, config: Config) -> Divided:
 
 def list_scenes(step: Step, region: Region, config: Config, *, divided: Divided | None = None) -> dict[str, Any]:
     """List the labelled images of both parts; later steps read `<step>/images.parquet`."""
-    divided = divided or _divide(region, config)
-    rows = [
-        image.to_row() | {"part": name, "counts": json.dumps(counts.tolist())}
-        for name, part in divided.items()
-        for image, counts in part
-    ]
-    write_rows(step.prefix / "images.parquet", rows)
-    return {
-        name: {
-            "scenes": sorted({image.scene for image, _ in part}),
-            "images": len(part),
-            "pixels": sum(counts.sum(axis=(0, 1)) for _, counts in part).tolist(),
-        }
-        for name, part in divided.items()
-    }
+    return labelled.write_images(step, divided or _divide(region, config))
 
 
 def _labelled(listed: Step, part: str, config: Config) -> Labelled:
-    rows = [row for row in read_rows(listed.prefix / "images.parquet") if row["part"] == part]
-    read = Windows(tuple(map(LabelledImage.from_row, rows)), config.bands, config.classes.table)
-    return Labelled(read, tuple(np.array(json.loads(row["counts"]), np.int64) for row in rows))
+    return labelled.read_images(listed, part, config.bands, config.classes.table)
 
 
 def fit(step: Step, listed: Step, config: Config) -> dict[str, Any]:
     """Train the segmenter; models/segmenter is its bundle."""
     training, validation = (_labelled(listed, part, config) for part in PARTS)
     learnt_from = training.images[0].image
-    if config.segmenter.network != "decoder":
-        lab = models.is_rgb8(config.bands, learnt_from.dtype, config.scaling)
-        head, measures = supervised.fit_frozen(config.segmenter, training, validation, scaling=config.scaling, lab=lab)
-        described = _segmenter(config, learnt_from).model_copy(update={"metrics": measures})
-        return {"bundle": models.keep_model(step, described, head), "measures": measures}
-    if step.engine.kind == "ray":
-        cluster.connect(step.engine.address)
-    measures = supervised.fit_supervised(
-        config.segmenter,
-        training,
-        validation,
-        models.training_setup(step, workers=config.workers),
-        scaling=config.scaling,
-        on_ray=step.engine.kind == "ray",
-    )
-    net = config.segmenter.build(classes=len(config.classes.table.classes), channels=len(config.bands), weights="none")
-    model = trained(net, step.prefix)
+    settings, scaling = config.segmenter, config.scaling
+    model: Any
+    if settings.network != "decoder":
+        lab = models.is_rgb8(config.bands, learnt_from.dtype, scaling)
+        model, measures = supervised.fit_frozen(settings, training, validation, scaling=scaling, lab=lab)
+    else:
+        on_ray = step.engine.kind == "ray"
+        if on_ray:
+            cluster.connect(step.engine.address)
+        setup = models.training_setup(step, workers=config.workers)
+        measures = supervised.fit_supervised(settings, training, validation, setup, scaling=scaling, on_ray=on_ray)
+        net = settings.build(classes=len(config.classes.table.classes), channels=len(config.bands), weights="none")
+        model = trained(net, step.prefix)
     described = _segmenter(config, learnt_from).model_copy(update={"metrics": measures})
     return {"bundle": models.keep_model(step, described, model), "measures": measures}
 
@@ -161,85 +116,31 @@ def _segmenter(config: Config, image: Source | None = None) -> Bundle:
 def validate(step: Step, listed: Step, model: Step, config: Config, count: int | None = None) -> dict[str, Any]:
     """Predict the validation images, or `count` of their tiles, as a region is, and compare them with their masks."""
     images, table = _labelled(listed, "validation", config).images, config.classes.table
-    described, prefix = bundle.load(model.value["bundle"]), str(step.prefix / "tiles")
-    # 1. predict and compare tile by tile
-    rows = _tiles_of(images, described, config)
-    rows = estimate.spread(rows, count) if count else rows
-    write_rows(step.manifest, rows)
-    works = [
-        Work(ReadTile(described.bands, patch=described.patch, stride=described.stride)),
-        Work(Predict(model.value["bundle"], batch=config.map.batch), cpus=1.0, gpus=1.0, model=True),
-        Work(CompareTile(prefix, images, table)),
-    ]
-    done = mapping.through(step, rows, works, patience=config.map.stall_seconds)
-    compared = [
-        Compared(row["id"], row["grid_image"], Confusion(np.array(record.facts["confusion"])), 0)
-        for row, record in mapping.rows_with(step, "confusion")
-    ]
-    # 2. picture the tiles with the smallest share of right pixels
-    by_id, worst = {row["id"]: Tile.from_row(row) for row in rows}, []
-    labelled = [tile for tile in compared if tile.confusion.pixels]
-    for tile in sorted(labelled, key=lambda tile: tile.confusion.overall_accuracy)[:WORST]:
-        path = f"steps/{step.name}/worst/{tile.id}.webp"
-        picture_HWC = pictured(prefix, by_id[tile.id], images, table)
-        put(step.prefix / "worst" / f"{tile.id}.webp", encoded(picture_HWC, "webp"))
-        worst.append({"id": tile.id, "right": tile.confusion.overall_accuracy, "picture": path})
-    truth = f"the validation scenes {', '.join(listed.value['validation']['scenes'])}"
-    none = {"count": 0, "names": []}
-    found = evaluate.summary(compared, table) | {"prediction": "", "truth": truth}
-    return found | done | {"unmatched": {"prediction": none, "truth": none}, "worst": worst}
+    measures = compare_images(step, model, images, table, config.map, count=count)
+    return measures | {"truth": _validated_on(listed)}
+
+
+def _validated_on(listed: Step) -> str:
+    return f"the validation scenes {', '.join(listed.value['validation']['scenes'])}"
 
 
 def measure_baselines(step: Step, listed: Step, validated: Step, config: Config) -> dict[str, Any]:
     """Fit a linear head and a random forest to the training scenes; compare them with the validation scenes' masks."""
     training, validation = (_labelled(listed, part, config) for part in PARTS)
-    table, network = config.classes.table, config.segmenter
-    count, rgb8 = len(table.classes), models.is_rgb8(config.bands, training.images[0].image.dtype, config.scaling)
+    table, network, scaling = config.classes.table, config.segmenter, config.scaling
+    # 1. learn from windows all over the training scenes
     draws = windows.spread(training.images, size=config.patch, most=supervised.MOST_WINDOWS)
     pairs = supervised.pairs_of(training, draws)
-    linear = network.network != "linear"
-    simple = simple_maps.learnt(network, config.scaling, pairs, len(draws), classes=count, rgb8=rgb8, linear=linear)
+    rgb8, linear = models.is_rgb8(config.bands, training.images[0].image.dtype, scaling), network.network != "linear"
+    simple = simple_maps.learnt(
+        network, scaling, pairs, len(draws), classes=len(table.classes), rgb8=rgb8, linear=linear
+    )
+    # 2. compare on the whole validation scenes, as the segmenter was
     whole = windows.spread(validation.images, size=config.patch)
-    methods = []
-    for method in simple:
-        confusion = simple_maps.compare(method, supervised.pairs_of(validation, whole), classes=count)
-        parts = baseline.parts_of(confusion, table.names)
-        methods.append(Method(method.name, confusion.mean_iou, method.seconds, parts))
-    where = f"the validation scenes {', '.join(listed.value['validation']['scenes'])}"
-    return baseline.value_of("mean IoU", where, methods, pictures=_beside(step, validated, simple, validation, config))
-
-
-def _beside(
-    step: Step, validated: Step, simple: Sequence[Simple], validation: Labelled, config: Config
-) -> list[tuple[str, str, str]]:
-    """The middle of the validation tile of median accuracy, by the segmenter and by the simple methods."""
-    compared = [
-        (Confusion(np.array(record.facts["confusion"])), Tile.from_row(row))
-        for row, record in mapping.rows_with(validated, "confusion")
-    ]
-    known = sorted(((c.overall_accuracy, tile.id, tile) for c, tile in compared if c.pixels), key=lambda row: row[:2])
-    _, _, tile = known[len(known) // 2]
-    window = middle(tile.window, SHOWN).intersect(tile.window)
-    images, table = validation.images, config.classes.table
-    sources = [scenes.image_on(image) for image in images_on(images, tile.grid)]
-    image_CHW, valid_HW = read(sources, tile.grid, window, bands=config.bands)
-    [mapped_HW] = cog.read_bands(validated.prefix / "tiles" / f"{tile.id}.tif")
-    maps = [
-        truth_of(images, replace(tile, window=window), table),
-        mapped_HW[window.slices(tile.window)],
-        *(np.where(valid_HW, method.predict(mirrored(image_CHW, valid_HW)), NODATA) for method in simple),
-    ]
-    picture_HWC = simple_maps.panels(pictures.shown(sources, tile.grid, window), maps, table)
-    put(step.prefix / "beside.webp", encoded(picture_HWC, "webp"))
-    names = ", ".join(["imagery", "mask", "this model", *(method.name for method in simple)])
-    return [("Next to simple baselines", f"steps/{step.name}/beside.webp", f"From left: {names}, in {tile.id}.")]
-
-
-def _tiles_of(images: Sequence[LabelledImage], described: Bundle, config: Config) -> list[Row]:
-    """Rows of the tiles of the validation images."""
-    seen = [scenes.image_on(image) for image in images]
-    rows = tile_rows(seen, None, size=config.map.tile, halo=described.patch + described.stride)
-    return [row | {"refused": ""} for row in rows]
+    read = partial(supervised.pairs_of, validation, whole)
+    methods = simple_maps.compare(simple, read, table, measure=lambda confusion: confusion.mean_iou)
+    picture = simple_maps.draw_median_tile(step, validated, simple, validation.images, table, config.bands)
+    return baseline.value_of("mean IoU", _validated_on(listed), methods, pictures=[picture])
 
 
 def write_report(
@@ -288,10 +189,10 @@ def check(config: Config, region: Region) -> Plan:
 
 
 def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:
-    """What is known of a run before it begins."""
+    """The forecast of a run, for its estimate."""
     training, validation = ([image for image, _ in (plan.labels or {})[part]] for part in PARTS)
     described = _segmenter(config, training[0].image)
-    counts = {"validation": len(_tiles_of(validation, described, config))}
+    counts = {"validation": len(tiles_of(validation, described, config.map))}
     learn = partial(_learn, config.model_copy(update={"workers": 0}), region, plan)
     unknown = estimate.by_workers(config.workers)
     return estimate.by_untrained(described, plan, config.map, learn=learn, counts=counts, unknown=unknown)

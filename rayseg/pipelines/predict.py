@@ -30,7 +30,7 @@ def check(config: Config, region: Region) -> Plan:
 
 
 def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:
-    """What is known of a run before it begins."""
+    """The forecast of a run, for its estimate."""
     return estimate.by_model(config.model, plan, config.map)
 
 

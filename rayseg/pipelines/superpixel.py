@@ -8,19 +8,17 @@ Every scene has labels of its own, unless all are `shared`. The modules of the s
 """
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import astuple, replace
+from dataclasses import replace
 from functools import partial
-from itertools import chain, product
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
-from upath import UPath
 
 from rayseg.config import Bands, added
 from rayseg.config import Config as Frozen
 from rayseg.engine.flow import Work
-from rayseg.engine.ledger import MISSING, SETTLED, Record, Settled
+from rayseg.engine.ledger import Settled
 from rayseg.engine.manifest import Row, write_rows
 from rayseg.engine.run import Run, Step
 from rayseg.geo.grid import Tile
@@ -28,10 +26,10 @@ from rayseg.geo.region import Region
 from rayseg.io.masks import piece_of_row
 from rayseg.models.bundle import Scaling
 from rayseg.stages.band_statistics import BandPercentiles
-from rayseg.stages.cluster import ClusterScene, Described, LabelSegments, labels_path
+from rayseg.stages.cluster import ClusterScene, Described, LabelSegments
 from rayseg.stages.label import LabelTile
 from rayseg.stages.oversegment import Divide, ReadAround, SuperpixelConfig, unite
-from rayseg.stages.rows import SceneRow, TileRow
+from rayseg.stages.rows import SceneRow
 from rayseg.stages.write import WriteTile
 from rayseg.steps import estimate, evaluate, report, scenes, simple_labels
 from rayseg.steps import map as mapping
@@ -45,8 +43,6 @@ VOTING, CLUSTERED = 32.0, 100.0
 """Scale of the superpixels in which a network's labels are voted (the paper's), and of those that are clustered."""
 MERGE = 1200.0
 """Default of `superpixels.merge`: roads and roofs of .3 to .5 m imagery stay regions of their own."""
-MOST_CURVES = 6
-"""Networks whose training the report draws."""
 
 
 class Config(Frozen):
@@ -122,11 +118,9 @@ def divide(step: Step, listed: Step, config: Config) -> dict[str, Any]:
         for tile in json.loads(scene["tiles"])
     ]
     write_rows(step.manifest, rows)
-    overlap, prefix = config.superpixels.overlap, str(step.prefix)
-    bands = listed.value["bands"]
-    stage = Divide(
-        prefix, config.superpixels.method, config.options, described=bands if config.network.clusters else ()
-    )
+    overlap, prefix, bands = config.superpixels.overlap, str(step.prefix), listed.value["bands"]
+    described = bands if config.network.clusters else ()  # only clusters need the segments' colour and texture
+    stage = Divide(prefix, config.superpixels.method, config.options, described=described)
     works = [Work(ReadAround(bands, margin=overlap)), Work(stage, cpus=0.5)]
     done = mapping.through(step, rows, works, patience=config.map.stall_seconds)
     unite(prefix, scenes.divided_tiles(step), overlap, described=config.network.clusters)
@@ -170,16 +164,7 @@ def _scene_work(step: Step, listed: Step, divided: Step, config: Config) -> Work
 def label(
     step: Step, listed: Step, trained: Step, region: Region, config: Config, *, divided: Step | None = None
 ) -> dict[str, Any]:
-    """Label every tile; tiles/<id>/ holds the results, the step's ledger their fates.
-
-    Args:
-        step: the current step.
-        listed: the step that listed the scenes.
-        trained: the step that clustered or trained.
-        region: the region to map.
-        config: the pipeline's configuration.
-        divided: the step that divided the scenes, for clusters.
-    """
+    """Label every tile by its scene's network, or by the clusters of its superpixels; tiles/<id>/ has the results."""
     fates, models = mapping.ledger_of(listed).read() | mapping.ledger_of(trained).read(), upath(step.root) / "models"
     rows = [
         tile | {"scene": scene["id"]} for scene in mapping.read_manifest(listed) for tile in json.loads(scene["tiles"])
@@ -189,11 +174,11 @@ def label(
     most = max(networks, key=lambda record: record.facts["labels"], default=None)
     table = label_table(most.facts["labels"] if most else 0)
     write = WriteTile(mapping.tiles_prefix(step), table, bands=("probability",), geometry=region.geometry, model="")
-    record = partial(_with_network, fates, models)
+    record = partial(scenes.with_network, fates, models)
     if config.network.clusters and divided:
         works = [Work(LabelSegments(divided.value["segments"], margin=config.margin, sieve=config.sieve))]
-        near = _near(divided, config.map.tile)
-        record = partial(_with_clusters, record, mapping.ledger_of(divided).read(), near, str(trained.prefix))
+        near = scenes.neighbours(divided, config.map.tile)
+        record = partial(scenes.with_clusters, record, mapping.ledger_of(divided).read(), near, str(trained.prefix))
     else:
         lattice = (config.network.patch, config.network.stride)
         stage = LabelTile(margin=config.margin, sieve=config.sieve, batch=config.map.batch)
@@ -204,55 +189,6 @@ def label(
     works.append(Work(write))
     done = mapping.through(step, rows, works, record=record, patience=config.map.stall_seconds)
     return {"bundle": str(models / most.id) if most else None, **done}
-
-
-def _with_network(fates: Mapping[str, Record], models: UPath, row: Row) -> TileRow | Settled:
-    """The tile with its scene's network, `<models>/<scene>`; without a network it shares the scene's fate.
-
-    The ledger has the prefix of the network too, but as it was when the network was trained: the run may have moved.
-    """
-    scene = row["scene"]
-    fate = fates.get(scene)
-    if fate is None or (fate.status == "done" and "bundle" not in fate.facts):
-        return Settled("failed", f"scene {scene}: {MISSING}")
-    if "bundle" in fate.facts:
-        return replace(TileRow.from_row(row), bundle=str(models / scene))
-    return Settled(fate.status if fate.status in SETTLED else "failed", f"scene {scene}: {fate.reason}")
-
-
-Near = tuple[tuple[str, int, int, int, int], ...]
-
-
-def _near(divided: Step, size: int) -> dict[str, Near]:
-    """For each tile with superpixels, itself and its neighbours that have some: see `TileRow.near`."""
-    tiles = [tile for tile, _ in scenes.divided_tiles(divided)]
-    places = {(tile.grid, tile.window.row // size, tile.window.col // size): tile for tile in tiles}
-    around = list(product((-1, 0, 1), repeat=2))
-    return {
-        tile.id: tuple(
-            (one.id, *astuple(one.window))
-            for down, right in around
-            if (one := places.get((grid, row + down, col + right))) is not None
-        )
-        for (grid, row, col), tile in places.items()
-    }
-
-
-def _with_clusters(
-    record: Callable[[Row], TileRow | Settled],
-    divided: Mapping[str, Record],
-    near: Mapping[str, Near],
-    labels: str,
-    row: Row,
-) -> TileRow | Settled:
-    """The tile with the labels of its superpixels; without superpixels it has the fate of their step."""
-    tile, fate = record(row), divided.get(row["id"])
-    if isinstance(tile, Settled):
-        return tile
-    if row["id"] in near:
-        return replace(tile, labels=labels_path(labels, row["scene"]), near=near[row["id"]])
-    reason = fate.reason if fate else f"its superpixels: {MISSING}"
-    return Settled(fate.status if fate and fate.status in SETTLED else "failed", reason)
 
 
 def join_polygons(step: Step, predicted: Step) -> dict[str, Any]:
@@ -270,29 +206,6 @@ def measure(step: Step, predicted: Step, region: Region, config: Config) -> dict
     return scores
 
 
-def write_report(
-    step: Step,
-    trained: Step,
-    drawn: Step,
-    predicted: Step,
-    polygons: Step,
-    measured: Step,
-    *,
-    simple: Step | None = None,
-) -> dict[str, Any]:
-    """The report, with the trainings of the networks, the agreement with the truth and the baseline."""
-    records = mapping.ledger_of(trained).read().values()
-    histories = {f"network of {one.id}": one.facts["history"] for one in records if one.facts.get("history")}
-    labels = "Learnt from the imagery alone: labels have no meaning yet; `rayseg labels assign` gives them one."
-    if "mean" in measured.value:
-        labels += f" {evaluate.agreement_text(measured.value)}"
-    shown = tuple((title, image, caption) for title, image, caption in drawn.value["pictures"])
-    curves = dict(list(histories.items())[:MOST_CURVES])
-    baseline = simple_labels.shown_beside(simple.value) if simple else None
-    extras = report.Extras(labels=labels, pictures=shown, histories=curves, baseline=baseline)
-    return report.write_report(step, predicted, polygons, extras=extras)
-
-
 def check(config: Config, region: Region) -> Scenes:
     """List the scenes; refuse imagery and a truth that a run cannot use before it writes anything."""
     plan = _find(region, config)
@@ -303,9 +216,8 @@ def check(config: Config, region: Region) -> Scenes:
 
 
 def forecast(config: Config, region: Region, plan: Scenes) -> estimate.Forecast:
-    """What is known of a run before it begins; the probe trains networks as the run does."""
-    tiles = plan.tiles
-    network = config.network
+    """The forecast of a run, for its estimate; the probe trains networks as the run does."""
+    tiles, network = plan.tiles, config.network
 
     def effort(rows: list[Row]) -> int:
         return len(rows) if network.clusters else steps_of([Tile.from_row(row) for row in rows], network)
@@ -334,5 +246,5 @@ def run(config: Config, run: Run, region: Region, plan: Scenes | None = None) ->
     simple, truth = None, region.located(config.truth)
     if config.baseline and truth and predicted.value["bundle"]:
         simple = run.step("baseline", simple_labels.measure_baseline, predicted, truth, config.unlabelled)
-    written = run.step("report", write_report, trained, drawn, predicted, polygons, measured, simple=simple)
+    written = run.step("report", scenes.write_report, trained, drawn, predicted, polygons, measured, simple=simple)
     return report.headline(written)

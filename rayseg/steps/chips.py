@@ -17,7 +17,7 @@ from rayseg.geo.grid import expect_ids
 from rayseg.geo.region import Region
 from rayseg.io import labels, stac_read
 from rayseg.io.labels import Chip
-from rayseg.models.bundle import Bundle, Scaling
+from rayseg.models.bundle import Bundle
 from rayseg.steps import models
 from rayseg.store import Location, split_location
 from rayseg.train import probe
@@ -133,38 +133,33 @@ def learnable(
 
 
 def fit_on_chips(
-    step: Step,
-    listed: Step,
-    settings: ClassifierConfig,
-    labels: Sequence[str],
-    *,
-    size: int,
-    scaling: Scaling,
-    workers: int,
-) -> tuple[dict[str, float], nn.Module]:
-    """Train a classifier on the training chips; the held-out chips select the epoch.
+    step: Step, listed: Step, settings: ClassifierConfig, described: Bundle, *, size: int, workers: int
+) -> dict[str, Any]:
+    """Train a classifier on the training chips and keep it; the held-out chips select the epoch.
 
     Args:
         step: the current step; checkpoints are written under its prefix.
         listed: the step that listed the chips.
         settings: the network and its training.
-        labels: names of the classes, in order.
+        described: metadata of the classifier's bundle, without metrics.
         size: side of the chips in px.
-        scaling: from uint8 values to the network's input.
         workers: number of Ray Train processes.
 
     Returns:
-        Metrics of the selected epoch, and the network.
+        `bundle`: prefix of the classifier; `measures`: metrics of the selected epoch.
     """
+    labels = [name for _, name, _ in described.classes]
     learnt, held_out = (learnable(rows_of(listed, held_out=part), labels, size) for part in (False, True))
     measures = fit_classifier(
         settings,
         learnt,
         models.training_setup(step, workers=workers),
-        scaling=scaling,
+        scaling=described.scaling,
         held_out=held_out if len(held_out) else None,
     )
-    return measures, trained(settings.build(classes=len(labels), weights="none"), step.prefix)
+    model = trained(settings.build(classes=len(labels), weights="none"), step.prefix)
+    kept = described.model_copy(update={"metrics": dict(measures)})
+    return {"bundle": models.keep_model(step, kept, model), "measures": measures}
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.segmentation import find_boundaries
 
+from rayseg.engine.run import Step
 from rayseg.errors import DataError
 from rayseg.geo.grid import Window
 from rayseg.io import instances, maps, masks
@@ -97,6 +98,11 @@ def evaluate_plots(prediction: str, truth: str) -> dict[str, Any]:
         count.add(one.piece, one.predicted(), one.truth())
     pieces = [one.piece for one in compared]
     return {"prediction": prediction, "truth": truth} | count.summary(pieces) | {"unmatched": unmatched}
+
+
+def evaluate_run(step: Step, tiles: Step, truth: str) -> dict[str, Any]:
+    """Compare the plots of a run with reference plots, as a step."""
+    return evaluate_plots(tiles.root, truth)
 
 
 def compared_pieces(prediction: str, truth: str) -> tuple[list[Compared], dict[str, Any]]:

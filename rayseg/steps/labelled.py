@@ -1,13 +1,16 @@
-"""Labelled images of a region: find them, count pixels by class, split them by scene."""
+"""Labelled images of a region: find them, count pixels by class, split them by scene, list them in a step."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
 
 from rayseg.config import Config
+from rayseg.engine.manifest import read_rows, write_rows
+from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.region import Region
 from rayseg.io import scenes, stac_read
@@ -16,6 +19,8 @@ from rayseg.io.sources import STORED
 from rayseg.io.units import common_units, converted, expect_one_unit
 from rayseg.models.bundle import Scaling
 from rayseg.store import Location
+from rayseg.train.supervised import Labelled
+from rayseg.train.windows import Windows
 from rayseg.vision.color import ClassTable
 
 Counted = Sequence[tuple[LabelledImage, np.ndarray]]
@@ -135,3 +140,28 @@ def expect_classes(divided: Divided, table: ClassTable, absent: Sequence[str]) -
     }
     named = {name: sorted({image.scene for image, _ in part}) for name, part in divided.items()}
     scenes.expect_classes(pixels, table, named, absent)
+
+
+def write_images(step: Step, divided: Divided) -> dict[str, Any]:
+    """Write the images of both parts to `<step>/images.parquet`; return part -> scenes, images, pixels by class."""
+    rows = [
+        image.to_row() | {"part": name, "counts": json.dumps(counts.tolist())}
+        for name, part in divided.items()
+        for image, counts in part
+    ]
+    write_rows(step.prefix / "images.parquet", rows)
+    return {
+        name: {
+            "scenes": sorted({image.scene for image, _ in part}),
+            "images": len(part),
+            "pixels": sum(counts.sum(axis=(0, 1)) for _, counts in part).tolist(),
+        }
+        for name, part in divided.items()
+    }
+
+
+def read_images(listed: Step, part: str, bands: tuple[str, ...], table: ClassTable) -> Labelled:
+    """The images of a part, as `write_images` wrote them, for training."""
+    rows = [row for row in read_rows(listed.prefix / "images.parquet") if row["part"] == part]
+    read = Windows(tuple(map(LabelledImage.from_row, rows)), bands, table)
+    return Labelled(read, tuple(np.array(json.loads(row["counts"]), np.int64) for row in rows))

@@ -36,7 +36,6 @@ def classifier_bundle(
     *,
     name: str,
     scaling: Scaling,
-    measures: Mapping[str, float] | None = None,
     parents: tuple[str, ...] = (),
 ) -> Bundle:
     """Bundle metadata of a classifier of RGB chips of `settings.size` px.
@@ -46,7 +45,6 @@ def classifier_bundle(
         classes: the classes of the labels.
         name: of the model.
         scaling: from uint8 values to the network's input.
-        measures: metrics of the trained network.
         parents: URIs of the training data.
     """
     return Bundle(
@@ -61,7 +59,6 @@ def classifier_bundle(
         scaling=scaling,
         patch=settings.size,
         stride=settings.size,
-        metrics=dict(measures or {}),
         provenance=Provenance(config=settings.model_dump(mode="json"), parents=parents),
     )
 

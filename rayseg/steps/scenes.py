@@ -1,14 +1,17 @@
-"""Scenes for per-scene training: select scenes that can be mapped together, scale their values to 0..1."""
+"""Scenes for per-scene training: select those that can be mapped together, scale values, find the model of a tile."""
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
+from upath import UPath
 
+from rayseg.engine.ledger import MISSING, SETTLED, Record, Settled
 from rayseg.engine.manifest import Row
 from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError, listed
@@ -18,8 +21,11 @@ from rayseg.io import maps, pictures, segments
 from rayseg.io.sources import Source
 from rayseg.io.units import common_units, converted, expect_one_dtype, expect_one_unit
 from rayseg.models.bundle import Scaling
+from rayseg.stages.cluster import labels_path
 from rayseg.stages.oversegment import segments_path
 from rayseg.stages.read import tile_rows
+from rayseg.stages.rows import TileRow
+from rayseg.steps import evaluate, report, simple_labels
 from rayseg.steps import map as mapping
 from rayseg.steps.map import MapConfig
 from rayseg.store import put
@@ -30,6 +36,10 @@ from rayseg.vision.superpixels import outlined
 How = Literal["auto", "range", "percentiles"] | Scaling
 ALL_SCENES = "all-scenes"
 """Id of the row of the network that all scenes share."""
+MOST_CURVES = 6
+"""Networks whose training the report draws."""
+Near = tuple[tuple[str, int, int, int, int], ...]
+"""See `TileRow.near`."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +193,52 @@ def divided_tiles(step: Step) -> list[tuple[Tile, int]]:
     return [(Tile.from_row(row), record.facts["segments"]) for row, record in mapping.rows_with(step, "segments")]
 
 
+def with_network(fates: Mapping[str, Record], models: UPath, row: Row) -> TileRow | Settled:
+    """The tile with its scene's network, `<models>/<scene>`; without a network it shares the scene's fate.
+
+    The ledger has the prefix of the network too, but as it was when the network was trained: the run may have moved.
+    """
+    scene = row["scene"]
+    fate = fates.get(scene)
+    if fate is None or (fate.status == "done" and "bundle" not in fate.facts):
+        return Settled("failed", f"scene {scene}: {MISSING}")
+    if "bundle" in fate.facts:
+        return replace(TileRow.from_row(row), bundle=str(models / scene))
+    return Settled(fate.status if fate.status in SETTLED else "failed", f"scene {scene}: {fate.reason}")
+
+
+def neighbours(divided: Step, size: int) -> dict[str, Near]:
+    """For each tile with superpixels, itself and its neighbours that have some: see `TileRow.near`."""
+    tiles = [tile for tile, _ in divided_tiles(divided)]
+    places = {(tile.grid, tile.window.row // size, tile.window.col // size): tile for tile in tiles}
+    around = list(product((-1, 0, 1), repeat=2))
+    return {
+        tile.id: tuple(
+            (one.id, *astuple(one.window))
+            for down, right in around
+            if (one := places.get((grid, row + down, col + right))) is not None
+        )
+        for (grid, row, col), tile in places.items()
+    }
+
+
+def with_clusters(
+    record: Callable[[Row], TileRow | Settled],
+    divided: Mapping[str, Record],
+    near: Mapping[str, Near],
+    labels: str,
+    row: Row,
+) -> TileRow | Settled:
+    """The tile with the labels of its superpixels; without superpixels it has the fate of their step."""
+    tile, fate = record(row), divided.get(row["id"])
+    if isinstance(tile, Settled):
+        return tile
+    if row["id"] in near:
+        return replace(tile, labels=labels_path(labels, row["scene"]), near=near[row["id"]])
+    reason = fate.reason if fate else f"its superpixels: {MISSING}"
+    return Settled(fate.status if fate and fate.status in SETTLED else "failed", reason)
+
+
 def draw(step: Step, listed: Step, divided: Step, predicted: Step) -> dict[str, Any]:
     """Draw the map in the mean colour of each label, and the superpixels over the centre of one tile."""
     tiles, drawn = maps.mapped_tiles(predicted.root, predicted.name), []
@@ -204,3 +260,26 @@ def draw(step: Step, listed: Step, divided: Step, predicted: Step) -> dict[str, 
         caption = f"The middle of tile {mapped.tile.id}: pixels vote for one label in each superpixel."
         drawn.append(["Superpixels", f"steps/{step.name}/superpixels.png", caption])
     return {"pictures": drawn}
+
+
+def write_report(
+    step: Step,
+    trained: Step,
+    drawn: Step,
+    predicted: Step,
+    polygons: Step,
+    measured: Step,
+    *,
+    simple: Step | None = None,
+) -> dict[str, Any]:
+    """The report, with the trainings of the networks, the agreement with the truth and the baseline."""
+    records = mapping.ledger_of(trained).read().values()
+    histories = {f"network of {one.id}": one.facts["history"] for one in records if one.facts.get("history")}
+    labels = "Learnt from the imagery alone: labels have no meaning yet; `rayseg labels assign` gives them one."
+    if "mean" in measured.value:
+        labels += f" {evaluate.agreement_text(measured.value)}"
+    shown = tuple((title, image, caption) for title, image, caption in drawn.value["pictures"])
+    curves = dict(list(histories.items())[:MOST_CURVES])
+    baseline = simple_labels.shown_beside(simple.value) if simple else None
+    extras = report.Extras(labels=labels, pictures=shown, histories=curves, baseline=baseline)
+    return report.write_report(step, predicted, polygons, extras=extras)

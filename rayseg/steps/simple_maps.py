@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,19 +13,32 @@ from sklearn.ensemble import RandomForestClassifier
 from torch import nn
 from torch.nn.functional import interpolate, pad
 
+from rayseg.engine.run import Step
+from rayseg.geo.grid import NODATA, Tile
+from rayseg.io import cog, pictures, rasters, scenes
+from rayseg.io.scenes import LabelledImage
 from rayseg.metrics import Confusion
 from rayseg.models.bundle import Scaling
 from rayseg.models.pixel_head import PixelHead
 from rayseg.models.weights import PACKAGED
+from rayseg.stages.compare import images_on, truth_of
+from rayseg.steps import baseline
+from rayseg.steps import map as mapping
+from rayseg.steps.baseline import Method
 from rayseg.steps.models import input_scaling
+from rayseg.store import put
 from rayseg.train.frozen import Pair, fit_forest, fit_linear, sample, untrained
 from rayseg.train.learning import NetworkConfig
 from rayseg.vision.color import ClassTable
+from rayseg.vision.crops import middle
+from rayseg.vision.fill import mirrored
 
 Image = NDArray[Any]
 Classes = NDArray[np.uint8]
 ENCODER = "tf_efficientnet_lite0"
 _UNIT = 32  # px; the encoder halves an image five times
+SHOWN = 1024
+"""Side in px of the place that the report shows by all methods."""
 
 
 @dataclass
@@ -123,15 +136,100 @@ def _input(image_CHW: Image, scaling: Scaling, unit: int = _UNIT) -> torch.Tenso
     return pad(images, (0, -images.shape[3] % unit, 0, -images.shape[2] % unit), mode="replicate")
 
 
-def compare(simple: Simple, pairs: Iterable[Pair], *, classes: int) -> Confusion:
-    """The confusion of a method over images; its time is added to `simple.seconds`."""
-    total = Confusion(np.zeros((classes, classes), np.int64))
-    for image_CHW, classes_HW in pairs:
-        began = time.process_time()
-        predicted_HW = simple.predict(image_CHW)
-        simple.seconds += time.process_time() - began
-        total += Confusion.from_arrays(classes_HW, predicted_HW, classes)
-    return total
+def compare(
+    simple: Sequence[Simple],
+    pairs: Callable[[], Iterable[Pair]],
+    table: ClassTable,
+    *,
+    measure: Callable[[Confusion], float],
+) -> list[Method]:
+    """Measure each method on images with masks, and its IoU per class.
+
+    Args:
+        simple: the methods; their time is added to `seconds`.
+        pairs: reads the images and masks again for every method.
+        table: the classes.
+        measure: of the confusion of all images.
+    """
+    methods, classes = [], len(table.classes)
+    for method in simple:
+        total = Confusion(np.zeros((classes, classes), np.int64))
+        for image_CHW, classes_HW in pairs():
+            began = time.process_time()
+            predicted_HW = method.predict(image_CHW)
+            method.seconds += time.process_time() - began  # without reading, which all methods share
+            total += Confusion.from_arrays(classes_HW, predicted_HW, classes)
+        methods.append(Method(method.name, measure(total), method.seconds, baseline.parts_of(total, table.names)))
+    return methods
+
+
+def draw_beside(
+    step: Step,
+    image_HWC: NDArray[np.uint8],
+    maps: Sequence[Classes],
+    table: ClassTable,
+    *,
+    names: Sequence[str],
+    place: str,
+) -> tuple[str, str, str]:
+    """Write an image and maps of the same place side by side as `<step>/beside.webp`.
+
+    Args:
+        step: the current step.
+        image_HWC: to show.
+        maps: see `panels`.
+        table: the classes.
+        names: of the image and the maps, from left to right.
+        place: what they show, for the caption.
+
+    Returns:
+        (title, path below the run, caption).
+    """
+    put(step.prefix / "beside.webp", pictures.encoded(panels(image_HWC, maps, table), "webp"))
+    return "Next to simple baselines", f"steps/{step.name}/beside.webp", f"From left: {', '.join(names)}, {place}."
+
+
+def draw_median_tile(
+    step: Step,
+    validated: Step,
+    simple: Sequence[Simple],
+    images: Sequence[LabelledImage],
+    table: ClassTable,
+    bands: tuple[str, ...],
+) -> tuple[str, str, str]:
+    """Draw the middle of the validated tile of median accuracy by the model and by the simple methods.
+
+    Args:
+        step: the current step.
+        validated: the step that wrote `tiles/<id>.tif` and the confusion of each tile.
+        simple: the methods.
+        images: the labelled images that the tiles show.
+        table: the classes.
+        bands: that the methods see.
+
+    Returns:
+        See `draw_beside`.
+    """
+    # 1. the best tile and the worst would flatter or blame the model
+    compared = [
+        (Confusion(np.array(record.facts["confusion"])), Tile.from_row(row))
+        for row, record in mapping.rows_with(validated, "confusion")
+    ]
+    known = sorted(((c.overall_accuracy, tile.id, tile) for c, tile in compared if c.pixels), key=lambda row: row[:2])
+    _, _, tile = known[len(known) // 2]
+    # 2. its middle, by every method
+    window = middle(tile.window, SHOWN).intersect(tile.window)
+    sources = [scenes.image_on(image) for image in images_on(images, tile.grid)]
+    image_CHW, valid_HW = rasters.read(sources, tile.grid, window, bands=bands)
+    [mapped_HW] = cog.read_bands(validated.prefix / "tiles" / f"{tile.id}.tif")
+    maps = [
+        truth_of(images, replace(tile, window=window), table),
+        mapped_HW[window.slices(tile.window)],
+        *(np.where(valid_HW, method.predict(mirrored(image_CHW, valid_HW)), NODATA) for method in simple),
+    ]
+    names = ["imagery", "mask", "this model", *(method.name for method in simple)]
+    shown_HWC = pictures.shown(sources, tile.grid, window)
+    return draw_beside(step, shown_HWC, maps, table, names=names, place=f"in {tile.id}")
 
 
 def panels(

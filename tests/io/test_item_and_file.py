@@ -81,7 +81,7 @@ def test_an_item_that_contradicts_its_file_is_refused_with_both(tmp_path, crs, w
     if wrong == "none":
         assert pixels(source).shape == (3, 24, 32)
     else:
-        with pytest.raises(DataError, match=r"a\.tif has .*, its item s states .*: correct proj:code"):
+        with pytest.raises(DataError, match=r"a\.tif has .*, its item s states .*; correct proj:code"):
             pixels(source)
 
 

@@ -212,7 +212,7 @@ def test_the_published_file_is_downloaded_and_a_variant_is_not_a_file(tmp_path, 
             sams.checkpoint_file(SamConfig(variant="vit_b", checkpoint=checkpoint))
     name, digest = sams.OFFICIAL["vit_b"]
     assert asked == [(f"{sams.ORIGIN}/{name}", digest)] * 2 + [("s3://bucket/w.pth#sha256=" + "0" * 64, "")]
-    with pytest.raises(ValueError, match="vit_h is a variant, expected a file or URL: set variant to it"):
+    with pytest.raises(ValueError, match="vit_h is a variant, expected a file or URL; set variant to it"):
         SamConfig(checkpoint="vit_h")
 
 

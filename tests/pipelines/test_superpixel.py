@@ -26,7 +26,7 @@ from rayseg.metrics import agreement
 from rayseg.models import bundle
 from rayseg.pipelines import superpixel
 from rayseg.stages.oversegment import Divide
-from rayseg.steps import estimate
+from rayseg.steps import estimate, scenes
 from rayseg.train import scene as training
 
 pytestmark = pytest.mark.e2e
@@ -515,14 +515,14 @@ def test_tiles_of_a_scene_without_a_network_share_its_fate():
     row = Tile("a", Grid("EPSG:32650", (1.0, 1.0), (0.0, 0.0)), Window(0, 0, 8, 8)).to_row()
     row |= {"sources": "[]", "scene": "one"}
     trained = Record("one", "done", facts={"bundle": "/run/models/one"})
-    assert superpixel._with_network({"one": trained}, UPath("/moved/models"), row).bundle == "/moved/models/one"
+    assert scenes.with_network({"one": trained}, UPath("/moved/models"), row).bundle == "/moved/models/one"
     for fate, status, why in (
         (Record("one", "empty", "all alike"), "empty", "scene one: all alike"),
         (Record("one", "failed", "damaged"), "failed", "scene one: damaged"),
         (Record("one", "done", facts={"low": [0]}), "failed", "scene one: not processed"),  # no record of its network
         (None, "failed", "scene one: not processed"),
     ):
-        found = superpixel._with_network({"one": fate} if fate else {}, UPath("/run/models"), row)
+        found = scenes.with_network({"one": fate} if fate else {}, UPath("/run/models"), row)
         assert found == Settled(status, why)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rayseg.engine.manifest import Row
 from rayseg.errors import RunIncomplete
 from rayseg.io import annotation_requests
-from rayseg.pipelines.al_s4gan import chip_pool
+from rayseg.pipelines.al_s4gan import chip_pixels
 from rayseg.store import upath
 from rayseg.vision.color import ClassTable
 
@@ -20,7 +20,7 @@ def known_labels(root: str, rows: Sequence[Row], table: ClassTable) -> list[str]
         RunIncomplete: some chips have none; their images are exported.
     """
     drawn = drawn_prefix(root)
-    labels = [chip_pool.label_of(row, table, drawn) for row in rows]
+    labels = [chip_pixels.label_of(row, table, drawn) for row in rows]
     if missing := [row for row, label in zip(rows, labels, strict=True) if not label]:
         request(root, missing, table)
     return labels
@@ -33,7 +33,7 @@ def expect_masks(root: str, rows: Sequence[Row], table: ClassTable) -> None:
         RunIncomplete: some chips have none; their images are exported.
     """
     drawn = drawn_prefix(root)
-    missing = [row for row in rows if row["masks"] == "[]" and not chip_pool.drawn_path(drawn, row["id"]).exists()]
+    missing = [row for row in rows if row["masks"] == "[]" and not chip_pixels.drawn_path(drawn, row["id"]).exists()]
     if missing:
         request(root, missing, table)
 
@@ -49,7 +49,7 @@ def request(root: str, rows: Sequence[Row], table: ClassTable) -> None:
     Raises:
         RunIncomplete: always; the message names the export and the way to import masks.
     """
-    images = [(row, *chip_pool.placed(row), chip_pool.image_of(row)) for row in rows]
+    images = [(row, *chip_pixels.placed(row), chip_pixels.image_of(row)) for row in rows]
     page = annotation_requests.export(f"{root}/to-label", images, table)
     raise RunIncomplete(
         f"{len(rows)} chips need masks, see {page}; draw them, then: rayseg labels import MASKS {root}, and run the "

@@ -3,10 +3,9 @@
 A chip is a window of its scene's files and is read when it is needed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -19,19 +18,20 @@ from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError, listed
 from rayseg.geo.grid import Window, expect_ids
 from rayseg.geo.region import Region
-from rayseg.io import cog, labels, rasters, scenes, stac_read
+from rayseg.io import labels, rasters, scenes, stac_read
 from rayseg.io.class_tables import Classes
 from rayseg.io.masks import pixels_of
 from rayseg.io.scenes import LabelledImage
 from rayseg.io.units import expect_one_unit
-from rayseg.store import Location, split_location, upath
-from rayseg.train.batches import Chips
-from rayseg.vision.color import IGNORE, ClassTable
+from rayseg.pipelines.al_s4gan.chip_pixels import dominant
+from rayseg.steps.labelled import expect_classes, find_images
+from rayseg.steps.models import RGB
+from rayseg.store import Location, split_location
+from rayseg.vision.color import ClassTable
 from rayseg.vision.crops import middle
 
 Part = Literal["pool", "validation", "test"]
 PARTS: tuple[Part, ...] = ("pool", "validation", "test")
-BANDS = ("red", "green", "blue")
 
 
 class PoolConfig(Config):
@@ -104,13 +104,13 @@ def list_pool(
     Raises:
         RaysegError: see `find_chips` and `divide`.
     """
-    found = given or chip_list or find_chips(region, config, classes.table)
-    rows = divide(found, config, classes.table, seed=seed)
+    pool = given or chip_list or find_chips(region, config, classes.table)
+    rows = divide(pool, config, classes.table, seed=seed)
     write_rows(step.prefix / "pool.parquet", rows)
     counts = {str(part): sum(row["part"] == part for row in rows) for part in PARTS}
     oracle = all(row["label"] for row in rows if row["part"] == "pool")
     masks = any(row["masks"] != "[]" for row in rows)
-    return {"classes": list(found.classes), "oracle": oracle, "masks": masks, **counts}
+    return {"classes": list(pool.classes), "oracle": oracle, "masks": masks, **counts}
 
 
 def rows_of(listed: Step, part: Part) -> list[Row]:
@@ -127,10 +127,19 @@ def find_chips(region: Region, config: PoolConfig, table: ClassTable) -> ChipLis
     """
     if config.chips:
         return _labelled_images(config)
-    images = tuple(_scenes(region, config, table))
+    images = tuple(find_images(region, config.images, config.masks, table=table, setting="pool.images"))
     _parts(images, config, seed=0)  # wrong names are refused before anything is read
     _expect_rgb(images)
-    return _cells(images, table, config.size, config.covered)
+    # 1. pixels of each class in every cell of the scenes with masks
+    masked = [image for image in images if image.masks]
+    counts = scenes.count_all(masked, table, cell=config.size)
+    counts_of = {image.id: cells for image, cells in zip(masked, counts, strict=True)}
+    # 2. whole cells with imagery; of scenes with masks, those with a labelled pixel
+    with ThreadPoolExecutor(4) as threads:
+        found = threads.map(lambda image: _cells_of(image, counts_of.get(image.id), table, config), images)
+        rows = tuple(row for rows in found for row in rows)
+    pixels = {name: tuple(cells.sum(axis=(0, 1)).tolist()) for name, cells in counts_of.items()}
+    return ChipList(rows, table.names, images, pixels)
 
 
 def divide(chip_list: ChipList, config: PoolConfig, table: ClassTable, *, seed: int) -> list[Row]:
@@ -140,7 +149,19 @@ def divide(chip_list: ChipList, config: PoolConfig, table: ClassTable, *, seed: 
         ConfigError: named scenes are missing, or no scene remains for training.
         DataError: no chips remain to select from, or a class has no pixels or images for training.
     """
-    rows = _by_class(chip_list, config, seed) if config.chips else _by_scene(chip_list, config, table, seed)
+    if config.chips:
+        rows = _by_class(chip_list, config, seed)
+    else:
+        parts = _parts(chip_list.images, config, seed)
+        if any(parts[name] == "pool" for name in chip_list.pixels):
+            counted: dict[str, list[tuple[LabelledImage, NDArray[np.int64]]]] = {"training": [], "validation": []}
+            for image in chip_list.images:
+                counts = np.array(chip_list.pixels.get(image.id, [0] * len(table.classes)))
+                counted["training" if parts[image.id] == "pool" else "validation"].append((image, counts))
+            expect_classes(counted, table, config.absent)
+        rows = [row | {"part": parts[row["of"]]} for row in chip_list.rows]
+        # Outside the pool only chips with masks are of use.
+        rows = [row for row in rows if row["label"] or row["part"] == "pool"]
     expect_ids([row["id"] for row in rows])
     if not any(row["part"] == "pool" for row in rows):
         raise DataError(f"the pool has no chips of {config.size} px; lower pool.size or add imagery")
@@ -148,25 +169,25 @@ def divide(chip_list: ChipList, config: PoolConfig, table: ClassTable, *, seed: 
 
 
 def _expect_rgb(images: Sequence[LabelledImage]) -> None:
-    for one in images:
-        missing = [band for band in BANDS if band not in one.image.bands]
-        if missing or one.image.dtype != "uint8":
-            found = f"{', '.join(one.image.bands) or 'no bands'} of {one.image.dtype}"
-            raise DataError(f"{one.id} has {found}, chips are {', '.join(BANDS)} of uint8; convert it to 0..255")
-    expect_one_unit([one.image for one in images], BANDS)
+    for image in images:
+        source = image.image
+        if not set(RGB) <= set(source.bands) or source.dtype != "uint8":
+            kind = f"{', '.join(source.bands) or 'no bands'} of {source.dtype}"
+            raise DataError(f"{image.id} has {kind}, chips are {', '.join(RGB)} of uint8; convert it to 0..255")
+    expect_one_unit([image.image for image in images], RGB)
 
 
 def _labelled_images(config: PoolConfig) -> ChipList:
     """Whole labelled images."""
     uri, collection = split_location(str(config.chips))
-    found = labels.chips_of(stac_read.open_items(uri, collection or None))
-    classes = tuple(sorted({str(chip.label) for chip in found if chip.label}))
-    if len(classes) < 2 or not all(chip.label for chip in found):
+    chips = labels.chips_of(stac_read.open_items(uri, collection or None))
+    classes = tuple(sorted({str(chip.label) for chip in chips if chip.label}))
+    if len(classes) < 2 or not all(chip.label for chip in chips):
         raise DataError(
             f"{config.chips} has images of {len(classes)} classes, expected a label on each and two or more"
         )
     rows, images, size = [], [], config.size
-    for chip in found:
+    for chip in chips:
         window = middle(Window(0, 0, chip.source.width, chip.source.height), size)
         images.append(LabelledImage(chip.id, chip.id, chip.source, (), pixels_of(chip.source), window))
         rows.append(_row(images[-1], window, str(chip.label)))
@@ -190,40 +211,8 @@ def _by_class(chip_list: ChipList, config: PoolConfig, seed: int) -> list[Row]:
     return rows
 
 
-def _row(one: LabelledImage, window: Window, label: str, name: str = "") -> Row:
-    place = {"col": window.col, "row": window.row, "width": window.width, "height": window.height}
-    return one.to_row() | place | {"id": name or one.id, "of": one.id, "label": label}
-
-
-def _cells(images: tuple[LabelledImage, ...], table: ClassTable, size: int, covered: float) -> ChipList:
-    """Whole cells of all scenes; of those with masks, the ones with a labelled pixel."""
-    masked = [one for one in images if one.masks]
-    counts = dict(zip([one.id for one in masked], scenes.count_all(masked, table, cell=size), strict=True))
-    with ThreadPoolExecutor(4) as threads:
-        found = threads.map(lambda one: _cells_of(one, counts.get(one.id), table, size, covered), images)
-        rows = tuple(row for rows in found for row in rows)
-    pixels = {name: tuple(found.sum(axis=(0, 1)).tolist()) for name, found in counts.items()}
-    return ChipList(rows, table.names, images, pixels)
-
-
-def _by_scene(chip_list: ChipList, config: PoolConfig, table: ClassTable, seed: int) -> list[Row]:
-    """Whole scenes are for validation and test; there only chips with masks are of use."""
-    parts = _parts(chip_list.images, config, seed)
-    if chip_list.pixels:
-        _expect_classes(chip_list, parts, table, config)
-    rows = [row | {"part": parts[row["of"]]} for row in chip_list.rows]
-    return [row for row in rows if row["label"] or row["part"] == "pool"]
-
-
-def _scenes(region: Region, config: PoolConfig, table: ClassTable) -> list[LabelledImage]:
-    images = config.images or region.images
-    if not images and region.catalog:
-        chosen = region.collection or stac_read.imagery_collection(region.catalog)
-        images = f"{region.catalog}#{chosen}" if chosen else region.catalog
-    if not images:
-        raise ConfigError(f"region {region.name} names no imagery; give it with --set pool.images=catalog.json#imagery")
-    masks = f"{region.catalog}{config.masks}" if config.masks and config.masks.startswith("#") else config.masks
-    return scenes.labelled_images(images, masks, table=table)
+def _row(image: LabelledImage, window: Window, label: str, name: str = "") -> Row:
+    return image.to_row() | asdict(window) | {"id": name or image.id, "of": image.id, "label": label}
 
 
 def _parts(images: Sequence[LabelledImage], config: PoolConfig, seed: int) -> dict[str, Part]:
@@ -231,132 +220,27 @@ def _parts(images: Sequence[LabelledImage], config: PoolConfig, seed: int) -> di
     known = {image.scene for image in images}
     if unknown := sorted(set(config.test) - known):
         raise ConfigError(f"pool.test names {', '.join(unknown)}, the scenes are {listed(sorted(known))}; correct it")
-    rest = [one for one in images if one.scene not in config.test]
-    if not rest:
+    others = [image for image in images if image.scene not in config.test]
+    if not others:
         raise ConfigError("pool.test names every scene, none is left to learn from; name fewer")
-    learnt, held = scenes.split(rest, validation=config.validation, share=config.share, seed=seed)
-    parts: dict[str, Part] = {one.id: "test" for one in images}
-    return parts | {one.id: "pool" for one in learnt} | {one.id: "validation" for one in held}
-
-
-def _expect_classes(chip_list: ChipList, parts: dict[str, Part], table: ClassTable, config: PoolConfig) -> None:
-    """Refuse classes without pixels, and those that only scenes outside the pool show."""
-    if not any(parts[name] == "pool" for name in chip_list.pixels):
-        return
-    pixels = {name: np.zeros(len(table.classes), np.int64) for name in ("training", "validation")}
-    named: dict[str, list[str]] = {name: [] for name in pixels}
-    for one in chip_list.images:
-        part = "training" if parts[one.id] == "pool" else "validation"
-        named[part].append(one.scene)
-        pixels[part] += chip_list.pixels.get(one.id, 0)
-    scenes.expect_classes(pixels, table, {part: sorted(set(found)) for part, found in named.items()}, config.absent)
+    pool, held = scenes.split(others, validation=config.validation, share=config.share, seed=seed)
+    parts: dict[str, Part] = {image.id: "test" for image in images}
+    return parts | {image.id: "pool" for image in pool} | {image.id: "validation" for image in held}
 
 
 def _cells_of(
-    one: LabelledImage, counts: NDArray[np.int64] | None, table: ClassTable, size: int, covered: float
+    image: LabelledImage, counts: NDArray[np.int64] | None, table: ClassTable, config: PoolConfig
 ) -> list[Row]:
-    rows = []
+    rows, whole, size = [], image.window, config.size
     # An image smaller than a chip is one chip, mirrored and not labelled beyond its edge.
-    for down in range(max(1, one.window.height // size)):
-        for right in range(max(1, one.window.width // size)):
-            window = Window(one.window.col + right * size, one.window.row + down * size, size, size)
+    for down in range(max(1, whole.height // size)):
+        for right in range(max(1, whole.width // size)):
+            window = Window(whole.col + right * size, whole.row + down * size, size, size)
             label = ""
-            if counts is not None and not (label := _dominant(counts[down, right], table)):
+            if counts is not None and not (label := dominant(counts[down, right], table)):
                 continue
-            inside = window.intersect(one.window)
-            if rasters.read([one.image], one.grid, inside, bands=BANDS)[1].mean() >= covered:
-                rows.append(_row(one, window, label, f"{one.id}_{right}_{down}"))
+            # Reading is the slow part, so cells without a label are left out before.
+            inside = window.intersect(whole)
+            if rasters.read([image.image], image.grid, inside, bands=RGB)[1].mean() >= config.covered:
+                rows.append(_row(image, window, label, f"{image.id}_{right}_{down}"))
     return rows
-
-
-def _dominant(pixels_K: NDArray[np.int64], table: ClassTable) -> str:
-    """The class of most pixels, the first of equals; "" where nothing is labelled."""
-    return table.names[int(pixels_K.argmax())] if pixels_K.sum() else ""
-
-
-# -- pixels ------------------------------------------------------------------------------------------------------------
-
-
-def image_of(row: Row) -> NDArray[np.uint8]:
-    """The chip in RGB, (height, width, 3) uint8; mirrored where it has no data."""
-    image_CHW, _ = scenes.read_window(_one(row), _window(row), bands=BANDS, table=None)
-    if image_CHW.dtype != np.uint8:
-        raise DataError(f"{row['of']} has {image_CHW.dtype} pixels, chips are uint8 for now; scale it to 0..255 first")
-    return np.ascontiguousarray(image_CHW.transpose(1, 2, 0))
-
-
-def mask_of(row: Row, table: ClassTable, drawn: str) -> NDArray[np.uint8] | None:
-    """Class of every pixel of a chip, 255 = not labelled; from its scene's masks, else from those drawn for the run.
-
-    Args:
-        row: of `rows_of`.
-        table: the classes.
-        drawn: prefix of the masks that were imported.
-
-    Returns:
-        (height, width) uint8, or None where there is no mask.
-    """
-    if row["masks"] != "[]":
-        return scenes.read_window(_one(row), _window(row), bands=BANDS, table=table)[1]
-    path = drawn_path(drawn, row["id"])
-    return cog.read_bands(path)[0] if path.exists() else None
-
-
-def drawn_path(drawn: str, chip: str) -> Any:  # noqa: ANN401 - a UPath
-    """Where the mask of a chip is kept that a person drew."""
-    return upath(drawn) / f"{chip}.tif"
-
-
-def label_of(row: Row, table: ClassTable, drawn: str) -> str:
-    """The class of a chip: its own, else the one that most pixels of its drawn mask have; "" where neither is known."""
-    if row["label"]:
-        return str(row["label"])
-    mask_HW = mask_of(row, table, drawn)
-    if mask_HW is None:
-        return ""
-    pixels = np.bincount(mask_HW[mask_HW != IGNORE], minlength=256)[list(table.values)]
-    return _dominant(pixels.astype(np.int64), table)
-
-
-def _one(row: Row) -> LabelledImage:
-    return LabelledImage.from_row(row | {"id": row["of"]})
-
-
-def _window(row: Row) -> Window:
-    return Window(row["col"], row["row"], row["width"], row["height"])
-
-
-def placed(row: Row) -> tuple[LabelledImage, Window]:
-    """The scene of a chip, and the chip's window on the scene's grid."""
-    return _one(row), _window(row)
-
-
-def labelled_chips(rows: Sequence[Row], found: Sequence[str], classes: Sequence[str]) -> Chips:
-    """Chips for the training of a classifier; `found` are their labels."""
-    rows = list(rows)
-    return Chips(_ids(rows), tuple(classes.index(name) for name in found), _reader(rows), None, len(classes))
-
-
-def masked_chips(rows: Sequence[Row], table: ClassTable, drawn: str) -> Chips:
-    """Chips with masks for the training of a segmenter, or without if `rows` have none."""
-    rows = list(rows)
-    return Chips(_ids(rows), (0,) * len(rows), _reader(rows), partial(_mask_at, rows, table, drawn), len(table.classes))
-
-
-def _ids(rows: Sequence[Row]) -> tuple[str, ...]:
-    return tuple(str(row["id"]) for row in rows)
-
-
-def _reader(rows: list[Row]) -> Callable[[int], NDArray[np.uint8]]:
-    return partial(_image_at, rows)
-
-
-def _image_at(rows: list[Row], position: int) -> NDArray[np.uint8]:
-    return image_of(rows[position])
-
-
-def _mask_at(rows: list[Row], table: ClassTable, drawn: str, position: int) -> NDArray[np.uint8]:
-    mask_HW = mask_of(rows[position], table, drawn)
-    if mask_HW is None:
-        raise DataError(f"chip {rows[position]['id']} has no mask; draw one and import it")
-    return mask_HW

@@ -10,9 +10,9 @@ from rayseg.errors import ConfigError
 from rayseg.io.class_tables import Classes
 from rayseg.models.bundle import Scaling
 from rayseg.models.crf import Kernels
-from rayseg.pipelines.al_s4gan import chip_pool
 from rayseg.pipelines.al_s4gan.chip_pool import PoolConfig
-from rayseg.pipelines.al_s4gan.queries import ActiveConfig, Common
+from rayseg.pipelines.al_s4gan.classifier import Common
+from rayseg.pipelines.al_s4gan.queries import ActiveConfig
 from rayseg.steps import models
 from rayseg.steps.map import MapConfig
 from rayseg.store import Location
@@ -52,11 +52,11 @@ class Config(Frozen):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
-        if len(self.scaling.mean) != len(chip_pool.BANDS):
-            raise ValueError(f"scaling is of {len(self.scaling.mean)} bands, chips have {', '.join(chip_pool.BANDS)}")
+        if len(self.scaling.mean) != len(models.RGB):
+            raise ValueError(f"scaling is of {len(self.scaling.mean)} bands, chips have {', '.join(models.RGB)}")
         if self.segmenter:
             reduce = self.segmenter.reduce
-            models.expect_windows(chip_pool.BANDS, self.scaling, patch=self.patch, stride=self.stride, reduce=reduce)
+            models.expect_windows(models.RGB, self.scaling, patch=self.patch, stride=self.stride, reduce=reduce)
         return self
 
     @property
@@ -101,4 +101,4 @@ class Config(Frozen):
         for settings in networks.values():
             models.expect_weights(settings, self.scaling)
         for settings in networks.values():
-            settings.build(classes=len(self.table.classes), channels=len(chip_pool.BANDS))
+            settings.build(classes=len(self.table.classes), channels=len(models.RGB))

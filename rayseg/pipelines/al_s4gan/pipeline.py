@@ -142,7 +142,7 @@ def expect_chips(config: Config, chip_list: chip_pool.ChipList) -> int:
 
 
 def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:
-    """What is known of a run before it begins; the duration of choosing is not."""
+    """The forecast of a run, for its estimate; without the duration of active learning."""
     chip_list = plan.labels or chip_pool.find_chips(region, config.pool, config.table)
     count = expect_chips(config, chip_list)
     choosing = f"the selection among {count} chips; and training, as long as masks are missing"

@@ -1,22 +1,20 @@
 """The segmenter of al-s4gan: trained on chips with masks and chips without, then measured on other chips."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from rayseg.engine.manifest import Row
 from rayseg.engine.run import Step
-from rayseg.io.pictures import encoded
 from rayseg.metrics import Confusion, bootstrap
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
 from rayseg.models.crf import Refined
-from rayseg.pipelines.al_s4gan import annotation, chip_pool, queries
+from rayseg.pipelines.al_s4gan import annotation, chip_pixels, chip_pool, queries
 from rayseg.pipelines.al_s4gan.config import Config
 from rayseg.steps import baseline, models, simple_maps
-from rayseg.steps.baseline import Method
-from rayseg.store import put
 from rayseg.train import learning
 from rayseg.train.batches import Chips
 from rayseg.train.consistency import fit_consistency
@@ -70,7 +68,7 @@ def fit_drawn(step: Step, listed: Step, config: Config) -> dict[str, Any]:
 
 
 def _fit(step: Step, listed: Step, labelled: Sequence[Row], config: Config) -> dict[str, Any]:
-    settings, channels = _settings(config), len(chip_pool.BANDS)
+    settings, channels = _settings(config), len(models.RGB)
     seeded = settings.model_copy(update={"learning": settings.learning.model_copy(update={"seed": config.seed})})
     setup = models.training_setup(step, workers=config.workers)
     train = fit_consistency if settings.learner == "consistency" else fit_s4gan
@@ -102,7 +100,7 @@ def masked_rows(listed: Step) -> list[Row]:
 
 
 def _masked(root: str, rows: Sequence[Row], config: Config) -> Chips:
-    return chip_pool.masked_chips(rows, config.table, annotation.drawn_prefix(root))
+    return chip_pixels.masked_chips(rows, config.table, annotation.drawn_prefix(root))
 
 
 def measure(step: Step, listed: Step, segmenter: Step, config: Config) -> dict[str, Any]:
@@ -137,20 +135,17 @@ def measure_baselines(step: Step, parts: Sequence[Step], config: Config) -> dict
     rows, table = chip_pool.rows_of(listed, measured.value["part"]), config.table
     chips, count, settings = _masked(step.root, rows, config), len(table.classes), _settings(config)
     simple = simple_maps.learnt(settings, config.scaling, _pairs(labelled), len(labelled), classes=count, rgb8=True)
-    methods = []
-    for method in simple:
-        confusion = simple_maps.compare(method, _pairs(chips), classes=count)
-        iou = baseline.parts_of(confusion, table.names)
-        methods.append(Method(method.name, confusion.mean_iou_of_reference, method.seconds, iou))
+    methods = simple_maps.compare(
+        simple, partial(_pairs, chips), table, measure=lambda confusion: confusion.mean_iou_of_reference
+    )
     # 2. picture the first chip by the segmenter and by the simple methods
     _, model = bundle.build(trained.value["bundle"])
     image_CHW, classes_HW = next(_pairs(chips))
     own_HW = simple_maps.predicted(model, image_CHW, config.scaling, unit=32 * settings.reduce)
     maps = [classes_HW, own_HW, *(method.predict(image_CHW) for method in simple)]
-    picture_HWC = simple_maps.panels(image_CHW.transpose(1, 2, 0), maps, table)
-    put(step.prefix / "beside.webp", encoded(picture_HWC, "webp"))
-    names = ", ".join(["chip", "mask", "this model", *(method.name for method in simple)])
-    picture = ("Next to simple baselines", f"steps/{step.name}/beside.webp", f"From left: {names}, of {rows[0]['id']}.")
+    names = ["chip", "mask", "this model", *(method.name for method in simple)]
+    image_HWC = image_CHW.transpose(1, 2, 0)
+    picture = simple_maps.draw_beside(step, image_HWC, maps, table, names=names, place=f"of {rows[0]['id']}")
     return baseline.value_of("mean IoU", f"the {measured.value['part']} chips", methods, pictures=[picture])
 
 

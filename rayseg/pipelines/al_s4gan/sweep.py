@@ -15,14 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-from scipy.stats import t as student
-
 from rayseg.config import load_values
 from rayseg.engine import cluster
 from rayseg.engine.run import Engine, Run, versions
-from rayseg.errors import ConfigError, DataError, ModelError, RaysegError, RunIncomplete
+from rayseg.errors import ConfigError, DataError, ModelError, RunIncomplete
 from rayseg.geo.region import Region
+from rayseg.metrics import mean_interval
 from rayseg.pipelines.al_s4gan import chip_pool, pipeline
 from rayseg.pipelines.al_s4gan.config import Config
 from rayseg.steps import report
@@ -31,7 +29,6 @@ from rayseg.vision.query_strategies import STRATEGIES
 
 LEARNERS = ("s4gan", "consistency", "supervised")
 """s4gan and consistency learn from all chips; supervised from those with masks alone."""
-Point = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -72,12 +69,7 @@ class Trial:
 
 
 def list_trials(
-    base: Config,
-    *,
-    ratios: Sequence[float],
-    strategies: Sequence[str],
-    learners: Sequence[str],
-    seeds: int,
+    base: Config, *, ratios: Sequence[float], strategies: Sequence[str], learners: Sequence[str], seeds: int
 ) -> list[Trial]:
     """All trials, each once; those without a segmenter need no learners, and the largest ratio shows the others.
 
@@ -86,8 +78,8 @@ def list_trials(
     """
     if not (ratios and strategies and learners and seeds > 0):
         raise ConfigError("a sweep needs one or more ratios, strategies, learners and seeds; name some")
-    for kind, found, known in (("strategy", strategies, tuple(STRATEGIES)), ("learner", learners, LEARNERS)):
-        if unknown := sorted(set(found) - set(known)):
+    for kind, names, known in (("strategy", strategies, tuple(STRATEGIES)), ("learner", learners, LEARNERS)):
+        if unknown := sorted(set(names) - set(known)):
             raise ConfigError(f"{kind} {', '.join(unknown)} is unknown, expected some of: {', '.join(known)}")
     if base.segmenter is None:
         ratios, learners = [max(ratios)], ["classifier"]
@@ -111,48 +103,45 @@ def run(base: Config, region: Region, trials: Sequence[Trial], out: str, engine:
         RunIncomplete: some trials failed; the table has the results of the others.
     """
     out = absolute(out).rstrip("/")
-    _expect_same(out, base, region)
+    asked = {"config": base.model_dump(mode="json"), "region": json.loads(json.dumps(asdict(region)))}
+    kept = upath(out) / "sweep.json"
+    if kept.exists() and json.loads(kept.read_bytes()) != asked:
+        raise ConfigError(f"{out} belongs to a sweep with other settings; choose another --out or delete it")
     if engine.kind == "ray" and base.workers:
         raise ConfigError(
             f"trials run in parallel and cannot also start {base.workers} workers each; set workers=0 or use "
             "--engine inline"
         )
     chip_list = _checked(base, region, trials)
-    put(upath(out) / "sweep.json", json.dumps(_asked(base, region)).encode())
-    found: dict[Trial, dict[str, Any]] = {}
+    put(kept, json.dumps(asked).encode())
+    results: dict[Trial, dict[str, Any]] = {}
     for trial, value in _carried_out(base, region, trials, out, engine, chip_list):
-        done = found | {trial: value}
-        found = {one: done[one] for one in trials if one in done}
-        _write(out, base, region, found)
-    wrong = {trial.name: value["failed"] for trial, value in found.items() if "failed" in value}
+        done = results | {trial: value}
+        # In the order of the list, so that the tables do not depend on which trial ends first.
+        results = {listed: done[listed] for listed in trials if listed in done}
+        _write(out, asked, results, measure="accuracy" if base.segmenter is None else "mean IoU")
+    wrong = {trial.name: value["failed"] for trial, value in results.items() if "failed" in value}
     if wrong:
         name, why = next(iter(wrong.items()))
         raise RunIncomplete(
             f"{len(wrong)} of {len(trials)} trials failed, first {name}: {why}; the others are in {out}/table.csv; "
             "fix the cause, then run the same command to resume"
         )
-    return f"{_text(*_table(found))}\n{out}/report/index.html"
+    header, rows = _table(results)
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    aligned = [map(str.ljust, row, widths) for row in (header, *rows)]
+    return "\n".join([*("  ".join(row).rstrip() for row in aligned), f"{out}/report/index.html"])
 
 
 def _checked(base: Config, region: Region, trials: Sequence[Trial]) -> chip_pool.ChipList:
     """Check the chips and the settings of all trials; return the chips."""
-    fewest_last = sorted(trials, key=lambda trial: -trial.ratio)
     for trial in {(trial.strategy == "random", trial.learner): trial for trial in trials}.values():
         trial.config(base).expect_trainable()
     chip_list = chip_pool.find_chips(region, base.pool, base.table)
-    for trial in {trial.seed: trial for trial in fewest_last}.values():
+    # Of each seed the trial with the fewest masks, the last of its key.
+    for trial in {trial.seed: trial for trial in sorted(trials, key=lambda trial: -trial.ratio)}.values():
         pipeline.expect_chips(trial.config(base), chip_list)
     return chip_list
-
-
-def _asked(base: Config, region: Region) -> dict[str, Any]:
-    return {"config": base.model_dump(mode="json"), "region": json.loads(json.dumps(asdict(region)))}
-
-
-def _expect_same(out: str, base: Config, region: Region) -> None:
-    path = upath(out) / "sweep.json"
-    if path.exists() and json.loads(path.read_bytes()) != _asked(base, region):
-        raise ConfigError(f"{out} belongs to a sweep with other settings; choose another --out or delete it")
 
 
 def _carried_out(
@@ -163,7 +152,7 @@ def _carried_out(
     engine: Engine,
     chip_list: chip_pool.ChipList,
 ) -> Iterator[tuple[Trial, dict[str, Any]]]:
-    """(trial, what it found) as they are finished."""
+    """(trial, its result) as they are finished."""
     if engine.kind == "inline":
         yield from ((trial, carry_out(trial, base, region, out, chip_list)) for trial in trials)
         return
@@ -185,7 +174,7 @@ def _carried_out(
 
 
 def carry_out(trial: Trial, base: Config, region: Region, out: str, chip_list: chip_pool.ChipList) -> dict[str, Any]:
-    """What a trial found: `curve`, points (labels, measure), and its measures; or why it `failed`."""
+    """The result of a trial: `curve`, points (labels, measure), and its measures; or why it `failed`."""
     config = trial.config(base)
     try:
         with Run.open(
@@ -193,100 +182,66 @@ def carry_out(trial: Trial, base: Config, region: Region, out: str, chip_list: c
         ) as opened:
             return pipeline.tried(config, opened, region, chip_list)
     except (ConfigError, DataError, ModelError, RunIncomplete) as error:
-        return {"failed": _said(error)}
-
-
-def _said(error: RaysegError) -> str:
-    return " ".join(str(error).split())
+        return {"failed": " ".join(str(error).split())}
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def mean_interval(values: Sequence[float]) -> Point:
-    """(mean, low, high): 95 % interval of the mean by Student's t; the mean alone of one value."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return (mean,)
-    reach = float(student.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return mean, mean - reach, mean + reach
-
-
-def lines(found: Mapping[Trial, dict[str, Any]]) -> dict[str, list[Point]]:
+def lines(results: Mapping[Trial, dict[str, Any]]) -> dict[str, list[tuple[float, ...]]]:
     """Strategy (and learner) -> (labels, mean, low, high) over the seeds, for each number of labels."""
     points: dict[str, dict[float, list[float]]] = {}
-    for trial, value in found.items():
+    for trial, value in results.items():
+        name = trial.strategy if trial.learner == "classifier" else f"{trial.strategy}, {trial.learner}"
         for labels, measure in value.get("curve", ()):
-            points.setdefault(_line_of(trial), {}).setdefault(float(labels), []).append(float(measure))
+            points.setdefault(name, {}).setdefault(float(labels), []).append(float(measure))
     return {name: [(at, *mean_interval(values)) for at, values in sorted(by.items())] for name, by in points.items()}
 
 
-def _line_of(trial: Trial) -> str:
-    return trial.strategy if trial.learner == "classifier" else f"{trial.strategy}, {trial.learner}"
-
-
-def _table(found: Mapping[Trial, dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def _table(results: Mapping[Trial, dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """(header, rows): a row per number of labels, a column per strategy and learner."""
-    by_line = lines(found)
-    counts = sorted({point[0] for points in by_line.values() for point in points})
-    rows: list[tuple[str, ...]] = []
-    for labels in counts:
-        cells = [next((point for point in points if point[0] == labels), None) for points in by_line.values()]
-        rows.append((f"{labels:g}", *(_cell(point) for point in cells)))
+    by_line = lines(results)
+    cells: dict[float, dict[str, str]] = {}
+    for name, points in by_line.items():
+        for labels, mean, *interval in points:
+            bounds = f" ({interval[0]:.3f}–{interval[1]:.3f})" if interval else ""
+            cells.setdefault(labels, {})[name] = f"{mean:.3f}{bounds}"
+    rows = [(f"{labels:g}", *(row.get(name, "") for name in by_line)) for labels, row in sorted(cells.items())]
     return ("labels", *by_line), rows
 
 
-def _cell(point: Point | None) -> str:
-    if point is None:
-        return ""
-    return f"{point[1]:.3f}" + (f" ({point[2]:.3f}–{point[3]:.3f})" if len(point) > 2 else "")
-
-
-def _text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[k]) for row in (header, *rows)) for k in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (header, *rows)
-    )
-
-
-def _write(out: str, base: Config, region: Region, found: Mapping[Trial, dict[str, Any]]) -> None:
-    header, rows = _table(found)
-    put(upath(out) / "table.csv", _csv(header, rows))
-    names = ("ratio", "strategy", "learner", "seed")
+def _write(out: str, asked: dict[str, Any], results: Mapping[Trial, dict[str, Any]], *, measure: str) -> None:
+    """Write the tables and the report of the trials that have ended so far."""
+    # 1. one line per trial and number of labels, and the means over seeds
+    names, missing = ("ratio", "strategy", "learner", "seed"), [(math.nan, math.nan)]
     each = [
-        (*(str(asdict(trial)[name]) for name in names), f"{labels:g}", f"{measure:.6f}", value.get("failed", ""))
-        for trial, value in found.items()
-        for labels, measure in value.get("curve") or [(float("nan"), float("nan"))]
+        (*(str(asdict(trial)[name]) for name in names), f"{labels:g}", f"{value_at:.6f}", value.get("failed", ""))
+        for trial, value in results.items()
+        for labels, value_at in value.get("curve") or missing
     ]
-    put(upath(out) / "trials.csv", _csv((*names, "labels", "measure", "failed"), each))
-    put(upath(out) / "trials.json", json.dumps([asdict(t) | v for t, v in found.items()], indent=1).encode())
-    _report(out, base, region, found)
-
-
-def _csv(header: Sequence[str], rows: Sequence[Sequence[str]]) -> bytes:
-    sink = io.StringIO()
-    csv.writer(sink, lineterminator="\n").writerows([header, *rows])
-    return sink.getvalue().encode()
-
-
-def _report(out: str, base: Config, region: Region, found: Mapping[Trial, dict[str, Any]]) -> None:
-    header, rows = _table(found)
-    measure = "accuracy" if base.segmenter is None else "mean IoU"
-    drawn = report.learning_curves({k: v for k, v in lines(found).items() if v}, across="labels", up=measure)
-    where = next((value["part"] for value in found.values() if "part" in value), "validation")
-    seeds = len({trial.seed for trial in found})
-    said = (
-        f"{measure[0].upper()}{measure[1:]} on the {where} chips; means over {seeds} seeds, in brackets 95 % "
+    header, rows = _table(results)
+    columns = (*names, "labels", "measure", "failed")
+    for file, table in (("table.csv", [header, *rows]), ("trials.csv", [columns, *each])):
+        sink = io.StringIO()
+        csv.writer(sink, lineterminator="\n").writerows(table)
+        put(upath(out) / file, sink.getvalue().encode())
+    put(upath(out) / "trials.json", json.dumps([asdict(t) | v for t, v in results.items()], indent=1).encode())
+    # 2. the report
+    curves = {name: points for name, points in lines(results).items() if points}
+    drawn = report.learning_curves(curves, across="labels", up=measure)
+    part = next((value["part"] for value in results.values() if "part" in value), "validation")
+    seeds = len({trial.seed for trial in results})
+    lead = (
+        f"{measure[0].upper()}{measure[1:]} on the {part} chips; means over {seeds} seeds, in brackets 95 % "
         "intervals by Student's t."
     )
-    if where == "validation" and base.segmenter is not None:
-        said += " Checkpoints were chosen by the same chips, so all figures are a little too high."
+    if part == "validation" and measure == "mean IoU":
+        lead += " Checkpoints were chosen by the same chips, so all figures are a little too high."
     extras = report.Extras(
-        title=f"al-s4gan, sweep: {region.name}",
-        labels=said,
+        title=f"al-s4gan, sweep: {asked['region']['name']}",
+        labels=lead,
         pictures=(("Learning curves", drawn, f"{measure} over the number of labels; bands are 95 % intervals."),),
         tables=((measure, header, rows),),
     )
-    asked = _asked(base, region) | {"pipeline": "al-s4gan"}
-    report.write_page(out, extras, asked=asked | {"command": "", "versions": versions()})
+    request = asked | {"pipeline": "al-s4gan", "command": "", "versions": versions()}
+    report.write_page(out, extras, asked=request)

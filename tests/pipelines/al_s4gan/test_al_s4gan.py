@@ -14,7 +14,7 @@ from rayseg.config import load
 from rayseg.engine.run import read
 from rayseg.geo.region import Region
 from rayseg.models import bundle
-from rayseg.pipelines.al_s4gan import chip_pool, pipeline, queries
+from rayseg.pipelines.al_s4gan import chip_pool, classifier, pipeline
 from rayseg.train import s4gan
 
 pytestmark = pytest.mark.e2e
@@ -158,13 +158,13 @@ def test_the_second_run_does_nothing(whole, words):
 
 
 def test_a_killed_run_goes_on_with_the_round_and_the_step_it_was_in(whole, words, tmp_path, monkeypatch):
-    learnt, steps, calls = queries._trained, s4gan._steps, []
+    learnt, steps, calls = classifier.fit_and_score, s4gan._steps, []
 
-    def falls(step, *arguments):
+    def falls(step, *arguments, **more):
         calls.append(step.name)
         if calls == ["round-1", "round-2"]:
             raise KeyboardInterrupt
-        return learnt(step, *arguments)
+        return learnt(step, *arguments, **more)
 
     def falls_too(first, *arguments):
         calls.append(first)
@@ -172,7 +172,7 @@ def test_a_killed_run_goes_on_with_the_round_and_the_step_it_was_in(whole, words
             raise KeyboardInterrupt
         return steps(first, *arguments)
 
-    monkeypatch.setattr(queries, "_trained", falls)
+    monkeypatch.setattr(classifier, "fit_and_score", falls)
     monkeypatch.setattr(s4gan, "_steps", falls_too)
     out = tmp_path / "run"
     codes = [rayseg(*words, "--out", out).exit_code for _ in range(3)]

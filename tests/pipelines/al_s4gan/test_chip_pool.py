@@ -10,7 +10,7 @@ from rayseg.errors import ConfigError, DataError, RunIncomplete
 from rayseg.geo.region import Region
 from rayseg.io import annotation_requests, cog, labels
 from rayseg.io.class_tables import Classes
-from rayseg.pipelines.al_s4gan import annotation, chip_pool
+from rayseg.pipelines.al_s4gan import annotation, chip_pixels, chip_pool
 from rayseg.pipelines.al_s4gan.chip_pool import PoolConfig
 from rayseg.vision.color import ClassTable, hex_of
 
@@ -48,10 +48,10 @@ def test_chips_are_whole_cells_with_the_class_of_most_of_their_pixels(folder):
         for cell, label in ((0, "wood"), (1, "ground"))
     ]
     image = np.asarray(Image.open(folder / "a" / "images" / "one.png"))
-    assert np.array_equal(chip_pool.image_of(rows[1]), image[:64, 64:128])
+    assert np.array_equal(chip_pixels.image_of(rows[1]), image[:64, 64:128])
     mask = np.asarray(Image.open(folder / "a" / "masks" / "one.png"))
-    assert np.array_equal(chip_pool.mask_of(rows[1], TABLE, ""), mask[:64, 64:128])
-    chips = chip_pool.masked_chips(rows, TABLE, "")
+    assert np.array_equal(chip_pixels.mask_of(rows[1], TABLE, ""), mask[:64, 64:128])
+    chips = chip_pixels.masked_chips(rows, TABLE, "")
     assert (chips.count, len(chips), chips.read(0).shape) == (2, 6, (64, 64, 3))
 
 
@@ -59,7 +59,7 @@ def test_an_image_smaller_than_a_chip_is_one_chip_without_labels_beyond_its_edge
     rows = chips(PoolConfig(images=str(folder), size=96))
     assert [row["id"] for row in rows] == ["a-one_0_0", "b-one_0_0", "c-one_0_0"]
     image = np.asarray(Image.open(folder / "a" / "images" / "one.png"))
-    shown, mask = chip_pool.image_of(rows[0]), chip_pool.mask_of(rows[0], TABLE, "")
+    shown, mask = chip_pixels.image_of(rows[0]), chip_pixels.mask_of(rows[0], TABLE, "")
     assert np.array_equal(shown[:70], image[:, :96])
     assert np.array_equal(shown[70:], image[68:42:-1, :96])
     assert (mask[60:] == 255).all()

@@ -10,8 +10,9 @@ from rayseg.errors import ConfigError, DataError, RunIncomplete
 from rayseg.io.class_tables import Classes
 from rayseg.models import bundle
 from rayseg.models.bundle import Scaling
-from rayseg.pipelines.al_s4gan import chip_pool, queries
-from rayseg.pipelines.al_s4gan.queries import ActiveConfig, ChipsClassifierConfig, Common
+from rayseg.pipelines.al_s4gan import chip_pixels, chip_pool, classifier, queries
+from rayseg.pipelines.al_s4gan.classifier import ChipsClassifierConfig, Common
+from rayseg.pipelines.al_s4gan.queries import ActiveConfig
 
 KINDS = Classes.model_validate(
     {"classes": [{"name": "ground", "color": "#826446"}, {"name": "wood", "color": "#32AA50"}]}
@@ -48,16 +49,16 @@ def test_a_chip_that_could_not_be_scored_is_tried_again_by_the_same_command(list
         return [Settled(facts={"p": [0.5, 0.5]}) for _ in rows]
 
     rows = chip_pool.rows_of(listed, "pool")
-    monkeypatch.setattr(chip_pool, "image_of", broken)
+    monkeypatch.setattr(chip_pixels, "image_of", broken)
     with pytest.raises(RunIncomplete, match=r"chip a was not scored \(.*torn"):
-        queries._scored(step_of(listed, "round-1"), rows, score, COMMON)
-    monkeypatch.setattr(chip_pool, "image_of", lambda _: np.zeros((32, 32, 3), np.uint8))
-    found = queries._scored(step_of(listed, "round-1"), rows, score, COMMON)
+        classifier.score_chips(step_of(listed, "round-1"), rows, score, COMMON)
+    monkeypatch.setattr(chip_pixels, "image_of", lambda _: np.zeros((32, 32, 3), np.uint8))
+    found = classifier.score_chips(step_of(listed, "round-1"), rows, score, COMMON)
     assert found == {"a": [0.5, 0.5], "b": [0.5, 0.5]}
 
 
 def test_a_network_that_stays_as_it_is_is_the_same_when_its_step_goes_on(listed, monkeypatch):
-    monkeypatch.setattr(queries, "_scored", lambda *_: {})
+    monkeypatch.setattr(classifier, "score_chips", lambda *_: {})
     sums = []
     for name in ("first", "second"):
         torch.rand(len(name))  # whatever was drawn before

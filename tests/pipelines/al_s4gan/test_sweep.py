@@ -1,6 +1,5 @@
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import ray
 from ray.exceptions import RayTaskError, WorkerCrashedError
@@ -12,13 +11,6 @@ from rayseg.geo.region import Region
 from rayseg.pipelines.al_s4gan import sweep
 from rayseg.pipelines.al_s4gan.pipeline import Config
 from rayseg.pipelines.al_s4gan.sweep import Trial
-
-
-def test_intervals_are_students():
-    assert sweep.mean_interval([0.5]) == (0.5,)
-    mean, low, high = sweep.mean_interval([0.4, 0.5, 0.6])
-    assert mean == pytest.approx(0.5)
-    assert high - mean == pytest.approx(mean - low) == pytest.approx(4.30265 * 0.1 / np.sqrt(3), rel=1e-5)
 
 
 def test_lines_are_means_over_seeds_at_each_number_of_labels():
