@@ -22,11 +22,9 @@ from rayseg.engine.run import Run, Step
 from rayseg.geo.grid import Lattice
 from rayseg.geo.region import Region
 from rayseg.io.labels import Chip
-from rayseg.models import bundle
 from rayseg.models.sam import SamConfig, checkpoint_state
 from rayseg.models.super_resolution import EnlargeConfig, load_enlarger
 from rayseg.stages.boundaries import BoundaryProposer
-from rayseg.stages.classify_plots import check_classifier
 from rayseg.stages.enlarge import lattice_of
 from rayseg.stages.propose import ProposePlots, ReadPlots, WritePieces, WritePlots
 from rayseg.stages.to_rgb import ImageConfig, ReadGround, check_source
@@ -35,7 +33,6 @@ from rayseg.steps import (
     chips,
     estimate,
     evaluate_plots,
-    models,
     plots,
     report,
     simple_plots,
@@ -47,7 +44,6 @@ from rayseg.steps.chips import ChipsConfig
 from rayseg.steps.map import MapConfig
 from rayseg.steps.plots import LABELS
 from rayseg.store import Location, upath
-from rayseg.train.classifier import expect_trainable
 from rayseg.vision.proposals import SuperpixelProposer
 from rayseg.vision.rounds import Round, RoundsConfig
 
@@ -179,10 +175,8 @@ def write_tiles(
 ) -> dict[str, Any]:
     """Write the plots of every tile as rasters with an item; tiles/<id>/ holds them, the step's ledger their fates."""
     rows = mapping.kept_manifest(step, lambda: plots.tile_rows(proposed))
-    # plots that the classifier could not see get a class of their own
     prefix = model.value.get("bundle")
-    classes = {number: row["class"] for number, row in plots.classes_of(classified).items()}
-    table, unclassified = plots.legend(prefix, whole=len(classes) == joined.value["plots"])
+    classes, table, unclassified = plots.legend(joined, classified, prefix)
     write = WritePlots(
         mapping.tiles_prefix(step),
         table,
@@ -197,7 +191,7 @@ def write_tiles(
 
 def check(config: Config, region: Region) -> Plan:
     """Plan a run; refuse imagery and weights that it cannot use before it writes anything."""
-    before, labelled, drawn = None, None, None
+    before, drawn = None, None
     if truth := region.located(config.truth):
         evaluate_plots.expect_reference(truth)
     if enlarge := config.enlarge:
@@ -209,14 +203,8 @@ def check(config: Config, region: Region) -> Plan:
         drawn = boundaries.check(region, config.boundaries, config.image, workers=config.workers)
     if config.proposer == "sam" and config.sam.checkpoint != "random":
         checkpoint_state(config.sam)
-    if config.classifier:
-        check_classifier(bundle.build(config.classifier)[0])
-    elif config.chips:
-        labelled = chips.find_chips(region, LABELS, config.chips)
-        expect_trainable(config.training, workers=config.workers)
-        bundle.blank(plots.classifier_bundle(config.training))
-        models.expect_weights(config.training)
-    return Plan(tiles, labelled, before, drawn)
+    crops = plots.check_classes(region, config.classifier, config.chips, config.training, workers=config.workers)
+    return Plan(tiles, crops, before, drawn)
 
 
 def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:
@@ -259,5 +247,4 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None, *, l
             other = None if config.proposer == "felzenszwalb" else plots.tiling(config.superpixels)
             simple = run.step("baseline", simple_plots.measure_baselines, tiles, truth, config.image, other)
     results = (proposed, joined, tiles, polygons)
-    written = run.step("report", plots.write_report, *results, measured=measured, simple=simple)
-    return report.headline(written)
+    return report.headline(run.step("report", plots.write_report, *results, measured=measured, simple=simple))

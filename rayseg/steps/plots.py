@@ -12,20 +12,23 @@ from rayseg.engine.flow import Work
 from rayseg.engine.manifest import Row, write_rows
 from rayseg.engine.run import Step
 from rayseg.geo.grid import Grid, Tile
+from rayseg.geo.region import Region
 from rayseg.io import plot_joins, vectors
+from rayseg.io.labels import Chip
 from rayseg.io.maps import mapped_tiles, pixel_area_m2
 from rayseg.io.pictures import coverage_chart, plots_over_imagery, size_chart
 from rayseg.io.sources import Source, newest_first
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle, Scaling
-from rayseg.stages.classify_plots import ClassifyPlots, CutPlots, WriteClasses
+from rayseg.stages.classify_plots import ClassifyPlots, CutPlots, WriteClasses, check_classifier
 from rayseg.stages.propose import pieces_path
 from rayseg.stages.rows import PlotsRow
 from rayseg.stages.to_rgb import ImageConfig
-from rayseg.steps import baseline, evaluate_plots, models, report, simple_plots
+from rayseg.steps import baseline, chips, evaluate_plots, models, report, simple_plots
 from rayseg.steps import map as mapping
+from rayseg.steps.chips import ChipsConfig
 from rayseg.store import upath
-from rayseg.train.classifier import ClassifierConfig
+from rayseg.train.classifier import ClassifierConfig, expect_trainable
 from rayseg.train.learning import Learning, Rates
 from rayseg.vision.color import ClassTable
 from rayseg.vision.proposals import SuperpixelProposer
@@ -73,6 +76,26 @@ def classifier_bundle(settings: PlotsClassifierConfig) -> Bundle:
 def tiling(given: SuperpixelProposer) -> SuperpixelProposer:
     """Superpixels that tile the ground, with the settings that are given."""
     return SuperpixelProposer.model_validate(TILING | given.model_dump(exclude_unset=True))
+
+
+def check_classes(
+    region: Region,
+    classifier: str | None,
+    crops: ChipsConfig | None,
+    training: PlotsClassifierConfig,
+    *,
+    workers: int,
+) -> list[Chip] | None:
+    """Refuse a classifier, or crops and a network to train one from, that cannot be used; return the crops."""
+    if classifier:
+        check_classifier(bundle.build(classifier)[0])
+    if classifier or not crops:
+        return None
+    found = chips.find_chips(region, LABELS, crops)
+    expect_trainable(training, workers=workers)
+    bundle.blank(classifier_bundle(training))
+    models.expect_weights(training)
+    return found
 
 
 def proposed_tiles(proposed: Step) -> dict[Grid, list[Row]]:
@@ -191,18 +214,22 @@ def classes_of(classified: Step) -> dict[int, Row]:
     return {row["number"]: row for table in tables for row in table}
 
 
-def legend(classifier: str | None, *, whole: bool) -> tuple[ClassTable, int]:
-    """Classes of the map, and the value of unclassified plots.
+def legend(joined: Step, classified: Step, classifier: str | None) -> tuple[dict[int, int], ClassTable, int]:
+    """(plot number -> value of its class, the classes of the map, the value of plots without a class).
 
     Args:
+        joined: the step that joined the plots.
+        classified: the step that classified them.
         classifier: prefix of the bundle; if None, every plot has the class `plot`.
-        whole: whether every plot has a class; the map then needs no class `unclassified`.
     """
+    values = {number: row["class"] for number, row in classes_of(classified).items()}
     if classifier is None:
-        return ClassTable((BACKGROUND, PLOT)), PLOT[0]
+        return values, ClassTable((BACKGROUND, PLOT)), PLOT[0]
     classes = bundle.load(classifier).classes
     value = max(value for value, _, _ in classes) + 1
-    return ClassTable((BACKGROUND, *classes, *(() if whole else ((value, *UNCLASSIFIED),)))), value
+    # Plots that the classifier could not see get a class of their own.
+    own = () if len(values) == joined.value["plots"] else ((value, *UNCLASSIFIED),)
+    return values, ClassTable((BACKGROUND, *classes, *own)), value
 
 
 def write_plots(step: Step, joined: Step, classified: Step, model: Step) -> dict[str, Any]:
