@@ -164,7 +164,11 @@ def learn(
     # 1. classes of all images, as masks below the step
     images = found or find_labelled(region, config, kind)
     polygons = Polygons.open(config.polygons) if config.polygons else None
-    classes = [_with_classes(step, image, polygons) for image in images]
+    classes = []
+    for image in images:
+        path = step.prefix / "masks" / f"{image.id}.tif"
+        cog.write_classes(path, classes_of(_ids(image, polygons)), image.grid, image.window, TABLE)
+        classes.append(replace(image, masks=(source_of_file(str(path), image.id),)))
     parts = scenes.split(classes, validation=config.validation, share=config.share, seed=config.seed)
     training, validation = (_labelled(part, config, kind) for part in parts)
     # 2. the network
@@ -196,13 +200,6 @@ def _ids(image: LabelledImage, polygons: Polygons | None) -> Ids:
         return polygons.ids(image.grid, image.window)
     masks = scenes.masks_on(image)
     return instances.read_ids(masks, image.grid, image.window)
-
-
-def _with_classes(step: Step, image: LabelledImage, polygons: Polygons | None) -> LabelledImage:
-    """The image with a mask of the three classes, written below the step, in place of its masks."""
-    path = step.prefix / "masks" / f"{image.id}.tif"
-    cog.write_classes(path, classes_of(_ids(image, polygons)), image.grid, image.window, TABLE)
-    return replace(image, masks=(source_of_file(str(path), image.id),))
 
 
 def _labelled(images: Sequence[LabelledImage], config: BoundariesConfig, kind: ImageConfig) -> Labelled:

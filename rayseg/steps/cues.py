@@ -1,7 +1,6 @@
 """Coarse masks from image-level labels: the steps of gpc between classifier and segmenter."""
 
 import io
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import matplotlib
@@ -107,10 +106,29 @@ def write_cues(
 ) -> dict[str, Any]:
     """Write coarse masks of the positive training chips, `<step>/<chip>.tif`; by the concept if densities exist."""
     rows = chips.rows_of(listed, held_out=False)
-    decide = _decide_by_concept(densities, rows, config) if densities else _decide_by_cam(config)
+    positive = [row for row in rows if row["label"] == YES]
+    if densities:
+        # The concept: colours that all positive chips have and no negative one.
+        colors = [
+            (
+                np.load(io.BytesIO(density_path(str(densities.prefix), row["id"]).read_bytes()), allow_pickle=False)
+                for row in rows
+                if row["label"] == label
+            )
+            for label in LABELS
+        ]
+        decide = [_divide(config), Work(ConceptCue(concept.evidence(*colors), doubtful=config.doubtful))]
+    else:
+        segment = Segment(
+            config.network,
+            iterations=config.iterations,
+            min_labels=config.min_labels,
+            precision=config.precision,
+            seed=config.seed,
+        )
+        decide = [Work(segment, cpus=0.5, gpus=0.5), Work(CamCue(objects=config.objects))]
     works = [*_seen(classifier, config, size), *decide, Work(WriteCue(str(step.prefix)))]
-    found = _through(step, [row for row in rows if row["label"] == YES], works, patience)
-    return {"cues": str(step.prefix), **found}
+    return {"cues": str(step.prefix), **_through(step, positive, works, patience)}
 
 
 def _seen(classifier: Step, config: CuesConfig, size: int) -> list[Work]:
@@ -126,28 +144,6 @@ def _seen(classifier: Step, config: CuesConfig, size: int) -> list[Work]:
 
 def _divide(config: CuesConfig) -> Work:
     return Work(Superpixels(reduce=config.reduce, min_size=32))
-
-
-def _decide_by_cam(config: CuesConfig) -> list[Work]:
-    segment = Segment(
-        config.network,
-        iterations=config.iterations,
-        min_labels=config.min_labels,
-        precision=config.precision,
-        seed=config.seed,
-    )
-    return [Work(segment, cpus=0.5, gpus=0.5), Work(CamCue(objects=config.objects))]
-
-
-def _decide_by_concept(densities: Step, rows: list[Row], config: CuesConfig) -> list[Work]:
-    evidence_AB = concept.evidence(*(_densities(str(densities.prefix), rows, label) for label in LABELS))
-    return [_divide(config), Work(ConceptCue(evidence_AB, doubtful=config.doubtful))]
-
-
-def _densities(prefix: str, rows: list[Row], label: str) -> Iterator[np.ndarray]:
-    for row in rows:
-        if row["label"] == label:
-            yield np.load(io.BytesIO(density_path(prefix, row["id"]).read_bytes()), allow_pickle=False)
 
 
 def _through(step: Step, rows: list[Row], works: list[Work], patience: float) -> dict[str, Any]:

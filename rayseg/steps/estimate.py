@@ -49,37 +49,27 @@ def bytes_read(tiles: Sequence[Row], *, margin: int) -> int | None:
     known: dict[str, Source] = {}
     for row in tiles:
         tile = Tile.from_row(row)
-        around = _around(tile.window, margin)
+        own, side = tile.window, 2 * margin
+        around = Window(own.col - margin, own.row - margin, own.width + side, own.height + side)
         for text in map(json.dumps, json.loads(row["sources"])):
             source = known.setdefault(text, Source.from_row(json.loads(text)))
             part = rasters.footprint(source, tile.grid)
             # The footprint on a divided grid is a part of the source only.
-            side = tile.grid.resolution[0] / utm_of(source)[1] if tile.grid.divided else 0.0
-            share = side**2 or source.height * source.width / max(_area(part), 1)
+            scale = tile.grid.resolution[0] / utm_of(source)[1] if tile.grid.divided else 0.0
+            share = scale**2 or source.height * source.width / max(_area(part), 1)
             pixels[source] += round(share * _area(part.intersect(around)))
+    # A few files stand for all: a store answers one request per file.
     every = max(1, len(pixels) // MOST_SIZES)
-    some = [source for at, source in enumerate(pixels) if at % every == 0]
-    sizes = [_size(source) for source in some]
-    if not some or None in sizes:
+    few = [source for at, source in enumerate(pixels) if at % every == 0]
+    try:
+        size = sum(int(upath(href).stat().st_size) for source in few for href, _ in source.assets)
+    except UNSIZED:
         return None
-    of_files = sum(size for size in sizes if size is not None)
-    return round(of_files / sum(source.height * source.width for source in some) * pixels.total())
+    return round(size / sum(source.height * source.width for source in few) * pixels.total()) if few else None
 
 
 UNSIZED: tuple[type[Exception], ...] = (ValueError, TypeError, *STORE_ERRORS)
 """Errors raised where the size of a file is not available."""
-
-
-def _size(source: Source) -> int | None:
-    try:
-        return sum(int(upath(href).stat().st_size) for href, _ in source.assets)
-    except UNSIZED:
-        return None
-
-
-def _around(window: Window, margin: int) -> Window:
-    side = 2 * margin
-    return Window(window.col - margin, window.row - margin, window.width + side, window.height + side)
 
 
 def _area(window: Window) -> int:
@@ -195,7 +185,7 @@ def estimate_run(forecast: Forecast, region: Region, *, rates: Rates) -> dict[st
     """
     first = forecast.before or forecast
     tiles, read = ([row for row in rows if not row.get("refused")] for rows in (forecast.tiles, first.tiles))
-    found: dict[str, Any] = {
+    volume: dict[str, Any] = {
         "region": region.name,
         "items": len({source["item_id"] for row in read for source in json.loads(row["sources"])}),
         "tiles": len(tiles),
@@ -203,17 +193,14 @@ def estimate_run(forecast: Forecast, region: Region, *, rates: Rates) -> dict[st
         "pixels": sum(_pixels(row) for row in tiles),
         "bytes_read": bytes_read(read, margin=first.margin),
     }
-    busy = _busy() if forecast.trial else []
+    # The load before the probe, which is itself work on this machine.
+    unknown, load, cpus = list(forecast.unknown), os.getloadavg()[0], os.cpu_count() or 1
+    if forecast.trial and load > 0.75 * cpus:
+        unknown.append(
+            f"other work on this machine during timing (load {load:.1f} on {cpus} CPUs): an idle machine is faster"
+        )
     timed = timed_on(forecast, region, tiles, count=TIMED) if forecast.trial else None
-    return found | _costs(timed, rates) | {"unknown": [*forecast.unknown, *busy]}
-
-
-def _busy() -> list[str]:
-    """A note for the estimate if the machine runs other work."""
-    load, cpus = os.getloadavg()[0], os.cpu_count() or 1
-    if load <= 0.75 * cpus:
-        return []
-    return [f"other work on this machine during timing (load {load:.1f} on {cpus} CPUs): an idle machine is faster"]
+    return volume | _costs(timed, rates) | {"unknown": unknown}
 
 
 def _costs(timed: Probe | None, rates: Rates) -> dict[str, Any]:
@@ -262,9 +249,9 @@ def by_untrained(
         counts: see `Forecast`.
         unknown: see `Forecast`.
     """
-    said = "the number of shapes of the final map: the network that was timed is barely trained"
+    shapes = "the number of shapes of the final map: the network that was timed is barely trained"
     trial = partial(_learn_and_map, learn, config, described)
-    return Forecast(plan.tiles or (), described.patch, (*unknown, said), counts=counts or {}, trial=trial)
+    return Forecast(plan.tiles or (), described.patch, (*unknown, shapes), counts=counts or {}, trial=trial)
 
 
 def by_workers(workers: int) -> tuple[str, ...]:
@@ -278,8 +265,11 @@ def _learn_and_map(
     model = learn(run)
     if model is not None:
         _map(config, model.value["bundle"], run, region)
-    else:
-        _map_blank(config, described, run, region)
+        return
+    # A threshold of 1 marks nothing: the shapes of random weights would take longer than those of a trained network.
+    with tempfile.TemporaryDirectory(prefix="rayseg-plan-") as folder:
+        bundle.save(folder, described.model_copy(update={"threshold": 1.0}), bundle.blank(described))
+        _map(config, folder, run, region)
 
 
 def training(step: Step, fit: Callable[..., dict[str, Any]], *arguments: object, **planned: object) -> dict[str, Any]:
@@ -287,12 +277,6 @@ def training(step: Step, fit: Callable[..., dict[str, Any]], *arguments: object,
     with probe.taken() as taken:
         value = fit(step, *arguments, **planned)
     return {**value, "left_out": taken.left_out} if taken.epochs else value
-
-
-def _map_blank(config: MapConfig, described: Bundle, run: Run, region: Region) -> None:
-    with tempfile.TemporaryDirectory(prefix="rayseg-plan-") as folder:
-        bundle.save(folder, described.model_copy(update={"threshold": 1.0}), bundle.blank(described))
-        _map(config, folder, run, region)
 
 
 def _map(config: MapConfig, prefix: str, run: Run, region: Region) -> None:
@@ -319,6 +303,8 @@ def _pixels(row: Row) -> int:
 
 def timed_on(forecast: Forecast, region: Region, tiles: Sequence[Row], *, count: int) -> Probe:
     """Run the trial on some of the tiles and extrapolate to all tiles."""
+    import torch  # slow, and only a probe needs it
+
     # 1. run the pipeline on a few tiles; the extra one warms up models and caches
     chosen = spread(tiles, count + 1)
     part = replace(region, tiles=tuple(row["id"] for row in chosen))
@@ -359,7 +345,7 @@ def timed_on(forecast: Forecast, region: Region, tiles: Sequence[Row], *, count:
         alone=_alone(scaled, growth, others) + sum(trained.values()),
         bytes_written=written,
         cpus=len(os.sched_getaffinity(0)),
-        gpus=_gpus(),
+        gpus=torch.cuda.device_count(),
         on_gpu=tuple(sorted({*trained, *(stage for step in run.steps for stage in step.value.get("on_gpu", ()))})),
         troubles={row: why for step in run.steps for row, why in step.value.get("troubles", {}).items()},
     )
@@ -426,9 +412,3 @@ def _alone(scaled: Mapping[str, tuple[dict[str, float], float]], growth: float, 
         grows = gathers and not by_stage and name != "report"
         seconds += rest * (growth if grows else 1.0)
     return seconds
-
-
-def _gpus() -> int:
-    import torch
-
-    return int(torch.cuda.device_count())

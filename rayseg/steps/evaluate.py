@@ -179,24 +179,24 @@ def match(pieces: Sequence[Piece], truth: Sequence[Source]) -> list[Match]:
     bare = not any(piece.tile.grid.crs for piece in pieces)
     named = masks.by_image([mask for mask in newest if bare or mask.crs is None])
     near: dict[Grid, list[tuple[Source, Window]]] = {}
-    found = []
+    matches = []
     for piece in pieces:
         grid = piece.tile.grid
         if grid.crs is None or not placed:
             group = named.get(slug(piece.image), ())
-            found += [_by_name(piece, group)] if group else []
+            matches += [_by_name(piece, group)] if group else []
             continue
         if grid not in near:
             near[grid] = [(mask, footprint(mask, grid)) for mask in placed]
         over = tuple(mask for mask, window in near[grid] if not window.intersect(piece.tile.window).empty)
-        found += [Match(piece, over, grid, piece.tile.window)] if over else []
-    if not found:
+        matches += [Match(piece, over, grid, piece.tile.window)] if over else []
+    if not matches:
         images, references = dict.fromkeys(piece.image for piece in pieces), [mask.item_id for mask in truth]
         raise DataError(
             f"no prediction matches a reference mask: predictions are {listed(images)}, masks are "
             f"{listed(references)}; masks without georeference need the name of their image"
         )
-    return found
+    return matches
 
 
 def _by_name(piece: Piece, truth: Sequence[Source]) -> Match:
@@ -301,16 +301,16 @@ def text(result: dict[str, Any]) -> str:
     """The result of `evaluate` as aligned tables."""
     units = f"{result['units']:,} {result['unit']}{'s' if result['units'] > 1 else ''}"
     lines = [f"{result['pixels']:,} pixels compared in {units}; 95 % intervals by bootstrap over them", ""]
-    lines += [f"{title:<24}{said(result['overall'][name])}" for name, title in OVERALL.items()]
+    lines += [f"{title:<24}{with_interval(result['overall'][name])}" for name, title in OVERALL.items()]
     width = max([5, *(len(row["name"]) for row in result["classes"])]) + 2
     lines += ["", f"{'class':<{width}}" + "".join(f"{name:<22}" for name in PER_CLASS) + f"{'truth px':>14}"]
     for row in result["classes"]:
-        measures = "".join(f"{said(row[name]):<22}" for name in PER_CLASS)
+        measures = "".join(f"{with_interval(row[name]):<22}" for name in PER_CLASS)
         lines.append(f"{row['name']:<{width}}{measures}{row['reference']:>14,}")
     return "\n".join([*lines, *remarks(result)])
 
 
-def said(measure: Mapping[str, float | None]) -> str:
+def with_interval(measure: Mapping[str, float | None]) -> str:
     """A measure with its interval."""
     if measure["value"] is None:
         return "-"
@@ -426,7 +426,10 @@ def _coded(found: Match, skipped: set[int]) -> tuple[NDArray[np.int64], NDArray[
     for mask in reversed(found.truth):
         bands = [name for name in mask.bands if name != "alpha"]
         image_CHW, valid_HW = rasters.read([mask], found.grid, found.window, bands=bands[:3], categorical=True)
-        of_mask_HW = _code(image_CHW) if len(image_CHW) == 3 else _values(image_CHW[0])
+        if len(image_CHW) == 3:
+            of_mask_HW = _code(image_CHW)
+        else:  # 255 is nodata by convention
+            of_mask_HW = np.where(image_CHW[0] == NODATA, _UNSEEN, image_CHW[0].astype(np.int64))
         codes_HW = np.where(valid_HW, of_mask_HW, codes_HW)
     return np.where(np.isin(codes_HW, list(skipped)), _UNSEEN, codes_HW), labels_HW
 
@@ -438,10 +441,6 @@ def _pairs(codes_HW: NDArray[np.int64], labels_HW: NDArray[np.uint8]) -> Pairs:
     both, counts = np.unique(codes_HW[seen] * (NODATA + 1) + labels_HW[seen], return_counts=True)
     keys = zip(*np.divmod(both, NODATA + 1), strict=True)
     return Counter({(int(code), int(label)): int(count) for (code, label), count in zip(keys, counts, strict=True)})
-
-
-def _values(mask_HW: NDArray[Any]) -> NDArray[np.int64]:
-    return np.where(mask_HW == NODATA, _UNSEEN, mask_HW.astype(np.int64))
 
 
 def _code(color: Sequence[int] | NDArray[np.integer]) -> Any:  # noqa: ANN401 - a number for each pixel given

@@ -5,7 +5,8 @@ matched by location if both are georeferenced, else by name (file stem or item i
 is one object; only pixels that both sides know count.
 """
 
-from collections import Counter
+import itertools
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -195,19 +196,13 @@ def _by_polygons(pieces: Pieces, polygons: Polygons) -> tuple[list[Compared], di
     return compared, {"prediction": missing, "truth": {"count": 0, "names": []}}
 
 
-class _Names(dict[Any, int]):
-    """Numbers 0, 1, ... of things, in the order in which they are first named."""
-
-    def of(self, name: object) -> int:
-        """The number of a thing."""
-        return self.setdefault(name, len(self))
-
-
 class Count:
     """Objects and boundaries of all pieces compared so far."""
 
     def __init__(self) -> None:
-        self.names, self.units = (_Names(), _Names()), _Names()
+        # Numbers 0, 1, ... of ids and units, in the order in which they are first looked up.
+        of_truth, of_prediction, self.units = (defaultdict[Any, int](itertools.count().__next__) for _ in range(3))
+        self.names = (of_truth, of_prediction)
         self.sizes: tuple[Counter[int], Counter[int]] = (Counter(), Counter())
         self.unit_of: tuple[dict[int, int], dict[int, int]] = ({}, {})
         self.shared: Counter[tuple[int, int]] = Counter()
@@ -226,7 +221,7 @@ class Count:
             values, first, inverse, counts = np.unique(
                 ids_HW, return_index=True, return_inverse=True, return_counts=True
             )
-            own = np.array([self.names[side].of(value) if value else -1 for value in values.tolist()])
+            own = np.array([self.names[side][value] if value else -1 for value in values.tolist()])
             for number, at, count in zip(own.tolist(), first.tolist(), counts.tolist(), strict=True):
                 if number >= 0:
                     self.sizes[side][number] += count
@@ -247,10 +242,10 @@ class Count:
         """The bootstrap's unit of every pixel: the image, or the block of `BLOCK` px."""
         window = piece.tile.window
         if piece.tile.grid.crs is None:
-            return np.full((window.height, window.width), self.units.of(piece.image))
+            return np.full((window.height, window.width), self.units[piece.image])
         rows, cols = (np.arange(a, b) // BLOCK for a, b in ((window.row, window.row1), (window.col, window.col1)))
         grid = piece.tile.grid.name
-        table = {(r, c): self.units.of((grid, r, c)) for r in set(rows.tolist()) for c in set(cols.tolist())}
+        table = {(r, c): self.units[grid, r, c] for r in set(rows.tolist()) for c in set(cols.tolist())}
         return np.array([[table[r, c] for c in cols.tolist()] for r in rows.tolist()])
 
     def summary(self, pieces: Sequence[Piece]) -> dict[str, Any]:
@@ -312,7 +307,7 @@ def text(result: Mapping[str, Any]) -> str:
         f"{counts['predicted']:,} plots and {counts['reference']:,} reference plots in {units}, {result['pixels']:,} "
         "pixels; 95 % intervals by bootstrap over them",
         "",
-        *(f"{title:<28}{evaluate.said(result['objects'][name])}" for name, title in TITLES.items()),
+        *(f"{title:<28}{evaluate.with_interval(result['objects'][name])}" for name, title in TITLES.items()),
         "",
         f"{'size':<10}{'px':<18}{'reference':>10}{'predicted':>10}{'F1':>8}{'recall':>8}{'precision':>11}",
     ]
@@ -332,5 +327,7 @@ def table(result: Mapping[str, Any]) -> tuple[str, tuple[str, ...], list[tuple[s
     """The measures as a table of a report: (title, header, rows)."""
     counts = result["counts"]
     title = f"Against {counts['reference']:,} reference plots"
-    rows: list[tuple[str, ...]] = [(shown, evaluate.said(result["objects"][name])) for name, shown in TITLES.items()]
+    rows: list[tuple[str, ...]] = [
+        (shown, evaluate.with_interval(result["objects"][name])) for name, shown in TITLES.items()
+    ]
     return title, ("measure", "value (95 % interval)"), rows

@@ -270,15 +270,12 @@ def mappable(
     left = [source for source in sources if source.item_id not in refused]
     refused |= beyond_utm(left)
     if not (kept := [source for source in left if source.item_id not in refused]):
-        raise _none_left(region, refused)
+        first = next(iter(refused.values()))
+        if len(refused) == 1:
+            raise first
+        count = len(refused)
+        raise type(first)(f"none of the {count} scenes of {region.name} can be mapped, the first because: {first}")
     return kept, refused
-
-
-def _none_left(region: Region, refused: Mapping[str, RaysegError]) -> RaysegError:
-    first = next(iter(refused.values()))
-    if len(refused) == 1:
-        return first
-    return type(first)(f"none of the {len(refused)} scenes of {region.name} can be mapped, the first because: {first}")
 
 
 def _refused_row(item_id: str, error: RaysegError) -> Row:

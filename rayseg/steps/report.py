@@ -10,20 +10,20 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypedDict
 
 import jinja2
 import yaml
-from upath import UPath
 
 from rayseg.engine import run as runs
 from rayseg.engine.ledger import Ledger
 from rayseg.engine.run import Step
 from rayseg.io import masks
 from rayseg.io.maps import MappedTile, mapped_tiles, seam_score
-from rayseg.io.pictures import Picture, encoded, pictures_of, shown_colors
+from rayseg.io.pictures import encoded, pictures_of, shown_colors
 from rayseg.steps.baseline import Beside
 from rayseg.store import is_local, put, upath
 from rayseg.vision.color import ClassTable, hex_of
@@ -110,7 +110,7 @@ def render(content: Content) -> str:
         "measure": measure_text,
         "percent": percent,
         "scale_bar": scale_bar,
-        "yaml": _yaml,
+        "yaml": partial(yaml.safe_dump, sort_keys=False, allow_unicode=True),
     }
     template = resources.files("rayseg").joinpath("report.html").read_text(encoding="utf-8")
     return environment.from_string(template).render(content)
@@ -188,23 +188,22 @@ def curves(history: Sequence[Mapping[str, float]]) -> list[bytes]:
     Args:
         history: per epoch, name -> value, in order; epochs may lack names. `epoch` is the number of the epoch.
     """
-    names = list(dict.fromkeys(name for row in history for name in row if name != "epoch"))
-    losses = [name for name in names if "loss" in name]
-    return [_drawn(history, part) for part in (losses, [name for name in names if name not in losses]) if part]
-
-
-def _drawn(history: Sequence[Mapping[str, float]], names: Sequence[str]) -> bytes:
     from matplotlib.figure import Figure  # drawn at the end of a run, imported then
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(4.8, 2.8), layout="constrained")
-    axes = figure.subplots()
-    for name in names:
-        points = [(row.get("epoch", at), row[name]) for at, row in enumerate(history, 1) if name in row]
-        axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), linewidth=1.6, marker=".", markersize=4)
-    axes.set_xlabel("epoch", color=_INK)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _finished(figure, axes)
+    names = list(dict.fromkeys(name for row in history for name in row if name != "epoch"))
+    losses = [name for name in names if "loss" in name]
+    drawings = []
+    for part in filter(None, (losses, [name for name in names if name not in losses])):
+        figure = Figure(figsize=(4.8, 2.8), layout="constrained")
+        axes = figure.subplots()
+        for name in part:
+            points = [(row.get("epoch", at), row[name]) for at, row in enumerate(history, 1) if name in row]
+            axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), linewidth=1.6, marker=".", markersize=4)
+        axes.set_xlabel("epoch", color=_INK)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        drawings.append(_finished(figure, axes))
+    return drawings
 
 
 def learning_curves(lines: Mapping[str, Sequence[tuple[float, ...]]], *, across: str, up: str) -> bytes:
@@ -242,10 +241,6 @@ def _finished(figure: Any, axes: Any) -> bytes:  # noqa: ANN401 - matplotlib's o
     with rc_context({"svg.hashsalt": "rayseg"}):
         figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None})
     return sink.getvalue()
-
-
-def _yaml(values: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
 
 
 STAGES = {
@@ -323,7 +318,19 @@ def write_report(
         title=extras.title or f"{asked['pipeline']}: {asked['region']['name']}",
         lead=" ".join(filter(None, [summary, extras.labels])),
         figures=figures,
-        maps=[_map_picture(picture, table) for picture in pictures if table],
+        maps=[
+            MapPicture(
+                title=picture.title,
+                imagery=encoded(picture.imagery(), "webp"),
+                map=encoded(picture.map(table), "webp"),
+                height=picture.classes_HW.shape[0],
+                width=picture.classes_HW.shape[1],
+                metres=picture.metres,
+                step=picture.step,
+            )
+            for picture in pictures
+            if table
+        ],
         classes=classes,
         evaluation=evaluation,
         seams=seams,
@@ -380,19 +387,16 @@ def write_page(
 def headline(published: Step) -> str:
     """Path of the report and its summary, in one line."""
     value = published.value
-    said = [value["summary"]]
+    sentences = [value["summary"]]
     if value["mean_iou"] is not None:
-        said.append(f"Mean IoU {value['mean_iou']:.3f}.")
+        sentences.append(f"Mean IoU {value['mean_iou']:.3f}.")
     if value["km2_per_hour"] is not None:
         rate = value["km2_per_hour"]
-        said.append(f"{rate:,.0f} km²/h." if rate >= 10 else f"{rate:.2g} km²/h.")
-    return f"{_from_here(upath(published.root) / value['report'])}: {' '.join(said)}"
-
-
-def _from_here(path: UPath) -> str:
-    """The path relative to the working directory, if it lies below it."""
-    here = Path.cwd()
-    return str(Path(path.path).relative_to(here)) if is_local(path) and here in Path(path.path).parents else str(path)
+        sentences.append(f"{rate:,.0f} km²/h." if rate >= 10 else f"{rate:.2g} km²/h.")
+    path, here = upath(published.root) / value["report"], Path.cwd()
+    if is_local(path) and here in Path(path.path).parents:
+        path = Path(path.path).relative_to(here)
+    return f"{path}: {' '.join(sentences)}"
 
 
 def _value(
@@ -526,18 +530,6 @@ def counted(number: int, what: str) -> str:
 
 
 # -- pictures and histories --------------------------------------------------------------------------------------------
-
-
-def _map_picture(picture: Picture, table: ClassTable) -> MapPicture:
-    return MapPicture(
-        title=picture.title,
-        imagery=encoded(picture.imagery(), "webp"),
-        map=encoded(picture.map(table), "webp"),
-        height=picture.classes_HW.shape[0],
-        width=picture.classes_HW.shape[1],
-        metres=picture.metres,
-        step=picture.step,
-    )
 
 
 def _image(root: str, image: bytes | str) -> bytes:

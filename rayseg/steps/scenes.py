@@ -101,7 +101,11 @@ def find_scenes(
     rows = []
     for group in [sources] if shared else [[source] for source in sources]:
         name, scene = (ALL_SCENES, "") if shared else (slug(group[0].item_id), group[0].item_id)
-        tiles = [_on_own_grid(row, scene) for row in tile_rows(group, region.geometry, size=config.tile, halo=halo)]
+        tiles = list(tile_rows(group, region.geometry, size=config.tile, halo=halo))
+        if not shared and tiles and tiles[0]["crs"] is not None:
+            # A grid of its own, so that each scene keeps its labels where scenes overlap; images without georeference
+            # have one already.
+            tiles = [row | {"grid_image": scene, "id": f"{slug(scene)}_{row['id']}"} for row in tiles]
         tiles = [row for row in tiles if not region.tiles or row["id"] in region.tiles]
         rows += [{"id": name, "tiles": json.dumps(tiles), "refused": ""}] if tiles else []
     ids = [tile["id"] for row in rows for tile in json.loads(row["tiles"])]
@@ -143,16 +147,6 @@ def _expect_alike(first: Source | None, bands: tuple[str, ...], source: Source) 
         f"{', '.join(bands or _all_bands(first))} of {first.dtype} as {first.item_id} has; name common bands with "
         "--set bands=[...], or map them in two runs"
     )
-
-
-def _on_own_grid(row: Row, scene: str) -> Row:
-    """Move the tile to a grid that belongs to the scene, so that each scene keeps its labels where scenes overlap.
-
-    With `scene` "" the tile is unchanged. A tile without georeference already has such a grid.
-    """
-    if not scene or row["crs"] is None:
-        return row
-    return row | {"grid_image": scene, "id": f"{slug(scene)}_{row['id']}"}
 
 
 def scaled_rows(listed: Step, how: How) -> list[Row]:

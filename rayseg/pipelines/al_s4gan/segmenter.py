@@ -71,8 +71,14 @@ def _fit(step: Step, listed: Step, labelled: Sequence[Row], config: Config) -> d
     settings, channels = _settings(config), len(models.RGB)
     seeded = settings.model_copy(update={"learning": settings.learning.model_copy(update={"seed": config.seed})})
     setup = models.training_setup(step, workers=config.workers)
+    # The chips that show their masks, all others of the pool, and the chips of the validation part.
+    shown = {row["id"] for row in labelled}
+    others = [row for row in chip_pool.rows_of(listed, "pool") if row["id"] not in shown]
+    held = chip_pool.rows_of(listed, "validation")
+    of_pool = (_masked(step.root, rows, config) if rows else None for rows in (others, held))
+    data = Data(_masked(step.root, labelled, config), *of_pool)
     train = fit_consistency if settings.learner == "consistency" else fit_s4gan
-    measures = train(seeded, _divided(step.root, listed, labelled, config), setup, scaling=config.scaling)
+    measures = train(seeded, data, setup, scaling=config.scaling)
     net = seeded.build(classes=len(config.table.classes), channels=channels, weights="none")
     model: Any = learning.trained(net, step.prefix)
     if config.crf:
@@ -80,18 +86,6 @@ def _fit(step: Step, listed: Step, labelled: Sequence[Row], config: Config) -> d
         model.std.copy_(model.std.new_tensor(config.scaling.std) / config.scaling.scale)
     described = describe(config).model_copy(update={"metrics": measures})
     return {"bundle": models.keep_model(step, described, model), "measures": measures, "masks": len(labelled)}
-
-
-def _divided(root: str, listed: Step, labelled: Sequence[Row], config: Config) -> Data:
-    """The chips that show their masks, all others of the pool, and the chips of the validation part."""
-    shown = {row["id"] for row in labelled}
-    rest = [row for row in chip_pool.rows_of(listed, "pool") if row["id"] not in shown]
-    held = chip_pool.rows_of(listed, "validation")
-    return Data(
-        _masked(root, labelled, config),
-        _masked(root, rest, config) if rest else None,
-        _masked(root, held, config) if held else None,
-    )
 
 
 def masked_rows(listed: Step) -> list[Row]:
