@@ -204,7 +204,9 @@ def _clause(kind: type[Config], keys: Sequence[Any], entries: Sequence[dict[str,
         for part in keys[:-1]:  # to the group whose keys are known
             annotation = kind.model_fields[part].annotation if part in kind.model_fields else None
             options = typing.get_args(annotation) or (annotation,)
-            group = next((one for one in options if isinstance(one, type) and issubclass(one, Config)), None)
+            group = next(
+                (option for option in options if isinstance(option, type) and issubclass(option, Config)), None
+            )
             if group is None:
                 break
             kind = group

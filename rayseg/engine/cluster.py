@@ -190,8 +190,8 @@ def _machines(*, free: bool = False) -> list[Machine]:
     from ray._private.state import available_resources_per_node
 
     left = available_resources_per_node() if free else {}
-    found = [left.get(node["NodeID"], {}) if free else node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [{name: float(resources.get(name, 0.0)) for name in ("CPU", "GPU")} for resources in found]
+    machines = [left.get(node["NodeID"], {}) if free else node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [{name: float(resources.get(name, 0.0)) for name in ("CPU", "GPU")} for resources in machines]
 
 
 def _bundles(

@@ -233,7 +233,7 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None, *, l
     network: tuple[Step, ...] = ()
     if config.proposer == "boundaries":
         steps, settings = (*learn[:-1], boundaries.learn), (region, config.boundaries, image, config.workers)
-        network = (run.step("boundaries", *steps, *settings, found=drawn),)
+        network = (run.step("boundaries", *steps, *settings, listed=drawn),)
     proposed = run.step("propose", propose, larger, region, config, *network, tiles=plan.tiles)
     joined = run.step("join", join, proposed, config)
     classified = run.step("classify", classify, proposed, joined, model, config)

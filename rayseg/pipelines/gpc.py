@@ -121,7 +121,11 @@ def _fit_members(
         if stage is None or config.segmenter.warm_up.epochs:
             networks = [trained_segmenter(*member, stage=stage) for member in members]
             model = Ensemble(networks) if len(networks) > 1 else networks[0]
-            means = {key: float(np.mean([one[key] for one in measures])) for key in measures[0]} if not stage else {}
+            means = (
+                {key: float(np.mean([of_member[key] for of_member in measures])) for key in measures[0]}
+                if not stage
+                else {}
+            )
             negatives = [row for row in rows if row["label"] == NO]
             threshold = chips.threshold_at(config.marked, model, negatives, described, size=config.chips.size)
             facts = {"threshold": threshold, "metrics": means, "provenance": provenance}

@@ -86,13 +86,13 @@ class Config(Frozen):
         return self.superpixels.options(scale=CLUSTERED if self.network.clusters else VOTING)
 
 
-def list_scenes(step: Step, region: Region, config: Config, *, found: Scenes | None = None) -> dict[str, Any]:
+def list_scenes(step: Step, region: Region, config: Config, *, plan: Scenes | None = None) -> dict[str, Any]:
     """List the scenes, and take the percentiles by which their values become 0..1."""
     if not step.manifest.exists():
-        found = found or _find(region, config)
-        contract = {"bands": found.bands, "dtype": found.dtype}
+        plan = plan or _find(region, config)
+        contract = {"bands": plan.bands, "dtype": plan.dtype}
         put(step.prefix / "contract.json", json.dumps(contract).encode())
-        write_rows(step.manifest, found.rows)
+        write_rows(step.manifest, plan.rows)
     contract = json.loads((step.prefix / "contract.json").read_bytes())
 
     def readable(row: Row) -> SceneRow | Settled:
@@ -235,7 +235,7 @@ def forecast(config: Config, region: Region, plan: Scenes) -> estimate.Forecast:
 
 def run(config: Config, run: Run, region: Region, plan: Scenes | None = None) -> str:
     """Segment the scenes of `region`; return the report's path and its headline."""
-    listed = run.step("scenes", list_scenes, region, config, found=plan)
+    listed = run.step("scenes", list_scenes, region, config, plan=plan)
     divided = run.step("superpixels", divide, listed, config)
     trained = run.step("networks", train, listed, divided, config)
     predicted = run.step("predict", label, listed, trained, region, config, divided=divided)

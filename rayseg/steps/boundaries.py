@@ -99,11 +99,11 @@ def find_labelled(region: Region, config: BoundariesConfig, kind: ImageConfig) -
         ConfigError: neither the region nor the configuration names images.
         DataError: they have no masks, there are too few, or they cannot be used.
     """
-    found = labelled.find_images(region, config.source, config.masks, table=None, setting="boundaries.source")
-    kept = found if config.polygons else [image for image in found if image.masks]
+    images = labelled.find_images(region, config.source, config.masks, table=None, setting="boundaries.source")
+    kept = images if config.polygons else [image for image in images if image.masks]
     if len(kept) < 2:
         raise DataError(
-            f"{len(kept)} of the {len(found)} images to learn boundaries from have masks, expected at least 2; put "
+            f"{len(kept)} of the {len(images)} images to learn boundaries from have masks, expected at least 2; put "
             "masks of ids of the same names into a folder masks next to images, or set boundaries.polygons"
         )
     for image in kept:
@@ -114,8 +114,8 @@ def find_labelled(region: Region, config: BoundariesConfig, kind: ImageConfig) -
         kept = [image for image in kept if (polygons.ids(image.grid, image.window) > 0).any()]
         if len(kept) < 2:
             raise DataError(
-                f"{len(kept)} of the {len(found)} images hold polygons of {config.polygons}, expected at least 2; give "
-                "polygons of the images' ground, or with a column image that names them"
+                f"{len(kept)} of the {len(images)} images hold polygons of {config.polygons}, expected at least 2; "
+                "give polygons of the images' ground, or with a column image that names them"
             )
     return kept
 
@@ -142,11 +142,11 @@ def check(region: Region, config: BoundariesConfig, kind: ImageConfig, *, worker
     if config.model:
         expect_boundaries(bundle.load(config.model), kind)
         return None
-    found = find_labelled(region, config, kind)
+    images = find_labelled(region, config, kind)
     supervised.expect_supervisable(config.segmenter, classes=len(TABLE.classes), workers=workers)
     models.expect_weights(config.segmenter)
     bundle.blank(described_by(config, kind))
-    return found
+    return images
 
 
 def learn(
@@ -156,13 +156,13 @@ def learn(
     kind: ImageConfig,
     workers: int,
     *,
-    found: Sequence[LabelledImage] | None = None,
+    listed: Sequence[LabelledImage] | None = None,
 ) -> dict[str, Any]:
     """Train the network and choose the level; models/boundaries is the bundle. A given model is only loaded."""
     if config.model:
         return mapping.load_model(step, config.model)
     # 1. classes of all images, as masks below the step
-    images = found or find_labelled(region, config, kind)
+    images = listed or find_labelled(region, config, kind)
     polygons = Polygons.open(config.polygons) if config.polygons else None
     classes = []
     for image in images:

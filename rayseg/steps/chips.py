@@ -63,16 +63,16 @@ def list_chips(
     Raises:
         RaysegError: see `find_chips`.
     """
-    found = find_chips(region, expected, config) if listed is None else listed
-    held_out = np.zeros(len(found), bool)
+    chips = find_chips(region, expected, config) if listed is None else listed
+    held_out = np.zeros(len(chips), bool)
     # Stratified split: each label has its own random stream, so one label's chips do not affect the draw of another.
     for number, label in enumerate(expected):
-        positions = np.flatnonzero([chip.label == label for chip in found])
+        positions = np.flatnonzero([chip.label == label for chip in chips])
         order = np.random.default_rng((config.seed, number)).permutation(positions)
         held_out[order[: round(config.held_out * len(order))]] = True
-    rows = [chip.to_row() | {"held_out": held} for chip, held in zip(found, held_out.tolist(), strict=True)]
+    rows = [chip.to_row() | {"held_out": held} for chip, held in zip(chips, held_out.tolist(), strict=True)]
     write_rows(step.prefix / "chips.parquet", rows)
-    counts = {label: sum(chip.label == label for chip in found) for label in expected}
+    counts = {label: sum(chip.label == label for chip in chips) for label in expected}
     return {"source": config.source or f"{region.catalog}#chips"} | counts
 
 
@@ -89,22 +89,22 @@ def find_chips(region: Region, expected: tuple[str, ...], config: ChipsConfig) -
             f"region {region.name} has no catalogue with chips; name one with --set chips.source=catalog.json#chips"
         )
     uri, collection = split_location(config.source or f"{region.catalog}#chips")
-    found = labels.chips_of(stac_read.open_items(uri, collection or None))
-    expect_ids([chip.id for chip in found])
-    unknown = sorted({str(chip.label) for chip in found} - set(expected))
+    chips = labels.chips_of(stac_read.open_items(uri, collection or None))
+    expect_ids([chip.id for chip in chips])
+    unknown = sorted({str(chip.label) for chip in chips} - set(expected))
     if unknown:
         raise DataError(
             f"chips of {uri} are labelled {', '.join(unknown)}, expected {' or '.join(expected)}; correct the labels"
         )
     for label in expected:
-        count = sum(chip.label == label for chip in found)
+        count = sum(chip.label == label for chip in chips)
         if not count:
             raise DataError(f"no chip of {uri} is labelled {label}, expected chips of every label; add some")
         if round(config.held_out * count) == count:
             raise DataError(
                 f"chips.held_out {config.held_out} holds out all {count} chips of {uri} labelled {label}; lower it"
             )
-    return found
+    return chips
 
 
 def rows_of(listed: Step, *, held_out: bool) -> list[Row]:

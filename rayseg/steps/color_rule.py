@@ -78,15 +78,15 @@ def measure_baseline(step: Step, listed: Step, predicted: Step, truth: str, size
     tiles = {tile.tile.id: tile for tile in mapped_tiles(predicted.root, predicted.name)}
     reference = masks.two_classes(masks.masks_of(truth, names=table.names), table, truth)
     matches = evaluate.match(masks.pieces_of_tiles(list(tiles.values())), reference)
-    area = float(np.mean([found.window.width * found.window.height for found in matches]))
+    area = float(np.mean([match.window.width * match.window.height for match in matches]))
     chosen = sorted({round(at) for at in np.linspace(0, len(matches) - 1, min(int(MOST_PIXELS / area), len(matches)))})
     empty = Confusion(np.zeros((2, 2), np.int64))
     sums, shown = [empty, empty], list[tuple[str, str, str]]()
-    for found in (matches[at] for at in chosen):
-        tile = tiles[found.piece.tile.id]
+    for match in (matches[at] for at in chosen):
+        tile = tiles[match.piece.tile.id]
         truth_HW, map_HW = (
-            masks.read_classes(found.truth, found.grid, found.window, table),
-            found.piece.read(table),
+            masks.read_classes(match.truth, match.grid, match.window, table),
+            match.piece.read(table),
         )
         image_HWC = pictures.shown(tile.sources, tile.tile.grid, tile.tile.window)
         rule_HW = np.where(map_HW == NODATA, NODATA, rule(image_HWC)).astype(np.uint8)
@@ -104,6 +104,6 @@ def measure_baseline(step: Step, listed: Step, predicted: Step, truth: str, size
 def _panels(image_HWC: Image, *classes: NDArray[np.uint8]) -> Image:
     """The image and black-and-white masks side by side; pixels without a class are grey."""
     step = max(1, -(-max(image_HWC.shape[:2]) // 512))
-    grey: Sequence[Image] = [np.where(one == NODATA, 110, one * 255).astype(np.uint8) for one in classes]
-    panels = [image_HWC, *(np.repeat(one[..., None], 3, axis=2) for one in grey)]
+    grey: Sequence[Image] = [np.where(marked == NODATA, 110, marked * 255).astype(np.uint8) for marked in classes]
+    panels = [image_HWC, *(np.repeat(marked[..., None], 3, axis=2) for marked in grey)]
     return np.concatenate([panel[::step, ::step] for panel in panels], axis=1)

@@ -88,9 +88,9 @@ def bytes_written(root: Path, growth: float, growths: Mapping[str, float]) -> in
     for path in root.rglob("*"):
         size = path.stat().st_size if path.is_file() else 0
         part = path.relative_to(root)
-        made = next((folder for folder in growths if part.is_relative_to(folder)), part.parts[0])
-        fixed = 0 if made in {"tiles", *growths} else size if made == "report" else min(size, FRAME)
-        total += fixed + (size - fixed) * growths.get(made, growth)
+        folder = next((folder for folder in growths if part.is_relative_to(folder)), part.parts[0])
+        fixed = 0 if folder in {"tiles", *growths} else size if folder == "report" else min(size, FRAME)
+        total += fixed + (size - fixed) * growths.get(folder, growth)
     return round(total)
 
 

@@ -97,12 +97,12 @@ def evaluate(prediction: str, truth: str, *, classes: str | None = None) -> dict
             "failed": {path: str(error) for path, error in failed.items()}
         }
     names = table.names if table else ()
-    found = masks.masks_of(prediction, names=names, failed=failed)
-    table = table or _stored_table(found[0], prediction)
-    found = masks.two_classes(found, table, prediction)
+    predicted = masks.masks_of(prediction, names=names, failed=failed)
+    table = table or _stored_table(predicted[0], prediction)
+    predicted = masks.two_classes(predicted, table, prediction)
     reference = masks.two_classes(masks.masks_of(truth, names=table.names, failed=failed), table, truth)
     placed = any(mask.crs for mask in reference)
-    compared, unmatched = _compare_all(masks.pieces_of_masks(found, placed=placed), reference, table)
+    compared, unmatched = _compare_all(masks.pieces_of_masks(predicted, placed=placed), reference, table)
     result = {"prediction": prediction, "truth": truth} | summary(compared, table) | {"unmatched": unmatched}
     return result | {"failed": failed}
 
@@ -218,14 +218,14 @@ def _compare_all(
 ) -> tuple[list[Compared], dict[str, Any]]:
     matches = match(pieces, truth)
     with ThreadPoolExecutor(4) as pool:
-        compared = list(pool.map(lambda one: compare(one, table), matches))
+        compared = list(pool.map(lambda matched: compare(matched, table), matches))
     return compared, unmatched(pieces, truth, matches)
 
 
 def unmatched(pieces: Sequence[Piece], truth: Sequence[Source], matches: Sequence[Match]) -> dict[str, Any]:
     """Count and first names of pieces without a reference mask, and of masks without a piece."""
-    known = {one.piece.tile.id for one in matches}
-    used = {mask.item_id for one in matches for mask in one.truth}
+    known = {matched.piece.tile.id for matched in matches}
+    used = {mask.item_id for matched in matches for mask in matched.truth}
     left = {
         "prediction": [piece.tile.id for piece in pieces if piece.tile.id not in known],
         "truth": [mask.item_id for mask in truth if mask.item_id not in used],
@@ -233,19 +233,19 @@ def unmatched(pieces: Sequence[Piece], truth: Sequence[Source], matches: Sequenc
     return {side: {"count": len(names), "names": names[:NAMED]} for side, names in left.items()}
 
 
-def compare(one: Match, table: ClassTable) -> Compared:
+def compare(matched: Match, table: ClassTable) -> Compared:
     """Compute the confusion matrix of a match, strip by strip."""
     positions = np.full(256, IGNORE, np.uint8)
     positions[list(table.values)] = np.arange(len(table.classes))
-    truth_HW = positions[masks.read_classes(one.truth, one.grid, one.window, table)]
-    predicted_HW = positions[one.piece.read(table)]
+    truth_HW = positions[masks.read_classes(matched.truth, matched.grid, matched.window, table)]
+    predicted_HW = positions[matched.piece.read(table)]
     confusion = Confusion(np.zeros((len(table.classes),) * 2, np.int64))
     for row in range(0, len(truth_HW), STRIP):
         rows = slice(row, row + STRIP)
         confusion += Confusion.from_arrays(truth_HW[rows], predicted_HW[rows], len(table.classes), ignore=IGNORE)
     unseen = int(((truth_HW != IGNORE) & (predicted_HW == IGNORE)).sum())
-    tile = one.piece.tile
-    return Compared(tile.id, None if tile.grid.crs else one.piece.image, confusion, unseen)
+    tile = matched.piece.tile
+    return Compared(tile.id, None if tile.grid.crs else matched.piece.image, confusion, unseen)
 
 
 def summary(compared: Sequence[Compared], table: ClassTable) -> dict[str, Any]:
@@ -359,8 +359,9 @@ def agreement_of_run(
     sources, skipped = _truth(truth, unlabelled)
     sources = sources if NODATA in unlabelled else masks.two_classes(sources, None, truth)
     counts: dict[str, Pairs] = defaultdict(Counter)
-    for found in match(masks.pieces_of_tiles(tiles), sources):
-        counts[found.piece.tile.grid.image or found.piece.tile.grid.name] += _pairs(*_coded(found, skipped))
+    for matched in match(masks.pieces_of_tiles(tiles), sources):
+        grid = matched.piece.tile.grid
+        counts[grid.image or grid.name] += _pairs(*_coded(matched, skipped))
     scenes = {name: _measured(pairs) for name, pairs in sorted(counts.items()) if pairs}
     if not scenes:
         raise DataError(f"{truth} and the map have no labelled pixel in common; check that they show the same place")
@@ -418,14 +419,14 @@ def _measured(pairs: Pairs) -> dict[str, float]:
     return {"pixels": int(table.sum())} | agreement(table)
 
 
-def _coded(found: Match, skipped: set[int]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+def _coded(matched: Match, skipped: set[int]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
     """(value in the mask, -1 for none; label, 255 for none) of every pixel."""
-    labels_HW = found.piece.read(label_table(NODATA - 1))
+    labels_HW = matched.piece.read(label_table(NODATA - 1))
     codes_HW = np.full(labels_HW.shape, _UNSEEN, np.int64)
     # The preferred mask is first, so it is written last.
-    for mask in reversed(found.truth):
+    for mask in reversed(matched.truth):
         bands = [name for name in mask.bands if name != "alpha"]
-        image_CHW, valid_HW = rasters.read([mask], found.grid, found.window, bands=bands[:3], categorical=True)
+        image_CHW, valid_HW = rasters.read([mask], matched.grid, matched.window, bands=bands[:3], categorical=True)
         if len(image_CHW) == 3:
             of_mask_HW = _code(image_CHW)
         else:  # 255 is nodata by convention
@@ -449,9 +450,9 @@ def _code(color: Sequence[int] | NDArray[np.integer]) -> Any:  # noqa: ANN401 - 
     return int(codes) if codes.ndim == 0 else codes
 
 
-def agreement_text(found: Mapping[str, Any]) -> str:
+def agreement_text(scores: Mapping[str, Any]) -> str:
     """The measures as one sentence."""
-    mean, count = found["mean"], len(found["scenes"])
+    mean, count = scores["mean"], len(scores["scenes"])
     over = f" (mean of {count} scenes)" if count > 1 else ""
     measures = f"AMI {mean['ami']:.3f}, FMI {mean['fmi']:.3f}, ARE {mean['are']:.3f}"
     return f"Against the truth{over}: {measures}; FMI and ARE reward one label for everything, AMI does not."

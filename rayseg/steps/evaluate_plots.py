@@ -74,8 +74,8 @@ def are_plots(prediction: str, truth: str) -> bool:
         return False
     if truth.lower().endswith(VECTORS):
         return True
-    found = masks.masks_of(truth)
-    return all(len(mask.bands) == 1 and masks.table_of(mask.assets[0][0]) is None for mask in found)
+    references = masks.masks_of(truth)
+    return all(len(mask.bands) == 1 and masks.table_of(mask.assets[0][0]) is None for mask in references)
 
 
 def evaluate_plots(prediction: str, truth: str) -> dict[str, Any]:
@@ -95,9 +95,9 @@ def evaluate_plots(prediction: str, truth: str) -> dict[str, Any]:
     """
     compared, unmatched = compared_pieces(prediction, truth)
     count = Count()
-    for one in compared:
-        count.add(one.piece, one.predicted(), one.truth())
-    pieces = [one.piece for one in compared]
+    for part in compared:
+        count.add(part.piece, part.predicted(), part.truth())
+    pieces = [part.piece for part in compared]
     return {"prediction": prediction, "truth": truth} | count.summary(pieces) | {"unmatched": unmatched}
 
 
@@ -138,10 +138,10 @@ def _plots_of(href: str) -> str:
 def _pieces(prediction: str, truth: str) -> Pieces:
     """The pieces of a run, or of the masks in a folder, with ids in place of classes."""
     if not (upath(prediction) / "run.json").exists():
-        found = masks.masks_of(prediction)
+        predicted = masks.masks_of(prediction)
         placed = truth.lower().endswith(VECTORS) or any(mask.crs for mask in masks.masks_of(truth))
-        numbers = {mask: number for number, mask in enumerate(found)}
-        return {piece: numbers[piece.source] for piece in masks.pieces_of_masks(found, placed=placed)}
+        numbers = {mask: number for number, mask in enumerate(predicted)}
+        return {piece: numbers[piece.source] for piece in masks.pieces_of_masks(predicted, placed=placed)}
     tiles = maps.mapped_tiles(prediction)
     if not tiles:
         raise DataError(f"run {prediction} has no mapped tile to compare; see rayseg status {prediction}")

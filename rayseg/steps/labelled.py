@@ -98,12 +98,12 @@ def divide(
         ConfigError: neither the region nor the configuration names images.
         DataError: no image has a mask, the images cannot be used, or the split leaves a class out.
     """
-    found = find_images(region, config.source, config.masks, table=table, setting="labelled.source")
-    kept = [image for image in found if image.masks]
+    images = find_images(region, config.source, config.masks, table=table, setting="labelled.source")
+    kept = [image for image in images if image.masks]
     if not kept:
         raise DataError(
-            f"none of the {len(found)} images of region {region.name} has a mask; put masks of the same names into the "
-            "folder masks next to images, or name them with --set labelled.masks=catalog.json#collection"
+            f"none of the {len(images)} images of region {region.name} has a mask; put masks of the same names into "
+            "the folder masks next to images, or name them with --set labelled.masks=catalog.json#collection"
         )
     if kinds := sorted({image.image.dtype for image in kept} - {kept[0].image.dtype}):
         raise DataError(

@@ -207,9 +207,9 @@ def tiles_of(
             units (see `units.expect_one_unit`).
         RaysegError: from `check`, if it rejects all of the imagery.
     """
-    found, unread = imagery(region, config, halo=halo)
-    found = [converted(source, units or {}) for source in found]
-    sources, refused = mappable(region, (found, unread), check, size=config.tile)
+    sources, unread = imagery(region, config, halo=halo)
+    sources = [converted(source, units or {}) for source in sources]
+    sources, refused = mappable(region, (sources, unread), check, size=config.tile)
     expect_one_unit(sources, bands)
     rows = Manifest.of(_parts(sources, refused, region, size=config.tile, halo=halo))
     if len(rows) == len(refused):
@@ -246,20 +246,20 @@ def _parts(sources: Sequence[Source], refused: Refused, region: Region, *, size:
 
 
 def mappable(
-    region: Region, found: tuple[Sequence[Source], Refused], check: Callable[[Source], None], *, size: int
+    region: Region, scenes: tuple[Sequence[Source], Refused], check: Callable[[Source], None], *, size: int
 ) -> tuple[list[Source], Refused]:
     """The sources that can be mapped together, and the errors of the others by id.
 
     Args:
         region: the region to map.
-        found: its `imagery`.
+        scenes: its `imagery`.
         check: raises an error if a source cannot be used.
         size: side of a tile in px.
 
     Raises:
         RaysegError: no source can be mapped; the error comes from `check`, `imagery` or the source.
     """
-    sources, unread = found
+    sources, unread = scenes
     refused = dict(unread)
     for source in sources:
         try:
@@ -303,20 +303,20 @@ def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[S
     """
     if config.imagery:
         uri, collection = split_location(config.imagery)
-        found = stac_read.open_items(uri, collection or None, geometry=region.geometry, halo=halo)
+        items = stac_read.open_items(uri, collection or None, geometry=region.geometry, halo=halo)
     elif region.images:
         images, wrong = labels.sources_of_images(region.images)
         return [with_names(source, config.bands) for source in images], dict(wrong)
     elif region.catalog:
         chosen = region.collection or stac_read.imagery_collection(region.catalog)
-        found = stac_read.open_items(region.catalog, chosen, geometry=region.geometry, halo=halo)
+        items = stac_read.open_items(region.catalog, chosen, geometry=region.geometry, halo=halo)
     else:
         raise DataError(
             f"region {region.name} names no imagery; give it with --set map.imagery=catalog.json#collection"
         )
     sources: list[Source] = []
     unread: Refused = {}
-    for item in found:
+    for item in items:
         try:
             sources.append(with_names(stac_read.source_of(item), config.bands))
         except DataError as error:
@@ -328,8 +328,9 @@ def with_names(source: Source, names: Mapping[str, str]) -> Source:
     """The source with its bands called by other names (new -> own); the file's own order and bands stay."""
     called = {own: new for new, own in names.items()}
     assets = tuple((href, tuple(called.get(name, name) for name in bands)) for href, bands in source.assets)
-    if len(set(found := [name for _, bands in assets for name in bands])) < len(found):
-        raise DataError(f"map.bands gives two bands of {source.item_id} one name ({', '.join(found)}); correct it")
+    renamed = [name for _, bands in assets for name in bands]
+    if len(set(renamed)) < len(renamed):
+        raise DataError(f"map.bands gives two bands of {source.item_id} one name ({', '.join(renamed)}); correct it")
     return replace(source, assets=assets)
 
 

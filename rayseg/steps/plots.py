@@ -91,11 +91,11 @@ def check_classes(
         check_classifier(bundle.build(classifier)[0])
     if classifier or not crops:
         return None
-    found = chips.find_chips(region, LABELS, crops)
+    labelled = chips.find_chips(region, LABELS, crops)
     expect_trainable(training, workers=workers)
     bundle.blank(classifier_bundle(training))
     models.expect_weights(training)
-    return found
+    return labelled
 
 
 def proposed_tiles(proposed: Step) -> dict[Grid, list[Row]]:

@@ -542,7 +542,7 @@ def histories(root: str) -> dict[str, list[dict[str, float]]]:
         return {}
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator  # slow to import
 
-    found = {}
+    by_training = {}
     for folder in sorted(upath(root).glob("steps/**/tensorboard")):
         events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()
         rows: dict[int, dict[str, float]] = {}
@@ -550,8 +550,8 @@ def histories(root: str) -> dict[str, list[dict[str, float]]]:
             for event in events.Scalars(tag):
                 rows.setdefault(event.step, {"epoch": float(event.step + 1)})[tag] = event.value
         name = str(folder.parent.relative_to(upath(root) / "steps"))
-        found[name] = [rows[epoch] for epoch in sorted(rows)]
-    return {name: rows for name, rows in found.items() if rows}
+        by_training[name] = [rows[epoch] for epoch in sorted(rows)]
+    return {name: rows for name, rows in by_training.items() if rows}
 
 
 def _footer(asked: Mapping[str, Any]) -> str:

@@ -87,12 +87,15 @@ def find_scenes(
         ConfigError: a tile or band does not exist, or the scaling has another number of bands.
     """
     # 1. scenes of the most frequent kind can be mapped together
-    found = mapping.imagery(region, config, halo=halo if shared else 0)
-    usable = [one for one in found[0] if not one.dtype.startswith("complex") and set(bands) <= set(one.bands)]
+    sources, unread = mapping.imagery(region, config, halo=halo if shared else 0)
+    real = [source for source in sources if not source.dtype.startswith("complex")]
+    usable = [source for source in real if set(bands) <= set(source.bands)]
     kinds = Counter(_kind(source, bands) for source in usable)
-    ordered = sorted(usable, key=lambda source: source.item_id) or found[0]
+    ordered = sorted(usable, key=lambda source: source.item_id) or sources
     first = max(ordered, key=lambda source: kinds[_kind(source, bands)], default=None)
-    sources, refused = mapping.mappable(region, found, partial(_expect_alike, first, bands), size=config.tile)
+    sources, refused = mapping.mappable(
+        region, (sources, unread), partial(_expect_alike, first, bands), size=config.tile
+    )
     if shared:
         units = common_units(sources, bands)
         sources = [converted(source, units) for source in sources]
@@ -208,9 +211,9 @@ def neighbours(divided: Step, size: int) -> dict[str, Near]:
     around = list(product((-1, 0, 1), repeat=2))
     return {
         tile.id: tuple(
-            (one.id, *astuple(one.window))
+            (near.id, *astuple(near.window))
             for down, right in around
-            if (one := places.get((grid, row + down, col + right))) is not None
+            if (near := places.get((grid, row + down, col + right))) is not None
         )
         for (grid, row, col), tile in places.items()
     }
@@ -268,7 +271,9 @@ def write_report(
 ) -> dict[str, Any]:
     """The report, with the trainings of the networks, the agreement with the truth and the baseline."""
     records = mapping.ledger_of(trained).read().values()
-    histories = {f"network of {one.id}": one.facts["history"] for one in records if one.facts.get("history")}
+    histories = {
+        f"network of {record.id}": record.facts["history"] for record in records if record.facts.get("history")
+    }
     labels = "Learnt from the imagery alone: labels have no meaning yet; `rayseg labels assign` gives them one."
     if "mean" in measured.value:
         labels += f" {evaluate.agreement_text(measured.value)}"

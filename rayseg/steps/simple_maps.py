@@ -124,8 +124,8 @@ class _Forest:
         height, width = image_CHW.shape[1:]
         with torch.inference_mode():
             colors = self.net.color(_input(image_CHW, self.scaling))[0]
-            found = self.forest.predict_proba(colors.flatten(1).T.numpy()).astype(np.float32)
-            maps = torch.from_numpy(found.T.reshape(1, -1, *colors.shape[1:]))
+            p_NK = self.forest.predict_proba(colors.flatten(1).T.numpy()).astype(np.float32)
+            maps = torch.from_numpy(p_NK.T.reshape(1, -1, *colors.shape[1:]))
             best = interpolate(maps, scale_factor=4, mode="bilinear")[0, :, :height, :width].argmax(dim=0)
         return np.asarray(self.forest.classes_.astype(np.uint8)[best.numpy()])
 

@@ -57,28 +57,28 @@ def measure_baselines(
     compared, _ = compared_pieces(predicted.root, truth)
     chosen = sorted({round(at) for at in np.linspace(0, len(compared) - 1, min(MOST, len(compared)))})
     parts, drawn = list[Piece](), list[tuple[str, str, str]]()
-    for one in (compared[at] for at in chosen):
-        tile = tiles[one.piece.tile.id]
+    for part in (compared[at] for at in chosen):
+        tile = tiles[part.piece.tile.id]
         window = middle(tile.tile.window, SIDE).intersect(tile.tile.window)
         inner = window.slices(tile.tile.window)
-        own_HW, truth_HW = one.predicted()[inner], one.truth()[inner]
+        own_HW, truth_HW = part.predicted()[inner], part.truth()[inner]
         image_CHW, valid_HW = read(tile.sources, tile.tile.grid, window, bands=image.bands)
         image_HWC = eight_bit(image_CHW, image)
-        found = {PRODUCT: own_HW}
+        ids_of = {PRODUCT: own_HW}
         for name, find in methods.items():
             began = time.process_time()
             labels_HW = find(image_HWC, valid_HW).astype(np.int64)
             seconds[name] += time.process_time() - began
             # Labels begin at 1 in every part; the count takes equal ids for one plot.
-            found[name] = np.where(labels_HW > 0, labels_HW + len(parts) * 2**32, 0)
-        parts.append(replace(one.piece, tile=replace(one.piece.tile, window=window)))
-        for name, ids_HW in found.items():
+            ids_of[name] = np.where(labels_HW > 0, labels_HW + len(parts) * 2**32, 0)
+        parts.append(replace(part.piece, tile=replace(part.piece.tile, window=window)))
+        for name, ids_HW in ids_of.items():
             # All sides count the same pixels, those of the plots.
             counts[name].add(parts[-1], np.where(own_HW == UNKNOWN, UNKNOWN, ids_HW), truth_HW)
         if not drawn:
-            panels = [outlined(image_HWC, np.maximum(ids_HW, 0)) for ids_HW in (truth_HW, *found.values())]
+            panels = [outlined(image_HWC, np.maximum(ids_HW, 0)) for ids_HW in (truth_HW, *ids_of.values())]
             put(step.prefix / "part.png", pictures.encoded(np.concatenate(panels, axis=1)))
-            caption = f"Outlines of the reference, {', '.join(found)}."
+            caption = f"Outlines of the reference, {', '.join(ids_of)}."
             drawn.append(("Next to simple baselines", f"steps/{step.name}/part.png", caption))
     measured = {
         name: {key: entry["value"] or 0.0 for key, entry in count.summary(parts)["objects"].items()}

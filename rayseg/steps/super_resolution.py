@@ -99,9 +99,9 @@ def enlarge(
         Work(EnlargeTiles(how), cpus=1.0, gpus=1.0 if how.weights else 0.0, model=True),
         Work(WriteLarger(str(folder), factor=how.factor)),
     ]
-    found = mapping.through(step, rows, works, patience=config.stall_seconds)
-    made = [str(folder / record.facts["item"]) for record in mapping.ledger_of(step).read().values() if record.facts]
+    account = mapping.through(step, rows, works, patience=config.stall_seconds)
+    items = [str(folder / record.facts["item"]) for record in mapping.ledger_of(step).read().values() if record.facts]
     stac_write.write_collection(
-        folder, stac_write.read_items(sorted(made)), title=f"{region.name}, {how.factor} times larger"
+        folder, stac_write.read_items(sorted(items)), title=f"{region.name}, {how.factor} times larger"
     )
-    return {"imagery": str(folder / "collection.json"), "items": len(made), **found}
+    return {"imagery": str(folder / "collection.json"), "items": len(items), **account}

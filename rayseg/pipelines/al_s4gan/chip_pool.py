@@ -136,8 +136,8 @@ def find_chips(region: Region, config: PoolConfig, table: ClassTable) -> ChipLis
     counts_of = {image.id: cells for image, cells in zip(masked, counts, strict=True)}
     # 2. whole cells with imagery; of scenes with masks, those with a labelled pixel
     with ThreadPoolExecutor(4) as threads:
-        found = threads.map(lambda image: _cells_of(image, counts_of.get(image.id), table, config), images)
-        rows = tuple(row for rows in found for row in rows)
+        rows_of_images = threads.map(lambda image: _cells_of(image, counts_of.get(image.id), table, config), images)
+        rows = tuple(row for rows in rows_of_images for row in rows)
     pixels = {name: tuple(cells.sum(axis=(0, 1)).tolist()) for name, cells in counts_of.items()}
     return ChipList(rows, table.names, images, pixels)
 
