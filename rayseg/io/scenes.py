@@ -69,7 +69,7 @@ class LabelledImage:
     def from_row(cls, row: Mapping[str, Any]) -> "LabelledImage":
         """The image that `to_row` made this row of (further columns are ignored)."""
         image, masks = Source.from_row(json.loads(row["image"])), map(Source.from_row, json.loads(row["masks"]))
-        return _placed(row["id"], row["scene"], image, tuple(masks))
+        return placed(row["id"], row["scene"], image, tuple(masks))
 
 
 def labelled_images(images: str, masks: str | None = None, *, table: ClassTable | None = None) -> list[LabelledImage]:
@@ -96,7 +96,8 @@ def labelled_images(images: str, masks: str | None = None, *, table: ClassTable 
     return sorted(found, key=lambda image: image.id)
 
 
-def _placed(image_id: str, scene: str, image: Source, masks: tuple[Source, ...]) -> LabelledImage:
+def placed(image_id: str, scene: str, image: Source, masks: tuple[Source, ...]) -> LabelledImage:
+    """An image with its masks, on the grid of both: its own pixels unless both are georeferenced."""
     image = replace(image, item_id=image_id)
     grid = grids_of([image])[0][0] if any(mask.crs for mask in masks) and image.crs else pixels_of(image)
     return LabelledImage(image_id, scene, image, masks, grid, footprint(image, grid))
@@ -129,7 +130,7 @@ def _named(scene: str, source: Source, masks: tuple[Source, ...]) -> LabelledIma
     own = f"{scene}-{source.item_id}" if scene else source.item_id
     for mask in masks:
         expect_fit(mask, (source.height, source.width), source.assets[0][0])
-    return _placed(slug(own), slug(scene or source.item_id), source, masks)
+    return placed(slug(own), slug(scene or source.item_id), source, masks)
 
 
 def _of_catalog(images: str, masks: str, names: Sequence[str]) -> list[LabelledImage]:
@@ -150,17 +151,17 @@ def _of_images(images: str, masks: str, names: Sequence[str]) -> list[LabelledIm
 
 def _with_masks(sources: Sequence[Source], scenes: Mapping[str, str], masks: Sequence[Source]) -> list[LabelledImage]:
     """Each image with the masks over it if both are georeferenced, else with those of its name."""
-    placed = [mask for mask in masks if mask.crs]
+    on_earth = [mask for mask in masks if mask.crs]
     named = by_image([mask for mask in masks if mask.crs is None] or masks)
     labelled = []
     for source in sources:
-        if source.crs and placed:
+        if source.crs and on_earth:
             [(grid, _)] = grids_of([source])
             over = footprint(source, grid)
-            near = tuple(mask for mask in placed if not footprint(mask, grid).intersect(over).empty)
+            near = tuple(mask for mask in on_earth if not footprint(mask, grid).intersect(over).empty)
         else:
             near = _named("", source, named.get(slug(source.item_id), ())).masks
-        labelled.append(_placed(source.item_id, scenes[source.item_id], source, near))
+        labelled.append(placed(source.item_id, scenes[source.item_id], source, near))
     if masks and not any(image.masks for image in labelled):
         raise DataError(
             f"no mask has the name or place of an image: the images are {listed([s.item_id for s in sources])}, the "

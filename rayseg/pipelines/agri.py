@@ -102,6 +102,8 @@ class Config(Frozen):
             raise ValueError(f"patch {self.patch} must be above stride {self.stride} by an even number")
         if self.proposer == "boundaries" and self.enlarge:
             raise ValueError("enlarge is set, but proposer boundaries learns imagery as it is; leave enlarge out")
+        if self.chips and self.chips.masks:
+            raise ValueError("chips.masks is set, but a classifier of plots learns from labels alone; leave it out")
         if self.map.tile % self.stride:
             raise ValueError(f"map.tile {self.map.tile} must be a multiple of stride {self.stride}")
         return self

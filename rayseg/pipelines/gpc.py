@@ -32,6 +32,7 @@ from rayseg.store import Location, split_location
 from rayseg.train.appearance import AppearanceConfig
 from rayseg.train.classifier import ClassifierConfig, expect_trainable
 from rayseg.train.segmenter import SegmenterConfig, fit_segmenter, trained_segmenter
+from rayseg.vision.color import ClassTable
 
 Plan = mapping.Plan[list[Chip]]
 COLORS = {YES: (0, 158, 115), NO: (0, 0, 0)}
@@ -98,6 +99,7 @@ def _fit_members(
     step: Step, listed: Step, rows: list[Row], masks_of: Callable[[int], np.ndarray], config: Config
 ) -> dict[str, Any]:
     learnt = chips.learnable(rows, LABELS, config.chips.size, read_mask=masks_of)
+    held_out = chips.masked(listed, ClassTable(CLASSES), LABELS, config.chips)
     # 1. train every member from a seed of its own
     members, measures = [], []
     for member in range(config.members):
@@ -111,6 +113,7 @@ def _fit_members(
                 learnt,
                 models.training_setup(step, workers=config.workers, prefix=members[-1][1]),
                 scaling=config.scaling,
+                held_out=held_out,
             )
         )
     # 2. keep their mean, after the warm-up and after all stages
@@ -160,12 +163,19 @@ def write_report(
     polygons: Step,
     measured: Step,
     *,
+    network: Step,
     simple: Step | None = None,
 ) -> dict[str, Any]:
-    """The report, with what the map was learnt from and the colour rule next to it."""
-    learnt = (
-        f"Learnt from {listed.value[YES]} chips labelled {YES} and {listed.value[NO]} labelled {NO}; no mask was drawn."
-    )
+    """The report, with what the map was learnt from, how epochs were selected, and the colour rule next to it."""
+    learnt = f"Learnt from {listed.value[YES]} chips labelled {YES} and {listed.value[NO]} labelled {NO}; "
+    if drawn_masks := listed.value.get("masks", 0):
+        [measures, *_] = network.value["measures"]
+        learnt += (
+            f"{drawn_masks} drawn masks selected the segmenter's epoch: accuracy {measures['accuracy']:.3f}, "
+            f"F1 {measures['f1']:.3f}, IoU {measures['iou']:.3f} on them."
+        )
+    else:
+        learnt += "no mask was drawn, so the segmenter's last epoch is kept."
     caption = "Chips labelled gpc, their Grad-CAM++, and the coarse masks of the first training (grey: undecided)."
     shown = (("Cues", drawn.value["picture"], caption),)
     beside = baseline.beside(simple.value, simple.value["product"], name="this map") if simple else None
@@ -176,6 +186,7 @@ def write_report(
 def check(config: Config, region: Region) -> Plan:
     """Plan a run; refuse chips, imagery and weights that it cannot use before it writes anything."""
     labelled = chips.find_chips(region, LABELS, config.chips)
+    chips.drawn_masks(labelled, ClassTable(CLASSES), config.chips)
     tiles = mapping.tiles_for(region, _mapper(config), config.map)
     expect_trainable(config.classifier, workers=config.workers)
     evaluate.expect_masks(region, config.truth, [name for _, name, _ in CLASSES])
@@ -227,9 +238,9 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     listed = run.step("chips", chips.list_chips, region, LABELS, config.chips, listed=plan.labels)
     classifier = run.step("classifier", fit_yes_no, listed, config)
     cues = make_cues(run, listed, classifier, config.cues, size=size, patience=config.map.stall_seconds)
-    segmenter = run.step("segmenter", fit_mask, listed, cues, config)
+    segmenter = network = run.step("segmenter", fit_mask, listed, cues, config)
     if config.appearance:
-        segmenter = run.step("appearance", appearance.fit_cover, listed, segmenter, config.appearance, size)
+        segmenter = run.step("appearance", appearance.fit_cover, listed, network, config.appearance, size)
     predicted = run.step("predict", mapping.predict_region, region, segmenter, config.map, tiles=plan.tiles)
     polygons = run.step("polygons", mapping.join_polygons, predicted, YES)
     measured = run.step("evaluate", evaluate.compare_truth, predicted, region, config.truth)
@@ -238,5 +249,6 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     simple, truth = None, region.located(config.truth)
     if config.baseline and truth:
         simple = run.step("baseline", color_rule.measure_baseline, listed, predicted, truth, size)
-    written = run.step("report", write_report, listed, drawn, predicted, polygons, measured, simple=simple)
+    parts = (listed, drawn, predicted, polygons, measured)
+    written = run.step("report", write_report, *parts, network=network, simple=simple)
     return report.headline(written)

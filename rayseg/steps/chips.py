@@ -1,7 +1,9 @@
 """Labelled chips of a run: list and split them once, read them during training, train a classifier on them."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import PurePath
 from typing import Annotated, Any
 
 import numpy as np
@@ -9,14 +11,17 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from rayseg.config import Config
+from rayseg.config import Config, added
 from rayseg.engine.manifest import Row, read_rows, write_rows
 from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo.grid import expect_ids
+from rayseg.geo.grid import expect_ids, slug
 from rayseg.geo.region import Region
 from rayseg.io import labels, stac_read
 from rayseg.io.labels import Chip
+from rayseg.io.masks import by_image, expect_fit, masks_of, read_classes, two_classes
+from rayseg.io.scenes import LabelledImage, masks_on, placed
+from rayseg.io.sources import Source
 from rayseg.models.bundle import Bundle
 from rayseg.steps import models
 from rayseg.store import Location, split_location
@@ -25,6 +30,8 @@ from rayseg.train.batches import Chips
 from rayseg.train.classifier import ClassifierConfig, fit_classifier
 from rayseg.train.labels import probabilities
 from rayseg.train.learning import trained
+from rayseg.vision.color import ClassTable
+from rayseg.vision.crops import middle
 from rayseg.vision.fill import filled
 
 MOST_CALIBRATED = 500
@@ -43,6 +50,9 @@ class ChipsConfig(Config):
     and measure its accuracy."""
     seed: int = 1337
     """Seed of the split."""
+    masks: Location | None = added(default=None)
+    """Drawn masks of some chips, called by the chip's id or its file's stem: a folder, or `catalog.json#collection`.
+    These chips are held out; the masks select the segmenter's epoch."""
 
 
 def list_chips(
@@ -64,15 +74,18 @@ def list_chips(
         RaysegError: see `find_chips`.
     """
     chips = find_chips(region, expected, config) if listed is None else listed
-    held_out = np.zeros(len(chips), bool)
+    masks = masks_of_chips(chips, config)
+    held_out = np.array([chip.id in masks for chip in chips], bool)
     # Stratified split: each label has its own random stream, so one label's chips do not affect the draw of another.
     for number, label in enumerate(expected):
         positions = np.flatnonzero([chip.label == label for chip in chips])
         order = np.random.default_rng((config.seed, number)).permutation(positions)
+        order = order[np.argsort(~held_out[order], kind="stable")]  # chips with masks first
         held_out[order[: round(config.held_out * len(order))]] = True
     rows = [chip.to_row() | {"held_out": held} for chip, held in zip(chips, held_out.tolist(), strict=True)]
     write_rows(step.prefix / "chips.parquet", rows)
     counts = {label: sum(chip.label == label for chip in chips) for label in expected}
+    counts |= {"masks": len(masks)} if config.masks else {}
     return {"source": config.source or f"{region.catalog}#chips"} | counts
 
 
@@ -81,8 +94,8 @@ def find_chips(region: Region, expected: tuple[str, ...], config: ChipsConfig) -
 
     Raises:
         ConfigError: neither the region nor the configuration names a catalogue.
-        DataError: there are no chips, a chip has an unexpected label, a label is missing, or all chips of a label
-            are held out.
+        DataError: there are no chips, a chip has an unexpected label, a label is missing, all chips of a label are
+            held out, or a mask fits no chip.
     """
     if not (config.source or region.catalog):
         raise ConfigError(
@@ -96,15 +109,89 @@ def find_chips(region: Region, expected: tuple[str, ...], config: ChipsConfig) -
         raise DataError(
             f"chips of {uri} are labelled {', '.join(unknown)}, expected {' or '.join(expected)}; correct the labels"
         )
+    masks = masks_of_chips(chips, config)
     for label in expected:
-        count = sum(chip.label == label for chip in chips)
-        if not count:
+        ids = {chip.id for chip in chips if chip.label == label}
+        if not ids:
             raise DataError(f"no chip of {uri} is labelled {label}, expected chips of every label; add some")
-        if round(config.held_out * count) == count:
+        if round(config.held_out * len(ids)) == len(ids):
             raise DataError(
-                f"chips.held_out {config.held_out} holds out all {count} chips of {uri} labelled {label}; lower it"
+                f"chips.held_out {config.held_out} holds out all {len(ids)} chips of {uri} labelled {label}; lower it"
+            )
+        if masks.keys() >= ids:
+            raise DataError(
+                f"all {len(ids)} chips of {uri} labelled {label} have a mask in chips.masks, which holds them out; "
+                "expected some to learn from: leave masks out"
             )
     return chips
+
+
+def masks_of_chips(chips: Sequence[Chip], config: ChipsConfig) -> dict[str, tuple[Source, ...]]:
+    """Id of a chip -> its drawn mask (or the parts of it), of the chips that have one.
+
+    Raises:
+        DataError: a mask is called like no chip or like several, or has another size.
+    """
+    if not config.masks:
+        return {}
+    named: dict[str, set[str]] = defaultdict(set)
+    for chip in chips:
+        for name in (chip.id, PurePath(chip.source.assets[0][0]).stem):
+            named[slug(name)].add(chip.id)
+    by_id, masks = {chip.id: chip for chip in chips}, {}
+    for name, parts in by_image(masks_of(config.masks)).items():
+        fitting = sorted(named.get(name, ()))
+        if len(fitting) != 1:
+            raise DataError(
+                f"mask {parts[0].assets[0][0]} is called like {' and '.join(fitting) or 'no chip'}, expected the id of "
+                f"one of the {len(chips)} chips ({chips[0].id}, ...) or its file's stem; rename or remove it"
+            )
+        for mask in parts:
+            expect_fit(mask, (by_id[fitting[0]].source.height, by_id[fitting[0]].source.width), fitting[0])
+        masks[fitting[0]] = parts
+    return masks
+
+
+def drawn_masks(chips: Sequence[Chip], table: ClassTable, config: ChipsConfig) -> list[LabelledImage]:
+    """The chips that have a drawn mask, with it.
+
+    Raises:
+        DataError: a mask fits no chip, cannot be read, or has a value that is not a class.
+    """
+    masks = masks_of_chips(chips, config)
+    read_as = iter(two_classes([mask for parts in masks.values() for mask in parts], table, str(config.masks)))
+    masks = {name: tuple(next(read_as) for _ in parts) for name, parts in masks.items()}
+    images = [placed(chip.id, chip.id, chip.source, masks[chip.id]) for chip in chips if chip.id in masks]
+    for position in range(len(images)):
+        read_mask(images, table, config.size, position)
+    return images
+
+
+def masked(listed: Step, table: ClassTable, labels: Sequence[str], config: ChipsConfig) -> Chips | None:
+    """The held-out chips with drawn masks, to select an epoch by; None without any.
+
+    Args:
+        listed: the step that listed the chips.
+        table: the classes of the masks.
+        labels: names of the chips' classes, in order.
+        config: where the masks are, and the size of the central part that is used.
+
+    Raises:
+        DataError: see `drawn_masks`.
+    """
+    rows = read_rows(listed.prefix / "chips.parquet") if config.masks else []
+    images = {one.id: one for one in drawn_masks([Chip.from_row(row) for row in rows], table, config)}
+    held = [row for row in rows if row["held_out"] and row["id"] in images]
+    if not held:
+        return None
+    read = partial(read_mask, [images[row["id"]] for row in held], table, config.size)
+    return learnable(held, labels, config.size, read_mask=read)
+
+
+def read_mask(images: list[LabelledImage], table: ClassTable, size: int, position: int) -> np.ndarray:
+    """Classes of the centre of a chip, (size, size) uint8; 255 where it is not labelled."""
+    one = images[position]
+    return read_classes(masks_on(one), one.grid, middle(one.window, size), table)
 
 
 def rows_of(listed: Step, *, held_out: bool) -> list[Row]:

@@ -290,7 +290,8 @@ def _evaluate(learner: Learner, config: State) -> dict[str, float]:
         sums[4] += LOSSES["bce"](p.clamp(1e-6, 1 - 1e-6).logit(), reference)
     total = session.sum_over_workers(sums.to(config["device"])).cpu().numpy()
     confusion = Confusion(total[:4].reshape(2, 2).astype(np.int64))
-    measures = {"accuracy": confusion.overall_accuracy, "iou": float(confusion.iou[1]), "mean_iou": confusion.mean_iou}
+    measures = {"accuracy": confusion.overall_accuracy, "f1": float(confusion.f1[1]), "iou": float(confusion.iou[1])}
+    measures["mean_iou"] = confusion.mean_iou
     return measures | {"held_out_loss": float(total[4]) / len(held_out)}
 
 

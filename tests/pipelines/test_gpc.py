@@ -15,10 +15,10 @@ from rayseg.config import load
 from rayseg.engine.manifest import write_rows
 from rayseg.engine.run import Engine, Step, read
 from rayseg.errors import DataError
-from rayseg.io import labels
+from rayseg.io import labels, stac_read
 from rayseg.models import bundle
 from rayseg.pipelines import gpc
-from rayseg.steps import cues
+from rayseg.steps import cues, report
 from rayseg.train import segmenter
 
 pytestmark = pytest.mark.e2e
@@ -115,6 +115,31 @@ def test_a_map_by_appearance_is_a_step_after_the_segmenter_and_a_bundle_like_any
 
 
 @pytest.mark.more  # train/test_segmenter_training.py: the same of the training alone
+@pytest.mark.more  # tests/steps/test_chips.py and test_segmenter_training.py have the parts
+def test_drawn_masks_of_some_chips_choose_the_segmenters_epoch(whole, words, tmp_path, demo_region):
+    assert "no mask was drawn, so the segmenter's last epoch is kept" in (whole / "report" / "index.html").read_text()
+    # 1. a mask of one positive chip: everything is cover
+    chip = next(row for row in labels.chips_of(stac_read.open_items(demo_region, "chips")) if row.label == "gpc")
+    (tmp_path / "masks").mkdir()
+    mask = np.ones((chip.source.height, chip.source.width), np.uint8)
+    with rasterio.open(tmp_path / "masks" / f"{chip.id}.tif", "w", driver="GTiff", dtype="uint8", count=1,
+                       height=mask.shape[0], width=mask.shape[1]) as file:  # fmt: skip
+        file.write(mask, 1)
+    out = tmp_path / "run"
+    found = rayseg(
+        *words, "--set", f"chips.masks={tmp_path}/masks", "--set", "segmenter.scratch.epochs=2", "--out", out
+    )
+    assert found.exit_code == 0, found.output
+    # 2. every epoch is measured, and the best one is kept
+    said = read(str(out))["steps"]
+    [measures] = said["segmenter"]["measures"]
+    histories = report.histories(str(out))
+    [scratch] = [epochs for name, epochs in histories.items() if "scratch" in name]
+    assert measures["accuracy"] == pytest.approx(max(epoch["accuracy"] for epoch in scratch))
+    assert {"accuracy", "f1", "iou", "loss"} <= scratch[0].keys()
+    assert "1 drawn masks selected the segmenter's epoch: accuracy" in (out / "report" / "index.html").read_text()
+
+
 def test_a_killed_training_goes_on_as_if_nothing_had_been(whole, words, tmp_path, monkeypatch):
     epoch, killed = segmenter._epoch, []
 

@@ -1,0 +1,95 @@
+"""Chips with drawn masks: held out from training, and read for the choice of an epoch."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rayseg.engine.run import Engine, Step
+from rayseg.errors import DataError
+from rayseg.geo.region import Region
+from rayseg.io import labels
+from rayseg.pipelines.gpc import CLASSES
+from rayseg.steps import chips
+from rayseg.steps.chips import ChipsConfig
+from rayseg.vision.color import ClassTable
+
+LABELS, TABLE = ("gpc", "nongpc"), ClassTable(CLASSES)
+MASK = np.zeros((40, 50), np.uint8)
+MASK[5:20, 10:30] = 255
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Four chips of 40 x 50 px of each label, and masks of two: one by the chip's id, one by its file's stem."""
+    rng = np.random.default_rng(1)
+    for label in LABELS:
+        (tmp_path / "chips" / label).mkdir(parents=True)
+        for name in "abcd":
+            image = rng.integers(0, 255, (40, 50, 3)).astype(np.uint8)
+            Image.fromarray(image).save(tmp_path / "chips" / label / f"{name}{label[0]}.png")
+    labels.ingest_folder(tmp_path / "chips", tmp_path / "cat", labels="folder")
+    draw(tmp_path, "gpc-ag")
+    draw(tmp_path, "bg")
+    return tmp_path
+
+
+def draw(world, name, mask=MASK):
+    (world / "masks").mkdir(exist_ok=True)
+    Image.fromarray(mask).save(world / "masks" / f"{name}.png")
+
+
+def config(world, **more):
+    return ChipsConfig(source=f"{world}/cat/catalog.json#chips", size=32, masks=str(world / "masks"), **more)
+
+
+def listed(world, **more):
+    step = Step("chips", str(world / "run"), "", Engine())
+    return Step(
+        "chips", str(world / "run"), "", Engine(), chips.list_chips(step, Region("r"), LABELS, config(world, **more))
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_chips_with_masks_are_held_out_first_and_keep_the_share(world, share):
+    step = listed(world, held_out=share)
+    held = [row["id"] for row in chips.rows_of(step, held_out=True)]
+    assert {"gpc-ag", "gpc-bg"} <= set(held)
+    assert len(held) == (2 if share == 0 else 4)
+    assert step.value["masks"] == 2
+    known = chips.masked(step, TABLE, LABELS, config(world))
+    assert known.ids == ("gpc-ag", "gpc-bg")
+    # 255 beside 0 alone is the second class; the middle of 40 x 50 px begins at (4, 9).
+    assert np.array_equal(known.read_mask(1), (MASK == 255)[4:36, 9:41])
+    image = np.asarray(Image.open(world / "chips" / "gpc" / "bg.png"))
+    assert np.array_equal(known.read(1), image[4:36, 9:41])
+
+
+def test_without_masks_the_split_is_as_it_was_and_no_epoch_is_chosen(world):
+    before = listed(world, held_out=0.5)
+    plain = ChipsConfig(source=config(world).source, size=32, held_out=0.5)
+    step = Step("plain", str(world / "run"), "", Engine())
+    assert "masks" not in chips.list_chips(step, Region("r"), LABELS, plain)
+    assert chips.masked(step, TABLE, LABELS, plain) is None
+    assert "masks" not in plain.model_dump_json()
+    assert len(chips.rows_of(step, held_out=True)) == len(chips.rows_of(before, held_out=True))
+
+
+def test_masks_that_fit_no_chip_are_refused(world):
+    def check(name, mask=MASK):
+        draw(world, name, mask)
+        try:
+            found = chips.find_chips(Region("r"), LABELS, config(world))
+            chips.drawn_masks(found, TABLE, config(world))
+        finally:
+            (world / "masks" / f"{name}.png").unlink()
+
+    with pytest.raises(DataError, match=r"nowhere.png is called like no chip, expected the id of one of the 8 chips"):
+        check("nowhere")
+    with pytest.raises(DataError, match=r"image gpc-cg has 40 x 50 px, its mask .* has 30 x 50 px"):
+        check("cg", MASK[:30])
+    with pytest.raises(DataError, match=r"cg.png.* 7"):
+        check("cg", np.full((40, 50), 7, np.uint8))
+    for name in ("cg", "dg"):
+        draw(world, name)
+    with pytest.raises(DataError, match=r"all 4 chips of .* labelled gpc have a mask in chips.masks"):
+        chips.find_chips(Region("r"), LABELS, config(world))
