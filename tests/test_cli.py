@@ -326,8 +326,8 @@ def test_imagery_outside_the_models_contract(world, out, tmp_path):
 
 def test_models_that_cannot_map(world, out, tmp_path):
     assert "holds no model bundle" in refused(4, *predict(world, out, model=tmp_path / "none"))
-    said = refused(4, *predict(world, out, model=classifier(tmp_path / "classifier")))
-    assert "is for classification" in said
+    said = refused(2, *predict(world, out), "--set", "units.of=tiles")
+    assert "is for segmentation, units are of classifiers" in said
     cut = Path(segmenter(tmp_path / "cut")) / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:100_000])
     assert "are damaged" in refused(4, *predict(world, out, model=tmp_path / "cut"))

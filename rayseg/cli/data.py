@@ -134,11 +134,14 @@ def labels_assign(
 
 @app.command()
 def evaluate(
-    prediction: Annotated[str, typer.Argument(help="A run, a folder of masks, or catalog.json#collection.")],
+    prediction: Annotated[
+        str, typer.Argument(help="A run, a folder of masks, catalog.json#collection, or a classes.csv.")
+    ],
     truth: Annotated[
         str,
         typer.Argument(
-            help="A folder of masks (classes, or ids of plots), catalog.json#collection, or a file of polygons."
+            help="A folder of masks (classes, or ids of plots), catalog.json#collection, or a file of polygons. Of a "
+            "classifier: labelled chips, a folder per class, or a CSV with the columns id and label."
         ),
     ],
     *,
@@ -153,9 +156,13 @@ def evaluate(
     as_json: AsJson = False,
     allow_driver: AllowDriver = None,
 ) -> None:
-    """Compare a prediction with reference masks, or plots with plots: accuracy, IoU and F1 with 95 % intervals."""
-    from rayseg.steps import evaluate, evaluate_plots
+    """Compare a map with masks, plots with plots, or classes with labels: accuracy, IoU and F1 with 95 % intervals."""
+    from rayseg.steps import classify, evaluate, evaluate_plots
 
+    if classify.has_classes(prediction):
+        result = classify.evaluate_classes(prediction, truth)
+        typer.echo(json.dumps(result, indent=1) if as_json else evaluate.text(result))
+        return
     if plots or (plots is None and not classes and evaluate_plots.are_plots(prediction, truth)):
         compared = evaluate_plots.evaluate_plots(prediction, truth)
         typer.echo(json.dumps(compared, indent=1) if as_json else evaluate_plots.text(compared))

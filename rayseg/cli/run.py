@@ -213,7 +213,11 @@ def predict(
     tiles: Tiles = None,
     allow_driver: AllowDriver = None,
 ) -> None:
-    """Predict with a trained model over images, a catalogue or a region."""
+    """Predict with a trained model over images, a catalogue or a region.
+
+    A segmenter gives a map. A classifier gives class and score of each image, tile or polygon: classes.csv, .json and
+    .parquet. --set units.of=tiles, units.polygons=FILE and units.pictures=true (Grad-CAM++) choose what.
+    """
     from rayseg.config import load
     from rayseg.engine.run import Engine
 

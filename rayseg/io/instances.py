@@ -100,7 +100,7 @@ class Polygons:
 
     def ids(self, grid: Grid, window: Window) -> Ids:
         """Ids of `window`, 0 for none; a pixel belongs to the last polygon that holds its centre."""
-        geometries, numbers = self._on(grid)
+        geometries, numbers = self.placed(grid)
         near = np.flatnonzero(
             shapely.intersects(geometries, shapely.box(window.col, window.row, window.col1, window.row1))
         )
@@ -113,11 +113,11 @@ class Polygons:
 
     def on(self, grid: Grid) -> bool:
         """Whether polygons can be drawn on this grid: both have a CRS, or they name its image."""
-        return len(self._on(grid)[0]) > 0
+        return len(self.placed(grid)[0]) > 0
 
     @lru_cache(maxsize=64)  # noqa: B019 - few objects, one per command
-    def _on(self, grid: Grid) -> tuple[NDArray[np.object_], NDArray[np.int32]]:
-        """(polygons in grid pixels, their ids)."""
+    def placed(self, grid: Grid) -> tuple[NDArray[np.object_], NDArray[np.int32]]:
+        """(polygons in grid pixels, their ids) of the polygons that can be drawn on this grid."""
         numbers = np.arange(1, len(self.frame) + 1, dtype=np.int32)
         if grid.crs is None or self.frame.crs is None:
             if grid.crs is not None or self.frame.crs is not None:

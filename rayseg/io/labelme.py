@@ -5,6 +5,7 @@ holes share a `group_id`, and holes have the flag `hole`; other tools show them 
 """
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,11 +24,12 @@ from shapely.geometry.base import BaseGeometry
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import Window, slug
-from rayseg.geo.lonlat import within
+from rayseg.geo.lonlat import polygons_in, within
 from rayseg.io.plot_joins import mask_of
 from rayseg.io.sources import gdal, open_file
 from rayseg.vision.crops import square_crop
 
+_log = logging.getLogger(__name__)
 VERSION = "5.5.0"
 NAMES = {"1": "field", "0": "nonfield", "field": "field", "nonfield": "nonfield"}
 """Label in a JSON -> class; annotators set 1 (cultivated) or 0 (not)."""
@@ -164,6 +166,9 @@ def document(image: Path, polygons: Sequence[BaseGeometry], classes: Sequence[st
 def load(folder: str, images: str, out: str, *, size: int = 224) -> dict[str, int]:
     """Crop labelled plots from their images to `<out>/<class>/<image>-<number>.png`; return plots per class.
 
+    A ring that crosses itself becomes its parts; a shape without an area is left out, with a warning. Points of a JSON
+    whose image was resized, as LiSegAgr does to 1000 x 1000 px, are scaled to the pixels of the image.
+
     Args:
         folder: folder of JSONs.
         images: folder of the images they name.
@@ -171,9 +176,9 @@ def load(folder: str, images: str, out: str, *, size: int = 224) -> dict[str, in
         size: side of a crop in px.
 
     Raises:
-        DataError: a JSON or image cannot be read, two JSONs belong to one image, an image differs in size from its
-            JSON, a polygon crosses itself or lies outside the image, a label is unknown, or crops of an image exist;
-            nothing is written then.
+        DataError: a JSON or image cannot be read, two JSONs belong to one image, an image has another shape than its
+            JSON says, a polygon lies outside the image, a label is unknown, or crops of an image exist; nothing is
+            written then.
     """
     paths = sorted(Path(folder).glob("*.json"))
     if not paths:
@@ -205,7 +210,9 @@ def load(folder: str, images: str, out: str, *, size: int = 224) -> dict[str, in
 
 
 def polygons_of(folder: str) -> geopandas.GeoDataFrame:
-    """The shapes labelled as fields in a folder of JSONs, in pixels, with the column `image`; holes are cut out.
+    """The shapes labelled as fields in a folder of JSONs, in pixels of the JSON's image, with the column `image`.
+
+    Holes are cut out; a ring that crosses itself becomes its parts.
 
     Raises:
         DataError: there are no JSONs, or one cannot be read.
@@ -246,17 +253,16 @@ def _read(path: Path) -> _Document:
 def _plots(content: _Document, path: Path, image: Path) -> list[tuple[str, BaseGeometry]]:
     """(class, polygon without its holes) of every plot of one JSON."""
     height, width = _picture(image).shape[:2]  # decoded here too, to detect a damaged image before anything is written
-    if (content.imageHeight or height, content.imageWidth or width) != (height, width):
-        raise DataError(
-            f"{path} expects an image of {content.imageWidth} x {content.imageHeight} px, {image} has {width} x "
-            f"{height}; give the image that was labelled"
-        )
+    scale = _scale(content, (height, width), path, image)
     frame = shapely.box(0, 0, width, height)
-    outlines: list[tuple[str, Polygon, object]] = []
-    holes: dict[object, list[Polygon]] = {}
+    outlines: list[tuple[str, BaseGeometry, object]] = []
+    holes: dict[object, list[BaseGeometry]] = {}
     for number, shape in enumerate(content.shapes):
         where = f"{path}: shape {number}"
-        polygon = _polygon(shape, frame, where)
+        polygon = _polygon(shape, scale, frame, where)
+        if polygon.is_empty:
+            _log.warning("%s has no area, expected a polygon: it is left out", where)
+            continue
         if (shape.flags or {}).get("hole"):
             holes.setdefault(shape.group_id, []).append(polygon)
             continue
@@ -269,18 +275,38 @@ def _plots(content: _Document, path: Path, image: Path) -> list[tuple[str, BaseG
     return [(kind, polygon.difference(shapely.union_all(holes.get(group, [])))) for kind, polygon, group in outlines]
 
 
-def _polygon(shape: _Shape, frame: Polygon, where: str) -> Polygon:
+def _scale(content: _Document, size: tuple[int, int], path: Path, image: Path) -> tuple[float, float]:
+    """Factors (x, y) from the JSON's pixels to those of its image, (height, width) `size`."""
+    height, width = size
+    stated = (content.imageHeight or height, content.imageWidth or width)
+    if stated == size:
+        return 1.0, 1.0
+    # LiSegAgr's script resizes every image to a square; other tools keep the shape of an image.
+    if stated[0] != stated[1] and abs(stated[0] * width - stated[1] * height) > max(*stated, *size):
+        raise DataError(
+            f"{path} expects an image of {stated[1]} x {stated[0]} px, {image} has {width} x {height}, another shape; "
+            "give the image that was labelled"
+        )
+    _log.warning(
+        "%s is of an image of %d x %d px, %s has %d x %d: points are scaled", path, *stated[::-1], image, width, height
+    )
+    return width / stated[1], height / stated[0]
+
+
+def _polygon(shape: _Shape, scale: tuple[float, float], frame: Polygon, where: str) -> BaseGeometry:
+    """The shape in pixels of its image, valid; empty without an area."""
     if shape.shape_type != "polygon" or len(shape.points) < 3:
         raise DataError(
             f"{where} is a {shape.shape_type} of {len(shape.points)} points, expected a polygon of 3 or more; redraw it"
         )
-    polygon = Polygon(shape.points)
-    if not polygon.is_valid:
-        raise DataError(f"{where} is not a simple polygon ({shapely.is_valid_reason(polygon)}); redraw it")
-    if not frame.buffer(0.5).covers(polygon):
+    polygon = Polygon([(x * scale[0], y * scale[1]) for x, y in shape.points])
+    if not frame.buffer(0.5).covers(shapely.box(*polygon.bounds)):
         box = ", ".join(f"{value:g}" for value in polygon.bounds)
         raise DataError(f"{where} spans {box}, beyond the image of {frame.bounds[2]:g} x {frame.bounds[3]:g}; move it")
-    return polygon
+    if polygon.is_valid:
+        return polygon
+    # Of what a crossing ring leaves only areas count, not its lines and points.
+    return shapely.union_all(polygons_in(shapely.make_valid(polygon)))
 
 
 def _files(folder: Path) -> dict[str, Path]:

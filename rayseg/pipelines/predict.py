@@ -1,14 +1,18 @@
 """predict: a trained model over a region, a catalogue or a folder of images.
 
-model + imagery --> tiles --> polygons --> items, report
+segmenter + imagery --> tiles --> polygons --> items, report
+classifier + imagery --> images, tiles or polygons --> table of classes, report
 """
 
 from rayseg.config import Config as Frozen
+from rayseg.config import added
 from rayseg.engine.run import Run
+from rayseg.errors import ConfigError
 from rayseg.geo.region import Region
 from rayseg.models import bundle
-from rayseg.steps import estimate, report
+from rayseg.steps import classify, estimate, report
 from rayseg.steps import map as mapping
+from rayseg.steps.classify import UnitsConfig
 from rayseg.steps.map import MapConfig
 from rayseg.store import Location
 
@@ -21,23 +25,37 @@ class Config(Frozen):
     model: Location
     """Prefix of the bundle."""
     map: MapConfig = MapConfig()
+    units: UnitsConfig = added(default=UnitsConfig())
+    """Of a classifier: what it classifies."""
 
 
 def check(config: Config, region: Region) -> Plan:
     """Plan a run; refuse an incomplete model, and imagery that it cannot map, before anything is written."""
     described, _ = bundle.whole(config.model)
+    if described.task == "classification":
+        return Plan(classify.plan_units(region, described, config.units, config.map))
+    if config.units != UnitsConfig():
+        raise ConfigError(f"model {described.name} is for {described.task}, units are of classifiers; leave units out")
     return Plan(mapping.tiles_for(region, described, config.map))
 
 
 def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:
     """The forecast of a run, for its estimate."""
+    if bundle.load(config.model).task == "classification":
+        return estimate.Forecast([], unknown=(f"the classification of {len(plan.tiles or ()):,} units",))
     return estimate.by_model(config.model, plan, config.map)
 
 
 def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> str:
-    """Map `region` with a trained model; return the report's path and its headline."""
+    """Map or classify `region` with a trained model; return the report's path and its headline."""
     tiles = plan.tiles if plan else None
     model = run.step("model", mapping.load_model, config.model)
+    if bundle.load(config.model).task == "classification":
+        units = config.units
+        classified = run.step("classify", classify.classify_units, region, model, units, config.map, rows=tiles)
+        table = run.step("classes", classify.write_classes, classified)
+        written = run.step("report", classify.write_report, classified, table, units)
+        return f"{run.root}/report/index.html: {written.value['summary']}"
     predicted = run.step("predict", mapping.predict_region, region, model, config.map, tiles=tiles)
     polygons = run.step("polygons", mapping.join_polygons, predicted, "polygons")
     run.step("publish", mapping.publish, predicted, f"{region.name} by {config.model}")

@@ -1,5 +1,6 @@
 """Response bodies: class maps as PNG, GeoTIFF, polygons or statistics; instance masks as PNG, polygons or runs."""
 
+import csv
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from rayseg.vision.color import ClassTable, hex_of, label_table
 
 NODATA = 255
 PNG, TIFF, GEOJSON, JSON = "image/png", "image/tiff", "application/geo+json", "application/json"
+CSV = "text/csv"
 _INSTANCE_COLORS = np.array(label_table(60).colors, np.uint8)
 
 
@@ -139,6 +141,38 @@ def mean_score(result: Result, value: int) -> float | None:
 
 
 WRITERS: dict[str, Callable[[Result], bytes]] = {JSON: summary, PNG: png, TIFF: tiff, GEOJSON: geojson}
+
+
+# -- classes of whole images -------------------------------------------------------------------------------------------
+
+Classified = Mapping[str, Any]
+"""`model`, `class` (value), `name`, `score`, and `probabilities`: name -> probability."""
+
+
+def classified(name: str, table: ClassTable, p_K: Sequence[float]) -> Classified:
+    """The most probable class of an image, and the probability of each."""
+    best = int(np.argmax(p_K))
+    value, title, _ = table.classes[best]
+    shares = {named: round(p, 6) for named, p in zip(table.names, p_K, strict=True)}
+    return {"model": name, "class": value, "name": title, "score": round(p_K[best], 6), "probabilities": shares}
+
+
+def classified_csv(found: Classified) -> bytes:
+    """Header and one row: class, name, score, and the probability of each class."""
+    columns = {name: found[name] for name in ("class", "name", "score")}
+    columns |= {f"p_{name}": p for name, p in found["probabilities"].items()}
+    sink = io.StringIO()
+    writer = csv.DictWriter(sink, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerow(columns)
+    return sink.getvalue().encode()
+
+
+def rgb_png(image_HWC: np.ndarray) -> bytes:
+    """An image (height, width, 3) uint8 as a PNG."""
+    sink = io.BytesIO()
+    PIL.Image.fromarray(image_HWC).save(sink, "PNG")
+    return sink.getvalue()
 
 
 # -- instance masks ----------------------------------------------------------------------------------------------------

@@ -148,8 +148,12 @@ class _Predictor:
     async def predict(self, name: Name, request: Request, accept: Accept = JSON) -> Response:
         """Map an image with a model: the pixels of `rayseg predict` for the same image."""
         _, model = looked_up(self.index, name)
+        if model.task == "classification":
+            return await self._classify(name, model, request, accept)
         if model.task != "segmentation" or model.architecture.factory == "sam":
-            raise Problem(422, f"model {name} is for {model.task}, expected segmentation; choose another model")
+            raise Problem(
+                422, f"model {name} is for {model.task}, expected segmentation or classification; choose another"
+            )
         media = forms.media_type(accept, tuple(answers.WRITERS))
         form = await forms.read(request, forms.IMAGE)
         began = time.perf_counter()
@@ -159,6 +163,18 @@ class _Predictor:
             seconds = time.perf_counter() - began
             result = Result(name, image.tile, ClassTable(model.classes), classes_HW, scores_CHW, seconds)
             return await _written(result, media)
+
+    async def _classify(self, name: str, model: Any, request: Request, accept: str) -> Response:  # noqa: ANN401 - a bundle
+        """Class and score of the centre of an image as JSON or CSV; as PNG the Grad-CAM++ of the class."""
+        media = forms.media_type(accept, (JSON, answers.CSV, PNG))
+        form = await forms.read(request, forms.IMAGE)
+        async with self._image(form, model) as image:
+            p_K, picture_HWC = await self.backend.classify(name, image, explain=media == PNG)
+        if picture_HWC is not None:
+            return Response(await asyncio.to_thread(answers.rgb_png, picture_HWC), media_type=PNG)
+        found = answers.classified(name, ClassTable(model.classes), p_K)
+        body = answers.classified_csv(found) if media == answers.CSV else json.dumps(found).encode()
+        return Response(body, media_type=media, headers={"Vary": "Accept"})
 
     async def unsupervised(self, request: Request, accept: Accept = JSON) -> Response:
         """Segment an image without any model: a small network is trained on the image itself."""

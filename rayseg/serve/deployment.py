@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 from rayseg.errors import ConfigError, RaysegError
 from rayseg.serve import middleware, problems
 from rayseg.serve.app import api
-from rayseg.serve.models import LocalBackend, ModelIndex, Prediction
+from rayseg.serve.models import Classes, LocalBackend, ModelIndex, Prediction
 from rayseg.serve.settings import ServeConfig
 from rayseg.serve.uploads import Image
 
@@ -112,6 +112,11 @@ class RayBackend:
         """See `rayseg.serve.models.Backend`."""
         prediction: Prediction = await self._result(self._of(name).segment.remote(name, image))
         return prediction
+
+    async def classify(self, name: str, image: Image, *, explain: bool) -> Classes:
+        """See `rayseg.serve.models.Backend`."""
+        classes: Classes = await self._result(self._of(name).classify.remote(name, image, explain=explain))
+        return classes
 
     async def instances(self, name: str, image: Image, options: dict[str, Any]) -> list[dict[str, Any]]:
         """See `rayseg.serve.models.Backend`."""

@@ -20,6 +20,7 @@ from rayseg.store import StorePath, upath
 from rayseg.vision.blend import Blend
 
 Prediction = tuple[np.ndarray, np.ndarray]
+Classes = tuple[list[float], np.ndarray | None]
 _BATCHES_AHEAD = 4  # batches of one image in flight: not all of its patches are in memory
 
 
@@ -28,6 +29,9 @@ class Backend(Protocol):
 
     async def segment(self, name: str, image: Image) -> Prediction:
         """Classes (height, width) and scores (bands, height, width) of a model over an image, as `Predict` returns."""
+
+    async def classify(self, name: str, image: Image, *, explain: bool) -> Classes:
+        """Probability of each class of a classifier for the centre of an image, and its Grad-CAM++ if asked for."""
 
     async def instances(self, name: str, image: Image, options: dict[str, Any]) -> list[dict[str, Any]]:
         """Masks of a Segment Anything model; see `rayseg.serve.prompts.masks`."""
@@ -134,7 +138,7 @@ class LocalBackend:
         self._loaded: dict[str, Any] = {}
 
     async def model(self, name: str) -> Any:  # noqa: ANN401 - a model of any kind
-        """A loaded model: a `SamProposer`, or a `Predict` whose threads and batch size are set up."""
+        """A loaded model: a `SamProposer`, a `Classify`, or a `Predict` whose threads and batch size are set up."""
         if name not in self._loaded:
             self._loaded[name] = await self.run(self.load, name)
         return self._loaded[name]
@@ -150,6 +154,12 @@ class LocalBackend:
         return await segmented(
             model.bundle, image, model.input, partial(self.forward, name), ahead=_BATCHES_AHEAD * self.batch
         )
+
+    async def classify(self, name: str, image: Image, *, explain: bool) -> Classes:
+        """See `Backend`."""
+        model = await self.model(name)
+        classes: Classes = await self.run(partial(model.single, image.image_CHW, image.valid_HW, explain=explain))
+        return classes
 
     async def instances(self, name: str, image: Image, options: dict[str, Any]) -> list[dict[str, Any]]:
         """See `Backend`."""
@@ -172,6 +182,10 @@ class LocalBackend:
             from rayseg.serve import prompts
 
             return prompts.load(prefix)
+        if described.task == "classification":
+            from rayseg.stages.classify import Classify
+
+            return Classify(prefix)
         predict = Predict(prefix)
         predict.help_one()
         return predict

@@ -43,7 +43,7 @@ class Score:
     """
 
     prefix: str
-    features: str | None
+    features: str | None = None
 
     @cached_property
     def _loaded(self) -> "tuple[Bundle, torch.nn.Module]":
@@ -65,9 +65,13 @@ class Score:
         device = next(model.parameters()).device
         batch = torch.from_numpy(np.stack([described.normalize(image) for image in images])).to(device)
         with torch.inference_mode():
-            logits, features_NF = model.embed(batch)  # type: ignore[operator]
+            features_NF = None
+            if self.features is None:
+                logits = model(batch)
+            else:
+                logits, features_NF = model.embed(batch)  # type: ignore[operator]
             p_NK = class_probabilities(logits.double()).cpu().numpy()
-        if self.features is not None:
+        if self.features is not None and features_NF is not None:
             for row, feature_F in zip(rows, features_NF.cpu().numpy(), strict=True):
                 content = io.BytesIO()
                 np.save(content, feature_F)

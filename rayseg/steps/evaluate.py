@@ -300,13 +300,19 @@ def _measures(total: Confusion, draws: Sequence[Confusion], name: str) -> list[d
 def text(result: dict[str, Any]) -> str:
     """The result of `evaluate` as aligned tables."""
     units = f"{result['units']:,} {result['unit']}{'s' if result['units'] > 1 else ''}"
-    lines = [f"{result['pixels']:,} pixels compared in {units}; 95 % intervals by bootstrap over them", ""]
+    whole = result.get("counted") == "units"
+    counted = f"{result['pixels']:,} units compared" if whole else f"{result['pixels']:,} pixels compared in {units}"
+    lines = [f"{counted}; 95 % intervals by bootstrap over them", ""]
     lines += [f"{title:<24}{with_interval(result['overall'][name])}" for name, title in OVERALL.items()]
     width = max([5, *(len(row["name"]) for row in result["classes"])]) + 2
-    lines += ["", f"{'class':<{width}}" + "".join(f"{name:<22}" for name in PER_CLASS) + f"{'truth px':>14}"]
+    last = "truth" if whole else "truth px"
+    lines += ["", f"{'class':<{width}}" + "".join(f"{name:<22}" for name in PER_CLASS) + f"{last:>14}"]
     for row in result["classes"]:
         measures = "".join(f"{with_interval(row[name]):<22}" for name in PER_CLASS)
         lines.append(f"{row['name']:<{width}}{measures}{row['reference']:>14,}")
+    if whole:
+        lines += ["", "confusion (rows: truth, columns: predicted, in the order above)"]
+        lines += ["".join(f"{count:>8,}" for count in counts) for counts in result["confusion"]]
     return "\n".join([*lines, *remarks(result)])
 
 

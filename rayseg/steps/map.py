@@ -242,7 +242,7 @@ def _parts(sources: Sequence[Source], refused: Refused, region: Region, *, size:
     """Yield the rows of the tiles grid by grid, then the rows of the scenes that cannot be mapped."""
     for rows in rows_by_grid(sources, region.geometry, size=size, halo=halo):
         yield [row | {"refused": ""} for row in rows]
-    yield [_refused_row(*entry) for entry in sorted(refused.items())]
+    yield [refused_row(*entry) for entry in sorted(refused.items())]
 
 
 def mappable(
@@ -278,7 +278,8 @@ def mappable(
     return kept, refused
 
 
-def _refused_row(item_id: str, error: RaysegError) -> Row:
+def refused_row(item_id: str, error: RaysegError) -> Row:
+    """The row of a scene that cannot be used: it fails with the reason."""
     tile = Tile(slug(item_id), Grid(None, (1.0, 1.0), (0.0, 0.0), item_id), Window(0, 0, 0, 0))
     return tile.to_row() | {"sources": "[]", "refused": refusal(error)}
 

@@ -69,7 +69,6 @@ def test_what_goes_out_comes_back_as_crops_by_class(exported, images, tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"points": [[5, 5], [40, 40], [40, 5], [5, 40]]}, "shape 0 is not a simple polygon"),
         ({"points": [[5, 5], [95, 5], [5, 40]]}, "spans 5, 5, 95, 40, beyond the image of 80 x 60"),
         ({"label": "maybe"}, "has the label 'maybe', expected one of 1, 0, field, nonfield"),
         ({"points": [[5, 5], [9, 9]]}, "polygon of 2 points"),
@@ -83,6 +82,37 @@ def test_invalid_shapes_are_refused_with_their_place(exported, images, tmp_path,
         labelme.load(str(exported), str(images), str(tmp_path / "crops"))
     assert "b.json: shape 0" in str(refused.value)
     assert not (tmp_path / "crops").exists()
+
+
+def test_a_ring_that_crosses_itself_becomes_its_parts(exported, images, tmp_path):
+    change(exported / "b.json", points=[[10, 10], [40, 40], [40, 10], [10, 40]])
+    assert labelme.load(str(exported), str(images), str(tmp_path / "crops")) == {"field": 2, "nonfield": 2}
+    [path] = (tmp_path / "crops").glob("*/b-0000.png")
+    crop = np.asarray(Image.open(path))
+    # Both triangles of the bow tie, left and right, and nothing above and below.
+    middle = crop.shape[0] // 2
+    assert (crop[middle, [5, -6]] > 0).all()
+    assert (crop[[2, -3], middle] == 0).all()
+
+
+def test_a_shape_without_an_area_is_left_out_and_named(exported, images, tmp_path, caplog):
+    change(exported / "b.json", points=[[5, 5], [40, 40], [20, 20]])
+    before = labelme.load(str(exported), str(images), str(tmp_path / "crops"))
+    assert sum(before.values()) == 3
+    assert "b.json: shape 0 has no area, expected a polygon: it is left out" in caplog.text
+
+
+def test_points_of_a_resized_image_are_scaled_to_the_image(exported, images, tmp_path, caplog):
+    content = json.loads((exported / "b.json").read_text())
+    whole = labelme.load(str(exported), str(images), str(tmp_path / "crops"))
+    for shape in content["shapes"]:
+        shape["points"] = [[x * 1000 / 80, y * 1000 / 60] for x, y in shape["points"]]
+    (exported / "b.json").write_text(json.dumps(content | {"imageHeight": 1000, "imageWidth": 1000}))
+    assert labelme.load(str(exported), str(images), str(tmp_path / "scaled")) == whole
+    for path in (tmp_path / "crops").glob("*/b-*.png"):
+        same = tmp_path / "scaled" / path.relative_to(tmp_path / "crops")
+        assert np.array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(same)))
+    assert "b.json is of an image of 1000 x 1000 px" in caplog.text
 
 
 def test_invalid_files_are_refused(exported, images, tmp_path):

@@ -110,11 +110,26 @@ def test_a_jpeg_is_answered_too(asked):
     assert predict(asked, "binary", encoded(image_HWC(), "JPEG")).status_code == 200
 
 
+def test_a_classifier_answers_with_class_and_score_and_where_it_looked(asked):
+    found = predict(asked, "chips", encoded(image_HWC()), "application/json")
+    assert found.status_code == 200
+    said = found.json()
+    assert said["name"] == max(said["probabilities"], key=said["probabilities"].get)
+    assert said["score"] == max(said["probabilities"].values())
+    assert sum(said["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    header, row = predict(asked, "chips", encoded(image_HWC()), "text/csv").text.splitlines()
+    assert header.startswith("class,name,score,p_")
+    assert row.split(",")[1] == said["name"]
+    picture = predict(asked, "chips", encoded(image_HWC()), "image/png")
+    side = next(model for model in asked.get("/v1/models").json()["models"] if model["name"] == "chips")["patch"]
+    assert Image.open(io.BytesIO(picture.content)).size == (side, side)
+
+
 @pytest.mark.parametrize(
     ("name", "accept", "status", "words"),
     [
         ("nothing", "image/png", 404, "no model 'nothing'"),
-        ("chips", "image/png", 422, "is for classification"),
+        ("chips", "image/tiff", 406, "text/csv"),
         ("binary", "text/html", 406, "image/png"),
         ("binary", "image/png;q=0", 406, "Accept is"),
     ],

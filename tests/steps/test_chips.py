@@ -70,7 +70,7 @@ def test_without_masks_the_split_is_as_it_was_and_no_epoch_is_chosen(world):
     step = Step("plain", str(world / "run"), "", Engine())
     assert "masks" not in chips.list_chips(step, Region("r"), LABELS, plain)
     assert chips.masked(step, TABLE, LABELS, plain) is None
-    assert "masks" not in plain.model_dump_json()
+    assert "masks" not in plain.model_dump()
     assert len(chips.rows_of(step, held_out=True)) == len(chips.rows_of(before, held_out=True))
 
 
