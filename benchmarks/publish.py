@@ -143,7 +143,7 @@ def publish(root):
 
         from rayseg import mapping
 
-    mapping.bundle.load = lambda _prefix: SimpleNamespace(classes=CLASSES)
+    mapping.bundle.description = lambda _prefix: SimpleNamespace(classes=CLASSES)
     predicted = Step("predict", root, "key", Engine("inline"), {"bundle": f"{root}/models/m"})
     with measured() as joining:
         polygons = mapping.join_polygons(Step("polygons", root, "key", Engine("inline")), predicted, "found")

@@ -71,7 +71,7 @@ def models_show(prefix: Annotated[str, typer.Argument(help="Prefix of the bundle
     """Print a bundle: classes, bands, scaling, metrics, origin."""
     from rayseg.models import bundle
 
-    typer.echo(bundle.load(prefix).model_dump_json(indent=1))
+    typer.echo(bundle.description(prefix).model_dump_json(indent=1))
 
 
 @models_app.command("weights")

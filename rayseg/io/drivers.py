@@ -1,7 +1,7 @@
-"""The formats that GDAL may open. Each further driver is code that reads the bytes of strangers, so they are few.
+"""The formats that GDAL may open. Each further driver is code that reads untrusted bytes, so they are few.
 
-GDAL tells formats by content and not by name, and opens the files that a mosaic (VRT, GTI) names with any driver: so
-the files of a mosaic are looked at before the mosaic is opened.
+GDAL recognises formats by content and not by name, and opens the files that a mosaic (VRT, GTI) names with any driver.
+Therefore the files of a mosaic are checked before the mosaic is opened.
 """
 
 import io
@@ -64,7 +64,7 @@ def kind_of(path: object) -> tuple[str, str] | None:
 
 
 def files_in(folder: UPath) -> list[UPath]:
-    """The entries of a folder by name, without hidden ones, as macOS makes beside each file on other disks."""
+    """The entries of a folder by name, without hidden ones such as those of macOS next to each file."""
     return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=lambda path: str(path.name))
 
 
@@ -89,20 +89,18 @@ def opened(href: str, drivers: tuple[str, ...] = ()) -> DatasetReader:
     allowed = drivers or (*DRIVERS, *allowed_drivers())
     if kind and kind in MOSAICS.values() and not drivers:
         if kind[0] not in allowed:
-            _expect_images(href)
+            # A local file that has changed is checked again.
+            stamp = upath(href).stat().st_mtime_ns if is_local(href) and upath(href).exists() else 0
+            _expect_images(href, stamp, 0)
         allowed = (kind[0],)
-    dataset = _opened(remote.signed(href), allowed)
+    signed = gdal_name(remote.signed(href))
+    dataset: DatasetReader = ensure_env_with_credentials(DatasetReader)(signed, driver=list(allowed))
     try:
         _expect_bands(dataset, href)
     except DataError:
         dataset.close()
         raise
     return dataset
-
-
-@ensure_env_with_credentials  # type: ignore[untyped-decorator]  # of s3, told by the href
-def _opened(href: str, drivers: tuple[str, ...]) -> DatasetReader:
-    return DatasetReader(gdal_name(href), driver=list(drivers))
 
 
 def gdal_name(href: str) -> str:
@@ -138,30 +136,30 @@ def _expect_bands(dataset: DatasetReader, href: str) -> None:
 # -- mosaics ----------------------------------------------------------------------------------------------------------
 
 
-def _expect_images(href: str) -> None:
-    """Refuse a mosaic of other files than images, and a VRT whose files are not named by their place beside it.
+@lru_cache(maxsize=1024)
+def _expect_images(href: str, stamp: int, depth: int) -> None:
+    """Refuse a mosaic of other files than images, and a VRT whose files are not named relative to it.
+
+    Args:
+        href: of the mosaic.
+        stamp: modification time of the outermost mosaic; a changed file is not found in the cache.
+        depth: number of mosaics around it.
 
     Raises:
         DataError: the first such file, with the remedy.
     """
-    stamp = upath(href).stat().st_mtime_ns if is_local(href) and upath(href).exists() else 0
-    _expect_once(href, stamp, 0)  # a local file that has changed is looked at anew
-
-
-@lru_cache(maxsize=1024)
-def _expect_once(href: str, stamp: int, depth: int) -> None:
     sources = list(_files_of_index(href) if href.endswith(".gpkg") else _files_of_vrt(href))
     for source, head in zip(sources, concurrently(_head, sources), strict=True):
-        if b"<VRTDataset" in head.partition(b"\0")[0]:  # as GDAL tells a VRT, whatever stands before it
+        if b"<VRTDataset" in head.partition(b"\0")[0]:  # as GDAL recognises a VRT, whatever precedes it
             if depth == _DEEPEST:
                 raise DataError(f"{href} is a mosaic of mosaics, deeper than {_DEEPEST}; build it from the images")
-            _expect_once(source, stamp, depth + 1)
+            _expect_images(source, stamp, depth + 1)
         elif head and not any(head.startswith(signature) for signature in SIGNATURES):
             raise DataError(f"{href} names {source}, which is not an image: {unknown(source)}")
 
 
 def _head(href: str) -> bytes:
-    """The first bytes of a file; none if it is local and not there, which is an error of reading and not of format."""
+    """The first bytes of a file; none if a local file is missing, which is an error of reading and not of format."""
     target = upath(href)
     try:
         with closing(target.open("rb")) as file:
@@ -181,7 +179,7 @@ def _files_of_vrt(href: str) -> Iterator[str]:
     except ElementTree.ParseError as error:
         raise DataError(f"{href} is not a VRT: {error}; build it with gdalbuildvrt") from None
     for element in root.iter():
-        # GDAL knows no namespaces, tells no case, and takes an attribute for an element of its name.
+        # GDAL ignores namespaces and case, and takes an attribute for an element of its name.
         tag, text = element.tag.rpartition("}")[2], (element.text or "").strip()
         attributes = {name.lower(): value for name, value in element.items()}
         path = tag.lower() in _PATHS and bool(text)
@@ -201,7 +199,7 @@ def _files_of_vrt(href: str) -> Iterator[str]:
 
 
 def _files_of_index(href: str) -> Iterator[str]:
-    """The files of a tile index; those on the web are told by their suffix only, as there may be many."""
+    """The files of a tile index; those on the web are checked by their suffix only, as there may be many."""
     import pyogrio  # few files are tile indexes
 
     content = str(upath(href).path) if is_local(href) else io.BytesIO(upath(href).read_bytes())

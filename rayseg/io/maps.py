@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pyproj import Geod, Transformer
 from rasterio.windows import Window as FileWindow
-from upath import UPath
 
 from rayseg.engine.ledger import Ledger, Record, with_fact
 from rayseg.engine.manifest import Manifest, read_rows
@@ -63,7 +62,11 @@ def mapped_tiles(root: StorePath, step: str = "predict") -> list[MappedTile]:
         DataError: the run has no such step.
     """
     rows, records = _manifest(root, step), Ledger(str(upath(root) / "steps" / step / "ledger")).read()
-    return [_mapped(*found, upath(root) / "tiles") for found in with_fact(rows, records, "counts")]
+    tiles = upath(root) / "tiles"
+    return [
+        MappedTile(Tile.from_row(row), record, str(tiles / row["id"] / "classes.tif"), tuple(from_json(row["sources"])))
+        for row, record in with_fact(rows, records, "counts")
+    ]
 
 
 def planned_tiles(root: StorePath, step: str = "predict") -> list[tuple[Tile, tuple[Source, ...]]]:
@@ -80,11 +83,6 @@ def _manifest(root: StorePath, step: str) -> Manifest:
     if not path.exists():
         raise DataError(f"{root} has no tiles of a step {step!r}: {path.name} is missing; run that step first")
     return read_rows(path, root=absolute(str(root)).rstrip("/"))
-
-
-def _mapped(row: dict[str, Any], record: Record, tiles: UPath) -> MappedTile:
-    sources = tuple(from_json(row["sources"]))
-    return MappedTile(Tile.from_row(row), record, str(tiles / row["id"] / "classes.tif"), sources)
 
 
 def pixel_area_m2(tile: Tile) -> float | None:
@@ -169,8 +167,8 @@ def seam_score(tiles: Sequence[MappedTile], *, most: int = 200) -> dict[str, Any
         [borders[at] for at in sorted({round(p) for p in np.linspace(0, len(borders) - 1, most)})] if borders else []
     )
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(_across, chosen))
-    pairs, changes = sum(pair for pair, _ in found), sum(change for _, change in found)
+        counts = list(pool.map(_across, chosen))
+    pairs, changes = sum(pair for pair, _ in counts), sum(change for _, change in counts)
     inside = sum(tile.record.facts["pairs"] for tile in tiles)
     if not pairs or not inside:
         return None
@@ -193,28 +191,26 @@ _Strip = tuple[str, FileWindow]
 def _borders(tiles: Iterable[MappedTile]) -> list[tuple[_Strip, _Strip]]:
     """The last column (row) of every tile and the first of its right (lower) neighbour."""
     corners = {(t.tile.grid, t.tile.window.row, t.tile.window.col): t for t in tiles}
-    found = []
-    for (grid, row, col), one in corners.items():
-        window = one.tile.window
+    borders = []
+    for (grid, row, col), mapped in corners.items():
+        window = mapped.tile.window
         if right := corners.get((grid, row, window.col1)):
             height = min(window.height, right.tile.window.height)
             last = FileWindow(window.width - 1, 0, 1, height)
-            found.append(((one.href, last), (right.href, FileWindow(0, 0, 1, height))))
+            borders.append(((mapped.href, last), (right.href, FileWindow(0, 0, 1, height))))
         if below := corners.get((grid, window.row1, col)):
             width = min(window.width, below.tile.window.width)
             last = FileWindow(0, window.height - 1, width, 1)
-            found.append(((one.href, last), (below.href, FileWindow(0, 0, width, 1))))
-    return found
+            borders.append(((mapped.href, last), (below.href, FileWindow(0, 0, width, 1))))
+    return borders
 
 
 def _across(border: tuple[_Strip, _Strip]) -> tuple[int, int]:
     """(pairs with data, those of two classes) over a border."""
-    one, other = (_strip(*side) for side in border)
-    valid = (one != NODATA) & (other != NODATA)
-    return int(valid.sum()), int((valid & (one != other)).sum())
-
-
-def _strip(href: str, at: FileWindow) -> NDArray[np.uint8]:
-    with gdal(href), open_file(href) as dataset:
-        values: NDArray[np.uint8] = dataset.read(1, window=at).ravel()
-    return values
+    strips = []
+    for href, window in border:
+        with gdal(href), open_file(href) as dataset:
+            strips.append(dataset.read(1, window=window).ravel())
+    here, there = strips
+    valid = (here != NODATA) & (there != NODATA)
+    return int(valid.sum()), int((valid & (here != there)).sum())

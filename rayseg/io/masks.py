@@ -58,16 +58,14 @@ class Piece:
 
 def pieces_of_tiles(tiles: Sequence[MappedTile]) -> list[Piece]:
     """The mapped tiles of a run as pieces."""
-    return [_piece_of_tile(mapped) for mapped in tiles]
-
-
-def _piece_of_tile(mapped: MappedTile) -> Piece:
-    tile, window = mapped.tile, mapped.tile.window
-    affine = tuple(tile.grid.transform(window))[:6]
-    assets = ((mapped.href, ("class",)),)
-    source = Source(tile.id, assets, tile.grid.crs, affine, window.height, window.width, "uint8", NODATA)
-    whole = mapped.sources[0] if tile.grid.crs is None else source
-    return Piece(tile, source, tile.grid.image or tile.id, (whole.height, whole.width))
+    pieces = []
+    for mapped in tiles:
+        tile, window = mapped.tile, mapped.tile.window
+        affine, assets = tuple(tile.grid.transform(window))[:6], ((mapped.href, ("class",)),)
+        source = Source(tile.id, assets, tile.grid.crs, affine, window.height, window.width, "uint8", NODATA)
+        whole = mapped.sources[0] if tile.grid.crs is None else source
+        pieces.append(Piece(tile, source, tile.grid.image or tile.id, (whole.height, whole.width)))
+    return pieces
 
 
 def piece_of_row(row: Mapping[str, Any]) -> Piece:
@@ -110,12 +108,12 @@ def pixels_of(mask: Source) -> Grid:
 def expect_fit(mask: Source, size: tuple[int, int], image: str) -> None:
     """Refuse a mask that is not of its image's size (height, width), or a part of a mask that reaches beyond it."""
     at = part_of_image(mask)
-    found = (mask.height, mask.width) if at is None else (at[1] + mask.height, at[0] + mask.width)
-    if found != size and (at is None or found[0] > size[0] or found[1] > size[1]):
+    height, width = (mask.height, mask.width) if at is None else (at[1] + mask.height, at[0] + mask.width)
+    if (height, width) != size and (at is None or height > size[0] or width > size[1]):
         reaches = "reaches" if at else "has"
         raise DataError(
-            f"image {image} has {size[0]} x {size[1]} px, its mask {mask.assets[0][0]} {reaches} {found[0]} x "
-            f"{found[1]} px; give both the same size"
+            f"image {image} has {size[0]} x {size[1]} px, its mask {mask.assets[0][0]} {reaches} {height} x {width} "
+            "px; give both the same size"
         )
 
 
@@ -125,30 +123,36 @@ def by_image(masks: Sequence[Source]) -> dict[str, tuple[Source, ...]]:
     Raises:
         DataError: two whole masks have one name.
     """
-    found: dict[str, list[Source]] = {}
+    groups: dict[str, list[Source]] = {}
     for mask in masks:
-        found.setdefault(slug(mask.item_id), []).append(mask)
-    for name, group in found.items():
+        groups.setdefault(slug(mask.item_id), []).append(mask)
+    for name, group in groups.items():
         if len(group) > 1 and not all(map(part_of_image, group)):
             hrefs = " and ".join(mask.assets[0][0] for mask in group[:2])
             raise DataError(f"{hrefs} are both masks of the image {name}; keep one of them")
-    return {name: tuple(group) for name, group in found.items()}
+    return {name: tuple(group) for name, group in groups.items()}
 
 
 def masks_of(location: str, *, names: Sequence[str] = (), failed: dict[str, str] | None = None) -> list[Source]:
     """The masks in a folder (PNG or TIFF, called by their stem) or in `catalog.json#collection` (by their item's id).
 
     Of an item with several rasters it is the one called `classes`, else the one whose stored class names fit `names`;
-    `catalog.json#collection/asset` names the asset. If `failed` is given, it gets the files of a folder that cannot be
-    opened, with the errors, unless there are no others.
+    `catalog.json#collection/asset` names the asset. Files of a folder that cannot be opened are added to `failed` with
+    their errors, if it is given and other files can be opened.
 
     Raises:
-        DataError: there are none, one cannot be opened, or an item's asset cannot be told.
+        DataError: there are no masks, one cannot be opened, or an item has several rasters that could be the mask.
     """
+    # 1. the items of a catalogue
     uri, fragment = split_location(location)
     if suffix_of(uri) in {".json", ".parquet"}:
         collection, _, asset = fragment.partition("/")
-        return _masks_of_catalog(uri, collection, asset, names)
+        items = stac_read.open_items(uri, collection or None)
+        kept = [mask for item in items if (mask := _mask_of(item, asset, set(names)))]
+        if not kept:
+            raise DataError(f"{uri}#{collection} holds no item with a raster{f' {asset}' if asset else ''}")
+        return kept
+    # 2. the files of a folder
     folder = upath(location)
     entries = drivers.files_in(folder) if folder.is_dir() else []
     files = [path for path in entries if path.suffix.lower() in SUFFIXES]
@@ -169,14 +173,6 @@ def masks_of(location: str, *, names: Sequence[str] = (), failed: dict[str, str]
     return masks
 
 
-def _masks_of_catalog(uri: str, collection: str, asset: str, names: Sequence[str]) -> list[Source]:
-    masks = [_mask_of(item, asset, set(names)) for item in stac_read.open_items(uri, collection or None)]
-    kept = [mask for mask in masks if mask]
-    if not kept:
-        raise DataError(f"{uri}#{collection} holds no item with a raster{f' {asset}' if asset else ''}")
-    return kept
-
-
 def _mask_of(item: pystac.Item, asset: str, names: set[str]) -> Source | None:
     """The item's mask; None when it has no raster (of that name)."""
     if reason := item.properties.get(stac_read.BROKEN):
@@ -189,8 +185,8 @@ def _mask_of(item: pystac.Item, asset: str, names: set[str]) -> Source | None:
     if "classes" in hrefs:
         hrefs = {"classes": hrefs["classes"]}
     if len(hrefs) > 1:
-        stored = {key: table_of(href) for key, href in hrefs.items()}
-        fitting = {key for key, table in stored.items() if table and _fit(set(table.names), names)}
+        stored = {key: set(table.names) for key, href in hrefs.items() if (table := table_of(href))}
+        fitting = {key for key, own in stored.items() if names and (own <= names or names <= own)}
         hrefs = {key: href for key, href in hrefs.items() if key in fitting} if len(fitting) == 1 else hrefs
     if len(hrefs) > 1:
         raise DataError(
@@ -202,10 +198,6 @@ def _mask_of(item: pystac.Item, asset: str, names: set[str]) -> Source | None:
     mask = replace(source_of_file(href, str(item.properties.get(IMAGE, item.id))), datetime=stac_read.time_of(item))
     nodatas = {*stac_read.nodatas_of(item, item.assets[key], len(mask.bands))} - {None}
     return replace(mask, nodata=nodatas.pop(), nodatas=()) if len(nodatas) == 1 else mask
-
-
-def _fit(stored: set[str], names: set[str]) -> bool:
-    return bool(names) and (stored <= names or names <= stored)
 
 
 def two_classes(masks: Sequence[Source], table: ClassTable | None, where: str) -> list[Source]:
@@ -244,13 +236,13 @@ def two_classes(masks: Sequence[Source], table: ClassTable | None, where: str) -
 
 
 def _with_all_classes(masks: Sequence[Source], table: ClassTable, where: str) -> list[Source]:
-    """The masks without a nodata that is a class, as `gdal_rasterize` marks the background; with a warning."""
+    """The masks, without a nodata value that is a class, which `gdal_rasterize` declares; with a warning."""
     named = [_class_of_nodata(mask, table) for mask in masks]
     changed = [(mask.assets[0][0], name) for mask, name in zip(masks, named, strict=True) if name]
     if changed:
         _log.warning(
-            "%d of %d masks in %s have a class of the table as nodata (%s: %s): these pixels are read as this class; "
-            "if they are not labelled, give them a value that is no class",
+            "%d of %d masks in %s declare the value of a class as nodata (%s: %s): these pixels are read as this "
+            "class; if they are not labelled, give them a value that is not a class",
             *(len(changed), len(masks), where, *changed[0]),
         )
     pairs = zip(masks, named, strict=True)
@@ -258,7 +250,7 @@ def _with_all_classes(masks: Sequence[Source], table: ClassTable, where: str) ->
 
 
 def _class_of_nodata(mask: Source, table: ClassTable) -> str:
-    """Name of the class that the mask's nodata is; "" if it is none."""
+    """Name of the class whose value is the mask's nodata; "" if there is none."""
     href, count = mask.assets[0][0], len([name for name in mask.bands if name != "alpha"])
     nodatas = {value for value in (*mask.nodatas, mask.nodata) if value is not None and value != NO_NODATA}
     if not nodatas:
@@ -284,7 +276,7 @@ def _is_plain(mask: Source) -> bool:
 
 
 def only_0_and_255(masks: Sequence[Source]) -> bool:
-    """Whether both values and no other occur in the masks of one band; reading ends at the first other value."""
+    """Whether both values and no others occur in the masks of one band; reading ends at the first other value."""
     seen: set[int] = set()
     for mask in filter(_is_plain, masks):
         seen |= _values_of(mask)
@@ -307,9 +299,9 @@ def _values_of(mask: Source) -> set[int]:
 
 
 def _warn_of_two_kinds(masks: Sequence[Source], where: str) -> None:
-    """Warn if some masks hold only 0 and 255 and others class values, and none holds both as 255 is meant to be used.
+    """Warn if some masks hold only 0 and 255, and others class values without 255.
 
-    255 beside other values in one file tells that the folder has 255 for what is not labelled.
+    A mask with 255 and class values shows that 255 means "not labelled" in this folder: then there is no warning.
     """
     of_255, of_values = "", ""
     for mask in filter(_is_plain, masks):
@@ -322,8 +314,8 @@ def _warn_of_two_kinds(masks: Sequence[Source], where: str) -> None:
             of_values = of_values or mask.assets[0][0]
     if of_255 and of_values:
         _log.warning(
-            "%s holds masks of two kinds: %s holds only 0 and 255, %s class values; 255 is read as not labelled; if it "
-            "is a class there, write the class's value instead; if not, add ignore: ['#FFFFFF'] to the class table",
+            "%s mixes two kinds of masks: %s has only 0 and 255, %s has class values; 255 is read as not labelled: if "
+            "it is a class, store the value of the class; if not, add ignore: ['#FFFFFF'] to the class table",
             *(where, of_255, of_values),
         )
 
@@ -335,7 +327,7 @@ def read_classes(masks: Sequence[Source], grid: Grid, window: Window, table: Cla
     A palette image that rayseg wrote holds class values, any other is read by its colours.
 
     Raises:
-        DataError: a value or colour that is no class occurs (see `decode`), or a file cannot be read.
+        DataError: a value or colour is not a class (see `decode`), or a file cannot be read.
     """
     classes_HW = np.full((window.height, window.width), NODATA, np.uint8)
     for mask in masks:
@@ -343,8 +335,7 @@ def read_classes(masks: Sequence[Source], grid: Grid, window: Window, table: Cla
         target_HW = classes_HW[part.slices(window)]
         if part.empty or (target_HW != NODATA).all():
             continue
-        found_HW = _decoded(mask, grid, part, table)
-        np.copyto(target_HW, found_HW, where=target_HW == NODATA)
+        np.copyto(target_HW, _decoded(mask, grid, part, table), where=target_HW == NODATA)
     return classes_HW
 
 
@@ -353,19 +344,19 @@ def _decoded(mask: Source, grid: Grid, part: Window, table: ClassTable) -> NDArr
     if len(bands) not in {1, 3, 4}:
         raise DataError(f"mask {mask.item_id} has {len(bands)} bands, expected 1 (class or palette) or 3 (colours)")
     image_CHW, valid_HW = read([mask], grid, part, bands=bands, categorical=True)
-    whole = bool(valid_HW.all())  # as in most masks: no copy by index then
+    whole = bool(valid_HW.all())  # as in most masks, which need no copy by index
     values_CN = image_CHW if whole else image_CHW[:, None, valid_HW]
     values = values_CN.transpose(1, 2, 0) if len(bands) > 1 else values_CN[0]
     if values.dtype.kind not in "ui":
         raise DataError(f"mask {mask.item_id} has {values.dtype} values, expected whole numbers; convert it to uint8")
     try:
-        found = decode(values, table, palette=_palette_of(mask.assets[0][0]))
+        decoded = decode(values, table, palette=_palette_of(mask.assets[0][0]))
     except DataError as error:
         raise DataError(f"{mask.assets[0][0]}: {error}") from None
     if whole:
-        return found
+        return decoded
     classes_HW = np.full(valid_HW.shape, NODATA, np.uint8)
-    classes_HW[valid_HW] = found[0]
+    classes_HW[valid_HW] = decoded[0]
     return classes_HW
 
 
@@ -393,7 +384,7 @@ def _legend(href: str) -> tuple[dict[int, str], dict[int, RGB] | None]:
         except ValueError:
             palette = None
         bits = dataset.tags(1, ns="IMAGE_STRUCTURE").get("NBITS")
-        # GDAL makes up this palette for TIFFs of one bit; as in a PNG, their values are classes
+        # GDAL adds this palette to TIFFs of one bit; their values are classes, as in a PNG
         if (dataset.driver, bits, palette) == ("GTiff", "1", {0: BLACK, 1: WHITE}) and not names:
             palette = None
     return {int(value): str(name) for value, name in names.items()}, palette

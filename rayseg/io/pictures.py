@@ -195,8 +195,14 @@ def mosaic(tiles: Sequence[MappedTile], *, size: int, title: str) -> Picture:
     grid, extent = tiles[0].tile.grid, reduce(Window.union, (tile.tile.window for tile in tiles))
     canvas = _Canvas(extent, max(1.0, max(extent.width, extent.height) / size))
     classes_HW = np.full(canvas.shape, NODATA, np.uint8)
+
+    def classes_of(tile: MappedTile) -> NDArray[np.uint8]:
+        with gdal(tile.href), open_file(tile.href) as dataset:
+            shape = canvas.shape_of(tile.tile.window)
+            return np.asarray(dataset.read(1, out_shape=shape, resampling=Resampling.mode), np.uint8)
+
     with ThreadPoolExecutor(4) as pool:
-        for tile, part_HW in zip(tiles, pool.map(lambda tile: _classes(tile, canvas), tiles), strict=True):
+        for tile, part_HW in zip(tiles, pool.map(classes_of, tiles), strict=True):
             classes_HW[canvas.slices(tile.tile.window)] = part_HW
     # newest first: the order in which the map takes pixels
     sources = {source.item_id: source for tile in tiles for source in tile.sources}
@@ -258,12 +264,6 @@ class _Canvas:
     def shape_of(self, window: Window) -> tuple[int, int]:
         rows, cols = self.slices(window)
         return rows.stop - rows.start, cols.stop - cols.start
-
-
-def _classes(tile: MappedTile, canvas: _Canvas) -> NDArray[np.uint8]:
-    with gdal(tile.href), open_file(tile.href) as dataset:
-        shape = canvas.shape_of(tile.tile.window)
-        return np.asarray(dataset.read(1, out_shape=shape, resampling=Resampling.mode), np.uint8)
 
 
 def _imagery(sources: Sequence[Source], grid: Grid, canvas: _Canvas) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:

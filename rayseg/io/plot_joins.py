@@ -104,9 +104,8 @@ def _matches(patches: Sequence[Row], least: float) -> Iterator[tuple[tuple[int, 
             zone = _window(one).intersect(_window(other)) if other else Window(0, 0, 0, 0)
             if other is None or zone.empty:
                 continue
-            seen = (_labels(patch)[zone.slices(_window(patch))] for patch in (one, other))
-            found = alike(*seen, least=least)
-            for a, b in found.tolist():
+            overlaps = (_labels(patch)[zone.slices(_window(patch))] for patch in (one, other))
+            for a, b in alike(*overlaps, least=least).tolist():
                 yield (row, col, a), (row + down, col + right, b)
 
 
@@ -136,7 +135,7 @@ def _plot(rows: list[Row]) -> Row:
 
 
 def across_seams(grids: Sequence[Grid], plots: Sequence[Row], *, least: float) -> dict[int, int]:
-    """Number -> number of the plot that it is a part of, for plots that the seams between UTM zones cut.
+    """Number -> number of the plot that it is part of, for plots that the seams between UTM zones cut.
 
     Two plots are one where they share more than `least` of the seam that either of them lies along.
 
@@ -225,10 +224,10 @@ def numbered(labels_HW: Labels, numbers: Mapping[int, int]) -> NDArray[np.uint32
 
 def labels_of(row: Row, window: Window) -> Labels:
     """The labels of a row of `patches` over `window`; 0 beyond the patch."""
-    found = np.zeros((window.height, window.width), np.int32)
+    labels_HW = np.zeros((window.height, window.width), np.int32)
     part = _window(row).intersect(window)
-    found[part.slices(window)] = _labels(row)[part.slices(_window(row))]
-    return found
+    labels_HW[part.slices(window)] = _labels(row)[part.slices(_window(row))]
+    return labels_HW
 
 
 def place_of(row: Mapping[str, Any]) -> Place:

@@ -1,7 +1,7 @@
 """The seams between UTM zones that divide the ground: polygons end on them, and are joined across them.
 
-Pixels of two zones do not fit together. So a polygon of a zone is drawn a pixel beyond its seam and cut there; on both
-sides of a seam then stand edges along the same line, and polygons whose edges share a piece of it are one.
+Pixels of two zones do not fit together. So a polygon of a zone is drawn a pixel beyond its seam and cut there. The
+polygons on both sides then have edges along the same line, and those whose edges share a piece of it are one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ import shapely
 from numpy.typing import NDArray
 from shapely.geometry.base import BaseGeometry
 
-from rayseg.geo.grid import Bounds, Grid
+from rayseg.geo.grid import Grid
 from rayseg.geo.lonlat import polygons_in
 
 _EXACT = 1e-9  # degrees; closer vertices lie on a seam
@@ -20,25 +20,20 @@ _Edge = tuple[int, int, float, float]
 
 
 def cut(lonlat: NDArray[np.object_], grid: Grid) -> NDArray[np.object_]:
-    """Polygons of a grid, in degrees, cut at the seams of its ground; as they are on a grid without."""
+    """Polygons of a grid, in degrees, cut at the seams of its ground; unchanged on a grid without seams."""
     if not (ground := grid.ground):
         return lonlat
     box, pieces = shapely.box(*ground), lonlat.copy()
+
+    def snapped(points_N2: NDArray[np.float64]) -> NDArray[np.float64]:
+        for side, axis in zip(ground, (0, 1, 0, 1), strict=True):
+            points_N2[:, axis] = np.where(np.abs(points_N2[:, axis] - side) < _EXACT, side, points_N2[:, axis])
+        return points_N2
+
     for at in np.flatnonzero(~shapely.contains_properly(box, lonlat)):
-        pieces[at] = shapely.transform(_area(shapely.intersection(lonlat[at], box)), lambda p: _snapped(p, ground))
+        parts = polygons_in(shapely.intersection(lonlat[at], box))
+        pieces[at] = shapely.transform(parts[0] if len(parts) == 1 else shapely.MultiPolygon(list(parts)), snapped)
     return pieces
-
-
-def _area(geometry: BaseGeometry) -> BaseGeometry:
-    parts = polygons_in(geometry)
-    whole: BaseGeometry = parts[0] if len(parts) == 1 else shapely.MultiPolygon(list(parts))
-    return whole
-
-
-def _snapped(points_N2: NDArray[np.float64], ground: Bounds) -> NDArray[np.float64]:
-    for side, axis in zip(ground, (0, 1, 0, 1), strict=True):
-        points_N2[:, axis] = np.where(np.abs(points_N2[:, axis] - side) < _EXACT, side, points_N2[:, axis])
-    return points_N2
 
 
 def edges(polygon: BaseGeometry, grid: Grid) -> list[_Edge]:
@@ -48,16 +43,16 @@ def edges(polygon: BaseGeometry, grid: Grid) -> list[_Edge]:
     points, ring = shapely.get_coordinates(shapely.get_rings(polygon), return_index=True)
     same = ring[1:] == ring[:-1]
     start, end = points[:-1][same], points[1:][same]
-    found = []
+    pieces = []
     for side, axis, value in ((1, 0, ground[0]), (0, 0, ground[2]), (1, 1, ground[1]), (0, 1, ground[3])):
         on = (start[:, axis] == value) & (end[:, axis] == value)
-        if axis == 1 and value != 0:  # the poles are no seams
+        if axis == 1 and value != 0:  # the poles are not seams
             continue
         # The antimeridian is one seam, at 180 E and 180 W.
         seam = round(value) % 360 if axis == 0 else 1000
         for low, high in np.sort(np.stack([start[on, 1 - axis], end[on, 1 - axis]], axis=1), axis=1).tolist():
-            found.append((seam, side, low, high))
-    return found
+            pieces.append((seam, side, low, high))
+    return pieces
 
 
 def touching(edges_of: Sequence[tuple[int, object, Sequence[_Edge]]]) -> Iterator[tuple[int, int, float, float]]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -147,8 +147,8 @@ def source_of_file(href: str, item_id: str, *, datetime: str | None = None) -> S
         DataError: the file cannot be opened, or has a sensor model instead of a georeference.
     """
     with gdal(href), open_file(href) as dataset:
-        found = described(dataset)
-        if found.crs is None and dataset.rpcs:
+        source = described(dataset)
+        if source.crs is None and dataset.rpcs:
             raise DataError(
                 f"{href} has RPCs (a model of the sensor) instead of a georeference; orthorectify it first, with "
                 "gdalwarp -rpc -to RPC_DEM=DEM.tif -t_srs EPSG:CODE, or remove its RPCs to map it in its own pixels"
@@ -157,7 +157,7 @@ def source_of_file(href: str, item_id: str, *, datetime: str | None = None) -> S
             _log.warning(
                 "%s holds %d images, only the first is read: save the others as files of their own", href, pages
             )
-        return replace(found, item_id=item_id, assets=((href, band_names(dataset)),), datetime=datetime)
+        return replace(source, item_id=item_id, assets=((href, band_names(dataset)),), datetime=datetime)
 
 
 def band_names(dataset: DatasetReader) -> tuple[str, ...]:
@@ -191,9 +191,9 @@ def described(dataset: DatasetReader) -> Source:
     nodatas = tuple(None if value is None or not math.isfinite(value) else value for value in dataset.nodatavals)
     nodata, nodatas = (nodatas[0], ()) if len(set(nodatas)) == 1 else (None, nodatas)
     units = tuple(zip(dataset.scales, dataset.offsets, strict=True))
-    said = units if set(units) != {STORED} else ()
+    units = units if set(units) != {STORED} else ()
     place = (crs_text(crs), tuple(affine)[:6], height, width)
-    return Source("", (), *place, dataset.dtypes[0], nodata, gcps=gcps, units=said, nodatas=nodatas)
+    return Source("", (), *place, dataset.dtypes[0], nodata, gcps=gcps, units=units, nodatas=nodatas)
 
 
 def open_file(href: str, allowed: tuple[str, ...] = ()) -> DatasetReader:
@@ -208,13 +208,12 @@ def open_file(href: str, allowed: tuple[str, ...] = ()) -> DatasetReader:
     """
     if urlsplit(href).scheme not in SCHEMES or href.startswith("/vsi"):
         raise DataError(f"{href} cannot be read: expected a local path or one of {', '.join(filter(None, SCHEMES))}")
-    return remote.patiently(partial(_open_whole, href, allowed))
 
+    def attempt() -> DatasetReader:
+        with _refused(href):  # errors in the header are logged while the file opens
+            return upright(drivers.opened(href, allowed), href)
 
-def _open_whole(href: str, allowed: tuple[str, ...]) -> DatasetReader:
-    """The file, open, with all of its header that describes it; a photo as it is seen."""
-    with _refused(href):
-        return upright(drivers.opened(href, allowed), href)
+    return remote.patiently(attempt)
 
 
 @contextmanager
@@ -311,15 +310,15 @@ def _zones_of(source: Source) -> list[str]:
     Raises:
         DataError: it has no outline on Earth, or one that UTM zones cannot hold.
     """
-    found = []
+    zones = []
     for part in polygons_in(outline_of(source)):
         west, _, east, _ = part.bounds
         for lon in np.arange(west // 6 * 6, east, 6.0) + 3:
             for lat in (-1.0, 1.0):
                 zone = zone_of(float(lon), lat)
                 if part.intersection(shapely.box(*zone_bounds(zone))).area > 0:
-                    found.append(zone)
-    return sorted(set(found))
+                    zones.append(zone)
+    return sorted(set(zones))
 
 
 def _held(source: Source, crs: str, *, beyond: float) -> bool:
@@ -357,16 +356,13 @@ def outline_of(source: Source) -> BaseGeometry:
     # The interior lies left of a ring that runs counterclockwise, also where it encloses a pole.
     edges = shapely.segmentize(orient(outline), outline.length / 128)
     with placing(source.item_id, crs):
-        degrees = shapely.transform(edges, partial(_degrees, crs=crs))
+        degrees = edges  # a geographic CRS may count to 360
+        if not geographic(crs):
+            wgs84 = CRS.from_epsg(4326)
+            degrees = shapely.transform(edges, lambda xy_N2: np.stack(transform(crs_of(crs), wgs84, *xy_N2.T), axis=1))
         if not np.isfinite(shapely.get_coordinates(degrees)).all():
             raise DataError(f"{source.item_id} cannot be placed in degrees: a part of it lies beyond the Earth's edge")
         return sound(normalised(degrees))
-
-
-def _degrees(points_N2: np.ndarray, crs: str) -> np.ndarray:
-    if geographic(crs):  # which may count to 360
-        return points_N2
-    return np.stack(transform(crs_of(crs), CRS.from_epsg(4326), *points_N2.T), axis=1)
 
 
 def beyond_utm(sources: Sequence[Source]) -> dict[str, DataError]:

@@ -1,6 +1,6 @@
 """Rows of STAC: the items of catalogues, tables and APIs as JSON values, each with the address it was read from.
 
-A member that cannot be read is a row with the reason: it costs no other member.
+A member that cannot be read is a row with the reason; the other members are not affected.
 """
 
 import io
@@ -9,7 +9,7 @@ import posixpath
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urljoin, urlsplit
 
@@ -117,11 +117,9 @@ def _read_json(uri: str) -> dict[str, Any]:
 def _content(uri: str) -> str:
     try:
         return content(uri).decode("utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise
     except _FAULTS as error:
-        if isinstance(error, (IsADirectoryError, NotADirectoryError)):
-            raise
         raise failure(uri, public(f"Catalogue {uri} cannot be read: {error}.")) from error
 
 
@@ -185,17 +183,17 @@ def _child(href: str) -> tuple[str, dict[str, Any] | RaysegError]:
 
 def _descendants(href: str, row: dict[str, Any]) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, DataError]]:
     """(address and value of all children at any depth, the errors of those that cannot be read), level by level."""
-    found: list[tuple[str, dict[str, Any]]] = []
+    children: list[tuple[str, dict[str, Any]]] = []
     unread: dict[str, DataError] = {}
     seen, level = {href}, [(href, row)]
     while level:
-        hrefs = dict.fromkeys(child for at, one in level for child in _hrefs(at, one, "child") if child not in seen)
+        hrefs = dict.fromkeys(at for parent in level for at in _hrefs(*parent, "child") if at not in seen)
         seen |= hrefs.keys()
         read = list(concurrently(_child, hrefs))
         unread |= {at: DataError(str(child)) for at, child in read if isinstance(child, RaysegError)}
         level = [(at, child) for at, child in read if isinstance(child, dict) and child["type"] != "Feature"]
-        found += [(at, child) for at, child in read if isinstance(child, dict)]
-    return found, unread
+        children += [(at, child) for at, child in read if isinstance(child, dict)]
+    return children, unread
 
 
 def _chosen(href: str, row: dict[str, Any], collection: str | None) -> tuple[str, dict[str, Any]]:
@@ -217,7 +215,7 @@ def _walk(href: str, row: dict[str, Any]) -> Iterator[Row]:
     children, unread = _descendants(href, row)
     catalogs = [(href, row), *((at, child) for at, child in children if child["type"] != "Feature")]
     yield from (_row(at, at, child) for at, child in children if child["type"] == "Feature")
-    hrefs = dict.fromkeys(item for at, one in catalogs for item in _hrefs(at, one, "item"))
+    hrefs = dict.fromkeys(item for catalog in catalogs for item in _hrefs(*catalog, "item"))
     for at, item in concurrently(_child, hrefs):
         if isinstance(item, RaysegError):
             unread[at] = DataError(str(item))
@@ -240,10 +238,10 @@ def _row(place: str, href: str, values: object, number: int = 0) -> Row:
 def _listed_rows(uri: str, values: Sequence[object]) -> list[Row]:
     """The items of one file; each names its own address if it has a `self` link."""
     rows, href = [], absolute(uri)
-    for number, one in enumerate(values):
-        links = one.get("links") if isinstance(one, dict) else None
+    for number, value in enumerate(values):
+        links = value.get("links") if isinstance(value, dict) else None
         own = any(isinstance(link, dict) and link.get("rel") == "self" for link in links or ())
-        rows.append(_row(uri, "" if own else href, one, number))
+        rows.append(_row(uri, "" if own else href, value, number))
     return rows
 
 
@@ -321,26 +319,26 @@ def search(uri: str, question: str | None, geometry: dict[str, Any] | None) -> l
     import pystac_client  # only APIs need it
     from pystac_client.exceptions import APIError
 
-    names, asked = _asked(question or "")
+    names, parameters = _parameters(question or "")
     stale = 0
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    items: dict[tuple[str, str], dict[str, Any]] = {}
     try:
         client = pystac_client.Client.open(uri, stac_io=_patient_io())
-        search = client.search(collections=names or None, intersects=geometry, **asked)
+        search = client.search(collections=names or None, intersects=geometry, **parameters)
         for number, page in enumerate(search.pages_as_dicts(), 1):
-            before = len(found)
+            before = len(items)
             for row in page["features"]:
-                found.setdefault((str(row.get("collection")), str(row.get("id"))), row)
-            stale = stale + 1 if len(found) == before else 0
-            if len(found) > MOST_ITEMS or stale == MOST_STALE:
+                items.setdefault((str(row.get("collection")), str(row.get("id"))), row)
+            stale = stale + 1 if len(items) == before else 0
+            if len(items) > MOST_ITEMS or stale == MOST_STALE:
                 raise DataError(
-                    f"the search of the STAC API {public(uri)} does not end: {number} pages with {len(found)} "
+                    f"the search of the STAC API {public(uri)} does not end: {number} pages with {len(items)} "
                     f"different items, the limit is {MOST_ITEMS}; choose a smaller region, or add "
                     f"&datetime=... to the collection"
                 )
     except (APIError, KeyError, pystac.STACError, Passing) as error:
         raise DataError(f"the STAC API {public(uri)} cannot be searched: {public(str(error))[:300]}") from None
-    return list(found.values())
+    return list(items.values())
 
 
 def _patient_io() -> "StacApiIO":
@@ -348,47 +346,47 @@ def _patient_io() -> "StacApiIO":
     from pystac_client.exceptions import APIError
     from pystac_client.stac_api_io import StacApiIO
 
-    class PatientIO(StacApiIO):
-        def request(self, *args: Any, **kwargs: Any) -> str:  # noqa: ANN401 - the library's signature
-            def attempt() -> str:
-                waits.clear()
-                try:
-                    return super(PatientIO, self).request(*args, **kwargs)
-                except APIError as error:
-                    if error.status_code not in BUSY:
-                        raise
-                    raise Passing(str(error), max(waits, default=0.0)) from None
-
-            return patiently(attempt, API_WAITS)
-
     waits: list[float] = []
-    client = PatientIO(max_retries=0, timeout=60)
-    hook = client.session.hooks["response"]
-    hook.append(lambda answer, **_: waits.append(retry_after(answer.headers.get("Retry-After", ""))))
+    client = StacApiIO(max_retries=0, timeout=60)
+    client.session.hooks["response"].append(
+        lambda answer, **_: waits.append(retry_after(answer.headers.get("Retry-After", "")))
+    )
+    request = client.request
+
+    def attempt(*args: Any, **kwargs: Any) -> str:  # noqa: ANN401 - the library's signature
+        waits.clear()
+        try:
+            return request(*args, **kwargs)
+        except APIError as error:
+            if error.status_code not in BUSY:
+                raise
+            raise Passing(str(error), max(waits, default=0.0)) from None
+
+    client.request = lambda *args, **kwargs: patiently(partial(attempt, *args, **kwargs), API_WAITS)  # type: ignore[method-assign]
     return client
 
 
-def _asked(question: str) -> tuple[list[str], dict[str, Any]]:
+def _parameters(question: str) -> tuple[list[str], dict[str, Any]]:
     """(collections, other parameters of the search) of a query."""
     names, *words = question.split("&")
-    asked: dict[str, Any] = {}
+    parameters: dict[str, Any] = {}
     for word in words:
         key, _, value = word.partition("=")
         if key not in {"datetime", "query", "limit"} or not value or (key == "limit" and not value.isdigit()):
             raise ConfigError(f"{word!r} is not a search parameter, expected datetime=..., query=... or limit=...")
-        asked[key] = _conditions(value) if key == "query" else int(value) if key == "limit" else value
-    return [name for name in names.split(",") if name], asked
+        parameters[key] = _conditions(value) if key == "query" else int(value) if key == "limit" else value
+    return [name for name in names.split(",") if name], parameters
 
 
 def _conditions(text: str) -> dict[str, dict[str, Any]]:
     """`eo:cloud_cover<20,platform=landsat-8` as an object of the query extension; numbers are numbers."""
-    found: dict[str, dict[str, Any]] = {}
+    conditions: dict[str, dict[str, Any]] = {}
     for part in text.split(","):
         if not (parts := _CONDITION.fullmatch(part)):
             raise ConfigError(f"query {part!r} is not a condition, expected for example eo:cloud_cover<20")
         name, sign, value = parts.groups()
         number = float(value) if _NUMBER.fullmatch(value) else value
-        found.setdefault(name, {})[_SIGNS[sign]] = (
+        conditions.setdefault(name, {})[_SIGNS[sign]] = (
             int(number) if isinstance(number, float) and number % 1 == 0 else number
         )
-    return found
+    return conditions

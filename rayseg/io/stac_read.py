@@ -11,6 +11,7 @@ from typing import Any
 import pyproj
 import pystac
 import shapely
+from affine import Affine
 from rasterio.errors import CRSError
 from shapely.affinity import translate
 from shapely.geometry import mapping, shape
@@ -75,18 +76,18 @@ def open_items(
     wide = geometry if area is None or not halo else mapping(normalised(area.buffer(_AROUND).intersection(_POLES)))
     box = None if area is None else (area.buffer(_COARSE * halo) if halo else area).bounds
     items = _read_items(uri, collection, wide, box)
-    found = [item for item in items if area is None or _near(item, area, halo)]
-    broken = [item for item in items if BROKEN in item.properties and (not item.geometry or item in found)]
-    found = [item for item in found if BROKEN not in item.properties]
-    if not any(area is None or _near(item, area, 0) for item in found):
+    near = [item for item in items if area is None or _near(item, area, halo)]
+    broken = [item for item in items if BROKEN in item.properties and (not item.geometry or item in near)]
+    valid = [item for item in near if BROKEN not in item.properties]
+    if not any(area is None or _near(item, area, 0) for item in valid):
         if broken:
             more = f"; and {len(broken) - 1} more such items" if len(broken) > 1 else ""
             raise DataError(f"{broken[0].properties[BROKEN]}{more}")
         place = f"{uri}#{collection}" if collection else uri
         everything = _read_items(uri, collection, wide, None) if suffix_of(uri) == ".parquet" else items
         raise DataError(_nothing(place, everything, area))
-    found += broken
-    return sorted(sorted(found, key=lambda item: item.id), key=lambda item: time_order(time_of(item)), reverse=True)
+    by_id = sorted(valid + broken, key=lambda item: item.id)
+    return sorted(by_id, key=lambda item: time_order(time_of(item)), reverse=True)
 
 
 def imagery_collection(uri: str) -> str | None:
@@ -254,7 +255,7 @@ def _source_of(item: pystac.Item, bands: Sequence[str] | None) -> Source:
         opened |= {key: source_of_file(hrefs[key], item.id) for key in used if key not in opened}
     frames |= {key: source for key, source in opened.items() if key not in frames}
     dtypes |= {key: source.dtype for key, source in opened.items() if key not in dtypes}
-    first = min(frames, key=lambda key: (_pixel_area(frames[key]), used.index(key)))
+    first = min(frames, key=lambda key: (abs(Affine(*frames[key].transform).determinant), used.index(key)))
     counts = {key: len(names[key] or opened[key].bands) for key in used}
     stated = {dtypes.get(key, "") for key in used}
     nodatas = tuple(
@@ -288,7 +289,11 @@ def _source_of(item: pystac.Item, bands: Sequence[str] | None) -> Source:
 
 def _image_assets(item: pystac.Item) -> dict[str, pystac.Asset]:
     """Assets with pixels: those of role data if there are any, pictures (visual, thumbnail, ...) last or not at all."""
-    images = {key: asset for key, asset in item.assets.items() if _is_image(asset)}
+    images = {
+        key: asset
+        for key, asset in item.assets.items()
+        if (asset.media_type or "").lower().startswith("image/") or drivers.kind_of(asset.href)
+    }
     plain = {
         key: a for key, a in images.items() if not {key, *(a.roles or ())} & set(_PICTURES) or "data" in (a.roles or ())
     }
@@ -299,10 +304,6 @@ def _image_assets(item: pystac.Item) -> dict[str, pystac.Asset]:
     if not chosen:
         raise DataError(f"{item.id} has no image asset: found {', '.join(sorted(item.assets)) or 'none'}")
     return dict(sorted(chosen.items(), key=lambda entry: entry[0] == "visual"))
-
-
-def _is_image(asset: pystac.Asset) -> bool:
-    return (asset.media_type or "").lower().startswith("image/") or drivers.kind_of(asset.href) is not None
 
 
 def _is_map(asset: pystac.Asset) -> bool:
@@ -348,9 +349,9 @@ def _used(names: dict[str, tuple[str, ...] | None], wanted: Sequence[str] | None
     """Keys of the assets with a (wanted) band that no asset before has."""
     seen: set[str] = set()
     used = []
-    for key, found in names.items():
-        fresh = set(found or ()) - seen
-        if found is None or (fresh if wanted is None else fresh & set(wanted)):
+    for key, bands in names.items():
+        fresh = set(bands or ()) - seen
+        if bands is None or (fresh if wanted is None else fresh & set(wanted)):
             used.append(key)
         seen |= fresh
     return used
@@ -386,11 +387,6 @@ def _crs(fields: Mapping[str, Any]) -> str | None:
         if crs:
             return str(text) if _CODE.fullmatch(str(text)) else crs_text(crs)
     return None
-
-
-def _pixel_area(frame: Source) -> float:
-    a, b, _, d, e, _ = frame.transform
-    return abs(a * e - b * d)
 
 
 def _dtype(item: pystac.Item, asset: pystac.Asset) -> str | None:

@@ -280,13 +280,10 @@ def _over_seams(
     members: dict[int, list[int]] = {}
     for at, owner in enumerate(groups(len(waiting), pairs).tolist()):
         members.setdefault(owner, []).append(at)
-    for some in members.values():
-        rows = [waiting[at] for at in sorted(some, key=lambda at: _order(*waiting[at][:2]))]
+    for positions in members.values():
+        rows = [waiting[at] for at in positions]
+        rows.sort(key=lambda row: place_of(row[0], *row[1][list(_AT_FIRST)].iloc[0]))
         yield rows[0][0], _one_of([frame for _, frame, _ in rows])
-
-
-def _order(grid: Grid, frame: "geopandas.GeoDataFrame") -> tuple[Any, ...]:
-    return place_of(grid, *frame[list(_AT_FIRST)].iloc[0])
 
 
 def _one_of(rows: Sequence["geopandas.GeoDataFrame"]) -> "geopandas.GeoDataFrame":

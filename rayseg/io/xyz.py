@@ -138,7 +138,9 @@ def ingest_xyz(
     job = _Job(service, grid, folder, attribution)
     units = _scenes(job, geometry or {}) if chips is None else _chips(chips, label, grid)
     # Finished units are found before the limit is checked: it concerns new requests only.
-    old, todo = _sorted_out(job, units)
+    with ThreadPoolExecutor(service.fetching.concurrency) as pool:
+        exists = list(pool.map(partial(_exists, job), units))
+    old, todo = list(compress(units, exists)), [unit for unit, done in zip(units, exists, strict=True) if not done]
     _check_limit(service, sum(math.prod(map(len, service.span(job.around(unit.window)))) for unit in todo))
     fetched, failures = _fetch_all(job, todo)
     catalogue = _link(out, job, fetched, old) if fetched or old else None
@@ -272,13 +274,6 @@ def _check_limit(service: Service, tiles: int) -> None:
 
 
 # -- images and items --------------------------------------------------------------------------------------------------
-
-
-def _sorted_out(job: _Job, units: Sequence[_Unit]) -> tuple[list[_Unit], list[_Unit]]:
-    """(units whose image and item exist, the others)."""
-    with ThreadPoolExecutor(job.service.fetching.concurrency) as pool:
-        exists = list(pool.map(partial(_exists, job), units))
-    return list(compress(units, exists)), [unit for unit, done in zip(units, exists, strict=True) if not done]
 
 
 def _exists(job: _Job, unit: _Unit) -> bool:

@@ -332,15 +332,15 @@ def save(prefix: StorePath, bundle: Bundle, model: "nn.Module") -> Bundle:
     whole = bundle.model_copy(update={"sha256": hashlib.sha256(weights).hexdigest()})
     folder = upath(prefix)
     described = item(whole, size=len(weights), parameters=sum(weight.numel() for weight in model.parameters()))
-    # The item is written last: `load` accepts a bundle only with all three files.
+    # The item is written last: `description` accepts a bundle only with all three files.
     put(folder / "model.safetensors", weights)
     put(folder / "bundle.json", whole.model_dump_json(indent=2).encode())
     put(folder / "item.json", json.dumps(described.to_dict()).encode())
     return whole
 
 
-def load(prefix: StorePath) -> Bundle:
-    """The description of the model under `prefix`.
+def description(prefix: StorePath) -> Bundle:
+    """The description of the model under `prefix`, without its weights.
 
     Raises:
         ModelError: there is no bundle, it is incomplete, or another version of rayseg wrote it.
@@ -383,17 +383,17 @@ def find(prefixes: Iterable[StorePath]) -> Iterator[tuple[str, Bundle]]:
         folders |= {str(path.parent) for path in prefix.glob("**/bundle.json")}
     for folder in sorted(folders):
         with suppress(ModelError):
-            yield folder, load(folder)
+            yield folder, description(folder)
 
 
 def whole(prefix: StorePath) -> tuple[Bundle, bytes]:
     """The bundle under `prefix` and the bytes of its weights.
 
     Raises:
-        ModelError: see `load`; or the weights are damaged or belong to another bundle.
+        ModelError: see `description`; or the weights are damaged or belong to another bundle.
     """
     # A wrong checksum means damage, or the weights of another bundle: the message tells which.
-    bundle, path = load(prefix), upath(prefix) / "model.safetensors"
+    bundle, path = description(prefix), upath(prefix) / "model.safetensors"
     weights = path.read_bytes()
     if hashlib.sha256(weights).hexdigest() == bundle.sha256:
         return bundle, weights

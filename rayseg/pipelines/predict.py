@@ -41,7 +41,7 @@ def check(config: Config, region: Region) -> Plan:
 
 def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:
     """The forecast of a run, for its estimate."""
-    if bundle.load(config.model).task == "classification":
+    if bundle.description(config.model).task == "classification":
         return estimate.Forecast([], unknown=(f"the classification of {len(plan.tiles or ()):,} units",))
     return estimate.by_model(config.model, plan, config.map)
 
@@ -50,7 +50,7 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     """Map or classify `region` with a trained model; return the report's path and its headline."""
     tiles = plan.tiles if plan else None
     model = run.step("model", mapping.load_model, config.model)
-    if bundle.load(config.model).task == "classification":
+    if bundle.description(config.model).task == "classification":
         units = config.units
         classified = run.step("classify", classify.classify_units, region, model, units, config.map, rows=tiles)
         table = run.step("classes", classify.write_classes, classified)

@@ -345,23 +345,23 @@ async def drawn(request: Request, draw: Callable[[Event], bytes | None], pool: E
         gone.cancel()
 
 
-def router(config: ServeConfig) -> APIRouter:
-    """Routes of the runs."""
-    routes, index = APIRouter(tags=["runs"]), RunIndex(config)
-    pool = ThreadPoolExecutor(TILE_THREADS, thread_name_prefix="map-tiles")
+class _Handlers:
+    """The handlers of the routes of one application."""
 
-    @routes.get("/v1/runs", responses=problems_of(503))
-    async def list_runs() -> dict[str, list[dict[str, Any]]]:
+    def __init__(self, config: ServeConfig) -> None:
+        self._index, self._hosts = RunIndex(config), config.imagery_hosts
+        self._pool = ThreadPoolExecutor(TILE_THREADS, thread_name_prefix="map-tiles")
+
+    async def list_runs(self) -> dict[str, list[dict[str, Any]]]:
         """The runs that the server shows."""
-        return {"runs": await asyncio.to_thread(index.rows)}
+        return {"runs": await asyncio.to_thread(self._index.rows)}
 
-    @routes.get("/v1/runs/{name}", responses=problems_of(404, 503))
-    async def one(name: Name) -> dict[str, Any]:
+    async def one(self, name: Name) -> dict[str, Any]:
         """A run: classes and their areas, ledger, failed rows with their place."""
-        return await asyncio.to_thread(lambda: describe(name, index.root(name)))
+        return await asyncio.to_thread(lambda: describe(name, self._index.root(name)))
 
-    @routes.get("/v1/runs/{name}/tiles/{z}/{x}/{y}.png", response_class=Response, responses=_TILE_RESPONSES)
     async def tile(
+        self,
         request: Request,
         name: Name,
         z: Zoom,
@@ -373,23 +373,32 @@ def router(config: ServeConfig) -> APIRouter:
         """A map tile of 256 px: on the Web Mercator grid, or in the pyramid of an image without georeference."""
         if x >= 1 << z or y >= 1 << z:
             raise Problem(404, f"zoom {z} has tiles 0 to {(1 << z) - 1}, the request is for {x}, {y}")
-        root = await asyncio.to_thread(index.root, name)
+        # 1. the browser's copy may still be valid
+        root = await asyncio.to_thread(self._index.root, name)
         identity = f"{__version__} {await asyncio.to_thread(version, root)} {z} {x} {y} {layer} {image}"
         etag = f'"{hashlib.sha256(identity.encode()).hexdigest()[:20]}"'
         headers = {"Cache-Control": "private, max-age=60", "ETag": etag}
         if etag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
 
+        # 2. draw it in a thread
         def draw(stop: Event) -> bytes | None:
-            hosts = config.imagery_hosts
-            return tile_png(view(root), (z, x, y), layer, image=image, hosts=hosts, stop=stop)
+            return tile_png(view(root), (z, x, y), layer, image=image, hosts=self._hosts, stop=stop)
 
         try:
-            png = await drawn(request, draw, pool)
+            png = await drawn(request, draw, self._pool)
         except DataError as error:
             raise Problem(422, f"the tile cannot be drawn: {error}") from error
         if png is None:
             return Response(status_code=204, headers=headers)
         return Response(png, media_type="image/png", headers=headers)
 
+
+def router(config: ServeConfig) -> APIRouter:
+    """Routes of the runs."""
+    routes, handlers = APIRouter(tags=["runs"]), _Handlers(config)
+    routes.get("/v1/runs", responses=problems_of(503))(handlers.list_runs)
+    routes.get("/v1/runs/{name}", responses=problems_of(404, 503))(handlers.one)
+    tile = routes.get("/v1/runs/{name}/tiles/{z}/{x}/{y}.png", response_class=Response, responses=_TILE_RESPONSES)
+    tile(handlers.tile)
     return routes

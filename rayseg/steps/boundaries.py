@@ -140,7 +140,7 @@ def described_by(config: BoundariesConfig, kind: ImageConfig) -> Bundle:
 def check(region: Region, config: BoundariesConfig, kind: ImageConfig, *, workers: int) -> list[LabelledImage] | None:
     """Refuse a model, or images and a network, that cannot be used; return the images to learn from."""
     if config.model:
-        expect_boundaries(bundle.load(config.model), kind)
+        expect_boundaries(bundle.description(config.model), kind)
         return None
     images = find_labelled(region, config, kind)
     supervised.expect_supervisable(config.segmenter, classes=len(TABLE.classes), workers=workers)

@@ -119,7 +119,7 @@ def classify_units(
 ) -> dict[str, Any]:
     """Classify every unit; class and probabilities of each are in the step's ledger."""
     prefix = model.value["bundle"]
-    described = bundle.load(prefix)
+    described = bundle.description(prefix)
     listed = mapping.kept_manifest(step, lambda: plan_units(region, described, units, config) if rows is None else rows)
     pictures = str(upath(step.root) / "pictures") if units.pictures else None
     works = [
@@ -133,7 +133,7 @@ def classify_units(
 
 def write_classes(step: Step, classified: Step) -> dict[str, Any]:
     """Write `<run>/classes.csv`, `classes.json` and `classes.parquet`: class, score and probabilities of each unit."""
-    described = bundle.load(classified.value["bundle"])
+    described = bundle.description(classified.value["bundle"])
     values = [value for value, _, _ in described.classes]
     names = [name for _, name, _ in described.classes]
     found = mapping.rows_with(classified, "p")

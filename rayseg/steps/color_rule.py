@@ -74,7 +74,7 @@ def measure_baseline(step: Step, listed: Step, predicted: Step, truth: str, size
     rows = chips.rows_of(listed, held_out=False)
     few = [[row for row in rows if row["label"] == label][:MOST] for label in LABELS]
     rule = fit_rule(*([chips.read_image(part, size, at) for at in range(len(part))] for part in few))
-    table = ClassTable(bundle.load(predicted.value["bundle"]).classes)
+    table = ClassTable(bundle.description(predicted.value["bundle"]).classes)
     tiles = {tile.tile.id: tile for tile in mapped_tiles(predicted.root, predicted.name)}
     reference = masks.two_classes(masks.masks_of(truth, names=table.names), table, truth)
     matches = evaluate.match(masks.pieces_of_tiles(list(tiles.values())), reference)

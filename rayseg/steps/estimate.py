@@ -226,7 +226,7 @@ def _costs(timed: Probe | None, rates: Rates) -> dict[str, Any]:
 
 def by_model(prefix: str, plan: Plan[Any], config: MapConfig) -> Forecast:
     """Forecast of mapping the tiles of a plan with a trained model."""
-    return Forecast(plan.tiles or (), bundle.load(prefix).patch, trial=partial(_map, config, prefix))
+    return Forecast(plan.tiles or (), bundle.description(prefix).patch, trial=partial(_map, config, prefix))
 
 
 def by_untrained(

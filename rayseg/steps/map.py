@@ -77,7 +77,7 @@ class Plan(Generic[Labels]):
 
 def load_model(step: Step, prefix: str) -> dict[str, Any]:
     """Load a trained model as a step, so that later steps depend on its weights and not only on its name."""
-    return {"bundle": absolute(prefix), "sha256": bundle.load(prefix).sha256}
+    return {"bundle": absolute(prefix), "sha256": bundle.description(prefix).sha256}
 
 
 def predict_region(
@@ -92,7 +92,7 @@ def predict_region(
         config: settings of the map.
         tiles: rows of the tiles, if they are already planned.
     """
-    described = bundle.load(model.value["bundle"])
+    described = bundle.description(model.value["bundle"])
     rows = manifest(step, region, described, config, tiles=tiles)
     table = ClassTable(described.classes)
     names = table.names if described.outputs > 1 else (table.names[-1],)
@@ -361,7 +361,7 @@ def done_tiles(predicted: Step) -> Iterator[tuple[Row, Record]]:
 
 def join_polygons(step: Step, predicted: Step, product: str) -> dict[str, Any]:
     """Join the polygons of all tiles across tile edges and write `<run>/<product>.parquet`."""
-    table, folder = ClassTable(bundle.load(predicted.value["bundle"]).classes), tiles_prefix(step)
+    table, folder = ClassTable(bundle.description(predicted.value["bundle"]).classes), tiles_prefix(step)
     tiles, grids = [], dict[Grid, Grid]()
     for row, record in done_tiles(predicted):
         tile = Tile.from_row(row)

@@ -191,7 +191,7 @@ def classify_groups(
         See `map.through`; and `groups`: ids of the rows, for `classes_of`.
     """
     works = [
-        Work(CutPlots(image, size=bundle.load(classifier).patch)),
+        Work(CutPlots(image, size=bundle.description(classifier).patch)),
         Work(ClassifyPlots(classifier), cpus=1.0, gpus=1.0, model=True),
         Work(WriteClasses(str(step.prefix))),
     ]
@@ -225,7 +225,7 @@ def legend(joined: Step, classified: Step, classifier: str | None) -> tuple[dict
     values = {number: row["class"] for number, row in classes_of(classified).items()}
     if classifier is None:
         return values, ClassTable((BACKGROUND, PLOT)), PLOT[0]
-    classes = bundle.load(classifier).classes
+    classes = bundle.description(classifier).classes
     value = max(value for value, _, _ in classes) + 1
     # Plots that the classifier could not see get a class of their own.
     own = () if len(values) == joined.value["plots"] else ((value, *UNCLASSIFIED),)
@@ -236,7 +236,7 @@ def write_plots(step: Step, joined: Step, classified: Step, model: Step) -> dict
     """Write all plots as `<run>/plots.parquet` (GeoParquet)."""
     rows, classes = read_plots(joined), classes_of(classified)
     prefix = model.value.get("bundle")
-    names = {value: name for value, name, _ in bundle.load(prefix).classes} if prefix else {}
+    names = {value: name for value, name, _ in bundle.description(prefix).classes} if prefix else {}
     for row in rows:
         known = classes.get(row["number"], {})
         row |= {"class": names[known["class"]] if known else None, "score": known.get("score")}

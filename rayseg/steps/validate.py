@@ -58,7 +58,7 @@ def compare_images(
     Returns:
         As `evaluate.evaluate`, and `worst`: id, share of right pixels and picture of the tiles with the smallest share.
     """
-    described, prefix = bundle.load(model.value["bundle"]), str(step.prefix / "tiles")
+    described, prefix = bundle.description(model.value["bundle"]), str(step.prefix / "tiles")
     # 1. predict and compare tile by tile
     rows = tiles_of(images, described, config)
     rows = estimate.spread(rows, count) if count else rows

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rayseg.errors import ModelError
-from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling, build, load, save
+from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling, build, description, save
 from rayseg.models.classifier import build_classifier
 from rayseg.models.segmenter import build_segmenter
 
@@ -56,13 +56,13 @@ def test_what_is_saved_is_what_is_built(prefix, described, model):
     assert not built.training
     torch.testing.assert_close(built(image), model(image), rtol=0, atol=0)
     assert bundle.outputs == built(image).shape[1]
-    assert load(prefix) == bundle
+    assert description(prefix) == bundle
     assert pickle.loads(pickle.dumps(bundle)) == bundle
 
 
 def test_a_bundle_lives_on_any_store(described, model):
     save("memory://bundles/cover", described, model)
-    assert load("memory://bundles/cover").name == "cover"
+    assert description("memory://bundles/cover").name == "cover"
 
 
 def test_a_classifier_is_a_bundle_too(tmp_path, described):
@@ -100,7 +100,7 @@ def test_the_item_names_model_classes_checksum_and_parents(prefix):
     assert item.properties["mlm:output"][0]["classification:classes"][1]["color_hint"] == "00C850"
     assert asset.roles == ["mlm:model", "mlm:weights", "data"]
     assert asset.extra_fields["file:size"] == (prefix / "model.safetensors").stat().st_size
-    assert asset.extra_fields["file:checksum"] == f"1220{load(prefix).sha256}"
+    assert asset.extra_fields["file:checksum"] == f"1220{description(prefix).sha256}"
     assert [link.href for link in item.get_links("derived_from")] == ["items/a.json"]
 
 
@@ -119,26 +119,26 @@ def test_a_bundle_that_contradicts_itself_is_refused(prefix, update):
     path = prefix / "bundle.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | update))
     with pytest.raises(ModelError, match=r"bundle\.json"):
-        load(prefix)
+        description(prefix)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "bundle.json", "item.json"])
 def test_a_bundle_with_a_file_missing_is_refused(prefix, name):
     (prefix / name).unlink()
     with pytest.raises(ModelError, match=f"incomplete, {name} missing"):
-        load(prefix)
+        description(prefix)
 
 
 def test_a_folder_without_a_bundle_is_refused(tmp_path):
     with pytest.raises(ModelError, match="holds no model bundle"):
-        load(tmp_path)
+        description(tmp_path)
 
 
 @pytest.mark.parametrize(("text", "reason"), [("{", "not JSON"), ("[]", "format None"), ('{"format": 2}', "format 2")])
 def test_a_file_of_another_kind_or_version_is_refused(prefix, text, reason):
     (prefix / "bundle.json").write_text(text)
     with pytest.raises(ModelError, match=reason):
-        load(prefix)
+        description(prefix)
 
 
 def test_truncated_weights_are_refused(prefix):

@@ -107,8 +107,8 @@ def test_a_map_by_appearance_is_a_step_after_the_segmenter_and_a_bundle_like_any
     said = read(str(out))
     assert list(said["steps"])[3:6] == ["segmenter", "appearance", "predict"]
     assert said["steps"]["predict"]["bundle"] == said["steps"]["appearance"]["bundle"] == str(out / "models/segmenter")
-    assert bundle.load(out / "models/network").architecture.factory == "segmenter"
-    assert bundle.load(out / "models/segmenter").architecture.factory == "appearance"
+    assert bundle.description(out / "models/network").architecture.factory == "segmenter"
+    assert bundle.description(out / "models/segmenter").architecture.factory == "appearance"
     [tile, *_] = sorted((out / "tiles").glob("*/classes.tif"))
     with rasterio.open(tile) as file:
         assert set(np.unique(file.read(1))) <= {0, 1, 255}
@@ -163,7 +163,7 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(whole, words, tmp_path
     assert read(str(out))["status"] == "done"
     assert files(out / "steps" / "classifier") | files(out / "steps" / "cues") == before
     for name in ("warm-up", "segmenter"):
-        assert bundle.load(out / "models" / name).sha256 == bundle.load(whole / "models" / name).sha256
+        assert bundle.description(out / "models" / name).sha256 == bundle.description(whole / "models" / name).sha256
     rasters = sorted(whole.glob("tiles/*/*.tif"))
     assert rasters
     for path in rasters:

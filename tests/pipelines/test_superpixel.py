@@ -181,7 +181,7 @@ def test_a_training_killed_in_the_middle_goes_on_as_if_nothing_had_been(whole, w
     assert rayseg(*words(world, f"truth={world}/truth"), "--out", out).exit_code == 0
     assert seen == [0, 1, 1, 0, 1]  # the first scene's second epoch again, then the second scene
     for name in ("one", "two"):
-        assert bundle.load(out / "models" / name).sha256 == bundle.load(whole / "models" / name).sha256
+        assert bundle.description(out / "models" / name).sha256 == bundle.description(whole / "models" / name).sha256
     rasters = sorted(whole.glob("tiles/*/*.tif"))
     assert rasters
     for path in rasters:
@@ -221,7 +221,7 @@ def mapping_rows(out):
 def test_one_network_over_all_scenes_gives_one_mosaic(world, tmp_path):
     assert rayseg(*words(world, "shared=true", "network.merge_to=3"), "--out", tmp_path / "run").exit_code == 0
     assert list(records(tmp_path / "run", "networks")) == ["all-scenes"]
-    assert bundle.load(tmp_path / "run/models/all-scenes").outputs <= 3
+    assert bundle.description(tmp_path / "run/models/all-scenes").outputs <= 3
     tiles = [path.name for path in (tmp_path / "run/tiles").iterdir()]
     assert tiles
     assert all(name.startswith("32650_") for name in tiles)
@@ -267,7 +267,7 @@ def test_the_clusters_of_a_scene_map_other_imagery_as_a_model(world, tmp_path):
     model = tmp_path / "run/models/one"
     found = rayseg("predict", model, region, "--engine", "inline", "--out", tmp_path / "other")
     assert found.exit_code == 0, found.output
-    assert bundle.load(model).outputs == 2
+    assert bundle.description(model).outputs == 2
 
 
 def test_a_scene_of_weak_contrast_keeps_more_than_one_region(tmp_path):

@@ -19,7 +19,7 @@ from rayseg.vision.superpixels import halved
 def asked(tmp_path_factory):
     """A server with a tiny SAM of no training."""
     with untrained_sam(tmp_path_factory.mktemp("sam") / "sam") as prefix:
-        assert bundle.load(prefix).task == "instances"
+        assert bundle.description(prefix).task == "instances"
         yield client(prefix)
 
 

@@ -97,7 +97,7 @@ def test_plots_are_learnt_from_masks_and_found_in_new_images(tmp_path):
     assert found.exit_code == 0, found.output
     said = json.loads(rayseg("evaluate", tmp_path / "run", new / "masks", "--json").stdout)
     assert said["objects"]["f1"]["value"] > 0.8
-    described = bundle.load(tmp_path / "run" / "models" / "boundaries")
+    described = bundle.description(tmp_path / "run" / "models" / "boundaries")
     assert described.level
     assert described.metrics["f1"] > 0.8
     # the bundle maps its classes as any other, and proposes plots again without training

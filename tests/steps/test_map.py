@@ -32,7 +32,7 @@ def planned(world, region=None, **settings):
 
 
 def described(world):
-    return bundle.load(world["model"])
+    return bundle.description(world["model"])
 
 
 def test_all_imagery_is_planned_and_some_of_it_by_name(world):
@@ -64,7 +64,7 @@ def test_a_tile_that_is_not_there_is_told(world):
 
 
 def test_a_model_of_images_maps_nothing(world, tmp_path):
-    other = bundle.load(classifier(tmp_path / "classifier"))
+    other = bundle.description(classifier(tmp_path / "classifier"))
     with pytest.raises(ModelError, match="classifier is for classification, a map needs segmentation"):
         mapping.tiles_for(Region("r", catalog=world["imagery"]), other, MapConfig())
 

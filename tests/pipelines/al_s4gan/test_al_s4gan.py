@@ -179,7 +179,7 @@ def test_a_killed_run_goes_on_with_the_round_and_the_step_it_was_in(whole, words
     assert codes == [130, 130, 0]
     assert calls == ["round-1", "round-2", "round-2", 0, 2, 2]
     assert table(out, "round-2") == table(whole, "round-2")
-    sums = [bundle.load(run / "models" / "segmenter").sha256 for run in (out, whole)]
+    sums = [bundle.description(run / "models" / "segmenter").sha256 for run in (out, whole)]
     assert sums[0] == sums[1]
 
 

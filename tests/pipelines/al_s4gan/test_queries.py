@@ -63,7 +63,7 @@ def test_a_network_that_stays_as_it_is_is_the_same_when_its_step_goes_on(listed,
     for name in ("first", "second"):
         torch.rand(len(name))  # whatever was drawn before
         queries.see(step_of(listed, name), listed, CONFIG, COMMON)
-        sums.append(bundle.load(step_of(listed, name).prefix / "classifier").sha256)
+        sums.append(bundle.description(step_of(listed, name).prefix / "classifier").sha256)
     assert sums[0] == sums[1]
 
 
