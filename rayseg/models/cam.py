@@ -52,8 +52,13 @@ def gradcam_plusplus(
         for images in torch.split(images_NCHW, batch_size):
             seen = [_view(cam, images.to(device), target_class, scale=scale, mirrored=flag) for scale, flag in views]
             maps, view_scores = zip(*seen, strict=True)
-            # Grad-CAM stretches each map to 0..1; a mean of several has to be stretched again.
-            cams.append(maps[0] if len(maps) == 1 else _stretched(np.mean(maps, axis=0)))
+            mean_NHW: FloatArray = maps[0] if len(maps) == 1 else np.mean(maps, axis=0)
+            if len(maps) > 1:
+                # Grad-CAM stretches each map to 0..1; a mean of several has to be stretched again.
+                low = mean_NHW.min(axis=(1, 2), keepdims=True)
+                span = mean_NHW.max(axis=(1, 2), keepdims=True) - low
+                mean_NHW = ((mean_NHW - low) / np.where(span > 0, span, 1)).astype(np.float32)
+            cams.append(mean_NHW)
             scores.append(np.mean(view_scores, axis=0))
         cam.activations_and_grads.release()
     return np.concatenate(cams), np.concatenate(scores)
@@ -104,11 +109,3 @@ def _view(
         back = nn.functional.interpolate(torch.from_numpy(maps)[:, None], size=(height, width), mode="bilinear")
         maps = back[:, 0].numpy()
     return (np.ascontiguousarray(maps[:, :, ::-1]) if mirrored else maps), scores
-
-
-def _stretched(cams_NHW: FloatArray) -> FloatArray:
-    """Each map stretched to 0..1; a flat map becomes 0."""
-    low = cams_NHW.min(axis=(1, 2), keepdims=True)
-    span = cams_NHW.max(axis=(1, 2), keepdims=True) - low
-    stretched: FloatArray = ((cams_NHW - low) / np.where(span > 0, span, 1)).astype(np.float32)
-    return stretched

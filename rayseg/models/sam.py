@@ -27,7 +27,7 @@ from rayseg.models.encoders import read_state, unwrapped
 from rayseg.models.weights import everywhere, local_file
 from rayseg.vision import rle
 from rayseg.vision.proposals import Image, Proposals
-from rayseg.vision.rle import Mask, Runs
+from rayseg.vision.rle import Mask
 
 Variant = Literal["vit_b", "vit_l", "vit_h"]
 
@@ -121,7 +121,15 @@ class SamProposer:
             masks = _joined(parts)
             scores_N = (1 / areas).repeat_interleave(counts).to(masks.boxes_N4.device)
             parts = [_taken(masks, nms(masks.boxes_N4.float(), scores_N, config.crop_nms))]
-        return Proposals.joined([_proposals(part) for part in parts])
+        proposals = []
+        for part in parts:
+            changes_M, counts_N = part.changes_M.cpu().numpy(), part.counts_N.cpu().numpy()
+            pieces = np.split(changes_M, np.cumsum(counts_N)[:-1]) if len(counts_N) else []
+            # Runs of neighbouring rows that meet end to end become one.
+            masks_N = tuple(rle.joined(piece[::2], piece[1::2] - 1) for piece in pieces)
+            scores = (part.iou_N.double().cpu().numpy(), part.stability_N.double().cpu().numpy())
+            proposals.append(Proposals(masks_N, *scores))
+        return Proposals.joined(proposals)
 
     def _crop(self, image_HWC: Image, open_HW: Mask, crop: list[int], grid_P2: NDArray[np.float64]) -> _Masks:
         """The masks of one crop (x0, y0, x1, y1) after box NMS by predicted IoU."""
@@ -252,14 +260,6 @@ def _taken(masks: _Masks, keep: Tensor) -> _Masks:
 def _nothing(device: torch.device) -> _Masks:
     empty, whole = torch.zeros(0, device=device), torch.zeros(0, dtype=torch.int64, device=device)
     return _Masks(empty, empty, torch.zeros((0, 4), dtype=torch.int64, device=device), whole, whole)
-
-
-def _proposals(masks: _Masks) -> Proposals:
-    changes_M, counts_N = masks.changes_M.cpu().numpy(), masks.counts_N.cpu().numpy()
-    # Runs of neighbouring rows that meet end to end become one.
-    pieces = np.split(changes_M, np.cumsum(counts_N)[:-1]) if len(counts_N) else []
-    runs: list[Runs] = [rle.joined(piece[::2], piece[1::2] - 1) for piece in pieces]
-    return Proposals(tuple(runs), masks.iou_N.double().cpu().numpy(), masks.stability_N.double().cpu().numpy())
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------

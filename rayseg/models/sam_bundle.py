@@ -69,16 +69,14 @@ def prompted(
     prompts: list[dict[str, Any]] = [{"box": np.array(box)} for box in boxes]
     if points:
         prompts.insert(0, {"point_coords": np.array(points, float), "point_labels": np.array(labels)})
-    # A single point is ambiguous: the best of three masks is returned.
-    several = [len(points) == 1 and number == 0 for number in range(len(prompts))]
-    return Proposals.joined([_best(predictor, *prompt) for prompt in zip(prompts, several, strict=True)])
-
-
-def _best(predictor: SamPredictor, prompt: dict[str, Any], several: bool) -> Proposals:
-    """The mask of highest predicted IoU."""
-    logits_NHW, iou_N, _ = predictor.predict(**prompt, multimask_output=several, return_logits=True)
-    best = int(iou_N.argmax())
-    logits_1HW, threshold = torch.from_numpy(logits_NHW[best : best + 1]), predictor.model.mask_threshold
-    stability = amg.calculate_stability_score(logits_1HW, threshold, 1.0).double().numpy()
-    runs = rle.encode((logits_1HW[0] > threshold).numpy())
-    return Proposals((runs,), iou_N[best : best + 1].astype(np.float64), np.nan_to_num(stability))
+    proposals, threshold = [], sam.mask_threshold
+    for number, prompt in enumerate(prompts):
+        # A single point is ambiguous: of three masks, that of the highest predicted IoU is returned.
+        several = len(points) == 1 and number == 0
+        logits_NHW, iou_N, _ = predictor.predict(**prompt, multimask_output=several, return_logits=True)
+        best = int(iou_N.argmax())
+        logits_1HW = torch.from_numpy(logits_NHW[best : best + 1])
+        stability = amg.calculate_stability_score(logits_1HW, threshold, 1.0).double().numpy()
+        runs = rle.encode((logits_1HW[0] > threshold).numpy())
+        proposals.append(Proposals((runs,), iou_N[best : best + 1].astype(np.float64), np.nan_to_num(stability)))
+    return Proposals.joined(proposals)

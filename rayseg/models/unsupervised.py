@@ -84,7 +84,13 @@ def segment(
         DataError: superpixels are missing or do not fit the image, or it is not an (H, W, C) array.
     """
     # 1. check and prepare
-    recipe = _recipe(network, iterations, precision)
+    if iterations < 1:
+        raise ConfigError(f"{iterations} iterations, expected at least 1; raise them")
+    if precision not in {"float32", "bfloat16"}:
+        raise ConfigError(f"precision is {precision!r}, expected 'float32' or 'bfloat16'; choose one of them")
+    if isinstance(network, str) and network not in RECIPES:
+        raise ConfigError(f"network is {network!r}, expected one of {sorted(RECIPES)}; choose one of them")
+    recipe = RECIPES[network] if isinstance(network, str) else network
     image = as_input(image_HWC, device)
     segments = _segments(superpixels_HW, image, votes=recipe.votes)
     model = initial(recipe, bands=image.shape[1], seed=seed).to(image.device)
@@ -161,22 +167,19 @@ def step(
     """
     optimizer.zero_grad()
     logits_1KHW = _forward(model, image_1CHW, precision)
-    given_1KHW = logits_1KHW.detach() if teacher is None else teacher(image_1CHW)
-    targets = _targets(given_1KHW.argmax(1).flatten(), segments, seen, recipe)
-    loss = _loss(logits_1KHW, targets, recipe.continuity)
+    # 1. targets: the current labels, voted in superpixels
+    labels = (logits_1KHW.detach() if teacher is None else teacher(image_1CHW)).argmax(1).flatten()
+    at = slice(None) if seen is None else seen  # an index of all positions would copy them
+    voted = vote(labels[at], segments[at], recipe.classes) if recipe.votes and segments is not None else labels[at]
+    targets = voted if seen is None else torch.full_like(labels, -100).index_copy_(0, seen, voted)
+    # 2. cross-entropy, and the difference between neighbouring pixels (Kim et al. 2020, eq. 4)
+    loss = F.cross_entropy(logits_1KHW.permute(0, 2, 3, 1).flatten(0, 2), targets)
+    if recipe.continuity:
+        steps = logits_1KHW.diff(dim=2).abs().mean() + logits_1KHW.diff(dim=3).abs().mean()
+        loss = loss + recipe.continuity * steps
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     return targets, loss.detach()
-
-
-def _targets(labels: Tensor, segments: Tensor | None, seen: Tensor | None, recipe: Recipe) -> Tensor:
-    if not recipe.votes:
-        segments = None
-    if seen is None:
-        return labels if segments is None else vote(labels, segments, recipe.classes)
-    targets = torch.full_like(labels, -100)
-    targets[seen] = labels[seen] if segments is None else vote(labels[seen], segments[seen], recipe.classes)
-    return targets
 
 
 def vote(labels: Tensor, segments: Tensor, classes: int) -> Tensor:
@@ -303,27 +306,6 @@ def _forward(model: nn.Module, image_1CHW: Tensor, precision: Precision) -> Tens
     with torch.autocast(image_1CHW.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         logits_1KHW: Tensor = model(image_1CHW)
     return logits_1KHW.float()
-
-
-def _loss(logits_1KHW: Tensor, targets: Tensor, continuity: float) -> Tensor:
-    flat = logits_1KHW.permute(0, 2, 3, 1).flatten(0, 2)
-    loss = F.cross_entropy(flat, targets)
-    if continuity:
-        steps = logits_1KHW.diff(dim=2).abs().mean() + logits_1KHW.diff(dim=3).abs().mean()
-        loss = loss + continuity * steps
-    return loss
-
-
-def _recipe(network: str | Recipe, iterations: int, precision: str) -> Recipe:
-    if iterations < 1:
-        raise ConfigError(f"{iterations} iterations, expected at least 1; raise them")
-    if precision not in {"float32", "bfloat16"}:
-        raise ConfigError(f"precision is {precision!r}, expected 'float32' or 'bfloat16'")
-    if isinstance(network, Recipe):
-        return network
-    if network not in RECIPES:
-        raise ConfigError(f"network is {network!r}, expected one of {sorted(RECIPES)}; choose one of them")
-    return RECIPES[network]
 
 
 def _segments(superpixels_HW: NDArray[np.integer] | None, image_1CHW: Tensor, *, votes: bool) -> Tensor | None:

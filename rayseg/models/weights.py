@@ -108,7 +108,7 @@ def _hub_answers() -> bool:
     try:
         with urlopen(Request(huggingface_hub.constants.ENDPOINT, method="HEAD"), timeout=_TIMEOUT):
             return True
-    except HTTPError:  # an answer, too
+    except HTTPError:  # also an answer
         return True
     except OSError:
         return False
@@ -227,26 +227,20 @@ HEADER = ("weights", "encoder", "size", "licence", "mean / std of the input", "f
 
 
 def listed() -> list[tuple[str, str, str, str, str, str]]:
-    """Rows under `HEADER` of the weights that can be had."""
+    """Rows under `HEADER` of the available weights."""
     rows = [
         ("packaged", name, f"{known.megabytes} MB", known.licence, _shown(name), known.package)
         for name, known in PACKAGED.items()
     ]
     rows = [row if PACKAGED[row[1]].file else (*row[:5], f"{row[5]} (not installed)") for row in rows]
-    rows += [
-        ("imagenet", name, f"{size} MB", _licence(name), _shown(name), "hub, downloaded when used")
-        for name, size in ON_HUB.items()
-    ]
+    for name, size in ON_HUB.items():
+        stated = timm.models.get_pretrained_cfg(bare_name(name)) if timm.is_model(bare_name(name)) else None
+        licence = (stated.license if stated else "") or "see the hub"
+        rows.append(("imagenet", name, f"{size} MB", licence, _shown(name), "hub, downloaded when used"))
     return [
         *rows,
         ("FILE", "any of timm or smp", "", "its own", "as in its training", ".pth, .pt or .safetensors; path or URL"),
     ]
-
-
-def _licence(encoder: str) -> str:
-    bare = bare_name(encoder)
-    stated = timm.models.get_pretrained_cfg(bare) if timm.is_model(bare) else None
-    return (stated.license if stated else "") or "see the hub"
 
 
 def _shown(encoder: str) -> str:

@@ -37,6 +37,7 @@ class BandPercentiles:
 
     def _percentiles(self, scene: SceneRow) -> Settled:
         values_CN = np.concatenate([self._read(*block) for block in _blocks(scene.tiles)], axis=1)
+        # Blocks without two different values do not show that the whole scene has none.
         if values_CN.shape[1] == 0 or (values_CN == values_CN[:, :1]).all():
             values_CN = self._first_two(scene.tiles, values_CN)
         if values_CN.shape[1] == 0:

@@ -1,8 +1,8 @@
 """Plots proposed by a network for fields and boundaries, and a watershed of its map."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,16 +51,21 @@ class BoundaryProposer:
             return Proposals.none()
         level = self._predict.bundle.level if self.level is None else self.level
         map_CHW = self.probabilities(image_HWC, open_HW)
-        found_HW = divided(map_CHW, level=level or 0.0, slivers=self.slivers) * open_HW
-        numbers, inverse = np.unique(np.append(found_HW, 0), return_inverse=True)
-        labels_HW = inverse[:-1].reshape(found_HW.shape)
+        plots_HW = divided(map_CHW, level=level or 0.0, slivers=self.slivers) * open_HW
+        # The 0 that is appended makes the background label 0 where plots cover every pixel.
+        numbers, inverse = np.unique(np.append(plots_HW, 0), return_inverse=True)
+        labels_HW = inverse[:-1].reshape(plots_HW.shape)
         which = np.arange(1, len(numbers))
         line_HW = find_boundaries(labels_HW, mode="inner")
         iou_N = ndimage.mean(map_CHW[FIELD], labels_HW, which)
         stability_N = np.nan_to_num(ndimage.mean(map_CHW[BOUNDARY], np.where(line_HW, labels_HW, 0), which))
-        boxes = ndimage.find_objects(labels_HW)
-        masks = tuple(_runs(labels_HW[box] == k, box, found_HW.shape[1]) for k, box in enumerate(boxes, 1))
-        return Proposals(masks, np.asarray(iou_N, np.float64).reshape(-1), np.asarray(stability_N).reshape(-1))
+        masks = []
+        for k, box in enumerate(ndimage.find_objects(labels_HW), 1):
+            rows, cols = box
+            inside = (rows.start, cols.start, rows.stop, cols.stop)
+            runs = rle.encode(labels_HW[box] == k)
+            masks.append(rle.moved(runs, inside, width=cols.stop - cols.start, into=open_HW.shape[1]))
+        return Proposals(tuple(masks), np.asarray(iou_N, np.float64).reshape(-1), np.asarray(stability_N).reshape(-1))
 
     def probabilities(self, image_HWC: Image, valid_HW: Mask) -> NDArray[np.float32]:
         """The map (3, height, width) of an 8-bit image: background, field, boundary."""
@@ -72,27 +77,19 @@ class BoundaryProposer:
         reach = lattice.reach(tile.window)
         own = tile.window.slices(reach)
         stored_CHW = np.zeros((len(described.bands), reach.height, reach.width), np.float32)
-        stored_CHW[:, *own] = self._stored(image_HWC)
+        # The stored values of the imagery, as the network learnt them.
+        low, high = self.image.low, self.image.high
+        image_CHW = image_HWC.transpose(2, 0, 1)[: len(self.image.bands)]
+        stored_CHW[:, *own] = image_CHW * np.float32((high - low) / 255) + np.float32(low)
         known_HW = np.zeros((reach.height, reach.width), bool)
         known_HW[own] = valid_HW
         patches = patches_of(described, tile, known_HW, reach)
         blend = Blend(tile.window, described.outputs, lattice)
         cuts = [(slice(None), *patch.slices(reach)) for patch in patches]
         batches = (batch.float().cpu().numpy() for batch in self._predict.probabilities(stored_CHW, known_HW, cuts))
-        for patch, map_CHW in zip(patches, (one for batch in batches for one in batch), strict=True):
+        for patch, map_CHW in zip(patches, chain.from_iterable(batches), strict=True):
             blend.add(patch, map_CHW)
         return blend.result()
-
-    def _stored(self, image_HWC: Image) -> NDArray[np.float32]:
-        """The stored values of the imagery, as the network learnt them."""
-        low, high = self.image.low, self.image.high
-        return image_HWC.transpose(2, 0, 1)[: len(self.image.bands)] * np.float32((high - low) / 255) + np.float32(low)
-
-
-def _runs(mask_hw: Mask, box: Sequence[slice], width: int) -> rle.Runs:
-    rows, cols = box
-    inside = (rows.start, cols.start, rows.stop, cols.stop)
-    return rle.moved(rle.encode(mask_hw), inside, width=mask_hw.shape[1], into=width)
 
 
 def expect_boundaries(described: Bundle, image: ImageConfig) -> None:

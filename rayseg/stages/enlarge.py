@@ -58,8 +58,8 @@ class EnlargeTiles:
             return [self._tile(row) for row in rows]
 
     def _tile(self, row: TileRow) -> TileRow:
-        if why := row.incomplete or row.unread:
-            raise DataError(why)
+        if reason := row.incomplete or row.unread:
+            raise DataError(reason)
         window, reach, factor = row.tile.window, row.reach, self.config.factor
         larger_HWC = np.zeros((window.height * factor, window.width * factor, 3), np.uint8)
         whole = scaled(window, factor)

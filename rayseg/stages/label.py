@@ -56,6 +56,7 @@ class LabelTile:
         return self._models[prefix]
 
     def _tile(self, row: TileRow) -> TileRow:
+        # 1. the patches that reach into the tile and its margin
         network = self._loaded(row.bundle)
         described, tile, valid, reach = network.bundle, row.tile, row.valid, row.reach
         window = grown(tile.window, self.margin)

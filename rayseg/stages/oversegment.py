@@ -104,8 +104,8 @@ class Divide:
         return [self._divide(row) for row in rows]
 
     def _divide(self, row: TileRow) -> Settled:
-        if why := row.incomplete or row.unread:
-            raise DataError(why)
+        if reason := row.incomplete or row.unread:
+            raise DataError(reason)
         tile, valid = row.tile, row.valid
         scaling = Scaling.model_validate_json(row.scaling)
         image_CHW = np.clip(scaling.normalize(mirrored(row.image, valid)), 0, 1)

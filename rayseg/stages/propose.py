@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from rayseg.engine.ledger import Settled
 from rayseg.engine.manifest import Row, write_rows
-from rayseg.errors import DataError
 from rayseg.geo import region
 from rayseg.geo.grid import NODATA, Lattice, Window
 from rayseg.io import cog, plot_joins, stac_write
@@ -162,8 +161,6 @@ class ReadPlots:
         return [self._read(row) for row in rows]
 
     def _read(self, row: TileRow) -> TileRow | Settled:
-        if row.refused:
-            raise DataError(row.refused)
         tile = row.tile
         result = read_reach(row, tile.window, self.bands)
         if isinstance(result, Settled):
@@ -212,6 +209,7 @@ class WritePlots:
 
     def _write(self, row: TileRow) -> Settled:
         tile = row.tile
+        # 1. the class of every plot, inside the region
         area = region.on_grid(self.geometry, tile.grid, tile.window)
         valid_HW = row.valid & region.pixels_inside(area, tile.grid, tile.window)
         values, inverse = np.unique(row.numbers, return_inverse=True)
@@ -221,6 +219,7 @@ class WritePlots:
         facts = facts_of(classes_HW, tile)
         if not facts["counts"]:
             return row.settled("nodata")
+        # 2. the rasters, then the item: a folder without an item is not a tile
         folder = upath(self.prefix) / tile.id
         classes = cog.write_classes(folder / "classes.tif", classes_HW, tile.grid, tile.window, self.table)
         plots = cog.write_image(

@@ -43,21 +43,19 @@ class ReadTile:
 
     def __call__(self, rows: list[TileRow]) -> list[TileRow | Settled]:
         """Read each tile."""
-        return [self._read(row) for row in rows]
-
-    def _read(self, row: TileRow) -> TileRow | Settled:
-        if row.refused:
-            raise DataError(row.refused)
-        reach = Lattice.of(row.tile.grid, self.patch, self.stride).reach(row.tile.window)
-        return read_reach(row, reach, self.bands)
+        lattices = [Lattice.of(row.tile.grid, self.patch, self.stride) for row in rows]
+        reaches = [lattice.reach(row.tile.window) for lattice, row in zip(lattices, rows, strict=True)]
+        return [read_reach(row, reach, self.bands) for row, reach in zip(rows, reaches, strict=True)]
 
 
 def read_reach(row: TileRow, reach: Window, bands: Sequence[str]) -> TileRow | Settled:
     """`tile, sources -> image, valid, reach, incomplete, unread`, as `ReadTile` describes them.
 
     Raises:
-        DataError: nothing can be read.
+        DataError: nothing can be read, or the tile's scene was refused when the run was planned.
     """
+    if row.refused:
+        raise DataError(row.refused)
     tile = row.tile
     try:
         image_CHW, valid_HW = rasters.read(row.sources, tile.grid, reach, bands=bands)
@@ -88,7 +86,7 @@ def _read_in_pieces(row: TileRow, reach: Window, bands: Sequence[str], error: Da
                     incomplete = incomplete or str(problem)
                 if all(is_local(href) for href, _ in source.assets):
                     continue
-                break  # each further attempt would wait for the network again
+                break  # because each further attempt would wait for the network again
             if image_CHW is None:
                 image_CHW = np.zeros((len(pixels_CHW), reach.height, reach.width), pixels_CHW.dtype)
             np.copyto(image_CHW[:, *rows_cols], pixels_CHW, where=ok_HW & ~valid_HW[rows_cols])
@@ -144,7 +142,7 @@ def _rows_on(grid: Grid, sources: Sequence[Source], geometry: dict[str, Any] | N
     # 2. The sources of every tile, with those that only its halo reaches.
     near: dict[tuple[int, int], tuple[int, ...]] = {}
     for index, window in enumerate(footprints):
-        alone = (index,)  # one tuple for all tiles of a single source, for a planet has millions of them
+        alone = (index,)  # one tuple for all tiles of a single source: a planet has millions of them
         for row, col in map(tuple, _touched(window, size, halo).tolist()):
             near[row, col] = (*near[row, col], index) if (row, col) in near else alone
     # 3. Rows; tiles with the same sources share one text.

@@ -55,15 +55,15 @@ class ReadGround:  # ledgers of earlier runs have stages under their class names
 
     def __call__(self, rows: list[TileRow]) -> list[TileRow | Settled]:
         """Read each tile."""
-        return [self._read(row) for row in rows]
-
-    def _read(self, row: TileRow) -> TileRow | Settled:
-        if row.refused:
-            raise DataError(row.refused)
-        cells = self.patches.cells(row.tile.window)
-        reach = self.patches.around(cells[0]).union(self.patches.around(cells[-1]))
-        result = read_reach(row, reach, self.image.bands)
-        return result if isinstance(result, Settled) else replace(result, image=eight_bit(result.image, self.image))
+        results = []
+        for row in rows:
+            cells = self.patches.cells(row.tile.window)
+            reach = self.patches.around(cells[0]).union(self.patches.around(cells[-1]))
+            result = read_reach(row, reach, self.image.bands)
+            if isinstance(result, TileRow):
+                result = replace(result, image=eight_bit(result.image, self.image))
+            results.append(result)
+        return results
 
 
 def eight_bit(image_CHW: NDArray[Any], kind: ImageConfig) -> Image:

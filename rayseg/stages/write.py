@@ -43,6 +43,7 @@ class WriteTile:
         return [self._write(row) for row in rows]
 
     def _write(self, row: TileRow) -> Settled:
+        # 1. the part inside the region; polygons at a seam are drawn beyond it and cut later
         tile = row.tile
         inside, drawn = region.kept(self.geometry, tile.grid, tile.window)
         classes = np.where(inside, row.classes, NODATA).astype(np.uint8)

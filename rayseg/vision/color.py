@@ -54,9 +54,18 @@ class ClassTable:
             ConfigError: a key is missing or unknown, or a colour or value is invalid.
         """
         _only(config, {"classes", "ignore", "threshold"}, "a class table")
-        rows: Sequence[Mapping[str, Any]] = config.get("classes") or ()
-        ignored = tuple(map(rgb_of, config.get("ignore") or ()))
-        return cls(tuple(_class_of(row, k) for k, row in enumerate(rows)), ignored, config.get("threshold"))
+        classes = []
+        for place, row in enumerate(config.get("classes") or ()):
+            _only(row, {"name", "color", "value"}, f"class {place}")
+            if "name" not in row or "color" not in row:
+                raise ConfigError(f"class {place} has only {sorted(row)}, expected a name and a color; add them")
+            try:
+                color = rgb_of(row["color"])
+            except ConfigError as error:
+                unquoted = "" if row["color"] is not None else "; in YAML # begins a comment: put the colour in quotes"
+                raise ConfigError(f"class {row['name']}: {error}{unquoted}") from None
+            classes.append((int(row.get("value", place)), str(row["name"]), color))
+        return cls(tuple(classes), tuple(map(rgb_of, config.get("ignore") or ())), config.get("threshold"))
 
     @property
     def values(self) -> tuple[int, ...]:
@@ -132,7 +141,15 @@ def decode(
     if mask.ndim != 2:
         raise DataError(f"a mask has the shape {mask.shape}, expected (height, width) or (height, width, 3 or 4)")
     if palette is not None:
-        return _decode_palette(mask, table, palette)
+        # Only indices that occur are decoded: unused palette entries may hold any colour.
+        used, at_HW = np.unique(mask, return_inverse=True)
+        if missing := [int(index) for index in used if int(index) not in palette]:
+            raise DataError(
+                f"the mask has the indices {missing[:5]}, its palette of {len(palette)} colours lacks them; repair the "
+                "mask"
+            )
+        colors = np.array([list(palette[int(index)])[:3] for index in used], np.int32).reshape(-1, 3)
+        return _decode_colors(_pack(colors, table.threshold)[at_HW].reshape(mask.shape), table)
     wrong_HW = ~np.isin(mask, [*table.values, IGNORE])
     if wrong_HW.any():
         unknown, counts = np.unique(mask[wrong_HW], return_counts=True)
@@ -192,18 +209,6 @@ def _only(row: Mapping[str, Any], known: set[str], what: str) -> None:
         )
 
 
-def _class_of(row: Mapping[str, Any], place: int) -> tuple[int, str, RGB]:
-    _only(row, {"name", "color", "value"}, f"class {place}")
-    if "name" not in row or "color" not in row:
-        raise ConfigError(f"class {place} has only {sorted(row)}, expected a name and a color; add them")
-    try:
-        color = rgb_of(row["color"])
-    except ConfigError as error:
-        unquoted = "" if row["color"] is not None else "; in YAML # begins a comment: put the colour in quotes"
-        raise ConfigError(f"class {row['name']}: {error}{unquoted}") from None
-    return int(row.get("value", place)), str(row["name"]), color
-
-
 def _pack(colors: NDArray[np.integer], threshold: int | None = None) -> NDArray[np.int32]:
     """One integer 0xRRGGBB for every colour of an array (..., 3 or more), its channels made 0 or 255 by a threshold."""
     wide = colors[..., :3].astype(np.int32)
@@ -231,16 +236,3 @@ def _decode_colors(codes_HW: NDArray[np.int32], table: ClassTable) -> NDArray[np
             "correct the mask"
         )
     return np.asarray(values[order][at_HW], np.uint8)
-
-
-def _decode_palette(
-    mask_HW: NDArray[np.integer], table: ClassTable, palette: Mapping[int, Sequence[int]]
-) -> NDArray[np.uint8]:
-    # Only indices that occur are decoded: unused palette entries may hold any colour.
-    used, at_HW = np.unique(mask_HW, return_inverse=True)
-    if missing := [int(index) for index in used if int(index) not in palette]:
-        raise DataError(
-            f"the mask has the indices {missing[:5]}, its palette of {len(palette)} colours lacks them; repair the mask"
-        )
-    colors = np.array([list(palette[int(index)])[:3] for index in used], np.int32).reshape(-1, 3)
-    return _decode_colors(_pack(colors, table.threshold)[at_HW].reshape(mask_HW.shape), table)

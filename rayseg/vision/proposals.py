@@ -120,28 +120,21 @@ class SuperpixelProposer(Config):
             near_N, far_N = (_contrasts(smooth_hwC, plots_hw, reach)[1:] for reach in (2, 4))
             scores = list(zip(near_N, _stability(near_N, far_N), strict=True))
         # 3. their runs at full resolution
+        masks = []
+        for k, box in enumerate(ndimage.find_objects(plots_hw), 1):
+            top, left = box[0].start * reduce, box[1].start * reduce
+            mask_HW = (plots_hw[box] == k).repeat(reduce, axis=0).repeat(reduce, axis=1)
+            part_HW = open_HW[top : top + mask_HW.shape[0], left : left + mask_HW.shape[1]]
+            mask_HW = mask_HW[: part_HW.shape[0], : part_HW.shape[1]] & part_HW
+            inside = (top, left, top + mask_HW.shape[0], left + mask_HW.shape[1])
+            masks.append(rle.moved(rle.encode(mask_HW), inside, width=mask_HW.shape[1], into=open_HW.shape[1]))
         scores_N2 = np.array(scores, np.float64).reshape(-1, 2)
-        masks = tuple(
-            _at_full_size(plots_hw[box] == k, box, open_HW, reduce)
-            for k, box in enumerate(ndimage.find_objects(plots_hw), 1)
-        )
-        return Proposals(masks, scores_N2[:, 0], scores_N2[:, 1])
+        return Proposals(tuple(masks), scores_N2[:, 0], scores_N2[:, 1])
 
 
 def _stability(near_N: NDArray[np.float64], far_N: NDArray[np.float64]) -> NDArray[np.float64]:
     """The smaller of two contrasts over the larger."""
     return np.asarray(np.minimum(near_N, far_N) / np.maximum(np.maximum(near_N, far_N), 1e-6))
-
-
-def _at_full_size(mask_hw: Mask, box: tuple[slice, slice], open_HW: Mask, reduce: int) -> Runs:
-    """The runs of a plot of the reduced image in the image, cut to its open pixels."""
-    top, left = box[0].start * reduce, box[1].start * reduce
-    open_part_HW = open_HW[top:, left:]
-    mask_HW = mask_hw.repeat(reduce, axis=0).repeat(reduce, axis=1)
-    mask_HW = mask_HW[: open_part_HW.shape[0], : open_part_HW.shape[1]]
-    mask_HW &= open_part_HW[: mask_HW.shape[0], : mask_HW.shape[1]]
-    inside = (top, left, top + mask_HW.shape[0], left + mask_HW.shape[1])
-    return rle.moved(rle.encode(mask_HW), inside, width=mask_HW.shape[1], into=open_HW.shape[1])
 
 
 def _contrasts(image_HWC: NDArray[np.float32], labels_HW: NDArray[np.int32], reach: int) -> NDArray[np.float64]:
