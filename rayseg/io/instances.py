@@ -88,6 +88,7 @@ class Polygons:
             frame = geopandas.read_parquet(str(target)) if parquet else geopandas.read_file(str(target))
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read as polygons: {error}; give GeoParquet or GeoJSON") from None
+        # Lines and points come with fields in some data sets.
         frame = frame[frame.geometry.notna() & frame.geom_type.isin(["Polygon", "MultiPolygon"])].reset_index(drop=True)
         if frame.empty:
             raise DataError(f"{path} holds no polygons, expected one for each plot; give another file")

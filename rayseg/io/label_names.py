@@ -123,6 +123,7 @@ def _expect_known(assigned: Assigned, tiles: list[MappedTile], labels: set[int],
             raise DataError(
                 f"the table has the label {label}, run {run} has 0 to {max(labels, default=0)}; correct the table"
             )
+    # Label 3 of one scene is not label 3 of another, unless one network maps all scenes.
     apart = len(scenes) > 1 and not read(run)["config"]["shared"]
     if apart and not all(scene for scene, _ in assigned):
         raise DataError(

@@ -140,6 +140,7 @@ def document(image: Path, polygons: Sequence[BaseGeometry], classes: Sequence[st
             f"a plot extends beyond {image} of {width} x {height} px; give the images of the run; with enlarge, those "
             "in RUN/enlarged"
         )
+    # LabelMe has no polygons with holes or parts: each ring is a shape, and a group is one plot.
     shapes = [
         {
             "label": "0" if kind == "nonfield" else "1",
@@ -183,6 +184,7 @@ def load(folder: str, images: str, out: str, *, size: int = 224) -> dict[str, in
     paths = sorted(Path(folder).glob("*.json"))
     if not paths:
         raise DataError(f"{folder} holds no .json files; export them with `rayseg labels export`")
+    # 1. the labelled plots of every image
     owners: dict[str, Path] = {}
     files, labelled = _files(Path(images)), []
     for path in paths:
@@ -194,6 +196,7 @@ def load(folder: str, images: str, out: str, *, size: int = 224) -> dict[str, in
             raise DataError(f"{path} belongs to the image {content.imagePath}, which is not in {images}; add it")
         owners[image] = path
         labelled.append(_Labelled(image, files[image], _plots(content, path, files[image])))
+    # 2. nothing is overwritten
     kinds = sorted(set(NAMES.values()))
     # Any crop counts, also of other classes: a plot may have changed its class.
     existing = [
@@ -201,6 +204,7 @@ def load(folder: str, images: str, out: str, *, size: int = 224) -> dict[str, in
     ]
     if existing:
         raise DataError(f"{existing[0]} exists, maybe with other labels; remove it or give another --out")
+    # 3. one crop per plot
     counts = dict.fromkeys(kinds, 0)
     for entry in labelled:
         image_HWC = _picture(entry.file)
@@ -226,6 +230,7 @@ def polygons_of(folder: str) -> geopandas.GeoDataFrame:
         outlines = [shape for shape in content.shapes if shape.shape_type == "polygon" and len(shape.points) > 2]
         holes: dict[object, list[BaseGeometry]] = {}
         for shape in outlines:
+            # Holes come first, as a hole may precede its outline.
             if (shape.flags or {}).get("hole"):
                 holes.setdefault(shape.group_id, []).append(shapely.make_valid(Polygon(shape.points)))
         for shape in outlines:

@@ -162,6 +162,7 @@ def seam_score(tiles: Sequence[MappedTile], *, most: int = 200) -> dict[str, Any
         neighbouring pixels that both have data), and their `ratio` (None where nothing changes inside); None if no
         two tiles touch with data.
     """
+    # 1. some of the borders, as all would be a request per tile
     borders = _borders(tiles)
     chosen = (
         [borders[at] for at in sorted({round(p) for p in np.linspace(0, len(borders) - 1, most)})] if borders else []
@@ -169,6 +170,7 @@ def seam_score(tiles: Sequence[MappedTile], *, most: int = 200) -> dict[str, Any
     with ThreadPoolExecutor(4) as pool:
         counts = list(pool.map(_across, chosen))
     pairs, changes = sum(pair for pair, _ in counts), sum(change for _, change in counts)
+    # 2. the rate inside tiles, which the ledger has
     inside = sum(tile.record.facts["pairs"] for tile in tiles)
     if not pairs or not inside:
         return None

@@ -88,6 +88,7 @@ def _pieces_of(mask: Source, *, placed: bool) -> list[Piece]:
         part, window = part_of_image(mask), footprint(mask, pixels_of(mask))
         name = f"{mask.item_id}_{window.col}_{window.row}" if part else mask.item_id
         return [Piece(Tile(name, pixels_of(mask), window), mask, mask.item_id, None if part else size)]
+    # Blocks lie on multiples of `BLOCK` of the grid, so masks of one grid have the same blocks.
     [(grid, _)] = grids_of([mask])
     extent = footprint(mask, grid)
     blocks = [

@@ -144,6 +144,7 @@ def across_seams(grids: Sequence[Grid], plots: Sequence[Row], *, least: float) -
         plots: rows of `join` with `number`, `grid` and geometry as WKB.
         least: IoU along the seam.
     """
+    # 1. the plots that lie along a seam, and where
     cut: list[Row] = []
     along: list[list[tuple[int, int, float, float]]] = []
     for at, grid in enumerate(grids):
@@ -152,12 +153,14 @@ def across_seams(grids: Sequence[Grid], plots: Sequence[Row], *, least: float) -
         rows = [row for row in plots if row["grid"] == at]
         outlines = lonlat_of(grid, shapely.from_wkb(np.array([row["geometry"] for row in rows], object)))
         cut, along = cut + rows, along + [seams.edges(outline, grid) for outline in outlines]
+    # 2. pairs by the IoU of their lengths along the seam
     lengths = [sum(high - low for _, _, low, high in edges) for edges in along]
     shared: dict[tuple[int, int], float] = {}
     for one, other, low, high in seams.touching([(at, 0, edges) for at, edges in enumerate(along)]):
         shared[one, other] = shared.get((one, other), 0.0) + high - low
     pairs = [(a, b) for (a, b), length in shared.items() if length > least * (lengths[a] + lengths[b] - length)]
     owners = groups(len(cut), np.array(pairs, np.int64).reshape(-1, 2)).tolist()
+    # 3. a plot of several pieces keeps its lowest number
     first: dict[int, int] = {}
     for owner, row in zip(owners, cut, strict=True):
         first[owner] = min(first.get(owner, row["number"]), row["number"])

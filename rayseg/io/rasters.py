@@ -82,6 +82,7 @@ def read(
     for source in sources:
         part = footprint(source, grid).intersect(window)
         rows_cols = part.slices(window)
+        # The first valid source wins, so a file whose pixels are all covered is not opened.
         if part.empty or valid_HW[rows_cols].all():
             continue
         pixels_CHW, ok_HW = _read_source(source, grid, part, bands, categorical=categorical)
@@ -115,6 +116,7 @@ def _read_source(
     for (href, nodata), wanted in _files_of(source, bands).items():
         indexes = [index for _, index in wanted]
         one = replace(source, nodata=nodata, nodatas=(), change=())
+        # Each attempt opens the file again: an open one keeps its lost connection.
         read_it = partial(_read_file, one, href, grid, part, indexes, categorical=categorical)
         pixels_CHW, ok_HW = remote.patiently(read_it)
         if image_CHW is None:

@@ -323,6 +323,7 @@ def expect_classes(
         raise ConfigError(f"absent names {', '.join(unknown)}, the classes are {', '.join(table.names)}; correct it")
     for position, name in enumerate(table.names):
         here, there = (int(counts[part][position]) for part in ("training", "validation"))
+        # A class of the validation alone would count as an IoU of 0 in every epoch.
         if name in absent or here:
             continue
         if not there:

@@ -270,18 +270,22 @@ def grids_of(sources: Sequence[Source]) -> list[tuple[Grid, list[Source]]]:
     Raises:
         DataError: UTM cannot hold a source that has to go there, or its georeference is impossible.
     """
+    # 1. images without CRS, a grid each
     ordered = newest_first(sources)
     grids = [(Grid(None, (1.0, 1.0), (0.0, 0.0), source.item_id), [source]) for source in ordered if source.crs is None]
     mapped = [source for source in ordered if source.crs is not None]
     if not mapped:
         return grids
+    # 2. the grid that all share, so that no pixel is resampled
     if own := _own_grid(mapped):
         return [*grids, (own, mapped)]
+    # 3. UTM: a source belongs to every zone whose ground it meets
     finest = {source: utm_of(source) for source in mapped}
     zones: dict[str, list[Source]] = {}
     for source in mapped:
         for crs in _zones_of(source):
             zones.setdefault(crs, []).append(source)
+    # 4. one zone where it holds all sources, else zones that divide the ground
     centres = {crs for crs, _ in finest.values()}
     reach = _REACH if len(mapped) == 1 else _BEYOND
     held = [_held(source, crs, beyond=reach) for source, (crs, _) in finest.items()]
@@ -399,6 +403,7 @@ def expect_mappable(source: Source, *, tile: int) -> None:
     if source.crs is None:
         return
     ring_of(source)
+    # Corners of a projected image may lie outside the domain of its projection: only its centre is checked.
     reach = (source.width / 2, source.height / 2) if crs_of(source.crs).is_geographic else (0.0, 0.0)
     for lon, lat in moved(source, LONLAT, [(-reach[0], -reach[1]), reach]):
         if not (abs(lon) <= 360.1 and abs(lat) <= 90.1):
@@ -549,6 +554,7 @@ def utm_of(source: Source) -> tuple[str, float]:
             "the UTM zones that it would share with other imagery; map it in a run of its own"
         )
     crs = zone_of(lon, lat)
+    # The side at the centre: in degrees it changes with the latitude.
     (x, y), *steps = moved(source, crs, [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)])
     return crs, min(math.hypot(x1 - x, y1 - y) for x1, y1 in steps)
 

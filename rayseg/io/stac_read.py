@@ -240,12 +240,14 @@ def source_of(item: pystac.Item, *, bands: Sequence[str] | None = None) -> Sourc
 
 
 def _source_of(item: pystac.Item, bands: Sequence[str] | None) -> Source:
+    # 1. which files have the bands
     assets = _image_assets(item)
     names = _band_names(assets, bands)
     used = _used(names, bands)
     if not used:
         found = [name for names_of in names.values() for name in names_of or ()]
         raise DataError(f"{item.id} has none of the bands {', '.join(bands or ())}: found {', '.join(found)}")
+    # 2. what the item states; files are opened for the rest alone, as each costs a request
     hrefs = {key: href_of(item, assets[key]) for key in used}
     frames = {key: frame for key in used if (frame := _frame(item, assets[key]))}
     dtypes = {key: dtype for key in used if (dtype := _dtype(item, assets[key]))}
@@ -255,6 +257,7 @@ def _source_of(item: pystac.Item, bands: Sequence[str] | None) -> Source:
         opened |= {key: source_of_file(hrefs[key], item.id) for key in used if key not in opened}
     frames |= {key: source for key, source in opened.items() if key not in frames}
     dtypes |= {key: source.dtype for key, source in opened.items() if key not in dtypes}
+    # 3. the finest file gives the grid; nodata, scale and offset may differ from band to band
     first = min(frames, key=lambda key: (abs(Affine(*frames[key].transform).determinant), used.index(key)))
     counts = {key: len(names[key] or opened[key].bands) for key in used}
     stated = {dtypes.get(key, "") for key in used}
@@ -322,6 +325,7 @@ def _band_names(assets: dict[str, pystac.Asset], wanted: Sequence[str] | None) -
     """Names of each asset's bands; None if only the file has them."""
     bands = {key: _rows(asset, "bands") or _rows(asset, "eo:bands") for key, asset in assets.items()}
     pairs = {key: [(row.get("name"), _common_name(row)) for row in rows] for key, rows in bands.items()}
+    # A common name that several bands have ("rededge" of Sentinel-2) is not a name.
     holders: dict[str, set[str | None]] = {}
     for name, common in (pair for rows in pairs.values() for pair in rows):
         holders.setdefault(common or "", set()).add(name or common)

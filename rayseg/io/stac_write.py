@@ -79,6 +79,7 @@ def item_of(
     Raises:
         DataError: the grid has coordinates outside the Earth.
     """
+    # 1. place and time
     geometry, bbox = lonlat_outline(grid, window)
     times = sorted((utc_text(source.datetime) for source in sources if source.datetime), key=time_order)
     item = pystac.Item(
@@ -95,6 +96,7 @@ def item_of(
     projection.transform = [float(value) for value in tuple(grid.transform(window))[:6]]
     projection.bbox = [left, min(bottom, top), right, max(bottom, top)]
     projection.wkt2 = None if projection.code else grid.crs
+    # 2. how it was made
     item.stac_extensions.append(PROCESSING)
     FileExtension.add_to(item)
     if table:
@@ -108,6 +110,7 @@ def item_of(
     if grid.crs is None and grid.image:
         item.properties[IMAGE] = grid.image
     for file in files:
+        # 3. files, and links to imagery and model
         _add_asset(item, file, table)
     hrefs = [(public(source.href), source.item_id) for source in sources if source.href]
     hrefs += [(_relative(model, str(upath(folder))), "model")] if model else []
@@ -249,6 +252,7 @@ def write_collection(root: StorePath, items: Iterable[tuple[str, dict[str, Any]]
     folder, extent = upath(root), _Extent()
     waiting, placed, assets = iter(items), True, {}
     with Spool() as spool:
+        # In chunks: the items of a planet do not fit into memory.
         while chunk := list(islice(waiting, _ITEMS)):
             rows = {_relative(href, str(folder)): item for href, item in chunk}
             for href, item in rows.items():

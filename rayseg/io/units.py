@@ -74,6 +74,7 @@ def expect_one_unit(sources: Sequence[Source], bands: Sequence[str] = ()) -> Non
             from both sides of processing baseline 04.00, or only some state their baseline; the message names two.
     """
     ordered = sorted(sources, key=lambda source: source.item_id)
+    # 1. Sentinel-2 scenes whose offset only their processing baseline tells
     known = [(source, baseline) for source in ordered if (baseline := _baseline(source)) is not None]
     old = [f"{source.item_id} is from Sentinel-2 processing baseline {b:05.2f}" for source, b in known if b < BASELINE]
     new = [f"{source.item_id} from {baseline:05.2f}" for source, baseline in known if baseline >= BASELINE]
@@ -90,6 +91,7 @@ def expect_one_unit(sources: Sequence[Source], bands: Sequence[str] = ()) -> Non
             "expected the baseline of all or of no scenes of a run, as values are 1000 higher from 04.00 on; state "
             "s2:processing_baseline, or raster:bands with scale and offset, in its item, or map them in two runs"
         )
+    # 2. the same scale and offset for each band
     first: dict[str, Source] = {}
     for source in ordered:
         for band in bands or source.bands:
@@ -123,6 +125,7 @@ def expect_one_dtype(source: Source, bands: Sequence[str]) -> None:
     if not source.dtypes:
         return
     hrefs = [href for href, names in source.assets for _ in names]
+    # Only a file knows a type that its item does not state.
     types: dict[str, list[str]] = {}
     for name, href, dtype in zip(source.bands, hrefs, source.dtypes, strict=True):
         if name in bands:

@@ -269,12 +269,14 @@ def _over_seams(
     frames: Iterable[tuple[Grid, "geopandas.GeoDataFrame"]],
 ) -> Iterator[tuple[Grid, "geopandas.GeoDataFrame"]]:
     """`_frames` with the polygons of neighbouring zones joined; those at a seam come last, each with its first grid."""
+    # 1. polygons away from seams are complete
     waiting: list[tuple[Grid, geopandas.GeoDataFrame, list[Any]]] = []
     for grid, frame in frames:
         along = [seams.edges(polygon, grid) for polygon in frame.geometry]
         at_seam = np.array([bool(edges) for edges in along], bool)
         yield grid, frame[~at_seam]
         waiting += [(grid, frame.iloc[[at]], along[at]) for at in np.flatnonzero(at_seam)]
+    # 2. polygons of one class that share a piece of a seam are one
     edges = [(at, int(frame["class"].iloc[0]), along) for at, (_, frame, along) in enumerate(waiting)]
     pairs = np.array([pair[:2] for pair in seams.touching(edges)], np.int64).reshape(-1, 2)
     members: dict[int, list[int]] = {}
@@ -367,6 +369,7 @@ def _segments(parts: pa.Table, first: int) -> NDArray[np.void]:
     columns = {name: parts[name].to_numpy() for name in ("class", "col", "row", "col1", "row1")}
     rings = shapely.get_exterior_ring(shapely.from_wkb(parts["geometry"].to_numpy()))
     points, ring = shapely.get_coordinates(rings, return_index=True)
+    # Steps from a point to the next one of the same ring.
     within = ring[:-1] == ring[1:]
     start, end, part = points[:-1][within].astype(np.int64), points[1:][within].astype(np.int64), ring[:-1][within]
     found = []
@@ -540,6 +543,7 @@ def _parts_of_raster(path: str) -> tuple[Iterable[pa.Table], ClassTable]:
         found = f"{len(source.bands)} bands of {source.dtype}"
         raise DataError(f"{path} is not a class raster: one band of uint8 was expected, {found} found")
     table = table_of(path)
+    # Blocks as tiles: memory does not grow with the raster.
     skip = (0,) if table is None or len(table.classes) == 2 else ()
     [(grid, _)] = grids_of([source])
     extent = footprint(source, grid)

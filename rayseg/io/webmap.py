@@ -118,6 +118,7 @@ def service_for(url: str, resolution: float, fetching: Fetching) -> tuple[Servic
     if not 0 < resolution < math.inf:
         raise ConfigError(f"resolution is {resolution}, expected the side of a pixel in metres, above 0; correct it")
     coarsest = _native(fetching.tile_size, 0)
+    # The next finer zoom: pixels are averaged, never made up.
     zoom = max(0, math.ceil(math.log2(coarsest / resolution * (1 - _SAME))))
     if zoom > _FINEST_ZOOM:
         raise ConfigError(
@@ -146,6 +147,7 @@ def _check_template(service: Service) -> None:
         raise ConfigError(
             f"{service.public} is not the address of a tile server: expected http:// or https:// and a host"
         )
+    # Messages show `service.public`: the template itself may hold a key.
     placeholders = set(_BRACED.findall(url))
     if unknown := sorted(placeholders - set(_PLACEHOLDERS)) or re.findall(r"[{}]", _BRACED.sub("", url)):
         raise ConfigError(

@@ -352,6 +352,7 @@ def _resampled(mosaic_CHW: np.ndarray, job: _Job, around: Window, window: Window
         dst_transform=job.grid.transform(window),
         dst_crs=crs_of(CRS),
         resampling=Resampling.average,
+        # Transparent pixels do not count in the mean.
         src_alpha=4,
         dst_alpha=4,
         tolerance=1e-9,

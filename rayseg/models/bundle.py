@@ -221,6 +221,7 @@ class Bundle(Config):
                 f"model {self.name} was trained on {self.dtype} values, {source} has {dtype}; "
                 "convert the imagery to the model's units or use another model"
             )
+        # Of stored values the scale is unknown: `expected` then has no band, and any unit fits.
         expected = self.band_units
         for band, unit in zip(bands, units, strict=False):
             own = expected.get(band, unit)
@@ -246,6 +247,7 @@ def item(bundle: Bundle, *, size: int, parameters: int) -> pystac.Item:
         size: of the weights file in bytes.
         parameters: number of the model's weights.
     """
+    # 1. what the model does, in MLM's words
     provenance, options = bundle.provenance, bundle.architecture.options
     described = pystac.Item(
         id=bundle.name,
@@ -269,6 +271,7 @@ def item(bundle: Bundle, *, size: int, parameters: int) -> pystac.Item:
         },
         stac_extensions=[MLM_SCHEMA, FILE_SCHEMA, PROCESSING_SCHEMA],
     )
+    # 2. its files and parents
     weights = pystac.Asset(
         "./model.safetensors",
         title=f"weights of {bundle.name}",
@@ -356,6 +359,7 @@ def description(prefix: StorePath) -> Bundle:
         values = json.loads((folder / "bundle.json").read_bytes())
     except ValueError:
         raise ModelError(f"{folder / 'bundle.json'} is not JSON, expected a model bundle; copy it again") from None
+    # The format is checked first: values of another version may be invalid here.
     version = values.get("format") if isinstance(values, dict) else None
     if version != FORMAT:
         raise ModelError(

@@ -78,6 +78,7 @@ def build_encoder(encoder: str, *, channels: int = 3, stride: int = 32, weights:
     name, weights = encoder_name(encoder), chosen(encoder, weights)
     try:
         with warnings.catch_warnings():
+            # The libraries warn of their own deprecated calls.
             warnings.simplefilter("ignore", DeprecationWarning)
             model: nn.Module = smp.encoders.get_encoder(
                 name,
@@ -180,6 +181,7 @@ def read_state(path: str) -> State:
         raise ModelError(f"weights {path} cannot be read: {error.strerror or error}; check the path") from None
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError) as error:
         raise _unreadable(path, data, " ".join(str(error).split())) from None
+    # Checkpoints nest: Lightning's `state_dict`, MAE's `model`, BasicSR's `params_ema`.
     for wrapper in _WRAPPERS:
         inner = content.get(wrapper) if isinstance(content, dict) else None
         content = inner if isinstance(inner, dict) else content

@@ -101,6 +101,7 @@ def summary(result: Result) -> bytes:
     values, counts = np.unique(result.classes_HW[result.classes_HW != NODATA], return_counts=True)
     pixels = dict(zip(values.tolist(), counts.tolist(), strict=True))
     areas, shown = class_areas(result.tile, result.classes_HW), shown_colors(result.table)
+    # Shares are of area: pixels differ in size in degrees and in Web Mercator.
     sizes = pixels if areas is None else areas
     total = sum(sizes.values()) or 1
     rows = [

@@ -48,6 +48,7 @@ def api(config: ServeConfig, backend: Backend, index: ModelIndex) -> RequestMidd
         ConfigError: the token file is unusable.
     """
     app = FastAPI(title="rayseg", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    # 1. errors and middleware
     metrics = Metrics()
     app.add_exception_handler(RaysegError, _explain)
     app.add_exception_handler(HTTPException, _explain)
@@ -57,8 +58,10 @@ def api(config: ServeConfig, backend: Backend, index: ModelIndex) -> RequestMidd
     app.include_router(pages.router())
     app.include_router(runs.router(config))
     wrapped = RequestMiddleware(app, config, token=config.token(), metrics=metrics)
+    # 2. the server's state and the models
     _add_server(app, wrapped, metrics)
     _add_models(app, index)
+    # 3. requests about an image
     predictor = _Predictor(config, backend, index, metrics)
     routes = (
         ("/v1/models/{name}/predict", "models", predictor.predict, forms.IMAGE),
@@ -72,6 +75,7 @@ def api(config: ServeConfig, backend: Backend, index: ModelIndex) -> RequestMidd
         app.add_api_route(
             path, endpoint, methods=["POST"], tags=[tag], responses=forms.ANSWERS, openapi_extra=described
         )
+    # 4. jobs; without a prefix for them, the address explains the refusal
     if config.jobs:
         from rayseg.serve import jobs
 

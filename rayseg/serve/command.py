@@ -132,6 +132,7 @@ def view(run: str, *, port: int, browser: bool, say: Callable[[str], None]) -> N
     config = with_hosts(ServeConfig(runs=(run,)), "127.0.0.1")
     [root] = config.runs
     name = next(name for name, prefix in runs_below([root]).items() if prefix.rstrip("/") == root.rstrip("/"))
+    # The port is reserved before its address is printed.
     lock = reserve("127.0.0.1", port)
     address = f"http://127.0.0.1:{port}/runs/{name}"
     say(f"{address}; stop with Ctrl-C")

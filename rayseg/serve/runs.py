@@ -283,6 +283,7 @@ def tile_png(
     stop: Event | None = None,
 ) -> bytes | None:
     """A web tile (z, x, y) of a run as PNG; None if it is empty. Once `stop` is set, no further file is opened."""
+    # 1. the imagery under the web tile
     bounds = mapview.bounds_of_tile(*place)
     sources = shown.sources(bounds, image)
     size = _size(sources, image) if image is not None else None
@@ -293,6 +294,7 @@ def tile_png(
         if len(sources) > MAX_OPENED:
             return None
         return answers.rgba_png(mapview.imagery_tile(sources, place, image=whole, hosts=hosts, stop=stop))
+    # 2. the class maps, or where there are many of them each tile in its most frequent class
     positions = shown.mapped(bounds, image)
     if not positions:
         return None

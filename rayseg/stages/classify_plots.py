@@ -48,6 +48,7 @@ class CutPlots:
         errors: list[DataError] = []
         for number, geometry in zip(row.numbers, shapely.from_wkb(np.array(row.plots, object)), strict=True):
             left, top, right, bottom = (round(value) for value in geometry.bounds)
+            # A plot may lie in several tiles, so its pixels come from the imagery, not from a tile.
             window = Window(left, top, right - left, bottom - top)
             try:
                 image_CHW, _ = rasters.read(sources, row.grid, window, bands=self.image.bands)

@@ -63,6 +63,7 @@ class EnlargeTiles:
         window, reach, factor = row.tile.window, row.reach, self.config.factor
         larger_HWC = np.zeros((window.height * factor, window.width * factor, 3), np.uint8)
         whole = scaled(window, factor)
+        # Cells of one lattice, whatever the tiling: a pixel depends on its patch alone.
         for cell in self.lattice.cells(window):
             seen = self.lattice.around(cell)
             image_HWC, valid_HW = (array[seen.slices(reach)] for array in (row.image, row.valid))

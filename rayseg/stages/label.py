@@ -71,9 +71,11 @@ class LabelTile:
             batches = network.probabilities(row.image, valid, cuts)
             yield from zip(some, chain.from_iterable(batches), strict=True)
 
+        # 2. the most probable label, a row of patches at a time
         parts = blended(predict, patches, window, lattice, classes=described.outputs, device=network.device)
         for part, labels, tops in parts:
             classes[part.slices(window)], scores[part.slices(window)] = labels, tops
+        # 3. without specks, cut to the tile
         seen = valid[window.slices(reach)]
         classes = without_specks(classes, seen, size=self.sieve)
         inner = tile.window.slices(window)

@@ -110,6 +110,7 @@ class Divide:
         scaling = Scaling.model_validate_json(row.scaling)
         image_CHW = np.clip(scaling.normalize(mirrored(row.image, valid)), 0, 1)
         labels_HW = METHODS[self.method](image_CHW.transpose(1, 2, 0), **self.options)
+        # Numbers without gaps from 1; where every pixel is valid, unique begins with 0.
         _, gapless = np.unique(np.where(valid, labels_HW + 1, 0), return_inverse=True)
         numbers = gapless.reshape(valid.shape).astype(np.uint32) + np.uint32(valid.all())
         part = part_path(self.prefix, tile.id)

@@ -69,6 +69,7 @@ class Predict:
         if self.device.startswith("cuda"):
             self.batch = self.batch or 16
             return described, Probabilities(model).eval().to(self.device).to(memory_format=torch.channels_last)
+        # On a CPU each patch is computed by one thread, so that its bits do not depend on the machine.
         quick = folded(model.eval(), len(described.bands))
         apart = Apart(Probabilities(quick).eval().to(memory_format=torch.channels_last))
         self.batch = self.batch or apart.count

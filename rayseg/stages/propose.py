@@ -165,6 +165,7 @@ class ReadPlots:
         result = read_reach(row, tile.window, self.bands)
         if isinstance(result, Settled):
             return result
+        # Labels of a patch -> numbers of the joined plots.
         numbers: dict[plot_joins.Place, dict[int, int]] = {}
         for piece in plot_joins.read_table(pieces_path(self.joined, tile.id, "numbers")):
             numbers.setdefault(plot_joins.place_of(piece), {})[piece["label"]] = piece["number"]

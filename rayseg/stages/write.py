@@ -57,6 +57,7 @@ class WriteTile:
             if drawn is None
             else self._parts(row, np.where(drawn, row.classes, NODATA).astype(np.uint8), row.scores, inside)
         )
+        # 2. the files, then the item: a folder without an item is not a tile
         files = (
             cog.write_classes(folder / "classes.tif", classes, tile.grid, tile.window, self.table),
             cog.write_scores(folder / "scores.tif", scores, tile.grid, tile.window, self.bands),

@@ -47,6 +47,7 @@ def fit_appearance(chips: Iterable[Known], settings: AppearanceConfig, *, scalin
     Raises:
         DataError: no pixel has the label 1, or too few have the label 0.
     """
+    # 1. as many pixels of each chip, so that large chips do not outweigh others
     rng = np.random.default_rng(settings.seed)
     drawn: dict[int, list[NDArray[np.float32]]] = {0: [], 1: []}
     for image_HWC, labels_HW in chips:
@@ -62,10 +63,12 @@ def fit_appearance(chips: Iterable[Known], settings: AppearanceConfig, *, scalin
                 f"{len(found)} sure pixels of {what} in the chips, expected at least {least}; "
                 "lower appearance.sure, or add chips that show it"
             )
+    # 2. the Gaussians
     parts = [_fitted(of_class, 1, settings.seed), _fitted(of_rest, settings.components, settings.seed)]
     model = Appearance(components=settings.components)
     factors = np.concatenate([part.precisions_cholesky_ for part in parts])
     heights = np.log(np.concatenate([part.weights_ for part in parts]))
+    # The determinant of a Cholesky factor is the product of its diagonal.
     heights += np.log(np.diagonal(factors, axis1=1, axis2=2)).sum(axis=1)
     values = {
         "mean": (np.array(scaling.mean) - scaling.offset) / scaling.scale,

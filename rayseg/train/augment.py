@@ -132,6 +132,7 @@ def cut(
     images, masks = [], []
     for number, image in enumerate(images_NCHW):
         mask = None if masks_NMHW is None else masks_NMHW[number]
+        # An image at a time: windows differ in side, so they are resized before they are stacked.
         generator = rng if isinstance(rng, Generator) else rng[number]
         window = _window(image.shape[1:], mask, settings, generator, size=size, beyond=fill is not None)
         images.append(_filled(image[window].float(), window, size, fill, smooth=True))

@@ -154,11 +154,13 @@ def _train(config: State) -> State:
     state = session.load_checkpoint(config["prefix"], config["key"])
     shape = {"classes": max(chips.count, 2), "channels": chips.read(0).shape[2]}
     learner, state = resumed(state, lambda weights: settings.build(**shape, weights=weights), settings.learning, config)
+    # The held-out chips are not kept: they are read once per epoch, after all others.
     read = Kept(chips.read, limit=settings.learning.memory)
     config = config | {"device": session.device_of(config)}
 
     def one_epoch(epoch: int) -> Epoch:
         measures = {"loss": _epoch(epoch, learner, read, config), **_evaluate(learner, read, config)}
+        # Of equal accuracy, as on few chips, the lower loss.
         order = (measures["accuracy"], -measures["held_out_loss"]) if config["held_out"] else (epoch, 0)
         return Epoch(measures, order, {})
 

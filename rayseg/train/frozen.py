@@ -150,6 +150,7 @@ def fit_hidden(net: PixelHead, samples: Samples, settings: HeadConfig, *, seed: 
         _member(features_NF, classes_N, torch.from_numpy(weights_K).float(), settings, seed=seed + number)
         for number in range(settings.members)
     ]
+    # Standardisation becomes part of the first layer: w (x - m) / s = (w / s) x - (w / s) m.
     first_HF = torch.cat([first.weight for first, _ in members]).detach() / std_F
     net.first.weight.data.copy_(first_HF)
     net.first.bias.data.copy_(torch.cat([first.bias for first, _ in members]).detach() - first_HF @ mean_F)

@@ -79,6 +79,7 @@ def batches(items: Iterable[T], count: int, *, share: float = 1.0, once: bool = 
     if sample is None:
         yield from items
         return
+    # The first batches are slower, as caches and kernels warm up: they do not count in the pace.
     ends = [time.perf_counter()]
     try:
         for item in islice(items, WARM + TIMED):

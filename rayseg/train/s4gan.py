@@ -351,6 +351,7 @@ def _steps(first: int, pair: Pair, config: State) -> dict[str, float]:
     data: Data = config["data"]
     last = min(first + settings.checkpoint, settings.steps)
     generator = session.seed_epoch(settings.learning.seed, first)
+    # Without images without masks there is nothing to judge.
     names = list(STREAMS) if pair.discriminator and data.unlabelled else ["labelled"]
     sources = [data.labelled, data.unlabelled, data.labelled][: len(names)]
     streams = [stream(name, first, last, config) for name in names]

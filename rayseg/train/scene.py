@@ -351,6 +351,7 @@ def epoch(
     counts = torch.zeros(config.labels, dtype=torch.int64, device=device)
     losses = []
     net.train()
+    # The next patch is read while the network takes a step.
     read = made_ahead(patches.read, order, threads=1, count=1)
     for image, superpixels, seen in _with_data(read, most=config.patches):
         segments, known = (part if part is None else part.to(device) for part in (superpixels, seen))

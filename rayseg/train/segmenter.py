@@ -108,6 +108,7 @@ def fit_segmenter(
         DataError: chips or masks cannot be read, no chip is positive, or the loss is not finite.
         ModelError: the initial weights or a checkpoint do not fit.
     """
+    # 1. settings that cannot be trained
     workers = max(setup.workers, 1)
     if settings.learning.batch % workers or _counts(settings, workers)[0] < 1:
         raise ConfigError(
@@ -120,6 +121,7 @@ def fit_segmenter(
         raise ConfigError("the segmenter's first stage with epochs must learn from the coarse masks; relabel never")
     if chips.read_mask is None:
         raise DataError("the segmenter's chips have no masks; make coarse masks first")
+    # 2. all stages in one call, so that the workers keep their processes and chips
     config = {"settings": settings, "chips": chips, "held_out": held_out, "scaling": scaling}
     return session.fit(_train, config | {"key": key_of(settings, chips, held_out)}, setup, name="segmenter")
 
@@ -201,6 +203,7 @@ def _epoch(epoch: int, learner: Learner, masks: Masks, config: State) -> float:
     stage: StageConfig = getattr(settings, config["stage"])
     chips: Chips = config["chips"]
     generator = session.seed_epoch(config["seed"], epoch)
+    # 1. batches with the share of negatives, and the masks of the stage
     order = epoch_batches(
         chips.where(settings.positive),
         chips.where_not(settings.positive),
@@ -210,6 +213,7 @@ def _epoch(epoch: int, learner: Learner, masks: Masks, config: State) -> float:
         rank=session.rank(),
         world=session.world(),
     )
+    # 2. a step per batch
     losses = []
     learner.train_mode()
     coming = read_ahead(order, config["read"], masks, threads=settings.learning.threads)

@@ -79,6 +79,7 @@ def fit(loop: Loop, config: State, setup: Setup, *, name: str) -> State:
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     if setup.workers and not ray.is_initialized():
         raise ConfigError(f"training {name} on {setup.workers} workers needs Ray; connect first, or set workers to 0")
+    # Ray Train writes its own state next to the checkpoints; a store is passed on as an open filesystem.
     folder = upath(setup.prefix) / "ray"
     remote = None if is_local(folder) else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(folder.fs))
     trainer = TorchTrainer(

@@ -189,12 +189,14 @@ def fit_frozen(
     classes, size = len(training.pixels_K), settings.sampling.size
     hidden = int(settings.options(classes=classes, channels=len(scaling.mean))["hidden"])
     net = untrained(settings.encoder, settings.weights, scaling, classes=classes, lab=lab, hidden=hidden)
+    # 1. features of windows spread over all images, and the head
     draws = windows.spread(training.images, size=size, most=MOST_WINDOWS)
     samples = sample(net, pairs_of(training, draws), len(draws), scaling, seed=settings.learning.seed)
     if hidden:
         fit_hidden(net, samples, settings.head, seed=settings.learning.seed)
     else:
         fit_linear(net, samples, balance=settings.head.balance)
+    # 2. its measures
     confusion = Confusion(np.zeros((classes, classes), np.int64))
     draws = windows.spread(validation.images, size=size, most=MOST_WINDOWS)
     for image_CHW, classes_HW in pairs_of(validation, draws):
