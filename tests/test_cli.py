@@ -296,7 +296,7 @@ def test_regions_without_imagery(world, out):
     more = options(f"map.imagery={world['imagery']}")
     assert "do not overlap" in refused(3, *predict(world, out, *more, source=box))
     assert "map.imagery" in refused(3, *predict(world, out, source=box))
-    assert "does not exist" in refused(2, *predict(world, out, source="nowhere.json"))
+    assert "is not there" in refused(2, *predict(world, out, source="nowhere.json"))
     assert "the region is empty, expected demo" in refused(2, *predict(world, out, source=" "))
     assert "longitudes are -180 to 180" in refused(2, *predict(world, out, source="400,10,405,15"))
     assert "south < north" in refused(2, *predict(world, out, source="10,51,11,50"))
@@ -413,7 +413,7 @@ def test_files_that_cannot_become_polygons(tmp_path, world):
     refused(2, "polygonize", world["root"] / "imagery" / "scene.tif", "--out", tmp_path / "p.shp")
     out = tmp_path / "p.parquet"
     said = refused(3, "polygonize", world["root"] / "imagery" / "scene.tif", "--out", out)
-    assert "found 3 bands of uint8, expected one band of uint8" in said
+    assert "one band of uint8 was expected, 3 bands of uint8 found" in said
     assert "cannot be read" in refused(3, "polygonize", tmp_path / "none.tif", "--out", out)
     assert "predict" in refused(3, "polygonize", tmp_path, "--out", out)
     assert not out.exists()

@@ -293,7 +293,9 @@ def test_masks_of_0_255_beside_masks_of_0_1_are_named(tmp_path, caplog):
     mask_file(tmp_path / "m" / "b.tif", SHAPE_HW * 1)
     classes_of(tmp_path / "m", TABLE)
     [warning] = [record.getMessage() for record in caplog.records]
-    assert re.search(r"two kinds of masks: \S+a.tif has only 0 and 255, \S+b.tif has class values; 255 is", warning)
+    assert re.search(
+        r"two kinds of masks: \S+a.tif has only 0 and 255, \S+b.tif has class values; 255 is read as not", warning
+    )
 
 
 def test_255_beside_class_values_in_one_file_is_not_labelled_without_a_warning(tmp_path, caplog):
