@@ -143,16 +143,44 @@ def load_values(kind: type[T], values: dict[str, Any]) -> T:
         raise ConfigError(_message(kind, values, error)) from None
 
 
+def shipped(folder: str, pattern: str) -> dict[str, Path]:
+    """The files under `folder` of the working folder and of the package, by their path below it without its suffix.
+
+    A file of the working folder replaces one of the package with the same name.
+
+    Args:
+        folder: configs, configs/classes or stac/regions.
+        pattern: which files, as a glob.
+    """
+    package = Path(__file__).parent
+    # An installed package has the folders inside, a checkout next to it.
+    folders = (package.parent / folder, package / folder, Path(folder))
+    return {
+        file.relative_to(root).with_suffix("").as_posix(): file
+        for root in folders
+        for file in sorted(root.glob(pattern))
+    }
+
+
+def named_configs() -> dict[str, Path]:
+    """The configurations that --config knows by name, for example gpc/smoke."""
+    return {name: file for name, file in shipped("configs", "*/*.yaml").items() if not name.startswith("classes/")}
+
+
 def read_values(path: str) -> dict[str, Any]:
-    """The content of a YAML file.
+    """The content of a YAML file, by its path or by the name of a shipped configuration.
 
     Raises:
         ConfigError: the file cannot be read, or is not a mapping of keys to values.
     """
+    file = Path(path)
     try:
-        values = yaml.load(Path(path).read_text(), EachKeyOnce)
+        values = yaml.load((file if file.exists() else named_configs().get(path, file)).read_text(), EachKeyOnce)
     except OSError as error:
-        raise ConfigError(f"config file {path} cannot be read: {error.strerror}; check --config") from None
+        known = ", ".join(named_configs())
+        raise ConfigError(
+            f"config file {path} cannot be read: {error.strerror}; give a YAML file, or one of {known}"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"config file {path} is not YAML: {reason}") from None

@@ -42,6 +42,11 @@ class _Commands(TyperGroup):
             typer.echo("rayseg: interrupted; finished tiles are kept, run the same command to resume", err=True)
             raise typer.Exit(INTERRUPTED) from None
 
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Take -v and --verbose before or after the command."""
+        loud = [word for word in args if word in {"-v", "--verbose"}]
+        return super().parse_args(ctx, loud[:1] + [word for word in args if word not in loud])
+
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         """The commands in the order of typical use."""
         return sorted(self.commands, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
@@ -49,7 +54,7 @@ class _Commands(TyperGroup):
 
 # Before PyTorch and Ray are imported: OpenMP and glibc read their settings when they start.
 tuning.prepare()
-app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 for part in (run, data, serve, about):
     app.add_typer(part.app)
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from rayseg.cli.options import ConfigFile, Out, Overrides, PipelineName
+from rayseg.cli.options import AsJson, ConfigFile, Out, Overrides, PipelineName
 from rayseg.pipelines import pipeline_of
 
 app = typer.Typer()
@@ -14,6 +14,17 @@ models_app = typer.Typer(no_args_is_help=True, help="List, show and import train
 config_app = typer.Typer(no_args_is_help=True, help="Show, describe and check a pipeline's configuration.")
 app.add_typer(models_app, name="models")
 app.add_typer(config_app, name="config")
+
+
+@config_app.command("list")
+def config_list() -> None:
+    """List the configurations that --config knows by name, each with the first line of its file."""
+    from rayseg.config import named_configs
+
+    named = named_configs()
+    for name, file in named.items():
+        first = file.read_text().partition("\n")[0]
+        typer.echo(f"{name:{max(map(len, named))}}  {first.removeprefix('#').strip()}")
 
 
 @config_app.command("show")
@@ -48,11 +59,17 @@ def config_validate(name: PipelineName, *, config: ConfigFile = None, set_: Over
 @models_app.command("list")
 def models_list(
     prefixes: Annotated[list[str] | None, typer.Argument(help="Folders or URLs to search; default: runs.")] = None,
+    *,
+    as_json: AsJson = False,
 ) -> None:
     """List the bundles below folders or URLs."""
     from rayseg.models import bundle
 
     models = list(bundle.find(prefixes or ["runs"]))
+    if as_json:
+        rows = [{"prefix": prefix, **model.model_dump(mode="json")} for prefix, model in models]
+        typer.echo(json.dumps(rows, indent=1))
+        return
     if not models:
         typer.echo(f"no models below {', '.join(prefixes or ['runs'])}", err=True)
     for prefix, model in models:

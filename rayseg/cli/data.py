@@ -1,11 +1,12 @@
 """`rayseg ingest`, `labels`, `evaluate`, `polygonize`: read imagery and labels, evaluate maps, write polygons."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from rayseg.cli.options import REGIONS, AllowDriver, AsJson, Out, region_of
+from rayseg.api.running import REGIONS, region_of
+from rayseg.cli.options import AllowDriver, AsJson, Out
 from rayseg.errors import DataError, listed
 
 app = typer.Typer()
@@ -21,12 +22,13 @@ def ingest_folder(
     *,
     out: Out,
     labels: Annotated[str | None, typer.Option(help="folder: the class of an image is the name of its folder.")] = None,
+    as_json: AsJson = False,
     allow_driver: AllowDriver = None,
 ) -> None:
     """Describe a folder of images, georeferenced or not, as a STAC catalogue; nothing is copied."""
     from rayseg.io import labels as io_labels
 
-    typer.echo(io_labels.ingest_folder(folder, out, labels=labels))
+    _ingested(io_labels.ingest_folder(folder, out, labels=labels), as_json=as_json)
 
 
 @ingest_app.command("rasters")
@@ -34,12 +36,13 @@ def ingest_rasters(
     paths: Annotated[list[str], typer.Argument(help="Georeferenced rasters, or folders of them.")],
     *,
     out: Out,
+    as_json: AsJson = False,
     allow_driver: AllowDriver = None,
 ) -> None:
     """Describe georeferenced rasters as the imagery of a STAC catalogue; nothing is copied."""
     from rayseg.io import labels as io_labels
 
-    typer.echo(io_labels.ingest_rasters(paths, out))
+    _ingested(io_labels.ingest_rasters(paths, out), as_json=as_json)
 
 
 @ingest_app.command("xyz")
@@ -58,6 +61,7 @@ def ingest_xyz(
         typer.Option("--set", help="One setting of the requests, for example tile_size=512; may be repeated."),
     ] = None,
     out: Out,
+    as_json: AsJson = False,
 ) -> None:
     """Fetch web-map tiles as GeoTIFF scenes or chips with STAC items; finished files are not fetched again."""
     from rayseg.config import load
@@ -74,7 +78,35 @@ def ingest_xyz(
         # The same reader as for pipelines, so that errors name the key.
         fetching=load(webmap.Fetching, None, set_ or ()),
     )
-    typer.echo(catalogue)
+    _ingested(catalogue, as_json=as_json)
+
+
+def _ingested(catalog: str, *, as_json: bool) -> None:
+    """Print the catalogue's path, and on stderr what the next command needs of each collection; or all as JSON."""
+    from rayseg.io import stac_catalog, stac_read
+
+    if not as_json:
+        typer.echo(catalog)
+    collections: dict[str, dict[str, Any]] = {}
+    for name in stac_catalog.collections_of(catalog)[0]:
+        items = [item for item in stac_read.open_items(catalog, name) if stac_read.BROKEN not in item.properties]
+        sources = [stac_read.source_of(item) for item in items]
+        collections[name] = {
+            "images": len(sources),
+            "crs": sorted({source.crs or "no CRS" for source in sources}),
+            "pixel": sorted({float(f"{abs(source.transform[0]):.6g}") for source in sources}),
+            "bands": sorted({", ".join(source.bands) for source in sources}),
+            "dtype": sorted({source.dtype for source in sources}),
+        }
+    if as_json:
+        typer.echo(json.dumps({"catalog": catalog, "collections": collections}, indent=1))
+        return
+    for name, found in collections.items():
+        use = "chips.source=" if name == "chips" else "--region "
+        crs, bands, dtype = (" and ".join(found[key]) for key in ("crs", "bands", "dtype"))
+        pixels = " to ".join(f"{size:g}" for size in dict.fromkeys([found["pixel"][0], found["pixel"][-1]]))
+        line = f"{use}{catalog}#{name}: {found['images']} images, {crs}, pixels of {pixels}, bands {bands} ({dtype})"
+        typer.echo(line, err=True)
 
 
 @labels_app.command("export")

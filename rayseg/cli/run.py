@@ -2,13 +2,12 @@
 
 import json
 from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rayseg.api.running import MOST_NAMED, REGIONS, area_of, default_out, execute, expect_complete
 from rayseg.cli.options import (
-    REGIONS,
     Address,
     AllowDriver,
     AsJson,
@@ -21,7 +20,6 @@ from rayseg.cli.options import (
     RunPrefix,
     TakesRegion,
     Tiles,
-    area_of,
 )
 from rayseg.errors import ConfigError, RunIncomplete
 from rayseg.pipelines import pipeline_of
@@ -30,9 +28,6 @@ if TYPE_CHECKING:
     from rayseg.config import Config
     from rayseg.engine.run import Engine
     from rayseg.geo.region import Region
-
-MOST_NAMED = 5
-"""Failed rows that a message or a plan names."""
 
 app = typer.Typer()
 run_app = typer.Typer(no_args_is_help=True, help="Run a pipeline over a region.")
@@ -58,18 +53,18 @@ def run_pipeline(
         bool,
         typer.Option("--submit", help="Run as a job of the cluster whose dashboard is --address, http://HEAD:8265."),
     ] = False,
+    as_json: AsJson = False,
     allow_driver: AllowDriver = None,
 ) -> None:
     """Run a pipeline over a region; the same command resumes a run that was interrupted."""
     from rayseg.config import load
     from rayseg.engine.run import Engine
-    from rayseg.geo.grid import slug
     from rayseg.store import absolute
 
     resolved = load(pipeline_of(name).Config, config, set_ or ())
-    where = out or f"runs/{name}-{slug(region)}"
+    where = out or default_out(name, region)
     if not submit:
-        _execute(where, name, resolved, area_of(region, tiles), Engine(engine, address))
+        _execute(where, name, resolved, area_of(region, tiles), Engine(engine, address), as_json=as_json)
         return
     from rayseg.engine import submit as jobs
 
@@ -100,7 +95,6 @@ def run_sweep(
     """Compare mask shares, query strategies and seeds in parallel; the same command resumes an interrupted sweep."""
     from rayseg.config import load
     from rayseg.engine.run import Engine
-    from rayseg.geo.grid import slug
     from rayseg.pipelines.al_s4gan import sweep
 
     if name != "al-s4gan":
@@ -113,7 +107,7 @@ def run_sweep(
     trials = sweep.list_trials(
         resolved, ratios=shares, strategies=_listed(strategies), learners=_listed(learners), seeds=seeds
     )
-    where = out or f"runs/sweep-{name}-{slug(region)}"
+    where = out or default_out(f"sweep-{name}", region)
     typer.echo(sweep.run(resolved, area_of(region), trials, where, Engine(engine, address)))
 
 
@@ -211,6 +205,7 @@ def predict(
     engine: EngineName = "ray",
     address: Address = None,
     tiles: Tiles = None,
+    as_json: AsJson = False,
     allow_driver: AllowDriver = None,
 ) -> None:
     """Predict with a trained model over images, a catalogue or a region.
@@ -222,35 +217,17 @@ def predict(
     from rayseg.engine.run import Engine
 
     resolved = load(pipeline_of("predict").Config, None, [f"model={model}", *(set_ or ())])
-    _execute(out, "predict", resolved, area_of(source, tiles), Engine(engine, address))
+    _execute(out, "predict", resolved, area_of(source, tiles), Engine(engine, address), as_json=as_json)
 
 
-def _execute(out: str, pipeline: str, config: "Config", region: "Region", engine: "Engine") -> None:
-    """Run a pipeline and print the prefix of its result.
-
-    Raises:
-        RunIncomplete: tiles failed; the message names some of them.
-    """
-    from rayseg.engine import cluster
-    from rayseg.engine.run import Run
-
-    if engine.kind == "ray":
-        # Before the check, which can take minutes: a wrong address fails at once.
-        cluster.expect_reachable(engine.address)
-    # The check reads catalogues and loads models, so it is called for a new run only.
-    module = pipeline_of(pipeline)
-    check = partial(module.check, config, region)
-    with Run.open(out, pipeline=pipeline, config=config, region=region, engine=engine, check=check) as run:
-        typer.echo(module.run(config, run, region, run.plan))
-    # All other tiles are complete: exit code 3, and the message has the command that processes these again.
-    if run.troubles:
-        named = [f"{step} {row} ({why})" for step, rows in run.troubles.items() for row, why in rows.items()]
-        more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
-        kind = "row" if len(run.troubles) > 1 else "tile"  # scenes and tiles, or the tiles of two steps
-        counted = f"{len(named)} {kind}{'s' * (len(named) > 1)} failed"
-        raise RunIncomplete(
-            f"{counted}: {'; '.join(named[:MOST_NAMED])}{more}; fix the cause, then: rayseg retry {out}"
-        )
+def _execute(
+    out: str, pipeline: str, config: "Config", region: "Region", engine: "Engine", *, as_json: bool = False
+) -> None:
+    """Run a pipeline and print its headline, or its result as JSON, before an error names what failed."""
+    headline, finished = execute(out, pipeline, config, region, engine)
+    result = {"out": finished.root, "headline": headline, "failed": finished.troubles, **finished.steps[-1].value}
+    typer.echo(json.dumps(result, indent=1) if as_json else headline)
+    expect_complete(finished, out)
 
 
 def _plan_text(plan: Mapping[str, Any]) -> str:

@@ -3,7 +3,6 @@
 import io
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,7 +15,7 @@ from rasterio.features import geometry_mask
 from shapely.geometry import mapping, shape
 from shapely.geometry.base import BaseGeometry
 
-import rayseg
+from rayseg.config import shipped
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Bounds, Grid, Window
 from rayseg.geo.lonlat import (
@@ -218,9 +217,8 @@ def resolve_region(text: str) -> Region:
     path, collection = split_location(text)
     if suffix_of(path) in {".json", ".geojson", ".parquet"}:
         return _region_file(text, path, collection or None)
-    for file in _region_files():
-        if file.stem == text:
-            return _region_file(text, str(file), None)
+    if file := _region_files().get(text):
+        return _region_file(text, str(file), None)
     raise ConfigError(
         f"region {text!r} is not known: expected west,south,east,north, a GeoJSON or GeoParquet file, catalog.json or "
         f"catalog.json#collection, demo, or one of the named regions ({_known()})"
@@ -229,13 +227,12 @@ def resolve_region(text: str) -> Region:
 
 def region_names() -> list[str]:
     """Names under stac/regions, here and in the project."""
-    return sorted({file.stem for file in _region_files()})
+    return sorted(_region_files())
 
 
 def named_regions() -> dict[str, str]:
     """The same names, each with the `description` in its file's first properties ("" without)."""
-    files = {file.stem: file for file in reversed(list(_region_files()))}
-    return {name: _description(files[name]) for name in sorted(files)}
+    return {name: _description(file) for name, file in sorted(_region_files().items())}
 
 
 def _description(file: Path) -> str:
@@ -250,10 +247,8 @@ def _known() -> str:
     return ", ".join(region_names()) or "none here"
 
 
-def _region_files() -> Iterator[Path]:
-    package = Path(rayseg.__file__).parent
-    for folder in (Path("stac/regions"), package.parent / "stac" / "regions", package / "regions"):
-        yield from sorted(folder.glob("*.geojson"))
+def _region_files() -> dict[str, Path]:
+    return shipped("stac/regions", "*.geojson")
 
 
 def _box_geometry(text: str) -> BaseGeometry:

@@ -1,13 +1,11 @@
 """Class tables: YAML files of the values, names and colours in masks, by path or by name under configs/classes."""
 
-from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import model_validator
 
-import rayseg
-from rayseg.config import Config, EachKeyOnce
+from rayseg.config import Config, EachKeyOnce, shipped
 from rayseg.errors import ConfigError
 from rayseg.store import upath
 from rayseg.vision.color import ClassTable
@@ -66,9 +64,7 @@ def read_table(path: str) -> ClassTable:
 
 def _content(path: str) -> dict[str, Any]:
     """The keys of a file that is a valid class table."""
-    folders = (Path("configs/classes"), Path(rayseg.__file__).parent.parent / "configs" / "classes")
-    # Reversed: a table in the working folder replaces one of the package with the same name.
-    named = {file.stem: file for folder in reversed(folders) for file in sorted(folder.glob("*.yaml"))}
+    named = shipped("configs/classes", "*.yaml")
     try:
         content = yaml.load(upath(named.get(path, path)).read_text(), EachKeyOnce)
     except OSError as error:

@@ -1,0 +1,155 @@
+"""A trained model: predict arrays, lazy arrays and image files in this process, with the pixels of `rayseg predict`."""
+
+import html
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from rayseg.errors import DataError
+from rayseg.geo.grid import Grid, Tile, Window
+from rayseg.io.rasters import is_number
+from rayseg.io.sources import Source, crs_text, footprint, grids_of
+from rayseg.models import bundle
+from rayseg.models.bundle import Bundle
+from rayseg.stages.predict import Predict, lattice_of
+from rayseg.stages.rows import TileRow
+from rayseg.store import StorePath, absolute
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from numpy.typing import NDArray
+
+
+class Prediction(NamedTuple):
+    """The map of one image.
+
+    Attributes:
+        classes: (height, width) uint8, 255 where there is no imagery.
+        scores: (bands, height, width) uint8: probability x 254, 255 where there is no imagery.
+    """
+
+    classes: Any
+    scores: Any
+
+
+class Model:
+    """A trained model (bundle) in a folder or at a URL; its weights are read with the first prediction.
+
+    Args:
+        prefix: of the bundle, for example runs/demo/models/segmenter.
+
+    Raises:
+        ModelError: there is no whole bundle.
+
+    Example:
+        >>> model = rayseg.load_model("runs/demo/models/segmenter")  # doctest: +SKIP
+        >>> classes, scores = model.predict("image.tif")  # doctest: +SKIP
+    """
+
+    def __init__(self, prefix: StorePath) -> None:
+        self.prefix = absolute(str(prefix)).rstrip("/")
+        self.bundle: Bundle = bundle.load(self.prefix)
+
+    @cached_property
+    def _stage(self) -> Predict:
+        return Predict(self.prefix)
+
+    def predict(self, image: "str | Path | NDArray[Any] | xr.DataArray") -> Prediction:
+        """Classes and scores of an image.
+
+        Args:
+            image: a file or URL; or an array (bands, height, width) with the model's bands in their order, in stored
+                values: NaN, infinity, and the nodata of a DataArray (`.rio.nodata`) are missing data. A DataArray with
+                CRS and transform is predicted on its own grid.
+
+        Returns:
+            DataArrays with CRS and transform for a file and a DataArray, arrays for an array.
+
+        Raises:
+            DataError: the file cannot be read, or the array is not of this shape.
+            ModelError: bands or data type are not those of the model.
+        """
+        if isinstance(image, str | Path):
+            return self._file(str(image))
+        if isinstance(image, np.ndarray):
+            return self._array(image, is_number(image).all(0) if image.ndim == 3 else image, None, None)
+        return self._data_array(image)
+
+    def _file(self, image: str) -> Prediction:
+        """By the pipeline of `rayseg predict`, so that bands, units and orientation are read as there."""
+        from rayseg.api.results import Run
+        from rayseg.api.running import run
+
+        with tempfile.TemporaryDirectory() as folder:
+            run("predict", image, set={"model": self.prefix}, out=f"{folder}/run", engine="inline")
+            done = Run(f"{folder}/run")
+            return Prediction(done.classes.load(), done.scores.load())
+
+    def _data_array(self, image: "xr.DataArray") -> Prediction:
+        import rioxarray  # noqa: F401 - registers `.rio`
+        import xarray as xr
+
+        pixels = np.asarray(image.transpose("band", ...).values)
+        valid = is_number(pixels).all(0)
+        if image.rio.nodata is not None and np.isfinite(image.rio.nodata):
+            valid &= (pixels != image.rio.nodata).any(0)
+        transform = tuple(image.rio.transform())[:6]
+        crs = crs_text(image.rio.crs) if image.rio.crs else None
+        found = self._array(pixels, valid, crs, transform)
+        place = {name: image[name] for name in ("y", "x") if name in image.coords}
+
+        def like(values: np.ndarray, name: str) -> xr.DataArray:
+            dims = ("band", "y", "x")[3 - values.ndim :]
+            array = xr.DataArray(values, place, dims, name=name).rio.write_transform(image.rio.transform())
+            placed: xr.DataArray = array.rio.write_nodata(255)
+            return placed.rio.write_crs(image.rio.crs) if image.rio.crs else placed
+
+        return Prediction(like(found.classes, "classes"), like(found.scores, "scores"))
+
+    def _array(
+        self,
+        image: "NDArray[Any]",
+        valid: "NDArray[np.bool_] | np.bool_",
+        crs: str | None,
+        transform: tuple[float, ...] | None,
+    ) -> Prediction:
+        described = self.bundle
+        if image.ndim != 3 or len(image) != len(described.bands):
+            raise DataError(
+                f"the image has the shape {image.shape}, model {described.name} expects (bands, height, width) with "
+                f"the bands {', '.join(described.bands)}; transpose or select its bands"
+            )
+        described.check_contract(described.bands, str(image.dtype), source="the image")
+        # 1. its place on a grid decides where patches lie, as for a file
+        height, width = image.shape[1:]
+        source = Source("image", (), crs, transform or (1, 0, 0, 0, 1, 0), height, width, str(image.dtype))
+        grid: Grid = grids_of([source])[0][0]
+        window = footprint(source, grid) if crs else Window(0, 0, width, height)
+        if (window.width, window.height) != (width, height):
+            raise DataError("the image is rotated or flipped; write it to a file, or reproject it to a north-up grid")
+        # 2. the image on the window that its patches reach
+        tile = Tile("image", grid, window)
+        reach = lattice_of(described, tile).reach(window)
+        rows, cols = window.slices(reach)
+        pixels = np.zeros((len(image), reach.height, reach.width), image.dtype)
+        inside = np.zeros((reach.height, reach.width), bool)
+        pixels[:, rows, cols], inside[rows, cols] = np.where(valid, image, 0), valid
+        (row,) = self._stage([TileRow(tile, "[]", image=pixels, valid=inside, reach=reach)])
+        return Prediction(row.classes, row.scores)
+
+    def __repr__(self) -> str:
+        return f"Model({self.prefix!r}: {self.bundle.task}, {', '.join(name for _, name, _ in self.bundle.classes)})"
+
+    def _repr_html_(self) -> str:
+        described = self.bundle
+        rows = {
+            "task": described.task,
+            "classes": ", ".join(name for _, name, _ in described.classes),
+            "bands": f"{', '.join(described.bands)} ({described.dtype})",
+            "metrics": ", ".join(f"{name} {value:.3f}" for name, value in described.metrics.items()),
+        }
+        cells = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in rows.items())
+        return f"<table><caption>{html.escape(self.prefix)}</caption>{cells}</table>"
