@@ -63,7 +63,7 @@ def predict(world, out, *more, model=None, source=None):
 
 def test_a_box_of_the_western_hemisphere_is_a_region_and_no_option(world, out):
     message = refused(3, *predict(world, out, "--set", f"map.imagery={world['imagery']}", source="-105.5,39,-.5,40"))
-    assert "The region [-105.5, 39, -0.5, 40] and the imagery of" in message
+    assert "the region [-105.5, 39, -0.5, 40] and the imagery of" in message
     result = rayseg(*predict(world, out, "-x"))
     assert result.exit_code == 2
     assert "No such option: -x" in result.stderr

@@ -51,7 +51,7 @@ class Model:
 
     def __init__(self, prefix: StorePath) -> None:
         self.prefix = absolute(str(prefix)).rstrip("/")
-        self.bundle: Bundle = bundle.load(self.prefix)
+        self.bundle: Bundle = bundle.description(self.prefix)
 
     @cached_property
     def _stage(self) -> Predict:
