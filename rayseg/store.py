@@ -28,6 +28,8 @@ ACCESS = (
 )  # fmt: skip
 """Environment variables that locate object stores, name a profile and allow formats; keys are not among them: each
 machine has its own."""
+HERE = "<run>"
+"""Placeholder for the prefix of a run in its own files, so that a run can be moved and resumed."""
 _SECRET = re.compile(
     r"(?i)([?&](?:sig|signature|token|access_token|api_?key|key|password|subscription-key"
     r"|x-amz-(?:signature|credential|security-token)|awsaccesskeyid)=)[^&\s\"'#]+"
@@ -204,6 +206,18 @@ def checksum(data: bytes | memoryview) -> str:
 def within(files: Files, root: str) -> Files:
     """Those of the files that lie below `root`, by their paths relative to it."""
     return {path.removeprefix(f"{root}/"): file for path, file in files.items() if path.startswith(f"{root}/")}
+
+
+def relocated(value: Any, old: str, new: str) -> Any:  # noqa: ANN401 - JSON values
+    """The JSON value with `new` in place of the path `old` wherever its texts name it or a path below it; keys stay."""
+    if isinstance(value, dict):
+        return {key: relocated(inner, old, new) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [relocated(inner, old, new) for inner in value]
+    if not isinstance(value, str) or old not in value:
+        return value
+    # /data/run is not part of /data/run2, /data/run-b or /data/run.old
+    return re.sub(rf"{re.escape(old)}(?![\w-]|\.\w)", lambda _: new, value)
 
 
 def listing(prefix: StorePath) -> dict[str, int]:

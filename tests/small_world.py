@@ -1,9 +1,11 @@
 """Scenes, catalogues and bundles small enough to run whole pipelines on, and the command line in this process."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pystac
 import rasterio
 import torch
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 from rayseg.cli import app
 from rayseg.geo.grid import Grid, Window
 from rayseg.io import cog, labels
+from rayseg.io.stac_write import unpacked
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Scaling
 from rayseg.models.classifier import build_classifier
@@ -193,3 +196,36 @@ def valid_stac(path):
     kind = {"Feature": "ITEM", "Collection": "COLLECTION", "Catalog": "CATALOG"}[row["type"]]
     JsonSchemaSTACValidator().validate_core(row, pystac.STACObjectType[kind], "1.1.0")
     return row
+
+
+def naming(root, path):
+    """Files of a run that name a path, inside of tables and packed items too."""
+    found = set()
+    for file in sorted(Path(root).rglob("*")):
+        if file.is_file():
+            texts = [file.read_bytes()]
+            if file.suffix == ".parquet":
+                texts.append(json.dumps(pq.read_table(file).to_pylist(), default=str).encode())
+            if file.parent.name == "ledger" and file.suffix == ".json":
+                item = json.loads(texts[0])["facts"].get("item", "")
+                texts += [json.dumps(unpacked(item)).encode()] if len(item) > 200 else []
+            found |= {str(file.relative_to(root)) for text in texts if str(path).encode() in text}
+    return found
+
+
+def goes_on_elsewhere(whole, words, tmp_path):
+    """Check that no file of a run names its place, and that a copy in another place goes on from its own files."""
+    assert not naming(whole, whole)
+    shutil.copytree(whole, tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    before = files(tmp_path / "there")
+    assert rayseg(*words, "--out", tmp_path / "there").exit_code == 0
+    after = files(tmp_path / "there")
+    assert [name for name in after if before.get(name) != after[name] and name != ".lock"] == ["run.json"]
+    for name in ("steps/predict", "tiles"):
+        shutil.rmtree(tmp_path / "there" / name)
+    found = rayseg(*words, "--out", tmp_path / "there")
+    assert found.exit_code == 0, found.output
+    for path in Path(whole).glob("tiles/*/*.tif"):
+        assert (tmp_path / "there" / path.relative_to(whole)).read_bytes() == path.read_bytes()
+    assert not naming(tmp_path / "there", tmp_path)

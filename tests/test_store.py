@@ -20,6 +20,7 @@ from rayseg.store import (
     put_file,
     put_if_absent,
     recorded,
+    relocated,
     sentence,
     sweep,
     synced_once,
@@ -153,3 +154,10 @@ def test_a_listing_names_files_by_their_path_from_the_prefix(folder):
     put(folder / "c", b"1")
     put(folder / ".lock", b"")
     assert listing(folder) == {"a/b": 2, "c": 1}
+
+
+def test_a_path_is_replaced_wherever_texts_name_it_and_longer_names_stay():
+    value = {"/a/run": ["/a/run", "/a/run/x", "see /a/run: gone", "/a/run2/x", "/a/run.old", "/a/run-b"], "n": 1}
+    moved = {"/a/run": ["<run>", "<run>/x", "see <run>: gone", "/a/run2/x", "/a/run.old", "/a/run-b"], "n": 1}
+    assert relocated(value, "/a/run", "<run>") == moved
+    assert relocated(moved, "<run>", "/a/run") == value

@@ -10,7 +10,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from upath import UPath
 
-from rayseg.store import Files, is_local, put, put_if_absent, upath
+from rayseg.store import HERE, Files, is_local, put, put_if_absent, relocated, upath
 
 SETTLED = ("done", "empty", "nodata")
 MISSING = "not processed"
@@ -138,16 +138,25 @@ class Ledger:
         return self.prefix.rpartition("/steps/")[0] or self.prefix
 
     def write(self, record: Record) -> bool:
-        """Add a record unless this attempt has one already; return whether it was added."""
+        """Add a record unless this attempt has one already; return whether it was added.
+
+        Paths of the run in its reason and facts are stored relative to the run.
+        """
         path = upath(self.prefix) / f"{record.id}.{record.attempt}.json"
+        row = asdict(record)
+        row |= {name: relocated(row[name], self.root, HERE) for name in ("reason", "facts")}
         # put-if-absent: a row that two processes finish has one record
-        return put_if_absent(path, json.dumps(asdict(record), sort_keys=True).encode())
+        return put_if_absent(path, json.dumps(row, sort_keys=True).encode())
+
+    def _record_of(self, row: dict[str, Any]) -> Record:
+        values = {key: json.loads(row[key]) for key in ("seconds", "facts", "files")}
+        return Record(**relocated(row | values, HERE, self.root))
 
     def read(self) -> dict[str, Record]:
         """The latest record of every id, ids sorted."""
         rows = self._table(COLUMNS.names).to_pylist()
         rows.sort(key=lambda row: (row["id"], row["attempt"]))
-        return {row["id"]: _record_of(row) for row in rows}
+        return {row["id"]: self._record_of(row) for row in rows}
 
     def fates(self) -> Fates:
         """The latest fate of every id."""
@@ -159,7 +168,7 @@ class Ledger:
         for part in ids:
             names = part.to_pylist()
             total += Account.of(names, fates.among(names))
-        return total
+        return replace(total, troubles=relocated(total.troubles, HERE, self.root))
 
     def latest(self, damaged: list[UPath] | None = None) -> Iterator[list[Record]]:
         """The latest record of every id, those of one file at a time; unreadable files go to `damaged`."""
@@ -168,7 +177,7 @@ class Ledger:
         fates = Fates(pa.concat_tables([loose.select(names), *(_columns_of(path, names) for path in files)]))
         for table in chain([loose], (_columns_of(path, damaged=damaged) for path in files)):
             known = fates.among(table["id"].to_pylist())
-            yield [_record_of(row) for row in table.to_pylist() if row["attempt"] == known[row["id"]].attempt]
+            yield [self._record_of(row) for row in table.to_pylist() if row["attempt"] == known[row["id"]].attempt]
 
     def records(self, parts: Iterable[Iterable[str]]) -> Iterator[dict[str, Record]]:
         """The latest records of the ids of each part in turn; the records of two files are in memory at a time.
@@ -194,7 +203,7 @@ class Ledger:
             for number, attempts in wanted.items():
                 table = kept(files[number - 1]) if number else loose
                 rows = table.filter(pc.is_in(table["id"], pa.array(attempts, pa.string()))).to_pylist()
-                latest |= {row["id"]: _record_of(row) for row in rows if row["attempt"] == attempts[row["id"]]}
+                latest |= {row["id"]: self._record_of(row) for row in rows if row["attempt"] == attempts[row["id"]]}
             yield latest
 
     def compact(self, most: int = MOST_LOOSE) -> None:
@@ -270,10 +279,6 @@ def _columns_of(path: UPath, columns: Sequence[str] = COLUMNS.names, damaged: li
     if "files" in columns and "files" not in table.column_names:
         table = table.append_column("files", pa.array(["{}"] * len(table), pa.string()))
     return table.select(columns)
-
-
-def _record_of(row: dict[str, Any]) -> Record:
-    return Record(**row | {key: json.loads(row[key]) for key in ("seconds", "facts", "files")})
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayseg.geo.grid import expect_ids
-from rayseg.store import StorePath, put, upath
+from rayseg.store import HERE, StorePath, put, upath
 
 Row = dict[str, Any]
 """A flat row of a Parquet table."""
-HERE = "<run>/"
-"""Placeholder for the prefix of the run in files of its steps, so that a run can be moved and resumed."""
 REPEATED = ("crs", "grid_image", "sources", "refused")
 """Columns in which many rows have the same text."""
 _NAME = "^[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?$"
@@ -37,7 +35,7 @@ def write_rows(path: StorePath, rows: Sequence[Row], *, root: str | None = None)
         root: prefix of the run; hrefs of sources below it are kept relative to it, so that a moved run finds them.
     """
     table = (rows if isinstance(rows, Manifest) else Manifest.of([rows])).table
-    table = _rerooted(table, f"{root}/", HERE) if root else table
+    table = _rerooted(table, f"{root}/", f"{HERE}/") if root else table
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, row_group_size=PART, compression="zstd")
     put(path, memoryview(sink.getvalue()))
@@ -58,7 +56,7 @@ def read_rows(path: StorePath, *, columns: Sequence[str] | None = None, root: st
     with upath(path).open("rb") as file:
         # Dictionary columns stay encoded, so that repeated texts are in memory once.
         table = pq.read_table(file, columns=columns, read_dictionary=list(REPEATED))
-    return Manifest(_rerooted(table, HERE, f"{root}/") if root else table)
+    return Manifest(_rerooted(table, f"{HERE}/", f"{root}/") if root else table)
 
 
 def _rerooted(table: pa.Table, old: str, new: str) -> pa.Table:

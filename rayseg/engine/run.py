@@ -31,11 +31,12 @@ from upath import UPath
 from rayseg import __version__
 from rayseg.config import Config
 from rayseg.engine.ledger import MISSING, WITHDRAWN, Account, Ledger
-from rayseg.engine.manifest import HERE, read_rows
+from rayseg.engine.manifest import read_rows
 from rayseg.engine.verify import Damage, damage_of, verify_step
 from rayseg.errors import ConfigError
 from rayseg.geo.region import Region
 from rayseg.store import (
+    HERE,
     STORE_ERRORS,
     Files,
     absolute,
@@ -45,6 +46,7 @@ from rayseg.store import (
     public,
     put,
     recorded,
+    relocated,
     sweep,
     upath,
     within,
@@ -196,7 +198,10 @@ class Run:
         with _locked(out):
             # 3. look again under the lock: another command may have begun its run during the check
             if _is_new(out, request):
-                put(upath(out) / "steps" / "request.json", json.dumps(request | {"status": "running"}).encode())
+                put(
+                    upath(out) / "steps" / "request.json",
+                    json.dumps(relocated(request, out, HERE) | {"status": "running"}).encode(),
+                )
             started = time.time()
             run.save("running", started)
             ended = "stopped"  # unless the block ends without an error
@@ -237,7 +242,7 @@ class Run:
         if troubles is None or damage or MISSING in troubles.values() or (troubles and self.engine.retry):
             done = self._call(step, begun if known else {}, partial(function, step, *arguments, **planned))
         # 3. a finished step has the key of its value: later steps depend on that
-        value = _with_prefix(done["value"], HERE, f"{self.root}/")
+        value = relocated(done["value"], HERE, self.root)
         step = Step(name, self.root, _hash([done["key"], done["value"]]), self.engine, value, done["seconds"])
         if step.value.get("troubles"):
             self.troubles[name] = step.value["troubles"]
@@ -272,7 +277,7 @@ class Run:
             content = step.manifest.read_bytes()  # written by a call that was killed
             begun["files"][name] = (len(content), checksum(content))
         # Stored relative to the run, so that a run that was moved finds its files.
-        done = begun | {"value": _with_prefix(returned, f"{self.root}/", HERE)}
+        done = begun | {"value": relocated(returned, self.root, HERE)}
         put(step.prefix / "done.json", json.dumps(done, indent=1).encode())
         return done
 
@@ -303,7 +308,7 @@ class Run:
         moved = (self.request.get("pipeline", ""), function.__module__, function.__qualname__)
         names = [*KEYS_OF_STEPS.get(moved, (module, function.__qualname__)), __version__]
         plain = [_plain(value) for value in arguments]
-        return _hash([*names, _with_prefix(plain, f"{self.root}/", HERE)]), _hash([*names, plain])
+        return _hash([*names, _with_prefix(plain, f"{self.root}/", f"{HERE}/")]), _hash([*names, plain])
 
     def save(self, status: str, started: float, *, reason: str = "") -> None:
         """Write run.json."""
@@ -317,7 +322,8 @@ class Run:
             "seconds": time.time() - started,
             "steps": {step.name: {"seconds": step.seconds} | step.value for step in self.steps},
         }
-        put(upath(self.root) / "run.json", json.dumps(content, indent=1, default=str).encode())
+        text = json.dumps(relocated(content, self.root, HERE), indent=1, default=str)
+        put(upath(self.root) / "run.json", text.encode())
 
 
 def status(root: str) -> dict[str, Any]:
@@ -516,7 +522,8 @@ def _content(root: str) -> dict[str, Any]:
     content = _load(path) or _load(upath(root) / "steps" / "request.json")
     if not content and path.exists():
         raise ConfigError(f"{path} is not a JSON object written by rayseg; remove it, or choose another --out")
-    return content
+    restored: dict[str, Any] = relocated(content, HERE, absolute(root).rstrip("/"))
+    return restored
 
 
 def _begun(root: str) -> list[UPath]:

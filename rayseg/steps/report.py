@@ -25,7 +25,7 @@ from rayseg.io import masks
 from rayseg.io.maps import MappedTile, mapped_tiles, seam_score
 from rayseg.io.pictures import encoded, pictures_of, shown_colors
 from rayseg.steps.baseline import Beside
-from rayseg.store import is_local, put, upath
+from rayseg.store import is_local, put, relocated, upath
 from rayseg.vision.color import ClassTable, hex_of
 
 _INK = "#80868b"  # readable on a light and on a dark background
@@ -344,7 +344,7 @@ def write_report(
         command=asked.get("command", ""),
         footer=_footer(asked),
     )
-    put(upath(step.root) / "report" / "index.html", render(content).encode())
+    _put_page(step.root, content)
     if pictures and table:
         put(upath(step.root) / "report" / "map.png", encoded(pictures[0].map(table)))
     return _value(summary, classes, evaluation, timing, seams)
@@ -381,7 +381,12 @@ def write_page(
         command=asked.get("command", ""),
         footer=_footer(asked),
     )
-    put(upath(root) / "report" / "index.html", render(content).encode())
+    _put_page(root, content)
+
+
+def _put_page(root: str, content: Content) -> None:
+    """Write the page; it names the run RUN and not by its place, because a run can be moved."""
+    put(upath(root) / "report" / "index.html", relocated(render(content), root, "RUN").encode())
 
 
 def headline(published: Step) -> str:

@@ -14,7 +14,7 @@ import rasterio
 import shapely
 import torch
 from PIL import Image
-from small_world import GRID, chip_folder, damage, files, mosaic, rayseg, refused, valid_stac, window_at
+from small_world import GRID, chip_folder, damage, files, mosaic, naming, rayseg, refused, valid_stac, window_at
 
 from rayseg.config import load
 from rayseg.engine import flow
@@ -200,6 +200,7 @@ def test_enlarged_imagery_keeps_its_place_and_gives_the_same_plots_whatever_the_
 
 def moved_goes_on(out, moved, region, *settings):
     """Check that a run of `ENLARGED` that is moved computes nothing again, and finds its enlarged imagery."""
+    assert not naming(out, out)
     before, tiles = files(out), files(out / "tiles")
     out.rename(moved)
     words = ("run", "pipeline", "agri", "--region", region, "--out", moved, *ENLARGED)

@@ -9,7 +9,7 @@ import numpy as np
 import pystac
 import pytest
 import rasterio
-from small_world import SMALL_GPC, damage, files, rayseg, scene, valid_stac
+from small_world import SMALL_GPC, damage, files, goes_on_elsewhere, rayseg, scene, valid_stac
 
 from rayseg.config import load
 from rayseg.engine.manifest import write_rows
@@ -45,6 +45,11 @@ def whole(words, tmp_path_factory):
     assert found.exit_code == 0, found.output
     assert found.stdout.startswith(f"{out}/report/index.html: ")
     return out
+
+
+@pytest.mark.more  # test_superpixel.py moves a run in make test
+def test_a_moved_run_goes_on_with_its_own_files(whole, words, tmp_path):
+    goes_on_elsewhere(whole, words, tmp_path)
 
 
 def test_all_steps_are_done_and_leave_what_they_should(whole):

@@ -9,7 +9,19 @@ import pytest
 import rasterio
 from fake_run import blobs
 from PIL import Image
-from small_world import GRID, HEIGHT, WIDTH, files, rayseg, refused, scene, segmenter, valid_stac, window_at
+from small_world import (
+    GRID,
+    HEIGHT,
+    WIDTH,
+    files,
+    goes_on_elsewhere,
+    rayseg,
+    refused,
+    scene,
+    segmenter,
+    valid_stac,
+    window_at,
+)
 
 from rayseg.engine.manifest import write_rows
 from rayseg.engine.run import Engine, Step, read
@@ -67,6 +79,11 @@ def test_a_plan_times_training_and_validation(words):
     plan = json.loads(found.stdout)
     assert {"segmenter", "CompareTile", "Predict", "WriteTile"} <= set(plan["seconds"])
     assert plan["wall_seconds"] > plan["seconds"]["segmenter"] + plan["seconds"]["Predict"]
+
+
+@pytest.mark.more  # test_superpixel.py moves a run in make test
+def test_a_moved_run_goes_on_with_its_own_files(whole, words, tmp_path):
+    goes_on_elsewhere(whole, words, tmp_path)
 
 
 def test_all_steps_are_done_and_leave_what_they_should(whole):

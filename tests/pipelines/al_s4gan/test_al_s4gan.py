@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from small_world import files, rayseg, refused
+from small_world import files, goes_on_elsewhere, rayseg, refused
 
 from rayseg.config import load
 from rayseg.engine.run import read
@@ -114,6 +114,11 @@ def test_a_plan_times_the_segmenter_and_says_what_it_does_not(words):
 
 def table(run, step):
     return pq.read_table(run / "steps" / step / "labelled.parquet").to_pylist()
+
+
+@pytest.mark.more  # test_superpixel.py moves a run in make test
+def test_a_moved_run_goes_on_with_its_own_files(whole, words, tmp_path):
+    goes_on_elsewhere(whole, words, tmp_path)
 
 
 def test_rounds_choose_as_many_chips_as_asked_and_say_why(whole):
