@@ -82,7 +82,7 @@ def run_sweep(
     region: RegionName,
     ratios: Annotated[str, typer.Option(help="Shares of the pool that get masks.")] = ".02,.05,.125",
     strategies: Annotated[str, typer.Option(help="Query strategies.")] = "entropy,margin,random",
-    learners: Annotated[str, typer.Option(help="s4gan, consistency, supervised.")] = "s4gan",
+    learners: Annotated[str, typer.Option(help="s4gan, consistency, supervised, linear, frozen.")] = "s4gan",
     seeds: Annotated[int, typer.Option(help="Repetitions of each combination.")] = 3,
     config: ConfigFile = None,
     set_: Overrides = None,

@@ -5,7 +5,7 @@ Every window is read and encoded once, and pixels are drawn from it: seconds on 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -15,10 +15,11 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from rayseg.config import Config
+from rayseg.config import Config, added
 from rayseg.errors import DataError
 from rayseg.models.bundle import Scaling
 from rayseg.models.pixel_head import STRIDE, PixelHead, build_pixel_head
+from rayseg.train.learning import NetworkConfig
 from rayseg.vision.color import IGNORE
 
 Pair = tuple[NDArray[Any], NDArray[np.uint8]]
@@ -48,6 +49,27 @@ class HeadConfig(Config):
     """A class's weight is its share of the pixels to minus this power; 1 balances all classes."""
 
 
+class HeadedConfig(NetworkConfig):
+    """A segmenter of many classes: a decoder on an encoder, or a head on a frozen one."""
+
+    network: Literal["decoder", "linear", "frozen"] = added(default="decoder")
+    """decoder: `architecture`; linear: a linear map of the frozen encoder's features and colour; frozen: `head`."""
+    head: HeadConfig = added(default=HeadConfig())
+    """network frozen: small networks on the frozen encoder's features and colour, trained in a minute on a CPU."""
+
+    @property
+    def factory(self) -> Literal["segmenter", "pixel-head"]:
+        """Name of the network's factory in a bundle."""
+        return "segmenter" if self.network == "decoder" else "pixel-head"
+
+    def options(self, *, classes: int = 1, channels: int) -> dict[str, str | int | float]:
+        """Arguments of the network's factory, as a bundle stores them."""
+        if self.network == "decoder":
+            return super().options(classes=classes, channels=channels)
+        hidden = self.head.hidden * self.head.members if self.network == "frozen" else 0
+        return {"encoder": self.encoder, "classes": classes, "channels": channels, "hidden": hidden}
+
+
 @dataclass(frozen=True)
 class Samples:
     """Pixels with their features and classes.
@@ -75,6 +97,27 @@ def untrained(encoder: str, weights: str, scaling: Scaling, *, classes: int, lab
     net.mean.copy_(torch.tensor(scaling.mean))
     net.std.copy_(torch.tensor(scaling.std))
     return net.eval()
+
+
+def fit_head(
+    settings: HeadedConfig,
+    pairs: Iterable[Pair],
+    count: int,
+    scaling: Scaling,
+    *,
+    classes: int,
+    lab: bool,
+    seed: int,
+) -> PixelHead:
+    """The head that `settings` describes, fitted to windows; see `sample` and `untrained` for the arguments."""
+    hidden = int(settings.options(classes=classes, channels=len(scaling.mean))["hidden"])
+    net = untrained(settings.encoder, settings.weights, scaling, classes=classes, lab=lab, hidden=hidden)
+    samples = sample(net, pairs, count, scaling, seed=seed)
+    if hidden:
+        fit_hidden(net, samples, settings.head, seed=seed)
+    else:
+        fit_linear(net, samples, balance=settings.head.balance)
+    return net
 
 
 def sample(net: PixelHead, pairs: Iterable[Pair], count: int, scaling: Scaling, *, seed: int = 0) -> Samples:

@@ -35,7 +35,8 @@ from rayseg.train import probe, session
 from rayseg.train.augment import Augment, augment, centre
 from rayseg.train.batches import Batch, Chips, Indices, Kept, endless, read_ahead, shard
 from rayseg.train.classifier import key_of, names_of
-from rayseg.train.learning import Groups, Learner, Learning, NetworkConfig, expect_batch, expect_size, precision
+from rayseg.train.frozen import HeadedConfig
+from rayseg.train.learning import Groups, Learner, Learning, expect_batch, expect_size, precision
 from rayseg.train.session import Setup, State
 
 STREAMS = {"labelled": 1, "unlabelled": 2, "drawn": 3}
@@ -91,8 +92,8 @@ class ConsistencyConfig(Config):
         return self
 
 
-class S4ganConfig(NetworkConfig):
-    """A segmenter and its training; the defaults are the paper's, except the architecture (the paper: DeepLab v2)."""
+class S4ganConfig(HeadedConfig):
+    """A segmenter of few masks and its training; the defaults are the paper's, but for its DeepLab v2."""
 
     architecture: str = "deeplabv3plus"
     """A name of segmentation_models_pytorch."""
@@ -128,7 +129,7 @@ class S4ganConfig(NetworkConfig):
     @property
     def uses_unlabelled(self) -> bool:
         """Whether images without masks teach."""
-        return self.learner == "consistency" or self.discriminator is not None
+        return self.network == "decoder" and (self.learner == "consistency" or self.discriminator is not None)
 
 
 @dataclass

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from rayseg.config import Config, added
+from rayseg.config import Config
 from rayseg.errors import ConfigError
 from rayseg.io.scenes import LabelledImage
 from rayseg.metrics import Confusion
@@ -24,12 +24,11 @@ from rayseg.models.bundle import Scaling
 from rayseg.models.pixel_head import PixelHead
 from rayseg.train import probe, session, windows
 from rayseg.train.augment import Augment
-from rayseg.train.frozen import HeadConfig, Pair, fit_hidden, fit_linear, sample, untrained
+from rayseg.train.frozen import HeadedConfig, Pair, fit_head
 from rayseg.train.learning import (
     Epoch,
     Learner,
     Learning,
-    NetworkConfig,
     Schedule,
     expect_batch,
     expect_size,
@@ -69,7 +68,7 @@ class PixelLoss(Config):
         return self
 
 
-class SupervisedConfig(NetworkConfig):
+class SupervisedConfig(HeadedConfig):
     """A segmenter of many classes and its training; the defaults are the prototype's, without its faults."""
 
     architecture: str = "deeplab"
@@ -90,22 +89,6 @@ class SupervisedConfig(NetworkConfig):
     """Augmentation of the windows."""
     every: Annotated[int, Field(gt=0)] = 1
     """Epochs between validations; the last epoch is always validated."""
-    network: Literal["decoder", "linear", "frozen"] = added(default="decoder")
-    """decoder: all of the above; linear: a linear map of the frozen encoder's features and colour; frozen: `head`."""
-    head: HeadConfig = added(default=HeadConfig())
-    """network frozen: small networks on the frozen encoder's features and colour, trained in a minute on a CPU."""
-
-    @property
-    def factory(self) -> Literal["segmenter", "pixel-head"]:
-        """Name of the network's factory in a bundle."""
-        return "segmenter" if self.network == "decoder" else "pixel-head"
-
-    def options(self, *, classes: int = 1, channels: int) -> dict[str, str | int | float]:
-        """Arguments of the network's factory, as a bundle stores them."""
-        if self.network == "decoder":
-            return super().options(classes=classes, channels=channels)
-        hidden = self.head.hidden * self.head.members if self.network == "frozen" else 0
-        return {"encoder": self.encoder, "classes": classes, "channels": channels, "hidden": hidden}
 
 
 @dataclass(frozen=True)
@@ -187,15 +170,10 @@ def fit_frozen(
         ModelError: the encoder's weights do not fit.
     """
     classes, size = len(training.pixels_K), settings.sampling.size
-    hidden = int(settings.options(classes=classes, channels=len(scaling.mean))["hidden"])
-    net = untrained(settings.encoder, settings.weights, scaling, classes=classes, lab=lab, hidden=hidden)
-    # 1. features of windows spread over all images, and the head
+    # 1. the head, from features of windows spread over all images
     draws = windows.spread(training.images, size=size, most=MOST_WINDOWS)
-    samples = sample(net, pairs_of(training, draws), len(draws), scaling, seed=settings.learning.seed)
-    if hidden:
-        fit_hidden(net, samples, settings.head, seed=settings.learning.seed)
-    else:
-        fit_linear(net, samples, balance=settings.head.balance)
+    pairs = pairs_of(training, draws)
+    net = fit_head(settings, pairs, len(draws), scaling, classes=classes, lab=lab, seed=settings.learning.seed)
     # 2. its measures
     confusion = Confusion(np.zeros((classes, classes), np.int64))
     draws = windows.spread(validation.images, size=size, most=MOST_WINDOWS)

@@ -57,6 +57,8 @@ class Config(Frozen):
         if self.segmenter:
             reduce = self.segmenter.reduce
             models.expect_windows(models.RGB, self.scaling, patch=self.patch, stride=self.stride, reduce=reduce)
+            if self.crf and self.segmenter.network != "decoder":
+                raise ValueError("crf refines a decoder; set crf to null, or segmenter.network to decoder")
         return self
 
     @property
@@ -100,5 +102,7 @@ class Config(Frozen):
                 )
         for settings in networks.values():
             models.expect_weights(settings, self.scaling)
-        for settings in networks.values():
+        for name, settings in networks.items():
+            if name == "segmenter" and self.segmenter and self.segmenter.network != "decoder":
+                continue  # a head on the encoder, whose weights were read above
             settings.build(classes=len(self.table.classes), channels=len(models.RGB))

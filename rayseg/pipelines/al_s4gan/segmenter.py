@@ -18,7 +18,7 @@ from rayseg.steps import baseline, models, simple_maps
 from rayseg.train import learning
 from rayseg.train.batches import Chips
 from rayseg.train.consistency import fit_consistency
-from rayseg.train.frozen import Pair
+from rayseg.train.frozen import Pair, fit_head
 from rayseg.train.s4gan import Data, S4ganConfig, confusions, fit_s4gan, measures_of
 
 
@@ -70,13 +70,15 @@ def fit_drawn(step: Step, listed: Step, config: Config) -> dict[str, Any]:
 def _fit(step: Step, listed: Step, labelled: Sequence[Row], config: Config) -> dict[str, Any]:
     settings, channels = _settings(config), len(models.RGB)
     seeded = settings.model_copy(update={"learning": settings.learning.model_copy(update={"seed": config.seed})})
-    setup = models.training_setup(step, workers=config.workers)
     # The chips that show their masks, all others of the pool, and the chips of the validation part.
     shown = {row["id"] for row in labelled}
     others = [row for row in chip_pool.rows_of(listed, "pool") if row["id"] not in shown]
     held = chip_pool.rows_of(listed, "validation")
     of_pool = (_masked(step.root, rows, config) if rows else None for rows in (others, held))
     data = Data(_masked(step.root, labelled, config), *of_pool)
+    if settings.network != "decoder":
+        return _fit_head(step, seeded, data, config)
+    setup = models.training_setup(step, workers=config.workers)
     train = fit_consistency if settings.learner == "consistency" else fit_s4gan
     measures = train(seeded, data, setup, scaling=config.scaling)
     net = seeded.build(classes=len(config.table.classes), channels=channels, weights="none")
@@ -86,6 +88,18 @@ def _fit(step: Step, listed: Step, labelled: Sequence[Row], config: Config) -> d
         model.std.copy_(model.std.new_tensor(config.scaling.std) / config.scaling.scale)
     described = describe(config).model_copy(update={"metrics": measures})
     return {"bundle": models.keep_model(step, described, model), "measures": measures, "masks": len(labelled)}
+
+
+def _fit_head(step: Step, settings: S4ganConfig, data: Data, config: Config) -> dict[str, Any]:
+    """Fit a head on the frozen encoder to the chips with masks; nothing is chosen by the validation chips."""
+    classes, lab = len(config.table.classes), models.is_rgb8(models.RGB, "uint8", config.scaling)
+    pairs, count = _pairs(data.labelled), len(data.labelled)
+    head = fit_head(settings, pairs, count, config.scaling, classes=classes, lab=lab, seed=config.seed)
+    chips = data.validation
+    found = confusions(head, chips, range(len(chips)), config.scaling, unit=32) if chips else []
+    measures = measures_of(sum(found[1:], found[0])) if found else {}
+    described = describe(config).model_copy(update={"metrics": measures})
+    return {"bundle": models.keep_model(step, described, head), "measures": measures, "masks": count}
 
 
 def masked_rows(listed: Step) -> list[Row]:
@@ -120,7 +134,7 @@ def measure(step: Step, listed: Step, segmenter: Step, config: Config) -> dict[s
 
 
 def measure_baselines(step: Step, parts: Sequence[Step], config: Config) -> dict[str, Any]:
-    """Fit a linear head and a random forest to the chips with masks; compare them where the segmenter was measured."""
+    """Fit a linear head (unless the model is one) and a random forest; compare them on the chips of the measure."""
     listed, trained, measured, last = parts
     if measured.value["part"] == "none":
         return {}
@@ -128,7 +142,9 @@ def measure_baselines(step: Step, parts: Sequence[Step], config: Config) -> dict
     labelled = _masked(step.root, _chosen(listed, last, config), config)
     rows, table = chip_pool.rows_of(listed, measured.value["part"]), config.table
     chips, count, settings = _masked(step.root, rows, config), len(table.classes), _settings(config)
-    simple = simple_maps.learnt(settings, config.scaling, _pairs(labelled), len(labelled), classes=count, rgb8=True)
+    linear = settings.network != "linear"
+    pairs = _pairs(labelled)
+    simple = simple_maps.learnt(settings, config.scaling, pairs, len(labelled), classes=count, rgb8=True, linear=linear)
     methods = simple_maps.compare(
         simple, partial(_pairs, chips), table, measure=lambda confusion: confusion.mean_iou_of_reference
     )

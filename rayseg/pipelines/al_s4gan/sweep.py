@@ -27,8 +27,9 @@ from rayseg.steps import report
 from rayseg.store import absolute, put, upath
 from rayseg.vision.query_strategies import STRATEGIES
 
-LEARNERS = ("s4gan", "consistency", "supervised")
-"""s4gan and consistency learn from all chips; supervised from those with masks alone."""
+LEARNERS = ("s4gan", "consistency", "supervised", "linear", "frozen")
+"""s4gan and consistency learn from all chips, the others from those with masks alone; the last two are heads on the
+frozen encoder."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,10 @@ class Trial:
         values["seed"] = base.seed + self.seed
         if self.learner == "supervised":
             values["segmenter"] |= {"learner": "s4gan", "discriminator": None}
-        elif base.segmenter:
-            values["segmenter"]["learner"] = self.learner
+        elif self.learner in {"s4gan", "consistency"}:
+            values["segmenter"] |= {"learner": self.learner}
+        if base.segmenter:
+            values["segmenter"]["network"] = self.learner if self.learner in {"linear", "frozen"} else "decoder"
         return load_values(Config, values)
 
 

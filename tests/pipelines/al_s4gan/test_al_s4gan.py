@@ -223,6 +223,25 @@ def test_people_draw_what_is_asked_for_round_by_round(tmp_path):
     assert [row["id"] for row in table(out, "round-2")] == [*asked]
 
 
+@pytest.mark.parametrize("learner", [
+    "network=linear",
+    *(pytest.param(other, marks=pytest.mark.more) for other in ("network=frozen", "learner=consistency")),
+])  # fmt: skip
+def test_every_learner_gives_a_model_like_any_other(world, words, tmp_path, learner):
+    out = tmp_path / "run"
+    more = ["--set", "active.strategy=random", "--set", f"segmenter.{learner}", "--set", "baseline=false"]
+    found = rayseg(*words, *more, "--out", out)
+    assert found.exit_code == 0, found.output
+    said = read(str(out))["steps"]
+    assert said["segmenter"]["masks"] == 7
+    assert said["segmenter"]["measures"]["mean_iou"] == pytest.approx(said["measure"]["mean_iou"])
+    assert said["measure"]["mean_iou"] > (0.5 if learner.startswith("network") else 0.1)
+    described, _ = bundle.build(out / "models" / "segmenter")
+    assert described.architecture.factory == ("pixel-head" if learner.startswith("network") else "segmenter")
+    page = (out / "report" / "index.html").read_text()
+    assert ("11 chips without" in page) == (learner == "learner=consistency")
+
+
 @pytest.mark.more  # test_sweep.py: trials, table and report of made runs; here: of real trainings
 def test_a_sweep_gives_a_row_per_ratio_and_is_done_once(world, tmp_path):
     out = tmp_path / "sweep"
@@ -280,6 +299,7 @@ REFUSALS = {
     "segmenter.weights=nowhere.pth": "nowhere.pth cannot be read",
     "crf.near=20": "crf.near = 20: input should be less than or equal to 8",
     "stride=128": "stride 128 is above patch 96",
+    "crf={}": "crf refines a decoder; set crf to null, or segmenter.network to decoder",
     "segmenter.reduce=2": "patch 96 is not a multiple of 32 x segmenter.reduce 2",
     "scaling={mean: [1.0], std: [1.0]}": "scaling is of 1 bands",
 }
@@ -288,6 +308,7 @@ REFUSALS = {
 @pytest.mark.parametrize("setting", REFUSALS)
 def test_what_cannot_be_meant_is_refused_before_anything_is_written(words, tmp_path, setting):
     more = ["--set", "active.classifier.size=32"] if setting == "segmenter.size=96" else []
+    more += ["--set", "segmenter.network=linear"] if setting == "crf={}" else []
     found = rayseg(*words, "--set", setting, *more, "--out", tmp_path / "run")
     assert found.exit_code in {2, 3, 4}
     assert REFUSALS[setting] in found.stderr

@@ -37,8 +37,12 @@ def test_every_combination_is_tried_with_every_seed():
     bare = Trial(0.1, "random", "supervised", 0).config(Config())
     assert bare.segmenter.discriminator is None
     consistent = Config(segmenter={"learner": "consistency"})
-    learners = {name: Trial(0.1, "random", name, 0).config(consistent).segmenter.learner for name in sweep.LEARNERS}
+    tried = {name: Trial(0.1, "random", name, 0).config(consistent).segmenter for name in sweep.LEARNERS}
+    learners = {name: tried[name].learner for name in ("s4gan", "consistency", "supervised")}
     assert learners == {"s4gan": "s4gan", "consistency": "consistency", "supervised": "s4gan"}
+    networks = [tried[name].network for name in sweep.LEARNERS]
+    assert networks == ["decoder", "decoder", "decoder", "linear", "frozen"]
+    assert [tried[name].uses_unlabelled for name in sweep.LEARNERS] == [True, True, False, False, False]
     assert Trial(0.1, "random", "s4gan", 0).config(Config()) == Config(
         seed=1234, active={"ratio": 0.1, "strategy": "random"}
     )
@@ -53,7 +57,7 @@ def test_without_a_segmenter_the_largest_share_shows_the_others():
 def test_unknown_names_are_refused():
     with pytest.raises(ConfigError, match="strategy best is unknown, expected some of: margin"):
         sweep.list_trials(Config(), ratios=[0.1], strategies=["best"], learners=["s4gan"], seeds=1)
-    with pytest.raises(ConfigError, match="learner gan is unknown, expected some of: s4gan, consistency, supervised"):
+    with pytest.raises(ConfigError, match="learner gan is unknown, expected some of: s4gan, consistency, sup"):
         sweep.list_trials(Config(), ratios=[0.1], strategies=["margin"], learners=["gan"], seeds=1)
     with pytest.raises(ConfigError, match="needs one or more ratios"):
         sweep.list_trials(Config(), ratios=[], strategies=["margin"], learners=["s4gan"], seeds=1)
