@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import antimeridian
 import numpy as np
@@ -19,6 +20,8 @@ Project = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 """(N, 2) coordinates of a CRS -> (N, 2) longitudes and latitudes in degrees."""
 LONLAT = "EPSG:4326"
 _STEPS = 32
+_WIDEST = 270.0  # degrees of longitude of a ring that has long edges and does not cross
+_SHORT = 90.0  # degrees of longitude, far less than half a turn
 
 
 def to_lonlat(polygons: NDArray[np.object_], project: Project) -> NDArray[np.object_]:
@@ -63,22 +66,38 @@ def _off_poles(polygons: NDArray[np.object_], project: Project) -> NDArray[np.ob
     return moved
 
 
-def normalised(area: BaseGeometry) -> BaseGeometry:
+def normalised(area: BaseGeometry, *, wound: bool = False) -> BaseGeometry:
     """A geometry in degrees as others wrote it, within -180..180 and cut at the antimeridian.
 
     A ring crosses where the longitude jumps by more than half a turn between neighbouring vertices, and where it
     leaves -180..180. Lines and points stay as they are.
+
+    Args:
+        area: the geometry.
+        wound: an outer ring that jumps does not cross, but has long edges, which are divided, if it runs
+            counterclockwise on the flat map (RFC 7946, section 3.1.6: one that crosses runs clockwise there) and is up
+            to 270 degrees wide; wider ones are taken for crossing rings of the wrong direction, which are common.
     """
     flat = shapely.force_2d(area)
-    return _in_world(polygons_in(flat)) if jumps(np.array([flat], object))[0] else flat
+    return _in_world(polygons_in(flat), wound=wound) if jumps(np.array([flat], object))[0] else flat
 
 
-def _in_world(polygons: NDArray[np.object_]) -> BaseGeometry:
-    """Polygons in degrees as one geometry within -180..180."""
+def divided(area: BaseGeometry) -> BaseGeometry:
+    """A geometry within -180..180 with vertices so close that no edge is taken for one across the antimeridian."""
+    long = "Polygon" in area.geom_type and jumps(np.array([area], object))[0]
+    parted: BaseGeometry = shapely.segmentize(area, _SHORT) if long else area
+    return parted
+
+
+def _in_world(polygons: NDArray[np.object_], *, wound: bool = False) -> BaseGeometry:
+    """Polygons in degrees as one geometry within -180..180; `wound` as in `normalised`."""
     west, _, east, _ = shapely.bounds(polygons).T
     beyond = (west < -180) | (east > 180)  # their vertices are in one row, so a long edge is only long
     crossing = jumps(polygons) & ~beyond
-    pieces = [*polygons[~beyond & ~crossing], *(piece for part in polygons[beyond] for piece in _turned_back(part))]
+    if wound:
+        crossing &= ~shapely.is_ccw(shapely.get_exterior_ring(polygons)) | (east - west > _WIDEST)
+    kept: list[Any] = [divided(part) for part in polygons[~beyond & ~crossing]]
+    pieces = [*kept, *(piece for part in polygons[beyond] for piece in _turned_back(part))]
     pieces += _cut(polygons[crossing])
     whole: BaseGeometry = shapely.MultiPolygon(pieces) if len(pieces) > 1 else pieces[0]
     # Pieces of a ring of 0..360 degrees share an edge on the prime meridian.

@@ -2,10 +2,11 @@
 
 import io
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -21,18 +22,20 @@ from rayseg.geo.grid import Bounds, Grid, Window
 from rayseg.geo.lonlat import (
     LONLAT,
     box_of,
+    divided,
     from_lonlat,
     geographic,
+    jumps,
     normalised,
     polygons_in,
     to_lonlat,
     transformer,
     within,
 )
+from rayseg.geo.vector_files import read_frame
 from rayseg.store import split_location, suffix_of, upath
 
-if TYPE_CHECKING:  # takes long to import, and a region is seldom a file
-    import geopandas
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -266,9 +269,6 @@ def _box_geometry(text: str) -> BaseGeometry:
 
 
 def _region_file(name: str, path: str, collection: str | None) -> Region:
-    import geopandas
-    import pyogrio.errors
-
     try:
         data = upath(path).read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
@@ -277,7 +277,7 @@ def _region_file(name: str, path: str, collection: str | None) -> Region:
     if suffix_of(path) == ".parquet":
         if "stac_version" in _columns(path, data):
             return Region(name, catalog=path, collection=collection)
-        return Region(name, _area(path, geopandas.read_parquet(io.BytesIO(data))))
+        return Region(name, _area(path))
     try:
         row = json.loads(data)
     except ValueError as error:
@@ -289,11 +289,7 @@ def _region_file(name: str, path: str, collection: str | None) -> Region:
         raise DataError(f"region file {path}: expected a GeoJSON Feature, found {first!r}")
     if "stac_version" in row or "stac_version" in first:
         return Region(name, catalog=path, collection=collection)
-    try:
-        frame = geopandas.read_file(io.BytesIO(data), engine="pyogrio")
-    except pyogrio.errors.DataSourceError as error:
-        raise DataError(f"region file {path} is neither GeoJSON nor STAC: {error}") from error
-    return _with_imagery(Region(name, _area(path, frame)), row, path)
+    return _with_imagery(Region(name, _area(path)), row, path)
 
 
 def _columns(path: str, data: bytes) -> list[str]:
@@ -306,17 +302,28 @@ def _columns(path: str, data: bytes) -> list[str]:
     return list(schema.names)
 
 
-def _area(path: str, frame: "geopandas.GeoDataFrame") -> dict[str, Any]:
+def _area(path: str) -> dict[str, Any]:
     """All polygons of a file together, in EPSG:4326."""
-    if frame.empty or frame.geometry.isna().all():
+    try:
+        frame = read_frame(path)
+    except DataError as error:
+        raise DataError(f"region file {path} is neither GeoJSON nor STAC: {error}") from error
+    if frame.empty:
         raise DataError(f"region file {path} is empty: a polygon was expected")
-    shapes = frame.geometry.dropna().to_numpy()
+    shapes = frame.geometry.to_numpy()
     if frame.crs is None or frame.crs == LONLAT:
-        lonlat = [normalised(one) for one in shapes]
+        if jumps(shapes).any():
+            _log.warning(
+                "%s has edges longer than 180 degrees: a ring that runs counterclockwise on the flat map and is up to "
+                "270 degrees wide is as wide as it looks there, any other crosses the antimeridian; if it is read "
+                "wrong, divide its edges",
+                path,
+            )
+        lonlat = [normalised(one, wound=True) for one in shapes]
     else:
         degrees = transformer(frame.crs.to_wkt(), LONLAT)
         lonlat = list(to_lonlat(shapes, lambda points: np.stack(degrees.transform(*points.T), axis=1)))
-    area = shapely.union_all(shapely.make_valid(np.array(lonlat, object)))
+    area = divided(shapely.union_all(shapely.make_valid(np.array(lonlat, object))))
     if area.is_empty or area.area == 0:
         raise DataError(
             f"region file {path} has no area ({area.geom_type} within {area.bounds}): a polygon was expected"

@@ -1,5 +1,6 @@
 """Instances in files, read on any window: masks whose values are ids, or polygons."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,11 +13,13 @@ from rasterio.features import rasterize
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window, slug
+from rayseg.geo.vector_files import read_frame
 from rayseg.io import labelme
 from rayseg.io.rasters import footprint, read
 from rayseg.io.sources import Source
 from rayseg.store import upath
 
+_log = logging.getLogger(__name__)
 Ids = NDArray[np.int64]
 UNKNOWN = -1
 """A pixel that is not labelled."""
@@ -84,12 +87,14 @@ class Polygons:
         if target.is_dir():
             return cls(labelme.polygons_of(path), path)
         try:
-            parquet = target.suffix in {".parquet", ".geoparquet"}
-            frame = geopandas.read_parquet(str(target)) if parquet else geopandas.read_file(str(target))
-        except (OSError, ValueError) as error:
+            frame = read_frame(path)
+        except OSError as error:
             raise DataError(f"{path} cannot be read as polygons: {error}; give GeoParquet or GeoJSON") from None
         # Lines and points come with fields in some data sets.
-        frame = frame[frame.geometry.notna() & frame.geom_type.isin(["Polygon", "MultiPolygon"])].reset_index(drop=True)
+        areas = frame.geom_type.isin(["Polygon", "MultiPolygon"])
+        if not areas.all():
+            _log.warning("%d of %d rows of %s are lines or points and are left out", (~areas).sum(), len(frame), path)
+        frame = frame[areas].reset_index(drop=True)
         if frame.empty:
             raise DataError(f"{path} holds no polygons, expected one for each plot; give another file")
         if frame.crs is None and "image" not in frame:

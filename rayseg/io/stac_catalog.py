@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pystac
+import shapely
 from aiohttp import ClientError
 
 from rayseg.errors import ConfigError, DataError, RaysegError
@@ -267,15 +268,32 @@ def items_of(uri: str, box: Box | None) -> list[dict[str, Any]]:
     try:
         table = pq.read_table(io.BytesIO(upath(uri).read_bytes()))
         table = table if box is None else table.filter(_meeting(table, box))
-        if empty := table["geometry"].null_count:  # GeoParquet's readers expect one
-            raise DataError(
-                f"{uri} has {empty} items with a null geometry, expected one of each item; write their bbox as geometry"
-            )
-        return list(stac_table_to_items(table))
+        # stac_geoparquet takes no null geometries and boxes, and no table without boxes
+        unplaced, boxes = table["geometry"].is_null().to_pylist(), _boxes(table)
+        if table["geometry"].null_count:
+            at = table.column_names.index("geometry")
+            origin = pa.scalar(shapely.to_wkb(shapely.Point(0, 0)), table.schema.field(at).type)
+            table = table.set_column(at, table.schema.field(at), pc.fill_null(table["geometry"], origin))
+        if None in boxes:
+            table = table.drop_columns([name for name in table.column_names if name == "bbox"])
+            zeros = dict.fromkeys(("xmin", "ymin", "xmax", "ymax"), 0.0)
+            table = table.append_column("bbox", pa.array([zeros] * len(table)))
+        rows: list[dict[str, Any]] = list(stac_table_to_items(table))
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ConfigError(f"catalogue {uri} is not there") from error
     except (pa.ArrowException, KeyError) as error:
         raise DataError(f"{uri} is not a table of STAC items: {error}") from error
+    for row, lost, bbox in zip(rows, unplaced, boxes, strict=True):
+        row |= {"geometry": None if lost else row["geometry"], "bbox": bbox}
+    return rows
+
+
+def _boxes(table: pa.Table) -> list[list[float] | None]:
+    """The bbox of each row as STAC has it, None where it or one of its numbers is null."""
+    values = table["bbox"].to_pylist() if "bbox" in table.column_names else [None] * len(table)
+    names = ("xmin", "ymin", "zmin", "xmax", "ymax", "zmax")
+    boxes = ([one[name] for name in names if name in one] if isinstance(one, dict) else one for one in values)
+    return [None if box is None or None in box else box for box in boxes]
 
 
 def _meeting(table: pa.Table, box: Box) -> pa.ChunkedArray:

@@ -18,10 +18,11 @@ from shapely.geometry import mapping, shape
 from shapely.geometry.base import BaseGeometry
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo.lonlat import box_of, normalised
+from rayseg.geo.lonlat import bounds_of, box_of, normalised
 from rayseg.io import drivers, stac_catalog
-from rayseg.io.sources import PIXELS, STORED, Source, crs_of, crs_text, holds, same_place, source_of_file
+from rayseg.io.sources import PIXELS, STORED, Source, crs_of, crs_text, holds, outline_of, same_place, source_of_file
 from rayseg.io.stac_catalog import Box, Row, resolved
+from rayseg.io.tables import concurrently
 from rayseg.io.times import UNKNOWN, time_order, utc_text
 from rayseg.io.units import Unit, baseline_in, baseline_text
 from rayseg.store import suffix_of
@@ -65,7 +66,8 @@ def open_items(
         uri: a catalogue, collection, item or item collection as JSON, an `items.parquet`, or a STAC API.
         collection: id of the collection wanted, wherever it is below; None for all. Of an API also a question, as
             `a,b&datetime=2020-01-01/2020-12-31&query=eo:cloud_cover<20`.
-        geometry: GeoJSON in EPSG:4326 that items must meet; items without geometry then stay out.
+        geometry: GeoJSON in EPSG:4326 that items must meet; an item without geometry and bbox lies where its fields
+            or files say, and is one that `source_of` refuses if they do not.
         halo: of their own pixels by which items may miss it, where others meet it.
 
     Raises:
@@ -73,9 +75,15 @@ def open_items(
         DataError: no item is left; the message names the bounds of both sides.
     """
     area = None if geometry is None else shape(geometry)
-    wide = geometry if area is None or not halo else mapping(normalised(area.buffer(_AROUND).intersection(_POLES)))
+    wide = geometry
+    if area is not None and halo:  # no edge of what surrounds a wide area is one across the antimeridian
+        wide = mapping(normalised(shapely.segmentize(area.buffer(_AROUND).intersection(_POLES), 90.0)))
     box = None if area is None else (area.buffer(_COARSE * halo) if halo else area).bounds
     items = _read_items(uri, collection, wide, box)
+    if area is not None:
+        known = [item for item in items if item.geometry or BROKEN in item.properties]
+        unplaced = [item for item in items if not item.geometry and BROKEN not in item.properties]
+        items = [*known, *concurrently(_placed_by_file, unplaced)]
     near = [item for item in items if area is None or _near(item, area, halo)]
     broken = [item for item in items if BROKEN in item.properties and (not item.geometry or item in near)]
     valid = [item for item in near if BROKEN not in item.properties]
@@ -156,6 +164,23 @@ def _item_of(row: Row) -> pystac.Item:
     return pystac.Item(row.id, place, None, UNKNOWN, {BROKEN: reason})
 
 
+def _placed_by_file(item: pystac.Item) -> pystac.Item:
+    """The item with the outline of its pixels in place of the geometry that it lacks; else one with the reason."""
+    try:
+        source = source_of(item)
+        outline = outline_of(source) if source.crs else None
+    except DataError as error:
+        return pystac.Item(item.id, None, None, UNKNOWN, {BROKEN: str(error).rstrip(".")})
+    if outline is None:
+        reason = (
+            f"{item.id} has no geometry, bbox or georeference, so it lies in no region: state them in its item, or map "
+            "it without a region"
+        )
+        return pystac.Item(item.id, None, None, UNKNOWN, {BROKEN: reason})
+    item.geometry, item.bbox = mapping(outline), list(bounds_of(outline))
+    return item
+
+
 def _told(error: Exception) -> str:
     reason = str(error) if isinstance(error, (pystac.STACError, pystac.STACTypeError, ValueError)) else repr(error)
     return f"{' '.join(reason.split()).rstrip('.')[:200]}; correct the item, or remove it from the catalogue"
@@ -187,14 +212,9 @@ def _pixel_degrees(item: pystac.Item) -> float:
 
 
 def _nothing(place: str, items: Sequence[pystac.Item], area: BaseGeometry | None) -> str:
-    boxes = [box_of(item.bbox) for item in items if item.bbox]
-    if area is None or not items:
+    boxes = [box_of(item.bbox or shape(item.geometry).bounds) for item in items if item.geometry]
+    if area is None or not boxes:
         return f"{place} holds no items; give a catalogue or collection with items"
-    if not boxes:
-        return (
-            f"the {len(items)} items of {place} have no coordinates, so none lies in the region {_box(area.bounds)}; "
-            "map them without a region, or give them a bbox"
-        )
     west, south, east, north = zip(*boxes, strict=True)
     have = _box((min(west), min(south), max(east), max(north)))
     return (

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from io import BytesIO
 from itertools import compress
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,12 +34,13 @@ from upath import UPath
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Grid, Window, slug
 from rayseg.geo.region import on_grid
+from rayseg.geo.vector_files import read_frame
 from rayseg.io import cog, stac_write
 from rayseg.io.labels import LABEL
 from rayseg.io.sources import crs_of
 from rayseg.io.webmap import CRS, HALF_WORLD, Fetching, Service, Session, mosaic, service_for, session
 from rayseg.io.written import WrittenFile
-from rayseg.store import StorePath, is_local, put, upath
+from rayseg.store import StorePath, put, upath
 
 __all__ = ["Fetching", "ingest_xyz"]
 
@@ -212,17 +212,12 @@ def _chips(path: StorePath, label: str | None, grid: Grid) -> list[_Unit]:
 
 
 def _polygons(path: StorePath) -> geopandas.GeoDataFrame:
-    source = upath(path)
-    parquet = source.suffix.lower() in {".parquet", ".geoparquet"}
     try:
-        file = str(source) if is_local(source) else BytesIO(source.read_bytes())
-        frame = geopandas.read_parquet(file) if parquet else geopandas.read_file(file)
-    except (OSError, ValueError, RuntimeError) as error:
+        frame = read_frame(path)
+    except OSError as error:
         raise DataError(f"{path} cannot be read: {error}; give polygons as GeoJSON or GeoParquet") from error
-    if not isinstance(frame, geopandas.GeoDataFrame):
-        raise DataError(f"{path} has no geometry; give polygons as GeoJSON or GeoParquet")
     kinds = set(frame.geometry.geom_type) if len(frame) else {"nothing"}
-    if frame.crs is None or not kinds <= {"Polygon", "MultiPolygon"} or frame.geometry.is_empty.any():
+    if frame.crs is None or not kinds <= {"Polygon", "MultiPolygon"}:
         content = ", ".join(sorted(str(kind) for kind in kinds))
         raise DataError(f"{path} holds {content} in CRS {frame.crs}: expected polygons, none empty, with a CRS")
     return frame

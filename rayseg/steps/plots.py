@@ -11,7 +11,7 @@ from pydantic import Field
 from rayseg.engine.flow import Work
 from rayseg.engine.manifest import Row, write_rows
 from rayseg.engine.run import Step
-from rayseg.geo.grid import Grid, Tile
+from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.geo.region import Region
 from rayseg.io import plot_joins, vectors
 from rayseg.io.labels import Chip
@@ -250,6 +250,11 @@ def write_plots(step: Step, joined: Step, classified: Step, model: Step) -> dict
     return {"polygons": "plots.parquet", "count": len(frame), "area_m2": area}
 
 
+def _patch(tile: Row, patch: Row) -> Tile:
+    """The ground of a patch: in degrees, pixels of one tile differ in area from row to row."""
+    return replace(Tile.from_row(tile), window=Window(patch["col"], patch["row"], patch["width"], patch["height"]))
+
+
 def write_report(
     step: Step,
     proposed: Step,
@@ -264,7 +269,7 @@ def write_report(
     rows = read_plots(joined)
     tiled = [tile for of_grid in proposed_tiles(proposed).values() for tile in of_grid]
     patches = [
-        (patch["pixels"] * (pixel_area_m2(Tile.from_row(tile)) or 1.0), patch["coverage"])
+        (patch["pixels"] * (pixel_area_m2(_patch(tile, patch)) or 1.0), patch["coverage"])
         for tile in tiled
         for patch in read_proposals(proposed, tile, "patches")
     ]

@@ -9,8 +9,10 @@ import shapely
 from pyproj import Transformer
 from shapely.geometry import box, mapping, shape
 
+from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window
 from rayseg.geo.region import on_grid, pixels_inside, resolve_region, windows_inside
+from rayseg.io.stac_read import open_items
 
 BOXES = {
     "170,-20,-170,-10": [(170, -20, 180, -10), (-180, -20, -170, -10)],
@@ -56,6 +58,12 @@ def ring(*corners):
             box(170, -9, 190, 9).difference(box(178, -1, 182, 1)),
             [(170, -9, 178, 9), (-178, -9, -170, 9), *((w, s, w + 2, s + 8) for w in (178, -180) for s in (-9, 1))],
         ),
+        # long edges: as wide as they look counterclockwise, across the antimeridian clockwise (RFC 7946)
+        (ring((-100, 0), (100, 0), (100, 5), (-100, 5)), [(-100, 0, 100, 5)]),
+        (box(-120, -60, 140, 70), [(-120, -60, 140, 70)]),
+        (ring((-100, 0), (-100, 5), (100, 5), (100, 0)), [(100, 0, 180, 5), (-180, 0, -100, 5)]),
+        (ring((95, -40), (-100, -40), (-100, -20), (95, -20)), [(95, -40, 180, -20), (-180, -40, -100, -20)]),
+        (shapely.MultiPolygon([box(-95, 10, 96, 20), box(0, 30, 1, 31)]), [(-95, 10, 96, 20), (0, 30, 1, 31)]),
     ],
 )
 def test_a_polygon_in_a_file_crosses_where_its_steps_do_and_not_because_it_is_wide(tmp_path, polygon, parts):
@@ -63,6 +71,15 @@ def test_a_polygon_in_a_file_crosses_where_its_steps_do_and_not_because_it_is_wi
     path.write_text(json.dumps(mapping(polygon)))
     region = shape(resolve_region(str(path)).geometry)
     assert region.symmetric_difference(shapely.union_all([box(*part) for part in parts])).area < 1e-6
+
+
+def test_what_surrounds_a_wide_region_is_not_its_complement(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("rayseg.io.stac_catalog.rows_of", lambda *words: asked.append(shape(words[2])) or [])
+    for text in ("-100,0,100,5", "-130,-50,130,-20"):
+        with pytest.raises(DataError, match="holds no items"):
+            open_items("https://h/v1", geometry=resolve_region(text).geometry, halo=64)
+        assert asked[-1].symmetric_difference(box(*map(float, text.split(",")))).area < 0.2 * asked[-1].length
 
 
 def test_a_file_in_metres_is_cut_at_the_antimeridian(tmp_path):

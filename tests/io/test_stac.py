@@ -11,9 +11,11 @@ import pyarrow.parquet as pq
 import pyproj
 import pystac
 import pytest
+import rasterio
 import shapely
 from affine import Affine
 from pystac.validation import JsonSchemaSTACValidator
+from rasterio.warp import transform
 from shapely.geometry import box, mapping, shape
 
 import rayseg
@@ -262,15 +264,59 @@ def test_an_item_with_a_bbox_and_no_geometry_lies_in_its_bbox(tmp_path):
         assert [one.id for one in stac_read.open_items(str(path), geometry=region)] == [expected]
 
 
-def test_a_table_with_null_geometries_is_refused_by_name(tmp_path):
+@pytest.mark.parametrize("boxes", ["all", "some", "none"])
+def test_null_geometries_of_a_table_cost_no_other_item(tmp_path, boxes):
     path = tmp_path / "items.parquet"
-    stac_write.write_items_parquet(path, [item(name).to_dict(include_self_link=False) for name in "ab"])
+    rows = [item(name).to_dict(include_self_link=False) for name in "abc"]
+    where = [[10.0, 40.0, 11.0, 41.0], [30.0, 40.0, 31.0, 41.0], [50.0, -41.0, 51.0, -40.0]]
+    rows = [row | {"geometry": mapping(box(*place)), "bbox": place} for row, place in zip(rows, where, strict=True)]
+    stac_write.write_items_parquet(path, rows)
     table = pq.read_table(path)
-    at = table.schema.get_field_index("geometry")
-    nulls = pa.nulls(len(table), table.schema.field(at).type)
-    pq.write_table(table.set_column(at, table.schema.field(at), nulls), path)
-    with pytest.raises(DataError, match=r"items\.parquet has 2 items with a null geometry, expected one of each item"):
-        stac_read.open_items(str(path))
+    values = {name: table[name].to_pylist() for name in ("geometry", "bbox")}
+    values["geometry"][1:] = [None, None]
+    values["bbox"] = {"all": values["bbox"], "some": [None, values["bbox"][1], None], "none": [None] * 3}[boxes]
+    for name, column in values.items():
+        at = table.schema.get_field_index(name)
+        table = table.set_column(at, table.schema.field(at), pa.array(column, table.schema.field(at).type))
+    pq.write_table(table, path)
+    assert [one.id for one in stac_read.open_items(str(path))] == ["a", "b", "c"]
+    here = stac_read.open_items(str(path), geometry=resolve_region("10.2,40.2,10.4,40.4").geometry)
+    lost = {"all": set(), "some": {"c"}, "none": {"b", "c"}}[boxes]
+    assert {one.id for one in here if stac_read.BROKEN not in one.properties} == {"a"}
+    assert {one.id for one in here if stac_read.BROKEN in one.properties} == lost
+    if boxes != "none":
+        [second, *_] = stac_read.open_items(str(path), geometry=resolve_region("30.2,40.2,30.4,40.4").geometry)
+        assert second.id == "b"
+
+
+@pytest.mark.parametrize(
+    ("crs", "x", "y"), [("EPSG:32718", 4e5, 8e6), ("EPSG:32660", 7e5, 5e6), ("EPSG:4326", 12, -33)]
+)
+@pytest.mark.parametrize("stated", [True, False])
+def test_an_item_without_a_place_takes_that_of_its_pixels_or_is_named(tmp_path, crs, x, y, stated):
+    step = 1e-4 if crs == "EPSG:4326" else 10
+    affine = Affine(step, 0, x, 0, -step, y)
+    with rasterio.open(tmp_path / "a.tif", "w", "GTiff", 8, 8, 1, dtype="uint8", crs=crs, transform=affine) as file:
+        file.write(np.ones((1, 8, 8), "uint8"))
+        lon, lat = transform(file.crs, "EPSG:4326", [x + 4 * step], [y - 4 * step])
+    made = item("a", assets={"image": tif(str(tmp_path / "a.tif"), bands=[{"name": "b1", "data_type": "uint8"}])})
+    bare = item("photo", assets={"image": tif("/x/p.png", bands=[{"name": "b1", "data_type": "uint8"}])})
+    bare.properties |= {"proj:code": None, "proj:shape": [5, 7]}
+    gone = item("gone", assets={"image": tif(str(tmp_path / "gone.tif"))})
+    if stated:
+        made.properties |= {"proj:code": crs, "proj:shape": [8, 8], "proj:transform": list(affine)[:6]}
+    rows = [one.to_dict(include_self_link=False) | {"geometry": None, "bbox": None} for one in (made, bare, gone)]
+    (tmp_path / "items.json").write_text(json.dumps({"type": "FeatureCollection", "features": rows}))
+    here = resolve_region(f"{lon[0] - 1e-4},{lat[0] - 1e-4},{lon[0] + 1e-4},{lat[0] + 1e-4}").geometry
+    found = {one.id: one for one in stac_read.open_items(str(tmp_path / "items.json"), geometry=here)}
+    assert found.keys() == {"a", "photo", "gone"}
+    assert stac_read.source_of(found["a"]).crs == crs
+    with pytest.raises(DataError, match="photo has no geometry, bbox or georeference, so it lies in no region"):
+        stac_read.source_of(found["photo"])
+    with pytest.raises(DataError, match=r"gone\.tif cannot be read"):
+        stac_read.source_of(found["gone"])
+    with pytest.raises(DataError, match=r"photo has no|gone\.tif cannot"):
+        stac_read.open_items(str(tmp_path / "items.json"), geometry=resolve_region("0,0,1,1").geometry)
 
 
 def test_an_image_without_crs_stays_without():

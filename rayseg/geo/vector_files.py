@@ -1,0 +1,93 @@
+"""Polygons in files of others: few formats are opened, and rows without a geometry are left out alone and by name."""
+
+import io
+import logging
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rayseg.errors import DataError
+from rayseg.store import StorePath, allowed_drivers, is_local, suffix_of, upath
+
+if TYPE_CHECKING:  # takes long to import, and few commands read polygons
+    import geopandas
+
+_log = logging.getLogger(__name__)
+_HEAD = 1 << 16
+_GEOJSON = re.compile(rb'"type"\s*:\s*"(FeatureCollection|Feature|(Multi)?Polygon|GeometryCollection)"')
+_FOREIGN_JSON = re.compile(rb'"(type"\s*:\s*"Topology|esriGeometryType|geometryType)"')
+_NAMED = 5
+
+
+def read_frame(path: StorePath) -> "geopandas.GeoDataFrame":
+    """The rows with a geometry of a GeoJSON, GeoPackage, FlatGeobuf, GeoParquet or Shapefile.
+
+    The format is told by content, as GDAL tells it; `--allow-driver` opens others by the driver of their suffix. Rows
+    whose geometry is null or empty are left out, with a warning that names them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DataError: it is of another format, cannot be read, or has no column of geometries.
+    """
+    import geopandas
+
+    target = upath(path)
+    with target.open("rb") as file:
+        head = file.read(_HEAD)
+    kind = _kind(head)
+    if not kind and not _allowed(path):
+        raise DataError(
+            f"{path} is damaged, or not a GeoJSON, GeoPackage, FlatGeobuf, GeoParquet or Shapefile; convert it, or, if "
+            f"you trust where it is from, allow its GDAL driver with --allow-driver {(_drivers(path) or ['NAME'])[0]}"
+        )
+    source = str(target) if is_local(target) else io.BytesIO(target.read_bytes())
+    try:
+        frame = geopandas.read_parquet(source) if kind == "Parquet" else geopandas.read_file(source, engine="pyogrio")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"{path} cannot be read as polygons: {error}; give GeoParquet or GeoJSON") from error
+    if not isinstance(frame, geopandas.GeoDataFrame):
+        raise DataError(f"{path} has no geometries, expected polygons; give GeoParquet or GeoJSON")
+    return _placed(frame, path)
+
+
+def _kind(head: bytes) -> str:
+    """The format by the first bytes of a file, "" for any other."""
+    if head.startswith(b"SQLite format 3\0") and head[68:72] in {b"GPKG", b"GP10", b"GP11"}:
+        return "GPKG"
+    signatures = {b"PAR1": "Parquet", b"fgb\x03fgb": "FlatGeobuf", b"\x00\x00\x27\x0a": "ESRI Shapefile"}
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text.startswith(b"{") and _GEOJSON.search(text) and not _FOREIGN_JSON.search(text):
+        return "GeoJSON"
+    return next((kind for signature, kind in signatures.items() if head.startswith(signature)), "")
+
+
+def _allowed(path: StorePath) -> bool:
+    return bool({name.lower() for name in _drivers(path)} & {name.lower() for name in allowed_drivers()})
+
+
+def _drivers(path: StorePath) -> list[str]:
+    """GDAL's vector drivers of a file's suffix; several read KML."""
+    import pyogrio
+
+    suffix = suffix_of(path)
+    if suffix == ".kml":
+        return ["KML", "LIBKML"]
+    try:
+        return [pyogrio.detect_write_driver(f"a{suffix}")]
+    except ValueError:
+        return []
+
+
+def _placed(frame: "geopandas.GeoDataFrame", path: StorePath) -> "geopandas.GeoDataFrame":
+    lost = np.flatnonzero(frame.geometry.isna() | frame.geometry.is_empty)
+    if not len(lost):
+        return frame
+    ids = frame["id"].tolist() if "id" in frame else [None] * len(frame)
+    names = [f"{at + 1}" if ids[at] is None else f"{at + 1} (id {ids[at]})" for at in lost[:_NAMED]]
+    more = f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else ""
+    _log.warning(
+        "%d of %d rows of %s have no geometry and are left out: %s%s; give them one, or remove them",
+        *(len(lost), len(frame), path, ", ".join(names), more),
+    )
+    return frame.iloc[np.setdiff1d(np.arange(len(frame)), lost)].reset_index(drop=True)
