@@ -4,8 +4,8 @@
 
 DATA holds the sets gpc, penang, dubai, landcover and fields; docs/quality.md describes them. The script runs the
 product's own commands with its own configurations, one process at a time. Every finished trial is a line of
-DIR/rows.jsonl, and is not run again: parts can be run one after another. DIR/pictures shows, for each part, where
-the map is best and worst.
+DIR/rows.jsonl, and is not run again: parts can be run one after another. DIR/pictures holds pictures of the maps: of
+gpc, penang and superpixel the best and the worst image, of the others those of the reports.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
@@ -31,35 +31,27 @@ from skimage.color import rgb2lab
 
 from rayseg.geo.grid import NODATA
 from rayseg.io import pictures
-from rayseg.io.maps import mapped_tiles
+from rayseg.io.maps import MappedTile, mapped_tiles
 from rayseg.metrics import Confusion, percentile_interval
+from rayseg.vision.color import mean_color
 
 ROOT = Path(__file__).parents[1]
 PRODUCT = "rayseg"
-PLACES = (450, 850)
-"""Columns of the plane of the set `fields` that divide it into three places."""
-CHIP = 256
-"""Side in px of a chip of `fields`."""
+PLACES, CHIP = (450, 850), 256
+"""Columns that divide the plane of the set `fields` into three places, and the side in px of its chips."""
 COVERS = {"building": 1, "tree": 2}
 """Classes of the set `penang` that are mapped from yes and no."""
 Steps = Mapping[str, Mapping[str, Any]]
+Panels = Callable[[MappedTile, np.ndarray], list[np.ndarray]]
 Trials = dict[str, Callable[[], list["Row"]]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method as measured in one trial.
+    """A method as measured in one trial, of one seed or place; higher is better.
 
-    Attributes:
-        part: of the table.
-        measured_on: the data, and how it was kept apart.
-        measure: its name; higher is better.
-        trial: the seed, or the place.
-        method: `PRODUCT` or a baseline.
-        value: of the measure.
-        low, high: 95 % interval over images or places; None without one.
-        cpu, wall: seconds; of the product, the whole command without its baselines.
-        load: load average over a minute, at the end.
+    `low` and `high` bound a 95 % interval over images or places. `cpu` and `wall` are seconds, of the product those of
+    the whole command without its baselines; `load` is the load average at the end.
     """
 
     part: str
@@ -123,11 +115,9 @@ def rows_of(product: Row, steps: Steps, cost: Cost) -> list[Row]:
     simple = steps.get("baseline", {}).get("methods", [])
     spent, load = sum(method["seconds"] for method in simple), os.getloadavg()[0]
     own = {"cpu": cost.cpu - spent, "wall": cost.wall, "load": load}
-    baselines = [
-        {"method": method["name"], "value": method["value"], "low": None, "high": None, "cpu": method["seconds"]}
-        for method in simple
-    ]
-    return [Row(**asdict(product) | of) for of in (own, *({"load": load} | row for row in baselines))]
+    same, none = (product.part, product.measured_on, product.measure, product.trial), (None, None)
+    baselines = [Row(*same, one["name"], one["value"], *none, one["seconds"], load=load) for one in simple]
+    return [replace(product, **own), *baselines]
 
 
 # -- gpc ---------------------------------------------------------------------------------------------------------------
@@ -150,13 +140,13 @@ def cover(
     seeds = {"classifier.learning.seed": seed, "segmenter.learning.seed": seed, "members": members}
     weights = {"classifier.weights": bench.weights, "segmenter.weights": bench.weights}
     learnt = {"chips.source": f"{labelled}/catalog.json#chips", "truth": test / "masks"}
-    name = f"{part}-{trial}".replace(" ", "-")
+    name = f"{part.partition(',')[0]}-{trial}".replace(" ", "-")
     settings = {**learnt, **weights, **seeds, **quick}
     steps, cost = bench.run(name, "gpc", test / "images", settings, config="gpc/small-data")
     found = steps["evaluate"]
     on = f"{found['units']} images, learnt from chips with yes or no"
     row = Row(part, on, "IoU of the cover", trial, PRODUCT, **found["classes"][1]["iou"])
-    show_covers(bench, bench.out / "runs" / name, test / "masks", name)
+    show_covers(bench, name, test / "masks")
     return rows_of(row, steps, cost)
 
 
@@ -171,36 +161,38 @@ def color_rules(test: Path, row: Row) -> list[Row]:
             marks = (rgb2lab(image_HWC)[..., 1] < -2, np.ones(truth_HW.shape, bool))
             for name, marked_HW in zip(sums, marks, strict=True):
                 sums[name] += Confusion.from_arrays(truth_HW, marked_HW.astype(np.uint8), 2)
-    found = {name: float(confusion.iou[1]) for name, confusion in sums.items()}
-    return [
-        Row(**asdict(row) | {"method": name, "value": value, "low": None, "high": None, "cpu": cost.cpu / 2})
-        for name, value in found.items()
-    ]
+    same, none = (row.part, row.measured_on, row.measure, row.trial), (None, None)
+    return [Row(*same, name, float(total.iou[1]), *none, cost.cpu / 2) for name, total in sums.items()]
 
 
-def show_covers(bench: Bench, run: Path, truth: Path, name: str) -> None:
+def show_covers(bench: Bench, name: str, truth: Path) -> None:
     """Image, mask and map of the images with the highest and the lowest IoU."""
+    run = bench.out / "runs" / name
     counts = json.loads((run / "steps/evaluate/confusions.json").read_text())["tiles"]
-    ious = {tile: float(Confusion(np.array(matrix)).iou[1]) for tile, matrix in counts.items()}
-    ranked = sorted((iou, tile) for tile, iou in ious.items() if not np.isnan(iou))
-    tiles = {mapped.tile.id: mapped for mapped in mapped_tiles(str(run))}
-    for which, (iou, tile) in (("worst", ranked[0]), ("best", ranked[-1])):
-        mapped = tiles[tile]
+    scored = [(float(Confusion(np.array(counts[m.tile.id])).iou[1]), m) for m in mapped_tiles(str(run))]
+
+    def panels(mapped: MappedTile, image_HWC: np.ndarray) -> list[np.ndarray]:
+        del image_HWC
+        classes = [file_of(path) for path in (truth / f"{mapped.sources[0].item_id}.png", mapped.href)]
+        greys = [np.select([band_HW == 1, band_HW == NODATA], [255, 110], 0).astype(np.uint8) for band_HW in classes]
+        return [np.repeat(grey_HW[..., None], 3, axis=2) for grey_HW in greys]
+
+    best_and_worst(bench, name, [pair for pair in scored if not np.isnan(pair[0])], panels)
+
+
+def file_of(path: Path | str) -> np.ndarray:
+    """The first band of a raster."""
+    with rasterio.open(path) as file:
+        return file.read(1)
+
+
+def best_and_worst(bench: Bench, name: str, scored: Sequence[tuple[float, MappedTile]], panels: Panels) -> None:
+    """Write DIR/pictures/<name>-best-<score>.png and -worst-: the image, and panels of the same place."""
+    ranked = sorted(scored, key=lambda pair: pair[0])
+    for which, (score, mapped) in (("worst", ranked[0]), ("best", ranked[-1])):
         image_HWC = pictures.shown(mapped.sources, mapped.tile.grid, mapped.tile.window)
-        stem = mapped.sources[0].item_id
-        mask = next(path for path in truth.iterdir() if path.stem == stem)
-        panels = [image_HWC]
-        for path in (mask, mapped.href):
-            with rasterio.open(path) as file:
-                grey_HW = np.select([file.read(1) == 1, file.read(1) == NODATA], [255, 110], 0).astype(np.uint8)
-            panels.append(np.repeat(grey_HW[..., None], 3, axis=2))
-        save(bench, f"{name}-{which}-{iou:.2f}", np.concatenate(panels, axis=1))
-
-
-def save(bench: Bench, name: str, image_HWC: np.ndarray) -> None:
-    """Write DIR/pictures/<name>.png."""
-    (bench.out / "pictures").mkdir(exist_ok=True)
-    Image.fromarray(image_HWC).save(bench.out / "pictures" / f"{name}.png")
+        whole_HWC = np.concatenate([image_HWC, *panels(mapped, image_HWC)], axis=1)
+        Image.fromarray(whole_HWC).save(bench.out / "pictures" / f"{name}-{which}-{score:.2f}.png")
 
 
 def penang(bench: Bench) -> Trials:
@@ -211,12 +203,12 @@ def penang(bench: Bench) -> Trials:
         if not folder.exists():
             divide_penang(bench.data / "penang", folder, value)
         folders = (folder / "chips", folder / "labelled", folder / "test")
-        trials[name] = partial(cover, bench, "penang", name, *folders, members=2, seed=1000)
+        trials[name] = partial(cover, bench, f"penang, {name}", name, *folders, members=2, seed=1000)
     return trials
 
 
 def divide_penang(source: Path, folder: Path, value: int) -> None:
-    """Chips by label, and images with masks of one class: 0 other, 1 the class, 255 (nodata) not labelled."""
+    """Chips by label, and images with masks of one class: 0 other, 1 the class, 255 not labelled."""
     paths = sorted((source / "masks").iterdir(), key=lambda path: int(path.stem))
     for kind in ("chips/gpc", "chips/nongpc", "test/images", "test/masks"):
         (folder / kind).mkdir(parents=True)
@@ -227,11 +219,7 @@ def divide_penang(source: Path, folder: Path, value: int) -> None:
         if at % 2:
             shutil.copy(image, folder / "test/images" / image.name)
             binary_HW = np.select([mask_HW == value, mask_HW == 0], [1, NODATA], 0).astype(np.uint8)
-            size = {"height": binary_HW.shape[0], "width": binary_HW.shape[1], "count": 1}
-            with rasterio.open(
-                folder / "test/masks" / f"{path.stem}.tif", "w", dtype="uint8", nodata=NODATA, **size
-            ) as file:
-                file.write(binary_HW, 1)
+            Image.fromarray(binary_HW).save(folder / "test/masks" / f"{path.stem}.png")
         elif share == 0 or share > 0.02:
             shutil.copy(image, folder / "chips" / ("gpc" if share else "nongpc") / image.name)
 
@@ -264,7 +252,6 @@ def al_s4gan(bench: Bench, seed: int) -> list[Row]:
 
 def copy_pictures(bench: Bench, run: str, found: Sequence[tuple[str, str]], steps: Steps) -> None:
     """Copy pictures of a run, and those of its baselines, to DIR/pictures."""
-    (bench.out / "pictures").mkdir(exist_ok=True)
     beside = [("beside", path) for _, path, _ in steps.get("baseline", {}).get("pictures", [])]
     for number, (name, path) in enumerate([*found, *beside]):
         source = bench.out / "runs" / run / path
@@ -295,6 +282,14 @@ def superpixels(bench: Bench, seed: int) -> list[Row]:
     # 3. intervals over crops
     rows = []
     scenes = (steps["evaluate"]["scenes"], json.loads(kept.read_text())["scenes"])
+    mapped = mapped_tiles(str(bench.out / "runs" / f"superpixel-{seed}"))
+    scored = [(scenes[0][str(tile.tile.grid.image)]["ami"], tile) for tile in mapped]
+    best_and_worst(
+        bench,
+        f"superpixel-{seed}",
+        scored,
+        lambda tile, image_HWC: [mean_color(image_HWC, np.minimum(file_of(tile.href), NODATA - 1))],
+    )
     for name, found, spent in zip((PRODUCT, superpixel.SEGMENTS), scenes, (cost, simple_cost), strict=True):
         values_N = np.array([scene["ami"] for scene in found.values()])
         draws = np.random.default_rng(0).integers(0, len(values_N), (2000, len(values_N)))
@@ -347,42 +342,29 @@ SEEDED = {"gpc": gpc, "landcover": landcover, "al-s4gan": al_s4gan, "superpixel"
 OTHERS = {"penang": penang, "agri": agri}
 
 
-def trials_of(bench: Bench, part: str) -> Trials:
-    """The trials of a part, by name."""
-    if part in OTHERS:
-        return OTHERS[part](bench)
-    return {f"seed {seed}": partial(SEEDED[part], bench, seed) for seed in range(1000, 1000 * bench.seeds + 1, 1000)}
-
-
 def table(rows: Sequence[Row]) -> None:
     """Print all parts, each with its product first, and where a baseline is ahead."""
     lines, behind = [], []
-    for part, trial in dict.fromkeys((row.part, row.trial if row.part == "penang" else "") for row in rows):
-        own = [row for row in rows if row.part == part and trial in ("", row.trial)]
-        means = {}
-        for method in dict.fromkeys(row.method for row in own):
-            of = [row for row in own if row.method == method]
-            means[method] = fmean(row.value for row in of)
+    for part in dict.fromkeys(row.part for row in rows):
+        methods: dict[str, list[Row]] = {}
+        for row in rows:
+            if row.part == part:
+                methods.setdefault(row.method, []).append(row)
+        means = {method: fmean(row.value for row in of) for method, of in methods.items()}
+        for method, of in methods.items():
             bounds = [[getattr(row, side) for row in of if getattr(row, side) is not None] for side in ("low", "high")]
             interval = f"{fmean(bounds[0]):.3f}-{fmean(bounds[1]):.3f}" if all(bounds) else "–"
             each = " ".join(f"{row.value:.3f}" for row in of) if len(of) > 1 else "–"
-            label = f"{part}, {trial}" if trial else part
-            head = (label, of[0].measured_on, of[0].measure) if method == PRODUCT else ("", "", "")
-            cpu, wall = fmean(row.cpu for row in of), fmean(row.wall for row in of)
-            lines.append(
-                [*head, method, f"{means[method]:.3f}", each, interval, f"{cpu:.0f}", f"{wall:.0f}" if wall else "–"]
-            )
-        ahead = {method: value for method, value in means.items() if value >= means[PRODUCT] and method != PRODUCT}
-        behind += [
-            f"{part} {trial}: {method} {value:.3f}, {PRODUCT} {means[PRODUCT]:.3f}" for method, value in ahead.items()
-        ]
+            head = (part, of[0].measured_on, of[0].measure) if method == PRODUCT else ("", "", "")
+            spent = (f"{fmean(row.cpu for row in of):.0f}", f"{fmean(row.wall for row in of):.0f}")
+            lines.append([*head, method, f"{means[method]:.3f}", each, interval, *spent])
+            if method != PRODUCT and means[method] >= means[PRODUCT]:
+                behind.append(f"{part}: {method} {means[method]:.3f}, {PRODUCT} {means[PRODUCT]:.3f}")
     columns = ("part", "measured on", "measure", "method", "mean", "each trial", "95 % interval", "CPU s", "wall s")
     show("Defaults next to simple baselines", columns, lines)
     loads = [row.load for row in rows if row.load]
     print(f"load during the trials {min(loads):.1f} to {max(loads):.1f}" if loads else "")
-    print(
-        "\n".join(["A baseline is ahead:", *behind]) if behind else "Every default is ahead of each of its baselines."
-    )
+    print("\n".join(["A baseline is ahead:", *behind] if behind else ["Every default is ahead of its baselines."]))
 
 
 def main() -> None:
@@ -399,12 +381,14 @@ def main() -> None:
     parser.add_argument("--places", type=int, default=3, help="places of agri that are left out in turn, at most 3")
     parser.add_argument("--quick", action="store_true", help="a few steps on little data: shows that the way works")
     asked = parser.parse_args()
-    asked.out.mkdir(parents=True, exist_ok=True)
+    (asked.out / "pictures").mkdir(parents=True, exist_ok=True)
     few = {"seeds": 1, "places": 1} if asked.quick else {"seeds": asked.seeds, "places": asked.places}
     bench = Bench(asked.data.resolve(), asked.weights.resolve(), asked.out.resolve(), quick=asked.quick, **few)
     known = {(row.part.partition(",")[0], row.trial) for row in bench.rows}
     for part in asked.only:
-        for trial, run in trials_of(bench, part).items():
+        seeds = range(1000, 1000 * bench.seeds + 1, 1000)
+        seeded = {f"seed {seed}": partial(SEEDED[part], bench, seed) for seed in seeds if part in SEEDED}
+        for trial, run in (seeded or OTHERS[part](bench)).items():
             if (part, trial) not in known:
                 print(f"{part}, {trial}", flush=True)
                 bench.keep(run())
