@@ -16,10 +16,17 @@ import uuid
 from urllib.parse import urlsplit
 
 import pytest
+from mortal import until
 from shaky import FAULTS, Proxy
 from small_world import catalogue, files, rayseg, refused, segmenter
 
+from rayseg.config import Config
+from rayseg.engine import lease
+from rayseg.engine import run as runs
 from rayseg.engine.ledger import Ledger, Record
+from rayseg.engine.run import Run
+from rayseg.errors import ConfigError, RunIncomplete
+from rayseg.geo.region import Region
 from rayseg.io import remote
 from rayseg.store import put_if_absent, s3_options, upath
 
@@ -85,6 +92,72 @@ def test_only_one_of_many_writers_puts_a_record(bucket):
         writer.join()
     assert len(won) == 1
     assert upath(f"{bucket}/record").read_bytes() == bytes(won)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Beats of a second: the store counts whole seconds."""
+    monkeypatch.setattr(lease, "BEAT", 1.0)
+
+
+def opened(root):
+    return Run.open(root, pipeline="p", config=Config(), region=Region("r"))
+
+
+def test_of_two_drivers_one_works_and_the_other_says_who_does(bucket, quick):
+    root = f"{bucket}/run"
+    with opened(root):
+        with pytest.raises(ConfigError, match=rf"another driver works on {root} \(process {os.getpid()} on "):
+            opened(root).__enter__()
+        assert runs.status(root)["status"] == "running"
+    assert lease.holder_of(root) is None
+    assert runs.status(root)["status"] == "done"
+
+
+def test_a_driver_that_misses_three_beats_is_taken_over_and_ends(bucket, quick):
+    root = f"{bucket}/run"
+
+    def fails(etag):
+        raise OSError("no network")
+
+    with lease.held(root) as first:
+        put, first._put = first._put, fails
+        began = time.monotonic()
+        with lease.held(root) as second:
+            assert time.monotonic() - began > 2
+            first.expect_held()
+            first._put = put
+            until(lambda: first.lost, 60)
+            assert first.lost.owner == second.owner
+            with pytest.raises(RunIncomplete, match="another driver took over"):
+                first.expect_held()
+        assert lease.holder_of(root) is None
+
+
+def test_a_killed_driver_of_this_machine_shows_as_killed_and_is_taken_over_at_once(bucket):
+    root = f"{bucket}/run"
+    script = (
+        "import os; from rayseg.engine.run import Run; from rayseg.config import Config; "
+        "from rayseg.geo.region import Region; "
+        f"it = Run.open({root!r}, pipeline='p', config=Config(), region=Region('r')); it.__enter__(); "
+        "os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=False)
+    assert runs.status(root)["status"] == "killed"
+    began = time.monotonic()
+    with opened(root):
+        assert time.monotonic() - began < lease.BEAT
+        assert runs.status(root)["status"] == "running"
+
+
+def test_an_answer_that_is_lost_does_not_cost_the_lease(bucket, quick):
+    """The first try of a conditional PUT succeeds, the second one fails because of the first."""
+    with lease.held(f"{bucket}/run") as it:
+        path = upath(f"{bucket}/run") / ".driver"
+        path.fs.pipe_file(path.path, b"by an earlier try", Metadata={"owner": it.owner})
+        time.sleep(2.5)
+        assert it.lost is None
+        assert lease.holder_of(f"{bucket}/run").pid == os.getpid()
 
 
 @pytest.mark.chaos

@@ -30,6 +30,7 @@ from upath import UPath
 
 from rayseg import __version__
 from rayseg.config import Config
+from rayseg.engine.lease import Lease, held, holder_of
 from rayseg.engine.ledger import MISSING, WITHDRAWN, Account, Ledger
 from rayseg.engine.manifest import read_rows
 from rayseg.engine.verify import Damage, damage_of, verify_step
@@ -142,6 +143,7 @@ class Run:
         steps: the finished steps, in order.
         troubles: step -> row -> reason, of rows that failed.
         plan: the return value of the check of a new run; None for a run that is resumed.
+        lease: the hold on a run on s3.
     """
 
     root: str
@@ -150,6 +152,7 @@ class Run:
     steps: list[Step] = field(default_factory=list)
     troubles: dict[str, dict[str, str]] = field(default_factory=dict)
     plan: Any = None
+    lease: Lease | None = None
 
     @classmethod
     @contextmanager
@@ -195,7 +198,7 @@ class Run:
         if new and check:
             run.plan = check()
         _ensure_writable(out)
-        with _locked(out):
+        with _locked(out) as run.lease:
             # 3. look again under the lock: another command may have begun its run during the check
             if _is_new(out, request):
                 put(
@@ -276,6 +279,8 @@ class Run:
         if (name := f"steps/{step.name}/manifest.parquet") not in begun["files"] and step.manifest.exists():
             content = step.manifest.read_bytes()  # written by a call that was killed
             begun["files"][name] = (len(content), checksum(content))
+        if self.lease:
+            self.lease.expect_held()
         # Stored relative to the run, so that a run that was moved finds its files.
         done = begun | {"value": relocated(returned, self.root, HERE)}
         put(step.prefix / "done.json", json.dumps(done, indent=1).encode())
@@ -312,6 +317,8 @@ class Run:
 
     def save(self, status: str, started: float, *, reason: str = "") -> None:
         """Write run.json."""
+        if self.lease:
+            self.lease.expect_held()  # the other driver writes run.json now
         content = self.request | {
             "status": status,
             "reason": public(reason),
@@ -479,13 +486,14 @@ def _difference(key: str, there: object, here: object) -> str:
 
 
 @contextmanager
-def _locked(out: str) -> Iterator[None]:
-    """Hold the lock of a run on a local disk; the operating system releases it when the process dies.
-
-    Object stores have no locks: two processes there write the same bytes, and one record of each row.
-    """
+def _locked(out: str) -> Iterator[Lease | None]:
+    """Hold the lock of a run on a local disk, which ends with the process, or the lease of a run on s3."""
+    if out.startswith("s3://"):
+        with held(out) as lease:
+            yield lease
+        return
     if not is_local(out):
-        yield
+        yield None
         return
     with Path(upath(out).path, ".lock").open("w") as lock:
         for _ in range(LOCK_TRIES):  # `_is_locked` of a status command holds the lock for a moment
@@ -495,11 +503,14 @@ def _locked(out: str) -> Iterator[None]:
             time.sleep(0.05)
         else:
             raise ConfigError(f"another process is working on {out}; wait for it, or choose another --out")
-        yield
+        yield None
 
 
 def _is_locked(root: str) -> bool:
-    """Whether a process holds the lock of the run; True on object stores, where that cannot be known."""
+    """Whether a process works on the run; True on stores where that cannot be known."""
+    if root.startswith("s3://"):
+        holder = holder_of(root)
+        return holder is not None and holder.alive
     lock = Path(upath(root).path, ".lock")
     if not is_local(root) or not lock.exists():
         return not is_local(root)
