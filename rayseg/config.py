@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from rayseg.errors import ConfigError
 
@@ -97,7 +97,8 @@ def _different(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-Workers = Annotated[int, Field(ge=0)]
+Workers = Annotated[int, BeforeValidator(lambda value: 0 if value == "auto" else value), Field(ge=0)]
+"""Processes of Ray Train. auto (0): on a cluster one per GPU, or one on its CPUs; locally this process trains."""
 Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
 """(smallest, largest), both >= 0."""
 Factors = Annotated[Range, AfterValidator(_above_0)]

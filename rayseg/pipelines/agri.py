@@ -78,7 +78,7 @@ class Config(Frozen):
     training: plots.PlotsClassifierConfig = plots.PlotsClassifierConfig()
     """Its network and training."""
     workers: Workers = 0
-    """Processes of Ray Train; 0 trains in the command's own process."""
+    """Processes of Ray Train. 0 or auto: on a cluster one per GPU, else one; locally the command's own process."""
     map: MapConfig = MapConfig()
     truth: Location | None = added(default=None)
     """Reference plots to measure the plots with: masks of ids (a folder or `catalog.json#collection`), or polygons."""

@@ -31,7 +31,7 @@ from rayseg.steps.map import MapConfig
 from rayseg.store import Location, split_location
 from rayseg.train.appearance import AppearanceConfig
 from rayseg.train.classifier import ClassifierConfig, expect_trainable
-from rayseg.train.segmenter import SegmenterConfig, fit_segmenter, trained_segmenter
+from rayseg.train.segmenter import SegmenterConfig, expect_shared, fit_segmenter, trained_segmenter
 from rayseg.vision.color import ClassTable
 
 Plan = mapping.Plan[list[Chip]]
@@ -65,7 +65,7 @@ class Config(Frozen):
     stride: Annotated[int, Field(gt=0)] = 512
     """Distance of these windows in px; the rest of a window is margin."""
     workers: Workers = 0
-    """Processes of Ray Train; 0 trains in the command's own process."""
+    """Processes of Ray Train. 0 or auto: on a cluster one per GPU, else one; locally the command's own process."""
     scaling: Scaling = Scaling(mean=(98.3519, 96.9567, 95.5713), std=(52.7343, 45.8798, 44.3465))
     """From uint8 values to the networks' input; mean and standard deviation of the paper's chips."""
     truth: Location | None = None
@@ -111,7 +111,9 @@ def _fit_members(
             fit_segmenter(
                 members[-1][0],
                 learnt,
-                models.training_setup(step, workers=config.workers, prefix=members[-1][1]),
+                models.training_setup(
+                    step, workers=config.workers, prefix=members[-1][1], expect=partial(expect_shared, members[-1][0])
+                ),
                 scaling=config.scaling,
                 held_out=held_out,
             )

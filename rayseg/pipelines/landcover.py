@@ -51,7 +51,7 @@ class Config(Frozen):
     stride: Annotated[int, Field(gt=0)] = 768
     """Distance of these windows in px; the rest of a window is margin."""
     workers: Workers = 0
-    """Processes of Ray Train; 0 trains in the command's own process."""
+    """Processes of Ray Train. 0 or auto: on a cluster one per GPU, else one; locally the command's own process."""
     scaling: Scaling = Field(default_factory=models.scaling_of)
     """From the imagery's values to the network's input; by default what the encoder's weights expect of uint8."""
     truth: Location | None = None
@@ -93,7 +93,8 @@ def fit(step: Step, listed: Step, config: Config) -> dict[str, Any]:
         on_ray = step.engine.kind == "ray"
         if on_ray:
             cluster.connect(step.engine.address)
-        setup = models.training_setup(step, workers=config.workers)
+        fits = partial(supervised.expect_supervisable, settings, classes=len(training.pixels_K))
+        setup = models.training_setup(step, workers=config.workers, expect=fits)
         measures = supervised.fit_supervised(settings, training, validation, setup, scaling=scaling, on_ray=on_ray)
         net = settings.build(classes=len(config.classes.table.classes), channels=len(config.bands), weights="none")
         model = trained(net, step.prefix)

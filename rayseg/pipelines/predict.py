@@ -50,7 +50,7 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     """Map or classify `region` with a trained model; return the report's path and its headline."""
     tiles = plan.tiles if plan else None
     model = run.step("model", mapping.load_model, config.model)
-    if bundle.description(config.model).task == "classification":
+    if model.value.get("task") == "classification":
         units = config.units
         classified = run.step("classify", classify.classify_units, region, model, units, config.map, rows=tiles)
         table = run.step("classes", classify.write_classes, classified)

@@ -8,6 +8,7 @@ The classes are written as masks below the step, so that training reads them as 
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -177,7 +178,11 @@ def learn(
         settings,
         training,
         validation,
-        models.training_setup(step, workers=workers),
+        models.training_setup(
+            step,
+            workers=workers,
+            expect=partial(supervised.expect_supervisable, config.segmenter, classes=len(TABLE.classes)),
+        ),
         scaling=described.scaling,
         on_ray=step.engine.kind == "ray",
     )

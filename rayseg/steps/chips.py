@@ -27,7 +27,7 @@ from rayseg.steps import models
 from rayseg.store import Location, split_location
 from rayseg.train import probe
 from rayseg.train.batches import Chips
-from rayseg.train.classifier import ClassifierConfig, fit_classifier
+from rayseg.train.classifier import ClassifierConfig, expect_trainable, fit_classifier
 from rayseg.train.labels import probabilities
 from rayseg.train.learning import trained
 from rayseg.vision.color import ClassTable
@@ -230,7 +230,7 @@ def fit_on_chips(
         settings: the network and its training.
         described: metadata of the classifier's bundle, without metrics.
         size: side of the chips in px.
-        workers: number of Ray Train processes.
+        workers: processes of Ray Train; 0 chooses them (`models.training_setup`).
 
     Returns:
         `bundle`: prefix of the classifier; `measures`: metrics of the selected epoch.
@@ -240,7 +240,7 @@ def fit_on_chips(
     measures = fit_classifier(
         settings,
         learnt,
-        models.training_setup(step, workers=workers),
+        models.training_setup(step, workers=workers, expect=partial(expect_trainable, settings)),
         scaling=described.scaling,
         held_out=held_out if len(held_out) else None,
     )

@@ -255,7 +255,9 @@ def by_untrained(
 
 
 def by_workers(workers: int) -> tuple[str, ...]:
-    """A note for the estimate if several Ray Train processes train."""
+    """Notes for the estimate: where trainings run, as far as it differs from the probe."""
+    if not workers:
+        return ("training on a cluster (--address): there each GPU has a worker of Ray Train, or one its CPUs",)
     return (f"trainings were timed in one process, not in {workers}",) if workers > 1 else ()
 
 

@@ -77,7 +77,10 @@ class Plan(Generic[Labels]):
 
 def load_model(step: Step, prefix: str) -> dict[str, Any]:
     """Load a trained model as a step, so that later steps depend on its weights and not only on its name."""
-    return {"bundle": absolute(prefix), "sha256": bundle.description(prefix).sha256}
+    described = bundle.description(prefix)
+    # Maps of segmenters keep the keys that their steps had before classifiers could predict.
+    task = {} if described.task != "classification" else {"task": described.task}
+    return {"bundle": absolute(prefix), "sha256": described.sha256, **task}
 
 
 def predict_region(

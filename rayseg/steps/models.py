@@ -1,17 +1,19 @@
 """Models that a pipeline trains: bundle metadata, checks before training, storage."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rayseg.config import ray_address
 from rayseg.engine import cluster
 from rayseg.errors import ConfigError
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.encoders import encoder_name, read_state
 from rayseg.models.weights import NO_FILES, input_range, packaged_state
-from rayseg.store import StorePath, upath
+from rayseg.store import StorePath, put, upath
 
 if TYPE_CHECKING:
     from torch import nn
@@ -184,12 +186,18 @@ def scaling_of(validated: Mapping[str, Any]) -> Scaling:
     return input_scaling(segmenter.encoder if segmenter else "")
 
 
-def training_setup(step: "Step", *, workers: int, prefix: StorePath | None = None) -> "Setup":
-    """Where the network of a step trains: on Ray, which is connected now, if it has workers, and on GPUs if there are.
+def training_setup(
+    step: "Step", *, workers: int, expect: Callable[..., object], prefix: StorePath | None = None
+) -> "Setup":
+    """Where the network of a step trains; `<prefix>/setup.json` says so to the report.
+
+    Without a number of workers the command's own process trains, unless the run has joined a cluster: there each GPU
+    has a worker of Ray Train, as far as the batch can be shared, and a cluster without GPUs has one worker.
 
     Args:
         step: which trains.
-        workers: processes of Ray Train; 0 trains in this process.
+        workers: processes of Ray Train; 0 chooses them.
+        expect: `expect(workers=N)` raises ConfigError if N workers cannot train together.
         prefix: of the training's files; by default the step's.
     """
     import ray
@@ -198,10 +206,25 @@ def training_setup(step: "Step", *, workers: int, prefix: StorePath | None = Non
     from rayseg.train.session import Setup
 
     prefix = prefix or step.prefix
-    if not workers:
-        return Setup(prefix, use_gpu=torch.cuda.is_available())
-    cluster.connect(step.engine.address)
-    return Setup(prefix, workers, use_gpu=bool(ray.cluster_resources().get("GPU")))
+    if not workers and step.engine.kind == "ray" and ray_address(step.engine.address) != "local":
+        cluster.connect(step.engine.address)
+        counts = range(int(ray.cluster_resources().get("GPU", 0)), 1, -1)
+        workers = next((count for count in counts if _can(expect, count)), 1)
+    if workers:
+        cluster.connect(step.engine.address)
+        setup = Setup(prefix, workers, use_gpu=bool(ray.cluster_resources().get("GPU")))
+    else:
+        setup = Setup(prefix, use_gpu=torch.cuda.is_available())
+    put(upath(prefix) / "setup.json", json.dumps({"workers": workers, "gpu": setup.use_gpu}).encode())
+    return setup
+
+
+def _can(expect: Callable[..., object], workers: int) -> bool:
+    try:
+        expect(workers=workers)
+    except ConfigError:
+        return False
+    return True
 
 
 def keep_model(step: "Step", described: Bundle, model: "nn.Module") -> str:

@@ -5,6 +5,7 @@
 
 import base64
 import io
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any, TypedDict
 
 import jinja2
 import yaml
+from upath import UPath
 
 from rayseg.engine import run as runs
 from rayseg.engine.ledger import Ledger
@@ -555,8 +557,19 @@ def histories(root: str) -> dict[str, list[dict[str, float]]]:
             for event in events.Scalars(tag):
                 rows.setdefault(event.step, {"epoch": float(event.step + 1)})[tag] = event.value
         name = str(folder.parent.relative_to(upath(root) / "steps"))
+        # A stage of a training has a folder below that of the training.
+        name += next((_trained_on(path) for path in folder.parents[:2] if (path / "setup.json").exists()), "")
         by_training[name] = [rows[epoch] for epoch in sorted(rows)]
     return {name: rows for name, rows in by_training.items() if rows}
+
+
+def _trained_on(folder: UPath) -> str:
+    """How many processes trained under a prefix, and on what, as " (...)"."""
+    setup = json.loads((folder / "setup.json").read_bytes())
+    count, device = setup["workers"], "GPU" if setup["gpu"] else "CPU"
+    if not count:
+        return f" (in the command's process, {device})"
+    return f" ({count} worker{'s' * (count > 1)} of Ray Train, {device})"
 
 
 def _footer(asked: Mapping[str, Any]) -> str:

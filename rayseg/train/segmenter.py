@@ -109,12 +109,7 @@ def fit_segmenter(
         ModelError: the initial weights or a checkpoint do not fit.
     """
     # 1. settings that cannot be trained
-    workers = max(setup.workers, 1)
-    if settings.learning.batch % workers or _counts(settings, workers)[0] < 1:
-        raise ConfigError(
-            f"batch {settings.learning.batch} with {settings.negatives:.0%} negatives cannot be shared by {workers} "
-            "workers; make it a larger multiple of them"
-        )
+    expect_shared(settings, workers=setup.workers)
     expect_size(settings.size, reduce=settings.reduce, what="the segmenter's size")
     stages = _stages(settings)
     if not stages or getattr(settings, stages[0]).relabel != "never":
@@ -124,6 +119,16 @@ def fit_segmenter(
     # 2. all stages in one call, so that the workers keep their processes and chips
     config = {"settings": settings, "chips": chips, "held_out": held_out, "scaling": scaling}
     return session.fit(_train, config | {"key": key_of(settings, chips, held_out)}, setup, name="segmenter")
+
+
+def expect_shared(settings: SegmenterConfig, *, workers: int) -> None:
+    """Raise ConfigError if the workers cannot share the batch with a positive chip each."""
+    workers = max(workers, 1)
+    if settings.learning.batch % workers or _counts(settings, workers)[0] < 1:
+        raise ConfigError(
+            f"batch {settings.learning.batch} with {settings.negatives:.0%} negatives cannot be shared by {workers} "
+            "workers; make it a larger multiple of them"
+        )
 
 
 def trained_segmenter(

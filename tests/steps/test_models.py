@@ -1,14 +1,17 @@
+from functools import partial
+
 import pytest
 
+from rayseg.config import load
 from rayseg.engine import cluster
 from rayseg.engine.run import Engine, Step
 from rayseg.errors import ConfigError, ModelError
 from rayseg.models.bundle import Scaling
-from rayseg.pipelines import landcover
+from rayseg.pipelines import gpc, landcover
 from rayseg.pipelines.al_s4gan import pipeline as al_s4gan
-from rayseg.steps import models
+from rayseg.steps import models, report
 from rayseg.steps.models import expect_weights, input_scaling
-from rayseg.train.supervised import SupervisedConfig
+from rayseg.train.supervised import SupervisedConfig, expect_supervisable
 
 LITE = SupervisedConfig(encoder="tf_efficientnet_lite0", weights="packaged")
 
@@ -60,13 +63,51 @@ def test_random_weights_and_other_values_have_no_expected_scaling():
         expect_weights(SupervisedConfig(encoder="resnet18", weights="packaged"))
 
 
+def anything(*, workers):
+    assert workers
+
+
 def test_training_has_the_gpus_of_the_cluster_for_workers_and_else_those_of_this_machine(monkeypatch, tmp_path):
     step = Step("fit", str(tmp_path), "", Engine(address="local"))
     joined = []
     monkeypatch.setattr(cluster, "connect", joined.append)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "GPU": 2.0})
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert not models.training_setup(step, workers=0).use_gpu
+    assert not models.training_setup(step, workers=0, expect=anything).use_gpu
     assert joined == []
-    assert models.training_setup(step, workers=2).use_gpu
+    assert models.training_setup(step, workers=2, expect=anything).use_gpu
     assert joined == ["local"]
+
+
+@pytest.mark.parametrize(
+    ("resources", "batch", "workers", "said"),
+    [
+        ({"GPU": 4.0}, 12, 4, "4 workers of Ray Train, GPU"),
+        ({"GPU": 4.0}, 6, 3, "3 workers of Ray Train, GPU"),  # four cannot share a batch of six
+        ({"GPU": 1.0}, 6, 1, "1 worker of Ray Train, GPU"),
+        ({}, 6, 1, "1 worker of Ray Train, CPU"),
+    ],
+)
+def test_auto_trains_on_the_gpus_of_a_cluster_as_far_as_the_batch_can_be_shared(
+    monkeypatch, tmp_path, resources, batch, workers, said
+):
+    monkeypatch.setattr(cluster, "connect", lambda address: None)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0} | resources)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    settings = SupervisedConfig(learning={"batch": batch, "freeze_batchnorm": "all"})
+    expect = partial(expect_supervisable, settings, classes=2)
+    on_cluster = Step("fit", str(tmp_path), "", Engine(address="auto"))
+    setup = models.training_setup(on_cluster, workers=0, expect=expect)
+    assert (setup.workers, setup.use_gpu) == (workers, bool(resources))
+    assert said in report._trained_on(on_cluster.prefix)
+    # locally, and in trials of a sweep, the process itself
+    for engine in (Engine(), Engine("inline", "auto")):
+        alone = models.training_setup(Step("fit", str(tmp_path), "", engine), workers=0, expect=expect)
+        assert alone.workers == 0
+        assert "in the command's process" in report._trained_on(on_cluster.prefix)
+
+
+def test_auto_is_the_default_by_another_name_so_that_older_runs_resume():
+    asked = [load(gpc.Config, None, settings) for settings in ([], ["workers=auto"], ["workers=0"])]
+    assert {config.model_dump_json() for config in asked} == {asked[0].model_dump_json()}
+    assert '"workers":0' in asked[0].model_dump_json()

@@ -7,6 +7,7 @@ regression to the features of all chips.
 import io
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -28,7 +29,7 @@ from rayseg.stages.rows import ChipRow
 from rayseg.stages.score import ReadWith, Score, features_path
 from rayseg.steps import models
 from rayseg.train.augment import Augment
-from rayseg.train.classifier import ClassifierConfig, fit_classifier
+from rayseg.train.classifier import ClassifierConfig, expect_trainable, fit_classifier
 from rayseg.train.learning import Learning, Rates, trained
 from rayseg.vision import linear
 from rayseg.vision.color import ClassTable, label_table
@@ -68,7 +69,7 @@ class Common(Config):
     seed: int
     """Random seed of the run."""
     workers: Workers = 0
-    """Processes of Ray Train; 0 trains in the command's own process."""
+    """As of the pipeline."""
     patience: float = 1800.0
     """Seconds after which a chip fails that cannot be read or scored."""
     classifies: bool = True
@@ -147,7 +148,9 @@ def fit_and_score(
     fit_classifier(
         settings,
         chip_pixels.labelled_chips(own, labels, classes),
-        models.training_setup(step, workers=common.workers, prefix=step.prefix / "training"),
+        models.training_setup(
+            step, workers=common.workers, prefix=step.prefix / "training", expect=partial(expect_trainable, settings)
+        ),
         scaling=common.scaling,
     )
     prefix = str(step.prefix / "classifier")

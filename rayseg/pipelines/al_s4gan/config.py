@@ -40,7 +40,7 @@ class Config(Frozen):
     stride: Annotated[int, Field(gt=0)] = 512
     """Distance of these windows in px; the rest of a window is margin."""
     workers: Workers = 0
-    """Processes of Ray Train; 0 trains in the command's own process."""
+    """Processes of Ray Train. 0 or auto: on a cluster one per GPU, else one; locally the command's own process."""
     seed: int = 1234
     """Random seed of the run; it replaces `active.classifier.learning.seed` and `segmenter.learning.seed`."""
     scaling: Scaling = Field(default_factory=models.scaling_of)

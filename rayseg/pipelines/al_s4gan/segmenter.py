@@ -19,7 +19,7 @@ from rayseg.train import learning
 from rayseg.train.batches import Chips
 from rayseg.train.consistency import fit_consistency
 from rayseg.train.frozen import Pair, fit_head
-from rayseg.train.s4gan import Data, S4ganConfig, confusions, fit_s4gan, measures_of
+from rayseg.train.s4gan import Data, S4ganConfig, confusions, expect_trainable, fit_s4gan, measures_of
 
 
 def describe(config: Config) -> Bundle:
@@ -78,7 +78,7 @@ def _fit(step: Step, listed: Step, labelled: Sequence[Row], config: Config) -> d
     data = Data(_masked(step.root, labelled, config), *of_pool)
     if settings.network != "decoder":
         return _fit_head(step, seeded, data, config)
-    setup = models.training_setup(step, workers=config.workers)
+    setup = models.training_setup(step, workers=config.workers, expect=partial(expect_trainable, seeded))
     train = fit_consistency if settings.learner == "consistency" else fit_s4gan
     measures = train(seeded, data, setup, scaling=config.scaling)
     net = seeded.build(classes=len(config.table.classes), channels=channels, weights="none")
