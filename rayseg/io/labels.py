@@ -26,7 +26,18 @@ from rayseg.geo.grid import Window, slug
 from rayseg.io.drivers import KINDS, MOSAICS, TIFF, files_in, kind_of, warn_of_rest
 from rayseg.io.masks import pixels_of, read_classes
 from rayseg.io.rasters import read
-from rayseg.io.sources import PIXELS, Source, crs_of, footprint, gdal, grids_of, open_file, ring_of, source_of_file
+from rayseg.io.sources import (
+    PIXELS,
+    Source,
+    crs_of,
+    footprint,
+    gdal,
+    grids_of,
+    open_file,
+    part_of_image,
+    ring_of,
+    source_of_file,
+)
 from rayseg.io.stac_read import source_of
 from rayseg.io.stac_write import PROJECTION, lonlat_geometry, write_catalog
 from rayseg.io.times import UNKNOWN, in_utc, utc_text
@@ -264,6 +275,11 @@ def _described(href: str, name: str) -> Source:
     with gdal(href), open_file(href) as dataset:
         taken = _taken(dataset, href)
     source = source_of_file(href, name, datetime=taken)
+    if source.crs is None and source.transform != PIXELS and part_of_image(source) is None:
+        _log.warning(
+            "%s has a world file and no CRS: it is mapped in its own pixels; to place it, write its CRS in WKT to %s",
+            *(href, upath(href).with_suffix(".prj")),
+        )
     return source if source.crs else replace(source, transform=PIXELS)
 
 

@@ -33,7 +33,7 @@ from rayseg.io import drivers, remote
 from rayseg.io.gdal_errors import gdal_errors
 from rayseg.io.orientation import upright
 from rayseg.io.times import time_order
-from rayseg.store import is_local, public
+from rayseg.store import is_local, public, upath
 
 _log = logging.getLogger(__name__)
 SCHEMES = ("", "file", "s3", "http", "https")
@@ -190,10 +190,37 @@ def described(dataset: DatasetReader) -> Source:
         affine = box @ Affine.scale(columns / width, rows / height)
     nodatas = tuple(None if value is None or not math.isfinite(value) else value for value in dataset.nodatavals)
     nodata, nodatas = (nodatas[0], ()) if len(set(nodatas)) == 1 else (None, nodatas)
+    if crs is None and dataset.transform != Affine.identity():
+        crs = _beside(dataset.name)
     units = tuple(zip(dataset.scales, dataset.offsets, strict=True))
+    for unit in units:
+        expect_unit(dataset.name, unit)
     units = units if set(units) != {STORED} else ()
     place = (crs_text(crs), tuple(affine)[:6], height, width)
     return Source("", (), *place, dataset.dtypes[0], nodata, gcps=gcps, units=units, nodatas=nodatas)
+
+
+def _beside(href: str) -> CRS | None:
+    """The CRS in the `.prj` beside a file with a world file, which GDAL reads for few formats; None without one."""
+    if not is_local(href) or not (path := upath(href).with_suffix(".prj")).exists():
+        return None
+    try:
+        return CRS.from_wkt(path.read_text(), morph_from_esri_dialect=True)
+    except (CRSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a CRS in WKT: {error}; correct it, or remove it") from None
+
+
+def expect_unit(name: str, unit: tuple[float, float]) -> None:
+    """Refuse a scale and an offset that give no value for stored ones.
+
+    Raises:
+        DataError: one is not finite, or the scale is 0.
+    """
+    if not (unit[0] and np.isfinite(unit).all()):
+        raise DataError(
+            f"{name} states the scale {unit[0]:g} and the offset {unit[1]:g}, expected finite numbers and a scale "
+            "other than 0; correct them, in a file with gdal_edit.py -scale 1 -offset 0"
+        )
 
 
 def open_file(href: str, allowed: tuple[str, ...] = ()) -> DatasetReader:

@@ -117,7 +117,7 @@ def _read_json(uri: str) -> dict[str, Any]:
 
 def _content(uri: str) -> str:
     try:
-        return content(uri).decode("utf-8")
+        return content(uri).decode("utf-8-sig")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise
     except _FAULTS as error:

@@ -20,7 +20,18 @@ from shapely.geometry.base import BaseGeometry
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.lonlat import bounds_of, box_of, normalised
 from rayseg.io import drivers, stac_catalog
-from rayseg.io.sources import PIXELS, STORED, Source, crs_of, crs_text, holds, outline_of, same_place, source_of_file
+from rayseg.io.sources import (
+    PIXELS,
+    STORED,
+    Source,
+    crs_of,
+    crs_text,
+    expect_unit,
+    holds,
+    outline_of,
+    same_place,
+    source_of_file,
+)
 from rayseg.io.stac_catalog import Box, Row, resolved
 from rayseg.io.tables import concurrently
 from rayseg.io.times import UNKNOWN, time_order, utc_text
@@ -143,6 +154,9 @@ def _item_of(row: Row) -> pystac.Item:
     if not reason:
         values = {"links": [], "assets": {}} | row.values
         try:
+            if values.get("id") is None:
+                raise ValueError("it has no id")
+            values["id"] = str(values["id"])  # some programs write numbers
             if row.href:  # relative hrefs are relative to the file that was read, wherever it has been published
                 values["links"] = [link for link in values["links"] if link.get("rel") != "self"]
             item = pystac.Item.from_dict(values, href=row.href or None, migrate=True)
@@ -263,7 +277,8 @@ def _source_of(item: pystac.Item, bands: Sequence[str] | None) -> Source:
     # 1. which files have the bands
     assets = _image_assets(item)
     names = _band_names(assets, bands)
-    used = _used(names, bands)
+    sides = {key: _pixel_side(item, asset) for key, asset in assets.items()}
+    used = _used(names, bands, sides)
     if not used:
         found = [name for names_of in names.values() for name in names_of or ()]
         raise DataError(f"{item.id} has none of the bands {', '.join(bands or ())}: found {', '.join(found)}")
@@ -369,16 +384,29 @@ def _common_name(row: dict[str, Any]) -> str | None:
     return stated or (described if numbered and described in _COMMON else None)
 
 
-def _used(names: dict[str, tuple[str, ...] | None], wanted: Sequence[str] | None) -> list[str]:
-    """Keys of the assets with a (wanted) band that no asset before has."""
+def _used(
+    names: dict[str, tuple[str, ...] | None], wanted: Sequence[str] | None, sides: Mapping[str, float]
+) -> list[str]:
+    """Keys of the assets with a (wanted) band that no asset of smaller pixels, or before it, has."""
     seen: set[str] = set()
-    used = []
-    for key, bands in names.items():
+    used = set()
+    for key in sorted(names, key=lambda key: (key == "visual", sides[key])):
+        bands = names[key]
         fresh = set(bands or ()) - seen
         if bands is None or (fresh if wanted is None else fresh & set(wanted)):
-            used.append(key)
+            used.add(key)
         seen |= fresh
-    return used
+    return [key for key in names if key in used]
+
+
+def _pixel_side(item: pystac.Item, asset: pystac.Asset) -> float:
+    """Side of the asset's pixels as it is stated, to compare an item's assets; infinity if it is not."""
+    rows = [asset.extra_fields, *_rows(asset, "bands"), *_rows(asset, "raster:bands")]
+    stated = (row.get(name) for row in rows for name in ("gsd", "raster:spatial_resolution", "spatial_resolution"))
+    if side := next((float(value) for value in stated if value), None):
+        return side
+    frame = _frame(item, asset)
+    return math.sqrt(abs(Affine(*frame.transform).determinant)) if frame else math.inf
 
 
 def _frame(item: pystac.Item, asset: pystac.Asset) -> Source | None:
@@ -469,6 +497,7 @@ def _units(item: pystac.Item, assets: Sequence[tuple[pystac.Asset, int, Source |
             continue
         for row in rows:
             scale, offset = (float(row.get(key, usual)) for key, usual in _USUAL_UNITS.items())
+            expect_unit(item.id, (scale, offset))
             units.append((scale, 0.0 if _offset_applied(item) else offset))
     return tuple(units) if set(units) != {STORED} else ()
 

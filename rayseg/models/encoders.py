@@ -173,7 +173,7 @@ def read_state(path: str) -> State:
     file = local_file(path)
     try:
         data = file.read_bytes()
-        if file.suffix == ".safetensors":
+        if file.suffix.lower() == ".safetensors":
             content: Any = load(data)
         else:
             content = torch.load(BytesIO(data), map_location="cpu", weights_only=True)

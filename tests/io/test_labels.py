@@ -10,6 +10,7 @@ import pytest
 import rasterio
 import rasterio.shutil
 from affine import Affine
+from pyproj import CRS
 from rasterio.enums import ColorInterp
 
 from rayseg.errors import ConfigError, DataError
@@ -24,7 +25,7 @@ from rayseg.io.labels import (
     read_mask,
     sources_of_images,
 )
-from rayseg.io.rasters import grids_of, read
+from rayseg.io.rasters import footprint, grids_of, read
 from rayseg.io.stac_read import open_items, source_of
 from rayseg.vision.color import ClassTable
 
@@ -106,6 +107,36 @@ def test_images_without_labels_are_imagery_with_their_own_bands_and_place(tmp_pa
     assert items["b"].properties["proj:transform"] == [1, 0, 500_000, 0, -1, 4_000_000]
     assert "rayseg:label" not in items["a"].properties
     assert items["a"].assets["image"].media_type == "image/jpeg"
+
+
+@pytest.mark.parametrize(("suffix", "world"), [(".jpg", ".jgw"), (".png", ".pgw"), (".tif", ".tfw"), (".jpg", ".wld")])
+@pytest.mark.parametrize("code", [25832, 28992])
+def test_a_world_file_with_a_prj_beside_it_places_an_image(tmp_path, suffix, world, code):
+    image = np.repeat(np.add.outer(10 * np.arange(20), np.arange(30))[..., None], 3, axis=2).astype(np.uint8)
+    write(tmp_path / "images" / f"ortho{suffix}", image)
+    (tmp_path / f"images/ortho{world}").write_text("0.2\n0\n0\n-0.2\n400000.1\n599999.9\n")
+    (tmp_path / "images/ortho.prj").write_text(CRS.from_epsg(code).to_wkt("WKT1_ESRI"))
+    [source], wrong = sources_of_images(tmp_path / "images")
+    assert not wrong
+    assert source.crs == f"EPSG:{code}"
+    assert source.transform == pytest.approx((0.2, 0, 400_000, 0, -0.2, 600_000))
+    [(grid, _)] = grids_of([source])
+    pixels, valid = read([source], grid, footprint(source, grid), bands=("red", "green", "blue"))
+    assert valid.all()
+    assert np.abs(pixels.astype(int) - image.transpose(2, 0, 1)).max() <= (12 if suffix == ".jpg" else 0)
+    [item] = open_items(ingest_folder(tmp_path / "images", tmp_path / "cat"))
+    assert source_of(item).crs == f"EPSG:{code}"
+
+
+def test_a_world_file_alone_is_named(tmp_path, caplog):
+    write(tmp_path / "images" / "ortho.png", np.ones((20, 30, 3), np.uint8))
+    (tmp_path / "images/ortho.pgw").write_text("0.2\n0\n0\n-0.2\n400000.1\n599999.9\n")
+    [source], _ = sources_of_images(tmp_path / "images")
+    assert source.crs is None
+    assert "ortho.png has a world file and no CRS" in caplog.text
+    (tmp_path / "images/ortho.prj").write_text("no CRS")
+    [], wrong = sources_of_images(tmp_path / "images")
+    assert "ortho.prj is not a CRS in WKT" in str(wrong["ortho"])
 
 
 def test_the_time_of_an_image_is_its_own_or_its_files(tmp_path):

@@ -205,6 +205,17 @@ def test_members_that_are_no_objects_and_ids_that_occur_twice_keep_names_of_thei
     assert [one.id for one in items if BROKEN not in one.properties] == ["a"]
 
 
+def test_an_id_may_be_a_number_and_an_item_without_one_is_named(tmp_path):
+    image(tmp_path / "a.tif")
+    rows = [item(7), item("a"), item(None)]
+    path = tmp_path / "items.json"
+    path.write_text("\ufeff" + json.dumps({"type": "FeatureCollection", "features": rows}))  # as Windows writes
+    sources, unread = mapping_steps.imagery(Region("r", catalog=str(path)), MapConfig())
+    assert [source.item_id for source in sources] == ["7", "a"]
+    assert "item-3" in unread
+    assert "it has no id" in str(unread["item-3"])
+
+
 def test_a_broken_item_elsewhere_is_no_part_of_a_region(tmp_path):
     image(tmp_path / "a.tif")
     rows = [item("a"), item("far", bounds=(10, 10, 11, 11), properties={}), item("near", properties={})]

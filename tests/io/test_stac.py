@@ -142,6 +142,26 @@ def test_only_files_with_the_bands_wanted_count(bands):
     assert {href for href, _ in source.assets} == {"/s2/B05.tif", "/s2/B04.tif"}
 
 
+@pytest.mark.parametrize("stated", ["gsd", "raster:spatial_resolution", "proj:transform", "bands"])
+@pytest.mark.parametrize("order", [(60, 20, 10), (10, 20, 60), (20, 10, 60)])
+@pytest.mark.parametrize("wanted", [None, ("red",)])
+def test_a_band_at_several_resolutions_is_read_from_its_finest_file(stated, order, wanted):
+    def one(name, side):
+        fields = {"bands": [{"name": name, "data_type": "uint16"}], **projected((9, 9), (60, 0, 0, 0, -60, 0))}
+        if stated == "proj:transform":
+            fields |= projected((540 // side,) * 2, (side, 0, 0, 0, -side, 0))
+        elif stated == "bands":
+            fields["bands"][0]["raster:spatial_resolution"] = side
+        else:
+            fields[stated] = side
+        return tif(f"/s2/{name}_{side}m.tif", **fields)
+
+    assets = {f"{name}_{side}m": one(name, side) for name in ("red", "nir") for side in order}
+    source = stac_read.source_of(item(assets=assets), bands=wanted)
+    expected = [f"/s2/{name}_10m.tif" for name in wanted or ("red", "nir")]
+    assert [href for href, _ in source.assets] == expected
+
+
 def test_files_without_band_names_are_called_by_their_key():
     fields = {"data_type": "uint16", **projected()}
     source = stac_read.source_of(item(assets={"vv": tif("/x/1.tif", **fields), "vh": tif("/x/2.tif", **fields)}))

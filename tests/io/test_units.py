@@ -273,3 +273,18 @@ def test_pixels_that_are_no_number_are_nodata_and_cost_no_neighbour(tmp_path, dt
     assert not valid[7, 9]
     assert np.isfinite(pixels).all()
     assert pixels[1, 2, 2] == 0
+
+
+@pytest.mark.parametrize("unit", [(0.0, 0.0), (float("nan"), 0.0), (1e-4, float("inf"))])
+def test_a_scale_that_gives_no_value_is_refused_by_name(tmp_path, unit):
+    image = np.full((2, 24, 30), 7, np.uint16)
+    scales, offsets = ((1e-4, unit[0]), (0.0, unit[1]))
+    path = write(tmp_path / "odd.tif", image, scales=scales, offsets=offsets)
+    with pytest.raises(
+        DataError, match=r"odd.tif states the scale .* expected finite numbers and a scale other than 0"
+    ):
+        source_of_file(path, "odd")
+    plain = write(tmp_path / "plain.tif", image)
+    bands = [{"name": "red", "data_type": "uint16", "raster:scale": unit[0], "raster:offset": unit[1]}, {"name": "nir"}]
+    with pytest.raises(DataError, match="odd states the scale"):
+        source_of(item("odd", {"image": (plain, {"bands": bands})}))

@@ -77,8 +77,8 @@ def test_weights_are_found_under_every_spelling(tmp_path, name, prefix):
 def test_the_keys_of_timm_and_safetensors_are_read(tmp_path):
     donor, encoder = (build_encoder("tu-regnety_002", weights="none") for _ in range(2))
     state = {key.removeprefix("model."): value for key, value in donor.state_dict().items()}
-    save_file(state | {"head.fc.weight": torch.zeros(1)}, tmp_path / "w.safetensors")
-    load_encoder_weights(encoder, str(tmp_path / "w.safetensors"))
+    save_file(state | {"head.fc.weight": torch.zeros(1)}, tmp_path / "W.SAFETENSORS")
+    load_encoder_weights(encoder, str(tmp_path / "W.SAFETENSORS"))
     assert _same(encoder, donor)
 
 
