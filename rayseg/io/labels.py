@@ -225,6 +225,7 @@ def _by_class(folder: UPath) -> Files:
         raise DataError(f"{folder} is not a folder; give a folder with a sub-folder of images for each class")
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     images = {name: _images_in(folder / name) for name in classes}
+    # Folders without images, such as one of documents, are not classes.
     filled = [name for name in classes if images[name]]
     if len(filled) < 2:
         raise DataError(

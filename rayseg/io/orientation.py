@@ -3,6 +3,7 @@
 import re
 import struct
 import zlib
+from contextlib import suppress
 from io import BytesIO
 from typing import Any, BinaryIO
 
@@ -22,15 +23,15 @@ _PLANE = CRS.from_epsg(3857)  # GDAL warps with a CRS only; the same on both sid
 
 
 class Upright(WarpedVRT):  # type: ignore[misc]
-    """An image without georeference as it is seen: an exact permutation of the file's pixels, read block by block."""
+    """An image without georeference, turned upright: an exact permutation of the file's pixels, read block by block."""
 
     crs = None
     transform = Affine.identity()
 
     def tags(self, *words: Any, **named: Any) -> dict[str, str]:  # noqa: ANN401 - rasterio's signature
         """Tags of the file."""
-        found: dict[str, str] = self.src_dataset.tags(*words, **named)
-        return found
+        tags: dict[str, str] = self.src_dataset.tags(*words, **named)
+        return tags
 
     def close(self) -> None:
         """Close the file too."""
@@ -70,22 +71,17 @@ def _orientation(file: DatasetReader, href: str) -> int:
     """1 to 8 of EXIF, else of XMP, as Pillow finds it; GDAL reads EXIF of JPEG only, and others are read if local."""
     if file.driver not in {"JPEG", "PNG", "GTiff"} or (file.driver != "JPEG" and not is_local(href)):
         return 1
+    tag: int | None = None
     if file.driver == "JPEG":
         text = file.tags().get("EXIF_Orientation", "").strip()
-        found = int(text) if text.isdigit() else None
+        tag = int(text) if text.isdigit() else None
     else:
-        found = _exif_orientation(file, href)
-    if found is None and (xmp := _XMP.search("".join(file.tags(ns="xml:XMP").values()))):
-        found = int(xmp[1])
-    return found or 1
-
-
-def _exif_orientation(file: DatasetReader, href: str) -> int | None:
-    with upath(href).open("rb") as opened:
-        try:
-            return _tag_of(BytesIO(_png_exif(opened)) if file.driver == "PNG" else opened)
-        except (struct.error, zlib.error, ValueError):  # damaged, such as a directory that ends early
-            return None
+        with upath(href).open("rb") as opened, suppress(struct.error, zlib.error, ValueError):
+            # The errors are those of damaged metadata, such as a directory that ends early.
+            tag = _tag_of(BytesIO(_png_exif(opened)) if file.driver == "PNG" else opened)
+    if tag is None and (xmp := _XMP.search("".join(file.tags(ns="xml:XMP").values()))):
+        tag = int(xmp[1])
+    return tag or 1
 
 
 def _tag_of(content: BinaryIO) -> int | None:

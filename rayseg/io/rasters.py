@@ -115,10 +115,10 @@ def _read_source(
     valid: dict[str, np.ndarray] = {}
     for (href, nodata), wanted in _files_of(source, bands).items():
         indexes = [index for _, index in wanted]
-        one = replace(source, nodata=nodata, nodatas=(), change=())
+        of_file = replace(source, nodata=nodata, nodatas=(), change=())
         # Each attempt opens the file again: an open one keeps its lost connection.
-        read_it = partial(_read_file, one, href, grid, part, indexes, categorical=categorical)
-        pixels_CHW, ok_HW = remote.patiently(read_it)
+        attempt = partial(_read_file, of_file, href, grid, part, indexes, categorical=categorical)
+        pixels_CHW, ok_HW = remote.patiently(attempt)
         if image_CHW is None:
             image_CHW = np.zeros((len(bands), part.height, part.width), pixels_CHW.dtype)
         _same_dtype(href, pixels_CHW.dtype, image_CHW.dtype)
@@ -150,6 +150,7 @@ def changed(pixels_HW: np.ndarray, change: tuple[float, float] | None) -> np.nda
 
 def _files_of(source: Source, bands: Sequence[str]) -> dict[tuple[str, float | None], list[tuple[int, int]]]:
     """(href, nodata) -> (position in `bands`, index in the file) of each band; the first file with a name counts."""
+    # Reversed, so that of several bands with one name the first one counts.
     nodatas = dict(reversed([*zip(source.bands, source.nodatas, strict=False)]))
     places = {name: (href, i) for href, names in reversed(source.assets) for i, name in enumerate(names, 1)}
     if missing := [name for name in bands if name not in places]:
@@ -343,6 +344,7 @@ def _placed(dataset: DatasetReader, source: Source, href: str) -> Source:
     """
     own, stated = described(dataset), source.of_file(href)
     expect_same_place(href, own, stated)
+    # Checked as the file opens: the run was planned from the item, which does not state the units.
     if own.units and not source.units:
         scale, offset = next(unit for unit in own.units if unit != STORED)
         raise DataError(
@@ -360,7 +362,7 @@ def _stamp(href: str) -> tuple[int, int]:
     if not is_local(href):
         return remote.stamp(href), 0
     try:
-        found = os.stat(str(upath(href)))  # noqa: PTH116 - a UPath has no cheaper one
+        status = os.stat(str(upath(href)))  # noqa: PTH116 - a UPath has no cheaper one
     except OSError as error:
         raise DataError(f"{href} cannot be read: {error.strerror}") from error
-    return found.st_mtime_ns, found.st_size
+    return status.st_mtime_ns, status.st_size

@@ -31,7 +31,7 @@ SETTINGS = {
     "CPL_VSIL_CURL_NON_CACHED": "/vsis3/:/vsicurl/",  # a failed or replaced file is requested again
 }
 WAITS = (1.0, 4.0)
-"""Seconds between the attempts to read a remote file; each attempt opens it anew, with fresh credentials."""
+"""Seconds between the attempts to read a remote file; each attempt opens it again, with fresh credentials."""
 LONGEST_WAIT = 60.0
 """Most seconds between two attempts, whatever a server requests."""
 EARLY = 300.0
@@ -127,7 +127,7 @@ def signed(href: str) -> str:
 
 
 def stamp(href: str) -> int:
-    """Changes when the href has to be opened anew: when its signature ends."""
+    """Changes when the href has to be opened again: when its signature ends."""
     return int(_signature(href)[1])
 
 

@@ -85,15 +85,16 @@ def labelled_images(images: str, masks: str | None = None, *, table: ClassTable 
         DataError: there are no images, one cannot be opened, or a mask is of another size than its image.
     """
     if suffix_of(split_location(images)[0]) in {".json", ".parquet"}:
-        found = _of_catalog(images, masks or "", table.names if table else ())
+        labelled = _of_catalog(images, masks or "", table.names if table else ())
     else:
-        found = _of_images(images, masks, table.names if table else ()) if masks else _of_folder(images)
-    expect_ids([image.id for image in found])
+        labelled = _of_images(images, masks, table.names if table else ()) if masks else _of_folder(images)
+    expect_ids([image.id for image in labelled])
     if table:
-        distinct = list(dict.fromkeys(mask for image in found for mask in image.masks))
+        # All masks together decide whether 255 is a class: one alone may lack it.
+        distinct = list(dict.fromkeys(mask for image in labelled for mask in image.masks))
         read_as = dict(zip(distinct, two_classes(distinct, table, masks or images), strict=True))
-        found = [replace(image, masks=tuple(read_as[mask] for mask in image.masks)) for image in found]
-    return sorted(found, key=lambda image: image.id)
+        labelled = [replace(image, masks=tuple(read_as[mask] for mask in image.masks)) for image in labelled]
+    return sorted(labelled, key=lambda image: image.id)
 
 
 def placed(image_id: str, scene: str, image: Source, masks: tuple[Source, ...]) -> LabelledImage:
@@ -155,6 +156,7 @@ def _with_masks(sources: Sequence[Source], scenes: Mapping[str, str], masks: Seq
     named = by_image([mask for mask in masks if mask.crs is None] or masks)
     labelled = []
     for source in sources:
+        # By place where both have one: names differ between imagery and masks.
         if source.crs and on_earth:
             [(grid, _)] = grids_of([source])
             over = footprint(source, grid)
@@ -202,13 +204,13 @@ def _read(one: LabelledImage, window: Window, bands: Sequence[str], table: Class
 def _whole(one: LabelledImage, bands: tuple[str, ...], table: ClassTable | None) -> Pixels:
     """All of an image that GDAL decodes as a whole (PNG, JPEG); cached up to `_ROOM` bytes."""
     key = (one, bands, table)
-    if (found := _kept.get(key)) is None:
-        found = _read(one, one.window, bands, table)
-        size = sum(array.nbytes for array in found)
+    if (pixels := _kept.get(key)) is None:
+        pixels = _read(one, one.window, bands, table)
+        size = sum(array.nbytes for array in pixels)
         with _keeping:
             if key not in _kept and size + sum(array.nbytes for kept in _kept.values() for array in kept) <= _ROOM:
-                _kept[key] = found
-    return found
+                _kept[key] = pixels
+    return pixels
 
 
 def _cut(pixels: Pixels, whole: Window, window: Window) -> Pixels:
@@ -288,6 +290,7 @@ def split(
     scenes = sorted({image.scene for image in images})
     if unknown := sorted(set(validation) - set(scenes)):
         raise DataError(f"there is no scene {', '.join(unknown)}, the scenes are {listed(scenes)}; correct the split")
+    # Whole scenes are held out: tiles of one scene look alike.
     drawn = np.random.default_rng(seed).permutation(scenes)[: max(1, round(share * len(scenes)))].tolist()
     held = set(validation or drawn)
     if held >= set(scenes):

@@ -188,6 +188,7 @@ def described(dataset: DatasetReader) -> Source:
         gcps = True
         box, columns, rows = calculate_default_transform(crs, crs, width, height, gcps=points)
         affine = box @ Affine.scale(columns / width, rows / height)
+    # NaN and infinity are nodata in any file.
     nodatas = tuple(None if value is None or not math.isfinite(value) else value for value in dataset.nodatavals)
     nodata, nodatas = (nodatas[0], ()) if len(set(nodatas)) == 1 else (None, nodatas)
     if crs is None and dataset.transform != Affine.identity():
@@ -277,7 +278,7 @@ def placing(name: str, crs: str | CRS) -> Iterator[None]:
         if isinstance(error, ShapelyError):
             raise DataError(
                 f"{place}: its outline in degrees crosses itself or is empty, expected one area; check its "
-                "georeference, or cut it to the part of the Earth that its CRS is made for"
+                "georeference, or cut it to the area of use of its CRS"
             ) from error
         raise DataError(f"{place}; check its georeference, and that it is not of another planet") from error
 
@@ -404,6 +405,7 @@ def beyond_utm(sources: Sequence[Source]) -> dict[str, DataError]:
         name: DataError(f"{name} has no georeference, other imagery of the region has; map it in a run of its own")
         for name in bare
     }
+    # On a grid of their own sources may lie anywhere.
     for source in placed if placed and not _own_grid(placed) else ():
         try:
             utm_of(source)
@@ -611,8 +613,8 @@ def _bounds_in(source: Source, crs: str) -> Bounds:
 
 def name_of_crs(text: str) -> str:
     """The code or the name of a CRS given as EPSG code or WKT, for messages."""
-    found = re.search(r'"([^"]+)"', text)
-    return found[1] if found else text
+    match = re.search(r'"([^"]+)"', text)
+    return match[1] if match else text
 
 
 def same_place(one: Source, other: Source, *, part: bool = False) -> bool:

@@ -79,7 +79,7 @@ def rows_of(uri: str, collection: str | None, geometry: dict[str, Any] | None, b
             raise DataError(f"{uri} is a FeatureCollection without a list of features; correct the file")
         return _only(_listed_rows(uri, row["features"]), collection, uri)
     if "conformsTo" in row:
-        return [_row(public(uri), "", found) for found in search(uri, collection, geometry)]
+        return [_row(public(uri), "", item) for item in search(uri, collection, geometry)]
     _expect_catalog(uri, row)
     return list(_walk(*_chosen(absolute(uri), row, collection)))
 
@@ -188,6 +188,7 @@ def _descendants(href: str, row: dict[str, Any]) -> tuple[list[tuple[str, dict[s
     unread: dict[str, DataError] = {}
     seen, level = {href}, [(href, row)]
     while level:
+        # Each address once: catalogues may link in circles.
         hrefs = dict.fromkeys(at for parent in level for at in _hrefs(*parent, "child") if at not in seen)
         seen |= hrefs.keys()
         read = list(concurrently(_child, hrefs))
@@ -214,6 +215,7 @@ def _chosen(href: str, row: dict[str, Any], collection: str | None) -> tuple[str
 def _walk(href: str, row: dict[str, Any]) -> Iterator[Row]:
     """The items of a catalogue and of all below it, and a row for every child or item that cannot be read."""
     children, unread = _descendants(href, row)
+    # Items may be linked as children.
     catalogs = [(href, row), *((at, child) for at, child in children if child["type"] != "Feature")]
     yield from (_row(at, at, child) for at, child in children if child["type"] == "Feature")
     hrefs = dict.fromkeys(item for catalog in catalogs for item in _hrefs(*catalog, "item"))
@@ -231,8 +233,8 @@ def _row(place: str, href: str, values: object, number: int = 0) -> Row:
     name = values.get("id") if isinstance(values, dict) else None
     named = str(name) if name is not None and str(name).strip() else f"item-{number + 1}"
     if not isinstance(values, dict) or values.get("type") != "Feature":
-        found = values.get("type") if isinstance(values, dict) else type(values).__name__
-        return Row(named, place, wrong=f"{named} of {place} is not a STAC item: found {found!r}, expected a Feature")
+        kind = values.get("type") if isinstance(values, dict) else type(values).__name__
+        return Row(named, place, wrong=f"{named} of {place} is not a STAC item: found {kind!r}, expected a Feature")
     return Row(named, place, href, values)
 
 
@@ -301,8 +303,8 @@ def _meeting(table: pa.Table, box: Box) -> pa.ChunkedArray:
     if "bbox" not in table.column_names or not pa.types.is_struct(table.schema.field("bbox").type):
         return pa.chunked_array([np.ones(len(table), bool)])
     west, south, east, north = (pc.struct_field(table["bbox"], name) for name in ("xmin", "ymin", "xmax", "ymax"))
-    beside = [pc.or_(pc.greater(west, box[2] + turn), pc.less(east, box[0] + turn)) for turn in (-360, 0, 360)]
-    apart = (reduce(pc.and_, beside), pc.greater(south, box[3]), pc.less(north, box[1]))
+    outside = [pc.or_(pc.greater(west, box[2] + turn), pc.less(east, box[0] + turn)) for turn in (-360, 0, 360)]
+    apart = (reduce(pc.and_, outside), pc.greater(south, box[3]), pc.less(north, box[1]))
     missing = pc.and_(reduce(pc.or_, apart), pc.less_equal(west, east))
     return pc.invert(pc.fill_null(missing, False))
 

@@ -51,7 +51,7 @@ _INVALID = (
 """What pystac and shapely raise for JSON that is not as STAC describes it."""
 _POLES = shapely.box(-540, -90, 540, 90)
 _COARSE = 0.01  # degrees: no pixel of a table's items is taken to be larger than about a kilometre
-_AROUND = 0.1  # degrees around a region in which a STAC API is asked for scenes of its halo
+_AROUND = 0.1  # degrees around a region in which a STAC API is searched for scenes of its halo
 _PICTURES = ("thumbnail", "overview", "metadata", "visual")
 _CODE = re.compile(r"EPSG:\d+", re.IGNORECASE)
 """How a code is kept; "EPSG: 32633" and "EPSG:32633+5773" (with heights) are valid too, but not as a name of a grid."""
@@ -413,7 +413,7 @@ def _frame(item: pystac.Item, asset: pystac.Asset) -> Source | None:
     """The georeference of the asset's pixels in the item, None if it has none."""
     fields = item.properties | asset.extra_fields
     box, size, affine = fields.get("proj:bbox"), fields.get("proj:shape"), fields.get("proj:transform")
-    bare = item.geometry is None and {"proj:code", "proj:epsg"} & set(fields)  # an image without place, without a doubt
+    bare = item.geometry is None and {"proj:code", "proj:epsg"} & set(fields)  # the item states that it has no place
     crs = _crs(fields)
     if not size or not (crs or bare):
         return None
@@ -443,8 +443,8 @@ def _crs(fields: Mapping[str, Any]) -> str | None:
 
 def _dtype(item: pystac.Item, asset: pystac.Asset) -> str | None:
     rows = [*_rows(asset, "bands"), *_rows(asset, "raster:bands"), asset.extra_fields, item.properties]
-    found = [row["data_type"] for row in rows if row.get("data_type")]
-    return _STAC_TYPES.get(found[0], found[0]) if found else None
+    stated = [row["data_type"] for row in rows if row.get("data_type")]
+    return _STAC_TYPES.get(stated[0], stated[0]) if stated else None
 
 
 def _band_rows(item: pystac.Item, asset: pystac.Asset, count: int) -> list[dict[str, Any]]:

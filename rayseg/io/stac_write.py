@@ -181,7 +181,7 @@ def packed(item: Mapping[str, Any]) -> str:
 
 
 def unpacked(text: str) -> dict[str, Any]:
-    """The values that `packed` made the text of."""
+    """The values of a text of `packed`."""
     item: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(text)))
     return item
 
@@ -203,8 +203,13 @@ def lonlat_geometry(
     Raises:
         DataError: it has coordinates outside the Earth, or is no area there.
     """
+
+    def degrees(points_N2: np.ndarray) -> np.ndarray:
+        lons, lats = transform(crs, CRS.from_epsg(4326), *points_N2.T)
+        return np.array([[round(lon, 9), round(lat, 9)] for lon, lat in zip(lons, lats, strict=True)])
+
     with placing(name, crs):
-        [moved] = to_lonlat(np.array([shape(dict(geometry))], np.object_), lambda points: _degrees(points, crs))
+        [moved] = to_lonlat(np.array([shape(dict(geometry))], np.object_), degrees)
     west, south, east, north = bounds_of(moved) if not moved.is_empty else (float("nan"),) * 4
     if not (abs(west) <= 180.1 and abs(east) <= 180.1 and -90.1 <= south <= north <= 90.1):
         raise DataError(
@@ -213,11 +218,6 @@ def lonlat_geometry(
     with placing(name, crs):
         moved = shapely.transform(sound(moved), lambda points: points.round(7))
     return json.loads(json.dumps(mapping(moved))), [round(value, 7) for value in (west, south, east, north)]
-
-
-def _degrees(points: np.ndarray, crs: CRS) -> np.ndarray:
-    lons, lats = transform(crs, CRS.from_epsg(4326), *points.T)
-    return np.array([[round(lon, 9), round(lat, 9)] for lon, lat in zip(lons, lats, strict=True)])
 
 
 def classes_field(table: ClassTable) -> list[dict[str, Any]]:
@@ -318,6 +318,7 @@ def write_catalog(
     old = _existing(folder / "catalog.json")
     for name, items in collections.items():
         _write_members(folder / name, name, items, named.get(name))
+    # Collections that this call does not write stay in the catalogue.
     known = {link["href"] for link in (old or {}).get("links", []) if link["rel"] == "child"}
     children = sorted(known | {f"./{name}/collection.json" for name in collections})
     title = named.get("") or (old or {}).get("title") or folder.name
@@ -343,6 +344,7 @@ def _write_members(folder: Any, name: str, items: Sequence[pystac.Item], title: 
         put(folder / f"{item.id}.json", _json(row))
         extent.add(f"./{item.id}.json", row)
     if old:
+        # The collection keeps the items of earlier calls: its extent grows to hold all.
         extent.hrefs |= {link["href"] for link in old["links"] if link["rel"] == "item"}
         if not old.get("rayseg:unplaced"):
             extent.place(old["extent"]["spatial"]["bbox"][0])

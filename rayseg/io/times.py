@@ -14,8 +14,8 @@ def in_utc(moment: datetime | str) -> datetime:
     Raises:
         ValueError: the text is not ISO 8601.
     """
-    found = str_to_datetime(moment.strip()) if isinstance(moment, str) else moment
-    return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
+    moment = str_to_datetime(moment.strip()) if isinstance(moment, str) else moment
+    return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def utc_text(moment: datetime | str) -> str:

@@ -21,14 +21,14 @@ _SHIFT = 8  # an integer type may lose an eighth of its range to a conversion, n
 
 def baseline_text(text: str) -> str:
     """A Sentinel-2 processing baseline ("05.09", "0509", "N0509") as "05.09"; a plain number as it is, else ""."""
-    found = _NUMBER.fullmatch(text)
-    return (found[3] or f"{found[1]}.{found[2]}") if found else ""
+    match = _NUMBER.fullmatch(text)
+    return (match[3] or f"{match[1]}.{match[2]}") if match else ""
 
 
 def baseline_in(name: str) -> str:
     """The processing baseline in the name of a Sentinel-2 product (`S2A_..._N0400_...`), "" if there is none."""
-    found = _PRODUCT.search(name)
-    return baseline_text(found[1]) if found else ""
+    match = _PRODUCT.search(name)
+    return baseline_text(match[1]) if match else ""
 
 
 def units_of(source: Source, bands: Sequence[str]) -> tuple[Unit, ...]:
@@ -44,8 +44,8 @@ def common_units(sources: Sequence[Source], bands: Sequence[str] = ()) -> dict[s
     """
     own = [_by_band(source) for source in sources]
     names = bands or sorted({name for units in own for name in units})
-    found = {name: {units[name] for units in own if name in units} for name in names}
-    return {name: min(units, key=lambda unit: (unit[1] / unit[0], unit)) for name, units in found.items() if units}
+    stated = {name: {units[name] for units in own if name in units} for name in names}
+    return {name: min(units, key=lambda unit: (unit[1] / unit[0], unit)) for name, units in stated.items() if units}
 
 
 def converted(source: Source, units: Mapping[str, Unit]) -> Source:
@@ -131,10 +131,10 @@ def expect_one_dtype(source: Source, bands: Sequence[str]) -> None:
         if name in bands:
             types.setdefault(dtype or source_of_file(href, source.item_id).dtype, []).append(name)
     if len(types) > 1:
-        found = "; ".join(f"{', '.join(names)} of {dtype}" for dtype, names in types.items())
+        listing = "; ".join(f"{', '.join(names)} of {dtype}" for dtype, names in types.items())
         most = max(types.values(), key=len)
         raise DataError(
-            f"{source.item_id} has bands of several pixel types ({found}), expected one type; choose bands, as "
+            f"{source.item_id} has bands of several pixel types ({listing}), expected one type; choose bands, as "
             f"--set bands=[{','.join(most)}]"
         )
 

@@ -119,12 +119,12 @@ def _outlines(labels_HW: np.ndarray, window: Window) -> NDArray[np.object_]:
     points: list[tuple[float, float]] = []
     lengths, owners = [], []
     to_grid = Affine.translation(window.col, window.row)
-    found = list(shapes(labels_HW, mask=labels_HW > 0, connectivity=4, transform=to_grid))
-    for geometry, value in found:
+    for geometry, value in shapes(labels_HW, mask=labels_HW > 0, connectivity=4, transform=to_grid):
         for ring in geometry["coordinates"]:
             points += ring
             lengths.append(len(ring))
             owners.append(int(value) - 1)
+    # Stable, as the outer ring of a label comes before its holes.
     order = np.argsort(np.array(owners, np.int64), kind="stable")
     ring = np.repeat(np.arange(len(lengths)), lengths)
     rings = np.asarray(shapely.linearrings(np.array(points, float).reshape(-1, 2), indices=ring))
@@ -353,6 +353,7 @@ def _united(parts: pa.Table, owners: np.ndarray | None) -> _Components:
     columns = {name: parts[name].to_numpy() for name in _COLUMNS if name != "geometry"}
     whole = shapely.from_wkb(parts["geometry"].to_numpy())
     if owners is not None:
+        # The first pixel in reading order names the component.
         order = np.lexsort([columns["first_col"], columns["first_row"], owners])
         starts = np.flatnonzero(np.diff(owners[order], prepend=-1))
         members, polygons = np.split(order, starts[1:]), whole
@@ -372,7 +373,7 @@ def _segments(parts: pa.Table, first: int) -> NDArray[np.void]:
     # Steps from a point to the next one of the same ring.
     within = ring[:-1] == ring[1:]
     start, end, part = points[:-1][within].astype(np.int64), points[1:][within].astype(np.int64), ring[:-1][within]
-    found = []
+    pieces = []
     for across, low, high in ((0, "col", "col1"), (1, "row", "row1")):
         line = start[:, across]
         after, before = line == columns[low][part], line == columns[high][part]
@@ -382,8 +383,8 @@ def _segments(parts: pa.Table, first: int) -> NDArray[np.void]:
         values = (line[at] * 2 + across, columns["class"][part[at]], *along, part[at] + first, after[at])
         for name, value in zip(_SEGMENT.names or (), (*values, columns["row1"][part[at]]), strict=True):
             segments[name] = value
-        found.append(segments)
-    return np.concatenate(found)
+        pieces.append(segments)
+    return np.concatenate(pieces)
 
 
 def _touching(segments: NDArray[np.void]) -> np.ndarray:
@@ -423,9 +424,9 @@ def _canonical(polygons: NDArray[np.object_]) -> NDArray[np.object_]:
     arrives = points != points[before]  # which coordinate changes on the way to a point
     leaves = np.roll(arrives, -1, axis=0)
     corners = inside & (arrives != leaves).any(axis=1)
-    made = shapely.linearrings(points[corners], indices=ring[corners])
-    cleaned: NDArray[np.object_] = shapely.normalize(shapely.polygons(made, indices=polygon))
-    return cleaned
+    cleaned = shapely.linearrings(points[corners], indices=ring[corners])
+    result: NDArray[np.object_] = shapely.normalize(shapely.polygons(cleaned, indices=polygon))
+    return result
 
 
 # -- out --------------------------------------------------------------------------------------------------------------
@@ -448,6 +449,7 @@ def _frame(
     if grid.crs is None:
         facts |= {"image": [grid.image or ""] * len(pixels), "area_px": pixels}
         return geopandas.GeoDataFrame(facts, geometry=polygons).assign(**first)
+    # Areas come from the cut polygons: EPSG:6933 ends at the antimeridian.
     cut = geopandas.GeoSeries(lonlat_of(grid, polygons), crs=LONLAT)
     facts |= {"image": [grid.image] * len(pixels)} if grid.image else {}
     facts["area_m2"] = cut.to_crs(EQUAL_AREA).area.to_numpy()
@@ -543,7 +545,6 @@ def _parts_of_raster(path: str) -> tuple[Iterable[pa.Table], ClassTable]:
         found = f"{len(source.bands)} bands of {source.dtype}"
         raise DataError(f"{path} is not a class raster: one band of uint8 was expected, {found} found")
     table = table_of(path)
-    # Blocks as tiles: memory does not grow with the raster.
     skip = (0,) if table is None or len(table.classes) == 2 else ()
     [(grid, _)] = grids_of([source])
     extent = footprint(source, grid)
@@ -552,6 +553,7 @@ def _parts_of_raster(path: str) -> tuple[Iterable[pa.Table], ClassTable]:
         classes, valid = read([source], grid, window, bands=source.bands, categorical=True)
         return polygons_of(np.where(valid, classes[0], NODATA), None, grid, window, skip=skip)
 
+    # Blocks as tiles: memory does not grow with the raster.
     blocks = (
         Window(col, row, _BLOCK, _BLOCK).intersect(extent)
         for row in range(extent.row, extent.row1, _BLOCK)

@@ -193,6 +193,7 @@ def session(service: Service) -> Iterator[Session]:
     headers = {"User-Agent": f"rayseg/{__version__}", "Accept": "image/png, image/jpeg, image/webp"}
     loggers = [logging.getLogger(name) for name in ("httpx", "httpcore.http11", "httpcore.connection")]
     for logger in loggers:
+        # httpx logs whole URLs, which may hold a key.
         logger.addFilter(_is_warning)
     try:
         with (

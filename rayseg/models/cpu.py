@@ -172,6 +172,7 @@ class Apart(nn.Module):
         """The model's outputs, concatenated."""
         with self._lock:
             self._under_way += len(x_NCHW)
+            # Threads that help would take the processors of other images in progress.
             helped = self._helped > 1 and self._under_way == 1
         try:
             if helped:

@@ -29,7 +29,7 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "params", "params_ema")
 _DEEPEST = 6
 """Parts of a key that wrappers can add: `module.model.backbone.encoder.` has four."""
 _REFUSED = re.compile(r"unsupported|can only|trying to call reduce|torchscript", re.IGNORECASE)
-"""What torch says about objects that are not tensors, in a file that is not damaged."""
+"""Torch's messages about objects that are not tensors, in a file that is not damaged."""
 _OBJECT = re.compile(r"GLOBAL (\S+)|got (<class '[^']+'>)|(TorchScript)")
 _HEADS = {"classifier", "fc", "head", "head_fc", "last_linear", "conv_head", "bn2", "norm", "norm_head", "final_conv"}
 CANNOT_BUILD = (KeyError, ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError, AssertionError)
@@ -266,6 +266,7 @@ def _fitting(state: State, wanted: State) -> State:
         if target is None:
             continue
         adapted = tensor
+        # Only the first convolution depends on the bands: timm repeats its kernels for red, green and blue.
         kernels = tensor.ndim == target.ndim == 4 and tensor[:, 0].shape == target[:, 0].shape
         if kernels and tensor.shape[1] == 3 != target.shape[1]:
             adapted = timm.models.adapt_input_conv(target.shape[1], tensor)

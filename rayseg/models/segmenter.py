@@ -123,8 +123,8 @@ def build_segmenter(
         ModelError: the weights are missing or do not fit.
     """
     if members > 1:
-        one = partial(build_segmenter, architecture, encoder, classes=classes, weights=weights, channels=channels)
-        return Ensemble([one(reduce=reduce, enlarge=enlarge) for _ in range(members)])
+        member = partial(build_segmenter, architecture, encoder, classes=classes, weights=weights, channels=channels)
+        return Ensemble([member(reduce=reduce, enlarge=enlarge) for _ in range(members)])
     if architecture not in ARCHITECTURES:
         raise ConfigError(f"architecture {architecture!r} is unknown, expected one of: {', '.join(ARCHITECTURES)}")
     if architecture == "deeplab":

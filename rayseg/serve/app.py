@@ -176,8 +176,8 @@ class _Predictor:
             p_K, picture_HWC = await self.backend.classify(name, image, explain=media == PNG)
         if picture_HWC is not None:
             return Response(await asyncio.to_thread(answers.rgb_png, picture_HWC), media_type=PNG)
-        found = answers.classified(name, ClassTable(model.classes), p_K)
-        body = answers.classified_csv(found) if media == answers.CSV else json.dumps(found).encode()
+        content = answers.classified(name, ClassTable(model.classes), p_K)
+        body = answers.classified_csv(content) if media == answers.CSV else json.dumps(content).encode()
         return Response(body, media_type=media, headers={"Vary": "Accept"})
 
     async def unsupervised(self, request: Request, accept: Accept = JSON) -> Response:

@@ -108,6 +108,7 @@ def reserve(host: str, port: int) -> socket.socket:
         if sys.platform == "linux":
             lock.bind(f"\0rayseg-serve-{port}")
         with socket.socket(family) as probe:
+            # As servers do: connections of a server that has just ended do not count.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except OSError as error:

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -187,6 +188,7 @@ class LocalBackend:
 
             return Classify(prefix)
         predict = Predict(prefix)
+        # At once, while nobody waits: the check computes three patches.
         predict.help_one()
         return predict
 
@@ -195,7 +197,8 @@ class LocalBackend:
         size = model.batch
         assert size is not None
         batches = [inputs[start : start + size] for start in range(0, len(inputs), size)]
-        return [one for batch in batches for one in model.forward(batch, exact=self.exact).cpu().numpy()]
+        results = (model.forward(batch, exact=self.exact).cpu().numpy() for batch in batches)
+        return list(chain.from_iterable(results))
 
     async def run(self, function: Callable[..., Any], *arguments: object) -> Any:  # noqa: ANN401
         """Call a function in the pool."""

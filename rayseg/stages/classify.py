@@ -45,6 +45,7 @@ class ReadUnit:
             raise DataError(listed["refused"])
         tile, sources, outline = Tile.from_row(listed), from_json(listed["sources"]), str(listed.get("polygon") or "")
         cut = bool(outline) and self.cut
+        # A polygon is cut out whole and scaled; of a square chip the middle is as large as the training windows.
         window = tile.window if cut else middle(tile.window, self.size)
         image_CHW, valid_HW = rasters.read(sources, tile.grid, window, bands=self.bands)
         if not valid_HW.any():

@@ -185,6 +185,7 @@ class LabelSegments:
         numbers_HW = segments.read_segments(files, around)
         seen_HW = numbers_HW > 0
         first, table_N2 = self._table(row.labels)
+        # Numbers of a scene's superpixels follow each other, so a table by position finds the labels.
         at_HW = np.where(seen_HW, numbers_HW, first) - np.uint32(first)
         classes_HW, scores_HW = (np.where(seen_HW, column_N[at_HW], NODATA).astype(np.uint8) for column_N in table_N2.T)
         inner = window.slices(around)

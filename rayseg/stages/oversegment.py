@@ -187,7 +187,7 @@ def unite(prefix: str, tiles: Sequence[tuple[Tile, int]], overlap: int, *, descr
                 one_HW, other_HW = part_of(tile, zone), part_of(other, zone)
                 pairs[at, neighbour] = agreeing(one_HW, other_HW, border)
                 crossed[at].append((neighbour, *_facing(one_HW, other_HW, window, other.window, zone)))
-    # 2. Number the segments of all tiles anew.
+    # 2. Number the segments of all tiles without gaps.
     tables = united([count for _, count in tiles], pairs)
     for at, (tile, _) in enumerate(tiles):
         part, path = part_path(prefix, tile.id), segments_path(prefix, tile.id)

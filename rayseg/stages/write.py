@@ -80,6 +80,7 @@ def facts_of(classes_HW: np.ndarray, tile: Tile) -> dict[str, Any]:
     counts: class value (text) -> pixels, nodata left out; areas: the same in square metres on the ground, if the tile
     has a CRS; pairs: neighbouring valid pixels; changes: those of two classes.
     """
+    # Pairs across tile borders are counted later, from few borders: see `maps.seam_score`.
     values, counts = np.unique(classes_HW[classes_HW != NODATA], return_counts=True)
     pairs = changes = 0
     for one, other in ((classes_HW[1:], classes_HW[:-1]), (classes_HW[:, 1:], classes_HW[:, :-1])):

@@ -258,6 +258,7 @@ def cut_mix(images_NCHW: Tensor, classes_NHW: Tensor, rng: Generator, *, share: 
     """
     size = images_NCHW.shape[-1]
     chosen, area, ratio, top, left = torch.rand(5, len(images_NCHW), 1, generator=rng)
+    # The ratio of the sides is drawn evenly on a logarithmic scale: 2 : 1 is as likely as 1 : 2.
     area, ratio = _CUT_AREA[0] + area * (_CUT_AREA[1] - _CUT_AREA[0]), _CUT_RATIO ** (2 * ratio - 1)
 
     def span(place: Tensor, length: Tensor) -> Tensor:
@@ -267,5 +268,6 @@ def cut_mix(images_NCHW: Tensor, classes_NHW: Tensor, rng: Generator, *, share: 
 
     rows, columns = span(top, area * ratio), span(left, area / ratio)
     inside_NHW = ((chosen < share)[..., None] & rows[:, :, None] & columns[:, None]).to(classes_NHW.device)
+    # The other image is that at the mirrored position of the batch.
     images = torch.where(inside_NHW[:, None], images_NCHW.flip(0), images_NCHW)
     return images, torch.where(inside_NHW, classes_NHW.flip(0), classes_NHW)

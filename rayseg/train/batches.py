@@ -184,6 +184,7 @@ def made_ahead(make: Callable[[T], R], items: Iterable[T], *, threads: int, coun
         try:
             for item in items:
                 waiting.append(pool.submit(make, item))
+                # In order: results wait for the slowest of those before them.
                 if len(waiting) > count:
                     yield waiting.popleft().result()
             while waiting:

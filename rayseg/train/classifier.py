@@ -188,6 +188,7 @@ def _epoch(epoch: int, learner: Learner, read: Read, config: State) -> float:
         )
         labels = _labels(chips, batch, images.device)
         rate = session.rate_at(settings.rates, epoch + step / len(order), gradual=settings.learning.gradual)
+        # A function of the part of the batch, as memory may not hold the whole.
         loss_of = partial(_loss_of, learner, config["scaling"].normalize(images), labels, settings)
         ids, what = partial(names_of, chips, batch.chips), f"classifier, epoch {epoch}, step {step}"
         losses.append(learner.step(loss_of, len(labels), rate, items=ids, what=what))

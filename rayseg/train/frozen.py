@@ -146,8 +146,8 @@ def sample(net: PixelHead, pairs: Iterable[Pair], count: int, scaling: Scaling, 
             continue
         taken = np.sort(rng.choice(known, min(most, len(known)), replace=False))
         with torch.inference_mode():
-            found = net.features(torch.from_numpy(scaling.normalize(image_CHW))[None])[0]
-            features.append(found.flatten(1)[:, torch.from_numpy(taken)].T.numpy().copy())
+            maps_Fhw = net.features(torch.from_numpy(scaling.normalize(image_CHW))[None])[0]
+            features.append(maps_Fhw.flatten(1)[:, torch.from_numpy(taken)].T.numpy().copy())
         classes.append(middle_hw.ravel()[taken])
     if not features:
         raise DataError("no pixel of the training images is labelled; check the masks and the class table")

@@ -24,7 +24,7 @@ class Sample:
     left_out: float = 0.0
     """Estimated seconds."""
     epochs: int = 0
-    """Epochs that were made."""
+    """Number of epochs."""
     cut: int = 0
     """Passes that were shortened."""
     once: float = 0.0
@@ -53,27 +53,31 @@ def is_taken() -> bool:
 def epochs(numbers: range, *, count: float | None = None) -> Iterator[int]:
     """The numbers of epochs; in a sample only the first, or the first two if no pass of the first was shortened.
 
-    The last of them stands for all that follow: `count` whole ones in total, if the very last is a shorter one.
+    The time of the last one is taken for each that follows; there are `count` whole ones, if the very last is shorter.
     """
     sample = _TAKEN.get()
     if sample is None:
         yield from numbers
         return
-    whole, made = 0.0, 0
-    for made, number in enumerate(numbers[:2], 1):
+    whole, done = 0.0, 0
+    for done, number in enumerate(numbers[:2], 1):
         began, before, cut = time.perf_counter(), sample.left_out - sample.once, sample.cut
         yield number
         sample.epochs += 1
         whole = time.perf_counter() - began + sample.left_out - sample.once - before
-        if sample.cut > cut or made == 2:
+        if sample.cut > cut or done == 2:
             break
-    sample.left_out += whole * max(0.0, (len(numbers) if count is None else count) - made)
+    sample.left_out += whole * max(0.0, (len(numbers) if count is None else count) - done)
 
 
 def batches(items: Iterable[T], count: int, *, share: float = 1.0, once: bool = False) -> Iterator[T]:
-    """The batches of a pass; in a sample the first few, whose last ones stand for the pace of all `count`.
+    """The batches of a pass; in a sample the first few, whose last ones give the pace of all `count`.
 
-    `share` is the share of epochs that make the pass; or it is made `once` in all of them.
+    Args:
+        items: the batches.
+        count: their number.
+        share: of the epochs that make the pass.
+        once: the first epoch makes the pass, later ones do not.
     """
     sample = _TAKEN.get()
     if sample is None:

@@ -169,6 +169,7 @@ class Pair:
 
 def groups_of(net: nn.Module, settings: S4ganConfig) -> Groups:
     """The encoder's weights at the rate itself, all other weights and biases at multiples of it."""
+    # As the published code does: the decoder learns from scratch, ten times as fast as the encoder.
     encoder = list(net.get_submodule("encoder").parameters())
     inside = {id(weight) for weight in encoder}
     rest = [(name, weight) for name, weight in net.named_parameters() if id(weight) not in inside]
@@ -293,6 +294,7 @@ def run_checkpoints(
             step = min(first + settings.checkpoint, settings.steps)
             order = (measures["mean_iou"],) if config["data"].validation else (step,)
             noted = {"step": float(step), **measures}
+            # The checkpoint has the best weights so far, so that a resumed training can still keep them.
             best = session.better(state["best"], order, noted, learner.weights)
             state = {"step": step, "epoch": state["epoch"] + 1, "best": best}
             learner.keep(config["prefix"], config["key"], state | more())

@@ -413,6 +413,7 @@ def nearest(patches: Patches, clusters: int, *, seed: int, by_isodata: bool = Fa
     for image, _, seen in _some(patches):
         pixels_NC = image[0].flatten(1).T.numpy()
         pixels_NC = pixels_NC if seen is None else pixels_NC[seen.numpy()]
+        # As many pixels of each patch, so that memory does not grow with the scene.
         parts.append(pixels_NC[rng.permutation(len(pixels_NC))[: MOST_SAMPLES // min(MOST_MEASURED, len(patches))]])
     samples_NC = np.concatenate(parts)
     if by_isodata:

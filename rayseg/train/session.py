@@ -310,6 +310,7 @@ def load_checkpoint(prefix: StorePath, settings: str | None) -> State | None:
     except (RuntimeError, ValueError, EOFError) as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise ModelError(f"checkpoint {path} is damaged: {reason}; delete it to train from the start") from None
+    # Weights of other settings may fit and be wrong.
     written = state.pop("settings", None)
     if settings is not None and written != settings:
         raise ModelError(f"checkpoint {path} is of a training with other settings; delete it or use another prefix")

@@ -14,7 +14,7 @@ _OPEN = 0.5  # probability of the background from which a pixel is no plot
 
 
 def classes_of(ids_HW: NDArray[np.integer]) -> NDArray[np.uint8]:
-    """What a network learns of plots: 0 background, 1 field, 2 boundary: pixels of a plot beside something else.
+    """What a network learns of plots: 0 background, 1 field, 2 boundary: pixels of a plot next to something else.
 
     Args:
         ids_HW: number of the plot at each pixel, 0 for none; below 0 for pixels that are not labelled.

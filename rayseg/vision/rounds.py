@@ -230,6 +230,7 @@ def _refined(image_HWC: Image, plots: Plots, at: int, propose: Propose, config: 
     around = np.s_[max(row - _AROUND, 0) : row1 + _AROUND, max(col - _AROUND, 0) : col1 + _AROUND]
     if not is_mixed(alone(image_HWC[around], mask_HW[around]), mask_HW[around], config):
         return _plots(Proposals.none(), 0)
+    # One round, without an end by coverage: plots inside a mask are not divided again.
     crop_HWC = alone(image_HWC[row:row1, col:col1], mask_HW[row:row1, col:col1])
     proposals = in_rounds(crop_HWC, propose, [Round(white=config.white)], left=0.0).proposals
     box = (row, col, row1, col1)
