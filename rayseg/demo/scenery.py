@@ -345,6 +345,7 @@ def _forest(canvas: Canvas, inner: Convex, rng: Rng) -> None:
 def _site(canvas: Canvas, inner: Convex, rng: Rng) -> None:
     """A construction site without netting: bare earth, a pit, huts, a shell."""
     earth(canvas, inner, rng)
+    # About three lots: halving ends between half the limit and the limit.
     for lot in split(inner, rng, area(inner) / 3 * 1.45, (0.0,)):
         _works(canvas, lot, rng)
 

@@ -83,6 +83,7 @@ def _outline(scene: LabelledImage, window: Window) -> dict[str, Any] | None:
         return lonlat_geometry(mapping(box(*scene.grid.bounds(window))), crs_of(scene.grid.crs), name=scene.id)[0]
     if scene.image.crs is None or scene.image.gcps:
         return None
+    # The mask is in pixels, but its image has a place.
     affine = Affine(*scene.image.transform)
     corners = [affine @ (col, row) for col, row in ((window.col, window.row), (window.col1, window.row1))]
     (left, top), (right, bottom) = corners

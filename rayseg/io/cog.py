@@ -105,6 +105,7 @@ def _in_memory(
     pixels = Affine(1, 0, window.col, 0, -1, -window.row)
     place = {"crs": crs_of(grid.crs), "transform": grid.transform(window)} if grid.crs else {"transform": pixels}
     count, height, width = image_CHW.shape
+    # GDAL's COG driver cannot be written to: it copies a finished dataset.
     dataset = rasterio.open(
         "",
         "w",

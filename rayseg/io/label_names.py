@@ -104,6 +104,7 @@ def _labels_of(tiles: list[MappedTile], run: str) -> set[int]:
     table = masks.table_of(tiles[0].href) if tiles else None
     if table is None:
         raise DataError(f"run {run} has no labelled tile; let it map at least one, or give another run")
+    # Maps of named classes need no names.
     if table.names != label_table(len(table.names)).names:
         raise DataError(
             f"run {run} maps {', '.join(table.names[:5])}, expected unnamed labels; "

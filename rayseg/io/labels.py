@@ -290,6 +290,7 @@ def _decoded(href: str, name: str) -> Source:
     if "palette" in source.bands:
         raise DataError(f"{href} is a palette image, which masks are, expected RGB or grey; convert it to RGB")
     with gdal(href), open_file(href) as dataset:
+        # Strip by strip: an image may be larger than memory.
         for row in range(0, dataset.height, _STRIP):
             dataset.read(window=FileWindow(0, row, dataset.width, min(_STRIP, dataset.height - row)))
     return source

@@ -128,13 +128,16 @@ def imagery_tile(
         layers = [part for part in parts if part is not None]
         if len(layers) < 3:
             continue
+        # 1. where all three bands have data
         valid_HW = ~np.any([np.ma.getmaskarray(layer.array)[0] for layer in layers], axis=0)
         valid_HW &= np.all([is_number(layer.array.data[0]) for layer in layers], axis=0)
+        # 2. their values as bytes, by the same limits in every web tile
         limits = [(0.0, 255.0) if source.dtype == "uint8" else _limits(href, band) for href, band in bands]
         rgb = []
         for layer, (low, high) in zip(layers, limits, strict=True):
             scaled_HW = (layer.array.data[0].astype(np.float64) - low) / max(high - low, 1e-12)
             rgb.append(np.rint(np.clip(np.nan_to_num(scaled_HW), 0, 1) * 255).astype(np.uint8))
+        # 3. into what is still open
         new_HW = valid_HW & (image_HW4[..., 3] == 0)
         image_HW4[new_HW] = np.stack([*rgb, np.full((SIDE, SIDE), 255, np.uint8)], axis=-1)[new_HW]
     return image_HW4
@@ -150,6 +153,7 @@ def allowed(href: str, hosts: Sequence[str]) -> bool:
 def _open(href: str, *, local: bool, nodata: float | None) -> Iterator[Reader]:
     options: Any = {} if nodata is None else {"nodata": nodata}
     with gdal(href), ExitStack() as opened:
+        # Without CRS rio-tiler reads pixels; `Reader` needs a place on Earth.
         if local:
             reader: Any = ImageReader(href, opened.enter_context(open_file(href)), options=options)
         else:

@@ -42,24 +42,22 @@ def plots_over_imagery(tiles: Sequence[MappedTile]) -> bytes:
 
     Each is cropped at the upper left; without tiles the result is empty.
     """
-    chosen = sorted(tiles, key=lambda tile: -tile.record.facts.get("coverage", 0))[:_SHOWN]
-    cells = [_outlined(tile) for tile in chosen]
+    cells = []
+    for tile in sorted(tiles, key=lambda tile: -tile.record.facts.get("coverage", 0))[:_SHOWN]:
+        whole = tile.tile.window
+        window = Window(whole.col, whole.row, min(_SIDE, whole.width), min(_SIDE, whole.height))
+        cut = window.slices(whole)
+        numbers_HW = cog.read_bands(tile.href.replace("classes.tif", "plots.tif"))[0][cut]
+        image_HWC = shown(tile.sources, tile.tile.grid, window)
+        # Background is tinted, so that gaps between plots show.
+        bare_HW = cog.read_bands(tile.href)[0][cut] == 0
+        image_HWC[bare_HW] = image_HWC[bare_HW] // 2 + np.array(_BARE, np.uint8) // 2
+        cells.append(outlined(image_HWC, numbers_HW))
     if not cells:
         return b""
     height = max(len(cell) for cell in cells)
     padded = [np.pad(cell, ((0, height - len(cell)), (0, 8), (0, 0))) for cell in cells]
     return encoded(np.concatenate(padded, axis=1), "webp")
-
-
-def _outlined(tile: MappedTile) -> NDArray[np.uint8]:
-    whole = tile.tile.window
-    window = Window(whole.col, whole.row, min(_SIDE, whole.width), min(_SIDE, whole.height))
-    cut = window.slices(whole)
-    numbers_HW = cog.read_bands(tile.href.replace("classes.tif", "plots.tif"))[0][cut]
-    bare_HW = cog.read_bands(tile.href)[0][cut] == 0
-    image_HWC = shown(tile.sources, tile.tile.grid, window)
-    image_HWC[bare_HW] = image_HWC[bare_HW] // 2 + np.array(_BARE, np.uint8) // 2
-    return outlined(image_HWC, numbers_HW)
 
 
 def coverage_chart(patches: Sequence[tuple[float, Sequence[float]]]) -> bytes:
@@ -299,6 +297,7 @@ def _decimated(
     for href, index in bands_shown(source):
         band_HW, ok_HW = patiently(partial(_averaged, source, href, index, grid, part, shape))
         place = _places(source).index((href, index))
+        # A pixel is nodata if all three bands are: 0 alone is a dark value.
         nodata = nodata_of(source, href, index)
         known.append(np.ones(shape, bool) if nodata is None else band_HW != nodata)
         valid_HW &= ok_HW

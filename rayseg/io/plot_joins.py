@@ -32,6 +32,7 @@ from rayseg.vision.segments import alike, groups
 
 Place = tuple[int, int]
 _NEIGHBOURS = ((0, 1), (1, -1), (1, 0), (1, 1))
+_PIECE = ("pixels", "first_row", "first_col", "geometry", "cell_row", "cell_col", "label")
 
 
 def pieces_of(labels_HW: Labels, window: Window) -> Iterator[tuple[int, Row]]:
@@ -92,7 +93,23 @@ def join(patches: Sequence[Row], pieces: Sequence[Row], *, least: float) -> list
     members: dict[int, list[Row]] = {}
     for owner, row in zip(owners.tolist(), pieces, strict=True):
         members.setdefault(owner, []).append(row)
-    return sorted((_plot(rows) for rows in members.values()), key=lambda row: (row["first_row"], row["first_col"]))
+    plots = []
+    for rows in members.values():
+        largest = max(rows, key=lambda row: row["pixels"])  # of equal ones the first
+        first = min(rows, key=lambda row: (row["first_row"], row["first_col"]))
+        # Pieces meet in vertices that the whole plot does not need; its ring begins at the least vertex.
+        geometry = shapely.union_all(shapely.from_wkb([row["geometry"] for row in rows]))
+        plots.append(
+            {
+                "members": [(row["cell_row"], row["cell_col"], row["label"]) for row in rows],
+                "pixels": sum(row["pixels"] for row in rows),
+                "first_row": first["first_row"],
+                "first_col": first["first_col"],
+                "geometry": shapely.normalize(shapely.simplify(shapely.normalize(geometry), 0)),
+                **{name: value for name, value in largest.items() if name not in _PIECE},
+            }
+        )
+    return sorted(plots, key=lambda row: (row["first_row"], row["first_col"]))
 
 
 def _matches(patches: Sequence[Row], least: float) -> Iterator[tuple[tuple[int, int, int], tuple[int, int, int]]]:
@@ -115,23 +132,6 @@ def _window(row: Row) -> Window:
 
 def _labels(row: Row) -> Labels:
     return _unpacked(row["labels"], row["height"], row["width"])
-
-
-_PIECE = ("pixels", "first_row", "first_col", "geometry", "cell_row", "cell_col", "label")
-
-
-def _plot(rows: list[Row]) -> Row:
-    largest = max(rows, key=lambda row: row["pixels"])  # of equal ones the first
-    first = min(rows, key=lambda row: (row["first_row"], row["first_col"]))
-    geometry = shapely.union_all(shapely.from_wkb([row["geometry"] for row in rows]))
-    return {
-        "members": [(row["cell_row"], row["cell_col"], row["label"]) for row in rows],
-        "pixels": sum(row["pixels"] for row in rows),
-        "first_row": first["first_row"],
-        "first_col": first["first_col"],
-        "geometry": shapely.normalize(shapely.simplify(shapely.normalize(geometry), 0)),
-        **{name: value for name, value in largest.items() if name not in _PIECE},
-    }
 
 
 def across_seams(grids: Sequence[Grid], plots: Sequence[Row], *, least: float) -> dict[int, int]:

@@ -89,6 +89,7 @@ def patiently(
     Raises:
         Passing: of the last attempt.
     """
+    # The last attempt is outside the loop: its error is the caller's.
     for wait in WAITS if waits is None else waits:
         try:
             return attempt()

@@ -30,6 +30,7 @@ def read_segments(files: Sequence[tuple[Window, StorePath]], window: Window) -> 
         part = covers.intersect(window)
         if part.empty:
             continue
+        # Files lie on one grid, so windows are whole pixels and nothing is resampled.
         at = FileWindow(part.col - covers.col, part.row - covers.row, part.width, part.height)
         with gdal(str(path), part), open_file(str(path)) as dataset:
             segments_HW[part.slices(window)] = dataset.read(1, window=at)

@@ -24,6 +24,7 @@ def concurrently(read: Callable[[A], B], inputs: Iterable[A]) -> Iterator[B]:
     """The results of `read` in the order of its inputs, from `THREADS` threads that stay a few inputs ahead."""
     waiting = iter(inputs)
     with ThreadPoolExecutor(THREADS) as pool:
+        # In batches: `map` takes all of its inputs at once.
         while batch := list(islice(waiting, 16 * THREADS)):
             yield from pool.map(read, batch)
 

@@ -285,17 +285,14 @@ def _over_seams(
     for positions in members.values():
         rows = [waiting[at] for at in positions]
         rows.sort(key=lambda row: place_of(row[0], *row[1][list(_AT_FIRST)].iloc[0]))
-        yield rows[0][0], _one_of([frame for _, frame, _ in rows])
-
-
-def _one_of(rows: Sequence["geopandas.GeoDataFrame"]) -> "geopandas.GeoDataFrame":
-    """One polygon of frames of one row each."""
-    whole, pixels = rows[0].copy(), np.array([row["pixels"].iloc[0] for row in rows])
-    if len(rows) > 1:
-        whole["score_mean"] = np.average([row["score_mean"].iloc[0] for row in rows], weights=pixels)
-        whole["pixels"], whole["area_m2"] = pixels.sum(), sum(row["area_m2"].iloc[0] for row in rows)
-        whole.geometry = [shapely.normalize(shapely.union_all([row.geometry.iloc[0] for row in rows]))]
-    return whole
+        # 3. of each group one polygon, by its first frame; each frame has one row
+        singles = [frame for _, frame, _ in rows]
+        whole, pixels = singles[0].copy(), np.array([frame["pixels"].iloc[0] for frame in singles])
+        if len(singles) > 1:
+            whole["score_mean"] = np.average([frame["score_mean"].iloc[0] for frame in singles], weights=pixels)
+            whole["pixels"], whole["area_m2"] = pixels.sum(), sum(frame["area_m2"].iloc[0] for frame in singles)
+            whole.geometry = [shapely.normalize(shapely.union_all([frame.geometry.iloc[0] for frame in singles]))]
+        yield rows[0][0], whole
 
 
 def _concatenated(frames: list["geopandas.GeoDataFrame"]) -> "geopandas.GeoDataFrame":

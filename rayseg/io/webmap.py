@@ -251,6 +251,7 @@ def mosaic(session: Session, window: Window) -> np.ndarray:
 def _tile(session: Session, tile: mercantile.Tile, stop: threading.Event) -> np.ndarray | None:
     """(4, size, size) uint8 as in a mosaic; None if the server has no such tile, or `stop` is set."""
     fetching, name = session.service.fetching, session.service.name(tile)
+    # Random waits, so that threads which failed together do not return together.
     waits = (fetching.backoff * 2**attempt * random.uniform(0.5, 1.5) for attempt in range(fetching.tries - 1))
 
     def attempt() -> np.ndarray | None:

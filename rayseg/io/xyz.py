@@ -388,6 +388,7 @@ def _link(out: StorePath, job: _Job, fetched: Sequence[_Unit], old: Sequence[_Un
     if (path := job.folder / "collection.json").exists():
         linked = {link["href"] for link in json.loads(path.read_text())["links"]}
     new = [*fetched, *(unit for unit in old if f"./{unit.id}.json" not in linked)]
+    # Read from the files: old items were fetched by an earlier call.
     rows = [json.loads((job.folder / f"{unit.id}.json").read_text()) for unit in new]
     items = [pystac.Item.from_dict(row, preserve_dict=False) for row in rows]
     return stac_write.write_catalog(out, {job.folder.name: items})

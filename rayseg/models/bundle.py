@@ -349,6 +349,7 @@ def description(prefix: StorePath) -> Bundle:
         ModelError: there is no bundle, it is incomplete, or another version of rayseg wrote it.
     """
     folder = upath(prefix)
+    # The item is written last: without it a bundle is partial.
     present = {name for name in ("model.safetensors", "bundle.json", "item.json") if (folder / name).exists()}
     if not present:
         raise ModelError(f"{folder} holds no model bundle (no bundle.json); give the folder of a training")

@@ -94,6 +94,7 @@ class Classify(Score):
         described = self._loaded[0]
         whole = Window(0, 0, image_CHW.shape[2], image_CHW.shape[1])
         window = middle(whole, described.patch)
+        # A small image is filled up with its mirror, as a chip is.
         inside = window.intersect(whole)
         centre_CHW = np.zeros((len(image_CHW), window.height, window.width), image_CHW.dtype)
         seen_HW = np.zeros((window.height, window.width), bool)
@@ -120,6 +121,7 @@ class Classify(Score):
         described, model = self._loaded
         expect_explainable(described)
         normal = torch.from_numpy(described.normalize(image_HWC.transpose(2, 0, 1))[None])
+        # A model of one logit has one map, for either class.
         target = min(position, described.outputs - 1)
         [cam_HW], _ = gradcam_plusplus(model, normal, target_class=target)
         heat_HWC = matplotlib.colormaps["inferno"](cam_HW)[..., :3] * 255

@@ -96,6 +96,7 @@ class ClassifyPlots:
 
         described, model, device = self._loaded
         rows = []
+        # 16 crops at a time, whatever the size of the group.
         for start in range(0, len(row.crops), 16):
             images = described.normalize(row.crops[start : start + 16].transpose(0, 3, 1, 2))
             p_NK = class_probabilities(model(torch.from_numpy(images).to(device)).float()).cpu()

@@ -128,6 +128,7 @@ class ClusterScene:
 
     def _keep(self, scene: str, model: SegmentLabels, scaling: Scaling) -> str:
         (count, features), known = model.get_buffer("centres").shape, self.described
+        # The superpixels are part of the model: serving divides its image by the same method.
         options: dict[str, str | int | float] = {"method": known.method, "bands": ",".join(known.bands)}
         options |= {"features": features, "classes": count, "contrast": model.contrast, **known.options}
         bundled = Bundle(

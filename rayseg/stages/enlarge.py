@@ -109,6 +109,7 @@ class WriteLarger:
         settled, folder = [], upath(self.prefix)
         for row in rows:
             fine = larger(row.tile, self.factor)
+            # The item comes last: an image without an item is not read.
             path, image_CHW = folder / f"{fine.id}.tif", np.ascontiguousarray(row.image.transpose(2, 0, 1))
             image = cog.write_image(path, image_CHW, fine.grid, fine.window, bands=BANDS, valid_HW=row.valid)
             item = stac_write.item_of(

@@ -41,6 +41,7 @@ class Cam:
     def __call__(self, rows: list[ChipRow]) -> list[ChipRow]:
         """Map the batch in one pass."""
         described, model = self._loaded
+        # Chips of a step are of one size, so a batch is one array.
         images_NCHW = np.stack([described.normalize(row.image.transpose(2, 0, 1)) for row in rows])
         with threads():
             cams, certainties = gradcam_plusplus(
@@ -88,6 +89,7 @@ class Segment:
             seed=self.seed,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
+        # The order of sums decides the last bits, and these decide votes.
         with threads(most=1):
             divided = [superpixels.felzenszwalb(row.image) if votes else None for row in rows]
             return [replace(row, objects=segment(row.image, part)) for row, part in zip(rows, divided, strict=True)]

@@ -193,6 +193,7 @@ def unite(prefix: str, tiles: Sequence[tuple[Tile, int]], overlap: int, *, descr
         part, path = part_path(prefix, tile.id), segments_path(prefix, tile.id)
         segments.write_segments(path, tables[at][part_of(tile, tile.window)], tile.grid, tile.window)
         if described:
+            # Sums are of the tile without its overlap, so that no pixel counts twice.
             sums = read_array(features_path(part))
             seen = np.flatnonzero(sums[1:, 0]) + 1
             write_array(features_path(path), np.concatenate([tables[at][seen, None], sums[seen]], axis=1))
@@ -210,6 +211,7 @@ def _facing(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(pairs of segments that face each other across the border of two tiles, px of each), numbered as in the parts."""
     row, col = max(window.row, other.row), max(window.col, other.col)
+    # One pixel on each side of the border.
     if other.col == window.col1:
         height = min(window.row1, other.row1) - row
         ones, others = (Window(window.col1 + step, row, 1, height) for step in (-1, 0))

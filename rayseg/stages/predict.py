@@ -138,6 +138,7 @@ class Predict:
         assert self.batch is not None
         assert self.device is not None
         count, half = len(patches_CHW), self.device.startswith("cuda")
+        # Kernels on GPUs are chosen by the batch's size, and round differently.
         padded = np.zeros((self.batch if half and exact else count, *patches_CHW[0].shape), np.float32)
         padded[:count] = patches_CHW
         batch = torch.from_numpy(padded).to(self.device, memory_format=torch.channels_last)

@@ -162,6 +162,7 @@ class ReadPlots:
 
     def _read(self, row: TileRow) -> TileRow | Settled:
         tile = row.tile
+        # Read again for its valid pixels alone, which the patches do not keep.
         result = read_reach(row, tile.window, self.bands)
         if isinstance(result, Settled):
             return result

@@ -58,6 +58,7 @@ def read_reach(row: TileRow, reach: Window, bands: Sequence[str]) -> TileRow | S
         raise DataError(row.refused)
     tile = row.tile
     try:
+        # All at once: most files are not damaged.
         image_CHW, valid_HW = rasters.read(row.sources, tile.grid, reach, bands=bands)
         row = replace(row, image=image_CHW, valid=valid_HW, reach=reach)
     except DataError as error:

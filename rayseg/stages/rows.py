@@ -91,6 +91,7 @@ class TileRow:
         """
         added = {name: value for name, value in (("unread", self.unread), ("batch", self.batch)) if value}
         whole = {**facts, **added} if facts is not None else {}
+        # The files are written nevertheless: a retry replaces them.
         if self.incomplete:
             return Settled("failed", f"a part of the tile cannot be read: {self.incomplete}", whole)
         return Settled(status, facts=whole)

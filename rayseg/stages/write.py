@@ -66,6 +66,7 @@ class WriteTile:
         model = str(upath(row.bundle) / "item.json") if row.bundle else self.model
         item = stac_write.write_tile_item(folder, tile, self.table, files=files, sources=row.sources, model=model)
         facts |= {"parts": len(parts), "item": stac_write.packed(item)}  # publishing opens none of these files again
+        # Of two classes, class 0 is the background.
         background = len(self.table.classes) == 2 and set(facts["counts"]) == {"0"}
         return row.settled("empty" if background else "done", facts)
 

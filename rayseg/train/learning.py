@@ -116,7 +116,9 @@ class Schedule(Config):
         """The rate after `done` of `whole` epochs (or another unit, if `every` and `warm_up` are in it too)."""
         share = min(done / whole, 1.0)
         fallen: float = {
+            # Chen et al. 2018 (DeepLab v2), section 4.1.
             "poly": (1 - share) ** self.power,
+            # Loshchilov & Hutter 2017, eq. 5, without restarts.
             "cos": (1 + math.cos(math.pi * share)) / 2,
             # 1e-9: sums of steps reach the epoch of a drop only up to rounding
             "step": self.factor ** math.floor(done / self.every + 1e-9),

@@ -177,6 +177,7 @@ def _around_rare(
     counts: Sequence[Counts], sampling: Sampling, rng: np.random.Generator, total: int
 ) -> dict[int, tuple[int, tuple[float, float]]]:
     """Number of a window -> (image, (row, col) in it) in a cell with a class drawn evenly from all present."""
+    # The cells of all images in one list, so that a large image is drawn more often.
     shapes = [cells.shape[:2] for cells in counts]
     cells_NK = np.concatenate([cells.reshape(-1, cells.shape[-1]) for cells in counts]).astype(float)
     present = np.flatnonzero(cells_NK.sum(axis=0))
