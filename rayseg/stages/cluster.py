@@ -177,21 +177,22 @@ class LabelSegments:
 
     def __call__(self, rows: list[TileRow]) -> list[TileRow]:
         """Label each tile."""
-        return [self._label(row) for row in rows]
-
-    def _label(self, row: TileRow) -> TileRow:
-        window = row.tile.window
-        around = grown(window, self.margin)
-        files = [(Window(*place), segments_path(self.superpixels, name)) for name, *place in row.near]
-        numbers_HW = segments.read_segments(files, around)
-        seen_HW = numbers_HW > 0
-        first, table_N2 = self._table(row.labels)
-        # Numbers of a scene's superpixels follow each other, so a table by position finds the labels.
-        at_HW = np.where(seen_HW, numbers_HW, first) - np.uint32(first)
-        classes_HW, scores_HW = (np.where(seen_HW, column_N[at_HW], NODATA).astype(np.uint8) for column_N in table_N2.T)
-        inner = window.slices(around)
-        classes_HW = without_specks(classes_HW, seen_HW, size=self.sieve)
-        return replace(row, classes=classes_HW[inner], scores=scores_HW[inner][None])
+        labelled = []
+        for row in rows:
+            window = row.tile.window
+            around = grown(window, self.margin)
+            files = [(Window(*place), segments_path(self.superpixels, name)) for name, *place in row.near]
+            numbers_HW = segments.read_segments(files, around)
+            seen_HW = numbers_HW > 0
+            first, table_N2 = self._table(row.labels)
+            # Numbers of a scene's superpixels follow each other, so a table by position finds the labels.
+            at_HW = np.where(seen_HW, numbers_HW, first) - np.uint32(first)
+            columns = (np.where(seen_HW, column_N[at_HW], NODATA).astype(np.uint8) for column_N in table_N2.T)
+            classes_HW, scores_HW = columns
+            classes_HW = without_specks(classes_HW, seen_HW, size=self.sieve)
+            inner = window.slices(around)
+            labelled.append(replace(row, classes=classes_HW[inner], scores=scores_HW[inner][None]))
+        return labelled
 
     def _table(self, labels: str) -> tuple[int, NDArray[np.uint8]]:
         """(first superpixel of a scene, label and score of every superpixel from there)."""

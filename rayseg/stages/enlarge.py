@@ -54,26 +54,26 @@ class EnlargeTiles:
         """Enlarge each tile."""
         from rayseg.models.cpu import threads
 
+        enlarged, factor = [], self.config.factor
         with threads():
-            return [self._tile(row) for row in rows]
-
-    def _tile(self, row: TileRow) -> TileRow:
-        if reason := row.incomplete or row.unread:
-            raise DataError(reason)
-        window, reach, factor = row.tile.window, row.reach, self.config.factor
-        larger_HWC = np.zeros((window.height * factor, window.width * factor, 3), np.uint8)
-        whole = scaled(window, factor)
-        # Cells of one lattice, whatever the tiling: a pixel depends on its patch alone.
-        for cell in self.lattice.cells(window):
-            seen = self.lattice.around(cell)
-            image_HWC, valid_HW = (array[seen.slices(reach)] for array in (row.image, row.valid))
-            if not valid_HW.any():
-                continue
-            patch_HWC = self._enlarge(filled(image_HWC, valid_HW))
-            place = scaled(cell.intersect(window), factor)
-            larger_HWC[place.slices(whole)] = patch_HWC[place.slices(scaled(seen, factor))]
-        valid_HW = row.valid[window.slices(reach)].repeat(factor, axis=0).repeat(factor, axis=1)
-        return replace(row, image=larger_HWC, valid=valid_HW, reach=whole)
+            for row in rows:
+                if reason := row.incomplete or row.unread:
+                    raise DataError(reason)
+                window, reach = row.tile.window, row.reach
+                larger_HWC = np.zeros((window.height * factor, window.width * factor, 3), np.uint8)
+                whole = scaled(window, factor)
+                # Cells of one lattice, whatever the tiling: a pixel depends on its patch alone.
+                for cell in self.lattice.cells(window):
+                    seen = self.lattice.around(cell)
+                    image_HWC, valid_HW = (array[seen.slices(reach)] for array in (row.image, row.valid))
+                    if not valid_HW.any():
+                        continue
+                    patch_HWC = self._enlarge(filled(image_HWC, valid_HW))
+                    place = scaled(cell.intersect(window), factor)
+                    larger_HWC[place.slices(whole)] = patch_HWC[place.slices(scaled(seen, factor))]
+                valid_HW = row.valid[window.slices(reach)].repeat(factor, axis=0).repeat(factor, axis=1)
+                enlarged.append(replace(row, image=larger_HWC, valid=valid_HW, reach=whole))
+        return enlarged
 
 
 def larger(tile: Tile, factor: int) -> Tile:

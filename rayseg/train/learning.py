@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -192,7 +193,16 @@ class Learner:
         net = session.broadcast_weights(net.to(device))
         # The average copies the network, so it starts from worker 0's weights, too.
         average = averaged(net, decay=settings.average) if settings.average else None
-        return cls(settings, net, _optimizer(net, settings, groups), average, settings.micro)
+        if not groups:
+            encoder = [weight for weight in net.get_submodule("encoder").parameters() if weight.requires_grad]
+            inside = {id(weight) for weight in encoder}
+            rest = [weight for weight in net.parameters() if weight.requires_grad and id(weight) not in inside]
+            groups = [{"params": encoder, "factor": settings.encoder_rate}, {"params": rest, "factor": 1.0}]
+        trained = [dict(group) for group in groups if group["params"]]
+        # The rate is 0 until the first step sets it.
+        kinds: dict[str, Callable[..., Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": partial(SGD, momentum=0.9)}
+        optimizer = kinds[settings.optimizer](trained, lr=0.0, weight_decay=settings.weight_decay)
+        return cls(settings, net, optimizer, average, settings.micro)
 
     @property
     def shown(self) -> nn.Module:
@@ -309,19 +319,6 @@ def _halved(micro: int, net: nn.Module) -> int:
     _log.warning("GPU memory is short: computing %d images at a time and accumulating gradients", micro // 2)
     torch.cuda.empty_cache()
     return micro // 2
-
-
-def _optimizer(net: nn.Module, settings: Learning, groups: Groups | None = None) -> Optimizer:
-    if not groups:
-        encoder = [weight for weight in net.get_submodule("encoder").parameters() if weight.requires_grad]
-        inside = {id(weight) for weight in encoder}
-        rest = [weight for weight in net.parameters() if weight.requires_grad and id(weight) not in inside]
-        groups = [{"params": encoder, "factor": settings.encoder_rate}, {"params": rest, "factor": 1.0}]
-    trained = [dict(group) for group in groups if group["params"]]
-    if settings.optimizer == "sgd":
-        return SGD(trained, lr=0.0, momentum=0.9, weight_decay=settings.weight_decay)
-    kind = Adam if settings.optimizer == "adam" else AdamW
-    return kind(trained, lr=0.0, weight_decay=settings.weight_decay)
 
 
 def precision(settings: Learning, device: torch.device) -> AbstractContextManager[Any]:
