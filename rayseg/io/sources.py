@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
@@ -98,7 +98,7 @@ class Source:
     change: tuple[tuple[float, float], ...] = ()
     baseline: str = ""
     dtypes: tuple[str, ...] = ()
-    frames: tuple[Frame, ...] = ()
+    frames: tuple[Frame, ...] = field(default=(), repr=False)  # trainings know their images by their repr
 
     @property
     def bands(self) -> tuple[str, ...]:

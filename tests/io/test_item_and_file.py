@@ -133,6 +133,7 @@ def test_bands_of_several_resolutions_over_the_same_ground_keep_one_place(tmp_pa
     row["assets"]["coarse"] |= {"proj:transform": coarse, "proj:shape": [12, 16]}
     source = source_of(open_items(str(catalogue(tmp_path, row)))[0])
     assert "frames" not in source.to_row()
+    assert "frames" not in repr(source)  # checkpoints of trainings name their images by repr: they resume
     assert pixels(source, ["fine", "coarse"]).shape == (2, 24, 32)
 
 
