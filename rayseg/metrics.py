@@ -365,3 +365,75 @@ def object_intervals(sums: Mapping[str, Floats], *, n: int = 1000, seed: int = 0
         row = {"value": float(value[0]), "low": low, "high": high}
         rows[name] = {key: None if np.isnan(part) else part for key, part in row.items()}
     return rows
+
+
+# -- estimates from a stratified sample -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimate with its standard error."""
+
+    value: float
+    error: float
+
+    def to_row(self, scale: float = 1.0) -> dict[str, float]:
+        """Value, standard error and 95 % interval (normal), times `scale`; the interval ends at 0."""
+        value, error = self.value * scale, self.error * scale
+        return {"value": value, "error": error, "low": max(0.0, value - Z * error), "high": value + Z * error}
+
+
+Z = 1.959964
+"""Quantile of the normal distribution for 95 % intervals."""
+
+
+def stratified_mean(values_N: Floats, strata_N: NDArray[np.integer], weights_H: Floats) -> Estimate:
+    """Mean of a variable over all strata (Stehman 2014, equations 3 and 25).
+
+    Args:
+        values_N: the variable at the sampled units.
+        strata_N: stratum 0..H-1 of each; every stratum with a weight has two units or more.
+        weights_H: shares of the strata in the whole, sum 1.
+    """
+    return stratified_ratio(values_N, np.ones(len(values_N)), strata_N, weights_H)
+
+
+def stratified_ratio(parts_N: Floats, wholes_N: Floats, strata_N: NDArray[np.integer], weights_H: Floats) -> Estimate:
+    """Ratio of the means of two variables over all strata (Stehman 2014, equations 27 and 28); NaN for 0/0.
+
+    With strata that are the map's classes this is Olofsson et al. 2014, equations 1 to 11: user's accuracy is the
+    ratio of correct to mapped units, producer's accuracy that of correct to reference units.
+
+    Args:
+        parts_N: the numerator at the sampled units.
+        wholes_N: the denominator at the sampled units; 1 everywhere estimates the mean of `parts_N`.
+        strata_N: as in `stratified_mean`.
+        weights_H: as in `stratified_mean`.
+    """
+    whole = part = variance = 0.0
+    for stratum, weight in enumerate(weights_H):
+        of_it = strata_N == stratum
+        whole += weight * wholes_N[of_it].mean() if weight else 0.0
+        part += weight * parts_N[of_it].mean() if weight else 0.0
+    if not whole:
+        return Estimate(float("nan"), float("nan"))
+    ratio = part / whole
+    for stratum, weight in enumerate(weights_H):
+        if weight:
+            residuals = (parts_N - ratio * wholes_N)[strata_N == stratum]
+            variance += weight**2 * residuals.var(ddof=1) / len(residuals)
+    return Estimate(ratio, math.sqrt(variance) / whole)
+
+
+def allocation(total: int, weights_H: Floats, deviations_H: Floats, least: int) -> NDArray[np.int64]:
+    """Units of each stratum by Neyman's allocation: in proportion to weight x deviation, `least` or more each.
+
+    Args:
+        total: units in all; exceeded where `least` units of each are more.
+        weights_H: shares of the strata.
+        deviations_H: expected standard deviation of the variable in each.
+        least: smallest number of units of a stratum with a weight.
+    """
+    shares = weights_H * deviations_H
+    shares = shares / shares.sum() if shares.sum() else weights_H
+    return np.where(weights_H > 0, np.maximum(least, np.rint(total * shares)), 0).astype(np.int64)

@@ -14,7 +14,7 @@ from rayseg.engine import tuning
 from rayseg.errors import RaysegError, Stalled
 
 ORDER = (
-    "run", "plan", "status", "retry", "predict", "evaluate", "polygonize", "ingest", "labels", "serve", "view",
+    "run", "plan", "status", "retry", "predict", "evaluate", "area", "polygonize", "ingest", "labels", "serve", "view",
     "models", "regions", "config", "env",
 )  # fmt: skip
 INTERRUPTED = 130

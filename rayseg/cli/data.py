@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from rayseg.api.running import REGIONS, region_of
-from rayseg.cli.options import AllowDriver, AsJson, Out
+from rayseg.cli.options import AllowDriver, AsJson, Out, RunPrefix
 from rayseg.errors import DataError, listed
 
 app = typer.Typer()
@@ -14,6 +14,8 @@ ingest_app = typer.Typer(no_args_is_help=True, help="Describe images as a STAC c
 labels_app = typer.Typer(no_args_is_help=True, help="Export plots to annotation tools, import and name labels.")
 app.add_typer(ingest_app, name="ingest")
 app.add_typer(labels_app, name="labels")
+area_app = typer.Typer(no_args_is_help=True, help="Estimate areas and accuracies of a map from a labelled sample.")
+app.add_typer(area_app, name="area")
 
 
 @ingest_app.command("folder")
@@ -215,3 +217,38 @@ def polygonize(
     from rayseg.io import vectors
 
     typer.echo(f"{vectors.polygonize(raster, out)} polygons in {out}")
+
+
+@area_app.command("sample")
+def area_sample(
+    run: RunPrefix,
+    *,
+    per_stratum: Annotated[int | None, typer.Option(min=2, help="Points of each class and score band.")] = None,
+    half_width: Annotated[
+        float | None, typer.Option(help="Instead: half of the 95 % interval wanted for the share of each class.")
+    ] = None,
+    band: Annotated[float, typer.Option(help="Score that divides each class into two strata.")] = 0.8,
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    out: Annotated[str | None, typer.Option("--out", help="Output folder or URL; default: RUN/to-check.")] = None,
+) -> None:
+    """Draw a stratified random sample of a run's map: points with pictures, to be labelled on a page or in QGIS."""
+    from rayseg.steps import area
+
+    folder = out or f"{run}/to-check"
+    content = area.sample(run, folder, per_stratum=per_stratum, half_width=half_width, band=band, seed=seed)
+    typer.echo(f"{len(content['points'])} points to label: {folder}/index.html")
+
+
+@area_app.command("estimate")
+def area_estimate(
+    run: RunPrefix,
+    *,
+    answers: Annotated[str, typer.Option(help="CSV with the columns id,class.")],
+    sample: Annotated[str | None, typer.Option(help="Folder of the sample; default: RUN/to-check.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Estimate areas, user's, producer's and overall accuracy with 95 % intervals from the answers to a sample."""
+    from rayseg.steps import area
+
+    found = area.estimate(run, sample or f"{run}/to-check", answers)
+    typer.echo(json.dumps(found, indent=1) if as_json else area.text(found))

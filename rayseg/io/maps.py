@@ -85,6 +85,30 @@ def _manifest(root: StorePath, step: str) -> Manifest:
     return read_rows(path, root=absolute(str(root)).rstrip("/"))
 
 
+def read_tile(tile: MappedTile, name: str) -> NDArray[np.uint8]:
+    """A raster of a tile, (bands, height, width) uint8.
+
+    Args:
+        tile: the tile.
+        name: classes or scores.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    href = str(upath(tile.href).parent / f"{name}.tif")
+    with gdal(href), open_file(href) as dataset:
+        return np.asarray(dataset.read(), np.uint8)
+
+
+def pixel_lonlat(tile: Tile, row: int, col: int) -> tuple[float, float] | None:
+    """(longitude, latitude) of a pixel's centre, counted inside the tile; None without CRS."""
+    if tile.grid.crs is None:
+        return None
+    x, y = tile.grid.transform(tile.window) @ (col + 0.5, row + 0.5)
+    lon, lat = _to_lonlat(tile.grid.crs).transform(x, y)
+    return float(lon), float(lat)
+
+
 def pixel_area_m2(tile: Tile) -> float | None:
     """Mean ground area of the tile's pixels on WGS 84; None without CRS."""
     areas_H = row_areas_m2(tile)

@@ -1,0 +1,368 @@
+"""Honest areas: a stratified random sample of a map for a person to label, and estimates from the answers.
+
+Counting pixels is no estimate of an area, because a map's errors are not symmetric. The design and the estimators are
+those of Olofsson et al. 2014 and Stehman 2014 (strata that are not the map's classes).
+
+<folder>/sample.json     strata with their areas, points, the run      <folder>/index.html   answer with keys 1 to 9
+<folder>/points.geojson, points.gpkg, answers.csv (columns id, class)   <folder>/images/<id>.png
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import jinja2
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from rayseg.errors import ConfigError, DataError, listed
+from rayseg.geo.grid import Window
+from rayseg.io import masks, pictures
+from rayseg.io.maps import MappedTile, mapped_tiles, pixel_lonlat, read_tile, row_areas_m2
+from rayseg.metrics import Z, allocation, stratified_mean, stratified_ratio
+from rayseg.store import STORE_ERRORS, StorePath, absolute, put, upath
+from rayseg.vision.color import ClassTable, hex_of
+
+LEAST = 10
+"""Points of a stratum: of fewer, its variance is not known well."""
+AROUND = 64
+"""Pixels around a point that its picture shows."""
+EDGE = 3
+"""Pixels from a class's edge that are a stratum of their own: most errors are there."""
+_PARTS = 4  # strata of a class
+_ERRORS = {False: 0.02, True: 0.1}  # least expected errors inside and at edges: a confident map is wrong, too
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """A part of the map: a class, within a band of its score, near its edge or not.
+
+    Attributes:
+        value: the class in the map.
+        sure: whether the score of the class is at least the band's limit.
+        edge: whether another class is near.
+        area_m2: of its pixels on the ground; pixels where there is no CRS.
+        errors: expected share of pixels that are wrong, from their scores.
+    """
+
+    value: int
+    sure: bool
+    edge: bool
+    area_m2: float
+    errors: float
+
+
+def sample(
+    run: StorePath,
+    out: StorePath,
+    *,
+    per_stratum: int | None = None,
+    half_width: float | None = None,
+    band: float = 0.8,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Draw points from every stratum of a run's map, and write what a person needs to label them.
+
+    Strata are the classes, each divided at the score `band`, and again at `EDGE` px from other classes.
+    Within a stratum every bit of ground has the same chance.
+
+    Args:
+        run: the run.
+        out: folder for the sample.
+        per_stratum: points of each stratum.
+        half_width: in its place, half of the 95 % interval wanted for the share of every class; the number of points
+            follows from the scores, by Neyman's allocation.
+        band: score that divides a class.
+        seed: of the drawing.
+
+    Returns:
+        The content of sample.json.
+
+    Raises:
+        ConfigError: neither or both of `per_stratum` and `half_width`, or values out of range.
+        DataError: the run has no map.
+    """
+    if (per_stratum is None) == (half_width is None):
+        raise ConfigError("give either --per-stratum, a number of points, or --half-width, such as 0.02")
+    if half_width is not None and not 0 < half_width < 0.5:
+        raise ConfigError(f"--half-width is {half_width:g}, expected a share between 0 and 0.5, such as 0.02")
+    if not 0 < band < 1:
+        raise ConfigError(f"--band is {band:g}, expected a score between 0 and 1")
+    # 1. area of every stratum in every tile
+    tiles = mapped_tiles(run)
+    table = masks.table_of(tiles[0].href) if tiles else None
+    if table is None:
+        raise DataError(f"{run} has no class map, so there is nothing to sample; finish the run first")
+    strata, parts_TH = _strata(tiles, table, band)
+    # 2. points of each stratum, then of each of its tiles, then pixels
+    counts = points_of(strata, per_stratum, half_width)
+    points = _drawn(tiles, table, parts_TH, counts, band, np.random.default_rng([seed, 0]))
+    # 3. in random order, so that a person does not see the map's opinion in it
+    order = np.random.default_rng([seed, 1]).permutation(len(points))
+    points = [points[index] | {"id": f"{at:04d}"} for at, index in enumerate(order)]
+    content = {
+        "run": absolute(str(run)).rstrip("/"),
+        "key": _key(run),
+        "seed": seed,
+        "band": band,
+        "ground": tiles[0].tile.grid.crs is not None,
+        "classes": [{"value": value, "name": name, "color": hex_of(color)} for value, name, color in table.classes],
+        "strata": [vars(stratum) | {"points": int(counts[k])} for k, stratum in enumerate(strata)],
+        "points": points,
+    }
+    _write(upath(out), content, {tile.tile.id: tile for tile in tiles})
+    return content
+
+
+def _strata(tiles: Sequence[MappedTile], table: ClassTable, band: float) -> tuple[list[Stratum], NDArray[np.float64]]:
+    """The strata of a map, four of each class, and their areas in every tile (tiles, strata)."""
+    keys = [(value, sure, edge) for value in table.values for sure in (False, True) for edge in (False, True)]
+    parts_TH, scores_H = np.zeros((len(tiles), len(keys))), np.zeros(len(keys))
+    for at, tile in enumerate(tiles):
+        strata_HW, score_HW, areas_H = strata_of(tile, table, band)
+        for stratum in range(len(keys)):
+            within_HW = strata_HW == stratum
+            parts_TH[at, stratum] = float(within_HW.sum(1) @ areas_H)
+            scores_H[stratum] += float(np.where(within_HW, score_HW, 0).sum(1) @ areas_H)
+    strata = [
+        Stratum(value, sure, edge, area, max(1 - score / area if area else 0.0, _ERRORS[edge]))
+        for (value, sure, edge), area, score in zip(keys, parts_TH.sum(0).tolist(), scores_H.tolist(), strict=True)
+    ]
+    return strata, parts_TH
+
+
+def _drawn(
+    tiles: Sequence[MappedTile],
+    table: ClassTable,
+    parts_TH: NDArray[np.float64],
+    counts: NDArray[np.int64],
+    band: float,
+    rng: np.random.Generator,
+) -> list[dict[str, Any]]:
+    """Points of every stratum: first how many in each tile, by its area there, then pixels by the area of their row."""
+    draws_TH = np.stack(
+        [
+            rng.multinomial(count, parts / parts.sum()) if count else np.zeros(len(tiles), np.int64)
+            for count, parts in zip(counts, parts_TH.T, strict=True)
+        ],
+        axis=1,
+    )
+    points = []
+    for tile, draws in zip(tiles, draws_TH, strict=True):
+        if not draws.any():
+            continue
+        strata_HW, score_HW, areas_H = strata_of(tile, table, band)
+        for stratum in np.flatnonzero(draws):
+            rows, cols = np.nonzero(strata_HW == stratum)
+            chances = areas_H[rows] / areas_H[rows].sum()
+            for index in rng.choice(len(rows), min(draws[stratum], len(rows)), replace=False, p=chances):
+                row, col = int(rows[index]), int(cols[index])
+                score = float(score_HW[row, col])
+                points.append(_point(tile, row, col, int(stratum), table.values[stratum // _PARTS], score))
+    return points
+
+
+def strata_of(
+    tile: MappedTile, table: ClassTable, band: float
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """(stratum of every pixel, -1 for none; score of its class; area of the pixels of each row) of a tile."""
+    classes_HW, scores_CHW = read_tile(tile, "classes")[0], read_tile(tile, "scores") / 254
+    if len(scores_CHW) == 1 and len(table.classes) == 2:  # the probability of class 1
+        score_HW = np.where(classes_HW == 1, scores_CHW[0], 1 - scores_CHW[0])
+    elif len(scores_CHW) == 1:  # the probability of the class that is mapped
+        score_HW = scores_CHW[0]
+    else:
+        index_HW = np.minimum(classes_HW, len(scores_CHW) - 1).astype(np.int64)
+        score_HW = np.take_along_axis(scores_CHW, index_HW[None], 0)[0]
+    around = 2 * EDGE + 1
+    edge_HW = ndimage.maximum_filter(classes_HW, around) != ndimage.minimum_filter(classes_HW, around)
+    positions = np.full(256, -1)
+    positions[list(table.values)] = np.arange(len(table.classes))
+    of_class_HW = positions[classes_HW]
+    strata_HW = np.where(of_class_HW < 0, -1, _PARTS * of_class_HW + 2 * (score_HW >= band) + edge_HW)
+    areas_H = row_areas_m2(tile.tile)
+    return strata_HW, score_HW, np.ones(len(classes_HW)) if areas_H is None else areas_H
+
+
+def points_of(strata: Sequence[Stratum], per_stratum: int | None, half_width: float | None) -> NDArray[np.int64]:
+    """Number of points of each stratum; see `sample`."""
+    areas = np.array([stratum.area_m2 for stratum in strata])
+    weights = areas / areas.sum()
+    if half_width is None:
+        return np.where(weights > 0, per_stratum or 0, 0).astype(np.int64)
+    errors = np.minimum([stratum.errors for stratum in strata], 0.5)
+    deviations = np.sqrt(errors * (1 - errors))
+    # Cochran 1977, equation 5.25, for Neyman's allocation: n = (sum of W S)^2 / V
+    total = math.ceil(float(weights @ deviations) ** 2 / (half_width / Z) ** 2)
+    return allocation(total, weights, deviations, LEAST)
+
+
+def _point(tile: MappedTile, row: int, col: int, stratum: int, value: int, score: float) -> dict[str, Any]:
+    lon, lat = pixel_lonlat(tile.tile, row, col) or (None, None)
+    place = {"tile": tile.tile.id, "row": row, "col": col, "lon": lon, "lat": lat}
+    return place | {"stratum": stratum, "mapped": value, "score": round(score, 4)}
+
+
+def _key(run: StorePath) -> str:
+    """What identifies the map: the key of the step that made it."""
+    return str(json.loads((upath(run) / "steps" / "predict" / "done.json").read_bytes())["key"])
+
+
+def _write(folder: Any, content: dict[str, Any], tiles: Mapping[str, MappedTile]) -> None:  # noqa: ANN401 - a UPath
+    """The files of a sample; sample.json last, so that a partial one is refused."""
+    import geopandas
+    import shapely
+
+    points = content["points"]
+    for point in points:
+        tile = tiles[point["tile"]].tile
+        corner = (tile.window.col + point["col"] - AROUND, tile.window.row + point["row"] - AROUND)
+        window = Window(*corner, 2 * AROUND + 1, 2 * AROUND + 1)
+        image = pictures.shown(tiles[point["tile"]].sources, tile.grid, window)
+        put(folder / "images" / f"{point['id']}.png", pictures.encoded(image))
+    if content["ground"]:
+        places = shapely.points([(point["lon"], point["lat"]) for point in points])
+        frame = geopandas.GeoDataFrame({"id": [point["id"] for point in points]}, geometry=places, crs=4326)
+        put(folder / "points.geojson", frame.to_json().encode())
+        sink = io.BytesIO()
+        frame.to_file(sink, driver="GPKG", layer="points")
+        put(folder / "points.gpkg", sink.getvalue())
+    put(folder / "answers.csv", ("id,class\n" + "".join(f"{point['id']},\n" for point in points)).encode())
+    text = resources.files("rayseg").joinpath("area.html").read_text()
+    page = jinja2.Environment(autoescape=True).from_string(text)
+    ids = [point["id"] for point in points]
+    put(folder / "index.html", page.render(ids=ids, classes=content["classes"], key=content["key"]).encode())
+    put(folder / "sample.json", json.dumps(content, indent=1).encode())
+
+
+def estimate(run: StorePath, folder: StorePath, answers: StorePath) -> dict[str, Any]:
+    """Areas and accuracies of a run's map from the answers to its sample.
+
+    Args:
+        run: the run.
+        folder: of the sample.
+        answers: CSV with the columns id and class (value or name of a class); points without a class are left out.
+
+    Returns:
+        `classes`: name -> counted and estimated area (share and hectares), user's and producer's accuracy;
+        `overall`; `answered`; `pooled`: classes of which strata were joined for lack of answers.
+
+    Raises:
+        DataError: the sample is of another run or map, an answer is of no point or no class, or a class of the map
+            has fewer than two answers.
+    """
+    content = _sample_of(run, folder)
+    table = [(int(row["value"]), str(row["name"])) for row in content["classes"]]
+    given = _answers(answers, [point["id"] for point in content["points"]], table)
+    points = [point for point in content["points"] if point["id"] in given]
+    joined, pooled = _joined(content["strata"], points, dict(table))
+    areas = np.zeros(len(content["strata"]))
+    for stratum, row in enumerate(content["strata"]):
+        areas[joined[stratum]] += row["area_m2"]
+    total = float(areas.sum())
+    weights = areas / total
+    strata = np.array([joined[point["stratum"]] for point in points])
+    mapped = np.array([point["mapped"] for point in points])
+    reference = np.array([given[point["id"]] for point in points])
+    right = (mapped == reference).astype(float)
+    classes = {}
+    for value, name in table:
+        counted = sum(row["area_m2"] for row in content["strata"] if row["value"] == value) / total
+        is_it, is_mapped = (reference == value).astype(float), (mapped == value).astype(float)
+        share = stratified_mean(is_it, strata, weights)
+        hit = right * is_it
+        classes[name] = {
+            "counted": {"share": counted, "hectares": counted * total / 1e4 if content["ground"] else None},
+            "share": share.to_row(),
+            "hectares": share.to_row(total / 1e4) if content["ground"] else None,
+            "users_accuracy": stratified_ratio(hit, is_mapped, strata, weights).to_row(),
+            "producers_accuracy": stratified_ratio(hit, is_it, strata, weights).to_row(),
+        }
+    overall = stratified_mean(right, strata, weights).to_row()
+    return {"overall": overall, "classes": classes, "answered": len(points), "pooled": pooled}
+
+
+def _sample_of(run: StorePath, folder: StorePath) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads((upath(folder) / "sample.json").read_bytes())
+    except STORE_ERRORS:
+        raise DataError(f"{folder} holds no sample; draw one: rayseg area sample {run} --per-stratum 50") from None
+    if content["key"] != _key(run):
+        raise DataError(f"the sample {folder} is of the map of {content['run']}, not of {run}; draw one of this run")
+    return content
+
+
+def _answers(path: StorePath, ids: Sequence[str], table: Sequence[tuple[int, str]]) -> dict[str, int]:
+    """Class value of every point that has an answer."""
+    values = {text: value for value, name in table for text in (str(value), name)}
+    try:
+        rows = list(csv.DictReader(upath(path).read_text().splitlines()))
+    except STORE_ERRORS as error:
+        raise DataError(f"answers {path} cannot be read: {error}; give a CSV with the columns id,class") from None
+    if not rows or not {"id", "class"} <= rows[0].keys():
+        raise DataError(f"answers {path} have no columns id and class; give the answers.csv of the sample")
+    known, given = set(ids), {}
+    for row in rows:
+        answer = (row["class"] or "").strip()
+        if row["id"] not in known:
+            raise DataError(f"answers {path} name the point {row['id']}, which is not in the sample; remove it")
+        if answer and answer not in values:
+            raise DataError(
+                f"answers {path} give point {row['id']} the class {answer!r}, expected one of {listed(list(values))}"
+            )
+        if answer:
+            given[row["id"]] = values[answer]
+    return given
+
+
+def _joined(
+    strata: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str, Any]], names: Mapping[int, str]
+) -> tuple[list[int], list[str]]:
+    """(stratum that each one counts as, classes with such): one of fewer than two answers joins its class's largest."""
+    answered = np.bincount([point["stratum"] for point in points], minlength=len(strata))
+    joined, pooled = list(range(len(strata))), []
+    for first in range(0, len(strata), _PARTS):
+        of_class = [k for k in range(first, first + _PARTS) if strata[k]["area_m2"]]
+        lacking = [k for k in of_class if answered[k] < 2]
+        if not lacking:
+            continue
+        largest = max(of_class, key=lambda k: (answered[k] >= 2, strata[k]["area_m2"]))
+        total = sum(int(answered[k]) for k in {*lacking, largest})
+        name = names[strata[first]["value"]]
+        if total < 2:
+            raise DataError(f"class {name} of the map has {total} answers, expected two or more; answer more points")
+        for k in lacking:
+            joined[k] = largest
+        pooled.append(name)
+    return joined, pooled
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """The estimates as text lines."""
+
+    def both(row: Mapping[str, float] | None, unit: str = "") -> str:
+        if row is None or math.isnan(row["value"]):
+            return "-"
+        return (
+            f"{row['value']:,.3f} ± {Z * row['error']:,.3f}{unit}"
+            if not unit
+            else (f"{row['value']:,.1f} ± {Z * row['error']:,.1f}{unit}")
+        )
+
+    lines = [f"{found['answered']} answers; overall accuracy {both(found['overall'])} (95 % intervals)"]
+    if found["pooled"]:
+        lines.append(f"strata of too few answers are joined in: {listed(found['pooled'])}")
+    for name, row in found["classes"].items():
+        counted = row["counted"]
+        area = f"{both(row['hectares'], ' ha')} (counted {counted['hectares']:,.1f} ha), " if row["hectares"] else ""
+        lines.append(
+            f"  {name}: {area}share {both(row['share'])} (counted {counted['share']:.3f}), user's accuracy "
+            f"{both(row['users_accuracy'])}, producer's accuracy {both(row['producers_accuracy'])}"
+        )
+    return "\n".join(lines)
