@@ -20,8 +20,8 @@ from rayseg.errors import DataError
 from rayseg.geo.grid import Tile, zone_bounds
 from rayseg.geo.region import resolve_region
 from rayseg.io import labels, vectors
-from rayseg.io.maps import pixel_area_m2
-from rayseg.io.rasters import source_of_file
+from rayseg.io.maps import pixel_area_m2, row_areas_m2
+from rayseg.io.rasters import footprint, source_of_file
 from rayseg.io.sources import Source, beyond_utm, expect_mappable, grids_of
 from rayseg.models.segmenter import Probabilities
 from rayseg.stages.predict import Predict
@@ -308,3 +308,21 @@ def test_a_raster_whose_pixels_have_no_area_fails_alone(steps):
     with pytest.raises(DataError, match=r"flat cannot be placed by its transform .*: expected finite numbers"):
         expect_mappable(flat, tile=2048)
     assert list(beyond_utm([field, flat])) == list(beyond_utm([flat, field])) == ["flat"]
+
+
+@pytest.mark.parametrize(("side", "west"), [(0.25, -180.125), (1.0, -180.5), (1.0, -0.5), (2.5, -1.25)])
+def test_a_world_registered_on_the_centres_of_its_pixels_ends_at_the_poles(side, west):
+    """The first and the last row reach half a pixel beyond the poles."""
+    width, height = round(360 / side), round(180 / side) + 1
+    transform = (side, 0.0, west, 0.0, -side, 90 + side / 2)
+    world = Source("w", (("w.tif", ("b1",)),), "EPSG:4326", transform, height, width, "uint8")
+    expect_mappable(world, tile=4096)
+    [(grid, _)] = grids_of([world])
+    tile = Tile("w", grid, footprint(world, grid))
+    areas_H = row_areas_m2(tile)
+    assert areas_H.sum() * width == pytest.approx(510.066e12, rel=1e-3)
+    frame = vectors.join([vectors.polygons_of(np.ones((height, width), np.uint8), None, tile.grid, tile.window)], TABLE)
+    assert frame["area_m2"].sum() == pytest.approx(510.066e12, rel=1e-3)
+    assert frame.total_bounds == pytest.approx((-180, -90, 180, 90))
+    with pytest.raises(DataError, match="nowhere on Earth"):
+        expect_mappable(replace(world, transform=(side, 0.0, west, 0.0, -side, 90 + 2 * side)), tile=4096)

@@ -20,11 +20,13 @@ Project = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 """(N, 2) coordinates of a CRS -> (N, 2) longitudes and latitudes in degrees."""
 LONLAT = "EPSG:4326"
 _STEPS = 32
+PAST_POLES = 1.3
+"""Degrees by which rasters may reach beyond a pole: half a pixel of 2.5 degrees, registered on centres."""
 _WIDEST = 270.0  # degrees of longitude of a ring that has long edges and does not cross
 _SHORT = 90.0  # degrees of longitude, far less than half a turn
 
 
-def to_lonlat(polygons: NDArray[np.object_], project: Project) -> NDArray[np.object_]:
+def to_lonlat(polygons: NDArray[np.object_], to_degrees: Project) -> NDArray[np.object_]:
     """Project polygons to EPSG:4326; those that cross the antimeridian become multipolygons with an edge on it.
 
     A ring crosses where the longitude jumps by more than half a turn between neighbouring vertices. How wide a polygon
@@ -33,8 +35,13 @@ def to_lonlat(polygons: NDArray[np.object_], project: Project) -> NDArray[np.obj
 
     Args:
         polygons: polygons and multipolygons with y upward.
-        project: from their CRS.
+        to_degrees: from their CRS.
     """
+
+    def project(points: NDArray[np.float64]) -> NDArray[np.float64]:
+        lon, lat = to_degrees(points).T
+        return np.stack([lon, up_to_poles(lat)], axis=1)
+
     polygons = _off_poles(polygons, project)
     lonlat: NDArray[np.object_] = shapely.transform(polygons, project)
     for position in np.flatnonzero(jumps(lonlat)):
@@ -47,6 +54,11 @@ def to_lonlat(polygons: NDArray[np.object_], project: Project) -> NDArray[np.obj
         if jumps(moved).any():
             lonlat[position] = _in_world(moved)
     return lonlat
+
+
+def up_to_poles(lat: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Latitudes in degrees, those a little beyond a pole (`PAST_POLES`) at the pole."""
+    return np.where(np.abs(lat) < 90 + PAST_POLES, np.clip(lat, -90, 90), lat)
 
 
 def _off_poles(polygons: NDArray[np.object_], project: Project) -> NDArray[np.object_]:
@@ -162,8 +174,15 @@ def transformer(source: str, target: str) -> Transformer:
 
 @lru_cache(maxsize=256)
 def geographic(crs: str) -> bool:
-    """Whether coordinates of a CRS are degrees of longitude and latitude."""
-    return bool(CRS.from_user_input(crs).is_geographic)
+    """Whether coordinates of a CRS are degrees of longitude from Greenwich and of latitude.
+
+    They are not in grads, from Paris, or around another pole.
+    """
+    found = CRS.from_user_input(crs)
+    if not found.is_geographic or found.is_derived:
+        return False
+    meridian = found.prime_meridian
+    return found.axis_info[0].unit_name == "degree" and (meridian is None or meridian.longitude == 0)
 
 
 def polygons_in(area: BaseGeometry) -> NDArray[np.object_]:

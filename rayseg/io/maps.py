@@ -15,6 +15,7 @@ from rayseg.engine.ledger import Ledger, Record, with_fact
 from rayseg.engine.manifest import Manifest, read_rows
 from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Tile, Window
+from rayseg.geo.lonlat import up_to_poles
 from rayseg.io.sources import Source, from_json, gdal, open_file
 from rayseg.store import StorePath, absolute, upath
 
@@ -138,7 +139,7 @@ def row_areas_m2(tile: Tile) -> NDArray[np.float64] | None:
     # 2. their areas, 0 off the Earth's disk
     halves = [
         [_GEOD.polygon_area_perimeter(*outline)[0] for outline in zip(*strip, strict=True)]
-        for strip in zip(lons, lats, strict=True)
+        for strip in zip(lons, up_to_poles(lats), strict=True)
     ]
     strips = np.nan_to_num(np.abs(halves)).sum(axis=1) / (np.diff(edges) * width)
     # 3. rows by interpolation, with the same sum

@@ -28,7 +28,16 @@ from shapely.geometry.polygon import orient
 from rayseg.errors import DataError
 from rayseg.geo import lonlat
 from rayseg.geo.grid import Bounds, Grid, Window, zone_bounds, zone_of
-from rayseg.geo.lonlat import LONLAT, from_lonlat, geographic, normalised, polygons_in, sound, within
+from rayseg.geo.lonlat import (
+    LONLAT,
+    PAST_POLES,
+    from_lonlat,
+    geographic,
+    normalised,
+    polygons_in,
+    sound,
+    within,
+)
 from rayseg.io import drivers, remote
 from rayseg.io.gdal_errors import gdal_errors
 from rayseg.io.orientation import upright
@@ -435,7 +444,8 @@ def expect_mappable(source: Source, *, tile: int) -> None:
     # Corners of a projected image may lie outside the domain of its projection: only its centre is checked.
     reach = (source.width / 2, source.height / 2) if crs_of(source.crs).is_geographic else (0.0, 0.0)
     for lon, lat in moved(source, LONLAT, [(-reach[0], -reach[1]), reach]):
-        if not (abs(lon) <= 360.1 and abs(lat) <= 90.1):
+        half = 0.51 * abs(source.transform[4])  # of a raster that is registered on the centres of its pixels
+        if not (abs(lon) <= 360.1 and abs(lat) <= 90 + max(0.1, min(half, PAST_POLES))):
             raise DataError(
                 f"{source.item_id} reaches {lon:.6g} E {lat:.6g} N, nowhere on Earth; check its georeference"
             )

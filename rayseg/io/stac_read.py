@@ -139,13 +139,22 @@ def _read_items(
     """
     rows = stac_catalog.rows_of(uri, collection, geometry, box)
     items = [_item_of(row) for row in rows]
-    taken = {item.id for item in items if BROKEN not in item.properties}
-    for item in items:  # a broken item may have the id of a good one
-        if BROKEN in item.properties:
-            names = chain([item.id], (f"{item.id}-{number}" for number in range(2, len(items) + 2)))
-            item.id = next(name for name in names if name not in taken)
-            taken.add(item.id)
-    return items
+    kept: dict[str, pystac.Item] = {}
+    # Good items first: a broken one may have the id of one of them.
+    for item in sorted(items, key=lambda item: BROKEN in item.properties):
+        names = chain([item.id], (f"{item.id}-{number}" for number in range(2, len(items) + 2)))
+        name = next(name for name in names if name not in kept or _same(kept[name], item))
+        if name != item.id and BROKEN not in item.properties:
+            _log.warning("%s has several items called %s, one of them is called %s here", uri, item.id, name)
+        if name not in kept:
+            item.id, kept[name] = name, item
+    return list(kept.values())
+
+
+def _same(one: pystac.Item, other: pystac.Item) -> bool:
+    """Whether two items of one id are one, which a catalogue lists twice."""
+    hrefs = [sorted(asset.href for asset in item.assets.values()) for item in (one, other)]
+    return bool(hrefs[0]) and hrefs[0] == hrefs[1] and one.geometry == other.geometry
 
 
 def _item_of(row: Row) -> pystac.Item:

@@ -5,7 +5,7 @@ import pytest
 import shapely
 from pyproj import Transformer
 
-from rayseg.geo.lonlat import bounds_of, box_of, jumps, normalised, sound, to_lonlat
+from rayseg.geo.lonlat import bounds_of, box_of, geographic, jumps, normalised, sound, to_lonlat
 
 
 def projected(crs, *polygons):
@@ -123,3 +123,19 @@ def test_an_outline_that_is_no_area_is_not_sound(area):
 def test_a_ring_that_crosses_itself_at_the_antimeridian_is_an_error_of_the_overlay():
     with pytest.raises(shapely.errors.ShapelyError):
         normalised(shapely.Polygon([(-100, 0), (100, 0), (-100, 5), (100, 5)]))
+
+
+@pytest.mark.parametrize(
+    ("crs", "degrees"),
+    [
+        ("EPSG:4326", True),
+        ("EPSG:4283", True),
+        ("EPSG:4979", True),
+        ("EPSG:4807", False),  # grads from Paris
+        ("EPSG:32633", False),
+        ("+proj=longlat +pm=180", False),
+        ("+proj=ob_tran +o_proj=longlat +o_lon_p=-162 +o_lat_p=39.25 +lon_0=180", False),
+    ],
+)
+def test_coordinates_are_degrees_from_greenwich_or_are_transformed(crs, degrees):
+    assert geographic(crs) == degrees

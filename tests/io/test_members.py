@@ -4,6 +4,7 @@ import json
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
@@ -203,6 +204,17 @@ def test_members_that_are_no_objects_and_ids_that_occur_twice_keep_names_of_thei
     items = open_items(write(tmp_path / "items.json", {"type": "FeatureCollection", "features": rows}))
     assert sorted(one.id for one in items) == ["a", "a-2", "a-3", "item-3", "item-4"]
     assert [one.id for one in items if BROKEN not in one.properties] == ["a"]
+
+
+def test_items_of_one_id_are_items_of_their_own_and_one_listed_twice_is_one(tmp_path, caplog):
+    image(tmp_path / "a.tif")
+    image(tmp_path / "b.tif")
+    rows = [item("a"), item("a", href="./b.tif"), item("a"), item("a", href="./none.tif")]
+    path = write(tmp_path / "items.json", {"type": "FeatureCollection", "features": rows})
+    sources, unread = mapping_steps.imagery(Region("r", catalog=path), MapConfig())
+    assert {source.item_id: Path(source.assets[0][0]).name for source in sources} == {"a": "a.tif", "a-2": "b.tif"}
+    assert "none.tif" in str(unread["a-3"])
+    assert "has several items called a, one of them is called a-2 here" in caplog.text
 
 
 def test_an_id_may_be_a_number_and_an_item_without_one_is_named(tmp_path):
