@@ -295,6 +295,7 @@ class Objects:
             matched ones, `best` IoU, `over` and `under` segmentation of those found; each (count,). The same by size
             with the prefixes "small ", "medium " and "large ", by `limits`.
         """
+        # 1. IoU of all pairs, the best of each object, and over- and undersegmentation
         ones, others = self.pairs_P2.T
         iou_P = self.shared_P / (self.reference_N[ones] + self.predicted_M[others] - self.shared_P)
         best_N, hit_M = np.zeros(len(self.reference_N)), np.zeros(len(self.predicted_M))
@@ -305,6 +306,7 @@ class Objects:
         order = np.argsort(self.shared_P, kind="stable")  # the largest share last: it stays
         over_N[ones[order]] = 1 - (self.shared_P / self.reference_N[ones])[order]
         under_N[ones[order]] = 1 - (self.shared_P / self.predicted_M[others])[order]
+        # 2. sums per unit, over all objects and by size
         matched_N = best_N > MATCHED
         of_N = (np.ones(len(best_N)), matched_N, np.where(matched_N, best_N, 0.0), best_N, best_N > 0, over_N, under_N)
         size_N, size_M = (np.searchsorted(self.limits, sizes) for sizes in (self.reference_N, self.predicted_M))
@@ -335,6 +337,7 @@ def object_measures(sums: Mapping[str, Floats]) -> dict[str, Floats]:
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(whole > 0, part / whole, np.nan)
 
+    # Denominator of F1 and of panoptic quality: matches + half of the unmatched of both sides.
     both = (sums["reference"] + sums["predicted"]) / 2
     measures = {
         "f1": ratio((sums["matched"] + sums["hits"]) / 2, both),

@@ -77,7 +77,7 @@ def split_location(text: str) -> tuple[str, str]:
 
 
 def suffix_of(path: StorePath) -> str:
-    """The suffix in lower case, as ".tif"; the query of an http(s) URL is no part of it."""
+    """The suffix in lower case, as ".tif"; the query of an http(s) URL is not part of it."""
     text = str(path)
     return PurePosixPath(urlsplit(text).path if text.startswith(_WEB) else text).suffix.lower()
 
@@ -104,7 +104,7 @@ def access() -> dict[str, str]:
 
 
 def allowed_drivers() -> tuple[str, ...]:
-    """GDAL drivers that the user allows beside the usual ones, from RAYSEG_ALLOW_DRIVER (names with commas)."""
+    """GDAL drivers that the user allows in addition to the usual ones, from RAYSEG_ALLOW_DRIVER (names with commas)."""
     return tuple(filter(None, (name.strip() for name in os.environ.get("RAYSEG_ALLOW_DRIVER", "").split(","))))
 
 
@@ -320,6 +320,7 @@ def sweep(prefix: StorePath) -> None:
     """Delete temporary files of killed processes below a local folder; no process may write there meanwhile."""
     if not is_local(prefix):
         return
+    # The names that `_temporary` makes; nothing else begins with a dot and ends so.
     for folder, _, names in os.walk(upath(prefix).path):
         for name in names:
             if name.startswith(".") and name.endswith(".part"):

@@ -81,7 +81,7 @@ def mapped(folder, sources, text, *, size=256, dtype="uint8"):
                 tiles[tile.id] = tile, file.read(1)
             parts.append(vectors.read_parts(folder / tile.id / "parts.parquet"))
             files[tile.id] = tiles[tile.id][1].tobytes()
-    return Mapped(tiles, vectors.join(parts, TABLE), files)
+    return Mapped(tiles, vectors.join_parts(parts, TABLE), files)
 
 
 def area_of(text):

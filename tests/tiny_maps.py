@@ -90,4 +90,4 @@ def mapped(folder, sources, *, size, bundle=None, network=None, halo=None):
             with rasterio.open(folder / tile.id / f"{name}.tif") as file:
                 found[tile.grid][band][place[1:]] = file.read(1)
         parts.append(vectors.read_parts(folder / tile.id / "parts.parquet"))
-    return len(rows), found, vectors.join(parts, TABLE)
+    return len(rows), found, vectors.join_parts(parts, TABLE)

@@ -73,6 +73,7 @@ def models_list(
     if not models:
         typer.echo(f"no models below {', '.join(prefixes or ['runs'])}", err=True)
     for prefix, model in models:
+        # Empty columns are left out: not every bundle has an encoder or metrics.
         columns = (
             prefix,
             model.task,

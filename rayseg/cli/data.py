@@ -147,6 +147,7 @@ def labels_import(
         return
     if out is None:
         raise ConfigError(f"{images} is not a run, so the JSONs are labelled plots; give --out for their crops")
+    # Plots have no run: their crops are a data set of their own.
     counts = labelme.load(folder, images, out, size=size)
     typer.echo(", ".join(f"{count} {name}" for name, count in counts.items()) + f" in {out}")
 
@@ -197,6 +198,7 @@ def evaluate(
         result = classify.evaluate_classes(prediction, truth)
         typer.echo(json.dumps(result, indent=1) if as_json else evaluate.text(result))
         return
+    # Plots are objects with ids; everything else is compared by classes.
     if plots or (plots is None and not classes and evaluate_plots.are_plots(prediction, truth)):
         compared = evaluate_plots.evaluate_plots(prediction, truth)
         typer.echo(json.dumps(compared, indent=1) if as_json else evaluate_plots.text(compared))

@@ -232,6 +232,7 @@ def _execute(
 
 def _plan_text(plan: Mapping[str, Any]) -> str:
     """A plan as text lines."""
+    # What is read and written is known from metadata; times and prices only from a probe.
     lines = [
         f"{plan['region']}: {plan['items']:,} items, {plan['tiles']:,} tiles, {plan['pixels'] / 1e6:,.1f} Mpx",
         f"  read     {_bytes(plan['bytes_read'])}",
@@ -261,6 +262,7 @@ def _price(amount: float) -> str:
 def _bytes(count: int | None) -> str:
     if count is None:
         return "unknown"
+    # Decimal units, as clouds bill them.
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:,.1f} {unit}"

@@ -264,12 +264,12 @@ def _of_models(models: Sequence[Work], others: float, machines: Sequence[Machine
     if gpus:
         most = [int(cpus / (stages * LEAST_CPUS) + 1e-6) for cpus in room]
         counts = [min(int(m.get("GPU", 0.0) / gpus + 1e-6), n) for m, n in zip(machines, most, strict=True)]
-        asked = max(LEAST_CPUS, *(work.cpus for work in models))
+        requested = max(LEAST_CPUS, *(work.cpus for work in models))
         shares = [cpus / (count * stages) for cpus, count in zip(room, counts, strict=True) if count]
-        return sum(counts), min([asked, *shares])
+        return sum(counts), min([requested, *shares])
     width = min(MOST_CPUS, max(room, default=0.0) / stages)
     fitting = sum(int(cpus / (width * stages) + 1e-6) for cpus in room) if width else 0
     # Each of several machines keeps space for the copies of another one: those of a machine that dies start again
     # there, and their rows do not wait for a new machine.
-    asked = max(LEAST_CPUS, width / 2) if len(machines) > 1 else width
-    return max(1, fitting), math.floor(100 * asked + 1e-6) / 100
+    requested = max(LEAST_CPUS, width / 2) if len(machines) > 1 else width
+    return max(1, fitting), math.floor(100 * requested + 1e-6) / 100

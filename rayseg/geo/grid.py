@@ -87,6 +87,7 @@ class Grid:
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "Grid":
         """The grid that `to_row`, and perhaps JSON, made this row of."""
+        # JSON has lists, and a grid must be hashable.
         origin, resolution = tuple(row["origin"]), tuple(row["resolution"])
         return cls(row["crs"], resolution, origin, row["image"], row.get("divided", False))
 
@@ -108,6 +109,7 @@ class Grid:
         """Short name for ids: the EPSG code, `crs-<hash of WKT>`, or `<image>_px`."""
         if self.crs is None:
             return f"{slug(self.image or 'image')}_px"
+        # WKT is too long for a file name.
         if self.crs.upper().startswith("EPSG:"):
             return self.crs[5:]
         return f"crs-{hashlib.sha256(self.crs.encode()).hexdigest()[:8]}"
@@ -122,6 +124,7 @@ class Grid:
     def bounds(self, window: Window) -> Bounds:
         """(left, bottom, right, top) of `window` in CRS units; without CRS in pixels, bottom > top."""
         affine = self.transform(window)
+        # By the affine and not by origin and size, so that y runs down without a CRS.
         left, top = affine @ (0, 0)
         right, bottom = affine @ (window.width, window.height)
         return left, bottom, right, top
@@ -131,6 +134,7 @@ class Grid:
         left, bottom, right, top = bounds
         affine = ~self.transform(Window(0, 0, 1, 1))
         (c0, r0), (c1, r1) = affine @ (left, top), affine @ (right, bottom)
+        # A thousandth of a pixel: bounds that were projected miss the edge by rounding.
         col, row = math.floor(c0 + 1e-3), math.floor(r0 + 1e-3)
         return Window(col, row, math.ceil(c1 - 1e-3) - col, math.ceil(r1 - 1e-3) - row)
 
@@ -142,6 +146,7 @@ def zone_of(lon: float, lat: float) -> str:
 
 def zone_bounds(crs: str) -> Bounds:
     """(west, south, east, north) in degrees of the UTM zone "EPSG:n"; it reaches the pole."""
+    # 326nn is zone nn of the northern hemisphere, 327nn of the southern one.
     number = int(crs[5:])
     west = (number % 100 - 1) * 6.0 - 180
     return (west, 0.0, west + 6, 90.0) if number < 32700 else (west, -90.0, west + 6, 0.0)
@@ -175,6 +180,7 @@ class Tile:
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "Tile":
         """The tile that `to_row` made this row of (further columns are ignored)."""
+        # Rows of earlier runs have no column `divided`.
         origin, divided = (row["x0"], row["y0"]), bool(row.get("divided"))
         grid = Grid(row["crs"], (row["xres"], row["yres"]), origin, row["grid_image"], divided)
         return cls(row["id"], grid, Window(row["col"], row["row"], row["width"], row["height"]))
@@ -238,12 +244,14 @@ class Lattice:
         ]
 
     def _origins(self, start: int, stop: int) -> range:
+        # The first origin whose patch reaches beyond `start`, and the last one before `stop`.
         first = (start - self.patch - self.offset) // self.stride + 1
         last = (stop - 1 - self.offset) // self.stride
         return range(first * self.stride + self.offset, last * self.stride + self.offset + 1, self.stride)
 
     def reach(self, window: Window) -> Window:
         """`window` with the halo that covers all its patches."""
+        # Patches come row by row, so the first and the last span all others.
         patches = self.patches(window)
         return patches[0].union(patches[-1])
 
@@ -255,6 +263,7 @@ class Lattice:
         """
         if not self.margin:
             return np.ones((self.patch, self.patch), np.float32)
+        # From the middle of a pixel: the weights of two neighbours are mirror images and add to one.
         ramp = (np.arange(self.patch, dtype=np.float32) + 0.5) / (2 * self.margin)
         side = np.minimum(1.0, np.minimum(ramp, ramp[::-1])).astype(np.float32)
         return np.outer(side, side)
@@ -269,20 +278,19 @@ def slug(text: str) -> str:
     name = _clean(text)
     if len(name.encode()) <= _LONGEST:
         return name
+    # A hash, because long names often differ at their end alone.
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     return name.encode()[: _LONGEST - 9].decode(errors="ignore") + f"-{digest}"
 
 
 def _clean(text: str) -> str:
-    kept = "".join(letter if _stays(letter) else " " for letter in unicodedata.normalize("NFC", text))
+    kept = ""
+    # NFC: macOS stores an accent as a character of its own, other systems do not.
+    for letter in unicodedata.normalize("NFC", text):
+        # Of ASCII a few characters, beyond it all but spaces (Z), controls and private ones (C).
+        stays = letter.isalnum() or letter in "._-" if letter.isascii() else unicodedata.category(letter)[0] not in "ZC"
+        kept += letter if stays else " "
     return re.sub(" +", "-", kept).strip(".-") or "x"
-
-
-def _stays(letter: str) -> bool:
-    """Whether `slug` keeps a character: in ASCII a few, beyond it all but spaces, controls and private ones."""
-    if letter.isascii():
-        return letter.isalnum() or letter in "._-"
-    return unicodedata.category(letter)[0] not in "ZC"
 
 
 def expect_ids(ids: Sequence[str]) -> None:
@@ -291,6 +299,7 @@ def expect_ids(ids: Sequence[str]) -> None:
     Raises:
         DataError: the first such id.
     """
+    # A name that `slug` would change is refused and not renamed: two ids could become one.
     for row_id, count in Counter(ids).items():
         if count > 1 or row_id != _clean(row_id):
             why = "occurs twice" if count > 1 else "cannot be a file name"

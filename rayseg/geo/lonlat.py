@@ -47,6 +47,7 @@ def to_lonlat(polygons: NDArray[np.object_], to_degrees: Project) -> NDArray[np.
     for position in np.flatnonzero(jumps(lonlat)):
         parts = polygons_in(polygons[position])
         points, ring = shapely.get_coordinates(shapely.get_rings(parts), return_index=True)
+        # 32 steps per longest edge: half a turn between two of them then is a real crossing.
         longest = np.abs(np.diff(points, axis=0))[ring[1:] == ring[:-1]].max()
         parts = shapely.segmentize(parts, longest / _STEPS)
         # The interior lies left of a ring that runs counterclockwise, also where it encloses a pole.
@@ -194,6 +195,7 @@ def polygons_in(area: BaseGeometry) -> NDArray[np.object_]:
 
 def box_of(bbox: Sequence[float]) -> Bounds:
     """(west, south, east, north) or (left, bottom, right, top) of a box of four or, with heights, six numbers."""
+    # With heights the box is (west, south, bottom, east, north, top).
     half = len(bbox) // 2
     west, south, east, north = (float(value) for value in (*bbox[:2], *bbox[half : half + 2]))
     return west, south, east, north
@@ -218,6 +220,7 @@ def bounds_of(lonlat: BaseGeometry) -> tuple[float, float, float, float]:
     """(west, south, east, north); west > east where the geometry is cut at the antimeridian (RFC 7946, section 5.2)."""
     west, south, east, north = lonlat.bounds
     parts = [part.bounds for part in shapely.get_parts(lonlat)]
+    # Parts east and west of the antimeridian: the box then runs over it, not around the world.
     if len(parts) > 1 and east - west > 180:
         west = min(part[0] for part in parts if part[0] + part[2] > 0)
         east = max(part[2] for part in parts if part[0] + part[2] < 0)

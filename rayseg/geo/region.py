@@ -85,16 +85,17 @@ def on_grid(geometry: dict[str, Any] | None, grid: Grid, window: Window, *, whol
 
     Args:
         geometry: GeoJSON in EPSG:4326, the region; None for all imagery.
-        grid: the grid; one without CRS holds no place, a divided one only its own ground.
-        window: grid pixels; beyond them and a little around them the result says nothing.
+        grid: the grid; without CRS it has no ground, a divided one has only that of its zone.
+        window: grid pixels; the result is valid for them and a margin around them.
         whole: of a divided grid, also the ground of its neighbours.
 
     Raises:
-        DataError: the region around the window has no place in the CRS.
+        DataError: the region around the window cannot be projected to the CRS.
     """
     ground = None if whole else grid.ground
     if grid.crs is None or (geometry is None and ground is None):
         return None
+    # Cut first: projected whole, a region of a continent is not finite or crosses itself.
     near = _degrees_of(grid, window)
     # Edges become curves before they are cut: where their vertices lie must not depend on the window.
     areas: list[BaseGeometry] = [shapely.box(*ground)] if ground else []
@@ -104,8 +105,8 @@ def on_grid(geometry: dict[str, Any] | None, grid: Grid, window: Window, *, whol
     projected = from_lonlat(area, grid.crs)
     if not np.isfinite(shapely.get_coordinates(projected)).all():
         raise DataError(
-            f"the region has no place in the CRS of the grid {grid.name} around {window}; choose a region that the "
-            "imagery covers, or reproject the imagery"
+            f"the region cannot be projected to the CRS of the grid {grid.name} around {window}; choose a region that "
+            "the imagery covers, or reproject the imagery"
         )
     return projected if projected.is_valid else shapely.union_all(polygons_in(shapely.make_valid(projected)))
 
@@ -117,10 +118,12 @@ def _degrees_of(grid: Grid, window: Window) -> Bounds:
     if not geographic(str(grid.crs)):
         to_degrees = transformer(str(grid.crs), LONLAT)
         west, south, east, north = to_degrees.transform_bounds(left, bottom, right, top, densify_pts=21)
+    # A window beyond the plane of its projection: everything is near.
     if not np.isfinite((west, south, east, north)).all():
         return _WORLD
     east += 360 if west > east else 0
     margin = 0.1 + max(east - west, north - south) / 50  # between the points along the edges they may curve outward
+    # A box of more than a turn would hold its own ends twice.
     if east - west + 2 * margin >= 360:
         west, east = ((west + east) / 2 + side * (180 - margin) for side in (-1, 1))
     return west - margin, max(south - margin, -90.0), east + margin, min(north + margin, 90.0)
@@ -134,6 +137,7 @@ def windows_on_ground(grid: Grid, corners_N4: np.ndarray) -> np.ndarray:
     if not grid.divided or not len(corners_N4):
         return corners_N4
     (col, row), (col1, row1) = corners_N4[:, :2].min(axis=0).tolist(), corners_N4[:, 2:].max(axis=0).tolist()
+    # The ground is projected once for all windows.
     ground = on_grid(None, grid, Window(col, row, col1 - col, row1 - row))
     assert ground is not None
     shapely.prepare(ground)
@@ -141,6 +145,7 @@ def windows_on_ground(grid: Grid, corners_N4: np.ndarray) -> np.ndarray:
     boxes = _boxes(grid, corners_N4)
     for at in np.flatnonzero(~shapely.contains_properly(ground, boxes)):
         part = ground.intersection(boxes[at])
+        # Never larger than before: the bounds of a curved edge can reach beyond the window.
         left, top, right, bottom = corners_N4[at].tolist()
         whole, around = Window(left, top, right - left, bottom - top), Window(left, top, 0, 0)
         window = (grid.window_of(part.bounds) if part.area > 0 else around).intersect(whole)
@@ -171,6 +176,7 @@ def windows_inside(area: BaseGeometry | None, grid: Grid, corners_N4: np.ndarray
 def pixels_inside(area: BaseGeometry | None, grid: Grid, window: Window, *, all_touched: bool = False) -> np.ndarray:
     """(height, width) bool: pixels of `window` whose centre lies in `area`; or all that it touches."""
     size = (window.height, window.width)
+    # Most windows lie inside, where nothing has to be rasterized.
     if area is None or area.contains(shapely.box(*_ordered(grid.bounds(window)))):
         return np.ones(size, bool)
     if area.is_empty:

@@ -74,7 +74,7 @@ def _unpacked(data: bytes, height: int, width: int) -> Labels:
 # -- join -------------------------------------------------------------------------------------------------------------
 
 
-def join(patches: Sequence[Row], pieces: Sequence[Row], *, least: float) -> list[Row]:
+def join_pieces(patches: Sequence[Row], pieces: Sequence[Row], *, least: float) -> list[Row]:
     """The plots of one grid, by the first pixel.
 
     Args:
@@ -141,7 +141,7 @@ def across_seams(grids: Sequence[Grid], plots: Sequence[Row], *, least: float) -
 
     Args:
         grids: of the plots, by their `grid`.
-        plots: rows of `join` with `number`, `grid` and geometry as WKB.
+        plots: rows of `join_pieces` with `number`, `grid` and geometry as WKB.
         least: IoU along the seam.
     """
     # 1. the plots that lie along a seam, and where
@@ -175,7 +175,7 @@ def frame_of(grid: Grid, plots: Sequence[Row], *, columns: Sequence[str]) -> geo
 
     Args:
         grid: their grid.
-        plots: of `join`, geometry as WKB, with all `columns`.
+        plots: of `join_pieces`, geometry as WKB, with all `columns`.
         columns: names to keep, in order.
     """
     polygons = shapely.from_wkb(np.array([row["geometry"] for row in plots], object))
@@ -233,6 +233,6 @@ def labels_of(row: Row, window: Window) -> Labels:
     return labels_HW
 
 
-def place_of(row: Mapping[str, Any]) -> Place:
+def cell_of(row: Mapping[str, Any]) -> Place:
     """(cell row, cell col) of a row."""
     return row["cell_row"], row["cell_col"]

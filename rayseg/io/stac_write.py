@@ -253,7 +253,7 @@ def write_collection(root: StorePath, items: Iterable[tuple[str, dict[str, Any]]
     """Write `<root>/collection.json` over items, and `<root>/items.parquet` with all of them; return their number.
 
     Hrefs become relative to `root`, in the Parquet file also those of the assets. There is no Parquet file if an item
-    has no place on Earth, which the format requires. Memory holds a few thousand items at a time.
+    has no geometry, which the format requires. Memory holds a few thousand items at a time.
 
     Args:
         root: folder, local or remote.

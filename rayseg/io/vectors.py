@@ -1,8 +1,8 @@
 """Polygons of class rasters, made tile by tile and joined so that the result does not depend on the tiling.
 
-A part is one 4-connected component of one class inside one tile, in whole pixels of the grid. `join` unites the parts
-that share a piece of a tile's border, takes out vertices on straight lines, and only then leaves the pixel grid: what
-it makes of a component is decided by the component's pixels alone.
+A part is one 4-connected component of one class inside one tile, in whole pixels of the grid. `join_parts` unites the
+parts that share a piece of a tile's border, takes out vertices on straight lines, and only then leaves the pixel grid:
+what it makes of a component is decided by the component's pixels alone.
 """
 
 import io
@@ -176,7 +176,7 @@ def _score_sums(classes_HW: np.ndarray, scores_CHW: np.ndarray, labels: np.ndarr
 # -- join -------------------------------------------------------------------------------------------------------------
 
 
-def join(parts: Iterable[pa.Table], table: ClassTable) -> "geopandas.GeoDataFrame":
+def join_parts(parts: Iterable[pa.Table], table: ClassTable) -> "geopandas.GeoDataFrame":
     """Polygons of the parts of all tiles, joined over tile borders, in EPSG:4326 and cut at the antimeridian.
 
     Args:
@@ -193,7 +193,9 @@ def join(parts: Iterable[pa.Table], table: ClassTable) -> "geopandas.GeoDataFram
         DataError: images with and without CRS are mixed, or a grid has coordinates outside the Earth.
     """
     # The first row and column of a tile; a table without parts may stand anywhere.
-    ordered = sorted(parts, key=lambda part: place_of(_grid_of(part), *(pc.min(part[n]).as_py() or 0 for n in _CORNER)))
+    ordered = sorted(
+        parts, key=lambda part: tile_order(_grid_of(part), *(pc.min(part[n]).as_py() or 0 for n in _CORNER))
+    )
     by_grid: dict[Grid, list[geopandas.GeoDataFrame]] = {}
     for grid, frame in _over_seams(_frames(ordered, table)):
         by_grid.setdefault(grid, []).append(frame)
@@ -202,10 +204,10 @@ def join(parts: Iterable[pa.Table], table: ClassTable) -> "geopandas.GeoDataFram
 
 
 def write_joined(parts: Iterable[pa.Table], table: ClassTable, path: StorePath) -> tuple[int, float | None]:
-    """Write the polygons of `join` as GeoParquet; memory holds the parts of about two rows of tiles.
+    """Write the polygons of `join_parts` as GeoParquet; memory holds the parts of about two rows of tiles.
 
     Args:
-        parts: as for `join`, sorted by `place_of` their tiles.
+        parts: as for `join_parts`, sorted by `tile_order` their tiles.
         table: the classes.
         path: of the file.
 
@@ -213,7 +215,7 @@ def write_joined(parts: Iterable[pa.Table], table: ClassTable, path: StorePath) 
         How many polygons there are, and their area in m2 (None without CRS).
 
     Raises:
-        DataError: as `join`.
+        DataError: as `join_parts`.
     """
     grids, heads = dict[Grid, int](), dict[Grid, "geopandas.GeoDataFrame"]()
     with Spool() as spool, tempfile.TemporaryFile() as file:
@@ -247,7 +249,7 @@ def write_joined(parts: Iterable[pa.Table], table: ClassTable, path: StorePath) 
     return len(order), area
 
 
-def place_of(grid: Grid, row: int, col: int) -> tuple[Any, ...]:
+def tile_order(grid: Grid, row: int, col: int) -> tuple[Any, ...]:
     """Sorts tiles by grid, row and column."""
     return grid.name, grid.origin, grid.resolution, grid.image or "", row, col
 
@@ -284,7 +286,7 @@ def _over_seams(
         members.setdefault(owner, []).append(at)
     for positions in members.values():
         rows = [waiting[at] for at in positions]
-        rows.sort(key=lambda row: place_of(row[0], *row[1][list(_AT_FIRST)].iloc[0]))
+        rows.sort(key=lambda row: tile_order(row[0], *row[1][list(_AT_FIRST)].iloc[0]))
         # 3. of each group one polygon, by its first frame; each frame has one row
         singles = [frame for _, frame, _ in rows]
         whole, pixels = singles[0].copy(), np.array([frame["pixels"].iloc[0] for frame in singles])
@@ -517,7 +519,7 @@ def polygonize(raster: str, out: str) -> int:
     parts, table = _parts_of_run(raster) if upath(raster).is_dir() else _parts_of_raster(raster)
     if suffix == ".parquet":
         return write_joined(parts, table, out)[0]
-    frame = join(parts, table)
+    frame = join_parts(parts, table)
     write_geojson(frame, out)
     return len(frame)
 
@@ -532,7 +534,7 @@ def _parts_of_run(root: str) -> tuple[Iterable[pa.Table], ClassTable]:
         return polygons_of(read_bands(mapped.href)[0], None, mapped.tile.grid, mapped.tile.window)
 
     tiles = mapped_tiles(root)
-    tiles.sort(key=lambda mapped: place_of(mapped.tile.grid, mapped.tile.window.row, mapped.tile.window.col))
+    tiles.sort(key=lambda mapped: tile_order(mapped.tile.grid, mapped.tile.window.row, mapped.tile.window.col))
     return concurrently(parts_of, tiles), (table_of(tiles[0].href) if tiles else None) or _UNNAMED
 
 

@@ -249,7 +249,7 @@ def _text(value: Any) -> str:  # noqa: ANN401 - a cell of a table
 
 def _envelope(name: str, bounds: np.ndarray, grid: Grid) -> Window:
     if not np.isfinite(bounds).all():
-        raise DataError(f"{name} has no place in {CRS}: expected a polygon between 85 S and 85 N")
+        raise DataError(f"{name} cannot be projected to {CRS}, expected a polygon between 85 S and 85 N")
     left, bottom, right, top = map(float, bounds)
     window = grid.window_of((left, bottom, right, top))
     if not 0 < min(window.width, window.height) <= max(window.width, window.height) <= _LARGEST_CHIP:

@@ -120,7 +120,8 @@ def propose(
 ) -> dict[str, Any]:
     """Propose plots in every patch, `network` where it is given; tables of patches and pieces lie below the step."""
     bare = larger.value.get("items") == 0  # the imagery has no data, so nothing was enlarged
-    rows = mapping.kept_manifest(step, lambda: [] if bare else tiles or _tiles(region, config))
+    plan = partial(mapping.tiles_of, region, config.map, partial(check_source, kind=config.image), halo=config.patch)
+    rows = mapping.kept_manifest(step, lambda: [] if bare else tiles or plan())
     rounds, learnt, patches = config.rounds, None, Lattice.of_cells(config.patch, config.stride)
     if network:
         # The plots of a watershed cover what they can: there is nothing left for rounds or inside mixed masks.
@@ -141,10 +142,6 @@ def propose(
         Work(WritePieces(str(step.prefix))),
     ]
     return mapping.through(step, rows, works, patience=config.map.stall_seconds)
-
-
-def _tiles(region: Region, config: Config) -> Sequence[Row]:
-    return mapping.tiles_of(region, config.map, partial(check_source, kind=config.image), halo=config.patch)
 
 
 def join(step: Step, proposed: Step, config: Config) -> dict[str, Any]:
@@ -200,7 +197,7 @@ def check(config: Config, region: Region) -> Plan:
         before, tiles = super_resolution.tiles_to_enlarge(region, enlarge, config.image, config.map, halo=config.patch)
         load_enlarger(enlarge, device="cpu")
     else:
-        tiles = _tiles(region, config)
+        tiles = mapping.tiles_of(region, config.map, partial(check_source, kind=config.image), halo=config.patch)
     if config.proposer == "boundaries":
         drawn = boundaries.check(region, config.boundaries, config.image, workers=config.workers)
     if config.proposer == "sam" and config.sam.checkpoint != "random":

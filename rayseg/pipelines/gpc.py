@@ -91,6 +91,7 @@ def fit_yes_no(step: Step, listed: Step, config: Config) -> dict[str, Any]:
 
 def fit_mask(step: Step, listed: Step, cues: Step, config: Config) -> dict[str, Any]:
     """Train the segmenter on the coarse masks; models/segmenter is its bundle, models/warm-up that of the warm-up."""
+    # Chips whose cue failed have no mask to learn from.
     rows = [row for row in chips.rows_of(listed, held_out=False) if row["id"] not in cues.value["troubles"]]
     return _fit_members(step, listed, rows, partial(read_mask, cues.value["cues"], rows, config.chips.size), config)
 
@@ -103,21 +104,14 @@ def _fit_members(
     # 1. train every member from a seed of its own
     members, measures = [], []
     for member in range(config.members):
-        seeded = config.segmenter.learning.model_copy(update={"seed": config.segmenter.learning.seed + member})
-        members.append(
-            (config.segmenter.model_copy(update={"learning": seeded}), str(step.prefix / f"member-{member}"))
-        )
-        measures.append(
-            fit_segmenter(
-                members[-1][0],
-                learnt,
-                models.training_setup(
-                    step, workers=config.workers, prefix=members[-1][1], expect=partial(expect_shared, members[-1][0])
-                ),
-                scaling=config.scaling,
-                held_out=held_out,
-            )
-        )
+        seed, prefix = config.segmenter.learning.seed + member, str(step.prefix / f"member-{member}")
+        learning = config.segmenter.learning.model_copy(update={"seed": seed})
+        settings = config.segmenter.model_copy(update={"learning": learning})
+        shared = partial(expect_shared, settings)
+        setup = models.training_setup(step, workers=config.workers, prefix=prefix, expect=shared)
+        measures.append(fit_segmenter(settings, learnt, setup, scaling=config.scaling, held_out=held_out))
+        members.append((settings, prefix))
+    means = {key: float(np.mean([row[key] for row in measures])) for key in measures[0]}
     # 2. keep their mean, after the warm-up and after all stages
     described, kept = _segmenter(config), {}
     parents = (split_location(listed.value["source"])[0],)
@@ -126,14 +120,10 @@ def _fit_members(
         if stage is None or config.segmenter.warm_up.epochs:
             networks = [trained_segmenter(*member, stage=stage) for member in members]
             model = Ensemble(networks) if len(networks) > 1 else networks[0]
-            means = (
-                {key: float(np.mean([of_member[key] for of_member in measures])) for key in measures[0]}
-                if not stage
-                else {}
-            )
+            # Negative chips have no netting, so every pixel above the threshold is a false alarm.
             negatives = [row for row in rows if row["label"] == NO]
             threshold = chips.threshold_at(config.marked, model, negatives, described, size=config.chips.size)
-            facts = {"threshold": threshold, "metrics": means, "provenance": provenance}
+            facts = {"threshold": threshold, "metrics": {} if stage else means, "provenance": provenance}
             own = "network" if config.appearance and not stage else name  # the model of the map is `segmenter`
             kept[name] = models.keep_model(step, described.model_copy(update={"name": own} | facts), model)
     return {"bundle": kept["segmenter"], "measures": measures}
@@ -200,6 +190,7 @@ def check(config: Config, region: Region) -> Plan:
 def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:
     """The forecast of a run, for its estimate."""
     labels = [chip.label for chip in plan.labels or ()]
+    # Cues are made of training chips alone.
     training = 1 - config.chips.held_out
     counts = {"cues": round(training * labels.count(YES))}
     if config.cues.method == "concept":
@@ -224,6 +215,7 @@ def _learn(config: Config, region: Region, run: Run) -> None:
 
 def _list_few(step: Step, listed: Step) -> dict[str, Any]:
     rows = chips.rows_of(listed, held_out=False)
+    # As many of each label as a probe times, and one to warm up.
     few = [row for label in LABELS for row in [row for row in rows if row["label"] == label][: estimate.TIMED + 1]]
     write_rows(step.prefix / "chips.parquet", few)
     return {}
@@ -239,10 +231,12 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     plan, size = plan or Plan(), config.chips.size
     listed = run.step("chips", chips.list_chips, region, LABELS, config.chips, listed=plan.labels)
     classifier = run.step("classifier", fit_yes_no, listed, config)
+    # 1. coarse masks from the labels, and a segmenter that learns from them
     cues = make_cues(run, listed, classifier, config.cues, size=size, patience=config.map.stall_seconds)
     segmenter = network = run.step("segmenter", fit_mask, listed, cues, config)
     if config.appearance:
         segmenter = run.step("appearance", appearance.fit_cover, listed, network, config.appearance, size)
+    # 2. the map, its polygons and its accuracy
     predicted = run.step("predict", mapping.predict_region, region, segmenter, config.map, tiles=plan.tiles)
     polygons = run.step("polygons", mapping.join_polygons, predicted, YES)
     measured = run.step("evaluate", evaluate.compare_truth, predicted, region, config.truth)

@@ -2,7 +2,7 @@
 
     labelled scenes --> split by scene --> DeepLabv3+, best epoch by mean IoU --> bundle
     bundle --> validation scenes measured
-    simple methods on the same scenes --> measured beside it
+    simple methods on the same scenes --> measured next to it
     bundle + region --> class map at full resolution --> polygons, items, report
 
 The modules of the steps explain the rest; `configs/landcover/paper.yaml` has the settings of the prototype.
@@ -86,6 +86,7 @@ def fit(step: Step, listed: Step, config: Config) -> dict[str, Any]:
     learnt_from = training.images[0].image
     settings, scaling = config.segmenter, config.scaling
     model: Any
+    # Heads on a frozen encoder are fitted in this process; a decoder is trained, on Ray if there are workers.
     if settings.network != "decoder":
         lab = models.is_rgb8(config.bands, learnt_from.dtype, scaling)
         model, measures = supervised.fit_frozen(settings, training, validation, scaling=scaling, lab=lab)
@@ -168,6 +169,7 @@ def write_report(
         for part in (listed.value[name] for name in PARTS)
     )
     labels = f"Labelled: {training} to learn from, {validation} to choose the epoch by."
+    # A truth of the region says more than the scenes that chose the epoch.
     shown = measured if "overall" in measured.value else validated
     own, beside = validated.value, None
     if simple:
@@ -182,6 +184,7 @@ def check(config: Config, region: Region) -> Plan:
     classes = _segmenter(config).classes
     supervised.expect_supervisable(config.segmenter, classes=len(classes), workers=config.workers)
     divided = _divide(region, config)
+    # The imagery of the map must be of the kind that the segmenter learns from.
     learnt_from = divided["training"][0][0].image
     models.expect_weights(config.segmenter, config.scaling if learnt_from.dtype == "uint8" else None)
     tiles = mapping.tiles_for(region, _segmenter(config, learnt_from), config.map)

@@ -49,6 +49,7 @@ def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:
 def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> str:
     """Map or classify `region` with a trained model; return the report's path and its headline."""
     tiles = plan.tiles if plan else None
+    # A step of its own: a model that is trained again under the same name gives other keys.
     model = run.step("model", mapping.load_model, config.model)
     if model.value.get("task") == "classification":
         units = config.units

@@ -93,6 +93,7 @@ def list_scenes(step: Step, region: Region, config: Config, *, plan: Scenes | No
         contract = {"bands": plan.bands, "dtype": plan.dtype}
         put(step.prefix / "contract.json", json.dumps(contract).encode())
         write_rows(step.manifest, plan.rows)
+    # Read again, because a resumed step does not find the scenes anew.
     contract = json.loads((step.prefix / "contract.json").read_bytes())
 
     def readable(row: Row) -> SceneRow | Settled:
@@ -130,6 +131,7 @@ def divide(step: Step, listed: Step, config: Config) -> dict[str, Any]:
 def train(step: Step, listed: Step, divided: Step, config: Config) -> dict[str, Any]:
     """Cluster the superpixels of every scene, or train a network for it; models/<scene> is its bundle."""
     needed = config.network.votes or config.network.clusters
+    # Tiles that could not be divided take no part in training; the other tiles of their scene do.
     usable = {tile.id for tile, _ in scenes.divided_tiles(divided)} if needed else None
 
     def trainable(row: Row) -> SceneRow | Settled:
@@ -139,26 +141,22 @@ def train(step: Step, listed: Step, divided: Step, config: Config) -> dict[str, 
 
     rows = scenes.scaled_rows(listed, config.scaling)
     write_rows(step.manifest, [{"id": row["id"]} for row in rows])
-    works, patience = [_scene_work(step, listed, divided, config)], config.network.stall_seconds
-    return mapping.through(step, rows, works, record=trainable, title="scenes", patience=patience)
-
-
-def _scene_work(step: Step, listed: Step, divided: Step, config: Config) -> Work:
-    """What is done with each scene."""
     bands, dtype, models = listed.value["bands"], listed.value["dtype"], str(upath(step.root) / "models")
     prefix, superpixels, network = str(step.prefix), divided.value["segments"], config.network
-    if not network.clusters:
+    if network.clusters:
+        cluster = ClusterScene(
+            clusters=network.merge_to or network.labels,
+            contrast=MERGE if config.superpixels.merge is None else config.superpixels.merge,
+            seed=network.seed,
+            labels=prefix,
+            superpixels=superpixels,
+            described=Described(models, config.superpixels.method, config.options, bands, dtype),
+        )
+        work = Work(cluster, cpus=0.5)  # fits beside a server that holds one of two CPUs
+    else:
         stage = TrainScene(network, prefix=prefix, models=models, segments=superpixels, bands=bands, dtype=dtype)
-        return Work(stage, cpus=1.0, gpus=1.0, model=True)
-    cluster = ClusterScene(
-        clusters=network.merge_to or network.labels,
-        contrast=MERGE if config.superpixels.merge is None else config.superpixels.merge,
-        seed=network.seed,
-        labels=prefix,
-        superpixels=superpixels,
-        described=Described(models, config.superpixels.method, config.options, bands, dtype),
-    )
-    return Work(cluster, cpus=0.5)  # fits beside a server that holds one of two CPUs
+        work = Work(stage, cpus=1.0, gpus=1.0, model=True)
+    return mapping.through(step, rows, [work], record=trainable, title="scenes", patience=network.stall_seconds)
 
 
 def label(

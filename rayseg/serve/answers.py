@@ -92,7 +92,7 @@ def geojson(result: Result) -> bytes:
     skip = None if result.scores_CHW is not None else ()
     grid, window = result.tile.grid, result.tile.window
     parts = vectors.polygons_of(result.classes_HW, result.scores_CHW, grid, window, skip=skip)
-    text: str = vectors.join([parts], result.table).to_json(drop_id=True)
+    text: str = vectors.join_parts([parts], result.table).to_json(drop_id=True)
     return text.encode()
 
 
@@ -221,7 +221,7 @@ def instances_geojson(tile: Tile, masks: Masks) -> bytes:
     for number, mask in enumerate(masks, 1):
         # Each mask alone: masks that overlap stay whole.
         mask_HW = rle.decode(mask["runs"], shape).astype(np.uint8)
-        frame = vectors.join([vectors.polygons_of(mask_HW, None, tile.grid, tile.window)], label_table(3))
+        frame = vectors.join_parts([vectors.polygons_of(mask_HW, None, tile.grid, tile.window)], label_table(3))
         frame = frame.drop(columns=["class", "name", "score_mean"])
         frames.append(frame.assign(id=number, predicted_iou=mask["iou"], stability=mask["stability"]))
     if not frames:

@@ -32,8 +32,8 @@ UNNUMBERED = 2**32 - 1
 class ProposePlots:
     """`tile, image, valid, reach -> patches, pieces`: plots of each patch, and the part of each in the patch's cell.
 
-    patches: rows for `plot_joins.join`, with `pixels`: valid pixels in the patch, and `coverage`: share of them that
-    plots cover after each round. pieces: rows of `plot_joins.pieces_of` with round, refined, predicted_iou and
+    patches: rows for `plot_joins.join_pieces`, with `pixels`: valid pixels in the patch, and `coverage`: share of them
+    that plots cover after each round. pieces: rows of `plot_joins.pieces_of` with round, refined, predicted_iou and
     stability.
 
     Args:
@@ -169,14 +169,14 @@ class ReadPlots:
         # Labels of a patch -> numbers of the joined plots.
         numbers: dict[plot_joins.Place, dict[int, int]] = {}
         for piece in plot_joins.read_table(pieces_path(self.joined, tile.id, "numbers")):
-            numbers.setdefault(plot_joins.place_of(piece), {})[piece["label"]] = piece["number"]
+            numbers.setdefault(plot_joins.cell_of(piece), {})[piece["label"]] = piece["number"]
         numbers_HW = np.zeros((tile.window.height, tile.window.width), np.uint32)
         for patch in plot_joins.read_table(pieces_path(self.proposed, tile.id, "patches")):
             cell = Window(patch["cell_col"] * self.stride, patch["cell_row"] * self.stride, self.stride, self.stride)
             part = cell.intersect(tile.window)
             labels_HW = plot_joins.labels_of(patch, part)
             numbers_HW[part.slices(tile.window)] = plot_joins.numbered(
-                labels_HW, numbers.get(plot_joins.place_of(patch), {})
+                labels_HW, numbers.get(plot_joins.cell_of(patch), {})
             )
         return replace(result, image=ABSENT, numbers=numbers_HW)
 

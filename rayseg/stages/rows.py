@@ -48,7 +48,7 @@ class TileRow:
         batch: patches per batch after a lack of GPU memory; 0 if memory sufficed.
         classes: (height, width) uint8, 255 where there is no imagery.
         scores: (bands, height, width) uint8, probability x 254, 255 where there is no imagery.
-        patches: rows of `plot_joins.join` for every patch of the tile.
+        patches: rows of `plot_joins.join_pieces` for every patch of the tile.
         pieces: rows of `plot_joins.pieces_of` for every plot in a patch's cell.
         numbers: (height, width) uint32, number of the plot at every pixel, 0 for none.
     """

@@ -31,10 +31,12 @@ def fit_cover(step: Step, listed: Step, network: Step, settings: AppearanceConfi
     """Learn the class's colour and texture from the training chips; models/segmenter is the bundle."""
     known, net = bundle.build(network.value["bundle"])
     rows = chips.rows_of(listed, held_out=False)
+    # Hundreds of chips have millions of pixels: more do not change a mixture of colours.
     few = [row for label in (YES, NO) for row in [row for row in rows if row["label"] == label][:MOST]]
     model = fit_appearance(_labelled(few, known, net, settings, size), settings, scaling=known.scaling)
     mapper = described(known, settings)
     negatives = [row for row in few if row["label"] == NO]
+    # Below 0.5 the map would mark pixels that the mixture finds more like the rest.
     threshold = max(0.5, chips.threshold_at(settings.marked, model, negatives, mapper, size=size))
     return {"bundle": models.keep_model(step, mapper.model_copy(update={"threshold": threshold}), model)}
 
@@ -44,6 +46,7 @@ def _labelled(
 ) -> Iterator[Known]:
     """Chips and labels: of positive ones the network's where it is sure, of negative ones 0 everywhere."""
     unit = 32 * int(known.architecture.options.get("reduce", 1))
+    # Distances are in logits: near 0 and 1 probabilities hardly differ, logits do.
     middle = np.log(known.threshold / (1 - known.threshold))
     for position, row in enumerate(rows):
         image_HWC = chips.read_image(rows, size, position)

@@ -67,6 +67,7 @@ def value_of(
 
 def parts_of(confusion: Confusion, names: Sequence[str]) -> dict[str, float]:
     """IoU of the classes that the reference has, by name."""
+    # A class without reference pixels has an IoU of 0 or NaN, which do not describe a method.
     present = confusion.matrix.sum(axis=1) > 0
     return {name: float(iou) for name, iou, seen in zip(names, confusion.iou, present, strict=True) if seen}
 
@@ -83,6 +84,7 @@ def beside(
         name: of the product.
     """
     measure, methods = value["measure"], value["methods"]
+    # The union of all measures: a method may lack some, for example a class that it never predicts.
     columns = list(dict.fromkeys(key for row in [{"parts": parts or {}}, *methods] for key in row["parts"]))
     own = {"name": name, "value": product, "seconds": None, "parts": dict(parts or {})}
     rows = [
@@ -94,6 +96,7 @@ def beside(
         )
         for row in [own, *methods]
     ]
+    # A report says first what speaks against the model.
     best = max(methods, key=lambda row: row["value"], default=None)
     first = ""
     if best and best["value"] > product:

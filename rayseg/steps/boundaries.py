@@ -123,6 +123,7 @@ def find_labelled(region: Region, config: BoundariesConfig, kind: ImageConfig) -
 
 def described_by(config: BoundariesConfig, kind: ImageConfig) -> Bundle:
     """The description of the network before it is trained."""
+    # The encoder expects 0..255 of RGB: the range that becomes 8-bit is mapped to it.
     expected = models.input_scaling(config.segmenter.encoder)
     size = (kind.high - kind.low) / 255
     mean, std = (tuple(values[: len(kind.bands)]) for values in (expected.mean, expected.std))
@@ -218,8 +219,10 @@ def _scores(
     """F1 of objects at each level, over all images."""
     counts = {level: np.zeros(3) for level in LEVELS}
     for image in images:
+        # Whole images: a plot that a patch cuts would count as missed.
         pixels_CHW, valid_HW = read([image.image], image.grid, image.window, bands=proposer.image.bands)
         ids_HW = _ids(image, polygons)
+        # -1 is where the reference is unknown; plots there are neither right nor wrong.
         valid_HW &= ids_HW >= 0
         if not valid_HW.any():
             continue
@@ -232,6 +235,7 @@ def _scores(
 
 def _matched(ids_N: Ids, labels_N: np.ndarray) -> tuple[int, int, int]:
     """Matched, reference and predicted objects among the same pixels."""
+    # Sizes of all intersections by one count of pairs, as `Confusion.from_arrays` counts classes.
     ids, one_N, sizes = np.unique(ids_N, return_inverse=True, return_counts=True)
     labels, other_N, areas = np.unique(labels_N, return_inverse=True, return_counts=True)
     shared = np.bincount(one_N * len(labels) + other_N, minlength=len(ids) * len(labels)).reshape(len(ids), len(labels))

@@ -235,6 +235,7 @@ def fit_on_chips(
     Returns:
         `bundle`: prefix of the classifier; `measures`: metrics of the selected epoch.
     """
+    # The order of the classes is the order of the network's outputs.
     labels = [name for _, name, _ in described.classes]
     learnt, held_out = (learnable(rows_of(listed, held_out=part), labels, size) for part in (False, True))
     measures = fit_classifier(
@@ -271,6 +272,7 @@ def threshold_at(
         raise DataError(
             "no negative chip is in training to set the threshold by; lower chips.held_out or omit `marked`"
         )
+    # Chips are extended to whole units of the encoder, whose five stages halve them.
     unit, negatives = 32 * int(described.architecture.options.get("reduce", 1)), negatives[:MOST_CALIBRATED]
     counts = np.zeros(1001, np.int64)  # pixels by probability in thousandths: memory is the same for any chips
     for position in probe.batches(range(len(negatives)), len(negatives)):
@@ -278,5 +280,6 @@ def threshold_at(
         normal = described.scaling.normalize(torch.from_numpy(image_CHW.copy())[None])
         p_HW = probabilities(model, normal, unit=unit, flip=False)[0, 0].numpy()
         counts += np.bincount(np.rint(p_HW * 1000).astype(np.int64).ravel(), minlength=1001)
+    # Share of the pixels at or above each thousandth; the first one low enough is the threshold.
     low_enough = counts[::-1].cumsum()[::-1] / counts.sum() <= marked
     return float(np.argmax(low_enough)) / 1000 if low_enough.any() else 1.0

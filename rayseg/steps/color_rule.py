@@ -52,6 +52,7 @@ class ColorRule:
 
 def fit_rule(positives: Iterable[Image], negatives: Iterable[Image], *, marked: float = MARKED) -> ColorRule:
     """The rule that marks most of the positive chips, of those that mark the share `marked` of the negative ones."""
+    # Sparse: neighbouring pixels are alike, and a chip has a quarter of a million.
     of_class, of_rest = (
         np.concatenate([rgb2lab(image[::_SPARSE, ::_SPARSE]).reshape(-1, 3) for image in images])
         for images in (positives, negatives)
@@ -71,9 +72,11 @@ def measure_baseline(step: Step, listed: Step, predicted: Step, truth: str, size
         A value of `baseline.value_of`, and the map's own IoU of the class as `product`.
     """
     started = time.process_time()
+    # 1. fit the rule to the chips that the segmenter learnt from
     rows = chips.rows_of(listed, held_out=False)
     few = [[row for row in rows if row["label"] == label][:MOST] for label in LABELS]
     rule = fit_rule(*([chips.read_image(part, size, at) for at in range(len(part))] for part in few))
+    # 2. compare both with the truth on the same tiles, evenly spread over the region
     table = ClassTable(bundle.description(predicted.value["bundle"]).classes)
     tiles = {tile.tile.id: tile for tile in mapped_tiles(predicted.root, predicted.name)}
     reference = masks.two_classes(masks.masks_of(truth, names=table.names), table, truth)
@@ -91,6 +94,7 @@ def measure_baseline(step: Step, listed: Step, predicted: Step, truth: str, size
         image_HWC = pictures.shown(tile.sources, tile.tile.grid, tile.tile.window)
         rule_HW = np.where(map_HW == NODATA, NODATA, rule(image_HWC)).astype(np.uint8)
         for at, marked_HW in enumerate((map_HW, rule_HW)):
+            # Pixels that the map left out count for neither.
             known_HW = np.where(marked_HW == NODATA, NODATA, truth_HW)
             sums[at] += Confusion.from_arrays(known_HW, marked_HW, 2)
         if not shown:
@@ -103,6 +107,7 @@ def measure_baseline(step: Step, listed: Step, predicted: Step, truth: str, size
 
 def _panels(image_HWC: Image, *classes: NDArray[np.uint8]) -> Image:
     """The image and black-and-white masks side by side; pixels without a class are grey."""
+    # Every n-th pixel: a report does not need more than 512 px.
     step = max(1, -(-max(image_HWC.shape[:2]) // 512))
     grey: Sequence[Image] = [np.where(marked == NODATA, 110, marked * 255).astype(np.uint8) for marked in classes]
     panels = [image_HWC, *(np.repeat(marked[..., None], 3, axis=2) for marked in grey)]

@@ -73,6 +73,7 @@ class CuesConfig(Config):
 
 def make_cues(run: Run, listed: Step, classifier: Step, settings: CuesConfig, *, size: int, patience: float) -> Step:
     """Run the steps from labels to coarse masks: `densities` (method "concept" only) and `cues`."""
+    # The concept needs the colours of all chips, negative ones too, before the first chip can be decided.
     if settings.method == "cam":
         return run.step("cues", write_cues, listed, classifier, None, settings, size, patience)
     densities = run.step("densities", write_densities, listed, classifier, settings, size, patience)
@@ -86,6 +87,7 @@ def write_densities(
     rows = chips.rows_of(listed, held_out=False)
     works = [*_seen(classifier, config, size), _divide(config), Work(WriteDensity(str(step.prefix)))]
     troubles = _through(step, rows, works, patience)["troubles"]
+    # A missing negative chip would leave its colours in the concept.
     if troubles:
         chip, why = next(iter(troubles.items()))
         raise DataError(
@@ -161,6 +163,7 @@ def read_mask(cues: str, rows: list[Row], size: int, position: int) -> np.ndarra
 
 def draw_cues(step: Step, listed: Step, cues: Step, size: int) -> dict[str, Any]:
     """Draw a contact sheet of the first positive chips: chip, CAM, coarse mask (undecided pixels are grey)."""
+    # Chips that failed have no file.
     troubled = cues.value["troubles"]
     rows = [row for row in chips.rows_of(listed, held_out=False) if row["label"] == YES and row["id"] not in troubled][
         :6
@@ -168,6 +171,7 @@ def draw_cues(step: Step, listed: Step, cues: Step, size: int) -> dict[str, Any]
     columns = []
     for position, row in enumerate(rows):
         image_HWC = chips.read_image(rows, size, position)
+        # A cue has two bands: its classes, and the CAM that they come from.
         mask_HW, cam_HW = cog.read_bands(cue_path(cues.value["cues"], row["id"]))
         heat_HWC = (matplotlib.colormaps["inferno"](cam_HW / 254)[..., :3] * 255).astype(np.uint8)
         shown_HW = np.select([mask_HW == 1, mask_HW == 255], [np.uint8(255), np.uint8(110)], np.uint8(0))

@@ -92,6 +92,7 @@ def evaluate(prediction: str, truth: str, *, classes: str | None = None) -> dict
     """
     table = read_table(classes) if classes else None
     failed: dict[str, str] = {}
+    # A run knows its tiles, classes and scenes; other predictions are folders of masks.
     if (upath(prediction) / "run.json").exists():
         return _of_run(prediction, truth, table, failed=failed)[0] | {
             "failed": {path: str(error) for path, error in failed.items()}
@@ -101,6 +102,7 @@ def evaluate(prediction: str, truth: str, *, classes: str | None = None) -> dict
     table = table or _stored_table(predicted[0], prediction)
     predicted = masks.two_classes(predicted, table, prediction)
     reference = masks.two_classes(masks.masks_of(truth, names=table.names, failed=failed), table, truth)
+    # Georeferenced predictions are cut into pieces only if the truth can be matched by place.
     placed = any(mask.crs for mask in reference)
     compared, unmatched = _compare_all(masks.pieces_of_masks(predicted, placed=placed), reference, table)
     result = {"prediction": prediction, "truth": truth} | summary(compared, table) | {"unmatched": unmatched}
@@ -132,6 +134,7 @@ def evaluate_run(step: Step, predicted: Step, truth: str) -> dict[str, Any]:
     """Compare a run's map with its truth; `<step>/confusions.json` stores the counts of each tile."""
     result, compared = _of_run(predicted.root, truth, None, predicted.name)
     tiles = {part.id: part.confusion.matrix.tolist() for part in compared}
+    # Counts per tile, so that intervals can be computed again without the masks.
     content = {"classes": [row["value"] for row in result["classes"]], "tiles": tiles}
     put(step.prefix / "confusions.json", json.dumps(content).encode())
     return result
@@ -158,7 +161,7 @@ def _of_run(
 def _stored_table(mask: Source, where: str) -> ClassTable:
     table = masks.table_of(mask.assets[0][0])
     if table is None:
-        raise ConfigError(f"{where} does not say which classes its masks hold; give a class table with --classes")
+        raise ConfigError(f"{where} does not state the classes of its masks; give a class table with --classes")
     return table
 
 
@@ -178,6 +181,7 @@ def match(pieces: Sequence[Piece], truth: Sequence[Source]) -> list[Match]:
     placed = [mask for mask in newest if mask.crs is not None]
     bare = not any(piece.tile.grid.crs for piece in pieces)
     named = masks.by_image([mask for mask in newest if bare or mask.crs is None])
+    # Footprints are projected once per grid, not once per piece.
     near: dict[Grid, list[tuple[Source, Window]]] = {}
     matches = []
     for piece in pieces:
@@ -201,6 +205,7 @@ def match(pieces: Sequence[Piece], truth: Sequence[Source]) -> list[Match]:
 
 def _by_name(piece: Piece, truth: Sequence[Source]) -> Match:
     window = piece.tile.window
+    # The mask has no georeference, so its pixels are counted from the upper-left corner of the image.
     if piece.tile.grid.crs is not None:
         window = Window(0, 0, window.width, window.height)
     for mask in truth:
@@ -235,6 +240,7 @@ def unmatched(pieces: Sequence[Piece], truth: Sequence[Source], matches: Sequenc
 
 def compare(matched: Match, table: ClassTable) -> Compared:
     """Compute the confusion matrix of a match, strip by strip."""
+    # Class values become positions in the table; everything else is ignored.
     positions = np.full(256, IGNORE, np.uint8)
     positions[list(table.values)] = np.arange(len(table.classes))
     truth_HW = positions[masks.read_classes(matched.truth, matched.grid, matched.window, table)]
@@ -243,6 +249,7 @@ def compare(matched: Match, table: ClassTable) -> Compared:
     for row in range(0, len(truth_HW), STRIP):
         rows = slice(row, row + STRIP)
         confusion += Confusion.from_arrays(truth_HW[rows], predicted_HW[rows], len(table.classes), ignore=IGNORE)
+    # Counted, because a map that leaves difficult places out would look better.
     unseen = int(((truth_HW != IGNORE) & (predicted_HW == IGNORE)).sum())
     tile = matched.piece.tile
     return Compared(tile.id, None if tile.grid.crs else matched.piece.image, confusion, unseen)
@@ -260,6 +267,7 @@ def summary(compared: Sequence[Compared], table: ClassTable) -> dict[str, Any]:
     if not units:
         raise DataError("prediction and truth have no labelled pixel in common; check that they show the same place")
     total = sum(units[1:], units[0])
+    # One draw for all measures: their intervals then belong together.
     draws = resampled(units) if len(units) > 1 else []
     overall = {name: _measures(total, draws, name)[0] for name in OVERALL}
     per_class = {name: _measures(total, draws, name) for name in PER_CLASS}
@@ -363,6 +371,7 @@ def agreement_of_run(
     """
     tiles = mapped_tiles(root, step)
     sources, skipped = _truth(truth, unlabelled)
+    # A mask of 0 and 255 is a mask of two classes, unless 255 is excluded.
     sources = sources if NODATA in unlabelled else masks.two_classes(sources, None, truth)
     counts: dict[str, Pairs] = defaultdict(Counter)
     for matched in match(masks.pieces_of_tiles(tiles), sources):
@@ -418,6 +427,7 @@ def _truth(truth: str, unlabelled: Sequence[str | int]) -> tuple[list[Source], s
 
 
 def _measured(pairs: Pairs) -> dict[str, float]:
+    # Dense indices: codes of colours reach 2^24.
     codes, labels = (sorted({pair[side] for pair in pairs}) for side in (0, 1))
     table = np.zeros((len(codes), len(labels)), np.int64)
     for (code, label), count in pairs.items():
@@ -452,6 +462,7 @@ def _pairs(codes_HW: NDArray[np.int64], labels_HW: NDArray[np.uint8]) -> Pairs:
 
 def _code(color: Sequence[int] | NDArray[np.integer]) -> Any:  # noqa: ANN401 - a number for each pixel given
     red, green, blue = (np.asarray(part, np.int64) for part in color)
+    # One number per colour, so that values and colours are counted alike.
     codes = (red << 16) | (green << 8) | blue
     return int(codes) if codes.ndim == 0 else codes
 

@@ -131,7 +131,7 @@ def expect_reference(truth: str) -> None:
 
 
 def _plots_of(href: str) -> str:
-    """The raster of plots beside a tile's raster of classes."""
+    """The raster of plots next to a tile's raster of classes."""
     return str(upath(href).parent / "plots.tif")
 
 
@@ -214,6 +214,7 @@ class Count:
         if not known_HW.any():
             return
         units_HW = self._units(piece)
+        # Unknown pixels become background on both sides, so that objects end there.
         sides = [np.where(known_HW, ids_HW, 0) for ids_HW in (truth_HW, predicted_HW)]
         # 1. sizes, and the unit of an object's first pixel
         numbers_HW = []
@@ -281,6 +282,7 @@ _PIXELS = ("covered", "either", "known", *_LINES)
 
 def _boundaries(sides: Sequence[Ids]) -> dict[str, NDArray[np.bool_]]:
     """Boundary pixels of both sides, and those within `TOLERANCE` of a boundary of the other."""
+    # Inner boundaries: a line between two plots belongs to both.
     one_HW, other_HW = (find_boundaries(ids_HW, mode="inner") for ids_HW in sides)
     near_one_HW, near_other_HW = (
         ndimage.distance_transform_edt(~line_HW) <= TOLERANCE if line_HW.any() else line_HW
@@ -294,6 +296,7 @@ def _of_size(sums: Mapping[str, Floats], limits: Floats, at: int) -> dict[str, A
     own = {
         key.removeprefix(f"{name} "): values.sum(keepdims=True) for key, values in sums.items() if key.startswith(name)
     }
+    # Sizes without objects have no measures rather than NaN, which JSON does not have.
     measures = {key: float(value[0]) for key, value in object_measures(own).items() if not np.isnan(value[0])}
     bounds = [0, *(float(limit) for limit in limits), None]
     counts = {key: int(own[key][0]) for key in ("reference", "predicted", "matched")}

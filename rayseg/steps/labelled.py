@@ -63,6 +63,7 @@ def find_images(
         ConfigError: neither the region nor the configuration names images.
         DataError: there are no images, or they cannot be used.
     """
+    # The order of precedence: the configuration, the folder that --region names, its catalogue.
     source = images or region.images
     if not source and region.catalog:
         collection = region.collection or stac_read.imagery_collection(region.catalog)
@@ -99,6 +100,7 @@ def divide(
         DataError: no image has a mask, the images cannot be used, or the split leaves a class out.
     """
     images = find_images(region, config.source, config.masks, table=table, setting="labelled.source")
+    # Images without masks may stand in the same folder: they are mapped later.
     kept = [image for image in images if image.masks]
     if not kept:
         raise DataError(
@@ -109,11 +111,13 @@ def divide(
         raise DataError(
             f"{kept[0].id} has {kept[0].image.dtype} pixels, other images {', '.join(kinds)}; convert all to one type"
         )
+    # A scaling that is given states the unit of the values, so all images are converted to it.
     stated = (scaling.scale, scaling.offset)
     sources = [image.image for image in kept]
     units = common_units(sources, bands) if stated == STORED else dict.fromkeys(bands, stated)
     kept = [replace(image, image=converted(image.image, units)) for image in kept]
     expect_one_unit([image.image for image in kept], bands)
+    # By scene: neighbouring images of one scene are alike, and accuracy would be too high.
     parts = scenes.split(kept, validation=config.validation, share=config.share, seed=config.seed)
     counts = scenes.count_all(kept, table, cell=cell)
     by_id = {image.id: count for image, count in zip(kept, counts, strict=True)}
@@ -133,6 +137,7 @@ def expect_classes(divided: Divided, table: ClassTable, absent: Sequence[str]) -
     Raises:
         RaysegError: see `scenes.expect_classes`.
     """
+    # A part may have no image; its sum must have an entry per class all the same.
     none_K = np.zeros(len(table.classes), np.int64)
     pixels = {
         name: sum((np.reshape(counts, (-1, len(none_K))).sum(axis=0) for _, counts in part), none_K)
@@ -163,5 +168,6 @@ def write_images(step: Step, divided: Divided) -> dict[str, Any]:
 def read_images(listed: Step, part: str, bands: tuple[str, ...], table: ClassTable) -> Labelled:
     """The images of a part, as `write_images` wrote them, for training."""
     rows = [row for row in read_rows(listed.prefix / "images.parquet") if row["part"] == part]
+    # The counts decide which windows are drawn, so they are stored next to the images.
     read = Windows(tuple(map(LabelledImage.from_row, rows)), bands, table)
     return Labelled(read, tuple(np.array(json.loads(row["counts"]), np.int64) for row in rows))

@@ -98,6 +98,7 @@ def predict_region(
     described = bundle.description(model.value["bundle"])
     rows = manifest(step, region, described, config, tiles=tiles)
     table = ClassTable(described.classes)
+    # A model of one output has the score of its last class alone.
     names = table.names if described.outputs > 1 else (table.names[-1],)
     item = str(upath(model.value["bundle"]) / "item.json")
     works = [
@@ -178,6 +179,7 @@ def tiles_for(region: Region, described: bundle.Bundle, config: MapConfig) -> Ma
     def check(source: Source) -> None:
         described.check_contract(source.bands, source.dtype, units=source.units, source=source.item_id)
 
+    # A patch that touches a tile reaches at most a patch and a stride beyond it.
     halo, units = described.patch + described.stride, described.band_units
     return tiles_of(region, config, check, halo=halo, bands=described.bands, units=units)
 
@@ -213,14 +215,16 @@ def tiles_of(
     sources, unread = imagery(region, config, halo=halo)
     sources = [converted(source, units or {}) for source in sources]
     sources, refused = mappable(region, (sources, unread), check, size=config.tile)
+    # After the unusable scenes are out: their units do not matter.
     expect_one_unit(sources, bands)
     rows = Manifest.of(_parts(sources, refused, region, size=config.tile, halo=halo))
+    # Only rows of refused scenes are left.
     if len(rows) == len(refused):
         raise DataError(f"region {region.name} has no tile with imagery; choose another --region")
-    return asked_for(rows, region, size=config.tile)
+    return requested_tiles(rows, region, size=config.tile)
 
 
-def asked_for(rows: Manifest, region: Region, *, size: int) -> Manifest:
+def requested_tiles(rows: Manifest, region: Region, *, size: int) -> Manifest:
     """Select the rows of the tiles that the region names, or all rows if it names none.
 
     Args:
@@ -232,6 +236,7 @@ def asked_for(rows: Manifest, region: Region, *, size: int) -> Manifest:
         ConfigError: a requested tile does not exist.
         DataError: an id is not a valid file name, or two ids are equal.
     """
+    # Before ids become folders: two tiles of one id would overwrite each other.
     rows.expect_ids()
     if unknown := sorted(set(region.tiles) - set(rows.only(region.tiles).ids.to_pylist())):
         raise ConfigError(
@@ -270,6 +275,7 @@ def mappable(
             check(source)
         except RaysegError as error:
             refused[source.item_id] = error
+    # Only scenes that can be read decide whether all lie in UTM zones.
     left = [source for source in sources if source.item_id not in refused]
     refused |= beyond_utm(left)
     if not (kept := [source for source in left if source.item_id not in refused]):
@@ -283,6 +289,7 @@ def mappable(
 
 def refused_row(item_id: str, error: RaysegError) -> Row:
     """The row of a scene that cannot be used: it fails with the reason."""
+    # An empty tile on a grid of its own: the row reaches the ledger without being read.
     tile = Tile(slug(item_id), Grid(None, (1.0, 1.0), (0.0, 0.0), item_id), Window(0, 0, 0, 0))
     return tile.to_row() | {"sources": "[]", "refused": refusal(error)}
 
@@ -318,6 +325,7 @@ def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[S
         raise DataError(
             f"region {region.name} names no imagery; give it with --set map.imagery=catalog.json#collection"
         )
+    # An item that cannot be read fails alone, unless it is the only one.
     sources: list[Source] = []
     unread: Refused = {}
     for item in items:
@@ -330,6 +338,7 @@ def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[S
 
 def with_names(source: Source, names: Mapping[str, str]) -> Source:
     """The source with its bands called by other names (new -> own); the file's own order and bands stay."""
+    # The configuration says new -> own, as in `{red: b1}`; a source has its own names.
     called = {own: new for new, own in names.items()}
     assets = tuple((href, tuple(called.get(name, name) for name in bands)) for href, bands in source.assets)
     renamed = [name for _, bands in assets for name in bands]
@@ -356,6 +365,7 @@ def rows_with(step: Step, fact: str) -> list[tuple[Row, Record]]:
 def done_tiles(predicted: Step) -> Iterator[tuple[Row, Record]]:
     """Yield the manifest row and record of every tile with files; one part of the manifest is in memory at a time."""
     rows = read_manifest(predicted)
+    # Parts of the manifest were written one after the other, so their records are in few files.
     starts = range(0, len(rows), PART)
     parts = ledger_of(predicted).records(rows.ids.slice(start, PART).to_pylist() for start in starts)
     for start, records in zip(starts, parts, strict=True):
@@ -369,13 +379,15 @@ def join_polygons(step: Step, predicted: Step, product: str) -> dict[str, Any]:
     for row, record in done_tiles(predicted):
         tile = Tile.from_row(row)
         grid = grids.setdefault(tile.grid, tile.grid)  # one object for all tiles of a grid
-        order = vectors.place_of(grid, tile.window.row, tile.window.col)
+        order = vectors.tile_order(grid, tile.window.row, tile.window.col)
         tiles.append((order, tile.id, grid, record.facts.get("parts")))
 
     def parts_of(tile: tuple[Any, str, Grid, int | None]) -> "pa.Table":
         _, tile_id, grid, count = tile
+        # A tile without parts has no file, which saves a request.
         return vectors.no_parts(grid) if count == 0 else vectors.read_parts(f"{folder}/{tile_id}/parts.parquet")
 
+    # In reading order, so that memory holds two rows of tiles at a time.
     target = upath(step.root) / f"{product}.parquet"
     count, area = vectors.write_joined(concurrently(parts_of, sorted(tiles, key=itemgetter(0))), table, target)
     return {"polygons": target.name, "count": count, "area_m2": area}

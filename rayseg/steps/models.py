@@ -91,6 +91,7 @@ def segmenter_bundle(
     Raises:
         ConfigError: the values of the classes are not 0, 1, 2, ...
     """
+    # The network's outputs are the classes in order, so values and positions must agree.
     values = [value for value, _, _ in classes]
     if values != list(range(len(classes))):
         raise ConfigError(f"class values are {values}, a segmenter's are 0, 1, 2, ...; number them so")
@@ -149,7 +150,9 @@ def expect_weights(settings: "ClassifierConfig | Segmenter", scaling: Scaling | 
         ConfigError: the encoder is unknown, or pretrained weights expect another input.
         ModelError: the weights are missing, damaged, or not a table of tensors.
     """
+    # Read now and not when training begins, which can be hours after the run was started.
     encoder_name(settings.encoder)
+    # Weights of the three kinds: of a package, of a library by name, or of a file.
     if settings.weights == "packaged":
         packaged_state(settings.encoder)
     elif settings.weights not in NO_FILES:
@@ -229,6 +232,7 @@ def _can(expect: Callable[..., object], workers: int) -> bool:
 
 def keep_model(step: "Step", described: Bundle, model: "nn.Module") -> str:
     """Save a trained model as `models/<its name>` below the run; return its prefix."""
+    # Outside the step's folder, where serve and people look for models.
     prefix = str(upath(step.root) / "models" / described.name)
     bundle.save(prefix, described, model)
     return prefix

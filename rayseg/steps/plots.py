@@ -123,25 +123,28 @@ def join_pieces(step: Step, proposed: Step, *, least: float) -> dict[str, Any]:
         `plots`: number of plots; `grids`: rows of the plots' grids, indexed by a plot's `grid`.
     """
     plots: list[Row] = []
+    # Tile -> its pieces with the number of their plot: what the writer of the tile needs.
     members: dict[str, list[Row]] = defaultdict(list)
     grids = proposed_tiles(proposed)
     for at, (grid, rows) in enumerate(grids.items()):
         pieces = [piece | {"tile": row["id"]} for row in rows for piece in read_proposals(proposed, row, "pieces")]
-        tiles = {plot_joins.place_of(piece): piece["tile"] for piece in pieces}
+        tiles = {plot_joins.cell_of(piece): piece["tile"] for piece in pieces}
         patches = [patch for row in rows for patch in read_proposals(proposed, row, "patches")]
-        for plot in plot_joins.join(patches, pieces, least=least):
+        for plot in plot_joins.join_pieces(patches, pieces, least=least):
             number = len(plots) + 1
             for cell_row, cell_col, label in plot.pop("members"):
                 place = {"cell_row": cell_row, "cell_col": cell_col, "label": label, "number": number}
                 members[tiles[cell_row, cell_col]].append(place)
             name = f"{grid.name}_{plot['first_col']}_{plot['first_row']}"
             plots.append(plot | {"id": name, "number": number, "grid": at, "geometry": plot["geometry"].wkb})
+    # Grids were joined one by one, so a plot on the seam of two UTM zones has two numbers until now.
     first = plot_joins.across_seams(list(grids), plots, least=least)
     names = {plot["number"]: plot["id"] for plot in plots}
     for row in (*plots, *(piece for pieces in members.values() for piece in pieces)):
         row["number"] = first.get(row["number"], row["number"])
     for plot in plots:
         plot["id"] = names[plot["number"]]
+    # A file for every tile, empty ones too: a reader does not have to ask which exist.
     for row in mapping.read_manifest(proposed):
         write_rows(pieces_path(str(step.prefix), row["id"], "numbers"), members[row["id"]])
     write_rows(step.prefix / "plots.parquet", plots)
@@ -158,6 +161,7 @@ def group_plots(proposed: Step, joined: Step) -> list[Row]:
     plots, rows = read_plots(joined), []
     for at, (grid, tiles) in enumerate(zip(joined.value["grids"], proposed_tiles(proposed).values(), strict=True)):
         shown = [source for row in tiles for source in json.loads(row["sources"])]
+        # Tiles of a grid share most sources; a group reads each once, the newest first as tiles do.
         distinct = {json.dumps(source): Source.from_row(source) for source in shown}
         sources = [source.to_row() for source in newest_first(list(distinct.values()))]
         of_grid = [plot for plot in plots if plot["grid"] == at]
@@ -267,6 +271,7 @@ def write_report(
 ) -> dict[str, Any]:
     """The report: coverage after every round, sizes and outlines of plots, and measures where there is a truth."""
     rows = read_plots(joined)
+    # Coverage by area, because scenes of one run may differ in pixel size.
     tiled = [tile for of_grid in proposed_tiles(proposed).values() for tile in of_grid]
     patches = [
         (patch["pixels"] * (pixel_area_m2(_patch(tile, patch)) or 1.0), patch["coverage"])
@@ -282,6 +287,7 @@ def write_report(
     )
     rows = list({row["number"]: row for row in reversed(rows)}.values())  # a seam between zones may cut a plot
     labels = f"{len(rows):,} plots, {sum(row['refined'] for row in rows):,} of them found inside mixed masks."
+    # Charts of no plots are empty.
     shown = tuple(picture for picture in pictures if picture[1])
     extras = report.Extras(labels=labels, pictures=shown, timed=proposed)
     if measured:

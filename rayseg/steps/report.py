@@ -170,6 +170,7 @@ def _digits(number: float, digits: int = 3) -> str:
 
 def scale_bar(metres: float) -> tuple[str, float]:
     """(label, share of the picture's width) of a bar of 1, 2 or 5 x 10^n metres, a quarter of the width at most."""
+    # The largest of 1, 2 and 5 that fits: such lengths are read at a glance.
     power = 10.0 ** math.floor(math.log10(metres / 4))
     length = max(factor * power for factor in (1, 2, 5) if factor * power <= metres / 4)
     return (f"{length / 1000:g} km" if length >= 1000 else f"{length:g} m"), length / metres
@@ -180,6 +181,7 @@ def scale_bar(metres: float) -> tuple[str, float]:
 
 def data_uri(image: bytes) -> str:
     """An image file (PNG, WebP, JPEG, SVG) as a `data:` URI."""
+    # By the first bytes: pictures come from runs of all versions.
     kind = next(kind for magic, kind in _MAGIC.items() if image.startswith(magic))
     return f"data:{kind};base64,{base64.b64encode(image).decode()}"
 
@@ -194,6 +196,7 @@ def curves(history: Sequence[Mapping[str, float]]) -> list[bytes]:
     from matplotlib.ticker import MaxNLocator
 
     names = list(dict.fromkeys(name for row in history for name in row if name != "epoch"))
+    # Losses and measures have different scales, so each gets axes of its own.
     losses = [name for name in names if "loss" in name]
     drawings = []
     for part in filter(None, (losses, [name for name in names if name not in losses])):
@@ -273,7 +276,7 @@ class Extras:
         histories: training -> values of every epoch; by default read from the TensorBoard logs of the run's steps.
         workers: number of copies of all stages together; by default one per stage.
         timed: the step that read the imagery, if another step wrote the tiles.
-        baseline: simple methods measured on the same data; a model that is behind one says so in the first line.
+        baseline: simple methods measured on the same data; if a model is behind one, the first line states it.
     """
 
     title: str = ""
@@ -303,7 +306,7 @@ def write_report(
         extras: content that only the pipeline knows.
     """
     extras = extras or Extras()
-    asked, tiles = runs.read(step.root), mapped_tiles(predicted.root, predicted.name)
+    request, tiles = runs.read(step.root), mapped_tiles(predicted.root, predicted.name)
     table = masks.table_of(tiles[0].href) if tiles else None
     classes = class_shares(tiles, table) if table else []
     evaluation = measured.value if measured and "overall" in measured.value else None
@@ -317,7 +320,7 @@ def write_report(
     shown = [*extras.pictures, *(extras.baseline.pictures if extras.baseline else ())]
     tables = [*([extras.baseline.table] if extras.baseline else []), *extras.tables]
     content = Content(
-        title=extras.title or f"{asked['pipeline']}: {asked['region']['name']}",
+        title=extras.title or f"{request['pipeline']}: {request['region']['name']}",
         lead=" ".join(filter(None, [summary, extras.labels])),
         figures=figures,
         maps=[
@@ -341,10 +344,10 @@ def write_report(
         curves=[(name, curves(rows)) for name, rows in (extras.histories or histories(step.root)).items()],
         ledgers=ledgers,
         timing=timing,
-        config=asked["config"],
-        versions=asked.get("versions", {}),
-        command=asked.get("command", ""),
-        footer=_footer(asked),
+        config=request["config"],
+        versions=request.get("versions", {}),
+        command=request.get("command", ""),
+        footer=_footer(request),
     )
     _put_page(step.root, content)
     if pictures and table:
@@ -353,7 +356,7 @@ def write_report(
 
 
 def write_page(
-    root: str, extras: Extras, *, figures: Sequence[tuple[str, str, str]] = (), asked: Mapping[str, Any] | None = None
+    root: str, extras: Extras, *, figures: Sequence[tuple[str, str, str]] = (), request: Mapping[str, Any] | None = None
 ) -> None:
     """Write a report without a map.
 
@@ -361,12 +364,12 @@ def write_page(
         root: prefix of the run, or of a sweep.
         extras: content of the report.
         figures: (label, value, note).
-        asked: content of run.json, for a `root` without this file.
+        request: content of run.json, for a `root` without this file.
     """
-    ledgers = {} if asked else runs.status(root)["steps"]
-    asked = asked or runs.read(root)
+    ledgers = {} if request else runs.status(root)["steps"]
+    request = request or runs.read(root)
     content = Content(
-        title=extras.title or f"{asked['pipeline']}: {asked['region']['name']}",
+        title=extras.title or f"{request['pipeline']}: {request['region']['name']}",
         lead=extras.labels,
         figures=list(figures),
         maps=[],
@@ -378,10 +381,10 @@ def write_page(
         curves=[],
         ledgers=ledgers,
         timing=None,
-        config=asked["config"],
-        versions=asked.get("versions", {}),
-        command=asked.get("command", ""),
-        footer=_footer(asked),
+        config=request["config"],
+        versions=request.get("versions", {}),
+        command=request.get("command", ""),
+        footer=_footer(request),
     )
     _put_page(root, content)
 
@@ -440,6 +443,7 @@ def class_shares(tiles: Sequence[MappedTile], table: ClassTable) -> list[ClassSh
     for tile in tiles:
         pixels.update(tile.counts)
         of_tile = tile.areas
+        # One tile without georeference is enough: areas and pixels cannot be added.
         areas = None if areas is None or of_tile is None else areas + Counter(of_tile)
     sizes, painted = (pixels if areas is None else areas), shown_colors(table)
     total = sizes.total() or 1
@@ -464,11 +468,13 @@ def timing_of(predicted: Step, tiles: Sequence[MappedTile], *, workers: int | No
         workers: number of copies of all stages together; None means one per stage. Idle is None if the stages worked
             longer than this number of workers allows.
     """
+    # Zeros first, so that stages are shown in the order of work.
     seconds: Counter[str] = Counter(dict.fromkeys(STAGES.values(), 0.0))
     for record in Ledger(str(predicted.prefix / "ledger")).read().values():
         seconds.update({STAGES.get(stage, stage): spent for stage, spent in record.seconds.items()})
     seconds = Counter({stage: spent for stage, spent in seconds.items() if spent})
     wall, workers = predicted.seconds, workers or max(len(seconds), 1)
+    # Negative if more copies of the stages worked than assumed.
     idle = wall * workers - seconds.total()
     whole = max(wall * workers, seconds.total()) or 1.0
     pixels = sum(sum(tile.counts.values()) for tile in tiles)
@@ -485,6 +491,7 @@ def timing_of(predicted: Step, tiles: Sequence[MappedTile], *, workers: int | No
 
 def _shown(classes: Sequence[ClassShare]) -> list[ClassShare]:
     """Classes to name, the largest first; the background of a single-class map is omitted."""
+    # The share of the background is that of the class, turned round.
     named = list(classes[1:]) if len(classes) == 2 else list(classes)
     return sorted((row for row in named if row["pixels"] or len(named) == 1), key=lambda row: -row["share"])
 
@@ -507,6 +514,7 @@ def _figures(
     if evaluation:
         value, _, bounds = measure_text(evaluation["overall"]["mean_iou"]).partition(" ")
         figures.append(("mean IoU", value, f"95 %: {bounds.strip('()')}" if bounds else ""))
+    # Empty tiles and those without imagery are finished, too.
     settled = sum(account["counts"][status] for status in ("done", "empty", "nodata"))
     figures.append(("tiles", f"{settled:,}", f"of {account['planned']:,} planned"))
     if timing["km2_per_hour"]:
@@ -572,8 +580,8 @@ def _trained_on(folder: UPath) -> str:
     return f" ({count} worker{'s' * (count > 1)} of Ray Train, {device})"
 
 
-def _footer(asked: Mapping[str, Any]) -> str:
-    version = asked.get("versions", {}).get("rayseg", "")
-    began = asked.get("started")
+def _footer(request: Mapping[str, Any]) -> str:
+    version = request.get("versions", {}).get("rayseg", "")
+    began = request.get("started")
     when = f", begun {datetime.fromtimestamp(began, UTC):%Y-%m-%d %H:%M} UTC" if began else ""
     return f"rayseg {version}{when}"

@@ -90,6 +90,7 @@ def find_scenes(
     sources, unread = mapping.imagery(region, config, halo=halo if shared else 0)
     real = [source for source in sources if not source.dtype.startswith("complex")]
     usable = [source for source in real if set(bands) <= set(source.bands)]
+    # The most frequent kind wins; scenes of other kinds are refused one by one, not the whole run.
     kinds = Counter(_kind(source, bands) for source in usable)
     ordered = sorted(usable, key=lambda source: source.item_id) or sources
     first = max(ordered, key=lambda source: kinds[_kind(source, bands)], default=None)
@@ -97,6 +98,7 @@ def find_scenes(
         region, (sources, unread), partial(_expect_alike, first, bands), size=config.tile
     )
     if shared:
+        # One network sees values of all scenes, so they need one unit; separate networks do not.
         units = common_units(sources, bands)
         sources = [converted(source, units) for source in sources]
         expect_one_unit(sources, bands)
@@ -179,6 +181,7 @@ def scaling_of(how: How, percentiles: Mapping[str, Any], dtype: str, bands: int)
     if isinstance(how, Scaling):
         return how
     if how == "percentiles" or (how == "auto" and dtype != "uint8"):
+        # The network takes (value - mean) / std, so this maps low..high to 0..1.
         low, high = percentiles["low"], percentiles["high"]
         return Scaling(mean=tuple(low), std=tuple(b - a for a, b in zip(low, high, strict=True)))
     top = float(np.iinfo(dtype).max) if np.dtype(dtype).kind in "ui" else 1.0
@@ -207,6 +210,7 @@ def with_network(fates: Mapping[str, Record], models: UPath, row: Row) -> TileRo
 def neighbours(divided: Step, size: int) -> dict[str, Near]:
     """For each tile with superpixels, itself and its neighbours that have some: see `TileRow.near`."""
     tiles = [tile for tile, _ in divided_tiles(divided)]
+    # Superpixels at a border are cut there, so a tile needs those of its eight neighbours.
     places = {(tile.grid, tile.window.row // size, tile.window.col // size): tile for tile in tiles}
     around = list(product((-1, 0, 1), repeat=2))
     return {
@@ -228,6 +232,7 @@ def with_clusters(
 ) -> TileRow | Settled:
     """The tile with the labels of its superpixels; without superpixels it has the fate of their step."""
     tile, fate = record(row), divided.get(row["id"])
+    # The scene has no network, which says more than what became of the superpixels.
     if isinstance(tile, Settled):
         return tile
     if row["id"] in near:
@@ -240,6 +245,7 @@ def draw(step: Step, listed: Step, divided: Step, predicted: Step) -> dict[str, 
     """Draw the map in the mean colour of each label, and the superpixels over the centre of one tile."""
     tiles, drawn = maps.mapped_tiles(predicted.root, predicted.name), []
     for number, picture in enumerate(pictures.pictures_of(tiles, most=2)):
+        # 254 stands for pixels without a label, which are drawn transparent.
         seen = picture.classes_HW != NODATA
         mean_HWC = mean_color(picture.image_HWC, np.where(seen, picture.classes_HW, 254))
         mean_HWA = np.dstack([mean_HWC, np.where(seen, 255, 0)]).astype(np.uint8)

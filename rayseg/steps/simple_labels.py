@@ -44,6 +44,7 @@ def measure_baseline(step: Step, predicted: Step, truth: str, unlabelled: Sequen
             continue
         image_HWC = pictures.shown(sources, tile.grid, window)
         started = time.process_time()
+        # Pixels that the map left out count for neither.
         simple_HW = np.where(seen_HW, simple_clusters(image_HWC), NODATA).astype(np.uint8)
         seconds += time.process_time() - started
         for name, found_HW in ((PRODUCT, labels_HW), (SEGMENTS, simple_HW), (ONE_LABEL, np.where(seen_HW, 0, NODATA))):

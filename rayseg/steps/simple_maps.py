@@ -86,6 +86,7 @@ def learnt(
         encoder, weights, scaling = ENCODER, "packaged", input_scaling(ENCODER)
     net = untrained(encoder, weights, scaling, classes=classes, lab=rgb8)
     samples = sample(net, pairs, count, scaling)
+    # Both methods need the samples, so the time for them counts twice.
     sampling = time.process_time() - began
     forest = fit_forest(samples)
     spent = time.process_time() - began
@@ -125,6 +126,7 @@ class _Forest:
         with torch.inference_mode():
             colors = self.net.color(_input(image_CHW, self.scaling))[0]
             p_NK = self.forest.predict_proba(colors.flatten(1).T.numpy()).astype(np.float32)
+            # The forest decides at a quarter of the resolution: probabilities are interpolated, not classes.
             maps = torch.from_numpy(p_NK.T.reshape(1, -1, *colors.shape[1:]))
             best = interpolate(maps, scale_factor=4, mode="bilinear")[0, :, :height, :width].argmax(dim=0)
         return np.asarray(self.forest.classes_.astype(np.uint8)[best.numpy()])
@@ -243,6 +245,7 @@ def panels(
         table: the classes.
         side: px of a panel at most.
     """
+    # Grey where nothing is known.
     colors_K3 = np.full((256, 3), 110, np.uint8)
     colors_K3[list(table.values)] = table.colors
     step = max(1, -(-max(image_HWC.shape[:2]) // side))

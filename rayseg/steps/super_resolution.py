@@ -38,6 +38,7 @@ def tiles_to_enlarge(
         RaysegError: there is no imagery, its kind differs from the configuration, an image is too large, or a requested
             tile does not exist.
     """
+    # 1. the size of the tiles that become tiles of `config.tile` px
     sources, _ = mapping.imagery(region, config)
     side = max([1, *(max(source.height, source.width) for source in sources if source.crs is None)])
     if (side * how.factor) ** 2 > MOST:
@@ -46,6 +47,7 @@ def tiles_to_enlarge(
             f"larger in one piece (at most {int(MOST**0.5) // how.factor}); cut it, or leave enlarge out"
         )
     size = max(config.tile // how.factor, 1 if any(source.crs for source in sources) else side)
+    # 2. what is enlarged, and the tiles of the result, which exist only as rows so far
     sized, check = config.model_copy(update={"tile": size}), partial(check_source, kind=image)
     rows = mapping.tiles_of(replace(region, tiles=()), sized, check, halo=lattice_of(how).patch)
     kept = [row for row in rows if not row["refused"]]
@@ -53,7 +55,8 @@ def tiles_to_enlarge(
     tiles = Manifest.of([tile_rows(coming, region.geometry, size=config.tile, halo=halo)])
     if not region.tiles:
         return rows, tiles
-    tiles = mapping.asked_for(tiles, region, size=config.tile)
+    tiles = mapping.requested_tiles(tiles, region, size=config.tile)
+    # 3. only what the named tiles need
     needed = {source.item_id for tile in tiles for source in from_json(tile["sources"])}
     return [row for row, source in zip(kept, coming, strict=True) if source.item_id in needed], tiles
 
@@ -100,6 +103,7 @@ def enlarge(
         Work(WriteLarger(str(folder), factor=how.factor)),
     ]
     account = mapping.through(step, rows, works, patience=config.stall_seconds)
+    # Rows without data wrote no item.
     items = [str(folder / record.facts["item"]) for record in mapping.ledger_of(step).read().values() if record.facts]
     stac_write.write_collection(
         folder, stac_write.read_items(sorted(items)), title=f"{region.name}, {how.factor} times larger"

@@ -61,6 +61,7 @@ def compare_images(
     described, prefix = bundle.description(model.value["bundle"]), str(step.prefix / "tiles")
     # 1. predict and compare tile by tile
     rows = tiles_of(images, described, config)
+    # A few tiles for a probe, spread over all images.
     rows = estimate.spread(rows, count) if count else rows
     write_rows(step.manifest, rows)
     works = [
@@ -81,6 +82,7 @@ def compare_images(
         picture_HWC = pictured(prefix, by_id[tile.id], images, table)
         put(step.prefix / "worst" / f"{tile.id}.webp", encoded(picture_HWC, "webp"))
         worst.append({"id": tile.id, "right": tile.confusion.overall_accuracy, "picture": path})
+    # Each tile is cut from an image that has a mask, so none is unmatched.
     none = {"count": 0, "names": []}
     measures = evaluate.summary(compared, table) | {"prediction": "", "truth": ""}
     return measures | account | {"unmatched": {"prediction": none, "truth": none}, "worst": worst}

@@ -17,7 +17,7 @@ from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Grid, Window
 from rayseg.io import cog, vectors
 from rayseg.io.vectors import (
-    join,
+    join_parts,
     polygonize,
     polygons_of,
     read_parts,
@@ -53,7 +53,7 @@ def joined(classes, scores, size, *, grid=GRID, col=-17, row=5, order=1, **optio
             part = classes[cut]
             window = Window(col + c, row + r, part.shape[1], part.shape[0])
             parts.append(polygons_of(part, None if scores is None else scores[:, *cut], grid, window, **options))
-    return join(parts[::order], TABLE)
+    return join_parts(parts[::order], TABLE)
 
 
 def assert_identical(one, other):
@@ -211,17 +211,17 @@ def test_zones_are_joined_into_one_table_and_pixels_are_not_mixed_with_them():
     classes = np.ones((4, 4), np.uint8)
     other = Grid("EPSG:32651", (10.0, 10.0), (0.0, 0.0))
     parts = [polygons_of(classes, None, grid, Window(50_000, -400_000, 4, 4)) for grid in (other, GRID)]
-    frame = join(parts, TABLE)
+    frame = join_parts(parts, TABLE)
     assert len(frame) == 2
     assert frame.geometry[0].bounds[0] < 118 < frame.geometry[1].bounds[0]
     assert frame.crs.to_epsg() == 4326
     with pytest.raises(DataError, match="with and without CRS"):
-        join([*parts, polygons_of(classes, None, PIXELS, Window(0, 0, 4, 4))], TABLE)
+        join_parts([*parts, polygons_of(classes, None, PIXELS, Window(0, 0, 4, 4))], TABLE)
 
 
 def test_nothing_found_is_an_empty_table_with_all_columns(tmp_path):
     classes = np.zeros((9, 9), np.uint8)
-    for frame in (joined(classes, None, 4), join([], TABLE)):
+    for frame in (joined(classes, None, 4), join_parts([], TABLE)):
         assert len(frame) == 0
         assert {"class", "name", "score_mean", "area_m2", "geometry"} <= set(frame.columns)
         assert frame.crs.to_epsg() == 4326
@@ -268,7 +268,7 @@ def test_a_file_written_in_pieces_is_that_of_the_whole(tmp_path, monkeypatch, fe
                 cut = (slice(row, row + 9), slice(col, col + 7))
                 window = Window(col - 17, row + 5, classes[cut].shape[1], classes[cut].shape[0])
                 parts.append(polygons_of(classes[cut], scores[:, *cut], grid, window))
-    frame = join(parts, TABLE)
+    frame = join_parts(parts, TABLE)
     write_geoparquet(frame, tmp_path / "whole.parquet")
     monkeypatch.setattr(vectors, "_PARTS", few)
     count, area = vectors.write_joined(iter(parts), TABLE, tmp_path / "pieces.parquet")

@@ -21,6 +21,7 @@ def known_labels(root: str, rows: Sequence[Row], table: ClassTable) -> list[str]
     """
     drawn = drawn_prefix(root)
     labels = [chip_pixels.label_of(row, table, drawn) for row in rows]
+    # All missing labels at once: people draw in one session.
     if missing := [row for row, label in zip(rows, labels, strict=True) if not label]:
         request(root, missing, table)
     return labels
@@ -49,6 +50,7 @@ def request(root: str, rows: Sequence[Row], table: ClassTable) -> None:
     Raises:
         RunIncomplete: always; the message names the export and the way to import masks.
     """
+    # With their place, so that the masks can be drawn in a GIS too.
     images = [(row, *chip_pixels.placed(row), chip_pixels.image_of(row)) for row in rows]
     page = annotation_requests.export(f"{root}/to-label", images, table)
     raise RunIncomplete(

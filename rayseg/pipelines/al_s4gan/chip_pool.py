@@ -188,6 +188,7 @@ def _labelled_images(config: PoolConfig) -> ChipList:
         )
     rows, images, size = [], [], config.size
     for chip in chips:
+        # The middle, as `size` may be less than the image.
         window = middle(Window(0, 0, chip.source.width, chip.source.height), size)
         images.append(LabelledImage(chip.id, chip.id, chip.source, (), pixels_of(chip.source), window))
         rows.append(_row(images[-1], window, str(chip.label)))
@@ -198,6 +199,7 @@ def _labelled_images(config: PoolConfig) -> ChipList:
 def _by_class(chip_list: ChipList, config: PoolConfig, seed: int) -> list[Row]:
     """Of the images of every class some are for validation."""
     rows = []
+    # Each class has a random stream of its own: images of one do not change the split of another.
     for number, name in enumerate(chip_list.classes):
         of_class = [row for row in chip_list.rows if row["label"] == name]
         order = np.random.default_rng((seed, number)).permutation(len(of_class))
@@ -217,6 +219,7 @@ def _row(image: LabelledImage, window: Window, label: str, name: str = "") -> Ro
 
 def _parts(images: Sequence[LabelledImage], config: PoolConfig, seed: int) -> dict[str, Part]:
     """Part of every image, whole scenes each."""
+    # Whole scenes: cells of one scene are alike, and accuracy would be too high.
     known = {image.scene for image in images}
     if unknown := sorted(set(config.test) - known):
         raise ConfigError(f"pool.test names {', '.join(unknown)}, the scenes are {listed(sorted(known))}; correct it")

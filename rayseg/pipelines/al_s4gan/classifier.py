@@ -83,6 +83,7 @@ class Common(Config):
 
 def described(settings: ClassifierConfig, classes: Sequence[str], common: Common) -> Bundle:
     """Metadata of the classifier's bundle; classes of the masks keep their colours."""
+    # Classes of labelled images may be others than those of masks.
     colors = dict(zip(common.classes.names, common.classes.colors, strict=True))
     palette = label_table(len(classes)).colors
     coloured = tuple((k, name, colors.get(name, palette[k])) for k, name in enumerate(classes))
@@ -115,15 +116,18 @@ def class_probabilities(
     Raises:
         RunIncomplete: chosen chips have no label yet, or a chip was not scored.
     """
+    # The table of selected chips has ids alone.
     by_id = {row["id"]: row for row in chip_pool.rows_of(listed, "pool")}
     own = [by_id[row["id"]] for row in chosen]
     labels = annotation.known_labels(step.root, own, common.classes)
     scored = others + chip_pool.rows_of(listed, "validation")
+    # The last round without validation chips has nothing to measure.
     if not scored:
         return {}
     if seen is None:
         return fit_and_score(step, listed, own, labels, scored, settings, common, features=features)
     classes, ids = listed.value["classes"], [row["id"] for row in scored]
+    # The network is the same in every round, so its features are read and not computed.
     known_NF, features_MF = read_features(seen, [row["id"] for row in own]), read_features(seen, ids)
     numbers = np.array([classes.index(label) for label in labels])
     p_MK = linear.class_probabilities(known_NF, numbers, features_MF, classes=len(classes))

@@ -85,6 +85,7 @@ class Config(Frozen):
             ConfigError: a setting is invalid.
             ModelError: weights are missing, or do not fit.
         """
+        # Every network that will train; the classifier is not needed if chips are drawn at random.
         networks: dict[str, S4ganConfig | ClassifierConfig] = {}
         if self.segmenter:
             if self.pool.chips:
@@ -105,4 +106,5 @@ class Config(Frozen):
         for name, settings in networks.items():
             if name == "segmenter" and self.segmenter and self.segmenter.network != "decoder":
                 continue  # a head on the encoder, whose weights were read above
+            # Building loads the weights: those that do not fit are refused now.
             settings.build(classes=len(self.table.classes), channels=len(models.RGB))

@@ -2,7 +2,7 @@
 
     all chips --> rounds of active learning with a classifier of chips --> the chips worth a mask
     those with masks + all others without --> S4GAN or consistency, best checkpoint by mean IoU --> segmenter
-    simple methods on the same chips --> measured beside it
+    simple methods on the same chips --> measured next to it
     segmenter + region --> class map --> polygons, items, report
 
 Masks come from an oracle, where some exist already, or from people: the run exports the chips that need one and resumes
@@ -38,6 +38,7 @@ def choose(
     settings, common = config.active, config.common
     pool = (region, config.pool, config.classes, config.seed, given)
     listed = run.step("pool", chip_pool.list_pool, *pool, chip_list=plan.labels if plan else None)
+    # The number of rounds follows from the size of the pool, so it is known before the first round.
     budget = settings.budget(listed.value["pool"])
     steps = [run.step("round-0", queries.draw_first, listed, settings, config.seed)]
     frozen = settings.frozen and common.classifies
@@ -129,10 +130,10 @@ def check(config: Config, region: Region) -> Plan:
 
 
 def expect_chips(config: Config, chip_list: chip_pool.ChipList) -> int:
-    """Refuse chips that cannot be divided as asked for, or are too few; return how many are in the pool.
+    """Refuse chips that cannot be divided as configured, or are too few; return how many are in the pool.
 
     Raises:
-        ConfigError: fewer chips are asked for than there are classes.
+        ConfigError: fewer chips are requested than there are classes.
         RaysegError: see `chip_pool.divide`.
     """
     rows = chip_pool.divide(chip_list, config.pool, config.table, seed=config.seed)
@@ -156,6 +157,7 @@ def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:
 def _learn(config: Config, region: Region, chip_list: chip_pool.ChipList, run: Run) -> Step | None:
     """A short training of the segmenter, on the chips that have masks already."""
     listed = run.step("pool", chip_pool.list_pool, region, config.pool, config.classes, config.seed, chip_list)
+    # People still have to draw: blank weights stand for the segmenter.
     if not segmenter.masked_rows(listed):
         return None
     return run.step("segmenter", estimate.training, segmenter.fit_drawn, listed, config)
@@ -167,9 +169,11 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
         listed, rounds = choose(config, run, region, plan=plan)
         written = run.step("report", write_choice, listed, rounds, config)
         return f"{upath(run.root) / written.value['report']}: {written.value['summary']}"
+    # 1. choose chips, train and measure
     listed, rounds, trained, measured = learn(config, run, region, plan=plan)
     learnt = [listed, trained, measured, rounds[-1]]
     simple = run.step("baseline", segmenter.measure_baselines, learnt, config) if config.baseline else None
+    # 2. map the region
     predicted = run.step("predict", mapping.predict_region, region, trained, config.map, tiles=plan and plan.tiles)
     polygons = run.step("polygons", mapping.join_polygons, predicted, PRODUCT)
     evaluated = run.step("evaluate", evaluation.compare_truth, predicted, region, config.truth)

@@ -55,6 +55,7 @@ def draw_first(step: Step, listed: Step, config: ActiveConfig, seed: int) -> dic
     """Draw the chips at random that are labelled before the first training."""
     rows = chip_pool.rows_of(listed, "pool")
     count = config.budget(len(rows)).initial
+    # Each round has a stream of its own, so that a resumed run draws the same chips.
     drawn = np.random.default_rng((seed, 0)).permutation(len(rows))[:count]
     return _keep(step, [_picked(rows[at], rank, 0, "first") for rank, at in enumerate(drawn)])
 
@@ -173,6 +174,7 @@ def accuracies(rounds: Sequence[Step]) -> list[tuple[int, float]]:
 def curve(rounds: Sequence[Step]) -> tuple[tuple[str, bytes | str, str], ...]:
     """The learning curve as a picture: (title, SVG, caption); empty for fewer than two points."""
     points = [(float(labels), accuracy) for labels, accuracy in accuracies(rounds)]
+    # A curve needs two points.
     if len(points) < 2:
         return ()
     drawn = report.learning_curves({"classifier": points}, across="labels", up="accuracy")

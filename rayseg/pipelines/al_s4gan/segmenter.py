@@ -54,11 +54,12 @@ def fit(step: Step, listed: Step, chosen: Step, config: Config) -> dict[str, Any
 
 
 def _chosen(listed: Step, chosen: Step, config: Config) -> list[Row]:
-    asked = [row["id"] for row in queries.labelled(chosen)]
+    # In the order of selection: the first draw comes first.
+    ids = [row["id"] for row in queries.labelled(chosen)]
     if not config.active.count_pool:
-        asked = asked[config.active.budget(listed.value["pool"]).initial :]
+        ids = ids[config.active.budget(listed.value["pool"]).initial :]
     rows = {row["id"]: row for row in chip_pool.rows_of(listed, "pool")}
-    return [rows[chip] for chip in asked]
+    return [rows[chip] for chip in ids]
 
 
 def fit_drawn(step: Step, listed: Step, config: Config) -> dict[str, Any]:
@@ -129,6 +130,7 @@ def measure(step: Step, listed: Step, segmenter: Step, config: Config) -> dict[s
         by_scene[scene] = by_scene[scene] + confusion if scene in by_scene else confusion
     scenes = list(by_scene.values())
     low, high = bootstrap(scenes, lambda c: c.mean_iou_of_reference) if len(scenes) > 1 else (None, None)
+    # Classes without a pixel have NaN here and are left out of the report.
     per_class = dict(zip(config.table.names, map(float, total.iou), strict=True))
     return {"part": part, "chips": len(rows), **measures_of(total), "low": low, "high": high, "iou": per_class}
 

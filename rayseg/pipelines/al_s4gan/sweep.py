@@ -59,6 +59,7 @@ class Trial:
         Raises:
             ConfigError: a value is invalid.
         """
+        # Through JSON and validation, because a copy with other values would not be checked.
         values = base.model_dump(mode="json")
         values["active"] |= {"strategy": self.strategy, "ratio": self.ratio}
         values["seed"] = base.seed + self.seed
@@ -106,9 +107,9 @@ def run(base: Config, region: Region, trials: Sequence[Trial], out: str, engine:
         RunIncomplete: some trials failed; the table has the results of the others.
     """
     out = absolute(out).rstrip("/")
-    asked = {"config": base.model_dump(mode="json"), "region": json.loads(json.dumps(asdict(region)))}
+    settings = {"config": base.model_dump(mode="json"), "region": json.loads(json.dumps(asdict(region)))}
     kept = upath(out) / "sweep.json"
-    if kept.exists() and json.loads(kept.read_bytes()) != asked:
+    if kept.exists() and json.loads(kept.read_bytes()) != settings:
         raise ConfigError(f"{out} belongs to a sweep with other settings; choose another --out or delete it")
     if engine.kind == "ray" and base.workers:
         raise ConfigError(
@@ -116,13 +117,13 @@ def run(base: Config, region: Region, trials: Sequence[Trial], out: str, engine:
             "--engine inline"
         )
     chip_list = _checked(base, region, trials)
-    put(kept, json.dumps(asked).encode())
+    put(kept, json.dumps(settings).encode())
     results: dict[Trial, dict[str, Any]] = {}
     for trial, value in _carried_out(base, region, trials, out, engine, chip_list):
         done = results | {trial: value}
         # In the order of the list, so that the tables do not depend on which trial ends first.
         results = {listed: done[listed] for listed in trials if listed in done}
-        _write(out, asked, results, measure="accuracy" if base.segmenter is None else "mean IoU")
+        _write(out, settings, results, measure="accuracy" if base.segmenter is None else "mean IoU")
     wrong = {trial.name: value["failed"] for trial, value in results.items() if "failed" in value}
     if wrong:
         name, why = next(iter(wrong.items()))
@@ -148,12 +149,7 @@ def _checked(base: Config, region: Region, trials: Sequence[Trial]) -> chip_pool
 
 
 def _carried_out(
-    base: Config,
-    region: Region,
-    trials: Sequence[Trial],
-    out: str,
-    engine: Engine,
-    chip_list: chip_pool.ChipList,
+    base: Config, region: Region, trials: Sequence[Trial], out: str, engine: Engine, chip_list: chip_pool.ChipList
 ) -> Iterator[tuple[Trial, dict[str, Any]]]:
     """(trial, its result) as they are finished."""
     if engine.kind == "inline":
@@ -163,8 +159,10 @@ def _carried_out(
     from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
     cluster.connect(engine.address)
+    # One GPU per trial, so that as many trials run as the cluster has GPUs.
     gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(carry_out)
+    # Once for all trials: the list of chips is large.
     chips = ray.put(chip_list)
     waiting = {remote.remote(trial, base, region, out, chips): trial for trial in trials}
     while waiting:
@@ -213,7 +211,7 @@ def _table(results: Mapping[Trial, dict[str, Any]]) -> tuple[tuple[str, ...], li
     return ("labels", *by_line), rows
 
 
-def _write(out: str, asked: dict[str, Any], results: Mapping[Trial, dict[str, Any]], *, measure: str) -> None:
+def _write(out: str, settings: dict[str, Any], results: Mapping[Trial, dict[str, Any]], *, measure: str) -> None:
     """Write the tables and the report of the trials that have ended so far."""
     # 1. one line per trial and number of labels, and the means over seeds
     names, missing = ("ratio", "strategy", "learner", "seed"), [(math.nan, math.nan)]
@@ -241,10 +239,10 @@ def _write(out: str, asked: dict[str, Any], results: Mapping[Trial, dict[str, An
     if part == "validation" and measure == "mean IoU":
         lead += " Checkpoints were chosen by the same chips, so all figures are a little too high."
     extras = report.Extras(
-        title=f"al-s4gan, sweep: {asked['region']['name']}",
+        title=f"al-s4gan, sweep: {settings['region']['name']}",
         labels=lead,
         pictures=(("Learning curves", drawn, f"{measure} over the number of labels; bands are 95 % intervals."),),
         tables=((measure, header, rows),),
     )
-    request = asked | {"pipeline": "al-s4gan", "command": "", "versions": versions()}
-    report.write_page(out, extras, asked=request)
+    request = settings | {"pipeline": "al-s4gan", "command": "", "versions": versions()}
+    report.write_page(out, extras, request=request)
