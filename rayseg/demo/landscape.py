@@ -137,6 +137,7 @@ def _kinds(shapes: list[Convex], river_W: Floats, size: int, rng: Rng) -> list[s
         [(rng.uniform(0.15, 0.85) * size, (k * 0.5 + rng.uniform(0.12, 0.38)) * 2 * size) for k in range(2)]
     )
     reach_N = np.min(np.hypot(*(centers_N2[:, None] - towns_K2).transpose(2, 0, 1)), axis=1)
+    # Noise mixes the rings of town and countryside.
     reach_N += rng.normal(0, size * 0.06, len(shapes))
     kinds = np.full(len(shapes), "", dtype=object)
     # blocks that reach within 42 pixels of the river's middle
@@ -207,6 +208,7 @@ def _canopy(rng: Rng, size: int, shadow: tuple[float, float], spacing: int = 7, 
     place_2KK = rng.uniform(0.1, 0.9, (2, cells, cells)) * spacing
     radius_KK, tint_KK = rng.uniform(3.2, 5.8, (cells, cells)), rng.normal(0, 9, (cells, cells))
     at = np.arange(cells * spacing, dtype=np.float32)
+    # A pixel shows the highest of the domes around it.
     best_HW, light_HW = np.full((2, cells * spacing, cells * spacing), -30, dtype=np.float32)
     for down, right in [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]:
         row_KK, col_KK, reach_KK, hue_KK = (
@@ -218,6 +220,7 @@ def _canopy(rng: Rng, size: int, shadow: tuple[float, float], spacing: int = 7, 
         shade_HW = -22 * (row_KK * shadow[0] + col_KK * shadow[1]) / reach_KK + hue_KK + 0.7 * np.minimum(height_HW, 12)
         light_HW = np.where(height_HW > np.maximum(best_HW, 0), shade_HW, light_HW)
         best_HW = np.maximum(best_HW, height_HW)
+    # The grid of trees repeats every 336 pixels.
     repeats = -(-size // (cells * spacing))
     return np.asarray(np.tile(light_HW, (repeats, repeats))[:size, :size], dtype=np.float32)
 

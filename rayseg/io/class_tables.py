@@ -66,6 +66,7 @@ def _content(path: str) -> dict[str, Any]:
     """The keys of a file that is a valid class table."""
     named = shipped("configs/classes", "*.yaml")
     try:
+        # A key that is given twice would lose a class without a word.
         content = yaml.load(upath(named.get(path, path)).read_text(), EachKeyOnce)
     except OSError as error:
         known = ", ".join(sorted(named)) or "none here"
@@ -77,6 +78,7 @@ def _content(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"class table {path} has no keys, expected classes: [{{name, color}}, ...]; correct the file")
     try:
+        # Checked here, where the file's name is known.
         ClassTable.from_config(content)
     except ConfigError as error:
         raise ConfigError(f"class table {path}: {error}") from None

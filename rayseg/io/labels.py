@@ -116,6 +116,7 @@ def ingest_folder(folder: StorePath, out: StorePath, *, labels: str | None = Non
     if not files:
         raise DataError(f"{folder} holds no images ({_KINDS}); if sub-folders are classes, add --labels folder")
     names = _ids(files)
+    # All images are read before anything is written: a half catalogue would be a data set.
     items, errors = _each(files, lambda path, label: _item(_decoded(_path(path), names[path]), label))
     if errors:
         raise _unusable(errors, len(files))

@@ -217,6 +217,7 @@ _Strip = tuple[str, FileWindow]
 
 def _borders(tiles: Iterable[MappedTile]) -> list[tuple[_Strip, _Strip]]:
     """The last column (row) of every tile and the first of its right (lower) neighbour."""
+    # Neighbours by the corner that they would have: no search over all pairs.
     corners = {(t.tile.grid, t.tile.window.row, t.tile.window.col): t for t in tiles}
     borders = []
     for (grid, row, col), mapped in corners.items():

@@ -91,6 +91,7 @@ def _tag_of(content: BinaryIO) -> int | None:
     magic = struct.unpack(f"{order}H", head[2:4])[0] if order else 0
     if magic not in {42, 43}:
         return None
+    # Struct formats and sizes of the header and the entries: 42 is TIFF, 43 BigTIFF.
     at, count, size, value = ("4xI", "H", 12, 8) if magic == 42 else ("8xQ", "Q", 20, 12)
     content.seek(struct.unpack_from(order + at, head)[0])
     entries = struct.unpack(order + count, content.read(struct.calcsize(order + count)))[0]

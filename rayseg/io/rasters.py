@@ -247,6 +247,7 @@ def view(
             yield _opened(source, href, grid, categorical=categorical)
     except DataError:
         views = _views()
+        # A file that failed is opened again by the next attempt.
         for key in [key for key in views if key[0] == href]:
             _close(views.pop(key))
         raise
@@ -254,6 +255,7 @@ def view(
 
 def _opened(source: Source, href: str, grid: Grid, *, categorical: bool) -> tuple[DatasetReader, Place]:
     views = _views()
+    # Everything that decides how the file is read, and nothing that only names it.
     key = (href, _stamp(href), grid, replace(source, assets=(), datetime=None, href=""), categorical)
     if key not in views:
         views[key] = _on_grid(open_file(href), source, href, grid, categorical=categorical)
@@ -289,6 +291,7 @@ def _on_grid(file: DatasetReader, source: Source, href: str, grid: Grid, *, cate
     extent = footprint(placed, grid)
     if grid.crs is None or aligned(placed, grid):
         return flat, Place(extent, *(flips(placed) if grid.crs else (False, False))), (file,)
+    # Without XSCALE and YSCALE GDAL estimates the scale for each window, and tiles would differ.
     scale = dict(zip(("XSCALE", "YSCALE"), _scale(placed, grid), strict=True))
     origin = {"src_crs": crs_of(str(placed.crs)), "src_transform": Affine(*placed.transform)}
     goal = {"transform": grid.transform(extent), "width": extent.width, "height": extent.height}
@@ -319,8 +322,10 @@ def _scale(placed: Source, grid: Grid) -> tuple[float, float]:
     col, row = _nearest(placed, grid)
     (x, y), (xc, yc), (xr, yr) = moved(placed, str(grid.crs), [(col, row), (col + 1, row), (col, row + 1)])
     (rx, ry) = grid.resolution
+    # The Jacobian of file pixels to grid pixels at that place, inverted.
     step = np.linalg.inv(np.array([[(xc - x) / rx, (xr - x) / rx], [(yc - y) / ry, (yr - y) / ry]]))
     across, down = np.hypot(step[0], step[1])  # file pixels per grid pixel
+    # Two digits, so that scenes of nearly one scale are smoothed alike.
     return min(1.0, float(f"{1 / across:.2g}")), min(1.0, float(f"{1 / down:.2g}"))
 
 
@@ -330,6 +335,7 @@ def _nearest(placed: Source, grid: Grid) -> tuple[float, float]:
         return 0.0, 0.0
     lon, lat = moved(placed, LONLAT, [(0.0, 0.0)])[0]
     middle = (ground[0] + ground[2]) / 2
+    # The difference of longitudes, across the antimeridian too.
     if abs((lon - middle + 180) % 360 - 180) <= _FAR:
         return 0.0, 0.0
     col, row = ~Affine(*placed.transform) @ transformer(LONLAT, str(placed.crs)).transform(middle, lat)

@@ -31,6 +31,7 @@ def cut(lonlat: NDArray[np.object_], grid: Grid) -> NDArray[np.object_]:
         return points_N2
 
     for at in np.flatnonzero(~shapely.contains_properly(box, lonlat)):
+        # An intersection can also hold points and lines, where a polygon only touches the seam.
         parts = polygons_in(shapely.intersection(lonlat[at], box))
         pieces[at] = shapely.transform(parts[0] if len(parts) == 1 else shapely.MultiPolygon(list(parts)), snapped)
     return pieces

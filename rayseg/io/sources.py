@@ -162,6 +162,7 @@ def source_of_file(href: str, item_id: str, *, datetime: str | None = None) -> S
                 f"{href} has RPCs (a model of the sensor) instead of a georeference; orthorectify it first, with "
                 "gdalwarp -rpc -to RPC_DEM=DEM.tif -t_srs EPSG:CODE, or remove its RPCs to map it in its own pixels"
             )
+        # Pages of one TIFF may be bands, dates or thumbnails: that cannot be known here.
         if pages := len(dataset.subdatasets):
             _log.warning(
                 "%s holds %d images, only the first is read: save the others as files of their own", href, pages

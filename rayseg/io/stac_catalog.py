@@ -78,6 +78,7 @@ def rows_of(uri: str, collection: str | None, geometry: dict[str, Any] | None, b
         if not isinstance(row.get("features"), list):
             raise DataError(f"{uri} is a FeatureCollection without a list of features; correct the file")
         return _only(_listed_rows(uri, row["features"]), collection, uri)
+    # The landing page of an API lists its conformance classes.
     if "conformsTo" in row:
         return [_row(public(uri), "", item) for item in search(uri, collection, geometry)]
     _expect_catalog(uri, row)
@@ -140,6 +141,7 @@ def resolved(href: str, base: str) -> str:
         return urljoin(base.partition("?")[0], href)
     if href.startswith("file:"):
         return absolute(href)
+    # urljoin knows no s3, and a key has no leading slash.
     if href.startswith("s3://") or (base.startswith("s3://") and not posixpath.isabs(href)):
         head = base.rpartition("/")[0] if not href.startswith("s3://") else ""
         bucket, _, key = f"{head}/{href}".lstrip("/").removeprefix("s3://").partition("/")

@@ -132,6 +132,7 @@ def _home(folder: StorePath) -> str:
 
 def _add_asset(item: pystac.Item, file: WrittenFile, table: ClassTable | None) -> None:
     guess = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
+    # The system's table of types lacks COG and Parquet.
     kind = COG_TYPE if file.bands else PARQUET_TYPE if file.name.endswith(".parquet") else guess
     asset = pystac.Asset(f"./{file.name}", media_type=kind, roles=["data"])
     item.add_asset(Path(file.name).stem, asset)

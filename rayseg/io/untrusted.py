@@ -113,6 +113,7 @@ def read_image(path: str, kind: Kind, *, bands: Sequence[str], max_pixels: int) 
 
 def without_text(png: bytearray) -> bytes:
     """A PNG without its text chunks, which GDAL would inflate on opening: 64 MB of zTXt take minutes of CPU time."""
+    # The first eight bytes are the signature (PNG specification, section 5.2).
     chunks, at = [png[:8]], 8
     while at + 8 <= len(png):
         end = at + 12 + int.from_bytes(png[at : at + 4], "big")  # length, name, data, checksum

@@ -206,6 +206,7 @@ def _chips(path: StorePath, label: str | None, grid: Grid) -> list[_Unit]:
     ids = _ids(path, frame)
     labels = frame[label or "label"] if (label or "label") in frame else [None] * len(frame)
     texts = [_text(value) or None for value in labels]
+    # The envelope in EPSG:3857, as images have straight edges there.
     boxes = frame.to_crs(CRS).bounds.to_numpy()
     windows = [_envelope(f"{path}: chip {name}", box, grid) for name, box in zip(ids, boxes, strict=True)]
     return [_Unit(*each) for each in zip(ids, windows, texts, strict=True)]
@@ -231,6 +232,7 @@ def _ids(path: StorePath, frame: geopandas.GeoDataFrame) -> list[str]:
     texts = [_text(value) for value in frame["id"]]
     if missing := texts.count(""):
         raise DataError(f"{missing} of {len(texts)} polygons in {path} have no id; add them")
+    # Ids become names of files.
     ids = [slug(text) for text in texts]
     if twice := [name for name, count in Counter(ids).items() if count > 1 or name == "collection"]:
         raise DataError(

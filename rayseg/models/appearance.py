@@ -29,6 +29,7 @@ def lab(rgb_N3HW: Tensor) -> Tensor:
     x = rgb_N3HW / 255
     linear = torch.where(x > 0.04045, ((x.clamp(min=0) + 0.055) / 1.055) ** 2.4, x / 12.92)
     xyz = torch.einsum("rc,nchw->nrhw", linear.new_tensor(_SRGB_TO_XYZ), linear)
+    # CIE 15: the cube root is linear near black.
     f = torch.where(xyz > 0.008856, xyz.clamp(min=0.008856) ** (1 / 3), 7.787 * xyz + 16 / 116)
     return torch.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], dim=1)
 

@@ -294,6 +294,7 @@ def _mlm_input(bundle: Bundle) -> dict[str, Any]:
     """The input: the bundle's scaling is one z-score per band of the stored values."""
     scaling = bundle.scaling
     z_scores = [
+        # MLM has no scale and offset before the z-score, so both are part of it.
         {"type": "z-score", "mean": (mean - scaling.offset) / scaling.scale, "stddev": std / scaling.scale}
         for mean, std in zip(scaling.mean, scaling.std, strict=True)
     ]

@@ -122,6 +122,7 @@ def _blur(maps_NCHW: Tensor) -> Tensor:
     weights = torch.exp(-(distance**2) / (2 * _SIGMA**2))
     line = (weights / weights.sum()).to(maps_NCHW.device, maps_NCHW.dtype)
     channels, reach = maps_NCHW.shape[1], _WINDOW // 2
+    # A Gaussian is separable: 2 x 11 products per pixel, not 11 x 11.
     column = line.view(1, 1, -1, 1).expand(channels, 1, -1, 1)
     row = line.view(1, 1, 1, -1).expand(channels, 1, 1, -1)
     blurred = F.conv2d(maps_NCHW, column, padding=(reach, 0), groups=channels)

@@ -102,6 +102,7 @@ def _lab(values_N3HW: Tensor) -> Tensor:
     rgb = (values_N3HW / 255).clamp(0, 1)
     linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
     xyz = torch.einsum("kc,nchw->nkhw", linear.new_tensor(_XYZ), linear)
+    # The cube root is linear near black (CIE 15), where its slope has no bound.
     bent = torch.where(xyz > 0.008856, xyz.clamp(min=1e-6) ** (1 / 3), 7.787 * xyz + 16 / 116)
     lab = torch.einsum("kc,nchw->nkhw", linear.new_tensor(_LAB), bent)
     return lab - lab.new_tensor((0.16, 0.0, 0.0))[:, None, None]

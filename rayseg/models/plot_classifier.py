@@ -50,6 +50,7 @@ class AttendedHue(nn.Module):
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Attended hue in degrees, (N,)."""
         hue_N1HW = hue(images_NCHW.float())[:, None]
+        # Attention: which pixels count in the mean hue.
         weights = self.conv2(self.conv1(hue_N1HW).relu()).sigmoid()
         attended: Tensor = (hue_N1HW * weights).mean(dim=(1, 2, 3))
         return attended

@@ -167,6 +167,7 @@ class SamProposer:
                 if batch == 1:
                     raise
                 torch.cuda.empty_cache()
+                # The smaller batch stays: the next points need as much memory.
                 batch //= 2
                 continue
             yield masks

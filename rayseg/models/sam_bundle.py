@@ -30,6 +30,7 @@ def save_sam(config: SamConfig, prefix: StorePath) -> Bundle:
         ModelError: see `load_sam`.
     """
     model = load_sam(config, device="cpu").sam
+    # SAM normalises in its own preprocessing; the bundle states the same values.
     mean, std = (tuple(float(value) for value in part.flatten()) for part in (model.pixel_mean, model.pixel_std))
     side = int(model.image_encoder.img_size)
     described = Bundle(

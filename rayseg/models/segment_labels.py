@@ -47,6 +47,7 @@ class SegmentLabels(nn.Module):
         return torch.stack([self._logits(image.float().cpu().numpy()) for image in images_NCHW]).to(images_NCHW.device)
 
     def _logits(self, image_CHW: NDArray[np.float32]) -> Tensor:
+        # The steps of the pipeline, on one patch: superpixels, regions, labels.
         image_HWC = np.clip(image_CHW.transpose(1, 2, 0), 0, 1)
         segments_HW = METHODS[self.method](image_HWC, **self.options)
         features_HWF = pixel_features(image_HWC, self.bands)

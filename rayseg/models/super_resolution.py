@@ -92,6 +92,7 @@ def load_network(path: str, factor: int) -> nn.Module:
             f"{path} contains no network that spandrel supports ({reason}); give one such as realesr-general-x4v3.pth, "
             "or leave enlarge.weights out to interpolate"
         ) from None
+    # A file of another factor would load, and every tile would have the wrong size.
     channels = (loaded.input_channels, loaded.output_channels)
     if not isinstance(loaded, ImageModelDescriptor) or channels != (3, 3) or loaded.scale != factor:
         raise ModelError(

@@ -233,6 +233,7 @@ def listed() -> list[tuple[str, str, str, str, str, str]]:
         for name, known in PACKAGED.items()
     ]
     rows = [row if PACKAGED[row[1]].file else (*row[:5], f"{row[5]} (not installed)") for row in rows]
+    # The licence of each: those of one library differ.
     for name, size in ON_HUB.items():
         stated = timm.models.get_pretrained_cfg(bare_name(name)) if timm.is_model(bare_name(name)) else None
         licence = (stated.license if stated else "") or "see the hub"

@@ -199,6 +199,7 @@ def _order(epoch: int, settings: ClassifierConfig, chips: Chips) -> list[Indices
     """This worker's batches of an epoch."""
     batch = settings.learning.batch // session.world()
     labels = np.array(chips.labels)
+    # Without a positive class, all chips are in the first half of the batch.
     chosen = np.ones(len(labels), bool) if settings.positive is None else labels == settings.positive
     return epoch_batches(
         np.flatnonzero(chosen),

@@ -511,6 +511,7 @@ def confusions(
         assert batch.masks_NMHW is not None
         images = scaling.normalize(batch.images_NCHW.to(device))
         height, width = images.shape[2:]
+        # Mirrored, as black borders would change the features near them.
         whole = pad(images, (0, -width % unit, 0, -height % unit), mode="reflect")
         predicted = net(whole)[..., :height, :width].argmax(dim=1).cpu().numpy()
         matrices.append(Confusion.from_arrays(batch.masks_NMHW[:, 0].numpy(), predicted, chips.count))

@@ -245,6 +245,7 @@ def _steps(epoch: int, config: State) -> list[Step]:
     """This worker's part of the batches of an epoch."""
     settings: SupervisedConfig = config["settings"]
     training: Labelled = config["training"]
+    # All workers draw the whole epoch, and take their parts of it.
     steps = windows.draw_epoch(
         training.images,
         training.counts,
