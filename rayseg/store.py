@@ -9,10 +9,12 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 from urllib.parse import quote, unquote, urlsplit
 
+import fsspec
 from botocore.exceptions import BotoCoreError
 from pydantic import AfterValidator
 from upath import UPath
@@ -43,6 +45,13 @@ Files = dict[str, tuple[int, str]]
 """Path of a file -> its size in bytes and its `checksum`."""
 _WRITTEN: ContextVar[Files | None] = ContextVar("written", default=None)
 _FOLDERS: ContextVar[set[Path] | None] = ContextVar("folders", default=None)
+
+
+# By name: s3fs is imported when it is used.
+fsspec.register_implementation("s3", "rayseg.filesystems.NamingS3", clobber=True)
+if find_spec("gcsfs") is None:
+    for _scheme in ("gs", "gcs"):
+        fsspec.register_implementation(_scheme, "rayseg.filesystems.NoGoogle", clobber=True)
 
 
 def upath(path: StorePath) -> UPath:

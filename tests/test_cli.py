@@ -21,6 +21,7 @@ from typer.main import get_command
 
 from rayseg.cli import app
 from rayseg.io import cog, labels, xyz
+from rayseg.io.stac_read import open_items
 from rayseg.models.encoders import build_encoder
 from rayseg.pipelines import PIPELINES
 
@@ -349,23 +350,29 @@ def _one_class(folder):
     return "at least two classes"
 
 
-def _corrupt(folder):
-    path = folder / "gpc" / "1.png"
-    path.write_bytes(path.read_bytes()[:-500])
-    return "1 of 6 images cannot be used, nothing was written"
-
-
 def _twins(folder):
     (folder / "gpc" / "1.jpg").write_bytes((folder / "gpc" / "1.png").read_bytes())
     return "would both have the id gpc-1"
 
 
-@pytest.mark.parametrize("spoil", [_one_class, _corrupt, _twins])
+@pytest.mark.parametrize("spoil", [_one_class, _twins])
 def test_label_folders_are_taken_whole_or_not_at_all(spoil, tmp_path, out):
     folder = chip_folder(tmp_path / "chips")
     words = spoil(folder)
     assert words in refused(3, "ingest", "folder", folder, "--labels", "folder", "--out", out)
     assert not out.exists()
+
+
+def test_an_image_that_cannot_be_decoded_is_named_and_left_out(tmp_path, out):
+    folder = chip_folder(tmp_path / "chips")
+    path = folder / "gpc" / "1.png"
+    path.write_bytes(path.read_bytes()[:-500])
+    said = refused(3, "ingest", "folder", folder, "--labels", "folder", "--out", out)
+    assert f"1 of 6 images are left out of {out}/catalog.json: {path}" in said
+    assert {item.id for item in open_items(str(out / "catalog.json"), "chips")} == {
+        *(f"gpc-{n}" for n in (0, 2)),
+        *(f"nongpc-{n}" for n in range(3)),
+    }
 
 
 def test_other_sources_that_cannot_be_ingested(tmp_path, out):

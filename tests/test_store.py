@@ -2,6 +2,7 @@ import errno
 import os
 import threading
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -161,3 +162,21 @@ def test_a_path_is_replaced_wherever_texts_name_it_and_longer_names_stay():
     moved = {"/a/run": ["<run>", "<run>/x", "see <run>: gone", "/a/run2/x", "/a/run.old", "/a/run-b"], "n": 1}
     assert relocated(value, "/a/run", "<run>") == moved
     assert relocated(moved, "<run>", "/a/run") == value
+
+
+def test_a_refused_request_names_object_permission_and_remedy(monkeypatch):
+    async def refused(*_, **__):
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr("s3fs.S3FileSystem._call_s3", refused)
+    said = "s3://b/k: Access Denied; the keys in use need s3:PutObject there: .* AWS_PROFILE"
+    with pytest.raises(PermissionError, match=said):
+        put("s3://b/k", b"1")
+    with pytest.raises(PermissionError, match=r"s3://b/k: .* s3:GetObject"):
+        upath("s3://b/k").read_bytes()
+
+
+@pytest.mark.skipif(find_spec("gcsfs") is not None, reason="gcsfs is installed")
+def test_a_google_store_without_its_package_has_a_remedy():
+    with pytest.raises(OSError, match=r"pip install gcsfs; or use .* AWS_ENDPOINT_URL=https://storage.googleapis.com"):
+        put("gs://b/k", b"1")

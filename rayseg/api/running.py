@@ -122,7 +122,7 @@ def region_of(text: str) -> "Region":
         ConfigError: the text names no region.
         DataError: a file that it names has no area.
     """
-    from rayseg.geo.region import resolve_region
+    from rayseg.geo.region import Region, resolve_region
 
     text = text.strip()
     if not text:

@@ -29,6 +29,8 @@ MOST_CPUS = 4.0
 LEAST_CPUS = 0.1
 RELEASE_SECONDS = 2.0
 """Resources that are held for longer belong to other jobs: Ray releases those of the previous step within this time."""
+TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the token of the head, which `ray get-auth-token` prints there"
+"""Remedy for a head that requires a token."""
 _SHELLS: list["subprocess.Popen[bytes]"] = []
 _log = logging.getLogger(__name__)
 
@@ -66,9 +68,11 @@ def connect(address: str | None, *, dashboard: bool = False) -> None:
         dashboard: whether a private Ray accepts jobs, on loopback.
 
     Raises:
+        ConfigError: the cluster refuses the token, or does not answer.
         Stalled: a private Ray does not start because the machine is too busy.
     """
     import ray
+    from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
         return
@@ -81,7 +85,14 @@ def connect(address: str | None, *, dashboard: bool = False) -> None:
         job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
         inherited = (job.get("runtime_env") or {}).get("env_vars") or {}
         stores = {name: value for name, value in access().items() if name not in inherited}
-        ray.init(address=chosen, **({"runtime_env": {"env_vars": stores}} if stores else {}), **quiet)
+        try:
+            ray.init(address=chosen, **({"runtime_env": {"env_vars": stores}} if stores else {}), **quiet)
+        except (AuthenticationError, ConnectionError) as error:
+            # Ray reports a wrong token as a failed connection.
+            reason = str(error).partition(". ")[0]
+            raise ConfigError(
+                f"the Ray cluster at {chosen} cannot be joined ({reason}); if it requires a token, {TOKEN}"
+            ) from None
         return
     # The shell is started before Ray, so that the folder is removed even if Ray does not start.
     _remove_afterwards(folder := tempfile.mkdtemp(prefix="rs-"))

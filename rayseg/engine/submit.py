@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from rayseg.config import read_values
+from rayseg.engine.cluster import TOKEN
 from rayseg.errors import ConfigError, RunIncomplete
 from rayseg.geo.grid import slug
 from rayseg.store import access, is_local, public
@@ -124,13 +125,17 @@ def connect(address: str | None) -> "JobSubmissionClient":
     """A client of the cluster whose dashboard is at `address`.
 
     Raises:
-        ConfigError: the dashboard does not answer.
+        ConfigError: the dashboard does not answer, or refuses the token.
     """
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it reports every closed stream
     try:
         return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"the head at {public(str(address))} refuses this command ({reason}); {TOKEN}") from None
     except (ConnectionError, RuntimeError) as error:
         reason = public(" ".join(str(error).split()))
         raise ConfigError(f"no head answers at {public(str(address))} ({reason}); correct --address") from None

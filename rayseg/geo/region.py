@@ -33,7 +33,7 @@ from rayseg.geo.lonlat import (
     within,
 )
 from rayseg.geo.vector_files import read_frame
-from rayseg.store import split_location, suffix_of, upath
+from rayseg.store import public, split_location, suffix_of, upath
 
 _log = logging.getLogger(__name__)
 
@@ -275,11 +275,16 @@ def _box_geometry(text: str) -> BaseGeometry:
 
 
 def _region_file(name: str, path: str, collection: str | None) -> Region:
+    place = upath(path)
     try:
-        data = upath(path).read_bytes()
+        data = place.fs.cat_file(place.path)  # opening a URL would call every fault of a server a missing file
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         known = _known()
         raise ConfigError(f"region file {path} is not there; named regions are {known}, and demo") from error
+    except OSError as error:
+        raise DataError(
+            f"region file {public(path)} cannot be read ({error}); try again, or correct --region"
+        ) from None
     if suffix_of(path) == ".parquet":
         if "stac_version" in _columns(path, data):
             return Region(name, catalog=path, collection=collection)

@@ -107,8 +107,8 @@ def ingest_folder(folder: StorePath, out: StorePath, *, labels: str | None = Non
 
     Raises:
         ConfigError: `labels` is neither None nor "folder".
-        DataError: there are no images, only one class, two images of one id, or images that cannot be decoded; nothing
-            is written then.
+        DataError: there are no images, only one class, two images of one id, or none that can be decoded; nothing is
+            written then. If some cannot be decoded, the catalogue of the others is written first.
     """
     if labels not in {None, "folder"}:
         raise ConfigError(f"labels is {labels!r}, expected folder (classes are sub-folders) or nothing")
@@ -118,9 +118,15 @@ def ingest_folder(folder: StorePath, out: StorePath, *, labels: str | None = Non
     names = _ids(files)
     # All images are read before anything is written: a half catalogue would be a data set.
     items, errors = _each(files, lambda path, label: _item(_decoded(_path(path), names[path]), label))
-    if errors:
+    if not items:
         raise _unusable(errors, len(files))
-    return write_catalog(out, {"chips" if labels else "imagery": items})
+    catalogue = write_catalog(out, {"chips" if labels else "imagery": items})
+    if errors:
+        raise DataError(
+            f"{len(errors)} of {len(files)} images are left out of {catalogue}: "
+            f"{listed(errors.values(), separator='; ')}; repair them and run the same command, or use it as it is"
+        )
+    return catalogue
 
 
 def ingest_rasters(paths: StorePath | Sequence[StorePath], out: StorePath) -> str:

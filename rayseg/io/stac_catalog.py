@@ -315,6 +315,8 @@ def _meeting(table: pa.Table, box: Box) -> pa.ChunkedArray:
 
 _SIGNS = {"<=": "lte", ">=": "gte", "<": "lt", ">": "gt", "!=": "neq", "=": "eq"}
 _CONDITION = re.compile(r"([^<>=!]+)(<=|>=|!=|<|>|=)([^<>=!]+)")
+_TIME = r"(\.\.|\d{4}(-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01])([Tt ][\d:.]+([Zz]|[+-]\d\d:\d\d)?)?)?)?)"
+_DATETIME = re.compile(rf"{_TIME}(/{_TIME})?")
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
 BUSY = (None, 429, 500, 502, 503, 504)
 """Status codes after which a STAC API may answer later; None is a lost connection."""
@@ -396,6 +398,10 @@ def _parameters(question: str) -> tuple[list[str], dict[str, Any]]:
         key, _, value = word.partition("=")
         if key not in {"datetime", "query", "limit"} or not value or (key == "limit" and not value.isdigit()):
             raise ConfigError(f"{word!r} is not a search parameter, expected datetime=..., query=... or limit=...")
+        if key == "datetime" and not _DATETIME.fullmatch(value):
+            raise ConfigError(
+                f"datetime={value} is not a time, expected 2020, 2020-06, 2020-06-30 or 2020-01-01/2020-06-30"
+            )
         parameters[key] = _conditions(value) if key == "query" else int(value) if key == "limit" else value
     return [name for name in names.split(",") if name], parameters
 

@@ -4,7 +4,9 @@ import pytest
 from small_world import catalogue, files, rayseg
 
 import rayseg as public
+from rayseg.api import running
 from rayseg.errors import ConfigError, RunIncomplete
+from rayseg.geo.region import Region
 
 
 def test_the_function_and_the_command_leave_one_run(tmp_path, tiny_model):
@@ -28,3 +30,8 @@ def test_a_run_with_failed_tiles_raises_after_all_others(tmp_path, tiny_model):
     with pytest.raises(RunIncomplete, match=r"failed: predict .*two.*rayseg retry"):
         public.run("predict", imagery, config=values, out=str(tmp_path / "run"), engine="inline")
     assert public.open(tmp_path / "run").classes.values.min() == 0
+
+
+def test_the_demo_is_a_region(monkeypatch):
+    monkeypatch.setattr("rayseg.demo.make.ensure", lambda: "/demo/catalog.json")
+    assert running.region_of("demo") == Region("demo", catalog="/demo/catalog.json")

@@ -1,17 +1,25 @@
 """Runs as jobs of a cluster: one job for one run, which any command can follow to its end."""
 
 import asyncio
+import os
 import shlex
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
+import certifi
 import pytest
 import yaml
-from small_world import refused
+from small_world import catalogue, refused
 
 from rayseg.config import load
+from rayseg.engine import run as runs
 from rayseg.engine import submit
 from rayseg.errors import ConfigError, RunIncomplete
 from rayseg.pipelines import gpc
+from rayseg.store import ACCESS
 
 LINE = "rayseg run pipeline gpc --region demo --out s3://b/r --address auto"
 
@@ -194,3 +202,60 @@ def test_secrets_and_local_outputs_are_not_submitted(monkeypatch, tmp_path):
 def _unset(monkeypatch, *words):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     return refused(2, *words)
+
+
+HEAD = """
+import sys
+import ray
+from ray._private.worker import get_dashboard_url
+from rayseg.engine import cluster
+cluster.connect(None, dashboard=True)
+print(f"http://{get_dashboard_url()}", ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+VALUES = {"AWS_CA_BUNDLE": certifi.where(), "RAYSEG_ALLOW_DRIVER": "netCDF", "AWS_NO_SIGN_REQUEST": "NO"}
+
+
+@contextmanager
+def real_head(environment):
+    """(address for jobs, address to join) of a private head with a dashboard."""
+    pipe = subprocess.PIPE
+    head = subprocess.Popen([sys.executable, "-c", HEAD], env=environment, stdin=pipe, stdout=pipe, text=True)
+    try:
+        yield head.stdout.readline().split()
+    finally:
+        head.stdin.close()
+        head.wait()
+
+
+def said(words, environment):
+    """(exit code, stderr) of the command line in a process of its own."""
+    found = subprocess.run(
+        [sys.executable, "-m", "rayseg", *map(str, words)], env=environment, capture_output=True, text=True, check=False
+    )
+    return found.returncode, found.stderr
+
+
+@pytest.mark.more
+@pytest.mark.e2e
+@pytest.mark.ray
+@pytest.mark.parametrize("mode", ["token", "disabled"])
+def test_a_real_head_runs_a_job_with_every_variable_of_the_stores(tmp_path, tiny_model, mode):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_", "RAYSEG_"))}
+    plain |= {"PATH": path, "HOME": str(tmp_path), "RAY_AUTH_MODE": mode}
+    given = plain | ({"RAY_AUTH_TOKEN": "a" * 64} if mode == "token" else {})
+    stores = {name: VALUES.get(name, "https://example.org") for name in ACCESS}
+    words = ("--set", f"model={tiny_model}", "--set", "map.tile=256", "--region", catalogue(tmp_path, one={}))
+    command = ("run", "pipeline", "predict", *words, "--out", tmp_path / "run")
+    with real_head(given) as (jobs, address):
+        if mode == "token":
+            for wrong in ({}, {"RAY_AUTH_TOKEN": "b" * 64}):
+                code, text = said([*command, "--submit", "--address", jobs], plain | wrong)
+                assert (code, "RAY_AUTH_TOKEN to the token of the head" in text) == (2, True), text
+                code, text = said([*command, "--address", address], plain | wrong)
+                assert (code, "RAY_AUTH_TOKEN to the token of the head" in text) == (2, True), text
+                assert "Traceback" not in text
+        code, text = said([*command, "--submit", "--address", jobs], given | stores)
+        assert code == 0, text
+    assert runs.read(str(tmp_path / "run"))["status"] == "done"

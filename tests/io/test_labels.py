@@ -191,17 +191,24 @@ def test_corrupt_images_are_named_together_up_to_five(folder, tmp_path, suffix):
         path = write(folder / "gpc" / f"bad{k}{suffix}", picture(200, 200, seed=k))
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     out = tmp_path / "out"
-    with pytest.raises(DataError, match=r"^7 of 11 images cannot be used.*bad0.*bad4.*and 2 more$") as caught:
+    with pytest.raises(DataError, match=r"^7 of 11 images are left out of .*bad0.*bad4.*and 2 more; repair") as caught:
         ingest_folder(folder, out, labels="folder")
     assert "bad5" not in str(caught.value)
-    assert not out.exists()
+    assert len(open_items(str(out / "catalog.json"), "chips")) == 4
 
 
-def test_a_mask_among_the_images_is_refused(folder, tmp_path):
+def test_a_mask_among_the_images_is_left_out(folder, tmp_path):
     write(folder / "gpc" / "mask.png", picture(bands=1)[..., 0] % 2, palette={0: (0, 0, 0), 1: (9, 9, 9)})
+    with pytest.raises(DataError, match=r"1 of 5 images are left out of .*mask.png is a palette image"):
+        ingest_folder(folder, tmp_path / "out", labels="folder")
+
+
+def test_without_one_image_that_can_be_decoded_nothing_is_written(folder, tmp_path):
+    for path in folder.glob("*/*"):
+        path.write_bytes(path.read_bytes()[:60])
     refused(
         lambda: ingest_folder(folder, tmp_path / "out", labels="folder"),
-        r"mask.png is a palette image",
+        "4 of 4 images cannot be used, nothing was written",
         tmp_path / "out",
     )
 

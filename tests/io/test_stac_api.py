@@ -125,3 +125,16 @@ def test_a_region_without_items_and_words_that_are_none_are_refused(api):
         stac_read.open_items(api.url, "scenes&clouds=3", geometry=SQUARE)
     with pytest.raises(ConfigError, match="is not a condition"):
         stac_read.open_items(api.url, "scenes&query=cloudless", geometry=SQUARE)
+
+
+@pytest.mark.parametrize("text", ["nonsense", "2020-13-01", "2020-01-01/2020-02-01/2020-03-01", "yesterday/.."])
+def test_a_datetime_that_is_not_a_time_is_refused_before_the_search(text):
+    with pytest.raises(ConfigError, match=f"datetime={text} is not a time, expected 2020"):
+        stac_catalog._parameters(f"scenes&datetime={text}")
+
+
+@pytest.mark.parametrize(
+    "text", ["2020", "2020-06", "../2020-06-30", "2020-01-01T00:00:00Z/2020-06-30T12:00:00.5+02:00"]
+)
+def test_times_as_the_api_takes_them_are_passed_on(text):
+    assert stac_catalog._parameters(f"scenes&datetime={text}") == (["scenes"], {"datetime": text})
