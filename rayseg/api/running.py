@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from rayseg.errors import ConfigError, RunIncomplete
+from rayseg.errors import ConfigError, RunIncomplete, listed
 from rayseg.pipelines import pipeline_of
 
 if TYPE_CHECKING:
@@ -107,12 +107,10 @@ def expect_complete(run: "RunState", out: str) -> None:
     """
     if run.troubles:
         named = [f"{step} {row} ({why})" for step, rows in run.troubles.items() for row, why in rows.items()]
-        more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
         kind = "row" if len(run.troubles) > 1 else "tile"  # scenes and tiles, or the tiles of two steps
         counted = f"{len(named)} {kind}{'s' * (len(named) > 1)} failed"
-        raise RunIncomplete(
-            f"{counted}: {'; '.join(named[:MOST_NAMED])}{more}; fix the cause, then: rayseg retry {out}"
-        )
+        first = listed(named, most=MOST_NAMED, separator="; ")
+        raise RunIncomplete(f"{counted}: {first}; fix the cause, then: rayseg retry {out}")
 
 
 def region_of(text: str) -> "Region":

@@ -26,20 +26,21 @@ def damage_of(files: Mapping[str, Any], present: Mapping[str, int], *, root: str
         present: path -> bytes of the files that the run has.
         root: prefix of the run, to compare checksums, too, which reads every file.
     """
-    found = {}
+    damage = {}
     for path, (size, _) in files.items():
         if path not in present:
-            found[path] = "missing"
+            damage[path] = "missing"
         elif present[path] != size:
-            found[path] = f"{present[path]} bytes, {size} were written"
+            damage[path] = f"{present[path]} bytes, {size} were written"
     if root:
-        whole = [path for path in files if path not in found]
+        # Checksums last, and only of files of the right size: they read every byte.
+        whole = [path for path in files if path not in damage]
         with ThreadPoolExecutor(THREADS) as pool:
             sums = pool.map(lambda path: checksum((upath(root) / path).read_bytes()), whole)
             for path, now in zip(whole, sums, strict=True):
                 if now != files[path][1]:
-                    found[path] = "checksum differs from the one written"
-    return found
+                    damage[path] = "checksum differs from the one written"
+    return damage
 
 
 def verify_step(
@@ -66,10 +67,12 @@ def verify_step(
                 if mend:
                     reason = "; ".join(f"{path}: {why}" for path, why in found.items())
                     ledger.write(Record(record.id, WITHDRAWN, reason, record.attempt + 1))
+    # A record that cannot be read does not name its row: the row counts as not processed.
     for path in unreadable:
         damage[f"steps/{folder.name}/ledger/{path.name}"] = "not a record"
         if mend:
             path.unlink(missing_ok=True)
+    # Without its record a row is missing only if no damaged record explains it.
     if count < planned and not unreadable:
         damage[f"steps/{folder.name}/ledger"] = f"{planned - count} of {planned} records are missing"
     return damage

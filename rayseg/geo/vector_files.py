@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rayseg.errors import DataError
+from rayseg.errors import DataError, listed
 from rayseg.store import StorePath, allowed_drivers, is_local, suffix_of, upath
 
 if TYPE_CHECKING:  # takes long to import, and few commands read polygons
@@ -84,10 +84,9 @@ def _placed(frame: "geopandas.GeoDataFrame", path: StorePath) -> "geopandas.GeoD
     if not len(lost):
         return frame
     ids = frame["id"].tolist() if "id" in frame else [None] * len(frame)
-    names = [f"{at + 1}" if ids[at] is None else f"{at + 1} (id {ids[at]})" for at in lost[:_NAMED]]
-    more = f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else ""
+    names = [f"{at + 1}" if ids[at] is None else f"{at + 1} (id {ids[at]})" for at in lost]
     _log.warning(
-        "%d of %d rows of %s have no geometry and are left out: %s%s; give them one, or remove them",
-        *(len(lost), len(frame), path, ", ".join(names), more),
+        "%d of %d rows of %s have no geometry and are left out: %s; give them one, or remove them",
+        *(len(lost), len(frame), path, listed(names, most=_NAMED)),
     )
     return frame.iloc[np.setdiff1d(np.arange(len(frame)), lost)].reset_index(drop=True)

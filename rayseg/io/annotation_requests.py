@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from shapely.geometry import box, mapping
 
-from rayseg.errors import ConfigError, DataError
+from rayseg.errors import ConfigError, DataError, listed
 from rayseg.geo.grid import NODATA, Window
 from rayseg.io import cog
 from rayseg.io.labels import read_mask
@@ -126,7 +126,7 @@ def load(folder: StorePath, run: str) -> tuple[int, list[str]]:
         raise DataError(f"{folder} holds no masks, expected PNG or TIFF files named by the chips' ids; draw some")
     if unknown := [path.name for path in files if path.stem not in request["chips"]]:
         raise DataError(
-            f"{len(unknown)} masks in {folder} belong to no chip that the run requested ({', '.join(unknown[:5])}); "
+            f"{len(unknown)} masks in {folder} belong to no chip that the run requested ({listed(unknown)}); "
             f"remove them; the ids are in {run}/to-label/chips.geojson"
         )
     if twice := [stem for stem, count in Counter(path.stem for path in files).items() if count > 1]:

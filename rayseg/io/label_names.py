@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rayseg.engine.run import read
-from rayseg.errors import DataError
+from rayseg.errors import DataError, listed
 from rayseg.geo.grid import NODATA
 from rayseg.io import cog, masks, stac_write
 from rayseg.io.maps import MappedTile, mapped_tiles
@@ -107,8 +107,7 @@ def _labels_of(tiles: list[MappedTile], run: str) -> set[int]:
     # Maps of named classes need no names.
     if table.names != label_table(len(table.names)).names:
         raise DataError(
-            f"run {run} maps {', '.join(table.names[:5])}, expected unnamed labels; "
-            "give a run of the pipeline superpixel"
+            f"run {run} maps {listed(table.names)}, expected unnamed labels; give a run of the pipeline superpixel"
         )
     return set(table.values)
 
@@ -118,7 +117,7 @@ def _expect_known(assigned: Assigned, tiles: list[MappedTile], labels: set[int],
     for scene, label in assigned:
         if scene and scene not in scenes:
             raise DataError(
-                f"the table has the scene {scene!r}, run {run} has {', '.join(sorted(scenes)[:5])}; correct the table"
+                f"the table has the scene {scene!r}, run {run} has {listed(sorted(scenes))}; correct the table"
             )
         if label not in labels:
             raise DataError(

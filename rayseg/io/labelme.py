@@ -22,7 +22,7 @@ from rasterio.transform import array_bounds
 from shapely.geometry import Polygon
 from shapely.geometry.base import BaseGeometry
 
-from rayseg.errors import DataError
+from rayseg.errors import DataError, listed
 from rayseg.geo.grid import Window, slug
 from rayseg.geo.lonlat import polygons_in, within
 from rayseg.io.plot_joins import mask_of
@@ -84,7 +84,7 @@ def export(plots: str, images: str, out: str) -> int:
         plots_of = {str(name): rows for name, rows in table.groupby("image")}
         if missing := [name for name in plots_of if slug(name) not in files]:
             raise DataError(
-                f"{images} lacks {len(missing)} of the {len(plots_of)} images ({', '.join(missing[:5])}); give the "
+                f"{images} lacks {len(missing)} of the {len(plots_of)} images ({listed(missing)}); give the "
                 "folder of all images"
             )
     else:

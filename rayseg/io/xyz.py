@@ -31,7 +31,7 @@ from shapely.geometry import mapping, shape
 from shapely.geometry.base import BaseGeometry
 from upath import UPath
 
-from rayseg.errors import ConfigError, DataError
+from rayseg.errors import ConfigError, DataError, listed
 from rayseg.geo.grid import Grid, Window, slug
 from rayseg.geo.region import on_grid
 from rayseg.geo.vector_files import read_frame
@@ -236,8 +236,7 @@ def _ids(path: StorePath, frame: geopandas.GeoDataFrame) -> list[str]:
     ids = [slug(text) for text in texts]
     if twice := [name for name, count in Counter(ids).items() if count > 1 or name == "collection"]:
         raise DataError(
-            f"{path} has ids that are reserved or used twice ({', '.join(twice[:5])}), expected all different; change "
-            "them"
+            f"{path} has ids that are reserved or used twice ({listed(twice)}), expected all different; change them"
         )
     return ids
 

@@ -122,6 +122,7 @@ def sample(
 
 def _strata(tiles: Sequence[MappedTile], table: ClassTable, band: float) -> tuple[list[Stratum], NDArray[np.float64]]:
     """The strata of a map, four of each class, and their areas in every tile (tiles, strata)."""
+    # The order is that of `strata_of`: value, then score, then edge.
     keys = [(value, sure, edge) for value in table.values for sure in (False, True) for edge in (False, True)]
     parts_TH, scores_H = np.zeros((len(tiles), len(keys))), np.zeros(len(keys))
     for at, tile in enumerate(tiles):
@@ -159,6 +160,7 @@ def _drawn(
             continue
         strata_HW, score_HW, areas_H = strata_of(tile, table, band)
         for stratum in np.flatnonzero(draws):
+            # By area and not by pixel: in degrees pixels get smaller toward the poles.
             rows, cols = np.nonzero(strata_HW == stratum)
             chances = areas_H[rows] / areas_H[rows].sum()
             for index in rng.choice(len(rows), min(draws[stratum], len(rows)), replace=False, p=chances):
@@ -178,9 +180,11 @@ def strata_of(
     elif len(scores_CHW) == 1:  # the probability of the class that is mapped
         score_HW = scores_CHW[0]
     else:
+        # Nodata is 255 and has no band; its pixels are in no stratum.
         index_HW = np.minimum(classes_HW, len(scores_CHW) - 1).astype(np.int64)
         score_HW = np.take_along_axis(scores_CHW, index_HW[None], 0)[0]
     around = 2 * EDGE + 1
+    # Where the largest and the smallest class nearby differ, another class is near.
     edge_HW = ndimage.maximum_filter(classes_HW, around) != ndimage.minimum_filter(classes_HW, around)
     positions = np.full(256, -1)
     positions[list(table.values)] = np.arange(len(table.classes))

@@ -121,7 +121,7 @@ def find_chips(region: Region, expected: tuple[str, ...], config: ChipsConfig) -
         if masks.keys() >= ids:
             raise DataError(
                 f"all {len(ids)} chips of {uri} labelled {label} have a mask in chips.masks, which holds them out; "
-                "expected some to learn from: leave masks out"
+                "expected some to learn from; leave masks out"
             )
     return chips
 

@@ -19,7 +19,7 @@ from rayseg.config import Config
 from rayseg.engine.flow import Work
 from rayseg.engine.manifest import Row
 from rayseg.engine.run import Step
-from rayseg.errors import DataError
+from rayseg.errors import DataError, listed
 from rayseg.geo.grid import Tile, Window, expect_ids, slug
 from rayseg.geo.region import Region
 from rayseg.io import labels, stac_read, vectors
@@ -71,6 +71,7 @@ def plan_units(region: Region, described: Bundle, units: UnitsConfig, config: Ma
     def check(source: Source) -> None:
         described.check_contract(source.bands, source.dtype, units=source.units, source=source.item_id)
 
+    # A unit is one input window of the model, so that each is seen whole.
     config = config.model_copy(update={"tile": described.patch})
     sources, refused = mapping.mappable(region, mapping.imagery(region, config), check, size=config.tile)
     whole = units.of == "images" or (units.of is None and not any(source.crs for source in sources))
@@ -95,10 +96,13 @@ def _polygon_rows(polygons: Polygons, sources: Sequence[Source]) -> list[Row]:
     for grid, members in grids_of(sources):
         extents = [footprint(source, grid) for source in members]
         for geometry, number in zip(*polygons.placed(grid), strict=True):
+            # `placed` gives pixel coordinates, in which y grows downward.
             left, top, right, bottom = geometry.bounds
+            # The window holds all of the polygon, and one pixel at least.
             col, row = int(np.floor(left)), int(np.floor(top))
             window = Window(col, row, max(1, int(np.ceil(right)) - col), max(1, int(np.ceil(bottom)) - row))
-            near = [one for one, extent in zip(members, extents, strict=True) if not extent.intersect(window).empty]
+            pairs = zip(members, extents, strict=True)
+            near = [source for source, extent in pairs if not extent.intersect(window).empty]
             if near and number not in rows:
                 name = slug(names[number - 1]) if names else str(number)
                 rows[number] = _row(Tile(name, grid, window), near) | {"polygon": shapely.to_wkb(geometry).hex()}
@@ -110,8 +114,8 @@ def _polygon_rows(polygons: Polygons, sources: Sequence[Source]) -> list[Row]:
 
 
 def _row(tile: Tile, sources: Sequence[Source]) -> Row:
-    listed = json.dumps([source.to_row() for source in sources])
-    return tile.to_row() | {"sources": listed, "refused": "", "polygon": ""}
+    texts = json.dumps([source.to_row() for source in sources])
+    return tile.to_row() | {"sources": texts, "refused": "", "polygon": ""}
 
 
 def classify_units(
@@ -120,14 +124,16 @@ def classify_units(
     """Classify every unit; class and probabilities of each are in the step's ledger."""
     prefix = model.value["bundle"]
     described = bundle.description(prefix)
-    listed = mapping.kept_manifest(step, lambda: plan_units(region, described, units, config) if rows is None else rows)
+    manifest = mapping.kept_manifest(
+        step, lambda: plan_units(region, described, units, config) if rows is None else rows
+    )
     pictures = str(upath(step.root) / "pictures") if units.pictures else None
     works = [
         Work(ReadUnit(described.bands, described.patch, described.architecture.factory == "plots"), batch=AT_ONCE),
         Work(Classify(prefix, pictures=pictures), batch=AT_ONCE, cpus=1.0, gpus=1.0, model=True),
     ]
     patience = config.stall_seconds
-    done = mapping.through(step, listed, works, patience=patience, record=ChipRow.from_row, title="units")
+    done = mapping.through(step, manifest, works, patience=patience, record=ChipRow.from_row, title="units")
     return {"bundle": prefix, **done}
 
 
@@ -136,16 +142,17 @@ def write_classes(step: Step, classified: Step) -> dict[str, Any]:
     described = bundle.description(classified.value["bundle"])
     values = [value for value, _, _ in described.classes]
     names = [name for _, name, _ in described.classes]
-    found = mapping.rows_with(classified, "p")
-    if not found:
+    records = mapping.rows_with(classified, "p")
+    if not records:
         raise DataError(f"no unit of {step.root} was classified; look at rayseg status {step.root}")
     units, outlines = [], []
-    for row, record in found:
+    for row, record in records:
         p_K, at = record.facts["p"], values.index(record.facts["class"])
         unit = {"id": row["id"], "class": values[at], "name": names[at], "score": round(p_K[at], 6)}
         units.append(unit | {f"p_{name}": round(p, 6) for name, p in zip(names, p_K, strict=True)})
         outlines.append(_outline(row))
     root, text = upath(step.root), io.StringIO()
+    # CSV for tables and the report, JSON for programs, GeoParquet for maps: the same rows.
     writer = csv.DictWriter(text, units[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(units)
@@ -171,7 +178,7 @@ def _frame(units: Sequence[Row], outlines: Sequence[tuple[bool, Any]]) -> "geopa
     import geopandas
 
     placed = any(on_earth for on_earth, _ in outlines)
-    # Beside georeferenced units those without have no place; alone they are in pixels of their images.
+    # Next to georeferenced units those without have no geometry; alone they are in pixels of their images.
     shapes = [shape if on_earth == placed else None for on_earth, shape in outlines]
     return geopandas.GeoDataFrame(units, geometry=shapes, crs="EPSG:4326" if placed else None)
 
@@ -181,8 +188,8 @@ def write_report(step: Step, classified: Step, written: Step, units: UnitsConfig
     counts, total = written.value["counts"], written.value["units"]
     summary = f"{total:,} units: " + ", ".join(f"{count:,} {name}" for name, count in counts.items())
     first = _csv_rows(upath(step.root) / "classes.csv")[:LISTED]
-    listed: list[tuple[str, ...]] = [(unit["id"], unit["name"], unit["score"]) for unit in first]
-    table: report.Table = (f"The first {len(first)} units", ("unit", "class", "score"), listed)
+    lines: list[tuple[str, ...]] = [(unit["id"], unit["name"], unit["score"]) for unit in first]
+    table: report.Table = (f"The first {len(first)} units", ("unit", "class", "score"), lines)
     pictures = tuple(
         (u["id"], f"pictures/{u['id']}.webp", f"Grad-CAM++ of {u['name']}, score {u['score']}.") for u in first[:6]
     )
@@ -214,6 +221,7 @@ def evaluate_classes(prediction: str, truth: str) -> dict[str, Any]:
     Raises:
         DataError: no unit has a label, or a label is not a class of the model.
     """
+    # The table alone has all that is needed: the run may be gone.
     path = upath(prediction) if suffix_of(prediction) == ".csv" else upath(prediction) / "classes.csv"
     predicted = {row["id"]: row for row in _csv_rows(path)}
     first = next(iter(predicted.values()))
@@ -226,8 +234,8 @@ def evaluate_classes(prediction: str, truth: str) -> dict[str, Any]:
     both = [name for name in predicted if name in known]
     if not both:
         raise DataError(
-            f"no unit of {prediction} has a label in {truth}: units are {', '.join(list(predicted)[:5])}, labelled are "
-            f"{', '.join(list(known)[:5])}; use the same names"
+            f"no unit of {prediction} has a label in {truth}: units are {listed(predicted)}, labelled are "
+            f"{listed(known)}; use the same names"
         )
     compared = []
     for name in both:
@@ -236,6 +244,7 @@ def evaluate_classes(prediction: str, truth: str) -> dict[str, Any]:
         compared.append(evaluate.Compared(name, name, confusion, 0))
     colors = label_table(len(names)).colors
     table = ClassTable(tuple((at, name, colors[at]) for at, name in enumerate(names)))
+    # Named on both sides: a wrong spelling of ids would otherwise only make the sample smaller.
     left = {"prediction": [n for n in predicted if n not in known], "truth": [n for n in known if n not in predicted]}
     unmatched = {side: {"count": len(ids), "names": ids[: evaluate.NAMED]} for side, ids in left.items()}
     result = {"prediction": prediction, "truth": truth} | evaluate.summary(compared, table) | {"unmatched": unmatched}
@@ -255,6 +264,7 @@ def _labels_of(truth: str) -> dict[str, str]:
     if upath(truth).is_dir():
         files = [(folder.name, path) for folder in sorted(upath(truth).iterdir()) if folder.is_dir()
                  for path in sorted(folder.iterdir()) if kind_of(str(path))]  # fmt: skip
+        # A stem that occurs in two classes names neither image.
         stems = Counter(slug(path.stem) for _, path in files)
         alone = {slug(path.stem): label for label, path in files if stems[slug(path.stem)] == 1}
         return alone | {slug(f"{label}-{path.stem}"): label for label, path in files}
