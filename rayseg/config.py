@@ -92,6 +92,7 @@ def _above_0(values: tuple[float, float]) -> tuple[float, float]:
 
 
 def _different(names: tuple[str, ...]) -> tuple[str, ...]:
+    # A band that is named twice would be read twice under one name.
     if len(set(names)) < len(names):
         raise ValueError(f"{', '.join(names)}: a name occurs twice; give each name once")
     return names

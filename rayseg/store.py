@@ -338,6 +338,7 @@ def sweep(prefix: StorePath) -> None:
 
 def cache_dir() -> Path:
     """Folder of demo data and downloads: RAYSEG_CACHE, else `rayseg` in the user's cache folder."""
+    # The XDG convention; RAYSEG_CACHE is for shared machines with a small home.
     if chosen := os.environ.get("RAYSEG_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rayseg"

@@ -33,6 +33,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _allow(names: list[str] | None) -> None:
+    # Through the environment, because worker processes open files too.
     from rayseg.store import allow_drivers
 
     allow_drivers(names or ())

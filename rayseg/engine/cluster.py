@@ -200,6 +200,7 @@ def _machines(*, free: bool = False) -> list[Machine]:
     import ray
     from ray._private.state import available_resources_per_node
 
+    # A machine that has just joined may not be among the free ones yet.
     left = available_resources_per_node() if free else {}
     machines = [left.get(node["NodeID"], {}) if free else node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [{name: float(resources.get(name, 0.0)) for name in ("CPU", "GPU")} for resources in machines]
@@ -243,6 +244,7 @@ def sizes(works: Sequence[Work], machines: Sequence[Machine], *, gpus: bool | No
     # A stage cannot be spread over machines: one machine must hold a whole copy.
     widest = max((machine.get("CPU", 0.0) for machine in machines), default=0.0)
     if rest < 0 or any(work.cpus > widest for work in small) or (models and (share < LEAST_CPUS or not copies)):
+        # One copy of everything, the least that a run needs.
         needed = others + sum(work.cpus for work in models)
         and_gpus = f" and {wanted:g} GPUs of one machine" if wanted else ""
         raise ConfigError(

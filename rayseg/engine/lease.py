@@ -72,6 +72,7 @@ class Lease:
     def __init__(self, root: str, etag: str) -> None:
         self.root, self.owner = root, uuid.uuid4().hex
         self.lost: Holder | None = None
+        # The first write comes before the thread: without it there is no hold to renew.
         self._beats, self._stop = 0, threading.Event()
         self._etag = self._put(etag)
         self._thread = threading.Thread(target=self._renew, daemon=True)
@@ -99,6 +100,7 @@ class Lease:
     def _put(self, etag: str) -> str:
         path, self._beats = _path(self.root), self._beats + 1
         about = {"owner": self.owner, "host": socket.gethostname(), "machine": _machine(), "pid": str(os.getpid())}
+        # The store compares and writes at once, so that of two drivers one wins.
         condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
         try:
             path.fs.pipe_file(path.path, f"{self.owner} {self._beats}".encode(), Metadata=about, **condition)

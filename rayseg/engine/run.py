@@ -398,6 +398,7 @@ def _own_files(root: str) -> dict[str, Files]:
     last: dict[str, str] = {}
     for folder in _begun(root):
         own[folder.name] = (_load(folder / "done.json") or _load(folder / "begun.json")).get("files", {})
+        # In the order of their begin, so that the last writer of a file has it.
         for path in own[folder.name]:
             if path in last:
                 own[last[path]].pop(path)
@@ -454,6 +455,7 @@ def _is_new(out: str, request: dict[str, Any]) -> bool:
     """Whether `out` is empty; files that belong to another run or to something else raise ConfigError."""
     try:
         content = _content(out)
+        # Hidden files do not count: `.DS_Store`, or the lock of a command that has just begun.
         foreign = not content and upath(out).is_dir() and any(not p.name.startswith(".") for p in upath(out).iterdir())
     except STORE_ERRORS as error:
         raise ConfigError(f"output {out} cannot be read: {error}; choose another --out") from None
@@ -468,6 +470,7 @@ def _is_new(out: str, request: dict[str, Any]) -> bool:
 
 def _ensure_writable(out: str) -> None:
     try:
+        # Only a write shows whether writing is allowed: permissions of buckets cannot be read.
         put(upath(out) / ".writable", b"")
         (upath(out) / ".writable").unlink(missing_ok=True)
     except STORE_ERRORS as error:
@@ -478,6 +481,7 @@ def _ensure_writable(out: str) -> None:
 
 def _difference(key: str, there: object, here: object) -> str:
     """The first place where two JSON values differ, as `a.b is 1 there, 2 here`."""
+    # Down to the first key that differs: whole configurations would fill the screen.
     if isinstance(there, dict) and isinstance(here, dict):
         for inner in sorted(there.keys() | here.keys()):
             if there.get(inner) != here.get(inner):
@@ -570,6 +574,7 @@ def _with_prefix(value: Any, old: str, new: str) -> Any:  # noqa: ANN401 - JSON 
 def _plain(value: object) -> object:
     """The part of an argument that determines the result, as JSON values."""
     if isinstance(value, Step):
+        # The key of a finished step is that of its value, so later keys follow from it.
         return value.key
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")

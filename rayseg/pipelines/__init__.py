@@ -27,6 +27,7 @@ def pipeline_of(name: str) -> ModuleType:
     Raises:
         ConfigError: no pipeline has this name.
     """
+    # A dict and not entry points: a typo then names the pipelines that exist.
     module = (PIPELINES | PREDICTION).get(name)
     if module is None:
         raise ConfigError(f"pipeline {name!r} is unknown, expected one of: {', '.join(PIPELINES)}")
