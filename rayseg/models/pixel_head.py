@@ -5,6 +5,8 @@ of brightness), interpolated bilinearly to a stride of 4 px. One linear map turn
 units stands between.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, conv2d, interpolate
@@ -13,6 +15,8 @@ from rayseg.models.encoders import build_encoder
 
 STRIDE = 4
 """Pixels per position of the features and logits, before logits are interpolated."""
+_FLIPS: tuple[tuple[int, ...], ...] = ((3,), (2,), (2, 3))
+"""Axes that each mirror image turns round, in the order of their use."""
 _SCALES = (4, 8, 16)  # px over which colour is averaged
 # sRGB (IEC 61966-2-1) to CIE XYZ, each row divided by the white point D65; XYZ to Lab / 100 (CIE 15).
 _XYZ = ((0.43395, 0.37622, 0.18983), (0.21267, 0.71516, 0.07217), (0.01776, 0.10947, 0.87277))
@@ -28,8 +32,11 @@ class PixelHead(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, encoder: nn.Module, *, classes: int, channels: int, lab: bool, hidden: int) -> None:
+    def __init__(
+        self, encoder: nn.Module, *, classes: int, channels: int, lab: bool, hidden: int, flips: int = 1
+    ) -> None:
         super().__init__()
+        self.flips = flips
         self.encoder = encoder.requires_grad_(False)
         maps: list[int] = encoder.out_channels[1:5]  # type: ignore[index,assignment]
         self.widths = [*maps, channels * len(_SCALES) + len(_SCALES) - 1]
@@ -57,7 +64,15 @@ class PixelHead(nn.Module):
         return torch.cat([*means, *((square - mean**2).clamp(min=0).sqrt() for square, mean in squares)], dim=1)
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
-        """Logits_NKHW."""
+        """Logits_NKHW; of `flips` mirror images, the logarithm of their mean probabilities."""
+        logits = self.logits(images_NCHW)
+        if self.flips == 1:
+            return logits
+        views = [self.logits(images_NCHW.flip(axes)).flip(axes) for axes in _FLIPS[: self.flips - 1]]
+        return torch.stack([logits, *views]).log_softmax(dim=2).logsumexp(dim=0) - math.log(self.flips)
+
+    def logits(self, images_NCHW: Tensor) -> Tensor:
+        """Logits_NKHW of the images as they are."""
         size = [side // STRIDE for side in images_NCHW.shape[2:]]
         # A linear map and an interpolation can change places; the map first needs far less memory.
         parts = zip(self.maps(images_NCHW), torch.split(self.first.weight, self.widths, dim=1), strict=True)
@@ -68,7 +83,14 @@ class PixelHead(nn.Module):
 
 
 def build_pixel_head(
-    encoder: str, *, classes: int, weights: str = "imagenet", channels: int = 3, lab: int = 1, hidden: int = 0
+    encoder: str,
+    *,
+    classes: int,
+    weights: str = "imagenet",
+    channels: int = 3,
+    lab: int = 1,
+    hidden: int = 0,
+    flips: int = 1,
 ) -> PixelHead:
     """An untrained head on an encoder.
 
@@ -79,13 +101,14 @@ def build_pixel_head(
         channels: bands of the images.
         lab: 1 for red, green and blue of 0..255, whose colour is Lab; 0 for other bands, taken as they are.
         hidden: units between features and logits; 0 makes the head linear.
+        flips: mirror images whose probabilities are averaged, the image itself included: 1, 2 or 4.
 
     Raises:
         ConfigError: the encoder is unknown or has no feature maps.
         ModelError: the weights are missing or do not fit.
     """
     trunk = build_encoder(encoder, channels=channels, weights=weights)
-    return PixelHead(trunk, classes=classes, channels=channels, lab=bool(lab), hidden=hidden)
+    return PixelHead(trunk, classes=classes, channels=channels, lab=bool(lab), hidden=hidden, flips=flips)
 
 
 def _to(maps_NCHW: Tensor, size: list[int]) -> Tensor:

@@ -47,6 +47,8 @@ class HeadConfig(Config):
     """Share of the features left out in each step; of the hidden units, 0.3."""
     balance: Annotated[float, Field(ge=0, le=1)] = 0.5
     """A class's weight is its share of the pixels to minus this power; 1 balances all classes."""
+    flips: Literal[1, 2, 4] = added(default=1)
+    """Mirror images that a map is the mean of: 2 adds left to right, 4 top to bottom, too; each takes as long again."""
 
 
 class HeadedConfig(NetworkConfig):
@@ -67,7 +69,8 @@ class HeadedConfig(NetworkConfig):
         if self.network == "decoder":
             return super().options(classes=classes, channels=channels)
         hidden = self.head.hidden * self.head.members if self.network == "frozen" else 0
-        return {"encoder": self.encoder, "classes": classes, "channels": channels, "hidden": hidden}
+        flips = {"flips": self.head.flips} if self.head.flips > 1 else {}
+        return {"encoder": self.encoder, "classes": classes, "channels": channels, "hidden": hidden, **flips}
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ def fit_head(
         fit_hidden(net, samples, settings.head, seed=seed)
     else:
         fit_linear(net, samples, balance=settings.head.balance)
+    net.flips = settings.head.flips
     return net
 
 

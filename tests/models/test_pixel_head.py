@@ -47,3 +47,17 @@ def test_other_bands_are_taken_as_they_are():
 def test_the_encoder_is_frozen():
     net = build_pixel_head("mobilenet_v2", classes=2, weights="none")
     assert {name.partition(".")[0] for name, weight in net.named_parameters() if weight.requires_grad} == {"first"}
+
+
+@pytest.mark.parametrize(("flips", "axes"), [(2, [(3,)]), (4, [(3,), (2,), (2, 3)])])
+def test_probabilities_are_the_mean_over_mirror_images(images, flips, axes):
+    torch.manual_seed(0)
+    net = build_pixel_head("mobilenet_v2", classes=3, weights="none", flips=flips).eval()
+    with torch.inference_mode():
+        alone = net.logits(images).softmax(dim=1)
+        mirrored = [net.logits(images.flip(axis)).flip(axis).softmax(dim=1) for axis in axes]
+        mean = torch.stack([alone, *mirrored]).mean(dim=0)
+        torch.testing.assert_close(net(images).softmax(dim=1), mean)
+        assert (mean - alone).abs().max() > 1e-3
+        for axis in axes:
+            torch.testing.assert_close(net(images.flip(axis)).flip(axis), net(images))

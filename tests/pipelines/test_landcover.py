@@ -205,11 +205,12 @@ stride: 96
 baseline: false
 """)
     out = tmp_path / "run"
-    config = ("--config", tmp_path / "c.yaml", "--set", "segmenter.head.steps=60", "--engine", "inline")
+    config = ("--config", tmp_path / "c.yaml", "--set", "segmenter.head={steps: 60, flips: 2}", "--engine", "inline")
     found = rayseg("run", "pipeline", "landcover", "--region", tmp_path / "scenes", *config, "--out", out)
     assert found.exit_code == 0, found.output
-    described, _ = bundle.build(str(out / "models" / "segmenter"))
+    described, net = bundle.build(str(out / "models" / "segmenter"))
     assert described.architecture.factory == "pixel-head"
+    assert described.architecture.options["flips"] == net.flips == 2
     assert described.architecture.options["hidden"] == (0 if network == "linear" else 192)
     assert described.scaling.mean == (127.0,) * 3
     assert described.metrics["mean_iou"] > 0.8
