@@ -40,7 +40,7 @@ class Upright(WarpedVRT):  # type: ignore[misc]
 
 
 def upright(file: DatasetReader, href: str) -> DatasetReader:
-    """The open file as it is seen; itself if it needs no turn or has a CRS, whose coordinates are of stored pixels.
+    """The open file, turned upright; the file itself if it needs no turn or has a CRS, which counts stored pixels.
 
     A world file alone places nothing on Earth, so such a photo is turned.
     """

@@ -84,10 +84,25 @@ def labelled_images(images: str, masks: str | None = None, *, table: ClassTable 
     Raises:
         DataError: there are no images, one cannot be opened, or a mask is of another size than its image.
     """
+    names = table.names if table else ()
     if suffix_of(split_location(images)[0]) in {".json", ".parquet"}:
-        labelled = _of_catalog(images, masks or "", table.names if table else ())
+        # 1. items of a catalogue, each of the scene that it states
+        uri, _, collection = images.partition("#")
+        items = [(item, stac_read.source_of(item)) for item in stac_read.open_items(uri, collection or None)]
+        scenes = {item.id: slug(str(item.properties.get(SCENE, item.id))) for item, _ in items}
+        mask_sources = masks_of(masks, names=names) if masks else []
+        labelled = _with_masks([source for _, source in items], scenes, mask_sources)
+    elif masks:
+        # 2. a folder of images whose masks are elsewhere; each image is a scene of its own
+        sources, wrong = sources_of_images(images)
+        if wrong:
+            listing = listed(wrong.values(), most=1)
+            raise DataError(f"{len(wrong)} of the images in {images} cannot be opened: {listing}")
+        scenes = {source.item_id: source.item_id for source in sources}
+        labelled = _with_masks(sources, scenes, masks_of(masks, names=names))
     else:
-        labelled = _of_images(images, masks, table.names if table else ()) if masks else _of_folder(images)
+        # 3. folders of images and masks side by side
+        labelled = _of_folder(images)
     expect_ids([image.id for image in labelled])
     if table:
         # All masks together decide whether 255 is a class: one alone may lack it.
@@ -132,22 +147,6 @@ def _named(scene: str, source: Source, masks: tuple[Source, ...]) -> LabelledIma
     for mask in masks:
         expect_fit(mask, (source.height, source.width), source.assets[0][0])
     return placed(slug(own), slug(scene or source.item_id), source, masks)
-
-
-def _of_catalog(images: str, masks: str, names: Sequence[str]) -> list[LabelledImage]:
-    uri, _, collection = images.partition("#")
-    items = [(item, stac_read.source_of(item)) for item in stac_read.open_items(uri, collection or None)]
-    scenes = {item.id: slug(str(item.properties.get(SCENE, item.id))) for item, _ in items}
-    return _with_masks([source for _, source in items], scenes, masks_of(masks, names=names) if masks else [])
-
-
-def _of_images(images: str, masks: str, names: Sequence[str]) -> list[LabelledImage]:
-    """A folder of images whose masks are elsewhere; each image is a scene of its own."""
-    sources, wrong = sources_of_images(images)
-    if wrong:
-        raise DataError(f"{len(wrong)} of the images in {images} cannot be opened: {listed(wrong.values(), most=1)}")
-    scenes = {source.item_id: source.item_id for source in sources}
-    return _with_masks(sources, scenes, masks_of(masks, names=names))
 
 
 def _with_masks(sources: Sequence[Source], scenes: Mapping[str, str], masks: Sequence[Source]) -> list[LabelledImage]:

@@ -58,7 +58,7 @@ _REACH = 42.0  # degrees around a zone in which an image alone is mapped on it: 
 _FINE = 0.05  # degrees: edges are cut this fine before they are projected
 PIXELS = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # transform of an image without georeference
 STORED = (1.0, 0.0)  # scale and offset of values that are units already
-NO_NODATA = math.inf  # nodata of a mask whose every value counts, whatever the file says
+NO_NODATA = math.inf  # nodata of a mask whose every value counts, whatever the file declares
 _NAMELESS = (ColorInterp.undefined, ColorInterp.gray)
 _FAULTS = (RasterioError, CRSError, CPLE_BaseError)
 
@@ -79,7 +79,7 @@ class Source:
         height: rows of that file.
         width: columns of that file.
         dtype: numpy name of its pixel type.
-        nodata: value that the item (not only the file) says is no data; NaN and infinity always are, and are None.
+        nodata: value that the item (not only the file) declares as nodata; None for NaN and infinity, which always are.
         datetime: `times.utc_text` ("2020-08-31T00:00:00Z"), None when unknown.
         href: of the item, "" if it was not read from a file.
         gcps: the files have ground control points only; `transform` is then just the box around them.
@@ -145,7 +145,7 @@ def from_json(text: str) -> list[Source]:
 
 
 def source_of_file(href: str, item_id: str, *, datetime: str | None = None) -> Source:
-    """The image file at `href` as a source of its own; its bands are called as `band_names` says.
+    """The image file at `href` as a source of its own; `band_names` gives the names of its bands.
 
     Args:
         href: local path, `file:`, `s3://`, `http(s)://`.
@@ -464,7 +464,7 @@ def part_of_image(source: Source) -> tuple[int, int] | None:
 def footprint(source: Source, grid: Grid) -> Window:
     """The grid pixels that `source` touches, rounded outward; empty for another image's own pixel grid.
 
-    On an image's own grid a file lies at (0, 0), or where `part_of_image` says.
+    On an image's own grid a file lies at (0, 0), or where `part_of_image` places it.
 
     Raises:
         DataError: the source cannot be placed in the grid's CRS.
@@ -556,7 +556,7 @@ def same_crs(one: str, other: str) -> bool:
 
 
 def holds(dtype: str, value: float) -> bool:
-    """Whether a pixel type (numpy name) has a value; one that it does not have is no pixel's nodata."""
+    """Whether a pixel type (numpy name) can hold a value; one that it cannot hold is not the nodata of any pixel."""
     if dtype not in np.sctypeDict:  # of GDAL or STAC alone
         return True
     kind = np.dtype(dtype)

@@ -40,7 +40,7 @@ from rayseg.store import suffix_of
 
 _log = logging.getLogger(__name__)
 BROKEN = "rayseg:broken"
-"""Property of an item that stands for one that cannot be read: the reason."""
+"""Property of an item that replaces one that cannot be read: the reason."""
 _INVALID = (
     pystac.STACError,
     pystac.STACTypeError,
@@ -268,7 +268,7 @@ def source_of(item: pystac.Item, *, bands: Sequence[str] | None = None) -> Sourc
 
     Args:
         item: as read from somewhere, or with absolute hrefs.
-        bands: the only bands of interest, by name or common name; other files are not looked at.
+        bands: the only bands of interest, by name or common name; other files are ignored.
 
     Raises:
         DataError: no image asset, no such bands, a relative href of an item from nowhere, an unreadable file, or fields
@@ -496,7 +496,7 @@ def nodatas_of(item: pystac.Item, asset: pystac.Asset, count: int) -> list[float
 def _units(item: pystac.Item, assets: Sequence[tuple[pystac.Asset, int, Source | None]]) -> tuple[Unit, ...]:
     """(scale, offset) of all bands of assets with so many bands each; empty where none has any.
 
-    A file that had to be opened counts where the item says nothing.
+    A file that had to be opened counts where the item states nothing.
     """
     units: list[Unit] = []
     for asset, count, opened in assets:

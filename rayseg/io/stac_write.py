@@ -202,7 +202,7 @@ def lonlat_geometry(
     """(geometry, bbox) in EPSG:4326 of a geometry in `crs`, rounded to 7 digits, cut at the antimeridian.
 
     Raises:
-        DataError: it has coordinates outside the Earth, or is no area there.
+        DataError: it has coordinates outside the Earth, or no area there.
     """
 
     def degrees(points_N2: np.ndarray) -> np.ndarray:

@@ -192,7 +192,7 @@ def join_parts(parts: Iterable[pa.Table], table: ClassTable) -> "geopandas.GeoDa
     Raises:
         DataError: images with and without CRS are mixed, or a grid has coordinates outside the Earth.
     """
-    # The first row and column of a tile; a table without parts may stand anywhere.
+    # The first row and column of a tile; a table without parts may come anywhere.
     ordered = sorted(
         parts, key=lambda part: tile_order(_grid_of(part), *(pc.min(part[n]).as_py() or 0 for n in _CORNER))
     )

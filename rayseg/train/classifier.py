@@ -246,20 +246,14 @@ def _evaluate(learner: Learner, read: Read, config: State) -> dict[str, float]:
         with precision(settings.learning, images.device):
             logits = model(images).float()
         labels = _labels(held_out, batch, images.device)
-        sums[:-1] += torch.bincount(labels * classes + _predicted(logits, settings.positive), minlength=classes**2)
+        yes = settings.positive or 0  # the class of a positive logit, if there is one logit
+        predicted = logits.argmax(dim=1) if logits.shape[1] > 1 else torch.where(logits[:, 0] > 0, yes, 1 - yes)
+        sums[:-1] += torch.bincount(labels * classes + predicted, minlength=classes**2)
         sums[-1] += _loss(logits, labels, settings.positive) * len(labels)
     counts = session.sum_over_workers(sums).cpu().numpy()
     confusion = Confusion(counts[:-1].reshape(classes, classes).astype(np.int64))
     f1 = {f"f1_{k}": float(value) for k, value in enumerate(confusion.f1)}
     return {"accuracy": confusion.overall_accuracy, "held_out_loss": float(counts[-1]) / len(held_out), **f1}
-
-
-def _predicted(logits_NK: Tensor, positive: int | None) -> Tensor:
-    """Class of every chip, (N,) int64."""
-    if logits_NK.shape[1] > 1:
-        return logits_NK.argmax(dim=1)
-    yes = positive or 0
-    return torch.where(logits_NK[:, 0] > 0, yes, 1 - yes)
 
 
 def _inputs(chips: Chips, read: Read, config: State) -> Iterator[tuple[Batch, Tensor]]:

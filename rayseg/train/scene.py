@@ -59,7 +59,7 @@ class SceneConfig(Config):
     labels: Annotated[int, Field(gt=1, le=254)] = 32
     """Labels of the network; clusters of k-means and ISODATA."""
     epochs: Annotated[int, Field(gt=0)] | None = None
-    """Passes over all patches; null makes 4, and more until a network has made 128 steps."""
+    """Passes over all patches; null is 4, and more until a network has taken 128 steps."""
     patch: Annotated[int, Field(gt=0, multiple_of=4)] = 512
     """Side of a patch in px."""
     stride: Annotated[int, Field(gt=0)] = 448

@@ -10,7 +10,7 @@ from rayseg.vision.instances import Labels, without_slivers
 
 BACKGROUND, FIELD, BOUNDARY = range(3)
 _SMOOTH = 1.0  # px; minima of single pixels are noise of the map
-_OPEN = 0.5  # probability of the background from which a pixel is no plot
+_OPEN = 0.5  # probability of the background from which a pixel is not a plot
 
 
 def classes_of(ids_HW: NDArray[np.integer]) -> NDArray[np.uint8]:
