@@ -106,6 +106,30 @@ def models_weights() -> None:
         typer.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
+@models_app.command("import")
+def models_import(
+    kind: Annotated[
+        str,
+        typer.Argument(
+            help="gpc-classifier, gpc-segmenter, landcover, al-classifier, plots; or segmenter, classifier for state "
+            "dicts of segmentation_models_pytorch, timm and torchvision."
+        ),
+    ],
+    checkpoint: Annotated[str, typer.Argument(metavar="FILE", help="Checkpoint or state dict; a path or URL.")],
+    *,
+    out: Out,
+    set_: Overrides = None,
+) -> None:
+    """Write weights that another code trained as a bundle; prints what was loaded, what was dropped, and why.
+
+    --set segmenter.encoder=NAME, classes=TABLE, scaling=... describe a network that differs from its kind's.
+    """
+    from rayseg.steps.imports import import_model
+
+    for line in import_model(kind, checkpoint, out, set_ or ()):
+        typer.echo(line)
+
+
 @models_app.command("import-sam")
 def models_import_sam(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint of segment-anything, or random for a test.")],

@@ -7,6 +7,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -38,6 +39,7 @@ MLM_TASKS = {
 }
 
 
+_log = logging.getLogger(__name__)
 FORMAT = 1
 FACTORIES = {
     "appearance": ("rayseg.models.appearance", "build_appearance"),
@@ -426,6 +428,28 @@ def build(prefix: StorePath) -> tuple[Bundle, "nn.Module"]:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"bundle {upath(prefix)} does not fit its architecture: {reason}; train again") from None
     return bundle, model.eval()
+
+
+def take_over(net: "nn.Module", prefix: StorePath) -> None:
+    """Load the weights of a bundle into a network; layers of another shape keep theirs, with a warning.
+
+    Raises:
+        ModelError: see `build`; or the bundle is of another network: its encoder does not fit.
+    """
+    described, model = build(prefix)
+    given, wanted = model.state_dict(), net.state_dict()
+    fitting = {key: tensor for key, tensor in given.items() if key in wanted and wanted[key].shape == tensor.shape}
+    other = [key for key in wanted if key not in fitting]
+    if wrong := [key for key in other if "encoder." in key]:
+        raise ModelError(
+            f"model {described.name} under {upath(prefix)} does not fit: {wrong[0]} is missing or of another shape; "
+            "start from a bundle of the same encoder and architecture"
+        )
+    if other:
+        _log.warning(
+            "%s: %d of %d tensors are taken over, not %s", upath(prefix), len(fitting), len(wanted), ", ".join(other)
+        )
+    net.load_state_dict(fitting, strict=False)
 
 
 def blank(bundle: Bundle) -> "nn.Module":

@@ -150,6 +150,14 @@ def load_encoder_weights(encoder: nn.Module, weights: str, name: str = "") -> No
     spellings = _spellings(content, wanted, weights)
     state = max(spellings, key=lambda spelled: len(_fitting(spelled, wanted)))
     fitting = _fitting(state, wanted)
+    if others := len(content) - len(state):
+        _log.warning(
+            "weights %s: %d of %d tensors are not the encoder's and are not loaded; `rayseg models import` and "
+            "segmenter.start take a whole network",
+            weights,
+            others,
+            len(content),
+        )
     missing = [key for key in wanted if key not in fitting and not key.endswith("num_batches_tracked")]
     surplus = [key for key in state if key not in wanted and key.removeprefix("model.").partition(".")[0] not in _HEADS]
     if missing or surplus:
@@ -162,10 +170,18 @@ def load_encoder_weights(encoder: nn.Module, weights: str, name: str = "") -> No
 
 
 def read_state(path: str) -> State:
+    """The tensors of `read_checkpoint`."""
+    return read_checkpoint(path)[0]
+
+
+def read_checkpoint(path: str) -> tuple[State, list[str]]:
     """The tensors by name in a `.safetensors` file or a checkpoint of torch (a path or URL); nothing else is unpickled.
 
     Of a training checkpoint these are the tensors of its `state_dict` (or `model`, `params`, ...); if it has none, all
     tensors in dicts of dicts, with names such as `net.conv.weight`.
+
+    Returns:
+        The tensors, and the names of what lies next to them, such as epoch and optimizer.
 
     Raises:
         ModelError: the file is missing or damaged, contains other objects, or no tensors by name.
@@ -181,13 +197,16 @@ def read_state(path: str) -> State:
         raise ModelError(f"weights {path} cannot be read: {error.strerror or error}; check the path") from None
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError) as error:
         raise _unreadable(path, data, " ".join(str(error).split())) from None
+    aside: list[str] = []
     # Checkpoints nest: Lightning's `state_dict`, MAE's `model`, BasicSR's `params_ema`.
     for wrapper in _WRAPPERS:
         inner = content.get(wrapper) if isinstance(content, dict) else None
-        content = inner if isinstance(inner, dict) else content
+        if isinstance(inner, dict):
+            aside += [str(name) for name in content if name != wrapper]
+            content = inner
     if not (state := _named_tensors(content)):
         raise ModelError(f"weights {path} contain no tensors by name, expected a state dict; save model.state_dict()")
-    return state
+    return state, aside
 
 
 def _unreadable(path: str, data: bytes, reason: str) -> ModelError:

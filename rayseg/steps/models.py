@@ -152,6 +152,11 @@ def expect_weights(settings: "ClassifierConfig | Segmenter", scaling: Scaling | 
     """
     # Read now and not when training begins, which can be hours after the run was started.
     encoder_name(settings.encoder)
+    if settings.start:
+        if getattr(settings, "network", "decoder") in {"linear", "frozen"}:
+            raise ConfigError("start is set, but a head on a frozen encoder is fitted anew; leave start out")
+        bundle.description(settings.start)
+        return
     # Weights of the three kinds: of a package, of a library by name, or of a file.
     if settings.weights == "packaged":
         packaged_state(settings.encoder)

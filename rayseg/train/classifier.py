@@ -11,12 +11,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from rayseg.config import Config
+from rayseg.config import Config, added
 from rayseg.errors import ConfigError
 from rayseg.metrics import Confusion
-from rayseg.models.bundle import Scaling
+from rayseg.models.bundle import Scaling, take_over
 from rayseg.models.classifier import build_classifier, build_over_imagenet
 from rayseg.models.plot_classifier import build_plot_classifier
+from rayseg.store import Location
 from rayseg.train import probe, session
 from rayseg.train.augment import Augment, augment, centre
 from rayseg.train.batches import Batch, Chips, Indices, Kept, Read, epoch_batches, read_ahead
@@ -34,6 +35,8 @@ class ClassifierConfig(Config):
     """A name of segmentation_models_pytorch or of timm."""
     weights: session.Weights = "imagenet"
     """Of the encoder: "imagenet", "packaged" (of a Python package), "none", or a file."""
+    start: Location | None = added(default=None)
+    """Bundle whose weights the training starts from, instead of `weights`; layers of another shape start at random."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Share of the channels dropped before the head."""
     stride: int = 32
@@ -86,7 +89,10 @@ class ClassifierConfig(Config):
             ModelError: the weights are missing or do not fit.
         """
         options = self.options(classes=classes, channels=channels)
-        return NETWORKS[self.network](**options, weights=weights or self.weights)
+        net = NETWORKS[self.network](**options, weights=weights or ("none" if self.start else self.weights))
+        if self.start and weights is None:
+            take_over(net, self.start)
+        return net
 
 
 NETWORKS: Mapping[str, Callable[..., nn.Module]] = {

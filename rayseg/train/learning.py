@@ -18,9 +18,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from rayseg.config import Config, added
 from rayseg.errors import ConfigError, ModelError
+from rayseg.models.bundle import take_over
 from rayseg.models.encoders import averaged, freeze_batchnorm, recalibrate_batchnorm
 from rayseg.models.segmenter import ARCHITECTURES, build_segmenter
-from rayseg.store import StorePath, upath
+from rayseg.store import Location, StorePath, upath
 from rayseg.train import probe, session
 from rayseg.train.session import State
 
@@ -51,6 +52,8 @@ class NetworkConfig(Config):
     """A name of segmentation_models_pytorch or of timm."""
     weights: session.Weights = "imagenet"
     """Of the encoder: "imagenet", "packaged" (of a Python package), "none", or a file."""
+    start: Location | None = added(default=None)
+    """Bundle whose weights the training starts from, instead of `weights`; layers of another shape start at random."""
     reduce: Annotated[int, Field(gt=0)] = 1
     """Side in px of the squares that are averaged to one input pixel of the network."""
     enlarge: Annotated[int, Field(gt=0)] = added(default=1)
@@ -86,15 +89,18 @@ class NetworkConfig(Config):
             ConfigError: the architecture or the encoder is unknown, or they cannot be combined.
             ModelError: the weights are missing or do not fit.
         """
-        return build_segmenter(
+        net = build_segmenter(
             self.architecture,
             self.encoder,
             classes=classes,
             channels=channels,
-            weights=weights or self.weights,
+            weights=weights or ("none" if self.start else self.weights),
             reduce=self.reduce,
             enlarge=self.enlarge,
         )
+        if self.start and weights is None:
+            take_over(net, self.start)
+        return net
 
 
 class Schedule(Config):

@@ -2,23 +2,10 @@ import numpy as np
 import pytest
 import torch
 
+from rayseg.models import published
 from rayseg.models.segmenter import build_segmenter
 
 torch.set_num_threads(1)
-
-PLACES = {
-    "backbone.": "encoder.",
-    "aspp.aspp1.atrous_conv": "aspp.branches.0.0", "aspp.aspp1.bn": "aspp.branches.0.1",
-    "aspp.aspp2.atrous_conv": "aspp.branches.1.0", "aspp.aspp2.bn": "aspp.branches.1.1",
-    "aspp.aspp3.atrous_conv": "aspp.branches.2.0", "aspp.aspp3.bn": "aspp.branches.2.1",
-    "aspp.aspp4.atrous_conv": "aspp.branches.3.0", "aspp.aspp4.bn": "aspp.branches.3.1",
-    "aspp.global_avg_pool.1": "aspp.pooled.1.0", "aspp.global_avg_pool.2": "aspp.pooled.1.1",
-    "aspp.conv1": "aspp.joined.0.0", "aspp.bn1": "aspp.joined.0.1",
-    "decoder.conv1": "decoder.low.0", "decoder.bn1": "decoder.low.1",
-    "decoder.last_conv.0": "decoder.mixed.0.0", "decoder.last_conv.1": "decoder.mixed.0.1",
-    "decoder.last_conv.4": "decoder.mixed.2.0", "decoder.last_conv.5": "decoder.mixed.2.1",
-    "decoder.my_classify": "decoder.classify",
-}  # fmt: skip
 
 
 def drawn(number, key, shape):
@@ -32,20 +19,17 @@ def drawn(number, key, shape):
     return {"running_var": 1 + 0.2 * np.abs(g), "running_mean": 0.1 * g, "bias": 0.1 * g}.get(kind, np.zeros(shape))
 
 
-def placed(key):
-    old = next(old for old in PLACES if key.startswith(old))
-    return PLACES[old] + key.removeprefix(old)
-
-
 @pytest.mark.real
 def test_it_is_the_published_network(shared):
     golden = np.load(shared / "golden" / "landcover" / "deeplab.npz", allow_pickle=False)
     model = build_segmenter("deeplab", "resnet50", classes=7, weights="none").eval()
-    wanted = {}
+    state = {}
     for number, (key, text) in enumerate(zip(golden["keys"], golden["shapes"], strict=True)):
         shape = tuple(int(part) for part in str(text).split(",") if part)
-        wanted[placed(str(key))] = torch.from_numpy(np.asarray(drawn(number, str(key), shape), np.float32))
-    model.load_state_dict(wanted)
+        state[str(key)] = torch.from_numpy(np.asarray(drawn(number, str(key), shape), np.float32))
+    fitted = published.fit(model, state, "golden", renames=published.LANDCOVER)
+    model.load_state_dict(fitted.state)
+    assert fitted.dropped == {}
     encoder = sum(weight.numel() for weight in model.encoder.parameters())
     everything = sum(weight.numel() for weight in model.parameters())
     assert [everything, encoder, everything - encoder] == golden["param_counts"].tolist()
