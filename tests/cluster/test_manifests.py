@@ -43,6 +43,7 @@ CONTAINER = {
 }
 POD = {
     "serviceAccountName": str,
+    "priorityClassName": str,
     "securityContext": {
         "runAsNonRoot": bool,
         "runAsUser": int,
@@ -108,6 +109,7 @@ KINDS = {
     ("networking.k8s.io/v1", "NetworkPolicy"): POLICY,
     ("v1", "Namespace"): None,
     ("v1", "ServiceAccount"): None,
+    ("scheduling.k8s.io/v1", "PriorityClass"): None,
 }
 NEEDED = {"RayCluster": {"headGroupSpec"}, "RayJob": {"entrypoint", "rayClusterSpec"}, "RayService": {"serveConfigV2"}}
 
@@ -175,7 +177,8 @@ def test_no_list_has_two_entries_of_one_key(path):
 def test_manifests_use_the_fields_that_kuberay_and_kubernetes_know(path):
     assert documents(path)
     for document in documents(path):
-        assert document.keys() <= {"apiVersion", "kind", "metadata", "spec"}
+        plain = {"value", "globalDefault", "description"} if document["kind"] == "PriorityClass" else {"spec"}
+        assert document.keys() <= {"apiVersion", "kind", "metadata"} | plain
         known = KINDS[document["apiVersion"], document["kind"]]
         assert NEEDED.get(document["kind"], set()) <= document.get("spec", {}).keys()
         assert known is None or wrong(document["spec"], known, document["kind"]) == []
@@ -222,6 +225,37 @@ def test_clusters_are_closed_and_nothing_in_them_is_root(name, spec):
             assert {"livenessProbe", "readinessProbe"} <= container.keys()
         sizes = [container["resources"]["limits"].get("nvidia.com/gpu") for container in pod["containers"]]
         assert sizes == (["1"] if group.get("groupName", "").startswith("gpu") else [None])
+
+
+SIZES = {"head": (4, 16), "cpu": (8, 32), "gpu": (8, 32), "gpu-spot": (8, 32)}
+"""CPUs and GiB of the machine that a pod of a group is meant for."""
+
+
+@pytest.mark.parametrize(("name", "spec"), list(clusters()), ids=lambda value: value if isinstance(value, str) else "")
+def test_pods_fit_on_the_machines_they_are_meant_for(name, spec):
+    """An emptyDir counts as ephemeral storage; half a CPU and half a GiB are left to the pods of the platform."""
+    known = {d["metadata"]["name"] for p in KUBERAY for d in documents(p) if d["kind"] == "PriorityClass"}
+    assert spec["headGroupSpec"]["template"]["spec"]["priorityClassName"] in known
+    for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+        cpus, memory = SIZES[group.get("groupName", "head")]
+        pod = group["template"]["spec"]
+        autoscaler = spec["autoscalerOptions"]["resources"]["requests"] if "groupName" not in group else {}
+        wanted = pod["containers"][0]["resources"]["requests"]
+        sidecar = float(autoscaler.get("cpu", "0m").removesuffix("m")) / 1000, gib(autoscaler.get("memory", "0Gi"))
+        assert float(wanted["cpu"]) + sidecar[0] <= cpus - 0.5
+        assert gib(wanted["memory"]) + sidecar[1] <= memory - kept(memory) - 0.5
+        emptied = sum(gib(volume["emptyDir"]["sizeLimit"]) for volume in pod["volumes"] if "emptyDir" in volume)
+        assert gib(wanted["ephemeral-storage"]) > emptied > 0
+
+
+def kept(memory):
+    """GiB that GKE keeps of a machine, which is more than EKS does: a share of each part of the memory."""
+    parts = ((0, 4, 0.25), (4, 8, 0.2), (8, 16, 0.1), (16, 128, 0.06))
+    return 0.1 + sum(share * max(0, min(memory, end) - start) for start, end, share in parts)
+
+
+def gib(text):
+    return float(text.removesuffix("Gi"))
 
 
 def test_only_rays_own_pods_the_operator_and_submitters_reach_the_dashboard():
