@@ -281,6 +281,21 @@ def test_scenes_of_two_zones_over_the_antimeridian_rotated_or_with_control_point
         assert nearest["area_m2"] == pytest.approx(256 * (7.96 * 11.12 if name == "degrees" else 100), rel=0.12), name
 
 
+@pytest.mark.parametrize(("west", "turn"), [(179.98, 0), (179.98, 360), (-180.02, 0)])
+def test_control_points_in_degrees_on_both_sides_of_180_are_refused_with_the_remedy(tmp_path, west, turn):
+    """GDAL asks for 180.01 at -179.99, where there is nothing."""
+
+    def points(west):
+        lons = [(row, col, west + 8e-4 * col) for row in (0, 50) for col in (0, 50)]
+        return [GroundControlPoint(row, col, x - turn * (x > 180), -16 - 8e-4 * row) for row, col, x in lons]
+
+    write(tmp_path / "points.tif", plain(), crs="EPSG:4326", gcps=points(west))
+    with pytest.raises(DataError, match=r"points.tif has control points in degrees on both sides of 180, .* UTM"):
+        source_of_file(str(tmp_path / "points.tif"), "points")
+    write(tmp_path / "points.tif", plain(), crs="EPSG:4326", gcps=points(170.0))
+    assert source_of_file(str(tmp_path / "points.tif"), "points").gcps
+
+
 def test_one_scene_over_the_antimeridian_has_polygons_on_both_sides(tmp_path):
     image_CHW = np.full((3, 60, 400), 220, np.uint8)
     write(tmp_path / "a.tif", image_CHW, crs="EPSG:32660", transform=Affine(10, 0, 768_000, 0, -10, 4_000_000))

@@ -67,7 +67,8 @@ def assign(run: str, table: str, out: str) -> dict[str, Any]:
 def read_table(path: StorePath) -> tuple[Assigned, ClassTable]:
     """Read a CSV file: (class of every label, the classes in order of first occurrence)."""
     try:
-        rows = list(csv.DictReader(io.StringIO(upath(path).read_text())))
+        content = upath(path).read_text(encoding="utf-8-sig")  # as spreadsheets write it
+        rows = list(csv.DictReader(io.StringIO(content), skipinitialspace=True))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"label table {path} cannot be read: {error}; give a CSV file with the columns label and class"

@@ -146,7 +146,14 @@ def _named(scene: str, source: Source, masks: tuple[Source, ...]) -> LabelledIma
     own = f"{scene}-{source.item_id}" if scene else source.item_id
     for mask in masks:
         expect_fit(mask, (source.height, source.width), source.assets[0][0])
-    return placed(slug(own), slug(scene or source.item_id), source, masks)
+    found = placed(slug(own), slug(scene or source.item_id), source, masks)
+    for mask in masks:
+        if found.grid.crs and mask.crs and footprint(mask, found.grid).intersect(found.window).empty:
+            raise DataError(
+                f"mask {mask.assets[0][0]} lies elsewhere on Earth than its image {source.assets[0][0]}; correct the "
+                "georeference of one"
+            )
+    return found
 
 
 def _with_masks(sources: Sequence[Source], scenes: Mapping[str, str], masks: Sequence[Source]) -> list[LabelledImage]:
@@ -319,10 +326,15 @@ def expect_classes(
 
     Raises:
         ConfigError: `absent` names an unknown class.
-        DataError: the first such class.
+        DataError: the first such class, or the validation part has labelled images without a pixel of any class.
     """
     if unknown := sorted(set(absent) - set(table.names)):
         raise ConfigError(f"absent names {', '.join(unknown)}, the classes are {', '.join(table.names)}; correct it")
+    if scenes["validation"] and not counts["validation"].any():
+        raise DataError(
+            f"the validation scenes ({listed(scenes['validation'])}) have no labelled pixel, so nothing measures the "
+            "model; divide the scenes otherwise, or correct their masks"
+        )
     for position, name in enumerate(table.names):
         here, there = (int(counts[part][position]) for part in ("training", "validation"))
         # A class of the validation alone would count as an IoU of 0 in every epoch.

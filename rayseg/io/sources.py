@@ -198,6 +198,11 @@ def described(dataset: DatasetReader) -> Source:
         gcps = True
         box, columns, rows = calculate_default_transform(crs, crs, width, height, gcps=points)
         affine = box @ Affine.scale(columns / width, rows / height)
+        if crs.is_geographic and not -180 <= affine.c <= affine.c + affine.a * width <= 180:
+            raise DataError(
+                f"{dataset.name} has control points in degrees on both sides of 180, half of which GDAL loses; "
+                "reproject them to a UTM zone, or the image with gdalwarp -t_srs EPSG:CODE"
+            )
     # NaN and infinity are nodata in any file.
     nodatas = tuple(None if value is None or not math.isfinite(value) else value for value in dataset.nodatavals)
     nodata, nodatas = (nodatas[0], ()) if len(set(nodatas)) == 1 else (None, nodatas)

@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+import rasterio
+from affine import Affine
 from PIL import Image
 
 from rayseg.errors import ConfigError, DataError
@@ -152,6 +154,20 @@ def image_of(scene, name):
 IMAGES = [image_of(scene, name) for scene in "abcde" for name in "12"]
 
 
+@pytest.mark.parametrize(("crs", "east"), [("EPSG:32722", 70), ("EPSG:32622", 0), ("EPSG:4326", 90)])
+def test_a_mask_that_lies_elsewhere_than_its_image_is_refused_by_name(tmp_path, crs, east):
+    place = Affine(10, 0, 300_000, 0, -10, 7_000_000)
+    other = Affine(1e-4, 0, east, 0, -1e-4, 9) if crs == "EPSG:4326" else place @ Affine.translation(east, 0)
+    for sub, where, code in (("images", place, "EPSG:32722"), ("masks", other, crs)):
+        (tmp_path / sub).mkdir()
+        values = pixels(50, 70).transpose(2, 0, 1) if sub == "images" else classes(50, 70)[None]
+        profile = {"driver": "GTiff", "count": len(values), "height": 50, "width": 70, "dtype": "uint8"}
+        with rasterio.open(tmp_path / sub / "a.tif", "w", crs=code, transform=where, **profile) as file:
+            file.write(values)
+    with pytest.raises(DataError, match=r"masks/a.tif lies elsewhere on Earth than its image .*images/a.tif"):
+        scenes.labelled_images(str(tmp_path), table=TABLE)
+
+
 def test_a_split_never_divides_a_scene():
     for seed in range(5):
         learn, choose = scenes.split(IMAGES, share=0.4, seed=seed)
@@ -176,7 +192,9 @@ def test_classes_without_pixels_and_splits_that_leave_one_out_are_refused():
         counts = {"training": np.array(training), "validation": np.array(validation)}
         scenes.expect_classes(counts, TABLE, named, absent)
 
-    expect([1, 1], [0, 0])
+    with pytest.raises(DataError, match=r"the validation scenes \(b\) have no labelled pixel"):
+        expect([1, 1], [0, 0])
+    expect([1, 1], [1, 0])
     with pytest.raises(DataError, match="class water has no pixel in any mask"):
         expect([1, 0], [1, 0])
     with pytest.raises(DataError, match=r"leaves class water out: none of its 7 pixels .*\(a\), all are in b"):
