@@ -188,12 +188,19 @@ def evaluate(
             help="Compare plots one by one. Default: if a run of agri meets polygons, or masks without classes.",
         ),
     ] = None,
+    agreement: Annotated[
+        bool, typer.Option("--agreement", help="Compare labels without names: AMI, FMI and ARE of two rasters.")
+    ] = False,
     as_json: AsJson = False,
     allow_driver: AllowDriver = None,
 ) -> None:
     """Compare a map with masks, plots with plots, or classes with labels: accuracy, IoU and F1 with 95 % intervals."""
     from rayseg.steps import classify, evaluate, evaluate_plots
 
+    if agreement:
+        scores = evaluate.agreement_of_rasters(prediction, truth)
+        typer.echo(json.dumps(scores, indent=1) if as_json else evaluate.agreement_text(scores))
+        return
     if classify.has_classes(prediction):
         result = classify.evaluate_classes(prediction, truth)
         typer.echo(json.dumps(result, indent=1) if as_json else evaluate.text(result))

@@ -3,7 +3,8 @@
     <folder>/images, <folder>/masks               each image is a scene of its own
     <folder>/<scene>/images, <folder>/<scene>/masks
 
-Or two collections of STAC catalogues. Images of one scene are spatially correlated: a split keeps them together.
+Or two collections of STAC catalogues, or one folder with names such as N_sat.jpg and N_mask.png (`Pairs`).
+Images of one scene are spatially correlated: a split keeps them together.
 """
 
 import json
@@ -17,15 +18,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
+from rayseg.config import Config
 from rayseg.errors import ConfigError, DataError, listed
 from rayseg.geo.grid import NODATA, Grid, Window, expect_ids, slug
 from rayseg.io import stac_read
+from rayseg.io.drivers import files_in
 from rayseg.io.labels import image_folders, sources_of_images
 from rayseg.io.masks import by_image, expect_fit, masks_of, pixels_of, read_classes, two_classes
 from rayseg.io.rasters import footprint, grids_of, read
-from rayseg.io.sources import PIXELS, Source
-from rayseg.store import split_location, suffix_of
+from rayseg.io.sources import PIXELS, Source, source_of_file
+from rayseg.store import split_location, suffix_of, upath
 from rayseg.vision.color import ClassTable
 from rayseg.vision.fill import mirrored
 
@@ -72,7 +76,18 @@ class LabelledImage:
         return placed(row["id"], row["scene"], image, tuple(masks))
 
 
-def labelled_images(images: str, masks: str | None = None, *, table: ClassTable | None = None) -> list[LabelledImage]:
+class Pairs(Config):
+    """How images and masks are called that lie in one folder; {} is what both names share."""
+
+    image: str = Field(default="{}_sat.jpg", pattern=r"^[^{}]*\{\}[^{}]*$")
+    """Such as {}_sat.jpg of DeepGlobe, or {}.tif of GID."""
+    mask: str = Field(default="{}_mask.png", pattern=r"^[^{}]*\{\}[^{}]*$")
+    """Such as {}_mask.png, or {}_label.tif."""
+
+
+def labelled_images(
+    images: str, masks: str | None = None, *, table: ClassTable | None = None, pairs: Pairs | None = None
+) -> list[LabelledImage]:
     """The images of all scenes by id, with their masks; `masks` is empty for unlabelled images.
 
     Args:
@@ -80,12 +95,15 @@ def labelled_images(images: str, masks: str | None = None, *, table: ClassTable 
             the item itself.
         masks: where the masks are, as `masks_of` takes it; by default next to the images of a folder.
         table: the classes; their names identify the mask among several rasters of an item.
+        pairs: names of images and masks in one folder, `images`; each image is a scene of its own.
 
     Raises:
         DataError: there are no images, one cannot be opened, or a mask is of another size than its image.
     """
     names = table.names if table else ()
-    if suffix_of(split_location(images)[0]) in {".json", ".parquet"}:
+    if pairs:
+        labelled = _of_pairs(images, pairs)
+    elif suffix_of(split_location(images)[0]) in {".json", ".parquet"}:
         # 1. items of a catalogue, each of the scene that it states
         uri, _, collection = images.partition("#")
         items = [(item, stac_read.source_of(item)) for item in stac_read.open_items(uri, collection or None)]
@@ -154,6 +172,41 @@ def _named(scene: str, source: Source, masks: tuple[Source, ...]) -> LabelledIma
                 "georeference of one"
             )
     return found
+
+
+def _of_pairs(folder: str, pairs: Pairs) -> list[LabelledImage]:
+    """The images of a folder with the masks of the same name."""
+    names = [path.name for path in files_in(upath(folder))] if upath(folder).is_dir() else []
+    masks, images = (_shared(names, pattern) for pattern in (pairs.mask, pairs.image))
+    # {}.tif is the pattern of NAME_label.tif, too, which is a mask.
+    images = {name: file for name, file in images.items() if file not in masks.values()}
+    if not images:
+        raise DataError(
+            f"{folder} holds no file called {pairs.image}, expected images of this name; correct pairs.image"
+        )
+    if lost := sorted(masks.keys() - images.keys()):
+        raise DataError(
+            f"masks of {listed(lost)} in {folder} match no image called {pairs.image}; rename or remove them"
+        )
+    with ThreadPoolExecutor(_THREADS) as pool:
+
+        def opened(file: str, name: str) -> Source:
+            return source_of_file(str(upath(folder) / file), name)
+
+        sources = list(pool.map(opened, images.values(), images))
+        with_masks = [name for name in images if name in masks]
+        drawn = dict(zip(with_masks, pool.map(opened, [masks[name] for name in with_masks], with_masks), strict=True))
+    return [_named("", one, (drawn[one.item_id],) if one.item_id in drawn else ()) for one in sources]
+
+
+def _shared(names: Sequence[str], pattern: str) -> dict[str, str]:
+    """What stands for {} -> the file, of all files called so."""
+    before, after = pattern.split("{}")
+    return {
+        name[len(before) : len(name) - len(after)]: name
+        for name in sorted(names)
+        if name.startswith(before) and name.endswith(after) and len(name) > len(before) + len(after)
+    }
 
 
 def _with_masks(sources: Sequence[Source], scenes: Mapping[str, str], masks: Sequence[Source]) -> list[LabelledImage]:

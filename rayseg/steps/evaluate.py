@@ -8,7 +8,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from rayseg.io.rasters import footprint
 from rayseg.io.sources import Source, part_of_image
 from rayseg.io.times import time_order
 from rayseg.metrics import Confusion, agreement, percentile_interval, resampled
-from rayseg.store import put, upath
+from rayseg.store import put, suffix_of, upath
 from rayseg.vision.color import IGNORE, ClassTable, hex_of, label_table, rgb_of
 
 STRIP = 1024
@@ -350,6 +350,43 @@ Pairs = Counter[tuple[int, int]]
 _UNSEEN = -1  # outside the range of colour codes; 255 is pure blue
 
 
+def agreement_of_rasters(prediction: str, truth: str) -> dict[str, Any]:
+    """Compare two label maps of any values or colours, per image; georeferenced ones by place, as one.
+
+    Args:
+        prediction: a raster, a folder of rasters, `catalog.json#collection`, or a run.
+        truth: the same, without runs.
+
+    Returns:
+        As `agreement_of_run`.
+
+    Raises:
+        DataError: nothing matches, or no pixel is labelled in both.
+    """
+    if (upath(prediction) / "run.json").exists():
+        return agreement_of_run(prediction, truth)
+    ours, theirs = (_rasters_of(location) for location in (prediction, truth))
+    if len(ours) == len(theirs) == 1:  # two files are meant for each other, whatever their names
+        theirs = [replace(theirs[0], item_id=ours[0].item_id)]
+    pieces = masks.pieces_of_masks(ours, placed=any(source.crs for source in theirs))
+    counts: dict[str, Pairs] = defaultdict(Counter)
+    for matched in match(pieces, theirs):
+        piece, grid = matched.piece, matched.piece.tile.grid
+        place = (grid, piece.tile.window)
+        if grid.crs is None:
+            pixels = masks.pixels_of(piece.source)
+            place = (pixels, footprint(piece.source, pixels))
+        codes_HW = _codes([piece.source], *place)
+        counts[grid.image or grid.name] += _code_pairs(_codes(matched.truth, matched.grid, matched.window), codes_HW)
+    return _of_scenes(counts, truth)
+
+
+def _rasters_of(location: str) -> list[Source]:
+    if upath(location).is_file() and suffix_of(location) in masks.SUFFIXES:
+        return [rasters.source_of_file(location, upath(location).stem)]
+    return masks.masks_of(location)
+
+
 def agreement_of_run(
     root: str, truth: str, *, step: str = "predict", unlabelled: Sequence[str | int] = ()
 ) -> dict[str, Any]:
@@ -377,6 +414,10 @@ def agreement_of_run(
     for matched in match(masks.pieces_of_tiles(tiles), sources):
         grid = matched.piece.tile.grid
         counts[grid.image or grid.name] += _pairs(*_coded(matched, skipped))
+    return _of_scenes(counts, truth)
+
+
+def _of_scenes(counts: Mapping[str, Pairs], truth: str) -> dict[str, Any]:
     scenes = {name: _measured(pairs) for name, pairs in sorted(counts.items()) if pairs}
     if not scenes:
         raise DataError(f"{truth} and the map have no labelled pixel in common; check that they show the same place")
@@ -438,26 +479,39 @@ def _measured(pairs: Pairs) -> dict[str, float]:
 def _coded(matched: Match, skipped: set[int]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
     """(value in the mask, -1 for none; label, 255 for none) of every pixel."""
     labels_HW = matched.piece.read(label_table(NODATA - 1))
-    codes_HW = np.full(labels_HW.shape, _UNSEEN, np.int64)
+    codes_HW = _codes(matched.truth, matched.grid, matched.window)
+    return np.where(np.isin(codes_HW, list(skipped)), _UNSEEN, codes_HW), labels_HW
+
+
+def _codes(sources: Sequence[Source], grid: Grid, window: Window) -> NDArray[np.int64]:
+    """Value or colour at every pixel of a window, -1 for none."""
+    codes_HW = np.full((window.height, window.width), _UNSEEN, np.int64)
     # The preferred mask is first, so it is written last.
-    for mask in reversed(matched.truth):
+    for mask in reversed(sources):
         bands = [name for name in mask.bands if name != "alpha"]
-        image_CHW, valid_HW = rasters.read([mask], matched.grid, matched.window, bands=bands[:3], categorical=True)
+        image_CHW, valid_HW = rasters.read([mask], grid, window, bands=bands[:3], categorical=True)
         if len(image_CHW) == 3:
             of_mask_HW = _code(image_CHW)
         else:  # 255 is nodata by convention
             of_mask_HW = np.where(image_CHW[0] == NODATA, _UNSEEN, image_CHW[0].astype(np.int64))
         codes_HW = np.where(valid_HW, of_mask_HW, codes_HW)
-    return np.where(np.isin(codes_HW, list(skipped)), _UNSEEN, codes_HW), labels_HW
+    return codes_HW
 
 
 def _pairs(codes_HW: NDArray[np.int64], labels_HW: NDArray[np.uint8]) -> Pairs:
     """(value in the mask, label) -> pixels."""
-    seen = (labels_HW != NODATA) & (codes_HW != _UNSEEN)
-    # Encode (mask value, label) in one integer: np.unique then counts the pairs in one call.
-    both, counts = np.unique(codes_HW[seen] * (NODATA + 1) + labels_HW[seen], return_counts=True)
-    keys = zip(*np.divmod(both, NODATA + 1), strict=True)
-    return Counter({(int(code), int(label)): int(count) for (code, label), count in zip(keys, counts, strict=True)})
+    return _code_pairs(codes_HW, np.where(labels_HW == NODATA, _UNSEEN, labels_HW.astype(np.int64)))
+
+
+def _code_pairs(codes_HW: NDArray[np.int64], others_HW: NDArray[np.int64]) -> Pairs:
+    """(value, other value) -> pixels that have both."""
+    seen = (others_HW != _UNSEEN) & (codes_HW != _UNSEEN)
+    others, positions = np.unique(others_HW[seen], return_inverse=True)
+    # Encode a pair in one integer: np.unique then counts the pairs in one call.
+    width = max(len(others), 1)
+    both, counts = np.unique(codes_HW[seen] * width + positions, return_counts=True)
+    keys = zip(*np.divmod(both, width), strict=True)
+    return Counter({(int(code), int(others[at])): int(count) for (code, at), count in zip(keys, counts, strict=True)})
 
 
 def _code(color: Sequence[int] | NDArray[np.integer]) -> Any:  # noqa: ANN401 - a number for each pixel given

@@ -8,13 +8,14 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from rayseg.config import Config
+from rayseg.config import Config, added
 from rayseg.engine.manifest import read_rows, write_rows
 from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.region import Region
 from rayseg.io import scenes, stac_read
-from rayseg.io.scenes import LabelledImage
+from rayseg.io.name_lists import Names
+from rayseg.io.scenes import LabelledImage, Pairs
 from rayseg.io.sources import STORED
 from rayseg.io.units import common_units, converted, expect_one_unit
 from rayseg.models.bundle import Scaling
@@ -37,8 +38,11 @@ class LabelledConfig(Config):
     """A folder of scenes (`images` and `masks` side by side) or `catalog.json#collection`; by default the region's."""
     masks: Location | None = None
     """With a catalogue: its masks, as `catalog.json#collection/asset`, or `#collection/asset` of the region's."""
-    validation: tuple[str, ...] = ()
-    """Scenes that select the epoch and measure the model; by default a random sample."""
+    pairs: Pairs | None = added(default=None)
+    """Of one folder with images and masks: how they are called, as {image: "{}_sat.jpg", mask: "{}_mask.png"}."""
+    validation: Names = ()
+    """Scenes that select the epoch and measure the model, or a file with their names (.txt, .csv, .npy); by default a
+    random sample."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the scenes in the random sample."""
     seed: int = 1337
@@ -48,7 +52,13 @@ class LabelledConfig(Config):
 
 
 def find_images(
-    region: Region, images: str | None, masks: str | None, *, table: ClassTable | None, setting: str
+    region: Region,
+    images: str | None,
+    masks: str | None,
+    *,
+    table: ClassTable | None,
+    setting: str,
+    pairs: Pairs | None = None,
 ) -> list[LabelledImage]:
     """All images with their masks, if any, sorted by id.
 
@@ -58,6 +68,7 @@ def find_images(
         masks: with a catalogue, its masks: `catalog.json#collection/asset`, or `#collection/asset` of the region's.
         table: the classes; None for masks of ids.
         setting: the configuration key of `images`, for the error message.
+        pairs: names of images and masks in one folder.
 
     Raises:
         ConfigError: neither the region nor the configuration names images.
@@ -73,7 +84,7 @@ def find_images(
             f"region {region.name} names no images; name a folder of images and masks with --set {setting}=FOLDER, or "
             f"a collection with --set {setting}=catalog.json#collection"
         )
-    return scenes.labelled_images(source, region.located(masks), table=table)
+    return scenes.labelled_images(source, region.located(masks), table=table, pairs=pairs)
 
 
 def divide(
@@ -99,7 +110,9 @@ def divide(
         ConfigError: neither the region nor the configuration names images.
         DataError: no image has a mask, the images cannot be used, or the split leaves a class out.
     """
-    images = find_images(region, config.source, config.masks, table=table, setting="labelled.source")
+    images = find_images(
+        region, config.source, config.masks, table=table, setting="labelled.source", pairs=config.pairs
+    )
     # Images without masks may stand in the same folder: they are mapped later.
     kept = [image for image in images if image.masks]
     if not kept:

@@ -4,10 +4,11 @@ import rasterio
 from affine import Affine
 from PIL import Image
 
+from rayseg.config import load
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Grid, Window
 from rayseg.io import class_tables, cog, labels, scenes
-from rayseg.io.scenes import LabelledImage
+from rayseg.io.scenes import LabelledImage, Pairs
 from rayseg.vision.color import ClassTable, decode
 
 TABLE = ClassTable(((0, "land", (132, 41, 246)), (1, "water", (226, 169, 41))), ignore=((155, 155, 155),))
@@ -250,3 +251,28 @@ def test_masks_of_a_palette_are_read_by_its_colours(shared):
     indices = np.asarray(Image.open(shared / "data" / "landcover" / "masks" / "3.png"))
     counts = scenes.count_classes(found[1], class_tables.read_table("deepglobe"), cell=4096)
     assert counts[0, 0].tolist() == np.bincount(indices.ravel(), minlength=7).tolist()
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"), [("{}_sat.jpg", "{}_mask.png"), ("{}.png", "{}_label.png"), ("sat-{}.png", "{}.tif")]
+)
+def test_images_and_masks_of_one_folder_are_paired_by_their_names(tmp_path, image, mask):
+    for seed, name in enumerate(("11", "12", "13")):
+        Image.fromarray(pixels(20, 30, seed)).save(tmp_path / image.format(name))
+        if name != "13":
+            Image.fromarray(classes(20, 30, seed)).save(tmp_path / mask.format(name))
+    found = scenes.labelled_images(str(tmp_path), table=TABLE, pairs=Pairs(image=image, mask=mask))
+    assert [(one.id, one.scene, len(one.masks)) for one in found] == [("11", "11", 1), ("12", "12", 1), ("13", "13", 0)]
+    _, classes_HW = scenes.read_window(found[1], found[1].window, bands=BANDS, table=TABLE)
+    assert np.array_equal(classes_HW, classes(20, 30, 1))
+
+
+def test_pairs_that_match_nothing_name_the_pattern(tmp_path):
+    Image.fromarray(classes(20, 30)).save(tmp_path / "1_mask.png")
+    with pytest.raises(DataError, match=r"holds no file called \{\}_sat.jpg"):
+        scenes.labelled_images(str(tmp_path), table=TABLE, pairs=Pairs())
+    Image.fromarray(pixels(20, 30)).save(tmp_path / "2_sat.jpg")
+    with pytest.raises(DataError, match=r"masks of 1 in .* match no image"):
+        scenes.labelled_images(str(tmp_path), table=TABLE, pairs=Pairs())
+    with pytest.raises(ConfigError, match=r"config key image = 'sat.jpg'"):
+        load(Pairs, None, ["image=sat.jpg"])

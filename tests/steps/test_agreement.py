@@ -1,13 +1,16 @@
 """Labels without names against masks: which pixels of a mask count, whatever its values or colours."""
 
+import json
+
 import numpy as np
 import pytest
 import rasterio
 from fake_run import UTM, make, picture, place
-from small_world import BANDS
+from sklearn.metrics import adjusted_mutual_info_score, fowlkes_mallows_score
+from small_world import BANDS, rayseg
 
 from rayseg.io import cog
-from rayseg.steps.evaluate import agreement_of_run
+from rayseg.steps.evaluate import agreement_of_rasters, agreement_of_run
 
 KINDS_HW = np.repeat([[0, 1, 2]], 48, axis=0).repeat(16, axis=1)
 
@@ -61,3 +64,24 @@ def test_0_and_255_alone_are_two_kinds_unless_255_is_unlabelled(run, tmp_path):
     assert measured(run, tmp_path, [0, 255, 0])["pixels"] == KINDS_HW.size
     [found] = agreement_of_run(run, str(tmp_path / "truth"), unlabelled=[255])["scenes"].values()
     assert found["pixels"] == KINDS_HW.size * 2 // 3
+
+
+def test_any_two_label_rasters_are_compared_whatever_their_values_and_names(tmp_path):
+    def written(name, values, dtype, *, placed=False):
+        where = {"crs": UTM.crs, "transform": UTM.transform(place(KINDS_HW, 0, 0))} if placed else {}
+        path = tmp_path / f"{name}.tif"
+        with rasterio.open(path, "w", driver="GTiff", dtype=dtype, count=1, height=48, width=48, **where) as file:
+            file.write(np.array(values, dtype)[KINDS_HW], 1)
+        return path
+
+    one, other = written("one", [70_000, 5, 300], "uint32"), written("other", [0, 9, 9], "uint16")
+    found = json.loads(rayseg("evaluate", one, other, "--agreement", "--json").stdout)
+    [scene] = found["scenes"].values()
+    assert scene["pixels"] == KINDS_HW.size
+    truth, predicted = (np.array(values)[KINDS_HW].ravel() for values in ([0, 9, 9], [70_000, 5, 300]))
+    assert scene["ami"] == pytest.approx(adjusted_mutual_info_score(truth, predicted))
+    assert scene["fmi"] == pytest.approx(fowlkes_mallows_score(truth, predicted))
+    assert rayseg("evaluate", one, other, "--agreement").stdout.startswith("Against the truth: AMI 0.")
+    mapped = [written(name, [4, 5, 6], "uint8", placed=True) for name in ("p", "q")]
+    [scene] = agreement_of_rasters(*map(str, mapped))["scenes"].values()
+    assert (scene["pixels"], scene["ami"]) == (KINDS_HW.size, pytest.approx(1))

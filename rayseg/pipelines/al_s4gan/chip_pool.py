@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from rayseg.config import Config
+from rayseg.config import Config, added
 from rayseg.engine.manifest import Row, read_rows, write_rows
 from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError, listed
@@ -21,7 +21,8 @@ from rayseg.geo.region import Region
 from rayseg.io import labels, rasters, scenes, stac_read
 from rayseg.io.class_tables import Classes
 from rayseg.io.masks import pixels_of
-from rayseg.io.scenes import LabelledImage
+from rayseg.io.name_lists import Names
+from rayseg.io.scenes import LabelledImage, Pairs
 from rayseg.io.units import expect_one_unit
 from rayseg.pipelines.al_s4gan.chip_pixels import dominant
 from rayseg.steps.labelled import expect_classes, find_images
@@ -50,11 +51,13 @@ class PoolConfig(Config):
     """Side of a chip in px: a cell of a scene, or the middle of a labelled image; smaller images are extended."""
     covered: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Least share of a cell with imagery."""
-    validation: tuple[str, ...] = ()
+    pairs: Pairs | None = added(default=None)
+    """Of one folder with images and masks: how they are called, as {image: "{}_sat.jpg", mask: "{}_mask.png"}."""
+    validation: Names = ()
     """Scenes that select the checkpoint; by default a random sample."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the scenes, or of the labelled images of each class, in the random sample."""
-    test: tuple[str, ...] = ()
+    test: Names = ()
     """Test scenes; without them the validation scenes are measured."""
     absent: tuple[str, ...] = ()
     """Classes that may have no pixel."""
@@ -127,7 +130,9 @@ def find_chips(region: Region, config: PoolConfig, table: ClassTable) -> ChipLis
     """
     if config.chips:
         return _labelled_images(config)
-    images = tuple(find_images(region, config.images, config.masks, table=table, setting="pool.images"))
+    images = tuple(
+        find_images(region, config.images, config.masks, table=table, setting="pool.images", pairs=config.pairs)
+    )
     _parts(images, config, seed=0)  # wrong names are refused before anything is read
     _expect_rgb(images)
     # 1. pixels of each class in every cell of the scenes with masks

@@ -75,7 +75,7 @@ class Config(Frozen):
             seed=self.seed,
             workers=self.workers,
             patience=self.map.stall_seconds,
-            classifies=self.active.strategy != "random" or self.segmenter is None,
+            classifies=self.segmenter is None or (self.active.strategy != "random" and self.active.chosen is None),
         )
 
     def expect_trainable(self) -> None:

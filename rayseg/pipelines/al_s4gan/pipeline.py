@@ -39,11 +39,14 @@ def choose(
     pool = (region, config.pool, config.classes, config.seed, given)
     listed = run.step("pool", chip_pool.list_pool, *pool, chip_list=plan.labels if plan else None)
     # The number of rounds follows from the size of the pool, so it is known before the first round.
-    budget = settings.budget(listed.value["pool"])
-    steps = [run.step("round-0", queries.draw_first, listed, settings, config.seed)]
+    if settings.chosen is None:
+        queried = settings.budget(listed.value["pool"]).queries
+        steps = [run.step("round-0", queries.draw_first, listed, settings, config.seed)]
+    else:
+        queried, steps = 0, [run.step("round-0", queries.take_chosen, listed, settings)]
     frozen = settings.frozen and common.classifies
     seen = run.step("features", queries.see, listed, settings, common) if frozen else None
-    for number in range(1, budget.queries + 1):
+    for number in range(1, queried + 1):
         steps.append(run.step(f"round-{number}", queries.query, listed, seen, steps[-1], settings, common, number))
     if config.segmenter is None:
         steps.append(run.step("last", queries.measure_last, listed, seen, steps[-1], settings, common))
@@ -95,7 +98,8 @@ def write_report(
 
 def _trained_from(config: Config, *, masks: int, chips: int) -> str:
     unlabelled = f" and {chips - masks} chips without" if config.segmenter and config.segmenter.uses_unlabelled else ""
-    return f"Trained on {masks} masks, chosen by {config.active.strategy},{unlabelled}.".replace(",.", ".")
+    how = "active.chosen" if config.active.chosen is not None else config.active.strategy
+    return f"Trained on {masks} masks, chosen by {how},{unlabelled}.".replace(",.", ".")
 
 
 def _extras(labels: str, rounds: Sequence[Step], last: Step, config: Config) -> report.Extras:
@@ -138,7 +142,8 @@ def expect_chips(config: Config, chip_list: chip_pool.ChipList) -> int:
     """
     rows = chip_pool.divide(chip_list, config.pool, config.table, seed=config.seed)
     count = len([row for row in rows if row["part"] == "pool"])
-    expect_enough(count, config.active.ratio, len(set(chip_list.classes) - set(config.pool.absent)))
+    if config.active.chosen is None:
+        expect_enough(count, config.active.ratio, len(set(chip_list.classes) - set(config.pool.absent)))
     return count
 
 

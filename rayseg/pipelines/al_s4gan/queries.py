@@ -11,9 +11,12 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from rayseg.config import Config
+from rayseg.config import Config, added
 from rayseg.engine.manifest import Row, read_rows, write_rows
 from rayseg.engine.run import Step
+from rayseg.errors import DataError
+from rayseg.geo.grid import slug
+from rayseg.io.name_lists import Names, write_names
 from rayseg.models import bundle
 from rayseg.pipelines.al_s4gan import chip_pool, classifier
 from rayseg.pipelines.al_s4gan.classifier import ChipsClassifierConfig, Common
@@ -34,6 +37,8 @@ class ActiveConfig(Config):
     chips, without a classifier."""
     ratio: Share = 0.125
     """Share of the pool that gets masks."""
+    chosen: Names | None = added(default=None)
+    """Instead of all that: the chips, or the images of the chips, that get masks; names, or a file of them."""
     alpha: Share = 0.5
     """Share of these chips that is drawn at random first."""
     beta: Share = 0.9
@@ -49,6 +54,26 @@ class ActiveConfig(Config):
     def budget(self, chips: int) -> Budget:
         """Numbers of chips that are selected first, per query and in all, from `chips`."""
         return query_strategies.budget(chips, self.ratio, alpha=self.alpha, beta=self.beta, count_pool=self.count_pool)
+
+
+def take_chosen(step: Step, listed: Step, config: ActiveConfig) -> dict[str, Any]:
+    """Take the chips that the configuration names, in its order.
+
+    Raises:
+        DataError: a name is neither that of a chip of the pool nor of its image.
+    """
+    by_name: dict[str, list[Row]] = {}
+    for row in chip_pool.rows_of(listed, "pool"):
+        for name in {row["id"], row["of"]}:
+            by_name.setdefault(name, []).append(row)
+    names = list(dict.fromkeys(map(slug, config.chosen or ())))
+    if unknown := [name for name in names if name not in by_name]:
+        raise DataError(
+            f"active.chosen names {', '.join(unknown[:5])}, which is not in the pool of {listed.value['pool']} chips "
+            f"({', '.join(list(by_name)[:5])}, ...); correct the list, or keep these scenes out of validation"
+        )
+    rows = {row["id"]: row for name in names for row in by_name[name]}
+    return _keep(step, [_picked(row, rank, 0, "given") for rank, row in enumerate(rows.values())])
 
 
 def draw_first(step: Step, listed: Step, config: ActiveConfig, seed: int) -> dict[str, Any]:
@@ -163,6 +188,7 @@ def _picked(
 
 def _keep(step: Step, rows: list[Row]) -> dict[str, Any]:
     write_rows(step.prefix / "labelled.parquet", rows)
+    write_names(step.prefix, "chosen", [row["id"] for row in rows])
     return {"labelled": len(rows), "table": f"steps/{step.name}/labelled.parquet"}
 
 
@@ -181,13 +207,16 @@ def curve(rounds: Sequence[Step]) -> tuple[tuple[str, bytes | str, str], ...]:
     return (("Learning curve", drawn, "Accuracy of the classifier of chips on the validation chips."),)
 
 
+_WHY = {"first": "drawn at random first", "given": "named in active.chosen"}
+
+
 def picks(chosen: Step, strategy: str) -> report.Table:
     """Table of the selected chips and the reasons."""
     rows: list[tuple[str, ...]] = [
         (
             str(row["id"]),
             str(row["round"]),
-            "drawn at random first" if row["why"] == "first" else f"{SCORES[row['why']]} {row['score']:.3f}",
+            _WHY[row["why"]] if row["why"] in _WHY else f"{SCORES[row['why']]} {row['score']:.3f}",
             f"{row['taken_for']} ({row['probability']:.2f})" if row["taken_for"] else "",
         )
         for row in labelled(chosen)

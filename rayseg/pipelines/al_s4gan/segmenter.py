@@ -56,7 +56,7 @@ def fit(step: Step, listed: Step, chosen: Step, config: Config) -> dict[str, Any
 def _chosen(listed: Step, chosen: Step, config: Config) -> list[Row]:
     # In the order of selection: the first draw comes first.
     ids = [row["id"] for row in queries.labelled(chosen)]
-    if not config.active.count_pool:
+    if config.active.chosen is None and not config.active.count_pool:
         ids = ids[config.active.budget(listed.value["pool"]).initial :]
     rows = {row["id"]: row for row in chip_pool.rows_of(listed, "pool")}
     return [rows[chip] for chip in ids]

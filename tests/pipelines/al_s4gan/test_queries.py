@@ -73,3 +73,20 @@ def test_without_chips_for_validation_nothing_is_measured(listed, frozen):
     queries._keep(before, [queries._picked(row, 0, 0, "first") for row in chip_pool.rows_of(listed, "pool")])
     found = queries.measure_last(step_of(listed, "last"), listed, seen, before, CONFIG, COMMON)
     assert found == {"before": 2, "labelled": 2}
+
+
+def test_a_list_of_names_takes_the_place_of_queries_and_every_choice_is_left_as_lists(listed, tmp_path):
+    rows = [{"id": f"{of}_{k}", "of": of, "part": "pool", "label": "wood"} for of in ("a", "b", "c") for k in (0, 1)]
+    write_rows(listed.prefix / "pool.parquet", rows)
+    step = Step("pool", listed.root, "key", Engine("inline"), {"pool": 6})
+    (tmp_path / "published.txt").write_text("images/c.tif\nb_1\n")
+    config = load(ActiveConfig, None, [f"chosen={tmp_path}/published.txt"])
+    chosen = step_of(listed, "round-0")
+    assert queries.take_chosen(chosen, step, config)["labelled"] == 3
+    assert [row["id"] for row in queries.labelled(chosen)] == ["c_0", "c_1", "b_1"]
+    for suffix in ("txt", "csv", "npy"):
+        assert load(ActiveConfig, None, [f"chosen={chosen.prefix}/chosen.{suffix}"]).chosen == ("c_0", "c_1", "b_1")
+    assert queries.picks(chosen, "entropy")[2][0][2] == "named in active.chosen"
+    with pytest.raises(DataError, match=r"active.chosen names d, which is not in the pool of 6 chips"):
+        queries.take_chosen(chosen, step, ActiveConfig(chosen=("d",)))
+    assert "chosen" not in ActiveConfig().model_dump()
