@@ -21,12 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from rayseg.engine import run as runs
 from rayseg.errors import ConfigError, DataError, listed
 from rayseg.geo.grid import Window
 from rayseg.io import masks, pictures
 from rayseg.io.maps import MappedTile, mapped_tiles, pixel_lonlat, read_tile, row_areas_m2
 from rayseg.metrics import Z, allocation, stratified_mean, stratified_ratio
-from rayseg.store import STORE_ERRORS, StorePath, absolute, put, upath
+from rayseg.store import STORE_ERRORS, StorePath, put, upath
 from rayseg.vision.color import ClassTable, hex_of
 
 LEAST = 10
@@ -103,11 +104,12 @@ def sample(
     # 2. points of each stratum, then of each of its tiles, then pixels
     counts = points_of(strata, per_stratum, half_width)
     points = _drawn(tiles, table, parts_TH, counts, band, np.random.default_rng([seed, 0]))
+    asked = runs.read(str(run))
     # 3. in random order, so that a person does not see the map's opinion in it
     order = np.random.default_rng([seed, 1]).permutation(len(points))
     points = [points[index] | {"id": f"{at:04d}"} for at, index in enumerate(order)]
     content = {
-        "run": absolute(str(run)).rstrip("/"),
+        "map": f"{asked['pipeline']} of {asked['region']['name']}",
         "key": _key(run),
         "seed": seed,
         "band": band,
@@ -298,7 +300,7 @@ def _sample_of(run: StorePath, folder: StorePath) -> dict[str, Any]:
     except STORE_ERRORS:
         raise DataError(f"{folder} holds no sample; draw one: rayseg area sample {run} --per-stratum 50") from None
     if content["key"] != _key(run):
-        raise DataError(f"the sample {folder} is of the map of {content['run']}, not of {run}; draw one of this run")
+        raise DataError(f"the sample {folder} is of another map ({content['map']}), not of {run}; draw one of this run")
     return content
 
 

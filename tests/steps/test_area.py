@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_refused(predicted, tmp_path):
     assert "no columns id and class" in refused(3, *words, answers)
     content = json.loads((tmp_path / "sample.json").read_text()) | {"key": "other"}
     (tmp_path / "sample.json").write_text(json.dumps(content))
-    assert "is of the map of" in refused(3, *words, answers)
+    assert "is of another map" in refused(3, *words, answers)
 
 
 def test_images_without_georeference_have_shares_and_no_hectares(tmp_path):
