@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from rayseg import __version__
 from rayseg.cli import about, data, run, serve
-from rayseg.engine import tuning
+from rayseg.engine import progress, tuning
 from rayseg.errors import RaysegError, Stalled
 
 ORDER = (
@@ -43,9 +43,9 @@ class _Commands(TyperGroup):
             raise typer.Exit(INTERRUPTED) from None
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        """Take -v and --verbose before or after the command."""
-        loud = [word for word in args if word in {"-v", "--verbose"}]
-        return super().parse_args(ctx, loud[:1] + [word for word in args if word not in loud])
+        """Take -v, --verbose and --log-json before or after the command."""
+        general = [word for word in args if word in {"-v", "--verbose", "--log-json"}]
+        return super().parse_args(ctx, [*dict.fromkeys(general), *(word for word in args if word not in general)])
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         """The commands in the order of typical use."""
@@ -69,8 +69,10 @@ def _version(requested: bool) -> None:
 def _root(
     *,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.")] = False,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Show progress as lines of JSON on stderr.")] = False,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version)
     ] = False,
 ) -> None:
     """Map a land-cover class over a whole region from little or no labelled data."""
+    progress.as_json = log_json

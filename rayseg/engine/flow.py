@@ -13,17 +13,14 @@ import multiprocessing
 import pickle
 import signal
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rayseg.config import ray_address
-from rayseg.engine import cluster
+from rayseg.engine import cluster, progress
 from rayseg.engine.cluster import Size, sizes_now, source_cpus
 from rayseg.engine.ledger import SETTLED, WITHDRAWN, Account, Ledger, Record, Settled
 from rayseg.engine.manifest import PART, Manifest, Row
@@ -68,7 +65,14 @@ def run(
         ConfigError: the stages need more CPUs than the machine or cluster has.
     """
     ids, fates = [], ledger.fates()
-    with _progress(title, len(rows)) as settled:
+    with progress.shown(title, len(rows)) as advance:
+        failed = 0
+
+        def settled(rows: int, failures: int) -> None:
+            nonlocal failed
+            failed += failures
+            advance(rows, f"{failed} failed")
+
         # Rows become records in parts, so that memory does not grow with the region.
         for start in range(0, len(rows), PART):
             if isinstance(rows, Manifest):  # its ids cost no dicts, so a finished part is passed at once
@@ -308,17 +312,3 @@ def _one_by_one(entries: list[Entry], runners: list[StageRunner], sizes: list[Si
                 yield _quarantine(entry, runners, type(error).__name__)
                 continue
             waiting.append((entry, tries - 1))
-
-
-@contextmanager
-def _progress(title: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """A progress line on stderr (rows settled, failed, time left); call it with the increase of both counts."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    failures = TextColumn("{task.fields[failed]} failed")
-    with Progress(*columns, failures, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total, failed=0)
-
-        def settled(rows: int, failed: int) -> None:
-            bar.update(task, advance=rows, failed=bar.tasks[task].fields["failed"] + failed)
-
-        yield settled

@@ -437,6 +437,7 @@ def run_epochs(
             state = {"epoch": epoch + 1, "best": best}
             learner.keep(config["prefix"], config["key"], state)
             write(epoch, measures)
+            session.note(config, epoch + 1, epochs, measures)
             session.report(measures)  # workers wait for each other here, when the checkpoint is written
     return dict(state["best"])
 

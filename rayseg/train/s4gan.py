@@ -299,6 +299,7 @@ def run_checkpoints(
             state = {"step": step, "epoch": state["epoch"] + 1, "best": best}
             learner.keep(config["prefix"], config["key"], state | more())
             write(state["epoch"] - 1, measures)
+            session.note(config, step, settings.steps, measures)
             session.report(measures)
     return dict(state["best"]["measures"])
 

@@ -2,17 +2,20 @@
 
     <prefix>/checkpoint.pt    all that the loop needs to resume after the last whole epoch; worker 0 writes it
     <prefix>/tensorboard/     scalars per epoch
+    <prefix>/progress.json    how far it is, while it runs
 
 A loop is a function of its configuration that calls the functions below; without workers it runs in this process and
 Ray is not started. Random numbers are drawn for every epoch from (seed, epoch, worker), so a resumed training gives the
 weights of an undisturbed one.
 """
 
+import json
 import logging
 import math
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -30,10 +33,11 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor, nn
 
+from rayseg.engine import progress
 from rayseg.engine.tuning import reused_memory
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError
 from rayseg.models.weights import everywhere
-from rayseg.store import StorePath, absolute, is_local, put, upath
+from rayseg.store import STORE_ERRORS, StorePath, absolute, is_local, put, upath
 
 State = dict[str, Any]
 """What a training keeps from epoch to epoch, or what its loop is called with."""
@@ -41,6 +45,8 @@ Loop = Callable[[State], State]
 
 
 Weights = Annotated[str, AfterValidator(everywhere)]
+_EVERY = 0.5  # seconds between two looks at a training's progress
+_MEASURES = 3  # shown of an epoch
 UNTRAINED: State = {"order": [], "measures": {}, "weights": {}}
 """The best epoch before the first one is done."""
 
@@ -82,9 +88,16 @@ def fit(loop: Loop, config: State, setup: Setup, *, name: str) -> State:
     # Ray Train writes its own state next to the checkpoints; a store is passed on as an open filesystem.
     folder = upath(setup.prefix) / "ray"
     remote = None if is_local(folder) else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(folder.fs))
+    noted = f"{absolute(setup.prefix)}/progress.json"
     trainer = TorchTrainer(
         partial(_in_reused_memory, loop),
-        train_loop_config={"prefix": absolute(setup.prefix), "use_gpu": setup.use_gpu, **config},
+        train_loop_config={
+            "prefix": absolute(setup.prefix),
+            "use_gpu": setup.use_gpu,
+            "progress": noted,
+            "title": name,
+            **config,
+        },
         scaling_config=ScalingConfig(num_workers=setup.workers, use_gpu=setup.use_gpu and setup.workers > 0),
         run_config=RunConfig(
             name=name,
@@ -94,10 +107,66 @@ def fit(loop: Loop, config: State, setup: Setup, *, name: str) -> State:
         ),
     )
     try:
-        result: State = trainer.fit().return_value
+        with _shown(noted):
+            result: State = trainer.fit().return_value
     except TrainingFailedError as error:
         raise _cause(error, name) from error
     return result
+
+
+@contextmanager
+def _shown(path: str) -> Iterator[None]:
+    """Show what worker 0 notes in a file, wherever it runs; the file is gone at the end."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        last, work, done = b"", "", 0
+        with ExitStack() as bars:
+            over = False
+            while not over:
+                over = ended.wait(_EVERY)
+                with suppress(*STORE_ERRORS):  # not written yet, or the store is away for a moment
+                    content = upath(path).read_bytes()
+                    if content == last:
+                        continue
+                    last, row = content, json.loads(content)
+                    if row["work"] != work:
+                        bars.close()
+                        work, done, advance = (
+                            row["work"],
+                            0,
+                            bars.enter_context(progress.shown(row["work"], row["total"])),
+                        )
+                    advance(row["done"] - done, row["text"])
+                    done = row["done"]
+
+    thread = threading.Thread(target=follow, daemon=True)
+    with suppress(*STORE_ERRORS):  # of a training that was killed
+        upath(path).unlink(missing_ok=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=20 * _EVERY)
+        with suppress(*STORE_ERRORS):
+            upath(path).unlink(missing_ok=True)
+
+
+def note(config: State, done: int, total: int, measures: Mapping[str, float]) -> None:
+    """Note how far the training is, for the process that waits for it and shows it; worker 0 writes.
+
+    Args:
+        config: of the loop.
+        done: epochs or steps.
+        total: all of them.
+        measures: of the last epoch; the first few are shown.
+    """
+    if rank() or "progress" not in config:
+        return
+    work = " ".join(filter(None, [config["title"], config.get("stage", "").replace("_", " ")]))
+    text = ", ".join(f"{name} {value:.3g}" for name, value in list(measures.items())[:_MEASURES])
+    put(config["progress"], json.dumps({"work": work, "done": done, "total": total, "text": text}).encode())
 
 
 def _in_reused_memory(loop: Loop, config: State) -> State:

@@ -274,7 +274,7 @@ def test_chips_smaller_than_the_window_are_padded_as_published(tmp_path):
     data = Data(scenes(4, seed=1, size=24), scenes(4, seed=2, masks=False, size=24), scenes(2, seed=3, size=24))
     learning = QUICK.learning.model_copy(update={"recalibrate": 1})
     settings = changed(QUICK, steps=2, augment=Augment(crop="random", scale=(0.5, 1.6)), learning=learning)
-    with pytest.raises(DataError, match=r"24 x 24 px, training needs 32 x 32: .* set augment.pad=true"):
+    with pytest.raises(DataError, match=r"24 x 24 px, training needs 32 x 32; .* set augment.pad=true"):
         fit(settings, data, tmp_path / "refused")
     padded = changed(settings, augment=settings.augment.model_copy(update={"pad": True}))
     assert 0 <= fit(padded, data, tmp_path / "padded")["mean_iou"] <= 1

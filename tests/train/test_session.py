@@ -1,4 +1,6 @@
+import json
 import threading
+import time
 
 import pytest
 import ray
@@ -39,6 +41,26 @@ def test_scalars_can_be_read_by_tensorboard(tmp_path, prefix):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     events = EventAccumulator(str(tmp_path / files[0].name)).Reload()
     assert [event.value for event in events.Scalars("loss")] == [3.0, 2.0]
+
+
+def test_progress_is_shown_while_a_training_runs_and_leaves_no_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(session, "_EVERY", 0.01)
+    monkeypatch.setattr(session.progress, "EVERY", 0.0)
+    monkeypatch.setattr(session.progress, "as_json", True)
+
+    def loop(config):
+        for stage, epochs in (("warm_up", 2), ("scratch", 3)):
+            for epoch in range(epochs):
+                session.note(config | {"stage": stage}, epoch + 1, epochs, {"loss": 0.25, "f1": 0.5})
+                time.sleep(0.1)
+        return {}
+
+    session.fit(loop, {}, Setup(tmp_path), name="segmenter")
+    rows = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    noted = [(row["work"], row["done"], row["total"]) for row in rows]
+    assert noted == [*(("segmenter warm up", k, 2) for k in (1, 2)), *(("segmenter scratch", k, 3) for k in (1, 2, 3))]
+    assert {row["text"] for row in rows} == {"loss 0.25, f1 0.5"}
+    assert not (tmp_path / "progress.json").exists()
 
 
 @pytest.mark.parametrize(("epoch", "rate"), [(0, 1), (39.9, 1), (40, 0.1), (60, 0.01), (99, 0.01)])
