@@ -62,6 +62,15 @@ def predict(world, out, *more, model=None, source=None):
     return (*words, *more)
 
 
+def test_ingest_describes_the_good_rasters_beside_one_that_cannot_be_read(world, out, tmp_path, caplog):
+    (tmp_path / "bad.tif").write_bytes(b"II*\0\xff\xff\xff\xff")
+    result = rayseg("ingest", "rasters", tmp_path / "bad.tif", world["root"] / "imagery" / "scene.tif", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert (out / "imagery" / "scene.json").exists()
+    assert "bad.tif cannot be read" in caplog.text
+    assert "catalog.json#imagery: 1 image" in result.stderr
+
+
 def test_a_box_of_the_western_hemisphere_is_a_region_and_no_option(world, out):
     message = refused(3, *predict(world, out, "--set", f"map.imagery={world['imagery']}", source="-105.5,39,-.5,40"))
     assert "the region [-105.5, 39, -0.5, 40] and the imagery of" in message

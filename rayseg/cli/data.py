@@ -1,6 +1,7 @@
 """`rayseg ingest`, `labels`, `evaluate`, `polygonize`: read imagery and labels, evaluate maps, write polygons."""
 
 import json
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -91,8 +92,12 @@ def _ingested(catalog: str, *, as_json: bool) -> None:
         typer.echo(catalog)
     collections: dict[str, dict[str, Any]] = {}
     for name in stac_catalog.collections_of(catalog)[0]:
-        items = [item for item in stac_read.open_items(catalog, name) if stac_read.BROKEN not in item.properties]
-        sources = [stac_read.source_of(item) for item in items]
+        sources = []
+        for item in stac_read.open_items(catalog, name):
+            with suppress(DataError):  # one that cannot be read has been named when it was described
+                sources.append(stac_read.source_of(item))
+        if not sources:
+            continue
         collections[name] = {
             "images": len(sources),
             "crs": sorted({source.crs or "no CRS" for source in sources}),
