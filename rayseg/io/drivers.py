@@ -4,12 +4,10 @@ GDAL recognises formats by content and not by name, and opens the files that a m
 Therefore the files of a mosaic are checked before the mosaic is opened.
 """
 
-import io
 import logging
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from functools import lru_cache
 from xml.etree import ElementTree  # expat, which limits the expansion of entities
 
@@ -52,6 +50,18 @@ _FAULTS: tuple[type[Exception], ...] = (*STORE_ERRORS, ClientError)
 _HEAD = 1024  # bytes by which GDAL tells formats
 _DEEPEST = 5  # mosaics of mosaics
 _PATHS = {"sourcefilename", "sourcedataset"}
+_FILES = re.compile(
+    r"(?i)[xyz]_dataset|\w*_filename\w*|overview_file|dempath|rpc_dem\w*|cutline_dsname|open_?options|ooi|root_path"
+)
+"""Elements, attributes and keys by which a VRT names further files: geolocation arrays, terms of processing steps,
+overviews, elevation models, and options that move the root of relative paths."""
+_INDEX_FILES = re.compile(r"(?i)location_field|overview_\d+_(dataset|layer)|(spatial_)?sql")
+"""Settings by which a tile index names files elsewhere than in its column location."""
+_WEB = (
+    *(("/vsicurl/https://", "https://"), ("/vsicurl/http://", "http://"), ("/vsis3/", "s3://")),
+    *((start, start) for start in ("https://", "http://", "s3://")),
+)
+"""How a tile index names files on the web -> how they are opened."""
 _TEXTS = {"metadata", "mdi", "srs", "description", "category", "unittype", "categorynames", "geotransform", "gcplist"}
 _FOREIGN = re.compile(r"^\s*([/\\~<]|[A-Za-z]\w*:)|://|/vsi")
 
@@ -148,7 +158,7 @@ def _expect_images(href: str, stamp: int, depth: int) -> None:
     Raises:
         DataError: the first such file, with the remedy.
     """
-    sources = list(_files_of_index(href) if href.endswith(".gpkg") else _files_of_vrt(href))
+    sources = list(_files_of_index(href) if kind_of(href) == MOSAICS[".gti.gpkg"] else _files_of_vrt(href))
     for source, head in zip(sources, concurrently(_head, sources), strict=True):
         if b"<VRTDataset" in head.partition(b"\0")[0]:  # as GDAL recognises a VRT, whatever precedes it
             if depth == _DEEPEST:
@@ -160,10 +170,9 @@ def _expect_images(href: str, stamp: int, depth: int) -> None:
 
 def _head(href: str) -> bytes:
     """The first bytes of a file; none if a local file is missing, which is an error of reading and not of format."""
-    target = upath(href)
+    target = upath(remote.signed(href))
     try:
-        with closing(target.open("rb")) as file:
-            return bytes(file.read(_HEAD))
+        return bytes(target.fs.cat_file(target.path, start=0, end=_HEAD))
     except _FAULTS as error:
         if is_local(href):
             return b""
@@ -186,6 +195,8 @@ def _files_of_vrt(href: str) -> Iterator[str]:
         named = [(name, value) for name, value in attributes.items() if name in _PATHS]
         if path and [value for name, value in element.items() if name.lower() == "relativetovrt"] != ["1"]:
             named.append((tag, text))
+        words = (tag, text, (element.tail or "").strip(), *attributes, *attributes.values())
+        named += [(tag, word) for word in words if word.lower() not in _PATHS and _FILES.fullmatch(word)]
         if tag.lower() not in _TEXTS:
             named += [(name, value) for name, value in ((tag, text), *attributes.items()) if _FOREIGN.search(value)]
         if named:
@@ -199,19 +210,23 @@ def _files_of_vrt(href: str) -> Iterator[str]:
 
 
 def _files_of_index(href: str) -> Iterator[str]:
-    """The files of a tile index; those on the web are checked by their suffix only, as there may be many."""
+    """The files of a tile index, as paths and URLs."""
     import pyogrio  # few files are tile indexes
 
-    content = str(upath(href).path) if is_local(href) else io.BytesIO(upath(href).read_bytes())
+    content = str(upath(href).path) if is_local(href) else upath(remote.signed(href)).read_bytes()
+    layers = pyogrio.list_layers(content)
+    if len(layers) != 1:
+        raise DataError(f"{href} has {len(layers)} layers, expected one; build it with gdaltindex")
+    settings = pyogrio.read_info(content).get("layer_metadata") or {}
+    if other := sorted(name for name in settings if _INDEX_FILES.fullmatch(name)):
+        raise DataError(f"{href} names files by {', '.join(other)}, expected its column location only; build it anew")
     table = pyogrio.read_dataframe(content, read_geometry=False)
     if "location" not in table:
         raise DataError(f"{href} has no column location; build it with gdaltindex")
-    for name in table["location"]:
-        web = name.startswith(("/vsicurl/http", "/vsis3/", "http://", "https://", "s3://"))
-        if web and suffix_of(name) in KINDS:
-            continue
-        if web or name.startswith("/vsi") or ":" in name:
+    for name in dict.fromkeys(table["location"]):
+        web = next((f"{scheme}{name[len(start) :]}" for start, scheme in _WEB if name.startswith(start)), "")
+        if not web and (name.startswith("/vsi") or ":" in name):
             raise DataError(
                 f"{href} names {name!r}, expected images; if you trust where it is from, add --allow-driver GTI"
             )
-        yield posixpath.join(posixpath.dirname(gdal_name(href)) if is_local(href) else "", name)
+        yield web or posixpath.join(posixpath.dirname(gdal_name(href)) if is_local(href) else "", name)

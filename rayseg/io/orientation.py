@@ -3,21 +3,26 @@
 import re
 import struct
 import zlib
-from contextlib import suppress
-from io import BytesIO
+from contextlib import closing, suppress
+from io import SEEK_END, BytesIO
 from typing import Any, BinaryIO
 
 from affine import Affine
+from aiohttp import ClientError
 from rasterio.crs import CRS
 from rasterio.enums import Resampling
 from rasterio.io import DatasetReader
 from rasterio.vrt import WarpedVRT
 
-from rayseg.store import is_local, upath
+from rayseg.io import remote
+from rayseg.io.tables import content
+from rayseg.store import STORE_ERRORS, is_local, public, upath
 
 _TAG = 0x0112
 _XMP = re.compile(r'tiff:Orientation(?:="|>)([0-9])')
 _PROFILE = b"Raw profile type exif\x00"  # a PNG's text, lines with a name, a length and hexadecimal digits
+_BLOCK = 1 << 16  # bytes of a remote file that are requested at once
+_FAULTS: tuple[type[Exception], ...] = (*STORE_ERRORS, ClientError)
 _LONGEST = 1 << 22  # bytes of such a text; the orientation is near its beginning
 _PLANE = CRS.from_epsg(3857)  # GDAL warps with a CRS only; the same on both sides changes no coordinate
 
@@ -68,20 +73,46 @@ def upright(file: DatasetReader, href: str) -> DatasetReader:
 
 
 def _orientation(file: DatasetReader, href: str) -> int:
-    """1 to 8 of EXIF, else of XMP, as Pillow finds it; GDAL reads EXIF of JPEG only, and others are read if local."""
-    if file.driver not in {"JPEG", "PNG", "GTiff"} or (file.driver != "JPEG" and not is_local(href)):
+    """1 to 8 of EXIF, else of XMP, as Pillow finds it; GDAL reads EXIF of JPEG only."""
+    if file.driver not in {"JPEG", "PNG", "GTiff"}:
         return 1
     tag: int | None = None
     if file.driver == "JPEG":
         text = file.tags().get("EXIF_Orientation", "").strip()
         tag = int(text) if text.isdigit() else None
     else:
-        with upath(href).open("rb") as opened, suppress(struct.error, zlib.error, ValueError):
+        whole = file.driver == "PNG"
+        with closing(_stored(href, whole=whole)) as opened, suppress(struct.error, zlib.error, ValueError):
             # The errors are those of damaged metadata, such as a directory that ends early.
-            tag = _tag_of(BytesIO(_png_exif(opened)) if file.driver == "PNG" else opened)
+            tag = _tag_of(BytesIO(_png_exif(opened)) if whole else opened)
     if tag is None and (xmp := _XMP.search("".join(file.tags(ns="xml:XMP").values()))):
         tag = int(xmp[1])
     return tag or 1
+
+
+def _stored(href: str, *, whole: bool) -> BinaryIO:
+    """The bytes of a file; of a remote one by its parts, or whole, also where its server sends no parts.
+
+    Raises:
+        DataError: a remote file cannot be read.
+    """
+    if is_local(href):
+        local: BinaryIO = upath(href).open("rb")
+        return local
+    target = upath(remote.signed(href))
+    try:
+        if whole:
+            return BytesIO(content(target))
+        parts: BinaryIO = target.fs.open(target.path, "rb", block_size=_BLOCK)
+        parts.seek(-1, SEEK_END)
+        parts.read(1)
+        parts.seek(0)
+    except ValueError:  # fsspec's word for a server that sends no parts
+        return BytesIO(content(target))
+    except _FAULTS as error:
+        raise remote.failure(href, public(f"{href} cannot be read: {error}")) from error
+    else:
+        return parts
 
 
 def _tag_of(content: BinaryIO) -> int | None:

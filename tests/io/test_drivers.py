@@ -175,6 +175,45 @@ def test_a_file_that_a_vrt_names_in_an_attribute_is_refused(tmp_path):
         source_of_file(str(path), "x")
 
 
+STEP = "<ProcessingSteps><Step><Algorithm>{}</Algorithm>{}</Step></ProcessingSteps>"
+NAMING = {
+    "geolocation array": '<Metadata domain="GEOLOCATION"><MDI key="X_DATASET">evil.tif</MDI></Metadata>',
+    "its key as an element": "<Metadata><MDI><key>Y_DATASET</key>evil.tif</MDI></Metadata>",
+    "processing step": STEP.format("LocalScaleOffset", '<Argument name="gain_dataset_filename_1">evil.tif</Argument>'),
+    "overview": '<Metadata domain="OVERVIEWS"><MDI key="OVERVIEW_FILE">evil.tif</MDI></Metadata>',
+    "elevation of RPCs": "<GDALWarpOptions><RPCTransformer><DEMPath>evil.tif</DEMPath></RPCTransformer>"
+    "</GDALWarpOptions>",
+    "warp option": '<GDALWarpOptions><Option name="RPC_DEM">evil.tif</Option></GDALWarpOptions>',
+    "root of paths": '<OpenOptions><OOI key="ROOT_PATH">elsewhere</OOI></OpenOptions>',
+    "character reference": '<Metadata><MDI key="&#88;_DATASET">evil.tif</MDI></Metadata>',
+}
+NAMED = {
+    "input of a processed VRT": '<Input><SourceFilename relativeToVRT="1">{}</SourceFilename></Input>',
+    "source of a warped VRT": '<GDALWarpOptions><SourceDataset relativeToVRT="1">{}</SourceDataset></GDALWarpOptions>',
+    "band of a pansharpened VRT": '<PansharpeningOptions><PanchroBand><SourceFilename relativeToVRT="1">{}'
+    "</SourceFilename></PanchroBand></PansharpeningOptions>",
+    "overview of a band": '<Overview><SourceFilename relativeToVRT="1">{}</SourceFilename></Overview>',
+}
+
+
+@pytest.mark.parametrize("how", NAMING)
+def test_a_vrt_that_names_further_files_is_refused(tmp_path, how):
+    image(tmp_path / "a.tif")
+    netcdf(tmp_path / "evil.tif", "red")
+    with pytest.raises(DataError, match=r"m\.vrt names .*expected images relative to the VRT"):
+        source_of_file(str(vrt(tmp_path / "m.vrt", "a.tif", extra=NAMING[how])), "x")
+
+
+@pytest.mark.parametrize("how", NAMED)
+def test_the_files_of_every_kind_of_vrt_are_looked_at(tmp_path, how):
+    image(tmp_path / "a.tif")
+    netcdf(tmp_path / "evil.tif", "red")
+    with pytest.raises(DataError, match=r"names .*evil\.tif, which is not an image"):
+        source_of_file(str(vrt(tmp_path / "m.vrt", "a.tif", extra=NAMED[how].format("evil.tif"))), "x")
+    good = vrt(tmp_path / "good.vrt", "a.tif", extra=NAMED[how].format("a.tif") if "overview" in how else "")
+    assert pixels_of(good).shape == (1, 16, 16)
+
+
 def test_a_vrt_of_absolute_paths_is_read_when_it_is_allowed(tmp_path, monkeypatch):
     expected = image(tmp_path / "a.tif")
     path = vrt(tmp_path / "m.vrt", str(tmp_path / "a.tif"), relative=0)
@@ -198,6 +237,29 @@ def test_a_tile_index_of_images_is_read_and_no_other(tmp_path):
         source_of_file(str(index(tmp_path / "s.gti.gpkg", 'NETCDF:"n.tif":red')), "x")
     with pytest.raises(DataError, match="expected images"):
         source_of_file(str(index(tmp_path / "z.gti.gpkg", "/vsizip/a.zip/a.tif")), "x")
+
+
+@pytest.mark.parametrize("setting", ["LOCATION_FIELD", "OVERVIEW_0_DATASET", "location_field"])
+def test_a_tile_index_that_names_files_elsewhere_is_refused(tmp_path, setting):
+    image(tmp_path / "a.tif")
+    netcdf(tmp_path / "n.tif", "red")
+    path = index(tmp_path / "m.gti.gpkg", str(tmp_path / "a.tif"))
+    frame = geopandas.read_file(path).assign(other=[str(tmp_path / "n.tif")])
+    frame.to_file(path, driver="GPKG", layer_metadata={setting: "other"})
+    with pytest.raises(DataError, match=rf"m\.gti\.gpkg names files by {setting}, expected its column location"):
+        source_of_file(str(path), "x")
+
+
+@pytest.mark.parametrize("start", ["{url}/", "/vsicurl/{url}/"])
+def test_files_of_a_tile_index_on_the_web_are_looked_at(tmp_path, served, start):
+    url, asked = served
+    expected = image(tmp_path / "a.tif")
+    netcdf(tmp_path / "evil.tif", "red")
+    start = start.format(url=url)
+    assert np.array_equal(pixels_of(index(tmp_path / "m.gti.gpkg", f"{start}a.tif")), expected)
+    with pytest.raises(DataError, match=r"names .*evil\.tif, which is not an image"):
+        source_of_file(str(index(tmp_path / "n.gti.gpkg", f"{start}a.tif", f"{start}evil.tif")), "x")
+    assert "/evil.tif" in asked
 
 
 # -- folders

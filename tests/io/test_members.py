@@ -1,9 +1,6 @@
 """Catalogues as others write them: addresses are found, and a broken member is lost alone and with its name."""
 
 import json
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import quote
 
@@ -56,29 +53,6 @@ def catalog(name, *links, kind="Catalog"):
     return {"type": kind, "stac_version": "1.0.0", "id": name, "description": "d", "links": linked} | (
         {"license": "other", "extent": extent} if kind == "Collection" else {}
     )
-
-
-@pytest.fixture
-def served(tmp_path):
-    """(URL of tmp_path, the paths that were asked for); paths with "busy" fail."""
-    asked = []
-
-    class Handler(SimpleHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            return self.send_error(500) if "busy" in self.path else super().do_GET()
-
-        def do_HEAD(self):
-            return self.send_error(500) if "busy" in self.path else super().do_HEAD()
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path)))
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
-    server.server_close()
 
 
 # -- addresses

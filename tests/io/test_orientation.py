@@ -1,7 +1,10 @@
 """Photos with an EXIF orientation: every reader sees what a person sees."""
 
 import json
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from rayseg.vision.color import ClassTable
 STORED = np.random.default_rng(5).integers(0, 255, (40, 60, 3)).astype(np.uint8)
 RGB = ("red", "green", "blue")
 ALL = range(1, 9)
+CUT_SERVER = Path(__file__).parent / "cut_server.py"
 TABLE = ClassTable(((0, "land", (0, 0, 0)), (1, "water", (0, 0, 255))))
 
 
@@ -145,6 +149,34 @@ def test_maps_and_labels_turn_a_photo_alike_wherever_its_orientation_is(tmp_path
     assert alike(pixels, labelled)
     assert pixels.shape == seen.shape
     assert np.corrcoef(pixels.ravel(), seen.ravel())[0, 1] > 0.95
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("name", ["a.tif", "a.jpg", "a.png", "png after its pixels", "png in a packed text"])
+@pytest.mark.parametrize("parts", [True, False])
+def test_a_photo_on_the_web_is_turned_as_a_local_one(tmp_path, served, name, orientation, parts):
+    url, _ = served
+    path = tmp_path / (name if "." in name else "b.png")
+    if "." in name:
+        photo(path, orientation)
+    else:
+        put_exif(path, name, orientation)
+    if parts:  # a server that answers requests for parts of a file
+        process = subprocess.Popen([sys.executable, CUT_SERVER, str(path)], stdout=subprocess.PIPE, text=True)
+        url = f"http://127.0.0.1:{int(process.stdout.readline())}/{1 << 30}"
+    try:
+        pixels = []
+        for href in (str(path), f"{url}/{path.name}"):
+            source = source_of_file(href, "a")
+            [(grid, _)] = grids_of([source])
+            pixels.append(read([source], grid, footprint(source, grid), bands=RGB)[0])
+        assert np.array_equal(*pixels)
+        assert pixels[0].shape == ((3, 60, 40) if orientation == 6 else (3, 40, 60))
+    finally:
+        if parts:
+            process.kill()
+            process.wait()
+            process.stdout.close()
 
 
 def test_coordinates_belong_to_stored_pixels(tmp_path):
