@@ -23,7 +23,7 @@ class Confusion:
     was predicted, else NaN.
 
     Attributes:
-        matrix: (K, K) int64.
+        matrix: (K, K) int64; float64 where pixels count with their area.
     """
 
     matrix: NDArray[np.int64]
@@ -34,7 +34,13 @@ class Confusion:
 
     @classmethod
     def from_arrays(
-        cls, reference: NDArray[np.integer], prediction: NDArray[np.integer], classes: int, *, ignore: int | None = 255
+        cls,
+        reference: NDArray[np.integer],
+        prediction: NDArray[np.integer],
+        classes: int,
+        *,
+        ignore: int | None = 255,
+        weights: NDArray[np.float64] | None = None,
     ) -> "Confusion":
         """Count two label arrays of equal shape.
 
@@ -43,6 +49,7 @@ class Confusion:
             prediction: predicted class, the same.
             classes: number of classes K.
             ignore: pixels with this value in either array are not counted; None counts every pixel.
+            weights: of every pixel, such as its area; by default 1.
 
         Raises:
             DataError: the shapes differ, or a counted value is not a class.
@@ -50,16 +57,17 @@ class Confusion:
         if reference.shape != prediction.shape:
             raise DataError(f"the reference is {reference.shape}, the prediction {prediction.shape}; crop them alike")
         pairs = np.stack([reference.ravel(), prediction.ravel()]).astype(np.int64)
-        if ignore is not None:
-            pairs = pairs[:, (pairs != ignore).all(axis=0)]
+        counted = np.ones(pairs.shape[1], bool) if ignore is None else (pairs != ignore).all(axis=0)
+        pairs = pairs[:, counted]
         wrong = pairs[(pairs < 0) | (pairs >= classes)]
         if wrong.size:
             raise DataError(
                 f"value {wrong[0]} ({wrong.size} such values) is not a class, expected 0..{classes - 1} or {ignore}"
             )
         # One integer per pair of classes, so that a single bincount counts all pairs.
-        counts = np.bincount(pairs[0] * classes + pairs[1], minlength=classes * classes)
-        return cls(counts.reshape(classes, classes).astype(np.int64))
+        own = None if weights is None else weights.ravel()[counted]
+        counts = np.bincount(pairs[0] * classes + pairs[1], own, minlength=classes * classes)
+        return cls(counts.reshape(classes, classes))
 
     def merge(self, other: "Confusion") -> "Confusion":
         """The sum of both counts.

@@ -201,7 +201,9 @@ def _mask_of(item: pystac.Item, asset: str, names: set[str]) -> Source | None:
     return replace(mask, nodata=nodatas.pop(), nodatas=()) if len(nodatas) == 1 else mask
 
 
-def two_classes(masks: Sequence[Source], table: ClassTable | None, where: str) -> list[Source]:
+def two_classes(
+    masks: Sequence[Source], table: ClassTable | None, where: str, *, failed: dict[str, str] | None = None
+) -> list[Source]:
     """Read 255 as the second class where the only values of the masks are 0 and 255, with a warning.
 
     Masks with palettes, colours or stored class names are left as they are, and so are all masks if `table` ignores
@@ -211,17 +213,20 @@ def two_classes(masks: Sequence[Source], table: ClassTable | None, where: str) -
         masks: all masks of a location; one alone may lack a class.
         table: the classes; None if any values may occur.
         where: the location, for the warning.
+        failed: if given, masks that cannot be read are left out and added with their errors, if others can be.
 
     Raises:
-        DataError: the nodata of a mask of colours occurs in the colour of a class.
+        DataError: the nodata of a mask of colours occurs in the colour of a class, a mask cannot be read, or some masks
+            hold only 0 and 255, others class values.
     """
     masks = _with_all_classes(masks, table, where) if table else masks
     if table is not None and WHITE in table.ignore:
         return list(masks)
-    if not only_0_and_255(masks):
+    if not only_0_and_255(masks, failed=failed):
         if table is not None and len(table.classes) == 2:
-            _warn_of_two_kinds(masks, where)
-        return list(masks)
+            _expect_one_kind(masks, where, failed)
+        return _readable(masks, failed)
+    masks = _readable(masks, failed)
     if table is not None and len(table.classes) != 2:
         _log.warning("the masks in %s hold only 0 and 255: 255 is read as not labelled; use class values", where)
         return list(masks)
@@ -276,37 +281,66 @@ def _is_plain(mask: Source) -> bool:
     return len(bands) == 1 and np.dtype(mask.dtype).kind in "ui" and _legend(mask.assets[0][0]) == ({}, None)
 
 
-def only_0_and_255(masks: Sequence[Source]) -> bool:
-    """Whether both values and no others occur in the masks of one band; reading ends at the first other value."""
+def _readable(masks: Sequence[Source], failed: Mapping[str, str] | None) -> list[Source]:
+    """The masks that have not failed.
+
+    Raises:
+        DataError: all have.
+    """
+    kept = [mask for mask in masks if mask.assets[0][0] not in (failed or {})]
+    if masks and not kept:
+        raise DataError((failed or {})[masks[0].assets[0][0]])
+    return kept
+
+
+def only_0_and_255(masks: Sequence[Source], *, failed: dict[str, str] | None = None) -> bool:
+    """Whether both values and no others occur in the masks of one band; reading ends at the first other value.
+
+    Args:
+        masks: the masks.
+        failed: if given, a mask that cannot be read is added with its error and counts for nothing.
+
+    Raises:
+        DataError: a mask cannot be read.
+    """
     seen: set[int] = set()
     for mask in filter(_is_plain, masks):
-        seen |= _values_of(mask)
+        seen |= _values_of(mask, failed)
         if not seen <= {0, NODATA}:
             return False
     return seen == {0, NODATA}
 
 
-def _values_of(mask: Source) -> set[int]:
+def _values_of(mask: Source, failed: dict[str, str] | None) -> set[int]:
     """The values of a mask of one band; reading ends at the block with the first value that is not 0 or 255."""
     names, whole = [name for name in mask.bands if name != "alpha"], footprint(mask, pixels_of(mask))
     seen: set[int] = set()
     for row in range(whole.row, whole.row1, BLOCK):
         part = Window(whole.col, row, mask.width, BLOCK).intersect(whole)
-        image_CHW, valid_HW = read([mask], pixels_of(mask), part, bands=names, categorical=True)
+        try:
+            image_CHW, valid_HW = read([mask], pixels_of(mask), part, bands=names, categorical=True)
+        except DataError as error:
+            if failed is None:
+                raise
+            failed[mask.assets[0][0]] = str(error)
+            return set()
         seen |= set(np.unique(image_CHW[0][valid_HW]).tolist())
         if not seen <= {0, NODATA}:
             break
     return seen
 
 
-def _warn_of_two_kinds(masks: Sequence[Source], where: str) -> None:
-    """Warn if some masks hold only 0 and 255, and others class values without 255.
+def _expect_one_kind(masks: Sequence[Source], where: str, failed: dict[str, str] | None) -> None:
+    """Refuse a location in which some masks hold only 0 and 255, and others class values without 255.
 
-    A mask with 255 and class values shows that 255 means "not labelled" in this folder: then there is no warning.
+    A mask with 255 and class values shows that 255 means "not labelled" there.
+
+    Raises:
+        DataError: two such masks, with the remedy.
     """
     of_255, of_values = "", ""
     for mask in filter(_is_plain, masks):
-        seen = _values_of(mask)
+        seen = _values_of(mask, failed)
         if NODATA in seen and not seen <= {0, NODATA}:
             return
         if NODATA in seen:
@@ -314,10 +348,10 @@ def _warn_of_two_kinds(masks: Sequence[Source], where: str) -> None:
         elif not seen <= {0}:
             of_values = of_values or mask.assets[0][0]
     if of_255 and of_values:
-        _log.warning(
-            "%s mixes two kinds of masks: %s has only 0 and 255, %s has class values; 255 is read as not labelled: if "
-            "it is a class, store the value of the class; if not, add ignore: ['#FFFFFF'] to the class table",
-            *(where, of_255, of_values),
+        raise DataError(
+            f"{where} mixes two kinds of masks: {of_255} has only 0 and 255, {of_values} has class values, so 255 is "
+            "either a class or not labelled; if it is a class, store the value of the class; if not, add ignore: "
+            "['#FFFFFF'] to the class table"
         )
 
 

@@ -8,6 +8,7 @@ Images of one scene are spatially correlated: a split keeps them together.
 """
 
 import json
+import logging
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ from rayseg.store import split_location, suffix_of, upath
 from rayseg.vision.color import ClassTable
 from rayseg.vision.fill import mirrored
 
+_log = logging.getLogger(__name__)
 SCENE = "rayseg:scene"
 Pixels = tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.uint8]]
 """image_CHW, where it is valid, its classes."""
@@ -98,7 +100,8 @@ def labelled_images(
         pairs: names of images and masks in one folder, `images`; each image is a scene of its own.
 
     Raises:
-        DataError: there are no images, one cannot be opened, or a mask is of another size than its image.
+        DataError: there are no images, one cannot be opened, no mask can be read, or a mask is of another size than its
+            image.
     """
     names = table.names if table else ()
     if pairs:
@@ -108,7 +111,7 @@ def labelled_images(
         uri, _, collection = images.partition("#")
         items = [(item, stac_read.source_of(item)) for item in stac_read.open_items(uri, collection or None)]
         scenes = {item.id: slug(str(item.properties.get(SCENE, item.id))) for item, _ in items}
-        mask_sources = masks_of(masks, names=names) if masks else []
+        mask_sources = _masks(masks, names) if masks else []
         labelled = _with_masks([source for _, source in items], scenes, mask_sources)
     elif masks:
         # 2. a folder of images whose masks are elsewhere; each image is a scene of its own
@@ -117,17 +120,37 @@ def labelled_images(
             listing = listed(wrong.values(), most=1)
             raise DataError(f"{len(wrong)} of the images in {images} cannot be opened: {listing}")
         scenes = {source.item_id: source.item_id for source in sources}
-        labelled = _with_masks(sources, scenes, masks_of(masks, names=names))
+        labelled = _with_masks(sources, scenes, _masks(masks, names))
     else:
         # 3. folders of images and masks side by side
         labelled = _of_folder(images)
     expect_ids([image.id for image in labelled])
     if table:
         # All masks together decide whether 255 is a class: one alone may lack it.
+        failed: dict[str, str] = {}
         distinct = list(dict.fromkeys(mask for image in labelled for mask in image.masks))
-        read_as = dict(zip(distinct, two_classes(distinct, table, masks or images), strict=True))
-        labelled = [replace(image, masks=tuple(read_as[mask] for mask in image.masks)) for image in labelled]
+        read_as = {mask.assets: mask for mask in two_classes(distinct, table, masks or images, failed=failed)}
+        _warn_of(failed, len(distinct))
+        labelled = [
+            replace(image, masks=tuple(read_as[mask.assets] for mask in image.masks if mask.assets in read_as))
+            for image in labelled
+        ]
     return sorted(labelled, key=lambda image: image.id)
+
+
+def _masks(location: str, names: Sequence[str] = ()) -> list[Source]:
+    """`masks_of` a location; files that cannot be opened are named in a warning."""
+    failed: dict[str, str] = {}
+    masks = masks_of(location, names=names, failed=failed)
+    _warn_of(failed, len(masks) + len(failed))
+    return masks
+
+
+def _warn_of(failed: Mapping[str, str], count: int) -> None:
+    if failed:
+        _log.warning(
+            "%d of %d masks cannot be read and are not used: %s", len(failed), count, listed(failed.values(), most=3)
+        )
 
 
 def placed(image_id: str, scene: str, image: Source, masks: tuple[Source, ...]) -> LabelledImage:
@@ -154,7 +177,7 @@ def _of_scene(scene: str, folder: Any) -> list[LabelledImage]:  # noqa: ANN401 -
         raise DataError(
             f"{len(wrong)} of the images in {folder / 'images'} cannot be opened: {listed(wrong.values(), most=1)}"
         )
-    masks = by_image(masks_of(str(folder / "masks"))) if (folder / "masks").is_dir() else {}
+    masks = by_image(_masks(str(folder / "masks"))) if (folder / "masks").is_dir() else {}
     if lost := sorted(set(masks) - {source.item_id for source in sources}):
         raise DataError(f"masks {listed(lost)} in {folder / 'masks'} match no image; rename or remove them")
     return [_named(scene, source, masks.get(source.item_id, ())) for source in sources]
@@ -327,6 +350,30 @@ def count_all(images: Sequence[LabelledImage], table: ClassTable, *, cell: int) 
     """`count_classes` of every image."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(partial(count_classes, table=table, cell=cell), images))
+
+
+def countable(
+    images: Sequence[LabelledImage], table: ClassTable, *, cell: int
+) -> list[tuple[LabelledImage, NDArray[np.int64]]]:
+    """(image, its `count_classes`) of every image whose masks can be read; the others are named in a warning.
+
+    Raises:
+        DataError: none of them can.
+    """
+
+    def attempt(image: LabelledImage) -> NDArray[np.int64] | DataError:
+        try:
+            return count_classes(image, table, cell=cell)
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        results = list(zip(images, pool.map(attempt, images), strict=True))
+    errors = {image.id: error for image, error in results if isinstance(error, DataError)}
+    if errors and len(errors) == len(images):
+        raise next(iter(errors.values()))
+    _warn_of({name: str(error) for name, error in errors.items()}, len(images))
+    return [(image, counts) for image, counts in results if not isinstance(counts, DataError)]
 
 
 # -- split ------------------------------------------------------------------------------------------------------------

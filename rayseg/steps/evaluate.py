@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError, listed
-from rayseg.geo.grid import NODATA, Grid, Window, slug
+from rayseg.geo.grid import NODATA, Grid, Tile, Window, slug
 from rayseg.geo.region import Region
 from rayseg.io import maps, masks, rasters
 from rayseg.io.class_tables import read_table
-from rayseg.io.maps import MappedTile, mapped_tiles
+from rayseg.io.maps import MappedTile, mapped_tiles, pixel_area_m2, row_areas_m2
 from rayseg.io.masks import Piece
 from rayseg.io.rasters import footprint
 from rayseg.io.sources import Source, part_of_image
@@ -31,6 +31,7 @@ from rayseg.vision.color import IGNORE, ClassTable, hex_of, label_table, rgb_of
 
 STRIP = 1024
 NAMED = 20
+_SAME_AREA = 1.01  # ratio of the areas of two pixels that count as equal; within UTM zones they differ by .2 %
 OVERALL = {"overall_accuracy": "overall accuracy", "mean_iou": "mean IoU", "fw_iou": "frequency-weighted IoU"}
 PER_CLASS = ("iou", "f1", "precision", "recall")
 
@@ -62,12 +63,14 @@ class Compared:
             tiles.
         confusion: of the pixels labelled in both, classes in the table's order.
         unseen: number of pixels labelled only in the truth.
+        areas: of the same pixels in square metres, where pixels of the comparison differ in area; else None.
     """
 
     id: str
     image: str | None
     confusion: Confusion
     unseen: int
+    areas: Confusion | None = None
 
 
 def evaluate(prediction: str, truth: str, *, classes: str | None = None) -> dict[str, Any]:
@@ -83,30 +86,29 @@ def evaluate(prediction: str, truth: str, *, classes: str | None = None) -> dict
         JSON values: `overall` and, per class, `iou`, `f1`, `precision` and `recall`, each as value, low, high (95 %
         bootstrap over tiles or images; None where it is not defined); `confusion` (rows truth, columns prediction);
         `units` (number of resampled units; `unit` is tile or image) and `pixels` compared; `not_evaluated`, pixels with
-        truth but without prediction; `unmatched` names of both sides; `seams` of a run; `failed`, error of each file
-        in a folder of masks that cannot be opened.
+        truth but without prediction; `unmatched` names of both sides; `seams` of a run; `failed`, error of each mask
+        that cannot be read or contains a value that is not a class. Where pixels differ in area by more than 1 %
+        (several resolutions or latitudes), measures are of areas, and `confusion`, `reference` and `predicted` in
+        square metres (`counted` is then "m2"). `coarser`: a mask with pixels of another size than it is compared on.
 
     Raises:
-        DataError: nothing matches, two images differ in size, or a mask contains a value that is not a class.
+        DataError: nothing matches, two images differ in size, or no mask can be compared.
         ConfigError: no class table is given or stored.
     """
     table = read_table(classes) if classes else None
     failed: dict[str, str] = {}
     # A run knows its tiles, classes and scenes; other predictions are folders of masks.
     if (upath(prediction) / "run.json").exists():
-        return _of_run(prediction, truth, table, failed=failed)[0] | {
-            "failed": {path: str(error) for path, error in failed.items()}
-        }
+        return _of_run(prediction, truth, table, failed=failed)[0] | {"failed": failed}
     names = table.names if table else ()
     predicted = masks.masks_of(prediction, names=names, failed=failed)
     table = table or _stored_table(predicted[0], prediction)
-    predicted = masks.two_classes(predicted, table, prediction)
-    reference = masks.two_classes(masks.masks_of(truth, names=table.names, failed=failed), table, truth)
+    predicted = masks.two_classes(predicted, table, prediction, failed=failed)
+    reference = masks.two_classes(masks.masks_of(truth, names=table.names, failed=failed), table, truth, failed=failed)
     # Georeferenced predictions are cut into pieces only if the truth can be matched by place.
     placed = any(mask.crs for mask in reference)
-    compared, unmatched = _compare_all(masks.pieces_of_masks(predicted, placed=placed), reference, table)
-    result = {"prediction": prediction, "truth": truth} | summary(compared, table) | {"unmatched": unmatched}
-    return result | {"failed": failed}
+    compared, rest = _compare_all(masks.pieces_of_masks(predicted, placed=placed), reference, table, failed)
+    return {"prediction": prediction, "truth": truth} | summary(compared, table) | rest | {"failed": failed}
 
 
 def expect_masks(region: Region, truth: str | None, names: Sequence[str]) -> None:
@@ -131,13 +133,17 @@ def compare_truth(step: Step, predicted: Step, region: Region, truth: str | None
 
 
 def evaluate_run(step: Step, predicted: Step, truth: str) -> dict[str, Any]:
-    """Compare a run's map with its truth; `<step>/confusions.json` stores the counts of each tile."""
-    result, compared = _of_run(predicted.root, truth, None, predicted.name)
+    """Compare a run's map with its truth; `<step>/confusions.json` stores the counts of each tile.
+
+    Masks that cannot be compared are `troubles` of the step.
+    """
+    failed: dict[str, str] = {}
+    result, compared = _of_run(predicted.root, truth, None, predicted.name, failed=failed)
     tiles = {part.id: part.confusion.matrix.tolist() for part in compared}
     # Counts per tile, so that intervals can be computed again without the masks.
     content = {"classes": [row["value"] for row in result["classes"]], "tiles": tiles}
     put(step.prefix / "confusions.json", json.dumps(content).encode())
-    return result
+    return result | ({"failed": failed, "troubles": failed} if failed else {})
 
 
 def _of_run(
@@ -145,16 +151,17 @@ def _of_run(
     truth: str,
     table: ClassTable | None,
     step: str = "predict",
-    failed: dict[str, str] | None = None,
+    *,
+    failed: dict[str, str],
 ) -> tuple[dict[str, Any], list[Compared]]:
     tiles = maps.mapped_tiles(root, step)
     if not tiles:
         raise DataError(f"run {root} has no mapped tile to compare; look at rayseg status {root}")
     pieces = masks.pieces_of_tiles(tiles)
     table = table or _stored_table(pieces[0].source, root)
-    reference = masks.two_classes(masks.masks_of(truth, names=table.names, failed=failed), table, truth)
-    compared, unmatched = _compare_all(pieces, reference, table)
-    result = {"prediction": root, "truth": truth} | summary(compared, table) | {"unmatched": unmatched}
+    reference = masks.two_classes(masks.masks_of(truth, names=table.names, failed=failed), table, truth, failed=failed)
+    compared, rest = _compare_all(pieces, reference, table, failed)
+    result = {"prediction": root, "truth": truth} | summary(compared, table) | rest
     return result | {"seams": maps.seam_score(tiles)}, compared
 
 
@@ -219,12 +226,59 @@ def _by_name(piece: Piece, truth: Sequence[Source]) -> Match:
 
 
 def _compare_all(
-    pieces: Sequence[Piece], truth: Sequence[Source], table: ClassTable
+    pieces: Sequence[Piece], truth: Sequence[Source], table: ClassTable, failed: dict[str, str]
 ) -> tuple[list[Compared], dict[str, Any]]:
+    """(every match that can be compared, `unmatched` and `coarser` of the result); masks that cannot are `failed`."""
     matches = match(pieces, truth)
+    by_area = _differ_in_area(matches)
+
+    def attempt(matched: Match) -> Compared | DataError:
+        try:
+            return compare(matched, table, by_area=by_area)
+        except DataError as error:
+            return error
+
     with ThreadPoolExecutor(4) as pool:
-        compared = list(pool.map(lambda matched: compare(matched, table), matches))
-    return compared, unmatched(pieces, truth, matches)
+        results = list(pool.map(attempt, matches))
+    errors = [(matched, error) for matched, error in zip(matches, results, strict=True) if isinstance(error, DataError)]
+    compared = [result for result in results if isinstance(result, Compared)]
+    if errors and not compared:
+        raise errors[0][1]
+    for matched, error in errors:
+        hrefs = [source.assets[0][0] for source in (matched.piece.source, *matched.truth)]
+        failed[next((href for href in hrefs if href in str(error)), matched.piece.tile.id)] = str(error)
+    return compared, {"unmatched": unmatched(pieces, truth, matches), "coarser": _coarser(matches)}
+
+
+def _differ_in_area(matches: Sequence[Match]) -> bool:
+    """Whether pixels that are compared differ in area by more than `_SAME_AREA`; False if one has no CRS."""
+    ends: dict[Grid, list[Window]] = defaultdict(list)
+    for matched in matches:
+        ends[matched.grid].append(matched.window)
+    areas: list[float] = []
+    for grid, windows in ends.items():
+        if grid.crs is None:
+            return False
+        for window in (min(windows, key=lambda one: one.row), max(windows, key=lambda one: one.row1)):
+            areas_H = row_areas_m2(Tile("", grid, window))
+            areas += [] if areas_H is None else [float(areas_H.min()), float(areas_H.max())]
+    return bool(areas) and max(areas) > _SAME_AREA * min(areas)
+
+
+def _coarser(matches: Sequence[Match]) -> str:
+    """A mask whose pixels differ in size from those that it is compared on, as a remark; "" if there is none."""
+    first = {mask: matched for matched in reversed(matches) for mask in matched.truth}
+    for mask, matched in first.items():
+        if mask.crs is None or matched.grid.crs is None:
+            continue
+        [(own, _)] = rasters.grids_of([mask])
+        there, here = (pixel_area_m2(Tile("", grid, footprint(mask, grid))) or 1.0 for grid in (own, matched.grid))
+        if not 1 / _SAME_AREA < there / here < _SAME_AREA:
+            return (
+                f"{mask.assets[0][0]} has pixels of {math.sqrt(there):.3g} m, the map of {math.sqrt(here):.3g} m; "
+                "masks are compared at the centres of the map's pixels"
+            )
+    return ""
 
 
 def unmatched(pieces: Sequence[Piece], truth: Sequence[Source], matches: Sequence[Match]) -> dict[str, Any]:
@@ -238,32 +292,39 @@ def unmatched(pieces: Sequence[Piece], truth: Sequence[Source], matches: Sequenc
     return {side: {"count": len(names), "names": names[:NAMED]} for side, names in left.items()}
 
 
-def compare(matched: Match, table: ClassTable) -> Compared:
-    """Compute the confusion matrix of a match, strip by strip."""
+def compare(matched: Match, table: ClassTable, *, by_area: bool = False) -> Compared:
+    """Compute the confusion matrix of a match, strip by strip; with `by_area` also that of its ground."""
     # Class values become positions in the table; everything else is ignored.
     positions = np.full(256, IGNORE, np.uint8)
     positions[list(table.values)] = np.arange(len(table.classes))
     truth_HW = positions[masks.read_classes(matched.truth, matched.grid, matched.window, table)]
     predicted_HW = positions[matched.piece.read(table)]
-    confusion = Confusion(np.zeros((len(table.classes),) * 2, np.int64))
+    count, tile = len(table.classes), matched.piece.tile
+    confusion, areas = (Confusion(np.zeros((count, count), dtype)) for dtype in (np.int64, np.float64))
+    areas_H = row_areas_m2(Tile("", matched.grid, matched.window)) if by_area else None
     for row in range(0, len(truth_HW), STRIP):
         rows = slice(row, row + STRIP)
-        confusion += Confusion.from_arrays(truth_HW[rows], predicted_HW[rows], len(table.classes), ignore=IGNORE)
+        pair = truth_HW[rows], predicted_HW[rows]
+        confusion += Confusion.from_arrays(*pair, count, ignore=IGNORE)
+        if areas_H is not None:
+            weights_HW = np.broadcast_to(areas_H[rows, None], pair[0].shape)
+            areas += Confusion.from_arrays(*pair, count, ignore=IGNORE, weights=weights_HW)
     # Counted, because a map that leaves difficult places out would look better.
     unseen = int(((truth_HW != IGNORE) & (predicted_HW == IGNORE)).sum())
-    tile = matched.piece.tile
-    return Compared(tile.id, None if tile.grid.crs else matched.piece.image, confusion, unseen)
+    image = None if tile.grid.crs else matched.piece.image
+    return Compared(tile.id, image, confusion, unseen, None if areas_H is None else areas)
 
 
 def summary(compared: Sequence[Compared], table: ClassTable) -> dict[str, Any]:
     """Metrics of the summed confusion matrix, with intervals over the units that contain labelled pixels."""
-    empty = Confusion(np.zeros((len(table.classes),) * 2, np.int64))
+    by_area = bool(compared) and all(part.areas for part in compared)
+    empty = Confusion(np.zeros((len(table.classes),) * 2, np.float64 if by_area else np.int64))
     # Tiles of one image are correlated: without georeference the bootstrap resamples whole images.
     merged: dict[str, Confusion] = {}
     for part in compared:
         unit = part.image or part.id
-        merged[unit] = merged.get(unit, empty) + part.confusion
-    units = [confusion for confusion in merged.values() if confusion.pixels]
+        merged[unit] = merged.get(unit, empty) + (part.areas or part.confusion)
+    units = [confusion for confusion in merged.values() if confusion.matrix.any()]
     if not units:
         raise DataError("prediction and truth have no labelled pixel in common; check that they show the same place")
     total = sum(units[1:], units[0])
@@ -280,7 +341,8 @@ def summary(compared: Sequence[Compared], table: ClassTable) -> dict[str, Any]:
     return {
         "unit": "image" if all(part.image for part in compared) else "tile",
         "units": len(units),
-        "pixels": total.pixels,
+        "pixels": sum(part.confusion.pixels for part in compared),
+        **({"counted": "m2"} if by_area else {}),
         "not_evaluated": sum(part.unseen for part in compared),
         "overall": overall,
         "classes": rows,
@@ -313,7 +375,7 @@ def text(result: dict[str, Any]) -> str:
     lines = [f"{counted}; 95 % intervals by bootstrap over them", ""]
     lines += [f"{title:<24}{with_interval(result['overall'][name])}" for name, title in OVERALL.items()]
     width = max([5, *(len(row["name"]) for row in result["classes"])]) + 2
-    last = "truth" if whole else "truth px"
+    last = {"units": "truth", "m2": "truth m2"}.get(result.get("counted", ""), "truth px")
     lines += ["", f"{'class':<{width}}" + "".join(f"{name:<22}" for name in PER_CLASS) + f"{last:>14}"]
     for row in result["classes"]:
         measures = "".join(f"{with_interval(row[name]):<22}" for name in PER_CLASS)
@@ -334,7 +396,9 @@ def with_interval(measure: Mapping[str, float | None]) -> str:
 
 def remarks(result: Mapping[str, Any]) -> list[str]:
     """Remarks on pixels, names and seams that the tables do not show."""
-    lines = []
+    lines = [result["coarser"]] if result.get("coarser") else []
+    if result.get("counted") == "m2":
+        lines.append("pixels differ in area: all measures are of areas")
     if result.get("not_evaluated"):
         lines.append(f"{result['not_evaluated']:,} pixels with truth have no prediction and are not counted")
     for side, other in (("prediction", "truth"), ("truth", "prediction")):

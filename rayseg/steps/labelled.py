@@ -130,10 +130,10 @@ def divide(
     units = common_units(sources, bands) if stated == STORED else dict.fromkeys(bands, stated)
     kept = [replace(image, image=converted(image.image, units)) for image in kept]
     expect_one_unit([image.image for image in kept], bands)
+    counted = scenes.countable(kept, table, cell=cell)
+    kept, by_id = [image for image, _ in counted], {image.id: counts for image, counts in counted}
     # By scene: neighbouring images of one scene are alike, and accuracy would be too high.
     parts = scenes.split(kept, validation=config.validation, share=config.share, seed=config.seed)
-    counts = scenes.count_all(kept, table, cell=cell)
-    by_id = {image.id: count for image, count in zip(kept, counts, strict=True)}
     divided = {name: [(image, by_id[image.id]) for image in part] for name, part in zip(PARTS, parts, strict=True)}
     expect_classes(divided, table, config.absent)
     return divided

@@ -10,6 +10,7 @@ import rasterio
 from affine import Affine
 from fake_run import make, picture
 from PIL import Image
+from small_world import damage
 from typer.testing import CliRunner
 
 from rayseg.cli import app
@@ -65,7 +66,7 @@ def test_255_stays_not_labelled_where_something_tells_so(tmp_path, kind):
     if kind == "third value":
         values_HW[0, 0] = 1
     elif kind == "in another file":
-        mask_file(tmp_path / "m" / "z.tif", np.ones((4, 4)))
+        mask_file(tmp_path / "m" / "z.tif", np.array([[0, 1], [255, 1]]))
     elif kind == "ignored":
         table = ClassTable(TABLE.classes, ignore=(WHITE,))
     elif kind == "three classes":
@@ -288,14 +289,13 @@ def test_masks_of_one_bit_hold_class_values_in_each_format(tmp_path, kind, color
 # -- folders with masks of several kinds -------------------------------------------------------------------------------
 
 
-def test_masks_of_0_255_beside_masks_of_0_1_are_named(tmp_path, caplog):
+def test_masks_of_0_255_beside_masks_of_0_1_are_refused_with_both(tmp_path):
     mask_file(tmp_path / "m" / "a.tif", SHAPE_HW * 255)
     mask_file(tmp_path / "m" / "b.tif", SHAPE_HW * 1)
-    classes_of(tmp_path / "m", TABLE)
-    [warning] = [record.getMessage() for record in caplog.records]
-    assert re.search(
-        r"two kinds of masks: \S+a.tif has only 0 and 255, \S+b.tif has class values; 255 is read as not", warning
-    )
+    with pytest.raises(DataError, match=r"two kinds of masks: \S+a.tif has only 0 and 255, \S+b.tif has class values"):
+        classes_of(tmp_path / "m", TABLE)
+    plain = ClassTable(TABLE.classes, ignore=((255, 255, 255),))
+    assert (classes_of(tmp_path / "m", plain)[0] == np.where(SHAPE_HW, 255, 0)).all()
 
 
 def test_255_beside_class_values_in_one_file_is_not_labelled_without_a_warning(tmp_path, caplog):
@@ -333,3 +333,65 @@ def test_a_damaged_mask_fails_alone_and_the_command_exits_with_3(tmp_path):
     (tmp_path / "truth" / "a.tif").write_bytes(b"junk")
     with pytest.raises(DataError, match=r"[ab]\.tif cannot be read"):
         evaluate.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"), classes=str(tmp_path / "classes.yaml"))
+
+
+CLASSES = "classes: [{name: land, color: '#090909'}, {name: water, color: '#0000FF'}]"
+
+
+def plain(path, values_HW):
+    """A mask without georeference."""
+    path.parent.mkdir(exist_ok=True)
+    options = {"compression": "tiff_deflate"} if path.suffix == ".tif" else {}
+    Image.fromarray(values_HW.astype(np.uint8)).save(path, **options)
+
+
+def broken(path, how):
+    """A mask of 0 and 1 whose header is right."""
+    values_HW = np.random.default_rng(3).integers(0, 2, (400, 300))
+    if how == "unknown value":
+        values_HW[350, 20] = 7
+    plain(path, values_HW)
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    if how == "damaged":
+        damage(path)
+
+
+@pytest.mark.parametrize("how", ["unknown value", "truncated", "damaged"])
+@pytest.mark.parametrize("side", ["map", "truth"])
+@pytest.mark.parametrize("suffix", ["tif", "png"])
+def test_a_mask_that_cannot_be_compared_fails_alone(tmp_path, how, side, suffix):
+    if (how, suffix) == ("damaged", "png"):
+        how = "truncated"
+    for name in ("map", "truth"):
+        for number, mask in enumerate("abc"):
+            plain(tmp_path / name / f"{mask}.{suffix}", np.arange(120_000).reshape(400, 300) % (number + 2) == 0)
+    broken(tmp_path / side / f"b.{suffix}", how)
+    (tmp_path / "classes.yaml").write_text(CLASSES)
+    result = evaluate.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"), classes=str(tmp_path / "classes.yaml"))
+    assert list(result["failed"]) == [str(tmp_path / side / f"b.{suffix}")]
+    assert (result["units"], result["pixels"]) == (2, 240_000)
+    assert result["overall"]["overall_accuracy"]["value"] == 1
+    words = ["evaluate", str(tmp_path / "map"), str(tmp_path / "truth"), "--classes", str(tmp_path / "classes.yaml")]
+    found = CliRunner().invoke(app, words)
+    assert found.exit_code == 3
+    assert f"{side}/b.{suffix}" in found.output.replace("\n", "")
+
+
+@pytest.mark.parametrize("kind", ["0 and 255", "mixed"])
+def test_a_damaged_mask_of_0_and_255_costs_no_other(tmp_path, kind):
+    for name in ("map", "truth"):
+        for mask in "abc":
+            plain(tmp_path / name / f"{mask}.tif", np.arange(120_000).reshape(400, 300) % 3 // 2 * 255)
+    damage(tmp_path / "truth" / "b.tif")
+    if kind == "mixed":
+        plain(tmp_path / "map" / "c.tif", np.ones((400, 300)))
+    (tmp_path / "classes.yaml").write_text(CLASSES)
+    words = (str(tmp_path / "map"), str(tmp_path / "truth"))
+    if kind == "mixed":
+        with pytest.raises(DataError, match="mixes two kinds of masks"):
+            evaluate.evaluate(*words, classes=str(tmp_path / "classes.yaml"))
+        return
+    result = evaluate.evaluate(*words, classes=str(tmp_path / "classes.yaml"))
+    assert list(result["failed"]) == [str(tmp_path / "truth" / "b.tif")]
+    assert [row["reference"] for row in result["classes"]] == [160_000, 80_000]

@@ -22,6 +22,7 @@ from rayseg.metrics import Confusion
 from rayseg.steps import evaluate
 from rayseg.vision.color import ClassTable
 
+TWO = ClassTable(((0, "land", (0, 0, 0)), (1, "water", (0, 0, 255))), ignore=((255, 255, 255),))
 ROOFS = ClassTable(((3, "roof", (255, 0, 0)), (7, "field", (0, 255, 0))), ignore=((9, 9, 9),))
 
 
@@ -390,3 +391,49 @@ def test_the_hand_drawn_masks_of_the_gpc_test_set_equal_themselves(shared, tmp_p
     result = evaluate.evaluate(folder, folder, classes=table_file_gpc(tmp_path))
     assert result["units"] == 5
     assert result["overall"]["mean_iou"]["value"] == 1.0
+
+
+# -- pixels of several sizes -------------------------------------------------------------------------------------------
+
+
+def raster(path, values_HW, crs, x, y, step):
+    path.parent.mkdir(exist_ok=True)
+    place = {"crs": crs, "transform": Affine(step, 0, x, 0, -step, y)}
+    with rasterio.open(path, "w", "GTiff", values_HW.shape[1], values_HW.shape[0], 1, dtype="uint8", **place) as file:
+        file.write(values_HW.astype(np.uint8), 1)
+    return file
+
+
+@pytest.mark.parametrize(("crs", "x", "y"), [("EPSG:32718", 4e5, 8e6), ("EPSG:32633", 5e5, 5e6)])
+@pytest.mark.parametrize("coarse", [5, 20])
+def test_maps_of_several_resolutions_count_by_area(tmp_path, crs, x, y, coarse):
+    """10 m with all right, and coarser or finer with all wrong: each has its share of the ground."""
+    for name, value in (("map", 1), ("truth", 0)):
+        raster(tmp_path / name / "a.tif", np.zeros((40, 40)), crs, x, y, 10)
+        raster(tmp_path / name / "b.tif", np.full((40, 20), value), crs, x + 5000, y, coarse)
+    result = evaluate.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"), classes=table_file(tmp_path, TWO))
+    ground = [1600 * 100, 800 * coarse**2]
+    assert result["counted"] == "m2"
+    assert result["pixels"] == 2400
+    assert result["overall"]["overall_accuracy"]["value"] == pytest.approx(ground[0] / sum(ground), rel=1e-3)
+    assert result["confusion"][0] == pytest.approx(ground, rel=2e-3)
+    assert "all measures are of areas" in evaluate.text(result)
+
+
+def test_rows_in_degrees_count_by_the_area_that_they_have(tmp_path):
+    right = np.zeros((60, 10))
+    right[:30] = 1  # wrong between 60 N and 30 N, right from there to the equator
+    raster(tmp_path / "map" / "a.tif", right, "EPSG:4326", 10, 60, 1)
+    raster(tmp_path / "truth" / "a.tif", np.zeros((60, 10)), "EPSG:4326", 10, 60, 1)
+    result = evaluate.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"), classes=table_file(tmp_path, TWO))
+    share = np.sin(np.radians(30)) / np.sin(np.radians(60))  # of a sphere
+    assert result["overall"]["overall_accuracy"]["value"] == pytest.approx(share, abs=3e-3)
+
+
+def test_pixels_of_one_size_are_counted_as_before_and_a_finer_truth_is_named(tmp_path):
+    raster(tmp_path / "map" / "a.tif", np.eye(40), "EPSG:32718", 4e5, 8e6, 10)
+    raster(tmp_path / "truth" / "a.tif", np.kron(np.eye(40), np.ones((4, 4))), "EPSG:32718", 4e5, 8e6, 2.5)
+    result = evaluate.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"), classes=table_file(tmp_path, TWO))
+    assert "counted" not in result
+    assert result["confusion"] == [[1560, 0], [0, 40]]
+    assert "truth/a.tif has pixels of 2.5 m, the map of 10 m" in evaluate.text(result)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import rasterio
 from affine import Affine
+from small_world import damage
 
 from rayseg.errors import DataError
 from rayseg.geo.region import Region
@@ -79,3 +80,31 @@ def test_a_scene_that_states_nothing_is_not_mixed_with_one_that_does(folder):
         file.scales, file.offsets = (1.0, 1.0), (0.0, 0.0)
     with pytest.raises(DataError, match=r"after states nir as stored x 0\.0001 .*before as stored, without scale"):
         divided(folder)
+
+
+@pytest.mark.parametrize("how", ["header", "pixels", "unknown value"])
+def test_a_mask_that_cannot_be_read_is_not_used_and_named(tmp_path, caplog, how):
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    for number, name in enumerate("abcd"):
+        place = {"crs": "EPSG:32633", "transform": Affine(10, 0, 5e5 + 400 * number, 0, -10, 5e6)}
+        shape = {"driver": "GTiff", "height": 40, "width": 40, "dtype": "uint8", **place}
+        for kind, bands in (("images", 2), ("masks", 1)):
+            values_CHW = np.random.default_rng(number).integers(0, 2, (bands, 40, 40))
+            if (kind, name, how) == ("masks", "b", "unknown value"):
+                values_CHW[0, 3, 3] = 9
+            with rasterio.open(tmp_path / kind / f"{name}.tif", "w", count=bands, compress="deflate", **shape) as file:
+                file.write(values_CHW.astype(np.uint8))
+                if bands == 2:
+                    file.descriptions = ("red", "nir")
+    if how == "header":
+        (tmp_path / "masks" / "b.tif").write_bytes(b"II*")
+    if how == "pixels":
+        damage(tmp_path / "masks" / "b.tif")
+    assert divided(tmp_path).keys() == {"a", "c", "d"}
+    assert "1 of 4 masks cannot be read and are not used: " in caplog.text
+    assert "b.tif" in caplog.text
+    for name in "acd":
+        (tmp_path / "masks" / f"{name}.tif").write_bytes(b"II*")
+    with pytest.raises(DataError, match=r"\.tif"):
+        divided(tmp_path)

@@ -5,7 +5,7 @@ A chip is a window of its scene's files and is read when it is needed.
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -137,8 +137,8 @@ def find_chips(region: Region, config: PoolConfig, table: ClassTable) -> ChipLis
     _expect_rgb(images)
     # 1. pixels of each class in every cell of the scenes with masks
     masked = [image for image in images if image.masks]
-    counts = scenes.count_all(masked, table, cell=config.size)
-    counts_of = {image.id: cells for image, cells in zip(masked, counts, strict=True)}
+    counts_of = {image.id: cells for image, cells in scenes.countable(masked, table, cell=config.size)}
+    images = tuple(image if image.id in counts_of else replace(image, masks=()) for image in images)
     # 2. whole cells with imagery; of scenes with masks, those with a labelled pixel
     with ThreadPoolExecutor(4) as threads:
         rows_of_images = threads.map(lambda image: _cells_of(image, counts_of.get(image.id), table, config), images)
