@@ -7,19 +7,21 @@ import math
 import os
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from threading import Thread
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
 from rayseg.config import quiet_ray, ray_address
 from rayseg.engine.work import Work
-from rayseg.errors import ConfigError, Stalled
+from rayseg.errors import ConfigError, RunIncomplete, Stalled
 from rayseg.store import access
 
 Machine = Mapping[str, float]
@@ -101,6 +103,28 @@ def connect(address: str | None, *, dashboard: bool = False) -> None:
     with _Start():
         ray.init(address="local", include_dashboard=dashboard, object_store_memory=2 << 30, _temp_dir=folder, **quiet)
     atexit.register(ray.shutdown)
+    Thread(target=_end_with_ray, daemon=True).start()
+
+
+def _end_with_ray() -> None:
+    """End this process if a process of its private Ray dies: the driver would hang, or end without a word.
+
+    Raylet and agent die together.
+    """
+    import ray
+
+    started = ray._private.worker._global_node.all_processes
+    servers = {name: started[name][0].process for name in ("gcs_server", "raylet") if name in started}
+    while ray.is_initialized():  # false before `ray.shutdown` ends the servers
+        time.sleep(0.2)
+        dead = [name for name, process in servers.items() if process.poll() is not None]
+        if dead and ray.is_initialized():
+            sys.stderr.write(
+                f"rayseg: {' and '.join(dead)} of this command's private Ray died (killed, or out of memory); finished "
+                "tiles are kept, run the same command to resume\n"
+            )
+            sys.stderr.flush()
+            os._exit(RunIncomplete.exit_code)  # Ray's threads do not let Python end
 
 
 class _Start:

@@ -1,6 +1,8 @@
 """Connecting to Ray, starting it, and removing its folder."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -80,3 +82,27 @@ def test_rays_folder_is_removed_after_its_last_process(tmp_path):
         time.sleep(0.3)
         assert folder.exists() or late.poll() is not None
     until(lambda: not folder.exists(), seconds=60)
+
+
+WAITS = """
+import sys
+import time
+import ray
+from rayseg.engine import cluster
+cluster.connect(None)
+print(ray._private.worker._global_node.all_processes[sys.argv[1]][0].process.pid, flush=True)
+ray.get(ray.remote(lambda: time.sleep(600)).remote())
+"""
+
+
+@pytest.mark.more
+@pytest.mark.ray
+@pytest.mark.parametrize("server", ["gcs_server", "raylet"])
+def test_a_private_ray_that_dies_ends_its_command_with_a_sentence(server):
+    words, pipe = [sys.executable, "-c", WAITS, server], subprocess.PIPE
+    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True) as command:
+        os.kill(int(command.stdout.readline()), signal.SIGKILL)
+        assert command.wait(120) == 3
+        last = command.stderr.read().strip().splitlines()[-1]
+    assert last.startswith(f"rayseg: {server} of this command's private Ray died")
+    assert last.endswith("run the same command to resume")
