@@ -327,7 +327,7 @@ def _(folder):
 
 @kind(
     "several scenes that do not",
-    "UTM zones at the finest pixels of their scenes; each keeps its own six degrees: docs/decisions/0016",
+    "UTM zones at the finest pixels of their scenes; each keeps its own six degrees: docs/decisions/0017",
 )
 def _(folder):
     write(folder / "a.tif", noise())
