@@ -20,7 +20,7 @@ from rayseg.errors import DataError
 from rayseg.geo.grid import Tile, zone_bounds
 from rayseg.geo.region import resolve_region
 from rayseg.io import labels, vectors
-from rayseg.io.maps import pixel_area_m2, row_areas_m2
+from rayseg.io.maps import mapped_tiles, pixel_area_m2, row_areas_m2
 from rayseg.io.rasters import footprint, source_of_file
 from rayseg.io.sources import Source, beyond_utm, expect_mappable, grids_of
 from rayseg.models.segmenter import Probabilities
@@ -326,3 +326,31 @@ def test_a_world_registered_on_the_centres_of_its_pixels_ends_at_the_poles(side,
     assert frame.total_bounds == pytest.approx((-180, -90, 180, 90))
     with pytest.raises(DataError, match="nowhere on Earth"):
         expect_mappable(replace(world, transform=(side, 0.0, west, 0.0, -side, 90 + 2 * side)), tile=4096)
+
+
+@pytest.mark.more
+def test_superpixels_of_one_network_over_a_seam_are_counted_once(tmp_path):
+    """A bright band over two zones: one label on both sides, no pixel beyond its zone, areas of the ground."""
+
+    def bright(lon, lat):
+        return abs(lat - 50.2) < 0.008
+
+    scene(tmp_path / "a.tif", "EPSG:32632", (11.93, 50.17, 12.02, 50.23), side=30, bright=bright)
+    scene(tmp_path / "b.tif", "EPSG:32633", (11.98, 50.17, 12.07, 50.23), side=30, bright=bright)
+    catalog = labels.ingest_rasters([tmp_path / "a.tif", tmp_path / "b.tif"], tmp_path / "cat")
+    words = ("run", "pipeline", "superpixel", "--region", catalog, "--out", tmp_path / "run", "--engine", "inline")
+    assert rayseg(*words, "--set", "shared=true").exit_code == 0
+    tiles = {mapped.tile.grid.crs: mapped for mapped in mapped_tiles(tmp_path / "run")}
+    assert tiles.keys() == {"EPSG:32632", "EPSG:32633"}
+    ground = area_of("11.9266,50.1686,12.0738,50.2296")  # both scenes, each a pixel around its box
+    assert sum(sum(mapped.areas.values()) for mapped in tiles.values()) == pytest.approx(ground, rel=0.01)
+    for crs, mapped in tiles.items():
+        with rasterio.open(mapped.href) as file:
+            classes_HW = file.read(1)
+        rows, cols = np.nonzero(classes_HW != 255)
+        xs, ys = mapped.tile.grid.transform(mapped.tile.window) @ (cols + 0.5, rows + 0.5)
+        lon, lat = Transformer.from_crs(crs, "EPSG:4326", always_xy=True).transform(xs, ys)
+        assert (lon < 12 + 1e-6).all() if crs == "EPSG:32632" else (lon > 12 - 1e-6).all()
+        values = classes_HW[rows, cols]
+        assert set(values[abs(lat - 50.2) < 0.006]) == {1}
+        assert set(values[abs(lat - 50.2) > 0.01]) == {0}
