@@ -65,7 +65,7 @@ class BoundariesConfig(Config):
         architecture="unet",
         encoder="tf_efficientnet_lite0",
         enlarge=2,
-        epochs=8,
+        epochs=4,
         schedule=Schedule(kind="cos", rate=2e-3, warm_up=1.0),
         loss=PixelLoss(weights=(1.0, 1.0, 2.0)),
         sampling=Sampling(size=128, windows=400),
