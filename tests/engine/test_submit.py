@@ -220,12 +220,12 @@ VALUES = {"AWS_CA_BUNDLE": certifi.where(), "RAYSEG_ALLOW_DRIVER": "netCDF", "AW
 def real_head(environment):
     """(address for jobs, address to join) of a private head with a dashboard."""
     pipe = subprocess.PIPE
-    head = subprocess.Popen([sys.executable, "-c", HEAD], env=environment, stdin=pipe, stdout=pipe, text=True)
-    try:
-        yield head.stdout.readline().split()
-    finally:
-        head.stdin.close()
-        head.wait()
+    with subprocess.Popen([sys.executable, "-c", HEAD], env=environment, stdin=pipe, stdout=pipe, text=True) as head:
+        try:
+            yield head.stdout.readline().split()
+        finally:
+            head.stdin.close()
+            head.wait()
 
 
 def said(words, environment):
@@ -236,7 +236,7 @@ def said(words, environment):
     return found.returncode, found.stderr
 
 
-@pytest.mark.more
+@pytest.mark.chaos  # a minute or two each
 @pytest.mark.e2e
 @pytest.mark.ray
 @pytest.mark.parametrize("mode", ["token", "disabled"])
@@ -257,10 +257,7 @@ def test_a_real_head_runs_a_job_with_every_variable_of_the_stores(tmp_path, tiny
                 assert (code, "RAY_AUTH_TOKEN to the token of the head" in text) == (2, True), text
                 assert "Traceback" not in text
         code, text = said([*command, "--submit", "--address", jobs], given | stores)
-        assert (
-            "Failed to merge the Job's runtime env" not in text
-        )  # Ray refuses a variable that job and driver both give
-        if "actors died during initialization" in text:
-            pytest.xfail("seen once on a busy machine: Ray Data cancelled the job's actors; the cause is not known")
+        # Ray refuses a variable that job and driver both give.
+        assert "Failed to merge the Job's runtime env" not in text
         assert code == 0, text
     assert runs.read(str(tmp_path / "run"))["status"] == "done"
