@@ -388,10 +388,13 @@ class Estimate:
     value: float
     error: float
 
-    def to_row(self, scale: float = 1.0) -> dict[str, float]:
-        """Value, standard error and 95 % interval (normal), times `scale`; the interval ends at 0."""
-        value, error = self.value * scale, self.error * scale
-        return {"value": value, "error": error, "low": max(0.0, value - Z * error), "high": value + Z * error}
+    def to_row(self, scale: float = 1.0) -> dict[str, float | None]:
+        """Value, standard error and 95 % interval (normal) of a share, times `scale`; None where it is not defined."""
+        if math.isnan(self.value):
+            return dict.fromkeys(("value", "error", "low", "high"))
+        ends = (max(0.0, self.value - Z * self.error), min(1.0, self.value + Z * self.error))
+        row = {"value": self.value, "error": self.error, "low": ends[0], "high": ends[1]}
+        return {name: number * scale for name, number in row.items()}
 
 
 Z = 1.959964

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rayseg.errors import DataError
+from rayseg.errors import DataError, RunIncomplete
 from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.io.rasters import is_number
 from rayseg.io.sources import Source, crs_text, footprint, grids_of
@@ -75,7 +75,7 @@ class Model:
         if isinstance(image, str | Path):
             return self._file(str(image))
         if isinstance(image, np.ndarray):
-            return self._array(image, is_number(image).all(0) if image.ndim == 3 else image, None, None)
+            return self._array(image, is_number(image), None, None)
         return self._data_array(image)
 
     def _file(self, image: str) -> Prediction:
@@ -84,7 +84,11 @@ class Model:
         from rayseg.api.running import run
 
         with tempfile.TemporaryDirectory() as folder:
-            run("predict", image, set={"model": self.prefix}, out=f"{folder}/run", engine="inline")
+            try:
+                run("predict", image, set={"model": self.prefix}, out=f"{folder}/run", engine="inline")
+            except RunIncomplete as error:
+                reason = str(error).partition("; fix the cause")[0]
+                raise DataError(f"{image} cannot be predicted as a whole: {reason}; correct the file") from None
             done = Run(f"{folder}/run")
             return Prediction(done.classes.load(), done.scores.load())
 
@@ -93,17 +97,19 @@ class Model:
         import xarray as xr
 
         pixels = np.asarray(image.transpose("band", ...).values)
-        valid = is_number(pixels).all(0)
+        valid_CHW = is_number(pixels)
         if image.rio.nodata is not None and np.isfinite(image.rio.nodata):
-            valid &= (pixels != image.rio.nodata).any(0)
-        transform = tuple(image.rio.transform())[:6]
+            valid_CHW &= pixels != image.rio.nodata
+        affine = image.rio.transform(recalc=True)  # what is stored is that of the array before it was cut
+        transform = tuple(affine)[:6]
         crs = crs_text(image.rio.crs) if image.rio.crs else None
-        found = self._array(pixels, valid, crs, transform)
+        unit = (float(image.attrs.get("scale_factor", 1.0)), float(image.attrs.get("add_offset", 0.0)))
+        found = self._array(pixels, valid_CHW, crs, transform, unit)
         place = {name: image[name] for name in ("y", "x") if name in image.coords}
 
         def like(values: np.ndarray, name: str) -> xr.DataArray:
             dims = ("band", "y", "x")[3 - values.ndim :]
-            array = xr.DataArray(values, place, dims, name=name).rio.write_transform(image.rio.transform())
+            array = xr.DataArray(values, place, dims, name=name).rio.write_transform(affine)
             placed: xr.DataArray = array.rio.write_nodata(255)
             return placed.rio.write_crs(image.rio.crs) if image.rio.crs else placed
 
@@ -112,9 +118,10 @@ class Model:
     def _array(
         self,
         image: "NDArray[Any]",
-        valid: "NDArray[np.bool_] | np.bool_",
+        valid_CHW: "NDArray[np.bool_] | np.bool_",
         crs: str | None,
         transform: tuple[float, ...] | None,
+        unit: tuple[float, float] | None = None,
     ) -> Prediction:
         described = self.bundle
         if image.ndim != 3 or len(image) != len(described.bands):
@@ -122,21 +129,23 @@ class Model:
                 f"the image has the shape {image.shape}, model {described.name} expects (bands, height, width) with "
                 f"the bands {', '.join(described.bands)}; transpose or select its bands"
             )
-        described.check_contract(described.bands, str(image.dtype), source="the image")
+        units = (unit,) * len(described.bands) if unit else ()
+        described.check_contract(described.bands, str(image.dtype), units=units, source="the image")
+        if crs and transform and not (transform[0] > 0 > transform[4] and transform[1] == transform[3] == 0):
+            raise DataError("the image is rotated or flipped; write it to a file, or reproject it to a north-up grid")
         # 1. its place on a grid decides where patches lie, as for a file
         height, width = image.shape[1:]
         source = Source("image", (), crs, transform or (1, 0, 0, 0, 1, 0), height, width, str(image.dtype))
         grid: Grid = grids_of([source])[0][0]
         window = footprint(source, grid) if crs else Window(0, 0, width, height)
-        if (window.width, window.height) != (width, height):
-            raise DataError("the image is rotated or flipped; write it to a file, or reproject it to a north-up grid")
         # 2. the image on the window that its patches reach
         tile = Tile("image", grid, window)
         reach = lattice_of(described, tile).reach(window)
         rows, cols = window.slices(reach)
         pixels = np.zeros((len(image), reach.height, reach.width), image.dtype)
         inside = np.zeros((reach.height, reach.width), bool)
-        pixels[:, rows, cols], inside[rows, cols] = np.where(valid, image, 0), valid
+        # As a file is read: a pixel is valid where any band is, and a band without data reads 0.
+        pixels[:, rows, cols], inside[rows, cols] = np.where(valid_CHW, image, 0), np.any(valid_CHW, axis=0)
         (row,) = self._stage([TileRow(tile, "[]", image=pixels, valid=inside, reach=reach)])
         return Prediction(row.classes, row.scores)
 

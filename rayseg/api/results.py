@@ -11,7 +11,7 @@ from rayseg.engine.ledger import Ledger
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import NODATA, Grid, Window
 from rayseg.io import masks, rasters
-from rayseg.io.maps import MappedTile, mapped_tiles
+from rayseg.io.maps import MappedTile, mapped_tiles, planned_tiles
 from rayseg.io.sources import Source, gdal, open_file
 from rayseg.store import StorePath, absolute, upath
 
@@ -109,6 +109,8 @@ class Run:
         import xarray as xr
         from xarray.core.indexing import LazilyIndexedArray
 
+        if not self.tiles:
+            raise DataError(f"{self.root} has no mapped tile; look at rayseg status {self.root}")
         names = ", ".join(each.name for each in self.grids)
         if grid is None and len(self.grids) != 1:
             raise DataError(f"{self.root} has {len(self.grids)} grids ({names}); use raster(name, run.grids[0])")
@@ -116,10 +118,10 @@ class Run:
         tiles = [tile for tile in self.tiles if tile.tile.grid == grid]
         if not tiles:
             raise DataError(f"{self.root} has no tile on the grid {grid.name}; its grids are {names}")
-        # 1. the window around all tiles, and the bands of the first one: all have the same
+        # 1. the window around all planned tiles, those without imagery included; all files have the bands of the first
         window = tiles[0].tile.window
-        for tile in tiles[1:]:
-            window = window.union(tile.tile.window)
+        for tile, _ in planned_tiles(self.root):
+            window = window.union(tile.window) if tile.grid == grid else window
         first = _file_of(tiles[0], name)
         with gdal(first), open_file(first) as dataset:
             bands = tuple(text or f"band{index}" for index, text in enumerate(dataset.descriptions, 1))

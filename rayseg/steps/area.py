@@ -8,6 +8,7 @@ those of Olofsson et al. 2014 and Stehman 2014 (strata that are not the map's cl
 """
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -86,8 +87,8 @@ def sample(
         The content of sample.json.
 
     Raises:
-        ConfigError: neither or both of `per_stratum` and `half_width`, or values out of range.
-        DataError: the run has no map.
+        ConfigError: neither or both of `per_stratum` and `half_width`, values out of range, or `out` holds a sample.
+        DataError: the run has no map, or not all of it.
     """
     if (per_stratum is None) == (half_width is None):
         raise ConfigError("give either --per-stratum, a number of points, or --half-width, such as 0.02")
@@ -95,6 +96,9 @@ def sample(
         raise ConfigError(f"--half-width is {half_width:g}, expected a share between 0 and 0.5, such as 0.02")
     if not 0 < band < 1:
         raise ConfigError(f"--band is {band:g}, expected a score between 0 and 1")
+    if (upath(out) / "sample.json").exists():
+        raise ConfigError(f"{out} holds a sample, whose answers would be lost; choose another --out")
+    key = _key(run)
     # 1. area of every stratum in every tile
     tiles = mapped_tiles(run)
     table = masks.table_of(tiles[0].href) if tiles else None
@@ -107,15 +111,18 @@ def sample(
     asked = runs.read(str(run))
     # 3. in random order, so that a person does not see the map's opinion in it
     order = np.random.default_rng([seed, 1]).permutation(len(points))
-    points = [points[index] | {"id": f"{at:04d}"} for at, index in enumerate(order)]
+    # Answers name the sample that they belong to: two of one map have other points under the same numbers.
+    mark = hashlib.sha256(json.dumps([key, points]).encode()).hexdigest()[:6]
+    points = [points[index] | {"id": f"{mark}-{at:04d}"} for at, index in enumerate(order)]
+    drawn = np.bincount([point["stratum"] for point in points], minlength=len(strata))
     content = {
         "map": f"{asked['pipeline']} of {asked['region']['name']}",
-        "key": _key(run),
+        "key": key,
         "seed": seed,
         "band": band,
         "ground": tiles[0].tile.grid.crs is not None,
         "classes": [{"value": value, "name": name, "color": hex_of(color)} for value, name, color in table.classes],
-        "strata": [vars(stratum) | {"points": int(counts[k])} for k, stratum in enumerate(strata)],
+        "strata": [vars(stratum) | {"points": int(drawn[k])} for k, stratum in enumerate(strata)],
         "points": points,
     }
     _write(upath(out), content, {tile.tile.id: tile for tile in tiles})
@@ -216,8 +223,21 @@ def _point(tile: MappedTile, row: int, col: int, stratum: int, value: int, score
 
 
 def _key(run: StorePath) -> str:
-    """What identifies the map: the key of the step that made it."""
-    return str(json.loads((upath(run) / "steps" / "predict" / "done.json").read_bytes())["key"])
+    """What identifies the map: the key of the step that made it, and its tiles.
+
+    Raises:
+        DataError: the step has not finished, or tiles of it failed: an area without them would be too small.
+    """
+    path = upath(run) / "steps" / "predict" / "done.json"
+    if not path.exists():
+        raise DataError(f"the map of {run} is not finished, so areas would miss a part of it; finish the run first")
+    done = json.loads(path.read_bytes())
+    if failed := done["value"].get("troubles"):
+        raise DataError(
+            f"{run} lacks the failed tiles {listed(failed)}, so areas would be too small; rayseg retry {run}"
+        )
+    tiles = sorted(tile.tile.id for tile in mapped_tiles(run))
+    return f"{done['key']}-{hashlib.sha256(json.dumps(tiles).encode()).hexdigest()[:8]}"
 
 
 def _write(folder: Any, content: dict[str, Any], tiles: Mapping[str, MappedTile]) -> None:  # noqa: ANN401 - a UPath
@@ -313,11 +333,17 @@ def _answers(path: StorePath, ids: Sequence[str], table: Sequence[tuple[int, str
         raise DataError(f"answers {path} cannot be read: {error}; give a CSV with the columns id,class") from None
     if not rows or not {"id", "class"} <= rows[0].keys():
         raise DataError(f"answers {path} have no columns id and class; give the answers.csv of the sample")
-    known, given = set(ids), {}
+    known, seen = set(ids), set()
+    given = {}
     for row in rows:
         answer = (row["class"] or "").strip()
         if row["id"] not in known:
-            raise DataError(f"answers {path} name the point {row['id']}, which is not in the sample; remove it")
+            raise DataError(
+                f"answers {path} name the point {row['id']}, which is not in this sample; give its answers.csv"
+            )
+        if row["id"] in seen:
+            raise DataError(f"answers {path} name the point {row['id']} twice; keep one answer")
+        seen.add(row["id"])
         if answer and answer not in values:
             raise DataError(
                 f"answers {path} give point {row['id']} the class {answer!r}, expected one of {listed(list(values))}"
@@ -352,14 +378,11 @@ def _joined(
 def text(found: Mapping[str, Any]) -> str:
     """The estimates as text lines."""
 
-    def both(row: Mapping[str, float] | None, unit: str = "") -> str:
-        if row is None or math.isnan(row["value"]):
+    def both(row: Mapping[str, float | None] | None, unit: str = "") -> str:
+        if row is None or row["value"] is None or row["error"] is None:
             return "-"
-        return (
-            f"{row['value']:,.3f} ± {Z * row['error']:,.3f}{unit}"
-            if not unit
-            else (f"{row['value']:,.1f} ± {Z * row['error']:,.1f}{unit}")
-        )
+        digits = 1 if unit else 3
+        return f"{row['value']:,.{digits}f} ± {Z * row['error']:,.{digits}f}{unit}"
 
     lines = [f"{found['answered']} answers; overall accuracy {both(found['overall'])} (95 % intervals)"]
     if found["pooled"]:

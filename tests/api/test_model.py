@@ -42,6 +42,25 @@ def test_a_plain_array_lies_at_the_origin(world, tmp_path):
     assert np.array_equal(world["model"].predict(tmp_path / "image.png").classes.values, found.classes)
 
 
+def test_a_lazy_array_is_read_as_a_file_is(world, tmp_path):
+    """A pixel is valid where any band is; another scale, and rows to the north, are not taken for the model's."""
+    with rioxarray.open_rasterio(world["image"]) as image:
+        holed = image.copy(data=image.values)
+        holed.values[1, 40:60, 30:50] = 0  # nodata in one band of three
+        holed.rio.write_nodata(0).rio.to_raster(tmp_path / "holed.tif")
+        with rioxarray.open_rasterio(tmp_path / "holed.tif") as again:
+            found = world["model"].predict(again)
+        assert np.array_equal(found.classes.values, world["model"].predict(tmp_path / "holed.tif").classes.values)
+        assert (found.classes.values[40:60, 30:50] != 255).all()
+        part = image.isel(x=slice(30, None), y=slice(50, None))
+        part.rio.to_raster(tmp_path / "part.tif")
+        found = world["model"].predict(part).classes
+        assert np.array_equal(found.values, world["model"].predict(tmp_path / "part.tif").classes.values)
+        assert found.rio.transform().c == image.rio.transform().c + 30
+        with pytest.raises(DataError, match="rotated or flipped"):
+            world["model"].predict(image.isel(y=slice(None, None, -1)))
+
+
 def test_arrays_that_the_model_does_not_accept_are_refused(world, tmp_path):
     model = world["model"]
     with pytest.raises(DataError, match=r"shape \(90, 110, 3\).*transpose or select"):

@@ -72,16 +72,16 @@ def test_a_sample_is_drawn_answered_and_estimated(predicted, tmp_path):
         classes = maps.read_tile(tiles[point["tile"]], "classes")[0]
         assert classes[point["row"], point["col"]] == point["mapped"] == content["strata"][point["stratum"]]["value"]
         assert (tmp_path / "s" / "images" / f"{point['id']}.png").exists()
-    assert [stratum["points"] for stratum in content["strata"] if stratum["area_m2"]] == [20] * len(
-        {point["stratum"] for point in content["points"]}
-    )
+    drawn = [sum(point["stratum"] == k for point in content["points"]) for k in range(len(content["strata"]))]
+    assert [stratum["points"] for stratum in content["strata"]] == drawn
+    assert all(15 <= count <= 20 for count, stratum in zip(drawn, content["strata"], strict=True) if stratum["area_m2"])
     mapped = sum(stratum["area_m2"] for stratum in content["strata"])
     assert mapped == pytest.approx(sum(sum(tile.areas.values()) for tile in tiles.values()))
     places = geopandas.read_file(tmp_path / "s" / "points.geojson")
     assert list(places["id"]) == [point["id"] for point in content["points"]]
     assert places.geometry.x.tolist() == pytest.approx([point["lon"] for point in content["points"]])
     page = (tmp_path / "s" / "index.html").read_text()
-    assert all(name in page for name in ("background", "gpc", '"0000"'))
+    assert all(name in page for name in ("background", "gpc", content["points"][0]["id"]))
 
     # a map that is right everywhere has the counted areas, without an error
     answers = answered(tmp_path / "s", lambda point: "gpc" if point["mapped"] else "0")
@@ -146,9 +146,17 @@ def test_what_does_not_fit_is_refused(predicted, tmp_path):
     answers = answered(tmp_path, lambda point: "tree")
     assert "the class 'tree', expected one of 0, background, 1, gpc" in refused(3, *words, answers)
     answers.write_text("id,class\n9999,1\n")
-    assert "name the point 9999, which is not in the sample" in refused(3, *words, answers)
+    assert "name the point 9999, which is not in this sample" in refused(3, *words, answers)
+    first = json.loads((tmp_path / "sample.json").read_text())["points"][0]["id"]
+    answers.write_text(f"id,class\n{first},1\n{first},0\n")
+    assert f"name the point {first} twice" in refused(3, *words, answers)
+    assert "holds a sample" in refused(2, "area", "sample", predicted, "--per-stratum", 4, "--out", tmp_path)
     answers.write_text("point;kind\n")
     assert "no columns id and class" in refused(3, *words, answers)
+    other = area.sample(predicted, tmp_path / "other", per_stratum=4, seed=9)
+    assert not {point["id"] for point in other["points"]} & {
+        point["id"] for point in json.loads((tmp_path / "sample.json").read_text())["points"]
+    }
     content = json.loads((tmp_path / "sample.json").read_text()) | {"key": "other"}
     (tmp_path / "sample.json").write_text(json.dumps(content))
     assert "is of another map" in refused(3, *words, answers)
