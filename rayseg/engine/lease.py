@@ -53,7 +53,8 @@ class Holder:
     @property
     def alive(self) -> bool:
         """Whether it renewed the object in time; a process of this machine is looked up instead of waited for."""
-        if self.machine == _machine() and not Path(f"/proc/{self.pid}").exists():
+        processes = Path("/proc")
+        if self.machine == _machine() and (processes / "self").exists() and not (processes / str(self.pid)).exists():
             return False
         return self.age <= MISSED * BEAT
 
@@ -79,11 +80,15 @@ class Lease:
         self._thread.start()
 
     def expect_held(self) -> None:
-        """Check that no other driver took over, as it may after a break of the network.
+        """Check that no other driver took over, as it may after a break of the network or a suspended machine.
 
         Raises:
             RunIncomplete: another driver holds the run.
         """
+        # By the wall clock, which goes on while a machine is suspended: then the thread's next beat may be too late.
+        if not self.lost and time.time() - self._seen > MISSED * BEAT:
+            holder = holder_of(self.root)
+            self.lost = holder if holder and holder.owner != self.owner else None
         if self.lost:
             raise RunIncomplete(
                 f"another driver took over {self.root} ({self.lost}), because this one could not renew its hold for "
@@ -94,7 +99,8 @@ class Lease:
         """Stop renewing and delete the object, unless another driver holds it."""
         self._stop.set()
         self._thread.join()
-        if not self.lost:
+        holder = holder_of(self.root)
+        if holder and holder.owner == self.owner:
             _path(self.root).unlink(missing_ok=True)
 
     def _put(self, etag: str) -> str:
@@ -107,10 +113,11 @@ class Lease:
         except OSError as error:
             if not _condition_failed(error):
                 raise
-            # Perhaps an earlier try of this request succeeded and its answer was lost: the object tells.
+            # Perhaps an earlier try of this request succeeded and its answer was lost: the object names its owner.
         holder = holder_of(self.root)
         if holder is None or holder.owner != self.owner:
             raise FileExistsError(path.path)
+        self._seen = time.time()
         return holder.etag
 
     def _renew(self) -> None:
@@ -190,4 +197,5 @@ def _machine() -> str:
     """This machine, or container: process ids are unique in it."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     name = boot.read_text().strip() if boot.exists() else socket.gethostname()
-    return f"{name} {Path('/proc/self/ns/pid').readlink()}"
+    space = Path("/proc/self/ns/pid")
+    return f"{name} {space.readlink()}" if space.is_symlink() else name

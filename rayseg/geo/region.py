@@ -282,7 +282,7 @@ def _region_file(name: str, path: str, collection: str | None) -> Region:
         known = _known()
         raise ConfigError(f"region file {path} is not there; named regions are {known}, and demo") from error
     except OSError as error:
-        raise DataError(
+        raise ConfigError(
             f"region file {public(path)} cannot be read ({error}); try again, or correct --region"
         ) from None
     if suffix_of(path) == ".parquet":

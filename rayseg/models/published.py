@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -34,6 +34,7 @@ PLOTS: Renames = (
 """LiSegAgr's ResNet50, a sequence of torchvision's layers -> their names."""
 _FLAT = re.compile(r"(^|\.)(stages|features|layers|blocks)\.(\d+)\.")
 _DEEPEST = 6  # parts of a name that wrappers add
+_LAST = 4  # tensors that may be matched by shape
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,12 @@ class Fitted:
     Attributes:
         state: all tensors of the network.
         dropped: name in the file -> why it is not loaded.
+        shaped: name in the network -> name in the file, for tensors that only their shape tells.
     """
 
     state: State
     dropped: dict[str, str]
+    shaped: dict[str, str] = field(default_factory=dict)
 
 
 def fit(model: nn.Module, state: State, path: str, *, renames: Renames = ()) -> Fitted:
@@ -75,7 +78,9 @@ def fit(model: nn.Module, state: State, path: str, *, renames: Renames = ()) -> 
     left = {name: tensor for name, tensor in given.items() if name not in places.values()}
     places |= _places(left, {key: tensor for key, tensor in wanted.items() if key not in places})
     # 3. last layers, which every code calls otherwise
-    places |= _by_shape(wanted, given, places)
+    shaped = _by_shape(wanted, given, places)
+    # Weight and bias of two layers: of more, equal shapes tell nothing about which is which.
+    places |= shaped if len(shaped) <= _LAST else {}
     missing = [key for key in wanted if key not in places and not key.endswith("num_batches_tracked")]
     if missing:
         raise ModelError(
@@ -85,7 +90,8 @@ def fit(model: nn.Module, state: State, path: str, *, renames: Renames = ()) -> 
     loaded = {key: given[name].reshape(wanted[key].shape) for key, name in places.items()}
     counters = {key: tensor for key, tensor in wanted.items() if key not in loaded}  # of batch norms
     unused = [key for name, key in names.items() if name not in places.values()]
-    return Fitted(loaded | counters, dict.fromkeys(unused, "the network has no such tensor"))
+    dropped = dict.fromkeys(unused, "the network has no such tensor")
+    return Fitted(loaded | counters, dropped, {key: names[name] for key, name in shaped.items()})
 
 
 def _places(given: State, wanted: State) -> dict[str, str]:

@@ -197,14 +197,15 @@ def local_file(weights: str, *, sha256: str = "") -> Path:
 
 def _download(url: str, file: Path, digest: str) -> None:
     part, found = file.with_name(f".{file.name}.part"), hashlib.sha256()
-    with part.open("wb") as opened:
-        for block in _blocks(url):
-            found.update(block)
-            opened.write(block)
-    if digest and found.hexdigest() != digest:
-        part.unlink()
-    _expect_digest(url, found.hexdigest(), digest)
-    part.replace(file)
+    try:
+        with part.open("wb") as opened:
+            for block in _blocks(url):
+                found.update(block)
+                opened.write(block)
+        _expect_digest(url, found.hexdigest(), digest)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _expect_digest(name: str, found: str, expected: str) -> None:

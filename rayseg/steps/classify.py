@@ -8,6 +8,7 @@ A unit is an image (its centre, as in training), a tile of the model's input siz
 import csv
 import io
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +20,7 @@ from rayseg.config import Config
 from rayseg.engine.flow import Work
 from rayseg.engine.manifest import Row
 from rayseg.engine.run import Step
-from rayseg.errors import DataError, listed
+from rayseg.errors import ConfigError, DataError, listed
 from rayseg.geo.grid import Tile, Window, expect_ids, slug
 from rayseg.geo.region import Region
 from rayseg.io import labels, stac_read, vectors
@@ -40,6 +41,7 @@ from rayseg.vision.color import ClassTable, label_table
 if TYPE_CHECKING:
     import geopandas
 
+_log = logging.getLogger(__name__)
 AT_ONCE = 8
 """Units per batch of the classifier."""
 LISTED = 200
@@ -79,6 +81,8 @@ def plan_units(region: Region, described: Bundle, units: UnitsConfig, config: Ma
         return mapping.tiles_of(region, config, check, halo=0, bands=described.bands, units=described.band_units)
     rows = _polygon_rows(Polygons.open(units.polygons), sources) if units.polygons else _image_rows(sources)
     expect_ids([row["id"] for row in rows])
+    if region.tiles:
+        raise ConfigError("--tiles selects tiles, but images or polygons are classified here; leave it out")
     return [*rows, *(mapping.refused_row(*entry) | {"polygon": ""} for entry in sorted(refused.items()))]
 
 
@@ -110,6 +114,12 @@ def _polygon_rows(polygons: Polygons, sources: Sequence[Source]) -> list[Row]:
         raise DataError(
             f"none of the {len(polygons.frame)} polygons of {polygons.where} lies on the imagery; check both"
         )
+    if len(rows) < len(polygons.frame):
+        lost = [number for number in range(1, len(polygons.frame) + 1) if number not in rows]
+        _log.warning(
+            "%d of the %d polygons of %s do not lie on the imagery and get no class: %s",
+            len(lost), len(polygons.frame), polygons.where, listed([names[k - 1] if names else k for k in lost]),
+        )  # fmt: skip
     return [rows[number] for number in sorted(rows)]
 
 

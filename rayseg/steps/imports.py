@@ -101,7 +101,9 @@ def import_model(kind: str, path: str, out: StorePath, settings: Sequence[str] =
     fitted = published.fit(model, state, path, renames=RENAMES.get(kind, ()))
     model.load_state_dict(fitted.state)
     bundle.save(out, described, model.eval())
-    lines = [f"{described.name} in {out}: {len(fitted.state)} of {len(fitted.state)} tensors loaded from {path}"]
+    loaded = len(state) - len(fitted.dropped)
+    lines = [f"{described.name} in {out}: {loaded} of {len(state)} tensors loaded from {path}"]
+    lines += [f"  by its shape: {key} <- {name}" for key, name in fitted.shaped.items()]
     dropped = dict.fromkeys(aside, "not weights") | fitted.dropped
     lines += [f"  dropped {name}: {why}" for name, why in dropped.items()]
     return lines + [f"  note: {REMARKS[kind]}" for _ in range(kind in REMARKS)]

@@ -49,8 +49,11 @@ def test_gpcs_classifier_with_epoch_and_optimizer_around_it(tmp_path):
     assert (described.task, [name for _, name, _ in described.classes]) == ("classification", ["gpc", "nongpc"])
     assert described.scaling.mean == (98.3519, 96.9567, 95.5713)
     count = len(model.state_dict())
-    assert said[0].endswith(f"{count} of {count} tensors loaded from {tmp_path}/w.tar")
-    assert said[1:] == [
+    assert said[0].endswith(f"{count} of {count + 1} tensors loaded from {tmp_path}/w.tar")
+    assert sorted(said[1:3]) == [
+        f"  by its shape: head.{part} <- module.classification_head.3.{part}" for part in ("bias", "weight")
+    ]
+    assert said[3:] == [
         "  dropped epoch: not weights",
         "  dropped optimizer: not weights",
         "  dropped module.spare: the network has no such tensor",
