@@ -8,7 +8,7 @@ import numpy as np
 
 from rayseg.engine import run as runs
 from rayseg.engine.ledger import Ledger
-from rayseg.errors import ConfigError, DataError
+from rayseg.errors import ConfigError, DataError, ModelError, listed
 from rayseg.geo.grid import NODATA, Grid, Window
 from rayseg.io import masks, rasters
 from rayseg.io.maps import MappedTile, mapped_tiles, planned_tiles
@@ -204,11 +204,16 @@ class Run:
         """The model of the map.
 
         Raises:
-            ModelError: the run has none.
+            ModelError: the run has trained none, or several of which none is the segmenter.
         """
         from rayseg.api.model import Model
 
-        return Model(str(upath(self.root) / "models" / "segmenter"))
+        trained = self.models
+        if len(trained) != 1:
+            trained = tuple(prefix for prefix in trained if prefix.endswith("/segmenter"))
+        if not trained:
+            raise ModelError(f"{self.root} has no model of its map; choose one of run.models: {listed(self.models)}")
+        return Model(trained[0])
 
     def explore(self) -> Any:  # noqa: ANN401 - a widget of lonboard, or a folium map
         """The plots or polygons on an interactive map: by lonboard, or by folium where that is not installed.

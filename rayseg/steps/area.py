@@ -40,6 +40,8 @@ EDGE = 3
 _PARTS = 4  # strata of a class
 _ERRORS = {False: 0.02, True: 0.1}  # least expected errors inside and at edges: a confident map is wrong, too
 
+_UNREADABLE: tuple[type[Exception], ...] = (*STORE_ERRORS, UnicodeDecodeError)
+
 
 @dataclass(frozen=True)
 class Stratum:
@@ -328,8 +330,9 @@ def _answers(path: StorePath, ids: Sequence[str], table: Sequence[tuple[int, str
     """Class value of every point that has an answer."""
     values = {text: value for value, name in table for text in (str(value), name)}
     try:
-        rows = list(csv.DictReader(upath(path).read_text().splitlines()))
-    except STORE_ERRORS as error:
+        lines = upath(path).read_bytes().decode("utf-8-sig").splitlines()
+        rows = list(csv.DictReader(lines, delimiter=";" if lines and ";" in lines[0] else ","))
+    except _UNREADABLE as error:
         raise DataError(f"answers {path} cannot be read: {error}; give a CSV with the columns id,class") from None
     if not rows or not {"id", "class"} <= rows[0].keys():
         raise DataError(f"answers {path} have no columns id and class; give the answers.csv of the sample")

@@ -125,7 +125,7 @@ def _shown(path: str) -> Iterator[None]:
             over = False
             while not over:
                 over = ended.wait(_EVERY)
-                with suppress(*STORE_ERRORS):  # not written yet, or the store is away for a moment
+                with suppress(ValueError, *STORE_ERRORS):  # not written yet, or half, or the store is away
                     content = upath(path).read_bytes()
                     if content == last:
                         continue
@@ -166,7 +166,8 @@ def note(config: State, done: int, total: int, measures: Mapping[str, float]) ->
         return
     work = " ".join(filter(None, [config["title"], config.get("stage", "").replace("_", " ")]))
     text = ", ".join(f"{name} {value:.3g}" for name, value in list(measures.items())[:_MEASURES])
-    put(config["progress"], json.dumps({"work": work, "done": done, "total": total, "text": text}).encode())
+    # Not by `put`, which lists what a finished step has to keep.
+    upath(config["progress"]).write_text(json.dumps({"work": work, "done": done, "total": total, "text": text}))
 
 
 def _in_reused_memory(loop: Loop, config: State) -> State:

@@ -151,6 +151,10 @@ def test_what_does_not_fit_is_refused(predicted, tmp_path):
     answers.write_text(f"id,class\n{first},1\n{first},0\n")
     assert f"name the point {first} twice" in refused(3, *words, answers)
     assert "holds a sample" in refused(2, "area", "sample", predicted, "--per-stratum", 4, "--out", tmp_path)
+    answers.write_bytes(f"id;class\n{first};tree\n".encode("utf-8-sig"))  # as spreadsheets write it
+    assert "the class 'tree'" in refused(3, *words, answers)
+    answers.write_bytes(b"id,class\n\xff\n")
+    assert "cannot be read" in refused(3, *words, answers)
     answers.write_text("point;kind\n")
     assert "no columns id and class" in refused(3, *words, answers)
     other = area.sample(predicted, tmp_path / "other", per_stratum=4, seed=9)
