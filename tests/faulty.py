@@ -63,9 +63,10 @@ class Told:
 
 
 class ReadTile(Told, read.ReadTile):
-    def _read(self, row):
-        meet(self, row)
-        return super()._read(row)
+    def __call__(self, rows):
+        for row in rows:
+            meet(self, row)
+        return super().__call__(rows)
 
 
 class Predict(Told, predict.Predict):

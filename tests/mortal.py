@@ -23,7 +23,7 @@ from rayseg.steps.map import read_manifest
 HERE = Path(__file__).parent
 TABLE = []
 """(what was killed, what happened, tiles computed again) of the tests that died; shown at the end."""
-PLENTY = 1500.0
+PLENTY = 300.0
 """Seconds that anything may take on a busy machine."""
 
 

@@ -321,7 +321,9 @@ def test_a_world_registered_on_the_centres_of_its_pixels_ends_at_the_poles(side,
     tile = Tile("w", grid, footprint(world, grid))
     areas_H = row_areas_m2(tile)
     assert areas_H.sum() * width == pytest.approx(510.066e12, rel=1e-3)
-    frame = vectors.join([vectors.polygons_of(np.ones((height, width), np.uint8), None, tile.grid, tile.window)], TABLE)
+    frame = vectors.join_parts(
+        [vectors.polygons_of(np.ones((height, width), np.uint8), None, tile.grid, tile.window)], TABLE
+    )
     assert frame["area_m2"].sum() == pytest.approx(510.066e12, rel=1e-3)
     assert frame.total_bounds == pytest.approx((-180, -90, 180, 90))
     with pytest.raises(DataError, match="nowhere on Earth"):

@@ -77,20 +77,20 @@ class Predict:
 
     def __call__(self, rows: list[TileRow]) -> list[TileRow]:
         """Predict each tile."""
-        results = []
         with reused_memory():
-            for row in rows:
-                tile, reach, valid = row.tile, row.reach, row.valid
-                patches = patches_of(self.bundle, tile, valid, reach)
-                cuts = [(slice(None), *patch.slices(reach)) for patch in patches]
-                batches = (batch.cpu().numpy() for batch in self.probabilities(row.image, valid, cuts))
-                blend = Blend(tile.window, self.bundle.outputs, lattice_of(self.bundle, tile))
-                for patch, probabilities in zip(patches, chain.from_iterable(batches), strict=True):
-                    blend.add(patch, probabilities)
-                classes, scores = decide(blend.result(), valid[tile.window.slices(reach)], self.bundle.threshold)
-                read = replace(row, image=ABSENT, valid=ABSENT)  # no later stage needs the pixels
-                results.append(replace(read, classes=classes, scores=scores, batch=self.batch_halved))
-        return results
+            return [self._tile(row) for row in rows]
+
+    def _tile(self, row: TileRow) -> TileRow:
+        tile, reach, valid = row.tile, row.reach, row.valid
+        patches = patches_of(self.bundle, tile, valid, reach)
+        cuts = [(slice(None), *patch.slices(reach)) for patch in patches]
+        batches = (batch.cpu().numpy() for batch in self.probabilities(row.image, valid, cuts))
+        blend = Blend(tile.window, self.bundle.outputs, lattice_of(self.bundle, tile))
+        for patch, probabilities in zip(patches, chain.from_iterable(batches), strict=True):
+            blend.add(patch, probabilities)
+        classes, scores = decide(blend.result(), valid[tile.window.slices(reach)], self.bundle.threshold)
+        read = replace(row, image=ABSENT, valid=ABSENT)  # no later stage needs the pixels
+        return replace(read, classes=classes, scores=scores, batch=self.batch_halved)
 
     def probabilities(
         self, image_CHW: np.ndarray, valid_HW: np.ndarray, cuts: Sequence[tuple[slice, ...]]

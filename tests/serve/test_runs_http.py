@@ -151,7 +151,7 @@ def test_a_run_whose_files_could_not_all_be_opened_is_shown_without_those(root, 
     make(tmp_path / "part", {"photo": (picture(mask), mask, (0, 0))}, grid=Grid(None, (1.0, 1.0), (0.0, 0.0)))
     path = UPath(tmp_path / "part/steps/predict/manifest.parquet")
     rows = [row | {"refused": ""} for row in read_rows(path)]
-    write_rows(path, [*rows, mapping._refused_row("lost", DataError("lost.tif cannot be read."))])
+    write_rows(path, [*rows, mapping.refused_row("lost", DataError("lost.tif cannot be read."))])
     asked = client(runs=(str(tmp_path / "part"),))
     assert [image["id"] for image in asked.get("/v1/runs/part").json()["images"]] == ["photo"]
     assert asked.get("/v1/runs/part/tiles/0/0/0.png?image=lost").status_code == 204
