@@ -122,7 +122,8 @@ def test_a_map_by_appearance_is_a_step_after_the_segmenter_and_a_bundle_like_any
 @pytest.mark.more  # train/test_segmenter_training.py: the same of the training alone
 @pytest.mark.more  # tests/steps/test_chips.py and test_segmenter_training.py have the parts
 def test_drawn_masks_of_some_chips_choose_the_segmenters_epoch(whole, words, tmp_path, demo_region):
-    assert "no mask was drawn, so the segmenter&#39;s last epoch is kept" in (whole / "report" / "index.html").read_text()
+    page = (whole / "report" / "index.html").read_text()
+    assert "no mask was drawn, so the segmenter&#39;s last epoch is kept" in page
     # 1. a mask of one positive chip: everything is cover
     chip = next(row for row in labels.chips_of(stac_read.open_items(demo_region, "chips")) if row.label == "gpc")
     (tmp_path / "masks").mkdir()
