@@ -212,7 +212,8 @@ class Run:
         if len(trained) != 1:
             trained = tuple(prefix for prefix in trained if prefix.endswith("/segmenter"))
         if not trained:
-            raise ModelError(f"{self.root} has no model of its map; choose one of run.models: {listed(self.models)}")
+            known = f"choose one of run.models: {listed(self.models)}" if self.models else "it has trained none"
+            raise ModelError(f"{self.root} has no model of its own map; {known}")
         return Model(trained[0])
 
     def explore(self) -> Any:  # noqa: ANN401 - a widget of lonboard, or a folium map

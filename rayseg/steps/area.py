@@ -33,6 +33,8 @@ from rayseg.vision.color import ClassTable, hex_of
 
 LEAST = 10
 """Points of a stratum: of fewer, its variance is not known well."""
+MOST = 20_000
+"""Points of a sample: nobody labels more, and each has a picture."""
 AROUND = 64
 """Pixels around a point that its picture shows."""
 EDGE = 3
@@ -109,6 +111,8 @@ def sample(
     strata, parts_TH = _strata(tiles, table, band)
     # 2. points of each stratum, then of each of its tiles, then pixels
     counts = points_of(strata, per_stratum, half_width)
+    if counts.sum() > MOST:
+        raise ConfigError(f"the sample would have {counts.sum():,} points, expected {MOST:,} or fewer; ask for less")
     points = _drawn(tiles, table, parts_TH, counts, band, np.random.default_rng([seed, 0]))
     asked = runs.read(str(run))
     # 3. in random order, so that a person does not see the map's opinion in it

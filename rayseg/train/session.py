@@ -132,11 +132,8 @@ def _shown(path: str) -> Iterator[None]:
                     last, row = content, json.loads(content)
                     if row["work"] != work:
                         bars.close()
-                        work, done, advance = (
-                            row["work"],
-                            0,
-                            bars.enter_context(progress.shown(row["work"], row["total"])),
-                        )
+                        work, done = row["work"], 0
+                        advance = bars.enter_context(progress.shown(work, row["total"]))
                     advance(row["done"] - done, row["text"])
                     done = row["done"]
 
@@ -166,8 +163,9 @@ def note(config: State, done: int, total: int, measures: Mapping[str, float]) ->
         return
     work = " ".join(filter(None, [config["title"], config.get("stage", "").replace("_", " ")]))
     text = ", ".join(f"{name} {value:.3g}" for name, value in list(measures.items())[:_MEASURES])
-    # Not by `put`, which lists what a finished step has to keep.
-    upath(config["progress"]).write_text(json.dumps({"work": work, "done": done, "total": total, "text": text}))
+    # Not by `put`, which lists what a finished step has to keep; a store that is away must not end the training.
+    with suppress(*STORE_ERRORS):
+        upath(config["progress"]).write_text(json.dumps({"work": work, "done": done, "total": total, "text": text}))
 
 
 def _in_reused_memory(loop: Loop, config: State) -> State:

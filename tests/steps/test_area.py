@@ -138,6 +138,8 @@ def test_strata_of_too_few_answers_are_joined_and_named(predicted, tmp_path):
 def test_what_does_not_fit_is_refused(predicted, tmp_path):
     with pytest.raises(ConfigError, match=r"either --per-stratum"):
         area.sample(predicted, tmp_path)
+    with pytest.raises(ConfigError, match=r"the sample would have [\d,]+ points, expected 20,000 or fewer"):
+        area.sample(predicted, tmp_path, half_width=1e-5)
     with pytest.raises(ConfigError, match=r"between 0 and 0\.5"):
         area.sample(predicted, tmp_path, half_width=2)
     assert "holds no sample" in refused(3, "area", "estimate", predicted, "--answers", "x.csv", "--sample", tmp_path)

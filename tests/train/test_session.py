@@ -63,6 +63,12 @@ def test_progress_is_shown_while_a_training_runs_and_leaves_no_file(tmp_path, ca
     assert not (tmp_path / "progress.json").exists()
 
 
+def test_a_note_that_cannot_be_written_does_not_end_the_training(tmp_path):
+    loop = {"title": "t", "progress": str(tmp_path / "gone" / "progress.json")}
+    session.fit(lambda config: session.note(config | loop, 1, 2, {"loss": 1.0}) or {}, {}, Setup(tmp_path), name="t")
+    assert not (tmp_path / "gone").exists()
+
+
 @pytest.mark.parametrize(("epoch", "rate"), [(0, 1), (39.9, 1), (40, 0.1), (60, 0.01), (99, 0.01)])
 def test_the_rate_goes_down_in_steps(epoch, rate):
     assert session.rate_at(((40, 1), (60, 0.1), (80, 0.01)), epoch) == rate
