@@ -143,7 +143,7 @@ def test_drawn_masks_of_some_chips_choose_the_segmenters_epoch(whole, words, tmp
     [scratch] = [epochs for name, epochs in histories.items() if "scratch" in name]
     assert measures["accuracy"] == pytest.approx(max(epoch["accuracy"] for epoch in scratch))
     assert {"accuracy", "f1", "iou", "loss"} <= scratch[0].keys()
-    assert "1 drawn masks selected the segmenter's epoch: accuracy" in (out / "report" / "index.html").read_text()
+    assert "1 drawn masks selected the segmenter&#39;s epoch: accuracy" in (out / "report" / "index.html").read_text()
 
 
 def test_a_killed_training_goes_on_as_if_nothing_had_been(whole, words, tmp_path, monkeypatch):
