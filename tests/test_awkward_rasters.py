@@ -20,8 +20,8 @@ from tiny_maps import Bright, described, mapped
 from rayseg.errors import DataError, ModelError, RaysegError
 from rayseg.geo.region import Region
 from rayseg.io import labels
+from rayseg.io.output_grids import beyond_utm, expect_mappable
 from rayseg.io.rasters import grids_of, source_of_file
-from rayseg.io.sources import beyond_utm, expect_mappable
 from rayseg.io.stac_read import open_items, source_of
 from rayseg.models.bundle import Scaling
 from rayseg.steps import map as mapping

@@ -22,8 +22,9 @@ from tiny_maps import described
 from rayseg.errors import DataError, ModelError
 from rayseg.geo.region import resolve_region
 from rayseg.io.labels import ingest_folder, ingest_rasters, sources_of_images
+from rayseg.io.output_grids import beyond_utm, expect_mappable
 from rayseg.io.rasters import footprint, grids_of, read
-from rayseg.io.sources import beyond_utm, expect_mappable, source_of_file
+from rayseg.io.sources import source_of_file
 from rayseg.io.stac_read import open_items, source_of
 from rayseg.io.units import common_units, converted, expect_one_dtype, expect_one_unit
 from rayseg.stages.read import tile_rows

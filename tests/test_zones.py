@@ -21,8 +21,9 @@ from rayseg.geo.grid import Tile, zone_bounds
 from rayseg.geo.region import resolve_region
 from rayseg.io import labels, vectors
 from rayseg.io.maps import mapped_tiles, pixel_area_m2, row_areas_m2
+from rayseg.io.output_grids import beyond_utm, expect_mappable, grids_of
 from rayseg.io.rasters import footprint, source_of_file
-from rayseg.io.sources import Source, beyond_utm, expect_mappable, grids_of
+from rayseg.io.sources import Source
 from rayseg.models.segmenter import Probabilities
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, tile_rows

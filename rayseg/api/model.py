@@ -10,8 +10,9 @@ import numpy as np
 
 from rayseg.errors import DataError, RunIncomplete
 from rayseg.geo.grid import Grid, Tile, Window
+from rayseg.io.output_grids import footprint, grids_of
 from rayseg.io.rasters import is_number
-from rayseg.io.sources import Source, crs_text, footprint, grids_of
+from rayseg.io.sources import Source, crs_text
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
 from rayseg.stages.predict import Predict, lattice_of

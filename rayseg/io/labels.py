@@ -25,19 +25,9 @@ from rayseg.errors import ConfigError, DataError, listed
 from rayseg.geo.grid import Window, slug
 from rayseg.io.drivers import KINDS, MOSAICS, TIFF, files_in, kind_of, warn_of_rest
 from rayseg.io.masks import pixels_of, read_classes
+from rayseg.io.output_grids import footprint, grids_of
 from rayseg.io.rasters import read
-from rayseg.io.sources import (
-    PIXELS,
-    Source,
-    crs_of,
-    footprint,
-    gdal,
-    grids_of,
-    open_file,
-    part_of_image,
-    ring_of,
-    source_of_file,
-)
+from rayseg.io.sources import PIXELS, Source, crs_of, gdal, open_file, part_of_image, ring_of, source_of_file
 from rayseg.io.stac_read import source_of
 from rayseg.io.stac_write import PROJECTION, lonlat_geometry, write_catalog
 from rayseg.io.times import UNKNOWN, in_utc, utc_text

@@ -19,8 +19,9 @@ from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Tile, Window, slug
 from rayseg.io import drivers, stac_read
 from rayseg.io.maps import MappedTile
+from rayseg.io.output_grids import footprint, grids_of
 from rayseg.io.rasters import read, source_of_file
-from rayseg.io.sources import NO_NODATA, Source, footprint, from_json, gdal, grids_of, open_file, part_of_image
+from rayseg.io.sources import NO_NODATA, Source, from_json, gdal, open_file, part_of_image
 from rayseg.io.stac_write import IMAGE
 from rayseg.store import split_location, suffix_of, upath
 from rayseg.vision.color import RGB, ClassTable, decode

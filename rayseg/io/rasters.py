@@ -23,18 +23,15 @@ from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window
 from rayseg.geo.lonlat import LONLAT, transformer
 from rayseg.io import remote
+from rayseg.io.output_grids import aligned, flips, footprint, grids_of
 from rayseg.io.sources import (
     NO_NODATA,
     STORED,
     Source,
-    aligned,
     crs_of,
     described,
     expect_same_place,
-    flips,
-    footprint,
     gdal,
-    grids_of,
     holds,
     moved,
     open_file,

@@ -13,8 +13,9 @@ import rasterio
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window
+from rayseg.io.output_grids import footprint, grids_of
 from rayseg.io.rasters import read
-from rayseg.io.sources import Source, footprint, gdal, grids_of, open_file, source_of_file
+from rayseg.io.sources import Source, gdal, open_file, source_of_file
 
 Kind = Literal["png", "jpeg", "tiff"]
 DRIVERS: dict[Kind, str] = {"png": "PNG", "jpeg": "JPEG", "tiff": "GTiff"}

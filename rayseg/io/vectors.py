@@ -30,8 +30,9 @@ from rayseg.io import seams
 from rayseg.io.cog import read_bands
 from rayseg.io.maps import MappedTile, mapped_tiles
 from rayseg.io.masks import table_of
+from rayseg.io.output_grids import footprint, grids_of
 from rayseg.io.rasters import read
-from rayseg.io.sources import footprint, grids_of, placing, source_of_file
+from rayseg.io.sources import placing, source_of_file
 from rayseg.io.tables import Spool, concurrently, content
 from rayseg.io.written import WrittenFile, write_file
 from rayseg.store import StorePath, put, upath

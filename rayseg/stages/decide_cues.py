@@ -11,7 +11,7 @@ from rayseg.engine.ledger import Settled
 from rayseg.geo.grid import NODATA, slug
 from rayseg.io import cog
 from rayseg.io.labels import Chip, read_chip
-from rayseg.io.sources import grids_of
+from rayseg.io.output_grids import grids_of
 from rayseg.stages.rows import ChipRow
 from rayseg.store import put, upath
 from rayseg.vision import concept, superpixels

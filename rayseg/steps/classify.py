@@ -26,7 +26,8 @@ from rayseg.geo.region import Region
 from rayseg.io import labels, stac_read, vectors
 from rayseg.io.drivers import kind_of
 from rayseg.io.instances import Polygons
-from rayseg.io.sources import Source, footprint, grids_of
+from rayseg.io.output_grids import footprint, grids_of
+from rayseg.io.sources import Source
 from rayseg.metrics import Confusion
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle

@@ -25,7 +25,8 @@ from rayseg.engine.run import Engine, Run, Step
 from rayseg.geo.grid import Tile, Window
 from rayseg.geo.region import Region
 from rayseg.io import rasters
-from rayseg.io.sources import Source, utm_of
+from rayseg.io.output_grids import utm_of
+from rayseg.io.sources import Source
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
 from rayseg.steps import map as mapping

@@ -22,7 +22,8 @@ from rayseg.errors import ConfigError, DataError, ModelError, RaysegError, liste
 from rayseg.geo.grid import Grid, Tile, Window, slug
 from rayseg.geo.region import Region
 from rayseg.io import labels, stac_read, stac_write, vectors
-from rayseg.io.sources import Source, beyond_utm, expect_mappable
+from rayseg.io.output_grids import beyond_utm, expect_mappable
+from rayseg.io.sources import Source
 from rayseg.io.tables import concurrently, content
 from rayseg.io.units import converted, expect_one_unit
 from rayseg.models import bundle

@@ -19,7 +19,7 @@ from rayseg.geo.grid import Grid, Window
 from rayseg.io import annotation_requests, cog, labels, scenes
 from rayseg.io.label_names import assign
 from rayseg.io.masks import masks_of, only_0_and_255, pixels_of, read_classes, two_classes
-from rayseg.io.sources import footprint
+from rayseg.io.output_grids import footprint
 from rayseg.steps import evaluate
 from rayseg.vision.color import ClassTable, label_table
 

@@ -22,8 +22,9 @@ from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window
 from rayseg.io import cog, pictures, remote, sources
 from rayseg.io.gdal_errors import gdal_errors
+from rayseg.io.output_grids import footprint, grids_of
 from rayseg.io.rasters import read
-from rayseg.io.sources import footprint, grids_of, source_of_file
+from rayseg.io.sources import source_of_file
 from rayseg.store import access, public
 
 

@@ -12,6 +12,7 @@ from rayseg.errors import DataError
 from rayseg.geo.grid import Window
 from rayseg.io import cog, scenes
 from rayseg.io.scenes import LabelledImage
+from rayseg.io.units import expect_one_unit
 from rayseg.steps.models import RGB
 from rayseg.store import upath
 from rayseg.train.batches import Chips
@@ -21,6 +22,20 @@ from rayseg.vision.color import IGNORE, ClassTable
 def placed(row: Row) -> tuple[LabelledImage, Window]:
     """The scene of a chip, and the chip's window on the scene's grid."""
     return LabelledImage.from_row(row | {"id": row["of"]}), Window(row["col"], row["row"], row["width"], row["height"])
+
+
+def expect_rgb(images: Sequence[LabelledImage]) -> None:
+    """Refuse images that chips cannot be cut from.
+
+    Raises:
+        DataError: an image is not RGB of uint8, or the images state different units.
+    """
+    for image in images:
+        source = image.image
+        if not set(RGB) <= set(source.bands) or source.dtype != "uint8":
+            kind = f"{', '.join(source.bands) or 'no bands'} of {source.dtype}"
+            raise DataError(f"{image.id} has {kind}, chips are {', '.join(RGB)} of uint8; convert it to 0..255")
+    expect_one_unit([image.image for image in images], RGB)
 
 
 def image_of(row: Row) -> NDArray[np.uint8]:

@@ -23,8 +23,7 @@ from rayseg.io.class_tables import Classes
 from rayseg.io.masks import pixels_of
 from rayseg.io.name_lists import Names
 from rayseg.io.scenes import LabelledImage, Pairs
-from rayseg.io.units import expect_one_unit
-from rayseg.pipelines.al_s4gan.chip_pixels import dominant
+from rayseg.pipelines.al_s4gan.chip_pixels import dominant, expect_rgb
 from rayseg.steps.labelled import expect_classes, find_images
 from rayseg.steps.models import RGB
 from rayseg.store import Location, split_location
@@ -134,7 +133,7 @@ def find_chips(region: Region, config: PoolConfig, table: ClassTable) -> ChipLis
         find_images(region, config.images, config.masks, table=table, setting="pool.images", pairs=config.pairs)
     )
     _parts(images, config, seed=0)  # wrong names are refused before anything is read
-    _expect_rgb(images)
+    expect_rgb(images)
     # 1. pixels of each class in every cell of the scenes with masks
     masked = [image for image in images if image.masks]
     counts_of = {image.id: cells for image, cells in scenes.countable(masked, table, cell=config.size)}
@@ -173,15 +172,6 @@ def divide(chip_list: ChipList, config: PoolConfig, table: ClassTable, *, seed: 
     return sorted(rows, key=lambda row: str(row["id"]))
 
 
-def _expect_rgb(images: Sequence[LabelledImage]) -> None:
-    for image in images:
-        source = image.image
-        if not set(RGB) <= set(source.bands) or source.dtype != "uint8":
-            kind = f"{', '.join(source.bands) or 'no bands'} of {source.dtype}"
-            raise DataError(f"{image.id} has {kind}, chips are {', '.join(RGB)} of uint8; convert it to 0..255")
-    expect_one_unit([image.image for image in images], RGB)
-
-
 def _labelled_images(config: PoolConfig) -> ChipList:
     """Whole labelled images."""
     uri, collection = split_location(str(config.chips))
@@ -197,7 +187,7 @@ def _labelled_images(config: PoolConfig) -> ChipList:
         window = middle(Window(0, 0, chip.source.width, chip.source.height), size)
         images.append(LabelledImage(chip.id, chip.id, chip.source, (), pixels_of(chip.source), window))
         rows.append(_row(images[-1], window, str(chip.label)))
-    _expect_rgb(images)
+    expect_rgb(images)
     return ChipList(tuple(rows), classes, tuple(images), {})
 
 
