@@ -111,8 +111,8 @@ def models_import(
     kind: Annotated[
         str,
         typer.Argument(
-            help="gpc-classifier, gpc-segmenter, landcover, al-classifier, plots; or segmenter, classifier for state "
-            "dicts of segmentation_models_pytorch, timm and torchvision."
+            help="gpc-classifier, gpc-segmenter, landcover, al-classifier, s4gan, plots; or segmenter, classifier for "
+            "state dicts of segmentation_models_pytorch, timm and torchvision."
         ),
     ],
     checkpoint: Annotated[str, typer.Argument(metavar="FILE", help="Checkpoint or state dict; a path or URL.")],

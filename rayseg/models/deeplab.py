@@ -1,7 +1,9 @@
-"""The landcover prototype's DeepLabv3+ (Chen et al. 2018, arXiv 1802.02611), on any encoder.
+"""DeepLab as two of the published codes have it, on any encoder.
 
-Output stride 16, atrous rates 1 6 12 18 and the mean of the image, 48 channels of low-level features at a quarter of
-the image's sides. In a residual encoder the last stage's blocks are dilated by 2, 4 and 8 (multi-grid 1, 2, 4).
+`DeepLab`: the landcover prototype's DeepLabv3+ (Chen et al. 2018, arXiv 1802.02611). Output stride 16, atrous rates
+1 6 12 18 and the mean of the image, 48 channels of low-level features at a quarter of the image's sides. In a residual
+encoder the last stage's blocks are dilated by 2, 4 and 8 (multi-grid 1, 2, 4).
+`DeepLabV2`: S4GAN's segmenter (Chen et al. 2017, arXiv 1606.00915). Output stride 8, atrous rates 6 12 18 24.
 """
 
 import torch
@@ -12,6 +14,7 @@ from rayseg.models.encoders import build_encoder
 
 RATES = (6, 12, 18)
 MULTI_GRID = (1, 2, 4)
+RATES_V2 = (6, 12, 18, 24)
 _LOW, _HIGH = 2, -1  # positions of the encoder's feature maps
 
 
@@ -34,6 +37,40 @@ class DeepLab(nn.Module):
         """Logits_NKHW."""
         features = self.encoder(images_NCHW)
         return _to(self.decoder(features[_LOW], self.aspp(features[_HIGH])), images_NCHW)
+
+
+class DeepLabV2(nn.Module):
+    """Images_NCHW to logits_NKHW of their size: the sum of four atrous convolutions of an encoder's last features.
+
+    As in Caffe's network, whose weights the published code starts from, residual blocks halve the image in their first
+    convolution, max pooling rounds sizes up, and scale and shift of the encoder's batch norms do not learn.
+    """
+
+    def __init__(self, encoder: str, *, classes: int, channels: int = 3, weights: str = "none") -> None:
+        super().__init__()
+        self.encoder = build_encoder(encoder, channels=channels, stride=8, weights=weights)
+        for name, module in self.encoder.named_modules():
+            # Only bottleneck blocks have `conv3`; torchvision's halve the image in their second convolution.
+            if hasattr(module, "conv3") and name.startswith("layer"):
+                module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
+            if isinstance(module, nn.MaxPool2d):
+                module.ceil_mode = True
+            if isinstance(module, nn.BatchNorm2d):
+                module.requires_grad_(False)
+        width = self.encoder.out_channels[_HIGH]  # type: ignore[index]
+        self.aspp = nn.ModuleList(
+            nn.Conv2d(width, classes, 3, padding=rate, dilation=rate)  # type: ignore[arg-type]
+            for rate in RATES_V2
+        )
+        for branch in self.aspp:
+            nn.init.normal_(branch.weight, std=0.01)  # type: ignore[arg-type]
+            nn.init.zeros_(branch.bias)  # type: ignore[arg-type]
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """Logits_NKHW."""
+        features = self.encoder(images_NCHW)[_HIGH]
+        logits: Tensor = torch.stack([branch(features) for branch in self.aspp]).sum(dim=0)
+        return _to(logits, images_NCHW)
 
 
 class Aspp(nn.Module):

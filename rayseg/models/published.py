@@ -26,6 +26,19 @@ LANDCOVER: Renames = (
     (r"decoder\.my_classify\.", "decoder.classify."),
 )
 """The landcover prototype's DeepLabv3+ -> `models.deeplab`."""
+_BLOCK = {"reduce": ("conv1", "bn1"), "conv3x3": ("conv2", "bn2"), "increase": ("conv3", "bn3")}
+_BLOCK |= dict.fromkeys(("shortcut", "proj"), ("downsample.0", "downsample.1"))
+S4GAN: Renames = (
+    (r"layer1\.conv1\.conv\.", "conv1."),
+    (r"layer1\.conv1\.bn\.", "bn1."),
+    (
+        r"layer([2-5])\.block(\d+)\.(reduce|conv3x3|increase|shortcut|proj)\.(conv|bn)\.",
+        lambda found: f"layer{int(found[1]) - 1}.{int(found[2]) - 1}.{_BLOCK[found[3]][found[4] == 'bn']}.",
+    ),
+    (r"aspp\.c(\d)\.", r"aspp.\1."),
+    (r"layer5\.conv2d_list\.(\d)\.", r"aspp.\1."),
+)
+"""DeepLab v2 as al-s4gan has it, and as S4GAN has it (torchvision's names) -> `models.deeplab.DeepLabV2`."""
 PLOTS: Renames = (
     (r"^(?:\w+\.)?0\.weight$", "conv1.weight"),
     (r"^(?:\w+\.)?1\.(\w+)$", r"bn1.\1"),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate
 
 from rayseg.errors import ConfigError
-from rayseg.models.deeplab import DeepLab
+from rayseg.models.deeplab import DeepLab, DeepLabV2
 from rayseg.models.encoders import (
     CANNOT_BUILD,
     cannot_build,
@@ -34,7 +34,8 @@ class Probabilities(nn.Module):
         return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
 
 
-ARCHITECTURES = tuple(sorted([*smp.MODEL_ARCHITECTURES_MAPPING, "deeplab"]))
+DEEPLABS = {"deeplab": DeepLab, "deeplabv2": DeepLabV2}
+ARCHITECTURES = tuple(sorted([*smp.MODEL_ARCHITECTURES_MAPPING, *DEEPLABS]))
 
 
 class Reduced(nn.Module):
@@ -109,7 +110,8 @@ def build_segmenter(
     """A network from normalised images_NCHW (float32, sides multiples of 32 * reduce) to logits_NKHW of that size.
 
     Args:
-        architecture: one of `ARCHITECTURES`, for example "unet" or "deeplabv3plus"; "deeplab" is rayseg.models.deeplab.
+        architecture: one of `ARCHITECTURES`, for example "unet" or "deeplabv3plus"; "deeplab" and "deeplabv2" are those
+            of rayseg.models.deeplab.
         encoder: a name of segmentation_models_pytorch or of timm, for example "regnety_040".
         classes: number of maps K; 1 for a class against the rest (sigmoid), else one per class (softmax).
         weights: of the encoder: "imagenet" (downloaded), "packaged", "none", or a `.pth`, `.pt` or `.safetensors` file.
@@ -127,8 +129,8 @@ def build_segmenter(
         return Ensemble([member(reduce=reduce, enlarge=enlarge) for _ in range(members)])
     if architecture not in ARCHITECTURES:
         raise ConfigError(f"architecture {architecture!r} is unknown, expected one of: {', '.join(ARCHITECTURES)}")
-    if architecture == "deeplab":
-        deeplab = DeepLab(encoder, classes=classes, channels=channels, weights=weights)
+    if architecture in DEEPLABS:
+        deeplab = DEEPLABS[architecture](encoder, classes=classes, channels=channels, weights=weights)
         return _resampled(deeplab, reduce=reduce, enlarge=enlarge)
     # The libraries raise errors of many kinds for an invalid combination, and warn of their own deprecations.
     name, weights = encoder_name(encoder), chosen(encoder, weights)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from rayseg.config import Config, load
+from rayseg.config import Bands, Config, load
 from rayseg.errors import ConfigError
 from rayseg.io.class_tables import Classes
 from rayseg.models import bundle, published
@@ -44,6 +44,11 @@ KINDS: dict[str, dict[str, Any]] = {
         "classifier": {"network": "over-imagenet", "encoder": "resnet101", "size": 256, "positive": None},
         "classes": "deepglobe",
     },
+    "s4gan": {
+        "segmenter": {"architecture": "deeplabv2", "encoder": "resnet101"},
+        "classes": "ucm",
+        "scaling": {"mean": [122.67891434, 116.66876762, 104.00698793], "std": [1.0, 1.0, 1.0]},
+    },
     "plots": {
         "classifier": {"network": "plots", "encoder": "resnet50", "size": 224},
         "classes": {"classes": PLOTS},
@@ -53,8 +58,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "classifier": {"classifier": {"encoder": "resnet50"}},
 }
 """Kind -> its settings; the last two are for state dicts of segmentation_models_pytorch, timm and torchvision."""
-RENAMES: dict[str, Renames] = {"landcover": published.LANDCOVER, "plots": published.PLOTS}
+RENAMES: dict[str, Renames] = {
+    "landcover": published.LANDCOVER,
+    "plots": published.PLOTS,
+    "s4gan": published.S4GAN,
+}
 REMARKS = {
+    "s4gan": "the published code feeds red, green, blue of UC Merced, but blue, green, red of DeepGlobe: for a model "
+    "of DeepGlobe give --set classes=deepglobe6 --set bands='[blue, green, red]' --set "
+    "'scaling={mean: [104.00698793, 116.66876762, 122.67891434], std: [1, 1, 1]}'",
     "plots": "hue and richness are computed from the image in 0..1 here, in the published code from its normalised "
     "values: measure the model with rayseg evaluate before use",
 }
@@ -73,6 +85,8 @@ class ImportConfig(Config):
     """The segmenter has one output, of the last class."""
     scaling: Scaling = Scaling(mean=tuple(PHOTOS["mean"]), std=tuple(PHOTOS["std"]))
     """From uint8 values to the network's input."""
+    bands: Bands = models.RGB
+    """Bands of a segmenter's imagery, in the order of the network's input."""
     patch: int = 640
     """Side in px of a segmenter's window."""
     stride: int = 512
@@ -123,6 +137,12 @@ def _described(kind: str, config: ImportConfig) -> tuple[Bundle, nn.Module]:
     count = 1 if config.one else len(table)
     options = config.segmenter.options(classes=count, channels=channels)
     described = models.segmenter_bundle(
-        config.segmenter, table, scaling=config.scaling, patch=config.patch, stride=config.stride, options=options
+        config.segmenter,
+        table,
+        scaling=config.scaling,
+        patch=config.patch,
+        stride=config.stride,
+        bands=config.bands,
+        options=options,
     ).model_copy(update={"name": kind})
     return described, config.segmenter.build(classes=count, channels=channels, weights="none")

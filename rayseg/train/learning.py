@@ -47,7 +47,7 @@ class NetworkConfig(Config):
     """An untrained segmenter."""
 
     architecture: str
-    """A name of segmentation_models_pytorch, or "deeplab" for rayseg.models.deeplab."""
+    """A name of segmentation_models_pytorch, or "deeplab" (DeepLabv3+) or "deeplabv2" of rayseg.models.deeplab."""
     encoder: str
     """A name of segmentation_models_pytorch or of timm."""
     weights: session.Weights = "imagenet"

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from rayseg.config import Config, added
 from rayseg.errors import DataError
 from rayseg.metrics import Confusion
+from rayseg.models import published
 from rayseg.models.bundle import Scaling
 from rayseg.models.discriminator import (
     Discriminator,
@@ -30,6 +31,7 @@ from rayseg.models.discriminator import (
     poly,
     self_training,
 )
+from rayseg.models.encoders import read_state
 from rayseg.models.losses import cross_entropy_sum, mass
 from rayseg.train import probe, session
 from rayseg.train.augment import Augment, augment, centre
@@ -62,6 +64,19 @@ class DiscriminatorConfig(Config):
     """Score above which a predicted map is used for self-training."""
     after: Annotated[int, Field(ge=0)] = 1000
     """Steps before self-training begins."""
+    start: session.Weights | None = added(default=None)
+    """Checkpoint of a discriminator, as the published code saves it, from which it learns on."""
+
+    def build(self, *, classes: int, channels: int) -> Discriminator:
+        """The discriminator, untrained or as in `start`.
+
+        Raises:
+            ModelError: the checkpoint cannot be read or lacks a tensor of the network.
+        """
+        judge = Discriminator(classes=classes, channels=channels, width=self.width, dropout=self.dropout)
+        if self.start:
+            judge.load_state_dict(published.fit(judge, read_state(self.start), self.start).state)
+        return judge
 
 
 class ConsistencyConfig(Config):
@@ -96,7 +111,7 @@ class S4ganConfig(HeadedConfig):
     """A segmenter of few masks and its training; the defaults are the paper's, but for its DeepLab v2."""
 
     architecture: str = "deeplabv3plus"
-    """A name of segmentation_models_pytorch."""
+    """A name of segmentation_models_pytorch, or "deeplabv2", the paper's."""
     encoder: str = "resnet101"
     """A name of segmentation_models_pytorch or of timm."""
     size: Annotated[int, Field(gt=0)] = 320
@@ -154,7 +169,7 @@ class Pair:
         segmenter = Learner.start(net, settings.learning, device, groups_of(net, settings))
         if (chosen := settings.discriminator) is None:
             return cls(settings, segmenter, None)
-        judge = Discriminator(classes=classes, channels=channels, width=chosen.width, dropout=chosen.dropout)
+        judge = chosen.build(classes=classes, channels=channels)
         groups = [{"params": list(judge.parameters()), "factor": 1.0, "betas": (0.9, 0.99)}]
         return cls(settings, segmenter, Learner.start(judge, Learning(optimizer="adam"), device, groups))
 

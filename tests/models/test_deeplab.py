@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from published_deeplab import as_published_v2, published_v2
 
 from rayseg.models import published
 from rayseg.models.segmenter import build_segmenter
+from rayseg.train.s4gan import S4ganConfig, groups_of
 
 torch.set_num_threads(1)
 
@@ -58,3 +60,47 @@ def test_any_encoder_serves_and_logits_have_the_images_size():
     reduced = build_segmenter("deeplab", "mobilenet_v2", classes=3, weights="none", reduce=2).eval()
     with torch.inference_mode():
         assert reduced(torch.zeros(1, 3, 64, 64)).shape == (1, 3, 64, 64)
+
+
+@pytest.fixture(scope="module")
+def v2():
+    """DeepLab v2 on a small encoder, with batch norms that change something."""
+    torch.manual_seed(4)
+    model = build_segmenter("deeplabv2", "resnet50", classes=3, weights="none").eval()
+    for name, tensor in model.state_dict().items():
+        if "bn" in name and tensor.is_floating_point():
+            tensor.copy_(torch.rand(tensor.shape) * 0.2 + 0.6 * name.endswith(("weight", "var")))
+        if name.endswith("bias") and "aspp" in name:
+            tensor.copy_(torch.randn(tensor.shape))
+    return model
+
+
+def test_deeplab_v2_is_the_published_network_and_takes_its_names(v2):
+    state = as_published_v2(v2)
+    image = torch.randn(2, 3, 64, 96)
+    with torch.inference_mode():
+        found, expected = v2(image), published_v2(state, image, (3, 4, 6, 3))
+    assert found.shape == (2, 3, 64, 96)
+    assert (found - expected).abs().max() < 1e-4 * expected.std()
+    other = build_segmenter("deeplabv2", "resnet50", classes=3, weights="none")
+    content = {f"module.base.{key}": tensor for key, tensor in state.items()}
+    fitted = published.fit(other, content, "made", renames=published.S4GAN)
+    assert (fitted.dropped, fitted.shaped) == ({}, {})
+    given = v2.state_dict()
+    assert all(torch.equal(tensor, given[key]) for key, tensor in fitted.state.items())
+    # S4GAN's own code calls the layers as torchvision does, and the pyramid layer5
+    names = {key: key.removeprefix("encoder.").replace("aspp.", "layer5.conv2d_list.") for key in given}
+    spelled = {f"module.{names[key]}": tensor for key, tensor in given.items()}
+    fitted = published.fit(other, spelled, "made", renames=published.S4GAN)
+    assert all(torch.equal(tensor, given[key]) for key, tensor in fitted.state.items())
+
+
+def test_deeplab_v2_learns_in_the_published_groups():
+    settings = S4ganConfig(architecture="deeplabv2", encoder="resnet50")
+    trained = settings.build(classes=3, channels=3, weights="none")
+    groups = groups_of(trained, settings)
+    assert [group["factor"] for group in groups] == [1.0, 10.0, 20.0]
+    assert [[tuple(w.shape) for w in group["params"]] for group in groups[1:]] == [[(3, 2048, 3, 3)] * 4, [(3,)] * 4]
+    assert groups[2]["weight_decay"] == 0
+    learns = [weight for weight in groups[0]["params"] if weight.requires_grad]
+    assert {weight.ndim for weight in learns} == {4}  # no scale and shift of a batch norm

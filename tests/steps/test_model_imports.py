@@ -3,15 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from published_deeplab import as_published_v2
 from small_world import classifier, rayseg, refused, segmenter
 
 from rayseg.errors import ModelError
 from rayseg.models import bundle
 from rayseg.models.classifier import build_classifier, build_over_imagenet
+from rayseg.models.discriminator import Discriminator
 from rayseg.models.plot_classifier import build_plot_classifier
 from rayseg.models.segmenter import build_segmenter
 from rayseg.train.classifier import ClassifierConfig
-from rayseg.train.s4gan import S4ganConfig
+from rayseg.train.s4gan import DiscriminatorConfig, S4ganConfig
 
 
 def drawn(model):
@@ -89,6 +91,26 @@ def test_plots_are_torchvisions_layers_in_a_sequence_and_a_note_says_what_differ
     torch.save(model, tmp_path / "module.pth")
     words = ("models", "import", "plots", tmp_path / "module.pth", "--out", tmp_path / "other")
     assert "save the state dict alone" in refused(4, *words)
+
+
+def test_s4gans_segmenter_and_discriminator(tmp_path):
+    model = drawn(build_segmenter("deeplabv2", "resnet50", classes=18, weights="none"))
+    state = {f"module.base.{key}": tensor for key, tensor in as_published_v2(model).items()}
+    words = ["segmenter.encoder=resnet50", "bands=[blue, green, red]"]
+    described, found, said = imported(tmp_path, "s4gan", state, *words)
+    assert same(found, model)
+    assert (described.outputs, described.bands) == (18, ("blue", "green", "red"))
+    assert described.scaling.mean == (122.67891434, 116.66876762, 104.00698793)
+    assert said[0].endswith(f"{len(state)} of {len(state)} tensors loaded from {tmp_path}/w.tar")
+    assert "blue, green, red of DeepGlobe" in said[-1]
+    judge = drawn(Discriminator(classes=18, width=4))
+    torch.save({f"module.{key}": tensor for key, tensor in judge.state_dict().items()}, tmp_path / "d.pth")
+    start = DiscriminatorConfig(width=4, start=str(tmp_path / "d.pth"))
+    taken = start.build(classes=18, channels=3).state_dict()
+    assert all(torch.equal(tensor, taken[key]) for key, tensor in judge.state_dict().items())
+    with pytest.raises(ModelError, match="of the 10 tensors of Discriminator"):
+        start.build(classes=6, channels=3)
+    assert "start" not in DiscriminatorConfig().model_dump()
 
 
 def test_what_is_not_a_whole_network_of_its_kind_is_refused(tmp_path):

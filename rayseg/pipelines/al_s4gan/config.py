@@ -108,3 +108,5 @@ class Config(Frozen):
                 continue  # a head on the encoder, whose weights were read above
             # Building loads the weights: those that do not fit are refused now.
             settings.build(classes=len(self.table.classes), channels=len(models.RGB))
+        if self.segmenter and self.segmenter.discriminator and self.segmenter.uses_unlabelled:
+            self.segmenter.discriminator.build(classes=len(self.table.classes), channels=len(models.RGB))
