@@ -23,6 +23,7 @@ _STEPS = 32
 PAST_POLES = 1.3
 """Degrees by which rasters may reach beyond a pole: half a pixel of 2.5 degrees, registered on centres."""
 _WIDEST = 270.0  # degrees of longitude of a ring that has long edges and does not cross
+_AZIMUTHAL = ("Stereographic", "Azimuthal", "Orthographic", "Gnomonic", "Perspective", "Geostationary")
 _SHORT = 90.0  # degrees of longitude, far less than half a turn
 
 
@@ -158,13 +159,33 @@ def within(area: BaseGeometry, near: Bounds) -> BaseGeometry:
 
 
 def from_lonlat(area: BaseGeometry, crs: str) -> BaseGeometry:
-    """Project a geometry in degrees, whose longitudes may lie beyond 180; in degrees of other datums they stay so."""
+    """Project a geometry in degrees, whose longitudes may lie beyond 180; in degrees of other datums they stay so.
+
+    It is cut where the plane of the CRS ends, as on both sides of 180 degrees in Web Mercator.
+    """
 
     def project(points_N2: NDArray[np.float64]) -> NDArray[np.float64]:
         x, y = transformer(LONLAT, crs).transform(*points_N2.T)
         return np.stack([x + 360 * np.rint((points_N2[:, 0] - x) / 360) if geographic(crs) else x, y], axis=1)
 
-    return shapely.transform(area, project)
+    edge, (west, _, east, _) = _edge_of(crs), area.bounds
+    if edge is None or area.is_empty or len(turns := np.arange((west - edge) // 360, -((edge - east) // 360))) < 2:
+        return shapely.transform(area, project)
+    # A hair's breadth off the edge, where a point has two places.
+    sides = [(edge + 360 * turn + 1e-9, edge + 360 * (turn + 1) - 1e-9) for turn in turns]
+    parts = shapely.GeometryCollection([area.intersection(shapely.box(low, -90, high, 90)) for low, high in sides])
+    return shapely.MultiPolygon(list(polygons_in(shapely.transform(parts, project))))
+
+
+@lru_cache(maxsize=256)
+def _edge_of(crs: str) -> float | None:
+    """The longitude at which the plane of a projected CRS ends on both sides; None of azimuthal ones and of degrees."""
+    found = CRS.from_user_input(crs)
+    operation, meridian = found.coordinate_operation, found.prime_meridian
+    if found.is_geographic or operation is None or any(name in operation.method_name for name in _AZIMUTHAL):
+        return None
+    middle = [float(one.value) for one in operation.params if one.name.startswith("Longitude of")]
+    return middle[0] + 180 if middle and (meridian is None or meridian.longitude == 0) else None
 
 
 @lru_cache(maxsize=256)

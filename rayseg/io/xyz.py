@@ -47,6 +47,7 @@ __all__ = ["Fetching", "ingest_xyz"]
 BANDS = ("red", "green", "blue")
 SCENE = 2048  # px; scenes lie on multiples of it
 _MERCATOR = shapely.box(-180.0, -85.0511, 180.0, 85.0511)
+_WORLD = (-HALF_WORLD, -HALF_WORLD, HALF_WORLD, HALF_WORLD)
 _LARGEST_CHIP = 4096  # px
 _SLIVER = 1e-3  # pixels; a smaller area is a rounding error
 _FAILURES_IN_A_ROW = 3
@@ -115,7 +116,8 @@ def ingest_xyz(
             {s} becomes a, b or c.
         out: folder or URI of the catalogue, new or from the same command.
         geometry: polygon or multipolygon, GeoJSON in EPSG:4326. All blocks of 2048 x 2048 px of the grid that it
-            touches become scenes `3857_<block col>_<block row>` of the collection `imagery`, whole.
+            touches become scenes `3857_<block col>_<block row>` of the collection `imagery`, whole, but for pixels
+            with their centre beyond 180 degrees, which are those of a scene on the other side.
         chips: GeoJSON, GeoParquet or another vector file of polygons with a column `id`: the envelope of each becomes
             the image of that id in the collection `chips`.
         label: column with the chips' labels; default: `label`, if it exists.
@@ -160,8 +162,7 @@ def ingest_xyz(
 def _scenes(job: _Job, geometry: dict[str, Any]) -> list[_Unit]:
     """All blocks of the grid that overlap the region, row by row."""
     covered = shapely.make_valid(shape(geometry)).intersection(_MERCATOR)
-    world = job.grid.window_of((-HALF_WORLD, -HALF_WORLD, HALF_WORLD, HALF_WORLD))
-    area = on_grid(mapping(covered), job.grid, world)
+    area = on_grid(mapping(covered), job.grid, job.grid.window_of(_WORLD))
     if area is None or not area.area > _SLIVER * job.grid.resolution[0] ** 2:
         raise ConfigError("the region has no area between 85 S and 85 N; give a polygon")
     _check_limit(
@@ -172,9 +173,18 @@ def _scenes(job: _Job, geometry: dict[str, Any]) -> list[_Unit]:
     cells = Window(col, row, -(-window.col1 // SCENE) - col, -(-window.row1 // SCENE) - row)
     blocks = sorted(_cells(area, job.grid, cells), key=lambda cell: (cell.row, cell.col))
     return [
-        _Unit(f"{job.grid.name}_{cell.col}_{cell.row}", Window(cell.col * SCENE, cell.row * SCENE, SCENE, SCENE))
+        _Unit(
+            f"{job.grid.name}_{cell.col}_{cell.row}",
+            Window(cell.col * SCENE, cell.row * SCENE, SCENE, SCENE).intersect(_world_of(job.grid)),
+        )
         for cell in blocks
     ]
+
+
+def _world_of(grid: Grid) -> Window:
+    """The pixels with their centre between 180 W and 180 E, and as far north and south."""
+    half = math.floor(HALF_WORLD / grid.resolution[0] + 0.5)
+    return Window(-half, -half, 2 * half, 2 * half)
 
 
 def _cells(area: BaseGeometry, grid: Grid, cells: Window) -> Iterator[Window]:
@@ -252,6 +262,8 @@ def _envelope(name: str, bounds: np.ndarray, grid: Grid) -> Window:
     if not np.isfinite(bounds).all():
         raise DataError(f"{name} cannot be projected to {CRS}, expected a polygon between 85 S and 85 N")
     left, bottom, right, top = map(float, bounds)
+    if right - left > HALF_WORLD:
+        raise DataError(f"{name} lies on both sides of 180 degrees, where no image does; divide the polygon there")
     window = grid.window_of((left, bottom, right, top))
     if not 0 < min(window.width, window.height) <= max(window.width, window.height) <= _LARGEST_CHIP:
         raise DataError(
@@ -363,6 +375,9 @@ def _item(job: _Job, unit: _Unit, image: WrittenFile) -> pystac.Item:
     """
     item = stac_write.item_of(unit.id, job.grid, unit.window, folder=job.folder, files=[image])
     item.assets = {"image": item.assets[unit.id]}
+    # Half a pixel may reach beyond 180 degrees, which would be ground of the other side.
+    ground = shapely.box(*job.grid.bounds(unit.window)).intersection(shapely.box(*_WORLD))
+    item.geometry, item.bbox = stac_write.lonlat_geometry(mapping(ground), crs_of(CRS), name=unit.id)
     item.datetime = datetime.now(UTC).replace(microsecond=0)
     site = urlsplit(job.service.public)
     providers = [{"name": site.hostname, "roles": ["host"], "url": f"{site.scheme}://{site.netloc}"}]

@@ -21,20 +21,25 @@ import numpy as np
 import pystac
 import pytest
 import rasterio
+import shapely
 from affine import Affine
+from pyproj import Geod
 from rasterio.io import MemoryFile
 from rio_cogeo.cogeo import cog_validate
-from shapely.geometry import Point, box, mapping
+from shapely.geometry import Point, box, mapping, shape
 
 import rayseg
 from rayseg.config import load_values
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo.grid import Window
+from rayseg.geo.grid import Tile, Window
+from rayseg.geo.region import kept, resolve_region
 from rayseg.io import remote, stac_read, webmap, xyz
 from rayseg.io.labels import chips_of
+from rayseg.io.maps import row_areas_m2
 from rayseg.io.rasters import grids_of, read
 from rayseg.io.webmap import Fetching
 from rayseg.io.xyz import ingest_xyz
+from rayseg.stages.read import tile_rows
 
 QUICK = Fetching(backoff=0.01, tries=3, timeout=5)
 HALF_WORLD = 20037508.342789244
@@ -764,3 +769,44 @@ def test_httpx_logs_again_afterwards(world, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "httpx"):
         logging.getLogger("httpx").info("hello")
     assert "hello" in caplog.text
+
+
+@pytest.mark.parametrize("resolution", [100.0, 70.3, 156543.03392804097 / 2**11])
+@pytest.mark.parametrize("lat", [-16.5, 52.0])
+def test_a_region_over_180_degrees_is_one_scene_each_side_and_no_ground_twice(world, tmp_path, resolution, lat):
+    region = resolve_region(f"179.9,{lat - 0.02},-179.9,{lat + 0.02}").geometry
+    uri = ingest_xyz(world.url(), tmp_path, geometry=region, resolution=resolution, fetching=QUICK)
+    items = {item.id: item for item in stac_read.open_items(uri)}
+    outlines = [shape(item.geometry) for item in items.values()]
+    east = [one for one in outlines if one.bounds[0] > 0]
+    assert all(one.bounds[2] < 0 for one in outlines if one not in east)
+    assert {one.geom_type for one in outlines} == {"Polygon"}
+    assert shapely.union_all(outlines).area == pytest.approx(sum(one.area for one in outlines), rel=1e-9)
+    for item in items.values():
+        assert abs(item.bbox[2] - item.bbox[0]) < 2
+    # 1. every pixel of a scene has data, as its centre lies on its side
+    half = HALF_WORLD
+    for transform, pixels, valid in images(uri).values():
+        centres = transform.c + (np.arange(pixels.shape[2]) + 0.5) * resolution
+        assert np.abs(centres).max() <= half
+        assert valid.all()
+    # 2. both sides together are the ground of the region: tiles of a map hold it once
+    sources = [stac_read.source_of(item) for item in items.values()]
+    total = 0.0
+    for row in tile_rows(sources, region, size=SCENE, halo=0):
+        tile = Tile.from_row(row)
+        inside, _ = kept(region, tile.grid, tile.window)
+        _, valid = read(sources, tile.grid, tile.window, bands=["red"])
+        total += float((inside & valid).sum(axis=1) @ row_areas_m2(tile))
+    pixel_share = resolution / (0.2 * HALF_WORLD / 180)
+    expected_m2 = sum(abs(Geod(ellps="WGS84").geometry_area_perimeter(part)[0]) for part in shape(region).geoms)
+    assert total == pytest.approx(expected_m2, rel=4 * pixel_share + 2 * resolution / 4000)
+
+
+def test_a_chip_over_180_degrees_says_so(world, tmp_path):
+    over = shapely.MultiPolygon([box(179.99, 1, 180, 1.01), box(-180, 1, -179.99, 1.01)])
+    rows = {"id": ["a"], "geometry": [over]}
+    path = chip_file(tmp_path / "chips.geojson", rows, crs="EPSG:4326")
+    with pytest.raises(DataError, match="chip a lies on both sides of 180 degrees"):
+        ingest_xyz(world.url(), tmp_path / "out", chips=path, resolution=10.0, fetching=QUICK)
+    assert not world.asked
