@@ -30,6 +30,7 @@ from rayseg.io.labels import image_folders, sources_of_images
 from rayseg.io.masks import by_image, expect_fit, masks_of, pixels_of, read_classes, two_classes
 from rayseg.io.rasters import footprint, grids_of, read
 from rayseg.io.sources import PIXELS, Source, source_of_file
+from rayseg.io.tables import concurrently
 from rayseg.store import split_location, suffix_of, upath
 from rayseg.vision.color import ClassTable
 from rayseg.vision.fill import mirrored
@@ -109,10 +110,10 @@ def labelled_images(
     elif suffix_of(split_location(images)[0]) in {".json", ".parquet"}:
         # 1. items of a catalogue, each of the scene that it states
         uri, _, collection = images.partition("#")
-        items = [(item, stac_read.source_of(item)) for item in stac_read.open_items(uri, collection or None)]
-        scenes = {item.id: slug(str(item.properties.get(SCENE, item.id))) for item, _ in items}
+        items = stac_read.open_items(uri, collection or None)
+        scenes = {item.id: slug(str(item.properties.get(SCENE, item.id))) for item in items}
         mask_sources = _masks(masks, names) if masks else []
-        labelled = _with_masks([source for _, source in items], scenes, mask_sources)
+        labelled = _with_masks(list(concurrently(stac_read.source_of, items)), scenes, mask_sources)
     elif masks:
         # 2. a folder of images whose masks are elsewhere; each image is a scene of its own
         sources, wrong = sources_of_images(images)

@@ -419,17 +419,14 @@ def _pixel_side(item: pystac.Item, asset: pystac.Asset) -> float:
 
 
 def _frame(item: pystac.Item, asset: pystac.Asset) -> Source | None:
-    """The georeference of the asset's pixels in the item, None if it has none."""
+    """The georeference of the asset's pixels in the item, None if only the file can have one."""
     fields = item.properties | asset.extra_fields
     box, size, affine = fields.get("proj:bbox"), fields.get("proj:shape"), fields.get("proj:transform")
-    bare = item.geometry is None and {"proj:code", "proj:epsg"} & set(fields)  # the item states that it has no place
-    crs = _crs(fields)
-    if not size or not (crs or bare):
+    # Without a CRS the file is looked at, whatever else is stated: it may have one, or a sensor model.
+    if not size or not (crs := _crs(fields)):
         return None
     height, width = (int(side) for side in size)
-    if crs is None:
-        affine = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
-    elif not affine and box:
+    if not affine and box:
         left, bottom, right, top = box_of(box)
         affine = ((right - left) / width, 0.0, left, 0.0, (bottom - top) / height, top)
     if not affine:

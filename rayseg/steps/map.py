@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
+import pystac
 from pydantic import Field
 
 from rayseg.config import Config, added
@@ -326,15 +327,17 @@ def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[S
         raise DataError(
             f"region {region.name} names no imagery; give it with --set map.imagery=catalog.json#collection"
         )
+
     # An item that cannot be read fails alone, unless it is the only one.
-    sources: list[Source] = []
-    unread: Refused = {}
-    for item in items:
+    def attempt(item: pystac.Item) -> Source | DataError:
         try:
-            sources.append(with_names(stac_read.source_of(item), config.bands))
+            return with_names(stac_read.source_of(item), config.bands)
         except DataError as error:
-            unread[item.id] = error
-    return sources, unread
+            return error
+
+    read = list(concurrently(attempt, items))
+    unread: Refused = {item.id: one for item, one in zip(items, read, strict=True) if isinstance(one, DataError)}
+    return [one for one in read if isinstance(one, Source)], unread
 
 
 def with_names(source: Source, names: Mapping[str, str]) -> Source:

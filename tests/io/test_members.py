@@ -286,10 +286,26 @@ def test_a_sensor_model_alone_is_named_with_the_remedy(tmp_path, lon, lat):
             line_den_coeff=[1, *[0] * 19],
             samp_den_coeff=[1, *[0] * 19],
         )
-    for use in (lambda: ingest_rasters(tmp_path / "r.tif", tmp_path / "cat"), lambda: source_of_item(tmp_path)):
+    ways = [lambda: ingest_rasters(tmp_path / "r.tif", tmp_path / "cat"), lambda: source_of_item(tmp_path)]
+    # Items that state everything, but for a place, do not hide the sensor model.
+    place = {"type": "Point", "coordinates": [lon, lat]}
+    for geometry in (None, place):
+        for code in ({"proj:code": None}, {"proj:epsg": None}, {}):
+            fields = code | {"proj:shape": [8, 8], "proj:transform": [1, 0, 0, 0, 1, 0]}
+            ways.append(lambda fields=fields, geometry=geometry: stating(tmp_path, fields, geometry))
+    for use in ways:
         with pytest.raises(DataError, match=r"r\.tif has RPCs .*orthorectify it first, with gdalwarp -rpc"):
             use()
     assert not (tmp_path / "cat").exists()
+
+
+def stating(folder, properties, geometry):
+    row = item(href="./r.tif") | {"geometry": geometry}
+    row["properties"] = row["properties"] | properties
+    row["assets"]["image"] |= {"roles": ["data"], "bands": [{"name": "pan", "data_type": "uint16"}]}
+    if geometry is None:
+        row.pop("bbox", None)
+    return source_of(open_items(write(folder / "stating.json", row))[0])
 
 
 def source_of_item(folder):

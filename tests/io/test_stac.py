@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 
 import geopandas
@@ -320,7 +321,8 @@ def test_an_item_without_a_place_takes_that_of_its_pixels_or_is_named(tmp_path, 
         file.write(np.ones((1, 8, 8), "uint8"))
         lon, lat = transform(file.crs, "EPSG:4326", [x + 4 * step], [y - 4 * step])
     made = item("a", assets={"image": tif(str(tmp_path / "a.tif"), bands=[{"name": "b1", "data_type": "uint8"}])})
-    bare = item("photo", assets={"image": tif("/x/p.png", bands=[{"name": "b1", "data_type": "uint8"}])})
+    photo(tmp_path / "p.png")
+    bare = item("photo", assets={"image": tif(str(tmp_path / "p.png"), bands=[{"name": "b1", "data_type": "uint8"}])})
     bare.properties |= {"proj:code": None, "proj:shape": [5, 7]}
     gone = item("gone", assets={"image": tif(str(tmp_path / "gone.tif"))})
     if stated:
@@ -339,9 +341,19 @@ def test_an_item_without_a_place_takes_that_of_its_pixels_or_is_named(tmp_path, 
         stac_read.open_items(str(tmp_path / "items.json"), geometry=resolve_region("0,0,1,1").geometry)
 
 
-def test_an_image_without_crs_stays_without():
+def photo(path):
+    with warnings.catch_warnings(), rasterio.open(path, "w", "PNG", 7, 5, 1, dtype="uint8") as file:
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        file.write(np.ones((1, 5, 7), "uint8"))
+
+
+def test_an_image_without_crs_stays_without(tmp_path):
+    photo(tmp_path / "a.png")
     bands = [{"name": "red", "data_type": "uint8"}]
-    made = item(assets={"image": tif("/x/a.png", bands=bands)}, properties={"proj:code": None, "proj:shape": [5, 7]})
+    made = item(
+        assets={"image": tif(str(tmp_path / "a.png"), bands=bands)},
+        properties={"proj:code": None, "proj:shape": [5, 7]},
+    )
     made.geometry, made.bbox = None, None
     source = stac_read.source_of(made)
     assert (source.crs, source.height, source.width) == (None, 5, 7)
