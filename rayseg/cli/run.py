@@ -220,6 +220,28 @@ def predict(
     _execute(out, "predict", resolved, area_of(source, tiles), Engine(engine, address), as_json=as_json)
 
 
+@app.command()
+def remap(
+    run: RunPrefix,
+    *,
+    out: Out,
+    set_: Overrides = None,
+    engine: EngineName = "ray",
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a new map from the scores of a finished run: another threshold, other classes, another area. No model runs.
+
+    --set threshold=.7, 'classes.merge={built: [building, road]}', 'classes.drop=[water]', inside=FILE.
+    """
+    from rayseg.config import load
+    from rayseg.engine.run import Engine
+    from rayseg.steps.remap import region_of
+
+    resolved = load(pipeline_of("remap").Config, None, [f"run={run}", *(set_ or ())])
+    _execute(out, "remap", resolved, region_of(run), Engine(engine, address), as_json=as_json)
+
+
 def _execute(
     out: str, pipeline: str, config: "Config", region: "Region", engine: "Engine", *, as_json: bool = False
 ) -> None:

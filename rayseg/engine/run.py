@@ -333,6 +333,12 @@ class Run:
         put(upath(self.root) / "run.json", text.encode())
 
 
+def key_of(root: str, step: str) -> str:
+    """The key of a run's finished step and its value; another if the step is executed with other inputs."""
+    done = _load(upath(root) / "steps" / step / "done.json")
+    return _hash([done.get("key"), done.get("value")])
+
+
 def status(root: str) -> dict[str, Any]:
     """The progress of a run: its status, its steps and, for every step that processes rows, the ledger's counts.
 

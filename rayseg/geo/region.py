@@ -6,12 +6,13 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
+from pydantic import AfterValidator
 from rasterio.features import geometry_mask
 from shapely.geometry import mapping, shape
 from shapely.geometry.base import BaseGeometry
@@ -33,7 +34,7 @@ from rayseg.geo.lonlat import (
     within,
 )
 from rayseg.geo.vector_files import read_frame
-from rayseg.store import public, split_location, suffix_of, upath
+from rayseg.store import absolute, public, split_location, suffix_of, upath
 
 _log = logging.getLogger(__name__)
 
@@ -208,6 +209,14 @@ def _ordered(bounds: tuple[float, float, float, float]) -> tuple[float, float, f
 
 _NUMBER = r"\s*[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?\s*"
 _BOX = re.compile(rf"^{_NUMBER}(?:(?:,{_NUMBER}){{3}}|(?:,{_NUMBER}){{5}})$")
+
+
+def _placed(text: str) -> str:
+    return text if _BOX.match(text) else absolute(text)
+
+
+Area = Annotated[str, AfterValidator(_placed)]
+"""A box or a file of polygons in a configuration, as `resolve_region` reads it; the path is made absolute."""
 
 
 def resolve_region(text: str) -> Region:

@@ -17,8 +17,9 @@ PIPELINES = {
     "al-s4gan": "rayseg.pipelines.al_s4gan.pipeline",
 }
 """Name on the command line -> module."""
-PREDICTION = {"predict": "rayseg.pipelines.predict"}
-"""The pipeline of `rayseg predict`: a run of it can be retried and planned, `rayseg run pipeline` does not list it."""
+COMMANDS = {"predict": "rayseg.pipelines.predict", "remap": "rayseg.pipelines.remap"}
+"""The pipelines of `rayseg predict` and `rayseg remap`: their runs can be retried and planned, `rayseg run pipeline`
+does not list them."""
 
 
 def pipeline_of(name: str) -> ModuleType:
@@ -28,7 +29,7 @@ def pipeline_of(name: str) -> ModuleType:
         ConfigError: no pipeline has this name.
     """
     # A dict and not entry points: a typo then names the pipelines that exist.
-    module = (PIPELINES | PREDICTION).get(name)
+    module = (PIPELINES | COMMANDS).get(name)
     if module is None:
         raise ConfigError(f"pipeline {name!r} is unknown, expected one of: {', '.join(PIPELINES)}")
     return importlib.import_module(module)

@@ -162,15 +162,20 @@ class Predict:
 def decide(probabilities_CHW: np.ndarray, valid_HW: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     """Classes (height, width) and scores (bands, height, width), both uint8 with 255 where not valid.
 
-    One band is the probability of class 1, which a pixel gets above `threshold`; several bands are one per class, and
-    a pixel gets the largest.
+    One band is the probability of class 1, which a pixel gets if its score is `above` the threshold; several bands are
+    one per class, and a pixel gets the largest.
     """
-    if len(probabilities_CHW) == 1:
-        classes = (probabilities_CHW[0] > threshold).astype(np.uint8)
-    else:
-        classes = probabilities_CHW.argmax(0).astype(np.uint8)
     scores = np.rint(probabilities_CHW * 254).astype(np.uint8)
+    classes = above(scores[0], threshold) if len(scores) == 1 else probabilities_CHW.argmax(0).astype(np.uint8)
     return np.where(valid_HW, classes, NODATA).astype(np.uint8), np.where(valid_HW, scores, NODATA).astype(np.uint8)
+
+
+def above(scores_HW: np.ndarray, threshold: float) -> np.ndarray:
+    """Classes 0 and 1, uint8, of the scores (probability x 254) of a binary map.
+
+    The rounded score decides, so that another threshold can be applied to a finished map as it would be to the model.
+    """
+    return (scores_HW > threshold * 254).astype(np.uint8)
 
 
 def lattice_of(described: Bundle, tile: Tile) -> Lattice:

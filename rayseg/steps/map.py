@@ -376,9 +376,16 @@ def done_tiles(predicted: Step) -> Iterator[tuple[Row, Record]]:
         yield from with_fact(rows[start : start + PART], records, "counts")
 
 
+def table_of(predicted: Step) -> ClassTable:
+    """The classes of a map: those that its step names, else those of its model."""
+    if rows := predicted.value.get("classes"):
+        return ClassTable(tuple((value, name, (red, green, blue)) for value, name, (red, green, blue) in rows))
+    return ClassTable(bundle.description(predicted.value["bundle"]).classes)
+
+
 def join_polygons(step: Step, predicted: Step, product: str) -> dict[str, Any]:
     """Join the polygons of all tiles across tile edges and write `<run>/<product>.parquet`."""
-    table, folder = ClassTable(bundle.description(predicted.value["bundle"]).classes), tiles_prefix(step)
+    table, folder = table_of(predicted), tiles_prefix(step)
     tiles, grids = [], dict[Grid, Grid]()
     for row, record in done_tiles(predicted):
         tile = Tile.from_row(row)

@@ -1,0 +1,67 @@
+"""remap: another threshold, other classes or another area for a finished map, from the scores that it kept.
+
+classes and scores of a run --> decided again --> polygons --> items, report
+"""
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from rayseg.config import Config as Frozen
+from rayseg.engine.run import Run, Step
+from rayseg.errors import ConfigError
+from rayseg.geo.region import Area, Region
+from rayseg.steps import estimate, remap, report
+from rayseg.steps import map as mapping
+from rayseg.steps.remap import ClassRules
+from rayseg.store import Location
+
+Plan = mapping.Plan[None]
+
+
+class Config(Frozen):
+    """What is decided again, and from which run."""
+
+    run: Location
+    """Prefix of a finished run with a map of classes."""
+    threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Probability above which a pixel gets the one class of a binary map; by default the run's own."""
+    classes: ClassRules = ClassRules()
+    """Classes that are merged or left out."""
+    inside: Area | None = None
+    """File of polygons, or west,south,east,north: pixels outside become nodata."""
+    stall_seconds: Annotated[float, Field(gt=0)] = 1800.0
+    """Timeout for deciding or writing one tile; the tile is then recorded as failed."""
+
+
+def write_report(step: Step, predicted: Step, polygons: Step) -> dict[str, Any]:
+    """The report, with the run that the map is made from."""
+    labels = f"Decided again from the scores of {predicted.value['run']}."
+    return report.write_report(step, predicted, polygons, extras=report.Extras(labels=labels))
+
+
+def check(config: Config, region: Region) -> Plan:
+    """Refuse a run without the scores that the settings need, before anything is written."""
+    origin = remap.origin_of(config.run)
+    remap.decision_of(origin, config.classes, config.threshold)
+    remap.area_inside(region, config.inside)
+    if (config.threshold, config.classes, config.inside) == (None, ClassRules(), None):
+        raise ConfigError("nothing is to change; give --set threshold, classes.merge, classes.drop or inside")
+    return Plan(remap.tiles_of(config.run))
+
+
+def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:
+    """The forecast of a run, for its estimate."""
+    return estimate.Forecast(plan.tiles or [], unknown=("the time, which is that of writing the tiles",))
+
+
+def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> str:
+    """Decide a run's map again; return the report's path and its headline."""
+    origin = run.step("origin", remap.load_origin, config.run)
+    settings = (config.classes, config.threshold, config.inside, config.stall_seconds)
+    tiles = plan.tiles if plan else None
+    predicted = run.step("predict", remap.reclassify_tiles, region, origin, *settings, tiles=tiles)
+    polygons = run.step("polygons", mapping.join_polygons, predicted, "polygons")
+    run.step("publish", mapping.publish, predicted, f"{region.name}, from {config.run}")
+    written = run.step("report", write_report, predicted, polygons)
+    return report.headline(written)

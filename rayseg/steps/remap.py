@@ -1,0 +1,204 @@
+"""Make a new map from the classes and scores that a finished run kept, without its model and its imagery."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field
+from shapely.geometry import mapping as geojson
+from shapely.geometry import shape
+
+from rayseg.config import Config
+from rayseg.engine import run as runs
+from rayseg.engine.flow import Work
+from rayseg.engine.ledger import SETTLED, Fate, Fates, Ledger
+from rayseg.engine.manifest import PART, Manifest, Row, read_rows
+from rayseg.engine.run import Step
+from rayseg.errors import ConfigError, DataError, listed
+from rayseg.geo.region import Region, resolve_region
+from rayseg.io import masks
+from rayseg.io.maps import mapped_tiles
+from rayseg.io.sources import gdal, open_file
+from rayseg.stages.reclassify import Decision, Reclassify
+from rayseg.stages.write import WriteTile
+from rayseg.steps import map as mapping
+from rayseg.store import upath
+from rayseg.vision.color import ClassTable
+
+SCORED = "predict"
+"""The step of a run whose tiles have classes and scores."""
+
+
+class ClassRules(Config):
+    """Which classes become one, and which are left out."""
+
+    merge: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Name of the new class -> the classes that it takes; it has the value and the colour of the first."""
+    drop: tuple[str, ...] = ()
+    """Classes that are left out: their pixels get the likeliest of the others."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The map that another one is made from.
+
+    Attributes:
+        root: prefix of its run.
+        table: its classes.
+        bands: names of its score bands.
+        model: href of the model's item; "" if there is none.
+        key: of the step that made it.
+    """
+
+    root: str
+    table: ClassTable
+    bands: tuple[str, ...]
+    model: str
+    key: str
+
+
+def region_of(root: str) -> Region:
+    """The region of a run."""
+    values = runs.read(root)["region"]
+    return Region(**values | {"tiles": tuple(values["tiles"])})
+
+
+def origin_of(root: str) -> Origin:
+    """The map of a finished run.
+
+    Raises:
+        ConfigError: `root` is not a run, has not finished, or has no map of classes.
+    """
+    content, status = runs.read(root), runs.status(root)["status"]
+    if status not in {"done", "incomplete"}:
+        raise ConfigError(f"run {root} is {status}, expected a finished run; finish it by its own command first")
+    tiles = mapped_tiles(root) if content["pipeline"] != "agri" else []
+    table = masks.table_of(tiles[0].href) if tiles else None
+    if table is None:
+        raise ConfigError(
+            f"run {root} of {content['pipeline']} has no tile with classes and scores, expected a map of classes; "
+            "name another run"
+        )
+    scores = str(upath(tiles[0].href).parent / "scores.tif")
+    with gdal(scores), open_file(scores) as dataset:
+        bands = tuple(str(name) for name in dataset.descriptions)
+    bundle = content["steps"][SCORED].get("bundle")
+    model = str(upath(bundle) / "item.json") if bundle else ""
+    return Origin(root, table, bands, model, runs.key_of(root, SCORED))
+
+
+def decision_of(origin: Origin, rules: ClassRules, threshold: float | None) -> Decision:
+    """How the new classes follow from the map.
+
+    Raises:
+        ConfigError: a class is unknown or named twice, fewer than two are left, or the scores do not suffice.
+    """
+    names, values = origin.table.names, {name: value for value, name, _ in origin.table.classes}
+    members = [name for group in rules.merge.values() for name in group]
+    asked = [*members, *rules.drop]
+    if unknown := sorted(set(asked) - set(names)):
+        raise ConfigError(f"classes {listed(unknown)} are not in {origin.root}, its classes are {listed(names)}")
+    if twice := sorted({name for name in asked if asked.count(name) > 1}):
+        raise ConfigError(f"classes names {listed(twice)} twice, expected every class once; correct merge and drop")
+    if short := [name for name, group in rules.merge.items() if len(group) < 2]:
+        raise ConfigError(f"classes.merge has one class for {listed(short)}, expected two or more; correct it")
+    binary = len(origin.bands) == 1 and len(names) == 2
+    if threshold is not None and not binary:
+        raise ConfigError(
+            f"threshold is for maps of one class and a background, {origin.root} has {len(names)} classes; leave it out"
+        )
+    if rules.drop and len(origin.bands) < len(names):
+        raise ConfigError(
+            f"{origin.root} keeps the score of each pixel's own class alone, so no other class is known for the pixels "
+            f"of {listed(rules.drop)}; merge them into another class instead"
+        )
+    renamed = {values[group[0]]: name for name, group in rules.merge.items()}
+    decision = Decision(
+        ClassTable(tuple((v, renamed.get(v, name), color) for v, name, color in origin.table.classes)),
+        threshold,
+        {values[name]: values[group[0]] for group in rules.merge.values() for name in group[1:]},
+        tuple(values[name] for name in rules.drop),
+    )
+    if asked and len(decision.left.classes) < 2:
+        raise ConfigError(f"{len(decision.left.classes)} class would be left of {listed(names)}, expected two or more")
+    return decision
+
+
+def tiles_of(root: str) -> Manifest:
+    """The rows of a run's tiles that have imagery, also of those that failed there."""
+    rows = read_rows(upath(root) / "steps" / SCORED / "manifest.parquet", root=root)
+    fates = _fates(root)
+
+    def parts() -> Iterator[list[Row]]:
+        for start in range(0, len(rows), PART):
+            part = rows[start : start + PART]
+            empty = {tile for tile, fate in fates.among(row["id"] for row in part).items() if fate.status == "nodata"}
+            yield [row for row in part if row["id"] not in empty]
+
+    return Manifest.of(parts())
+
+
+def failures_of(root: str, ids: Iterable[str]) -> dict[str, str]:
+    """Why some of a run's tiles have no map, by id."""
+    names = list(ids)
+    fates, missing = _fates(root).among(names), Fate("missing", "it was not mapped", 1)
+    return {
+        name: f"{fate.status} in {root}: {fate.reason}; first: rayseg retry {root}"
+        for name in names
+        if (fate := fates.get(name, missing)).status not in SETTLED
+    }
+
+
+def _fates(root: str) -> Fates:
+    return Ledger(str(upath(root) / "steps" / SCORED / "ledger")).fates()
+
+
+def area_inside(region: Region, inside: str | None) -> dict[str, Any] | None:
+    """The part of a region within the polygons of another, GeoJSON in EPSG:4326; None for everything.
+
+    Raises:
+        ConfigError: `inside` names no polygons.
+        DataError: the two do not meet.
+    """
+    if not inside:
+        return region.geometry
+    area = resolve_region(inside).geometry
+    if area is None:
+        raise ConfigError(f"inside is {inside}, a catalogue without an area; give a file of polygons, or a box")
+    if region.geometry is None:
+        return area
+    both = shape(area).intersection(shape(region.geometry))
+    if not both.area:
+        raise DataError(f"inside {inside} does not meet the region {region.name}; give polygons within it")
+    return dict(geojson(both))
+
+
+def load_origin(step: Step, root: str) -> dict[str, Any]:
+    """Name the run that the map is made from; its key changes when that run is made again."""
+    return {"run": root, "key": origin_of(root).key}
+
+
+def reclassify_tiles(
+    step: Step,
+    region: Region,
+    origin: Step,
+    rules: ClassRules,
+    threshold: float | None,
+    inside: str | None,
+    stall_seconds: float,
+    *,
+    tiles: Sequence[Row] | None = None,
+) -> dict[str, Any]:
+    """Decide every tile again; results are in tiles/<id>/, the status of each tile is in the step's ledger."""
+    known, geometry = origin_of(origin.value["run"]), area_inside(region, inside)
+    decision = decision_of(known, rules, threshold)
+    table = decision.left
+    bands = known.bands if len(known.bands) == 1 else table.names
+    rows = mapping.kept_manifest(step, lambda: tiles_of(known.root) if tiles is None else tiles)
+    failed = failures_of(known.root, rows.ids.to_pylist())
+    works = [
+        Work(Reclassify(str(upath(known.root) / "tiles"), decision, geometry=region.geometry, failed=failed)),
+        Work(WriteTile(mapping.tiles_prefix(step), table, bands=bands, geometry=geometry, model=known.model)),
+    ]
+    done = mapping.through(step, rows, works, patience=stall_seconds)
+    return {"classes": table.classes, "run": known.root, **done}
