@@ -19,45 +19,24 @@ from pathlib import Path
 
 import numpy as np
 from measure import Cost, measured, middle, show, tree_seconds
+from small_models import MEAN, STD, save_segmenter
 
 TILE, PATCH, STRIDE, MARGIN = 2048, 640, 512, 64
 LEFT, TOP = 500_000 // TILE * TILE, 5_000_000 // TILE * TILE  # 1 m pixels: the scene begins with a tile
-MEAN, STD = 120.0, 50.0
 
 
 def write_world(folder: Path, *, columns: int, rows: int, architecture: str, encoder: str) -> None:
     """`scene.tif`, its catalogue, and the bundle of a network that marks about half of it."""
-    import torch
     from rasterio.transform import from_origin
 
     from rayseg.io import labels
-    from rayseg.models import bundle
-    from rayseg.models.bundle import Architecture, Bundle, Scaling
-    from rayseg.models.segmenter import build_segmenter
 
     scene_CHW = _landscape(rows * TILE, columns * TILE)
     _write_cog(folder / "scene.tif", scene_CHW, from_origin(LEFT, TOP, 1, 1), compress="DEFLATE")
     labels.ingest_rasters([str(folder / "scene.tif")], str(folder / "imagery"))
-    torch.manual_seed(7)
-    options = {"architecture": architecture, "encoder": encoder, "classes": 1, "channels": 3}
-    model = build_segmenter(**options, weights="none").eval()
-    head = model.get_submodule("segmentation_head")[0]
-    with torch.inference_mode():
-        logits = model((torch.from_numpy(scene_CHW[None, :, :PATCH, :PATCH].copy()).float() - MEAN) / STD)
-        head.weight /= logits.std()
-        head.bias.copy_((head.bias - logits.median()) / logits.std())
-    described = Bundle(
-        name="segmenter",
-        task="segmentation",
-        architecture=Architecture(factory="segmenter", options=options),
-        classes=((0, "background", (0, 0, 0)), (1, "found", (0, 158, 115))),
-        bands=("red", "green", "blue"),
-        dtype="uint8",
-        scaling=Scaling(mean=(MEAN,) * 3, std=(STD,) * 3),
-        patch=PATCH,
-        stride=STRIDE,
-    )
-    bundle.save(folder / "model", described, model)
+    sample_CHW = scene_CHW[:, :PATCH, :PATCH]
+    where = {"patch": PATCH, "stride": STRIDE}
+    save_segmenter(folder / "model", sample_CHW, **where, encoder=encoder, architecture=architecture)
 
 
 def _landscape(height: int, width: int) -> np.ndarray:

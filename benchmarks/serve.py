@@ -24,41 +24,18 @@ from urllib.request import urlopen
 
 import numpy as np
 from measure import show
+from small_models import MEAN, STD, save_segmenter
 
-PATCH, MEAN, STD = 256, 120.0, 50.0
+PATCH = 256
 
 
 def write_world(folder: Path, encoder: str) -> None:
     """Write a bundle whose network marks about half of an image, and a PNG of one patch."""
-    import torch
     from PIL import Image
-
-    from rayseg.models import bundle
-    from rayseg.models.bundle import Architecture, Bundle, Scaling
-    from rayseg.models.segmenter import build_segmenter
 
     image_HWC = np.random.default_rng(1).integers(60, 180, (8, 8, 3), np.uint8).repeat(32, 0).repeat(32, 1)
     Image.fromarray(image_HWC).save(folder / "image.png")
-    torch.manual_seed(7)
-    options = {"architecture": "unet", "encoder": encoder, "classes": 1, "channels": 3}
-    model = build_segmenter(**options, weights="none").eval()
-    head = model.get_submodule("segmentation_head")[0]
-    with torch.inference_mode():
-        logits = model((torch.from_numpy(image_HWC.transpose(2, 0, 1)[None].copy()).float() - MEAN) / STD)
-        head.weight /= logits.std()
-        head.bias.copy_((head.bias - logits.median()) / logits.std())
-    described = Bundle(
-        name="bench",
-        task="segmentation",
-        architecture=Architecture(factory="segmenter", options=options),
-        classes=((0, "background", (0, 0, 0)), (1, "found", (0, 158, 115))),
-        bands=("red", "green", "blue"),
-        dtype="uint8",
-        scaling=Scaling(mean=(MEAN,) * 3, std=(STD,) * 3),
-        patch=PATCH,
-        stride=PATCH,
-    )
-    bundle.save(folder / "bench", described, model)
+    save_segmenter(folder / "bench", image_HWC.transpose(2, 0, 1), patch=PATCH, stride=PATCH, encoder=encoder)
 
 
 def bare(folder: Path, port: int) -> None:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from measure import Cost, middle, show, tree_seconds
+from small_models import save_segmenter
 
 PROGRAM = "from rayseg.cli import app; app()"
 
@@ -22,26 +23,10 @@ def write_world(folder: Path) -> tuple[str, str]:
     import numpy as np
     from PIL import Image
 
-    from rayseg.models import bundle
-    from rayseg.models.bundle import Architecture, Bundle, Scaling
-    from rayseg.models.segmenter import build_segmenter
-
     (folder / "images").mkdir()
     image_HWC = np.random.default_rng(1).integers(0, 255, (8, 8, 3), np.uint8).repeat(64, axis=0).repeat(64, axis=1)
     Image.fromarray(image_HWC).save(folder / "images/scene.png")
-    options = {"architecture": "unet", "encoder": "mobilenet_v2", "classes": 1, "channels": 3}
-    described = Bundle(
-        name="segmenter",
-        task="segmentation",
-        architecture=Architecture(factory="segmenter", options=options),
-        classes=((0, "background", (0, 0, 0)), (1, "found", (0, 158, 115))),
-        bands=("red", "green", "blue"),
-        dtype="uint8",
-        scaling=Scaling(mean=(120.0,) * 3, std=(50.0,) * 3),
-        patch=640,
-        stride=512,
-    )
-    bundle.save(folder / "model", described, build_segmenter(**options, weights="none"))
+    save_segmenter(folder / "model", None, patch=640, stride=512, encoder="mobilenet_v2")
     return str(folder / "model"), str(folder / "images")
 
 
