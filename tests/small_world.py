@@ -67,6 +67,21 @@ def rayseg(*words):
     return result
 
 
+def finished(out, *words):
+    """The folder of a run that these words begin, when it has ended well."""
+    result = rayseg(*words, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"{out}/report/index.html: ")
+    return out
+
+
+def planned(*words):
+    """What `rayseg plan` returns for the words of a run."""
+    result = rayseg("plan", *[word for word in words[1:] if word not in {"--engine", "inline"}], "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
 def refused(code, *words):
     """The one sentence with which the command line refuses these words."""
     result = rayseg(*words)
@@ -129,9 +144,9 @@ def segmenter(prefix, *, bands=BANDS, dtype="uint8", classes=1):
     return str(prefix)
 
 
-def classifier(prefix):
-    """Save a bundle that tells images apart, and so cannot map."""
-    options = {"encoder": "mobilenet_v2", "classes": 2}
+def classifier(prefix, *, encoder="mobilenet_v2", train=None):
+    """Save a bundle that tells images apart, and so cannot map; `train` changes its network first."""
+    options = {"encoder": encoder, "classes": 2}
     described = Bundle(
         name="classifier",
         task="classification",
@@ -143,7 +158,8 @@ def classifier(prefix):
         patch=64,
         stride=64,
     )
-    bundle.save(prefix, described, build_classifier(**options, weights="none"))
+    model = build_classifier(**options, weights="none")
+    bundle.save(prefix, described, train(model) if train else model)
     return str(prefix)
 
 

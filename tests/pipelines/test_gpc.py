@@ -9,7 +9,7 @@ import numpy as np
 import pystac
 import pytest
 import rasterio
-from small_world import SMALL_GPC, damage, files, goes_on_elsewhere, rayseg, scene, valid_stac
+from small_world import SMALL_GPC, damage, files, finished, goes_on_elsewhere, planned, rayseg, scene, valid_stac
 
 from rayseg.config import load
 from rayseg.engine.manifest import write_rows
@@ -40,11 +40,7 @@ def words(tmp_path_factory, demo_region):
 @pytest.fixture(scope="module")
 def whole(words, tmp_path_factory):
     """A run that nothing disturbed."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    found = rayseg(*words, "--out", out)
-    assert found.exit_code == 0, found.output
-    assert found.stdout.startswith(f"{out}/report/index.html: ")
-    return out
+    return finished(tmp_path_factory.mktemp("whole") / "run", *words)
 
 
 @pytest.mark.more  # test_superpixel.py moves a run in make test
@@ -91,9 +87,7 @@ def test_the_map_covers_both_scenes(whole, words):
     ("concept", {"Superpixels", "WriteDensity", "ConceptCue"}),
 ])  # fmt: skip
 def test_a_plan_times_all_that_comes_before_the_map(words, method, more):
-    found = rayseg("plan", *words[1 : words.index("--engine")], "--set", f"cues.method={method}", "--json")
-    assert found.exit_code == 0, found.output
-    plan = json.loads(found.stdout)
+    plan = planned(*words, "--set", f"cues.method={method}")
     assert {"classifier", "Cam", "WriteCue", "segmenter", "Predict", *more} <= set(plan["seconds"])
     assert plan["wall_seconds"] > plan["seconds"]["classifier"] + plan["seconds"]["segmenter"]
 

@@ -14,7 +14,9 @@ from small_world import (
     HEIGHT,
     WIDTH,
     files,
+    finished,
     goes_on_elsewhere,
+    planned,
     rayseg,
     refused,
     scene,
@@ -66,17 +68,11 @@ def words(tmp_path_factory, demo_region):
 @pytest.fixture(scope="module")
 def whole(words, tmp_path_factory):
     """A run that nothing disturbed."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    found = rayseg(*words, "--out", out)
-    assert found.exit_code == 0, found.output
-    assert found.stdout.startswith(f"{out}/report/index.html: ")
-    return out
+    return finished(tmp_path_factory.mktemp("whole") / "run", *words)
 
 
 def test_a_plan_times_training_and_validation(words):
-    found = rayseg("plan", *words[1 : words.index("--engine")], "--json")
-    assert found.exit_code == 0, found.output
-    plan = json.loads(found.stdout)
+    plan = planned(*words)
     assert {"segmenter", "CompareTile", "Predict", "WriteTile"} <= set(plan["seconds"])
     assert plan["wall_seconds"] > plan["seconds"]["segmenter"] + plan["seconds"]["Predict"]
 

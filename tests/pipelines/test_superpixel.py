@@ -12,7 +12,7 @@ import rasterio
 from fake_run import blobs, make, picture
 from PIL import Image
 from sklearn.metrics.cluster import contingency_matrix
-from small_world import GRID, catalogue, files, goes_on_elsewhere, rayseg, refused, valid_stac, window_at
+from small_world import GRID, catalogue, files, finished, goes_on_elsewhere, rayseg, refused, valid_stac, window_at
 from upath import UPath
 
 from rayseg.config import load
@@ -87,10 +87,7 @@ def words(world, *more):
 @pytest.fixture(scope="module")
 def whole(world, tmp_path_factory):
     """A run that nothing disturbed."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    found = rayseg(*words(world, f"truth={world}/truth"), "--out", out)
-    assert found.exit_code == 0, found.output
-    return out
+    return finished(tmp_path_factory.mktemp("whole") / "run", *words(world, f"truth={world}/truth"))
 
 
 def records(out, step):

@@ -10,34 +10,13 @@ import rasterio
 import torch
 from PIL import Image
 from shapely.geometry import box
-from small_world import BANDS, SCALING, rayseg, refused
+from small_world import BANDS, SCALING, classifier, rayseg, refused
 
 from rayseg.io import labels
-from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance
-from rayseg.models.classifier import build_classifier
 from rayseg.stages.classify import by_class
 
 GREEN, BROWN = (40, 200, 60), (150, 110, 80)
-
-
-def green_or_not(prefix, *, options=None, patch=64):
-    """A classifier that says gpc where green exceeds red: its encoder is the image, shrunk."""
-    options = {"encoder": "test_resnet", "classes": 2} | (options or {})
-    model = build_classifier(**options, weights="none")
-    described = Bundle(
-        name="classifier",
-        task="classification",
-        architecture=Architecture(factory="classifier", options=options),
-        classes=((0, "gpc", (0, 158, 115)), (1, "nongpc", (0, 0, 0))),
-        bands=BANDS,
-        dtype="uint8",
-        scaling=SCALING,
-        patch=patch,
-        stride=patch,
-    )
-    bundle.save(prefix, described, trained_on_colour(model))
-    return str(prefix)
 
 
 def trained_on_colour(model):
@@ -59,7 +38,7 @@ def trained_on_colour(model):
 def world(tmp_path_factory):
     """A classifier; chips in folders of classes, one of them in the wrong one; and a georeferenced scene."""
     root = tmp_path_factory.mktemp("classes")
-    green_or_not(root / "model")
+    classifier(root / "model", encoder="test_resnet", train=trained_on_colour)
     for label, name, color in (
         ("gpc", "a", GREEN),
         ("gpc", "b", GREEN),

@@ -1,49 +1,24 @@
 import numpy as np
 import pytest
 import torch
+from coloured_squares import GROUND_SCALING as SCALING
+from coloured_squares import SEMI_SUPERVISED, chips_on_ground
 from pydantic import ValidationError
 from torch import nn
 
 from rayseg.models.bundle import Scaling
 from rayseg.train import consistency, s4gan, session
 from rayseg.train.augment import Augment
-from rayseg.train.batches import Chips
 from rayseg.train.consistency import Pupil, fit_consistency
 from rayseg.train.learning import Learner, Learning, trained
-from rayseg.train.s4gan import ConsistencyConfig, Data, S4ganConfig
+from rayseg.train.s4gan import ConsistencyConfig, Data
 from rayseg.train.session import Setup
 
-SCALING = Scaling(mean=(110.0, 100.0, 90.0), std=(40.0, 40.0, 40.0))
-QUICK = S4ganConfig(
-    architecture="unet",
-    encoder="test_resnet",
-    weights="none",
-    size=32,
-    steps=6,
-    checkpoint=2,
-    rate=1e-3,
-    head_rate=3.0,
-    bias_rate=3.0,
-    learner="consistency",
-    consistency=ConsistencyConfig(threshold=0.4),
-    learning=Learning(batch=4, optimizer="adamw"),
-    augment=Augment(crop="random"),
-)
+QUICK = SEMI_SUPERVISED.model_copy(update={"learner": "consistency", "consistency": ConsistencyConfig(threshold=0.4)})
 
 
-def scenes(count, *, seed, masks=True, size=48):
-    """Brown ground with a green square each; 0 ground, 1 green, 255 along the left edge."""
-    rng = np.random.default_rng(seed)
-    images = rng.normal((130, 100, 70), 10, (count, size, size, 3))
-    classes = np.zeros((count, size, size), np.uint8)
-    for k in range(count):
-        top, left = rng.integers(0, size // 2, 2)
-        classes[k, top : top + size // 3, left : left + size // 3] = 1
-        images[k][classes[k] == 1] = (50, 170, 80)
-    classes[:, :, :2] = 255
-    images_NHWC = images.clip(0, 255).astype(np.uint8)
-    ids = tuple(f"s{seed}-{k}" for k in range(count))
-    return Chips(ids, (0,) * count, images_NHWC.__getitem__, classes.__getitem__ if masks else None, classes=2)
+def scenes(count, **more):
+    return chips_on_ground(count, (50, 170, 80), **more)
 
 
 @pytest.fixture

@@ -1,48 +1,27 @@
 import numpy as np
 import pytest
 import torch
+from coloured_squares import GROUND_SCALING as SCALING
+from coloured_squares import SEMI_SUPERVISED, chips_on_ground
 
 from rayseg.errors import ConfigError, DataError, ModelError
-from rayseg.models.bundle import Scaling
 from rayseg.train import s4gan, session
 from rayseg.train.augment import Augment
 from rayseg.train.batches import Chips
 from rayseg.train.learning import Learning, trained
-from rayseg.train.s4gan import Data, DiscriminatorConfig, Pair, S4ganConfig, fit_s4gan
+from rayseg.train.s4gan import Data, DiscriminatorConfig, Pair, fit_s4gan
 from rayseg.train.session import Setup
 
-SCALING = Scaling(mean=(110.0, 100.0, 90.0), std=(40.0, 40.0, 40.0))
-QUICK = S4ganConfig(
-    architecture="unet",
-    encoder="test_resnet",
-    weights="none",
-    size=32,
-    steps=6,
-    checkpoint=2,
-    rate=1e-3,
-    head_rate=3.0,
-    bias_rate=3.0,
-    discriminator=DiscriminatorConfig(width=8, after=2, threshold=0.3),
-    learning=Learning(batch=4, optimizer="adamw", average=0.9),
-    augment=Augment(crop="random"),
+QUICK = SEMI_SUPERVISED.model_copy(
+    update={
+        "discriminator": DiscriminatorConfig(width=8, after=2, threshold=0.3),
+        "learning": Learning(batch=4, optimizer="adamw", average=0.9),
+    }
 )
 
 
-def scenes(count, *, seed, masks=True, size=48):
-    """Brown ground with a green and a blue square each; 0 ground, 1 green, 2 blue, 255 along the left edge."""
-    rng = np.random.default_rng(seed)
-    images = rng.normal((130, 100, 70), 10, (count, size, size, 3))
-    classes = np.zeros((count, size, size), np.uint8)
-    for k in range(count):
-        for value, color in ((1, (50, 170, 80)), (2, (40, 80, 200))):
-            top, left = rng.integers(0, size // 2, 2)
-            classes[k, top : top + size // 3, left : left + size // 3] = value
-            images[k][classes[k] == value] = color
-    classes[:, :, :2] = 255
-    images_NHWC = images.clip(0, 255).astype(np.uint8)
-    read_mask = classes.__getitem__ if masks else None
-    ids = tuple(f"s{seed}-{k}" for k in range(count))
-    return Chips(ids, (0,) * count, images_NHWC.__getitem__, read_mask, classes=3)
+def scenes(count, **more):
+    return chips_on_ground(count, (50, 170, 80), (40, 80, 200), **more)
 
 
 @pytest.fixture

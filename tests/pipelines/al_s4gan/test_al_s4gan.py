@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from small_world import files, goes_on_elsewhere, rayseg, refused
+from small_world import files, finished, goes_on_elsewhere, planned, rayseg, refused
 
 from rayseg.config import load
 from rayseg.engine.run import read
@@ -97,17 +97,11 @@ def words(world):
 
 @pytest.fixture(scope="module")
 def whole(words, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "run"
-    found = rayseg(*words, "--out", out)
-    assert found.exit_code == 0, found.output
-    assert found.stdout.startswith(f"{out}/report/index.html: ")
-    return out
+    return finished(tmp_path_factory.mktemp("whole") / "run", *words)
 
 
 def test_a_plan_times_the_segmenter_and_says_what_it_does_not(words):
-    found = rayseg("plan", *words[1 : words.index("--engine")], "--json")
-    assert found.exit_code == 0, found.output
-    plan = json.loads(found.stdout)
+    plan = planned(*words)
     assert {"segmenter", "Predict", "WriteTile"} <= set(plan["seconds"])
     assert "the selection among" in plan["unknown"][0]
 
