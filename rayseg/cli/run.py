@@ -263,22 +263,17 @@ def _plan_text(plan: Mapping[str, Any]) -> str:
     if plan["refused"]:
         lines.append(f"  {plan['refused']} scenes cannot be mapped; the run reports each with the reason")
     if plan["probe"]:
-        probe = plan["probe"]
+        probe, price = plan["probe"], plan["price"]
         gpu = "not measured: this machine has none" if plan["gpu_seconds"] is None else f"{plan['gpu_seconds']:,.0f} s"
         stages = ", ".join(f"{stage} {seconds:,.1f} s" for stage, seconds in plan["seconds"].items())
         lines += [
             f"  CPU      {plan['cpu_seconds']:,.0f} s     GPU  {gpu}     ({stages})",
             f"  wall     {plan['wall_seconds']:,.0f} s with {plan['workers']} x {probe['cpus']} CPUs and "
             f"{probe['gpus']} GPUs, estimated from {len(probe['tiles'])} tiles",
-            f"  price    {_price(plan['price'])}",
+            f"  price    {price:,.2f}" if price >= 0.1 or not price else f"  price    {price:.2g}",
         ]
         lines += [f"  failed in the probe: {row}: {why}" for row, why in list(probe["troubles"].items())[:MOST_NAMED]]
     return "\n".join(lines + [f"  not included: {line}" for line in plan["unknown"]])
-
-
-def _price(amount: float) -> str:
-    """An amount with two decimals, below 0.1 with two significant digits."""
-    return f"{amount:,.2f}" if amount >= 0.1 or not amount else f"{amount:.2g}"
 
 
 def _bytes(count: int | None) -> str:

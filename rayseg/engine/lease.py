@@ -111,7 +111,8 @@ class Lease:
         try:
             path.fs.pipe_file(path.path, f"{self.owner} {self._beats}".encode(), Metadata=about, **condition)
         except OSError as error:
-            if not _condition_failed(error):
+            cause, condition_failed = error.__cause__, {"PreconditionFailed", "ConditionalRequestConflict"}
+            if not (isinstance(cause, ClientError) and cause.response["Error"]["Code"] in condition_failed):
                 raise
             # Perhaps an earlier try of this request succeeded and its answer was lost: the object names its owner.
         holder = holder_of(self.root)
@@ -181,12 +182,6 @@ def _taken(root: str) -> Lease:
         raise ConfigError(
             f"another driver has just begun to work on {root} ({holder_of(root)}); wait for it, or choose another --out"
         ) from None
-
-
-def _condition_failed(error: OSError) -> bool:
-    cause = error.__cause__
-    codes = {"PreconditionFailed", "ConditionalRequestConflict"}
-    return isinstance(cause, ClientError) and cause.response["Error"]["Code"] in codes
 
 
 def _path(root: str) -> Any:  # noqa: ANN401 - a UPath with s3fs's methods

@@ -36,7 +36,8 @@ def read_frame(path: StorePath) -> "geopandas.GeoDataFrame":
     with target.open("rb") as file:
         head = file.read(_HEAD)
     kind = _kind(head)
-    if not kind and not _allowed(path):
+    allowed = {name.lower() for name in allowed_drivers()}
+    if not kind and allowed.isdisjoint(name.lower() for name in _drivers(path)):
         raise DataError(
             f"{path} is damaged, or not a GeoJSON, GeoPackage, FlatGeobuf, GeoParquet or Shapefile; convert it, or, if "
             f"you trust where it is from, allow its GDAL driver with --allow-driver {(_drivers(path) or ['NAME'])[0]}"
@@ -60,10 +61,6 @@ def _kind(head: bytes) -> str:
     if text.startswith(b"{") and _GEOJSON.search(text) and not _FOREIGN_JSON.search(text):
         return "GeoJSON"
     return next((kind for signature, kind in signatures.items() if head.startswith(signature)), "")
-
-
-def _allowed(path: StorePath) -> bool:
-    return bool({name.lower() for name in _drivers(path)} & {name.lower() for name in allowed_drivers()})
 
 
 def _drivers(path: StorePath) -> list[str]:

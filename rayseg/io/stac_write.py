@@ -101,7 +101,10 @@ def item_of(
     FileExtension.add_to(item)
     if table:
         ClassificationExtension.add_to(item)
-    home, model = _home(folder), _relative(model, str(upath(folder))) if model else None
+    # Links within the run are relative, so that it can be moved.
+    place = upath(folder)
+    home = f"{place.parent.parent if place.parent.name == 'tiles' else place}/"
+    model = _relative(model, str(place)) if model else None
     by = f" by the model {model}" if model else ""
     item.properties |= {
         "processing:level": "L4",
@@ -114,7 +117,7 @@ def item_of(
         # 3. files, and links to imagery and model
         _add_asset(item, file, table)
     hrefs = [
-        (public(_relative(href, str(upath(folder))) if href.startswith(home) else href), source.item_id)
+        (public(_relative(href, str(place)) if href.startswith(home) else href), source.item_id)
         for source in sources
         if (href := source.href)
     ]
@@ -122,12 +125,6 @@ def item_of(
     for href, title in hrefs:
         item.add_link(pystac.Link(pystac.RelType.DERIVED_FROM, href, "application/geo+json", title))
     return item
-
-
-def _home(folder: StorePath) -> str:
-    """The prefix of the run, with a slash, of a folder in its `tiles`; else that of the folder itself."""
-    place = upath(folder)
-    return f"{place.parent.parent if place.parent.name == 'tiles' else place}/"
 
 
 def _add_asset(item: pystac.Item, file: WrittenFile, table: ClassTable | None) -> None:

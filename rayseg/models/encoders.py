@@ -6,7 +6,7 @@ import pickle
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -247,13 +247,7 @@ def unwrapped(state: State, wanted: Collection[str], path: str) -> State:
         wanted: names of the tensors of a network.
         path: of the file, for a warning that several copies of the network are in it.
     """
-    counts = Counter(
-        f"{'.'.join(parts[:depth])}." if depth else ""
-        for key in state
-        for parts in [key.split(".")]
-        for depth in range(min(len(parts), _DEEPEST + 1))
-        if ".".join(parts[depth:]) in wanted
-    )
+    counts = prefixes(state, wanted)
     if not counts:
         return state
     most = max(counts.values())
@@ -263,6 +257,17 @@ def unwrapped(state: State, wanted: Collection[str], path: str) -> State:
             "weights %s hold the network as %s: %s is loaded", path, " and ".join(best), best[0] or "the first"
         )
     return {key.removeprefix(best[0]): tensor for key, tensor in state.items() if key.startswith(best[0])}
+
+
+def prefixes(names: Iterable[str], wanted: Container[str]) -> Counter[str]:
+    """The prefixes, "" included, under which wanted names are among `names`, each with their number."""
+    return Counter(
+        f"{'.'.join(parts[:depth])}." if depth else ""
+        for name in names
+        for parts in [name.split(".")]
+        for depth in range(min(len(parts), _DEEPEST + 1))
+        if ".".join(parts[depth:]) in wanted
+    )
 
 
 def _spellings(state: State, wanted: State, path: str) -> list[State]:

@@ -1,13 +1,13 @@
 """Weights of the published codes: under which names they keep their tensors, and how those fit rayseg's networks."""
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from rayseg.errors import ModelError
+from rayseg.models.encoders import prefixes
 
 State = dict[str, Tensor]
 Renames = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
@@ -46,7 +46,6 @@ PLOTS: Renames = (
 )
 """LiSegAgr's ResNet50, a sequence of torchvision's layers -> their names."""
 _FLAT = re.compile(r"(^|\.)(stages|features|layers|blocks)\.(\d+)\.")
-_DEEPEST = 6  # parts of a name that wrappers add
 _LAST = 4  # tensors that may be matched by shape
 
 
@@ -113,7 +112,7 @@ def _places(given: State, wanted: State) -> dict[str, str]:
     for spelled in ({name: name for name in given}, {_FLAT.sub(r"\1\2_\3.", name): name for name in given}):
         for outer in ("", "model."):
             inner = {key.removeprefix(outer): key for key in wanted if key.startswith(outer)}
-            for prefix in _prefixes(spelled, inner):
+            for prefix, _ in prefixes(spelled, inner).most_common(2):
                 found = {
                     inner[name.removeprefix(prefix)]: old
                     for name, old in spelled.items()
@@ -122,18 +121,6 @@ def _places(given: State, wanted: State) -> dict[str, str]:
                 fitting = {key: old for key, old in found.items() if wanted[key].shape == given[old].shape}
                 best = fitting if len(fitting) > len(best) else best
     return best
-
-
-def _prefixes(names: Iterable[str], wanted: Mapping[str, str]) -> list[str]:
-    """The prefixes under which wanted names are in a file, the most frequent two."""
-    counts = Counter(
-        f"{'.'.join(parts[:depth])}." if depth else ""
-        for name in names
-        for parts in [name.split(".")]
-        for depth in range(min(len(parts), _DEEPEST + 1))
-        if ".".join(parts[depth:]) in wanted
-    )
-    return [prefix for prefix, _ in counts.most_common(2)]
 
 
 def _by_shape(wanted: State, given: State, places: Mapping[str, str]) -> dict[str, str]:

@@ -307,48 +307,32 @@ def write_report(
     """
     extras = extras or Extras()
     request, tiles = runs.read(step.root), mapped_tiles(predicted.root, predicted.name)
+    content = _content(step.root, extras, request, runs.status(step.root)["steps"])
     table = masks.table_of(tiles[0].href) if tiles else None
     classes = class_shares(tiles, table) if table else []
     evaluation = measured.value if measured and "overall" in measured.value else None
     timing = timing_of(extras.timed or predicted, tiles, workers=extras.workers)
     seams = seam_score(tiles)
     pictures = pictures_of(tiles, most=MOST_MAPS)
-    ledgers = runs.status(step.root)["steps"]
-    figures = _figures(classes, evaluation, timing, ledgers[predicted.name], polygons)
     behind = extras.baseline.first if extras.baseline else ""
     summary = " ".join(filter(None, [behind, _summary(tiles, classes)]))
-    shown = [*extras.pictures, *(extras.baseline.pictures if extras.baseline else ())]
-    tables = [*([extras.baseline.table] if extras.baseline else []), *extras.tables]
-    content = Content(
-        title=extras.title or f"{request['pipeline']}: {request['region']['name']}",
-        lead=" ".join(filter(None, [summary, extras.labels])),
-        figures=figures,
-        maps=[
-            MapPicture(
-                title=picture.title,
-                imagery=encoded(picture.imagery(), "webp"),
-                map=encoded(picture.map(table), "webp"),
-                height=picture.classes_HW.shape[0],
-                width=picture.classes_HW.shape[1],
-                metres=picture.metres,
-                step=picture.step,
-            )
-            for picture in pictures
-            if table
-        ],
-        classes=classes,
-        evaluation=evaluation,
-        seams=seams,
-        pictures=[(title, _image(step.root, image), caption) for title, image, caption in shown],
-        tables=tables,
-        curves=[(name, curves(rows)) for name, rows in (extras.histories or histories(step.root)).items()],
-        ledgers=ledgers,
-        timing=timing,
-        config=request["config"],
-        versions=request.get("versions", {}),
-        command=request.get("command", ""),
-        footer=_footer(request),
-    )
+    content["lead"] = " ".join(filter(None, [summary, extras.labels]))
+    content["figures"] = _figures(classes, evaluation, timing, content["ledgers"][predicted.name], polygons)
+    content["maps"] = [
+        MapPicture(
+            title=picture.title,
+            imagery=encoded(picture.imagery(), "webp"),
+            map=encoded(picture.map(table), "webp"),
+            height=picture.classes_HW.shape[0],
+            width=picture.classes_HW.shape[1],
+            metres=picture.metres,
+            step=picture.step,
+        )
+        for picture in pictures
+        if table
+    ]
+    content["classes"], content["evaluation"], content["seams"], content["timing"] = classes, evaluation, seams, timing
+    content["curves"] = [(name, curves(rows)) for name, rows in (extras.histories or histories(step.root)).items()]
     _put_page(step.root, content)
     if pictures and table:
         put(upath(step.root) / "report" / "map.png", encoded(pictures[0].map(table)))
@@ -367,17 +351,25 @@ def write_page(
         request: content of run.json, for a `root` without this file.
     """
     ledgers = {} if request else runs.status(root)["steps"]
-    request = request or runs.read(root)
-    content = Content(
+    content = _content(root, extras, request or runs.read(root), ledgers)
+    content["figures"] = list(figures)
+    _put_page(root, content)
+
+
+def _content(root: str, extras: Extras, request: Mapping[str, Any], ledgers: dict[str, dict[str, Any]]) -> Content:
+    """What every report shows; the parts about a map are empty."""
+    baseline = extras.baseline
+    shown = [*extras.pictures, *(baseline.pictures if baseline else ())]
+    return Content(
         title=extras.title or f"{request['pipeline']}: {request['region']['name']}",
         lead=extras.labels,
-        figures=list(figures),
+        figures=[],
         maps=[],
         classes=[],
         evaluation=None,
         seams=None,
-        pictures=[(title, _image(root, image), caption) for title, image, caption in extras.pictures],
-        tables=list(extras.tables),
+        pictures=[(title, _image(root, image), caption) for title, image, caption in shown],
+        tables=[*([baseline.table] if baseline else []), *extras.tables],
         curves=[],
         ledgers=ledgers,
         timing=None,
@@ -386,7 +378,6 @@ def write_page(
         command=request.get("command", ""),
         footer=_footer(request),
     )
-    _put_page(root, content)
 
 
 def _put_page(root: str, content: Content) -> None:

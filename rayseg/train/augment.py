@@ -108,11 +108,10 @@ def augment(
     return images, None if masks is None else both[:, channels:]
 
 
-def centre(
-    images_NCHW: Tensor, masks_NMHW: Tensor | None, *, size: int, fill: Fill = None
-) -> tuple[Tensor, Tensor | None]:
-    """The middle of the images and masks, float32, for evaluation and relabelling."""
-    return cut(images_NCHW, masks_NMHW, Augment(), Generator(), size=size, fill=fill)
+def centre(images_NCHW: Tensor, settings: Augment, scaling: Scaling, *, size: int) -> Tensor:
+    """The network's input without augmentation: the middle of the images, extended as `settings` say, normalised."""
+    middle, _ = cut(images_NCHW, None, Augment(), Generator(), size=size, fill=settings.fill(scaling))
+    return scaling.normalize(middle)
 
 
 def cut(

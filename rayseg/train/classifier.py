@@ -268,10 +268,5 @@ def _inputs(chips: Chips, read: Read, config: State) -> Iterator[tuple[Batch, Te
     own = np.arange(session.rank(), len(chips), session.world())
     parts = [own[k : k + settings.learning.batch] for k in range(0, len(own), settings.learning.batch)]
     for batch in read_ahead(parts, read, threads=settings.learning.threads):
-        images, _ = centre(
-            batch.images_NCHW.to(config["device"]),
-            None,
-            size=settings.size,
-            fill=settings.augment.fill(config["scaling"]),
-        )
-        yield batch, config["scaling"].normalize(images)
+        images = batch.images_NCHW.to(config["device"])
+        yield batch, centre(images, settings.augment, config["scaling"], size=settings.size)

@@ -504,13 +504,8 @@ def _inputs(config: State) -> Iterator[Tensor]:
     chips: Chips = config["data"].labelled
     order = _order("labelled", len(chips), 0, settings.learning.recalibrate, settings.learning)
     for batch in read_ahead(order, chips.read):
-        images, _ = centre(
-            batch.images_NCHW.to(config["device"]),
-            None,
-            size=settings.size,
-            fill=settings.augment.fill(config["scaling"]),
-        )
-        yield config["scaling"].normalize(images)
+        images = batch.images_NCHW.to(config["device"])
+        yield centre(images, settings.augment, config["scaling"], size=settings.size)
 
 
 @torch.no_grad()

@@ -308,10 +308,5 @@ def _inputs(config: State) -> Iterator[Tensor]:
     """The network's input of this worker's positive chips, without augmentation."""
     settings: SegmenterConfig = config["settings"]
     for batch in read_ahead(_positives(config), config["read"], threads=settings.learning.threads):
-        images, _ = centre(
-            batch.images_NCHW.to(config["device"]),
-            None,
-            size=settings.size,
-            fill=settings.augment.fill(config["scaling"]),
-        )
-        yield config["scaling"].normalize(images)
+        images = batch.images_NCHW.to(config["device"])
+        yield centre(images, settings.augment, config["scaling"], size=settings.size)

@@ -8,6 +8,7 @@ from rayseg.errors import ConfigError, DataError
 from rayseg.models.bundle import Scaling
 from rayseg.train.augment import Augment, augment, centre, cut_mix
 
+AS_READ = Scaling(mean=(0.0,) * 3, std=(1.0,) * 3)
 STILL = {"flip": 0, "quadrants": 0, "rotate": 0, "jitter": 0}
 
 
@@ -52,7 +53,7 @@ def test_the_same_generator_gives_the_same_batch(images):
 
 
 def test_the_centre_is_cut_out_and_random_windows_reach_every_edge(images):
-    middle, _ = centre(images, None, size=32)
+    middle = centre(images, Augment(), AS_READ, size=32)
     assert torch.equal(middle, images[:, :, 16:48, 16:48])
     many = images[:1].repeat(400, 1, 1, 1)
     windows, _ = augment(many, None, Augment(**STILL, crop="random"), generator(), size=60)
@@ -64,7 +65,7 @@ def test_magnification_shows_less_ground_and_reduction_more():
     images = torch.linspace(0, 255, 64).repeat(1, 1, 64, 1)
     near, masks = augment(images, images, Augment(**STILL, scale=(2, 2)), generator(), size=32)
     far, _ = augment(images, None, Augment(**STILL, scale=(0.5, 0.5)), generator(), size=32)
-    as_is, _ = centre(images, None, size=32)
+    as_is = centre(images, Augment(), Scaling(mean=(0.0,), std=(1.0,)), size=32)
     spread = [(x[..., -1] - x[..., 0]).mean().item() for x in (near, as_is, far)]
     assert spread[0] == pytest.approx(spread[1] / 2, rel=0.1)
     assert spread[2] == pytest.approx(spread[1] * 2, rel=0.1)
@@ -73,21 +74,19 @@ def test_magnification_shows_less_ground_and_reduction_more():
 
 def test_chips_smaller_than_the_window_are_refused(images):
     with pytest.raises(DataError, match="64 x 64 px, training needs 96 x 96"):
-        centre(images, None, size=96)
+        centre(images, Augment(), AS_READ, size=96)
 
 
 def test_padded_windows_show_small_images_whole_and_the_rest_is_zero_to_the_network(images):
     scaling = Scaling(mean=(100, 90, 80), std=(50, 50, 50))
     padded = Augment(**STILL, pad=True)
     assert Augment().fill(scaling) is None
-    for shown, masks in (
-        augment(images, images[:, :1], padded, generator(), size=96, fill=padded.fill(scaling)),
-        centre(images, images[:, :1], size=96, fill=padded.fill(scaling)),
-    ):
-        assert torch.equal(shown[..., :64, :64], images)
-        assert (masks[..., 64:, :] == 255).all()
-        assert (masks[..., 64:] == 255).all()
-        normal = scaling.normalize(shown)
+    shown, masks = augment(images, images[:, :1], padded, generator(), size=96, fill=padded.fill(scaling))
+    assert torch.equal(shown[..., :64, :64], images)
+    assert (masks[..., 64:, :] == 255).all()
+    assert (masks[..., 64:] == 255).all()
+    for normal in (scaling.normalize(shown), centre(images, padded, scaling, size=96)):
+        assert torch.equal(normal[..., :64, :64], scaling.normalize(images))
         assert (normal[..., 64:, :] == 0).all()
         assert (normal[..., 64:] == 0).all()
     # A magnification below 1 really shrinks the image, which without `pad` ends at its edge.
