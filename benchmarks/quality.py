@@ -3,9 +3,10 @@
     python benchmarks/quality.py --data DATA --weights MOBILENET.pth --out DIR [--only gpc agri ...] [--quick]
 
 DATA holds the sets gpc, penang, dubai, landcover and fields; docs/quality.md describes them. The script runs the
-product's own commands with its own configurations, one process at a time. Every finished trial is a line of
-DIR/rows.jsonl, and is not run again: parts can be run one after another. DIR/pictures holds pictures of the maps: of
-gpc, penang and superpixel the best and the worst image, of the others those of the reports.
+product's own commands with its own configurations, one process at a time: one trial of each part, then the next of
+each, as long as `--minutes` allow. Every finished trial is a line of DIR/rows.jsonl, and is not run again. DIR/pictures
+holds pictures of the maps: of gpc, penang and superpixel the best and the worst image, of the others those of the
+reports.
 """
 
 import argparse
@@ -14,10 +15,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from itertools import pairwise
+from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -126,8 +128,7 @@ def rows_of(product: Row, steps: Steps, cost: Cost) -> list[Row]:
 def gpc(bench: Bench, seed: int) -> list[Row]:
     """Five images with masks, learnt from ten chips with netting and ten without."""
     folders = (bench.data / "gpc/train", bench.out / "data/gpc-chips", bench.data / "gpc/test")
-    rows = cover(bench, "gpc", f"seed {seed}", *folders, members=5, seed=seed)
-    return [*rows, *color_rules(folders[2], rows[0])]
+    return cover(bench, "gpc", f"seed {seed}", *folders, members=5, seed=seed)
 
 
 def cover(
@@ -147,7 +148,7 @@ def cover(
     on = f"{found['units']} images, learnt from chips with yes or no"
     row = Row(part, on, "IoU of the cover", trial, PRODUCT, **found["classes"][1]["iou"])
     show_covers(bench, name, test / "masks")
-    return rows_of(row, steps, cost)
+    return [*rows_of(row, steps, cost), *color_rules(test, row)]
 
 
 def color_rules(test: Path, row: Row) -> list[Row]:
@@ -157,7 +158,7 @@ def color_rules(test: Path, row: Row) -> list[Row]:
     with measured() as cost:
         for path in sorted((test / "images").iterdir()):
             image_HWC = np.array(Image.open(path).convert("RGB"))
-            truth_HW = np.array(Image.open(test / "masks" / path.name)).astype(np.uint8)
+            truth_HW = np.array(Image.open(test / "masks" / f"{path.stem}.png")).astype(np.uint8)
             marks = (rgb2lab(image_HWC)[..., 1] < -2, np.ones(truth_HW.shape, bool))
             for name, marked_HW in zip(sums, marks, strict=True):
                 sums[name] += Confusion.from_arrays(truth_HW, marked_HW.astype(np.uint8), 2)
@@ -366,6 +367,16 @@ def table(rows: Sequence[Row]) -> None:
     print("\n".join(["A baseline is ahead:", *behind] if behind else ["Every default is ahead of its baselines."]))
 
 
+def trials_in_turn(bench: Bench, parts: Sequence[str]) -> list[tuple[str, str, Callable[[], list[Row]]]]:
+    """(part, trial, what runs it): the first trial of every part, then the second of every part that has one."""
+    trials = []
+    for part in parts:
+        seeds = range(1000, 1000 * bench.seeds + 1, 1000) if part in SEEDED else ()
+        of = {f"seed {seed}": partial(SEEDED[part], bench, seed) for seed in seeds} or OTHERS[part](bench)
+        trials.append([(part, name, run) for name, run in of.items()])
+    return [one for one in chain(*zip_longest(*trials)) if one]
+
+
 def main() -> None:
     """Run the trials that have no row yet, then print the table of all rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -378,20 +389,24 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=3, help="trials of each part with seeds")
     parser.add_argument("--places", type=int, default=3, help="places of agri that are left out in turn, at most 3")
+    parser.add_argument("--minutes", type=float, default=80, help="after which no other trial starts")
     parser.add_argument("--quick", action="store_true", help="a few steps on little data: shows that the way works")
     asked = parser.parse_args()
     (asked.out / "pictures").mkdir(parents=True, exist_ok=True)
     few = {"seeds": 1, "places": 1} if asked.quick else {"seeds": asked.seeds, "places": asked.places}
     bench = Bench(asked.data.resolve(), asked.weights.resolve(), asked.out.resolve(), quick=asked.quick, **few)
     known = {(row.part.partition(",")[0], row.trial) for row in bench.rows}
-    for part in asked.only:
-        seeds = range(1000, 1000 * bench.seeds + 1, 1000)
-        seeded = {f"seed {seed}": partial(SEEDED[part], bench, seed) for seed in seeds if part in SEEDED}
-        for trial, run in (seeded or OTHERS[part](bench)).items():
-            if (part, trial) not in known:
-                print(f"{part}, {trial}", flush=True)
-                bench.keep(run())
+    started, left = time.monotonic(), []
+    for part, trial, run in trials_in_turn(bench, asked.only):
+        if (part, trial) in known:
+            continue
+        if time.monotonic() - started > 60 * asked.minutes:
+            left.append(f"{part}, {trial}")
+            continue
+        print(f"{part}, {trial}", flush=True)
+        bench.keep(run())
     table(bench.rows)
+    print(f"Not run within {asked.minutes:g} minutes: {'; '.join(left)}" if left else "All trials were run.")
 
 
 if __name__ == "__main__":

@@ -87,8 +87,8 @@ def _steps(first: int, pupil: Pupil, config: State) -> dict[str, float]:
     for step, batches in enumerate(probe.batches(zip(*streams, strict=True), last - first), first):
         shown, masks = s4gan.augmented(batches[0], generator, config)
         assert masks is not None
-        images = [s4gan.augmented(batch, generator, config | {"settings": weak})[0] for batch in batches[1:]]
-        taught = teach(images[0], pupil, generator, config) if images else None
+        plain = [s4gan.augmented(batch, generator, config | {"settings": weak}) for batch in batches[1:]]
+        taught = teach(*plain[0], pupil, generator, config) if plain else None
         items = partial(s4gan.names_in, sources, batches)
         for name, loss in _step(step, (shown, masks), taught, pupil, config, items).items():
             losses.setdefault(name, []).append(loss)
@@ -96,17 +96,23 @@ def _steps(first: int, pupil: Pupil, config: State) -> dict[str, float]:
 
 
 @torch.no_grad()
-def teach(images_NCHW: Tensor, pupil: Pupil, generator: Generator, config: State) -> tuple[Pair, Pair]:
-    """The strong views of weak views, and what the teacher is sure of; updates how sure it is of each class."""
+def teach(
+    images_NCHW: Tensor, beyond_NHW: Tensor | None, pupil: Pupil, generator: Generator, config: State
+) -> tuple[Pair, Pair]:
+    """The strong views of weak views, and what the teacher is sure of; updates how sure it is of each class.
+
+    Pixels where `beyond_NHW` is 255 lie outside the images and teach nothing.
+    """
     settings: ConsistencyConfig = config["settings"].consistency
     teacher, parts = pupil.learner.shown.eval(), torch.split(images_NCHW, pupil.learner.micro or len(images_NCHW))
     p_NKHW = torch.cat([s4gan.logits_of(teacher, part, config).softmax(dim=1) for part in parts])
     sure_NHW, classes_NHW = p_NKHW.max(dim=1)
-    pupil.sure_K = _renewed(pupil.sure_K, sure_NHW, classes_NHW, settings.momentum)
+    inside_NHW = torch.ones_like(classes_NHW, dtype=torch.bool) if beyond_NHW is None else beyond_NHW != IGNORE
+    pupil.sure_K = _renewed(pupil.sure_K, sure_NHW[inside_NHW], classes_NHW[inside_NHW], settings.momentum)
     # As in FlexMatch (Zhang et al. 2021, eq. 7), with the mean probability of a class instead of its pixel count, which
     # would call a rare class a hard one.
     threshold_K = settings.threshold * pupil.sure_K / pupil.sure_K.max()
-    classes_NHW[sure_NHW < threshold_K[classes_NHW]] = IGNORE
+    classes_NHW[(sure_NHW < threshold_K[classes_NHW]) | ~inside_NHW] = IGNORE
 
     def view() -> Pair:
         coloured, _ = augment(images_NCHW, None, settings.views, generator, size=images_NCHW.shape[-1])
@@ -115,11 +121,11 @@ def teach(images_NCHW: Tensor, pupil: Pupil, generator: Generator, config: State
     return view(), view()
 
 
-def _renewed(sure_K: Tensor, sure_NHW: Tensor, classes_NHW: Tensor, momentum: float) -> Tensor:
+def _renewed(sure_K: Tensor, sure_N: Tensor, classes_N: Tensor, momentum: float) -> Tensor:
     """The moving average of the probability of each class's pixels, over all workers; a class without stays."""
-    flat, count = classes_NHW.flatten(), len(sure_K)
-    pixels_K = torch.bincount(flat, minlength=count).float()
-    sums_K = torch.bincount(flat, sure_NHW.flatten(), minlength=count)
+    count = len(sure_K)
+    pixels_K = torch.bincount(classes_N, minlength=count).float()
+    sums_K = torch.bincount(classes_N, sure_N, minlength=count)
     sums_K, pixels_K = session.sum_over_workers(torch.stack([sums_K, pixels_K]))
     return torch.where(pixels_K > 0, sure_K.lerp(sums_K / pixels_K.clamp(min=1), 1 - momentum), sure_K)
 

@@ -387,17 +387,17 @@ def _steps(first: int, pair: Pair, config: State) -> dict[str, float]:
 
 
 def augmented(batch: Batch, generator: torch.Generator, config: State) -> tuple[Tensor, Tensor | None]:
-    """Images (values as they were read, float32) and masks_NHW int64 of a batch, on the device."""
+    """Images (values as they were read, float32) and masks_NHW int64 of a batch, on the device.
+
+    Images without masks get one where windows may reach beyond them: 255 beyond, 0 elsewhere.
+    """
     settings: S4ganConfig = config["settings"]
-    masks = None if batch.masks_NMHW is None else batch.masks_NMHW.to(config["device"])
-    images, masks = augment(
-        batch.images_NCHW.to(config["device"]),
-        masks,
-        settings.augment,
-        generator,
-        size=settings.size,
-        fill=settings.augment.fill(config["scaling"]),
-    )
+    images, masks = batch.images_NCHW.to(config["device"]), batch.masks_NMHW
+    fill = settings.augment.fill(config["scaling"])
+    if masks is None and fill:
+        masks = images.new_zeros(len(images), 1, *images.shape[2:])
+    masks = None if masks is None else masks.to(config["device"])
+    images, masks = augment(images, masks, settings.augment, generator, size=settings.size, fill=fill)
     return images, None if masks is None else masks[:, 0].long()
 
 

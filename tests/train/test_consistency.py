@@ -9,6 +9,7 @@ from torch import nn
 from rayseg.models.bundle import Scaling
 from rayseg.train import consistency, s4gan, session
 from rayseg.train.augment import Augment
+from rayseg.train.batches import Batch
 from rayseg.train.consistency import Pupil, fit_consistency
 from rayseg.train.learning import Learner, Learning, trained
 from rayseg.train.s4gan import ConsistencyConfig, Data
@@ -119,7 +120,7 @@ def test_only_sure_pixels_teach_by_a_threshold_of_each_class():
         update={"consistency": ConsistencyConfig(threshold=0.8, mix=0.0, views=Augment(flip=0, quadrants=0, rotate=0))}
     )
     pupil = Pupil(fixed(), torch.tensor([0.9, 0.75]))
-    views = consistency.teach(images, pupil, torch.Generator(), plain(settings))
+    views = consistency.teach(images, None, pupil, torch.Generator(), plain(settings))
     mean_0, mean_1 = (0.9 + 0.7 + 0.6 + 0.6 + 0.6 + 0.55 + 0.5) / 7, (0.7 + 0.6 + 0.55) / 3
     sure = [0.99 * 0.9 + 0.01 * mean_0, 0.99 * 0.75 + 0.01 * mean_1]
     assert pupil.sure_K.tolist() == pytest.approx(sure)
@@ -128,6 +129,23 @@ def test_only_sure_pixels_teach_by_a_threshold_of_each_class():
         assert torch.equal(shown, images)
         assert classes[0].tolist() == [[0, 255, 255, 1, 255]] * 5
         assert (classes[1] == 255).all()
+
+
+@pytest.mark.usefixtures("_alone")
+def test_pixels_beyond_an_image_teach_nothing():
+    settings = QUICK.model_copy(update={"size": 8, "augment": Augment(flip=0, quadrants=0, rotate=0, pad=True)})
+    settings = settings.model_copy(update={"consistency": ConsistencyConfig(threshold=0.0, mix=0.0)})
+    config = plain(settings)
+    batch = Batch(np.arange(2), torch.full((2, 2, 5, 6), 3.0), None)
+    images, beyond = s4gan.augmented(batch, torch.Generator(), config)
+    pupil = Pupil(fixed(), torch.tensor([0.9, 0.9]))
+    views = consistency.teach(images, beyond, pupil, torch.Generator(), config)
+    for _, classes in views:
+        assert (classes[:, :5, :6] != 255).all()
+        assert (classes[:, 5:] == 255).all()
+        assert (classes[:, :, 6:] == 255).all()
+    # The mean of the pixels inside alone: .5 each.
+    assert pupil.sure_K[0] == pytest.approx(0.99 * 0.9 + 0.01 * 0.5)
 
 
 @pytest.mark.usefixtures("_alone")
