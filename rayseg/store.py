@@ -77,8 +77,8 @@ def web_url(text: str) -> str:
 
 def split_location(text: str) -> tuple[str, str]:
     """(path or URL, fragment) of `catalog.json#collection`; other local names may contain "#" themselves."""
-    if found := _CATALOG.match(text):
-        return found[1], found[2]
+    if match := _CATALOG.match(text):
+        return match[1], match[2]
     if text.startswith(("#", *_WEB)):
         place, _, fragment = text.partition("#")
         return place, fragment
@@ -233,18 +233,18 @@ def listing(prefix: StorePath) -> dict[str, int]:
     """Relative path -> bytes of all files below a prefix; hidden files are left out."""
     root = upath(prefix)
     if is_local(root):
-        found = {}
+        sizes = {}
         for folder, _, names in os.walk(root.path):
             within_root = os.path.relpath(folder, root.path)
             for name in names:
                 with suppress(FileNotFoundError):  # a running command replaces files
                     size = Path(folder, name).stat().st_size
-                    found[name if within_root == "." else f"{within_root}/{name}"] = size
+                    sizes[name if within_root == "." else f"{within_root}/{name}"] = size
     else:
         root.fs.invalidate_cache()  # s3fs keeps listings from before the workers wrote
         top = root.path.rstrip("/") + "/"
-        found = {path.removeprefix(top): info["size"] for path, info in root.fs.find(root.path, detail=True).items()}
-    return {path: size for path, size in found.items() if not path.rpartition("/")[2].startswith(".")}
+        sizes = {path.removeprefix(top): info["size"] for path, info in root.fs.find(root.path, detail=True).items()}
+    return {path: size for path, size in sizes.items() if not path.rpartition("/")[2].startswith(".")}
 
 
 def put_file(path: StorePath, source: Path) -> None:

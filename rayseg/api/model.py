@@ -105,7 +105,7 @@ class Model:
         transform = tuple(affine)[:6]
         crs = crs_text(image.rio.crs) if image.rio.crs else None
         unit = (float(image.attrs.get("scale_factor", 1.0)), float(image.attrs.get("add_offset", 0.0)))
-        found = self._array(pixels, valid_CHW, crs, transform, unit)
+        prediction = self._array(pixels, valid_CHW, crs, transform, unit)
         place = {name: image[name] for name in ("y", "x") if name in image.coords}
 
         def like(values: np.ndarray, name: str) -> xr.DataArray:
@@ -114,7 +114,7 @@ class Model:
             placed: xr.DataArray = array.rio.write_nodata(255)
             return placed.rio.write_crs(image.rio.crs) if image.rio.crs else placed
 
-        return Prediction(like(found.classes, "classes"), like(found.scores, "scores"))
+        return Prediction(like(prediction.classes, "classes"), like(prediction.scores, "scores"))
 
     def _array(
         self,

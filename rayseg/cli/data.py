@@ -108,11 +108,11 @@ def _ingested(catalog: str, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"catalog": catalog, "collections": collections}, indent=1))
         return
-    for name, found in collections.items():
+    for name, facts in collections.items():
         use = "chips.source=" if name == "chips" else "--region "
-        crs, bands, dtype = (" and ".join(found[key]) for key in ("crs", "bands", "dtype"))
-        pixels = " to ".join(f"{size:g}" for size in dict.fromkeys([found["pixel"][0], found["pixel"][-1]]))
-        line = f"{use}{catalog}#{name}: {found['images']} images, {crs}, pixels of {pixels}, bands {bands} ({dtype})"
+        crs, bands, dtype = (" and ".join(facts[key]) for key in ("crs", "bands", "dtype"))
+        pixels = " to ".join(f"{size:g}" for size in dict.fromkeys([facts["pixel"][0], facts["pixel"][-1]]))
+        line = f"{use}{catalog}#{name}: {facts['images']} images, {crs}, pixels of {pixels}, bands {bands} ({dtype})"
         typer.echo(line, err=True)
 
 
@@ -264,5 +264,5 @@ def area_estimate(
     """Estimate areas, user's, producer's and overall accuracy with 95 % intervals from the answers to a sample."""
     from rayseg.steps import area
 
-    found = area.estimate(run, sample or f"{run}/to-check", answers)
-    typer.echo(json.dumps(found, indent=1) if as_json else area.text(found))
+    estimate = area.estimate(run, sample or f"{run}/to-check", answers)
+    typer.echo(json.dumps(estimate, indent=1) if as_json else area.text(estimate))

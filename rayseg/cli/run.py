@@ -189,8 +189,8 @@ def verify(
 
     report = runs.verify(run, deep=deep)
     damage = report["damaged"]
-    found = f"{report['run']}: {report['files']:,} files, {len(damage):,} missing or damaged"
-    typer.echo(json.dumps(report, indent=1) if as_json else "\n".join([found, *runs.damage_lines(damage)]))
+    headline = f"{report['run']}: {report['files']:,} files, {len(damage):,} missing or damaged"
+    typer.echo(json.dumps(report, indent=1) if as_json else "\n".join([headline, *runs.damage_lines(damage)]))
     if damage:
         raise RunIncomplete(f"{len(damage):,} files are missing or damaged; compute them again: rayseg retry {run}")
 

@@ -139,18 +139,18 @@ def holder_of(root: str) -> Holder | None:
     path = _path(root)
     bucket, key, _ = path.fs.split_path(path.path)
     try:
-        found: dict[str, Any] = path.fs.call_s3("head_object", Bucket=bucket, Key=key)
+        head: dict[str, Any] = path.fs.call_s3("head_object", Bucket=bucket, Key=key)
     except FileNotFoundError:
         return None
-    now = parsedate_to_datetime(found["ResponseMetadata"]["HTTPHeaders"]["date"])
-    about = found["Metadata"]
+    now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
+    about = head["Metadata"]
     return Holder(
         about.get("owner", ""),
         about.get("host", "?"),
         about.get("machine", ""),
         int(about.get("pid", 0)),
-        found["ETag"],
-        max(0.0, (now - found["LastModified"]).total_seconds()),
+        head["ETag"],
+        max(0.0, (now - head["LastModified"]).total_seconds()),
     )
 
 

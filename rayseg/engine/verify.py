@@ -62,10 +62,10 @@ def verify_step(
         for record in records:
             if record.status == WITHDRAWN:
                 continue
-            if found := damage_of(record.files, present, root=ledger.root if deep else None):
-                damage |= found
+            if damaged := damage_of(record.files, present, root=ledger.root if deep else None):
+                damage |= damaged
                 if mend:
-                    reason = "; ".join(f"{path}: {why}" for path, why in found.items())
+                    reason = "; ".join(f"{path}: {why}" for path, why in damaged.items())
                     ledger.write(Record(record.id, WITHDRAWN, reason, record.attempt + 1))
     # A record that cannot be read does not name its row: the row counts as not processed.
     for path in unreadable:

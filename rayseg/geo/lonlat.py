@@ -180,11 +180,11 @@ def from_lonlat(area: BaseGeometry, crs: str) -> BaseGeometry:
 @lru_cache(maxsize=256)
 def _edge_of(crs: str) -> float | None:
     """The longitude at which the plane of a projected CRS ends on both sides; None of azimuthal ones and of degrees."""
-    found = CRS.from_user_input(crs)
-    operation, meridian = found.coordinate_operation, found.prime_meridian
-    if found.is_geographic or operation is None or any(name in operation.method_name for name in _AZIMUTHAL):
+    system = CRS.from_user_input(crs)
+    operation, meridian = system.coordinate_operation, system.prime_meridian
+    if system.is_geographic or operation is None or any(name in operation.method_name for name in _AZIMUTHAL):
         return None
-    middle = [float(one.value) for one in operation.params if one.name.startswith("Longitude of")]
+    middle = [float(parameter.value) for parameter in operation.params if parameter.name.startswith("Longitude of")]
     return middle[0] + 180 if middle and (meridian is None or meridian.longitude == 0) else None
 
 
@@ -200,11 +200,11 @@ def geographic(crs: str) -> bool:
 
     They are not in grads, from Paris, or around another pole.
     """
-    found = CRS.from_user_input(crs)
-    if not found.is_geographic or found.is_derived:
+    system = CRS.from_user_input(crs)
+    if not system.is_geographic or system.is_derived:
         return False
-    meridian = found.prime_meridian
-    return found.axis_info[0].unit_name == "degree" and (meridian is None or meridian.longitude == 0)
+    meridian = system.prime_meridian
+    return system.axis_info[0].unit_name == "degree" and (meridian is None or meridian.longitude == 0)
 
 
 def polygons_in(area: BaseGeometry) -> NDArray[np.object_]:
@@ -231,10 +231,10 @@ def jumps(lonlat: NDArray[np.object_]) -> NDArray[np.bool_]:
     points, ring = shapely.get_coordinates(rings, return_index=True)
     steps = np.abs(np.diff(points[:, 0]))
     jumping = (ring[1:] == ring[:-1]) & (steps > 180) & (steps != 360)  # 360: from one edge of the world to the other
-    found = np.zeros(len(lonlat), bool)
-    found[owner[ring[1:][jumping]]] = True
-    found[owner[ring[np.abs(points[:, 0]) > 180 + 1e-9]]] = True
-    return found
+    jumps_N = np.zeros(len(lonlat), bool)
+    jumps_N[owner[ring[1:][jumping]]] = True
+    jumps_N[owner[ring[np.abs(points[:, 0]) > 180 + 1e-9]]] = True
+    return jumps_N
 
 
 def bounds_of(lonlat: BaseGeometry) -> tuple[float, float, float, float]:

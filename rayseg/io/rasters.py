@@ -98,9 +98,9 @@ def _refuse_complex(name: str, dtype: str) -> None:
         raise DataError(f"{name} has complex pixels ({dtype}); convert it to amplitude or intensity first")
 
 
-def _same_dtype(name: str, found: np.dtype, expected: np.dtype) -> None:
-    if found != expected:
-        raise DataError(f"{name} has {found} pixels where {expected} was read before; select items of one pixel type")
+def _same_dtype(name: str, dtype: np.dtype, expected: np.dtype) -> None:
+    if dtype != expected:
+        raise DataError(f"{name} has {dtype} pixels where {expected} was read before; select items of one pixel type")
 
 
 def _read_source(

@@ -188,14 +188,14 @@ def _named(scene: str, source: Source, masks: tuple[Source, ...]) -> LabelledIma
     own = f"{scene}-{source.item_id}" if scene else source.item_id
     for mask in masks:
         expect_fit(mask, (source.height, source.width), source.assets[0][0])
-    found = placed(slug(own), slug(scene or source.item_id), source, masks)
+    image = placed(slug(own), slug(scene or source.item_id), source, masks)
     for mask in masks:
-        if found.grid.crs and mask.crs and footprint(mask, found.grid).intersect(found.window).empty:
+        if image.grid.crs and mask.crs and footprint(mask, image.grid).intersect(image.window).empty:
             raise DataError(
                 f"mask {mask.assets[0][0]} lies elsewhere on Earth than its image {source.assets[0][0]}; correct the "
                 "georeference of one"
             )
-    return found
+    return image
 
 
 def _of_pairs(folder: str, pairs: Pairs) -> list[LabelledImage]:
@@ -220,7 +220,7 @@ def _of_pairs(folder: str, pairs: Pairs) -> list[LabelledImage]:
         sources = list(pool.map(opened, images.values(), images))
         with_masks = [name for name in images if name in masks]
         drawn = dict(zip(with_masks, pool.map(opened, [masks[name] for name in with_masks], with_masks), strict=True))
-    return [_named("", one, (drawn[one.item_id],) if one.item_id in drawn else ()) for one in sources]
+    return [_named("", source, (drawn[source.item_id],) if source.item_id in drawn else ()) for source in sources]
 
 
 def _shared(names: Sequence[str], pattern: str) -> dict[str, str]:
@@ -259,7 +259,7 @@ def _with_masks(sources: Sequence[Source], scenes: Mapping[str, str], masks: Seq
 
 
 def read_window(
-    one: LabelledImage, window: Window, *, bands: Sequence[str], table: ClassTable | None
+    labelled: LabelledImage, window: Window, *, bands: Sequence[str], table: ClassTable | None
 ) -> tuple[NDArray[Any], NDArray[np.uint8]]:
     """(image_CHW in the imagery's dtype, classes_HW uint8, 255 where not labelled) of a window.
 
@@ -269,26 +269,26 @@ def read_window(
     Raises:
         DataError: a file cannot be read, or a value or colour of a mask is not a class.
     """
-    if one.grid.crs is None and one.window.height * one.window.width <= _WHOLE:
-        image_CHW, valid_HW, classes_HW = _cut(_whole(one, tuple(bands), table), one.window, window)
+    if labelled.grid.crs is None and labelled.window.height * labelled.window.width <= _WHOLE:
+        image_CHW, valid_HW, classes_HW = _cut(_whole(labelled, tuple(bands), table), labelled.window, window)
     else:
-        image_CHW, valid_HW, classes_HW = _read(one, window, bands, table)
+        image_CHW, valid_HW, classes_HW = _read(labelled, window, bands, table)
     return mirrored(image_CHW, valid_HW) if valid_HW.any() else image_CHW, classes_HW
 
 
-def _read(one: LabelledImage, window: Window, bands: Sequence[str], table: ClassTable | None) -> Pixels:
-    image_CHW, valid_HW = read([one.image], one.grid, window, bands=bands)
-    if table is None or not one.masks:
+def _read(labelled: LabelledImage, window: Window, bands: Sequence[str], table: ClassTable | None) -> Pixels:
+    image_CHW, valid_HW = read([labelled.image], labelled.grid, window, bands=bands)
+    if table is None or not labelled.masks:
         return image_CHW, valid_HW, np.full(valid_HW.shape, NODATA, np.uint8)
-    classes_HW = read_classes(masks_on(one), one.grid, window, table)
+    classes_HW = read_classes(masks_on(labelled), labelled.grid, window, table)
     return image_CHW, valid_HW, np.where(valid_HW, classes_HW, NODATA).astype(np.uint8)
 
 
-def _whole(one: LabelledImage, bands: tuple[str, ...], table: ClassTable | None) -> Pixels:
+def _whole(labelled: LabelledImage, bands: tuple[str, ...], table: ClassTable | None) -> Pixels:
     """All of an image that GDAL decodes as a whole (PNG, JPEG); cached up to `_ROOM` bytes."""
-    key = (one, bands, table)
+    key = (labelled, bands, table)
     if (pixels := _kept.get(key)) is None:
-        pixels = _read(one, one.window, bands, table)
+        pixels = _read(labelled, labelled.window, bands, table)
         size = sum(array.nbytes for array in pixels)
         with _keeping:
             if key not in _kept and size + sum(array.nbytes for kept in _kept.values() for array in kept) <= _ROOM:
@@ -308,29 +308,29 @@ def _cut(pixels: Pixels, whole: Window, window: Window) -> Pixels:
     return cut[0], cut[1], cut[2]
 
 
-def image_on(one: LabelledImage) -> Source:
+def image_on(labelled: LabelledImage) -> Source:
     """The image on its grid: without CRS if its masks have none."""
-    return one.image if one.grid.crs is not None else replace(one.image, crs=None, transform=PIXELS)
+    return labelled.image if labelled.grid.crs is not None else replace(labelled.image, crs=None, transform=PIXELS)
 
 
-def masks_on(one: LabelledImage) -> Sequence[Source]:
+def masks_on(labelled: LabelledImage) -> Sequence[Source]:
     """The masks on the image's grid."""
-    if one.grid.crs is not None:
-        return one.masks
-    masks = [mask if mask.crs is None else replace(mask, crs=None, transform=PIXELS) for mask in one.masks]
-    return [replace(mask, item_id=one.grid.image or "") for mask in masks]
+    if labelled.grid.crs is not None:
+        return labelled.masks
+    masks = [mask if mask.crs is None else replace(mask, crs=None, transform=PIXELS) for mask in labelled.masks]
+    return [replace(mask, item_id=labelled.grid.image or "") for mask in masks]
 
 
-def count_classes(one: LabelledImage, table: ClassTable, *, cell: int) -> NDArray[np.int64]:
+def count_classes(labelled: LabelledImage, table: ClassTable, *, cell: int) -> NDArray[np.int64]:
     """Pixels of each class in each cell of an image, (rows, cols, classes); cells of `cell` px from its corner.
 
     Raises:
         DataError: a mask cannot be read, or a value or colour in it is not a class.
     """
-    whole, step = one.window, max(1, _ROWS // cell) * cell
+    whole, step = labelled.window, max(1, _ROWS // cell) * cell
     return np.concatenate(
         [
-            _counted(read_classes(masks_on(one), one.grid, rows.intersect(whole), table), table, cell)
+            _counted(read_classes(masks_on(labelled), labelled.grid, rows.intersect(whole), table), table, cell)
             for top in range(whole.row, whole.row1, step)
             for rows in [Window(whole.col, top, whole.width, step)]
         ]

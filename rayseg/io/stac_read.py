@@ -289,8 +289,8 @@ def _source_of(item: pystac.Item, bands: Sequence[str] | None) -> Source:
     sides = {key: _pixel_side(item, asset) for key, asset in assets.items()}
     used = _used(names, bands, sides)
     if not used:
-        found = [name for names_of in names.values() for name in names_of or ()]
-        raise DataError(f"{item.id} has none of the bands {', '.join(bands or ())}: found {', '.join(found)}")
+        present = [name for names_of in names.values() for name in names_of or ()]
+        raise DataError(f"{item.id} has none of the bands {', '.join(bands or ())}: found {', '.join(present)}")
     # 2. what the item states; files are opened for the rest alone, as each costs a request
     hrefs = {key: href_of(item, assets[key]) for key in used}
     frames = {key: frame for key in used if (frame := _frame(item, assets[key]))}
@@ -524,7 +524,7 @@ def _baseline(item: pystac.Item) -> str:
         text = str(fields.get("processing:version", ""))
         text = text if re.fullmatch(r"N?\d\d\.?\d\d", text) else ""
     names = (fields.get(key) for key in ("s2:product_uri", "s2:product_id", "sentinel:product_id", "title"))
-    return baseline_text(text) or next((found for name in names if (found := baseline_in(str(name)))), "")
+    return baseline_text(text) or next((number for name in names if (number := baseline_in(str(name)))), "")
 
 
 def href_of(item: pystac.Item, asset: pystac.Asset) -> str:

@@ -112,7 +112,7 @@ def _baseline(source: Source) -> float | None:
     if source.units:
         return None
     names = (source.item_id, *(href for href, _ in source.assets))
-    text = source.baseline or next((found for name in names if (found := baseline_in(name))), "")
+    text = source.baseline or next((number for name in names if (number := baseline_in(name))), "")
     return float(text) if text else None
 
 

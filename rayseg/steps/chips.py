@@ -180,7 +180,7 @@ def masked(listed: Step, table: ClassTable, labels: Sequence[str], config: Chips
         DataError: see `drawn_masks`.
     """
     rows = read_rows(listed.prefix / "chips.parquet") if config.masks else []
-    images = {one.id: one for one in drawn_masks([Chip.from_row(row) for row in rows], table, config)}
+    images = {image.id: image for image in drawn_masks([Chip.from_row(row) for row in rows], table, config)}
     held = [row for row in rows if row["held_out"] and row["id"] in images]
     if not held:
         return None
@@ -190,8 +190,8 @@ def masked(listed: Step, table: ClassTable, labels: Sequence[str], config: Chips
 
 def read_mask(images: list[LabelledImage], table: ClassTable, size: int, position: int) -> np.ndarray:
     """Classes of the centre of a chip, (size, size) uint8; 255 where it is not labelled."""
-    one = images[position]
-    return read_classes(masks_on(one), one.grid, middle(one.window, size), table)
+    image = images[position]
+    return read_classes(masks_on(image), image.grid, middle(image.window, size), table)
 
 
 def rows_of(listed: Step, *, held_out: bool) -> list[Row]:

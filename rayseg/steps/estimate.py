@@ -321,12 +321,12 @@ def timed_on(forecast: Forecast, region: Region, tiles: Sequence[Row], *, count:
         # 2. growth of each folder; a model has the same size however many tiles it maps
         growth = sum(map(_pixels, tiles)) / sum(map(_pixels, chosen))
         counts = {
-            made: (rows, name)
+            prefix: (rows, name)
             for name, rows in forecast.counts.items()
-            for made in (f"steps/{name}", *MADE.get(name, ()))
+            for prefix in (f"steps/{name}", *MADE.get(name, ()))
         }
         trained = {step.name: step.seconds + step.value["left_out"] for step in run.steps if "left_out" in step.value}
-        growths = {made: rows / max(len(steps[name][0]), 1) for made, (rows, name) in counts.items()}
+        growths = {prefix: rows / max(len(steps[name][0]), 1) for prefix, (rows, name) in counts.items()}
         growths |= dict.fromkeys([*(f"steps/{name}" for name in trained), "models"] if trained else (), 1.0)
         written = bytes_written(Path(folder), growth, growths)
     # 3. seconds per unit of effort, scaled to all rows; trainings are extrapolated by epochs, not by tiles

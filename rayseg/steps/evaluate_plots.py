@@ -167,11 +167,17 @@ def _by_masks(pieces: Pieces, truth: Sequence[Source]) -> tuple[list[Compared], 
     numbers = {mask: number for number, mask in enumerate(truth)}
     compared = [
         Compared(
-            one.piece,
-            partial(_predicted, one.piece, pieces[one.piece]),
-            partial(instances.read_ids, one.truth, one.grid, one.window, numbers=[numbers[mask] for mask in one.truth]),
+            match.piece,
+            partial(_predicted, match.piece, pieces[match.piece]),
+            partial(
+                instances.read_ids,
+                match.truth,
+                match.grid,
+                match.window,
+                numbers=[numbers[mask] for mask in match.truth],
+            ),
         )
-        for one in matches
+        for match in matches
     ]
     return compared, evaluate.unmatched(list(pieces), truth, matches)
 

@@ -336,8 +336,10 @@ def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[S
             return error
 
     read = list(concurrently(attempt, items))
-    unread: Refused = {item.id: one for item, one in zip(items, read, strict=True) if isinstance(one, DataError)}
-    return [one for one in read if isinstance(one, Source)], unread
+    unread: Refused = {
+        item.id: result for item, result in zip(items, read, strict=True) if isinstance(result, DataError)
+    }
+    return [result for result in read if isinstance(result, Source)], unread
 
 
 def with_names(source: Source, names: Mapping[str, str]) -> Source:

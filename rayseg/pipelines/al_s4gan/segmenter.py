@@ -97,8 +97,8 @@ def _fit_head(step: Step, settings: S4ganConfig, data: Data, config: Config) -> 
     pairs, count = _pairs(data.labelled), len(data.labelled)
     head = fit_head(settings, pairs, count, config.scaling, classes=classes, lab=lab, seed=config.seed)
     chips = data.validation
-    found = confusions(head, chips, range(len(chips)), config.scaling, unit=32) if chips else []
-    measures = measures_of(sum(found[1:], found[0])) if found else {}
+    matrices = confusions(head, chips, range(len(chips)), config.scaling, unit=32) if chips else []
+    measures = measures_of(sum(matrices[1:], matrices[0])) if matrices else {}
     described = describe(config).model_copy(update={"metrics": measures})
     return {"bundle": models.keep_model(step, described, head), "measures": measures, "masks": count}
 
