@@ -91,7 +91,7 @@ def put_run(root, count):
     from rayseg.geo.grid import Grid, Window, tile_at
     from rayseg.io import stac_write
     from rayseg.io.sources import Source
-    from rayseg.io.written import WrittenFile
+    from rayseg.io.written_files import WrittenFile
     from rayseg.store import upath
     from rayseg.vision.color import ClassTable
 

@@ -98,7 +98,7 @@ def models_weights() -> None:
 
     The first two columns are values of the keys `weights` and `encoder` of a network.
     """
-    from rayseg.models.weights import HEADER, listed
+    from rayseg.models.pretrained_weights import HEADER, listed
 
     rows = [HEADER, *listed()]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]

@@ -12,7 +12,7 @@ from rasterio.io import DatasetWriter, MemoryFile
 from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Window
 from rayseg.io.sources import crs_of, gdal, open_file
-from rayseg.io.written import WrittenFile, bands_of, write_file
+from rayseg.io.written_files import WrittenFile, bands_of, write_file
 from rayseg.store import StorePath
 from rayseg.vision.color import ClassTable
 

@@ -31,7 +31,7 @@ from rayseg.geo.lonlat import bounds_of, box_of, sound, to_lonlat
 from rayseg.io.sources import Source, crs_of, placing
 from rayseg.io.tables import Spool, concurrently, content
 from rayseg.io.times import UNKNOWN, in_utc, time_order, utc_text
-from rayseg.io.written import WrittenFile
+from rayseg.io.written_files import WrittenFile
 from rayseg.store import StorePath, public, put, upath
 from rayseg.vision.color import ClassTable, hex_of
 

@@ -34,7 +34,7 @@ from rayseg.io.output_grids import footprint, grids_of
 from rayseg.io.rasters import read
 from rayseg.io.sources import placing, source_of_file
 from rayseg.io.tables import Spool, concurrently, content
-from rayseg.io.written import WrittenFile, write_file
+from rayseg.io.written_files import WrittenFile, write_file
 from rayseg.store import StorePath, put, upath
 from rayseg.vision.color import ClassTable
 from rayseg.vision.segments import groups

@@ -39,7 +39,7 @@ from rayseg.io import cog, stac_write
 from rayseg.io.labels import LABEL
 from rayseg.io.sources import crs_of
 from rayseg.io.webmap import CRS, HALF_WORLD, Fetching, Service, Session, mosaic, service_for, session
-from rayseg.io.written import WrittenFile
+from rayseg.io.written_files import WrittenFile
 from rayseg.store import StorePath, put, upath
 
 __all__ = ["Fetching", "ingest_xyz"]

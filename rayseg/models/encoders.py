@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
 from rayseg.errors import ConfigError, ModelError
-from rayseg.models.weights import NO_FILES, PACKAGED, chosen, local_file, packaged_state
+from rayseg.models.pretrained_weights import NO_FILES, PACKAGED, chosen, local_file, packaged_state
 
 State = dict[str, Tensor]
 _log = logging.getLogger(__name__)

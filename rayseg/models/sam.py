@@ -24,7 +24,7 @@ from rayseg.config import Config
 from rayseg.engine.tuning import reused_memory
 from rayseg.errors import ModelError
 from rayseg.models.encoders import read_state, unwrapped
-from rayseg.models.weights import everywhere, local_file
+from rayseg.models.pretrained_weights import everywhere, local_file
 from rayseg.vision import rle
 from rayseg.vision.proposals import Image, Proposals
 from rayseg.vision.rle import Mask

@@ -18,7 +18,7 @@ from rayseg.models.encoders import (
     load_encoder_weights,
     pretrained_name,
 )
-from rayseg.models.weights import chosen
+from rayseg.models.pretrained_weights import chosen
 
 
 class Probabilities(nn.Module):

@@ -9,11 +9,11 @@ from torch import nn
 from rayseg.config import Bands, Config, load
 from rayseg.errors import ConfigError
 from rayseg.io.class_tables import Classes
-from rayseg.models import bundle, published
+from rayseg.models import bundle, published_weights
 from rayseg.models.bundle import Bundle, Scaling
 from rayseg.models.encoders import read_checkpoint
-from rayseg.models.published import Renames
-from rayseg.models.weights import IMAGENET
+from rayseg.models.pretrained_weights import IMAGENET
+from rayseg.models.published_weights import Renames
 from rayseg.steps import models
 from rayseg.steps.plots import CLASSES as PLOT_CLASSES
 from rayseg.steps.plots import SCALING as PLOT_SCALING
@@ -59,9 +59,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 """Kind -> its settings; the last two are for state dicts of segmentation_models_pytorch, timm and torchvision."""
 RENAMES: dict[str, Renames] = {
-    "landcover": published.LANDCOVER,
-    "plots": published.PLOTS,
-    "s4gan": published.S4GAN,
+    "landcover": published_weights.LANDCOVER,
+    "plots": published_weights.PLOTS,
+    "s4gan": published_weights.S4GAN,
 }
 REMARKS = {
     "s4gan": "the published code feeds red, green, blue of UC Merced, but blue, green, red of DeepGlobe: for a model "
@@ -112,7 +112,7 @@ def import_model(kind: str, path: str, out: StorePath, settings: Sequence[str] =
     config = load(ImportConfig, None, [*defaults, *settings])
     described, model = _described(kind, config)
     state, aside = read_checkpoint(path)
-    fitted = published.fit(model, state, path, renames=RENAMES.get(kind, ()))
+    fitted = published_weights.fit(model, state, path, renames=RENAMES.get(kind, ()))
     model.load_state_dict(fitted.state)
     bundle.save(out, described, model.eval())
     loaded = len(state) - len(fitted.dropped)

@@ -12,7 +12,7 @@ from rayseg.errors import ConfigError
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.encoders import encoder_name, read_state
-from rayseg.models.weights import NO_FILES, input_range, packaged_state
+from rayseg.models.pretrained_weights import NO_FILES, input_range, packaged_state
 from rayseg.store import StorePath, put, upath
 
 if TYPE_CHECKING:

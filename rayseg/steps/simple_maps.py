@@ -20,7 +20,7 @@ from rayseg.io.scenes import LabelledImage
 from rayseg.metrics import Confusion
 from rayseg.models.bundle import Scaling
 from rayseg.models.pixel_head import PixelHead
-from rayseg.models.weights import PACKAGED
+from rayseg.models.pretrained_weights import PACKAGED
 from rayseg.stages.compare import images_on, truth_of
 from rayseg.steps import baseline
 from rayseg.steps import map as mapping

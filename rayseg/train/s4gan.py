@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from rayseg.config import Config, added
 from rayseg.errors import DataError
 from rayseg.metrics import Confusion
-from rayseg.models import published
+from rayseg.models import published_weights
 from rayseg.models.bundle import Scaling
 from rayseg.models.discriminator import (
     Discriminator,
@@ -75,7 +75,7 @@ class DiscriminatorConfig(Config):
         """
         judge = Discriminator(classes=classes, channels=channels, width=self.width, dropout=self.dropout)
         if self.start:
-            judge.load_state_dict(published.fit(judge, read_state(self.start), self.start).state)
+            judge.load_state_dict(published_weights.fit(judge, read_state(self.start), self.start).state)
         return judge
 
 

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from rayseg.engine import progress
 from rayseg.engine.tuning import reused_memory
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError
-from rayseg.models.weights import everywhere
+from rayseg.models.pretrained_weights import everywhere
 from rayseg.store import STORE_ERRORS, StorePath, absolute, is_local, put, upath
 
 State = dict[str, Any]

@@ -3,7 +3,7 @@ import pytest
 import torch
 from published_deeplab import as_published_v2, published_v2
 
-from rayseg.models import published
+from rayseg.models import published_weights
 from rayseg.models.segmenter import build_segmenter
 from rayseg.train.s4gan import S4ganConfig, groups_of
 
@@ -29,7 +29,7 @@ def test_it_is_the_published_network(shared):
     for number, (key, text) in enumerate(zip(golden["keys"], golden["shapes"], strict=True)):
         shape = tuple(int(part) for part in str(text).split(",") if part)
         state[str(key)] = torch.from_numpy(np.asarray(drawn(number, str(key), shape), np.float32))
-    fitted = published.fit(model, state, "golden", renames=published.LANDCOVER)
+    fitted = published_weights.fit(model, state, "golden", renames=published_weights.LANDCOVER)
     model.load_state_dict(fitted.state)
     assert fitted.dropped == {}
     encoder = sum(weight.numel() for weight in model.encoder.parameters())
@@ -84,14 +84,14 @@ def test_deeplab_v2_is_the_published_network_and_takes_its_names(v2):
     assert (found - expected).abs().max() < 1e-4 * expected.std()
     other = build_segmenter("deeplabv2", "resnet50", classes=3, weights="none")
     content = {f"module.base.{key}": tensor for key, tensor in state.items()}
-    fitted = published.fit(other, content, "made", renames=published.S4GAN)
+    fitted = published_weights.fit(other, content, "made", renames=published_weights.S4GAN)
     assert (fitted.dropped, fitted.shaped) == ({}, {})
     given = v2.state_dict()
     assert all(torch.equal(tensor, given[key]) for key, tensor in fitted.state.items())
     # S4GAN's own code calls the layers as torchvision does, and the pyramid layer5
     names = {key: key.removeprefix("encoder.").replace("aspp.", "layer5.conv2d_list.") for key in given}
     spelled = {f"module.{names[key]}": tensor for key, tensor in given.items()}
-    fitted = published.fit(other, spelled, "made", renames=published.S4GAN)
+    fitted = published_weights.fit(other, spelled, "made", renames=published_weights.S4GAN)
     assert all(torch.equal(tensor, given[key]) for key, tensor in fitted.state.items())
 
 

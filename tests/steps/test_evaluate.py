@@ -17,7 +17,7 @@ from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Grid, Window
 from rayseg.io import cog, masks, stac_write
 from rayseg.io.maps import mapped_tiles, pixel_area_m2, seam_score, width_m
-from rayseg.io.written import bands_of, write_file
+from rayseg.io.written_files import bands_of, write_file
 from rayseg.metrics import Confusion
 from rayseg.steps import evaluate
 from rayseg.vision.color import ClassTable

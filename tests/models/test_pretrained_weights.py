@@ -11,19 +11,19 @@ import skimage.data
 import torch
 
 from rayseg.errors import ModelError
-from rayseg.models import weights
+from rayseg.models import pretrained_weights
 from rayseg.models.encoders import build_encoder, build_imagenet
+from rayseg.models.pretrained_weights import PACKAGED, input_range, listed, local_file, packaged_state
 from rayseg.models.segmenter import build_segmenter
-from rayseg.models.weights import PACKAGED, input_range, listed, local_file, packaged_state
 from rayseg.store import upath
 
 
 @pytest.fixture
 def offline(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    weights._hub_answers.cache_clear()
+    pretrained_weights._hub_answers.cache_clear()
     yield
-    weights._hub_answers.cache_clear()
+    pretrained_weights._hub_answers.cache_clear()
 
 
 @pytest.mark.parametrize("encoder", PACKAGED)
@@ -109,7 +109,7 @@ def served(tmp_path, monkeypatch):
         return httpx.Response(200, content=content)
 
     client = httpx.Client(transport=httpx.MockTransport(answer))
-    monkeypatch.setattr(weights.httpx, "stream", lambda _, url, **__: client.stream("GET", url))
+    monkeypatch.setattr(pretrained_weights.httpx, "stream", lambda _, url, **__: client.stream("GET", url))
     monkeypatch.setenv("RAYSEG_CACHE", str(tmp_path / "cache"))
     return content, asked
 
@@ -130,7 +130,9 @@ def test_weights_by_url_are_checked_and_downloaded_once(served, tmp_path):
 
 
 def test_weights_that_cannot_be_downloaded_name_the_url(served, monkeypatch):
-    monkeypatch.setattr(weights.httpx, "stream", lambda *_, **__: (_ for _ in ()).throw(httpx.ConnectError("refused")))
+    monkeypatch.setattr(
+        pretrained_weights.httpx, "stream", lambda *_, **__: (_ for _ in ()).throw(httpx.ConnectError("refused"))
+    )
     with pytest.raises(ModelError, match=r"weights https://example.org/w.pth cannot be downloaded \(refused\); copy"):
         local_file(f"https://example.org/w.pth#sha256={'0' * 64}")
 
@@ -156,7 +158,7 @@ def test_a_file_of_weights_with_a_checksum_is_checked(tmp_path, monkeypatch):
     assert local_file(f"w.pth#sha256={digest}").read_bytes() == b"w"
     with pytest.raises(ModelError, match=f"w.pth have SHA-256 {digest}, expected"):
         local_file(f"w.pth#sha256={'0' * 64}")
-    assert weights.everywhere("none") == "none"
-    assert weights.everywhere(f"w.pth#sha256={digest}") == f"{tmp_path}/w.pth#sha256={digest}"
+    assert pretrained_weights.everywhere("none") == "none"
+    assert pretrained_weights.everywhere(f"w.pth#sha256={digest}") == f"{tmp_path}/w.pth#sha256={digest}"
     for url in (f"s3://bucket/w.pth#sha256={digest}", "https://h.org/a%20b.pth?x=1", "memory://w/a.pth"):
-        assert weights.everywhere(url) == url
+        assert pretrained_weights.everywhere(url) == url
