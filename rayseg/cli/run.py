@@ -242,6 +242,29 @@ def remap(
     _execute(out, "remap", resolved, region_of(run), Engine(engine, address), as_json=as_json)
 
 
+@app.command()
+def refresh(
+    run: RunPrefix,
+    *,
+    out: Out,
+    set_: Overrides = None,
+    engine: EngineName = "ray",
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Map a run's region again; tiles whose imagery and model have not changed are copied from the run.
+
+    --set model=PREFIX maps all of it with another model, --set map.imagery=CATALOGUE from another catalogue.
+    """
+    from rayseg.config import load
+    from rayseg.engine.run import Engine
+    from rayseg.steps.remap import map_settings, region_of
+
+    settings = [f"{key}={json.dumps(value)}" for key, value in map_settings(run).items()]
+    resolved = load(pipeline_of("predict").Config, None, [*settings, *(set_ or ())])
+    _execute(out, "predict", resolved, region_of(run), Engine(engine, address), as_json=as_json)
+
+
 def _execute(
     out: str, pipeline: str, config: "Config", region: "Region", engine: "Engine", *, as_json: bool = False
 ) -> None:

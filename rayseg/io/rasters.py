@@ -360,6 +360,11 @@ def _placed(dataset: DatasetReader, source: Source, href: str) -> Source:
     return replace(own, item_id=source.item_id)
 
 
+def version(href: str) -> str:
+    """Changes when a file is written again: time and size of a local file, `remote.version` of another."""
+    return " ".join(map(str, _stamp(href))) if is_local(href) else remote.version(href)
+
+
 def _stamp(href: str) -> tuple[int, int]:
     """Changes when a local file is written again; remote files are taken as immutable, but their signatures expire."""
     if not is_local(href):

@@ -13,7 +13,7 @@ from urllib.parse import quote, urlsplit
 
 from rayseg.errors import DataError
 from rayseg.io.times import in_utc
-from rayseg.store import public, s3_options, signer, upath
+from rayseg.store import STORE_ERRORS, public, s3_options, signer, upath
 
 T = TypeVar("T")
 SETTINGS = {
@@ -130,6 +130,18 @@ def signed(href: str) -> str:
 def stamp(href: str) -> int:
     """Changes when the href has to be opened again: when its signature ends."""
     return int(_signature(href)[1])
+
+
+@lru_cache(maxsize=65536)
+def version(href: str) -> str:
+    """ETag, or time of change, and size of a remote file, asked once per process; "" if its server states neither."""
+    try:
+        place = upath(signed(href))
+        facts = place.fs.info(place.path)
+    except STORE_ERRORS:
+        return ""
+    changed = facts.get("ETag") or facts.get("LastModified") or facts.get("mtime")
+    return f"{changed} {facts.get('size')}" if changed else ""
 
 
 def _signature(href: str) -> tuple[str, float]:

@@ -6,7 +6,7 @@ classifier + imagery --> images, tiles or polygons --> table of classes, report
 
 from rayseg.config import Config as Frozen
 from rayseg.config import added
-from rayseg.engine.run import Run
+from rayseg.engine.run import Run, Step
 from rayseg.errors import ConfigError
 from rayseg.geo.region import Region
 from rayseg.models import bundle
@@ -27,6 +27,8 @@ class Config(Frozen):
     map: MapConfig = MapConfig()
     units: UnitsConfig = added(default=UnitsConfig())
     """Of a classifier: what it classifies."""
+    earlier: Location | None = added(default=None)
+    """Run whose tiles are taken over where neither their imagery nor the model has changed (`rayseg refresh`)."""
 
 
 def check(config: Config, region: Region) -> Plan:
@@ -57,8 +59,16 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
         table = run.step("classes", classify.write_classes, classified)
         written = run.step("report", classify.write_report, classified, table, units)
         return f"{run.root}/report/index.html: {written.value['summary']}"
-    predicted = run.step("predict", mapping.predict_region, region, model, config.map, tiles=tiles)
+    predicted = run.step(
+        "predict", mapping.predict_region, region, model, config.map, tiles=tiles, earlier=config.earlier
+    )
     polygons = run.step("polygons", mapping.join_polygons, predicted, "polygons")
     run.step("publish", mapping.publish, predicted, f"{region.name} by {config.model}")
-    written = run.step("report", report.write_report, predicted, polygons)
+    extras = report.Extras(labels=_carried(predicted, config.earlier)) if config.earlier else None
+    written = run.step("report", report.write_report, predicted, polygons, *([None, extras] if extras else ()))
     return report.headline(written)
+
+
+def _carried(predicted: Step, earlier: str) -> str:
+    counts = predicted.value["account"]
+    return f"{predicted.value['carried']:,} of {sum(counts.values()):,} tiles are those of {earlier}."

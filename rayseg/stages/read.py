@@ -1,5 +1,6 @@
 """Tiles of a region and their pixels."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
@@ -23,7 +24,7 @@ _PIECE = 256  # px; damaged pixels are left out in squares of this side
 
 @dataclass
 class ReadTile:
-    """`tile, sources -> image, valid, reach`: read the tile's pixels with the halo that its patches need.
+    """`tile, sources -> image, valid, reach, inputs`: read the tile's pixels with the halo that its patches need.
 
     image: (bands, height, width) in the imagery's dtype over the window `reach`; valid: (height, width) bool.
     A tile without a valid pixel in its own window is settled as "nodata". Pixels that cannot be read count as nodata,
@@ -34,18 +35,38 @@ class ReadTile:
         bands: names, in the order the model takes them.
         patch: side of a model patch in px.
         stride: distance of patches in px.
+        made_by: key of what makes a map of the pixels; the ledger then keeps what a tile was made from.
     """
 
     bands: Sequence[str]
     _: KW_ONLY
     patch: int
     stride: int
+    made_by: str = ""
 
     def __call__(self, rows: list[TileRow]) -> list[TileRow | Settled]:
         """Read each tile."""
         lattices = [Lattice.of(row.tile.grid, self.patch, self.stride) for row in rows]
         reaches = [lattice.reach(row.tile.window) for lattice, row in zip(lattices, rows, strict=True)]
+        if self.made_by:
+            rows = [replace(row, inputs=inputs_of(row, self.made_by)) for row in rows]
         return [read_reach(row, reach, self.bands) for row, reach in zip(rows, reaches, strict=True)]
+
+
+def inputs_of(row: TileRow, made_by: str) -> str:
+    """A hash of the tile's place, its sources, the versions of their files and what makes a map of them.
+
+    It is "" if the version of a file is unknown.
+    """
+    sources = row.sources
+    try:
+        versions = [rasters.version(href) for source in sources for href, _ in source.assets]
+    except DataError:
+        return ""
+    # Where a source's item lies does not matter: the source holds what it states.
+    described = [replace(source, href="").to_row() for source in sources]
+    text = json.dumps([made_by, row.tile.to_row(), described, versions], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16] if all(versions) else ""
 
 
 def read_reach(row: TileRow, reach: Window, bands: Sequence[str]) -> TileRow | Settled:

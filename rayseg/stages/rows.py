@@ -45,6 +45,7 @@ class TileRow:
         reach: window of `image` and `valid`: the tile with the halo that its patches need.
         incomplete: why a part of the tile cannot be read; "" if all of it can.
         unread: why a part of the halo cannot be read; "" if all of it can.
+        inputs: what the tile was made from, as `read.inputs_of` has it; "" if unknown.
         batch: patches per batch after a lack of GPU memory; 0 if memory sufficed.
         classes: (height, width) uint8, 255 where there is no imagery.
         scores: (bands, height, width) uint8, probability x 254, 255 where there is no imagery.
@@ -65,6 +66,7 @@ class TileRow:
     reach: Window = _NOWHERE
     incomplete: str = ""
     unread: str = ""
+    inputs: str = ""
     batch: int = 0
     classes: NDArray[Any] = field(default_factory=_absent)
     scores: NDArray[Any] = field(default_factory=_absent)
@@ -87,9 +89,13 @@ class TileRow:
 
         Args:
             status: "done", "empty" or "nodata".
-            facts: about the files written, None if there are none; `unread` and `batch` are added to them.
+            facts: about the files written, None if there are none; `unread`, `inputs` and `batch` are added.
         """
-        added = {name: value for name, value in (("unread", self.unread), ("batch", self.batch)) if value}
+        added = {
+            name: value
+            for name, value in (("unread", self.unread), ("inputs", self.inputs), ("batch", self.batch))
+            if value
+        }
         whole = {**facts, **added} if facts is not None else {}
         # The files are written nevertheless: a retry replaces them.
         if self.incomplete:

@@ -13,23 +13,26 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 import pystac
 from pydantic import Field
 
+from rayseg import __version__
 from rayseg.config import Config, added
 from rayseg.engine import flow
 from rayseg.engine.flow import Work
-from rayseg.engine.ledger import Ledger, Record, with_fact
+from rayseg.engine.ledger import SETTLED, Ledger, Record, with_fact
 from rayseg.engine.manifest import PART, Manifest, Row, read_rows, write_rows
 from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError, listed
 from rayseg.geo.grid import Grid, Tile, Window, slug
 from rayseg.geo.region import Region
 from rayseg.io import labels, stac_read, stac_write, vectors
+from rayseg.io.maps import mapped_tiles
 from rayseg.io.output_grids import beyond_utm, expect_mappable
-from rayseg.io.sources import Source
+from rayseg.io.sources import Source, from_json
 from rayseg.io.tables import concurrently, content
 from rayseg.io.units import converted, expect_one_unit
 from rayseg.models import bundle
+from rayseg.stages.carry import Carried, CarryOver
 from rayseg.stages.predict import Predict
-from rayseg.stages.read import ReadTile, rows_by_grid
+from rayseg.stages.read import ReadTile, inputs_of, rows_by_grid
 from rayseg.stages.rows import TileRow
 from rayseg.stages.write import WriteTile
 from rayseg.store import Location, absolute, split_location, upath
@@ -86,7 +89,13 @@ def load_model(step: Step, prefix: str) -> dict[str, Any]:
 
 
 def predict_region(
-    step: Step, region: Region, model: Step, config: MapConfig, *, tiles: Sequence[Row] | None = None
+    step: Step,
+    region: Region,
+    model: Step,
+    config: MapConfig,
+    *,
+    tiles: Sequence[Row] | None = None,
+    earlier: str | None = None,
 ) -> dict[str, Any]:
     """Map every tile of the region; results are in tiles/<id>/, the status of each tile is in the step's ledger.
 
@@ -96,6 +105,7 @@ def predict_region(
         model: the step that provides the model.
         config: settings of the map.
         tiles: rows of the tiles, if they are already planned.
+        earlier: prefix of a run whose tiles are taken over where nothing that they are made from has changed.
     """
     described = bundle.description(model.value["bundle"])
     rows = manifest(step, region, described, config, tiles=tiles)
@@ -103,12 +113,39 @@ def predict_region(
     # A model of one output has the score of its last class alone.
     names = table.names if described.outputs > 1 else (table.names[-1],)
     item = str(upath(model.value["bundle"]) / "item.json")
+    made_by = json.dumps([__version__, described.model_dump(mode="json"), region.geometry])
+    carried: Sequence[Row] = ()
+    if earlier:
+        carried = unchanged_tiles(earlier, rows, made_by)
+        stage = Work(CarryOver(earlier, step.root, table, model=item))
+        # Tiles without a record are mapped below, those that cannot be taken over as well.
+        through(step, carried, [stage], patience=config.stall_seconds, record=itemgetter("carried"), title="unchanged")
     works = [
-        Work(ReadTile(described.bands, patch=described.patch, stride=described.stride)),
+        Work(ReadTile(described.bands, patch=described.patch, stride=described.stride, made_by=made_by)),
         Work(Predict(model.value["bundle"], batch=config.batch), cpus=1.0, gpus=1.0, model=True),
         Work(WriteTile(tiles_prefix(step), table, bands=names, geometry=region.geometry, model=item)),
     ]
-    return {"bundle": model.value["bundle"], **through(step, rows, works, patience=config.stall_seconds)}
+    done = through(step, rows, works, patience=config.stall_seconds)
+    return {"bundle": model.value["bundle"], **done, **({"carried": len(carried)} if earlier else {})}
+
+
+def unchanged_tiles(earlier: str, rows: Manifest, made_by: str) -> list[Row]:
+    """`id` and `carried` of the tiles that an earlier run has made from what they would be made from now.
+
+    Args:
+        earlier: prefix of the run.
+        rows: of the tiles of this one.
+        made_by: key of what makes the map.
+    """
+    known = {tile.tile.id: tile.record for tile in mapped_tiles(earlier) if tile.record.status in SETTLED}
+    found = []
+    for row in rows:
+        record = known.get(row["id"])
+        # Earlier versions did not record what a tile was made from.
+        if record and record.facts.get("inputs", "") == inputs_of(TileRow.from_row(row), made_by) != "":
+            tile = Carried(Tile.from_row(row), tuple(from_json(row["sources"])), record)
+            found.append({"id": row["id"], "carried": tile})
+    return found
 
 
 def through(

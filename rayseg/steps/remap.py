@@ -63,6 +63,22 @@ def region_of(root: str) -> Region:
     return Region(**values | {"tiles": tuple(values["tiles"])})
 
 
+def map_settings(root: str) -> dict[str, Any]:
+    """The settings of `rayseg predict` that map a run's region again with its model, and take its tiles over.
+
+    Raises:
+        ConfigError: `root` is not a run, or no model made its map.
+    """
+    content = runs.read(root)
+    bundle = content.get("steps", {}).get(SCORED, {}).get("bundle")
+    if not bundle or content["pipeline"] not in {"predict", "gpc", "landcover", "al-s4gan"}:
+        raise ConfigError(
+            f"run {root} of {content['pipeline']}, {content['status']}, has no map by a single model; give a finished "
+            "run of gpc, landcover, al-s4gan or predict"
+        )
+    return {"model": bundle, "map": content["config"]["map"], "earlier": root}
+
+
 def origin_of(root: str) -> Origin:
     """The map of a finished run.
 
