@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/rayseg run pipeline gpc --region demo --config configs/gpc/smoke.yaml --out runs/demo
 
-# One Ray at a time, in a process of its own: two that start beside each other on two cores lose jobs.
+# One Ray at a time, in a process of its own: two that start at the same time on two cores lose jobs.
 # A test process that crashes is not replaced, as xdist would wait for its tests for ever.
 test: setup
 	$(PYTEST) -m "not (ray or more or chaos)" --numprocesses $(WORKERS) --dist loadfile --max-worker-restart 0

@@ -2,7 +2,7 @@
 
 The port does what the method says in PyTorch's and numpy's plain words: contiguous tensors, a Python loop over the
 superpixels for the vote. Both are given the same superpixels. Quality is the adjusted mutual information (AMI) between
-the two results, beside that between two seeds of the port. On a GPU, if there is one, the same script measures there.
+the two results, next to that between two seeds of the port. On a GPU, if there is one, the same script measures there.
 Targets: 2.5 x on a CPU, 10 x on a GPU, AMI no lower than between two seeds.
 """
 

@@ -252,8 +252,8 @@ def al_s4gan(bench: Bench, seed: int) -> list[Row]:
 
 def copy_pictures(bench: Bench, run: str, found: Sequence[tuple[str, str]], steps: Steps) -> None:
     """Copy pictures of a run, and those of its baselines, to DIR/pictures."""
-    beside = [("beside", path) for _, path, _ in steps.get("baseline", {}).get("pictures", [])]
-    for number, (name, path) in enumerate([*found, *beside]):
+    baselines = [("baselines", path) for _, path, _ in steps.get("baseline", {}).get("pictures", [])]
+    for number, (name, path) in enumerate([*found, *baselines]):
         source = bench.out / "runs" / run / path
         shutil.copy(source, bench.out / "pictures" / f"{run}-{number}-{name}{source.suffix}")
 

@@ -201,7 +201,7 @@ def show_actors(counts: list[int], tiles: int, seconds: float, per_node: int) ->
 
 
 def show_planet(tiles: int, run: int) -> None:
-    """A row for planning, running some, and going on at the end."""
+    """A row each for planning, for running some tiles, and for resuming at the end."""
     with tempfile.TemporaryDirectory() as name:
         out = Path(name)
         planned = part("planet", tiles, out=out)

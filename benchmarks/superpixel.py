@@ -267,7 +267,7 @@ def port(
 ) -> tuple[np.ndarray, dict[str, float]]:
     """(label map, seconds of its parts) of the published process, step by step; patches fit into small scenes.
 
-    `quick` votes by a segment reduction instead, which gives the same labels: where quality is asked for, not speed.
+    `quick` votes by a segment reduction instead, which gives the same labels: where quality is measured, not speed.
     """
     from skimage.segmentation import felzenszwalb
 

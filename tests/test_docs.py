@@ -29,6 +29,16 @@ def test_every_function_on_the_path_of_a_tile_exists():
             assert name in set(defined(ROOT / "rayseg" / f"{module}.py")), f"{module}.{name}"
 
 
+def test_the_first_line_of_every_configuration_is_a_sentence_for_config_list():
+    for file in ROOT.glob("configs/*/*.yaml"):
+        if file.parent.name == "classes":
+            continue
+        first = file.read_text().partition("\n")[0]
+        assert first.startswith("# "), file
+        assert first.endswith("."), file
+        assert len(first) <= 110, file
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_file_that_a_page_names_exists(page):
     text = page.read_text()

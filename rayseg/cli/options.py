@@ -52,8 +52,8 @@ RunPrefix = Annotated[str, typer.Argument(help="The run's folder or URL.")]
 
 
 class TakesRegion(TyperCommand):
-    """A command whose argument is a region: -105,39,-104,40 is one, and no option."""
+    """A command whose argument is a region: -105,39,-104,40 is a region, not an option."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - click's context
-        """Read the arguments; a blank tells a box from an option."""
+        """Read the arguments; a blank in front marks a box, which is not an option."""
         return super().parse_args(ctx, [f" {arg}" if re.match(r"-\.?\d", arg) else arg for arg in args])

@@ -23,7 +23,7 @@ _NAMED = 5
 def read_frame(path: StorePath) -> "geopandas.GeoDataFrame":
     """The rows with a geometry of a GeoJSON, GeoPackage, FlatGeobuf, GeoParquet or Shapefile.
 
-    The format is told by content, as GDAL tells it; `--allow-driver` opens others by the driver of their suffix. Rows
+    The format is recognized by content, as GDAL does; `--allow-driver` opens others by the driver of their suffix. Rows
     whose geometry is null or empty are left out, with a warning that names them.
 
     Raises:

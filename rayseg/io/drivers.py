@@ -47,7 +47,7 @@ SIGNATURES = {
 }
 """First bytes -> driver."""
 _FAULTS: tuple[type[Exception], ...] = (*STORE_ERRORS, ClientError)
-_HEAD = 1024  # bytes by which GDAL tells formats
+_HEAD = 1024  # bytes by which GDAL recognizes formats
 _DEEPEST = 5  # mosaics of mosaics
 _PATHS = {"sourcefilename", "sourcedataset"}
 _FILES = re.compile(

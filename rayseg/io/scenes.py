@@ -392,7 +392,7 @@ def split(
         seed: of the random draw.
 
     Raises:
-        DataError: a scene is not there, or none is left to learn from.
+        DataError: a scene is not there, or none remains for training.
     """
     scenes = sorted({image.scene for image in images})
     if unknown := sorted(set(validation) - set(scenes)):
@@ -402,7 +402,7 @@ def split(
     held = set(validation or drawn)
     if held >= set(scenes):
         raise DataError(
-            f"all {len(scenes)} scenes ({listed(scenes)}) are for validation, none is left to learn from; "
+            f"all {len(scenes)} scenes ({listed(scenes)}) are for validation, expected one or more for training; "
             "hold out fewer"
         )
     parts: dict[bool, list[LabelledImage]] = defaultdict(list)

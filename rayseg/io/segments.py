@@ -14,7 +14,7 @@ from rayseg.store import StorePath
 
 
 def write_segments(path: StorePath, segments_HW: NDArray[np.uint32], grid: Grid, window: Window) -> None:
-    """Write the number of every pixel's segment over `window` as a COG of uint32; 0 is no data."""
+    """Write the number of every pixel's segment over `window` as a COG of uint32; 0 is nodata."""
     cog.write_image(path, segments_HW[None], grid, window, bands=("superpixel",), nodata=0, overviews="NEAREST")
 
 

@@ -20,6 +20,7 @@ from rasterio.crs import CRS
 from rasterio.enums import ColorInterp
 from rasterio.errors import CRSError, RasterioError
 from rasterio.io import DatasetReader
+from rasterio.session import DummySession
 from rasterio.warp import calculate_default_transform, transform, transform_bounds
 from shapely.errors import ShapelyError
 from shapely.geometry.base import BaseGeometry
@@ -77,7 +78,7 @@ class Source:
         nodatas: in place of `nodata`, the value of each of `bands`, if bands differ; else empty.
         change: (factor, addend) of each of `bands` that are applied to values as they are read; empty for none.
         dtypes: of each of `bands`, if an item of several files does not state that they are one; "" for unknown.
-        baseline: of Sentinel-2 processing ("04.00"), if it alone tells which offset the values have.
+        baseline: of Sentinel-2 processing ("04.00"), if it alone determines the offset of the values.
         frames: (crs, transform, height, width) that the item states of each file, if they cover different ground.
     """
 
@@ -97,7 +98,7 @@ class Source:
     change: tuple[tuple[float, float], ...] = ()
     baseline: str = ""
     dtypes: tuple[str, ...] = ()
-    frames: tuple[Frame, ...] = field(default=(), repr=False)  # trainings know their images by their repr
+    frames: tuple[Frame, ...] = field(default=(), repr=False)  # trainings identify their images by their repr
 
     @property
     def bands(self) -> tuple[str, ...]:
@@ -197,7 +198,7 @@ def described(dataset: DatasetReader) -> Source:
     nodatas = tuple(None if value is None or not math.isfinite(value) else value for value in dataset.nodatavals)
     nodata, nodatas = (nodatas[0], ()) if len(set(nodatas)) == 1 else (None, nodatas)
     if crs is None and dataset.transform != Affine.identity():
-        crs = _beside(dataset.name)
+        crs = _prj_crs(dataset.name)
     units = tuple(zip(dataset.scales, dataset.offsets, strict=True))
     for unit in units:
         expect_unit(dataset.name, unit)
@@ -206,8 +207,8 @@ def described(dataset: DatasetReader) -> Source:
     return Source("", (), *place, dataset.dtypes[0], nodata, gcps=gcps, units=units, nodatas=nodatas)
 
 
-def _beside(href: str) -> CRS | None:
-    """The CRS in the `.prj` beside a file with a world file, which GDAL reads for few formats; None without one."""
+def _prj_crs(href: str) -> CRS | None:
+    """The CRS in the `.prj` next to a file with a world file, which GDAL reads for few formats; None without one."""
     if not is_local(href) or not (path := upath(href).with_suffix(".prj")).exists():
         return None
     try:
@@ -276,7 +277,8 @@ def _refused(name: str, place: str = "") -> Iterator[None]:
 def placing(name: str, crs: str | CRS) -> Iterator[None]:
     """Errors of GDAL and of overlays in a transformation from or to `crs` as DataError that names what it places."""
     try:
-        with rasterio.Env():
+        # No file is opened: without its session, rasterio would prepare a request to AWS, 8 ms wherever keys are set.
+        with rasterio.Env(session=DummySession()):
             yield
     except (*_FAULTS, ShapelyError) as error:
         place = f"{name} cannot be placed on Earth by its CRS {name_of_crs(str(crs))}"

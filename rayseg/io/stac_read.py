@@ -83,7 +83,7 @@ def open_items(
 
     Raises:
         ConfigError: there is no such catalogue or collection.
-        DataError: no item is left; the message names the bounds of both sides.
+        DataError: no item remains; the message names the bounds of both sides.
     """
     area = None if geometry is None else shape(geometry)
     wide = geometry

@@ -74,7 +74,7 @@ def expect_one_unit(sources: Sequence[Source], bands: Sequence[str] = ()) -> Non
             from both sides of processing baseline 04.00, or only some state their baseline; the message names two.
     """
     ordered = sorted(sources, key=lambda source: source.item_id)
-    # 1. Sentinel-2 scenes whose offset only their processing baseline tells
+    # 1. Sentinel-2 scenes whose offset only their processing baseline determines
     known = [(source, baseline) for source in ordered if (baseline := _baseline(source)) is not None]
     old = [f"{source.item_id} is from Sentinel-2 processing baseline {b:05.2f}" for source, b in known if b < BASELINE]
     new = [f"{source.item_id} from {baseline:05.2f}" for source, baseline in known if baseline >= BASELINE]

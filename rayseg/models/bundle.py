@@ -400,7 +400,7 @@ def whole(prefix: StorePath) -> tuple[Bundle, bytes]:
     Raises:
         ModelError: see `description`; or the weights are damaged or belong to another bundle.
     """
-    # A wrong checksum means damage, or the weights of another bundle: the message tells which.
+    # A wrong checksum means damage, or the weights of another bundle: the message states which.
     bundle, path = description(prefix), upath(prefix) / "model.safetensors"
     weights = path.read_bytes()
     if hashlib.sha256(weights).hexdigest() == bundle.sha256:

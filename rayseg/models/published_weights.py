@@ -56,7 +56,7 @@ class Fitted:
     Attributes:
         state: all tensors of the network.
         dropped: name in the file -> why it is not loaded.
-        shaped: name in the network -> name in the file, for tensors that only their shape tells.
+        shaped: name in the network -> name in the file, for tensors that are matched by their shape alone.
     """
 
     state: State
@@ -91,7 +91,7 @@ def fit(model: nn.Module, state: State, path: str, *, renames: Renames = ()) -> 
     places |= _places(left, {key: tensor for key, tensor in wanted.items() if key not in places})
     # 3. last layers, which every code calls otherwise
     shaped = _by_shape(wanted, given, places)
-    # Weight and bias of two layers: of more, equal shapes tell nothing about which is which.
+    # Weight and bias of two layers: of more, equal shapes do not determine which is which.
     places |= shaped if len(shaped) <= _LAST else {}
     missing = [key for key in wanted if key not in places and not key.endswith("num_batches_tracked")]
     if missing:

@@ -67,7 +67,7 @@ def segment(
     Args:
         image_HWC: any number of bands in any order; integers are divided by the largest value of their type
             (uint8: x/255), floats are unchanged.
-        superpixels_HW: superpixel of every pixel, for the vote; -1 is no data, without vote, target or label.
+        superpixels_HW: superpixel of every pixel, for the vote; -1 is nodata, without vote, target or label.
         network: a name in `RECIPES`, or a recipe.
         iterations: most training steps, each on the whole image.
         min_labels: training ends after the first step with fewer labels than this.

@@ -170,8 +170,8 @@ def write_report(
         learnt += "no mask was drawn, so the segmenter's last epoch is kept."
     caption = "Chips labelled gpc, their Grad-CAM++, and the coarse masks of the first training (grey: undecided)."
     shown = (("Cues", drawn.value["picture"], caption),)
-    beside = baseline.beside(simple.value, simple.value["product"], name="this map") if simple else None
-    extras = report.Extras(labels=learnt, pictures=shown, baseline=beside)
+    compared = baseline.comparison(simple.value, simple.value["product"], name="this map") if simple else None
+    extras = report.Extras(labels=learnt, pictures=shown, baseline=compared)
     return report.write_report(step, predicted, polygons, measured, extras)
 
 

@@ -171,11 +171,11 @@ def write_report(
     labels = f"Labelled: {training} to learn from, {validation} to choose the epoch by."
     # A truth of the region says more than the scenes that chose the epoch.
     shown = measured if "overall" in measured.value else validated
-    own, beside = validated.value, None
+    own, compared = validated.value, None
     if simple:
         parts = {row["name"]: row["iou"]["value"] for row in own["classes"] if row["reference"]}
-        beside = baseline.beside(simple.value, own["overall"]["mean_iou"]["value"], parts=parts)
-    extras = report.Extras(labels=labels, pictures=worst, baseline=beside)
+        compared = baseline.comparison(simple.value, own["overall"]["mean_iou"]["value"], parts=parts)
+    extras = report.Extras(labels=labels, pictures=worst, baseline=compared)
     return report.write_report(step, predicted, polygons, shown, extras)
 
 

@@ -152,7 +152,7 @@ def train(step: Step, listed: Step, divided: Step, config: Config) -> dict[str, 
             superpixels=superpixels,
             described=Described(models, config.superpixels.method, config.options, bands, dtype),
         )
-        work = Work(cluster, cpus=0.5)  # fits beside a server that holds one of two CPUs
+        work = Work(cluster, cpus=0.5)  # fits next to a server that holds one of two CPUs
     else:
         stage = TrainScene(network, prefix=prefix, models=models, segments=superpixels, bands=bands, dtype=dtype)
         work = Work(stage, cpus=1.0, gpus=1.0, model=True)

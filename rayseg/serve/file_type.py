@@ -1,4 +1,4 @@
-"""Tell PNG, JPEG and TIFF by their bytes, and refuse files that are a second format as well; nothing is decoded."""
+"""Recognize PNG, JPEG and TIFF by their bytes, and refuse files that are also a second format, without decoding."""
 
 import re
 

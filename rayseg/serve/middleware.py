@@ -92,7 +92,7 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        # A client's own id is kept even if invalid: Ray Serve's proxy returns it as it came.
+        # A client's own id is kept even if invalid: Ray Serve's proxy returns it unchanged.
         ids = (value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id")
         exchange = _Exchange(scope, next(ids, uuid.uuid4().hex), _lane(scope))
         REQUEST_ID.set(exchange.id)

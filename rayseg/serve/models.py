@@ -32,7 +32,7 @@ class Backend(Protocol):
         """Classes (height, width) and scores (bands, height, width) of a model over an image, as `Predict` returns."""
 
     async def classify(self, name: str, image: Image, *, explain: bool) -> Classes:
-        """Probability of each class of a classifier for the centre of an image, and its Grad-CAM++ if asked for."""
+        """Probability of each class of a classifier for the centre of an image, and its Grad-CAM++ if requested."""
 
     async def instances(self, name: str, image: Image, options: dict[str, Any]) -> list[dict[str, Any]]:
         """Masks of a Segment Anything model; see `rayseg.serve.prompts.masks`."""

@@ -85,7 +85,7 @@ class Classify(Score):
     def single(
         self, image_CHW: np.ndarray, valid_HW: np.ndarray, *, explain: bool
     ) -> tuple[list[float], np.ndarray | None]:
-        """(probability of each class, Grad-CAM++ of the most probable one if asked for) of the centre of an image.
+        """(probability of each class, Grad-CAM++ of the most probable one if requested) of the centre of an image.
 
         Raises:
             DataError: the centre has no valid pixel.

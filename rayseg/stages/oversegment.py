@@ -83,7 +83,7 @@ class ReadAround:
 class Divide:
     """`tile, scaling, image, valid, reach -> facts`: write the superpixels of the tile and its overlap, `part_path`.
 
-    They are numbered from 1 in the tile; 0 is no data. A tile fails if any pixel in its reach cannot be read: its
+    They are numbered from 1 in the tile; 0 is nodata. A tile fails if any pixel in its reach cannot be read: its
     neighbours would not agree with it after a retry.
 
     Args:

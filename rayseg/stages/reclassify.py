@@ -47,7 +47,7 @@ class Decision:
             scores_CHW: (bands, height, width) uint8, probability x 254, 255 for nodata; a band per class, or one.
 
         Returns:
-            (classes, scores) in the same form; of several bands those of the classes that are left.
+            (classes, scores) in the same form; of several bands those of the remaining classes.
         """
         valid_HW = classes_HW != NODATA
         if self.threshold is not None:

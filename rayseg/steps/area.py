@@ -1,6 +1,6 @@
 """Honest areas: a stratified random sample of a map for a person to label, and estimates from the answers.
 
-Counting pixels is no estimate of an area, because a map's errors are not symmetric. The design and the estimators are
+Counting pixels does not estimate an area, because a map's errors are not symmetric. The design and the estimators are
 those of Olofsson et al. 2014 and Stehman 2014 (strata that are not the map's classes).
 
 <folder>/sample.json     strata with their areas, points, the run      <folder>/index.html   answer with keys 1 to 9

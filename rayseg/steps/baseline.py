@@ -1,8 +1,8 @@
 """Simple methods next to a pipeline's result: measured on the same data and split, and shown in its report.
 
 A pipeline has a setting `baseline: bool = added(default=True)` and a step that returns `value_of(...)`; its report gets
-`Extras(baseline=beside(step.value, product))`. The step reaches the report as a keyword of `Run.step`, so that reports
-of runs begun without it keep their keys:
+`Extras(baseline=comparison(step.value, product))`. The step reaches the report as a keyword of `Run.step`, so that
+reports of runs begun without it keep their keys:
 
     simple = run.step("baseline", measure_baselines, ...) if config.baseline else None
     run.step("report", write_report, ..., baseline=simple)
@@ -33,7 +33,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Beside:
+class Comparison:
     """What the report shows of the baselines.
 
     Attributes:
@@ -72,13 +72,13 @@ def parts_of(confusion: Confusion, names: Sequence[str]) -> dict[str, float]:
     return {name: float(iou) for name, iou, seen in zip(names, confusion.iou, present, strict=True) if seen}
 
 
-def beside(
+def comparison(
     value: Mapping[str, Any], product: float, *, parts: Mapping[str, float] | None = None, name: str = "this model"
-) -> Beside:
-    """What the report shows of the step value `value` next to the product's own measure.
+) -> Comparison:
+    """The product's own measure next to those of the baselines, for the report.
 
     Args:
-        value: as `value_of` returned it.
+        value: of the step, as `value_of` returned it.
         product: measure of the product on the same data.
         parts: further measures of the product, by the names of those of the methods.
         name: of the product.
@@ -106,4 +106,4 @@ def beside(
         )
     header = ("method", measure, *columns, "processor time")
     title = f"Next to simple baselines, on {value['where']}"
-    return Beside(first, (title, header, rows), tuple((a, b, c) for a, b, c in value["pictures"]))
+    return Comparison(first, (title, header, rows), tuple((a, b, c) for a, b, c in value["pictures"]))

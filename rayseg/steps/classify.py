@@ -232,7 +232,7 @@ def evaluate_classes(prediction: str, truth: str) -> dict[str, Any]:
     Raises:
         DataError: no unit has a label, or a label is not a class of the model.
     """
-    # The table alone has all that is needed: the run may be gone.
+    # The table alone has all that is needed: the run may no longer exist.
     path = upath(prediction) if suffix_of(prediction) == ".csv" else upath(prediction) / "classes.csv"
     predicted = {row["id"]: row for row in _csv_rows(path)}
     first = next(iter(predicted.values()))

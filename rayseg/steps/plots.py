@@ -294,6 +294,6 @@ def write_report(
         extras = replace(extras, tables=(evaluate_plots.table(measured.value),))
     if simple:
         value = simple.value
-        beside = baseline.beside(value, value["product"], parts=value["parts"], name=simple_plots.PRODUCT)
-        extras = replace(extras, baseline=beside)
+        compared = baseline.comparison(value, value["product"], parts=value["parts"], name=simple_plots.PRODUCT)
+        extras = replace(extras, baseline=compared)
     return report.write_report(step, tiles, polygons, None, extras)

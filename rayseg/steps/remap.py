@@ -107,7 +107,7 @@ def decision_of(origin: Origin, rules: ClassRules, threshold: float | None) -> D
     """How the new classes follow from the map.
 
     Raises:
-        ConfigError: a class is unknown or named twice, fewer than two are left, or the scores do not suffice.
+        ConfigError: a class is unknown or named twice, fewer than two remain, or the scores do not suffice.
     """
     names, values = origin.table.names, {name: value for value, name, _ in origin.table.classes}
     members = [name for group in rules.merge.values() for name in group]
@@ -136,7 +136,7 @@ def decision_of(origin: Origin, rules: ClassRules, threshold: float | None) -> D
         tuple(values[name] for name in rules.drop),
     )
     if asked and len(decision.left.classes) < 2:
-        raise ConfigError(f"{len(decision.left.classes)} class would be left of {listed(names)}, expected two or more")
+        raise ConfigError(f"{len(decision.left.classes)} class would remain of {listed(names)}, expected two or more")
     return decision
 
 

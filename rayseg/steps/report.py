@@ -26,7 +26,7 @@ from rayseg.engine.run import Step
 from rayseg.io import masks
 from rayseg.io.maps import MappedTile, mapped_tiles, seam_score
 from rayseg.io.pictures import encoded, pictures_of, shown_colors
-from rayseg.steps.baseline import Beside
+from rayseg.steps.baseline import Comparison
 from rayseg.store import is_local, put, relocated, upath
 from rayseg.vision.color import ClassTable, hex_of
 
@@ -286,7 +286,7 @@ class Extras:
     histories: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
     workers: int | None = None
     timed: Step | None = None
-    baseline: Beside | None = None
+    baseline: Comparison | None = None
 
 
 def write_report(

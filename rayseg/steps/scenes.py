@@ -285,6 +285,6 @@ def write_report(
         labels += f" {evaluate.agreement_text(measured.value)}"
     shown = tuple((title, image, caption) for title, image, caption in drawn.value["pictures"])
     curves = dict(list(histories.items())[:MOST_CURVES])
-    baseline = simple_labels.shown_beside(simple.value) if simple else None
+    baseline = simple_labels.comparison_of(simple.value) if simple else None
     extras = report.Extras(labels=labels, pictures=shown, histories=curves, baseline=baseline)
     return report.write_report(step, predicted, polygons, extras=extras)

@@ -11,7 +11,7 @@ from rayseg.geo.grid import NODATA
 from rayseg.io import pictures
 from rayseg.io.maps import mapped_tiles
 from rayseg.steps import evaluate
-from rayseg.steps.baseline import Beside, Method, beside, value_of
+from rayseg.steps.baseline import Comparison, Method, comparison, value_of
 from rayseg.store import put
 from rayseg.vision.color import mean_color
 from rayseg.vision.crops import middle
@@ -66,11 +66,11 @@ def measure_baseline(step: Step, predicted: Step, truth: str, unlabelled: Sequen
     return value_of("AMI", where, methods, pictures=drawn) | {"product": means[PRODUCT]}
 
 
-def shown_beside(value: dict[str, Any]) -> Beside | None:
+def comparison_of(value: dict[str, Any]) -> Comparison | None:
     """What the report shows of the baseline; None if it was not measured."""
     if not value:
         return None
-    return beside(value, value["product"]["AMI"], parts=_others(value["product"]), name=PRODUCT)
+    return comparison(value, value["product"]["AMI"], parts=_others(value["product"]), name=PRODUCT)
 
 
 def _others(measures: dict[str, float]) -> dict[str, float]:

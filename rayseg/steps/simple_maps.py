@@ -165,7 +165,7 @@ def compare(
     return methods
 
 
-def draw_beside(
+def draw_side_by_side(
     step: Step,
     image_HWC: NDArray[np.uint8],
     maps: Sequence[Classes],
@@ -174,7 +174,7 @@ def draw_beside(
     names: Sequence[str],
     place: str,
 ) -> tuple[str, str, str]:
-    """Write an image and maps of the same place side by side as `<step>/beside.webp`.
+    """Write an image and maps of the same place side by side as `<step>/baselines.webp`.
 
     Args:
         step: the current step.
@@ -187,8 +187,8 @@ def draw_beside(
     Returns:
         (title, path below the run, caption).
     """
-    put(step.prefix / "beside.webp", pictures.encoded(panels(image_HWC, maps, table), "webp"))
-    return "Next to simple baselines", f"steps/{step.name}/beside.webp", f"From left: {', '.join(names)}, {place}."
+    put(step.prefix / "baselines.webp", pictures.encoded(panels(image_HWC, maps, table), "webp"))
+    return "Next to simple baselines", f"steps/{step.name}/baselines.webp", f"From left: {', '.join(names)}, {place}."
 
 
 def draw_median_tile(
@@ -210,7 +210,7 @@ def draw_median_tile(
         bands: that the methods see.
 
     Returns:
-        See `draw_beside`.
+        See `draw_side_by_side`.
     """
     # 1. the best tile and the worst would flatter or blame the model
     compared = [
@@ -231,7 +231,7 @@ def draw_median_tile(
     ]
     names = ["imagery", "mask", "this model", *(method.name for method in simple)]
     shown_HWC = pictures.shown(sources, tile.grid, window)
-    return draw_beside(step, shown_HWC, maps, table, names=names, place=f"in {tile.id}")
+    return draw_side_by_side(step, shown_HWC, maps, table, names=names, place=f"in {tile.id}")
 
 
 def panels(

@@ -32,7 +32,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 @dataclass
-class Pupil:
+class Student:
     """A student, the average of its weights as teacher, and how sure the teacher is of each class.
 
     Attributes:
@@ -63,16 +63,16 @@ def _train(config: State) -> State:
     shape = {"classes": data.labelled.count, "channels": data.labelled.read(0).shape[2]}
     net = settings.build(**shape, weights="none" if state else None)
     learner = Learner.start(net, learning, device, s4gan.groups_of(net, settings))
-    pupil = Pupil(learner, torch.ones(shape["classes"], device=device))
+    student = Student(learner, torch.ones(shape["classes"], device=device))
     if state:
         learner.resume(state["learner"])
-        pupil.sure_K.copy_(state["sure"])
+        student.sure_K.copy_(state["sure"])
         learner.note_kept(config["prefix"], state["epoch"])
-    steps = partial(_steps, pupil=pupil, config=config)
-    return s4gan.run_checkpoints(steps, learner, state, config, more=lambda: {"sure": pupil.sure_K.cpu()})
+    steps = partial(_steps, student=student, config=config)
+    return s4gan.run_checkpoints(steps, learner, state, config, more=lambda: {"sure": student.sure_K.cpu()})
 
 
-def _steps(first: int, pupil: Pupil, config: State) -> dict[str, float]:
+def _steps(first: int, student: Student, config: State) -> dict[str, float]:
     """Make the steps up to the next checkpoint; return the mean of each loss."""
     settings: S4ganConfig = config["settings"]
     data: Data = config["data"]
@@ -82,36 +82,36 @@ def _steps(first: int, pupil: Pupil, config: State) -> dict[str, float]:
     streams = [s4gan.stream(name, first, last, config) for name in ("labelled", "unlabelled")[: len(sources)]]
     # Weak views keep their colours, as published.
     weak = settings.model_copy(update={"augment": settings.augment.model_copy(update={"jitter": 0.0})})
-    pupil.learner.train_mode()
+    student.learner.train_mode()
     losses: dict[str, list[float]] = {}
     for step, batches in enumerate(probe.batches(zip(*streams, strict=True), last - first), first):
         shown, masks = s4gan.augmented(batches[0], generator, config)
         assert masks is not None
         plain = [s4gan.augmented(batch, generator, config | {"settings": weak}) for batch in batches[1:]]
-        taught = teach(*plain[0], pupil, generator, config) if plain else None
+        taught = teach(*plain[0], student, generator, config) if plain else None
         items = partial(s4gan.names_in, sources, batches)
-        for name, loss in _step(step, (shown, masks), taught, pupil, config, items).items():
+        for name, loss in _step(step, (shown, masks), taught, student, config, items).items():
             losses.setdefault(name, []).append(loss)
     return {name: float(np.mean(values)) for name, values in losses.items()}
 
 
 @torch.no_grad()
 def teach(
-    images_NCHW: Tensor, beyond_NHW: Tensor | None, pupil: Pupil, generator: Generator, config: State
+    images_NCHW: Tensor, beyond_NHW: Tensor | None, student: Student, generator: Generator, config: State
 ) -> tuple[Pair, Pair]:
     """The strong views of weak views, and what the teacher is sure of; updates how sure it is of each class.
 
     Pixels where `beyond_NHW` is 255 lie outside the images and teach nothing.
     """
     settings: ConsistencyConfig = config["settings"].consistency
-    teacher, parts = pupil.learner.shown.eval(), torch.split(images_NCHW, pupil.learner.micro or len(images_NCHW))
+    teacher, parts = student.learner.shown.eval(), torch.split(images_NCHW, student.learner.micro or len(images_NCHW))
     p_NKHW = torch.cat([s4gan.logits_of(teacher, part, config).softmax(dim=1) for part in parts])
     sure_NHW, classes_NHW = p_NKHW.max(dim=1)
     inside_NHW = torch.ones_like(classes_NHW, dtype=torch.bool) if beyond_NHW is None else beyond_NHW != IGNORE
-    pupil.sure_K = _renewed(pupil.sure_K, sure_NHW[inside_NHW], classes_NHW[inside_NHW], settings.momentum)
+    student.sure_K = _renewed(student.sure_K, sure_NHW[inside_NHW], classes_NHW[inside_NHW], settings.momentum)
     # As in FlexMatch (Zhang et al. 2021, eq. 7), with the mean probability of a class instead of its pixel count, which
     # would call a rare class a hard one.
-    threshold_K = settings.threshold * pupil.sure_K / pupil.sure_K.max()
+    threshold_K = settings.threshold * student.sure_K / student.sure_K.max()
     classes_NHW[(sure_NHW < threshold_K[classes_NHW]) | ~inside_NHW] = IGNORE
 
     def view() -> Pair:
@@ -137,7 +137,7 @@ def _step(
     step: int,
     labelled: Pair,
     taught: tuple[Pair, Pair] | None,
-    pupil: Pupil,
+    student: Student,
     config: State,
     items: Callable[[], str],
 ) -> dict[str, float]:
@@ -146,8 +146,8 @@ def _step(
     share = session.batch_share(mass(labelled[1]))
     rate = poly(settings.rate, step, settings.steps, power=settings.power, every=settings.every)
     parts: list[tuple[float, float]] = []
-    loss_of = partial(_loss_of, labelled, taught, share, pupil.learner.net, config, parts)
-    loss = pupil.learner.step(loss_of, len(labelled[0]), rate, items=items, what=f"consistency, step {step}")
+    loss_of = partial(_loss_of, labelled, taught, share, student.learner.net, config, parts)
+    loss = student.learner.step(loss_of, len(labelled[0]), rate, items=items, what=f"consistency, step {step}")
     supervised, consistency = (sum(values) for values in zip(*parts, strict=True))
     sure = float((taught[0][1] != IGNORE).float().mean()) if taught else 0.0
     return {"loss": loss, "ce_loss": supervised, "consistency_loss": consistency, "taught": sure}

@@ -28,7 +28,7 @@ Floats = NDArray[np.float32]
 MOST_NUMBERS = 1 << 25
 """Numbers of all samples together, 128 MB; with more features there are fewer samples."""
 MOST_LINEAR = 50_000
-"""Samples of a logistic regression: more change little and take their time."""
+"""Samples of a logistic regression: more samples change the result little and take longer."""
 _PENALTY = 1 / 600  # L2 on weights of standardised features, relative to the mean loss; by cross-validation on Dubai
 
 

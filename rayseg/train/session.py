@@ -116,7 +116,7 @@ def fit(loop: Loop, config: State, setup: Setup, *, name: str) -> State:
 
 @contextmanager
 def _shown(path: str) -> Iterator[None]:
-    """Show what worker 0 notes in a file, wherever it runs; the file is gone at the end."""
+    """Show what worker 0 notes in a file, wherever it runs; the file is deleted at the end."""
     ended = threading.Event()
 
     def follow() -> None:

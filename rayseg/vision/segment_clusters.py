@@ -1,8 +1,8 @@
 """Clusters of superpixels by colour and texture: labels of a scene without a network.
 
-Colour is CIELAB with more weight on its chroma, because hue tells covers apart where brightness tells sun from shade;
-texture is the deviation of the brightness in a window. A segment counts by the square root of its area: large fields do
-not take all clusters, and specks get none of their own.
+Colour is CIELAB with more weight on its chroma, because hue separates kinds of cover where brightness separates sun
+from shade; texture is the deviation of the brightness in a window. A segment counts by the square root of its area:
+large fields do not take all clusters, and specks get none of their own.
 """
 
 from collections.abc import Sequence

@@ -182,7 +182,7 @@ def test_a_split_never_divides_a_scene():
 def test_a_split_that_cannot_be_meant_is_refused():
     with pytest.raises(DataError, match="there is no scene x, the scenes are a, b, c, d, e"):
         scenes.split(IMAGES, validation=["a", "x"])
-    with pytest.raises(DataError, match=r"all 5 scenes .* none is left to learn from"):
+    with pytest.raises(DataError, match=r"all 5 scenes .* expected one or more for training"):
         scenes.split(IMAGES, validation=["a", "b", "c", "d", "e"])
 
 

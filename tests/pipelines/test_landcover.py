@@ -251,7 +251,7 @@ def words_for(folder, *settings):
 @pytest.mark.parametrize(("settings", "said"), [
     ((), "class rangeland has no pixel in any mask"),
     ((ABSENT, "labelled.validation=[c]"), "there is no scene c, the scenes are a, b"),
-    ((ABSENT, "labelled.validation=[a, b]"), "none is left to learn from"),
+    ((ABSENT, "labelled.validation=[a, b]"), "expected one or more for training"),
     ((ABSENT, "classes=dubai", "labelled.absent=[]"), "mask colour #"),
     ((ABSENT, "segmenter.learning.batch=1"), "batch norms would see one image at a time"),
     ((ABSENT, "workers=3"), "cannot be shared by 3 workers"),

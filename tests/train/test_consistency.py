@@ -10,7 +10,7 @@ from rayseg.models.bundle import Scaling
 from rayseg.train import consistency, s4gan, session
 from rayseg.train.augment import Augment
 from rayseg.train.batches import Batch
-from rayseg.train.consistency import Pupil, fit_consistency
+from rayseg.train.consistency import Student, fit_consistency
 from rayseg.train.learning import Learner, Learning, trained
 from rayseg.train.s4gan import ConsistencyConfig, Data
 from rayseg.train.session import Setup
@@ -119,11 +119,11 @@ def test_only_sure_pixels_teach_by_a_threshold_of_each_class():
     settings = QUICK.model_copy(
         update={"consistency": ConsistencyConfig(threshold=0.8, mix=0.0, views=Augment(flip=0, quadrants=0, rotate=0))}
     )
-    pupil = Pupil(fixed(), torch.tensor([0.9, 0.75]))
-    views = consistency.teach(images, None, pupil, torch.Generator(), plain(settings))
+    student = Student(fixed(), torch.tensor([0.9, 0.75]))
+    views = consistency.teach(images, None, student, torch.Generator(), plain(settings))
     mean_0, mean_1 = (0.9 + 0.7 + 0.6 + 0.6 + 0.6 + 0.55 + 0.5) / 7, (0.7 + 0.6 + 0.55) / 3
     sure = [0.99 * 0.9 + 0.01 * mean_0, 0.99 * 0.75 + 0.01 * mean_1]
-    assert pupil.sure_K.tolist() == pytest.approx(sure)
+    assert student.sure_K.tolist() == pytest.approx(sure)
     assert 0.6 < 0.8 * sure[1] / sure[0] < 0.7  # the threshold of class 1; that of class 0 is .8
     for shown, classes in views:
         assert torch.equal(shown, images)
@@ -138,14 +138,14 @@ def test_pixels_beyond_an_image_teach_nothing():
     config = plain(settings)
     batch = Batch(np.arange(2), torch.full((2, 2, 5, 6), 3.0), None)
     images, beyond = s4gan.augmented(batch, torch.Generator(), config)
-    pupil = Pupil(fixed(), torch.tensor([0.9, 0.9]))
-    views = consistency.teach(images, beyond, pupil, torch.Generator(), config)
+    student = Student(fixed(), torch.tensor([0.9, 0.9]))
+    views = consistency.teach(images, beyond, student, torch.Generator(), config)
     for _, classes in views:
         assert (classes[:, :5, :6] != 255).all()
         assert (classes[:, 5:] == 255).all()
         assert (classes[:, :, 6:] == 255).all()
     # The mean of the pixels inside alone: .5 each.
-    assert pupil.sure_K[0] == pytest.approx(0.99 * 0.9 + 0.01 * 0.5)
+    assert student.sure_K[0] == pytest.approx(0.99 * 0.9 + 0.01 * 0.5)
 
 
 @pytest.mark.usefixtures("_alone")
@@ -157,7 +157,9 @@ def test_the_loss_is_the_mean_of_both_losses_and_unsure_pixels_count_as_zero(mon
     masks = torch.randint(0, 2, (2, 4, 4))
     sure = torch.full((2, 4, 4), 255)
     sure[0, 0, 0] = 1
-    losses = consistency._step(0, (images, masks), ((images, sure), (images, sure)), Pupil(learner, None), plain(), str)
+    losses = consistency._step(
+        0, (images, masks), ((images, sure), (images, sure)), Student(learner, None), plain(), str
+    )
     surprise = nn.functional.cross_entropy(images, masks)
     taught = -images[0, :, 0, 0].log_softmax(0)[1] / 32
     assert losses["ce_loss"] == pytest.approx(surprise.item(), rel=1e-5)
@@ -183,7 +185,7 @@ def test_pixels_count_alike_whichever_worker_and_part_has_them(monkeypatch):
     def loss(*shown):
         view = images[list(shown)], sure[list(shown)]
         labelled = images[list(shown)], masks[list(shown)]
-        return consistency._step(0, labelled, (view, view), Pupil(learner, None), plain(), str)["loss"]
+        return consistency._step(0, labelled, (view, view), Student(learner, None), plain(), str)["loss"]
 
     whole = loss(0, 1, 2, 3)
     size = 1

@@ -220,7 +220,7 @@ def _parts(images: Sequence[LabelledImage], config: PoolConfig, seed: int) -> di
         raise ConfigError(f"pool.test names {', '.join(unknown)}, the scenes are {listed(sorted(known))}; correct it")
     others = [image for image in images if image.scene not in config.test]
     if not others:
-        raise ConfigError("pool.test names every scene, none is left to learn from; name fewer")
+        raise ConfigError("pool.test names every scene, expected one or more for training; name fewer")
     pool, held = scenes.split(others, validation=config.validation, share=config.share, seed=seed)
     parts: dict[str, Part] = {image.id: "test" for image in images}
     return parts | {image.id: "pool" for image in pool} | {image.id: "validation" for image in held}

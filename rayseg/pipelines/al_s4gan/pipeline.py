@@ -92,7 +92,7 @@ def write_report(
     extras = _extras(labels, rounds, rounds[-1], config)
     if simple and simple.value:
         iou = {name: of_class for name, of_class in value["iou"].items() if isfinite(of_class)}
-        extras = replace(extras, baseline=baseline.beside(simple.value, value["mean_iou"], parts=iou))
+        extras = replace(extras, baseline=baseline.comparison(simple.value, value["mean_iou"], parts=iou))
     return report.write_report(step, predicted, polygons, evaluated, extras)
 
 

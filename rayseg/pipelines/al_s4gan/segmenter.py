@@ -157,7 +157,7 @@ def measure_baselines(step: Step, parts: Sequence[Step], config: Config) -> dict
     maps = [classes_HW, own_HW, *(method.predict(image_CHW) for method in simple)]
     names = ["chip", "mask", "this model", *(method.name for method in simple)]
     image_HWC = image_CHW.transpose(1, 2, 0)
-    picture = simple_maps.draw_beside(step, image_HWC, maps, table, names=names, place=f"of {rows[0]['id']}")
+    picture = simple_maps.draw_side_by_side(step, image_HWC, maps, table, names=names, place=f"of {rows[0]['id']}")
     return baseline.value_of("mean IoU", f"the {measured.value['part']} chips", methods, pictures=[picture])
 
 

@@ -79,7 +79,7 @@ def test_scenes_are_never_divided(folder):
 def test_what_cannot_be_is_refused(folder):
     with pytest.raises(ConfigError, match=r"pool.test names z, the scenes are a, b, c"):
         found(folder, test=["z"])
-    with pytest.raises(ConfigError, match="none is left to learn from"):
+    with pytest.raises(ConfigError, match="expected one or more for training"):
         found(folder, test=["a", "b", "c"])
     for name in ("a", "b", "c"):
         cut_away = np.zeros((70, 130, 4), np.uint8)  # transparent: no imagery
