@@ -2,6 +2,7 @@
 
     RaysegError            1
     ├── ConfigError        2   an invalid option, region or configuration
+    │   └── StoreRefused   2   the object store refuses the keys in use, or the clock
     ├── DataError          3   unusable imagery, labels or masks
     ├── RunIncomplete      3   the run ended, but some tiles failed or are missing
     │   ├── Stalled        3   no progress for too long
@@ -25,6 +26,10 @@ class ConfigError(RaysegError):
     """An invalid option, region or configuration."""
 
     exit_code = 2
+
+
+class StoreRefused(ConfigError, PermissionError):
+    """The object store refuses all requests with the keys in use; finished results are kept."""
 
 
 class DataError(RaysegError):

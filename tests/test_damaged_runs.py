@@ -86,6 +86,21 @@ def test_a_lost_record_computes_its_tile_again_and_no_other(world, out):
     assert {path.parent.name for path, at in before.items() if path.stat().st_mtime_ns != at} == {world.tiles[4]}
 
 
+@pytest.mark.parametrize("name", ["steps/predict/ledger/V.1.json", "steps/predict/manifest.parquet"])
+def test_a_run_that_lost_a_record_is_not_done(world, out, name):
+    halve(path_in(world, out, name))
+    found = rayseg("status", out)
+    assert found.exit_code == 3
+    assert found.stdout.startswith(
+        f"{out}: predict, incomplete\n  files were lost or damaged after the run: rayseg ver"
+    )
+
+
+def test_verify_says_what_it_compares(out):
+    assert "compared: existence and size (--deep: checksums too)" in rayseg("verify", out).stdout
+    assert "compared: existence, size and checksum" in rayseg("verify", out, "--deep").stdout
+
+
 def test_verify_names_lost_files_and_repairs_nothing(world, out):
     paths = {path_in(world, out, name) for name in FILES}
     for path in paths:

@@ -232,8 +232,21 @@ def test_a_run_from_bucket_to_bucket_is_that_on_a_disk_also_behind_a_failing_pro
 def test_a_missing_bucket_is_an_error_before_any_work(world, bucket):
     words = ("predict", world / "model", world / "imagery/cat/catalog.json#imagery", "--engine", "inline")
     said = refused(2, *words, "--out", "s3://no-such-bucket-here/run")
-    assert "output s3://no-such-bucket-here/run cannot be" in said
-    assert "bucket" in said.replace("no-such-bucket-here", "")
+    assert "has no bucket 'no-such-bucket-here'; correct its name" in said
+    away = "s3://no-such-bucket-here"
+    for words in (
+        ("status", f"{away}/run"),
+        ("retry", f"{away}/run"),
+        ("verify", f"{away}/run"),
+        ("predict", f"{away}/model", world / "imagery/cat/catalog.json#imagery", "--out", f"{bucket}/run"),
+        ("predict", world / "model", f"{away}/catalog.json#imagery", "--out", f"{bucket}/run"),
+        ("ingest", "rasters", f"{away}/a.tif", "--out", f"{bucket}/cat"),
+        ("ingest", "folder", away, "--out", f"{bucket}/cat"),
+        ("ingest", "rasters", world / "imagery/scene.tif", "--out", f"{away}/cat"),
+        ("models", "list", away),
+        ("models", "show", f"{away}/model"),
+    ):
+        assert "has no bucket 'no-such-bucket-here'" in refused(2, *words), words
 
 
 def test_urls_with_secrets_are_refused_and_not_repeated(world, tmp_path):

@@ -1,17 +1,20 @@
 import errno
 import os
+import pickle
 import threading
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from botocore.exceptions import NoCredentialsError
+from botocore.exceptions import ClientError, NoCredentialsError
 from pydantic import BaseModel
+from s3fs.errors import translate_boto_error
 from upath import UPath
 
-from rayseg.errors import StoreFull
+from rayseg.errors import ConfigError, StoreFull, StoreRefused
 from rayseg.store import (
+    STORE_ERRORS,
     Location,
     cache_dir,
     checksum,
@@ -176,7 +179,33 @@ def test_a_refused_request_names_object_permission_and_remedy(monkeypatch):
         upath("s3://b/k").read_bytes()
 
 
+REFUSED = {
+    "NoSuchBucket": (ConfigError, r"s3://b/k cannot be used: .* has no bucket 'b'; correct its name"),
+    "ExpiredToken": (StoreRefused, "the session token has expired .* AWS_SESSION_TOKEN, then run the same command"),
+    "RequestTimeTooSkewed": (StoreRefused, "the clock of this machine differs from the store's"),
+    "InternalError": (OSError, "^.Errno .* code InternalError$"),
+}
+
+
+@pytest.mark.parametrize("code", REFUSED)
+def test_missing_buckets_and_refused_keys_are_errors_of_the_settings(monkeypatch, code):
+    """Not missing files: for those, functions have an answer of their own."""
+
+    async def fails(*_, **__):
+        raise translate_boto_error(ClientError({"Error": {"Code": code, "Message": f"code {code}"}}, "PutObject"))
+
+    monkeypatch.setattr("s3fs.S3FileSystem._call_s3", fails)
+    kind, said = REFUSED[code]
+    for call in (lambda: put("s3://b/k", b"1"), lambda: upath("s3://b/k").exists()):
+        with pytest.raises(kind, match=said) as caught:
+            call()
+        assert pickle.loads(pickle.dumps(caught.value)).args == caught.value.args
+    assert isinstance(StoreRefused("x"), STORE_ERRORS)
+
+
 @pytest.mark.skipif(find_spec("gcsfs") is not None, reason="gcsfs is installed")
 def test_a_google_store_without_its_package_has_a_remedy():
-    with pytest.raises(OSError, match=r"pip install gcsfs; or use .* AWS_ENDPOINT_URL=https://storage.googleapis.com"):
+    with pytest.raises(
+        ConfigError, match=r"pip install gcsfs; or use .* AWS_ENDPOINT_URL=https://storage.googleapis.com"
+    ):
         put("gs://b/k", b"1")

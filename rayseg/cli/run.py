@@ -189,7 +189,8 @@ def verify(
 
     report = runs.verify(run, deep=deep)
     damage = report["damaged"]
-    headline = f"{report['run']}: {report['files']:,} files, {len(damage):,} missing or damaged"
+    how = "existence, size and checksum" if deep else "existence and size (--deep: checksums too)"
+    headline = f"{report['run']}: {report['files']:,} files, {len(damage):,} missing or damaged; compared: {how}"
     typer.echo(json.dumps(report, indent=1) if as_json else "\n".join([headline, *runs.damage_lines(damage)]))
     if damage:
         raise RunIncomplete(f"{len(damage):,} files are missing or damaged; compute them again: rayseg retry {run}")

@@ -10,10 +10,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from threading import Thread
 from types import TracebackType
 from typing import Any
@@ -74,12 +75,12 @@ def connect(address: str | None, *, dashboard: bool = False) -> None:
         Stalled: a private Ray does not start because the machine is too busy.
     """
     import ray
+    from ray._private.utils import write_ray_address
     from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
         return
     quiet_ray()
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # rows of a lost process are processed again
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if (chosen := ray_address(address)) != "local":
         # Workers need to know where the stores are; every machine has its own keys. Ray refuses a variable that the
@@ -88,7 +89,8 @@ def connect(address: str | None, *, dashboard: bool = False) -> None:
         inherited = (job.get("runtime_env") or {}).get("env_vars") or {}
         stores = {name: value for name, value in access().items() if name not in inherited}
         try:
-            ray.init(address=chosen, **({"runtime_env": {"env_vars": stores}} if stores else {}), **quiet)
+            with _without_stderr():
+                ray.init(address=chosen, **({"runtime_env": {"env_vars": stores}} if stores else {}), **quiet)
         except (AuthenticationError, ConnectionError) as error:
             # Ray reports a wrong token as a failed connection.
             reason = str(error).partition(". ")[0]
@@ -100,10 +102,25 @@ def connect(address: str | None, *, dashboard: bool = False) -> None:
     _remove_afterwards(folder := tempfile.mkdtemp(prefix="rs-"))
     # The next step uses idle processes again; new ones take seconds to import what the stages need.
     quiet["_system_config"] = {"idle_worker_killing_time_threshold_ms": 30_000}
-    with _Start():
+    with _Start(), _without_stderr():
         ray.init(address="local", include_dashboard=dashboard, object_store_memory=2 << 30, _temp_dir=folder, **quiet)
+    # As `ray start` does: else a job's RAY_ADDRESS is that of any Ray on this machine.
+    write_ray_address(ray.get_runtime_context().gcs_address, folder)
     atexit.register(ray.shutdown)
     Thread(target=_end_with_ray, daemon=True).start()
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Discard what this process writes to stderr: Ray's C++ part reports its log level there, whatever the level."""
+    kept = os.dup(2)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _end_with_ray() -> None:

@@ -9,6 +9,7 @@ the same stages (`StageRunner`) on the same batches, so they give the same bytes
 """
 
 import contextlib
+import logging
 import multiprocessing
 import pickle
 import signal
@@ -230,6 +231,8 @@ def _on_ray(entries: list[Entry], runners: list[StageRunner], sizes: list[Size])
 def _dataset(entries: list[Entry], runners: list[StageRunner], sizes: list[Size]) -> "ray.data.Dataset":
     import ray.data
 
+    # Rows of a lost process are processed again. After the import, which sets the level of its own.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.max_errored_blocks = -1  # `_one_by_one` runs the rows of a lost block again

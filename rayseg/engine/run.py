@@ -348,26 +348,32 @@ def status(root: str) -> dict[str, Any]:
         found and no command has repaired yet.
     """
     content = read(root)
-    steps = {}
+    steps, unread = {}, 0
     for manifest in sorted(upath(root).glob("steps/*/manifest.parquet")):
         try:
             ids = read_rows(manifest, columns=["id"]).ids
         except pa.ArrowInvalid:
             _log.warning("%s is damaged; the next run of the command writes it again", manifest)
+            unread += 1
             continue
         account = Ledger(str(manifest.parent / "ledger")).account(ids.chunks)
         steps[manifest.parent.name] = asdict(account)
     begun = _begun(root)
     # A killed process leaves "running" behind, but not its lock.
     killed = content["status"] == "running" and not _is_locked(root)
+    ended, reason = "killed" if killed else content["status"], content.get("reason", "")
+    damaged = _load(upath(root) / "damaged.json")
+    if ended == "done" and (damaged or unread or any(step["troubles"] for step in steps.values())):
+        ended = "incomplete"
+        reason = f"files were lost or damaged after the run: rayseg verify {root} names them, rayseg retry repairs them"
     return {
         "run": root,
         "pipeline": content["pipeline"],
-        "status": "killed" if killed else content["status"],
-        "reason": content.get("reason", ""),
+        "status": ended,
+        "reason": reason,
         "times": {folder.name: _load(folder / "done.json").get("seconds") for folder in begun},
         "steps": steps,
-        "damaged": _load(upath(root) / "damaged.json"),
+        "damaged": damaged,
     }
 
 

@@ -11,7 +11,7 @@ from threading import Thread
 from typing import Any
 
 from rayseg.engine.ledger import Ledger, Record, Settled
-from rayseg.errors import RaysegError, Stalled, StoreFull
+from rayseg.errors import RaysegError, Stalled, StoreFull, StoreRefused
 from rayseg.store import STORE_ERRORS, Files, public, recorded, synced_once, within
 
 Stage = Callable[[list[Any]], list[Any]]
@@ -138,7 +138,7 @@ class StageRunner:
             return [
                 replace(entry, row=row, files=entry.files | files) for entry, row in zip(entries, rows, strict=True)
             ]
-        if isinstance(result, StoreFull) or not isinstance(result, DATA_ERRORS):
+        if isinstance(result, StoreFull | StoreRefused) or not isinstance(result, DATA_ERRORS):
             error = self._portable(result)
             return [replace(entry, row=None, error=error) for entry in entries]
         # A batch error does not name its row: single rows isolate it.
@@ -186,7 +186,7 @@ class StageRunner:
         record = Record(entry.id, result.status, result.reason, attempt, entry.seconds, result.facts, files)
         try:
             self.ledger.write(record)
-        except StoreFull as error:
+        except (StoreFull, StoreRefused) as error:
             return Entry(entry.id, None, error=error)
         return Entry(entry.id, Settled(result.status, result.reason), hung=entry.hung)
 

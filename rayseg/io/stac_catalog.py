@@ -9,6 +9,7 @@ import posixpath
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urljoin, urlsplit
@@ -122,7 +123,8 @@ def _content(uri: str) -> str:
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise
     except _FAULTS as error:
-        raise failure(uri, public(f"Catalogue {uri} cannot be read: {error}.")) from error
+        message = f"catalogue {uri} cannot be read ({error}); correct the address, or try again later"
+        raise failure(uri, public(message)) from error
 
 
 def resolved(href: str, base: str) -> str:
@@ -398,12 +400,24 @@ def _parameters(question: str) -> tuple[list[str], dict[str, Any]]:
         key, _, value = word.partition("=")
         if key not in {"datetime", "query", "limit"} or not value or (key == "limit" and not value.isdigit()):
             raise ConfigError(f"{word!r} is not a search parameter, expected datetime=..., query=... or limit=...")
-        if key == "datetime" and not _DATETIME.fullmatch(value):
+        if key == "datetime" and not _is_time(value):
             raise ConfigError(
                 f"datetime={value} is not a time, expected 2020, 2020-06, 2020-06-30 or 2020-01-01/2020-06-30"
             )
         parameters[key] = _conditions(value) if key == "query" else int(value) if key == "limit" else value
     return [name for name in names.split(",") if name], parameters
+
+
+def _is_time(text: str) -> bool:
+    """Whether a STAC API can take the text as a time or an interval."""
+    try:
+        # Of a day and more, the calendar and the clock decide: no 31st of June, no 25 o'clock.
+        for bound in text.upper().split("/"):
+            if len(bound) >= len("2020-01-01"):
+                datetime.fromisoformat(bound)
+    except ValueError:
+        return False
+    return bool(_DATETIME.fullmatch(text))
 
 
 def _conditions(text: str) -> dict[str, dict[str, Any]]:

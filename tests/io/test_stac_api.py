@@ -127,7 +127,17 @@ def test_a_region_without_items_and_words_that_are_none_are_refused(api):
         stac_read.open_items(api.url, "scenes&query=cloudless", geometry=SQUARE)
 
 
-@pytest.mark.parametrize("text", ["nonsense", "2020-13-01", "2020-01-01/2020-02-01/2020-03-01", "yesterday/.."])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nonsense",
+        "2020-13-01",
+        "2020-01-01/2020-02-01/2020-03-01",
+        "yesterday/..",
+        "2020-02-31",
+        "2020-01-01T25:00:00Z",
+    ],
+)
 def test_a_datetime_that_is_not_a_time_is_refused_before_the_search(text):
     with pytest.raises(ConfigError, match=f"datetime={text} is not a time, expected 2020"):
         stac_catalog._parameters(f"scenes&datetime={text}")
