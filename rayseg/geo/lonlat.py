@@ -158,6 +158,17 @@ def within(area: BaseGeometry, near: Bounds) -> BaseGeometry:
     return pieces[0] if len(pieces) == 1 else shapely.union_all(pieces)
 
 
+def to_wgs84(shapes: NDArray[np.object_], crs: str) -> NDArray[np.object_]:
+    """Geometries in degrees of another datum in EPSG:4326, each vertex on its own turn, without heights."""
+
+    def move(points_N2: NDArray[np.float64]) -> NDArray[np.float64]:
+        lon, lat = transformer(crs, LONLAT).transform(*points_N2.T)
+        return np.stack([lon + 360 * np.rint((points_N2[:, 0] - lon) / 360), lat], axis=1)
+
+    moved: NDArray[np.object_] = shapely.transform(shapely.force_2d(shapes), move)
+    return moved
+
+
 def from_lonlat(area: BaseGeometry, crs: str) -> BaseGeometry:
     """Project a geometry in degrees, whose longitudes may lie beyond 180; in degrees of other datums they stay so.
 
@@ -204,7 +215,8 @@ def geographic(crs: str) -> bool:
     if not system.is_geographic or system.is_derived:
         return False
     meridian = system.prime_meridian
-    return system.axis_info[0].unit_name == "degree" and (meridian is None or meridian.longitude == 0)
+    # ESRI writes "Degree".
+    return system.axis_info[0].unit_name.lower() == "degree" and (meridian is None or meridian.longitude == 0)
 
 
 def polygons_in(area: BaseGeometry) -> NDArray[np.object_]:

@@ -30,6 +30,7 @@ from rayseg.geo.lonlat import (
     normalised,
     polygons_in,
     to_lonlat,
+    to_wgs84,
     transformer,
     within,
 )
@@ -76,6 +77,7 @@ class Region:
 
 
 _DEGREES = 0.01  # edges are cut this fine before they are projected, so straight lines may become curves
+_VECTORS = (".gpkg", ".fgb", ".shp")
 _WORLD = (-180.0, -90.0, 180.0, 90.0)
 
 
@@ -222,9 +224,10 @@ Area = Annotated[str, AfterValidator(_placed)]
 def resolve_region(text: str) -> Region:
     """The region that `text` names.
 
-    `west,south,east,north` in degrees (west > east crosses the antimeridian; heights may stand between), a GeoJSON or
-    GeoParquet file, a STAC catalogue `catalog.json` or `catalog.json#collection`, or a name under stac/regions. A
-    region's GeoJSON may have the properties `catalog` (relative to the file) and `collection`.
+    `west,south,east,north` in degrees (west > east crosses the antimeridian; heights may stand between), a file of
+    polygons (GeoJSON, GeoParquet, GeoPackage, FlatGeobuf, Shapefile), a STAC catalogue `catalog.json` or
+    `catalog.json#collection`, or a name under stac/regions. A region's GeoJSON may have the properties `catalog`
+    (relative to the file) and `collection`.
 
     Raises:
         ConfigError: it is none of these.
@@ -233,13 +236,14 @@ def resolve_region(text: str) -> Region:
     if _BOX.match(text):
         return Region(text, mapping(_box_geometry(text)))
     path, collection = split_location(text)
-    if suffix_of(path) in {".json", ".geojson", ".parquet"}:
+    if suffix_of(path) in {".json", ".geojson", ".parquet", *_VECTORS}:
         return _region_file(text, path, collection or None)
     if file := _region_files().get(text):
         return _region_file(text, str(file), None)
     raise ConfigError(
-        f"region {text!r} is not known: expected west,south,east,north, a GeoJSON or GeoParquet file, catalog.json or "
-        f"catalog.json#collection, demo, or one of the named regions ({_known()})"
+        f"region {text!r} is not known: expected west,south,east,north, a file of polygons (GeoJSON, GeoParquet, "
+        "GeoPackage, FlatGeobuf, Shapefile), catalog.json or catalog.json#collection, demo, or one of the named "
+        f"regions ({_known()})"
     )
 
 
@@ -294,6 +298,8 @@ def _region_file(name: str, path: str, collection: str | None) -> Region:
         raise ConfigError(
             f"region file {public(path)} cannot be read ({error}); try again, or correct --region"
         ) from None
+    if suffix_of(path) in _VECTORS:
+        return Region(name, _area(path))
     if suffix_of(path) == ".parquet":
         if "stac_version" in _columns(path, data):
             return Region(name, catalog=path, collection=collection)
@@ -331,7 +337,9 @@ def _area(path: str) -> dict[str, Any]:
     if frame.empty:
         raise DataError(f"region file {path} is empty: a polygon was expected")
     shapes = frame.geometry.to_numpy()
-    if frame.crs is None or frame.crs == LONLAT:
+    if frame.crs is None or geographic(frame.crs.to_wkt()):
+        # Degrees of another datum first, each on its own turn: a ring is cut afterwards.
+        shapes = shapes if frame.crs in (None, LONLAT) else to_wgs84(shapes, frame.crs.to_wkt())
         if jumps(shapes).any():
             _log.warning(
                 "%s has edges longer than 180 degrees: a ring that runs counterclockwise on the flat map and is up to "

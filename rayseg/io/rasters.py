@@ -166,6 +166,14 @@ def _read_file(
     source: Source, href: str, grid: Grid, part: Window, indexes: list[int], *, categorical: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     with view(source, href, grid, part, categorical=categorical) as (dataset, place):
+        if source.nodata is None and len({place.nodatas[index - 1] for index in indexes if place.nodatas}) > 1:
+            # A warp takes one value, so each band is warped by its own.
+            owns = [NO_NODATA if (own := place.nodatas[index - 1]) is None else own for index in indexes]
+            each = [
+                _read_file(replace(source, nodata=own), href, grid, part, [index], categorical=categorical)
+                for own, index in zip(owns, indexes, strict=True)
+            ]
+            return np.concatenate([pixels for pixels, _ in each]), np.logical_or.reduce([ok for _, ok in each])
         inside = part.intersect(place.extent)
         image_CHW = np.zeros((len(indexes), part.height, part.width), dataset.dtypes[indexes[0] - 1])
         valid_HW = np.zeros((part.height, part.width), bool)
@@ -173,6 +181,10 @@ def _read_file(
             at = place.at(inside)
             pixels_CHW = dataset.read(indexes, window=at)
             ok_CHW = _valid(dataset, indexes, at, pixels_CHW, source.nodata)
+            if place.unmixed is not None:
+                nodata = place.nodatas[indexes[0] - 1] if source.nodata is None else source.nodata
+                stored_CHW = place.unmixed.read(indexes, window=at)
+                ok_CHW &= _valid(place.unmixed, indexes, at, stored_CHW, nodata)
             image_CHW[:, *inside.slices(part)] = place.upright(np.where(ok_CHW, pixels_CHW, 0))
             valid_HW[inside.slices(part)] = place.upright(ok_CHW).any(axis=0)
         return image_CHW, valid_HW
@@ -188,12 +200,18 @@ def _valid(
         valid_CHW &= dataset.read(dataset.colorinterp.index(ColorInterp.alpha) + 1, window=at) > 0
     elif MaskFlags.per_dataset in flags:
         valid_CHW &= dataset.read_masks(indexes[0], window=at) > 0
-    if MaskFlags.nodata in flags and nodata != NO_NODATA:
-        valid_CHW &= dataset.read_masks(indexes, window=at) > 0
     if pixels_CHW.dtype.kind == "f":
         valid_CHW &= is_number(pixels_CHW)
-    if nodata is not None and nodata != dataset.nodata and holds(dataset.dtypes[0], nodata):
-        valid_CHW &= pixels_CHW != nodata
+    if nodata == NO_NODATA:
+        return valid_CHW
+    by_gdal = MaskFlags.nodata in flags  # not where there is a mask, too
+    if by_gdal:
+        valid_CHW &= dataset.read_masks(indexes, window=at) > 0
+    for at_band, index in enumerate(indexes):
+        own = dataset.nodatavals[index - 1]
+        for value in {own, nodata} - ({own} if by_gdal else set()):
+            if value is not None and holds(dataset.dtypes[0], value):
+                valid_CHW[at_band] &= pixels_CHW[at_band] != value
     return valid_CHW
 
 
@@ -208,11 +226,15 @@ class Place:
         extent: the grid window that it covers.
         northward: its rows run to the north, as netCDF and models store them.
         westward: its columns run to the west.
+        nodatas: of the bands of a warped file.
+        unmixed: of a warped file with both a mask and nodata, of which a warp heeds one, its nearest pixels.
     """
 
     extent: Window
     northward: bool = False
     westward: bool = False
+    nodatas: tuple[float | None, ...] = ()
+    unmixed: DatasetReader | None = None
 
     def at(self, part: Window) -> FileWindow:
         """`part`, which lies in the extent, in pixels of the dataset."""
@@ -294,7 +316,13 @@ def _on_grid(file: DatasetReader, source: Source, href: str, grid: Grid, *, cate
     goal = {"transform": grid.transform(extent), "width": extent.width, "height": extent.height}
     goal |= {"crs": crs_of(grid.crs), **scale}
     warped = _warp(flat, source.nodata, {**origin, **goal}, categorical=categorical)
-    return warped, Place(extent), (flat, file)
+    nodatas = tuple(file.nodatavals)
+    flags = {flag for of_band in file.mask_flag_enums for flag in of_band}
+    masked = ColorInterp.alpha in file.colorinterp or MaskFlags.per_dataset in flags
+    if not masked or source.nodata == NO_NODATA or {source.nodata, *file.nodatavals} == {None}:
+        return warped, Place(extent, nodatas=nodatas), (flat, file)
+    unmixed = _warp(flat, NO_NODATA, {**origin, **goal}, categorical=True)
+    return warped, Place(extent, nodatas=nodatas, unmixed=unmixed), (unmixed, flat, file)
 
 
 def _warp(dataset: DatasetReader, nodata: float | None, place: dict[str, Any], *, categorical: bool) -> WarpedVRT:
@@ -308,6 +336,10 @@ def _warp(dataset: DatasetReader, nodata: float | None, place: dict[str, Any], *
     bare = nodata is None and ColorInterp.alpha not in dataset.colorinterp
     kind = Resampling.nearest if categorical else Resampling.bilinear
     options = {"XSCALE": 1.0, "YSCALE": 1.0, "tolerance": 1e-9, "resampling": kind, **place}
+    # By default GDAL takes a band's fill value for data wherever another band has data.
+    options["UNIFIED_SRC_NODATA"] = "NO"
+    # By default GDAL takes a band's fill value for data wherever another band has data.
+    options["UNIFIED_SRC_NODATA"] = "NO"
     return WarpedVRT(dataset, src_nodata=nodata, nodata=nodata, add_alpha=bare, **options)
 
 

@@ -146,16 +146,19 @@ def resolved(href: str, base: str) -> str:
     # urljoin knows no s3, and a key has no leading slash.
     if href.startswith("s3://") or (base.startswith("s3://") and not posixpath.isabs(href)):
         head = base.rpartition("/")[0] if not href.startswith("s3://") else ""
-        bucket, _, key = f"{head}/{href}".lstrip("/").removeprefix("s3://").partition("/")
-        return _existing(f"s3://{bucket}/{posixpath.normpath(key)}")
+        bucket, _, folder = head.removeprefix("s3://").partition("/")
+        if href.startswith("s3://"):
+            bucket, _, href = href.removeprefix("s3://").partition("/")
+        return _existing(f"s3://{bucket}/", folder, href)
     if "://" in href:
         return href
-    return _existing(posixpath.normpath(posixpath.join(posixpath.dirname(base), href)))
+    return _existing("", posixpath.dirname(base), href)
 
 
-def _existing(path: str) -> str:
-    """The path as it is, or decoded if it has escapes and only the decoded one exists."""
-    plain = unquote(path)
+def _existing(root: str, folder: str, href: str) -> str:
+    """The path of an href as it is, or decoded if it has escapes and only the decoded one exists."""
+    # The folder is an address already, whose percent signs stay.
+    path, plain = (root + posixpath.normpath(posixpath.join(folder, one)) for one in (href, unquote(href)))
     return plain if plain != path and not upath(path).exists() and upath(plain).exists() else path
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import pyproj
 import pystac
 import shapely
@@ -18,7 +19,7 @@ from shapely.geometry import mapping, shape
 from shapely.geometry.base import BaseGeometry
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo.lonlat import bounds_of, box_of, normalised
+from rayseg.geo.lonlat import bounds_of, box_of, jumps, normalised
 from rayseg.io import drivers, stac_catalog
 from rayseg.io.sources import (
     PIXELS,
@@ -92,9 +93,8 @@ def open_items(
     box = None if area is None else (area.buffer(_COARSE * halo) if halo else area).bounds
     items = _read_items(uri, collection, wide, box)
     if area is not None:
-        known = [item for item in items if item.geometry or BROKEN in item.properties]
-        unplaced = [item for item in items if not item.geometry and BROKEN not in item.properties]
-        items = [*known, *concurrently(_placed_by_file, unplaced)]
+        unclear = [item for item in items if BROKEN not in item.properties and _unclear(item)]
+        items = [*(item for item in items if item not in unclear), *concurrently(_placed_by_pixels, unclear)]
     near = [item for item in items if area is None or _near(item, area, halo)]
     broken = [item for item in items if BROKEN in item.properties and (not item.geometry or item in near)]
     valid = [item for item in near if BROKEN not in item.properties]
@@ -187,13 +187,26 @@ def _item_of(row: Row) -> pystac.Item:
     return pystac.Item(row.id, place, None, UNKNOWN, {BROKEN: reason})
 
 
-def _placed_by_file(item: pystac.Item) -> pystac.Item:
-    """The item with the outline of its pixels in place of the geometry that it lacks; else one with the reason."""
+def _unclear(item: pystac.Item) -> bool:
+    """Whether an item has no place, or a ring that either crosses the antimeridian or is wider than half a turn."""
+    if not item.geometry:
+        return True
+    outline = shape(item.geometry)
+    crosses = item.bbox and box_of(item.bbox)[0] > box_of(item.bbox)[2]
+    return not crosses and shapely.box(-180, -91, 180, 91).covers(outline) and bool(jumps(np.array([outline]))[0])
+
+
+def _placed_by_pixels(item: pystac.Item) -> pystac.Item:
+    """The item with the outline of its pixels as its geometry; as it is, or with the reason, if they have none."""
     try:
         source = source_of(item)
         outline = outline_of(source) if source.crs else None
     except DataError as error:
+        if item.geometry:
+            return item
         return pystac.Item(item.id, None, None, UNKNOWN, {BROKEN: str(error).rstrip(".")})
+    if outline is None and item.geometry:
+        return item
     if outline is None:
         reason = (
             f"{item.id} has no geometry, bbox or georeference, so it lies in no region: state them in its item, or map "

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import shapely
-from pyproj import Transformer
+from pyproj import CRS, Transformer
 
 from rayseg.geo.lonlat import bounds_of, box_of, geographic, jumps, normalised, sound, to_lonlat
 
@@ -131,6 +131,7 @@ def test_a_ring_that_crosses_itself_at_the_antimeridian_is_an_error_of_the_overl
         ("EPSG:4326", True),
         ("EPSG:4283", True),
         ("EPSG:4979", True),
+        (CRS.from_epsg(4269).to_wkt("WKT1_ESRI"), True),
         ("EPSG:4807", False),  # grads from Paris
         ("EPSG:32633", False),
         ("+proj=longlat +pm=180", False),

@@ -11,6 +11,7 @@ from shapely.geometry import box, mapping, shape
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window
+from rayseg.geo.lonlat import transformer
 from rayseg.geo.region import on_grid, pixels_inside, resolve_region, windows_inside
 from rayseg.io.stac_read import open_items
 
@@ -73,6 +74,25 @@ def test_a_polygon_in_a_file_crosses_where_its_steps_do_and_not_because_it_is_wi
     assert region.symmetric_difference(shapely.union_all([box(*part) for part in parts])).area < 1e-6
 
 
+@pytest.mark.parametrize("crs", ["OGC:CRS84", "EPSG:4326", "EPSG:4979", "EPSG:4269", "EPSG:4258", "EPSG:4322"])
+@pytest.mark.parametrize("suffix", [".parquet", ".geojson", ".gpkg", ".fgb", ".shp"])
+def test_degrees_of_any_datum_and_format_are_cut_as_those_of_wgs_84(tmp_path, crs, suffix):
+    path, frame = tmp_path / f"r{suffix}", geopandas.GeoDataFrame(
+        geometry=[ring((179, -20), (-179, -20), (-179, -10), (179, -10)), ring((-90, 0), (-90, 5), (100, 5), (100, 0))],
+        crs=crs,
+    )  # fmt: skip
+    frame.to_parquet(path) if suffix == ".parquet" else frame.to_file(path)
+    region = shape(resolve_region(str(path)).geometry)
+    parts = [(179, -20, 180, -10), (-180, -20, -179, -10), (100, 0, 180, 5), (-180, 0, -90, 5)]
+    assert region.symmetric_difference(shapely.union_all([box(*part) for part in parts])).area < 0.05
+
+
+def test_heights_of_a_geojson_do_not_make_the_complement_of_a_region(tmp_path):
+    path, corners = tmp_path / "r.geojson", [[179, -20, 5], [-179, -20, 5], [-179, -10, 5], [179, -10, 5]]
+    path.write_text(json.dumps({"type": "Polygon", "coordinates": [[*corners, corners[0]]]}))
+    assert shape(resolve_region(str(path)).geometry).area == pytest.approx(20)
+
+
 def test_what_surrounds_a_wide_region_is_not_its_complement(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("rayseg.io.stac_catalog.rows_of", lambda *words: asked.append(shape(words[2])) or [])
@@ -130,6 +150,24 @@ def test_a_region_over_the_antimeridian_is_found_on_grids_that_count_on(crs):
     assert mask[:, :100].all()
     assert mask[:, -100:].all()
     assert mask.sum() == 200 * 100
+
+
+@pytest.mark.parametrize(
+    ("crs", "edge"), [("EPSG:3857", 180.0), ("EPSG:6933", 180.0), ("EPSG:3832", -30.0), ("EPSG:3395", 180.0)]
+)
+@pytest.mark.parametrize("lat", [-30.0, 12.0])
+def test_a_region_over_the_edge_of_a_plane_is_found_on_both_sides(crs, edge, lat):
+    """Web Mercator ends at 180 degrees: what lies beyond is at its other end."""
+    lons = [(edge + step + 180) % 360 - 180 for step in (-0.1, 0.1)]
+    region, grid = (
+        resolve_region(f"{lons[0]},{lat - 1},{lons[1]},{lat + 1}").geometry,
+        Grid(crs, (100.0, 100.0), (0, 0)),
+    )
+    for side in (-1, 1):
+        xs, ys = transformer("EPSG:4326", crs).transform([edge + side * step for step in (1e-6, 0.1, 0.15)], [lat] * 3)
+        window = grid.window_of((min(xs) - 300, ys[0] - 2000, max(xs) + 300, ys[0] + 2000))
+        inside = pixels_inside(on_grid(region, grid, window), grid, window)
+        assert inside.mean(axis=0).sum() == pytest.approx(abs(xs[1] - xs[0]) / 100, abs=1)
 
 
 def test_the_cap_around_a_pole_is_whole_on_a_polar_grid():

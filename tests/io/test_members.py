@@ -13,9 +13,10 @@ from rasterio.warp import transform_bounds
 from shapely.geometry import box, mapping
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo.region import Region
+from rayseg.geo.region import Region, resolve_region
 from rayseg.io import remote, stac_read
 from rayseg.io.labels import ingest_rasters
+from rayseg.io.stac_catalog import resolved
 from rayseg.io.stac_read import BROKEN, imagery_collection, open_items, source_of
 from rayseg.io.units import expect_one_dtype
 from rayseg.steps import map as mapping_steps
@@ -369,3 +370,38 @@ def test_bands_of_several_pixel_types_are_refused_with_the_way_to_choose(tmp_pat
     expect_one_dtype(source, ["red", "nir"])
     with pytest.raises(DataError, match=r"red, nir of int16; clouds of uint8.*--set bands=\[red,nir\]"):
         expect_one_dtype(source, source.bands)
+
+
+@pytest.mark.parametrize("stated", [True, False])
+@pytest.mark.parametrize(
+    ("left", "right", "here", "elsewhere"),
+    [
+        (-100.0, 100.0, "0,0,10,5", "150,0,160,5"),
+        (-179.5, 179.5, "0,0,10,5", None),
+        (170.0, 190.0, "-175,0,-172,5", "0,0,10,5"),
+        (95.0, 265.0, "-175,0,-172,5", "0,0,10,5"),
+    ],
+)
+def test_an_item_of_long_edges_lies_where_its_pixels_do(tmp_path, left, right, here, elsewhere, stated):
+    width = int(2 * (right - left))
+    profile = {"driver": "GTiff", "count": 1, "height": 60, "width": width, "dtype": "uint8", "crs": "EPSG:4326"}
+    affine = Affine((right - left) / width, 0, left, 0, -0.5, 15)
+    with rasterio.open(tmp_path / "w.tif", "w", **profile, transform=affine) as file:
+        file.write(np.ones((1, 60, width), "uint8"))
+    west, east = left, (right + 180) % 360 - 180
+    row = item(bounds=(min(west, east), -15, max(west, east), 15), href=str(tmp_path / "w.tif"))  # as most tools do
+    if stated:
+        row["properties"] |= {"proj:code": "EPSG:4326", "proj:shape": [60, width], "proj:transform": list(affine)[:6]}
+    path = write(tmp_path / "w.json", row)
+    assert open_items(path, geometry=resolve_region(here).geometry)
+    if elsewhere:
+        with pytest.raises(DataError, match="do not overlap"):
+            open_items(path, geometry=resolve_region(elsewhere).geometry)
+
+
+@pytest.mark.parametrize("folder", ["a%20b", "50%", "a b"])
+@pytest.mark.parametrize("href", ["./x%20y.tif", "./x y.tif"])
+def test_percent_signs_of_a_folder_stay_while_those_of_an_href_are_decoded(tmp_path, folder, href):
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "x y.tif").write_bytes(b"")
+    assert resolved(href, str(tmp_path / folder / "i.json")) == str(tmp_path / folder / "x y.tif")

@@ -737,3 +737,76 @@ def _read_whole(path):
     source = source_of_file(str(path), path.stem)
     grid, window = whole(source)
     read([source], grid, window, bands=source.bands[:1])
+
+
+TURNED = TEN @ Affine.rotation(20)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("by", ["alpha", "mask"])
+@pytest.mark.parametrize("stated", ["file", "item", "both"])
+def test_a_mask_and_a_nodata_value_both_count_read_as_it_is_and_warped(tmp_path, dtype, by, stated):
+    image, mask = np.full((4, 48, 64), 50, dtype), np.full((48, 64), 255, np.uint8)
+    mask[5:15, 5:15], image[3] = 0, 255
+    image[:3, 30:40, 40:60] = 7
+    image[3, 5:15, 5:15] = 0
+    found = []
+    for number, transform in enumerate((TEN, TURNED)):
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
+            source = write(
+                tmp_path / f"{number}.tif",
+                image if by == "alpha" else image[:3],
+                transform=transform,
+                nodata=None if stated == "item" else 7,
+                alpha=by == "alpha",
+                mask=None if by == "alpha" else mask,
+                names=None if by == "alpha" else ["red", "green", "blue"],
+            )
+        source = replace(source, nodata={"file": None, "item": 7.0, "both": 7.0}[stated])
+        grid, window = whole(source)
+        pixels, valid = read([source], grid, window, bands=["red"])
+        assert set(pixels[0][valid].tolist()) == {50}
+        found.append(valid.sum())
+    assert found[0] == 48 * 64 - 300
+    assert found[1] == pytest.approx(found[0], abs=25)
+
+
+@pytest.mark.parametrize(("dtype", "nodata"), [("float32", -9999), ("uint16", 65535), ("uint8", 0), ("int16", -32768)])
+def test_a_band_without_data_is_zero_in_a_warp_too_and_mixes_with_nothing(tmp_path, dtype, nodata):
+    image = np.full((2, 48, 64), 50, dtype)
+    image[0, 10:20, 10:20] = nodata
+    image[:, 30:40, 30:40] = nodata
+    for number, transform in enumerate((TEN, TURNED)):
+        source = write(tmp_path / f"{number}.tif", image, transform=transform, nodata=nodata, names=["p", "q"])
+        grid, window = whole(source)
+        pixels, valid = read([source], grid, window, bands=["p", "q"])
+        assert set(pixels[0][valid].tolist()) == {0, 50}
+        assert set(pixels[1][valid].tolist()) == {50}
+        assert (pixels[0][valid] == 0).sum() == pytest.approx(100, abs=25 * number)
+        assert valid.sum() == pytest.approx(48 * 64 - 100, abs=25 * number)
+
+
+def test_bands_of_different_nodata_are_warped_by_their_own(tmp_path):
+    for name, nodata in (("p", 0), ("q", 9)):
+        image = np.full((1, 48, 64), 50, np.uint8)
+        image[0, 10:20, 10:20] = nodata
+        image[0, 30:40, 30:40] = 9 - nodata  # data, though it is nodata of the other band
+        write(tmp_path / f"{name}.tif", image, transform=TURNED, nodata=nodata)
+    bands = "".join(
+        f'<VRTRasterBand dataType="Byte" band="{number}"><Description>{name}</Description><NoDataValue>{nodata}'
+        f'</NoDataValue><SimpleSource><SourceFilename relativeToVRT="1">{name}.tif</SourceFilename></SimpleSource>'
+        "</VRTRasterBand>"
+        for number, name, nodata in ((1, "p", 0), (2, "q", 9))
+    )
+    place = ",".join(map(str, TURNED.to_gdal()))
+    vrt = f'<VRTDataset rasterXSize="64" rasterYSize="48"><SRS>{UTM}</SRS><GeoTransform>{place}</GeoTransform>{bands}'
+    (tmp_path / "a.vrt").write_text(f"{vrt}</VRTDataset>")
+    source = source_of_file(str(tmp_path / "a.vrt"), "a")
+    for one in (source, replace(source, nodata=None, nodatas=())):  # an item that does not state them
+        grid, window = whole(one)
+        pixels, valid = read([one], grid, window, bands=["p", "q"])
+        assert valid.sum() == pytest.approx(48 * 64 - 100, abs=25)
+        for pixels_HW, data in zip(pixels, (9, 0), strict=True):
+            assert (pixels_HW[valid] == data).sum() > 60
+            low, high = sorted((data, 50))
+            assert ((pixels_HW[valid] >= low) & (pixels_HW[valid] <= high)).all()
