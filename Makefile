@@ -1,4 +1,4 @@
-# make demo | test | test-more | chaos | lint | check | bench: each sets up .venv first, from pyproject.toml with constraints.txt.
+# make demo | test | test-more | chaos | lint | docs | check | bench: each sets up .venv first, from pyproject.toml with constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: setup demo test test-more chaos check lint bench
+.PHONY: setup demo test test-more chaos check lint docs bench
 
 setup: $(STAMP)
 
@@ -39,7 +39,12 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint test test-more
+# The site, in build/site; a link to a page that does not exist is an error.
+docs: setup
+	$(BIN)/python docs/site.py build/pages
+	$(BIN)/zensical build --strict
+
+check: lint docs test test-more
 
 bench: setup
 	for name in tiles start cam objects predict train_feed; do $(BIN)/python benchmarks/$$name.py || exit 1; done

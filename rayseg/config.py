@@ -1,6 +1,7 @@
 """Configuration: one frozen pydantic model per pipeline, read from YAML and `--set`; errors name the key's path."""
 
 import os
+import textwrap
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -64,6 +65,22 @@ def complete(config: Config) -> dict[str, Any]:
         name: complete(value) if isinstance(value, Config) and not value.one_value else dumped.get(name, value)
         for name, value in config
     }
+
+
+def commented(config: Config, *, indent: str = "") -> str:
+    """A configuration as YAML, each key below a comment that explains it; reading it gives the configuration again."""
+    lines = []
+    for name, value in complete(config).items():
+        group = getattr(config, name)
+        described = type(config).model_fields[name].description or (group.__doc__ or "").partition("\n")[0]
+        wide = max(40, 78 - len(indent))
+        lines += [f"{indent}# {line}" for line in textwrap.wrap(" ".join(described.split()), wide)]
+        if isinstance(group, Config) and not group.one_value:
+            lines += [f"{indent}{name}:", commented(group, indent=f"{indent}  ").rstrip("\n")]
+        else:
+            dumped = yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True)
+            lines.append(textwrap.indent(dumped.rstrip("\n"), indent))
+    return "\n".join(lines) + "\n"
 
 
 def quiet_ray() -> None:

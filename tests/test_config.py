@@ -2,9 +2,10 @@ import re
 from typing import Literal
 
 import pytest
+import yaml
 from pydantic import model_validator
 
-from rayseg.config import Config, load, load_values, ray_address, read_values
+from rayseg.config import Config, commented, complete, load, load_values, ray_address, read_values
 from rayseg.errors import ConfigError
 from rayseg.pipelines import PIPELINES, pipeline_of
 from rayseg.pipelines.al_s4gan import pipeline
@@ -202,3 +203,14 @@ def test_ray_is_joined_only_at_a_given_address(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "ray://a:1")
     assert ray_address(None) == "ray://a:1"
     assert ray_address("b:2") == "b:2"
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_configuration_is_shown_with_a_comment_for_each_key_and_reads_back(name):
+    resolved = load(pipeline_of(name).Config, None, {"gpc": ["chips.source=#chips"]}.get(name, []))
+    text = commented(resolved)
+    assert yaml.safe_load(text) == complete(resolved)
+    assert max(map(len, text.splitlines())) < 100
+    lines = text.splitlines()
+    at = lines.index("  tile: 2048")
+    assert lines[at - 1] == "  # Side of a tile in px."

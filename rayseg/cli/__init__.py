@@ -14,8 +14,8 @@ from rayseg.engine import progress, tuning
 from rayseg.errors import RaysegError, Stalled
 
 ORDER = (
-    "run", "plan", "status", "retry", "predict", "evaluate", "area", "polygonize", "ingest", "labels", "serve", "view",
-    "models", "regions", "config", "env",
+    "run", "plan", "status", "retry", "verify", "predict", "evaluate", "remap", "refresh", "area", "polygonize",
+    "export", "ingest", "labels", "serve", "view", "models", "regions", "config", "env",
 )  # fmt: skip
 INTERRUPTED = 130
 """Exit code of a command that SIGINT ended, by the convention of shells."""

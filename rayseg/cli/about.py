@@ -29,13 +29,10 @@ def config_list() -> None:
 
 @config_app.command("show")
 def config_show(name: PipelineName, *, config: ConfigFile = None, set_: Overrides = None) -> None:
-    """Print the resolved configuration as YAML: defaults, then --config, then --set."""
-    import yaml
+    """Print the resolved configuration as YAML with a comment for each key: defaults, then --config, then --set."""
+    from rayseg.config import commented, load
 
-    from rayseg.config import complete, load
-
-    resolved = load(pipeline_of(name).Config, config, set_ or ())
-    typer.echo(yaml.safe_dump(complete(resolved), sort_keys=False, allow_unicode=True), nl=False)
+    typer.echo(commented(load(pipeline_of(name).Config, config, set_ or ())), nl=False)
 
 
 @config_app.command("schema")
