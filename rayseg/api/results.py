@@ -11,8 +11,7 @@ from rayseg.engine.ledger import Ledger
 from rayseg.errors import ConfigError, DataError, ModelError, listed
 from rayseg.geo.grid import NODATA, Grid, Window
 from rayseg.io import masks, rasters
-from rayseg.io.maps import MappedTile, mapped_tiles, planned_tiles
-from rayseg.io.sources import Source, gdal, open_file
+from rayseg.io.maps import MappedTile, bands_of, mapped_tiles, planned_tiles
 from rayseg.store import StorePath, absolute, upath
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     from rayseg.api.model import Model
 
-Raster = Literal["classes", "scores"]
+Raster = Literal["classes", "sieved", "scores"]
 
 
 class Run:
@@ -87,6 +86,15 @@ class Run:
         return self.raster("classes")
 
     @property
+    def sieved(self) -> "xr.DataArray":
+        """Classes with the minimum mapping unit, as the polygons have it; see `classes`, which are as predicted.
+
+        Raises:
+            DataError: see `classes`; or the run was made with polygons.min_area=null.
+        """
+        return self.raster("sieved")
+
+    @property
     def scores(self) -> "xr.DataArray":
         """Scores, (band, y, x) uint8: probability x 254 (`attrs["scale_factor"]`), 255 where there is no imagery.
 
@@ -99,7 +107,7 @@ class Run:
         """A raster of the run as one lazy array on a grid, with CRS and transform as rioxarray sets them.
 
         Args:
-            name: classes or scores.
+            name: classes, sieved or scores.
             grid: one of `grids`; None takes the only one.
 
         Raises:
@@ -123,8 +131,9 @@ class Run:
         for tile, _ in planned_tiles(self.root):
             window = window.union(tile.window) if tile.grid == grid else window
         first = _file_of(tiles[0], name)
-        with gdal(first), open_file(first) as dataset:
-            bands = tuple(text or f"band{index}" for index, text in enumerate(dataset.descriptions, 1))
+        if name == "sieved" and not upath(first).exists():
+            raise DataError(f"{self.root} has no sieved.tif, it has polygons.min_area=null; use run.classes")
+        bands = bands_of(tiles[0], name)
         # 2. coordinates are centres of pixels
         affine = grid.transform(window)
         x = affine.c + affine.a * (np.arange(window.width) + 0.5)
@@ -278,21 +287,10 @@ def _mosaic(tiles: list[MappedTile], name: Raster, bands: tuple[str, ...], grid:
 
     def _read(inner: Window, wanted: list[str]) -> np.ndarray:
         meets = (at[:, 0] < inner.row1) & (at[:, 1] > inner.row) & (at[:, 2] < inner.col1) & (at[:, 3] > inner.col)
-        sources = [_source(tiles[index], name, bands) for index in np.flatnonzero(meets)]
+        sources = [tiles[index].source(name, bands) for index in np.flatnonzero(meets)]
         if not sources:
             return np.full((len(wanted), inner.height, inner.width), NODATA, np.uint8)
         image, valid = rasters.read(sources, grid, inner, bands=wanted, categorical=True)
         return np.where(valid, image, NODATA)
 
     return Mosaic()
-
-
-def _source(tile: MappedTile, name: Raster, bands: tuple[str, ...]) -> Source:
-    """A tile's file as a source on the tile's grid."""
-    grid, window = tile.tile.grid, tile.tile.window
-    # On an image's own grid a file lies where a transform with rows to the south says: see `part_of_image`.
-    transform = tuple(grid.transform(window))[:6] if grid.crs else (1, 0, window.col, 0, -1, -window.row)
-    assets = ((_file_of(tile, name), bands),)
-    return Source(
-        grid.image or tile.tile.id, assets, grid.crs, transform, window.height, window.width, "uint8", nodata=NODATA
-    )

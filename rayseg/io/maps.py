@@ -55,6 +55,21 @@ class MappedTile:
         pixel_m2 = pixel_area_m2(self.tile)
         return None if pixel_m2 is None else {value: count * pixel_m2 for value, count in self.counts.items()}
 
+    def source(self, name: str, bands: Sequence[str]) -> Source:
+        """A raster of the tile (`classes`, `scores`, `sieved`) as a source on the tile's grid, with names of bands."""
+        return source_on(self.tile, str(upath(self.href).parent / f"{name}.tif"), bands)
+
+
+def source_on(tile: Tile, href: str, bands: Sequence[str]) -> Source:
+    """A raster that covers a tile as a source on the tile's grid."""
+    grid, window = tile.grid, tile.window
+    # On an image's own grid a file lies where a transform with rows to the south says: see `part_of_image`.
+    transform = tuple(grid.transform(window))[:6] if grid.crs else (1, 0, window.col, 0, -1, -window.row)
+    assets = ((href, tuple(bands)),)
+    return Source(
+        grid.image or tile.id, assets, grid.crs, transform, window.height, window.width, "uint8", nodata=NODATA
+    )
+
 
 def mapped_tiles(root: StorePath, step: str = "predict") -> list[MappedTile]:
     """The tiles of a run's step that have a class map, in the order of its manifest; every pipeline calls it `predict`.
@@ -99,6 +114,13 @@ def read_tile(tile: MappedTile, name: str) -> NDArray[np.uint8]:
     href = str(upath(tile.href).parent / f"{name}.tif")
     with gdal(href), open_file(href) as dataset:
         return np.asarray(dataset.read(), np.uint8)
+
+
+def bands_of(tile: MappedTile, name: str) -> tuple[str, ...]:
+    """Names of the bands of a raster of a tile: classes, scores or sieved."""
+    href = str(upath(tile.href).parent / f"{name}.tif")
+    with gdal(href), open_file(href) as dataset:
+        return tuple(text or f"band{index}" for index, text in enumerate(dataset.descriptions, 1))
 
 
 def pixel_lonlat(tile: Tile, row: int, col: int) -> tuple[float, float] | None:

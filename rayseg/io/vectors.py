@@ -1,8 +1,8 @@
 """Polygons of class rasters, made tile by tile and joined so that the result does not depend on the tiling.
 
-A part is one 4-connected component of one class inside one tile, in whole pixels of the grid. `join_parts` unites the
-parts that share a piece of a tile's border, takes out vertices on straight lines, and only then leaves the pixel grid:
-what it makes of a component is decided by the component's pixels alone.
+A part is one 4-connected component of one class inside one tile, in whole pixels of the grid; simplified outlines have
+vertices at corners of pixels, too. `join_parts` unites the parts that share a piece of a tile's border, takes out
+vertices on straight lines, and only then leaves the pixel grid: the parts alone decide what it makes of a component.
 """
 
 import io
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from rasterio.features import shapes
 from skimage.measure import label
 
+from rayseg.engine.ledger import Ledger
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import NODATA, Grid, Window
 from rayseg.geo.lonlat import LONLAT, to_lonlat, transformer
@@ -72,6 +73,7 @@ def polygons_of(
     *,
     skip: Sequence[int] | None = None,
     kept_HW: NDArray[np.bool_] | None = None,
+    simplify: float = 0.0,
 ) -> pa.Table:
     """The 4-connected components of each class in a tile.
 
@@ -82,6 +84,8 @@ def polygons_of(
         window: the tile.
         skip: classes without polygons; by default 0 if there is at most one band of scores, else none.
         kept_HW: pixels that count; others only complete the outlines at a seam. By default all.
+        simplify: tolerance in px: a corner goes if its triangle is smaller than its square (Visvalingam and Whyatt
+            1993). Neighbours keep common outlines; outlines along the tile's border stay as they are.
 
     Returns:
         One row per component: class; geometry (WKB, whole grid pixels, y downward); pixels; score_sum (of the
@@ -102,7 +106,9 @@ def polygons_of(
     on_edge = np.unique(np.concatenate([labels_HW[[0, -1]].ravel(), labels_HW[:, [0, -1]].ravel()]))
     columns = {
         "class": classes_HW.ravel()[first],
-        "geometry": shapely.to_wkb(_outlines(labels_HW, window)),
+        "geometry": shapely.to_wkb(
+            _simplified(labels_HW, window, simplify) if simplify else _outlines(labels_HW, window)
+        ),
         "pixels": np.bincount(counted, minlength=count + 1)[1:],
         "score_sum": pa.nulls(count, pa.int64()) if sums is None else sums,
         "first_row": rows + window.row,
@@ -130,6 +136,16 @@ def _outlines(labels_HW: np.ndarray, window: Window) -> NDArray[np.object_]:
     ring = np.repeat(np.arange(len(lengths)), lengths)
     rings = np.asarray(shapely.linearrings(np.array(points, float).reshape(-1, 2), indices=ring))
     return np.asarray(shapely.polygons(rings[order], indices=np.array(owners, np.int64)[order]))
+
+
+def _simplified(labels_HW: np.ndarray, window: Window, tolerance: float) -> NDArray[np.object_]:
+    """`_outlines` without small corners; labels that touch still share their outlines."""
+    # A coverage without gaps: only then are outlines next to nodata, too, inside it and simplified.
+    count = int(labels_HW.max(initial=0))
+    rest_HW = label(labels_HW == 0, background=0, connectivity=1)
+    whole = _outlines(np.where(labels_HW > 0, labels_HW, rest_HW + count).astype(np.int32), window)
+    simple: NDArray[np.object_] = shapely.coverage_simplify(whole, tolerance, simplify_boundary=False)
+    return simple[:count]
 
 
 def write_parts(path: StorePath, parts: pa.Table) -> WrittenFile:
@@ -421,9 +437,11 @@ def _canonical(polygons: NDArray[np.object_]) -> NDArray[np.object_]:
     before[opens] = closes - 1
     inside = np.ones(len(points), bool)
     inside[closes] = False
-    arrives = points != points[before]  # which coordinate changes on the way to a point
-    leaves = np.roll(arrives, -1, axis=0)
-    corners = inside & (arrives != leaves).any(axis=1)
+    arrives = points - points[before]  # whole pixels, so that the cross product is exact
+    after = np.arange(len(points)) + 1
+    after[closes - 1] = opens
+    leaves = points[after % len(points)] - points
+    corners = inside & (arrives[:, 0] * leaves[:, 1] != arrives[:, 1] * leaves[:, 0])
     cleaned = shapely.linearrings(points[corners], indices=ring[corners])
     result: NDArray[np.object_] = shapely.normalize(shapely.polygons(cleaned, indices=polygon))
     return result
@@ -526,7 +544,17 @@ def polygonize(raster: str, out: str) -> int:
 
 
 def _parts_of_run(root: str) -> tuple[Iterable[pa.Table], ClassTable]:
-    """The parts that a run left of its tiles, or else those of their class maps."""
+    """The parts that a run left of its generalized map or of its tiles, or else those of its class maps."""
+    tiles = mapped_tiles(root)
+    table = (table_of(tiles[0].href) if tiles else None) or _UNNAMED
+    grids, generalized = {mapped.tile.id: mapped.tile.grid for mapped in tiles}, upath(root) / "steps" / "generalize"
+    blocks = [
+        (tile_order(grids[record.id], row, col), f"{generalized}/blocks/{name}.parquet")
+        for record in Ledger(str(generalized / "ledger")).read().values()
+        for name, (row, col, _) in record.facts.get("blocks", {}).items()
+    ]
+    if blocks:
+        return concurrently(read_parts, [path for _, path in sorted(blocks)]), table
 
     def parts_of(mapped: MappedTile) -> pa.Table:
         path = upath(mapped.href).parent / "parts.parquet"
@@ -534,9 +562,8 @@ def _parts_of_run(root: str) -> tuple[Iterable[pa.Table], ClassTable]:
             return read_parts(path)
         return polygons_of(read_bands(mapped.href)[0], None, mapped.tile.grid, mapped.tile.window)
 
-    tiles = mapped_tiles(root)
     tiles.sort(key=lambda mapped: tile_order(mapped.tile.grid, mapped.tile.window.row, mapped.tile.window.col))
-    return concurrently(parts_of, tiles), (table_of(tiles[0].href) if tiles else None) or _UNNAMED
+    return concurrently(parts_of, tiles), table
 
 
 def _parts_of_raster(path: str) -> tuple[Iterable[pa.Table], ClassTable]:

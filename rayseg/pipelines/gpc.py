@@ -23,10 +23,11 @@ from rayseg.geo.region import Region
 from rayseg.io.labels import Chip
 from rayseg.models.bundle import Bundle, Scaling
 from rayseg.models.segmenter import Ensemble
-from rayseg.steps import appearance, baseline, chips, color_rule, estimate, evaluate, models, report
+from rayseg.steps import appearance, baseline, chips, color_rule, estimate, evaluate, generalize, models, report
 from rayseg.steps import map as mapping
 from rayseg.steps.chips import ChipsConfig
 from rayseg.steps.cues import LABELS, NO, YES, CuesConfig, draw_cues, make_cues, read_mask
+from rayseg.steps.generalize import PolygonsConfig
 from rayseg.steps.map import MapConfig
 from rayseg.store import Location, split_location
 from rayseg.train.appearance import AppearanceConfig
@@ -54,6 +55,7 @@ class Config(Frozen):
     cues: CuesConfig = CuesConfig()
     segmenter: SegmenterConfig = SegmenterConfig()
     map: MapConfig = MapConfig()
+    polygons: PolygonsConfig = added(default=PolygonsConfig())
     members: Annotated[int, Field(gt=0)] = 1
     """Segmenters trained from different seeds; the map takes the mean of their logits. For few chips."""
     marked: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -238,7 +240,8 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
         segmenter = run.step("appearance", appearance.fit_cover, listed, network, config.appearance, size)
     # 2. the map, its polygons and its accuracy
     predicted = run.step("predict", mapping.predict_region, region, segmenter, config.map, tiles=plan.tiles)
-    polygons = run.step("polygons", mapping.join_polygons, predicted, YES)
+    shown = generalize.generalized(run, predicted, config.polygons, region)
+    polygons = run.step("polygons", mapping.join_polygons, shown, YES)
     measured = run.step("evaluate", evaluate.compare_truth, predicted, region, config.truth)
     run.step("publish", mapping.publish, predicted, f"Green plastic cover, {region.name}")
     drawn = run.step("pictures", draw_cues, listed, cues, size)

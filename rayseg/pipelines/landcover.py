@@ -22,8 +22,9 @@ from rayseg.io.class_tables import Classes
 from rayseg.io.sources import Source
 from rayseg.io.units import units_of
 from rayseg.models.bundle import Bundle, Scaling
-from rayseg.steps import baseline, estimate, evaluate, labelled, models, report, simple_maps
+from rayseg.steps import baseline, estimate, evaluate, generalize, labelled, models, report, simple_maps
 from rayseg.steps import map as mapping
+from rayseg.steps.generalize import PolygonsConfig
 from rayseg.steps.labelled import PARTS, Divided, LabelledConfig
 from rayseg.steps.map import MapConfig
 from rayseg.steps.validate import compare_images, tiles_of
@@ -44,6 +45,7 @@ class Config(Frozen):
     """The classes of the masks: a YAML file, its name under configs/classes, or its content."""
     segmenter: SupervisedConfig = SupervisedConfig()
     map: MapConfig = MapConfig()
+    polygons: PolygonsConfig = added(default=PolygonsConfig())
     bands: Bands = models.RGB
     """Bands of the imagery, in the order of the network's input."""
     patch: Annotated[int, Field(gt=0, multiple_of=32)] = 1024
@@ -218,7 +220,8 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     validated = run.step("validation", validate, listed, segmenter, config)
     simple = run.step("baseline", measure_baselines, listed, validated, config) if config.baseline else None
     predicted = run.step("predict", mapping.predict_region, region, segmenter, config.map, tiles=plan.tiles)
-    polygons = run.step("polygons", mapping.join_polygons, predicted, PRODUCT)
+    shown = generalize.generalized(run, predicted, config.polygons, region)
+    polygons = run.step("polygons", mapping.join_polygons, shown, PRODUCT)
     measured = run.step("evaluate", evaluate.compare_truth, predicted, region, config.truth)
     run.step("publish", mapping.publish, predicted, f"Land cover, {region.name}")
     parts = (listed, predicted, polygons, validated, measured)

@@ -10,9 +10,10 @@ from rayseg.engine.run import Run, Step
 from rayseg.errors import ConfigError
 from rayseg.geo.region import Region
 from rayseg.models import bundle
-from rayseg.steps import classify, estimate, report
+from rayseg.steps import classify, estimate, generalize, report
 from rayseg.steps import map as mapping
 from rayseg.steps.classify import UnitsConfig
+from rayseg.steps.generalize import PolygonsConfig
 from rayseg.steps.map import MapConfig
 from rayseg.store import Location
 
@@ -25,6 +26,7 @@ class Config(Frozen):
     model: Location
     """Prefix of the bundle."""
     map: MapConfig = MapConfig()
+    polygons: PolygonsConfig = added(default=PolygonsConfig())
     units: UnitsConfig = added(default=UnitsConfig())
     """Of a classifier: what it classifies."""
     earlier: Location | None = added(default=None)
@@ -62,7 +64,8 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     predicted = run.step(
         "predict", mapping.predict_region, region, model, config.map, tiles=tiles, earlier=config.earlier
     )
-    polygons = run.step("polygons", mapping.join_polygons, predicted, "polygons")
+    shown = generalize.generalized(run, predicted, config.polygons, region)
+    polygons = run.step("polygons", mapping.join_polygons, shown, "polygons")
     run.step("publish", mapping.publish, predicted, f"{region.name} by {config.model}")
     extras = report.Extras(labels=_carried(predicted, config.earlier)) if config.earlier else None
     written = run.step("report", report.write_report, predicted, polygons, *([None, extras] if extras else ()))

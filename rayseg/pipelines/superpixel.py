@@ -31,8 +31,9 @@ from rayseg.stages.label import LabelTile
 from rayseg.stages.oversegment import Divide, ReadAround, SuperpixelConfig, unite
 from rayseg.stages.rows import SceneRow
 from rayseg.stages.write import WriteTile
-from rayseg.steps import estimate, evaluate, report, scenes, simple_labels
+from rayseg.steps import estimate, evaluate, generalize, report, scenes, simple_labels
 from rayseg.steps import map as mapping
+from rayseg.steps.generalize import PolygonsConfig
 from rayseg.steps.map import MapConfig
 from rayseg.steps.scenes import Scenes
 from rayseg.store import Location, put, upath
@@ -52,6 +53,7 @@ class Config(Frozen):
     network: SceneConfig = SceneConfig()
     """Clusters of superpixels, or the network of a scene and its training."""
     map: MapConfig = MapConfig()
+    polygons: PolygonsConfig = added(default=PolygonsConfig())
     shared: bool = False
     """One network for all scenes, so that a label means the same everywhere; else one for each, with its own labels."""
     bands: Bands = ()
@@ -237,7 +239,8 @@ def run(config: Config, run: Run, region: Region, plan: Scenes | None = None) ->
     divided = run.step("superpixels", divide, listed, config)
     trained = run.step("networks", train, listed, divided, config)
     predicted = run.step("predict", label, listed, trained, region, config, divided=divided)
-    polygons = run.step("polygons", join_polygons, predicted)
+    shown = generalize.generalized(run, predicted, config.polygons, region)
+    polygons = run.step("polygons", join_polygons, shown)
     measured = run.step("evaluate", measure, predicted, region, config)
     run.step("publish", mapping.publish, predicted, f"Labels of {region.name}, found without any")
     drawn = run.step("pictures", scenes.draw, listed, divided, predicted)

@@ -423,19 +423,24 @@ def table_of(predicted: Step) -> ClassTable:
 
 
 def join_polygons(step: Step, predicted: Step, product: str) -> dict[str, Any]:
-    """Join the polygons of all tiles across tile edges and write `<run>/<product>.parquet`."""
+    """Join the polygons of all tiles, or blocks, across their edges and write `<run>/<product>.parquet`."""
     table, folder = table_of(predicted), tiles_prefix(step)
     tiles, grids = [], dict[Grid, Grid]()
     for row, record in done_tiles(predicted):
         tile = Tile.from_row(row)
         grid = grids.setdefault(tile.grid, tile.grid)  # one object for all tiles of a grid
-        order = vectors.tile_order(grid, tile.window.row, tile.window.col)
-        tiles.append((order, tile.id, grid, record.facts.get("parts")))
+        if "blocks" in record.facts:  # of `generalize`, which draws by blocks instead of tiles
+            for name, (top, left, count) in record.facts["blocks"].items():
+                path = f"{predicted.prefix}/blocks/{name}.parquet"
+                tiles.append((vectors.tile_order(grid, top, left), path, grid, count))
+        else:
+            order = vectors.tile_order(grid, tile.window.row, tile.window.col)
+            tiles.append((order, f"{folder}/{tile.id}/parts.parquet", grid, record.facts.get("parts")))
 
     def parts_of(tile: tuple[Any, str, Grid, int | None]) -> "pa.Table":
-        _, tile_id, grid, count = tile
+        _, path, grid, count = tile
         # A tile without parts has no file, which saves a request.
-        return vectors.no_parts(grid) if count == 0 else vectors.read_parts(f"{folder}/{tile_id}/parts.parquet")
+        return vectors.no_parts(grid) if count == 0 else vectors.read_parts(path)
 
     # In reading order, so that memory holds two rows of tiles at a time.
     target = upath(step.root) / f"{product}.parquet"

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.e2e
 
 STEPS = [
     *("chips", "classifier", "cues", "segmenter", "predict"),
-    *("polygons", "evaluate", "publish", "pictures", "baseline", "report"),
+    *("generalize", "polygons", "evaluate", "publish", "pictures", "baseline", "report"),
 ]
 
 

@@ -34,7 +34,8 @@ from rayseg.vision.color import ClassTable, hex_of
 
 pytestmark = pytest.mark.e2e
 
-STEPS = ["scenes", "segmenter", "validation", "baseline", "predict", "polygons", "evaluate", "publish", "report"]
+STEPS = ["scenes", "segmenter", "validation", "baseline", "predict", "generalize", "polygons"]
+STEPS += ["evaluate", "publish", "report"]
 SMALL = """
 labelled: {masks: "#truth/landcover", validation: [demo-east], absent: [unknown]}
 classes: deepglobe

@@ -36,7 +36,8 @@ def runs_by_tile(world):
 
 
 def predict(world, out, *more, engine="inline"):
-    return rayseg("predict", world["model"], world["catalogue"], "--out", out, "--engine", engine, *more)
+    words = ("--out", out, "--engine", engine, "--set", "polygons.simplify=null")  # pixels can be compared
+    return rayseg("predict", world["model"], world["catalogue"], *words, *more)
 
 
 def polygons(root):
@@ -70,7 +71,7 @@ def test_classes_are_the_scores_above_a_half(runs_by_tile):
 
 
 def test_polygons_are_the_map(runs_by_tile, world):
-    frame, classes = polygons(runs_by_tile[2048]), mosaic(runs_by_tile[2048])[0]
+    frame, classes = polygons(runs_by_tile[2048]), mosaic(runs_by_tile[2048], "sieved")[0]
     assert frame.crs == "EPSG:4326"
     assert set(frame["name"]) == {"gpc"}
     assert frame["pixels"].sum() == (classes == 1).sum()
@@ -142,7 +143,7 @@ def test_status_adds_up(runs_by_tile):
     assert "predict, done" in said.stdout
     assert "9 planned = 8 done + 1 empty" in said.stdout
     report = json.loads(rayseg("status", runs_by_tile[128], "--json").stdout)
-    assert list(report["times"]) == ["model", "predict", "polygons", "publish", "report"]
+    assert list(report["times"]) == ["model", "predict", "generalize", "polygons", "publish", "report"]
     assert report["steps"]["predict"]["counts"]["done"] == 8
 
 
@@ -212,7 +213,8 @@ def test_images_without_georeference_keep_their_shapes(world, tmp_path):
         image_CHW = picture(blobs(height, width))
         Image.fromarray(image_CHW.transpose(1, 2, 0)).save(folder / f"{name}.png")
     out = tmp_path / "run"
-    found = rayseg("predict", world["model"], folder, "--out", out, "--engine", "inline")
+    words = ("--engine", "inline", "--set", "polygons.min_area=null")
+    found = rayseg("predict", world["model"], folder, "--out", out, *words)
     assert found.exit_code == 0, found.output
     for name, shape in shapes.items():
         [path] = (out / "tiles").glob(f"{name}_px_*/classes.tif")
@@ -255,7 +257,10 @@ def test_a_damaged_tile_fails_alone_and_is_mended_by_a_retry(world, tmp_path, mo
     assert again.exit_code == 0, again.output
     assert rayseg("status", out).exit_code == 0
     after = files(out / "tiles")
-    assert {name: after[name] for name in before} == before
+    # Pixels of a mended tile may reach into the sieved classes of its neighbours, which are made again.
+    assert {name: after[name] for name in before if "sieved" not in name} == {
+        name: content for name, content in before.items() if "sieved" not in name
+    }
     assert "32650_245_-2148/classes.tif" in after
     assert set(polygons(out)["name"]) == {"gpc"}
     assert len(list(pystac.Collection.from_file(str(out / "collection.json")).get_items())) == 3
@@ -268,6 +273,6 @@ def test_ray_and_inline_give_the_same_bytes(world, tmp_path, local_ray, runs_by_
     inline, ray = files(runs_by_tile[128]), files(out)
     made = [name for name in inline if name.startswith("tiles/") or name in {"polygons.parquet", "items.parquet"}]
     tiles = [name for name in made if name.endswith((".tif", "parts.parquet")) or name == "polygons.parquet"]
-    assert len(tiles) == 9 * 3 + 1
+    assert len(tiles) == 9 * 4 + 1
     for name in tiles:
         assert ray[name][1] == inline[name][1], name

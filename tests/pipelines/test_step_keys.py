@@ -1,6 +1,7 @@
 """Keys of all steps of all pipelines are what they were when runs were first kept, wherever their functions stand now.
 
-A key that changes makes every run that was begun before compute its steps again.
+A key that changes makes every run that was begun before compute its steps again. `polygons` and `report` changed once,
+when polygons were generalized: runs that were begun before keep their maps and draw their polygons again.
 """
 
 import pytest
@@ -31,11 +32,12 @@ KEYS = {
         "cues": "89b4f8db213e456d",
         "segmenter": "7359af4ff32ed800",
         "predict": "79a84d690f0c5284",
-        "polygons": "ab456394c12ba975",
+        "generalize": "98976e494ec8ca03",
+        "polygons": "d5262133b99cf653",
         "evaluate": "729b9ba67967d32f",
         "publish": "77c853f2d3a3733c",
         "pictures": "d4f16e7b1f9d39c5",
-        "report": "8fd98f9751054015",
+        "report": "9f714709737ff71e",
     },
     "gpc, concept": {
         "chips": "c9190c6779276488",
@@ -44,11 +46,12 @@ KEYS = {
         "cues": "aac789ca74942dd5",
         "segmenter": "bae644d707f58757",
         "predict": "de8eed3f0f289bb2",
-        "polygons": "3398ad7222dd7f1d",
+        "generalize": "5803cf6b1b4f92d8",
+        "polygons": "0930ad3ab69c418a",
         "evaluate": "6d4fc4696d371644",
         "publish": "35b2b2c22f5e61d8",
         "pictures": "59b64bfcc9eeebfa",
-        "report": "e11e72f6c800900b",
+        "report": "490ab7fba49559a3",
     },
     "agri": {
         "classifier": "9a058e41351cf00a",
@@ -77,22 +80,24 @@ KEYS = {
         "superpixels": "731c90428d4e40aa",
         "networks": "e3afd6075a88f490",
         "predict": "87caaf7d35867eb2",
-        "polygons": "02b985ef8fb8b60a",
+        "generalize": "8b63eef18623b099",
+        "polygons": "a2d9a05d9a936ed5",
         "evaluate": "0c88bcfe8c78dbde",
         "publish": "ca2c50ff7204ae21",
         "pictures": "a5f0ddd0c5065975",
-        "report": "e089b26adb2f2a13",
+        "report": "adbc23d718cef619",
     },
     "superpixel, segments": {
         "scenes": "d607ebc9f6801228",
         "superpixels": "e0c431bb5981c17a",
         "networks": "8249423ab9c88984",
         "predict": "4a0c7eda8671da7f",
-        "polygons": "75b481d7e25f40ef",
+        "generalize": "1a538be19861d323",
+        "polygons": "a9ae2dcb2609933a",
         "evaluate": "3ac8abf23f10cd04",
         "publish": "604ce3240479df4d",
         "pictures": "1b9f985c3f17b8be",
-        "report": "864c5a9cbcd8dfae",
+        "report": "06d5b69029472336",
     },
     "landcover": {
         "scenes": "fbc7ac4b67e12f1e",
@@ -100,10 +105,11 @@ KEYS = {
         "validation": "e26706c91fd33295",
         "baseline": "6afde0d3f5aa2545",
         "predict": "4e947194daa1b049",
-        "polygons": "78acb4843fef1dcd",
+        "generalize": "bc55f526a0c9a53c",
+        "polygons": "568021da9199faf5",
         "evaluate": "9e2c2e720bdf998a",
         "publish": "1ef32beb2f3ddab6",
-        "report": "120ee18ad841378f",
+        "report": "40b87c1c414ca8d8",
     },
     "al-s4gan": {
         "pool": "d25662953c7bf4a5",
@@ -114,10 +120,11 @@ KEYS = {
         "measure": "be652a38502584c0",
         "baseline": "8909dd87cf898ecb",
         "predict": "cad847d22409c605",
-        "polygons": "4c2e17a52a5e6c96",
+        "generalize": "4152f39400fe9bfa",
+        "polygons": "8d977cd7b7ee4116",
         "evaluate": "69f77c9da9e9274c",
         "publish": "ae89d94f0863dd80",
-        "report": "bd509e29d4b1dd71",
+        "report": "bb83de7db4e367ec",
     },
     "al-s4gan, frozen": {
         "pool": "d25662953c7bf4a5",
@@ -129,10 +136,11 @@ KEYS = {
         "measure": "82b0c8333088e456",
         "baseline": "6cd030891131b367",
         "predict": "1ed060a808d81563",
-        "polygons": "c2a49a516eac13d6",
+        "generalize": "8b043e81b20518ea",
+        "polygons": "3e8c6f1d4e7ea174",
         "evaluate": "a6ad4d8d998615c1",
         "publish": "1a25b5f9df42fac0",
-        "report": "da3edc9d4cc5b50c",
+        "report": "3e26679996d4993a",
     },
     "al-s4gan, no segmenter": {
         "pool": "d25662953c7bf4a5",
@@ -145,9 +153,10 @@ KEYS = {
     "predict": {
         "model": "cc087439fc0b8f5a",
         "predict": "a6586c3bd7abafe5",
-        "polygons": "35850666b9072f6c",
+        "generalize": "692a1caa5b84d06b",
+        "polygons": "37fa648deff07865",
         "publish": "88b95bf608bb883c",
-        "report": "603f8c77e181bccc",
+        "report": "568bdeb66229aff4",
     },
 }
 

@@ -36,6 +36,7 @@ STEPS = [
     "superpixels",
     "networks",
     "predict",
+    "generalize",
     "polygons",
     "evaluate",
     "publish",

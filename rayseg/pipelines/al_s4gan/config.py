@@ -14,6 +14,7 @@ from rayseg.pipelines.al_s4gan.chip_pool import PoolConfig
 from rayseg.pipelines.al_s4gan.classifier import Common
 from rayseg.pipelines.al_s4gan.queries import ActiveConfig
 from rayseg.steps import models
+from rayseg.steps.generalize import PolygonsConfig
 from rayseg.steps.map import MapConfig
 from rayseg.store import Location
 from rayseg.train.classifier import ClassifierConfig
@@ -35,6 +36,7 @@ class Config(Frozen):
     crf: Kernels | None = None
     """Smooths the segmenter's scores with a fully connected CRF, for the measures and the map."""
     map: MapConfig = MapConfig()
+    polygons: PolygonsConfig = added(default=PolygonsConfig())
     patch: Annotated[int, Field(gt=0, multiple_of=32)] = 640
     """Side in px of the segmenter's window over the region."""
     stride: Annotated[int, Field(gt=0)] = 512

@@ -21,7 +21,7 @@ from rayseg.geo.region import Region
 from rayseg.io import masks
 from rayseg.pipelines.al_s4gan import chip_pool, queries, segmenter
 from rayseg.pipelines.al_s4gan.config import Config
-from rayseg.steps import baseline, estimate, report
+from rayseg.steps import baseline, estimate, generalize, report
 from rayseg.steps import evaluate as evaluation
 from rayseg.steps import map as mapping
 from rayseg.store import upath
@@ -180,7 +180,8 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     simple = run.step("baseline", segmenter.measure_baselines, learnt, config) if config.baseline else None
     # 2. map the region
     predicted = run.step("predict", mapping.predict_region, region, trained, config.map, tiles=plan and plan.tiles)
-    polygons = run.step("polygons", mapping.join_polygons, predicted, PRODUCT)
+    shown = generalize.generalized(run, predicted, config.polygons, region)
+    polygons = run.step("polygons", mapping.join_polygons, shown, PRODUCT)
     evaluated = run.step("evaluate", evaluation.compare_truth, predicted, region, config.truth)
     run.step("publish", mapping.publish, predicted, f"Land cover, {region.name}")
     parts = [listed, trained, measured, *rounds]

@@ -1,0 +1,95 @@
+"""Make the map that people take away: no units below a minimum area, polygons with simple outlines.
+
+classes.tif of a tile stays as it was predicted; sieved.tif next to it and the polygons have the minimum mapping unit.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from rayseg.config import Config
+from rayseg.engine.flow import Work
+from rayseg.engine.manifest import Manifest, Row
+from rayseg.engine.run import Run, Step
+from rayseg.geo.grid import Grid, Tile, Window
+from rayseg.geo.region import Region
+from rayseg.io import maps
+from rayseg.stages.generalize import BLOCK, Generalize, GeneralRow, around, blocks_of, with_margin
+from rayseg.steps import map as mapping
+
+PATIENCE = 1800.0
+"""Timeout in seconds of one tile."""
+
+
+class PolygonsConfig(Config):
+    """Settings of the polygons; with both at null, polygons follow the pixels of the map as it was predicted."""
+
+    min_area: Annotated[float, Field(gt=0)] | None = 25.0
+    """Minimum mapping unit in m2 (px without CRS): smaller units and holes take the class around them; or null."""
+    simplify: Annotated[float, Field(gt=0)] | None = 1.5
+    """Tolerance of outlines in m (px without CRS); common outlines of neighbours stay common; or null."""
+
+
+def generalized(run: Run, predicted: Step, config: PolygonsConfig, region: Region) -> Step:
+    """The step whose tiles have the polygons to join: `predicted` itself if the settings leave its map as it is.
+
+    Args:
+        run: the run.
+        predicted: the step that mapped the region.
+        config: settings.
+        region: the region.
+    """
+    if config.min_area is None and config.simplify is None:
+        return predicted
+    return run.step("generalize", generalize, predicted, config, region)
+
+
+def generalize(step: Step, predicted: Step, config: PolygonsConfig, region: Region) -> dict[str, Any]:
+    """Sieve the map of every tile and draw its polygons; see `Generalize`.
+
+    Args:
+        step: the current step.
+        predicted: the step that mapped the region.
+        config: settings.
+        region: the region.
+    """
+    tiles = maps.mapped_tiles(predicted.root, predicted.name)
+    rows = mapping.kept_manifest(step, lambda: Manifest.of([list(_rows(tiles, config.min_area))]))
+    kept: dict[str, Any] = {name: predicted.value[name] for name in ("bundle", "classes") if name in predicted.value}
+    if not tiles:
+        return kept
+    stage = Generalize(
+        mapping.tiles_prefix(step),
+        str(step.prefix / "blocks"),
+        mapping.table_of(predicted),
+        bands=maps.bands_of(tiles[0], "scores"),
+        min_area=config.min_area,
+        simplify=config.simplify,
+        geometry=region.geometry,
+    )
+    done = mapping.through(step, rows, [Work(stage)], patience=PATIENCE, record=GeneralRow.from_row)
+    return {**kept, **done}
+
+
+def _rows(tiles: list[maps.MappedTile], min_area: float | None) -> Iterator[Row]:
+    """The row of every tile: each block goes to the first tile that it meets."""
+    # 1. the tiles of every block of a grid
+    meeting: dict[tuple[Grid, int, int], list[Tile]] = defaultdict(list)
+    for mapped in tiles:
+        for block in blocks_of(mapped.tile.window):
+            meeting[mapped.tile.grid, *block].append(mapped.tile)
+    # 2. rows with what lies within the margin of their tile and blocks
+    for mapped in tiles:
+        tile = mapped.tile
+        own = [at for at in blocks_of(tile.window) if meeting[tile.grid, *at][0] is tile]
+        row = GeneralRow(tile, tuple(Window(col * BLOCK, row * BLOCK, BLOCK, BLOCK) for row, col in own), ())
+        reach = with_margin(tile.grid, around(row), min_area)
+        near = {
+            other.id: (other.id, other.window.col, other.window.row, other.window.width, other.window.height)
+            for at in blocks_of(reach)
+            for other in meeting.get((tile.grid, *at), ())
+            if not other.window.intersect(reach).empty
+        }
+        yield GeneralRow(tile, row.blocks, tuple(near.values())).to_row()
