@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from rayseg.geo.region import Region
 
 REGIONS = (
-    "demo, a name under stac/regions, a GeoJSON or GeoParquet file, west,south,east,north, catalog.json#collection, "
-    "or a folder of images"
+    "demo, a name under stac/regions, a file of polygons (GeoJSON, GeoParquet, GeoPackage, ...), "
+    "west,south,east,north, catalog.json#collection, or a folder of images"
 )
 MOST_NAMED = 5
 """Failed rows that a message names."""

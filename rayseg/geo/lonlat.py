@@ -1,5 +1,6 @@
 """Geometries in longitude and latitude, cut where they cross the antimeridian (RFC 7946, section 3.1.9)."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -103,6 +104,27 @@ def divided(area: BaseGeometry) -> BaseGeometry:
     return parted
 
 
+def of_file(polygons: NDArray[np.object_], crs: str) -> NDArray[np.object_]:
+    """Polygons as files of any CRS hold them, in EPSG:4326, within -180..180 and cut at the antimeridian.
+
+    In degrees, of whichever datum and meridian, rings are read as `normalised` reads them with `wound`.
+    """
+    found, degrees = CRS.from_user_input(crs), transformer(crs, LONLAT)
+    if not found.is_geographic or found.is_derived:
+        return to_lonlat(polygons, lambda points_N2: np.stack(degrees.transform(*points_N2.T), axis=1))
+    meridian, unit = found.prime_meridian, math.degrees(found.axis_info[0].unit_conversion_factor)
+    east = math.degrees(meridian.longitude * meridian.unit_conversion_factor) if meridian else 0.0
+
+    def moved(points_N2: NDArray[np.float64]) -> NDArray[np.float64]:
+        # PROJ wraps longitudes for some datums only: each vertex stays on the turn on which it is.
+        lon, lat = degrees.transform(*points_N2.T / unit)
+        return np.stack([lon + 360 * np.rint((points_N2[:, 0] + east - lon) / 360), lat], axis=1)
+
+    # Cut as the file counts, before vertices leave its turn.
+    cut = [normalised(area, wound=True) for area in shapely.transform(polygons, lambda points_N2: points_N2 * unit)]
+    return np.array([normalised(area) for area in shapely.transform(np.array(cut, object), moved)], object)
+
+
 def _in_world(polygons: NDArray[np.object_], *, wound: bool = False) -> BaseGeometry:
     """Polygons in degrees as one geometry within -180..180; `wound` as in `normalised`."""
     west, _, east, _ = shapely.bounds(polygons).T
@@ -156,17 +178,6 @@ def within(area: BaseGeometry, near: Bounds) -> BaseGeometry:
         moved = translate(area, 360.0 * turn) if turn else area
         pieces.append(moved if box.contains(moved) else moved.intersection(box))
     return pieces[0] if len(pieces) == 1 else shapely.union_all(pieces)
-
-
-def to_wgs84(shapes: NDArray[np.object_], crs: str) -> NDArray[np.object_]:
-    """Geometries in degrees of another datum in EPSG:4326, each vertex on its own turn, without heights."""
-
-    def move(points_N2: NDArray[np.float64]) -> NDArray[np.float64]:
-        lon, lat = transformer(crs, LONLAT).transform(*points_N2.T)
-        return np.stack([lon + 360 * np.rint((points_N2[:, 0] - lon) / 360), lat], axis=1)
-
-    moved: NDArray[np.object_] = shapely.transform(shapely.force_2d(shapes), move)
-    return moved
 
 
 def from_lonlat(area: BaseGeometry, crs: str) -> BaseGeometry:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import shapely
 from pydantic import AfterValidator
 from rasterio.features import geometry_mask
+from shapely.errors import ShapelyError
 from shapely.geometry import mapping, shape
 from shapely.geometry.base import BaseGeometry
 
@@ -28,14 +29,13 @@ from rayseg.geo.lonlat import (
     geographic,
     jumps,
     normalised,
+    of_file,
     polygons_in,
-    to_lonlat,
-    to_wgs84,
     transformer,
     within,
 )
-from rayseg.geo.vector_files import read_frame
-from rayseg.store import absolute, public, split_location, suffix_of, upath
+from rayseg.geo.vector_files import SUFFIXES, read_frame
+from rayseg.store import absolute, is_local, public, split_location, suffix_of, upath
 
 _log = logging.getLogger(__name__)
 
@@ -225,9 +225,8 @@ def resolve_region(text: str) -> Region:
     """The region that `text` names.
 
     `west,south,east,north` in degrees (west > east crosses the antimeridian; heights may stand between), a file of
-    polygons (GeoJSON, GeoParquet, GeoPackage, FlatGeobuf, Shapefile), a STAC catalogue `catalog.json` or
-    `catalog.json#collection`, or a name under stac/regions. A region's GeoJSON may have the properties `catalog`
-    (relative to the file) and `collection`.
+    polygons as `read_frame` reads it, a STAC catalogue `catalog.json` or `catalog.json#collection`, or a name under
+    stac/regions. A region's GeoJSON may have the properties `catalog` (relative to the file) and `collection`.
 
     Raises:
         ConfigError: it is none of these.
@@ -236,7 +235,7 @@ def resolve_region(text: str) -> Region:
     if _BOX.match(text):
         return Region(text, mapping(_box_geometry(text)))
     path, collection = split_location(text)
-    if suffix_of(path) in {".json", ".geojson", ".parquet", *_VECTORS}:
+    if suffix_of(path) in {".json", *SUFFIXES} or (is_local(path) and upath(path).is_file()):
         return _region_file(text, path, collection or None)
     if file := _region_files().get(text):
         return _region_file(text, str(file), None)
@@ -298,11 +297,12 @@ def _region_file(name: str, path: str, collection: str | None) -> Region:
         raise ConfigError(
             f"region file {public(path)} cannot be read ({error}); try again, or correct --region"
         ) from None
-    if suffix_of(path) in _VECTORS:
-        return Region(name, _area(path))
-    if suffix_of(path) == ".parquet":
+    suffix = suffix_of(path)
+    if suffix in {".parquet", ".geoparquet"}:
         if "stac_version" in _columns(path, data):
             return Region(name, catalog=path, collection=collection)
+        return Region(name, _area(path))
+    if suffix not in {".json", ".geojson"}:
         return Region(name, _area(path))
     try:
         row = json.loads(data)
@@ -333,25 +333,24 @@ def _area(path: str) -> dict[str, Any]:
     try:
         frame = read_frame(path)
     except DataError as error:
-        raise DataError(f"region file {path} is neither GeoJSON nor STAC: {error}") from error
+        raise DataError(f"region file {path} is neither a file of polygons nor STAC: {error}") from error
     if frame.empty:
         raise DataError(f"region file {path} is empty: a polygon was expected")
-    shapes = frame.geometry.to_numpy()
-    if frame.crs is None or geographic(frame.crs.to_wkt()):
-        # Degrees of another datum first, each on its own turn: a ring is cut afterwards.
-        shapes = shapes if frame.crs in (None, LONLAT) else to_wgs84(shapes, frame.crs.to_wkt())
-        if jumps(shapes).any():
-            _log.warning(
-                "%s has edges longer than 180 degrees: a ring that runs counterclockwise on the flat map and is up to "
-                "270 degrees wide is as wide as it looks there, any other crosses the antimeridian; if it is read "
-                "wrong, divide its edges",
-                path,
-            )
-        lonlat = [normalised(one, wound=True) for one in shapes]
-    else:
-        degrees = transformer(frame.crs.to_wkt(), LONLAT)
-        lonlat = list(to_lonlat(shapes, lambda points: np.stack(degrees.transform(*points.T), axis=1)))
-    area = divided(shapely.union_all(shapely.make_valid(np.array(lonlat, object))))
+    shapes, crs = frame.geometry.to_numpy(), LONLAT if frame.crs is None else frame.crs.to_wkt()
+    try:
+        lonlat = of_file(shapes, crs)
+    except ShapelyError as error:
+        raise DataError(
+            f"region file {path} has a polygon that cannot be cut at 180 degrees: {error}; correct its rings"
+        ) from error
+    if geographic(crs) and jumps(shapes).any():
+        _log.warning(
+            "%s has edges longer than 180 degrees: a ring that runs counterclockwise on the flat map and is up to "
+            "270 degrees wide is as wide as it looks there, any other crosses the antimeridian; if it is read "
+            "wrong, divide its edges",
+            path,
+        )
+    area = divided(shapely.union_all(shapely.make_valid(lonlat)))
     if area.is_empty or area.area == 0:
         raise DataError(
             f"region file {path} has no area ({area.geom_type} within {area.bounds}): a polygon was expected"

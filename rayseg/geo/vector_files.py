@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # takes long to import, and few commands read polygons
     import geopandas
 
 _log = logging.getLogger(__name__)
+SUFFIXES = (".parquet", ".geoparquet", ".geojson", ".gpkg", ".fgb", ".shp")
+"""Of files of polygons, in lower case; formats are told by content."""
 _HEAD = 1 << 16
 _GEOJSON = re.compile(rb'"type"\s*:\s*"(FeatureCollection|Feature|(Multi)?Polygon|GeometryCollection)"')
 _FOREIGN_JSON = re.compile(rb'"(type"\s*:\s*"Topology|esriGeometryType|geometryType)"')

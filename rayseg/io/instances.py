@@ -23,7 +23,6 @@ _log = logging.getLogger(__name__)
 Ids = NDArray[np.int64]
 UNKNOWN = -1
 """A pixel that is not labelled."""
-VECTORS = (".parquet", ".geoparquet", ".geojson", ".gpkg", ".fgb", ".shp")
 _PER_FILE = 1 << 32  # ids of one mask: 32 bits
 
 

@@ -19,7 +19,7 @@ from shapely.geometry import mapping, shape
 from shapely.geometry.base import BaseGeometry
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo.lonlat import bounds_of, box_of, jumps, normalised
+from rayseg.geo.lonlat import bounds_of, box_of, divided, jumps, normalised
 from rayseg.io import drivers, stac_catalog
 from rayseg.io.sources import (
     PIXELS,
@@ -94,7 +94,8 @@ def open_items(
     items = _read_items(uri, collection, wide, box)
     if area is not None:
         unclear = [item for item in items if BROKEN not in item.properties and _unclear(item)]
-        items = [*(item for item in items if item not in unclear), *concurrently(_placed_by_pixels, unclear)]
+        names = {item.id for item in unclear}
+        items = [*(item for item in items if item.id not in names), *concurrently(_placed_by_pixels, unclear)]
     near = [item for item in items if area is None or _near(item, area, halo)]
     broken = [item for item in items if BROKEN in item.properties and (not item.geometry or item in near)]
     valid = [item for item in near if BROKEN not in item.properties]
@@ -175,7 +176,9 @@ def _item_of(row: Row) -> pystac.Item:
                 raise ValueError("its bbox has values that are not numbers")
             if item.bbox and not item.geometry:  # STAC forbids it, but the item has a place
                 west, south, east, north = box_of(item.bbox)
-                item.geometry = mapping(shapely.box(west, south, east + 360 * (west > east), north))
+                item.geometry = mapping(
+                    normalised(divided(shapely.box(west, south, east + 360 * (west > east), north)))
+                )
         except _INVALID as error:
             reason = f"{row.id} of {row.place} is not a valid STAC item: {_told(error)}"
         else:
@@ -197,21 +200,25 @@ def _unclear(item: pystac.Item) -> bool:
 
 
 def _placed_by_pixels(item: pystac.Item) -> pystac.Item:
-    """The item with the outline of its pixels as its geometry; as it is, or with the reason, if they have none."""
+    """The item with the outline of its pixels as its geometry.
+
+    Where they have none, an item without geometry becomes one with the reason, and a ring is read by its direction.
+    """
+    outline, reason = (
+        None,
+        (
+            f"{item.id} has no geometry, bbox or georeference, so it lies in no region: state them in its item, or map "
+            "it without a region"
+        ),
+    )
     try:
         source = source_of(item)
         outline = outline_of(source) if source.crs else None
     except DataError as error:
-        if item.geometry:
-            return item
-        return pystac.Item(item.id, None, None, UNKNOWN, {BROKEN: str(error).rstrip(".")})
+        reason = str(error).rstrip(".")
     if outline is None and item.geometry:
-        return item
+        outline = normalised(shape(item.geometry), wound=True)
     if outline is None:
-        reason = (
-            f"{item.id} has no geometry, bbox or georeference, so it lies in no region: state them in its item, or map "
-            "it without a region"
-        )
         return pystac.Item(item.id, None, None, UNKNOWN, {BROKEN: reason})
     item.geometry, item.bbox = mapping(outline), list(bounds_of(outline))
     return item

@@ -20,8 +20,9 @@ from skimage.segmentation import find_boundaries
 from rayseg.engine.run import Step
 from rayseg.errors import DataError
 from rayseg.geo.grid import Window
+from rayseg.geo.vector_files import SUFFIXES
 from rayseg.io import instances, maps, masks
-from rayseg.io.instances import UNKNOWN, VECTORS, Ids, Polygons
+from rayseg.io.instances import UNKNOWN, Ids, Polygons
 from rayseg.io.masks import Piece
 from rayseg.io.sources import Source
 from rayseg.metrics import SIZES, Floats, Objects, object_intervals, object_measures
@@ -72,7 +73,7 @@ def are_plots(prediction: str, truth: str) -> bool:
     tiles = maps.mapped_tiles(prediction)
     if not tiles or not upath(_plots_of(tiles[0].href)).exists():
         return False
-    if truth.lower().endswith(VECTORS):
+    if truth.lower().endswith(SUFFIXES):
         return True
     references = masks.masks_of(truth)
     return all(len(mask.bands) == 1 and masks.table_of(mask.assets[0][0]) is None for mask in references)
@@ -113,7 +114,7 @@ def compared_pieces(prediction: str, truth: str) -> tuple[list[Compared], dict[s
         DataError: nothing matches, or a file cannot be used.
     """
     pieces = _pieces(prediction, truth)
-    if truth.lower().endswith(VECTORS):
+    if truth.lower().endswith(SUFFIXES):
         return _by_polygons(pieces, Polygons.open(truth))
     return _by_masks(pieces, masks.masks_of(truth))
 
@@ -124,7 +125,7 @@ def expect_reference(truth: str) -> None:
     Raises:
         DataError: it cannot be read, or holds no masks or polygons.
     """
-    if truth.lower().endswith(VECTORS):
+    if truth.lower().endswith(SUFFIXES):
         Polygons.open(truth)
     else:
         masks.masks_of(truth)
@@ -139,7 +140,7 @@ def _pieces(prediction: str, truth: str) -> Pieces:
     """The pieces of a run, or of the masks in a folder, with ids in place of classes."""
     if not (upath(prediction) / "run.json").exists():
         predicted = masks.masks_of(prediction)
-        placed = truth.lower().endswith(VECTORS) or any(mask.crs for mask in masks.masks_of(truth))
+        placed = truth.lower().endswith(SUFFIXES) or any(mask.crs for mask in masks.masks_of(truth))
         numbers = {mask: number for number, mask in enumerate(predicted)}
         return {piece: numbers[piece.source] for piece in masks.pieces_of_masks(predicted, placed=placed)}
     tiles = maps.mapped_tiles(prediction)

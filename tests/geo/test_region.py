@@ -93,6 +93,19 @@ def test_heights_of_a_geojson_do_not_make_the_complement_of_a_region(tmp_path):
     assert shape(resolve_region(str(path)).geometry).area == pytest.approx(20)
 
 
+@pytest.mark.parametrize(("crs", "unit", "meridian"), [("EPSG:4903", 1, -3.687375), ("EPSG:4807", 0.9, 2.337229)])
+def test_a_ring_over_180_of_another_meridian_is_cut_at_180_of_greenwich(tmp_path, crs, unit, meridian):
+    half = 180 / unit
+    frame = geopandas.GeoDataFrame(
+        geometry=[ring((half - 9, -20), (9 - half, -20), (9 - half, -10), (half - 9, -10))], crs=crs
+    )
+    frame.to_parquet(tmp_path / "r.parquet")
+    region = shape(resolve_region(str(tmp_path / "r.parquet")).geometry)
+    west, east = 180 - 9 * unit + meridian, -180 + 9 * unit + meridian
+    expected = box(west, -20 * unit, 180, -10 * unit).union(box(-180, -20 * unit, east, -10 * unit))
+    assert region.symmetric_difference(expected).area < 0.01 * expected.area
+
+
 def test_what_surrounds_a_wide_region_is_not_its_complement(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("rayseg.io.stac_catalog.rows_of", lambda *words: asked.append(shape(words[2])) or [])

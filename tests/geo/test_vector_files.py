@@ -97,5 +97,5 @@ def test_lines_and_points_among_polygons_are_counted(tmp_path, caplog):
 def test_a_region_file_of_another_format_is_refused_in_one_sentence(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps(TOPOLOGY))
     said = refused(3, "predict", "model", tmp_path / "r.json", "--out", tmp_path / "run")
-    assert "r.json is neither GeoJSON nor STAC: " in said
+    assert "r.json is neither a file of polygons nor STAC: " in said
     assert not (tmp_path / "run").exists()

@@ -56,6 +56,32 @@ def catalog(name, *links, kind="Catalog"):
     )
 
 
+# -- where long edges of outlines lead
+
+WIDE_CCW = [(-100, -15), (100, -15), (100, 15), (-100, 15)]
+NARROW_CCW = [(-178, 20), (178, 20), (178, 22), (-178, 22)]  # of a scene 178..182, wound the wrong way
+
+
+@pytest.mark.parametrize(
+    ("ring", "bbox", "inside", "outside"),
+    [
+        (NARROW_CCW, [178, 20, -178, 22], "179,20.5,-179,21", "0,20.5,1,21"),  # west > east: it crosses
+        (WIDE_CCW, [100, -15, -100, 15], "120,0,121,1", "0,0,1,1"),
+        (WIDE_CCW, [-100, -15, 100, 15], "0,0,1,1", "120,0,121,1"),
+        (None, [-150, -15, 150, 15], "0,0,1,1", "170,0,-170,1"),
+        (None, [150, -15, 0, -150, 15, 90], "170,0,-170,1", "0,0,1,1"),
+    ],
+)
+def test_the_box_of_an_item_settles_where_its_outline_crosses(tmp_path, ring, bbox, inside, outside):
+    row = item(bounds=(0, 0, 1, 1), bbox=bbox, geometry=None)
+    if ring:
+        row["geometry"] = {"type": "Polygon", "coordinates": [[*ring, ring[0]]]}
+    path = write(tmp_path / "i.json", row)  # there is no file
+    assert [one.id for one in open_items(path, geometry=resolve_region(inside).geometry)] == ["a"]
+    with pytest.raises(DataError, match="do not overlap"):
+        open_items(path, geometry=resolve_region(outside).geometry)
+
+
 # -- addresses
 
 NAMES = ["a b.tif", "50%.tif", "shot #3.tif", "why?.tif", "北京 é.TIF", "100%25.tif", "a+b&c=d.tif"]

@@ -660,7 +660,7 @@ def test_files_without_area_are_refused(tmp_path):
     with pytest.raises(DataError, match="is not JSON"):
         resolve_region(str(tmp_path / "x.geojson"))
     (tmp_path / "y.geojson").write_text("{}")
-    with pytest.raises(DataError, match="neither GeoJSON nor STAC"):
+    with pytest.raises(DataError, match="neither a file of polygons nor STAC"):
         resolve_region(str(tmp_path / "y.geojson"))
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match="is not Parquet"):
