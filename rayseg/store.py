@@ -19,7 +19,7 @@ from botocore.exceptions import BotoCoreError
 from pydantic import AfterValidator
 from upath import UPath
 
-from rayseg.errors import StoreFull
+from rayseg.errors import ConfigError, StoreFull
 
 StorePath = str | Path | UPath
 STORE_ERRORS: tuple[type[Exception], ...] = (OSError, BotoCoreError)
@@ -153,13 +153,52 @@ def absolute(path: StorePath) -> str:
     return str(Path(upath(path).path).absolute()) if is_local(path) else str(upath(path))
 
 
-def _located(text: str) -> str:
+RUN_PARTS = {
+    "classes": "collection.json#/classes",
+    "assigned": "assigned/catalog.json#classes",
+    "plots": "labelled/catalog.json#chips",
+}
+"""Part of a run in `RUN#part` -> where it is: its class map, the classes of its labels (`labels assign`), its labelled
+plots (`labels import`)."""
+
+
+def part_of_run(run: str, part: str) -> str:
+    """Location of a part of a run: of `RUN_PARTS`, or of a model, as `models/NAME`.
+
+    Raises:
+        ConfigError: there is no such part.
+    """
+    root, place = upath(run), RUN_PARTS.get(part, part)
+    file = f"{part}/item.json" if part.startswith("models/") else place.partition("#")[0]
+    if part not in RUN_PARTS and not part.startswith("models/"):
+        raise ConfigError(
+            f"{run}#{part} is not a part of a run, expected one of {', '.join(RUN_PARTS)} or models/NAME; correct it"
+        )
+    if not (root / file).exists():
+        raise ConfigError(f"{run}#{part} is not there: {file} is missing; finish the run, or name another part")
+    return f"{absolute(root)}/{place}"
+
+
+def located(text: str) -> str:
+    """A location as it is stored in a configuration: `Location`.
+
+    Raises:
+        ConfigError: it names a part that the run does not have.
+    """
+    run, mark, part = text.rpartition("#")
+    # Each key that takes a location takes the results of a run by its name, too.
+    is_catalog = suffix_of(run) in {".json", ".geojson", ".parquet"}
+    if mark and run and not is_catalog and not run.startswith(_WEB):
+        with suppress(*STORE_ERRORS):  # without access to the store, the text stays a path until it is opened
+            if (upath(run) / "run.json").exists():
+                return part_of_run(run, part)
     path, fragment = split_location(text)
     return (absolute(path) if path else "") + (f"#{fragment}" if "#" in text.removeprefix(path) else "")
 
 
-Location = Annotated[str, AfterValidator(_located)]
-"""A path or URL in a configuration, made absolute when it is read; `#collection` may follow."""
+Location = Annotated[str, AfterValidator(located)]
+"""A path or URL in a configuration, made absolute when it is read; `#collection` may follow. `RUN#classes` and others
+of `RUN_PARTS` are results of a run."""
 
 
 def put(path: StorePath, data: bytes | memoryview) -> None:

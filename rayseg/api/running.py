@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 REGIONS = (
     "demo, a name under stac/regions, a file of polygons (GeoJSON, GeoParquet, GeoPackage, ...), "
-    "west,south,east,north, catalog.json#collection, or a folder of images"
+    "west,south,east,north, catalog.json#collection, a folder of images, or a run, for its imagery and extent"
 )
 MOST_NAMED = 5
 """Failed rows that a message names."""
@@ -139,13 +139,16 @@ def area_of(text: str, tiles: str | None = None) -> "Region":
     """
     from rayseg.geo.region import Region, region_names
     from rayseg.io import labels
-    from rayseg.store import absolute
+    from rayseg.store import absolute, upath
 
     text = text.strip()
     # A folder named like a region, for example ./demo, must not hide the region.
     named = text == "demo" or text in region_names()
     images = text and labels.is_images(text)
-    area = Region(text, images=text) if images and not named else region_of(text)
+    if images and not named and (upath(text) / "run.json").exists():
+        area = _area_of_run(text)
+    else:
+        area = Region(text, images=text) if images and not named else region_of(text)
     # run.json stores the area: it has to be valid when another folder is the working folder.
     return replace(
         area,
@@ -153,3 +156,18 @@ def area_of(text: str, tiles: str | None = None) -> "Region":
         images=area.images and absolute(area.images),
         tiles=tuple(filter(None, (tile.strip() for tile in (tiles or "").split(",")))),
     )
+
+
+def _area_of_run(root: str) -> "Region":
+    """The imagery and the extent that a run mapped, in all of its tiles."""
+    from rayseg.engine.run import read
+    from rayseg.geo.region import Region
+    from rayseg.store import split_location
+
+    request = read(root)
+    area = Region(**request["region"] | {"tiles": ()})
+    imagery = (request["config"].get("map") or {}).get("imagery")
+    if not imagery:
+        return area
+    catalog, collection = split_location(imagery)
+    return replace(area, catalog=catalog, collection=collection or None, images=None)

@@ -8,7 +8,7 @@ import typer
 
 from rayseg.api.running import REGIONS, region_of
 from rayseg.cli.options import AllowDriver, AsJson, Out, RunPrefix
-from rayseg.errors import DataError, listed
+from rayseg.errors import ConfigError, DataError, listed
 
 app = typer.Typer()
 ingest_app = typer.Typer(no_args_is_help=True, help="Describe images as a STAC catalogue.")
@@ -119,32 +119,44 @@ def _ingested(catalog: str, *, as_json: bool) -> None:
 @labels_app.command("export")
 def labels_export(
     run: Annotated[str, typer.Argument(help="A run of agri, or its plots.parquet.")],
-    images: Annotated[str, typer.Argument(help="Folder of the images that the run mapped.")],
+    images: Annotated[
+        str | None, typer.Argument(help="Folder of the images that the run mapped; default: those of the run.")
+    ] = None,
     *,
     out: Out,
 ) -> None:
     """Write the plots of every image as a LabelMe JSON: label 1 (cultivated) or 0; holes have the flag hole."""
     from rayseg.io import labelme
 
-    typer.echo(f"{labelme.export(run, images, out)} images in {out}")
+    typer.echo(f"{labelme.export(run, images or run, out)} images in {out}")
 
 
 @labels_app.command("import")
 def labels_import(
     folder: Annotated[str, typer.Argument(help="Folder of LabelMe or X-AnyLabeling JSONs, or of masks for a run.")],
     images: Annotated[
-        str, typer.Argument(help="Folder of the images of the JSONs, or the al-s4gan run that requested the masks.")
+        str,
+        typer.Argument(
+            help="Folder of the images of the JSONs; or the run of agri that the plots are from, or of al-s4gan that "
+            "requested the masks."
+        ),
     ],
     *,
     out: Annotated[str | None, typer.Option("--out", help="Output folder for the plots of JSONs.")] = None,
     size: Annotated[int, typer.Option(min=1, help="Side of the crop of a plot in pixels.")] = 224,
 ) -> None:
     """Import labels: masks into the run that requested them, or labelled plots as crops of their images."""
-    from rayseg.errors import ConfigError
+    from rayseg.engine.run import read
     from rayseg.io import annotation_requests, labelme
+    from rayseg.io.labels import ingest_folder
     from rayseg.store import upath
 
-    # The second argument distinguishes the two kinds of labels: a run has requested masks.
+    # The second argument distinguishes labels of the plots of a run, masks that a run requested, and JSONs alone.
+    if (upath(images) / "run.json").exists() and read(images)["pipeline"] == "agri":
+        counts = labelme.load(folder, images, f"{images}/labelled/crops", size=size)
+        ingest_folder(f"{images}/labelled/crops", f"{images}/labelled", labels="folder")
+        typer.echo(", ".join(f"{count} {name}" for name, count in counts.items()) + f": chips.source={images}#plots")
+        return
     if (upath(images) / "run.json").exists():
         count, missing = annotation_requests.load(folder, images)
         more = f", {len(missing)} chips without a mask: {listed(missing)}" if missing else ", none is missing"
@@ -178,12 +190,13 @@ def evaluate(
         str, typer.Argument(help="A run, a folder of masks, catalog.json#collection, or a classes.csv.")
     ],
     truth: Annotated[
-        str,
+        str | None,
         typer.Argument(
             help="A folder of masks (classes, or ids of plots), catalog.json#collection, or a file of polygons. Of a "
-            "classifier: labelled chips, a folder per class, or a CSV with the columns id and label."
+            "classifier: labelled chips, a folder per class, or a CSV with the columns id and label. Left out only "
+            "with --checkpoints."
         ),
-    ],
+    ] = None,
     *,
     classes: Annotated[str | None, typer.Option(help="YAML class table; default: the classes of the run.")] = None,
     plots: Annotated[
@@ -196,12 +209,25 @@ def evaluate(
     agreement: Annotated[
         bool, typer.Option("--agreement", help="Compare labels without names: AMI, FMI and ARE of two rasters.")
     ] = False,
+    checkpoints: Annotated[
+        bool,
+        typer.Option(
+            "--checkpoints",
+            help="Measure all weights that the run's trainings kept (learning.keep_every), on the masks, or on what "
+            "the run set apart: RUN/checkpoints/table.csv and curve.svg.",
+        ),
+    ] = False,
     as_json: AsJson = False,
     allow_driver: AllowDriver = None,
 ) -> None:
     """Compare a map with masks, plots with plots, or classes with labels: accuracy, IoU and F1 with 95 % intervals."""
     from rayseg.steps import classify, evaluate, evaluate_plots
 
+    if checkpoints:
+        _evaluate_checkpoints(prediction, truth, as_json=as_json)
+        return
+    if truth is None:
+        raise ConfigError(f"nothing is named to compare {prediction} with; give masks, or --checkpoints")
     if agreement:
         scores = evaluate.agreement_of_rasters(prediction, truth)
         typer.echo(json.dumps(scores, indent=1) if as_json else evaluate.agreement_text(scores))
@@ -219,6 +245,13 @@ def evaluate(
     typer.echo(json.dumps(result, indent=1) if as_json else evaluate.text(result))
     if result["failed"]:
         raise typer.Exit(DataError.exit_code)
+
+
+def _evaluate_checkpoints(run: str, truth: str | None, *, as_json: bool) -> None:
+    from rayseg.steps import checkpoints
+
+    rows = checkpoints.measure(run, truth)
+    typer.echo(json.dumps(rows, indent=1) if as_json else checkpoints.text(rows))
 
 
 @app.command()

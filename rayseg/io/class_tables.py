@@ -1,4 +1,4 @@
-"""Class tables: YAML files of the values, names and colours in masks, by path or by name under configs/classes."""
+"""Class tables, the values, names and colours in masks: YAML files by path or by name under configs/classes."""
 
 from typing import Any
 
@@ -7,7 +7,8 @@ from pydantic import model_validator
 
 from rayseg.config import Config, EachKeyOnce, shipped
 from rayseg.errors import ConfigError
-from rayseg.store import upath
+from rayseg.io.masks import masks_of, table_of
+from rayseg.store import located, upath
 from rayseg.vision.color import ClassTable
 
 
@@ -23,7 +24,10 @@ class ClassRow(Config):
 
 
 class Classes(Config):
-    """The classes of masks; a configuration may also give a YAML file by path, or by name under configs/classes."""
+    """The classes of masks; a configuration may also give a YAML file by path, or by name under configs/classes.
+
+    `RUN#classes` are those of a run's map.
+    """
 
     one_value = True
 
@@ -63,7 +67,11 @@ def read_table(path: str) -> ClassTable:
 
 
 def _content(path: str) -> dict[str, Any]:
-    """The keys of a file that is a valid class table."""
+    """The keys of a file that is a valid class table; or those of a run's map."""
+    if path != (place := located(path)) and "#" in place and "#" in path:
+        table = table_of(masks_of(place)[0].assets[0][0])
+        rows = table.classes if table else ()
+        return {"classes": [{"name": name, "color": color, "value": value} for value, name, color in rows]}
     named = shipped("configs/classes", "*.yaml")
     try:
         # A key that is given twice would lose a class without a word.

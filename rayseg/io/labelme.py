@@ -25,8 +25,10 @@ from shapely.geometry.base import BaseGeometry
 from rayseg.errors import DataError, listed
 from rayseg.geo.grid import Window, slug
 from rayseg.geo.lonlat import polygons_in, within
+from rayseg.io.maps import planned_tiles
 from rayseg.io.plot_joins import mask_of
 from rayseg.io.sources import gdal, open_file
+from rayseg.store import is_local, upath
 from rayseg.vision.crops import square_crop
 
 _log = logging.getLogger(__name__)
@@ -67,7 +69,8 @@ def export(plots: str, images: str, out: str) -> int:
 
     Args:
         plots: a run, or its plots.parquet.
-        images: folder of the images of the run; a georeferenced image gets the plots inside it, cut at its edge.
+        images: folder of the images of the run, or the run; a georeferenced image gets the plots inside it, cut at its
+            edge.
         out: folder of the JSONs.
 
     Raises:
@@ -172,7 +175,7 @@ def load(folder: str, images: str, out: str, *, size: int = 224) -> dict[str, in
 
     Args:
         folder: folder of JSONs.
-        images: folder of the images they name.
+        images: folder of the images they name, or the run that mapped them.
         out: folder of class folders, the input of `ingest folder --labels folder`.
         size: side of a crop in px.
 
@@ -315,6 +318,13 @@ def _polygon(shape: _Shape, scale: tuple[float, float], frame: Polygon, where: s
 
 
 def _files(folder: Path) -> dict[str, Path]:
+    """Name of an image -> its file, of a folder of images, or of the imagery that a run mapped."""
+    if (folder / "run.json").exists():
+        sources = {source for _, sources in planned_tiles(folder) for source in sources}
+        mapped = {slug(source.item_id): source.assets[0][0] for source in sources}
+        if remote := [href for href in mapped.values() if not is_local(href)]:
+            raise DataError(f"{folder} mapped {remote[0]}, expected local images; give a folder with copies of them")
+        return {name: Path(upath(mapped[name]).path) for name in sorted(mapped)}
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; give the folder of the run's images")
     images: dict[str, Path] = {}

@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 BLOCK = 2048
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 SUFFIXES = (".png", ".tif", ".tiff")
+FULL_SCORE = 254
+"""Stored score of the probability 1."""
 
 
 @dataclass(frozen=True)
@@ -135,26 +137,32 @@ def by_image(masks: Sequence[Source]) -> dict[str, tuple[Source, ...]]:
     return {name: tuple(group) for name, group in groups.items()}
 
 
-def masks_of(location: str, *, names: Sequence[str] = (), failed: dict[str, str] | None = None) -> list[Source]:
+def masks_of(
+    location: str, *, names: Sequence[str] = (), failed: dict[str, str] | None = None, min_score: float = 0.0
+) -> list[Source]:
     """The masks in a folder (PNG or TIFF, called by their stem) or in `catalog.json#collection` (by their item's id).
 
     Of an item with several rasters it is the one called `classes`, else the one whose stored class names fit `names`;
     `catalog.json#collection/asset` names the asset. Files of a folder that cannot be opened are added to `failed` with
     their errors, if it is given and other files can be opened.
+    With `min_score` the masks are the map of a run: pixels whose class has a lower score there are not labelled.
 
     Raises:
-        DataError: there are no masks, one cannot be opened, or an item has several rasters that could be the mask.
+        DataError: there are no masks, one cannot be opened, an item has several rasters that could be the mask, or
+            `min_score` is given and a mask has no scores.
     """
     # 1. the items of a catalogue
     uri, fragment = split_location(location)
     if suffix_of(uri) in {".json", ".parquet"}:
         collection, _, asset = fragment.partition("/")
         items = stac_read.open_items(uri, collection or None)
-        kept = [mask for item in items if (mask := _mask_of(item, asset, set(names)))]
+        kept = [mask for item in items if (mask := _mask_of(item, asset, set(names), min_score))]
         if not kept:
             raise DataError(f"{uri}#{collection} holds no item with a raster{f' {asset}' if asset else ''}")
         return kept
     # 2. the files of a folder
+    if min_score:
+        raise DataError(f"{location} has no scores, but min_score is {min_score:g}; give RUN#classes, or leave it out")
     folder = upath(location)
     entries = drivers.files_in(folder) if folder.is_dir() else []
     files = [path for path in entries if path.suffix.lower() in SUFFIXES]
@@ -175,7 +183,7 @@ def masks_of(location: str, *, names: Sequence[str] = (), failed: dict[str, str]
     return masks
 
 
-def _mask_of(item: pystac.Item, asset: str, names: set[str]) -> Source | None:
+def _mask_of(item: pystac.Item, asset: str, names: set[str], min_score: float) -> Source | None:
     """The item's mask; None when it has no raster (of that name)."""
     if reason := item.properties.get(stac_read.BROKEN):
         raise DataError(f"{reason}.")
@@ -198,6 +206,12 @@ def _mask_of(item: pystac.Item, asset: str, names: set[str]) -> Source | None:
         return None
     [(key, href), *_] = hrefs.items()
     mask = replace(source_of_file(href, str(item.properties.get(IMAGE, item.id))), datetime=stac_read.time_of(item))
+    if min_score:
+        if "scores" not in item.assets:
+            raise DataError(
+                f"item {item.id} has no scores, but min_score is {min_score:g}; give RUN#classes, or leave it out"
+            )
+        mask = replace(mask, sure=(stac_read.href_of(item, item.assets["scores"]), min_score))
     nodatas = {*stac_read.nodatas_of(item, item.assets[key], len(mask.bands))} - {None}
     return replace(mask, nodata=nodatas.pop(), nodatas=()) if len(nodatas) == 1 else mask
 
@@ -389,11 +403,53 @@ def _decoded(mask: Source, grid: Grid, part: Window, table: ClassTable) -> NDArr
         decoded = decode(values, table, palette=_palette_of(mask.assets[0][0]))
     except DataError as error:
         raise DataError(f"{mask.assets[0][0]}: {error}") from None
+    if mask.sure[0]:
+        classes_HW = np.full(valid_HW.shape, NODATA, np.uint8)
+        classes_HW[valid_HW] = decoded[valid_HW] if whole else decoded[0]
+        return _sure(classes_HW, mask, grid, part, table)
     if whole:
         return decoded
     classes_HW = np.full(valid_HW.shape, NODATA, np.uint8)
     classes_HW[valid_HW] = decoded[0]
     return classes_HW
+
+
+def _sure(
+    classes_HW: NDArray[np.uint8], mask: Source, grid: Grid, part: Window, table: ClassTable
+) -> NDArray[np.uint8]:
+    """The classes whose own score is high enough; 255 elsewhere."""
+    href, least = mask.sure
+    scores = replace(source_of_file(href, mask.item_id), crs=mask.crs, transform=mask.transform)
+    scores_CHW, valid_HW = read([scores], grid, part, bands=scores.bands, categorical=True)
+    if len(scores_CHW) == 1 and len(table.classes) == 2:  # the score of class 1, of which class 0 has the rest
+        own_HW = np.where(classes_HW == table.values[1], scores_CHW[0], FULL_SCORE - scores_CHW[0])
+    elif len(scores_CHW) == 1:
+        own_HW = scores_CHW[0]
+    else:
+        known_HW = np.searchsorted(table.values, np.where(classes_HW == NODATA, table.values[0], classes_HW))
+        own_HW = np.take_along_axis(scores_CHW, known_HW[None], axis=0)[0]
+    # Half a step of the stored scores, so that a score that was rounded down counts as reached.
+    sure_HW = valid_HW & (own_HW.astype(np.float32) >= least * FULL_SCORE - 0.5)
+    return np.where(sure_HW, classes_HW, NODATA).astype(np.uint8)
+
+
+def expect_names(masks: Sequence[Source], table: ClassTable, where: str) -> None:
+    """Refuse maps of runs whose classes are others than those of the table.
+
+    Raises:
+        DataError: a class value that a file names has another name in the table, or none.
+    """
+    names = dict(zip(table.values, table.names, strict=True))
+    for mask in masks:
+        stored = table_of(mask.assets[0][0])
+        other = [row for row in stored.classes if names.get(row[0]) != row[1]] if stored else []
+        if stored and other:
+            value, name, _ = other[0]
+            raise DataError(
+                f"{where} has the classes {', '.join(stored.names)}, but {value} is "
+                f"{names.get(value, 'no class')} and not {name} among the configured classes "
+                f"{', '.join(table.names)}; set classes to those of the masks"
+            )
 
 
 def _palette_of(href: str) -> dict[int, RGB] | None:

@@ -27,7 +27,7 @@ from rayseg.geo.grid import NODATA, Grid, Window, expect_ids, slug
 from rayseg.io import stac_read
 from rayseg.io.drivers import files_in
 from rayseg.io.labels import image_folders, sources_of_images
-from rayseg.io.masks import by_image, expect_fit, masks_of, pixels_of, read_classes, two_classes
+from rayseg.io.masks import by_image, expect_fit, expect_names, masks_of, pixels_of, read_classes, two_classes
 from rayseg.io.rasters import footprint, grids_of, read
 from rayseg.io.sources import PIXELS, Source, source_of_file
 from rayseg.io.tables import concurrently
@@ -89,7 +89,12 @@ class Pairs(Config):
 
 
 def labelled_images(
-    images: str, masks: str | None = None, *, table: ClassTable | None = None, pairs: Pairs | None = None
+    images: str,
+    masks: str | None = None,
+    *,
+    table: ClassTable | None = None,
+    pairs: Pairs | None = None,
+    min_score: float = 0.0,
 ) -> list[LabelledImage]:
     """The images of all scenes by id, with their masks; `masks` is empty for unlabelled images.
 
@@ -99,10 +104,11 @@ def labelled_images(
         masks: where the masks are, as `masks_of` takes it; by default next to the images of a folder.
         table: the classes; their names identify the mask among several rasters of an item.
         pairs: names of images and masks in one folder, `images`; each image is a scene of its own.
+        min_score: of masks that a run mapped: pixels with a lower score are not labelled.
 
     Raises:
-        DataError: there are no images, one cannot be opened, no mask can be read, or a mask is of another size than its
-            image.
+        DataError: there are no images, one cannot be opened, no mask can be read, a mask is of another size than its
+            image, or the masks name other classes than the table.
     """
     names = table.names if table else ()
     if pairs:
@@ -112,7 +118,7 @@ def labelled_images(
         uri, _, collection = images.partition("#")
         items = stac_read.open_items(uri, collection or None)
         scenes = {item.id: slug(str(item.properties.get(SCENE, item.id))) for item in items}
-        mask_sources = _masks(masks, names) if masks else []
+        mask_sources = _masks(masks, names, min_score) if masks else []
         labelled = _with_masks(list(concurrently(stac_read.source_of, items)), scenes, mask_sources)
     elif masks:
         # 2. a folder of images whose masks are elsewhere; each image is a scene of its own
@@ -121,7 +127,7 @@ def labelled_images(
             listing = listed(wrong.values(), most=1)
             raise DataError(f"{len(wrong)} of the images in {images} cannot be opened: {listing}")
         scenes = {source.item_id: source.item_id for source in sources}
-        labelled = _with_masks(sources, scenes, _masks(masks, names))
+        labelled = _with_masks(sources, scenes, _masks(masks, names, min_score))
     else:
         # 3. folders of images and masks side by side
         labelled = _of_folder(images)
@@ -130,6 +136,7 @@ def labelled_images(
         # All masks together decide whether 255 is a class: one alone may lack it.
         failed: dict[str, str] = {}
         distinct = list(dict.fromkeys(mask for image in labelled for mask in image.masks))
+        expect_names(distinct, table, masks or images)
         read_as = {mask.assets: mask for mask in two_classes(distinct, table, masks or images, failed=failed)}
         _warn_of(failed, len(distinct))
         labelled = [
@@ -139,10 +146,10 @@ def labelled_images(
     return sorted(labelled, key=lambda image: image.id)
 
 
-def _masks(location: str, names: Sequence[str] = ()) -> list[Source]:
+def _masks(location: str, names: Sequence[str] = (), min_score: float = 0.0) -> list[Source]:
     """`masks_of` a location; files that cannot be opened are named in a warning."""
     failed: dict[str, str] = {}
-    masks = masks_of(location, names=names, failed=failed)
+    masks = masks_of(location, names=names, failed=failed, min_score=min_score)
     _warn_of(failed, len(masks) + len(failed))
     return masks
 

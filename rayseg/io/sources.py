@@ -80,6 +80,7 @@ class Source:
         dtypes: of each of `bands`, if an item of several files does not state that they are one; "" for unknown.
         baseline: of Sentinel-2 processing ("04.00"), if it alone determines the offset of the values.
         frames: (crs, transform, height, width) that the item states of each file, if they cover different ground.
+        sure: of a mask that a model made: the file of its scores, and the score below which a pixel is not labelled.
     """
 
     item_id: str
@@ -99,6 +100,7 @@ class Source:
     baseline: str = ""
     dtypes: tuple[str, ...] = ()
     frames: tuple[Frame, ...] = field(default=(), repr=False)  # trainings identify their images by their repr
+    sure: tuple[str, float] = field(default=("", 0.0), repr=False)
 
     @property
     def bands(self) -> tuple[str, ...]:
@@ -109,7 +111,9 @@ class Source:
         """The source as plain values that JSON and Arrow keep."""
         assets = [{"href": href, "bands": list(names)} for href, names in self.assets]
         row = {**asdict(self), "assets": assets, "transform": list(self.transform)}
-        return row if self.frames else {name: value for name, value in row.items() if name != "frames"}
+        # Fields that a later version added are left out, so that older runs keep their keys.
+        absent = [name for name, used in (("frames", self.frames), ("sure", self.sure[0])) if not used]
+        return {name: value for name, value in row.items() if name not in absent}
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "Source":
@@ -118,7 +122,8 @@ class Source:
         pairs = {key: tuple((a, b) for a, b in row.get(key, ())) for key in ("units", "change")}
         lists = {key: tuple(row.get(key, ())) for key in ("transform", "nodatas", "dtypes")} | {"assets": assets}
         frames = tuple((crs, tuple(affine), *size) for crs, affine, *size in row.get("frames", ()))
-        return cls(**{**row, **lists, **pairs, "frames": frames})
+        href, least = row.get("sure", ("", 0.0))
+        return cls(**{**row, **lists, **pairs, "frames": frames, "sure": (href, least)})
 
     def of_file(self, href: str) -> "Source":
         """The source with the georeference that its item states of one of its files."""

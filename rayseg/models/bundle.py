@@ -188,6 +188,11 @@ class Bundle(Config):
         usual = {"appearance": 1, "refined": 1, "sam": 1, "segmenter": 1, "unsupervised": 32}
         return int(self.architecture.options.get("classes", usual.get(self.architecture.factory, 2)))
 
+    def of(self, parents: Sequence[str], metrics: Metrics) -> "Bundle":
+        """The bundle of a model that was trained on data at these URIs, with its measures."""
+        provenance = self.provenance.model_copy(update={"parents": tuple(parents)})
+        return self.model_copy(update={"provenance": provenance, "metrics": metrics})
+
     def normalize(self, image_CHW: NDArray[Any]) -> NDArray[np.float32]:
         """The model's input from stored values; see `Scaling.normalize`."""
         return self.scaling.normalize(image_CHW)

@@ -43,7 +43,7 @@ from rayseg.steps.boundaries import BoundariesConfig
 from rayseg.steps.chips import ChipsConfig
 from rayseg.steps.map import MapConfig
 from rayseg.steps.plots import LABELS
-from rayseg.store import Location, upath
+from rayseg.store import Location, split_location, upath
 from rayseg.vision.proposals import SuperpixelProposer
 from rayseg.vision.rounds import Round, RoundsConfig
 
@@ -156,7 +156,7 @@ def fit_plots(step: Step, region: Region, config: Config, *, listed: Sequence[Ch
     if config.chips is None:
         return {}
     counts = chips.list_chips(step, region, LABELS, config.chips, listed=listed)
-    described = plots.classifier_bundle(config.training)
+    described = plots.classifier_bundle(config.training, (split_location(counts["source"])[0],))
     sizes = {"size": config.chips.size, "workers": config.workers}
     return chips.fit_on_chips(step, step, config.training, described, **sizes) | {"chips": counts}
 

@@ -75,7 +75,8 @@ def _divide(region: Region, config: Config) -> Divided:
 
 def list_scenes(step: Step, region: Region, config: Config, *, divided: Divided | None = None) -> dict[str, Any]:
     """List the labelled images of both parts; later steps read `<step>/images.parquet`."""
-    return labelled.write_images(step, divided or _divide(region, config))
+    counts = labelled.write_images(step, divided or _divide(region, config))
+    return counts | {"origins": labelled.origins(region, config.labelled.source, config.labelled.masks)}
 
 
 def _labelled(listed: Step, part: str, config: Config) -> Labelled:
@@ -101,7 +102,7 @@ def fit(step: Step, listed: Step, config: Config) -> dict[str, Any]:
         measures = supervised.fit_supervised(settings, training, validation, setup, scaling=scaling, on_ray=on_ray)
         net = settings.build(classes=len(config.classes.table.classes), channels=len(config.bands), weights="none")
         model = trained(net, step.prefix)
-    described = _segmenter(config, learnt_from).model_copy(update={"metrics": measures})
+    described = _segmenter(config, learnt_from).of(listed.value.get("origins", ()), measures)
     return {"bundle": models.keep_model(step, described, model), "measures": measures}
 
 

@@ -19,7 +19,7 @@ from rayseg.io.scenes import LabelledImage, Pairs
 from rayseg.io.sources import STORED
 from rayseg.io.units import common_units, converted, expect_one_unit
 from rayseg.models.bundle import Scaling
-from rayseg.store import Location
+from rayseg.store import Location, split_location
 from rayseg.train.supervised import Labelled
 from rayseg.train.windows import Windows
 from rayseg.vision.color import ClassTable
@@ -37,7 +37,10 @@ class LabelledConfig(Config):
     source: Location | None = None
     """A folder of scenes (`images` and `masks` side by side) or `catalog.json#collection`; by default the region's."""
     masks: Location | None = None
-    """With a catalogue: its masks, as `catalog.json#collection/asset`, or `#collection/asset` of the region's."""
+    """With a catalogue: its masks, as `catalog.json#collection/asset`, or `#collection/asset` of the region's; or the
+    map of another run, as `RUN#classes`."""
+    min_score: Annotated[float, Field(ge=0, le=1)] = added(default=0.0)
+    """Of masks `RUN#classes`: pixels whose class has a lower score there are not labelled."""
     pairs: Pairs | None = added(default=None)
     """Of one folder with images and masks: how they are called, as {image: "{}_sat.jpg", mask: "{}_mask.png"}."""
     validation: Names = ()
@@ -59,6 +62,7 @@ def find_images(
     table: ClassTable | None,
     setting: str,
     pairs: Pairs | None = None,
+    min_score: float = 0.0,
 ) -> list[LabelledImage]:
     """All images with their masks, if any, sorted by id.
 
@@ -69,6 +73,7 @@ def find_images(
         table: the classes; None for masks of ids.
         setting: the configuration key of `images`, for the error message.
         pairs: names of images and masks in one folder.
+        min_score: of masks that a run mapped: pixels with a lower score are not labelled.
 
     Raises:
         ConfigError: neither the region nor the configuration names images.
@@ -84,7 +89,13 @@ def find_images(
             f"region {region.name} names no images; name a folder of images and masks with --set {setting}=FOLDER, or "
             f"a collection with --set {setting}=catalog.json#collection"
         )
-    return scenes.labelled_images(source, region.located(masks), table=table, pairs=pairs)
+    return scenes.labelled_images(source, region.located(masks), table=table, pairs=pairs, min_score=min_score)
+
+
+def origins(region: Region, *locations: str | None) -> list[str]:
+    """The catalogues and folders of labelled data, for the lineage of a model: those named, else the region's."""
+    named = [region.located(location) for location in locations if location] or [region.catalog or region.images]
+    return list(dict.fromkeys(split_location(location)[0] for location in named if location))
 
 
 def divide(
@@ -111,7 +122,13 @@ def divide(
         DataError: no image has a mask, the images cannot be used, or the split leaves a class out.
     """
     images = find_images(
-        region, config.source, config.masks, table=table, setting="labelled.source", pairs=config.pairs
+        region,
+        config.source,
+        config.masks,
+        table=table,
+        setting="labelled.source",
+        pairs=config.pairs,
+        min_score=config.min_score,
     )
     # Images without masks may stand in the same folder: they are mapped later.
     kept = [image for image in images if image.masks]

@@ -68,9 +68,9 @@ class PlotsClassifierConfig(ClassifierConfig):
     """Optimizer and batch."""
 
 
-def classifier_bundle(settings: PlotsClassifierConfig) -> Bundle:
-    """Bundle metadata of a classifier of plots that is trained here."""
-    return models.classifier_bundle(settings, CLASSES, name="plots", scaling=SCALING)
+def classifier_bundle(settings: PlotsClassifierConfig, parents: tuple[str, ...] = ()) -> Bundle:
+    """Bundle metadata of a classifier of plots that is trained here, on the data at the URIs `parents`."""
+    return models.classifier_bundle(settings, CLASSES, name="plots", scaling=SCALING, parents=parents)
 
 
 def tiling(given: SuperpixelProposer) -> SuperpixelProposer:

@@ -552,7 +552,7 @@ def histories(root: str) -> dict[str, list[dict[str, float]]]:
     for folder in sorted(upath(root).glob("steps/**/tensorboard")):
         events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()
         rows: dict[int, dict[str, float]] = {}
-        for tag in events.Tags()["scalars"]:
+        for tag in (tag for tag in events.Tags()["scalars"] if not tag.startswith("learning_rate")):
             for event in events.Scalars(tag):
                 rows.setdefault(event.step, {"epoch": float(event.step + 1)})[tag] = event.value
         name = str(folder.parent.relative_to(upath(root) / "steps"))

@@ -3,10 +3,11 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
@@ -22,6 +23,7 @@ from rayseg.train import probe, session
 from rayseg.train.augment import Augment, augment, centre
 from rayseg.train.batches import Batch, Chips, Indices, Kept, Read, epoch_batches, read_ahead
 from rayseg.train.learning import Epoch, Learner, Learning, Rates, expect_size, precision, resumed, run_epochs
+from rayseg.train.pictures import of_classes
 from rayseg.train.session import Setup, State
 
 
@@ -170,8 +172,18 @@ def _train(config: State) -> State:
         order = (measures["accuracy"], -measures["held_out_loss"]) if config["held_out"] else (epoch, 0)
         return Epoch(measures, order, {})
 
-    kept = run_epochs(one_epoch, learner, state, epochs=settings.epochs, config=config)
+    shown = of_classes(partial(_samples, config["held_out"] or chips, config))
+    kept = run_epochs(one_epoch, learner, state, epochs=settings.epochs, config=config, shown=shown)
     return dict(kept["measures"])
+
+
+def _samples(chips: Chips, config: State) -> Iterator[tuple[str, NDArray[Any], Tensor, int]]:
+    """Chips for pictures: name, image_CHW, the network's input, label."""
+    settings: ClassifierConfig = config["settings"]
+    for k, (name, label) in enumerate(zip(chips.ids, chips.labels, strict=True)):
+        image_CHW = chips.read(k).transpose(2, 0, 1)
+        images = torch.from_numpy(image_CHW.copy())[None].to(config["device"])
+        yield name, image_CHW, centre(images, settings.augment, config["scaling"], size=settings.size), label
 
 
 def _epoch(epoch: int, learner: Learner, read: Read, config: State) -> float:

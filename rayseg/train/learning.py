@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from rayseg.models.encoders import averaged, freeze_batchnorm, recalibrate_batch
 from rayseg.models.segmenter import ARCHITECTURES, build_segmenter
 from rayseg.store import Location, StorePath, upath
 from rayseg.train import probe, session
+from rayseg.train.pictures import Picture, Pictures
 from rayseg.train.session import State
 
 Groups = Sequence[dict[str, Any]]
@@ -160,6 +161,8 @@ class Learning(Config):
     """Decay of a moving average of the weights, which then is evaluated, relabels and is saved."""
     half: bool | None = None
     """Compute in bfloat16 where it is safe; by default on GPUs only."""
+    keep_every: Annotated[int, Field(ge=0)] = added(default=0)
+    """Epochs (of al-s4gan: checkpoints) between weights that are kept for `evaluate --checkpoints`; 0 keeps none."""
     seed: int = 1337
     """Of all random numbers."""
     memory: Annotated[int, Field(ge=0)] = 2 << 30
@@ -281,6 +284,8 @@ class Learner:
         """Write the checkpoint of an epoch: `state` (with `epoch`, the number done) and this learner's state."""
         if session.rank() == 0:
             session.save_checkpoint(prefix, key, state | {"learner": self.state()})
+            if self.settings.keep_every and state["epoch"] % self.settings.keep_every == 0:
+                session.keep_weights(prefix, int(state.get("step") or state["epoch"]), self.weights())
         self.note_kept(prefix, state["epoch"])
 
     def note_kept(self, prefix: StorePath, epochs: int) -> None:
@@ -294,6 +299,16 @@ class Learner:
         if self.settings.recalibrate:
             recalibrate_batchnorm(self.shown, islice(batches, self.settings.recalibrate))
         return self.shown.eval()
+
+    def rates(self, name: str = "learning_rate") -> dict[str, float]:
+        """The learning rate of every group of weights at the last step, for TensorBoard."""
+        return {f"{name}/{k}": float(group["lr"]) for k, group in enumerate(self.optimizer.param_groups)}
+
+    def pictures(self, shown: Pictures | None, epoch: int, epochs: int) -> Mapping[str, Picture]:
+        """Pictures of samples by the network, at some epochs; none in a sample of the training's time."""
+        if shown is None or session.rank() or probe.is_taken() or not session.is_shown(epoch, epochs):
+            return session.NO_PICTURES
+        return shown(self.shown.eval())
 
     def state(self) -> State:
         """The state to resume from."""
@@ -418,6 +433,7 @@ def run_epochs(
     *,
     epochs: int,
     config: State,
+    shown: Pictures | None = None,
 ) -> State:
     """Make the epochs from the checkpoint `state` to the last; return what is kept: `weights` and `measures`.
 
@@ -427,6 +443,7 @@ def run_epochs(
         state: `epoch`, the number done, and `best`, the epoch kept so far.
         epochs: number of all epochs.
         config: of the loop: `prefix` and `key` of the checkpoint.
+        shown: draws samples for TensorBoard.
     """
     with session.scalars(config["prefix"]) as write:
         for epoch in probe.epochs(range(state["epoch"], epochs)):
@@ -436,7 +453,7 @@ def run_epochs(
                 best = session.better(best, order, measures | noted, learner.weights)
             state = {"epoch": epoch + 1, "best": best}
             learner.keep(config["prefix"], config["key"], state)
-            write(epoch, measures)
+            write(epoch, measures | learner.rates(), learner.pictures(shown, epoch, epochs))
             session.note(config, epoch + 1, epochs, measures)
             session.report(measures)  # workers wait for each other here, when the checkpoint is written
     return dict(state["best"])

@@ -39,6 +39,7 @@ from rayseg.train.batches import Batch, Chips, Indices, Kept, endless, read_ahea
 from rayseg.train.classifier import key_of, names_of
 from rayseg.train.frozen import HeadedConfig
 from rayseg.train.learning import Groups, Learner, Learning, expect_batch, expect_size, precision
+from rayseg.train.pictures import Pictures, Sample, of_segments
 from rayseg.train.session import Setup, State
 
 STREAMS = {"labelled": 1, "unlabelled": 2, "drawn": 3}
@@ -301,6 +302,7 @@ def run_checkpoints(
         more: what checkpoints hold besides the segmenter.
     """
     settings: S4ganConfig = config["settings"]
+    shown = pictures_of(config["data"], config["scaling"], unit=32 * settings.reduce)
     state = state or {"step": 0, "epoch": 0, "best": session.UNTRAINED}
     with session.scalars(config["prefix"]) as write:
         starts = range(state["step"], settings.steps, settings.checkpoint)
@@ -313,10 +315,22 @@ def run_checkpoints(
             best = session.better(state["best"], order, noted, learner.weights)
             state = {"step": step, "epoch": state["epoch"] + 1, "best": best}
             learner.keep(config["prefix"], config["key"], state | more())
-            write(state["epoch"] - 1, measures)
+            pictures = learner.pictures(shown, state["epoch"] - 1, -(-settings.steps // settings.checkpoint))
+            write(state["epoch"] - 1, measures | learner.rates(), pictures)
             session.note(config, step, settings.steps, measures)
             session.report(measures)
     return dict(state["best"]["measures"])
+
+
+def pictures_of(data: Data, scaling: Scaling, *, unit: int) -> Pictures:
+    """Pictures of validation chips, else of labelled ones, with their masks."""
+    chips = data.validation or data.labelled
+
+    def samples() -> Iterator[Sample]:
+        for k, name in enumerate(chips.ids):
+            yield name, chips.read(k).transpose(2, 0, 1), chips.read_mask(k) if chips.read_mask else None
+
+    return of_segments(samples, scaling, unit=unit)
 
 
 def in_memory(data: Data, memory: int) -> Data:

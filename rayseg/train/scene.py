@@ -33,7 +33,8 @@ from rayseg.models.unsupervised import RECIPES, Precision, Recipe
 from rayseg.stages.rows import SceneRow, TileRow
 from rayseg.store import upath
 from rayseg.train.batches import made_ahead
-from rayseg.train.session import load_checkpoint, save_checkpoint
+from rayseg.train.pictures import Picture, visible
+from rayseg.train.session import is_shown, load_checkpoint, save_checkpoint, tensorboard
 from rayseg.vision.clusters import grouped, isodata
 from rayseg.vision.color import label_table
 from rayseg.vision.fill import mirrored
@@ -318,17 +319,35 @@ def fit(
     teacher = None
     if config.start and not history:
         teacher = nearest(patches, min(config.start, config.labels), seed=seed).to(device)
-    with unsupervised.quick_and_reproducible(device, config.precision):
-        while len(history) < config.passes(len(patches)) and not (history and history[-1]["labels"] == 1):
-            history.append(epoch(len(history), net, optimizer, patches, config, seed=seed, teacher=teacher))
+    epochs = config.passes(len(patches))
+    with tensorboard(prefix) as write, unsupervised.quick_and_reproducible(device, config.precision):
+        while len(history) < epochs and not (history and history[-1]["labels"] == 1):
+            last: list[Tensor] = []
+            row = epoch(len(history), net, optimizer, patches, config, seed=seed, teacher=teacher, last=last)
+            history.append(row)
             teacher = None
             state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
             save_checkpoint(prefix, settings, state)
+            number, rate = len(history) - 1, float(optimizer.param_groups[0]["lr"])
+            measures = {"loss": row["loss"], "labels": row["labels"], "learning_rate/0": rate}
+            write(number, measures, _pictures(net, last) if is_shown(number, epochs) else {})
         if config.recalibrate:
             # After a short training the running averages still depend on their initial values.
             with torch.no_grad():
                 recalibrate_batchnorm(net, (image.to(device) for image, _, _ in _some(patches)))
     return net, history
+
+
+@torch.no_grad()
+def _pictures(net: nn.Module, images: Sequence[Tensor]) -> dict[str, Picture]:
+    """The labels of patches next to their first bands, for TensorBoard."""
+    net.eval()
+    device, shown = next(net.parameters()).device, {}
+    for number, image in enumerate(images):
+        labels_HW = net(image.to(device)).argmax(1)[0].cpu().numpy()
+        colors = np.array(label_table(int(labels_HW.max()) + 1).colors, np.uint8)
+        shown[f"patch-{number}"] = np.concatenate([visible(image[0].numpy()), colors[labels_HW]], axis=1)
+    return shown
 
 
 def epoch(
@@ -340,10 +359,12 @@ def epoch(
     *,
     seed: int,
     teacher: nn.Module | None = None,
+    last: list[Tensor] | None = None,
 ) -> dict[str, float]:
     """One pass over the patches with data in an order drawn from (seed, number); returns loss and labels.
 
-    Targets are the labels of `teacher`, or the network's own, voted in superpixels.
+    Targets are the labels of `teacher`, or the network's own, voted in superpixels. The last patch is added to `last`:
+    reading one more for pictures would cost as much as a step.
     """
     # A function of seed and number: a resumed training sees the patches it would have seen.
     order = np.random.default_rng((seed, number)).permutation(len(patches)).tolist()
@@ -367,6 +388,8 @@ def epoch(
         )
         counts += torch.bincount(targets[targets >= 0], minlength=config.labels)
         losses.append(loss)
+    if last is not None:
+        last.append(image)
     mean = float(torch.stack(losses).mean())
     return {"epoch": float(number + 1), "loss": mean, "labels": float(counts.count_nonzero())}
 

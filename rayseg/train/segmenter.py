@@ -35,6 +35,7 @@ from rayseg.train.learning import (
     resumed,
     run_epochs,
 )
+from rayseg.train.pictures import Sample, of_segments
 from rayseg.train.session import Setup, State
 
 STAGES = ("warm_up", "correction", "scratch")
@@ -199,7 +200,12 @@ def _stage(before: dict[str, Tensor], config: State) -> State:
             order = (loss,) if stage.best == "loss" else (measures[stage.best], loss)
         return Epoch(measures, order, {})
 
-    return run_epochs(one_epoch, learner, state, epochs=stage.epochs, config=config)
+    def samples() -> Iterator[Sample]:
+        for k in config["chips"].where(settings.positive):
+            yield config["chips"].ids[k], config["read"](int(k)).transpose(2, 0, 1), masks.coarse(int(k))
+
+    shown = of_segments(samples, config["scaling"], unit=32 * settings.reduce)
+    return run_epochs(one_epoch, learner, state, epochs=stage.epochs, config=config, shown=shown)
 
 
 def _epoch(epoch: int, learner: Learner, masks: Masks, config: State) -> float:

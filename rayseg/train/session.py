@@ -1,7 +1,8 @@
 """Training sessions: a plain loop on the workers of Ray Train or in this process, resumed from one file.
 
     <prefix>/checkpoint.pt    all that the loop needs to resume after the last whole epoch; worker 0 writes it
-    <prefix>/tensorboard/     scalars per epoch
+    <prefix>/tensorboard/     scalars per epoch, and pictures of a few samples at some epochs
+    <prefix>/kept/<n>.pt      weights after epoch (or step) n, if every n-th is kept
     <prefix>/progress.json    how far it is, while it runs
 
 A loop is a function of its configuration that calls the functions below; without workers it runs in this process and
@@ -44,9 +45,14 @@ State = dict[str, Any]
 Loop = Callable[[State], State]
 
 
+Write = Callable[..., None]
+"""(epoch, name -> value, name -> picture (height, width, 3) uint8)."""
+NO_PICTURES: Mapping[str, Any] = {}
 Weights = Annotated[str, AfterValidator(everywhere)]
 _EVERY = 0.5  # seconds between two looks at a training's progress
 _MEASURES = 3  # shown of an epoch
+SHOWN = 10
+"""Epochs of a training with pictures, about."""
 UNTRAINED: State = {"order": [], "measures": {}, "weights": {}}
 """The best epoch before the first one is done."""
 
@@ -321,12 +327,27 @@ def better(
     return {"order": numbers, "measures": dict(measures), "weights": weights()}
 
 
+def is_shown(epoch: int, epochs: int) -> bool:
+    """Whether pictures are drawn after an epoch: the first, the last and some in between."""
+    return epoch + 1 == epochs or epoch % max(epochs // SHOWN, 1) == 0
+
+
 @contextmanager
-def scalars(prefix: StorePath) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-    """A function (epoch, name -> value) by which worker 0 writes to `<prefix>/tensorboard`; others write nothing."""
+def scalars(prefix: StorePath) -> Iterator[Write]:
+    """`tensorboard` of worker 0; the function of other workers writes nothing."""
     if rank():
-        yield lambda epoch, values: None
+        yield lambda epoch, values, pictures=NO_PICTURES: None
         return
+    with tensorboard(prefix) as write:
+        yield write
+
+
+@contextmanager
+def tensorboard(prefix: StorePath) -> Iterator[Write]:
+    """A function that writes to `<prefix>/tensorboard`, also outside of a training session.
+
+    Its arguments are the epoch, measures by name, and pictures (height, width, 3) uint8 by name.
+    """
     from torch.utils.tensorboard import SummaryWriter  # slow to import, and workers start often
 
     target = upath(prefix) / "tensorboard"
@@ -334,9 +355,11 @@ def scalars(prefix: StorePath) -> Iterator[Callable[[int, Mapping[str, float]], 
     local = Path(str(target)).absolute() if is_local(target) else None
     with nullcontext(str(local)) if local else tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
 
-        def write(epoch: int, values: Mapping[str, float]) -> None:
+        def write(epoch: int, values: Mapping[str, float], pictures: Mapping[str, Any] = NO_PICTURES) -> None:
             for name, value in values.items():
                 writer.add_scalar(name, value, epoch)
+            for name, picture in pictures.items():
+                writer.add_image(f"samples/{name}", picture, epoch, dataformats="HWC")
             writer.flush()
             for path in () if local else Path(folder).iterdir():
                 put(target / path.name, path.read_bytes())
@@ -358,6 +381,13 @@ def save_checkpoint(prefix: StorePath, settings: str, state: State) -> None:
     content = BytesIO()
     torch.save({"settings": settings, **state}, content)
     put(upath(prefix) / "checkpoint.pt", content.getbuffer())
+
+
+def keep_weights(prefix: StorePath, number: int, weights: Mapping[str, Tensor]) -> None:
+    """Write `<prefix>/kept/<number>.pt`, the weights after so many epochs or steps."""
+    content = BytesIO()
+    torch.save({"number": number, "weights": dict(weights)}, content)
+    put(upath(prefix) / "kept" / f"{number:06d}.pt", content.getbuffer())
 
 
 def load_checkpoint(prefix: StorePath, settings: str | None) -> State | None:

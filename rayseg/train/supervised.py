@@ -22,7 +22,7 @@ from rayseg.metrics import Confusion
 from rayseg.models import losses
 from rayseg.models.bundle import Scaling
 from rayseg.models.pixel_head import PixelHead
-from rayseg.train import probe, session, windows
+from rayseg.train import pictures, probe, session, windows
 from rayseg.train.augment import Augment
 from rayseg.train.frozen import HeadedConfig, Pair, fit_head
 from rayseg.train.learning import (
@@ -237,8 +237,21 @@ def _train(config: State) -> State:
         measures |= _validate(learner, config)
         return Epoch(measures, (measures["mean_iou"],), {"epoch": epoch + 1})
 
-    kept = run_epochs(one_epoch, learner, state, epochs=settings.epochs, config=config)
+    shown = pictures.of_segments(
+        partial(_samples, config["validation"], settings.sampling.size),
+        config["scaling"],
+        unit=32 * settings.reduce,
+        colors=training.read.table.colors if training.read.table else (),
+    )
+    kept = run_epochs(one_epoch, learner, state, epochs=settings.epochs, config=config, shown=shown)
     return dict(kept["measures"])
+
+
+def _samples(validation: Labelled, size: int) -> Iterator[pictures.Sample]:
+    """Windows spread over the validation images, for pictures."""
+    for draw in windows.spread(validation.images, size=size, most=pictures.MOST):
+        cut = validation.read(draw)
+        yield f"{validation.images[draw.image].id}-{draw.window.row}-{draw.window.col}", cut.image_CHW, cut.classes_HW
 
 
 def _steps(epoch: int, config: State) -> list[Step]:

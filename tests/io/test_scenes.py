@@ -216,9 +216,7 @@ def test_class_tables_are_found_by_name_by_path_or_given_whole(tmp_path):
     given = class_tables.Classes.model_validate(str(tmp_path / "t.yaml"))
     assert given.table.classes == ((0, "a", (1, 2, 3)), (1, "b", (4, 5, 6)))
     assert class_tables.Classes.model_validate(given.model_dump(mode="json")) == given
-    with pytest.raises(
-        ConfigError, match=r"class table nowhere cannot be read: .*or one of deepglobe, deepglobe6, dubai, ucm"
-    ):
+    with pytest.raises(ConfigError, match=r"class table nowhere cannot be read: .*or one of deepglobe, .*, ucm"):
         class_tables.read_table("nowhere")
     (tmp_path / "t.yaml").write_text("classes:\n- name: field\n  color: #010203\n")
     said = r"class table .*t.yaml: class field: colour is None.*put the colour in quotes"

@@ -237,3 +237,20 @@ def test_a_batch_is_shared_evenly():
     with pytest.raises(ConfigError, match=r"learning\.batch 10 cannot be shared by 4 workers"):
         expect_batch(Learning(batch=10), workers=4, what="segmenter")
     expect_batch(Learning(batch=12), workers=4, what="segmenter")
+
+
+def test_every_nth_weights_are_kept_on_request(tmp_path):
+    def function(learner):
+        for epoch in range(1, 6):
+            step(learner, learner.net.head[0].weight.sum())
+            learner.keep(tmp_path, "key", {"epoch": epoch, "best": session.UNTRAINED})
+        return learner.rates(), weight(learner.net.head)
+
+    (rates, last) = learn(tmp_path, Learning(optimizer="sgd", keep_every=2, encoder_rate=0.5), function)
+    assert rates == {"learning_rate/0": 0.5, "learning_rate/1": 1.0}
+    files = sorted((tmp_path / "kept").iterdir())
+    assert [path.name for path in files] == ["000002.pt", "000004.pt"]
+    kept = [torch.load(path, weights_only=True) for path in files]
+    assert [row["number"] for row in kept] == [2, 4]
+    assert kept[0]["weights"]["head.0.weight"].item() > kept[1]["weights"]["head.0.weight"].item() > last
+    assert "keep_every" not in Learning().model_dump()

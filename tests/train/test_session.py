@@ -2,6 +2,7 @@ import json
 import threading
 import time
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -126,3 +127,14 @@ def test_no_thread_outlives_a_session(tmp_path):
     before = threading.active_count()
     session.fit(loop_of_values, {"prefix": str(tmp_path), "values": [1.0]}, Setup(tmp_path), name="t")
     assert threading.active_count() <= before
+
+
+def test_pictures_are_those_of_the_first_the_last_and_some_epochs(tmp_path):
+    assert [epoch for epoch in range(40) if session.is_shown(epoch, 40)] == [*range(0, 40, 4), 39]
+    assert [epoch for epoch in range(3) if session.is_shown(epoch, 3)] == [0, 1, 2]
+    picture = np.full((4, 6, 3), 7, np.uint8)
+    with session.scalars(tmp_path) as write:
+        write(0, {"loss": 1.0}, {"a": picture})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    [event] = events.Images("samples/a")
+    assert (event.width, event.height) == (6, 4)

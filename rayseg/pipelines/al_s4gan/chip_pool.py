@@ -24,7 +24,7 @@ from rayseg.io.masks import pixels_of
 from rayseg.io.name_lists import Names
 from rayseg.io.scenes import LabelledImage, Pairs
 from rayseg.pipelines.al_s4gan.chip_pixels import dominant, expect_rgb
-from rayseg.steps.labelled import expect_classes, find_images
+from rayseg.steps.labelled import expect_classes, find_images, origins
 from rayseg.steps.models import RGB
 from rayseg.store import Location, split_location
 from rayseg.vision.color import ClassTable
@@ -43,7 +43,9 @@ class PoolConfig(Config):
     masks: Location | None = None
     """With a catalogue: existing masks, used instead of manual annotation: a folder,
     `catalog.json#collection/asset`, or `#collection/asset` of the region. Without masks,
-    people draw them, see `rayseg labels import`."""
+    people draw them, see `rayseg labels import`. `RUN#classes` is the map of another run."""
+    min_score: Annotated[float, Field(ge=0, le=1)] = added(default=0.0)
+    """Of masks `RUN#classes`: pixels whose class has a lower score there are not labelled."""
     chips: Location | None = None
     """Instead of scenes: whole images with a label each, as `catalog.json#chips` of `ingest folder --labels folder`."""
     size: Annotated[int, Field(gt=0)] = 320
@@ -112,7 +114,8 @@ def list_pool(
     counts = {str(part): sum(row["part"] == part for row in rows) for part in PARTS}
     oracle = all(row["label"] for row in rows if row["part"] == "pool")
     masks = any(row["masks"] != "[]" for row in rows)
-    return {"classes": list(pool.classes), "oracle": oracle, "masks": masks, **counts}
+    named = origins(region, config.chips, config.images, config.masks)
+    return {"classes": list(pool.classes), "oracle": oracle, "masks": masks, "origins": named, **counts}
 
 
 def rows_of(listed: Step, part: Part) -> list[Row]:
@@ -130,7 +133,15 @@ def find_chips(region: Region, config: PoolConfig, table: ClassTable) -> ChipLis
     if config.chips:
         return _labelled_images(config)
     images = tuple(
-        find_images(region, config.images, config.masks, table=table, setting="pool.images", pairs=config.pairs)
+        find_images(
+            region,
+            config.images,
+            config.masks,
+            table=table,
+            setting="pool.images",
+            pairs=config.pairs,
+            min_score=config.min_score,
+        )
     )
     _parts(images, config, seed=0)  # wrong names are refused before anything is read
     expect_rgb(images)

@@ -78,7 +78,7 @@ def _fit(step: Step, listed: Step, labelled: Sequence[Row], config: Config) -> d
     of_pool = (_masked(step.root, rows, config) if rows else None for rows in (others, held))
     data = Data(_masked(step.root, labelled, config), *of_pool)
     if settings.network != "decoder":
-        return _fit_head(step, seeded, data, config)
+        return _fit_head(step, listed, seeded, data, config)
     setup = models.training_setup(step, workers=config.workers, expect=partial(expect_trainable, seeded))
     train = fit_consistency if settings.learner == "consistency" else fit_s4gan
     measures = train(seeded, data, setup, scaling=config.scaling)
@@ -87,11 +87,11 @@ def _fit(step: Step, listed: Step, labelled: Sequence[Row], config: Config) -> d
     if config.crf:
         model = Refined(model, channels=channels, kernels=config.crf)
         model.std.copy_(model.std.new_tensor(config.scaling.std) / config.scaling.scale)
-    described = describe(config).model_copy(update={"metrics": measures})
+    described = describe(config).of(listed.value.get("origins", ()), measures)
     return {"bundle": models.keep_model(step, described, model), "measures": measures, "masks": len(labelled)}
 
 
-def _fit_head(step: Step, settings: S4ganConfig, data: Data, config: Config) -> dict[str, Any]:
+def _fit_head(step: Step, listed: Step, settings: S4ganConfig, data: Data, config: Config) -> dict[str, Any]:
     """Fit a head on the frozen encoder to the chips with masks; nothing is chosen by the validation chips."""
     classes, lab = len(config.table.classes), models.is_rgb8(models.RGB, "uint8", config.scaling)
     pairs, count = _pairs(data.labelled), len(data.labelled)
@@ -99,7 +99,7 @@ def _fit_head(step: Step, settings: S4ganConfig, data: Data, config: Config) -> 
     chips = data.validation
     matrices = confusions(head, chips, range(len(chips)), config.scaling, unit=32) if chips else []
     measures = measures_of(sum(matrices[1:], matrices[0])) if matrices else {}
-    described = describe(config).model_copy(update={"metrics": measures})
+    described = describe(config).of(listed.value.get("origins", ()), measures)
     return {"bundle": models.keep_model(step, described, head), "measures": measures, "masks": count}
 
 

@@ -1,0 +1,72 @@
+"""Weights that trainings keep on request: measured as the training measured them, on the same pixels."""
+
+import csv
+import json
+
+import pytest
+import torch
+from small_world import SMALL_GPC, rayseg, refused
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+LANDCOVER = """
+labelled: {masks: "#truth/landcover", validation: [demo-east], absent: [unknown]}
+segmenter:
+  architecture: linknet
+  encoder: test_resnet
+  weights: none
+  epochs: 3
+  sampling: {size: 128, windows: 8}
+  learning: {batch: 4, optimizer: adamw, keep_every: 1}
+patch: 128
+stride: 128
+map: {tile: 512}
+baseline: false
+"""
+
+
+def logged(prefix, tag):
+    events = EventAccumulator(str(prefix / "tensorboard")).Reload()
+    return [event.value for event in events.Scalars(tag)]
+
+
+def run(tmp_path, pipeline, settings, region):
+    (tmp_path / "small.yaml").write_text(settings)
+    words = ("run", "pipeline", pipeline, "--region", region, "--config", tmp_path / "small.yaml")
+    found = rayseg(*words, "--engine", "inline", "--out", tmp_path / "run")
+    assert found.exit_code == 0, found.output
+    return tmp_path / "run"
+
+
+@pytest.mark.more
+def test_kept_segmenters_are_measured_as_in_training(tmp_path, demo_region):
+    out = run(tmp_path, "landcover", LANDCOVER, demo_region)
+    found = rayseg("evaluate", out, "--checkpoints", "--json")
+    assert found.exit_code == 0, found.output
+    rows = json.loads(found.stdout)
+    assert [(row["training"], row["number"]) for row in rows] == [("segmenter", number) for number in (1, 2, 3)]
+    assert [row["accuracy"] for row in rows] == pytest.approx(logged(out / "steps" / "segmenter", "accuracy"), abs=1e-6)
+    with (out / "checkpoints" / "table.csv").open() as table:
+        assert [row["number"] for row in csv.DictReader(table)] == ["1", "2", "3"]
+    assert b"mean IoU" in (out / "checkpoints" / "curve.svg").read_bytes()
+    # other masks: the whole imagery, also that which taught
+    both = json.loads(rayseg("evaluate", out, f"{demo_region}#truth/landcover", "--checkpoints", "--json").stdout)
+    assert len(both) == 3
+    assert both[0]["accuracy"] != rows[0]["accuracy"]
+    assert "nothing is named to compare" in refused(2, "evaluate", out)
+    torch.save({"number": 9, "weights": {"a": torch.ones(1)}}, out / "steps" / "segmenter" / "kept" / "000009.pt")
+    assert "000009.pt do not fit the run's model" in refused(4, "evaluate", out, "--checkpoints")
+
+
+@pytest.mark.more
+def test_kept_classifiers_are_measured_on_the_chips_set_apart(tmp_path, demo_region):
+    settings = SMALL_GPC.replace("learning: {batch: 6}\ncues", "learning: {batch: 6, keep_every: 1}\ncues")
+    out = run(tmp_path, "gpc", settings.replace("epochs: 1\n  rates: [[1,", "epochs: 2\n  rates: [[2,"), demo_region)
+    rows = json.loads(rayseg("evaluate", out, "--checkpoints", "--json").stdout)
+    assert [(row["training"], row["number"]) for row in rows] == [("classifier", 1), ("classifier", 2)]
+    assert [row["accuracy"] for row in rows] == pytest.approx(logged(out / "steps" / "classifier", "accuracy"))
+    assert {"f1 gpc", "f1 nongpc"} <= rows[0].keys()
+
+
+def test_a_run_without_kept_weights_is_refused(tmp_path):
+    (tmp_path / "run.json").write_text('{"pipeline": "gpc", "steps": {}, "status": "done"}')
+    assert "has no kept weights, expected some; train with" in refused(3, "evaluate", tmp_path, "--checkpoints")
