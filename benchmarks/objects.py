@@ -1,6 +1,6 @@
 """Objects v1 on chips of 512 px against a straight port of the published loop, interleaved, chip by chip.
 
-The port does what the method says in PyTorch's and numpy's plain words: contiguous tensors, a Python loop over the
+The port follows the method in plain PyTorch and numpy: contiguous tensors, a Python loop over the
 superpixels for the vote. Both are given the same superpixels. Quality is the adjusted mutual information (AMI) between
 the two results, next to that between two seeds of the port. On a GPU, if there is one, the same script measures there.
 Targets: 2.5 x on a CPU, 10 x on a GPU, AMI no lower than between two seeds.

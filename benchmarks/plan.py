@@ -1,4 +1,4 @@
-"""What `rayseg plan` says of a run against what the run then takes: seconds from start to end, and bytes written.
+"""The estimate of `rayseg plan` against the measured run: seconds from start to end, and bytes written.
 
     python benchmarks/plan.py superpixel demo
     python benchmarks/plan.py predict SCENE --set model=PREFIX

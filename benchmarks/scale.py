@@ -1,7 +1,7 @@
 """How far the driver and the ledger carry: many actors with tiles of fixed duration, and the tiles of a planet.
 
 `actors`: nodes with logical GPUs on this machine. The model sleeps for `--seconds` a tile and computes nothing, so 64
-actors fit on two cores, and what is measured is whoever hands out the tiles. Efficiency is the time that the sleeping
+actors fit on two cores, so the distribution of tiles is measured. Efficiency is the time that the sleeping
 takes by itself, over that from the first record to the last; tiles/s are also given of the middle three fifths of
 all, when nothing starts or ends. `planet`: tiles in 60 zones are planned by the stages of
 a run and kept as its manifest; some run through stages that do nothing (in this process, every tile with its record);
@@ -177,7 +177,7 @@ PARTS = {"actors": actors, "planet": planet, "settle": settle, "resume": resume}
 
 
 def part(name: str, *values: float, out: Path) -> dict[str, float]:
-    """What one of `PARTS` says, from a process of its own."""
+    """The result of one of `PARTS`, run in a process of its own."""
     words = [sys.executable, __file__, "--part", name, *map(str, values), str(out)]
     done = subprocess.run(words, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     found = json.loads(done.stdout.splitlines()[-1])

@@ -61,7 +61,7 @@ def upath(path: StorePath) -> UPath:
         on_s3: UPath = UPath(text, **s3_options())
         return on_s3
     if text.startswith(_WEB):
-        # As it is written: an escape that is decoded and encoded anew (%2F in a signature) is another URL.
+        # As it is written: an escape that is decoded and encoded again (%2F in a signature) gives another URL.
         on_web: UPath = UPath(web_url(text), encoded=True)
         return on_web
     if text.startswith("file:"):

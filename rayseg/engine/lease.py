@@ -129,7 +129,7 @@ class Lease:
                 self.lost = holder_of(self.root)
                 return
             except FileNotFoundError:
-                self._etag = ""  # somebody deleted the object: the next beat writes it anew
+                self._etag = ""  # somebody deleted the object: the next beat writes it again
             except STORE_ERRORS:
                 continue  # the next beat tries again
 

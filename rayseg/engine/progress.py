@@ -38,7 +38,7 @@ def shown(title: str, total: int) -> Iterator[Callable[..., None]]:
             row |= {"seconds": round(now - began, 1), "left": round(left, 1)}
             print(json.dumps(row), file=sys.stderr, flush=True)  # noqa: T201
         elif done < total:
-            # The first rows wait for processes to start, so they say little about the others.
+            # The first rows wait for processes to start, so they predict the others poorly.
             rest = f", {left:,.0f} s left" if done * 20 >= total else ""
             print(f"{title} {done}/{total} {text}{rest}", file=sys.stderr, flush=True)  # noqa: T201
 

@@ -196,7 +196,7 @@ async def _follow(jobs: "JobSubmissionClient", job: str, say: Callable[[str], ob
     """Pass the job's log to `say` as it grows; return the status with which the job ends."""
     import aiohttp
 
-    printed = 0  # characters of the log that `say` has
+    printed = 0  # characters of the log that were passed to `say`
     while True:
         # Ray streams from the first line on: after a reconnection the lines that were printed are skipped.
         stream, received, complete = jobs.tail_job_logs(job), 0, False

@@ -36,7 +36,7 @@ def prepare() -> None:
 def reused_memory() -> Iterator[None]:
     """Keep freed memory for reuse inside this block instead of returning it to the operating system.
 
-    glibc maps every tensor over 32 MB anew; the page faults of large layers then take as much time as their
+    glibc maps new memory for every tensor over 32 MB; the page faults of large layers then take as much time as their
     arithmetic. The setting affects the whole process, where all threads have one heap (`prepare`); memory is returned
     when the last such block ends. Without glibc it does nothing.
     """

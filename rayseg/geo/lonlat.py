@@ -181,7 +181,7 @@ def within(area: BaseGeometry, near: Bounds) -> BaseGeometry:
 
 
 def from_lonlat(area: BaseGeometry, crs: str) -> BaseGeometry:
-    """Project a geometry in degrees, whose longitudes may lie beyond 180; in degrees of other datums they stay so.
+    """Project a geometry in degrees, whose longitudes may lie beyond 180; a geographic CRS of another datum keeps them.
 
     It is cut where the plane of the CRS ends, as on both sides of 180 degrees in Web Mercator.
     """

@@ -219,7 +219,7 @@ def _files_of_index(href: str) -> Iterator[str]:
         raise DataError(f"{href} has {len(layers)} layers, expected one; build it with gdaltindex")
     settings = pyogrio.read_info(content).get("layer_metadata") or {}
     if other := sorted(name for name in settings if _INDEX_FILES.fullmatch(name)):
-        raise DataError(f"{href} names files by {', '.join(other)}, expected its column location only; build it anew")
+        raise DataError(f"{href} names files by {', '.join(other)}, expected its column location only; build it again")
     table = pyogrio.read_dataframe(content, read_geometry=False)
     if "location" not in table:
         raise DataError(f"{href} has no column location; build it with gdaltindex")

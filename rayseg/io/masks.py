@@ -199,9 +199,7 @@ def _mask_of(item: pystac.Item, asset: str, names: set[str], min_score: float) -
         fitting = {key for key, own in stored.items() if names and (own <= names or names <= own)}
         hrefs = {key: href for key, href in hrefs.items() if key in fitting} if len(fitting) == 1 else hrefs
     if len(hrefs) > 1:
-        raise DataError(
-            f"item {item.id} has the rasters {', '.join(sorted(hrefs))}; say which one with #collection/asset"
-        )
+        raise DataError(f"item {item.id} has the rasters {', '.join(sorted(hrefs))}; choose one with #collection/asset")
     if not hrefs:
         return None
     [(key, href), *_] = hrefs.items()

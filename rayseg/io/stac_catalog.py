@@ -342,7 +342,7 @@ def search(uri: str, question: str | None, geometry: dict[str, Any] | None) -> l
         geometry: GeoJSON in EPSG:4326 that they must meet; None for any.
 
     Raises:
-        ConfigError: the question has other words.
+        ConfigError: the query has another parameter.
         DataError: the API fails, or its pages do not end.
     """
     import pystac_client  # only APIs need it

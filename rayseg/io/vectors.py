@@ -40,7 +40,7 @@ from rayseg.store import StorePath, put, upath
 from rayseg.vision.color import ClassTable
 from rayseg.vision.segments import groups
 
-if TYPE_CHECKING:  # whoever cuts tiles into parts does without tables of geometries, which take long to import
+if TYPE_CHECKING:  # cutting tiles into parts needs no tables of geometries, which take long to import
     import geopandas
 
 TOP = 254  # the score that stands for probability 1

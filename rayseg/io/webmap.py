@@ -263,7 +263,7 @@ def _tile(session: Session, tile: mercantile.Tile, stop: threading.Event) -> np.
     except Passing as failure:
         if stop.is_set():
             return None
-        raise DataError(f"{name} failed {fetching.tries} times, at last with {failure}") from None
+        raise DataError(f"{name} failed {fetching.tries} times, last with {failure}") from None
 
 
 def _ask(session: Session, tile: mercantile.Tile) -> bytes | None:

@@ -2,7 +2,7 @@
 
 Features of a pixel are the encoder's maps at strides 2 to 16 and colour (Lab at three scales, and the local deviation
 of brightness), interpolated bilinearly to a stride of 4 px. One linear map turns them into logits, or a layer of hidden
-units stands between.
+units comes first.
 """
 
 import math

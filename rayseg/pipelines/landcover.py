@@ -172,7 +172,7 @@ def write_report(
         for part in (listed.value[name] for name in PARTS)
     )
     labels = f"Labelled: {training} to learn from, {validation} to choose the epoch by."
-    # A truth of the region says more than the scenes that chose the epoch.
+    # Reference masks of the region are stronger evidence than the scenes that selected the epoch.
     shown = measured if "overall" in measured.value else validated
     own, compared = validated.value, None
     if simple:

@@ -95,7 +95,7 @@ def list_scenes(step: Step, region: Region, config: Config, *, plan: Scenes | No
         contract = {"bands": plan.bands, "dtype": plan.dtype}
         put(step.prefix / "contract.json", json.dumps(contract).encode())
         write_rows(step.manifest, plan.rows)
-    # Read again, because a resumed step does not find the scenes anew.
+    # Read again, because a resumed step does not search the scenes again.
     contract = json.loads((step.prefix / "contract.json").read_bytes())
 
     def readable(row: Row) -> SceneRow | Settled:

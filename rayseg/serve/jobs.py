@@ -1,7 +1,7 @@
 """Runs that clients start: each is a Ray job on the server's own cluster, below one prefix, over one catalogue.
 
-A request names a pipeline, a region by name or bounds, and numbers and words of the configuration. It can never name a
-file: paths come from the administrator's base configuration.
+A request names a pipeline, a region by name or bounds, and numbers and short texts of the configuration. It can never
+name a file: paths come from the administrator's base configuration.
 """
 
 import asyncio

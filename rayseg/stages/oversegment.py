@@ -157,7 +157,7 @@ def unite(prefix: str, tiles: Sequence[tuple[Tile, int]], overlap: int, *, descr
         prefix: folder of the parts that `Divide` wrote.
         tiles: (tile, number of its superpixels).
         overlap: px around each tile that its part also holds.
-        described: write the features and borders, too, numbered anew: rows of number, pixels and sums, and the borders
+        described: write the features and borders, too, renumbered: rows of number, pixels and sums, and the borders
             in the tile and with its right and lower neighbour.
     """
 

@@ -96,7 +96,7 @@ def comparison(
         )
         for row in [own, *methods]
     ]
-    # A report says first what speaks against the model.
+    # The report begins with a baseline that is more accurate than the model.
     best = max(methods, key=lambda row: row["value"], default=None)
     first = ""
     if best and best["value"] > product:

@@ -381,7 +381,7 @@ def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[S
 
 def with_names(source: Source, names: Mapping[str, str]) -> Source:
     """The source with its bands called by other names (new -> own); the file's own order and bands stay."""
-    # The configuration says new -> own, as in `{red: b1}`; a source has its own names.
+    # The configuration maps new names to own ones, as in `{red: b1}`; a source has its own names.
     called = {own: new for new, own in names.items()}
     assets = tuple((href, tuple(called.get(name, name) for name in bands)) for href, bands in source.assets)
     renamed = [name for _, bands in assets for name in bands]

@@ -154,7 +154,9 @@ def expect_weights(settings: "ClassifierConfig | Segmenter", scaling: Scaling | 
     encoder_name(settings.encoder)
     if settings.start:
         if getattr(settings, "network", "decoder") in {"linear", "frozen"}:
-            raise ConfigError("start is set, but a head on a frozen encoder is fitted anew; leave start out")
+            raise ConfigError(
+                "start is set, but a head on a frozen encoder is always fitted from scratch; leave start out"
+            )
         bundle.description(settings.start)
         return
     # Weights of the three kinds: of a package, of a library by name, or of a file.
@@ -197,7 +199,7 @@ def scaling_of(validated: Mapping[str, Any]) -> Scaling:
 def training_setup(
     step: "Step", *, workers: int, expect: Callable[..., object], prefix: StorePath | None = None
 ) -> "Setup":
-    """Where the network of a step trains; `<prefix>/setup.json` says so to the report.
+    """Where the network of a step trains; `<prefix>/setup.json` records it for the report.
 
     Without a number of workers the command's own process trains, unless the run has joined a cluster: there each GPU
     has a worker of Ray Train, as far as the batch can be shared, and a cluster without GPUs has one worker.

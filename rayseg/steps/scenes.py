@@ -232,7 +232,7 @@ def with_clusters(
 ) -> TileRow | Settled:
     """The tile with the labels of its superpixels; without superpixels it has the fate of their step."""
     tile, fate = record(row), divided.get(row["id"])
-    # The scene has no network, which says more than what became of the superpixels.
+    # The scene has no network, which explains more than the state of the superpixels.
     if isinstance(tile, Settled):
         return tile
     if row["id"] in near:

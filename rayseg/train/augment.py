@@ -109,7 +109,7 @@ def augment(
 
 
 def centre(images_NCHW: Tensor, settings: Augment, scaling: Scaling, *, size: int) -> Tensor:
-    """The network's input without augmentation: the middle of the images, extended as `settings` say, normalised."""
+    """The network's input without augmentation: the middle of the images, extended by `settings`, normalised."""
     middle, _ = cut(images_NCHW, None, Augment(), Generator(), size=size, fill=settings.fill(scaling))
     return scaling.normalize(middle)
 

@@ -601,7 +601,7 @@ def test_a_passing_failure_is_tried_again(world, tmp_path, trouble):
 def test_a_server_that_does_not_answer_in_time_is_asked_again(world, tmp_path):
     tile = mercantile.tile(*SHANGHAI, 14)
     world.hold = 0.5
-    with pytest.raises(DataError, match="failed 2 times, at last with ReadTimeout"):
+    with pytest.raises(DataError, match="failed 2 times, last with ReadTimeout"):
         fetched_chip(world, tmp_path, tile, Fetching(tries=2, backoff=0.01, timeout=0.1))
     assert len(world.asked) == 2
 

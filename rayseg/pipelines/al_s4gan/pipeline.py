@@ -56,7 +56,7 @@ def choose(
 def learn(
     config: Config, run: Run, region: Region, given: chip_pool.ChipList | None = None, *, plan: Plan | None = None
 ) -> tuple[Step, list[Step], Step, Step]:
-    """All but the map: (the pool, the rounds, the segmenter, its measures)."""
+    """Run every step before the map: (the pool, the rounds, the segmenter, its measures)."""
     listed, rounds = choose(config, run, region, given, plan=plan)
     trained = run.step("segmenter", segmenter.fit, listed, rounds[-1], config)
     return listed, rounds, trained, run.step("measure", segmenter.measure, listed, trained, config)
