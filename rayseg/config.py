@@ -201,11 +201,11 @@ def read_values(path: str) -> dict[str, Any]:
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"config file {path} is not YAML: {reason}") from None
+        raise ConfigError(f"config file {path} is not YAML: {reason}; correct it") from None
     if values is None:  # an empty file
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"config file {path} holds a {type(values).__name__}, expected keys and values")
+        raise ConfigError(f"config file {path} holds a {type(values).__name__}, expected keys and values; correct it")
     return values
 
 

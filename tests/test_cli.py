@@ -306,7 +306,7 @@ def test_regions_without_imagery(world, out):
     more = options(f"map.imagery={world['imagery']}")
     assert "do not overlap" in refused(3, *predict(world, out, *more, source=box))
     assert "map.imagery" in refused(3, *predict(world, out, source=box))
-    assert "is not there" in refused(2, *predict(world, out, source="nowhere.json"))
+    assert "does not exist" in refused(2, *predict(world, out, source="nowhere.json"))
     assert "the region is empty, expected demo" in refused(2, *predict(world, out, source=" "))
     assert "longitudes are -180 to 180" in refused(2, *predict(world, out, source="400,10,405,15"))
     assert "south < north" in refused(2, *predict(world, out, source="10,51,11,50"))

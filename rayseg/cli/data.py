@@ -272,10 +272,11 @@ def area_sample(
     *,
     per_stratum: Annotated[int | None, typer.Option(min=2, help="Points of each class and score band.")] = None,
     half_width: Annotated[
-        float | None, typer.Option(help="Instead: half of the 95 % interval wanted for the share of each class.")
+        float | None,
+        typer.Option(help="Half-width of the 95 % interval of a class's share, instead."),
     ] = None,
     band: Annotated[float, typer.Option(help="Score that divides each class into two strata.")] = 0.8,
-    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random sample.")] = 0,
     out: Annotated[str | None, typer.Option("--out", help="Output folder or URL; default: RUN/to-check.")] = None,
 ) -> None:
     """Draw a stratified random sample of a run's map: points with pictures, to be labelled on a page or in QGIS."""

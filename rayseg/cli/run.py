@@ -103,7 +103,7 @@ def run_sweep(
     try:
         shares = [float(text) for text in _listed(ratios)]
     except ValueError:
-        raise ConfigError(f"--ratios is {ratios!r}, expected numbers such as .02,.05,.125") from None
+        raise ConfigError(f"--ratios is {ratios!r}, expected numbers such as .02,.05,.125; correct it") from None
     trials = sweep.list_trials(
         resolved, ratios=shares, strategies=_listed(strategies), learners=_listed(learners), seeds=seeds
     )

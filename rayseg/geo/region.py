@@ -307,12 +307,14 @@ def _region_file(name: str, path: str, collection: str | None) -> Region:
     try:
         row = json.loads(data)
     except ValueError as error:
-        raise DataError(f"region file {path} is not JSON: {error}") from error
+        raise DataError(f"region file {path} is not JSON: {error}; give GeoJSON, GeoParquet or STAC") from error
     if not isinstance(row, dict):
-        raise DataError(f"region file {path} is neither GeoJSON nor STAC: it holds a {type(row).__name__}")
+        raise DataError(
+            f"region file {path} is neither GeoJSON nor STAC: it holds a {type(row).__name__}, expected an object"
+        )
     first = (row.get("features") or [{}])[0]
     if not isinstance(first, dict):
-        raise DataError(f"region file {path}: expected a GeoJSON Feature, found {first!r}")
+        raise DataError(f"region file {path} begins with {first!r}, expected a GeoJSON Feature; correct it")
     if "stac_version" in row or "stac_version" in first:
         return Region(name, catalog=path, collection=collection)
     return _with_imagery(Region(name, _area(path)), row, path)
@@ -322,7 +324,7 @@ def _columns(path: str, data: bytes) -> list[str]:
     try:
         schema = pq.read_schema(io.BytesIO(data))
     except pa.ArrowInvalid as error:
-        raise DataError(f"region file {path} is not Parquet: {error}") from error
+        raise DataError(f"region file {path} is not Parquet: {error}; write it again") from error
     if "stac_version" not in schema.names and b"geo" not in (schema.metadata or {}):
         raise DataError(f"region file {path} is Parquet without geometries; write it as GeoParquet")
     return list(schema.names)
@@ -335,7 +337,7 @@ def _area(path: str) -> dict[str, Any]:
     except DataError as error:
         raise DataError(f"region file {path} is neither a file of polygons nor STAC: {error}") from error
     if frame.empty:
-        raise DataError(f"region file {path} is empty: a polygon was expected")
+        raise DataError(f"region file {path} is empty, expected a polygon; add one")
     shapes, crs = frame.geometry.to_numpy(), LONLAT if frame.crs is None else frame.crs.to_wkt()
     try:
         lonlat = of_file(shapes, crs)
@@ -353,7 +355,7 @@ def _area(path: str) -> dict[str, Any]:
     area = divided(shapely.union_all(shapely.make_valid(lonlat)))
     if area.is_empty or area.area == 0:
         raise DataError(
-            f"region file {path} has no area ({area.geom_type} within {area.bounds}): a polygon was expected"
+            f"region file {path} has no area ({area.geom_type} within {area.bounds}), expected a polygon; draw one"
         )
     return cast(dict[str, Any], json.loads(shapely.to_geojson(area)))
 

@@ -82,7 +82,7 @@ def _content(path: str) -> dict[str, Any]:
             f"class table {path} cannot be read: {error.strerror}; give a YAML file, or one of {known}"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"class table {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"class table {path} is not YAML: {' '.join(str(error).split())}; correct it") from None
     if not isinstance(content, dict):
         raise ConfigError(f"class table {path} has no keys, expected classes: [{{name, color}}, ...]; correct the file")
     try:

@@ -63,7 +63,7 @@ class MappedTile:
 def source_on(tile: Tile, href: str, bands: Sequence[str]) -> Source:
     """A raster that covers a tile as a source on the tile's grid."""
     grid, window = tile.grid, tile.window
-    # On an image's own grid a file lies where a transform with rows to the south says: see `part_of_image`.
+    # On an image's own grid a file's place is that of a transform with rows to the south: see `part_of_image`.
     transform = tuple(grid.transform(window))[:6] if grid.crs else (1, 0, window.col, 0, -1, -window.row)
     assets = ((href, tuple(bands)),)
     return Source(

@@ -158,7 +158,8 @@ def masks_of(
         items = stac_read.open_items(uri, collection or None)
         kept = [mask for item in items if (mask := _mask_of(item, asset, set(names), min_score))]
         if not kept:
-            raise DataError(f"{uri}#{collection} holds no item with a raster{f' {asset}' if asset else ''}")
+            raster = f"raster {asset}" if asset else "raster"
+            raise DataError(f"{uri}#{collection} holds no item with a {raster}, expected masks; correct it")
         return kept
     # 2. the files of a folder
     if min_score:

@@ -199,7 +199,7 @@ def footprint(source: Source, grid: Grid) -> Window:
         return _divided_footprint(source, grid)
     window = grid.window_of(bounds_in(source, grid.crs))
     if window.empty:
-        raise DataError(f"{source.item_id} has no extent in {grid.name}: its georeference seems to be wrong")
+        raise DataError(f"{source.item_id} has no extent in {grid.name}; check its georeference")
     return window
 
 

@@ -125,7 +125,9 @@ def labelled_images(
         sources, wrong = sources_of_images(images)
         if wrong:
             listing = listed(wrong.values(), most=1)
-            raise DataError(f"{len(wrong)} of the images in {images} cannot be opened: {listing}")
+            raise DataError(
+                f"{len(wrong)} of the images in {images} cannot be opened: {listing}; repair or remove them"
+            )
         scenes = {source.item_id: source.item_id for source in sources}
         labelled = _with_masks(sources, scenes, _masks(masks, names, min_score))
     else:
@@ -183,7 +185,8 @@ def _of_scene(scene: str, folder: Any) -> list[LabelledImage]:  # noqa: ANN401 -
     sources, wrong = sources_of_images(folder / "images")
     if wrong:
         raise DataError(
-            f"{len(wrong)} of the images in {folder / 'images'} cannot be opened: {listed(wrong.values(), most=1)}"
+            f"{len(wrong)} of the images in {folder / 'images'} cannot be opened: {listed(wrong.values(), most=1)}; "
+            "repair or remove them"
         )
     masks = by_image(_masks(str(folder / "masks"))) if (folder / "masks").is_dir() else {}
     if lost := sorted(set(masks) - {source.item_id for source in sources}):

@@ -335,7 +335,9 @@ def outline_of(source: Source) -> BaseGeometry:
             wgs84 = CRS.from_epsg(4326)
             degrees = shapely.transform(edges, lambda xy_N2: np.stack(transform(crs_of(crs), wgs84, *xy_N2.T), axis=1))
         if not np.isfinite(shapely.get_coordinates(degrees)).all():
-            raise DataError(f"{source.item_id} cannot be placed in degrees: a part of it lies beyond the Earth's edge")
+            raise DataError(
+                f"{source.item_id} cannot be placed in degrees: a part of it lies beyond the Earth's edge; cut it"
+            )
         return sound(normalised(degrees))
 
 
@@ -384,7 +386,7 @@ def moved(source: Source, crs: str, pixels: Sequence[tuple[float, float]]) -> li
     with placing(source.item_id, str(source.crs)):
         xs, ys = transform(crs_of(str(source.crs)), crs_of(crs), [x for x, _ in points], [y for _, y in points])
     if not np.isfinite([*xs, *ys]).all():
-        raise DataError(f"{source.item_id} cannot be placed in {crs}: its georeference seems to be wrong")
+        raise DataError(f"{source.item_id} cannot be placed in {crs}; check its georeference")
     return list(zip(xs, ys, strict=True))
 
 

@@ -109,11 +109,11 @@ def _read_json(uri: str) -> dict[str, Any]:
     try:
         row = json.loads(patiently(lambda: _content(uri)))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise ConfigError(f"catalogue {public(uri)} is not there; name its JSON file or items.parquet") from error
+        raise ConfigError(f"catalogue {public(uri)} does not exist; name its JSON file or items.parquet") from error
     except ValueError as error:
-        raise DataError(f"catalogue {public(uri)} cannot be read as JSON: {error}") from error
+        raise DataError(f"catalogue {public(uri)} cannot be read as JSON: {error}; write it again") from error
     if not isinstance(row, dict):
-        raise DataError(f"{public(uri)} is not STAC: a JSON object was expected, {type(row).__name__} found")
+        raise DataError(f"{public(uri)} is not STAC: it holds a {type(row).__name__}, expected a JSON object")
     return row
 
 
@@ -289,9 +289,9 @@ def items_of(uri: str, box: Box | None) -> list[dict[str, Any]]:
             table = table.append_column("bbox", pa.array([zeros] * len(table)))
         rows: list[dict[str, Any]] = list(stac_table_to_items(table))
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise ConfigError(f"catalogue {uri} is not there") from error
+        raise ConfigError(f"catalogue {uri} does not exist; correct its path") from error
     except (pa.ArrowException, KeyError) as error:
-        raise DataError(f"{uri} is not a table of STAC items: {error}") from error
+        raise DataError(f"{uri} is not a table of STAC items: {error}; write it as stac-geoparquet") from error
     for row, lost, bbox in zip(rows, unplaced, boxes, strict=True):
         row |= {"geometry": None if lost else row["geometry"], "bbox": bbox}
     return rows
@@ -366,7 +366,9 @@ def search(uri: str, question: str | None, geometry: dict[str, Any] | None) -> l
                     f"&datetime=... to the collection"
                 )
     except (APIError, KeyError, pystac.STACError, Passing) as error:
-        raise DataError(f"the STAC API {public(uri)} cannot be searched: {public(str(error))[:300]}") from None
+        raise DataError(
+            f"the STAC API {public(uri)} cannot be searched: {public(str(error))[:300]}; check its address"
+        ) from None
     return list(items.values())
 
 

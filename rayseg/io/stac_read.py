@@ -369,7 +369,9 @@ def _image_assets(item: pystac.Item) -> dict[str, pystac.Asset]:
         plain = {key: asset for key, asset in plain.items() if _is_map(asset)}
     chosen = data or plain or {key: a for key, a in images.items() if "visual" in {key, *(a.roles or ())}}
     if not chosen:
-        raise DataError(f"{item.id} has no image asset: found {', '.join(sorted(item.assets)) or 'none'}")
+        raise DataError(
+            f"{item.id} has no image asset: found {', '.join(sorted(item.assets)) or 'none'}; give one the role data"
+        )
     return dict(sorted(chosen.items(), key=lambda entry: entry[0] == "visual"))
 
 

@@ -173,13 +173,14 @@ class Bundle(Config):
     def _fits_together(self) -> "Bundle":
         counts = {len(self.bands), len(self.scaling.mean), len(self.scaling.std)}
         if len(counts) > 1:
-            raise ValueError(f"{len(self.bands)} bands, {len(self.scaling.mean)} means, {len(self.scaling.std)} stds")
+            scaling = f"{len(self.scaling.mean)} means, {len(self.scaling.std)} stds"
+            raise ValueError(f"{len(self.bands)} bands, {scaling}, expected as many of each")
         values = [value for value, _, _ in self.classes]
         if self.task == "segmentation" and values != list(range(len(values))):
             raise ValueError(f"class values are {values}, a segmenter's are 0, 1, 2, ... in the order of its outputs")
         # A larger stride would leave pixels between patches without a prediction.
         if self.stride > self.patch:
-            raise ValueError(f"stride {self.stride} is above patch {self.patch}")
+            raise ValueError(f"stride {self.stride} is above patch {self.patch}, expected at most the patch")
         return self
 
     @property

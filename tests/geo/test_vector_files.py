@@ -49,7 +49,7 @@ def test_a_region_is_that_of_the_rows_that_have_a_geometry(tmp_path, caplog, suf
     assert shape(resolve_region(str(path)).geometry).area == pytest.approx(0.5)
     assert "2 of 4 rows of" in caplog.text
     none = write(tmp_path / f"none{suffix}", [None, None])
-    with pytest.raises(DataError, match="is empty: a polygon was expected"):
+    with pytest.raises(DataError, match="is empty, expected a polygon"):
         resolve_region(str(none))
 
 

@@ -283,7 +283,7 @@ def test_the_imagery_is_taken_beside_a_collection_that_cannot_be_read(tmp_path, 
     links = [("child", f"./{name}/collection.json") for name in ("imagery", "truth")]
     path = write(tmp_path / "catalog.json", catalog("c", *links))
     assert imagery_collection(path) == "imagery"
-    assert "truth/collection.json is not there" in caplog.text
+    assert "truth/collection.json does not exist" in caplog.text
     with pytest.raises(ConfigError, match=r"no collection 'truth', expected one of imagery.*truth/collection.json"):
         open_items(path, "truth")
 

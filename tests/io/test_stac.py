@@ -421,7 +421,7 @@ def test_a_catalogue_or_collection_that_is_not_there_is_refused_with_the_known_o
         stac_read.open_items(path, "spring")
     with pytest.raises(ConfigError, match="summer, winter; choose one"):
         stac_read.imagery_collection(path)
-    with pytest.raises(ConfigError, match=r"nothing.json is not there"):
+    with pytest.raises(ConfigError, match=r"nothing.json does not exist"):
         stac_read.open_items(str(tmp_path / "nothing.json"))
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(DataError, match=r"broken.json cannot be read as JSON"):
