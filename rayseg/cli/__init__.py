@@ -14,7 +14,7 @@ from rayseg.engine import progress, tuning
 from rayseg.errors import RaysegError, Stalled
 
 ORDER = (
-    "run", "plan", "status", "retry", "verify", "predict", "evaluate", "remap", "refresh", "area", "polygonize",
+    "run", "plan", "status", "retry", "verify", "predict", "evaluate", "remap", "refresh", "diff", "area", "polygonize",
     "export", "ingest", "labels", "serve", "view", "models", "regions", "config", "env",
 )  # fmt: skip
 INTERRUPTED = 130

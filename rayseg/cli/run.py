@@ -233,13 +233,15 @@ def remap(
 ) -> None:
     """Make a new map from the scores of a finished run: another threshold, other classes, another area. No model runs.
 
-    --set threshold=.7, 'classes.merge={built: [building, road]}', 'classes.drop=[water]', inside=FILE.
+    --set threshold=.7, 'classes.merge={built: [building, road]}', 'classes.drop=[water]', inside=FILE, or
+    polygons.min_area=50.
     """
     from rayseg.config import load
     from rayseg.engine.run import Engine
-    from rayseg.steps.remap import region_of
+    from rayseg.steps.remap import polygons_of, region_of
 
-    resolved = load(pipeline_of("remap").Config, None, [f"run={run}", *(set_ or ())])
+    polygons = [f"polygons.{key}={json.dumps(value)}" for key, value in polygons_of(run).items()]
+    resolved = load(pipeline_of("remap").Config, None, [f"run={run}", *polygons, *(set_ or ())])
     _execute(out, "remap", resolved, region_of(run), Engine(engine, address), as_json=as_json)
 
 
@@ -264,6 +266,27 @@ def refresh(
     settings = [f"{key}={json.dumps(value)}" for key, value in map_settings(run).items()]
     resolved = load(pipeline_of("predict").Config, None, [*settings, *(set_ or ())])
     _execute(out, "predict", resolved, region_of(run), Engine(engine, address), as_json=as_json)
+
+
+@app.command()
+def diff(
+    before: Annotated[str, typer.Argument(metavar="RUN1", help="Folder or URL of the earlier run.")],
+    after: Annotated[str, typer.Argument(metavar="RUN2", help="Folder or URL of the run that it is compared with.")],
+    *,
+    out: Out,
+    set_: Overrides = None,
+    engine: EngineName = "ray",
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the maps of two runs: which class became which, in hectares, as a map and as polygons."""
+    from rayseg.config import load
+    from rayseg.engine.run import Engine
+    from rayseg.geo.region import Region
+    from rayseg.steps.remap import region_of
+
+    resolved = load(pipeline_of("diff").Config, None, [f"before={before}", f"after={after}", *(set_ or ())])
+    _execute(out, "diff", resolved, Region(region_of(after).name), Engine(engine, address), as_json=as_json)
 
 
 def _execute(

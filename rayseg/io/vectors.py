@@ -155,14 +155,15 @@ def write_parts(path: StorePath, parts: pa.Table) -> WrittenFile:
     return write_file(path, sink.getvalue().to_pybytes())
 
 
-def read_parts(path: StorePath) -> pa.Table:
-    """The parts that `write_parts` wrote.
+def read_parts(path: StorePath, *, skip: Sequence[int] = ()) -> pa.Table:
+    """The parts that `write_parts` wrote, without those of some classes.
 
     Raises:
         DataError: there are none at `path`.
     """
     try:
-        return pq.read_table(io.BytesIO(content(path)))
+        parts = pq.read_table(io.BytesIO(content(path)))
+        return parts.filter(pc.invert(pc.is_in(parts["class"], pa.array(skip, pa.uint8())))) if skip else parts
     except (FileNotFoundError, pa.ArrowInvalid) as error:
         raise DataError(f"{path} holds no parts of polygons ({error}); map the tile again") from error
 

@@ -17,9 +17,12 @@ PIPELINES = {
     "al-s4gan": "rayseg.pipelines.al_s4gan.pipeline",
 }
 """Name on the command line -> module."""
-COMMANDS = {"predict": "rayseg.pipelines.predict", "remap": "rayseg.pipelines.remap"}
-"""The pipelines of `rayseg predict` and `rayseg remap`: their runs can be retried and planned, `rayseg run pipeline`
-does not list them."""
+COMMANDS = {
+    "predict": "rayseg.pipelines.predict",
+    "remap": "rayseg.pipelines.remap",
+    "diff": "rayseg.pipelines.diff",
+}
+"""The pipelines of commands of their own: their runs can be retried, `rayseg run pipeline` does not list them."""
 
 
 def pipeline_of(name: str) -> ModuleType:

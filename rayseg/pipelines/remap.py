@@ -3,6 +3,7 @@
 classes and scores of a run --> decided again --> polygons --> items, report
 """
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -11,8 +12,9 @@ from rayseg.config import Config as Frozen
 from rayseg.engine.run import Run, Step
 from rayseg.errors import ConfigError
 from rayseg.geo.region import Area, Region
-from rayseg.steps import estimate, remap, report
+from rayseg.steps import estimate, generalize, remap, report
 from rayseg.steps import map as mapping
+from rayseg.steps.generalize import PolygonsConfig
 from rayseg.steps.remap import ClassRules
 from rayseg.store import Location
 
@@ -30,6 +32,8 @@ class Config(Frozen):
     """Classes that are merged or left out."""
     inside: Area | None = None
     """File of polygons, or west,south,east,north: pixels outside become nodata."""
+    polygons: PolygonsConfig = PolygonsConfig()
+    """By default as the run has them."""
     stall_seconds: Annotated[float, Field(gt=0)] = 1800.0
     """Timeout for deciding or writing one tile; the tile is then recorded as failed."""
 
@@ -45,8 +49,9 @@ def check(config: Config, region: Region) -> Plan:
     origin = remap.origin_of(config.run)
     remap.decision_of(origin, config.classes, config.threshold)
     remap.area_inside(region, config.inside)
-    if (config.threshold, config.classes, config.inside) == (None, ClassRules(), None):
-        raise ConfigError("nothing is to change; give --set threshold, classes.merge, classes.drop or inside")
+    same = (None, ClassRules(), None, PolygonsConfig(**remap.polygons_of(config.run)))
+    if (config.threshold, config.classes, config.inside, config.polygons) == same:
+        raise ConfigError("nothing is to change; give --set threshold, classes.merge, classes.drop, inside or polygons")
     return Plan(remap.tiles_of(config.run))
 
 
@@ -61,7 +66,9 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     settings = (config.classes, config.threshold, config.inside, config.stall_seconds)
     tiles = plan.tiles if plan else None
     predicted = run.step("predict", remap.reclassify_tiles, region, origin, *settings, tiles=tiles)
-    polygons = run.step("polygons", mapping.join_polygons, predicted, "polygons")
+    inside = replace(region, geometry=remap.area_inside(region, config.inside))
+    shown = generalize.generalized(run, predicted, config.polygons, inside)
+    polygons = run.step("polygons", mapping.join_polygons, shown, "polygons")
     run.step("publish", mapping.publish, predicted, f"{region.name}, from {config.run}")
     written = run.step("report", write_report, predicted, polygons)
     return report.headline(written)

@@ -57,7 +57,9 @@ def generalize(step: Step, predicted: Step, config: PolygonsConfig, region: Regi
     """
     tiles = maps.mapped_tiles(predicted.root, predicted.name)
     rows = mapping.kept_manifest(step, lambda: Manifest.of([list(_rows(tiles, config.min_area))]))
-    kept: dict[str, Any] = {name: predicted.value[name] for name in ("bundle", "classes") if name in predicted.value}
+    kept: dict[str, Any] = {
+        name: predicted.value[name] for name in ("bundle", "classes", "skip") if name in predicted.value
+    }
     if not tiles:
         return kept
     stage = Generalize(

@@ -424,7 +424,7 @@ def table_of(predicted: Step) -> ClassTable:
 
 def join_polygons(step: Step, predicted: Step, product: str) -> dict[str, Any]:
     """Join the polygons of all tiles, or blocks, across their edges and write `<run>/<product>.parquet`."""
-    table, folder = table_of(predicted), tiles_prefix(step)
+    table, folder, skip = table_of(predicted), tiles_prefix(step), predicted.value.get("skip", ())
     tiles, grids = [], dict[Grid, Grid]()
     for row, record in done_tiles(predicted):
         tile = Tile.from_row(row)
@@ -440,7 +440,7 @@ def join_polygons(step: Step, predicted: Step, product: str) -> dict[str, Any]:
     def parts_of(tile: tuple[Any, str, Grid, int | None]) -> "pa.Table":
         _, path, grid, count = tile
         # A tile without parts has no file, which saves a request.
-        return vectors.no_parts(grid) if count == 0 else vectors.read_parts(path)
+        return vectors.no_parts(grid) if count == 0 else vectors.read_parts(path, skip=skip)
 
     # In reading order, so that memory holds two rows of tiles at a time.
     target = upath(step.root) / f"{product}.parquet"

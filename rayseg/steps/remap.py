@@ -63,6 +63,13 @@ def region_of(root: str) -> Region:
     return Region(**values | {"tiles": tuple(values["tiles"])})
 
 
+def polygons_of(root: str) -> dict[str, Any]:
+    """The settings of a run's polygons; earlier runs have polygons that follow the pixels."""
+    content = runs.read(root)
+    old = {"min_area": None, "simplify": None}
+    return dict(content["config"].get("polygons", {} if "generalize" in content.get("steps", {}) else old))
+
+
 def map_settings(root: str) -> dict[str, Any]:
     """The settings of `rayseg predict` that map a run's region again with its model, and take its tiles over.
 
@@ -76,7 +83,7 @@ def map_settings(root: str) -> dict[str, Any]:
             f"run {root} of {content['pipeline']}, {content['status']}, has no map by a single model; give a finished "
             "run of gpc, landcover, al-s4gan or predict"
         )
-    return {"model": bundle, "map": content["config"]["map"], "earlier": root}
+    return {"model": bundle, "map": content["config"]["map"], "polygons": polygons_of(root), "earlier": root}
 
 
 def origin_of(root: str) -> Origin:

@@ -114,8 +114,9 @@ def test_what_a_map_cannot_be_made_from_is_refused_before_anything_is_written(wo
         return ["remap", run, "--out", tmp_path / "new", "--engine", "inline", *chosen]
 
     assert "nothing is to change" in refused(2, *words())
+    assert "nothing is to change" in refused(2, *words("polygons.min_area=25"))
     assert "classes kind-9 are not in" in refused(2, *words("classes.drop=[kind-9]"))
-    assert "1 class would be left" in refused(2, *words("classes.merge={all: [background, gpc]}"))
+    assert "1 class would remain" in refused(2, *words("classes.merge={all: [background, gpc]}"))
     assert "keeps the score of each pixel's own class alone" in refused(2, *words("classes.drop=[gpc]"))
     assert "names gpc twice" in refused(2, *words("classes={merge: {a: [gpc, background]}, drop: [gpc]}"))
     assert "is not a run" in refused(2, *words("threshold=.7", run=tmp_path))
