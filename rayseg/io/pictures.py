@@ -21,7 +21,7 @@ from rayseg.io.rasters import changed, footprint, is_number, view
 from rayseg.io.remote import patiently
 from rayseg.io.sources import Source, gdal, open_file
 from rayseg.io.times import time_order
-from rayseg.vision.color import RGB, ClassTable, overlay
+from rayseg.vision.color import RGB, UNCHANGED, ClassTable, overlay
 from rayseg.vision.superpixels import outlined
 
 if TYPE_CHECKING:
@@ -148,9 +148,9 @@ class Picture:
 
 
 def shown_colors(table: ClassTable) -> dict[int, RGB]:
-    """Colours of the classes to paint: all, except class 0 of two, which is the background."""
-    binary = len(table.classes) == 2
-    return {value: color for value, _, color in table.classes if not (binary and value == 0)}
+    """Colours of the classes to paint: all but the background, class 0 of two or of a comparison."""
+    plain = len(table.classes) == 2 or UNCHANGED in table.names
+    return {value: color for value, _, color in table.classes if not (plain and value == 0)}
 
 
 def encoded(image_HWC: NDArray[np.uint8], kind: Literal["png", "webp"] = "png") -> bytes:

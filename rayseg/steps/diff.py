@@ -1,5 +1,7 @@
 """Compare the maps of two runs: which class became which, on how much ground."""
 
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -7,20 +9,21 @@ import numpy as np
 
 from rayseg.engine import run as runs
 from rayseg.engine.flow import Work
-from rayseg.engine.manifest import Manifest
+from rayseg.engine.manifest import Manifest, Row
 from rayseg.engine.run import Step
 from rayseg.errors import ConfigError
 from rayseg.geo.grid import NODATA
 from rayseg.geo.region import Region
 from rayseg.io.maps import mapped_tiles
-from rayseg.stages.compare_maps import BAND, CompareMaps
+from rayseg.io.sources import Source, from_json
+from rayseg.stages.compare_maps import BAND, ComparedRow, CompareMaps
 from rayseg.stages.read import rows_by_grid
 from rayseg.stages.write import WriteTile
 from rayseg.steps import map as mapping
 from rayseg.steps.remap import origin_of
-from rayseg.vision.color import ClassTable, label_table
+from rayseg.vision.color import UNCHANGED, ClassTable, label_table
 
-UNCHANGED, ALONE = 0, 1
+UNCHANGED_VALUE, ALONE = 0, 1
 """Classes of the comparison: the same class in both maps; mapped in one of them only."""
 MOST_CLASSES = 250
 
@@ -40,10 +43,10 @@ def changes_of(before: ClassTable, after: ClassTable) -> tuple[ClassTable, np.nd
             f"expected at most {MOST_CLASSES}; merge classes first: rayseg remap"
         )
     colors = label_table(len(pairs)).colors
-    codes = np.full((256, 256), UNCHANGED, np.uint8)
+    codes = np.full((256, 256), UNCHANGED_VALUE, np.uint8)
     codes[NODATA, :] = codes[:, NODATA] = ALONE
     codes[NODATA, NODATA] = NODATA
-    rows = [(UNCHANGED, "unchanged", (225, 225, 225)), (ALONE, "in one map only", (150, 150, 150))]
+    rows = [(UNCHANGED_VALUE, UNCHANGED, (225, 225, 225)), (ALONE, "in one map only", (150, 150, 150))]
     for code, ((old, old_name, _), (new, new_name, _)) in enumerate(pairs, ALONE + 1):
         codes[old, new] = code
         rows.append((code, f"{old_name} to {new_name}", colors[code - ALONE - 1]))
@@ -56,10 +59,22 @@ def name_runs(step: Step, before: str, after: str) -> dict[str, Any]:
 
 
 def list_tiles(before: str, after: str, *, size: int) -> Manifest:
-    """The rows of all tiles that one of two maps covers, with the tiles of both maps as their sources."""
-    tiles = [tile.source("classes", (BAND,)) for root in (before, after) for tile in mapped_tiles(root)]
-    parts = rows_by_grid(tiles, None, size=size, halo=0)
-    return Manifest.of([row | {"refused": ""} for row in rows] for rows in parts)
+    """The rows of all tiles that one of two maps covers, with the imagery and the files of both maps."""
+    tiles = [tile for root in (after, before) for tile in mapped_tiles(root)]
+    imagery = {tile.href: tile.sources for tile in tiles}
+    files = [tile.source("classes", (BAND,)) for tile in tiles]
+
+    def parts() -> Iterator[list[Row]]:
+        for rows in rows_by_grid(files, None, size=size, halo=0):
+            yield [row | {"maps": row["sources"], "sources": _imagery(row["sources"], imagery)} for row in rows]
+
+    return Manifest.of(parts())
+
+
+def _imagery(maps_json: str, imagery: Mapping[str, Sequence[Source]]) -> str:
+    """The imagery of some tiles as JSON, that of the map after first, each scene once."""
+    found = [source for file in from_json(maps_json) for source in imagery[file.assets[0][0]]]
+    return json.dumps([source.to_row() for source in {source.assets: source for source in found}.values()])
 
 
 def compare_tiles(
@@ -73,5 +88,5 @@ def compare_tiles(
         Work(WriteTile(mapping.tiles_prefix(step), table, bands=("change",), geometry=region.geometry, model="")),
     ]
     rows = mapping.kept_manifest(step, lambda: list_tiles(*maps, size=size))
-    done = mapping.through(step, rows, works, patience=stall_seconds)
-    return {"classes": table.classes, "skip": [UNCHANGED], **done}
+    done = mapping.through(step, rows, works, patience=stall_seconds, record=ComparedRow.from_row)
+    return {"classes": table.classes, "skip": [UNCHANGED_VALUE], **done}

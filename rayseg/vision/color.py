@@ -12,6 +12,8 @@ from rayseg.errors import ConfigError, DataError
 
 RGB = tuple[int, int, int]
 IGNORE = 255
+UNCHANGED = "unchanged"
+"""Name of the class 0 of a comparison, which is a background whatever the number of classes."""
 
 
 @dataclass(frozen=True)
