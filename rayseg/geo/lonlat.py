@@ -25,6 +25,8 @@ PAST_POLES = 1.3
 """Degrees by which rasters may reach beyond a pole: half a pixel of 2.5 degrees, registered on centres."""
 _WIDEST = 270.0  # degrees of longitude of a ring that has long edges and does not cross
 _AZIMUTHAL = ("Stereographic", "Azimuthal", "Orthographic", "Gnomonic", "Perspective", "Geostationary")
+_BENT = 0.03
+_MOST_PARTS = 4096  # of one edge
 _SHORT = 90.0  # degrees of longitude, far less than half a turn
 
 
@@ -57,6 +59,44 @@ def to_lonlat(polygons: NDArray[np.object_], to_degrees: Project) -> NDArray[np.
         if jumps(moved).any():
             lonlat[position] = _in_world(moved)
     return lonlat
+
+
+def bent(polygons: NDArray[np.object_], crs: str) -> NDArray[np.object_]:
+    """Polygons in a projected CRS whose edges follow their curves in degrees, also around a pole.
+
+    An edge longer than `_BENT` of its distance to a pole is divided: straight in degrees it would leave out or add up
+    to a tenth of the polygon.
+    """
+    if geographic(crs) or _edge_of(crs) is not None or not len(polygons):  # only planes around a pole
+        return polygons
+    for lat in (90.0, -90.0):
+        pole, other = np.stack(transformer(LONLAT, crs).transform([0.0, 90.0], [lat, lat]), axis=1)
+        # On some planes it is an edge, on others nowhere.
+        if not (np.isfinite(pole).all() and np.allclose(pole, other, atol=1e-3)):
+            continue
+        west, south, east, north = shapely.bounds(polygons).T
+        away = shapely.distance(shapely.boundary(polygons), shapely.Point(pole))
+        for at in np.flatnonzero(np.maximum(east - west, north - south) > _BENT * away):
+            parts = [
+                shapely.Polygon(_divided(part.exterior, pole), [_divided(ring, pole) for ring in part.interiors])
+                for part in polygons_in(polygons[at])
+            ]
+            polygons = polygons.copy()
+            polygons[at] = parts[0] if len(parts) == 1 else shapely.MultiPolygon(parts)
+    return polygons
+
+
+def _divided(ring: BaseGeometry, pole: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The vertices of a ring with further ones along edges that are long for their distance to a pole."""
+    points_N2 = shapely.get_coordinates(ring)
+    steps_N2 = np.diff(points_N2, axis=0)
+    lengths = np.maximum(np.hypot(*steps_N2.T), 1e-9)
+    nearest = np.clip(((pole - points_N2[:-1]) * steps_N2).sum(axis=1) / lengths**2, 0, 1)
+    away = np.hypot(*(points_N2[:-1] + nearest[:, None] * steps_N2 - pole).T)
+    counts = np.clip(np.ceil(lengths / np.maximum(_BENT * away, 1e-9)), 1, _MOST_PARTS).astype(int)
+    shares = (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)) / np.repeat(counts, counts)
+    inner = np.repeat(points_N2[:-1], counts, axis=0) + shares[:, None] * np.repeat(steps_N2, counts, axis=0)
+    return np.concatenate([inner, points_N2[-1:]])
 
 
 def up_to_poles(lat: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -111,7 +151,7 @@ def of_file(polygons: NDArray[np.object_], crs: str) -> NDArray[np.object_]:
     """
     found, degrees = CRS.from_user_input(crs), transformer(crs, LONLAT)
     if not found.is_geographic or found.is_derived:
-        return to_lonlat(polygons, lambda points_N2: np.stack(degrees.transform(*points_N2.T), axis=1))
+        return to_lonlat(bent(polygons, crs), lambda points_N2: np.stack(degrees.transform(*points_N2.T), axis=1))
     meridian, unit = found.prime_meridian, math.degrees(found.axis_info[0].unit_conversion_factor)
     east = math.degrees(meridian.longitude * meridian.unit_conversion_factor) if meridian else 0.0
 
@@ -152,7 +192,7 @@ def _cut(polygons: NDArray[np.object_]) -> list[BaseGeometry]:
     """The parts of polygons that cross the antimeridian, with edges on it."""
     try:
         cut = [antimeridian.fix_polygon(part, fix_winding=True, great_circle=False) for part in polygons]
-    except ValueError as error:  # its word for a ring that crosses itself
+    except (ValueError, RecursionError) as error:  # its words for a ring that crosses itself
         raise TopologicalError(str(error)) from error
     return [piece for part in cut for piece in shapely.get_parts(part)]
 

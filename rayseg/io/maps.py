@@ -8,19 +8,21 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pyproj import Geod, Transformer
+from pyproj import CRS, Geod, Proj, Transformer
 from rasterio.windows import Window as FileWindow
 
 from rayseg.engine.ledger import Ledger, Record, with_fact
 from rayseg.engine.manifest import Manifest, read_rows
 from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Tile, Window
-from rayseg.geo.lonlat import up_to_poles
+from rayseg.geo.lonlat import geographic
 from rayseg.io.sources import Source, from_json, gdal, open_file
 from rayseg.store import StorePath, absolute, upath
 
 _GEOD = Geod(ellps="WGS84")
-_STRIPS = 64  # of a tile wider than a degree; between their middles the area of pixels is interpolated
+_KNOTS = 128  # along each side of a tile wider than a degree; between them the area of pixels is interpolated
+_SAME = 1e-4  # relative difference of areas along a row that does not count
+POLE = 90 - 1e-6  # degrees: at the pole itself projections have no scale
 
 
 @dataclass(frozen=True)
@@ -134,49 +136,61 @@ def pixel_lonlat(tile: Tile, row: int, col: int) -> tuple[float, float] | None:
 
 def pixel_area_m2(tile: Tile) -> float | None:
     """Mean ground area of the tile's pixels on WGS 84; None without CRS."""
-    areas_H = row_areas_m2(tile)
-    return None if areas_H is None else float(areas_H.mean())
+    areas_HW = pixel_areas_m2(tile)
+    return None if areas_HW is None else float(areas_HW.mean())
 
 
-def row_areas_m2(tile: Tile) -> NDArray[np.float64] | None:
-    """Ground area of the pixels of each row (height,), geodesic on WGS 84; None without CRS.
+def pixel_areas_m2(tile: Tile) -> NDArray[np.float64] | None:
+    """Ground area of every pixel (height, width) on WGS 84; None without CRS.
 
-    In degrees and in Web Mercator rows of one tile differ: shares of classes are shares of these areas.
+    Pixels of one tile differ in degrees, in Web Mercator and around the poles: shares of classes are shares of these
+    areas. In degrees they are exact, elsewhere interpolated between places at which they are.
     """
-    if tile.grid.crs is None:
+    grid, (height, width) = tile.grid, (tile.window.height, tile.window.width)
+    if grid.crs is None:
         return None
-    affine, height, width = tile.grid.transform(tile.window), tile.window.height, tile.window.width
-    corners = _to_lonlat(tile.grid.crs).transform(
+    affine = grid.transform(tile.window)
+    if geographic(grid.crs):
+        lats = np.clip(affine.f + affine.e * np.arange(height + 1), -90, 90)
+        areas_H = np.abs(np.diff(_area_to(lats))) * np.deg2rad(affine.a)
+        return np.broadcast_to(areas_H[:, None], (height, width))
+    # 1. areas at the knots: those on the plane by the scale of the projection there
+    corners = _to_lonlat(grid.crs).transform(
         affine.c + affine.a * width * np.array([0, 1, 0, 1]), affine.f + affine.e * height * np.array([0, 0, 1, 1])
     )
-    strips_at_most, points = (4, 9) if all(np.ptp(part) < 1 for part in corners) else (_STRIPS, 33)
-    edges = np.linspace(0.0, height, min(height, strips_at_most) + 1)
-    # 1. outlines of the strips in halves: one round the globe would enclose a pole
-    steps = np.linspace(0.0, 0.5, points)
-    across = np.concatenate([[*steps, *steps[::-1]], [*(0.5 + steps), *(1.0 - steps)]]) * width
-    down = np.stack([edges[:-1], edges[1:]], axis=1).repeat(len(steps), axis=1)
-    cols, rows = np.broadcast_arrays(across, np.concatenate([down, down], axis=1))
-    xs, ys = affine.c + affine.a * cols, affine.f + affine.e * rows
-    lons, lats = (part.reshape(-1, 2, 2 * len(steps)) for part in _to_lonlat(tile.grid.crs).transform(xs, ys))
-    # 2. their areas, 0 off the Earth's disk
-    halves = [
-        [_GEOD.polygon_area_perimeter(*outline)[0] for outline in zip(*strip, strict=True)]
-        for strip in zip(lons, up_to_poles(lats), strict=True)
-    ]
-    strips = np.nan_to_num(np.abs(halves)).sum(axis=1) / (np.diff(edges) * width)
-    # 3. rows by interpolation, with the same sum
-    areas_H = np.interp(np.arange(height) + 0.5, (edges[:-1] + edges[1:]) / 2, strips)
-    total = float(np.dot(strips, np.diff(edges)))
-    return np.asarray(areas_H * (total / (areas_H.sum() or 1.0)), np.float64)
+    knots = 8 if all(np.ptp(part) < 1 for part in corners) else _KNOTS
+    rows, cols = (np.linspace(0.0, side, min(side, knots) + 1) for side in (height, width))
+    xs, ys = np.meshgrid(affine.c + affine.a * cols, affine.f + affine.e * rows)
+    lons, lats_KL = _to_lonlat(grid.crs).transform(xs, ys)
+    scale_KL = _projection(grid.crs).get_factors(lons, np.clip(lats_KL, -POLE, POLE), errcheck=False).areal_scale
+    unit = CRS.from_user_input(grid.crs).axis_info[0].unit_conversion_factor
+    known_KL = np.isfinite(scale_KL) & (scale_KL > 0)  # not beyond the edge of the Earth
+    areas_KL = np.where(known_KL, abs(affine.a * affine.e) * unit**2 / np.where(known_KL, scale_KL, 1.0), 0.0)
+    # 2. between them linearly
+    down_HK, across_WL = (
+        np.stack([np.interp(np.arange(side) + 0.5, at, one) for one in np.eye(len(at))], axis=1)
+        for side, at in ((height, rows), (width, cols))
+    )
+    if np.ptp(areas_KL, axis=1).max() <= _SAME * areas_KL.max():
+        return np.broadcast_to(down_HK @ areas_KL.mean(axis=1)[:, None], (height, width))
+    return np.asarray(down_HK @ areas_KL @ across_WL.T, np.float64)
+
+
+def _area_to(lats: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Area in square metres of a radian of longitude from the equator to latitudes in degrees (Snyder 1987, 3-12)."""
+    squared = _GEOD.es
+    first, sines = np.sqrt(squared), np.sin(np.deg2rad(lats))
+    curved = np.log((1 - first * sines) / (1 + first * sines)) / (2 * first)
+    return np.asarray(_GEOD.a**2 / 2 * (1 - squared) * (sines / (1 - squared * sines**2) - curved), np.float64)
 
 
 def class_areas(tile: Tile, classes_HW: NDArray[np.uint8]) -> dict[int, float] | None:
     """Ground area in square metres of every class of a tile's map without nodata; None without CRS."""
-    areas_H = row_areas_m2(tile)
-    if areas_H is None:
+    areas_HW = pixel_areas_m2(tile)
+    if areas_HW is None:
         return None
     values = (int(value) for value in np.unique(classes_HW) if value != NODATA)
-    return {value: float((classes_HW == value).sum(axis=1) @ areas_H) for value in values}
+    return {value: float(areas_HW[classes_HW == value].sum()) for value in values}
 
 
 def width_m(grid: Grid, window: Window) -> float | None:
@@ -187,6 +201,11 @@ def width_m(grid: Grid, window: Window) -> float | None:
     xs = np.linspace(left, right, 9)
     lons, lats = _to_lonlat(grid.crs).transform(xs, np.full(9, (bottom + top) / 2))
     return float(_GEOD.line_length(lons, lats))
+
+
+@lru_cache(maxsize=64)
+def _projection(crs: str) -> Proj:
+    return Proj(crs)
 
 
 @lru_cache(maxsize=64)

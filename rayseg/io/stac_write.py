@@ -27,7 +27,7 @@ from shapely.geometry import mapping, shape
 import rayseg
 from rayseg.errors import DataError
 from rayseg.geo.grid import Bounds, Grid, Tile, Window
-from rayseg.geo.lonlat import bounds_of, box_of, sound, to_lonlat
+from rayseg.geo.lonlat import bent, bounds_of, box_of, sound, to_lonlat
 from rayseg.io.sources import Source, crs_of, placing
 from rayseg.io.tables import Spool, concurrently, content
 from rayseg.io.times import UNKNOWN, in_utc, time_order, utc_text
@@ -207,7 +207,8 @@ def lonlat_geometry(
         return np.array([[round(lon, 9), round(lat, 9)] for lon, lat in zip(lons, lats, strict=True)])
 
     with placing(name, crs):
-        [moved] = to_lonlat(np.array([shape(dict(geometry))], np.object_), degrees)
+        outline = bent(np.array([shape(dict(geometry))], np.object_), crs.to_wkt())
+        [moved] = to_lonlat(outline, degrees)
     west, south, east, north = bounds_of(moved) if not moved.is_empty else (float("nan"),) * 4
     if not (abs(west) <= 180.1 and abs(east) <= 180.1 and -90.1 <= south <= north <= 90.1):
         raise DataError(

@@ -26,7 +26,7 @@ from skimage.measure import label
 from rayseg.engine.ledger import Ledger
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import NODATA, Grid, Window
-from rayseg.geo.lonlat import LONLAT, to_lonlat, transformer
+from rayseg.geo.lonlat import LONLAT, bent, to_lonlat, transformer
 from rayseg.io import seams
 from rayseg.io.cog import read_bands
 from rayseg.io.maps import MappedTile, mapped_tiles
@@ -483,7 +483,7 @@ def lonlat_of(grid: Grid, polygons: NDArray[np.object_]) -> NDArray[np.object_]:
     """
     affine, degrees = grid.transform(Window(0, 0, 1, 1)), transformer(str(grid.crs), LONLAT)
     scale, shift = (affine.a, affine.e), (affine.c, affine.f)
-    mapped = shapely.transform(polygons, lambda points: points * scale + shift)
+    mapped = bent(shapely.transform(polygons, lambda points: points * scale + shift), str(grid.crs))
     with placing(f"a polygon on the grid {grid.name}", str(grid.crs)):
         lonlat = to_lonlat(mapped, lambda points: np.stack(degrees.transform(*points.T), axis=1))
     if len(lonlat) and not np.isfinite(shapely.total_bounds(lonlat)).all():

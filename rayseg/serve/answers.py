@@ -14,7 +14,7 @@ import PIL.Image
 
 from rayseg.geo.grid import Tile
 from rayseg.io import cog, vectors
-from rayseg.io.maps import class_areas, row_areas_m2
+from rayseg.io.maps import class_areas, pixel_areas_m2
 from rayseg.io.pictures import painted, shown_colors
 from rayseg.vision import instances, rle
 from rayseg.vision.color import ClassTable, hex_of, label_table
@@ -194,10 +194,10 @@ def instances_png(tile: Tile, masks: Masks) -> bytes:
 
 def instances_json(tile: Tile, masks: Masks) -> bytes:
     """Box, area, scores and runs of every mask."""
-    areas_H, (height, width) = row_areas_m2(tile), (tile.window.height, tile.window.width)
+    areas_HW, (height, width) = pixel_areas_m2(tile), (tile.window.height, tile.window.width)
 
     def area_of(runs: np.ndarray) -> float | None:
-        return None if areas_H is None else float(rle.decode(runs, (height, width)).sum(axis=1) @ areas_H)
+        return None if areas_HW is None else float(areas_HW[rle.decode(runs, (height, width)) > 0].sum())
 
     things = [
         {

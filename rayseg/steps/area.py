@@ -26,7 +26,7 @@ from rayseg.engine import run as runs
 from rayseg.errors import ConfigError, DataError, listed
 from rayseg.geo.grid import Window
 from rayseg.io import masks, pictures
-from rayseg.io.maps import MappedTile, mapped_tiles, pixel_lonlat, read_tile, row_areas_m2
+from rayseg.io.maps import MappedTile, mapped_tiles, pixel_areas_m2, pixel_lonlat, read_tile
 from rayseg.metrics import Z, allocation, stratified_mean, stratified_ratio
 from rayseg.store import STORE_ERRORS, StorePath, put, upath
 from rayseg.vision.color import ClassTable, hex_of
@@ -141,11 +141,11 @@ def _strata(tiles: Sequence[MappedTile], table: ClassTable, band: float) -> tupl
     keys = [(value, sure, edge) for value in table.values for sure in (False, True) for edge in (False, True)]
     parts_TH, scores_H = np.zeros((len(tiles), len(keys))), np.zeros(len(keys))
     for at, tile in enumerate(tiles):
-        strata_HW, score_HW, areas_H = strata_of(tile, table, band)
+        strata_HW, score_HW, areas_HW = strata_of(tile, table, band)
         for stratum in range(len(keys)):
             within_HW = strata_HW == stratum
-            parts_TH[at, stratum] = float(within_HW.sum(1) @ areas_H)
-            scores_H[stratum] += float(np.where(within_HW, score_HW, 0).sum(1) @ areas_H)
+            parts_TH[at, stratum] = float(areas_HW[within_HW].sum())
+            scores_H[stratum] += float(score_HW[within_HW] @ areas_HW[within_HW])
     strata = [
         Stratum(value, sure, edge, area, max(1 - score / area if area else 0.0, _ERRORS[edge]))
         for (value, sure, edge), area, score in zip(keys, parts_TH.sum(0).tolist(), scores_H.tolist(), strict=True)
@@ -161,7 +161,7 @@ def _drawn(
     band: float,
     rng: np.random.Generator,
 ) -> list[dict[str, Any]]:
-    """Points of every stratum: first how many in each tile, by its area there, then pixels by the area of their row."""
+    """Points of every stratum: first how many in each tile, by its area there, then pixels by their area."""
     draws_TH = np.stack(
         [
             rng.multinomial(count, parts / parts.sum()) if count else np.zeros(len(tiles), np.int64)
@@ -173,11 +173,11 @@ def _drawn(
     for tile, draws in zip(tiles, draws_TH, strict=True):
         if not draws.any():
             continue
-        strata_HW, score_HW, areas_H = strata_of(tile, table, band)
+        strata_HW, score_HW, areas_HW = strata_of(tile, table, band)
         for stratum in np.flatnonzero(draws):
             # By area and not by pixel: in degrees pixels get smaller toward the poles.
             rows, cols = np.nonzero(strata_HW == stratum)
-            chances = areas_H[rows] / areas_H[rows].sum()
+            chances = areas_HW[rows, cols] / areas_HW[rows, cols].sum()
             for index in rng.choice(len(rows), min(draws[stratum], len(rows)), replace=False, p=chances):
                 row, col = int(rows[index]), int(cols[index])
                 score = float(score_HW[row, col])
@@ -188,7 +188,7 @@ def _drawn(
 def strata_of(
     tile: MappedTile, table: ClassTable, band: float
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """(stratum of every pixel, -1 for none; score of its class; area of the pixels of each row) of a tile."""
+    """(stratum of every pixel, -1 for none; score of its class; area of every pixel) of a tile."""
     classes_HW, scores_CHW = read_tile(tile, "classes")[0], read_tile(tile, "scores") / 254
     if len(scores_CHW) == 1 and len(table.classes) == 2:  # the probability of class 1
         score_HW = np.where(classes_HW == 1, scores_CHW[0], 1 - scores_CHW[0])
@@ -205,8 +205,8 @@ def strata_of(
     positions[list(table.values)] = np.arange(len(table.classes))
     of_class_HW = positions[classes_HW]
     strata_HW = np.where(of_class_HW < 0, -1, _PARTS * of_class_HW + 2 * (score_HW >= band) + edge_HW)
-    areas_H = row_areas_m2(tile.tile)
-    return strata_HW, score_HW, np.ones(len(classes_HW)) if areas_H is None else areas_H
+    areas_HW = pixel_areas_m2(tile.tile)
+    return strata_HW, score_HW, np.ones(classes_HW.shape) if areas_HW is None else areas_HW
 
 
 def points_of(strata: Sequence[Stratum], per_stratum: int | None, half_width: float | None) -> NDArray[np.int64]:

@@ -20,7 +20,7 @@ from rayseg.geo.grid import NODATA, Grid, Tile, Window, slug
 from rayseg.geo.region import Region
 from rayseg.io import maps, masks, rasters
 from rayseg.io.class_tables import read_table
-from rayseg.io.maps import MappedTile, mapped_tiles, pixel_area_m2, row_areas_m2
+from rayseg.io.maps import MappedTile, mapped_tiles, pixel_area_m2, pixel_areas_m2
 from rayseg.io.masks import Piece
 from rayseg.io.rasters import footprint
 from rayseg.io.sources import Source, part_of_image
@@ -260,8 +260,8 @@ def _differ_in_area(matches: Sequence[Match]) -> bool:
         if grid.crs is None:
             return False
         for window in (min(windows, key=lambda one: one.row), max(windows, key=lambda one: one.row1)):
-            areas_H = row_areas_m2(Tile("", grid, window))
-            areas += [] if areas_H is None else [float(areas_H.min()), float(areas_H.max())]
+            areas_HW = pixel_areas_m2(Tile("", grid, window))
+            areas += [] if areas_HW is None else [float(areas_HW.min()), float(areas_HW.max())]
     return bool(areas) and max(areas) > _SAME_AREA * min(areas)
 
 
@@ -301,18 +301,17 @@ def compare(matched: Match, table: ClassTable, *, by_area: bool = False) -> Comp
     predicted_HW = positions[matched.piece.read(table)]
     count, tile = len(table.classes), matched.piece.tile
     confusion, areas = (Confusion(np.zeros((count, count), dtype)) for dtype in (np.int64, np.float64))
-    areas_H = row_areas_m2(Tile("", matched.grid, matched.window)) if by_area else None
+    areas_HW = pixel_areas_m2(Tile("", matched.grid, matched.window)) if by_area else None
     for row in range(0, len(truth_HW), STRIP):
         rows = slice(row, row + STRIP)
         pair = truth_HW[rows], predicted_HW[rows]
         confusion += Confusion.from_arrays(*pair, count, ignore=IGNORE)
-        if areas_H is not None:
-            weights_HW = np.broadcast_to(areas_H[rows, None], pair[0].shape)
-            areas += Confusion.from_arrays(*pair, count, ignore=IGNORE, weights=weights_HW)
+        if areas_HW is not None:
+            areas += Confusion.from_arrays(*pair, count, ignore=IGNORE, weights=areas_HW[rows])
     # Counted, because a map that leaves difficult places out would look better.
     unseen = int(((truth_HW != IGNORE) & (predicted_HW == IGNORE)).sum())
     image = None if tile.grid.crs else matched.piece.image
-    return Compared(tile.id, image, confusion, unseen, None if areas_H is None else areas)
+    return Compared(tile.id, image, confusion, unseen, None if areas_HW is None else areas)
 
 
 def summary(compared: Sequence[Compared], table: ClassTable) -> dict[str, Any]:

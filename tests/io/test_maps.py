@@ -1,12 +1,19 @@
 """Areas on the ground: rows of one tile differ, and shares of classes are shares of area."""
 
+import itertools
 import math
 
+import geopandas
 import numpy as np
 import pytest
+from pyproj import Geod, Transformer
+from shapely.geometry import shape
 
 from rayseg.geo.grid import NODATA, Grid, Tile, Window
-from rayseg.io.maps import class_areas, pixel_area_m2, row_areas_m2
+from rayseg.io import vectors
+from rayseg.io.maps import class_areas, pixel_area_m2, pixel_areas_m2
+from rayseg.io.stac_write import lonlat_outline
+from rayseg.vision.color import label_table
 
 EARTH = 5.10065621724e14  # m2, surface of the WGS 84 ellipsoid
 DEGREES = Grid("EPSG:4326", (1.0, 1.0), (0.0, 0.0))
@@ -17,7 +24,7 @@ def tile(grid, *window):
 
 
 def test_the_whole_world_in_degrees_has_the_area_of_the_earth():
-    areas_H = row_areas_m2(tile(DEGREES, -180, -90, 360, 180))
+    areas_H = pixel_areas_m2(tile(DEGREES, -180, -90, 360, 180))[:, 0]
     assert areas_H.sum() * 360 == pytest.approx(EARTH, rel=1e-3)
     # 1 x 1 degree at the equator and at 60 degrees north or south
     assert areas_H[90] == pytest.approx(111_320 * 110_574, rel=3e-3)
@@ -30,7 +37,7 @@ def test_rows_of_web_mercator_shrink_with_the_square_of_the_cosine(south):
     size = 10_000.0
     grid = Grid("EPSG:3857", (size, size), (0.0, 0.0))
     y = 6_378_137 * math.log(math.tan(math.pi / 4 + math.radians(south) / 2))
-    areas_H = row_areas_m2(tile(grid, 40, round(-y / size), 300, 400))
+    areas_H = pixel_areas_m2(tile(grid, 40, round(-y / size), 300, 400))[:, 0]
     lats = [2 * math.atan(math.exp((y - size * (row + 0.5)) / 6_378_137)) - math.pi / 2 for row in (0, 399)]
     assert areas_H[0] == pytest.approx((size * math.cos(lats[0])) ** 2, rel=0.015)
     assert areas_H[-1] == pytest.approx((size * math.cos(lats[1])) ** 2, rel=0.015)
@@ -49,3 +56,45 @@ def test_a_class_near_the_pole_has_the_area_that_it_has_on_the_ground():
 
 def test_without_georeference_there_is_no_area():
     assert class_areas(tile(Grid(None, (1.0, 1.0), (0.0, 0.0), "a"), 0, 0, 4, 4), np.zeros((4, 4), np.uint8)) is None
+
+
+GEOD = Geod(ellps="WGS84")
+
+
+def area_on_earth(grid, window):
+    """By geodesic polygons of small cells, with vertices along their edges."""
+    to_degrees, total = Transformer.from_crs(grid.crs, "EPSG:4326", always_xy=True), 0.0
+    there, still = np.linspace(0, 1, 5)[:-1], np.zeros(4)
+    ring = np.concatenate([there, still + 1, 1 - there, still]), np.concatenate([still, there, still + 1, 1 - there])
+    affine, cols, rows = grid.transform(window), *(np.linspace(0, side, 33) for side in (window.width, window.height))
+    for left, right in itertools.pairwise(cols):
+        for top, bottom in itertools.pairwise(rows):
+            place = left + (right - left) * ring[0], top + (bottom - top) * ring[1]
+            total += abs(GEOD.polygon_area_perimeter(*to_degrees.transform(*(affine @ place)))[0])
+    return total
+
+
+@pytest.mark.parametrize(
+    ("crs", "size", "window", "inner"),
+    [
+        ("EPSG:3413", 1000.0, (-512, -512, 1024, 1024), (-300, -400, 120, 40)),
+        ("EPSG:3413", 4000.0, (-512, -512, 1024, 1024), (400, 400, 100, 100)),  # to 64 N
+        ("EPSG:3031", 1000.0, (-512, -512, 1024, 1024), (-24, -124, 100, 100)),  # nearly around the pole
+        ("EPSG:3995", 1000.0, (-512, -512, 1024, 1024), (2, -6, 478, 10)),  # its pole 2 px away
+        ("EPSG:3995", 250.0, (0, 0, 512, 512), (10, 20, 300, 200)),
+        ("EPSG:4326", 0.01, (1000, -8900, 1500, 100), (1100, -8890, 1200, 60)),
+        ("EPSG:4326", 0.1, (0, 850, 900, 50), (30, 860, 800, 39)),
+    ],
+)
+def test_areas_near_the_poles_are_those_of_the_ground(crs, size, window, inner):
+    """Of classes, polygons and outlines: pixels of a row differ there, and straight edges are curves in degrees."""
+    part = tile(Grid(crs, (size, size), (0.0, 0.0)), *window)
+    classes_HW = np.zeros((part.window.height, part.window.width), np.uint8)
+    classes_HW[Window(*inner).slices(part.window)] = 1
+    expected = area_on_earth(part.grid, Window(*inner))
+    assert class_areas(part, classes_HW)[1] == pytest.approx(expected, rel=5e-4)
+    frame = vectors.join_parts([vectors.polygons_of(classes_HW, None, part.grid, part.window)], label_table(2))
+    assert frame.loc[frame["class"] == 1, "area_m2"].sum() == pytest.approx(expected, rel=5e-4)
+    outline, _ = lonlat_outline(part.grid, Window(*inner))
+    found = geopandas.GeoSeries([shape(outline)], crs=4326).to_crs(vectors.EQUAL_AREA).area.sum()
+    assert found == pytest.approx(expected, rel=5e-3)

@@ -35,7 +35,7 @@ from rayseg.geo.grid import Tile, Window
 from rayseg.geo.region import kept, resolve_region
 from rayseg.io import remote, stac_read, webmap, xyz
 from rayseg.io.labels import chips_of
-from rayseg.io.maps import row_areas_m2
+from rayseg.io.maps import pixel_areas_m2
 from rayseg.io.rasters import grids_of, read
 from rayseg.io.webmap import Fetching
 from rayseg.io.xyz import ingest_xyz
@@ -797,7 +797,7 @@ def test_a_region_over_180_degrees_is_one_scene_each_side_and_no_ground_twice(wo
         tile = Tile.from_row(row)
         inside, _ = kept(region, tile.grid, tile.window)
         _, valid = read(sources, tile.grid, tile.window, bands=["red"])
-        total += float((inside & valid).sum(axis=1) @ row_areas_m2(tile))
+        total += float(pixel_areas_m2(tile)[inside & valid].sum())
     pixel_share = resolution / (0.2 * HALF_WORLD / 180)
     expected_m2 = sum(abs(Geod(ellps="WGS84").geometry_area_perimeter(part)[0]) for part in shape(region).geoms)
     assert total == pytest.approx(expected_m2, rel=4 * pixel_share + 2 * resolution / 4000)

@@ -108,16 +108,17 @@ def test_every_bit_of_ground_has_the_same_chance(predicted, tmp_path, monkeypatc
     """Rows of a tile in degrees differ in area: those with more have more points, and strata are weighted by it."""
 
     def areas(tile):
-        return np.where(np.arange(tile.window.height) < tile.window.height // 2, 9.0, 1.0)
+        upper_H = np.arange(tile.window.height) < tile.window.height // 2
+        return np.broadcast_to(np.where(upper_H, 9.0, 1.0)[:, None], (tile.window.height, tile.window.width))
 
-    monkeypatch.setattr(area, "row_areas_m2", areas)
+    monkeypatch.setattr(area, "pixel_areas_m2", areas)
     content = area.sample(predicted, tmp_path, per_stratum=100, seed=1)
     tiles = {tile.tile.id: tile.tile for tile in maps.mapped_tiles(predicted)}
     upper = [point["row"] < tiles[point["tile"]].window.height // 2 for point in content["points"]]
     assert np.mean(upper) == pytest.approx(0.9, abs=0.06)
     whole = 0.0
     for tile in maps.mapped_tiles(predicted):
-        whole += float((maps.read_tile(tile, "classes")[0] != 255).sum(1) @ areas(tile.tile))
+        whole += float(areas(tile.tile)[maps.read_tile(tile, "classes")[0] != 255].sum())
     assert sum(stratum["area_m2"] for stratum in content["strata"]) == pytest.approx(whole)
 
 
