@@ -42,9 +42,12 @@ class NamingS3(S3FileSystem):  # type: ignore[misc]
             return await super()._call_s3(method, *given, **kwargs)
         except OSError as error:
             values = {name: value for part in (*given, kwargs) for name, value in part.items()}
-            bucket = values.get("Bucket", "")
-            place = f"s3://{bucket}/{values.get('Key', values.get('Prefix', ''))}"
+            bucket, key = values.get("Bucket", ""), values.get("Key", values.get("Prefix", ""))
+            place = f"s3://{bucket}/{key}"
             code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code", "")
+            if method == "head_object" and code in {"400", "403"}:
+                # An answer to HEAD has no body and so no reason; one to GET has.
+                await self._call_s3("get_object", Bucket=bucket, Key=key, Range="bytes=0-0")
             if code in {"NoSuchBucket", "InvalidBucketName"} and method != "create_bucket":
                 # Not a missing file, for which many functions have an answer of their own.
                 raise ConfigError(

@@ -11,7 +11,7 @@ from functools import cache, lru_cache
 from typing import TypeVar
 from urllib.parse import quote, urlsplit
 
-from rayseg.errors import DataError
+from rayseg.errors import ConfigError, DataError
 from rayseg.io.times import in_utc
 from rayseg.store import STORE_ERRORS, public, s3_options, signer, upath
 
@@ -100,7 +100,22 @@ def patiently(
 
 
 def failure(name: str, message: str) -> DataError:
-    """The error of a file that GDAL cannot read: `Passing` where the file is remote and the reason may pass."""
+    """The error of a file that GDAL cannot read: `Passing` where the file is remote and the reason may pass.
+
+    Raises:
+        ConfigError: there is no such bucket, or the object store refuses the keys in use.
+    """
+    if name.startswith("s3://"):
+        path = upath(name)
+        bucket, key, _ = path.fs.split_path(path.path)
+        try:  # GDAL says no more than that the file does not exist
+            path.fs.call_s3("get_object", Bucket=bucket, Key=key, Range="bytes=0-0")
+        except PermissionError as error:
+            if isinstance(error, ConfigError):
+                raise
+            return DataError(public(str(error)))
+        except STORE_ERRORS:
+            pass  # the reason that GDAL gave stands
     final = urlsplit(name).scheme not in {"s3", "http", "https"} or _FINAL.search(message)
     return DataError(message) if final else Passing(message)
 

@@ -111,6 +111,19 @@ KINDS = {
     ("v1", "ServiceAccount"): None,
     ("scheduling.k8s.io/v1", "PriorityClass"): None,
 }
+REQUIRED = {
+    "headGroupSpec": {"template"},
+    "workerGroupSpecs": {"groupName", "template", "minReplicas", "maxReplicas"},
+    "template": {"spec"},
+    "containers": {"name", "image"},
+    "volumeMounts": {"name", "mountPath"},
+    "volumes": {"name"},
+    "ports": {"containerPort"},
+    "seccompProfile": {"type"},
+    "secret": {"secretName"},
+    "httpGet": {"port"},
+}
+"""Field -> what it, or each of its entries, has to have."""
 NEEDED = {"RayCluster": {"headGroupSpec"}, "RayJob": {"entrypoint", "rayClusterSpec"}, "RayService": {"serveConfigV2"}}
 
 
@@ -166,6 +179,38 @@ def doubled(value, path=""):
     found = {name: [one.get(LIST_KEYS[name]) for one in value[name]] for name in LIST_KEYS.keys() & value.keys()}
     here = [f"{path}.{name}: {keys}" for name, keys in found.items() if None not in keys and len(set(keys)) < len(keys)]
     return here + [line for name, inner in value.items() for line in doubled(inner, f"{path}.{name}")]
+
+
+def lacking(value, path=""):
+    """Paths of required fields that are not there."""
+    if isinstance(value, list):
+        return [found for at, one in enumerate(value) for found in lacking(one, f"{path}[{at}]")]
+    if not isinstance(value, dict):
+        return []
+    found = []
+    for name, inner in value.items():
+        found += lacking(inner, f"{path}.{name}")
+        for one in inner if isinstance(inner, list) else [inner]:
+            found += (
+                [f"{path}.{name}.{key}" for key in sorted(REQUIRED.get(name, set()) - one.keys())]
+                if isinstance(one, dict)
+                else []
+            )
+    return found
+
+
+@pytest.mark.parametrize("path", [*JOBS, *KUBERAY], ids=lambda path: path.name)
+def test_all_required_fields_are_there(path):
+    # The ports of a NetworkPolicy are others.
+    assert not [line for d in documents(path) if d["kind"] != "NetworkPolicy" for line in lacking(d)]
+
+
+def test_the_check_of_required_fields_finds_what_is_missing():
+    group = {"groupName": "a", "minReplicas": 0, "template": {"spec": {"containers": [{"name": "x"}]}}}
+    assert lacking({"workerGroupSpecs": [group]}) == [
+        ".workerGroupSpecs[0].template.spec.containers.image",
+        ".workerGroupSpecs.maxReplicas",
+    ]
 
 
 @pytest.mark.parametrize("path", [*JOBS, *KUBERAY], ids=lambda path: path.name)
@@ -292,6 +337,48 @@ def test_entrypoints_are_lines_that_the_command_line_takes(path, tmp_path, monke
     # A word that is read as a path would be a path below the working folder.
     assert str(tmp_path) not in config.load(pipeline_of(words[3]).Config, file or None, given["set_"]).model_dump_json()
     assert ("--set workers=1" in job["spec"]["entrypoint"]) == ("workers" in pipeline_of(words[3]).Config.model_fields)
+
+
+PLACES = {
+    "s3://bucket/masked/catalog.json#masks": "{demo}#truth/landcover",
+    "s3://bucket/masked/catalog.json": "{demo}",
+    "s3://bucket/catalog/catalog.json": "{demo}",
+    "s3://bucket/labelled/catalog.json": "{demo}",
+    "/opt/rayseg": str(ROOT),
+}
+"""What the entrypoints name -> what there is of it here."""
+ITS_CLASSES = {
+    "landcover": ["labelled.absent=[unknown]"],
+    "al-s4gan": ["pool.absent=[unknown]", "pool.size=128"],
+}
+"""The demo has six of the seven classes, and two images."""
+
+
+class Checked(Exception):
+    """A plan whose check has passed."""
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
+def test_entrypoints_pass_the_check_of_a_plan_and_of_a_run(path, demo_region, monkeypatch):
+    """On a catalogue as their buckets have it; weights are on the web, and what a plan tries would take minutes."""
+    (job,) = documents(path)
+    line = job["spec"]["entrypoint"]
+    for place, here in PLACES.items():
+        line = line.replace(place, here.format(demo=demo_region))
+    words = shlex.split(line)[3:]
+    at = words.index("--out")
+    assert words[at + 2 :] == ["--address", "auto"]
+    module = pipeline_of(words[0])
+
+    def forecast(*_):
+        raise Checked
+
+    monkeypatch.setattr(module, "forecast", forecast)
+    monkeypatch.setattr("rayseg.steps.models.expect_weights", lambda *_, **__: None)
+    more = [word for text in ITS_CLASSES.get(words[0], []) for word in ("--set", text)]
+    found = CliRunner().invoke(app, ["plan", "pipeline", *words[:at], *more])
+    assert isinstance(found.exception, Checked), found.output
 
 
 def options_of(words):

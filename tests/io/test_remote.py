@@ -16,9 +16,11 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 import pytest
 import rasterio
+from botocore.exceptions import ClientError
 from rasterio.transform import from_origin
+from s3fs.errors import translate_boto_error
 
-from rayseg.errors import DataError
+from rayseg.errors import ConfigError, DataError, StoreRefused
 from rayseg.geo.grid import Grid, Window
 from rayseg.io import cog, pictures, remote, sources
 from rayseg.io.gdal_errors import gdal_errors
@@ -105,7 +107,32 @@ def test_a_service_that_does_not_sign_is_named_without_the_secret(service):
     assert "OLD" not in str(told.value)
 
 
-def test_reading_is_tried_again_only_where_it_helps(monkeypatch):
+@pytest.fixture
+def answer(monkeypatch):
+    """The error that every request to S3 meets, which the test chooses."""
+    chosen = [OSError("no network")]
+
+    async def fails(*_, **__):
+        raise chosen[0]
+
+    monkeypatch.setattr("s3fs.S3FileSystem._call_s3", fails)
+    return chosen
+
+
+@pytest.mark.parametrize("code", ["ExpiredToken", "NoSuchBucket", "AccessDenied"])
+def test_a_file_that_the_store_refuses_is_named_with_the_cause(answer, code):
+    """GDAL says of all three that the file does not exist."""
+    answer[0] = translate_boto_error(ClientError({"Error": {"Code": code, "Message": code}}, "GetObject"))
+    kind, said = {
+        "ExpiredToken": (StoreRefused, "the session token has expired"),
+        "NoSuchBucket": (ConfigError, "has no bucket 'b'"),
+        "AccessDenied": (DataError, "s3://b/k.tif: AccessDenied; the keys in use need s3:GetObject there: grant it"),
+    }[code]
+    with pytest.raises(kind, match=said):
+        raise remote.failure("s3://b/k.tif", "does not exist in the file system")
+
+
+def test_reading_is_tried_again_only_where_it_helps(monkeypatch, answer):
     monkeypatch.setattr(remote, "WAITS", (0.0, 0.0))
     calls = []
 
