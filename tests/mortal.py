@@ -126,6 +126,28 @@ class Nodes:
         """kill -9 of the node's own processes; those of its workers end with them."""
         self.cluster.remove_node(node, allow_graceful=False)
 
+    def pause(self, node, seconds):
+        """Have nothing of a node answer for a while, as behind a network that is cut."""
+        [raylet] = [found.process.pid for found in node.all_processes["raylet"]]
+        pids = [raylet, *map(int, Path(f"/proc/{raylet}/task/{raylet}/children").read_text().split())]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(seconds)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+    def drain(self, node, seconds):
+        """Give notice that a node ends, and end it after so many seconds, as spot machines do."""
+        from ray._raylet import GcsClient
+
+        reason = 2  # DRAIN_NODE_REASON_PREEMPTION
+        deadline = round((time.time() + seconds) * 1000)
+        accepted, why = GcsClient(address=self.address).drain_node(node.node_id, reason, "spot", deadline)
+        assert accepted, why
+        time.sleep(seconds)
+        self.kill(node)
+
     def of(self, pid):
         """The node that a worker belongs to."""
         parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

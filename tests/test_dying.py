@@ -150,6 +150,14 @@ def _node(nodes, command, worker):
     nodes.kill(nodes.of(worker))
 
 
+def _drained(nodes, command, worker):
+    nodes.drain(nodes.of(worker), 10)
+
+
+def _cut(nodes, command, worker):
+    nodes.pause(nodes.of(worker), 30)
+
+
 def _one_back(nodes, command, worker):
     for node in nodes.all():
         nodes.kill(node)
@@ -174,6 +182,8 @@ def _second(nodes, command, worker):
 
 DEATHS = {
     "a node of two, with the actor": ("Predict", _node, [0]),
+    "a node of two, with the actor, after a notice of 10 s": ("Predict", _drained, [0]),
+    "a node of two, with the actor, answers nothing for 30 s": ("Predict", _cut, [0]),
     "both nodes, one comes back": ("Predict", _one_back, [0]),
     "the actor": ("Predict", _process, [0]),
     "both nodes, none comes back": ("Predict", _none_back, [3, 0]),
