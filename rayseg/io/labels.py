@@ -39,6 +39,9 @@ from rayseg.vision.crops import middle
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 LABEL = "rayseg:label"
+PART = "rayseg:part"
+PARTS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
+"""Folder above those of classes -> part of the images in it."""
 _KINDS = ", ".join(suffix.lstrip(".") for suffix in (*KINDS, *MOSAICS))
 _TIMES = {
     "EXIF_DateTimeOriginal": "EXIF_OffsetTimeOriginal",
@@ -62,12 +65,14 @@ class Chip:
         label: name of its class, None without a label.
         source: its file.
         window: the whole image on its own grid.
+        part: train, validation or test, if its data set says so.
     """
 
     id: str
     label: str | None
     source: Source
     window: Window
+    part: str = ""
 
     def to_row(self) -> dict[str, Any]:
         """The chip as one flat row of plain values; the source as JSON."""
@@ -88,9 +93,11 @@ class Chip:
 def ingest_folder(folder: StorePath, out: StorePath, *, labels: str | None = None) -> str:
     """Describe a folder of PNG, JPEG or GeoTIFF images, with or without georeference, as a STAC catalogue.
 
-    With `labels="folder"` each sub-folder is a class, and its images become items `<class>-<stem>` of the collection
-    `chips` with the property `rayseg:label`; otherwise the images of the folder become items `<stem>` of the collection
-    `imagery`. `sources.band_names` names the bands. An image's time is its own tag, taken as UTC, else its file's time.
+    With `labels="folder"` each sub-folder is a class, and its images (or those of its sub-folder `img`) become items
+    `<class>-<stem>` of the collection `chips` with the property `rayseg:label`. Class folders may lie in folders called
+    `train`, `val` and `test`: items `<folder>-<class>-<stem>` with the property `rayseg:part`. Otherwise the images of
+    the folder become items `<stem>` of the collection `imagery`. `sources.band_names` names the bands. An
+    image's time is its own tag, taken as UTC, else its file's time.
 
     Returns:
         Path of the catalogue.
@@ -107,7 +114,14 @@ def ingest_folder(folder: StorePath, out: StorePath, *, labels: str | None = Non
         raise DataError(f"{folder} holds no images ({_KINDS}); if sub-folders are classes, add --labels folder")
     names = _ids(files)
     # All images are read before anything is written: a half catalogue would be a data set.
-    items, errors = _each(files, lambda path, label: _item(_decoded(_path(path), names[path]), label))
+
+    def described(path: UPath, label: str | None) -> pystac.Item:
+        item = _item(_decoded(_path(path), names[path]), label)
+        if part := _part_of(path, label):
+            item.properties[PART] = PARTS[part]
+        return item
+
+    items, errors = _each(files, described)
     if not items:
         raise _unusable(errors, len(files))
     catalogue = write_catalog(out, {"chips" if labels else "imagery": items})
@@ -220,8 +234,15 @@ def _by_class(folder: UPath) -> Files:
     """The images of all sub-folders, each with its sub-folder's name as class."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; give a folder with a sub-folder of images for each class")
+    # A part without folders of classes, as LiSegAgr's `val`, has no labels.
+    named = [folder / name for name in PARTS if (folder / name).is_dir()]
+    parts = [part for part in named if not _images_in(part) and any(inner.is_dir() for inner in part.iterdir())]
+    if parts:
+        return [file for part in parts for file in _by_class(part)]
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    images = {name: _images_in(folder / name) for name in classes}
+    # The code of Cao & Huang keeps images in a folder below that of the class.
+    inner = {name: folder / name / "img" for name in classes}
+    images = {name: _images_in(inner[name] if inner[name].is_dir() else folder / name) for name in classes}
     # Folders without images, such as one of documents, are not classes.
     filled = [name for name in classes if images[name]]
     if len(filled) < 2:
@@ -232,11 +253,17 @@ def _by_class(folder: UPath) -> Files:
     return [(name, image) for name in filled for image in images[name]]
 
 
+def _part_of(path: UPath, label: str | None) -> str:
+    """Name of the folder above that of an image's class, if it is one of `PARTS`."""
+    folder = path.parents[1] if path.parent.name == "img" else path.parent
+    return folder.parent.name if label and folder.parent.name in PARTS else ""
+
+
 def _ids(files: Files) -> dict[UPath, str]:
     """The id of each image, all different."""
     owners: dict[str, UPath] = {}
     for label, path in files:
-        name = slug(f"{label}-{path.stem}" if label else path.stem)
+        name = slug("-".join(filter(None, [_part_of(path, label), label, path.stem])))
         if name in owners:
             raise DataError(f"{owners[name]} and {path} would both have the id {name}; rename one of them")
         owners[name] = path
@@ -347,7 +374,8 @@ def chips_of(items: Iterable[pystac.Item]) -> list[Chip]:
         source = source_of(item)
         _expect_bytes(source)
         [(grid, _)] = grids_of([source])
-        chips.append(Chip(item.id, item.properties.get(LABEL), source, footprint(source, grid)))
+        part = str(item.properties.get(PART, ""))
+        chips.append(Chip(item.id, item.properties.get(LABEL), source, footprint(source, grid), part))
     expect_one_unit([chip.source for chip in chips])
     return chips
 

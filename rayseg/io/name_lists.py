@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Any
@@ -16,8 +17,8 @@ _IMAGES = {".tif", ".tiff", ".png", ".jpg", ".jpeg"}
 _UNREADABLE: tuple[type[Exception], ...] = (*STORE_ERRORS, ValueError, EOFError)
 
 
-def _read(value: Any) -> Any:  # noqa: ANN401 - any value of a configuration
-    """The names in a file, without folders and suffixes; other values as they are.
+def _read_paths(value: Any) -> Any:  # noqa: ANN401 - any value of a configuration
+    """The names in a file, with their folders and without suffixes; other values as they are.
 
     Raises:
         ValueError: the file cannot be read as a list of names; pydantic validators report it.
@@ -34,17 +35,25 @@ def _read(value: Any) -> Any:  # noqa: ANN401 - any value of a configuration
             known = list(rows[0]) if rows else []
             column = next((name for name in ("id", "name", "image") if name in known), known[0] if known else "")
             entries = [row[column] for row in rows]
-        else:  # a line may name the mask after the image
-            entries = [line.split()[0] for line in data.decode().splitlines() if line.strip()]
+        else:  # a line may name the mask, or the class, after the image
+            entries = [re.split(r"[\s,;]+", line.strip())[0] for line in data.decode().splitlines() if line.strip()]
     except _UNREADABLE as error:
         raise ValueError(
             f"{value} is not a list of names ({error}); give a text file with a name a line, a CSV with the column "
             "id, or an array saved as np.save(FILE, np.array(names, str))"
         ) from None
     paths = [PurePosixPath(entry.replace("\\", "/")) for entry in entries]
-    return [path.stem if path.suffix.lower() in _IMAGES else path.name for path in paths]
+    return [str(path.with_suffix("") if path.suffix.lower() in _IMAGES else path) for path in paths]
 
 
+def _read(value: Any) -> Any:  # noqa: ANN401 - any value of a configuration
+    """The names in a file, without folders and suffixes; other values as they are."""
+    read = _read_paths(value)
+    return read if read is value else [PurePosixPath(name).name for name in read]
+
+
+Paths = Annotated[tuple[str, ...], BeforeValidator(_read_paths)]
+"""Names that may have folders, or a file with a list of them (.txt, .csv, .npy)."""
 Names = Annotated[tuple[str, ...], BeforeValidator(_read)]
 """Names, or a file with a list of them (.txt, .csv, .npy)."""
 

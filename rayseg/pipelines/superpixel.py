@@ -67,6 +67,8 @@ class Config(Frozen):
     """Masks to measure the map with: a folder, `catalog.json#collection[/asset]`, or `#collection` of the region."""
     unlabelled: tuple[str | int, ...] = ()
     """Values or colours of the masks that the measures ignore."""
+    mean_colors: bool = added(default=False)
+    """Write tiles/<id>/mean.tif, the first three bands with each label in its mean value over its scene."""
     baseline: bool = added(default=True)
     """With a truth: measure k-means of segments on parts of the map, and show it in the report."""
 
@@ -244,6 +246,8 @@ def run(config: Config, run: Run, region: Region, plan: Scenes | None = None) ->
     measured = run.step("evaluate", measure, predicted, region, config)
     run.step("publish", mapping.publish, predicted, f"Labels of {region.name}, found without any")
     drawn = run.step("pictures", scenes.draw, listed, divided, predicted)
+    if config.mean_colors:
+        run.step("colors", scenes.paint, listed, predicted)
     simple, truth = None, region.located(config.truth)
     if config.baseline and truth and predicted.value["bundle"]:
         simple = run.step("baseline", simple_labels.measure_baseline, predicted, truth, config.unlabelled)

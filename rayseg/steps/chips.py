@@ -20,6 +20,7 @@ from rayseg.geo.region import Region
 from rayseg.io import labels, stac_read
 from rayseg.io.labels import Chip
 from rayseg.io.masks import by_image, expect_fit, masks_of, read_classes, two_classes
+from rayseg.io.name_lists import Paths
 from rayseg.io.scenes import LabelledImage, masks_on, placed
 from rayseg.io.sources import Source
 from rayseg.models.bundle import Bundle
@@ -50,6 +51,9 @@ class ChipsConfig(Config):
     and measure its accuracy."""
     seed: int = 1337
     """Seed of the split."""
+    test: Paths | None = added(default=None)
+    """Instead of a share: the chips that are held out, by id or file, or a list of them (.txt, .csv, .npy). Without it
+    chips whose folder is called test or val are held out, if there are some."""
     masks: Location | None = added(default=None)
     """Drawn masks of some chips, called by the chip's id or its file's stem: a folder, or `catalog.json#collection`.
     These chips are held out; the masks select the segmenter's epoch."""
@@ -76,8 +80,10 @@ def list_chips(
     chips = find_chips(region, expected, config) if listed is None else listed
     masks = masks_of_chips(chips, config)
     held_out = np.array([chip.id in masks for chip in chips], bool)
+    if named := held_out_by_name(chips, config):
+        held_out |= np.array([chip.id in named for chip in chips], bool)
     # Stratified split: each label has its own random stream, so one label's chips do not affect the draw of another.
-    for number, label in enumerate(expected):
+    for number, label in enumerate(() if named else expected):
         positions = np.flatnonzero([chip.label == label for chip in chips])
         order = np.random.default_rng((config.seed, number)).permutation(positions)
         order = order[np.argsort(~held_out[order], kind="stable")]  # chips with masks first
@@ -109,12 +115,12 @@ def find_chips(region: Region, expected: tuple[str, ...], config: ChipsConfig) -
         raise DataError(
             f"chips of {uri} are labelled {', '.join(unknown)}, expected {' or '.join(expected)}; correct the labels"
         )
-    masks = masks_of_chips(chips, config)
+    masks, named = masks_of_chips(chips, config), held_out_by_name(chips, config)
     for label in expected:
         ids = {chip.id for chip in chips if chip.label == label}
         if not ids:
             raise DataError(f"no chip of {uri} is labelled {label}, expected chips of every label; add some")
-        if round(config.held_out * len(ids)) == len(ids):
+        if not named and round(config.held_out * len(ids)) == len(ids):
             raise DataError(
                 f"chips.held_out {config.held_out} holds out all {len(ids)} chips of {uri} labelled {label}; lower it"
             )
@@ -124,6 +130,32 @@ def find_chips(region: Region, expected: tuple[str, ...], config: ChipsConfig) -
                 "expected some to learn from; leave masks out"
             )
     return chips
+
+
+def held_out_by_name(chips: Sequence[Chip], config: ChipsConfig) -> set[str]:
+    """Ids of the chips that the configuration or their folders hold out; empty where a share is drawn.
+
+    Raises:
+        DataError: a name is that of no chip, or of several; or all chips of a label are held out.
+    """
+    named: set[str] = {chip.id for chip in chips if chip.part in {"test", "validation"}} if not config.test else set()
+    stems = {chip.id: slug(PurePath(chip.source.assets[0][0]).stem) for chip in chips}
+    for name in config.test or ():
+        path = PurePath(name)
+        fitting = [chip for chip in chips if slug(path.name) in {chip.id, stems[chip.id]}]
+        # Files of two classes may have one name: the folders tell.
+        if len(fitting) > 1:
+            fitting = [chip for chip in fitting if chip.label in path.parts]
+        if len(fitting) != 1:
+            raise DataError(
+                f"chips.test names {name}, which is {'several chips' if fitting else 'no chip'}, expected an id such "
+                f"as {chips[0].id}, or a file in the folder of its class; correct the list"
+            )
+        named.add(fitting[0].id)
+    for label in sorted({str(chip.label) for chip in chips} if named else ()):
+        if named >= {chip.id for chip in chips if chip.label == label}:
+            raise DataError(f"all chips labelled {label} are held out, expected some to learn from; shorten chips.test")
+    return named
 
 
 def masks_of_chips(chips: Sequence[Chip], config: ChipsConfig) -> dict[str, tuple[Source, ...]]:

@@ -1,7 +1,7 @@
 """Scenes for per-scene training: select those that can be mapped together, scale values, find the model of a tile."""
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import partial
@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from upath import UPath
 
 from rayseg.engine.ledger import MISSING, SETTLED, Record, Settled
@@ -17,7 +18,7 @@ from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError, listed
 from rayseg.geo.grid import NODATA, Tile, expect_ids, slug
 from rayseg.geo.region import Region
-from rayseg.io import maps, pictures, segments
+from rayseg.io import cog, maps, pictures, rasters, segments
 from rayseg.io.sources import Source
 from rayseg.io.units import common_units, converted, expect_one_dtype, expect_one_unit
 from rayseg.models.bundle import Scaling
@@ -28,7 +29,7 @@ from rayseg.stages.rows import TileRow
 from rayseg.steps import evaluate, report, simple_labels
 from rayseg.steps import map as mapping
 from rayseg.steps.map import MapConfig
-from rayseg.store import put
+from rayseg.store import put, upath
 from rayseg.vision.color import mean_color
 from rayseg.vision.crops import middle
 from rayseg.vision.superpixels import outlined
@@ -263,6 +264,32 @@ def draw(step: Step, listed: Step, divided: Step, predicted: Step) -> dict[str, 
         caption = f"The middle of tile {mapped.tile.id}: pixels vote for one label in each superpixel."
         drawn.append(["Superpixels", f"steps/{step.name}/superpixels.png", caption])
     return {"pictures": drawn}
+
+
+def paint(step: Step, listed: Step, predicted: Step) -> dict[str, Any]:
+    """Write `tiles/<id>/mean.tif`: the first three bands, each label in its mean value over its scene."""
+    tiles, bands = maps.mapped_tiles(predicted.root, predicted.name), tuple(listed.value["bands"][:3])
+
+    def pixels(tile: maps.MappedTile) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+        image_CHW, _ = rasters.read(tile.sources, tile.tile.grid, tile.tile.window, bands=bands)
+        return image_CHW, maps.read_tile(tile, "classes")[0]
+
+    # Two passes, a tile in memory at a time: a label has one colour in all tiles of its scene.
+    sums: dict[str, NDArray[np.float64]] = defaultdict(lambda: np.zeros((len(bands) + 1, NODATA + 1)))
+    for tile in tiles:
+        image_CHW, labels_HW = pixels(tile)
+        flat = labels_HW.ravel()
+        for band, values in enumerate((np.ones_like(flat), *(band_HW.ravel() for band_HW in image_CHW))):
+            sums[tile.tile.grid.image or ""][band] += np.bincount(flat, values, minlength=NODATA + 1)
+    for tile in tiles:
+        image_CHW, labels_HW = pixels(tile)
+        count_K, *of_bands = sums[tile.tile.grid.image or ""]
+        means_CK = np.rint(np.stack(of_bands) / np.maximum(count_K, 1))
+        painted_CHW = means_CK[:, labels_HW].astype(image_CHW.dtype)
+        path = upath(tile.href).parent / "mean.tif"
+        valid_HW = labels_HW != NODATA
+        cog.write_image(path, painted_CHW, tile.tile.grid, tile.tile.window, bands=bands, nodata=0, valid_HW=valid_HW)
+    return {"tiles": len(tiles)}
 
 
 def write_report(

@@ -7,9 +7,10 @@
 `kmeans` and `isodata` give a network of one layer, which takes the same way.
 """
 
+import copy
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property, reduce
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial, reduce
 from itertools import islice
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,7 @@ from pydantic import Field, model_validator
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
-from rayseg.config import Config
+from rayseg.config import Config, added
 from rayseg.engine.ledger import Settled
 from rayseg.errors import DataError
 from rayseg.geo.grid import Tile, Window
@@ -80,6 +81,8 @@ class SceneConfig(Config):
     """Groups into which labels are merged by the distance of their features; None keeps all labels."""
     precision: Precision = "float32"
     """bfloat16 is faster on machines that support it."""
+    keep_every: Annotated[int, Field(ge=0)] = added(default=0)
+    """Networks: epochs between models that are kept as models/SCENE-epoch-N, for `rayseg predict`; 0 keeps none."""
     memory: Annotated[int, Field(ge=0)] = 1 << 30
     """Bytes of patches kept in memory; other patches are read again in every epoch."""
     stall_seconds: Annotated[float, Field(gt=0)] = 86400.0
@@ -258,7 +261,8 @@ class TrainScene:
             history: list[dict[str, float]] = []
             if self.config.network in RECIPES:
                 prefix = f"{self.prefix}/{scene.id}/{seed}"
-                net, history = fit(patches, self.config, prefix=prefix, seed=seed, device=self.device)
+                keep = partial(self._keep_epoch, scene.id, patches, scaling)
+                net, history = fit(patches, self.config, prefix=prefix, seed=seed, device=self.device, keep=keep)
             else:
                 net = nearest(patches, self.config.labels, seed=seed, by_isodata=self.config.network == "isodata")
             net = net.to(self.device)
@@ -270,6 +274,16 @@ class TrainScene:
         reason = f"the network kept one label from each of the seeds {', '.join(map(str, seeds))}"
         reason += ": choose another network, more labels or fewer epochs"
         return Settled("failed", reason, effort)
+
+    def _keep_epoch(self, scene: str, patches: Patches, scaling: Scaling, net: nn.Module, epochs: int) -> None:
+        """Save a copy of the network in training, with its labels merged as those of the trained one."""
+        copied = copy.deepcopy(net)
+        if self.config.recalibrate:
+            with torch.no_grad():
+                recalibrate_batchnorm(copied, (image.to(self.device) for image, _, _ in _some(patches)))
+        groups = grouped(*measured(copied, patches, self.device), most=self.config.merge_to)
+        if int(groups.max()):  # one label is no map
+            self._keep(f"{scene}-epoch-{epochs}", copied, groups, scaling)
 
     def _keep(self, scene: str, net: nn.Module, groups: NDArray[np.intp], scaling: Scaling) -> str:
         labels, classes = len(groups), int(groups.max()) + 1
@@ -299,16 +313,22 @@ class TrainScene:
 
 
 def fit(
-    patches: Patches, config: SceneConfig, *, prefix: str, seed: int, device: torch.device
+    patches: Patches,
+    config: SceneConfig,
+    *,
+    prefix: str,
+    seed: int,
+    device: torch.device,
+    keep: Callable[[nn.Module, int], None] | None = None,
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     """(network on the device, loss and labels of every epoch), trained on all patches, one patch per step.
 
     It resumes from `<prefix>/checkpoint.pt`, written after every epoch, and ends early when all targets of an epoch
-    have the same label: nothing remains to learn.
+    have the same label: nothing remains to learn. `keep` saves the network after every `keep_every` epochs.
     """
     recipe = config.recipe
     # Keys that do not change the weights are left out, so that changing them resumes the training.
-    settings = f"{config.model_dump_json(exclude={'seed', 'merge_to', 'memory', 'stall_seconds'})} {seed}"
+    settings = f"{config.model_dump_json(exclude={'seed', 'merge_to', 'memory', 'stall_seconds', 'keep_every'})} {seed}"
     net = unsupervised.initial(recipe, bands=len(patches.bands), seed=seed).to(device)
     optimizer = recipe.optimizer(net.parameters())
     state = load_checkpoint(prefix, settings) or {"history": []}
@@ -328,6 +348,8 @@ def fit(
             teacher = None
             state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
             save_checkpoint(prefix, settings, state)
+            if keep and config.keep_every and len(history) % config.keep_every == 0:
+                keep(net, len(history))
             number, rate = len(history) - 1, float(optimizer.param_groups[0]["lr"])
             measures = {"loss": row["loss"], "labels": row["labels"], "learning_rate/0": rate}
             write(number, measures, _pictures(net, last) if is_shown(number, epochs) else {})

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,10 @@ from rayseg.train.learning import (
 from rayseg.train.session import Setup, State
 from rayseg.train.windows import Counts, Cut, Draw, Sampling, Step, Waiting, Windows
 
+COARSER = 1.5
+"""Factor by which whole images may be scaled down before it is said that the map is not."""
+_log = logging.getLogger(__name__)
+UNCHANGED = Augment(flip=0.0, quadrants=0.0, rotate=0.0)
 MOST_WINDOWS = 400
 """Windows that a head on a frozen encoder learns from, spread over all images."""
 
@@ -141,6 +146,13 @@ def fit_supervised(
         ModelError: the initial weights or the checkpoint do not fit, or GPU memory is too small.
     """
     expect_supervisable(settings, classes=len(training.pixels_K), workers=setup.workers)
+    sides = [max(image.window.height, image.window.width) / settings.sampling.size for image in training.images]
+    if settings.sampling.whole and max(sides) > COARSER:
+        _log.warning(
+            "whole images teach at 1/%.1f of their resolution, but the map sees imagery as it is: raise sampling.size, "
+            "or map imagery that was scaled likewise",
+            max(sides),
+        )
     spare_cpus = ray.cluster_resources().get("CPU", 0) - setup.workers if ray.is_initialized() else 0
     config = {
         "settings": settings,
@@ -203,6 +215,11 @@ def expect_supervisable(settings: SupervisedConfig, *, classes: int, workers: in
             "leave learning.micro out and use one worker, or set loss.published=false"
         )
     expect_size(settings.sampling.size, reduce=settings.reduce, what="sampling.size")
+    if settings.sampling.whole and settings.network != "decoder":
+        raise ConfigError(
+            f"sampling.whole is set, but network {settings.network} learns from windows at full resolution; leave it "
+            "out"
+        )
 
 
 def _key(settings: SupervisedConfig, *parts: Labelled) -> str:
@@ -370,7 +387,10 @@ def _covering(labelled: Labelled, config: State) -> list[Step]:
     """This worker's share of the windows that cover images once, in batches."""
     settings: SupervisedConfig = config["settings"]
     batch = -(-settings.learning.batch // session.world())
-    size = settings.sampling.size
+    size, images = settings.sampling.size, labelled.images
+    if settings.sampling.whole:
+        draws = [Draw(at, image.window) for at, image in enumerate(images)][session.rank() :: session.world()]
+        return [tuple(draws[start : start + batch]) for start in range(0, len(draws), batch)]
     return windows.cover(labelled.images, size=size, batch=batch, rank=session.rank(), world=session.world())
 
 
@@ -378,5 +398,9 @@ def _inputs(labelled: Labelled, config: State) -> Iterator[tuple[Tensor, Tensor]
     """(network's input, classes (N, H, W) int64) of this worker's share of images, without augmentation."""
     threads = config["settings"].learning.threads
     for cuts in windows.stream([_covering(labelled, config)], labelled.read, on_ray=config["on_ray"], threads=threads):
-        images, classes_NHW = windows.as_read(cuts, config["device"])
+        if config["settings"].sampling.whole:
+            size = config["settings"].sampling.size
+            images, classes_NHW = windows.to_device(cuts, UNCHANGED, config["device"], size=size)
+        else:
+            images, classes_NHW = windows.as_read(cuts, config["device"])
         yield config["scaling"].normalize(images), classes_NHW

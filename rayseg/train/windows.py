@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Generator, Tensor
 
-from rayseg.config import Config
+from rayseg.config import Config, added
 from rayseg.errors import DataError
 from rayseg.geo.grid import Window
 from rayseg.io.scenes import LabelledImage, read_window
@@ -43,6 +43,9 @@ class Sampling(Config):
     """Share of the windows placed over a pixel of a class drawn evenly from all; the others are placed anywhere."""
     windows: Annotated[int, Field(gt=0)] | None = None
     """Windows per epoch; by default as many as cover the images once."""
+    whole: bool = added(default=False)
+    """Show whole images, scaled to `size`, instead of windows, as the published code does; `rare` and `augment.scale`
+    then have no effect. The map sees imagery at its own resolution all the same."""
     cell: Annotated[int, Field(gt=0)] = 64
     """Side in px of the cells in which classes are counted for `rare`."""
 
@@ -110,7 +113,8 @@ class Windows:
 def windows_per_epoch(images: Sequence[LabelledImage], sampling: Sampling, batch: int) -> int:
     """Number of windows in an epoch, rounded up to whole batches."""
     pixels = sum(image.window.height * image.window.width for image in images)
-    return -(-(sampling.windows or pixels // sampling.size**2 + 1) // batch) * batch
+    once = len(images) if sampling.whole else pixels // sampling.size**2 + 1
+    return -(-(sampling.windows or once) // batch) * batch
 
 
 def draw_epoch(
@@ -140,6 +144,11 @@ def draw_epoch(
     """
     rng = np.random.default_rng((seed, 11, epoch))
     total = windows_per_epoch(images, sampling, batch)
+    if sampling.whole:
+        passes = [rng.permutation(len(images)) for _ in range(-(-total // len(images)))]
+        order = np.concatenate(passes)[:total].tolist()
+        whole_images = [Draw(at, images[at].window, seed=int(rng.integers(2**62))) for at in order]
+        return [tuple(whole_images[start : start + batch]) for start in range(0, total, batch)]
     area = np.array([image.window.height * image.window.width for image in images], float)
     # The order of draws is part of the contract: a resumed epoch shows the windows it would have shown.
     chosen = rng.choice(len(images), total, p=area / area.sum())

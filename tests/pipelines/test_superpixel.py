@@ -528,3 +528,33 @@ def test_a_network_that_keeps_one_label_is_tried_from_three_seeds_and_then_repor
     assert "seeds 2021, 2022, 2023" in record.reason
     assert {fate.status for fate in records(tmp_path / "run", "predict").values()} == {"failed"}
     assert "seeds 2021" in json.dumps(read(str(tmp_path / "run")))
+
+
+@pytest.mark.more
+def test_mean_colours_and_a_model_of_each_epoch_on_request(world, tmp_path):
+    words = ("run", "pipeline", "superpixel", "--region", world / "cat" / "catalog.json", "--engine", "inline")
+    words += ("--config", world / "small.yaml", "--set", "mean_colors=true", "--set", "network.keep_every=1")
+    out = finished(tmp_path / "run", *words)
+    # 1. each label has one colour in all tiles of its scene, and it is the mean of its pixels
+    pixels = {}
+    for path in sorted(out.glob("tiles/one_*/classes.tif")):
+        with rasterio.open(path) as classes, rasterio.open(path.with_name("mean.tif")) as mean:
+            assert (mean.crs, mean.transform, mean.count) == (classes.crs, classes.transform, 3)
+            labels_HW, mean_CHW, window = classes.read(1), mean.read(), mean.bounds
+        with rasterio.open(world / "one.tif") as image:
+            image_CHW = image.read(window=image.window(*window), boundless=True)
+        for label in set(np.unique(labels_HW).tolist()) - {255}:
+            where = labels_HW == label
+            pixels.setdefault(label, []).append((image_CHW[:, where], mean_CHW[:, where]))
+    for parts in pixels.values():
+        image_CN, mean_CN = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+        assert (mean_CN == mean_CN[:, :1]).all()
+        np.testing.assert_allclose(mean_CN[:, 0], image_CN.mean(axis=1), atol=0.51)
+    # 2. a model of each epoch maps on its own, another image too
+    assert {path.name for path in (out / "models").iterdir()} >= {"one", "one-epoch-1", "one-epoch-2", "two-epoch-1"}
+    found = rayseg(
+        "predict", f"{out}#models/one-epoch-1", world / "two.tif", "--out", tmp_path / "map", "--engine", "inline"
+    )
+    assert found.exit_code == 0, found.output
+    last, kept = (bundle.build(out / "models" / name)[1].state_dict() for name in ("one", "one-epoch-1"))
+    assert any(not np.array_equal(tensor, last[key]) for key, tensor in kept.items() if key in last)

@@ -93,3 +93,37 @@ def test_masks_that_fit_no_chip_are_refused(world):
         draw(world, name)
     with pytest.raises(DataError, match=r"all 4 chips of .* labelled gpc have a mask in chips.masks"):
         chips.find_chips(Region("r"), LABELS, config(world))
+
+
+def test_a_list_names_the_chips_that_are_held_out(world, tmp_path):
+    plain = ChipsConfig(source=f"{world}/cat/catalog.json#chips", size=32)
+    # as in Cao & Huang's lists: a path of the class folder, and the class
+    lines = (".\\data\\gpc\\img\\ag.png,0", "nongpc/bn.png,1", "gpc-cg")
+    (tmp_path / "test.txt").write_text("\n".join(lines))
+    named = ChipsConfig.model_validate(plain.model_dump() | {"test": str(tmp_path / "test.txt")})
+    step = Step("chips", str(world / "run"), "", Engine())
+    chips.list_chips(step, Region("r"), LABELS, named)
+    assert [row["id"] for row in chips.rows_of(step, held_out=True)] == ["gpc-ag", "gpc-cg", "nongpc-bn"]
+    assert len(chips.find_chips(Region("r"), LABELS, named)) == 8
+    for names, why in ((["zz"], "zz, which is no chip"), ([f"gpc-{k}g" for k in "abcd"], "labelled gpc are held")):
+        with pytest.raises(DataError, match=why):
+            chips.find_chips(Region("r"), LABELS, plain.model_copy(update={"test": tuple(names)}))
+
+
+def test_folders_called_train_and_test_divide_the_chips(tmp_path):
+    rng = np.random.default_rng(2)
+    for part, names in (("train", "ab"), ("test", "a")):
+        for label in LABELS:
+            inner = tmp_path / "set" / part / label / ("img" if label == "gpc" else "")
+            inner.mkdir(parents=True)
+            for name in names:
+                Image.fromarray(rng.integers(0, 255, (40, 40, 3)).astype(np.uint8)).save(inner / f"{name}.png")
+    (tmp_path / "set" / "val").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "set" / "val" / "unlabelled.png")
+    catalog = labels.ingest_folder(tmp_path / "set", tmp_path / "cat", labels="folder")
+    config = ChipsConfig(source=f"{catalog}#chips", size=32, held_out=0.0)
+    step = Step("chips", str(tmp_path / "run"), "", Engine())
+    chips.list_chips(step, Region("r"), LABELS, config)
+    held, kept = ([row["id"] for row in chips.rows_of(step, held_out=part)] for part in (True, False))
+    assert held == ["test-gpc-a", "test-nongpc-a"]
+    assert kept == ["train-gpc-a", "train-gpc-b", "train-nongpc-a", "train-nongpc-b"]

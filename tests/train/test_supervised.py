@@ -193,6 +193,16 @@ def test_what_cannot_be_trained_is_refused(tmp_path, parts):
     assert not list(tmp_path.iterdir())
 
 
+def test_whole_images_teach_at_the_size_of_training(tmp_path, parts, caplog):
+    settings = changed(epochs=6, sampling=Sampling(size=32, whole=True, windows=24))
+    measures = fit(settings, parts, tmp_path)
+    assert measures["mean_iou"] > 0.5  # at half the resolution; one class for all gives .2
+    assert "whole images teach at 1/2.0 of their resolution, but the map sees imagery as it is" in caplog.text
+    frozen = changed(network="frozen", sampling=Sampling(size=32, whole=True))
+    with pytest.raises(ConfigError, match="network frozen learns from windows at full resolution"):
+        supervised.expect_supervisable(frozen, classes=3, workers=0)
+
+
 # -- workers ----------------------------------------------------------------------------------------------------------
 
 

@@ -83,6 +83,19 @@ def test_an_epoch_covers_the_ground_once_unless_said_otherwise():
     assert {len(step) for step in steps} == {8}
 
 
+def test_whole_images_come_once_each_before_any_comes_again():
+    whole = Sampling(size=32, whole=True)
+    assert windows.windows_per_epoch(IMAGES, whole, 2) == 4
+    steps = drawn(whole, batch=2)
+    assert [len(step) for step in steps] == [2, 2]
+    draws = [draw for step in steps for draw in step]
+    assert {draw.image for draw in draws[:3]} == {0, 1, 2}
+    assert all(draw.window == IMAGES[draw.image].window for draw in draws)
+    images, classes = windows.to_device([read(draw) for draw in steps[0]], STILL, torch.device("cpu"), size=32)
+    assert (images.shape, classes.shape) == ((2, 3, 32, 32), (2, 32, 32))
+    assert "whole" not in Sampling().model_dump()
+
+
 def test_rare_classes_are_looked_for():
     counts = counted((0, 2, 19), (2, 29, 0))
     steps = drawn(SAMPLING.model_copy(update={"rare": 0.6, "windows": 400}), counts=counts)

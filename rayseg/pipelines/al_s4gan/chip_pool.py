@@ -6,6 +6,7 @@ A chip is a window of its scene's files and is read when it is needed.
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -16,13 +17,15 @@ from rayseg.config import Config, added
 from rayseg.engine.manifest import Row, read_rows, write_rows
 from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError, listed
-from rayseg.geo.grid import Window, expect_ids
+from rayseg.geo.grid import Window, expect_ids, slug
 from rayseg.geo.region import Region
 from rayseg.io import labels, rasters, scenes, stac_read
 from rayseg.io.class_tables import Classes
-from rayseg.io.masks import pixels_of
+from rayseg.io.labels import Chip
+from rayseg.io.masks import by_image, expect_fit, masks_of, pixels_of, two_classes
 from rayseg.io.name_lists import Names
 from rayseg.io.scenes import LabelledImage, Pairs
+from rayseg.io.sources import Source
 from rayseg.pipelines.al_s4gan.chip_pixels import dominant, expect_rgb
 from rayseg.steps.labelled import expect_classes, find_images, origins
 from rayseg.steps.models import RGB
@@ -47,7 +50,8 @@ class PoolConfig(Config):
     min_score: Annotated[float, Field(ge=0, le=1)] = added(default=0.0)
     """Of masks `RUN#classes`: pixels whose class has a lower score there are not labelled."""
     chips: Location | None = None
-    """Instead of scenes: whole images with a label each, as `catalog.json#chips` of `ingest folder --labels folder`."""
+    """Instead of scenes: whole images with a label each, as `catalog.json#chips` of `ingest folder --labels folder`.
+    With `masks` (of their names) the labels choose the images, and the masks teach the segmenter."""
     size: Annotated[int, Field(gt=0)] = 320
     """Side of a chip in px: a cell of a scene, or the middle of a labelled image; smaller images are extended."""
     covered: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -131,7 +135,7 @@ def find_chips(region: Region, config: PoolConfig, table: ClassTable) -> ChipLis
         DataError: images or masks cannot be read, or images are not RGB of 8 bits.
     """
     if config.chips:
-        return _labelled_images(config)
+        return _labelled_images(region, config, table)
     images = tuple(
         find_images(
             region,
@@ -166,6 +170,8 @@ def divide(chip_list: ChipList, config: PoolConfig, table: ClassTable, *, seed: 
     """
     if config.chips:
         rows = _by_class(chip_list, config, seed)
+        if chip_list.pixels:
+            _expect_in_pool(chip_list, rows, config, table)
     else:
         parts = _parts(chip_list.images, config, seed)
         if any(parts[name] == "pool" for name in chip_list.pixels):
@@ -183,8 +189,18 @@ def divide(chip_list: ChipList, config: PoolConfig, table: ClassTable, *, seed: 
     return sorted(rows, key=lambda row: str(row["id"]))
 
 
-def _labelled_images(config: PoolConfig) -> ChipList:
-    """Whole labelled images."""
+def _expect_in_pool(chip_list: ChipList, rows: Sequence[Row], config: PoolConfig, table: ClassTable) -> None:
+    """Refuse masks of labelled images that lack a class, or show one in the validation images alone."""
+    counted: dict[str, list[tuple[LabelledImage, NDArray[np.int64]]]] = {"training": [], "validation": []}
+    part_of = {row["id"]: row["part"] for row in rows}
+    for image in chip_list.images:
+        counts = np.array(chip_list.pixels.get(image.id, [0] * len(table.classes)))
+        counted["training" if part_of.get(image.id) == "pool" else "validation"].append((image, counts))
+    expect_classes(counted, table, config.absent)
+
+
+def _labelled_images(region: Region, config: PoolConfig, table: ClassTable) -> ChipList:
+    """Whole labelled images, with their masks if there are some."""
     uri, collection = split_location(str(config.chips))
     chips = labels.chips_of(stac_read.open_items(uri, collection or None))
     classes = tuple(sorted({str(chip.label) for chip in chips if chip.label}))
@@ -192,14 +208,43 @@ def _labelled_images(config: PoolConfig) -> ChipList:
         raise DataError(
             f"{config.chips} has images of {len(classes)} classes, expected a label on each and two or more"
         )
+    masks = _masks_of(chips, str(region.located(config.masks)), table, config.min_score) if config.masks else {}
     rows, images, size = [], [], config.size
     for chip in chips:
         # The middle, as `size` may be less than the image.
         window = middle(Window(0, 0, chip.source.width, chip.source.height), size)
-        images.append(LabelledImage(chip.id, chip.id, chip.source, (), pixels_of(chip.source), window))
+        own = masks.get(chip.id, ())
+        images.append(LabelledImage(chip.id, chip.id, chip.source, own, pixels_of(chip.source), window))
         rows.append(_row(images[-1], window, str(chip.label)))
     expect_rgb(images)
-    return ChipList(tuple(rows), classes, tuple(images), {})
+    counted = scenes.countable([image for image in images if image.masks], table, cell=size) if masks else []
+    pixels = {image.id: tuple(cells.sum(axis=(0, 1)).tolist()) for image, cells in counted}
+    return ChipList(tuple(rows), classes, tuple(images), pixels)
+
+
+def _masks_of(
+    chips: Sequence[Chip], location: str, table: ClassTable, min_score: float
+) -> dict[str, tuple[Source, ...]]:
+    """Id of a chip -> its mask, called by the chip's id or by the stem of its file.
+
+    Raises:
+        DataError: a chip has no mask, a mask is of another size, or the masks name other classes.
+    """
+    by_name = by_image(masks_of(location, names=table.names, min_score=min_score))
+    found = {}
+    for chip in chips:
+        names = (slug(chip.id), slug(PurePath(chip.source.assets[0][0]).stem))
+        masks = next((by_name[name] for name in names if name in by_name), ())
+        if not masks:
+            raise DataError(
+                f"{location} has no mask called {names[0]} or {names[1]}, expected one for each of the {len(chips)} "
+                "images of pool.chips; add it, or leave the image out"
+            )
+        for mask in masks:
+            expect_fit(mask, (chip.source.height, chip.source.width), chip.source.assets[0][0])
+        found[chip.id] = masks
+    read_as = iter(two_classes([mask for masks in found.values() for mask in masks], table, location))
+    return {name: tuple(next(read_as) for _ in masks) for name, masks in found.items()}
 
 
 def _by_class(chip_list: ChipList, config: PoolConfig, seed: int) -> list[Row]:

@@ -90,8 +90,11 @@ class Config(Frozen):
         # Every network that will train; the classifier is not needed if chips are drawn at random.
         networks: dict[str, S4ganConfig | ClassifierConfig] = {}
         if self.segmenter:
-            if self.pool.chips:
-                raise ConfigError("labelled images have no masks to train a segmenter with; set segmenter to null")
+            if self.pool.chips and not self.pool.masks:
+                raise ConfigError(
+                    "labelled images have no masks to train a segmenter with, expected some; name them by pool.masks, "
+                    "or set segmenter to null"
+                )
             expect_segmenter(self.segmenter, workers=self.workers)
             networks["segmenter"] = self.segmenter
         if self.common.classifies:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from small_world import files, finished, goes_on_elsewhere, planned, rayseg, ref
 from rayseg.config import load
 from rayseg.engine.run import read
 from rayseg.geo.region import Region
+from rayseg.io import labels
 from rayseg.models import bundle
 from rayseg.pipelines.al_s4gan import chip_pool, classifier, pipeline
 from rayseg.train import s4gan
@@ -278,6 +280,35 @@ def test_active_learning_alone_tells_accuracy_by_number_of_labels(tmp_path):
     assert [labels for labels, _ in said["report"]["curve"]] == [3, 6, 7]
     assert said["last"]["accuracy"] == said["report"]["curve"][-1][1]
     assert said["pool"]["validation"] == 6
+
+
+@pytest.mark.more
+def test_scene_labels_choose_the_images_and_masks_teach(tmp_path):
+    # 1. UC Merced in small: images of three scenes in folders, masks of other classes in one folder
+    (tmp_path / "masks").mkdir()
+    for k in range(18):
+        classes = draw(tmp_path, "one", seed=k, size=(64, 64))
+        label, name = ("forest", "river", "town")[k % 3], f"{'frt'[k % 3]}{k:02d}.png"
+        (tmp_path / "images" / label).mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "one" / "images" / "a.png", tmp_path / "images" / label / name)
+        Image.fromarray(classes).save(tmp_path / "masks" / name)
+    catalog = labels.ingest_folder(tmp_path / "images", tmp_path / "cat", labels="folder")
+    (tmp_path / "small.yaml").write_text(SETTINGS)
+    words = ["run", "pipeline", "al-s4gan", "--region", f"{catalog}#chips", "--config", tmp_path / "small.yaml"]
+    words += ["--engine", "inline", "--set", f"pool.chips={catalog}#chips", "--set", "pool.validation=[]"]
+    words += ["--set", "baseline=false", "--set", "segmenter.steps=2"]
+    assert "name them by pool.masks" in refused(2, *words, "--out", tmp_path / "no")
+    # 2. the classifier knows scenes, the segmenter what the masks show
+    words += ["--set", f"pool.masks={tmp_path}/masks"]
+    finished(tmp_path / "run", *words)
+    said = read(str(tmp_path / "run"))["steps"]
+    assert said["pool"]["classes"] == ["forest", "river", "town"]
+    classes = [name for _, name, _ in bundle.description(tmp_path / "run" / "models" / "segmenter").classes]
+    assert classes == ["ground", "wood", "water"]
+    assert said["segmenter"]["masks"] == 6  # .35 of the 15 images of the pool
+    assert set(said["measure"]["iou"]) == {"ground", "wood", "water"}
+    (tmp_path / "masks" / "f00.png").unlink()
+    assert "has no mask called forest-f00 or f00, expected one" in refused(3, *words, "--out", tmp_path / "no")
 
 
 REFUSALS = {
