@@ -1,6 +1,7 @@
 """An opened run: its rasters as lazy arrays, its polygons, ledger and measures as tables; nothing is computed."""
 
 import html
+from base64 import b64encode
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,9 +11,11 @@ from rayseg.engine import run as runs
 from rayseg.engine.ledger import Ledger
 from rayseg.errors import ConfigError, DataError, ModelError, listed
 from rayseg.geo.grid import NODATA, Grid, Window
-from rayseg.io import masks, rasters
+from rayseg.io import masks, qgis, rasters
 from rayseg.io.maps import MappedTile, bands_of, mapped_tiles, planned_tiles
+from rayseg.io.qgis import OUTLINE
 from rayseg.store import StorePath, absolute, upath
+from rayseg.vision.color import hex_of
 
 if TYPE_CHECKING:
     import geopandas as gpd
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
     from rayseg.api.model import Model
 
+PICTURE = 1 << 18
+"""Bytes of the map's picture up to which a notebook shows it."""
 Raster = Literal["classes", "sieved", "scores"]
 
 
@@ -189,8 +194,15 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The comparison with truth, as `rayseg evaluate --json` prints it; {} without truth."""
-        return dict(self.request.get("steps", {}).get("evaluate", {}))
+        """The comparison with truth, as `rayseg evaluate --json` prints it; without truth what the report measures.
+
+        That is the area, the shares of the classes, the change across tile borders (`seams`), and the speed.
+        """
+        measured = dict(self.request.get("steps", {}).get("evaluate", {}))
+        if measured.keys() - {"seconds"}:
+            return measured
+        names = ("area_m2", "shares", "seams", "pixels_per_second", "km2_per_hour")
+        return {name: self.report[name] for name in names if self.report.get(name) is not None}
 
     @property
     def ledger(self) -> "pd.DataFrame":
@@ -226,21 +238,40 @@ class Run:
         return Model(trained[0])
 
     def explore(self) -> Any:  # noqa: ANN401 - a widget of lonboard, or a folium map
-        """The plots or polygons on an interactive map: by lonboard, or by folium where that is not installed.
+        """The plots or polygons on an interactive map, in the colours of their classes.
+
+        By lonboard, or by folium where that is not installed.
 
         Raises:
             ConfigError: neither is installed.
-            DataError: the run has written neither plots nor polygons.
+            DataError: the run has written neither plots nor polygons, or they have no CRS.
         """
         shapes = self.plots if self.pipeline == "agri" else self.polygons
+        if shapes.crs is None:
+            raise DataError(
+                f"{self.root} has images without georeference, which no map can place; use run.polygons.plot()"
+            )
+        table = masks.table_of(self.tiles[0].href) if self.tiles else None
+        colors = {value: color for value, _, color in table.classes} if table and "class" in shapes else {}
+        rgb_N3 = np.array([colors.get(value, OUTLINE) for value in shapes.get("class", [0] * len(shapes))], np.uint8)
         try:
             import lonboard
         except ImportError:
-            try:
-                return shapes.explore(column="class" if "class" in shapes else None)
-            except ImportError:
-                raise ConfigError("interactive maps need lonboard or folium: pip install 'rayseg[notebook]'") from None
-        return lonboard.viz(shapes)
+            return _on_folium(shapes, [hex_of((r, g, b)) for r, g, b in rgb_N3.tolist()])
+        fill_N4 = np.column_stack([rgb_N3, np.full(len(shapes), 120, np.uint8)])
+        return lonboard.Map(
+            lonboard.PolygonLayer.from_geopandas(
+                shapes, get_fill_color=fill_N4, get_line_color=rgb_N3, line_width_min_pixels=1
+            )
+        )
+
+    def save_qgis(self) -> str:
+        """Write a QGIS project of the run, as a finished run has it, with styles of its layers; return its path.
+
+        Raises:
+            DataError: the run has no map with a CRS.
+        """
+        return qgis.save(self.root)[0]
 
     def __repr__(self) -> str:
         return f"Run({self.root!r}: {self.pipeline}, {self.request.get('status')})"
@@ -248,8 +279,33 @@ class Run:
     def _repr_html_(self) -> str:
         rows = {"pipeline": self.pipeline, "region": self.request["region"]["name"], "status": self.status}
         rows |= {"summary": self.report["summary"]} if self.report else {}
+        rows |= {"mean IoU": f"{iou:.3f}"} if (iou := self.report.get("mean_iou")) is not None else {}
         cells = "".join(f"<tr><th>{name}</th><td>{html.escape(str(text))}</td></tr>" for name, text in rows.items())
-        return f"<table><caption>{html.escape(self.root)}</caption>{cells}</table>"
+        picture = upath(self.root) / "report" / "map.png"
+        # Small enough for a notebook that is kept with its outputs.
+        image = ""
+        if picture.exists() and len(content := picture.read_bytes()) <= PICTURE:
+            image = (
+                f'<img style="max-width: 480px" alt="map" src="data:image/png;base64,{b64encode(content).decode()}">'
+            )
+        return f"<table><caption>{html.escape(self.root)}</caption>{cells}</table>{image}"
+
+
+def _on_folium(shapes: "gpd.GeoDataFrame", colors: list[str]) -> Any:  # noqa: ANN401 - a folium map
+    try:
+        import folium
+    except ImportError:
+        raise ConfigError("interactive maps need lonboard or folium: pip install 'rayseg[notebook]'") from None
+    west, south, east, north = shapes.total_bounds
+    whole = folium.Map(tiles=None, control_scale=True)  # no map of others in the background: it would need a network
+    fields = [name for name in shapes.columns if name != "geometry"]
+    folium.GeoJson(
+        shapes.assign(_color=colors).to_json(),
+        style_function=lambda row: {"color": row["properties"]["_color"], "weight": 1.2, "fillOpacity": 0.45},
+        tooltip=folium.GeoJsonTooltip(fields),
+    ).add_to(whole)
+    whole.fit_bounds([[south, west], [north, east]])
+    return whole
 
 
 def _file_of(tile: MappedTile, name: Raster) -> str:

@@ -258,12 +258,27 @@ def _evaluate_checkpoints(run: str, truth: str | None, *, as_json: bool) -> None
 def polygonize(
     raster: Annotated[str, typer.Argument(help="A class raster (one band of uint8), or a run.")],
     *,
-    out: Annotated[str, typer.Option("--out", help="Output file, .parquet or .geojson.")],
+    out: Annotated[str, typer.Option("--out", help="Output file: .parquet, .geojson, .gpkg, .fgb or .shp.")],
 ) -> None:
     """Convert a class raster or the tiles of a run to polygons in EPSG:4326 with areas in m2."""
     from rayseg.io import vectors
 
     typer.echo(f"{vectors.polygonize(raster, out)} polygons in {out}")
+
+
+@app.command()
+def export(
+    run: RunPrefix,
+    *,
+    kind: Annotated[str, typer.Option("--format", help="gpkg, shp, fgb, geojson, parquet, cog, or qgis (a project).")],
+    out: Annotated[str | None, typer.Option("--out", help="Output folder or URL; default: RUN/export.")] = None,
+) -> None:
+    """Write a run's polygons or plots, or its rasters as one COG each, in a format of others."""
+    from rayseg.io import export as exports
+    from rayseg.io import qgis
+
+    for path in qgis.save(run) if kind == "qgis" else exports.export(run, kind, out):
+        typer.echo(path)
 
 
 @area_app.command("sample")

@@ -16,7 +16,7 @@ from rayseg.io.written_files import WrittenFile, bands_of, write_file
 from rayseg.store import StorePath
 from rayseg.vision.color import ClassTable
 
-_COG = {"driver": "COG", "compress": "DEFLATE", "blocksize": 512, "bigtiff": "IF_SAFER", "level": 6}
+COG = {"driver": "COG", "compress": "DEFLATE", "blocksize": 512, "bigtiff": "IF_SAFER", "level": 6}
 
 
 def write_classes(
@@ -141,7 +141,7 @@ def scored_classes(
 
 def _encoded(dataset: DatasetWriter, options: dict[str, str]) -> bytes:
     with MemoryFile(ext=".tif") as target:
-        rasterio.shutil.copy(dataset, target.name, **_COG, **options)
+        rasterio.shutil.copy(dataset, target.name, **COG, **options)
         return bytes(target.getbuffer())
 
 

@@ -27,7 +27,7 @@ from rayseg.engine.ledger import Ledger
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import NODATA, Grid, Window
 from rayseg.geo.lonlat import LONLAT, bent, to_lonlat, transformer
-from rayseg.io import seams
+from rayseg.io import export, seams
 from rayseg.io.cog import read_bands
 from rayseg.io.maps import MappedTile, mapped_tiles
 from rayseg.io.masks import table_of
@@ -522,7 +522,7 @@ def write_geojson(frame: "geopandas.GeoDataFrame", path: StorePath) -> None:
 
 
 def polygonize(raster: str, out: str) -> int:
-    """Write the polygons of a class raster, or of all tiles of a run, as `.parquet` or `.geojson`.
+    """Write the polygons of a class raster, or of all tiles of a run, in a format of `export.DRIVERS` or as GeoParquet.
 
     A raster of unnamed or of two classes has no polygons of class 0.
 
@@ -533,15 +533,23 @@ def polygonize(raster: str, out: str) -> int:
         ConfigError: `out` ends otherwise.
         DataError: `raster` is neither, or has no single band of uint8.
     """
-    suffix = upath(out).suffix.lower()
-    if suffix not in {".parquet", ".geojson"}:
-        raise ConfigError(f"{out} ends in {suffix or 'nothing'}, expected .parquet or .geojson")
+    target = upath(out)
+    kinds = {suffix: kind for kind, (_, suffix) in export.DRIVERS.items()} | {".parquet": "parquet"}
+    if target.suffix.lower() not in kinds:
+        raise ConfigError(f"{out} ends in {target.suffix or 'nothing'}, expected {', '.join(sorted(kinds))}")
     parts, table = _parts_of_run(raster) if upath(raster).is_dir() else _parts_of_raster(raster)
-    if suffix == ".parquet":
-        return write_joined(parts, table, out)[0]
-    frame = join_parts(parts, table)
-    write_geojson(frame, out)
-    return len(frame)
+    kind = kinds[target.suffix.lower()]
+    if kind == "parquet":
+        return write_joined(parts, table, target)[0]
+    if kind == "geojson":
+        frame = join_parts(parts, table)
+        write_geojson(frame, target)
+        return len(frame)
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = upath(scratch) / f"{target.stem}.parquet"
+        count, _ = write_joined(parts, table, plain)
+        export.write_vectors(plain, target.parent, kind)
+    return count
 
 
 def _parts_of_run(root: str) -> tuple[Iterable[pa.Table], ClassTable]:

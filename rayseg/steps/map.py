@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
@@ -23,7 +24,7 @@ from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError, listed
 from rayseg.geo.grid import Grid, Tile, Window, slug
 from rayseg.geo.region import Region
-from rayseg.io import labels, stac_read, stac_write, vectors
+from rayseg.io import labels, qgis, stac_read, stac_write, vectors
 from rayseg.io.maps import mapped_tiles
 from rayseg.io.output_grids import beyond_utm, expect_mappable
 from rayseg.io.sources import Source, from_json
@@ -449,7 +450,7 @@ def join_polygons(step: Step, predicted: Step, product: str) -> dict[str, Any]:
 
 
 def publish(step: Step, predicted: Step, title: str) -> dict[str, Any]:
-    """Write collection.json and items.parquet from the items of all tiles, which the ledger stores."""
+    """Write collection.json and items.parquet from the items of all tiles, which the ledger stores; a QGIS project."""
     folder = tiles_prefix(step)
 
     def item_of(tile: tuple[Row, Record]) -> tuple[str, dict[str, Any]]:
@@ -460,4 +461,6 @@ def publish(step: Step, predicted: Step, title: str) -> dict[str, Any]:
         return href, json.loads(content(href))  # earlier versions wrote the item next to the tile only
 
     count = stac_write.write_collection(step.root, concurrently(item_of, done_tiles(predicted)), title=title)
+    if any(Tile.from_row(row).grid.crs for row, _ in islice(done_tiles(predicted), 1)):
+        qgis.save(step.root)
     return {"items": count}

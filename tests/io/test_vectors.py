@@ -300,8 +300,8 @@ def test_a_class_raster_becomes_polygons(tmp_path):
     assert frame["pixels"].sum() == classes.sum()
     cog.write_classes(tmp_path / "b.tif", classes, GRID, Window(0, 0, 60, 60), TABLE)
     assert polygonize(str(tmp_path / "b.tif"), str(tmp_path / "b.geojson")) > count
-    with pytest.raises(ConfigError, match=r"expected .parquet or .geojson"):
-        polygonize(str(tmp_path / "a.tif"), str(tmp_path / "a.shp"))
+    with pytest.raises(ConfigError, match=r"expected .fgb, .geojson, .gpkg, .parquet, .shp"):
+        polygonize(str(tmp_path / "a.tif"), str(tmp_path / "a.kml"))
     cog.write_scores(tmp_path / "s.tif", np.zeros((2, 60, 60), np.uint8), GRID, Window(0, 0, 60, 60), ["a", "b"])
     with pytest.raises(DataError, match="not a class raster: one band of uint8 was expected, 2 bands"):
         polygonize(str(tmp_path / "s.tif"), str(tmp_path / "s.parquet"))
