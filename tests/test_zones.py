@@ -17,13 +17,14 @@ from tiny_maps import TABLE, Bright, described
 
 from rayseg.engine.ledger import Settled
 from rayseg.errors import DataError
-from rayseg.geo.grid import Tile, zone_bounds
-from rayseg.geo.region import resolve_region
+from rayseg.geo.grid import Grid, Tile, zone_bounds, zone_of
+from rayseg.geo.lonlat import polygons_in, transformer, turn_of
+from rayseg.geo.region import on_grid, pixels_inside, resolve_region
 from rayseg.io import labels, vectors
 from rayseg.io.maps import mapped_tiles, pixel_area_m2, pixel_areas_m2
 from rayseg.io.output_grids import beyond_utm, expect_mappable, grids_of
-from rayseg.io.rasters import footprint, source_of_file
-from rayseg.io.sources import Source
+from rayseg.io.rasters import footprint, read, source_of_file
+from rayseg.io.sources import Source, outline_of
 from rayseg.models.segmenter import Probabilities
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, tile_rows
@@ -357,3 +358,45 @@ def test_superpixels_of_one_network_over_a_seam_are_counted_once(tmp_path):
         values = classes_HW[rows, cols]
         assert set(values[abs(lat - 50.2) < 0.006]) == {1}
         assert set(values[abs(lat - 50.2) > 0.01]) == {0}
+
+
+@pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:4167", "EPSG:4284", "EPSG:3857", "EPSG:3395", "EPSG:3832"])
+@pytest.mark.parametrize(
+    ("west", "east", "south"),
+    [
+        (178.5, 182.0, -19.0),
+        (-182.0, -178.5, 63.0),
+        (200.0, 202.0, -19.0),
+        (178.5, 180.0, 10.0),
+        (-180.0, -179.0, 10.0),
+    ],
+)
+def test_a_scene_near_or_beyond_the_end_of_a_turn_is_whole_in_every_zone(tmp_path, crs, west, east, south):
+    """Compared pixel by pixel with the longitude that the scene stores."""
+    origin, step = (turn_of(crs)) or (0.0, 1.0)
+    side = 0.02 * step
+    _, [bottom] = transformer("EPSG:4326", crs).transform([0.0], [south])
+    left, width = origin + west * step, round((east - west) / 0.02)
+    top = bottom + 50 * side
+    values = np.broadcast_to(np.arange(width) + 1, (1, 50, width)).astype("uint16")
+    profile = {"driver": "GTiff", "count": 1, "height": 50, "width": width, "dtype": "uint16", "crs": crs}
+    with rasterio.open(tmp_path / "a.tif", "w", **profile, transform=Affine(side, 0, left, 0, -side, top)) as file:
+        file.write(values)
+    source, total = source_of_file(str(tmp_path / "a.tif"), "a"), 0.0
+    lat = np.mean(transformer(crs, "EPSG:4326").transform([left, left], [bottom, top])[1])
+    for zone in {zone_of((lon + 180) % 360 - 180, lat) for lon in np.linspace(west + 0.01, east - 0.01, 8)}:
+        grid = Grid(zone, (2000.0, 2000.0), (0.0, 0.0), divided=True)
+        window = footprint(source, grid)
+        pixels, valid = read([source], grid, window, bands=source.bands)
+        cols, rows = np.meshgrid(np.arange(window.width) + 0.5, np.arange(window.height) + 0.5)
+        lon, lat_HW = transformer(zone, crs).transform(*(grid.transform(window) @ (cols, rows)))
+        lon = (lon - origin) / step
+        col = (lon + 360 * np.rint(((west + east) / 2 - lon) / 360) - west) / 0.02
+        inside = (col > 0.5) & (col < width - 0.5) & (lat_HW > bottom + side) & (lat_HW < top - side)
+        assert valid[inside].all()
+        assert np.abs(pixels[0][inside] - (col[inside] + 0.5)).max() < 1.1
+        kept = pixels_inside(on_grid(None, grid, window), grid, window)
+        total += (valid & kept).sum() * 4e6
+    parts = polygons_in(outline_of(source))
+    expected = sum(abs(GEOD.geometry_area_perimeter(shapely.segmentize(part, 0.02))[0]) for part in parts)
+    assert total == pytest.approx(expected, rel=0.03)

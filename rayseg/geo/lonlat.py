@@ -8,8 +8,11 @@ from typing import Any
 import antimeridian
 import numpy as np
 import shapely
+from affine import Affine
 from numpy.typing import NDArray
 from pyproj import CRS, Transformer
+from pyproj.crs import ProjectedCRS
+from pyproj.crs.coordinate_operation import EquidistantCylindricalConversion
 from shapely.affinity import translate
 from shapely.errors import TopologicalError
 from shapely.geometry.base import BaseGeometry
@@ -27,6 +30,7 @@ _WIDEST = 270.0  # degrees of longitude of a ring that has long edges and does n
 _AZIMUTHAL = ("Stereographic", "Azimuthal", "Orthographic", "Gnomonic", "Perspective", "Geostationary")
 _BENT = 0.03
 _MOST_PARTS = 4096  # of one edge
+_CYLINDRICAL = ("Mercator", "Cylindrical", "Plate Carr", "Miller")
 _SHORT = 90.0  # degrees of longitude, far less than half a turn
 
 
@@ -248,6 +252,49 @@ def _edge_of(crs: str) -> float | None:
         return None
     middle = [float(parameter.value) for parameter in operation.params if parameter.name.startswith("Longitude of")]
     return middle[0] + 180 if middle and (meridian is None or meridian.longitude == 0) else None
+
+
+@lru_cache(maxsize=256)
+def turn_of(crs: str) -> tuple[float, float] | None:
+    """(x of longitude 0, x per degree of longitude) where x counts turns around the Earth; None in other planes."""
+    system, edge = CRS.from_user_input(crs), _edge_of(crs)
+    if system.is_bound:  # its shift to another datum would be lost
+        return None
+    if geographic(crs):
+        return 0.0, 1.0
+    method = system.coordinate_operation.method_name if system.coordinate_operation else ""
+    if edge is None or "Transverse" in method or not any(name in method for name in _CYLINDRICAL):
+        return None
+    # Of two places in the plane, because projections have several constants that scale x.
+    lons, base = (edge - 270, edge - 90), system.geodetic_crs
+    (left, right), _ = transformer(base.to_2d().to_wkt() if base else LONLAT, crs).transform(lons, (0.0, 0.0))
+    step = (right - left) / 180
+    return left - lons[0] * step, step
+
+
+@lru_cache(maxsize=256)
+def around(crs: str, lon: float) -> tuple[str, Affine] | None:
+    """A plane of the same datum that is continuous within half a turn of a longitude, and the affine to it.
+
+    Transformations to degrees and cylindrical projections jump where a turn ends: of what lies on both sides of it, and
+    of what lies beyond it, one is lost.
+
+    Returns:
+        WKT and affine from (x, y) of `crs`, which may be beyond its turn; None if x does not count turns.
+    """
+    if (turn := turn_of(crs)) is None:
+        return None
+    system = CRS.from_user_input(crs)
+    if not geographic(crs):
+        row = system.to_2d().to_json_dict()
+        row = {key: value for key, value in row.items() if key != "id"} | {"name": "plane"}  # GDAL goes by both
+        [middle] = [value for value in row["conversion"]["parameters"] if value["name"].startswith("Longitude of")]
+        east, middle["value"] = lon - middle["value"], lon
+        return CRS.from_json_dict(row).to_wkt(), Affine.translation(-east * turn[1], 0)
+    # Degrees are those of the Equidistant Cylindrical projection on the equator, but for a factor.
+    plane = ProjectedCRS(EquidistantCylindricalConversion(longitude_natural_origin=lon), geodetic_crs=system.to_2d())
+    metres = math.radians(system.ellipsoid.semi_major_metre)
+    return plane.to_wkt(), Affine.scale(metres) @ Affine.translation(-lon, 0)
 
 
 @lru_cache(maxsize=256)

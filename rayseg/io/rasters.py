@@ -21,13 +21,14 @@ from rasterio.windows import Window as FileWindow
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window
-from rayseg.geo.lonlat import LONLAT, transformer
+from rayseg.geo.lonlat import LONLAT, around, transformer, turn_of
 from rayseg.io import remote
 from rayseg.io.output_grids import aligned, flips, footprint, grids_of
 from rayseg.io.sources import (
     NO_NODATA,
     STORED,
     Source,
+    bounds_of,
     crs_of,
     described,
     expect_same_place,
@@ -44,6 +45,7 @@ __all__ = ["Source", "footprint", "grids_of", "read", "source_of_file", "view"]
 _HUGE = 1e30  # of -3.4e38, float32's usual fill value, little more than nothing is left by an interpolation
 _OPEN_FILES = 24  # per thread; a tile touches few files, and neighbouring tiles the same ones
 _FAR = 6.0  # degrees from the middle of a UTM zone, to which its projection is exact
+_SEAM = 135.0  # degrees of longitude from which files are warped in a plane of their own
 _local = threading.local()
 
 
@@ -312,7 +314,7 @@ def _on_grid(file: DatasetReader, source: Source, href: str, grid: Grid, *, cate
         return flat, Place(extent, *(flips(placed) if grid.crs else (False, False))), (file,)
     # Without XSCALE and YSCALE GDAL estimates the scale for each window, and tiles would differ.
     scale = dict(zip(("XSCALE", "YSCALE"), _scale(placed, grid), strict=True))
-    origin = {"src_crs": crs_of(str(placed.crs)), "src_transform": Affine(*placed.transform)}
+    origin = _continuous(placed)
     goal = {"transform": grid.transform(extent), "width": extent.width, "height": extent.height}
     goal |= {"crs": crs_of(grid.crs), **scale}
     warped = _warp(flat, source.nodata, {**origin, **goal}, categorical=categorical)
@@ -338,9 +340,21 @@ def _warp(dataset: DatasetReader, nodata: float | None, place: dict[str, Any], *
     options = {"XSCALE": 1.0, "YSCALE": 1.0, "tolerance": 1e-9, "resampling": kind, **place}
     # By default GDAL takes a band's fill value for data wherever another band has data.
     options["UNIFIED_SRC_NODATA"] = "NO"
-    # By default GDAL takes a band's fill value for data wherever another band has data.
-    options["UNIFIED_SRC_NODATA"] = "NO"
     return WarpedVRT(dataset, src_nodata=nodata, nodata=nodata, add_alpha=bare, **options)
+
+
+def _continuous(placed: Source) -> dict[str, Any]:
+    """CRS and transform of a file to warp: near the end of a turn around the Earth, or beyond, in a plane around it.
+
+    GDAL transforms to the turn of the CRS alone, and loses pixels up to a third of a degree from its end.
+    """
+    crs, affine = str(placed.crs), Affine(*placed.transform)
+    if turn := turn_of(crs):
+        lons = [(x - turn[0]) / turn[1] for x in bounds_of(placed)[::2]]
+        plane = around(crs, sum(lons) / 2)
+        if plane and max(map(abs, lons)) > _SEAM:
+            return {"src_crs": crs_of(plane[0]), "src_transform": plane[1] @ affine}
+    return {"src_crs": crs_of(crs), "src_transform": affine}
 
 
 def _scale(placed: Source, grid: Grid) -> tuple[float, float]:
