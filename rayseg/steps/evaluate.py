@@ -31,6 +31,7 @@ from rayseg.vision.color import IGNORE, ClassTable, hex_of, label_table, rgb_of
 
 STRIP = 1024
 NAMED = 20
+_MOST_PARTS = 16  # of a pixel along each side
 _SAME_AREA = 1.01  # ratio of the areas of two pixels that count as equal; within UTM zones they differ by .2 %
 OVERALL = {"overall_accuracy": "overall accuracy", "mean_iou": "mean IoU", "fw_iou": "frequency-weighted IoU"}
 PER_CLASS = ("iou", "f1", "precision", "recall")
@@ -45,12 +46,14 @@ class Match:
         truth: masks that overlap the piece, the preferred one first.
         grid: grid on which the masks are read.
         window: of the piece on this grid.
+        parts: pixels of this grid along each side of a pixel of the piece.
     """
 
     piece: Piece
     truth: tuple[Source, ...]
     grid: Grid
     window: Window
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -229,7 +232,8 @@ def _compare_all(
     pieces: Sequence[Piece], truth: Sequence[Source], table: ClassTable, failed: dict[str, str]
 ) -> tuple[list[Compared], dict[str, Any]]:
     """(every match that can be compared, `unmatched` and `coarser` of the result); masks that cannot are `failed`."""
-    matches = match(pieces, truth)
+    sides = {mask: _side_m(mask) for mask in truth}
+    matches = [_divided(matched, sides) for matched in match(pieces, truth)]
     by_area = _differ_in_area(matches)
 
     def attempt(matched: Match) -> Compared | DataError:
@@ -247,7 +251,35 @@ def _compare_all(
     for matched, error in errors:
         hrefs = [source.assets[0][0] for source in (matched.piece.source, *matched.truth)]
         failed[next((href for href in hrefs if href in str(error)), matched.piece.tile.id)] = str(error)
-    return compared, {"unmatched": unmatched(pieces, truth, matches), "coarser": _coarser(matches)}
+    return compared, {"unmatched": unmatched(pieces, truth, matches), "coarser": _coarser(matches, sides)}
+
+
+def _side_m(mask: Source) -> float | None:
+    """Side of a mask's pixels on the ground in metres; None without CRS."""
+    if mask.crs is None:
+        return None
+    [(grid, _)] = rasters.grids_of([mask])
+    return math.sqrt(pixel_area_m2(Tile("", grid, footprint(mask, grid))) or 1.0)
+
+
+def _divided(matched: Match, sides: Mapping[Source, float | None]) -> Match:
+    """A match on parts of the map's pixels if a mask is finer, so that every pixel of the mask counts by its area."""
+    finest = min((side for mask in matched.truth if (side := sides[mask])), default=None)
+    here_m2 = pixel_area_m2(matched.piece.tile) if matched.grid.crs else None
+    if finest is None or here_m2 is None or math.sqrt(here_m2) < _SAME_AREA * finest:
+        return matched
+    ratio = math.sqrt(here_m2) / finest
+    # A whole number of parts for each pixel of both, where there is one.
+    whole = (parts for parts in range(math.ceil(ratio - 0.01), _MOST_PARTS + 1) if _is_whole(parts / ratio))
+    parts = next(whole, min(2 * math.ceil(ratio), _MOST_PARTS))
+    grid, window = matched.grid, matched.window
+    finer = replace(grid, resolution=(grid.resolution[0] / parts, grid.resolution[1] / parts))
+    within = Window(window.col * parts, window.row * parts, window.width * parts, window.height * parts)
+    return replace(matched, grid=finer, window=within, parts=parts)
+
+
+def _is_whole(number: float) -> bool:
+    return abs(number - round(number)) < 0.01
 
 
 def _differ_in_area(matches: Sequence[Match]) -> bool:
@@ -265,18 +297,17 @@ def _differ_in_area(matches: Sequence[Match]) -> bool:
     return bool(areas) and max(areas) > _SAME_AREA * min(areas)
 
 
-def _coarser(matches: Sequence[Match]) -> str:
+def _coarser(matches: Sequence[Match], sides: Mapping[Source, float | None]) -> str:
     """A mask whose pixels differ in size from those that it is compared on, as a remark; "" if there is none."""
     first = {mask: matched for matched in reversed(matches) for mask in matched.truth}
     for mask, matched in first.items():
-        if mask.crs is None or matched.grid.crs is None:
+        there, here_m2 = sides[mask], pixel_area_m2(matched.piece.tile)
+        if there is None or here_m2 is None or matched.grid.crs is None:
             continue
-        [(own, _)] = rasters.grids_of([mask])
-        there, here = (pixel_area_m2(Tile("", grid, footprint(mask, grid))) or 1.0 for grid in (own, matched.grid))
-        if not 1 / _SAME_AREA < there / here < _SAME_AREA:
+        if not 1 / _SAME_AREA < there**2 / here_m2 < _SAME_AREA:
             return (
-                f"{mask.assets[0][0]} has pixels of {math.sqrt(there):.3g} m, the map of {math.sqrt(here):.3g} m; "
-                "masks are compared at the centres of the map's pixels"
+                f"{mask.assets[0][0]} has pixels of {there:.3g} m, the map of {math.sqrt(here_m2):.3g} m; they are "
+                f"compared on pixels of {math.sqrt(here_m2) / matched.parts:.3g} m"
             )
     return ""
 
@@ -297,21 +328,22 @@ def compare(matched: Match, table: ClassTable, *, by_area: bool = False) -> Comp
     # Class values become positions in the table; everything else is ignored.
     positions = np.full(256, IGNORE, np.uint8)
     positions[list(table.values)] = np.arange(len(table.classes))
-    truth_HW = positions[masks.read_classes(matched.truth, matched.grid, matched.window, table)]
     predicted_HW = positions[matched.piece.read(table)]
-    count, tile = len(table.classes), matched.piece.tile
+    count, tile, parts = len(table.classes), matched.piece.tile, matched.parts
     confusion, areas = (Confusion(np.zeros((count, count), dtype)) for dtype in (np.int64, np.float64))
-    areas_HW = pixel_areas_m2(Tile("", matched.grid, matched.window)) if by_area else None
-    for row in range(0, len(truth_HW), STRIP):
-        rows = slice(row, row + STRIP)
-        pair = truth_HW[rows], predicted_HW[rows]
+    unseen, height = 0, max(1, STRIP // parts**2)
+    for row in range(0, len(predicted_HW), height):
+        rows_HW = predicted_HW[row : row + height].repeat(parts, axis=0).repeat(parts, axis=1)
+        strip = Window(matched.window.col, matched.window.row + row * parts, matched.window.width, len(rows_HW))
+        pair = positions[masks.read_classes(matched.truth, matched.grid, strip, table)], rows_HW
         confusion += Confusion.from_arrays(*pair, count, ignore=IGNORE)
-        if areas_HW is not None:
-            areas += Confusion.from_arrays(*pair, count, ignore=IGNORE, weights=areas_HW[rows])
-    # Counted, because a map that leaves difficult places out would look better.
-    unseen = int(((truth_HW != IGNORE) & (predicted_HW == IGNORE)).sum())
+        weights_HW = pixel_areas_m2(Tile("", matched.grid, strip)) if by_area else None
+        if weights_HW is not None:
+            areas += Confusion.from_arrays(*pair, count, ignore=IGNORE, weights=weights_HW)
+        # Counted, because a map that leaves difficult places out would look better.
+        unseen += int(((pair[0] != IGNORE) & (rows_HW == IGNORE)).sum())
     image = None if tile.grid.crs else matched.piece.image
-    return Compared(tile.id, image, confusion, unseen, None if areas_HW is None else areas)
+    return Compared(tile.id, image, confusion, unseen, areas if by_area and tile.grid.crs else None)
 
 
 def summary(compared: Sequence[Compared], table: ClassTable) -> dict[str, Any]:

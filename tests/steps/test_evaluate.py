@@ -93,8 +93,9 @@ def test_truth_on_another_grid_is_read_by_its_nearest_pixels(tmp_path):
     cog.write_classes(tmp_path / "truth" / "a.tif", predicted.repeat(4, 0).repeat(4, 1), finer, window, table)
     result = evaluate.evaluate(str(tmp_path / "run"), str(tmp_path / "truth"))
     assert result["classes"][1]["reference"] == 0  # a mixture of 0 and 2 would be 1
-    assert result["overall"]["overall_accuracy"]["value"] == 1.0
-    assert result["pixels"] == 64 * 64
+    fine = predicted.repeat(4, 0).repeat(4, 1)  # the truth is this, a quarter of a pixel lower and to the right
+    assert result["overall"]["overall_accuracy"]["value"] == (fine[1:, 1:] == fine[:-1, :-1]).mean()
+    assert result["pixels"] == 255 * 255
 
 
 def test_of_two_truths_over_one_place_the_first_labelled_one_counts(tmp_path):
@@ -430,10 +431,27 @@ def test_rows_in_degrees_count_by_the_area_that_they_have(tmp_path):
     assert result["overall"]["overall_accuracy"]["value"] == pytest.approx(share, abs=3e-3)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("here", "there", "cell", "x"), [(10, 2.5, 2.5, 4e5), (10, 4, 2, 5e5), (3, 2, 1, 3e5), (8, 1, 1, 6e5)]
+)
+def test_a_truth_finer_than_the_map_counts_every_one_of_its_pixels_by_area(tmp_path, here, there, cell, x, seed):
+    """`cell` is a side of which both have whole numbers."""
+    rng = np.random.default_rng(seed)
+    predicted, truth = (rng.integers(0, 2, (int(24 * here / side), int(48 * here / side))) for side in (here, there))
+    raster(tmp_path / "map" / "a.tif", predicted, "EPSG:32718", x, 8e6, here)
+    raster(tmp_path / "truth" / "a.tif", truth, "EPSG:32718", x, 8e6, there)
+    result = evaluate.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"), classes=table_file(tmp_path, TWO))
+    both = [np.kron(one, np.ones((int(size / cell),) * 2)) for one, size in ((truth, there), (predicted, here))]
+    expected = [[int(((both[0] == t) & (both[1] == p)).sum()) for p in (0, 1)] for t in (0, 1)]
+    assert result["confusion"] == expected
+
+
 def test_pixels_of_one_size_are_counted_as_before_and_a_finer_truth_is_named(tmp_path):
     raster(tmp_path / "map" / "a.tif", np.eye(40), "EPSG:32718", 4e5, 8e6, 10)
     raster(tmp_path / "truth" / "a.tif", np.kron(np.eye(40), np.ones((4, 4))), "EPSG:32718", 4e5, 8e6, 2.5)
     result = evaluate.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"), classes=table_file(tmp_path, TWO))
     assert "counted" not in result
-    assert result["confusion"] == [[1560, 0], [0, 40]]
+    assert result["confusion"] == [[16 * 1560, 0], [0, 16 * 40]]
+    assert "they are compared on pixels of 2.5 m" in evaluate.text(result)
     assert "truth/a.tif has pixels of 2.5 m, the map of 10 m" in evaluate.text(result)
