@@ -1,6 +1,7 @@
 """A trained model: predict arrays, lazy arrays and image files in this process, with the pixels of `rayseg predict`."""
 
 import html
+import re
 import tempfile
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,9 @@ from rayseg.store import StorePath, absolute
 if TYPE_CHECKING:
     import xarray as xr
     from numpy.typing import NDArray
+
+
+_NUMBERED = re.compile(r"(b|band)?[ _-]?\d+", re.IGNORECASE)
 
 
 class Prediction(NamedTuple):
@@ -63,8 +67,9 @@ class Model:
 
         Args:
             image: a file or URL; or an array (bands, height, width) with the model's bands in their order, in stored
-                values: NaN, infinity, and the nodata of a DataArray (`.rio.nodata`) are missing data. A DataArray with
-                CRS and transform is predicted on its own grid.
+                values: NaN, infinity, what a masked array masks, and the nodata of a DataArray (`.rio.nodata`) are
+                missing data. A DataArray with CRS and transform is predicted on its own grid; bands with names
+                (coordinate `band`, or attribute `long_name`) may have any order.
 
         Returns:
             DataArrays with CRS and transform for a file and a DataArray, arrays for an array.
@@ -76,7 +81,8 @@ class Model:
         if isinstance(image, str | Path):
             return self._file(str(image))
         if isinstance(image, np.ndarray):
-            return self._array(image, is_number(image), None, None)
+            known_CHW = is_number(np.ma.getdata(image)) & ~np.ma.getmaskarray(image)
+            return self._array(np.ma.getdata(image), known_CHW, None, None)
         return self._data_array(image)
 
     def _file(self, image: str) -> Prediction:
@@ -97,6 +103,11 @@ class Model:
         import rioxarray  # noqa: F401 - registers `.rio`
         import xarray as xr
 
+        if not isinstance(image, xr.DataArray):
+            raise DataError(
+                f"the image is a {type(image).__name__}, expected a file, an array or a DataArray; give one"
+            )
+        image = self._in_order(image)
         pixels = np.asarray(image.transpose("band", ...).values)
         valid_CHW = is_number(pixels)
         if image.rio.nodata is not None and np.isfinite(image.rio.nodata):
@@ -115,6 +126,37 @@ class Model:
             return placed.rio.write_crs(image.rio.crs) if image.rio.crs else placed
 
         return Prediction(like(prediction.classes, "classes"), like(prediction.scores, "scores"))
+
+    def _in_order(self, image: "xr.DataArray") -> "xr.DataArray":
+        """The image with the model's bands in their order, by name if its bands have names.
+
+        Raises:
+            DataError: it has not the dimensions band, y and x, its coordinates are not evenly spaced, or it has names
+                and lacks a band.
+        """
+        if sorted(map(str, image.dims)) != ["band", "x", "y"]:
+            raise DataError(
+                f"the image has the dimensions {', '.join(map(str, image.dims))}, expected band, y and x; rename them"
+            )
+        for name in ("y", "x"):
+            steps = np.diff(np.asarray(image[name], np.float64)) if name in image.coords else np.zeros(0)
+            if len(steps) and not np.allclose(steps, steps.mean(), rtol=1e-3, atol=0):
+                raise DataError(
+                    f"the coordinates {name} of the image are not evenly spaced (steps of {steps.min():g} to "
+                    f"{steps.max():g}), so its pixels have no one place; resample it to a regular grid"
+                )
+        wanted, given = list(self.bundle.bands), image.coords.get("band")
+        texts = image.attrs.get("long_name", ()) if given is None or given.dtype.kind not in "UO" else given.values
+        names = [str(name) for name in np.atleast_1d(texts)]
+        if len(names) != image.sizes["band"] or all(map(_NUMBERED.fullmatch, names)):
+            return image  # numbered: taken as the model's, in its order
+        if missing := [name for name in wanted if name not in names]:
+            raise DataError(
+                f"the image has the bands {', '.join(names)} and lacks {', '.join(missing)}, which model "
+                f"{self.bundle.name} expects; add them, or rename them"
+            )
+        ordered: xr.DataArray = image.isel(band=[names.index(name) for name in wanted])
+        return ordered
 
     def _array(
         self,

@@ -87,6 +87,8 @@ def ingest_xyz(
 def _ingested(catalog: str, *, as_json: bool) -> None:
     """Print the catalogue's path, and on stderr what the next command needs of each collection; or all as JSON."""
     from rayseg.io import stac_catalog, stac_read
+    from rayseg.io.output_grids import overlap_note
+    from rayseg.io.sources import name_of_crs
 
     if not as_json:
         typer.echo(catalog)
@@ -100,10 +102,11 @@ def _ingested(catalog: str, *, as_json: bool) -> None:
             continue
         collections[name] = {
             "images": len(sources),
-            "crs": sorted({source.crs or "no CRS" for source in sources}),
+            "crs": sorted({name_of_crs(source.crs or "no CRS") for source in sources}),
             "pixel": sorted({float(f"{abs(source.transform[0]):.6g}") for source in sources}),
             "bands": sorted({", ".join(source.bands) for source in sources}),
             "dtype": sorted({source.dtype for source in sources}),
+            "overlap": overlap_note(sources) if name != "chips" else "",
         }
     if as_json:
         typer.echo(json.dumps({"catalog": catalog, "collections": collections}, indent=1))
@@ -113,7 +116,7 @@ def _ingested(catalog: str, *, as_json: bool) -> None:
         crs, bands, dtype = (" and ".join(facts[key]) for key in ("crs", "bands", "dtype"))
         pixels = " to ".join(f"{size:g}" for size in dict.fromkeys([facts["pixel"][0], facts["pixel"][-1]]))
         line = f"{use}{catalog}#{name}: {facts['images']} images, {crs}, pixels of {pixels}, bands {bands} ({dtype})"
-        typer.echo(line, err=True)
+        typer.echo(f"{line}\n{facts['overlap']}".rstrip(), err=True)
 
 
 @labels_app.command("export")

@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 import shapely
 
-from rayseg.errors import DataError
+from rayseg.errors import DataError, listed
 from rayseg.geo import lonlat
 from rayseg.geo.grid import Grid, Window, zone_bounds, zone_of
 from rayseg.geo.lonlat import LONLAT, PAST_POLES, from_lonlat, polygons_in, within
@@ -179,6 +179,25 @@ def expect_mappable(source: Source, *, tile: int) -> None:
             )
     [(grid, _)] = grids_of([source])
     footprint(source, grid)
+
+
+def overlap_note(sources: Sequence[Source]) -> str:
+    """Which image counts where several show one place, as a sentence; "" if no two do."""
+    placed = [source for source in newest_first(sources) if source.crs is not None]
+    outlines = np.array([outline_of(source) for source in placed], object)
+    one_P, other_P = shapely.STRtree(outlines).query(outlines, predicate="intersects")
+    one_P, other_P = one_P[one_P < other_P], other_P[one_P < other_P]
+    shared_P = shapely.area(shapely.intersection(outlines[one_P], outlines[other_P]))
+    # Neighbours share an edge, up to rounding.
+    more_P = shared_P > 1e-6 * np.minimum(shapely.area(outlines[one_P]), shapely.area(outlines[other_P]))
+    over = [placed[at] for at in np.unique([*one_P[more_P], *other_P[more_P]]).astype(int)]
+    if not over:
+        return ""
+    times = {source.datetime for source in over}
+    rule = "the first by name" if len(times) == 1 else "the newest"
+    rule += "" if len(times) in {1, len(over)} else ", of equal times the first by name"
+    order = listed([f"{source.item_id} ({source.datetime or 'no date'})" for source in over], most=3)
+    return f"{len(over)} of {len(sources)} images overlap; where they do {rule} is used, in the order {order}."
 
 
 def footprint(source: Source, grid: Grid) -> Window:

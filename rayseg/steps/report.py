@@ -25,6 +25,7 @@ from rayseg.engine.ledger import Ledger
 from rayseg.engine.run import Step
 from rayseg.io import masks
 from rayseg.io.maps import MappedTile, mapped_tiles, seam_score
+from rayseg.io.output_grids import overlap_note
 from rayseg.io.pictures import encoded, pictures_of, shown_colors
 from rayseg.steps.baseline import Comparison
 from rayseg.store import is_local, put, relocated, upath
@@ -316,7 +317,9 @@ def write_report(
     pictures = pictures_of(tiles, most=MOST_MAPS)
     behind = extras.baseline.first if extras.baseline else ""
     summary = " ".join(filter(None, [behind, _summary(tiles, classes)]))
-    content["lead"] = " ".join(filter(None, [summary, extras.labels]))
+    # A tile of several sources shows the first that is valid.
+    shared = dict.fromkeys(source for tile in tiles if len(tile.sources) > 1 for source in tile.sources)
+    content["lead"] = " ".join(filter(None, [summary, overlap_note(list(shared)), extras.labels]))
     content["figures"] = _figures(classes, evaluation, timing, content["ledgers"][predicted.name], polygons)
     content["maps"] = [
         MapPicture(

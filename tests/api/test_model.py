@@ -70,3 +70,38 @@ def test_arrays_that_the_model_does_not_accept_are_refused(world, tmp_path):
     with pytest.raises(ModelError):
         public.load_model(tmp_path)
     assert "classification" in repr(public.load_model(classifier(tmp_path / "c")))
+
+
+def test_bands_of_a_lazy_array_are_taken_by_name_in_any_order(world):
+    image, model = rioxarray.open_rasterio(world["image"]).load(), world["model"]
+    expected = model.predict(image).classes.values
+    names = list(model.bundle.bands)
+    for order in ([2, 0, 1], [1, 2, 0], [0, 1, 2]):
+        named = image.isel(band=order).assign_coords(band=[names[at] for at in order])
+        assert np.array_equal(model.predict(named).classes.values, expected)
+        long = image.isel(band=order).assign_attrs(long_name=tuple(names[at] for at in order))
+        assert np.array_equal(model.predict(long).classes.values, expected)
+        assert np.array_equal(model.predict(named.transpose("y", "x", "band")).classes.values, expected)
+    with pytest.raises(DataError, match=f"has the bands nir, {names[1]}, {names[2]} and lacks {names[0]}"):
+        model.predict(image.assign_coords(band=["nir", *names[1:]]))
+    with pytest.raises(DataError, match="has the dimensions y, x, expected band, y and x"):
+        model.predict(image[0])
+    with pytest.raises(DataError, match="the image is a Dataset"):
+        model.predict(image.to_dataset(name="a"))
+
+
+def test_uneven_coordinates_are_refused(world):
+    image = rioxarray.open_rasterio(world["image"]).load()
+    for name in ("x", "y"):
+        places = np.delete(np.arange(image.sizes[name]), 10)
+        with pytest.raises(DataError, match=f"the coordinates {name} of the image are not evenly spaced"):
+            world["model"].predict(image.isel({name: places}))
+    assert world["model"].predict(image.isel(x=slice(0, None, 2))).classes.shape[1] == (image.sizes["x"] + 1) // 2
+
+
+def test_masked_values_of_a_plain_array_are_missing(world):
+    image = rioxarray.open_rasterio(world["image"]).load().values
+    mask = np.zeros(image.shape, bool)
+    mask[:, 10:30, 20:50] = True
+    classes = world["model"].predict(np.ma.array(image, mask=mask)).classes
+    assert np.array_equal(classes == 255, mask[0])
