@@ -214,11 +214,8 @@ def predict(
     A segmenter gives a map. A classifier gives class and score of each image, tile or polygon: classes.csv, .json and
     .parquet. --set units.of=tiles, units.polygons=FILE and units.pictures=true (Grad-CAM++) choose what.
     """
-    from rayseg.config import load
-    from rayseg.engine.run import Engine
-
-    resolved = load(pipeline_of("predict").Config, None, [f"model={model}", *(set_ or ())])
-    _execute(out, "predict", resolved, area_of(source, tiles), Engine(engine, address), as_json=as_json)
+    region = area_of(source, tiles)
+    _run_with({"model": model}, set_, out, "predict", region, engine=engine, address=address, as_json=as_json)
 
 
 @app.command()
@@ -236,13 +233,10 @@ def remap(
     --set threshold=.7, 'classes.merge={built: [building, road]}', 'classes.drop=[water]', inside=FILE, or
     polygons.min_area=50.
     """
-    from rayseg.config import load
-    from rayseg.engine.run import Engine
     from rayseg.steps.remap import polygons_of, region_of
 
-    polygons = [f"polygons.{key}={json.dumps(value)}" for key, value in polygons_of(run).items()]
-    resolved = load(pipeline_of("remap").Config, None, [f"run={run}", *polygons, *(set_ or ())])
-    _execute(out, "remap", resolved, region_of(run), Engine(engine, address), as_json=as_json)
+    settings = {"run": run} | {f"polygons.{key}": value for key, value in polygons_of(run).items()}
+    _run_with(settings, set_, out, "remap", region_of(run), engine=engine, address=address, as_json=as_json)
 
 
 @app.command()
@@ -259,13 +253,10 @@ def refresh(
 
     --set model=PREFIX maps all of it with another model, --set map.imagery=CATALOGUE from another catalogue.
     """
-    from rayseg.config import load
-    from rayseg.engine.run import Engine
     from rayseg.steps.remap import map_settings, region_of
 
-    settings = [f"{key}={json.dumps(value)}" for key, value in map_settings(run).items()]
-    resolved = load(pipeline_of("predict").Config, None, [*settings, *(set_ or ())])
-    _execute(out, "predict", resolved, region_of(run), Engine(engine, address), as_json=as_json)
+    region = region_of(run)
+    _run_with(map_settings(run), set_, out, "predict", region, engine=engine, address=address, as_json=as_json)
 
 
 @app.command()
@@ -280,13 +271,31 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Compare the maps of two runs: which class became which, in hectares, as a map and as polygons."""
-    from rayseg.config import load
-    from rayseg.engine.run import Engine
     from rayseg.geo.region import Region
     from rayseg.steps.remap import region_of
 
-    resolved = load(pipeline_of("diff").Config, None, [f"before={before}", f"after={after}", *(set_ or ())])
-    _execute(out, "diff", resolved, Region(region_of(after).name), Engine(engine, address), as_json=as_json)
+    settings, region = {"before": before, "after": after}, Region(region_of(after).name)
+    _run_with(settings, set_, out, "diff", region, engine=engine, address=address, as_json=as_json)
+
+
+def _run_with(
+    settings: Mapping[str, Any],
+    set_: list[str] | None,
+    out: str,
+    pipeline: str,
+    region: "Region",
+    *,
+    engine: str,
+    address: str | None,
+    as_json: bool,
+) -> None:
+    """Run a pipeline with the settings that a command derives; --set takes precedence."""
+    from rayseg.config import load
+    from rayseg.engine.run import Engine
+
+    derived = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    resolved = load(pipeline_of(pipeline).Config, None, [*derived, *(set_ or ())])
+    _execute(out, pipeline, resolved, region, Engine(engine, address), as_json=as_json)
 
 
 def _execute(

@@ -358,7 +358,6 @@ def status(root: str) -> dict[str, Any]:
             continue
         account = Ledger(str(manifest.parent / "ledger")).account(ids.chunks)
         steps[manifest.parent.name] = asdict(account)
-    begun = _begun(root)
     # A killed process leaves "running" behind, but not its lock.
     killed = content["status"] == "running" and not _is_locked(root)
     ended, reason = "killed" if killed else content["status"], content.get("reason", "")
@@ -371,7 +370,7 @@ def status(root: str) -> dict[str, Any]:
         "pipeline": content["pipeline"],
         "status": ended,
         "reason": reason,
-        "times": {folder.name: _load(folder / "done.json").get("seconds") for folder in begun},
+        "times": {folder.name: _load(folder / "done.json").get("seconds") for folder in _begun(root)},
         "steps": steps,
         "damaged": damaged,
     }

@@ -116,8 +116,7 @@ def _fit_members(
     means = {key: float(np.mean([row[key] for row in measures])) for key in measures[0]}
     # 2. keep their mean, after the warm-up and after all stages
     described, kept = _segmenter(config), {}
-    parents = (split_location(listed.value["source"])[0],)
-    provenance = described.provenance.model_copy(update={"parents": parents})
+    provenance = described.provenance.model_copy(update={"parents": (split_location(listed.value["source"])[0],)})
     for name, stage in (("warm-up", "warm_up"), ("segmenter", None)):
         if stage is None or config.segmenter.warm_up.epochs:
             networks = [trained_segmenter(*member, stage=stage) for member in members]
@@ -171,9 +170,8 @@ def write_report(
     else:
         learnt += "no mask was drawn, so the segmenter's last epoch is kept."
     caption = "Chips labelled gpc, their Grad-CAM++, and the coarse masks of the first training (grey: undecided)."
-    shown = (("Cues", drawn.value["picture"], caption),)
     compared = baseline.comparison(simple.value, simple.value["product"], name="this map") if simple else None
-    extras = report.Extras(labels=learnt, pictures=shown, baseline=compared)
+    extras = report.Extras(labels=learnt, pictures=(("Cues", drawn.value["picture"], caption),), baseline=compared)
     return report.write_report(step, predicted, polygons, measured, extras)
 
 
@@ -204,10 +202,7 @@ def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:
 
 
 def _learn(config: Config, region: Region, run: Run) -> None:
-    """All before the map: short trainings, cues of a few chips, and a segmenter of empty masks.
-
-    The map is then timed with a network that finds nothing: a network learnt from empty masks is useless.
-    """
+    """Run every step before the map in short: few cues, and a segmenter of empty masks, which finds nothing."""
     listed = run.step("chips", chips.list_chips, region, LABELS, config.chips)
     classifier = run.step("classifier", estimate.training, fit_yes_no, listed, config)
     few = run.step("few", _list_few, listed)

@@ -94,8 +94,7 @@ def list_scenes(step: Step, region: Region, config: Config, *, plan: Scenes | No
     """List the scenes, and take the percentiles by which their values become 0..1."""
     if not step.manifest.exists():
         plan = plan or _find(region, config)
-        contract = {"bands": plan.bands, "dtype": plan.dtype}
-        put(step.prefix / "contract.json", json.dumps(contract).encode())
+        put(step.prefix / "contract.json", json.dumps({"bands": plan.bands, "dtype": plan.dtype}).encode())
         write_rows(step.manifest, plan.rows)
     # Read again, because a resumed step does not search the scenes again.
     contract = json.loads((step.prefix / "contract.json").read_bytes())

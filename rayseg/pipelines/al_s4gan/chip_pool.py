@@ -6,6 +6,7 @@ A chip is a window of its scene's files and is read when it is needed.
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
@@ -136,17 +137,8 @@ def find_chips(region: Region, config: PoolConfig, table: ClassTable) -> ChipLis
     """
     if config.chips:
         return _labelled_images(region, config, table)
-    images = tuple(
-        find_images(
-            region,
-            config.images,
-            config.masks,
-            table=table,
-            setting="pool.images",
-            pairs=config.pairs,
-            min_score=config.min_score,
-        )
-    )
+    find = partial(find_images, region, config.images, config.masks, table=table, setting="pool.images")
+    images = tuple(find(pairs=config.pairs, min_score=config.min_score))
     _parts(images, config, seed=0)  # wrong names are refused before anything is read
     expect_rgb(images)
     # 1. pixels of each class in every cell of the scenes with masks
