@@ -124,7 +124,15 @@ def put_run(root, count):
         facts = {"counts": {"0": 1}, "pairs": 1, "changes": 0, "parts": len(parts), "item": stac_write.packed(item)}
         rows.append(tile.to_row() | {"sources": text, "refused": ""})
         records.append(
-            {"id": tile.id, "status": "done", "reason": "", "attempt": 1, "seconds": "{}", "facts": json.dumps(facts)}
+            {
+                "id": tile.id,
+                "status": "done",
+                "reason": "",
+                "attempt": 1,
+                "seconds": "{}",
+                "facts": json.dumps(facts),
+                "files": "{}",
+            }
         )
     for name, rows_of, schema in (("manifest", rows, None), ("ledger/records-0", records, COLUMNS)):
         sink = pa.BufferOutputStream()
@@ -143,7 +151,8 @@ def publish(root):
 
         from rayseg import mapping
 
-    mapping.bundle.description = lambda _prefix: SimpleNamespace(classes=CLASSES)
+    # An earlier version reads the bundle by `load`.
+    mapping.bundle.description = mapping.bundle.load = lambda _prefix: SimpleNamespace(classes=CLASSES)
     predicted = Step("predict", root, "key", Engine("inline"), {"bundle": f"{root}/models/m"})
     with measured() as joining:
         polygons = mapping.join_polygons(Step("polygons", root, "key", Engine("inline")), predicted, "found")
