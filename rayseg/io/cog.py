@@ -11,6 +11,7 @@ from rasterio.io import DatasetWriter, MemoryFile
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Window
+from rayseg.io.remote import patient
 from rayseg.io.sources import crs_of, gdal, open_file
 from rayseg.io.written_files import WrittenFile, bands_of, write_file
 from rayseg.store import StorePath
@@ -150,6 +151,7 @@ def _expect_bytes(path: StorePath, values: np.ndarray) -> None:
         raise DataError(f"{path}: {values.dtype} values were to be written, expected uint8 with 255 for nodata")
 
 
+@patient
 def read_bands(path: StorePath) -> np.ndarray:
     """All bands of a small raster of our own, (bands, height, width).
 

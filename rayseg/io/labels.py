@@ -27,6 +27,7 @@ from rayseg.io.drivers import KINDS, MOSAICS, TIFF, files_in, kind_of, warn_of_r
 from rayseg.io.masks import pixels_of, read_classes
 from rayseg.io.output_grids import footprint, grids_of
 from rayseg.io.rasters import read
+from rayseg.io.remote import patient
 from rayseg.io.sources import PIXELS, Source, crs_of, gdal, open_file, part_of_image, ring_of, source_of_file
 from rayseg.io.stac_read import source_of
 from rayseg.io.stac_write import PROJECTION, lonlat_geometry, write_catalog
@@ -308,6 +309,7 @@ def _described(href: str, name: str) -> Source:
     return source if source.crs else replace(source, transform=PIXELS)
 
 
+@patient
 def _decoded(href: str, name: str) -> Source:
     """The image as a source; it is decoded once in full, to detect damage before anything is written."""
     source = _described(href, name)

@@ -16,6 +16,7 @@ from rayseg.engine.manifest import Manifest, read_rows
 from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Tile, Window
 from rayseg.geo.lonlat import geographic
+from rayseg.io.remote import patient
 from rayseg.io.sources import Source, from_json, gdal, open_file
 from rayseg.store import StorePath, absolute, upath
 
@@ -103,6 +104,7 @@ def _manifest(root: StorePath, step: str) -> Manifest:
     return read_rows(path, root=absolute(str(root)).rstrip("/"))
 
 
+@patient
 def read_tile(tile: MappedTile, name: str) -> NDArray[np.uint8]:
     """A raster of a tile, (bands, height, width) uint8.
 
@@ -118,6 +120,7 @@ def read_tile(tile: MappedTile, name: str) -> NDArray[np.uint8]:
         return np.asarray(dataset.read(), np.uint8)
 
 
+@patient
 def bands_of(tile: MappedTile, name: str) -> tuple[str, ...]:
     """Names of the bands of a raster of a tile: classes, scores or sieved."""
     href = str(upath(tile.href).parent / f"{name}.tif")
@@ -274,6 +277,7 @@ def _borders(tiles: Iterable[MappedTile]) -> list[tuple[_Strip, _Strip]]:
     return borders
 
 
+@patient
 def _across(border: tuple[_Strip, _Strip]) -> tuple[int, int]:
     """(pairs with data, those of two classes) over a border."""
     strips = []

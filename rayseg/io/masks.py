@@ -21,6 +21,7 @@ from rayseg.io import drivers, stac_read
 from rayseg.io.maps import MappedTile
 from rayseg.io.output_grids import footprint, grids_of
 from rayseg.io.rasters import read, source_of_file
+from rayseg.io.remote import patient
 from rayseg.io.sources import NO_NODATA, Source, from_json, gdal, open_file, part_of_image
 from rayseg.io.stac_write import IMAGE
 from rayseg.store import split_location, suffix_of, upath
@@ -466,6 +467,7 @@ def table_of(href: str) -> ClassTable | None:
 
 
 @lru_cache(maxsize=4096)
+@patient
 def _legend(href: str) -> tuple[dict[int, str], dict[int, RGB] | None]:
     """(class names by value as rayseg stores them, colours of the palette by index) of a raster."""
     with gdal(href), open_file(href) as dataset:

@@ -18,7 +18,7 @@ from rayseg.geo.grid import NODATA, Grid, Window
 from rayseg.io import cog
 from rayseg.io.maps import MappedTile, width_m
 from rayseg.io.rasters import changed, footprint, is_number, view
-from rayseg.io.remote import patiently
+from rayseg.io.remote import patient, patiently
 from rayseg.io.sources import Source, gdal, open_file
 from rayseg.io.times import time_order
 from rayseg.vision.color import RGB, UNCHANGED, ClassTable, overlay
@@ -194,6 +194,7 @@ def mosaic(tiles: Sequence[MappedTile], *, size: int, title: str) -> Picture:
     canvas = _Canvas(extent, max(1.0, max(extent.width, extent.height) / size))
     classes_HW = np.full(canvas.shape, NODATA, np.uint8)
 
+    @patient
     def classes_of(tile: MappedTile) -> NDArray[np.uint8]:
         with gdal(tile.href), open_file(tile.href) as dataset:
             shape = canvas.shape_of(tile.tile.window)

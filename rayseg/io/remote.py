@@ -7,14 +7,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import cache, lru_cache
-from typing import TypeVar
+from functools import cache, lru_cache, partial, wraps
+from typing import ParamSpec, TypeVar
 from urllib.parse import quote, urlsplit
 
 from rayseg.errors import ConfigError, DataError
 from rayseg.io.times import in_utc
 from rayseg.store import STORE_ERRORS, public, s3_options, signer, upath
 
+P = ParamSpec("P")
 T = TypeVar("T")
 SETTINGS = {
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
@@ -97,6 +98,16 @@ def patiently(
             if pause(min(max(wait, failure.wait), LONGEST_WAIT)):
                 raise
     return attempt()
+
+
+def patient(read: Callable[P, T]) -> Callable[P, T]:
+    """The function, which reads a file, repeated by `patiently`: each attempt opens the file again."""
+
+    @wraps(read)
+    def repeated(*args: P.args, **kwargs: P.kwargs) -> T:
+        return patiently(partial(read, *args, **kwargs))
+
+    return repeated
 
 
 def failure(name: str, message: str) -> DataError:

@@ -9,6 +9,7 @@ from rasterio.windows import Window as FileWindow
 
 from rayseg.geo.grid import Grid, Window
 from rayseg.io import cog
+from rayseg.io.remote import patient
 from rayseg.io.sources import gdal, open_file
 from rayseg.store import StorePath
 
@@ -32,9 +33,14 @@ def read_segments(files: Sequence[tuple[Window, StorePath]], window: Window) -> 
             continue
         # Files lie on one grid, so windows are whole pixels and nothing is resampled.
         at = FileWindow(part.col - covers.col, part.row - covers.row, part.width, part.height)
-        with gdal(str(path), part), open_file(str(path)) as dataset:
-            segments_HW[part.slices(window)] = dataset.read(1, window=at)
+        segments_HW[part.slices(window)] = _numbers(str(path), part, at)
     return segments_HW
+
+
+@patient
+def _numbers(path: str, part: Window, at: FileWindow) -> NDArray[np.uint32]:
+    with gdal(path, part), open_file(path) as dataset:
+        return np.asarray(dataset.read(1, window=at), np.uint32)
 
 
 def without_specks(classes_HW: NDArray[np.uint8], valid_HW: NDArray[np.bool_], *, size: int) -> NDArray[np.uint8]:

@@ -140,6 +140,7 @@ def from_json(text: str) -> list[Source]:
     return [Source.from_row(row) for row in json.loads(text)]
 
 
+@remote.patient
 def source_of_file(href: str, item_id: str, *, datetime: str | None = None) -> Source:
     """The image file at `href` as a source of its own; `band_names` gives the names of its bands.
 

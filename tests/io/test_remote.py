@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
@@ -22,7 +23,7 @@ from s3fs.errors import translate_boto_error
 
 from rayseg.errors import ConfigError, DataError, StoreRefused
 from rayseg.geo.grid import Grid, Window
-from rayseg.io import cog, pictures, remote, sources
+from rayseg.io import cog, maps, pictures, remote, segments, sources
 from rayseg.io.gdal_errors import gdal_errors
 from rayseg.io.output_grids import footprint, grids_of
 from rayseg.io.rasters import read
@@ -149,6 +150,30 @@ def test_reading_is_tried_again_only_where_it_helps(monkeypatch, answer):
         with pytest.raises(DataError):
             remote.patiently(lambda name=name, why=reason: read(name, why, 9))
         assert calls == [reason]
+
+
+def test_files_of_a_run_are_read_again_where_that_helps(monkeypatch):
+    """Class rasters, superpixels, masks: GDAL gives up an open file whose connection is reset."""
+    monkeypatch.setattr(remote, "WAITS", (0.0, 0.0))
+    opened = []
+
+    def fails(href, *_):
+        opened.append(href)
+        raise remote.Passing("TIFFReadEncodedTile() failed")
+
+    for module in (cog, segments, maps):
+        monkeypatch.setattr(module, "open_file", fails)
+    window = Window(0, 0, 4, 4)
+    tile = SimpleNamespace(href="/a/classes.tif")
+    for read_it in (
+        lambda: cog.read_bands("/a/b.tif"),
+        lambda: segments.read_segments([(window, "/a/b.tif")], window),
+        lambda: maps.read_tile(tile, "scores"),
+    ):
+        opened.clear()
+        with pytest.raises(remote.Passing):
+            read_it()
+        assert len(opened) == 3
 
 
 def test_waits_are_those_given_or_the_servers_own_and_end_when_the_caller_gives_up():
