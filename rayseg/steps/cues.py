@@ -1,6 +1,7 @@
 """Coarse masks from image-level labels: the steps of gpc between classifier and segmenter."""
 
 import io
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import matplotlib
@@ -110,16 +111,7 @@ def write_cues(
     rows = chips.rows_of(listed, held_out=False)
     positive = [row for row in rows if row["label"] == YES]
     if densities:
-        # The concept: colours that all positive chips have and no negative one.
-        colors = [
-            (
-                np.load(io.BytesIO(density_path(str(densities.prefix), row["id"]).read_bytes()), allow_pickle=False)
-                for row in rows
-                if row["label"] == label
-            )
-            for label in LABELS
-        ]
-        decide = [_divide(config), Work(ConceptCue(concept.evidence(*colors), doubtful=config.doubtful))]
+        decide = [_divide(config), Work(ConceptCue(evidence_in(densities, rows), doubtful=config.doubtful))]
     else:
         segment = Segment(
             config.network,
@@ -131,6 +123,18 @@ def write_cues(
         decide = [Work(segment, cpus=0.5, gpus=0.5), Work(CamCue(objects=config.objects))]
     works = [*_seen(classifier, config, size), *decide, Work(WriteCue(str(step.prefix)))]
     return {"cues": str(step.prefix), **_through(step, positive, works, patience)}
+
+
+def evidence_in(densities: Step, rows: list[Row]) -> concept.Plane:
+    """The evidence of the concept: colours that all positive chips have and no negative one, from their densities."""
+
+    def planes(label: str) -> Iterator[concept.Plane]:
+        for row in rows:
+            if row["label"] == label:
+                content = density_path(str(densities.prefix), row["id"]).read_bytes()
+                yield np.load(io.BytesIO(content), allow_pickle=False)
+
+    return concept.evidence(*map(planes, LABELS))
 
 
 def _seen(classifier: Step, config: CuesConfig, size: int) -> list[Work]:

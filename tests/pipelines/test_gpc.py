@@ -20,6 +20,7 @@ from rayseg.models import bundle
 from rayseg.pipelines import gpc
 from rayseg.steps import cues, report
 from rayseg.train import segmenter
+from rayseg.vision import concept
 
 pytestmark = pytest.mark.e2e
 
@@ -188,6 +189,21 @@ def test_chips_that_cannot_be_read_say_how_to_go_on_when_they_are_mended(tmp_pat
     path.write_bytes(whole)
     with pytest.raises(DataError, match=rf"first chip \(Cam: .*{tmp_path}/none"):  # it was read this time
         cues.write_densities(replace(step, engine=replace(engine, retry=True)), listed, classifier, settings, 64, 60.0)
+
+
+def test_the_concept_is_what_positive_chips_have_and_negative_ones_lack(tmp_path):
+    densities = Step("densities", str(tmp_path), "", Engine("inline"))
+    densities.prefix.mkdir(parents=True)
+    green, red = (-20, 5), (20, 5)
+    rows = [{"id": f"{label}-{k}", "label": label} for label in (cues.YES, cues.NO) for k in range(2)]
+    for row in rows:
+        colors_N2 = np.array([green, red] if row["label"] == cues.YES else [red])
+        plane = concept.density(colors_N2, np.ones(len(colors_N2)))
+        np.save(densities.prefix / f"{row['id']}.npy", plane)
+    evidence = cues.evidence_in(densities, rows)
+    at_green, at_red = (evidence[a + concept.REACH, b + concept.REACH] for a, b in (green, red))
+    assert at_green > 3
+    assert at_red < 0
 
 
 @pytest.mark.more  # test_predict.py and engine/test_flow.py: both engines, the same bytes
