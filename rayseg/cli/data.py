@@ -234,6 +234,8 @@ def evaluate(
     if agreement:
         scores = evaluate.agreement_of_rasters(prediction, truth)
         typer.echo(json.dumps(scores, indent=1) if as_json else evaluate.agreement_text(scores))
+        if scores.get("failed"):
+            raise typer.Exit(DataError.exit_code)
         return
     if classify.has_classes(prediction):
         result = classify.evaluate_classes(prediction, truth)
@@ -243,6 +245,8 @@ def evaluate(
     if plots or (plots is None and not classes and evaluate_plots.are_plots(prediction, truth)):
         compared = evaluate_plots.evaluate_plots(prediction, truth)
         typer.echo(json.dumps(compared, indent=1) if as_json else evaluate_plots.text(compared))
+        if compared.get("failed"):
+            raise typer.Exit(DataError.exit_code)
         return
     result = evaluate.evaluate(prediction, truth, classes=classes)
     typer.echo(json.dumps(result, indent=1) if as_json else evaluate.text(result))

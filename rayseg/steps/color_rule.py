@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from skimage.color import rgb2lab
 
 from rayseg.engine.run import Step
+from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA
 from rayseg.io import masks, pictures
 from rayseg.io.maps import mapped_tiles
@@ -79,7 +80,9 @@ def measure_baseline(step: Step, listed: Step, predicted: Step, truth: str, size
     # 2. compare both with the truth on the same tiles, evenly spread over the region
     table = ClassTable(bundle.description(predicted.value["bundle"]).classes)
     tiles = {tile.tile.id: tile for tile in mapped_tiles(predicted.root, predicted.name)}
-    reference = masks.two_classes(masks.masks_of(truth, names=table.names), table, truth)
+    failed: dict[str, str] = {}  # named by the step that evaluates the map
+    drawn = masks.masks_of(truth, names=table.names, failed=failed)
+    reference = masks.two_classes(drawn, table, truth, failed=failed)
     matches = evaluate.match(masks.pieces_of_tiles(list(tiles.values())), reference)
     area = float(np.mean([match.window.width * match.window.height for match in matches]))
     chosen = sorted({round(at) for at in np.linspace(0, len(matches) - 1, min(int(MOST_PIXELS / area), len(matches)))})
@@ -87,10 +90,11 @@ def measure_baseline(step: Step, listed: Step, predicted: Step, truth: str, size
     sums, shown = [empty, empty], list[tuple[str, str, str]]()
     for match in (matches[at] for at in chosen):
         tile = tiles[match.piece.tile.id]
-        truth_HW, map_HW = (
-            masks.read_classes(match.truth, match.grid, match.window, table),
-            match.piece.read(table),
-        )
+        try:
+            truth_HW = masks.read_classes(match.truth, match.grid, match.window, table)
+        except DataError:
+            continue
+        map_HW = match.piece.read(table)
         image_HWC = pictures.shown(tile.sources, tile.tile.grid, tile.tile.window)
         rule_HW = np.where(map_HW == NODATA, NODATA, rule(image_HWC)).astype(np.uint8)
         for at, marked_HW in enumerate((map_HW, rule_HW)):

@@ -249,8 +249,7 @@ def _compare_all(
     if errors and not compared:
         raise errors[0][1]
     for matched, error in errors:
-        hrefs = [source.assets[0][0] for source in (matched.piece.source, *matched.truth)]
-        failed[next((href for href in hrefs if href in str(error)), matched.piece.tile.id)] = str(error)
+        failed[failed_name(matched, error)] = str(error)
     return compared, {"unmatched": unmatched(pieces, truth, matches), "coarser": _coarser(matches, sides)}
 
 
@@ -502,14 +501,27 @@ def agreement_of_run(
         DataError: nothing matches, or no pixel is labelled in both.
     """
     tiles = mapped_tiles(root, step)
-    sources, skipped = _truth(truth, unlabelled)
+    failed: dict[str, str] = {}
+    sources, skipped = _truth(truth, unlabelled, failed)
     # A mask of 0 and 255 is a mask of two classes, unless 255 is excluded.
-    sources = sources if NODATA in unlabelled else masks.two_classes(sources, None, truth)
+    sources = sources if NODATA in unlabelled else masks.two_classes(sources, None, truth, failed=failed)
     counts: dict[str, Pairs] = defaultdict(Counter)
     for matched in match(masks.pieces_of_tiles(tiles), sources):
         grid = matched.piece.tile.grid
-        counts[grid.image or grid.name] += _pairs(*_coded(matched, skipped))
-    return _of_scenes(counts, truth)
+        # A mask that cannot be read fails alone.
+        try:
+            counts[grid.image or grid.name] += _pairs(*_coded(matched, skipped))
+        except DataError as error:
+            failed[failed_name(matched, error)] = str(error)
+    if failed and not any(counts.values()):
+        raise DataError(next(iter(failed.values())))
+    return _of_scenes(counts, truth) | ({"failed": failed, "troubles": failed} if failed else {})
+
+
+def failed_name(matched: Match, error: DataError) -> str:
+    """The file of a match that an error names, else the id of its tile."""
+    hrefs = [source.assets[0][0] for source in (matched.piece.source, *matched.truth)]
+    return next((href for href in hrefs if href in str(error)), matched.piece.tile.id)
 
 
 def _of_scenes(counts: Mapping[str, Pairs], truth: str) -> dict[str, Any]:
@@ -556,10 +568,12 @@ def expect_truth(pieces: Sequence[Piece], truth: str, *, unlabelled: Sequence[st
     match(pieces, sources)
 
 
-def _truth(truth: str, unlabelled: Sequence[str | int]) -> tuple[list[Source], set[int]]:
+def _truth(
+    truth: str, unlabelled: Sequence[str | int], failed: dict[str, str] | None = None
+) -> tuple[list[Source], set[int]]:
     """(the masks, the codes of the excluded values or colours)."""
     skipped = {value if isinstance(value, int) else _code(rgb_of(value)) for value in unlabelled} | {_UNSEEN}
-    return masks.masks_of(truth, names=("landcover",)), skipped
+    return masks.masks_of(truth, names=("landcover",), failed={} if failed is None else failed), skipped
 
 
 def _measured(pairs: Pairs) -> dict[str, float]:
@@ -621,4 +635,5 @@ def agreement_text(scores: Mapping[str, Any]) -> str:
     mean, count = scores["mean"], len(scores["scenes"])
     over = f" (mean of {count} scenes)" if count > 1 else ""
     measures = f"AMI {mean['ami']:.3f}, FMI {mean['fmi']:.3f}, ARE {mean['are']:.3f}"
-    return f"Against the truth{over}: {measures}; FMI and ARE reward one label for everything, AMI does not."
+    more = f" Not compared: {'; '.join(scores['failed'].values())}." if scores.get("failed") else ""
+    return f"Against the truth{over}: {measures}; FMI and ARE reward one label for everything, AMI does not.{more}"

@@ -75,7 +75,7 @@ def are_plots(prediction: str, truth: str) -> bool:
         return False
     if truth.lower().endswith(SUFFIXES):
         return True
-    references = masks.masks_of(truth)
+    references = masks.masks_of(truth, failed={})
     return all(len(mask.bands) == 1 and masks.table_of(mask.assets[0][0]) is None for mask in references)
 
 
@@ -94,12 +94,20 @@ def evaluate_plots(prediction: str, truth: str) -> dict[str, Any]:
     Raises:
         DataError: nothing matches, or a file cannot be used.
     """
-    compared, unmatched = compared_pieces(prediction, truth)
+    failed: dict[str, str] = {}
+    compared, unmatched = compared_pieces(prediction, truth, failed)
     count = Count()
     for part in compared:
-        count.add(part.piece, part.predicted(), part.truth())
+        # A mask that cannot be read fails alone.
+        try:
+            count.add(part.piece, part.predicted(), part.truth())
+        except DataError as error:
+            failed[part.piece.tile.id] = str(error)
+    if failed and not count.pixels["known"]:
+        raise DataError(next(iter(failed.values())))
     pieces = [part.piece for part in compared]
-    return {"prediction": prediction, "truth": truth} | count.summary(pieces) | {"unmatched": unmatched}
+    result = {"prediction": prediction, "truth": truth} | count.summary(pieces) | {"unmatched": unmatched}
+    return result | ({"failed": failed, "troubles": failed} if failed else {})
 
 
 def evaluate_run(step: Step, tiles: Step, truth: str) -> dict[str, Any]:
@@ -107,8 +115,12 @@ def evaluate_run(step: Step, tiles: Step, truth: str) -> dict[str, Any]:
     return evaluate_plots(tiles.root, truth)
 
 
-def compared_pieces(prediction: str, truth: str) -> tuple[list[Compared], dict[str, Any]]:
+def compared_pieces(
+    prediction: str, truth: str, failed: dict[str, str] | None = None
+) -> tuple[list[Compared], dict[str, Any]]:
     """The parts of a prediction that have a reference, and the names without one; arguments as `evaluate_plots`.
+
+    Masks that cannot be opened are added to `failed`, if it is given and others can be.
 
     Raises:
         DataError: nothing matches, or a file cannot be used.
@@ -116,7 +128,7 @@ def compared_pieces(prediction: str, truth: str) -> tuple[list[Compared], dict[s
     pieces = _pieces(prediction, truth)
     if truth.lower().endswith(SUFFIXES):
         return _by_polygons(pieces, Polygons.open(truth))
-    return _by_masks(pieces, masks.masks_of(truth))
+    return _by_masks(pieces, masks.masks_of(truth, failed=failed))
 
 
 def expect_reference(truth: str) -> None:
@@ -128,7 +140,7 @@ def expect_reference(truth: str) -> None:
     if truth.lower().endswith(SUFFIXES):
         Polygons.open(truth)
     else:
-        masks.masks_of(truth)
+        masks.masks_of(truth, failed={})
 
 
 def _plots_of(href: str) -> str:
@@ -140,7 +152,7 @@ def _pieces(prediction: str, truth: str) -> Pieces:
     """The pieces of a run, or of the masks in a folder, with ids in place of classes."""
     if not (upath(prediction) / "run.json").exists():
         predicted = masks.masks_of(prediction)
-        placed = truth.lower().endswith(SUFFIXES) or any(mask.crs for mask in masks.masks_of(truth))
+        placed = truth.lower().endswith(SUFFIXES) or any(mask.crs for mask in masks.masks_of(truth, failed={}))
         numbers = {mask: number for number, mask in enumerate(predicted)}
         return {piece: numbers[piece.source] for piece in masks.pieces_of_masks(predicted, placed=placed)}
     tiles = maps.mapped_tiles(prediction)

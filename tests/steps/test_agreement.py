@@ -10,7 +10,7 @@ from sklearn.metrics import adjusted_mutual_info_score, fowlkes_mallows_score
 from small_world import BANDS, rayseg
 
 from rayseg.io import cog
-from rayseg.steps.evaluate import agreement_of_rasters, agreement_of_run
+from rayseg.steps.evaluate import agreement_of_rasters, agreement_of_run, agreement_text
 
 KINDS_HW = np.repeat([[0, 1, 2]], 48, axis=0).repeat(16, axis=1)
 
@@ -85,3 +85,24 @@ def test_any_two_label_rasters_are_compared_whatever_their_values_and_names(tmp_
     mapped = [written(name, [4, 5, 6], "uint8", placed=True) for name in ("p", "q")]
     [scene] = agreement_of_rasters(*map(str, mapped))["scenes"].values()
     assert (scene["pixels"], scene["ami"]) == (KINDS_HW.size, pytest.approx(1))
+
+
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_a_damaged_mask_fails_alone_and_is_named(tmp_path, kept):
+    scenes = {name: (picture(KINDS_HW % 2), KINDS_HW.astype(np.uint8), (0, 200 * k)) for k, name in enumerate("ab")}
+    make(tmp_path / "run", scenes)
+    (tmp_path / "truth").mkdir()
+    for k, name in enumerate("ab"):
+        values_CHW = np.random.default_rng(k).integers(0, 3, (1, 48, 48)).astype(np.uint8)
+        cog.write_image(
+            tmp_path / "truth" / f"{name}.tif", values_CHW, UTM, place(KINDS_HW, 0, 200 * k), bands=("kind",)
+        )
+    broken = tmp_path / "truth" / "b.tif"
+    data = broken.read_bytes()
+    broken.write_bytes(data[: int(kept * len(data))])
+    result = agreement_of_run(str(tmp_path / "run"), str(tmp_path / "truth"))
+    assert sum(scene["pixels"] for scene in result["scenes"].values()) == KINDS_HW.size
+    assert result["troubles"] == result["failed"]
+    assert all("b.tif" in reason for reason in result["failed"].values())
+    assert "Not compared" in agreement_text(result)
+    assert rayseg("evaluate", tmp_path / "run", tmp_path / "truth", "--agreement").exit_code == 3

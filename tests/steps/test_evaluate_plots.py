@@ -177,3 +177,21 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         file.write(squares().astype(np.float32), 1)
     with pytest.raises(DataError, match="expected one band of whole numbers"):
         evaluate_plots(root, str(tmp_path / "masks"))
+
+
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_a_damaged_mask_fails_alone_and_is_named(tmp_path, kept):
+    for k in range(3):
+        ids_png(tmp_path / "truth", f"chip{k}", squares(gap=4))
+        ids_png(tmp_path / "found", f"chip{k}", squares(gap=4))
+    broken = tmp_path / "truth" / "chip1.png"
+    data = broken.read_bytes()
+    broken.write_bytes(data[: int(kept * len(data))])
+    result = evaluate_plots(str(tmp_path / "found"), str(tmp_path / "truth"))
+    assert (result["units"], result["counts"]["matched"]) == (2, 32)
+    [reason] = result["failed"].values()
+    assert "chip1.png" in reason
+    assert "not compared" in text(result)
+    ended = rayseg("evaluate", tmp_path / "found", tmp_path / "truth", "--plots")
+    assert ended.exit_code == 3
+    assert "chip1.png" in ended.stdout
