@@ -84,7 +84,7 @@ def _orientation(file: DatasetReader, href: str) -> int:
         whole = file.driver == "PNG"
         with closing(_stored(href, whole=whole)) as opened, suppress(struct.error, zlib.error, ValueError):
             # The errors are those of damaged metadata, such as a directory that ends early.
-            tag = _tag_of(BytesIO(_png_exif(opened)) if whole else opened)
+            tag = _tag_of(BytesIO(png_exif(opened)) if whole else opened)
     if tag is None and (xmp := _XMP.search("".join(file.tags(ns="xml:XMP").values()))):
         tag = int(xmp[1])
     return tag or 1
@@ -133,9 +133,13 @@ def _tag_of(content: BinaryIO) -> int | None:
     return None
 
 
-def _png_exif(opened: BinaryIO) -> bytes:
-    """EXIF of a PNG: its chunk eXIf, before or after the pixels, else a text as ImageMagick writes it, else nothing."""
-    text = b""
+def png_exif(opened: BinaryIO) -> bytes:
+    """EXIF of a PNG: its chunk eXIf, before or after the pixels, else a text as ImageMagick writes it, else nothing.
+
+    Raises:
+        ValueError, zlib.error: the text is damaged.
+    """
+    text, packed = b"", False
     at = 8  # after the signature
     while len(head := opened.read(8) if opened.seek(at) else b"") == 8 and head[4:] != b"IEND":
         length, kind = int.from_bytes(head[:4], "big"), head[4:]
@@ -143,7 +147,8 @@ def _png_exif(opened: BinaryIO) -> bytes:
         if kind == b"eXIf":
             return opened.read(length).removeprefix(b"Exif\x00\x00")
         if kind in {b"tEXt", b"zTXt"} and opened.read(len(_PROFILE)) == _PROFILE:
-            text = opened.read(min(length - len(_PROFILE), _LONGEST))
-            text = zlib.decompressobj().decompress(text[1:], _LONGEST) if kind == b"zTXt" else text
+            text, packed = opened.read(min(length - len(_PROFILE), _LONGEST)), kind == b"zTXt"
+    # Only one text is inflated: an upload may have thousands.
+    text = zlib.decompressobj().decompress(text[1:], _LONGEST) if packed else text
     digits = b"".join(text.split(b"\n")[3:])
     return bytes.fromhex(digits.decode("ascii")).removeprefix(b"Exif\x00\x00")

@@ -4,8 +4,11 @@
 it at first use, so the decoding runs in a child process (see `rayseg.serve.uploads`).
 """
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Literal
 
 import numpy as np
@@ -13,9 +16,11 @@ import rasterio
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window
+from rayseg.io.orientation import png_exif
 from rayseg.io.output_grids import footprint, grids_of
 from rayseg.io.rasters import read
 from rayseg.io.sources import Source, gdal, open_file, source_of_file
+from rayseg.io.units import Unit, converted
 
 Kind = Literal["png", "jpeg", "tiff"]
 DRIVERS: dict[Kind, str] = {"png": "PNG", "jpeg": "JPEG", "tiff": "GTiff"}
@@ -31,6 +36,7 @@ _RESTRICTED = {
     "PROJ_NETWORK": "OFF",
     "GDAL_NUM_THREADS": "1",
 }
+_XMP = b"iTXtXML:com.adobe.xmp\0\0\0\0\0"  # neither packed nor in a language, as XMP requires and GDAL reads it
 _MIN_BLOCK_LIMIT = 1 << 22  # px; small images can be stored in blocks larger than themselves
 
 
@@ -64,7 +70,9 @@ def gdal_environment() -> dict[str, str]:
     return _RESTRICTED | {"GDAL_SKIP": ",".join(others), "OGR_SKIP": ",".join(others)}
 
 
-def read_image(path: str, kind: Kind, *, bands: Sequence[str], max_pixels: int) -> Pixels:
+def read_image(
+    path: str, kind: Kind, *, bands: Sequence[str], max_pixels: int, units: Mapping[str, Unit] | None = None
+) -> Pixels:
     """Decode an image.
 
     Args:
@@ -72,6 +80,7 @@ def read_image(path: str, kind: Kind, *, bands: Sequence[str], max_pixels: int) 
         kind: one of `DRIVERS`; no other driver opens the file.
         bands: names of the requested bands, in that order; empty for all but alpha.
         max_pixels: maximum pixels of one band.
+        units: band -> (scale, offset) to which its values are converted, as `units.converted` does.
 
     Raises:
         ImageTooLarge: more pixels, or more bytes than eight bands of `max_pixels` four-byte values.
@@ -100,7 +109,7 @@ def read_image(path: str, kind: Kind, *, bands: Sequence[str], max_pixels: int) 
         if dataset.colorinterp[0].name == "palette":
             raise DataError("the image has a palette, as class masks have; convert it to RGB")
     # 3. the grid, which a warp can make larger than the file
-    source = source_of_file(path, "upload")
+    source = converted(source_of_file(path, "upload"), units or {})
     [(grid, _)] = grids_of([source])
     window = footprint(source, grid)
     _check_pixels(window.width, window.height, max_pixels)
@@ -113,13 +122,23 @@ def read_image(path: str, kind: Kind, *, bands: Sequence[str], max_pixels: int) 
 
 
 def without_text(png: bytearray) -> bytes:
-    """A PNG without its text chunks, which GDAL would inflate on opening: 64 MB of zTXt take minutes of CPU time."""
+    """A PNG without its text chunks, which GDAL would inflate on opening: 64 MB of zTXt take minutes of CPU time.
+
+    What may hold the photo's orientation stays: XMP, which is not packed, and EXIF, moved from a text to its own chunk.
+    """
     # The first eight bytes are the signature (PNG specification, section 5.2).
-    chunks, at = [png[:8]], 8
+    chunks, at, exif = [bytes(png[:8])], 8, b""
+    with suppress(ValueError, zlib.error):  # a damaged text holds no orientation
+        exif = png_exif(BytesIO(png))
     while at + 8 <= len(png):
         end = at + 12 + int.from_bytes(png[at : at + 4], "big")  # length, name, data, checksum
-        if bytes(png[at + 4 : at + 8]) not in {b"tEXt", b"zTXt", b"iTXt"}:
-            chunks.append(png[at:end])
+        kind = bytes(png[at + 4 : at + 8])
+        if kind == b"IDAT" and exif:
+            content = b"eXIf" + exif
+            chunks.append(len(exif).to_bytes(4, "big") + content + zlib.crc32(content).to_bytes(4, "big"))
+            exif = b""
+        if kind not in {b"tEXt", b"zTXt", b"iTXt", b"eXIf"} or png.startswith(_XMP, at + 4):
+            chunks.append(bytes(png[at:end]))
         at = end
     return b"".join(chunks)
 

@@ -174,7 +174,8 @@ def label(
     networks = [record for record in fates.values() if "bundle" in record.facts]
     most = max(networks, key=lambda record: record.facts["labels"], default=None)
     table = label_table(most.facts["labels"] if most else 0)
-    write = WriteTile(mapping.tiles_prefix(step), table, bands=("probability",), geometry=region.geometry, model="")
+    bands, prefix = listed.value["bands"], mapping.tiles_prefix(step)
+    write = WriteTile(prefix, table, bands=("probability",), geometry=region.geometry, model="", imagery=bands)
     record = partial(scenes.with_network, fates, models)
     if config.network.clusters and divided:
         works = [Work(LabelSegments(divided.value["segments"], margin=config.margin, sieve=config.sieve))]
@@ -183,10 +184,8 @@ def label(
     else:
         lattice = (config.network.patch, config.network.stride)
         stage = LabelTile(margin=config.margin, sieve=config.sieve, batch=config.map.batch)
-        works = [
-            Work(ReadAround(listed.value["bands"], margin=config.margin, lattice=lattice)),
-            Work(stage, cpus=1.0, gpus=1.0, model=True),
-        ]
+        read = Work(ReadAround(bands, margin=config.margin, lattice=lattice))
+        works = [read, Work(stage, cpus=1.0, gpus=1.0, model=True)]
     works.append(Work(write))
     done = mapping.through(step, rows, works, record=record, patience=config.map.stall_seconds)
     return {"bundle": str(models / most.id) if most else None, **done}

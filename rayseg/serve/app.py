@@ -225,9 +225,11 @@ class _Predictor:
     async def _image(self, form: Form, model: Any = None) -> AsyncIterator[Image]:  # noqa: ANN401 - a bundle
         """The form's image in the bands of `model` and within its contract; its pixels count until the request ends."""
         bands: Sequence[str] = model.bands if model else ()
-        source, image = await self.decoders.decode(form.image, bands=bands)
+        physical = bool(model) and model.architecture.factory != "sam"
+        goals = model.band_units if physical else {}
+        source, image = await self.decoders.decode(form.image, bands=bands, units=goals)
         if model:
-            units = () if model.architecture.factory == "sam" else source.units
+            units = source.units if physical else ()
             model.check_contract(source.bands, source.dtype, units=units, source="the image")
         assert image is not None  # it has all bands of the contract
         pixels, limit = image.valid_HW.size, self.config.max_pixels_in_flight

@@ -81,9 +81,9 @@ def main(folder: str) -> None:
         path = Path(folder) / f"upload.{request['kind']}"
         path.write_bytes(without_text(data) if request["kind"] == "png" else data)
         try:
-            _send_pixels(
-                read_image(str(path), request["kind"], bands=request["bands"], max_pixels=request["max_pixels"]), out
-            )
+            units = {band: (scale, offset) for band, (scale, offset) in request["units"].items()}
+            limits = {"bands": request["bands"], "max_pixels": request["max_pixels"], "units": units}
+            _send_pixels(read_image(str(path), request["kind"], **limits), out)
         except ImageTooLarge as error:
             send(out, {"too_large": str(error)})
         except (DataError, MemoryError, ValueError) as error:

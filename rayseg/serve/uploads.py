@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ import numpy as np
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.io.sources import Source
+from rayseg.io.units import Unit
 from rayseg.io.untrusted import ImageTooLarge, gdal_environment
 from rayseg.serve import child, file_type
 
@@ -79,12 +80,19 @@ class DecoderPool:
         # Threads of its own: an upload that waits for a child must not occupy those of other work.
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="decoder")
 
-    async def decode(self, data: bytes, *, bands: Sequence[str] = ()) -> tuple[Source, Image | None]:
+    async def decode(
+        self, data: bytes, *, bands: Sequence[str] = (), units: Mapping[str, Unit] | None = None
+    ) -> tuple[Source, Image | None]:
         """`read` without blocking the event loop or its shared threads."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(self.read, data, bands=bands))
+        read = partial(self.read, data, bands=bands, units=units)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, read)
 
-    def read(self, data: bytes, *, bands: Sequence[str] = ()) -> tuple[Source, Image | None]:
+    def read(
+        self, data: bytes, *, bands: Sequence[str] = (), units: Mapping[str, Unit] | None = None
+    ) -> tuple[Source, Image | None]:
         """Decode an upload: (metadata, pixels); pixels are None if it lacks one of `bands`.
+
+        Values are converted to `units`, band -> (scale, offset), as `units.converted` does.
 
         Raises:
             Problem: it is not a PNG, JPEG or GeoTIFF, or a file of two formats.
@@ -92,7 +100,8 @@ class DecoderPool:
             DataError: it cannot be decoded, or not within the limits of time and memory.
         """
         # 1. the child's answer
-        request = {"kind": file_type.kind_of(data), "bands": list(bands), "max_pixels": self.max_pixels}
+        limits = {"bands": list(bands), "max_pixels": self.max_pixels, "units": dict(units or {})}
+        request = {"kind": file_type.kind_of(data), **limits}
         with self._child() as worker:
             assert worker.process.stdin is not None
             assert worker.process.stdout is not None

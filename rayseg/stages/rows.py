@@ -40,6 +40,7 @@ class TileRow:
         labels: file of the label of every superpixel; "" where a model labels pixels.
         near: (id, col, row, width, height) of the tile and of those next to it whose superpixels are known.
         scaling: JSON of the `Scaling` of its scene to 0..1; "" where the model defines it.
+        before: scenes over the tile that count its ground first, as JSON; `[]` where scenes share one map.
         image: (bands, height, width) in the imagery's dtype, or (height, width, 3) uint8 RGB, over `reach`.
         valid: (height, width) bool over `reach`, where there is imagery.
         reach: window of `image` and `valid`: the tile with the halo that its patches need.
@@ -61,6 +62,7 @@ class TileRow:
     labels: str = ""
     near: tuple[tuple[str, int, int, int, int], ...] = ()
     scaling: str = ""
+    before: str = "[]"
     image: NDArray[Any] = field(default_factory=_absent)
     valid: NDArray[Any] = field(default_factory=_absent)
     reach: Window = _NOWHERE
@@ -77,7 +79,8 @@ class TileRow:
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "TileRow":
         """The record of a row of `read.tile_rows`."""
-        return cls(Tile.from_row(row), row["sources"], row.get("refused") or "", scaling=row.get("scaling", ""))
+        scaling, before = row.get("scaling", ""), row.get("before", "[]")
+        return cls(Tile.from_row(row), row["sources"], row.get("refused") or "", scaling=scaling, before=before)
 
     @property
     def sources(self) -> list[Source]:

@@ -1,14 +1,17 @@
 """Write finished tiles to the store."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from rayseg.engine.ledger import Settled
+from rayseg.errors import DataError
 from rayseg.geo import region
 from rayseg.geo.grid import NODATA, Tile
 from rayseg.io import cog, maps, stac_write, vectors
+from rayseg.stages.read import read_reach
 from rayseg.stages.rows import TileRow
 from rayseg.store import upath
 from rayseg.vision.color import ClassTable
@@ -29,13 +32,21 @@ class WriteTile:
             pixel's own class in a larger one.
         geometry: the region, GeoJSON in EPSG:4326, or None.
         model: href of the model's item; the item of a row's own `bundle` takes precedence.
+        imagery: names of the bands of the imagery, to find the ground that scenes in `before` count.
     """
 
     def __init__(
-        self, prefix: str, table: ClassTable, *, bands: tuple[str, ...], geometry: dict[str, Any] | None, model: str
+        self,
+        prefix: str,
+        table: ClassTable,
+        *,
+        bands: tuple[str, ...],
+        geometry: dict[str, Any] | None,
+        model: str,
+        imagery: Sequence[str] = (),
     ) -> None:
         self.prefix, self.table, self.bands = prefix, table, bands
-        self.geometry, self.model = geometry, model
+        self.geometry, self.model, self.imagery = geometry, model, imagery
         self._of_top = len(bands) == 1 and len(table.classes) > 2
 
     def __call__(self, rows: list[TileRow]) -> list[Settled]:
@@ -48,7 +59,7 @@ class WriteTile:
         inside, drawn = region.kept(self.geometry, tile.grid, tile.window)
         classes = np.where(inside, row.classes, NODATA).astype(np.uint8)
         scores = np.where(inside, row.scores, NODATA).astype(np.uint8)
-        facts = facts_of(classes, tile)
+        facts = facts_of(classes, tile, counted_HW=self._counted(row))
         if not facts["counts"]:
             return row.settled("nodata")
         folder = upath(self.prefix) / tile.id
@@ -70,16 +81,32 @@ class WriteTile:
         background = len(self.table.classes) == 2 and set(facts["counts"]) == {"0"}
         return row.settled("empty" if background else "done", facts)
 
+    def _counted(self, row: TileRow) -> np.ndarray | None:
+        """Where the tile's ground counts, because no scene in `before` has data; None for all of it."""
+        if row.before == "[]":
+            return None
+        others = TileRow(row.tile, row.before)
+        try:
+            seen = read_reach(others, row.tile.window, self.imagery)
+        except DataError:  # a scene that cannot be read here is not mapped here
+            return None
+        return None if isinstance(seen, Settled) else ~seen.valid
+
     def _parts(self, row: TileRow, classes: np.ndarray, scores: np.ndarray, kept: np.ndarray | None = None) -> pa.Table:
         per_class = np.broadcast_to(scores, (len(self.table.classes), *classes.shape)) if self._of_top else scores
         return vectors.polygons_of(classes, per_class, row.tile.grid, row.tile.window, kept_HW=kept)
 
 
-def facts_of(classes_HW: np.ndarray, tile: Tile) -> dict[str, Any]:
+def facts_of(classes_HW: np.ndarray, tile: Tile, *, counted_HW: np.ndarray | None = None) -> dict[str, Any]:
     """Pixels per class, and how often neighbouring valid pixels differ, for the ledger.
 
     counts: class value (text) -> pixels, nodata left out; areas: the same in square metres on the ground, if the tile
-    has a CRS; pairs: neighbouring valid pixels; changes: those of two classes.
+    has a CRS, of pixels that are counted; pairs: neighbouring valid pixels; changes: those of two classes.
+
+    Args:
+        classes_HW: the map.
+        tile: of it.
+        counted_HW: bool, where the ground is not that of another tile; None for everywhere.
     """
     # Pairs across tile borders are counted later, from few borders: see `maps.seam_score`.
     values, counts = np.unique(classes_HW[classes_HW != NODATA], return_counts=True)
@@ -88,7 +115,7 @@ def facts_of(classes_HW: np.ndarray, tile: Tile) -> dict[str, Any]:
         valid = (one != NODATA) & (other != NODATA)
         pairs += int(valid.sum())
         changes += int((valid & (one != other)).sum())
-    areas = maps.class_areas(tile, classes_HW)
+    areas = maps.class_areas(tile, classes_HW if counted_HW is None else np.where(counted_HW, classes_HW, NODATA))
     return {
         "counts": {str(v): int(c) for v, c in zip(values, counts, strict=True)},
         **({} if areas is None else {"areas": {str(value): round(area, 3) for value, area in areas.items()}}),

@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any, Literal
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 from upath import UPath
 
@@ -19,7 +20,8 @@ from rayseg.errors import ConfigError, DataError, listed
 from rayseg.geo.grid import NODATA, Tile, expect_ids, slug
 from rayseg.geo.region import Region
 from rayseg.io import cog, maps, pictures, rasters, segments
-from rayseg.io.sources import Source
+from rayseg.io.output_grids import footprint, grids_of
+from rayseg.io.sources import Source, from_json
 from rayseg.io.units import common_units, converted, expect_one_dtype, expect_one_unit
 from rayseg.models.bundle import Scaling
 from rayseg.stages.cluster import labels_path
@@ -104,10 +106,13 @@ def find_scenes(
         sources = [converted(source, units) for source in sources]
         expect_one_unit(sources, bands)
     # 2. the tiles of every network
-    rows = []
+    # Tiles chosen by name count all of their ground: the scenes over them may not be mapped there.
+    rows, over = [], {} if shared or region.tiles else _overlaps(sources)
     for group in [sources] if shared else [[source] for source in sources]:
         name, scene = (ALL_SCENES, "") if shared else (slug(group[0].item_id), group[0].item_id)
-        tiles = list(tile_rows(group, region.geometry, size=config.tile, halo=halo))
+        tiles = _counted_before(
+            list(tile_rows(group, region.geometry, size=config.tile, halo=halo)), over.get(group[0].item_id, [])
+        )
         if not shared and tiles and tiles[0]["crs"] is not None:
             # A grid of its own, so that each scene keeps its labels where scenes overlap; images without georeference
             # have one already.
@@ -133,6 +138,32 @@ def find_scenes(
             "each, or choose with --set bands=[...]"
         )
     return Scenes(rows, bands, named.dtype)
+
+
+def _overlaps(sources: Sequence[Source]) -> dict[str, list[Source]]:
+    """For each scene, by id, the newer ones (then by id) that its ground may share."""
+    over = defaultdict[str, list[Source]](list)
+    for grid, members in grids_of(sources):
+        # 1. boxes on a common grid: scenes are many, pairs that meet are few
+        windows = [footprint(source, grid) for source in members]
+        boxes = [shapely.box(window.col, window.row, window.col1, window.row1) for window in windows]
+        for later, earlier in shapely.STRtree(boxes).query(boxes, predicate="intersects").T:
+            # 2. the same pair may meet in two zones
+            if earlier < later and members[earlier] not in over[members[later].item_id]:
+                over[members[later].item_id].append(members[earlier])
+    return over
+
+
+def _counted_before(tiles: list[Row], over: Sequence[Source]) -> list[Row]:
+    """Tiles of one scene, each with the scenes over it whose ground counts first as JSON in `before`."""
+    grid = Tile.from_row(tiles[0]).grid if tiles else None
+    windows = [footprint(source, grid) for source in over] if grid else []
+    counted = []
+    for row in tiles:
+        met = [not window.intersect(Tile.from_row(row).window).empty for window in windows]
+        before = [source.to_row() for source, meets in zip(over, met, strict=True) if meets]
+        counted.append(row | {"before": json.dumps(before)})
+    return counted
 
 
 def _kind(source: Source, bands: tuple[str, ...]) -> tuple[frozenset[str], str]:
@@ -198,13 +229,17 @@ def with_network(fates: Mapping[str, Record], models: UPath, row: Row) -> TileRo
     """The tile with its scene's network, `<models>/<scene>`; without a network it shares the scene's fate.
 
     The ledger has the prefix of the network too, but as it was when the network was trained: the run may have moved.
+    Ground is counted by the first scene over it. Scenes without a map count none; failed ones will, after a retry.
     """
     scene = row["scene"]
     fate = fates.get(scene)
     if fate is None or (fate.status == "done" and "bundle" not in fate.facts):
         return Settled("failed", f"scene {scene}: {MISSING}")
     if "bundle" in fate.facts:
-        return replace(TileRow.from_row(row), bundle=str(models / scene))
+        tile = TileRow.from_row(row)
+        known = [(source, fates.get(slug(source.item_id))) for source in from_json(tile.before)]
+        before = [source.to_row() for source, its in known if not its or its.status in {"done", "failed"}]
+        return replace(tile, bundle=str(models / scene), before=json.dumps(before))
     return Settled(fate.status if fate.status in SETTLED else "failed", f"scene {scene}: {fate.reason}")
 
 

@@ -116,11 +116,15 @@ def put_exif(path, place, orientation):
         profile = f"\nexif\n{len(content):8}\n{content.hex()}\n"
         texts.add_text("Raw profile type exif", profile, zip=place == "png in a packed text")
         image.save(path, pnginfo=texts)
-    elif place == "jpg in XMP":
+    elif place in {"jpg in XMP", "png in XMP"}:
         xmp = f"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
             <rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="{orientation}"/></rdf:RDF>
             </x:xmpmeta>"""
-        image.save(path, quality=95, subsampling=0, xmp=xmp.encode())
+        texts = PngImagePlugin.PngInfo()
+        texts.add_itxt("XML:com.adobe.xmp", xmp)
+        image.save(
+            path, quality=95, subsampling=0, **{"jpg": {"xmp": xmp.encode()}, "png": {"pnginfo": texts}}[place[:3]]
+        )
     else:  # with a world file
         photo(path, orientation)
         path.with_suffix(".jgw" if path.suffix == ".jpg" else ".tfw").write_text("2\n0\n0\n-2\n100\n200\n")
@@ -133,12 +137,13 @@ def put_exif(path, place, orientation):
         "png after its pixels",
         "png in a text",
         "png in a packed text",
+        "png in XMP",
         "jpg in XMP",
         "jpg with a world file",
         "tif with a world file",
     ],
 )
-def test_maps_and_labels_turn_a_photo_alike_wherever_its_orientation_is(tmp_path, place, orientation):
+def test_maps_labels_and_uploads_turn_a_photo_alike_wherever_its_orientation_is(tmp_path, place, orientation):
     path = tmp_path / f"a.{place[:3]}"
     put_exif(path, place, orientation)
     seen = STORED[:, ::-1] if orientation == 2 else np.rot90(STORED, -1)
@@ -148,6 +153,10 @@ def test_maps_and_labels_turn_a_photo_alike_wherever_its_orientation_is(tmp_path
     labelled = labelme._picture(path)
     assert alike(pixels, labelled)
     assert pixels.shape == seen.shape
+    if path.suffix == ".png":
+        path.write_bytes(untrusted.without_text(bytearray(path.read_bytes())))
+        upload = untrusted.read_image(str(path), "png", bands=RGB, max_pixels=10_000)
+        np.testing.assert_array_equal(upload.image_CHW.transpose(1, 2, 0), seen)
     assert np.corrcoef(pixels.ravel(), seen.ravel())[0, 1] > 0.95
 
 

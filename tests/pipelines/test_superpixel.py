@@ -130,6 +130,14 @@ def test_each_scene_is_labelled_where_it_has_data_even_where_they_overlap(whole,
         np.testing.assert_array_equal(found, seen, err_msg=f"{name} {col}")
 
 
+def test_ground_under_two_scenes_is_counted_once(whole, world):
+    ground = np.zeros((400, 400), bool)
+    for name, col in (("one", 0), ("two", 120)):
+        with rasterio.open(world / f"{name}.tif") as file:
+            ground[: file.height, col : col + file.width] |= file.read_masks(1) > 0
+    assert read(str(whole))["steps"]["report"]["area_m2"] == pytest.approx(ground.sum(), rel=2e-3)
+
+
 def test_superpixels_have_one_number_each_over_all_tiles_of_the_scene(whole):
     segments = {path.stem: rasterio.open(path).read(1) for path in (whole / "steps/superpixels").glob("one_*.tif")}
     assert len(segments) > 1

@@ -55,6 +55,25 @@ def test_an_image_gets_the_pixels_of_batch_prediction(world, asked, tmp_path, na
     np.testing.assert_array_equal(mask, layers[0])
 
 
+def test_an_image_in_other_units_is_converted_as_in_batch_prediction(tmp_path):
+    rng = np.random.default_rng(4)
+    segmenter(tmp_path / "models/one")
+    described = tmp_path / "models/one/bundle.json"
+    content = json.loads(described.read_text())
+    content |= {"dtype": "uint16", "units": [[1e-4, 0.0]] * 3}
+    described.write_text(json.dumps(content))
+    place = {"crs": "EPSG:32633", "transform": rasterio.Affine(10, 0, 5e5, 0, -10, 465e4)}
+    path, out = tmp_path / "a.tif", tmp_path / "run"
+    with rasterio.open(path, "w", "GTiff", 80, 60, 3, dtype="uint16", photometric="rgb", **place) as file:
+        file.write(rng.integers(1000, 1256, (3, 60, 80), "uint16"))
+        file.scales, file.offsets = (1e-4,) * 3, (-0.1,) * 3
+    assert rayseg("predict", tmp_path / "models/one", path, "--out", out, "--engine", "inline").exit_code == 0
+    found = predict(client(tmp_path), "one", path.read_bytes(), "image/tiff")
+    assert found.status_code == 200, found.text
+    with rasterio.open(io.BytesIO(found.content)) as file:
+        np.testing.assert_array_equal(file.read(), np.concatenate([tiles_of(out, "classes"), tiles_of(out, "scores")]))
+
+
 def test_a_georeferenced_scene_gets_the_pixels_of_batch_prediction(world, asked, tmp_path):
     model, scene, out = world / "one/models/binary", world / "imagery/scene.tif", tmp_path / "run"
     assert rayseg("predict", model, scene, "--out", out, "--engine", "inline").exit_code == 0
