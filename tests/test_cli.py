@@ -426,7 +426,7 @@ def test_folders_that_are_not_a_run(tmp_path, mapped):
 
 
 def test_files_that_cannot_become_polygons(tmp_path, world):
-    refused(2, "polygonize", world["root"] / "imagery" / "scene.tif", "--out", tmp_path / "p.shp")
+    refused(2, "polygonize", world["root"] / "imagery" / "scene.tif", "--out", tmp_path / "p.kml")
     out = tmp_path / "p.parquet"
     said = refused(3, "polygonize", world["root"] / "imagery" / "scene.tif", "--out", out)
     assert "one band of uint8 was expected, 3 bands of uint8 found" in said

@@ -3,7 +3,7 @@
 import json
 import mmap
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -17,7 +17,7 @@ from upath import UPath
 
 from rayseg.engine.run import read as read_run
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo.grid import NODATA, Grid, Window
+from rayseg.geo.grid import NODATA, Grid, Window, slug
 from rayseg.io.cog import COG
 from rayseg.io.maps import MappedTile, bands_of, mapped_tiles, read_tile
 from rayseg.io.masks import table_of
@@ -151,6 +151,14 @@ def grids(root: StorePath) -> dict[Grid, list[MappedTile]]:
     return by_grid
 
 
+def suffixes(by_grid: Iterable[Grid]) -> dict[Grid, str]:
+    """What tells the files of grids apart: nothing for one grid, else its name, with its scene's if it is of one."""
+    grids = list(by_grid)
+    if len(grids) == 1:
+        return {grids[0]: ""}
+    return {grid: f"_{grid.name}{f'_{slug(grid.image)}' if grid.crs and grid.image else ''}" for grid in grids}
+
+
 def best_classes(tile: MappedTile) -> str:
     """The raster of classes that people take: "sieved", or "classes" in a run without a minimum mapping unit."""
     return "sieved" if (upath(tile.href).parent / "sieved.tif").exists() else "classes"
@@ -166,9 +174,10 @@ def extent_of(tiles: list[MappedTile]) -> Window:
 
 def _rasters(root: str, folder: StorePath) -> list[str]:
     by_grid, files = grids(root), []
+    apart = suffixes(by_grid)
     for grid, tiles in by_grid.items():
         for name, out in ((best_classes(tiles[0]), "classes"), ("scores", "scores")):
-            target = upath(folder) / f"{out}{f'_{grid.name}' if len(by_grid) > 1 else ''}.tif"
+            target = upath(folder) / f"{out}{apart[grid]}.tif"
             with tempfile.TemporaryDirectory() as scratch:
                 plain = Path(scratch) / "whole.tif"
                 _write_whole(plain, grid, tiles, name)

@@ -50,8 +50,9 @@ def save(root: StorePath) -> list[str]:
         put(folder / f"{product.stem}.qml", _qml(style))
         layers.append(_layer(product.stem, f"./{product.stem}.fgb", style, "EPSG:4326"))
     # 2. rasters of each grid
+    apart = export.suffixes(by_grid)
     for grid, tiles in by_grid.items():
-        suffix = f"_{grid.name}" if len(by_grid) > 1 else ""
+        suffix = apart[grid]
         for name, out in ((export.best_classes(tiles[0]), "classes"), ("scores", "scores")):
             if not (upath(tiles[0].href).parent / f"{name}.tif").exists():  # plots have classes alone
                 continue

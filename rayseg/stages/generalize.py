@@ -93,7 +93,7 @@ class Generalize:
             path = upath(self.tiles) / tile.id / "sieved.tif"
             cog.write_classes(path, of_tile_HW, grid, tile.window, self.table)
         # The blocks, each by itself: outlines are simplified up to their borders, where blocks fit together.
-        parts = {}
+        parts: dict[str, tuple[int, int, int]] = {}
         for block in row.blocks:
             cut = block.slices(reach)
             scores_CHW = self._scores(row, block, sieved_HW[cut], classes_HW[cut])
@@ -101,7 +101,7 @@ class Generalize:
             table = vectors.polygons_of(
                 drawn_HW[cut], scores_CHW, grid, block, kept_HW=sieved_HW[cut] != NODATA, simplify=simplify
             )
-            name = f"{grid.name}_{block.col // BLOCK}_{block.row // BLOCK}"
+            name = f"{tile.id}-{len(parts)}"  # ids are unique; scenes with grids of their own share places
             vectors.write_parts(upath(self.blocks) / f"{name}.parquet", table)
             parts[name] = (block.row, block.col, len(table))
         values, counts = np.unique(of_tile_HW[of_tile_HW != NODATA], return_counts=True)
