@@ -400,3 +400,29 @@ def test_a_scene_near_or_beyond_the_end_of_a_turn_is_whole_in_every_zone(tmp_pat
     parts = polygons_in(outline_of(source))
     expected = sum(abs(GEOD.geometry_area_perimeter(shapely.segmentize(part, 0.02))[0]) for part in parts)
     assert total == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("south", [-19.0, 40.0])
+@pytest.mark.parametrize("pairs", [((200, 202), (-160, -158)), ((178, 182), (-182, -178)), ((177, 182), (-180, -178))])
+def test_ground_on_two_turns_of_one_grid_is_divided_and_not_counted_twice(tmp_path, south, pairs):
+    sources = []
+    for number, (west, east) in enumerate(pairs):
+        profile = {"driver": "GTiff", "count": 1, "height": 20, "width": (east - west) * 20, "dtype": "uint8"}
+        place = {"crs": "EPSG:4326", "transform": Affine(0.05, 0, west, 0, -0.05, south + 1)}
+        with rasterio.open(tmp_path / f"{number}.tif", "w", **profile, **place) as file:
+            file.write(np.ones((1, 20, (east - west) * 20), "uint8"))
+        sources.append(source_of_file(str(tmp_path / f"{number}.tif"), str(number)))
+    total = 0.0
+    for grid, members in grids_of(sources):
+        windows = [footprint(source, grid) for source in members]
+        window = windows[0].union(windows[-1])
+        _, valid = read(members, grid, window, bands=("b1",))
+        kept = pixels_inside(on_grid(None, grid, window), grid, window)
+        total += (valid & kept).sum() * grid.resolution[0] * grid.resolution[1]
+    ground = shapely.union_all([outline_of(source) for source in sources])
+    expected = sum(
+        abs(GEOD.geometry_area_perimeter(shapely.segmentize(part, 0.02))[0]) for part in shapely.get_parts(ground)
+    )
+    assert total == pytest.approx(expected, rel=0.05)
+    # On one turn they share their grid.
+    assert grids_of(sources[:1])[0][0].crs == "EPSG:4326"

@@ -10,10 +10,11 @@ import shapely
 from rayseg.errors import DataError, listed
 from rayseg.geo import lonlat
 from rayseg.geo.grid import Grid, Window, zone_bounds, zone_of
-from rayseg.geo.lonlat import LONLAT, PAST_POLES, from_lonlat, polygons_in, within
+from rayseg.geo.lonlat import LONLAT, PAST_POLES, from_lonlat, polygons_in, turn_of, within
 from rayseg.io.sources import (
     Source,
     bounds_in,
+    bounds_of,
     crs_of,
     moved,
     newest_first,
@@ -33,10 +34,10 @@ def grids_of(sources: Sequence[Source]) -> list[tuple[Grid, list[Source]]]:
     """The grids that `sources` are mapped on, each with its sources, newest first, then by id.
 
     Images without CRS are a grid of their own each. The others keep their own grid when all of them are north-up and
-    share CRS, resolution (to 1e-9) and alignment (to 1e-3 px); if not, they go to UTM (WGS 84, standard six-degree
-    zones): one zone if it is that of all centres and holds them, else every zone that a source meets, with all sources
-    that meet it. Zones divide the ground: see `Grid.ground`. Of a zone's sources the finest resolution in metres
-    counts, rounded to 6 digits. An image alone has one grid.
+    share CRS, turn around the Earth, resolution (to 1e-9) and alignment (to 1e-3 px); if not, they go to UTM (WGS 84,
+    standard six-degree zones): one zone if it is that of all centres and holds them, else every zone that a source
+    meets, with all sources that meet it. Zones divide the ground: see `Grid.ground`. Of a zone's sources the finest
+    resolution in metres counts, rounded to 6 digits. An image alone has one grid.
 
     Raises:
         DataError: UTM cannot hold a source that has to go there, or its georeference is impossible.
@@ -142,10 +143,17 @@ def utm_of(source: Source) -> tuple[str, float]:
 
 
 def _own_grid(sources: Sequence[Source]) -> Grid | None:
-    """The grid that all `sources` share, None when there is none; the first by id decides the last digits."""
+    """The grid that all `sources` share, None when there is none; the first by id decides the last digits.
+
+    On two turns around the Earth they share none: one place would have two pixels.
+    """
     first = min(sources, key=lambda source: source.item_id)
     if not _upright(first) or first.crs is None:
         return None
+    if len(sources) > 1 and (turn := turn_of(first.crs)) and all(source.crs == first.crs for source in sources):
+        left, _, right, _ = zip(*map(bounds_of, sources), strict=True)
+        if max(right) - min(left) > 360 * turn[1] + abs(first.transform[0]):
+            return None
     (x, y), width, height = _upper_left(first), abs(first.transform[0]), abs(first.transform[4])
     grid = Grid(first.crs, (width, height), (_phase(x, width), _phase(y, height)))
     return grid if all(aligned(source, grid) for source in sources) else None

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import rasterio
 import rioxarray
 from small_world import catalogue, classifier, mosaic, rayseg
 
@@ -59,6 +60,21 @@ def test_a_lazy_array_is_read_as_a_file_is(world, tmp_path):
         assert found.rio.transform().c == image.rio.transform().c + 30
         with pytest.raises(DataError, match="rotated or flipped"):
             world["model"].predict(image.isel(y=slice(None, None, -1)))
+
+
+@pytest.mark.parametrize("masked_bands", [slice(None), slice(1, 2)])
+def test_masked_pixels_are_missing_data(world, tmp_path, masked_bands):
+    image = np.random.default_rng(4).integers(1, 255, (3, 90, 110), np.uint8)
+    mask = np.zeros(image.shape, bool)
+    mask[masked_bands, 20:50, 30:70] = True
+    found = world["model"].predict(np.ma.masked_array(image, mask, fill_value=200))
+    zeroed = np.where(mask, 0, image)
+    with rasterio.open(
+        tmp_path / "a.tif", "w", "GTiff", 110, 90, 3, dtype="uint8", nodata=0, photometric="RGB"
+    ) as file:
+        file.write(zeroed)
+    assert np.array_equal(found.classes, world["model"].predict(tmp_path / "a.tif").classes.values)
+    assert (found.classes == 255).sum() == (1200 if mask.all(axis=0).any() else 0)
 
 
 def test_arrays_that_the_model_does_not_accept_are_refused(world, tmp_path):
