@@ -154,6 +154,8 @@ def publish(root):
     # An earlier version reads the bundle by `load`.
     mapping.bundle.description = mapping.bundle.load = lambda _prefix: SimpleNamespace(classes=CLASSES)
     predicted = Step("predict", root, "key", Engine("inline"), {"bundle": f"{root}/models/m"})
+    if hasattr(mapping, "qgis"):  # its project opens a tile, and this run has no rasters
+        mapping.qgis.save = lambda _root: None
     with measured() as joining:
         polygons = mapping.join_polygons(Step("polygons", root, "key", Engine("inline")), predicted, "found")
     with measured() as publishing:
