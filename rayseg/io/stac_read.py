@@ -52,6 +52,7 @@ _INVALID = (
 """What pystac and shapely raise for JSON that is not as STAC describes it."""
 _POLES = shapely.box(-540, -90, 540, 90)
 _COARSE = 0.01  # degrees: no pixel of a table's items is taken to be larger than about a kilometre
+_DEGREE = 111_320.0  # metres of a degree at the equator
 _AROUND = 0.1  # degrees around a region in which a STAC API is searched for scenes of its halo
 _PICTURES = ("thumbnail", "overview", "metadata", "visual")
 _CODE = re.compile(r"EPSG:\d+", re.IGNORECASE)
@@ -315,14 +316,14 @@ def _source_of(item: pystac.Item, bands: Sequence[str] | None) -> Source:
     hrefs = {key: href_of(item, assets[key]) for key in used}
     frames = {key: frame for key in used if (frame := _frame(item, assets[key]))}
     dtypes = {key: dtype for key in used if (dtype := _dtype(item, assets[key]))}
-    unclear = {key for key in used if names[key] is None} | ({used[0]} if not frames or not dtypes else set())
+    unclear = {key for key in used if names[key] is None or key not in frames} | ({used[0]} if not dtypes else set())
     opened = {key: source_of_file(hrefs[key], item.id) for key in used if key in unclear}
     if any(source.units for source in opened.values()):  # then the item's other files have tags with units too
         opened |= {key: source_of_file(hrefs[key], item.id) for key in used if key not in opened}
     frames |= {key: source for key, source in opened.items() if key not in frames}
     dtypes |= {key: source.dtype for key, source in opened.items() if key not in dtypes}
     # 3. the finest file gives the grid; nodata, scale and offset may differ from band to band
-    first = min(frames, key=lambda key: (abs(Affine(*frames[key].transform).determinant), used.index(key)))
+    first = min(frames, key=lambda key: (_side(frames[key]), used.index(key)))
     counts = {key: len(names[key] or opened[key].bands) for key in used}
     stated = {dtypes.get(key, "") for key in used}
     nodatas = tuple(
@@ -389,7 +390,7 @@ def _rows(asset: pystac.Asset, field: str) -> list[dict[str, Any]]:
 
 def _band_names(assets: dict[str, pystac.Asset], wanted: Sequence[str] | None) -> dict[str, tuple[str, ...] | None]:
     """Names of each asset's bands; None if only the file has them."""
-    bands = {key: _rows(asset, "bands") or _rows(asset, "eo:bands") for key, asset in assets.items()}
+    bands = {key: _named_rows(asset) for key, asset in assets.items()}
     pairs = {key: [(row.get("name"), _common_name(row)) for row in rows] for key, rows in bands.items()}
     # A common name that several bands have ("rededge" of Sentinel-2) is not a name.
     holders: dict[str, set[str | None]] = {}
@@ -405,6 +406,17 @@ def _band_names(assets: dict[str, pystac.Asset], wanted: Sequence[str] | None) -
         lonely = (key,) if len(assets) > 1 and len(rows) <= 1 else None
         names[key] = named if named and len(named) == len(rows) else lonely
     return names
+
+
+def _named_rows(asset: pystac.Asset) -> list[dict[str, Any]]:
+    """The rows of an asset's bands; that of a single band may have its names on the asset, as STAC 1.1 allows."""
+    rows = _rows(asset, "bands") or _rows(asset, "eo:bands")
+    if len(rows) > 1:
+        return rows
+    own: dict[str, Any] = {
+        name: asset.extra_fields[name] for name in ("name", "eo:common_name") if name in asset.extra_fields
+    }
+    return [own | rows[0]] if rows else [own] if "eo:common_name" in own else []
 
 
 def _common_name(row: dict[str, Any]) -> str | None:
@@ -437,7 +449,13 @@ def _pixel_side(item: pystac.Item, asset: pystac.Asset) -> float:
     if side := next((float(value) for value in stated if value), None):
         return side
     frame = _frame(item, asset)
-    return math.sqrt(abs(Affine(*frame.transform).determinant)) if frame else math.inf
+    return _side(frame) if frame else math.inf
+
+
+def _side(frame: Source) -> float:
+    """Side of a frame's pixels: in metres, of degrees those of the equator; else in the units of its CRS."""
+    side = math.sqrt(abs(Affine(*frame.transform).determinant))
+    return side * _DEGREE if frame.crs and crs_of(frame.crs).is_geographic else side
 
 
 def _frame(item: pystac.Item, asset: pystac.Asset) -> Source | None:

@@ -153,3 +153,35 @@ def test_units_that_only_the_file_states_are_not_read_as_stored_values(tmp_path,
     source = source_of(open_items(str(catalogue(tmp_path, stated)))[0])
     assert source.units == ((scale, offset),) * 3
     assert pixels(source).dtype == dtype
+
+
+def of_two_files(folder, *, first, crs="EPSG:32718", **stated):
+    """An item that states nothing of its files' frames: `a` of 20 m or in degrees, `b` of 10 m."""
+    if crs == "EPSG:4326":
+        image(folder / "a.tif", crs, size=(12, 16), affine=Affine(0.001, 0, -75.95, 0, -0.001, -18.0), count=1)
+    else:
+        image(folder / "a.tif", crs, size=(12, 16), affine=PLACES[crs] @ Affine.scale(2), count=1)
+    image(folder / "b.tif", "EPSG:32718", count=1)
+    assets = {
+        key: {"href": f"./{key}.tif", "type": "image/tiff", "roles": ["data"], "eo:bands": [{"name": key}], **more}
+        for key, more in sorted({"a": stated.get("a", {}), "b": stated.get("b", {})}.items(), reverse=first == "b")
+    }
+    row = item("x", [-76, -18.1, -75.9, -18], crs=None, fields={}, assets=assets)
+    [read] = open_items(str(catalogue(folder, row)))
+    return source_of(read)
+
+
+@pytest.mark.parametrize("first", ["a", "b"])
+@pytest.mark.parametrize(
+    "more", [{}, {"a": {"gsd": 20}, "b": {"gsd": 10}}, {"b": {"proj:code": "EPSG:32718"}}, {"crs": "EPSG:4326"}]
+)
+def test_the_finest_file_gives_the_grid_whatever_the_order_of_assets_that_state_no_frame(tmp_path, first, more):
+    source = of_two_files(tmp_path, first=first, **more)
+    assert (source.height, source.width, source.crs) == (24, 32, "EPSG:32718")
+    assert source.transform[:6] == tuple(PLACES["EPSG:32718"])[:6]
+
+
+@pytest.mark.parametrize("rows", [{}, {"bands": [{"name": "B04"}]}])
+def test_a_single_band_may_have_its_name_on_the_asset(tmp_path, rows):
+    source = of_two_files(tmp_path, first="a", a={"eo:bands": [], "eo:common_name": "red", **rows}, b={"eo:bands": []})
+    assert source.bands == ("red", "b")
