@@ -99,7 +99,7 @@ def on_grid(geometry: dict[str, Any] | None, grid: Grid, window: Window, *, whol
     if grid.crs is None or (geometry is None and ground is None):
         return None
     # Cut first: projected whole, a region of a continent is not finite or crosses itself.
-    near = _degrees_of(grid, window)
+    near = degrees_around(grid, window)
     # Edges become curves before they are cut: where their vertices lie must not depend on the window.
     areas: list[BaseGeometry] = [shapely.box(*ground)] if ground else []
     areas += [shape(geometry)] if geometry else []
@@ -114,7 +114,7 @@ def on_grid(geometry: dict[str, Any] | None, grid: Grid, window: Window, *, whol
     return projected if projected.is_valid else shapely.union_all(polygons_in(shapely.make_valid(projected)))
 
 
-def _degrees_of(grid: Grid, window: Window) -> Bounds:
+def degrees_around(grid: Grid, window: Window) -> Bounds:
     """(west, south, east, north) around a window, with a margin; east is beyond 180 across the antimeridian."""
     left, bottom, right, top = _ordered(grid.bounds(window))
     west, south, east, north = left, bottom, right, top

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import geopandas
 import numpy as np
@@ -13,6 +13,8 @@ from rasterio.features import rasterize
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window, slug
+from rayseg.geo.lonlat import from_lonlat, geographic, jumps, of_file, within
+from rayseg.geo.region import degrees_around
 from rayseg.geo.vector_files import read_frame
 from rayseg.io import labelme
 from rayseg.io.rasters import footprint, read
@@ -105,7 +107,7 @@ class Polygons:
 
     def ids(self, grid: Grid, window: Window) -> Ids:
         """Ids of `window`, 0 for none; a pixel belongs to the last polygon that holds its centre."""
-        geometries, numbers = self.placed(grid)
+        geometries, numbers = self._near(grid, window)
         near = np.flatnonzero(
             shapely.intersects(geometries, shapely.box(window.col, window.row, window.col1, window.row1))
         )
@@ -115,6 +117,32 @@ class Polygons:
         shape = (window.height, window.width)
         burnt = rasterize(zip(local, numbers[near].tolist(), strict=True), shape, dtype=np.int32)
         return np.asarray(burnt, np.int64)
+
+    def _near(self, grid: Grid, window: Window) -> tuple[NDArray[np.object_], NDArray[np.int32]]:
+        """`placed`; where one of both counts longitudes beyond 180, the polygons around the window, on its turn."""
+        if grid.crs is None or self.frame.crs is None:
+            return self.placed(grid)
+        west, south, east, north = near = degrees_around(grid, window)
+        bounds_N4 = shapely.bounds(self._lonlat)
+        turned = self._counts_on or west < -180 or east > 180
+        if not turned:
+            return self.placed(grid)
+        meets = [(bounds_N4[:, 0] + turn < east) & (bounds_N4[:, 2] + turn > west) for turn in (-360.0, 0.0, 360.0)]
+        at = np.flatnonzero(np.any(meets, axis=0) & (bounds_N4[:, 1] < north) & (bounds_N4[:, 3] > south))
+        parts = [from_lonlat(within(area, near), grid.crs) for area in self._lonlat[at]]
+        return _in_pixels(np.array(parts, object), grid), (at + 1).astype(np.int32)
+
+    @cached_property
+    def _lonlat(self) -> NDArray[np.object_]:
+        """The polygons in EPSG:4326, cut at 180 degrees."""
+        return of_file(self.frame.geometry.to_numpy(), str(self.frame.crs.to_wkt()))
+
+    @cached_property
+    def _counts_on(self) -> bool:
+        """Whether the file has longitudes beyond 180, or rings that jump over it."""
+        shapes = self.frame.geometry.to_numpy()
+        west, _, east, _ = shapely.total_bounds(shapes)
+        return bool(geographic(str(self.frame.crs.to_wkt())) and (west < -180 or east > 180 or jumps(shapes).any()))
 
     def on(self, grid: Grid) -> bool:
         """Whether polygons can be drawn on this grid: both have a CRS, or they name its image."""
@@ -129,7 +157,11 @@ class Polygons:
                 return np.zeros(0, object), numbers[:0]
             here = self.frame["image"].map(lambda name: slug(str(name))).to_numpy() == slug(str(grid.image))
             return self.frame.geometry.to_numpy()[here], numbers[here]
-        affine = grid.transform(Window(0, 0, 1, 1))
-        placed = self.frame.geometry.to_crs(grid.crs).to_numpy()
-        scale, shift = np.array([affine.a, affine.e]), np.array([affine.c, affine.f])
-        return shapely.transform(placed, lambda points: (points - shift) / scale), numbers
+        return _in_pixels(self.frame.geometry.to_crs(grid.crs).to_numpy(), grid), numbers
+
+
+def _in_pixels(shapes: NDArray[np.object_], grid: Grid) -> NDArray[np.object_]:
+    """Shapes in the CRS of a grid in its pixels."""
+    affine = grid.transform(Window(0, 0, 1, 1))
+    scale, shift = np.array([affine.a, affine.e]), np.array([affine.c, affine.f])
+    return np.asarray(shapely.transform(shapes, lambda points: (points - shift) / scale), object)
