@@ -108,6 +108,12 @@ def up_to_poles(lat: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(np.abs(lat) < 90 + PAST_POLES, np.clip(lat, -90, 90), lat)
 
 
+def on_earth(box: Bounds) -> bool:
+    """Whether (west, south, east, north) are degrees, up to a turn beyond 180; those of an empty geometry are not."""
+    west, south, east, north = box
+    return min(west, east) >= -540 and max(west, east) <= 540 and max(-south, north) < 90 + PAST_POLES
+
+
 def _off_poles(polygons: NDArray[np.object_], project: Project) -> NDArray[np.object_]:
     """The polygons, a millionth smaller where one has a vertex at a pole, which has no longitude of its own.
 

@@ -23,6 +23,7 @@ import shapely
 from aiohttp import ClientError
 
 from rayseg.errors import ConfigError, DataError, RaysegError
+from rayseg.geo.lonlat import PAST_POLES
 from rayseg.io.remote import Passing, failure, patiently, retry_after
 from rayseg.io.tables import concurrently, content
 from rayseg.store import STORE_ERRORS, absolute, public, suffix_of, upath
@@ -98,6 +99,7 @@ def collections_of(uri: str) -> tuple[list[str], dict[str, DataError]]:
     row = _read_json(uri)
     if row.get("type") != "Catalog":
         return [], {}
+    _expect_catalog(uri, row)
     children, unread = _descendants(absolute(uri), row)
     return [str(child["id"]) for _, child in children if child["type"] == "Collection"], unread
 
@@ -168,8 +170,8 @@ def _existing(root: str, folder: str, href: str) -> str:
 def _expect_catalog(uri: str, row: dict[str, Any]) -> None:
     if row.get("type") not in {"Catalog", "Collection"} or not isinstance(row.get("links"), list):
         raise DataError(
-            f"{public(uri)} is not STAC: found an object of type {row.get('type')!r}, expected a Catalog, Collection, "
-            "Feature or FeatureCollection; name another file"
+            f"{public(uri)} is not STAC: found an object of type {row.get('type')!r}, expected a Catalog or Collection "
+            "with links, a Feature or a FeatureCollection; name another file"
         )
 
 
@@ -306,13 +308,18 @@ def _boxes(table: pa.Table) -> list[list[float] | None]:
 
 
 def _meeting(table: pa.Table, box: Box) -> pa.ChunkedArray:
-    """Which rows of a table of items intersect a box, on any turn; true without a bbox and across the antimeridian."""
+    """Which rows of a table of items intersect a box, on any turn; true without a bbox and across the antimeridian.
+
+    True also of boxes nowhere on Earth, in metres for example: their geometry or pixels have the place.
+    """
     if "bbox" not in table.column_names or not pa.types.is_struct(table.schema.field("bbox").type):
         return pa.chunked_array([np.ones(len(table), bool)])
     west, south, east, north = (pc.struct_field(table["bbox"], name) for name in ("xmin", "ymin", "xmax", "ymax"))
     outside = [pc.or_(pc.greater(west, box[2] + turn), pc.less(east, box[0] + turn)) for turn in (-360, 0, 360)]
     apart = (reduce(pc.and_, outside), pc.greater(south, box[3]), pc.less(north, box[1]))
-    missing = pc.and_(reduce(pc.or_, apart), pc.less_equal(west, east))
+    stray = pc.or_(pc.greater(north, 90 + PAST_POLES), pc.less(south, -90 - PAST_POLES))
+    stray = reduce(pc.or_, (stray, pc.greater(east, 540), pc.less(west, -540)))
+    missing = reduce(pc.and_, (reduce(pc.or_, apart), pc.less_equal(west, east), pc.invert(stray)))
     return pc.invert(pc.fill_null(missing, False))
 
 

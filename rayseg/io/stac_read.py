@@ -19,7 +19,7 @@ from shapely.geometry import mapping, shape
 from shapely.geometry.base import BaseGeometry
 
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo.lonlat import bounds_of, box_of, divided, jumps, normalised
+from rayseg.geo.lonlat import bounds_of, box_of, divided, jumps, normalised, on_earth
 from rayseg.io import drivers, stac_catalog
 from rayseg.io.sources import (
     PIXELS,
@@ -47,7 +47,7 @@ _INVALID = (
     pystac.STACTypeError,
     shapely.errors.ShapelyError,
     *(KeyError, ValueError, TypeError),
-    *(AttributeError, IndexError, OverflowError),
+    *(AttributeError, IndexError, ArithmeticError),
 )
 """What pystac and shapely raise for JSON that is not as STAC describes it."""
 _POLES = shapely.box(-540, -90, 540, 90)
@@ -171,24 +171,38 @@ def _item_of(row: Row) -> pystac.Item:
             if row.href:  # relative hrefs are relative to the file that was read, wherever it has been published
                 values["links"] = [link for link in values["links"] if link.get("rel") != "self"]
             item = pystac.Item.from_dict(values, href=row.href or None, migrate=True)
-            if item.geometry:
-                normalised(shape(item.geometry))
-            if item.bbox and not all(math.isfinite(value) for value in item.bbox):
-                raise ValueError("its bbox has values that are not numbers")
-            if item.bbox and not item.geometry:  # STAC forbids it, but the item has a place
-                west, south, east, north = box_of(item.bbox)
-                item.geometry = mapping(
-                    normalised(divided(shapely.box(west, south, east + 360 * (west > east), north)))
-                )
+            time_of(item)
+            _place(item)
         except _INVALID as error:
             reason = f"{row.id} of {row.place} is not a valid STAC item: {_told(error)}"
         else:
             return item
     try:  # where it would be, so that only its own region loses it
-        place = mapping(normalised(shape(row.values["geometry"])))
+        stated = row.values["geometry"]
+        place = mapping(normalised(shape(stated))) if _is_place(stated) else None
     except _INVALID:
         place = None
     return pystac.Item(row.id, place, None, UNKNOWN, {BROKEN: reason})
+
+
+def _place(item: pystac.Item) -> None:
+    """Keep the geometry and the bbox that lie on Earth; a bbox alone is the geometry too."""
+    if item.geometry and not _is_place(item.geometry):
+        item.geometry = None
+    if item.bbox and not all(math.isfinite(value) for value in item.bbox):
+        raise ValueError("its bbox has values that are not numbers")
+    if item.bbox and not on_earth(box_of(item.bbox)):
+        item.bbox = None
+    if item.bbox and not item.geometry:  # STAC forbids it, but the item has a place
+        west, south, east, north = box_of(item.bbox)
+        item.geometry = mapping(normalised(divided(shapely.box(west, south, east + 360 * (west > east), north))))
+
+
+def _is_place(geometry: dict[str, Any]) -> bool:
+    """Whether a geometry of GeoJSON lies on Earth; some programs write metres, or no coordinates."""
+    outline = shape(geometry)
+    normalised(outline)  # raises errors for coordinates that are none
+    return on_earth(outline.bounds)
 
 
 def _unclear(item: pystac.Item) -> bool:
@@ -205,12 +219,10 @@ def _placed_by_pixels(item: pystac.Item) -> pystac.Item:
 
     Where they have none, an item without geometry becomes one with the reason, and a ring is read by its direction.
     """
-    outline, reason = (
-        None,
-        (
-            f"{item.id} has no geometry, bbox or georeference, so it lies in no region: state them in its item, or map "
-            "it without a region"
-        ),
+    outline = None
+    reason = (
+        f"{item.id} has no geometry or bbox on Earth and no georeference, so it lies in no region: state them in its "
+        "item, or map it without a region"
     )
     try:
         source = source_of(item)
@@ -391,7 +403,7 @@ def _rows(asset: pystac.Asset, field: str) -> list[dict[str, Any]]:
 def _band_names(assets: dict[str, pystac.Asset], wanted: Sequence[str] | None) -> dict[str, tuple[str, ...] | None]:
     """Names of each asset's bands; None if only the file has them."""
     bands = {key: _named_rows(asset) for key, asset in assets.items()}
-    pairs = {key: [(row.get("name"), _common_name(row)) for row in rows] for key, rows in bands.items()}
+    pairs = {key: [(_text_in(row, "name"), _common_name(row)) for row in rows] for key, rows in bands.items()}
     # A common name that several bands have ("rededge" of Sentinel-2) is not a name.
     holders: dict[str, set[str | None]] = {}
     for name, common in (pair for rows in pairs.values() for pair in rows):
@@ -408,6 +420,11 @@ def _band_names(assets: dict[str, pystac.Asset], wanted: Sequence[str] | None) -
     return names
 
 
+def _text_in(row: dict[str, Any], field: str) -> str | None:
+    """A field's text; some programs write numbers as names."""
+    return None if row.get(field) is None else str(row[field])
+
+
 def _named_rows(asset: pystac.Asset) -> list[dict[str, Any]]:
     """The rows of an asset's bands; that of a single band may have its names on the asset, as STAC 1.1 allows."""
     rows = _rows(asset, "bands") or _rows(asset, "eo:bands")
@@ -421,7 +438,7 @@ def _named_rows(asset: pystac.Asset) -> list[dict[str, Any]]:
 
 def _common_name(row: dict[str, Any]) -> str | None:
     """The band's common name; of a band that is only numbered its description if that is one (rio-stac's way)."""
-    stated: str | None = row.get("eo:common_name") or row.get("common_name")
+    stated = _text_in(row, "eo:common_name") or _text_in(row, "common_name")
     described = str(row.get("description") or "").strip().lower()
     numbered = _NUMBERED.fullmatch(str(row.get("name") or ""))
     return stated or (described if numbered and described in _COMMON else None)

@@ -14,6 +14,7 @@ import pystac
 import pytest
 import rasterio
 import shapely
+import stac_geoparquet.arrow
 from affine import Affine
 from pystac.validation import JsonSchemaSTACValidator
 from rasterio.warp import transform
@@ -333,12 +334,80 @@ def test_an_item_without_a_place_takes_that_of_its_pixels_or_is_named(tmp_path, 
     found = {one.id: one for one in stac_read.open_items(str(tmp_path / "items.json"), geometry=here)}
     assert found.keys() == {"a", "photo", "gone"}
     assert stac_read.source_of(found["a"]).crs == crs
-    with pytest.raises(DataError, match="photo has no geometry, bbox or georeference, so it lies in no region"):
+    with pytest.raises(DataError, match="photo has no geometry or bbox on Earth and no georeference, so it lies in no"):
         stac_read.source_of(found["photo"])
     with pytest.raises(DataError, match=r"gone\.tif cannot be read"):
         stac_read.source_of(found["gone"])
     with pytest.raises(DataError, match=r"photo has no|gone\.tif cannot"):
         stac_read.open_items(str(tmp_path / "items.json"), geometry=resolve_region("0,0,1,1").geometry)
+
+
+METRES = [[[5e5, 4e6], [500640, 4e6], [500640, 4000480], [5e5, 4000480], [5e5, 4e6]]]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "coordinates", "bbox"),
+    [
+        ("json", METRES, None),
+        ("json", METRES, "metres"),
+        ("parquet", METRES, "metres"),
+        ("json", [], None),
+        ("json", [], "right"),
+        ("parquet", [], "right"),
+        ("json", [[[117, 136], [117.01, 136], [117, 136.01], [117, 136]]], None),
+    ],
+)
+def test_an_item_whose_geometry_is_nowhere_on_earth_lies_where_its_bbox_or_pixels_do(
+    tmp_path, suffix, coordinates, bbox
+):
+    bands = [{"name": "b1", "data_type": "uint8"}]
+    good, odd = (item(name, {"image": tif(f"/{name}.tif", bands=bands)}, properties=projected()) for name in "ab")
+    rows = [one.to_dict(include_self_link=False) for one in (good, odd)]
+    boxes = {"right": odd.bbox, "metres": [5e5, 4e6, 500640, 4000480], None: None}
+    rows[1] |= {"geometry": {"type": "Polygon", "coordinates": coordinates}, "bbox": boxes[bbox]}
+    path = tmp_path / f"items.{suffix}"
+    if suffix == "json":
+        path.write_text(json.dumps({"type": "FeatureCollection", "features": rows}))
+    else:
+        pq.write_table(pa.table(stac_geoparquet.arrow.parse_stac_items_to_arrow(rows).read_all()), path)
+    here, there = (resolve_region(text).geometry for text in ("116.99,36.13,117.01,36.15", "100,30,101,31"))
+    found = stac_read.open_items(str(path), geometry=here)
+    assert [one.id for one in found] == ["a", "b"]
+    assert np.allclose(shape(found[1].geometry).bounds, shape(good.geometry).bounds, atol=1e-4)
+    with pytest.raises(DataError, match="do not overlap"):
+        stac_read.open_items(str(path), geometry=there)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"datetime": None, "start_datetime": "x", "end_datetime": None},
+        {"datetime": "9999-12-31T23:59:59-12:00"},
+        {"datetime": "0001-01-01T00:00:00+14:00"},
+        {"proj:shape": [0, 0], "proj:transform": None, "proj:bbox": [5e5, 3999520, 500640, 4e6]},
+    ],
+)
+def test_an_item_with_an_impossible_time_or_size_fails_alone(tmp_path, fields):
+    good, odd = (item(name, {"image": tif(f"/{name}.tif")}, properties=projected()) for name in "ab")
+    rows = [one.to_dict(include_self_link=False) for one in (good, odd)]
+    rows[1]["properties"] |= fields
+    (tmp_path / "items.json").write_text(json.dumps({"type": "FeatureCollection", "features": rows}))
+    first, second = stac_read.open_items(str(tmp_path / "items.json"), geometry=good.geometry, halo=8)
+    assert (first.id, second.id) == ("a", "b")
+    with pytest.raises(DataError, match=r"b .*is not a valid STAC item"):
+        stac_read.source_of(second)
+
+
+def test_numbers_as_names_of_bands_are_names():
+    made = item(assets={"image": tif("/a.tif", bands=[{"name": 0}, {"name": 1}], data_type="uint8")})
+    made.properties |= projected()
+    assert stac_read.source_of(made, bands=["1"]).bands == ("0", "1")
+
+
+def test_a_catalogue_without_links_is_refused(tmp_path):
+    (tmp_path / "catalog.json").write_text(json.dumps({"type": "Catalog", "stac_version": "1.0.0", "id": "c"}))
+    with pytest.raises(DataError, match=r"catalog\.json is not STAC: .*links"):
+        stac_read.imagery_collection(str(tmp_path / "catalog.json"))
 
 
 def photo(path):
