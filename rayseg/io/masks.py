@@ -348,14 +348,16 @@ def _values_of(mask: Source, failed: dict[str, str] | None) -> set[int]:
 def _expect_one_kind(masks: Sequence[Source], where: str, failed: dict[str, str] | None) -> None:
     """Refuse a location in which some masks hold only 0 and 255, and others class values without 255.
 
-    A mask with 255 and class values shows that 255 means "not labelled" there.
+    A mask with 255 and class values shows that 255 means "not labelled" there. A warning names a location that holds
+    only 0 because its other value, 255, is declared as nodata.
 
     Raises:
         DataError: two such masks, with the remedy.
     """
     of_255, of_values = "", ""
+    every: set[int] = set()
     for mask in filter(_is_plain, masks):
-        seen = _values_of(mask, failed)
+        every |= (seen := _values_of(mask, failed))
         if NODATA in seen and not seen <= {0, NODATA}:
             return
         if NODATA in seen:
@@ -367,6 +369,12 @@ def _expect_one_kind(masks: Sequence[Source], where: str, failed: dict[str, str]
             f"{where} mixes two kinds of masks: {of_255} has only 0 and 255, {of_values} has class values, so 255 is "
             "either a class or not labelled; if it is a class, store the value of the class; if not, add ignore: "
             "['#FFFFFF'] to the class table"
+        )
+    if every == {0} and any(NODATA in {mask.nodata, *mask.nodatas} for mask in masks):
+        _log.warning(
+            "the masks in %s hold only 0, and declare 255 as nodata: 255 is read as not labelled, one class is left; "
+            "if 255 is a class, remove the nodata value (gdal_edit.py -unsetnodata)",
+            where,
         )
 
 

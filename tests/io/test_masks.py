@@ -248,6 +248,17 @@ def test_nodata_that_is_a_class_is_read_on_another_grid_and_not_beyond_the_file(
     )
 
 
+@pytest.mark.parametrize(("high", "dtype", "said"), [(255, "uint8", 1), (255, "int16", 1), (1, "uint8", 0)])
+def test_masks_that_nodata_leaves_with_one_class_are_named(tmp_path, high, dtype, said, caplog):
+    mask_file(tmp_path / "m" / "a.tif", SHAPE_HW * high, nodata=255, dtype=dtype)
+    mask_file(tmp_path / "m" / "b.tif", np.zeros((8, 8)), nodata=255, dtype=dtype)
+    with caplog.at_level(logging.WARNING):
+        [one, other] = classes_of(tmp_path / "m", TABLE)
+    assert (one == np.where(SHAPE_HW, high, 0)).all()
+    assert (other == 0).all()
+    assert caplog.text.count("hold only 0, and declare 255 as nodata: 255 is read as not labelled") == said
+
+
 def test_nodata_that_is_no_class_stays_not_labelled(tmp_path, caplog):
     mask_file(tmp_path / "m" / "a.tif", SHAPE_HW * 1 + 1, nodata=2)
     [one] = classes_of(tmp_path / "m", TABLE)
