@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Container, Iterable, Sequence
 from io import BytesIO
 from typing import Any
+from zipfile import ZipFile, is_zipfile
 
 import segmentation_models_pytorch as smp
 import timm
@@ -175,7 +176,9 @@ def read_state(path: str) -> State:
 
 
 def read_checkpoint(path: str) -> tuple[State, list[str]]:
-    """The tensors by name in a `.safetensors` file or a checkpoint of torch (a path or URL); nothing else is unpickled.
+    """The tensors by name in a file of safetensors or a checkpoint of torch (a path or URL); nothing else is unpickled.
+
+    The content decides which of both a file is, not its name.
 
     Of a training checkpoint these are the tensors of its `state_dict` (or `model`, `params`, ...); if it has none, all
     tensors in dicts of dicts, with names such as `net.conv.weight`.
@@ -184,12 +187,12 @@ def read_checkpoint(path: str) -> tuple[State, list[str]]:
         The tensors, and the names of what lies next to them, such as epoch and optimizer.
 
     Raises:
-        ModelError: the file is missing or damaged, contains other objects, or no tensors by name.
+        ModelError: the file is missing or damaged, contains other objects, no tensors by name, or NaN or infinity.
     """
     file = local_file(path)
     try:
         data = file.read_bytes()
-        if file.suffix.lower() == ".safetensors":
+        if data[8:9] == b"{":  # safetensors: the length of a JSON object, and the object
             content: Any = load(data)
         else:
             content = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
@@ -206,11 +209,19 @@ def read_checkpoint(path: str) -> tuple[State, list[str]]:
             content = inner
     if not (state := _named_tensors(content)):
         raise ModelError(f"weights {path} contain no tensors by name, expected a state dict; save model.state_dict()")
+    wide = {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and tensor.itemsize > 1}
+    if spoilt := [name for name, tensor in wide.items() if not tensor.isfinite().all()]:
+        raise ModelError(
+            f"weights {path} have NaN or infinity in {len(spoilt)} of {len(state)} tensors (first {spoilt[0]}), "
+            "expected finite numbers; take weights from before the training diverged"
+        )
     return state, aside
 
 
 def _unreadable(path: str, data: bytes, reason: str) -> ModelError:
     """The error for a file that torch does not load: damaged, or with objects other than tensors."""
+    if kind := _other_kind(data):
+        return ModelError(f"weights {path} ({len(data)} bytes) are not weights, but {kind}")
     # Other bytes than those of a zip archive or a pickle are "unsupported" for torch, too.
     if not data.startswith((b"PK", b"\x80")) or not _REFUSED.search(reason):
         return ModelError(
@@ -224,6 +235,20 @@ def _unreadable(path: str, data: bytes, reason: str) -> ModelError:
         "because it could run code, expected a dict of tensors; save the state dict alone where you trust the file, "
         "as torch.save(model.state_dict(), NEW) or torch.save(torch.load(OLD, weights_only=False)['state_dict'], NEW)"
     )
+
+
+def _other_kind(data: bytes) -> str:
+    """What a file is that holds no weights itself, and what to do; "" for others."""
+    if data.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS; fetch the file with git lfs pull"
+    if data.lstrip().startswith(b"<"):
+        return "a web page; download the file itself"
+    if data.startswith(b"\x1f\x8b"):
+        return "a gzip archive; unpack it"
+    names = ZipFile(BytesIO(data)).namelist() if is_zipfile(BytesIO(data)) else []
+    if not names or any(name.endswith("data.pkl") for name in names):  # a checkpoint of torch is a zip archive too
+        return ""
+    return f"an archive of {names[0]}; unpack it, and convert arrays of NumPy with torch.save"
 
 
 def _named_tensors(content: object) -> State:

@@ -1,5 +1,9 @@
 import argparse
+import gzip
+import io
+import math
 import re
+import zipfile
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -16,6 +20,7 @@ from rayseg.models.encoders import (
     encoder_name,
     freeze_batchnorm,
     load_encoder_weights,
+    read_state,
     recalibrate_batchnorm,
 )
 
@@ -105,6 +110,45 @@ def test_a_truncated_file_is_refused_by_name(tmp_path, name):
     path.write_bytes(path.read_bytes()[:100_000])
     with pytest.raises(ModelError, match=rf"{name} \(100000 bytes\) are damaged .* 0 tensors"):
         build_encoder("resnet18", weights=str(path))
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+@pytest.mark.parametrize("kind", ["safetensors", "torch", "torch of old"])
+def test_the_content_of_a_file_of_weights_decides_its_kind(tmp_path, name, kind):
+    state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([4, -5])}
+    if kind == "safetensors":
+        save_file(state, tmp_path / name)
+    else:
+        torch.save(state, tmp_path / name, _use_new_zipfile_serialization=kind == "torch")
+    found = read_state(str(tmp_path / name))
+    assert found.keys() == {"a", "b"}
+    assert all(torch.equal(found[key], tensor) for key, tensor in state.items())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value):
+    torch.save({"a": torch.ones(2), "b": torch.tensor([1.0, value]), "n": torch.tensor(3)}, tmp_path / "w.pth")
+    with pytest.raises(ModelError, match=r"w\.pth have NaN or infinity in 1 of 3 tensors \(first b\)"):
+        read_state(str(tmp_path / "w.pth"))
+
+
+def test_files_of_other_kinds_are_called_what_they_are(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "w.pth")
+    np.savez(tmp_path / "n.npz", a=np.ones(2))
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.write(tmp_path / "w.pth", "w.pth")
+    others = {
+        "a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1\n",
+        "a web page": b"\n<!DOCTYPE html><html></html>",
+        "a gzip archive": gzip.compress((tmp_path / "w.pth").read_bytes()),
+        "an archive of w.pth": packed.getvalue(),
+        "an archive of a.npy": (tmp_path / "n.npz").read_bytes(),
+    }
+    for said, content in others.items():
+        (tmp_path / "x.pth").write_bytes(content)
+        with pytest.raises(ModelError, match=rf"x\.pth \(\d+ bytes\) are not weights, but {said}; "):
+            read_state(str(tmp_path / "x.pth"))
 
 
 def test_a_missing_file_and_one_without_tensors_are_refused(tmp_path):
