@@ -176,6 +176,10 @@ def _read_file(
                 for own, index in zip(owns, indexes, strict=True)
             ]
             return np.concatenate([pixels for pixels, _ in each]), np.logical_or.reduce([ok for _, ok in each])
+        if len(dtypes := {dataset.dtypes[index - 1] for index in indexes}) > 1:
+            raise DataError(
+                f"{href} has bands of {' and '.join(sorted(dtypes))}, expected one type; choose bands of one"
+            )
         inside = part.intersect(place.extent)
         image_CHW = np.zeros((len(indexes), part.height, part.width), dataset.dtypes[indexes[0] - 1])
         valid_HW = np.zeros((part.height, part.width), bool)
@@ -212,7 +216,7 @@ def _valid(
     for at_band, index in enumerate(indexes):
         own = dataset.nodatavals[index - 1]
         for value in {own, nodata} - ({own} if by_gdal else set()):
-            if value is not None and holds(dataset.dtypes[0], value):
+            if value is not None and holds(dataset.dtypes[index - 1], value):
                 valid_CHW[at_band] &= pixels_CHW[at_band] != value
     return valid_CHW
 
@@ -334,7 +338,14 @@ def _warp(dataset: DatasetReader, nodata: float | None, place: dict[str, Any], *
     value would depend on the window it is read in.
     """
     stated = [] if nodata == NO_NODATA else [nodata, dataset.nodata]
-    nodata = next((value for value in stated if value is not None and holds(dataset.dtypes[0], value)), None)
+    stated = [value for value in stated if value is not None]
+    nodata = next((value for value in stated if holds(dataset.dtypes[0], value)), None)
+    # A warp compares the values of all bands as those of the first.
+    if nodata is None and any(holds(dtype, value) for dtype in dataset.dtypes[1:] for value in stated):
+        raise DataError(
+            f"{dataset.name} has bands of several pixel types and a nodata value that the first cannot hold, which is "
+            "not warped; save the bands as files of their own"
+        )
     bare = nodata is None and ColorInterp.alpha not in dataset.colorinterp
     kind = Resampling.nearest if categorical else Resampling.bilinear
     options = {"XSCALE": 1.0, "YSCALE": 1.0, "tolerance": 1e-9, "resampling": kind, **place}

@@ -77,7 +77,7 @@ class Source:
         units: (scale, offset) of each of `bands`, from stored values to units; empty if not stated.
         nodatas: in place of `nodata`, the value of each of `bands`, if bands differ; else empty.
         change: (factor, addend) of each of `bands` that are applied to values as they are read; empty for none.
-        dtypes: of each of `bands`, if an item of several files does not state that they are one; "" for unknown.
+        dtypes: of each of `bands`, if they are several or an item does not state that they are one; "" for unknown.
         baseline: of Sentinel-2 processing ("04.00"), if it alone determines the offset of the values.
         frames: (crs, transform, height, width) that the item states of each file, if they cover different ground.
         sure: of a mask that a model made: the file of its scores, and the score below which a pixel is not labelled.
@@ -210,7 +210,8 @@ def described(dataset: DatasetReader) -> Source:
         expect_unit(dataset.name, unit)
     units = units if set(units) != {STORED} else ()
     place = (crs_text(crs), tuple(affine)[:6], height, width)
-    return Source("", (), *place, dataset.dtypes[0], nodata, gcps=gcps, units=units, nodatas=nodatas)
+    dtypes = tuple(dataset.dtypes) if len(set(dataset.dtypes)) > 1 else ()  # a VRT may have several
+    return Source("", (), *place, dataset.dtypes[0], nodata, gcps=gcps, units=units, nodatas=nodatas, dtypes=dtypes)
 
 
 def _prj_crs(href: str) -> CRS | None:

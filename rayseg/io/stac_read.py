@@ -337,7 +337,8 @@ def _source_of(item: pystac.Item, bands: Sequence[str] | None) -> Source:
     # 3. the finest file gives the grid; nodata, scale and offset may differ from band to band
     first = min(frames, key=lambda key: (_side(frames[key]), used.index(key)))
     counts = {key: len(names[key] or opened[key].bands) for key in used}
-    stated = {dtypes.get(key, "") for key in used}
+    of_files = {key: source.dtypes for key, source in opened.items() if len(source.dtypes) == counts[key]}
+    each = tuple(name for key in used for name in of_files.get(key, (dtypes.get(key, ""),) * counts[key]))
     nodatas = tuple(
         None if value is None or (key in dtypes and not holds(dtypes[key], value)) else value
         for key in used
@@ -362,7 +363,7 @@ def _source_of(item: pystac.Item, bands: Sequence[str] | None) -> Source:
         units=units,
         nodatas=() if len(set(nodatas)) == 1 else nodatas,
         baseline="" if units else _baseline(item),
-        dtypes=() if len(stated) == 1 else tuple(dtypes.get(key, "") for key in used for _ in range(counts[key])),
+        dtypes=() if len(set(each)) == 1 else each,
         frames=tuple((one.crs, one.transform, one.height, one.width) for one in places) if apart else (),
     )
 

@@ -116,8 +116,20 @@ def _baseline(source: Source) -> float | None:
     return float(text) if text else None
 
 
-def expect_one_dtype(source: Source, bands: Sequence[str]) -> None:
-    """Refuse bands of several pixel types, which are not read into one image; files are opened for what is unknown.
+def with_dtype_of(source: Source, bands: Sequence[str]) -> Source:
+    """The source with the pixel type of `bands` as its own, if that is known to be one."""
+    own = dict(reversed([*zip(source.bands, source.dtypes, strict=False)]))
+    dtypes = {own[band] for band in bands if band in own}
+    return replace(source, dtype=dtypes.pop()) if len(dtypes) == 1 and "" not in dtypes else source
+
+
+def expect_one_dtype(source: Source, bands: Sequence[str], *, model: str = "") -> None:
+    """Refuse bands of several pixel types, which are not read into one image.
+
+    Args:
+        source: imagery.
+        bands: those that are read.
+        model: name of the model that needs the bands. Without one, files are opened for types that are unknown.
 
     Raises:
         DataError: the types differ; the message names bands and types, and how to choose.
@@ -128,15 +140,15 @@ def expect_one_dtype(source: Source, bands: Sequence[str]) -> None:
     # Only a file knows a type that its item does not state.
     types: dict[str, list[str]] = {}
     for name, href, dtype in zip(source.bands, hrefs, source.dtypes, strict=True):
-        if name in bands:
+        if name in bands and (dtype or not model):
             types.setdefault(dtype or source_of_file(href, source.item_id).dtype, []).append(name)
     if len(types) > 1:
         listing = "; ".join(f"{', '.join(names)} of {dtype}" for dtype, names in types.items())
         most = max(types.values(), key=len)
-        raise DataError(
-            f"{source.item_id} has bands of several pixel types ({listing}), expected one type; choose bands, as "
-            f"--set bands=[{','.join(most)}]"
-        )
+        remedy = f"choose bands, as --set bands=[{','.join(most)}]"
+        if model:
+            remedy = f"as model {model} needs them all, save them in one type"
+        raise DataError(f"{source.item_id} has bands of several pixel types ({listing}), expected one type; {remedy}")
 
 
 def _by_band(source: Source) -> dict[str, Unit]:

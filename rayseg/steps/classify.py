@@ -28,6 +28,7 @@ from rayseg.io.drivers import kind_of
 from rayseg.io.instances import Polygons
 from rayseg.io.output_grids import footprint, grids_of
 from rayseg.io.sources import Source
+from rayseg.io.units import expect_one_dtype, with_dtype_of
 from rayseg.metrics import Confusion
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
@@ -72,6 +73,8 @@ def plan_units(region: Region, described: Bundle, units: UnitsConfig, config: Ma
         expect_explainable(described)
 
     def check(source: Source) -> None:
+        source = with_dtype_of(source, described.bands)
+        expect_one_dtype(source, described.bands, model=described.name)
         described.check_contract(source.bands, source.dtype, units=source.units, source=source.item_id)
 
     # A unit is one input window of the model, so that each is seen whole.

@@ -29,7 +29,7 @@ from rayseg.io.maps import mapped_tiles
 from rayseg.io.output_grids import beyond_utm, expect_mappable
 from rayseg.io.sources import Source, from_json
 from rayseg.io.tables import concurrently, content
-from rayseg.io.units import converted, expect_one_unit
+from rayseg.io.units import converted, expect_one_dtype, expect_one_unit, with_dtype_of
 from rayseg.models import bundle
 from rayseg.stages.carry import Carried, CarryOver
 from rayseg.stages.predict import Predict
@@ -217,6 +217,7 @@ def tiles_for(region: Region, described: bundle.Bundle, config: MapConfig) -> Ma
         raise ModelError(f"model {described.name} is for {described.task}, a map needs segmentation; give a segmenter")
 
     def check(source: Source) -> None:
+        expect_one_dtype(source, described.bands, model=described.name)
         described.check_contract(source.bands, source.dtype, units=source.units, source=source.item_id)
 
     # A patch that touches a tile reaches at most a patch and a stride beyond it.
@@ -253,7 +254,7 @@ def tiles_of(
         RaysegError: from `check`, if it rejects all of the imagery.
     """
     sources, unread = imagery(region, config, halo=halo)
-    sources = [converted(source, units or {}) for source in sources]
+    sources = [converted(with_dtype_of(source, bands), units or {}) for source in sources]
     sources, refused = mappable(region, (sources, unread), check, size=config.tile)
     # After the unusable scenes are out: their units do not matter.
     expect_one_unit(sources, bands)

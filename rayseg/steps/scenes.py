@@ -22,7 +22,7 @@ from rayseg.geo.region import Region
 from rayseg.io import cog, maps, pictures, rasters, segments
 from rayseg.io.output_grids import footprint, grids_of
 from rayseg.io.sources import Source, from_json
-from rayseg.io.units import common_units, converted, expect_one_dtype, expect_one_unit
+from rayseg.io.units import common_units, converted, expect_one_dtype, expect_one_unit, with_dtype_of
 from rayseg.models.bundle import Scaling
 from rayseg.stages.cluster import labels_path
 from rayseg.stages.oversegment import segments_path
@@ -91,6 +91,7 @@ def find_scenes(
     """
     # 1. scenes of the most frequent kind can be mapped together
     sources, unread = mapping.imagery(region, config, halo=halo if shared else 0)
+    sources = [with_dtype_of(source, bands) for source in sources]
     real = [source for source in sources if not source.dtype.startswith("complex")]
     usable = [source for source in real if set(bands) <= set(source.bands)]
     # The most frequent kind wins; scenes of other kinds are refused one by one, not the whole run.

@@ -12,7 +12,7 @@ from rayseg.errors import DataError
 from rayseg.io.labels import ingest_rasters
 from rayseg.io.rasters import footprint, grids_of, read, source_of_file
 from rayseg.io.stac_read import open_items, source_of
-from rayseg.io.units import common_units, converted, expect_one_unit, units_of
+from rayseg.io.units import common_units, converted, expect_one_dtype, expect_one_unit, units_of, with_dtype_of
 
 SOUTH = "EPSG:32722"
 GROUND = np.random.default_rng(4).uniform(0.02, 0.4, (2, 24, 30))
@@ -235,6 +235,56 @@ def test_each_band_has_its_own_nodata_value(tmp_path):
     half = replace(grids_of([source])[0][0], resolution=(4.0, 4.0))
     image, valid = read([source], half, footprint(source, half), bands=["red", "nir"])
     assert set(np.unique(image[:, valid])) <= {500, 700}
+
+
+def mixed_vrt(folder):
+    """A VRT of band p of uint8 and band q of uint16, whose nodata 65535 p cannot hold."""
+    p = np.full((20, 20), 50, np.uint8)
+    q = np.full((20, 20), 5000, np.uint16)
+    q[:4] = 65535
+    write(folder / "p.tif", p[None])
+    write(folder / "q.tif", q[None])
+    bands = "".join(
+        f'<VRTRasterBand dataType="{kind}" band="{band}"><Description>{name}</Description>{nodata}<SimpleSource>'
+        f'<SourceFilename relativeToVRT="1">{name}.tif</SourceFilename></SimpleSource></VRTRasterBand>'
+        for band, name, kind, nodata in (
+            (1, "p", "Byte", ""),
+            (2, "q", "UInt16", "<NoDataValue>65535</NoDataValue>"),
+        )
+    )
+    with rasterio.open(folder / "p.tif") as file:
+        place = ",".join(map(str, file.transform.to_gdal()))
+        text = (
+            f'<VRTDataset rasterXSize="20" rasterYSize="20"><SRS>{file.crs}</SRS><GeoTransform>{place}</GeoTransform>'
+        )
+    (folder / "a.vrt").write_text(f"{text}{bands}</VRTDataset>")
+    return folder / "a.vrt"
+
+
+@pytest.mark.parametrize("by", ["file", "item"])
+def test_a_file_whose_bands_differ_in_pixel_type_is_read_band_by_band(tmp_path, by):
+    path = mixed_vrt(tmp_path)
+    source = source_of_file(str(path), "a") if by == "file" else source_of(item("a", {"image": (str(path), {})}))
+    assert source.dtypes == ("uint8", "uint16")
+    assert [with_dtype_of(source, bands).dtype for bands in (["p"], ["q"], ["p", "q"])] == ["uint8", "uint16", "uint8"]
+    for band, dtype, value, count in (("p", "uint8", 50, 400), ("q", "uint16", 5000, 320)):
+        image, valid = pixels_of(with_dtype_of(source, [band]), [band])
+        assert (image.dtype, valid.sum()) == (dtype, count)
+        assert (image[0][valid] == value).all()
+    message = r"a has bands of several pixel types \(p of uint8; q of uint16\), expected one type; "
+    with pytest.raises(DataError, match=message + r"as model m needs them all"):
+        expect_one_dtype(source, ["p", "q"], model="m")
+    with pytest.raises(DataError, match=message + r"choose bands, as --set bands=\[p\]"):
+        expect_one_dtype(source, ["p", "q"])
+    with pytest.raises(DataError, match=r"a\.vrt has (bands of uint16 and uint8|uint16 pixels where uint8)"):
+        pixels_of(source, ["p", "q"])
+
+
+def test_a_nodata_value_that_a_warp_would_not_heed_is_refused(tmp_path):
+    source = with_dtype_of(source_of_file(str(mixed_vrt(tmp_path)), "a"), ["q"])
+    grid = replace(grids_of([source])[0][0], resolution=(4.0, 4.0))
+    with pytest.raises(DataError, match="a nodata value that the first cannot hold, which is not warped"):
+        read([source], grid, footprint(source, grid), bands=["q"])
 
 
 def test_a_file_whose_bands_differ_in_nodata_is_read_band_by_band(tmp_path):
