@@ -291,7 +291,7 @@ def test_an_invalid_scaling_is_an_error_with_its_values():
         ('{"type": "Feature", "properties": {}, "geometry": {"type": "Point", "coordinates": [1, 2]}}', 3, "no area"),
         ('{"type": "Feature", "properties": {}, "geometry": null}', 3, "is empty"),
         ("[1]", 3, "neither GeoJSON nor STAC"),
-        ('{"type": "FeatureCollection", "features": [1]}', 3, "expected a GeoJSON Feature, found"),
+        ('{"type": "FeatureCollection", "features": [1]}', 3, "expected a GeoJSON Feature"),
     ],
 )
 def test_region_files_without_an_area(world, out, tmp_path, content, code, words):

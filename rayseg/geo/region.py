@@ -292,7 +292,7 @@ def _region_file(name: str, path: str, collection: str | None) -> Region:
         data = place.fs.cat_file(place.path)  # opening a URL would call every fault of a server a missing file
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         known = _known()
-        raise ConfigError(f"region file {path} is not there; named regions are {known}, and demo") from error
+        raise ConfigError(f"region file {path} does not exist; named regions are {known}, and demo") from error
     except OSError as error:
         raise ConfigError(
             f"region file {public(path)} cannot be read ({error}); try again, or correct --region"
