@@ -19,7 +19,7 @@ WORKDIR /opt/rayseg
 COPY constraints.txt pyproject.toml README.md ./
 RUN python3 -m venv /opt/venv \
     && mkdir rayseg && touch rayseg/__init__.py \
-    && pip install --constraint constraints.txt . \
+    && pip install --constraint constraints.txt '.[weights]' \
     && pip uninstall --yes rayseg && rm -r rayseg build *.egg-info
 COPY rayseg rayseg
 COPY configs configs
@@ -30,4 +30,4 @@ USER 10001
 ENV TOKEN_FILE=/home/rayseg/token
 EXPOSE 8000
 # Outside of the container everybody on the host reaches the port, so requests need a token; a file mounted there is used.
-CMD ["sh", "-c", "umask 077; test -s $TOKEN_FILE || od -An -N16 -tx1 /dev/urandom | tr -d ' \\n' > $TOKEN_FILE; echo \"token: $(cat $TOKEN_FILE)\"; exec rayseg serve --models /models --host 0.0.0.0 --port 8000 --token-file $TOKEN_FILE"]
+CMD ["sh", "-c", "umask 077; test -s $TOKEN_FILE || { od -An -N16 -tx1 /dev/urandom | tr -d ' \\n' > $TOKEN_FILE; echo \"token: $(cat $TOKEN_FILE)\"; }; exec rayseg serve --models /models --host 0.0.0.0 --port 8000 --token-file $TOKEN_FILE"]

@@ -100,7 +100,9 @@ def write_vectors(product: UPath, folder: StorePath, kind: str) -> list[str]:
         geo = json.loads(file.schema_arrow.metadata[b"geo"])["columns"]["geometry"]
         placed = geo.get("crs", "absent") is not None
         # geo and pandas metadata would be taken for those of another format
-        schema = file.schema_arrow.remove_metadata()
+        plain = file.schema_arrow.remove_metadata()
+        # A column without any value, as the class of plots without classes, has a type that no format knows.
+        schema = pa.schema([field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in plain])
         batches = (_batch(batch, schema, flip=not placed and kind != "geojson") for batch in file.iter_batches(_ROWS))
         path = Path(scratch) / f"{product.stem}{suffix}"
         try:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import geopandas as gpd
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import rasterio
 import shapely
@@ -21,6 +23,7 @@ from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Grid
 from rayseg.io import cog, export, maps, qgis, vectors
 from rayseg.io.cog import read_bands
+from rayseg.store import upath
 
 PIXELS = Grid(None, (1.0, 1.0), (0.0, 0.0))
 RENDER = Path(__file__).with_name("render_qgis.py")
@@ -204,3 +207,14 @@ def test_a_class_raster_becomes_polygons_in_formats_of_others(run, tmp_path, suf
     frame = gpd.read_file(tmp_path / f"cover.{suffix}")
     assert len(frame) == count
     assert frame["pixels"].sum() == (map_HW == 1).sum()
+
+
+@pytest.mark.parametrize("kind", ["gpkg", "fgb", "shp", "geojson"])
+def test_a_column_without_any_value_is_written_as_empty_text(tmp_path, kind):
+    frame = gpd.GeoDataFrame({"id": ["a"], "class": [None]}, geometry=[shapely.box(10, 20, 11, 21)], crs=4326)
+    frame.to_parquet(tmp_path / "plots.parquet")
+    assert pq.read_schema(tmp_path / "plots.parquet").field("class").type == pa.null()
+    paths = export.write_vectors(upath(tmp_path / "plots.parquet"), tmp_path / "out", kind)
+    read = gpd.read_file(paths[0] if kind != "shp" else next(path for path in paths if path.endswith(".shp")))
+    assert read["id"].tolist() == ["a"]
+    assert read["class"].isna().all()

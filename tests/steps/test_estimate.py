@@ -215,5 +215,13 @@ def test_rates_are_numbers(world, rate):
     assert rayseg("plan", "pipeline", "predict", "--region", world["catalogue"], *words).exit_code == 2
 
 
-def test_prices_below_a_hundredth_are_told():
-    assert [run._price(amount) for amount in (0.0, 0.00266, 0.25, 1234.5)] == ["0.00", "0.0027", "0.25", "1,234.50"]
+@pytest.mark.parametrize(
+    ("amount", "shown"), [(0.0, "0.00"), (0.00266, "0.0027"), (0.25, "0.25"), (1234.5, "1,234.50")]
+)
+def test_prices_below_a_hundredth_are_shown(amount, shown):
+    plan = {
+        "region": "demo", "items": 2, "tiles": 6, "pixels": 10**7, "bytes_read": None, "bytes_written": None,
+        "refused": 0, "unknown": [], "seconds": {}, "gpu_seconds": None, "workers": 1, "price": amount,
+        "cpu_seconds": 1.0, "wall_seconds": 1.0, "probe": {"tiles": ["a"], "cpus": 2, "gpus": 0, "troubles": {}},
+    }  # fmt: skip
+    assert f"price    {shown}" in run._plan_text(plan).splitlines()[-1]
