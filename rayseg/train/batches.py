@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rayseg.errors import DataError
 
@@ -192,6 +193,18 @@ def made_ahead(make: Callable[[T], R], items: Iterable[T], *, threads: int, coun
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def whole_units(images_NCHW: Tensor, unit: int) -> Tensor:
+    """Images padded at their lower and right edges to sides that are multiples of `unit` px.
+
+    They are mirrored there, as black borders would change the features near them; of an image that is too small for
+    that, the last pixels are repeated.
+    """
+    height, width = images_NCHW.shape[2:]
+    below, right = -height % unit, -width % unit
+    mode = "reflect" if below < height and right < width else "replicate"
+    return pad(images_NCHW, (0, right, 0, below), mode=mode)
 
 
 def _read_batch(read: Read, read_mask: Read | None, chips: Indices) -> Batch:

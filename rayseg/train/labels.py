@@ -9,12 +9,11 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from rayseg.config import Config
 from rayseg.errors import DataError
 from rayseg.models import losses
-from rayseg.train.batches import Chips, Indices, Kept
+from rayseg.train.batches import Chips, Indices, Kept, whole_units
 
 Mask = NDArray[np.uint8]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -52,9 +51,9 @@ def labelled(probabilities_N1HW: Tensor, coarse_N1HW: Tensor, settings: Labellin
 
 
 def probabilities(model: nn.Module, images_NCHW: Tensor, *, unit: int, flip: bool) -> Tensor:
-    """Probabilities (N, 1, H, W) float32 on images of any size, mirrored at the edge to multiples of `unit`."""
+    """Probabilities (N, 1, H, W) float32 on images of any size, padded to multiples of `unit` px."""
     height, width = images_NCHW.shape[2:]
-    whole = pad(images_NCHW, (0, -width % unit, 0, -height % unit), mode="reflect")
+    whole = whole_units(images_NCHW, unit)
     p: Tensor = model(whole).float().sigmoid()
     if flip:
         p = (p + model(whole.flip(3)).float().sigmoid().flip(3)) / 2

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from rayseg.models.bundle import Scaling
 from rayseg.models.losses import IGNORE
+from rayseg.train.batches import whole_units
 from rayseg.vision.color import RGB, label_table
 
 Picture = NDArray[np.uint8]
@@ -33,7 +33,7 @@ def of_segments(
     Args:
         samples: returns them; the first few are shown.
         scaling: from stored values to the network's input.
-        unit: px whose multiples the network takes; images are mirrored at their edges to them.
+        unit: px whose multiples the network takes; images are padded to them.
         colors: of the classes; by default those of unnamed labels.
     """
     return partial(_segments, samples, scaling, unit, colors)
@@ -47,8 +47,7 @@ def _segments(
     for name, image_CHW, classes_HW in islice(samples(), MOST):
         images = scaling.normalize(torch.from_numpy(np.ascontiguousarray(image_CHW))[None].to(device))
         height, width = images.shape[2:]
-        whole = pad(images, (0, -width % unit, 0, -height % unit), mode="reflect")
-        logits = net(whole)[0, :, :height, :width].float()
+        logits = net(whole_units(images, unit))[0, :, :height, :width].float()
         found_HW = (logits[0] > 0) if len(logits) == 1 else logits.argmax(dim=0)
         palette_K3 = np.array(colors or label_table(max(len(logits), 2)).colors, np.uint8)
         parts = [visible(image_CHW), _painted(found_HW.cpu().numpy().astype(np.uint8), palette_K3)]

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from rayseg.config import Config, added
 from rayseg.errors import DataError
@@ -35,7 +34,7 @@ from rayseg.models.encoders import read_state
 from rayseg.models.losses import cross_entropy_sum, mass
 from rayseg.train import probe, session
 from rayseg.train.augment import Augment, augment, centre
-from rayseg.train.batches import Batch, Chips, Indices, Kept, endless, read_ahead, shard
+from rayseg.train.batches import Batch, Chips, Indices, Kept, endless, read_ahead, shard, whole_units
 from rayseg.train.classifier import key_of, names_of
 from rayseg.train.frozen import HeadedConfig
 from rayseg.train.learning import Groups, Learner, Learning, expect_batch, expect_size, precision
@@ -526,7 +525,7 @@ def _inputs(config: State) -> Iterator[Tensor]:
 def confusions(
     net: nn.Module, chips: Chips, positions: Iterable[int], scaling: Scaling, *, unit: int
 ) -> list[Confusion]:
-    """Confusion of the network's prediction on each of the chips, which are mirrored at the edge to whole units."""
+    """Confusion of the network's prediction on each of the chips, which are padded to whole units."""
     assert chips.read_mask is not None
     net.eval()
     device = next(net.parameters()).device
@@ -536,9 +535,7 @@ def confusions(
         assert batch.masks_NMHW is not None
         images = scaling.normalize(batch.images_NCHW.to(device))
         height, width = images.shape[2:]
-        # Mirrored, as black borders would change the features near them.
-        whole = pad(images, (0, -width % unit, 0, -height % unit), mode="reflect")
-        predicted = net(whole)[..., :height, :width].argmax(dim=1).cpu().numpy()
+        predicted = net(whole_units(images, unit))[..., :height, :width].argmax(dim=1).cpu().numpy()
         matrices.append(Confusion.from_arrays(batch.masks_NMHW[:, 0].numpy(), predicted, chips.count))
     return matrices
 

@@ -4,9 +4,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from rayseg.errors import DataError
-from rayseg.train.batches import Chips, Kept, epoch_batches, read_ahead
+from rayseg.train.batches import Chips, Kept, epoch_batches, read_ahead, whole_units
 
 POSITIVES, NEGATIVES = np.arange(10), np.arange(100, 117)
 
@@ -116,3 +117,13 @@ def test_chips_survive_pickle_and_know_their_classes():
     assert chips.read_mask(1).sum() == 4
     with pytest.raises(DataError, match="3 chip ids but 2 labels"):
         Chips.of_arrays("abc", [1, 0], np.zeros((3, 2, 2, 3)), None)
+
+
+@pytest.mark.parametrize(
+    ("sides", "mode"), [((5, 7), "reflect"), ((8, 8), "reflect"), ((4, 7), "edge"), ((1, 9), "edge")]
+)
+def test_images_of_any_size_are_padded_to_whole_units(sides, mode):
+    image_HW = np.arange(np.prod(sides), dtype=np.float32).reshape(sides)
+    height, width = sides
+    expected = np.pad(image_HW, ((0, -height % 8), (0, -width % 8)), mode=mode)
+    np.testing.assert_array_equal(whole_units(torch.from_numpy(image_HW)[None, None], 8)[0, 0].numpy(), expected)

@@ -55,3 +55,11 @@ def test_other_types_are_stretched_and_few_samples_are_shown():
     image_CHW = np.zeros((3, 4, 4), np.uint8)
     samples = [(str(k), image_CHW, None) for k in range(9)]
     assert len(pictures.of_segments(lambda: samples, SCALING, unit=4)(Bright(2))) == pictures.MOST
+
+
+def test_a_chip_smaller_than_the_networks_unit_is_shown():
+    image_CHW = np.zeros((3, 4, 4), np.uint8)
+    image_CHW[0, :, 2:] = 200
+    shown = pictures.of_segments(lambda: [("a", image_CHW, None)], SCALING, unit=8, colors=COLORS)(Bright(2))["a"]
+    assert (shown[:, 4:6] == COLORS[0]).all()
+    assert (shown[:, 6:] == COLORS[1]).all()
