@@ -32,6 +32,7 @@ from rayseg.steps.chips import ChipsConfig, drawn_masks
 from rayseg.steps.labelled import find_images
 from rayseg.store import put, upath
 from rayseg.train.augment import Augment, centre
+from rayseg.train.batches import whole_units
 from rayseg.train.windows import spread
 from rayseg.vision.color import ClassTable
 from rayseg.vision.crops import middle
@@ -53,7 +54,7 @@ def measure(root: str, truth: str | None = None) -> list[dict[str, Any]]:
             Classifiers are measured on the chips that it set apart.
 
     Raises:
-        DataError: no weights were kept, or nothing is there to measure them with.
+        DataError: no weights were kept, their training has not finished, or nothing is there to measure them with.
         ModelError: weights do not fit the run's model.
     """
     content, steps = read(root), upath(root) / "steps"
@@ -117,6 +118,10 @@ def _write(folder: UPath, rows: Sequence[dict[str, Any]]) -> None:
 def _bundle_of(root: UPath, content: Mapping[str, Any], step: str) -> Bundle:
     """The bundle of a step's training."""
     own = root / "steps" / step / "classifier"  # of a round of al-s4gan
+    if not own.exists() and step not in content.get("steps", {}):
+        raise DataError(
+            f"step {step} of {root} has not finished, expected its model; finish the run by its own command"
+        )
     described = bundle.description(own if own.exists() else content["steps"][step]["bundle"])
     # The map of gpc may be made by colours, which the network taught.
     network = described.architecture.factory == "appearance"
@@ -151,11 +156,12 @@ def _measure_of(root: UPath, content: Mapping[str, Any], described: Bundle, trut
 
 @torch.inference_mode()
 def _of_masks(net: nn.Module, described: Bundle, places: Sequence[Place]) -> dict[str, float]:
-    table = ClassTable(described.classes)
+    table, unit = ClassTable(described.classes), 32 * int(described.architecture.options.get("reduce", 1))
     total = Confusion(np.zeros((len(table.classes),) * 2, np.int64))
     for image, window in places:
         image_CHW, classes_HW = scenes.read_window(image, window, bands=described.bands, table=table)
-        logits = net(torch.from_numpy(described.normalize(image_CHW))[None])[0].float()
+        images = whole_units(torch.from_numpy(described.normalize(image_CHW))[None], unit)
+        logits = net(images)[0, :, : window.height, : window.width].float()
         found_HW = logits.argmax(dim=0) if len(logits) > 1 else logits[0].sigmoid() > described.threshold
         total += Confusion.from_arrays(classes_HW, found_HW.numpy().astype(np.uint8), len(table.classes))
     of_classes = {f"iou {name}": float(value) for name, value in zip(table.names, total.iou, strict=True)}

@@ -3,10 +3,18 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 import torch
-from small_world import SMALL_GPC, rayseg, refused
+from coloured_squares import pair
+from PIL import Image
+from small_world import SMALL_GPC, rayseg, refused, segmenter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rayseg.engine.manifest import write_rows
+from rayseg.io.scenes import Pairs, labelled_images
+from rayseg.models import bundle
+from rayseg.steps import checkpoints
 
 LANDCOVER = """
 labelled: {masks: "#truth/landcover", validation: [demo-east], absent: [unknown]}
@@ -70,3 +78,38 @@ def test_kept_classifiers_are_measured_on_the_chips_set_apart(tmp_path, demo_reg
 def test_a_run_without_kept_weights_is_refused(tmp_path):
     (tmp_path / "run.json").write_text('{"pipeline": "gpc", "steps": {}, "status": "done"}')
     assert "has no kept weights, expected some; train with" in refused(3, "evaluate", tmp_path, "--checkpoints")
+
+
+def kept(tmp_path, steps):
+    """A run of which one training kept its weights."""
+    model = segmenter(tmp_path / "model", classes=2)
+    content = {"pipeline": "al-s4gan", "steps": {name: {"bundle": model} for name in steps}, "status": "running"}
+    (tmp_path / "run" / "steps" / "segmenter" / "kept").mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text(json.dumps(content))
+    described, net = bundle.build(model)
+    file = tmp_path / "run" / "steps" / "segmenter" / "kept" / "000001.pt"
+    torch.save({"number": 1, "weights": net.state_dict()}, file)
+    return described, net
+
+
+def test_weights_of_a_training_that_has_not_finished_are_refused(tmp_path):
+    kept(tmp_path, steps=())
+    said = refused(3, "evaluate", tmp_path / "run", "--checkpoints")
+    assert "step segmenter of" in said
+    assert "has not finished, expected its model; finish the run by its own command" in said
+
+
+def test_chips_of_any_size_are_padded_as_in_training(tmp_path):
+    described, net = kept(tmp_path, steps=("segmenter",))
+    image_CHW, truth_HW = pair(0)
+    image_CHW, truth_HW = image_CHW[:, :50, :70], truth_HW[:50, :70] % 2
+    (tmp_path / "images").mkdir()
+    Image.fromarray(image_CHW.transpose(1, 2, 0)).save(tmp_path / "images" / "a_sat.png")
+    Image.fromarray(truth_HW).save(tmp_path / "images" / "a_mask.png")
+    [chip] = labelled_images(str(tmp_path / "images"), pairs=Pairs(image="{}_sat.png", mask="{}_mask.png"))
+    place = {"of": chip.id, "part": "test", "label": "", "col": 0, "row": 0, "width": 70, "height": 50}
+    write_rows(tmp_path / "run" / "steps" / "pool" / "pool.parquet", [chip.to_row() | place])
+    [row] = checkpoints.measure(str(tmp_path / "run"))
+    whole = np.pad(described.normalize(image_CHW), ((0, 0), (0, 14), (0, 26)), mode="reflect")
+    found_HW = net(torch.from_numpy(whole)[None])[0, :, :50, :70].argmax(dim=0).numpy()
+    assert row["accuracy"] == pytest.approx((found_HW == truth_HW).mean())
