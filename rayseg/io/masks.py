@@ -429,13 +429,21 @@ def _sure(
     href, least = mask.sure
     scores = replace(source_of_file(href, mask.item_id), crs=mask.crs, transform=mask.transform)
     scores_CHW, valid_HW = read([scores], grid, part, bands=scores.bands, categorical=True)
-    if len(scores_CHW) == 1 and len(table.classes) == 2:  # the score of class 1, of which class 0 has the rest
-        own_HW = np.where(classes_HW == table.values[1], scores_CHW[0], FULL_SCORE - scores_CHW[0])
+    # The map's own classes, in the order of its bands: the table it is read by may have more.
+    values = list(_legend(mask.assets[0][0])[0] or table.values)
+    if len(scores_CHW) not in {1, len(values)}:
+        raise DataError(
+            f"{href} has {len(scores_CHW)} bands, expected 1 or one for each of the {len(values)} classes of "
+            f"{mask.assets[0][0]}; give RUN#classes, or leave min_score out"
+        )
+    if len(scores_CHW) == 1 and len(values) == 2:  # the score of class 1, of which class 0 has the rest
+        own_HW = np.where(classes_HW == values[1], scores_CHW[0], FULL_SCORE - scores_CHW[0])
     elif len(scores_CHW) == 1:
         own_HW = scores_CHW[0]
     else:
-        known_HW = np.searchsorted(table.values, np.where(classes_HW == NODATA, table.values[0], classes_HW))
-        own_HW = np.take_along_axis(scores_CHW, known_HW[None], axis=0)[0]
+        band_of = np.zeros(256, np.intp)
+        band_of[values] = np.arange(len(values))
+        own_HW = np.take_along_axis(scores_CHW, band_of[classes_HW][None], axis=0)[0]
     # Half a step of the stored scores, so that a score that was rounded down counts as reached.
     sure_HW = valid_HW & (own_HW.astype(np.float32) >= least * FULL_SCORE - 0.5)
     return np.where(sure_HW, classes_HW, NODATA).astype(np.uint8)

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from rayseg.io import annotation_requests, cog, labels, scenes
 from rayseg.io.label_names import assign
 from rayseg.io.masks import masks_of, only_0_and_255, pixels_of, read_classes, two_classes
 from rayseg.io.output_grids import footprint
+from rayseg.io.rasters import source_of_file
 from rayseg.steps import evaluate
 from rayseg.vision.color import ClassTable, label_table
 
@@ -406,3 +408,25 @@ def test_a_damaged_mask_of_0_and_255_costs_no_other(tmp_path, kind):
     result = evaluate.evaluate(*words, classes=str(tmp_path / "classes.yaml"))
     assert list(result["failed"]) == [str(tmp_path / "truth" / "b.tif")]
     assert [row["reference"] for row in result["classes"]] == [160_000, 80_000]
+
+
+@pytest.mark.parametrize("values", [(0, 1), (1, 0), (0, 2), (0, 2, 3), (3, 0, 2)])
+@pytest.mark.parametrize("more", [0, 4])
+def test_only_sure_pixels_are_read_whatever_further_classes_the_table_has(tmp_path, values, more):
+    rng, window = np.random.default_rng(1), Window(0, 0, 30, 20)
+    grid = Grid("EPSG:32719", (2.0, 2.0), (0.0, 0.0))
+    rows = tuple((value, f"class {value}", (value, 0, 9)) for value in range(4))
+    own = ClassTable(tuple(rows[value] for value in values))
+    positions_HW = rng.integers(0, len(values), (20, 30))
+    classes_HW = np.array(values, np.uint8)[positions_HW]
+    bands = len(values) if len(values) > 2 or 2 in values else 1
+    scores_CHW = rng.integers(0, 255, (bands, 20, 30)).astype(np.uint8)
+    cog.write_classes(tmp_path / "c.tif", classes_HW, grid, window, own)
+    cog.write_scores(tmp_path / "s.tif", scores_CHW, grid, window, [f"s{band}" for band in range(bands)])
+    mask = replace(source_of_file(str(tmp_path / "c.tif"), "c"), sure=(str(tmp_path / "s.tif"), 0.5))
+    table = ClassTable(rows) if more else own
+    # by hand: a band per class in the order of the map's own table, or that of its second class
+    per_class = scores_CHW if bands > 1 else np.concatenate([254 - scores_CHW, scores_CHW])
+    sure_HW = np.choose(positions_HW, per_class) >= 127
+    assert 0.2 < sure_HW.mean() < 0.8
+    assert (read_classes([mask], grid, window, table) == np.where(sure_HW, classes_HW, 255)).all()
