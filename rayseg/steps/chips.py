@@ -19,7 +19,7 @@ from rayseg.geo.grid import expect_ids, slug
 from rayseg.geo.region import Region
 from rayseg.io import labels, stac_read
 from rayseg.io.labels import Chip
-from rayseg.io.masks import by_image, expect_fit, masks_of, read_classes, two_classes
+from rayseg.io.masks import by_image, expect_fit, expect_names, masks_of, read_classes, two_classes
 from rayseg.io.name_lists import Paths
 from rayseg.io.scenes import LabelledImage, masks_on, placed
 from rayseg.io.sources import Source
@@ -188,10 +188,12 @@ def drawn_masks(chips: Sequence[Chip], table: ClassTable, config: ChipsConfig) -
     """The chips that have a drawn mask, with it.
 
     Raises:
-        DataError: a mask fits no chip, cannot be read, or has a value that is not a class.
+        DataError: a mask fits no chip, cannot be read, names other classes, or has a value that is not a class.
     """
     masks = masks_of_chips(chips, config)
-    read_as = iter(two_classes([mask for parts in masks.values() for mask in parts], table, str(config.masks)))
+    every = [mask for parts in masks.values() for mask in parts]
+    expect_names(every, table, str(config.masks))
+    read_as = iter(two_classes(every, table, str(config.masks)))
     masks = {name: tuple(next(read_as) for _ in parts) for name, parts in masks.items()}
     images = [placed(chip.id, chip.id, chip.source, masks[chip.id]) for chip in chips if chip.id in masks]
     for position in range(len(images)):

@@ -6,8 +6,9 @@ from PIL import Image
 
 from rayseg.engine.run import Engine, Step
 from rayseg.errors import DataError
+from rayseg.geo.grid import Grid, Window
 from rayseg.geo.region import Region
-from rayseg.io import labels
+from rayseg.io import cog, labels
 from rayseg.pipelines.gpc import CLASSES
 from rayseg.steps import chips
 from rayseg.steps.chips import ChipsConfig
@@ -89,6 +90,12 @@ def test_masks_that_fit_no_chip_are_refused(world):
         check("cg", MASK[:30])
     with pytest.raises(DataError, match=r"mixes two kinds of masks: .*bg.png has only 0 and 255, .*cg.png"):
         check("cg", np.full((40, 50), 7, np.uint8))
+    other = ClassTable(((0, "other", (0, 0, 0)), (1, "greenhouse", (1, 1, 1))))
+    shape = Grid(None, (1.0, 1.0), (0.0, 0.0)), Window(0, 0, 50, 40)
+    cog.write_classes(world / "masks" / "cg.tif", MASK // 255, *shape, other)
+    with pytest.raises(DataError, match=r"masks has the classes other, greenhouse, but 0 is background and not other"):
+        chips.drawn_masks(chips.find_chips(Region("r"), LABELS, config(world)), TABLE, config(world))
+    (world / "masks" / "cg.tif").unlink()
     for name in ("cg", "dg"):
         draw(world, name)
     with pytest.raises(DataError, match=r"all 4 chips of .* labelled gpc have a mask in chips.masks"):

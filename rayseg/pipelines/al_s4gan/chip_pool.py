@@ -23,7 +23,7 @@ from rayseg.geo.region import Region
 from rayseg.io import labels, rasters, scenes, stac_read
 from rayseg.io.class_tables import Classes
 from rayseg.io.labels import Chip
-from rayseg.io.masks import by_image, expect_fit, masks_of, pixels_of, two_classes
+from rayseg.io.masks import by_image, expect_fit, expect_names, masks_of, pixels_of, two_classes
 from rayseg.io.name_lists import Names
 from rayseg.io.scenes import LabelledImage, Pairs
 from rayseg.io.sources import Source
@@ -235,7 +235,9 @@ def _masks_of(
         for mask in masks:
             expect_fit(mask, (chip.source.height, chip.source.width), chip.source.assets[0][0])
         found[chip.id] = masks
-    read_as = iter(two_classes([mask for masks in found.values() for mask in masks], table, location))
+    every = [mask for masks in found.values() for mask in masks]
+    expect_names(every, table, location)
+    read_as = iter(two_classes(every, table, location))
     return {name: tuple(next(read_as) for _ in masks) for name, masks in found.items()}
 
 

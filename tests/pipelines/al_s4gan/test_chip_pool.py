@@ -7,6 +7,7 @@ from small_world import catalogue, chip_folder
 
 from rayseg.engine.run import Engine, Step
 from rayseg.errors import ConfigError, DataError, RunIncomplete
+from rayseg.geo.grid import Grid, Window
 from rayseg.geo.region import Region
 from rayseg.io import annotation_requests, cog, labels
 from rayseg.io.class_tables import Classes
@@ -125,6 +126,20 @@ def test_no_class_of_labelled_images_is_held_out_as_a_whole(tmp_path):
     path = labels.ingest_folder(str(chip_folder(tmp_path / "chips", counts=(3, 1))), tmp_path / "cat", labels="folder")
     with pytest.raises(DataError, match=r"pool.share 0.2 keeps all 1 images labelled nongpc for validation"):
         chips(PoolConfig(chips=f"{path}#chips", size=64))
+
+
+def test_a_map_of_other_classes_is_no_mask_of_labelled_images(tmp_path):
+    path = labels.ingest_folder(str(chip_folder(tmp_path / "chips")), tmp_path / "cat", labels="folder")
+    shape = Grid(None, (1.0, 1.0), (0.0, 0.0)), Window(0, 0, 64, 64)
+    for name in ("gpc", "nongpc"):
+        for number in range(3):
+            target = tmp_path / "masks" / f"{name}-{number}.tif"
+            cog.write_classes(target, np.eye(64, dtype=np.uint8), *shape, TABLE)
+    config = PoolConfig(chips=f"{path}#chips", size=64, masks=str(tmp_path / "masks"))
+    assert {row["label"] for row in chips(config)} == {"gpc", "nongpc"}
+    swapped = ClassTable(((0, "wood", (50, 170, 80)), (1, "ground", (130, 100, 70))))
+    with pytest.raises(DataError, match=r"masks has the classes ground, wood, but 0 is wood and not ground among"):
+        chips(config, table=swapped)
 
 
 def test_chips_of_placed_scenes_are_exported_where_they_lie_and_their_masks_come_back(tmp_path):
