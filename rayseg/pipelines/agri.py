@@ -239,6 +239,7 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None, *, l
     tiles = run.step("predict", write_tiles, region, proposed, joined, classified, model, config)
     polygons = run.step("plots", plots.write_plots, joined, classified, model)
     run.step("publish", mapping.publish, tiles, f"Cultivated plots, {region.name}")
+    run.step("qgis", mapping.save_project, tiles, polygons)
     measured, simple, truth = None, None, region.located(config.truth)
     if truth:
         measured = run.step("evaluate", evaluate_plots.evaluate_run, tiles, truth)

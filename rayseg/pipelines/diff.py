@@ -62,5 +62,6 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     shown = generalize.generalized(run, compared, config.polygons, region)
     polygons = run.step("polygons", mapping.join_polygons, shown, "changes")
     run.step("publish", mapping.publish, compared, f"{config.before} and {config.after}")
+    run.step("qgis", mapping.save_project, compared, polygons)
     written = run.step("report", write_report, compared, polygons, *maps)
     return report.headline(written)

@@ -239,6 +239,7 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     polygons = run.step("polygons", mapping.join_polygons, shown, YES)
     measured = run.step("evaluate", evaluate.compare_truth, predicted, region, config.truth)
     run.step("publish", mapping.publish, predicted, f"Green plastic cover, {region.name}")
+    run.step("qgis", mapping.save_project, predicted, polygons)
     drawn = run.step("pictures", draw_cues, listed, cues, size)
     simple, truth = None, region.located(config.truth)
     if config.baseline and truth:

@@ -225,6 +225,7 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     polygons = run.step("polygons", mapping.join_polygons, shown, PRODUCT)
     measured = run.step("evaluate", evaluate.compare_truth, predicted, region, config.truth)
     run.step("publish", mapping.publish, predicted, f"Land cover, {region.name}")
+    run.step("qgis", mapping.save_project, predicted, polygons)
     parts = (listed, predicted, polygons, validated, measured)
     written = run.step("report", write_report, *parts, simple=simple)
     return report.headline(written)

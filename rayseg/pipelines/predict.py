@@ -67,6 +67,7 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     shown = generalize.generalized(run, predicted, config.polygons, region)
     polygons = run.step("polygons", mapping.join_polygons, shown, "polygons")
     run.step("publish", mapping.publish, predicted, f"{region.name} by {config.model}")
+    run.step("qgis", mapping.save_project, predicted, polygons)
     extras = report.Extras(labels=_carried(predicted, config.earlier)) if config.earlier else None
     written = run.step("report", report.write_report, predicted, polygons, *([None, extras] if extras else ()))
     return report.headline(written)

@@ -70,5 +70,6 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     shown = generalize.generalized(run, predicted, config.polygons, inside)
     polygons = run.step("polygons", mapping.join_polygons, shown, "polygons")
     run.step("publish", mapping.publish, predicted, f"{region.name}, from {config.run}")
+    run.step("qgis", mapping.save_project, predicted, polygons)
     written = run.step("report", write_report, predicted, polygons)
     return report.headline(written)

@@ -243,6 +243,7 @@ def run(config: Config, run: Run, region: Region, plan: Scenes | None = None) ->
     polygons = run.step("polygons", join_polygons, shown)
     measured = run.step("evaluate", measure, predicted, region, config)
     run.step("publish", mapping.publish, predicted, f"Labels of {region.name}, found without any")
+    run.step("qgis", mapping.save_project, predicted, polygons)
     drawn = run.step("pictures", scenes.draw, listed, divided, predicted)
     if config.mean_colors:
         run.step("colors", scenes.paint, listed, predicted)

@@ -451,7 +451,7 @@ def join_polygons(step: Step, predicted: Step, product: str) -> dict[str, Any]:
 
 
 def publish(step: Step, predicted: Step, title: str) -> dict[str, Any]:
-    """Write collection.json and items.parquet from the items of all tiles, which the ledger stores; a QGIS project."""
+    """Write collection.json and items.parquet from the items of all tiles, which the ledger stores."""
     folder = tiles_prefix(step)
 
     def item_of(tile: tuple[Row, Record]) -> tuple[str, dict[str, Any]]:
@@ -462,6 +462,22 @@ def publish(step: Step, predicted: Step, title: str) -> dict[str, Any]:
         return href, json.loads(content(href))  # earlier versions wrote the item next to the tile only
 
     count = stac_write.write_collection(step.root, concurrently(item_of, done_tiles(predicted)), title=title)
-    if any(Tile.from_row(row).grid.crs for row, _ in islice(done_tiles(predicted), 1)):
-        qgis.save(step.root)
     return {"items": count}
+
+
+def save_project(step: Step, predicted: Step, polygons: Step) -> dict[str, Any]:
+    """Write the QGIS project of a map with a CRS; the run goes on without one that cannot be written.
+
+    Args:
+        step: the current step.
+        predicted: the step that mapped the region.
+        polygons: the step that wrote the polygons or plots; the project has a copy of them.
+    """
+    if any(Tile.from_row(row).grid.crs for row, _ in islice(done_tiles(predicted), 1)):
+        try:
+            qgis.save(step.root)
+        except DataError as error:  # the map itself is whole
+            _log.warning(
+                "%s has no QGIS project: %s; then: rayseg export %s --format qgis", step.root, error, step.root
+            )
+    return {}

@@ -143,7 +143,7 @@ def test_status_adds_up(runs_by_tile):
     assert "predict, done" in said.stdout
     assert "9 planned = 8 done + 1 empty" in said.stdout
     report = json.loads(rayseg("status", runs_by_tile[128], "--json").stdout)
-    assert list(report["times"]) == ["model", "predict", "generalize", "polygons", "publish", "report"]
+    assert list(report["times"]) == ["model", "predict", "generalize", "polygons", "publish", "qgis", "report"]
     assert report["steps"]["predict"]["counts"]["done"] == 8
 
 

@@ -40,6 +40,7 @@ STEPS = [
     "polygons",
     "evaluate",
     "publish",
+    "qgis",
     "pictures",
     "baseline",
     "report",

@@ -3,8 +3,10 @@
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import rasterio
 from small_world import catalogue, classifier, segmenter
 
 from rayseg.engine.run import Engine, Step
@@ -100,6 +102,22 @@ def test_tiles_steps_and_joins_fit_together(world, step):
     publish = Step("publish", step.root, "key", step.engine)
     tiles = list(mapping.done_tiles(predicted))
     assert mapping.publish(publish, predicted, "A map") == {"items": len(tiles)}
+
+
+def test_a_run_goes_on_without_a_qgis_project_that_cannot_be_written(world, step, monkeypatch, caplog):
+    model = Step("model", step.root, "key", step.engine, mapping.load_model(step, world["model"]))
+    value = mapping.predict_region(step, Region("r", catalog=world["imagery"]), model, MapConfig(tile=512))
+    predicted = Step("predict", step.root, "key", step.engine, value)
+    mapping.publish(Step("publish", step.root, "key", step.engine), predicted, "A map")
+    assert not (Path(step.root) / "qgis").exists()
+    drawing = Step("qgis", step.root, "key", step.engine)
+    with monkeypatch.context() as patched:
+        patched.setattr(mapping.qgis, "save", Mock(side_effect=DataError("no room")))
+        assert mapping.save_project(drawing, predicted, drawing) == {}
+    assert f"no QGIS project: no room; then: rayseg export {step.root} --format qgis" in caplog.text
+    mapping.save_project(drawing, predicted, drawing)
+    with rasterio.open(Path(step.root) / "qgis/classes.vrt") as whole:
+        assert (whole.read(1) != 255).any()
 
 
 def test_what_is_published_of_the_ledger_is_what_the_files_say(world, step, monkeypatch):

@@ -184,6 +184,7 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     polygons = run.step("polygons", mapping.join_polygons, shown, PRODUCT)
     evaluated = run.step("evaluate", evaluation.compare_truth, predicted, region, config.truth)
     run.step("publish", mapping.publish, predicted, f"Land cover, {region.name}")
+    run.step("qgis", mapping.save_project, predicted, polygons)
     parts = [listed, trained, measured, *rounds]
     arguments = (parts, predicted, polygons, evaluated, config)
     return report.headline(run.step("report", write_report, *arguments, simple=simple))
