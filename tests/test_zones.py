@@ -402,6 +402,31 @@ def test_a_scene_near_or_beyond_the_end_of_a_turn_is_whole_in_every_zone(tmp_pat
     assert total == pytest.approx(expected, rel=0.03)
 
 
+@pytest.mark.parametrize("crs", ["EPSG:26931", "EPSG:2056", "EPSG:3375", "EPSG:32633"])
+def test_a_plane_about_another_axis_counts_no_turns(crs):
+    assert turn_of(crs) is None
+
+
+def test_a_scene_of_an_oblique_mercator_keeps_its_place_in_utm(tmp_path):
+    """EPSG:26931 (Alaska zone 1): its x is no longitude times a step."""
+    affine, pixels_HW = Affine(100, 0, 600_000, 0, -100, 700_000), np.arange(1, 2501, dtype="uint16").reshape(50, 50)
+    profile = {"driver": "GTiff", "count": 1, "height": 50, "width": 50, "dtype": "uint16", "crs": "EPSG:26931"}
+    with rasterio.open(tmp_path / "a.tif", "w", **profile, transform=affine) as file:
+        file.write(pixels_HW[None])
+    source, grid = source_of_file(str(tmp_path / "a.tif"), "a"), Grid("EPSG:32608", (100.0, 100.0), (0.0, 0.0))
+    window = footprint(source, grid)
+    pixels, valid = read([source], grid, window, bands=source.bands, categorical=True)
+    cols, rows = np.meshgrid(np.arange(window.width) + 0.5, np.arange(window.height) + 0.5)
+    xs, ys = transformer("EPSG:32608", "EPSG:26931").transform(*(grid.transform(window) @ (cols, rows)))
+    col, row = ~affine @ (xs, ys)
+    inside = (col > 1) & (col < 49) & (row > 1) & (row < 49)
+    assert inside.sum() > 2000
+    assert valid[inside].all()
+    down, across = np.divmod(pixels[0][inside].astype(int) - 1, 50)
+    assert np.abs(across + 0.5 - col[inside]).max() < 1.1
+    assert np.abs(down + 0.5 - row[inside]).max() < 1.1
+
+
 @pytest.mark.parametrize("south", [-19.0, 40.0])
 @pytest.mark.parametrize("pairs", [((200, 202), (-160, -158)), ((178, 182), (-182, -178)), ((177, 182), (-180, -178))])
 def test_ground_on_two_turns_of_one_grid_is_divided_and_not_counted_twice(tmp_path, south, pairs):

@@ -269,7 +269,8 @@ def turn_of(crs: str) -> tuple[float, float] | None:
     if geographic(crs):
         return 0.0, 1.0
     method = system.coordinate_operation.method_name if system.coordinate_operation else ""
-    if edge is None or "Transverse" in method or not any(name in method for name in _CYLINDRICAL):
+    turned = "Transverse" in method or "Oblique" in method  # about another axis than the Earth's
+    if edge is None or turned or not any(name in method for name in _CYLINDRICAL):
         return None
     # Of two places in the plane, because projections have several constants that scale x.
     lons, base = (edge - 270, edge - 90), system.geodetic_crs
