@@ -15,7 +15,7 @@ from rayseg.engine.ledger import Ledger, Record, with_fact
 from rayseg.engine.manifest import Manifest, read_rows
 from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Tile, Window
-from rayseg.geo.lonlat import geographic
+from rayseg.geo.lonlat import LONLAT, geographic, transformer, turn_of
 from rayseg.io.remote import patient
 from rayseg.io.sources import Source, from_json, gdal, open_file
 from rayseg.store import StorePath, absolute, upath
@@ -147,15 +147,18 @@ def pixel_areas_m2(tile: Tile) -> NDArray[np.float64] | None:
     """Ground area of every pixel (height, width) on WGS 84; None without CRS.
 
     Pixels of one tile differ in degrees, in Web Mercator and around the poles: shares of classes are shares of these
-    areas. In degrees they are exact, elsewhere interpolated between places at which they are.
+    areas. In degrees and on cylinders they are exact, elsewhere interpolated between places at which they are.
     """
     grid, (height, width) = tile.grid, (tile.window.height, tile.window.width)
     if grid.crs is None:
         return None
     affine = grid.transform(tile.window)
-    if geographic(grid.crs):
-        lats = np.clip(affine.f + affine.e * np.arange(height + 1), -90, 90)
-        areas_H = np.abs(np.diff(_area_to(lats))) * np.deg2rad(affine.a)
+    turn = (0.0, 1.0) if geographic(grid.crs) else turn_of(grid.crs)
+    if turn:  # rows follow parallels, and the scale that PROJ states for Web Mercator is that of a sphere
+        lats = affine.f + affine.e * np.arange(height + 1)
+        if not geographic(grid.crs):
+            lats = _row_lats(grid.crs, affine.c + affine.a * width / 2, lats)
+        areas_H = np.abs(np.diff(_area_to(np.clip(lats, -90, 90)))) * np.deg2rad(affine.a / turn[1])
         return np.broadcast_to(areas_H[:, None], (height, width))
     # 1. areas at the knots: those on the plane by the scale of the projection there
     corners = _to_lonlat(grid.crs).transform(
@@ -177,6 +180,13 @@ def pixel_areas_m2(tile: Tile) -> NDArray[np.float64] | None:
     if np.ptp(areas_KL, axis=1).max() <= _SAME * areas_KL.max():
         return np.broadcast_to(down_HK @ areas_KL.mean(axis=1)[:, None], (height, width))
     return np.asarray(down_HK @ areas_KL @ across_WL.T, np.float64)
+
+
+def _row_lats(crs: str, x: float, ys: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Latitudes in degrees of rows of a cylindrical projection; the pole beyond the edge of the Earth."""
+    _, lats = _to_lonlat(crs).transform(np.full(len(ys), x), ys)
+    _, equator = transformer(LONLAT, crs).transform(0.0, 0.0)
+    return np.asarray(np.where(np.isfinite(lats), lats, np.copysign(90.0, ys - equator)), np.float64)
 
 
 def _area_to(lats: NDArray[np.float64]) -> NDArray[np.float64]:
