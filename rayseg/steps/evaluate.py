@@ -67,6 +67,7 @@ class Compared:
         confusion: of the pixels labelled in both, classes in the table's order.
         unseen: number of pixels labelled only in the truth.
         areas: of the same pixels in square metres, where pixels of the comparison differ in area; else None.
+        parts: pixels counted along each side of a pixel of the map (see `Match`).
     """
 
     id: str
@@ -74,6 +75,7 @@ class Compared:
     confusion: Confusion
     unseen: int
     areas: Confusion | None = None
+    parts: int = 1
 
 
 def evaluate(prediction: str, truth: str, *, classes: str | None = None) -> dict[str, Any]:
@@ -88,11 +90,14 @@ def evaluate(prediction: str, truth: str, *, classes: str | None = None) -> dict
     Returns:
         JSON values: `overall` and, per class, `iou`, `f1`, `precision` and `recall`, each as value, low, high (95 %
         bootstrap over tiles or images; None where it is not defined); `confusion` (rows truth, columns prediction);
-        `units` (number of resampled units; `unit` is tile or image) and `pixels` compared; `not_evaluated`, pixels with
-        truth but without prediction; `unmatched` names of both sides; `seams` of a run; `failed`, error of each mask
-        that cannot be read or contains a value that is not a class. Where pixels differ in area by more than 1 %
-        (several resolutions or latitudes), measures are of areas, and `confusion`, `reference` and `predicted` in
-        square metres (`counted` is then "m2"). `coarser`: a mask with pixels of another size than it is compared on.
+        `units` (number of resampled units; `unit` is tile or image); `pixels` of the map compared; `not_evaluated`,
+        those with truth but without prediction; `unmatched` names of both sides; `seams` of a run; `failed`, error of
+        each mask that cannot be read or contains a value that is not a class. Where pixels differ in area by more than
+        1 % (several resolutions or latitudes), measures are of areas, and `confusion`, `reference` and `predicted` in
+        square metres (`counted` is then "m2"); else these three count the pixels of the comparison, which are smaller
+        than the map's where a mask is finer. `coarser`: a mask with pixels of another size than the map's, and the
+        size of the pixels of the comparison. A mask more than 16 times finer than the map, along each side, is sampled
+        at 16 x 16 places of each pixel.
 
     Raises:
         DataError: nothing matches, two images differ in size, or no mask can be compared.
@@ -250,7 +255,10 @@ def _compare_all(
         raise errors[0][1]
     for matched, error in errors:
         failed[failed_name(matched, error)] = str(error)
-    return compared, {"unmatched": unmatched(pieces, truth, matches), "coarser": _coarser(matches, sides)}
+    return compared, {
+        "unmatched": unmatched(pieces, truth, matches),
+        "coarser": _coarser(matches, sides, by_area=by_area),
+    }
 
 
 def _side_m(mask: Source) -> float | None:
@@ -262,7 +270,10 @@ def _side_m(mask: Source) -> float | None:
 
 
 def _divided(matched: Match, sides: Mapping[Source, float | None]) -> Match:
-    """A match on parts of the map's pixels if a mask is finer, so that every pixel of the mask counts by its area."""
+    """A match on parts of the map's pixels if a mask is finer: each pixel of the mask then counts by its area.
+
+    A mask more than `_MOST_PARTS` times finer is sampled at the centres of as many parts.
+    """
     finest = min((side for mask in matched.truth if (side := sides[mask])), default=None)
     here_m2 = pixel_area_m2(matched.piece.tile) if matched.grid.crs else None
     if finest is None or here_m2 is None or math.sqrt(here_m2) < _SAME_AREA * finest:
@@ -296,9 +307,10 @@ def _differ_in_area(matches: Sequence[Match]) -> bool:
     return bool(areas) and max(areas) > _SAME_AREA * min(areas)
 
 
-def _coarser(matches: Sequence[Match], sides: Mapping[Source, float | None]) -> str:
+def _coarser(matches: Sequence[Match], sides: Mapping[Source, float | None], *, by_area: bool) -> str:
     """A mask whose pixels differ in size from those that it is compared on, as a remark; "" if there is none."""
     first = {mask: matched for matched in reversed(matches) for mask in matched.truth}
+    counted = "" if by_area else "; the pixels of the classes and of the confusion are these"
     for mask, matched in first.items():
         there, here_m2 = sides[mask], pixel_area_m2(matched.piece.tile)
         if there is None or here_m2 is None or matched.grid.crs is None:
@@ -306,7 +318,7 @@ def _coarser(matches: Sequence[Match], sides: Mapping[Source, float | None]) -> 
         if not 1 / _SAME_AREA < there**2 / here_m2 < _SAME_AREA:
             return (
                 f"{mask.assets[0][0]} has pixels of {there:.3g} m, the map of {math.sqrt(here_m2):.3g} m; they are "
-                f"compared on pixels of {math.sqrt(here_m2) / matched.parts:.3g} m"
+                f"compared on pixels of {math.sqrt(here_m2) / matched.parts:.3g} m{counted}"
             )
     return ""
 
@@ -342,7 +354,7 @@ def compare(matched: Match, table: ClassTable, *, by_area: bool = False) -> Comp
         # Counted, because a map that leaves difficult places out would look better.
         unseen += int(((pair[0] != IGNORE) & (rows_HW == IGNORE)).sum())
     image = None if tile.grid.crs else matched.piece.image
-    return Compared(tile.id, image, confusion, unseen, areas if by_area and tile.grid.crs else None)
+    return Compared(tile.id, image, confusion, unseen, areas if by_area and tile.grid.crs else None, parts)
 
 
 def summary(compared: Sequence[Compared], table: ClassTable) -> dict[str, Any]:
@@ -371,9 +383,9 @@ def summary(compared: Sequence[Compared], table: ClassTable) -> dict[str, Any]:
     return {
         "unit": "image" if all(part.image for part in compared) else "tile",
         "units": len(units),
-        "pixels": sum(part.confusion.pixels for part in compared),
+        "pixels": round(sum(part.confusion.pixels / part.parts**2 for part in compared)),
         **({"counted": "m2"} if by_area else {}),
-        "not_evaluated": sum(part.unseen for part in compared),
+        "not_evaluated": round(sum(part.unseen / part.parts**2 for part in compared)),
         "overall": overall,
         "classes": rows,
         "confusion": total.matrix.tolist(),

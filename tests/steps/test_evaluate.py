@@ -95,7 +95,7 @@ def test_truth_on_another_grid_is_read_by_its_nearest_pixels(tmp_path):
     assert result["classes"][1]["reference"] == 0  # a mixture of 0 and 2 would be 1
     fine = predicted.repeat(4, 0).repeat(4, 1)  # the truth is this, a quarter of a pixel lower and to the right
     assert result["overall"]["overall_accuracy"]["value"] == (fine[1:, 1:] == fine[:-1, :-1]).mean()
-    assert result["pixels"] == 255 * 255
+    assert result["pixels"] == round(255 * 255 / 4**2)  # of the map, each of 4 x 4 pixels of the truth
 
 
 def test_of_two_truths_over_one_place_the_first_labelled_one_counts(tmp_path):
@@ -453,5 +453,19 @@ def test_pixels_of_one_size_are_counted_as_before_and_a_finer_truth_is_named(tmp
     result = evaluate.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"), classes=table_file(tmp_path, TWO))
     assert "counted" not in result
     assert result["confusion"] == [[16 * 1560, 0], [0, 16 * 40]]
-    assert "they are compared on pixels of 2.5 m" in evaluate.text(result)
+    assert result["pixels"] == 1600
+    assert "1,600 pixels compared in 1 tile" in evaluate.text(result)
+    assert "compared on pixels of 2.5 m; the pixels of the classes and of the confusion are these" in evaluate.text(
+        result
+    )
     assert "truth/a.tif has pixels of 2.5 m, the map of 10 m" in evaluate.text(result)
+
+
+def test_pixels_are_those_of_the_map_also_where_the_truth_is_finer_and_the_map_has_gaps(tmp_path):
+    predicted, truth = np.eye(40), np.kron(np.eye(40), np.ones((4, 4)))
+    predicted[:5] = 255  # no prediction in 5 rows, of which the truth covers 4.5
+    truth[:2] = 255
+    raster(tmp_path / "map" / "a.tif", predicted, "EPSG:32718", 4e5, 8e6, 10)
+    raster(tmp_path / "truth" / "a.tif", truth, "EPSG:32718", 4e5, 8e6, 2.5)
+    result = evaluate.evaluate(str(tmp_path / "map"), str(tmp_path / "truth"), classes=table_file(tmp_path, TWO))
+    assert (result["pixels"], result["not_evaluated"]) == (35 * 40, 180)
