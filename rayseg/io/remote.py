@@ -37,6 +37,8 @@ LONGEST_WAIT = 60.0
 """Most seconds between two attempts, whatever a server requests."""
 EARLY = 300.0
 """Seconds before its end at which a signature is renewed."""
+VERSION_SECONDS = 300.0
+"""Seconds after which the version of a remote file is asked again."""
 MOST_SIGNATURES = 4096
 """Signatures that a process keeps; the least recently used one is dropped first."""
 _FINAL = re.compile(r"\b404\b|does not exist|it is damaged|No such|has no (own )?band|complex|names '", re.IGNORECASE)
@@ -158,15 +160,20 @@ def stamp(href: str) -> int:
     return int(_signature(href)[1])
 
 
-@lru_cache(maxsize=65536)
 def version(href: str) -> str:
-    """ETag, or time of change, and size of a remote file, asked once per process; "" if its server states neither."""
+    """ETag, or time of change, and size of a remote file; "" if its server states neither, or does not answer."""
+    return _version(href, int(time.monotonic() / VERSION_SECONDS))
+
+
+@lru_cache(maxsize=65536)
+def _version(href: str, _moment: int) -> str:
     try:
         place = upath(signed(href))
-        facts = place.fs.info(place.path)
+        place.fs.invalidate_cache(place.path)
+        facts = {str(name).lower().replace("-", ""): value for name, value in place.fs.info(place.path).items()}
     except STORE_ERRORS:
         return ""
-    changed = facts.get("ETag") or facts.get("LastModified") or facts.get("mtime")
+    changed = facts.get("etag") or facts.get("lastmodified") or facts.get("mtime")
     return f"{changed} {facts.get('size')}" if changed else ""
 
 

@@ -3,11 +3,13 @@
 classes of two runs --> compared on one grid --> polygons of the changes --> items, report
 """
 
+import logging
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from rayseg.config import Config as Frozen
+from rayseg.engine import run as runs
 from rayseg.engine.run import Run, Step
 from rayseg.errors import ConfigError
 from rayseg.geo.region import Region
@@ -18,6 +20,7 @@ from rayseg.steps.remap import origin_of
 from rayseg.store import Location
 
 Plan = mapping.Plan[None]
+_log = logging.getLogger(__name__)
 
 
 class Config(Frozen):
@@ -40,6 +43,8 @@ def check(config: Config, region: Region) -> Plan:
         raise ConfigError(f"both runs are {config.before}, expected two; name another one")
     before, after = origin_of(config.before), origin_of(config.after)
     diff.changes_of(before.table, after.table)
+    for sentence in filter(None, (diff.unmapped(root) for root in (config.before, config.after))):
+        _log.warning(sentence)
     return Plan(diff.list_tiles(config.before, config.after, size=config.tile))
 
 
@@ -51,14 +56,15 @@ def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:
 def write_report(step: Step, compared: Step, polygons: Step, before: str, after: str) -> dict[str, Any]:
     """The report, with the runs that were compared."""
     labels = f"Compared: {before} and then {after}. The polygons are those of the changes."
+    labels = " ".join(filter(None, [labels, *(diff.unmapped(root) for root in (before, after))]))
     return report.write_report(step, compared, polygons, extras=report.Extras(labels=labels))
 
 
 def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> str:
     """Compare two runs; return the report's path and its headline."""
-    named = run.step("runs", diff.name_runs, config.before, config.after)
     maps = (config.before, config.after)
-    compared = run.step("predict", diff.compare_tiles, region, named, maps, config.tile, config.stall_seconds)
+    keys = tuple(runs.key_of(root, "predict") for root in maps)
+    compared = run.step("predict", diff.compare_tiles, region, maps, keys, config.tile, config.stall_seconds)
     shown = generalize.generalized(run, compared, config.polygons, region)
     polygons = run.step("polygons", mapping.join_polygons, shown, "changes")
     run.step("publish", mapping.publish, compared, f"{config.before} and {config.after}")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from rayseg.config import Config as Frozen
+from rayseg.engine import run as runs
 from rayseg.engine.run import Run, Step
 from rayseg.errors import ConfigError
 from rayseg.geo.region import Area, Region
@@ -62,7 +63,7 @@ def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:
 
 def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> str:
     """Decide a run's map again; return the report's path and its headline."""
-    origin = run.step("origin", remap.load_origin, config.run)
+    origin = (config.run, runs.key_of(config.run, remap.SCORED))
     settings = (config.classes, config.threshold, config.inside, config.stall_seconds)
     tiles = plan.tiles if plan else None
     predicted = run.step("predict", remap.reclassify_tiles, region, origin, *settings, tiles=tiles)

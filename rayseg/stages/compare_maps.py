@@ -20,39 +20,38 @@ class ComparedRow(TileRow):
     """A tile with the tiles of two maps that meet it.
 
     Attributes:
-        maps_json: the class rasters of both maps as JSON of sources; `sources` are those of the imagery.
+        before_json: class rasters of the earlier map as JSON of sources; `sources` are those of the imagery.
+        after_json: those of the later map.
     """
 
-    maps_json: str = "[]"
+    before_json: str = "[]"
+    after_json: str = "[]"
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "ComparedRow":
         """The record of a row of `diff.list_tiles`."""
-        return cls(Tile.from_row(row), row["sources"], maps_json=row["maps"])
+        return cls(Tile.from_row(row), row["sources"], before_json=row["before"], after_json=row["after"])
 
 
 class CompareMaps:
-    """`tile, maps -> classes, scores`: which class became which.
+    """`tile, before, after -> classes, scores`: which class became which.
 
     Both maps are read on the tile's grid, so that neither's tiling matters.
 
     Args:
-        before: prefix of the earlier map; hrefs of its files begin with it.
         codes: (256, 256) uint8: class before, class after -> class of the change; 255 is nodata.
     """
 
-    def __init__(self, before: str, codes: np.ndarray) -> None:
-        self.before, self.codes = f"{before}/", codes
+    def __init__(self, codes: np.ndarray) -> None:
+        self.codes = codes
 
     def __call__(self, rows: list[ComparedRow]) -> list[ComparedRow]:
         """Compare each tile; a score is 254 where there is a class."""
         return [self._tile(row) for row in rows]
 
     def _tile(self, row: ComparedRow) -> ComparedRow:
-        maps = from_json(row.maps_json)
-        older = [source for source in maps if source.assets[0][0].startswith(self.before)]
-        newer = [source for source in maps if source not in older]
-        classes_HW = self.codes[self._read(row, older), self._read(row, newer)]
+        before_HW, after_HW = (self._read(row, from_json(text)) for text in (row.before_json, row.after_json))
+        classes_HW = self.codes[before_HW, after_HW]
         scores_HW = np.where(classes_HW == NODATA, NODATA, NODATA - 1).astype(np.uint8)
         return replace(row, classes=classes_HW, scores=scores_HW[None])
 

@@ -147,10 +147,11 @@ def rows_by_grid(
 ) -> Iterator[list[Row]]:
     """`tile_rows`, one grid at a time: of a planet, one UTM zone at a time."""
     for grid, on_grid in rasters.grids_of(sources):
-        yield _rows_on(grid, on_grid, geometry, size, halo)
+        yield rows_on(grid, on_grid, geometry, size, halo)
 
 
-def _rows_on(grid: Grid, sources: Sequence[Source], geometry: dict[str, Any] | None, size: int, halo: int) -> list[Row]:
+def rows_on(grid: Grid, sources: Sequence[Source], geometry: dict[str, Any] | None, size: int, halo: int) -> list[Row]:
+    """`tile_rows` of one grid."""
     # 1. Tiles that a source touches, cut to the extent of the imagery; of these, the tiles in the region.
     footprints = [rasters.footprint(source, grid) for source in sources]
     extent = reduce(Window.union, footprints)

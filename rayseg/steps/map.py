@@ -119,7 +119,7 @@ def predict_region(
     if earlier:
         carried = unchanged_tiles(earlier, rows, made_by)
         stage = Work(CarryOver(earlier, step.root, table, model=item))
-        # Tiles without a record are mapped below, those that cannot be taken over as well.
+        # All others are mapped below; one whose files are damaged fails, and a retry maps it.
         through(step, carried, [stage], patience=config.stall_seconds, record=itemgetter("carried"), title="unchanged")
     works = [
         Work(ReadTile(described.bands, patch=described.patch, stride=described.stride, made_by=made_by)),
@@ -143,7 +143,11 @@ def unchanged_tiles(earlier: str, rows: Manifest, made_by: str) -> list[Row]:
     for row in rows:
         record = known.get(row["id"])
         # Earlier versions did not record what a tile was made from.
-        if record and record.facts.get("inputs", "") == inputs_of(TileRow.from_row(row), made_by) != "":
+        if (
+            record
+            and not record.facts.get("unread")
+            and record.facts.get("inputs", "") == inputs_of(TileRow.from_row(row), made_by) != ""
+        ):
             tile = Carried(Tile.from_row(row), tuple(from_json(row["sources"])), record)
             found.append({"id": row["id"], "carried": tile})
     return found

@@ -17,8 +17,7 @@ from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError, listed
 from rayseg.geo.region import Region, resolve_region
 from rayseg.io import masks
-from rayseg.io.maps import mapped_tiles
-from rayseg.io.sources import gdal, open_file
+from rayseg.io.maps import bands_of, mapped_tiles
 from rayseg.stages.reclassify import Decision, Reclassify
 from rayseg.stages.write import WriteTile
 from rayseg.steps import map as mapping
@@ -47,14 +46,12 @@ class Origin:
         table: its classes.
         bands: names of its score bands.
         model: href of the model's item; "" if there is none.
-        key: of the step that made it.
     """
 
     root: str
     table: ClassTable
     bands: tuple[str, ...]
     model: str
-    key: str
 
 
 def region_of(root: str) -> Region:
@@ -102,12 +99,9 @@ def origin_of(root: str) -> Origin:
             f"run {root} of {content['pipeline']} has no tile with classes and scores, expected a map of classes; "
             "name another run"
         )
-    scores = str(upath(tiles[0].href).parent / "scores.tif")
-    with gdal(scores), open_file(scores) as dataset:
-        bands = tuple(str(name) for name in dataset.descriptions)
     bundle = content["steps"][SCORED].get("bundle")
     model = str(upath(bundle) / "item.json") if bundle else ""
-    return Origin(root, table, bands, model, runs.key_of(root, SCORED))
+    return Origin(root, table, bands_of(tiles[0], "scores"), model)
 
 
 def decision_of(origin: Origin, rules: ClassRules, threshold: float | None) -> Decision:
@@ -196,15 +190,10 @@ def area_inside(region: Region, inside: str | None) -> dict[str, Any] | None:
     return dict(geojson(both))
 
 
-def load_origin(step: Step, root: str) -> dict[str, Any]:
-    """Name the run that the map is made from; its key changes when that run is made again."""
-    return {"run": root, "key": origin_of(root).key}
-
-
 def reclassify_tiles(
     step: Step,
     region: Region,
-    origin: Step,
+    origin: tuple[str, str],
     rules: ClassRules,
     threshold: float | None,
     inside: str | None,
@@ -212,8 +201,19 @@ def reclassify_tiles(
     *,
     tiles: Sequence[Row] | None = None,
 ) -> dict[str, Any]:
-    """Decide every tile again; results are in tiles/<id>/, the status of each tile is in the step's ledger."""
-    known, geometry = origin_of(origin.value["run"]), area_inside(region, inside)
+    """Decide every tile again; results are in tiles/<id>/, the status of each tile is in the step's ledger.
+
+    Args:
+        step: the current step.
+        region: the run's.
+        origin: prefix of the run, and the key of the step that made its map: a run that is made again is read again.
+        rules: which classes are merged or left out.
+        threshold: of a binary map, or None.
+        inside: polygons outside of which is nodata, or None.
+        stall_seconds: timeout of one tile.
+        tiles: rows of the tiles, if they are already planned.
+    """
+    known, geometry = origin_of(origin[0]), area_inside(region, inside)
     decision = decision_of(known, rules, threshold)
     table = decision.left
     bands = known.bands if len(known.bands) == 1 else table.names

@@ -1,11 +1,17 @@
 """diff from the command line: the changes between two runs, whatever their tiles."""
 
+import shutil
+
 import geopandas
 import numpy as np
 import pytest
-from small_world import GRID, catalogue, mosaic, rayseg, refused
+from fake_run import blobs, picture
+from PIL import Image
+from small_world import GRID, catalogue, damage, mosaic, rayseg, refused
 
 from rayseg.engine.run import read
+from rayseg.io import cog
+from rayseg.io.maps import mapped_tiles
 from rayseg.models import bundle
 from rayseg.steps.diff import changes_of
 from rayseg.vision.color import ClassTable
@@ -55,6 +61,51 @@ def test_a_map_in_other_tiles_has_not_changed(world, tmp_path):
     made("diff", world / "loose", tmp_path / "again", "--out", tmp_path / "diff", "--set", "tile=96")
     assert set(np.unique(mosaic(tmp_path / "diff")[0])) == {0, 255}
     assert geopandas.read_parquet(tmp_path / "diff/changes.parquet").empty
+
+
+def test_images_without_georeference_are_compared_image_by_image(world, tiny_model, tmp_path):
+    for number in range(2):
+        image = picture(blobs(150, 130, seed=number), seed=number).transpose(1, 2, 0)
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / f"images/{number}.png")
+    made("predict", tiny_model, tmp_path / "images", "--out", tmp_path / "a", "--set", "map.tile=64")
+    made("predict", world / "model", tmp_path / "images", "--out", tmp_path / "b")
+    made("diff", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "diff", "--set", "tile=100", *PIXELS)
+    counts = {}
+    for name in ("a", "b", "diff"):
+        values = [cog.read_bands(tile.href)[0].ravel() for tile in mapped_tiles(tmp_path / name)]
+        counts[name] = np.bincount(np.concatenate(values), minlength=256)
+    assert counts["diff"][3] == counts["a"][1] - counts["b"][1] > 0
+    assert counts["diff"][0] == 2 * 150 * 130 - counts["diff"][3]
+
+
+def test_a_run_that_is_made_again_is_compared_again(world, tiny_model, tmp_path):
+    region = catalogue(tmp_path / "imagery", scene={"seed": 4})
+    words = ("predict", tiny_model, region, "--set", "map.tile=128", "--out")
+    made(*words, tmp_path / "a")
+    made("remap", tmp_path / "a", "--set", "threshold=.52", "--out", tmp_path / "b")
+    made("diff", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "diff")
+    before = mosaic(tmp_path / "diff")[0]
+    shutil.rmtree(tmp_path / "b")
+    made("remap", tmp_path / "a", "--set", "threshold=.6", "--out", tmp_path / "b")
+    made("diff", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "diff")
+    assert (mosaic(tmp_path / "diff")[0] == 3).sum() > (before == 3).sum()
+
+
+@pytest.mark.more  # two runs with a damaged scene
+def test_ground_of_failed_tiles_is_named(tiny_model, tmp_path):
+    region = catalogue(tmp_path / "imagery", whole={}, broken={"row": 400})
+    damage(tmp_path / "imagery/broken.tif")
+    words = ("predict", tiny_model, region, "--set", "map.tile=128", "--engine", "inline", "--out")
+    assert rayseg(*words, tmp_path / "a").exit_code == 3
+    assert (
+        rayseg(
+            "remap", tmp_path / "a", "--set", "threshold=.7", *("--engine", "inline"), "--out", tmp_path / "b"
+        ).exit_code
+        == 3
+    )
+    made("diff", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "diff")
+    assert f"9 tiles of {tmp_path}/a have no map" in (tmp_path / "diff/report/index.html").read_text()
 
 
 def test_classes_are_compared_by_name():
