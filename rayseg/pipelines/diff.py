@@ -45,7 +45,9 @@ def check(config: Config, region: Region) -> Plan:
     diff.changes_of(before.table, after.table)
     for sentence in filter(None, (diff.unmapped(root) for root in (config.before, config.after))):
         _log.warning(sentence)
-    return Plan(diff.list_tiles(config.before, config.after, size=config.tile))
+    tiles = diff.list_tiles(config.before, config.after, size=config.tile)
+    generalize.expect_small(tiles, config.polygons)
+    return Plan(tiles)
 
 
 def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:

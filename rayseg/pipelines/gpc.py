@@ -180,6 +180,7 @@ def check(config: Config, region: Region) -> Plan:
     labelled = chips.find_chips(region, LABELS, config.chips)
     chips.drawn_masks(labelled, ClassTable(CLASSES), config.chips)
     tiles = mapping.tiles_for(region, _mapper(config), config.map)
+    generalize.expect_small(tiles, config.polygons)
     expect_trainable(config.classifier, workers=config.workers)
     evaluate.expect_masks(region, config.truth, [name for _, name, _ in CLASSES])
     for network in (config.classifier, config.segmenter):

@@ -191,6 +191,7 @@ def check(config: Config, region: Region) -> Plan:
     learnt_from = divided["training"][0][0].image
     models.expect_weights(config.segmenter, config.scaling if learnt_from.dtype == "uint8" else None)
     tiles = mapping.tiles_for(region, _segmenter(config, learnt_from), config.map)
+    generalize.expect_small(tiles, config.polygons)
     evaluate.expect_masks(region, config.truth, config.classes.table.names)
     return Plan(tiles, divided)
 

@@ -40,7 +40,9 @@ def check(config: Config, region: Region) -> Plan:
         return Plan(classify.plan_units(region, described, config.units, config.map))
     if config.units != UnitsConfig():
         raise ConfigError(f"model {described.name} is for {described.task}, units are of classifiers; leave units out")
-    return Plan(mapping.tiles_for(region, described, config.map))
+    tiles = mapping.tiles_for(region, described, config.map)
+    generalize.expect_small(tiles, config.polygons)
+    return Plan(tiles)
 
 
 def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:

@@ -53,7 +53,9 @@ def check(config: Config, region: Region) -> Plan:
     same = (None, ClassRules(), None, PolygonsConfig(**remap.polygons_of(config.run)))
     if (config.threshold, config.classes, config.inside, config.polygons) == same:
         raise ConfigError("nothing is to change; give --set threshold, classes.merge, classes.drop, inside or polygons")
-    return Plan(remap.tiles_of(config.run))
+    tiles = remap.tiles_of(config.run)
+    generalize.expect_small(tiles, config.polygons)
+    return Plan(tiles)
 
 
 def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:

@@ -209,6 +209,7 @@ def measure(step: Step, predicted: Step, region: Region, config: Config) -> dict
 def check(config: Config, region: Region) -> Scenes:
     """List the scenes; refuse imagery and a truth that a run cannot use before it writes anything."""
     plan = _find(region, config)
+    generalize.expect_small(chain.from_iterable(plan.tiles), config.polygons)
     if truth := region.located(config.truth):
         pieces = [piece_of_row(tile) for tile in chain.from_iterable(plan.tiles)]
         evaluate.expect_truth(pieces, truth, unlabelled=config.unlabelled)

@@ -4,7 +4,7 @@ classes.tif of a tile stays as it was predicted; sieved.tif next to it and the p
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -13,14 +13,17 @@ from rayseg.config import Config
 from rayseg.engine.flow import Work
 from rayseg.engine.manifest import Manifest, Row
 from rayseg.engine.run import Run, Step
+from rayseg.errors import ConfigError
 from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.geo.region import Region
 from rayseg.io import maps
-from rayseg.stages.generalize import BLOCK, Generalize, GeneralRow, around, blocks_of, with_margin
+from rayseg.stages.generalize import BLOCK, Generalize, GeneralRow, around, blocks_of, pixel_area, with_margin
 from rayseg.steps import map as mapping
 
 PATIENCE = 1800.0
 """Timeout in seconds of one tile."""
+MOST_PIXELS = 340**2
+"""Largest minimum mapping unit in px: a tile is read with a margin of 2,042 px around its block for it."""
 
 
 class PolygonsConfig(Config):
@@ -44,6 +47,32 @@ def generalized(run: Run, predicted: Step, config: PolygonsConfig, region: Regio
     if config.min_area is None and config.simplify is None:
         return predicted
     return run.step("generalize", generalize, predicted, config, region)
+
+
+def expect_small(tiles: Iterable[Row], config: PolygonsConfig) -> None:
+    """Refuse a minimum mapping unit of so many pixels that a tile's margin would fill the memory.
+
+    Args:
+        tiles: rows of the planned tiles; the first of each CRS and resolution is looked at.
+        config: settings.
+
+    Raises:
+        ConfigError: `min_area` has more than `MOST_PIXELS` pixels of a tile.
+    """
+    if config.min_area is None:
+        return
+    first: dict[tuple[Any, ...], Row] = {}
+    for row in tiles:
+        if not row.get("refused"):
+            first.setdefault((row["crs"], row["xres"], row["yres"]), row)
+    for tile in map(Tile.from_row, first.values()):
+        area = pixel_area(tile.grid, tile.window.row // BLOCK, tile.window.col // BLOCK)
+        if config.min_area > MOST_PIXELS * area:
+            unit = "m2" if tile.grid.crs else "px"
+            raise ConfigError(
+                f"polygons.min_area is {config.min_area:.10g} {unit}, {config.min_area / area:,.0f} px of tile "
+                f"{tile.id}, expected at most {MOST_PIXELS:,} px ({MOST_PIXELS * area:.6g} {unit}); lower it"
+            )
 
 
 def generalize(step: Step, predicted: Step, config: PolygonsConfig, region: Region) -> dict[str, Any]:

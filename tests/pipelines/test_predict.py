@@ -10,7 +10,20 @@ import rasterio
 from fake_run import blobs, picture
 from PIL import Image
 from rio_cogeo.cogeo import cog_validate
-from small_world import CORNER, GRID, HEIGHT, WIDTH, catalogue, damage, files, mosaic, rayseg, segmenter, valid_stac
+from small_world import (
+    CORNER,
+    GRID,
+    HEIGHT,
+    WIDTH,
+    catalogue,
+    damage,
+    files,
+    mosaic,
+    rayseg,
+    refused,
+    segmenter,
+    valid_stac,
+)
 from small_world import window_at as window
 
 from rayseg.engine import run as runs
@@ -229,8 +242,10 @@ def test_images_without_georeference_keep_their_shapes(world, tmp_path):
 
 def test_one_image_is_a_source_too(world, tmp_path, runs_by_tile):
     out = tmp_path / "run"
-    image = world["root"] / "imagery/scene.tif"
-    assert rayseg("predict", world["model"], image, "--out", out, "--engine", "inline").exit_code == 0
+    words = ("predict", world["model"], world["root"] / "imagery/scene.tif", "--out", out, "--engine", "inline")
+    assert "polygons.min_area is 1000000000 m2" in refused(2, *words, "--set", "polygons.min_area=1e9")
+    assert not out.exists()
+    assert rayseg(*words).exit_code == 0
     assert (mosaic(out) == mosaic(runs_by_tile[2048])).all()
 
 

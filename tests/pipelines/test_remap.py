@@ -115,6 +115,7 @@ def test_what_a_map_cannot_be_made_from_is_refused_before_anything_is_written(wo
 
     assert "nothing is to change" in refused(2, *words())
     assert "nothing is to change" in refused(2, *words("polygons.min_area=25"))
+    assert "polygons.min_area is 1000000000 m2" in refused(2, *words("polygons.min_area=1e9"))
     assert "classes kind-9 are not in" in refused(2, *words("classes.drop=[kind-9]"))
     assert "1 class would remain" in refused(2, *words("classes.merge={all: [background, gpc]}"))
     assert "keeps the score of each pixel's own class alone" in refused(2, *words("classes.drop=[gpc]"))

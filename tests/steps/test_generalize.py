@@ -11,6 +11,7 @@ from scipy.ndimage import gaussian_filter
 
 from rayseg.engine.ledger import Ledger, Record
 from rayseg.engine.run import Engine, Step
+from rayseg.errors import ConfigError
 from rayseg.geo.grid import Grid, Tile, Window, tile_at
 from rayseg.geo.region import Region
 from rayseg.io import cog
@@ -142,3 +143,27 @@ def test_the_map_as_predicted_stays(tmp_path, monkeypatch):
     [file] = tmp_path.glob("tiles/*/classes.tif")
     with rasterio.open(file) as dataset:
         assert np.array_equal(dataset.read(1), classes_HW)
+
+
+@pytest.mark.parametrize(
+    ("grid", "most", "message"),
+    [
+        (Grid("EPSG:32650", (0.1, 0.1), (0.0, 0.0)), 1_150, r"is 10000 m2, 999,448 px of tile t, .* \(1156.64 m2\)"),
+        (
+            PHOTO,
+            115_600,
+            r"is 115601 px, 115,601 px of tile t, expected at most 115,600 px \(115600 px\)",
+        ),
+    ],
+    ids=["utm", "pixels"],
+)
+def test_a_minimum_area_whose_margin_would_fill_the_memory_is_refused(grid, most, message):
+    rows = [Tile("t", one, Window(4_000_000, 0, 512, 512)).to_row() for one in (UTM, grid)]
+    too_large = 10_000.0 if grid.crs else most + 1.0
+    generalize.expect_small(rows, PolygonsConfig(min_area=most))
+    generalize.expect_small(rows, PolygonsConfig(min_area=None))
+    generalize.expect_small([rows[1] | {"refused": "no imagery"}], PolygonsConfig(min_area=too_large))
+    with pytest.raises(ConfigError, match=message):
+        generalize.expect_small(rows, PolygonsConfig(min_area=too_large))
+    reach = stage.with_margin(PHOTO, Window(0, 0, 96, 96), generalize.MOST_PIXELS)
+    assert reach.col == -2042

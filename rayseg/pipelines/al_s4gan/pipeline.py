@@ -126,6 +126,7 @@ def check(config: Config, region: Region) -> Plan:
     tiles = None
     if config.segmenter:
         tiles = mapping.tiles_for(region, segmenter.describe(config), config.map)
+        generalize.expect_small(tiles, config.polygons)
     if truth := region.located(config.truth):
         masks.masks_of(truth, names=config.table.names)
     chip_list = chip_pool.find_chips(region, config.pool, config.table)
