@@ -1,6 +1,8 @@
 """Write finished tiles to the store."""
 
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -10,10 +12,12 @@ from rayseg.engine.ledger import Settled
 from rayseg.errors import DataError
 from rayseg.geo import region
 from rayseg.geo.grid import NODATA, Tile
-from rayseg.io import cog, maps, stac_write, vectors
+from rayseg.io import cog, maps, rasters, stac_write, vectors
+from rayseg.io.remote import Passing
+from rayseg.io.sources import Source, from_json
 from rayseg.stages.read import read_reach
 from rayseg.stages.rows import TileRow
-from rayseg.store import upath
+from rayseg.store import is_local, upath
 from rayseg.vision.color import ClassTable
 
 
@@ -82,15 +86,33 @@ class WriteTile:
         return row.settled("empty" if background else "done", facts)
 
     def _counted(self, row: TileRow) -> np.ndarray | None:
-        """Where the tile's ground counts, because no scene in `before` has data; None for all of it."""
+        """Where the tile's ground counts, because no scene in `before` has data; None for all of it.
+
+        Raises:
+            DataError: a scene is gone or cannot be read now, or the bands of the imagery are unknown.
+        """
         if row.before == "[]":
             return None
-        others = TileRow(row.tile, row.before)
-        try:
-            seen = read_reach(others, row.tile.window, self.imagery)
-        except DataError:  # a scene that cannot be read here is not mapped here
-            return None
-        return None if isinstance(seen, Settled) else ~seen.valid
+        window = row.tile.window
+        counted_HW = np.ones((window.height, window.width), bool)
+        for source in from_json(row.before):
+            try:
+                counted_HW &= ~rasters.read([source], row.tile.grid, window, bands=self.imagery)[1]
+            except DataError as error:
+                # A retry can read the scene, which may have a map here.
+                gone = any(is_local(href) and not upath(href).exists() for href, _ in source.assets)
+                if gone or isinstance(error, Passing) or not self.imagery:
+                    raise
+                counted_HW &= ~self._readable(row.tile, source)
+        return counted_HW
+
+    def _readable(self, tile: Tile, source: Source) -> np.ndarray:
+        """Where a damaged scene has data in a tile: it is mapped there alone."""
+        with suppress(DataError):
+            seen = read_reach(TileRow(tile, json.dumps([source.to_row()])), tile.window, self.imagery)
+            if isinstance(seen, TileRow):
+                return seen.valid
+        return np.zeros((tile.window.height, tile.window.width), bool)
 
     def _parts(self, row: TileRow, classes: np.ndarray, scores: np.ndarray, kept: np.ndarray | None = None) -> pa.Table:
         per_class = np.broadcast_to(scores, (len(self.table.classes), *classes.shape)) if self._of_top else scores

@@ -21,6 +21,7 @@ from rayseg.io.maps import bands_of, mapped_tiles
 from rayseg.stages.reclassify import Decision, Reclassify
 from rayseg.stages.write import WriteTile
 from rayseg.steps import map as mapping
+from rayseg.steps.scenes import mapped_before
 from rayseg.store import upath
 from rayseg.vision.color import ClassTable
 
@@ -46,12 +47,14 @@ class Origin:
         table: its classes.
         bands: names of its score bands.
         model: href of the model's item; "" if there is none.
+        imagery: names of the imagery's bands, if scenes of the run share ground; () if they share one map.
     """
 
     root: str
     table: ClassTable
     bands: tuple[str, ...]
     model: str
+    imagery: tuple[str, ...] = ()
 
 
 def region_of(root: str) -> Region:
@@ -101,7 +104,10 @@ def origin_of(root: str) -> Origin:
         )
     bundle = content["steps"][SCORED].get("bundle")
     model = str(upath(bundle) / "item.json") if bundle else ""
-    return Origin(root, table, bands_of(tiles[0], "scores"), model)
+    # A run that was made from another one keeps the names.
+    steps = content["steps"]
+    imagery = tuple(steps[SCORED].get("imagery") or steps.get("scenes", {}).get("bands", ()))
+    return Origin(root, table, bands_of(tiles[0], "scores"), model, imagery)
 
 
 def decision_of(origin: Origin, rules: ClassRules, threshold: float | None) -> Decision:
@@ -144,13 +150,18 @@ def decision_of(origin: Origin, rules: ClassRules, threshold: float | None) -> D
 def tiles_of(root: str) -> Manifest:
     """The rows of a run's tiles that have imagery, also of those that failed there."""
     rows = read_rows(upath(root) / "steps" / SCORED / "manifest.parquet", root=root)
-    fates = _fates(root)
+    fates, scenes = _fates(root), _ledger(root, "scenes").read() | _ledger(root, "networks").read()
 
     def parts() -> Iterator[list[Row]]:
         for start in range(0, len(rows), PART):
             part = rows[start : start + PART]
             empty = {tile for tile, fate in fates.among(row["id"] for row in part).items() if fate.status == "nodata"}
-            yield [row for row in part if row["id"] not in empty]
+            kept = [row for row in part if row["id"] not in empty]
+            # Rows of `diff` have the files of its earlier map in `before`, and those of the later one in `after`.
+            yield [
+                row | {"before": "[]" if "after" in row else mapped_before(scenes, row.get("before", "[]"))}
+                for row in kept
+            ]
 
     return Manifest.of(parts())
 
@@ -167,7 +178,11 @@ def failures_of(root: str, ids: Iterable[str]) -> dict[str, str]:
 
 
 def _fates(root: str) -> Fates:
-    return Ledger(str(upath(root) / "steps" / SCORED / "ledger")).fates()
+    return _ledger(root, SCORED).fates()
+
+
+def _ledger(root: str, step: str) -> Ledger:
+    return Ledger(str(upath(root) / "steps" / step / "ledger"))
 
 
 def area_inside(region: Region, inside: str | None) -> dict[str, Any] | None:
@@ -219,9 +234,10 @@ def reclassify_tiles(
     bands = known.bands if len(known.bands) == 1 else table.names
     rows = mapping.kept_manifest(step, lambda: tiles_of(known.root) if tiles is None else tiles)
     failed = failures_of(known.root, rows.ids.to_pylist())
+    prefix = mapping.tiles_prefix(step)
     works = [
         Work(Reclassify(str(upath(known.root) / "tiles"), decision, geometry=region.geometry, failed=failed)),
-        Work(WriteTile(mapping.tiles_prefix(step), table, bands=bands, geometry=geometry, model=known.model)),
+        Work(WriteTile(prefix, table, bands=bands, geometry=geometry, model=known.model, imagery=known.imagery)),
     ]
     done = mapping.through(step, rows, works, patience=stall_seconds)
-    return {"classes": table.classes, "run": known.root, **done}
+    return {"classes": table.classes, "run": known.root, "imagery": known.imagery, **done}

@@ -230,7 +230,6 @@ def with_network(fates: Mapping[str, Record], models: UPath, row: Row) -> TileRo
     """The tile with its scene's network, `<models>/<scene>`; without a network it shares the scene's fate.
 
     The ledger has the prefix of the network too, but as it was when the network was trained: the run may have moved.
-    Ground is counted by the first scene over it. Scenes without a map count none; failed ones will, after a retry.
     """
     scene = row["scene"]
     fate = fates.get(scene)
@@ -238,10 +237,14 @@ def with_network(fates: Mapping[str, Record], models: UPath, row: Row) -> TileRo
         return Settled("failed", f"scene {scene}: {MISSING}")
     if "bundle" in fate.facts:
         tile = TileRow.from_row(row)
-        known = [(source, fates.get(slug(source.item_id))) for source in from_json(tile.before)]
-        before = [source.to_row() for source, its in known if not its or its.status in {"done", "failed"}]
-        return replace(tile, bundle=str(models / scene), before=json.dumps(before))
+        return replace(tile, bundle=str(models / scene), before=mapped_before(fates, tile.before))
     return Settled(fate.status if fate.status in SETTLED else "failed", f"scene {scene}: {fate.reason}")
+
+
+def mapped_before(fates: Mapping[str, Record], before: str) -> str:
+    """The scenes in `TileRow.before` that count ground: of those without a map, failed ones will, after a retry."""
+    known = [(source, fates.get(slug(source.item_id))) for source in from_json(before)]
+    return json.dumps([source.to_row() for source, its in known if not its or its.status in {"done", "failed"}])
 
 
 def neighbours(divided: Step, size: int) -> dict[str, Near]:

@@ -1,19 +1,27 @@
 """Scenes with labels of their own over the same ground: the ground counts once."""
 
+import json
 import os
+from dataclasses import replace
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import rasterio
 from affine import Affine
 
-from rayseg.engine.ledger import Record
-from rayseg.geo.region import resolve_region
+from rayseg.engine.ledger import Ledger, Record
+from rayseg.engine.manifest import write_rows
+from rayseg.engine.run import Engine, Step
+from rayseg.errors import DataError
+from rayseg.geo.region import Region, resolve_region
+from rayseg.io import rasters
 from rayseg.io.labels import ingest_rasters
+from rayseg.io.remote import Passing
 from rayseg.stages.rows import TileRow
 from rayseg.stages.write import WriteTile
-from rayseg.steps import scenes
+from rayseg.steps import remap, scenes
 from rayseg.steps.map import MapConfig
 from rayseg.store import upath
 from rayseg.vision.color import label_table
@@ -104,3 +112,62 @@ def test_a_scene_without_a_map_counts_no_ground_and_a_failed_one_keeps_it_for_it
     for name in "ab":
         write(tmp_path / "scenes" / f"{name}.tif", NORTH, 5e5, 465e4, 10)
     assert mapped_areas(tmp_path, fates(a=fate)) == pytest.approx({"b": expected}, rel=0.005)
+
+
+def on_one_ground(folder):
+    """Two scenes on one ground, a without data in 30 of its 80 columns: areas, tiles, names of bands."""
+    (folder / "scenes").mkdir()
+    for name, empty in (("a", 30), ("b", 0)):
+        write(folder / "scenes" / f"{name}.tif", NORTH, 5e5, 465e4, 10, empty=empty)
+    areas = mapped_areas(folder, fates())
+    region = resolve_region(f"{folder}/cat/catalog.json#imagery")
+    found = scenes.find_scenes(region, MapConfig(tile=32), halo=0, bands=(), scaling="auto", shared=False)
+    return areas, [row for tiles in found.tiles for row in tiles], found.bands
+
+
+def test_a_lost_connection_is_tried_again_later_and_a_damaged_scene_counts_no_ground(tmp_path, monkeypatch):
+    _, rows, bands = on_one_ground(tmp_path)
+    row = TileRow.from_row(next(row for row in rows if row["before"] != "[]"))
+    side = (row.tile.window.height, row.tile.window.width)
+    row = replace(row, classes=np.zeros(side, np.uint8), scores=np.zeros((1, *side), np.uint8))
+    stage = WriteTile(str(tmp_path / "tiles"), label_table(1), bands=("p",), geometry=None, model="", imagery=bands)
+    monkeypatch.setattr(rasters, "read", Mock(side_effect=Passing("HTTP 503")))
+    with pytest.raises(Passing, match="503"):
+        stage([row])
+    monkeypatch.setattr(rasters, "read", Mock(side_effect=DataError("a broken block")))
+    [settled] = stage([row])
+    assert settled.facts["areas"]["0"] == pytest.approx(side[0] * side[1] * 100, rel=0.005)
+    (tmp_path / "scenes/a.tif").unlink()
+    with pytest.raises(DataError, match="a broken block"):
+        stage([row])
+
+
+@pytest.mark.parametrize(("fate", "expected"), [("done", 180_000), ("nodata", 480_000)])
+def test_a_map_that_is_decided_again_counts_shared_ground_once(tmp_path, fate, expected):
+    areas, rows, bands = on_one_ground(tmp_path)
+    assert areas == pytest.approx({"a": 300_000, "b": 180_000}, rel=0.005)
+    # 1. the finished run of b, and of a where it has a map
+    steps = tmp_path / "steps"
+    (steps / "predict").mkdir(parents=True)
+    rows = [row for row in rows if row["grid_image"] == "b"]
+    write_rows(steps / "predict/manifest.parquet", rows)
+    for row in rows:
+        mapped = (tmp_path / "tiles" / row["id"]).exists()
+        record = Record(row["id"], "done", facts={"counts": {"0": 1}}) if mapped else Record(row["id"], "nodata")
+        Ledger(str(steps / "predict/ledger")).write(record)
+    Ledger(str(steps / "networks/ledger")).write(Record("a", fate))
+    (steps / "predict/done.json").write_text(json.dumps({"key": "k", "value": {}}))
+    values = {"predict": {}, "scenes": {"bands": bands}}
+    run = {"pipeline": "superpixel", "status": "done", "config": {}, "steps": values}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    # 2. a map of it, and one of that
+    origin = str(tmp_path)
+    for name in ("new", "newer"):
+        step = Step("predict", str(tmp_path / name), "k", Engine("inline"))
+        value = remap.reclassify_tiles(step, Region("r"), (origin, "k"), remap.ClassRules(), None, None, 60.0)
+        assert value["troubles"] == {}
+        found = Ledger(str(step.prefix / "ledger")).read().values()
+        assert sum(sum(record.facts["areas"].values()) for record in found) == pytest.approx(expected, rel=0.005)
+        (step.prefix / "done.json").write_text(json.dumps({"key": "k", "value": {}}))
+        (tmp_path / name / "run.json").write_text(json.dumps(run | {"pipeline": "remap", "steps": {"predict": value}}))
+        origin = step.root
