@@ -74,7 +74,7 @@ def _described(path: str, command: TyperGroup | TyperCommand) -> Iterator[str]:
             assert isinstance(inner, TyperGroup | TyperCommand)
             yield from _described(f"{path} {name}", inner)
         return
-    yield f"## {path}\n\n{' '.join((command.help or '').split())}\n"
+    yield f"## {path}\n\n{' '.join((command.help or '').replace(chr(92) + '[', '[').split())}\n"
     rows = []
     for parameter in command.params:
         if isinstance(parameter, TyperArgument):

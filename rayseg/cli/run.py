@@ -228,13 +228,13 @@ def remap(
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a new map from the scores of a finished run: another threshold, other classes, another area. No model runs.
+    r"""Make a new map from the scores of a finished run: another threshold, other classes, another area. No model runs.
 
-    --set threshold=.7, 'classes.merge={built: [building, road]}', 'classes.drop=[water]', inside=FILE, or
-    polygons.min_area=50.
+    --set threshold=.7, classes.merge.built=\[building,road], classes.drop=\[water], inside=FILE, polygons.min_area=50.
     """
-    from rayseg.steps.remap import polygons_of, region_of
+    from rayseg.steps.remap import expect_apart, polygons_of, region_of
 
+    expect_apart(out, run)
     settings = {"run": run} | {f"polygons.{key}": value for key, value in polygons_of(run).items()}
     _run_with(settings, set_, out, "remap", region_of(run), engine=engine, address=address, as_json=as_json)
 
@@ -253,8 +253,9 @@ def refresh(
 
     --set model=PREFIX maps all of it with another model, --set map.imagery=CATALOGUE from another catalogue.
     """
-    from rayseg.steps.remap import map_settings, region_of
+    from rayseg.steps.remap import expect_apart, map_settings, region_of
 
+    expect_apart(out, run)
     region = region_of(run)
     _run_with(map_settings(run), set_, out, "predict", region, engine=engine, address=address, as_json=as_json)
 
@@ -272,8 +273,9 @@ def diff(
 ) -> None:
     """Compare the maps of two runs: which class became which, in hectares, as a map and as polygons."""
     from rayseg.geo.region import Region
-    from rayseg.steps.remap import region_of
+    from rayseg.steps.remap import expect_apart, region_of
 
+    expect_apart(out, before, after)
     settings, region = {"before": before, "after": after}, Region(region_of(after).name)
     _run_with(settings, set_, out, "diff", region, engine=engine, address=address, as_json=as_json)
 

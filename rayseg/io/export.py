@@ -102,7 +102,13 @@ def write_vectors(product: UPath, folder: StorePath, kind: str) -> list[str]:
         # geo and pandas metadata would be taken for those of another format
         plain = file.schema_arrow.remove_metadata()
         # A column without any value, as the class of plots without classes, has a type that no format knows.
-        schema = pa.schema([field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in plain])
+        schema = pa.schema(
+            [
+                field.with_type(pa.string()) if pa.types.is_null(field.type) else field
+                for field in plain
+                if field.name != "bbox"
+            ]
+        )
         batches = (_batch(batch, schema, flip=not placed and kind != "geojson") for batch in file.iter_batches(_ROWS))
         path = Path(scratch) / f"{product.stem}{suffix}"
         try:
@@ -125,9 +131,7 @@ def _batch(batch: pa.RecordBatch, schema: pa.Schema, *, flip: bool) -> pa.Record
         shapes = shapely.from_wkb(batch["geometry"].to_numpy(zero_copy_only=False))
         up = pa.array(shapely.to_wkb(shapely.transform(shapes, lambda points: points * (1, -1))), pa.binary())
         batch = batch.set_column(batch.schema.get_field_index("geometry"), "geometry", up)
-    return pa.RecordBatch.from_arrays(
-        [column.cast(field.type) for column, field in zip(batch.columns, schema, strict=True)], schema=schema
-    )
+    return pa.RecordBatch.from_arrays([batch[field.name].cast(field.type) for field in schema], schema=schema)
 
 
 def _moved(part: Path, target: StorePath) -> str:

@@ -43,6 +43,7 @@ def check(config: Config, region: Region) -> Plan:
         raise ConfigError(f"both runs are {config.before}, expected two; name another one")
     before, after = origin_of(config.before), origin_of(config.after)
     diff.changes_of(before.table, after.table)
+    diff.expect_comparable(config.before, config.after)
     for sentence in filter(None, (diff.unmapped(root) for root in (config.before, config.after))):
         _log.warning(sentence)
     tiles = diff.list_tiles(config.before, config.after, size=config.tile)

@@ -7,7 +7,7 @@ classifier + imagery --> images, tiles or polygons --> table of classes, report
 from rayseg.config import Config as Frozen
 from rayseg.config import added
 from rayseg.engine.run import Run, Step
-from rayseg.errors import ConfigError
+from rayseg.errors import ConfigError, ModelError
 from rayseg.geo.region import Region
 from rayseg.models import bundle
 from rayseg.steps import classify, estimate, generalize, report
@@ -37,6 +37,10 @@ def check(config: Config, region: Region) -> Plan:
     """Plan a run; refuse an incomplete model, and imagery that it cannot map, before anything is written."""
     described, _ = bundle.whole(config.model)
     if described.task == "classification":
+        if config.earlier:
+            raise ModelError(
+                f"model {described.name} is for classification, {config.earlier} is a map; give a segmenter"
+            )
         return Plan(classify.plan_units(region, described, config.units, config.map))
     if config.units != UnitsConfig():
         raise ConfigError(f"model {described.name} is for {described.task}, units are of classifiers; leave units out")
@@ -72,7 +76,7 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     run.step("qgis", mapping.save_project, predicted, polygons)
     extras = report.Extras(labels=_carried(predicted, config.earlier)) if config.earlier else None
     written = run.step("report", report.write_report, predicted, polygons, *([None, extras] if extras else ()))
-    return report.headline(written)
+    return " ".join(filter(None, [report.headline(written), extras.labels if extras else ""]))
 
 
 def _carried(predicted: Step, earlier: str) -> str:

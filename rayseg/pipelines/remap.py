@@ -49,7 +49,7 @@ def check(config: Config, region: Region) -> Plan:
     """Refuse a run without the scores that the settings need, before anything is written."""
     origin = remap.origin_of(config.run)
     remap.decision_of(origin, config.classes, config.threshold)
-    remap.area_inside(region, config.inside)
+    remap.expect_inside(config.run, remap.area_inside(region, config.inside), config.inside)
     same = (None, ClassRules(), None, PolygonsConfig(**remap.polygons_of(config.run)))
     if (config.threshold, config.classes, config.inside, config.polygons) == same:
         raise ConfigError("nothing is to change; give --set threshold, classes.merge, classes.drop, inside or polygons")

@@ -74,7 +74,6 @@ class CarryOver:
         content = (upath(self.earlier) / path).read_bytes()
         if checksum(content) != expected:
             raise DataError(
-                f"{self.earlier}/{path} is not what its run wrote; mend it: rayseg verify --deep {self.earlier}, then "
-                f"rayseg retry {self.earlier}"
+                f"{self.earlier}/{path} is not what its run wrote, so the tile is not taken over; a retry maps it again"
             )
         return content

@@ -25,7 +25,7 @@ class Decision:
         table: the classes of the earlier map.
         threshold: probability above which a pixel of a binary map gets class 1; None keeps the classes.
         merged: value -> value of the class that takes its pixels.
-        dropped: values whose pixels get the likeliest of the other classes.
+        dropped: values whose pixels get the likeliest of the classes that are left, merged ones with their sums.
     """
 
     table: ClassTable
@@ -55,12 +55,12 @@ class Decision:
         if len(scores_CHW) == 1 and not self.dropped:
             return self._renamed(classes_HW), scores_CHW
         bands = {value: scores_CHW[index].astype(np.int16) for index, (value, _, _) in enumerate(self.table.classes)}
-        kept = [value for value in bands if value not in self.dropped]
-        likeliest_HW = np.array(kept)[np.argmax([bands[value] for value in kept], axis=0)]
-        classes_HW = np.where(np.isin(classes_HW, self.dropped), likeliest_HW, classes_HW).astype(np.uint8)
         for member, target in self.merged.items():
             bands[target] = bands[target] + bands[member]
-        left = np.stack([np.minimum(bands[value], NODATA - 1) for value, _, _ in self.left.classes])
+        kept = [value for value, _, _ in self.left.classes]
+        left = np.stack([np.minimum(bands[value], NODATA - 1) for value in kept])
+        likeliest_HW = np.array(kept)[left.argmax(axis=0)]
+        classes_HW = np.where(np.isin(classes_HW, self.dropped), likeliest_HW, classes_HW).astype(np.uint8)
         return self._renamed(classes_HW), np.where(valid_HW, left, NODATA).astype(np.uint8)
 
     def _renamed(self, classes_HW: np.ndarray) -> np.ndarray:

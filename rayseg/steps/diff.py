@@ -92,6 +92,18 @@ def _text(sources: Sequence[Source]) -> str:
     return json.dumps([source.to_row() for source in sources])
 
 
+def expect_comparable(before: str, after: str) -> None:
+    """Check that both maps have a georeference, or neither has.
+
+    Raises:
+        ConfigError: only one has.
+    """
+    placed = {root: any(tile.tile.grid.crs for tile in mapped_tiles(root)) for root in (before, after)}
+    if placed[before] != placed[after]:
+        bare = before if placed[after] else after
+        raise ConfigError(f"{bare} has images without georeference, the other run has none; compare runs of one kind")
+
+
 def unmapped(root: str) -> str:
     """A sentence on the tiles of a run that have no map; "" if all have one."""
     failed = failures_of(root, tiles_of(root).ids.to_pylist())

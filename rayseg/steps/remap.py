@@ -18,11 +18,12 @@ from rayseg.errors import ConfigError, DataError, listed
 from rayseg.geo.region import Region, resolve_region
 from rayseg.io import masks
 from rayseg.io.maps import bands_of, mapped_tiles
+from rayseg.io.stac_write import lonlat_outline
 from rayseg.stages.reclassify import Decision, Reclassify
 from rayseg.stages.write import WriteTile
 from rayseg.steps import map as mapping
 from rayseg.steps.scenes import mapped_before
-from rayseg.store import upath
+from rayseg.store import absolute, upath
 from rayseg.vision.color import ClassTable
 
 SCORED = "predict"
@@ -128,12 +129,13 @@ def decision_of(origin: Origin, rules: ClassRules, threshold: float | None) -> D
     binary = len(origin.bands) == 1 and len(names) == 2
     if threshold is not None and not binary:
         raise ConfigError(
-            f"threshold is for maps of one class and a background, {origin.root} has {len(names)} classes; leave it out"
+            f"threshold is for maps with one score band, of one class against a background; {origin.root} has the "
+            f"bands {listed(origin.bands)}; leave it out"
         )
     if rules.drop and len(origin.bands) < len(names):
         raise ConfigError(
-            f"{origin.root} keeps the score of each pixel's own class alone, so no other class is known for the pixels "
-            f"of {listed(rules.drop)}; merge them into another class instead"
+            f"{origin.root} has one score band ({origin.bands[0]}), expected one per class to know the likeliest other "
+            f"class of the pixels of {listed(rules.drop)}; leave classes.drop out"
         )
     renamed = {values[group[0]]: name for name, group in rules.merge.items()}
     decision = Decision(
@@ -203,6 +205,39 @@ def area_inside(region: Region, inside: str | None) -> dict[str, Any] | None:
     if not both.area:
         raise DataError(f"inside {inside} does not meet the region {region.name}; give polygons within it")
     return dict(geojson(both))
+
+
+def expect_inside(root: str, geometry: dict[str, Any] | None, inside: str | None) -> None:
+    """Check that polygons can cut a run's map, and meet it.
+
+    Raises:
+        ConfigError: the map has no georeference.
+        DataError: the polygons meet none of its tiles.
+    """
+    if not inside or geometry is None:
+        return
+    tiles = [mapped.tile for mapped in mapped_tiles(root)]
+    if any(tile.grid.crs is None for tile in tiles):
+        raise ConfigError(f"inside is {inside}, but images of {root} have no georeference; leave it out")
+    area, ground = shape(geometry), [lonlat_outline(tile.grid, tile.window)[0] for tile in tiles]
+    if not any(outline and shape(outline).intersects(area) for outline in ground):
+        raise DataError(
+            f"inside {inside} lies within {tuple(round(side, 4) for side in area.bounds)} degrees and meets no tile of "
+            f"{root}; give polygons on its map, longitude first"
+        )
+
+
+def expect_apart(out: str, *roots: str) -> None:
+    """Check that a run's output is neither one of the runs that it reads nor inside of it, and that these are runs.
+
+    Raises:
+        ConfigError: it is; or a part of a run is named.
+    """
+    if part := next((root for root in roots if "#" in root), None):
+        raise ConfigError(f"{part} names a part of a run, expected the run; leave {part[part.index('#') :]} out")
+    for root in map(absolute, roots):
+        if f"{absolute(out)}/".startswith(f"{root.rstrip('/')}/"):
+            raise ConfigError(f"--out {out} is, or lies in, {root}, which is only read; choose another --out")
 
 
 def reclassify_tiles(

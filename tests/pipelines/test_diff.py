@@ -122,7 +122,7 @@ def test_classes_are_compared_by_name():
 def test_one_run_and_what_is_no_run_are_refused(world, tmp_path):
     words = ("--out", tmp_path / "diff", "--engine", "inline")
     assert "both runs are" in refused(2, "diff", world / "loose", world / "loose", *words)
-    assert "is not a run" in refused(2, "diff", world / "loose", tmp_path, *words)
+    assert "is not a run" in refused(2, "diff", world / "loose", tmp_path / "none", *words)
     two = (world / "loose", world / "strict")
     assert "polygons.min_area is 1000000000 m2" in refused(2, "diff", *two, *words, "--set", "polygons.min_area=1e9")
     assert not (tmp_path / "diff").exists()

@@ -91,4 +91,4 @@ def test_another_model_maps_all_and_a_damaged_tile_is_not_taken_over(world, tiny
 
 
 def test_runs_without_a_map_by_one_model_are_refused(tmp_path):
-    assert "is not a run" in refused(2, "refresh", tmp_path, "--out", tmp_path / "new")
+    assert "is not a run" in refused(2, "refresh", tmp_path / "none", "--out", tmp_path / "new")

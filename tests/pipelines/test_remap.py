@@ -118,10 +118,14 @@ def test_what_a_map_cannot_be_made_from_is_refused_before_anything_is_written(wo
     assert "polygons.min_area is 1000000000 m2" in refused(2, *words("polygons.min_area=1e9"))
     assert "classes kind-9 are not in" in refused(2, *words("classes.drop=[kind-9]"))
     assert "1 class would remain" in refused(2, *words("classes.merge={all: [background, gpc]}"))
-    assert "keeps the score of each pixel's own class alone" in refused(2, *words("classes.drop=[gpc]"))
+    assert "has one score band (gpc)" in refused(2, *words("classes.drop=[gpc]"))
     assert "names gpc twice" in refused(2, *words("classes={merge: {a: [gpc, background]}, drop: [gpc]}"))
-    assert "is not a run" in refused(2, *words("threshold=.7", run=tmp_path))
+    assert "is not a run" in refused(2, *words("threshold=.7", run=tmp_path / "none"))
+    assert "leave #classes out" in refused(2, *words("threshold=.7", run=f"{world['run']}#classes"))
+    assert "meets no tile" in refused(3, *words("inside=10,10,11,11"))
     assert not (tmp_path / "new").exists()
+    for out in (world["run"], world["run"] / "sub"):
+        assert "which is only read" in refused(2, "remap", world["run"], "--out", out, "--set", "threshold=.7")
 
 
 @pytest.mark.more  # another run
