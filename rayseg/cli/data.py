@@ -280,7 +280,7 @@ def export(
     kind: Annotated[str, typer.Option("--format", help="gpkg, shp, fgb, geojson, parquet, cog, or qgis (a project).")],
     out: Annotated[str | None, typer.Option("--out", help="Output folder or URL; default: RUN/export.")] = None,
 ) -> None:
-    """Write a run's polygons or plots, or its rasters as one COG each, in a format of others."""
+    """Export a run's polygons, plots or rasters to a GIS format."""
     from rayseg.io import export as exports
     from rayseg.io import qgis
 

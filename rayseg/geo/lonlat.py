@@ -202,7 +202,7 @@ def _cut(polygons: NDArray[np.object_]) -> list[BaseGeometry]:
     """The parts of polygons that cross the antimeridian, with edges on it."""
     try:
         cut = [antimeridian.fix_polygon(part, fix_winding=True, great_circle=False) for part in polygons]
-    except (ValueError, RecursionError) as error:  # its words for a ring that crosses itself
+    except (ValueError, RecursionError) as error:  # what it raises for a ring that crosses itself
         raise TopologicalError(str(error)) from error
     return [piece for part in cut for piece in shapely.get_parts(part)]
 

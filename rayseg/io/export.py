@@ -1,4 +1,4 @@
-"""A run's map in the formats of others: vector files of its polygons or plots, one COG, a VRT over its tiles."""
+"""A run's map in GIS formats: vector files of its polygons or plots, one COG, a VRT over its tiles."""
 
 import json
 import mmap
@@ -158,7 +158,7 @@ def grids(root: StorePath) -> dict[Grid, list[MappedTile]]:
 
 
 def suffixes(by_grid: Iterable[Grid]) -> dict[Grid, str]:
-    """What tells the files of grids apart: nothing for one grid, else its name, with its scene's if it is of one."""
+    """Suffixes that distinguish the files of each grid: none for one grid, else its name and its scene's."""
     grids = list(by_grid)
     if len(grids) == 1:
         return {grids[0]: ""}

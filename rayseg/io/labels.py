@@ -66,7 +66,7 @@ class Chip:
         label: name of its class, None without a label.
         source: its file.
         window: the whole image on its own grid.
-        part: train, validation or test, if its data set says so.
+        part: train, validation or test, if its data set states it.
     """
 
     id: str

@@ -143,7 +143,7 @@ def held_out_by_name(chips: Sequence[Chip], config: ChipsConfig) -> set[str]:
     for name in config.test or ():
         path = PurePath(name)
         fitting = [chip for chip in chips if slug(path.name) in {chip.id, stems[chip.id]}]
-        # Files of two classes may have one name: the folders tell.
+        # Files of two classes may have one name: their folders differ.
         if len(fitting) > 1:
             fitting = [chip for chip in fitting if chip.label in path.parts]
         if len(fitting) != 1:

@@ -1,4 +1,4 @@
-"""Pictures of a few samples for TensorBoard: what the network sees, what it should say, what it says."""
+"""Pictures of a few samples for TensorBoard: image, mask and prediction."""
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial

@@ -1,4 +1,4 @@
-"""A run in the formats of others: the same polygons and pixels, and a QGIS project that QGIS draws in our colours."""
+"""A run in GIS formats: the same polygons and pixels, and a QGIS project that QGIS draws in our colours."""
 
 import json
 import shutil
