@@ -298,7 +298,7 @@ class Run:
         for path in damage:  # a function may keep a file that exists
             (upath(self.root) / path).unlink(missing_ok=True)
             self._present.pop(path, None)
-        damage |= verify_step(step.prefix, self._present, planned=_recorded_rows(done), mend=True)
+        damage |= verify_step(step.prefix, self._present, planned=_recorded_rows(done), mend=True)[0]
         for path, why in list(damage.items())[:NAMED]:
             _log.warning("%s: %s; it is computed again", path, why)
         return damage
@@ -384,7 +384,8 @@ def verify(root: str, *, deep: bool = False) -> dict[str, Any]:
         deep: whether to compare checksums, too, which reads every file.
 
     Returns:
-        `files`: number of files that the run has; `damaged`: path -> what is wrong with it, in `damaged.json` too.
+        `files`: number of files that the run has; `damaged`: path -> what is wrong with it, in `damaged.json` too;
+        `unknown`: rows whose files earlier versions did not record, so that nothing can be compared.
     """
     root = absolute(root).rstrip("/")
     finished = read(root)["status"] == "done"
@@ -393,14 +394,16 @@ def verify(root: str, *, deep: bool = False) -> dict[str, Any]:
     damage: Damage = {} if deep else _load(notes)
     damage |= {path: "not a JSON object" for path in control if path in present and not _load(upath(root) / path)}
     damage |= {path: "missing" for path in control if finished and path not in present}
+    unknown = 0  # rows
     for folder in _begun(root):
         damage |= damage_of(own.get(folder.name, {}), present, root=root if deep else None)
-        damage |= verify_step(folder, present, planned=_recorded_rows(_load(folder / "done.json")), deep=deep)
+        rows = verify_step(folder, present, planned=_recorded_rows(_load(folder / "done.json")), deep=deep)
+        damage, unknown = damage | rows[0], unknown + rows[1]
     try:
         put(notes, json.dumps(damage, indent=1).encode()) if damage else notes.unlink(missing_ok=True)
     except STORE_ERRORS as error:
         _log.warning("%s cannot be written (%s): the next command does not know of the damage", notes, error)
-    return {"run": root, "files": len(present), "damaged": damage}
+    return {"run": root, "files": len(present), "damaged": damage, "unknown": unknown}
 
 
 def _own_files(root: str) -> dict[str, Files]:

@@ -45,8 +45,10 @@ def damage_of(files: Mapping[str, Any], present: Mapping[str, int], *, root: str
 
 def verify_step(
     folder: UPath, present: Mapping[str, int], *, planned: int = 0, deep: bool = False, mend: bool = False
-) -> Damage:
+) -> tuple[Damage, int]:
     """What is damaged of the rows of a step: records that cannot be read or are missing, and files.
+
+    The second value counts the rows with results but without files on record, as earlier versions wrote them.
 
     Args:
         folder: of the step.
@@ -56,12 +58,14 @@ def verify_step(
         mend: whether to delete damaged records and withdraw those of damaged files, so that the step processes their
             rows again; only the process that runs the step may do so.
     """
-    ledger, unreadable, damage, count = Ledger(str(folder / "ledger")), list[UPath](), Damage(), 0
+    ledger, unreadable, damage = Ledger(str(folder / "ledger")), list[UPath](), Damage()
+    count = unknown = 0
     for records in ledger.latest(unreadable):
         count += len(records)
         for record in records:
             if record.status == WITHDRAWN:
                 continue
+            unknown += bool(record.facts and not record.files)
             if damaged := damage_of(record.files, present, root=ledger.root if deep else None):
                 damage |= damaged
                 if mend:
@@ -75,4 +79,4 @@ def verify_step(
     # Without its record a row is missing only if no damaged record explains it.
     if count < planned and not unreadable:
         damage[f"steps/{folder.name}/ledger"] = f"{planned - count} of {planned} records are missing"
-    return damage
+    return damage, unknown
