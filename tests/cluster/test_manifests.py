@@ -347,11 +347,12 @@ PLACES = {
     "/opt/rayseg": str(ROOT),
 }
 """What the entrypoints name -> what there is of it here."""
-ITS_CLASSES = {
+ITS_OWN = {
+    "agri": ["sam.checkpoint=random"],
     "landcover": ["labelled.absent=[unknown]"],
-    "al-s4gan": ["pool.absent=[unknown]", "pool.size=128"],
+    "al-s4gan": ["pool.absent=[unknown]", "pool.size=128", "segmenter.size=128", "active.classifier.size=128"],
 }
-"""The demo has six of the seven classes, and two images."""
+"""The demo has six of the seven classes, two images and no weights of Segment Anything."""
 
 
 class Checked(Exception):
@@ -376,7 +377,7 @@ def test_entrypoints_pass_the_check_of_a_plan_and_of_a_run(path, demo_region, mo
 
     monkeypatch.setattr(module, "forecast", forecast)
     monkeypatch.setattr("rayseg.steps.models.expect_weights", lambda *_, **__: None)
-    more = [word for text in ITS_CLASSES.get(words[0], []) for word in ("--set", text)]
+    more = [word for text in ITS_OWN.get(words[0], []) for word in ("--set", text)]
     found = CliRunner().invoke(app, ["plan", "pipeline", *words[:at], *more])
     assert isinstance(found.exception, Checked), found.output
 
