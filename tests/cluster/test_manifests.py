@@ -350,7 +350,13 @@ PLACES = {
 ITS_OWN = {
     "agri": ["sam.checkpoint=random"],
     "landcover": ["labelled.absent=[unknown]"],
-    "al-s4gan": ["pool.absent=[unknown]", "pool.size=128", "segmenter.size=128", "active.classifier.size=128"],
+    "al-s4gan": [
+        "pool.absent=[unknown]",
+        "pool.size=128",
+        "segmenter.size=128",
+        "active.classifier.size=128",
+        "active.ratio=.5",
+    ],
 }
 """The demo has six of the seven classes, two images and no weights of Segment Anything."""
 
