@@ -755,7 +755,7 @@ def test_named_regions_are_found_here_and_may_name_their_imagery(tmp_path, monke
     assert Path(region.catalog).resolve() == tmp_path / "stac" / "cat" / "catalog.json"
     with pytest.raises(ConfigError, match=r"'vally' is not known: .*catalog.json#collection.*demo.*valley"):
         resolve_region("vally")
-    with pytest.raises(ConfigError, match=r"no.geojson is not there; named regions are .*valley"):
+    with pytest.raises(ConfigError, match=r"no.geojson does not exist; named regions are .*valley"):
         resolve_region("no.geojson")
 
 
