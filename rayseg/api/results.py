@@ -244,9 +244,11 @@ class Run:
 
         Raises:
             ConfigError: neither is installed.
-            DataError: the run has written neither plots nor polygons, or they have no CRS.
+            DataError: the run has written neither plots nor polygons, there are none, or they have no CRS.
         """
         shapes = self.plots if self.pipeline == "agri" else self.polygons
+        if shapes.empty:
+            raise DataError(f"{self.root} has no polygon to show; look at run.classes or run.scores")
         if shapes.crs is None:
             raise DataError(
                 f"{self.root} has images without georeference, which no map can place; use run.polygons.plot()"

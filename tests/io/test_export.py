@@ -197,6 +197,10 @@ def test_an_interactive_map_has_the_colours_of_the_classes(run, monkeypatch):
     [layer] = lonboard.Map.layers.get(opened.explore())
     assert shapely.box(*opened.polygons.total_bounds).area > 0
     assert layer.get_fill_color.to_pylist()[0] == [*GPC.colors[1], 120]
+    # a map in which nothing was found
+    monkeypatch.setattr(type(opened), "polygons", opened.polygons.iloc[:0])
+    with pytest.raises(DataError, match="has no polygon to show"):
+        opened.explore()
 
 
 @pytest.mark.parametrize("suffix", ["gpkg", "fgb", "shp"])
