@@ -1,6 +1,7 @@
 """Labelled images of a region: find them, count pixels by class, split them by scene, list them in a step."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ from pydantic import Field
 from rayseg.config import Config, added
 from rayseg.engine.manifest import read_rows, write_rows
 from rayseg.engine.run import Step
-from rayseg.errors import ConfigError, DataError
+from rayseg.errors import ConfigError, DataError, listed
 from rayseg.geo.region import Region
 from rayseg.io import scenes, stac_read
 from rayseg.io.name_lists import Names
@@ -28,6 +29,7 @@ Counted = Sequence[tuple[LabelledImage, np.ndarray]]
 """Images, each with its pixel counts by class, (..., classes)."""
 Divided = Mapping[str, Counted]
 """Part -> its images, each with its pixel counts by cell and class, (rows, cols, classes)."""
+_log = logging.getLogger(__name__)
 PARTS = ("training", "validation")
 
 
@@ -149,6 +151,13 @@ def divide(
     expect_one_unit([image.image for image in kept], bands)
     counted = scenes.countable(kept, table, cell=cell)
     kept, by_id = [image for image, _ in counted], {image.id: counts for image, counts in counted}
+    if bare := [image for image, counts in by_id.items() if not counts.any()]:
+        _log.warning(
+            "the masks of %d of %d images label no pixel of them: %s; check that image and mask cover the same ground",
+            len(bare),
+            len(kept),
+            listed(bare),
+        )
     # By scene: neighbouring images of one scene are alike, and accuracy would be too high.
     parts = scenes.split(kept, validation=config.validation, share=config.share, seed=config.seed)
     divided = {name: [(image, by_id[image.id]) for image in part] for name, part in zip(PARTS, parts, strict=True)}

@@ -108,3 +108,15 @@ def test_a_mask_that_cannot_be_read_is_not_used_and_named(tmp_path, caplog, how)
         (tmp_path / "masks" / f"{name}.tif").write_bytes(b"II*")
     with pytest.raises(DataError, match=r"\.tif"):
         divided(tmp_path)
+
+
+def test_images_whose_masks_label_nothing_are_named(folder, caplog):
+    place = {"crs": "EPSG:32736", "transform": Affine(20, 0, 501_600, 0, -20, 8_000_000)}
+    shape = {"driver": "GTiff", "height": 40, "width": 40, **place}
+    with rasterio.open(folder / "images/bare.tif", "w", count=2, dtype="int16", **shape) as file:
+        file.write(np.ones((2, 40, 40), np.int16))
+        file.descriptions, file.scales, file.offsets = ("red", "nir"), (1e-4,) * 2, (0.0,) * 2
+    with rasterio.open(folder / "masks/bare.tif", "w", count=1, dtype="uint8", nodata=7, **shape) as file:
+        file.write(np.full((40, 40), 7, np.uint8), 1)
+    divided(folder)
+    assert "the masks of 1 of 3 images label no pixel of them: bare" in caplog.text
