@@ -299,7 +299,7 @@ def _on_folium(shapes: "gpd.GeoDataFrame", colors: list[str]) -> Any:  # noqa: A
     except ImportError:
         raise ConfigError("interactive maps need lonboard or folium: pip install 'rayseg[notebook]'") from None
     west, south, east, north = shapes.total_bounds
-    whole = folium.Map(tiles=None, control_scale=True)  # no map of others in the background: it would need a network
+    whole = folium.Map(tiles=None, control_scale=True)  # without a background map, which would need a network
     fields = [name for name in shapes.columns if name != "geometry"]
     folium.GeoJson(
         shapes.assign(_color=colors).to_json(),
