@@ -68,7 +68,7 @@ def export(folder: str, chips: Sequence[Request], table: ClassTable) -> str:
     put(root / "chips.geojson", json.dumps({"type": "FeatureCollection", "features": features}).encode())
     sizes = {row["id"]: [window.height, window.width] for row, _, window, _ in chips}
     classes = [{"value": value, "name": name, "color": hex_of(color)} for value, name, color in table.classes]
-    ignore = [hex_of(color) for color in table.ignore]
+    ignore = [*map(hex_of, table.ignore), *table.unlabelled]
     masks = {"classes": classes, "ignore": ignore, "threshold": table.threshold}
     content = {"chips": sizes, "masks": masks, "rows": [row for row, *_ in chips]}
     put(root / "index.html", _page([row["id"] for row, *_ in chips], table).encode())

@@ -32,8 +32,8 @@ class Classes(Config):
     one_value = True
 
     classes: tuple[ClassRow, ...] = ()
-    ignore: tuple[str | tuple[int, int, int], ...] = ()
-    """Colours that mean "not labelled"; the value 255 means it too."""
+    ignore: tuple[int | str | tuple[int, int, int], ...] = ()
+    """Colours, and values 0..254 of masks of values, that mean "not labelled"; the value 255 means it too."""
     threshold: int | None = None
     """For masks whose colours are blurred: a channel counts as 255 from this value on, else as 0."""
 

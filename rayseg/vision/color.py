@@ -23,12 +23,14 @@ class ClassTable:
     Attributes:
         classes: (value, name, (red, green, blue)) of every class; values 0..254, all different.
         ignore: further colours that mean "not labelled"; they decode to 255, as the value 255 does.
+        unlabelled: further values that mean it in masks of values, and indices in masks with a palette; 0..254.
         threshold: for masks whose colours are blurred: a channel counts as 255 from this value on, else as 0.
     """
 
     classes: tuple[tuple[int, str, RGB], ...]
     ignore: tuple[RGB, ...] = ()
     threshold: int | None = None
+    unlabelled: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         values = [value for value, _, _ in self.classes]
@@ -37,6 +39,11 @@ class ClassTable:
             raise ConfigError(
                 f"class values are {values}, expected at least one, all different and in 0..254; give the whole class "
                 "table"
+            )
+        if wrong := [value for value in self.unlabelled if value in values or not 0 <= value < IGNORE]:
+            raise ConfigError(
+                f"ignore has the values {wrong}, expected values in 0..254 that are no class (the classes are {values}); "
+                "remove them there, or give the classes their own values: {name, color, value}"
             )
         if len(set(self.names)) < len(self.names):
             raise ConfigError(f"class names are {', '.join(self.names)}, expected all different; rename a class")
@@ -48,7 +55,7 @@ class ClassTable:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ClassTable":
-        """Read `{classes: [{name, color, value?}, ...], ignore: [color, ...], threshold: n}`, as a YAML file has it.
+        """Read `{classes: [{name, color, value?}, ...], ignore: [color or value, ...], threshold: n}` of a YAML file.
 
         A colour is `"#RRGGBB"` or `[red, green, blue]`; a class without `value` gets its position in the list.
 
@@ -67,7 +74,10 @@ class ClassTable:
                 unquoted = "" if row["color"] is not None else "; in YAML # begins a comment: put the colour in quotes"
                 raise ConfigError(f"class {row['name']}: {error}{unquoted}") from None
             classes.append((int(row.get("value", place)), str(row["name"]), color))
-        return cls(tuple(classes), tuple(map(rgb_of, config.get("ignore") or ())), config.get("threshold"))
+        ignore = config.get("ignore") or ()
+        values = tuple(value for value in ignore if isinstance(value, int))
+        colors = tuple(rgb_of(color) for color in ignore if not isinstance(color, int))
+        return cls(tuple(classes), colors, config.get("threshold"), values)
 
     @property
     def values(self) -> tuple[int, ...]:
@@ -151,17 +161,21 @@ def decode(
                 "mask"
             )
         colors = np.array([list(palette[int(index)])[:3] for index in used], np.int32).reshape(-1, 3)
-        return _decode_colors(_pack(colors, table.threshold)[at_HW].reshape(mask.shape), table)
-    wrong_HW = ~np.isin(mask, [*table.values, IGNORE])
+        blank = np.isin(used, table.unlabelled)
+        colors[blank] = table.colors[0]
+        classes = _decode_colors(_pack(colors, table.threshold)[at_HW].reshape(mask.shape), table)
+        return np.where(blank[at_HW].reshape(mask.shape), np.uint8(IGNORE), classes)
+    wrong_HW = ~np.isin(mask, [*table.values, *table.unlabelled, IGNORE])
     if wrong_HW.any():
         unknown, counts = np.unique(mask[wrong_HW], return_counts=True)
         value, count = int(unknown[counts.argmax()]), int(counts.max())
         nearest = min(table.classes, key=lambda row: abs(row[0] - value))
         raise DataError(
             f"mask value {value} ({count} pixels; {len(unknown)} unknown values in all) is not a class, the nearest is "
-            f"{nearest[0]} ({nearest[1]}); add it to the classes or correct the mask"
+            f"{nearest[0]} ({nearest[1]}); add it to the classes, or to ignore if it means not labelled, or correct the "
+            "mask"
         )
-    return mask.astype(np.uint8)
+    return np.where(np.isin(mask, table.unlabelled), IGNORE, mask).astype(np.uint8)
 
 
 def mean_color(image_HWC: NDArray[np.uint8], labels_HW: NDArray[np.integer]) -> NDArray[np.uint8]:

@@ -33,6 +33,28 @@ def test_a_palette_mask_is_read_by_its_colours_not_its_indices():
     np.testing.assert_array_equal(decode(indices, TABLE, palette=palette), VALUES)
 
 
+def test_values_that_a_table_ignores_are_not_labelled():
+    rows = [{"name": "tree", "color": "#1E7B1E", "value": 1}, {"name": "water", "color": "#2060C0", "value": 2}]
+    table = ClassTable.from_config({"classes": rows, "ignore": [0, "#FFFFFF", 7]})
+    assert (table.ignore, table.unlabelled) == (((255, 255, 255),), (0, 7))
+    mask = np.array([[0, 1, 2], [7, 255, 1]], np.uint16)
+    np.testing.assert_array_equal(decode(mask, table), [[255, 1, 2], [255, 255, 1]])
+    # an index that is ignored may have any colour
+    palette = {0: (9, 9, 9), 5: (0x20, 0x60, 0xC0), 7: (0x1E, 0x7B, 0x1E), 8: (0x1E, 0x7B, 0x1E)}
+    np.testing.assert_array_equal(
+        decode(np.array([[0, 5], [7, 8]], np.uint8), table, palette=palette), [[255, 2], [255, 1]]
+    )
+    with pytest.raises(DataError, match="mask value 3 .* or to ignore if it means not labelled"):
+        decode(np.array([[3]], np.uint8), table)
+
+
+def test_a_value_is_a_class_or_ignored():
+    with pytest.raises(
+        ConfigError, match=r"ignore has the values \[0, 255\], expected values in 0..254 that are no class"
+    ):
+        ClassTable.from_config({"classes": [{"name": "tree", "color": "#1E7B1E"}], "ignore": [0, 255]})
+
+
 def test_an_index_outside_the_palette_is_named():
     with pytest.raises(DataError, match=r"indices \[5\]"):
         decode(np.array([[5]], np.uint8), TABLE, palette={0: (1, 2, 3)})
