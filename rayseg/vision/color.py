@@ -42,7 +42,7 @@ class ClassTable:
             )
         if wrong := [value for value in self.unlabelled if value in values or not 0 <= value < IGNORE]:
             raise ConfigError(
-                f"ignore has the values {wrong}, expected values in 0..254 that are no class (the classes are {values}); "
+                f"ignore has the values {wrong}, expected values in 0..254 that are no class (these are {values}); "
                 "remove them there, or give the classes their own values: {name, color, value}"
             )
         if len(set(self.names)) < len(self.names):
@@ -172,7 +172,7 @@ def decode(
         nearest = min(table.classes, key=lambda row: abs(row[0] - value))
         raise DataError(
             f"mask value {value} ({count} pixels; {len(unknown)} unknown values in all) is not a class, the nearest is "
-            f"{nearest[0]} ({nearest[1]}); add it to the classes, or to ignore if it means not labelled, or correct the "
+            f"{nearest[0]} ({nearest[1]}); add it to the classes, to ignore if it means not labelled, or correct the "
             "mask"
         )
     return np.where(np.isin(mask, table.unlabelled), IGNORE, mask).astype(np.uint8)

@@ -44,7 +44,7 @@ def test_values_that_a_table_ignores_are_not_labelled():
     np.testing.assert_array_equal(
         decode(np.array([[0, 5], [7, 8]], np.uint8), table, palette=palette), [[255, 2], [255, 1]]
     )
-    with pytest.raises(DataError, match="mask value 3 .* or to ignore if it means not labelled"):
+    with pytest.raises(DataError, match=r"mask value 3 .* to ignore if it means not labelled"):
         decode(np.array([[3]], np.uint8), table)
 
 
