@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import executed
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
@@ -39,6 +40,7 @@ def main(folder: Path) -> None:
     (folder / "reference").mkdir()
     for path, text in pages.items():
         (folder / path).write_text(text)
+    executed.write_pages(folder / "notebooks")
     for page in folder.rglob("*.md"):
         page.write_text(_linked(page.read_text(), page.relative_to(folder).parent.as_posix()))
 

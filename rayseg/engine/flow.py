@@ -48,6 +48,7 @@ def run(
     record: Callable[[Row], Any],
     title: str = "tiles",
     stall_seconds: float = 1800.0,
+    first: Callable[[], None] | None = None,
 ) -> Account:
     """Run the stages on the rows without a record in the ledger; return the account of all rows.
 
@@ -59,6 +60,7 @@ def run(
         record: row -> what the first stage takes, or a `Settled`, which no stage sees.
         title: noun for the rows in the progress line.
         stall_seconds: time limit of one stage for one call; a row that exceeds it fails.
+        first: called once, when the first row is finished.
 
     Raises:
         Stalled: three rows in a row time out, the engine itself does, or the cluster stays too small for the stages.
@@ -91,7 +93,8 @@ def run(
                 runners = [StageRunner(work, None, attempts, stall_seconds) for work in works]
                 # Only the last stage writes records: a row is finished when all stages are.
                 runners[-1].ledger = ledger
-                _run_part(entries, runners, engine, stall_seconds * (1 + len(works)), settled)
+                _run_part(entries, runners, engine, stall_seconds * (1 + len(works)), settled, first)
+                first = None
                 # Between two parts no stage writes records.
                 ledger.compact()
     return ledger.account(ids)
@@ -103,6 +106,7 @@ def _run_part(
     engine: Engine,
     patience: float,
     settled: Callable[[int, int], None],
+    first: Callable[[], None] | None,
 ) -> None:
     """Run the stages on the entries; end early on an error of the program, a full store, or three hangs in a row."""
     if engine.kind == "ray":
@@ -114,9 +118,11 @@ def _run_part(
         results = ahead(_inline(entries, runners), patience)
     hung: list[str] = []
     with contextlib.closing(results):
-        for entry in results:
+        for number, entry in enumerate(results):
             if entry.error:
                 raise entry.error
+            if first and not number:
+                first()
             # Only consecutive timeouts count; a single slow row fails alone.
             hung = [*hung, entry.id] if entry.hung else []
             if len(hung) == MOST_HUNG:

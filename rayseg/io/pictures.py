@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,18 +21,17 @@ from rayseg.io.rasters import changed, footprint, is_number, view
 from rayseg.io.remote import patient, patiently
 from rayseg.io.sources import Source, gdal, open_file
 from rayseg.io.times import time_order
-from rayseg.vision.color import RGB, UNCHANGED, ClassTable, overlay
+from rayseg.vision.color import RGB, UNCHANGED, ClassTable, label_table, overlay
 from rayseg.vision.superpixels import outlined
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SHEET = 6
 """Images on a contact sheet, at most."""
 _log = logging.getLogger(__name__)
 _GAP = 8  # px between images of a sheet
-_INK = "#80868b"
 _BARE = (200, 30, 30)
+_STRIP = 256  # rows
+_PLOT_COLORS = 24
+_OUTLINE = (255, 255, 0)
 _SHOWN = 3  # tiles
 _SIDE = 1000  # px of a tile, at most
 
@@ -47,7 +46,7 @@ def plots_over_imagery(tiles: Sequence[MappedTile]) -> bytes:
         whole = tile.tile.window
         window = Window(whole.col, whole.row, min(_SIDE, whole.width), min(_SIDE, whole.height))
         cut = window.slices(whole)
-        numbers_HW = cog.read_bands(tile.href.replace("classes.tif", "plots.tif"))[0][cut]
+        numbers_HW = cog.read_bands(plots_path(tile))[0][cut]
         image_HWC = shown(tile.sources, tile.tile.grid, window)
         # Background is tinted, so that gaps between plots show.
         bare_HW = cog.read_bands(tile.href)[0][cut] == 0
@@ -58,60 +57,6 @@ def plots_over_imagery(tiles: Sequence[MappedTile]) -> bytes:
     height = max(len(cell) for cell in cells)
     padded = [np.pad(cell, ((0, height - len(cell)), (0, 8), (0, 0))) for cell in cells]
     return encoded(np.concatenate(padded, axis=1), "webp")
-
-
-def coverage_chart(patches: Sequence[tuple[float, Sequence[float]]]) -> bytes:
-    """Mean share of the imagery under plots after each round, as SVG; a patch with fewer rounds keeps its last share.
-
-    Args:
-        patches: (area or valid pixels, share under plots after each round) of every patch.
-    """
-    patches = [(size, shares) for size, shares in patches if shares]
-    if not patches:
-        return b""
-    rounds = max(len(shares) for _, shares in patches)
-    weights = [size for size, _ in patches]
-    means = [
-        float(np.average([shares[min(k, len(shares) - 1)] for _, shares in patches], weights=weights))
-        for k in range(rounds)
-    ]
-    from matplotlib.figure import Figure  # slow to import, needed at the end of a run only
-
-    figure = Figure(figsize=(4.8, 2.6), layout="constrained")
-    axes = figure.subplots()
-    bars = axes.bar([f"{k + 1}" for k in range(rounds)], means, color="#009e73")
-    axes.bar_label(bars, [f"{mean:.1%}" for mean in means], color=_INK, fontsize=9)
-    axes.set_ylim(0, 1.1)
-    axes.set_xlabel("round", color=_INK)
-    return _svg(figure)
-
-
-def size_chart(pixels: Sequence[int]) -> bytes:
-    """Histogram of plot sizes, as SVG."""
-    if not pixels:
-        return b""
-    from matplotlib.figure import Figure  # slow to import, needed at the end of a run only
-
-    figure = Figure(figsize=(4.8, 2.6), layout="constrained")
-    axes = figure.subplots()
-    # Plot sizes span orders of magnitude, so the bins are logarithmic.
-    edges = np.geomspace(max(min(pixels), 1), max(pixels) + 1, 25)
-    axes.hist(pixels, bins=list(edges), color="#e69f00")
-    axes.set_xscale("log")
-    axes.set_xlabel("pixels", color=_INK)
-    axes.set_ylabel("plots", color=_INK)
-    return _svg(figure)
-
-
-def _svg(figure: "Figure") -> bytes:
-    axes = figure.axes[0]
-    axes.tick_params(colors=_INK, which="both")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_INK)
-    sink = io.BytesIO()
-    # Without a date the same chart has the same bytes.
-    figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None})
-    return sink.getvalue()
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +70,7 @@ class Picture:
         classes_HW: class values uint8, 255 where nothing is mapped.
         metres: length of the picture's middle row in metres; None without CRS.
         step: grid pixels per picture pixel.
+        numbers_HW: number of the plot, uint32, 0 for none, where plots are mapped.
     """
 
     title: str
@@ -133,18 +79,35 @@ class Picture:
     classes_HW: NDArray[np.uint8]
     metres: float | None
     step: float
+    numbers_HW: NDArray[np.uint32] | None = None
 
     def imagery(self) -> NDArray[np.uint8]:
         """The imagery (height, width, 4), transparent without imagery."""
         return self._with_alpha(self.image_HWC)
 
     def map(self, table: ClassTable, *, alpha: float = 0.6) -> NDArray[np.uint8]:
-        """The classes over the imagery (height, width, 4)."""
-        return self._with_alpha(overlay(self.image_HWC, self.classes_HW, shown_colors(table), alpha))
+        """The classes over the imagery (height, width, 4); plots in colours of their own, with outlines."""
+        if self.numbers_HW is None:
+            return self._with_alpha(_overlaid(self.image_HWC, self.classes_HW, shown_colors(table), alpha))
+        colors = dict(enumerate(label_table(_PLOT_COLORS).colors, 1))
+        colors_HW = np.where(self.numbers_HW == 0, 0, 1 + self.numbers_HW % _PLOT_COLORS).astype(np.uint8)
+        image_HWC = _overlaid(self.image_HWC, colors_HW, colors, alpha / 2)
+        for axis in (0, 1):  # each pixel that differs from the one above it, or to its left
+            edge_HW = np.diff(self.numbers_HW, axis=axis, prepend=self.numbers_HW.take([0], axis)) != 0
+            image_HWC[edge_HW] = _OUTLINE
+        return self._with_alpha(image_HWC)
 
     def _with_alpha(self, image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
         there_HW = self.seen_HW | (self.classes_HW != NODATA)
         return np.dstack([image_HWC, np.where(there_HW, 255, 0)]).astype(np.uint8)
+
+
+def _overlaid(
+    image_HWC: NDArray[np.uint8], values_HW: NDArray[np.uint8], colors: dict[int, RGB], alpha: float
+) -> NDArray[np.uint8]:
+    # In strips: the colours of a pixel take eight times its memory.
+    strips = [slice(row, row + _STRIP) for row in range(0, len(image_HWC), _STRIP)]
+    return np.concatenate([overlay(image_HWC[rows], values_HW[rows], colors, alpha) for rows in strips])
 
 
 def shown_colors(table: ClassTable) -> dict[int, RGB]:
@@ -163,28 +126,51 @@ def encoded(image_HWC: NDArray[np.uint8], kind: Literal["png", "webp"] = "png") 
     return sink.getvalue()
 
 
-def pictures_of(tiles: Sequence[MappedTile], *, size: int = 1400, most: int | None = None) -> list[Picture]:
+def smaller(image_HWC: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """The image (height, width, 3 or 4), averaged down to at most `size` px."""
+    from PIL import Image  # needed at the end of a run only
+
+    image = Image.fromarray(image_HWC)
+    image.thumbnail((size, size), Image.Resampling.BOX)
+    return np.asarray(image)
+
+
+def pictures_of(
+    tiles: Sequence[MappedTile], *, size: int = 1400, most: int | None = None, plots: bool = False
+) -> list[Picture]:
     """One picture per grid with CRS, then one sheet of at most six of the images without.
 
     Args:
         tiles: of one run.
         size: the longer side of a picture in px, at most.
         most: number of pictures, the first ones; None for all.
+        plots: show the plots that the tiles have, too.
     """
     grids: dict[Grid, list[MappedTile]] = {}
     for tile in tiles:
         grids.setdefault(tile.tile.grid, []).append(tile)
     placed = [
-        partial(mosaic, members, size=size, title=grid.crs if grid.crs.upper().startswith("EPSG:") else grid.name)
+        partial(
+            mosaic,
+            members,
+            size=size,
+            plots=plots,
+            title=grid.crs if grid.crs.upper().startswith("EPSG:") else grid.name,
+        )
         for grid, members in grids.items()
         if grid.crs
     ]
     images = [members for grid, members in grids.items() if not grid.crs]
-    sheets = [partial(contact_sheet, images, size=size)] if images else []
+    sheets = [partial(contact_sheet, images, size=size, plots=plots)] if images else []
     return [draw() for draw in [*placed, *sheets][:most]]
 
 
-def mosaic(tiles: Sequence[MappedTile], *, size: int, title: str) -> Picture:
+def _title(grid: Grid) -> str:
+    named = [grid.crs if grid.crs and grid.crs.upper().startswith("EPSG:") else grid.name]
+    return ", ".join([*([grid.image] if grid.image else []), *named])
+
+
+def mosaic(tiles: Sequence[MappedTile], *, size: int, title: str, plots: bool = False) -> Picture:
     """Tiles of one grid side by side, decimated to at most `size` px.
 
     Files are read through their overviews. Values that are not uint8 are stretched between their 2nd and 98th
@@ -193,46 +179,65 @@ def mosaic(tiles: Sequence[MappedTile], *, size: int, title: str) -> Picture:
     grid, extent = tiles[0].tile.grid, reduce(Window.union, (tile.tile.window for tile in tiles))
     canvas = _Canvas(extent, max(1.0, max(extent.width, extent.height) / size))
     classes_HW = np.full(canvas.shape, NODATA, np.uint8)
+    numbers_HW = np.zeros(canvas.shape, np.uint32) if plots else None
 
     @patient
-    def classes_of(tile: MappedTile) -> NDArray[np.uint8]:
-        with gdal(tile.href), open_file(tile.href) as dataset:
-            shape = canvas.shape_of(tile.tile.window)
-            return np.asarray(dataset.read(1, out_shape=shape, resampling=Resampling.mode), np.uint8)
+    def read(tile: MappedTile, href: str, resampling: Resampling) -> NDArray[np.generic]:
+        with gdal(href), open_file(href) as dataset:
+            part_HW: NDArray[np.generic] = dataset.read(
+                1, out_shape=canvas.shape_of(tile.tile.window), resampling=resampling, masked=True
+            ).filled(NODATA if href == tile.href else 0)
+            return part_HW
+
+    def parts_of(tile: MappedTile) -> list[NDArray[np.generic]]:
+        classes = [read(tile, tile.href, Resampling.mode)]
+        return [*classes, read(tile, plots_path(tile), Resampling.nearest)] if plots else classes
 
     with ThreadPoolExecutor(4) as pool:
-        for tile, part_HW in zip(tiles, pool.map(classes_of, tiles), strict=True):
-            classes_HW[canvas.slices(tile.tile.window)] = part_HW
+        for tile, parts in zip(tiles, pool.map(parts_of, tiles), strict=True):
+            place = canvas.slices(tile.tile.window)
+            classes_HW[place] = parts[0]
+            if numbers_HW is not None:
+                numbers_HW[place] = parts[1]
     # newest first: the order in which the map takes pixels
     sources = {source.item_id: source for tile in tiles for source in tile.sources}
     by_name = [sources[name] for name in sorted(sources)]
     newest_first = sorted(by_name, key=lambda source: time_order(source.datetime), reverse=True)
     image_CHW, seen_HW = _imagery(newest_first, grid, canvas)
-    return Picture(title, painted(image_CHW, seen_HW), seen_HW, classes_HW, width_m(grid, extent), canvas.step)
+    image_HWC = painted(image_CHW, seen_HW)
+    return Picture(title, image_HWC, seen_HW, classes_HW, width_m(grid, extent), canvas.step, numbers_HW)
 
 
-def contact_sheet(images: Sequence[Sequence[MappedTile]], *, size: int) -> Picture:
+def plots_path(tile: MappedTile) -> str:
+    """The raster with the numbers of the plots of a tile."""
+    return tile.href.replace("classes.tif", "plots.tif")
+
+
+def contact_sheet(images: Sequence[Sequence[MappedTile]], *, size: int, plots: bool = False) -> Picture:
     """At most six images, chosen evenly, in rows of three."""
     chosen = [images[at] for at in sorted({round(at) for at in np.linspace(0, len(images) - 1, SHEET)})]
     # Images keep their proportions; all cells are as large as the widest and the highest image.
     across = min(3, len(chosen))
     side = (size - _GAP * (across - 1)) // across
-    cells = [mosaic(tiles, size=side, title="") for tiles in chosen]
+    cells = [mosaic(tiles, size=side, title="", plots=plots) for tiles in chosen]
     height, width = (max(cell.classes_HW.shape[axis] for cell in cells) for axis in (0, 1))
     rows = math.ceil(len(cells) / across)
     shape = (rows * (height + _GAP) - _GAP, across * (width + _GAP) - _GAP)
     image_HWC, seen_HW = np.zeros((*shape, 3), np.uint8), np.zeros(shape, bool)
     classes_HW = np.full(shape, NODATA, np.uint8)
+    numbers_HW = np.zeros(shape, np.uint32) if plots else None
     for at, cell in enumerate(cells):
         top, left = at // across * (height + _GAP), at % across * (width + _GAP)
         place = np.s_[top : top + cell.classes_HW.shape[0], left : left + cell.classes_HW.shape[1]]
         image_HWC[place], seen_HW[place], classes_HW[place] = cell.image_HWC, cell.seen_HW, cell.classes_HW
+        if numbers_HW is not None and cell.numbers_HW is not None:
+            numbers_HW[place] = cell.numbers_HW
     title = (
         f"{len(cells)} of {len(images)} images"
         if len(cells) < len(images)
         else f"{len(cells)} image{'s' * (len(cells) > 1)}"
     )
-    return Picture(title, image_HWC, seen_HW, classes_HW, None, max(cell.step for cell in cells))
+    return Picture(title, image_HWC, seen_HW, classes_HW, None, max(cell.step for cell in cells), numbers_HW)
 
 
 def shown(sources: Sequence[Source], grid: Grid, window: Window) -> NDArray[np.uint8]:
@@ -337,12 +342,11 @@ def bands_shown(source: Source) -> list[tuple[str, int]]:
 def painted(image_CHW: NDArray[np.generic], seen_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """Bands as RGB (height, width, 3) uint8, 0 without imagery; other types than uint8 are stretched."""
     if image_CHW.dtype != np.uint8 and seen_HW.any():
-        bands_CHW = image_CHW.astype(np.float64)
-        # Percentiles ignore the outliers that minimum and maximum would follow.
-        limits = [np.percentile(band_HW[seen_HW], [2, 98]) for band_HW in bands_CHW]
-        stretched = [
-            np.clip((band_HW - low) / max(high - low, 1e-12), 0, 1) * 255
-            for band_HW, (low, high) in zip(bands_CHW, limits, strict=True)
-        ]
+        stretched = []
+        for band_HW in image_CHW:
+            # Percentiles ignore the outliers that minimum and maximum would follow.
+            low, high = np.percentile(band_HW[seen_HW], [2, 98])
+            scaled_HW = np.clip((band_HW.astype(np.float64) - low) / max(high - low, 1e-12), 0, 1) * 255
+            stretched.append(scaled_HW.astype(np.uint8))
         image_CHW = np.stack(stretched)
     return np.where(seen_HW[..., None], image_CHW.transpose(1, 2, 0), 0).astype(np.uint8)

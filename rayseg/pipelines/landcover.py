@@ -27,6 +27,7 @@ from rayseg.steps import map as mapping
 from rayseg.steps.generalize import PolygonsConfig
 from rayseg.steps.labelled import PARTS, Divided, LabelledConfig
 from rayseg.steps.map import MapConfig
+from rayseg.steps.numbers import counted
 from rayseg.steps.validate import compare_images, tiles_of
 from rayseg.store import Location
 from rayseg.train import supervised, windows
@@ -168,7 +169,7 @@ def write_report(
         for tile in validated.value["worst"]
     )
     training, validation = (
-        f"{report.counted(part['images'], 'image')} of {report.counted(len(part['scenes']), 'scene')}"
+        f"{counted(part['images'], 'image')} of {counted(len(part['scenes']), 'scene')}"
         for part in (listed.value[name] for name in PARTS)
     )
     labels = f"Labelled: {training} to learn from, {validation} to choose the epoch by."

@@ -27,7 +27,7 @@ from rayseg.io.scenes import LabelledImage
 from rayseg.metrics import Confusion
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
-from rayseg.steps import report
+from rayseg.steps import charts
 from rayseg.steps.chips import ChipsConfig, drawn_masks
 from rayseg.steps.labelled import find_images
 from rayseg.store import put, upath
@@ -109,7 +109,7 @@ def _write(folder: UPath, rows: Sequence[dict[str, Any]]) -> None:
         value = row.get("mean_iou", row["accuracy"])
         lines.setdefault(row["training"], []).append((float(row["number"]), float(value)))
     up = "mean IoU" if all("mean_iou" in row for row in rows) else "mean IoU, accuracy of classifiers"
-    put(folder / "curve.svg", report.learning_curves(lines, across="epochs, of al-s4gan steps", up=up))
+    put(folder / "curve.svg", charts.learning_curves(lines, across="epochs, of al-s4gan steps", up=up))
 
 
 # -- the networks ------------------------------------------------------------------------------------------------------

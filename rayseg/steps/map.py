@@ -5,6 +5,7 @@ Each function is a step of a `Run`: it takes the step and its inputs, and return
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -36,12 +37,14 @@ from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, inputs_of, rows_by_grid
 from rayseg.stages.rows import TileRow
 from rayseg.stages.write import WriteTile
-from rayseg.store import Location, absolute, split_location, upath
+from rayseg.store import Location, absolute, put, split_location, upath
 from rayseg.vision.color import ClassTable
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+FIRST = "first.json"
+"""File of a step: the seconds after which its first row was finished."""
 _log = logging.getLogger(__name__)
 Refused = dict[str, RaysegError]
 Labels = TypeVar("Labels")
@@ -175,7 +178,14 @@ def through(
     Returns:
         `account`: status -> rows; `troubles`: row -> reason; `on_gpu`: names of the stages that request GPUs.
     """
-    account = flow.run(rows, works, ledger_of(step), step.engine, record=record, title=title, stall_seconds=patience)
+    began = time.monotonic()
+
+    def first() -> None:
+        put(step.prefix / FIRST, json.dumps({"seconds": time.monotonic() - began}).encode())
+
+    account = flow.run(
+        rows, works, ledger_of(step), step.engine, record=record, title=title, stall_seconds=patience, first=first
+    )
     on_gpu = [work.name for work in works if work.gpus]
     return {"account": account.counts, "troubles": account.troubles, "on_gpu": on_gpu}
 

@@ -16,7 +16,7 @@ from rayseg.geo.region import Region
 from rayseg.io import plot_joins, vectors
 from rayseg.io.labels import Chip
 from rayseg.io.maps import mapped_tiles, pixel_area_m2
-from rayseg.io.pictures import coverage_chart, plots_over_imagery, size_chart
+from rayseg.io.pictures import plots_over_imagery
 from rayseg.io.sources import Source, newest_first
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle, Scaling
@@ -24,7 +24,7 @@ from rayseg.stages.classify_plots import ClassifyPlots, CutPlots, WriteClasses, 
 from rayseg.stages.propose import pieces_path
 from rayseg.stages.rows import PlotsRow
 from rayseg.stages.to_rgb import ImageConfig
-from rayseg.steps import baseline, chips, evaluate_plots, models, report, simple_plots
+from rayseg.steps import baseline, charts, chips, evaluate_plots, models, report, simple_plots
 from rayseg.steps import map as mapping
 from rayseg.steps.chips import ChipsConfig
 from rayseg.store import upath
@@ -279,17 +279,17 @@ def write_report(
         for patch in read_proposals(proposed, tile, "patches")
     ]
     outlines = plots_over_imagery(mapped_tiles(step.root, tiles.name))
-    coverage = coverage_chart(patches)
+    coverage = charts.coverage_chart(patches)
     pictures = (
         ("Plots", outlines, "Outlines of the plots; pixels without a plot are red."),
         ("Coverage", coverage, "Share of the imagery under plots after each round."),
-        ("Sizes", size_chart([row["pixels"] for row in rows]), "Plots by size, in pixels."),
+        ("Sizes", charts.size_chart([row["pixels"] for row in rows]), "Plots by size, in pixels."),
     )
     rows = list({row["number"]: row for row in reversed(rows)}.values())  # a seam between zones may cut a plot
     labels = f"{len(rows):,} plots, {sum(row['refined'] for row in rows):,} of them found inside mixed masks."
     # Charts of no plots are empty.
     shown = tuple(picture for picture in pictures if picture[1])
-    extras = report.Extras(labels=labels, pictures=shown, timed=proposed)
+    extras = report.Extras(labels=labels, pictures=shown, timed=proposed, plots=True)
     if measured:
         extras = replace(extras, tables=(evaluate_plots.table(measured.value),))
     if simple:

@@ -4,7 +4,6 @@
 """
 
 import base64
-import io
 import json
 import math
 from collections import Counter
@@ -13,12 +12,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from importlib import resources
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TypedDict
 
 import jinja2
+import numpy as np
 import yaml
-from upath import UPath
+from markupsafe import Markup
+from PIL import Image
 
 from rayseg.engine import run as runs
 from rayseg.engine.ledger import Ledger
@@ -26,17 +28,27 @@ from rayseg.engine.run import Step
 from rayseg.io import masks
 from rayseg.io.maps import MappedTile, mapped_tiles, seam_score
 from rayseg.io.output_grids import overlap_note
-from rayseg.io.pictures import encoded, pictures_of, shown_colors
+from rayseg.io.pictures import Picture, encoded, pictures_of, shown_colors, smaller
+from rayseg.metrics import Confusion
+from rayseg.steps import charts
+from rayseg.steps import map as mapping
 from rayseg.steps.baseline import Comparison
+from rayseg.steps.numbers import area, count, counted, duration, measure_text, percent, scale_bar
 from rayseg.store import is_local, put, relocated, upath
 from rayseg.vision.color import ClassTable, hex_of
 
-_INK = "#80868b"  # readable on a light and on a dark background
 _MAGIC = {b"\x89PNG": "image/png", b"RIFF": "image/webp", b"\xff\xd8": "image/jpeg", b"<": "image/svg+xml"}
 
 
+Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
+"""(title, header, rows) of a table in the report."""
+
+
 class MapPicture(TypedDict):
-    """Overview of the region: `imagery` and `map` are image files; `metres` is its width, None without georeference."""
+    """Overview of the region: `imagery` and `map` are image files; `metres` is its width, None without georeference.
+
+    `detail` is (imagery, map) at a higher resolution: files next to the page, None where the overview shows all.
+    """
 
     title: str
     imagery: bytes
@@ -45,6 +57,7 @@ class MapPicture(TypedDict):
     width: int
     metres: float | None
     step: float
+    detail: tuple[str, str] | None
 
 
 class ClassShare(TypedDict):
@@ -66,9 +79,13 @@ class Stage(TypedDict):
 
 
 class Timing(TypedDict):
-    """Time of a step by stage; `idle` = wall x workers - sum of the stages, None if it is unknown."""
+    """Time of a step by stage; `idle` = (wall - start) x workers - sum of the stages, None if it is unknown.
+
+    `start` is the time in which the processes of the step began.
+    """
 
     wall: float
+    start: float
     workers: int
     stages: list[Stage]
     idle: float | None
@@ -81,7 +98,8 @@ class Content(TypedDict):
 
     `lead` is a sentence or two, `figures` are (label, value, note), `pictures` (title, image file, caption), `tables`
     (title, header, rows), `curves` (title, drawings), `ledgers` the steps of `run.status`, `evaluation` the
-    result of `rayseg.steps.evaluate.evaluate`, `seams` that of `rayseg.io.maps.seam_score`.
+    result of `rayseg.steps.evaluate.evaluate`, `seams` that of `rayseg.io.maps.seam_score`. `images` is a table with
+    a row per image, `files` are (what, path next to the page), `tile_files` tile -> such rows of the first tiles.
     """
 
     title: str
@@ -89,6 +107,9 @@ class Content(TypedDict):
     figures: list[tuple[str, str, str]]
     maps: list[MapPicture]
     classes: list[ClassShare]
+    images: Table | None
+    files: list[tuple[str, str]]
+    tile_files: dict[str, list[tuple[str, str]]]
     evaluation: dict[str, Any] | None
     seams: dict[str, Any] | None
     pictures: list[tuple[str, bytes, str]]
@@ -110,71 +131,16 @@ def render(content: Content) -> str:
         "count": count,
         "data_uri": data_uri,
         "duration": duration,
+        "is_broad": is_broad,
         "measure": measure_text,
         "percent": percent,
         "scale_bar": scale_bar,
         "yaml": partial(yaml.safe_dump, sort_keys=False, allow_unicode=True),
     }
-    template = resources.files("rayseg").joinpath("report.html").read_text(encoding="utf-8")
-    return environment.from_string(template).render(content)
-
-
-# -- numbers for people ------------------------------------------------------------------------------------------------
-
-
-def area(square_metres: float | None) -> str:
-    """`0.262 km²`, `4,310 m²`; a dash for None."""
-    if square_metres is None:
-        return "–"
-    if square_metres < 10_000:
-        return f"{_digits(square_metres)} m²"
-    return f"{_digits(square_metres / 1e6)} km²"
-
-
-def percent(share: float) -> str:
-    """`12.3 %`, `3.1 %`, `0.012 %`."""
-    return f"{_digits(share * 100, 2 if 0 < share < 0.1 else 3)} %"
-
-
-def count(number: float) -> str:
-    """`1,024`, `4.19 million`."""
-    for size, name in ((1e9, "billion"), (1e6, "million")):
-        if abs(number) >= size:
-            return f"{_digits(number / size)} {name}"
-    return f"{number:,.0f}"
-
-
-def duration(seconds: float) -> str:
-    """`4.2 s`, `12 min 30 s`, `2 h 05 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60) if seconds >= 3600 else int(seconds // 60)
-    if seconds < 3600:
-        return f"{minutes} min {int(seconds % 60):02d} s"
-    return f"{minutes // 60:,} h {minutes % 60:02d} min"
-
-
-def measure_text(measure: Mapping[str, float | None]) -> str:
-    """`0.712 (0.661–0.752)`; a dash where the measure is not defined."""
-    if measure["value"] is None:
-        return "–"
-    low, high = measure["low"], measure["high"]
-    return f"{measure['value']:.3f}" + (f" ({low:.3f}–{high:.3f})" if low is not None and high is not None else "")
-
-
-def _digits(number: float, digits: int = 3) -> str:
-    """At least `digits` significant digits, with thousands separators."""
-    if number == 0 or abs(number) >= 10**digits:
-        return f"{number:,.0f}"
-    return f"{number:,.{max(0, digits - 1 - math.floor(math.log10(abs(number))))}f}"
-
-
-def scale_bar(metres: float) -> tuple[str, float]:
-    """(label, share of the picture's width) of a bar of 1, 2 or 5 x 10^n metres, a quarter of the width at most."""
-    # The largest of 1, 2 and 5 that fits: such lengths are read at a glance.
-    power = 10.0 ** math.floor(math.log10(metres / 4))
-    length = max(factor * power for factor in (1, 2, 5) if factor * power <= metres / 4)
-    return (f"{length / 1000:g} km" if length >= 1000 else f"{length:g} m"), length / metres
+    template, script = (
+        resources.files("rayseg").joinpath(name).read_text(encoding="utf-8") for name in ("report.html", "report.js")
+    )
+    return environment.from_string(template).render(content, script=Markup(script))
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -185,68 +151,6 @@ def data_uri(image: bytes) -> str:
     # By the first bytes: pictures come from runs of all versions.
     kind = next(kind for magic, kind in _MAGIC.items() if image.startswith(magic))
     return f"data:{kind};base64,{base64.b64encode(image).decode()}"
-
-
-def curves(history: Sequence[Mapping[str, float]]) -> list[bytes]:
-    """A training's values per epoch as SVG drawings: one of the losses, one of the measures.
-
-    Args:
-        history: per epoch, name -> value, in order; epochs may lack names. `epoch` is the number of the epoch.
-    """
-    from matplotlib.figure import Figure  # drawn at the end of a run, imported then
-    from matplotlib.ticker import MaxNLocator
-
-    names = list(dict.fromkeys(name for row in history for name in row if name != "epoch"))
-    # Losses and measures have different scales, so each gets axes of its own.
-    losses = [name for name in names if "loss" in name]
-    drawings = []
-    for part in filter(None, (losses, [name for name in names if name not in losses])):
-        figure = Figure(figsize=(4.8, 2.8), layout="constrained")
-        axes = figure.subplots()
-        for name in part:
-            points = [(row.get("epoch", at), row[name]) for at, row in enumerate(history, 1) if name in row]
-            axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), linewidth=1.6, marker=".", markersize=4)
-        axes.set_xlabel("epoch", color=_INK)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        drawings.append(_finished(figure, axes))
-    return drawings
-
-
-def learning_curves(lines: Mapping[str, Sequence[tuple[float, ...]]], *, across: str, up: str) -> bytes:
-    """Draw a metric over the number of labels, as SVG.
-
-    Args:
-        lines: name -> points (x, y), or (x, y, low, high) with an interval.
-        across: label of the x axis.
-        up: label of the y axis.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for name, points in lines.items():
-        x, y, *bounds = zip(*sorted(points), strict=True)
-        [line] = axes.plot(x, y, label=name, linewidth=1.6, marker=".", markersize=6)
-        if bounds:
-            axes.fill_between(x, bounds[0], bounds[1], color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set_xlabel(across, color=_INK)
-    axes.set_ylabel(up, color=_INK)
-    return _finished(figure, axes)
-
-
-def _finished(figure: Any, axes: Any) -> bytes:  # noqa: ANN401 - matplotlib's own
-    """Style the figure in the report's colours and save it as SVG."""
-    from matplotlib import rc_context
-
-    axes.tick_params(colors=_INK, which="both")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_INK)
-    axes.legend(frameon=False, labelcolor=_INK, fontsize=9)
-    sink = io.BytesIO()
-    # A fixed salt and no date: the same data give the same bytes.
-    with rc_context({"svg.hashsalt": "rayseg"}):
-        figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None})
-    return sink.getvalue()
 
 
 STAGES = {
@@ -261,8 +165,10 @@ STAGES = {
 }
 """Stage -> its name in the report."""
 MOST_MAPS = 4
-Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
-"""(title, header, rows) of a table in the report."""
+OVERVIEW, DETAIL = 1400, 4096
+"""Longer side in px of the pictures in the page, and of those next to it, which it shows when one zooms in."""
+MOST_ROWS = 500
+"""Images or tiles in a table."""
 
 
 @dataclass(frozen=True)
@@ -278,6 +184,7 @@ class Extras:
         workers: number of copies of all stages together; by default one per stage.
         timed: the step that read the imagery, if another step wrote the tiles.
         baseline: simple methods measured on the same data; if a model is behind one, the first line states it.
+        plots: the tiles have plots, which the map shows one by one.
     """
 
     title: str = ""
@@ -288,6 +195,7 @@ class Extras:
     workers: int | None = None
     timed: Step | None = None
     baseline: Comparison | None = None
+    plots: bool = False
 
 
 def write_report(
@@ -314,31 +222,23 @@ def write_report(
     evaluation = measured.value if measured and "overall" in measured.value else None
     timing = timing_of(extras.timed or predicted, tiles, workers=extras.workers)
     seams = seam_score(tiles)
-    pictures = pictures_of(tiles, most=MOST_MAPS)
+    pictures = pictures_of(tiles, size=DETAIL, most=MOST_MAPS, plots=extras.plots)
     behind = extras.baseline.first if extras.baseline else ""
     summary = " ".join(filter(None, [behind, _summary(tiles, classes)]))
     # A tile of several sources shows the first that is valid.
     shared = dict.fromkeys(source for tile in tiles if len(tile.sources) > 1 for source in tile.sources)
     content["lead"] = " ".join(filter(None, [summary, overlap_note(list(shared)), extras.labels]))
     content["figures"] = _figures(classes, evaluation, timing, content["ledgers"][predicted.name], polygons)
-    content["maps"] = [
-        MapPicture(
-            title=picture.title,
-            imagery=encoded(picture.imagery(), "webp"),
-            map=encoded(picture.map(table), "webp"),
-            height=picture.classes_HW.shape[0],
-            width=picture.classes_HW.shape[1],
-            metres=picture.metres,
-            step=picture.step,
-        )
-        for picture in pictures
-        if table
-    ]
+    content["maps"] = [_map_picture(step.root, at, one, table) for at, one in enumerate(pictures) if table]
+    content["images"] = images_table(tiles, table, measured) if table else None
+    content["files"], content["tile_files"] = _files(step.root, tiles)
     content["classes"], content["evaluation"], content["seams"], content["timing"] = classes, evaluation, seams, timing
-    content["curves"] = [(name, curves(rows)) for name, rows in (extras.histories or histories(step.root)).items()]
+    content["curves"] = [
+        (name, charts.curves(rows)) for name, rows in (extras.histories or charts.histories(step.root)).items()
+    ]
     _put_page(step.root, content)
     if pictures and table:
-        put(upath(step.root) / "report" / "map.png", encoded(pictures[0].map(table)))
+        put(upath(step.root) / "report" / "map.png", encoded(smaller(pictures[0].map(table), OVERVIEW)))
     return _value(summary, classes, evaluation, timing, seams)
 
 
@@ -369,6 +269,9 @@ def _content(root: str, extras: Extras, request: Mapping[str, Any], ledgers: dic
         figures=[],
         maps=[],
         classes=[],
+        images=None,
+        files=_files(root, ())[0],
+        tile_files={},
         evaluation=None,
         seams=None,
         pictures=[(title, _image(root, image), caption) for title, image, caption in shown],
@@ -392,8 +295,9 @@ def headline(published: Step) -> str:
     """Path of the report and its summary, in one line."""
     value = published.value
     sentences = [value["summary"]]
-    if value["mean_iou"] is not None:
-        sentences.append(f"Mean IoU {value['mean_iou']:.3f}.")
+    if value["measures"]:
+        text = ", ".join(f"{name} {measure:.3f}" for name, measure in value["measures"].items())
+        sentences.append(f"{text[0].upper()}{text[1:]}.")
     if value["km2_per_hour"] is not None:
         rate = value["km2_per_hour"]
         sentences.append(f"{rate:,.0f} km²/h." if rate >= 10 else f"{rate:.2g} km²/h.")
@@ -417,11 +321,24 @@ def _value(
         "area_m2": sum(areas) if areas else None,
         "shares": {row["name"]: row["share"] for row in classes},
         "mean_iou": evaluation["overall"]["mean_iou"]["value"] if evaluation else None,
+        "measures": {
+            name: measure["value"]
+            for name, measure in (_measures(evaluation) if evaluation else ())
+            if measure["value"] is not None
+        },
         "pixels_per_second": timing["pixels_per_second"],
         "km2_per_hour": timing["km2_per_hour"],
         "idle_seconds": timing["idle"],
         "seams": seams["ratio"] if seams else None,
     }
+
+
+def is_broad(image: bytes) -> bool:
+    """Whether a picture is much wider than high, so that it needs the full width; charts are not."""
+    if image.startswith(b"<"):
+        return False
+    with Image.open(BytesIO(image)) as opened:
+        return opened.width > 1.6 * opened.height
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
@@ -464,23 +381,32 @@ def timing_of(predicted: Step, tiles: Sequence[MappedTile], *, workers: int | No
     """
     # Zeros first, so that stages are shown in the order of work.
     seconds: Counter[str] = Counter(dict.fromkeys(STAGES.values(), 0.0))
-    for record in Ledger(str(predicted.prefix / "ledger")).read().values():
+    records = Ledger(str(predicted.prefix / "ledger")).read().values()
+    for record in records:
         seconds.update({STAGES.get(stage, stage): spent for stage, spent in record.seconds.items()})
     seconds = Counter({stage: spent for stage, spent in seconds.items() if spent})
     wall, workers = predicted.seconds, workers or max(len(seconds), 1)
+    start = min(max(_first_after(predicted) - seconds.total() / max(len(records), 1), 0.0), wall)
     # Negative if more copies of the stages worked than assumed.
-    idle = wall * workers - seconds.total()
-    whole = max(wall * workers, seconds.total()) or 1.0
+    idle = (wall - start) * workers - seconds.total()
+    whole = max((wall - start) * workers, seconds.total()) or 1.0
     pixels = sum(sum(tile.counts.values()) for tile in tiles)
     square_metres = sum(sum((tile.areas or {}).values()) for tile in tiles)
     return Timing(
         wall=wall,
+        start=start,
         workers=workers,
         stages=[Stage(name=name, seconds=spent, share=spent / whole) for name, spent in seconds.items()],
         idle=idle if idle >= 0 else None,
         pixels_per_second=pixels / wall if wall else None,
         km2_per_hour=square_metres / 1e6 / wall * 3600 if wall and square_metres else None,
     )
+
+
+def _first_after(predicted: Step) -> float:
+    """Seconds after which the step's first row was finished; 0 if it is not known."""
+    path = predicted.prefix / mapping.FIRST
+    return float(json.loads(path.read_bytes())["seconds"]) if path.exists() else 0.0
 
 
 def _shown(classes: Sequence[ClassShare]) -> list[ClassShare]:
@@ -505,9 +431,9 @@ def _figures(
         figures.append((row["name"], percent(row["share"]), area(row["area_m2"]) if areas else ""))
     if polygons and "count" in polygons.value:
         figures.append(("polygons", f"{polygons.value['count']:,}", ""))
-    if evaluation:
-        value, _, bounds = measure_text(evaluation["overall"]["mean_iou"]).partition(" ")
-        figures.append(("mean IoU", value, f"95 %: {bounds.strip('()')}" if bounds else ""))
+    for label, measure in _measures(evaluation) if evaluation else ():
+        value, _, bounds = measure_text(measure).partition(" ")
+        figures.append((label, value, f"95 %: {bounds.strip('()')}" if bounds else ""))
     # Empty tiles and those without imagery are finished, too.
     settled = sum(account["counts"][status] for status in ("done", "empty", "nodata"))
     figures.append(("tiles", f"{settled:,}", f"of {account['planned']:,} planned"))
@@ -516,6 +442,14 @@ def _figures(
     elif timing["pixels_per_second"]:
         figures.append(("speed", f"{count(timing['pixels_per_second'])} px/s", ""))
     return figures
+
+
+def _measures(evaluation: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float | None]]]:
+    """The measures to show first: IoU and F1 of the class of a map of one class, then the mean IoU."""
+    # The mean with the background hides the class: .67 for .39.
+    of_class = evaluation["classes"][1] if len(evaluation["classes"]) == 2 else None
+    first = [(f"{name} of {of_class['name']}", of_class[name.lower()]) for name in ("IoU", "F1")] if of_class else []
+    return [*first, ("mean IoU", evaluation["overall"]["mean_iou"])]
 
 
 def _summary(tiles: Sequence[MappedTile], classes: Sequence[ClassShare]) -> str:
@@ -533,45 +467,98 @@ def _summary(tiles: Sequence[MappedTile], classes: Sequence[ClassShare]) -> str:
     return f"{size} mapped in {where}: {', '.join(parts)}."
 
 
-def counted(number: int, what: str) -> str:
-    """`1 tile`, `1,024 tiles`."""
-    return f"{number:,} {what}{'s' * (number != 1)}"
+def images_table(tiles: Sequence[MappedTile], table: ClassTable, measured: Step | None) -> Table | None:
+    """A row per image where the images of a folder were mapped one by one, else None.
+
+    Args:
+        tiles: the mapped tiles.
+        table: the classes.
+        measured: the step that compared the map with truth.
+    """
+    by_image: dict[str, list[MappedTile]] = {}
+    for tile in tiles:
+        # Tiles of several images say nothing about one of them.
+        if tile.tile.grid.crs and len(tile.sources) != 1:
+            return None
+        by_image.setdefault(tile.tile.grid.image or tile.sources[0].item_id, []).append(tile)
+    if len(by_image) < 2:
+        return None
+    confusions = _confusions(measured)
+    of_class = len(table.classes) == 2
+    header = ["image", "pixels", *(name for _, name, _ in table.classes[of_class:])]
+    header += ([f"IoU of {table.names[1]}"] if of_class else ["mean IoU"]) if confusions else []
+    rows = []
+    for image, members in list(by_image.items())[:MOST_ROWS]:
+        shares = class_shares(members, table)
+        pixels = sum(row["pixels"] for row in shares)
+        row = [image, f"{pixels:,}", *(percent(share["share"]) for share in shares[of_class:])]
+        if confusions:
+            known = [confusions[member.tile.id] for member in members if member.tile.id in confusions]
+            total = sum(known[1:], known[0]) if known else None
+            value = None if total is None else float(total.iou[1] if of_class else total.mean_iou)
+            row.append("–" if value is None or math.isnan(value) else f"{value:.3f}")
+        rows.append(tuple(row))
+    more = f", the first {MOST_ROWS} of {len(by_image):,}" if len(by_image) > MOST_ROWS else ""
+    return f"Images{more}", tuple(header), rows
+
+
+def _confusions(measured: Step | None) -> dict[str, Confusion]:
+    """Tile -> its counts, as the evaluation of a map stores them."""
+    path = measured.prefix / "confusions.json" if measured else None
+    if path is None or not path.exists():
+        return {}
+    return {name: Confusion(np.array(counts)) for name, counts in json.loads(path.read_bytes())["tiles"].items()}
+
+
+def _files(root: str, tiles: Sequence[MappedTile]) -> tuple[list[tuple[str, str]], dict[str, list[tuple[str, str]]]]:
+    """What a run left, as (what it is, its path seen from the page): of the run, and of each of its first tiles."""
+    run = upath(root)
+    named = [
+        ("STAC collection", [run / "collection.json"]),
+        ("items of all tiles (GeoParquet)", [run / "items.parquet"]),
+        ("polygons (GeoParquet)", [path for path in sorted(run.glob("*.parquet")) if path.name != "items.parquet"]),
+        ("QGIS project", [run / "qgis" / "map.qgs"]),
+        ("model", sorted(run.glob("models/**/item.json"))),
+        ("settings and times", [run / "run.json"]),
+    ]
+    files = [(what, f"../{path.relative_to(run)}") for what, paths in named for path in paths if path.exists()]
+    # The tiles of one run have the same files; thousands of folders are not listed.
+    names = (
+        sorted(path.name for path in upath(tiles[0].href).parent.iterdir() if path.suffix == ".tif") if tiles else []
+    )
+    of_tiles = {
+        tile.tile.id: [(name, f"../tiles/{tile.tile.id}/{name}") for name in (*names, f"{tile.tile.id}.json")]
+        for tile in tiles[:MOST_ROWS]
+    }
+    return files, of_tiles
 
 
 # -- pictures and histories --------------------------------------------------------------------------------------------
 
 
+def _map_picture(root: str, number: int, picture: Picture, table: ClassTable) -> MapPicture:
+    """A picture for the page; where it is larger than an overview, its files next to the page, too."""
+    layers, detail = {"imagery": picture.imagery(), "map": picture.map(table)}, None
+    if max(picture.classes_HW.shape) > OVERVIEW:
+        names = [f"map-{number}-{name}.webp" for name in layers]
+        for name, layer_HWC in zip(names, layers.values(), strict=True):
+            put(upath(root) / "report" / name, encoded(layer_HWC, "webp"))
+        detail = (names[0], names[1])
+    small = {name: smaller(layer_HWC, OVERVIEW) for name, layer_HWC in layers.items()}
+    return MapPicture(
+        title=picture.title,
+        imagery=encoded(small["imagery"], "webp"),
+        map=encoded(small["map"], "webp"),
+        height=small["map"].shape[0],
+        width=small["map"].shape[1],
+        metres=picture.metres,
+        step=picture.step,
+        detail=detail,
+    )
+
+
 def _image(root: str, image: bytes | str) -> bytes:
     return image if isinstance(image, bytes) else (upath(root) / image).read_bytes()
-
-
-def histories(root: str) -> dict[str, list[dict[str, float]]]:
-    """Read the TensorBoard logs of a local run: step -> values of every epoch; the last value written wins."""
-    if not is_local(root):
-        return {}
-    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator  # slow to import
-
-    by_training = {}
-    for folder in sorted(upath(root).glob("steps/**/tensorboard")):
-        events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()
-        rows: dict[int, dict[str, float]] = {}
-        for tag in (tag for tag in events.Tags()["scalars"] if not tag.startswith("learning_rate")):
-            for event in events.Scalars(tag):
-                rows.setdefault(event.step, {"epoch": float(event.step + 1)})[tag] = event.value
-        name = str(folder.parent.relative_to(upath(root) / "steps"))
-        # A stage of a training has a folder below that of the training.
-        name += next((_trained_on(path) for path in folder.parents[:2] if (path / "setup.json").exists()), "")
-        by_training[name] = [rows[epoch] for epoch in sorted(rows)]
-    return {name: rows for name, rows in by_training.items() if rows}
-
-
-def _trained_on(folder: UPath) -> str:
-    """How many processes trained under a prefix, and on what, as " (...)"."""
-    setup = json.loads((folder / "setup.json").read_bytes())
-    count, device = setup["workers"], "GPU" if setup["gpu"] else "CPU"
-    if not count:
-        return f" (in the command's process, {device})"
-    return f" ({count} worker{'s' * (count > 1)} of Ray Train, {device})"
 
 
 def _footer(request: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from rayseg.io import cog, pictures
 from rayseg.io.maps import MappedTile
 from rayseg.io.rasters import source_of_file
 from rayseg.stages.propose import UNNUMBERED
+from rayseg.steps import charts
 from rayseg.vision.color import ClassTable
 
 GRID = Grid("EPSG:32650", (1.0, 1.0), (0.0, 0.0))
@@ -19,34 +20,34 @@ TABLE = ClassTable(((0, "background", (0, 0, 0)), (1, "plot", (230, 159, 0))))
 def drawn(monkeypatch):
     """What is handed over to be encoded: figures, and pictures (height, width, 3)."""
     kept = []
-    monkeypatch.setattr(pictures, "_svg", lambda figure: kept.append(figure) or b"svg")
+    monkeypatch.setattr(charts, "_svg", lambda axes: kept.append(axes) or b"svg")
     monkeypatch.setattr(pictures, "encoded", lambda image, kind: kept.append(image) or kind.encode())
     return kept
 
 
 def test_bars_are_the_mean_shares_by_pixels_and_a_patch_without_further_rounds_keeps_its_share(drawn):
-    pictures.coverage_chart([(100, [0.5]), (300, [0.1, 0.9]), (700, [])])
-    axes = drawn[0].axes[0]
+    charts.coverage_chart([(100, [0.5]), (300, [0.1, 0.9]), (700, [])])
+    axes = drawn[0]
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([0.2, 0.8])
     assert [text.get_text() for text in axes.texts] == ["20.0%", "80.0%"]
     assert axes.get_ylim()[0] == 0
-    assert pictures.coverage_chart([]) == pictures.coverage_chart([(9, [])]) == b""
+    assert charts.coverage_chart([]) == charts.coverage_chart([(9, [])]) == b""
 
 
 def test_every_plot_is_in_the_histogram_of_sizes_once_in_the_bar_of_its_size(drawn):
     sizes = [50, 50, 51, 400, 9000, 9000, 9000]
-    pictures.size_chart(sizes)
-    axes = drawn[0].axes[0]
+    charts.size_chart(sizes)
+    axes = drawn[0]
     assert sum(bar.get_height() for bar in axes.patches) == len(sizes)
     for bar in axes.patches:
         left, right = bar.get_x() - 1e-6, bar.get_x() + bar.get_width() - 1e-6
         assert bar.get_height() == sum(left <= size < right for size in sizes)
     assert axes.get_xscale() == "log"
-    assert pictures.size_chart([]) == b""
+    assert charts.size_chart([]) == b""
 
 
 def test_charts_are_svg_with_their_figures_in_words():
-    chart = pictures.coverage_chart([(100, [0.25])])
+    chart = charts.coverage_chart([(100, [0.25])])
     assert chart.startswith(b"<?xml")
     assert b"25.0%" in chart
 

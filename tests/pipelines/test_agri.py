@@ -357,7 +357,7 @@ def test_coverage_is_of_the_valid_pixels_whatever_patches_see_of_nodata(tmp_path
     valid_HW = np.add.outer(np.arange(HEIGHT), np.arange(WIDTH)) < 190
     region = imagery(tmp_path / "in", fields()[0], valid_HW=valid_HW)
     shown = []
-    monkeypatch.setattr(agri.plots, "coverage_chart", lambda patches: shown.extend(patches) or b"")
+    monkeypatch.setattr(agri.plots.charts, "coverage_chart", lambda patches: shown.extend(patches) or b"")
 
     def everything(image_HWC, open_HW):
         return Proposals((rle.encode(open_HW),), np.ones(1), np.ones(1)) if open_HW.any() else Proposals.none()

@@ -18,7 +18,7 @@ from rayseg.errors import DataError
 from rayseg.io import labels, stac_read
 from rayseg.models import bundle
 from rayseg.pipelines import gpc
-from rayseg.steps import cues, report
+from rayseg.steps import charts, cues
 from rayseg.train import segmenter
 from rayseg.vision import concept
 
@@ -134,7 +134,7 @@ def test_drawn_masks_of_some_chips_choose_the_segmenters_epoch(whole, words, tmp
     # 2. every epoch is measured, and the best one is kept
     said = read(str(out))["steps"]
     [measures] = said["segmenter"]["measures"]
-    histories = report.histories(str(out))
+    histories = charts.histories(str(out))
     [scratch] = [epochs for name, epochs in histories.items() if "scratch" in name]
     assert measures["accuracy"] == pytest.approx(max(epoch["accuracy"] for epoch in scratch))
     assert {"accuracy", "f1", "iou", "loss"} <= scratch[0].keys()

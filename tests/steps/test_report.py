@@ -19,7 +19,7 @@ from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.io import cog
 from rayseg.io.maps import MappedTile, mapped_tiles
 from rayseg.io.pictures import encoded
-from rayseg.steps import evaluate, report
+from rayseg.steps import charts, evaluate, numbers, report
 from rayseg.steps.report import Extras, headline, timing_of, write_report
 
 VOID = {"meta", "img", "br", "line", "circle"}
@@ -119,7 +119,7 @@ def test_the_page_needs_nothing_else_and_every_picture_has_words(tmp_path):
     predicted, mask = fake(tmp_path)
     extras = Extras(pictures=(("A", encoded(picture(mask % 2).transpose(1, 2, 0)), "b"),))
     _, page = page_of(predicted, extras=extras)
-    assert not page.all("script")
+    assert page.all("script") == [{}]  # in the page itself
     assert not page.all("link")
     images = page.all("img")
     assert len(images) == 3
@@ -212,6 +212,76 @@ def test_idle_is_what_the_clock_has_left_of_its_workers(tmp_path):
     assert sum(stage["share"] for stage in timing_of(hurried, tiles)["stages"]) == pytest.approx(1)
 
 
+def test_the_start_of_processes_is_not_idle_time_of_the_map(tmp_path):
+    predicted, _ = fake(tmp_path)
+    (predicted.prefix / "first.json").write_text('{"seconds": 9.0}')  # the first of six tiles
+    timing = timing_of(predicted, mapped_tiles(predicted.root))
+    assert timing["start"] == pytest.approx(9 - 10.1 / 6)
+    assert timing["idle"] == pytest.approx(3 * (12.5 - timing["start"]) - 10.1)
+    _, page = page_of(predicted)
+    assert "The map took 12.5 s, 7.3 s of them before the first tile" in page.text
+    (predicted.prefix / "first.json").write_text('{"seconds": 0.1}')  # a tile that was fast
+    assert timing_of(predicted, [])["start"] == 0
+
+
+def test_the_map_of_one_class_is_judged_by_that_class(tmp_path):
+    predicted, mask = fake(tmp_path, failed=False)
+    cog.write_classes(
+        tmp_path / "truth" / "a.tif", mask % 2, mapped_tiles(predicted.root)[0].tile.grid, place(mask, 0, 0), GPC
+    )
+    measured = evaluate.evaluate_run(later(predicted, "evaluate"), predicted, str(tmp_path / "truth"))
+    cover = measured["classes"][1]
+    value, page = page_of(predicted, None, later(predicted, "evaluate", measured))
+    assert list(value["measures"]) == ["IoU of gpc", "F1 of gpc", "mean IoU"]
+    assert value["measures"]["IoU of gpc"] == cover["iou"]["value"] == 1
+    assert "IoU of gpc 1.000" in page.text
+    assert headline(later(predicted, "report", value)).endswith("km²/h.")
+    assert "IoU of gpc 1.000, F1 of gpc 1.000, mean IoU 1.000." in headline(later(predicted, "report", value))
+
+
+def test_links_lead_to_files_and_every_raster_of_a_tile_is_among_them(tmp_path):
+    predicted, _ = fake(tmp_path, failed=False)
+    root = tmp_path / "run"
+    for name in ("collection.json", "gpc.parquet", "models/segmenter/item.json"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("{}")
+    for tile in mapped_tiles(str(root)):
+        (root / "tiles" / tile.tile.id / f"{tile.tile.id}.json").write_text("{}")
+    _, page = page_of(predicted)
+    paths = [link["href"] for link in page.all("a")]
+    assert all((root / "report" / path).resolve().exists() for path in paths)
+    named = {(root / "report" / path).resolve().relative_to(root.resolve()).as_posix() for path in paths}
+    assert {"collection.json", "gpc.parquet", "models/segmenter/item.json", "run.json"} <= named
+    assert sum(path.endswith("classes.tif") for path in paths) == len(mapped_tiles(str(root))) == 6
+
+
+def test_images_of_a_folder_have_a_row_each_with_their_shares_and_measures(tmp_path):
+    few, many = np.zeros((40, 60), np.uint8), np.ones((40, 60), np.uint8)
+    few[:4] = 1
+    images = {name: (picture(mask), mask, (0, 0)) for name, mask in (("few", few), ("many", many))}
+    predicted = make(tmp_path / "run", images, grid=Grid(None, (1.0, 1.0), (0.0, 0.0)))
+    ids = {tile.tile.grid.image: tile.tile.id for tile in mapped_tiles(predicted.root)}
+    measured = later(predicted, "evaluate", {})
+    measured.prefix.mkdir(parents=True)
+    counts = {ids["few"]: [[2000, 0], [160, 240]], ids["many"]: [[0, 0], [0, 2400]]}
+    (measured.prefix / "confusions.json").write_text(json.dumps({"classes": [0, 1], "tiles": counts}))
+    _, header, rows = report.images_table(mapped_tiles(predicted.root), GPC, measured)
+    assert header == ("image", "pixels", "gpc", "IoU of gpc")
+    assert rows == [("few", "2,400", "10.0 %", "0.600"), ("many", "2,400", "100 %", "1.000")]
+    assert report.images_table(mapped_tiles(predicted.root)[:1], GPC, None) is None  # one image is the map
+
+
+def test_a_map_larger_than_the_page_shows_has_finer_pictures_next_to_it(tmp_path, monkeypatch):
+    predicted, _ = fake(tmp_path, failed=False)
+    monkeypatch.setattr(report, "OVERVIEW", 100)
+    _, page = page_of(predicted)
+    [shown] = [one for one in page.all("div") if "data-title" in one]
+    folder = tmp_path / "run" / "report"
+    for name in ("imagery", "map"):
+        assert matplotlib.image.imread(folder / shown[f"data-{name}"]).shape[:2] == (128, 192)
+    assert [image["width"] for image in page.all("img")] == ["100", "100"]
+
+
 def test_speed_is_that_of_the_step_that_looked_at_the_imagery(tmp_path):
     mask = blobs(64, 64)
     predicted = make(tmp_path / "run", {"scene": (picture(mask), mask, (0, 0))})
@@ -230,7 +300,7 @@ def test_pictures_and_training_are_found_below_the_run(tmp_path):
     with SummaryWriter(str(predicted.prefix.parent / "classifier" / "tensorboard")) as writer:
         for epoch in range(4):
             writer.add_scalar("loss", 1 / (epoch + 1), epoch)
-    history = report.histories(predicted.root)["classifier"]
+    history = charts.histories(predicted.root)["classifier"]
     assert [row["epoch"] for row in history] == [1, 2, 3, 4]
     assert [row["loss"] for row in history] == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4])
     _, page = page_of(predicted, extras=Extras(pictures=(("Cue", "steps/cues/a.png", "c"),)))
@@ -239,37 +309,45 @@ def test_pictures_and_training_are_found_below_the_run(tmp_path):
     assert sum(source.startswith("data:image/svg+xml") for source in sources) == 1
 
 
+def test_trainings_stand_in_the_order_in_which_they_began(tmp_path):
+    predicted, _ = fake(tmp_path)
+    for second, name in enumerate(("warm_up", "correction", "a_last")):
+        with SummaryWriter(str(predicted.prefix.parent / "segmenter" / name / "tensorboard")) as writer:
+            writer.add_scalar("loss", 1.0, 0, walltime=1000.0 + second)
+    assert list(charts.histories(predicted.root)) == ["segmenter/warm_up", "segmenter/correction", "segmenter/a_last"]
+
+
 def test_losses_and_measures_are_drawn_apart():
     history = [{"loss": 0.5, "held_out_loss": 0.6, "accuracy": 0.7}, {"loss": 0.4, "accuracy": 0.8}]
-    assert len(report.curves(history)) == 2
-    assert len(report.curves([{"loss": 0.5}])) == 1
-    assert report.curves([]) == []
-    assert report.curves(history)[0].startswith(b"<?xml")
+    assert len(charts.curves(history)) == 2
+    assert len(charts.curves([{"loss": 0.5}])) == 1
+    assert charts.curves([]) == []
+    assert charts.curves(history)[0].startswith(b"<?xml")
 
 
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        (report.area(262_144), "0.262 km²"),
-        (report.area(12_345_678), "12.3 km²"),
-        (report.area(4_310), "4,310 m²"),
-        (report.area(None), "–"),
-        (report.percent(0.03124), "3.1 %"),
-        (report.percent(0.0001234), "0.012 %"),
-        (report.percent(0), "0 %"),
-        (report.percent(1), "100 %"),
-        (report.count(1024), "1,024"),
-        (report.count(4_194_304), "4.19 million"),
-        (report.duration(4.24), "4.2 s"),
-        (report.duration(750), "12 min 30 s"),
-        (report.duration(7500), "2 h 05 min"),
-        (report.duration(3599.9), "59 min 59 s"),
-        (report.measure_text({"value": 0.7, "low": 0.6, "high": 0.8}), "0.700 (0.600–0.800)"),
-        (report.measure_text({"value": 0.7, "low": None, "high": None}), "0.700"),
-        (report.measure_text({"value": None, "low": None, "high": None}), "–"),
-        (report.scale_bar(4096), ("1 km", pytest.approx(1000 / 4096))),
-        (report.scale_bar(900), ("200 m", pytest.approx(200 / 900))),
-        (report.scale_bar(3), ("0.5 m", pytest.approx(0.5 / 3))),
+        (numbers.area(262_144), "0.262 km²"),
+        (numbers.area(12_345_678), "12.3 km²"),
+        (numbers.area(4_310), "4,310 m²"),
+        (numbers.area(None), "–"),
+        (numbers.percent(0.03124), "3.1 %"),
+        (numbers.percent(0.0001234), "0.012 %"),
+        (numbers.percent(0), "0 %"),
+        (numbers.percent(1), "100 %"),
+        (numbers.count(1024), "1,024"),
+        (numbers.count(4_194_304), "4.19 million"),
+        (numbers.duration(4.24), "4.2 s"),
+        (numbers.duration(750), "12 min 30 s"),
+        (numbers.duration(7500), "2 h 05 min"),
+        (numbers.duration(3599.9), "59 min 59 s"),
+        (numbers.measure_text({"value": 0.7, "low": 0.6, "high": 0.8}), "0.700 (0.600–0.800)"),
+        (numbers.measure_text({"value": 0.7, "low": None, "high": None}), "0.700"),
+        (numbers.measure_text({"value": None, "low": None, "high": None}), "–"),
+        (numbers.scale_bar(4096), ("1 km", pytest.approx(1000 / 4096))),
+        (numbers.scale_bar(900), ("200 m", pytest.approx(200 / 900))),
+        (numbers.scale_bar(3), ("0.5 m", pytest.approx(0.5 / 3))),
     ],
 )
 def test_numbers_are_written_for_people(said, expected):

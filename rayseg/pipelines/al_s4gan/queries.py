@@ -21,7 +21,7 @@ from rayseg.models import bundle
 from rayseg.pipelines.al_s4gan import chip_pool, classifier
 from rayseg.pipelines.al_s4gan.classifier import ChipsClassifierConfig, Common
 from rayseg.stages.score import Score
-from rayseg.steps import models, report
+from rayseg.steps import charts, models, report
 from rayseg.vision import query_strategies
 from rayseg.vision.query_strategies import SCORES, Budget
 
@@ -203,7 +203,7 @@ def curve(rounds: Sequence[Step]) -> tuple[tuple[str, bytes | str, str], ...]:
     # A curve needs two points.
     if len(points) < 2:
         return ()
-    drawn = report.learning_curves({"classifier": points}, across="labels", up="accuracy")
+    drawn = charts.learning_curves({"classifier": points}, across="labels", up="accuracy")
     return (("Learning curve", drawn, "Accuracy of the classifier of chips on the validation chips."),)
 
 

@@ -23,7 +23,7 @@ from rayseg.geo.region import Region
 from rayseg.metrics import mean_interval
 from rayseg.pipelines.al_s4gan import chip_pool, pipeline
 from rayseg.pipelines.al_s4gan.config import Config
-from rayseg.steps import report
+from rayseg.steps import charts, report
 from rayseg.store import absolute, put, upath
 from rayseg.vision.query_strategies import STRATEGIES
 
@@ -229,7 +229,7 @@ def _write(out: str, settings: dict[str, Any], results: Mapping[Trial, dict[str,
     put(upath(out) / "trials.json", json.dumps([asdict(t) | v for t, v in results.items()], indent=1).encode())
     # 2. the report
     curves = {name: points for name, points in lines(results).items() if points}
-    drawn = report.learning_curves(curves, across="labels", up=measure)
+    drawn = charts.learning_curves(curves, across="labels", up=measure)
     part = next((value["part"] for value in results.values() if "part" in value), "validation")
     seeds = len({trial.seed for trial in results})
     lead = (
