@@ -67,7 +67,8 @@ def export(folder: str, chips: Sequence[Request], table: ClassTable) -> str:
     ]
     put(root / "chips.geojson", json.dumps({"type": "FeatureCollection", "features": features}).encode())
     sizes = {row["id"]: [window.height, window.width] for row, _, window, _ in chips}
-    classes = [{"value": value, "name": name, "color": hex_of(color)} for value, name, color in table.classes]
+    rows = zip(table.in_masks, table.names, table.colors, strict=True)
+    classes = [{"value": value, "name": name, "color": hex_of(color)} for value, name, color in rows]
     ignore = [*map(hex_of, table.ignore), *table.unlabelled]
     masks = {"classes": classes, "ignore": ignore, "threshold": table.threshold}
     content = {"chips": sizes, "masks": masks, "rows": [row for row, *_ in chips]}
@@ -94,7 +95,7 @@ def _outline(scene: LabelledImage, window: Window) -> dict[str, Any] | None:
 def _page(ids: Sequence[str], table: ClassTable) -> str:
     classes = "".join(
         f'<li><span style="background:{hex_of(color)}"></span>{value} {escape(name)} {hex_of(color)}</li>'
-        for value, name, color in table.classes
+        for value, name, color in zip(table.in_masks, table.names, table.colors, strict=True)
     )
     figures = "".join(
         f'<figure><img src="images/{name}.png" alt="" loading="lazy"><figcaption>{escape(name)}</figcaption></figure>'
@@ -135,10 +136,10 @@ def load(folder: StorePath, run: str) -> tuple[int, list[str]]:
     rows = {row["id"]: row for row in request["rows"]}
     checked = {path.stem: _checked(path, request["chips"][path.stem], table, run) for path in files}
     if WHITE not in table.ignore and only_0_and_255([source_of_file(str(path), path.stem) for path in files]):
+        known = ", ".join(f"{value} {name}" for value, name in zip(table.in_masks, table.names, strict=True))
         raise DataError(
             f"the masks in {folder} hold only 0 and 255, which leaves pixels open; use the values or colours of the "
-            f"classes ({', '.join(f'{value} {name}' for value, name, _ in table.classes)}), or import them together "
-            "with a mask that has another class"
+            f"classes ({known}), or import them together with a mask that has another class"
         )
     for chip, mask_HW in checked.items():
         row = rows[chip]

@@ -20,7 +20,7 @@ class ClassRow(Config):
     color: str | tuple[int, int, int]
     """#RRGGBB, or red, green and blue."""
     value: int | None = None
-    """Pixel value in masks of values; by default the position in the list."""
+    """Pixel value in masks of values; by default the position in the list, which is the value in maps."""
 
 
 class Classes(Config):
@@ -33,7 +33,7 @@ class Classes(Config):
 
     classes: tuple[ClassRow, ...] = ()
     ignore: tuple[int | str | tuple[int, int, int], ...] = ()
-    """Colours, and values 0..254 of masks of values, that mean "not labelled"; the value 255 means it too."""
+    """Colours, and values of masks of values, that mean "not labelled"; the value 255 means it too."""
     threshold: int | None = None
     """For masks whose colours are blurred: a channel counts as 255 from this value on, else as 0."""
 

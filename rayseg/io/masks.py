@@ -246,13 +246,14 @@ def two_classes(
         _log.warning("the masks in %s hold only 0 and 255: 255 is read as not labelled; use class values", where)
         return list(masks)
     rows = table.classes if table else ((0, "0", BLACK), (1, "255", WHITE))
+    stored = dict(zip(rows, table.in_masks if table else (0, 1), strict=True))
     low, high = sorted(rows, key=lambda row: row[2] == WHITE) if {row[2] for row in rows} == {BLACK, WHITE} else rows
     remedy = "add ignore: ['#FFFFFF'] to the class table" if table else "name it under unlabelled"
     _log.warning(
         "the masks in %s hold only 0 and 255: 0 is read as %s, 255 as %s; if 255 means not labelled, %s",
         *(where, low[1], high[1], remedy),
     )
-    change = (((high[0] - low[0]) / NODATA, float(low[0])),)
+    change = (((stored[high] - stored[low]) / NODATA, float(stored[low])),)
     return [replace(mask, change=change * len(mask.bands)) if _is_plain(mask) else mask for mask in masks]
 
 
@@ -277,7 +278,7 @@ def _class_of_nodata(mask: Source, table: ClassTable) -> str:
     if not nodatas:
         return ""
     palette = _palette_of(href) or {}
-    for value, name, color in table.classes:
+    for value, name, color in zip(table.in_masks, table.names, table.colors, strict=True):
         # a band that is nodata reads 0 where others are valid, so only black is lost to nodata 0
         lost = {value for value in nodatas if value in color and (value or color == BLACK)}
         if count > 1 and lost:
@@ -408,7 +409,7 @@ def _decoded(mask: Source, grid: Grid, part: Window, table: ClassTable) -> NDArr
     if values.dtype.kind not in "ui":
         raise DataError(f"mask {mask.item_id} has {values.dtype} values, expected whole numbers; convert it to uint8")
     try:
-        decoded = decode(values, table, palette=_palette_of(mask.assets[0][0]))
+        decoded = decode(values, _by_name(mask.assets[0][0], table), palette=_palette_of(mask.assets[0][0]))
     except DataError as error:
         raise DataError(f"{mask.assets[0][0]}: {error}") from None
     if mask.sure[0]:
@@ -422,6 +423,17 @@ def _decoded(mask: Source, grid: Grid, part: Window, table: ClassTable) -> NDArr
     return classes_HW
 
 
+def _by_name(href: str, table: ClassTable) -> ClassTable:
+    """The table for one file: the classes that a file names are read by their names, if the table has them all."""
+    own = {name: value for value, name in _legend(href)[0].items()}
+    if not own:
+        return table
+    if not own.keys() <= set(table.names):
+        return replace(table, unlabelled=(), stored=())
+    free = iter({*range(NODATA)} - {*own.values()})
+    return replace(table, unlabelled=(), stored=tuple(own[name] if name in own else next(free) for name in table.names))
+
+
 def _sure(
     classes_HW: NDArray[np.uint8], mask: Source, grid: Grid, part: Window, table: ClassTable
 ) -> NDArray[np.uint8]:
@@ -430,7 +442,9 @@ def _sure(
     scores = replace(source_of_file(href, mask.item_id), crs=mask.crs, transform=mask.transform)
     scores_CHW, valid_HW = read([scores], grid, part, bands=scores.bands, categorical=True)
     # The map's own classes, in the order of its bands: the table it is read by may have more.
-    values = list(_legend(mask.assets[0][0])[0] or table.values)
+    own = _by_name(mask.assets[0][0], table)
+    read_as = dict(zip(own.in_masks, own.values, strict=True))
+    values = [read_as.get(value, value) for value in _legend(mask.assets[0][0])[0] or own.in_masks]
     if len(scores_CHW) not in {1, len(values)}:
         raise DataError(
             f"{href} has {len(scores_CHW)} bands, expected 1 or one for each of the {len(values)} classes of "
@@ -450,21 +464,17 @@ def _sure(
 
 
 def expect_names(masks: Sequence[Source], table: ClassTable, where: str) -> None:
-    """Refuse maps of runs whose classes are others than those of the table.
+    """Refuse maps of runs with classes that the table has not; others are read by their names.
 
     Raises:
-        DataError: a class value that a file names has another name in the table, or none.
+        DataError: a file names a class that is not in the table.
     """
-    names = dict(zip(table.values, table.names, strict=True))
     for mask in masks:
         stored = table_of(mask.assets[0][0])
-        other = [row for row in stored.classes if names.get(row[0]) != row[1]] if stored else []
-        if stored and other:
-            value, name, _ = other[0]
+        if stored and (other := [name for name in stored.names if name not in table.names]):
             raise DataError(
-                f"{where} has the classes {', '.join(stored.names)}, but {value} is "
-                f"{names.get(value, 'no class')} and not {name} among the configured classes "
-                f"{', '.join(table.names)}; set classes to those of the masks"
+                f"{where} has the classes {', '.join(stored.names)}, but {other[0]} is not among the configured "
+                f"classes {', '.join(table.names)}; set classes to those of the masks"
             )
 
 

@@ -23,7 +23,8 @@ class ClassTable:
     Attributes:
         classes: (value, name, (red, green, blue)) of every class; values 0..254, all different.
         ignore: further colours that mean "not labelled"; they decode to 255, as the value 255 does.
-        unlabelled: further values that mean it in masks of values, and indices in masks with a palette; 0..254.
+        unlabelled: further values that mean it in masks of values, and indices in masks with a palette.
+        stored: values of the classes in masks of values, where they are others than those of the classes.
         threshold: for masks whose colours are blurred: a channel counts as 255 from this value on, else as 0.
     """
 
@@ -31,6 +32,7 @@ class ClassTable:
     ignore: tuple[RGB, ...] = ()
     threshold: int | None = None
     unlabelled: tuple[int, ...] = ()
+    stored: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         values = [value for value, _, _ in self.classes]
@@ -40,10 +42,11 @@ class ClassTable:
                 f"class values are {values}, expected at least one, all different and in 0..254; give the whole class "
                 "table"
             )
-        if wrong := [value for value in self.unlabelled if value in values or not 0 <= value < IGNORE]:
+        stored = [*self.in_masks, *self.unlabelled]
+        if len(set(stored)) < len(stored) or min(stored) < 0 or IGNORE in stored:
             raise ConfigError(
-                f"ignore has the values {wrong}, expected values in 0..254 that are no class (these are {values}); "
-                "remove them there, or give the classes their own values: {name, color, value}"
+                f"classes have the values {list(self.in_masks)} in masks, {list(self.unlabelled)} are ignored, "
+                "expected all different, 0 or more, and not 255, which always means not labelled; correct them"
             )
         if len(set(self.names)) < len(self.names):
             raise ConfigError(f"class names are {', '.join(self.names)}, expected all different; rename a class")
@@ -57,13 +60,14 @@ class ClassTable:
     def from_config(cls, config: Mapping[str, Any]) -> "ClassTable":
         """Read `{classes: [{name, color, value?}, ...], ignore: [color or value, ...], threshold: n}` of a YAML file.
 
-        A colour is `"#RRGGBB"` or `[red, green, blue]`; a class without `value` gets its position in the list.
+        A colour is `"#RRGGBB"` or `[red, green, blue]`. `value` is that of the class in masks, by default its position
+        in the list; the table numbers its classes by their positions, as maps do.
 
         Raises:
             ConfigError: a key is missing or unknown, or a colour or value is invalid.
         """
         _only(config, {"classes", "ignore", "threshold"}, "a class table")
-        classes = []
+        classes, stored = [], []
         for place, row in enumerate(config.get("classes") or ()):
             _only(row, {"name", "color", "value"}, f"class {place}")
             if "name" not in row or "color" not in row:
@@ -73,16 +77,23 @@ class ClassTable:
             except ConfigError as error:
                 unquoted = "" if row["color"] is not None else "; in YAML # begins a comment: put the colour in quotes"
                 raise ConfigError(f"class {row['name']}: {error}{unquoted}") from None
-            classes.append((int(row.get("value", place)), str(row["name"]), color))
+            classes.append((place, str(row["name"]), color))
+            stored.append(int(row.get("value", place)))
         ignore = config.get("ignore") or ()
         values = tuple(value for value in ignore if isinstance(value, int))
         colors = tuple(rgb_of(color) for color in ignore if not isinstance(color, int))
-        return cls(tuple(classes), colors, config.get("threshold"), values)
+        own = () if stored == list(range(len(stored))) else tuple(stored)
+        return cls(tuple(classes), colors, config.get("threshold"), values, own)
 
     @property
     def values(self) -> tuple[int, ...]:
         """Class values in the table's order."""
         return tuple(value for value, _, _ in self.classes)
+
+    @property
+    def in_masks(self) -> tuple[int, ...]:
+        """Values of the classes in masks of values, in the table's order."""
+        return self.stored or self.values
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -165,17 +176,30 @@ def decode(
         colors[blank] = table.colors[0]
         classes = _decode_colors(_pack(colors, table.threshold)[at_HW].reshape(mask.shape), table)
         return np.where(blank[at_HW].reshape(mask.shape), np.uint8(IGNORE), classes)
-    wrong_HW = ~np.isin(mask, [*table.values, *table.unlabelled, IGNORE])
+    open_values = (*table.unlabelled, IGNORE)
+    decoded_HW, wrong_HW = _looked_up(
+        mask, (*table.in_masks, *open_values), (*table.values, *[IGNORE] * len(open_values))
+    )
     if wrong_HW.any():
         unknown, counts = np.unique(mask[wrong_HW], return_counts=True)
         value, count = int(unknown[counts.argmax()]), int(counts.max())
-        nearest = min(table.classes, key=lambda row: abs(row[0] - value))
+        nearest, name = min(zip(table.in_masks, table.names, strict=True), key=lambda row: abs(row[0] - value))
         raise DataError(
             f"mask value {value} ({count} pixels; {len(unknown)} unknown values in all) is not a class, the nearest is "
-            f"{nearest[0]} ({nearest[1]}); add it to the classes, to ignore if it means not labelled, or correct the "
-            "mask"
+            f"{nearest} ({name}); add it to the classes, to ignore if it means not labelled, or correct the mask"
         )
-    return np.where(np.isin(mask, table.unlabelled), IGNORE, mask).astype(np.uint8)
+    return decoded_HW
+
+
+def _looked_up(
+    codes_HW: NDArray[np.integer], known: Sequence[int], values: Sequence[int]
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """(the value of each code, where a code is not known)."""
+    # Binary search in the sorted codes; searchsorted returns len(known) beyond the last one.
+    order = np.argsort(known)
+    codes = np.asarray(known)[order]
+    at_HW = np.searchsorted(codes, codes_HW).clip(max=len(codes) - 1)
+    return np.asarray(values, np.uint8)[order][at_HW], codes[at_HW] != codes_HW
 
 
 def mean_color(image_HWC: NDArray[np.uint8], labels_HW: NDArray[np.integer]) -> NDArray[np.uint8]:
@@ -234,11 +258,7 @@ def _pack(colors: NDArray[np.integer], threshold: int | None = None) -> NDArray[
 
 def _decode_colors(codes_HW: NDArray[np.int32], table: ClassTable) -> NDArray[np.uint8]:
     known = _pack(np.array([*table.colors, *table.ignore], np.int32))
-    values = np.array([*table.values, *[IGNORE] * len(table.ignore)], np.uint8)
-    # Binary search in the sorted colours; searchsorted returns len(known) beyond the last one.
-    order = np.argsort(known)
-    at_HW = np.searchsorted(known[order], codes_HW).clip(max=len(known) - 1)
-    wrong_HW = known[order][at_HW] != codes_HW
+    decoded_HW, wrong_HW = _looked_up(codes_HW, known.tolist(), (*table.values, *[IGNORE] * len(table.ignore)))
     if wrong_HW.any():
         unknown, counts = np.unique(codes_HW[wrong_HW], return_counts=True)
         code = int(unknown[counts.argmax()])
@@ -251,4 +271,4 @@ def _decode_colors(codes_HW: NDArray[np.int32], table: ClassTable) -> NDArray[np
             f"class, the nearest is {hex_of(near)} ({value} {name}); add it to the classes or ignored colours, or "
             "correct the mask"
         )
-    return np.asarray(values[order][at_HW], np.uint8)
+    return decoded_HW

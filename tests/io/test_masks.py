@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from rayseg.cli import app
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window
-from rayseg.io import annotation_requests, cog, labels, scenes
+from rayseg.io import annotation_requests, class_tables, cog, labels, scenes
 from rayseg.io.label_names import assign
 from rayseg.io.masks import masks_of, only_0_and_255, pixels_of, read_classes, two_classes
 from rayseg.io.output_grids import footprint
@@ -85,6 +85,36 @@ def test_masks_with_stored_class_names_are_read_as_they_are(tmp_path):
     values_HW = np.where(SHAPE_HW, 255, 0).astype(np.uint8)
     cog.write_classes(tmp_path / "a.tif", values_HW, grid, Window(0, 0, 30, 20), TABLE)
     assert not only_0_and_255(masks_of(str(tmp_path)))
+
+
+def test_masks_that_name_their_classes_are_read_by_name(tmp_path):
+    values = np.array([[0, 3, 255]], np.uint8)
+    own = ClassTable(((0, "soil", (9, 9, 9)), (3, "wood", (50, 170, 80))))
+    cog.write_classes(tmp_path / "a.tif", values, Grid(None, (1.0, 1.0), (0.0, 0.0)), Window(0, 0, 3, 1), own)
+    rows = [
+        {"name": name, "color": color} for name, color in (("wood", "#32AA50"), ("soil", "#090909"), ("x", "#010101"))
+    ]
+    table = ClassTable.from_config({"classes": rows, "ignore": [7]})
+    np.testing.assert_array_equal(classes_of(tmp_path, table), [[[1, 0, 255]]])
+    # another table that has not all of the names: by value
+    np.testing.assert_array_equal(
+        classes_of(tmp_path, replace(own, classes=((0, "a", (9, 9, 9)), (3, "b", (1, 1, 1))))), [values]
+    )
+
+
+def test_masks_of_other_values_are_numbered_as_the_map_is_and_compared_with_it(tmp_path):
+    """A map of 0 and 1 against masks of 1 and 4 in which 0 means not labelled."""
+    (tmp_path / "map").mkdir(), (tmp_path / "masks").mkdir()
+    rows = [{"name": "tree", "color": "#1E7B1E", "value": 1}, {"name": "water", "color": "#2060C0", "value": 4}]
+    (tmp_path / "classes.yaml").write_text(json.dumps({"classes": rows, "ignore": [0]}))
+    truth = np.repeat(np.array([0, 1, 4, 4], np.uint8), 20).reshape(8, 10)
+    mapped = np.where(truth == 4, 1, 0).astype(np.uint8)
+    mapped[7, :5] = 0  # 5 of 40 px of water
+    mask_file(tmp_path / "masks/a.tif", truth)
+    table = class_tables.read_table(str(tmp_path / "classes.yaml"))
+    cog.write_classes(tmp_path / "map/a.tif", mapped, Grid(None, (1.0, 1.0), (0.0, 0.0)), Window(0, 0, 10, 8), table)
+    found = evaluate.evaluate(str(tmp_path / "map"), str(tmp_path / "masks"), classes=str(tmp_path / "classes.yaml"))
+    assert found["confusion"] == [[20, 0], [5, 35]]
 
 
 def test_labelled_scenes_learn_both_classes_of_0_255_masks(tmp_path):

@@ -33,26 +33,31 @@ def test_a_palette_mask_is_read_by_its_colours_not_its_indices():
     np.testing.assert_array_equal(decode(indices, TABLE, palette=palette), VALUES)
 
 
-def test_values_that_a_table_ignores_are_not_labelled():
-    rows = [{"name": "tree", "color": "#1E7B1E", "value": 1}, {"name": "water", "color": "#2060C0", "value": 2}]
-    table = ClassTable.from_config({"classes": rows, "ignore": [0, "#FFFFFF", 7]})
-    assert (table.ignore, table.unlabelled) == (((255, 255, 255),), (0, 7))
-    mask = np.array([[0, 1, 2], [7, 255, 1]], np.uint16)
-    np.testing.assert_array_equal(decode(mask, table), [[255, 1, 2], [255, 255, 1]])
+ONE_TO_TWO = {
+    "classes": [{"name": "tree", "color": "#1E7B1E", "value": 1}, {"name": "water", "color": "#2060C0", "value": 523}],
+    "ignore": [0, "#FFFFFF", 7],
+}
+
+
+def test_masks_may_have_any_values_and_some_that_mean_not_labelled():
+    table = ClassTable.from_config(ONE_TO_TWO)
+    assert (table.values, table.in_masks, table.ignore) == ((0, 1), (1, 523), ((255, 255, 255),))
+    np.testing.assert_array_equal(
+        decode(np.array([[0, 1, 523], [7, 255, 1]], np.uint16), table), [[255, 0, 1], [255, 255, 0]]
+    )
     # an index that is ignored may have any colour
     palette = {0: (9, 9, 9), 5: (0x20, 0x60, 0xC0), 7: (0x1E, 0x7B, 0x1E), 8: (0x1E, 0x7B, 0x1E)}
     np.testing.assert_array_equal(
-        decode(np.array([[0, 5], [7, 8]], np.uint8), table, palette=palette), [[255, 2], [255, 1]]
+        decode(np.array([[0, 5], [7, 8]], np.uint8), table, palette=palette), [[255, 1], [255, 0]]
     )
-    with pytest.raises(DataError, match=r"mask value 3 .* to ignore if it means not labelled"):
+    with pytest.raises(DataError, match=r"mask value 3 .* nearest is 1 \(tree\).* to ignore if it means not labelled"):
         decode(np.array([[3]], np.uint8), table)
 
 
-def test_a_value_is_a_class_or_ignored():
-    with pytest.raises(
-        ConfigError, match=r"ignore has the values \[0, 255\], expected values in 0..254 that are no class"
-    ):
-        ClassTable.from_config({"classes": [{"name": "tree", "color": "#1E7B1E"}], "ignore": [0, 255]})
+@pytest.mark.parametrize("ignore", [[1], [255], [-1]])
+def test_a_value_is_a_class_or_ignored(ignore):
+    with pytest.raises(ConfigError, match=r"classes have the values \[1, 523\] in masks"):
+        ClassTable.from_config(ONE_TO_TWO | {"ignore": ignore})
 
 
 def test_an_index_outside_the_palette_is_named():
@@ -90,9 +95,10 @@ def test_a_table_reads_from_yaml():
       - {name: road, color: [1, 2, 3], value: 4}
     ignore: ["#000000"]
     """
-    assert ClassTable.from_config(yaml.safe_load(text)) == TABLE
-    assert pickle.loads(pickle.dumps(TABLE)) == TABLE
-    assert (TABLE.values, TABLE.names) == ((0, 1, 4), ("land", "water", "road"))
+    table = ClassTable.from_config(yaml.safe_load(text))
+    assert (table.values, table.in_masks, table.names) == ((0, 1, 2), (0, 1, 4), TABLE.names)
+    assert (table.colors, table.ignore) == (TABLE.colors, TABLE.ignore)
+    assert pickle.loads(pickle.dumps(table)) == table
 
 
 @pytest.mark.parametrize(
