@@ -17,16 +17,20 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from rayseg.cli import app
 from rayseg.config import commented, load
-from rayseg.pipelines import PIPELINES, pipeline_of
+from rayseg.pipelines import COMMANDS, PIPELINES, pipeline_of
 
 HERE = Path(__file__).parent
 REFERENCES = {
-    "reference/python.md": "# Python reference\n\n::: rayseg\n    options:\n      members: [run, open, load_model]\n",
+    "reference/python.md": "# Python reference\n\n::: rayseg\n    options:\n"
+    "      members: [run, open, load_model, remap, refresh, diff]\n",
 }
 """Page -> its text."""
 NEEDED = {
     "gpc": ["chips.source=#chips"],
     "agri": ["proposer=felzenszwalb"],
+    "predict": ["model=''"],
+    "remap": ["run=''"],
+    "diff": ["before=''", "after=''"],
 }
 """Pipeline -> settings without which its configuration cannot be shown."""
 _NAMED = re.compile(r"(?<![`\w/(\[])docs/((?:[\w-]+/)*[\w-]+\.md|decisions/\d{4})\b")
@@ -97,7 +101,7 @@ def _configurations() -> str:
         "# Configurations\n\nEvery key of every pipeline with its default, as `rayseg config show PIPELINE` prints it. "
     )
     text += "`--set map.tile=1024` sets one key, `--config FILE` the keys of a YAML file.\n\n"
-    for name in PIPELINES:
+    for name in PIPELINES | COMMANDS:
         config = load(pipeline_of(name).Config, None, NEEDED.get(name, ()))
         text += f"## {name}\n\n```yaml\n{commented(config)}```\n\n"
     return text

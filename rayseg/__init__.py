@@ -16,17 +16,20 @@ if TYPE_CHECKING:
     from rayseg.api.model import Model as load_model
     from rayseg.api.results import Run
     from rayseg.api.results import Run as open  # noqa: A004 - rayseg.open, as rasterio.open
-    from rayseg.api.running import run
+    from rayseg.api.running import diff, refresh, remap, run
 
 __version__ = "0.1.0"
-__all__ = ["Model", "Prediction", "Run", "__version__", "load_model", "open", "run"]
+__all__ = ["Model", "Prediction", "Run", "__version__", "diff", "load_model", "open", "refresh", "remap", "run"]
 
 _PLACES = {
     "Model": ("rayseg.api.model", "Model"),
     "Prediction": ("rayseg.api.model", "Prediction"),
     "Run": ("rayseg.api.results", "Run"),
+    "diff": ("rayseg.api.running", "diff"),
     "load_model": ("rayseg.api.model", "Model"),
     "open": ("rayseg.api.results", "Run"),
+    "refresh": ("rayseg.api.running", "refresh"),
+    "remap": ("rayseg.api.running", "remap"),
     "run": ("rayseg.api.running", "run"),
 }
 """Public name -> (module, name in it)."""

@@ -71,8 +71,9 @@ def commented(config: Config, *, indent: str = "") -> str:
     """A configuration as YAML, each key below a comment that explains it; reading it gives the configuration again."""
     lines = []
     for name, value in complete(config).items():
-        group = getattr(config, name)
-        described = type(config).model_fields[name].description or (group.__doc__ or "").partition("\n")[0]
+        group, field = getattr(config, name), type(config).model_fields[name]
+        described = field.description or (group.__doc__ or "").partition("\n")[0]
+        described += " Required." if field.is_required() and value == "" else ""
         wide = max(40, 78 - len(indent))
         lines += [f"{indent}# {line}" for line in textwrap.wrap(" ".join(described.split()), wide)]
         if isinstance(group, Config) and not group.one_value:

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -38,6 +39,7 @@ _SECRET = re.compile(
 )
 _LOGIN = re.compile(r"(://)[^/\s@\"']+@")
 _WEB = ("http://", "https://")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _FILE_URL = re.compile(r"^file:(//(localhost)?)?(?=/|$)|^file:(//)?")
 _CATALOG = re.compile(r"(.*?\.(?:json|geojson|parquet)(?:\?[^#]*)?)#(.*)", re.IGNORECASE | re.DOTALL)
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -55,9 +57,15 @@ if find_spec("gcsfs") is None:
 
 
 def upath(path: StorePath) -> UPath:
-    """The path or URL as a UPath; `file:` URLs become local paths, s3 uses `s3_options`."""
+    """The path or URL as a UPath; `file:` URLs become local paths, s3 uses `s3_options`.
+
+    Raises:
+        ConfigError: no store has such a scheme, its package is not installed, or an s3 URL names no bucket.
+    """
     text = str(path)
     if text.startswith("s3://"):
+        if not text.removeprefix("s3://").partition("/")[0]:
+            raise ConfigError(f"{text} names no bucket, expected s3://BUCKET/PATH; correct it")
         on_s3: UPath = UPath(text, **s3_options())
         return on_s3
     if text.startswith(_WEB):
@@ -67,7 +75,22 @@ def upath(path: StorePath) -> UPath:
     if text.startswith("file:"):
         plain = _FILE_URL.sub("", text)
         return UPath(plain if Path(plain).exists() else unquote(plain))
+    if scheme := _SCHEME.match(text):
+        _expect_store(scheme[1])
     return UPath(path)
+
+
+@cache
+def _expect_store(scheme: str) -> None:
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ValueError:
+        raise ConfigError(
+            f"{scheme}:// is not a store that is known, expected s3://, gs:// or another one of fsspec, or a local "
+            "path; correct it"
+        ) from None
+    except ImportError as error:
+        raise ConfigError(f"{scheme}:// needs a package that is not installed: {error}; install it") from None
 
 
 def web_url(text: str) -> str:
@@ -208,8 +231,11 @@ def put(path: StorePath, data: bytes | memoryview) -> None:
 
     Raises:
         StoreFull: the disk is full; the previous content of `path` is untouched.
+        ConfigError: `path` is a web address, or no store has its scheme.
     """
     target = upath(path)
+    if str(path).startswith(_WEB):
+        raise ConfigError(f"{public(str(path))} is a web address, which is not written to; name a folder or s3:// URL")
     if not is_local(target):  # a PUT is atomic
         target.write_bytes(bytes(data))
     else:
@@ -348,8 +374,11 @@ def _temporary(target: UPath) -> Iterator[Path]:
             f"no space for {path} ({error.strerror}); free some space, then run the same command to resume"
         ) from None
     finally:
-        # After a rename the temporary name is already gone.
-        temporary.unlink(missing_ok=True)
+        # After a rename the temporary name is already gone. It means nothing to a person.
+        try:
+            temporary.unlink(missing_ok=True)
+        except NotADirectoryError as error:
+            raise NotADirectoryError(error.errno, error.strerror, str(path)) from None
 
 
 def _sync(path: Path) -> None:

@@ -129,6 +129,16 @@ def test_a_configuration_is_shown_as_yaml_that_can_be_given_back(tmp_path):
     assert rayseg("config", "validate", "gpc", "--config", tmp_path / "c.yaml").stdout == "valid\n"
 
 
+@pytest.mark.parametrize("name", ["predict", "remap", "refresh", "diff"])
+def test_the_keys_of_commands_on_models_and_runs_are_shown(name):
+    shown = rayseg("config", "show", name)
+    assert shown.exit_code == 0, shown.output
+    required = [line for line in shown.stdout.splitlines() if line.endswith("''")]
+    assert required == {"remap": ["run: ''"], "diff": ["before: ''", "after: ''"]}.get(name, ["model: ''"])
+    assert shown.stdout.count("Required.") == len(required)
+    assert "is missing; set it" in refused(2, "config", "validate", name)
+
+
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_key_of_the_schema_has_a_meaning(name):
     schema = json.loads(rayseg("config", "schema", name).stdout)
@@ -450,7 +460,7 @@ def test_an_output_below_a_file(world, tmp_path):
         ("ingest", "folder", world["root"] / "chips", "--labels", "folder", "--out", tmp_path / "file" / "cat"),
         ("ingest", "rasters", world["root"] / "imagery" / "scene.tif", "--out", tmp_path / "file" / "cat"),
     ):
-        assert "cannot be used (Not a directory)" in refused(1, *words)
+        assert "cannot be used (Not a directory)" in refused(2, *words)
     assert (tmp_path / "file").read_text() == "mine"
 
 

@@ -209,3 +209,16 @@ def test_a_google_store_without_its_package_has_a_remedy():
         ConfigError, match=r"pip install gcsfs; or use .* AWS_ENDPOINT_URL=https://storage.googleapis.com"
     ):
         put("gs://b/k", b"1")
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("foo://a/b", "foo:// is not a store that is known, expected s3://"),
+        ("http://localhost/b", "http://localhost/b is a web address, which is not written to"),
+        ("s3:///b", "s3:///b names no bucket, expected s3://BUCKET/PATH"),
+    ],
+)
+def test_a_target_that_no_store_has_is_an_error_of_the_settings(path, said):
+    with pytest.raises(ConfigError, match=said):
+        put(path, b"1")

@@ -222,18 +222,23 @@ class Run:
         return tuple(str(path.parent) for path in sorted(upath(self.root).glob("models/**/item.json")))
 
     def load_model(self) -> "Model":
-        """The model of the map.
+        """The model of the map: one that the run has trained, or that it was given.
 
         Raises:
-            ModelError: the run has trained none, or several of which none is the segmenter.
+            ModelError: no single model made the map, or it is not where it was.
         """
         from rayseg.api.model import Model
 
-        trained = self.models
+        trained, steps = self.models, self.request.get("steps", {})
+        # predict trains none, and notes the one that it was given.
+        if not trained and (given := steps.get("predict", steps.get("classify", {})).get("bundle")):
+            return Model(given)
         if len(trained) != 1:
             trained = tuple(prefix for prefix in trained if prefix.endswith("/segmenter"))
         if not trained:
             known = f"choose one of run.models: {listed(self.models)}" if self.models else "it has trained none"
+            if origin := self.config.get("run") or self.config.get("after"):
+                known = f"it is made from the run {origin}, open that one"
             raise ModelError(f"{self.root} has no model of its own map; {known}")
         return Model(trained[0])
 

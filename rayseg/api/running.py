@@ -3,7 +3,7 @@
 Heavy imports happen inside the functions, so that the command line starts at once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -61,19 +61,158 @@ def run(
         >>> run = rayseg.run("gpc", region="demo", config="gpc/smoke", out="runs/demo")  # doctest: +SKIP
         >>> run.classes.plot()  # doctest: +SKIP
     """
+    from rayseg.engine.run import Engine
+
+    path, values = (config, {}) if config is None or isinstance(config, str) else (None, config)
+    where = out or default_out(pipeline, region)
+    settings = (*values.items(), *(set or {}).items())
+    return _finished(where, pipeline, path, settings, area_of(region, tiles), Engine(engine, address))
+
+
+def remap(
+    run: "str | Run",
+    *,
+    out: str,
+    set: Mapping[str, Any],  # noqa: A002
+    engine: Literal["ray", "inline"] = "ray",
+    address: str | None = None,
+) -> "Run":
+    """Make a new map from the scores of a finished run, as `rayseg remap` does; no model runs.
+
+    Args:
+        run: a finished run, or its folder or URL.
+        out: folder or URL of the new run.
+        set: what changes: `threshold`, `classes.merge`, `classes.drop`, `inside`, `polygons.min_area`, ...
+        engine: ray, or inline for this process alone.
+        address: Ray cluster to join.
+
+    Returns:
+        The new run.
+
+    Raises:
+        ConfigError: `run` has no map of classes and scores, a setting is invalid, or nothing is to change.
+        RunIncomplete: see `rayseg.run`.
+
+    Example:
+        >>> rayseg.remap("runs/demo", set={"threshold": 0.7}, out="runs/sure").polygons  # doctest: +SKIP
+    """
+    return _derived("remap", (run,), out, set, engine, address)
+
+
+def refresh(
+    run: "str | Run",
+    *,
+    out: str,
+    set: Mapping[str, Any] | None = None,  # noqa: A002
+    engine: Literal["ray", "inline"] = "ray",
+    address: str | None = None,
+) -> "Run":
+    """Map a run's region again, as `rayseg refresh` does; tiles of unchanged imagery and model are copied.
+
+    Args:
+        run: a finished run, or its folder or URL.
+        out: folder or URL of the new run.
+        set: settings that differ, for example `{"map.imagery": CATALOGUE}` or `{"model": PREFIX}`.
+        engine: ray, or inline for this process alone.
+        address: Ray cluster to join.
+
+    Returns:
+        The new run.
+
+    Raises:
+        ConfigError: `run` has no map by a single model, or a setting is invalid.
+        RunIncomplete: see `rayseg.run`.
+
+    Example:
+        >>> rayseg.refresh("runs/2025", set={"map.imagery": "2026/catalog.json"}, out="runs/2026")  # doctest: +SKIP
+    """
+    return _derived("refresh", (run,), out, set, engine, address)
+
+
+def diff(
+    before: "str | Run",
+    after: "str | Run",
+    *,
+    out: str,
+    set: Mapping[str, Any] | None = None,  # noqa: A002
+    engine: Literal["ray", "inline"] = "ray",
+    address: str | None = None,
+) -> "Run":
+    """Compare the maps of two runs, as `rayseg diff` does: which class became which.
+
+    Args:
+        before: the earlier run, or its folder or URL.
+        after: the run that it is compared with.
+        out: folder or URL of the comparison, a run whose classes and polygons are the changes.
+        set: settings that differ from the defaults.
+        engine: ray, or inline for this process alone.
+        address: Ray cluster to join.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        ConfigError: a run has no map of classes, the two cannot be compared, or a setting is invalid.
+        RunIncomplete: see `rayseg.run`.
+
+    Example:
+        >>> rayseg.diff("runs/2025", "runs/2026", out="runs/changes").polygons  # doctest: +SKIP
+    """
+    return _derived("diff", (before, after), out, set, engine, address)
+
+
+def _derived(
+    command: str,
+    runs: "tuple[str | Run, ...]",
+    out: str,
+    values: Mapping[str, Any] | None,
+    engine: Literal["ray", "inline"],
+    address: str | None,
+) -> "Run":
+    from rayseg.api.results import Run
+    from rayseg.engine.run import Engine
+
+    roots = [run.root if isinstance(run, Run) else str(run) for run in runs]
+    pipeline, settings, region = derived(command, out, *roots)
+    return _finished(out, pipeline, None, (*settings.items(), *(values or {}).items()), region, Engine(engine, address))
+
+
+def derived(command: str, out: str, *roots: str) -> "tuple[str, dict[str, Any], Region]":
+    """(pipeline, settings, region) of a command that makes a run from others.
+
+    Args:
+        command: remap, refresh or diff.
+        out: prefix of the new run.
+        roots: prefixes of the runs.
+
+    Raises:
+        ConfigError: a root is not a run that the command can read, or `out` lies in one.
+    """
+    from rayseg.geo.region import Region
+    from rayseg.steps import remap as source
+
+    source.expect_apart(out, *roots)
+    region = source.region_of(roots[-1])
+    if command == "diff":
+        return "diff", {"before": roots[0], "after": roots[1]}, Region(region.name)
+    if command == "refresh":
+        return "predict", source.map_settings(roots[0]), region
+    polygons = {f"polygons.{key}": value for key, value in source.polygons_of(roots[0]).items()}
+    return "remap", {"run": roots[0]} | polygons, region
+
+
+def _finished(
+    out: str, pipeline: str, config: str | None, settings: Iterable[tuple[str, Any]], region: "Region", engine: "Engine"
+) -> "Run":
     import json
 
     from rayseg.api.results import Run
     from rayseg.config import load
-    from rayseg.engine.run import Engine
 
-    path, values = (config, {}) if config is None or isinstance(config, str) else (None, config)
-    overrides = [f"{key}={json.dumps(value)}" for key, value in (*values.items(), *(set or {}).items())]
-    resolved = load(pipeline_of(pipeline).Config, path, overrides)
-    where = out or default_out(pipeline, region)
-    _, finished = execute(where, pipeline, resolved, area_of(region, tiles), Engine(engine, address))
-    expect_complete(finished, where)
-    return Run(where)
+    resolved = load(pipeline_of(pipeline).Config, config, [f"{key}={json.dumps(value)}" for key, value in settings])
+    _, finished = execute(out, pipeline, resolved, region, engine)
+    expect_complete(finished, out)
+    return Run(out)
 
 
 def default_out(pipeline: str, region: str) -> str:

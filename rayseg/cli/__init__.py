@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from rayseg import __version__
 from rayseg.cli import about, data, run, serve
 from rayseg.engine import progress, tuning
-from rayseg.errors import RaysegError, Stalled
+from rayseg.errors import ConfigError, RaysegError, Stalled
 
 ORDER = (
     "run", "plan", "status", "retry", "verify", "predict", "evaluate", "remap", "refresh", "diff", "area", "polygonize",
@@ -37,7 +37,9 @@ class _Commands(TyperGroup):
             typer.echo(f"rayseg: {' '.join(sentence(error).split())}", err=True)
             if isinstance(error, Stalled):
                 os._exit(error.exit_code)  # a thread hangs, and Python would wait for it
-            raise typer.Exit(getattr(error, "exit_code", 1)) from None
+            # A path that cannot be used is an option that is wrong.
+            unusable = isinstance(error, OSError) and error.filename and error.strerror
+            raise typer.Exit(getattr(error, "exit_code", ConfigError.exit_code if unusable else 1)) from None
         except KeyboardInterrupt:
             typer.echo("rayseg: interrupted; finished tiles are kept, run the same command to resume", err=True)
             raise typer.Exit(INTERRUPTED) from None

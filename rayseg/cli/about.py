@@ -2,12 +2,19 @@
 
 import json
 import os
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from rayseg.cli.options import AsJson, ConfigFile, Out, Overrides, PipelineName
-from rayseg.pipelines import pipeline_of
+from rayseg.cli.options import AsJson, ConfigFile, Out, Overrides
+from rayseg.pipelines import COMMANDS, PIPELINES, pipeline_of
+
+if TYPE_CHECKING:
+    from rayseg.config import Config
+
+ConfigName = Annotated[
+    str, typer.Argument(metavar="PIPELINE", help=f"One of: {', '.join((*PIPELINES, *COMMANDS, 'refresh'))}.")
+]
 
 app = typer.Typer()
 models_app = typer.Typer(no_args_is_help=True, help="List, show and import trained models (bundles).")
@@ -28,29 +35,38 @@ def config_list() -> None:
 
 
 @config_app.command("show")
-def config_show(name: PipelineName, *, config: ConfigFile = None, set_: Overrides = None) -> None:
+def config_show(name: ConfigName, *, config: ConfigFile = None, set_: Overrides = None) -> None:
     """Print the resolved configuration as YAML with a comment for each key: defaults, then --config, then --set."""
-    from rayseg.config import commented, load
+    from rayseg.config import commented, load, read_values
 
-    typer.echo(commented(load(pipeline_of(name).Config, config, set_ or ())), nl=False)
+    kind = _config_of(name)
+    # What only a command line can know is shown as an empty value.
+    given = {*(read_values(config) if config else ()), *(text.partition("=")[0] for text in set_ or ())}
+    empty = [f"{key}=''" for key, field in kind.model_fields.items() if field.is_required() and key not in given]
+    typer.echo(commented(load(kind, config, [*empty, *(set_ or ())])), nl=False)
 
 
 @config_app.command("schema")
-def config_schema(name: PipelineName) -> None:
+def config_schema(name: ConfigName) -> None:
     """Print the configuration's JSON schema: every key with its type, default and meaning."""
-    typer.echo(json.dumps(pipeline_of(name).Config.model_json_schema(), indent=1))
+    typer.echo(json.dumps(_config_of(name).model_json_schema(), indent=1))
 
 
 @config_app.command("validate")
-def config_validate(name: PipelineName, *, config: ConfigFile = None, set_: Overrides = None) -> None:
+def config_validate(name: ConfigName, *, config: ConfigFile = None, set_: Overrides = None) -> None:
     """Check a configuration's keys and values; exit code 2 and the key's path if one is wrong.
 
     `plan` and `run` check the names of networks and weights, and the settings that have to fit the imagery.
     """
     from rayseg.config import load
 
-    load(pipeline_of(name).Config, config, set_ or ())
+    load(_config_of(name), config, set_ or ())
     typer.echo("valid")
+
+
+def _config_of(name: str) -> type["Config"]:
+    kind: type[Config] = pipeline_of("predict" if name == "refresh" else name).Config  # refresh is a run of predict
+    return kind
 
 
 @models_app.command("list")

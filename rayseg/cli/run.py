@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rayseg.api.running import MOST_NAMED, REGIONS, area_of, default_out, execute, expect_complete
+from rayseg.api.running import MOST_NAMED, REGIONS, area_of, default_out, derived, execute, expect_complete
 from rayseg.cli.options import (
     Address,
     AllowDriver,
@@ -216,7 +216,7 @@ def predict(
     .parquet. --set units.of=tiles, units.polygons=FILE and units.pictures=true (Grad-CAM++) choose what.
     """
     region = area_of(source, tiles)
-    _run_with({"model": model}, set_, out, "predict", region, engine=engine, address=address, as_json=as_json)
+    _run_with("predict", {"model": model}, region, set_, out, engine=engine, address=address, as_json=as_json)
 
 
 @app.command()
@@ -233,11 +233,7 @@ def remap(
 
     --set threshold=.7, classes.merge.built=\[building,road], classes.drop=\[water], inside=FILE, polygons.min_area=50.
     """
-    from rayseg.steps.remap import expect_apart, polygons_of, region_of
-
-    expect_apart(out, run)
-    settings = {"run": run} | {f"polygons.{key}": value for key, value in polygons_of(run).items()}
-    _run_with(settings, set_, out, "remap", region_of(run), engine=engine, address=address, as_json=as_json)
+    _run_with(*derived("remap", out, run), set_, out, engine=engine, address=address, as_json=as_json)
 
 
 @app.command()
@@ -254,11 +250,7 @@ def refresh(
 
     --set model=PREFIX maps all of it with another model, --set map.imagery=CATALOGUE from another catalogue.
     """
-    from rayseg.steps.remap import expect_apart, map_settings, region_of
-
-    expect_apart(out, run)
-    region = region_of(run)
-    _run_with(map_settings(run), set_, out, "predict", region, engine=engine, address=address, as_json=as_json)
+    _run_with(*derived("refresh", out, run), set_, out, engine=engine, address=address, as_json=as_json)
 
 
 @app.command()
@@ -273,20 +265,15 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Compare the maps of two runs: which class became which, in hectares, as a map and as polygons."""
-    from rayseg.geo.region import Region
-    from rayseg.steps.remap import expect_apart, region_of
-
-    expect_apart(out, before, after)
-    settings, region = {"before": before, "after": after}, Region(region_of(after).name)
-    _run_with(settings, set_, out, "diff", region, engine=engine, address=address, as_json=as_json)
+    _run_with(*derived("diff", out, before, after), set_, out, engine=engine, address=address, as_json=as_json)
 
 
 def _run_with(
+    pipeline: str,
     settings: Mapping[str, Any],
+    region: "Region",
     set_: list[str] | None,
     out: str,
-    pipeline: str,
-    region: "Region",
     *,
     engine: str,
     address: str | None,

@@ -54,7 +54,8 @@ def export(root: StorePath, kind: str, out: StorePath | None = None) -> list[str
         DataError: the run has neither polygons nor plots, or no map.
     """
     if kind not in FORMATS:
-        raise ConfigError(f"format {kind!r} is unknown, expected one of {', '.join(FORMATS)}; choose one with --format")
+        known = ", ".join((*FORMATS, "qgis"))
+        raise ConfigError(f"format {kind!r} is unknown, expected one of {known}; choose one with --format")
     folder = upath(out) if out else upath(root) / "export"
     read_run(str(root))
     if kind == "cog":
@@ -223,26 +224,33 @@ def write_vrt(path: StorePath, grid: Grid, tiles: list[MappedTile], name: str) -
         tiles: some of a run.
         name: classes, sieved or scores.
     """
+    with tempfile.TemporaryFile() as file:  # of many tiles it is larger than what memory should hold
+        file.writelines(f"{line}\n".encode() for line in _vrt_lines(grid, tiles, name))
+        file.flush()
+        put(path, memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+
+
+def _vrt_lines(grid: Grid, tiles: list[MappedTile], name: str) -> Iterator[str]:
     window, bands = extent_of(tiles), bands_of(tiles[0], name)
     table = table_of(tiles[0].href) if name != "scores" else None
-    lines = [f'<VRTDataset rasterXSize="{window.width}" rasterYSize="{window.height}">']
-    lines += [f"<SRS>{escape(crs_of(str(grid.crs)).to_wkt())}</SRS>"]
-    lines += [f"<GeoTransform>{', '.join(repr(float(v)) for v in grid.transform(window).to_gdal())}</GeoTransform>"]
+    yield f'<VRTDataset rasterXSize="{window.width}" rasterYSize="{window.height}">'
+    yield f"<SRS>{escape(crs_of(str(grid.crs)).to_wkt())}</SRS>"
+    yield f"<GeoTransform>{', '.join(repr(float(v)) for v in grid.transform(window).to_gdal())}</GeoTransform>"
     for band, text in enumerate(bands, 1):
-        lines += [f'<VRTRasterBand dataType="Byte" band="{band}"><Description>{escape(text)}</Description>']
-        lines += [f"<NoDataValue>{NODATA}</NoDataValue>", *(_palette(table) if table else ())]
+        yield f'<VRTRasterBand dataType="Byte" band="{band}"><Description>{escape(text)}</Description>'
+        yield from (f"<NoDataValue>{NODATA}</NoDataValue>", *(_palette(table) if table else ()))
         for tile in tiles:
             part = tile.tile.window
             size = f'xSize="{part.width}" ySize="{part.height}"'
-            lines.append(
+            yield (
                 f'<SimpleSource><SourceFilename relativeToVRT="1">{escape(f"../tiles/{tile.tile.id}/{name}.tif")}'
                 f"</SourceFilename><SourceBand>{band}</SourceBand>"
                 f'<SourceProperties RasterXSize="{part.width}" RasterYSize="{part.height}" DataType="Byte" '
                 f'BlockXSize="512" BlockYSize="512"/><SrcRect xOff="0" yOff="0" {size}/>'
                 f'<DstRect xOff="{part.col - window.col}" yOff="{part.row - window.row}" {size}/></SimpleSource>'
             )
-        lines.append("</VRTRasterBand>")
-    put(path, "\n".join([*lines, "</VRTDataset>", ""]).encode())
+        yield "</VRTRasterBand>"
+    yield "</VRTDataset>"
 
 
 def _palette(table: ClassTable) -> Iterator[str]:

@@ -162,7 +162,8 @@ def stamp(href: str) -> int:
 
 def version(href: str) -> str:
     """ETag, or time of change, and size of a remote file; "" if its server states neither, or does not answer."""
-    return _version(href, int(time.monotonic() / VERSION_SECONDS))
+    with _lock_of(href):  # one request for the tiles of one file that are compared at once
+        return _version(href, int(time.monotonic() / VERSION_SECONDS))
 
 
 @lru_cache(maxsize=65536)
@@ -196,7 +197,7 @@ def _signature(href: str) -> tuple[str, float]:
 
 @lru_cache(maxsize=256)
 def _lock_of(host: str) -> threading.Lock:
-    """The lock of a host; a forgotten lock costs a second request, never a wrong signature."""
+    """The lock of a host or a file; a forgotten lock costs a second request, never a wrong answer."""
     return threading.Lock()
 
 

@@ -142,18 +142,18 @@ def unchanged_tiles(earlier: str, rows: Manifest, made_by: str) -> list[Row]:
         made_by: key of what makes the map.
     """
     known = {tile.tile.id: tile.record for tile in mapped_tiles(earlier) if tile.record.status in SETTLED}
-    found = []
-    for row in rows:
+
+    def carried(row: Row) -> Row | None:
         record = known.get(row["id"])
         # Earlier versions did not record what a tile was made from.
-        if (
-            record
-            and not record.facts.get("unread")
-            and record.facts.get("inputs", "") == inputs_of(TileRow.from_row(row), made_by) != ""
-        ):
-            tile = Carried(Tile.from_row(row), tuple(from_json(row["sources"])), record)
-            found.append({"id": row["id"], "carried": tile})
-    return found
+        if not record or record.facts.get("unread") or not (inputs := record.facts.get("inputs")):
+            return None
+        if inputs_of(TileRow.from_row(row), made_by) != inputs:
+            return None
+        return {"id": row["id"], "carried": Carried(Tile.from_row(row), tuple(from_json(row["sources"])), record)}
+
+    # At once, as the version of a remote file is a request.
+    return [row for row in concurrently(carried, rows) if row]
 
 
 def through(

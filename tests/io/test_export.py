@@ -17,6 +17,7 @@ import rasterio
 import shapely
 from fake_run import GPC, UTM, blobs, make, picture
 from rio_cogeo.cogeo import cog_validate
+from small_world import refused
 
 import rayseg as public
 from rayseg.errors import ConfigError, DataError
@@ -222,3 +223,11 @@ def test_a_column_without_any_value_is_written_as_empty_text(tmp_path, kind):
     read = gpd.read_file(paths[0] if kind != "shp" else next(path for path in paths if path.endswith(".shp")))
     assert read["id"].tolist() == ["a"]
     assert read["class"].isna().all()
+
+
+def test_a_target_that_cannot_be_written_is_named(run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for kind, name in (("gpkg", "gpc.gpkg"), ("cog", "classes.tif"), ("parquet", "gpc.parquet")):
+        said = refused(2, "export", run[0], "--format", kind, "--out", tmp_path / "file" / "x")
+        assert f"{tmp_path}/file/x/{name} cannot be used (Not a directory)" in said
+    assert "qgis; choose one with --format" in refused(2, "export", run[0], "--format", "kml")
