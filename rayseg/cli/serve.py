@@ -19,6 +19,7 @@ def serve(
     token_file: Annotated[str | None, typer.Option(help="File with the token that requests must carry.")] = None,
     max_pixels: Annotated[int | None, typer.Option(min=1, help="Largest upload in pixels.")] = None,
     max_bytes: Annotated[int | None, typer.Option(min=1, help="Largest request in bytes.")] = None,
+    preload: Annotated[bool, typer.Option("--preload", help="Load the models before the first request.")] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="One setting, for example queue=64 or gpus=0.5; may be repeated.")
     ] = None,
@@ -30,7 +31,13 @@ def serve(
     from rayseg.serve.settings import ServeConfig
 
     # A flag that is not given leaves the value of --set, or the default of ServeConfig.
-    flags = {"token_file": token_file, "max_pixels": max_pixels, "max_bytes": max_bytes, "runs": runs}
+    flags = {
+        "token_file": token_file,
+        "max_pixels": max_pixels,
+        "max_bytes": max_bytes,
+        "runs": runs,
+        "preload": preload,
+    }
     given = {name: value for name, value in flags.items() if value}
     config = load(ServeConfig, None, set_ or ())
     config = ServeConfig.model_validate({**config.model_dump(), **given, "models": models or config.models or ["runs"]})

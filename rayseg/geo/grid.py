@@ -35,6 +35,10 @@ class Window:
     width: int
     height: int
 
+    def __str__(self) -> str:
+        """As messages name it."""
+        return f"columns {self.col} to {self.col1 - 1}, rows {self.row} to {self.row1 - 1}"
+
     @property
     def col1(self) -> int:
         """First column right of the window."""

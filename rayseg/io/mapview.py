@@ -3,9 +3,12 @@
 Maps with a CRS follow the Web Mercator grid; an image without one has its own pyramid (zoom 0 is the whole image).
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from threading import Event
 from typing import Any
@@ -20,13 +23,18 @@ from rio_tiler.models import ImageData
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Window
+from rayseg.geo.lonlat import LONLAT, transformer
 from rayseg.io.maps import MappedTile
 from rayseg.io.pictures import bands_shown, nodata_of
 from rayseg.io.rasters import is_number
 from rayseg.io.sources import Source, crs_of, gdal, open_file
+from rayseg.store import is_local
 
 warnings.filterwarnings("ignore", category=NoOverviewWarning)  # once: filters belong to the process
 SIDE = 256
+_BLOCK = 512  # px, as in the files
+_BLOCKS = 512  # in memory: 128 MiB at most
+_MOSAIC = 1 << 26  # px of a mosaic at most
 MAX_READ = 1 << 24
 """Pixels of one band that a web tile reads from one file at most: about 0.3 s of decoding."""
 Bounds = tuple[float, float, float, float]
@@ -55,25 +63,150 @@ def mercator(bounds_N4: np.ndarray) -> np.ndarray:
 
 
 def classes_tile(
-    tiles: Sequence[MappedTile], place: Place, *, image: Window | None = None, stop: Event | None = None
+    tiles: Sequence[MappedTile],
+    place: Place,
+    *,
+    image: Window | None = None,
+    stop: Event | None = None,
+    version: str = "",
 ) -> np.ndarray:
-    """Class values (256, 256) uint8 of a web tile, 255 where nothing is mapped.
+    """Class values (256, 256) uint8 of a web tile, those at its pixels' centres; 255 where nothing is mapped.
 
     Args:
         tiles: those that can intersect it.
         place: of the web tile.
         image: for an image without CRS, the whole of it.
         stop: once set, no further file is opened.
+        version: of the run; blocks of its files are kept in memory under it.
     """
     classes_HW = np.full((SIDE, SIDE), NODATA, np.uint8)
+    positions = {grid: _positions(grid, place, image) for grid in dict.fromkeys(tile.tile.grid for tile in tiles)}
     for tile in tiles:
         if stop and stop.is_set():
             break
-        windows = (tile.tile.window, image) if image else None
-        part = _read(tile.href, 1, place, windows=windows, nodata=NODATA)
-        if part is not None:
-            classes_HW = np.where(classes_HW == NODATA, part.array.filled(NODATA)[0], classes_HW)
+        window = tile.tile.window
+        rows_HW, cols_HW, step = positions[tile.tile.grid]
+        rows_HW, cols_HW = rows_HW - window.row, cols_HW - window.col
+        open_HW = (classes_HW == NODATA) & (rows_HW >= 0) & (rows_HW < window.height)
+        open_HW &= (cols_HW >= 0) & (cols_HW < window.width)
+        if open_HW.any():
+            rows_N, cols_N = (rows_HW[open_HW] // step).astype(int), (cols_HW[open_HW] // step).astype(int)
+            with suppress(DataError):  # one damaged file never hides others
+                classes_HW[open_HW] = _values(tile.href, version, step, rows_N, cols_N)
     return classes_HW
+
+
+def _positions(grid: Grid, place: Place, image: Window | None) -> tuple[np.ndarray, np.ndarray, int]:
+    """(rows, columns) of a grid, each (256, 256), at the centres of a web tile's pixels, and their step.
+
+    The step is the power of two below the number of pixels of the grid in one of the web tile. Between 17 x 17 places
+    that are projected the rest is interpolated: the curvature of a projection over 16 px is far below a pixel.
+    """
+    z, x, y = place
+    if image:
+        scale = max(image.width, image.height) / 2**z / SIDE
+        at = (np.arange(SIDE) + 0.5) * scale
+        rows_HW, cols_HW = np.meshgrid(y * SIDE * scale + at, x * SIDE * scale + at, indexing="ij")
+    else:
+        # 1. control points: https://wiki.openstreetmap.org/wiki/Slippy_map_tilenames
+        at = np.linspace(0, 1, 17)
+        lons, lats = np.meshgrid(
+            (x + at) / 2**z * 360 - 180, np.degrees(np.arctan(np.sinh(np.pi - (y + at) / 2**z * 2 * np.pi)))
+        )
+        points = np.array(transformer(LONLAT, str(grid.crs)).transform(lons, lats))
+        points[~np.isfinite(points)] = np.nan  # outside the projection
+        (x0, y0), (rx, ry) = grid.origin, grid.resolution
+        # 2. bilinear between them
+        whole, part = np.divmod((np.arange(SIDE) + 0.5) / SIDE * 16, 1)
+        low = whole.astype(int)
+        down = points[:, low] * (1 - part)[:, None] + points[:, low + 1] * part[:, None]
+        x_HW, y_HW = down[:, :, low] * (1 - part) + down[:, :, low + 1] * part
+        rows_HW, cols_HW = (y0 - y_HW) / ry, (x_HW - x0) / rx
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # all NaN
+        size = np.nanmedian(np.hypot(np.diff(rows_HW, axis=1), np.diff(cols_HW, axis=1)))
+    return rows_HW, cols_HW, int(2 ** max(0, np.floor(np.log2(size)))) if size > 0 else 1
+
+
+def _values(href: str, version: str, step: int, rows_N: np.ndarray, cols_N: np.ndarray) -> np.ndarray:
+    """Values of a class map at rows and columns that are counted in steps."""
+    values_N = np.empty(len(rows_N), np.uint8)
+    blocks_N = (rows_N // _BLOCK << 32) + cols_N // _BLOCK
+    for block in np.unique(blocks_N):
+        at = blocks_N == block
+        row, col = int(block) >> 32, int(block) & 0xFFFFFFFF
+        block_HW = _block(href, version, step, row, col)
+        values_N[at] = block_HW[rows_N[at] - row * _BLOCK, cols_N[at] - col * _BLOCK]
+    return values_N
+
+
+@lru_cache(maxsize=_BLOCKS)
+def _block(href: str, _version: str, step: int, row: int, col: int) -> np.ndarray:
+    """A block of a class map, every `step` pixels of it; neighbouring web tiles share it."""
+    side = _BLOCK * step
+    with gdal(href), open_file(href) as dataset:
+        height, width = min(side, dataset.height - row * side), min(side, dataset.width - col * side)
+        window = ((row * side, row * side + height), (col * side, col * side + width))
+        shape = (-(-height // step), -(-width // step))
+        block_HW: np.ndarray = dataset.read(1, window=window, out_shape=shape)
+    return block_HW
+
+
+@dataclass(frozen=True, eq=False)
+class Mosaic:
+    """The class maps of a run in one array per grid, every `step` pixels of them.
+
+    Attributes:
+        step: pixels of the map along each side of one of the mosaic.
+        parts: grid -> (window of the grid, values).
+    """
+
+    step: int
+    parts: dict[Grid, tuple[Window, np.ndarray]]
+
+    @classmethod
+    def of(cls, tiles: Sequence[MappedTile]) -> "Mosaic":
+        """Read every tile once, from its overviews: about 3 ms each."""
+        windows: dict[Grid, Window] = {}
+        for tile in tiles:
+            own = tile.tile.window
+            windows[tile.tile.grid] = windows.get(tile.tile.grid, own).union(own)
+        pixels = sum(window.width * window.height for window in windows.values())
+        step = 1 << max(0, math.ceil(math.log2(pixels / _MOSAIC) / 2))
+        shapes = {grid: (-(-window.height // step), -(-window.width // step)) for grid, window in windows.items()}
+        mosaic = cls(step, {grid: (windows[grid], np.full(shapes[grid], NODATA, np.uint8)) for grid in windows})
+        # Distant files are waited for; local ones take the time of a processor, of which clients need some.
+        local = all(is_local(tile.href) for tile in tiles[:1])
+        with ThreadPoolExecutor(1 if local else 8) as threads:
+            list(threads.map(mosaic._add, tiles))
+        return mosaic
+
+    def _add(self, tile: MappedTile) -> None:
+        whole, values_HW = self.parts[tile.tile.grid]
+        own = tile.tile.window
+        top, left = (own.row - whole.row) // self.step, (own.col - whole.col) // self.step
+        bottom, right = -(-(own.row1 - whole.row) // self.step), -(-(own.col1 - whole.col) // self.step)
+        with suppress(DataError), gdal(tile.href), open_file(tile.href) as dataset:
+            part_HW = dataset.read(1, out_shape=(bottom - top, right - left))
+            open_HW = values_HW[top:bottom, left:right]  # a view; tiles that are cut can share a pixel
+            np.copyto(open_HW, part_HW, where=open_HW == NODATA)
+
+    def tile(self, place: Place, *, images: Sequence[Grid] = (), image: Window | None = None) -> np.ndarray:
+        """Class values (256, 256) of a web tile; of an image without CRS, with its grids and the whole of it."""
+        classes_HW = np.full((SIDE, SIDE), NODATA, np.uint8)
+        for grid in images if image else [grid for grid in self.parts if grid.crs]:
+            whole, values_HW = self.parts[grid]
+            rows_HW, cols_HW, _ = _positions(grid, place, image)
+            rows_HW, cols_HW = rows_HW - whole.row, cols_HW - whole.col
+            open_HW = (classes_HW == NODATA) & (rows_HW >= 0) & (rows_HW < whole.height)
+            open_HW &= (cols_HW >= 0) & (cols_HW < whole.width)
+            rows_N, cols_N = (rows_HW[open_HW] // self.step).astype(int), (cols_HW[open_HW] // self.step).astype(int)
+            classes_HW[open_HW] = values_HW[rows_N, cols_N]
+        return classes_HW
+
+    def suffices(self, place: Place, grid: Grid, image: Window | None) -> bool:
+        """Whether a web tile over a grid needs no finer pixels."""
+        return self.step == 1 or _positions(grid, place, image)[2] >= self.step
 
 
 def coarse_classes_tile(values_N: np.ndarray, boxes_N4: np.ndarray, extent: Bounds) -> np.ndarray:
@@ -123,24 +256,39 @@ def imagery_tile(
         if any(not allowed(href, hosts) for href, _ in bands) or image_HW4[..., 3].all():
             continue
         windows = (image, image) if image else None
-        nodatas = [nodata_of(source, *band) for band in bands]
-        parts = [_read(*band, place, windows=windows, nodata=value) for band, value in zip(bands, nodatas, strict=True)]
-        layers = [part for part in parts if part is not None]
-        if len(layers) < 3:
+        layers = _layers(source, bands, place, windows)
+        if layers is None:
             continue
         # 1. where all three bands have data
-        valid_HW = ~np.any([np.ma.getmaskarray(layer.array)[0] for layer in layers], axis=0)
-        valid_HW &= np.all([is_number(layer.array.data[0]) for layer in layers], axis=0)
+        valid_HW = ~np.any([np.ma.getmaskarray(layer) for layer in layers], axis=0)
+        valid_HW &= np.all([is_number(layer.data) for layer in layers], axis=0)
         # 2. their values as bytes, by the same limits in every web tile
         limits = [(0.0, 255.0) if source.dtype == "uint8" else _limits(href, band) for href, band in bands]
         rgb = []
         for layer, (low, high) in zip(layers, limits, strict=True):
-            scaled_HW = (layer.array.data[0].astype(np.float64) - low) / max(high - low, 1e-12)
+            scaled_HW = (layer.data.astype(np.float64) - low) / max(high - low, 1e-12)
             rgb.append(np.rint(np.clip(np.nan_to_num(scaled_HW), 0, 1) * 255).astype(np.uint8))
         # 3. into what is still open
         new_HW = valid_HW & (image_HW4[..., 3] == 0)
         image_HW4[new_HW] = np.stack([*rgb, np.full((SIDE, SIDE), 255, np.uint8)], axis=-1)[new_HW]
     return image_HW4
+
+
+def _layers(
+    source: Source, bands: Sequence[tuple[str, int]], place: Place, windows: tuple[Window, Window] | None
+) -> list[np.ma.MaskedArray[Any, Any]] | None:
+    """The three bands (256, 256) of a source that are shown; None if it has no part of the web tile."""
+    nodatas = [nodata_of(source, *band) for band in bands]
+    hrefs = {href for href, _ in bands}
+    if len(hrefs) == 1 and len(set(map(repr, nodatas))) == 1:  # repr, because NaN differs from itself
+        # One read for all three: opening and warping cost more than the pixels.
+        part = _read(hrefs.pop(), [band for _, band in bands], place, windows=windows, nodata=nodatas[0])
+        return None if part is None else list(part.array)
+    parts = [
+        _read(href, [band], place, windows=windows, nodata=value)
+        for (href, band), value in zip(bands, nodatas, strict=True)
+    ]
+    return None if any(part is None for part in parts) else [part.array[0] for part in parts if part]
 
 
 def allowed(href: str, hosts: Sequence[str]) -> bool:
@@ -162,23 +310,23 @@ def _open(href: str, *, local: bool, nodata: float | None) -> Iterator[Reader]:
 
 
 def _read(
-    href: str, band: int, place: Place, *, windows: tuple[Window, Window] | None, nodata: float | None
+    href: str, bands: Sequence[int], place: Place, *, windows: tuple[Window, Window] | None, nodata: float | None
 ) -> ImageData | None:
     """A file's part of a web tile; None without overlap, or if it cannot be read, so that one file never hides others.
 
     Args:
         href: of the file.
-        band: its number.
+        bands: their numbers.
         place: of the web tile.
         windows: for an image without CRS, the window of it that the file covers, and the whole.
-        nodata: of the band.
+        nodata: of the bands.
     """
     z, x, y = place
     with suppress(RioTilerError, DataError), _open(href, local=windows is not None, nodata=nodata) as reader:
         if windows is None:
             if _too_coarse(reader, z):
                 return None
-            part: ImageData = reader.tile(x, y, z, indexes=(band,), tilesize=SIDE)
+            part: ImageData = reader.tile(x, y, z, indexes=bands, tilesize=SIDE)
             return part
         # 1. the web tile in pixels of the image, cut by what the file covers
         own, image = windows
@@ -192,8 +340,8 @@ def _read(
         if col1 <= col0 or row1 <= row0:
             return None
         box = (left - own.col, bottom - own.row, right - own.col, top - own.row)
-        part = reader.part(box, indexes=(band,), width=col1 - col0, height=row1 - row0, max_size=None)
-        whole: Any = np.ma.masked_all((1, SIDE, SIDE), part.array.dtype)  # type: ignore[no-untyped-call]
+        part = reader.part(box, indexes=bands, width=col1 - col0, height=row1 - row0, max_size=None)
+        whole: Any = np.ma.masked_all((len(bands), SIDE, SIDE), part.array.dtype)  # type: ignore[no-untyped-call]
         whole[:, row0:row1, col0:col1] = part.array
         return ImageData(whole)
     return None

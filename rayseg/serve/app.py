@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Annotated, Any
 from urllib.parse import quote
 
+from botocore.exceptions import BotoCoreError
 from fastapi import FastAPI, Header, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import generate_latest
@@ -20,7 +21,7 @@ from rayseg.serve import answers, forms, middleware, pages, problems, runs
 from rayseg.serve.answers import GEOJSON, JSON, PNG, TIFF, Result
 from rayseg.serve.forms import Form
 from rayseg.serve.middleware import Metrics, RequestMiddleware
-from rayseg.serve.models import Backend, ModelIndex
+from rayseg.serve.models import Backend, ModelIndex, Served
 from rayseg.serve.problems import Problem
 from rayseg.serve.settings import ServeConfig
 from rayseg.serve.uploads import DecoderPool, Image
@@ -29,6 +30,7 @@ from rayseg.vision.color import ClassTable, hex_of, label_table
 
 Accept = Annotated[str, Header(description="Media type of the response.")]
 Name = Annotated[str, Path(max_length=200, pattern="^[A-Za-z0-9._\u0080-\U0010ffff-]+$")]
+RETRY = 30  # seconds after which a model that cannot be used may be there again
 _EXTENSIONS = {PNG: "png", TIFF: "tif", GEOJSON: "geojson", JSON: "json"}
 _FRAMEWORK_DETAILS: Mapping[int, str] = {
     404: "nothing exists at this address; /docs lists the addresses",
@@ -59,7 +61,7 @@ def api(config: ServeConfig, backend: Backend, index: ModelIndex) -> RequestMidd
     app.include_router(runs.router(config))
     wrapped = RequestMiddleware(app, config, token=config.token(), metrics=metrics)
     # 2. the server's state and the models
-    _add_server(app, wrapped, metrics)
+    _add_server(app, wrapped, metrics, backend)
     _add_models(app, index)
     # 3. requests about an image
     predictor = _Predictor(config, backend, index, metrics)
@@ -90,12 +92,19 @@ def api(config: ServeConfig, backend: Backend, index: ModelIndex) -> RequestMidd
     return wrapped
 
 
-def _add_server(app: FastAPI, wrapped: RequestMiddleware, metrics: Metrics) -> None:
+def _add_server(app: FastAPI, wrapped: RequestMiddleware, metrics: Metrics, backend: Backend) -> None:
     @app.get("/healthz", tags=["server"])
     async def healthz() -> Response:
         """200 while the server accepts requests, 503 while it shuts down."""
         state = {"status": "draining" if wrapped.draining else "ok", "version": __version__}
         return Response(json.dumps(state), 503 if wrapped.draining else 200, media_type=JSON)
+
+    @app.get("/readyz", tags=["server"], responses=forms.problems_of(503))
+    async def readyz() -> dict[str, str]:
+        """200 while models answer and those to be loaded at the start (`--preload`) are loaded, else 503."""
+        if wrapped.draining or not await backend.ready():
+            raise problems.busy("the models are not ready, or the server shuts down; retry later")
+        return {"status": "ready"}
 
     @app.get("/metrics", tags=["server"])
     async def prometheus() -> Response:
@@ -108,7 +117,8 @@ def _add_models(app: FastAPI, index: ModelIndex) -> None:
     async def models() -> dict[str, list[dict[str, Any]]]:
         """The served models."""
         rows = []
-        for name, (_, model) in index.entries.items():
+        for name, served in (await index.all()).items():
+            model = served.bundle
             classes = [{"value": value, "name": title, "color": hex_of(color)} for value, title, color in model.classes]
             row: dict[str, Any] = {
                 "name": name,
@@ -123,21 +133,24 @@ def _add_models(app: FastAPI, index: ModelIndex) -> None:
     @app.get("/v1/models/{name}", tags=["models"], responses=forms.problems_of(404))
     async def model(name: Name) -> dict[str, Any]:
         """A model as a STAC item with the MLM extension."""
-        prefix, _ = looked_up(index, name)
-        item: dict[str, Any] = json.loads(await asyncio.to_thread((upath(prefix) / "item.json").read_bytes))
+        served = await looked_up(index, name)
+        try:
+            item: dict[str, Any] = json.loads(await asyncio.to_thread((upath(served.prefix) / "item.json").read_bytes))
+        except (ValueError, OSError, BotoCoreError):
+            raise problems.busy(f"the item of {name} is missing or damaged; retry later", seconds=RETRY) from None
         return item
 
 
-def looked_up(index: ModelIndex, name: str) -> tuple[str, Any]:
-    """(prefix, bundle) of a model.
+async def looked_up(index: ModelIndex, name: str) -> Served:
+    """The model of a name.
 
     Raises:
         Problem: 404, no model has that name.
     """
-    if name not in index.entries:
-        known = ", ".join(list(index.entries)[:10]) or "none"
-        raise Problem(404, f"there is no model {name!r}; served models: {known}")
-    return index.entries[name]
+    if served := await index.one(name):
+        return served
+    known = ", ".join(list(index.entries)[:10]) or "none"
+    raise Problem(404, f"there is no model {name!r}; served models: {known}")
 
 
 class _Predictor:
@@ -151,9 +164,10 @@ class _Predictor:
 
     async def predict(self, name: Name, request: Request, accept: Accept = JSON) -> Response:
         """Map an image with a model: the pixels of `rayseg predict` for the same image."""
-        _, model = looked_up(self.index, name)
+        served = await looked_up(self.index, name)
+        model = served.bundle
         if model.task == "classification":
-            return await self._classify(name, model, request, accept)
+            return await self._classify(served, request, accept)
         if model.task != "segmentation" or model.architecture.factory == "sam":
             raise Problem(
                 422, f"model {name} is for {model.task}, expected segmentation or classification; choose another"
@@ -162,21 +176,21 @@ class _Predictor:
         form = await forms.read(request, forms.IMAGE)
         began = time.perf_counter()
         async with self._image(form, model) as image:
-            classes_HW, scores_CHW = await self.backend.segment(name, image)
+            classes_HW, scores_CHW = await self.backend.segment(served, image)
             self.metrics.pixels.labels(name).inc(classes_HW.size)
             seconds = time.perf_counter() - began
             result = Result(name, image.tile, ClassTable(model.classes), classes_HW, scores_CHW, seconds)
             return await _written(result, media)
 
-    async def _classify(self, name: str, model: Any, request: Request, accept: str) -> Response:  # noqa: ANN401 - a bundle
+    async def _classify(self, served: Served, request: Request, accept: str) -> Response:
         """Class and score of the centre of an image as JSON or CSV; as PNG the Grad-CAM++ of the class."""
         media = forms.media_type(accept, (JSON, answers.CSV, PNG))
         form = await forms.read(request, forms.IMAGE)
-        async with self._image(form, model) as image:
-            p_K, picture_HWC = await self.backend.classify(name, image, explain=media == PNG)
+        async with self._image(form, served.bundle) as image:
+            p_K, picture_HWC = await self.backend.classify(served, image, explain=media == PNG)
         if picture_HWC is not None:
             return Response(await asyncio.to_thread(answers.rgb_png, picture_HWC), media_type=PNG)
-        content = answers.classified(name, ClassTable(model.classes), p_K)
+        content = answers.classified(served.name, ClassTable(served.bundle.classes), p_K)
         body = answers.classified_csv(content) if media == answers.CSV else json.dumps(content).encode()
         return Response(body, media_type=media, headers={"Vary": "Accept"})
 
@@ -207,17 +221,17 @@ class _Predictor:
         return await self._sam(request, accept, forms.PROMPT)
 
     async def _sam(self, request: Request, accept: str, fields: Mapping[str, Any]) -> Response:
-        name = self.index.sam()
-        if name is None:
-            raise Problem(404, "no Segment Anything model is served; add one below --models and restart the server")
+        served = await self.index.all() and self.index.sam()
+        if not served:
+            raise Problem(404, "no Segment Anything model is served; add one below --models")
         media = forms.media_type(accept, tuple(answers.INSTANCE_WRITERS))
         form = await forms.read(request, fields)
         prompted = fields is forms.PROMPT
         options = forms.prompts(form.fields) if prompted else forms.options(forms.Automatic, form.fields)
-        async with self._image(form, self.index.entries[name][1]) as image:
+        async with self._image(form, served.bundle) as image:
             if prompted:
                 forms.expect_inside(options, image.tile.window.width, image.tile.window.height)
-            masks = await self.backend.instances(name, image, options)
+            masks = await self.backend.instances(served, image, options)
             body = await asyncio.to_thread(answers.INSTANCE_WRITERS[media], image.tile, masks)
         return Response(body, media_type=media)
 
@@ -260,7 +274,8 @@ async def _explain(_: Request, error: Exception) -> Response:
         problem = error
     elif isinstance(error, RaysegError):
         status = next((status for kind, status in problems.STATUS_OF.items() if isinstance(error, kind)), 500)
-        problem = Problem(status, " ".join(str(error).split()))
+        headers = {"Retry-After": str(RETRY)} if status == 503 else None
+        problem = Problem(status, " ".join(str(error).split()), headers=headers)
     elif isinstance(error, HTTPException):
         detail = _FRAMEWORK_DETAILS.get(error.status_code, str(error.detail))
         problem = Problem(error.status_code, detail, headers=error.headers)

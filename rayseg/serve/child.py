@@ -72,13 +72,21 @@ def main(folder: str) -> None:
     # Set before any upload arrives, so that no upload can raise them.
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        _answer(Path(folder))
+    finally:
+        # Also when the parent was killed: its end of the pipes is closed then.
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _answer(folder: Path) -> None:
     out = sys.stdout.buffer
     while True:
         try:
             request, data = receive(sys.stdin.buffer)
         except EOFError:
-            return shutil.rmtree(folder, ignore_errors=True)
-        path = Path(folder) / f"upload.{request['kind']}"
+            return
+        path = folder / f"upload.{request['kind']}"
         path.write_bytes(without_text(data) if request["kind"] == "png" else data)
         try:
             units = {band: (scale, offset) for band, (scale, offset) in request["units"].items()}

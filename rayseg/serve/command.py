@@ -16,7 +16,7 @@ from rayseg.engine.submit import is_loopback
 from rayseg.errors import ConfigError
 from rayseg.serve.models import LocalBackend, ModelIndex
 from rayseg.serve.runs import runs_below
-from rayseg.serve.settings import ServeConfig, require_token
+from rayseg.serve.settings import ServeConfig, require_room, require_token
 
 _FLUSH_SECONDS = 1.0  # in which the proxy sends the last responses to their clients
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -52,7 +52,8 @@ def serve_models(config: ServeConfig, *, host: str, port: int, address: str | No
     # 1. everything that can be wrong, before Ray starts
     require_token(host, config.token_file)
     config.token()
-    index = ModelIndex.of(config.models)
+    index = ModelIndex(config.models)
+    require_room(config, len(index.entries))
     lock = reserve(host, port)
     # 2. Ray
     for name, value in _RAY.items():
@@ -84,7 +85,7 @@ def serve_models(config: ServeConfig, *, host: str, port: int, address: str | No
     stop.wait()
     # 4. drain
     say("shutting down: accepted requests are answered first")
-    api.drain.remote().result()
+    api.broadcast("drain").results()
     time.sleep(_FLUSH_SECONDS)
     if ray_address(address) == "local":
         ray.shutdown()  # ends the proxy within seconds; Serve's own shutdown keeps clients waiting for half a minute
@@ -140,7 +141,6 @@ def view(run: str, *, port: int, browser: bool, say: Callable[[str], None]) -> N
     if browser:
         threading.Timer(1.0, webbrowser.open, [address]).start()
     configure_log(config.log_file)
-    no_models = ModelIndex({})
-    app = api(config, LocalBackend(no_models), no_models)
+    app = api(config, LocalBackend(), ModelIndex())
     uvicorn.run(app, host="127.0.0.1", port=port, log_config=None, timeout_graceful_shutdown=30)
     lock.close()

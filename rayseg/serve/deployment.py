@@ -17,12 +17,14 @@ from starlette.types import ASGIApp
 from rayseg.errors import ConfigError, RaysegError
 from rayseg.serve import middleware, problems
 from rayseg.serve.app import api
-from rayseg.serve.models import Classes, LocalBackend, ModelIndex, Prediction
+from rayseg.serve.models import Classes, LocalBackend, ModelIndex, Prediction, Served
+from rayseg.serve.problems import Unavailable
 from rayseg.serve.settings import ServeConfig
 from rayseg.serve.uploads import Image
 
 NAME = "rayseg"
 _MAX_CONNECTIONS = 1000
+_READY_SECONDS = 3.0
 _CONCURRENT_BATCHES = 2  # while one is copied to the device or waits for its threads, the other computes
 _ENVIRONMENT = {
     # Blocking work runs in threads of its own already; Serve's extra loops would only add a hop.
@@ -64,6 +66,7 @@ def application(config: ServeConfig) -> serve.Application:
     )
     values = config.model_dump(mode="json")
     api_ = Api.options(  # type: ignore[attr-defined]
+        num_replicas=config.api_replicas,
         # The middleware limits requests, by kind and once their body has arrived; Serve would count slow uploads.
         max_ongoing_requests=_MAX_CONNECTIONS,
         max_queued_requests=_MAX_CONNECTIONS,
@@ -75,23 +78,39 @@ def application(config: ServeConfig) -> serve.Application:
 
 @serve.deployment(graceful_shutdown_timeout_s=60, graceful_shutdown_wait_loop_s=0.2)
 class Models(LocalBackend):
-    """A replica: it loads models at first use and keeps three; patches of several requests share batches."""
+    """A replica: it loads models at first use and keeps some; patches of several requests share batches."""
 
-    def __init__(self, values: dict[str, Any]) -> None:
+    async def __init__(self, values: dict[str, Any]) -> None:  # type: ignore[misc] # Serve awaits it
         config = ServeConfig.model_validate(values)
         middleware.configure_log(config.log_file)
-        index = ModelIndex.of(config.models)
-        super().__init__(index, batch=config.batch, exact=config.exact, threads=_CONCURRENT_BATCHES)
+        super().__init__(batch=config.batch, exact=config.exact, threads=_CONCURRENT_BATCHES)
         self._batched.set_max_batch_size(config.batch)
         self._batched.set_batch_wait_timeout_s(config.wait_seconds)
 
-    @serve.multiplexed(max_num_models_per_replica=3)  # type: ignore[untyped-decorator]
-    async def model(self, name: str) -> Any:  # noqa: ANN401 - a model of any kind
-        """See `LocalBackend`; Serve unloads the model that was not used for the longest time."""
-        return await self.run(self.load, name)
+        # Here, because the number of models is a setting.
+        @serve.multiplexed(max_num_models_per_replica=config.models_per_replica)  # type: ignore[untyped-decorator]
+        async def load(key: str) -> Any:  # noqa: ANN401 - a model of any kind
+            return await self.run(self.load, key)
 
-    async def forward(self, name: str, inputs: list[np.ndarray]) -> Sequence[np.ndarray]:
-        """See `LocalBackend`; Serve keeps the batches of models apart by the request's model id, which is `name`."""
+        self._models = load
+        self._preloaded = True
+        # Serve sends requests to a replica once this has ended.
+        for model in ModelIndex(config.models).entries.values() if config.preload else ():
+            try:
+                await self.model(model.key)
+            except Unavailable:  # `load` has logged the reason
+                self._preloaded = False
+
+    async def model(self, key: str) -> Any:  # noqa: ANN401 - a model of any kind
+        """See `LocalBackend`; Serve unloads the model that was not used for the longest time."""
+        return await self._models(key)
+
+    async def ready(self) -> bool:
+        """Whether the models that were to be loaded at the start are loaded."""
+        return self._preloaded
+
+    async def forward(self, key: str, inputs: list[np.ndarray]) -> Sequence[np.ndarray]:
+        """See `LocalBackend`; Serve keeps the batches of models apart by the request's model id, which is `key`."""
         # One call per patch: Serve's batching joins those of concurrent requests.
         probabilities: list[np.ndarray] = await asyncio.gather(*map(self._batched, inputs))
         return probabilities
@@ -106,21 +125,21 @@ class RayBackend:
 
     def __init__(self, handle: DeploymentHandle, timeout: float) -> None:
         self._handle, self._timeout = handle, timeout
-        self._by_name: dict[str, DeploymentHandle] = {}
+        self._by_key: dict[str, DeploymentHandle] = {}
 
-    async def segment(self, name: str, image: Image) -> Prediction:
+    async def segment(self, model: Served, image: Image) -> Prediction:
         """See `rayseg.serve.models.Backend`."""
-        prediction: Prediction = await self._result(self._of(name).segment.remote(name, image))
+        prediction: Prediction = await self._result(self._of(model).segment.remote(model, image))
         return prediction
 
-    async def classify(self, name: str, image: Image, *, explain: bool) -> Classes:
+    async def classify(self, model: Served, image: Image, *, explain: bool) -> Classes:
         """See `rayseg.serve.models.Backend`."""
-        classes: Classes = await self._result(self._of(name).classify.remote(name, image, explain=explain))
+        classes: Classes = await self._result(self._of(model).classify.remote(model, image, explain=explain))
         return classes
 
-    async def instances(self, name: str, image: Image, options: dict[str, Any]) -> list[dict[str, Any]]:
+    async def instances(self, model: Served, image: Image, options: dict[str, Any]) -> list[dict[str, Any]]:
         """See `rayseg.serve.models.Backend`."""
-        masks: list[dict[str, Any]] = await self._result(self._of(name).instances.remote(name, image, options))
+        masks: list[dict[str, Any]] = await self._result(self._of(model).instances.remote(model, image, options))
         return masks
 
     async def labels(self, image: Image, options: dict[str, Any]) -> np.ndarray:
@@ -128,12 +147,20 @@ class RayBackend:
         labels_HW: np.ndarray = await self._result(self._handle.labels.remote(image, options))
         return labels_HW
 
-    def _of(self, name: str) -> DeploymentHandle:
+    async def ready(self) -> bool:
+        """See `rayseg.serve.models.Backend`."""
+        try:
+            # To every replica, past the queue: a busy one is ready, too.
+            return any(await asyncio.wait_for(self._handle.broadcast("ready").results_async(), _READY_SECONDS))
+        except (TimeoutError, DeploymentUnavailableError, RayActorError):
+            return False
+
+    def _of(self, model: Served) -> DeploymentHandle:
         """The handle that routes to replicas with that model loaded."""
         # `options` makes a new handle each time; one per model is kept.
-        if name not in self._by_name:
-            self._by_name[name] = self._handle.options(multiplexed_model_id=name)
-        return self._by_name[name]
+        if model.key not in self._by_key:
+            self._by_key[model.key] = self._handle.options(multiplexed_model_id=model.key)
+        return self._by_key[model.key]
 
     async def _result(self, response: Any) -> Any:  # noqa: ANN401 - a response of a handle
         try:
@@ -160,7 +187,7 @@ class Api:
     def __init__(self, values: dict[str, Any], models: DeploymentHandle) -> None:
         config = ServeConfig.model_validate(values)
         middleware.configure_log(config.log_file)
-        self._app = api(config, RayBackend(models, config.timeout_seconds), ModelIndex.of(config.models))
+        self._app = api(config, RayBackend(models, config.timeout_seconds), ModelIndex(config.models))
         self._app.names_requests = False
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

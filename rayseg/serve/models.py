@@ -1,20 +1,25 @@
 """The served models: found by name, loaded at first use, with patches of several requests in one batch."""
 
 import asyncio
+import hashlib
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
 from itertools import chain
+from time import monotonic
 from typing import Any, Protocol
 
 import numpy as np
+from botocore.exceptions import BotoCoreError
 
-from rayseg.errors import ConfigError
+from rayseg.errors import ConfigError, ModelError
 from rayseg.geo.grid import slug
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
+from rayseg.serve.problems import Unavailable
 from rayseg.serve.uploads import Image
 from rayseg.stages.predict import Predict, decide, lattice_of, patches_of
 from rayseg.store import StorePath, upath
@@ -22,60 +27,130 @@ from rayseg.vision.blend import Blend
 
 Prediction = tuple[np.ndarray, np.ndarray]
 Classes = tuple[list[float], np.ndarray | None]
+RECHECK = 5.0
+"""Seconds between two searches for models."""
+_log = logging.getLogger("rayseg.serve")
 _BATCHES_AHEAD = 4  # batches of one image in flight: not all of its patches are in memory
+
+
+@dataclass(frozen=True)
+class Served:
+    """A served bundle.
+
+    Attributes:
+        name: by which requests name it.
+        prefix: where it lies.
+        bundle: its description.
+    """
+
+    name: str
+    prefix: str
+    bundle: Bundle
+
+    @cached_property
+    def key(self) -> str:
+        """Identifies the bundle with its content: another one under the same prefix has another key."""
+        return f"{self.prefix}@{_digest(self.bundle)}"
+
+
+def _digest(described: Bundle) -> str:
+    return hashlib.sha256(described.model_dump_json().encode()).hexdigest()[:16]
 
 
 class Backend(Protocol):
     """Runs models, in this process or in replicas on a cluster."""
 
-    async def segment(self, name: str, image: Image) -> Prediction:
+    async def segment(self, model: Served, image: Image) -> Prediction:
         """Classes (height, width) and scores (bands, height, width) of a model over an image, as `Predict` returns."""
 
-    async def classify(self, name: str, image: Image, *, explain: bool) -> Classes:
+    async def classify(self, model: Served, image: Image, *, explain: bool) -> Classes:
         """Probability of each class of a classifier for the centre of an image, and its Grad-CAM++ if requested."""
 
-    async def instances(self, name: str, image: Image, options: dict[str, Any]) -> list[dict[str, Any]]:
+    async def instances(self, model: Served, image: Image, options: dict[str, Any]) -> list[dict[str, Any]]:
         """Masks of a Segment Anything model; see `rayseg.serve.prompts.masks`."""
 
     async def labels(self, image: Image, options: dict[str, Any]) -> np.ndarray:
         """Labels (height, width) without a model; see `rayseg.serve.prompts.labels`."""
 
+    async def ready(self) -> bool:
+        """Whether models can be asked now, and those to be loaded at the start are loaded."""
 
-@dataclass(frozen=True)
+
 class ModelIndex:
-    """The served bundles, name -> (prefix, description)."""
+    """The served bundles, looked for again every few seconds: added, replaced and removed ones follow.
 
-    entries: dict[str, tuple[str, Bundle]]
+    Args:
+        prefixes: every bundle at or below them is served.
 
-    @classmethod
-    def of(cls, prefixes: Sequence[StorePath]) -> "ModelIndex":
-        """Every bundle at or below the prefixes.
+    Raises:
+        ModelError: a prefix does not exist.
+        ConfigError: two bundles have the same name.
+    """
 
-        A name is the bundle's path below its prefix without `models`: `demo-segmenter` for
-        `runs/demo/models/segmenter` below `runs`; a prefix that is a bundle keeps the bundle's own name.
+    def __init__(self, prefixes: Sequence[StorePath] = ()) -> None:
+        self.prefixes = tuple(prefixes)
+        self.entries = served_below(self.prefixes)
+        # One thread: a store that does not answer must not occupy those of other work.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="models")
+        self._looked, self._took = monotonic(), 0.0
 
-        Raises:
-            ModelError: a prefix does not exist.
-            ConfigError: two bundles have the same name.
-        """
-        entries: dict[str, tuple[str, Bundle]] = {}
-        for prefix in prefixes:
-            for folder, described in bundle.find([prefix]):
-                parts = upath(folder).path.removeprefix(upath(prefix).path).split("/")
-                name = "-".join(slug(part) for part in parts if part and part != "models") or described.name
-                if entries.get(name, (folder,))[0] != folder:
-                    raise ConfigError(
-                        f"models {entries[name][0]} and {folder} are both named {name}; serve only one of them"
-                    )
-                # The same bundle can lie below two prefixes.
-                entries[name] = (folder, described)
-        return cls(entries)
+    async def all(self) -> dict[str, Served]:
+        """Name -> bundle, as of a few seconds ago."""
+        if self._due(RECHECK):
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._look, RECHECK)
+        return self.entries
 
-    def sam(self) -> str | None:
-        """Name of the first Segment Anything model."""
-        return next(
-            (name for name, (_, described) in self.entries.items() if described.architecture.factory == "sam"), None
-        )
+    async def one(self, name: str) -> Served | None:
+        """The bundle of a name; an unknown name is looked for at once, as it can be new."""
+        wait = RECHECK if name in self.entries else 1.0
+        if self._due(wait):
+            looked = asyncio.get_running_loop().run_in_executor(self._thread, self._look, wait)
+            if name not in self.entries:
+                await looked
+        return self.entries.get(name)
+
+    def sam(self) -> Served | None:
+        """The first Segment Anything model."""
+        return next((model for model in self.entries.values() if model.bundle.architecture.factory == "sam"), None)
+
+    def _due(self, wait: float) -> bool:
+        # A large or distant prefix takes long to search, so it is searched less often.
+        return bool(self.prefixes) and monotonic() - self._looked >= max(wait, 20 * self._took)
+
+    def _look(self, wait: float) -> None:
+        if not self._due(wait):
+            return  # another request has just looked
+        began = monotonic()
+        try:
+            present = [prefix for prefix in self.prefixes if upath(prefix).is_dir()]
+            self.entries = served_below(present)
+        except (ConfigError, ModelError, OSError, BotoCoreError) as error:  # the ones of before are served on
+            _log.warning("the models cannot be listed", extra={"facts": {"error": " ".join(str(error).split())}})
+        self._looked, self._took = monotonic(), monotonic() - began
+
+
+def served_below(prefixes: Sequence[StorePath]) -> dict[str, Served]:
+    """Every bundle at or below some prefixes, by name.
+
+    A name is the bundle's path below its prefix without `models`: `demo-segmenter` for
+    `runs/demo/models/segmenter` below `runs`; a prefix that is a bundle keeps the bundle's own name.
+
+    Raises:
+        ModelError: a prefix does not exist.
+        ConfigError: two bundles have the same name.
+    """
+    entries: dict[str, Served] = {}
+    for prefix in prefixes:
+        for folder, described in bundle.find([prefix]):
+            parts = upath(folder).path.removeprefix(upath(prefix).path).split("/")
+            name = "-".join(slug(part) for part in parts if part and part != "models") or described.name
+            # The same bundle can lie below two prefixes.
+            if name in entries and entries[name].prefix != folder:
+                raise ConfigError(
+                    f"models {entries[name].prefix} and {folder} are both named {name}; serve only one of them"
+                )
+            entries[name] = Served(name, folder, described)
+    return entries
 
 
 async def segmented(
@@ -127,48 +202,51 @@ class LocalBackend:
     The deployment of models extends it: it batches the patches of several requests and unloads models.
 
     Args:
-        index: the served models.
         batch: patches per batch.
         exact: return the bits of `Predict`, for which a GPU pads its batches.
         threads: maximum concurrent calls of models.
     """
 
-    def __init__(self, index: ModelIndex, *, batch: int = 8, exact: bool = True, threads: int = 1) -> None:
-        self.index, self.batch, self.exact = index, batch, exact
+    def __init__(self, *, batch: int = 8, exact: bool = True, threads: int = 1) -> None:
+        self.batch, self.exact = batch, exact
         self._pool = ThreadPoolExecutor(threads)
         self._loaded: dict[str, Any] = {}
 
-    async def model(self, name: str) -> Any:  # noqa: ANN401 - a model of any kind
+    async def model(self, key: str) -> Any:  # noqa: ANN401 - a model of any kind
         """A loaded model: a `SamProposer`, a `Classify`, or a `Predict` whose threads and batch size are set up."""
-        if name not in self._loaded:
-            self._loaded[name] = await self.run(self.load, name)
-        return self._loaded[name]
+        if key not in self._loaded:
+            self._loaded[key] = await self.run(self.load, key)
+        return self._loaded[key]
 
-    async def forward(self, name: str, inputs: list[np.ndarray]) -> Sequence[np.ndarray]:
+    async def forward(self, key: str, inputs: list[np.ndarray]) -> Sequence[np.ndarray]:
         """Probabilities of each input."""
-        probabilities: list[np.ndarray] = await self.run(self.probabilities, await self.model(name), inputs)
+        probabilities: list[np.ndarray] = await self.run(self.probabilities, await self.model(key), inputs)
         return probabilities
 
-    async def segment(self, name: str, image: Image) -> Prediction:
+    async def segment(self, model: Served, image: Image) -> Prediction:
         """See `Backend`."""
-        model = await self.model(name)
+        loaded = await self.model(model.key)
         return await segmented(
-            model.bundle, image, model.input, partial(self.forward, name), ahead=_BATCHES_AHEAD * self.batch
+            loaded.bundle, image, loaded.input, partial(self.forward, model.key), ahead=_BATCHES_AHEAD * self.batch
         )
 
-    async def classify(self, name: str, image: Image, *, explain: bool) -> Classes:
+    async def classify(self, model: Served, image: Image, *, explain: bool) -> Classes:
         """See `Backend`."""
-        model = await self.model(name)
-        classes: Classes = await self.run(partial(model.single, image.image_CHW, image.valid_HW, explain=explain))
+        loaded = await self.model(model.key)
+        classes: Classes = await self.run(partial(loaded.single, image.image_CHW, image.valid_HW, explain=explain))
         return classes
 
-    async def instances(self, name: str, image: Image, options: dict[str, Any]) -> list[dict[str, Any]]:
+    async def instances(self, model: Served, image: Image, options: dict[str, Any]) -> list[dict[str, Any]]:
         """See `Backend`."""
-        model = await self.model(name)
+        loaded = await self.model(model.key)
         from rayseg.serve import prompts  # PyTorch is loaded with the model
 
-        masks: list[dict[str, Any]] = await self.run(prompts.masks, model, image, options)
+        masks: list[dict[str, Any]] = await self.run(prompts.masks, loaded, image, options)
         return masks
+
+    async def ready(self) -> bool:
+        """See `Backend`."""
+        return True
 
     async def labels(self, image: Image, options: dict[str, Any]) -> np.ndarray:
         """See `Backend`."""
@@ -176,21 +254,22 @@ class LocalBackend:
         labels_HW: np.ndarray = await self.run(prompts.labels, image, options)
         return labels_HW
 
-    def load(self, name: str) -> Any:  # noqa: ANN401 - a model of any kind
-        """Load a model; takes seconds."""
-        prefix, described = self.index.entries[name]
-        if described.architecture.factory == "sam":
-            from rayseg.serve import prompts
+    def load(self, key: str) -> Any:  # noqa: ANN401 - a model of any kind
+        """Load the model of a `Served.key`; takes seconds.
 
-            return prompts.load(prefix)
-        if described.task == "classification":
-            from rayseg.stages.classify import Classify
-
-            return Classify(prefix)
-        predict = Predict(prefix)
-        # At once, while nobody waits: the check computes three patches.
-        predict.help_one()
-        return predict
+        Raises:
+            Unavailable: its files are gone or damaged, or those of another model.
+        """
+        prefix, _, digest = key.rpartition("@")
+        try:
+            return _loaded(prefix, digest)
+        except (ModelError, OSError, BotoCoreError) as error:
+            # Clients learn no path of the server; the log names it.
+            _log.error("a model cannot be loaded", extra={"facts": {"error": " ".join(str(error).split())}})
+            raise Unavailable(
+                "the model cannot be loaded: its files are missing, damaged or being replaced; retry later, and if "
+                "this lasts, the administrator finds the reason in the server's log"
+            ) from None
 
     def probabilities(self, model: Predict, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Probabilities of each input, of any images, with the bits of `rayseg predict`."""
@@ -203,3 +282,23 @@ class LocalBackend:
     async def run(self, function: Callable[..., Any], *arguments: object) -> Any:  # noqa: ANN401
         """Call a function in the pool."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+
+def _loaded(prefix: str, digest: str) -> Any:  # noqa: ANN401 - a model of any kind
+    described = bundle.description(prefix)
+    if _digest(described) != digest:
+        raise ModelError(f"{prefix} holds another model since this one was asked for; retry the request")
+    if described.architecture.factory == "sam":
+        from rayseg.serve import prompts
+
+        return prompts.load(prefix)
+    if described.task == "classification":
+        from rayseg.stages.classify import Classify
+
+        classify = Classify(prefix)
+        assert classify.bundle == described  # loads it
+        return classify
+    predict = Predict(prefix)
+    # At once, while nobody waits: the check computes three patches.
+    predict.help_one()
+    return predict

@@ -9,8 +9,20 @@ from rayseg.errors import ConfigError, DataError, ModelError, RaysegError
 from rayseg.io.untrusted import ImageTooLarge
 
 MEDIA_TYPE = "application/problem+json"
+
+
+class Unavailable(RaysegError):
+    """A model that cannot be used now."""
+
+
 # The first class that matches counts, so subclasses come first; other errors of rayseg are a 500.
-STATUS_OF: Mapping[type[RaysegError], int] = {ImageTooLarge: 413, ConfigError: 422, DataError: 422, ModelError: 422}
+STATUS_OF: Mapping[type[RaysegError], int] = {
+    ImageTooLarge: 413,
+    ConfigError: 422,
+    DataError: 422,
+    ModelError: 422,
+    Unavailable: 503,
+}
 
 
 class Problem(RaysegError):

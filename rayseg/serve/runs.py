@@ -10,7 +10,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from threading import Event, Lock
+from threading import Event, Lock, Thread
 from time import monotonic
 from typing import Annotated, Any, Literal
 
@@ -36,6 +36,8 @@ from rayseg.vision.color import ClassTable
 
 MAX_OPENED = 16
 """Maximum files that one web tile opens; a web tile over more of them is drawn from the ledger, without imagery."""
+MAX_MOSAIC = 50_000
+"""Maximum tiles of a run that has a mosaic; a larger one shows each tile in one class at low zooms."""
 TILE_THREADS = 2
 TILE_SECONDS = 10.0
 """Time limit of a tile."""
@@ -52,6 +54,22 @@ Zoom = Annotated[int, Path(ge=0, le=24)]
 Index = Annotated[int, Path(ge=0, lt=1 << 24)]
 
 
+class Overview:
+    """The mosaic of a run, made in a thread once the run has ended and a tile of it was requested."""
+
+    def __init__(self) -> None:
+        self._begun = Lock()
+        self.mosaic: mapview.Mosaic | None = None
+
+    def start(self, tiles: Sequence[MappedTile]) -> None:
+        """Make the mosaic, unless somebody else does."""
+        if len(tiles) <= MAX_MOSAIC and self._begun.acquire(blocking=False):
+            Thread(target=self._make, args=(tiles,), daemon=True).start()
+
+    def _make(self, tiles: Sequence[MappedTile]) -> None:
+        self.mosaic = mapview.Mosaic.of(tiles)
+
+
 @dataclass(frozen=True, eq=False)
 class RunView:
     """The map of a run.
@@ -63,6 +81,8 @@ class RunView:
         planned_N4: the same for each of `planned`.
         majority_N: most frequent class of each of `tiles`, uint8.
         table: the classes; None while nothing is mapped.
+        version: of the run's files; see `version`.
+        overview: of a finished run; None of another.
     """
 
     tiles: tuple[MappedTile, ...]
@@ -71,6 +91,8 @@ class RunView:
     planned_N4: np.ndarray
     majority_N: np.ndarray
     table: ClassTable | None
+    version: str = ""
+    overview: Overview | None = None
 
     def mapped(self, bounds: mapview.Bounds, image: str | None) -> list[int]:
         """Positions in `tiles` of those that intersect (west, south, east, north), or of an image without CRS."""
@@ -158,8 +180,13 @@ def version(root: str) -> str:
 def _version(root: str, moment: int) -> str:
     content = runs.read(root)
     if content["status"] == "running":
-        return f"{moment}"
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        return f"{moment}"  # decimal digits alone
+    return "f" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=4)
+def _overview(_root: str, version: str) -> Overview | None:
+    return None if version.isdecimal() else Overview()
 
 
 _READING: defaultdict[str, Lock] = defaultdict(Lock)  # per run: concurrent requests for a run read it once
@@ -172,7 +199,7 @@ def view(root: str) -> RunView:
 
 
 @lru_cache(maxsize=8)
-def _view(root: str, _version: str) -> RunView:
+def _view(root: str, version: str) -> RunView:
     # The step with the map is usually called predict; other steps have manifests as well.
     names = [path.parent.name for path in upath(root).glob("steps/*/manifest.parquet")]
     for step in sorted(names, key=lambda name: (name != "predict", name)):
@@ -188,6 +215,8 @@ def _view(root: str, _version: str) -> RunView:
                 planned_N4=_bounds([tile for tile, _ in planned]),
                 majority_N=np.array([max(of, key=of.__getitem__, default=answers.NODATA) for of in counts], np.uint8),
                 table=masks.table_of(tiles[0].href),
+                version=f"{root} {version}",
+                overview=_overview(root, version),
             )
     nothing = np.empty((0, 4))
     return RunView((), (), nothing, nothing, np.empty(0, np.uint8), None)
@@ -294,26 +323,40 @@ def tile_png(
         if len(sources) > MAX_OPENED:
             return None
         return answers.rgba_png(mapview.imagery_tile(sources, place, image=whole, hosts=hosts, stop=stop))
-    # 2. the class maps, or where there are many of them each tile in its most frequent class
+    # 2. the classes: from the run's mosaic, from the class maps, or where there are many each tile in one class
     positions = shown.mapped(bounds, image)
     if not positions:
         return None
-    if len(positions) <= MAX_OPENED:
-        classes_HW = mapview.classes_tile([shown.tiles[at] for at in positions], place, image=whole, stop=stop)
-    elif whole:
+    tiles = [shown.tiles[at] for at in positions]
+    mosaic = None
+    if shown.overview:
+        shown.overview.start(shown.tiles)
+        mosaic = shown.overview.mosaic
+    if mosaic and (len(tiles) > MAX_OPENED or mosaic.suffices(place, tiles[0].tile.grid, whole)):
+        images = dict.fromkeys(tile.tile.grid for tile in tiles) if whole else {}
+        classes_HW = mosaic.tile(place, images=list(images), image=whole)
+    elif len(tiles) <= MAX_OPENED:
+        classes_HW = mapview.classes_tile(tiles, place, image=whole, stop=stop, version=shown.version)
+    else:
+        classes_HW = _coarse(shown, positions, place, whole)
+    colors = {value: color for value, _, color in shown.table.classes}
+    return answers.palette_png(classes_HW, colors, opaque=set(shown_colors(shown.table)))
+
+
+def _coarse(shown: RunView, positions: Sequence[int], place: mapview.Place, whole: Window | None) -> np.ndarray:
+    """Class values of a web tile, each tile of the run in its most frequent class, until there is a mosaic."""
+    if whole:
         side = max(whole.width, whole.height) / 2 ** place[0]
         windows = [shown.tiles[at].tile.window for at in positions]
         # Rows grow downward, the boxes' y upward.
         boxes_N4 = np.array([(w.col, -w.row1, w.col1, -w.row) for w in windows])
         _, x, y = place
         extent = (x * side, -(y + 1) * side, (x + 1) * side, -y * side)
-        classes_HW = mapview.coarse_classes_tile(shown.majority_N[positions], boxes_N4, extent)
     else:
         boxes_N4 = mapview.mercator(shown.bounds_N4[positions])
-        extent = mapview.mercator(np.array([bounds]))[0].tolist()
-        classes_HW = mapview.coarse_classes_tile(shown.majority_N[positions], boxes_N4, extent)
-    colors = {value: color for value, _, color in shown.table.classes}
-    return answers.palette_png(classes_HW, colors, opaque=set(shown_colors(shown.table)))
+        west, south, east, north = mapview.mercator(np.array([mapview.bounds_of_tile(*place)]))[0].tolist()
+        extent = (west, south, east, north)
+    return mapview.coarse_classes_tile(shown.majority_N[positions], boxes_N4, extent)
 
 
 async def drawn(request: Request, draw: Callable[[Event], bytes | None], pool: Executor) -> bytes | None:
@@ -377,9 +420,12 @@ class _Handlers:
             raise Problem(404, f"zoom {z} has tiles 0 to {(1 << z) - 1}, the request is for {x}, {y}")
         # 1. the browser's copy may still be valid
         root = await asyncio.to_thread(self._index.root, name)
-        identity = f"{__version__} {await asyncio.to_thread(version, root)} {z} {x} {y} {layer} {image}"
+        files = await asyncio.to_thread(version, root)
+        overview = _overview(root, files)
+        ended = overview is None or overview.mosaic is not None or layer == "imagery"
+        identity = f"{__version__} {files} {ended} {z} {x} {y} {layer} {image}"
         etag = f'"{hashlib.sha256(identity.encode()).hexdigest()[:20]}"'
-        headers = {"Cache-Control": "private, max-age=60", "ETag": etag}
+        headers = {"Cache-Control": f"private, max-age={60 if ended else 5}", "ETag": etag}
         if etag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
 

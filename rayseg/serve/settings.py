@@ -52,6 +52,12 @@ class ServeConfig(Config):
     """GPUs per replica of the models; fractions are allowed."""
     cpus: Annotated[float, Field(ge=0)] = 1.0
     """CPUs per replica of the models, in Ray's logical units."""
+    models_per_replica: Annotated[int, Field(gt=0)] = 3
+    """Maximum models in the memory of a replica; the one that was not used for the longest time is unloaded."""
+    preload: bool = False
+    """Load all models when a replica starts; without it a model is loaded by the first request for it."""
+    api_replicas: Annotated[int, Field(gt=0)] = 1
+    """Replicas of the API, which receive requests, decode uploads and draw map tiles."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
     """Time limit of a request."""
     imagery_hosts: tuple[str, ...] = ()
@@ -92,6 +98,19 @@ class ServeConfig(Config):
                 "ASCII; create one with: openssl rand -hex 32"
             )
         return token
+
+
+def require_room(config: ServeConfig, models: int) -> None:
+    """Refuse to load more models at the start than a replica keeps.
+
+    Raises:
+        ConfigError: it keeps fewer.
+    """
+    if config.preload and models > config.models_per_replica:
+        raise ConfigError(
+            f"--preload loads {models} models, a replica keeps models_per_replica={config.models_per_replica}; raise "
+            f"it with --set models_per_replica={models}, or serve fewer"
+        )
 
 
 def require_token(host: str, token_file: str | None) -> None:

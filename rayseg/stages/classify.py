@@ -91,7 +91,7 @@ class Classify(Score):
             DataError: the centre has no valid pixel.
             ModelError: see `expect_explainable`.
         """
-        described = self._loaded[0]
+        described = self.bundle
         whole = Window(0, 0, image_CHW.shape[2], image_CHW.shape[1])
         window = middle(whole, described.patch)
         # A small image is filled up with its mirror, as a chip is.

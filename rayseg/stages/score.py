@@ -45,6 +45,11 @@ class Score:
     prefix: str
     features: str | None = None
 
+    @property
+    def bundle(self) -> Bundle:
+        """The model's description."""
+        return self._loaded[0]
+
     @cached_property
     def _loaded(self) -> "tuple[Bundle, torch.nn.Module]":
         import torch

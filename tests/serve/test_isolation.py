@@ -76,14 +76,14 @@ from rayseg.serve.models import ModelIndex
 from rayseg.serve.settings import ServeConfig
 
 class Backend:
-    async def instances(self, name, image, options):
+    async def instances(self, model, image, options):
         return [{"runs": np.array([3, 9]), "iou": 0.5, "stability": 0.5}]
 
 png = io.BytesIO()
 Image.new("RGB", (80, 60)).save(png, "PNG")
 form = {"image": ("a.png", png.getvalue())}
 for models in ((), (sys.argv[1],)):
-    asked = TestClient(api(ServeConfig(models=models), Backend(), ModelIndex.of(models)))
+    asked = TestClient(api(ServeConfig(models=models), Backend(), ModelIndex(models)))
     for path, fields in (("auto", {}), ("prompt", {"points": "[[9, 9]]"})):
         for accept in ("application/json", "image/png", "application/geo+json"):
             found = asked.post(f"/v1/sam/{path}", data=fields, headers={"Accept": accept}, files=form)

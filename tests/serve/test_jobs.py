@@ -72,7 +72,7 @@ def test_paths_and_invalid_values_are_refused(config, asked, words):
 @pytest.mark.parametrize(("start", "end"), [("[", "]"), ('{"a":', "}"), ('{"a":[', "]}")])
 @pytest.mark.parametrize("depth", [12, 300, 600, 750, 900])
 def test_what_is_nested_deeper_than_any_configuration_is_refused(config, depth, start, end):
-    asked = TestClient(api(config, LocalBackend(ModelIndex({})), ModelIndex({})), raise_server_exceptions=False)
+    asked = TestClient(api(config, LocalBackend(), ModelIndex()), raise_server_exceptions=False)
     times = depth // len(end)
     values = f'{{"patch": {start * times}1{end * times}}}'
     body = f'{{"pipeline": "gpc", "region": "demo", "config": {values}}}'
@@ -82,7 +82,7 @@ def test_what_is_nested_deeper_than_any_configuration_is_refused(config, depth, 
 
 
 def test_what_is_nested_too_deep_to_be_read_is_refused(config):
-    asked = TestClient(api(config, LocalBackend(ModelIndex({})), ModelIndex({})), raise_server_exceptions=False)
+    asked = TestClient(api(config, LocalBackend(), ModelIndex()), raise_server_exceptions=False)
     body = f'{{"pipeline": "gpc", "region": "demo", "config": {{"patch": {"[" * 50_000}{"]" * 50_000}}}}}'
     assert asked.post("/v1/jobs", content=body, headers={"Content-Type": "application/json"}).status_code == 400
 
@@ -114,7 +114,7 @@ def test_a_job_is_submitted_and_looked_up_by_its_id(config, monkeypatch):
             return [SimpleNamespace(submission_id=name, status=JobStatus.RUNNING) for name in [None, *submitted]]
 
     monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Client)
-    asked = TestClient(api(config.model_copy(update={"jobs_at_once": 1}), LocalBackend(ModelIndex({})), ModelIndex({})))
+    asked = TestClient(api(config.model_copy(update={"jobs_at_once": 1}), LocalBackend(), ModelIndex()))
     found = asked.post("/v1/jobs", json={"pipeline": "gpc", "region": "demo"})
     assert found.status_code == 202, found.text
     name = found.json()["id"]
@@ -132,7 +132,7 @@ def test_a_job_is_submitted_and_looked_up_by_its_id(config, monkeypatch):
 
 def test_a_cluster_that_does_not_answer_is_a_503(config):
     away = config.model_copy(update={"jobs_address": "http://127.0.0.1:9"})
-    asked = TestClient(api(away, LocalBackend(ModelIndex({})), ModelIndex({})))
+    asked = TestClient(api(away, LocalBackend(), ModelIndex()))
     for found in (
         asked.post("/v1/jobs", json={"pipeline": "gpc", "region": "demo"}),
         asked.get("/v1/jobs/job-0123456789ab"),

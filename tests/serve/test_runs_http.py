@@ -229,8 +229,10 @@ def test_a_finished_run_that_is_resumed_is_read_again(root, mask, tmp_path, monk
 
 def opened_by(monkeypatch):
     """Files that tiles open."""
-    opened, original = [], mapview._open
-    monkeypatch.setattr(mapview, "_open", lambda href, **given: opened.append(href) or original(href, **given))
+    mapview._block.cache_clear()
+    opened, reader, file = [], mapview._open, mapview.open_file
+    monkeypatch.setattr(mapview, "_open", lambda href, **given: opened.append(href) or reader(href, **given))
+    monkeypatch.setattr(mapview, "open_file", lambda href, **given: opened.append(href) or file(href, **given))
     return opened
 
 
@@ -253,6 +255,47 @@ def test_a_tile_over_many_tiles_opens_no_more_files_than_the_limit(asked, mask, 
         for row, col in np.ndindex(2, 3):
             most = np.bincount(mask[64 * row : 64 * row + 64, 64 * col : 64 * col + 64].ravel()).argmax()
             assert coarse_HW[int(side * (row + 0.5)), int(side * (col + 0.5))] == most
+
+
+def test_a_mosaic_shows_the_pixels_of_the_maps(root, mask, monkeypatch):
+    tiles = mapped_tiles(root / "earth/map")
+    _, south, east, _ = mapview.lonlat_bounds(tiles[0].tile.grid, tiles[0].tile.window)
+    place = mercantile.tile(east, south, 17)
+    fine_HW = mapview.classes_tile(tiles, (17, place.x, place.y))
+    assert 0.01 < (fine_HW == 1).mean() < 1
+    whole = mapview.Mosaic.of(tiles)
+    assert whole.step == 1
+    np.testing.assert_array_equal(whole.tile((17, place.x, place.y)), fine_HW)
+    monkeypatch.setattr(mapview, "_MOSAIC", SHAPE[0] * SHAPE[1] // 16)
+    small = mapview.Mosaic.of(tiles)
+    assert small.step == 4
+    assert (small.tile((17, place.x, place.y)) == fine_HW).mean() > 0.95
+    assert small.suffices((14, 0, 0), tiles[0].tile.grid, None) is False  # far away nothing is known
+    near = mercantile.tile(east, south, 13)
+    assert small.suffices((13, near.x, near.y), tiles[0].tile.grid, None)
+    assert not small.suffices((20, place.x * 8, place.y * 8), tiles[0].tile.grid, None)
+
+
+def test_a_finished_run_of_many_tiles_is_drawn_from_its_mosaic_at_low_zooms(root, mask, tmp_path, monkeypatch):
+    make(tmp_path / "map", {"scene": (picture(mask), mask, (0, 0))})
+    content = json.loads((tmp_path / "map/run.json").read_text()) | {"status": "done", "reason": ""}
+    (tmp_path / "map/run.json").write_text(json.dumps(content))
+    monkeypatch.setattr(runs, "MAX_OPENED", 4)
+    asked = client(runs=(str(tmp_path / "map"),))
+    west, south, east, north = asked.get("/v1/runs/map").json()["bounds"]
+    place = mercantile.tile((west + east) / 2, (south + north) / 2, 16)
+    while (
+        "max-age=60"
+        not in (found := asked.get(f"/v1/runs/map/tiles/16/{place.x}/{place.y}.png")).headers["cache-control"]
+    ):
+        time.sleep(0.05)
+    opened = opened_by(monkeypatch)
+    np.testing.assert_array_equal(
+        image_of(asked.get(f"/v1/runs/map/tiles/16/{place.x}/{place.y}.png")), image_of(found)
+    )
+    assert opened == []
+    expected_HW = mapview.classes_tile(mapped_tiles(tmp_path / "map"), (16, place.x, place.y))
+    assert (image_of(found) == expected_HW).mean() > 0.99
 
 
 def test_imagery_of_more_scenes_than_the_limit_is_not_drawn(asked, monkeypatch):
@@ -282,8 +325,8 @@ def test_a_tile_that_the_client_has_is_not_drawn_again(root, mask, tmp_path, mon
     (tmp_path / "map/run.json").write_text(json.dumps(content))
     asked = client(runs=(str(tmp_path / "map"),))
     monkeypatch.setattr(runs, "monotonic", lambda: 0.0)
-    first = asked.get("/v1/runs/map/tiles/0/0/0.png")
-    assert "max-age" in first.headers["cache-control"]
+    while "max-age=60" not in (first := asked.get("/v1/runs/map/tiles/0/0/0.png")).headers["cache-control"]:
+        time.sleep(0.05)  # until the mosaic is made, after which tiles are others
     known = {"If-None-Match": first.headers["etag"]}
     with monkeypatch.context() as patch:
         patch.setattr(runs, "tile_png", lambda *_, **__: 1 / 0)

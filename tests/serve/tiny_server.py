@@ -42,8 +42,8 @@ def client(*models, **settings):
 def served(*models, **settings):
     """The ASGI application of a server with these bundles."""
     config = ServeConfig(models=tuple(map(str, models)), **settings)
-    shelf = ModelIndex.of(config.models)
-    return api(config, LocalBackend(shelf, batch=4), shelf)
+    shelf = ModelIndex(config.models)
+    return api(config, LocalBackend(batch=4), shelf)
 
 
 def image_HWC(height=90, width=130, seed=0):
