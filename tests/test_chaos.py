@@ -35,7 +35,7 @@ SMALL = {
     "al-s4gan": (
         "--config", "al-s4gan/smoke", "--set", "segmenter.steps=6", "--set", "segmenter.checkpoint=3",
         "--set", "segmenter.discriminator.after=3", "--set", "active.classifier.epochs=1", "--set", "map.tile=256",
-        "--set", "active.classifier.rates=[[1, 3.0e-3]]",
+        "--set", "active.classifier.rates=[[1, 3.0e-3]]", "--set", "active.ratio=0.4",
     ),
 }  # fmt: skip
 """Pipeline -> settings of a run of a minute."""

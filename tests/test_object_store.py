@@ -224,7 +224,7 @@ def test_a_run_from_bucket_to_bucket_is_that_on_a_disk_also_behind_a_failing_pro
                    "--engine", "inline", "--set", "map.tile=128")  # fmt: skip
     assert local.exit_code == 0, local.output
     rasters = list((tmp_path / "run").glob("tiles/*/*.tif"))
-    assert len(rasters) == 2 * written
+    assert len(rasters) == 3 * written  # classes, scores, classes without specks
     for path in rasters:
         assert found[f"/{path.relative_to(tmp_path / 'run')}"] == path.read_bytes()
 
