@@ -14,8 +14,8 @@ from rayseg.engine import progress, tuning
 from rayseg.errors import ConfigError, RaysegError, Stalled
 
 ORDER = (
-    "run", "plan", "status", "retry", "verify", "predict", "evaluate", "remap", "refresh", "diff", "area", "polygonize",
-    "export", "ingest", "labels", "serve", "view", "models", "regions", "config", "env",
+    "run", "plan", "status", "retry", "verify", "predict", "evaluate", "correct", "remap", "refresh", "diff", "area",
+    "polygonize", "export", "ingest", "labels", "serve", "view", "models", "regions", "config", "env",
 )  # fmt: skip
 INTERRUPTED = 130
 """Exit code of a command that SIGINT ended, by the convention of shells."""

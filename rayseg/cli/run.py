@@ -254,6 +254,35 @@ def refresh(
 
 
 @app.command()
+def correct(
+    run: RunPrefix,
+    *,
+    clicks: Annotated[
+        str | None,
+        typer.Option(
+            help="Points and short lines with a property class, in degrees or with a CRS; default: those of the page."
+        ),
+    ] = None,
+    out: Out,
+    set_: Overrides = None,
+    engine: EngineName = "ray",
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Correct a finished map by clicks where it is wrong; the classes of what resembles the clicks follow.
+
+    A light head is fitted to the clicks, on the frozen features of the run's own model; all else stays as it is.
+    """
+    from rayseg.io.clicks import beside
+    from rayseg.steps.remap import expect_apart, map_settings, region_of
+
+    expect_apart(out, run)
+    kept = map_settings(run)
+    settings = {"run": run, "clicks": clicks or beside(run), "map": kept["map"], "polygons": kept["polygons"]}
+    _run_with(settings, set_, out, "correct", region_of(run), engine=engine, address=address, as_json=as_json)
+
+
+@app.command()
 def diff(
     before: Annotated[str, typer.Argument(metavar="RUN1", help="Folder or URL of the earlier run.")],
     after: Annotated[str, typer.Argument(metavar="RUN2", help="Folder or URL of the run that it is compared with.")],

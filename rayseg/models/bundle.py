@@ -44,6 +44,7 @@ FORMAT = 1
 FACTORIES = {
     "appearance": ("rayseg.models.appearance", "build_appearance"),
     "classifier": ("rayseg.models.classifier", "build_classifier"),
+    "corrected": ("rayseg.models.correction", "build_corrected"),
     "over-imagenet": ("rayseg.models.classifier", "build_over_imagenet"),
     "pixel-head": ("rayseg.models.pixel_head", "build_pixel_head"),
     "plots": ("rayseg.models.plot_classifier", "build_plot_classifier"),
@@ -115,6 +116,7 @@ class Architecture(Config):
     factory: Literal[
         "appearance",
         "classifier",
+        "corrected",
         "over-imagenet",
         "pixel-head",
         "plots",
@@ -186,7 +188,7 @@ class Bundle(Config):
     @property
     def outputs(self) -> int:
         """Number of the model's logits per image or pixel; 1 for a class against the rest."""
-        usual = {"appearance": 1, "refined": 1, "sam": 1, "segmenter": 1, "unsupervised": 32}
+        usual = {"appearance": 1, "corrected": 1, "refined": 1, "sam": 1, "segmenter": 1, "unsupervised": 32}
         return int(self.architecture.options.get("classes", usual.get(self.architecture.factory, 2)))
 
     def of(self, parents: Sequence[str], metrics: Metrics) -> "Bundle":

@@ -53,14 +53,14 @@ class PixelHead(nn.Module):
     def features(self, images_NCHW: Tensor) -> Tensor:
         """All features, (N, F, height / 4, width / 4)."""
         size = [side // STRIDE for side in images_NCHW.shape[2:]]
-        return torch.cat([_to(maps, size) for maps in self.maps(images_NCHW)], dim=1)
+        return torch.cat([resized(maps, size) for maps in self.maps(images_NCHW)], dim=1)
 
     def color(self, images_NCHW: Tensor) -> Tensor:
         """Mean colours of squares of 4, 8 and 16 px, and the deviation of brightness in the larger two."""
         color = _lab(images_NCHW * self.std[:, None, None] + self.mean[:, None, None]) if self.lab else images_NCHW
         light = color[:, :1] if self.lab else color.mean(dim=1, keepdim=True)
-        means = [_around(color, size) for size in _SCALES]
-        squares = [(_around(light.square(), size), _around(light, size)) for size in _SCALES[1:]]
+        means = [around(color, size) for size in _SCALES]
+        squares = [(around(light.square(), size), around(light, size)) for size in _SCALES[1:]]
         return torch.cat([*means, *((square - mean**2).clamp(min=0).sqrt() for square, mean in squares)], dim=1)
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class PixelHead(nn.Module):
         size = [side // STRIDE for side in images_NCHW.shape[2:]]
         # A linear map and an interpolation can change places; the map first needs far less memory.
         parts = zip(self.maps(images_NCHW), torch.split(self.first.weight, self.widths, dim=1), strict=True)
-        units = torch.stack([_to(conv2d(maps, weight[..., None, None]), size) for maps, weight in parts]).sum(dim=0)
+        units = torch.stack([resized(conv2d(maps, weight[..., None, None]), size) for maps, weight in parts]).sum(dim=0)
         units = units + self.first.bias[:, None, None]
         logits = self.last(units.relu()) if self.last else units
         return interpolate(logits, size=images_NCHW.shape[2:], mode="bilinear")
@@ -111,11 +111,12 @@ def build_pixel_head(
     return PixelHead(trunk, classes=classes, channels=channels, lab=bool(lab), hidden=hidden, flips=flips)
 
 
-def _to(maps_NCHW: Tensor, size: list[int]) -> Tensor:
+def resized(maps_NCHW: Tensor, size: list[int]) -> Tensor:
+    """Maps interpolated bilinearly to (height, width) `size`."""
     return interpolate(maps_NCHW, size=size, mode="bilinear") if list(maps_NCHW.shape[2:]) != size else maps_NCHW
 
 
-def _around(maps_NCHW: Tensor, size: int) -> Tensor:
+def around(maps_NCHW: Tensor, size: int) -> Tensor:
     """Means of squares of `size` px around the middle of every square of 4 px."""
     return avg_pool2d(maps_NCHW, size, stride=STRIDE, padding=(size - STRIDE) // 2, count_include_pad=False)
 

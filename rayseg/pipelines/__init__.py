@@ -20,6 +20,7 @@ PIPELINES = {
 COMMANDS = {
     "predict": "rayseg.pipelines.predict",
     "remap": "rayseg.pipelines.remap",
+    "correct": "rayseg.pipelines.correct",
     "diff": "rayseg.pipelines.diff",
 }
 """The pipelines of commands of their own: their runs can be retried, `rayseg run pipeline` does not list them."""

@@ -79,10 +79,10 @@ def map_settings(root: str) -> dict[str, Any]:
     """
     content = runs.read(root)
     bundle = content.get("steps", {}).get(SCORED, {}).get("bundle")
-    if not bundle or content["pipeline"] not in {"predict", "gpc", "landcover", "al-s4gan"}:
+    if not bundle or content["pipeline"] not in {"predict", "gpc", "landcover", "al-s4gan", "correct"}:
         raise ConfigError(
             f"run {root} of {content['pipeline']}, {content['status']}, has no map by a single model; give a finished "
-            "run of gpc, landcover, al-s4gan or predict"
+            "run of gpc, landcover, al-s4gan, predict or correct"
         )
     return {"model": bundle, "map": content["config"]["map"], "polygons": polygons_of(root), "earlier": root}
 
