@@ -16,10 +16,22 @@ if TYPE_CHECKING:
     from rayseg.api.model import Model as load_model
     from rayseg.api.results import Run
     from rayseg.api.results import Run as open  # noqa: A004 - rayseg.open, as rasterio.open
-    from rayseg.api.running import diff, refresh, remap, run
+    from rayseg.api.running import correct, diff, refresh, remap, run
 
 __version__ = "0.1.0"
-__all__ = ["Model", "Prediction", "Run", "__version__", "diff", "load_model", "open", "refresh", "remap", "run"]
+__all__ = [
+    "Model",
+    "Prediction",
+    "Run",
+    "__version__",
+    "correct",
+    "diff",
+    "load_model",
+    "open",
+    "refresh",
+    "remap",
+    "run",
+]
 
 _PLACES = {
     "Model": ("rayseg.api.model", "Model"),
@@ -28,6 +40,7 @@ _PLACES = {
     "diff": ("rayseg.api.running", "diff"),
     "load_model": ("rayseg.api.model", "Model"),
     "open": ("rayseg.api.results", "Run"),
+    "correct": ("rayseg.api.running", "correct"),
     "refresh": ("rayseg.api.running", "refresh"),
     "remap": ("rayseg.api.running", "remap"),
     "run": ("rayseg.api.running", "run"),

@@ -99,6 +99,40 @@ def remap(
     return _derived("remap", (run,), out, set, engine, address)
 
 
+def correct(
+    run: "str | Run",
+    *,
+    out: str,
+    clicks: str | None = None,
+    set: Mapping[str, Any] | None = None,  # noqa: A002
+    engine: Literal["ray", "inline"] = "ray",
+    address: str | None = None,
+) -> "Run":
+    """Make a new map that follows clicks where the old one is wrong, as `rayseg correct` does.
+
+    Args:
+        run: the finished run, or its folder or URL; it is only read.
+        out: folder or URL of the new run.
+        clicks: file of points and short lines with a property `class`; by default those that `rayseg view` kept.
+        set: settings that differ from the defaults, for example `{"head.reach": 0.5}`.
+        engine: ray, or inline for this process alone.
+        address: Ray cluster to join.
+
+    Returns:
+        The new run; `models/segmenter` below it is the corrected model.
+
+    Raises:
+        ConfigError: no single model made the map, a click is of another run or class, or a setting is invalid.
+        DataError: there are no clicks, or one is not on the map.
+        RunIncomplete: see `rayseg.run`.
+
+    Example:
+        >>> rayseg.correct("runs/demo", clicks="wrong.geojson", out="runs/right").classes  # doctest: +SKIP
+    """
+    values = {**(set or {}), **({"clicks": clicks} if clicks else {})}
+    return _derived("correct", (run,), out, values, engine, address)
+
+
 def refresh(
     run: "str | Run",
     *,
@@ -181,7 +215,7 @@ def derived(command: str, out: str, *roots: str) -> "tuple[str, dict[str, Any], 
     """(pipeline, settings, region) of a command that makes a run from others.
 
     Args:
-        command: remap, refresh or diff.
+        command: remap, refresh, diff, or correct with the clicks that the server keeps next to the run.
         out: prefix of the new run.
         roots: prefixes of the runs.
 
@@ -197,6 +231,12 @@ def derived(command: str, out: str, *roots: str) -> "tuple[str, dict[str, Any], 
         return "diff", {"before": roots[0], "after": roots[1]}, Region(region.name)
     if command == "refresh":
         return "predict", source.map_settings(roots[0]), region
+    if command == "correct":
+        from rayseg.io.clicks import beside
+
+        kept = source.map_settings(roots[0])
+        settings = {"clicks": beside(roots[0]), "map": kept["map"], "polygons": kept["polygons"]}
+        return "correct", {"run": roots[0]} | settings, region
     polygons = {f"polygons.{key}": value for key, value in source.polygons_of(roots[0]).items()}
     return "remap", {"run": roots[0]} | polygons, region
 

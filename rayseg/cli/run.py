@@ -273,13 +273,9 @@ def correct(
 
     A light head is fitted to the clicks, on the frozen features of the run's own model; all else stays as it is.
     """
-    from rayseg.io.clicks import beside
-    from rayseg.steps.remap import expect_apart, map_settings, region_of
-
-    expect_apart(out, run)
-    kept = map_settings(run)
-    settings = {"run": run, "clicks": clicks or beside(run), "map": kept["map"], "polygons": kept["polygons"]}
-    _run_with(settings, set_, out, "correct", region_of(run), engine=engine, address=address, as_json=as_json)
+    pipeline, settings, region = derived("correct", out, run)
+    settings |= {"clicks": clicks} if clicks else {}
+    _run_with(pipeline, settings, region, set_, out, engine=engine, address=address, as_json=as_json)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from rayseg.steps import correct, estimate, generalize, remap, report
 from rayseg.steps import map as mapping
 from rayseg.steps.generalize import PolygonsConfig
 from rayseg.steps.map import MapConfig
+from rayseg.steps.numbers import counted
 from rayseg.store import Location, upath
 from rayseg.train.correction import CorrectionConfig
 
@@ -51,7 +52,7 @@ def _clicks(config: Config) -> tuple[str, str]:
 def write_report(step: Step, predicted: Step, polygons: Step, clicks: Step, fitted: Step) -> dict[str, Any]:
     """The report, with the run that was corrected and how many clicks the map follows."""
     before, after = (f"{share:.0%}" for share in fitted.value["right"])
-    made = report.counted(clicks.value["clicks"], "click")
+    made = counted(clicks.value["clicks"], "click")
     labels = (
         f"{fitted.value['run']} corrected by {made}: the model was right at {before} of them, and is now at {after}."
     )

@@ -67,7 +67,7 @@ def test_the_commands_on_runs_are_functions(tmp_path, tiny_model):
 
 def test_all_public_names_are_documented_with_an_example():
     assert set(dir(public)) == set(public.__all__) >= {"diff", "load_model", "open", "refresh", "remap", "run"}
-    for name in ("diff", "load_model", "open", "refresh", "remap", "run"):
+    for name in ("correct", "diff", "load_model", "open", "refresh", "remap", "run"):
         assert "# doctest: +SKIP" in getattr(public, name).__doc__
         for page in ("docs/python.md", "docs/site.py"):
             assert name in (Path(__file__).parents[2] / page).read_text()
