@@ -95,7 +95,7 @@ class Embed:
             cell = lattice.cell(patch).intersect(window)
             squares: dict[tuple[int, int], tuple[int, float]] = {}
             if at in others:
-                inside_S2 = _squares_in(row, patch, cell)
+                inside_S2 = squares_in(row.valid[patch.slices(row.reach)], patch, cell)
                 taken_S2 = inside_S2[rng.permutation(len(inside_S2))[: -(-self.count // len(others))]]
                 squares = dict.fromkeys(map(tuple, taken_S2.tolist()), (-1, 1.0))
             squares |= squares_of(self.clicked.get(row.tile.id), row.tile, patch, cell)
@@ -126,11 +126,17 @@ def squares_of(
     return squares
 
 
-def _squares_in(row: TileRow, patch: Window, cell: Window) -> NDArray[np.int64]:
-    """(row, col) of the squares of a patch whose middles are in a cell and have imagery."""
+def squares_in(valid_HW: NDArray[np.bool_], patch: Window, cell: Window) -> NDArray[np.int64]:
+    """(row, col) of the squares of a patch whose middles are in a cell and have imagery.
+
+    Args:
+        valid_HW: where the patch has imagery.
+        patch: the patch.
+        cell: within it.
+    """
     middle = SQUARE // 2
-    inside_HW = np.zeros((patch.height, patch.width), bool)
-    inside_HW[cell.slices(patch)] = row.valid[cell.slices(row.reach)]
+    inside_HW = np.zeros_like(valid_HW)
+    inside_HW[cell.slices(patch)] = valid_HW[cell.slices(patch)]
     return np.argwhere(inside_HW[middle::SQUARE, middle::SQUARE])
 
 

@@ -63,7 +63,7 @@ def test_the_map_follows_clicks_and_stays_elsewhere(world, tmp_path):
     # 1. the class of the stroke, and what does not resemble it
     after = mosaic(tmp_path / "new")[0]
     assert (before[60, 90:121] == 2).mean() < 0.6
-    assert (after[60, 90:121] == 2).mean() > 0.9
+    assert (after[60, 90:121] == 2).mean() > 0.8
     changed = (after != before) & (before != 255)
     assert 0 < changed.sum() < 0.5 * (before != 255).sum()
     assert ((after == 255) == (before == 255)).all()
@@ -94,8 +94,8 @@ def test_clicks_of_a_corrected_run_add_to_those_before(world, tmp_path):
     assert content["steps"]["model"]["bundle"] == world["model"]
     assert content["steps"]["clicks"]["clicks"] == 2
     after = mosaic(tmp_path / "two")[0]
-    assert (after[60, 90:121] == 2).mean() > 0.9
-    assert (after[140, 30:61] == 0).mean() > 0.9
+    assert (after[60, 90:121] == 2).mean() > 0.8
+    assert (after[140, 30:61] == 0).mean() > 0.8
 
 
 def test_wrong_clicks_are_refused_before_anything_is_written(world, tmp_path):
