@@ -128,6 +128,11 @@ def rows_of(listed: Step, part: Part) -> list[Row]:
     return [row for row in read_rows(listed.prefix / "pool.parquet") if row["part"] == part]
 
 
+def masked_rows(listed: Step) -> list[Row]:
+    """Chips of the pool that have masks already."""
+    return [row for row in rows_of(listed, "pool") if row["masks"] != "[]"]
+
+
 def find_chips(region: Region, config: PoolConfig, table: ClassTable) -> ChipList:
     """Find all chips; their files are read.
 

@@ -164,7 +164,7 @@ def _learn(config: Config, region: Region, chip_list: chip_pool.ChipList, run: R
     """A short training of the segmenter, on the chips that have masks already."""
     listed = run.step("pool", chip_pool.list_pool, region, config.pool, config.classes, config.seed, chip_list)
     # People still have to draw: blank weights stand for the segmenter.
-    if not segmenter.masked_rows(listed):
+    if not chip_pool.masked_rows(listed):
         return None
     return run.step("segmenter", estimate.training, segmenter.fit_drawn, listed, config)
 

@@ -37,8 +37,9 @@ class ActiveConfig(Config):
     chips, without a classifier."""
     ratio: Share = 0.125
     """Share of the pool that gets masks."""
-    chosen: Names | None = added(default=None)
-    """Instead of all that: the chips, or the images of the chips, that get masks; names, or a file of them."""
+    chosen: Literal["masked"] | Names | None = added(default=None)
+    """Instead of all that: the chips, or the images of the chips, that get masks; names, or a file of them. masked:
+    all chips of the pool that have a mask already."""
     alpha: Share = 0.5
     """Share of these chips that is drawn at random first."""
     beta: Share = 0.9
@@ -57,11 +58,19 @@ class ActiveConfig(Config):
 
 
 def take_chosen(step: Step, listed: Step, config: ActiveConfig) -> dict[str, Any]:
-    """Take the chips that the configuration names, in its order.
+    """Take the chips that the configuration names, in its order, or all that have masks.
 
     Raises:
-        DataError: a name is neither that of a chip of the pool nor of its image.
+        DataError: a name is neither that of a chip of the pool nor of its image, or no chip has a mask.
     """
+    if config.chosen == "masked":
+        masked = chip_pool.masked_rows(listed)
+        if not masked:
+            raise DataError(
+                f"active.chosen is masked, but none of the {listed.value['pool']} chips of the pool has a mask; give "
+                "pool.masks, or leave active.chosen out to be asked for masks"
+            )
+        return _keep(step, [_picked(row, rank, 0, "given") for rank, row in enumerate(masked)])
     by_name: dict[str, list[Row]] = {}
     for row in chip_pool.rows_of(listed, "pool"):
         for name in {row["id"], row["of"]}:

@@ -65,7 +65,7 @@ def _chosen(listed: Step, chosen: Step, config: Config) -> list[Row]:
 def fit_drawn(step: Step, listed: Step, config: Config) -> dict[str, Any]:
     """Train as `fit` does, on the first chips that have masks already; for the forecast."""
     count = config.active.budget(listed.value["pool"]).target
-    return _fit(step, listed, masked_rows(listed)[:count], config)
+    return _fit(step, listed, chip_pool.masked_rows(listed)[:count], config)
 
 
 def _fit(step: Step, listed: Step, labelled: Sequence[Row], config: Config) -> dict[str, Any]:
@@ -101,11 +101,6 @@ def _fit_head(step: Step, listed: Step, settings: S4ganConfig, data: Data, confi
     measures = measures_of(sum(matrices[1:], matrices[0])) if matrices else {}
     described = describe(config).of(listed.value.get("origins", ()), measures)
     return {"bundle": models.keep_model(step, described, head), "measures": measures, "masks": count}
-
-
-def masked_rows(listed: Step) -> list[Row]:
-    """Chips of the pool that have masks already."""
-    return [row for row in chip_pool.rows_of(listed, "pool") if row["masks"] != "[]"]
 
 
 def _masked(root: str, rows: Sequence[Row], config: Config) -> Chips:

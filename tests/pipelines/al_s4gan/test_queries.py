@@ -90,3 +90,16 @@ def test_a_list_of_names_takes_the_place_of_queries_and_every_choice_is_left_as_
     with pytest.raises(DataError, match=r"active.chosen names d, which is not in the pool of 6 chips"):
         queries.take_chosen(chosen, step, ActiveConfig(chosen=("d",)))
     assert "chosen" not in ActiveConfig().model_dump()
+
+
+def test_all_chips_with_masks_may_be_taken(listed):
+    masks = {"a": "[]", "b": '["b.png"]', "c": '["c.png"]'}
+    rows = [{"id": of, "of": of, "part": "pool", "label": None, "masks": own} for of, own in masks.items()]
+    write_rows(listed.prefix / "pool.parquet", [*rows, rows[1] | {"id": "held", "part": "validation"}])
+    step, chosen = Step("pool", listed.root, "key", Engine("inline"), {"pool": 3}), step_of(listed, "round-0")
+    config = load(ActiveConfig, None, ["chosen=masked"])
+    assert queries.take_chosen(chosen, step, config)["labelled"] == 2
+    assert [row["id"] for row in queries.labelled(chosen)] == ["b", "c"]
+    write_rows(listed.prefix / "pool.parquet", rows[:1])
+    with pytest.raises(DataError, match=r"active.chosen is masked, but none of the 3 chips of the pool has a mask"):
+        queries.take_chosen(chosen, step, config)
