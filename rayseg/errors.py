@@ -7,7 +7,8 @@
     ├── RunIncomplete      3   the run ended, but some tiles failed or are missing
     │   ├── Stalled        3   no progress for too long
     │   └── StoreFull      3   no space for results
-    └── ModelError         4   weights, checkpoints or bundles that do not fit
+    ├── ModelError         4   weights, checkpoints or bundles that do not fit
+    └── RequirementNotMet  5   the run is finished, but misses what --require asks for
 
 A message is one clause with four parts: the thing, what was found, what was expected, what to do. It begins in lower
 case, has a semicolon before what to do, and no full stop, so that it can stand inside another message.
@@ -56,6 +57,12 @@ class ModelError(RaysegError):
     """Weights, checkpoints or bundles that do not fit their use."""
 
     exit_code = 4
+
+
+class RequirementNotMet(RaysegError):
+    """A finished run misses a limit that the command was given for it."""
+
+    exit_code = 5
 
 
 def listed(names: Collection[object], *, most: int = 5, separator: str = ", ") -> str:

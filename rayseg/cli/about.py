@@ -80,7 +80,7 @@ def models_list(
 
     models = list(bundle.find(prefixes or ["runs"]))
     if as_json:
-        rows = [{"prefix": prefix, **model.model_dump(mode="json")} for prefix, model in models]
+        rows = [{"prefix": prefix, **model.model_dump(mode="json", exclude={"statistics"})} for prefix, model in models]
         typer.echo(json.dumps(rows, indent=1))
         return
     if not models:
@@ -102,7 +102,9 @@ def models_show(prefix: Annotated[str, typer.Argument(help="Prefix of the bundle
     """Print a bundle: classes, bands, scaling, metrics, origin."""
     from rayseg.models import bundle
 
-    typer.echo(bundle.description(prefix).model_dump_json(indent=1))
+    # Hundreds of windows would push everything else off the screen.
+    hidden = {"statistics": {"features"}}
+    typer.echo(bundle.description(prefix).model_dump_json(indent=1, exclude=hidden))
 
 
 @models_app.command("weights")

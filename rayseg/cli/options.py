@@ -26,6 +26,15 @@ EngineName = Annotated[
     Literal["ray", "inline"], typer.Option("--engine", help="ray, or inline for this process alone.")
 ]
 Tiles = Annotated[str | None, typer.Option("--tiles", help="Process only these tiles: comma-separated ids.")]
+Require = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--require",
+        metavar="LIMIT",
+        help="Exit with code 5 unless a number of certificate.json or metrics.json keeps a limit, for example "
+        "'certificate.shift<0.03'; may be repeated.",
+    ),
+]
 Address = Annotated[
     str | None, typer.Option("--address", help="Ray cluster to join; default: RAY_ADDRESS, else a private Ray.")
 ]

@@ -1,11 +1,12 @@
 """`rayseg run`, `plan`, `status`, `retry`, `predict`: commands that begin, estimate, inspect and resume runs."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rayseg.api.require import Requirement, expect_met, requirements
 from rayseg.api.running import MOST_NAMED, REGIONS, area_of, default_out, derived, execute, expect_complete
 from rayseg.cli.options import (
     Address,
@@ -17,6 +18,7 @@ from rayseg.cli.options import (
     Overrides,
     PipelineName,
     RegionName,
+    Require,
     RunPrefix,
     TakesRegion,
     Tiles,
@@ -53,6 +55,7 @@ def run_pipeline(
         bool,
         typer.Option("--submit", help="Run as a job of the cluster whose dashboard is --address, http://HEAD:8265."),
     ] = False,
+    require: Require = None,
     as_json: AsJson = False,
     allow_driver: AllowDriver = None,
 ) -> None:
@@ -63,8 +66,10 @@ def run_pipeline(
 
     resolved = load(pipeline_of(name).Config, config, set_ or ())
     where = out or default_out(name, region)
+    required = requirements(require or (), name, resolved)
     if not submit:
-        _execute(where, name, resolved, area_of(region, tiles), Engine(engine, address), as_json=as_json)
+        at = Engine(engine, address)
+        _execute(where, name, resolved, area_of(region, tiles), at, as_json=as_json, required=required)
         return
     from rayseg.engine import submit as jobs
 
@@ -72,6 +77,7 @@ def run_pipeline(
     arguments = ["run", "pipeline", name, "--region", region, *(jobs.inlined(config) if config else ())]
     arguments += [part for value in set_ or () for part in ("--set", value)]
     arguments += ["--tiles", tiles] if tiles else []
+    arguments += [part for limit in require or () for part in ("--require", limit)]
     jobs.submit([*arguments, "--out", absolute(where)], absolute(where), address)
 
 
@@ -207,6 +213,7 @@ def predict(
     engine: EngineName = "ray",
     address: Address = None,
     tiles: Tiles = None,
+    require: Require = None,
     as_json: AsJson = False,
     allow_driver: AllowDriver = None,
 ) -> None:
@@ -216,7 +223,7 @@ def predict(
     .parquet. --set units.of=tiles, units.polygons=FILE and units.pictures=true (Grad-CAM++) choose what.
     """
     region = area_of(source, tiles)
-    _run_with("predict", {"model": model}, region, set_, out, engine=engine, address=address, as_json=as_json)
+    _run_with("predict", {"model": model}, region, set_, out, at=(engine, address), as_json=as_json, require=require)
 
 
 @app.command()
@@ -233,7 +240,7 @@ def remap(
 
     --set threshold=.7, classes.merge.built=\[building,road], classes.drop=\[water], inside=FILE, polygons.min_area=50.
     """
-    _run_with(*derived("remap", out, run), set_, out, engine=engine, address=address, as_json=as_json)
+    _run_with(*derived("remap", out, run), set_, out, at=(engine, address), as_json=as_json)
 
 
 @app.command()
@@ -250,7 +257,7 @@ def refresh(
 
     --set model=PREFIX maps all of it with another model, --set map.imagery=CATALOGUE from another catalogue.
     """
-    _run_with(*derived("refresh", out, run), set_, out, engine=engine, address=address, as_json=as_json)
+    _run_with(*derived("refresh", out, run), set_, out, at=(engine, address), as_json=as_json)
 
 
 @app.command()
@@ -275,7 +282,7 @@ def correct(
     """
     pipeline, settings, region = derived("correct", out, run)
     settings |= {"clicks": clicks} if clicks else {}
-    _run_with(pipeline, settings, region, set_, out, engine=engine, address=address, as_json=as_json)
+    _run_with(pipeline, settings, region, set_, out, at=(engine, address), as_json=as_json)
 
 
 @app.command()
@@ -290,7 +297,7 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Compare the maps of two runs: which class became which, in hectares, as a map and as polygons."""
-    _run_with(*derived("diff", out, before, after), set_, out, engine=engine, address=address, as_json=as_json)
+    _run_with(*derived("diff", out, before, after), set_, out, at=(engine, address), as_json=as_json)
 
 
 def _run_with(
@@ -300,27 +307,36 @@ def _run_with(
     set_: list[str] | None,
     out: str,
     *,
-    engine: str,
-    address: str | None,
+    at: tuple[str, str | None],
     as_json: bool,
+    require: list[str] | None = None,
 ) -> None:
-    """Run a pipeline with the settings that a command derives; --set takes precedence."""
+    """Run a pipeline with the settings that a command derives; --set takes precedence; `at` is engine and address."""
     from rayseg.config import load
     from rayseg.engine.run import Engine
 
     derived = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     resolved = load(pipeline_of(pipeline).Config, None, [*derived, *(set_ or ())])
-    _execute(out, pipeline, resolved, region, Engine(engine, address), as_json=as_json)
+    required = requirements(require or (), pipeline, resolved)
+    _execute(out, pipeline, resolved, region, Engine(*at), as_json=as_json, required=required)
 
 
 def _execute(
-    out: str, pipeline: str, config: "Config", region: "Region", engine: "Engine", *, as_json: bool = False
+    out: str,
+    pipeline: str,
+    config: "Config",
+    region: "Region",
+    engine: "Engine",
+    *,
+    as_json: bool = False,
+    required: Sequence[Requirement] = (),
 ) -> None:
     """Run a pipeline and print its headline, or its result as JSON, before an error names what failed."""
     headline, finished = execute(out, pipeline, config, region, engine)
     result = {"out": finished.root, "headline": headline, "failed": finished.troubles, **finished.steps[-1].value}
     typer.echo(json.dumps(result, indent=1) if as_json else headline)
     expect_complete(finished, out)
+    expect_met(required, out)
 
 
 def _plan_text(plan: Mapping[str, Any]) -> str:

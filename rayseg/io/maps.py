@@ -19,6 +19,7 @@ from rayseg.geo.lonlat import LONLAT, geographic, transformer, turn_of
 from rayseg.io.remote import patient
 from rayseg.io.sources import Source, from_json, gdal, open_file
 from rayseg.store import StorePath, absolute, upath
+from rayseg.vision.color import ClassTable
 
 _GEOD = Geod(ellps="WGS84")
 _KNOTS = 128  # along each side of a tile wider than a degree; between them the area of pixels is interpolated
@@ -118,6 +119,24 @@ def read_tile(tile: MappedTile, name: str) -> NDArray[np.uint8]:
     href = str(upath(tile.href).parent / f"{name}.tif")
     with gdal(href), open_file(href) as dataset:
         return np.asarray(dataset.read(), np.uint8)
+
+
+def top_scores(classes_HW: NDArray[np.uint8], scores_CHW: NDArray[np.uint8], table: ClassTable) -> NDArray[np.float64]:
+    """Probability of the class that each pixel has, (height, width); meaningless where there is no class.
+
+    Args:
+        classes_HW: the map, 255 for nodata.
+        scores_CHW: probability x 254: a band per class; or one, of class 1 of a binary map, else of the pixel's class.
+        table: the classes.
+    """
+    probabilities_CHW = scores_CHW / 254
+    if len(scores_CHW) == 1 and len(table.classes) == 2:
+        return np.asarray(np.where(classes_HW == 1, probabilities_CHW[0], 1 - probabilities_CHW[0]), np.float64)
+    if len(scores_CHW) == 1:
+        return np.asarray(probabilities_CHW[0], np.float64)
+    # Nodata is 255 and has no band.
+    index_HW = np.minimum(classes_HW, len(scores_CHW) - 1).astype(np.int64)
+    return np.asarray(np.take_along_axis(probabilities_CHW, index_HW[None], 0)[0], np.float64)
 
 
 @patient

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, deserialize
 import rayseg
 from rayseg.config import Config, added
 from rayseg.errors import ModelError
+from rayseg.models.input_statistics import InputStatistics
 from rayseg.store import StorePath, put, upath
 
 if TYPE_CHECKING:
@@ -167,6 +168,8 @@ class Bundle(Config):
     """Height of the ridges at which a watershed divides the map into plots, for models of boundaries."""
     metrics: Metrics = Field(default_factory=dict)
     """Of the training, without NaN and infinity, such as the IoU of an absent class."""
+    statistics: InputStatistics | None = added(default=None)
+    """Of the training imagery; None for models of earlier versions and of other programs."""
     provenance: Provenance = Field(default_factory=Provenance)
     sha256: str = ""
     """Of `model.safetensors`; set by `save`."""

@@ -25,6 +25,7 @@ from rayseg.models.bundle import Bundle, Scaling
 from rayseg.models.segmenter import Ensemble
 from rayseg.steps import appearance, baseline, chips, color_rule, estimate, evaluate, generalize, models, report
 from rayseg.steps import map as mapping
+from rayseg.steps.certificate import certify
 from rayseg.steps.chips import ChipsConfig
 from rayseg.steps.cues import LABELS, NO, YES, CuesConfig, draw_cues, make_cues, read_mask
 from rayseg.steps.generalize import PolygonsConfig
@@ -72,6 +73,8 @@ class Config(Frozen):
     """From uint8 values to the networks' input; mean and standard deviation of the paper's chips."""
     truth: Location | None = None
     """Masks to measure the map with: a folder, `catalog.json#collection`, or `#collection` of the region."""
+    certificate: bool = added(default=True)
+    """Whether the map's stability is measured at the end, on a sample of its own tiles (docs/certificate.md)."""
     baseline: bool = added(default=True)
     """With a truth: measure a one-threshold colour rule, fitted on the chips, and show it in the report."""
 
@@ -115,7 +118,7 @@ def _fit_members(
         members.append((settings, prefix))
     means = {key: float(np.mean([row[key] for row in measures])) for key in measures[0]}
     # 2. keep their mean, after the warm-up and after all stages
-    described, kept = _segmenter(config), {}
+    described, kept = _segmenter(config).model_copy(update={"statistics": models.statistics_of(learnt)}), {}
     provenance = described.provenance.model_copy(update={"parents": (split_location(listed.value["source"])[0],)})
     for name, stage in (("warm-up", "warm_up"), ("segmenter", None)):
         if stage is None or config.segmenter.warm_up.epochs:
@@ -157,9 +160,13 @@ def write_report(
     measured: Step,
     *,
     network: Step,
-    simple: Step | None = None,
+    others: tuple[Step | None, Step | None] = (None, None),
 ) -> dict[str, Any]:
-    """The report, with what the map was learnt from, how epochs were selected, and the colour rule next to it."""
+    """The report, with what the map was learnt from and how epochs were selected.
+
+    `others` are the steps of the colour rule and of the certificate, if there are such.
+    """
+    simple, certified = others
     learnt = f"Learnt from {listed.value[YES]} chips labelled {YES} and {listed.value[NO]} labelled {NO}; "
     if drawn_masks := listed.value.get("masks", 0):
         [measures, *_] = network.value["measures"]
@@ -172,7 +179,7 @@ def write_report(
     caption = "Chips labelled gpc, their Grad-CAM++, and the coarse masks of the first training (grey: undecided)."
     compared = baseline.comparison(simple.value, simple.value["product"], name="this map") if simple else None
     extras = report.Extras(labels=learnt, pictures=(("Cues", drawn.value["picture"], caption),), baseline=compared)
-    return report.write_report(step, predicted, polygons, measured, extras)
+    return report.write_report(step, predicted, polygons, measured, extras, certified=certified)
 
 
 def check(config: Config, region: Region) -> Plan:
@@ -245,6 +252,7 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     simple, truth = None, region.located(config.truth)
     if config.baseline and truth:
         simple = run.step("baseline", color_rule.measure_baseline, listed, predicted, truth, size)
+    certified = run.step("certificate", certify, predicted, region, config.truth) if config.certificate else None
     parts = (listed, drawn, predicted, polygons, measured)
-    written = run.step("report", write_report, *parts, network=network, simple=simple)
+    written = run.step("report", write_report, *parts, network=network, others=(simple, certified))
     return report.headline(written)

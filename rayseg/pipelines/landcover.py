@@ -24,6 +24,7 @@ from rayseg.io.units import units_of
 from rayseg.models.bundle import Bundle, Scaling
 from rayseg.steps import baseline, estimate, evaluate, generalize, labelled, models, report, simple_maps
 from rayseg.steps import map as mapping
+from rayseg.steps.certificate import certify
 from rayseg.steps.generalize import PolygonsConfig
 from rayseg.steps.labelled import PARTS, Divided, LabelledConfig
 from rayseg.steps.map import MapConfig
@@ -59,6 +60,8 @@ class Config(Frozen):
     """From the imagery's values to the network's input; by default what the encoder's weights expect of uint8."""
     truth: Location | None = None
     """Masks to measure the map with: a folder, `catalog.json#collection`, or `#collection` of the region."""
+    certificate: bool = added(default=True)
+    """Whether the map's stability is measured at the end, on a sample of its own tiles (docs/certificate.md)."""
     baseline: bool = added(default=True)
     """Whether the report shows simple methods next to the segmenter, learnt and measured on the same scenes."""
 
@@ -103,7 +106,9 @@ def fit(step: Step, listed: Step, config: Config) -> dict[str, Any]:
         measures = supervised.fit_supervised(settings, training, validation, setup, scaling=scaling, on_ray=on_ray)
         net = settings.build(classes=len(config.classes.table.classes), channels=len(config.bands), weights="none")
         model = trained(net, step.prefix)
+    statistics = supervised.input_statistics(training, size=settings.sampling.size)
     described = _segmenter(config, learnt_from).of(listed.value.get("origins", ()), measures)
+    described = described.model_copy(update={"statistics": statistics})
     return {"bundle": models.keep_model(step, described, model), "measures": measures}
 
 
@@ -158,6 +163,7 @@ def write_report(
     measured: Step,
     *,
     simple: Step | None = None,
+    certified: Step | None = None,
 ) -> dict[str, Any]:
     """The report: the measures by the region's truth, or those of the validation scenes without one."""
     worst = tuple(
@@ -180,7 +186,7 @@ def write_report(
         parts = {row["name"]: row["iou"]["value"] for row in own["classes"] if row["reference"]}
         compared = baseline.comparison(simple.value, own["overall"]["mean_iou"]["value"], parts=parts)
     extras = report.Extras(labels=labels, pictures=worst, baseline=compared)
-    return report.write_report(step, predicted, polygons, shown, extras)
+    return report.write_report(step, predicted, polygons, shown, extras, certified=certified)
 
 
 def check(config: Config, region: Region) -> Plan:
@@ -228,6 +234,7 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     measured = run.step("evaluate", evaluate.compare_truth, predicted, region, config.truth)
     run.step("publish", mapping.publish, predicted, f"Land cover, {region.name}")
     run.step("qgis", mapping.save_project, predicted, polygons)
+    certified = run.step("certificate", certify, predicted, region, config.truth) if config.certificate else None
     parts = (listed, predicted, polygons, validated, measured)
-    written = run.step("report", write_report, *parts, simple=simple)
+    written = run.step("report", write_report, *parts, simple=simple, certified=certified)
     return report.headline(written)

@@ -12,6 +12,7 @@ from rayseg.geo.region import Region
 from rayseg.models import bundle
 from rayseg.steps import classify, estimate, generalize, report
 from rayseg.steps import map as mapping
+from rayseg.steps.certificate import certify
 from rayseg.steps.classify import UnitsConfig
 from rayseg.steps.generalize import PolygonsConfig
 from rayseg.steps.map import MapConfig
@@ -29,6 +30,8 @@ class Config(Frozen):
     polygons: PolygonsConfig = added(default=PolygonsConfig())
     units: UnitsConfig = added(default=UnitsConfig())
     """Of a classifier: what it classifies."""
+    certificate: bool = added(default=True)
+    """Of a segmenter: whether the map's stability is measured at the end, on a sample of its own tiles."""
     earlier: Location | None = added(default=None)
     """Run whose tiles are taken over where neither their imagery nor the model has changed (`rayseg refresh`)."""
 
@@ -74,8 +77,10 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     polygons = run.step("polygons", mapping.join_polygons, shown, "polygons")
     run.step("publish", mapping.publish, predicted, f"{region.name} by {config.model}")
     run.step("qgis", mapping.save_project, predicted, polygons)
+    certified = run.step("certificate", certify, predicted, region) if config.certificate else None
     extras = report.Extras(labels=_carried(predicted, config.earlier)) if config.earlier else None
-    written = run.step("report", report.write_report, predicted, polygons, *([None, extras] if extras else ()))
+    shown_too = [None, extras] if extras else []
+    written = run.step("report", report.write_report, predicted, polygons, *shown_too, certified=certified)
     return " ".join(filter(None, [report.headline(written), extras.labels if extras else ""]))
 
 

@@ -26,7 +26,7 @@ from rayseg.engine import run as runs
 from rayseg.errors import ConfigError, DataError, listed
 from rayseg.geo.grid import Window
 from rayseg.io import masks, pictures
-from rayseg.io.maps import MappedTile, mapped_tiles, pixel_areas_m2, pixel_lonlat, read_tile
+from rayseg.io.maps import MappedTile, mapped_tiles, pixel_areas_m2, pixel_lonlat, read_tile, top_scores
 from rayseg.metrics import Z, allocation, stratified_mean, stratified_ratio
 from rayseg.store import STORE_ERRORS, StorePath, put, upath
 from rayseg.vision.color import ClassTable, hex_of
@@ -189,15 +189,8 @@ def strata_of(
     tile: MappedTile, table: ClassTable, band: float
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
     """(stratum of every pixel, -1 for none; score of its class; area of every pixel) of a tile."""
-    classes_HW, scores_CHW = read_tile(tile, "classes")[0], read_tile(tile, "scores") / 254
-    if len(scores_CHW) == 1 and len(table.classes) == 2:  # the probability of class 1
-        score_HW = np.where(classes_HW == 1, scores_CHW[0], 1 - scores_CHW[0])
-    elif len(scores_CHW) == 1:  # the probability of the class that is mapped
-        score_HW = scores_CHW[0]
-    else:
-        # Nodata is 255 and has no band; its pixels are in no stratum.
-        index_HW = np.minimum(classes_HW, len(scores_CHW) - 1).astype(np.int64)
-        score_HW = np.take_along_axis(scores_CHW, index_HW[None], 0)[0]
+    classes_HW = read_tile(tile, "classes")[0]
+    score_HW = top_scores(classes_HW, read_tile(tile, "scores"), table)
     around = 2 * EDGE + 1
     # Where the largest and the smallest class nearby differ, another class is near.
     edge_HW = ndimage.maximum_filter(classes_HW, around) != ndimage.minimum_filter(classes_HW, around)

@@ -12,13 +12,16 @@ from rayseg.errors import ConfigError
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
 from rayseg.models.encoders import encoder_name, read_state
+from rayseg.models.input_statistics import MOST, InputStatistics
 from rayseg.models.pretrained_weights import NO_FILES, input_range, packaged_state
 from rayseg.store import StorePath, put, upath
+from rayseg.train import probe
 
 if TYPE_CHECKING:
     from torch import nn
 
     from rayseg.engine.run import Step
+    from rayseg.train.batches import Chips
     from rayseg.train.classifier import ClassifierConfig
     from rayseg.train.s4gan import S4ganConfig
     from rayseg.train.segmenter import SegmenterConfig
@@ -235,6 +238,12 @@ def _can(expect: Callable[..., object], workers: int) -> bool:
     except ConfigError:
         return False
     return True
+
+
+def statistics_of(chips: "Chips") -> InputStatistics | None:
+    """Statistics of the centres of chips that a model learns from, spread over all of them."""
+    places = np.linspace(0, len(chips) - 1, min(len(chips), MOST)).round().astype(int)
+    return InputStatistics.of(chips.read(place).transpose(2, 0, 1) for place in probe.batches(places, len(places)))
 
 
 def keep_model(step: "Step", described: Bundle, model: "nn.Module") -> str:

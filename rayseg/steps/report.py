@@ -30,7 +30,7 @@ from rayseg.io.maps import MappedTile, mapped_tiles, seam_score
 from rayseg.io.output_grids import overlap_note
 from rayseg.io.pictures import Picture, encoded, pictures_of, shown_colors, smaller
 from rayseg.metrics import Confusion
-from rayseg.steps import charts
+from rayseg.steps import certificate, charts
 from rayseg.steps import map as mapping
 from rayseg.steps.baseline import Comparison
 from rayseg.steps.numbers import area, count, counted, duration, measure_text, percent, scale_bar
@@ -98,7 +98,8 @@ class Content(TypedDict):
 
     `lead` is a sentence or two, `figures` are (label, value, note), `pictures` (title, image file, caption), `tables`
     (title, header, rows), `curves` (title, drawings), `ledgers` the steps of `run.status`, `evaluation` the
-    result of `rayseg.steps.evaluate.evaluate`, `seams` that of `rayseg.io.maps.seam_score`. `images` is a table with
+    result of `rayseg.steps.evaluate.evaluate`, `certificate` a light, a lead and rows of
+    `certificate.rows_of`, `seams` the result of `rayseg.io.maps.seam_score`. `images` is a table with
     a row per image, `files` are (what, path next to the page), `tile_files` tile -> such rows of the first tiles.
     """
 
@@ -111,6 +112,7 @@ class Content(TypedDict):
     files: list[tuple[str, str]]
     tile_files: dict[str, list[tuple[str, str]]]
     evaluation: dict[str, Any] | None
+    certificate: dict[str, Any] | None
     seams: dict[str, Any] | None
     pictures: list[tuple[str, bytes, str]]
     tables: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]
@@ -204,8 +206,10 @@ def write_report(
     polygons: Step | None = None,
     measured: Step | None = None,
     extras: Extras | None = None,
+    *,
+    certified: Step | None = None,
 ) -> dict[str, Any]:
-    """Write the run's report; return its path and headline figures.
+    """Write the run's report, and its figures to `<run>/metrics.json`; return its path and headline figures.
 
     Args:
         step: the current step.
@@ -213,6 +217,7 @@ def write_report(
         polygons: the step that joined its polygons.
         measured: the step that compared the map with truth; a value without `overall` means that there was no truth.
         extras: content that only the pipeline knows.
+        certified: the step that measured how stable the map is.
     """
     extras = extras or Extras()
     request, tiles = runs.read(step.root), mapped_tiles(predicted.root, predicted.name)
@@ -233,13 +238,29 @@ def write_report(
     content["images"] = images_table(tiles, table, measured) if table else None
     content["files"], content["tile_files"] = _files(step.root, tiles)
     content["classes"], content["evaluation"], content["seams"], content["timing"] = classes, evaluation, seams, timing
+    if certified:
+        known = certified.value
+        rows = certificate.rows_of(known)
+        content["certificate"] = {"light": known["light"], "lead": certificate.lead(known), "rows": rows}
     content["curves"] = [
         (name, charts.curves(rows)) for name, rows in (extras.histories or charts.histories(step.root)).items()
     ]
     _put_page(step.root, content)
     if pictures and table:
         put(upath(step.root) / "report" / "map.png", encoded(smaller(pictures[0].map(table), OVERVIEW)))
-    return _value(summary, classes, evaluation, timing, seams)
+    value = _value(summary, classes, evaluation, timing, seams)
+    put(upath(step.root) / "metrics.json", json.dumps(metrics_of(value, evaluation), indent=1).encode())
+    return value | ({"certificate": certified.value} if certified else {})
+
+
+def metrics_of(value: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The numbers of a report: its headline figures and, with a truth, the measures of all and of each class."""
+    numbers = {name: number for name, number in value.items() if name not in {"report", "summary"}}
+    if evaluation:
+        numbers |= {name: measure["value"] for name, measure in evaluation["overall"].items()}
+        for measure in ("iou", "f1", "precision", "recall"):
+            numbers[measure] = {row["name"]: row[measure]["value"] for row in evaluation["classes"]}
+    return numbers
 
 
 def write_page(
@@ -273,6 +294,7 @@ def _content(root: str, extras: Extras, request: Mapping[str, Any], ledgers: dic
         files=_files(root, ())[0],
         tile_files={},
         evaluation=None,
+        certificate=None,
         seams=None,
         pictures=[(title, _image(root, image), caption) for title, image, caption in shown],
         tables=[*([baseline.table] if baseline else []), *extras.tables],

@@ -22,6 +22,7 @@ from rayseg.io.scenes import LabelledImage
 from rayseg.metrics import Confusion
 from rayseg.models import losses
 from rayseg.models.bundle import Scaling
+from rayseg.models.input_statistics import MOST, InputStatistics
 from rayseg.models.pixel_head import PixelHead
 from rayseg.train import pictures, probe, session, windows
 from rayseg.train.augment import Augment
@@ -201,6 +202,14 @@ def pairs_of(labelled: Labelled, draws: Sequence[Draw]) -> Iterator[Pair]:
     steps = [(draw,) for draw in draws]
     for [cut] in probe.batches(windows.stream([steps], labelled.read, on_ray=False), len(draws), once=True):
         yield cut.image_CHW, cut.classes_HW
+
+
+def input_statistics(labelled: Labelled, *, size: int) -> InputStatistics | None:
+    """Statistics of windows all over the images; those that end at an image's edge are left out."""
+    draws = windows.spread(labelled.images, size=size, most=MOST)
+    least = max(min(draw.window.height, draw.window.width) for draw in draws)
+    whole = [draw for draw in draws if min(draw.window.height, draw.window.width) == least]
+    return InputStatistics.of(image_CHW for image_CHW, _ in pairs_of(labelled, whole))
 
 
 def expect_supervisable(settings: SupervisedConfig, *, classes: int, workers: int) -> None:

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.e2e
 
 STEPS = [
     *("chips", "classifier", "cues", "segmenter", "predict"),
-    *("generalize", "polygons", "evaluate", "publish", "qgis", "pictures", "baseline", "report"),
+    *("generalize", "polygons", "evaluate", "publish", "qgis", "pictures", "baseline", "certificate", "report"),
 ]
 
 

@@ -35,7 +35,7 @@ from rayseg.vision.color import ClassTable, hex_of
 pytestmark = pytest.mark.e2e
 
 STEPS = ["scenes", "segmenter", "validation", "baseline", "predict", "generalize", "polygons"]
-STEPS += ["evaluate", "publish", "qgis", "report"]
+STEPS += ["evaluate", "publish", "qgis", "certificate", "report"]
 SMALL = """
 labelled: {masks: "#truth/landcover", validation: [demo-east], absent: [unknown]}
 classes: deepglobe

@@ -156,7 +156,8 @@ def test_status_adds_up(runs_by_tile):
     assert "predict, done" in said.stdout
     assert "9 planned = 8 done + 1 empty" in said.stdout
     report = json.loads(rayseg("status", runs_by_tile[128], "--json").stdout)
-    assert list(report["times"]) == ["model", "predict", "generalize", "polygons", "publish", "qgis", "report"]
+    steps = ["model", "predict", "generalize", "polygons", "publish", "qgis", "certificate", "report"]
+    assert list(report["times"]) == steps
     assert report["steps"]["predict"]["counts"]["done"] == 8
 
 

@@ -40,6 +40,7 @@ KEYS = {
         "publish": "77c853f2d3a3733c",
         "qgis": "05e08dd45f89f096",
         "pictures": "d4f16e7b1f9d39c5",
+        "certificate": "c717000f79e98e78",
         "report": "9f714709737ff71e",
     },
     "gpc, concept": {
@@ -55,6 +56,7 @@ KEYS = {
         "publish": "35b2b2c22f5e61d8",
         "qgis": "9458efb1f4af9c27",
         "pictures": "59b64bfcc9eeebfa",
+        "certificate": "9e3997d68ccd5bb4",
         "report": "490ab7fba49559a3",
     },
     "agri": {
@@ -118,6 +120,7 @@ KEYS = {
         "evaluate": "9e2c2e720bdf998a",
         "publish": "1ef32beb2f3ddab6",
         "qgis": "cc0b93fa4420dde7",
+        "certificate": "ca57964be62f4923",
         "report": "40b87c1c414ca8d8",
     },
     "al-s4gan": {
@@ -134,6 +137,7 @@ KEYS = {
         "evaluate": "69f77c9da9e9274c",
         "publish": "ae89d94f0863dd80",
         "qgis": "f9dea2f74fdfc3c1",
+        "certificate": "945d9f1dc863415c",
         "report": "bb83de7db4e367ec",
     },
     "al-s4gan, frozen": {
@@ -151,6 +155,7 @@ KEYS = {
         "evaluate": "a6ad4d8d998615c1",
         "publish": "1a25b5f9df42fac0",
         "qgis": "699fe54e49be4c91",
+        "certificate": "0ff85edb0dc0c7d0",
         "report": "3e26679996d4993a",
     },
     "al-s4gan, no segmenter": {
@@ -168,6 +173,7 @@ KEYS = {
         "polygons": "37fa648deff07865",
         "publish": "88b95bf608bb883c",
         "qgis": "2a0c69fdcf4f2153",
+        "certificate": "48d5c17cfd534305",
         "report": "568bdeb66229aff4",
     },
 }

@@ -47,6 +47,8 @@ class Config(Frozen):
     """Random seed of the run; it replaces `active.classifier.learning.seed` and `segmenter.learning.seed`."""
     scaling: Scaling = Field(default_factory=models.scaling_of)
     """From the imagery's values to the networks' input; by default what the segmenter's encoder expects of uint8."""
+    certificate: bool = added(default=True)
+    """Whether the map's stability is measured at the end, on a sample of its own tiles (docs/certificate.md)."""
     truth: Location | None = None
     """Masks to measure the map with: a folder, `catalog.json#collection`, or `#collection` of the region."""
     baseline: bool = added(default=True)

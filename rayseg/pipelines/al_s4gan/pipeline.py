@@ -24,6 +24,7 @@ from rayseg.pipelines.al_s4gan.config import Config
 from rayseg.steps import baseline, estimate, generalize, report
 from rayseg.steps import evaluate as evaluation
 from rayseg.steps import map as mapping
+from rayseg.steps.certificate import certify
 from rayseg.store import upath
 from rayseg.vision.query_strategies import expect_enough
 
@@ -81,6 +82,7 @@ def write_report(
     config: Config,
     *,
     simple: Step | None = None,
+    certified: Step | None = None,
 ) -> dict[str, Any]:
     """The report of a map: the training data, and how the chips were chosen."""
     listed, trained, measured, *rounds = parts
@@ -93,7 +95,7 @@ def write_report(
     if simple and simple.value:
         iou = {name: of_class for name, of_class in value["iou"].items() if isfinite(of_class)}
         extras = replace(extras, baseline=baseline.comparison(simple.value, value["mean_iou"], parts=iou))
-    return report.write_report(step, predicted, polygons, evaluated, extras)
+    return report.write_report(step, predicted, polygons, evaluated, extras, certified=certified)
 
 
 def _trained_from(config: Config, *, masks: int, chips: int) -> str:
@@ -186,6 +188,7 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     evaluated = run.step("evaluate", evaluation.compare_truth, predicted, region, config.truth)
     run.step("publish", mapping.publish, predicted, f"Land cover, {region.name}")
     run.step("qgis", mapping.save_project, predicted, polygons)
+    certified = run.step("certificate", certify, predicted, region, config.truth) if config.certificate else None
     parts = [listed, trained, measured, *rounds]
     arguments = (parts, predicted, polygons, evaluated, config)
-    return report.headline(run.step("report", write_report, *arguments, simple=simple))
+    return report.headline(run.step("report", write_report, *arguments, simple=simple, certified=certified))

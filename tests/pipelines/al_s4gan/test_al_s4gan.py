@@ -55,7 +55,7 @@ stride: 64
 """
 STEPS = [
     *("pool", "round-0", "round-1", "round-2", "segmenter", "measure"),
-    *("baseline", "predict", "generalize", "polygons", "evaluate", "publish", "qgis", "report"),
+    *("baseline", "predict", "generalize", "polygons", "evaluate", "publish", "qgis", "certificate", "report"),
 ]
 
 
