@@ -36,14 +36,21 @@ def write_classes(
         DataError: the array is not of the window's shape, or not uint8.
     """
     _expect_bytes(path, classes_HW)
+    data = classes_file(classes_HW, grid, window, table, name=path)
+    return write_file(path, data, bands_of(["class"], classes_HW.dtype, NODATA))
+
+
+def classes_file(
+    classes_HW: np.ndarray, grid: Grid, window: Window, table: ClassTable, *, name: StorePath = "the answer"
+) -> bytes:
+    """The content of the file that `write_classes` writes."""
     colors = {value: (*color, 255) for value, _, color in table.classes}
-    names = json.dumps({str(value): name for value, name, _ in table.classes})
-    with _in_memory(path, classes_HW[None], grid, window, nodata=NODATA) as dataset:
+    names = json.dumps({str(value): title for value, title, _ in table.classes})
+    with _in_memory(name, classes_HW[None], grid, window, nodata=NODATA) as dataset:
         dataset.descriptions = ("class",)
         dataset.update_tags(1, classes=names)
         dataset.write_colormap(1, {**dict.fromkeys(range(256), (0, 0, 0, 0)), **colors})
-        data = _encoded(dataset, {"overview_resampling": "MODE"})
-    return write_file(path, data, bands_of(["class"], classes_HW.dtype, NODATA))
+        return _encoded(dataset, {"overview_resampling": "MODE"})
 
 
 def write_scores(
@@ -131,12 +138,16 @@ def scored_classes(
     table: ClassTable,
     names: Sequence[str],
 ) -> bytes:
-    """One file with the classes as band `class` and the scores after them, as `write_classes` and `write_scores`."""
+    """One file with the classes as band `class` and the scores after them, as `write_classes` and `write_scores`.
+
+    The scale of the bands of scores gives probabilities. TIFF has no colours for one band of several.
+    """
     layers_CHW = np.concatenate([classes_HW[None], scores_CHW])
     legend = json.dumps({str(value): name for value, name, _ in table.classes})
     with _in_memory("the answer", layers_CHW, grid, window, nodata=NODATA) as dataset:
         dataset.descriptions = ("class", *names)
         dataset.update_tags(1, classes=legend)
+        dataset.scales = (1.0, *[1 / 254] * len(scores_CHW))
         return _encoded(dataset, {"overview_resampling": "MODE"})
 
 

@@ -7,7 +7,7 @@ it at first use, so the decoding runs in a child process (see `rayseg.serve.uplo
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import Literal
 
@@ -71,7 +71,13 @@ def gdal_environment() -> dict[str, str]:
 
 
 def read_image(
-    path: str, kind: Kind, *, bands: Sequence[str], max_pixels: int, units: Mapping[str, Unit] | None = None
+    path: str,
+    kind: Kind,
+    *,
+    bands: Sequence[str],
+    max_pixels: int,
+    units: Mapping[str, Unit] | None = None,
+    numbers: Sequence[int] = (),
 ) -> Pixels:
     """Decode an image.
 
@@ -81,6 +87,7 @@ def read_image(
         bands: names of the requested bands, in that order; empty for all but alpha.
         max_pixels: maximum pixels of one band.
         units: band -> (scale, offset) to which its values are converted, as `units.converted` does.
+        numbers: of the bands of the file that are `bands`, from 1; empty for bands by name.
 
     Raises:
         ImageTooLarge: more pixels, or more bytes than eight bands of `max_pixels` four-byte values.
@@ -109,7 +116,10 @@ def read_image(
         if dataset.colorinterp[0].name == "palette":
             raise DataError("the image has a palette, as class masks have; convert it to RGB")
     # 3. the grid, which a warp can make larger than the file
-    source = converted(source_of_file(path, "upload"), units or {})
+    source = source_of_file(path, "upload")
+    if numbers:
+        source = _named(source, bands, numbers)
+    source = converted(source, units or {})
     [(grid, _)] = grids_of([source])
     window = footprint(source, grid)
     _check_pixels(window.width, window.height, max_pixels)
@@ -141,6 +151,25 @@ def without_text(png: bytearray) -> bytes:
             chunks.append(bytes(png[at:end]))
         at = end
     return b"".join(chunks)
+
+
+def _named(source: Source, bands: Sequence[str], numbers: Sequence[int]) -> Source:
+    """The source with the names `bands` for its bands `numbers`, which are counted from 1.
+
+    Raises:
+        DataError: it has no such band, or the numbers are too few, too many or not different.
+    """
+    found = f"bands are {list(numbers)}"
+    if len(numbers) != len(bands) or len(set(numbers)) < len(numbers):
+        raise DataError(f"{found}, expected {len(bands)} different numbers, for {', '.join(bands)}; correct them")
+    if max(numbers) > len(source.bands):
+        raise DataError(f"{found}, the image has {len(source.bands)}; send numbers from 1 to {len(source.bands)}")
+    chosen = dict(zip(numbers, bands, strict=True))
+    names = [
+        chosen.get(number, name if name not in bands else f"own {name}") for number, name in enumerate(source.bands, 1)
+    ]
+    [(href, _)] = source.assets
+    return replace(source, assets=((href, tuple(names)),))
 
 
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import geopandas
@@ -12,10 +12,12 @@ import numpy as np
 import pandas
 import PIL.Image
 
-from rayseg.geo.grid import Tile
+from rayseg.geo.grid import Tile, Window
 from rayseg.io import cog, vectors
 from rayseg.io.maps import class_areas, pixel_areas_m2
 from rayseg.io.pictures import painted, shown_colors
+from rayseg.stages.generalize import outlined, sieved
+from rayseg.stages.predict import above
 from rayseg.vision import instances, rle
 from rayseg.vision.color import ClassTable, hex_of, label_table
 
@@ -37,6 +39,8 @@ class Result:
         scores_CHW: uint8, probability x 254, 255 without imagery; one band for class 1 of a binary model, else one per
             class; None for labels without scores.
         seconds: run time of the prediction.
+        simplify: tolerance of the outlines of polygons in m (px without CRS); None keeps those of pixels.
+        layers: of a GeoTIFF, all or classes.
     """
 
     name: str
@@ -45,6 +49,26 @@ class Result:
     classes_HW: np.ndarray
     scores_CHW: np.ndarray | None
     seconds: float
+    simplify: float | None = None
+    layers: str = "all"
+
+
+def decided(result: Result, threshold: float | None, min_area: float | None) -> Result:
+    """The map with another threshold, and without units that are too small.
+
+    Args:
+        result: of a model of one class, if there is a threshold.
+        threshold: probability above which a pixel is of the class, by its stored score, as `rayseg remap` applies it.
+        min_area: m2 (px without CRS) of the smallest unit, as `polygons.min_area` of runs.
+    """
+    classes_HW, scores_CHW, grid, window = result.classes_HW, result.scores_CHW, result.tile.grid, result.tile.window
+    if threshold is not None and scores_CHW is not None:
+        classes_HW = np.where(classes_HW == NODATA, NODATA, above(scores_CHW[0], threshold)).astype(np.uint8)
+    if min_area is not None:
+        # Nodata around it: units at the border of an array are kept, as they may be larger than what is seen of them.
+        around = Window(window.col - 1, window.row - 1, window.width + 2, window.height + 2)
+        classes_HW = sieved(np.pad(classes_HW, 1, constant_values=NODATA), grid, around, min_area)[1:-1, 1:-1]
+    return replace(result, classes_HW=classes_HW)
 
 
 def png(result: Result) -> bytes:
@@ -77,7 +101,9 @@ def picture(image_CHW: np.ndarray, valid_HW: np.ndarray) -> bytes:
 
 
 def tiff(result: Result) -> bytes:
-    """Classes and scores as bands of one Cloud Optimized GeoTIFF."""
+    """Classes and scores as bands of one Cloud Optimized GeoTIFF, or the classes alone with their colours."""
+    if result.layers == "classes":
+        return cog.classes_file(result.classes_HW, result.tile.grid, result.tile.window, result.table)
     # Labels without scores have no score bands.
     scores_CHW = result.classes_HW[None][:0] if result.scores_CHW is None else result.scores_CHW
     names = result.table.names if len(scores_CHW) != 1 else result.table.names[-1:]
@@ -91,8 +117,11 @@ def geojson(result: Result) -> bytes:
     """Polygons in EPSG:4326, or in pixels (y downward) for an image without georeference."""
     skip = None if result.scores_CHW is not None else ()
     grid, window = result.tile.grid, result.tile.window
-    parts = vectors.polygons_of(result.classes_HW, result.scores_CHW, grid, window, skip=skip)
-    text: str = vectors.join_parts([parts], result.table).to_json(drop_id=True)
+    if result.simplify is None:
+        parts = [vectors.polygons_of(result.classes_HW, result.scores_CHW, grid, window, skip=skip)]
+    else:
+        parts = outlined(result.classes_HW, result.scores_CHW, grid, window, result.simplify)
+    text: str = vectors.join_parts(parts, result.table).to_json(drop_id=True)
     return text.encode()
 
 

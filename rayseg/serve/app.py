@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 
 from rayseg import __version__
 from rayseg.errors import RaysegError
+from rayseg.models.bundle import Bundle
 from rayseg.serve import answers, forms, middleware, pages, problems, runs
 from rayseg.serve.answers import GEOJSON, JSON, PNG, TIFF, Result
 from rayseg.serve.forms import Form
@@ -66,7 +67,7 @@ def api(config: ServeConfig, backend: Backend, index: ModelIndex) -> RequestMidd
     # 3. requests about an image
     predictor = _Predictor(config, backend, index, metrics)
     routes = (
-        ("/v1/models/{name}/predict", "models", predictor.predict, forms.IMAGE),
+        ("/v1/models/{name}/predict", "models", predictor.predict, forms.PREDICT),
         ("/v1/preview", "models", predictor.preview, forms.IMAGE),
         ("/v1/unsupervised", "models", predictor.unsupervised, forms.UNSUPERVISED),
         ("/v1/sam/auto", "sam", predictor.sam_auto, forms.AUTO),
@@ -173,20 +174,29 @@ class _Predictor:
                 422, f"model {name} is for {model.task}, expected segmentation or classification; choose another"
             )
         media = forms.media_type(accept, tuple(answers.WRITERS))
-        form = await forms.read(request, forms.IMAGE)
+        form = await forms.read(request, forms.PREDICT)
+        options = forms.options(forms.Options, form.fields)
+        if options["threshold"] is not None and model.outputs != 1:
+            raise Problem(
+                422, f"threshold is for models of one class, {name} has {model.outputs} scores per pixel; leave it out"
+            )
         began = time.perf_counter()
-        async with self._image(form, model) as image:
+        async with self._image(form, model, options["bands"]) as image:
             classes_HW, scores_CHW = await self.backend.segment(served, image)
             self.metrics.pixels.labels(name).inc(classes_HW.size)
-            seconds = time.perf_counter() - began
-            result = Result(name, image.tile, ClassTable(model.classes), classes_HW, scores_CHW, seconds)
+            seconds, table = time.perf_counter() - began, ClassTable(model.classes)
+            drawn = {"simplify": options["simplify"], "layers": options["layers"]}
+            result = Result(name, image.tile, table, classes_HW, scores_CHW, seconds, **drawn)
+            if options["threshold"] is not None or options["min_area"] is not None:
+                result = await asyncio.to_thread(answers.decided, result, options["threshold"], options["min_area"])
             return await _written(result, media)
 
     async def _classify(self, served: Served, request: Request, accept: str) -> Response:
         """Class and score of the centre of an image as JSON or CSV; as PNG the Grad-CAM++ of the class."""
         media = forms.media_type(accept, (JSON, answers.CSV, PNG))
-        form = await forms.read(request, forms.IMAGE)
-        async with self._image(form, served.bundle) as image:
+        form = await forms.read(request, {"bands": forms.PREDICT["bands"]})
+        numbers = forms.options(forms.Bands, form.fields)["bands"]
+        async with self._image(form, served.bundle, numbers) as image:
             p_K, picture_HWC = await self.backend.classify(served, image, explain=media == PNG)
         if picture_HWC is not None:
             return Response(await asyncio.to_thread(answers.rgb_png, picture_HWC), media_type=PNG)
@@ -236,14 +246,26 @@ class _Predictor:
         return Response(body, media_type=media)
 
     @asynccontextmanager
-    async def _image(self, form: Form, model: Any = None) -> AsyncIterator[Image]:  # noqa: ANN401 - a bundle
-        """The form's image in the bands of `model` and within its contract; its pixels count until the request ends."""
+    async def _image(
+        self, form: Form, model: Bundle | None = None, numbers: Sequence[int] = ()
+    ) -> AsyncIterator[Image]:
+        """The form's image in the bands of `model` and within its contract; its pixels count until the request ends.
+
+        `numbers` are those of its bands that are the model's, from 1; empty for bands by name.
+        """
         bands: Sequence[str] = model.bands if model else ()
-        physical = bool(model) and model.architecture.factory != "sam"
-        goals = model.band_units if physical else {}
-        source, image = await self.decoders.decode(form.image, bands=bands, units=goals)
+        physical = model is not None and model.architecture.factory != "sam"
+        goals = model.band_units if model and physical else {}
+        source, image = await self.decoders.decode(form.image, bands=bands, units=goals, numbers=numbers)
         if model:
             units = source.units if physical else ()
+            if missing := set(model.bands) - set(source.bands):
+                raise Problem(
+                    422,
+                    f"model {model.name} needs the bands {', '.join(model.bands)}, the image has "
+                    f"{', '.join(source.bands)}: {', '.join(sorted(missing))} missing; name the bands in the file, or "
+                    "send their numbers in the model's order, such as bands=[4,3,2]",
+                )
             model.check_contract(source.bands, source.dtype, units=units, source="the image")
         assert image is not None  # it has all bands of the contract
         pixels, limit = image.valid_HW.size, self.config.max_pixels_in_flight

@@ -91,6 +91,7 @@ def _answer(folder: Path) -> None:
         try:
             units = {band: (scale, offset) for band, (scale, offset) in request["units"].items()}
             limits = {"bands": request["bands"], "max_pixels": request["max_pixels"], "units": units}
+            limits["numbers"] = request["numbers"]
             _send_pixels(read_image(str(path), request["kind"], **limits), out)
         except ImageTooLarge as error:
             send(out, {"too_large": str(error)})

@@ -14,6 +14,9 @@ from rayseg.serve.answers import GEOJSON, JSON, PNG, TIFF
 from rayseg.serve.problems import MEDIA_TYPE, Problem
 
 MAX_PROMPTS = 64
+IMAGES = ("image/png", "image/jpeg", TIFF, "application/octet-stream")
+"""Media types of a body that is an image alone."""
+_TEXTS = {"network", "layers"}  # fields that are text; the others are JSON
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,28 @@ class Form:
 
     image: bytes
     fields: dict[str, str]
+
+
+class Options(Config):
+    """Settings of a prediction."""
+
+    threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Probability above which a pixel is of the class, for models of one class; default: the model's own."""
+    bands: Annotated[tuple[Annotated[int, Field(ge=1, le=1000)], ...], Field(max_length=100)] = ()
+    """Numbers of the image's bands (from 1) in the order of the model's; default: bands by name."""
+    min_area: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    """Smallest unit of the map in m2 (px without CRS), as `polygons.min_area` of runs; default: all."""
+    simplify: Annotated[float, Field(gt=0, le=1e4)] | None = None
+    """Tolerance of the outlines of polygons in m (px without CRS), as `polygons.simplify` of runs; default: none."""
+    layers: Literal["all", "classes"] = "all"
+    """Bands of a GeoTIFF: classes and scores, or the classes alone with their colours."""
+
+
+class Bands(Config):
+    """Settings of a classification."""
+
+    bands: Annotated[tuple[Annotated[int, Field(ge=1, le=1000)], ...], Field(max_length=100)] = ()
+    """As of `Options`."""
 
 
 class Unsupervised(Config):
@@ -58,23 +83,36 @@ class Prompts(Config):
 
 
 async def read(request: Request, known: Mapping[str, Any]) -> Form:
-    """Read the form of a request, with an image and the fields `known`.
+    """Read an image and the fields `known`: a form, or the image as the body and the fields in the address.
 
     Raises:
-        Problem: 415, the body is not a form; 422, it has no image, or further fields.
+        Problem: 415, the body is neither; 422, it has no image, or further fields.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    fields = dict(request.query_params)
+    if kind in IMAGES:
+        _expect_known(fields, known)
+        return Form(await request.body(), fields)
     if kind != "multipart/form-data":
-        raise Problem(415, f"Content-Type is {kind or 'missing'}, expected multipart/form-data with a file `image`")
+        raise Problem(
+            415,
+            f"Content-Type is {kind or 'missing'}, expected multipart/form-data with a file `image`, or as the "
+            f"type of an image alone: {', '.join(IMAGES)}",
+        )
     # Limits of the parser: one file, few fields, 1 MiB per field; bytes are counted by the middleware.
     async with request.form(max_files=1, max_fields=10, max_part_size=1 << 20) as form:
         image = form.get("image")
         if not isinstance(image, UploadFile):
             raise Problem(422, f"the form has {', '.join(form) or 'no fields'}, expected a file named image")
-        if unknown := form.keys() - known.keys() - {"image"}:
-            names = ", ".join(["image", *known])
-            raise Problem(422, f"the form has the unknown field {min(unknown)[:60]!r}, expected: {names}; leave it out")
-        return Form(await image.read(), {name: value for name, value in form.items() if isinstance(value, str)})
+        fields |= {name: value for name, value in form.items() if isinstance(value, str)}
+        _expect_known({**dict.fromkeys(form.keys() - {"image"}, ""), **fields}, known)
+        return Form(await image.read(), fields)
+
+
+def _expect_known(fields: Mapping[str, str], known: Mapping[str, Any]) -> None:
+    if unknown := fields.keys() - known.keys():
+        names = ", ".join(["image", *known])
+        raise Problem(422, f"the request has the unknown field {min(unknown)[:60]!r}, expected: {names}; leave it out")
 
 
 def media_type(accept: str, offered: Sequence[str]) -> str:
@@ -105,7 +143,7 @@ def media_type(accept: str, offered: Sequence[str]) -> str:
 
 
 def options(kind: type[Config], fields: Mapping[str, str]) -> dict[str, Any]:
-    """Validated settings of `kind` from fields of a form, as plain values; `network` is text, the others are JSON.
+    """Validated settings of `kind` from fields of a form, as plain values; fields are text or JSON.
 
     Raises:
         Problem: 422, a field is not JSON.
@@ -114,7 +152,7 @@ def options(kind: type[Config], fields: Mapping[str, str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, text in fields.items():
         try:
-            values[name] = text if name == "network" else json.loads(text)
+            values[name] = text if name in _TEXTS else json.loads(text)
         except (ValueError, RecursionError):
             raise Problem(422, f"the field {name} is {text[:40]!r}, expected JSON") from None
     return load_values(kind, values).model_dump()
@@ -154,6 +192,7 @@ def expect_inside(prompts: Mapping[str, Any], width: int, height: int) -> None:
 # -- OpenAPI -----------------------------------------------------------------------------------------------------------
 
 IMAGE: dict[str, Any] = {}
+PREDICT = Options.model_json_schema()["properties"]
 UNSUPERVISED = Unsupervised.model_json_schema()["properties"]
 AUTO = Automatic.model_json_schema()["properties"]
 _JSON_ARRAY = {"type": "string", "contentMediaType": JSON, "description": "JSON array"}

@@ -81,18 +81,29 @@ class DecoderPool:
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="decoder")
 
     async def decode(
-        self, data: bytes, *, bands: Sequence[str] = (), units: Mapping[str, Unit] | None = None
+        self,
+        data: bytes,
+        *,
+        bands: Sequence[str] = (),
+        units: Mapping[str, Unit] | None = None,
+        numbers: Sequence[int] = (),
     ) -> tuple[Source, Image | None]:
         """`read` without blocking the event loop or its shared threads."""
-        read = partial(self.read, data, bands=bands, units=units)
+        read = partial(self.read, data, bands=bands, units=units, numbers=numbers)
         return await asyncio.get_running_loop().run_in_executor(self._threads, read)
 
     def read(
-        self, data: bytes, *, bands: Sequence[str] = (), units: Mapping[str, Unit] | None = None
+        self,
+        data: bytes,
+        *,
+        bands: Sequence[str] = (),
+        units: Mapping[str, Unit] | None = None,
+        numbers: Sequence[int] = (),
     ) -> tuple[Source, Image | None]:
         """Decode an upload: (metadata, pixels); pixels are None if it lacks one of `bands`.
 
-        Values are converted to `units`, band -> (scale, offset), as `units.converted` does.
+        Values are converted to `units`, band -> (scale, offset), as `units.converted` does. `numbers` says which bands
+        of the file are `bands`, counted from 1; without it their names do.
 
         Raises:
             Problem: it is not a PNG, JPEG or GeoTIFF, or a file of two formats.
@@ -101,6 +112,7 @@ class DecoderPool:
         """
         # 1. the child's answer
         limits = {"bands": list(bands), "max_pixels": self.max_pixels, "units": dict(units or {})}
+        limits["numbers"] = list(numbers)
         request = {"kind": file_type.kind_of(data), **limits}
         with self._child() as worker:
             assert worker.process.stdin is not None

@@ -7,6 +7,7 @@ from functools import lru_cache, reduce
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -97,7 +98,7 @@ class Generalize:
         for block in row.blocks:
             cut = block.slices(reach)
             scores_CHW = self._scores(row, block, sieved_HW[cut], classes_HW[cut])
-            simplify = self.simplify / float(np.sqrt(pixel_area(grid, block.row // BLOCK, block.col // BLOCK)))
+            simplify = _in_pixels(self.simplify, grid, block)
             table = vectors.polygons_of(
                 drawn_HW[cut], scores_CHW, grid, block, kept_HW=sieved_HW[cut] != NODATA, simplify=simplify
             )
@@ -111,19 +112,12 @@ class Generalize:
     def _sieved(self, classes_HW: NDArray[np.uint8], grid: Grid, reach: Window) -> NDArray[np.uint8]:
         if self.min_area is None:
             return classes_HW
-        min_area = self.min_area
-
-        def least(rows: NDArray[np.int64], cols: NDArray[np.int64]) -> NDArray[np.float64]:
-            blocks_N2 = np.stack([(rows + reach.row) // BLOCK, (cols + reach.col) // BLOCK], axis=1)
-            few_N2, where = np.unique(blocks_N2, axis=0, return_inverse=True)
-            return np.array([min_area / pixel_area(grid, *block) for block in few_N2.tolist()])[where.ravel()]
-
         # A seam cuts units: what lies there may be large on both sides together.
         seam_HW = None
         if grid.divided:
             ground_HW = region.pixels_inside(region.on_grid(None, grid, reach), grid, reach)
             seam_HW = ndimage.binary_dilation(~ground_HW) & ground_HW
-        return sieve.sieved(classes_HW, least, seam_HW)
+        return sieved(classes_HW, grid, reach, self.min_area, seam_HW)
 
     def _beyond_seams(self, classes_HW: NDArray[np.uint8], grid: Grid, reach: Window) -> NDArray[np.uint8]:
         """The map with a few px more beyond a seam between zones, where polygons are cut later."""
@@ -154,6 +148,49 @@ class Generalize:
     def _sources(self, row: GeneralRow, name: str, bands: Sequence[str]) -> list[Source]:
         tiles = [Tile(name, row.tile.grid, Window(*place)) for name, *place in row.near]
         return [maps.source_on(tile, str(upath(self.tiles) / tile.id / f"{name}.tif"), bands) for tile in tiles]
+
+
+def sieved(
+    classes_HW: NDArray[np.uint8],
+    grid: Grid,
+    window: Window,
+    min_area: float,
+    seam_HW: NDArray[np.bool_] | None = None,
+) -> NDArray[np.uint8]:
+    """The map over `window` without units below `min_area` m2 (px without CRS), except those that touch `seam_HW`."""
+
+    def least(rows: NDArray[np.int64], cols: NDArray[np.int64]) -> NDArray[np.float64]:
+        blocks_N2 = np.stack([(rows + window.row) // BLOCK, (cols + window.col) // BLOCK], axis=1)
+        few_N2, where = np.unique(blocks_N2, axis=0, return_inverse=True)
+        return np.array([min_area / pixel_area(grid, *block) for block in few_N2.tolist()])[where.ravel()]
+
+    return sieve.sieved(classes_HW, least, seam_HW)
+
+
+def outlined(
+    classes_HW: NDArray[np.uint8], scores_CHW: NDArray[np.uint8] | None, grid: Grid, window: Window, simplify: float
+) -> list[pa.Table]:
+    """The parts of polygons of a whole map over `window`, with a tolerance in m (px without CRS), block by block."""
+    parts = []
+    for row, col in blocks_of(window):
+        # Some nodata around the map: its own edge is an outline like others, a block's border is not.
+        block = Window(col * BLOCK, row * BLOCK, BLOCK, BLOCK)
+        cut = block.intersect(Window(window.col - 2, window.row - 2, window.width + 4, window.height + 4))
+        inside = cut.intersect(window)
+        own_HW = np.full((cut.height, cut.width), NODATA, np.uint8)
+        own_HW[inside.slices(cut)] = classes_HW[inside.slices(window)]
+        own_CHW = None
+        if scores_CHW is not None:
+            own_CHW = np.full((len(scores_CHW), *own_HW.shape), NODATA, np.uint8)
+            own_CHW[:, *inside.slices(cut)] = scores_CHW[:, *inside.slices(window)]
+        skip = None if scores_CHW is not None else ()
+        tolerance = _in_pixels(simplify, grid, block)
+        parts.append(vectors.polygons_of(own_HW, own_CHW, grid, cut, skip=skip, simplify=tolerance))
+    return parts
+
+
+def _in_pixels(simplify: float, grid: Grid, block: Window) -> float:
+    return simplify / float(np.sqrt(pixel_area(grid, block.row // BLOCK, block.col // BLOCK)))
 
 
 def around(row: GeneralRow) -> Window:

@@ -138,7 +138,7 @@ def test_a_memory_store_takes_files_too(classes):
 
 
 def test_what_does_not_fit_is_refused(tmp_path, classes):
-    with pytest.raises(DataError, match=r"shape \(1100, 1300\) do not fill Window"):
+    with pytest.raises(DataError, match=r"shape \(1100, 1300\) do not fill columns 0 to 9"):
         write_classes(tmp_path / "a.tif", classes, GRID, Window(0, 0, 10, 10), TABLE)
     with pytest.raises(DataError, match="int64 values"):
         write_classes(tmp_path / "a.tif", classes.astype(np.int64), GRID, WINDOW, TABLE)
