@@ -21,7 +21,7 @@ from shapely.geometry import shape
 
 from rayseg.engine import run as runs
 from rayseg.errors import ConfigError, DataError, listed
-from rayseg.geo.grid import NODATA, Grid, Tile, Window
+from rayseg.geo.grid import NODATA, Grid, Tile, Window, slug
 from rayseg.geo.lonlat import LONLAT, transformer
 from rayseg.geo.vector_files import read_frame
 from rayseg.io.maps import MappedTile, read_tile
@@ -76,16 +76,12 @@ def read_clicks(path: StorePath) -> list[Click]:
     Raises:
         DataError: there is no such file, it holds no clicks, or a row is not a point or line with a class.
     """
-    try:
-        features = _lines(upath(path).read_bytes()) or list(_rows(path))
-    except FileNotFoundError:
-        raise DataError(f"there is no file of clicks {path}; give points with a property class") from None
-    undone = {feature["properties"].get("undo") for feature in features} - {None}
+    features = read_features(path)
+    numbers = {id(feature): number for number, feature in enumerate(features, 1)}
     clicks = []
-    for number, feature in enumerate(features, 1):
-        properties = {name: value for name, value in feature["properties"].items() if value is not None}
-        if "undo" in properties or properties.get("id", "") in undone:
-            continue
+    for feature in kept(features):
+        number, properties = numbers[id(feature)], feature["properties"]
+        properties = {name: value for name, value in properties.items() if value is not None}
         kind = (feature.get("geometry") or {}).get("type")
         if kind not in _KINDS:
             raise DataError(f"click {number} of {path} is of type {kind}, expected a point or a line; remove it")
@@ -95,6 +91,28 @@ def read_clicks(path: StorePath) -> list[Click]:
     if not clicks:
         raise DataError(f"{path} holds no clicks; give points or short lines with a property class")
     return clicks
+
+
+def read_features(path: StorePath) -> list[dict[str, Any]]:
+    """The rows of a file as GeoJSON features in degrees, also those that were taken back.
+
+    Raises:
+        DataError: there is no such file, or it cannot be read.
+    """
+    try:
+        return _lines(upath(path).read_bytes()) or list(_rows(path))
+    except FileNotFoundError:
+        raise DataError(f"there is no file of clicks {path}; give points with a property class") from None
+
+
+def kept(features: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The features without those that were taken back, and without the lines that did so."""
+    undone = {feature["properties"].get("undo") for feature in features} - {None}
+    return [
+        feature
+        for feature in features
+        if feature["properties"].get("undo") is None and feature["properties"].get("id") not in undone
+    ]
 
 
 def _lines(content: bytes) -> list[dict[str, Any]]:
@@ -248,4 +266,5 @@ def identity(root: str) -> str:
 
 def beside(root: str) -> str:
     """The file next to a run that the server appends clicks to."""
-    return f"{absolute(root).rstrip('/')}.clicks.geojsonl"
+    folder = upath(absolute(root).rstrip("/"))
+    return str(folder.parent / f"{slug(folder.name)}.clicks.geojsonl")

@@ -14,9 +14,10 @@ from rayseg.config import ray_address
 from rayseg.engine import cluster
 from rayseg.engine.submit import is_loopback
 from rayseg.errors import ConfigError
-from rayseg.serve.models import LocalBackend, ModelIndex
+from rayseg.serve.models import ChildBackend, ModelIndex
 from rayseg.serve.runs import runs_below
 from rayseg.serve.settings import ServeConfig, require_room, require_token
+from rayseg.store import absolute, is_local, upath
 
 _FLUSH_SECONDS = 1.0  # in which the proxy sends the last responses to their clients
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -131,7 +132,9 @@ def view(run: str, *, port: int, browser: bool, say: Callable[[str], None]) -> N
     from rayseg.serve.middleware import configure_log
 
     read(run)
-    config = with_hosts(ServeConfig(runs=(run,)), "127.0.0.1")
+    # Next to the run, whose own files stay as they are.
+    clicks = str(upath(absolute(run)).parent) if is_local(run) else None
+    config = with_hosts(ServeConfig(runs=(run,), clicks=clicks), "127.0.0.1")
     [root] = config.runs
     name = next(name for name, prefix in runs_below([root]).items() if prefix.rstrip("/") == root.rstrip("/"))
     # The port is reserved before its address is printed.
@@ -141,6 +144,6 @@ def view(run: str, *, port: int, browser: bool, say: Callable[[str], None]) -> N
     if browser:
         threading.Timer(1.0, webbrowser.open, [address]).start()
     configure_log(config.log_file)
-    app = api(config, LocalBackend(), ModelIndex())
+    app = api(config, ChildBackend(), ModelIndex())
     uvicorn.run(app, host="127.0.0.1", port=port, log_config=None, timeout_graceful_shutdown=30)
     lock.close()

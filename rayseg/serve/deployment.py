@@ -147,6 +147,13 @@ class RayBackend:
         labels_HW: np.ndarray = await self._result(self._handle.labels.remote(image, options))
         return labels_HW
 
+    async def follow(self, *arguments: object) -> np.ndarray | None:
+        """See `rayseg.serve.models.Backend`."""
+        # One replica keeps the features of a run.
+        handle = self._handle.options(multiplexed_model_id=f"clicks@{arguments[0]}")
+        classes_HW: np.ndarray | None = await self._result(handle.follow.remote(*arguments))
+        return classes_HW
+
     async def ready(self) -> bool:
         """See `rayseg.serve.models.Backend`."""
         try:

@@ -4,11 +4,13 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import import_module
 from itertools import chain
+from multiprocessing import get_context
 from time import monotonic
 from typing import Any, Protocol
 
@@ -19,7 +21,7 @@ from rayseg.errors import ConfigError, ModelError
 from rayseg.geo.grid import slug
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
-from rayseg.serve.problems import Unavailable
+from rayseg.serve.problems import Unavailable, busy
 from rayseg.serve.uploads import Image
 from rayseg.stages.predict import Predict, decide, lattice_of, patches_of
 from rayseg.store import StorePath, upath
@@ -71,6 +73,9 @@ class Backend(Protocol):
 
     async def labels(self, image: Image, options: dict[str, Any]) -> np.ndarray:
         """Labels (height, width) without a model; see `rayseg.serve.prompts.labels`."""
+
+    async def follow(self, *arguments: object) -> np.ndarray | None:
+        """Classes (256, 256) of a web tile that follows clicks; see `rayseg.serve.follow.web_tile`."""
 
     async def ready(self) -> bool:
         """Whether models can be asked now, and those to be loaded at the start are loaded."""
@@ -254,6 +259,11 @@ class LocalBackend:
         labels_HW: np.ndarray = await self.run(prompts.labels, image, options)
         return labels_HW
 
+    async def follow(self, *arguments: object) -> np.ndarray | None:
+        """See `Backend`."""
+        classes_HW: np.ndarray | None = await self.run(followed, *arguments)
+        return classes_HW
+
     def load(self, key: str) -> Any:  # noqa: ANN401 - a model of any kind
         """Load the model of a `Served.key`; takes seconds.
 
@@ -282,6 +292,32 @@ class LocalBackend:
     async def run(self, function: Callable[..., Any], *arguments: object) -> Any:  # noqa: ANN401
         """Call a function in the pool."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+
+class ChildBackend(LocalBackend):
+    """The `Backend` of `rayseg view`: a map follows clicks in a process of its own, which starts with the first click.
+
+    PyTorch takes seconds to import and to compute, in which this process answers others.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Not a fork: threads of this process may hold locks.
+        self._child = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+
+    async def follow(self, *arguments: object) -> np.ndarray | None:
+        """See `Backend`."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._child, followed, *arguments)
+        except BrokenProcessPool as error:
+            self._child = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+            raise busy("the process that follows clicks died; retry") from error
+
+
+def followed(*arguments: Any) -> np.ndarray | None:  # noqa: ANN401
+    """`rayseg.serve.follow.web_tile`, imported where it runs."""
+    classes_HW: np.ndarray | None = import_module("rayseg.serve.follow").web_tile(*arguments)
+    return classes_HW
 
 
 def _loaded(prefix: str, digest: str) -> Any:  # noqa: ANN401 - a model of any kind

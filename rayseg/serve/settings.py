@@ -62,6 +62,9 @@ class ServeConfig(Config):
     """Time limit of a request."""
     imagery_hosts: tuple[str, ...] = ()
     """Hosts from which the imagery of runs may be read over http(s); imagery on other hosts is not read."""
+    clicks: Location | None = None
+    """Local folder that clicks on runs are appended to, as `<run>.clicks.geojsonl`; without it the page cannot correct
+    maps."""
     log_file: Location | None = None
     """File on every node for the access log, one JSON line per request; default: stderr of the replicas."""
     jobs: Location | None = None

@@ -19,6 +19,7 @@ from rayseg.models.correction import ANCHORS, AXES, RECALL, Corrected, gaussian
 
 Floats = NDArray[np.float32]
 _ITERATIONS = 100
+_GROWTH = 0.75  # of the map's weight: few clicks must not change it, and many must be able to
 _LEAD = 2.0  # logit by which the memory lets a clicked class lead
 _RIDGE = 0.05  # of the memory: clicks of different classes at almost one place
 _SPREAD = 4.0  # length of a typical vector of standardised features
@@ -27,10 +28,8 @@ _SPREAD = 4.0  # length of a typical vector of standardised features
 class CorrectionConfig(Config):
     """How clicks change a map; the defaults are chosen by cross-validation (docs/benchmarks.md)."""
 
-    kept: float = 100.0
-    """Weight of the map's own pixels, as a number of clicks."""
-    kept_per_click: float = 5.0
-    """The same, for each click."""
+    kept: float = 15.0
+    """Weight of the map's own pixels as a number of clicks: kept x n^(3/4) for n clicks."""
     sure: float = 8.0
     """Exponent of the probability by which a pixel of the map counts: high ones leave pixels that are not sure free."""
     penalty: float = 3.0
@@ -137,7 +136,7 @@ def _head(
     weights_N = torch.from_numpy(clicks.weights_N)
     # Pixels of which the segmenter is unsure are free to change.
     sure_M = targets_MK.amax(dim=1) ** settings.sure
-    sure_M *= (settings.kept + settings.kept_per_click * float(weights_N.sum())) / sure_M.sum()
+    sure_M *= settings.kept * float(weights_N.sum()) ** _GROWTH / sure_M.sum()
     outputs = clicks.logits_NK.shape[1]
     weight = torch.zeros(outputs, clicked_NF.shape[1], requires_grad=True)
     bias = torch.zeros(outputs, requires_grad=True)

@@ -2,8 +2,8 @@
 import { Problem, area, ask, element, legendRow, node, percent, token } from "./ask.js";
 
 const name = decodeURIComponent(location.pathname.split("/").pop());
-const base = `/v1/runs/${encodeURIComponent(name)}`;
-const shown = { map: null, layers: null, run: null };
+export const base = `/v1/runs/${encodeURIComponent(name)}`;
+export const shown = { map: null, layers: null, run: null, image: null, follows: 0 };
 
 const EMPTY_IMAGE = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7";
 
@@ -18,6 +18,15 @@ async function withRetry(path, signal, tries = 8) {
   }
 }
 
+// While somebody clicks, the map that follows the clicks comes first; where it does not follow, that of the run.
+async function classesOf(layer, place, signal) {
+  if (layer === "classes" && shown.follows) {
+    const answer = await withRetry(`${base}/clicks/tiles/${place}`, signal);
+    if (answer.status !== 204) return answer;
+  }
+  return withRetry(`${base}/tiles/${place}`, signal);
+}
+
 // Tiles are fetched, because an <img> cannot send the token.
 const Tiles = L.GridLayer.extend({
   createTile(coords, done) {
@@ -25,7 +34,7 @@ const Tiles = L.GridLayer.extend({
     image.aborter = new AbortController();
     const { z, x, y } = coords;
     const query = new URLSearchParams({ layer: this.options.layer, ...(this.options.image && { image: this.options.image }) });
-    withRetry(`${base}/tiles/${z}/${x}/${y}.png?${query}`, image.aborter.signal)
+    classesOf(this.options.layer, `${z}/${x}/${y}.png?${query}`, image.aborter.signal)
       .then(async (answer) => {
         image.onload = () => { URL.revokeObjectURL(image.src); done(null, image); };
         image.src = answer.status === 204 ? EMPTY_IMAGE : URL.createObjectURL(await answer.blob());
@@ -64,6 +73,7 @@ async function load() {
 
 function createMap(options) {
   shown.map?.remove();
+  shown.image = null;
   shown.map = L.map("map", { zoomControl: true, keyboard: true, attributionControl: false, ...options });
 }
 
@@ -74,6 +84,7 @@ function addLayers(options, imageryZoom) {
   for (const layer of [imagery, classes]) layer.on("tileunload", (event) => event.tile.aborter.abort());
   shown.layers = { imagery, classes };
   applyOpacity();
+  document.dispatchEvent(new Event("map"));
 }
 
 function onEarth(run) {
@@ -95,6 +106,7 @@ function onImage() {
   const deepest = Math.ceil(Math.log2(Math.max(one.width, one.height) / 256));
   const corners = (left, top, right, bottom) => [[-bottom * scale, left * scale], [-top * scale, right * scale]];
   createMap({ crs: L.CRS.Simple, minZoom: -2, maxZoom: deepest + 3 });
+  shown.image = { id: one.id, scale };
   shown.map.fitBounds(corners(0, 0, one.width, one.height));
   addLayers({ image: one.id, minZoom: -2, minNativeZoom: 0, maxZoom: deepest + 3, maxNativeZoom: Math.max(0, deepest), bounds: corners(0, 0, one.width, one.height) });
   for (const row of shown.run.troubles.filter((row) => row.image === one.id && row.box)) showFailed(corners(...row.box), row);
