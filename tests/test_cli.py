@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from small_world import window_at as window
 from typer.main import get_command
 
 from rayseg.cli import app
+from rayseg.engine.run import read
 from rayseg.io import cog, labels, xyz
 from rayseg.io.stac_read import open_items
 from rayseg.models.encoders import build_encoder
@@ -485,6 +487,16 @@ def test_an_interrupted_command_prints_how_to_resume(monkeypatch, world, out):
 
     monkeypatch.setattr("rayseg.pipelines.predict.run", interrupt)
     assert "run the same command to resume" in refused(130, *predict(world, out))
+
+
+def test_a_terminated_command_prints_how_to_resume_and_may_be_asked_to_by_a_scheduler(monkeypatch, world, out):
+    monkeypatch.setattr("rayseg.pipelines.predict.run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert "terminated; finished tiles are kept, run the same command" in refused(143, *predict(world, out))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert read(str(out))["status"] == "stopped"
 
 
 def test_an_output_of_another_run_or_of_another_program(world, tmp_path):

@@ -165,7 +165,7 @@ class Run:
         Raises:
             DataError: the run has written none.
         """
-        return self._table("polygons", "polygons")
+        return self._table("polygons")
 
     @property
     def plots(self) -> "gpd.GeoDataFrame":
@@ -174,15 +174,16 @@ class Run:
         Raises:
             DataError: the run has written none.
         """
-        return self._table("plots", "plots")
+        return self._table("plots")
 
-    def _table(self, key: str, kind: str) -> "gpd.GeoDataFrame":
-        """The GeoParquet file that a finished step names under `key`."""
+    def _table(self, kind: str) -> "gpd.GeoDataFrame":
+        """The GeoParquet file of the polygons that a finished step names; plots are those of a run of agri."""
         import geopandas as gpd
 
         for step in self.request.get("steps", {}).values():
-            if str(step.get(key, "")).endswith(".parquet"):
-                file = upath(self.root) / str(step[key]).rpartition("/")[2]
+            name = str(step.get("polygons", ""))
+            if name.endswith(".parquet") and (kind == "polygons" or self.pipeline == "agri"):
+                file = upath(self.root) / name.rpartition("/")[2]
                 with file.open("rb") as stream:
                     return gpd.read_parquet(stream)
         raise DataError(f"{self.root} has no {kind}; it is a run of {self.pipeline} and {self.request.get('status')}")

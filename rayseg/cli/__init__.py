@@ -2,6 +2,8 @@
 
 import importlib
 import os
+import signal
+import threading
 import traceback
 from typing import Annotated, Any
 
@@ -17,8 +19,16 @@ ORDER = (
     "run", "plan", "status", "retry", "verify", "predict", "evaluate", "correct", "remap", "refresh", "diff", "area",
     "polygonize", "export", "ingest", "labels", "serve", "view", "models", "regions", "config", "env",
 )  # fmt: skip
-INTERRUPTED = 130
-"""Exit code of a command that SIGINT ended, by the convention of shells."""
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes of a command that SIGINT or SIGTERM ended, by the convention of shells."""
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as schedulers send it before they kill."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
 
 
 class _Commands(TyperGroup):
@@ -40,9 +50,11 @@ class _Commands(TyperGroup):
             # A path that cannot be used is an option that is wrong.
             unusable = isinstance(error, OSError) and error.filename and error.strerror
             raise typer.Exit(getattr(error, "exit_code", ConfigError.exit_code if unusable else 1)) from None
-        except KeyboardInterrupt:
-            typer.echo("rayseg: interrupted; finished tiles are kept, run the same command to resume", err=True)
-            raise typer.Exit(INTERRUPTED) from None
+        except KeyboardInterrupt as error:
+            terminated = isinstance(error, _Terminated)
+            how, code = ("terminated", TERMINATED) if terminated else ("interrupted", INTERRUPTED)
+            typer.echo(f"rayseg: {how}; finished tiles are kept, run the same command to resume", err=True)
+            raise typer.Exit(code) from None
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         """Take -v, --verbose and --log-json before or after the command."""
@@ -78,3 +90,5 @@ def _root(
 ) -> None:
     """Map a land-cover class over a whole region from little or no labelled data."""
     progress.as_json = log_json
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
@@ -61,6 +62,18 @@ def expect_reachable(address: str | None) -> None:
         ) from None
 
 
+@contextmanager
+def _own_handler() -> Iterator[None]:
+    """Keep what this process does on SIGTERM: Ray's own handler ends it without a word, and with code 15."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if current_thread() is main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+@_own_handler()
 def connect(address: str | None, *, dashboard: bool = False) -> None:
     """Connect to the Ray cluster at `address`, or start a private Ray on this machine; once per process.
 

@@ -30,6 +30,7 @@ from upath import UPath
 
 from rayseg import __version__
 from rayseg.config import Config
+from rayseg.engine import progress
 from rayseg.engine.lease import Lease, held, holder_of
 from rayseg.engine.ledger import MISSING, WITHDRAWN, Account, Ledger
 from rayseg.engine.manifest import read_rows
@@ -243,7 +244,8 @@ class Run:
         known = troubles is not None or begun.get("key") in keys
         damage = self._remove_damage(step, done) if known else {}
         if troubles is None or damage or MISSING in troubles.values() or (troubles and self.engine.retry):
-            done = self._call(step, begun if known else {}, partial(function, step, *arguments, **planned))
+            with progress.step(len(self.steps) + 1, name):
+                done = self._call(step, begun if known else {}, partial(function, step, *arguments, **planned))
         # 3. a finished step has the key of its value: later steps depend on that
         value = relocated(done["value"], HERE, self.root)
         step = Step(name, self.root, _hash([done["key"], done["value"]]), self.engine, value, done["seconds"])

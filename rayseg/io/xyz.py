@@ -25,12 +25,11 @@ import pystac
 import shapely
 from pystac.utils import datetime_to_str
 from rasterio.warp import Resampling, reproject
-from rich.console import Console
-from rich.progress import track
 from shapely.geometry import mapping, shape
 from shapely.geometry.base import BaseGeometry
 from upath import UPath
 
+from rayseg.engine import progress
 from rayseg.errors import ConfigError, DataError, listed
 from rayseg.geo.grid import Grid, Window, slug
 from rayseg.geo.region import on_grid
@@ -316,14 +315,15 @@ def _fetch_all(job: _Job, todo: Sequence[_Unit]) -> tuple[list[_Unit], list[str]
     fetched: list[_Unit] = []
     failures: list[str] = []
     in_a_row = 0
-    with session(job.service) as server:
-        for unit in track(todo, job.folder.name, console=Console(stderr=True)):
+    with session(job.service) as server, progress.shown(job.folder.name, len(todo)) as advance:
+        for unit in todo:
             try:
                 fetched += _fetch(job, server, unit)
                 in_a_row = 0
             except DataError as error:
                 failures.append(str(error))
                 in_a_row += 1
+            advance(1, f"{len(failures)} failed")
             if in_a_row == _FAILURES_IN_A_ROW:
                 break
     return fetched, failures

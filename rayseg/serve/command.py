@@ -9,6 +9,7 @@ import threading
 import time
 import webbrowser
 from collections.abc import Callable
+from contextlib import suppress
 
 from rayseg.config import ray_address
 from rayseg.engine import cluster
@@ -145,5 +146,6 @@ def view(run: str, *, port: int, browser: bool, say: Callable[[str], None]) -> N
         threading.Timer(1.0, webbrowser.open, [address]).start()
     configure_log(config.log_file)
     app = api(config, ChildBackend(), ModelIndex())
-    uvicorn.run(app, host="127.0.0.1", port=port, log_config=None, timeout_graceful_shutdown=30)
+    with suppress(KeyboardInterrupt):  # uvicorn raises the signal that ended it again
+        uvicorn.run(app, host="127.0.0.1", port=port, log_config=None, timeout_graceful_shutdown=30)
     lock.close()

@@ -316,7 +316,7 @@ def run_checkpoints(
             learner.keep(config["prefix"], config["key"], state | more())
             pictures = learner.pictures(shown, state["epoch"] - 1, -(-settings.steps // settings.checkpoint))
             write(state["epoch"] - 1, measures | learner.rates(), pictures)
-            session.note(config, step, settings.steps, measures)
+            session.note(config, step, settings.steps, measures, unit="step")
             session.report(measures)
     return dict(state["best"]["measures"])
 

@@ -139,7 +139,7 @@ def _shown(path: str) -> Iterator[None]:
                     if row["work"] != work:
                         bars.close()
                         work, done = row["work"], 0
-                        advance = bars.enter_context(progress.shown(work, row["total"]))
+                        advance = bars.enter_context(progress.shown(work, row["total"], unit=row["unit"]))
                     advance(row["done"] - done, row["text"])
                     done = row["done"]
 
@@ -156,7 +156,7 @@ def _shown(path: str) -> Iterator[None]:
             upath(path).unlink(missing_ok=True)
 
 
-def note(config: State, done: int, total: int, measures: Mapping[str, float]) -> None:
+def note(config: State, done: int, total: int, measures: Mapping[str, float], *, unit: str = "epoch") -> None:
     """Note how far the training is, for the process that waits for it and shows it; worker 0 writes.
 
     Args:
@@ -164,14 +164,16 @@ def note(config: State, done: int, total: int, measures: Mapping[str, float]) ->
         done: epochs or steps.
         total: all of them.
         measures: of the last epoch; the first few are shown.
+        unit: epoch or step.
     """
     if rank() or "progress" not in config:
         return
     work = " ".join(filter(None, [config["title"], config.get("stage", "").replace("_", " ")]))
-    text = ", ".join(f"{name} {value:.3g}" for name, value in list(measures.items())[:_MEASURES])
+    text = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in list(measures.items())[:_MEASURES])
     # Not by `put`, which lists what a finished step has to keep; a store that is away must not end the training.
     with suppress(*STORE_ERRORS):
-        upath(config["progress"]).write_text(json.dumps({"work": work, "done": done, "total": total, "text": text}))
+        row = {"work": work, "unit": unit, "done": done, "total": total, "text": text}
+        upath(config["progress"]).write_text(json.dumps(row))
 
 
 def _in_reused_memory(loop: Loop, config: State) -> State:

@@ -1,5 +1,7 @@
 """An opened run: rasters equal to its files wherever they are cut, tables equal to what its files hold."""
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -89,6 +91,15 @@ def test_tables_are_those_of_the_run(predicted):
     with pytest.raises(DataError, match="has no plots; it is a run of predict and done"):
         run.plots  # noqa: B018
     assert "predict" in run._repr_html_()
+
+
+def test_plots_are_the_table_of_a_run_of_agri(predicted, tmp_path):
+    shutil.copytree(predicted, tmp_path / "run")
+    content = json.loads((tmp_path / "run" / "run.json").read_text())
+    # As agri leaves it: the step plots names its table.
+    content["pipeline"], content["steps"] = "agri", {"plots": content["steps"]["polygons"]}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(content))
+    assert len(public.open(tmp_path / "run").plots) == len(public.open(predicted).polygons)
 
 
 def test_images_without_georeference_have_a_grid_each(tmp_path):
