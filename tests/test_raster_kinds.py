@@ -12,17 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+import shapely
 from affine import Affine
 from PIL import Image
 from rasterio.control import GroundControlPoint
+from rasterio.crs import CRS
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.rpc import RPC
+from shapely.geometry import mapping
 from tiny_maps import described
 
 from rayseg.errors import DataError, ModelError
+from rayseg.geo.grid import Tile
 from rayseg.geo.region import resolve_region
 from rayseg.io.labels import ingest_folder, ingest_rasters, sources_of_images
-from rayseg.io.output_grids import beyond_utm, expect_mappable
+from rayseg.io.maps import pixel_areas_m2
+from rayseg.io.output_grids import beyond_utm, expect_mappable, out_of_scale
 from rayseg.io.rasters import footprint, grids_of, read
 from rayseg.io.sources import source_of_file
 from rayseg.io.stac_read import open_items, source_of
@@ -335,6 +340,40 @@ def _(folder):
     write(folder / "b.tif", noise(), place={"crs": "EPSG:32735", "transform": Affine(5, 0, 4e5, 0, -5, 8e6)})
     grids = grids_of([source_of_file(str(folder / f"{name}.tif"), name) for name in "ab"])
     assert [grid.crs for grid, _ in grids] == ["EPSG:32735", "EPSG:32736"]
+
+
+@kind(
+    "geostationary or orthographic disk, world in Mollweide, Robinson, Goode or another plane with an edge",
+    "mapped on its own grid if it is alone: pixels in space are nodata, outlines and areas are of the part on Earth",
+)
+def _(folder):
+    for text, top, share in (("+proj=ortho +lat_0=50 +lon_0=-170", 7e6, 0.5), ("+proj=moll", 9.1e6, 1)):
+        right = top * 2 * share
+        place = {"crs": CRS.from_user_input(text), "transform": Affine(right / 10, 0, -right, 0, -top / 6, top)}
+        write(folder / "a.tif", noise(1, 12, 20), place=place)
+        grid, _, valid_HW = handled(folder / "a.tif")
+        areas_HW = pixel_areas_m2(Tile("", grid, footprint(source_of_file(str(folder / "a.tif"), "a"), grid)))
+        assert not valid_HW[0, 0]
+        assert areas_HW[valid_HW].sum() == pytest.approx(share * 510.0656e12, rel=0.004)
+
+
+@kind(
+    "pixels of centimetres next to scenes of metres in one region",
+    "refused where the common grid would have more than four million tiles of a scene in the region: of the finest "
+    "scene and that one, the one whose pixels differ more from those of all scenes, of two scenes the finer one",
+)
+def _(folder):
+    write(folder / "b.tif", noise())
+    place = {"transform": Affine(0.01, 0, 6e5, 0, -0.01, 8e6)}
+    write(folder / "a.tif", noise(), place=UTM | place)
+    fine, coarse = (source_of_file(str(folder / f"{name}.tif"), name) for name in "ab")
+    coarse = replace(coarse, width=10_980, height=10_980)  # as Sentinel-2 has
+    others = [replace(fine, item_id=name) for name in "cd"]
+    near = mapping(shapely.box(33.94, -18.09, 33.95, -18.08))
+    assert list(out_of_scale([coarse, fine], None, tile=2048)) == ["a"]
+    assert list(out_of_scale([coarse, fine, *others], None, tile=2048)) == ["b"]
+    assert not out_of_scale([coarse, fine, *others], near, tile=2048)
+    assert len(tile_rows([coarse, fine], near, size=2048, halo=64)) < 3000
 
 
 @kind(

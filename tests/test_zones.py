@@ -289,16 +289,24 @@ def test_a_raster_that_fits_no_common_grid_fails_alone():
 
 
 @pytest.mark.parametrize(
-    ("crs", "side"), [("+proj=sinu +R=6371007.181", 2e5), ("+proj=lcc +lat_1=49 +lat_2=44 +lat_0=46 +lon_0=3", 4e5)]
+    ("crs", "side", "why"),
+    [
+        ("+proj=sinu +R=6371007.181", 2e5, "reaches beyond the edge of the Earth"),
+        (
+            "+proj=lcc +lat_1=49 +lat_2=44 +lat_0=46 +lon_0=3",
+            4e5,
+            "cannot be placed .*: its outline in degrees crosses",
+        ),
+    ],
 )
-def test_a_raster_whose_outline_crosses_itself_in_degrees_fails_alone(crs, side):
+def test_a_raster_that_leaves_the_earth_or_crosses_itself_fails_alone(crs, side, why):
     field = planned("EPSG:32633", 400_000, 5_000_000, 10.0, 100)
     wide = replace(field, item_id="wide", crs=CRS.from_user_input(crs).to_wkt())
     wide = replace(wide, transform=(4e5, 0, -2e7, 0, -side, side * 50))
     for imagery in ([field, wide], [wide, field]):
         refused = beyond_utm(imagery)
         assert list(refused) == ["wide"]
-        assert re.match(r"wide cannot be placed .*: its outline in degrees crosses itself", str(refused["wide"]))
+        assert re.match(f"wide {why}", str(refused["wide"]))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import pairwise
 from typing import Any
 
 import antimeridian
@@ -27,42 +28,90 @@ _STEPS = 32
 PAST_POLES = 1.3
 """Degrees by which rasters may reach beyond a pole: half a pixel of 2.5 degrees, registered on centres."""
 _WIDEST = 270.0  # degrees of longitude of a ring that has long edges and does not cross
-_AZIMUTHAL = ("Stereographic", "Azimuthal", "Orthographic", "Gnomonic", "Perspective", "Geostationary")
 _BENT = 0.03
 _MOST_PARTS = 4096  # of one edge
+_DISKS = ("Orthographic", "Geostationary", "Vertical Perspective")
+_CURVED = 720  # vertices of an edge as long as the Earth is wide
+_LIMB = 7200  # vertices of the edge of a disk
+_BESIDE = (1 - 1e-7, 1 + 1e-7, 1 - 1e-6, 1 + 1e-6, 1 - 1e-5, 1 + 1e-5, 1 - 1e-4, 1 + 1e-4)
+_OFF = 1e-7  # degrees from the meridian at which a plane ends, where it has two places
 _CYLINDRICAL = ("Mercator", "Cylindrical", "Plate Carr", "Miller")
 _SHORT = 90.0  # degrees of longitude, far less than half a turn
 
 
-def to_lonlat(polygons: NDArray[np.object_], to_degrees: Project) -> NDArray[np.object_]:
+def to_lonlat(polygons: NDArray[np.object_], crs: str) -> NDArray[np.object_]:
     """Project polygons to EPSG:4326; those that cross the antimeridian become multipolygons with an edge on it.
 
     A ring crosses where the longitude jumps by more than half a turn between neighbouring vertices. How wide a polygon
     is decides nothing: one around the world does not cross. Long edges jump too, so a ring that jumps is projected
-    again with more vertices before it counts.
+    again with more vertices before it counts. What lies beyond the edge of the Earth (`earth_on`) is left out; a
+    polygon that lies there as a whole becomes empty.
 
     Args:
         polygons: polygons and multipolygons with y upward.
-        to_degrees: from their CRS.
+        crs: their CRS, EPSG code or WKT.
+
+    Raises:
+        TopologicalError: PROJ places a vertex nowhere.
     """
-
-    def project(points: NDArray[np.float64]) -> NDArray[np.float64]:
-        lon, lat = to_degrees(points).T
-        return np.stack([lon, up_to_poles(lat)], axis=1)
-
-    polygons = _off_poles(polygons, project)
+    project = partial(_degrees_of, crs)
+    polygons = _off_poles(bent(_on_earth(polygons, crs), crs), project)
     lonlat: NDArray[np.object_] = shapely.transform(polygons, project)
+    if lobes_of(crs):  # longitudes count from the edge of the plane, so that no ring crosses
+        for at in np.flatnonzero(jumps(lonlat)).tolist():
+            pieces: list[Any] = [piece for part in polygons_in(lonlat[at]) for piece in _turned_back(part)]
+            lonlat[at] = divided(shapely.MultiPolygon(pieces) if len(pieces) != 1 else pieces[0])
+        return lonlat
     for position in np.flatnonzero(jumps(lonlat)):
         parts = polygons_in(polygons[position])
-        points, ring = shapely.get_coordinates(shapely.get_rings(parts), return_index=True)
-        # 32 steps per longest edge: half a turn between two of them then is a real crossing.
-        longest = np.abs(np.diff(points, axis=0))[ring[1:] == ring[:-1]].max()
-        parts = shapely.segmentize(parts, longest / _STEPS)
+        if earth_on(crs) is None:  # else its vertices are close already
+            points, ring = shapely.get_coordinates(shapely.get_rings(parts), return_index=True)
+            # 32 steps per longest edge: half a turn between two of them then is a real crossing.
+            longest = np.abs(np.diff(points, axis=0))[ring[1:] == ring[:-1]].max()
+            parts = shapely.segmentize(parts, longest / _STEPS)
         # The interior lies left of a ring that runs counterclockwise, also where it encloses a pole.
         moved = shapely.transform(np.array([orient(part) for part in parts], object), project)
         if jumps(moved).any():
             lonlat[position] = _in_world(moved)
     return lonlat
+
+
+def _degrees_of(crs: str, points_N2: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(N, 2) coordinates of a CRS -> longitudes and latitudes; longitudes count from the edge of a map of the world.
+
+    Raises:
+        TopologicalError: PROJ places a point nowhere.
+    """
+    degrees, earth, lobes = transformer(crs, LONLAT), earth_on(crs), lobes_of(crs)
+    lonlat_N2 = np.stack(degrees.transform(*points_N2.T), axis=1)
+    lost = ~np.isfinite(lonlat_N2).all(axis=1)
+    if lost.any() and earth is not None:
+        center = np.array(earth.centroid.coords[0])
+        for factor in _BESIDE:  # some inverses do not converge at single points next to the edge
+            lonlat_N2[lost] = np.stack(degrees.transform(*(center + (points_N2[lost] - center) * factor).T), axis=1)
+            lost = ~np.isfinite(lonlat_N2).all(axis=1)
+    # PROJ gives an error or infinity, depending on the operation and on what ran before.
+    if lost.any():
+        raise TopologicalError("a vertex lies beyond the edge of the Earth")
+    lon_N, lat_N = lonlat_N2.T
+    if lobes:
+        lon_N = (lon_N - lobes[0][0]) % 360 + lobes[0][0]
+    else:  # by rounding a little beyond 180
+        lon_N = np.where(np.abs(lon_N) < 180 + 1e-9, np.clip(lon_N, -180, 180), lon_N)
+    return np.stack([lon_N, up_to_poles(lat_N)], axis=1)
+
+
+def _on_earth(polygons: NDArray[np.object_], crs: str) -> NDArray[np.object_]:
+    """The parts of polygons on the Earth, with vertices so close that edges follow their curves there."""
+    if (earth := earth_on(crs)) is None or not len(polygons):
+        return polygons
+    west, _, east, _ = earth.bounds
+    kept: NDArray[np.object_] = shapely.segmentize(polygons, (east - west) / _CURVED)
+    for at in np.flatnonzero(~shapely.contains_properly(earth, kept)):
+        near = shapely.clip_by_rect(earth, *shapely.box(*kept[at].bounds).buffer((east - west) / _CURVED).bounds)
+        parts = polygons_in(kept[at].intersection(near))
+        kept[at] = parts[0] if len(parts) == 1 else shapely.MultiPolygon(list(parts))
+    return kept
 
 
 def bent(polygons: NDArray[np.object_], crs: str) -> NDArray[np.object_]:
@@ -79,8 +128,11 @@ def bent(polygons: NDArray[np.object_], crs: str) -> NDArray[np.object_]:
         if not (np.isfinite(pole).all() and np.allclose(pole, other, atol=1e-3)):
             continue
         west, south, east, north = shapely.bounds(polygons).T
-        away = shapely.distance(shapely.boundary(polygons), shapely.Point(pole))
-        for at in np.flatnonzero(np.maximum(east - west, north - south) > _BENT * away):
+        longest = np.maximum(east - west, north - south)
+        beside = np.maximum(np.maximum(west - pole[0], pole[0] - east), np.maximum(south - pole[1], pole[1] - north))
+        near = np.flatnonzero(longest > _BENT * beside)  # few, and slower to decide
+        away = shapely.distance(shapely.boundary(polygons[near]), shapely.Point(pole))
+        for at in near[longest[near] > _BENT * away]:
             parts = [
                 shapely.Polygon(_divided(part.exterior, pole), [_divided(ring, pole) for ring in part.interiors])
                 for part in polygons_in(polygons[at])
@@ -115,7 +167,7 @@ def on_earth(box: Bounds) -> bool:
 
 
 def _off_poles(polygons: NDArray[np.object_], project: Project) -> NDArray[np.object_]:
-    """The polygons, a millionth smaller where one has a vertex at a pole, which has no longitude of its own.
+    """The polygons with a small arc around a pole in place of a vertex there, which has no longitude of its own.
 
     A polygon in degrees has an edge there, and stays.
     """
@@ -125,10 +177,28 @@ def _off_poles(polygons: NDArray[np.object_], project: Project) -> NDArray[np.ob
         return polygons
     moved = polygons.copy()
     for position in np.unique(owner[at_pole]):
-        if len(np.unique(points[at_pole & (owner == position)].round(6), axis=0)) == 1:
-            side = np.sqrt(shapely.area(polygons[position]))
-            moved[position] = shapely.buffer(polygons[position], -1e-6 * side, join_style="mitre")
+        poles_N2 = np.unique(points[at_pole & (owner == position)].round(6), axis=0)
+        if len(poles_N2) == 1:
+            parts = [orient(part) for part in polygons_in(polygons[position])]
+            radius = 1e-6 * math.sqrt(shapely.area(polygons[position]))
+            rings = [[_around_pole(ring, poles_N2[0], radius) for ring in shapely.get_rings(part)] for part in parts]
+            parts = [shapely.Polygon(outer, inner) for outer, *inner in rings]
+            moved[position] = parts[0] if len(parts) == 1 else shapely.MultiPolygon(parts)
     return moved
+
+
+def _around_pole(ring: BaseGeometry, pole: NDArray[np.float64], radius: float) -> NDArray[np.float64]:
+    """A ring, whose interior lies on its left, with an arc of a radius in place of its vertex at a pole."""
+    points_N2 = shapely.get_coordinates(ring)[:-1]
+    away_N = np.hypot(*(points_N2 - pole).T)
+    if away_N.min() > 1e-5:
+        return points_N2
+    # Without vertices within the arc, which `bent` may have added.
+    rolled = np.roll(np.arange(len(points_N2)), -int(away_N.argmin()))
+    others_N2 = points_N2[rolled][away_N[rolled] > 2 * radius]
+    before, after = (np.arctan2(*(others_N2[end] - pole)[::-1]) for end in (-1, 0))
+    turns = after + (before - after) % (2 * np.pi) * np.array([1, 0.5, 0])
+    return np.concatenate([pole + radius * np.stack([np.cos(turns), np.sin(turns)], axis=1), others_N2])
 
 
 def normalised(area: BaseGeometry, *, wound: bool = False) -> BaseGeometry:
@@ -161,7 +231,7 @@ def of_file(polygons: NDArray[np.object_], crs: str) -> NDArray[np.object_]:
     """
     found, degrees = CRS.from_user_input(crs), transformer(crs, LONLAT)
     if not found.is_geographic or found.is_derived:
-        return to_lonlat(bent(polygons, crs), lambda points_N2: np.stack(degrees.transform(*points_N2.T), axis=1))
+        return to_lonlat(polygons, crs)
     meridian, unit = found.prime_meridian, math.degrees(found.axis_info[0].unit_conversion_factor)
     east = math.degrees(meridian.longitude * meridian.unit_conversion_factor) if meridian else 0.0
 
@@ -241,23 +311,102 @@ def from_lonlat(area: BaseGeometry, crs: str) -> BaseGeometry:
         return np.stack([x + 360 * np.rint((points_N2[:, 0] - x) / 360) if geographic(crs) else x, y], axis=1)
 
     edge, (west, _, east, _) = _edge_of(crs), area.bounds
-    if edge is None or area.is_empty or len(turns := np.arange((west - edge) // 360, -((edge - east) // 360))) < 2:
+    if edge is None or area.is_empty:
+        return shapely.transform(area, project)
+    turns = np.arange((west - edge) // 360, -((edge - east) // 360))
+    lobes = lobes_of(crs)
+    if len(turns) < 2 and len(lobes) < 2:
         return shapely.transform(area, project)
     # A hair's breadth off the edge, where a point has two places.
-    sides = [(edge + 360 * turn + 1e-9, edge + 360 * (turn + 1) - 1e-9) for turn in turns]
-    parts = shapely.GeometryCollection([area.intersection(shapely.box(low, -90, high, 90)) for low, high in sides])
+    boxes = [
+        shapely.box(left + 360 * (turn + 1) + 1e-9, south, right + 360 * (turn + 1) - 1e-9, north)
+        for turn in turns
+        for left, south, right, north in lobes or ((edge - 360, -90.0, edge, 90.0),)
+    ]
+    parts = shapely.GeometryCollection([area.intersection(box) for box in boxes])
     return shapely.MultiPolygon(list(polygons_in(shapely.transform(parts, project))))
 
 
 @lru_cache(maxsize=256)
 def _edge_of(crs: str) -> float | None:
-    """The longitude at which the plane of a projected CRS ends on both sides; None of azimuthal ones and of degrees."""
+    """The longitude at which the plane of a projected CRS ends on both sides; None of others and of degrees."""
     system = CRS.from_user_input(crs)
     operation, meridian = system.coordinate_operation, system.prime_meridian
-    if system.is_geographic or operation is None or any(name in operation.method_name for name in _AZIMUTHAL):
+    if system.is_geographic or operation is None or (meridian is not None and meridian.longitude != 0):
         return None
     middle = [float(parameter.value) for parameter in operation.params if parameter.name.startswith("Longitude of")]
-    return middle[0] + 180 if middle and (meridian is None or meridian.longitude == 0) else None
+    if not middle:
+        return None
+    # There a place has two points. On azimuthal, transverse and oblique planes it has one, or none.
+    edge, lats = middle[0] + 180, np.array([-45.0, 45.0])
+    one, other = (transformer(LONLAT, crs).transform([edge + side] * 2, lats) for side in (_OFF - 360, -_OFF))
+    apart = np.hypot(*np.subtract(one, other)) if np.isfinite([one, other]).all() else np.zeros(2)
+    unit = system.axis_info[0].unit_conversion_factor
+    return edge if apart.min() * unit > 1000 else None
+
+
+@lru_cache(maxsize=256)
+def lobes_of(crs: str) -> tuple[Bounds, ...]:
+    """(west, south, east, north) in degrees of the parts of a plane with an edge around a map of the world; else ().
+
+    There is one, or several of an interrupted projection. Longitudes run from the edge of the plane to the east.
+    """
+    if (edge := _edge_of(crs)) is None or turn_of(crs) is not None:
+        return ()
+    ends, lons = [], edge - 360 + np.arange(0.25, 360, 0.5)
+    for lat in (-60.0, 60.0):
+        points_N2 = np.stack(transformer(LONLAT, crs).transform(lons, np.full(len(lons), lat)), axis=1)
+        steps = np.hypot(*np.diff(points_N2, axis=0).T)
+        breaks = (lons[:-1] + 0.25)[steps > 3 * np.median(steps)]
+        ends.append([edge - 360, *breaks.tolist(), edge])
+    if len(ends[0]) == len(ends[1]) == 2:
+        return ((edge - 360, -90.0, edge, 90.0),)
+    pole = 90 - 1e-3  # closer to it, PROJ does not find the lobe of a point
+    sides = zip(ends, ((-pole, 0.0), (0.0, pole)), strict=True)
+    return tuple((west, south, east, north) for lons, (south, north) in sides for west, east in pairwise(lons))
+
+
+@lru_cache(maxsize=64)
+def earth_on(crs: str) -> BaseGeometry | None:
+    """The whole Earth, or the side of it that is seen, on the plane of a CRS; None where the plane has no such edge."""
+    system, lobes = CRS.from_user_input(crs), lobes_of(crs)
+    method = system.coordinate_operation.method_name if system.coordinate_operation else ""
+    if lobes:
+        boxes = [shapely.box(west + _OFF, south, east - _OFF, north) for west, south, east, north in lobes]
+        rings = shapely.transform(
+            shapely.segmentize(boxes, 0.25),
+            lambda lonlat_N2: np.stack(transformer(LONLAT, crs).transform(*lonlat_N2.T), 1),
+        )
+        if not np.isfinite(shapely.get_coordinates(rings)).all():  # a pole is nowhere, as on conformal cones
+            return None
+        earth = shapely.union_all(shapely.make_valid(rings))
+    elif any(name in method for name in _DISKS):
+        earth = _disk(crs)
+    else:
+        return None
+    shapely.prepare(earth)
+    return earth
+
+
+def _disk(crs: str) -> shapely.Polygon:
+    """The side of the Earth that is seen from a point, on the plane of a perspective CRS."""
+    operation = CRS.from_user_input(crs).coordinate_operation
+    params = operation.params if operation else ()
+    lon, lat = (
+        next((float(row.value) for row in params if row.name.startswith(f"{name} of")), 0.0)
+        for name in ("Longitude", "Latitude")
+    )
+    center = np.array(transformer(LONLAT, crs).transform(lon, lat))
+    turns = np.linspace(0, 2 * np.pi, _LIMB, endpoint=False)
+    ways_N2 = np.stack([np.cos(turns), np.sin(turns)], axis=1)
+    # Bisection: where its inverse ends, a projection has no formula in common with others.
+    inside, outside = np.zeros(_LIMB), np.full(_LIMB, 1e8)
+    for _ in range(60):
+        middle = (inside + outside) / 2
+        seen = np.isfinite(transformer(crs, LONLAT).transform(*(center + ways_N2 * middle[:, None]).T)).all(axis=0)
+        inside, outside = np.where(seen, middle, inside), np.where(seen, outside, middle)
+    # A hair's breadth inside, where PROJ finds the way back.
+    return shapely.Polygon(center + ways_N2 * inside[:, None] * (1 - 1e-9))
 
 
 @lru_cache(maxsize=256)
@@ -360,6 +509,8 @@ def bounds_of(lonlat: BaseGeometry) -> tuple[float, float, float, float]:
     parts = [part.bounds for part in shapely.get_parts(lonlat)]
     # Parts east and west of the antimeridian: the box then runs over it, not around the world.
     if len(parts) > 1 and east - west > 180:
-        west = min(part[0] for part in parts if part[0] + part[2] > 0)
-        east = max(part[2] for part in parts if part[0] + part[2] < 0)
+        left = min((part[0] for part in parts if part[0] + part[2] > 0), default=west)
+        right = max((part[2] for part in parts if part[0] + part[2] < 0), default=east)
+        if left > right + 1e-6:  # else they go around the world
+            west, east = left, right
     return west, south, east, north

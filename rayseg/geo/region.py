@@ -25,12 +25,16 @@ from rayseg.geo.lonlat import (
     LONLAT,
     box_of,
     divided,
+    earth_on,
     from_lonlat,
     geographic,
     jumps,
+    lobes_of,
     normalised,
     of_file,
+    on_earth,
     polygons_in,
+    to_lonlat,
     transformer,
     within,
 )
@@ -105,6 +109,10 @@ def on_grid(geometry: dict[str, Any] | None, grid: Grid, window: Window, *, whol
     areas += [shape(geometry)] if geometry else []
     cut = [within(shapely.segmentize(area, _DEGREES), near) for area in areas]
     area = cut[0] if len(cut) == 1 else cut[0].intersection(cut[1])
+    if not lobes_of(grid.crs) and (earth := earth_on(grid.crs)) is not None:  # a disk: nothing is known beyond it
+        box = shapely.box(*_ordered(grid.bounds(window))).buffer(max(grid.resolution), join_style="mitre")
+        [seen] = to_lonlat(np.array([earth.intersection(box)], object), grid.crs)
+        area = area.intersection(seen)
     projected = from_lonlat(area, grid.crs)
     if not np.isfinite(shapely.get_coordinates(projected)).all():
         raise DataError(
@@ -112,6 +120,13 @@ def on_grid(geometry: dict[str, Any] | None, grid: Grid, window: Window, *, whol
             "the imagery covers, or reproject the imagery"
         )
     return projected if projected.is_valid else shapely.union_all(polygons_in(shapely.make_valid(projected)))
+
+
+def part_in_region(geometry: dict[str, Any] | None, grid: Grid, window: Window) -> Window:
+    """The pixels of a window around the region: no more than these are planned."""
+    if grid.crs is None or geometry is None or (area := on_grid(geometry, grid, window)) is None:
+        return window
+    return Window(window.col, window.row, 0, 0) if area.is_empty else grid.window_of(area.bounds).intersect(window)
 
 
 def degrees_around(grid: Grid, window: Window) -> Bounds:
@@ -202,6 +217,25 @@ def kept(geometry: dict[str, Any] | None, grid: Grid, window: Window) -> tuple[n
         return kept_HW, None
     region_HW = pixels_inside(on_grid(geometry, grid, window, whole=True), grid, window)
     return kept_HW, region_HW & pixels_inside(on_grid(None, grid, window), grid, window, all_touched=True)
+
+
+def pixels_on_earth(grid: Grid, window: Window, *, within: float = 0.0) -> np.ndarray | None:
+    """(height, width) bool: pixels of which a part lies on the Earth; None where all of them do as a whole.
+
+    Args:
+        grid: the grid.
+        window: grid pixels.
+        within: px; if given, pixels whose centre lies at least so far from the edge of the Earth instead.
+    """
+    if grid.crs is None or (earth := earth_on(grid.crs)) is None:
+        return None
+    box, side = shapely.box(*_ordered(grid.bounds(window))), max(grid.resolution)
+    around = box.buffer((2 * within + 1) * side, join_style="mitre")
+    if earth.contains(around):
+        return None
+    # Clipped first, as the whole edge of the Earth has thousands of vertices.
+    near = shapely.clip_by_rect(earth, *around.bounds).buffer(-within * side)
+    return pixels_inside(near, grid, window, all_touched=not within)
 
 
 def _ordered(bounds: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
@@ -339,6 +373,11 @@ def _area(path: str) -> dict[str, Any]:
     if frame.empty:
         raise DataError(f"region file {path} is empty, expected a polygon; add one")
     shapes, crs = frame.geometry.to_numpy(), LONLAT if frame.crs is None else frame.crs.to_wkt()
+    if geographic(crs) and not on_earth(bounds := tuple(shapely.total_bounds(shapes))):
+        raise DataError(
+            f"region file {path} lies within {', '.join(f'{side:.6g}' for side in bounds)} (west, south, east, north), "
+            "nowhere on Earth; are longitude and latitude swapped, or are these metres without their CRS?"
+        )
     try:
         lonlat = of_file(shapes, crs)
     except ShapelyError as error:

@@ -7,6 +7,8 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import shapely
+from affine import Affine
 from numpy.typing import NDArray
 from pyproj import CRS, Geod, Proj, Transformer
 from rasterio.windows import Window as FileWindow
@@ -15,7 +17,8 @@ from rayseg.engine.ledger import Ledger, Record, with_fact
 from rayseg.engine.manifest import Manifest, read_rows
 from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Tile, Window
-from rayseg.geo.lonlat import LONLAT, geographic, transformer, turn_of
+from rayseg.geo.lonlat import LONLAT, geographic, lobes_of, to_lonlat, transformer, turn_of
+from rayseg.geo.region import pixels_on_earth
 from rayseg.io.remote import patient
 from rayseg.io.sources import Source, from_json, gdal, open_file
 from rayseg.store import StorePath, absolute, upath
@@ -23,6 +26,7 @@ from rayseg.vision.color import ClassTable
 
 _GEOD = Geod(ellps="WGS84")
 _KNOTS = 128  # along each side of a tile wider than a degree; between them the area of pixels is interpolated
+_DEEP = 16  # px from the edge of the Earth at which areas can be interpolated
 _SAME = 1e-4  # relative difference of areas along a row that does not count
 POLE = 90 - 1e-6  # degrees: at the pole itself projections have no scale
 
@@ -183,22 +187,59 @@ def pixel_areas_m2(tile: Tile) -> NDArray[np.float64] | None:
     corners = _to_lonlat(grid.crs).transform(
         affine.c + affine.a * width * np.array([0, 1, 0, 1]), affine.f + affine.e * height * np.array([0, 0, 1, 1])
     )
-    knots = 8 if all(np.ptp(part) < 1 for part in corners) else _KNOTS
+    deep_HW = pixels_on_earth(grid, tile.window, within=_DEEP)
+    knots = 8 if np.isfinite(corners).all() and all(np.ptp(part) < 1 for part in corners) else _KNOTS
+    knots *= 1 if deep_HW is None else 4
     rows, cols = (np.linspace(0.0, side, min(side, knots) + 1) for side in (height, width))
     xs, ys = np.meshgrid(affine.c + affine.a * cols, affine.f + affine.e * rows)
-    lons, lats_KL = _to_lonlat(grid.crs).transform(xs, ys)
-    scale_KL = _projection(grid.crs).get_factors(lons, np.clip(lats_KL, -POLE, POLE), errcheck=False).areal_scale
-    unit = CRS.from_user_input(grid.crs).axis_info[0].unit_conversion_factor
-    known_KL = np.isfinite(scale_KL) & (scale_KL > 0)  # not beyond the edge of the Earth
-    areas_KL = np.where(known_KL, abs(affine.a * affine.e) * unit**2 / np.where(known_KL, scale_KL, 1.0), 0.0)
+    areas_KL = _areas_at(xs, ys, affine, grid.crs)
     # 2. between them linearly
     down_HK, across_WL = (
         np.stack([np.interp(np.arange(side) + 0.5, at, one) for one in np.eye(len(at))], axis=1)
         for side, at in ((height, rows), (width, cols))
     )
-    if np.ptp(areas_KL, axis=1).max() <= _SAME * areas_KL.max():
+    if deep_HW is None and np.ptp(areas_KL, axis=1).max() <= _SAME * areas_KL.max():
         return np.broadcast_to(down_HK @ areas_KL.mean(axis=1)[:, None], (height, width))
-    return np.asarray(down_HK @ areas_KL @ across_WL.T, np.float64)
+    areas_HW = np.asarray(down_HK @ areas_KL @ across_WL.T, np.float64)
+    return areas_HW if deep_HW is None else np.where(deep_HW, areas_HW, _areas_at_edge(tile, ~deep_HW))
+
+
+def _areas_at(xs_KL: NDArray[np.float64], ys_KL: NDArray[np.float64], affine: Affine, crs: str) -> NDArray[np.float64]:
+    """Ground area in square metres of a pixel around each place; 0 beyond the edge of the Earth."""
+    to_degrees = _to_lonlat(crs).transform
+    if lobes_of(crs):  # the scale that PROJ states for most maps of the world is that of a sphere
+        with np.errstate(invalid="ignore"):
+            ends = [to_degrees(xs_KL + col * affine.a, ys_KL) for col in (-0.5, 0.5)]
+            sides = [to_degrees(xs_KL, ys_KL + row * affine.e) for row in (-0.5, 0.5)]
+            steps = [
+                (np.deg2rad((east - west + 180) % 360 - 180), _area_to(north) - _area_to(south))
+                for (west, south), (east, north) in (ends, sides)
+            ]
+            areas_KL = np.abs(steps[0][0] * steps[1][1] - steps[0][1] * steps[1][0])
+        return np.where(np.isfinite(areas_KL), areas_KL, 0.0)
+    lons, lats_KL = to_degrees(xs_KL, ys_KL)
+    scale_KL = _projection(crs).get_factors(lons, np.clip(lats_KL, -POLE, POLE), errcheck=False).areal_scale
+    unit = CRS.from_user_input(crs).axis_info[0].unit_conversion_factor
+    known_KL = np.isfinite(scale_KL) & (scale_KL > 0)
+    return np.where(known_KL, abs(affine.a * affine.e) * unit**2 / np.where(known_KL, scale_KL, 1.0), 0.0)
+
+
+def _areas_at_edge(tile: Tile, at_HW: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Ground area in square metres of the part on the Earth of some pixels, from their outlines; 0 for all others.
+
+    At the edge of a disk the scale of the projection grows without bound, so its values between pixels say little.
+    """
+    areas_HW = np.zeros(at_HW.shape)
+    seen_HW = pixels_on_earth(tile.grid, tile.window)
+    rows, cols = np.nonzero(at_HW if seen_HW is None else at_HW & seen_HW)
+    affine = tile.grid.transform(tile.window)
+    xs, ys = affine.c + affine.a * np.stack([cols, cols + 1]), affine.f + affine.e * np.stack([rows + 1, rows])
+    outlines = shapely.box(xs[0], ys[0], xs[1], ys[1])
+    lonlat = to_lonlat(outlines, str(tile.grid.crs))
+    areas_HW[rows, cols] = shapely.area(
+        shapely.transform(lonlat, lambda points: np.stack([np.deg2rad(points[:, 0]), _area_to(points[:, 1])], axis=1))
+    )
+    return areas_HW
 
 
 def _row_lats(crs: str, x: float, ys: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -226,13 +267,13 @@ def class_areas(tile: Tile, classes_HW: NDArray[np.uint8]) -> dict[int, float] |
 
 
 def width_m(grid: Grid, window: Window) -> float | None:
-    """Length on the ground of the window's middle row; None without CRS."""
+    """Length on the ground of the window's middle row; None without CRS, and where the row leaves the Earth."""
     if grid.crs is None:
         return None
     left, bottom, right, top = grid.bounds(window)
     xs = np.linspace(left, right, 9)
     lons, lats = _to_lonlat(grid.crs).transform(xs, np.full(9, (bottom + top) / 2))
-    return float(_GEOD.line_length(lons, lats))
+    return float(_GEOD.line_length(lons, lats)) if np.isfinite([lons, lats]).all() else None
 
 
 @lru_cache(maxsize=64)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Tile, Window, slug
+from rayseg.geo.lonlat import turn_of
 from rayseg.io import drivers, stac_read
 from rayseg.io.maps import MappedTile
 from rayseg.io.output_grids import footprint, grids_of
@@ -389,13 +391,29 @@ def read_classes(masks: Sequence[Source], grid: Grid, window: Window, table: Cla
         DataError: a value or colour is not a class (see `decode`), or a file cannot be read.
     """
     classes_HW = np.full((window.height, window.width), NODATA, np.uint8)
-    for mask in masks:
-        part = footprint(mask, grid).intersect(window)
+    for mask, turned in product(masks, turns_of(grid)):
+        part = footprint(mask, turned).intersect(window)
         target_HW = classes_HW[part.slices(window)]
         if part.empty or (target_HW != NODATA).all():
             continue
-        np.copyto(target_HW, _decoded(mask, grid, part, table), where=target_HW == NODATA)
+        np.copyto(target_HW, _decoded(mask, turned, part, table), where=target_HW == NODATA)
     return classes_HW
+
+
+def turns_of(grid: Grid) -> tuple[Grid, ...]:
+    """The grid, and where its CRS counts turns around the Earth also its pixels a turn to the east and to the west.
+
+    Masks and imagery of one place may count differently, one to 200 degrees and the other from -160.
+    """
+    if grid.crs is None or grid.divided or (turn := turn_of(grid.crs)) is None:
+        return (grid,)
+    x, y = grid.origin
+    return tuple(replace(grid, origin=(x + way * 360 * turn[1], y)) if way else grid for way in (0, 1, -1))
+
+
+def meets(mask: Source, grid: Grid, window: Window) -> bool:
+    """Whether a mask lies over a window, on whichever turn around the Earth it counts."""
+    return any(not footprint(mask, turned).intersect(window).empty for turned in turns_of(grid))
 
 
 def _decoded(mask: Source, grid: Grid, part: Window, table: ClassTable) -> NDArray[np.uint8]:

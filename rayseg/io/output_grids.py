@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import shapely
@@ -10,13 +11,15 @@ import shapely
 from rayseg.errors import DataError, listed
 from rayseg.geo import lonlat
 from rayseg.geo.grid import Grid, Window, zone_bounds, zone_of
-from rayseg.geo.lonlat import LONLAT, PAST_POLES, from_lonlat, polygons_in, turn_of, within
+from rayseg.geo.lonlat import LONLAT, PAST_POLES, earth_on, from_lonlat, polygons_in, turn_of, within
+from rayseg.geo.region import part_in_region
 from rayseg.io.sources import (
     Source,
     bounds_in,
     bounds_of,
     crs_of,
     moved,
+    name_of_crs,
     newest_first,
     outline_of,
     part_of_image,
@@ -117,6 +120,51 @@ def beyond_utm(sources: Sequence[Source]) -> dict[str, DataError]:
     return refused
 
 
+def out_of_scale(sources: Sequence[Source], geometry: dict[str, Any] | None, *, tile: int) -> dict[str, DataError]:
+    """Why some sources cannot share a grid with the others, by id: their pixels make too many tiles of another source.
+
+    The finest source gives a grid its pixels. Of it and the source that has more than `MOST_TILES` tiles of these in
+    the region, the one whose pixels differ more from those of the grid's other sources goes (from their median in
+    size; of two sources the finer one).
+
+    Args:
+        sources: those that `beyond_utm` leaves.
+        geometry: the region, GeoJSON in EPSG:4326; None for all of the imagery.
+        tile: side of a tile in px.
+    """
+    left, refused = list(sources), dict[str, DataError]()
+    while pair := _too_many_tiles(left, geometry, tile):
+        large, members, count = pair
+        sides = {source: utm_of(source)[1] for source in members}
+        fine = min(members, key=lambda source: (sides[source], source.item_id))
+        middle = float(np.median(np.log(list(sides.values()))))
+        apart = {source: abs(math.log(sides[source]) - middle) for source in (fine, large)}
+        odd, other = (large, fine) if apart[large] > apart[fine] * (1 + 1e-9) else (fine, large)
+        refused[odd.item_id] = DataError(
+            f"{odd.item_id} has pixels of {sides[odd]:.3g} m, {other.item_id} of {sides[other]:.3g} m: on one grid "
+            f"{large.item_id} would have {count:,} tiles of {tile} px, more than {MOST_TILES:,}; map {odd.item_id} in "
+            "a run of its own, or give a smaller --region"
+        )
+        left.remove(odd)
+    return refused
+
+
+def _too_many_tiles(
+    sources: Sequence[Source], geometry: dict[str, Any] | None, tile: int
+) -> tuple[Source, list[Source], int] | None:
+    """The first source that has more than `MOST_TILES` tiles on the common grid, the grid's sources, and how many."""
+    for grid, members in grids_of(sources) if len(sources) > 1 else ():
+        for source in members if grid.crs else ():
+            whole = footprint(source, grid)
+            if whole.width * whole.height <= MOST_TILES * tile * tile:
+                continue
+            window = part_in_region(geometry, grid, whole)
+            count = math.ceil(window.width / tile) * math.ceil(window.height / tile)
+            if count > MOST_TILES:
+                return source, members, count
+    return None
+
+
 @lru_cache(maxsize=4096)
 def utm_of(source: Source) -> tuple[str, float]:
     """("EPSG:n" of the UTM zone of the source's centre, its finer pixel side there in metres).
@@ -131,6 +179,11 @@ def utm_of(source: Source) -> tuple[str, float]:
             "check its georeference, or bring the imagery to one grid"
         )
     west, south, east, north = lonlat.bounds_of(outline_of(source))
+    if (earth := earth_on(str(source.crs))) is not None and not earth.contains(ring_of(source)):
+        raise DataError(
+            f"{source.item_id} reaches beyond the edge of the Earth ({name_of_crs(str(source.crs))}), and no UTM zone "
+            "that it would share with other imagery holds it; map it in a run of its own"
+        )
     if (east - west) % 360 > 180 or east - west == 360 or south < -89 or north > 89:
         raise DataError(
             f"{source.item_id} reaches from {west:.4g} to {east:.4g} E and {south:.4g} to {north:.4g} N, too far for "

@@ -22,6 +22,7 @@ from rasterio.windows import Window as FileWindow
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window
 from rayseg.geo.lonlat import LONLAT, around, transformer, turn_of
+from rayseg.geo.region import pixels_on_earth
 from rayseg.io import remote
 from rayseg.io.output_grids import aligned, flips, footprint, grids_of
 from rayseg.io.sources import (
@@ -67,7 +68,7 @@ def read(
         categorical: the values are classes: where a warp is needed, take the nearest pixel instead of a mixture.
 
     Returns:
-        (image_CHW in the imagery's dtype, valid_HW bool); pixels that are not valid are 0.
+        (image_CHW in the imagery's dtype, valid_HW bool); pixels that are not valid are 0, and so are those in space.
 
     Raises:
         DataError: a band is missing, a file or block cannot be read, or sources differ in pixel type.
@@ -92,6 +93,9 @@ def read(
         valid_HW[rows_cols] |= ok_HW
     if image_CHW is None:
         image_CHW = np.zeros((len(bands), window.height, window.width), sources[0].dtype)
+    if (earth_HW := pixels_on_earth(grid, window)) is not None:
+        valid_HW &= earth_HW
+        image_CHW[:, ~valid_HW] = 0
     return image_CHW, valid_HW
 
 

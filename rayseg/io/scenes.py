@@ -27,7 +27,7 @@ from rayseg.geo.grid import NODATA, Grid, Window, expect_ids, slug
 from rayseg.io import stac_read
 from rayseg.io.drivers import files_in
 from rayseg.io.labels import image_folders, sources_of_images
-from rayseg.io.masks import by_image, expect_fit, expect_names, masks_of, pixels_of, read_classes, two_classes
+from rayseg.io.masks import by_image, expect_fit, expect_names, masks_of, meets, pixels_of, read_classes, two_classes
 from rayseg.io.rasters import footprint, grids_of, read
 from rayseg.io.sources import PIXELS, Source, source_of_file
 from rayseg.io.tables import concurrently
@@ -200,7 +200,7 @@ def _named(scene: str, source: Source, masks: tuple[Source, ...]) -> LabelledIma
         expect_fit(mask, (source.height, source.width), source.assets[0][0])
     image = placed(slug(own), slug(scene or source.item_id), source, masks)
     for mask in masks:
-        if image.grid.crs and mask.crs and footprint(mask, image.grid).intersect(image.window).empty:
+        if image.grid.crs and mask.crs and not meets(mask, image.grid, image.window):
             raise DataError(
                 f"mask {mask.assets[0][0]} lies elsewhere on Earth than its image {source.assets[0][0]}; correct the "
                 "georeference of one"
@@ -253,7 +253,7 @@ def _with_masks(sources: Sequence[Source], scenes: Mapping[str, str], masks: Seq
         if source.crs and on_earth:
             [(grid, _)] = grids_of([source])
             over = footprint(source, grid)
-            near = tuple(mask for mask in on_earth if not footprint(mask, grid).intersect(over).empty)
+            near = tuple(mask for mask in on_earth if meets(mask, grid, over))
         else:
             near = _named("", source, named.get(slug(source.item_id), ())).masks
         labelled.append(placed(source.item_id, scenes[source.item_id], source, near))
@@ -262,6 +262,9 @@ def _with_masks(sources: Sequence[Source], scenes: Mapping[str, str], masks: Seq
             f"no mask has the name or place of an image: the images are {listed([s.item_id for s in sources])}, the "
             f"masks {listed([mask.item_id for mask in masks])}; rename the masks, or name other ones"
         )
+    used = {mask.assets for image in labelled for mask in image.masks}
+    if idle := [mask.item_id for mask in masks if mask.assets not in used]:
+        _log.warning("%d of %d masks lie over no image and are not used: %s", len(idle), len(masks), listed(idle))
     return labelled
 
 

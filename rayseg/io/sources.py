@@ -32,6 +32,7 @@ from rayseg.geo.lonlat import (
     geographic,
     normalised,
     sound,
+    to_lonlat,
 )
 from rayseg.io import drivers, remote
 from rayseg.io.gdal_errors import gdal_errors
@@ -291,8 +292,8 @@ def placing(name: str, crs: str | CRS) -> Iterator[None]:
         place = f"{name} cannot be placed on Earth by its CRS {name_of_crs(str(crs))}"
         if isinstance(error, ShapelyError):
             raise DataError(
-                f"{place}: its outline in degrees crosses itself or is empty, expected one area; check its "
-                "georeference, or cut it to the area of use of its CRS"
+                f"{place}: its outline in degrees crosses itself, is empty or leaves the Earth, expected one area; "
+                "check its georeference, or cut it to the area of use of its CRS"
             ) from error
         raise DataError(f"{place}; check its georeference, and that it is not of another planet") from error
 
@@ -329,18 +330,10 @@ def outline_of(source: Source) -> BaseGeometry:
         DataError: it has none, or a part of it has coordinates outside the Earth.
     """
     outline, crs = ring_of(source), str(source.crs)
-    # The interior lies left of a ring that runs counterclockwise, also where it encloses a pole.
     edges = shapely.segmentize(orient(outline), outline.length / 128)
     with placing(source.item_id, crs):
-        degrees = edges  # a geographic CRS may count to 360
-        if not geographic(crs):
-            wgs84 = CRS.from_epsg(4326)
-            degrees = shapely.transform(edges, lambda xy_N2: np.stack(transform(crs_of(crs), wgs84, *xy_N2.T), axis=1))
-        if not np.isfinite(shapely.get_coordinates(degrees)).all():
-            raise DataError(
-                f"{source.item_id} cannot be placed in degrees: a part of it lies beyond the Earth's edge; cut it"
-            )
-        return sound(normalised(degrees))
+        # A geographic CRS may count to 360.
+        return sound(normalised(edges) if geographic(crs) else to_lonlat(np.array([edges], object), crs)[0])
 
 
 def part_of_image(source: Source) -> tuple[int, int] | None:

@@ -221,8 +221,8 @@ def _placed_by_pixels(item: pystac.Item) -> pystac.Item:
     """
     outline = None
     reason = (
-        f"{item.id} has no geometry or bbox on Earth and no georeference, so it lies in no region: state them in its "
-        "item, or map it without a region"
+        f"{item.id} has no geometry or bbox on Earth (are longitude and latitude swapped?) and no georeference, so it "
+        "lies in no region: state them in its item, or map it without a region"
     )
     try:
         source = source_of(item)

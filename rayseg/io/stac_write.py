@@ -21,14 +21,13 @@ from pystac.extensions.classification import Classification, ClassificationExten
 from pystac.extensions.file import FileExtension
 from pystac.extensions.projection import ProjectionExtension
 from rasterio.crs import CRS
-from rasterio.warp import transform
 from shapely.geometry import mapping, shape
 
 import rayseg
 from rayseg.errors import DataError
 from rayseg.geo.grid import Bounds, Grid, Tile, Window
-from rayseg.geo.lonlat import bent, bounds_of, box_of, sound, to_lonlat
-from rayseg.io.sources import Source, crs_of, placing
+from rayseg.geo.lonlat import bounds_of, box_of, sound, to_lonlat
+from rayseg.io.sources import Source, crs_of, crs_text, placing
 from rayseg.io.tables import Spool, concurrently, content
 from rayseg.io.times import UNKNOWN, in_utc, time_order, utc_text
 from rayseg.io.written_files import WrittenFile
@@ -201,14 +200,8 @@ def lonlat_geometry(
     Raises:
         DataError: it has coordinates outside the Earth, or no area there.
     """
-
-    def degrees(points_N2: np.ndarray) -> np.ndarray:
-        lons, lats = transform(crs, CRS.from_epsg(4326), *points_N2.T)
-        return np.array([[round(lon, 9), round(lat, 9)] for lon, lat in zip(lons, lats, strict=True)])
-
     with placing(name, crs):
-        outline = bent(np.array([shape(dict(geometry))], np.object_), crs.to_wkt())
-        [moved] = to_lonlat(outline, degrees)
+        [moved] = to_lonlat(np.array([shape(dict(geometry))], np.object_), str(crs_text(crs)))
     west, south, east, north = bounds_of(moved) if not moved.is_empty else (float("nan"),) * 4
     if not (abs(west) <= 180.1 and abs(east) <= 180.1 and -90.1 <= south <= north <= 90.1):
         raise DataError(

@@ -26,7 +26,7 @@ from skimage.measure import label
 from rayseg.engine.ledger import Ledger
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import NODATA, Grid, Window
-from rayseg.geo.lonlat import LONLAT, bent, to_lonlat, transformer
+from rayseg.geo.lonlat import LONLAT, to_lonlat
 from rayseg.io import export, seams
 from rayseg.io.cog import read_bands
 from rayseg.io.maps import MappedTile, mapped_tiles
@@ -481,16 +481,11 @@ def lonlat_of(grid: Grid, polygons: NDArray[np.object_]) -> NDArray[np.object_]:
     Raises:
         DataError: the grid has coordinates outside the Earth.
     """
-    affine, degrees = grid.transform(Window(0, 0, 1, 1)), transformer(str(grid.crs), LONLAT)
+    affine = grid.transform(Window(0, 0, 1, 1))
     scale, shift = (affine.a, affine.e), (affine.c, affine.f)
-    mapped = bent(shapely.transform(polygons, lambda points: points * scale + shift), str(grid.crs))
+    mapped = shapely.transform(polygons, lambda points: points * scale + shift)
     with placing(f"a polygon on the grid {grid.name}", str(grid.crs)):
-        lonlat = to_lonlat(mapped, lambda points: np.stack(degrees.transform(*points.T), axis=1))
-    if len(lonlat) and not np.isfinite(shapely.total_bounds(lonlat)).all():
-        raise DataError(
-            f"polygons on the grid {grid.name} cannot be projected to longitude and latitude; check the imagery's "
-            "georeference"
-        )
+        lonlat = to_lonlat(mapped, str(grid.crs))
     return seams.cut(lonlat, grid)
 
 

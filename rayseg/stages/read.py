@@ -155,7 +155,12 @@ def rows_on(grid: Grid, sources: Sequence[Source], geometry: dict[str, Any] | No
     # 1. Tiles that a source touches, cut to the extent of the imagery; of these, the tiles in the region.
     footprints = [rasters.footprint(source, grid) for source in sources]
     extent = reduce(Window.union, footprints)
-    core_N2 = np.unique(np.concatenate([_touched(window, size, 0) for window in footprints]), axis=0)
+    # Only around the region: of a large source next to fine ones, all tiles would fill the memory.
+    inside = region.part_in_region(geometry, grid, extent)
+    more = size + halo
+    around = Window(inside.col - more, inside.row - more, inside.width + 2 * more, inside.height + 2 * more)
+    footprints = [window.intersect(around) for window in footprints]
+    core_N2 = np.unique(np.concatenate([_touched(window.intersect(inside), size, 0) for window in footprints]), axis=0)
     low_N2 = np.maximum(core_N2 * size, (extent.row, extent.col))
     high_N2 = np.minimum((core_N2 + 1) * size, (extent.row1, extent.col1))
     corners_N4 = np.concatenate([low_N2[:, ::-1], high_N2[:, ::-1]], axis=1)
@@ -183,7 +188,9 @@ def rows_on(grid: Grid, sources: Sequence[Source], geometry: dict[str, Any] | No
 
 
 def _touched(window: Window, size: int, halo: int) -> np.ndarray:
-    """(N, 2) tile row and column of every tile that `window` and `halo` px around it reach into."""
+    """(N, 2) tile row and column of every tile that `window` and `halo` px around it reach into; none if empty."""
+    if window.empty:
+        return np.empty((0, 2), int)
     rows = np.arange((window.row - halo) // size, -(-(window.row1 + halo) // size))
     cols = np.arange((window.col - halo) // size, -(-(window.col1 + halo) // size))
     return np.stack(np.meshgrid(rows, cols, indexing="ij"), axis=-1).reshape(-1, 2)

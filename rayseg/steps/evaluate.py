@@ -206,8 +206,8 @@ def match(pieces: Sequence[Piece], truth: Sequence[Source]) -> list[Match]:
             matches += [_by_name(piece, group)] if group else []
             continue
         if grid not in near:
-            near[grid] = [(mask, footprint(mask, grid)) for mask in placed]
-        over = tuple(mask for mask, window in near[grid] if not window.intersect(piece.tile.window).empty)
+            near[grid] = [(mask, footprint(mask, turned)) for mask in placed for turned in masks.turns_of(grid)]
+        over = tuple(dict.fromkeys(m for m, window in near[grid] if not window.intersect(piece.tile.window).empty))
         matches += [Match(piece, over, grid, piece.tile.window)] if over else []
     if not matches:
         images, references = dict.fromkeys(piece.image for piece in pieces), [mask.item_id for mask in truth]

@@ -27,7 +27,7 @@ from rayseg.geo.grid import Grid, Tile, Window, slug
 from rayseg.geo.region import Region
 from rayseg.io import labels, qgis, stac_read, stac_write, vectors
 from rayseg.io.maps import mapped_tiles
-from rayseg.io.output_grids import beyond_utm, expect_mappable
+from rayseg.io.output_grids import beyond_utm, expect_mappable, out_of_scale
 from rayseg.io.sources import Source, from_json
 from rayseg.io.tables import concurrently, content
 from rayseg.io.units import converted, expect_one_dtype, expect_one_unit, with_dtype_of
@@ -333,6 +333,8 @@ def mappable(
     # Only scenes that can be read decide whether all lie in UTM zones.
     left = [source for source in sources if source.item_id not in refused]
     refused |= beyond_utm(left)
+    left = [source for source in left if source.item_id not in refused]
+    refused |= out_of_scale(left, region.geometry, tile=size)
     if not (kept := [source for source in left if source.item_id not in refused]):
         first = next(iter(refused.values()))
         if len(refused) == 1:

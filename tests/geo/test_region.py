@@ -204,3 +204,19 @@ def test_what_a_tile_is_cut_to_does_not_depend_on_the_window_it_is_asked_for():
     for row in range(0, 2000, 500):
         part = Window(49_500, whole.row + row, 700, 500)
         assert (pixels_inside(on_grid(region, grid, part), grid, part) == area[part.slices(whole)]).all()
+
+
+@pytest.mark.parametrize(
+    ("area", "crs"),
+    [
+        (box(40, 100, 41, 120), "EPSG:4326"),  # longitude and latitude swapped
+        (box(-20, -130, -19, -129), "EPSG:4269"),
+        (box(500_000, 4_600_000, 501_000, 4_601_000), None),  # metres without their CRS
+    ],
+)
+def test_a_region_file_nowhere_on_earth_is_refused_by_name(tmp_path, area, crs):
+    path = tmp_path / "field.parquet" if crs else tmp_path / "field.geojson"
+    frame = geopandas.GeoDataFrame(geometry=[area], crs=crs)
+    frame.to_parquet(path) if crs else path.write_text(frame.to_json())
+    with pytest.raises(DataError, match=r"field\.\w+ lies within .* nowhere on Earth; are longitude and"):
+        resolve_region(str(path))

@@ -334,7 +334,7 @@ def test_an_item_without_a_place_takes_that_of_its_pixels_or_is_named(tmp_path, 
     found = {one.id: one for one in stac_read.open_items(str(tmp_path / "items.json"), geometry=here)}
     assert found.keys() == {"a", "photo", "gone"}
     assert stac_read.source_of(found["a"]).crs == crs
-    with pytest.raises(DataError, match="photo has no geometry or bbox on Earth and no georeference, so it lies in no"):
+    with pytest.raises(DataError, match=r"photo has no geometry or bbox on Earth .* and no georeference, so it"):
         stac_read.source_of(found["photo"])
     with pytest.raises(DataError, match=r"gone\.tif cannot be read"):
         stac_read.source_of(found["gone"])

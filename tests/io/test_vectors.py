@@ -307,7 +307,7 @@ def test_a_class_raster_becomes_polygons(tmp_path):
         polygonize(str(tmp_path / "s.tif"), str(tmp_path / "s.parquet"))
 
 
-def test_polygons_beyond_the_edge_of_a_map_of_the_world_are_refused_in_words():
-    grid = Grid(CRS.from_user_input("+proj=sinu +R=6371007.181").to_wkt(), (4e5, 2e5), (-2e7, 1e7))
-    with pytest.raises(DataError, match=r"polygon on the grid crs-.* cannot be placed .* crosses itself"):
+def test_polygons_that_cannot_be_placed_are_refused_in_words():
+    grid = Grid(CRS.from_user_input("+proj=aeqd +lat_0=30").to_wkt(), (4e5, 4e5), (-2e7, 2e7))
+    with pytest.raises(DataError, match=r"polygon on the grid crs-.* cannot be placed .* leaves the Earth"):
         vectors.lonlat_of(grid, np.array([shapely.box(0, 0, 100, 100)], object))
