@@ -56,6 +56,7 @@ FACTORIES = {
     "unsupervised": ("rayseg.models.unsupervised", "build_unsupervised"),
 }
 
+Precision = Literal["auto", "fp32", "bf16"]
 ClassRow = tuple[int, str, tuple[int, int, int]]
 
 
@@ -131,6 +132,22 @@ class Architecture(Config):
     """Arguments of the factory, without the weights."""
 
 
+class Bf16(Config):
+    """What computing in bfloat16 changes in a model's map of validation images."""
+
+    one_value = True
+
+    changed: float
+    """Share of the pixels whose class is another one."""
+    lost: float
+    """Mean IoU in float32 less that in bfloat16; 0 without masks."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether a map may be computed so: half a percent of the pixels, half a point of mean IoU."""
+        return self.changed <= 0.005 and self.lost <= 0.005
+
+
 class Provenance(Config):
     """Origin of a model."""
 
@@ -170,6 +187,8 @@ class Bundle(Config):
     """Of the training, without NaN and infinity, such as the IoU of an absent class."""
     statistics: InputStatistics | None = added(default=None)
     """Of the training imagery; None for models of earlier versions and of other programs."""
+    bf16: Bf16 | None = added(default=None)
+    """What bfloat16 changes; None if it was not measured."""
     provenance: Provenance = Field(default_factory=Provenance)
     sha256: str = ""
     """Of `model.safetensors`; set by `save`."""

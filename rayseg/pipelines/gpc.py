@@ -129,7 +129,9 @@ def _fit_members(
             threshold = chips.threshold_at(config.marked, model, negatives, described, size=config.chips.size)
             facts = {"threshold": threshold, "metrics": {} if stage else means, "provenance": provenance}
             own = "network" if config.appearance and not stage else name  # the model of the map is `segmenter`
-            kept[name] = models.keep_model(step, described.model_copy(update={"name": own} | facts), model)
+            whole = described.model_copy(update={"name": own} | facts)
+            samples = () if config.appearance else (held_out or learnt).pairs()
+            kept[name] = models.keep_model(step, whole, model, samples=samples)
     return {"bundle": kept["segmenter"], "measures": measures}
 
 

@@ -109,7 +109,8 @@ def fit(step: Step, listed: Step, config: Config) -> dict[str, Any]:
     statistics = supervised.input_statistics(training, size=settings.sampling.size)
     described = _segmenter(config, learnt_from).of(listed.value.get("origins", ()), measures)
     described = described.model_copy(update={"statistics": statistics})
-    return {"bundle": models.keep_model(step, described, model), "measures": measures}
+    samples = supervised.pairs_of(validation, windows.spread(validation.images, size=config.patch, most=models.SAMPLES))
+    return {"bundle": models.keep_model(step, described, model, samples=samples), "measures": measures}
 
 
 def _segmenter(config: Config, image: Source | None = None) -> Bundle:

@@ -14,7 +14,7 @@ from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Tile, Window
 from rayseg.io import cog, rasters
 from rayseg.models import bundle
-from rayseg.models.bundle import Bundle
+from rayseg.models.bundle import Bundle, Precision
 from rayseg.models.input_statistics import features
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile
@@ -72,11 +72,12 @@ class Certify:
         prefix: of the bundle.
         tiles: below which the run has `<tile id>/`.
         batch: patches per batch, as for `Predict`.
+        precision: that of the map.
     """
 
-    def __init__(self, prefix: str, tiles: str, *, batch: int | None = None) -> None:
+    def __init__(self, prefix: str, tiles: str, *, batch: int | None = None, precision: Precision = "auto") -> None:
         self.prefix, self.tiles = prefix, tiles
-        self.predict = Predict(prefix, batch=batch)
+        self.predict = Predict(prefix, batch=batch, precision=precision)
 
     @cached_property
     def described(self) -> Bundle:

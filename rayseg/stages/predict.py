@@ -12,7 +12,7 @@ import numpy as np
 from rayseg.engine.tuning import reused_memory
 from rayseg.geo.grid import NODATA, Lattice, Tile, Window
 from rayseg.models import bundle
-from rayseg.models.bundle import Bundle
+from rayseg.models.bundle import Bundle, Precision
 from rayseg.stages.rows import ABSENT, TileRow
 from rayseg.vision.blend import Blend
 from rayseg.vision.fill import mirrored
@@ -38,14 +38,21 @@ class Predict:
         batch: patches per batch; None takes the number of threads on a CPU, and 16 on a GPU, where lack of memory
             halves it.
         device: torch device; None takes the GPU if there is one.
+        precision: of a CPU, `fp32`, `bf16`, or `auto`: bfloat16 where the CPU multiplies it natively and the bundle
+            says that the map hardly changes. A GPU computes in bfloat16.
     """
 
-    def __init__(self, prefix: str, *, batch: int | None = None, device: str | None = None) -> None:
+    def __init__(
+        self, prefix: str, *, batch: int | None = None, device: str | None = None, precision: Precision = "auto"
+    ) -> None:
         self.prefix = prefix
         self.batch = batch
         self.device = device
+        self.precision = precision
         self.batch_halved = 0
         """The batch after lack of memory halved it; 0 before. Tiles record it in the ledger's facts."""
+        self.in_bf16 = False
+        """Whether a CPU computes in bfloat16; known once the model is loaded. Tiles record it, too."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle in an actor, and import the model's modules there while another process reads the first tile."""
@@ -62,6 +69,7 @@ class Predict:
         import torch
 
         from rayseg.models.cpu import Apart, folded
+        from rayseg.models.precision import InBf16, chosen
         from rayseg.models.segmenter import Probabilities
 
         described, model = bundle.build(self.prefix)
@@ -70,8 +78,10 @@ class Predict:
             self.batch = self.batch or 16
             return described, Probabilities(model).eval().to(self.device).to(memory_format=torch.channels_last)
         # On a CPU each patch is computed by one thread, so that its bits do not depend on the machine.
-        quick = folded(model.eval(), len(described.bands))
-        apart = Apart(Probabilities(quick).eval().to(memory_format=torch.channels_last))
+        quick = Probabilities(folded(model.eval(), len(described.bands)))
+        self.in_bf16 = chosen(self.precision, described.bf16)
+        net = InBf16(quick) if self.in_bf16 else quick
+        apart = Apart(net.eval().to(memory_format=torch.channels_last))
         self.batch = self.batch or apart.count
         return described, apart
 
@@ -90,7 +100,7 @@ class Predict:
             blend.add(patch, probabilities)
         classes, scores = decide(blend.result(), valid[tile.window.slices(reach)], self.bundle.threshold)
         read = replace(row, image=ABSENT, valid=ABSENT)  # no later stage needs the pixels
-        return replace(read, classes=classes, scores=scores, batch=self.batch_halved)
+        return replace(read, classes=classes, scores=scores, batch=self.batch_halved, bf16=self.in_bf16)
 
     def probabilities(
         self, image_CHW: np.ndarray, valid_HW: np.ndarray, cuts: Sequence[tuple[slice, ...]]

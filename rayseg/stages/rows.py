@@ -70,6 +70,7 @@ class TileRow:
     unread: str = ""
     inputs: str = ""
     batch: int = 0
+    bf16: bool = False
     classes: NDArray[Any] = field(default_factory=_absent)
     scores: NDArray[Any] = field(default_factory=_absent)
     patches: tuple[Row, ...] = ()
@@ -92,13 +93,10 @@ class TileRow:
 
         Args:
             status: "done", "empty" or "nodata".
-            facts: about the files written, None if there are none; `unread`, `inputs` and `batch` are added.
+            facts: about the files written, None if there are none; `unread`, `inputs`, `batch` and `bf16` are added.
         """
-        added = {
-            name: value
-            for name, value in (("unread", self.unread), ("inputs", self.inputs), ("batch", self.batch))
-            if value
-        }
+        known = {"unread": self.unread, "inputs": self.inputs, "batch": self.batch, "bf16": self.bf16}
+        added = {name: value for name, value in known.items() if value}
         whole = {**facts, **added} if facts is not None else {}
         # The files are written nevertheless: a retry replaces them.
         if self.incomplete:

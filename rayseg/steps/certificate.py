@@ -24,7 +24,7 @@ from rayseg.io import masks
 from rayseg.io.maps import MappedTile, mapped_tiles, read_tile, seam_score, top_scores
 from rayseg.io.sources import Source
 from rayseg.models import bundle
-from rayseg.models.bundle import Bundle
+from rayseg.models.bundle import Bundle, Precision
 from rayseg.stages.certify import Certify, Place
 from rayseg.steps import map as mapping
 from rayseg.steps.evaluate import match
@@ -80,7 +80,9 @@ def certify(step: Step, predicted: Step, region: Region, truth: str | None = Non
     described = bundle.description(prefix)
     before = _seconds_before(step)
     rows = mapping.kept_manifest(step, lambda: Manifest.of([list(_places(tiles, described, before))]))
-    stage = Work(Certify(prefix, mapping.tiles_prefix(step)), cpus=1.0, gpus=1.0, model=True)
+    precision: Precision = "bf16" if any(tile.record.facts.get("bf16") for tile in tiles) else "fp32"
+    certify_places = Certify(prefix, mapping.tiles_prefix(step), precision=precision)
+    stage = Work(certify_places, cpus=1.0, gpus=1.0, model=True)
     mapping.through(_near(step), rows, [stage], patience=PATIENCE, record=Place.from_row)
     records = list(mapping.ledger_of(step).read().values())
     measures, unknown = stability(records)

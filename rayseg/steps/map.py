@@ -32,6 +32,7 @@ from rayseg.io.sources import Source, from_json
 from rayseg.io.tables import concurrently, content
 from rayseg.io.units import converted, expect_one_dtype, expect_one_unit, with_dtype_of
 from rayseg.models import bundle
+from rayseg.models.bundle import Precision
 from rayseg.stages.carry import Carried, CarryOver
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, inputs_of, rows_by_grid
@@ -59,6 +60,9 @@ class MapConfig(Config):
     """Side of a tile in px."""
     batch: Annotated[int, Field(gt=0)] | None = None
     """Patches per batch; by default the number of processors, at most 4, and 16 on a GPU."""
+    precision: Precision = added(default="auto")
+    """Of a CPU: fp32; bf16, bfloat16; auto, bfloat16 where the CPU multiplies it natively and the model's maps hardly
+    change (measured after its training). A GPU computes in bfloat16."""
     stall_seconds: Annotated[float, Field(gt=0)] = 1800.0
     """Timeout for reading, predicting or writing one tile; the tile is then recorded as failed."""
     bands: dict[str, str] = added(default={})
@@ -117,7 +121,8 @@ def predict_region(
     # A model of one output has the score of its last class alone.
     names = table.names if described.outputs > 1 else (table.names[-1],)
     item = str(upath(model.value["bundle"]) / "item.json")
-    made_by = json.dumps([__version__, described.model_dump(mode="json"), region.geometry])
+    asked = [] if config.precision == "auto" else [config.precision]
+    made_by = json.dumps([__version__, described.model_dump(mode="json"), region.geometry, *asked])
     carried: Sequence[Row] = ()
     if earlier:
         carried = unchanged_tiles(earlier, rows, made_by)
@@ -126,11 +131,16 @@ def predict_region(
         through(step, carried, [stage], patience=config.stall_seconds, record=itemgetter("carried"), title="unchanged")
     works = [
         Work(ReadTile(described.bands, patch=described.patch, stride=described.stride, made_by=made_by)),
-        Work(Predict(model.value["bundle"], batch=config.batch), cpus=1.0, gpus=1.0, model=True),
+        Work(predictor(model, config), cpus=1.0, gpus=1.0, model=True),
         Work(WriteTile(tiles_prefix(step), table, bands=names, geometry=region.geometry, model=item)),
     ]
     done = through(step, rows, works, patience=config.stall_seconds)
     return {"bundle": model.value["bundle"], **done, **({"carried": len(carried)} if earlier else {})}
+
+
+def predictor(model: Step, config: MapConfig) -> Predict:
+    """The stage that predicts with a step's model as a map is configured."""
+    return Predict(model.value["bundle"], batch=config.batch, precision=config.precision)
 
 
 def unchanged_tiles(earlier: str, rows: Manifest, made_by: str) -> list[Row]:

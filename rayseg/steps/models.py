@@ -1,16 +1,18 @@
 """Models that a pipeline trains: bundle metadata, checks before training, storage."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rayseg.config import ray_address
 from rayseg.engine import cluster
 from rayseg.errors import ConfigError
 from rayseg.models import bundle
-from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling
+from rayseg.models.bundle import Architecture, Bf16, Bundle, Provenance, Scaling
 from rayseg.models.encoders import encoder_name, read_state
 from rayseg.models.input_statistics import MOST, InputStatistics
 from rayseg.models.pretrained_weights import NO_FILES, input_range, packaged_state
@@ -30,7 +32,10 @@ if TYPE_CHECKING:
 
     Segmenter = SegmenterConfig | SupervisedConfig | S4ganConfig
 
+Pair = tuple[NDArray[Any], NDArray[np.uint8] | None]
 RGB = ("red", "green", "blue")
+SAMPLES = 8
+"""Validation images on which a kept model is computed in bfloat16, too: some 3 Mpx, seconds."""
 Classes = tuple[tuple[int, str, tuple[int, int, int]], ...]
 """(value, name, colour) of every class."""
 
@@ -246,9 +251,34 @@ def statistics_of(chips: "Chips") -> InputStatistics | None:
     return InputStatistics.of(chips.read(place).transpose(2, 0, 1) for place in probe.batches(places, len(places)))
 
 
-def keep_model(step: "Step", described: Bundle, model: "nn.Module") -> str:
-    """Save a trained model as `models/<its name>` below the run; return its prefix."""
+def keep_model(step: "Step", described: Bundle, model: "nn.Module", *, samples: Iterable[Pair] = ()) -> str:
+    """Save a trained model as `models/<its name>` below the run; return its prefix.
+
+    Args:
+        step: of the run.
+        described: the bundle.
+        model: the trained model.
+        samples: validation images (bands, height, width) as they are stored, and their classes (height, width), 255
+            where not labelled, or None. Of a decoder, the bundle records what bfloat16 changes in them.
+    """
+    if described.architecture.factory == "segmenter":  # heads on features and rules of colour gain nothing
+        described = described.model_copy(update={"bf16": _bf16(described, model.cpu().eval(), samples)})
     # Outside the step's folder, where serve and people look for models.
     prefix = str(upath(step.root) / "models" / described.name)
     bundle.save(prefix, described, model)
     return prefix
+
+
+def _bf16(described: Bundle, model: "nn.Module", samples: Iterable[Pair]) -> Bf16 | None:
+    from rayseg.models.precision import compared  # torch
+
+    unit = 32 * int(described.architecture.options.get("reduce", 1))
+
+    def inputs() -> Iterator[Pair]:
+        for image_CHW, classes_HW in islice(samples, SAMPLES):
+            height, width = (min(described.patch, side // unit * unit) for side in image_CHW.shape[1:])
+            if height and width:
+                part = slice(0, height), slice(0, width)
+                yield described.normalize(image_CHW[:, *part]), None if classes_HW is None else classes_HW[part]
+
+    return compared(model, inputs(), threshold=described.threshold, classes=len(described.classes))

@@ -16,7 +16,6 @@ from rayseg.metrics import Confusion
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
 from rayseg.stages.compare import CompareTile, pictured
-from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, tile_rows
 from rayseg.steps import estimate, evaluate
 from rayseg.steps import map as mapping
@@ -66,7 +65,7 @@ def compare_images(
     write_rows(step.manifest, rows)
     works = [
         Work(ReadTile(described.bands, patch=described.patch, stride=described.stride)),
-        Work(Predict(model.value["bundle"], batch=config.batch), cpus=1.0, gpus=1.0, model=True),
+        Work(mapping.predictor(model, config), cpus=1.0, gpus=1.0, model=True),
         Work(CompareTile(prefix, images, table)),
     ]
     account = mapping.through(step, rows, works, patience=config.stall_seconds)

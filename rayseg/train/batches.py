@@ -53,6 +53,11 @@ class Chips:
         """Number of classes."""
         return self.classes or max(self.labels) + 1
 
+    def pairs(self) -> Iterator[tuple[Array, Array | None]]:
+        """Image (bands, height, width) and mask of each chip, or None."""
+        for position in range(len(self)):
+            yield self.read(position).transpose(2, 0, 1), self.read_mask(position) if self.read_mask else None
+
     @classmethod
     def of_arrays(
         cls, ids: Sequence[str], labels: Sequence[int], images_NHWC: Array, masks_NHW: Array | None

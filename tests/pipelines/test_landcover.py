@@ -29,6 +29,7 @@ from rayseg.engine.manifest import write_rows
 from rayseg.engine.run import Engine, Step, read
 from rayseg.io import cog, scenes
 from rayseg.models import bundle
+from rayseg.models.precision import is_fast
 from rayseg.pipelines import landcover
 from rayseg.vision.color import ClassTable, hex_of
 
@@ -92,6 +93,7 @@ def test_all_steps_are_done_and_leave_what_they_should(whole):
     described = bundle.build(str(whole / "models" / "segmenter"))[0]
     assert [name for _, name, _ in described.classes][:2] == ["urban", "agriculture"]
     assert 0 < described.metrics["mean_iou"] < 1
+    assert (described.bf16 is not None) == is_fast()  # on validation images
     valid_stac(whole / "collection.json")
 
 

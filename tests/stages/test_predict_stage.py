@@ -148,3 +148,15 @@ def test_a_class_is_what_is_above_the_threshold_or_largest():
     classes, scores = decide(several, valid, 0.5)
     assert classes.tolist() == [[2, 0, 255]]
     assert scores[:, 0, 0].tolist() == [51, 76, 127]
+
+
+def test_bfloat16_changes_little_does_not_depend_on_the_tile_and_is_recorded(prefix):
+    exact, quick = (Predict(prefix, device="cpu", precision=name) for name in ("fp32", "bf16"))
+    [one], [other] = (stage([row_of(Window(0, 0, 170, 150))]) for stage in (exact, quick))
+    assert (one.bf16, other.bf16) == (False, True)
+    assert other.settled(facts={}).facts == {"bf16": True}
+    assert not (one.scores == other.scores).all()
+    assert (np.abs(one.scores.astype(int) - other.scores) <= 6).all()
+    part = Window(33, 80, 91, 70)
+    [cut] = quick([row_of(part)])
+    assert (cut.scores == other.scores[(slice(None), *part.slices(Window(0, 0, 170, 150)))]).all()

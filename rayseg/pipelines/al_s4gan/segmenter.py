@@ -90,7 +90,8 @@ def _fit(step: Step, listed: Step, labelled: Sequence[Row], config: Config) -> d
         model.std.copy_(model.std.new_tensor(config.scaling.std) / config.scaling.scale)
     described = describe(config).of(listed.value.get("origins", ()), measures)
     described = described.model_copy(update={"statistics": _statistics(step.root, listed, config)})
-    return {"bundle": models.keep_model(step, described, model), "measures": measures, "masks": len(labelled)}
+    kept_in = models.keep_model(step, described, model, samples=(data.validation or data.labelled).pairs())
+    return {"bundle": kept_in, "measures": measures, "masks": len(labelled)}
 
 
 def _fit_head(step: Step, listed: Step, settings: S4ganConfig, data: Data, config: Config) -> dict[str, Any]:
@@ -165,6 +166,4 @@ def measure_baselines(step: Step, parts: Sequence[Step], config: Config) -> dict
 
 
 def _pairs(chips: Chips) -> Iterator[Pair]:
-    assert chips.read_mask is not None
-    for position in range(len(chips)):
-        yield chips.read(position).transpose(2, 0, 1), chips.read_mask(position)
+    return ((image_CHW, mask_HW) for image_CHW, mask_HW in chips.pairs() if mask_HW is not None)
