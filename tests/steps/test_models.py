@@ -9,7 +9,7 @@ from rayseg.errors import ConfigError, ModelError
 from rayseg.models.bundle import Scaling
 from rayseg.pipelines import gpc, landcover
 from rayseg.pipelines.al_s4gan import pipeline as al_s4gan
-from rayseg.steps import models, report
+from rayseg.steps import charts, models
 from rayseg.steps.models import expect_weights, input_scaling
 from rayseg.train.supervised import SupervisedConfig, expect_supervisable
 
@@ -99,12 +99,12 @@ def test_auto_trains_on_the_gpus_of_a_cluster_as_far_as_the_batch_can_be_shared(
     on_cluster = Step("fit", str(tmp_path), "", Engine(address="auto"))
     setup = models.training_setup(on_cluster, workers=0, expect=expect)
     assert (setup.workers, setup.use_gpu) == (workers, bool(resources))
-    assert said in report._trained_on(on_cluster.prefix)
+    assert said in charts._trained_on(on_cluster.prefix)
     # locally, and in trials of a sweep, the process itself
     for engine in (Engine(), Engine("inline", "auto")):
         alone = models.training_setup(Step("fit", str(tmp_path), "", engine), workers=0, expect=expect)
         assert alone.workers == 0
-        assert "in the command's process" in report._trained_on(on_cluster.prefix)
+        assert "in the command's process" in charts._trained_on(on_cluster.prefix)
 
 
 def test_auto_is_the_default_by_another_name_so_that_older_runs_resume():
