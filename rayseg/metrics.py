@@ -439,6 +439,45 @@ def stratified_ratio(parts_N: Floats, wholes_N: Floats, strata_N: NDArray[np.int
     return Estimate(ratio, math.sqrt(variance) / whole)
 
 
+def slope(values_N: Floats, auxiliary_N: Floats, strata_N: NDArray[np.integer], weights_H: Floats) -> float:
+    """Coefficient of the combined regression estimator (Cochran 1977, equation 7.47); 0 for a constant auxiliary.
+
+    Args:
+        values_N: the variable at the sampled units.
+        auxiliary_N: a variable at the same units that is known for all units of the population.
+        strata_N: as in `stratified_mean`.
+        weights_H: as in `stratified_mean`.
+    """
+    shared = own = 0.0
+    for stratum, weight in enumerate(weights_H):
+        of_it = strata_N == stratum
+        if weight:
+            x, y = auxiliary_N[of_it], values_N[of_it]
+            factor = weight**2 / (len(x) * (len(x) - 1))
+            shared += factor * float((x - x.mean()) @ (y - y.mean()))
+            own += factor * float((x - x.mean()) @ (x - x.mean()))
+    return shared / own if own > 0 else 0.0
+
+
+def regression_mean(
+    values_N: Floats, auxiliary_N: Floats, strata_N: NDArray[np.integer], weights_H: Floats, *, mean: float
+) -> Estimate:
+    """Mean of a variable over all strata, assisted by an auxiliary (combined regression; Cochran 1977, section 7.10).
+
+    The closer the auxiliary follows the variable, the smaller is the error; with any auxiliary it is nearly unbiased.
+
+    Args:
+        values_N: see `slope`.
+        auxiliary_N: see `slope`.
+        strata_N: as in `stratified_mean`.
+        weights_H: as in `stratified_mean`.
+        mean: of the auxiliary over the population.
+    """
+    b = slope(values_N, auxiliary_N, strata_N, weights_H)
+    rest = stratified_mean(values_N - b * auxiliary_N, strata_N, weights_H)
+    return Estimate(rest.value + b * mean, rest.error)
+
+
 def allocation(total: int, weights_H: Floats, deviations_H: Floats, least: int) -> NDArray[np.int64]:
     """Units of each stratum by Neyman's allocation: in proportion to weight x deviation, `least` or more each.
 

@@ -315,10 +315,13 @@ def area_estimate(
     *,
     answers: Annotated[str, typer.Option(help="CSV with the columns id,class.")],
     sample: Annotated[str | None, typer.Option(help="Folder of the sample; default: RUN/to-check.")] = None,
+    regions: Annotated[
+        str | None, typer.Option(help="File of polygons: estimate the areas within each of them, too.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Estimate areas, user's, producer's and overall accuracy with 95 % intervals from the answers to a sample."""
     from rayseg.steps import area
 
-    estimate = area.estimate(run, sample or f"{run}/to-check", answers)
+    estimate = area.estimate(run, sample or f"{run}/to-check", answers, regions=regions)
     typer.echo(json.dumps(estimate, indent=1) if as_json else area.text(estimate))

@@ -143,6 +143,19 @@ def top_scores(classes_HW: NDArray[np.uint8], scores_CHW: NDArray[np.uint8], tab
     return np.asarray(np.take_along_axis(probabilities_CHW, index_HW[None], 0)[0], np.float64)
 
 
+def class_probability(
+    value: int, classes_HW: NDArray[np.uint8], scores_CHW: NDArray[np.uint8], table: ClassTable
+) -> NDArray[np.float64]:
+    """Probability of a class at every pixel, (height, width); arguments as in `top_scores`.
+
+    Where the map keeps the score of each pixel's own class alone, the other classes share the rest evenly.
+    """
+    if len(scores_CHW) == len(table.classes):
+        return np.asarray(scores_CHW[table.values.index(value)] / 254, np.float64)
+    top_HW = top_scores(classes_HW, scores_CHW, table)
+    return np.asarray(np.where(classes_HW == value, top_HW, (1 - top_HW) / (len(table.classes) - 1)), np.float64)
+
+
 @patient
 def bands_of(tile: MappedTile, name: str) -> tuple[str, ...]:
     """Names of the bands of a raster of a tile: classes, scores or sieved."""

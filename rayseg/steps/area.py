@@ -12,7 +12,8 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -21,15 +22,26 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from shapely.geometry import mapping as geojson
 
 from rayseg.engine import run as runs
 from rayseg.errors import ConfigError, DataError, listed
+from rayseg.geo import region
 from rayseg.geo.grid import Window
+from rayseg.geo.vector_files import read_frame
 from rayseg.io import masks, pictures
-from rayseg.io.maps import MappedTile, mapped_tiles, pixel_areas_m2, pixel_lonlat, read_tile, top_scores
-from rayseg.metrics import Z, allocation, stratified_mean, stratified_ratio
+from rayseg.io.maps import (
+    MappedTile,
+    class_probability,
+    mapped_tiles,
+    pixel_areas_m2,
+    pixel_lonlat,
+    read_tile,
+    top_scores,
+)
+from rayseg.metrics import Estimate, Z, allocation, regression_mean, slope, stratified_mean, stratified_ratio
 from rayseg.store import STORE_ERRORS, StorePath, put, upath
-from rayseg.vision.color import ClassTable, hex_of
+from rayseg.vision.color import ClassTable, hex_of, rgb_of
 
 LEAST = 10
 """Points of a stratum: of fewer, its variance is not known well."""
@@ -266,21 +278,28 @@ def _write(folder: Any, content: dict[str, Any], tiles: Mapping[str, MappedTile]
     put(folder / "sample.json", json.dumps(content, indent=1).encode())
 
 
-def estimate(run: StorePath, folder: StorePath, answers: StorePath) -> dict[str, Any]:
+def estimate(
+    run: StorePath, folder: StorePath, answers: StorePath, *, regions: StorePath | None = None
+) -> dict[str, Any]:
     """Areas and accuracies of a run's map from the answers to its sample.
+
+    `assisted` estimates use the scores of the whole map, by regression on the probability of the class.
 
     Args:
         run: the run.
         folder: of the sample.
         answers: CSV with the columns id and class (value or name of a class); points without a class are left out.
+        regions: file of polygons, of each of which the areas are estimated too.
 
     Returns:
-        `classes`: name -> counted and estimated area (share and hectares), user's and producer's accuracy;
-        `overall`; `answered`; `pooled`: classes of which strata were joined for lack of answers.
+        `classes`: name -> counted, estimated and assisted area (share and hectares), user's and producer's accuracy;
+        `overall`; `answered`; `pooled`: classes of which strata were joined for lack of answers; with `regions` a list
+        of `name`, `answered`, `hectares` of the mapped ground and `classes` as above, without accuracies and None for
+        fewer than `LEAST` answers.
 
     Raises:
-        DataError: the sample is of another run or map, an answer is of no point or no class, or a class of the map
-            has fewer than two answers.
+        DataError: the sample is of another run or map, an answer is of no point or no class, a class of the map has
+            fewer than two answers, or a region is not on the map.
     """
     content = _sample_of(run, folder)
     table = [(int(row["value"]), str(row["name"])) for row in content["classes"]]
@@ -296,8 +315,10 @@ def estimate(run: StorePath, folder: StorePath, answers: StorePath) -> dict[str,
     mapped = np.array([point["mapped"] for point in points])
     reference = np.array([given[point["id"]] for point in points])
     right = (mapped == reference).astype(float)
+    drawn = _Drawn(points, reference, strata, weights)
+    whole, parts = _grounds(mapped_tiles(run), content, points, regions)
     classes = {}
-    for value, name in table:
+    for at, (value, name) in enumerate(table):
         counted = sum(row["area_m2"] for row in content["strata"] if row["value"] == value) / total
         is_it, is_mapped = (reference == value).astype(float), (mapped == value).astype(float)
         share = stratified_mean(is_it, strata, weights)
@@ -306,11 +327,127 @@ def estimate(run: StorePath, folder: StorePath, answers: StorePath) -> dict[str,
             "counted": {"share": counted, "hectares": counted * total / 1e4 if content["ground"] else None},
             "share": share.to_row(),
             "hectares": share.to_row(total / 1e4) if content["ground"] else None,
+            "assisted": drawn.assisted(whole, at, value, total / 1e4 if content["ground"] else None),
             "users_accuracy": stratified_ratio(hit, is_mapped, strata, weights).to_row(),
             "producers_accuracy": stratified_ratio(hit, is_it, strata, weights).to_row(),
         }
     overall = stratified_mean(right, strata, weights).to_row()
-    return {"overall": overall, "classes": classes, "answered": len(points), "pooled": pooled}
+    result = {"overall": overall, "classes": classes, "answered": len(points), "pooled": pooled}
+    return result | ({"regions": [drawn.of_region(part, table) for part in parts]} if regions else {})
+
+
+@dataclass(frozen=True)
+class Ground:
+    """All of a map, or the part of it within a polygon.
+
+    Attributes:
+        name: of the polygon; "" for all of the map.
+        area_m2: of its mapped ground.
+        probability_K: mean probability of each class over it, by area.
+        counted_K: share of it that each class has in the map.
+        within_N: whether each point lies in it.
+        at_NK: probability of each class at the points.
+    """
+
+    name: str
+    area_m2: float
+    probability_K: NDArray[np.float64]
+    counted_K: NDArray[np.float64]
+    within_N: NDArray[np.bool_]
+    at_NK: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """The answered points: with their class, their stratum, and the weights of all strata."""
+
+    points: Sequence[Mapping[str, Any]]
+    reference_N: NDArray[np.int64]
+    strata_N: NDArray[np.int64]
+    weights_H: NDArray[np.float64]
+
+    def assisted(self, ground: Ground, at: int, value: int, hectares: float | None) -> dict[str, Any]:
+        """Share and hectares of a class, by regression on its probability."""
+        is_it = (self.reference_N == value).astype(float)
+        mean = float(ground.probability_K[at])
+        share = regression_mean(is_it, ground.at_NK[:, at], self.strata_N, self.weights_H, mean=mean)
+        return {"share": share.to_row(), "hectares": share.to_row(hectares) if hectares else None}
+
+    def of_region(self, ground: Ground, table: Sequence[tuple[int, str]]) -> dict[str, Any]:
+        """Areas of a part of the map, as a domain (Sarndal, Swensson & Wretman 1992, sections 5.8 and 10.3)."""
+        hectares, within_N = ground.area_m2 / 1e4, ground.within_N.astype(float)
+        count = int(within_N.sum())
+        region: dict[str, Any] = {"name": ground.name, "answered": count, "hectares": hectares, "classes": None}
+        if count < LEAST:
+            return region
+        region["classes"] = {}
+        for at, (value, name) in enumerate(table):
+            is_it, x = (self.reference_N == value).astype(float), ground.at_NK[:, at]
+            share = stratified_ratio(is_it * within_N, within_N, self.strata_N, self.weights_H)
+            # The slope is that of the whole map: a region has few answers. Its probabilities are known everywhere.
+            b = slope(is_it, x, self.strata_N, self.weights_H)
+            rest = stratified_ratio((is_it - b * x) * within_N, within_N, self.strata_N, self.weights_H)
+            assisted = Estimate(rest.value + b * float(ground.probability_K[at]), rest.error)
+            counted = float(ground.counted_K[at])
+            region["classes"][name] = {
+                "counted": {"share": counted, "hectares": counted * hectares},
+                "share": share.to_row(),
+                "hectares": share.to_row(hectares),
+                "assisted": {"share": assisted.to_row(), "hectares": assisted.to_row(hectares)},
+            }
+        return region
+
+
+def _grounds(
+    tiles: Sequence[MappedTile],
+    content: Mapping[str, Any],
+    points: Sequence[Mapping[str, Any]],
+    regions: StorePath | None,
+) -> tuple[Ground, list[Ground]]:
+    """All of the map, and its parts within polygons; each tile is read once."""
+    table = ClassTable(tuple((row["value"], row["name"], rgb_of(row["color"])) for row in content["classes"]))
+    named = [("", None), *(_polygons(regions, grounded=content["ground"]) if regions else ())]
+    areas_R, count = np.zeros(len(named)), len(table.classes)
+    probability_RK, counted_RK = np.zeros((len(named), count)), np.zeros((len(named), count))
+    at_NK, within_RN = np.zeros((len(points), count)), np.zeros((len(named), len(points)), bool)
+    by_tile: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
+    for n, point in enumerate(points):
+        by_tile[point["tile"]].append((n, point["row"], point["col"]))
+    for tile in tiles:
+        classes_HW, scores_CHW = read_tile(tile, "classes")[0], read_tile(tile, "scores")
+        strata_HW, _, areas_HW = strata_of(tile, table, content["band"])
+        inside = [(strata_HW >= 0) & region.kept(polygon, tile.tile.grid, tile.tile.window)[0] for _, polygon in named]
+        here = by_tile[tile.tile.id]
+        areas_R += [areas_HW[inside_HW].sum() for inside_HW in inside]
+        for n, row, col in here:
+            within_RN[:, n] = [inside_HW[row, col] for inside_HW in inside]
+        for k, value in enumerate(table.values):
+            p_HW = class_probability(value, classes_HW, scores_CHW, table)
+            probability_RK[:, k] += [p_HW[inside_HW] @ areas_HW[inside_HW] for inside_HW in inside]
+            counted_RK[:, k] += [areas_HW[inside_HW & (classes_HW == value)].sum() for inside_HW in inside]
+            for n, row, col in here:
+                at_NK[n, k] = p_HW[row, col]
+    if missed := [name for (name, _), area in zip(named, areas_R, strict=True) if not area]:
+        raise DataError(f"{regions} has regions without any mapped ground: {listed(missed)}; leave them out")
+    shares = zip(named, areas_R, probability_RK, counted_RK, within_RN, strict=True)
+    grounds = [Ground(name, float(area), p / area, c / area, within, at_NK) for (name, _), area, p, c, within in shares]
+    return grounds[0], grounds[1:]
+
+
+def _polygons(path: StorePath, *, grounded: bool) -> list[tuple[str, dict[str, Any]]]:
+    """(name, GeoJSON in EPSG:4326) of every polygon of a file: its column name or id, else its number."""
+    if not grounded:
+        raise DataError(f"regions {path} have a place, but the images of the map have none; leave --regions out")
+    try:
+        frame = read_frame(path)
+    except FileNotFoundError:
+        raise DataError(f"regions {path} do not exist; give a file of polygons") from None
+    frame = frame.to_crs(4326) if frame.crs else frame
+    if wrong := sorted(set(frame.geom_type) - {"Polygon", "MultiPolygon"}):
+        raise DataError(f"regions {path} have {', '.join(wrong)}, expected polygons")
+    column = next((name for name in ("name", "id") if name in frame), None)
+    names = frame[column].astype(str).tolist() if column else [str(n + 1) for n in range(len(frame))]
+    return list(zip(names, map(geojson, frame.geometry), strict=True))
 
 
 def _sample_of(run: StorePath, folder: StorePath) -> dict[str, Any]:
@@ -375,6 +512,10 @@ def _joined(
     return joined, pooled
 
 
+def _assisted(row: Mapping[str, Any], both: Callable[..., str]) -> str:
+    return both(row["hectares"], " ha") if row["hectares"] else f"share {both(row['share'])}"
+
+
 def text(estimated: Mapping[str, Any]) -> str:
     """The estimates as text lines."""
 
@@ -394,4 +535,14 @@ def text(estimated: Mapping[str, Any]) -> str:
             f"  {name}: {area}share {both(row['share'])} (counted {counted['share']:.3f}), user's accuracy "
             f"{both(row['users_accuracy'])}, producer's accuracy {both(row['producers_accuracy'])}"
         )
+        lines.append(f"    assisted by scores: {_assisted(row['assisted'], both)}")
+    for part in estimated.get("regions", ()):
+        few = "" if part["classes"] else f", {LEAST} are needed for an estimate"
+        lines.append(f"{part['name']}: {part['hectares']:,.1f} ha, {part['answered']} answers{few}")
+        for name, row in (part["classes"] or {}).items():
+            counted = row["counted"]["hectares"]
+            lines.append(
+                f"  {name}: {both(row['hectares'], ' ha')}, assisted by scores {_assisted(row['assisted'], both)} "
+                f"(counted {counted:,.1f} ha)"
+            )
     return "\n".join(lines)

@@ -6,12 +6,13 @@ import json
 import geopandas
 import numpy as np
 import pytest
+import shapely
 from fake_run import UTM, blobs, make, picture
 from small_world import catalogue, rayseg, refused
 
 from rayseg.errors import ConfigError
 from rayseg.io import maps
-from rayseg.metrics import allocation, stratified_mean, stratified_ratio
+from rayseg.metrics import allocation, regression_mean, slope, stratified_mean, stratified_ratio
 from rayseg.steps import area
 
 # Olofsson et al. 2014, table 8: rows are strata (map classes), columns reference classes; pixels of 30 m.
@@ -175,3 +176,124 @@ def test_images_without_georeference_have_shares_and_no_hectares(tmp_path):
     make(tmp_path / "run", {"one": (picture(mask), mask, (0, 0))}, grid=bare)
     tiles = maps.mapped_tiles(tmp_path / "run")
     assert maps.pixel_lonlat(tiles[0].tile, 0, 0) is None
+
+
+# -- assisted by scores, and parts of the map --------------------------------------------------------------------------
+
+MINMAX = ((min, 1), (max, 3))
+
+
+def test_the_regression_estimate_is_that_of_the_formula():
+    """Cochran 1977, equations 7.47 to 7.49, written out for two strata."""
+    y = [np.array([1.0, 0, 0, 1]), np.array([0.0, 0, 1, 0, 0])]
+    x = [np.array([0.9, 0.4, 0.2, 0.6]), np.array([0.1, 0.3, 0.5, 0.2, 0.0])]
+    weights = np.array([0.3, 0.7])
+    factors = [w**2 / (len(part) * (len(part) - 1)) for w, part in zip(weights, y, strict=True)]
+    moments = [np.cov(one, other) * (len(one) - 1) for one, other in zip(x, y, strict=True)]
+    b = sum(f * m[0, 1] for f, m in zip(factors, moments, strict=True)) / sum(
+        f * m[0, 0] for f, m in zip(factors, moments, strict=True)
+    )
+    value = sum(w * one.mean() for w, one in zip(weights, y, strict=True))
+    value += b * (0.25 - sum(w * one.mean() for w, one in zip(weights, x, strict=True)))
+    variance = sum(f * (m[1, 1] - 2 * b * m[0, 1] + b**2 * m[0, 0]) for f, m in zip(factors, moments, strict=True))
+    arrays = (np.concatenate(y), np.concatenate(x), np.repeat([0, 1], [4, 5]), weights)
+    assert slope(*arrays) == pytest.approx(b)
+    found = regression_mean(*arrays, mean=0.25)
+    assert (found.value, found.error) == (pytest.approx(value), pytest.approx(variance**0.5))
+    # An auxiliary that never changes says nothing.
+    flat = (arrays[0], np.full(9, 0.5), *arrays[2:])
+    assert regression_mean(*flat, mean=0.5) == stratified_mean(arrays[0], *arrays[2:])
+
+
+def test_assisted_estimates_are_unbiased_and_their_intervals_hold_in_a_part_of_the_map():
+    rng = np.random.default_rng(0)
+    p = rng.beta(0.4, 1.2, 20_000)
+    truth = (rng.random(20_000) < p**1.5).astype(float)  # scores are too high
+    strata, within = (p > 0.5).astype(int), (np.arange(20_000) < 6_000).astype(float)
+    weights = np.bincount(strata) / 20_000
+    members = [np.flatnonzero(strata == k) for k in (0, 1)]
+    whole, part, plain = [], [], []
+    for _ in range(400):
+        drawn = np.concatenate([rng.choice(of, 150) for of in members])
+        y, x, of, inside = truth[drawn], p[drawn], strata[drawn], within[drawn]
+        whole.append(regression_mean(y, x, of, weights, mean=p.mean()))
+        plain.append(stratified_mean(y, of, weights))
+        row = area.Ground("part", 1.0, np.array([0.0, p[within > 0].mean()]), np.zeros(2), inside > 0, np.c_[1 - x, x])
+        found = area._Drawn([], y.astype(int), of, weights).of_region(row, [(0, "rest"), (1, "it")])["classes"]["it"][
+            "assisted"
+        ]
+        part.append(found["share"])
+    for estimates, true in (([e.to_row() for e in whole], truth.mean()), (part, truth[within > 0].mean())):
+        values = np.array([row["value"] for row in estimates])
+        assert abs(values.mean() - true) < 4 * values.std() / 20
+        held = np.mean([row["low"] <= true <= row["high"] for row in estimates])
+        assert 0.91 <= held <= 0.985
+    assert np.mean([e.error for e in whole]) < 0.9 * np.mean([e.error for e in plain])
+
+
+def test_regions_have_areas_of_their_own(predicted, tmp_path):
+    content = area.sample(predicted, tmp_path / "s", per_stratum=40, seed=5)
+    tiles = maps.mapped_tiles(predicted)
+    by_id = {tile.tile.id: tile.tile for tile in tiles}
+    left = min(tile.window.col for tile in by_id.values())
+    edge = left + 150  # a border of pixels: west of it they lie inside
+
+    def is_west(tile, col):
+        return tile.window.col + col < edge
+
+    bounds = [tile.grid.bounds(tile.window) for tile in by_id.values()]
+    x, south, north = bounds[0][0] + edge - tiles[0].tile.window.col, *(f(b[k] for b in bounds) for f, k in MINMAX)
+    boxes = [shapely.box(x - 1000, south - 9, x, north + 9), shapely.box(x + 1, south, x + 9, south + 9)]
+    frame = geopandas.GeoDataFrame({"name": ["west", "corner"]}, geometry=boxes, crs=32650)
+    frame.to_file(tmp_path / "regions.gpkg")
+
+    def truth(point):  # two of three where the map says so, and some elsewhere
+        number = int(point["id"][-4:])
+        return "gpc" if (number % 3 > 0 if point["mapped"] else number % 11 == 0) else "background"
+
+    answers = answered(tmp_path / "s", truth)
+    words = ("area", "estimate", predicted, "--answers", answers, "--sample", tmp_path / "s")
+    result = json.loads(rayseg(*words, "--regions", tmp_path / "regions.gpkg", "--json").stdout)
+    # 1. the same from the files of the map, written out
+    probability, counted, whole, inside, total = 0.0, 0.0, 0.0, 0.0, 0.0
+    for tile in tiles:
+        classes, score = maps.read_tile(tile, "classes")[0], maps.read_tile(tile, "scores")[0] / 254
+        rows, cols = np.nonzero(classes != 255)
+        areas = maps.pixel_areas_m2(tile.tile)[rows, cols]
+        within = is_west(tile.tile, cols)
+        whole, total = whole + float(score[rows, cols] @ areas), total + float(areas.sum())
+        probability += float(score[rows, cols] @ (areas * within))
+        counted += float((classes[rows, cols] == 1) @ (areas * within))
+        inside += float(areas @ within)
+    drawn = content["points"]
+    y = np.array([float(truth(point) == "gpc") for point in drawn])
+    x = np.array([point["score"] if point["mapped"] else 1 - point["score"] for point in drawn])
+    strata = np.array([point["stratum"] for point in drawn])
+    weights = np.array([stratum["area_m2"] for stratum in content["strata"]])
+    weights /= weights.sum()
+    here = np.array([float(is_west(by_id[point["tile"]], point["col"])) for point in drawn])
+    b = slope(y, x, strata, weights)
+    rest = stratified_ratio((y - b * x) * here, here, strata, weights)
+    # 2. of the region, of the whole, and none where answers are few
+    of_west, of_corner = result["regions"]
+    assert (of_west["name"], of_west["answered"], of_corner["name"]) == ("west", here.sum(), "corner")
+    found = of_west["classes"]["gpc"]
+    assert of_west["hectares"] == pytest.approx(inside / 1e4)
+    assert found["counted"]["hectares"] == pytest.approx(counted / 1e4)
+    assert found["assisted"]["share"]["value"] == pytest.approx(rest.value + b * probability / inside, abs=1e-4)
+    assert found["assisted"]["hectares"]["error"] == pytest.approx(rest.error * inside / 1e4, rel=1e-3)
+    plain = stratified_ratio(y * here, here, strata, weights)
+    assert found["share"]["value"] == pytest.approx(plain.value)
+    assert found["hectares"]["high"] == pytest.approx((plain.value + 1.959964 * plain.error) * inside / 1e4)
+    assisted = regression_mean(y, x, strata, weights, mean=whole / total)
+    assert result["classes"]["gpc"]["assisted"]["share"]["value"] == pytest.approx(assisted.value, abs=1e-4)
+    assert of_corner["classes"] is None
+    assert of_corner["answered"] < 10
+    said = rayseg(*words, "--regions", tmp_path / "regions.gpkg").stdout
+    assert f"west: {inside / 1e4:,.1f} ha, {int(here.sum())} answers" in said
+    assert "answers, 10 are needed for an estimate" in said
+    # 3. a region elsewhere, and a file of points
+    frame.set_geometry(frame.translate(50_000)).to_file(tmp_path / "far.gpkg")
+    assert "without any mapped ground" in refused(3, *words, "--regions", tmp_path / "far.gpkg")
+    frame.set_geometry(frame.centroid).to_file(tmp_path / "points.gpkg")
+    assert "have Point, expected polygons" in refused(3, *words, "--regions", tmp_path / "points.gpkg")
