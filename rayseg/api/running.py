@@ -104,6 +104,7 @@ def correct(
     *,
     out: str,
     clicks: str | None = None,
+    train: bool = False,
     set: Mapping[str, Any] | None = None,  # noqa: A002
     engine: Literal["ray", "inline"] = "ray",
     address: str | None = None,
@@ -114,6 +115,7 @@ def correct(
         run: the finished run, or its folder or URL; it is only read.
         out: folder or URL of the new run.
         clicks: file of points and short lines with a property `class`; by default those that `rayseg view` kept.
+        train: fine-tune the model on the corrected map, too, in a run `<out>-trained`, which is returned.
         set: settings that differ from the defaults, for example `{"head.reach": 0.5}`.
         engine: ray, or inline for this process alone.
         address: Ray cluster to join.
@@ -130,7 +132,8 @@ def correct(
         >>> rayseg.correct("runs/demo", clicks="wrong.geojson", out="runs/right").classes  # doctest: +SKIP
     """
     values = {**(set or {}), **({"clicks": clicks} if clicks else {})}
-    return _derived("correct", (run,), out, values, engine, address)
+    new = _derived("correct", (run,), out, values, engine, address)
+    return _derived("train", (new,), f"{out}-trained", None, engine, address) if train else new
 
 
 def refresh(
@@ -215,7 +218,8 @@ def derived(command: str, out: str, *roots: str) -> "tuple[str, dict[str, Any], 
     """(pipeline, settings, region) of a command that makes a run from others.
 
     Args:
-        command: remap, refresh, diff, or correct with the clicks that the server keeps next to the run.
+        command: remap, refresh, diff; correct, with the clicks that the server keeps next to the run; or train, which
+            fine-tunes the model of a corrected run.
         out: prefix of the new run.
         roots: prefixes of the runs.
 
@@ -231,6 +235,10 @@ def derived(command: str, out: str, *roots: str) -> "tuple[str, dict[str, Any], 
         return "diff", {"before": roots[0], "after": roots[1]}, Region(region.name)
     if command == "refresh":
         return "predict", source.map_settings(roots[0]), region
+    if command == "train":
+        from rayseg.steps.fine_tune import training_of
+
+        return "landcover", training_of(roots[0]), area_of(roots[0])
     if command == "correct":
         from rayseg.io.clicks import beside
 

@@ -270,6 +270,9 @@ def correct(
             help="Points and short lines with a property class, in degrees or with a CRS; default: those of the page."
         ),
     ] = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="Fine-tune the model on the corrected map, too, in a run OUT-trained.")
+    ] = False,
     out: Out,
     set_: Overrides = None,
     engine: EngineName = "ray",
@@ -283,6 +286,9 @@ def correct(
     pipeline, settings, region = derived("correct", out, run)
     settings |= {"clicks": clicks} if clicks else {}
     _run_with(pipeline, settings, region, set_, out, at=(engine, address), as_json=as_json)
+    if train:
+        trained = f"{out.rstrip('/')}-trained"
+        _run_with(*derived("train", trained, out), None, trained, at=(engine, address), as_json=as_json)
 
 
 @app.command()

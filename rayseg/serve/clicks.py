@@ -18,6 +18,7 @@ from fastapi import APIRouter, Body, Path, Query, Request, Response
 from pydantic import Field
 
 from rayseg.config import Config
+from rayseg.engine.run import read
 from rayseg.errors import ConfigError, DataError, ModelError
 from rayseg.io.clicks import identity, kept, read_features
 from rayseg.io.pictures import shown_colors
@@ -69,12 +70,15 @@ class _Handlers:
         """(prefix, file of clicks, classes) of a run.
 
         Raises:
-            Problem: 403, 404; 409, nothing is mapped.
+            Problem: 403, 404; 409, nothing is mapped, or not by a single model.
         """
         root, path = self._index.root(name), self._file(name)
         table = runs.view(root).table
         if table is None:
             raise Problem(409, f"run {name} has no map of classes yet; click when it has one")
+        # steps.remap knows more, and imports PyTorch.
+        if not read(root).get("steps", {}).get("predict", {}).get("bundle"):
+            raise Problem(409, f"no single model made the map of run {name}, so that none can follow clicks")
         return root, path, table
 
     async def listed(self, name: Name) -> dict[str, Any]:

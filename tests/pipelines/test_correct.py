@@ -10,7 +10,9 @@ from small_world import GRID, catalogue, files, mosaic, rayseg, refused, segment
 from small_world import window_at as window
 
 from rayseg.engine.run import read, verify
+from rayseg.errors import ConfigError
 from rayseg.models import bundle
+from rayseg.steps.fine_tune import training_of
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +123,36 @@ def test_wrong_clicks_are_refused_before_anything_is_written(world, tmp_path):
     assert not (tmp_path / "new").exists()
     path = clicks(tmp_path / "right.geojsonl", click("kind-1", inside))
     assert "which is only read" in refused(2, "correct", world["run"], "--clicks", path, "--out", world["run"])
+
+
+@pytest.mark.more  # a training
+def test_a_model_is_fine_tuned_on_the_corrected_map(tmp_path):
+    region, model = catalogue(tmp_path / "imagery", a={}, b={"row": 400}), segmenter(tmp_path / "model", classes=3)
+    words = ("--engine", "inline", "--set", "map.tile=128")
+    assert rayseg("predict", model, region, "--out", tmp_path / "run", *words).exit_code == 0
+    made = clicks(tmp_path / "clicks.geojsonl", click("kind-2", (60, 90), (60, 120)))
+    more = ("--clicks", made, "--train", "--out", tmp_path / "new", "--engine", "inline")
+    found = rayseg("correct", tmp_path / "run", *more, "--set", "head.kept=1")
+    assert found.exit_code == 0, found.output
+    assert "new-trained/report/index.html" in found.stdout
+    described = bundle.description(tmp_path / "new-trained/models/segmenter")
+    assert any(str(tmp_path / "new") in parent for parent in described.provenance.parents)
+    assert described.provenance.config["start"] == model
+    assert described.classes == bundle.description(model).classes
+    content = read(str(tmp_path / "new-trained"))
+    assert (content["pipeline"], content["status"]) == ("landcover", "done")
+    tiles = [
+        {path.parent.name for path in (tmp_path / name).glob("tiles/*/classes.tif")} for name in ("run", "new-trained")
+    ]
+    assert tiles[0] == tiles[1]
+
+
+def test_a_model_that_cannot_be_fine_tuned_is_named(tmp_path, world, monkeypatch):
+    described = bundle.description(world["model"])
+    other = described.model_copy(
+        update={"architecture": described.architecture.model_copy(update={"factory": "refined"})}
+    )
+    monkeypatch.setattr("rayseg.steps.fine_tune.bundle.description", lambda _: other)
+    monkeypatch.setattr("rayseg.steps.fine_tune.runs.read", lambda _: {"steps": {"model": {"bundle": "/m"}}})
+    with pytest.raises(ConfigError, match="/m is of the kind refined"):
+        training_of("/run")

@@ -61,6 +61,7 @@ async function attempt(work) {
   try {
     await work();
     await refresh();
+    element("error").textContent = "";
   } catch (error) {
     say(error.message);
   }
@@ -108,8 +109,13 @@ function listen() {
   });
 }
 
-document.addEventListener("map", () => {
-  element("correct").hidden = !shown.run.classes.length;
+document.addEventListener("map", async () => {
+  try {
+    await ask(`${base}/clicks`);
+  } catch {
+    return; // no folder for clicks, or no model that could follow them
+  }
+  element("correct").hidden = false;
   listLabels();
   listen();
   if (element("correcting").checked) attempt(() => null);
