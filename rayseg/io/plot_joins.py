@@ -134,8 +134,8 @@ def _labels(row: Row) -> Labels:
     return _unpacked(row["labels"], row["height"], row["width"])
 
 
-def across_seams(grids: Sequence[Grid], plots: Sequence[Row], *, least: float) -> dict[int, int]:
-    """Number -> number of the plot that it is part of, for plots that the seams between UTM zones cut.
+def across_seams(grids: Sequence[Grid], plots: Sequence[Row], *, least: float, begins: seams.Begins) -> dict[int, int]:
+    """Number -> number of the plot that it is part of, for plots that seams cut.
 
     Two plots are one where they share more than `least` of the seam that either of them lies along.
 
@@ -143,16 +143,17 @@ def across_seams(grids: Sequence[Grid], plots: Sequence[Row], *, least: float) -
         grids: of the plots, by their `grid`.
         plots: rows of `join_pieces` with `number`, `grid` and geometry as WKB.
         least: IoU along the seam.
+        begins: `seams.begins_of` the tiles.
     """
     # 1. the plots that lie along a seam, and where
     cut: list[Row] = []
     along: list[list[tuple[int, int, float, float]]] = []
     for at, grid in enumerate(grids):
-        if not grid.divided:
+        if not grid.divided and grid not in begins:
             continue
         rows = [row for row in plots if row["grid"] == at]
         outlines = lonlat_of(grid, shapely.from_wkb(np.array([row["geometry"] for row in rows], object)))
-        cut, along = cut + rows, along + [seams.edges(outline, grid) for outline in outlines]
+        cut, along = cut + rows, along + [seams.edges(outline, grid, begins) for outline in outlines]
     # 2. pairs by the IoU of their lengths along the seam
     lengths = [sum(high - low for _, _, low, high in edges) for edges in along]
     shared: dict[tuple[int, int], float] = {}

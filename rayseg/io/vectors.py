@@ -25,7 +25,7 @@ from skimage.measure import label
 
 from rayseg.engine.ledger import Ledger
 from rayseg.errors import ConfigError, DataError
-from rayseg.geo.grid import NODATA, Grid, Window
+from rayseg.geo.grid import NODATA, Grid, Tile, Window
 from rayseg.geo.lonlat import LONLAT, to_lonlat
 from rayseg.io import export, seams
 from rayseg.io.cog import read_bands
@@ -51,6 +51,7 @@ _UNNAMED = ClassTable(((0, "0", (0, 0, 0)),))
 _COLUMNS = {"class": pa.uint8(), "geometry": pa.binary(), "pixels": pa.int64(), "score_sum": pa.int64()}
 _COLUMNS |= dict.fromkeys(("first_row", "first_col", "col", "row", "col1", "row1"), pa.int64())
 _COLUMNS |= {"edge": pa.bool_()}
+_NO_TURNS: seams.Begins = {}
 _CORNER = ("row", "col")
 _AT_FIRST = ("first_row", "first_col")
 _FIRST = ("class", *_AT_FIRST)
@@ -194,12 +195,15 @@ def _score_sums(classes_HW: np.ndarray, scores_CHW: np.ndarray, labels: np.ndarr
 # -- join -------------------------------------------------------------------------------------------------------------
 
 
-def join_parts(parts: Iterable[pa.Table], table: ClassTable) -> "geopandas.GeoDataFrame":
+def join_parts(
+    parts: Iterable[pa.Table], table: ClassTable, begins: seams.Begins = _NO_TURNS
+) -> "geopandas.GeoDataFrame":
     """Polygons of the parts of all tiles, joined over tile borders, in EPSG:4326 and cut at the antimeridian.
 
     Args:
         parts: of `polygons_of`; each pixel in one tile at most.
         table: the classes.
+        begins: `seams.begins_of` the tiles: the grids whose last column meets their first.
 
     Returns:
         Sorted by grid, class and first pixel: class, name, score_mean (0..1, mean probability of the class over the
@@ -215,19 +219,22 @@ def join_parts(parts: Iterable[pa.Table], table: ClassTable) -> "geopandas.GeoDa
         parts, key=lambda part: tile_order(_grid_of(part), *(pc.min(part[n]).as_py() or 0 for n in _CORNER))
     )
     by_grid: dict[Grid, list[geopandas.GeoDataFrame]] = {}
-    for grid, frame in _over_seams(_frames(ordered, table)):
+    for grid, frame in _over_seams(_frames(ordered, table), begins):
         by_grid.setdefault(grid, []).append(frame)
     sorted_frames = [_concatenated(some).sort_values(list(_FIRST), ignore_index=True) for some in by_grid.values()]
     return _concatenated([frame.drop(columns=list(_AT_FIRST)) for frame in sorted_frames])
 
 
-def write_joined(parts: Iterable[pa.Table], table: ClassTable, path: StorePath) -> tuple[int, float | None]:
+def write_joined(
+    parts: Iterable[pa.Table], table: ClassTable, path: StorePath, begins: seams.Begins = _NO_TURNS
+) -> tuple[int, float | None]:
     """Write the polygons of `join_parts` as GeoParquet; memory holds the parts of about two rows of tiles.
 
     Args:
         parts: as for `join_parts`, sorted by `tile_order` their tiles.
         table: the classes.
         path: of the file.
+        begins: as for `join_parts`.
 
     Returns:
         How many polygons there are, and their area in m2 (None without CRS).
@@ -237,7 +244,7 @@ def write_joined(parts: Iterable[pa.Table], table: ClassTable, path: StorePath) 
     """
     grids, heads = dict[Grid, int](), dict[Grid, "geopandas.GeoDataFrame"]()
     with Spool() as spool, tempfile.TemporaryFile() as file:
-        for grid, frame in _over_seams(_frames(parts, table)):
+        for grid, frame in _over_seams(_frames(parts, table), begins):
             number = grids.setdefault(grid, len(grids))
             plain = frame.drop(columns=list(_AT_FIRST))
             if not len(heads.get(grid, ())):
@@ -286,13 +293,13 @@ def _frames(parts: Iterable[pa.Table], table: ClassTable) -> Iterator[tuple[Grid
 
 
 def _over_seams(
-    frames: Iterable[tuple[Grid, "geopandas.GeoDataFrame"]],
+    frames: Iterable[tuple[Grid, "geopandas.GeoDataFrame"]], begins: seams.Begins
 ) -> Iterator[tuple[Grid, "geopandas.GeoDataFrame"]]:
-    """`_frames` with the polygons of neighbouring zones joined; those at a seam come last, each with its first grid."""
+    """`_frames` with polygons joined over seams; those at a seam come last, each with its first grid."""
     # 1. polygons away from seams are complete
     waiting: list[tuple[Grid, geopandas.GeoDataFrame, list[Any]]] = []
     for grid, frame in frames:
-        along = [seams.edges(polygon, grid) for polygon in frame.geometry]
+        along = [seams.edges(polygon, grid, begins) for polygon in frame.geometry]
         at_seam = np.array([bool(edges) for edges in along], bool)
         yield grid, frame[~at_seam]
         waiting += [(grid, frame.iloc[[at]], along[at]) for at in np.flatnonzero(at_seam)]
@@ -311,7 +318,10 @@ def _over_seams(
         if len(singles) > 1:
             whole["score_mean"] = np.average([frame["score_mean"].iloc[0] for frame in singles], weights=pixels)
             whole["pixels"], whole["area_m2"] = pixels.sum(), sum(frame["area_m2"].iloc[0] for frame in singles)
-            whole.geometry = [shapely.normalize(shapely.union_all([frame.geometry.iloc[0] for frame in singles]))]
+            polygons = np.array([frame.geometry.iloc[0] for frame in singles], object)
+            if (begin := begins.get(rows[0][0])) is not None:
+                polygons = seams.at_begin(polygons, begin)
+            whole.geometry = [shapely.normalize(shapely.union_all(polygons))]
         yield rows[0][0], whole
 
 
@@ -532,24 +542,25 @@ def polygonize(raster: str, out: str) -> int:
     kinds = {suffix: kind for kind, (_, suffix) in export.DRIVERS.items()} | {".parquet": "parquet"}
     if target.suffix.lower() not in kinds:
         raise ConfigError(f"{out} ends in {target.suffix or 'nothing'}, expected {', '.join(sorted(kinds))}")
-    parts, table = _parts_of_run(raster) if upath(raster).is_dir() else _parts_of_raster(raster)
+    parts, table, begins = _parts_of_run(raster) if upath(raster).is_dir() else _parts_of_raster(raster)
     kind = kinds[target.suffix.lower()]
     if kind == "parquet":
-        return write_joined(parts, table, target)[0]
+        return write_joined(parts, table, target, begins)[0]
     if kind == "geojson":
-        frame = join_parts(parts, table)
+        frame = join_parts(parts, table, begins)
         write_geojson(frame, target)
         return len(frame)
     with tempfile.TemporaryDirectory() as scratch:
         plain = upath(scratch) / f"{target.stem}.parquet"
-        count, _ = write_joined(parts, table, plain)
+        count, _ = write_joined(parts, table, plain, begins)
         export.write_vectors(plain, target.parent, kind)
     return count
 
 
-def _parts_of_run(root: str) -> tuple[Iterable[pa.Table], ClassTable]:
+def _parts_of_run(root: str) -> tuple[Iterable[pa.Table], ClassTable, seams.Begins]:
     """The parts that a run left of its generalized map or of its tiles, or else those of its class maps."""
     tiles = mapped_tiles(root)
+    begins = seams.begins_of(mapped.tile for mapped in tiles)
     table = (table_of(tiles[0].href) if tiles else None) or _UNNAMED
     grids, generalized = {mapped.tile.id: mapped.tile.grid for mapped in tiles}, upath(root) / "steps" / "generalize"
     blocks = [
@@ -558,7 +569,7 @@ def _parts_of_run(root: str) -> tuple[Iterable[pa.Table], ClassTable]:
         for name, (row, col, _) in record.facts.get("blocks", {}).items()
     ]
     if blocks:
-        return concurrently(read_parts, [path for _, path in sorted(blocks)]), table
+        return concurrently(read_parts, [path for _, path in sorted(blocks)]), table, begins
 
     def parts_of(mapped: MappedTile) -> pa.Table:
         path = upath(mapped.href).parent / "parts.parquet"
@@ -567,10 +578,10 @@ def _parts_of_run(root: str) -> tuple[Iterable[pa.Table], ClassTable]:
         return polygons_of(read_bands(mapped.href)[0], None, mapped.tile.grid, mapped.tile.window)
 
     tiles.sort(key=lambda mapped: tile_order(mapped.tile.grid, mapped.tile.window.row, mapped.tile.window.col))
-    return concurrently(parts_of, tiles), table
+    return concurrently(parts_of, tiles), table, begins
 
 
-def _parts_of_raster(path: str) -> tuple[Iterable[pa.Table], ClassTable]:
+def _parts_of_raster(path: str) -> tuple[Iterable[pa.Table], ClassTable, seams.Begins]:
     source = source_of_file(path, upath(path).stem)
     if len(source.bands) != 1 or source.dtype != "uint8":
         found = f"{len(source.bands)} bands of {source.dtype}"
@@ -590,4 +601,4 @@ def _parts_of_raster(path: str) -> tuple[Iterable[pa.Table], ClassTable]:
         for row in range(extent.row, extent.row1, _BLOCK)
         for col in range(extent.col, extent.col1, _BLOCK)
     )
-    return map(parts_of, blocks), table or _UNNAMED
+    return map(parts_of, blocks), table or _UNNAMED, seams.begins_of([Tile("", grid, extent)])

@@ -28,6 +28,7 @@ from rayseg.geo.region import Region
 from rayseg.io import labels, qgis, stac_read, stac_write, vectors
 from rayseg.io.maps import mapped_tiles
 from rayseg.io.output_grids import beyond_utm, expect_mappable, out_of_scale
+from rayseg.io.seams import begins_of
 from rayseg.io.sources import Source, from_json
 from rayseg.io.tables import concurrently, content
 from rayseg.io.units import converted, expect_one_dtype, expect_one_unit, with_dtype_of
@@ -453,10 +454,11 @@ def table_of(predicted: Step) -> ClassTable:
 def join_polygons(step: Step, predicted: Step, product: str) -> dict[str, Any]:
     """Join the polygons of all tiles, or blocks, across their edges and write `<run>/<product>.parquet`."""
     table, folder, skip = table_of(predicted), tiles_prefix(step), predicted.value.get("skip", ())
-    tiles, grids = [], dict[Grid, Grid]()
+    tiles, grids, extents = [], dict[Grid, Grid](), dict[Grid, Window]()
     for row, record in done_tiles(predicted):
         tile = Tile.from_row(row)
         grid = grids.setdefault(tile.grid, tile.grid)  # one object for all tiles of a grid
+        extents[grid] = extents.get(grid, tile.window).union(tile.window)
         if "blocks" in record.facts:  # of `generalize`, which draws by blocks instead of tiles
             for name, (top, left, count) in record.facts["blocks"].items():
                 path = f"{predicted.prefix}/blocks/{name}.parquet"
@@ -472,7 +474,8 @@ def join_polygons(step: Step, predicted: Step, product: str) -> dict[str, Any]:
 
     # In reading order, so that memory holds two rows of tiles at a time.
     target = upath(step.root) / f"{product}.parquet"
-    count, area = vectors.write_joined(concurrently(parts_of, sorted(tiles, key=itemgetter(0))), table, target)
+    begins = begins_of(Tile("", grid, extent) for grid, extent in extents.items())
+    count, area = vectors.write_joined(concurrently(parts_of, sorted(tiles, key=itemgetter(0))), table, target, begins)
     return {"polygons": target.name, "count": count, "area_m2": area}
 
 

@@ -17,6 +17,7 @@ from rayseg.io import plot_joins, vectors
 from rayseg.io.labels import Chip
 from rayseg.io.maps import mapped_tiles, pixel_area_m2
 from rayseg.io.pictures import plots_over_imagery
+from rayseg.io.seams import at_begin, begins_of
 from rayseg.io.sources import Source, newest_first
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle, Scaling
@@ -120,7 +121,8 @@ def join_pieces(step: Step, proposed: Step, *, least: float) -> dict[str, Any]:
         least: instances of two patches are one plot if their IoU in the overlap of the patches exceeds this value.
 
     Returns:
-        `plots`: number of plots; `grids`: rows of the plots' grids, indexed by a plot's `grid`.
+        `plots`: number of plots; `grids`: rows of the plots' grids, indexed by a plot's `grid`; `begins`: of some of
+        them, see `seams.begins_of`.
     """
     plots: list[Row] = []
     # Tile -> its pieces with the number of their plot: what the writer of the tile needs.
@@ -137,8 +139,9 @@ def join_pieces(step: Step, proposed: Step, *, least: float) -> dict[str, Any]:
                 members[tiles[cell_row, cell_col]].append(place)
             name = f"{grid.name}_{plot['first_col']}_{plot['first_row']}"
             plots.append(plot | {"id": name, "number": number, "grid": at, "geometry": plot["geometry"].wkb})
-    # Grids were joined one by one, so a plot on the seam of two UTM zones has two numbers until now.
-    first = plot_joins.across_seams(list(grids), plots, least=least)
+    # Grids were joined one by one, so a plot on a seam has two numbers until now.
+    begins = begins_of(Tile.from_row(row) for rows in grids.values() for row in rows)
+    first = plot_joins.across_seams(list(grids), plots, least=least, begins=begins)
     names = {plot["number"]: plot["id"] for plot in plots}
     for row in (*plots, *(piece for pieces in members.values() for piece in pieces)):
         row["number"] = first.get(row["number"], row["number"])
@@ -148,7 +151,8 @@ def join_pieces(step: Step, proposed: Step, *, least: float) -> dict[str, Any]:
     for row in mapping.read_manifest(proposed):
         write_rows(pieces_path(str(step.prefix), row["id"], "numbers"), members[row["id"]])
     write_rows(step.prefix / "plots.parquet", plots)
-    return {"plots": len({plot["number"] for plot in plots}), "grids": [grid.to_row() for grid in grids]}
+    own = {"begins": {str(at): begins[grid] for at, grid in enumerate(grids) if grid in begins}} if begins else {}
+    return {"plots": len({plot["number"] for plot in plots}), "grids": [grid.to_row() for grid in grids], **own}
 
 
 def read_plots(joined: Step) -> list[Row]:
@@ -248,6 +252,8 @@ def write_plots(step: Step, joined: Step, classified: Step, model: Step) -> dict
         plot_joins.frame_of(Grid.from_row(grid), [row for row in rows if row["grid"] == at], columns=COLUMNS)
         for at, grid in enumerate(joined.value["grids"])
     ]
+    for at, begin in joined.value.get("begins", {}).items():
+        frames[int(at)].geometry = at_begin(frames[int(at)].geometry.to_numpy(), begin)
     frame = plot_joins.united(plot_joins.one_frame(frames, columns=COLUMNS))
     vectors.write_geoparquet(frame, upath(step.root) / "plots.parquet")
     area = float(frame["area_m2"].sum()) if "area_m2" in frame else None
