@@ -178,14 +178,12 @@ class Run:
 
     def _table(self, kind: str) -> "gpd.GeoDataFrame":
         """The GeoParquet file of the polygons that a finished step names; plots are those of a run of agri."""
-        import geopandas as gpd
+        from rayseg.geo.vector_files import read_frame
 
         for step in self.request.get("steps", {}).values():
             name = str(step.get("polygons", ""))
             if name.endswith(".parquet") and (kind == "polygons" or self.pipeline == "agri"):
-                file = upath(self.root) / name.rpartition("/")[2]
-                with file.open("rb") as stream:
-                    return gpd.read_parquet(stream)
+                return read_frame(upath(self.root) / name.rpartition("/")[2])
         raise DataError(f"{self.root} has no {kind}; it is a run of {self.pipeline} and {self.request.get('status')}")
 
     @property

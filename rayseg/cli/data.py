@@ -181,10 +181,15 @@ def labels_assign(
 ) -> None:
     """Write class masks from the unsupervised labels of a run: for viewing, evaluation or training."""
     from rayseg.io import label_names
+    from rayseg.steps.numbers import area
 
     result = label_names.assign(run, csv, out or f"{run}/assigned")
-    areas = ", ".join(f"{name} {pixels:,} px" for name, pixels in result["classes"].items())
-    typer.echo(f"{result['catalog']}#classes: {areas}; {result['unassigned']:,} px without a class")
+    if result["areas"] is not None:
+        sizes, rest = {name: area(m2) for name, m2 in result["areas"].items()}, area(result["unassigned_m2"])
+    else:
+        sizes, rest = ({name: f"{px:,} px" for name, px in result["classes"].items()}, f"{result['unassigned']:,} px")
+    listing = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    typer.echo(f"{result['catalog']}#classes: {listing}; {rest} without a class")
 
 
 @app.command()

@@ -357,7 +357,7 @@ def _region_file(name: str, path: str, collection: str | None) -> Region:
 def _columns(path: str, data: bytes) -> list[str]:
     try:
         schema = pq.read_schema(io.BytesIO(data))
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"region file {path} is not Parquet: {error}; write it again") from error
     if "stac_version" not in schema.names and b"geo" not in (schema.metadata or {}):
         raise DataError(f"region file {path} is Parquet without geometries; write it as GeoParquet")

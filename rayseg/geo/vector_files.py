@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 import numpy as np
+from shapely.errors import ShapelyError
 
 from rayseg.errors import DataError, listed
 from rayseg.store import StorePath, allowed_drivers, is_local, suffix_of, upath
@@ -20,6 +21,8 @@ _HEAD = 1 << 16
 _GEOJSON = re.compile(rb'"type"\s*:\s*"(FeatureCollection|Feature|(Multi)?Polygon|GeometryCollection)"')
 _FOREIGN_JSON = re.compile(rb'"(type"\s*:\s*"Topology|esriGeometryType|geometryType)"')
 _NAMED = 5
+_DAMAGED: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, LookupError, TypeError, ShapelyError)
+"""What pyogrio, pyarrow and shapely raise on files whose headers, metadata or geometries are cut or damaged."""
 
 
 def read_frame(path: StorePath) -> "geopandas.GeoDataFrame":
@@ -47,7 +50,7 @@ def read_frame(path: StorePath) -> "geopandas.GeoDataFrame":
     source = str(target) if is_local(target) else io.BytesIO(target.read_bytes())
     try:
         frame = geopandas.read_parquet(source) if kind == "Parquet" else geopandas.read_file(source, engine="pyogrio")
-    except (OSError, ValueError, RuntimeError) as error:
+    except _DAMAGED as error:
         raise DataError(f"{path} cannot be read as polygons: {error}; give GeoParquet or GeoJSON") from error
     if not isinstance(frame, geopandas.GeoDataFrame):
         raise DataError(f"{path} has no geometries, expected polygons; give GeoParquet or GeoJSON")

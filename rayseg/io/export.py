@@ -97,8 +97,11 @@ def write_vectors(product: UPath, folder: StorePath, kind: str) -> list[str]:
 
     driver, suffix = DRIVERS[kind]
     with product.open("rb") as stream, tempfile.TemporaryDirectory() as scratch:
-        file = pq.ParquetFile(stream)
-        geo = json.loads(file.schema_arrow.metadata[b"geo"])["columns"]["geometry"]
+        try:
+            file = pq.ParquetFile(stream)
+            geo = json.loads(file.schema_arrow.metadata[b"geo"])["columns"]["geometry"]
+        except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{product} is damaged: {error}; look at rayseg verify, then rayseg retry") from None
         placed = geo.get("crs", "absent") is not None
         # geo and pandas metadata would be taken for those of another format
         plain = file.schema_arrow.remove_metadata()
@@ -122,7 +125,7 @@ def write_vectors(product: UPath, folder: StorePath, kind: str) -> list[str]:
                 geometry_type="Polygon" if kind == "shp" else "Unknown",
                 crs="EPSG:4326" if placed else None,
             )
-        except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, RuntimeError) as error:
+        except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, RuntimeError, OSError) as error:
             raise DataError(f"{product} cannot be written as {driver}: {error}; choose another --format") from error
         return [_moved(part, upath(folder) / part.name) for part in sorted(Path(scratch).iterdir())]
 

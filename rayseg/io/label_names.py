@@ -28,7 +28,9 @@ def assign(run: str, table: str, out: str) -> dict[str, Any]:
         out: folder of `catalog.json` and its collection `classes`.
 
     Returns:
-        `catalog`; `tiles`; `classes`: name -> pixels; `unassigned`: pixels of labels that the table lacks.
+        `catalog`; `tiles`; `classes`: name -> pixels; `unassigned`: pixels of labels that the table lacks; `areas` and
+        `unassigned_m2`: the same in square metres on the ground, where ground under several scenes counts once; None
+        if an image has no CRS.
 
     Raises:
         DataError: the run maps named classes, or nothing; the table cannot be read, lacks a column, has an unknown
@@ -40,6 +42,7 @@ def assign(run: str, table: str, out: str) -> dict[str, Any]:
     _expect_known(assigned, tiles, labels, run)
     folder, pixels, items = upath(out) / "classes", dict.fromkeys(classes.names, 0), []
     unassigned, values = 0, dict(zip(classes.names, classes.values, strict=True))
+    ground: dict[int, float] | None = dict.fromkeys((*classes.values, NODATA), 0.0)  # 255: of labels without a class
     for tile in tiles:
         lookup = np.full(256, NODATA, np.uint8)
         for (scene, label), name in sorted(assigned.items()):  # rows of a scene come after rows of all scenes
@@ -53,6 +56,12 @@ def assign(run: str, table: str, out: str) -> dict[str, Any]:
         for value, name, _ in classes.classes:
             pixels[name] += int((classes_HW == value).sum())
         unassigned += int(((classes_HW == NODATA) & (labels_HW != NODATA)).sum())
+        areas = tile.areas  # as the report has them: pixels of two scenes differ in size
+        if ground is not None and areas is not None:
+            for label, square_metres in areas.items():
+                ground[int(lookup[label])] += square_metres
+        else:
+            ground = None
         item = stac_write.item_of(
             tile.tile.id, tile.tile.grid, tile.tile.window,
             folder=folder / tile.tile.id, files=[written], sources=tile.sources, table=classes,
@@ -61,7 +70,14 @@ def assign(run: str, table: str, out: str) -> dict[str, Any]:
         items.append(item)
     titles = {"classes": f"Classes given to the labels of {run}"}
     catalogue = stac_write.write_catalog(out, {"classes": items}, titles=titles)
-    return {"catalog": catalogue, "tiles": len(tiles), "classes": pixels, "unassigned": unassigned}
+    return {
+        "catalog": catalogue,
+        "tiles": len(tiles),
+        "classes": pixels,
+        "unassigned": unassigned,
+        "areas": ground and {name: ground[value] for name, value in values.items()},
+        "unassigned_m2": ground and ground[NODATA],
+    }
 
 
 def read_table(path: StorePath) -> tuple[Assigned, ClassTable]:

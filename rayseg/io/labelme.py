@@ -25,6 +25,7 @@ from shapely.geometry.base import BaseGeometry
 from rayseg.errors import DataError, listed
 from rayseg.geo.grid import Window, slug
 from rayseg.geo.lonlat import polygons_in, within
+from rayseg.geo.vector_files import read_frame
 from rayseg.io.maps import planned_tiles
 from rayseg.io.plot_joins import mask_of
 from rayseg.io.sources import gdal, open_file
@@ -80,7 +81,7 @@ def export(plots: str, images: str, out: str) -> int:
     path = Path(plots) / "plots.parquet" if Path(plots).is_dir() else Path(plots)
     if not path.is_file():
         raise DataError(f"{plots} has no plots.parquet, expected a finished run of agri; run it first")
-    table = geopandas.read_parquet(path)
+    table = read_frame(path)
     files = _files(Path(images))
     # 1. the plots of every image: by its name, or all that it covers; a plot in several images is in each
     if "image" in table:

@@ -6,15 +6,16 @@ Masks are read as class values of one table, uint8 with 255 for "no data" or "no
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any
 
 import numpy as np
 import pystac
 from numpy.typing import NDArray
+from upath import UPath
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Tile, Window, slug
@@ -146,27 +147,43 @@ def masks_of(
     """The masks in a folder (PNG or TIFF, called by their stem) or in `catalog.json#collection` (by their item's id).
 
     Of an item with several rasters it is the one called `classes`, else the one whose stored class names fit `names`;
-    `catalog.json#collection/asset` names the asset. Files of a folder that cannot be opened are added to `failed` with
-    their errors, if it is given and other files can be opened.
+    `catalog.json#collection/asset` names the asset. Masks that cannot be opened are added to `failed` with their
+    errors, if it is given and others can be opened.
     With `min_score` the masks are the map of a run: pixels whose class has a lower score there are not labelled.
 
     Raises:
         DataError: there are no masks, one cannot be opened, an item has several rasters that could be the mask, or
             `min_score` is given and a mask has no scores.
     """
-    # 1. the items of a catalogue
     uri, fragment = split_location(location)
+    collection, _, asset = fragment.partition("/")
     if suffix_of(uri) in {".json", ".parquet"}:
-        collection, _, asset = fragment.partition("/")
         items = stac_read.open_items(uri, collection or None)
-        kept = [mask for item in items if (mask := _mask_of(item, asset, set(names), min_score))]
-        if not kept:
-            raster = f"raster {asset}" if asset else "raster"
-            raise DataError(f"{uri}#{collection} holds no item with a {raster}, expected masks; correct it")
-        return kept
-    # 2. the files of a folder
-    if min_score:
+        openers: dict[str, Callable[[], Source | None]] = {
+            item.id: partial(_mask_of, item, asset, set(names), min_score) for item in items
+        }
+    elif min_score:
         raise DataError(f"{location} has no scores, but min_score is {min_score:g}; give RUN#classes, or leave it out")
+    else:
+        openers = {str(path): partial(source_of_file, str(path), path.stem) for path in _mask_files(location)}
+    masks, errors = [], dict[str, DataError]()
+    for name, opened in openers.items():
+        try:
+            masks.append(opened())
+        except DataError as error:
+            errors[name] = error
+    kept = [mask for mask in masks if mask]
+    if errors and (failed is None or not kept):
+        raise next(iter(errors.values()))
+    if failed is not None:
+        failed |= {name: str(error) for name, error in errors.items()}
+    if not kept:
+        raster = f"raster {asset}" if asset else "raster"
+        raise DataError(f"{uri}#{collection} holds no item with a {raster}, expected masks; correct it")
+    return kept
+
+
+def _mask_files(location: str) -> list[UPath]:
     folder = upath(location)
     entries = drivers.files_in(folder) if folder.is_dir() else []
     files = [path for path in entries if path.suffix.lower() in SUFFIXES]
@@ -176,15 +193,7 @@ def masks_of(
     if twice := [stem for stem, count in Counter(path.stem for path in files).items() if count > 1]:
         raise DataError(f"{location} holds several masks called {twice[0]}; leave one of each name")
     drivers.warn_of_rest(folder, entries, files, f"masks are {kinds}")
-    masks = []
-    for path in files:
-        try:
-            masks.append(source_of_file(str(path), path.stem))
-        except DataError as error:
-            if failed is None or (path == files[-1] and not masks):
-                raise
-            failed[str(path)] = str(error)
-    return masks
+    return files
 
 
 def _mask_of(item: pystac.Item, asset: str, names: set[str], min_score: float) -> Source | None:
@@ -216,6 +225,23 @@ def _mask_of(item: pystac.Item, asset: str, names: set[str], min_score: float) -
         mask = replace(mask, sure=(stac_read.href_of(item, item.assets["scores"]), min_score))
     nodatas = {*stac_read.nodatas_of(item, item.assets[key], len(mask.bands))} - {None}
     return replace(mask, nodata=nodatas.pop(), nodatas=()) if len(nodatas) == 1 else mask
+
+
+def whole(masks: Sequence[Source], *, failed: dict[str, str]) -> list[Source]:
+    """The masks whose pixels can all be read; the others are added to `failed` with their errors.
+
+    Raises:
+        DataError: none can be read.
+    """
+    for mask in masks:
+        extent, bands = footprint(mask, pixels_of(mask)), [name for name in mask.bands if name != "alpha"]
+        try:
+            for row in range(extent.row, extent.row1, BLOCK):
+                part = Window(extent.col, row, extent.width, BLOCK).intersect(extent)
+                read([mask], pixels_of(mask), part, bands=bands, categorical=True)
+        except DataError as error:
+            failed[mask.assets[0][0]] = str(error)
+    return _readable(masks, failed)
 
 
 def two_classes(

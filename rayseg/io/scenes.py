@@ -197,7 +197,8 @@ def _of_scene(scene: str, folder: Any) -> list[LabelledImage]:  # noqa: ANN401 -
 def _named(scene: str, source: Source, masks: tuple[Source, ...]) -> LabelledImage:
     own = f"{scene}-{source.item_id}" if scene else source.item_id
     for mask in masks:
-        expect_fit(mask, (source.height, source.width), source.assets[0][0])
+        if not (source.crs and mask.crs):  # else its georeference places it, on whatever grid it is
+            expect_fit(mask, (source.height, source.width), source.assets[0][0])
     image = placed(slug(own), slug(scene or source.item_id), source, masks)
     for mask in masks:
         if image.grid.crs and mask.crs and not meets(mask, image.grid, image.window):

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pystac
 import shapely
 from aiohttp import ClientError
+from shapely.errors import ShapelyError
 
 from rayseg.errors import ConfigError, DataError, RaysegError
 from rayseg.geo.lonlat import PAST_POLES
@@ -292,7 +293,7 @@ def items_of(uri: str, box: Box | None) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = list(stac_table_to_items(table))
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ConfigError(f"catalogue {uri} does not exist; correct its path") from error
-    except (pa.ArrowException, KeyError) as error:
+    except (pa.ArrowException, LookupError, TypeError, ValueError, OSError, ShapelyError) as error:
         raise DataError(f"{uri} is not a table of STAC items: {error}; write it as stac-geoparquet") from error
     for row, lost, bbox in zip(rows, unplaced, boxes, strict=True):
         row |= {"geometry": None if lost else row["geometry"], "bbox": bbox}

@@ -446,17 +446,22 @@ def build(prefix: StorePath) -> tuple[Bundle, "nn.Module"]:
     """The bundle under `prefix` and its model, on the CPU and in evaluation mode.
 
     Raises:
-        ModelError: see `whole`; or the weights do not fit the architecture.
+        ModelError: see `whole`; or the weights do not fit the architecture, or are not finite.
     """
     from safetensors.torch import load as read_tensors
 
     bundle, weights = whole(prefix)
     try:
-        model = _untrained(bundle)
-        model.load_state_dict(read_tensors(weights))
+        model, tensors = _untrained(bundle), read_tensors(weights)
+        model.load_state_dict(tensors)
     except (TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"bundle {upath(prefix)} does not fit its architecture: {reason}; train again") from None
+    if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ModelError(
+            f"weights of {upath(prefix)} have NaN or infinity in {wrong[0]} and {len(wrong) - 1} other tensors, "
+            "expected finite numbers; train again with a lower learning rate, or import the original weights"
+        )
     return bundle, model.eval()
 
 

@@ -63,7 +63,7 @@ class WriteTile:
         inside, drawn = region.kept(self.geometry, tile.grid, tile.window)
         classes = np.where(inside, row.classes, NODATA).astype(np.uint8)
         scores = np.where(inside, row.scores, NODATA).astype(np.uint8)
-        facts = facts_of(classes, tile, counted_HW=self._counted(row))
+        facts = facts_of(classes, tile, counted_HW=counted_ground(tile, row.before, self.imagery))
         if not facts["counts"]:
             return row.settled("nodata")
         folder = upath(self.prefix) / tile.id
@@ -85,38 +85,45 @@ class WriteTile:
         background = len(self.table.classes) == 2 and set(facts["counts"]) == {"0"}
         return row.settled("empty" if background else "done", facts)
 
-    def _counted(self, row: TileRow) -> np.ndarray | None:
-        """Where the tile's ground counts, because no scene in `before` has data; None for all of it.
-
-        Raises:
-            DataError: a scene is gone or cannot be read now, or the bands of the imagery are unknown.
-        """
-        if row.before == "[]":
-            return None
-        window = row.tile.window
-        counted_HW = np.ones((window.height, window.width), bool)
-        for source in from_json(row.before):
-            try:
-                counted_HW &= ~rasters.read([source], row.tile.grid, window, bands=self.imagery)[1]
-            except DataError as error:
-                # A retry can read the scene, which may have a map here.
-                gone = any(is_local(href) and not upath(href).exists() for href, _ in source.assets)
-                if gone or isinstance(error, Passing) or not self.imagery:
-                    raise
-                counted_HW &= ~self._readable(row.tile, source)
-        return counted_HW
-
-    def _readable(self, tile: Tile, source: Source) -> np.ndarray:
-        """Where a damaged scene has data in a tile: it is mapped there alone."""
-        with suppress(DataError):
-            seen = read_reach(TileRow(tile, json.dumps([source.to_row()])), tile.window, self.imagery)
-            if isinstance(seen, TileRow):
-                return seen.valid
-        return np.zeros((tile.window.height, tile.window.width), bool)
-
     def _parts(self, row: TileRow, classes: np.ndarray, scores: np.ndarray, kept: np.ndarray | None = None) -> pa.Table:
         per_class = np.broadcast_to(scores, (len(self.table.classes), *classes.shape)) if self._of_top else scores
         return vectors.polygons_of(classes, per_class, row.tile.grid, row.tile.window, kept_HW=kept)
+
+
+def counted_ground(tile: Tile, before: str, bands: Sequence[str]) -> np.ndarray | None:
+    """Where a tile's ground counts, because no scene that counts first has data, (height, width) bool; None for all.
+
+    Args:
+        tile: the tile.
+        before: scenes over it that count its ground first, as JSON (`TileRow.before`).
+        bands: names of the bands of the imagery.
+
+    Raises:
+        DataError: a scene is gone or cannot be read now, or the bands are unknown.
+    """
+    if before == "[]":
+        return None
+    window = tile.window
+    counted_HW = np.ones((window.height, window.width), bool)
+    for source in from_json(before):
+        try:
+            counted_HW &= ~rasters.read([source], tile.grid, window, bands=bands)[1]
+        except DataError as error:
+            # A retry can read the scene, which may have a map here.
+            gone = any(is_local(href) and not upath(href).exists() for href, _ in source.assets)
+            if gone or isinstance(error, Passing) or not bands:
+                raise
+            counted_HW &= ~_readable(tile, source, bands)
+    return counted_HW
+
+
+def _readable(tile: Tile, source: Source, bands: Sequence[str]) -> np.ndarray:
+    """Where a damaged scene has data in a tile: it is mapped there alone."""
+    with suppress(DataError):
+        seen = read_reach(TileRow(tile, json.dumps([source.to_row()])), tile.window, bands)
+        if isinstance(seen, TileRow):
+            return seen.valid
+    return np.zeros((tile.window.height, tile.window.width), bool)
 
 
 def facts_of(classes_HW: np.ndarray, tile: Tile, *, counted_HW: np.ndarray | None = None) -> dict[str, Any]:

@@ -40,6 +40,8 @@ from rayseg.io.maps import (
     top_scores,
 )
 from rayseg.metrics import Estimate, Z, allocation, regression_mean, slope, stratified_mean, stratified_ratio
+from rayseg.stages.write import counted_ground
+from rayseg.steps import remap
 from rayseg.store import STORE_ERRORS, StorePath, put, upath
 from rayseg.vision.color import ClassTable, hex_of, rgb_of
 
@@ -54,6 +56,7 @@ EDGE = 3
 _PARTS = 4  # strata of a class
 _ERRORS = {False: 0.02, True: 0.1}  # least expected errors inside and at edges: a confident map is wrong, too
 
+Parts = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
 _UNREADABLE: tuple[type[Exception], ...] = (*STORE_ERRORS, UnicodeDecodeError)
 
 
@@ -120,13 +123,13 @@ def sample(
     table = masks.table_of(tiles[0].href) if tiles else None
     if table is None:
         raise DataError(f"{run} has no class map, so there is nothing to sample; finish the run first")
-    strata, parts_TH = _strata(tiles, table, band)
+    asked, read = runs.read(str(run)), _reader(run, table, band)
+    strata, parts_TH = _strata(tiles, table, read)
     # 2. points of each stratum, then of each of its tiles, then pixels
     counts = points_of(strata, per_stratum, half_width)
     if counts.sum() > MOST:
         raise ConfigError(f"the sample would have {counts.sum():,} points, expected {MOST:,} or fewer; ask for less")
-    points = _drawn(tiles, table, parts_TH, counts, band, np.random.default_rng([seed, 0]))
-    asked = runs.read(str(run))
+    points = _drawn(tiles, table, parts_TH, counts, read, np.random.default_rng([seed, 0]))
     # 3. in random order, so that a person does not see the map's opinion in it
     order = np.random.default_rng([seed, 1]).permutation(len(points))
     # Answers name the sample that they belong to: two of one map have other points under the same numbers.
@@ -147,13 +150,28 @@ def sample(
     return content
 
 
-def _strata(tiles: Sequence[MappedTile], table: ClassTable, band: float) -> tuple[list[Stratum], NDArray[np.float64]]:
+def _reader(run: StorePath, table: ClassTable, band: float) -> Callable[[MappedTile], Parts]:
+    """`strata_of` a tile, without ground under several scenes that counts in the tile of another, as in the report."""
+    bands = remap.imagery_of(runs.read(str(run)))
+    before = {row["id"]: row["before"] for row in remap.tiles_of(str(run)) if row["before"] != "[]"}
+
+    def read(tile: MappedTile) -> Parts:
+        strata_HW, score_HW, areas_HW = strata_of(tile, table, band)
+        counted_HW = counted_ground(tile.tile, before.get(tile.tile.id, "[]"), bands)
+        return strata_HW if counted_HW is None else np.where(counted_HW, strata_HW, -1), score_HW, areas_HW
+
+    return read
+
+
+def _strata(
+    tiles: Sequence[MappedTile], table: ClassTable, read: Callable[[MappedTile], Parts]
+) -> tuple[list[Stratum], NDArray[np.float64]]:
     """The strata of a map, four of each class, and their areas in every tile (tiles, strata)."""
     # The order is that of `strata_of`: value, then score, then edge.
     keys = [(value, sure, edge) for value in table.values for sure in (False, True) for edge in (False, True)]
     parts_TH, scores_H = np.zeros((len(tiles), len(keys))), np.zeros(len(keys))
     for at, tile in enumerate(tiles):
-        strata_HW, score_HW, areas_HW = strata_of(tile, table, band)
+        strata_HW, score_HW, areas_HW = read(tile)
         for stratum in range(len(keys)):
             within_HW = strata_HW == stratum
             parts_TH[at, stratum] = float(areas_HW[within_HW].sum())
@@ -170,7 +188,7 @@ def _drawn(
     table: ClassTable,
     parts_TH: NDArray[np.float64],
     counts: NDArray[np.int64],
-    band: float,
+    read: Callable[[MappedTile], Parts],
     rng: np.random.Generator,
 ) -> list[dict[str, Any]]:
     """Points of every stratum: first how many in each tile, by its area there, then pixels by their area."""
@@ -185,7 +203,7 @@ def _drawn(
     for tile, draws in zip(tiles, draws_TH, strict=True):
         if not draws.any():
             continue
-        strata_HW, score_HW, areas_HW = strata_of(tile, table, band)
+        strata_HW, score_HW, areas_HW = read(tile)
         for stratum in np.flatnonzero(draws):
             # By area and not by pixel: in degrees pixels get smaller toward the poles.
             rows, cols = np.nonzero(strata_HW == stratum)
@@ -197,9 +215,7 @@ def _drawn(
     return points
 
 
-def strata_of(
-    tile: MappedTile, table: ClassTable, band: float
-) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+def strata_of(tile: MappedTile, table: ClassTable, band: float) -> Parts:
     """(stratum of every pixel, -1 for none; score of its class; area of every pixel) of a tile."""
     classes_HW = read_tile(tile, "classes")[0]
     score_HW = top_scores(classes_HW, read_tile(tile, "scores"), table)
@@ -316,7 +332,7 @@ def estimate(
     reference = np.array([given[point["id"]] for point in points])
     right = (mapped == reference).astype(float)
     drawn = _Drawn(points, reference, strata, weights)
-    whole, parts = _grounds(mapped_tiles(run), content, points, regions)
+    whole, parts = _grounds(run, content, points, regions)
     classes = {}
     for at, (value, name) in enumerate(table):
         counted = sum(row["area_m2"] for row in content["strata"] if row["value"] == value) / total
@@ -399,7 +415,7 @@ class _Drawn:
 
 
 def _grounds(
-    tiles: Sequence[MappedTile],
+    run: StorePath,
     content: Mapping[str, Any],
     points: Sequence[Mapping[str, Any]],
     regions: StorePath | None,
@@ -413,9 +429,10 @@ def _grounds(
     by_tile: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
     for n, point in enumerate(points):
         by_tile[point["tile"]].append((n, point["row"], point["col"]))
-    for tile in tiles:
+    read = _reader(run, table, content["band"])
+    for tile in mapped_tiles(run):
         classes_HW, scores_CHW = read_tile(tile, "classes")[0], read_tile(tile, "scores")
-        strata_HW, _, areas_HW = strata_of(tile, table, content["band"])
+        strata_HW, _, areas_HW = read(tile)
         inside = [(strata_HW >= 0) & region.kept(polygon, tile.tile.grid, tile.tile.window)[0] for _, polygon in named]
         here = by_tile[tile.tile.id]
         areas_R += [areas_HW[inside_HW].sum() for inside_HW in inside]

@@ -19,7 +19,7 @@ from rayseg.geo.grid import expect_ids, slug
 from rayseg.geo.region import Region
 from rayseg.io import labels, stac_read
 from rayseg.io.labels import Chip
-from rayseg.io.masks import by_image, expect_fit, expect_names, masks_of, read_classes, two_classes
+from rayseg.io.masks import by_image, expect_fit, expect_names, masks_of, read_classes, two_classes, whole
 from rayseg.io.name_lists import Paths
 from rayseg.io.scenes import LabelledImage, masks_on, placed
 from rayseg.io.sources import Source
@@ -72,13 +72,14 @@ def list_chips(
         listed: the chips, if `find_chips` has already listed them.
 
     Returns:
-        `source`: location of the chips; and label -> number of chips.
+        `source`: location of the chips; label -> number of chips; `troubles`: masks that cannot be read.
 
     Raises:
         RaysegError: see `find_chips`.
     """
     chips = find_chips(region, expected, config) if listed is None else listed
-    masks = masks_of_chips(chips, config)
+    failed: dict[str, str] = {}
+    masks = masks_of_chips(chips, config, failed)
     held_out = np.array([chip.id in masks for chip in chips], bool)
     if named := held_out_by_name(chips, config):
         held_out |= np.array([chip.id in named for chip in chips], bool)
@@ -92,7 +93,7 @@ def list_chips(
     write_rows(step.prefix / "chips.parquet", rows)
     counts = {label: sum(chip.label == label for chip in chips) for label in expected}
     counts |= {"masks": len(masks)} if config.masks else {}
-    return {"source": config.source or f"{region.catalog}#chips"} | counts
+    return {"source": config.source or f"{region.catalog}#chips"} | counts | ({"troubles": failed} if failed else {})
 
 
 def find_chips(region: Region, expected: tuple[str, ...], config: ChipsConfig) -> list[Chip]:
@@ -158,20 +159,26 @@ def held_out_by_name(chips: Sequence[Chip], config: ChipsConfig) -> set[str]:
     return named
 
 
-def masks_of_chips(chips: Sequence[Chip], config: ChipsConfig) -> dict[str, tuple[Source, ...]]:
+def masks_of_chips(
+    chips: Sequence[Chip], config: ChipsConfig, failed: dict[str, str] | None = None
+) -> dict[str, tuple[Source, ...]]:
     """Id of a chip -> its drawn mask (or the parts of it), of the chips that have one.
 
+    A mask that cannot be read is left out; it is added to `failed` with its error.
+
     Raises:
-        DataError: a mask is called like no chip or like several, or has another size.
+        DataError: a mask is called like no chip or like several, or has another size, or none can be read.
     """
     if not config.masks:
         return {}
+    failed = {} if failed is None else failed
+    readable = whole(masks_of(config.masks, failed=failed), failed=failed)
     named: dict[str, set[str]] = defaultdict(set)
     for chip in chips:
         for name in (chip.id, PurePath(chip.source.assets[0][0]).stem):
             named[slug(name)].add(chip.id)
     by_id, masks = {chip.id: chip for chip in chips}, {}
-    for name, parts in by_image(masks_of(config.masks)).items():
+    for name, parts in by_image(readable).items():
         fitting = sorted(named.get(name, ()))
         if len(fitting) != 1:
             raise DataError(

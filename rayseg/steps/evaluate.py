@@ -6,7 +6,7 @@ Prediction and truth are matched by location if both are georeferenced, else by 
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -131,7 +131,7 @@ def expect_masks(region: Region, truth: str | None, names: Sequence[str]) -> Non
         RaysegError: see `masks_of`.
     """
     if located := region.located(truth):
-        masks.masks_of(located, names=names)
+        masks.masks_of(located, names=names, failed={})
 
 
 def compare_truth(step: Step, predicted: Step, region: Region, truth: str | None) -> dict[str, Any]:
@@ -467,30 +467,48 @@ def agreement_of_rasters(prediction: str, truth: str) -> dict[str, Any]:
         As `agreement_of_run`.
 
     Raises:
-        DataError: nothing matches, or no pixel is labelled in both.
+        DataError: nothing matches, no pixel is labelled in both, or no raster of a side can be read.
     """
     if (upath(prediction) / "run.json").exists():
         return agreement_of_run(prediction, truth)
-    ours, theirs = (_rasters_of(location) for location in (prediction, truth))
+    failed: dict[str, str] = {}
+    ours, theirs = (_rasters_of(location, failed) for location in (prediction, truth))
     if len(ours) == len(theirs) == 1:  # two files are meant for each other, whatever their names
         theirs = [replace(theirs[0], item_id=ours[0].item_id)]
     pieces = masks.pieces_of_masks(ours, placed=any(source.crs for source in theirs))
-    counts: dict[str, Pairs] = defaultdict(Counter)
-    for matched in match(pieces, theirs):
+
+    def pairs(matched: Match) -> Pairs:
         piece, grid = matched.piece, matched.piece.tile.grid
         place = (grid, piece.tile.window)
         if grid.crs is None:
             pixels = masks.pixels_of(piece.source)
             place = (pixels, footprint(piece.source, pixels))
         codes_HW = _codes([piece.source], *place)
-        counts[grid.image or grid.name] += _code_pairs(_codes(matched.truth, matched.grid, matched.window), codes_HW)
-    return _of_scenes(counts, truth)
+        return _code_pairs(_codes(matched.truth, matched.grid, matched.window), codes_HW)
+
+    return _agreement(match(pieces, theirs), pairs, truth, failed)
 
 
-def _rasters_of(location: str) -> list[Source]:
+def _rasters_of(location: str, failed: dict[str, str]) -> list[Source]:
     if upath(location).is_file() and suffix_of(location) in masks.SUFFIXES:
         return [rasters.source_of_file(location, upath(location).stem)]
-    return masks.masks_of(location)
+    return masks.masks_of(location, failed=failed)
+
+
+def _agreement(
+    matches: Sequence[Match], pairs: Callable[[Match], Pairs], truth: str, failed: dict[str, str]
+) -> dict[str, Any]:
+    """The measures of all matches; a raster that cannot be read fails alone, as `failed` and `troubles`."""
+    counts: dict[str, Pairs] = defaultdict(Counter)
+    for matched in matches:
+        grid = matched.piece.tile.grid
+        try:
+            counts[grid.image or grid.name] += pairs(matched)
+        except DataError as error:
+            failed[failed_name(matched, error)] = str(error)
+    if failed and not any(counts.values()):
+        raise DataError(next(iter(failed.values())))
+    return _of_scenes(counts, truth) | ({"failed": failed, "troubles": failed} if failed else {})
 
 
 def agreement_of_run(
@@ -517,17 +535,8 @@ def agreement_of_run(
     sources, skipped = _truth(truth, unlabelled, failed)
     # A mask of 0 and 255 is a mask of two classes, unless 255 is excluded.
     sources = sources if NODATA in unlabelled else masks.two_classes(sources, None, truth, failed=failed)
-    counts: dict[str, Pairs] = defaultdict(Counter)
-    for matched in match(masks.pieces_of_tiles(tiles), sources):
-        grid = matched.piece.tile.grid
-        # A mask that cannot be read fails alone.
-        try:
-            counts[grid.image or grid.name] += _pairs(*_coded(matched, skipped))
-        except DataError as error:
-            failed[failed_name(matched, error)] = str(error)
-    if failed and not any(counts.values()):
-        raise DataError(next(iter(failed.values())))
-    return _of_scenes(counts, truth) | ({"failed": failed, "troubles": failed} if failed else {})
+    matches = match(masks.pieces_of_tiles(tiles), sources)
+    return _agreement(matches, lambda matched: _pairs(*_coded(matched, skipped)), truth, failed)
 
 
 def failed_name(matched: Match, error: DataError) -> str:

@@ -1,6 +1,6 @@
 """Make a new map from the classes and scores that a finished run kept, without its model and its imagery."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,10 +105,14 @@ def origin_of(root: str) -> Origin:
         )
     bundle = content["steps"][SCORED].get("bundle")
     model = str(upath(bundle) / "item.json") if bundle else ""
+    return Origin(root, table, bands_of(tiles[0], "scores"), model, imagery_of(content))
+
+
+def imagery_of(content: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the bands of a run's imagery, of its run.json; () if its scenes share one map."""
+    steps = content.get("steps", {})
     # A run that was made from another one keeps the names.
-    steps = content["steps"]
-    imagery = tuple(steps[SCORED].get("imagery") or steps.get("scenes", {}).get("bands", ()))
-    return Origin(root, table, bands_of(tiles[0], "scores"), model, imagery)
+    return tuple(steps.get(SCORED, {}).get("imagery") or steps.get("scenes", {}).get("bands", ()))
 
 
 def decision_of(origin: Origin, rules: ClassRules, threshold: float | None) -> Decision:

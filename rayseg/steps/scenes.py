@@ -13,7 +13,7 @@ import shapely
 from numpy.typing import NDArray
 from upath import UPath
 
-from rayseg.engine.ledger import MISSING, SETTLED, Record, Settled
+from rayseg.engine.ledger import MISSING, SETTLED, Ledger, Record, Settled
 from rayseg.engine.manifest import Row
 from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError, listed
@@ -31,6 +31,7 @@ from rayseg.stages.rows import TileRow
 from rayseg.steps import evaluate, report, simple_labels
 from rayseg.steps import map as mapping
 from rayseg.steps.map import MapConfig
+from rayseg.steps.numbers import counted
 from rayseg.store import put, upath
 from rayseg.vision.color import mean_color
 from rayseg.vision.crops import middle
@@ -346,11 +347,17 @@ def write_report(
     histories = {
         f"network of {record.id}": record.facts["history"] for record in records if record.facts.get("history")
     }
+    scenes = Ledger(str(upath(step.root) / "steps" / "scenes" / "ledger")).read().values()
+    left = [f"{record.id}: {record.reason}" for record in scenes if record.status in {"empty", "nodata"}]
+    named = listed(left, separator="; ")
+    without = f"{counted(len(left), 'scene')} without labels ({named})." if left else ""
     labels = "Learnt from the imagery alone: labels have no meaning yet; `rayseg labels assign` gives them one."
+    labels = f"{without} {labels}".lstrip()
     if "mean" in measured.value:
         labels += f" {evaluate.agreement_text(measured.value)}"
     shown = tuple((title, image, caption) for title, image, caption in drawn.value["pictures"])
     curves = dict(list(histories.items())[:MOST_CURVES])
     baseline = simple_labels.comparison_of(simple.value) if simple else None
     extras = report.Extras(labels=labels, pictures=shown, histories=curves, baseline=baseline)
-    return report.write_report(step, predicted, polygons, extras=extras)
+    value = report.write_report(step, predicted, polygons, extras=extras)
+    return value | ({"summary": f"{value['summary']} {without}"} if left else {})

@@ -1,13 +1,17 @@
 """Vector files: few formats are opened, and a row without a geometry costs no other."""
 
 import json
+import re
 
 import geopandas
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from shapely.geometry import Point, Polygon, box, shape
 from small_world import refused
 
+import rayseg
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window
 from rayseg.geo.region import resolve_region
@@ -99,3 +103,64 @@ def test_a_region_file_of_another_format_is_refused_in_one_sentence(tmp_path):
     said = refused(3, "predict", "model", tmp_path / "r.json", "--out", tmp_path / "run")
     assert "r.json is neither a file of polygons nor STAC: " in said
     assert not (tmp_path / "run").exists()
+
+
+def damaged(tmp_path, kind):
+    """A file of squares with this damage."""
+    suffix = f".{kind.partition(' ')[0]}"
+    path = write(tmp_path / f"damaged{suffix}", SQUARES, id=["a", "b", "c", "d"])
+    content = path.read_bytes()
+    if "without" in kind:
+        path.with_suffix(f".{kind[-3:]}").unlink()
+    elif "half" in kind:
+        path.write_bytes(content[: len(content) // 2])
+    elif "ends early" in kind:
+        path.write_bytes(content[:-6])
+    elif "head" in kind:
+        path.write_bytes(content[:8])
+    elif "open ring" in kind:
+        path.write_text(json.dumps({"type": "Polygon", "coordinates": [[[1, 2], [3, 4]]]}))
+    elif "NaN" in kind:
+        path.write_text(content.decode().replace("1.5", "NaN"))
+    else:  # geometries that are not WKB
+        table = pq.read_table(path)
+        other = pa.array([b"\x01\x02nonsense"] * 4, pa.binary())
+        at = table.schema.get_field_index("geometry")
+        pq.write_table(table.set_column(at, "geometry", other).replace_schema_metadata(table.schema.metadata), path)
+    return path
+
+
+DAMAGES = [
+    *("parquet half", "parquet ends early", "parquet not WKB", "gpkg half", "fgb half", "fgb head", "fgb ends early"),
+    *("geojson half", "geojson ends early", "geojson open ring", "geojson NaN", "shp without shx", "shp half"),
+]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DAMAGES if kind != "shp half"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:Non closed ring")
+def test_a_damaged_file_is_named_in_one_sentence(tmp_path, kind):
+    path = damaged(tmp_path, kind)
+    for read in (read_frame, Polygons.open, lambda path: resolve_region(str(path))):
+        with pytest.raises(DataError, match=re.escape(str(path))):
+            read(str(path))
+
+
+def test_rows_beyond_the_end_of_a_shapefile_are_named(tmp_path, caplog):
+    frame = read_frame(damaged(tmp_path, "shp half"))
+    assert 0 < len(frame) < 4
+    assert f"{4 - len(frame)} of 4 rows of" in caplog.text
+
+
+def test_damaged_results_of_a_run_are_named(tmp_path):
+    """By the Python API and by exports."""
+    root = tmp_path / "run"
+    (root / "steps" / "polygons").mkdir(parents=True)
+    damaged(tmp_path, "parquet half").rename(root / "gpc.parquet")
+    (root / "steps/polygons/done.json").write_text(json.dumps({"value": {"polygons": "gpc.parquet"}}))
+    steps = {"polygons": {"polygons": "<run>/gpc.parquet"}}
+    (root / "run.json").write_text(json.dumps({"pipeline": "gpc", "status": "done", "region": {}, "steps": steps}))
+    with pytest.raises(DataError, match=r"gpc\.parquet cannot be read"):
+        rayseg.open(root).polygons  # noqa: B018
+    assert "gpc.parquet is damaged" in refused(3, "export", root, "--format", "gpkg", "--out", tmp_path / "out")
+    (root / "gpc.parquet").rename(tmp_path / "plots.parquet")
+    assert "plots.parquet cannot be read" in refused(3, "labels", "export", tmp_path, tmp_path, "--out", tmp_path / "x")

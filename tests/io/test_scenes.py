@@ -7,6 +7,7 @@ from PIL import Image
 from rayseg.config import load
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Grid, Window
+from rayseg.geo.lonlat import transformer
 from rayseg.io import class_tables, cog, labels, scenes
 from rayseg.io.scenes import LabelledImage, Pairs
 from rayseg.vision.color import ClassTable, decode
@@ -167,6 +168,43 @@ def test_a_mask_that_lies_elsewhere_than_its_image_is_refused_by_name(tmp_path, 
             file.write(values)
     with pytest.raises(DataError, match=r"masks/a.tif lies elsewhere on Earth than its image .*images/a.tif"):
         scenes.labelled_images(str(tmp_path), table=TABLE)
+
+
+GRIDS = {  # of a mask whose left half of the image's 700 m is class 1
+    "pixels twice as large": ("EPSG:32633", Affine(20, 0, 400_000, 0, -20, 4_400_000), (25, 35)),
+    "a part, shifted": ("EPSG:32633", Affine(10, 0, 400_100, 0, -10, 4_399_900), (30, 40)),
+    "south-up": ("EPSG:32633", Affine(10, 0, 400_000, 0, 10, 4_399_500), (50, 70)),
+    "degrees": ("EPSG:4326", Affine(2e-5, 0, 13.83, 0, -2e-5, 39.745), (500, 1000)),
+    "another zone": ("EPSG:32632", Affine(10, 0, 914_000, 0, -10, 4_410_700), (100, 120)),
+    "a flipped grid of the south": ("EPSG:32733", Affine(5, 0, 400_000, 0, -5, 14_400_000), (100, 140)),
+}
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+def test_a_mask_next_to_its_image_lies_where_its_georeference_says(tmp_path, kind):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    image_CHW = pixels(50, 70).transpose(2, 0, 1)
+    profile = {"driver": "GTiff", "dtype": "uint8"}
+    place = {"crs": "EPSG:32633", "transform": Affine(10, 0, 400_000, 0, -10, 4_400_000)}
+    with rasterio.open(tmp_path / "images/a.tif", "w", count=3, height=50, width=70, **place, **profile) as file:
+        file.write(image_CHW)
+        file.descriptions = BANDS
+    crs, affine, (height, width) = GRIDS[kind]
+    rows, cols = np.mgrid[:height, :width]
+    xs, ys = affine @ (cols + 0.5, rows + 0.5)
+    xs = np.array(transformer(crs, "EPSG:32633").transform(xs.ravel(), ys.ravel())[0]).reshape(xs.shape)
+    with rasterio.open(
+        tmp_path / "masks/a.tif", "w", count=1, height=height, width=width, crs=crs, transform=affine, **profile
+    ) as file:
+        file.write((xs < 400_340).astype(np.uint8), 1)
+    [image] = scenes.labelled_images(str(tmp_path), table=TABLE)
+    read_CHW, classes_HW = scenes.read_window(image, image.window, bands=BANDS, table=TABLE)
+    assert np.array_equal(read_CHW, image_CHW)
+    known_HW = classes_HW != 255
+    assert known_HW.mean() == (pytest.approx(30 * 40 / 3500) if "part" in kind else pytest.approx(1, abs=0.05))
+    expected_HW = np.broadcast_to(np.arange(70) < 34, (50, 70))
+    assert (classes_HW == expected_HW)[known_HW].mean() > (0.98 if image.masks[0].crs != "EPSG:32633" else 0.999)
 
 
 def test_a_split_never_divides_a_scene():

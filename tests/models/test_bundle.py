@@ -183,3 +183,14 @@ def _offline(node):
         elsewhere = str(node.get("$ref", "")).startswith("http")
         return {} if elsewhere else {key: _offline(value) for key, value in node.items()}
     return [_offline(value) for value in node] if isinstance(node, list) else node
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, described, model, value):
+    broken = build_segmenter("unet", "mobilenet_v2", weights="none")
+    broken.load_state_dict(model.state_dict())
+    name, weight = next(iter(broken.named_parameters()))
+    weight.data.view(-1)[3] = value
+    save(tmp_path / "broken", described, broken)
+    with pytest.raises(ModelError, match=f"weights of {tmp_path}/broken have NaN or infinity in {name} and 0 other"):
+        build(tmp_path / "broken")

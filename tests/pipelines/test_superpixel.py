@@ -21,12 +21,13 @@ from rayseg.engine.run import Engine, Step, read
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.geo.region import Region
-from rayseg.io import cog, labels, masks
+from rayseg.io import cog, label_names, labels, masks
 from rayseg.metrics import agreement
 from rayseg.models import bundle
 from rayseg.pipelines import superpixel
 from rayseg.stages.oversegment import Divide
-from rayseg.steps import estimate, scenes
+from rayseg.steps import area, estimate, scenes
+from rayseg.steps.numbers import area as area_text
 from rayseg.train import scene as training
 
 pytestmark = pytest.mark.e2e
@@ -319,7 +320,15 @@ def test_labels_become_classes_by_a_table(whole, world, tmp_path):
     (tmp_path / "table.csv").write_text("\n".join(["scene,label,class", *found]))
     said = rayseg("labels", "assign", whole, "--csv", tmp_path / "table.csv", "--out", tmp_path / "classes")
     assert said.exit_code == 0, said.output
-    assert ", 0 px" in said.stdout.replace(";", ",")
+    # the two scenes overlap: their ground counts once, as in the report and in a sample
+    result = label_names.assign(str(whole), str(tmp_path / "table.csv"), str(tmp_path / "again"))
+    covered = read(str(whole))["steps"]["report"]["area_m2"]
+    assert (result["unassigned_m2"], sum(result["areas"].values())) == (0, pytest.approx(covered))
+    assert sum(result["classes"].values()) > 1.05 * covered  # of 1 m2 each
+    assert f"water {area_text(result['areas']['water'])}, field" in said.stdout
+    assert "; 0 m² without a class" in said.stdout
+    sampled = area.sample(whole, tmp_path / "sample", per_stratum=2)
+    assert sum(stratum["area_m2"] for stratum in sampled["strata"]) == pytest.approx(covered)
     valid_stac(tmp_path / "classes/catalog.json")
     sources = masks.masks_of(f"{tmp_path}/classes/catalog.json#classes")
     assert len(sources) == len(list(whole.glob("tiles/*")))
@@ -409,6 +418,8 @@ def test_odd_scenes_end_as_they_should(tmp_path, kind, network):
         assert record.status == fate
         assert {"segments": "one region", "deepnet": "one label"}[network] in record.reason or fate != "failed"
         assert "scene" in record.reason or fate == "failed"
+    if fate in {"empty", "nodata"}:
+        assert f"Nothing was mapped. 1 scene without labels (odd: {record.reason})." in found.stdout
     seen_HW = (~np.isnan(image_CHW) if image_CHW.dtype.kind == "f" else image_CHW != 0).any(axis=0)
     where, found_HW = window_at(0, 0, *seen_HW.shape), np.full(seen_HW.shape, 255, np.uint8)
     for path in (tmp_path / "run").glob("tiles/*/classes.tif"):

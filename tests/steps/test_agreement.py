@@ -9,6 +9,7 @@ from fake_run import UTM, make, picture, place
 from sklearn.metrics import adjusted_mutual_info_score, fowlkes_mallows_score
 from small_world import BANDS, rayseg
 
+from rayseg.geo.grid import Grid, Window
 from rayseg.io import cog
 from rayseg.steps.evaluate import agreement_of_rasters, agreement_of_run, agreement_text
 
@@ -106,3 +107,19 @@ def test_a_damaged_mask_fails_alone_and_is_named(tmp_path, kept):
     assert all("b.tif" in reason for reason in result["failed"].values())
     assert "Not compared" in agreement_text(result)
     assert rayseg("evaluate", tmp_path / "run", tmp_path / "truth", "--agreement").exit_code == 3
+
+
+@pytest.mark.parametrize("side", ["ours", "theirs"])
+def test_a_damaged_raster_of_two_folders_fails_alone(tmp_path, side):
+    for folder in ("ours", "theirs"):
+        (tmp_path / folder).mkdir()
+        for name in "abc":
+            grid, whole = Grid(None, (1.0, 1.0), (0.0, 0.0)), Window(0, 0, 48, 48)
+            cog.write_image(tmp_path / folder / f"{name}.tif", KINDS_HW[None].astype(np.uint8), grid, whole, bands="k")
+    for name, content in (("b", (tmp_path / side / "b.tif").read_bytes()[:-400]), ("c", b"no raster")):
+        (tmp_path / side / f"{name}.tif").write_bytes(content)
+    found = rayseg("evaluate", tmp_path / "ours", tmp_path / "theirs", "--agreement", "--json")
+    assert found.exit_code == 3, found.output
+    result = json.loads(found.stdout)
+    assert (list(result["scenes"]), result["mean"]["ami"]) == (["a"], pytest.approx(1))
+    assert sorted(result["failed"]) == [f"{tmp_path}/{side}/{name}.tif" for name in "bc"]

@@ -134,3 +134,21 @@ def test_folders_called_train_and_test_divide_the_chips(tmp_path):
     held, kept = ([row["id"] for row in chips.rows_of(step, held_out=part)] for part in (True, False))
     assert held == ["test-gpc-a", "test-nongpc-a"]
     assert kept == ["train-gpc-a", "train-gpc-b", "train-nongpc-a", "train-nongpc-b"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "not an image"])
+def test_a_damaged_mask_fails_alone(world, damage, caplog):
+    draw(world, "cg")
+    path = world / "masks" / "cg.png"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 2 // 3] if damage == "cut" else b"<html>not found</html>")
+    step = listed(world, held_out=0.0)
+    assert list(step.value["troubles"]) == [str(path)]
+    assert "cg.png cannot be read" in step.value["troubles"][str(path)]
+    assert step.value["masks"] == 2
+    assert [row["id"] for row in chips.rows_of(step, held_out=True)] == ["gpc-ag", "gpc-bg"]
+    assert chips.masked(step, TABLE, LABELS, config(world)).ids == ("gpc-ag", "gpc-bg")
+    for name in ("gpc-ag", "bg"):
+        (world / "masks" / f"{name}.png").write_bytes(b"")
+    with pytest.raises(DataError, match="cannot be read"):
+        listed(world)
