@@ -4,7 +4,8 @@
 
 Each draw takes points from the strata of `rayseg area sample` and answers them from the truth. Printed for each class:
 the true share, that of counting pixels, the mean of the estimates, how many of their 95 % intervals hold the truth, and
-the half-width as a share of that of a simple random sample of as many points.
+the half-width as a share of that of a simple random sample of as many points; then the same of the estimates that are
+assisted by scores.
 """
 
 import argparse
@@ -12,18 +13,18 @@ import argparse
 import numpy as np
 
 from rayseg.io import masks
-from rayseg.io.maps import mapped_tiles
-from rayseg.metrics import Z, stratified_mean
+from rayseg.io.maps import class_probability, mapped_tiles, read_tile
+from rayseg.metrics import Z, regression_mean, stratified_mean
 from rayseg.steps import area, evaluate
 
 
 def pixels_of(run, truth, band):
-    """(class table; stratum, score and true class of every labelled pixel)."""
+    """(class table; stratum, score, true class and class probabilities of every labelled pixel)."""
     tiles = mapped_tiles(run)
     table = masks.table_of(tiles[0].href)
     reference = masks.two_classes(masks.masks_of(truth, names=table.names), table, truth)
     by_id = {tile.tile.id: tile for tile in tiles}
-    strata, scores, classes = [], [], []
+    strata, scores, classes, chances = [], [], [], []
     for found in evaluate.match(masks.pieces_of_tiles(tiles), reference):
         strata_HW, score_HW, _ = area.strata_of(by_id[found.piece.tile.id], table, band)
         truth_HW = masks.read_classes(found.truth, found.grid, found.window, table)
@@ -31,7 +32,10 @@ def pixels_of(run, truth, band):
         strata.append(strata_HW[known])
         scores.append(score_HW[known])
         classes.append(truth_HW[known])
-    return table, *map(np.concatenate, (strata, scores, classes))
+        tile = by_id[found.piece.tile.id]
+        read = read_tile(tile, "classes")[0], read_tile(tile, "scores")
+        chances.append(np.stack([class_probability(value, *read, table)[known] for value in table.values], axis=1))
+    return table, *map(np.concatenate, (strata, scores, classes, chances))
 
 
 def main():
@@ -43,7 +47,7 @@ def main():
     parser.add_argument("--half-width", type=float)
     parser.add_argument("--band", type=float, default=0.8)
     given = parser.parse_args()
-    table, strata, scores, classes = pixels_of(given.run, given.truth, given.band)
+    table, strata, scores, classes, chances_NK = pixels_of(given.run, given.truth, given.band)
     sizes = np.bincount(strata, minlength=4 * len(table.classes))
     weights = sizes / sizes.sum()
     described = []
@@ -56,25 +60,28 @@ def main():
     parts = int((counts > 0).sum())
     print(f"{given.run}: {len(strata):,} labelled pixels, {total} points in {parts} strata, {given.draws} draws")
     rng = np.random.default_rng(0)
-    members = [classes[strata == k] for k in range(len(sizes))]
+    members = [np.flatnonzero(strata == k) for k in range(len(sizes))]
     marks = np.repeat(np.arange(len(sizes)), counts)
-    estimates = {value: [] for value in table.values}
+    estimates = {(value, way): [] for value in table.values for way in ("", "assisted")}
+    means_K = chances_NK.mean(axis=0)
     for _ in range(given.draws):
-        answers = np.concatenate(
-            [rng.choice(part, count) for part, count in zip(members, counts, strict=True) if count]
-        )
-        for value in table.values:
-            estimates[value].append(stratified_mean((answers == value).astype(float), marks, weights))
-    print(f"{'class':14} {'true':>7} {'counted':>8} {'mean':>7} {'covered':>8} {'half-width':>11} {'of simple':>10}")
-    for value, name in zip(table.values, table.names, strict=True):
+        drawn = np.concatenate([rng.choice(part, count) for part, count in zip(members, counts, strict=True) if count])
+        for k, value in enumerate(table.values):
+            is_it = (classes[drawn] == value).astype(float)
+            estimates[value, ""].append(stratified_mean(is_it, marks, weights))
+            assisted = regression_mean(is_it, chances_NK[drawn, k], marks, weights, mean=float(means_K[k]))
+            estimates[value, "assisted"].append(assisted)
+    print(f"{'class':20} {'true':>7} {'counted':>8} {'mean':>7} {'covered':>8} {'half-width':>11} {'of simple':>10}")
+    for (value, way), found_all in estimates.items():
+        name = f"{table.names[table.values.index(value)]} {way}"
         true = float((classes == value).mean())
         counted = float(sum(sizes[k] for k in range(len(sizes)) if table.values[k // 4] == value) / sizes.sum())
-        values = np.array([found.value for found in estimates[value]])
-        halves = Z * np.array([found.error for found in estimates[value]])
+        values = np.array([found.value for found in found_all])
+        halves = Z * np.array([found.error for found in found_all])
         simple = Z * np.sqrt(true * (1 - true) / total)
         covered = float((np.abs(values - true) <= halves).mean())
         print(
-            f"{name:14} {true:7.4f} {counted:8.4f} {values.mean():7.4f} {100 * covered:7.1f}% {halves.mean():11.4f} "
+            f"{name:20} {true:7.4f} {counted:8.4f} {values.mean():7.4f} {100 * covered:7.1f}% {halves.mean():11.4f} "
             f"{halves.mean() / simple:10.2f}"
         )
 

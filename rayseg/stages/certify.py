@@ -1,5 +1,7 @@
 """Compute places of a finished map again: in other tiles, from changed imagery, on a shifted lattice of patches."""
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -71,13 +73,14 @@ class Certify:
     Args:
         prefix: of the bundle.
         tiles: below which the run has `<tile id>/`.
-        batch: patches per batch, as for `Predict`.
+        seconds: after these no further place is mapped again, except the first.
         precision: that of the map.
     """
 
-    def __init__(self, prefix: str, tiles: str, *, batch: int | None = None, precision: Precision = "auto") -> None:
+    def __init__(self, prefix: str, tiles: str, *, precision: Precision = "auto", seconds: float = math.inf) -> None:
         self.prefix, self.tiles = prefix, tiles
-        self.predict = Predict(prefix, batch=batch, precision=precision)
+        self.seconds, self._spent = seconds, 0.0
+        self.predict = Predict(prefix, precision=precision)
 
     @cached_property
     def described(self) -> Bundle:
@@ -91,7 +94,11 @@ class Certify:
     def _place(self, place: Place) -> Settled:
         try:
             facts = self._distance(place)
-            return Settled(facts=facts | (self._again(place) if place.again else {}))
+            if place.again and self._spent < self.seconds:
+                began = time.perf_counter()
+                facts |= self._again(place)
+                self._spent += time.perf_counter() - began
+            return Settled(facts=facts)
         except DataError as error:  # the imagery is gone since, or was never whole
             return Settled("nodata", str(error))
 

@@ -18,7 +18,7 @@ from rayseg.engine.ledger import Record
 from rayseg.engine.manifest import Manifest, Row
 from rayseg.engine.run import Engine, Step
 from rayseg.errors import DataError
-from rayseg.geo.grid import Lattice, Tile, Window
+from rayseg.geo.grid import Tile, Window
 from rayseg.geo.region import Region
 from rayseg.io import masks
 from rayseg.io.maps import MappedTile, mapped_tiles, read_tile, seam_score, top_scores
@@ -34,8 +34,8 @@ from rayseg.vision.color import IGNORE, ClassTable
 PLACES = 64
 """Places whose imagery, and whose truth, is looked at."""
 MOST = 16
-"""Of these, places that are mapped again."""
-SECONDS, SHARE = 8.0, 0.04
+"""Of these, places that are mapped again, at most."""
+SECONDS, SHARE = 6.0, 0.04
 """Time for mapping places again: the longer of seconds and a share of the run's time so far; one place at least."""
 LEAST_CHANGES = 50
 """Changes of class at tile borders below which a seam score is chance."""
@@ -79,9 +79,10 @@ def certify(step: Step, predicted: Step, region: Region, truth: str | None = Non
     prefix, tiles = predicted.value["bundle"], mapped_tiles(predicted.root, predicted.name)
     described = bundle.description(prefix)
     before = _seconds_before(step)
-    rows = mapping.kept_manifest(step, lambda: Manifest.of([list(_places(tiles, described, before))]))
+    rows = mapping.kept_manifest(step, lambda: Manifest.of([list(_places(tiles, described))]))
     precision: Precision = "bf16" if any(tile.record.facts.get("bf16") for tile in tiles) else "fp32"
-    certify_places = Certify(prefix, mapping.tiles_prefix(step), precision=precision)
+    seconds = max(SECONDS, SHARE * before)
+    certify_places = Certify(prefix, mapping.tiles_prefix(step), precision=precision, seconds=seconds)
     stage = Work(certify_places, cpus=1.0, gpus=1.0, model=True)
     mapping.through(_near(step), rows, [stage], patience=PATIENCE, record=Place.from_row)
     records = list(mapping.ledger_of(step).read().values())
@@ -93,8 +94,8 @@ def certify(step: Step, predicted: Step, region: Region, truth: str | None = Non
         "places": len(rows),
         "again": sum("pixels" in record.facts for record in records),
         "pixels": sum(record.facts.get("pixels", 0) for record in records),
-        "seconds": (seconds := round(time.perf_counter() - began, 2)),
-        "share_of_run": round(seconds / (before + seconds), 4),
+        "seconds": (spent := round(time.perf_counter() - began, 2)),
+        "share_of_run": round(spent / (before + spent), 4),
     }
     put(upath(step.root) / "certificate.json", json.dumps(content, indent=1).encode())
     return content
@@ -133,36 +134,20 @@ def _seconds_before(step: Step) -> float:
     return float(sum(json.loads(path.read_bytes())["seconds"] for path in upath(step.root).glob("steps/*/done.json")))
 
 
-def _places(tiles: Sequence[MappedTile], described: Bundle, before: float) -> Iterator[Row]:
-    """Rows of `PLACES` squares of a stride, drawn by pixels; the first are mapped again, as time allows."""
+def _places(tiles: Sequence[MappedTile], described: Bundle) -> Iterator[Row]:
+    """Rows of `PLACES` squares of half a stride, drawn by pixels; the first ones may be mapped again."""
     if not tiles:
         return
-    rng, side = np.random.default_rng(SEED), described.stride
+    rng, side = np.random.default_rng(SEED), max(1, described.stride // 2)
     pixels = np.array([sum(tile.counts.values()) for tile in tiles], float)
     chosen = rng.choice(len(tiles), PLACES, p=pixels / pixels.sum())
-    cost = _seconds_per_patch(tiles, described) * _patches_of_place(described)
-    again = int(np.clip(max(SECONDS, SHARE * before) / cost, 1, MOST)) if cost else 1
     for number, index in enumerate(chosen.tolist()):
         tile, window = tiles[index].tile, tiles[index].tile.window
         height, width = min(side, window.height), min(side, window.width)
         row, col = (int(rng.integers(0, room + 1)) for room in (window.height - height, window.width - width))
         at = Tile(f"place-{number:02d}", tile.grid, Window(window.col + col, window.row + row, width, height))
         sources = json.dumps([source.to_row() for source in tiles[index].sources])
-        yield Place(at, tile, sources, number < again).to_row()
-
-
-def _seconds_per_patch(tiles: Sequence[MappedTile], described: Bundle) -> float:
-    """Of the model, from the first tiles' records; 0 if no tile was computed in this run."""
-    timed = [tile for tile in tiles if "Predict" in tile.record.seconds][:PLACES]
-    lattices = [Lattice.of(tile.tile.grid, described.patch, described.stride) for tile in timed]
-    patches = sum(len(lattice.patches(tile.tile.window)) for lattice, tile in zip(lattices, timed, strict=True))
-    return sum(tile.record.seconds["Predict"] for tile in timed) / patches if patches else 0.0
-
-
-def _patches_of_place(described: Bundle) -> float:
-    """Patches that a place costs: those over a square of a stride, in two tiles, of four changes and of a shift."""
-    along = (described.patch + described.stride) / described.stride
-    return 7 * along**2
+        yield Place(at, tile, sources, number < MOST).to_row()
 
 
 # -- the measures ------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Places of a map computed again: exact counts of what changes, by models whose answer is known."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -64,7 +65,7 @@ def world(tmp_path):
     cog.write_image(tmp_path / "scene.tif", image_CHW, GRID, WINDOW, bands=BANDS, nodata=0)
     catalog = labels.ingest_rasters([str(tmp_path / "scene.tif")], tmp_path / "cat")
     [item] = stac_read.open_items(catalog)
-    sources = "[" + __import__("json").dumps(stac_read.source_of(item).to_row()) + "]"
+    sources = json.dumps([stac_read.source_of(item).to_row()])
     tile = Tile("t", GRID, WINDOW)
 
     def measured(rule, *, altered=0, statistics=None, monkeypatch=None):
@@ -99,6 +100,16 @@ def test_a_map_that_hangs_on_the_lattice_changes_when_it_is_shifted(world):
     assert facts["changed"]["retiled"] == [0]
     assert facts["changed"]["shift"] == [128 * 128 // 2]
     assert facts["of_class"]["shift"] == [(128 * 128 // 2, 128 * 128 * 3 // 4)]
+
+
+def test_after_its_time_only_the_first_place_is_mapped_again(world, tmp_path):
+    world(bright)
+    stage = Certify("nowhere", str(tmp_path), seconds=1e-9)
+    stage.predict, stage.described = Fake(bright), SimpleNamespace(statistics=None, bands=BANDS)
+    [item] = stac_read.open_items(str(tmp_path / "cat" / "catalog.json"))
+    sources, tile = json.dumps([stac_read.source_of(item).to_row()]), Tile("t", GRID, WINDOW)
+    places = [Place(replace(tile, id=name), tile, sources, True) for name in "ab"]
+    assert ["pixels" in settled.facts for settled in stage(places)] == [True, False]
 
 
 def test_single_bits_of_scores_that_differ_are_counted(world):
