@@ -50,8 +50,11 @@ def view(
     *,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8001,
     browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
+    basemap: Annotated[
+        str, typer.Option(help="Map tiles under the imagery, such as https://host/{z}/{x}/{y}.png; default: none.")
+    ] = "",
 ) -> None:
     """Show a run in a browser: its map over the imagery, legend, ledger and failed tiles."""
     from rayseg.serve.command import view as show
 
-    show(run, port=port, browser=browser, say=lambda line: typer.echo(line, err=True))
+    show(run, port=port, browser=browser, basemap=basemap, say=lambda line: typer.echo(line, err=True))

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import mercantile
 import numpy as np
 from rasterio.warp import transform_bounds
+from rasterio.windows import Window as RasterWindow
 from rio_tiler.errors import NoOverviewWarning, RioTilerError
 from rio_tiler.io import ImageReader, Reader
 from rio_tiler.models import ImageData
@@ -207,6 +208,75 @@ class Mosaic:
     def suffices(self, place: Place, grid: Grid, image: Window | None) -> bool:
         """Whether a web tile over a grid needs no finer pixels."""
         return self.step == 1 or _positions(grid, place, image)[2] >= self.step
+
+
+def scores_tile(
+    tiles: Sequence[MappedTile], place: Place, *, image: Window | None = None, stop: Event | None = None
+) -> np.ndarray:
+    """Scores (256, 256) uint8 of a web tile, of several bands the highest; 255 where nothing is mapped.
+
+    Args:
+        tiles: those that can intersect it.
+        place: of the web tile.
+        image: for an image without CRS, the whole of it.
+        stop: once set, no further file is opened.
+    """
+    scores_HW = np.full((SIDE, SIDE), NODATA, np.uint8)
+    for tile in tiles:
+        if stop and stop.is_set():
+            break
+        href = scores_of(tile)
+        bands = list(range(1, _band_count(href) + 1))
+        windows = (tile.tile.window, image) if image else None
+        part = _read(href, bands, place, windows=windows, nodata=NODATA) if bands else None
+        if part is not None:
+            highest_HW = np.ma.max(part.array, axis=0).filled(NODATA)
+            scores_HW = np.where(scores_HW == NODATA, highest_HW, scores_HW)
+    return scores_HW
+
+
+def scores_of(tile: MappedTile) -> str:
+    """The raster with the scores of a tile."""
+    return tile.href.replace("classes.tif", "scores.tif")
+
+
+def has_scores(tile: MappedTile) -> bool:
+    """Whether the run kept the scores of a tile."""
+    return _band_count(scores_of(tile)) > 0
+
+
+@lru_cache(maxsize=4096)
+def _band_count(href: str) -> int:
+    """Bands of a file; 0 if there is none: a run may leave scores out."""
+    with suppress(DataError), gdal(href), open_file(href) as dataset:
+        return int(dataset.count)
+    return 0
+
+
+def values_at(tile: MappedTile, x: float, y: float) -> tuple[int, dict[str, int]] | None:
+    """(class, band -> score) of the pixel of a tile at a place; None outside of it, or without a map there.
+
+    Args:
+        tile: of the map.
+        x: longitude; of an image without CRS the column.
+        y: latitude; of an image without CRS the row.
+    """
+    grid, window = tile.tile.grid, tile.tile.window
+    if grid.crs:
+        col, row = ~grid.transform(window) * transformer(LONLAT, grid.crs).transform(x, y)
+    else:
+        col, row = x - window.col, y - window.row
+    if not (0 <= col < window.width and 0 <= row < window.height):
+        return None
+    pixel = RasterWindow(int(col), int(row), 1, 1)
+    values = {}
+    for href in (tile.href, scores_of(tile)):
+        with suppress(DataError), gdal(href), open_file(href) as dataset:
+            names = [name or str(at) for at, name in enumerate(dataset.descriptions, 1)]
+            values[href] = dict(zip(names, dataset.read(window=pixel)[:, 0, 0].tolist(), strict=True))
+    found = next(iter(values.get(tile.href, {}).values()), NODATA)
+    scores = {name: score for name, score in values.get(scores_of(tile), {}).items() if score != NODATA}
+    return None if found == NODATA else (found, scores)
 
 
 def coarse_classes_tile(values_N: np.ndarray, boxes_N4: np.ndarray, extent: Bounds) -> np.ndarray:

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from rayseg import __version__
 from rayseg.errors import RaysegError
 from rayseg.models.bundle import Bundle
-from rayseg.serve import answers, clicks, forms, middleware, pages, problems, runs
+from rayseg.serve import answers, clicks, details, forms, middleware, pages, problems, runs
 from rayseg.serve.answers import GEOJSON, JSON, PNG, TIFF, Result
 from rayseg.serve.forms import Form
 from rayseg.serve.middleware import Metrics, RequestMiddleware
@@ -58,8 +58,9 @@ def api(config: ServeConfig, backend: Backend, index: ModelIndex) -> RequestMidd
     app.add_exception_handler(ClientDisconnect, _explain)
     app.add_exception_handler(RequestValidationError, _explain)
     app.add_exception_handler(Exception, middleware.internal_error)
-    app.include_router(pages.router())
+    app.include_router(pages.router(config.basemap))
     app.include_router(runs.router(config))
+    app.include_router(details.router(config))
     app.include_router(clicks.router(config, backend))
     wrapped = RequestMiddleware(app, config, token=config.token(), metrics=metrics)
     # 2. the server's state and the models

@@ -11,7 +11,7 @@ import webbrowser
 from collections.abc import Callable
 from contextlib import suppress
 
-from rayseg.config import ray_address
+from rayseg.config import load_values, ray_address
 from rayseg.engine import cluster
 from rayseg.engine.submit import is_loopback
 from rayseg.errors import ConfigError
@@ -120,8 +120,15 @@ def reserve(host: str, port: int) -> socket.socket:
     return lock
 
 
-def view(run: str, *, port: int, browser: bool, say: Callable[[str], None]) -> None:
+def view(run: str, *, port: int, browser: bool, basemap: str, say: Callable[[str], None]) -> None:
     """Show a run from this process alone, without Ray and models, until SIGTERM or SIGINT.
+
+    Args:
+        run: folder or URL.
+        port: port to listen on.
+        browser: open a browser.
+        basemap: URL template of map tiles under the imagery; "" for none.
+        say: receives the page's address.
 
     Raises:
         ConfigError: there is no run, or the port is taken.
@@ -135,7 +142,8 @@ def view(run: str, *, port: int, browser: bool, say: Callable[[str], None]) -> N
     read(run)
     # Next to the run, whose own files stay as they are.
     clicks = str(upath(absolute(run)).parent) if is_local(run) else None
-    config = with_hosts(ServeConfig(runs=(run,), clicks=clicks), "127.0.0.1")
+    given = {"runs": (run,), "clicks": clicks, "basemap": basemap}
+    config = with_hosts(load_values(ServeConfig, given), "127.0.0.1")
     [root] = config.runs
     name = next(name for name, prefix in runs_below([root]).items() if prefix.rstrip("/") == root.rstrip("/"))
     # The port is reserved before its address is printed.
@@ -144,7 +152,7 @@ def view(run: str, *, port: int, browser: bool, say: Callable[[str], None]) -> N
     say(f"{address}; stop with Ctrl-C")
     if browser:
         threading.Timer(1.0, webbrowser.open, [address]).start()
-    configure_log(config.log_file)
+    configure_log(config.log_file, level=logging.WARNING)  # not a line per map tile
     app = api(config, ChildBackend(), ModelIndex())
     with suppress(KeyboardInterrupt):  # uvicorn raises the signal that ended it again
         uvicorn.run(app, host="127.0.0.1", port=port, log_config=None, timeout_graceful_shutdown=30)

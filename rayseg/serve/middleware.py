@@ -24,9 +24,13 @@ from rayseg.serve.problems import Problem
 from rayseg.serve.settings import ServeConfig
 
 REQUEST_ID: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+)
+"""Content-Security-Policy of all answers that have none of their own."""
 HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "content-security-policy": POLICY,
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
     "referrer-policy": "no-referrer",
@@ -281,12 +285,12 @@ class JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
-def configure_log(path: str | None) -> None:
-    """Write the log as lines of JSON to a file, or to stderr."""
+def configure_log(path: str | None, *, level: int = logging.INFO) -> None:
+    """Write the log as lines of JSON to a file, or to stderr; at INFO there is a line per request."""
     if not any(isinstance(handler.formatter, JsonLines) for handler in _log.handlers):
         # sys.__stderr__, since Ray Serve replaces sys.stderr with its own logger.
         lines = logging.FileHandler(path) if path else logging.StreamHandler(sys.__stderr__)
         lines.setFormatter(JsonLines())
         _log.addHandler(lines)
-    _log.setLevel(logging.INFO)
+    _log.setLevel(level)
     _log.propagate = False

@@ -2,9 +2,11 @@
 
 from importlib import resources
 from importlib.resources.abc import Traversable
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Request, Response
 
+from rayseg.serve.middleware import POLICY
 from rayseg.serve.problems import Problem
 
 _TYPES = {
@@ -26,8 +28,8 @@ def _files(folder: Traversable, prefix: str = "") -> dict[str, bytes]:
     return files
 
 
-def router() -> APIRouter:
-    """Routes of the pages."""
+def router(basemap: str = "") -> APIRouter:
+    """Routes of the pages; the browser may fetch map tiles from the host of `basemap`."""
     files = _files(resources.files("rayseg.serve").joinpath("page"))
     routes = APIRouter(include_in_schema=False)
 
@@ -40,7 +42,10 @@ def router() -> APIRouter:
         name = _PAGES.get(request.scope["route"].path) or request.path_params["name"]
         if name not in files:
             raise Problem(404, "nothing exists at this address; the page is at /")
-        media = _TYPES[name[name.rfind(".") :]]
-        return Response(files[name], media_type=media, headers={"Cache-Control": "no-cache"})
+        media, headers = _TYPES[name[name.rfind(".") :]], {"Cache-Control": "no-cache"}
+        if basemap and name == "run.html":
+            host = "{0.scheme}://{0.netloc}".format(urlsplit(basemap))
+            headers["Content-Security-Policy"] = POLICY.replace("img-src", f"img-src {host}")
+        return Response(files[name], media_type=media, headers=headers)
 
     return routes

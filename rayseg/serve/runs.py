@@ -25,6 +25,7 @@ from rayseg.geo.grid import Tile, Window, slug
 from rayseg.io import mapview, masks
 from rayseg.io.maps import MappedTile, mapped_tiles, planned_tiles
 from rayseg.io.pictures import shown_colors
+from rayseg.io.qgis import RAMP
 from rayseg.io.sources import Source
 from rayseg.serve import answers
 from rayseg.serve.forms import problems_of
@@ -49,6 +50,11 @@ _TILE_RESPONSES: dict[int | str, dict[str, Any]] = {
     304: {"description": "The tile is the one that If-None-Match names."},
     **problems_of(404, 422, 503),
 }
+_RAMP_N3 = np.stack(
+    [np.interp(np.arange(255), [at for at, _ in RAMP], [rgb[band] for _, rgb in RAMP]) for band in range(3)], axis=1
+)
+_RAMP = {score: (int(red), int(green), int(blue)) for score, (red, green, blue) in enumerate(_RAMP_N3.tolist())}
+"""Score -> colour, as in the run's QGIS project."""
 Name = Annotated[str, Path(max_length=200)]
 Zoom = Annotated[int, Path(ge=0, le=24)]
 Index = Annotated[int, Path(ge=0, lt=1 << 24)]
@@ -319,15 +325,17 @@ def tile_png(
     if not sources or shown.table is None or (image is not None and size is None):
         return None
     whole = Window(0, 0, *size) if size else None
+    opened = len(sources) if layer == "imagery" else len(shown.mapped(bounds, image))
+    if not opened or (opened > MAX_OPENED and layer != "classes"):
+        return None
     if layer == "imagery":
-        if len(sources) > MAX_OPENED:
-            return None
         return answers.rgba_png(mapview.imagery_tile(sources, place, image=whole, hosts=hosts, stop=stop))
     # 2. the classes: from the run's mosaic, from the class maps, or where there are many each tile in one class
     positions = shown.mapped(bounds, image)
-    if not positions:
-        return None
     tiles = [shown.tiles[at] for at in positions]
+    if layer == "scores":
+        scores_HW = mapview.scores_tile(tiles, place, image=whole, stop=stop)
+        return answers.palette_png(scores_HW, _RAMP, opaque=set(_RAMP))
     mosaic = None
     if shown.overview:
         shown.overview.start(shown.tiles)
@@ -412,7 +420,7 @@ class _Handlers:
         z: Zoom,
         x: Index,
         y: Index,
-        layer: Annotated[Literal["classes", "imagery"], Query(description="Layer to draw.")] = "classes",
+        layer: Annotated[Literal["classes", "imagery", "scores"], Query(description="Layer to draw.")] = "classes",
         image: Annotated[str | None, Query(max_length=200, description="An image without georeference.")] = None,
     ) -> Response:
         """A map tile of 256 px: on the Web Mercator grid, or in the pyramid of an image without georeference."""

@@ -1,7 +1,9 @@
 """Settings of a server: one frozen value, from command-line flags or from the `args` of a Ray Serve file."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
@@ -62,6 +64,8 @@ class ServeConfig(Config):
     """Time limit of a request."""
     imagery_hosts: tuple[str, ...] = ()
     """Hosts from which the imagery of runs may be read over http(s); imagery on other hosts is not read."""
+    basemap: str = ""
+    """Map tiles under the imagery of a run, which the browser fetches: `https://host/{z}/{x}/{y}.png`."""
     clicks: Location | None = None
     """Local folder that clicks on runs are appended to, as `<run>.clicks.geojsonl`; without it the page cannot correct
     maps."""
@@ -82,6 +86,18 @@ class ServeConfig(Config):
     @classmethod
     def _accept_one(cls, value: Any) -> Any:  # noqa: ANN401 - a raw configuration value
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("basemap")
+    @classmethod
+    def _expect_template(cls, value: str) -> str:
+        parts = urlsplit(value)
+        placed = all(name in parts.path + parts.query for name in ("{z}", "{x}", "{y}"))
+        # The host stands in a header of the page: nothing may follow it there.
+        if value and not (parts.scheme in {"http", "https"} and re.fullmatch(r"[\w.:-]+", parts.netloc) and placed):
+            raise ValueError(
+                f"basemap is {value!r}, expected a URL such as https://host/{{z}}/{{x}}/{{y}}.png; correct it"
+            )
+        return value
 
     def token(self) -> str:
         """Read the token that requests must carry, without surrounding whitespace; "" if none is required.

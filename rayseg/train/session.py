@@ -13,6 +13,7 @@ weights of an undisturbed one.
 import json
 import logging
 import math
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ import ray.train
 import torch
 import torch.distributed
 from pydantic import AfterValidator
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor, nn
@@ -113,11 +115,24 @@ def fit(loop: Loop, config: State, setup: Setup, *, name: str) -> State:
         ),
     )
     try:
-        with _shown(noted):
+        with _shown(noted), _interruptible():
             result: State = trainer.fit().return_value
     except TrainingFailedError as error:
         raise _cause(error, name) from error
     return result
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Make Ctrl-C during a training a KeyboardInterrupt; Ray Train ends the process without a word, also afterwards."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except (SystemExit, RayActorError):  # raised by Ray Train's handler, or by the training that it aborts
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager

@@ -160,6 +160,22 @@ def test_a_run_is_shown_on_a_map_that_can_be_moved(page, address):
     playwright.expect(page.locator(".leaflet-map-pane")).not_to_have_attribute("style", before)
 
 
+def test_layers_are_switched_and_the_value_under_the_pointer_is_shown(page, address):
+    page.set_viewport_size({"width": 1200, "height": 700})
+    page.goto(f"{address}/runs/map")
+    tiles = page.locator("#map img.leaflet-tile-loaded[src^=blob]")
+    playwright.expect(tiles.first).to_be_visible(timeout=20_000)
+    playwright.expect(page.locator("#loading")).to_be_hidden(timeout=20_000)
+    assert page.evaluate("document.documentElement.scrollHeight") == 700  # the map fills the window
+    page.hover("#map", position={"x": 400, "y": 300})
+    playwright.expect(page.locator("#value")).to_contain_text("|", timeout=20_000)
+    assert page.inner_text("#value").split(" | ")[0] in {"gpc", "background", "not mapped"}
+    for name in ("imagery", "classes", "failed"):
+        page.uncheck(f"#show-{name}")
+    assert tiles.count() == 0
+    assert page.locator("#map path.leaflet-interactive").count() == 0
+
+
 def test_tiles_that_a_busy_server_refused_are_asked_for_again(page, address):
     refused = set()
 

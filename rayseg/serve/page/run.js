@@ -28,7 +28,7 @@ async function classesOf(layer, place, signal) {
 }
 
 // Tiles are fetched, because an <img> cannot send the token.
-const Tiles = L.GridLayer.extend({
+export const Tiles = L.GridLayer.extend({
   createTile(coords, done) {
     const image = node("img", "", { alt: "", role: "presentation" });
     image.aborter = new AbortController();
@@ -74,6 +74,7 @@ async function load() {
 function createMap(options) {
   shown.map?.remove();
   shown.image = null;
+  shown.failed = L.layerGroup();
   shown.map = L.map("map", { zoomControl: true, keyboard: true, attributionControl: false, ...options });
 }
 
@@ -83,6 +84,7 @@ function addLayers(options, imageryZoom) {
   // A tile that leaves the screen is cancelled, so that the server stops drawing it.
   for (const layer of [imagery, classes]) layer.on("tileunload", (event) => event.tile.aborter.abort());
   shown.layers = { imagery, classes };
+  shown.options = options;
   applyOpacity();
   document.dispatchEvent(new Event("map"));
 }
@@ -92,11 +94,11 @@ function onEarth(run) {
   createMap({ maxZoom: 22 });
   L.control.scale({ imperial: false }).addTo(shown.map);
   shown.map.fitBounds([[south, west], [north, east]]);
-  addLayers({ maxZoom: 22, maxNativeZoom: 22, bounds: [[south, west], [north, east]] }, { minZoom: run.minzoom });
   for (const one of run.troubles.filter((row) => row.bounds)) {
     const [w, s, e, n] = one.bounds;
     showFailed([[s, w], [n, e]], one);
   }
+  addLayers({ maxZoom: 22, maxNativeZoom: 22, bounds: [[south, west], [north, east]] }, { minZoom: run.minzoom });
 }
 
 function onImage() {
@@ -108,14 +110,13 @@ function onImage() {
   createMap({ crs: L.CRS.Simple, minZoom: -2, maxZoom: deepest + 3 });
   shown.image = { id: one.id, scale };
   shown.map.fitBounds(corners(0, 0, one.width, one.height));
-  addLayers({ image: one.id, minZoom: -2, minNativeZoom: 0, maxZoom: deepest + 3, maxNativeZoom: Math.max(0, deepest), bounds: corners(0, 0, one.width, one.height) });
   for (const row of shown.run.troubles.filter((row) => row.image === one.id && row.box)) showFailed(corners(...row.box), row);
+  addLayers({ image: one.id, minZoom: -2, minNativeZoom: 0, maxZoom: deepest + 3, maxNativeZoom: Math.max(0, deepest), bounds: corners(0, 0, one.width, one.height) });
 }
 
 function showFailed(corners, one) {
-  L.rectangle(corners, { color: "#c0341d", weight: 2, dashArray: "6 4", fillOpacity: 0.12 })
-    .bindTooltip(node("span", `${one.id}: ${one.reason}`))
-    .addTo(shown.map);
+  const box = L.rectangle(corners, { color: "#c0341d", weight: 2, dashArray: "6 4", fillOpacity: 0.12 });
+  box.bindTooltip(node("span", `${one.id}: ${one.reason}`)).addTo(shown.failed.addTo(shown.map));
 }
 
 function applyOpacity() {

@@ -1,0 +1,144 @@
+"""What the page of a run shows on request: outlines in view, the value at a place, and the run's files."""
+
+import asyncio
+import json
+import mimetypes
+import re
+from base64 import b64encode
+from functools import lru_cache
+from hashlib import sha256
+from importlib import resources
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Query, Response
+
+from rayseg.engine import run as engine
+from rayseg.errors import DataError
+from rayseg.io import mapview
+from rayseg.serve import runs
+from rayseg.serve.forms import problems_of
+from rayseg.serve.problems import Problem
+from rayseg.serve.runs import Name, RunIndex
+from rayseg.serve.settings import ServeConfig
+from rayseg.store import STORE_ERRORS, upath
+
+MOST_SHAPES = 2000
+"""Outlines in one answer, the largest ones."""
+_NAME = r"[\w.-]+"
+_FILES = re.compile(
+    rf"report/{_NAME}|tiles/{_NAME}/{_NAME}\.(tif|json)|{_NAME}\.parquet|collection\.json|run\.json"
+    rf"|models/({_NAME}/)+{_NAME}\.(json|safetensors)|qgis/{_NAME}"
+)
+"""Files of a run that a client may read."""
+_SCRIPT = b64encode(sha256(b"\n" + resources.files("rayseg").joinpath("report.js").read_bytes()).digest()).decode()
+_REPORT = (
+    f"default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; script-src 'sha256-{_SCRIPT}'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""Content-Security-Policy of a report: of all scripts only the one of this version runs."""
+Degrees = Annotated[float, Query(ge=-1e9, le=1e9)]
+Image = Annotated[str | None, Query(max_length=200, description="An image without georeference.")]
+
+
+class _Handlers:
+    """The handlers of the routes of one application."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._index = RunIndex(config)
+
+    async def shapes(
+        self, name: Name, west: Degrees, south: Degrees, east: Degrees, north: Degrees, image: Image = None
+    ) -> Response:
+        """The polygons or plots in a box as GeoJSON, the largest ones; `more` counts those left out."""
+        root = await asyncio.to_thread(self._index.root, name)
+        try:
+            text = await asyncio.to_thread(_shapes, root, (west, south, east, north), image)
+        except DataError as error:
+            raise Problem(422, str(error)) from error
+        return Response(text, media_type="application/geo+json", headers={"Cache-Control": "private, no-cache"})
+
+    async def value(self, name: Name, x: Degrees, y: Degrees, image: Image = None) -> dict[str, Any]:
+        """Class and scores of the map at a place; x, y are longitude and latitude, or column and row of an image."""
+        root = await asyncio.to_thread(self._index.root, name)
+        return await asyncio.to_thread(_value, root, x, y, image)
+
+    async def file(self, name: Name, path: Annotated[str, Path(max_length=500)]) -> Response:
+        """A file of the run: its report, rasters, tables, items, models and QGIS project."""
+        root = await asyncio.to_thread(self._index.root, name)
+        if not _FILES.fullmatch(path) or ".." in path.split("/"):
+            raise Problem(404, f"{path[:100]} is not a file that this server shows; the page of the run lists them")
+        try:
+            content = await asyncio.to_thread((upath(root) / path).read_bytes)
+        except (FileNotFoundError, IsADirectoryError):
+            raise Problem(404, f"the run has no file {path[:100]}; the page of the run lists them") from None
+        except STORE_ERRORS as error:
+            raise Problem(503, f"{path[:100]} cannot be read: {type(error).__name__}; retry later") from error
+        headers = {"Content-Security-Policy": _REPORT} if path.endswith(".html") else {}
+        return Response(
+            content, media_type=mimetypes.guess_type(path)[0] or "application/octet-stream", headers=headers
+        )
+
+
+def _value(root: str, x: float, y: float, image: str | None) -> dict[str, Any]:
+    shown = runs.view(root)
+    names = {value: text for value, text, _ in shown.table.classes} if shown.table else {}
+    for at in shown.mapped((x, y, x, y), image) if shown.table else ():
+        if found := mapview.values_at(shown.tiles[at], x, y):
+            scores = {band: score / 254 for band, score in found[1].items()}
+            return {"class": names.get(found[0], str(found[0])), "scores": scores, "tile": shown.tiles[at].tile.id}
+    return {"class": None, "scores": {}, "tile": None}
+
+
+def _shapes(root: str, bounds: tuple[float, float, float, float], image: str | None) -> str:
+    path = _table_of(root, runs.version(root))
+    if not path:
+        return json.dumps({"type": "FeatureCollection", "features": [], "more": 0})
+    import geopandas as gpd
+
+    with (upath(root) / path).open("rb") as stream:
+        # Only the row groups that meet the box are read.
+        frame = gpd.read_parquet(stream, bbox=bounds if image is None else None)
+    if image is not None and "image" in frame:
+        frame = frame[frame["image"] == image]
+    elif image is None:
+        frame = frame.cx[bounds[0] : bounds[2], bounds[1] : bounds[3]]
+    size = next((name for name in ("area_m2", "area_px", "pixels") if name in frame), None)
+    chosen = frame.nlargest(MOST_SHAPES, size) if size else frame.head(MOST_SHAPES)
+    content: dict[str, Any] = json.loads(chosen.drop(columns="bbox", errors="ignore").to_json(drop_id=True))
+    return json.dumps(content | {"more": len(frame) - len(chosen)})
+
+
+@lru_cache(maxsize=64)
+def _table_of(root: str, _version: str) -> str:
+    """Name of the table of polygons or plots that a finished step of the run names; "" if there is none."""
+    named = (str(step.get("polygons", "")) for step in engine.read(root).get("steps", {}).values())
+    return next((name.rpartition("/")[2] for name in named if name.endswith(".parquet")), "")
+
+
+def files_of(root: str) -> list[tuple[str, str]]:
+    """(what it is, path) of the files of the run as a whole."""
+    run = upath(root)
+    named = [("report", "report/index.html"), ("QGIS project", "qgis/map.qgs"), ("items", "items.parquet")]
+    named += [("collection", "collection.json"), ("outlines", _table_of(root, runs.version(root)))]
+    return [(what, path) for what, path in named if path and (run / path).exists()]
+
+
+def router(config: ServeConfig) -> APIRouter:
+    """Routes of the details of runs."""
+    routes, handlers = APIRouter(tags=["runs"]), _Handlers(config)
+    base, wrong = "/v1/runs/{name}", problems_of(404, 422, 503)
+    routes.get(f"{base}/shapes", responses=wrong, response_class=Response)(handlers.shapes)
+    routes.get(f"{base}/value", responses=wrong)(handlers.value)
+    routes.get(f"{base}/files/{{path:path}}", responses=wrong, response_class=Response)(handlers.file)
+
+    @routes.get(f"{base}/layers", responses=wrong)
+    async def layers(name: Name) -> dict[str, Any]:
+        """Further layers and files of a run: the map tiles under it, whether it has scores and outlines, its files."""
+        root = await asyncio.to_thread(handlers._index.root, name)
+        shown = await asyncio.to_thread(runs.view, root)
+        scored = bool(shown.tiles) and await asyncio.to_thread(mapview.has_scores, shown.tiles[0])
+        files = await asyncio.to_thread(files_of, root)
+        outlined = bool(_table_of(root, runs.version(root)))
+        return {"basemap": config.basemap, "scores": scored, "outlines": outlined, "files": files}
+
+    return routes
