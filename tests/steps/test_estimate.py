@@ -3,7 +3,10 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import rasterio
+from rasterio.transform import from_origin
 from small_world import HEIGHT, WIDTH, catalogue, files, rayseg, refused
 
 from rayseg.cli import run
@@ -11,6 +14,7 @@ from rayseg.engine import run as runs
 from rayseg.engine.ledger import Ledger, Record
 from rayseg.engine.manifest import write_rows
 from rayseg.geo.region import Region
+from rayseg.io.labels import ingest_rasters
 from rayseg.steps import estimate
 from rayseg.steps.estimate import bytes_written
 
@@ -225,3 +229,26 @@ def test_prices_below_a_hundredth_are_shown(amount, shown):
         "cpu_seconds": 1.0, "wall_seconds": 1.0, "probe": {"tiles": ["a"], "cpus": 2, "gpus": 0, "troubles": {}},
     }  # fmt: skip
     assert f"price    {shown}" in run._plan_text(plan).splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def scattered(tmp_path_factory):
+    """Six scenes of 200 x 200 km on four continents, each in its own zone."""
+    root = tmp_path_factory.mktemp("scattered")
+    (root / "scenes").mkdir()
+    corners = [("32644", 3_000_000), ("32748", 9_600_000), ("32614", 5_000_000), ("32618", 1_200_000)]
+    for code, north in [*corners, ("32734", 7_000_000), ("32760", 8_000_000)]:
+        profile = {"crs": f"EPSG:{code}", "transform": from_origin(400_000, north, 10_000, 10_000), "dtype": "uint8"}
+        with rasterio.open(root / "scenes" / f"{code}.tif", "w", "GTiff", 20, 20, 3, **profile) as file:
+            file.write(np.full((3, 20, 20), 90, np.uint8))
+    return ingest_rasters(root / "scenes", root / "catalogue")
+
+
+@pytest.mark.parametrize(("region", "count"), [("60,-10,150,55", 2), ("-170,5,-50,75", 2), ("-180,-90,180,90", 6)])
+def test_continents_and_the_world_are_planned_by_the_command(scattered, tiny_model, region, count):
+    words = ("--set", f"model={tiny_model}", "--set", f"map.imagery={scattered}#imagery", "--json")
+    found = rayseg("plan", "pipeline", "predict", "--region", region, *words)
+    assert found.exit_code == 0, found.output
+    plan = json.loads(found.stdout)
+    assert plan["tiles"] == count
+    assert plan["pixels"] == pytest.approx(count * 400, rel=0.2)
