@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from rayseg import __version__
 from rayseg.errors import RaysegError
 from rayseg.models.bundle import Bundle
-from rayseg.serve import answers, clicks, details, forms, middleware, pages, problems, runs
+from rayseg.serve import answers, clicks, details, exports, forms, middleware, openapi, pages, problems, runs
 from rayseg.serve.answers import GEOJSON, JSON, PNG, TIFF, Result
 from rayseg.serve.forms import Form
 from rayseg.serve.middleware import Metrics, RequestMiddleware
@@ -26,6 +26,7 @@ from rayseg.serve.models import Backend, ModelIndex, Served
 from rayseg.serve.problems import Problem
 from rayseg.serve.settings import ServeConfig
 from rayseg.serve.uploads import DecoderPool, Image
+from rayseg.serve.web import Compressed
 from rayseg.store import upath
 from rayseg.vision.color import ClassTable, hex_of, label_table
 
@@ -62,6 +63,8 @@ def api(config: ServeConfig, backend: Backend, index: ModelIndex) -> RequestMidd
     app.include_router(runs.router(config))
     app.include_router(details.router(config))
     app.include_router(clicks.router(config, backend))
+    app.include_router(exports.router(config))
+    app.add_middleware(Compressed)
     wrapped = RequestMiddleware(app, config, token=config.token(), metrics=metrics)
     # 2. the server's state and the models
     _add_server(app, wrapped, metrics, backend)
@@ -69,17 +72,15 @@ def api(config: ServeConfig, backend: Backend, index: ModelIndex) -> RequestMidd
     # 3. requests about an image
     predictor = _Predictor(config, backend, index, metrics)
     routes = (
-        ("/v1/models/{name}/predict", "models", predictor.predict, forms.PREDICT),
-        ("/v1/preview", "models", predictor.preview, forms.IMAGE),
-        ("/v1/unsupervised", "models", predictor.unsupervised, forms.UNSUPERVISED),
-        ("/v1/sam/auto", "sam", predictor.sam_auto, forms.AUTO),
-        ("/v1/sam/prompt", "sam", predictor.sam_prompt, forms.PROMPT),
+        ("/v1/models/{name}/predict", "models", predictor.predict, openapi.PREDICT, openapi.MAPS),
+        ("/v1/preview", "models", predictor.preview, openapi.IMAGE, openapi.PICTURE),
+        ("/v1/unsupervised", "models", predictor.unsupervised, openapi.UNSUPERVISED, openapi.LABELS),
+        ("/v1/sam/auto", "sam", predictor.sam_auto, openapi.AUTO, openapi.OBJECTS),
+        ("/v1/sam/prompt", "sam", predictor.sam_prompt, openapi.PROMPT, openapi.OBJECTS),
     )
-    for path, tag, endpoint, fields in routes:
-        described = forms.described(fields)
-        app.add_api_route(
-            path, endpoint, methods=["POST"], tags=[tag], responses=forms.ANSWERS, openapi_extra=described
-        )
+    for path, tag, endpoint, fields, responses in routes:
+        described = openapi.described(fields)
+        app.add_api_route(path, endpoint, methods=["POST"], tags=[tag], responses=responses, openapi_extra=described)
     # 4. jobs; without a prefix for them, the address explains the refusal
     if config.jobs:
         from rayseg.serve import jobs
@@ -87,11 +88,12 @@ def api(config: ServeConfig, backend: Backend, index: ModelIndex) -> RequestMidd
         app.include_router(jobs.router(config))
     else:
 
-        @app.post("/v1/jobs", tags=["jobs"], responses=forms.problems_of(403))
+        @app.post("/v1/jobs", tags=["jobs"], responses=openapi.problems_of(403))
         async def refuse() -> None:
             """Refuse: the server has no prefix for jobs."""
             raise Problem(403, "this server does not start runs; the administrator can set --set jobs=PREFIX")
 
+    openapi.describe(app, token=bool(config.token_file))
     return wrapped
 
 
@@ -102,7 +104,7 @@ def _add_server(app: FastAPI, wrapped: RequestMiddleware, metrics: Metrics, back
         state = {"status": "draining" if wrapped.draining else "ok", "version": __version__}
         return Response(json.dumps(state), 503 if wrapped.draining else 200, media_type=JSON)
 
-    @app.get("/readyz", tags=["server"], responses=forms.problems_of(503))
+    @app.get("/readyz", tags=["server"], responses=openapi.problems_of(503))
     async def readyz() -> dict[str, str]:
         """200 while models answer and those to be loaded at the start (`--preload`) are loaded, else 503."""
         if wrapped.draining or not await backend.ready():
@@ -133,7 +135,7 @@ def _add_models(app: FastAPI, index: ModelIndex) -> None:
             rows.append(row)
         return {"models": rows}
 
-    @app.get("/v1/models/{name}", tags=["models"], responses=forms.problems_of(404))
+    @app.get("/v1/models/{name}", tags=["models"], responses=openapi.problems_of(404))
     async def model(name: Name) -> dict[str, Any]:
         """A model as a STAC item with the MLM extension."""
         served = await looked_up(index, name)
@@ -176,7 +178,7 @@ class _Predictor:
                 422, f"model {name} is for {model.task}, expected segmentation or classification; choose another"
             )
         media = forms.media_type(accept, tuple(answers.WRITERS))
-        form = await forms.read(request, forms.PREDICT)
+        form = await forms.read(request, openapi.PREDICT)
         options = forms.options(forms.Options, form.fields)
         if options["threshold"] is not None and model.outputs != 1:
             raise Problem(
@@ -196,7 +198,7 @@ class _Predictor:
     async def _classify(self, served: Served, request: Request, accept: str) -> Response:
         """Class and score of the centre of an image as JSON or CSV; as PNG the Grad-CAM++ of the class."""
         media = forms.media_type(accept, (JSON, answers.CSV, PNG))
-        form = await forms.read(request, {"bands": forms.PREDICT["bands"]})
+        form = await forms.read(request, {"bands": openapi.PREDICT["bands"]})
         numbers = forms.options(forms.Bands, form.fields)["bands"]
         async with self._image(form, served.bundle, numbers) as image:
             p_K, picture_HWC = await self.backend.classify(served, image, explain=media == PNG)
@@ -209,7 +211,7 @@ class _Predictor:
     async def unsupervised(self, request: Request, accept: Accept = JSON) -> Response:
         """Segment an image without any model: a small network is trained on the image itself."""
         media = forms.media_type(accept, tuple(answers.WRITERS))
-        form = await forms.read(request, forms.UNSUPERVISED)
+        form = await forms.read(request, openapi.UNSUPERVISED)
         options = forms.options(forms.Unsupervised, form.fields)
         began = time.perf_counter()
         async with self._image(form) as image:
@@ -220,17 +222,17 @@ class _Predictor:
 
     async def preview(self, request: Request) -> Response:
         """The first three bands of an image as a PNG, for browsers, which cannot show GeoTIFF."""
-        async with self._image(await forms.read(request, forms.IMAGE)) as image:
+        async with self._image(await forms.read(request, openapi.IMAGE)) as image:
             png = await asyncio.to_thread(answers.picture, image.image_CHW, image.valid_HW)
         return Response(png, media_type=PNG)
 
     async def sam_auto(self, request: Request, accept: Accept = JSON) -> Response:
         """All objects that Segment Anything finds in an image."""
-        return await self._sam(request, accept, forms.AUTO)
+        return await self._sam(request, accept, openapi.AUTO)
 
     async def sam_prompt(self, request: Request, accept: Accept = JSON) -> Response:
         """The objects that Segment Anything finds at points or in boxes."""
-        return await self._sam(request, accept, forms.PROMPT)
+        return await self._sam(request, accept, openapi.PROMPT)
 
     async def _sam(self, request: Request, accept: str, fields: Mapping[str, Any]) -> Response:
         served = await self.index.all() and self.index.sam()
@@ -238,7 +240,7 @@ class _Predictor:
             raise Problem(404, "no Segment Anything model is served; add one below --models")
         media = forms.media_type(accept, tuple(answers.INSTANCE_WRITERS))
         form = await forms.read(request, fields)
-        prompted = fields is forms.PROMPT
+        prompted = fields is openapi.PROMPT
         options = forms.prompts(form.fields) if prompted else forms.options(forms.Automatic, form.fields)
         async with self._image(form, served.bundle) as image:
             if prompted:

@@ -23,8 +23,8 @@ from rayseg.errors import ConfigError, DataError, ModelError
 from rayseg.io.clicks import identity, kept, read_features
 from rayseg.io.pictures import shown_colors
 from rayseg.serve import answers, runs
-from rayseg.serve.forms import problems_of
 from rayseg.serve.models import Backend
+from rayseg.serve.openapi import problems_of
 from rayseg.serve.problems import Problem, busy
 from rayseg.serve.runs import Index, Name, RunIndex, Zoom
 from rayseg.serve.settings import ServeConfig

@@ -16,7 +16,7 @@ from rayseg.engine import run as engine
 from rayseg.errors import DataError
 from rayseg.io import mapview
 from rayseg.serve import runs
-from rayseg.serve.forms import problems_of
+from rayseg.serve.openapi import problems_of
 from rayseg.serve.problems import Problem
 from rayseg.serve.runs import Name, RunIndex
 from rayseg.serve.settings import ServeConfig

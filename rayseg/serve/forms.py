@@ -10,8 +10,8 @@ from pydantic import Field
 from starlette.datastructures import UploadFile
 
 from rayseg.config import Config, load_values
-from rayseg.serve.answers import GEOJSON, JSON, PNG, TIFF
-from rayseg.serve.problems import MEDIA_TYPE, Problem
+from rayseg.serve.answers import TIFF
+from rayseg.serve.problems import Problem
 
 MAX_PROMPTS = 64
 IMAGES = ("image/png", "image/jpeg", TIFF, "application/octet-stream")
@@ -187,35 +187,3 @@ def expect_inside(prompts: Mapping[str, Any], width: int, height: int) -> None:
     for x0, y0, x1, y1 in prompts["boxes"]:
         if x0 >= x1 or y0 >= y1:
             raise Problem(422, f"the box ({x0:g}, {y0:g}, {x1:g}, {y1:g}) is empty; send left, top, right, bottom")
-
-
-# -- OpenAPI -----------------------------------------------------------------------------------------------------------
-
-IMAGE: dict[str, Any] = {}
-PREDICT = Options.model_json_schema()["properties"]
-UNSUPERVISED = Unsupervised.model_json_schema()["properties"]
-AUTO = Automatic.model_json_schema()["properties"]
-_JSON_ARRAY = {"type": "string", "contentMediaType": JSON, "description": "JSON array"}
-PROMPT = {"points": _JSON_ARRAY, "labels": _JSON_ARRAY, "boxes": _JSON_ARRAY}
-
-
-def described(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The request body with an image and further fields, for OpenAPI."""
-    image = {"type": "string", "format": "binary", "description": "PNG, JPEG or GeoTIFF"}
-    schema = {"type": "object", "required": ["image"], "properties": {"image": image, **fields}}
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
-
-
-def problems_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Responses with problem documents, for OpenAPI."""
-    content = {MEDIA_TYPE: {"schema": {"type": "object"}}}
-    return {status: {"description": "A problem (RFC 9457).", "content": content} for status in statuses}
-
-
-ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The result in the media type of Accept.",
-        "content": {media: {} for media in (JSON, PNG, TIFF, GEOJSON)},
-    },
-    **problems_of(400, 401, 403, 404, 406, 408, 413, 415, 421, 422, 503),
-}

@@ -24,7 +24,7 @@ from rayseg.engine import submit as ray_jobs
 from rayseg.errors import ConfigError
 from rayseg.geo.region import named_regions
 from rayseg.pipelines import PIPELINES, pipeline_of
-from rayseg.serve.forms import problems_of
+from rayseg.serve.openapi import problems_of
 from rayseg.serve.problems import Problem, busy
 from rayseg.serve.settings import ServeConfig
 from rayseg.store import STORE_ERRORS, Location, upath

@@ -10,11 +10,13 @@ import sys
 import time
 import uuid
 from collections import Counter as Counts
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-from fastapi import Request
+from fastapi import Request, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rayseg.serve import problems
 from rayseg.serve.problems import Problem
 from rayseg.serve.settings import ServeConfig
+from rayseg.serve.web import RateLimit, cors
 
 REQUEST_ID: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
 POLICY = (
@@ -66,6 +69,8 @@ class _Exchange:
     scope: Scope
     id: str
     lane: str
+    origin: str = ""
+    preflight: bool = False  # a browser asks whether a page of another site may send a request
     began: float = field(default_factory=time.perf_counter)
     complete: bool = False  # the body has arrived
     running: bool = False  # it occupies a slot of its lane
@@ -89,6 +94,7 @@ class RequestMiddleware:
         self._token = token.encode()
         self.draining, self.bytes = False, 0
         self.busy: Counts[str] = Counts()  # running requests by lane
+        self._rate = RateLimit(config.requests_per_minute)
         self.names_requests = True  # False under Ray Serve, whose proxy adds the id to the response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -98,7 +104,10 @@ class RequestMiddleware:
             return
         # A client's own id is kept even if invalid: Ray Serve's proxy returns it unchanged.
         ids = (value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id")
-        exchange = _Exchange(scope, next(ids, uuid.uuid4().hex), _lane(scope))
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        exchange = _Exchange(scope, next(ids, uuid.uuid4().hex), _lane(scope), headers.get(b"origin", ""))
+        asked = scope["method"] == "OPTIONS" and b"access-control-request-method" in headers
+        exchange.preflight = asked and bool(cors(exchange.origin, self.config.cors_origins))
         REQUEST_ID.set(exchange.id)
         try:
             await self._answer(exchange, receive, send)
@@ -124,6 +133,7 @@ class RequestMiddleware:
                 present = {name.lower() for name, _ in message["headers"]}
                 added = HEADERS | {"cache-control": "no-store"}
                 added |= {"x-request-id": exchange.id} if self.names_requests else {}
+                added |= cors(exchange.origin, self.config.cors_origins, preflight=exchange.preflight)
                 new = [(name.encode(), value.encode("latin-1")) for name, value in added.items()]
                 headers = [*message["headers"], *(pair for pair in new if pair[0] not in present)]
                 message = {**message, "headers": headers}
@@ -132,18 +142,24 @@ class RequestMiddleware:
             exchange.sent += len(message.get("body", b""))
             await send(message)
 
-        async def admitted(scope: Scope, receive: Receive, send: Send) -> None:
-            try:
-                self._admit(exchange)
-            except Problem as error:
-                refusal = problems.response(error.status, error.detail, request_id=exchange.id, headers=error.headers)
-                await refusal(scope, receive, send)
-            else:
-                # FastAPI has no routes for HEAD: it is a GET whose body is dropped.
-                await self.app({**scope, "method": "GET"} if scope["method"] == "HEAD" else scope, receive, send)
-
         # Outermost, so that errors of the admission are answered like those of the application.
-        await ServerErrorMiddleware(admitted, handler=internal_error)(exchange.scope, counted, answered)
+        await ServerErrorMiddleware(partial(self._pass, exchange), handler=internal_error)(
+            exchange.scope, counted, answered
+        )
+
+    async def _pass(self, exchange: _Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the application answer, if the request is admitted."""
+        try:
+            self._admit(exchange)
+        except Problem as error:
+            refusal = problems.response(error.status, error.detail, request_id=exchange.id, headers=error.headers)
+            await refusal(scope, receive, send)
+            return
+        if exchange.preflight:
+            await Response(status_code=204)(scope, receive, send)
+            return
+        # FastAPI has no routes for HEAD: it is a GET whose body is dropped.
+        await self.app({**scope, "method": "GET"} if scope["method"] == "HEAD" else scope, receive, send)
 
     async def _received(self, exchange: _Exchange, receive: Receive) -> Message:
         """The next message of a body, within the limits of time, size and total memory."""
@@ -183,7 +199,7 @@ class RequestMiddleware:
             raise problems.busy(f"{self.config.queue} requests for {lane} are already in progress; retry in a moment")
 
     def _admit(self, exchange: _Exchange) -> None:
-        """Refuse by headers alone: host, origin, id, token, size, load; in that order."""
+        """Refuse by headers alone: host, origin, id, token, rate, size, load; in that order."""
         scope = exchange.scope
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         # 1. other sites: DNS rebinding shows in Host, cross-site requests in Origin
@@ -191,7 +207,7 @@ class RequestMiddleware:
         name = _split("Host", f"//{host}").hostname or ""
         if self.config.hosts and name not in self.config.hosts:
             raise Problem(421, f"Host is {name or 'missing'}, expected {self.config.hosts[0]}; use that name")
-        if origin and _split("Origin", origin).netloc != host:
+        if origin and _split("Origin", origin).netloc != host and not cors(origin, self.config.cors_origins):
             raise Problem(403, "the request comes from a page of another site; use this server's own page")
         # 2. the request's id, which goes into the log
         if not _ID.fullmatch(REQUEST_ID.get()):
@@ -199,14 +215,11 @@ class RequestMiddleware:
                 400, "X-Request-ID is invalid, expected 1 to 128 printable ASCII characters without spaces; correct it"
             )
         # 3. the token
-        if self._token and not _PUBLIC.match(scope["path"]):
-            kind, _, token = headers.get("authorization", "").partition(" ")
-            same = hmac.compare_digest(token.strip().encode(), self._token)
-            if kind.lower() != "bearer" or not same:
-                state = "a wrong token" if "authorization" in headers else "no token"
-                detail = f"the request has {state}; send the header Authorization: Bearer TOKEN"
-                raise Problem(401, detail, headers={"WWW-Authenticate": 'Bearer realm="rayseg"'})
-        # 4. size and load
+        if self._token and not _PUBLIC.match(scope["path"]) and not exchange.preflight:
+            self._expect_token(headers)
+        # 4. rate, size and load
+        if exchange.lane and not exchange.preflight:
+            self._rate.expect((scope.get("client") or ("",))[0])
         size = headers.get("content-length", "0")
         if not _SIZE.fullmatch(size):
             raise Problem(400, f"Content-Length is {size[:40]!r}, expected a number of bytes")
@@ -216,6 +229,14 @@ class RequestMiddleware:
             self._start(exchange)  # without a body
         elif exchange.lane:
             self._expect_slot(exchange.lane)  # before the client sends the body in vain
+
+    def _expect_token(self, headers: Mapping[str, str]) -> None:
+        kind, _, token = headers.get("authorization", "").partition(" ")
+        same = hmac.compare_digest(token.strip().encode(), self._token)
+        if kind.lower() != "bearer" or not same:
+            state = "a wrong token" if "authorization" in headers else "no token"
+            detail = f"the request has {state}; send the header Authorization: Bearer TOKEN"
+            raise Problem(401, detail, headers={"WWW-Authenticate": 'Bearer realm="rayseg"'})
 
     def _too_many_bytes(self) -> Problem:
         detail = f"the request has more than {self.config.max_bytes:,} bytes; send a smaller image"
@@ -246,6 +267,8 @@ def _lane(scope: Scope) -> str:
         return ""
     if scope["method"] not in {"GET", "HEAD"}:
         return "predictions and jobs"
+    if "/files/" in scope["path"]:
+        return "files"
     return "map tiles" if "/tiles/" in scope["path"] else "metadata"
 
 

@@ -28,7 +28,7 @@ from rayseg.io.pictures import shown_colors
 from rayseg.io.qgis import RAMP
 from rayseg.io.sources import Source
 from rayseg.serve import answers
-from rayseg.serve.forms import problems_of
+from rayseg.serve.openapi import problems_of
 from rayseg.serve.problems import Problem, busy
 from rayseg.serve.settings import ServeConfig
 from rayseg.steps import report

@@ -26,6 +26,12 @@ class ServeConfig(Config):
     """File with the token that requests must carry; without it no token is required."""
     hosts: tuple[str, ...] = ()
     """Accepted values of the Host header; empty accepts any. Protects against DNS rebinding by other sites."""
+    cors_origins: tuple[str, ...] = ()
+    """Sites whose pages may send requests, such as https://maps.example.org; "*" for any. Without it only the server's
+    own page may."""
+    requests_per_minute: Annotated[int, Field(gt=0)] | None = None
+    """Maximum requests of each client address per minute and replica of the API; further ones get a 429. Behind a proxy
+    all clients have its address."""
     max_pixels: Annotated[int, Field(gt=0)] = 16_777_216
     """Maximum pixels of an upload."""
     max_bytes: Annotated[int, Field(gt=0)] = 67_108_864
@@ -82,7 +88,7 @@ class ServeConfig(Config):
     jobs_address: str | None = None
     """Address of the Ray dashboard that accepts jobs; `rayseg serve` sets it."""
 
-    @field_validator("models", "runs", "hosts", "imagery_hosts", mode="before")
+    @field_validator("models", "runs", "hosts", "imagery_hosts", "cors_origins", mode="before")
     @classmethod
     def _accept_one(cls, value: Any) -> Any:  # noqa: ANN401 - a raw configuration value
         return (value,) if isinstance(value, str) else value
