@@ -12,6 +12,7 @@ import geopandas
 import huggingface_hub
 import numpy as np
 import pytest
+import rasterio
 import torch
 import yaml
 from fake_run import GPC, blobs, make, picture
@@ -591,3 +592,28 @@ def test_an_invalid_pipeline_leaves_no_files_and_trains_nothing(world, out, tmp_
     grey = catalogue(tmp_path / "grey", scene={"bands": BANDS[:2]})
     assert "blue missing" in refused(4, *run_gpc(world, out, *RANDOM, f"map.imagery={grey}"))
     assert not out.exists()
+
+
+def test_a_folder_of_images_and_masks_leads_to_landcover(tmp_path):
+    for name in ("images", "masks"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "set" / name / "a.png")
+    said = refused(3, "ingest", "folder", tmp_path / "set", "--out", tmp_path / "cat")
+    assert f"landcover with --set labelled.source={tmp_path}/set" in said
+    assert f"give {tmp_path}/set/images" in said
+    assert not (tmp_path / "cat").exists()
+
+
+def test_bands_are_named_where_files_do_not(tmp_path, world):
+    pixels = np.full((2, 16, 16), 700, np.uint16)
+    (tmp_path / "in").mkdir()
+    with rasterio.open(tmp_path / "in/a.tif", "w", "GTiff", 16, 16, 2, dtype="uint16") as file:
+        file.write(pixels)
+    found = rayseg("ingest", "folder", tmp_path / "in", "--out", tmp_path / "cat", "--bands", "nir, red")
+    assert "bands nir, red (uint16)" in found.stderr
+    assert "has 2 bands (b1, b2), --bands names nir" in refused(
+        3, "ingest", "folder", tmp_path / "in", "--out", tmp_path / "x", "--bands", "nir"
+    )
+    said = refused(2, *predict(world, tmp_path / "run"), "--bands", "b1,b2")
+    assert "--bands names 2 bands" in said
+    assert "name one for each" in said

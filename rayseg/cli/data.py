@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from rayseg.api.running import REGIONS, region_of
-from rayseg.cli.options import AllowDriver, AsJson, Out, RunPrefix
+from rayseg.cli.options import AllowDriver, AsJson, Bands, Out, RunPrefix
 from rayseg.errors import ConfigError, DataError, listed
 
 app = typer.Typer()
@@ -25,13 +25,14 @@ def ingest_folder(
     *,
     out: Out,
     labels: Annotated[str | None, typer.Option(help="folder: the class of an image is the name of its folder.")] = None,
+    bands: Bands = None,
     as_json: AsJson = False,
     allow_driver: AllowDriver = None,
 ) -> None:
     """Describe a folder of images, georeferenced or not, as a STAC catalogue; nothing is copied."""
     from rayseg.io import labels as io_labels
 
-    _ingested(io_labels.ingest_folder(folder, out, labels=labels), as_json=as_json)
+    _ingested(io_labels.ingest_folder(folder, out, labels=labels, bands=_names(bands)), as_json=as_json)
 
 
 @ingest_app.command("rasters")
@@ -39,13 +40,14 @@ def ingest_rasters(
     paths: Annotated[list[str], typer.Argument(help="Georeferenced rasters, or folders of them.")],
     *,
     out: Out,
+    bands: Bands = None,
     as_json: AsJson = False,
     allow_driver: AllowDriver = None,
 ) -> None:
     """Describe georeferenced rasters as the imagery of a STAC catalogue; nothing is copied."""
     from rayseg.io import labels as io_labels
 
-    _ingested(io_labels.ingest_rasters(paths, out), as_json=as_json)
+    _ingested(io_labels.ingest_rasters(paths, out, bands=_names(bands)), as_json=as_json)
 
 
 @ingest_app.command("xyz")
@@ -82,6 +84,10 @@ def ingest_xyz(
         fetching=load(webmap.Fetching, None, set_ or ()),
     )
     _ingested(catalogue, as_json=as_json)
+
+
+def _names(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def _ingested(catalog: str, *, as_json: bool) -> None:

@@ -57,6 +57,11 @@ AllowDriver = Annotated[
         help="GDAL driver that may open files too, for example netCDF; may be repeated.",
     ),
 ]
+
+Bands = Annotated[
+    str | None,
+    typer.Option("--bands", metavar="NAMES", help="Names of all bands in their order, such as red,green,blue,nir."),
+]
 RunPrefix = Annotated[str, typer.Argument(help="The run's folder or URL.")]
 
 

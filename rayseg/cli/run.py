@@ -213,6 +213,14 @@ def predict(
     engine: EngineName = "ray",
     address: Address = None,
     tiles: Tiles = None,
+    bands: Annotated[
+        str | None,
+        typer.Option(
+            "--bands",
+            metavar="NAMES",
+            help="Bands of the imagery in the order of the model's, such as b3,b2,b1; default: by name.",
+        ),
+    ] = None,
     require: Require = None,
     as_json: AsJson = False,
     allow_driver: AllowDriver = None,
@@ -223,7 +231,20 @@ def predict(
     .parquet. --set units.of=tiles, units.polygons=FILE and units.pictures=true (Grad-CAM++) choose what.
     """
     region = area_of(source, tiles)
-    _run_with("predict", {"model": model}, region, set_, out, at=(engine, address), as_json=as_json, require=require)
+    settings = {"model": model} | ({"map.bands": _bands_of(model, _listed(bands))} if bands else {})
+    _run_with("predict", settings, region, set_, out, at=(engine, address), as_json=as_json, require=require)
+
+
+def _bands_of(model: str, names: list[str]) -> dict[str, str]:
+    """Name of each of the model's bands -> that of the imagery's."""
+    from rayseg.models import bundle
+
+    own = bundle.description(model).bands
+    if len(names) != len(own):
+        raise ConfigError(
+            f"--bands names {len(names)} bands, {model} expects {len(own)} ({', '.join(own)}); name one for each"
+        )
+    return dict(zip(own, names, strict=True))
 
 
 @app.command()

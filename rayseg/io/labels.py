@@ -91,7 +91,7 @@ class Chip:
 # -- ingest -----------------------------------------------------------------------------------------------------------
 
 
-def ingest_folder(folder: StorePath, out: StorePath, *, labels: str | None = None) -> str:
+def ingest_folder(folder: StorePath, out: StorePath, *, labels: str | None = None, bands: Sequence[str] = ()) -> str:
     """Describe a folder of PNG, JPEG or GeoTIFF images, with or without georeference, as a STAC catalogue.
 
     With `labels="folder"` each sub-folder is a class, and its images (or those of its sub-folder `img`) become items
@@ -99,6 +99,12 @@ def ingest_folder(folder: StorePath, out: StorePath, *, labels: str | None = Non
     `train`, `val` and `test`: items `<folder>-<class>-<stem>` with the property `rayseg:part`. Otherwise the images of
     the folder become items `<stem>` of the collection `imagery`. `sources.band_names` names the bands. An
     image's time is its own tag, taken as UTC, else its file's time.
+
+    Args:
+        folder: of the images.
+        out: folder of the catalogue.
+        labels: None, or "folder".
+        bands: names of the bands of every image, in their order; by default those of the files.
 
     Returns:
         Path of the catalogue.
@@ -112,12 +118,12 @@ def ingest_folder(folder: StorePath, out: StorePath, *, labels: str | None = Non
         raise ConfigError(f"labels is {labels!r}, expected folder (classes are sub-folders) or nothing")
     files: Files = [(None, path) for path in _images_in(upath(folder))] if not labels else _by_class(upath(folder))
     if not files:
-        raise DataError(f"{folder} holds no images ({_KINDS}); if sub-folders are classes, add --labels folder")
+        raise DataError(f"{folder} holds no images ({_KINDS}); {_layout_of(upath(folder))}")
     names = _ids(files)
     # All images are read before anything is written: a half catalogue would be a data set.
 
     def described(path: UPath, label: str | None) -> pystac.Item:
-        item = _item(_decoded(_path(path), names[path]), label)
+        item = _item(_named(_decoded(_path(path), names[path]), bands), label)
         if part := _part_of(path, label):
             item.properties[PART] = PARTS[part]
         return item
@@ -134,7 +140,17 @@ def ingest_folder(folder: StorePath, out: StorePath, *, labels: str | None = Non
     return catalogue
 
 
-def ingest_rasters(paths: StorePath | Sequence[StorePath], out: StorePath) -> str:
+def _layout_of(folder: UPath) -> str:
+    """What to do with a folder that holds no image itself."""
+    inner = next((folder / name for name in ("images", "img") if (folder / name).is_dir()), None)
+    if inner is None:
+        return "if sub-folders are classes, add --labels folder"
+    if not (folder / "masks").is_dir():
+        return f"give its sub-folder {inner}"
+    return f"to train with its masks, use landcover with --set labelled.source={folder}; for images alone, give {inner}"
+
+
+def ingest_rasters(paths: StorePath | Sequence[StorePath], out: StorePath, *, bands: Sequence[str] = ()) -> str:
     """Describe georeferenced rasters as the collection `imagery` of a STAC catalogue, items `<stem>`.
 
     If some rasters can be opened and placed on Earth, the others become items without geometry, with a warning; a map
@@ -143,6 +159,7 @@ def ingest_rasters(paths: StorePath | Sequence[StorePath], out: StorePath) -> st
     Args:
         paths: rasters, or folders of them.
         out: folder of the catalogue.
+        bands: names of the bands of every raster, in their order; by default those of the files.
 
     Returns:
         Path of the catalogue.
@@ -156,7 +173,7 @@ def ingest_rasters(paths: StorePath | Sequence[StorePath], out: StorePath) -> st
     names = _ids(files)
 
     def describe(path: UPath, _: str | None) -> pystac.Item:
-        source = _described(_path(path), names[path])
+        source = _named(_described(_path(path), names[path]), bands)
         if source.crs is None:
             raise DataError(f"{path} has no georeference; ingest it with `ingest folder`")
         return _item(source, None)
@@ -320,6 +337,19 @@ def _decoded(href: str, name: str) -> Source:
         for row in range(0, dataset.height, _STRIP):
             dataset.read(window=FileWindow(0, row, dataset.width, min(_STRIP, dataset.height - row)))
     return source
+
+
+def _named(source: Source, bands: Sequence[str]) -> Source:
+    """The source with these names of its bands; without any, with its own."""
+    if not bands:
+        return source
+    [(href, own)] = source.assets
+    if len(bands) != len(own) or len(set(bands)) != len(bands):
+        raise DataError(
+            f"{href} has {len(own)} bands ({', '.join(own)}), --bands names {', '.join(bands)}; give a different name "
+            "for each"
+        )
+    return replace(source, assets=((href, tuple(bands)),))
 
 
 def _taken(dataset: DatasetReader, href: str) -> str:

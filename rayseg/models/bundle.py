@@ -408,8 +408,14 @@ def description(prefix: StorePath) -> Bundle:
         raise ModelError(f"{folder / 'bundle.json'}: {where}: {first['msg']}; copy the bundle again") from None
 
 
+UNFINISHED = ("warm-up", "network")
+"""Models of gpc that its segmenter was made from."""
+
+
 def find(prefixes: Iterable[StorePath]) -> Iterator[tuple[str, Bundle]]:
     """(prefix, bundle) of every whole bundle at or below some prefixes, sorted; unreadable ones are skipped.
+
+    The unfinished models of a run (`UNFINISHED`) are left out next to its segmenter, unless a prefix names one.
 
     Raises:
         ModelError: one of the prefixes does not exist.
@@ -418,7 +424,11 @@ def find(prefixes: Iterable[StorePath]) -> Iterator[tuple[str, Bundle]]:
     for prefix in map(upath, prefixes):
         if not prefix.is_dir():
             raise ModelError(f"{prefix} is not a folder; name the folder of a run")
-        folders |= {str(path.parent) for path in prefix.glob("**/bundle.json")}
+        below = {path.parent for path in prefix.glob("**/bundle.json")}
+        final = {path.parent for path in below if path.name == "segmenter"}
+        folders |= {
+            str(path) for path in below if path == prefix or path.name not in UNFINISHED or path.parent not in final
+        }
     for folder in sorted(folders):
         with suppress(ModelError):
             yield folder, description(folder)

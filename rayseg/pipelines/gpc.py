@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from rayseg.config import Config as Frozen
 from rayseg.config import Workers, added
+from rayseg.engine import run as runs
 from rayseg.engine.manifest import Row, write_rows
 from rayseg.engine.run import Run, Step
 from rayseg.geo.region import Region
@@ -153,6 +154,13 @@ def _mapper(config: Config) -> Bundle:
     return appearance.described(network, config.appearance) if config.appearance else network
 
 
+METHODS = {
+    "cam": "the objects that it marks (cues.method: cam)",
+    "concept": "superpixels in the colours that all of them share (cues.method: concept)",
+}
+"""How coarse masks are made -> its description."""
+
+
 def write_report(
     step: Step,
     listed: Step,
@@ -178,7 +186,8 @@ def write_report(
         )
     else:
         learnt += "no mask was drawn, so the segmenter's last epoch is kept."
-    caption = "Chips labelled gpc, their Grad-CAM++, and the coarse masks of the first training (grey: undecided)."
+    method = runs.read(step.root)["config"]["cues"]["method"]
+    caption = f"Chips labelled {YES}, their Grad-CAM++, and the coarse masks of {METHODS[method]} (grey: undecided)."
     compared = baseline.comparison(simple.value, simple.value["product"], name="this map") if simple else None
     extras = report.Extras(labels=learnt, pictures=(("Cues", drawn.value["picture"], caption),), baseline=compared)
     return report.write_report(step, predicted, polygons, measured, extras, certified=certified)

@@ -45,6 +45,8 @@ from rayseg.vision.color import ClassTable
 if TYPE_CHECKING:
     import pyarrow as pa
 
+SMALL_TILE = 128
+"""Side in px of a tile, below which its files and its halo cost more than its pixels."""
 FIRST = "first.json"
 """File of a step: the seconds after which its first row was finished."""
 _log = logging.getLogger(__name__)
@@ -333,6 +335,8 @@ def mappable(
     Raises:
         RaysegError: no source can be mapped; the error comes from `check`, `imagery` or the source.
     """
+    if size < SMALL_TILE:
+        _log.warning("map.tile is %d px: each tile has files and a halo of its own; use 512 or more", size)
     sources, unread = scenes
     refused = dict(unread)
     for source in sources:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rayseg.errors import ModelError
-from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling, build, description, save
+from rayseg.models.bundle import Architecture, Bundle, Provenance, Scaling, build, description, find, save
 from rayseg.models.classifier import build_classifier
 from rayseg.models.segmenter import build_segmenter
 
@@ -194,3 +194,12 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, described, model, val
     save(tmp_path / "broken", described, broken)
     with pytest.raises(ModelError, match=f"weights of {tmp_path}/broken have NaN or infinity in {name} and 0 other"):
         build(tmp_path / "broken")
+
+
+def test_models_that_a_segmenter_was_made_from_are_not_offered_next_to_it(tmp_path, described, model):
+    for name in ("classifier", "warm-up", "segmenter"):
+        save(tmp_path / "models" / name, described, model)
+    assert [prefix.rpartition("/")[2] for prefix, _ in find([tmp_path])] == ["classifier", "segmenter"]
+    assert [prefix for prefix, _ in find([tmp_path / "models/warm-up"])] == [str(tmp_path / "models/warm-up")]
+    (tmp_path / "models/segmenter/bundle.json").unlink()
+    assert [prefix.rpartition("/")[2] for prefix, _ in find([tmp_path])] == ["classifier", "warm-up"]

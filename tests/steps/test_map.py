@@ -44,6 +44,13 @@ def test_all_imagery_is_planned_and_some_of_it_by_name(world):
     assert planned(world, some, tile=256) == [rows[1], rows[3]]
 
 
+def test_tiles_of_a_few_pixels_are_warned_of(world, caplog):
+    planned(world, tile=128)
+    assert not caplog.records
+    planned(world, tile=100)
+    assert "map.tile is 100 px" in caplog.text
+
+
 def test_imagery_may_be_named_by_the_configuration(world):
     assert planned(world, Region("r"), imagery=f"{world['imagery']}#imagery") == planned(world)
     with pytest.raises(DataError, match="names no imagery"):
