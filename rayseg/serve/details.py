@@ -1,16 +1,11 @@
-"""What the page of a run shows on request: outlines in view, the value at a place, and the run's files."""
+"""What the page of a run shows on request: outlines in view, the value at a place, and which files the run has."""
 
 import asyncio
 import json
-import mimetypes
-import re
-from base64 import b64encode
 from functools import lru_cache
-from hashlib import sha256
-from importlib import resources
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query, Response
+from fastapi import APIRouter, Query, Response
 
 from rayseg.engine import run as engine
 from rayseg.errors import DataError
@@ -20,22 +15,10 @@ from rayseg.serve.openapi import problems_of
 from rayseg.serve.problems import Problem
 from rayseg.serve.runs import Name, RunIndex
 from rayseg.serve.settings import ServeConfig
-from rayseg.store import STORE_ERRORS, upath
+from rayseg.store import upath
 
 MOST_SHAPES = 2000
 """Outlines in one answer, the largest ones."""
-_NAME = r"[\w.-]+"
-_FILES = re.compile(
-    rf"report/{_NAME}|tiles/{_NAME}/{_NAME}\.(tif|json)|{_NAME}\.parquet|collection\.json|run\.json"
-    rf"|models/({_NAME}/)+{_NAME}\.(json|safetensors)|qgis/{_NAME}"
-)
-"""Files of a run that a client may read."""
-_SCRIPT = b64encode(sha256(b"\n" + resources.files("rayseg").joinpath("report.js").read_bytes()).digest()).decode()
-_REPORT = (
-    f"default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; script-src 'sha256-{_SCRIPT}'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-"""Content-Security-Policy of a report: of all scripts only the one of this version runs."""
 Degrees = Annotated[float, Query(ge=-1e9, le=1e9)]
 Image = Annotated[str | None, Query(max_length=200, description="An image without georeference.")]
 
@@ -61,22 +44,6 @@ class _Handlers:
         """Class and scores of the map at a place; x, y are longitude and latitude, or column and row of an image."""
         root = await asyncio.to_thread(self._index.root, name)
         return await asyncio.to_thread(_value, root, x, y, image)
-
-    async def file(self, name: Name, path: Annotated[str, Path(max_length=500)]) -> Response:
-        """A file of the run: its report, rasters, tables, items, models and QGIS project."""
-        root = await asyncio.to_thread(self._index.root, name)
-        if not _FILES.fullmatch(path) or ".." in path.split("/"):
-            raise Problem(404, f"{path[:100]} is not a file that this server shows; the page of the run lists them")
-        try:
-            content = await asyncio.to_thread((upath(root) / path).read_bytes)
-        except (FileNotFoundError, IsADirectoryError):
-            raise Problem(404, f"the run has no file {path[:100]}; the page of the run lists them") from None
-        except STORE_ERRORS as error:
-            raise Problem(503, f"{path[:100]} cannot be read: {type(error).__name__}; retry later") from error
-        headers = {"Content-Security-Policy": _REPORT} if path.endswith(".html") else {}
-        return Response(
-            content, media_type=mimetypes.guess_type(path)[0] or "application/octet-stream", headers=headers
-        )
 
 
 def _value(root: str, x: float, y: float, image: str | None) -> dict[str, Any]:
@@ -129,7 +96,6 @@ def router(config: ServeConfig) -> APIRouter:
     base, wrong = "/v1/runs/{name}", problems_of(404, 422, 503)
     routes.get(f"{base}/shapes", responses=wrong, response_class=Response)(handlers.shapes)
     routes.get(f"{base}/value", responses=wrong)(handlers.value)
-    routes.get(f"{base}/files/{{path:path}}", responses=wrong, response_class=Response)(handlers.file)
 
     @routes.get(f"{base}/layers", responses=wrong)
     async def layers(name: Name) -> dict[str, Any]:

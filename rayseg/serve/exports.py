@@ -3,7 +3,9 @@
 import asyncio
 import json
 import re
+from base64 import b64encode
 from collections.abc import AsyncIterator
+from hashlib import sha256
 from importlib import resources
 from typing import Annotated, Any, Literal
 from urllib.parse import urljoin
@@ -21,11 +23,18 @@ from rayseg.store import upath
 
 MAX_ZOOM = 22
 _CHUNK = 1 << 20
+_NAME = r"[\w.-]+"
 _FILE = re.compile(
-    r"(?:collection\.json|items\.parquet|[a-z_]+\.(?:parquet|geojson|gpkg|fgb)|tiles/[^/]+/[^/]+\.(?:tif|json|parquet)"
-    r"|models/[^/]+/(?:item\.json|bundle\.json|model\.safetensors)|qgis/[^/]+\.(?:qml|vrt|qgs|fgb)"
-    r"|report/[^/]+\.(?:html|png|json|csv))"
+    rf"collection\.json|{_NAME}\.(?:parquet|geojson|gpkg|fgb)|tiles/{_NAME}/{_NAME}\.(?:tif|json|parquet)"
+    rf"|models/(?:{_NAME}/)+{_NAME}\.(?:json|safetensors)|(?:qgis|report)/{_NAME}"
 )
+"""Files of a run that a client may read: its steps and settings name files of the server."""
+_SCRIPT = b64encode(sha256(b"\n" + resources.files("rayseg").joinpath("report.js").read_bytes()).digest()).decode()
+_REPORT = (
+    f"default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; script-src 'sha256-{_SCRIPT}'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""Content-Security-Policy of a report: of all scripts only the one of this version runs."""
 _TYPES = {
     "json": "application/json",
     "geojson": "application/geo+json",
@@ -34,6 +43,7 @@ _TYPES = {
     "gpkg": "application/geopackage+sqlite3",
     "png": "image/png",
     "csv": "text/csv",
+    "html": "text/html; charset=utf-8",
 }
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 Layer = Annotated[Literal["classes", "imagery"], Query(description="Layer to draw.")]
@@ -140,6 +150,8 @@ async def _file(request: Request, root: str, path: str) -> Response:
     if end < size or start:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
     headers["Content-Length"] = str(end - start)
+    if path.endswith(".html"):
+        headers["Content-Security-Policy"] = _REPORT
     media = _TYPES.get(path.rpartition(".")[2], "application/octet-stream")
     status = 206 if "Content-Range" in headers else 200
     return StreamingResponse(_chunks(target, start, end), status, headers, media)
