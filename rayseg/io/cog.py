@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import rasterio
@@ -63,6 +64,11 @@ def write_scores(
     """
     _expect_bytes(path, scores_CHW)
     return write_image(path, scores_CHW, grid, window, bands=names, nodata=NODATA)
+
+
+def score_bands(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Metadata of the bands of a file that `write_scores` writes."""
+    return bands_of(names, np.dtype(np.uint8), NODATA)
 
 
 def write_image(

@@ -97,21 +97,23 @@ def polygons_of(
         skip = (0,) if scores_CHW is None or len(scores_CHW) == 1 else ()
     shown_HW = np.where(np.isin(classes_HW, skip), NODATA, classes_HW)
     labels_HW = label(shown_HW, background=NODATA, connectivity=1).astype(np.int32)
-    labels, count = labels_HW.ravel(), int(labels_HW.max(initial=0))
+    count, shown_N = int(labels_HW.max(initial=0)), np.flatnonzero(labels_HW)  # few pixels of a rare class
+    labels_N = labels_HW.ravel()[shown_N]
     first = np.zeros(count + 1, np.int64)
-    first[labels[::-1]] = np.arange(labels.size)[::-1]  # of equal indices the last one written stays
+    first[labels_N[::-1]] = shown_N[::-1]  # of equal indices the last one written stays
     first = first[1:]
     rows, cols = np.divmod(first, window.width)
-    counted = labels if kept_HW is None else np.where(kept_HW.ravel(), labels, 0)
-    sums = None if scores_CHW is None else _score_sums(classes_HW, scores_CHW, counted, count)
+    counted_N = labels_N if kept_HW is None else np.where(kept_HW.ravel()[shown_N], labels_N, 0)
+    scores_N = None if scores_CHW is None else _own_scores(classes_HW, scores_CHW, shown_N)
+    sums = None if scores_N is None else np.bincount(counted_N, weights=scores_N, minlength=count + 1)[1:]
     on_edge = np.unique(np.concatenate([labels_HW[[0, -1]].ravel(), labels_HW[:, [0, -1]].ravel()]))
     columns = {
         "class": classes_HW.ravel()[first],
         "geometry": shapely.to_wkb(
             _simplified(labels_HW, window, simplify) if simplify else _outlines(labels_HW, window)
         ),
-        "pixels": np.bincount(counted, minlength=count + 1)[1:],
-        "score_sum": pa.nulls(count, pa.int64()) if sums is None else sums,
+        "pixels": np.bincount(counted_N, minlength=count + 1)[1:],
+        "score_sum": pa.nulls(count, pa.int64()) if sums is None else sums.astype(np.int64),
         "first_row": rows + window.row,
         "first_col": cols + window.col,
         **{name: np.full(count, getattr(window, name)) for name in ("col", "row", "col1", "row1")},
@@ -182,14 +184,15 @@ def _grid_of(parts: pa.Table) -> Grid:
     return Grid.from_row(json.loads(parts.schema.metadata[b"grid"]))
 
 
-def _score_sums(classes_HW: np.ndarray, scores_CHW: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
-    """Sum of each component's scores of its own class."""
+def _own_scores(classes_HW: np.ndarray, scores_CHW: np.ndarray, at_N: np.ndarray) -> np.ndarray:
+    """Scores of their own class of the pixels at flat positions."""
+    classes_N = classes_HW.ravel()[at_N]
     if len(scores_CHW) == 1:
-        scores_HW = np.where(classes_HW == 0, TOP - scores_CHW[0], scores_CHW[0])
-    else:
-        bands_1HW = np.minimum(classes_HW, len(scores_CHW) - 1)[None]
-        scores_HW = np.take_along_axis(scores_CHW, bands_1HW.astype(np.intp), axis=0)[0]
-    return np.bincount(labels, weights=scores_HW.ravel(), minlength=count + 1)[1:].astype(np.int64)
+        scores_N = scores_CHW[0].ravel()[at_N]
+        return np.asarray(np.where(classes_N == 0, TOP - scores_N, scores_N))
+    rows_N, cols_N = np.divmod(at_N, classes_HW.shape[1])
+    own_N: np.ndarray = scores_CHW[np.minimum(classes_N, len(scores_CHW) - 1), rows_N, cols_N]
+    return own_N
 
 
 # -- join -------------------------------------------------------------------------------------------------------------

@@ -39,9 +39,13 @@ class Config(Frozen):
     """Timeout for deciding or writing one tile; the tile is then recorded as failed."""
 
 
-def write_report(step: Step, predicted: Step, polygons: Step) -> dict[str, Any]:
-    """The report, with the run that the map is made from."""
-    labels = f"Decided again from the scores of {predicted.value['run']}."
+def write_report(step: Step, predicted: Step, polygons: Step, *, threshold: float | None = None) -> dict[str, Any]:
+    """The report, with the run that the map is made from, and its threshold next to that of its model."""
+    origin = predicted.value["run"]
+    labels = f"Decided again from the scores of {origin}."
+    if threshold is not None:
+        own = remap.threshold_of(origin)
+        labels += f" A pixel has the class above {threshold:g}" + (f"; there it is above {own:g}." if own else ".")
     return report.write_report(step, predicted, polygons, extras=report.Extras(labels=labels))
 
 
@@ -74,5 +78,5 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     polygons = run.step("polygons", mapping.join_polygons, shown, "polygons")
     run.step("publish", mapping.publish, predicted, f"{region.name}, from {config.run}")
     run.step("qgis", mapping.save_project, predicted, polygons)
-    written = run.step("report", write_report, predicted, polygons)
+    written = run.step("report", write_report, predicted, polygons, threshold=config.threshold)
     return report.headline(written)

@@ -105,5 +105,8 @@ class Reclassify:
             rows_HW, cols_HW = distance_transform_edt(~inside_HW, return_distances=False, return_indices=True)
             at = np.where(drawn_HW & ~inside_HW, [rows_HW, cols_HW], np.indices(inside_HW.shape))
             classes_HW, scores_CHW = classes_HW[at[0], at[1]], scores_CHW[:, at[0], at[1]]
-        classes_HW, scores_CHW = self.decision.apply(classes_HW, scores_CHW)
-        return replace(row, classes=classes_HW, scores=scores_CHW)
+        classes_HW, decided_CHW = self.decision.apply(classes_HW, scores_CHW)
+        # Scores that stay are copied and not encoded again, which takes longer than all else.
+        same = drawn_HW is None and decided_CHW is scores_CHW
+        file = str(folder / "scores.tif") if same else ""
+        return replace(row, classes=classes_HW, scores=decided_CHW, scores_file=file)

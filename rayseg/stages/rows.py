@@ -50,6 +50,7 @@ class TileRow:
         batch: patches per batch after a lack of GPU memory; 0 if memory sufficed.
         classes: (height, width) uint8, 255 where there is no imagery.
         scores: (bands, height, width) uint8, probability x 254, 255 where there is no imagery.
+        scores_file: file of an earlier map with exactly these scores; "" if there is none.
         patches: rows of `plot_joins.join_pieces` for every patch of the tile.
         pieces: rows of `plot_joins.pieces_of` for every plot in a patch's cell.
         numbers: (height, width) uint32, number of the plot at every pixel, 0 for none.
@@ -73,6 +74,7 @@ class TileRow:
     bf16: bool = False
     classes: NDArray[Any] = field(default_factory=_absent)
     scores: NDArray[Any] = field(default_factory=_absent)
+    scores_file: str = ""
     patches: tuple[Row, ...] = ()
     pieces: tuple[Row, ...] = ()
     numbers: NDArray[Any] = field(default_factory=_absent)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from upath import UPath
 
 from rayseg.engine.ledger import Settled
 from rayseg.errors import DataError
@@ -15,6 +16,7 @@ from rayseg.geo.grid import NODATA, Tile
 from rayseg.io import cog, maps, rasters, stac_write, vectors
 from rayseg.io.remote import Passing
 from rayseg.io.sources import Source, from_json
+from rayseg.io.written_files import WrittenFile, write_file
 from rayseg.stages.read import read_reach
 from rayseg.stages.rows import TileRow
 from rayseg.store import is_local, upath
@@ -75,7 +77,7 @@ class WriteTile:
         # 2. the files, then the item: a folder without an item is not a tile
         files = (
             cog.write_classes(folder / "classes.tif", classes, tile.grid, tile.window, self.table),
-            cog.write_scores(folder / "scores.tif", scores, tile.grid, tile.window, self.bands),
+            self._scores(row, folder / "scores.tif", scores),
             vectors.write_parts(folder / "parts.parquet", parts),
         )
         model = str(upath(row.bundle) / "item.json") if row.bundle else self.model
@@ -84,6 +86,11 @@ class WriteTile:
         # Of two classes, class 0 is the background.
         background = len(self.table.classes) == 2 and set(facts["counts"]) == {"0"}
         return row.settled("empty" if background else "done", facts)
+
+    def _scores(self, row: TileRow, path: UPath, scores: np.ndarray) -> WrittenFile:
+        if row.scores_file and np.array_equal(scores, row.scores):
+            return write_file(path, upath(row.scores_file).read_bytes(), cog.score_bands(self.bands))
+        return cog.write_scores(path, scores, row.tile.grid, row.tile.window, self.bands)
 
     def _parts(self, row: TileRow, classes: np.ndarray, scores: np.ndarray, kept: np.ndarray | None = None) -> pa.Table:
         per_class = np.broadcast_to(scores, (len(self.table.classes), *classes.shape)) if self._of_top else scores

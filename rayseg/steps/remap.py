@@ -1,6 +1,7 @@
 """Make a new map from the classes and scores that a finished run kept, without its model and its imagery."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,12 @@ from rayseg.engine.flow import Work
 from rayseg.engine.ledger import SETTLED, Fate, Fates, Ledger
 from rayseg.engine.manifest import PART, Manifest, Row, read_rows
 from rayseg.engine.run import Step
-from rayseg.errors import ConfigError, DataError, listed
+from rayseg.errors import ConfigError, DataError, ModelError, listed
 from rayseg.geo.region import Region, resolve_region
 from rayseg.io import masks
 from rayseg.io.maps import bands_of, mapped_tiles
 from rayseg.io.stac_write import lonlat_outline
+from rayseg.models import bundle
 from rayseg.stages.reclassify import Decision, Reclassify
 from rayseg.stages.write import WriteTile
 from rayseg.steps import map as mapping
@@ -113,6 +115,18 @@ def imagery_of(content: Mapping[str, Any]) -> tuple[str, ...]:
     steps = content.get("steps", {})
     # A run that was made from another one keeps the names.
     return tuple(steps.get(SCORED, {}).get("imagery") or steps.get("scenes", {}).get("bands", ()))
+
+
+def threshold_of(root: str) -> float | None:
+    """The threshold of a run's binary map: its own setting, else that of its model; None if that is gone."""
+    content = runs.read(root)
+    if (own := content["config"].get("threshold")) is not None:
+        return float(own)
+    if origin := content["steps"][SCORED].get("run"):  # made from another run with its threshold
+        return threshold_of(origin)
+    with suppress(ConfigError, ModelError, KeyError):
+        return bundle.description(content["steps"][SCORED]["bundle"]).threshold
+    return None
 
 
 def decision_of(origin: Origin, rules: ClassRules, threshold: float | None) -> Decision:

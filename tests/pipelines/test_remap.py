@@ -53,6 +53,7 @@ def test_a_remapped_run_is_the_run_that_a_model_with_this_threshold_makes(world,
     # 3. lineage, verification, and a second call that does nothing
     page = (tmp_path / "new/report/index.html").read_text()
     assert f"Decided again from the scores of {world['run']}" in page
+    assert f"A pixel has the class above 0.7; there it is above {described.threshold:g}." in page
     items = sorted((tmp_path / "new/tiles").glob("*/*.json"))
     assert "tiny" in json.dumps([json.loads(item.read_text())["links"] for item in items])
     assert verify(str(tmp_path / "new"), deep=True)["damaged"] == {}
