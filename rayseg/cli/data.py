@@ -236,6 +236,7 @@ def evaluate(
 ) -> None:
     """Compare a map with masks, plots with plots, or classes with labels: accuracy, IoU and F1 with 95 % intervals."""
     from rayseg.steps import classify, evaluate, evaluate_plots
+    from rayseg.steps.agreement import agreement_of_rasters, agreement_text
 
     if checkpoints:
         _evaluate_checkpoints(prediction, truth, as_json=as_json)
@@ -243,8 +244,8 @@ def evaluate(
     if truth is None:
         raise ConfigError(f"nothing is named to compare {prediction} with; give masks, or --checkpoints")
     if agreement:
-        scores = evaluate.agreement_of_rasters(prediction, truth)
-        typer.echo(json.dumps(scores, indent=1) if as_json else evaluate.agreement_text(scores))
+        scores = agreement_of_rasters(prediction, truth)
+        typer.echo(json.dumps(scores, indent=1) if as_json else agreement_text(scores))
         if scores.get("failed"):
             raise typer.Exit(DataError.exit_code)
         return

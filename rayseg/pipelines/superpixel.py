@@ -31,7 +31,7 @@ from rayseg.stages.label import LabelTile
 from rayseg.stages.oversegment import Divide, ReadAround, SuperpixelConfig, unite
 from rayseg.stages.rows import SceneRow
 from rayseg.stages.write import WriteTile
-from rayseg.steps import estimate, evaluate, generalize, report, scenes, simple_labels
+from rayseg.steps import agreement, estimate, generalize, report, scenes, simple_labels
 from rayseg.steps import map as mapping
 from rayseg.steps.generalize import PolygonsConfig
 from rayseg.steps.map import MapConfig
@@ -201,7 +201,7 @@ def measure(step: Step, predicted: Step, region: Region, config: Config) -> dict
     truth = region.located(config.truth)
     if not truth or not predicted.value["bundle"]:
         return {}
-    scores = evaluate.agreement_of_run(predicted.root, truth, step=predicted.name, unlabelled=config.unlabelled)
+    scores = agreement.agreement_of_run(predicted.root, truth, step=predicted.name, unlabelled=config.unlabelled)
     put(step.prefix / "agreement.json", json.dumps(scores, indent=1).encode())
     return scores
 
@@ -212,7 +212,7 @@ def check(config: Config, region: Region) -> Scenes:
     generalize.expect_small(chain.from_iterable(plan.tiles), config.polygons)
     if truth := region.located(config.truth):
         pieces = [piece_of_row(tile) for tile in chain.from_iterable(plan.tiles)]
-        evaluate.expect_truth(pieces, truth, unlabelled=config.unlabelled)
+        agreement.expect_truth(pieces, truth, unlabelled=config.unlabelled)
     return plan
 
 

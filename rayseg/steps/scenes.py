@@ -28,7 +28,7 @@ from rayseg.stages.cluster import labels_path
 from rayseg.stages.oversegment import segments_path
 from rayseg.stages.read import tile_rows
 from rayseg.stages.rows import TileRow
-from rayseg.steps import evaluate, report, simple_labels
+from rayseg.steps import agreement, report, simple_labels
 from rayseg.steps import map as mapping
 from rayseg.steps.map import MapConfig
 from rayseg.steps.numbers import counted
@@ -354,7 +354,7 @@ def write_report(
     labels = "Learnt from the imagery alone: labels have no meaning yet; `rayseg labels assign` gives them one."
     labels = f"{without} {labels}".lstrip()
     if "mean" in measured.value:
-        labels += f" {evaluate.agreement_text(measured.value)}"
+        labels += f" {agreement.agreement_text(measured.value)}"
     shown = tuple((title, image, caption) for title, image, caption in drawn.value["pictures"])
     curves = dict(list(histories.items())[:MOST_CURVES])
     baseline = simple_labels.comparison_of(simple.value) if simple else None

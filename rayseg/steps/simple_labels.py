@@ -10,7 +10,7 @@ from rayseg.engine.run import Step
 from rayseg.geo.grid import NODATA
 from rayseg.io import pictures
 from rayseg.io.maps import mapped_tiles
-from rayseg.steps import evaluate
+from rayseg.steps import agreement
 from rayseg.steps.baseline import Comparison, Method, comparison, value_of
 from rayseg.store import put
 from rayseg.vision.color import mean_color
@@ -32,7 +32,7 @@ def measure_baseline(step: Step, predicted: Step, truth: str, unlabelled: Sequen
     tiles = {tile.tile.id: tile for tile in mapped_tiles(predicted.root, predicted.name)}
     measured: dict[str, list[dict[str, float]]] = {PRODUCT: [], SEGMENTS: [], ONE_LABEL: []}
     seconds, drawn = 0.0, list[tuple[str, str, str]]()
-    for tile_id, whole_codes_HW, whole_labels_HW in evaluate.coded_parts(
+    for tile_id, whole_codes_HW, whole_labels_HW in agreement.coded_parts(
         list(tiles.values()), truth, unlabelled, most=MOST
     ):
         tile, sources = tiles[tile_id].tile, tiles[tile_id].sources
@@ -48,7 +48,7 @@ def measure_baseline(step: Step, predicted: Step, truth: str, unlabelled: Sequen
         simple_HW = np.where(seen_HW, simple_clusters(image_HWC), NODATA).astype(np.uint8)
         seconds += time.process_time() - started
         for name, found_HW in ((PRODUCT, labels_HW), (SEGMENTS, simple_HW), (ONE_LABEL, np.where(seen_HW, 0, NODATA))):
-            measured[name].append(evaluate.agreement_of(codes_HW, found_HW.astype(np.uint8)))
+            measured[name].append(agreement.agreement_of(codes_HW, found_HW.astype(np.uint8)))
         painted = [mean_color(image_HWC, np.minimum(found_HW, NODATA - 1)) for found_HW in (labels_HW, simple_HW)]
         path = f"steps/{step.name}/part-{len(drawn)}.png"
         put(step.prefix / f"part-{len(drawn)}.png", pictures.encoded(np.concatenate([image_HWC, *painted], axis=1)))

@@ -11,7 +11,7 @@ from small_world import BANDS, rayseg
 
 from rayseg.geo.grid import Grid, Window
 from rayseg.io import cog
-from rayseg.steps.evaluate import agreement_of_rasters, agreement_of_run, agreement_text
+from rayseg.steps.agreement import agreement_of_rasters, agreement_of_run, agreement_text
 
 KINDS_HW = np.repeat([[0, 1, 2]], 48, axis=0).repeat(16, axis=1)
 
