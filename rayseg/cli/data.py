@@ -178,6 +178,24 @@ def labels_import(
     typer.echo(", ".join(f"{count} {name}" for name, count in counts.items()) + f" in {out}")
 
 
+@labels_app.command("masks")
+def labels_masks(
+    drawn: Annotated[str, typer.Argument(help="Folder of LabelMe or X-AnyLabeling JSONs, or a COCO JSON file.")],
+    images: Annotated[str, typer.Argument(help="Folder of the images.")],
+    *,
+    out: Out,
+    classes: Annotated[
+        str | None, typer.Option(help="YAML class table or its name; default: background, and the labels by name.")
+    ] = None,
+) -> None:
+    """Draw labelled polygons into class masks, which training and evaluation take."""
+    from rayseg.io import drawn_masks
+    from rayseg.io.class_tables import read_table
+
+    counts = drawn_masks.write_masks(drawn, images, out, table=read_table(classes) if classes else None)
+    typer.echo(f"{out}: " + ", ".join(f"{name} {pixels:,} px" for name, pixels in counts.items()))
+
+
 @labels_app.command("assign")
 def labels_assign(
     run: Annotated[str, typer.Argument(help="A run of the pipeline superpixel.")],

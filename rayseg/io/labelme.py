@@ -47,7 +47,7 @@ class _Shape(BaseModel):
     flags: dict[str, Any] | None = None
 
 
-class _Document(BaseModel):
+class Document(BaseModel):
     """The keys of a JSON that are read; others are ignored."""
 
     shapes: list[_Shape]
@@ -82,7 +82,7 @@ def export(plots: str, images: str, out: str) -> int:
     if not path.is_file():
         raise DataError(f"{plots} has no plots.parquet, expected a finished run of agri; run it first")
     table = read_frame(path)
-    files = _files(Path(images))
+    files = image_files(Path(images))
     # 1. the plots of every image: by its name, or all that it covers; a plot in several images is in each
     if "image" in table:
         plots_of = {str(name): rows for name, rows in table.groupby("image")}
@@ -190,9 +190,9 @@ def load(folder: str, images: str, out: str, *, size: int = 224) -> dict[str, in
         raise DataError(f"{folder} holds no .json files; export them with `rayseg labels export`")
     # 1. the labelled plots of every image
     owners: dict[str, Path] = {}
-    files, labelled = _files(Path(images)), []
+    files, labelled = image_files(Path(images)), []
     for path in paths:
-        content = _read(path)
+        content = read_document(path)
         image = slug(Path(content.imagePath.replace("\\", "/")).stem)
         if image in owners:
             raise DataError(f"{owners[image]} and {path} both belong to the image {image}; keep one of them")
@@ -230,7 +230,7 @@ def polygons_of(folder: str) -> geopandas.GeoDataFrame:
         raise DataError(f"{folder} holds no .json files, expected one of LabelMe for each image; export them there")
     names, polygons = [], []
     for path in paths:
-        content = _read(path)
+        content = read_document(path)
         outlines = [shape for shape in content.shapes if shape.shape_type == "polygon" and len(shape.points) > 2]
         holes: dict[object, list[BaseGeometry]] = {}
         for shape in outlines:
@@ -245,9 +245,14 @@ def polygons_of(folder: str) -> geopandas.GeoDataFrame:
     return geopandas.GeoDataFrame({"image": names}, geometry=polygons)
 
 
-def _read(path: Path) -> _Document:
+def read_document(path: Path) -> Document:
+    """The shapes of a JSON, and the image that they are drawn on.
+
+    Raises:
+        DataError: the file cannot be read, or is not LabelMe's.
+    """
     try:
-        return _Document.model_validate(json.loads(path.read_bytes()))
+        return Document.model_validate(json.loads(path.read_bytes()))
     except ValidationError as error:
         first = error.errors()[0]
         place = " ".join(str(part) for part in first["loc"]) or "its content"
@@ -259,7 +264,7 @@ def _read(path: Path) -> _Document:
         raise DataError(f"{path} cannot be read as JSON: {error}; export it again") from None
 
 
-def _plots(content: _Document, path: Path, image: Path) -> list[tuple[str, BaseGeometry]]:
+def _plots(content: Document, path: Path, image: Path) -> list[tuple[str, BaseGeometry]]:
     """(class, polygon without its holes) of every plot of one JSON."""
     height, width = _picture(image).shape[:2]  # decoded here too, to detect a damaged image before anything is written
     scale = _scale(content, (height, width), path, image)
@@ -284,7 +289,7 @@ def _plots(content: _Document, path: Path, image: Path) -> list[tuple[str, BaseG
     return [(kind, polygon.difference(shapely.union_all(holes.get(group, [])))) for kind, polygon, group in outlines]
 
 
-def _scale(content: _Document, size: tuple[int, int], path: Path, image: Path) -> tuple[float, float]:
+def _scale(content: Document, size: tuple[int, int], path: Path, image: Path) -> tuple[float, float]:
     """Factors (x, y) from the JSON's pixels to those of its image, (height, width) `size`."""
     height, width = size
     stated = (content.imageHeight or height, content.imageWidth or width)
@@ -318,7 +323,7 @@ def _polygon(shape: _Shape, scale: tuple[float, float], frame: Polygon, where: s
     return shapely.union_all(polygons_in(shapely.make_valid(polygon)))
 
 
-def _files(folder: Path) -> dict[str, Path]:
+def image_files(folder: Path) -> dict[str, Path]:
     """Name of an image -> its file, of a folder of images, or of the imagery that a run mapped."""
     if (folder / "run.json").exists():
         sources = {source for _, sources in planned_tiles(folder) for source in sources}

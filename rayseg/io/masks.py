@@ -189,7 +189,10 @@ def _mask_files(location: str) -> list[UPath]:
     files = [path for path in entries if path.suffix.lower() in SUFFIXES]
     kinds = ", ".join(suffix.lstrip(".") for suffix in SUFFIXES)
     if not files:
-        raise DataError(f"{location} holds no masks; give a folder of {kinds} files, or catalog.json#collection")
+        drawn = folder.is_dir() and any(path.suffix.lower() == ".json" for path in entries)
+        first = f"draw its JSONs into masks (`rayseg labels masks {location} IMAGES --out MASKS`)" if drawn else ""
+        give = f"give a folder of {kinds} files, or catalog.json#collection"
+        raise DataError(f"{location} holds no masks; {first or give}")
     if twice := [stem for stem, count in Counter(path.stem for path in files).items() if count > 1]:
         raise DataError(f"{location} holds several masks called {twice[0]}; leave one of each name")
     drivers.warn_of_rest(folder, entries, files, f"masks are {kinds}")
