@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,8 @@ from rayseg.vision.color import ClassTable, hex_of, label_table
 NODATA = 255
 PNG, TIFF, GEOJSON, JSON = "image/png", "image/tiff", "application/geo+json", "application/json"
 CSV = "text/csv"
+PARTS = "multipart/form-data"
+"""All media types of a result in one response, each as a field of that name: browsers read it by `formData()`."""
 _INSTANCE_COLORS = np.array(label_table(60).colors, np.uint8)
 
 
@@ -171,6 +174,14 @@ def mean_score(result: Result, value: int) -> float | None:
 
 
 WRITERS: dict[str, Callable[[Result], bytes]] = {JSON: summary, PNG: png, TIFF: tiff, GEOJSON: geojson}
+
+
+def parts(bodies: Mapping[str, bytes]) -> tuple[bytes, str]:
+    """(body, media type) of a response with a field per media type (RFC 7578)."""
+    boundary = uuid.uuid4().hex
+    head = '--{}\r\nContent-Disposition: form-data; name="{}"; filename="result"\r\nContent-Type: {}\r\n\r\n'
+    fields = [head.format(boundary, media, media).encode() + body + b"\r\n" for media, body in bodies.items()]
+    return b"".join(fields) + f"--{boundary}--\r\n".encode(), f"{PARTS}; boundary={boundary}"
 
 
 # -- classes of whole images -------------------------------------------------------------------------------------------

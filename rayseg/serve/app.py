@@ -3,8 +3,9 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -177,7 +178,7 @@ class _Predictor:
             raise Problem(
                 422, f"model {name} is for {model.task}, expected segmentation or classification; choose another"
             )
-        media = forms.media_type(accept, tuple(answers.WRITERS))
+        media = forms.media_type(accept, (*answers.WRITERS, answers.PARTS))
         form = await forms.read(request, openapi.PREDICT)
         options = forms.options(forms.Options, form.fields)
         if options["threshold"] is not None and model.outputs != 1:
@@ -210,7 +211,7 @@ class _Predictor:
 
     async def unsupervised(self, request: Request, accept: Accept = JSON) -> Response:
         """Segment an image without any model: a small network is trained on the image itself."""
-        media = forms.media_type(accept, tuple(answers.WRITERS))
+        media = forms.media_type(accept, (*answers.WRITERS, answers.PARTS))
         form = await forms.read(request, openapi.UNSUPERVISED)
         options = forms.options(forms.Unsupervised, form.fields)
         began = time.perf_counter()
@@ -238,7 +239,7 @@ class _Predictor:
         served = await self.index.all() and self.index.sam()
         if not served:
             raise Problem(404, "no Segment Anything model is served; add one below --models")
-        media = forms.media_type(accept, tuple(answers.INSTANCE_WRITERS))
+        media = forms.media_type(accept, (*answers.INSTANCE_WRITERS, answers.PARTS))
         form = await forms.read(request, fields)
         prompted = fields is openapi.PROMPT
         options = forms.prompts(form.fields) if prompted else forms.options(forms.Automatic, form.fields)
@@ -246,7 +247,8 @@ class _Predictor:
             if prompted:
                 forms.expect_inside(options, image.tile.window.width, image.tile.window.height)
             masks = await self.backend.instances(served, image, options)
-            body = await asyncio.to_thread(answers.INSTANCE_WRITERS[media], image.tile, masks)
+            writers = {name: partial(write, image.tile, masks) for name, write in answers.INSTANCE_WRITERS.items()}
+            body, media = await asyncio.to_thread(_body, writers, media)
         return Response(body, media_type=media)
 
     @asynccontextmanager
@@ -284,9 +286,20 @@ class _Predictor:
 
 
 async def _written(result: Result, media: str) -> Response:
-    body = await asyncio.to_thread(answers.WRITERS[media], result)
-    disposition = f"inline; filename*=UTF-8''{quote(f'{result.name}.{_EXTENSIONS[media]}')}"
-    return Response(body, media_type=media, headers={"Content-Disposition": disposition, "Vary": "Accept"})
+    writers = {name: partial(write, result) for name, write in answers.WRITERS.items()}
+    body, kind = await asyncio.to_thread(_body, writers, media)
+    headers = {"Vary": "Accept"}
+    if media != answers.PARTS:
+        name = quote(f"{result.name}.{_EXTENSIONS[media]}")
+        headers["Content-Disposition"] = f"inline; filename*=UTF-8''{name}"
+    return Response(body, media_type=kind, headers=headers)
+
+
+def _body(writers: Mapping[str, Callable[[], bytes]], media: str) -> tuple[bytes, str]:
+    """(body, media type) in one media type, or in all of them."""
+    if media == answers.PARTS:
+        return answers.parts({name: write() for name, write in writers.items()})
+    return writers[media](), media
 
 
 async def _explain(_: Request, error: Exception) -> Response:

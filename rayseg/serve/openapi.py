@@ -5,7 +5,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from rayseg.serve.answers import CSV, GEOJSON, JSON, PNG, TIFF
+from rayseg.serve.answers import CSV, GEOJSON, JSON, PARTS, PNG, TIFF
 from rayseg.serve.forms import IMAGES, Automatic, Options, Unsupervised
 from rayseg.serve.problems import MEDIA_TYPE
 
@@ -134,9 +134,9 @@ def _results(schema: Mapping[str, Any], *media: str) -> Responses:
     return {200: {"description": "The result in the media type of Accept.", "content": content}, **_REFUSALS}
 
 
-MAPS = _results({"oneOf": [_SUMMARY, _CLASSIFIED]}, PNG, TIFF, GEOJSON, CSV)
-LABELS = _results(_SUMMARY, PNG, TIFF, GEOJSON)
-OBJECTS = _results(_OBJECTS, PNG, GEOJSON)
+MAPS = _results({"oneOf": [_SUMMARY, _CLASSIFIED]}, PNG, TIFF, GEOJSON, CSV, PARTS)
+LABELS = _results(_SUMMARY, PNG, TIFF, GEOJSON, PARTS)
+OBJECTS = _results(_OBJECTS, PNG, GEOJSON, PARTS)
 PICTURE: Responses = {200: {"description": "The image.", "content": {PNG: {}}}, **_REFUSALS}
 
 

@@ -131,9 +131,77 @@ def test_an_image_is_shown_and_mapped_in_its_exif_orientation(page, address, ori
     assert blue[2] > 180 > 80 > blue[0]
 
 
+def test_one_prediction_gives_what_is_shown_and_downloaded(page, address):
+    sent = []
+    page.on("request", lambda one: sent.append(one.url) if one.method == "POST" else None)
+    page.set_viewport_size({"width": 1366, "height": 768})
+    page.goto(address)
+    playwright.expect(page.locator("#model option")).to_have_count(4)
+    page.set_input_files("#file", {"name": "field.png", "mimeType": "image/png", "buffer": encoded(image_HWC())})
+    page.wait_for_selector("#shown:not([hidden])")
+    page.click("#go")
+    page.wait_for_selector("#result:not([hidden])")
+    for button in ("PNG", "GeoTIFF", "GeoJSON"):
+        box = page.locator(f"text=Download {button}").bounding_box()
+        assert box["y"] + box["height"] <= 768  # without scrolling
+        with page.expect_download():
+            page.click(f"text=Download {button}")
+    assert len(sent) == 1
+    assert "130 × 90 px, without georeference" in page.inner_text("#facts")
+
+
+def test_the_mask_is_outlined_wiped_and_its_classes_hidden(mapped):
+    pixels = "mask.getContext('2d').getImageData(0, 0, mask.width, mask.height).data"
+    painted = f"{pixels}.filter((value, at) => at % 4 == 3 && value).length"
+    whole = mapped.evaluate(painted)
+    mapped.check("input[value=outline]")
+    assert 0 < mapped.evaluate(painted) < whole
+    mapped.check("input[value=fill]")
+    assert mapped.evaluate(painted) == whole
+    mapped.uncheck("[aria-label='show gpc']")
+    assert mapped.evaluate(painted) == 0
+    mapped.check("[aria-label='show gpc']")
+    mapped.check("input[value=swipe]")
+    mapped.fill("#swipe", "30")
+    assert "70%" in mapped.evaluate("mask.style.clipPath")
+
+
+def test_the_image_is_zoomed_and_moved_and_still_read_where_the_pointer_is(mapped):
+    mapped.hover("#view", position={"x": 60, "y": 40})
+    before = mapped.inner_text("#readout")
+    mapped.mouse.wheel(0, -600)
+    assert "scale(4)" in mapped.evaluate("stage.style.transform")
+    mapped.hover("#view", position={"x": 60, "y": 40})
+    assert mapped.inner_text("#readout") == before  # the place under the pointer stays
+    mapped.hover("#view", position={"x": 64, "y": 40})
+    box = mapped.locator("#view").bounding_box()
+    mapped.mouse.down()
+    mapped.mouse.move(box["x"] + 24, box["y"] + 40, steps=4)
+    mapped.mouse.up()
+    mapped.hover("#view", position={"x": 60, "y": 40})
+    assert mapped.inner_text("#readout") != before
+    mapped.click("#fit")
+    assert mapped.evaluate("stage.style.transform") == ""
+
+
+def test_a_prediction_is_cancelled(page, address):
+    page.goto(address)
+    playwright.expect(page.locator("#model option")).to_have_count(4)
+    page.route("**/predict", lambda route: None)  # never answered
+    page.set_input_files("#file", {"name": "field.png", "mimeType": "image/png", "buffer": encoded(image_HWC())})
+    page.wait_for_selector("#shown:not([hidden])")
+    page.click("#go")
+    playwright.expect(page.locator("#readout")).to_contain_text("Predicting")
+    page.click("#cancel")
+    assert page.inner_text("#readout") == "Cancelled."
+    assert page.is_enabled("#go")
+    assert page.inner_text("#error") == ""
+
+
 def test_errors_are_shown_as_sentences(mapped):
     mapped.set_input_files("#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"hello"})
     playwright.expect(mapped.locator("#error")).to_contain_text("send a PNG")
+    assert "notes.txt" not in mapped.inner_text("#chosen")
 
 
 def test_without_the_token_the_page_asks_for_it(browser, address):

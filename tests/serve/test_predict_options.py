@@ -147,6 +147,21 @@ def test_an_image_can_be_the_whole_body(asked):
     assert text.status_code == 415
 
 
+def test_one_answer_can_hold_all_media_types(asked):
+    found = predict(asked, {}, accept="multipart/form-data")
+    assert found.status_code == 200, found.text
+    kind, boundary = found.headers["content-type"].split("; boundary=")
+    assert kind == "multipart/form-data"
+    fields = {}
+    for part in found.content.split(f"--{boundary}".encode())[1:-1]:
+        head, _, body = part.partition(b"\r\n\r\n")
+        fields[head.decode().partition('name="')[2].partition('"')[0]] = body[:-2]
+    assert set(fields) == {"application/json", "image/png", "image/tiff", "application/geo+json"}
+    for media in ("image/png", "image/tiff", "application/geo+json"):
+        assert fields[media] == predict(asked, {}, accept=media).content
+    assert json.loads(fields["application/json"])["width"] == 130
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

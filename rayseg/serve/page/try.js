@@ -2,7 +2,7 @@
 import { Problem, area, ask, bytes, element, legendRow, node, percent, token } from "./ask.js";
 
 const UNSUPERVISED = { name: "unsupervised", kind: "free", task: "unsupervised", classes: [] };
-const state = { file: null, models: [], classes: [], pixels: null, points: [], cursor: null, things: null, turn: 0 };
+const state = { file: null, models: [], classes: [], pixels: null, points: [], cursor: null, things: null, turn: 0, parts: null, aborter: null, hidden: new Set(), zoom: { scale: 1, x: 0, y: 0 } };
 
 async function start() {
   addListeners();
@@ -14,7 +14,8 @@ async function load() {
   element("token-row").hidden = true;
   const sam = found.models.filter((one) => one.kind === "sam").slice(0, 1);
   const maps = found.models.filter((one) => one.task === "segmentation");
-  state.models = [...maps, ...sam.flatMap((one) => [{ ...one, kind: "prompt" }, { ...one, kind: "auto" }]), UNSUPERVISED];
+  const classifiers = found.models.filter((one) => one.task === "classification").map((one) => ({ ...one, kind: "classify" }));
+  state.models = [...maps, ...classifiers, ...sam.flatMap((one) => [{ ...one, kind: "prompt" }, { ...one, kind: "auto" }]), UNSUPERVISED];
   element("model").replaceChildren(...state.models.map((one, at) => node("option", optionTitle(one), { value: at })));
   choose();
   const { runs } = await (await ask("/v1/runs")).json();
@@ -23,7 +24,7 @@ async function load() {
 }
 
 const optionTitle = (one) =>
-  ({ prompt: `${one.name}: segment at points`, auto: `${one.name}: segment everything`, free: "no model: unsupervised labels" })[one.kind] ??
+  ({ prompt: `${one.name}: segment at points`, auto: `${one.name}: segment everything`, free: "no model: unsupervised labels", classify: `${one.name}: class of the whole image` })[one.kind] ??
   `${one.name} (${one.classes.map((row) => row.name).join(", ")})`;
 
 const model = () => state.models[element("model").value];
@@ -34,7 +35,7 @@ function choose() {
   element("prompting").hidden = one.kind !== "prompt";
   element("view").classList.toggle("prompting", one.kind === "prompt");
   const scores = Object.entries(one.metrics ?? {}).map(([name, value]) => `${name} ${value.toFixed(3)}`);
-  element("about").textContent = [one.bands && `Bands: ${one.bands.join(", ")} (${one.dtype}).`, scores.length && `Training metrics: ${scores.join(", ")}.`].filter(Boolean).join(" ");
+  element("about").textContent = [one.bands && `Takes ${one.bands.join(", ")} as ${one.dtype}, in patches of ${one.patch} px.`, scores.length && `Training metrics: ${scores.join(", ")}.`].filter(Boolean).join(" ");
   reset();
   ready();
 }
@@ -48,9 +49,10 @@ function ready() {
 }
 
 function reset() {
-  Object.assign(state, { points: [], pixels: null, classes: [], things: null, turn: state.turn + 1 });
-  element("result").hidden = true;
-  element("readout").textContent = "";
+  state.aborter?.abort();
+  Object.assign(state, { points: [], pixels: null, classes: [], things: null, parts: null, hidden: new Set(), turn: state.turn + 1 });
+  element("result").hidden = element("downloads").hidden = true;
+  element("readout").textContent = element("facts").textContent = "";
   for (const id of ["mask", "marks"]) element(id).getContext("2d").clearRect(0, 0, element(id).width, element(id).height);
 }
 
@@ -74,7 +76,12 @@ async function loadFile(file) {
     for (const id of ["mask", "marks"]) Object.assign(element(id), { width, height });
     state.cursor = [width / 2, height / 2];
   });
-  if (!good) state.file = null;
+  if (!good) {
+    state.file = null;
+    element("chosen").textContent = "Drop an image here or choose a file";
+    element("file").value = "";
+  }
+  zoomTo(1);
   element("none").hidden = good;
   element("shown").hidden = !good;
   reset();
@@ -95,25 +102,48 @@ const address = (one) =>
   ({ prompt: "/v1/sam/prompt", auto: "/v1/sam/auto", free: "/v1/unsupervised" })[one.kind] ??
   `/v1/models/${encodeURIComponent(one.name)}/predict`;
 
-const request = (media) => ask(address(model()), { method: "POST", body: form(), headers: { Accept: media } });
+const request = (media, signal) => ask(address(model()), { method: "POST", body: form(), headers: { Accept: media }, signal });
 
-// Of several requests in flight, only the last one's result is shown.
+// One prediction gives all that is shown and downloaded; of several in flight, only the last one's result is shown.
 async function map() {
+  state.aborter?.abort();
   const turn = ++state.turn;
+  const began = Date.now();
+  const tell = () => { element("readout").textContent = `Predicting… ${((Date.now() - began) / 1000).toFixed(0)} s`; };
+  const timer = setInterval(tell, 1000);
+  state.aborter = new AbortController();
   element("go").disabled = true;
-  element("readout").textContent = "Predicting…";
-  await reportErrors(async () => {
-    const [said, mask] = await Promise.all([request("application/json"), request("image/png")]);
-    const [found, picture] = [await said.json(), await createImageBitmap(await mask.blob())];
+  element("cancel").hidden = false;
+  tell();
+  const good = await reportErrors(async () => {
+    const media = model().kind === "classify" ? "application/json" : "multipart/form-data";
+    const answer = await request(media, state.aborter.signal);
+    const parts = model().kind === "classify" ? null : await answer.formData();
+    const found = parts ? JSON.parse(await parts.get("application/json").text()) : await answer.json();
+    const picture = parts && (await createImageBitmap(parts.get("image/png")));
     if (turn !== state.turn) return;
-    const pen = element("mask").getContext("2d", { willReadFrequently: true });
-    pen.clearRect(0, 0, picture.width, picture.height);
-    pen.drawImage(picture, 0, 0);
-    state.pixels = pen.getImageData(0, 0, picture.width, picture.height);
+    state.parts = parts;
+    if (picture) {
+      const pen = element("mask").getContext("2d", { willReadFrequently: true });
+      pen.clearRect(0, 0, picture.width, picture.height);
+      pen.drawImage(picture, 0, 0);
+      state.pixels = pen.getImageData(0, 0, picture.width, picture.height);
+    }
     showResult(found);
+    paint();
   });
+  clearInterval(timer);
   if (turn !== state.turn) return;
-  if (element("readout").textContent === "Predicting…") element("readout").textContent = "";
+  element("cancel").hidden = true;
+  if (!good || element("readout").textContent.startsWith("Predicting")) element("readout").textContent = "";
+  ready();
+}
+
+function cancel() {
+  state.aborter?.abort();
+  state.turn += 1;
+  element("cancel").hidden = true;
+  element("readout").textContent = "Cancelled.";
   ready();
 }
 
@@ -122,12 +152,56 @@ function showResult(found) {
   state.classes = found.classes ?? [];
   const rows = state.things
     ? [{ name: `${state.things.length} object${state.things.length === 1 ? "" : "s"}`, color: null, painted: false }]
-    : state.classes;
-  element("legend").replaceChildren(...rows.map((row) => legendRow(row, state.things ? things(found) : classCells(row))));
-  element("score").textContent = state.things ? "predicted IoU" : "mean score";
+    : found.probabilities ? likely(found) : state.classes;
+  const cells = (row) => (state.things ? things(found) : found.probabilities ? ["", "", row.score.toFixed(2)] : classCells(row));
+  element("legend").replaceChildren(...rows.map((row) => toggled(legendRow(row, cells(row)), row)));
+  element("score").textContent = state.things ? "predicted IoU" : found.probabilities ? "probability" : "mean score";
   element("result").hidden = false;
-  document.querySelector('[data-media="image/tiff"]').hidden = Boolean(state.things);
+  element("downloads").hidden = !state.parts;
+  for (const button of document.querySelectorAll("[data-media]")) button.hidden = !state.parts?.has(button.dataset.media);
+  const place = found.crs ? `on the grid of ${found.crs}` : "without georeference";
+  element("facts").textContent = found.width && state.classes.length ? `${found.width} × ${found.height} px, ${place}.` : "";
   element("readout").textContent = found.seconds ? `Done in ${found.seconds.toFixed(1)} s. Move the pointer over the image to read its classes.` : "Done.";
+}
+
+const likely = (found) => Object.entries(found.probabilities).sort((a, b) => b[1] - a[1])
+  .map(([name, score]) => ({ name, score, color: null, painted: false }));
+
+// A class that is painted can be hidden.
+function toggled(line, row) {
+  if (!row.painted) return line;
+  const box = node("input", "", { type: "checkbox", "aria-label": `show ${row.name}` });
+  box.checked = true;
+  box.addEventListener("change", () => {
+    box.checked ? state.hidden.delete(row.color) : state.hidden.add(row.color);
+    paint();
+  });
+  line.firstElementChild.prepend(box, " ");
+  return line;
+}
+
+const hex = (data, at) => `#${[data[at], data[at + 1], data[at + 2]].map((part) => part.toString(16).padStart(2, "0")).join("")}`.toUpperCase();
+
+// The mask without hidden classes, filled or as outlines two pixels wide.
+function paint() {
+  if (!state.pixels) return;
+  const { width, height, data } = state.pixels;
+  const mode = document.querySelector('input[name="mode"]:checked').value;
+  const shown = new ImageData(new Uint8ClampedArray(data), width, height);
+  const source = new Uint32Array(data.buffer);
+  const target = new Uint32Array(shown.data.buffer);
+  const kept = new Map();
+  for (let at = 0; at < source.length; at += 1) {
+    const value = source[at];
+    if (!kept.has(value)) kept.set(value, !state.hidden.has(hex(data, 4 * at)));
+    const col = at % width;
+    const inside = mode === "outline" && col > 0 && col < width - 1 && source[at - 1] === value && source[at + 1] === value
+      && source[at - width] === value && source[at + width] === value;
+    if (inside || !kept.get(value)) target[at] = 0;
+  }
+  element("mask").getContext("2d").putImageData(shown, 0, 0);
+  element("swipe").hidden = mode !== "swipe";
+  element("mask").style.clipPath = mode === "swipe" ? `inset(0 ${100 - element("swipe").value}% 0 0)` : "";
 }
 
 const classCells = (row) => [
@@ -155,8 +229,8 @@ function read([x, y]) {
   if (!state.pixels) return;
   const [col, row] = [Math.floor(x), Math.floor(y)];
   if (col < 0 || row < 0 || col >= state.pixels.width || row >= state.pixels.height) return;
-  const [r, g, b, a] = state.pixels.data.slice(4 * (row * state.pixels.width + col), 4 * (row * state.pixels.width + col) + 4);
-  const color = `#${[r, g, b].map((part) => part.toString(16).padStart(2, "0")).join("")}`.toUpperCase();
+  const at = 4 * (row * state.pixels.width + col);
+  const [color, a] = [hex(state.pixels.data, at), state.pixels.data[at + 3]];
   const found = state.classes.find((one) => (a ? one.painted && one.color === color : !one.painted));
   const name = found?.name ?? (a && state.things ? "object" : "no class");
   element("readout").textContent = `${name} at column ${col}, row ${row}`;
@@ -224,17 +298,65 @@ function onKey(event) {
   } else if (event.key === "Backspace" && prompts) {
     undo();
     draw(true);
+  } else if (event.key === "+" || event.key === "-") {
+    zoomTo(state.zoom.scale * (event.key === "+" ? 1.5 : 1 / 1.5));
+  } else if (event.key === "0") {
+    zoomTo(1);
   } else return;
   event.preventDefault();
 }
 
-async function download(button) {
-  await reportErrors(async () => {
-    const link = node("a", "", { download: `${state.file.name.replace(/\.[^.]*$/, "")}-${model().name}.${button.dataset.ending}` });
-    link.href = URL.createObjectURL(await (await request(button.dataset.media)).blob());
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-  });
+function download(button) {
+  const link = node("a", "", { download: `${state.file.name.replace(/\.[^.]*$/, "")}-${model().name}.${button.dataset.ending}` });
+  link.href = URL.createObjectURL(state.parts.get(button.dataset.media));
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}
+
+// -- zoom --------------------------------------------------------------------------------------------------------------
+
+// Keeps a place of the view, by default its middle, where it is.
+function zoomTo(scale, at) {
+  const view = element("view");
+  const { clientWidth: width, clientHeight: height } = view;
+  const [x, y] = at ?? [width / 2, height / 2];
+  const old = state.zoom;
+  const next = Math.min(32, Math.max(1, scale));
+  moveTo(next, x - ((x - old.x) * next) / old.scale, y - ((y - old.y) * next) / old.scale);
+}
+
+function moveTo(scale, x, y) {
+  const { clientWidth: width, clientHeight: height } = element("view");
+  const within = (value, size) => Math.min(0, Math.max(size * (1 - scale), value));
+  state.zoom = { scale, x: within(x, width), y: within(y, height) };
+  element("stage").style.transform = scale === 1 ? "" : `translate(${state.zoom.x}px, ${state.zoom.y}px) scale(${scale})`;
+  element("view").classList.toggle("zoomed", scale > 1);
+}
+
+function onWheel(event) {
+  event.preventDefault();
+  const box = element("view").getBoundingClientRect();
+  zoomTo(state.zoom.scale * 2 ** (-event.deltaY / 300), [event.clientX - box.left, event.clientY - box.top]);
+}
+
+// A drag moves a zoomed image; a click that hardly moves stays a click.
+function onDrag(event) {
+  if (state.zoom.scale === 1 || event.button) return;
+  const { scale, x, y } = state.zoom;
+  const view = element("view");
+  let moved = false;
+  const move = (next) => {
+    const [dx, dy] = [next.clientX - event.clientX, next.clientY - event.clientY];
+    moved ||= Math.hypot(dx, dy) > 4;
+    if (moved) moveTo(scale, x + dx, y + dy);
+  };
+  const end = () => {
+    view.removeEventListener("pointermove", move);
+    window.removeEventListener("pointerup", end);
+    if (moved) view.addEventListener("click", (click) => click.stopImmediatePropagation(), { capture: true, once: true });
+  };
+  view.addEventListener("pointermove", move);
+  window.addEventListener("pointerup", end);
 }
 
 // -- events ------------------------------------------------------------------------------------------------------------
@@ -245,6 +367,7 @@ async function reportErrors(work) {
     await work();
     return true;
   } catch (error) {
+    if (error.name === "AbortError") return false;
     element("error").textContent = error instanceof Problem ? error.message : `This page failed: ${error.message}; reload it.`;
     if (error.status === 401) {
       element("token-row").hidden = false;
@@ -257,11 +380,12 @@ async function reportErrors(work) {
 function addListeners() {
   const drop = element("drop");
   element("file").addEventListener("change", (event) => loadFile(event.target.files[0]));
+  // Anywhere on the page.
   for (const kind of ["dragover", "dragenter"]) {
-    drop.addEventListener(kind, (event) => { event.preventDefault(); drop.classList.add("over"); });
+    document.addEventListener(kind, (event) => { event.preventDefault(); drop.classList.add("over"); });
   }
-  for (const kind of ["dragleave", "drop"]) drop.addEventListener(kind, () => drop.classList.remove("over"));
-  drop.addEventListener("drop", (event) => { event.preventDefault(); loadFile(event.dataTransfer.files[0]); });
+  document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) drop.classList.remove("over"); });
+  document.addEventListener("drop", (event) => { event.preventDefault(); drop.classList.remove("over"); loadFile(event.dataTransfer.files[0]); });
   element("model").addEventListener("change", choose);
   element("form").addEventListener("submit", (event) => { event.preventDefault(); map(); });
   element("token").addEventListener("change", () => { token.set(element("token").value); reportErrors(load); });
@@ -274,6 +398,15 @@ function addListeners() {
   view.addEventListener("keydown", onKey);
   view.addEventListener("blur", () => draw());
   for (const button of document.querySelectorAll("[data-media]")) button.addEventListener("click", () => download(button));
+  element("cancel").addEventListener("click", cancel);
+  element("in").addEventListener("click", () => zoomTo(state.zoom.scale * 1.5));
+  element("out").addEventListener("click", () => zoomTo(state.zoom.scale / 1.5));
+  element("fit").addEventListener("click", () => zoomTo(1));
+  view.addEventListener("wheel", onWheel, { passive: false });
+  view.addEventListener("pointerdown", onDrag);
+  element("image").addEventListener("dragstart", (event) => event.preventDefault());
+  for (const input of document.querySelectorAll('input[name="mode"]')) input.addEventListener("change", paint);
+  element("swipe").addEventListener("input", paint);
   applyOpacity();
 }
 
