@@ -111,7 +111,9 @@ class Model:
         pixels = np.asarray(image.transpose("band", ...).values)
         valid_CHW = is_number(pixels)
         if image.rio.nodata is not None and np.isfinite(image.rio.nodata):
-            valid_CHW &= pixels != image.rio.nodata
+            known_CHW = pixels != image.rio.nodata
+            # As in a file: 255 of a band is a brightness, too.
+            valid_CHW &= known_CHW.any(axis=0) if pixels.dtype == np.uint8 else known_CHW
         affine = image.rio.transform(recalc=True)  # what is stored is that of the array before it was cut
         transform = tuple(affine)[:6]
         crs = crs_text(image.rio.crs) if image.rio.crs else None
@@ -187,7 +189,7 @@ class Model:
         rows, cols = window.slices(reach)
         pixels = np.zeros((len(image), reach.height, reach.width), image.dtype)
         inside = np.zeros((reach.height, reach.width), bool)
-        # As a file is read: a pixel is valid where any band is, and a band without data reads 0.
+        # As a file is read: a pixel is valid where any band is.
         pixels[:, rows, cols], inside[rows, cols] = np.where(valid_CHW, image, 0), np.any(valid_CHW, axis=0)
         (row,) = self._stage([TileRow(tile, "[]", image=pixels, valid=inside, reach=reach)])
         return Prediction(row.classes, row.scores)

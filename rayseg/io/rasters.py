@@ -57,8 +57,8 @@ def read(
 
     A file whose pixels are the grid's is read as it is; any other through a bilinear warp onto the grid, whose result
     does not depend on the window. Inside a file a pixel is valid when any of the chosen bands is: nodata, NaN, alpha,
-    internal masks and external `.msk` count, and a band without data at a valid pixel reads 0. An item in several
-    files needs valid data in every file that holds a chosen band.
+    internal masks and external `.msk` count. A band without data at a valid pixel reads 0, in 8 bits its stored value.
+    An item in several files needs valid data in every file that holds a chosen band.
 
     Args:
         sources: items over the window, the preferred one first.
@@ -195,9 +195,19 @@ def _read_file(
                 nodata = place.nodatas[indexes[0] - 1] if source.nodata is None else source.nodata
                 stored_CHW = place.unmixed.read(indexes, window=at)
                 ok_CHW &= _valid(place.unmixed, indexes, at, stored_CHW, nodata)
-            image_CHW[:, *inside.slices(part)] = place.upright(np.where(ok_CHW, pixels_CHW, 0))
+            image_CHW[:, *inside.slices(part)] = place.upright(known(pixels_CHW, ok_CHW))
             valid_HW[inside.slices(part)] = place.upright(ok_CHW).any(axis=0)
         return image_CHW, valid_HW
+
+
+def known(pixels_CHW: np.ndarray, ok_CHW: np.ndarray) -> np.ndarray:
+    """The pixels, 0 in bands without data.
+
+    In 8 bits a fill value such as 255 is also a usual brightness: a pixel with data in another band keeps it.
+    """
+    kept_CHW = ok_CHW.any(axis=0, keepdims=True) if pixels_CHW.dtype == np.uint8 else ok_CHW
+    filled_CHW: np.ndarray = np.where(kept_CHW, pixels_CHW, 0)
+    return filled_CHW
 
 
 def _valid(

@@ -17,7 +17,7 @@ import rasterio
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window
 from rayseg.io.orientation import png_exif
-from rayseg.io.output_grids import footprint, grids_of
+from rayseg.io.output_grids import expect_mappable, footprint, grids_of
 from rayseg.io.rasters import read
 from rayseg.io.sources import Source, gdal, open_file, source_of_file
 from rayseg.io.units import Unit, converted
@@ -91,7 +91,7 @@ def read_image(
 
     Raises:
         ImageTooLarge: more pixels, or more bytes than eight bands of `max_pixels` four-byte values.
-        DataError: the file cannot be decoded, or refers to other files.
+        DataError: the file cannot be decoded, refers to other files, or has a georeference outside the Earth.
     """
     with gdal(path), open_file(path, (DRIVERS[kind],)) as dataset:
         # 1. metadata can name files with overviews or subdatasets, which GDAL would open
@@ -120,6 +120,8 @@ def read_image(
     if numbers:
         source = _named(source, bands, numbers)
     source = converted(source, units or {})
+    if source.crs:
+        expect_mappable(source, tile=2048)  # as `predict`, which refuses a place that is not on Earth
     [(grid, _)] = grids_of([source])
     window = footprint(source, grid)
     _check_pixels(window.width, window.height, max_pixels)

@@ -810,3 +810,27 @@ def test_bands_of_different_nodata_are_warped_by_their_own(tmp_path):
             assert (pixels_HW[valid] == data).sum() > 60
             low, high = sorted((data, 50))
             assert ((pixels_HW[valid] >= low) & (pixels_HW[valid] <= high)).all()
+
+
+@pytest.mark.parametrize("warped", [False, True])
+@pytest.mark.parametrize(("dtype", "fill"), [("uint8", 255), ("uint16", 65535)])
+def test_a_saturated_band_of_a_photo_whose_background_is_white_stays_bright(tmp_path, dtype, fill, warped):
+    """White as nodata, as GIS exports it: of a pixel with 255 in one band this band is known in 8 bits."""
+    image_CHW = np.full((3, 40, 40), 100, dtype)
+    image_CHW[:, :10] = fill  # the background
+    image_CHW[0, 20:30, 20:30] = fill  # a bright red roof
+    affine = Affine(10, 0, 400_000, 0, -10, 4_400_000) @ (Affine.rotation(20) if warped else Affine.identity())
+    with rasterio.open(
+        tmp_path / "a.tif", "w", "GTiff", 40, 40, 3, dtype=dtype, nodata=fill, crs="EPSG:32633", transform=affine
+    ) as file:
+        file.write(image_CHW)
+    source = source_of_file(str(tmp_path / "a.tif"), "a")
+    [(grid, _)] = grids_of([source])
+    pixels_CHW, valid_HW = read([source], grid, footprint(source, grid), bands=source.bands)
+    assert valid_HW.sum() == (1200 if not warped else pytest.approx(1200, abs=60))
+    red_HW = pixels_CHW[0][valid_HW]
+    bright = 255 if dtype == "uint8" else 0
+    assert set(np.unique(red_HW)) == {100, bright}
+    assert (red_HW == bright).sum() == (100 if not warped else pytest.approx(100, abs=25))
+    assert set(np.unique(pixels_CHW[1:, valid_HW])) == {100}
+    assert not pixels_CHW[:, ~valid_HW].any()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import rasterio
 from PIL import Image
-from small_world import catalogue, classifier, mosaic, rayseg, segmenter
+from small_world import catalogue, classifier, mosaic, rayseg, refused, segmenter
 from tiny_server import client, encoded, form, image_HWC
 
 
@@ -168,3 +168,20 @@ def test_an_image_that_breaks_the_contract_is_refused_naming_both_sides(asked):
     assert "needs the bands red, green, blue" in grey.json()["detail"]
     deep = predict(asked, "binary", encoded(image_HWC()[..., 0].astype(np.uint16)))
     assert deep.status_code == 422
+
+
+MOON = 'GEOGCS["Moon",DATUM["Moon",SPHEROID["Moon",1737400,0]],PRIMEM["Zero",0],UNIT["degree",0.0174532925199433]]'
+
+
+@pytest.mark.parametrize("crs", ['LOCAL_CS["site",UNIT["metre",1]]', MOON])
+def test_a_georeference_that_is_not_on_earth_is_refused_as_in_batch_prediction(world, asked, tmp_path, crs):
+    place = {"crs": crs, "transform": rasterio.Affine(0.01, 0, 10, 0, -0.01, 20)}
+    size = {"driver": "GTiff", "dtype": "uint8", "count": 3, "height": 60, "width": 80}
+    with rasterio.open(tmp_path / "a.tif", "w", **size, **place) as file:
+        file.write(image_HWC()[:60, :80].transpose(2, 0, 1))
+    words = (world / "one/models/binary", tmp_path / "a.tif", "--out", tmp_path / "run", "--engine", "inline")
+    said = "cannot be placed on Earth by its CRS"
+    assert said in refused(3, "predict", *words)
+    found = predict(asked, "binary", (tmp_path / "a.tif").read_bytes())
+    assert found.status_code == 422
+    assert said in found.json()["detail"]
