@@ -21,8 +21,6 @@ ANCHORS = 256
 """Most clicks that the nearness is measured to; of more, those that are farthest apart."""
 AXES = 24
 """Principal axes of the features in which distances are measured."""
-RECALL = 0.25
-"""Distance at which the memory of a click has fallen to exp(-1/2)."""
 _LOWEST = -8.0  # log probability: what is even less likely makes no difference
 _FAINT = 0.05  # below this a Gaussian counts as 0
 
@@ -37,6 +35,7 @@ class Corrected(nn.Module):
         anchors_PD: clicks in these axes.
         reach: distance at which the nearness has fallen to exp(-1/2); 0 if the head holds everywhere.
         memory_MD, recalled_MK: clicks in these axes, and what is added to the logits at each.
+        recall_reach: distance at which that has fallen to exp(-1/2).
     """
 
     weight_KF: Tensor
@@ -47,6 +46,7 @@ class Corrected(nn.Module):
     reach: Tensor
     memory_MD: Tensor
     recalled_MK: Tensor
+    recall_reach: Tensor
 
     def __init__(self, base: nn.Module, *, classes: int, features: int, anchors: int, memory: int) -> None:
         super().__init__()
@@ -59,6 +59,7 @@ class Corrected(nn.Module):
         self.register_buffer("reach", torch.ones(()))
         self.register_buffer("memory_MD", torch.zeros(memory, AXES))
         self.register_buffer("recalled_MK", torch.zeros(memory, classes))
+        self.register_buffer("recall_reach", torch.ones(()))
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -90,7 +91,7 @@ class Corrected(nn.Module):
 
     def recall(self, places_PD: Tensor) -> Tensor:
         """What the memory adds to the logits at each place (P, K)."""
-        return gaussian(torch.cdist(places_PD, self.memory_MD), RECALL) @ self.recalled_MK
+        return gaussian(torch.cdist(places_PD, self.memory_MD), self.recall_reach) @ self.recalled_MK
 
 
 def gaussian(distances: Tensor, reach: float | Tensor) -> Tensor:

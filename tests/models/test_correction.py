@@ -91,3 +91,18 @@ def test_farthest_places_are_apart_and_not_repeated():
     assert farthest(places, 3).tolist() == [0, 2, 4]
     assert sorted(places[farthest(places, 9), 0].tolist()) == [0.0, 1.0, 4.0, 10.0]
     assert correction.gaussian(torch.tensor([0.0, 1.0, 9.0]), 1.0).tolist()[::2] == [1.0, 0.0]
+
+
+def test_clicks_that_resemble_right_pixels_do_not_change_the_map():
+    rng = np.random.default_rng(0)
+    own_NF = rng.normal(size=(4000, 4))
+    rare_N = rng.random(4000) < 0.1
+    logits_NK = np.where(rare_N[:, None], [[-3.0, 3.0]], [[3.0, -3.0]])
+    wrong_N = np.flatnonzero(~rare_N)[:60]
+    clicks, rest = known(own_NF[wrong_N], logits_NK[wrong_N], np.ones(60, int)), np.arange(60, 4000)
+    kept = known(own_NF[rest], logits_NK[rest], np.zeros(len(rest), int))
+    model, (_, after) = fit_correction(nn.Linear(1, 1), clicks, kept, CorrectionConfig(), 0.5)
+    units = torch.from_numpy(rng.normal(size=(4000, 4))).float() @ torch.cat([model.weight_KF, model.axes_DF]).T
+    moved_NK = model.moved(units.T[None, :, None])[0, :, 0].T.numpy()
+    assert ((moved_NK + np.array([3.0, -3.0])).argmax(axis=1) == 1).mean() < 0.02
+    assert after > 0.3
