@@ -353,15 +353,21 @@ def lobes_of(crs: str) -> tuple[Bounds, ...]:
     """
     if (edge := _edge_of(crs)) is None or turn_of(crs) is not None:
         return ()
+    # Other planes, as Cassini's, overlap themselves far from their middle.
+    lons, lats = np.meshgrid(edge - 360 + np.arange(10.0, 360, 20), np.arange(-75.0, 90, 25))
+    back = np.stack(transformer(crs, LONLAT).transform(*transformer(LONLAT, crs).transform(lons, lats)))
+    away = np.where(np.isfinite(back), back, np.nan) - (lons, lats)
+    if not (np.abs((away + 180) % 360 - 180) < 0.01).all():
+        return ()
     ends, lons = [], edge - 360 + np.arange(0.25, 360, 0.5)
     for lat in (-60.0, 60.0):
         points_N2 = np.stack(transformer(LONLAT, crs).transform(lons, np.full(len(lons), lat)), axis=1)
         steps = np.hypot(*np.diff(points_N2, axis=0).T)
         breaks = (lons[:-1] + 0.25)[steps > 3 * np.median(steps)]
         ends.append([edge - 360, *breaks.tolist(), edge])
+    pole = 90 - 1e-3  # closer to it, both ends of a parallel are one point for PROJ
     if len(ends[0]) == len(ends[1]) == 2:
-        return ((edge - 360, -90.0, edge, 90.0),)
-    pole = 90 - 1e-3  # closer to it, PROJ does not find the lobe of a point
+        return ((edge - 360, -pole, edge, pole),)
     sides = zip(ends, ((-pole, 0.0), (0.0, pole)), strict=True)
     return tuple((west, south, east, north) for lons, (south, north) in sides for west, east in pairwise(lons))
 
@@ -373,12 +379,10 @@ def earth_on(crs: str) -> BaseGeometry | None:
     method = system.coordinate_operation.method_name if system.coordinate_operation else ""
     if lobes:
         boxes = [shapely.box(west + _OFF, south, east - _OFF, north) for west, south, east, north in lobes]
-        rings = shapely.transform(
-            shapely.segmentize(boxes, 0.25),
-            lambda lonlat_N2: np.stack(transformer(LONLAT, crs).transform(*lonlat_N2.T), 1),
-        )
-        if not np.isfinite(shapely.get_coordinates(rings)).all():  # a pole is nowhere, as on conformal cones
+        forward = transformer(LONLAT, crs).transform
+        if not np.isfinite(forward([lobes[0][0] + 180] * 2, [-90.0, 90.0])).all():  # as on conformal cones
             return None
+        rings = shapely.transform(shapely.segmentize(boxes, 0.1), lambda points_N2: np.stack(forward(*points_N2.T), 1))
         earth = shapely.union_all(shapely.make_valid(rings))
     elif any(name in method for name in _DISKS):
         earth = _disk(crs)

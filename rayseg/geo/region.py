@@ -23,6 +23,7 @@ from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Bounds, Grid, Window
 from rayseg.geo.lonlat import (
     LONLAT,
+    bounds_of,
     box_of,
     divided,
     earth_on,
@@ -112,7 +113,7 @@ def on_grid(geometry: dict[str, Any] | None, grid: Grid, window: Window, *, whol
     if not lobes_of(grid.crs) and (earth := earth_on(grid.crs)) is not None:  # a disk: nothing is known beyond it
         box = shapely.box(*_ordered(grid.bounds(window))).buffer(max(grid.resolution), join_style="mitre")
         [seen] = to_lonlat(np.array([earth.intersection(box)], object), grid.crs)
-        area = area.intersection(seen)
+        area = area.intersection(within(seen, near))
     projected = from_lonlat(area, grid.crs)
     if not np.isfinite(shapely.get_coordinates(projected)).all():
         raise DataError(
@@ -134,8 +135,14 @@ def degrees_around(grid: Grid, window: Window) -> Bounds:
     left, bottom, right, top = _ordered(grid.bounds(window))
     west, south, east, north = left, bottom, right, top
     if not geographic(str(grid.crs)):
-        to_degrees = transformer(str(grid.crs), LONLAT)
-        west, south, east, north = to_degrees.transform_bounds(left, bottom, right, top, densify_pts=21)
+        if (earth := earth_on(str(grid.crs))) is not None:  # corners may be in space, and edges cross gaps
+            seen = earth.intersection(shapely.box(left, bottom, right, top))
+            if seen.area == 0:
+                return _WORLD
+            west, south, east, north = bounds_of(to_lonlat(np.array([seen], object), str(grid.crs))[0])
+        else:
+            to_degrees = transformer(str(grid.crs), LONLAT)
+            west, south, east, north = to_degrees.transform_bounds(left, bottom, right, top, densify_pts=21)
     # A window beyond the plane of its projection: everything is near.
     if not np.isfinite((west, south, east, north)).all():
         return _WORLD

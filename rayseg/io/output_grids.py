@@ -277,7 +277,9 @@ def footprint(source: Source, grid: Grid) -> Window:
         return Window(round(col), round(row), source.width, source.height)
     if grid.divided:
         return _divided_footprint(source, grid)
-    window = grid.window_of(bounds_in(source, grid.crs))
+    if not np.isfinite(bounds := bounds_in(source, grid.crs)).all():  # on the side of the Earth that is not seen
+        return Window(0, 0, 0, 0)
+    window = grid.window_of(bounds)
     if window.empty:
         raise DataError(f"{source.item_id} has no extent in {grid.name}; check its georeference")
     return window

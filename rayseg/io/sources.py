@@ -29,7 +29,10 @@ from shapely.geometry.polygon import orient
 from rayseg.errors import DataError
 from rayseg.geo.grid import Bounds, Window
 from rayseg.geo.lonlat import (
+    earth_on,
+    from_lonlat,
     geographic,
+    lobes_of,
     normalised,
     sound,
     to_lonlat,
@@ -390,7 +393,14 @@ def bounds_in(source: Source, crs: str) -> Bounds:
     bounds = bounds_of(source)
     if same_crs(str(source.crs), crs):
         return bounds
+    earth = earth_on(str(source.crs))
     with placing(source.item_id, str(source.crs)):
+        if (there := earth_on(crs)) is not None or (earth is not None and not earth.contains(ring_of(source))):
+            # Corners are in space, or lie on the side of the Earth that is not seen.
+            seen = to_lonlat(np.array([there], object), crs)[0] if there is not None and not lobes_of(crs) else None
+            area = outline_of(source) if seen is None else outline_of(source).intersection(seen)
+            around: Bounds = from_lonlat(shapely.segmentize(area, 0.1), crs).bounds
+            return around
         moved: Bounds = transform_bounds(crs_of(str(source.crs)), crs_of(crs), *bounds, densify_pts=21)
     if not np.isfinite(moved).all():
         raise DataError(f"{source.item_id} with bounds {bounds} cannot be placed in {crs}; check its georeference")

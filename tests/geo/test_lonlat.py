@@ -5,7 +5,7 @@ import pytest
 import shapely
 from pyproj import CRS, Transformer
 
-from rayseg.geo.lonlat import bounds_of, box_of, geographic, jumps, normalised, sound, to_lonlat
+from rayseg.geo.lonlat import bounds_of, box_of, geographic, jumps, lobes_of, normalised, sound, to_lonlat
 
 
 def projected(crs, *polygons):
@@ -139,3 +139,30 @@ def test_a_ring_that_crosses_itself_at_the_antimeridian_is_an_error_of_the_overl
 )
 def test_coordinates_are_degrees_from_greenwich_or_are_transformed(crs, degrees):
     assert geographic(crs) == degrees
+
+
+@pytest.mark.parametrize(
+    ("crs", "lon", "lat"),
+    [
+        ("EPSG:28193", 35.2, 31.7),  # Cassini-Soldner
+        ("EPSG:5880", -54.0, -10.0),  # polyconic
+        ("EPSG:2154", 3.0, 46.5),  # conformal cone
+        ("EPSG:5070", -96.0, 40.0),  # equal-area cone
+        ("EPSG:2056", 7.44, 46.95),  # oblique Mercator
+        ("EPSG:32733", 15.0, -30.0),
+    ],
+)
+def test_planes_of_a_country_keep_their_polygons_as_they_are(crs, lon, lat):
+    x, y = Transformer.from_crs("EPSG:4326", crs, always_xy=True).transform(lon, lat)
+    [moved] = projected(crs, shapely.box(x - 1000, y - 1000, x + 1000, y + 1000))
+    assert moved.geom_type == "Polygon"
+    assert len(moved.exterior.coords) == 5
+    assert (moved.centroid.x, moved.centroid.y) == pytest.approx((lon, lat), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("crs", "parts"),
+    [("+proj=igh", 6), ("+proj=moll", 1), ("EPSG:28193", 0), ("EPSG:5880", 0), ("EPSG:32733", 0), ("EPSG:3857", 0)],
+)
+def test_maps_of_the_world_have_lobes_and_other_planes_none(crs, parts):
+    assert len(lobes_of(crs)) == parts

@@ -111,6 +111,27 @@ def test_a_region_on_a_disk_is_cut_where_the_earth_ends():
     assert not pixels_inside(on_grid(resolve_region("-60,-10,-30,10").geometry, grid, disk), grid, disk).any()
 
 
+@pytest.mark.parametrize("corner", [(-60, -60), (0, -60), (-60, 0), (0, 0)])
+def test_a_region_around_a_pole_fills_every_quarter_of_a_disk(corner):
+    grid = Grid(CRS.from_user_input("+proj=ortho +lat_0=90 +lon_0=-30 +R=6371007").to_wkt(), (1.2e5, 1.2e5), (0.0, 0.0))
+    window = Window(*corner, 60, 60)
+    inside = pixels_inside(on_grid(resolve_region("-180,60,180,90").geometry, grid, window), grid, window)
+    assert inside.sum() == pytest.approx(np.pi * (RADIUS / 2) ** 2 / 4 / 1.2e5**2, rel=0.02)
+
+
+def test_sources_meet_across_the_edge_of_a_disk(tmp_path):
+    disk = raster(tmp_path, "+proj=geos +h=35785831 +lon_0=0 +sweep=y +R=6371007", 5.5e6, 5.5e6)
+    (tmp_path / "b").mkdir()
+    world = replace(raster(tmp_path / "b", "EPSG:4326", 180, 90), item_id="world")
+    [(on_disk, _)], [(degrees, _)] = grids_of([disk]), grids_of([world])
+    around = degrees.bounds(footprint(disk, degrees))
+    assert around == pytest.approx((-82.5, -81, 82.5, 81), abs=4.5)  # in whole pixels
+    left, bottom, right, top = on_disk.bounds(footprint(world, on_disk))
+    assert min(-left, -bottom, right, top) > 5.2e6
+    pacific = replace(world, transform=(0.5, 0.0, 160.0, 0.0, -0.5, 10.0), width=20, height=20)
+    assert footprint(pacific, on_disk).empty
+
+
 def test_the_result_does_not_depend_on_what_ran_before(tmp_path):
     """PROJ raises errors at first, and later gives infinity instead."""
     source = raster(tmp_path, *KINDS["geostationary"][:3])
