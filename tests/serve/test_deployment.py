@@ -93,10 +93,10 @@ def test_more_than_the_queue_holds_is_refused_at_once_and_the_rest_is_answered(s
     )
 
 
-def replica_pids(process):
-    """Processes of the deployment Models that belong to the server."""
+def replica_pids(process, deployment="Models"):
+    """Processes of a deployment that belong to the server."""
     below = psutil.Process(process.pid).children(recursive=True)
-    return [one.pid for one in below if "ray::ServeReplica:rayseg:Models" in " ".join(one.cmdline())]
+    return [one.pid for one in below if f"ray::ServeReplica:rayseg:{deployment}" in " ".join(one.cmdline())]
 
 
 def test_a_replica_that_is_killed_costs_only_what_it_worked_on(server):
@@ -113,6 +113,29 @@ def test_a_replica_that_is_killed_costs_only_what_it_worked_on(server):
     while (again := ask(address)).status_code != 200:
         assert time.monotonic() < deadline, again.text
         time.sleep(0.5)
+
+
+@pytest.mark.more
+def test_a_request_whose_replica_of_the_api_is_killed_is_a_problem(models):
+    with serving(models, "replicas=1", "api_replicas=2", "preload=true") as (process, address):
+        assert httpx.get(f"{address}/readyz", timeout=30).json() == {"status": "ready"}
+        pids = replica_pids(process, "Api")
+        assert len(pids) == 2
+
+        def kill():
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+
+        killer = threading.Timer(1.0, kill)
+        killer.start()
+        found = ask(address, image=image_HWC(900, 900))
+        killer.join()
+        assert (found.status_code, found.headers["content-type"]) == (503, "application/problem+json"), found.text
+        assert int(found.headers["retry-after"]) >= 1
+        deadline = time.monotonic() + 60
+        while (again := ask(address)).status_code != 200:
+            assert time.monotonic() < deadline, again.text
+            time.sleep(0.5)
 
 
 def test_sigterm_refuses_at_once_and_answers_what_was_accepted(server):

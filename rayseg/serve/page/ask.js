@@ -54,6 +54,7 @@ export const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)}
 export function swatch(color) {
   const created = node("span", "", { class: "swatch", "aria-hidden": "true" });
   if (color) created.style.background = color;
+  else created.classList.add("none"); // nothing is painted; not a box that could be ticked
   return created;
 }
 
