@@ -19,7 +19,19 @@ from starlette.requests import ClientDisconnect
 from rayseg import __version__
 from rayseg.errors import RaysegError
 from rayseg.models.bundle import Bundle
-from rayseg.serve import answers, clicks, details, exports, forms, middleware, openapi, pages, problems, runs
+from rayseg.serve import (
+    answers,
+    clicks,
+    details,
+    exports,
+    forms,
+    middleware,
+    openapi,
+    pages,
+    problems,
+    runs,
+    thresholds,
+)
 from rayseg.serve.answers import GEOJSON, JSON, PNG, TIFF, Result
 from rayseg.serve.forms import Form
 from rayseg.serve.middleware import Metrics, RequestMiddleware
@@ -63,6 +75,7 @@ def api(config: ServeConfig, backend: Backend, index: ModelIndex) -> RequestMidd
     app.include_router(pages.router(config.basemap))
     app.include_router(runs.router(config))
     app.include_router(details.router(config))
+    app.include_router(thresholds.router(config))
     app.include_router(clicks.router(config, backend))
     app.include_router(exports.router(config))
     app.add_middleware(Compressed)

@@ -54,6 +54,7 @@ _RAMP_N3 = np.stack(
     [np.interp(np.arange(255), [at for at, _ in RAMP], [rgb[band] for _, rgb in RAMP]) for band in range(3)], axis=1
 )
 _RAMP = {score: (int(red), int(green), int(blue)) for score, (red, green, blue) in enumerate(_RAMP_N3.tolist())}
+_GREYS = {score: (score, score, score) for score in range(255)}  # a page reads the score itself from them
 """Score -> colour, as in the run's QGIS project."""
 Name = Annotated[str, Path(max_length=200)]
 Zoom = Annotated[int, Path(ge=0, le=24)]
@@ -333,9 +334,9 @@ def tile_png(
     # 2. the classes: from the run's mosaic, from the class maps, or where there are many each tile in one class
     positions = shown.mapped(bounds, image)
     tiles = [shown.tiles[at] for at in positions]
-    if layer == "scores":
+    if layer in {"scores", "probabilities"}:
         scores_HW = mapview.scores_tile(tiles, place, image=whole, stop=stop)
-        return answers.palette_png(scores_HW, _RAMP, opaque=set(_RAMP))
+        return answers.palette_png(scores_HW, _RAMP if layer == "scores" else _GREYS, opaque=set(_RAMP))
     mosaic = None
     if shown.overview:
         shown.overview.start(shown.tiles)
@@ -420,7 +421,9 @@ class _Handlers:
         z: Zoom,
         x: Index,
         y: Index,
-        layer: Annotated[Literal["classes", "imagery", "scores"], Query(description="Layer to draw.")] = "classes",
+        layer: Annotated[
+            Literal["classes", "imagery", "scores", "probabilities"], Query(description="Layer to draw.")
+        ] = "classes",
         image: Annotated[str | None, Query(max_length=200, description="An image without georeference.")] = None,
     ) -> Response:
         """A map tile of 256 px: on the Web Mercator grid, or in the pyramid of an image without georeference."""

@@ -8,7 +8,7 @@ export const shown = { map: null, layers: null, run: null, image: null, follows:
 const EMPTY_IMAGE = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7";
 
 // A busy server answers 503 at once, and a map requests many tiles together.
-async function withRetry(path, signal, tries = 8) {
+export async function withRetry(path, signal, tries = 8) {
   try {
     return await ask(path, { signal });
   } catch (error) {
