@@ -282,8 +282,8 @@ def rows_of(content: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def lead(content: Mapping[str, Any]) -> str:
     """What the light means, and what it was measured on."""
+    again, looked_at = (counted(content[name], "place") for name in ("again", "places"))
     return (
-        f"{_LEADS[content['light']]} Measured on {counted(content['again'], 'place')} with {content['pixels']:,} "
-        f"pixels, mapped again, and the imagery of {counted(content['places'], 'place')}, in {content['seconds']:.1f} s "
-        f"({content['share_of_run']:.1%} of the run's time)."
+        f"{_LEADS[content['light']]} Measured on {again} with {content['pixels']:,} pixels, mapped again, and the "
+        f"imagery of {looked_at}, in {content['seconds']:.1f} s ({content['share_of_run']:.1%} of the run's time)."
     )
