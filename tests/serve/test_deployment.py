@@ -116,7 +116,7 @@ def test_a_replica_that_is_killed_costs_only_what_it_worked_on(server):
 
 
 @pytest.mark.more
-def test_a_request_whose_replica_of_the_api_is_killed_is_a_problem(models):
+def test_a_request_whose_replica_of_the_api_is_killed_is_a_problem_or_answered_by_another(models):
     with serving(models, "replicas=1", "api_replicas=2", "preload=true") as (process, address):
         assert httpx.get(f"{address}/readyz", timeout=30).json() == {"status": "ready"}
         pids = replica_pids(process, "Api")
@@ -130,8 +130,9 @@ def test_a_request_whose_replica_of_the_api_is_killed_is_a_problem(models):
         killer.start()
         found = ask(address, image=image_HWC(900, 900))
         killer.join()
-        assert (found.status_code, found.headers["content-type"]) == (503, "application/problem+json"), found.text
-        assert int(found.headers["retry-after"]) >= 1
+        kinds = {200: "image/tiff", 503: "application/problem+json"}
+        assert found.headers["content-type"] == kinds[found.status_code]
+        assert found.status_code == 200 or int(found.headers["retry-after"]) >= 1
         deadline = time.monotonic() + 60
         while (again := ask(address)).status_code != 200:
             assert time.monotonic() < deadline, again.text

@@ -1,0 +1,33 @@
+"""What Ray Serve's proxy itself answers, as clients receive it."""
+
+import pytest
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.testclient import TestClient
+
+from rayseg.serve.problems import MEDIA_TYPE
+from rayseg.serve.proxy import ProxyHeaders
+
+
+def answered(response):
+    return TestClient(ProxyHeaders(response)).get("/v1/models")
+
+
+@pytest.mark.parametrize("status", [404, 408, 500, 503])
+@pytest.mark.parametrize("kind", [PlainTextResponse, StreamingResponse])
+def test_errors_as_text_become_a_problem(kind, status):
+    """A replica has died, or none runs: the API itself answers errors as problems only."""
+    found = answered(kind("Internal Server Error", status, {"X-Request-ID": "mine"}))
+    assert (found.status_code, found.headers["content-type"], found.headers["retry-after"]) == (503, MEDIA_TYPE, "1")
+    assert found.headers["x-request-id"] == "mine"
+    assert found.json()["status"] == 503
+    assert "retry" in found.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    "response",
+    [Response("{}", 404, media_type=MEDIA_TYPE), PlainTextResponse("metrics"), StreamingResponse(iter(["a", "b"]))],
+)
+def test_answers_of_the_api_pass(response):
+    found = answered(response)
+    assert found.status_code == response.status_code
+    assert found.text in {"{}", "metrics", "ab"}
