@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -617,3 +618,11 @@ def test_bands_are_named_where_files_do_not(tmp_path, world):
     said = refused(2, *predict(world, tmp_path / "run"), "--bands", "b1,b2")
     assert "--bands names 2 bands" in said
     assert "name one for each" in said
+
+
+def test_a_map_of_imagery_of_another_resolution_is_warned_of(tmp_path, world, caplog):
+    shutil.copytree(world["model"], tmp_path / "model")
+    described = json.loads((tmp_path / "model/bundle.json").read_text()) | {"metres": 10.0}
+    (tmp_path / "model/bundle.json").write_text(json.dumps(described))
+    assert rayseg(*predict(world, tmp_path / "run", model=tmp_path / "model")).exit_code == 0
+    assert "model learnt from pixels of 10 m" in caplog.text.replace(f"model {described['name']} ", "model ")

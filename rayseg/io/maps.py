@@ -1,5 +1,6 @@
 """The class map of a run: its tiles, their area on the ground, and the changes of class at their borders."""
 
+import math
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -171,6 +172,25 @@ def pixel_lonlat(tile: Tile, row: int, col: int) -> tuple[float, float] | None:
     x, y = tile.grid.transform(tile.window) @ (col + 0.5, row + 0.5)
     lon, lat = _to_lonlat(tile.grid.crs).transform(x, y)
     return float(lon), float(lat)
+
+
+def pixel_metres(source: Source) -> float | None:
+    """Side of a pixel in the middle of an image on the ground; None without CRS."""
+    if not source.crs:
+        return None
+    affine = Affine(*source.transform[:6])
+    corners = [affine * (source.width / 2 + step, source.height / 2 + step) for step in (0, 1)]
+    lons, lats = _to_lonlat(source.crs).transform(*zip(*corners, strict=True))
+    _, _, diagonal = _GEOD.inv(lons[0], lats[0], lons[1], lats[1])
+    return float(diagonal / math.sqrt(2))
+
+
+def mean_metres(sources: Sequence[Source]) -> float | None:
+    """Median of `pixel_metres` of some of the images; None if one has no CRS."""
+    chosen = sources[:: max(1, len(sources) // 16)]
+    sizes = [pixel_metres(source) for source in chosen]
+    known = [size for size in sizes if size]
+    return float(np.median(known)) if known and len(known) == len(sizes) else None
 
 
 def pixel_area_m2(tile: Tile) -> float | None:

@@ -159,6 +159,10 @@ class Provenance(Config):
     """URIs of the items of its training data."""
 
 
+MOST_SCALE = 1.5
+"""Ratio of pixel sizes from which on a map is warned of: augmentation covers less."""
+
+
 class Bundle(Config):
     """A trained model and the imagery that it accepts."""
 
@@ -185,6 +189,8 @@ class Bundle(Config):
     """Height of the ridges at which a watershed divides the map into plots, for models of boundaries."""
     metrics: Metrics = Field(default_factory=dict)
     """Of the training, without NaN and infinity, such as the IoU of an absent class."""
+    metres: Annotated[float | None, Field(gt=0)] = added(default=None)
+    """Pixel size on the ground of the images that the model learnt from; None if they had no georeference."""
     statistics: InputStatistics | None = added(default=None)
     """Of the training imagery; None for models of earlier versions and of other programs."""
     bf16: Bf16 | None = added(default=None)
@@ -217,6 +223,15 @@ class Bundle(Config):
         """The bundle of a model that was trained on data at these URIs, with its measures."""
         provenance = self.provenance.model_copy(update={"parents": tuple(parents)})
         return self.model_copy(update={"provenance": provenance, "metrics": metrics})
+
+    def scale_warning(self, metres: float | None) -> str:
+        """What is wrong with imagery of this pixel size, in metres, for the model; "" if it is near, or unknown."""
+        if not metres or not self.metres or max(metres, self.metres) / min(metres, self.metres) < MOST_SCALE:
+            return ""
+        return (
+            f"the imagery has pixels of {metres:.3g} m, model {self.name} learnt from pixels of {self.metres:.3g} m: "
+            "its map can be wrong; resample the imagery, or train on such imagery"
+        )
 
     def normalize(self, image_CHW: NDArray[Any]) -> NDArray[np.float32]:
         """The model's input from stored values; see `Scaling.normalize`."""

@@ -22,6 +22,7 @@ from rayseg.engine.manifest import Row, write_rows
 from rayseg.engine.run import Run, Step
 from rayseg.geo.region import Region
 from rayseg.io.labels import Chip
+from rayseg.io.maps import mean_metres
 from rayseg.models.bundle import Bundle, Scaling
 from rayseg.models.segmenter import Ensemble
 from rayseg.steps import appearance, baseline, chips, color_rule, estimate, evaluate, generalize, models, report
@@ -119,7 +120,9 @@ def _fit_members(
         members.append((settings, prefix))
     means = {key: float(np.mean([row[key] for row in measures])) for key in measures[0]}
     # 2. keep their mean, after the warm-up and after all stages
-    described, kept = _segmenter(config).model_copy(update={"statistics": models.statistics_of(learnt)}), {}
+    metres = mean_metres([Chip.from_row(row).source for row in rows])
+    known = {"statistics": models.statistics_of(learnt), "metres": metres}
+    described, kept = _segmenter(config).model_copy(update=known), {}
     provenance = described.provenance.model_copy(update={"parents": (split_location(listed.value["source"])[0],)})
     for name, stage in (("warm-up", "warm_up"), ("segmenter", None)):
         if stage is None or config.segmenter.warm_up.epochs:

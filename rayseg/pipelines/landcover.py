@@ -19,6 +19,7 @@ from rayseg.engine import cluster
 from rayseg.engine.run import Run, Step
 from rayseg.geo.region import Region
 from rayseg.io.class_tables import Classes
+from rayseg.io.maps import mean_metres
 from rayseg.io.sources import Source
 from rayseg.io.units import units_of
 from rayseg.models.bundle import Bundle, Scaling
@@ -108,7 +109,8 @@ def fit(step: Step, listed: Step, config: Config) -> dict[str, Any]:
         model = trained(net, step.prefix)
     statistics = supervised.input_statistics(training, size=settings.sampling.size)
     described = _segmenter(config, learnt_from).of(listed.value.get("origins", ()), measures)
-    described = described.model_copy(update={"statistics": statistics})
+    metres = mean_metres([image.image for image in training.images])
+    described = described.model_copy(update={"statistics": statistics, "metres": metres})
     samples = supervised.pairs_of(validation, windows.spread(validation.images, size=config.patch, most=models.SAMPLES))
     return {"bundle": models.keep_model(step, described, model, samples=samples), "measures": measures}
 

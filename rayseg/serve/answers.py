@@ -44,6 +44,7 @@ class Result:
         seconds: run time of the prediction.
         simplify: tolerance of the outlines of polygons in m (px without CRS); None keeps those of pixels.
         layers: of a GeoTIFF, all or classes.
+        warning: about the image, for people; "" for none.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Result:
     seconds: float
     simplify: float | None = None
     layers: str = "all"
+    warning: str = ""
 
 
 def decided(result: Result, threshold: float | None, min_area: float | None) -> Result:
@@ -159,7 +161,7 @@ def summary(result: Result) -> bytes:
         "seconds": round(result.seconds, 3),
         "classes": rows,
     }
-    return json.dumps(content).encode()
+    return json.dumps(content | ({"warning": result.warning} if result.warning else {})).encode()
 
 
 def mean_score(result: Result, value: int) -> float | None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ from starlette.requests import ClientDisconnect
 
 from rayseg import __version__
 from rayseg.errors import RaysegError
+from rayseg.io.maps import pixel_area_m2
 from rayseg.models.bundle import Bundle
 from rayseg.serve import (
     answers,
@@ -203,7 +205,9 @@ class _Predictor:
             classes_HW, scores_CHW = await self.backend.segment(served, image)
             self.metrics.pixels.labels(name).inc(classes_HW.size)
             seconds, table = time.perf_counter() - began, ClassTable(model.classes)
-            drawn = {"simplify": options["simplify"], "layers": options["layers"]}
+            pixel_m2 = pixel_area_m2(image.tile)
+            warning = model.scale_warning(math.sqrt(pixel_m2) if pixel_m2 else None)
+            drawn = {"simplify": options["simplify"], "layers": options["layers"], "warning": warning}
             result = Result(name, image.tile, table, classes_HW, scores_CHW, seconds, **drawn)
             if options["threshold"] is not None or options["min_area"] is not None:
                 result = await asyncio.to_thread(answers.decided, result, options["threshold"], options["min_area"])

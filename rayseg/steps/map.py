@@ -26,7 +26,7 @@ from rayseg.errors import ConfigError, DataError, ModelError, RaysegError, liste
 from rayseg.geo.grid import Grid, Tile, Window, slug
 from rayseg.geo.region import Region
 from rayseg.io import labels, qgis, stac_read, stac_write, vectors
-from rayseg.io.maps import mapped_tiles
+from rayseg.io.maps import mapped_tiles, mean_metres
 from rayseg.io.output_grids import beyond_utm, expect_mappable, out_of_scale
 from rayseg.io.seams import begins_of
 from rayseg.io.sources import Source, from_json
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 SMALL_TILE = 128
 """Side in px of a tile, below which its files and its halo cost more than its pixels."""
+SEEN = 64
+"""Tiles whose imagery is compared with the resolution that a model learnt from."""
 FIRST = "first.json"
 """File of a step: the seconds after which its first row was finished."""
 _log = logging.getLogger(__name__)
@@ -120,6 +122,9 @@ def predict_region(
     """
     described = bundle.description(model.value["bundle"])
     rows = manifest(step, region, described, config, tiles=tiles)
+    seen = [source for row in islice(rows, SEEN) for source in from_json(row["sources"])]
+    if warning := described.scale_warning(mean_metres(seen)):
+        _log.warning("%s", warning)
     table = ClassTable(described.classes)
     # A model of one output has the score of its last class alone.
     names = table.names if described.outputs > 1 else (table.names[-1],)

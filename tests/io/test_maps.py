@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import geopandas
 import numpy as np
@@ -10,8 +11,9 @@ from pyproj import Geod, Transformer
 from shapely.geometry import shape
 
 from rayseg.geo.grid import NODATA, Grid, Tile, Window
-from rayseg.io import vectors
+from rayseg.io import maps, vectors
 from rayseg.io.maps import class_areas, pixel_area_m2, pixel_areas_m2
+from rayseg.io.sources import Source
 from rayseg.io.stac_write import lonlat_outline
 from rayseg.vision.color import label_table
 
@@ -109,3 +111,14 @@ def test_areas_near_the_poles_are_those_of_the_ground(crs, size, window, inner):
     outline, _ = lonlat_outline(part.grid, Window(*inner))
     found = geopandas.GeoSeries([shape(outline)], crs=4326).to_crs(vectors.EQUAL_AREA).area.sum()
     assert found == pytest.approx(expected, rel=5e-3)
+
+
+def test_the_size_of_a_pixel_is_that_on_the_ground():
+    utm = Source("a", (), "EPSG:32650", (2.0, 0, 500000.0, 0, -2.0, 4400000.0), 10, 10, "uint8")
+    assert maps.pixel_metres(utm) == pytest.approx(2 / 0.9996, rel=1e-4)
+    web = replace(utm, crs="EPSG:3857", transform=(2.0, 0, 0.0, 0, -2.0, 8399737.89))  # at 60 degrees, where it is half
+    assert maps.pixel_metres(web) == pytest.approx(1.0, rel=0.01)
+    assert maps.pixel_metres(replace(utm, crs=None)) is None
+    assert maps.mean_metres([utm, utm, web]) == pytest.approx(2, rel=1e-3)
+    assert maps.mean_metres([utm, replace(utm, crs=None)]) is None
+    assert maps.mean_metres([]) is None

@@ -203,3 +203,12 @@ def test_models_that_a_segmenter_was_made_from_are_not_offered_next_to_it(tmp_pa
     assert [prefix for prefix, _ in find([tmp_path / "models/warm-up"])] == [str(tmp_path / "models/warm-up")]
     (tmp_path / "models/segmenter/bundle.json").unlink()
     assert [prefix.rpartition("/")[2] for prefix, _ in find([tmp_path])] == ["classifier", "warm-up"]
+
+
+def test_imagery_of_another_resolution_is_warned_of(described):
+    assert described.scale_warning(10.0) == ""  # what the model learnt from is not known
+    known = described.model_copy(update={"metres": 0.6})
+    assert known.scale_warning(None) == known.scale_warning(0.5) == known.scale_warning(0.8) == ""
+    assert "pixels of 10 m, model cover learnt from pixels of 0.6 m" in known.scale_warning(10.0)
+    assert known.scale_warning(0.3)
+    assert "metres" not in described.model_dump(mode="json")  # a bundle of before stays the same

@@ -39,3 +39,12 @@ def test_an_object_has_the_area_of_its_own_rows():
     assert north["area_m2"] / south["area_m2"] == pytest.approx(
         np.cos(np.radians(78)) / np.cos(np.radians(42)), rel=0.02
     )
+
+
+def test_a_warning_about_the_image_is_part_of_the_answer():
+    classes_HW = np.zeros((80, 40), np.uint8)
+    plain, warned = (
+        json.loads(summary(Result("m", NORTH, TABLE, classes_HW, None, 0.0, warning=text))) for text in ("", "coarse")
+    )
+    assert "warning" not in plain
+    assert warned["warning"] == "coarse"

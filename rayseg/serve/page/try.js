@@ -131,6 +131,7 @@ async function map() {
     }
     showResult(found);
     paint();
+    if (found.warning) element("error").textContent = `${found.warning[0].toUpperCase()}${found.warning.slice(1)}.`;
   });
   clearInterval(timer);
   if (turn !== state.turn) return;
