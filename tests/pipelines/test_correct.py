@@ -53,7 +53,7 @@ def correct(run, path, out, *settings, code=0):
     words = [word for setting in settings for word in ("--set", setting)]
     found = rayseg("correct", run, "--clicks", path, "--out", out, "--engine", "inline", *words)
     assert found.exit_code == code, found.output
-    return found.output
+    return found.stdout
 
 
 def test_the_map_follows_clicks_and_stays_elsewhere(world, tmp_path):
