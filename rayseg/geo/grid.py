@@ -257,7 +257,8 @@ class Lattice:
         """`window` with the halo that covers all its patches."""
         # Patches come row by row, so the first and the last span all others.
         patches = self.patches(window)
-        return patches[0].union(patches[-1])
+        # The tile of a refused scene is empty, and no patch covers it where patches do not overlap.
+        return patches[0].union(patches[-1]) if patches else window
 
     def weight(self) -> np.ndarray:
         """Blending weight of a patch, (patch, patch) float32, positive everywhere.

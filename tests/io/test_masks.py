@@ -460,3 +460,52 @@ def test_only_sure_pixels_are_read_whatever_further_classes_the_table_has(tmp_pa
     sure_HW = np.choose(positions_HW, per_class) >= 127
     assert 0.2 < sure_HW.mean() < 0.8
     assert (read_classes([mask], grid, window, table) == np.where(sure_HW, classes_HW, 255)).all()
+
+
+CLASSES_HW = (np.add.outer(np.arange(40), np.arange(50)) % 3 > 0).astype(np.int64)
+KNOWN_HW = np.repeat(np.arange(40) >= 5, 50).reshape(40, 50)  # the first rows are not labelled
+
+
+def write_integers(path, dtype, fill, nodata):
+    values_HW = np.where(KNOWN_HW, CLASSES_HW, fill).astype(dtype)
+    with rasterio.open(path, "w", "GTiff", 50, 40, 1, dtype=dtype, nodata=nodata) as file:
+        file.write(values_HW, 1)
+
+
+FILLS = [("int16", -9999, -9999), ("uint16", 65535, 65535), ("int32", -1, -1), ("int8", -1, None), ("uint8", 255, None)]
+
+
+@pytest.mark.parametrize(("dtype", "fill", "nodata"), FILLS)
+def test_integers_of_any_type_are_classes_where_they_are_not_nodata(tmp_path, dtype, fill, nodata):
+    write_integers(tmp_path / "a.tif", dtype, fill, nodata)
+    [mask] = two_classes(masks_of(str(tmp_path)), TABLE, str(tmp_path))
+    if dtype == "int8":
+        with pytest.raises(DataError, match="mask value -1 "):
+            read_classes([mask], pixels_of(mask), Window(0, 0, 50, 40), TABLE)
+        return
+    found_HW = read_classes([mask], pixels_of(mask), Window(0, 0, 50, 40), TABLE)
+    assert np.array_equal(found_HW, np.where(KNOWN_HW, CLASSES_HW, 255))
+
+
+@pytest.mark.parametrize("value", [257, 300, 511, -9999])
+def test_a_value_that_is_a_class_only_in_8_bits_is_refused(tmp_path, value):
+    write_integers(tmp_path / "a.tif", "int16", value, None)
+    [mask] = masks_of(str(tmp_path))
+    with pytest.raises(DataError, match=f"mask value {value} .250 pixels"):
+        read_classes([mask], pixels_of(mask), Window(0, 0, 50, 40), TABLE)
+
+
+@pytest.mark.parametrize("kind", ["grey and alpha", "transparent index", "one bit"])
+def test_pixels_that_a_png_hides_are_not_labelled(tmp_path, kind):
+    values_HW = CLASSES_HW.astype(np.uint8)
+    if kind == "one bit":
+        Image.fromarray(values_HW.astype(bool)).save(tmp_path / "a.png")
+    elif kind == "grey and alpha":
+        Image.fromarray(np.dstack([values_HW * 255, KNOWN_HW * np.uint8(255)]), "LA").save(tmp_path / "a.png")
+    else:
+        image = Image.fromarray(np.where(KNOWN_HW, values_HW, 2).astype(np.uint8), "P")
+        image.putpalette([*TABLE.colors[0], *TABLE.colors[1], 70, 1, 2])
+        image.save(tmp_path / "a.png", transparency=2)
+    [mask] = two_classes(masks_of(str(tmp_path)), TABLE, str(tmp_path))
+    found_HW = read_classes([mask], pixels_of(mask), Window(0, 0, 50, 40), TABLE)
+    assert np.array_equal(found_HW, CLASSES_HW if kind == "one bit" else np.where(KNOWN_HW, CLASSES_HW, 255))

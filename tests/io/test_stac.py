@@ -776,3 +776,47 @@ def test_a_providers_item_is_a_source_without_the_network(shared):
     assert source.crs == "EPSG:32606"
     assert (source.height, source.dtype, source.nodata) == (10980, "uint16", 0.0)
     assert set(source.bands) == {"red", "green", "blue", "nir", "B05"}
+
+
+BANDS_OF_EARTH_SEARCH = ("red", "green", "blue")
+
+
+@pytest.mark.parametrize(
+    "order", [("visual", "", "-jp2"), ("-jp2", "visual", ""), ("", "-jp2", "visual"), ("-jp2", "visual")]
+)
+def test_bands_of_an_item_with_pictures_and_copies_are_those_with_their_names(tmp_path, order):
+    """As Earth Search has them: each band as COG and as JPEG 2000, a picture of three bands, a class map, metadata."""
+    place = {"crs": "EPSG:32733", "transform": Affine(10, 0, 400_000, 0, -10, 8_000_000)}
+    profile = {"width": 30, "height": 20, "count": 1, "dtype": "uint16", **place}
+    stored_CHW = np.random.default_rng(5).integers(1, 3000, (3, 20, 30)).astype("uint16")
+    for name, band_HW in zip(BANDS_OF_EARTH_SEARCH, stored_CHW, strict=True):
+        for suffix, driver, options in (
+            (".tif", "GTiff", {}),
+            (".jp2", "JP2OpenJPEG", {"QUALITY": 100, "REVERSIBLE": "YES"}),
+        ):
+            with rasterio.open(tmp_path / f"{name}{suffix}", "w", driver, **profile, **options) as file:
+                file.write(band_HW, 1)
+    with rasterio.open(tmp_path / "visual.tif", "w", "GTiff", **profile | {"count": 3, "dtype": "uint8"}) as file:
+        file.write((stored_CHW // 16).astype("uint8"))
+    bands = [{"name": name, "common_name": name} for name in BANDS_OF_EARTH_SEARCH]
+    values = [{"data_type": "uint16", "scale": 0.0001, "offset": -0.1}]
+    assets = {
+        f"{name}{mark}": {"href": f"./{name}{'.jp2' if mark else '.tif'}", "eo:bands": [band], "raster:bands": values}
+        for mark in ("", "-jp2")
+        for name, band in zip(BANDS_OF_EARTH_SEARCH, bands, strict=True)
+    }
+    assets["visual"] = {"href": "./visual.tif", "eo:bands": bands, "roles": ["visual"]}
+    kinds = {key: "visual" if key == "visual" else "-jp2" if key.endswith("-jp2") else "" for key in assets}
+    ordered = {key: assets[key] for kind in order for key in assets if kinds[key] == kind}
+    ordered |= {"thumbnail": {"href": "./t.jpg", "roles": ["thumbnail"]}, "info": {"href": "./info.json"}}
+    item = {"type": "Feature", "stac_version": "1.0.0", "id": "s2", "links": [], "geometry": None, "assets": ordered}
+    item["properties"] = {"datetime": "2024-05-01T10:00:00+02:00", "proj:epsg": 32733}
+    (tmp_path / "item.json").write_text(json.dumps(item))
+    [found] = stac_read.open_items(str(tmp_path / "item.json"), None)
+    source = stac_read.source_of(found)
+    assert (source.bands, source.dtype, source.datetime) == (BANDS_OF_EARTH_SEARCH, "uint16", "2024-05-01T08:00:00Z")
+    assert source.units == ((0.0001, -0.1),) * 3
+    [(grid, _)] = grids_of([source])
+    pixels_CHW, valid_HW = read([source], grid, footprint(source, grid), bands=BANDS_OF_EARTH_SEARCH)
+    assert np.array_equal(pixels_CHW, stored_CHW)
+    assert valid_HW.all()

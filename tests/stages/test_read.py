@@ -110,3 +110,10 @@ def test_of_a_damaged_file_labels_miss_no_more_than_maps_and_superpixels_wait_fo
     for damaged in (row, replace(row, incomplete="", unread="a.tif")):
         with pytest.raises(DataError, match=r"a\.tif"):
             Divide(str(tmp_path / "parts"), "slic", {"spacing": 40})([damaged])
+
+
+@pytest.mark.parametrize("stride", [64, 48])
+def test_a_refused_scene_fails_with_its_reason_also_where_patches_do_not_overlap(stride):
+    tile = TileRow(Tile("b", GRID, window(0, 0, 0, 0)), "[]", "b has 1 band, expected 3")
+    with pytest.raises(DataError, match="b has 1 band, expected 3"):
+        ReadTile(BANDS, patch=64, stride=stride, made_by="x")([tile])
