@@ -28,6 +28,7 @@ REFERENCES = {
 NEEDED = {
     "gpc": ["chips.source=#chips"],
     "agri": ["proposer=felzenszwalb"],
+    "correct": ["run=runs/mine", "clicks=runs/mine.clicks.geojsonl"],
     "predict": ["model=''"],
     "remap": ["run=''"],
     "diff": ["before=''", "after=''"],
