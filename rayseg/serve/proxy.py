@@ -3,6 +3,7 @@
 import json
 
 from starlette.middleware import Middleware
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _ROUTING = {b"serve_multiplexed_model_id", b"x_session_id"}  # by which Serve chooses replicas
@@ -23,7 +24,8 @@ class ProxyHeaders:
     """
 
     def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+        # An exception of the proxy becomes an error as text here; uvicorn would answer it past this middleware.
+        self.app = ServerErrorMiddleware(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on."""

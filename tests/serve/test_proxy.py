@@ -23,6 +23,14 @@ def test_errors_as_text_become_a_problem(kind, status):
     assert "retry" in found.json()["detail"]
 
 
+def test_an_exception_of_the_proxy_becomes_a_problem():
+    async def broken(scope, receive, send):
+        raise RuntimeError("the replica died")
+
+    found = TestClient(ProxyHeaders(broken), raise_server_exceptions=False).get("/v1/models")
+    assert (found.status_code, found.headers["content-type"], found.headers["retry-after"]) == (503, MEDIA_TYPE, "1")
+
+
 @pytest.mark.parametrize(
     "response",
     [Response("{}", 404, media_type=MEDIA_TYPE), PlainTextResponse("metrics"), StreamingResponse(iter(["a", "b"]))],
