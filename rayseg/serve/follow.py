@@ -6,6 +6,7 @@ This module imports PyTorch: it runs in the process of the models, never in that
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ MOST_PATCHES = 16
 """Patches under a web tile; over more of them the map does not follow."""
 _PATCHES, _DRAWN = 6, 1_000  # patches that the map's own pixels are drawn from, and pixels of each
 _MERCATOR = "EPSG:3857"
+_ONE = Lock()  # a follower changes while it computes; a replica of the models has two threads
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +136,8 @@ class Follower:
             row = TileRow(mapped.tile, "[]", image=image_CHW, valid=valid_HW, reach=window)
             features_Fhw, logits_Khw = embedded(self.described, self.base, row, window)
             self._patches[key] = Patch(features_Fhw.astype(np.float16), logits_Khw, valid_HW)
-            while sum(patch.features_Fhw.nbytes for patch in self._patches.values()) > MOST_BYTES:
+            # The new one stays, however large it is.
+            while len(self._patches) > 1 and sum(of.features_Fhw.nbytes for of in self._patches.values()) > MOST_BYTES:
                 self._patches.popitem(last=False)
         self._patches.move_to_end(key)
         return self._patches[key]
@@ -217,4 +220,5 @@ def web_tile(root: str, version: str, path: str, place: mapview.Place, image: st
         place: (z, x, y) of the web tile.
         image: name of an image without CRS, or None.
     """
-    return _follower(root, version).web_tile(path, place, image)
+    with _ONE:
+        return _follower(root, version).web_tile(path, place, image)

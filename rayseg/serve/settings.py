@@ -43,8 +43,8 @@ class ServeConfig(Config):
     min_bytes_per_second: Annotated[int, Field(gt=0)] = 8_192
     """Minimum mean rate of an upload after its first ten seconds; slower ones get a 408."""
     queue: Annotated[int, Field(gt=0)] = 32
-    """Maximum requests of each kind (predictions and jobs, map tiles, metadata) that run or wait in each replica of the
-    API; further ones get a 503 at once. An upload counts when it has arrived."""
+    """Maximum requests of each kind (predictions and jobs, map tiles, files, metadata) that run or wait in each replica
+    of the API; further ones get a 503 at once. An upload counts when it has arrived."""
     batch: Annotated[int, Field(gt=0)] = 8
     """Maximum patches per batch, over all requests for one model."""
     exact: bool = True

@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from time import monotonic
@@ -60,7 +61,7 @@ class RateLimit:
         if len(self._clients) > _MAX_CLIENTS:
             self._clients.popitem(last=False)  # the one that was silent for the longest time
         if credit < 1:
-            seconds = max(1, round((1 - credit) / rate))
+            seconds = math.ceil((1 - credit) / rate)
             detail = f"the limit is {self._per_minute} requests per minute for each client; retry after {seconds} s"
             raise Problem(429, detail, headers={"Retry-After": str(seconds)})
 
