@@ -5,6 +5,7 @@ that names it.
 """
 
 import asyncio
+import errno
 import hashlib
 import json
 import os
@@ -182,11 +183,15 @@ def _append(path: FilePath, feature: dict[str, Any]) -> None:
     line = json.dumps(feature).encode() + b"\n"
     try:
         # O_APPEND: lines of several processes follow each other.
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            if os.fstat(file).st_size + len(line) > MOST_BYTES:
+            size = os.fstat(file).st_size
+            if size + len(line) > MOST_BYTES:
                 raise Problem(409, f"{path.name} has {MOST_BYTES:,} bytes; correct the run, and click on the new one")
-            os.write(file, line)
+            if size and os.pread(file, 1, size - 1) != b"\n":
+                line = b"\n" + line  # a line that was cut off would take this one with it
+            if os.write(file, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file)
         finally:
             os.close(file)

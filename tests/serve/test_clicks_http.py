@@ -65,6 +65,16 @@ def test_clicks_of_several_people_at_once_are_all_kept(run, tmp_path):
     assert len({line["properties"]["id"] for line in lines}) == 40
 
 
+def test_a_line_that_was_cut_off_takes_no_other_click_with_it(run, tmp_path):
+    asked, path = client(runs=(str(run),), clicks=str(tmp_path)), "/v1/runs/map/clicks"
+    click = {"label": "kind-1", "coordinates": [lonlat(60, 90)]}
+    first = asked.post(path, json=click).json()["id"]
+    with (tmp_path / "map.clicks.geojsonl").open("a") as stream:
+        stream.write('{"type": "Feature", "geom')
+    second = asked.post(path, json=click).json()["id"]
+    assert [row["properties"]["id"] for row in asked.get(path).json()["features"]] == [first, second]
+
+
 def test_wrong_clicks_are_refused_in_a_sentence(run, tmp_path):
     click = {"label": "kind-1", "coordinates": [lonlat(60, 90)]}
     path = "/v1/runs/map/clicks"
