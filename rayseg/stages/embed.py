@@ -63,7 +63,7 @@ class Embed:
 
     Args:
         prefix: of the bundle.
-        folder: receives `<tile id>.npz`.
+        folder: receives `<tile id>.npz`; none of a tile with hardly any imagery.
         clicked: clicked pixels of tiles, by id.
         count: pixels of the map that are drawn from a tile.
     """
@@ -103,6 +103,8 @@ class Embed:
                 features_Fhw, logits_Khw = embedded(described, base, row, patch)
                 places, (values, weights) = np.array(list(squares)).T, zip(*squares.values(), strict=True)
                 parts.append((features_Fhw[:, *places].T, logits_Khw[:, *places].T, values, weights))
+        if not parts:  # imagery so narrow that it has no middle of a square
+            return Settled(facts={"clicked": 0, "drawn": 0})
         columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
         drawn = Drawn(columns[0], columns[1], columns[2].astype(np.int64), columns[3].astype(np.float32))
         put(upath(self.folder) / f"{row.tile.id}.npz", drawn.pack())

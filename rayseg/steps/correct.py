@@ -120,16 +120,14 @@ def fit(step: Step, model: Step, clicks: Step, embedded: Step, root: str, settin
     Raises:
         DataError: a tile with clicks cannot be read.
     """
-    troubles = embedded.value["troubles"]
-    if lost := [name for name in clicks.value["tiles"] if name in troubles]:
-        raise DataError(
-            f"tiles {listed(lost)} have clicks and cannot be read: {troubles[lost[0]]}; fix the imagery first"
-        )
-    rows = mapping.read_manifest(embedded)
-    folder = embedded.prefix / "features"
-    parts = [
-        Drawn.unpack((folder / f"{name}.npz").read_bytes()) for name in rows.ids.to_pylist() if name not in troubles
-    ]
+    troubles, folder = embedded.value["troubles"], embedded.prefix / "features"
+    # A tile with hardly any imagery has no file.
+    written = {path.stem for path in folder.glob("*.npz")} - troubles.keys()
+    if lost := [name for name in clicks.value["tiles"] if name not in written]:
+        reason = troubles.get(lost[0], "it has no imagery now")
+        raise DataError(f"tiles {listed(lost)} have clicks and cannot be read: {reason}; fix the imagery first")
+    names = [name for name in mapping.read_manifest(embedded).ids.to_pylist() if name in written]
+    parts = [Drawn.unpack((folder / f"{name}.npz").read_bytes()) for name in names]
     clicked, kept = known_of(parts)
     described, base = bundle.build(model.value["bundle"])
     corrected, right = fit_correction(base, clicked, kept, settings, described.threshold)

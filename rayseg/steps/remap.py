@@ -118,14 +118,15 @@ def imagery_of(content: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def threshold_of(root: str) -> float | None:
-    """The threshold of a run's binary map: its own setting, else that of its model; None if that is gone."""
+    """The threshold of a run's binary map: its own setting, else that of its model; None if that is gone or unknown."""
     content = runs.read(root)
     if (own := content["config"].get("threshold")) is not None:
         return float(own)
-    if origin := content["steps"][SCORED].get("run"):  # made from another run with its threshold
-        return threshold_of(origin)
+    mapped = content.get("steps", {}).get(SCORED, {})  # nothing while the map is made
     with suppress(ConfigError, ModelError, KeyError):
-        return bundle.description(content["steps"][SCORED]["bundle"]).threshold
+        if origin := mapped.get("run"):  # made from another run with its threshold
+            return threshold_of(origin)
+        return bundle.description(mapped["bundle"]).threshold
     return None
 
 

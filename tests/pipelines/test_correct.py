@@ -11,7 +11,11 @@ from small_world import window_at as window
 
 from rayseg.engine.run import read, verify
 from rayseg.errors import ConfigError
+from rayseg.io.maps import mapped_tiles
 from rayseg.models import bundle
+from rayseg.stages.embed import Embed
+from rayseg.stages.predict import lattice_of
+from rayseg.stages.rows import TileRow
 from rayseg.steps.fine_tune import training_of
 
 
@@ -87,6 +91,18 @@ def test_the_map_follows_clicks_and_stays_elsewhere(world, tmp_path):
     tiles = files(tmp_path / "new/tiles")
     assert correct(world["run"], made, tmp_path / "new", *weak) == output
     assert files(tmp_path / "new/tiles") == tiles
+
+
+def test_a_tile_with_a_sliver_of_imagery_has_no_features(world, tmp_path):
+    tile = mapped_tiles(world["run"])[0].tile
+    reach = lattice_of(bundle.description(world["model"]), tile).reach(tile.window)
+    image, valid = np.zeros((3, reach.height, reach.width), np.uint8), np.zeros((reach.height, reach.width), bool)
+    valid[:, tile.window.col - reach.col] = True
+    [settled] = Embed(world["model"], str(tmp_path), {}, count=9)(
+        [TileRow(tile, "[]", image=image, valid=valid, reach=reach)]
+    )
+    assert settled.facts == {"clicked": 0, "drawn": 0}
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_clicks_of_a_corrected_run_add_to_those_before(world, tmp_path):

@@ -1,6 +1,7 @@
 """The threshold of a run in its view: shares by score, tiles that carry scores, and a map that follows a slider."""
 
 import io
+import json
 import shutil
 
 import mercantile
@@ -46,6 +47,17 @@ def test_tiles_of_probabilities_carry_the_scores_themselves(run):
     assert seen.any()
     assert (image[..., 0] == image[..., 1]).all()
     assert set(np.unique(image[seen][:, 0])) <= set(np.unique(mosaic(run, "scores")[0])) - {255}
+
+
+@pytest.mark.parametrize("steps", [None, {"predict": {"run": "/gone"}}])
+def test_a_threshold_that_is_not_known_yet_or_any_more_is_none(run, tmp_path, steps):
+    shutil.copytree(run, tmp_path / "map")
+    content = json.loads((run / "run.json").read_text())
+    del content["steps"]
+    content |= {"status": "running"} if steps is None else {"steps": steps}
+    (tmp_path / "map/run.json").write_text(json.dumps(content))
+    said = client(runs=(str(tmp_path / "map"),)).get("/v1/runs/map/scores")
+    assert (said.status_code, said.json().get("own", 0)) == (200, None)
 
 
 def test_few_tiles_stand_for_many(run, monkeypatch):
