@@ -133,7 +133,7 @@ def correct(
     """
     values = {**(set or {}), **({"clicks": clicks} if clicks else {})}
     new = _derived("correct", (run,), out, values, engine, address)
-    return _derived("train", (new,), f"{out}-trained", None, engine, address) if train else new
+    return _derived("train", (new,), f"{out.rstrip('/')}-trained", None, engine, address) if train else new
 
 
 def refresh(

@@ -56,8 +56,10 @@ def write_masks(drawn: str, images: str, out: str, *, table: ClassTable | None =
     Raises:
         DataError: a file cannot be read, a shape has no known class, or an image is missing; nothing is written then.
     """
-    shapes = dict(_of_coco(Path(drawn)) if Path(drawn).is_file() else _of_labelme(Path(drawn)))
-    files = image_files(Path(images))
+    listing = list(_of_coco(Path(drawn)) if Path(drawn).is_file() else _of_labelme(Path(drawn)))
+    shapes, files = dict(listing), image_files(Path(images))
+    if twice := [name for name, times in Counter(name for name, _ in listing).items() if times > 1]:
+        raise DataError(f"{drawn} has several JSONs or images called {listed(twice)}; rename or merge them")
     if lost := sorted(set(shapes) - set(files)):
         raise DataError(f"{drawn} has shapes of {listed(lost)}, which {images} lacks; give the folder of these images")
     labels = sorted({shape.name for members in shapes.values() for shape in members} - {BACKGROUND})
@@ -67,6 +69,12 @@ def write_masks(drawn: str, images: str, out: str, *, table: ClassTable | None =
             f"{drawn} has the labels {listed(unknown)}, the classes are {listed(known.names)}; correct the labels or "
             "--classes"
         )
+    if own := [
+        str(files[name])
+        for name in shapes
+        if (Path(out) / f"{files[name].stem}.tif").resolve() == files[name].resolve()
+    ]:
+        raise DataError(f"a mask in {out} would replace the image {own[0]}; give another --out")
     masks = {name: _mask(members, files[name], known) for name, members in shapes.items()}
     pixels: Counter[str] = Counter(dict.fromkeys(known.names, 0))
     for name, classes_HW in masks.items():
@@ -130,16 +138,16 @@ def _of_coco(path: Path) -> Iterator[tuple[str, list[Drawn]]]:
         content = _Coco.model_validate(json.loads(path.read_bytes()))
         names = {row["id"]: str(row["name"]) for row in content.categories}
         images = {row["id"]: slug(Path(row["file_name"]).stem) for row in content.images}
-        shapes: dict[str, list[Drawn]] = {name: [] for name in images.values()}
+        shapes: dict[Any, list[Drawn]] = {image: [] for image in images}
         for row in content.annotations:
-            shapes[images[row["image_id"]]].append(Drawn(names[row["category_id"]], _outline(row["segmentation"])))
+            shapes[row["image_id"]].append(Drawn(names[row["category_id"]], _outline(row["segmentation"])))
     except (ValidationError, ValueError, KeyError, TypeError, OSError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DataError(
             f"{path} cannot be read as COCO ({reason}), expected images, categories and annotations with polygons or "
             "uncompressed RLE; export it again"
         ) from None
-    yield from shapes.items()
+    yield from ((images[image], members) for image, members in shapes.items())
 
 
 def _outline(segmentation: Any) -> BaseGeometry | NDArray[np.bool_]:  # noqa: ANN401 - JSON

@@ -90,6 +90,24 @@ def test_shapes_that_fit_nothing_are_refused_before_anything_is_written(tmp_path
     assert not (tmp_path / "masks").exists()
 
 
+def test_no_shape_and_no_image_is_lost(tmp_path, images):
+    labelme(tmp_path / "json", "a", box("water", 0, 0, 1, 1))
+    (tmp_path / "json/again.json").write_bytes((tmp_path / "json/a.json").read_bytes())
+    assert "several JSONs or images called a;" in refused(
+        3, "labels", "masks", tmp_path / "json", images, "--out", tmp_path / "masks"
+    )
+    (tmp_path / "json/again.json").unlink()
+    content = {"images": [{"id": 1, "file_name": "x/a.png"}, {"id": 2, "file_name": "y/a.png"}]}
+    (tmp_path / "coco.json").write_text(json.dumps(content | {"categories": [], "annotations": []}))
+    with pytest.raises(DataError, match="several JSONs or images called a;"):
+        drawn_masks.write_masks(str(tmp_path / "coco.json"), str(images), str(tmp_path / "masks"))
+    (images / "a.png").unlink()
+    Image.new("RGB", (20, 10)).save(images / "a.tif")
+    before = (images / "a.tif").read_bytes()
+    assert "would replace the image" in refused(3, "labels", "masks", tmp_path / "json", images, "--out", images)
+    assert (images / "a.tif").read_bytes() == before
+
+
 def test_a_folder_of_jsons_where_masks_are_expected_names_the_command(tmp_path):
     labelme(tmp_path / "json", "a")
     with pytest.raises(DataError, match="rayseg labels masks"):
