@@ -81,7 +81,7 @@ def odd(tmp_path):
         "wrong": "nowhere on Earth",
         "pole": "no UTM zone",
         "flat": "expected finite numbers that give a pixel two sides",
-        "sinus": "its outline in degrees crosses itself",
+        "sinus": "reaches beyond the edge of the Earth",
     }
 
 

@@ -122,7 +122,7 @@ def test_a_map_of_other_classes_is_refused(mapped, tmp_path):
     run, imagery = mapped
     masks = located(f"{run}#classes")
     table = Classes.model_validate("deepglobe").table
-    with pytest.raises(DataError, match=r"has the classes background, gpc, but 0 is urban and not background among"):
+    with pytest.raises(DataError, match=r"has the classes background, gpc, but background is not among"):
         scenes.labelled_images(imagery, masks, table=table)
     assert rayseg("polygonize", run, "--out", tmp_path / "p.geojson").exit_code == 0
     with pytest.raises(DataError, match=r"has no scores, but min_score is 0.5; give RUN#classes"):

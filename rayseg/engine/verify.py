@@ -6,6 +6,7 @@ wrote itself, each with size and checksum (`store.Files`).
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
 from typing import Any
 
 from upath import UPath
@@ -48,7 +49,7 @@ def verify_step(
 ) -> tuple[Damage, int]:
     """What is damaged of the rows of a step: records that cannot be read or are missing, and files.
 
-    The second value counts the rows with results but without files on record, as earlier versions wrote them.
+    The second value counts the rows with files of which the record says nothing, as earlier versions wrote them.
 
     Args:
         folder: of the step.
@@ -58,6 +59,8 @@ def verify_step(
         mend: whether to delete damaged records and withdraw those of damaged files, so that the step processes their
             rows again; only the process that runs the step may do so.
     """
+    paths = map(PurePosixPath, present)
+    named = {name for path in paths for name in (*path.parts[1:-1], path.stem)}
     ledger, unreadable, damage = Ledger(str(folder / "ledger")), list[UPath](), Damage()
     count = unknown = 0
     for records in ledger.latest(unreadable):
@@ -65,7 +68,7 @@ def verify_step(
         for record in records:
             if record.status == WITHDRAWN:
                 continue
-            unknown += bool(record.facts and not record.files)
+            unknown += not record.files and record.id in named
             if damaged := damage_of(record.files, present, root=ledger.root if deep else None):
                 damage |= damaged
                 if mend:

@@ -15,6 +15,7 @@ import numpy as np
 import rasterio
 import shapely
 from affine import Affine
+from pyproj.exceptions import ProjError
 from rasterio._err import CPLE_BaseError
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp
@@ -55,7 +56,7 @@ PIXELS = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # transform of an image without georefe
 STORED = (1.0, 0.0)  # scale and offset of values that are units already
 NO_NODATA = math.inf  # nodata of a mask whose every value counts, whatever the file declares
 _NAMELESS = (ColorInterp.undefined, ColorInterp.gray)
-_FAULTS = (RasterioError, CRSError, CPLE_BaseError)
+_FAULTS = (RasterioError, CRSError, CPLE_BaseError, ProjError)
 
 
 Frame = tuple[str | None, tuple[float, ...], int, int]

@@ -78,7 +78,7 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     """Correct a run's map; return the report's path and its headline."""
     # The run's own tiles, also where its catalogue has changed since.
     tiles = plan.tiles if plan else remap.tiles_of(config.run)
-    origin = (config.run, runs.key_of(config.run, remap.SCORED))
+    origin = (config.run, runs.key_of(config.run, mapping.SCORED))
     model = run.step("model", mapping.load_model, correct.base_of(config.run))
     clicks = run.step("clicks", correct.list_clicks, origin, *_clicks(config))
     embedded = run.step("features", correct.embed, config.run, model, clicks, config.map)

@@ -44,7 +44,7 @@ def write_report(step: Step, predicted: Step, polygons: Step, *, threshold: floa
     origin = predicted.value["run"]
     labels = f"Decided again from the scores of {origin}."
     if threshold is not None:
-        own = remap.threshold_of(origin)
+        own = mapping.threshold_of(origin)
         labels += f" A pixel has the class above {threshold:g}" + (f"; there it is above {own:g}." if own else ".")
     return report.write_report(step, predicted, polygons, extras=report.Extras(labels=labels))
 
@@ -69,7 +69,7 @@ def forecast(config: Config, region: Region, plan: Plan) -> estimate.Forecast:
 
 def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> str:
     """Decide a run's map again; return the report's path and its headline."""
-    origin = (config.run, runs.key_of(config.run, remap.SCORED))
+    origin = (config.run, runs.key_of(config.run, mapping.SCORED))
     settings = (config.classes, config.threshold, config.inside, config.stall_seconds)
     tiles = plan.tiles if plan else None
     predicted = run.step("predict", remap.reclassify_tiles, region, origin, *settings, tiles=tiles)

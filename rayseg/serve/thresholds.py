@@ -14,7 +14,7 @@ from rayseg.serve.openapi import problems_of
 from rayseg.serve.problems import Problem
 from rayseg.serve.runs import Name, RunIndex
 from rayseg.serve.settings import ServeConfig
-from rayseg.steps import remap
+from rayseg.steps import map as mapping
 
 MOST = 64
 """Tiles whose scores are counted, spread over all."""
@@ -52,7 +52,7 @@ def _counted(root: str, _version: str) -> dict[str, Any]:
     areas = [tile.areas for tile in shown.tiles]
     whole = None if any(of is None for of in areas) else sum(sum((of or {}).values()) for of in areas)
     shares = ground_S[:255] / max(ground_S[:255].sum(), 1e-12)  # 255 is nodata
-    own = remap.threshold_of(root)
+    own = mapping.threshold_of(root)
     return {
         "class": table.names[1],
         "own": own,

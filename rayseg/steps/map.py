@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from operator import itemgetter
@@ -18,6 +19,7 @@ from pydantic import Field
 from rayseg import __version__
 from rayseg.config import Config, added
 from rayseg.engine import flow
+from rayseg.engine import run as runs
 from rayseg.engine.flow import Work
 from rayseg.engine.ledger import SETTLED, Ledger, Record, with_fact
 from rayseg.engine.manifest import PART, Manifest, Row, read_rows, write_rows
@@ -74,6 +76,10 @@ class MapConfig(Config):
     """Names of the model's bands -> names of the imagery's, where they differ: `{red: b1, green: b2, blue: b3}`."""
 
 
+SCORED = "predict"
+"""The step of a run whose tiles have classes and scores."""
+
+
 @dataclass(frozen=True)
 class Plan(Generic[Labels]):
     """Results of the check of a run, reused by `forecast` and `run`.
@@ -91,6 +97,19 @@ class Plan(Generic[Labels]):
     labels: Labels | None = None
     before: Sequence[Row] | None = None
     drawn: Any = None
+
+
+def threshold_of(root: str) -> float | None:
+    """The threshold of a run's binary map: its own setting, else that of its model; None if that is gone or unknown."""
+    content = runs.read(root)
+    if (own := content["config"].get("threshold")) is not None:
+        return float(own)
+    mapped = content.get("steps", {}).get(SCORED, {})  # nothing while the map is made
+    with suppress(ConfigError, ModelError, KeyError):
+        if origin := mapped.get("run"):  # made from another run with its threshold
+            return threshold_of(origin)
+        return bundle.description(mapped["bundle"]).threshold
+    return None
 
 
 def load_model(step: Step, prefix: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Make a new map from the classes and scores that a finished run kept, without its model and its imagery."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,21 +14,17 @@ from rayseg.engine.flow import Work
 from rayseg.engine.ledger import SETTLED, Fate, Fates, Ledger
 from rayseg.engine.manifest import PART, Manifest, Row, read_rows
 from rayseg.engine.run import Step
-from rayseg.errors import ConfigError, DataError, ModelError, listed
+from rayseg.errors import ConfigError, DataError, listed
 from rayseg.geo.region import Region, resolve_region
 from rayseg.io import masks
 from rayseg.io.maps import bands_of, mapped_tiles
 from rayseg.io.stac_write import lonlat_outline
-from rayseg.models import bundle
 from rayseg.stages.reclassify import Decision, Reclassify
 from rayseg.stages.write import WriteTile
 from rayseg.steps import map as mapping
 from rayseg.steps.scenes import mapped_before
 from rayseg.store import absolute, upath
 from rayseg.vision.color import ClassTable
-
-SCORED = "predict"
-"""The step of a run whose tiles have classes and scores."""
 
 
 class ClassRules(Config):
@@ -80,7 +75,7 @@ def map_settings(root: str) -> dict[str, Any]:
         ConfigError: `root` is not a run, or no model made its map.
     """
     content = runs.read(root)
-    bundle = content.get("steps", {}).get(SCORED, {}).get("bundle")
+    bundle = content.get("steps", {}).get(mapping.SCORED, {}).get("bundle")
     if not bundle or content["pipeline"] not in {"predict", "gpc", "landcover", "al-s4gan", "correct"}:
         raise ConfigError(
             f"run {root} of {content['pipeline']}, {content['status']}, has no map by a single model; give a finished "
@@ -105,7 +100,7 @@ def origin_of(root: str) -> Origin:
             f"run {root} of {content['pipeline']} has no tile with classes and scores, expected a map of classes; "
             "name another run"
         )
-    bundle = content["steps"][SCORED].get("bundle")
+    bundle = content["steps"][mapping.SCORED].get("bundle")
     model = str(upath(bundle) / "item.json") if bundle else ""
     return Origin(root, table, bands_of(tiles[0], "scores"), model, imagery_of(content))
 
@@ -114,20 +109,7 @@ def imagery_of(content: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the bands of a run's imagery, of its run.json; () if its scenes share one map."""
     steps = content.get("steps", {})
     # A run that was made from another one keeps the names.
-    return tuple(steps.get(SCORED, {}).get("imagery") or steps.get("scenes", {}).get("bands", ()))
-
-
-def threshold_of(root: str) -> float | None:
-    """The threshold of a run's binary map: its own setting, else that of its model; None if that is gone or unknown."""
-    content = runs.read(root)
-    if (own := content["config"].get("threshold")) is not None:
-        return float(own)
-    mapped = content.get("steps", {}).get(SCORED, {})  # nothing while the map is made
-    with suppress(ConfigError, ModelError, KeyError):
-        if origin := mapped.get("run"):  # made from another run with its threshold
-            return threshold_of(origin)
-        return bundle.description(mapped["bundle"]).threshold
-    return None
+    return tuple(steps.get(mapping.SCORED, {}).get("imagery") or steps.get("scenes", {}).get("bands", ()))
 
 
 def decision_of(origin: Origin, rules: ClassRules, threshold: float | None) -> Decision:
@@ -170,7 +152,7 @@ def decision_of(origin: Origin, rules: ClassRules, threshold: float | None) -> D
 
 def tiles_of(root: str) -> Manifest:
     """The rows of a run's tiles that have imagery, also of those that failed there."""
-    rows = read_rows(upath(root) / "steps" / SCORED / "manifest.parquet", root=root)
+    rows = read_rows(upath(root) / "steps" / mapping.SCORED / "manifest.parquet", root=root)
     fates, scenes = _fates(root), _ledger(root, "scenes").read() | _ledger(root, "networks").read()
 
     def parts() -> Iterator[list[Row]]:
@@ -199,7 +181,7 @@ def failures_of(root: str, ids: Iterable[str]) -> dict[str, str]:
 
 
 def _fates(root: str) -> Fates:
-    return _ledger(root, SCORED).fates()
+    return _ledger(root, mapping.SCORED).fates()
 
 
 def _ledger(root: str, step: str) -> Ledger:

@@ -72,7 +72,7 @@ document.addEventListener("map", async () => {
   const { map } = shown;
   state.layer = null;
   element("deciding").hidden = true;
-  const answer = await ask(`${base}/scores`).catch((error) => { if (error.status === 404) return null; throw error; });
+  const answer = await ask(`${base}/scores`).catch((error) => { if (error.status === 404 || error.status === 422) return null; throw error; });
   if (!answer || shown.map !== map) return;
   state.said = await answer.json();
   const hex = shown.run.classes.find((row) => row.name === state.said.class)?.color ?? "#009e73";
