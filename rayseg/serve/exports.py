@@ -45,6 +45,12 @@ _TYPES = {
     "csv": "text/csv",
     "html": "text/html; charset=utf-8",
 }
+_FILE_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {media: {} for media in ("application/octet-stream", *_TYPES.values())}},
+    206: {"description": "The bytes of `Range`."},
+    304: {"description": "The file is the one that If-None-Match names."},
+    **problems_of(404, 416, 503),
+}
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 Layer = Annotated[Literal["classes", "imagery"], Query(description="Layer to draw.")]
 
@@ -101,17 +107,7 @@ def router(config: ServeConfig) -> APIRouter:
         own = {"rel": "self", "href": f"{_base(request)}/v1/runs/{name}/stac", "type": "application/json"}
         return collection | {"links": [*collection["links"], own]}
 
-    @routes.get(
-        "/v1/runs/{name}/files/{path:path}",
-        response_class=Response,
-        responses={
-            200: {"content": {media: {} for media in ("application/octet-stream", *_TYPES.values())}},
-            206: {"description": "The bytes of `Range`."},
-            304: {"description": "The file is the one that If-None-Match names."},
-            416: {"description": "The file ends before the range."},
-            **problems_of(404, 416, 503),
-        },
-    )
+    @routes.get("/v1/runs/{name}/files/{path:path}", response_class=Response, responses=_FILE_RESPONSES)
     async def file(request: Request, name: runs.Name, path: Annotated[str, Path(max_length=400)]) -> Response:
         """A file of the run: collection, items, rasters, polygons, models; one byte range is answered alone."""
         root = await asyncio.to_thread(index.root, name)
