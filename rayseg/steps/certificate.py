@@ -27,7 +27,7 @@ from rayseg.models import bundle
 from rayseg.models.bundle import Bundle, Precision
 from rayseg.stages.certify import Certify, Place
 from rayseg.steps import map as mapping
-from rayseg.steps.evaluate import match
+from rayseg.steps.evaluate import match, table_of_masks
 from rayseg.steps.numbers import counted
 from rayseg.store import put, upath
 from rayseg.vision.color import IGNORE, ClassTable
@@ -89,7 +89,8 @@ def certify(step: Step, predicted: Step, region: Region, truth: str | None = Non
     records = list(mapping.ledger_of(step).read().values())
     measures, unknown = stability(records)
     measures |= _seams(tiles, unknown) | _far(records, described, unknown)
-    measures |= _calibration(rows, tiles, region.located(truth), mapping.table_of(predicted), unknown)
+    table = table_of_masks(step.root, mapping.table_of(predicted))
+    measures |= _calibration(rows, tiles, region.located(truth), table, unknown)
     content = judged(measures) | {
         "unknown": unknown,
         "places": len(rows),

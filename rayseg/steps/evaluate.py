@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from rayseg.engine import run as runs
 from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError, listed
 from rayseg.geo.grid import Grid, Tile, Window, slug
 from rayseg.geo.region import Region
 from rayseg.io import maps, masks, rasters
-from rayseg.io.class_tables import read_table
+from rayseg.io.class_tables import Classes, read_table
 from rayseg.io.maps import pixel_area_m2, pixel_areas_m2
 from rayseg.io.masks import Piece
 from rayseg.io.rasters import footprint
@@ -83,8 +84,8 @@ def evaluate(prediction: str, truth: str, *, classes: str | None = None) -> dict
     Args:
         prediction: a run, a folder of masks (PNG or TIFF), or `catalog.json#collection`.
         truth: a folder of masks or `catalog.json#collection`; they may hold class values, palette indices or colours.
-        classes: YAML file with a class table, or its name under configs/classes; by default the one stored in the
-            prediction.
+        classes: YAML file with a class table, or its name under configs/classes; by default that of the run's
+            configuration, or the one stored in the prediction.
 
     Returns:
         JSON values: `overall` and, per class, `iou`, `f1`, `precision` and `recall`, each as value, low, high (95 %
@@ -165,11 +166,26 @@ def _of_run(
     if not tiles:
         raise DataError(f"run {root} has no mapped tile to compare; look at rayseg status {root}")
     pieces = masks.pieces_of_tiles(tiles)
-    table = table or _stored_table(pieces[0].source, root)
+    table = table or table_of_masks(root, _stored_table(pieces[0].source, root))
     reference = masks.two_classes(masks.masks_of(truth, names=table.names, failed=failed), table, truth, failed=failed)
     compared, rest = _compare_all(pieces, reference, table, failed)
     result = {"prediction": root, "truth": truth} | summary(compared, table) | rest
     return result | {"seams": maps.seam_score(tiles)}, compared
+
+
+def table_of_masks(root: str, mapped: ClassTable) -> ClassTable:
+    """The table that masks of a run's truth are read by: in them its classes may have other values than in its map.
+
+    Args:
+        root: prefix of the run.
+        mapped: the classes of its map.
+    """
+    given = runs.read(root)["config"].get("classes")
+    if isinstance(given, dict) and given.get("classes"):
+        table = Classes.model_validate(given).table
+        if table.names == mapped.names:
+            return table
+    return mapped
 
 
 def _stored_table(mask: Source, where: str) -> ClassTable:

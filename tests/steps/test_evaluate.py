@@ -83,6 +83,22 @@ def test_a_run_meets_georeferenced_truth_by_place_and_every_pixel_is_counted_onc
     json.dumps(result, allow_nan=False)
 
 
+def test_the_truth_of_a_run_has_the_values_of_its_configured_classes(tmp_path):
+    """Masks of 1 and 2 in which 0 means not labelled, next to a map of 0 and 1."""
+    mask = blobs(96, 130)
+    run_of(tmp_path, mask, grid=Grid(None, (1.0, 1.0), (0.0, 0.0)))
+    content = json.loads((tmp_path / "run/run.json").read_text())
+    rows = [{"name": name, "color": color, "value": value} for value, name, color in GPC.classes]
+    content["config"]["classes"] = {"classes": [row | {"value": row["value"] + 1} for row in rows], "ignore": [0]}
+    (tmp_path / "run/run.json").write_text(json.dumps(content))
+    truth = mask + 1
+    truth[:40] = 0
+    mask_png(tmp_path / "truth", "scene", truth)
+    found = evaluate.evaluate(str(tmp_path / "run"), str(tmp_path / "truth"))
+    assert found["pixels"] == mask[40:].size
+    assert found["overall"]["mean_iou"]["value"] == 1
+
+
 def test_truth_on_another_grid_is_read_by_its_nearest_pixels(tmp_path):
     table = ClassTable((*GPC.classes, (2, "water", (0, 0, 255))))
     predicted = blobs(64, 64, seed=3) * 2
