@@ -226,7 +226,7 @@ def scores_tile(
         if stop and stop.is_set():
             break
         href = scores_of(tile)
-        bands = list(range(1, _band_count(href) + 1))
+        bands = list(range(1, _bands_in(href) + 1))
         windows = (tile.tile.window, image) if image else None
         part = _read(href, bands, place, windows=windows, nodata=NODATA) if bands else None
         if part is not None:
@@ -242,15 +242,20 @@ def scores_of(tile: MappedTile) -> str:
 
 def has_scores(tile: MappedTile) -> bool:
     """Whether the run kept the scores of a tile."""
-    return _band_count(scores_of(tile)) > 0
+    return _bands_in(scores_of(tile)) > 0
 
 
-@lru_cache(maxsize=4096)
-def _band_count(href: str) -> int:
+def _bands_in(href: str) -> int:
     """Bands of a file; 0 if there is none: a run may leave scores out."""
-    with suppress(DataError), gdal(href), open_file(href) as dataset:
-        return int(dataset.count)
+    with suppress(DataError):
+        return _band_count(href)
     return 0
+
+
+@lru_cache(maxsize=4096)  # of files that could be read: a store that is busy now answers later
+def _band_count(href: str) -> int:
+    with gdal(href), open_file(href) as dataset:
+        return int(dataset.count)
 
 
 def values_at(tile: MappedTile, x: float, y: float) -> tuple[int, dict[str, int]] | None:

@@ -11,6 +11,7 @@ import json
 import os
 import uuid
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
@@ -162,10 +163,16 @@ def _png(classes_HW: np.ndarray, table: ClassTable) -> bytes:
 
 def _state(path: FilePath) -> str:
     """What changes with every line of a file; "" if there is none, or no click is left."""
-    if not path.exists() or not kept(read_features(path)):
+    if not path.exists():
         return ""
     found = path.stat()
-    return f"{found.st_mtime_ns} {found.st_size}"
+    state = f"{found.st_mtime_ns} {found.st_size}"
+    return state if _has_clicks(path, state) else ""
+
+
+@lru_cache(maxsize=64)  # every tile in view asks, and a file can have 16 MiB
+def _has_clicks(path: FilePath, _state: str) -> bool:
+    return bool(kept(read_features(path)))
 
 
 def _signed(name: str) -> dict[str, str]:

@@ -15,10 +15,11 @@ from rayseg.serve.openapi import problems_of
 from rayseg.serve.problems import Problem
 from rayseg.serve.runs import Name, RunIndex
 from rayseg.serve.settings import ServeConfig
-from rayseg.store import upath
+from rayseg.store import STORE_ERRORS, upath
 
 MOST_SHAPES = 2000
 """Outlines in one answer, the largest ones."""
+_UNREADABLE: tuple[type[Exception], ...] = (*STORE_ERRORS, ValueError)  # the latter of pyarrow
 Degrees = Annotated[float, Query(ge=-1e9, le=1e9)]
 Image = Annotated[str | None, Query(max_length=200, description="An image without georeference.")]
 
@@ -62,9 +63,12 @@ def _shapes(root: str, bounds: tuple[float, float, float, float], image: str | N
         return json.dumps({"type": "FeatureCollection", "features": [], "more": 0})
     import geopandas as gpd
 
-    with (upath(root) / path).open("rb") as stream:
-        # Only the row groups that meet the box are read.
-        frame = gpd.read_parquet(stream, bbox=bounds if image is None else None)
+    try:
+        with (upath(root) / path).open("rb") as stream:
+            # Only the row groups that meet the box are read.
+            frame = gpd.read_parquet(stream, bbox=bounds if image is None else None)
+    except _UNREADABLE as error:
+        raise DataError(f"the outlines {path} are missing or damaged; run rayseg verify RUN") from error
     if image is not None and "image" in frame:
         frame = frame[frame["image"] == image]
     elif image is None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import geopandas as gpd
 import mercantile
@@ -79,6 +80,25 @@ def test_only_outlines_in_the_box_are_sent_and_the_largest_first(asked, run, mon
     monkeypatch.setattr("rayseg.serve.details.MOST_SHAPES", 2)
     said = asked.get("/v1/runs/map/shapes?west=-180&south=-90&east=180&north=90").json()
     assert ([row["properties"]["id"] for row in said["features"]], said["more"]) == ([5, 4], 4)
+
+
+@pytest.mark.parametrize("content", [None, b"PAR1"])
+def test_outlines_that_cannot_be_read_are_an_error_in_a_sentence(run, tmp_path, content):
+    shutil.copytree(run, tmp_path / "map")
+    (tmp_path / "map/gpc.parquet").unlink()
+    if content:
+        (tmp_path / "map/gpc.parquet").write_bytes(content)
+    found = client(runs=(str(tmp_path / "map"),)).get("/v1/runs/map/shapes?west=-180&south=-90&east=180&north=90")
+    assert (found.status_code, "gpc.parquet are missing or damaged" in found.json()["detail"]) == (422, True)
+
+
+def test_scores_of_a_file_that_comes_later_are_found(tmp_path):
+    make(tmp_path / "map", {"scene": (picture(MASK), MASK, (0, 0))})
+    tile = mapped_tiles(tmp_path / "map")[0]
+    assert not mapview.has_scores(tile)
+    scores = np.full((1, tile.tile.window.height, tile.tile.window.width), 9, np.uint8)
+    cog.write_scores(mapview.scores_of(tile), scores, tile.tile.grid, tile.tile.window, ("gpc",))
+    assert mapview.has_scores(tile)
 
 
 def test_scores_are_drawn_in_the_colours_of_the_ramp(asked):
