@@ -94,7 +94,7 @@ def remap(
         RunIncomplete: see `rayseg.run`.
 
     Example:
-        >>> rayseg.remap("runs/demo", set={"threshold": 0.7}, out="runs/sure").polygons  # doctest: +SKIP
+        >>> rayseg.remap("runs/demo", set={"threshold": 0.9}, out="runs/sure").polygons  # doctest: +SKIP
     """
     return _derived("remap", (run,), out, set, engine, address)
 

@@ -413,7 +413,7 @@ def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[S
         items = stac_read.open_items(uri, collection or None, geometry=region.geometry, halo=halo)
     elif region.images:
         images, wrong = labels.sources_of_images(region.images)
-        return [with_names(source, config.bands) for source in images], dict(wrong)
+        return _named(images, dict(wrong), config)
     elif region.catalog:
         chosen = region.collection or stac_read.imagery_collection(region.catalog)
         items = stac_read.open_items(region.catalog, chosen, geometry=region.geometry, halo=halo)
@@ -425,7 +425,7 @@ def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[S
     # An item that cannot be read fails alone, unless it is the only one.
     def attempt(item: pystac.Item) -> Source | DataError:
         try:
-            return with_names(stac_read.source_of(item), config.bands)
+            return stac_read.source_of(item)
         except DataError as error:
             return error
 
@@ -433,18 +433,46 @@ def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[S
     unread: Refused = {
         item.id: result for item, result in zip(items, read, strict=True) if isinstance(result, DataError)
     }
-    return [result for result in read if isinstance(result, Source)], unread
+    return _named([result for result in read if isinstance(result, Source)], unread, config)
+
+
+def _named(sources: Sequence[Source], refused: Refused, config: MapConfig) -> tuple[list[Source], Refused]:
+    """Sources with the configured names of their bands; one that lacks a band is added to `refused`."""
+    named = []
+    for source in sources:
+        try:
+            named.append(with_names(source, config.bands))
+        except DataError as error:
+            refused = {**refused, source.item_id: error}
+    return named, refused
 
 
 def with_names(source: Source, names: Mapping[str, str]) -> Source:
-    """The source with its bands called by other names (new -> own); the file's own order and bands stay."""
-    # The configuration maps new names to own ones, as in `{red: b1}`; a source has its own names.
-    called = {own: new for new, own in names.items()}
-    assets = tuple((href, tuple(called.get(name, name) for name in bands)) for href, bands in source.assets)
-    renamed = [name for _, bands in assets for name in bands]
-    if len(set(renamed)) < len(renamed):
-        raise DataError(f"map.bands gives two bands of {source.item_id} one name ({', '.join(renamed)}); correct it")
-    return replace(source, assets=assets)
+    """The source with its bands called by other names (new -> own); the file's own order and bands stay.
+
+    An own name is that of a band, or in a single file `b1`, `b2`, ... or 1, 2, ... by position. Another band that has
+    one of the new names loses it: `{red: nir}` shows near infrared as red.
+
+    Raises:
+        DataError: the source has no such band, or two bands would have one name.
+    """
+    if not names:
+        return source
+    own = [name for _, bands in source.assets for name in bands]
+    places = {name: at for at, name in enumerate(own)}
+    if len(source.assets) == 1:
+        places |= {f"{letter}{at + 1}": at for at in range(len(own)) for letter in ("b", "") if f"b{at + 1}" not in own}
+    if missing := [f"{new}: {name}" for new, name in names.items() if name not in places]:
+        raise DataError(
+            f"map.bands says {', '.join(missing)}, but {source.item_id} has the bands {', '.join(own)}; name some of "
+            "them"
+        )
+    called = {places[name]: new for new, name in names.items()}
+    renamed = [called.get(at, f"own {name}" if name in names else name) for at, name in enumerate(own)]
+    if len(set(renamed)) < len(renamed) or len(called) < len(names):
+        raise DataError(f"map.bands gives bands of {source.item_id} one name ({', '.join(renamed)}); correct it")
+    left = iter(renamed)
+    return replace(source, assets=tuple((href, tuple(next(left) for _ in bands)) for href, bands in source.assets))
 
 
 def tiles_prefix(step: Step) -> str:

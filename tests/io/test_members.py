@@ -375,8 +375,10 @@ def test_names_of_bands_are_mapped_by_a_setting(tmp_path):
     path = write(tmp_path / "a.json", bands({"name": "b1"}, {"name": "b2"}))
     [source], _ = mapping_steps.imagery(Region("r", catalog=path), MapConfig(bands={"nir": "b2"}))
     assert source.bands == ("b1", "nir")
-    _, unread = mapping_steps.imagery(Region("r", catalog=path), MapConfig(bands={"b1": "b2"}))
-    assert "two bands of a one name" in str(unread["a"])
+    [swapped], _ = mapping_steps.imagery(Region("r", catalog=path), MapConfig(bands={"b1": "b2"}))
+    assert swapped.bands == ("own b1", "b1")
+    _, unread = mapping_steps.imagery(Region("r", catalog=path), MapConfig(bands={"red": "b2", "nir": "b2"}))
+    assert "gives bands of a one name" in str(unread["a"])
     assert "bands" not in MapConfig().model_dump()  # keys of steps stay what they were
 
 

@@ -12,6 +12,7 @@ from small_world import catalogue, classifier, segmenter
 from rayseg.engine.run import Engine, Step
 from rayseg.errors import ConfigError, DataError, ModelError
 from rayseg.geo.region import Region
+from rayseg.io.sources import Source
 from rayseg.models import bundle
 from rayseg.steps import map as mapping
 from rayseg.steps.map import MapConfig
@@ -159,3 +160,43 @@ def test_what_is_published_of_the_ledger_is_what_the_files_say(world, step, monk
 def test_settings_that_cannot_be_meant_are_refused(wrong):
     with pytest.raises(ValueError, match="greater than 0"):
         MapConfig(**wrong)
+
+
+def bands_of(source):
+    return [name for _, names in source.assets for name in names]
+
+
+@pytest.mark.parametrize(
+    ("own", "names", "expected"),
+    [
+        (("red", "green", "blue", "nir"), {"red": "b3", "green": "b2", "blue": "b1"}, ["blue", "green", "red", "nir"]),
+        (("red", "green", "blue", "nir"), {"red": "3", "green": "2", "blue": "1"}, ["blue", "green", "red", "nir"]),
+        (
+            ("red", "green", "blue", "nir"),
+            {"red": "nir", "green": "red", "blue": "green"},
+            ["green", "blue", "own blue", "red"],
+        ),
+        (("b1", "b2", "b3"), {"red": "b2", "green": "b3", "blue": "b1"}, ["blue", "red", "green"]),
+        (("b3", "b1"), {"red": "b1"}, ["b3", "red"]),  # a name counts before a position
+    ],
+)
+def test_bands_are_called_by_name_or_position(own, names, expected):
+    source = Source("s", (("s.tif", own),), None, (1.0, 0.0, 0.0, 0.0, -1.0, 0.0), 8, 8, "uint8", None)
+    assert bands_of(mapping.with_names(source, names)) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ({"red": "b1", "blue": "b9"}, "map.bands says blue: b9, but s has the bands red, green, blue; name some"),
+        ({"red": "b1", "blue": "b1"}, "map.bands gives bands of s one name"),
+    ],
+)
+def test_bands_that_a_source_has_not_or_that_are_named_twice_are_refused(names, said):
+    bands = ("red", "green", "blue")
+    source = Source("s", (("s.tif", bands),), None, (1.0, 0.0, 0.0, 0.0, -1.0, 0.0), 8, 8, "uint8", None)
+    with pytest.raises(DataError, match=said):
+        mapping.with_names(source, names)
+    files = Source("s", tuple((f"{name}.tif", (name,)) for name in bands), *list(vars(source).values())[2:])
+    with pytest.raises(DataError, match="red: b1, but s"):  # several files have no order
+        mapping.with_names(files, {"red": "b1"})
