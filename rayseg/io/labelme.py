@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import geopandas
 import numpy as np
@@ -36,6 +36,7 @@ _log = logging.getLogger(__name__)
 VERSION = "5.5.0"
 NAMES = {"1": "field", "0": "nonfield", "field": "field", "nonfield": "nonfield"}
 """Label in a JSON -> class; annotators set 1 (cultivated) or 0 (not)."""
+_Model = TypeVar("_Model", bound=BaseModel)
 _KINDS = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 
 
@@ -251,13 +252,22 @@ def read_document(path: Path) -> Document:
     Raises:
         DataError: the file cannot be read, or is not LabelMe's.
     """
+    return read_json(path, Document, "LabelMe annotation")
+
+
+def read_json(path: Path, model: type[_Model], what: str) -> _Model:
+    """The content of a JSON file as `model`; `what` names the format.
+
+    Raises:
+        DataError: the file cannot be read, or does not have the keys of `model`.
+    """
     try:
-        return Document.model_validate(json.loads(path.read_bytes()))
+        return model.model_validate(json.loads(path.read_bytes()))
     except ValidationError as error:
         first = error.errors()[0]
         place = " ".join(str(part) for part in first["loc"]) or "its content"
         raise DataError(
-            f"{path} is not a LabelMe annotation: {place}, {first['msg'][0].lower()}{first['msg'][1:]}; correct it or "
+            f"{path} is not a {what}: {place}, {first['msg'][0].lower()}{first['msg'][1:]}; correct it or "
             "export it again"
         ) from None
     except (OSError, ValueError) as error:
@@ -267,7 +277,7 @@ def read_document(path: Path) -> Document:
 def _plots(content: Document, path: Path, image: Path) -> list[tuple[str, BaseGeometry]]:
     """(class, polygon without its holes) of every plot of one JSON."""
     height, width = _picture(image).shape[:2]  # decoded here too, to detect a damaged image before anything is written
-    scale = _scale(content, (height, width), path, image)
+    scale = scale_to_image((content.imageHeight, content.imageWidth), (height, width), path, image)
     frame = shapely.box(0, 0, width, height)
     outlines: list[tuple[str, BaseGeometry, object]] = []
     holes: dict[object, list[BaseGeometry]] = {}
@@ -289,10 +299,22 @@ def _plots(content: Document, path: Path, image: Path) -> list[tuple[str, BaseGe
     return [(kind, polygon.difference(shapely.union_all(holes.get(group, [])))) for kind, polygon, group in outlines]
 
 
-def _scale(content: Document, size: tuple[int, int], path: Path, image: Path) -> tuple[float, float]:
-    """Factors (x, y) from the JSON's pixels to those of its image, (height, width) `size`."""
+def scale_to_image(
+    stated: tuple[int | None, int | None], size: tuple[int, int], path: Path, image: Path
+) -> tuple[float, float]:
+    """Factors (x, y) from a JSON's pixels to those of its image; a warning where they are not 1.
+
+    Args:
+        stated: height and width of the image as the JSON has them, None where it does not.
+        size: height and width of the image.
+        path: of the JSON, for messages.
+        image: file of the image, for messages.
+
+    Raises:
+        DataError: the image has another shape than the JSON states.
+    """
     height, width = size
-    stated = (content.imageHeight or height, content.imageWidth or width)
+    stated = (stated[0] or height, stated[1] or width)
     if stated == size:
         return 1.0, 1.0
     # LiSegAgr's script resizes every image to a square; other tools keep the shape of an image.
@@ -302,7 +324,13 @@ def _scale(content: Document, size: tuple[int, int], path: Path, image: Path) ->
             "give the image that was labelled"
         )
     _log.warning(
-        "%s is of an image of %d x %d px, %s has %d x %d: points are scaled", path, *stated[::-1], image, width, height
+        "%s is of an image of %d x %d px, %s has %d x %d: points are scaled",
+        path,
+        stated[1],
+        stated[0],
+        image,
+        width,
+        height,
     )
     return width / stated[1], height / stated[0]
 

@@ -108,6 +108,48 @@ def test_no_shape_and_no_image_is_lost(tmp_path, images):
     assert (images / "a.tif").read_bytes() == before
 
 
+def test_points_of_a_resized_image_are_scaled_and_a_shape_outside_is_named(tmp_path, images, caplog):
+    labelme(tmp_path / "json", "a", box("water", 0, 0, 50, 50), box("road", 300, 0, 310, 10))
+    path = tmp_path / "json/a.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"imageHeight": 100, "imageWidth": 200}))
+    counts = drawn_masks.write_masks(str(tmp_path / "json"), str(images), str(tmp_path / "masks"))
+    assert counts == {"background": 175, "road": 0, "water": 25}
+    assert (read(tmp_path / "masks/a.tif")[:5, :5] == 2).all()
+    scaled, outside = (record.getMessage() for record in caplog.records)
+    assert "a.json is of an image of 200 x 100 px" in scaled
+    assert "a.json: shape 1 (road) covers nothing of" in outside
+    labelme(tmp_path / "json", "b", box("road", 0, 0, 1, 1))
+    path = tmp_path / "json/b.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"imageWidth": 99}))
+    with pytest.raises(DataError, match="another shape"):
+        drawn_masks.write_masks(str(tmp_path / "json"), str(images), str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()  # not even the mask of a
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"category_id": 9}, "annotation 4 has the unknown category id 9, expected one of 1;"),
+        ({"image_id": 8}, "annotation 4 has the unknown image id 8, expected one of 7;"),
+        ({"segmentation": []}, "annotation 4 has no segmentation, a box alone is no outline;"),
+        ({"segmentation": [[0, 0, 4, 0, 4, 10, 0]]}, "annotation 4 has a segmentation that is neither polygons"),
+        ({"segmentation": {"size": [10, 20], "counts": [3, 4]}}, "an RLE of 7 px, its size is 10 x 20;"),
+        ({"segmentation": {"size": [5, 1], "counts": [1, 4]}}, "annotation 4: its mask has"),
+    ],
+)
+def test_what_a_coco_file_lacks_is_one_sentence(tmp_path, images, changed, said):
+    row = {"id": 4, "image_id": 7, "category_id": 1, "segmentation": [[0, 0, 4, 0, 4, 10]], "bbox": [0, 0, 4, 10]}
+    content = {
+        "images": [{"id": 7, "file_name": "a.png"}],
+        "categories": [{"id": 1, "name": "water"}],
+        "annotations": [row | changed],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=said):
+        drawn_masks.write_masks(str(tmp_path / "coco.json"), str(images), str(tmp_path / "masks"))
+    assert not (tmp_path / "masks").exists()
+
+
 def test_a_folder_of_jsons_where_masks_are_expected_names_the_command(tmp_path):
     labelme(tmp_path / "json", "a")
     with pytest.raises(DataError, match="rayseg labels masks"):
