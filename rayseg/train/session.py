@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -88,7 +89,7 @@ def fit(loop: Loop, config: State, setup: Setup, *, name: str) -> State:
     Raises:
         RaysegError: raised by the loop, with or without workers.
         ConfigError: Ray is not connected.
-        ModelError: the workers failed more than `setup.max_failures` times.
+        ModelError: the workers failed more than `setup.max_failures` times, or the training's controller is gone.
     """
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     if setup.workers and not ray.is_initialized():
@@ -115,7 +116,7 @@ def fit(loop: Loop, config: State, setup: Setup, *, name: str) -> State:
         ),
     )
     try:
-        with _shown(noted), _interruptible():
+        with _shown(noted), _interruptible(name):
             result: State = trainer.fit().return_value
     except TrainingFailedError as error:
         raise _cause(error, name) from error
@@ -123,16 +124,44 @@ def fit(loop: Loop, config: State, setup: Setup, *, name: str) -> State:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Make Ctrl-C during a training a KeyboardInterrupt; Ray Train ends the process without a word, also afterwards."""
+def _interruptible(name: str) -> Iterator[None]:
+    """Make Ctrl-C during a training a KeyboardInterrupt; Ray Train ends the process without a word, also afterwards.
+
+    Raises:
+        ModelError: the controller of the training `name` is gone, and no signal was received.
+    """
     handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except (SystemExit, RayActorError):  # raised by Ray Train's handler, or by the training that it aborts
-        raise KeyboardInterrupt from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
+    with _received() as signals:
+        try:
+            yield
+        except SystemExit:  # raised by Ray Train's handler
+            raise KeyboardInterrupt from None
+        except RayActorError as error:  # the controller: aborted by that handler, or killed for lack of memory
+            if signals() & {signal.SIGINT, signal.SIGTERM}:
+                raise KeyboardInterrupt from None
+            raise _cause(error, name) from error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def _received() -> Iterator[Callable[[], set[int]]]:
+    """A function that returns the signals that this process received meanwhile, whoever handled them."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
+        yield set
+        return
+    # Ray Train replaces the handler while it runs, so a handler of one's own would see nothing.
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        for end in (ours, theirs):
+            end.setblocking(False)
+        before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        try:
+            theirs.send(b"\0")  # never empty, as reading nothing would be an error
+            yield lambda: set(ours.recv(4096))
+        finally:
+            signal.set_wakeup_fd(before)
 
 
 @contextmanager

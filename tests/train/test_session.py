@@ -1,4 +1,5 @@
 import json
+import signal
 import threading
 import time
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from ray.exceptions import RayActorError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rayseg.errors import ConfigError, ModelError
@@ -31,6 +33,24 @@ def test_workers_without_ray_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)  # other tests may have started it in this process
     with pytest.raises(ConfigError, match="needs Ray"):
         session.fit(loop_of_values, {}, Setup(tmp_path, workers=1), name="t")
+
+
+def test_a_controller_that_is_gone_is_an_error_unless_a_signal_was_received():
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ModelError, match=r"training t failed .*out of memory"), session._interruptible("t"):
+        raise RayActorError(error_msg="the actor died: out of memory")
+
+    def lose(number):
+        before = signal.signal(number, lambda *_: None)  # as Ray Train does
+        signal.raise_signal(number)
+        signal.signal(number, before)
+        raise RayActorError
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with pytest.raises(KeyboardInterrupt), session._interruptible("t"):
+            lose(number)
+    assert signal.getsignal(signal.SIGINT) == handler
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 @pytest.mark.parametrize("prefix", ["local", "memory"])
