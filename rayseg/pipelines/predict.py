@@ -81,7 +81,7 @@ def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> s
     extras = report.Extras(labels=_carried(predicted, config.earlier)) if config.earlier else None
     shown_too = [None, extras] if extras else []
     written = run.step("report", report.write_report, predicted, polygons, *shown_too, certified=certified)
-    return " ".join(filter(None, [report.headline(written), extras.labels if extras else ""]))
+    return report.headline(written, extras.labels if extras else "")
 
 
 def _carried(predicted: Step, earlier: str) -> str:

@@ -25,6 +25,7 @@ from rayseg.io.maps import MappedTile, mapped_tiles, read_tile, seam_score, top_
 from rayseg.io.sources import Source
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle, Precision
+from rayseg.models.input_statistics import LEAST
 from rayseg.stages.certify import Certify, Place
 from rayseg.steps import map as mapping
 from rayseg.steps.evaluate import match, table_of_masks
@@ -37,9 +38,9 @@ PLACES = 64
 MOST = 16
 """Of these, places that are mapped again, at most."""
 SECONDS, SHARE = 6.0, 0.04
-"""Time for mapping places again: the longer of seconds and a share of the run's time so far; one place at least."""
+"""Time after which no further place is mapped again: the longer of seconds and a share of the run's time so far."""
 LEAST_CHANGES = 50
-"""Changes of class at tile borders below which a seam score is chance."""
+"""Changes of class at tile borders, the greater of found and expected, below which a seam score is chance."""
 BINS = 15
 """Of the expected calibration error, as in Guo et al. 2017."""
 SEED = 0
@@ -179,7 +180,7 @@ def _seams(tiles: Sequence[MappedTile], unknown: dict[str, str]) -> dict[str, fl
     seams = seam_score(tiles)
     expected = seams["inside"] * seams["pairs"] if seams else 0
     if not seams or seams["ratio"] is None or max(seams["changes"], expected) < LEAST_CHANGES:
-        unknown["seams"] = "too few changes of class at borders of tiles"
+        unknown["seams"] = f"fewer than {LEAST_CHANGES} changes of class at borders of tiles, found and expected"
         return {}
     return {"seams": seams["ratio"]}
 
@@ -188,7 +189,10 @@ def _far(records: Sequence[Record], described: Bundle, unknown: dict[str, str]) 
     far = [record.facts["far"] for record in records if "far" in record.facts]
     if not far:
         unknown["far"] = (
-            "the model has no statistics of its training imagery" if described.statistics is None else "no imagery"
+            f"the model has no statistics of its training imagery: fewer than {LEAST} windows of it, or the model is "
+            "imported or of an earlier version"
+            if described.statistics is None
+            else "no imagery"
         )
         return {}
     return {"far": sum(far) / len(far)}
@@ -199,7 +203,7 @@ def _calibration(
 ) -> dict[str, float | None]:
     """The expected calibration error at the places that have truth."""
     if not truth:
-        unknown["calibration"] = "there is no truth"
+        unknown["calibration"] = "no truth was given for the map"
         return {}
     try:
         reference = masks.two_classes(masks.masks_of(truth, names=table.names), table, truth)
@@ -279,6 +283,13 @@ def rows_of(content: Mapping[str, Any]) -> list[dict[str, str]]:
         light = content["lights"].get(name, "not known")
         rows.append({"title": title, "light": light, "value": words, "limits": limits})
     return rows
+
+
+def worst(content: Mapping[str, Any]) -> str:
+    """The measures that make the light amber or red, as text; empty for another light."""
+    if content["light"] not in LIGHTS[1:]:
+        return ""
+    return ", ".join(name.replace("_", " ") for name, light in content["lights"].items() if light == content["light"])
 
 
 def lead(content: Mapping[str, Any]) -> str:

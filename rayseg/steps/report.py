@@ -98,7 +98,7 @@ class Content(TypedDict):
 
     `lead` is a sentence or two, `figures` are (label, value, note), `pictures` (title, image file, caption), `tables`
     (title, header, rows), `curves` (title, drawings), `ledgers` the steps of `run.status`, `evaluation` the
-    result of `rayseg.steps.evaluate.evaluate`, `certificate` a light, a lead and rows of
+    result of `rayseg.steps.evaluate.evaluate`, `certificate` a light, its worst measures, a lead and rows of
     `certificate.rows_of`, `seams` the result of `rayseg.io.maps.seam_score`. `images` is a table with
     a row per image, `files` are (what, path next to the page), `tile_files` tile -> such rows of the first tiles.
     """
@@ -241,7 +241,12 @@ def write_report(
     if certified:
         known = certified.value
         rows = certificate.rows_of(known)
-        content["certificate"] = {"light": known["light"], "lead": certificate.lead(known), "rows": rows}
+        content["certificate"] = {
+            "light": known["light"],
+            "worst": certificate.worst(known),
+            "lead": certificate.lead(known),
+            "rows": rows,
+        }
     content["curves"] = [
         (name, charts.curves(rows)) for name, rows in (extras.histories or charts.histories(step.root)).items()
     ]
@@ -313,8 +318,8 @@ def _put_page(root: str, content: Content) -> None:
     put(upath(root) / "report" / "index.html", relocated(render(content), root, "RUN").encode())
 
 
-def headline(published: Step) -> str:
-    """Path of the report and its summary, in one line."""
+def headline(published: Step, note: str = "") -> str:
+    """Path of the report, its summary, a note, and a certificate's light if it is amber or red, in one line."""
     value = published.value
     sentences = [value["summary"]]
     if value["measures"]:
@@ -323,6 +328,9 @@ def headline(published: Step) -> str:
     if value["km2_per_hour"] is not None:
         rate = value["km2_per_hour"]
         sentences.append(f"{rate:,.0f} km²/h." if rate >= 10 else f"{rate:.2g} km²/h.")
+    sentences += [note] if note else []
+    if (certified := value.get("certificate")) and (worst := certificate.worst(certified)):
+        sentences.append(f"Certificate: {certified['light']} ({worst}).")
     path, here = upath(published.root) / value["report"], Path.cwd()
     if is_local(path) and here in Path(path.path).parents:
         path = Path(path.path).relative_to(here)

@@ -8,7 +8,7 @@ import pytest
 from small_world import catalogue, files, rayseg, refused
 
 from rayseg.engine.ledger import Record
-from rayseg.steps.certificate import LIMITS, calibration_error, judged, lead, rows_of, stability
+from rayseg.steps.certificate import LIMITS, calibration_error, judged, lead, rows_of, stability, worst
 
 
 def place(pixels, shift, brightness, either):
@@ -52,6 +52,12 @@ def test_without_a_place_the_reason_is_given():
 def test_the_light_is_that_of_the_worst_measure(measures, light):
     assert judged(measures)["light"] == light
     assert judged(measures)["lights"].keys() == measures.keys()
+
+
+def test_the_worst_measures_are_named_unless_the_light_is_green():
+    assert worst(judged({"retiled": 0.0, "shift": 0.05})) == "shift"
+    assert worst(judged({"shift": 0.05, "brightness": 0.2, "shift_of_class": 0.6})) == "brightness, shift of class"
+    assert worst(judged({"retiled": 0.0})) == worst(judged({"seams": 1.0})) == worst(judged({})) == ""
 
 
 def test_the_calibration_error_is_the_mean_gap_of_confidence_and_accuracy_over_bins():
@@ -108,10 +114,10 @@ def test_a_run_has_a_certificate_and_keeps_what_is_required_of_it(world):
     assert content["retiled"] == 0.0
     assert content["again"] > 0
     assert content["limits"] == {name: list(limits) for name, limits in LIMITS.items()}
-    assert content["unknown"]["far"] == "the model has no statistics of its training imagery"
-    assert content["unknown"]["calibration"] == "there is no truth"
+    assert "fewer than 20 windows" in content["unknown"]["far"]
+    assert content["unknown"]["calibration"] == "no truth was given for the map"
     page = (world["root"] / "run/report/index.html").read_text()
-    assert f'class="light {content["light"]}"' in page
+    assert f'Certificate: <a class="light {content["light"]}" href="#certificate">' in page
     # The same run again computes nothing and is judged by the same numbers.
     before = files(world["root"] / "run")
     missed = predict(world, "run", "--require", "metrics.shares.gpc>2")

@@ -195,6 +195,9 @@ def test_the_headline_says_where_and_what(tmp_path):
     assert line.startswith(f"{predicted.root}/report/index.html: ")
     assert "gpc" in line
     assert "\n" not in line
+    assert "Certificate" not in line
+    known = value | {"certificate": {"light": "red", "lights": {"shift": "amber", "brightness": "red"}}}
+    assert headline(later(predicted, "report", known), "A note.").endswith(" A note. Certificate: red (brightness).")
 
 
 def test_idle_is_what_the_clock_has_left_of_its_workers(tmp_path):
