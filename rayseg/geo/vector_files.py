@@ -25,11 +25,11 @@ _DAMAGED: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, Look
 """What pyogrio, pyarrow and shapely raise on files whose headers, metadata or geometries are cut or damaged."""
 
 
-def read_frame(path: StorePath) -> "geopandas.GeoDataFrame":
+def read_frame(path: StorePath, *, every: bool = False) -> "geopandas.GeoDataFrame":
     """The rows with a geometry of a GeoJSON, GeoPackage, FlatGeobuf, GeoParquet or Shapefile.
 
     The format is recognized by content, as GDAL does; `--allow-driver` opens others by the driver of their suffix. Rows
-    whose geometry is null or empty are left out, with a warning that names them.
+    whose geometry is null or empty are left out, with a warning that names them, unless `every` row is asked for.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -54,7 +54,7 @@ def read_frame(path: StorePath) -> "geopandas.GeoDataFrame":
         raise DataError(f"{path} cannot be read as polygons: {error}; give GeoParquet or GeoJSON") from error
     if not isinstance(frame, geopandas.GeoDataFrame):
         raise DataError(f"{path} has no geometries, expected polygons; give GeoParquet or GeoJSON")
-    return _placed(frame, path)
+    return frame if every else _placed(frame, path)
 
 
 def _kind(head: bytes) -> str:

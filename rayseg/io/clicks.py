@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import shapely
 from numpy.typing import NDArray
-from shapely.geometry import shape
 
 from rayseg.engine import run as runs
 from rayseg.errors import ConfigError, DataError, listed
@@ -31,7 +30,8 @@ from rayseg.vision.color import ClassTable
 MOST_PIXELS = 5_000
 """Pixels of a stroke: a longer one is a drawing."""
 _STEP = 0.5  # px between two places of a stroke that are looked at
-_KINDS = {"Point", "LineString", "MultiPoint", "MultiLineString"}
+_KINDS = ("Point", "LineString", "MultiPoint", "MultiLineString")
+_SCALARS = ("id", "undo", "run", "image")
 
 
 @dataclass(frozen=True)
@@ -82,27 +82,54 @@ def read_clicks(path: StorePath) -> list[Click]:
     for feature in kept(features):
         number, properties = numbers[id(feature)], feature["properties"]
         properties = {name: value for name, value in properties.items() if value is not None}
-        kind = (feature.get("geometry") or {}).get("type")
-        if kind not in _KINDS:
-            raise DataError(f"click {number} of {path} is of type {kind}, expected a point or a line; remove it")
+        geometry = _geometry(feature.get("geometry"), f"click {number} of {path}")
         if not isinstance(properties.get("class"), str):
             raise DataError(f"click {number} of {path} has no property class, expected the name of a class; add it")
-        clicks.append(Click(shape(feature["geometry"]), properties, number))
+        clicks.append(Click(geometry, properties, number))
     if not clicks:
         raise DataError(f"{path} holds no clicks; give points or short lines with a property class")
     return clicks
+
+
+def _geometry(geometry: Any, what: str) -> shapely.Geometry:  # noqa: ANN401 - what a file holds
+    """A point or line of GeoJSON.
+
+    Raises:
+        DataError: it is missing, empty, damaged or of another type.
+    """
+    if not isinstance(geometry, dict):
+        raise DataError(f"{what} has no geometry, expected a point or a line; add it, or remove the click")
+    if geometry.get("type") not in _KINDS:
+        raise DataError(f"{what} is of type {geometry.get('type')}, expected a point or a line; remove it")
+    try:
+        found = shapely.from_geojson(json.dumps(geometry))
+    except shapely.errors.GEOSException:
+        raise DataError(f"{what} has coordinates that are no {geometry['type']}; correct or remove it") from None
+    if found.is_empty:
+        raise DataError(f"{what} has no coordinates, expected a point or a line; add them, or remove the click")
+    return found
 
 
 def read_features(path: StorePath) -> list[dict[str, Any]]:
     """The rows of a file as GeoJSON features in degrees, also those that were taken back.
 
     Raises:
-        DataError: there is no such file, or it cannot be read.
+        DataError: there is no such file, it cannot be read, or a property that names something has another type.
     """
     try:
-        return _lines(upath(path).read_bytes()) or list(_rows(path))
+        features = _lines(upath(path).read_bytes()) or list(_rows(path))
     except FileNotFoundError:
         raise DataError(f"there is no file of clicks {path}; give points with a property class") from None
+    for number, feature in enumerate(features, 1):
+        properties = feature["properties"]
+        if not isinstance(properties, dict):
+            raise DataError(
+                f"click {number} of {path} has the properties {properties!r}, expected an object; correct it"
+            )
+        for name in _SCALARS:
+            if not isinstance(value := properties.get(name), str | int | float | None):
+                raise DataError(f"{name} of click {number} of {path} is {value!r}, expected a text; correct it")
+    return features
 
 
 def kept(features: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -132,7 +159,7 @@ def _lines(content: bytes) -> list[dict[str, Any]]:
 
 def _rows(path: StorePath) -> Iterator[dict[str, Any]]:
     """The rows of a file of any other format as features in degrees."""
-    frame = read_frame(path)
+    frame = read_frame(path, every=True)
     names = [name for name in frame.columns if name != frame.geometry.name]
     if frame.crs is None and "image" not in names:
         raise DataError(f"{path} states no CRS, expected one; write the clicks with a CRS")
@@ -140,8 +167,9 @@ def _rows(path: StorePath) -> Iterator[dict[str, Any]]:
         frame = frame.to_crs(LONLAT)
     for geometry, values in zip(frame.geometry, frame[names].to_dict("records"), strict=True):
         # A missing value of a table is NaN or NaT, which are not equal to themselves.
-        properties = {name: value if value == value else None for name, value in values.items()}
-        yield {"type": "Feature", "geometry": json.loads(shapely.to_geojson(geometry)), "properties": properties}
+        properties = {name: value if np.all(value == value) else None for name, value in values.items()}
+        placed = json.loads(shapely.to_geojson(geometry)) if geometry else None
+        yield {"type": "Feature", "geometry": placed, "properties": properties}
 
 
 def expect_of(clicks: Sequence[Click], identity: str, table: ClassTable, root: str) -> None:
@@ -161,6 +189,25 @@ def expect_of(clicks: Sequence[Click], identity: str, table: ClassTable, root: s
                 f"click {click.number} has the class {own['class']!r}, {root} has {listed(table.names, most=20)}; "
                 "correct it"
             )
+
+
+def expect_inside(clicks: Sequence[Click], tiles: Sequence[MappedTile]) -> None:
+    """Check that clicks, and all places that a stroke goes through, are on a map.
+
+    Raises:
+        DataError: one lies outside of it, or a stroke is too long.
+    """
+    inside = [np.zeros(shapely.count_coordinates(click.geometry), bool) for click in clicks]
+    for grid, members in _by_grid(tiles).items():
+        corners_N4 = _corners(members)
+        for click, inside_V in zip(clicks, inside, strict=True):
+            if parts := _places(click, grid):
+                places_V2 = np.floor(np.concatenate(parts))
+                for hit in _hits(corners_N4, places_V2):
+                    first, last = corners_N4[hit, :2], corners_N4[hit, 2:]
+                    inside_V[((places_V2 >= first) & (places_V2 < last)).all(axis=1)] = True
+    if outside := {at: int(inside_V.argmin()) for at, inside_V in enumerate(inside) if not inside_V.all()}:
+        raise _misplaced(clicks, outside, "lies outside of the map")
 
 
 def placed(clicks: Sequence[Click], tiles: Sequence[MappedTile], table: ClassTable) -> dict[str, Clicked]:
@@ -192,7 +239,7 @@ def placed(clicks: Sequence[Click], tiles: Sequence[MappedTile], table: ClassTab
             values_N, weights_N = (np.array(column) for column in zip(*kept.values(), strict=True))
             found[name] = Clicked(rows_N, cols_N, values_N, weights_N.astype(np.float32))
     if empty:
-        raise _misplaced(clicks, empty, "lies on nodata, where nothing is mapped")
+        raise _misplaced(clicks, dict.fromkeys(empty, 0), "lies on nodata, where nothing is mapped")
     return found
 
 
@@ -202,57 +249,85 @@ def _touched(clicks: Sequence[Click], tiles: Sequence[MappedTile]) -> dict[str, 
     Raises:
         DataError: a click lies in no tile.
     """
-    on_grid: defaultdict[Grid, list[Tile]] = defaultdict(list)
-    for mapped in tiles:
-        on_grid[mapped.tile.grid].append(mapped.tile)
     touched: defaultdict[str, list[tuple[int, NDArray[np.int64]]]] = defaultdict(list)
     outside = set(range(len(clicks)))
-    for grid, members in on_grid.items():
-        corners_N4 = np.array([(t.window.row, t.window.col, t.window.row1, t.window.col1) for t in members])
+    for grid, members in _by_grid(tiles).items():
+        corners_N4 = _corners(members)
         for at, click in enumerate(clicks):
             pixels_P2 = _pixels(click, grid)
             if not len(pixels_P2):
                 continue
-            low, high = pixels_P2.min(axis=0), pixels_P2.max(axis=0)
-            for hit in np.flatnonzero((corners_N4[:, :2] <= high).all(axis=1) & (corners_N4[:, 2:] > low).all(axis=1)):
+            for hit in _hits(corners_N4, pixels_P2):
                 first, last = corners_N4[hit, :2], corners_N4[hit, 2:]
                 own_P2 = pixels_P2[((pixels_P2 >= first) & (pixels_P2 < last)).all(axis=1)] - first
                 if len(own_P2):
                     outside.discard(at)
                     touched[members[hit].id].append((at, own_P2))
     if outside:
-        raise _misplaced(clicks, outside, "lies outside of the map")
+        raise _misplaced(clicks, dict.fromkeys(outside, 0), "lies outside of the map")
     return touched
+
+
+def _by_grid(tiles: Sequence[MappedTile]) -> dict[Grid, list[Tile]]:
+    on_grid: defaultdict[Grid, list[Tile]] = defaultdict(list)
+    for mapped in tiles:
+        on_grid[mapped.tile.grid].append(mapped.tile)
+    return on_grid
+
+
+def _corners(tiles: Sequence[Tile]) -> NDArray[np.int64]:
+    return np.array([(t.window.row, t.window.col, t.window.row1, t.window.col1) for t in tiles])
+
+
+def _hits(corners_N4: NDArray[np.int64], places_P2: NDArray[Any]) -> NDArray[np.int64]:
+    """Positions of the tiles that intersect the box of (row, col) places."""
+    low, high = places_P2.min(axis=0), places_P2.max(axis=0)
+    return np.flatnonzero((corners_N4[:, :2] <= high).all(axis=1) & (corners_N4[:, 2:] > low).all(axis=1))
 
 
 def _pixels(click: Click, grid: Grid) -> NDArray[np.int64]:
     """(row, col) of the pixels of a click on a grid; none on the grid of another image."""
-    if click.properties.get("image") != (grid.image if grid.crs is None else None):
+    parts = [
+        shapely.get_coordinates(shapely.segmentize(shapely.LineString(places_V2), _STEP))
+        if len(places_V2) > 1
+        else places_V2
+        for places_V2 in _places(click, grid)
+    ]
+    if not parts:
         return np.empty((0, 2), np.int64)
+    return np.unique(np.floor(np.concatenate(parts)).astype(np.int64), axis=0)
+
+
+def _places(click: Click, grid: Grid) -> list[NDArray[np.float64]]:
+    """(row, col) on a grid of the places of each part of a click; none on the grid of another image.
+
+    Raises:
+        DataError: a stroke is too long.
+    """
+    if click.properties.get("image") != (grid.image if grid.crs is None else None):
+        return []
     parts = []
     for part in shapely.get_parts(click.geometry):
         xy_N2 = shapely.get_coordinates(part)
         if grid.crs is not None:
             xy_N2 = np.stack(transformer(LONLAT, grid.crs).transform(*xy_N2.T), axis=1)
         if not np.isfinite(xy_N2).all():  # beyond what the grid's projection shows
-            return np.empty((0, 2), np.int64)
+            return []
         inverse = ~grid.transform(Window(0, 0, 1, 1))
-        places_N2 = np.stack(inverse @ tuple(xy_N2.T), axis=1)
-        if len(places_N2) > 1:
-            line = shapely.LineString(places_N2)
-            if line.length > MOST_PIXELS:
-                raise DataError(
-                    f"stroke {click.number} is {line.length:,.0f} px long, expected at most {MOST_PIXELS:,} px; "
-                    "draw it shorter"
-                )
-            places_N2 = shapely.get_coordinates(shapely.segmentize(line, _STEP))
-        parts.append(np.floor(places_N2[:, ::-1]).astype(np.int64))
-    return np.unique(np.concatenate(parts), axis=0)
+        places_V2 = np.stack(inverse @ tuple(xy_N2.T), axis=1)[:, ::-1]
+        length = float(np.hypot(*np.diff(places_V2, axis=0).T).sum())
+        if length > MOST_PIXELS:
+            raise DataError(
+                f"stroke {click.number} is {length:,.0f} px long, expected at most {MOST_PIXELS:,} px; draw it shorter"
+            )
+        parts.append(places_V2)
+    return parts
 
 
-def _misplaced(clicks: Sequence[Click], at: set[int], what: str) -> DataError:
+def _misplaced(clicks: Sequence[Click], at: dict[int, int], what: str) -> DataError:
+    """The refusal of the clicks at some positions, each with the number of its wrong place."""
     first = clicks[min(at)]
-    x, y = shapely.get_coordinates(first.geometry)[0]
+    x, y = shapely.get_coordinates(first.geometry)[at[min(at)]]
     others = f" and {len(at) - 1} more" if len(at) > 1 else ""
     return DataError(f"click {first.number} at {x:.6g}, {y:.6g}{others} {what}; move or remove it")
 

@@ -16,12 +16,14 @@ from pathlib import Path as FilePath
 from typing import Annotated, Any
 
 import numpy as np
+import shapely
 from fastapi import APIRouter, Body, Path, Query, Request, Response
 from pydantic import Field
 
 from rayseg.config import Config
 from rayseg.engine.run import read
 from rayseg.errors import ConfigError, DataError, ModelError
+from rayseg.io import clicks as files
 from rayseg.io.clicks import identity, kept, read_features
 from rayseg.io.pictures import shown_colors
 from rayseg.serve import answers, runs
@@ -57,6 +59,7 @@ class _Handlers:
 
     def __init__(self, config: ServeConfig, backend: Backend) -> None:
         self._index, self._folder, self._backend = RunIndex(config), config.clicks, backend
+        self._paths = config.paths
 
     def _file(self, name: str) -> FilePath:
         """The file of a run's clicks.
@@ -90,7 +93,7 @@ class _Handlers:
     def _listed(self, name: str) -> dict[str, Any]:
         _, path, _ = self._found(name)
         features = kept(read_features(path)) if path.exists() else []
-        return {"type": "FeatureCollection", "features": features, "file": str(path)}
+        return {"type": "FeatureCollection", "features": features, "file": str(path) if self._paths else path.name}
 
     async def add(self, name: Name, click: Annotated[Click, Body()]) -> dict[str, str]:
         """Append a click or stroke with the class that is right there."""
@@ -105,6 +108,15 @@ class _Handlers:
         geometry = {"type": "Point" if single else "LineString", "coordinates": points[0] if single else points}
         properties = {"class": click.label, "run": identity(root), **_signed(click.name)}
         properties |= {"image": click.image} if click.image else {}
+        number = path.read_bytes().count(b"\n") + 1 if path.is_file() else 1
+        try:
+            # A click that `rayseg correct` refuses would stop every preview, too.
+            clicked = [files.Click(shapely.from_geojson(json.dumps(geometry)), properties, number)]
+            tiles = runs.view(root).tiles
+            files.expect_inside(clicked, tiles)
+            files.placed(clicked, tiles, table)
+        except DataError as error:
+            raise Problem(422, str(error)) from error
         _append(path, {"type": "Feature", "geometry": geometry, "properties": properties})
         return str(properties["id"])
 

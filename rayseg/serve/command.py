@@ -142,7 +142,7 @@ def view(run: str, *, port: int, browser: bool, basemap: str, say: Callable[[str
     read(run)
     # Next to the run, whose own files stay as they are.
     clicks = str(upath(absolute(run)).parent) if is_local(run) else None
-    given = {"runs": (run,), "clicks": clicks, "basemap": basemap}
+    given = {"runs": (run,), "clicks": clicks, "basemap": basemap, "paths": True}
     config = with_hosts(load_values(ServeConfig, given), "127.0.0.1")
     [root] = config.runs
     name = next(name for name, prefix in runs_below([root]).items() if prefix.rstrip("/") == root.rstrip("/"))

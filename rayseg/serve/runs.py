@@ -403,7 +403,7 @@ class _Handlers:
     """The handlers of the routes of one application."""
 
     def __init__(self, config: ServeConfig) -> None:
-        self._index, self._hosts = RunIndex(config), config.imagery_hosts
+        self._index, self._hosts, self._paths = RunIndex(config), config.imagery_hosts, config.paths
         self._pool = ThreadPoolExecutor(TILE_THREADS, thread_name_prefix="map-tiles")
 
     async def list_runs(self) -> dict[str, list[dict[str, Any]]]:
@@ -412,7 +412,9 @@ class _Handlers:
 
     async def one(self, name: Name) -> dict[str, Any]:
         """A run: classes and their areas, ledger, failed rows with their place."""
-        return await asyncio.to_thread(lambda: describe(name, self._index.root(name)))
+        root = self._index.root(name)
+        path = {"path": root} if self._paths else {}
+        return path | await asyncio.to_thread(lambda: describe(name, root))
 
     async def tile(
         self,

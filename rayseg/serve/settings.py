@@ -75,6 +75,8 @@ class ServeConfig(Config):
     clicks: Location | None = None
     """Local folder that clicks on runs are appended to, as `<run>.clicks.geojsonl`; without it the page cannot correct
     maps."""
+    paths: bool = False
+    """Show the paths of runs and clicks in the page, for commands to copy; `rayseg view` sets it."""
     log_file: Location | None = None
     """File on every node for the access log, one JSON line per request; default: stderr of the replicas."""
     jobs: Location | None = None

@@ -11,7 +11,7 @@ from rayseg.engine.flow import Work
 from rayseg.engine.manifest import Manifest, Row
 from rayseg.engine.run import Step
 from rayseg.errors import DataError, listed
-from rayseg.io.clicks import Click, Clicked, expect_of, identity, placed, read_clicks
+from rayseg.io.clicks import Click, Clicked, expect_inside, expect_of, identity, placed, read_clicks
 from rayseg.io.maps import mapped_tiles
 from rayseg.models import bundle
 from rayseg.models.bundle import Architecture, Bundle, Provenance
@@ -48,15 +48,17 @@ def clicks_for(root: str, path: str) -> tuple[list[Click], dict[str, Clicked]]:
 
     Raises:
         ConfigError: clicks of another run, or of a class that the map does not have; the run has not finished.
-        DataError: a click lies on no pixel of the map, or there are none.
+        DataError: a click lies outside of the map or on none of its pixels, or there are none.
     """
     origin = remap.origin_of(root)
     clicks = read_clicks(path)
     expect_of(clicks, identity(root), origin.table, root)
+    tiles = mapped_tiles(root)
+    expect_inside(clicks, tiles)
     before = upath(root) / "steps" / "clicks" / CLICKS
     earlier = read_clicks(before) if runs.read(root)["pipeline"] == "correct" else []
     together = [*earlier, *clicks]
-    return together, placed(together, mapped_tiles(root), origin.table)
+    return together, placed(together, tiles, origin.table)
 
 
 def list_clicks(step: Step, origin: tuple[str, str], path: str, checksum: str) -> dict[str, Any]:

@@ -8,10 +8,12 @@ where the map is wrong, so they are not a sample of it: the weight of the map's 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
@@ -37,13 +39,13 @@ class CorrectionConfig(Config):
     """Weight of the map's own pixels as a number of clicks: kept x n^(3/4) for n clicks."""
     balance: float = 0.5
     """A class of the map counts by its share of the pixels to 1 minus this power; 1 balances all classes."""
-    change: float = 0.05
+    change: Annotated[float, Field(gt=0, le=1)] = 0.05
     """Share of a class, of pixels that the model is sure of, that clicks may change; each click adds 1 / 4000."""
     sure: float = 8.0
     """Exponent of the probability by which a pixel of the map counts: high ones leave pixels that are not sure free."""
     penalty: float = 3.0
     """L2 penalty on the weights of standardised features."""
-    reach: float | None = 1.0
+    reach: Annotated[float, Field(gt=0)] | None = 1.0
     """Distance of features, relative to a typical one, at which a click has lost two fifths of its effect; null has no
     limit."""
 

@@ -5,18 +5,21 @@ import json
 import numpy as np
 import pytest
 import shapely
+from pydantic import ValidationError
 from pyproj import Transformer
 from small_world import GRID, catalogue, files, mosaic, rayseg, refused, segmenter
 from small_world import window_at as window
 
 from rayseg.engine.run import read, verify
-from rayseg.errors import ConfigError
+from rayseg.errors import ConfigError, DataError
+from rayseg.io.clicks import read_clicks
 from rayseg.io.maps import mapped_tiles
 from rayseg.models import bundle
 from rayseg.stages.embed import Embed
 from rayseg.stages.predict import lattice_of
 from rayseg.stages.rows import TileRow
 from rayseg.steps.fine_tune import training_of
+from rayseg.train.correction import CorrectionConfig
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +135,8 @@ def test_wrong_clicks_are_refused_before_anything_is_written(world, tmp_path):
     assert "has no property class" in refusal(3, {**click("kind-1", inside), "properties": None})
     box = {**click("kind-1", inside), "geometry": json.loads(shapely.to_geojson(shapely.box(0, 0, 1, 1)))}
     assert "is of type Polygon" in refusal(3, box)
+    assert "click 2 at" in refusal(3, click("kind-1", inside), click("kind-1", inside, (500, 500)))
+    assert "px long, expected at most 5,000 px" in refusal(3, click("kind-1", inside, (9000, 9000)))
     assert "there is no file of clicks" in refusal(3, path=tmp_path / "none.geojson")
     (tmp_path / "empty.geojson").write_text('{"type": "FeatureCollection", "features": []}')
     assert "holds no clicks" in refusal(3, path=tmp_path / "empty.geojson")
@@ -141,6 +146,35 @@ def test_wrong_clicks_are_refused_before_anything_is_written(world, tmp_path):
     assert not (tmp_path / "new").exists()
     path = clicks(tmp_path / "right.geojsonl", click("kind-1", inside))
     assert "which is only read" in refused(2, "correct", world["run"], "--clicks", path, "--out", world["run"])
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_damaged_clicks_are_refused_by_number(tmp_path, whole):
+    right = {"type": "Feature", "geometry": {"type": "Point", "coordinates": [5, 5]}, "properties": {"class": "a"}}
+
+    def refusal(wrong):
+        path, rows = tmp_path / "wrong.geojson", [right, right | wrong]
+        text = json.dumps({"type": "FeatureCollection", "features": rows})
+        path.write_text(text if whole else "".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(DataError) as caught:
+            read_clicks(path)
+        return str(caught.value)
+
+    assert "click 2" in refusal({"geometry": None})
+    assert "has no geometry" in refusal({"geometry": None})
+    assert "click 2" in refusal({"properties": {"class": "a", "id": ["b"]}})
+    assert "click 2" in refusal({"properties": {"class": "a", "undo": {"b": 1}}})
+    if not whole:
+        assert "click 2" in refusal({"properties": ["a"]})
+        assert "coordinates that are no Point" in refusal({"geometry": {"type": "Point", "coordinates": ["a", 1]}})
+        assert "has no coordinates" in refusal({"geometry": {"type": "MultiPoint", "coordinates": []}})
+        assert "has no geometry" in refusal({"geometry": "here"})
+
+
+@pytest.mark.parametrize("wrong", [{"reach": -1}, {"reach": 0}, {"change": 7}, {"change": 0}])
+def test_settings_of_the_head_have_ranges(wrong):
+    with pytest.raises(ValidationError):
+        CorrectionConfig(**wrong)
 
 
 @pytest.mark.more  # a training

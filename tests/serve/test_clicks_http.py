@@ -45,7 +45,11 @@ def test_clicks_are_lines_next_to_the_run_and_can_be_taken_back(run):
     assert (first.status_code, second.status_code) == (201, 201)
     assert asked.delete(f"/v1/runs/map/clicks/{second.json()['id']}").status_code == 200
     shown = asked.get("/v1/runs/map/clicks").json()
-    assert shown["file"] == beside(str(run))
+    assert shown["file"] == "map.clicks.geojsonl"
+    assert "path" not in asked.get("/v1/runs/map").json()
+    own = client(runs=(str(run),), clicks=str(run.parent), paths=True)
+    assert own.get("/v1/runs/map/clicks").json()["file"] == beside(str(run))
+    assert own.get("/v1/runs/map").json()["path"] == str(run)
     [feature] = shown["features"]
     assert feature["geometry"] == {"type": "LineString", "coordinates": [list(place) for place in places]}
     assert feature["properties"]["name"] == "Ann"
@@ -91,6 +95,21 @@ def test_wrong_clicks_are_refused_in_a_sentence(run, tmp_path):
     )
     (tmp_path / "file").write_text("")
     assert client(runs=(str(run),), clicks=str(tmp_path / "file")).post(path, json=click).status_code == 409
+    assert not (tmp_path / "map.clicks.geojsonl").exists()
+
+
+def test_the_server_refuses_what_the_command_would_refuse(run, tmp_path):
+    asked, path = client(runs=(str(run),), clicks=str(tmp_path)), "/v1/runs/map/clicks"
+    inside, outside = lonlat(60, 90), lonlat(500, 500)
+    for places, sentence in (
+        ([outside], "lies outside of the map"),
+        ([inside, outside], f"click 1 at {outside[0]:.6g}, {outside[1]:.6g} lies outside of the map"),
+        ([lonlat(2, 2)], "lies on nodata"),
+        ([inside, lonlat(60, 120)] * 200, "px long, expected at most 5,000 px"),
+    ):
+        found = asked.post(path, json={"label": "kind-1", "coordinates": places})
+        assert found.status_code == 422
+        assert sentence in found.json()["detail"]
     assert not (tmp_path / "map.clicks.geojsonl").exists()
 
 

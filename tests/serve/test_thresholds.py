@@ -80,9 +80,11 @@ def test_a_map_of_several_classes_has_no_threshold(tmp_path):
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here")
-def test_the_map_follows_the_slider_without_a_request(run):
+def test_the_map_follows_the_slider_without_a_request(run, monkeypatch):
     playwright = pytest.importorskip("playwright.sync_api")
     app = served(runs=(str(run),))
+    monkeypatch.setattr(thresholds.mapping, "threshold_of", lambda _: 0.7968)
+    own = "rayseg remap RUN --set threshold=0.7968 --out NEW"
     count = "() => [...document.querySelectorAll('#map canvas')].reduce((sum, one) => sum + one.getContext('2d')"
     count += ".getImageData(0, 0, 256, 256).data.filter((value, at) => at % 4 === 3 && value).length, 0)"
     with listening(app) as address, playwright.sync_playwright() as started:
@@ -91,6 +93,7 @@ def test_the_map_follows_the_slider_without_a_request(run):
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(f"{address}/runs/map")
         playwright.expect(page.locator("#deciding")).to_be_visible()
+        assert page.inner_text("#command") == own
         page.fill("#threshold", "10")
         page.wait_for_function("() => document.querySelectorAll('#map canvas.leaflet-tile-loaded').length > 0")
         page.wait_for_load_state("networkidle")
@@ -105,7 +108,8 @@ def test_the_map_follows_the_slider_without_a_request(run):
         assert page.inner_text("#share").startswith(f"{100 * share:.3g}"[:3])
         assert page.inner_text("#command") == "rayseg remap RUN --set threshold=0.70 --out NEW"
         page.click("#own")
-        assert page.input_value("#threshold") == "50"
+        assert page.input_value("#threshold") == "80"
+        assert page.inner_text("#command") == own
         assert page.is_checked("#show-classes")
         assert errors == []
         browser.close()

@@ -47,6 +47,9 @@ export function area(m2) {
   return `${m2.toFixed(0)} m²`;
 }
 
+// A path as a word of a command.
+export const quoted = (path) => (/^[\w@%+=:,.\/-]+$/.test(path) ? path : `'${path.replaceAll("'", "'\\''")}'`);
+
 export const bytes = (count) => (count < 1e5 ? `${Math.ceil(count / 1e3)} kB` : `${(count / 1e6).toFixed(1)} MB`);
 
 export const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
@@ -54,7 +57,7 @@ export const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)}
 export function swatch(color) {
   const created = node("span", "", { class: "swatch", "aria-hidden": "true" });
   if (color) created.style.background = color;
-  else created.classList.add("none"); // nothing is painted; not a box that could be ticked
+  else created.classList.add("unpainted"); // nothing is painted; not a box that could be ticked
   return created;
 }
 

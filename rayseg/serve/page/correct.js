@@ -1,5 +1,5 @@
 // Clicks and strokes where the map of a run is wrong: the server keeps them, and the tiles in view follow.
-import { ask, element, node, swatch } from "./ask.js";
+import { ask, element, node, quoted, swatch } from "./ask.js";
 import { base, shown } from "./run.js";
 
 const FAR = 4; // screen pixels between two places of a stroke
@@ -52,7 +52,7 @@ async function refresh() {
   shown.follows = element("correcting").checked ? state.clicks.length : 0;
   mark();
   say(state.clicks.length
-    ? `${state.clicks.length} clicks. For the whole map: rayseg correct RUN --clicks ${state.file} --out NEW`
+    ? `${state.clicks.length} clicks. For the whole map: rayseg correct ${quoted(shown.run.path ?? "RUN")} --clicks ${quoted(state.file)} --out NEW`
     : "");
   shown.layers.classes.redraw();
 }

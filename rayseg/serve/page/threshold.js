@@ -1,9 +1,10 @@
 // The threshold of a map of one class. The page applies it to tiles of scores, so that the map follows without a request.
-import { area, ask, element, node, percent } from "./ask.js";
+import { area, ask, element, node, percent, quoted } from "./ask.js";
 import { base, shown, withRetry } from "./run.js";
 
-const state = { said: null, layer: null };
-const chosen = () => Number(element("threshold").value) / 100;
+// The limit is a text: that of the map exactly, until the slider moves.
+const state = { said: null, layer: null, limit: "0.5" };
+const chosen = () => Number(state.limit);
 
 function paint(canvas) {
   const image = new ImageData(256, 256), limit = chosen() * 254;
@@ -41,12 +42,19 @@ function showShare() {
   const share = state.said.shares.reduce((sum, part, score) => (score > limit ? sum + part : sum), 0);
   const ground = state.said.area_m2 === null ? "" : ` (${area(share * state.said.area_m2)})`;
   const counted = state.said.tiles < state.said.of ? `, estimated from ${state.said.tiles} of ${state.said.of} tiles` : "";
-  element("chosen").textContent = chosen().toFixed(2);
+  element("chosen").textContent = state.limit;
   element("share").textContent = `${percent(share)} ${state.said.class}${ground}${counted}; before units below the minimum area are removed.`;
-  element("command").textContent = `rayseg remap RUN --set threshold=${chosen().toFixed(2)} --out NEW`;
+  element("command").textContent = `rayseg remap ${quoted(shown.run.path ?? "RUN")} --set threshold=${state.limit} --out NEW`;
+}
+
+function toOwn() {
+  state.limit = String(state.said.own ?? 0.5);
+  element("threshold").value = Math.round(chosen() * 100);
+  showShare();
 }
 
 function follow() {
+  state.limit = (Number(element("threshold").value) / 100).toFixed(2);
   showShare();
   if (!state.layer) {
     const zoom = shown.image ? {} : { minZoom: shown.run.minzoom };
@@ -62,8 +70,7 @@ function follow() {
 function reset() {
   state.layer?.remove();
   state.layer = null;
-  element("threshold").value = Math.round((state.said.own ?? 0.5) * 100);
-  showShare();
+  toOwn();
   element("show-classes").checked = true;
   element("show-classes").onchange?.();
 }
@@ -77,8 +84,7 @@ document.addEventListener("map", async () => {
   state.said = await answer.json();
   const hex = shown.run.classes.find((row) => row.name === state.said.class)?.color ?? "#009e73";
   state.color = [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
-  element("threshold").value = Math.round((state.said.own ?? 0.5) * 100);
-  showShare();
+  toOwn();
   element("own").textContent = state.said.own === null ? "Back to the map" : `Back to the map's own, ${Number(state.said.own.toFixed(3))}`;
   element("deciding").hidden = false;
 });
