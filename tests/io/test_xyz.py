@@ -713,7 +713,7 @@ def test_an_image_that_is_no_such_tile_is_refused_at_once(world, tmp_path, body,
 
 
 def test_no_more_requests_are_under_way_than_allowed(world, tmp_path):
-    world.hold = 0.02
+    world.hold = 0.3
     fetching = Fetching(concurrency=3)
     ingest_xyz(world.url(), tmp_path, geometry=around(*SHANGHAI, 1500), resolution=NATIVE_14, fetching=fetching)
     assert len(world.asked) >= 4
