@@ -64,17 +64,17 @@ def compared(
     if not is_fast():
         return None
     quick, pixels, changed = InBf16(model), 0, 0
-    exact_, quick_ = (Confusion(np.zeros((classes, classes), np.int64)) for _ in range(2))
+    in_fp32, in_bf16 = (Confusion(np.zeros((classes, classes), np.int64)) for _ in range(2))
     for image_CHW, truth_HW in images:
         x_1CHW = torch.from_numpy(image_CHW)[None].contiguous(memory_format=torch.channels_last)
         exact_HW, quick_HW = (_classes(net(x_1CHW)[0].float(), threshold) for net in (model, quick))
         pixels, changed = pixels + exact_HW.size, changed + int((exact_HW != quick_HW).sum())
         if truth_HW is not None:
-            exact_ += Confusion.from_arrays(truth_HW, exact_HW, classes)
-            quick_ += Confusion.from_arrays(truth_HW, quick_HW, classes)
+            in_fp32 += Confusion.from_arrays(truth_HW, exact_HW, classes)
+            in_bf16 += Confusion.from_arrays(truth_HW, quick_HW, classes)
     if not pixels:
         return None
-    lost = exact_.mean_iou_of_reference - quick_.mean_iou_of_reference if exact_.pixels else 0.0
+    lost = in_fp32.mean_iou_of_reference - in_bf16.mean_iou_of_reference if in_fp32.pixels else 0.0
     return Bf16(changed=round(changed / pixels, 6), lost=round(float(lost), 6))
 
 
