@@ -167,7 +167,11 @@ class Mosaic:
 
     @classmethod
     def of(cls, tiles: Sequence[MappedTile]) -> "Mosaic":
-        """Read every tile once, from its overviews: about 3 ms each."""
+        """Read every tile once, from its overviews: about 3 ms each.
+
+        Raises:
+            DataError: a tile cannot be read.
+        """
         windows: dict[Grid, Window] = {}
         for tile in tiles:
             own = tile.tile.window
@@ -187,7 +191,7 @@ class Mosaic:
         own = tile.tile.window
         top, left = (own.row - whole.row) // self.step, (own.col - whole.col) // self.step
         bottom, right = -(-(own.row1 - whole.row) // self.step), -(-(own.col1 - whole.col) // self.step)
-        with suppress(DataError), gdal(tile.href), open_file(tile.href) as dataset:
+        with gdal(tile.href), open_file(tile.href) as dataset:
             part_HW = dataset.read(1, out_shape=(bottom - top, right - left))
             open_HW = values_HW[top:bottom, left:right]  # a view; tiles that are cut can share a pixel
             np.copyto(open_HW, part_HW, where=open_HW == NODATA)

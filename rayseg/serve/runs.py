@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ from rayseg.steps import report
 from rayseg.store import StorePath, upath
 from rayseg.vision.color import ClassTable
 
+_log = logging.getLogger(__name__)
 MAX_OPENED = 16
 """Maximum files that one web tile opens; a web tile over more of them is drawn from the ledger, without imagery."""
 MAX_MOSAIC = 50_000
@@ -62,7 +64,10 @@ Index = Annotated[int, Path(ge=0, lt=1 << 24)]
 
 
 class Overview:
-    """The mosaic of a run, made in a thread once the run has ended and a tile of it was requested."""
+    """The mosaic of a run, made in a thread once the run has ended and a tile of it was requested.
+
+    There is none if a tile cannot be read: a mosaic with a hole would hide it.
+    """
 
     def __init__(self) -> None:
         self._begun = Lock()
@@ -74,7 +79,10 @@ class Overview:
             Thread(target=self._make, args=(tiles,), daemon=True).start()
 
     def _make(self, tiles: Sequence[MappedTile]) -> None:
-        self.mosaic = mapview.Mosaic.of(tiles)
+        try:
+            self.mosaic = mapview.Mosaic.of(tiles)
+        except DataError as error:
+            _log.warning("no mosaic: %s; map tiles of low zooms are drawn from the run's files", error)
 
 
 @dataclass(frozen=True, eq=False)

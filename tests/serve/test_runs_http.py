@@ -276,6 +276,21 @@ def test_a_mosaic_shows_the_pixels_of_the_maps(root, mask, monkeypatch):
     assert not small.suffices((20, place.x * 8, place.y * 8), tiles[0].tile.grid, None)
 
 
+def test_a_mosaic_never_has_a_hole_where_a_tile_cannot_be_read(root, monkeypatch, caplog):
+    tiles, reader = mapped_tiles(root / "earth/map"), mapview.open_file
+
+    def fail(href, **given):
+        if href == tiles[-1].href:
+            raise DataError("c.tif cannot be read")
+        return reader(href, **given)
+
+    monkeypatch.setattr(mapview, "open_file", fail)
+    overview = runs.Overview()
+    overview._make(tiles)
+    assert overview.mosaic is None
+    assert "no mosaic: c.tif cannot be read" in caplog.text
+
+
 def test_a_finished_run_of_many_tiles_is_drawn_from_its_mosaic_at_low_zooms(root, mask, tmp_path, monkeypatch):
     make(tmp_path / "map", {"scene": (picture(mask), mask, (0, 0))})
     content = json.loads((tmp_path / "map/run.json").read_text()) | {"status": "done", "reason": ""}
