@@ -172,6 +172,10 @@ class Bundle(Config):
     architecture: Architecture
     classes: tuple[ClassRow, ...]
     """(value in the class raster, name, (red, green, blue)), in the order of the model's outputs."""
+    in_masks: tuple[int, ...] = added(default=())
+    """Values of the classes in the masks that the model learnt from, if they are others than those of its maps."""
+    unlabelled: tuple[int, ...] = added(default=())
+    """Values that mean "not labelled" in these masks, in addition to 255."""
     bands: tuple[str, ...] = Field(min_length=1)
     """Names of the bands in the model's order."""
     dtype: str

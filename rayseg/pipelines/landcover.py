@@ -116,15 +116,22 @@ def fit(step: Step, listed: Step, config: Config) -> dict[str, Any]:
 
 
 def _segmenter(config: Config, image: Source | None = None) -> Bundle:
+    table = config.classes.table
     return models.segmenter_bundle(
         config.segmenter,
-        config.classes.table.classes,
+        table.classes,
         scaling=config.scaling,
         patch=config.patch,
         stride=config.stride,
         bands=config.bands,
         dtype=image.dtype if image else "uint8",
-    ).model_copy(update={"units": units_of(image, config.bands) if image else ()})
+    ).model_copy(
+        update={
+            "in_masks": table.stored,
+            "unlabelled": table.unlabelled,
+            "units": units_of(image, config.bands) if image else (),
+        }
+    )
 
 
 def validate(step: Step, listed: Step, model: Step, config: Config, count: int | None = None) -> dict[str, Any]:

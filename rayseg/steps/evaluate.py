@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from rayseg.engine import run as runs
 from rayseg.engine.run import Step
-from rayseg.errors import ConfigError, DataError, listed
+from rayseg.errors import ConfigError, DataError, ModelError, listed
 from rayseg.geo.grid import Grid, Tile, Window, slug
 from rayseg.geo.region import Region
 from rayseg.io import maps, masks, rasters
@@ -26,6 +27,8 @@ from rayseg.io.rasters import footprint
 from rayseg.io.sources import Source, part_of_image
 from rayseg.io.times import time_order
 from rayseg.metrics import Confusion, percentile_interval, resampled
+from rayseg.models import bundle
+from rayseg.steps.map import SCORED
 from rayseg.store import put, upath
 from rayseg.vision.color import IGNORE, ClassTable, hex_of
 
@@ -176,15 +179,25 @@ def _of_run(
 def table_of_masks(root: str, mapped: ClassTable) -> ClassTable:
     """The table that masks of a run's truth are read by: in them its classes may have other values than in its map.
 
+    Those of the run's configuration count, else those of the masks that its model learnt from.
+
     Args:
         root: prefix of the run.
         mapped: the classes of its map.
     """
-    given = runs.read(root)["config"].get("classes")
+    content = runs.read(root)
+    given = content["config"].get("classes")
     if isinstance(given, dict) and given.get("classes"):
         table = Classes.model_validate(given).table
         if table.names == mapped.names:
             return table
+    made = content.get("steps", {}).get(SCORED, {})
+    if origin := made.get("run"):  # made from another run
+        return table_of_masks(origin, mapped)
+    with suppress(ConfigError, ModelError, KeyError):
+        described = bundle.description(made["bundle"])
+        if tuple(name for _, name, _ in described.classes) == mapped.names:
+            return replace(mapped, stored=described.in_masks, unlabelled=described.unlabelled)
     return mapped
 
 

@@ -11,6 +11,7 @@ import rasterio
 import yaml
 from affine import Affine
 from fake_run import GPC, NODATA, UTM, blobs, make, picture, place
+from small_world import segmenter
 
 from rayseg.engine.run import Engine, Step
 from rayseg.errors import ConfigError, DataError
@@ -97,6 +98,23 @@ def test_the_truth_of_a_run_has_the_values_of_its_configured_classes(tmp_path):
     found = evaluate.evaluate(str(tmp_path / "run"), str(tmp_path / "truth"))
     assert found["pixels"] == mask[40:].size
     assert found["overall"]["mean_iou"]["value"] == 1
+
+
+@pytest.mark.parametrize("derived", [False, True])
+def test_the_truth_of_a_run_has_the_values_of_the_masks_that_its_model_learnt_from(tmp_path, monkeypatch, derived):
+    mask = blobs(96, 130)
+    run_of(tmp_path, mask, grid=Grid(None, (1.0, 1.0), (0.0, 0.0)))
+    prefix = segmenter(tmp_path / "model")
+    described = json.loads((tmp_path / "model/bundle.json").read_text()) | {"in_masks": [1, 2], "unlabelled": [0]}
+    (tmp_path / "model/bundle.json").write_text(json.dumps(described))
+    predicted = {"config": {}, "steps": {"predict": {"bundle": str(prefix)}}}
+    remapped = {"config": {}, "steps": {"predict": {"run": "origin"}}}
+    monkeypatch.setattr(evaluate.runs, "read", lambda root: remapped if derived and root != "origin" else predicted)
+    truth = mask + 1
+    truth[:40] = 0
+    mask_png(tmp_path / "truth", "scene", truth)
+    found = evaluate.evaluate(str(tmp_path / "run"), str(tmp_path / "truth"))
+    assert (found["pixels"], found["overall"]["mean_iou"]["value"]) == (mask[40:].size, 1)
 
 
 def test_truth_on_another_grid_is_read_by_its_nearest_pixels(tmp_path):

@@ -31,7 +31,7 @@ def describe(config: Config) -> Bundle:
     """
     described = models.segmenter_bundle(
         _settings(config), config.table.classes, scaling=config.scaling, patch=config.patch, stride=config.stride
-    )
+    ).model_copy(update={"in_masks": config.table.stored, "unlabelled": config.table.unlabelled})
     if not config.crf:
         return described
     options = dict(described.architecture.options) | config.crf.model_dump()
