@@ -1,9 +1,9 @@
 """ASGI middleware in front of Ray Serve's proxy, named by RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH."""
 
 import json
+from asyncio import Event
 
 from starlette.middleware import Middleware
-from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _ROUTING = {b"serve_multiplexed_model_id", b"x_session_id"}  # by which Serve chooses replicas
@@ -24,8 +24,7 @@ class ProxyHeaders:
     """
 
     def __init__(self, app: ASGIApp) -> None:
-        # An exception of the proxy becomes an error as text here; uvicorn would answer it past this middleware.
-        self.app = ServerErrorMiddleware(app)
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on."""
@@ -35,16 +34,27 @@ class ProxyHeaders:
         kept = [pair for pair in scope["headers"] if pair[0].lower().replace(b"-", b"_") not in _ROUTING]
         # Bytes that are not UTF-8 become two that are; ASCII, all that the API accepts, stays as it is.
         scope = {**scope, "headers": [(name, value.decode("latin-1").encode()) for name, value in kept]}
-        await self.app(scope, receive, _explained(send))
+        explained, started = _explained(send)
+        try:
+            await self.app(scope, receive, explained)
+        finally:
+            # Of a replica that died in between nothing may come: uvicorn would answer with a text 500.
+            if not started.is_set():
+                await explained({"type": "http.response.start", "status": 503, "headers": []})
+                await explained({"type": "http.response.body"})
 
 
-def _explained(send: Send) -> Send:
-    """`send` with a problem in place of an error that is text: the API answers errors as problems only."""
-    replaced = False
+def _explained(send: Send) -> tuple[Send, Event]:
+    """(`send` with a problem in place of an error that is text, whether an answer has begun).
+
+    The API answers errors as problems only.
+    """
+    replaced, started = False, Event()
 
     async def explained(message: Message) -> None:
         nonlocal replaced
         if message["type"] == "http.response.start":
+            started.set()
             kind = dict(message["headers"]).get(b"content-type", b"")
             replaced = message["status"] >= 400 and not kind.startswith(b"application/problem+json")
             if replaced:
@@ -58,7 +68,7 @@ def _explained(send: Send) -> Send:
             return
         await send(message)
 
-    return explained
+    return explained, started
 
 
 def middlewares() -> list[Middleware]:

@@ -115,7 +115,6 @@ def test_a_replica_that_is_killed_costs_only_what_it_worked_on(server):
         time.sleep(0.5)
 
 
-@pytest.mark.xfail(reason="uvicorn answers a lost request with a text 500, past the proxy's middleware", strict=False)
 @pytest.mark.more
 def test_a_request_whose_replica_of_the_api_is_killed_is_a_problem_or_answered_by_another(models):
     with serving(models, "replicas=1", "api_replicas=2", "preload=true") as (process, address):

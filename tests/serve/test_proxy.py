@@ -23,9 +23,11 @@ def test_errors_as_text_become_a_problem(kind, status):
     assert "retry" in found.json()["detail"]
 
 
-def test_an_exception_of_the_proxy_becomes_a_problem():
+@pytest.mark.parametrize("error", [RuntimeError("the replica died"), None])
+def test_an_exception_of_the_proxy_and_no_answer_at_all_become_a_problem(error):
     async def broken(scope, receive, send):
-        raise RuntimeError("the replica died")
+        if error:
+            raise error
 
     found = TestClient(ProxyHeaders(broken), raise_server_exceptions=False).get("/v1/models")
     assert (found.status_code, found.headers["content-type"], found.headers["retry-after"]) == (503, MEDIA_TYPE, "1")
