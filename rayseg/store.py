@@ -2,6 +2,8 @@
 
 import errno
 import hashlib
+import json
+import logging
 import os
 import re
 import shutil
@@ -47,6 +49,7 @@ Files = dict[str, tuple[int, str]]
 """Path of a file -> its size in bytes and its `checksum`."""
 _WRITTEN: ContextVar[Files | None] = ContextVar("written", default=None)
 _FOLDERS: ContextVar[set[Path] | None] = ContextVar("folders", default=None)
+_log = logging.getLogger(__name__)
 
 
 # By name: s3fs is imported when it is used.
@@ -310,6 +313,20 @@ def listing(prefix: StorePath) -> dict[str, int]:
         top = root.path.rstrip("/") + "/"
         sizes = {path.removeprefix(top): info["size"] for path, info in root.fs.find(root.path, detail=True).items()}
     return {path: size for path, size in sizes.items() if not path.rpartition("/")[2].startswith(".")}
+
+
+def read_json(path: StorePath) -> dict[str, Any]:
+    """The JSON object in a file; {} if the file does not exist or, with a warning, if it is damaged."""
+    try:
+        loaded = json.loads(upath(path).read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        loaded = None
+    if not isinstance(loaded, dict):
+        _log.warning("%s is damaged and counts as missing", path)
+        return {}
+    return loaded
 
 
 def put_file(path: StorePath, source: Path) -> None:

@@ -47,6 +47,7 @@ from rayseg.store import (
     listing,
     public,
     put,
+    read_json,
     recorded,
     relocated,
     sweep,
@@ -235,7 +236,7 @@ class Run:
         # 1. look the key up: rows without a record, and on a retry all troubles, leave a step unfinished
         keys = self._keys(function, arguments)
         step = Step(name, self.root, keys[0], self.engine)
-        done, begun = _load(step.prefix / "done.json"), _load(step.prefix / "begun.json")
+        done, begun = read_json(step.prefix / "done.json"), read_json(step.prefix / "begun.json")
         troubles = done["value"].get("troubles", {}) if done.get("key") in keys else None
         if troubles is not None and not begun:
             begun = {name: value for name, value in done.items() if name != "value"}
@@ -291,7 +292,7 @@ class Run:
     @cached_property
     def _present(self) -> dict[str, int]:
         """Path -> bytes of the run's files when it was opened, without those that `verify` found damaged."""
-        marked = _load(upath(self.root) / "damaged.json")
+        marked = read_json(upath(self.root) / "damaged.json")
         return {path: size for path, size in listing(self.root).items() if path not in marked}
 
     def _remove_damage(self, step: Step, done: dict[str, Any]) -> Damage:
@@ -337,7 +338,7 @@ class Run:
 
 def key_of(root: str, step: str) -> str:
     """The key of a run's finished step and its value; another if the step is executed with other inputs."""
-    done = _load(upath(root) / "steps" / step / "done.json")
+    done = read_json(upath(root) / "steps" / step / "done.json")
     return _hash([done.get("key"), done.get("value")])
 
 
@@ -363,7 +364,7 @@ def status(root: str) -> dict[str, Any]:
     # A killed process leaves "running" behind, but not its lock.
     killed = content["status"] == "running" and not _is_locked(root)
     ended, reason = "killed" if killed else content["status"], content.get("reason", "")
-    damaged = _load(upath(root) / "damaged.json")
+    damaged = read_json(upath(root) / "damaged.json")
     if ended == "done" and (damaged or unread or any(step["troubles"] for step in steps.values())):
         ended = "incomplete"
         reason = f"files were lost or damaged after the run: rayseg verify {root} names them, rayseg retry repairs them"
@@ -372,7 +373,7 @@ def status(root: str) -> dict[str, Any]:
         "pipeline": content["pipeline"],
         "status": ended,
         "reason": reason,
-        "times": {folder.name: _load(folder / "done.json").get("seconds") for folder in _begun(root)},
+        "times": {folder.name: read_json(folder / "done.json").get("seconds") for folder in _begun(root)},
         "steps": steps,
         "damaged": damaged,
     }
@@ -393,13 +394,13 @@ def verify(root: str, *, deep: bool = False) -> dict[str, Any]:
     finished = read(root)["status"] == "done"
     present, own, notes = listing(root), _own_files(root), upath(root) / "damaged.json"
     control = ["run.json", *(f"steps/{f.name}/{name}.json" for f in _begun(root) for name in ("begun", "done"))]
-    damage: Damage = {} if deep else _load(notes)
-    damage |= {path: "not a JSON object" for path in control if path in present and not _load(upath(root) / path)}
+    damage: Damage = {} if deep else read_json(notes)
+    damage |= {path: "not a JSON object" for path in control if path in present and not read_json(upath(root) / path)}
     damage |= {path: "missing" for path in control if finished and path not in present}
     unknown = 0  # rows
     for folder in _begun(root):
         damage |= damage_of(own.get(folder.name, {}), present, root=root if deep else None)
-        rows = verify_step(folder, present, planned=_recorded_rows(_load(folder / "done.json")), deep=deep)
+        rows = verify_step(folder, present, planned=_recorded_rows(read_json(folder / "done.json")), deep=deep)
         damage, unknown = damage | rows[0], unknown + rows[1]
     try:
         put(notes, json.dumps(damage, indent=1).encode()) if damage else notes.unlink(missing_ok=True)
@@ -413,7 +414,7 @@ def _own_files(root: str) -> dict[str, Files]:
     own: dict[str, Files] = {}
     last: dict[str, str] = {}
     for folder in _begun(root):
-        own[folder.name] = (_load(folder / "done.json") or _load(folder / "begun.json")).get("files", {})
+        own[folder.name] = (read_json(folder / "done.json") or read_json(folder / "begun.json")).get("files", {})
         # In the order of their begin, so that the last writer of a file has it.
         for path in own[folder.name]:
             if path in last:
@@ -550,7 +551,7 @@ def _content(root: str) -> dict[str, Any]:
         ConfigError: run.json is damaged and there is nothing to rebuild it from.
     """
     path = upath(root) / "run.json"
-    content = _load(path) or _load(upath(root) / "steps" / "request.json")
+    content = read_json(path) or read_json(upath(root) / "steps" / "request.json")
     if not content and path.exists():
         raise ConfigError(f"{path} is not a JSON object written by rayseg; remove it, or choose another --out")
     restored: dict[str, Any] = relocated(content, HERE, absolute(root).rstrip("/"))
@@ -560,22 +561,11 @@ def _content(root: str) -> dict[str, Any]:
 def _begun(root: str) -> list[UPath]:
     """Folders of the steps of a run, in the order of their begin."""
     folders = {path.parent for name in ("begun", "done") for path in upath(root).glob(f"steps/*/{name}.json")}
-    at = {folder: (_load(folder / "begun.json") or _load(folder / "done.json")).get("at", 0.0) for folder in folders}
+    at = {
+        folder: (read_json(folder / "begun.json") or read_json(folder / "done.json")).get("at", 0.0)
+        for folder in folders
+    }
     return sorted(folders, key=lambda folder: (at[folder], folder.name))
-
-
-def _load(path: UPath) -> dict[str, Any]:
-    """The JSON object in a file; {} if the file does not exist or, with a warning, if it is damaged."""
-    try:
-        loaded = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        loaded = None
-    if not isinstance(loaded, dict):
-        _log.warning("%s is damaged and counts as missing", path)
-        return {}
-    return loaded
 
 
 def _with_prefix(value: Any, old: str, new: str) -> Any:  # noqa: ANN401 - JSON values

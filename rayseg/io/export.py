@@ -23,7 +23,7 @@ from rayseg.io.maps import MappedTile, bands_of, mapped_tiles, read_tile
 from rayseg.io.masks import table_of
 from rayseg.io.pictures import shown_colors
 from rayseg.io.sources import crs_of
-from rayseg.store import StorePath, put, upath
+from rayseg.store import StorePath, put, read_json, upath
 from rayseg.vision.color import ClassTable
 
 DRIVERS = {
@@ -77,8 +77,7 @@ def products(root: StorePath) -> list[UPath]:
     """The GeoParquet files of a run: its polygons or its plots."""
     found = []
     for name in ("polygons", "plots"):
-        done = upath(root) / "steps" / name / "done.json"
-        value = json.loads(done.read_bytes())["value"].get("polygons") if done.exists() else None
+        value = read_json(upath(root) / "steps" / name / "done.json").get("value", {}).get("polygons")
         path = upath(root) / str(value).rpartition("/")[2] if value else None
         if path is not None and path.exists():
             found.append(path)

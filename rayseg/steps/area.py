@@ -42,7 +42,7 @@ from rayseg.io.maps import (
 from rayseg.metrics import Estimate, Z, allocation, regression_mean, slope, stratified_mean, stratified_ratio
 from rayseg.stages.write import counted_ground
 from rayseg.steps import remap
-from rayseg.store import STORE_ERRORS, StorePath, put, upath
+from rayseg.store import STORE_ERRORS, StorePath, put, read_json, upath
 from rayseg.vision.color import ClassTable, hex_of, rgb_of
 
 LEAST = 10
@@ -255,10 +255,9 @@ def _key(run: StorePath) -> str:
     Raises:
         DataError: the step has not finished, or tiles of it failed: an area without them would be too small.
     """
-    path = upath(run) / "steps" / "predict" / "done.json"
-    if not path.exists():
+    done = read_json(upath(run) / "steps" / "predict" / "done.json")
+    if not done:
         raise DataError(f"the map of {run} is not finished, so areas would miss a part of it; finish the run first")
-    done = json.loads(path.read_bytes())
     if failed := done["value"].get("troubles"):
         raise DataError(
             f"{run} lacks the failed tiles {listed(failed)}, so areas would be too small; rayseg retry {run}"

@@ -30,7 +30,7 @@ from rayseg.stages.certify import Certify, Place
 from rayseg.steps import map as mapping
 from rayseg.steps.evaluate import match, table_of_masks
 from rayseg.steps.numbers import counted
-from rayseg.store import put, upath
+from rayseg.store import put, read_json, upath
 from rayseg.vision.color import IGNORE, ClassTable
 
 PLACES = 64
@@ -134,7 +134,7 @@ def _near(step: Step) -> Step:
 
 def _seconds_before(step: Step) -> float:
     """Seconds of the run's finished steps."""
-    return float(sum(json.loads(path.read_bytes())["seconds"] for path in upath(step.root).glob("steps/*/done.json")))
+    return float(sum(read_json(path).get("seconds", 0.0) for path in upath(step.root).glob("steps/*/done.json")))
 
 
 def _places(tiles: Sequence[MappedTile], described: Bundle) -> Iterator[Row]:

@@ -106,6 +106,10 @@ def test_what_cannot_be_exported_is_one_sentence(run, tmp_path):
     make(tmp_path / "run", {"scene": (picture(blobs(64, 64)), blobs(64, 64), (0, 0))})
     with pytest.raises(DataError, match="neither polygons nor plots"):
         export.export(tmp_path / "run", "gpkg")
+    (tmp_path / "run/steps/polygons").mkdir(parents=True)
+    (tmp_path / "run/steps/polygons/done.json").write_text('{"value": {"poly')  # of a power failure
+    with pytest.raises(DataError, match="neither polygons nor plots"):
+        export.export(tmp_path / "run", "gpkg")
 
 
 def test_a_vrt_holds_all_tiles_and_paints_no_background(run):
