@@ -4,6 +4,7 @@ import csv
 import io
 import re
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
@@ -21,8 +22,11 @@ def _read_paths(value: Any) -> Any:  # noqa: ANN401 - any value of a configurati
     """The names in a file, with their folders and without suffixes; other values as they are.
 
     Raises:
-        ValueError: the file cannot be read as a list of names; pydantic validators report it.
+        ValueError: the file cannot be read as a list of names, or a name is a number; pydantic validators report it.
     """
+    # YAML reads 012 as the number 10, so the image that is meant cannot be told from it.
+    if numbers := [name for name in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(name, Real)]:
+        raise ValueError(f"{numbers[0]} is a number, expected a name; put names into quotes, or into a text file")
     if not isinstance(value, str) or suffix_of(value) not in SUFFIXES:
         return value
     try:

@@ -36,3 +36,10 @@ def test_arrays_of_objects_and_missing_files_are_refused_with_the_way_out(tmp_pa
     for path in (tmp_path / "o.npy", tmp_path / "none.txt"):
         with pytest.raises(ConfigError, match=r"config key names: .* is not a list of names .*np.save"):
             read(path)
+
+
+@pytest.mark.parametrize(("names", "number"), [("[012, x]", 10), ("7", 7)])
+def test_numbers_are_refused_because_yaml_changes_them(names, number):
+    with pytest.raises(ConfigError, match=f"names: {number} is a number, expected a name; put names into quotes"):
+        read(names)
+    assert read("['012']") == ("012",)
