@@ -8,11 +8,11 @@ import torch
 
 from rayseg.engine.manifest import Row
 from rayseg.engine.run import Step
+from rayseg.io.maps import mean_metres
 from rayseg.metrics import Confusion, bootstrap
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
 from rayseg.models.crf import Refined
-from rayseg.models.input_statistics import InputStatistics
 from rayseg.pipelines.al_s4gan import annotation, chip_pixels, chip_pool, queries
 from rayseg.pipelines.al_s4gan.config import Config
 from rayseg.steps import baseline, models, simple_maps
@@ -89,7 +89,7 @@ def _fit(step: Step, listed: Step, labelled: Sequence[Row], config: Config) -> d
         model = Refined(model, channels=channels, kernels=config.crf)
         model.std.copy_(model.std.new_tensor(config.scaling.std) / config.scaling.scale)
     described = describe(config).of(listed.value.get("origins", ()), measures)
-    described = described.model_copy(update={"statistics": _statistics(step.root, listed, config)})
+    described = described.model_copy(update=_known(step.root, listed, config))
     kept_in = models.keep_model(step, described, model, samples=(data.validation or data.labelled).pairs())
     return {"bundle": kept_in, "measures": measures, "masks": len(labelled)}
 
@@ -103,13 +103,15 @@ def _fit_head(step: Step, listed: Step, settings: S4ganConfig, data: Data, confi
     matrices = confusions(head, chips, range(len(chips)), config.scaling, unit=32) if chips else []
     measures = measures_of(sum(matrices[1:], matrices[0])) if matrices else {}
     described = describe(config).of(listed.value.get("origins", ()), measures)
-    described = described.model_copy(update={"statistics": _statistics(step.root, listed, config)})
+    described = described.model_copy(update=_known(step.root, listed, config))
     return {"bundle": models.keep_model(step, described, head), "measures": measures, "masks": count}
 
 
-def _statistics(root: str, listed: Step, config: Config) -> InputStatistics | None:
-    """Of the whole pool: it learns from chips without masks, too."""
-    return models.statistics_of(_masked(root, chip_pool.rows_of(listed, "pool"), config))
+def _known(root: str, listed: Step, config: Config) -> dict[str, Any]:
+    """What the model has seen: the whole pool, as it learns from chips without masks, too."""
+    rows = chip_pool.rows_of(listed, "pool")
+    metres = mean_metres([chip_pixels.placed(row)[0].image for row in rows])
+    return {"statistics": models.statistics_of(_masked(root, rows, config)), "metres": metres}
 
 
 def _masked(root: str, rows: Sequence[Row], config: Config) -> Chips:
