@@ -85,6 +85,7 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folders = [TESTS.parent, TESTS, *sorted({path.parent for path in TESTS.rglob("test_*.py")})]
     os.environ |= {"PYTHONPATH": os.pathsep.join(map(str, folders)), "RAY_AUTH_MODE": "disabled"}
     os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+    os.environ |= {"RAY_worker_niceness": "0"}  # else a busy machine starves the workers
     quiet_ray()
     folder = tempfile.mkdtemp(prefix="rs-")
     with warnings.catch_warnings():

@@ -217,6 +217,9 @@ def training_setup(
         workers: processes of Ray Train; 0 chooses them.
         expect: `expect(workers=N)` raises ConfigError if N workers cannot train together.
         prefix: of the training's files; by default the step's.
+
+    Raises:
+        ConfigError: this machine has fewer GPUs, or without any fewer CPUs, than workers.
     """
     import ray
     import torch
@@ -230,7 +233,15 @@ def training_setup(
         workers = next((count for count in counts if _can(expect, count)), 1)
     if workers:
         cluster.connect(step.engine.address)
-        setup = Setup(prefix, workers, use_gpu=bool(ray.cluster_resources().get("GPU")))
+        known = ray.cluster_resources()
+        kind = "GPU" if known.get("GPU") else "CPU"
+        # Ray would wait for more: a cluster may get them from its autoscaler, this machine does not.
+        if known[kind] < workers and ray_address(step.engine.address) == "local":
+            raise ConfigError(
+                f"workers is {workers}, but this machine has {known[kind]:g} {kind}, expected one for each worker; "
+                "lower workers"
+            )
+        setup = Setup(prefix, workers, use_gpu=kind == "GPU")
     else:
         setup = Setup(prefix, use_gpu=torch.cuda.is_available())
     put(upath(prefix) / "setup.json", json.dumps({"workers": workers, "gpu": setup.use_gpu}).encode())

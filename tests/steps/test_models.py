@@ -77,6 +77,14 @@ def test_training_has_the_gpus_of_the_cluster_for_workers_and_else_those_of_this
     assert joined == []
     assert models.training_setup(step, workers=2, expect=anything).use_gpu
     assert joined == ["local"]
+    # Ray would wait without end; a cluster may grow
+    with pytest.raises(ConfigError, match="workers is 3, but this machine has 2 GPU, expected one for each worker"):
+        models.training_setup(step, workers=3, expect=anything)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
+    with pytest.raises(ConfigError, match="workers is 5, but this machine has 4 CPU"):
+        models.training_setup(step, workers=5, expect=anything)
+    on_cluster = Step("fit", str(tmp_path), "", Engine(address="10.0.0.1:6379"))
+    assert models.training_setup(on_cluster, workers=5, expect=anything).workers == 5
 
 
 @pytest.mark.parametrize(
