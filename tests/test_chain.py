@@ -152,7 +152,7 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch, demo_region):
         if "--config" in words:
             at = words.index("--config")
             words[at + 1] = f"{words[2]}.yaml"
-        if words[0] in {"run", "predict"}:
+        if words[0] in {"run", "predict", "remap"}:
             words += ["--engine", "inline"]
         for group in ("labelled", "pool"):
             if f"{group}.min_score=0.8" in words:  # a network of seconds is sure of little, and may miss a class

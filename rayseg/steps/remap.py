@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from shapely.geometry import mapping as geojson
 from shapely.geometry import shape
 
@@ -15,16 +15,22 @@ from rayseg.engine.ledger import SETTLED, Fate, Fates, Ledger
 from rayseg.engine.manifest import PART, Manifest, Row, read_rows
 from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError, listed
+from rayseg.geo.grid import Lattice
 from rayseg.geo.region import Region, resolve_region
 from rayseg.io import masks
 from rayseg.io.maps import bands_of, mapped_tiles
 from rayseg.io.stac_write import lonlat_outline
+from rayseg.stages.propose import ProposePlots
 from rayseg.stages.reclassify import Decision, Reclassify
+from rayseg.stages.refine import Refine
+from rayseg.stages.to_rgb import ImageConfig, ReadGround
 from rayseg.stages.write import WriteTile
 from rayseg.steps import map as mapping
 from rayseg.steps.scenes import mapped_before
 from rayseg.store import absolute, upath
 from rayseg.vision.color import ClassTable
+from rayseg.vision.proposals import SuperpixelProposer
+from rayseg.vision.rounds import Round, RoundsConfig
 
 
 class ClassRules(Config):
@@ -34,6 +40,29 @@ class ClassRules(Config):
     """Name of the new class -> the classes that it takes; it has the value and the colour of the first."""
     drop: tuple[str, ...] = ()
     """Classes that are left out: their pixels get the likeliest of the others."""
+
+
+class RefineConfig(Config):
+    """Segments of the imagery, each of which gets one class: that of its mean scores."""
+
+    proposer: Literal["sam", "felzenszwalb"] = "felzenszwalb"
+    """Segment Anything, or superpixels, which need no weights."""
+    sam: dict[str, Any] = Field(default_factory=dict)
+    """Settings of Segment Anything, as `sam` of agri."""
+    superpixels: SuperpixelProposer = SuperpixelProposer(scales=(30.0, 60.0, 150.0), reduce=1, least=60, contrast=0.2)
+    """Settings of the superpixels."""
+    image: ImageConfig = ImageConfig()
+    """Bands and values of the imagery."""
+    patch: Annotated[int, Field(gt=0)] = 1152
+    """Side in px of the window in which segments are found."""
+    stride: Annotated[int, Field(gt=0)] = 1024
+    """Side in px of the cells of these windows; a divisor of the run's `map.tile`, so that tiles do not matter."""
+
+    @model_validator(mode="after")
+    def _whole_cells(self) -> "RefineConfig":
+        if self.stride >= self.patch or (self.patch - self.stride) % 2:
+            raise ValueError(f"patch {self.patch} must be above stride {self.stride} by an even number")
+        return self
 
 
 @dataclass(frozen=True)
@@ -150,6 +179,46 @@ def decision_of(origin: Origin, rules: ClassRules, threshold: float | None) -> D
     return decision
 
 
+def refining(origin: Origin, decision: Decision, config: RefineConfig, region: Region) -> list[Work]:
+    """The stages that read the imagery, find its segments, and give each a class; the map is decided between them.
+
+    Raises:
+        ConfigError: the run's tiles are not whole cells, or its threshold is not known.
+        ModelError: the weights of Segment Anything are missing or damaged.
+    """
+    from rayseg.models.sam import SamConfig, checkpoint_state  # torch, which a map without segments does not need
+
+    tile = runs.read(origin.root)["config"]["map"]["tile"]
+    if tile % config.stride:
+        raise ConfigError(
+            f"refine.stride is {config.stride}, expected a divisor of {tile}, the map.tile of {origin.root}; set it "
+            "and refine.patch"
+        )
+    threshold = decision.threshold
+    if len(origin.bands) == 1 and len(origin.table.classes) == 2 and threshold is None:
+        threshold = mapping.threshold_of(origin.root)
+        if threshold is None:
+            raise ConfigError(f"the model of {origin.root} is gone, and its threshold with it; give --set threshold")
+    sam = SamConfig.model_validate(config.sam)
+    if config.proposer == "sam" and sam.checkpoint != "random":
+        checkpoint_state(sam)
+    patches = Lattice.of_cells(config.patch, config.stride)
+    propose = ProposePlots(
+        config.proposer,
+        sam=sam,
+        superpixels=config.superpixels,
+        rounds=RoundsConfig(rounds=(Round(),), refining=None),
+        patches=patches,
+        geometry=region.geometry,
+    )
+    gpus = 1.0 if config.proposer == "sam" else 0.0
+    return [
+        Work(ReadGround(config.image, patches)),
+        Work(propose, cpus=1.0, gpus=gpus, model=True),
+        Work(Refine(config.stride, decision.left.values, threshold)),
+    ]
+
+
 def tiles_of(root: str) -> Manifest:
     """The rows of a run's tiles that have imagery, also of those that failed there."""
     rows = read_rows(upath(root) / "steps" / mapping.SCORED / "manifest.parquet", root=root)
@@ -249,7 +318,7 @@ def reclassify_tiles(
     threshold: float | None,
     inside: str | None,
     stall_seconds: float,
-    *,
+    *refine: RefineConfig,
     tiles: Sequence[Row] | None = None,
 ) -> dict[str, Any]:
     """Decide every tile again; results are in tiles/<id>/, the status of each tile is in the step's ledger.
@@ -262,6 +331,7 @@ def reclassify_tiles(
         threshold: of a binary map, or None.
         inside: polygons outside of which is nodata, or None.
         stall_seconds: timeout of one tile.
+        refine: segments that get one class each; one, or none, which keeps the keys of runs without.
         tiles: rows of the tiles, if they are already planned.
     """
     known, geometry = origin_of(origin[0]), area_inside(region, inside)
@@ -271,9 +341,12 @@ def reclassify_tiles(
     rows = mapping.kept_manifest(step, lambda: tiles_of(known.root) if tiles is None else tiles)
     failed = failures_of(known.root, rows.ids.to_pylist())
     prefix = mapping.tiles_prefix(step)
-    works = [
-        Work(Reclassify(str(upath(known.root) / "tiles"), decision, geometry=region.geometry, failed=failed)),
-        Work(WriteTile(prefix, table, bands=bands, geometry=geometry, model=known.model, imagery=known.imagery)),
-    ]
+    works = [Work(Reclassify(str(upath(known.root) / "tiles"), decision, geometry=region.geometry, failed=failed))]
+    for config in refine:
+        read, propose, follow = refining(known, decision, config, region)
+        works = [read, propose, *works, follow]
+    works.append(
+        Work(WriteTile(prefix, table, bands=bands, geometry=geometry, model=known.model, imagery=known.imagery))
+    )
     done = mapping.through(step, rows, works, patience=stall_seconds)
     return {"classes": table.classes, "run": known.root, "imagery": known.imagery, **done}

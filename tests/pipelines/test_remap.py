@@ -145,3 +145,27 @@ def _over_a_box(world, tmp_path):
     (tmp_path / "area.geojson").write_text(json.dumps(area))
     predict(world["model"], tmp_path / "area.geojson", tmp_path / "run")
     return tmp_path / "run"
+
+
+def test_a_map_follows_the_segments_of_its_imagery(world, tmp_path):
+    chosen = ["refine.stride=64", "refine.patch=96", "refine.superpixels.scales=[150]", "refine.superpixels.least=40"]
+    chosen.append("refine.superpixels.contrast=0")
+    remap(world["run"], tmp_path / "new", *chosen)
+    before, after = mosaic(world["run"])[0], mosaic(tmp_path / "new")[0]
+    assert (before == 255).tolist() == (after == 255).tolist()
+    assert 0.02 < (before != after).mean() < 0.5
+    scores = mosaic(tmp_path / "new", "scores")[0]
+    threshold = bundle.description(world["model"]).threshold
+    assert ((after == 1) == ((scores > threshold * 254) & (after != 255))).all()
+    # neighbours in a segment have one score
+    own = mosaic(world["run"], "scores")[0]
+    alike, together = ((of[after != 255][1:] == of[after != 255][:-1]).mean() for of in (own, scores))
+    assert together > 0.5 > alike
+    assert "(felzenszwalb) has one class" in (tmp_path / "new/report/index.html").read_text()
+    # the tiles make no difference
+    predict(world["model"], world["catalogue"], tmp_path / "large", "--set", "map.tile=192")
+    remap(tmp_path / "large", tmp_path / "other", *chosen)
+    assert (mosaic(tmp_path / "other")[0] == after).all()
+    words = ["remap", world["run"], "--out", tmp_path / "no", "--engine", "inline", "--set"]
+    assert "refine.stride is 1024, expected a divisor of 128" in refused(2, *words, "refine={}")
+    assert "above stride 1024 by an even number" in refused(2, *words, "refine={patch: 1024}")
