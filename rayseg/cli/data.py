@@ -298,9 +298,9 @@ def polygonize(
     out: Annotated[str, typer.Option("--out", help="Output file: .parquet, .geojson, .gpkg, .fgb or .shp.")],
 ) -> None:
     """Convert a class raster or the tiles of a run to polygons in EPSG:4326 with areas in m2."""
-    from rayseg.io import vectors
+    from rayseg.io.polygonize import polygonize as write_polygons
 
-    typer.echo(f"{vectors.polygonize(raster, out)} polygons in {out}")
+    typer.echo(f"{write_polygons(raster, out)} polygons in {out}")
 
 
 @app.command()

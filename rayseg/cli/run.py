@@ -198,7 +198,7 @@ def verify(
     how = "existence, size and checksum" if deep else "existence and size (--deep: checksums too)"
     how += f"; not compared: {report['unknown']:,} rows of an earlier version" if report["unknown"] else ""
     headline = f"{report['run']}: {report['files']:,} files, {len(damage):,} missing or damaged; compared: {how}"
-    typer.echo(json.dumps(report, indent=1) if as_json else "\n".join([headline, *runs.damage_lines(damage)]))
+    typer.echo(json.dumps(report, indent=1) if as_json else "\n".join([headline, *runs.named_lines(damage)]))
     if damage:
         raise RunIncomplete(f"{len(damage):,} files are missing or damaged; compute them again: rayseg retry {run}")
 

@@ -16,7 +16,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cached_property, partial
@@ -56,7 +56,7 @@ from rayseg.store import (
 )
 
 NAMED = 20
-"""Failed rows of a step that the status names."""
+"""Failed rows of a step, or damaged files, that a report names."""
 LOCK_TRIES = 20
 """Tries, 0.05 s apart, to take the lock of a run before the run counts as locked by another process."""
 KEYS_OF_MODULES = {
@@ -412,14 +412,11 @@ def verify(root: str, *, deep: bool = False) -> dict[str, Any]:
 def _own_files(root: str) -> dict[str, Files]:
     """Step -> the files that it wrote outside of its rows; of several steps that wrote a file, the last one has it."""
     own: dict[str, Files] = {}
-    last: dict[str, str] = {}
     for folder in _begun(root):
-        own[folder.name] = (read_json(folder / "done.json") or read_json(folder / "begun.json")).get("files", {})
+        files = (read_json(folder / "done.json") or read_json(folder / "begun.json")).get("files", {})
         # In the order of their begin, so that the last writer of a file has it.
-        for path in own[folder.name]:
-            if path in last:
-                own[last[path]].pop(path)
-            last[path] = folder.name
+        own = {name: {path: file for path, file in of.items() if path not in files} for name, of in own.items()}
+        own[folder.name] = files
     return own
 
 
@@ -439,16 +436,14 @@ def status_text(report: dict[str, Any]) -> str:
         lines.append(f"  {name}: {'not finished' if seconds is None else f'{seconds:.1f} s'}")
         if name in steps:
             lines[-1] += f"; {Account(**steps[name])}"
-            lines += [f"    {row}: {reason}" for row, reason in list(steps[name]["troubles"].items())[:NAMED]]
-            more = len(steps[name]["troubles"]) - NAMED
-            lines += [f"    and {more} more"] if more > 0 else []
-    return "\n".join([*lines, *damage_lines(report["damaged"])])
+            lines += [f"  {line}" for line in named_lines(steps[name]["troubles"])]
+    return "\n".join([*lines, *named_lines(report["damaged"])])
 
 
-def damage_lines(damage: Damage) -> list[str]:
-    """The first files of a damage as text lines."""
-    lines = [f"  {path}: {why}" for path, why in list(damage.items())[:NAMED]]
-    return [*lines, f"  and {len(damage) - NAMED} more"] if len(damage) > NAMED else lines
+def named_lines(reasons: Mapping[str, str]) -> list[str]:
+    """The first failed rows or damaged files, with their reasons, as text lines."""
+    lines = [f"  {name}: {why}" for name, why in list(reasons.items())[:NAMED]]
+    return [*lines, f"  and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else lines
 
 
 def versions() -> dict[str, str]:

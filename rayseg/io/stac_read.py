@@ -251,20 +251,16 @@ def _near(item: pystac.Item, area: BaseGeometry, halo: int) -> bool:
         return bool(area.intersects(outline))
     turns = [translate(outline, by) for by in (-360.0, 0.0, 360.0)]
     try:
-        reach = halo * _pixel_degrees(item)
+        # The longer side of the item's pixels in degrees, approximately; without proj:shape 1/1024 of its own side.
+        fields = (item.properties, *(asset.extra_fields for asset in item.assets.values()))
+        sizes = [row["proj:shape"] for row in fields if row.get("proj:shape")]
+        height, width = max(sizes, default=(1024, 1024))
+        assert item.geometry
+        west, south, east, north = box_of(item.bbox or shape(item.geometry).bounds)
+        reach = halo * max((east - west + 360 * (west > east)) / width, (north - south) / height)
     except _INVALID:  # fields that `source_of` refuses
         reach = 0.0
     return bool(shapely.dwithin(area, turns, reach).any())
-
-
-def _pixel_degrees(item: pystac.Item) -> float:
-    """Approximate longer side of the item's pixels; 1/1024 of its own side if it has no proj:shape."""
-    fields = (item.properties, *(asset.extra_fields for asset in item.assets.values()))
-    sizes = [row["proj:shape"] for row in fields if row.get("proj:shape")]
-    height, width = max(sizes, default=(1024, 1024))
-    assert item.geometry
-    west, south, east, north = box_of(item.bbox or shape(item.geometry).bounds)
-    return max((east - west + 360 * (west > east)) / width, (north - south) / height)
 
 
 def _nothing(place: str, items: Sequence[pystac.Item], area: BaseGeometry | None) -> str:

@@ -70,7 +70,12 @@ class Corrected(nn.Module):
         """Logits_NKHW."""
         logits = self.base(images_NCHW)
         maps = feature_maps(self.base, images_NCHW, logits)
-        moved = self.moved(_projected(maps, torch.cat([self.weight_KF, self.axes_DF]), images_NCHW))
+        # Products of all features with rows of weights, (N, U, height / 4, width / 4). A linear map and an
+        # interpolation can change places; the map first needs far less memory.
+        size = [side // STRIDE for side in images_NCHW.shape[2:]]
+        parts = torch.split(torch.cat([self.weight_KF, self.axes_DF]), [part.shape[1] for part in maps], dim=1)
+        units = [resized(conv2d(part, weight[..., None, None]), size) for part, weight in zip(maps, parts, strict=True)]
+        moved = self.moved(torch.stack(units).sum(dim=0))
         corrected: Tensor = logits + interpolate(moved, size=images_NCHW.shape[2:], mode="bilinear")
         return corrected
 
@@ -129,17 +134,6 @@ def _encoded(net: nn.Module, images_NCHW: Tensor) -> list[Tensor]:
         return []
     maps: list[Tensor] = net.get_submodule("encoder")(images_NCHW)[1:5]
     return maps
-
-
-def _projected(maps: list[Tensor], weight_UF: Tensor, images_NCHW: Tensor) -> Tensor:
-    """Products of all features with rows of weights, (N, U, height / 4, width / 4).
-
-    A linear map and an interpolation can change places; the map first needs far less memory.
-    """
-    size = [side // STRIDE for side in images_NCHW.shape[2:]]
-    parts = torch.split(weight_UF, [part.shape[1] for part in maps], dim=1)
-    units = [resized(conv2d(part, weight[..., None, None]), size) for part, weight in zip(maps, parts, strict=True)]
-    return torch.stack(units).sum(dim=0)
 
 
 def build_corrected(

@@ -8,7 +8,6 @@
 No mask is drawn. The modules of the steps explain the rest; `configs/gpc/paper.yaml` has the settings of the paper.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -18,7 +17,7 @@ from pydantic import Field, model_validator
 from rayseg.config import Config as Frozen
 from rayseg.config import Workers, added
 from rayseg.engine import run as runs
-from rayseg.engine.manifest import Row, write_rows
+from rayseg.engine.manifest import write_rows
 from rayseg.engine.run import Run, Step
 from rayseg.geo.region import Region
 from rayseg.io.labels import Chip
@@ -96,17 +95,17 @@ def fit_yes_no(step: Step, listed: Step, config: Config) -> dict[str, Any]:
     return chips.fit_on_chips(step, listed, settings, described, size=config.chips.size, workers=config.workers)
 
 
-def fit_mask(step: Step, listed: Step, cues: Step, config: Config) -> dict[str, Any]:
-    """Train the segmenter on the coarse masks; models/segmenter is its bundle, models/warm-up that of the warm-up."""
+def fit_mask(step: Step, listed: Step, cues: Step | None, config: Config) -> dict[str, Any]:
+    """Train the segmenter on the coarse masks; models/segmenter is its bundle, models/warm-up that of the warm-up.
+
+    Without cues, as for a forecast, all masks are empty.
+    """
+    size, failed = config.chips.size, cues.value["troubles"] if cues else {}
     # Chips whose cue failed have no mask to learn from.
-    rows = [row for row in chips.rows_of(listed, held_out=False) if row["id"] not in cues.value["troubles"]]
-    return _fit_members(step, listed, rows, partial(read_mask, cues.value["cues"], rows, config.chips.size), config)
-
-
-def _fit_members(
-    step: Step, listed: Step, rows: list[Row], masks_of: Callable[[int], np.ndarray], config: Config
-) -> dict[str, Any]:
-    learnt = chips.learnable(rows, LABELS, config.chips.size, read_mask=masks_of)
+    rows = [row for row in chips.rows_of(listed, held_out=False) if row["id"] not in failed]
+    empty_HW = np.zeros((size, size), np.uint8)
+    masks_of = partial(read_mask, cues.value["cues"], rows, size) if cues else lambda _: empty_HW
+    learnt = chips.learnable(rows, LABELS, size, read_mask=masks_of)
     held_out = chips.masked(listed, ClassTable(CLASSES), LABELS, config.chips)
     # 1. train every member from a seed of its own
     members, measures = [], []
@@ -130,7 +129,7 @@ def _fit_members(
             model = Ensemble(networks) if len(networks) > 1 else networks[0]
             # Negative chips have no netting, so every pixel above the threshold is a false alarm.
             negatives = [row for row in rows if row["label"] == NO]
-            threshold = chips.threshold_at(config.marked, model, negatives, described, size=config.chips.size)
+            threshold = chips.threshold_at(config.marked, model, negatives, described, size=size)
             facts = {"threshold": threshold, "metrics": {} if stage else means, "provenance": provenance}
             own = "network" if config.appearance and not stage else name  # the model of the map is `segmenter`
             whole = described.model_copy(update={"name": own} | facts)
@@ -229,7 +228,7 @@ def _learn(config: Config, region: Region, run: Run) -> None:
     classifier = run.step("classifier", estimate.training, fit_yes_no, listed, config)
     few = run.step("few", _list_few, listed)
     make_cues(run, few, classifier, config.cues, size=config.chips.size, patience=config.map.stall_seconds)
-    run.step("segmenter", estimate.training, _fit_blank, listed, config)
+    run.step("segmenter", estimate.training, fit_mask, listed, None, config)
 
 
 def _list_few(step: Step, listed: Step) -> dict[str, Any]:
@@ -238,11 +237,6 @@ def _list_few(step: Step, listed: Step) -> dict[str, Any]:
     few = [row for label in LABELS for row in [row for row in rows if row["label"] == label][: estimate.TIMED + 1]]
     write_rows(step.prefix / "chips.parquet", few)
     return {}
-
-
-def _fit_blank(step: Step, listed: Step, config: Config) -> dict[str, Any]:
-    size, rows = config.chips.size, chips.rows_of(listed, held_out=False)
-    return _fit_members(step, listed, rows, lambda _: np.zeros((size, size), np.uint8), config)
 
 
 def run(config: Config, run: Run, region: Region, plan: Plan | None = None) -> str:

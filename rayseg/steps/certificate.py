@@ -80,7 +80,9 @@ def certify(step: Step, predicted: Step, region: Region, truth: str | None = Non
     began = time.perf_counter()
     prefix, tiles = predicted.value["bundle"], mapped_tiles(predicted.root, predicted.name)
     described = bundle.description(prefix)
-    before = _seconds_before(step)
+    # The time of the steps before sets how long the sample may take.
+    done = [read_json(path) for path in upath(step.root).glob("steps/*/done.json")]
+    before = float(sum(step_done.get("seconds", 0.0) for step_done in done))
     rows = mapping.kept_manifest(step, lambda: Manifest.of([list(_places(tiles, described))]))
     precision: Precision = "bf16" if any(tile.record.facts.get("bf16") for tile in tiles) else "fp32"
     seconds = max(SECONDS, SHARE * before)
@@ -130,11 +132,6 @@ def _near(step: Step) -> Step:
 
 
 # -- the sample --------------------------------------------------------------------------------------------------------
-
-
-def _seconds_before(step: Step) -> float:
-    """Seconds of the run's finished steps."""
-    return float(sum(read_json(path).get("seconds", 0.0) for path in upath(step.root).glob("steps/*/done.json")))
 
 
 def _places(tiles: Sequence[MappedTile], described: Bundle) -> Iterator[Row]:

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import PurePath
 from typing import Annotated, Any
 
 import numpy as np
@@ -13,11 +14,14 @@ from rayseg.config import Config, added
 from rayseg.engine.manifest import read_rows, write_rows
 from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError, listed
+from rayseg.geo.grid import slug
 from rayseg.geo.region import Region
 from rayseg.io import scenes, stac_read
+from rayseg.io.labels import Chip
+from rayseg.io.masks import by_image, expect_fit, expect_names, masks_of, two_classes
 from rayseg.io.name_lists import Names
 from rayseg.io.scenes import LabelledImage, Pairs
-from rayseg.io.sources import STORED
+from rayseg.io.sources import STORED, Source
 from rayseg.io.units import common_units, converted, expect_one_unit
 from rayseg.models.bundle import Scaling
 from rayseg.store import Location, split_location
@@ -92,6 +96,33 @@ def find_images(
             f"a collection with --set {setting}=catalog.json#collection"
         )
     return scenes.labelled_images(source, region.located(masks), table=table, pairs=pairs, min_score=min_score)
+
+
+def masks_of_chips(
+    chips: Sequence[Chip], location: str, table: ClassTable, min_score: float
+) -> dict[str, tuple[Source, ...]]:
+    """Id of a chip -> its mask, called by the chip's id or by the stem of its file.
+
+    Raises:
+        DataError: a chip has no mask, a mask is of another size, or the masks name other classes.
+    """
+    by_name = by_image(masks_of(location, names=table.names, min_score=min_score))
+    found = {}
+    for chip in chips:
+        names = (slug(chip.id), slug(PurePath(chip.source.assets[0][0]).stem))
+        masks = next((by_name[name] for name in names if name in by_name), ())
+        if not masks:
+            raise DataError(
+                f"{location} has no mask called {names[0]} or {names[1]}, expected one for each of the {len(chips)} "
+                "images of pool.chips; add it, or leave the image out"
+            )
+        for mask in masks:
+            expect_fit(mask, (chip.source.height, chip.source.width), chip.source.assets[0][0])
+        found[chip.id] = masks
+    every = [mask for masks in found.values() for mask in masks]
+    expect_names(every, table, location)
+    read_as = iter(two_classes(every, table, location))
+    return {name: tuple(next(read_as) for _ in masks) for name, masks in found.items()}
 
 
 def origins(region: Region, *locations: str | None) -> list[str]:

@@ -289,6 +289,9 @@ def _content(root: str, extras: Extras, request: Mapping[str, Any], ledgers: dic
     """What every report shows; the parts about a map are empty."""
     baseline = extras.baseline
     shown = [*extras.pictures, *(baseline.pictures if baseline else ())]
+    version = request.get("versions", {}).get("rayseg", "")
+    began = request.get("started")
+    when = f", begun {datetime.fromtimestamp(began, UTC):%Y-%m-%d %H:%M} UTC" if began else ""
     return Content(
         title=extras.title or f"{request['pipeline']}: {request['region']['name']}",
         lead=extras.labels,
@@ -309,7 +312,7 @@ def _content(root: str, extras: Extras, request: Mapping[str, Any], ledgers: dic
         config=request["config"],
         versions=request.get("versions", {}),
         command=request.get("command", ""),
-        footer=_footer(request),
+        footer=f"rayseg {version}{when}",
     )
 
 
@@ -416,7 +419,10 @@ def timing_of(predicted: Step, tiles: Sequence[MappedTile], *, workers: int | No
         seconds.update({STAGES.get(stage, stage): spent for stage, spent in record.seconds.items()})
     seconds = Counter({stage: spent for stage, spent in seconds.items() if spent})
     wall, workers = predicted.seconds, workers or max(len(seconds), 1)
-    start = min(max(_first_after(predicted) - seconds.total() / max(len(records), 1), 0.0), wall)
+    # Starting took until the first row was finished, less the time that a row takes.
+    noted = predicted.prefix / mapping.FIRST
+    first = float(json.loads(noted.read_bytes())["seconds"]) if noted.exists() else 0.0
+    start = min(max(first - seconds.total() / max(len(records), 1), 0.0), wall)
     # Negative if more copies of the stages worked than assumed.
     idle = (wall - start) * workers - seconds.total()
     whole = max((wall - start) * workers, seconds.total()) or 1.0
@@ -431,12 +437,6 @@ def timing_of(predicted: Step, tiles: Sequence[MappedTile], *, workers: int | No
         pixels_per_second=pixels / wall if wall else None,
         km2_per_hour=square_metres / 1e6 / wall * 3600 if wall and square_metres else None,
     )
-
-
-def _first_after(predicted: Step) -> float:
-    """Seconds after which the step's first row was finished; 0 if it is not known."""
-    path = predicted.prefix / mapping.FIRST
-    return float(json.loads(path.read_bytes())["seconds"]) if path.exists() else 0.0
 
 
 def _shown(classes: Sequence[ClassShare]) -> list[ClassShare]:
@@ -589,10 +589,3 @@ def _map_picture(root: str, number: int, picture: Picture, table: ClassTable) ->
 
 def _image(root: str, image: bytes | str) -> bytes:
     return image if isinstance(image, bytes) else (upath(root) / image).read_bytes()
-
-
-def _footer(request: Mapping[str, Any]) -> str:
-    version = request.get("versions", {}).get("rayseg", "")
-    began = request.get("started")
-    when = f", begun {datetime.fromtimestamp(began, UTC):%Y-%m-%d %H:%M} UTC" if began else ""
-    return f"rayseg {version}{when}"

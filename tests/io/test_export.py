@@ -22,8 +22,9 @@ from small_world import refused
 import rayseg as public
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Grid
-from rayseg.io import cog, export, maps, qgis, vectors
+from rayseg.io import cog, export, maps, qgis
 from rayseg.io.cog import read_bands
+from rayseg.io.polygonize import polygonize
 from rayseg.store import upath
 
 PIXELS = Grid(None, (1.0, 1.0), (0.0, 0.0))
@@ -39,7 +40,7 @@ def finished(root, *, grid=UTM, column=None):
         scores_HW = np.where(values_HW == 255, 255, np.where(values_HW == 1, 200, 20)).astype(np.uint8)
         path = Path(tile.href).with_name("scores.tif")
         cog.write_scores(path, scores_HW[None], tile.tile.grid, tile.tile.window, ["gpc"])
-    vectors.polygonize(str(root), str(root / "gpc.parquet"))
+    polygonize(str(root), str(root / "gpc.parquet"))
     if column:
         frame = gpd.read_parquet(root / "gpc.parquet")
         frame.assign(**{column: range(1, len(frame) + 1)}).to_parquet(root / "gpc.parquet")
@@ -212,7 +213,7 @@ def test_an_interactive_map_has_the_colours_of_the_classes(run, monkeypatch):
 def test_a_class_raster_becomes_polygons_in_formats_of_others(run, tmp_path, suffix):
     root, map_HW = run
     [classes, _] = export.export(root, "cog", tmp_path)
-    count = vectors.polygonize(classes, str(tmp_path / f"cover.{suffix}"))
+    count = polygonize(classes, str(tmp_path / f"cover.{suffix}"))
     frame = gpd.read_file(tmp_path / f"cover.{suffix}")
     assert len(frame) == count
     assert frame["pixels"].sum() == (map_HW == 1).sum()

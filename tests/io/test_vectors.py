@@ -16,9 +16,9 @@ from scipy.ndimage import gaussian_filter
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import Grid, Window
 from rayseg.io import cog, vectors
+from rayseg.io.polygonize import polygonize
 from rayseg.io.vectors import (
     join_parts,
-    polygonize,
     polygons_of,
     read_parts,
     write_geojson,

@@ -10,6 +10,7 @@ from rasterio.transform import from_origin
 from rayseg.geo.grid import Grid, Tile, Window
 from rayseg.io import seams, vectors
 from rayseg.io.plot_joins import across_seams
+from rayseg.io.polygonize import polygonize
 from rayseg.vision.color import ClassTable
 
 TABLE = ClassTable(((0, "low", (0, 0, 0)), (1, "high", (0, 158, 115))))
@@ -62,7 +63,7 @@ def test_web_mercator_and_two_scenes_at_180_join_too(tmp_path):
         tmp_path / "a.tif", "w", "GTiff", 64, 4, 1, "EPSG:3857", from_origin(-half, 1e6, half / 32, half / 32), "uint8"
     ) as file:  # fmt: skip
         file.write(pixels_HW, 1)
-    assert vectors.polygonize(str(tmp_path / "a.tif"), str(tmp_path / "a.geojson")) == len(
+    assert polygonize(str(tmp_path / "a.tif"), str(tmp_path / "a.geojson")) == len(
         geopandas.read_file(tmp_path / "a.geojson")
     )
     ones = geopandas.read_file(tmp_path / "a.geojson")

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -18,17 +17,15 @@ from rayseg.config import Config, added
 from rayseg.engine.manifest import Row, read_rows, write_rows
 from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError, listed
-from rayseg.geo.grid import Window, expect_ids, slug
+from rayseg.geo.grid import Window, expect_ids
 from rayseg.geo.region import Region
 from rayseg.io import labels, rasters, scenes, stac_read
 from rayseg.io.class_tables import Classes
-from rayseg.io.labels import Chip
-from rayseg.io.masks import by_image, expect_fit, expect_names, masks_of, pixels_of, two_classes
+from rayseg.io.masks import pixels_of
 from rayseg.io.name_lists import Names
 from rayseg.io.scenes import LabelledImage, Pairs
-from rayseg.io.sources import Source
 from rayseg.pipelines.al_s4gan.chip_pixels import dominant, expect_rgb
-from rayseg.steps.labelled import expect_classes, find_images, origins
+from rayseg.steps.labelled import expect_classes, find_images, masks_of_chips, origins
 from rayseg.steps.models import RGB
 from rayseg.store import Location, split_location
 from rayseg.vision.color import ClassTable
@@ -167,33 +164,23 @@ def divide(chip_list: ChipList, config: PoolConfig, table: ClassTable, *, seed: 
     """
     if config.chips:
         rows = _by_class(chip_list, config, seed)
-        if chip_list.pixels:
-            _expect_in_pool(chip_list, rows, config, table)
+        parts = {row["id"]: row["part"] for row in rows}
     else:
         parts = _parts(chip_list.images, config, seed)
-        if any(parts[name] == "pool" for name in chip_list.pixels):
-            counted: dict[str, list[tuple[LabelledImage, NDArray[np.int64]]]] = {"training": [], "validation": []}
-            for image in chip_list.images:
-                counts = np.array(chip_list.pixels.get(image.id, [0] * len(table.classes)))
-                counted["training" if parts[image.id] == "pool" else "validation"].append((image, counts))
-            expect_classes(counted, table, config.absent)
         rows = [row | {"part": parts[row["of"]]} for row in chip_list.rows]
         # Outside the pool only chips with masks are of use.
         rows = [row for row in rows if row["label"] or row["part"] == "pool"]
+    # Masks may lack a class, or show one in the validation images alone. Without a mask in the pool people draw them.
+    if chip_list.pixels and (config.chips or any(parts[name] == "pool" for name in chip_list.pixels)):
+        counted: dict[str, list[tuple[LabelledImage, NDArray[np.int64]]]] = {"training": [], "validation": []}
+        for image in chip_list.images:
+            counts = np.array(chip_list.pixels.get(image.id, [0] * len(table.classes)))
+            counted["training" if parts.get(image.id) == "pool" else "validation"].append((image, counts))
+        expect_classes(counted, table, config.absent)
     expect_ids([row["id"] for row in rows])
     if not any(row["part"] == "pool" for row in rows):
         raise DataError(f"the pool has no chips of {config.size} px; lower pool.size or add imagery")
     return sorted(rows, key=lambda row: str(row["id"]))
-
-
-def _expect_in_pool(chip_list: ChipList, rows: Sequence[Row], config: PoolConfig, table: ClassTable) -> None:
-    """Refuse masks of labelled images that lack a class, or show one in the validation images alone."""
-    counted: dict[str, list[tuple[LabelledImage, NDArray[np.int64]]]] = {"training": [], "validation": []}
-    part_of = {row["id"]: row["part"] for row in rows}
-    for image in chip_list.images:
-        counts = np.array(chip_list.pixels.get(image.id, [0] * len(table.classes)))
-        counted["training" if part_of.get(image.id) == "pool" else "validation"].append((image, counts))
-    expect_classes(counted, table, config.absent)
 
 
 def _labelled_images(region: Region, config: PoolConfig, table: ClassTable) -> ChipList:
@@ -205,7 +192,7 @@ def _labelled_images(region: Region, config: PoolConfig, table: ClassTable) -> C
         raise DataError(
             f"{config.chips} has images of {len(classes)} classes, expected a label on each and two or more"
         )
-    masks = _masks_of(chips, str(region.located(config.masks)), table, config.min_score) if config.masks else {}
+    masks = masks_of_chips(chips, str(region.located(config.masks)), table, config.min_score) if config.masks else {}
     rows, images, size = [], [], config.size
     for chip in chips:
         # The middle, as `size` may be less than the image.
@@ -217,33 +204,6 @@ def _labelled_images(region: Region, config: PoolConfig, table: ClassTable) -> C
     counted = scenes.countable([image for image in images if image.masks], table, cell=size) if masks else []
     pixels = {image.id: tuple(cells.sum(axis=(0, 1)).tolist()) for image, cells in counted}
     return ChipList(tuple(rows), classes, tuple(images), pixels)
-
-
-def _masks_of(
-    chips: Sequence[Chip], location: str, table: ClassTable, min_score: float
-) -> dict[str, tuple[Source, ...]]:
-    """Id of a chip -> its mask, called by the chip's id or by the stem of its file.
-
-    Raises:
-        DataError: a chip has no mask, a mask is of another size, or the masks name other classes.
-    """
-    by_name = by_image(masks_of(location, names=table.names, min_score=min_score))
-    found = {}
-    for chip in chips:
-        names = (slug(chip.id), slug(PurePath(chip.source.assets[0][0]).stem))
-        masks = next((by_name[name] for name in names if name in by_name), ())
-        if not masks:
-            raise DataError(
-                f"{location} has no mask called {names[0]} or {names[1]}, expected one for each of the {len(chips)} "
-                "images of pool.chips; add it, or leave the image out"
-            )
-        for mask in masks:
-            expect_fit(mask, (chip.source.height, chip.source.width), chip.source.assets[0][0])
-        found[chip.id] = masks
-    every = [mask for masks in found.values() for mask in masks]
-    expect_names(every, table, location)
-    read_as = iter(two_classes(every, table, location))
-    return {name: tuple(next(read_as) for _ in masks) for name, masks in found.items()}
 
 
 def _by_class(chip_list: ChipList, config: PoolConfig, seed: int) -> list[Row]:
