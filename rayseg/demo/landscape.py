@@ -243,12 +243,14 @@ def _clouds(canvas: Canvas, rng: Rng) -> None:
     radius = size * 0.035
     reach = int(radius * 2.6)
     for spots_K2 in rng.uniform(0.15, 0.85, (2, 24, 2)) * size + np.array([0, canvas.corner[1]]):
+        # Netting under a cloud would be a label that no pixel shows, so other places are tried.
         parts = [canvas.window(r - reach, r + reach, c - reach, c + reach) for r, c in spots_K2.astype(int).tolist()]
         clear = [(part, spot) for part, spot in zip(parts, spots_K2, strict=True) if not part.netting_HW.any()]
         for part, spot in clear[:1]:
             row_H, col_W = part.pixels()
             row_H1, col_1W = row_H[:, None] - np.float32(spot[0]), col_W[None] - np.float32(spot[1])
             billow_HW = 0.25 * part.noise["soft"] + 0.12 * part.noise["lumps"]
+            # First the shadow on the ground, then the cloud over it.
             for way in (shadow * radius * 0.9, np.zeros(2)):
                 gap_HW = np.hypot((row_H1 - way[0]) / radius, (col_1W - way[1]) / (radius * 1.3)) - 0.7
                 veil_HW = np.clip(-1.6 * (gap_HW + billow_HW), 0, 0.95).astype(np.float32)

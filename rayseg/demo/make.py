@@ -85,6 +85,7 @@ def ensure(*, size: int = 2048, chips: tuple[int, int] = (48, 48)) -> str:
     """
     if size < 512:
         raise ConfigError(f"the demo's size is {size} px, expected at least 512; raise `size`")
+    # The name holds everything that the pixels depend on, so that a cached demo is never out of date.
     folder = cache_dir() / f"demo-v{VERSION}-{size}-{SEED}-{chips[0]}x{chips[1]}"
     if folder.exists():
         return str(folder / "catalog.json")

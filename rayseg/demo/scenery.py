@@ -122,6 +122,7 @@ def building(canvas: Canvas, shape: Convex, height: float, color: Color, rng: Rn
     """Put up a building with a `gable`, `flat` or `ribbed` roof, its details and its shadow."""
     center, angle, length, depth = frame(shape)
     along, across = axes(angle)
+    # All random numbers are drawn before anything is painted: a building that is cut off leaves the others alike.
     vents_K2 = rng.uniform(-0.36, 0.36, (int(rng.integers(1, 6)) if style == "flat" else 0, 2))
     part = canvas.around(shape, pad=2 + height * 1.1)
     part.darken(cover_share(part.shadow_of(shape, height), 1.5))
@@ -142,6 +143,7 @@ def building(canvas: Canvas, shape: Convex, height: float, color: Color, rng: Rn
 
 def trees(canvas: Canvas, points_N2: Points, rng: Rng) -> None:
     """Stamp a tree crown with its shadow at every plan point."""
+    # Stamps of few sizes are drawn once; a crown of its own for each tree would take minutes.
     radii_N = rng.integers(2, 6, len(points_N2))
     brightness_N1, hue_N3 = rng.uniform(0.8, 1.25, (len(points_N2), 1)), rng.normal(0, 5, (len(points_N2), 3))
     tints_N3 = np.array([64, 84, 50]) * brightness_N1 + hue_N3
@@ -315,6 +317,7 @@ def _park(canvas: Canvas, inner: Convex, rng: Rng) -> None:
     soft_HW, lumps_HW = part.noise["soft"], part.noise["lumps"]
     path_HW = part.line(across, float(across @ center)) + np.float32(winding) * soft_HW + np.float32(depth * 0.3)
     part.paint(stripe(path_HW, 0, 2.5) * inside_HW, (190, 180, 160))
+    # The pond is an ellipse with a shore of mud, rough by noise.
     along_HW, over_HW = part.line(along, float(along @ pond)), part.line(across, float(across @ pond))
     shore_HW = (np.hypot(along_HW / wide, over_HW / high) - 1) * min(wide, high) + 3 * lumps_HW
     shore_HW = np.asarray(shore_HW, dtype=np.float32)

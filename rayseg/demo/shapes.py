@@ -76,6 +76,7 @@ def clip(shape: Convex, normal: Points, offset: float, margin: float) -> Convex 
     sides, points = (shape.points_N2 @ normal - offset).tolist(), shape.points_N2.tolist()
     if max(sides) <= 0:
         return shape
+    # Sutherland and Hodgman (1974), for one edge of a convex shape.
     kept: list[tuple[float, float]] = []
     margins: list[float] = []
     for index, ((row, col), own) in enumerate(zip(points, shape.margins_N.tolist(), strict=True)):

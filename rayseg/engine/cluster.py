@@ -52,6 +52,7 @@ def expect_reachable(address: str | None) -> None:
             f"{chosen} is an address of Ray Client, which cannot place stages; give the address of the head, "
             "HOST:6379, or submit the run with --submit"
         )
+    # urlsplit takes host and port apart only behind a scheme.
     parts = urlsplit(chosen if "://" in chosen else f"ray://{chosen}")
     try:
         socket.create_connection((parts.hostname or "", parts.port or 0), timeout=5).close()
@@ -143,6 +144,7 @@ def _end_with_ray() -> None:
     """
     import ray
 
+    # Ray offers no public way to the processes that it started.
     started = ray._private.worker._global_node.all_processes
     servers = {name: started[name][0].process for name in ("gcs_server", "raylet") if name in started}
     while ray.is_initialized():  # false before `ray.shutdown` ends the servers

@@ -142,6 +142,7 @@ def holder_of(root: str) -> Holder | None:
         head: dict[str, Any] = path.fs.call_s3("head_object", Bucket=bucket, Key=key)
     except FileNotFoundError:
         return None
+    # Both times are the store's: the clocks of two drivers may differ by minutes.
     now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
     about = head["Metadata"]
     return Holder(

@@ -330,6 +330,7 @@ class Run:
             "versions": versions(),
             "started": started,
             "seconds": time.time() - started,
+            # Values of finished steps, so that other programs need this file alone.
             "steps": {step.name: {"seconds": step.seconds} | step.value for step in self.steps},
         }
         text = json.dumps(relocated(content, self.root, HERE), indent=1, default=str)
@@ -393,16 +394,20 @@ def verify(root: str, *, deep: bool = False) -> dict[str, Any]:
     root = absolute(root).rstrip("/")
     finished = read(root)["status"] == "done"
     present, own, notes = listing(root), _own_files(root), upath(root) / "damaged.json"
+    # 1. the files that say what the run is and how far it is
     control = ["run.json", *(f"steps/{f.name}/{name}.json" for f in _begun(root) for name in ("begun", "done"))]
     damage: Damage = {} if deep else read_json(notes)
     damage |= {path: "not a JSON object" for path in control if path in present and not read_json(upath(root) / path)}
     damage |= {path: "missing" for path in control if finished and path not in present}
+    # 2. the files of each step, and of each of its rows
     unknown = 0  # rows
     for folder in _begun(root):
         damage |= damage_of(own.get(folder.name, {}), present, root=root if deep else None)
         rows = verify_step(folder, present, planned=_recorded_rows(read_json(folder / "done.json")), deep=deep)
         damage, unknown = damage | rows[0], unknown + rows[1]
     try:
+        # 3. noted, so that the next command computes them again; a run that can only be read is verified all
+        # the same
         put(notes, json.dumps(damage, indent=1).encode()) if damage else notes.unlink(missing_ok=True)
     except STORE_ERRORS as error:
         _log.warning("%s cannot be written (%s): the next command does not know of the damage", notes, error)

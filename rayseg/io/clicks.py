@@ -258,6 +258,7 @@ def _touched(clicks: Sequence[Click], tiles: Sequence[MappedTile]) -> dict[str, 
             if not len(pixels_P2):
                 continue
             for hit in _hits(corners_N4, pixels_P2):
+                # A stroke may cross tiles: each tile gets its own pixels of it.
                 first, last = corners_N4[hit, :2], corners_N4[hit, 2:]
                 own_P2 = pixels_P2[((pixels_P2 >= first) & (pixels_P2 < last)).all(axis=1)] - first
                 if len(own_P2):
@@ -304,6 +305,7 @@ def _places(click: Click, grid: Grid) -> list[NDArray[np.float64]]:
     Raises:
         DataError: a stroke is too long.
     """
+    # Clicks in pixels belong to one image; those in degrees to all grids with a CRS.
     if click.properties.get("image") != (grid.image if grid.crs is None else None):
         return []
     parts = []
@@ -313,6 +315,7 @@ def _places(click: Click, grid: Grid) -> list[NDArray[np.float64]]:
             xy_N2 = np.stack(transformer(LONLAT, grid.crs).transform(*xy_N2.T), axis=1)
         if not np.isfinite(xy_N2).all():  # beyond what the grid's projection shows
             return []
+        # From coordinates to pixels of the whole grid, so that clicks do not depend on tiles.
         inverse = ~grid.transform(Window(0, 0, 1, 1))
         places_V2 = np.stack(inverse @ tuple(xy_N2.T), axis=1)[:, ::-1]
         length = float(np.hypot(*np.diff(places_V2, axis=0).T).sum())

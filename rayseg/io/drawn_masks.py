@@ -133,6 +133,7 @@ def _fitted(entry: DrawnImage, image: Path) -> tuple[tuple[int, int], list[Drawn
     with gdal(str(image)), open_file(str(image)) as dataset:
         height, width = dataset.shape
     scale = scale_to_image(entry.stated, (height, width), entry.path, image)
+    # Tools let people draw beyond the image; a shape that is wholly outside is a mistake worth a word.
     frame, shapes = shapely.box(0, 0, width, height), []
     for where, name, shape in entry.shapes:
         fitted: BaseGeometry | Runs = shape
@@ -183,6 +184,7 @@ def _of_labelme(folder: Path) -> Iterator[DrawnImage]:
         ]
         if others := Counter(shape.shape_type for shape in content.shapes) - Counter(["polygon"] * len(outlines)):
             raise DataError(f"{path} has shapes of type {listed(others)}, expected polygons; redraw or delete them")
+        # LabelMe has no rings with holes: a flag marks them, a group id joins them to their outline.
         holes: dict[object, list[BaseGeometry]] = defaultdict(list)
         for _, shape in outlines:
             if (shape.flags or {}).get("hole"):
@@ -225,6 +227,7 @@ def _outline(segmentation: Any, where: str) -> BaseGeometry | Runs:  # noqa: ANN
         if isinstance(segmentation, dict):
             height, width = (int(side) for side in segmentation["size"])
             counts = tuple(int(count) for count in segmentation["counts"])
+            # Counts that do not fill the image would shift every row after the first.
             if min(counts) < 0 or sum(counts) != height * width:
                 raise DataError(f"{where} has an RLE of {sum(counts)} px, its size is {height} x {width}; {expected}")
             return Runs((height, width), counts)

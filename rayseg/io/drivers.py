@@ -213,6 +213,7 @@ def _files_of_index(href: str) -> Iterator[str]:
     """The files of a tile index, as paths and URLs."""
     import pyogrio  # few files are tile indexes
 
+    # A remote index is read by its bytes: GDAL would look for files next to it.
     content = str(upath(href).path) if is_local(href) else upath(remote.signed(href)).read_bytes()
     layers = pyogrio.list_layers(content)
     if len(layers) != 1:
@@ -224,6 +225,8 @@ def _files_of_index(href: str) -> Iterator[str]:
     if "location" not in table:
         raise DataError(f"{href} has no column location; build it with gdaltindex")
     for name in dict.fromkeys(table["location"]):
+        # Paths of GDAL's virtual file systems reach any file or address, so only those of the web are let
+        # through.
         web = next((f"{scheme}{name[len(start) :]}" for start, scheme in _WEB if name.startswith(start)), "")
         if not web and (name.startswith("/vsi") or ":" in name):
             raise DataError(

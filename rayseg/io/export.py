@@ -57,6 +57,7 @@ def export(root: StorePath, kind: str, out: StorePath | None = None) -> list[str
         known = ", ".join((*FORMATS, "qgis"))
         raise ConfigError(f"format {kind!r} is unknown, expected one of {known}; choose one with --format")
     folder = upath(out) if out else upath(root) / "export"
+    # Only for its error: a folder that is not a run has no products to name.
     read_run(str(root))
     if kind == "cog":
         return _rasters(str(root), folder)

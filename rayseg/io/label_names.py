@@ -44,6 +44,7 @@ def assign(run: str, table: str, out: str) -> dict[str, Any]:
     unassigned, values = 0, dict(zip(classes.names, classes.values, strict=True))
     ground: dict[int, float] | None = dict.fromkeys((*classes.values, NODATA), 0.0)  # 255: of labels without a class
     for tile in tiles:
+        # One look-up by value for all pixels of a tile; labels that the table lacks stay 255.
         lookup = np.full(256, NODATA, np.uint8)
         for (scene, label), name in sorted(assigned.items()):  # rows of a scene come after rows of all scenes
             if scene in {"", tile.tile.grid.image or ""}:
@@ -66,6 +67,7 @@ def assign(run: str, table: str, out: str) -> dict[str, Any]:
             tile.tile.id, tile.tile.grid, tile.tile.window,
             folder=folder / tile.tile.id, files=[written], sources=tile.sources, table=classes,
         )  # fmt: skip
+        # Relative, so that the catalogue can be moved.
         item.assets["classes"].href = f"./{tile.tile.id}/classes.tif"
         items.append(item)
     titles = {"classes": f"Classes given to the labels of {run}"}

@@ -354,6 +354,7 @@ def _polygon(shape: _Shape, scale: tuple[float, float], frame: Polygon, where: s
 def image_files(folder: Path) -> dict[str, Path]:
     """Name of an image -> its file, of a folder of images, or of the imagery that a run mapped."""
     if (folder / "run.json").exists():
+        # Of a run the images are those that its tiles name: plots carry the names of its items.
         sources = {source for _, sources in planned_tiles(folder) for source in sources}
         mapped = {slug(source.item_id): source.assets[0][0] for source in sources}
         if remote := [href for href in mapped.values() if not is_local(href)]:

@@ -252,6 +252,7 @@ def _areas_at(xs_KL: NDArray[np.float64], ys_KL: NDArray[np.float64], affine: Af
         return np.where(np.isfinite(areas_KL), areas_KL, 0.0)
     lons, lats_KL = to_degrees(xs_KL, ys_KL)
     scale_KL = _projection(crs).get_factors(lons, np.clip(lats_KL, -POLE, POLE), errcheck=False).areal_scale
+    # Coordinates may be in feet; the scale is that of metres.
     unit = CRS.from_user_input(crs).axis_info[0].unit_conversion_factor
     known_KL = np.isfinite(scale_KL) & (scale_KL > 0)
     return np.where(known_KL, abs(affine.a * affine.e) * unit**2 / np.where(known_KL, scale_KL, 1.0), 0.0)

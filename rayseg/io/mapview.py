@@ -88,6 +88,7 @@ def classes_tile(
         window = tile.tile.window
         rows_HW, cols_HW, step = positions[tile.tile.grid]
         rows_HW, cols_HW = rows_HW - window.row, cols_HW - window.col
+        # Pixels that an earlier tile has filled stay: the first tile wins.
         open_HW = (classes_HW == NODATA) & (rows_HW >= 0) & (rows_HW < window.height)
         open_HW &= (cols_HW >= 0) & (cols_HW < window.width)
         if open_HW.any():
@@ -277,6 +278,7 @@ def values_at(tile: MappedTile, x: float, y: float) -> tuple[int, dict[str, int]
         col, row = x - window.col, y - window.row
     if not (0 <= col < window.width and 0 <= row < window.height):
         return None
+    # One pixel of each file: a click needs no web tile.
     pixel = RasterWindow(int(col), int(row), 1, 1)
     values = {}
     for href in (tile.href, scores_of(tile)):

@@ -166,6 +166,7 @@ def masks_of(
         raise DataError(f"{location} has no scores, but min_score is {min_score:g}; give RUN#classes, or leave it out")
     else:
         openers = {str(path): partial(source_of_file, str(path), path.stem) for path in _mask_files(location)}
+    # All masks are tried, so that `failed` names every one that cannot be opened.
     masks, errors = [], dict[str, DataError]()
     for name, opened in openers.items():
         try:
@@ -211,6 +212,7 @@ def _mask_of(item: pystac.Item, asset: str, names: set[str], min_score: float) -
     if "classes" in hrefs:
         hrefs = {"classes": hrefs["classes"]}
     if len(hrefs) > 1:
+        # Of several rasters the one is meant whose own class names are those that are wanted.
         stored = {key: set(table.names) for key, href in hrefs.items() if (table := table_of(href))}
         fitting = {key for key, own in stored.items() if names and (own <= names or names <= own)}
         hrefs = {key: href for key, href in hrefs.items() if key in fitting} if len(fitting) == 1 else hrefs
@@ -276,6 +278,7 @@ def two_classes(
     if table is not None and len(table.classes) != 2:
         _log.warning("the masks in %s hold only 0 and 255: 255 is read as not labelled; use class values", where)
         return list(masks)
+    # Black and white are the classes' own colours in some tables, whatever their order.
     rows = table.classes if table else ((0, "0", BLACK), (1, "255", WHITE))
     stored = dict(zip(rows, table.in_masks if table else (0, 1), strict=True))
     low, high = sorted(rows, key=lambda row: row[2] == WHITE) if {row[2] for row in rows} == {BLACK, WHITE} else rows
@@ -284,6 +287,7 @@ def two_classes(
         "the masks in %s hold only 0 and 255: 0 is read as %s, 255 as %s; if 255 means not labelled, %s",
         *(where, low[1], high[1], remedy),
     )
+    # A linear change of the values, as of units: 0 becomes the first class, 255 the second.
     change = (((stored[high] - stored[low]) / NODATA, float(stored[low])),)
     return [replace(mask, change=change * len(mask.bands)) if _is_plain(mask) else mask for mask in masks]
 
@@ -360,6 +364,7 @@ def only_0_and_255(masks: Sequence[Source], *, failed: dict[str, str] | None = N
 
 def _values_of(mask: Source, failed: dict[str, str] | None) -> set[int]:
     """The values of a mask of one band; reading ends at the block with the first value that is not 0 or 255."""
+    # In blocks, as one mask can be larger than memory.
     names, whole = [name for name in mask.bands if name != "alpha"], footprint(mask, pixels_of(mask))
     seen: set[int] = set()
     for row in range(whole.row, whole.row1, BLOCK):
@@ -389,6 +394,7 @@ def _expect_one_kind(masks: Sequence[Source], where: str, failed: dict[str, str]
     of_255, of_values = "", ""
     every: set[int] = set()
     for mask in filter(_is_plain, masks):
+        # 255 next to class values settles it for the whole location.
         every |= (seen := _values_of(mask, failed))
         if NODATA in seen and not seen <= {0, NODATA}:
             return
@@ -456,6 +462,7 @@ def _decoded(mask: Source, grid: Grid, part: Window, table: ClassTable) -> NDArr
     if values.dtype.kind not in "ui":
         raise DataError(f"mask {mask.item_id} has {values.dtype} values, expected whole numbers; convert it to uint8")
     try:
+        # By the names that the file stores, where it stores some: its numbers may be those of another table.
         decoded = decode(values, _by_name(mask.assets[0][0], table), palette=_palette_of(mask.assets[0][0]))
     except DataError as error:
         raise DataError(f"{mask.assets[0][0]}: {error}") from None

@@ -104,6 +104,7 @@ def _stored(href: str, *, whole: bool) -> BinaryIO:
         if whole:
             return BytesIO(content(target))
         parts: BinaryIO = target.fs.open(target.path, "rb", block_size=_BLOCK)
+        # The last byte shows whether the server sends parts, before anything depends on it.
         parts.seek(-1, SEEK_END)
         parts.read(1)
         parts.seek(0)

@@ -160,6 +160,7 @@ def pictures_of(
         for grid, members in grids.items()
         if grid.crs
     ]
+    # Photos have no place on one map: each has a grid of its own.
     images = [members for grid, members in grids.items() if not grid.crs]
     sheets = [partial(contact_sheet, images, size=size, plots=plots)] if images else []
     return [draw() for draw in [*placed, *sheets][:most]]

@@ -62,6 +62,7 @@ def _parts_of_run(root: str) -> tuple[Iterable[pa.Table], ClassTable, seams.Begi
     begins = seams.begins_of(mapped.tile for mapped in tiles)
     table = (table_of(tiles[0].href) if tiles else None) or _UNNAMED
     grids, generalized = {mapped.tile.id: mapped.tile.grid for mapped in tiles}, upath(root) / "steps" / "generalize"
+    # The polygons of a generalized map are drawn by blocks; of other maps by tiles, or not at all.
     blocks = [
         (tile_order(grids[record.id], row, col), f"{generalized}/blocks/{name}.parquet")
         for record in Ledger(str(generalized / "ledger")).read().values()

@@ -215,6 +215,7 @@ def _valid(
 ) -> np.ndarray:
     """Where each band has data, (C, H, W) bool."""
     valid_CHW = np.ones(pixels_CHW.shape, bool)
+    # Alpha and masks of the file hold for all bands, nodata for its own band alone.
     flags = {flag for index in indexes for flag in dataset.mask_flag_enums[index - 1]}
     if ColorInterp.alpha in dataset.colorinterp:  # GDAL takes an alpha band for a mask in unsigned files only
         valid_CHW &= dataset.read(dataset.colorinterp.index(ColorInterp.alpha) + 1, window=at) > 0

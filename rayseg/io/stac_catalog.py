@@ -356,6 +356,7 @@ def search(uri: str, question: str | None, geometry: dict[str, Any] | None) -> l
     import pystac_client  # only APIs need it
     from pystac_client.exceptions import APIError
 
+    # Some APIs repeat their last page for ever: pages without a new item are counted.
     names, parameters = _parameters(question or "")
     stale = 0
     items: dict[tuple[str, str], dict[str, Any]] = {}
@@ -385,6 +386,7 @@ def _patient_io() -> "StacApiIO":
     from pystac_client.exceptions import APIError
     from pystac_client.stac_api_io import StacApiIO
 
+    # The library raises an error without the header that says how long to wait, so a hook keeps it.
     waits: list[float] = []
     client = StacApiIO(max_retries=0, timeout=60)
     client.session.hooks["response"].append(

@@ -92,18 +92,22 @@ def open_items(
     if area is not None and halo:  # no edge of what surrounds a wide area is one across the antimeridian
         wide = mapping(normalised(shapely.segmentize(area.buffer(_AROUND).intersection(_POLES), 90.0)))
     box = None if area is None else (area.buffer(_COARSE * halo) if halo else area).bounds
+    # 1. items that may lie near, by their boxes where the catalogue has an index
     items = _read_items(uri, collection, wide, box)
     if area is not None:
+        # 2. items without a usable outline are placed by their pixels, which costs a request each
         unclear = [item for item in items if BROKEN not in item.properties and _unclear(item)]
         names = {item.id for item in unclear}
         items = [*(item for item in items if item.id not in names), *concurrently(_placed_by_pixels, unclear)]
     near = [item for item in items if area is None or _near(item, area, halo)]
+    # 3. broken items go along, so that each fails by name; alone they are an error
     broken = [item for item in items if BROKEN in item.properties and (not item.geometry or item in near)]
     valid = [item for item in near if BROKEN not in item.properties]
     if not any(area is None or _near(item, area, 0) for item in valid):
         if broken:
             more = f"; and {len(broken) - 1} more such items" if len(broken) > 1 else ""
             raise DataError(f"{broken[0].properties[BROKEN]}{more}")
+        # The index has read only what is near: the message needs the bounds of all.
         place = f"{uri}#{collection}" if collection else uri
         everything = _read_items(uri, collection, wide, None) if suffix_of(uri) == ".parquet" else items
         raise DataError(_nothing(place, everything, area))
@@ -371,6 +375,7 @@ def _image_assets(item: pystac.Item) -> dict[str, pystac.Asset]:
         for key, asset in item.assets.items()
         if (asset.media_type or "").lower().startswith("image/") or drivers.kind_of(asset.href)
     }
+    # Pictures for people (visual, thumbnail) count as pixels only if nothing else does.
     plain = {
         key: a for key, a in images.items() if not {key, *(a.roles or ())} & set(_PICTURES) or "data" in (a.roles or ())
     }

@@ -144,6 +144,7 @@ def without_text(png: bytearray) -> bytes:
         exif = png_exif(BytesIO(png))
     while at + 8 <= len(png):
         end = at + 12 + int.from_bytes(png[at : at + 4], "big")  # length, name, data, checksum
+        # EXIF stands before the first pixels, where readers look for it.
         kind = bytes(png[at + 4 : at + 8])
         if kind == b"IDAT" and exif:
             content = b"eXIf" + exif

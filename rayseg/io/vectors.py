@@ -90,11 +90,13 @@ def polygons_of(
     shown_HW = np.where(np.isin(classes_HW, skip), NODATA, classes_HW)
     labels_HW = label(shown_HW, background=NODATA, connectivity=1).astype(np.int32)
     count, shown_N = int(labels_HW.max(initial=0)), np.flatnonzero(labels_HW)  # few pixels of a rare class
+    # 1. the first pixel of each component in reading order names it
     labels_N = labels_HW.ravel()[shown_N]
     first = np.zeros(count + 1, np.int64)
     first[labels_N[::-1]] = shown_N[::-1]  # of equal indices the last one written stays
     first = first[1:]
     rows, cols = np.divmod(first, window.width)
+    # 2. pixels and scores are counted where they are kept; outlines need all pixels
     counted_N = labels_N if kept_HW is None else np.where(kept_HW.ravel()[shown_N], labels_N, 0)
     scores_N = None if scores_CHW is None else _own_scores(classes_HW, scores_CHW, shown_N)
     sums = None if scores_N is None else np.bincount(counted_N, weights=scores_N, minlength=count + 1)[1:]

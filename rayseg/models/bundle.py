@@ -486,6 +486,7 @@ def build(prefix: StorePath) -> tuple[Bundle, "nn.Module"]:
     except (TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"bundle {upath(prefix)} does not fit its architecture: {reason}; train again") from None
+    # A training that diverged leaves NaN, which would make every pixel of a map one class without an error.
     if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ModelError(
             f"weights of {upath(prefix)} have NaN or infinity in {wrong[0]} and {len(wrong) - 1} other tensors, "
@@ -504,6 +505,7 @@ def take_over(net: "nn.Module", prefix: StorePath) -> None:
     given, wanted = model.state_dict(), net.state_dict()
     fitting = {key: tensor for key, tensor in given.items() if key in wanted and wanted[key].shape == tensor.shape}
     other = [key for key in wanted if key not in fitting]
+    # Heads may differ, as they depend on the classes; without its encoder nothing useful is taken over.
     if wrong := [key for key in other if "encoder." in key]:
         raise ModelError(
             f"model {described.name} under {upath(prefix)} does not fit: {wrong[0]} is missing or of another shape; "

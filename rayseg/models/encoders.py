@@ -107,6 +107,7 @@ def build_imagenet(name: str, *, channels: int = 3, weights: str = "imagenet") -
     """
     bare = name.removeprefix("timm-").removeprefix("tu-")
     if not timm.is_model(bare):
+        # timm has over a thousand names, so the nearest ones help more than the list.
         close = difflib.get_close_matches(bare, timm.list_models(), n=4, cutoff=0.5)
         near = f"did you mean {', '.join(close)}?" if close else "see timm.list_models() for the names"
         raise ConfigError(f"network {name!r} is not in timm; {near}")
@@ -340,6 +341,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
     All other modules are in evaluation mode, so dropout does not shift the statistics. The mode of `model` is restored.
     """
+    # Statistics of training batches are those of augmented windows and of earlier weights.
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     modes = [(module, module.training) for module in model.modules()]

@@ -64,6 +64,7 @@ def compared(
     if not is_fast():
         return None
     quick, pixels, changed = InBf16(model), 0, 0
+    # Both are measured against the labels: classes that change where neither is right cost nothing.
     in_fp32, in_bf16 = (Confusion(np.zeros((classes, classes), np.int64)) for _ in range(2))
     for image_CHW, truth_HW in images:
         x_1CHW = torch.from_numpy(image_CHW)[None].contiguous(memory_format=torch.channels_last)
@@ -74,6 +75,7 @@ def compared(
             in_bf16 += Confusion.from_arrays(truth_HW, quick_HW, classes)
     if not pixels:
         return None
+    # Without labels only the changed pixels are known.
     lost = in_fp32.mean_iou_of_reference - in_bf16.mean_iou_of_reference if in_fp32.pixels else 0.0
     return Bf16(changed=round(changed / pixels, 6), lost=round(float(lost), 6))
 

@@ -120,17 +120,20 @@ class Certify:
         classes_HW = cog.read_bands(folder / "classes.tif")[0][here]
         scores_CHW = cog.read_bands(folder / "scores.tif")[:, *here]
         kept_HW = classes_HW != NODATA  # pixels outside the region have no class
+        # 1. mapped again in two tiles: the bits must be those of the map
         [whole] = self._read(place, [place.at])
         if not kept_HW.any() or not isinstance(whole, TileRow):
             return {}
         other_HW = kept_HW & self._other_bits(place, classes_HW, scores_CHW)
         changed = {"retiled": [int(other_HW.sum())]}
         of_class: dict[str, list[tuple[int, int]]] = {}
+        # 2. small changes of the imagery, and a shifted lattice: pixels whose class changes
         ways = {name: [self._changed(whole, change) for change in changes] for name, changes in CHANGES.items()}
         for name, maps in (ways | {"shift": [self._shifted(place)]}).items():
             seen = [kept_HW & (map_HW != NODATA) for map_HW in maps]
             pairs = list(zip(seen, maps, strict=True))
             changed[name] = [int((seen_HW & (map_HW != classes_HW)).sum()) for seen_HW, map_HW in pairs]
+            # For the IoU of the one class with itself: pixels that have it before or after.
             either = [int((seen_HW & ((map_HW == 1) | (classes_HW == 1))).sum()) for seen_HW, map_HW in pairs]
             of_class[name] = list(zip(changed[name], either, strict=True))
         facts = {"pixels": int(kept_HW.sum()), "changed": changed}

@@ -96,12 +96,15 @@ def _read_in_pieces(row: TileRow, reach: Window, bands: Sequence[str], error: Da
     image_CHW: np.ndarray | None = None
     valid_HW = np.zeros((reach.height, reach.width), bool)
     incomplete = unread = ""
+    # Scenes in their order, so that the first valid pixel wins as in a read of the whole.
     for source in row.sources:
         for piece in _pieces(rasters.footprint(source, row.tile.grid).intersect(reach)):
             rows_cols = piece.slices(reach)
             try:
                 pixels_CHW, ok_HW = rasters.read([source], row.tile.grid, piece, bands=bands)
             except DataError as problem:
+                # Damage in the margin alone costs patches their surroundings, but the tile has all of
+                # its pixels.
                 if piece.intersect(row.tile.window).empty:
                     unread = unread or str(problem)
                 else:

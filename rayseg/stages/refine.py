@@ -59,9 +59,11 @@ class Refine:
             return
         at_N, count = labels_HW[seen_HW], int(labels_HW.max()) + 1
         if len(scores_CHW) == 1 and self.threshold is None:  # the band is the score of each pixel's own class
+            # A vote of the pixels by one count of pairs (segment, class).
             pairs = at_N * 256 + classes_HW[part][seen_HW]
             chosen_L = np.bincount(pairs, minlength=256 * count).reshape(count, 256).argmax(axis=1)
         else:
+            # The mean probability of the segment decides, and becomes the score of its pixels.
             own_CN = scores_CHW[:, *part][:, seen_HW]
             sums_CL = np.stack([np.bincount(at_N, weights=own_N, minlength=count) for own_N in own_CN])
             mean_CL = np.rint(sums_CL / np.maximum(np.bincount(at_N, minlength=count), 1)).astype(np.uint8)

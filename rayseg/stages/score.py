@@ -64,6 +64,7 @@ class Score:
         from rayseg.models.classifier import class_probabilities
 
         described, model = self._loaded
+        # The middle of each chip has the size that the classifier was trained with.
         wholes = [Window(0, 0, row.image.shape[1], row.image.shape[0]) for row in rows]
         cuts = [middle(whole, described.patch).slices(whole) for whole in wholes]
         images = [row.image[cut].transpose(2, 0, 1) for row, cut in zip(rows, cuts, strict=True)]
@@ -71,6 +72,7 @@ class Score:
         batch = torch.from_numpy(np.stack([described.normalize(image) for image in images])).to(device)
         with torch.inference_mode():
             features_NF = None
+            # Features come with the logits in one pass; strategies without them save the memory.
             if self.features is None:
                 logits = model(batch)
             else:

@@ -49,6 +49,7 @@ def agreement_of_rasters(prediction: str, truth: str) -> dict[str, Any]:
     pieces = masks.pieces_of_masks(ours, placed=any(source.crs for source in theirs))
 
     def pairs(matched: Match) -> Pairs:
+        # Without a CRS, pixels are matched by their position in the whole image.
         piece, grid = matched.piece, matched.piece.tile.grid
         place = (grid, piece.tile.window)
         if grid.crs is None:

@@ -109,6 +109,7 @@ def find_labelled(region: Region, config: BoundariesConfig, kind: ImageConfig) -
         )
     for image in kept:
         check_source(image.image, kind)
+    # For its errors, before polygons are read.
     scenes.split(kept, validation=config.validation, share=config.share, seed=config.seed)
     if config.polygons:
         polygons = Polygons.open(config.polygons)

@@ -102,6 +102,7 @@ def coverage_chart(patches: Sequence[tuple[float, Sequence[float]]]) -> bytes:
     patches = [(size, shares) for size, shares in patches if shares]
     if not patches:
         return b""
+    # Weighted by ground, because patches at the border of the region are small.
     rounds = max(len(shares) for _, shares in patches)
     weights = [size for size, _ in patches]
     means = [

@@ -58,6 +58,7 @@ def measure(root: str, truth: str | None = None) -> list[dict[str, Any]]:
         ModelError: weights do not fit the run's model.
     """
     content, steps = read(root), upath(root) / "steps"
+    # A run may have several trainings: a warm-up, members, rounds.
     trainings = sorted({path.parent.parent for path in steps.glob("**/kept/*.pt")}, key=str)
     if not trainings:
         raise DataError(

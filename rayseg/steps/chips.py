@@ -116,6 +116,7 @@ def find_chips(region: Region, expected: tuple[str, ...], config: ChipsConfig) -
         raise DataError(
             f"chips of {uri} are labelled {', '.join(unknown)}, expected {' or '.join(expected)}; correct the labels"
         )
+    # Every label needs a chip to learn from, in whichever way the others were set apart.
     masks, named = masks_of_chips(chips, config), held_out_by_name(chips, config)
     for label in expected:
         ids = {chip.id for chip in chips if chip.label == label}
@@ -173,6 +174,7 @@ def masks_of_chips(
         return {}
     failed = {} if failed is None else failed
     readable = whole(masks_of(config.masks, failed=failed), failed=failed)
+    # Masks are called by the id or by the file; two folders may hold files of one name.
     named: dict[str, set[str]] = defaultdict(set)
     for chip in chips:
         for name in (chip.id, PurePath(chip.source.assets[0][0]).stem):

@@ -110,6 +110,7 @@ def write_cues(
     """Write coarse masks of the positive training chips, `<step>/<chip>.tif`; by the concept if densities exist."""
     rows = chips.rows_of(listed, held_out=False)
     positive = [row for row in rows if row["label"] == YES]
+    # The concept needs superpixels alone; Grad-CAM++ needs objects of a network trained on each chip.
     if densities:
         decide = [_divide(config), Work(ConceptCue(evidence_in(densities, rows), doubtful=config.doubtful))]
     else:

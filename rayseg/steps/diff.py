@@ -42,6 +42,7 @@ def changes_of(before: ClassTable, after: ClassTable) -> tuple[ClassTable, np.nd
             f"expected at most {MOST_CLASSES}; merge classes first: rayseg remap"
         )
     colors = label_table(len(pairs)).colors
+    # A table of all pairs of values: one look-up per pixel, whatever the number of classes.
     codes = np.full((256, 256), UNCHANGED_VALUE, np.uint8)
     codes[NODATA, :] = codes[:, NODATA] = ALONE
     codes[NODATA, NODATA] = NODATA

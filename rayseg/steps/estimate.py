@@ -208,6 +208,7 @@ def _costs(timed: Probe | None, rates: Rates) -> dict[str, Any]:
     if timed is None:
         none = ("bytes_written", "seconds", "cpu_seconds", "gpu_seconds", "wall_seconds", "price", "probe")
         return dict.fromkeys(none) | {"workers": rates.workers}
+    # Only work on tiles is shared among workers; training and joining take as long as on one.
     wall = timed.alone + timed.spread / rates.workers
     hours = wall * rates.workers / 3600
     return {

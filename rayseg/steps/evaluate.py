@@ -191,6 +191,7 @@ def table_of_masks(root: str, mapped: ClassTable) -> ClassTable:
         table = Classes.model_validate(given).table
         if table.names == mapped.names:
             return table
+    # The model knows the values of the masks that it learnt from.
     made = content.get("steps", {}).get(SCORED, {})
     if origin := made.get("run"):  # made from another run
         return table_of_masks(origin, mapped)
@@ -267,6 +268,7 @@ def _compare_all(
     """(every match that can be compared, `unmatched` and `coarser` of the result); masks that cannot are `failed`."""
     sides = {mask: _side_m(mask) for mask in truth}
     matches = [_divided(matched, sides) for matched in match(pieces, truth)]
+    # Pixels of two sizes are weighted by their ground, as shares and scores are of area.
     by_area = _differ_in_area(matches)
 
     def attempt(matched: Match) -> Compared | DataError:

@@ -177,6 +177,7 @@ def _predicted(piece: Piece, number: int) -> Ids:
 
 def _by_masks(pieces: Pieces, truth: Sequence[Source]) -> tuple[list[Compared], dict[str, Any]]:
     matches = evaluate.match(list(pieces), truth)
+    # Ids are unique in their own mask only: the mask's number makes them so in all.
     numbers = {mask: number for number, mask in enumerate(truth)}
     compared = [
         Compared(
@@ -272,6 +273,7 @@ class Count:
         """Measures of everything counted, with intervals over the units."""
         if not self.pixels["known"]:
             raise DataError("plots and reference have no pixel in common; check that they show the same place")
+        # Plots over several pieces are counted once, with all of their pixels.
         pixels = [np.array([sizes[k] for k in range(len(sizes))], np.int64) for sizes in self.sizes]
         objects = Objects(
             pixels[0],

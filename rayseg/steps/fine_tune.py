@@ -40,6 +40,7 @@ def training_of(root: str) -> dict[str, Any]:
             f"model {prefix} is of the kind {factory}, which cannot be fine-tuned on a map; leave --train out, "
             f"{root} is finished"
         )
+    # A decoder continues from its own weights; a head is fitted in seconds, so it starts anew.
     network: dict[str, Any]
     if factory == "segmenter":
         network = {"network": "decoder", "weights": "none", "start": prefix}

@@ -61,6 +61,7 @@ def expect_small(tiles: Iterable[Row], config: PolygonsConfig) -> None:
     """
     if config.min_area is None:
         return
+    # Tiles of one grid have pixels of one size, so one of each kind is enough.
     first: dict[tuple[Any, ...], Row] = {}
     for row in tiles:
         if not row.get("refused"):
@@ -91,6 +92,7 @@ def generalize(step: Step, predicted: Step, config: PolygonsConfig, region: Regi
     }
     if not tiles:
         return kept
+    # A step of its own: another minimum area does not predict again.
     stage = Generalize(
         mapping.tiles_prefix(step),
         str(step.prefix / "blocks"),

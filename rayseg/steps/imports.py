@@ -108,6 +108,7 @@ def import_model(kind: str, path: str, out: StorePath, settings: Sequence[str] =
     """
     if kind not in KINDS:
         raise ConfigError(f"kind {kind!r} is unknown, expected one of: {', '.join(KINDS)}")
+    # What a kind implies comes first, so that given settings replace it.
     defaults = [f"{key}={json.dumps(value)}" for key, value in KINDS[kind].items()]
     config = load(ImportConfig, None, [*defaults, *settings])
     described, model = _described(kind, config)
@@ -115,6 +116,7 @@ def import_model(kind: str, path: str, out: StorePath, settings: Sequence[str] =
     fitted = published_weights.fit(model, state, path, renames=RENAMES.get(kind, ()))
     model.load_state_dict(fitted.state)
     bundle.save(out, described, model.eval())
+    # Every tensor is accounted for: a decoder that vanishes without a word looks like a bad model.
     loaded = len(state) - len(fitted.dropped)
     lines = [f"{described.name} in {out}: {loaded} of {len(state)} tensors loaded from {path}"]
     lines += [f"  by its shape: {key} <- {name}" for key, name in fitted.shaped.items()]

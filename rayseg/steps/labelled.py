@@ -98,7 +98,7 @@ def find_images(
     return scenes.labelled_images(source, region.located(masks), table=table, pairs=pairs, min_score=min_score)
 
 
-def masks_of_chips(
+def masks_of_all(
     chips: Sequence[Chip], location: str, table: ClassTable, min_score: float
 ) -> dict[str, tuple[Source, ...]]:
     """Id of a chip -> its mask, called by the chip's id or by the stem of its file.

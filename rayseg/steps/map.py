@@ -458,6 +458,7 @@ def with_names(source: Source, names: Mapping[str, str]) -> Source:
     """
     if not names:
         return source
+    # Positions name bands of a single file only: several files have no order that a user sees.
     own = [name for _, bands in source.assets for name in bands]
     places = {name: at for at, name in enumerate(own)}
     if len(source.assets) == 1:

@@ -252,6 +252,7 @@ def write_plots(step: Step, joined: Step, classified: Step, model: Step) -> dict
         plot_joins.frame_of(Grid.from_row(grid), [row for row in rows if row["grid"] == at], columns=COLUMNS)
         for at, grid in enumerate(joined.value["grids"])
     ]
+    # Plots over the turn of a grid in degrees are cut there, as polygons of maps are.
     for at, begin in joined.value.get("begins", {}).items():
         frames[int(at)].geometry = at_begin(frames[int(at)].geometry.to_numpy(), begin)
     frame = plot_joins.united(plot_joins.one_frame(frames, columns=COLUMNS))

@@ -161,9 +161,11 @@ def _window(
     It lies in the image, or reaches `beyond` its right and lower edge where the image is smaller.
     """
     random = settings.crop == "random"
+    # An object can be covered only where the mask has one.
     wanted = settings.covered if random and mask_MHW is not None and (mask_MHW[-1] == 1).any() else 0.0
     low, high = settings.scale
     for _ in range(settings.draws):
+        # Three numbers are drawn in any case, so that settings do not change the random numbers that follow.
         magnification, *place = torch.rand(3, generator=generator).tolist()
         side = round(size / (low + magnification * (high - low)))
         side = side if beyond else min(side, *shape)

@@ -286,6 +286,7 @@ class TrainScene:
             self._keep(f"{scene}-epoch-{epochs}", copied, groups, scaling)
 
     def _keep(self, scene: str, net: nn.Module, groups: NDArray[np.intp], scaling: Scaling) -> str:
+        # The bundle merges the labels into groups itself, so prediction and serving see the groups alone.
         labels, classes = len(groups), int(groups.max()) + 1
         options: dict[str, str | int | float] = {
             "network": self.config.network if self.config.network in RECIPES else "nearest",

@@ -170,6 +170,7 @@ def _shown(path: str) -> Iterator[None]:
     ended = threading.Event()
 
     def follow() -> None:
+        # Workers of Ray Train may be on other machines, so the progress passes through a file.
         last, work, done = b"", "", 0
         with ExitStack() as bars:
             over = False
@@ -180,6 +181,7 @@ def _shown(path: str) -> Iterator[None]:
                     if content == last:
                         continue
                     last, row = content, json.loads(content)
+                    # A training of several stages has one bar after the other.
                     if row["work"] != work:
                         bars.close()
                         work, done = row["work"], 0

@@ -147,6 +147,7 @@ def fit_supervised(
         ModelError: the initial weights or the checkpoint do not fit, or GPU memory is too small.
     """
     expect_supervisable(settings, classes=len(training.pixels_K), workers=setup.workers)
+    # The map is made at full resolution, which a network that learnt from much smaller images has not seen.
     sides = [max(image.window.height, image.window.width) / settings.sampling.size for image in training.images]
     if settings.sampling.whole and max(sides) > COARSER:
         _log.warning(
@@ -154,6 +155,7 @@ def fit_supervised(
             "or map imagery that was scaled likewise",
             max(sides),
         )
+    # Read tasks would wait for ever where the workers hold all CPUs.
     spare_cpus = ray.cluster_resources().get("CPU", 0) - setup.workers if ray.is_initialized() else 0
     config = {
         "settings": settings,

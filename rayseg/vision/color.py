@@ -42,6 +42,7 @@ class ClassTable:
                 f"class values are {values}, expected at least one, all different and in 0..254; give the whole class "
                 "table"
             )
+        # A value of two meanings would be read as the first of them without a word.
         stored = [*self.in_masks, *self.unlabelled]
         if len(set(stored)) < len(stored) or min(stored) < 0 or IGNORE in stored:
             raise ConfigError(
@@ -75,6 +76,7 @@ class ClassTable:
             try:
                 color = rgb_of(row["color"])
             except ConfigError as error:
+                # YAML reads an unquoted #RRGGBB as an empty value.
                 unquoted = "" if row["color"] is not None else "; in YAML # begins a comment: put the colour in quotes"
                 raise ConfigError(f"class {row['name']}: {error}{unquoted}") from None
             classes.append((place, str(row["name"]), color))
@@ -82,6 +84,7 @@ class ClassTable:
         ignore = config.get("ignore") or ()
         values = tuple(value for value in ignore if isinstance(value, int))
         colors = tuple(rgb_of(color) for color in ignore if not isinstance(color, int))
+        # Values that equal the positions are not stored.
         own = () if stored == list(range(len(stored))) else tuple(stored)
         return cls(tuple(classes), colors, config.get("threshold"), values, own)
 
@@ -257,10 +260,12 @@ def _pack(colors: NDArray[np.integer], threshold: int | None = None) -> NDArray[
 
 
 def _decode_colors(codes_HW: NDArray[np.int32], table: ClassTable) -> NDArray[np.uint8]:
+    # Colours are packed into one number each, which one search compares.
     known = _pack(np.array([*table.colors, *table.ignore], np.int32))
     decoded_HW, wrong_HW = _looked_up(codes_HW, known.tolist(), (*table.values, *[IGNORE] * len(table.ignore)))
     if wrong_HW.any():
         unknown, counts = np.unique(codes_HW[wrong_HW], return_counts=True)
+        # The most frequent unknown colour is the likely class; rare ones are edges blurred by JPEG.
         code = int(unknown[counts.argmax()])
         color = code >> 16, code >> 8 & 255, code & 255
         value, name, near = min(

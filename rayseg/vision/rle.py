@@ -172,6 +172,7 @@ def parts(runs: Runs, shape: tuple[int, int], *, least: int = 1) -> list[Runs]:
     """The 4-connected components of a mask with at least `least` pixels, in reading order."""
     if not len(runs):
         return []
+    # Only the mask's box is decoded, which in a large image is a small part.
     row, col, row1, col1 = box(runs, shape[1])
     mask_HW = decode(runs, shape)[row:row1, col:col1]
     count, labels_HW, stats, _ = cv2.connectedComponentsWithStats(mask_HW.astype(np.uint8), connectivity=4)

@@ -84,6 +84,7 @@ def filled(classes_HW: NDArray[np.uint8], rounds_HW: NDArray[np.int32]) -> NDArr
         classes_HW: uint8, 255 = nodata.
         rounds_HW: round up to which a pixel may be filled; 0 for pixels that stay. A pixel that no round reaches stays.
     """
+    # One pixel of nodata around, so that neighbours need no test of the border.
     wide = classes_HW.shape[1] + 2
     state = np.pad(np.where(rounds_HW > 0, NODATA, classes_HW), 1, constant_values=NODATA).ravel()
     rounds = np.pad(rounds_HW, 1).ravel()
@@ -92,10 +93,13 @@ def filled(classes_HW: NDArray[np.uint8], rounds_HW: NDArray[np.int32]) -> NDArr
     for number in range(1, int(rounds_HW.max(initial=0)) + 1):
         waiting = waiting[rounds[waiting] >= number]
         near_N4 = state[waiting[:, None] + beside]
+        # A round looks at the state after the last one, not at pixels filled in this one: order makes no
+        # difference.
         reached = (near_N4 != NODATA).any(axis=1)
         if not reached.any():
             break
         near_N4 = near_N4[reached]
+        # Frequency first, then the lowest class: both in one number.
         votes_N4 = (near_N4[:, :, None] == near_N4[:, None]).sum(axis=2) * 256 + (255 - near_N4.astype(np.int64))
         votes_N4[near_N4 == NODATA] = -1
         state[waiting[reached]] = np.take_along_axis(near_N4, votes_N4.argmax(axis=1)[:, None], axis=1)[:, 0]

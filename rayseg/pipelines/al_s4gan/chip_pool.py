@@ -25,7 +25,7 @@ from rayseg.io.masks import pixels_of
 from rayseg.io.name_lists import Names
 from rayseg.io.scenes import LabelledImage, Pairs
 from rayseg.pipelines.al_s4gan.chip_pixels import dominant, expect_rgb
-from rayseg.steps.labelled import expect_classes, find_images, masks_of_chips, origins
+from rayseg.steps.labelled import expect_classes, find_images, masks_of_all, origins
 from rayseg.steps.models import RGB
 from rayseg.store import Location, split_location
 from rayseg.vision.color import ClassTable
@@ -192,7 +192,7 @@ def _labelled_images(region: Region, config: PoolConfig, table: ClassTable) -> C
         raise DataError(
             f"{config.chips} has images of {len(classes)} classes, expected a label on each and two or more"
         )
-    masks = masks_of_chips(chips, str(region.located(config.masks)), table, config.min_score) if config.masks else {}
+    masks = masks_of_all(chips, str(region.located(config.masks)), table, config.min_score) if config.masks else {}
     rows, images, size = [], [], config.size
     for chip in chips:
         # The middle, as `size` may be less than the image.

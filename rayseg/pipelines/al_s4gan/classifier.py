@@ -179,6 +179,7 @@ def score_chips(step: Step, rows: list[Row], score: Score, common: Common) -> di
     ]
     engine = replace(step.engine, retry=True)  # a selection needs all of them
     flow.run(rows, works, ledger, engine, record=ChipRow.from_row, title="chips", stall_seconds=common.patience)
+    # A choice from a part of the pool would be another choice, so one missing chip ends the step.
     p_by_id = {}
     for record in ledger.read().values():
         if record.status != "done":

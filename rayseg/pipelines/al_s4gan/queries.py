@@ -71,6 +71,7 @@ def take_chosen(step: Step, listed: Step, config: ActiveConfig) -> dict[str, Any
                 "pool.masks, or leave active.chosen out to be asked for masks"
             )
         return _keep(step, [_picked(row, rank, 0, "given") for rank, row in enumerate(masked)])
+    # Lists of other programs name images, whose cells are then all meant, or single chips.
     by_name: dict[str, list[Row]] = {}
     for row in chip_pool.rows_of(listed, "pool"):
         for name in {row["id"], row["of"]}:

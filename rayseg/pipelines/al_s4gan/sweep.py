@@ -94,6 +94,7 @@ def list_trials(
         for strategy in strategies
         for learner in learners
     ]
+    # For its errors: what one trial refuses is refused before the first trial runs.
     for trial in trials:
         trial.config(base)
     return list({trial.name: trial for trial in trials}.values())
