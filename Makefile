@@ -25,9 +25,9 @@ test: setup
 	$(PYTEST) -m "not (ray or more or chaos)" --numprocesses $(WORKERS) --dist loadfile --max-worker-restart 0
 	$(PYTEST) -m "ray and not (more or chaos)"
 
-# In one process, too: most start a Ray of their own.
 test-more: setup
-	$(PYTEST) -m "more and not chaos"
+	$(PYTEST) -m "more and not (ray or chaos)" --numprocesses $(WORKERS) --dist loadfile --max-worker-restart 0
+	$(PYTEST) -m "more and ray and not chaos"
 
 chaos: setup
 	$(PYTEST) -m chaos

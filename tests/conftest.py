@@ -42,6 +42,21 @@ def _text(path: Path) -> str:
     return path.read_text()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_runs() -> Iterator[None]:
+    """Runs in this process, of which tests make hundreds, write without fsync and have certificates of few places.
+
+    No test cuts the power: test_store.py counts the calls. steps/test_certificate.py maps all places.
+    """
+    from rayseg.steps import certificate
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        patch.setattr(certificate, "PLACES", 8)
+        patch.setattr(certificate, "MOST", 1)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data beside the checkout; a test that needs it is skipped elsewhere."""

@@ -85,7 +85,7 @@ def odd(tmp_path):
     }
 
 
-@pytest.mark.parametrize("ingested", [True, False])
+@pytest.mark.parametrize("ingested", [pytest.param(True, marks=pytest.mark.more), False])
 def test_each_scene_that_cannot_be_mapped_is_named_and_no_other_is_lost(odd, model, tmp_path, ingested):
     folder, reasons = odd
     imagery = labels.ingest_rasters(folder, tmp_path / "cat") if ingested else folder
@@ -367,6 +367,7 @@ def check_mapped(path, out):
         assert ground == pytest.approx(area * valid_HW.sum(), rel=0.1), path.name
 
 
+@pytest.mark.more  # test_each_scene_that_cannot_be_mapped_...: made files; here: real ones
 @pytest.mark.real
 def test_a_region_of_good_and_corrupt_files_ends_with_every_bad_one_named(shared, model, tmp_path):
     folder = tmp_path / "in"

@@ -82,6 +82,7 @@ def test_a_full_disk_ends_the_run_with_a_remedy_and_costs_no_tile(world, tmp_pat
     assert world.is_whole(out)
 
 
+@pytest.mark.more  # engine/test_run.py: two processes cannot work on one run
 def test_of_two_drivers_one_works_and_the_other_says_so(world, tmp_path, flag):
     out = tmp_path / "run"
     with Command(*world.words(out), faults=[f"ReadTile:{world.tiles[4]}:pause:{flag}"]) as first:

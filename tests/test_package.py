@@ -48,15 +48,25 @@ def test_configurations_class_tables_and_regions_travel_inside(installed):
     assert "daxing" in command(installed, "regions").stdout
 
 
+BOTH = """
+from typer.testing import CliRunner
+from rayseg.cli import app
+for words in (
+    "config show landcover --config landcover/smoke --set classes=dubai",
+    "config validate gpc --config gpc/smok",
+):
+    found = CliRunner().invoke(app, words.split())
+    print(found.exit_code, found.stdout, found.stderr, sep="~", end="~")
+"""
+
+
 def test_names_of_configurations_and_classes_are_read(installed):
-    words = ("config", "show", "landcover", "--config", "landcover/smoke", "--set", "classes=dubai")
-    shown = command(installed, *words)
-    assert shown.returncode == 0, shown.stderr
-    assert "name: vegetation" in shown.stdout
-    wrong = command(installed, "config", "validate", "gpc", "--config", "gpc/smok")
-    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
-    assert "config file gpc/smok cannot be read" in wrong.stderr
-    assert "gpc/smoke" in wrong.stderr
+    code, shown, _, wrong, _, said, _ = python(installed, "-c", BOTH).stdout.split("~")
+    assert code == "0"
+    assert "name: vegetation" in shown
+    assert (wrong, said.count("\n")) == ("2", 1)
+    assert "config file gpc/smok cannot be read" in said
+    assert "gpc/smoke" in said
 
 
 @pytest.mark.more  # the demo is drawn in seconds

@@ -92,7 +92,13 @@ class Model:
 
         with tempfile.TemporaryDirectory() as folder:
             try:
-                run("predict", image, set={"model": self.prefix}, out=f"{folder}/run", engine="inline")
+                run(
+                    "predict",
+                    image,
+                    set={"model": self.prefix, "certificate": False},
+                    out=f"{folder}/run",
+                    engine="inline",
+                )
             except RunIncomplete as error:
                 reason = str(error).partition("; fix the cause")[0]
                 raise DataError(f"{image} cannot be predicted as a whole: {reason}; correct the file") from None

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from importlib import resources
 from io import BytesIO
 from pathlib import Path
@@ -127,6 +127,13 @@ class Content(TypedDict):
 
 def render(content: Content) -> str:
     """Render the report as HTML with embedded pictures."""
+    script = resources.files("rayseg").joinpath("report.js").read_text(encoding="utf-8")
+    return _template().render(content, script=Markup(script))
+
+
+@cache
+def _template() -> jinja2.Template:
+    """The report's template, which takes as long to compile as the rest of a small report."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {
         "area": area,
@@ -139,10 +146,7 @@ def render(content: Content) -> str:
         "scale_bar": scale_bar,
         "yaml": partial(yaml.safe_dump, sort_keys=False, allow_unicode=True),
     }
-    template, script = (
-        resources.files("rayseg").joinpath(name).read_text(encoding="utf-8") for name in ("report.html", "report.js")
-    )
-    return environment.from_string(template).render(content, script=Markup(script))
+    return environment.from_string(resources.files("rayseg").joinpath("report.html").read_text(encoding="utf-8"))
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ HERE = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).paren
 INLINE = Engine("inline")
 RAY = Engine("ray")
 ENGINES = [pytest.param(INLINE, id="inline"), pytest.param(RAY, id="ray", marks=[pytest.mark.ray])]
-# On Ray a longer form of: inline, and test_every_row_is_accounted_for... and test_engines_give_the_same_bytes on Ray.
+# Inline and, on Ray, test_every_row_is_accounted_for... and test_engines_give_the_same_bytes prove the same.
 MORE_ON_RAY = [ENGINES[0], pytest.param(RAY, id="ray", marks=[pytest.mark.ray, pytest.mark.more])]
 
 
@@ -181,12 +181,13 @@ def test_a_row_that_kills_its_process_is_quarantined_and_the_rest_is_done(place)
     assert "process died" in account.troubles["t2"]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", MORE_ON_RAY)
 def test_a_row_that_hangs_is_failed_alone_and_mended_by_a_retry(engine, place):
     out, ledger = place
     stages = [Work(Draw(hanging="t1")), Work(Double(), batch=4, cpus=1, model=True), Work(Keep(out))]
-    account = run(rows_of(6), stages, ledger, engine, stall_seconds=5)  # Ray's processes take seconds to start
-    assert account.troubles == {"t1": "Draw: no progress for 5 s"}
+    seconds = 5 if engine.kind == "ray" else 1  # Ray's processes take seconds to start
+    account = run(rows_of(6), stages, ledger, engine, stall_seconds=seconds)
+    assert account.troubles == {"t1": f"Draw: no progress for {seconds} s"}
     assert account.counts["done"] == 5
     assert not run(rows_of(6), works(out), ledger, Engine(engine.kind, retry=True)).troubles
 
@@ -288,7 +289,7 @@ class Wrong:
         return rows + 1
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", MORE_ON_RAY)
 def test_a_fault_of_the_program_is_not_taken_for_bad_data_and_ends_the_run_at_once(place, engine):
     out, ledger = place
     with pytest.raises(TypeError, match="can only concatenate list") as ended:
@@ -391,6 +392,7 @@ def test_inline_a_row_that_kills_the_process_is_found_by_the_next(tmp_path):
     assert not left  # what was half written when it was killed goes when a run ends
 
 
+@pytest.mark.more  # a Ray of its own
 @pytest.mark.ray
 def test_one_private_ray_serves_all_flows_of_a_process(tmp_path):
     """With two CPUs, as on a small machine: reading, model and writing must fit beside each other."""

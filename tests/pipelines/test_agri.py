@@ -138,7 +138,7 @@ def test_every_field_is_one_plot_with_one_id(run):
     assert table["area_m2"].sum() <= 1.01 * HEIGHT * WIDTH
 
 
-@pytest.mark.more  # test_predict.py and engine/test_flow.py: both engines, the same bytes
+@pytest.mark.more  # engine/test_flow.py: both engines, the same bytes
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_ray_gives_the_same_bytes(run, region, tmp_path):

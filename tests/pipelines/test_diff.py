@@ -63,6 +63,7 @@ def test_a_map_in_other_tiles_has_not_changed(world, tmp_path):
     assert geopandas.read_parquet(tmp_path / "diff/changes.parquet").empty
 
 
+@pytest.mark.more  # the same comparison of pixels, image by image
 def test_images_without_georeference_are_compared_image_by_image(world, tiny_model, tmp_path):
     for number in range(2):
         image = picture(blobs(150, 130, seed=number), seed=number).transpose(1, 2, 0)
@@ -79,6 +80,7 @@ def test_images_without_georeference_are_compared_image_by_image(world, tiny_mod
     assert counts["diff"][0] == 2 * 150 * 130 - counts["diff"][3]
 
 
+@pytest.mark.more  # several runs
 def test_a_run_that_is_made_again_is_compared_again(world, tiny_model, tmp_path):
     region = catalogue(tmp_path / "imagery", scene={"seed": 4})
     words = ("predict", tiny_model, region, "--set", "map.tile=128", "--out")

@@ -83,8 +83,9 @@ def test_the_map_covers_both_scenes(whole, words):
     assert mapped == seen
 
 
+@pytest.mark.more  # test_landcover.py plans trainings in make test
 @pytest.mark.parametrize(("method", "more"), [
-    pytest.param("cam", set(), marks=pytest.mark.more),  # the same trainings, and fewer stages
+    ("cam", set()),
     ("concept", {"Superpixels", "WriteDensity", "ConceptCue"}),
 ])  # fmt: skip
 def test_a_plan_times_all_that_comes_before_the_map(words, method, more):
@@ -101,6 +102,7 @@ def test_the_second_run_does_nothing(whole, words):
     assert changed == ["run.json"]
 
 
+@pytest.mark.more  # train/test_appearance_training.py and models/test_appearance.py: the model; here: in its run
 def test_a_map_by_appearance_is_a_step_after_the_segmenter_and_a_bundle_like_any_other(words, tmp_path):
     out, more = tmp_path / "run", ("--set", "appearance.components=3", "--set", "appearance.sure=0")
     assert rayseg(*words, "--out", out, *more).exit_code == 0
@@ -114,7 +116,6 @@ def test_a_map_by_appearance_is_a_step_after_the_segmenter_and_a_bundle_like_any
         assert set(np.unique(file.read(1))) <= {0, 1, 255}
 
 
-@pytest.mark.more  # train/test_segmenter_training.py: the same of the training alone
 @pytest.mark.more  # tests/steps/test_chips.py and test_segmenter_training.py have the parts
 def test_drawn_masks_of_some_chips_choose_the_segmenters_epoch(whole, words, tmp_path, demo_region):
     page = (whole / "report" / "index.html").read_text()
@@ -141,6 +142,7 @@ def test_drawn_masks_of_some_chips_choose_the_segmenters_epoch(whole, words, tmp
     assert "1 drawn masks selected the segmenter&#39;s epoch: accuracy" in (out / "report" / "index.html").read_text()
 
 
+@pytest.mark.more  # train/test_segmenter_training.py: the same of the training alone
 def test_a_killed_training_goes_on_as_if_nothing_had_been(whole, words, tmp_path, monkeypatch):
     epoch, killed = segmenter._epoch, []
 
@@ -206,7 +208,7 @@ def test_the_concept_is_what_positive_chips_have_and_negative_ones_lack(tmp_path
     assert at_red < 0
 
 
-@pytest.mark.more  # test_predict.py and engine/test_flow.py: both engines, the same bytes
+@pytest.mark.more  # engine/test_flow.py: both engines, the same bytes
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_cues_are_the_same_bytes_with_both_engines(whole, words, tmp_path):

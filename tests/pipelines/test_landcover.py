@@ -184,7 +184,8 @@ def test_georeferenced_scenes_are_validated_whether_their_masks_say_where_they_a
     assert found["worst"]
 
 
-@pytest.mark.parametrize("network", ["linear", pytest.param("frozen", marks=pytest.mark.more)])
+@pytest.mark.more  # train/test_frozen.py and models/test_pixel_head.py: learning and the model; here: in their run
+@pytest.mark.parametrize("network", ["linear", "frozen"])
 def test_a_head_on_frozen_features_is_a_model_like_any_other(tmp_path, network):
     for number, name in enumerate(("a", "b")):
         rng = np.random.default_rng(number)

@@ -282,6 +282,7 @@ def test_a_damaged_tile_fails_alone_and_is_mended_by_a_retry(world, tmp_path, mo
     assert len(list(pystac.Collection.from_file(str(out / "collection.json")).get_items())) == 3
 
 
+@pytest.mark.more  # engine/test_flow.py: both engines, the same bytes
 @pytest.mark.ray
 def test_ray_and_inline_give_the_same_bytes(world, tmp_path, local_ray, runs_by_tile):
     out = tmp_path / "run"

@@ -253,6 +253,7 @@ def test_clusters_of_superpixels_give_one_map_whatever_the_tiling(world, tmp_pat
     assert agreement(table)["ami"] > 0.8
 
 
+@pytest.mark.more  # models/test_segment_labels.py: the model alone
 def test_the_clusters_of_a_scene_map_other_imagery_as_a_model(world, tmp_path):
     (tmp_path / "small.yaml").write_text(CLUSTERS)
     more = ("map.tile=1024", "sieve=0", f"truth={world}/truth", "baseline=false")
@@ -292,10 +293,8 @@ def test_a_scene_of_one_superpixel_is_refused_by_name(tmp_path):
     assert "one region, expected at least two that differ: lower superpixels.scale" in record.reason
 
 
-MORE = pytest.mark.more  # the same path as kmeans and, in all other tests here, deepnet
-
-
-@pytest.mark.parametrize("network", ["kmeans", *(pytest.param(name, marks=MORE) for name in ("v1", "v2", "isodata"))])
+@pytest.mark.more  # the next test maps by four of them
+@pytest.mark.parametrize("network", ["kmeans", "v1", "v2", "isodata"])
 def test_every_network_maps_by_the_same_path(world, tmp_path, network):
     assert rayseg(*words(world, f"network.network={network}"), "--out", tmp_path / "run").exit_code == 0
     assert {fate.status for fate in records(tmp_path / "run", "predict").values()} == {"done"}
@@ -405,7 +404,7 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("network", ["segments", pytest.param("deepnet", marks=MORE)])
+@pytest.mark.parametrize("network", ["segments", pytest.param("deepnet", marks=pytest.mark.more)])
 @pytest.mark.parametrize("kind", ODD)
 def test_odd_scenes_end_as_they_should(tmp_path, kind, network):
     image_CHW, fate = ODD[kind]

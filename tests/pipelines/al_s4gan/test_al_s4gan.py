@@ -159,6 +159,7 @@ def test_the_second_run_does_nothing(whole, words):
     assert changed == ["run.json"]
 
 
+@pytest.mark.more  # test_superpixel.py: a killed training goes on; here: a round, and a step of it
 def test_a_killed_run_goes_on_with_the_round_and_the_step_it_was_in(whole, words, tmp_path, monkeypatch):
     learnt, steps, calls = classifier.fit_and_score, s4gan._steps, []
 
@@ -220,10 +221,8 @@ def test_people_draw_what_is_asked_for_round_by_round(tmp_path):
     assert [row["id"] for row in table(out, "round-2")] == [*asked]
 
 
-@pytest.mark.parametrize("learner", [
-    "network=linear",
-    *(pytest.param(other, marks=pytest.mark.more) for other in ("network=frozen", "learner=consistency")),
-])  # fmt: skip
+@pytest.mark.more  # train/test_frozen.py and test_consistency.py: the learners; here: in their run
+@pytest.mark.parametrize("learner", ["network=linear", "network=frozen", "learner=consistency"])
 def test_every_learner_gives_a_model_like_any_other(world, words, tmp_path, learner):
     out = tmp_path / "run"
     more = ["--set", "active.strategy=random", "--set", f"segmenter.{learner}", "--set", "baseline=false"]
