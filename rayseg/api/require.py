@@ -89,7 +89,7 @@ def expect_met(required: Sequence[Requirement], root: str) -> None:
         elif not _OPERATORS[one.sign](value, one.limit):
             missed.append(f"{one.file}.{one.name} is {value:.6g}, required {one.sign} {one.limit:g}")
     if missed:
-        raise RequirementNotMet(f"{'; '.join(missed)}; the map is finished, look into {root}/report/index.html")
+        raise RequirementNotMet(f"{'; '.join(missed)}; the map is finished; see {root}/report/index.html")
 
 
 def _value_of(one: Requirement, root: str) -> float | str:

@@ -123,7 +123,7 @@ class Run:
         from xarray.core.indexing import LazilyIndexedArray
 
         if not self.tiles:
-            raise DataError(f"{self.root} has no mapped tile; look at rayseg status {self.root}")
+            raise DataError(f"{self.root} has no mapped tile; to see why, run rayseg status {self.root}")
         names = ", ".join(each.name for each in self.grids)
         if grid is None and len(self.grids) != 1:
             raise DataError(f"{self.root} has {len(self.grids)} grids ({names}); use raster(name, run.grids[0])")

@@ -72,7 +72,7 @@ def frame(shape: Convex) -> tuple[Points, float, float, float]:
 
 
 def clip(shape: Convex, normal: Points, offset: float, margin: float) -> Convex | None:
-    """Keep the part with `normal . point <= offset`; the new edge gets `margin`; None where nothing is left."""
+    """Keep the part with `normal . point <= offset`; the new edge gets `margin`; None if no part remains."""
     sides, points = (shape.points_N2 @ normal - offset).tolist(), shape.points_N2.tolist()
     if max(sides) <= 0:
         return shape

@@ -85,7 +85,7 @@ class Lease:
         Raises:
             RunIncomplete: another driver holds the run.
         """
-        # By the wall clock, which goes on while a machine is suspended: then the thread's next beat may be too late.
+        # By the wall clock, which continues while a machine is suspended: then the thread's next beat may be too late.
         if not self.lost and time.time() - self._seen > MISSED * BEAT:
             holder = holder_of(self.root)
             self.lost = holder if holder and holder.owner != self.owner else None

@@ -157,7 +157,7 @@ def grids(root: StorePath) -> dict[Grid, list[MappedTile]]:
     for tile in mapped_tiles(root):
         by_grid.setdefault(tile.tile.grid, []).append(tile)
     if not by_grid:
-        raise DataError(f"{root} has no mapped tile; look at rayseg status {root}")
+        raise DataError(f"{root} has no mapped tile; to see why, run rayseg status {root}")
     return by_grid
 
 

@@ -208,7 +208,7 @@ def load(folder: str, images: str, out: str, *, size: int = 224) -> dict[str, in
         path for entry in labelled for kind in kinds for path in (Path(out) / kind).glob(f"{entry.name}-[0-9]*.png")
     ]
     if existing:
-        raise DataError(f"{existing[0]} exists, maybe with other labels; remove it or give another --out")
+        raise DataError(f"{existing[0]} already exists and may hold other labels; remove it or give another --out")
     # 3. one crop per plot
     counts = dict.fromkeys(kinds, 0)
     for entry in labelled:

@@ -1,4 +1,4 @@
-"""Polygons of a class raster, or of all tiles of a run, in one file of a chosen format."""
+"""The polygons of a class raster, or of all tiles of a run, in one file; `io/vectors` joins them across tiles."""
 
 import tempfile
 from collections.abc import Iterable

@@ -448,7 +448,7 @@ def expect_classes(
     if scenes["validation"] and not counts["validation"].any():
         raise DataError(
             f"the validation scenes ({listed(scenes['validation'])}) have no labelled pixel, so nothing measures the "
-            "model; divide the scenes otherwise, or correct their masks"
+            "model; choose other validation scenes, or correct their masks"
         )
     for position, name in enumerate(table.names):
         here, there = (int(counts[part][position]) for part in ("training", "validation"))
@@ -462,5 +462,5 @@ def expect_classes(
             )
         raise DataError(
             f"the split leaves class {name} out: none of its {there} pixels is in the training scenes "
-            f"({listed(scenes['training'])}), all are in {listed(scenes['validation'])}; divide the scenes otherwise"
+            f"({listed(scenes['training'])}), all are in {listed(scenes['validation'])}; choose other validation scenes"
         )

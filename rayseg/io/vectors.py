@@ -52,7 +52,7 @@ _ROWS = 1 << 17  # of a row group
 _SEGMENT = np.dtype(
     [("line", "i8"), ("class", "u1"), ("start", "i8"), ("end", "i8"), ("part", "i8"), ("after", "?"), ("row1", "i8")]
 )
-"""A piece of a tile's border: 2 x column, or 2 x row + 1; where it starts and ends; whether its tile begins there."""
+"""A piece of a tile's border: line (2 x column, or 2 x row + 1), start, end, and whether the tile lies after it."""
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------

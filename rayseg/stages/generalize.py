@@ -55,7 +55,7 @@ class Generalize:
     """`tile, blocks, near -> facts`: sieved.tif of the tile, and the parts of the polygons of its blocks.
 
     Args:
-        tiles: prefix of the map's tiles; sieved.tif comes next to classes.tif.
+        tiles: prefix of the map's tiles; sieved.tif is written next to classes.tif.
         blocks: prefix of the parts.
         table: the classes.
         bands: of the scores: one per class, or one alone (see `WriteTile`).

@@ -116,7 +116,7 @@ def sample(
     if not 0 < band < 1:
         raise ConfigError(f"--band is {band:g}, expected a score between 0 and 1")
     if (upath(out) / "sample.json").exists():
-        raise ConfigError(f"{out} holds a sample, whose answers would be lost; choose another --out")
+        raise ConfigError(f"{out} already holds a sample, whose answers another would discard; choose another --out")
     key = _key(run)
     # 1. area of every stratum in every tile
     tiles = mapped_tiles(run)

@@ -121,7 +121,7 @@ def _bundle_of(root: UPath, content: Mapping[str, Any], step: str) -> Bundle:
     own = root / "steps" / step / "classifier"  # of a round of al-s4gan
     if not own.exists() and step not in content.get("steps", {}):
         raise DataError(
-            f"step {step} of {root} has not finished, expected its model; finish the run by its own command"
+            f"step {step} of {root} has not finished, expected its model; finish the run with its own command"
         )
     described = bundle.description(own if own.exists() else content["steps"][step]["bundle"])
     # The map of gpc may be made by colours, which the network taught.

@@ -158,7 +158,7 @@ def write_classes(step: Step, classified: Step) -> dict[str, Any]:
     names = [name for _, name, _ in described.classes]
     records = mapping.rows_with(classified, "p")
     if not records:
-        raise DataError(f"no unit of {step.root} was classified; look at rayseg status {step.root}")
+        raise DataError(f"no unit of {step.root} was classified; to see why, run rayseg status {step.root}")
     units, outlines = [], []
     for row, record in records:
         p_K, at = record.facts["p"], values.index(record.facts["class"])

@@ -167,7 +167,7 @@ def _of_run(
 ) -> tuple[dict[str, Any], list[Compared]]:
     tiles = maps.mapped_tiles(root, step)
     if not tiles:
-        raise DataError(f"run {root} has no mapped tile to compare; look at rayseg status {root}")
+        raise DataError(f"run {root} has no mapped tile to compare; to see why, run rayseg status {root}")
     pieces = masks.pieces_of_tiles(tiles)
     table = table or table_of_masks(root, _stored_table(pieces[0].source, root))
     reference = masks.two_classes(masks.masks_of(truth, names=table.names, failed=failed), table, truth, failed=failed)

@@ -526,7 +526,7 @@ def join_polygons(step: Step, predicted: Step, product: str) -> dict[str, Any]:
 
     def parts_of(tile: tuple[Any, str, Grid, int | None]) -> "pa.Table":
         _, path, grid, count = tile
-        # A tile without parts has no file, which saves a request.
+        # A file without parts is not read, which saves a request.
         return vectors.no_parts(grid) if count == 0 else vectors.read_parts(path, skip=skip)
 
     # In reading order, so that memory holds two rows of tiles at a time.
@@ -552,7 +552,7 @@ def publish(step: Step, predicted: Step, title: str) -> dict[str, Any]:
 
 
 def save_project(step: Step, predicted: Step, polygons: Step) -> dict[str, Any]:
-    """Write the QGIS project of a map with a CRS; the run goes on without one that cannot be written.
+    """Write the QGIS project of a map with a CRS; the run continues without one that cannot be written.
 
     Args:
         step: the current step.

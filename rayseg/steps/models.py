@@ -102,7 +102,7 @@ def segmenter_bundle(
     # The network's outputs are the classes in order, so values and positions must agree.
     values = [value for value, _, _ in classes]
     if values != list(range(len(classes))):
-        raise ConfigError(f"class values are {values}, a segmenter's are 0, 1, 2, ...; number them so")
+        raise ConfigError(f"class values are {values}, expected 0, 1, 2, ... for a segmenter; renumber them")
     options = dict(options or settings.options(classes=len(classes), channels=len(bands)))
     if settings.factory == "pixel-head":
         options["lab"] = int(is_rgb8(bands, dtype, scaling))

@@ -195,7 +195,7 @@ def _head(problem: _Problem, settings: CorrectionConfig, most: float) -> tuple[T
 
 
 def _changed(own_MK: Tensor, new_MK: Tensor, sure: float) -> float:
-    """The largest share of a class that leaves it or comes to it, each pixel weighted by how sure the map is."""
+    """The largest share of a class that leaves or joins it, each pixel weighted by how sure the map is."""
     weights_M = own_MK.softmax(dim=1).amax(dim=1) ** sure
     before_M, after_M = own_MK.argmax(dim=1), new_MK.argmax(dim=1)
     shares = []

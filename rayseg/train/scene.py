@@ -282,7 +282,7 @@ class TrainScene:
             with torch.no_grad():
                 recalibrate_batchnorm(copied, (image.to(self.device) for image, _, _ in _some(patches)))
         groups = grouped(*measured(copied, patches, self.device), most=self.config.merge_to)
-        if int(groups.max()):  # one label is no map
+        if int(groups.max()):  # a single label is not a map
             self._keep(f"{scene}-epoch-{epochs}", copied, groups, scaling)
 
     def _keep(self, scene: str, net: nn.Module, groups: NDArray[np.intp], scaling: Scaling) -> str:

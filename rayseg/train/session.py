@@ -459,7 +459,7 @@ def load_checkpoint(prefix: StorePath, settings: str | None) -> State | None:
     # Weights of other settings may fit and be wrong.
     written = state.pop("settings", None)
     if settings is not None and written != settings:
-        raise ModelError(f"checkpoint {path} is of a training with other settings; delete it or use another prefix")
+        raise ModelError(f"checkpoint {path} belongs to a training with other settings; delete it or change the prefix")
     return state
 
 

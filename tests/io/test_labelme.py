@@ -207,7 +207,7 @@ def test_labels_that_a_person_set_are_not_written_over(exported, images, tmp_pat
 def test_crops_of_earlier_labels_are_not_mixed_with_new_ones(exported, images, tmp_path):
     labelme.load(str(exported), str(images), str(tmp_path / "crops"))
     change(exported / "b.json", label="0")
-    with pytest.raises(DataError, match=r"a-0000\.png exists, maybe with other labels"):
+    with pytest.raises(DataError, match=r"a-0000\.png already exists and may hold other labels"):
         labelme.load(str(exported), str(images), str(tmp_path / "crops"))
 
 

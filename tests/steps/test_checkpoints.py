@@ -96,7 +96,7 @@ def test_weights_of_a_training_that_has_not_finished_are_refused(tmp_path):
     kept(tmp_path, steps=())
     said = refused(3, "evaluate", tmp_path / "run", "--checkpoints")
     assert "step segmenter of" in said
-    assert "has not finished, expected its model; finish the run by its own command" in said
+    assert "has not finished, expected its model; finish the run with its own command" in said
 
 
 def test_chips_of_any_size_are_padded_as_in_training(tmp_path):
