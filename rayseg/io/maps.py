@@ -135,13 +135,13 @@ def top_scores(classes_HW: NDArray[np.uint8], scores_CHW: NDArray[np.uint8], tab
         table: the classes.
     """
     probabilities_CHW = scores_CHW / 254
-    if len(scores_CHW) == 1 and len(table.classes) == 2:
+    if len(scores_CHW) == 1 and table.binary:
         return np.asarray(np.where(classes_HW == 1, probabilities_CHW[0], 1 - probabilities_CHW[0]), np.float64)
     if len(scores_CHW) == 1:
         return np.asarray(probabilities_CHW[0], np.float64)
-    # Nodata is 255 and has no band.
-    index_HW = np.minimum(classes_HW, len(scores_CHW) - 1).astype(np.int64)
-    return np.asarray(np.take_along_axis(probabilities_CHW, index_HW[None], 0)[0], np.float64)
+    bands = np.zeros(NODATA + 1, np.int64)  # nodata has no band
+    bands[list(table.values)] = np.arange(len(scores_CHW))
+    return np.asarray(np.take_along_axis(probabilities_CHW, bands[classes_HW][None], 0)[0], np.float64)
 
 
 def class_probability(

@@ -112,7 +112,7 @@ def _overlaid(
 
 def shown_colors(table: ClassTable) -> dict[int, RGB]:
     """Colours of the classes to paint: all but the background, class 0 of two or of a comparison."""
-    plain = len(table.classes) == 2 or UNCHANGED in table.names
+    plain = table.binary or UNCHANGED in table.names
     return {value: color for value, _, color in table.classes if not (plain and value == 0)}
 
 

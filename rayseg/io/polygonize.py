@@ -87,7 +87,7 @@ def _parts_of_raster(path: str) -> tuple[Iterable[pa.Table], ClassTable, seams.B
         found = f"{len(source.bands)} bands of {source.dtype}"
         raise DataError(f"{path} is not a class raster: one band of uint8 was expected, {found} found")
     table = table_of(path)
-    skip = (0,) if table is None or len(table.classes) == 2 else ()
+    skip = (0,) if table is None or table.binary else ()
     [(grid, _)] = grids_of([source])
     extent = footprint(source, grid)
 

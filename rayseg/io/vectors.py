@@ -64,6 +64,7 @@ def polygons_of(
     grid: Grid,
     window: Window,
     *,
+    values: Sequence[int] | None = None,
     skip: Sequence[int] | None = None,
     kept_HW: NDArray[np.bool_] | None = None,
     simplify: float = 0.0,
@@ -72,9 +73,10 @@ def polygons_of(
 
     Args:
         classes_HW: uint8 class values over `window`, 255 = nodata.
-        scores_CHW: uint8, 0..254 = probability x 254: one band, of class 1 against 0, or band k for class k; or None.
+        scores_CHW: uint8, 0..254 = probability x 254: one band, of class 1 against 0, or a band per class; or None.
         grid: the grid, kept in the table's metadata.
         window: the tile.
+        values: classes of the bands of scores; by default 0, 1, ...
         skip: classes without polygons; by default 0 if there is at most one band of scores, else none.
         kept_HW: pixels that count; others only complete the outlines at a seam. By default all.
         simplify: tolerance in px: a corner goes if its triangle is smaller than its square (Visvalingam and Whyatt
@@ -98,7 +100,7 @@ def polygons_of(
     rows, cols = np.divmod(first, window.width)
     # 2. pixels and scores are counted where they are kept; outlines need all pixels
     counted_N = labels_N if kept_HW is None else np.where(kept_HW.ravel()[shown_N], labels_N, 0)
-    scores_N = None if scores_CHW is None else _own_scores(classes_HW, scores_CHW, shown_N)
+    scores_N = None if scores_CHW is None else _own_scores(classes_HW, scores_CHW, shown_N, values)
     sums = None if scores_N is None else np.bincount(counted_N, weights=scores_N, minlength=count + 1)[1:]
     on_edge = np.unique(np.concatenate([labels_HW[[0, -1]].ravel(), labels_HW[:, [0, -1]].ravel()]))
     columns = {
@@ -178,14 +180,18 @@ def _grid_of(parts: pa.Table) -> Grid:
     return Grid.from_row(json.loads(parts.schema.metadata[b"grid"]))
 
 
-def _own_scores(classes_HW: np.ndarray, scores_CHW: np.ndarray, at_N: np.ndarray) -> np.ndarray:
+def _own_scores(
+    classes_HW: np.ndarray, scores_CHW: np.ndarray, at_N: np.ndarray, values: Sequence[int] | None
+) -> np.ndarray:
     """Scores of their own class of the pixels at flat positions."""
     classes_N = classes_HW.ravel()[at_N]
     if len(scores_CHW) == 1:
         scores_N = scores_CHW[0].ravel()[at_N]
         return np.asarray(np.where(classes_N == 0, TOP - scores_N, scores_N))
     rows_N, cols_N = np.divmod(at_N, classes_HW.shape[1])
-    own_N: np.ndarray = scores_CHW[np.minimum(classes_N, len(scores_CHW) - 1), rows_N, cols_N]
+    bands = np.zeros(NODATA + 1, np.int64)
+    bands[list(range(len(scores_CHW)) if values is None else values)] = np.arange(len(scores_CHW))
+    own_N: np.ndarray = scores_CHW[bands[classes_N], rows_N, cols_N]
     return own_N
 
 

@@ -40,7 +40,7 @@ def scores_of(root: str) -> dict[str, Any]:
 def _counted(root: str, _version: str) -> dict[str, Any]:
     shown = runs.view(root)
     table = shown.table
-    if not table or len(table.classes) != 2 or len(bands_of(shown.tiles[0], "scores")) != 1:
+    if not table or not table.binary or len(bands_of(shown.tiles[0], "scores")) != 1:
         raise Problem(404, "the map is not of one class with a score, so it has no threshold")
     count = len(shown.tiles)
     chosen = [shown.tiles[at] for at in sorted({round(at) for at in np.linspace(0, count - 1, min(MOST, count))})]

@@ -99,8 +99,9 @@ class Generalize:
             cut = block.slices(reach)
             scores_CHW = self._scores(row, block, sieved_HW[cut], classes_HW[cut])
             simplify = _in_pixels(self.simplify, grid, block)
+            kept_HW = sieved_HW[cut] != NODATA
             table = vectors.polygons_of(
-                drawn_HW[cut], scores_CHW, grid, block, kept_HW=sieved_HW[cut] != NODATA, simplify=simplify
+                drawn_HW[cut], scores_CHW, grid, block, values=self.table.values, kept_HW=kept_HW, simplify=simplify
             )
             name = f"{tile.id}-{len(parts)}"  # ids are unique; scenes with grids of their own share places
             vectors.write_parts(upath(self.blocks) / f"{name}.parquet", table)
@@ -134,7 +135,7 @@ class Generalize:
         self, row: GeneralRow, block: Window, sieved_HW: NDArray[np.uint8], classes_HW: NDArray[np.uint8]
     ) -> NDArray[np.uint8]:
         scores_CHW = self._read(row, "scores", self.bands, block)
-        if len(self.bands) > 1 or len(self.table.classes) <= 2:
+        if len(self.bands) > 1 or self.table.binary:
             return scores_CHW
         # Scores of the predicted class alone: of any other class nothing is known.
         scores_CHW = np.where(sieved_HW == classes_HW, scores_CHW, 0).astype(np.uint8)

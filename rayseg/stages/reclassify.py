@@ -26,18 +26,24 @@ class Decision:
         threshold: probability above which a pixel of a binary map gets class 1; None keeps the classes.
         merged: value -> value of the class that takes its pixels.
         dropped: values whose pixels get the likeliest of the classes that are left, merged ones with their sums.
+        renumbered: value of a class that is left -> its value in the new map.
     """
 
     table: ClassTable
     threshold: float | None = None
     merged: Mapping[int, int] = field(default_factory=dict)
     dropped: tuple[int, ...] = ()
+    renumbered: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def left(self) -> ClassTable:
         """The classes of the new map."""
-        gone = {*self.merged, *self.dropped}
-        return replace(self.table, classes=tuple(row for row in self.table.classes if row[0] not in gone))
+        rows = [row for row in self.table.classes if row[0] in self._kept]
+        return replace(self.table, classes=tuple((self.renumbered.get(v, v), name, color) for v, name, color in rows))
+
+    @property
+    def _kept(self) -> list[int]:
+        return [value for value in self.table.values if value not in {*self.merged, *self.dropped}]
 
     def apply(self, classes_HW: np.ndarray, scores_CHW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Decide again; a merged class has the sum of its members' scores.
@@ -57,16 +63,16 @@ class Decision:
         bands = {value: scores_CHW[index].astype(np.int16) for index, (value, _, _) in enumerate(self.table.classes)}
         for member, target in self.merged.items():
             bands[target] = bands[target] + bands[member]
-        kept = [value for value, _, _ in self.left.classes]
-        left = np.stack([np.minimum(bands[value], NODATA - 1) for value in kept])
-        likeliest_HW = np.array(kept)[left.argmax(axis=0)]
+        left = np.stack([np.minimum(bands[value], NODATA - 1) for value in self._kept])
+        likeliest_HW = np.array(self._kept)[left.argmax(axis=0)]
         classes_HW = np.where(np.isin(classes_HW, self.dropped), likeliest_HW, classes_HW).astype(np.uint8)
         return self._renamed(classes_HW), np.where(valid_HW, left, NODATA).astype(np.uint8)
 
     def _renamed(self, classes_HW: np.ndarray) -> np.ndarray:
         targets = np.arange(256, dtype=np.uint8)
-        for member, target in self.merged.items():
-            targets[member] = target
+        for value in self.table.values:
+            kept = self.merged.get(value, value)
+            targets[value] = self.renumbered.get(kept, kept)
         renamed: np.ndarray = targets[classes_HW]
         return renamed
 

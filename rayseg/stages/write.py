@@ -53,7 +53,7 @@ class WriteTile:
     ) -> None:
         self.prefix, self.table, self.bands = prefix, table, bands
         self.geometry, self.model, self.imagery = geometry, model, imagery
-        self._of_top = len(bands) == 1 and len(table.classes) > 2
+        self._of_top = len(bands) == 1 and not table.binary
 
     def __call__(self, rows: list[TileRow]) -> list[Settled]:
         """Write each tile."""
@@ -83,8 +83,7 @@ class WriteTile:
         model = str(upath(row.bundle) / "item.json") if row.bundle else self.model
         item = stac_write.write_tile_item(folder, tile, self.table, files=files, sources=row.sources, model=model)
         facts |= {"parts": len(parts), "item": stac_write.packed(item)}  # publishing opens none of these files again
-        # Of two classes, class 0 is the background.
-        background = len(self.table.classes) == 2 and set(facts["counts"]) == {"0"}
+        background = self.table.binary and set(facts["counts"]) == {"0"}
         return row.settled("empty" if background else "done", facts)
 
     def _scores(self, row: TileRow, path: UPath, scores: np.ndarray) -> WrittenFile:
@@ -94,7 +93,8 @@ class WriteTile:
 
     def _parts(self, row: TileRow, classes: np.ndarray, scores: np.ndarray, kept: np.ndarray | None = None) -> pa.Table:
         per_class = np.broadcast_to(scores, (len(self.table.classes), *classes.shape)) if self._of_top else scores
-        return vectors.polygons_of(classes, per_class, row.tile.grid, row.tile.window, kept_HW=kept)
+        values = self.table.values
+        return vectors.polygons_of(classes, per_class, row.tile.grid, row.tile.window, values=values, kept_HW=kept)
 
 
 def counted_ground(tile: Tile, before: str, bands: Sequence[str]) -> np.ndarray | None:

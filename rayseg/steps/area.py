@@ -13,7 +13,7 @@ import io
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -23,11 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 from shapely.geometry import mapping as geojson
+from shapely.geometry import shape
 
 from rayseg.engine import run as runs
 from rayseg.errors import ConfigError, DataError, listed
-from rayseg.geo import region
-from rayseg.geo.grid import Window
+from rayseg.geo import lonlat, region
+from rayseg.geo.grid import NODATA, Tile, Window
 from rayseg.geo.vector_files import read_frame
 from rayseg.io import masks, pictures
 from rayseg.io.maps import (
@@ -309,12 +310,12 @@ def estimate(
     Returns:
         `classes`: name -> counted, estimated and assisted area (share and hectares), user's and producer's accuracy;
         `overall`; `answered`; `pooled`: classes of which strata were joined for lack of answers; with `regions` a list
-        of `name`, `answered`, `hectares` of the mapped ground and `classes` as above, without accuracies and None for
-        fewer than `LEAST` answers.
+        of `name`, `answered`, `hectares` of the mapped ground (0 off the map) and `classes` as above, without
+        accuracies and None for fewer than `LEAST` answers.
 
     Raises:
         DataError: the sample is of another run or map, an answer is of no point or no class, a class of the map has
-            fewer than two answers, or a region is not on the map.
+            fewer than two answers, or no region is on the map.
     """
     content = _sample_of(run, folder)
     table = [(int(row["value"]), str(row["name"])) for row in content["classes"]]
@@ -419,7 +420,7 @@ def _grounds(
     points: Sequence[Mapping[str, Any]],
     regions: StorePath | None,
 ) -> tuple[Ground, list[Ground]]:
-    """All of the map, and its parts within polygons; each tile is read once."""
+    """All of the map, and its parts within polygons that have mapped ground; each tile is read once."""
     table = ClassTable(tuple((row["value"], row["name"], rgb_of(row["color"])) for row in content["classes"]))
     named = [("", None), *(_polygons(regions, grounded=content["ground"]) if regions else ())]
     areas_R, count = np.zeros(len(named)), len(table.classes)
@@ -432,22 +433,43 @@ def _grounds(
     for tile in mapped_tiles(run):
         classes_HW, scores_CHW = read_tile(tile, "classes")[0], read_tile(tile, "scores")
         strata_HW, _, areas_HW = read(tile)
-        inside = [(strata_HW >= 0) & region.kept(polygon, tile.tile.grid, tile.tile.window)[0] for _, polygon in named]
+        p_KHW = np.stack([class_probability(value, classes_HW, scores_CHW, table) for value in table.values])
         here = by_tile[tile.tile.id]
-        areas_R += [areas_HW[inside_HW].sum() for inside_HW in inside]
         for n, row, col in here:
-            within_RN[:, n] = [inside_HW[row, col] for inside_HW in inside]
-        for k, value in enumerate(table.values):
-            p_HW = class_probability(value, classes_HW, scores_CHW, table)
-            probability_RK[:, k] += [p_HW[inside_HW] @ areas_HW[inside_HW] for inside_HW in inside]
-            counted_RK[:, k] += [areas_HW[inside_HW & (classes_HW == value)].sum() for inside_HW in inside]
-            for n, row, col in here:
-                at_NK[n, k] = p_HW[row, col]
-    if missed := [name for (name, _), area in zip(named, areas_R, strict=True) if not area]:
-        raise DataError(f"{regions} has regions without any mapped ground: {listed(missed)}; leave them out")
-    shares = zip(named, areas_R, probability_RK, counted_RK, within_RN, strict=True)
-    grounds = [Ground(name, float(area), p / area, c / area, within, at_NK) for (name, _), area, p, c, within in shares]
+            at_NK[n] = p_KHW[:, row, col]
+        # One polygon at a time, in the window that it needs: of a thousand, memory holds one mask.
+        for r, inside_HW in _inside(tile.tile, [polygon for _, polygon in named], strata_HW >= 0):
+            within_RN[r, [n for n, *_ in here]] = [inside_HW[row, col] for _, row, col in here]
+            at = np.flatnonzero(inside_HW)
+            ground_P = areas_HW.ravel()[at]
+            areas_R[r] += ground_P.sum()
+            probability_RK[r] += [p_HW.ravel()[at] @ ground_P for p_HW in p_KHW]
+            counted_RK[r] += np.bincount(classes_HW.ravel()[at], ground_P, NODATA + 1)[list(table.values)]
+    if regions and not areas_R[1:].any():
+        raise DataError(f"no polygon of {regions} meets the map of {run}; give polygons on it")
+    over_R1 = np.maximum(areas_R, 1e-9)[:, None]  # a polygon off the map has none
+    shares = zip(named, areas_R, probability_RK / over_R1, counted_RK / over_R1, within_RN, strict=True)
+    grounds = [Ground(name, float(area), p_K, c_K, within_N, at_NK) for (name, _), area, p_K, c_K, within_N in shares]
     return grounds[0], grounds[1:]
+
+
+def _inside(
+    tile: Tile, polygons: Sequence[dict[str, Any] | None], mapped_HW: NDArray[np.bool_]
+) -> Iterator[tuple[int, NDArray[np.bool_]]]:
+    """(index, mapped pixels within it) of every polygon that meets a tile; None stands for everywhere."""
+    grid, near = tile.grid, region.degrees_around(tile.grid, tile.window) if tile.grid.crs else None
+    for index, polygon in enumerate(polygons):
+        if polygon is None or near is None:
+            yield index, mapped_HW
+            continue
+        if lonlat.within(shape(polygon), near).is_empty:
+            continue
+        part = region.part_in_region(polygon, grid, tile.window)
+        if not part.empty:
+            inside_HW = np.zeros_like(mapped_HW)
+            cut = part.slices(tile.window)
+            inside_HW[cut] = mapped_HW[cut] & region.kept(polygon, grid, part)[0]
+            yield index, inside_HW
 
 
 def _polygons(path: StorePath, *, grounded: bool) -> list[tuple[str, dict[str, Any]]]:
@@ -554,6 +576,7 @@ def text(estimated: Mapping[str, Any]) -> str:
         lines.append(f"    assisted by scores: {_assisted(row['assisted'], both)}")
     for part in estimated.get("regions", ()):
         few = "" if part["classes"] else f", {LEAST} are needed for an estimate"
+        few = few if part["hectares"] else ", not on the map"
         lines.append(f"{part['name']}: {part['hectares']:,.1f} ha, {part['answered']} answers{few}")
         for name, row in (part["classes"] or {}).items():
             counted = row["counted"]["hectares"]

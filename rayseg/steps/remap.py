@@ -1,7 +1,7 @@
 """Make a new map from the classes and scores that a finished run kept, without its model and its imagery."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -176,6 +176,10 @@ def decision_of(origin: Origin, rules: ClassRules, threshold: float | None) -> D
     )
     if asked and len(decision.left.classes) < 2:
         raise ConfigError(f"{len(decision.left.classes)} class would remain of {listed(names)}, expected two or more")
+    if decision.left.binary and len(names) > 2:
+        # Of two classes 0 would stand for a background, which it is not here.
+        free = next(value for value in range(1, 255) if value not in decision.left.values)
+        return replace(decision, renumbered={0: free})
     return decision
 
 

@@ -446,7 +446,8 @@ def timing_of(predicted: Step, tiles: Sequence[MappedTile], *, workers: int | No
 def _shown(classes: Sequence[ClassShare]) -> list[ClassShare]:
     """Classes to name, the largest first; the background of a single-class map is omitted."""
     # The share of the background is that of the class, turned round.
-    named = list(classes[1:]) if len(classes) == 2 else list(classes)
+    background = len(classes) == 2 and classes[0]["color"] is None
+    named = list(classes[1:]) if background else list(classes)
     return sorted((row for row in named if row["pixels"] or len(named) == 1), key=lambda row: -row["share"])
 
 
@@ -481,7 +482,8 @@ def _figures(
 def _measures(evaluation: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float | None]]]:
     """The measures to show first: IoU and F1 of the class of a map of one class, then the mean IoU."""
     # The mean with the background hides the class: .67 for .39.
-    of_class = evaluation["classes"][1] if len(evaluation["classes"]) == 2 else None
+    rows = evaluation["classes"]
+    of_class = rows[1] if len(rows) == 2 and rows[0].get("value", 0) == 0 else None
     first = [(f"{name} of {of_class['name']}", of_class[name.lower()]) for name in ("IoU", "F1")] if of_class else []
     return [*first, ("mean IoU", evaluation["overall"]["mean_iou"])]
 
@@ -518,7 +520,7 @@ def images_table(tiles: Sequence[MappedTile], table: ClassTable, measured: Step 
     if len(by_image) < 2:
         return None
     confusions = _confusions(measured)
-    of_class = len(table.classes) == 2
+    of_class = table.binary
     header = ["image", "pixels", *(name for _, name, _ in table.classes[of_class:])]
     header += ([f"IoU of {table.names[1]}"] if of_class else ["mean IoU"]) if confusions else []
     rows = []

@@ -94,6 +94,11 @@ class ClassTable:
         return tuple(value for value, _, _ in self.classes)
 
     @property
+    def binary(self) -> bool:
+        """Whether one class stands against a background, which has the value 0 and is not painted."""
+        return len(self.classes) == 2 and 0 in self.values
+
+    @property
     def in_masks(self) -> tuple[int, ...]:
         """Values of the classes in masks of values, in the table's order."""
         return self.stored or self.values

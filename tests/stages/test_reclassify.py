@@ -2,6 +2,9 @@
 
 import numpy as np
 
+from rayseg.geo.grid import Grid, Window
+from rayseg.io.maps import top_scores
+from rayseg.io.vectors import polygons_of
 from rayseg.stages.predict import decide
 from rayseg.stages.reclassify import Decision
 from rayseg.vision.color import ClassTable
@@ -56,3 +59,22 @@ def test_scores_of_the_own_class_alone_stay_with_the_pixel():
     classes, scores = Decision(KINDS, merged={1: 0}).apply(CLASSES_HW, SCORES_CHW[:1])
     assert classes.tolist() == [[0, 0, 2], [7, 0, 255]]
     assert (scores == SCORES_CHW[:1]).all()
+
+
+def test_of_two_classes_that_are_left_none_is_a_background():
+    decision = Decision(KINDS, merged={1: 7, 2: 7}, renumbered={0: 1})
+    assert decision.left.values == (1, 7)
+    assert not decision.left.binary
+    assert decision.apply(CLASSES_HW, SCORES_CHW)[0].tolist() == [[1, 7, 7], [7, 7, 255]]
+    dropped = Decision(KINDS, merged={2: 7}, dropped=(1,), renumbered={0: 1})
+    assert dropped.apply(CLASSES_HW, SCORES_CHW)[0].tolist() == [[1, 7, 7], [7, 1, 255]]
+
+
+def test_a_class_has_its_own_score_whatever_the_values_of_the_classes():
+    left = Decision(KINDS, merged={2: 1})
+    classes, scores = left.apply(CLASSES_HW, SCORES_CHW)
+    top = top_scores(classes, scores, left.left)
+    assert (top[classes != 255] * 254).round().tolist() == [100, 180, 150, 200, 150]
+    grid = Grid("EPSG:32650", (10.0, 10.0), (3.0, 4.0))
+    parts = polygons_of(classes, scores, grid, Window(0, 0, 3, 2), values=left.left.values)
+    assert parts.select(["class", "score_sum"]).to_pydict() == {"class": [0, 1, 7], "score_sum": [100, 480, 200]}

@@ -292,6 +292,13 @@ def test_regions_have_areas_of_their_own(predicted, tmp_path):
     assert "answers, 10 are needed for an estimate" in said
     # 3. a region elsewhere, and a file of points
     frame.set_geometry(frame.translate(50_000)).to_file(tmp_path / "far.gpkg")
-    assert "without any mapped ground" in refused(3, *words, "--regions", tmp_path / "far.gpkg")
+    assert "meets the map of" in refused(3, *words, "--regions", tmp_path / "far.gpkg")
+    far = frame.geometry.translate(50_000)[:1]
+    three = geopandas.GeoDataFrame({"name": ["west", "corner", "far"]}, geometry=[*frame.geometry, *far], crs=32650)
+    three.to_file(tmp_path / "three.gpkg")
+    *same, off = json.loads(rayseg(*words, "--regions", tmp_path / "three.gpkg", "--json").stdout)["regions"]
+    assert same == result["regions"]
+    assert off == {"name": "far", "answered": 0, "hectares": 0, "classes": None}
+    assert "far: 0.0 ha, 0 answers, not on the map" in rayseg(*words, "--regions", tmp_path / "three.gpkg").stdout
     frame.set_geometry(frame.centroid).to_file(tmp_path / "points.gpkg")
     assert "have Point, expected polygons" in refused(3, *words, "--regions", tmp_path / "points.gpkg")
