@@ -4,6 +4,7 @@ import base64
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import nbformat
 from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).parent / "notebooks"
-SECONDS = 240
+SECONDS = 600
 """Time limit of a cell."""
 
 
@@ -21,8 +22,10 @@ def write_pages(folder: Path) -> None:
     Raises:
         CellExecutionError: a cell fails.
     """
-    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
-        notebook = executed(path)
+    paths = sorted(NOTEBOOKS.glob("*.ipynb"))
+    with ThreadPoolExecutor(2) as pool:  # each waits for a kernel of its own
+        notebooks = list(pool.map(executed, paths))
+    for path, notebook in zip(paths, notebooks, strict=True):
         name = path.stem
         text = "".join(_parts(notebook, folder, name))
         title, _, rest = text.partition("\n")

@@ -130,6 +130,7 @@ def test_another_planet_is_refused_in_words(tmp_path):
 # -- damage -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.more  # pipelines/test_predict.py: a damaged tile is mended by a retry; here: one of two scenes
 def test_a_tile_of_a_good_and_a_damaged_scene_is_mapped_where_it_can_be_and_mended_by_a_retry(model, tmp_path):
     imagery = catalogue(
         tmp_path / "in", left={"width": 90, "height": 90}, right={"col": 90, "width": 90, "height": 90, "margin": 0}

@@ -501,6 +501,7 @@ def test_a_terminated_command_prints_how_to_resume_and_may_be_asked_to_by_a_sche
     assert read(str(out))["status"] == "stopped"
 
 
+@pytest.mark.more  # engine/test_run.py: outputs of other settings and folders of something else
 def test_an_output_of_another_run_or_of_another_program(world, tmp_path):
     folder = tmp_path / "thesis"
     folder.mkdir()

@@ -111,6 +111,7 @@ def test_ray_ends_with_its_driver_and_leaves_no_folder(world, tmp_path, flag):
     assert world.is_whole(out)
 
 
+@pytest.mark.more  # test_superpixel.py moves a run in make test; here: with relative paths
 def test_a_moved_run_resumes(world, tmp_path, monkeypatch):
     imagery = catalogue(tmp_path / "imagery", left={"seed": 1}, right={"col": 2048, "seed": 3})
     sound = damage(tmp_path / "imagery/right.tif")

@@ -78,6 +78,7 @@ def test_malformed_headers_are_a_problem_under_one_id(server, models):
         assert f'"request_id": {json.dumps(name)}' in (models / "log").read_text()
 
 
+@pytest.mark.more  # test_safety.py and test_isolation.py: full queues of one process
 def test_more_than_the_queue_holds_is_refused_at_once_and_the_rest_is_answered(server):
     _, address = server
     big = image_HWC(600, 600)
@@ -99,6 +100,7 @@ def replica_pids(process, deployment="Models"):
     return [one.pid for one in below if f"ray::ServeReplica:rayseg:{deployment}" in " ".join(one.cmdline())]
 
 
+@pytest.mark.more  # test_safety.py: a reader that dies is replaced
 def test_a_replica_that_is_killed_costs_only_what_it_worked_on(server):
     process, address = server
     [before] = replica_pids(process)

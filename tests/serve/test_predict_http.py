@@ -37,7 +37,7 @@ def tiles_of(out, name):
         return file.read()
 
 
-@pytest.mark.parametrize("name", ["binary", "several"])
+@pytest.mark.parametrize("name", ["binary", pytest.param("several", marks=pytest.mark.more)])
 def test_an_image_gets_the_pixels_of_batch_prediction(world, asked, tmp_path, name):
     data = encoded(image_HWC())
     (tmp_path / "images").mkdir()
