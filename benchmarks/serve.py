@@ -1,9 +1,11 @@
-"""Throughput of `rayseg serve` against a bare FastAPI with the same model in one process; then an overload.
+"""Throughput of `rayseg serve` against a bare FastAPI with the same model in one process; an open loop; an overload.
 
-Both servers get the same PNG of one patch and return its mask as PNG, in closed loops of 1, 8 and 32 clients in turn.
-The overload is an open loop: requests arrive at random at three times the measured rate, independent of responses.
-Targets: 1.0 x images/s at 8 and 32 clients, median at 1 client at most 10 ms longer; under overload, p99 of accepted
-requests at most 3 x that of a server at rest, and constant memory.
+All servers get the same PNG of one patch and return its mask as PNG, in closed loops of 1, 8 and 32 clients, in turn:
+FastAPI, and rayseg in three forms (`merged`, the default: API and model in one process behind HAProxy; `haproxy`: an
+API of its own behind HAProxy; `split`: the same behind Ray Serve's own proxy). The open loops send requests at random
+times, independent of responses, at .8 and at three times the capacity.
+Targets: .98 x images/s, median at 1 client at most 5 ms longer; at .8 of the capacity p99 at most 2 x the median; under
+overload, p99 of accepted requests at most 3 x that of a server at rest, and constant memory.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.request import urlopen
@@ -27,6 +29,7 @@ from measure import show
 from small_models import MEAN, STD, save_segmenter
 
 PATCH = 256
+CLIENTS = (1, 8, 32)
 
 
 def write_world(folder: Path, encoder: str) -> None:
@@ -74,9 +77,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(words: list[str], port: int):
+def server(words: list[str], port: int, **variables: str):
     """A server in its own process, ready to answer; ended afterwards."""
-    process = subprocess.Popen([sys.executable, *words], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, *words], stderr=subprocess.DEVNULL, env=os.environ | variables)
     try:
         for _ in range(240):
             with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/openapi.json", timeout=5):  # a 404 is an OSError
@@ -89,31 +92,46 @@ def server(words: list[str], port: int):
 
 
 @contextmanager
-def ours(folder: Path, *settings: str):
+def ours(folder: Path, *settings: str, **variables: str):
     port = free_port()
     words = ["-m", "rayseg", "serve", "--models", str(folder / "bench"), "--port", str(port)]
-    words += [part for text in ("replicas=1", "queue=64", *settings) for part in ("--set", text)]
-    with server(words, port) as process:
+    words += [part for text in settings for part in ("--set", text)]
+    with server(words, port, **variables) as process:
         yield port, process
 
 
 @contextmanager
-def theirs(folder: Path):
+def theirs(folder: Path, *_: str):
     port = free_port()
     with server([__file__, "--bare", str(folder), "--port", str(port)], port) as process:
         yield port, process
 
 
-def held(pid: int) -> dict[str, float]:
-    """Memory (PSS, MiB) of a process and its descendants, by kind of process."""
+def below(pid: int) -> list[int]:
+    """A process and its descendants."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             children.setdefault(int(path.read_text().rpartition(") ")[2].split()[1]), []).append(int(path.parent.name))
-    found, waiting = Counter(), [pid]
-    while waiting:
-        one = waiting.pop()
-        waiting += children.get(one, [])
+    found = [pid]
+    for one in found:  # grows while it is read
+        found += children.get(one, [])
+    return found
+
+
+def used(pid: int) -> float:
+    """Processor time (s) of a process and its descendants."""
+    ticks = 0
+    for one in below(pid):
+        with suppress(OSError):
+            ticks += sum(map(int, Path(f"/proc/{one}/stat").read_text().rpartition(") ")[2].split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def held(pid: int) -> dict[str, float]:
+    """Memory (PSS, MiB) of a process and its descendants, by kind of process."""
+    found = Counter()
+    for one in below(pid):
         with suppress(OSError, StopIteration):
             lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
             found[_called(one)] += int(next(line for line in lines if line.startswith("Pss:")).split()[1]) / 1024
@@ -122,7 +140,16 @@ def held(pid: int) -> dict[str, float]:
 
 def _called(pid: int) -> str:
     words = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
-    known = ("Models", "Api", "ProxyActor", "ServeController", "rayseg.serve.child", "rayseg serve")
+    known = (
+        "Server",
+        "Models",
+        "Api",
+        "haproxy",
+        "ProxyActor",
+        "ServeController",
+        "rayseg.serve.child",
+        "rayseg serve",
+    )
     return next((name for name in known if name in words), "the rest of Ray")
 
 
@@ -189,34 +216,100 @@ def ms(values: list[float], share: float) -> float:
     return float(np.quantile(values, share) * 1000) if values else float("nan")
 
 
-def compare(folder: Path, data: bytes, seconds: float, rounds: int) -> None:
-    """Closed loops against both servers in turn."""
-    found: dict[tuple[str, int], tuple[list[float], list[float]]] = {}
-    names = {"FastAPI": theirs, "rayseg": ours}
-    for name, start in rounds * [*names.items()]:
-        with start(folder) as (port, _):
-            asyncio.run(closed(port, data, 1, 5))
-            for clients in (1, 8, 32):
-                took, rate = asyncio.run(closed(port, data, clients, seconds))
-                print(f"  {name}, {clients} clients: {rate:.2f} images/s, p50 {ms(took, 0.5):.1f} ms", flush=True)
-                kept = found.setdefault((name, clients), ([], []))
-                kept[0].extend(took)
-                kept[1].append(rate)
+FORMS = {
+    "FastAPI": theirs,
+    "merged": ours,
+    "haproxy": lambda folder, *settings: ours(folder, "api_replicas=1", *settings),
+    "split": lambda folder, *settings: ours(folder, "api_replicas=1", *settings, RAY_SERVE_ENABLE_HA_PROXY="0"),
+}
+
+
+def compare(folder: Path, data: bytes, seconds: float, rounds: int, names: list[str]) -> None:
+    """Closed loops against all servers in turn; ratios are taken within a round, and their median is shown."""
+    rates: dict[tuple[str, int], list[float]] = defaultdict(list)
+    taken: dict[tuple[str, int], list[list[float]]] = defaultdict(list)
+    spent: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for turn in range(rounds):
+        # The load of other work drifts, so every other round goes the other way.
+        for name in names if turn % 2 == 0 else names[::-1]:
+            with FORMS[name](folder, "replicas=1", "queue=64") as (port, process):
+                asyncio.run(closed(port, data, 2, 5))
+                for clients in CLIENTS:
+                    before = used(process.pid)
+                    took, rate = asyncio.run(closed(port, data, clients, seconds))
+                    cpu = 1000 * (used(process.pid) - before) / max(1, len(took))
+                    at = f"{name}, {clients} clients, load {os.getloadavg()[0]:.1f}"
+                    print(f"  {at}: {rate:.2f} images/s, p50 {ms(took, 0.5):.1f} ms, CPU {cpu:.0f} ms", flush=True)
+                    rates[name, clients].append(rate)
+                    taken[name, clients].append(took)
+                    spent[name, clients].append(cpu)
     rows = []
-    for clients in (1, 8, 32):
-        base = float(np.median(found["FastAPI", clients][1]))
+    for clients in CLIENTS:
         for name in names:
-            took, rates = found[name, clients]
-            rate = float(np.median(rates))
-            rows.append(
-                [clients, name, f"{ms(took, 0.5):.1f}", f"{ms(took, 0.99):.1f}", f"{rate:.1f}", f"{rate / base:.2f}"]
-            )
-    show("closed loop, one patch", ["clients", "server", "p50 ms", "p99 ms", "images/s", "x FastAPI"], rows)
+            times = [rate / base for rate, base in zip(rates[name, clients], rates[names[0], clients], strict=True)]
+            middle = (np.median([ms(took, share) for took in taken[name, clients]]) for share in (0.5, 0.99))
+            row = [clients, name, *(f"{value:.1f}" for value in middle)]
+            row += [f"{np.median(rates[name, clients]):.1f}", f"{np.median(times):.2f}"]
+            rows.append([*row, f"{np.median(spent[name, clients]):.0f}"])
+    columns = ["clients", "server", "p50 ms", "p99 ms", "images/s", f"x {names[0]}", "CPU ms/image"]
+    show(f"closed loop, one patch, {rounds} rounds in turn", columns, rows)
+
+
+def steady(folder: Path, data: bytes, seconds: float, names: list[str]) -> None:
+    """An open loop at .8 of the capacity, which the same server has just shown."""
+    rows = []
+    for name in names:
+        with FORMS[name](folder, "replicas=1", "queue=64") as (port, _):
+            _, capacity = asyncio.run(closed(port, data, 8, seconds))
+            found = asyncio.run(opened(port, data, 0.8 * capacity, 3 * seconds))
+        good = [took for status, took in found if status == 200]
+        half, most = ms(good, 0.5), ms(good, 0.99)
+        codes = dict(Counter(status for status, _ in found))
+        rows.append([name, f"{capacity:.1f}", f"{half:.1f}", f"{most:.1f}", f"{most / half:.2f}", codes])
+    columns = ["server", "capacity, images/s", "p50 ms", "p99 ms", "p99 / p50", "responses"]
+    show(f"open loop at .8 x capacity, load {os.getloadavg()[0]:.1f}", columns, rows)
+
+
+async def health(port: int, until: asyncio.Event) -> list[float]:
+    """Seconds of requests for the server's state, every 20 ms: what its event loop makes others wait."""
+    import aiohttp
+
+    found = []
+    async with aiohttp.ClientSession() as session:
+        while not until.is_set():
+            began = time.perf_counter()
+            async with session.get(f"http://127.0.0.1:{port}/healthz") as answer:
+                await answer.read()
+            found.append(time.perf_counter() - began)
+            await asyncio.sleep(0.02)
+    return found
+
+
+def waits(folder: Path, data: bytes, seconds: float, names: list[str]) -> None:
+    """How long other requests wait at rest, while the first request loads the model, and beside predictions."""
+
+    async def beside(work) -> list[float]:
+        done = asyncio.Event()
+        asked = asyncio.create_task(health(port, done))
+        await work
+        done.set()
+        return await asked
+
+    rows = []
+    for name in names:
+        with FORMS[name](folder, "replicas=1", "queue=64") as (port, _):
+            work = {"first": closed(port, data, 1, 1), "rest": asyncio.sleep(3)}
+            work |= {f"{clients} clients": closed(port, data, clients, seconds) for clients in CLIENTS}
+            for what, doing in work.items():
+                took = asyncio.run(beside(doing))
+                rows.append([name, what, len(took), *(f"{ms(took, share):.1f}" for share in (0.5, 0.99, 1.0))])
+    columns = ["server", "beside", "requests", "p50 ms", "p99 ms", "most ms"]
+    show(f"GET /healthz every 20 ms, load {os.getloadavg()[0]:.1f}", columns, rows)
 
 
 def overload(folder: Path, data: bytes, seconds: float, queue: int) -> None:
     """An open loop at three times the capacity."""
-    with ours(folder, f"queue={queue}") as (port, process):
+    with ours(folder, "replicas=1", f"queue={queue}") as (port, process):
         rest, _ = asyncio.run(closed(port, data, 1, 10))
         _, capacity = asyncio.run(closed(port, data, queue, 8))
         before = tree_mib(process.pid)
@@ -249,7 +342,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--overload", type=float, default=60.0)
     parser.add_argument("--queue", type=int, default=2)
-    parser.add_argument("--only", choices=["compare", "overload"])
+    parser.add_argument("--only", choices=["compare", "steady", "waits", "overload"])
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=[*FORMS])
     arguments = parser.parse_args()
     if arguments.bare:
         bare(arguments.bare, arguments.port)
@@ -258,9 +352,13 @@ def main() -> None:
         folder = Path(name)
         write_world(folder, arguments.encoder)
         data = (folder / "image.png").read_bytes()
-        if arguments.only != "overload":
-            compare(folder, data, arguments.seconds, arguments.rounds)
-        if arguments.only != "compare":
+        if arguments.only in {None, "compare"}:
+            compare(folder, data, arguments.seconds, arguments.rounds, arguments.forms)
+        if arguments.only in {None, "steady"}:
+            steady(folder, data, arguments.seconds, arguments.forms)
+        if arguments.only in {None, "waits"}:
+            waits(folder, data, arguments.seconds, [name for name in arguments.forms if name != "FastAPI"])
+        if arguments.only in {None, "overload"}:
             overload(folder, data, arguments.overload, arguments.queue)
 
 

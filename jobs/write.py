@@ -39,6 +39,7 @@ applications:
       replicas: 4
       batch: 16
       queue: 64
+      api_replicas: 1
 """
 
 

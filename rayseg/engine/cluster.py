@@ -113,7 +113,7 @@ def connect(address: str | None, *, dashboard: bool = False) -> None:
             ) from None
         return
     # The shell is started before Ray, so that the folder is removed even if Ray does not start.
-    _remove_afterwards(folder := tempfile.mkdtemp(prefix="rs-"))
+    remove_afterwards(folder := tempfile.mkdtemp(prefix="rs-"))
     # The next step uses idle processes again; new ones take seconds to import what the stages need.
     quiet["_system_config"] = {"idle_worker_killing_time_threshold_ms": 30_000}
     with _Start(), _without_stderr():
@@ -181,7 +181,7 @@ class _Start:
             ) from None
 
 
-def _remove_afterwards(folder: str) -> None:
+def remove_afterwards(folder: str) -> None:
     """Start a shell that removes the folder when this process ends, however it ends: its end of the pipe closes then.
 
     Ray's own processes outlive the driver for a while, and some write into the folder only then. The shell waits for

@@ -144,7 +144,7 @@ class _Handlers:
         image: Annotated[str | None, Query(max_length=200, description="An image without georeference.")] = None,
     ) -> Response:
         """A map tile whose classes follow the clicks; 204 where it is over too many patches of the model, or none."""
-        root, path, table = await asyncio.to_thread(self._found, name)
+        root, path, table = await runs.in_reader(self._found, name)
         # 1. the browser's copy may still be valid
         files = await asyncio.to_thread(runs.version, root)
         state = await asyncio.to_thread(_state, path)

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import webbrowser
@@ -15,12 +16,13 @@ from rayseg.config import load_values, ray_address
 from rayseg.engine import cluster
 from rayseg.engine.submit import is_loopback
 from rayseg.errors import ConfigError
+from rayseg.serve import haproxy
 from rayseg.serve.models import ChildBackend, ModelIndex
 from rayseg.serve.runs import runs_below
 from rayseg.serve.settings import ServeConfig, require_room, require_token
 from rayseg.store import absolute, is_local, upath
 
-_FLUSH_SECONDS = 1.0  # in which the proxy sends the last responses to their clients
+_FLUSH_SECONDS = 0.5  # in which the proxy sends the last responses to their clients
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _RAY = {
     "RAY_worker_niceness": "0",  # by default Ray's workers have a lower priority than other processes
@@ -58,8 +60,14 @@ def serve_models(config: ServeConfig, *, host: str, port: int, address: str | No
     require_room(config, len(index.entries))
     lock = reserve(host, port)
     # 2. Ray
-    for name, value in _RAY.items():
+    local = ray_address(address) == "local"
+    settings = {**_RAY}
+    if local:  # HAProxy of a cluster is configured on its nodes
+        cluster.remove_afterwards(folder := tempfile.mkdtemp(prefix="rs-"))
+        settings |= haproxy.settings(folder)
+    for name, value in settings.items():
         os.environ.setdefault(name, value)
+    say("starting Ray" if local else f"connecting to Ray at {ray_address(address)}")
     cluster.connect(address, dashboard=config.jobs is not None)
 
     import ray
@@ -75,24 +83,31 @@ def serve_models(config: ServeConfig, *, host: str, port: int, address: str | No
     http = {"host": host, "port": port, "request_timeout_s": config.timeout_seconds + 60}
     serve.start(http_options=http, logging_config={"log_level": "WARNING", "enable_access_log": False})
     config = with_hosts(config, host)
+    names = list(index.entries)
+    listed = f"{': ' * bool(names)}{', '.join(names[:8])}{', ...' * (len(names) > 8)}"
+    counted = f"{len(names)} model{'s' * (len(names) != 1)}{listed}"
+    say(f"loading {counted}" if config.preload and names else "starting the server's processes")
     api = serve.run(application(config), name=NAME, route_prefix="/")
     # 3. wait for a signal
     stop = threading.Event()
     for signal_number in (signal.SIGTERM, signal.SIGINT):  # after Ray's start, which sets its own handlers
         signal.signal(signal_number, lambda *_: stop.set())
-    names = list(index.entries)
-    listed = f"{': ' * bool(names)}{', '.join(names[:8])}{', ...' * (len(names) > 8)}"
     shown_host = f"[{host}]" if ":" in host else host
-    say(f"http://{shown_host}:{port}/ with {len(names)} model{'s' * (len(names) != 1)}{listed}; stop with Ctrl-C")
+    say(f"http://{shown_host}:{port}/ with {counted}; stop with Ctrl-C")
     stop.wait()
     # 4. drain
     say("shutting down: accepted requests are answered first")
     api.broadcast("drain").results()
     time.sleep(_FLUSH_SECONDS)
-    if ray_address(address) == "local":
-        ray.shutdown()  # ends the proxy within seconds; Serve's own shutdown keeps clients waiting for half a minute
-    else:
+    if not local:
         serve.shutdown()
+    elif config.jobs:
+        ray.shutdown()  # gives the jobs' processes a second to end by themselves
+    else:
+        # Ray's processes end with this one, at once. `ray.shutdown` ends them one after the other, for up to 9 s on a
+        # busy machine, and Serve's own shutdown keeps clients waiting for half a minute.
+        sys.stderr.flush()
+        os._exit(0)
     lock.close()
 
 

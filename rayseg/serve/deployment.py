@@ -4,7 +4,7 @@
 """
 
 import asyncio
-from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ _ENVIRONMENT = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
+_ENDING: Any = {"graceful_shutdown_timeout_s": 60, "graceful_shutdown_wait_loop_s": 0.2}
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}  # the middleware writes the access log
 _LOST = (RayActorError, WorkerCrashedError, DeploymentUnavailableError)
 
@@ -57,35 +58,38 @@ def application(config: ServeConfig) -> serve.Application:
         "max_replicas": config.replicas,
         "target_ongoing_requests": config.batch,
     }
-    models = Models.options(  # type: ignore[attr-defined]
+    values = config.model_dump(mode="json")
+    computing = {"num_cpus": config.cpus, "num_gpus": config.gpus, "runtime_env": {"env_vars": _ENVIRONMENT}}
+    # The middleware limits requests, by kind and once their body has arrived; Serve would count slow uploads.
+    receiving = {"max_ongoing_requests": _MAX_CONNECTIONS, "max_queued_requests": _MAX_CONNECTIONS}
+    if not config.api_replicas:
+        server = Server.options(  # type: ignore[attr-defined]
+            autoscaling_config=scaling, ray_actor_options=computing, logging_config=_QUIET, **receiving
+        )
+        return server.bind(values)
+    models = Models.options(
         autoscaling_config=scaling,
         max_ongoing_requests=2 * config.batch,
         max_queued_requests=config.queue,
-        ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus, "runtime_env": {"env_vars": _ENVIRONMENT}},
+        ray_actor_options=computing,
         logging_config=_QUIET,
     )
-    values = config.model_dump(mode="json")
     api_ = Api.options(  # type: ignore[attr-defined]
         num_replicas=config.api_replicas,
-        # The middleware limits requests, by kind and once their body has arrived; Serve would count slow uploads.
-        max_ongoing_requests=_MAX_CONNECTIONS,
-        max_queued_requests=_MAX_CONNECTIONS,
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _ENVIRONMENT}},
         logging_config=_QUIET,
+        **receiving,
     )
     return api_.bind(values, models.bind(values))
 
 
-@serve.deployment(graceful_shutdown_timeout_s=60, graceful_shutdown_wait_loop_s=0.2)
-class Models(LocalBackend):
-    """A replica: it loads models at first use and keeps some; patches of several requests share batches."""
+class Replica(LocalBackend):
+    """It loads models at first use and keeps some; patches of several requests share batches."""
 
     async def __init__(self, values: dict[str, Any]) -> None:  # type: ignore[misc] # Serve awaits it
         config = ServeConfig.model_validate(values)
         middleware.configure_log(config.log_file)
-        super().__init__(batch=config.batch, exact=config.exact, threads=_CONCURRENT_BATCHES)
-        self._batched.set_max_batch_size(config.batch)
-        self._batched.set_batch_wait_timeout_s(config.wait_seconds)
+        super().__init__(batch=config.batch, exact=config.exact, threads=_CONCURRENT_BATCHES, wait=config.wait_seconds)
 
         # Here, because the number of models is a setting.
         @serve.multiplexed(max_num_models_per_replica=config.models_per_replica)  # type: ignore[untyped-decorator]
@@ -109,15 +113,31 @@ class Models(LocalBackend):
         """Whether the models that were to be loaded at the start are loaded."""
         return self._preloaded
 
-    async def forward(self, key: str, inputs: list[np.ndarray]) -> Sequence[np.ndarray]:
-        """See `LocalBackend`; Serve keeps the batches of models apart by the request's model id, which is `key`."""
-        # One call per patch: Serve's batching joins those of concurrent requests.
-        probabilities: list[np.ndarray] = await asyncio.gather(*map(self._batched, inputs))
-        return probabilities
 
-    @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.0, max_concurrent_batches=_CONCURRENT_BATCHES)  # type: ignore[untyped-decorator]
-    async def _batched(self, patches_CHW: list[np.ndarray]) -> Sequence[np.ndarray]:
-        return await LocalBackend.forward(self, serve.get_multiplexed_model_id(), patches_CHW)
+Models = serve.deployment(name="Models", **_ENDING)(Replica)
+
+
+@serve.deployment(**_ENDING)
+@serve.ingress()
+class Server(Replica):
+    """A replica that receives HTTP requests and runs the models itself: no pixels travel between processes."""
+
+    async def __init__(self, values: dict[str, Any]) -> None:  # type: ignore[misc] # Serve awaits it
+        config = ServeConfig.model_validate(values)
+        index = ModelIndex(config.models)
+        if index.entries:
+            # Importing PyTorch stops the event loop for up to a second, so it comes before the first request.
+            await asyncio.to_thread(import_module, "rayseg.models.segmenter")
+        await super().__init__(values)
+        self._app = api(config, self, index)
+        self._app.names_requests = False
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return self._app
+
+    async def drain(self) -> None:
+        """Refuse new requests from now on, and return when the accepted ones are answered."""
+        await self._app.drain()
 
 
 class RayBackend:
@@ -186,7 +206,7 @@ class RayBackend:
             raise problems.busy("the model's process died during the request; retry") from error
 
 
-@serve.deployment(graceful_shutdown_timeout_s=60, graceful_shutdown_wait_loop_s=0.2)
+@serve.deployment(**_ENDING)
 @serve.ingress()
 class Api:
     """The replica that receives HTTP requests."""

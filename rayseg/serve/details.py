@@ -3,8 +3,9 @@
 import asyncio
 import json
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 from fastapi import APIRouter, Query, Response
 
 from rayseg.engine import run as engine
@@ -16,6 +17,9 @@ from rayseg.serve.problems import Problem
 from rayseg.serve.runs import Name, RunIndex
 from rayseg.serve.settings import ServeConfig
 from rayseg.store import STORE_ERRORS, upath
+
+if TYPE_CHECKING:
+    import geopandas as gpd
 
 MOST_SHAPES = 2000
 """Outlines in one answer, the largest ones."""
@@ -44,7 +48,7 @@ class _Handlers:
     async def value(self, name: Name, x: Degrees, y: Degrees, image: Image = None) -> dict[str, Any]:
         """Class and scores of the map at a place; x, y are longitude and latitude, or column and row of an image."""
         root = await asyncio.to_thread(self._index.root, name)
-        return await asyncio.to_thread(_value, root, x, y, image)
+        return await runs.in_reader(_value, root, x, y, image)
 
 
 def _value(root: str, x: float, y: float, image: str | None) -> dict[str, Any]:
@@ -61,22 +65,54 @@ def _shapes(root: str, bounds: tuple[float, float, float, float], image: str | N
     path = _table_of(root, runs.version(root))
     if not path:
         return json.dumps({"type": "FeatureCollection", "features": [], "more": 0})
-    import geopandas as gpd
-
     try:
-        with (upath(root) / path).open("rb") as stream:
-            # Only the row groups that meet the box are read.
-            frame = gpd.read_parquet(stream, bbox=bounds if image is None else None)
+        frame, count = _largest(root, path, bounds, image)
     except _UNREADABLE as error:
         raise DataError(f"the outlines {path} are missing or damaged; run rayseg verify RUN") from error
-    if image is not None and "image" in frame:
-        frame = frame[frame["image"] == image]
-    elif image is None:
-        frame = frame.cx[bounds[0] : bounds[2], bounds[1] : bounds[3]]
-    size = next((name for name in ("area_m2", "area_px", "pixels") if name in frame), None)
-    chosen = frame.nlargest(MOST_SHAPES, size) if size else frame.head(MOST_SHAPES)
-    content: dict[str, Any] = json.loads(chosen.drop(columns="bbox", errors="ignore").to_json(drop_id=True))
-    return json.dumps(content | {"more": len(frame) - len(chosen)})
+    content: dict[str, Any] = json.loads(frame.drop(columns="bbox", errors="ignore").to_json(drop_id=True))
+    return json.dumps(content | {"more": count - len(frame)})
+
+
+def _largest(
+    root: str, path: str, bounds: tuple[float, float, float, float], image: str | None
+) -> "tuple[gpd.GeoDataFrame, int]":
+    """(the largest outlines in a box, how many are in it).
+
+    Boxes and sizes are read first, and then the geometry of the chosen rows: all outlines of a region need not fit into
+    the memory.
+    """
+    import geopandas as gpd
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with (upath(root) / path).open("rb") as stream:
+        table = pq.ParquetFile(stream)
+        names = table.schema_arrow.names
+        size = next((name for name in ("area_m2", "area_px", "pixels") if name in names), None)
+        known = table.read(columns=[name for name in ("bbox", "image", size) if name in names])
+        # 1. the rows in the box
+        if image is not None:
+            inside_N = np.array(known["image"].to_numpy() == image) if "image" in names else np.ones(len(known), bool)
+        else:
+            west, south, east, north = bounds
+            boxes = known["bbox"].combine_chunks()
+            xmin, ymin, xmax, ymax = (boxes.field(name).to_numpy() for name in ("xmin", "ymin", "xmax", "ymax"))
+            inside_N = (xmin <= east) & (xmax >= west) & (ymin <= north) & (ymax >= south)
+        rows_N = np.flatnonzero(inside_N)
+        # 2. the largest of them
+        if size:
+            rows_N = rows_N[np.argsort(-known[size].to_numpy()[rows_N], kind="stable")]
+        chosen_N = rows_N[:MOST_SHAPES]
+        # 3. their geometry, of one part of the file at a time
+        ends_P = np.cumsum([table.metadata.row_group(at).num_rows for at in range(table.num_row_groups)])
+        begin, parts = 0, [table.schema_arrow.empty_table()]
+        for part, end in enumerate(ends_P.tolist()):
+            mine_N = np.sort(chosen_N[(chosen_N >= begin) & (chosen_N < end)])
+            if len(mine_N):
+                parts.append(table.read_row_group(part).take(mine_N - begin))
+            begin = end
+    frame = gpd.GeoDataFrame.from_arrow(pa.concat_tables(parts))
+    return (frame.sort_values(size, ascending=False, kind="stable") if size else frame), len(rows_N)
 
 
 @lru_cache(maxsize=64)
@@ -105,7 +141,7 @@ def router(config: ServeConfig) -> APIRouter:
     async def layers(name: Name) -> dict[str, Any]:
         """Further layers and files of a run: the map tiles under it, whether it has scores and outlines, its files."""
         root = await asyncio.to_thread(handlers._index.root, name)
-        shown = await asyncio.to_thread(runs.view, root)
+        shown = await runs.in_reader(runs.view, root)
         scored = bool(shown.tiles) and await asyncio.to_thread(mapview.has_scores, shown.tiles[0])
         files = await asyncio.to_thread(files_of, root)
         outlined = bool(_table_of(root, runs.version(root)))

@@ -63,7 +63,7 @@ def router(config: ServeConfig) -> APIRouter:
     capabilities = Environment(autoescape=True).from_string(text)
 
     async def described(name: str) -> dict[str, Any]:
-        return await asyncio.to_thread(lambda: runs.describe(name, index.root(name)))
+        return await runs.in_reader(lambda: runs.describe(name, index.root(name)))
 
     @routes.get("/v1/runs/{name}/tilejson.json", responses=problems_of(404, 422, 503))
     async def tilejson(request: Request, name: runs.Name, layer: Layer = "classes") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -201,21 +202,86 @@ async def segmented(
     return await asyncio.to_thread(lambda: decide(blend.result(), image.valid_HW, described.threshold))
 
 
+class Batches:
+    """Joins the inputs of concurrent requests for one model: those that arrive while others are computed form a batch.
+
+    Args:
+        compute: inputs -> results, in order.
+        size: maximum inputs per batch.
+        at_once: maximum batches that are computed at once.
+        wait: seconds that a batch waits for further inputs.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[list[np.ndarray]], Awaitable[Sequence[np.ndarray]]],
+        *,
+        size: int,
+        at_once: int,
+        wait: float = 0.0,
+    ) -> None:
+        self._compute, self._size, self._wait = compute, size, wait
+        self._waiting: deque[tuple[np.ndarray, asyncio.Future[np.ndarray]]] = deque()
+        self._idle = at_once
+        self._tasks: set[asyncio.Task[None]] = set()  # the event loop holds tasks by weak references only
+
+    async def __call__(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The result of each input."""
+        loop = asyncio.get_running_loop()
+        results: list[asyncio.Future[np.ndarray]] = [loop.create_future() for _ in inputs]
+        self._waiting.extend(zip(inputs, results, strict=True))
+        if self._idle:
+            self._idle -= 1
+            self._tasks.add(task := loop.create_task(self._run()))
+            task.add_done_callback(self._tasks.discard)
+        return await asyncio.gather(*results)
+
+    async def _run(self) -> None:
+        """Compute batches until no input waits."""
+        try:
+            while self._waiting:
+                if self._wait and len(self._waiting) < self._size:
+                    await asyncio.sleep(self._wait)
+                taken = [self._waiting.popleft() for _ in range(min(self._size, len(self._waiting)))]
+                # Requests whose client has left are cancelled, and so are their results.
+                batch = [(given, result) for given, result in taken if not result.done()]
+                if batch:
+                    await self._answer(batch)
+        finally:
+            self._idle += 1
+
+    async def _answer(self, batch: list[tuple[np.ndarray, "asyncio.Future[np.ndarray]"]]) -> None:
+        computing = asyncio.ensure_future(self._compute([given for given, _ in batch]))  # noqa: RUF006 - awaited at once
+        await asyncio.wait([computing])
+        error = computing.exception()
+        outputs: Sequence[np.ndarray] = () if error else computing.result()
+        for at, (_, result) in enumerate(batch):
+            if result.done():
+                continue
+            if error:
+                result.set_exception(error)
+            else:
+                result.set_result(outputs[at])
+
+
 class LocalBackend:
     """A `Backend` in this process with a pool of threads: one thread for tests and `rayseg view`.
 
-    The deployment of models extends it: it batches the patches of several requests and unloads models.
+    The replicas of the models extend it; they unload models.
 
     Args:
-        batch: patches per batch.
+        batch: patches per batch, over all requests for one model.
         exact: return the bits of `Predict`, for which a GPU pads its batches.
         threads: maximum concurrent calls of models.
+        wait: seconds that a batch waits for further patches.
     """
 
-    def __init__(self, *, batch: int = 8, exact: bool = True, threads: int = 1) -> None:
+    def __init__(self, *, batch: int = 8, exact: bool = True, threads: int = 1, wait: float = 0.0) -> None:
         self.batch, self.exact = batch, exact
         self._pool = ThreadPoolExecutor(threads)
         self._loaded: dict[str, Any] = {}
+        self._batches_of = partial(Batches, size=batch, at_once=threads, wait=wait)
+        self._batches: dict[str, Batches] = {}
 
     async def model(self, key: str) -> Any:  # noqa: ANN401 - a model of any kind
         """A loaded model: a `SamProposer`, a `Classify`, or a `Predict` whose threads and batch size are set up."""
@@ -224,7 +290,12 @@ class LocalBackend:
         return self._loaded[key]
 
     async def forward(self, key: str, inputs: list[np.ndarray]) -> Sequence[np.ndarray]:
-        """Probabilities of each input."""
+        """Probabilities of each input, in batches with those of other requests for the model."""
+        if key not in self._batches:
+            self._batches[key] = self._batches_of(partial(self._forward, key))
+        return await self._batches[key](inputs)
+
+    async def _forward(self, key: str, inputs: list[np.ndarray]) -> Sequence[np.ndarray]:
         probabilities: list[np.ndarray] = await self.run(self.probabilities, await self.model(key), inputs)
         return probabilities
 

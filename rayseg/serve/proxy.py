@@ -2,25 +2,35 @@
 
 import json
 from asyncio import Event
+from http import HTTPStatus
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_ROUTING = {b"serve_multiplexed_model_id", b"x_session_id"}  # by which Serve chooses replicas
-_PROBLEM = {
-    "type": "about:blank",
-    "title": "Service Unavailable",
-    "status": 503,
-    "detail": "no process of the API answers this request; retry in a moment",
+_ROUTING = {
+    b"serve_multiplexed_model_id",
+    b"x_session_id",
+    b"x_request_timeout_seconds",
+    b"x_request_disconnect_disabled",
 }
-_BODY = json.dumps(_PROBLEM).encode()
+
+
+def _problem(status: HTTPStatus, detail: str) -> bytes:
+    content = {"type": "about:blank", "title": status.phrase, "status": status.value, "detail": detail}
+    return json.dumps(content).encode()
+
+
+LOST = _problem(HTTPStatus.SERVICE_UNAVAILABLE, "no process of the API answers this request; retry in a moment")
+MALFORMED = _problem(HTTPStatus.BAD_REQUEST, "the request is not valid HTTP, expected headers of RFC 9110; correct it")
+_NOTHING = _problem(HTTPStatus.NOT_FOUND, "no application has this address; /docs lists the addresses of rayseg")
 
 
 class ProxyHeaders:
     """Pass only headers that the proxy can decode: it answers non-UTF-8 values with a text 500, the API with a problem.
 
-    Headers that choose a replica are dropped; they are not for clients. What the proxy itself answers, as text, when no
-    replica of the API runs or one has died, becomes a problem document.
+    Headers that choose a replica or change Serve's limits are dropped; they are not for clients. What the proxy itself
+    answers, as text, when no replica of the API runs or one has died, becomes a problem document; the 404 of an address
+    that no application has stays one.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -49,22 +59,24 @@ def _explained(send: Send) -> tuple[Send, Event]:
 
     The API answers errors as problems only.
     """
-    replaced, started = False, Event()
+    replaced, started = b"", Event()
 
     async def explained(message: Message) -> None:
         nonlocal replaced
         if message["type"] == "http.response.start":
             started.set()
             kind = dict(message["headers"]).get(b"content-type", b"")
-            replaced = message["status"] >= 400 and not kind.startswith(b"application/problem+json")
-            if replaced:
-                headers = [(b"content-type", b"application/problem+json"), (b"retry-after", b"1")]
+            if message["status"] >= 400 and not kind.startswith(b"application/problem+json"):
+                status = 404 if message["status"] == 404 else 503
+                replaced = _NOTHING if status == 404 else LOST
+                headers = [(b"content-type", b"application/problem+json"), (b"content-length", b"%d" % len(replaced))]
+                headers += [(b"retry-after", b"1")] if status == 503 else []
                 headers += [pair for pair in message["headers"] if pair[0] == b"x-request-id"]
-                await send({**message, "status": 503, "headers": [*headers, (b"content-length", b"%d" % len(_BODY))]})
+                await send({**message, "status": status, "headers": headers})
                 return
         elif replaced and message["type"] == "http.response.body":
             if not message.get("more_body"):
-                await send({"type": "http.response.body", "body": _BODY})
+                await send({"type": "http.response.body", "body": replaced})
             return
         await send(message)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from threading import Event, Lock, Thread
 from time import monotonic
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Path, Query, Request, Response
@@ -37,6 +37,7 @@ from rayseg.store import StorePath, upath
 from rayseg.vision.color import ClassTable
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 MAX_OPENED = 16
 """Maximum files that one web tile opens; a web tile over more of them is drawn from the ledger, without imagery."""
 MAX_MOSAIC = 50_000
@@ -199,9 +200,12 @@ def _version(root: str, moment: int) -> str:
     return "f" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-@lru_cache(maxsize=4)
-def _overview(_root: str, version: str) -> Overview | None:
-    return None if version.isdecimal() else Overview()
+_READERS = ThreadPoolExecutor(2, thread_name_prefix="runs")
+
+
+async def in_reader(function: Callable[..., T], *arguments: object) -> T:
+    """Call a function that may read a run for the first time, for seconds, in threads that do nothing else."""
+    return await asyncio.get_running_loop().run_in_executor(_READERS, function, *arguments)
 
 
 _READING: defaultdict[str, Lock] = defaultdict(Lock)  # per run: concurrent requests for a run read it once
@@ -213,7 +217,7 @@ def view(root: str) -> RunView:
         return _view(root, version(root))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)  # of each also the mosaic is kept
 def _view(root: str, version: str) -> RunView:
     # The step with the map is usually called predict; other steps have manifests as well.
     names = [path.parent.name for path in upath(root).glob("steps/*/manifest.parquet")]
@@ -231,10 +235,10 @@ def _view(root: str, version: str) -> RunView:
                 majority_N=np.array([max(of, key=of.__getitem__, default=answers.NODATA) for of in counts], np.uint8),
                 table=masks.table_of(tiles[0].href),
                 version=f"{root} {version}",
-                overview=_overview(root, version),
+                overview=None if version.isdecimal() else Overview(),
             )
     nothing = np.empty((0, 4))
-    return RunView((), (), nothing, nothing, np.empty(0, np.uint8), None)
+    return RunView((), (), nothing, nothing, np.empty(0, np.uint8), None, f"{root} {version}")
 
 
 def _bounds(tiles: Sequence[Tile]) -> np.ndarray:
@@ -245,14 +249,13 @@ def _bounds(tiles: Sequence[Tile]) -> np.ndarray:
 
 def describe(name: str, root: str) -> dict[str, Any]:
     """What the page shows of a run next to its tiles; a finished run is read once."""
-    shown = view(root)
     with _READING[root]:
-        return {"name": name} | _described(root, version(root), shown)
+        return {"name": name} | _described(root, version(root))
 
 
 @lru_cache(maxsize=8)
-def _described(root: str, _version: str, shown: RunView) -> dict[str, Any]:
-    content, state = runs.read(root), runs.status(root)
+def _described(root: str, version: str) -> dict[str, Any]:
+    shown, content, state = _view(root, version), runs.read(root), runs.status(root)
     shares = report.class_shares(shown.tiles, shown.table) if shown.table else []
     values = shown.table.values if shown.table else ()
     placed_N4 = shown.planned_N4[~np.isnan(shown.planned_N4).any(axis=1)]
@@ -422,7 +425,7 @@ class _Handlers:
         """A run: classes and their areas, ledger, failed rows with their place."""
         root = self._index.root(name)
         path = {"path": root} if self._paths else {}
-        return path | await asyncio.to_thread(lambda: describe(name, root))
+        return path | await in_reader(describe, name, root)
 
     async def tile(
         self,
@@ -441,10 +444,9 @@ class _Handlers:
             raise Problem(404, f"zoom {z} has tiles 0 to {(1 << z) - 1}, the request is for {x}, {y}")
         # 1. the browser's copy may still be valid
         root = await asyncio.to_thread(self._index.root, name)
-        files = await asyncio.to_thread(version, root)
-        overview = _overview(root, files)
-        ended = overview is None or overview.mosaic is not None or layer == "imagery"
-        identity = f"{__version__} {files} {ended} {z} {x} {y} {layer} {image}"
+        shown = await in_reader(view, root)
+        ended = shown.overview is None or shown.overview.mosaic is not None or layer == "imagery"
+        identity = f"{__version__} {shown.version} {ended} {z} {x} {y} {layer} {image}"
         etag = f'"{hashlib.sha256(identity.encode()).hexdigest()[:20]}"'
         headers = {"Cache-Control": f"private, max-age={60 if ended else 5}", "ETag": etag}
         if etag in request.headers.get("if-none-match", ""):
@@ -452,7 +454,7 @@ class _Handlers:
 
         # 2. draw it in a thread
         def draw(stop: Event) -> bytes | None:
-            return tile_png(view(root), (z, x, y), layer, image=image, hosts=self._hosts, stop=stop)
+            return tile_png(shown, (z, x, y), layer, image=image, hosts=self._hosts, stop=stop)
 
         try:
             png = await drawn(request, draw, self._pool)

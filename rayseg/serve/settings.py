@@ -30,21 +30,21 @@ class ServeConfig(Config):
     """Sites whose pages may send requests, such as https://maps.example.org; "*" for any. Without it only the server's
     own page may."""
     requests_per_minute: Annotated[int, Field(gt=0)] | None = None
-    """Maximum requests of each client address per minute and replica of the API; further ones get a 429. Behind a proxy
-    all clients have its address."""
+    """Maximum requests of each client address per minute and replica; further ones get a 429. Behind another proxy all
+    clients have its address."""
     max_pixels: Annotated[int, Field(gt=0)] = 16_777_216
     """Maximum pixels of an upload."""
     max_bytes: Annotated[int, Field(gt=0)] = 67_108_864
     """Maximum bytes of a request."""
     max_bytes_in_flight: Annotated[int, Field(gt=0)] = 268_435_456
-    """Maximum bytes of all uploads in each replica of the API; further ones get a 503."""
+    """Maximum bytes of all uploads in each replica that receives requests; further ones get a 503."""
     max_pixels_in_flight: Annotated[int, Field(gt=0)] = 33_554_432
-    """Maximum pixels of all images that each replica of the API predicts at once; further ones get a 503."""
+    """Maximum pixels of all images that each replica predicts at once; further ones get a 503."""
     min_bytes_per_second: Annotated[int, Field(gt=0)] = 8_192
     """Minimum mean rate of an upload after its first ten seconds; slower ones get a 408."""
     queue: Annotated[int, Field(gt=0)] = 32
     """Maximum requests of each kind (predictions and jobs, map tiles, files, metadata) that run or wait in each replica
-    of the API; further ones get a 503 at once. An upload counts when it has arrived."""
+    that receives requests; further ones get a 503 at once. An upload counts when it has arrived."""
     batch: Annotated[int, Field(gt=0)] = 8
     """Maximum patches per batch, over all requests for one model."""
     exact: bool = True
@@ -64,8 +64,9 @@ class ServeConfig(Config):
     """Maximum models in the memory of a replica; the one that was not used for the longest time is unloaded."""
     preload: bool = False
     """Load all models when a replica starts; without it a model is loaded by the first request for it."""
-    api_replicas: Annotated[int, Field(gt=0)] = 1
-    """Replicas of the API, which receive requests, decode uploads and draw map tiles."""
+    api_replicas: Annotated[int, Field(ge=0)] = 0
+    """Replicas of an API of its own, which receives requests, decodes uploads and draws map tiles. 0: each replica of
+    the models does so itself."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
     """Time limit of a request."""
     imagery_hosts: tuple[str, ...] = ()

@@ -71,6 +71,6 @@ def router(config: ServeConfig) -> APIRouter:
     async def scores(name: Name) -> dict[str, Any]:
         """How much of a map of one class has which score, and its threshold."""
         root = await asyncio.to_thread(index.root, name)
-        return await asyncio.to_thread(scores_of, root)
+        return await runs.in_reader(scores_of, root)
 
     return routes

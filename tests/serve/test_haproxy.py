@@ -1,0 +1,54 @@
+"""HAProxy's configuration: no port but the server's own, and our own error texts."""
+
+import json
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+from ray.serve._private.haproxy import HAProxyApi, HAProxyConfig
+from ray.serve.config import HTTPOptions
+
+from rayseg.serve import haproxy
+
+
+@pytest.fixture
+def written(tmp_path):
+    """The file that Ray Serve writes for a server on 127.0.0.1:8123."""
+    cfg = HAProxyConfig(
+        http_options=HTTPOptions(host="127.0.0.1", port=8123),
+        socket_path=str(tmp_path / "s"),
+        server_state_base=str(tmp_path),
+        server_state_file=str(tmp_path / "state"),
+        metrics_enabled=False,
+    )
+    HAProxyApi(cfg=cfg, config_file_path=str(tmp_path / "cfg"))._generate_config_file_internal()
+    return tmp_path / "cfg"
+
+
+def test_only_the_servers_own_port_is_opened(written):
+    text = written.read_text()
+    assert text.count("bind ") == 3  # or Ray Serve has changed
+    found = haproxy.corrected(text, "/own")
+    assert [line.split()[1] for line in found.splitlines() if line.split()[:1] == ["bind"]] == ["127.0.0.1:8123"]
+    errors = {line.split()[1]: line.split()[2] for line in found.splitlines() if "errorfile" in line}
+    assert errors == {"400": "/own/400.http"} | dict.fromkeys(("502", "503", "504"), "/own/503.http")
+    assert ":514" not in found
+
+
+def test_the_program_corrects_the_file_and_becomes_haproxy(written, tmp_path, monkeypatch):
+    settings = haproxy.settings(str(tmp_path))
+    program = Path(settings["RAY_SERVE_HAPROXY_BINARY_PATH"])
+    assert stat.S_IMODE(program.stat().st_mode) == 0o700
+    checked = subprocess.run(  # -c: check the configuration and end
+        [program, "-c", "-f", str(written)], env=os.environ | settings, capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "8404" not in written.read_text()
+    for status in (400, 503):
+        head, body = (tmp_path / f"{status}.http").read_bytes().split(b"\r\n\r\n")
+        assert json.loads(body)["status"] == status
+        assert b"Content-Length: %d" % len(body) in head
+        assert head.startswith(b"HTTP/1.1 %d " % status)
+        assert b"application/problem+json" in head
