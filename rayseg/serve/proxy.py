@@ -21,7 +21,6 @@ def _problem(status: HTTPStatus, detail: str) -> bytes:
 
 
 LOST = _problem(HTTPStatus.SERVICE_UNAVAILABLE, "no process of the API answers this request; retry in a moment")
-MALFORMED = _problem(HTTPStatus.BAD_REQUEST, "the request is not valid HTTP, expected headers of RFC 9110; correct it")
 _NOTHING = _problem(HTTPStatus.NOT_FOUND, "no application has this address; /docs lists the addresses of rayseg")
 
 

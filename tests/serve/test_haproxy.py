@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from ray.serve._private.haproxy import HAProxyApi, HAProxyConfig
+from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
 from ray.serve.config import HTTPOptions
 
 from rayseg.serve import haproxy
@@ -16,6 +16,9 @@ from rayseg.serve import haproxy
 @pytest.fixture
 def written(tmp_path):
     """The file that Ray Serve writes for a server on 127.0.0.1:8123."""
+    replica = BackendConfig(
+        name="http-rayseg", path_prefix="/", app_name="rayseg", servers=[ServerConfig("replica", "127.0.0.1", 30_000)]
+    )
     cfg = HAProxyConfig(
         http_options=HTTPOptions(host="127.0.0.1", port=8123),
         socket_path=str(tmp_path / "s"),
@@ -23,7 +26,9 @@ def written(tmp_path):
         server_state_file=str(tmp_path / "state"),
         metrics_enabled=False,
     )
-    HAProxyApi(cfg=cfg, config_file_path=str(tmp_path / "cfg"))._generate_config_file_internal()
+    api = HAProxyApi(cfg=cfg, config_file_path=str(tmp_path / "cfg"))
+    api.set_backend_configs({replica.name: replica})
+    api._generate_config_file_internal()
     return tmp_path / "cfg"
 
 
@@ -33,11 +38,13 @@ def test_only_the_servers_own_port_is_opened(written):
     found = haproxy.corrected(text, "/own")
     assert [line.split()[1] for line in found.splitlines() if line.split()[:1] == ["bind"]] == ["127.0.0.1:8123"]
     errors = {line.split()[1]: line.split()[2] for line in found.splitlines() if "errorfile" in line}
-    assert errors == {"400": "/own/400.http"} | dict.fromkeys(("502", "503", "504"), "/own/503.http")
+    assert errors == dict.fromkeys(("502", "503", "504"), "/own/503.http")
     assert ":514" not in found
+    assert "http-reuse" in text
+    assert ("http-reuse" in found, "option http-server-close" in found) == (False, True)
 
 
-def test_the_program_corrects_the_file_and_becomes_haproxy(written, tmp_path, monkeypatch):
+def test_the_program_corrects_the_file_and_becomes_haproxy(written, tmp_path):
     settings = haproxy.settings(str(tmp_path))
     program = Path(settings["RAY_SERVE_HAPROXY_BINARY_PATH"])
     assert stat.S_IMODE(program.stat().st_mode) == 0o700
@@ -46,9 +53,8 @@ def test_the_program_corrects_the_file_and_becomes_haproxy(written, tmp_path, mo
     )
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert "8404" not in written.read_text()
-    for status in (400, 503):
-        head, body = (tmp_path / f"{status}.http").read_bytes().split(b"\r\n\r\n")
-        assert json.loads(body)["status"] == status
-        assert b"Content-Length: %d" % len(body) in head
-        assert head.startswith(b"HTTP/1.1 %d " % status)
-        assert b"application/problem+json" in head
+    head, body = (tmp_path / "503.http").read_bytes().split(b"\r\n\r\n")
+    assert json.loads(body)["status"] == 503
+    assert b"Content-Length: %d" % len(body) in head
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert b"application/problem+json" in head
