@@ -6,7 +6,8 @@ takes by itself, over that from the first record to the last; tiles/s are also g
 all, when nothing starts or ends. `planet`: tiles in 60 zones are planned by the stages of
 a run and kept as its manifest; some run through stages that do nothing (in this process, every tile with its record);
 the ledger is filled up with records of the others but some, put together as `flow.run` does it; then the same call
-goes on, over all of them. Each part is a process of its own. Targets: 0.9 at 64 actors; memory that does not grow
+goes on, over all of them. `driver`: what one process does after the map of so many tiles,
+on an S3 server. Each part is a process of its own. Targets: 0.9 at 64 actors; memory that does not grow
 with what is done.
 """
 
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from measure import machine, measured, peak_mib, show
+from planet_run import show_driver
 
 SIZE, HALO = 2048, 896
 
@@ -223,13 +225,17 @@ def show_planet(tiles: int, run: int) -> None:
 def main() -> None:
     """Both, or one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("actors", "planet"), help="one of the two")
+    parser.add_argument("--only", choices=("actors", "planet", "driver"), help="one of them")
     parser.add_argument("--actors", type=int, nargs="+", default=[1, 8, 64], help="numbers of model actors")
     parser.add_argument("--tiles", type=int, default=20_000, help="for the most actors, fewer for fewer (quick: 600)")
     parser.add_argument("--seconds", type=float, default=2.0, help="that a tile takes an actor")
     parser.add_argument("--per-node", type=int, default=8, help="logical GPUs of a node")
     parser.add_argument("--planet", type=int, default=5_000_000, help="about how many tiles (quick: 50000)")
     parser.add_argument("--run", type=int, default=60_000, help="of these are run, twice (quick: 5000)")
+    parser.add_argument("--driver", type=int, default=600_000, help="tiles of a mapped run on S3 (quick: 6000)")
+    parser.add_argument(
+        "--of", nargs="+", default=["join", "publish", "report", "status", "verify"], help="of the driver"
+    )
     parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.part:
@@ -237,10 +243,12 @@ def main() -> None:
         numbers = [float(value) if "." in value else int(value) for value in values]
         print(json.dumps(PARTS[name](*numbers, Path(out))))
         return
-    if asked.only != "planet":
+    if asked.only in {None, "actors"}:
         show_actors(asked.actors, asked.tiles, asked.seconds, asked.per_node)
-    if asked.only != "actors":
+    if asked.only in {None, "planet"}:
         show_planet(asked.planet, asked.run)
+    if asked.only in {None, "driver"}:
+        show_driver(asked.driver, asked.of)
 
 
 if __name__ == "__main__":

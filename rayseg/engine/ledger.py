@@ -10,6 +10,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import chain
@@ -19,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from upath import UPath
 
 from rayseg.store import HERE, Files, is_local, put, put_if_absent, relocated, upath
@@ -91,10 +93,12 @@ class Fates:
     """The fates of all rows of a ledger in about 50 bytes each, so that those of a global map fit into memory.
 
     Args:
-        records: columns id, status, reason, attempt; of several records of an id the highest attempt counts.
+        tables: of every file, with the columns id, status, reason, attempt; of several records of an id the highest
+            attempt counts, and of equal ones that in the last file.
     """
 
-    def __init__(self, records: pa.Table) -> None:
+    def __init__(self, tables: Sequence[pa.Table]) -> None:
+        records = pa.concat_tables(tables)
         ids = records["id"].cast(pa.binary()).to_numpy().astype(np.bytes_)
         attempts = records["attempt"].to_numpy().astype(np.int32)
         # sorted by id, then attempt: of each id the last one counts
@@ -103,6 +107,7 @@ class Fates:
         last = np.append(ids[1:] != ids[:-1], True) if len(ids) else np.zeros(0, bool)
         self._ids, order = ids[last], order[last]
         self._attempts = attempts[order]
+        self._files = np.repeat(np.arange(len(tables), dtype=np.int32), [len(table) for table in tables])[order]
         # Dictionary encoding: there are five statuses, and few different reasons.
         self._statuses = records["status"].take(order).combine_chunks().dictionary_encode()
         self._reasons = records["reason"].take(order).combine_chunks().dictionary_encode()
@@ -112,18 +117,27 @@ class Fates:
 
     def among(self, ids: Iterable[str]) -> dict[str, Fate]:
         """The fates of those of the ids that have one."""
+        names, at = self._find(ids)
+        rows = pa.array(at)
+        statuses, reasons = (column.take(rows).to_pylist() for column in (self._statuses, self._reasons))
+        attempts = self._attempts[at].tolist()
+        return {name: Fate(*fate) for name, *fate in zip(names, statuses, reasons, attempts, strict=True)}
+
+    def files_of(self, ids: Iterable[str]) -> dict[str, int]:
+        """The numbers of the tables with the records that count, of those of the ids that have one."""
+        names, at = self._find(ids)
+        return dict(zip(names, self._files[at].tolist(), strict=True))
+
+    def _find(self, ids: Iterable[str]) -> tuple[list[str], NDArray[np.int64]]:
+        """Those of the ids that have a fate, and their places."""
         names = list(ids)
         if not len(self) or not names:
-            return {}
+            return [], np.zeros(0, np.int64)
         # binary search in the sorted ids; an id beyond the last one is compared with the last one
         keys = np.array([name.encode() for name in names], np.bytes_)
         at = np.minimum(np.searchsorted(self._ids, keys), len(self) - 1)
         known = np.flatnonzero(self._ids[at] == keys)
-        rows = pa.array(at[known])
-        statuses, reasons = (column.take(rows).to_pylist() for column in (self._statuses, self._reasons))
-        attempts = self._attempts[at[known]].tolist()
-        known_names = (names[index] for index in known)
-        return {name: Fate(*fate) for name, *fate in zip(known_names, statuses, reasons, attempts, strict=True)}
+        return [names[index] for index in known], at[known]
 
 
 @dataclass(eq=False)
@@ -154,13 +168,16 @@ class Ledger:
 
     def read(self) -> dict[str, Record]:
         """The latest record of every id, ids sorted."""
-        rows = self._table(COLUMNS.names).to_pylist()
+        # Loose records first: those that `compact` deletes meanwhile are in a joined file by then.
+        loose = _loaded(self._paths(".json"))
+        rows = pa.concat_tables([loose, *map(_columns_of, self._paths(".parquet"))]).to_pylist()
         rows.sort(key=lambda row: (row["id"], row["attempt"]))
         return {row["id"]: self._record_of(row) for row in rows}
 
     def fates(self) -> Fates:
         """The latest fate of every id."""
-        return Fates(self._table(["id", "status", "reason", "attempt"]))
+        # Loose records first: those that `compact` deletes meanwhile are in a joined file by then.
+        return _fates_of(_loaded(self._paths(".json")), self._paths(".parquet"))
 
     def account(self, ids: Iterable[pa.StringArray]) -> "Account":
         """The account of the ids, which come in parts that fit into memory one at a time."""
@@ -173,8 +190,7 @@ class Ledger:
     def latest(self, damaged: list[UPath] | None = None) -> Iterator[list[Record]]:
         """The latest record of every id, those of one file at a time; unreadable files go to `damaged`."""
         loose, files = _loaded(self._paths(".json"), damaged), self._paths(".parquet")
-        names = ["id", "status", "reason", "attempt"]
-        fates = Fates(pa.concat_tables([loose.select(names), *(_columns_of(path, names) for path in files)]))
+        fates = _fates_of(loose, files)
         for table in chain([loose], (_columns_of(path, damaged=damaged) for path in files)):
             known = fates.among(table["id"].to_pylist())
             yield [self._record_of(row) for row in table.to_pylist() if row["attempt"] == known[row["id"]].attempt]
@@ -188,22 +204,19 @@ class Ledger:
         # Loose records first: those that `compact` deletes meanwhile are in a joined file by then.
         loose = _loaded(self._paths(".json"))
         files, kept = self._paths(".parquet"), lru_cache(maxsize=2)(_columns_of)
-        where: dict[str, tuple[int, int]] = {}
-        for number, table in enumerate([loose, *(_columns_of(path, ("id", "attempt")) for path in files)]):
-            for row_id, attempt in zip(table["id"].to_pylist(), table["attempt"].to_pylist(), strict=True):
-                # Tuples compare by attempt first: the latest attempt wins, whichever file holds it.
-                where[row_id] = max(where.get(row_id, (0, 0)), (attempt, number))
+        fates = _fates_of(loose, files)
         for part in parts:
-            wanted: dict[int, dict[str, int]] = defaultdict(dict)
-            for row_id in part:
-                if row_id in where:
-                    attempt, number = where[row_id]
-                    wanted[number][row_id] = attempt
+            wanted: dict[int, list[str]] = defaultdict(list)
+            for row_id, number in fates.files_of(part).items():
+                wanted[number].append(row_id)
             latest: dict[str, Record] = {}
-            for number, attempts in wanted.items():
+            for number, ids in wanted.items():
+                attempts = fates.among(ids)
                 table = kept(files[number - 1]) if number else loose
-                rows = table.filter(pc.is_in(table["id"], pa.array(attempts, pa.string()))).to_pylist()
-                latest |= {row["id"]: self._record_of(row) for row in rows if row["attempt"] == attempts[row["id"]]}
+                rows = table.filter(pc.is_in(table["id"], pa.array(ids, pa.string()))).to_pylist()
+                latest |= {
+                    row["id"]: self._record_of(row) for row in rows if row["attempt"] == attempts[row["id"]].attempt
+                }
             yield latest
 
     def compact(self, most: int = MOST_LOOSE) -> None:
@@ -220,14 +233,11 @@ class Ledger:
         sink = pa.BufferOutputStream()
         pq.write_table(_loaded(loose), sink)
         put(upath(self.prefix) / f"records-{content}.parquet", memoryview(sink.getvalue()))
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda path: path.unlink(missing_ok=True), loose))
-
-    def _table(self, columns: list[str]) -> pa.Table:
-        # Loose records first: those that `compact` deletes meanwhile are in a joined file by then.
-        parts = [_loaded(self._paths(".json")).select(columns)]
-        parts += [_columns_of(path, columns) for path in self._paths(".parquet")]
-        return pa.concat_tables(parts)
+        if is_local(self.prefix):
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(lambda path: path.unlink(missing_ok=True), loose))
+        else:  # a thousand names a request, where the store can
+            upath(self.prefix).fs.rm([path.path for path in loose])
 
     def _paths(self, suffix: str) -> list[UPath]:
         folder = upath(self.prefix)
@@ -266,8 +276,19 @@ def _load(path: UPath) -> dict[str, Any] | None:
     return row | {key: json.dumps(row[key]) for key in ("seconds", "facts", "files")}
 
 
+def _fates_of(loose: pa.Table, files: Sequence[UPath]) -> Fates:
+    """The fates of the loose records and of those of all files; number 0 is that of the loose ones."""
+    names = ["id", "status", "reason", "attempt"]
+    with ThreadPoolExecutor(8) as pool:
+        return Fates([loose.select(names), *pool.map(lambda path: _columns_of(path, names), files)])
+
+
 def _columns_of(path: UPath, columns: Sequence[str] = COLUMNS.names, damaged: list[UPath] | None = None) -> pa.Table:
     """Columns of a file of joined records; no rows if it cannot be read, and the file goes to `damaged`."""
+    if "facts" not in columns:
+        # The few bytes of these columns alone; where that fails, the whole file shows what is wrong.
+        with suppress(pa.ArrowInvalid, OSError), path.open("rb") as opened:
+            return pq.read_table(opened, columns=list(columns)).select(columns)
     data = path.read_bytes()  # its errors are those of the store, the next ones those of the content
     try:
         file = pq.ParquetFile(pa.BufferReader(data))

@@ -6,6 +6,7 @@ memory; rows become dicts only when they are used.
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, overload
 
 import numpy as np
@@ -142,6 +143,13 @@ class Manifest(Sequence[Row]):
         return isinstance(other, Sequence) and len(self) == len(other) and list(self) == list(other)
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def in_parts(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """The rows in lists of `PART`, for `Manifest.of`."""
+    waiting = iter(rows)
+    while part := list(islice(waiting, PART)):
+        yield part
 
 
 def _table(rows: Sequence[Row]) -> pa.Table:

@@ -3,7 +3,7 @@
 import json
 import mmap
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -19,7 +19,7 @@ from rayseg.engine.run import read as read_run
 from rayseg.errors import ConfigError, DataError
 from rayseg.geo.grid import NODATA, Grid, Window, slug
 from rayseg.io.cog import COG
-from rayseg.io.maps import MappedTile, bands_of, mapped_tiles, read_tile
+from rayseg.io.maps import MappedTile, MappedTiles, bands_of, mapped_tiles, read_tile
 from rayseg.io.masks import table_of
 from rayseg.io.pictures import shown_colors
 from rayseg.io.sources import crs_of
@@ -147,15 +147,13 @@ def _moved(part: Path, target: StorePath) -> str:
 # -- rasters -----------------------------------------------------------------------------------------------------------
 
 
-def grids(root: StorePath) -> dict[Grid, list[MappedTile]]:
+def grids(root: StorePath) -> dict[Grid, MappedTiles]:
     """The tiles of a run's map by grid.
 
     Raises:
         DataError: it has none.
     """
-    by_grid: dict[Grid, list[MappedTile]] = {}
-    for tile in mapped_tiles(root):
-        by_grid.setdefault(tile.tile.grid, []).append(tile)
+    by_grid = mapped_tiles(root).by_grid()
     if not by_grid:
         raise DataError(f"{root} has no mapped tile; to see why, run rayseg status {root}")
     return by_grid
@@ -174,7 +172,7 @@ def best_classes(tile: MappedTile) -> str:
     return "sieved" if (upath(tile.href).parent / "sieved.tif").exists() else "classes"
 
 
-def extent_of(tiles: list[MappedTile]) -> Window:
+def extent_of(tiles: Sequence[MappedTile]) -> Window:
     """The window around tiles of one grid."""
     whole = tiles[0].tile.window
     for tile in tiles:
@@ -197,7 +195,7 @@ def _rasters(root: str, folder: StorePath) -> list[str]:
     return files
 
 
-def _write_whole(path: Path, grid: Grid, tiles: list[MappedTile], name: str) -> None:
+def _write_whole(path: Path, grid: Grid, tiles: Sequence[MappedTile], name: str) -> None:
     """Write the tiles into one GeoTIFF, one after the other."""
     window, bands = extent_of(tiles), bands_of(tiles[0], name)
     # Without CRS as the tiles themselves: row 10 lies at y = -10.
@@ -216,7 +214,7 @@ def _write_whole(path: Path, grid: Grid, tiles: list[MappedTile], name: str) -> 
             file.write(read_tile(tile, name), window=at)
 
 
-def write_vrt(path: StorePath, grid: Grid, tiles: list[MappedTile], name: str) -> None:
+def write_vrt(path: StorePath, grid: Grid, tiles: Sequence[MappedTile], name: str) -> None:
     """Write a VRT over the tiles' files, with paths relative to it; GDAL reads it as one raster.
 
     Unlike the palette of a TIFF, that of a VRT has transparency: the background of a binary map is not painted.
@@ -233,7 +231,7 @@ def write_vrt(path: StorePath, grid: Grid, tiles: list[MappedTile], name: str) -
         put(path, memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
 
 
-def _vrt_lines(grid: Grid, tiles: list[MappedTile], name: str) -> Iterator[str]:
+def _vrt_lines(grid: Grid, tiles: Sequence[MappedTile], name: str) -> Iterator[str]:
     window, bands = extent_of(tiles), bands_of(tiles[0], name)
     table = table_of(tiles[0].href) if name != "scores" else None
     yield f'<VRTDataset rasterXSize="{window.width}" rasterYSize="{window.height}">'

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -118,7 +119,7 @@ def read_table(path: StorePath) -> tuple[Assigned, ClassTable]:
     return assigned, ClassTable(table)
 
 
-def _labels_of(tiles: list[MappedTile], run: str) -> set[int]:
+def _labels_of(tiles: Sequence[MappedTile], run: str) -> set[int]:
     """The labels that a run's maps may hold."""
     table = masks.table_of(tiles[0].href) if tiles else None
     if table is None:
@@ -131,7 +132,7 @@ def _labels_of(tiles: list[MappedTile], run: str) -> set[int]:
     return set(table.values)
 
 
-def _expect_known(assigned: Assigned, tiles: list[MappedTile], labels: set[int], run: str) -> None:
+def _expect_known(assigned: Assigned, tiles: Sequence[MappedTile], labels: set[int], run: str) -> None:
     scenes = {tile.tile.grid.image or "" for tile in tiles}
     for scene, label in assigned:
         if scene and scene not in scenes:

@@ -1,21 +1,24 @@
 """The class map of a run: its tiles, their area on the ground, and the changes of class at their borders."""
 
+import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from itertools import chain
+from typing import Any, overload
 
 import numpy as np
+import pyarrow as pa
 import shapely
 from affine import Affine
 from numpy.typing import NDArray
 from pyproj import CRS, Geod, Proj, Transformer
 from rasterio.windows import Window as FileWindow
 
-from rayseg.engine.ledger import Ledger, Record, with_fact
-from rayseg.engine.manifest import Manifest, read_rows
+from rayseg.engine.ledger import Ledger, Record
+from rayseg.engine.manifest import PART, Manifest, Row, read_rows
 from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Tile, Window
 from rayseg.geo.lonlat import LONLAT, geographic, lobes_of, to_lonlat, transformer, turn_of
@@ -29,6 +32,7 @@ _GEOD = Geod(ellps="WGS84")
 _KNOTS = 128  # along each side of a tile wider than a degree; between them the area of pixels is interpolated
 _DEEP = 16  # px from the edge of the Earth at which areas can be interpolated
 _SAME = 1e-4  # relative difference of areas along a row that does not count
+_PLACE = ("crs", "grid_image", "xres", "yres", "x0", "y0", "divided")  # columns of a manifest that name a grid
 POLE = 90 - 1e-6  # degrees: at the pole itself projections have no scale
 
 
@@ -80,18 +84,106 @@ def source_on(tile: Tile, href: str, bands: Sequence[str]) -> Source:
     )
 
 
-def mapped_tiles(root: StorePath, step: str = "predict") -> list[MappedTile]:
+class MappedTiles(Sequence[MappedTile]):
+    """Tiles as a table, which become objects one by one: those of a planet do not fit into memory.
+
+    Args:
+        root: prefix of the run.
+        rows: those of the manifest that have a map.
+        records: JSON of each row's record.
+    """
+
+    def __init__(self, root: str, rows: Manifest, records: pa.ChunkedArray) -> None:
+        self.root, self.rows, self.records = root, rows, records
+        self._grids: dict[Grid, Grid] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, at: int) -> MappedTile: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[MappedTile]: ...
+    def __getitem__(self, at: int | slice) -> MappedTile | list[MappedTile]:
+        if isinstance(at, slice):
+            return [self[index] for index in range(*at.indices(len(self)))]
+        return self._tile(self.rows[at], self.records[range(len(self))[at]].as_py())
+
+    def __iter__(self) -> Iterator[MappedTile]:
+        for start in range(0, len(self), PART):
+            records = self.records.slice(start, PART).to_pylist()
+            yield from map(self._tile, self.rows[start : start + PART], records)
+
+    def by_grid(self) -> dict[Grid, "MappedTiles"]:
+        """The tiles of each grid, in the order of their first tiles."""
+        names = [name for name in _PLACE if name in self.rows.table.column_names]
+        columns = zip(*(self.rows.table[name].to_pylist() for name in names), strict=True)
+        indices: dict[tuple[Any, ...], list[int]] = {}
+        for index, place in enumerate(columns):
+            indices.setdefault(place, []).append(index)
+        parts = [pa.array(some) for some in indices.values()]
+        found = [MappedTiles(self.root, Manifest(self.rows.table.take(at)), self.records.take(at)) for at in parts]
+        return {some[0].tile.grid: some for some in found}
+
+    def _tile(self, row: Row, record: str) -> MappedTile:
+        tile = Tile.from_row(row)
+        grid = self._grids.setdefault(tile.grid, tile.grid)  # one object for all tiles of a grid
+        href = f"{self.root}/tiles/{tile.id}/classes.tif"
+        return MappedTile(
+            Tile(tile.id, grid, tile.window), Record(tile.id, **json.loads(record)), href, _sources(row["sources"])
+        )
+
+
+def by_grid(tiles: Sequence[MappedTile]) -> Mapping[Grid, Sequence[MappedTile]]:
+    """The tiles of each grid, in the order of their first tiles."""
+    if isinstance(tiles, MappedTiles):
+        return tiles.by_grid()
+    found: dict[Grid, list[MappedTile]] = {}
+    for tile in tiles:
+        found.setdefault(tile.tile.grid, []).append(tile)
+    return found
+
+
+@lru_cache(maxsize=1024)
+def _sources(text: str) -> tuple[Source, ...]:
+    return tuple(from_json(text))
+
+
+def mapped_tiles(root: StorePath, step: str = "predict") -> MappedTiles:
     """The tiles of a run's step that have a class map, in the order of its manifest; every pipeline calls it `predict`.
+
+    Their records have neither their files nor their item, which only publishing needs.
 
     Raises:
         DataError: the run has no such step.
     """
-    rows, records = _manifest(root, step), Ledger(str(upath(root) / "steps" / step / "ledger")).read()
-    tiles = upath(root) / "tiles"
-    return [
-        MappedTile(Tile.from_row(row), record, str(tiles / row["id"] / "classes.tif"), tuple(from_json(row["sources"])))
-        for row, record in with_fact(rows, records, "counts")
-    ]
+    parts, records = [], []
+    for rows, found in recorded_rows(root, step):
+        kept = [record if record and "counts" in record.facts else None for record in found]
+        parts.append(rows.filter(pa.array([record is not None for record in kept], pa.bool_())))
+        records.append(pa.array([_plain(record) for record in kept if record], pa.large_string()))
+    table = Manifest(pa.concat_tables(parts)) if parts else _manifest(root, step)
+    return MappedTiles(str(upath(root)), table, pa.chunked_array(records, pa.large_string()))
+
+
+def _plain(record: Record) -> str:
+    facts = {name: fact for name, fact in record.facts.items() if name != "item"}
+    kept = {"status": record.status, "reason": record.reason, "attempt": record.attempt, "seconds": record.seconds}
+    return json.dumps(kept | {"facts": facts})
+
+
+def recorded_rows(root: StorePath, step: str = "predict") -> Iterator[tuple[pa.Table, list[Record | None]]]:
+    """The rows of a run's step, a part of the manifest at a time, and the record of each that has one.
+
+    Raises:
+        DataError: the run has no such step.
+    """
+    rows = _manifest(root, step)
+    # Parts of the manifest were written one after the other, so their records are in few files.
+    parts = [rows.table.slice(start, PART) for start in range(0, len(rows), PART)]
+    ledger = Ledger(str(upath(root) / "steps" / step / "ledger"))
+    for part, records in zip(parts, ledger.records(part["id"].to_pylist() for part in parts), strict=True):
+        yield part, [records.get(name) for name in part["id"].to_pylist()]
 
 
 def planned_tiles(root: StorePath, step: str = "predict") -> list[tuple[Tile, tuple[Source, ...]]]:
@@ -336,18 +428,31 @@ def seam_score(tiles: Sequence[MappedTile], *, most: int = 200) -> dict[str, Any
         two tiles touch with data.
     """
     # 1. some of the borders, as all would be a request per tile
-    borders = _borders(tiles)
-    chosen = (
-        [borders[at] for at in sorted({round(p) for p in np.linspace(0, len(borders) - 1, most)})] if borders else []
+    grids: dict[Grid, int] = {}
+    places = (
+        (
+            grids.setdefault(tile.tile.grid, len(grids)),
+            window.row,
+            window.col,
+            window.row1,
+            window.col1,
+            facts["pairs"],
+            facts["changes"],
+        )
+        for tile in tiles
+        for window, facts in [(tile.tile.window, tile.record.facts)]
     )
+    table_N7 = np.fromiter(chain.from_iterable(places), np.int64).reshape(-1, 7)
+    borders = _borders(table_N7[:, :5])
+    inside, changed = table_N7[:, 5:].sum(axis=0).tolist()
+    chosen = borders[sorted({round(at) for at in np.linspace(0, len(borders) - 1, most)})] if len(borders) else borders
     with ThreadPoolExecutor(4) as pool:
-        counts = list(pool.map(_across, chosen))
+        counts = list(pool.map(lambda border: _across(_strips(*(tiles[at] for at in border))), chosen.tolist()))
     pairs, changes = sum(pair for pair, _ in counts), sum(change for _, change in counts)
     # 2. the rate inside tiles, which the ledger has
-    inside = sum(tile.record.facts["pairs"] for tile in tiles)
     if not pairs or not inside:
         return None
-    rate = sum(tile.record.facts["changes"] for tile in tiles) / inside
+    rate = changed / inside
     across = changes / pairs
     ratio = across / rate if rate else None
     return {
@@ -363,22 +468,34 @@ def seam_score(tiles: Sequence[MappedTile], *, most: int = 200) -> dict[str, Any
 _Strip = tuple[str, FileWindow]
 
 
-def _borders(tiles: Iterable[MappedTile]) -> list[tuple[_Strip, _Strip]]:
-    """The last column (row) of every tile and the first of its right (lower) neighbour."""
-    # Neighbours by the corner that they would have: no search over all pairs.
-    corners = {(t.tile.grid, t.tile.window.row, t.tile.window.col): t for t in tiles}
-    borders = []
-    for (grid, row, col), mapped in corners.items():
-        window = mapped.tile.window
-        if right := corners.get((grid, row, window.col1)):
-            height = min(window.height, right.tile.window.height)
-            last = FileWindow(window.width - 1, 0, 1, height)
-            borders.append(((mapped.href, last), (right.href, FileWindow(0, 0, 1, height))))
-        if below := corners.get((grid, window.row1, col)):
-            width = min(window.width, below.tile.window.width)
-            last = FileWindow(0, window.height - 1, width, 1)
-            borders.append(((mapped.href, last), (below.href, FileWindow(0, 0, width, 1))))
-    return borders
+def _borders(places_N5: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(borders, 2) numbers of tiles that touch: each tile with its right, then with its lower neighbour.
+
+    Args:
+        places_N5: number of the grid, first row and column, row and column after the last ones.
+    """
+    # Neighbours by the corner that they would have, as one number: no search over all pairs.
+    count = len(places_N5)
+    rows, row_at = np.unique(places_N5[:, [1, 3]], return_inverse=True)
+    cols, col_at = np.unique(places_N5[:, [2, 4]], return_inverse=True)
+    (top_N, bottom_N), (left_N, right_N) = row_at.reshape(-1, 2).T, col_at.reshape(-1, 2).T
+    keys_3N = (places_N5[:, 0] * len(rows) + [top_N, top_N, bottom_N]) * len(cols) + [left_N, right_N, left_N]
+    order = np.argsort(keys_3N[0])
+    at = np.minimum(np.searchsorted(keys_3N[0], keys_3N[1:], sorter=order), max(count - 1, 0))
+    other_2N = order[at]
+    found_2N = keys_3N[0][other_2N] == keys_3N[1:]
+    one, side = np.nonzero(found_2N.T)
+    return np.stack([one, other_2N[side, one]], axis=1)
+
+
+def _strips(one: MappedTile, other: MappedTile) -> tuple[_Strip, _Strip]:
+    """The last column (row) of a tile and the first of its right (lower) neighbour."""
+    window, next_window = one.tile.window, other.tile.window
+    if window.row == next_window.row:
+        height = min(window.height, next_window.height)
+        return (one.href, FileWindow(window.width - 1, 0, 1, height)), (other.href, FileWindow(0, 0, 1, height))
+    width = min(window.width, next_window.width)
+    return (one.href, FileWindow(0, window.height - 1, width, 1)), (other.href, FileWindow(0, 0, width, 1))
 
 
 @patient

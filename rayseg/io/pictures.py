@@ -16,7 +16,7 @@ from rasterio.enums import Resampling
 from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Window
 from rayseg.io import cog
-from rayseg.io.maps import MappedTile, width_m
+from rayseg.io.maps import MappedTile, by_grid, width_m
 from rayseg.io.rasters import changed, footprint, is_number, view
 from rayseg.io.remote import patient, patiently
 from rayseg.io.sources import Source, gdal, open_file
@@ -24,6 +24,8 @@ from rayseg.io.times import time_order
 from rayseg.vision.color import RGB, UNCHANGED, ClassTable, label_table, overlay
 from rayseg.vision.superpixels import outlined
 
+MOST_READ = 20_000
+"""Tiles of a grid whose files are read for a picture; more of them have less than 30 of its pixels a side."""
 SHEET = 6
 """Images on a contact sheet, at most."""
 _log = logging.getLogger(__name__)
@@ -146,9 +148,7 @@ def pictures_of(
         most: number of pictures, the first ones; None for all.
         plots: show the plots that the tiles have, too.
     """
-    grids: dict[Grid, list[MappedTile]] = {}
-    for tile in tiles:
-        grids.setdefault(tile.tile.grid, []).append(tile)
+    grids = by_grid(tiles)
     placed = [
         partial(
             mosaic,
@@ -174,13 +174,15 @@ def _title(grid: Grid) -> str:
 def mosaic(tiles: Sequence[MappedTile], *, size: int, title: str, plots: bool = False) -> Picture:
     """Tiles of one grid side by side, decimated to at most `size` px.
 
-    Files are read through their overviews. Values that are not uint8 are stretched between their 2nd and 98th
+    Files are read through their overviews; of more than `MOST_READ` tiles each has the colour of its largest class, and
+    no plots. Values that are not uint8 are stretched between their 2nd and 98th
     percentile, band by band, over the whole picture.
     """
     grid, extent = tiles[0].tile.grid, reduce(Window.union, (tile.tile.window for tile in tiles))
     canvas = _Canvas(extent, max(1.0, max(extent.width, extent.height) / size))
     classes_HW = np.full(canvas.shape, NODATA, np.uint8)
-    numbers_HW = np.zeros(canvas.shape, np.uint32) if plots else None
+    few = len(tiles) <= MOST_READ
+    numbers_HW = np.zeros(canvas.shape, np.uint32) if plots and few else None
 
     @patient
     def read(tile: MappedTile, href: str, resampling: Resampling) -> NDArray[np.generic]:
@@ -194,8 +196,13 @@ def mosaic(tiles: Sequence[MappedTile], *, size: int, title: str, plots: bool = 
         classes = [read(tile, tile.href, Resampling.mode)]
         return [*classes, read(tile, plots_path(tile), Resampling.nearest)] if plots else classes
 
+    if not few:  # a request for every tile would take hours
+        for tile in tiles:
+            if counts := tile.counts:
+                classes_HW[canvas.slices(tile.tile.window)] = max(counts, key=counts.__getitem__)
     with ThreadPoolExecutor(4) as pool:
-        for tile, parts in zip(tiles, pool.map(parts_of, tiles), strict=True):
+        read_tiles = tiles if few else ()
+        for tile, parts in zip(read_tiles, pool.map(parts_of, read_tiles), strict=True):
             place = canvas.slices(tile.tile.window)
             classes_HW[place] = parts[0]
             if numbers_HW is not None:

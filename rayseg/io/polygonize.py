@@ -77,8 +77,8 @@ def _parts_of_run(root: str) -> tuple[Iterable[pa.Table], ClassTable, seams.Begi
             return read_parts(path)
         return polygons_of(read_bands(mapped.href)[0], None, mapped.tile.grid, mapped.tile.window)
 
-    tiles.sort(key=lambda mapped: tile_order(mapped.tile.grid, mapped.tile.window.row, mapped.tile.window.col))
-    return concurrently(parts_of, tiles), table, begins
+    ordered = sorted(tiles, key=lambda one: tile_order(one.tile.grid, one.tile.window.row, one.tile.window.col))
+    return concurrently(parts_of, ordered), table, begins
 
 
 def _parts_of_raster(path: str) -> tuple[Iterable[pa.Table], ClassTable, seams.Begins]:

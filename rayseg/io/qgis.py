@@ -174,7 +174,7 @@ def _srs(crs: str) -> str:
     return f"<spatialrefsys><wkt>{escape(crs_of(crs).to_wkt())}</wkt>{known}</spatialrefsys>"
 
 
-def _project(title: str, layers: Sequence[tuple[str, str]], grid: Grid, tiles: list[MappedTile]) -> bytes:
+def _project(title: str, layers: Sequence[tuple[str, str]], grid: Grid, tiles: Sequence[MappedTile]) -> bytes:
     left, bottom, right, top = grid.bounds(export.extent_of(tiles))
     extent = f"<xmin>{left}</xmin><ymin>{bottom}</ymin><xmax>{right}</xmax><ymax>{top}</ymax>"
     nodes = "".join(node for _, node in layers)

@@ -20,12 +20,12 @@ THREADS = 16
 _ALIGNMENT = 64  # bytes, of Arrow's buffers
 
 
-def concurrently(read: Callable[[A], B], inputs: Iterable[A]) -> Iterator[B]:
-    """The results of `read` in the order of its inputs, from `THREADS` threads that stay a few inputs ahead."""
+def concurrently(read: Callable[[A], B], inputs: Iterable[A], *, ahead: int = 16 * THREADS) -> Iterator[B]:
+    """The results of `read` in the order of its inputs, from `THREADS` threads; at most `ahead` of them wait."""
     waiting = iter(inputs)
     with ThreadPoolExecutor(THREADS) as pool:
         # In batches: `map` takes all of its inputs at once.
-        while batch := list(islice(waiting, 16 * THREADS)):
+        while batch := list(islice(waiting, ahead)):
             yield from pool.map(read, batch)
 
 

@@ -55,7 +55,7 @@ class Follower:
     def __init__(self, root: str) -> None:
         self.root = root
         self.described, self.base = bundle.build(correct.base_of(root))
-        self.tiles = mapped_tiles(root)
+        self.tiles = list(mapped_tiles(root))
         self._patches: OrderedDict[tuple[Grid, Window], Patch] = OrderedDict()
         self._fitted: tuple[Any, Corrected | None] = (None, None)
 

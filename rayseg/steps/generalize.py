@@ -4,14 +4,14 @@ classes.tif of a tile stays as it was predicted; sieved.tif next to it and the p
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from rayseg.config import Config
 from rayseg.engine.flow import Work
-from rayseg.engine.manifest import Manifest, Row
+from rayseg.engine.manifest import Manifest, Row, in_parts
 from rayseg.engine.run import Run, Step
 from rayseg.errors import ConfigError
 from rayseg.geo.grid import Grid, Tile, Window
@@ -86,7 +86,7 @@ def generalize(step: Step, predicted: Step, config: PolygonsConfig, region: Regi
         region: the region.
     """
     tiles = maps.mapped_tiles(predicted.root, predicted.name)
-    rows = mapping.kept_manifest(step, lambda: Manifest.of([list(_rows(tiles, config.min_area))]))
+    rows = mapping.kept_manifest(step, lambda: Manifest.of(in_parts(_rows(tiles, config.min_area))))
     kept: dict[str, Any] = {
         name: predicted.value[name] for name in ("bundle", "classes", "skip") if name in predicted.value
     }
@@ -106,7 +106,7 @@ def generalize(step: Step, predicted: Step, config: PolygonsConfig, region: Regi
     return {**kept, **done}
 
 
-def _rows(tiles: list[maps.MappedTile], min_area: float | None) -> Iterator[Row]:
+def _rows(tiles: Sequence[maps.MappedTile], min_area: float | None) -> Iterator[Row]:
     """The row of every tile: each block goes to the first tile that it meets."""
     # 1. the tiles of every block of a grid
     meeting: dict[tuple[Grid, int, int], list[Tile]] = defaultdict(list)
@@ -116,7 +116,7 @@ def _rows(tiles: list[maps.MappedTile], min_area: float | None) -> Iterator[Row]
     # 2. rows with what lies within the margin of their tile and blocks
     for mapped in tiles:
         tile = mapped.tile
-        own = [at for at in blocks_of(tile.window) if meeting[tile.grid, *at][0] is tile]
+        own = [at for at in blocks_of(tile.window) if meeting[tile.grid, *at][0].id == tile.id]
         row = GeneralRow(tile, tuple(Window(col * BLOCK, row * BLOCK, BLOCK, BLOCK) for row, col in own), ())
         reach = with_margin(tile.grid, around(row), min_area)
         near = {

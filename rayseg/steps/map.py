@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import groupby, islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
@@ -22,13 +22,13 @@ from rayseg.engine import flow
 from rayseg.engine import run as runs
 from rayseg.engine.flow import Work
 from rayseg.engine.ledger import SETTLED, Ledger, Record, with_fact
-from rayseg.engine.manifest import PART, Manifest, Row, read_rows, write_rows
+from rayseg.engine.manifest import Manifest, Row, read_rows, write_rows
 from rayseg.engine.run import Step
 from rayseg.errors import ConfigError, DataError, ModelError, RaysegError, listed
 from rayseg.geo.grid import Grid, Tile, Window, slug
 from rayseg.geo.region import Region
 from rayseg.io import labels, qgis, stac_read, stac_write, vectors
-from rayseg.io.maps import mapped_tiles, mean_metres
+from rayseg.io.maps import mean_metres, recorded_rows
 from rayseg.io.output_grids import beyond_utm, expect_mappable, out_of_scale
 from rayseg.io.seams import begins_of
 from rayseg.io.sources import Source, from_json
@@ -37,6 +37,7 @@ from rayseg.io.units import converted, expect_one_dtype, expect_one_unit, with_d
 from rayseg.models import bundle
 from rayseg.models.bundle import Precision
 from rayseg.stages.carry import Carried, CarryOver
+from rayseg.stages.gather import GatherParts
 from rayseg.stages.predict import Predict
 from rayseg.stages.read import ReadTile, inputs_of, rows_by_grid
 from rayseg.stages.rows import TileRow
@@ -51,6 +52,9 @@ SMALL_TILE = 128
 """Side in px of a tile, below which its files and its halo cost more than its pixels."""
 SEEN = 64
 """Tiles whose imagery is compared with the resolution that a model learnt from."""
+MOST_FILES = 4096
+"""Files with parts of polygons that the joining process opens; more are gathered first, `GATHERED` at a time."""
+GATHERED = 128
 FIRST = "first.json"
 """File of a step: the seconds after which its first row was finished."""
 _log = logging.getLogger(__name__)
@@ -178,7 +182,8 @@ def unchanged_tiles(earlier: str, rows: Manifest, made_by: str) -> list[Row]:
         rows: of the tiles of this one.
         made_by: key of what makes the map.
     """
-    known = {tile.tile.id: tile.record for tile in mapped_tiles(earlier) if tile.record.status in SETTLED}
+    found = (record for _, part in recorded_rows(earlier) for record in part)
+    known = {one.id: one for one in found if one and one.status in SETTLED and "counts" in one.facts}
 
     def carried(row: Row) -> Row | None:
         record = known.get(row["id"])
@@ -493,12 +498,10 @@ def rows_with(step: Step, fact: str) -> list[tuple[Row, Record]]:
 
 def done_tiles(predicted: Step) -> Iterator[tuple[Row, Record]]:
     """Yield the manifest row and record of every tile with files; one part of the manifest is in memory at a time."""
-    rows = read_manifest(predicted)
-    # Parts of the manifest were written one after the other, so their records are in few files.
-    starts = range(0, len(rows), PART)
-    parts = ledger_of(predicted).records(rows.ids.slice(start, PART).to_pylist() for start in starts)
-    for start, records in zip(starts, parts, strict=True):
-        yield from with_fact(rows[start : start + PART], records, "counts")
+    for rows, records in recorded_rows(predicted.root, predicted.name):
+        for row, record in zip(Manifest(rows), records, strict=True):
+            if record and "counts" in record.facts:
+                yield row, record
 
 
 def table_of(predicted: Step) -> ClassTable:
@@ -509,9 +512,13 @@ def table_of(predicted: Step) -> ClassTable:
 
 
 def join_polygons(step: Step, predicted: Step, product: str) -> dict[str, Any]:
-    """Join the polygons of all tiles, or blocks, across their edges and write `<run>/<product>.parquet`."""
+    """Join the polygons of all tiles, or blocks, across their edges and write `<run>/<product>.parquet`.
+
+    Raises:
+        DataError: a tile has no parts where its record says so.
+    """
     table, folder, skip = table_of(predicted), tiles_prefix(step), predicted.value.get("skip", ())
-    tiles, grids, extents = [], dict[Grid, Grid](), dict[Grid, Window]()
+    pieces, grids, extents = [], dict[Grid, Grid](), dict[Grid, Window]()
     for row, record in done_tiles(predicted):
         tile = Tile.from_row(row)
         grid = grids.setdefault(tile.grid, tile.grid)  # one object for all tiles of a grid
@@ -519,21 +526,48 @@ def join_polygons(step: Step, predicted: Step, product: str) -> dict[str, Any]:
         if "blocks" in record.facts:  # of `generalize`, which draws by blocks instead of tiles
             for name, (top, left, count) in record.facts["blocks"].items():
                 path = f"{predicted.prefix}/blocks/{name}.parquet"
-                tiles.append((vectors.tile_order(grid, top, left), path, grid, count))
+                pieces.append((vectors.tile_order(grid, top, left), path if count else "", grid))
         else:
             order = vectors.tile_order(grid, tile.window.row, tile.window.col)
-            tiles.append((order, f"{folder}/{tile.id}/parts.parquet", grid, record.facts.get("parts")))
+            path = f"{folder}/{tile.id}/parts.parquet"
+            pieces.append((order, "" if record.facts.get("parts") == 0 else path, grid))
+    pieces.sort(key=itemgetter(0))
+    # A file without parts is not read, which saves a request.
+    files = [(path, grid) for _, path, grid in pieces if path]
+    if len(files) > MOST_FILES:
+        files, skip = _gathered(step, files, skip), ()
+    with_parts = {grid for _, grid in files}
+    files += [("", grid) for grid in extents if grid not in with_parts]
 
-    def parts_of(tile: tuple[Any, str, Grid, int | None]) -> "pa.Table":
-        _, path, grid, count = tile
-        # A file without parts is not read, which saves a request.
-        return vectors.no_parts(grid) if count == 0 else vectors.read_parts(path, skip=skip)
+    def parts_of(file: tuple[str, Grid]) -> "pa.Table":
+        path, grid = file
+        return vectors.read_parts(path, skip=skip) if path else vectors.no_parts(grid)
 
     # In reading order, so that memory holds two rows of tiles at a time.
     target = upath(step.root) / f"{product}.parquet"
     begins = begins_of(Tile("", grid, extent) for grid, extent in extents.items())
-    count, area = vectors.write_joined(concurrently(parts_of, sorted(tiles, key=itemgetter(0))), table, target, begins)
+    parts = concurrently(parts_of, files, ahead=16)
+    count, area = vectors.write_joined(parts, table, target, begins)
     return {"polygons": target.name, "count": count, "area_m2": area}
+
+
+def _gathered(step: Step, files: Sequence[tuple[str, Grid]], skip: Sequence[int]) -> list[tuple[str, Grid]]:
+    """(path, grid) of few files with the parts of many, in the same order, which the engine's processes write."""
+    rows, grids = list[Row](), list[Grid]()
+    for grid, some in groupby(files, key=itemgetter(1)):
+        paths = [path.removeprefix(f"{step.root}/") for path, _ in some]
+        for start in range(0, len(paths), GATHERED):
+            rows.append({"id": f"parts-{len(rows):06d}", "paths": json.dumps(paths[start : start + GATHERED])})
+            grids.append(grid)
+    target = f"{step.prefix}/parts"
+    # A part that was missing before may be there now.
+    again = replace(step, engine=replace(step.engine, retry=True))
+    works = [Work(GatherParts(step.root, target, skip=skip))]
+    kept = kept_manifest(step, lambda: rows)
+    done = through(again, kept, works, patience=1800.0, record=dict, title="files of polygons")
+    if troubles := done["troubles"]:
+        raise DataError(f"the polygons cannot be joined: {next(iter(troubles.values()))}")
+    return [(f"{target}/{row['id']}.parquet", grid) for row, grid in zip(rows, grids, strict=True)]
 
 
 def publish(step: Step, predicted: Step, title: str) -> dict[str, Any]:

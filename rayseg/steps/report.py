@@ -418,20 +418,23 @@ def timing_of(predicted: Step, tiles: Sequence[MappedTile], *, workers: int | No
     """
     # Zeros first, so that stages are shown in the order of work.
     seconds: Counter[str] = Counter(dict.fromkeys(STAGES.values(), 0.0))
-    records = Ledger(str(predicted.prefix / "ledger")).read().values()
-    for record in records:
-        seconds.update({STAGES.get(stage, stage): spent for stage, spent in record.seconds.items()})
+    count, pixels, square_metres = 0, 0, 0.0
+    for records in Ledger(str(predicted.prefix / "ledger")).latest():
+        count += len(records)
+        for record in records:
+            seconds.update({STAGES.get(stage, stage): spent for stage, spent in record.seconds.items()})
+    for tile in tiles:
+        pixels += sum(tile.counts.values())
+        square_metres += sum((tile.areas or {}).values())
     seconds = Counter({stage: spent for stage, spent in seconds.items() if spent})
     wall, workers = predicted.seconds, workers or max(len(seconds), 1)
     # Starting took until the first row was finished, less the time that a row takes.
     noted = predicted.prefix / mapping.FIRST
     first = float(json.loads(noted.read_bytes())["seconds"]) if noted.exists() else 0.0
-    start = min(max(first - seconds.total() / max(len(records), 1), 0.0), wall)
+    start = min(max(first - seconds.total() / max(count, 1), 0.0), wall)
     # Negative if more copies of the stages worked than assumed.
     idle = (wall - start) * workers - seconds.total()
     whole = max((wall - start) * workers, seconds.total()) or 1.0
-    pixels = sum(sum(tile.counts.values()) for tile in tiles)
-    square_metres = sum(sum((tile.areas or {}).values()) for tile in tiles)
     return Timing(
         wall=wall,
         start=start,
@@ -511,12 +514,12 @@ def images_table(tiles: Sequence[MappedTile], table: ClassTable, measured: Step 
         table: the classes.
         measured: the step that compared the map with truth.
     """
-    by_image: dict[str, list[MappedTile]] = {}
-    for tile in tiles:
+    by_image: dict[str, list[int]] = {}
+    for at, tile in enumerate(tiles):
         # Tiles of several images say nothing about one of them.
         if tile.tile.grid.crs and len(tile.sources) != 1:
             return None
-        by_image.setdefault(tile.tile.grid.image or tile.sources[0].item_id, []).append(tile)
+        by_image.setdefault(tile.tile.grid.image or tile.sources[0].item_id, []).append(at)
     if len(by_image) < 2:
         return None
     confusions = _confusions(measured)
@@ -524,7 +527,8 @@ def images_table(tiles: Sequence[MappedTile], table: ClassTable, measured: Step 
     header = ["image", "pixels", *(name for _, name, _ in table.classes[of_class:])]
     header += ([f"IoU of {table.names[1]}"] if of_class else ["mean IoU"]) if confusions else []
     rows = []
-    for image, members in list(by_image.items())[:MOST_ROWS]:
+    for image, numbers in list(by_image.items())[:MOST_ROWS]:
+        members = [tiles[at] for at in numbers]
         shares = class_shares(members, table)
         pixels = sum(row["pixels"] for row in shares)
         row = [image, f"{pixels:,}", *(percent(share["share"]) for share in shares[of_class:])]

@@ -52,6 +52,17 @@ def test_a_large_region_is_decimated_to_the_size_asked_for(tmp_path):
     assert shown.metres == pytest.approx(800, rel=1e-3)
 
 
+def test_very_many_tiles_are_painted_without_opening_them(tmp_path, monkeypatch):
+    mask = np.zeros((256, 512), np.uint8)
+    mask[:, 100:400] = 1  # tiles of 128 px: the second and third column are class 1, most of the others class 0
+    tiles = tiles_of(tmp_path, {"scene": (picture(mask), mask, (0, 0))}, size=128)
+    [read] = pictures_of(tiles, size=64)
+    monkeypatch.setattr(pictures, "MOST_READ", 3)
+    [painted] = pictures_of([replace(tile, href="nothing") for tile in tiles], size=64)
+    np.testing.assert_array_equal(painted.classes_HW, np.array([0, 1, 1, 0]).repeat(16) + np.zeros((32, 1)))
+    np.testing.assert_array_equal(painted.image_HWC, read.image_HWC)
+
+
 def test_decimation_leaves_no_gaps_between_tiles_or_at_the_edge(tmp_path):
     mask = np.ones((333, 277), np.uint8)
     [shown] = pictures_of(tiles_of(tmp_path, {"scene": (picture(mask), mask, (3, 5))}), size=100)

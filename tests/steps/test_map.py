@@ -12,6 +12,7 @@ from small_world import catalogue, classifier, segmenter
 from rayseg.engine.run import Engine, Step
 from rayseg.errors import ConfigError, DataError, ModelError
 from rayseg.geo.region import Region
+from rayseg.io import maps
 from rayseg.io.sources import Source
 from rayseg.models import bundle
 from rayseg.steps import map as mapping
@@ -146,7 +147,7 @@ def test_what_is_published_of_the_ledger_is_what_the_files_say(world, step, monk
 
     with monkeypatch.context() as patched:
         patched.setattr(mapping, "content", None)
-        patched.setattr(mapping, "PART", 2)
+        patched.setattr(maps, "PART", 2)
         first = results()
     for path in (Path(step.root) / "steps/predict/ledger").glob("*.json"):
         row = json.loads(path.read_text())
@@ -154,6 +155,22 @@ def test_what_is_published_of_the_ledger_is_what_the_files_say(world, step, monk
         path.write_text(json.dumps(row))
     assert results() == first
     assert first[0]["items"] == len(tiles) > 2
+    monkeypatch.setattr(mapping, "MOST_FILES", 1)
+    monkeypatch.setattr(mapping, "GATHERED", 2)
+    assert results() == first, "the parts of many tiles are gathered before they are joined"
+    assert len(list((join.prefix / "parts").glob("*.parquet"))) > 1
+    monkeypatch.setattr(mapping.vectors, "read_parts", gathered_only(mapping.vectors.read_parts))
+    assert results() == first, "files that were gathered are not gathered again"
+
+
+def gathered_only(read_parts):
+    """`read_parts` for the joining process, which may not open a file of a tile."""
+
+    def read(path, **options):
+        assert "/steps/polygons/parts/" in str(path)
+        return read_parts(path, **options)
+
+    return read
 
 
 @pytest.mark.parametrize("wrong", [{"tile": 0}, {"batch": 0}, {"stall_seconds": 0}])
