@@ -20,6 +20,7 @@ from rayseg.io.maps import MappedTile, by_grid, width_m
 from rayseg.io.rasters import changed, footprint, is_number, view
 from rayseg.io.remote import patient, patiently
 from rayseg.io.sources import Source, gdal, open_file
+from rayseg.io.tables import THREADS
 from rayseg.io.times import time_order
 from rayseg.vision.color import RGB, UNCHANGED, ClassTable, label_table, overlay
 from rayseg.vision.superpixels import outlined
@@ -200,7 +201,7 @@ def mosaic(tiles: Sequence[MappedTile], *, size: int, title: str, plots: bool = 
         for tile in tiles:
             if counts := tile.counts:
                 classes_HW[canvas.slices(tile.tile.window)] = max(counts, key=counts.__getitem__)
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:  # each waits for its store
         read_tiles = tiles if few else ()
         for tile, parts in zip(read_tiles, pool.map(parts_of, read_tiles), strict=True):
             place = canvas.slices(tile.tile.window)
