@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import Event, Thread, current_thread, main_thread
@@ -31,6 +31,8 @@ Machine = Mapping[str, float]
 MOST_CPUS = 4.0
 """CPUs of one copy of a model that computes on CPUs; on a GPU, the most that a stage with a model requests."""
 LEAST_CPUS = 0.1
+GROWTH = 16
+"""Times its first size that a stage on GPUs of a shared cluster may grow to."""
 RELEASE_SECONDS = 2.0
 """Resources that are held for longer belong to other jobs: Ray releases those of the previous step within this time."""
 TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the token of the head, which `ray get-auth-token` prints there"
@@ -219,11 +221,15 @@ def remove_afterwards(folder: str) -> None:
 
 @dataclass(frozen=True)
 class Size:
-    """Resources of a stage: `copies`, each with `cpus` and `gpus`."""
+    """Resources of a stage: `copies`, each with `cpus` and `gpus`.
+
+    `most` are the copies that it may grow to when machines join, or other jobs release theirs; as a rule `copies`.
+    """
 
     copies: int
     cpus: float
     gpus: float
+    most: int = 1
 
 
 def sizes_now(works: Sequence[Work], *, shared: bool, patience: float) -> list[Size]:
@@ -255,7 +261,10 @@ def sizes_now(works: Sequence[Work], *, shared: bool, patience: float) -> list[S
             # Resources of the previous step may still be held for a moment, so they are not counted yet.
             if free == whole or waited > RELEASE_SECONDS:
                 try:
-                    return sizes(works, free, gpus=gpus)
+                    # GPUs bound the copies, so each new GPU takes one. On CPUs a larger pool would fill the space that
+                    # `_of_models` keeps for the copies of a machine that dies.
+                    found = sizes(works, free, gpus=gpus)
+                    return [replace(size, most=size.copies * GROWTH) if size.gpus else size for size in found]
                 except ConfigError as error:
                     fits = []
                     with suppress(ConfigError):
@@ -330,7 +339,7 @@ def sizes(works: Sequence[Work], machines: Sequence[Machine], *, gpus: bool | No
             "--engine inline"
         )
     return [
-        Size(copies, share, work.gpus if on_gpus else 0.0) if work in models else Size(1, work.cpus, 0.0)
+        Size(copies, share, work.gpus if on_gpus else 0.0, copies) if work in models else Size(1, work.cpus, 0.0)
         for work in works
     ]
 

@@ -251,7 +251,7 @@ def _dataset(entries: list[Entry], runners: list[StageRunner], sizes: list[Size]
         needs = {"batch_size": runner.work.batch, "batch_format": "pyarrow", "num_cpus": size.cpus}
         needs |= {"num_gpus": size.gpus} if size.gpus else {}
         if runner.work.model or size.gpus:
-            pool = ray.data.ActorPoolStrategy(size=size.copies)
+            pool = ray.data.ActorPoolStrategy(min_size=size.copies, max_size=size.most, initial_size=size.copies)
             needs |= {
                 "fn_constructor_args": (runner,),
                 "compute": pool,

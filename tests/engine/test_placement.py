@@ -76,7 +76,9 @@ def test_with_models_on_gpus_the_cpus_read_and_write():
 
 def test_on_a_private_ray_stages_that_do_not_fit_are_refused_at_once(monkeypatch):
     monkeypatch.setattr(cluster, "_machines", lambda: [{"CPU": 2.0, "GPU": 0.0}])
-    assert cluster.sizes_now(STAGES, shared=False, patience=0.0)[1].cpus == 1.25
+    alone = cluster.sizes_now(STAGES, shared=False, patience=0.0)
+    assert alone[1].cpus == 1.25
+    assert [size.most for size in alone] == [size.copies for size in alone], "one machine does not grow"
     with pytest.raises(ConfigError, match="need 8"):
         cluster.sizes_now([Work(list, cpus=4)], shared=False, patience=100.0)
 
@@ -93,7 +95,9 @@ def test_an_autoscaler_is_asked_for_needed_and_held_resources_until_the_stages_f
     monkeypatch.setattr(cluster, "_machines", machines)
     monkeypatch.setattr(cluster, "RELEASE_SECONDS", -1.0)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    cluster.sizes_now([Work(list, cpus=1.0), Work(list, cpus=1.0, gpus=1.0, model=True)], shared=True, patience=9.0)
+    works = [Work(list, cpus=1.0), Work(list, cpus=1.0, gpus=1.0, model=True)]
+    reader, model = cluster.sizes_now(works, shared=True, patience=9.0)
+    assert (reader.most, model.most) == (reader.copies, model.copies * cluster.GROWTH), "GPUs that join later are used"
     assert asked == [[{"CPU": 1.0}, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 3.5, "GPU": 1.0}], []]
 
 
