@@ -12,8 +12,9 @@ import shapely
 from affine import Affine
 from numpy.typing import NDArray
 from pyproj import CRS, Transformer
-from pyproj.crs import ProjectedCRS
+from pyproj.crs import CoordinateOperation, ProjectedCRS
 from pyproj.crs.coordinate_operation import EquidistantCylindricalConversion
+from pyproj.exceptions import ProjError
 from shapely.affinity import translate
 from shapely.errors import TopologicalError
 from shapely.geometry.base import BaseGeometry
@@ -30,7 +31,7 @@ PAST_POLES = 1.3
 _WIDEST = 270.0  # degrees of longitude of a ring that has long edges and does not cross
 _BENT = 0.03
 _MOST_PARTS = 4096  # of one edge
-_DISKS = ("Orthographic", "Geostationary", "Vertical Perspective")
+_DISKS = ("Orthographic", "Geostationary", "Vertical Perspective", "PROJ tpers")
 _CURVED = 720  # vertices of an edge as long as the Earth is wide
 _LIMB = 7200  # vertices of the edge of a disk
 _BESIDE = (1 - 1e-7, 1 + 1e-7, 1 - 1e-6, 1 + 1e-6, 1 - 1e-5, 1 + 1e-5, 1 - 1e-4, 1 + 1e-4)
@@ -271,10 +272,32 @@ def _turned_back(polygon: BaseGeometry) -> list[BaseGeometry]:
 def _cut(polygons: NDArray[np.object_]) -> list[BaseGeometry]:
     """The parts of polygons that cross the antimeridian, with edges on it."""
     try:
-        cut = [antimeridian.fix_polygon(part, fix_winding=True, great_circle=False) for part in polygons]
+        cut = [antimeridian.fix_polygon(_wound(part), fix_winding=True, great_circle=False) for part in polygons]
     except (ValueError, RecursionError) as error:  # what it raises for a ring that crosses itself
         raise TopologicalError(str(error)) from error
     return [piece for part in cut for piece in shapely.get_parts(part)]
+
+
+def _wound(polygon: Any) -> shapely.Polygon:  # noqa: ANN401 - shapely's arrays are of objects
+    """The polygon with an outer ring that runs counterclockwise on Earth, and holes that run clockwise.
+
+    Of an outer ring of the other direction `antimeridian` fills the holes that cross. Rings around a pole stay.
+    """
+    rings = []
+    for number, ring in enumerate((polygon.exterior, *polygon.interiors)):
+        points_N2 = shapely.get_coordinates(ring)
+        turned_N2 = np.stack([np.unwrap(points_N2[:, 0], period=360), points_N2[:, 1]], axis=1)
+        closed = abs(turned_N2[-1, 0] - turned_N2[0, 0]) < 180
+        right = not closed or shapely.is_ccw(shapely.linearrings(turned_N2)) == (number == 0)
+        rings.append(points_N2 if right else points_N2[::-1])
+    return shapely.Polygon(rings[0], rings[1:])
+
+
+def valid(areas: NDArray[np.object_]) -> NDArray[np.object_]:
+    """Polygons as others drew them, valid: ground that two parts of one share belongs to it, holes do not."""
+    # GEOS's older method takes ground that two parts of a multipolygon share for a hole.
+    made: NDArray[np.object_] = shapely.make_valid(areas, method="structure", keep_collapsed=False)
+    return made
 
 
 def sound(area: BaseGeometry) -> BaseGeometry:
@@ -334,15 +357,23 @@ def _edge_of(crs: str) -> float | None:
     operation, meridian = system.coordinate_operation, system.prime_meridian
     if system.is_geographic or operation is None or (meridian is not None and meridian.longitude != 0):
         return None
-    middle = [float(parameter.value) for parameter in operation.params if parameter.name.startswith("Longitude of")]
-    if not middle:
+    if (middle := _middle_of(operation, "Longitude", "lon_0")) is None:
         return None
     # There a place has two points. On azimuthal, transverse and oblique planes it has one, or none.
-    edge, lats = middle[0] + 180, np.array([-45.0, 45.0])
+    edge, lats = middle + 180, np.array([-45.0, 45.0])
     one, other = (transformer(LONLAT, crs).transform([edge + side] * 2, lats) for side in (_OFF - 360, -_OFF))
     apart = np.hypot(*np.subtract(one, other)) if np.isfinite([one, other]).all() else np.zeros(2)
     unit = system.axis_info[0].unit_conversion_factor
     return edge if apart.min() * unit > 1000 else None
+
+
+def _middle_of(operation: CoordinateOperation, name: str, short: str) -> float | None:
+    """The longitude or latitude in degrees of a projection's middle; None where it names none.
+
+    Projections that are PROJ's alone have its short names, and 0 by default.
+    """
+    named = (row for row in operation.params if row.name.startswith(f"{name} of") or row.name == short)
+    return next((float(row.value) for row in named), 0.0 if operation.method_name.startswith("PROJ ") else None)
 
 
 @lru_cache(maxsize=256)
@@ -355,16 +386,22 @@ def lobes_of(crs: str) -> tuple[Bounds, ...]:
         return ()
     # Other planes, as Cassini's, overlap themselves far from their middle.
     lons, lats = np.meshgrid(edge - 360 + np.arange(10.0, 360, 20), np.arange(-75.0, 90, 25))
-    back = np.stack(transformer(crs, LONLAT).transform(*transformer(LONLAT, crs).transform(lons, lats)))
+    try:
+        back = np.stack(transformer(crs, LONLAT).transform(*transformer(LONLAT, crs).transform(lons, lats)))
+    except ProjError:  # it has no inverse
+        return ()
     away = np.where(np.isfinite(back), back, np.nan) - (lons, lats)
     if not (np.abs((away + 180) % 360 - 180) < 0.01).all():
         return ()
     ends, lons = [], edge - 360 + np.arange(0.25, 360, 0.5)
-    for lat in (-60.0, 60.0):
+    for lat in (-60.0, 60.0, -15.0, 15.0):
         points_N2 = np.stack(transformer(LONLAT, crs).transform(lons, np.full(len(lons), lat)), axis=1)
         steps = np.hypot(*np.diff(points_N2, axis=0).T)
         breaks = (lons[:-1] + 0.25)[steps > 3 * np.median(steps)]
         ends.append([edge - 360, *breaks.tolist(), edge])
+    if [len(end) for end in ends[:2]] != [len(end) for end in ends[2:]]:  # gaps that end before the equator
+        return ()
+    ends = ends[:2]
     pole = 90 - 1e-3  # closer to it, both ends of a parallel are one point for PROJ
     if len(ends[0]) == len(ends[1]) == 2:
         return ((edge - 360, -pole, edge, pole),)
@@ -395,11 +432,8 @@ def earth_on(crs: str) -> BaseGeometry | None:
 def _disk(crs: str) -> shapely.Polygon:
     """The side of the Earth that is seen from a point, on the plane of a perspective CRS."""
     operation = CRS.from_user_input(crs).coordinate_operation
-    params = operation.params if operation else ()
-    lon, lat = (
-        next((float(row.value) for row in params if row.name.startswith(f"{name} of")), 0.0)
-        for name in ("Longitude", "Latitude")
-    )
+    names = (("Longitude", "lon_0"), ("Latitude", "lat_0"))
+    lon, lat = ((operation and _middle_of(operation, *name)) or 0.0 for name in names)
     center = np.array(transformer(LONLAT, crs).transform(lon, lat))
     turns = np.linspace(0, 2 * np.pi, _LIMB, endpoint=False)
     ways_N2 = np.stack([np.cos(turns), np.sin(turns)], axis=1)

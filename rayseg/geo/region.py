@@ -37,6 +37,7 @@ from rayseg.geo.lonlat import (
     polygons_in,
     to_lonlat,
     transformer,
+    valid,
     within,
 )
 from rayseg.geo.vector_files import SUFFIXES, read_frame
@@ -398,7 +399,7 @@ def _area(path: str) -> dict[str, Any]:
             "wrong, divide its edges",
             path,
         )
-    area = divided(shapely.union_all(shapely.make_valid(lonlat)))
+    area = divided(shapely.union_all(valid(lonlat)))
     if area.is_empty or area.area == 0:
         raise DataError(
             f"region file {path} has no area ({area.geom_type} within {area.bounds}), expected a polygon; draw one"

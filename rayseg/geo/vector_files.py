@@ -49,12 +49,28 @@ def read_frame(path: StorePath, *, every: bool = False) -> "geopandas.GeoDataFra
         )
     source = str(target) if is_local(target) else io.BytesIO(target.read_bytes())
     try:
-        frame = geopandas.read_parquet(source) if kind == "Parquet" else geopandas.read_file(source, engine="pyogrio")
+        if kind == "Parquet":
+            frame = geopandas.read_parquet(source)
+        else:
+            frame = geopandas.read_file(source, engine="pyogrio", **_layer(source, path))
     except _DAMAGED as error:
         raise DataError(f"{path} cannot be read as polygons: {error}; give GeoParquet or GeoJSON") from error
     if not isinstance(frame, geopandas.GeoDataFrame):
         raise DataError(f"{path} has no geometries, expected polygons; give GeoParquet or GeoJSON")
     return frame if every else _placed(frame, path)
+
+
+def _layer(source: str | io.BytesIO, path: StorePath) -> dict[str, str]:
+    """The first layer with geometries, for geopandas; a warning names the others, which are not read."""
+    import pyogrio
+
+    layers = [str(name) for name, kind in pyogrio.list_layers(source) if kind is not None]  # styles are tables
+    if len(layers) > 1:
+        _log.warning(
+            "%s has the layers %s, only %s is read: save the others as files of their own",
+            *(path, listed(layers, most=_NAMED), layers[0]),
+        )
+    return {"layer": layers[0]} if layers else {}
 
 
 def _kind(head: bytes) -> str:

@@ -13,7 +13,7 @@ from rasterio.features import rasterize
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import Grid, Window, slug
-from rayseg.geo.lonlat import from_lonlat, geographic, jumps, of_file, within
+from rayseg.geo.lonlat import from_lonlat, geographic, jumps, of_file, valid, within
 from rayseg.geo.region import degrees_around
 from rayseg.geo.vector_files import read_frame
 from rayseg.io import labelme
@@ -102,7 +102,7 @@ class Polygons:
             raise DataError(
                 f"{path} has no CRS and no column image; set the CRS, or name the image of each polygon in pixels"
             )
-        frame.geometry = shapely.make_valid(frame.geometry.to_numpy())
+        frame.geometry = valid(frame.geometry.to_numpy())
         return cls(frame, path)
 
     def ids(self, grid: Grid, window: Window) -> Ids:

@@ -24,7 +24,7 @@ from rio_tiler.models import ImageData
 
 from rayseg.errors import DataError
 from rayseg.geo.grid import NODATA, Grid, Window
-from rayseg.geo.lonlat import LONLAT, transformer
+from rayseg.geo.lonlat import LONLAT, transformer, turn_of
 from rayseg.io.maps import MappedTile
 from rayseg.io.pictures import bands_shown, nodata_of
 from rayseg.io.rasters import is_number
@@ -87,7 +87,7 @@ def classes_tile(
             break
         window = tile.tile.window
         rows_HW, cols_HW, step = positions[tile.tile.grid]
-        rows_HW, cols_HW = rows_HW - window.row, cols_HW - window.col
+        rows_HW, cols_HW = rows_HW - window.row, _columns(cols_HW, tile.tile.grid, window)
         # Pixels that an earlier tile has filled stay: the first tile wins.
         open_HW = (classes_HW == NODATA) & (rows_HW >= 0) & (rows_HW < window.height)
         open_HW &= (cols_HW >= 0) & (cols_HW < window.width)
@@ -128,6 +128,13 @@ def _positions(grid: Grid, place: Place, image: Window | None) -> tuple[np.ndarr
         warnings.simplefilter("ignore", RuntimeWarning)  # all NaN
         size = np.nanmedian(np.hypot(np.diff(rows_HW, axis=1), np.diff(cols_HW, axis=1)))
     return rows_HW, cols_HW, int(2 ** max(0, np.floor(np.log2(size)))) if size > 0 else 1
+
+
+def _columns(cols: np.ndarray, grid: Grid, window: Window) -> np.ndarray:
+    """Columns of a grid counted from a window's first, on the window's turn around the Earth."""
+    counted = cols - window.col
+    turn = turn_of(grid.crs) if grid.crs else None
+    return counted % (360 * turn[1] / grid.resolution[0]) if turn else counted
 
 
 def _values(href: str, version: str, step: int, rows_N: np.ndarray, cols_N: np.ndarray) -> np.ndarray:
@@ -203,7 +210,7 @@ class Mosaic:
         for grid in images if image else [grid for grid in self.parts if grid.crs]:
             whole, values_HW = self.parts[grid]
             rows_HW, cols_HW, _ = _positions(grid, place, image)
-            rows_HW, cols_HW = rows_HW - whole.row, cols_HW - whole.col
+            rows_HW, cols_HW = rows_HW - whole.row, _columns(cols_HW, grid, whole)
             open_HW = (classes_HW == NODATA) & (rows_HW >= 0) & (rows_HW < whole.height)
             open_HW &= (cols_HW >= 0) & (cols_HW < whole.width)
             rows_N, cols_N = (rows_HW[open_HW] // self.step).astype(int), (cols_HW[open_HW] // self.step).astype(int)
@@ -264,16 +271,20 @@ def _band_count(href: str) -> int:
 
 
 def values_at(tile: MappedTile, x: float, y: float) -> tuple[int, dict[str, int]] | None:
-    """(class, band -> score) of the pixel of a tile at a place; None outside of it, or without a map there.
+    """(class, band -> score) of the pixel of a tile at a place; None outside of it, and where it has no class.
 
     Args:
         tile: of the map.
         x: longitude; of an image without CRS the column.
         y: latitude; of an image without CRS the row.
+
+    Raises:
+        DataError: its classes cannot be read. Scores may be missing.
     """
     grid, window = tile.tile.grid, tile.tile.window
     if grid.crs:
         col, row = ~grid.transform(window) * transformer(LONLAT, grid.crs).transform(x, y)
+        col = float(_columns(np.array(col + window.col), grid, window))
     else:
         col, row = x - window.col, y - window.row
     if not (0 <= col < window.width and 0 <= row < window.height):
@@ -282,7 +293,8 @@ def values_at(tile: MappedTile, x: float, y: float) -> tuple[int, dict[str, int]
     pixel = RasterWindow(int(col), int(row), 1, 1)
     values = {}
     for href in (tile.href, scores_of(tile)):
-        with suppress(DataError), gdal(href), open_file(href) as dataset:
+        # A map may have no scores, but always has classes.
+        with suppress(*([] if href == tile.href else [DataError])), gdal(href), open_file(href) as dataset:
             names = [name or str(at) for at, name in enumerate(dataset.descriptions, 1)]
             values[href] = dict(zip(names, dataset.read(window=pixel)[:, 0, 0].tolist(), strict=True))
     found = next(iter(values.get(tile.href, {}).values()), NODATA)

@@ -366,6 +366,8 @@ def _warp(dataset: DatasetReader, nodata: float | None, place: dict[str, Any], *
     options = {"XSCALE": 1.0, "YSCALE": 1.0, "tolerance": 1e-9, "resampling": kind, **place}
     # By default GDAL takes a band's fill value for data wherever another band has data.
     options["UNIFIED_SRC_NODATA"] = "NO"
+    # A pixel counts unless it is wholly transparent; of 65,535 steps GDAL would take the first as none.
+    options["SRC_ALPHA_MAX"] = "1"
     return WarpedVRT(dataset, src_nodata=nodata, nodata=nodata, add_alpha=bare, **options)
 
 

@@ -221,7 +221,8 @@ def described(dataset: DatasetReader) -> Source:
 
 def _prj_crs(href: str) -> CRS | None:
     """The CRS in the `.prj` next to a file with a world file, which GDAL reads for few formats; None without one."""
-    if not is_local(href) or not (path := upath(href).with_suffix(".prj")).exists():
+    beside = (upath(href).with_suffix(suffix) for suffix in (".prj", ".PRJ")) if is_local(href) else ()
+    if (path := next((path for path in beside if path.exists()), None)) is None:
         return None
     try:
         return CRS.from_wkt(path.read_text(), morph_from_esri_dialect=True)

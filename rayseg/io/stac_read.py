@@ -159,7 +159,12 @@ def _read_items(
 
 def _same(one: pystac.Item, other: pystac.Item) -> bool:
     """Whether two items of one id are one, which a catalogue lists twice."""
-    hrefs = [sorted(asset.href for asset in item.assets.values()) for item in (one, other)]
+    # Items of one tile at several times often have one id, and relative hrefs that look alike.
+    bases = [item.get_self_href() or "" for item in (one, other)]
+    hrefs = [
+        sorted(resolved(asset.href, base) for asset in item.assets.values())
+        for item, base in zip((one, other), bases, strict=True)
+    ]
     return bool(hrefs[0]) and hrefs[0] == hrefs[1] and one.geometry == other.geometry
 
 
@@ -502,7 +507,7 @@ def _crs(fields: Mapping[str, Any]) -> str | None:
         except (CRSError, ValueError, pyproj.exceptions.CRSError):
             continue  # "EPSG:None" and its kind
         if crs:
-            return str(text) if _CODE.fullmatch(str(text)) else crs_text(crs)
+            return str(text).upper() if _CODE.fullmatch(str(text)) else crs_text(crs)
     return None
 
 

@@ -48,7 +48,10 @@ class _Handlers:
     async def value(self, name: Name, x: Degrees, y: Degrees, image: Image = None) -> dict[str, Any]:
         """Class and scores of the map at a place; x, y are longitude and latitude, or column and row of an image."""
         root = await asyncio.to_thread(self._index.root, name)
-        return await runs.in_reader(_value, root, x, y, image)
+        try:
+            return await runs.in_reader(_value, root, x, y, image)
+        except DataError as error:
+            raise Problem(422, "the map there is missing or damaged; run rayseg verify RUN") from error
 
 
 def _value(root: str, x: float, y: float, image: str | None) -> dict[str, Any]:

@@ -129,8 +129,11 @@ class RunView:
 
 
 def _intersecting(bounds_N4: np.ndarray, bounds: mapview.Bounds) -> list[int]:
-    (west, south, east, north), columns = bounds, bounds_N4.T
-    hits_N = (columns[0] < east) & (columns[2] > west) & (columns[1] < north) & (columns[3] > south)
+    (west, south, east, north), (left_N, bottom_N, right_N, top_N) = bounds, bounds_N4.T
+    right_N = right_N + 360 * (left_N > right_N)  # across the antimeridian
+    turns_3N = np.array([[-360.0], [0.0], [360.0]])  # some grids count to 360
+    hits_N = ((left_N + turns_3N < east) & (right_N + turns_3N > west)).any(axis=0) & (bottom_N < north)
+    hits_N &= top_N > south
     return np.flatnonzero(hits_N).tolist()
 
 

@@ -98,6 +98,13 @@ def test_lines_and_points_among_polygons_are_counted(tmp_path, caplog):
     assert "1 of 2 rows of" in caplog.text
 
 
+def test_a_file_of_several_layers_says_which_is_read(tmp_path, caplog):
+    for layer, polygon in (("fields", SQUARES[0]), ("roads", SQUARES[1])):
+        geopandas.GeoDataFrame(geometry=[polygon], crs="EPSG:4326").to_file(tmp_path / "a.gpkg", layer=layer)
+    assert read_frame(tmp_path / "a.gpkg").geometry.tolist() == [SQUARES[0]]
+    assert "a.gpkg has the layers fields, roads, only fields is read" in caplog.text
+
+
 def test_a_region_file_of_another_format_is_refused_in_one_sentence(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps(TOPOLOGY))
     said = refused(3, "predict", "model", tmp_path / "r.json", "--out", tmp_path / "run")

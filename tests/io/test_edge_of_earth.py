@@ -36,9 +36,16 @@ KINDS = {
     "orthographic": ("+proj=ortho +lat_0=-35 +lon_0=175 +R=6371007", 6.6e6, 6.6e6, 0.5),
     "orthographic at a pole": ("+proj=ortho +lat_0=90 +lon_0=20", 6.6e6, 6.6e6, 0.5),
     "perspective": ("+proj=nsper +h=3000000 +lat_0=40 +lon_0=-100 +R=6371007", 5e6, 5e6, cap(3e6)),
-    "Mollweide": ("+proj=moll +lon_0=150", 18.2e6, 9.2e6, 1.0),
     "Robinson": ("ESRI:54030", 17.1e6, 8.7e6, 1.0),
     "Goode": ("+proj=igh", 20.1e6, 8.7e6, 1.0),
+    "Hammer": ("+proj=hammer +lon_0=-60", 18.2e6, 9.2e6, 1.0),
+    "interrupted Mollweide": ("+proj=imoll", 19.2e6, 9.2e6, 1.0),
+    "perspective that may tilt": (
+        "+proj=tpers +h=3000000 +lat_0=40 +lon_0=-100 +R=6371007",
+        5e6,
+        5e6,
+        cap(3e6),
+    ),
     "sinusoidal": ("+proj=sinu +R=6371007.181", 20.1e6, 10.1e6, 1.0),
 }
 

@@ -109,13 +109,13 @@ def test_images_without_labels_are_imagery_with_their_own_bands_and_place(tmp_pa
     assert items["a"].assets["image"].media_type == "image/jpeg"
 
 
-@pytest.mark.parametrize(("suffix", "world"), [(".jpg", ".jgw"), (".png", ".pgw"), (".tif", ".tfw"), (".jpg", ".wld")])
-@pytest.mark.parametrize("code", [25832, 28992])
-def test_a_world_file_with_a_prj_beside_it_places_an_image(tmp_path, suffix, world, code):
+@pytest.mark.parametrize(("suffix", "world"), [(".jpg", ".JGW"), (".png", ".pgw"), (".tif", ".tfw"), (".jpg", ".wld")])
+@pytest.mark.parametrize(("code", "prj"), [(25832, ".prj"), (28992, ".PRJ")])
+def test_a_world_file_with_a_prj_beside_it_places_an_image(tmp_path, suffix, world, code, prj):
     image = np.repeat(np.add.outer(10 * np.arange(20), np.arange(30))[..., None], 3, axis=2).astype(np.uint8)
     write(tmp_path / "images" / f"ortho{suffix}", image)
     (tmp_path / f"images/ortho{world}").write_text("0.2\n0\n0\n-0.2\n400000.1\n599999.9\n")
-    (tmp_path / "images/ortho.prj").write_text(CRS.from_epsg(code).to_wkt("WKT1_ESRI"))
+    (tmp_path / f"images/ortho{prj}").write_text(CRS.from_epsg(code).to_wkt("WKT1_ESRI"))
     [source], wrong = sources_of_images(tmp_path / "images")
     assert not wrong
     assert source.crs == f"EPSG:{code}"

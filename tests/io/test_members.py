@@ -218,6 +218,17 @@ def test_items_of_one_id_are_items_of_their_own_and_one_listed_twice_is_one(tmp_
     assert "has several items called a, one of them is called a-2 here" in caplog.text
 
 
+def test_items_of_one_id_in_folders_of_their_own_are_two_whose_relative_hrefs_look_alike(tmp_path):
+    for day, value in (("2021", 7), ("2022", 9)):
+        (tmp_path / day).mkdir()
+        image(tmp_path / day / "a.tif", value=value)
+        write(tmp_path / day / "tile.json", item("T18", properties={"datetime": f"{day}-06-01T00:00:00Z"}))
+    links = [{"rel": "item", "href": f"./{day}/tile.json"} for day in ("2021", "2022", "2021")]
+    root = write(tmp_path / "c.json", {"type": "Catalog", "id": "c", "stac_version": "1.0.0", "links": links})
+    sources, _ = mapping_steps.imagery(Region("r", catalog=root), MapConfig())
+    assert sorted(Path(source.assets[0][0]).parent.name for source in sources) == ["2021", "2022"]
+
+
 def test_an_id_may_be_a_number_and_an_item_without_one_is_named(tmp_path):
     image(tmp_path / "a.tif")
     rows = [item(7), item("a"), item(None)]

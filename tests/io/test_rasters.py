@@ -272,10 +272,10 @@ def test_mask_bands_count_inside_and_beside_the_file(tmp_path, internal):
     assert np.array_equal(read([source], grid, window, bands=["red"])[1], mask > 0)
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
-def test_alpha_counts_read_as_it_is_and_warped(tmp_path, dtype):
+@pytest.mark.parametrize(("dtype", "opaque"), [("uint8", 200), ("uint16", 200), ("uint16", 1), ("float32", 200)])
+def test_alpha_counts_read_as_it_is_and_warped(tmp_path, dtype, opaque):
     image = noise(4, dtype=dtype)
-    image[3] = 200
+    image[3] = opaque
     image[3, 10:20, 10:20] = 0
     source = write(tmp_path / "a.tif", image, alpha=True)
     assert source.bands == ("red", "green", "blue", "alpha")

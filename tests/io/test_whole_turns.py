@@ -1,16 +1,22 @@
 """Polygons on one grid that goes once around the Earth: its last column and its first are neighbours."""
 
 import geopandas
+import mercantile
 import numpy as np
 import pytest
 import rasterio
 import shapely
 from rasterio.transform import from_origin
 
-from rayseg.geo.grid import Grid, Tile, Window
-from rayseg.io import seams, vectors
+from rayseg.engine.ledger import Record
+from rayseg.errors import DataError
+from rayseg.geo.grid import NODATA, Grid, Tile, Window
+from rayseg.io import cog, seams, vectors
+from rayseg.io.maps import MappedTile
+from rayseg.io.mapview import classes_tile, lonlat_bounds, values_at
 from rayseg.io.plot_joins import across_seams
 from rayseg.io.polygonize import polygonize
+from rayseg.serve.runs import _intersecting
 from rayseg.vision.color import ClassTable
 
 TABLE = ClassTable(((0, "low", (0, 0, 0)), (1, "high", (0, 158, 115))))
@@ -79,3 +85,25 @@ def test_plots_over_the_ends_of_the_grid_are_one():
     boxes = [shapely.box(0, 2, 5, 6), shapely.box(355, 2, 360, 6), shapely.box(0, 7, 4, 9), shapely.box(100, 2, 104, 6)]
     plots = [{"number": n, "grid": 0, "geometry": box.wkb} for n, box in enumerate(boxes, 1)]
     assert across_seams([grid], plots, least=0.5, begins=begins) == {1: 1, 2: 1, 3: 3, 4: 4}
+
+
+@pytest.mark.parametrize(("crs", "west", "side"), [("EPSG:4326", 190.0, 0.01), ("EPSG:3857", 21_150_450.0, 1000.0)])
+def test_a_map_that_counts_on_is_shown_at_its_place(tmp_path, crs, west, side):
+    """On a web map, whose longitudes end at 180."""
+    classes_HW = np.random.default_rng(5).integers(0, 2, (64, 64), np.uint8)
+    x, y = west / side, (0.0 if crs == "EPSG:3857" else 5.0) / side
+    grid, window = Grid(crs, (side, side), (0.0, 0.0)), Window(round(x), -round(y), 64, 64)
+    cog.write_classes(tmp_path / "classes.tif", classes_HW, grid, window, TABLE)
+    tile = MappedTile(Tile("t", grid, window), Record("t", "done"), str(tmp_path / "classes.tif"), ())
+    left, bottom, right, top = lonlat_bounds(grid, window)
+    turned = [lon - 360 * (lon > 180) for lon in (left + (right - left) * 10.5 / 64, left + (right - left) * 40.5 / 64)]
+    for lon, col in zip(turned, (10, 40), strict=True):
+        lat = bottom + (top - bottom) * 0.5 / 64
+        assert values_at(tile, lon, lat)[0] == classes_HW[63, col]
+    place = mercantile.tile(turned[0], lat, 8)
+    assert (classes_tile([tile], (8, place.x, place.y)) != NODATA).any()
+    near = mercantile.bounds(place)
+    assert _intersecting(np.array([(left, bottom, right, top)]), (near.west, near.south, near.east, near.north)) == [0]
+    (tmp_path / "classes.tif").write_bytes(b"cut")
+    with pytest.raises(DataError, match="cannot be read"):
+        values_at(tile, turned[0], lat)

@@ -58,8 +58,8 @@ function readout(event) {
       const scores = Object.entries(found.scores).map(([name, score]) => `${name} ${score.toFixed(2)}`);
       const where = shown.image ? `${Math.floor(x)}, ${Math.floor(y)}` : `${y.toFixed(5)}, ${x.toFixed(5)}`;
       element("value").textContent = [found.class ?? "not mapped", scores.slice(0, 4).join(", "), where].filter(Boolean).join(" | ");
-      element("value").hidden = false;
-    } catch { element("value").hidden = true; }
+    } catch (error) { element("value").textContent = error.message; }
+    element("value").hidden = false;
   }, 120);
 }
 
