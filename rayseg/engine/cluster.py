@@ -93,12 +93,15 @@ def connect(address: str | None, *, dashboard: bool = False) -> None:
         Stalled: a private Ray does not start because the machine is too busy.
     """
     import ray
+    from ray._private import worker
     from ray._private.utils import write_ray_address
     from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
         return
     quiet_ray()
+    # Whatever its log level, Ray prints on stdout that a worker died: results stand there, which programs read.
+    worker._worker_logs_enabled = False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if (chosen := ray_address(address)) != "local":
         # Workers need to know where the stores are; every machine has its own keys. Ray refuses a variable that the

@@ -9,7 +9,7 @@ import time
 
 import pytest
 from mortal import until
-from ray._private import parameter
+from ray._private import parameter, worker
 
 from rayseg.engine import cluster
 from rayseg.errors import ConfigError, Stalled
@@ -52,7 +52,7 @@ def test_agents_of_a_private_ray_listen_at_any_free_port(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("inherited", "passed"), [({}, ["AWS_REGION", "RAYSEG_SIGN"]), ({"AWS_REGION": "a"}, ["RAYSEG_SIGN"])]
 )
-def test_workers_get_the_variables_of_stores_once(monkeypatch, inherited, passed):
+def test_workers_get_the_variables_of_stores_once_and_stdout_is_for_results(monkeypatch, capsys, inherited, passed):
     """From the job if this process is one, else from this process: Ray refuses a variable that both give."""
     for name in ACCESS:
         monkeypatch.delenv(name, raising=False)
@@ -62,8 +62,13 @@ def test_workers_get_the_variables_of_stores_once(monkeypatch, inherited, passed
     given = []
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", lambda **named: given.append(named["runtime_env"]["env_vars"]))
+    monkeypatch.setattr("ray._private.worker._worker_logs_enabled", True)
     cluster.connect("10.0.0.1:6379")
     assert [sorted(variables) for variables in given] == [passed]
+    # as Ray's thread does when a worker dies
+    lost = {"lines": ["A worker died or was killed ..."], "pid": "raylet", "is_err": False}
+    worker.print_to_stdstream(lost, ignore_prefix=False)
+    assert capsys.readouterr().out == ""
 
 
 def test_an_address_of_ray_client_is_refused_with_a_remedy():
