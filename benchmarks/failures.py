@@ -4,6 +4,9 @@ The same scene and network by `rayseg predict` and by the plain loop of predict.
 and begins anew. First each runs undisturbed. `extra` is the time from each command's first tile on, compared with that
 of the undisturbed run: what the kills cost beyond the restarts themselves, whose seconds have a column of their own.
 Targets: rayseg byte-equal, at most 10 % extra. The loop gets as many commands as rayseg needed.
+
+`--cpu` counts the processor seconds of the command's process, not those of the clock: on a busy machine, whose load
+changes, a start alone may take longer than 20 s. With Ray other processes compute: it is for inline and the loop.
 """
 
 import argparse
@@ -41,7 +44,15 @@ class Tries:
     done: bool = False
 
 
-def tries(kind: str, folder: Path, out: Path, *, every: float | None, most: int) -> Tries:
+def clock(pid: int, *, cpu: bool) -> float:
+    """Seconds of the clock, or of the processors that a living process has used."""
+    if not cpu:
+        return time.monotonic()
+    used = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return sum(map(int, used)) / os.sysconf("SC_CLK_TCK")
+
+
+def tries(kind: str, folder: Path, out: Path, *, every: float | None, most: int, cpu: bool) -> Tries:
     """Run a command again and again, and kill it after `every` seconds, until it ends by itself."""
     found = Tries()
     # a tile of 1024 px is about a second of work: what a kill costs is what is under way
@@ -53,11 +64,13 @@ def tries(kind: str, folder: Path, out: Path, *, every: float | None, most: int)
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()
         command = [sys.executable, *(["-c", loop] if kind == "loop" else map(str, words))]
-        known, began, first = records(kind, out), time.monotonic(), 0.0
+        known, first = records(kind, out), 0.0
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": Path(__file__).parent}
         with subprocess.Popen(command, **quiet, start_new_session=True) as process:
+            began = now = clock(process.pid, cpu=cpu)
             while process.poll() is None:
-                now = time.monotonic()
+                with contextlib.suppress(IndexError, ValueError, OSError):  # it has just ended
+                    now = clock(process.pid, cpu=cpu)
                 first = first or (now if records(kind, out) > known else 0.0)
                 if every and now - began > every:
                     with contextlib.suppress(ProcessLookupError):
@@ -65,9 +78,8 @@ def tries(kind: str, folder: Path, out: Path, *, every: float | None, most: int)
                     process.wait()
                 time.sleep(0.05)
             found.done = process.returncode == 0
-        end = time.monotonic()
-        found.starts.append((first or end) - began)
-        found.works.append(end - first if first else 0.0)
+        found.starts.append((first or now) - began)
+        found.works.append(now - first if first else 0.0)
         found.tiles.append(records(kind, out) - known)
         if kind == "ray":
             time.sleep(3)  # Ray's processes end with their driver, but not at once
@@ -92,6 +104,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=3, help="tiles down")
     parser.add_argument("--every", type=float, default=20.0, help="seconds until a kill")
     parser.add_argument("--engines", nargs="+", default=["inline", "ray"], choices=["inline", "ray"])
+    parser.add_argument("--cpu", action="store_true", help="count processor seconds")
     asked = parser.parse_args()
     rows, most = [], 20
     with tempfile.TemporaryDirectory() as name:
@@ -100,8 +113,8 @@ def main() -> None:
             folder, columns=asked.columns, rows=asked.rows, architecture="deeplabv3plus", encoder="mobilenet_v2"
         )
         for kind in [*asked.engines, "loop"]:
-            whole = tries(kind, folder, folder / f"{kind}-whole", every=None, most=1)
-            killed = tries(kind, folder, folder / f"{kind}-killed", every=asked.every, most=most)
+            whole = tries(kind, folder, folder / f"{kind}-whole", every=None, most=1, cpu=asked.cpu)
+            killed = tries(kind, folder, folder / f"{kind}-killed", every=asked.every, most=most, cpu=asked.cpu)
             # the first tile of each command is work, too
             tile = whole.works[0] / max(whole.tiles[0] - 1, 1)
             extra = (sum(killed.works) + tile * (len(killed.works) - 1)) / whole.works[0] - 1
@@ -115,7 +128,7 @@ def main() -> None:
             rows.append([kind, *cost, *kills, *ends])
             print(killed, flush=True)
     columns = ("", "undisturbed s", "killed s", "kills", "of it restarts s", "extra", "bytes equal", "tiles")
-    show(f"kill -9 every {asked.every:g} s", columns, rows)
+    show(f"kill -9 every {asked.every:g} s{' of CPU' if asked.cpu else ''}", columns, rows)
 
 
 if __name__ == "__main__":

@@ -152,6 +152,7 @@ def _over_a_box(world, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.more  # stages/test_refine.py has the arrays
 def test_a_map_follows_the_segments_of_its_imagery(world, tmp_path):
     chosen = ["refine.stride=64", "refine.patch=96", "refine.superpixels.scales=[150]", "refine.superpixels.least=40"]
     chosen.append("refine.superpixels.contrast=0")
