@@ -114,7 +114,9 @@ def fit_mask(step: Step, listed: Step, cues: Step | None, config: Config) -> dic
         learning = config.segmenter.learning.model_copy(update={"seed": seed})
         settings = config.segmenter.model_copy(update={"learning": learning})
         shared = partial(expect_shared, settings)
-        setup = models.training_setup(step, workers=config.workers, prefix=prefix, expect=shared)
+        setup = models.training_setup(
+            step, workers=config.workers, prefix=prefix, expect=shared, described=_segmenter(config)
+        )
         measures.append(fit_segmenter(settings, learnt, setup, scaling=config.scaling, held_out=held_out))
         members.append((settings, prefix))
     means = {key: float(np.mean([row[key] for row in measures])) for key in measures[0]}

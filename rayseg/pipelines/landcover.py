@@ -103,7 +103,8 @@ def fit(step: Step, listed: Step, config: Config) -> dict[str, Any]:
         if on_ray:
             cluster.connect(step.engine.address)
         fits = partial(supervised.expect_supervisable, settings, classes=len(training.pixels_K))
-        setup = models.training_setup(step, workers=config.workers, expect=fits)
+        described = _segmenter(config, learnt_from)
+        setup = models.training_setup(step, workers=config.workers, expect=fits, described=described)
         measures = supervised.fit_supervised(settings, training, validation, setup, scaling=scaling, on_ray=on_ray)
         net = settings.build(classes=len(config.classes.table.classes), channels=len(config.bands), weights="none")
         model = trained(net, step.prefix)

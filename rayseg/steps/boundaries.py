@@ -184,6 +184,7 @@ def learn(
             step,
             workers=workers,
             expect=partial(supervised.expect_supervisable, config.segmenter, classes=len(TABLE.classes)),
+            described=described,
         ),
         scaling=described.scaling,
         on_ray=step.engine.kind == "ray",

@@ -54,7 +54,7 @@ def measure(root: str, truth: str | None = None) -> list[dict[str, Any]]:
             Classifiers are measured on the chips that it set apart.
 
     Raises:
-        DataError: no weights were kept, their training has not finished, or nothing is there to measure them with.
+        DataError: no weights were kept, or nothing is there to measure them with.
         ModelError: weights do not fit the run's model.
     """
     content, steps = read(root), upath(root) / "steps"
@@ -68,10 +68,10 @@ def measure(root: str, truth: str | None = None) -> list[dict[str, Any]]:
     rows = []
     for training in trainings:
         name = str(training.relative_to(steps))
-        described = _bundle_of(upath(root), content, name.partition("/")[0])
+        described = _bundle_of(upath(root), content, name)
         if (score := _measure_of(upath(root), content, described, truth)) is None:
             continue
-        for path in sorted((training / "kept").iterdir(), key=str):
+        for path in sorted((training / "kept").glob("[!.]*.pt"), key=str):  # no half file of a running training
             kept = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
             net = _network(described, kept["weights"], path)
             rows.append({"training": name, "number": int(kept["number"]), **score(net)})
@@ -116,13 +116,17 @@ def _write(folder: UPath, rows: Sequence[dict[str, Any]]) -> None:
 # -- the networks ------------------------------------------------------------------------------------------------------
 
 
-def _bundle_of(root: UPath, content: Mapping[str, Any], step: str) -> Bundle:
-    """The bundle of a step's training."""
+def _bundle_of(root: UPath, content: Mapping[str, Any], training: str) -> Bundle:
+    """The description of the network of a training, which may not have ended."""
+    step = training.partition("/")[0]
     own = root / "steps" / step / "classifier"  # of a round of al-s4gan
     if not own.exists() and step not in content.get("steps", {}):
-        raise DataError(
-            f"step {step} of {root} has not finished, expected its model; finish the run with its own command"
-        )
+        begun = root / "steps" / training / "model.json"
+        if not begun.exists():  # of an earlier version
+            raise DataError(
+                f"step {step} of {root} has not finished, expected its model; finish the run with its own command"
+            )
+        return Bundle.model_validate_json(begun.read_bytes())
     described = bundle.description(own if own.exists() else content["steps"][step]["bundle"])
     # The map of gpc may be made by colours, which the network taught.
     network = described.architecture.factory == "appearance"

@@ -284,7 +284,7 @@ def fit_on_chips(
     measures = fit_classifier(
         settings,
         learnt,
-        models.training_setup(step, workers=workers, expect=partial(expect_trainable, settings)),
+        models.training_setup(step, workers=workers, expect=partial(expect_trainable, settings), described=described),
         scaling=described.scaling,
         held_out=held_out if len(held_out) else None,
     )

@@ -205,7 +205,12 @@ def scaling_of(validated: Mapping[str, Any]) -> Scaling:
 
 
 def training_setup(
-    step: "Step", *, workers: int, expect: Callable[..., object], prefix: StorePath | None = None
+    step: "Step",
+    *,
+    workers: int,
+    expect: Callable[..., object],
+    described: Bundle | None = None,
+    prefix: StorePath | None = None,
 ) -> "Setup":
     """Where the network of a step trains; `<prefix>/setup.json` records it for the report.
 
@@ -216,6 +221,7 @@ def training_setup(
         step: which trains.
         workers: processes of Ray Train; 0 chooses them.
         expect: `expect(workers=N)` raises ConfigError if N workers cannot train together.
+        described: the model, for `<prefix>/model.json`, by which weights are measured before the training has ended.
         prefix: of the training's files; by default the step's.
 
     Raises:
@@ -244,6 +250,8 @@ def training_setup(
         setup = Setup(prefix, workers, use_gpu=kind == "GPU")
     else:
         setup = Setup(prefix, use_gpu=torch.cuda.is_available())
+    if described:
+        put(upath(prefix) / "model.json", described.model_dump_json().encode())
     put(upath(prefix) / "setup.json", json.dumps({"workers": workers, "gpu": setup.use_gpu}).encode())
     return setup
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from coloured_squares import pair
+from mortal import Command, until
 from PIL import Image
 from small_world import SMALL_GPC, rayseg, refused, segmenter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -97,6 +98,22 @@ def test_weights_of_a_training_that_has_not_finished_are_refused(tmp_path):
     said = refused(3, "evaluate", tmp_path / "run", "--checkpoints")
     assert "step segmenter of" in said
     assert "has not finished, expected its model; finish the run with its own command" in said
+
+
+@pytest.mark.more
+def test_weights_of_a_killed_training_are_measured(tmp_path, demo_region):
+    (tmp_path / "small.yaml").write_text(LANDCOVER)
+    words = ("run", "pipeline", "landcover", "--region", demo_region, "--config", tmp_path / "small.yaml")
+    words += ("--set", "segmenter.epochs=400", "--engine", "inline", "--out", tmp_path / "run")
+    kept = tmp_path / "run" / "steps" / "segmenter" / "kept"
+    with Command(*words) as command:
+        until(lambda: len(list(kept.glob("*.pt"))) > 1)
+        command.kill()
+    (kept / ".000099.pt.01234567.part").write_bytes(b"half")
+    rows = json.loads(rayseg("evaluate", tmp_path / "run", "--checkpoints", "--json").stdout)
+    assert [row["number"] for row in rows][:2] == [1, 2]
+    logs = logged(tmp_path / "run" / "steps" / "segmenter", "accuracy")
+    assert rows[0]["accuracy"] == pytest.approx(logs[0], abs=1e-6)
 
 
 def test_chips_of_any_size_are_padded_as_in_training(tmp_path):

@@ -153,7 +153,11 @@ def fit_and_score(
         settings,
         chip_pixels.labelled_chips(own, labels, classes),
         models.training_setup(
-            step, workers=common.workers, prefix=step.prefix / "training", expect=partial(expect_trainable, settings)
+            step,
+            workers=common.workers,
+            expect=partial(expect_trainable, settings),
+            described=described(settings, classes, common),
+            prefix=step.prefix / "training",
         ),
         scaling=common.scaling,
     )

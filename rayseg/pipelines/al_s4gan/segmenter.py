@@ -80,7 +80,8 @@ def _fit(step: Step, listed: Step, labelled: Sequence[Row], config: Config) -> d
     data = Data(_masked(step.root, labelled, config), *of_pool)
     if settings.network != "decoder":
         return _fit_head(step, listed, seeded, data, config)
-    setup = models.training_setup(step, workers=config.workers, expect=partial(expect_trainable, seeded))
+    expect = partial(expect_trainable, seeded)
+    setup = models.training_setup(step, workers=config.workers, expect=expect, described=describe(config))
     train = fit_consistency if settings.learner == "consistency" else fit_s4gan
     measures = train(seeded, data, setup, scaling=config.scaling)
     net = seeded.build(classes=len(config.table.classes), channels=channels, weights="none")
