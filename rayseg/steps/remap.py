@@ -156,7 +156,7 @@ def decision_of(origin: Origin, rules: ClassRules, threshold: float | None) -> D
         raise ConfigError(f"classes names {listed(twice)} twice, expected every class once; correct merge and drop")
     if short := [name for name, group in rules.merge.items() if len(group) < 2]:
         raise ConfigError(f"classes.merge has one class for {listed(short)}, expected two or more; correct it")
-    binary = len(origin.bands) == 1 and len(names) == 2
+    binary = len(origin.bands) == 1 and origin.table.binary
     if threshold is not None and not binary:
         raise ConfigError(
             f"threshold is for maps with one score band, of one class against a background; {origin.root} has the "
