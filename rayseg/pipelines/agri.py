@@ -126,7 +126,12 @@ def propose(
     if network:
         # The plots of a watershed cover what they can: there is nothing left for rounds or inside mixed masks.
         rounds = rounds.model_copy(update={"rounds": (Round(),), "refining": None})
-        learnt = BoundaryProposer(network.value["bundle"], config.image, config.boundaries.slivers)
+        learnt = BoundaryProposer(
+            network.value["bundle"],
+            config.image,
+            config.boundaries.slivers,
+            background=config.boundaries.background,
+        )
     look = ProposePlots(
         config.proposer,
         sam=config.sam,

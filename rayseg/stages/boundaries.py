@@ -34,12 +34,14 @@ class BoundaryProposer:
         image: how the imagery became 8-bit RGB.
         slivers: inscribed radius in px below which a plot goes to its neighbours.
         level: height of the ridges between plots; None takes the bundle's.
+        background: mean probability of the background in a plot above which it is none.
     """
 
     prefix: str
     image: ImageConfig
     slivers: float
     level: float | None = None
+    background: float = 1.0
 
     @cached_property
     def _predict(self) -> Predict:
@@ -51,7 +53,7 @@ class BoundaryProposer:
             return Proposals.none()
         level = self._predict.bundle.level if self.level is None else self.level
         map_CHW = self.probabilities(image_HWC, open_HW)
-        plots_HW = divided(map_CHW, level=level or 0.0, slivers=self.slivers) * open_HW
+        plots_HW = divided(map_CHW, level=level or 0.0, slivers=self.slivers, background=self.background) * open_HW
         # The 0 that is appended makes the background label 0 where plots cover every pixel.
         numbers, inverse = np.unique(np.append(plots_HW, 0), return_inverse=True)
         labels_HW = inverse[:-1].reshape(plots_HW.shape)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from rayseg.config import Config
+from rayseg.config import Config, added
 from rayseg.engine.run import Step
 from rayseg.errors import DataError
 from rayseg.geo.region import Region
@@ -91,6 +91,8 @@ class BoundariesConfig(Config):
     """Distance of these windows in px."""
     slivers: Annotated[float, Field(ge=0)] = 6.0
     """Inscribed radius in px below which a plot goes to its neighbours."""
+    background: Annotated[float, Field(gt=0, le=1)] = added(default=1.0)
+    """Mean probability of the background in a plot above which it is none; 1 keeps all plots."""
 
 
 def find_labelled(region: Region, config: BoundariesConfig, kind: ImageConfig) -> list[LabelledImage]:
@@ -195,7 +197,7 @@ def learn(
     # 3. the level at which the plots of validation images are found best
     by_id = {image.id: image for image in images}
     judged = [by_id[image.id] for image in parts[1]][:JUDGED]
-    scores = _scores(BoundaryProposer(prefix, kind, config.slivers), judged, polygons)
+    scores = _scores(BoundaryProposer(prefix, kind, config.slivers, background=config.background), judged, polygons)
     level = max(LEVELS, key=lambda at: scores[at])
     measures = measures | {"f1": scores[level]}
     models.keep_model(step, described.model_copy(update={"metrics": measures, "level": level}), model)
@@ -230,7 +232,7 @@ def _scores(
             continue
         map_CHW = proposer.probabilities(eight_bit(pixels_CHW, proposer.image), valid_HW)
         for level in LEVELS:
-            labels_HW = divided(map_CHW, level=level, slivers=proposer.slivers)
+            labels_HW = divided(map_CHW, level=level, slivers=proposer.slivers, background=proposer.background)
             counts[level] += _matched(ids_HW[valid_HW], labels_HW[valid_HW])
     return {level: float(2 * hits / max(ours + theirs, 1)) for level, (hits, ours, theirs) in counts.items()}
 

@@ -27,7 +27,7 @@ def classes_of(ids_HW: NDArray[np.integer]) -> NDArray[np.uint8]:
     return np.where(ids_HW < 0, 255, classes_HW).astype(np.uint8)
 
 
-def divided(probabilities_CHW: NDArray[np.float32], *, level: float, slivers: float) -> Labels:
+def divided(probabilities_CHW: NDArray[np.float32], *, level: float, slivers: float, background: float = 1.0) -> Labels:
     """Plots between the boundaries of a map.
 
     Every minimum of the probability of not being inside a field begins a plot; minima that a ridge of less than `level`
@@ -38,6 +38,7 @@ def divided(probabilities_CHW: NDArray[np.float32], *, level: float, slivers: fl
         probabilities_CHW: of background, field and boundary.
         level: height of the ridge between two plots, 0..1.
         slivers: inscribed radius in px below which a plot goes to its neighbours.
+        background: mean probability of the background in a plot, 0..1, above which it is none.
 
     Returns:
         Labels (height, width) int32, 0 for none, 1..n.
@@ -49,4 +50,9 @@ def divided(probabilities_CHW: NDArray[np.float32], *, level: float, slivers: fl
     flooded_HW = reconstruction(ridge_HW + level, ridge_HW, method="erosion")
     seeds_HW, _ = ndimage.label(local_minima(flooded_HW) & inside_HW, np.ones((3, 3)))
     labels_HW = np.asarray(watershed(ridge_HW, seeds_HW, mask=inside_HW), np.int32)
-    return without_slivers(labels_HW, slivers)
+    labels_HW = without_slivers(labels_HW, slivers)
+    # A whole plot tells more than its pixels: wood and pasture of doubtful pixels look like plots between boundaries.
+    sums_N = np.bincount(labels_HW.ravel(), probabilities_CHW[BACKGROUND].ravel())
+    kept_N = sums_N <= background * np.bincount(labels_HW.ravel())
+    kept_N[0] = False
+    return np.where(kept_N, np.cumsum(kept_N), 0).astype(np.int32)[labels_HW]

@@ -88,6 +88,18 @@ def test_slivers_of_a_map_are_given_to_their_neighbours():
     assert divided(map_CHW, level=0.05, slivers=6).max() == 3
 
 
+@pytest.mark.parametrize(("most", "count"), [(0.2, 2), (0.4, 3)])
+def test_a_plot_that_is_background_on_average_is_none(most, count):
+    map_CHW = ridges(0.9)
+    map_CHW[1, 5:35, 29:47] -= 0.35  # the plot in the middle: background .35, below .5 in each pixel
+    map_CHW[0, 5:35, 29:47] += 0.35
+    labels_HW = divided(map_CHW, level=0.05, slivers=0, background=most)
+    assert sorted(set(labels_HW[20].tolist())) == list(range(count + 1))
+    left, middle, right = (int(labels_HW[20, column]) for column in (10, 38, 60))
+    assert left > 0 < right != left
+    assert (middle > 0) == (most > 0.35)
+
+
 @pytest.mark.e2e
 @pytest.mark.more
 def test_plots_are_learnt_from_masks_and_found_in_new_images(tmp_path):
