@@ -6,7 +6,8 @@ import pickle
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Container, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
 from zipfile import ZipFile, is_zipfile
@@ -33,7 +34,7 @@ _REFUSED = re.compile(r"unsupported|can only|trying to call reduce|torchscript",
 """Torch's messages about objects that are not tensors, in a file that is not damaged."""
 _OBJECT = re.compile(r"GLOBAL (\S+)|got (<class '[^']+'>)|(TorchScript)")
 _HEADS = {"classifier", "fc", "head", "head_fc", "last_linear", "conv_head", "bn2", "norm", "norm_head", "final_conv"}
-CANNOT_BUILD = (KeyError, ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError, AssertionError)
+_CANNOT_BUILD = (KeyError, ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError, AssertionError)
 
 
 def encoder_name(name: str) -> str:
@@ -77,18 +78,10 @@ def build_encoder(encoder: str, *, channels: int = 3, stride: int = 32, weights:
         ModelError: the weights are missing or do not fit.
     """
     name, weights = encoder_name(encoder), chosen(encoder, weights)
-    try:
-        with warnings.catch_warnings():
-            # The libraries warn of their own deprecated calls.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            model: nn.Module = smp.encoders.get_encoder(
-                name,
-                in_channels=channels,
-                output_stride=stride,
-                weights=pretrained_name(name, weights),
-            )
-    except (OSError, *CANNOT_BUILD) as error:
-        raise cannot_build(encoder, weights, error) from None
+    with built(encoder, weights):
+        model: nn.Module = smp.encoders.get_encoder(
+            name, in_channels=channels, output_stride=stride, weights=pretrained_name(name, weights)
+        )
     load_encoder_weights(model, weights, encoder)
     return model
 
@@ -112,26 +105,38 @@ def build_imagenet(name: str, *, channels: int = 3, weights: str = "imagenet") -
         near = f"did you mean {', '.join(close)}?" if close else "see timm.list_models() for the names"
         raise ConfigError(f"network {name!r} is not in timm; {near}")
     weights = chosen(name, weights)
-    try:
+    with built(name, weights):
         model: nn.Module = timm.create_model(
             bare, pretrained=weights == "imagenet", num_classes=1000, in_chans=channels
         )
-    except (OSError, *CANNOT_BUILD) as error:
-        raise cannot_build(name, weights, error) from None
     load_encoder_weights(model, weights, bare)
     return model
 
 
-def cannot_build(what: str, weights: str, error: Exception) -> ConfigError | ModelError:
-    """The error for a model `what` that a library cannot build: no weights, or an invalid combination."""
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    if isinstance(error, OSError) or "pretrained" in reason.lower():
-        return ModelError(
-            f"imagenet weights of {what} are not available ({reason}); "
-            "set weights to a local .pth or .safetensors file, or to none, or take an encoder with packaged weights: "
-            f"{', '.join(PACKAGED)}"
-        )
-    return ConfigError(f"{what} cannot be built with weights {weights!r}: {reason}; choose another encoder")
+@contextmanager
+def built(what: str, weights: str) -> Iterator[None]:
+    """Build a model `what` with a library, whose errors have many kinds.
+
+    Raises:
+        ConfigError: the combination is invalid.
+        ModelError: there are no weights.
+    """
+    try:
+        with warnings.catch_warnings():
+            # The libraries warn of their own deprecated calls.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    except (OSError, *_CANNOT_BUILD) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, OSError) or "pretrained" in reason.lower():
+            raise ModelError(
+                f"imagenet weights of {what} are not available ({reason}); "
+                "set weights to a local .pth or .safetensors file, or to none, or take an encoder with packaged "
+                f"weights: {', '.join(PACKAGED)}"
+            ) from None
+        raise ConfigError(
+            f"{what} cannot be built with weights {weights!r}: {reason}; choose another encoder"
+        ) from None
 
 
 def load_encoder_weights(encoder: nn.Module, weights: str, name: str = "") -> None:

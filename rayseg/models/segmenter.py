@@ -1,6 +1,5 @@
 """Segmenters: a decoder of segmentation_models_pytorch on any encoder, from images to one map of logits per class."""
 
-import warnings
 from collections.abc import Sequence
 from functools import partial
 
@@ -12,8 +11,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 from rayseg.errors import ConfigError
 from rayseg.models.deeplab import DeepLab, DeepLabV2
 from rayseg.models.encoders import (
-    CANNOT_BUILD,
-    cannot_build,
+    built,
     encoder_name,
     load_encoder_weights,
     pretrained_name,
@@ -132,20 +130,15 @@ def build_segmenter(
     if architecture in DEEPLABS:
         deeplab = DEEPLABS[architecture](encoder, classes=classes, channels=channels, weights=weights)
         return _resampled(deeplab, reduce=reduce, enlarge=enlarge)
-    # The libraries raise errors of many kinds for an invalid combination, and warn of their own deprecations.
     name, weights = encoder_name(encoder), chosen(encoder, weights)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            model: nn.Module = smp.create_model(
-                architecture,
-                encoder_name=name,
-                encoder_weights=pretrained_name(name, weights),
-                in_channels=channels,
-                classes=classes,
-            )
-    except (OSError, *CANNOT_BUILD) as error:
-        raise cannot_build(f"{architecture} on encoder {encoder}", weights, error) from None
+    with built(f"{architecture} on encoder {encoder}", weights):
+        model: nn.Module = smp.create_model(
+            architecture,
+            encoder_name=name,
+            encoder_weights=pretrained_name(name, weights),
+            in_channels=channels,
+            classes=classes,
+        )
     load_encoder_weights(model.get_submodule("encoder"), weights, encoder)
     return _resampled(model, reduce=reduce, enlarge=enlarge)
 
