@@ -7,7 +7,6 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -31,6 +30,7 @@ from rayseg.io.remote import patient
 from rayseg.io.sources import PIXELS, Source, crs_of, gdal, open_file, part_of_image, ring_of, source_of_file
 from rayseg.io.stac_read import source_of
 from rayseg.io.stac_write import PROJECTION, lonlat_geometry, write_catalog
+from rayseg.io.tables import attempted
 from rayseg.io.times import UNKNOWN, in_utc, utc_text
 from rayseg.io.units import expect_one_unit
 from rayseg.store import StorePath, is_local, suffix_of, upath
@@ -290,19 +290,8 @@ def _ids(files: Files) -> dict[UPath, str]:
 
 def _each(files: Files, make: Callable[[UPath, str | None], T]) -> tuple[list[T], dict[UPath, DataError]]:
     """`make(image, class)` of every image in order, and the errors of those that fail."""
-
-    # Errors are collected, so that one message names several damaged files.
-    def attempt(entry: tuple[str | None, UPath]) -> T | DataError:
-        try:
-            return make(entry[1], entry[0])
-        except DataError as error:
-            return error
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        results = list(pool.map(attempt, files))
-    paired = zip(files, results, strict=True)
-    errors = {path: result for (_, path), result in paired if isinstance(result, DataError)}
-    return [result for result in results if not isinstance(result, DataError)], errors
+    made, failed = attempted(lambda entry: make(entry[1], entry[0]), files, threads=_THREADS)
+    return [result for _, result in made], {path: error for (_, path), error in failed}
 
 
 def _unusable(errors: dict[UPath, DataError], count: int) -> DataError:

@@ -30,7 +30,7 @@ from rayseg.io.labels import image_folders, sources_of_images
 from rayseg.io.masks import by_image, expect_fit, expect_names, masks_of, meets, pixels_of, read_classes, two_classes
 from rayseg.io.rasters import footprint, grids_of, read
 from rayseg.io.sources import PIXELS, Source, source_of_file
-from rayseg.io.tables import concurrently
+from rayseg.io.tables import attempted, concurrently
 from rayseg.store import split_location, suffix_of, upath
 from rayseg.vision.color import ClassTable
 from rayseg.vision.fill import mirrored
@@ -363,8 +363,7 @@ def _counted(classes_HW: NDArray[np.uint8], table: ClassTable, cell: int) -> NDA
 
 def count_all(images: Sequence[LabelledImage], table: ClassTable, *, cell: int) -> list[NDArray[np.int64]]:
     """`count_classes` of every image."""
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(partial(count_classes, table=table, cell=cell), images))
+    return list(concurrently(partial(count_classes, table=table, cell=cell), images, threads=_THREADS))
 
 
 def countable(
@@ -375,20 +374,11 @@ def countable(
     Raises:
         DataError: none of them can.
     """
-
-    def attempt(image: LabelledImage) -> NDArray[np.int64] | DataError:
-        try:
-            return count_classes(image, table, cell=cell)
-        except DataError as error:
-            return error
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        results = list(zip(images, pool.map(attempt, images), strict=True))
-    errors = {image.id: error for image, error in results if isinstance(error, DataError)}
-    if errors and len(errors) == len(images):
-        raise next(iter(errors.values()))
-    _warn_of({name: str(error) for name, error in errors.items()}, len(images))
-    return [(image, counts) for image, counts in results if not isinstance(counts, DataError)]
+    counted, failed = attempted(partial(count_classes, table=table, cell=cell), images, threads=_THREADS)
+    if failed and not counted:
+        raise failed[0][1]
+    _warn_of({image.id: str(error) for image, error in failed}, len(images))
+    return counted
 
 
 # -- split ------------------------------------------------------------------------------------------------------------

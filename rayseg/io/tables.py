@@ -3,7 +3,7 @@
 import io
 import mmap
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, TypeVar
@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from rayseg.errors import DataError
 from rayseg.store import StorePath, put, upath
 
 A = TypeVar("A")
@@ -20,13 +21,32 @@ THREADS = 16
 _ALIGNMENT = 64  # bytes, of Arrow's buffers
 
 
-def concurrently(read: Callable[[A], B], inputs: Iterable[A], *, ahead: int = 16 * THREADS) -> Iterator[B]:
-    """The results of `read` in the order of its inputs, from `THREADS` threads; at most `ahead` of them wait."""
+def concurrently(
+    read: Callable[[A], B], inputs: Iterable[A], *, ahead: int = 16 * THREADS, threads: int = THREADS
+) -> Iterator[B]:
+    """The results of `read` in the order of its inputs, from several threads; at most `ahead` of them wait."""
     waiting = iter(inputs)
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         # In batches: `map` takes all of its inputs at once.
         while batch := list(islice(waiting, ahead)):
             yield from pool.map(read, batch)
+
+
+def attempted(
+    read: Callable[[A], B], inputs: Sequence[A], *, threads: int = THREADS
+) -> tuple[list[tuple[A, B]], list[tuple[A, DataError]]]:
+    """(input, result) of every input in order, and (input, error) of those for which `read` raises DataError."""
+
+    # Errors are collected, so that one message names several damaged files.
+    def attempt(entry: A) -> B | DataError:
+        try:
+            return read(entry)
+        except DataError as error:
+            return error
+
+    pairs = list(zip(inputs, concurrently(attempt, inputs, threads=threads), strict=True))
+    results = [(entry, result) for entry, result in pairs if not isinstance(result, DataError)]
+    return results, [(entry, result) for entry, result in pairs if isinstance(result, DataError)]
 
 
 def content(path: StorePath) -> bytes:

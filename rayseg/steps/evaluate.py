@@ -7,9 +7,9 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from rayseg.io.maps import pixel_area_m2, pixel_areas_m2
 from rayseg.io.masks import Piece
 from rayseg.io.rasters import footprint
 from rayseg.io.sources import Source, part_of_image
+from rayseg.io.tables import attempted
 from rayseg.io.times import time_order
 from rayseg.metrics import Confusion, percentile_interval, resampled
 from rayseg.models import bundle
@@ -270,21 +271,13 @@ def _compare_all(
     matches = [_divided(matched, sides) for matched in match(pieces, truth)]
     # Pixels of two sizes are weighted by their ground, as shares and scores are of area.
     by_area = _differ_in_area(matches)
-
-    def attempt(matched: Match) -> Compared | DataError:
-        try:
-            return compare(matched, table, by_area=by_area)
-        except DataError as error:
-            return error
-
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(attempt, matches))
-    errors = [(matched, error) for matched, error in zip(matches, results, strict=True) if isinstance(error, DataError)]
-    compared = [result for result in results if isinstance(result, Compared)]
-    if errors and not compared:
+    # Few threads: each holds the rasters of a tile.
+    results, errors = attempted(partial(compare, table=table, by_area=by_area), matches, threads=4)
+    if errors and not results:
         raise errors[0][1]
     for matched, error in errors:
         failed[failed_name(matched, error)] = str(error)
+    compared = [result for _, result in results]
     return compared, {
         "unmatched": unmatched(pieces, truth, matches),
         "coarser": _coarser(matches, sides, by_area=by_area),

@@ -13,7 +13,6 @@ from itertools import groupby, islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
-import pystac
 from pydantic import Field
 
 from rayseg import __version__
@@ -32,7 +31,7 @@ from rayseg.io.maps import mean_metres, recorded_rows
 from rayseg.io.output_grids import beyond_utm, expect_mappable, out_of_scale
 from rayseg.io.seams import begins_of
 from rayseg.io.sources import Source, from_json
-from rayseg.io.tables import concurrently, content
+from rayseg.io.tables import attempted, concurrently, content
 from rayseg.io.units import converted, expect_one_dtype, expect_one_unit, with_dtype_of
 from rayseg.models import bundle
 from rayseg.models.bundle import Precision
@@ -426,19 +425,9 @@ def imagery(region: Region, config: MapConfig, *, halo: int = 0) -> tuple[list[S
         raise DataError(
             f"region {region.name} names no imagery; give it with --set map.imagery=catalog.json#collection"
         )
-
     # An item that cannot be read fails alone, unless it is the only one.
-    def attempt(item: pystac.Item) -> Source | DataError:
-        try:
-            return stac_read.source_of(item)
-        except DataError as error:
-            return error
-
-    read = list(concurrently(attempt, items))
-    unread: Refused = {
-        item.id: result for item, result in zip(items, read, strict=True) if isinstance(result, DataError)
-    }
-    return _named([result for result in read if isinstance(result, Source)], unread, config)
+    read, unread = attempted(stac_read.source_of, items)
+    return _named([source for _, source in read], {item.id: error for item, error in unread}, config)
 
 
 def _named(sources: Sequence[Source], refused: Refused, config: MapConfig) -> tuple[list[Source], Refused]:

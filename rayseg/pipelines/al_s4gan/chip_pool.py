@@ -4,7 +4,6 @@ A chip is a window of its scene's files and is read when it is needed.
 """
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -24,6 +23,7 @@ from rayseg.io.class_tables import Classes
 from rayseg.io.masks import pixels_of
 from rayseg.io.name_lists import Names
 from rayseg.io.scenes import LabelledImage, Pairs
+from rayseg.io.tables import concurrently
 from rayseg.pipelines.al_s4gan.chip_pixels import dominant, expect_rgb
 from rayseg.steps.labelled import expect_classes, find_images, masks_of_all, origins
 from rayseg.steps.models import RGB
@@ -148,9 +148,10 @@ def find_chips(region: Region, config: PoolConfig, table: ClassTable) -> ChipLis
     counts_of = {image.id: cells for image, cells in scenes.countable(masked, table, cell=config.size)}
     images = tuple(image if image.id in counts_of else replace(image, masks=()) for image in images)
     # 2. whole cells with imagery; of scenes with masks, those with a labelled pixel
-    with ThreadPoolExecutor(4) as threads:
-        rows_of_images = threads.map(lambda image: _cells_of(image, counts_of.get(image.id), table, config), images)
-        rows = tuple(row for rows in rows_of_images for row in rows)
+    rows_of_images = concurrently(
+        lambda image: _cells_of(image, counts_of.get(image.id), table, config), images, threads=4
+    )
+    rows = tuple(row for rows in rows_of_images for row in rows)
     pixels = {name: tuple(cells.sum(axis=(0, 1)).tolist()) for name, cells in counts_of.items()}
     return ChipList(rows, table.names, images, pixels)
 
