@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BeforeValidator
 
+from rayseg.io.tables import write_array
 from rayseg.store import STORE_ERRORS, StorePath, put, suffix_of, upath
 
 SUFFIXES = (".txt", ".csv", ".npy")
@@ -64,8 +65,6 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_read)]
 
 def write_names(folder: StorePath, stem: str, names: Sequence[str]) -> None:
     """Write `<stem>.txt`, `.csv` and `.npy` of the names, in their order."""
-    sink = io.BytesIO()
-    np.save(sink, np.array(names, str), allow_pickle=False)
-    put(upath(folder) / f"{stem}.npy", sink.getvalue())
+    write_array(upath(folder) / f"{stem}.npy", np.array(names, str))
     put(upath(folder) / f"{stem}.txt", "".join(f"{name}\n" for name in names).encode())
     put(upath(folder) / f"{stem}.csv", "".join(f"{name}\n" for name in ("id", *names)).encode())

@@ -1,6 +1,5 @@
 """Chips to coarse masks: the stages that need no network, from reading a chip to writing its cue."""
 
-import io
 from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
@@ -12,8 +11,9 @@ from rayseg.geo.grid import NODATA, slug
 from rayseg.io import cog
 from rayseg.io.labels import Chip, read_chip
 from rayseg.io.output_grids import grids_of
+from rayseg.io.tables import write_array
 from rayseg.stages.rows import ChipRow
-from rayseg.store import put, upath
+from rayseg.store import upath
 from rayseg.vision import concept, superpixels
 from rayseg.vision.coarse_masks import Objects, coarse_mask
 from rayseg.vision.crops import middle
@@ -78,9 +78,7 @@ class WriteDensity:
             ab_N2, areas_N = concept.chroma(row.image, row.superpixels)
             cams_N = np.bincount(row.superpixels.ravel(), weights=row.cam.ravel()) / np.maximum(areas_N, 1)
             plane = concept.density(ab_N2, areas_N * (cams_N + row.cam.mean() + 1e-6))
-            content = io.BytesIO()
-            np.save(content, plane)
-            put(density_path(self.prefix, row.id), content.getvalue())
+            write_array(density_path(self.prefix, row.id), plane)
         return [Settled(facts={"certainty": row.certainty}) for row in rows]
 
 

@@ -1,6 +1,5 @@
 """A classifier's probabilities and features of chips that have no label."""
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,10 +11,11 @@ from upath import UPath
 from rayseg.engine.ledger import Settled
 from rayseg.engine.manifest import Row
 from rayseg.geo.grid import Window
+from rayseg.io.tables import write_array
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle
 from rayseg.stages.rows import ChipRow
-from rayseg.store import put, upath
+from rayseg.store import upath
 from rayseg.vision.crops import middle
 
 if TYPE_CHECKING:
@@ -80,9 +80,7 @@ class Score:
             p_NK = class_probabilities(logits.double()).cpu().numpy()
         if self.features is not None and features_NF is not None:
             for row, feature_F in zip(rows, features_NF.cpu().numpy(), strict=True):
-                content = io.BytesIO()
-                np.save(content, feature_F)
-                put(features_path(self.features, row.id), content.getvalue())
+                write_array(features_path(self.features, row.id), feature_F)
         return [Settled(facts={"p": p_K.tolist()}) for p_K in p_NK]
 
 

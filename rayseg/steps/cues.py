@@ -15,6 +15,7 @@ from rayseg.engine.manifest import Row, write_rows
 from rayseg.engine.run import Run, Step
 from rayseg.errors import DataError
 from rayseg.io import cog
+from rayseg.io.tables import read_array
 from rayseg.models.unsupervised import Precision
 from rayseg.stages.decide_cues import (
     CamCue,
@@ -132,8 +133,7 @@ def evidence_in(densities: Step, rows: list[Row]) -> concept.Plane:
     def planes(label: str) -> Iterator[concept.Plane]:
         for row in rows:
             if row["label"] == label:
-                content = density_path(str(densities.prefix), row["id"]).read_bytes()
-                yield np.load(io.BytesIO(content), allow_pickle=False)
+                yield read_array(density_path(str(densities.prefix), row["id"]))
 
     return concept.evidence(*map(planes, LABELS))
 

@@ -4,7 +4,6 @@ Its network is trained from its first weights in each round; or it stays frozen,
 regression to the features of all chips.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,6 +20,7 @@ from rayseg.engine.manifest import Row, write_rows
 from rayseg.engine.run import Step
 from rayseg.errors import RunIncomplete
 from rayseg.io.class_tables import Classes
+from rayseg.io.tables import concurrently, read_array
 from rayseg.metrics import Confusion
 from rayseg.models import bundle
 from rayseg.models.bundle import Bundle, Scaling
@@ -197,8 +197,7 @@ def score_chips(step: Step, rows: list[Row], score: Score, common: Common) -> di
 def read_features(step: Step, chips: Sequence[str]) -> np.ndarray:
     """Features of chips as a step wrote them, (chips, features)."""
     prefix = str(step.prefix / "features")
-    contents = [features_path(prefix, chip).read_bytes() for chip in chips]
-    return np.stack([np.load(io.BytesIO(content), allow_pickle=False) for content in contents])
+    return np.stack(list(concurrently(read_array, [features_path(prefix, chip) for chip in chips])))
 
 
 def accuracy(listed: Step, p_by_id: dict[str, list[float]]) -> dict[str, Any]:
