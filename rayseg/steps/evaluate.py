@@ -470,6 +470,10 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     lines = [result["coarser"]] if result.get("coarser") else []
     if result.get("counted") == "m2":
         lines.append("pixels differ in area: all measures are of areas")
+    classes = result.get("classes", [])
+    shown = [row["name"] for row in classes if row.get("reference")]
+    if len(shown) == 1 < len(classes):  # as of masks that are transparent, or nodata, where there is nothing
+        lines.append(f"the truth shows {shown[0]} alone: what it leaves unlabelled is not compared")
     if result.get("not_evaluated"):
         lines.append(f"{result['not_evaluated']:,} pixels with truth have no prediction and are not counted")
     for side, other in (("prediction", "truth"), ("truth", "prediction")):

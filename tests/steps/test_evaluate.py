@@ -164,6 +164,10 @@ def test_pixels_with_truth_but_without_prediction_are_reported_not_counted(tmp_p
     assert result["not_evaluated"] == 4 * 64
     assert result["pixels"] == 56 * 64
     assert "256 pixels with truth have no prediction" in evaluate.text(result)
+    assert "alone" not in evaluate.text(result)
+    truth_at(tmp_path / "truth" / "a.tif", np.where(real == 1, 1, NODATA).astype(np.uint8))
+    result = evaluate.evaluate(str(tmp_path / "run"), str(tmp_path / "truth"))
+    assert "the truth shows gpc alone: what it leaves unlabelled is not compared" in evaluate.text(result)
 
 
 def test_a_run_over_images_meets_plain_masks_by_name_across_its_tiles(tmp_path):
