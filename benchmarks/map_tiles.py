@@ -68,7 +68,9 @@ def write_run(root: Path, across: int, size: int) -> None:
             files.append((path, {str(v): int(c) for v, c in zip(values, counts, strict=True)}))
         else:
             path.hardlink_to(files[at % 16][0])
-        facts = {"counts": files[at % 16][1], "pairs": 1, "changes": 0}
+        counts = files[at % 16][1]
+        facts = {"counts": counts, "areas": {value: 4.0 * pixels for value, pixels in counts.items()}}
+        facts |= {"pairs": 1, "changes": 0}
         ledger.write(Record(tile.id, "done", seconds={"Predict": 1.0}, facts=facts))
     about = {"pipeline": "predict", "region": {"name": "made"}, "config": {"predict": {"tile": size}, "seed": 1}}
     about |= {"status": "done", "steps": {}, "command": "rayseg predict", "versions": {"rayseg": "0.1.0"}}

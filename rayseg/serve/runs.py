@@ -229,12 +229,14 @@ def _view(root: str, version: str) -> RunView:
         tiles = tuple(mapped_tiles(root, step))
         if tiles and upath(tiles[0].href).exists():
             planned = tuple(planned_tiles(root, step))
+            planned_N4 = _bounds([tile for tile, _ in planned])
+            at = {tile.id: number for number, (tile, _) in enumerate(planned)}
             counts = [tile.counts for tile in tiles]
             return RunView(
                 tiles=tiles,
                 planned=planned,
-                bounds_N4=_bounds([tile.tile for tile in tiles]),
-                planned_N4=_bounds([tile for tile, _ in planned]),
+                bounds_N4=planned_N4[[at[tile.tile.id] for tile in tiles]],
+                planned_N4=planned_N4,
                 majority_N=np.array([max(of, key=of.__getitem__, default=answers.NODATA) for of in counts], np.uint8),
                 table=masks.table_of(tiles[0].href),
                 version=f"{root} {version}",
