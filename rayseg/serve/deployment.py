@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from rayseg.errors import ConfigError, RaysegError
-from rayseg.serve import middleware, problems
+from rayseg.serve import haproxy, middleware, problems
 from rayseg.serve.app import api
 from rayseg.serve.models import Classes, LocalBackend, ModelIndex, Prediction, Served
 from rayseg.serve.problems import Unavailable
@@ -133,7 +133,7 @@ class Server(Replica):
         self._app.names_requests = False
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return self._app
+        return haproxy.with_clients(self._app)
 
     async def drain(self) -> None:
         """Refuse new requests from now on, and return when the accepted ones are answered."""
@@ -218,7 +218,7 @@ class Api:
         self._app.names_requests = False
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return self._app
+        return haproxy.with_clients(self._app)
 
     async def drain(self) -> None:
         """Refuse new requests from now on, and return when the accepted ones are answered."""

@@ -11,6 +11,10 @@ import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
 
 _REAL = "RAYSEG_HAPROXY"
 _SECTION = re.compile(r"^(?=\S)", re.MULTILINE)  # each begins in the first column
@@ -76,8 +80,25 @@ def corrected(configuration: str, folder: str) -> str:
     text = re.sub(r"(?m)^(\s*errorfile 50\d) .*$", rf"\1 {folder}/503.http", "".join(kept))
     # Of a replica that dies, HAProxy answers nothing at all to requests on a connection that was used before.
     text = re.sub(r"(?m)^(\s*)http-reuse always$", r"\1option http-server-close", text)
+    # The replicas see HAProxy's address; what a client itself writes into this header is dropped.
+    text = re.sub(
+        r"(?m)^(frontend http_frontend\n\s*bind .*\n)", r"\1    http-request set-header X-Forwarded-For %[src]\n", text
+    )
     # A line per request to UDP port 514, where nobody listens: the replicas log requests.
     return re.sub(r"(?m)^\s*log (?!global).*\n", "", text)
+
+
+def with_clients(app: "ASGIApp") -> "ASGIApp":
+    """The application of a replica, with the clients' own addresses if HAProxy stands before it.
+
+    Only connections from this machine are believed: HAProxy runs on it, others can reach a replica's port themselves.
+    """
+    if _REAL not in os.environ:
+        return app
+    import ray.util
+    from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+
+    return ProxyHeadersMiddleware(app, ["127.0.0.1", "::1", ray.util.get_node_ip_address()])  # type: ignore[arg-type,return-value]
 
 
 def main(arguments: list[str]) -> None:

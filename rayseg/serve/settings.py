@@ -30,8 +30,8 @@ class ServeConfig(Config):
     """Sites whose pages may send requests, such as https://maps.example.org; "*" for any. Without it only the server's
     own page may."""
     requests_per_minute: Annotated[int, Field(gt=0)] | None = None
-    """Maximum requests of each client address per minute and replica; further ones get a 429. Behind another proxy all
-    clients have its address."""
+    """Maximum requests of each client address per minute and replica; further ones get a 429. Behind a proxy of your
+    own all clients have its address."""
     max_pixels: Annotated[int, Field(gt=0)] = 16_777_216
     """Maximum pixels of an upload."""
     max_bytes: Annotated[int, Field(gt=0)] = 67_108_864

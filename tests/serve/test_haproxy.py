@@ -1,5 +1,6 @@
 """HAProxy's configuration: no port but the server's own, and our own error texts."""
 
+import asyncio
 import json
 import os
 import stat
@@ -41,6 +42,7 @@ def test_only_the_servers_own_port_is_opened(written):
     assert errors == dict.fromkeys(("502", "503", "504"), "/own/503.http")
     assert ":514" not in found
     assert "http-reuse" in text
+    assert "bind 127.0.0.1:8123\n    http-request set-header X-Forwarded-For %[src]\n" in found
     assert ("http-reuse" in found, "option http-server-close" in found) == (False, True)
 
 
@@ -58,3 +60,23 @@ def test_the_program_corrects_the_file_and_becomes_haproxy(written, tmp_path):
     assert b"Content-Length: %d" % len(body) in head
     assert head.startswith(b"HTTP/1.1 503 ")
     assert b"application/problem+json" in head
+
+
+@pytest.mark.parametrize(
+    ("behind", "peer", "client"),
+    [(True, "127.0.0.1", "10.0.0.7"), (True, "10.0.0.9", "10.0.0.9"), (False, "127.0.0.1", "127.0.0.1")],
+    ids=["HAProxy", "past HAProxy", "no HAProxy"],
+)
+def test_replicas_know_the_clients_address(monkeypatch, behind, peer, client):
+    if behind:
+        monkeypatch.setenv("RAYSEG_HAPROXY", "/haproxy")
+    else:
+        monkeypatch.delenv("RAYSEG_HAPROXY", raising=False)
+    seen = []
+
+    async def app(scope, receive, send):
+        seen.append(scope["client"][0])
+
+    scope = {"type": "http", "scheme": "http", "client": (peer, 5), "headers": [(b"x-forwarded-for", b"10.0.0.7")]}
+    asyncio.run(haproxy.with_clients(app)(scope, None, None))
+    assert seen == [client]
