@@ -15,7 +15,7 @@ from contextlib import suppress
 from rayseg.config import load_values, ray_address
 from rayseg.engine import cluster
 from rayseg.engine.submit import is_loopback
-from rayseg.errors import ConfigError
+from rayseg.errors import ConfigError, RaysegError
 from rayseg.serve import haproxy
 from rayseg.serve.models import ChildBackend, ModelIndex
 from rayseg.serve.runs import runs_below
@@ -52,6 +52,7 @@ def serve_models(config: ServeConfig, *, host: str, port: int, address: str | No
     Raises:
         ConfigError: the host is reachable from other machines and no token is set, or the port is taken.
         ModelError: a prefix of models does not exist.
+        RaysegError: Ray Serve does not start within a minute.
     """
     # 1. everything that can be wrong, before Ray starts
     require_token(host, config.token_file)
@@ -81,7 +82,13 @@ def serve_models(config: ServeConfig, *, host: str, port: int, address: str | No
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     http = {"host": host, "port": port, "request_timeout_s": config.timeout_seconds + 60}
-    serve.start(http_options=http, logging_config={"log_level": "WARNING", "enable_access_log": False})
+    try:
+        serve.start(http_options=http, logging_config={"log_level": "WARNING", "enable_access_log": False})
+    except TimeoutError:  # of Ray Serve's own minute
+        raise RaysegError(
+            "Ray Serve's proxy is not ready after 60 s, expected seconds; give the machine less to do and run the same "
+            "command again, or set RAY_SERVE_ENABLE_HA_PROXY=0"
+        ) from None
     config = with_hosts(config, host)
     names = list(index.entries)
     listed = f"{': ' * bool(names)}{', '.join(names[:8])}{', ...' * (len(names) > 8)}"
