@@ -182,7 +182,8 @@ def leave() -> NoReturn:
     for process in processes:
         with suppress(subprocess.TimeoutExpired):  # it ends with this process
             process.wait(max(0.0, until - time.monotonic()))
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
     os._exit(0)
 
 

@@ -83,7 +83,6 @@ class Region:
 
 
 _DEGREES = 0.01  # edges are cut this fine before they are projected, so straight lines may become curves
-_VECTORS = (".gpkg", ".fgb", ".shp")
 _WORLD = (-180.0, -90.0, 180.0, 90.0)
 
 

@@ -43,11 +43,8 @@ _log = logging.getLogger(__name__)
 BROKEN = "rayseg:broken"
 """Property of an item that replaces one that cannot be read: the reason."""
 _INVALID = (
-    pystac.STACError,
-    pystac.STACTypeError,
-    shapely.errors.ShapelyError,
-    *(KeyError, ValueError, TypeError),
-    *(AttributeError, IndexError, ArithmeticError),
+    *(pystac.STACError, pystac.STACTypeError, shapely.errors.ShapelyError),
+    *(AttributeError, ArithmeticError, LookupError, TypeError, ValueError),
 )
 """What pystac and shapely raise for JSON that is not as STAC describes it."""
 _POLES = shapely.box(-540, -90, 540, 90)
@@ -264,7 +261,6 @@ def _near(item: pystac.Item, area: BaseGeometry, halo: int) -> bool:
         fields = (item.properties, *(asset.extra_fields for asset in item.assets.values()))
         sizes = [row["proj:shape"] for row in fields if row.get("proj:shape")]
         height, width = max(sizes, default=(1024, 1024))
-        assert item.geometry
         west, south, east, north = box_of(item.bbox or shape(item.geometry).bounds)
         reach = halo * max((east - west + 360 * (west > east)) / width, (north - south) / height)
     except _INVALID:  # fields that `source_of` refuses
@@ -380,7 +376,6 @@ def _image_assets(item: pystac.Item) -> dict[str, pystac.Asset]:
         for key, asset in item.assets.items()
         if (asset.media_type or "").lower().startswith("image/") or drivers.kind_of(asset.href)
     }
-    # Pictures for people (visual, thumbnail) count as pixels only if nothing else does.
     plain = {
         key: a for key, a in images.items() if not {key, *(a.roles or ())} & set(_PICTURES) or "data" in (a.roles or ())
     }
@@ -403,8 +398,7 @@ def _is_map(asset: pystac.Asset) -> bool:
 
 
 def _rows(asset: pystac.Asset, field: str) -> list[dict[str, Any]]:
-    rows = asset.extra_fields.get(field) or []
-    return [row for row in rows if isinstance(row, dict)]
+    return [row for row in asset.extra_fields.get(field) or [] if isinstance(row, dict)]
 
 
 def _band_names(assets: dict[str, pystac.Asset], wanted: Sequence[str] | None) -> dict[str, tuple[str, ...] | None]:

@@ -39,7 +39,6 @@ from rayseg.vision.color import ClassTable, hex_of
 
 _MAGIC = {b"\x89PNG": "image/png", b"RIFF": "image/webp", b"\xff\xd8": "image/jpeg", b"<": "image/svg+xml"}
 
-
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 """(title, header, rows) of a table in the report."""
 
