@@ -255,6 +255,8 @@ class Batches:
         await asyncio.wait([computing])
         error = computing.exception()
         outputs: Sequence[np.ndarray] = () if error else computing.result()
+        if not error and len(outputs) != len(batch):  # a request without a result would wait for ever
+            error = ModelError(f"the model has {len(outputs)} results for {len(batch)} inputs; its code is at fault")
         for at, (_, result) in enumerate(batch):
             if result.done():
                 continue

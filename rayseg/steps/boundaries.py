@@ -119,7 +119,8 @@ def find_labelled(region: Region, config: BoundariesConfig, kind: ImageConfig) -
         if len(kept) < 2:
             raise DataError(
                 f"{len(kept)} of the {len(images)} images hold polygons of {config.polygons}, expected at least 2; "
-                "give polygons of the images' ground, or with a column image that names them"
+                "give polygons that lie on the images; for images without a CRS, polygons in pixels with a column "
+                "image that names them"
             )
     return kept
 

@@ -199,7 +199,7 @@ def refining(origin: Origin, decision: Decision, config: RefineConfig, region: R
             "and refine.patch"
         )
     threshold = decision.threshold
-    if len(origin.bands) == 1 and len(origin.table.classes) == 2 and threshold is None:
+    if len(origin.bands) == 1 and origin.table.binary and threshold is None:
         threshold = mapping.threshold_of(origin.root)
         if threshold is None:
             raise ConfigError(f"the model of {origin.root} is gone, and its threshold with it; give --set threshold")

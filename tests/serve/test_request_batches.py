@@ -5,6 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
+from rayseg.errors import ModelError
 from rayseg.serve.models import Batches
 
 
@@ -54,6 +55,18 @@ def test_an_error_is_that_of_its_batch_alone():
     first, second, third = asyncio.run(run())
     assert (int(first[0][0]), int(third[0][0])) == (10, 30)
     assert isinstance(second, ValueError)
+
+
+def test_too_few_results_are_an_error_of_every_request():
+    async def compute(inputs):
+        return inputs[1:]
+
+    async def run():
+        batches = Batches(compute, size=4, at_once=1)
+        async with asyncio.timeout(5):
+            return await asyncio.gather(*(batches(numbers(at)) for at in (1, 2)), return_exceptions=True)
+
+    assert [type(one) for one in asyncio.run(run())] == [ModelError, ModelError]
 
 
 def test_inputs_of_a_request_that_was_cancelled_are_not_computed():
