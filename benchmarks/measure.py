@@ -4,9 +4,12 @@ import os
 import platform
 import re
 import resource
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -88,3 +91,22 @@ def tree_seconds(pid: int | None = None) -> float:
         waiting += children.get(one, [])
         found += seconds.get(one, 0.0)
     return found
+
+
+@contextmanager
+def served(program: str, argument: object) -> Iterator[str]:
+    """The address of a server on loopback: a program of Python in a process of its own, given its port and one more."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-c", program, str(port), str(argument)]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()

@@ -6,14 +6,11 @@ small raster. The polygons lie in the files that the workers of the step `polygo
 of which continues in the next tile.
 """
 
-import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
-from measure import measured, peak_mib, show
+from measure import measured, peak_mib, served, show
 
 SIDE, PER_TILE = 2048, 4
 CLASSES = ((0, "background", (0, 0, 0)), (1, "found", (0, 158, 115)))
@@ -48,25 +45,6 @@ def app(environ, start):
     return [] if environ["REQUEST_METHOD"] == "HEAD" else [part]
 run_simple("127.0.0.1", int(sys.argv[1]), app, threaded=True)
 """
-
-
-@contextlib.contextmanager
-def server(raster: Path):
-    """The address of an S3 server on loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [sys.executable, "-c", SERVER, str(port), str(raster)]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(600):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-                break
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
 
 
 def raster(path: Path):
@@ -263,7 +241,7 @@ def show_driver(count: int, asked: list[str]) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         raster(Path(name) / "classes.tif")
-        with server(Path(name) / "classes.tif") as address:
+        with served(SERVER, Path(name) / "classes.tif") as address:
             os.environ.update(environment(address))
             from rayseg.store import upath
 

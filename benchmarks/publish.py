@@ -7,14 +7,11 @@ real one takes, during which it does not compute.
 """
 
 import argparse
-import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import shapely
-from measure import measured, peak_mib, show
+from measure import measured, peak_mib, served, show
 
 SIDE = 64
 CLASSES = ((0, "background", (0, 0, 0)), (1, "found", (0, 158, 115)))
@@ -40,25 +37,6 @@ def slow(environ, start):
     return app(environ, start)
 run_simple("127.0.0.1", int(sys.argv[1]), slow, threaded=True)
 """
-
-
-@contextlib.contextmanager
-def server(latency):
-    """The address of an S3 server on loopback that answers after `latency` seconds."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [sys.executable, "-c", SERVER, str(port), str(latency)]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(600):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-                break
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
 
 
 def polygons(kind_HW, grid):
@@ -185,7 +163,7 @@ def main():
         print(json.dumps(publish(options.publish)))
         return
     os.environ |= {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}
-    with server(options.latency) as address, tempfile.TemporaryDirectory() as folder:
+    with served(SERVER, options.latency) as address, tempfile.TemporaryDirectory() as folder:
         os.environ["AWS_ENDPOINT_URL"] = address
         from rayseg.store import upath
 

@@ -233,7 +233,7 @@ class Size:
     copies: int
     cpus: float
     gpus: float
-    most: int = 1
+    most: int
 
 
 def sizes_now(works: Sequence[Work], *, shared: bool, patience: float) -> list[Size]:
@@ -343,7 +343,7 @@ def sizes(works: Sequence[Work], machines: Sequence[Machine], *, gpus: bool | No
             "--engine inline"
         )
     return [
-        Size(copies, share, work.gpus if on_gpus else 0.0, copies) if work in models else Size(1, work.cpus, 0.0)
+        Size(copies, share, work.gpus if on_gpus else 0.0, copies) if work in models else Size(1, work.cpus, 0.0, 1)
         for work in works
     ]
 

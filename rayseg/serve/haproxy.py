@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 _REAL = "RAYSEG_HAPROXY"
+_SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
 _SECTION = re.compile(r"^(?=\S)", re.MULTILINE)  # each begins in the first column
 _PR_SET_PDEATHSIG = 1
 _HEAD = (
@@ -44,7 +45,7 @@ def settings(folder: str) -> Mapping[str, str]:
     program.chmod(0o700)
     Path(folder, "503.http").write_bytes(_HEAD.format(len(LOST)).encode() + LOST)
     return {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        _SWITCH: "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(program),
         _REAL: real,
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/cfg",
@@ -93,7 +94,7 @@ def with_clients(app: "ASGIApp") -> "ASGIApp":
 
     Only connections from this machine are believed: HAProxy runs on it, others can reach a replica's port themselves.
     """
-    if _REAL not in os.environ:
+    if _REAL not in os.environ or os.environ.get(_SWITCH) != "1":  # the user may have switched it off
         return app
     import ray.util
     from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware

@@ -34,7 +34,7 @@ class BoundaryProposer:
         image: how the imagery became 8-bit RGB.
         slivers: inscribed radius in px below which a plot goes to its neighbours.
         level: height of the ridges between plots; None takes the bundle's.
-        background: mean probability of the background in a plot above which it is none.
+        background: mean probability of the background in a plot above which it is left out.
     """
 
     prefix: str

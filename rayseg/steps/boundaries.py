@@ -92,7 +92,7 @@ class BoundariesConfig(Config):
     slivers: Annotated[float, Field(ge=0)] = 6.0
     """Inscribed radius in px below which a plot goes to its neighbours."""
     background: Annotated[float, Field(gt=0, le=1)] = added(default=1.0)
-    """Mean probability of the background in a plot above which it is none; 1 keeps all plots."""
+    """Mean probability of the background in a plot above which it is left out; 1 keeps all plots."""
 
 
 def find_labelled(region: Region, config: BoundariesConfig, kind: ImageConfig) -> list[LabelledImage]:

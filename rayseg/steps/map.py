@@ -532,7 +532,7 @@ def join_polygons(step: Step, predicted: Step, product: str) -> dict[str, Any]:
         path, grid = file
         return vectors.read_parts(path, skip=skip) if path else vectors.no_parts(grid)
 
-    # In reading order, so that memory holds two rows of tiles at a time.
+    # In reading order, so that memory holds two rows of tiles at a time, or some gathered files.
     target = upath(step.root) / f"{product}.parquet"
     begins = begins_of(Tile("", grid, extent) for grid, extent in extents.items())
     parts = concurrently(parts_of, files, ahead=16)

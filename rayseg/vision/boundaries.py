@@ -38,7 +38,7 @@ def divided(probabilities_CHW: NDArray[np.float32], *, level: float, slivers: fl
         probabilities_CHW: of background, field and boundary.
         level: height of the ridge between two plots, 0..1.
         slivers: inscribed radius in px below which a plot goes to its neighbours.
-        background: mean probability of the background in a plot, 0..1, above which it is none.
+        background: mean probability of the background in a plot, 0..1, above which it is left out.
 
     Returns:
         Labels (height, width) int32, 0 for none, 1..n.

@@ -69,9 +69,10 @@ def test_the_program_corrects_the_file_and_becomes_haproxy(written, tmp_path):
 )
 def test_replicas_know_the_clients_address(monkeypatch, behind, peer, client):
     if behind:
-        monkeypatch.setenv("RAYSEG_HAPROXY", "/haproxy")
+        monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
     else:
-        monkeypatch.delenv("RAYSEG_HAPROXY", raising=False)
+        monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
+    monkeypatch.setenv("RAYSEG_HAPROXY", "/haproxy")
     seen = []
 
     async def app(scope, receive, send):
