@@ -232,7 +232,9 @@ def main() -> None:
     parser.add_argument("--per-node", type=int, default=8, help="logical GPUs of a node")
     parser.add_argument("--planet", type=int, default=5_000_000, help="about how many tiles (quick: 50000)")
     parser.add_argument("--run", type=int, default=60_000, help="of these are run, twice (quick: 5000)")
-    parser.add_argument("--driver", type=int, default=600_000, help="tiles of a mapped run on S3 (quick: 6000)")
+    parser.add_argument(
+        "--driver", type=int, default=600_000, help="tiles of a mapped run on S3, more than 4096 (quick: 6000)"
+    )
     parser.add_argument(
         "--of", nargs="+", default=["join", "publish", "report", "status", "verify"], help="of the driver"
     )
